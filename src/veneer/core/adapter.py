@@ -1,0 +1,177 @@
+"""What an adapter is: pairs, full modules, token rows, and a card.
+
+    y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ        W: (out, in) frozen    A: (rank, in)    B: (out, rank)    s = scale_of(alpha, rank)
+
+Knows tensors and names; does not know about files, models or training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Adapter", "Card", "Kind", "LoraSpec", "Mix", "Pair", "TokenRows", "scale_of"]
+
+Kind = Literal["linear", "embedding", "conv", "experts"]
+Mix = tuple[tuple[str, float], ...]
+"""(adapter name, strength) applied together."""
+
+
+def scale_of(alpha: float, rank: int, rslora: bool = False) -> float:
+    """The factor s on B·A: alpha/rank (LoRA, arXiv 2106.09685), or alpha/√rank (rsLoRA, arXiv 2312.03732).
+
+    The only place that turns alpha and rank into a scale."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def alpha_of(scale: float, rank: int, rslora: bool = False) -> float:
+    """The inverse of `scale_of`, for writers of formats that store alpha."""
+    return scale * math.sqrt(rank) if rslora else scale * rank
+
+
+@dataclass
+class Pair:
+    """A, B and the resolved scale for one module.
+
+    | kind      | A                      | B                    | delta of                              |
+    | linear    | (rank, in)             | (out, rank)          | weight (out, in): s·B·A               |
+    | embedding | (rank, rows)           | (dim, rank)          | weight (rows, dim): s·(B·A)ᵀ          |
+    | conv      | (rank, in/g, k…)       | (out, rank, 1…)      | weight (out, in/g, k…)                |
+    | experts   | (experts, rank, in)    | (experts, out, rank) | 3-d parameter, each expert its own    |
+
+    `magnitude` is DoRA's m, (out,) (arXiv 2402.09353). `origin` is a frozen (A₀, B₀) whose product is subtracted, so
+    that an initialisation taken from W (PiSSA, OLoRA) starts at delta zero on an untouched base:
+    ΔW = s·(B·A − B₀·A₀); `collapsed()` writes the same delta as one pair of twice the rank.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    kind: Kind = "linear"
+    magnitude: Tensor | None = None
+    origin: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[1] if self.kind == "experts" else self.A.shape[0]
+
+    def collapsed(self) -> Pair:
+        """The same delta without `origin`: A' = [A; A₀], B' = [B, −B₀], the same scale."""
+        if self.origin is None:
+            return self
+        A0, B0 = self.origin
+        along = 1 if self.kind == "experts" else 0
+        A = torch.cat([self.A, A0], dim=along)
+        B = torch.cat([self.B, -B0], dim=along + 1)
+        return Pair(A, B, self.scale, self.kind, self.magnitude)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield "A", self.A
+        yield "B", self.B
+        if self.magnitude is not None:
+            yield "magnitude", self.magnitude
+
+
+@dataclass
+class TokenRows:
+    """Rows of an embedding that are replaced, not added to: weight[indices] = rows. rows: (len(indices), dim)."""
+
+    indices: tuple[int, ...]
+    rows: Tensor
+
+
+@dataclass
+class Card:
+    """What is known of an adapter; JSON beside it. Every field may be empty: an adapter from elsewhere has few."""
+
+    base: str = ""
+    base_fingerprint: str = ""
+    kind: str = "text"
+    rank: int = 0
+    alpha: float = 0.0
+    targets: list[str] = field(default_factory=list)
+    data_digest: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    trigger_words: list[str] = field(default_factory=list)
+    licence: str = ""
+    parents: list[str] = field(default_factory=list)
+    created: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What to create: which modules get a pair, of which rank and alpha, and how the pair starts.
+
+    `targets`, `exclude`: see core.targets. `layers`: indices of the repeated blocks, None for all.
+    `rank_pattern`, `alpha_pattern`: target pattern -> value, the first match wins.
+    `init`: "zero-b" (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/rank, B zero), "pissa", "olora".
+    `modules_to_save`: modules trained whole as copies. `token_rows`: embedding name -> token ids trained alone.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str | tuple[str, ...] = "all-linear"
+    exclude: tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    init: Literal["zero-b", "gaussian", "pissa", "olora"] = "zero-b"
+    modules_to_save: tuple[str, ...] = ()
+    token_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass
+class Adapter:
+    """All the pairs of one fine-tune by module name, plus full modules, token rows and the card.
+
+    `modules`: module name -> {parameter name: tensor}, full copies that replace the base's while attached.
+    For `experts` the key of `pairs` is the parameter's name (`…experts.gate_up_proj`).
+    """
+
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    token_rows: dict[str, TokenRows] = field(default_factory=dict)
+    card: Card = field(default_factory=Card)
+    rslora: bool = False
+    dropout: float = 0.0
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor under a stable name, sorted."""
+        for name in sorted(self.pairs):
+            for part, tensor in self.pairs[name].tensors():
+                yield f"{name}.{part}", tensor
+        for name in sorted(self.modules):
+            for part in sorted(self.modules[name]):
+                yield f"{name}={part}", self.modules[name][part]
+        for name in sorted(self.token_rows):
+            yield f"{name}#rows", self.token_rows[name].rows
+
+    def size_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for _, t in self.tensors())
+
+    def digest(self) -> str:
+        """sha256 over names, shapes, dtypes, values and scales: equal digests have equal effect on equal bases."""
+        h = hashlib.sha256()
+        for name, tensor in self.tensors():
+            t = tensor.detach().cpu().contiguous()
+            h.update(f"{name}|{str(t.dtype)}|{tuple(t.shape)}\0".encode())
+            h.update(t.view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+        for name in sorted(self.pairs):
+            h.update(f"{name}|scale|{self.pairs[name].scale!r}\0".encode())
+        for name in sorted(self.token_rows):
+            h.update(f"{name}|indices|{self.token_rows[name].indices}\0".encode())
+        return "sha256:" + h.hexdigest()

@@ -1,0 +1,102 @@
+"""Every error veneer raises on purpose.
+
+    VeneerError                 what happened, where, and what to do about it; the command line exits with `exit_code`
+    ├── ConfigError             a configuration file or override: unknown key, wrong type, impossible combination
+    ├── DataError               a training or evaluation file: missing, empty, malformed (with its line), wrong shape of row
+    ├── BaseError               a base cannot be found, read or used
+    ├── TargetError             a target pattern that matches nothing, or something that cannot carry a pair
+    ├── AdapterError            an adapter file or object: missing, extra, misshapen, not understood, not finite
+    │   └── UnsafeFileError     a file that is not opened at all: a pickle, a header that lies, a path that escapes
+    ├── MismatchError           an adapter that belongs to another base
+    ├── PreflightError          a training run that would go wrong, seen before step one
+    ├── CheckpointError         a checkpoint that cannot be written, read or resumed from
+    ├── ResourceError           out of disk or memory
+    └── MissingExtraError       an optional dependency that is not installed
+
+Imports nothing of veneer.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "AdapterError",
+    "BaseError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "MismatchError",
+    "MissingExtraError",
+    "PreflightError",
+    "ResourceError",
+    "TargetError",
+    "UnsafeFileError",
+    "VeneerError",
+    "nearest",
+]
+
+
+class VeneerError(Exception):
+    """Base of all errors. `what` is one sentence, `where` a file, line, key or module, `fix` the way out."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
+        self.what, self.where, self.fix = what, where, fix
+        lines = [what]
+        if where:
+            lines.append(f"  where: {where}")
+        if fix:
+            lines.append(f"  fix: {fix}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(VeneerError):
+    """Raised when a configuration has an unknown key, a value of the wrong kind or an impossible combination."""
+
+
+class DataError(VeneerError):
+    """Raised when a data file is missing, empty or malformed; `where` names the file and the line."""
+
+
+class BaseError(VeneerError):
+    """Raised when a base cannot be found, read or used."""
+
+
+class TargetError(VeneerError):
+    """Raised when a target matches no module, or matches one that cannot carry a pair."""
+
+
+class AdapterError(VeneerError):
+    """Raised when an adapter has anything missing, extra, misshapen, not finite or not understood."""
+
+
+class UnsafeFileError(AdapterError):
+    """Raised for a file that is refused unread: a pickle, a header that lies about its size, a path that escapes."""
+
+
+class MismatchError(VeneerError):
+    """Raised when an adapter belongs to another base; names both fingerprints and the first shapes that differ."""
+
+
+class PreflightError(VeneerError):
+    """Raised before step one when a run would train nothing, the wrong thing, or not fit."""
+
+
+class CheckpointError(VeneerError):
+    """Raised when a checkpoint cannot be written, read or resumed from."""
+
+
+class ResourceError(VeneerError):
+    """Raised when the disk or the memory is exhausted."""
+
+
+class MissingExtraError(VeneerError):
+    """Raised when an optional dependency is missing; `fix` is the command that installs it."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The up to `n` entries of `known` that look most like `name`, best first, for "did you mean" hints."""
+    return difflib.get_close_matches(name, list(known), n=n, cutoff=0.4)
