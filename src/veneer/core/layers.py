@@ -152,6 +152,7 @@ class _Lora(Layer):
     def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
         """ΔW·x of one pair, given y = base(x). Dropout acts on what the pair multiplies, as in PEFT."""
         pair, p = term.pair, term.dropout
+        x = x.to(pair.A.dtype) if x.is_floating_point() else x
         dropped = F.dropout(x, p) if p else x
         own = self.thin(dropped, pair.A, pair.B) * pair.scale
         back = None if pair.origin is None else self.thin(x, *pair.origin) * -pair.scale
@@ -205,19 +206,17 @@ class LoraLinear(_Lora):
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = self.projection() if lora_linear is not None else None
-        if plain is not None and plain.A is not None and plain.B is not None and x.dtype == plain.weight.dtype:
-            if not torch.is_autocast_enabled(x.device.type):
-                return lora_linear(x, plain.weight, plain.bias, plain.A, plain.B, plain.scale)
+        if plain is None or plain.A is None or plain.B is None:
+            return super().adapted(mix, x, *args, **kwargs)
+        if x.dtype == plain.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return lora_linear(x, plain.weight, plain.bias, plain.A, plain.B, plain.scale)
         return super().adapted(mix, x, *args, **kwargs)
 
     def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return F.linear(F.linear(x.to(A.dtype), A), B)
+        return F.linear(F.linear(x, A), B)
 
     def product(self, x: Tensor) -> Tensor:
         return F.linear(x, to_matrix(self.base, "linear", weight_of(self.base)).to(x.dtype))
-
-    def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
-        return super().change(x.to(term.pair.A.dtype), y, term)
 
     def replaced(self, x: Tensor, y: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
         """The logits of replaced rows: y[…, i] moves from x·W_i to x·row_i by the strength."""
@@ -266,7 +265,7 @@ class LoraConv(_Lora):
     A: (rank, in, k…) with B: (out, rank/groups, 1…), as PEFT has grouped ones, sees all channels instead."""
 
     def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        x, conv, groups = x.to(A.dtype), self.base, self.base.groups
+        conv, groups = self.base, self.base.groups
         up = F.conv1d if A.ndim == 3 else F.conv2d
         if groups > 1 and A.shape[1] == conv.in_channels:
             conv = copy.copy(conv)  # shares everything but the one number
@@ -281,9 +280,6 @@ class LoraConv(_Lora):
     def product(self, x: Tensor) -> Tensor:
         out: Tensor = self.base._conv_forward(x, weight_of(self.base).to(x.dtype), None)
         return out
-
-    def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
-        return super().change(x.to(term.pair.A.dtype), y, term)
 
 
 class LoraExperts(Layer):

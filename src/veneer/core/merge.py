@@ -142,7 +142,8 @@ def merged_state(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> dict
             fold(name, change * strength)
             if name.removesuffix(".weight") in adapter.token_rows:
                 for twin in _twins(stored, name):
-                    fold(twin, change * strength)
+                    if twin.removesuffix(".weight") not in adapter.modules:
+                        fold(twin, change * strength)
     out: dict[str, Tensor] = {}
     for name, change in total.items():
         weight = stored[name].detach() if name in stored and stored[name].is_floating_point() else None
