@@ -1,0 +1,181 @@
+"""Weights as matrices: what a pair adds to W, and new weights with a mix folded in.
+
+    linear, embedding, conv, experts:   ΔW = s·(B·A − B₀·A₀)                        (out, in), experts (E, out, in)
+    DoRA:                               ΔW = m/‖W+sBA‖·(W+sBA) − W                  ‖·‖ over `in`, arXiv 2402.09353
+    mix:                                W' = W + Σ strengthᵢ·ΔWᵢ                    float32, rounded once
+
+Every kind is seen as such a matrix: an embedding (rows, dim) as its transpose, a convolution with its last dimensions
+flattened, experts as they are stored, or transposed where the module says `is_transposed`. Nothing is changed in
+place. Knows modules and pairs; does not know about attachments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter, Kind, Pair, TokenRows
+from veneer.core.targets import base_modules
+from veneer.errors import AdapterError
+
+__all__ = [
+    "adapted_norm",
+    "delta",
+    "from_matrix",
+    "merged_state",
+    "merged_weights",
+    "pair_matrix",
+    "to_matrix",
+    "weight_of",
+]
+
+
+def _wide(t: Tensor) -> Tensor:
+    """`t` in the dtype sums are taken in: float64 if it is that already, else float32."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def weight_of(module: nn.Module, parameter: str | None = None) -> Tensor:
+    """The weight of `module` as stored; a quantised linear's is read off by sending the identity through it."""
+    weight = getattr(module, parameter or "weight", None)
+    features = getattr(module, "in_features", None)
+    shaped = features is None or getattr(weight, "shape", None) == (module.out_features, features)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and shaped:
+        return weight.detach()
+    with torch.no_grad():
+        device = next(iter([*module.parameters(), *module.buffers()])).device
+        columns: Tensor = module(torch.eye(int(str(features)), device=device)).float()
+        bias = getattr(module, "bias", None)
+        return (columns if bias is None else columns - bias.float()).t()
+
+
+def _flipped(module: nn.Module, kind: Kind) -> bool:
+    """Whether the stored weight is the transpose of the (out, in) matrix."""
+    if kind == "experts":
+        return bool(getattr(module, "is_transposed", False))
+    return kind == "embedding" or type(module).__name__ == "Conv1D"
+
+
+def to_matrix(module: nn.Module, kind: Kind, weight: Tensor) -> Tensor:
+    """A stored weight of `module` as (out, in) or (experts, out, in)."""
+    if kind == "conv":
+        return weight.flatten(1)
+    return weight.transpose(-1, -2) if _flipped(module, kind) else weight
+
+
+def from_matrix(module: nn.Module, kind: Kind, matrix: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `to_matrix`."""
+    return (matrix.transpose(-1, -2) if _flipped(module, kind) else matrix).reshape(shape)
+
+
+def pair_matrix(pair: Pair) -> Tensor:
+    """s·(B·A − B₀·A₀) without the magnitude, in float32 (float64 for float64 pairs)."""
+    total: Tensor | None = None
+    for A, B, sign in [(pair.A, pair.B, 1.0), *([(*pair.origin, -1.0)] if pair.origin else [])]:
+        A, B = _wide(A), _wide(B)
+        if pair.kind == "conv":
+            A, B = A.flatten(1), B.flatten(1)
+        product = (sign * pair.scale) * (B @ A)
+        total = product if total is None else total + product
+    assert total is not None
+    return total
+
+
+def adapted_norm(matrix: Tensor, pair: Pair) -> Tensor:
+    """‖W + s·(B·A − B₀·A₀)‖ over `in`: (out,). No gradient, as the paper has it."""
+    with torch.no_grad():
+        product = pair_matrix(pair)
+        norm: Tensor = torch.linalg.vector_norm(matrix.to(product.dtype) + product, dim=-1)
+        return norm
+
+
+def delta(module: nn.Module, pair: Pair, parameter: str | None = None) -> Tensor:
+    """ΔW of `pair` on `module` in the shape the weight is stored in, float32. `parameter` names an expert weight.
+
+    Raises AdapterError where no weight has that effect: a grouped convolution whose A sees all channels (PEFT's)."""
+    with torch.no_grad():
+        weight = weight_of(module, parameter)
+        matrix = to_matrix(module, pair.kind, weight)
+        if pair.kind == "conv" and pair.A.flatten(1).shape[1] != matrix.shape[1]:
+            raise AdapterError(
+                "a pair whose A sees all channels of a grouped convolution has no weight of the base's shape",
+                fix="use the adapter attached, unmerged",
+            )
+        out = pair_matrix(pair)
+        if pair.magnitude is not None:
+            base = matrix.to(out.dtype)
+            gain = pair.magnitude.to(out.dtype) / adapted_norm(matrix, pair)
+            out = gain[:, None] * (base + out) - base
+        return from_matrix(module, pair.kind, out, weight.shape)
+
+
+def _full_change(module: nn.Module, key: str, tensor: Tensor) -> Tensor:
+    return _wide(tensor.detach()) - _wide(module.state_dict(keep_vars=True)[key].detach())
+
+
+def _rows_change(module: nn.Module, rows: TokenRows) -> Tensor:
+    weight = weight_of(module)
+    index = torch.tensor(rows.indices, device=weight.device)
+    change = _wide(rows.rows.detach()) - _wide(weight[index])
+    return change.new_zeros(weight.shape).index_copy_(0, index, change)
+
+
+def _changes(
+    modules: Mapping[str, nn.Module], stored: Mapping[str, Tensor], adapter: Adapter
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """(weight name, how to make its ΔW) of everything in one adapter."""
+    for name, pair in adapter.pairs.items():
+        owner, _, parameter = name.rpartition(".")
+        if pair.kind == "experts":
+            yield name, partial(delta, modules[owner], pair, parameter)
+        else:
+            yield f"{name}.weight", partial(delta, modules[name], pair)
+    for name, tensors in adapter.modules.items():
+        for key, tensor in tensors.items():
+            yield f"{name}.{key}", partial(_full_change, modules[name], key, tensor)
+    for name, rows in adapter.token_rows.items():
+        for twin in [f"{name}.weight", *_twins(stored, f"{name}.weight")]:
+            if twin.removesuffix(".weight") not in adapter.modules:
+                yield twin, partial(_rows_change, modules[name], rows)
+
+
+def _twins(stored: Mapping[str, Tensor], name: str) -> list[str]:
+    """The other names of a tied weight."""
+    return [n for n, t in stored.items() if n != name and t is stored.get(name)]
+
+
+def merged_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, new weight) for every weight the mix changes, one at a time: W + Σ strength·ΔW in float32, rounded once
+    to W's dtype.
+
+    `model` may be attached; its own weights are left alone. Weights tied to a changed one are listed too, each with
+    its own value: the head follows token rows, and stays the base's under a pair on the embedding, so a caller that
+    loads the result unties the two where they differ."""
+    modules = dict(base_modules(model))
+    stored: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            stored[f"{name}.{key}" if name else key] = tensor
+    makers: dict[str, list[tuple[Callable[[], Tensor], float]]] = {}
+    for adapter, strength in mix:
+        for name, make in _changes(modules, stored, adapter):
+            makers.setdefault(name, []).append((make, strength))
+    for name, parts in makers.items():
+        owner, _, key = name.rpartition(".")
+        plain = name in stored and key != "weight"
+        weight = stored[name].detach() if plain else weight_of(modules[owner], key)
+        total = _wide(weight)
+        for make, strength in parts:
+            total = total + make() * strength
+        yield name, total.to(weight.dtype)
+        for twin in _twins(stored, name):
+            if twin not in makers:
+                yield twin, stored[twin].detach().clone()
+
+
+def merged_state(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> dict[str, Tensor]:
+    """All of `merged_weights` at once."""
+    return dict(merged_weights(model, mix))
