@@ -136,11 +136,11 @@ def vocabulary(s: Subject) -> Iterator[Finding]:
         text = f"{len(beyond)} tokens of the data have no row in the base's embedding of {rows:,} rows: {names}"
         yield Finding("stop", "vocabulary", text, "the tokenizer belongs to another base: use the base's own")
         return
-    added = sorted(set(s.base.tokenizer.added_tokens_decoder) & used)
+    added = sorted((set(s.base.tokenizer.added_tokens_decoder) & used) - {getattr(embedding, "padding_idx", None)})
     if not added or not embedding.weight.is_floating_point():
         return
-    sample = embedding.weight[: min(rows, 4096)].float().norm(dim=1)
-    norms = embedding.weight[added].float().norm(dim=1)
+    weight = embedding.weight.detach()
+    sample, norms = weight[:4096].float().norm(dim=1), weight[added].float().norm(dim=1)
     dead = [t for t, norm in zip(added, norms.tolist(), strict=True) if norm < 0.05 * float(sample.median())]
     config = s.config.adapter
     learned = {i for ids in config.token_rows.values() for i in ids}
