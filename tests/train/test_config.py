@@ -93,6 +93,8 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
         ("schedule: {epochs: 1, steps: 10}", "both say when to end"),
         ("schedule: {warmup: 1.5}", "`schedule.warmup: 1.5` is a share of all steps"),
         ("schedule: {warmup: 10, steps: 10}", "never ends within `schedule.steps: 10`"),
+        ("checkpoint: {every: 0}", "`checkpoint.every: 0` should be at least 1 step, or `epoch`"),
+        ("evaluation: {every: sometimes}", "`evaluation.every` should be a whole number or one of 'epoch', found"),
         ("seed: -1", "`seed` should be greater than or equal to 0"),
     ],
 )
