@@ -251,7 +251,7 @@ def _batching_checks(config: TrainConfig, given: Mapping[str, Source]) -> list[t
         ),
         (
             pack and batching.tokens is not None and batching.tokens < length,
-            f"`batching.tokens: {batching.tokens}` is less than `data.max_length: {length}`: a row may not fit in a step",
+            f"`batching.tokens: {batching.tokens}` is less than `data.max_length: {length}`: a row may not fit",
         ),
     ]
 
