@@ -63,11 +63,11 @@ def interpret(
     """What a configuration and tensors mean together. Raises as `read` does."""
     parsed, problems = cfg.parse(config)
     reader = _Reader(parsed, describe(base) if base is not None else Structure({}), problems)
-    if config.get("peft_type") == "LORA":
+    if parsed.usable:
         try:
             reader.run(tensors)
-        except cfg.SlowPatternError as error:
-            problems.append(f"the pattern {str(error)[:80]!r} takes longer than {cfg.PATTERN_SECONDS:g} s to match")
+        except cfg.PatternError as error:
+            problems.append(str(error))
     if problems:
         shown = "\n".join(f"  - {p}" for p in problems)
         raise AdapterError(f"the adapter cannot be used as it is ({len(problems)} problem(s)):\n{shown}", where=where)
