@@ -23,9 +23,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 HELD_OUT = 0.2
 SHARES = {  # level of the issue -> how often each priority is wanted
-    "normal": {"urgent": 25, "high": 30, "normal": 30, "low": 15},
-    "high": {"urgent": 45, "high": 55},
-    "low": {"high": 30, "low": 70},
+    "normal": {"urgent": 5, "high": 5, "normal": 6, "low": 4},
+    "high": {"urgent": 1, "high": 1},
+    "low": {"high": 1, "low": 3},
 }
 DETAIL = {"hardware": "device", "software": "software", "security": "software", "billing": "money"}
 DETAIL |= {"logistics": "order", "success": "question"}
@@ -182,12 +182,12 @@ class Writer:
         return text
 
 
-def wanted_priorities(spec: dict[str, Any], issue: dict[str, Any]) -> dict[str, int]:
+def priorities_of(issue: dict[str, Any]) -> list[str]:
+    """A deck of the priorities wanted for an issue; an invoice or a parcel is urgent only if it stops a whole site."""
     shares = dict(SHARES[issue["level"]])
-    money_or_parcel = issue["team"] in ("billing", "logistics") and issue["area"] != "subscription"
-    if money_or_parcel or issue["area"] not in spec["cues"]["critical"]:
-        shares.pop("urgent", None)
-    return shares
+    if issue["team"] in ("billing", "logistics") and issue["area"] != "subscription":
+        del shares["urgent"]
+    return [name for name, share in shares.items() for _ in range(share)]
 
 
 def make(rows: int = 1000, seed: int = 7) -> tuple[list[Ticket], list[Ticket], str]:
@@ -202,14 +202,16 @@ def make(rows: int = 1000, seed: int = 7) -> tuple[list[Ticket], list[Ticket], s
         tickets: list[Ticket] = []
         seen: set[str] = set()
         plan: list[int] = []
+        decks: dict[tuple[str, ...], list[str]] = {}
         while len(tickets) < count:
             if not plan:
                 plan = [i for i, w in enumerate(weights) for _ in range(round(w * 5))]
                 rng.shuffle(plan)
             number = plan.pop()
-            shares = wanted_priorities(spec, issues[number])
-            want = rng.choices(list(shares), list(shares.values()))[0]
-            ticket = writer.ticket(number, issues[number], want)
+            wanted = priorities_of(issues[number])
+            deck = decks.setdefault(tuple(wanted), []) or rng.sample(wanted, len(wanted))
+            decks[tuple(wanted)] = deck[1:]
+            ticket = writer.ticket(number, issues[number], deck[0])
             if ticket.text.lower() not in seen:
                 seen.add(ticket.text.lower())
                 tickets.append(ticket)
