@@ -29,7 +29,8 @@ def answer(row: dict[str, Any]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_tickets", FOLDER / "make_tickets.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["make_tickets"] = module
     spec.loader.exec_module(module)

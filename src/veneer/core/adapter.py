@@ -168,7 +168,7 @@ class Adapter:
         h = hashlib.sha256()
         for name, tensor in self.tensors():
             t = tensor.detach().cpu().contiguous()
-            h.update(f"{name}|{str(t.dtype)}|{tuple(t.shape)}\0".encode())
+            h.update(f"{name}|{t.dtype!s}|{tuple(t.shape)}\0".encode())
             h.update(t.view(torch.uint8).numpy().tobytes() if t.numel() else b"")
         for name in sorted(self.pairs):
             h.update(f"{name}|scale|{self.pairs[name].scale!r}\0".encode())
