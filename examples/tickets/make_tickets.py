@@ -174,7 +174,7 @@ class Writer:
         rng = self.rng
         if rng.random() > 0.25:
             return text
-        words = [m for m in re.finditer(r"[a-z]{5,}", text)]
+        words = list(re.finditer(r"[a-z]{5,}", text))
         for match in sorted(rng.sample(words, min(len(words), rng.randint(1, 3))), key=lambda m: -m.start()):
             i = rng.randrange(match.start() + 1, match.end() - 2)
             pair = text[i : i + 2]
