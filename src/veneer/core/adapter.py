@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -44,6 +44,10 @@ class Pair:
     | embedding | (rank, rows)           | (dim, rank)          | weight (rows, dim): s·(B·A)ᵀ          |
     | conv      | (rank, in/g, k…)       | (out, rank, 1…)      | weight (out, in/g, k…)                |
     | experts   | (experts, rank, in)    | (experts, out, rank) | 3-d parameter, each expert its own    |
+
+    A fused expert parameter is read as (experts, out, in), or as (experts, in, out) where its module says
+    `is_transposed`. That is PEFT's reading too: Llama 4 stores the transpose without saying so, and there A meets the
+    last dimension all the same, for the product of the two is a delta of the right shape either way.
 
     `magnitude` is DoRA's m, (out,) (arXiv 2402.09353). `origin` is a frozen (A₀, B₀) whose product is subtracted, so
     that an initialisation taken from W (PiSSA, OLoRA) starts at delta zero on an untouched base:
@@ -160,18 +164,35 @@ class Adapter:
         for name in sorted(self.token_rows):
             yield f"{name}#rows", self.token_rows[name].rows
 
+    def collapsed(self) -> Adapter:
+        """The same effect without any `origin`: what is written to files and what `digest` is of."""
+        return replace(self, pairs={name: pair.collapsed() for name, pair in self.pairs.items()})
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Adapter:
+        """A copy with `change` applied to every tensor."""
+        pairs = {}
+        for name, p in self.pairs.items():
+            magnitude = None if p.magnitude is None else change(p.magnitude)
+            origin = None if p.origin is None else (change(p.origin[0]), change(p.origin[1]))
+            pairs[name] = Pair(change(p.A), change(p.B), p.scale, p.kind, magnitude, origin)
+        modules = {name: {k: change(t) for k, t in tensors.items()} for name, tensors in self.modules.items()}
+        rows = {name: TokenRows(r.indices, change(r.rows)) for name, r in self.token_rows.items()}
+        return replace(self, pairs=pairs, modules=modules, token_rows=rows)
+
     def size_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for _, t in self.tensors())
 
     def digest(self) -> str:
-        """sha256 over names, shapes, dtypes, values and scales: equal digests have equal effect on equal bases."""
+        """sha256 over names, shapes, dtypes, values and scales: equal digests have equal effect on equal bases.
+
+        Taken of the collapsed adapter, so that one with an `origin` has the digest of the file it is written to."""
         h = hashlib.sha256()
-        for name, tensor in self.tensors():
+        for name, tensor in self.collapsed().tensors():
             t = tensor.detach().cpu().contiguous()
-            h.update(f"{name}|{str(t.dtype)}|{tuple(t.shape)}\0".encode())
-            h.update(t.view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+            h.update(f"{name}|{t.dtype!s}|{tuple(t.shape)}\0".encode())
+            h.update(t.flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b"")
         for name in sorted(self.pairs):
-            h.update(f"{name}|scale|{self.pairs[name].scale!r}\0".encode())
+            h.update(f"{name}|scale|{float(self.pairs[name].scale)!r}\0".encode())
         for name in sorted(self.token_rows):
             h.update(f"{name}|indices|{self.token_rows[name].indices}\0".encode())
         return "sha256:" + h.hexdigest()

@@ -1,0 +1,348 @@
+"""Attach: adapters on a base, which of them act, and off again.
+
+One Attachment for a model owns the adapters and the current selection. A module is wrapped when the first adapter that
+touches it is added and put back when the last one goes. Choosing what acts is one assignment of a Selection, whatever
+the number of adapters and modules. The base's tensors are never written to, and `detach` puts every module back.
+Knows modules, not files; does not know about training or models by name.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear, Selection
+from veneer.core.merge import merged_state, to_matrix, weight_of
+from veneer.core.targets import base_modules, expert_parameters, kind_of
+from veneer.errors import AdapterError, nearest
+
+__all__ = ["Attachment", "attach"]
+
+_LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
+_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def attach(model: nn.Module) -> Attachment:
+    """Start attaching adapters to `model`. Nothing changes until one is added.
+
+    Raises AdapterError if the model, or a part of it, is attached already."""
+    if any(m in _ATTACHED or isinstance(m, Layer) for m in model.modules()):
+        raise AdapterError(
+            "this model is attached already",
+            where=type(model).__name__,
+            fix="add to the attachment it has, or detach that one first",
+        )
+    _ATTACHED.add(model)
+    return Attachment(model)
+
+
+class Attachment:
+    """The adapters of one base and which of them act.
+
+    `adapters`: by name. `selection`: what acts now; empty at first. Use as a context manager to detach at its end."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.adapters: dict[str, Adapter] = {}
+        self.selection = Selection()
+        self._layers: dict[str, Layer] = {}
+        self._base_modules = dict(base_modules(model))
+        self._open = True
+
+    # -- adapters ----------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, adapter: Adapter, trainable: bool = False) -> None:
+        """Put `adapter` on the base as `name`, without selecting it.
+
+        Tensors go to the device of their module. `trainable`: they become parameters of their own, copied; otherwise
+        they are used as they are, without gradient. Raises one AdapterError that lists every module that does not
+        exist and every shape that does not fit; then nothing has changed."""
+        if not self._open:
+            raise AdapterError("this attachment is detached", fix="call attach(model) again")
+        if name in self.adapters:
+            raise AdapterError(f"an adapter named {name!r} is attached already", fix="remove it or choose another name")
+        problems = _problems(self._base_modules, adapter) or _overlaps([*self.adapters.values(), adapter])
+        if problems:
+            shown = "\n".join(f"  - {p}" for p in problems)
+            raise AdapterError(f"adapter {name!r} does not fit this base ({len(problems)} problems):\n{shown}")
+        own = _placed(adapter, self._base_modules, trainable)
+        try:
+            self._wrap(self._wrapped_for(adapter))
+            self.adapters[name] = own
+        finally:
+            self._prune()
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off; it leaves the selection too. Modules that no other adapter touches are put back."""
+        gone = self._known(name)
+        self.selection = Selection(tuple((a, s) for a, s in self.selection.mix if a is not gone))
+        del self.adapters[name]
+        self._prune()
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """The trainable tensors of an adapter under stable names: `module.A`, `module.B`, `module.magnitude`,
+        `module=parameter` for full copies, `embedding#rows`. Raises AdapterError if it was not added trainable."""
+        out = {key: t for key, t in self._known(name).tensors() if isinstance(t, nn.Parameter)}
+        if not out:
+            raise AdapterError(f"adapter {name!r} is not trainable", fix="add it with trainable=True")
+        return out
+
+    def adapter(self, name: str) -> Adapter:
+        """A copy of an adapter as it is now: detached, contiguous, `origin` collapsed."""
+        return self._known(name).collapsed().mapped(lambda t: t.detach().clone(memory_format=torch.contiguous_format))
+
+    # -- what acts ---------------------------------------------------------------------------------------------------
+
+    def use(self, *mix: str | tuple[str, float]) -> None:
+        """Select what acts on every row from now on: names, or (name, strength); none for the base.
+
+        One assignment: the cost does not depend on how many adapters or modules there are. With activation
+        checkpointing, do not change it between a forward and its backward: the recomputed part would see the new one.
+        Raises AdapterError for an unknown name, a strength that is not finite, or a mix of full copies."""
+        self.selection = self._selection(mix)
+
+    @contextmanager
+    def using(self, *mix: str | tuple[str, float]) -> Iterator[None]:
+        """`use` for the length of a with-block; what was selected before is selected again after it."""
+        before, self.selection = self.selection, self._selection(mix)
+        try:
+            yield
+        finally:
+            self.selection = before
+
+    def off(self) -> AbstractContextManager[None]:
+        """The base alone for the length of a with-block."""
+        return self.using()
+
+    def merged(self, *mix: str | tuple[str, float]) -> dict[str, Tensor]:
+        """New weights with `mix` folded in, see `merge.merged_state`. The base keeps its own."""
+        return merged_state(self.model, self._selection(mix).mix)
+
+    # -- off again ---------------------------------------------------------------------------------------------------
+
+    def detach(self) -> None:
+        """Put every module back where it was and forget the adapters. Safe to call at any time, any number of times."""
+        self.selection = Selection()
+        self.adapters.clear()
+        self._prune()
+        _ATTACHED.discard(self.model)
+        self._open = False
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.detach()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _known(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            have = ", ".join(sorted(self.adapters)) or "none"
+            raise AdapterError(f"no adapter named {name!r} is attached", fix=f"attached: {have}")
+        return self.adapters[name]
+
+    def _selection(self, mix: tuple[str | tuple[str, float], ...]) -> Selection:
+        named = [(m, 1.0) if isinstance(m, str) else (m[0], float(m[1])) for m in mix]
+        for name, strength in named:
+            if not math.isfinite(strength):
+                raise AdapterError(f"the strength of {name!r} is {strength}", fix="give a finite number")
+        chosen = [(name, self._known(name), s) for name, s in named if s != 0.0]
+        for name, adapter, strength in chosen:
+            if not adapter.modules:
+                continue
+            if strength != 1.0:
+                whole = ", ".join(sorted(adapter.modules)[:3])
+                raise AdapterError(
+                    f"{name!r} replaces whole modules ({whole}): a copy is used or not", fix="use it at strength 1.0"
+                )
+            for other, rival, _ in chosen:
+                if rival is not adapter and (both := sorted(set(adapter.modules) & _touched(rival))):
+                    raise AdapterError(
+                        f"{name!r} replaces {', '.join(both[:3])} whole, which {other!r} changes too",
+                        fix="use one of the two",
+                    )
+        return Selection(tuple((adapter, s) for _, adapter, s in chosen))
+
+    def _wrapped_for(self, adapter: Adapter) -> set[str]:
+        """The modules an adapter acts in: those it names, and whatever shares its token rows' weight (a tied head)."""
+        shared = {id(self._base_modules[n].weight) for n in adapter.token_rows}
+        heads = {n for n, m in self._base_modules.items() if id(m._parameters.get("weight")) in shared}
+        return _touched(adapter) | heads
+
+    def _wrap(self, names: set[str]) -> None:
+        embeddings = {id(m.weight): n for n, m in self._base_modules.items() if isinstance(m, nn.Embedding)}
+        slots = _slots(self.model)
+        for name in sorted(names - set(self._layers)):
+            base = self._base_modules[name]
+            cls = LoraExperts if expert_parameters(base) else _LAYERS.get(kind_of(base), FullModule)
+            rows = name if isinstance(base, nn.Embedding) else embeddings.get(id(base._parameters.get("weight")))
+            self._layers[name] = layer = cls(base, name, self, rows)
+            for parent, key in slots[id(base)]:
+                parent._modules[key] = layer
+
+    def _prune(self) -> None:
+        """Put back every module that no adapter acts in."""
+        needed: set[str] = set().union(*(self._wrapped_for(a) for a in self.adapters.values()))
+        if not (gone := set(self._layers) - needed):
+            return
+        slots = _slots(self.model)
+        for name in gone:
+            layer = self._layers.pop(name)
+            for parent, key in slots.get(id(layer), []):
+                parent._modules[key] = layer.base
+
+
+def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each module hangs: id -> (parent, key) of every place; a layer's hold on its base is no place."""
+    out: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            if child is not None and not isinstance(parent, Layer):
+                out.setdefault(id(child), []).append((parent, key))
+    return out
+
+
+def _owner(name: str, pair: Pair) -> str:
+    """The module a pair hangs on."""
+    return name.rpartition(".")[0] if pair.kind == "experts" else name
+
+
+def _touched(adapter: Adapter) -> set[str]:
+    return {_owner(n, p) for n, p in adapter.pairs.items()} | set(adapter.modules) | set(adapter.token_rows)
+
+
+def _overlaps(adapters: list[Adapter]) -> list[str]:
+    """Names inside a module that some adapter replaces whole: two wrappers inside each other have no clear meaning."""
+    whole = {n for a in adapters for n in a.modules}
+    names = {n for a in adapters for n in _touched(a)}
+    out = [
+        f"{n} lies inside {w}, which is replaced whole" for n in sorted(names) for w in whole if n.startswith(w + ".")
+    ]
+    for a in adapters:
+        twice = set(a.modules) & ({_owner(n, p) for n, p in a.pairs.items()} | set(a.token_rows))
+        twice |= set(a.pairs) & set(a.token_rows)
+        out += [f"{n} is changed in two ways by one adapter" for n in sorted(twice)]
+    return out
+
+
+def _problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
+    """Everything that keeps `adapter` from fitting these modules, one line each."""
+    out: list[str] = []
+    for name, pair in adapter.pairs.items():
+        out += _pair_problems(modules, name, pair)
+    for name, tensors in adapter.modules.items():
+        out += _full_problems(modules, name, tensors)
+    for name, rows in adapter.token_rows.items():
+        out += _rows_problems(modules, name, rows)
+    out += [f"{n}: not finite" for n, t in adapter.tensors() if not t.is_meta and not torch.isfinite(t).all()]
+    return out
+
+
+def _missing(modules: Mapping[str, nn.Module], name: str) -> str:
+    near = nearest(name, modules)
+    return f"{name}: no such module in the base" + (f"; nearest: {near[0]}" if near else "")
+
+
+def _pair_problems(modules: Mapping[str, nn.Module], name: str, pair: Pair) -> list[str]:
+    owner, parameter = _owner(name, pair), name.rpartition(".")[2] if pair.kind == "experts" else None
+    if owner not in modules or not owner:
+        return [_missing(modules, owner or name)]
+    module = modules[owner]
+    if parameter is not None and parameter not in expert_parameters(module):
+        return [f"{name}: {type(module).__name__} has no 3-d expert parameter {parameter!r}"]
+    if parameter is None and kind_of(module) != pair.kind:
+        return [f"{name}: a pair of kind {pair.kind} on a {type(module).__name__}"]
+    if pair.kind == "experts" and pair.magnitude is not None:
+        return [f"{name}: DoRA is not defined for fused experts"]
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return [f"{name}: an embedding with max_norm rewrites its own weight when called"]
+    return _shape_problems(module, name, pair, parameter)
+
+
+def _shape_problems(module: nn.Module, name: str, pair: Pair, parameter: str | None) -> list[str]:
+    weight = weight_of(module, parameter)
+    matrix = to_matrix(module, pair.kind, weight)
+    out_features, rank = matrix.shape[-2], pair.rank
+    A: tuple[int, ...]
+    B: tuple[int, ...]
+    if pair.kind == "experts":
+        A, B = (len(matrix), rank, matrix.shape[-1]), (len(matrix), out_features, rank)
+    elif pair.kind == "conv":
+        ones = (1,) * (weight.ndim - 2)
+        A, B = (rank, *weight.shape[1:]), (out_features, rank, *ones)
+        groups = int(module.groups)  # type: ignore[arg-type]
+        if groups > 1 and pair.A.ndim == weight.ndim and pair.A.shape[1] == module.in_channels:
+            A, B = (rank, pair.A.shape[1], *weight.shape[2:]), (out_features, rank // groups, *ones)
+            if pair.magnitude is not None or rank % groups:
+                return [f"{name}: an A that sees all channels needs a rank in multiples of {groups} and no DoRA"]
+    else:
+        A, B = (rank, matrix.shape[-1]), (out_features, rank)
+    found = [("A", pair.A, A), ("B", pair.B, B)]
+    if pair.magnitude is not None:
+        found.append(("magnitude", pair.magnitude, (out_features,)))
+    if pair.origin is not None:
+        found += [("origin A", pair.origin[0], A), ("origin B", pair.origin[1], B)]
+    return [f"{name}: {w} is {tuple(t.shape)}, the base needs {s}" for w, t, s in found if tuple(t.shape) != s]
+
+
+def _full_problems(modules: Mapping[str, nn.Module], name: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    if name not in modules or not name:
+        return [_missing(modules, name)]
+    own = modules[name].state_dict()
+    out = [f"{name}.{k}: no such tensor in {type(modules[name]).__name__}" for k in tensors if k not in own]
+    out += [f"{name}.{k}: missing from the full copy" for k in own if k not in tensors]
+    shapes = [(k, tuple(tensors[k].shape), tuple(own[k].shape)) for k in tensors if k in own]
+    return out + [f"{name}.{k} is {a}, the base needs {b}" for k, a, b in shapes if a != b]
+
+
+def _rows_problems(modules: Mapping[str, nn.Module], name: str, rows: TokenRows) -> list[str]:
+    module = modules.get(name)
+    if module is None:
+        return [_missing(modules, name)]
+    if not isinstance(module, nn.Embedding):
+        return [f"{name}: token rows on a {type(module).__name__}, which is no embedding"]
+    out = [
+        f"{name}: token id {i} is outside its {module.num_embeddings} rows"
+        for i in rows.indices
+        if not 0 <= i < module.num_embeddings
+    ]
+    if len(set(rows.indices)) != len(rows.indices):
+        out.append(f"{name}: a token id is listed twice")
+    if tuple(rows.rows.shape) != (len(rows.indices), module.embedding_dim):
+        need = (len(rows.indices), module.embedding_dim)
+        out.append(f"{name}: the token rows are {tuple(rows.rows.shape)}, the base needs {need}")
+    return out
+
+
+def _placed(adapter: Adapter, modules: Mapping[str, nn.Module], trainable: bool) -> Adapter:
+    """The attachment's own copy of an adapter: on the base's device, as parameters if trainable."""
+
+    def device(name: str) -> torch.device | None:
+        module = modules[name]
+        return next((t.device for t in [*module.parameters(), *module.buffers()]), None)
+
+    def place(t: Tensor, name: str) -> Tensor:
+        t = t.detach().to(device(name))
+        return nn.Parameter(t.clone()) if trainable and t.is_floating_point() else t
+
+    out = Adapter(card=adapter.card, rslora=adapter.rslora, dropout=adapter.dropout)
+    for name, pair in adapter.pairs.items():
+        at = _owner(name, pair)
+        origin = None
+        if pair.origin is not None:
+            origin = (pair.origin[0].detach().to(device(at)), pair.origin[1].detach().to(device(at)))
+        magnitude = None if pair.magnitude is None else place(pair.magnitude, at)
+        out.pairs[name] = Pair(place(pair.A, at), place(pair.B, at), pair.scale, pair.kind, magnitude, origin)
+    for name, tensors in adapter.modules.items():
+        out.modules[name] = {k: place(t, name) for k, t in tensors.items()}
+    for name, rows in adapter.token_rows.items():
+        out.token_rows[name] = TokenRows(rows.indices, place(rows.rows, name))
+    return out

@@ -1,0 +1,137 @@
+"""How an adapter starts: delta zero, on every kind of module, without touching the base.
+
+    zero-b      A ~ U(−1/√in, 1/√in), B = 0           (embedding: A = 0, B ~ N(0, 1), as the first LoRA code has it)
+    gaussian    A ~ N(0, 1/rank²), B = 0              (embedding: as above)
+    pissa       W = U·S·Vᵀ: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s), origin = (A, B)         arXiv 2404.02948
+    olora       W = Q·R: A = R_r, B = Q_r, origin = (A, B)                               arXiv 2406.01775
+    DoRA        magnitude = ‖W + s·B·A‖, that is ‖W‖ at delta zero                       arXiv 2402.09353
+
+PiSSA and OLoRA as published subtract s·B·A from the base; here `origin` does it, so that the base stays what it is.
+Knows models by their modules; does not know how the adapter is attached, trained or written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter, Card, LoraSpec, Pair, TokenRows, scale_of
+from veneer.core.merge import adapted_norm, to_matrix, weight_of
+from veneer.core.targets import Target, base_modules, full_modules, matches, resolve, token_embeddings
+from veneer.errors import ConfigError, TargetError
+
+__all__ = ["create", "rank_and_alpha"]
+
+T = TypeVar("T", int, float)
+
+
+def create(model: nn.Module, spec: LoraSpec, *, seed: int, dtype: torch.dtype = torch.float32) -> Adapter:
+    """The untrained adapter that `spec` describes: delta zero, deterministic in `seed`, on the modules' devices.
+
+    Full copies and token rows start as the base's own values in `dtype`. Raises ConfigError for impossible numbers
+    and TargetError for patterns without a match or modules that the chosen initialisation cannot do."""
+    _check(spec)
+    targets = resolve(model, spec) if spec.targets else []
+    modules = dict(base_modules(model))
+    generator = torch.Generator().manual_seed(seed)
+    card = Card(rank=spec.rank, alpha=spec.alpha)
+    card.targets = [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
+    out = Adapter(card=card, rslora=spec.rslora, dropout=spec.dropout)
+    for target in targets:
+        out.pairs[target.name] = _pair(modules[target.module_name], target, spec, generator, dtype)
+    for name in full_modules(model, spec):
+        state = modules[name].state_dict()
+        out.modules[name] = {
+            k: t.detach().to(dtype if t.is_floating_point() else t.dtype, copy=True) for k, t in state.items()
+        }
+    for name, ids in token_embeddings(model, spec).items():
+        rows = weight_of(modules[name])[list(ids)].to(dtype, copy=True)
+        out.token_rows[name] = TokenRows(ids, rows)
+    return out
+
+
+def _check(spec: LoraSpec) -> None:
+    for rank in (spec.rank, *spec.rank_pattern.values()):
+        if rank < 1:
+            raise ConfigError(f"rank {rank} is not possible", fix="give a rank of 1 or more")
+    for alpha in (spec.alpha, *spec.alpha_pattern.values()):
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ConfigError(f"alpha {alpha} is not possible", fix="give a positive alpha")
+    if not 0.0 <= spec.dropout < 1.0:
+        raise ConfigError(f"dropout {spec.dropout} is not possible", fix="give a share from 0 up to, not including, 1")
+    if spec.init not in ("zero-b", "gaussian", "pissa", "olora"):
+        raise ConfigError(f"no initialisation named {spec.init!r}", fix="choose zero-b, gaussian, pissa or olora")
+    if not (spec.targets or spec.modules_to_save or spec.token_rows):
+        raise TargetError("nothing to train: no targets, no modules_to_save, no token_rows", fix="try all-linear")
+
+
+def _first(patterns: Mapping[str, T], name: str, default: T) -> T:
+    return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
+
+
+def rank_and_alpha(spec: LoraSpec, name: str) -> tuple[int, float]:
+    """The rank and alpha of one target: of the first pattern that matches its name, else the spec's own."""
+    return _first(spec.rank_pattern, name, spec.rank), float(_first(spec.alpha_pattern, name, spec.alpha))
+
+
+def _pair(module: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator, dtype: torch.dtype) -> Pair:
+    rank, alpha = rank_and_alpha(spec, target.name)
+    scale = scale_of(alpha, rank, spec.rslora)
+    weight = weight_of(module, target.parameter)
+    matrix = to_matrix(module, target.kind, weight).float()
+    if spec.dora and target.kind == "experts":
+        raise TargetError(
+            f"DoRA is not defined for the fused experts {target.name}",
+            fix="exclude them (`exclude: ['*.experts']`) or train without DoRA",
+        )
+    if spec.init in ("pissa", "olora"):
+        if rank > min(matrix.shape[-2:]):
+            raise TargetError(
+                f"{spec.init} of rank {rank} on {target.name}, whose weight has rank {min(matrix.shape[-2:])} at most",
+                fix="lower the rank there with rank_pattern, or exclude it",
+            )
+        A, B = (_pissa if spec.init == "pissa" else _olora)(matrix, rank, scale)
+        if target.kind == "conv":
+            A, B = A.reshape(rank, *weight.shape[1:]), B.reshape(*B.shape, *[1] * (weight.ndim - 2))
+        A, B = A.to(dtype), B.to(dtype)
+        pair = Pair(A, B, scale, target.kind, origin=(A.clone(), B.clone()))
+    else:
+        A, B = _random(matrix, weight, target, rank, spec.init, generator)
+        pair = Pair(A.to(weight.device, dtype), B.to(weight.device, dtype), scale, target.kind)
+    if spec.dora:
+        pair.magnitude = adapted_norm(matrix, pair).to(dtype)
+    return pair
+
+
+def _random(
+    matrix: Tensor, weight: Tensor, target: Target, rank: int, init: str, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    out_features, in_features = matrix.shape[-2:]
+    lead = matrix.shape[:-2]
+    A = torch.empty(*lead, rank, in_features)
+    B = torch.zeros(*lead, out_features, rank)
+    if target.kind == "embedding":
+        return A.zero_(), B.normal_(generator=generator)
+    if init == "gaussian":
+        A.normal_(std=1 / rank, generator=generator)
+    else:
+        bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = √5, what nn.Linear starts with
+        A.uniform_(-bound, bound, generator=generator)
+    if target.kind == "conv":
+        return A.reshape(rank, *weight.shape[1:]), B.reshape(*B.shape, *[1] * (weight.ndim - 2))
+    return A, B
+
+
+def _pissa(matrix: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    root = (S[..., :rank] / scale).sqrt()
+    return (root[..., :, None] * Vh[..., :rank, :]).contiguous(), (U[..., :rank] * root[..., None, :]).contiguous()
+
+
+def _olora(matrix: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    Q, R = torch.linalg.qr(matrix)
+    return R[..., :rank, :].contiguous(), Q[..., :rank].contiguous()

@@ -1,0 +1,402 @@
+"""Layers: a module of the base, called and not copied, plus what the current selection adds to it.
+
+    y = base(x) + Σ strengthᵢ·ΔWᵢ·x                       ΔW: core.merge
+
+| layer         | thin products                                                                        |
+| LoraLinear    | s·(x·Aᵀ)·Bᵀ; and the logits of replaced token rows in a head tied to an embedding    |
+| LoraEmbedding | s·Aᵀ[ids]·Bᵀ, times the base's `embed_scale`; and replaced token rows                |
+| LoraConv      | s·conv₁(conv(x, A), B), 1-d and 2-d, with groups                                     |
+| LoraExperts   | the base's own forward over weights that multiply as W + s·B·A without being made    |
+| FullModule    | none: full copies only, which every layer can carry                                  |
+
+A layer holds its base, its name and the attachment; with nothing selected its forward is the base's. Products with A
+and B run in A's dtype and the sum is cast back once, as PEFT does; one plain pair on a plain nn.Linear takes the fast
+path. Does not know which adapters exist.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.merge import adapted_norm, to_matrix, weight_of
+
+try:
+    from veneer.core.fused import Projection, lora_linear
+except ModuleNotFoundError:  # until the fast path is there, everything runs the reference
+
+    class Projection(NamedTuple):  # type: ignore[no-redef]
+        weight: Tensor
+        bias: Tensor | None = None
+        A: Tensor | None = None
+        B: Tensor | None = None
+        scale: float = 1.0
+
+    lora_linear = None  # type: ignore[assignment]
+
+__all__ = ["FullModule", "Layer", "LoraConv", "LoraEmbedding", "LoraExperts", "LoraLinear", "Selection"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What acts on every row now: (adapter, strength) in order. Empty: the base, at the base's cost."""
+
+    mix: tuple[tuple[Adapter, float], ...] = ()
+
+
+class Owner(Protocol):
+    """What a layer asks of the attachment."""
+
+    selection: Selection
+
+
+class Term(NamedTuple):
+    """One pair acting now. `dropout` is 0 outside of training."""
+
+    pair: Pair
+    strength: float
+    dropout: float
+
+
+class Layer(nn.Module):
+    """Stands where `base` stood. `rows_name`: the embedding whose replaced token rows act here too, if any."""
+
+    is_veneer_layer = True
+    base: Any  # an nn.Module, read by attributes that its class alone knows
+
+    def __init__(self, base: nn.Module, name: str, owner: Owner, rows_name: str | None = None) -> None:
+        super().__init__()
+        self.base, self.name, self.owner, self.rows_name = base, name, owner, rows_name
+        self.training = base.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mix = self.owner.selection.mix
+        if not mix:
+            return self.base(*args, **kwargs)
+        for adapter, _ in mix:
+            if (full := adapter.modules.get(self.name)) is not None:
+                own = {k: t.dtype for k, t in self.base.state_dict(keep_vars=True).items()}
+                cast = {k: t.to(own[k]) for k, t in full.items()}
+                return torch.func.functional_call(self.base, cast, args, kwargs, tie_weights=False)
+        return self.adapted(mix, *args, **kwargs)
+
+    def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
+        """The output under a mix without a full copy of this module."""
+        return self.base(*args, **kwargs)
+
+    def terms(self, mix: Sequence[tuple[Adapter, float]], name: str | None = None) -> list[Term]:
+        key = name or self.name
+        drop = self.training
+        return [Term(a.pairs[key], s, a.dropout if drop else 0.0) for a, s in mix if key in a.pairs]
+
+    def rows(self, mix: Sequence[tuple[Adapter, float]]) -> list[tuple[TokenRows, float]]:
+        key = self.rows_name
+        return [(a.token_rows[key], s) for a, s in mix if key in a.token_rows] if key is not None else []
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The base's, under the base's own names: an attached model saves as the base."""
+        return self.base.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def __getattr__(self, name: str) -> Any:
+        """What models read off a module (weight, padding_idx, in_features, …) is read off the base."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+
+class FullModule(Layer):
+    """A module that only ever has full copies."""
+
+
+class _Lora(Layer):
+    """The reference: y = base(x) + Σ strength·ΔW·x, for layers whose ΔW acts on one input tensor."""
+
+    def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """B·(A·x) in A's dtype."""
+        raise NotImplementedError
+
+    def channels(self, v: Tensor) -> Tensor:
+        """A vector (out,) so shaped that it multiplies the output."""
+        return v
+
+    def product(self, x: Tensor) -> Tensor:
+        """W·x without the bias, in x's dtype."""
+        raise NotImplementedError
+
+    def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
+        """ΔW·x of one pair, given y = base(x). Dropout acts on what the pair multiplies, as in PEFT."""
+        pair, p = term.pair, term.dropout
+        dropped = F.dropout(x, p) if p else x
+        own = self.thin(dropped, pair.A, pair.B) * pair.scale
+        back = None if pair.origin is None else self.thin(x, *pair.origin) * -pair.scale
+        if pair.magnitude is None:
+            return own if back is None else own + back
+        W = to_matrix(self.base, pair.kind, weight_of(self.base))
+        gain = self.channels(pair.magnitude / adapted_norm(W, pair).to(pair.magnitude.dtype))
+        if p:
+            core = self.product(dropped)
+            if pair.origin is not None:
+                core = core - self.thin(dropped, *pair.origin) * pair.scale
+        else:
+            bias = getattr(self.base, "bias", None)
+            core = y.to(own.dtype) if bias is None else y.to(own.dtype) - self.channels(bias)
+            core = core if back is None else core + back
+        out = (gain - 1) * core + gain * own
+        return out if back is None else out + back
+
+    def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base(x, *args, **kwargs)
+        out = y
+        for term in self.terms(mix):
+            change = self.change(x, y, term)
+            out = out + (change if term.strength == 1.0 else change * term.strength)
+        return self.replaced(x, out.to(y.dtype), self.rows(mix))
+
+    def replaced(self, x: Tensor, y: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
+        return y
+
+
+class LoraLinear(_Lora):
+    def projection(self) -> Projection | None:
+        """What this layer is now as one product with a frozen weight and at most one pair, or None if it is more:
+        several pairs, DoRA, dropout, an origin, a full copy, replaced rows, a quantised or hooked or trained base."""
+        base, mix = self.base, self.owner.selection.mix
+        if type(base).forward is not nn.Linear.forward or "forward" in base.__dict__ or base.weight.requires_grad:
+            return None
+        if base._forward_hooks or base._forward_pre_hooks or (base.bias is not None and base.bias.requires_grad):
+            return None
+        if not mix:
+            return Projection(base.weight, base.bias)
+        terms = self.terms(mix)
+        if len(terms) > 1 or self.rows(mix) or any(self.name in a.modules for a, _ in mix):
+            return None
+        if not terms:
+            return Projection(base.weight, base.bias)
+        pair, strength, dropout = terms[0]
+        if dropout or pair.origin is not None or pair.magnitude is not None:
+            return None
+        return Projection(base.weight, base.bias, pair.A, pair.B, pair.scale * strength)
+
+    def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if (
+            lora_linear is not None
+            and x.dtype == self.base.weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            plain = self.projection()
+            if plain is not None and plain.A is not None:
+                return lora_linear(x, plain.weight, plain.bias, plain.A, plain.B, plain.scale)  # type: ignore[arg-type]
+        return super().adapted(mix, x, *args, **kwargs)
+
+    def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.linear(x.to(A.dtype), A), B)
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, to_matrix(self.base, "linear", weight_of(self.base)).to(x.dtype))
+
+    def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
+        return super().change(x.to(term.pair.A.dtype), y, term)
+
+    def replaced(self, x: Tensor, y: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
+        """The logits of replaced rows: y[…, i] moves from x·W_i to x·row_i by the strength."""
+        out = y
+        for token_rows, strength in rows:
+            index = torch.tensor(token_rows.indices, device=y.device)
+            bias = getattr(self.base, "bias", None)
+            new = F.linear(x, token_rows.rows.to(x.dtype), None if bias is None else bias[index]).to(y.dtype)
+            if strength == 1.0 and len(rows) == 1:
+                return y.index_copy(-1, index, new)
+            out = out.index_add(-1, index, (new - y.index_select(-1, index)) * strength)
+        return out
+
+
+class LoraEmbedding(_Lora):
+    def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        base = self.base
+        out = F.embedding(x, A.t(), base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq) @ B.t()
+        return out if self._scale is None else out * self._scale.to(out.dtype)
+
+    @property
+    def _scale(self) -> Tensor | None:
+        """Gemma multiplies the rows it looks up by this, after W."""
+        scale = getattr(self.base, "embed_scale", None)
+        return torch.as_tensor(scale) if scale is not None else None
+
+    def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
+        return super().change(x, y, term._replace(dropout=0.0))  # there is no input to drop from
+
+    def replaced(self, x: Tensor, y: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
+        out = y
+        for token_rows, strength in rows:
+            index, order = torch.tensor(token_rows.indices, device=x.device).sort()
+            at = torch.searchsorted(index, x).clamp_max_(len(index) - 1)
+            hit = (index[at] == x).unsqueeze(-1)
+            new = F.embedding(order[at], token_rows.rows.to(y.dtype))
+            new = new if self._scale is None else new * self._scale.to(y.dtype)
+            if strength == 1.0 and len(rows) == 1:
+                return torch.where(hit, new, y)
+            out = out + torch.where(hit, new - y, torch.zeros_like(y)) * strength
+        return out
+
+
+class LoraConv(_Lora):
+    """A: (rank, in/groups, k…): each group runs the same A on its own channels, so that ΔW has W's shape.
+    A: (rank, in, k…) with B: (out, rank/groups, 1…), as PEFT has grouped ones, sees all channels instead."""
+
+    def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        x, conv, groups = x.to(A.dtype), self.base, self.base.groups
+        up = F.conv1d if A.ndim == 3 else F.conv2d
+        if groups > 1 and A.shape[1] == conv.in_channels:
+            conv = copy.copy(conv)  # shares everything but the one number
+            conv.groups = 1
+        elif groups > 1:
+            A = A.repeat(groups, *[1] * (A.ndim - 1))
+        return up(conv._conv_forward(x, A, None), B, groups=groups)
+
+    def channels(self, v: Tensor) -> Tensor:
+        return v.view(-1, *[1] * (weight_of(self.base).ndim - 2))
+
+    def product(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base._conv_forward(x, weight_of(self.base).to(x.dtype), None)
+        return out
+
+    def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
+        return super().change(x.to(term.pair.A.dtype), y, term)
+
+
+class LoraExperts(Layer):
+    """Runs the base's own forward with each adapted weight replaced by a `LowRank`, on a shallow copy of the module
+    that shares everything with it: the base itself is not written to."""
+
+    def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
+        stand_in = copy.copy(self.base)
+        flipped = bool(getattr(self.base, "is_transposed", False))
+        for parameter, weight in self.base.named_parameters(recurse=False):
+            if terms := self.terms(mix, f"{self.name}.{parameter}"):
+                parts = [part for term in terms for part in _factors(term, flipped)]
+                stand_in.__dict__[parameter] = LowRank(weight, parts)
+        return stand_in(*args, **kwargs)
+
+
+class Factor(NamedTuple):
+    """One summand s·L·R of a stored weight (…, m, n); L: (…, m, r), R: (…, r, n)."""
+
+    L: Tensor
+    R: Tensor
+    scale: float
+    dropout: float
+
+    def t(self) -> Factor:
+        return self._replace(L=self.R.transpose(-1, -2), R=self.L.transpose(-1, -2))
+
+
+def _factors(term: Term, flipped: bool) -> list[Factor]:
+    pair, s = term.pair, term.pair.scale * term.strength
+    out = [Factor(pair.B, pair.A, s, term.dropout)]
+    if pair.origin is not None:
+        out.append(Factor(pair.origin[1], pair.origin[0], -s, 0.0))
+    return [f.t() for f in out] if flipped else out
+
+
+class LowRank:
+    """The weight W + Σ s·L·R, multiplied as x·W + Σ s·(x·L)·R and never made.
+
+    Answers torch's products as a tensor would: linear, matmul, bmm, and the grouped products that transformers sorts
+    tokens by expert for. An operation it does not know gets the sum as a dense tensor, which is right but large."""
+
+    def __init__(self, weight: Tensor, parts: Sequence[Factor]) -> None:
+        self.weight, self.parts = weight, parts
+        self.shape, self.dtype, self.device, self.ndim = weight.shape, weight.dtype, weight.device, weight.ndim
+        self.is_cuda, self.requires_grad = weight.is_cuda, weight.requires_grad
+
+    def __getitem__(self, index: Any) -> LowRank:
+        """Experts by number, mask or list: the first dimension only."""
+        return LowRank(self.weight[index], [f._replace(L=f.L[index], R=f.R[index]) for f in self.parts])
+
+    def transpose(self, first: int, second: int) -> LowRank:
+        if {first % self.ndim, second % self.ndim} != {self.ndim - 1, self.ndim - 2}:
+            raise NotImplementedError("expert weights are transposed in their last two dimensions only")
+        return LowRank(self.weight.transpose(-1, -2), [f.t() for f in self.parts])
+
+    @property
+    def mT(self) -> LowRank:
+        return self.transpose(-1, -2)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.weight.size() if dim is None else self.weight.size(dim)
+
+    def data_ptr(self) -> int:
+        return self.weight.data_ptr()
+
+    def dense(self) -> Tensor:
+        out = self.weight
+        for f in self.parts:
+            out = out + ((f.L @ f.R) * f.scale).to(out.dtype)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dense(), name)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return _thin_left(torch.matmul, self, v)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if len(args) > 1 and isinstance(args[1], LowRank) and isinstance(args[0], Tensor):
+            x, weight, rest = args[0], args[1], args[2:]
+            if name == "linear":
+                parts = [f.t() for f in weight.parts]
+                return _add(func(x, weight.weight, *rest, **kwargs), x, parts, torch.matmul)
+            if name in ("matmul", "bmm", "mm", "__matmul__"):
+                return _add(func(x, weight.weight, *rest, **kwargs), x, weight.parts, torch.matmul)
+            if name in ("_grouped_mm", "grouped_mm", "grouped_mm_fallback"):
+                offsets = kwargs["offs"] if "offs" in kwargs else rest[0]
+                y = func(x, weight.weight, *rest, **kwargs)
+                return _add(y, x, weight.parts, lambda u, v: _by_expert(u, v, offsets))
+        if name in ("matmul", "bmm", "mm") and isinstance(args[0], LowRank) and isinstance(args[1], Tensor):
+            return _thin_left(func, args[0], args[1])
+        dense = [a.dense() if isinstance(a, LowRank) else a for a in args]
+        return func(*dense, **{k: v.dense() if isinstance(v, LowRank) else v for k, v in kwargs.items()})
+
+
+def _add(y: Tensor, x: Tensor, parts: Sequence[Factor], mul: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """y + Σ s·(x·L)·R"""
+    out = y
+    for f in parts:
+        u = x.to(f.L.dtype)
+        u = F.dropout(u, f.dropout) if f.dropout else u
+        out = out + mul(mul(u, f.L), f.R) * f.scale
+    return out.to(y.dtype)
+
+
+def _thin_left(func: Callable, weight: LowRank, v: Tensor) -> Tensor:
+    """W·v + Σ s·L·(R·v)"""
+    y = func(weight.weight, v)
+    out = y
+    for f in weight.parts:
+        u = v.to(f.L.dtype)
+        u = F.dropout(u, f.dropout) if f.dropout else u
+        out = out + (f.L @ (f.R @ u)) * f.scale
+    return out.to(y.dtype)
+
+
+def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of x up to offsets[e] times weight[e]: the grouped product, for any rank and dtype. Rows after the last
+    offset belong to no expert and give zero."""
+    out, start = [], 0
+    for end, w in zip(offsets.tolist(), weight.unbind(0), strict=True):
+        out.append(x[start:end] @ w)
+        start = end
+    return torch.cat([*out, x.new_zeros(len(x) - start, weight.shape[-1])])

@@ -1,0 +1,220 @@
+"""Targets: which modules of a model can carry a pair, and which of them a spec names.
+
+| pattern      | selects                                                                                              |
+| name         | the module of exactly that name, or every module whose name ends in `.name` (as PEFT's lists do)     |
+| glob `*?[`   | every name that matches it, whole or after a dot; `*` crosses dots                                   |
+| `re:REGEX`   | every name that the expression matches in full                                                       |
+| `all-linear` | every linear module, quantised ones too, and every fused expert parameter, but not the output head   |
+
+A fused expert parameter is named `module.parameter`. Routers are not linear modules here: those of transformers are
+bare parameters or return two tensors, and a pair on them would change which expert is asked. Knows modules by their
+class and attributes; does not know about pairs' tensors, adapters or transformers.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from veneer.core.adapter import Kind, LoraSpec
+from veneer.errors import TargetError, nearest
+
+__all__ = ["Target", "base_modules", "expert_parameters", "full_modules", "kind_of", "matches", "matches_per_pattern"]
+__all__ += ["resolve", "token_embeddings"]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One place for a pair: `name` is its key in `Adapter.pairs`, `parameter` is set for fused experts only."""
+
+    name: str
+    kind: Kind
+    module_name: str
+    parameter: str | None = None
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` as it is without veneer: an attached layer counts as the module it holds."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = module.base if getattr(type(module), "is_veneer_layer", False) else module  # type: ignore[assignment]
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        for key, child in module.named_children():
+            yield from walk(child, f"{name}.{key}" if name else key)
+
+    return walk(model, "")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear, transformers' Conv1D and quantised linears. A subclass with a forward of its own (a router that
+    returns scores) is none, unless its class is named Linear…, as the quantised ones are."""
+    cls = type(module)
+    if cls.__name__ == "NonDynamicallyQuantizableLinear":  # torch's attention reads its weight and never calls it
+        return False
+    if isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
+        return True
+    if cls.__name__ == "Conv1D":
+        return hasattr(module, "nf") and hasattr(module, "weight")
+    return "Linear" in cls.__name__ and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of pair that `module` itself can carry, or None. Fused experts are seen by `expert_parameters`."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "conv"
+    return "linear" if _is_linear(module) else None
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Names of the 3-d parameters of a module that is no linear, convolution or embedding."""
+    if kind_of(module) is not None or isinstance(module, nn.modules.conv._ConvNd):
+        return []
+    return [n for n, p in module.named_parameters(recurse=False) if p.ndim == 3 and p.is_floating_point()]
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[Target, bool]]:
+    """Everything that can carry a pair, in the model's order, and whether `all-linear` means it."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    head = getattr(head, "base", head)
+    for name, module in base_modules(model):
+        kind = kind_of(module)
+        if kind is not None and name:
+            yield Target(name, kind, name), kind == "linear" and module is not head
+        for parameter in expert_parameters(module) if name else ():
+            fused = parameter.endswith("proj") or "Experts" in type(module).__name__
+            yield Target(f"{name}.{parameter}", "experts", name, parameter), fused
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of the table above (`all-linear` apart) selects `name`."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
+    return name == pattern or name.endswith("." + pattern)
+
+
+def _block(name: str) -> int | None:
+    """The index of the repeated block a name lies in: its first numeric part."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _unmatched(what: str, pattern: str, names: Sequence[str], model: nn.Module) -> TargetError:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            return TargetError(f"{what} {pattern!r} is not a regular expression: {error}")
+    other = [(n, type(m).__name__) for n, m in base_modules(model) if n and matches(pattern, n)]
+    if other and what == "target":
+        shown = ", ".join(f"{n} ({cls})" for n, cls in other[:3])
+        return TargetError(
+            f"target {pattern!r} selects only modules that cannot carry a pair: {shown}",
+            fix="name linear, embedding or convolution modules or 3-d expert parameters, "
+            "or list these under modules_to_save",
+        )
+    leaves = sorted({n.rsplit(".", 1)[-1] for n in names} - {""})
+    near = nearest(pattern, [*leaves, *names]) or leaves[:8]
+    return TargetError(f"{what} {pattern!r} matches nothing in this model", fix=f"nearest: {', '.join(near)}")
+
+
+def _inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name == m or name.startswith(m + ".") for m in modules)
+
+
+def _patterns(spec: LoraSpec) -> tuple[str, ...]:
+    return (spec.targets,) if isinstance(spec.targets, str) else tuple(spec.targets)
+
+
+def matches_per_pattern(model: nn.Module, spec: LoraSpec) -> dict[str, list[str]]:
+    """For each target pattern the names it selects, after `exclude`, `layers` and `modules_to_save`.
+
+    Raises TargetError for any pattern, exclude, layer index or rank or alpha pattern that selects nothing."""
+    found = list(_candidates(model))
+    names = [t.name for t, _ in found]
+    for pattern in spec.exclude:
+        if not any(matches(pattern, n) for n in [*names, *(n for n, _ in base_modules(model))]):
+            raise _unmatched("exclude", pattern, names, model)
+    blocks = {_block(n) for n in names}
+    if missing := sorted(set(spec.layers or ()) - blocks):
+        raise TargetError(
+            f"layers {missing} do not exist in this model",
+            fix=f"its blocks are numbered {min((b for b in blocks if b is not None), default=0)} to "
+            f"{max((b for b in blocks if b is not None), default=0)}",
+        )
+    whole = full_modules(model, spec)
+    kept = {
+        n
+        for n in names
+        if not _inside(n, whole)
+        and not any(matches(p, n) or matches(p, n.rsplit(".", 1)[0]) for p in spec.exclude)
+        and (spec.layers is None or _block(n) in spec.layers)
+    }
+    out: dict[str, list[str]] = {}
+    for pattern in _patterns(spec):
+        hits = [t.name for t, linear in found if (linear if pattern == ALL_LINEAR else matches(pattern, t.name))]
+        if not hits:
+            raise _unmatched("target", pattern, names, model)
+        out[pattern] = [n for n in hits if n in kept]
+        if not out[pattern]:
+            raise TargetError(
+                f"target {pattern!r} selects {len(hits)} modules, and exclude, layers or modules_to_save drop them all",
+                where=", ".join(hits[:3]),
+                fix="drop the target, or widen `layers` or narrow `exclude`",
+            )
+    chosen = {n for hits in out.values() for n in hits}
+    for what, keys in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        for pattern in keys:
+            if not any(matches(pattern, n) for n in chosen):
+                raise _unmatched(what, pattern, sorted(chosen), model)
+    return out
+
+
+def resolve(model: nn.Module, spec: LoraSpec) -> list[Target]:
+    """The targets of a spec in the model's order. Raises TargetError as `matches_per_pattern` does."""
+    chosen = {n for hits in matches_per_pattern(model, spec).values() for n in hits}
+    return [t for t, _ in _candidates(model) if t.name in chosen]
+
+
+def full_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
+    """The modules that `modules_to_save` names, outermost only. Raises TargetError for a pattern without a match."""
+    names = [n for n, m in base_modules(model) if n and any(True for _ in m.parameters())]
+    hits: list[str] = []
+    for pattern in spec.modules_to_save:
+        chosen = [n for n in names if matches(pattern, n)]
+        if not chosen:
+            raise _unmatched("modules_to_save", pattern, names, model)
+        hits += [n for n in chosen if not _inside(n, hits)]
+    return hits
+
+
+def token_embeddings(model: nn.Module, spec: LoraSpec) -> dict[str, tuple[int, ...]]:
+    """Embedding name -> sorted token ids of `token_rows`. Raises TargetError for no match or an id out of range."""
+    found = {n: m for n, m in base_modules(model) if isinstance(m, nn.Embedding)}
+    out: dict[str, tuple[int, ...]] = {}
+    for pattern, ids in spec.token_rows.items():
+        hits = [n for n in found if matches(pattern, n)]
+        if not hits:
+            raise _unmatched("token_rows", pattern, list(found), model)
+        for name in hits:
+            if bad := [i for i in ids if not 0 <= i < found[name].num_embeddings]:
+                raise TargetError(
+                    f"token ids {bad[:5]} are outside {name}'s {found[name].num_embeddings} rows",
+                    fix="resize the base's embedding first, or correct the ids",
+                )
+            out[name] = tuple(sorted(set(ids) | set(out.get(name, ()))))
+    return out
