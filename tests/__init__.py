@@ -1,0 +1,1 @@
+"""Tests mirror the package. Helpers are imported as `tests.families`, `tests.tiny_base`."""

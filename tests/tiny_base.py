@@ -1,0 +1,74 @@
+"""A tiny base on disk: a random llama with a real byte-level BPE tokenizer and SmolLM2's ChatML template.
+
+`tiny_base_dir(folder)` is what tests pass wherever a user would pass a base.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.families import llama3
+
+VOCAB_SIZE = 384
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_LINES = [
+    "The printer on the third floor does not answer since this morning.",
+    "I was charged twice for the same invoice; please refund one of the payments.",
+    "system user assistant You are a helpful AI assistant",
+    "How do I reset my password? The link in the mail has expired.",
+    '{"team": "billing", "priority": "high", "product_area": "invoices"}',
+    '{"team": "support", "priority": "low", "product_area": "login"}',
+    "The quick brown fox jumps over the lazy dog; 0123456789 times.",
+]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE, so every string has an encoding and decodes to itself; eos is <|im_end|>, which also pads."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(_LINES, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_model() -> PreTrainedModel:
+    """A two-layer llama whose vocabulary is the tiny tokenizer's."""
+    model = llama3(
+        vocab_size=VOCAB_SIZE, bos_token_id=1, eos_token_id=2, pad_token_id=2, architectures=["LlamaForCausalLM"]
+    )
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    return model
+
+
+def tiny_base_dir(tmp_path: Path) -> Path:
+    """Writes the tiny base into `tmp_path / "tiny-base"` (once) and returns that directory."""
+    folder = tmp_path / "tiny-base"
+    if not (folder / "model.safetensors").exists():
+        tiny_model().save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+    return folder
