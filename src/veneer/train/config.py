@@ -1,0 +1,330 @@
+"""The training configuration: a YAML file plus `section.key=value` overrides, read strictly.
+
+    config, sources = load_config("support.yaml", ["optimizer.learning_rate=5e-4"])
+    config.optimizer.learning_rate          0.0005
+    sources["optimizer.learning_rate"]      override `optimizer.learning_rate=5e-4`
+    sources["adapter.rank"]                 default (enough for thousands of rows; 2 x alpha keeps the scale at 2)
+
+A misspelt key, a value of the wrong kind and an impossible combination are one ConfigError that lists
+them all. Paths in the file are relative to the file's folder, paths in overrides to the current folder.
+Does not know models, data or torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from veneer.errors import ConfigError, nearest
+from veneer.train.schema import SECTIONS, TrainConfig, keys, layer_indices, why
+from veneer.train.yaml_lines import parse, parse_value
+
+__all__ = ["Source", "TrainConfig", "config_from", "load_config"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value came from. `where`: file:line or the override's text. `why`: the reason for a default."""
+
+    kind: Literal["file", "override", "default"]
+    where: str = ""
+    why: str = ""
+
+    def __str__(self) -> str:
+        return {"file": self.where, "override": f"override `{self.where}`", "default": "default"}[self.kind] + (
+            f" ({self.why})" if self.why else ""
+        )
+
+
+_SHORT = {"base": "name", "output": "directory"}
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> tuple[TrainConfig, dict[str, Source]]:
+    """Read a YAML file and apply `section.key=value` overrides (values read as YAML).
+
+    Returns the configuration and the source of each value under its `section.key`.
+    Raises ConfigError naming the file and line, the override, and what to write instead."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = nearest(file.name, [p.name for p in file.parent.glob("*.y*ml")]) if file.parent.is_dir() else []
+        hint = f"did you mean {file.parent / near[0]}?" if near else "give the path of a YAML file"
+        raise ConfigError("the configuration file does not exist", where=str(file), fix=hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration file cannot be read: {error}", where=str(file)) from None
+    data, lines = parse(text, str(file))
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(
+            f"expected sections such as `base:` and `data:`, found {_found(data)}", where=str(file), fix="see examples/"
+        )
+    return config_from(data or {}, overrides, file=file, lines=lines)
+
+
+def config_from(
+    values: Mapping[str, Any],
+    overrides: Iterable[str] = (),
+    *,
+    file: Path | None = None,
+    lines: Mapping[tuple[str, ...], int] | None = None,
+) -> tuple[TrainConfig, dict[str, Source]]:
+    """`load_config` for values already in hand: {"base": "smollm2-135m", "data": {"train": …}, "output": …}."""
+    raw: dict[str, Any] = {}
+    given: dict[str, Source] = {}
+    problems: list[str] = []
+    here = Path.cwd()
+    for section, value in values.items():
+        section = str(section)
+        line = (lines or {}).get((section,))
+        if section in _SHORT and not isinstance(value, Mapping):
+            value = {_SHORT[section]: value}
+        raw[section] = {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+        for key in raw[section] if isinstance(raw[section], dict) else [""]:
+            at = (lines or {}).get((section, key), line)
+            name = f"{section}.{key}" if key else section
+            given[name] = Source("file", f"{file or 'given values'}" + (f":{at}" if at else ""))
+            if section in SECTIONS and isinstance(raw[section], dict):
+                raw[section][key] = _absolute(name, raw[section][key], file.parent if file else here)
+    for override in overrides:
+        _override(raw, given, override, problems, here)
+    config = _validate(raw, given, problems)
+    sources = {name: given.get(name) or Source("default", why=why(f)) for name, f in keys()}
+    problems = _cross_checks(config, given)
+    if problems:
+        _raise(problems)
+    return config, sources
+
+
+def _override(raw: dict[str, Any], given: dict[str, Source], override: str, problems: list[str], folder: Path) -> None:
+    name, equals, text = override.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        problems.append(f"`{override}` is not an override: write section.key=value, as optimizer.learning_rate=5e-4")
+        return
+    value = parse_value(text, f"override `{override}`")
+    if name in _SHORT:
+        name = f"{name}.{_SHORT[name]}"
+    section, _, rest = name.partition(".")
+    key, _, inner = rest.partition(".")
+    if section not in SECTIONS:
+        raw[section] = {rest: value} if rest else value
+        given[name] = Source("override", override)
+        return
+    if not rest:
+        problems.append(
+            f"`{override}`: `{section}` is a section; write {section}.KEY={text} with one of {_known(section)}"
+        )
+        return
+    held = raw.setdefault(section, {})
+    if not isinstance(held, dict):
+        return  # the file's section is wrong; that is reported
+    if inner:  # adapter.rank_pattern.q_proj=8: one entry of a mapping
+        entries = held.get(key)
+        held[key] = {**(entries if isinstance(entries, Mapping) else {}), inner: value}
+    else:
+        held[key] = _absolute(f"{section}.{key}", value, folder)
+    given[f"{section}.{key}"] = Source("override", override)
+
+
+def _validate(raw: dict[str, Any], given: Mapping[str, Source], problems: list[str]) -> TrainConfig:
+    for name in ("base", "data", "output"):
+        raw.setdefault(name, {})
+    for name, value in list(raw.items()):  # `adapter:` with nothing under it, as when all its keys are commented out
+        if value is None and name in SECTIONS:
+            raw[name] = {}
+    try:
+        # Through JSON: strict for kinds ("16" is no number, true is no 1), while lists may fill tuples.
+        config = TrainConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
+    except pydantic.ValidationError as error:
+        _raise(problems + _explain(error, given))
+    if problems:
+        _raise(problems)
+    return config
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a mapping (key: value)",
+    "model_type": "a section (key: value)",
+    "model_attributes_type": "a section (key: value)",
+    "none_required": "nothing",
+}
+
+
+def _explain(error: pydantic.ValidationError, given: Mapping[str, Source]) -> list[str]:
+    """One line per key: what was expected, what was found, and where; a union's alternatives are joined."""
+    wanted: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
+    lines: list[str] = []
+    for e in error.errors():
+        loc = [str(part) for part in e["loc"]]
+        name = ".".join(loc[:2]) if loc[0] in SECTIONS else loc[0]
+        at = given.get(name) or given.get(loc[0])
+        suffix = f" ({at})" if at else ""
+        if e["type"] == "extra_forbidden":
+            lines.append(_unknown(loc) + suffix)
+        elif e["type"] == "missing":
+            lines.append(f"`{name}` is required: {_describe(name)}")
+        else:
+            context = e.get("ctx") or {}
+            want = _EXPECTED.get(e["type"])
+            if e["type"] == "literal_error":
+                want = "one of " + str(context["expected"]).replace(" or ", ", ")
+            wanted.setdefault(name, []).append(want or str(e["msg"]).removeprefix("Input should be "))
+            found.setdefault(name, f"{_found(e['input'])}{suffix}")
+    for name, kinds in wanted.items():
+        lines.append(f"`{name}` should be {' or '.join(dict.fromkeys(kinds))}, found {found[name]}")
+    return lines
+
+
+def _unknown(loc: list[str]) -> str:
+    name, last = ".".join(loc), loc[-1]
+    own = list(SECTIONS[loc[0]].model_fields) if len(loc) > 1 else list(TrainConfig.model_fields)
+    prefix = f"{loc[0]}." if len(loc) > 1 else ""
+    candidates = {f"{prefix}{key}": _likeness(last, key) + 0.1 for key in own}
+    for other, _ in keys():  # the right key in the wrong place
+        candidates.setdefault(other, _likeness(last, other.rpartition(".")[2]))
+    best = max(candidates, key=lambda c: candidates[c])
+    hint = f"did you mean `{best}`?" if candidates[best] >= 0.6 else f"known here: {', '.join(own)}"
+    return f"unknown key `{name}`; {hint}"
+
+
+def _likeness(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def _cross_checks(config: TrainConfig, given: Mapping[str, Source]) -> list[str]:
+    """Combinations that cannot be meant, all of them."""
+    data, batching, schedule, opt = config.data, config.batching, config.schedule, config.optimizer
+    held_out = data.validation is not None or data.split != 0
+    warm = schedule.warmup
+    checks = [
+        (not data.files("train"), "`data.train` is an empty list: name at least one file"),
+        (
+            data.validation is not None and bool(data.split),
+            "`data.validation` and `data.split` both hold rows out: keep one",
+        ),
+        (
+            isinstance(data.split, float) and data.split >= 1,
+            f"`data.split: {data.split}` is a share and must be below 1; a whole number counts rows",
+        ),
+        (
+            batching.mode == "bucket" and batching.tokens is not None,
+            "`batching.tokens` is only used with `mode: pack`; with `mode: bucket` a step is `batching.rows` rows",
+        ),
+        (
+            batching.mode == "pack" and batching.tokens is None,
+            "`batching.mode: pack` needs `batching.tokens`, the tokens of one step (as 8192)",
+        ),
+        (
+            batching.mode == "pack" and "batching.rows" in given,
+            "`batching.rows` is only used with `mode: bucket`; with `mode: pack` a step is `batching.tokens` tokens",
+        ),
+        (
+            batching.mode == "pack" and batching.tokens is not None and batching.tokens < data.max_length,
+            f"`batching.tokens: {batching.tokens}` is less than `data.max_length: {data.max_length}`: "
+            "a row may not fit in a step",
+        ),
+        (
+            schedule.epochs is not None and schedule.steps is not None,
+            "`schedule.epochs` and `schedule.steps` both say when to end: keep one",
+        ),
+        (
+            isinstance(warm, float) and warm >= 1,
+            f"`schedule.warmup: {warm}` is a share of all steps and must be below 1; a whole number counts steps",
+        ),
+        (
+            isinstance(warm, int) and schedule.steps is not None and warm >= schedule.steps > 0 and warm > 0,
+            f"`schedule.warmup: {warm}` never ends within `schedule.steps: {schedule.steps}`",
+        ),
+        (
+            config.evaluation.patience is not None and not held_out,
+            "`evaluation.patience` needs held-out rows: give `data.validation` or `data.split`",
+        ),
+        (
+            opt.momentum > 0 and opt.name not in ("sgd", "rmsprop"),
+            f"`optimizer.momentum` is not used by {opt.name}; it takes `optimizer.betas`",
+        ),
+        (
+            any(not 0 <= b < 1 for b in opt.betas),
+            f"`optimizer.betas: {list(opt.betas)}` must each be at least 0 and below 1",
+        ),
+        (
+            _bad_layers(config.adapter.layers),
+            f"`adapter.layers: {config.adapter.layers}` is not a list of block numbers or ranges such as 0-3,28-29",
+        ),
+        (any(r <= 0 for r in config.adapter.rank_pattern.values()), "`adapter.rank_pattern` has a rank below 1"),
+    ]
+    return [text for wrong, text in checks if wrong]
+
+
+def _bad_layers(layers: str | tuple[int, ...] | None) -> bool:
+    try:
+        indices = layer_indices(layers)
+    except ValueError:
+        return True
+    return indices is not None and (not indices or min(indices) < 0)
+
+
+_HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w\[\]:%+-]+)?")
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
+
+
+def _absolute(name: str, value: Any, folder: Path) -> Any:
+    """`value` with relative paths resolved against `folder`, for the keys that hold paths; hub ids stay as they are."""
+    if isinstance(value, list) and name in ("data.train", "data.validation"):
+        return [_absolute(name, v, folder) for v in value]
+    if not isinstance(value, str) or value.startswith("hub:"):
+        return value
+    path = os.path.expanduser(value)
+    resolved = os.path.normpath(folder.resolve() / path)
+    if name in ("data.train", "data.validation"):
+        hub = _HUB.fullmatch(value) and not value.endswith(_SUFFIXES) and not glob.glob(resolved)
+        return f"hub:{value}" if hub else resolved
+    if name == "output.directory" or (name == "data.chat_template" and value not in ("auto", "none")):
+        return resolved
+    if name == "base.name" and (value.startswith((".", "~")) or os.path.exists(resolved)):
+        return resolved
+    return value
+
+
+def _describe(name: str) -> str:
+    return dict(keys())[name].description or ""
+
+
+def _known(section: str) -> str:
+    return ", ".join(SECTIONS[section].model_fields)
+
+
+def _found(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a section"
+    if value is None:
+        return "nothing"
+    return (
+        f"the text {value!r}"
+        if isinstance(value, str)
+        else f"{value!r}".replace("True", "true").replace("False", "false")
+    )
+
+
+def _raise(problems: list[str]) -> Any:
+    if len(problems) == 1:
+        raise ConfigError(problems[0], fix="docs/reference/config.md lists every key")
+    listed = "\n".join(f"  - {p}" for p in problems)
+    raise ConfigError(f"{len(problems)} things are wrong:\n{listed}", fix="docs/reference/config.md lists every key")

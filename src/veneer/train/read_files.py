@@ -1,0 +1,216 @@
+"""Data files to records with their file and line: JSONL, JSON, CSV, TSV, Parquet, and hub data sets.
+
+Byte-order marks, CRLF and blank lines are fine. Does not know what the columns mean.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import DataError, nearest
+
+__all__ = ["Record", "read_records"]
+
+MOST_SHOWN = 20
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as it stands in the file. `where`: `file:line` (JSONL, JSON, CSV) or `file row N`."""
+
+    values: Mapping[str, Any]
+    where: str
+
+
+def read_records(names: Sequence[str], limit: int | None = None) -> tuple[list[Record], list[str]]:
+    """All records of the files, globs and hub data sets, and the files they came from. Raises DataError."""
+    files = [file for name in names for file in _expand(name)]
+    records: list[Record] = []
+    for file in files:
+        before = len(records)
+        left = None if limit is None else limit - len(records)
+        if left is not None and left <= 0:
+            break
+        records += _hub(file[4:], left) if file.startswith("hub:") else _file(Path(file))[:left]
+        if len(records) == before:
+            raise DataError("there are no rows in this file", where=file, fix="remove it from data.train, or fill it")
+    return records, files
+
+
+def _expand(name: str) -> list[str]:
+    if name.startswith("hub:"):
+        return [name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not found:
+            raise DataError("this folder holds no data file", where=name, fix=f"known endings: {', '.join(SUFFIXES)}")
+        return found
+    if path.exists():
+        return [str(path)]
+    if glob.has_magic(name):
+        found = sorted(glob.glob(str(path), recursive=True))
+        if not found:
+            raise DataError("this pattern matches no file", where=name, fix="check the folder and the ending")
+        return found
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(path.name, beside, 1)
+    fix = f"did you mean {path.parent / near[0]}?" if near else "give a file, a glob, or a hub data set as hub:ID@SPLIT"
+    missing_folder = "" if path.parent.is_dir() else f" (nor does the folder {path.parent})"
+    raise DataError(f"the data file does not exist{missing_folder}", where=name, fix=fix)
+
+
+def _file(path: Path) -> list[Record]:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(
+            f"unknown kind of data file `{suffix or path.name}`", where=str(path), fix=f"known: {', '.join(SUFFIXES)}"
+        )
+    if suffix == ".parquet":
+        return list(_parquet(path))
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"the data file cannot be read: {error.strerror}", where=str(path)) from None
+    if raw.startswith(b"version https://git-lfs"):
+        raise DataError("this is a Git LFS pointer, not the data", where=str(path), fix="run `git lfs pull`")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError("not UTF-8 text", where=f"{path}:{line}", fix="save the file as UTF-8") from None
+    if not text.strip():
+        raise DataError("the data file is empty", where=str(path), fix="remove it from data.train, or fill it")
+    if suffix in (".csv", ".tsv"):
+        return _csv(text, path, "\t" if suffix == ".tsv" else ",")
+    if suffix == ".json" and text.lstrip().startswith("["):
+        return _json_array(text, path)
+    return _json_lines(text, path)
+
+
+def _json_lines(text: str, path: Path) -> list[Record]:
+    records, bad = [], []
+    for n, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
+        if not line.strip():
+            continue
+        where = f"{path}:{n}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            bad.append(f"{where}: not valid JSON: {error.msg} at column {error.colno}: {_near(line, error.pos)}")
+            continue
+        except RecursionError:
+            bad.append(f"{where}: nested too deeply")
+            continue
+        if not isinstance(value, dict):
+            bad.append(f"{where}: expected a JSON object per line, found {type(value).__name__}")
+            continue
+        records.append(Record(value, where))
+    _refuse(bad, path, "each line must be one JSON object; for a JSON array name the file .json")
+    return records
+
+
+def _json_array(text: str, path: Path) -> list[Record]:
+    decoder = json.JSONDecoder()
+    records, bad = [], []
+    at, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        while at < len(text) and (text[at].isspace() or text[at] == ","):
+            at += 1
+        line += text.count("\n", counted, at)
+        counted = at
+        if at >= len(text):
+            bad.append(f"{path}:{line}: the array is not closed; the file may be cut short")
+            break
+        if text[at] == "]":
+            break
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            bad.append(f"{path}:{error.lineno}: not valid JSON: {error.msg}: {_near(text, error.pos)}")
+            break
+        if isinstance(value, dict):
+            records.append(Record(value, f"{path}:{line}"))
+        else:
+            bad.append(f"{path}:{line}: expected a JSON object, found {type(value).__name__}")
+    _refuse(bad, path, "the file must be one array of objects")
+    return records
+
+
+def _csv(text: str, path: Path, delimiter: str) -> list[Record]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    records, bad = [], []
+    line = 1
+    try:
+        for cells in reader:
+            start, line = line, reader.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                repeated = sorted({h for h in header if header.count(h) > 1})
+                if repeated:
+                    bad.append(f"{path}:{start}: the header names {', '.join(repeated)} twice")
+                continue
+            if len(cells) != len(header):
+                bad.append(f"{path}:{start}: {len(cells)} cells, but the header has {len(header)}")
+                continue
+            records.append(Record(dict(zip(header, cells, strict=True)), f"{path}:{start}"))
+    except csv.Error as error:
+        bad.append(f"{path}:{line}: {error}")
+    _refuse(bad, path, "quote cells that hold the delimiter or a line break, and double the quotes inside")
+    return records
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        values = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"not a Parquet file that can be read: {error}", where=str(path)) from None
+    for n, value in enumerate(values, 1):
+        yield Record(value, f"{path} row {n}")
+
+
+def _hub(name: str, limit: int | None) -> list[Record]:
+    """`ID`, `ID@SPLIT` or `ID@SPLIT[:1000]`, `ID:CONFIG@SPLIT`; the split is `train` when none is named."""
+    import datasets
+
+    ident, _, split = name.partition("@")
+    ident, _, subset = ident.partition(":")
+    try:
+        data = datasets.load_dataset(ident, subset or None, split=split or "train")
+    except Exception as error:  # the library raises many kinds; all mean that there are no rows
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"the hub data set `{ident}` cannot be loaded: {reason}",
+            where=f"hub:{name}",
+            fix="check the name and the network, or download it and give the files",
+        ) from None
+    rows = data.select(range(min(limit, len(data)))) if limit is not None else data
+    return [Record(row, f"hub:{name} row {n}") for n, row in enumerate(rows, 1)]
+
+
+def _near(text: str, at: int) -> str:
+    piece = text[max(0, at - 20) : at + 20].replace("\n", " ")
+    return f"near `{piece}`"
+
+
+def _refuse(bad: list[str], path: Path, fix: str) -> None:
+    if bad:
+        shown = "\n".join(f"  - {b}" for b in bad[:MOST_SHOWN])
+        more = f"\n  and {len(bad) - MOST_SHOWN} more" if len(bad) > MOST_SHOWN else ""
+        raise DataError(f"{len(bad)} malformed row(s):\n{shown}{more}", where=os.fspath(path), fix=fix)
