@@ -188,14 +188,10 @@ class LoraLinear(_Lora):
         return Projection(base.weight, base.bias, pair.A, pair.B, pair.scale * strength)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if (
-            lora_linear is not None
-            and x.dtype == self.base.weight.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
-            plain = self.projection()
-            if plain is not None and plain.A is not None:
-                return lora_linear(x, plain.weight, plain.bias, plain.A, plain.B, plain.scale)  # type: ignore[arg-type]
+        plain = self.projection() if lora_linear is not None else None
+        if plain is not None and plain.A is not None and plain.B is not None and x.dtype == plain.weight.dtype:
+            if not torch.is_autocast_enabled(x.device.type):
+                return lora_linear(x, plain.weight, plain.bias, plain.A, plain.B, plain.scale)
         return super().adapted(mix, x, *args, **kwargs)
 
     def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -1,0 +1,271 @@
+"""Every family and every kind of module: outputs and gradients equal PEFT's on the same tensors, in float32."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.core.peft_twin import gradients, twin
+from tests.families import FAMILIES
+from veneer.core import Adapter, LoraSpec, Pair, attach, create, merged_state, resolve
+
+RTOL = 1e-5
+# PEFT asks transformers a question under its old name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def noisy(adapter: Adapter, seed: int = 0, amount: float = 0.1) -> Adapter:
+    """The adapter as if trained: every tensor moved."""
+    g = torch.Generator().manual_seed(seed)
+    return adapter.mapped(lambda t: t + amount * torch.randn(t.shape, generator=g))
+
+
+def close(ours: Tensor, theirs: Tensor, what: str = "") -> None:
+    """Equal to RTOL of the largest entry: sums of both signs lose more than their own last digits."""
+    torch.testing.assert_close(
+        ours, theirs, rtol=RTOL, atol=RTOL * theirs.abs().max().item(), msg=lambda m: f"{what}: {m}"
+    )
+
+
+def compare(model: nn.Module, adapter: Adapter, run: Callable[[nn.Module], Tensor], **config: object) -> None:
+    """Outputs, and gradients of every tensor of the adapter, on `model` by veneer and by PEFT."""
+    model.requires_grad_(False)
+    theirs = twin(model, adapter, **config)
+    with attach(model) as attachment:
+        attachment.add("a", adapter, trainable=True)
+        attachment.use("a")
+        torch.manual_seed(1)
+        y = run(model)
+        torch.manual_seed(1)
+        z = run(theirs)
+        close(y, z, "output")
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+        (y * weight).sum().backward()
+        (z * weight).sum().backward()
+        expected = gradients(theirs, adapter)
+        parameters = attachment.parameters("a")
+        assert set(parameters) == set(expected)
+        for name, parameter in parameters.items():
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            close(grad, expected[name], f"gradient of {name}")
+
+
+def ids(rows: int = 2, length: int = 12, vocabulary: int = 160) -> Tensor:
+    return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def logits(model: nn.Module) -> Tensor:
+    out: Tensor = model(ids()).logits
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_forward_and_gradients(family: str) -> None:
+    model = FAMILIES[family]()
+    adapter = noisy(create(model, LoraSpec(rank=3, alpha=7.0), seed=0))
+    compare(model, adapter, logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_reaches_what_peft_reaches(family: str) -> None:
+    model = FAMILIES[family]()
+    ours = resolve(model, LoraSpec())
+    config = peft.LoraConfig(target_modules="all-linear")
+    theirs = peft.tuners.tuners_utils._maybe_include_all_linear_layers(config, copy.deepcopy(model)).target_modules
+    # a pair on Llama 4's router breaks PEFT: it returns two tensors
+    assert {t.name for t in ours if t.kind == "linear"} == {n for n in theirs if not n.endswith("router")}
+    experts = {n for n, p in model.named_parameters() if ".experts." in n}
+    assert {t.name for t in ours if t.kind == "experts"} == experts
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "qwen3"])
+def test_dora_on_linear_modules(family: str) -> None:
+    model = FAMILIES[family]()
+    adapter = noisy(create(model, LoraSpec(rank=3, dora=True), seed=0))
+    compare(model, adapter, logits, use_dora=True)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_embedding_and_head(family: str, dora: bool) -> None:
+    """Gemma scales what it looks up, which the pair must follow."""
+    model = FAMILIES[family](tie_word_embeddings=False)
+    spec = LoraSpec(rank=3, targets=("embed_tokens", "lm_head", "q_proj"), dora=dora)
+    compare(model, noisy(create(model, spec, seed=0)), logits, use_dora=dora)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_while_training(dora: bool) -> None:
+    """The same random state drops the same entries, and DoRA's norm part sees the dropped input as PEFT's does."""
+    model = FAMILIES["mistral"]().train()
+    adapter = noisy(create(model, LoraSpec(rank=3, dropout=0.3, dora=dora), seed=0))
+    compare(model, adapter, logits, use_dora=dora, lora_dropout=0.3)
+
+
+def test_no_dropout_outside_training() -> None:
+    model = FAMILIES["mistral"]()
+    adapter = noisy(create(model, LoraSpec(rank=3, dropout=0.9), seed=0))
+    compare(model, adapter, logits)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_with_and_without_bias(bias: bool, dora: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9, bias=bias), nn.ReLU(), nn.Linear(9, 5, bias=bias))
+    adapter = noisy(create(model, LoraSpec(rank=2, targets=("0", "2"), dora=dora), seed=0), amount=0.5)
+    compare(model, adapter, lambda m: m(torch.linspace(-1, 1, 24).view(4, 6)), use_dora=dora)
+
+
+CONVOLUTIONS = [
+    lambda: nn.Conv2d(4, 6, 3),
+    lambda: nn.Conv2d(4, 6, (3, 1), stride=2, padding=(1, 0), bias=False),
+    lambda: nn.Conv2d(4, 6, 1),
+    lambda: nn.Conv1d(4, 6, 3, padding=1),
+    lambda: nn.Conv1d(4, 6, 5, stride=2),
+]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("make", CONVOLUTIONS)
+def test_convolutions(make: Callable[[], nn.Module], dora: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(make())
+    x = torch.randn(2, 4, *([7] * (model[0].weight.ndim - 2)))
+    adapter = noisy(create(model, LoraSpec(rank=2, targets=("0",), dora=dora), seed=0), amount=0.5)
+    compare(model, adapter, lambda m: m(x), use_dora=dora)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1:UserWarning")
+def test_grouped_convolution_as_peft_has_it() -> None:
+    """PEFT's A sees the channels of all groups; such a pair is accepted as it is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+    adapter = Adapter(pairs={"0": Pair(torch.randn(4, 4, 3, 3), torch.randn(6, 2, 1, 1), 0.7, "conv")})
+    x = torch.randn(2, 4, 7, 7)
+    compare(model, adapter, lambda m: m(x))
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "qwen3", "mistral"])
+def test_token_rows(family: str) -> None:
+    """Tied (the first three): the replaced rows act in the head too."""
+    model = FAMILIES[family]()
+    hit = tuple(sorted({int(i) for i in ids().flatten()[:3]} | {159}))
+    adapter = noisy(create(model, LoraSpec(rank=3, targets=("q_proj",), token_rows={"embed_tokens": hit}), seed=0))
+    compare(model, adapter, logits)
+
+
+def test_token_rows_alone() -> None:
+    model = FAMILIES["llama3"]()
+    hit = int(ids()[0, 0])
+    adapter = noisy(create(model, LoraSpec(targets=(), token_rows={"embed_tokens": (hit, 7)}), seed=0))
+    compare(model, adapter, logits)
+
+
+@pytest.mark.parametrize("modules", [("lm_head",), ("norm",), ("lm_head", "embed_tokens"), ("layers.1.mlp",)])
+def test_full_copies(modules: tuple[str, ...]) -> None:
+    model = FAMILIES["mistral"]()
+    adapter = noisy(create(model, LoraSpec(rank=3, targets=("q_proj",), modules_to_save=modules), seed=0))
+    compare(model, adapter, logits)
+
+
+def test_rank_alpha_patterns_and_rslora() -> None:
+    """The scale that PEFT derives from the same settings."""
+    model = FAMILIES["mistral"]()
+    spec = LoraSpec(
+        rank=4,
+        alpha=9.0,
+        targets=("q_proj", "v_proj", "down_proj"),
+        rank_pattern={"v_proj": 2, "layers.1.mlp.down_proj": 3},
+        alpha_pattern={"down_proj": 5.0},
+        rslora=True,
+    )
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=9.0,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"v_proj": 2, "layers.1.mlp.down_proj": 3},
+        alpha_pattern={"down_proj": 5.0},
+        use_rslora=True,
+    )
+    ours = create(model, spec, seed=0)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    layers = {n.removeprefix("base_model.model."): m for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert {n: (p.rank, p.scale) for n, p in ours.pairs.items()} == {
+        n: (m.r["default"], m.scaling["default"]) for n, m in layers.items()
+    }
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_pissa_and_olora_train_as_peft_does_though_the_base_stays(init: str) -> None:
+    """PEFT subtracts s·B·A from W in place; here an origin does. Outputs agree before and after one same update."""
+    model = FAMILIES["mistral"]()
+    model.requires_grad_(False)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    adapter = create(model, LoraSpec(rank=3, alpha=5.0, targets=("q_proj", "down_proj"), init=init), seed=0)
+    config = peft.LoraConfig(r=3, lora_alpha=5.0, target_modules=["q_proj", "down_proj"], init_lora_weights=init)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    for name, pair in adapter.pairs.items():
+        layer = theirs.get_submodule("base_model.model." + name)
+        close(pair.A, layer.lora_A["default"].weight)
+        close(pair.B, layer.lora_B["default"].weight)
+    with attach(model) as attachment:
+        attachment.add("a", adapter, trainable=True)
+        attachment.use("a")
+        for _ in range(2):
+            y, z = logits(model), logits(theirs)
+            torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-4)
+            y.square().sum().backward()
+            z.square().sum().backward()
+            with torch.no_grad():
+                for p in [*attachment.parameters("a").values(), *(p for p in theirs.parameters() if p.requires_grad)]:
+                    p -= 1e-4 * p.grad
+                    p.grad = None
+        assert (y - logits(model)).abs().max() > 1e-3
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "llama4"])
+def test_experts_by_hand_in_float64(family: str, implementation: str) -> None:
+    """W + s·B·A written into the weights of a float64 model: the truth for the thin products of the float32 one,
+    whichever way transformers runs the experts. (PEFT makes the whole sum of every expert at each step.)"""
+    model = FAMILIES[family]()
+    if family != "llama4":  # it has one way only
+        model.set_experts_implementation(implementation)
+    elif implementation != "eager":
+        pytest.skip("Llama 4 has one implementation")
+    spec = LoraSpec(rank=3, targets=("*experts.*_proj",))
+    adapter = noisy(create(model, spec, seed=0), amount=0.3)
+    adapter.pairs = {n: p for n, p in adapter.pairs.items() if p.kind == "experts"}
+    assert adapter.pairs
+    exact = copy.deepcopy(model).double()
+    if family != "llama4":
+        exact.set_experts_implementation("eager")
+    for name, pair in adapter.pairs.items():
+        with torch.no_grad():
+            product = torch.einsum("eor,eri->eoi", pair.B.double(), pair.A.double())
+            exact.get_parameter(name).add_(pair.scale * product)
+    with attach(model) as attachment:
+        attachment.add("a", adapter)
+        attachment.use("a")
+        close(logits(model).double(), logits(exact), family)
+
+
+def test_dilation_is_kept_where_peft_forgets_it() -> None:
+    """PEFT's down convolution ignores dilation and padding mode; ours equals the merged float64 convolution."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, dilation=2, padding=1, padding_mode="reflect", groups=2))
+    adapter = noisy(create(model, LoraSpec(rank=3, targets=("0",)), seed=0), amount=0.5)
+    x = torch.randn(2, 4, 9, 9)
+    exact = copy.deepcopy(model).double()
+    exact.load_state_dict(merged_state(exact, [(adapter, 1.0)]), strict=False)
+    with attach(model) as attachment:
+        attachment.add("a", adapter)
+        attachment.use("a")
+        close(model(x).double(), exact(x.double()))
