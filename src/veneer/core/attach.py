@@ -23,7 +23,7 @@ from veneer.core.merge import merged_state, to_matrix, weight_of
 from veneer.core.targets import base_modules, expert_parameters, kind_of
 from veneer.errors import AdapterError, nearest
 
-__all__ = ["Attachment", "attach"]
+__all__ = ["Attachment", "attach", "fit_problems"]
 
 _LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -231,6 +231,11 @@ def _overlaps(adapters: list[Adapter]) -> list[str]:
         twice |= set(a.pairs) & set(a.token_rows)
         out += [f"{n} is changed in two ways by one adapter" for n in sorted(twice)]
     return out
+
+
+def fit_problems(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Everything that keeps `adapter` from fitting `model`, one line each; changes nothing. `model` may be attached."""
+    return _problems(dict(base_modules(model)), adapter)
 
 
 def _problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:

@@ -31,6 +31,7 @@ __all__ = [
     "Entry",
     "Header",
     "Staged",
+    "as_veneer_error",
     "atomic_write",
     "check_finite",
     "encode_tensors",
@@ -367,7 +368,7 @@ class Staged:
             _rename(self.temporary, self.path)
         except OSError as error:
             self.discard()
-            raise _as_veneer_error(error, self.path) from error
+            raise as_veneer_error(error, self.path) from error
         flush_folder(self.path.parent)
 
     def discard(self) -> None:
@@ -393,7 +394,7 @@ def stage(path: str | Path, chunks: Iterable[bytes | memoryview]) -> Staged:
     except BaseException as error:
         staged.discard()
         if isinstance(error, OSError):
-            raise _as_veneer_error(error, path) from error
+            raise as_veneer_error(error, path) from error
         raise
     return staged
 
@@ -422,7 +423,7 @@ _fsync = os.fsync
 _rename = os.replace
 
 
-def _as_veneer_error(error: OSError, path: Path) -> Exception:
+def as_veneer_error(error: OSError, path: Path) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
         return ResourceError(
             f"no room to write: {error.strerror}; nothing was changed",

@@ -1,6 +1,6 @@
 """`adapter_config.json`: every key PEFT 0.21 knows, what veneer does with it, and PEFT's own rules of matching.
 
-Knows the configuration; nothing of tensors. `parse` never raises: it returns everything it could read, and all problems.
+Knows the configuration; nothing of tensors. `parse` never raises: it returns what it could read, and all problems.
 """
 
 from __future__ import annotations
@@ -117,9 +117,8 @@ def _init_problems(value: Any) -> list[str]:
     if name.startswith(MUTATING_INITS):
         return [
             f"init_lora_weights = {value!r}: PEFT took A and B out of the base's own weights and changed the base, so "
-            "these pairs are only right on that changed base. Save the adapter again with PEFT's "
-            "`save_pretrained(…, path_initial_model_for_weight_conversion=INITIAL_ADAPTER)`, which writes the difference "
-            "from the untouched base"
+            "these pairs are only right on that changed base. Save the adapter again with PEFT's `save_pretrained(…, "
+            "path_initial_model_for_weight_conversion=INITIAL)`, which writes the difference from the untouched base"
         ]
     return [f"init_lora_weights = {value!r} is not understood"]
 
@@ -257,7 +256,7 @@ def regex_match(expression: str, name: str, *, full: bool = False) -> bool:
     """`re.match`/`re.fullmatch` that gives up after a while, as a hostile expression can take forever."""
     if not re.search(r"[*+{]", expression):  # nothing repeats, nothing can blow up
         return bool((re.fullmatch if full else re.match)(expression, name))
-    import regex
+    import regex  # type: ignore[import-untyped]
 
     try:
         return bool((regex.fullmatch if full else regex.match)(expression, name, timeout=PATTERN_SECONDS))

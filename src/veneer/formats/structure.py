@@ -1,7 +1,7 @@
 """What a file needs to know of a base: its module names, kinds and shapes, without importing what made the base.
 
 A reader uses it to tell that an adapter fits; a writer to choose names that match those modules and no others. Works on
-any torch model, also on one whose parameters are on the meta device. Knows nothing of files.
+any torch model, attached or not, also with its parameters on the meta device. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -12,138 +12,87 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Place", "Structure", "describe"]
+from veneer.core.adapter import Adapter
+from veneer.core.attach import fit_problems
+from veneer.core.targets import base_modules, expert_parameters, kind_of
 
-
-@dataclass(frozen=True)
-class Place:
-    """One module. `shape` is the weight's as a pair counts it: (out, in), (rows, dim) or (out, in/groups, k…)."""
-
-    kind: str  # linear, embedding, conv, other; unknown when only names are known
-    shape: tuple[int, ...] = ()
-    groups: int = 1
-    fan_in_fan_out: bool = False
-    """The weight is stored (in, out), as transformers' Conv1D does; `shape` is (out, in) all the same."""
+__all__ = ["Structure", "describe"]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A base's outline. `tensors`: state-dict name -> shape. `parameters`: module -> its own parameters in the order
-    they were declared. `in_first`: module with 3-d expert parameters -> True when they are stored (experts, in, out),
-    False for (experts, out, in), None when neither the module nor its shapes say. `transposed`: modules that set
-    `is_transposed`. `tied`: the output head uses the input embedding's weight."""
+    """A base's outline.
 
-    places: dict[str, Place]
-    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    in_first: dict[str, bool | None] = field(default_factory=dict)
+    `kinds`: every module name -> linear, embedding, conv, other, or unknown where only names were given.
+    `shapes`: state-dict name -> shape. `experts`: module -> its 3-d parameters in the order they were declared.
+    `transposed`: modules that set `is_transposed`. `grouped`: convolution -> its number of groups, where more than one.
+    `fan_in_fan_out`: linears stored (in, out). `tied`: modules that use the input embedding's weight."""
+
+    kinds: dict[str, str]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    grouped: dict[str, int] = field(default_factory=dict)
+    fan_in_fan_out: frozenset[str] = frozenset()
+    tied: frozenset[str] = frozenset()
     input_embedding: str | None = None
     output_embedding: str | None = None
-    tied: bool = False
     weight: Callable[[str], Tensor | None] = lambda _: None
-    """The module's weight itself, where there is one with data."""
+    """A module's weight, where it has data."""
+    problems: Callable[[Adapter], list[str]] = lambda _: []
+    """Every way in which an adapter does not fit."""
 
     @property
     def detailed(self) -> bool:
         """Kinds and shapes are known, not names alone."""
-        return bool(self.tensors)
+        return bool(self.shapes)
 
 
 def describe(model: nn.Module | Structure | Iterable[str] | Callable[[], Any]) -> Structure:
-    """The outline of `model`; of an attached one, the base's. Plain module names give an outline of names only."""
+    """The outline of a model; of an attached one, the base's. Plain module names give an outline of names only."""
     if isinstance(model, Structure):
         return model
     if not isinstance(model, nn.Module):
-        names = model() if callable(model) else model
-        return Structure({str(name): Place("unknown") for name in names})
-    modules = _base_modules(model)
-    tensors: dict[str, tuple[int, ...]] = {}
-    parameters: dict[str, tuple[str, ...]] = {}
-    in_first: dict[str, bool | None] = {}
-    for name, module in modules.items():
-        dot = f"{name}." if name else ""
-        own = {n: p for n, p in module.named_parameters(recurse=False, remove_duplicate=False)}
-        kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set}
-        tensors |= {dot + n: tuple(t.shape) for n, t in (own | kept).items()}
-        if own:
-            parameters[name] = tuple(own)
-        if any(p.ndim == 3 for p in own.values()):
-            in_first[name] = _in_first(module, {n: tuple(p.shape) for n, p in own.items()})
-    names = {id(m): n for n, m in reversed(modules.items())}
-    inner = _call(model, "get_input_embeddings")
-    outer = _call(model, "get_output_embeddings")
+        given = model() if callable(model) else model
+        return Structure({str(name): "unknown" for name in given})
+    modules = dict(base_modules(model))
+    embedding, head = _find(model, "get_input_embeddings"), _find(model, "get_output_embeddings")
+    names = {id(module): name for name, module in modules.items()}
+    shared = getattr(embedding, "weight", None)
     return Structure(
-        places={n: _place(m) for n, m in modules.items() if n},
-        tensors=tensors,
-        parameters=parameters,
-        in_first=in_first,
+        kinds={n: kind_of(m) or "other" for n, m in modules.items() if n},
+        shapes={n: tuple(t.shape) for n, t in _tensors(modules)},
+        experts={n: tuple(found) for n, m in modules.items() if (found := expert_parameters(m))},
         transposed=frozenset(n for n, m in modules.items() if getattr(m, "is_transposed", False) is True),
-        input_embedding=names.get(id(_unwrapped(inner))) if inner is not None else None,
-        output_embedding=names.get(id(_unwrapped(outer))) if outer is not None else None,
-        tied=_weight(inner) is not None and _weight(inner) is _weight(outer),
-        weight=lambda name: _weight(modules.get(name)),
+        grouped={n: m.groups for n, m in modules.items() if kind_of(m) == "conv" and m.groups > 1},  # type: ignore
+        fan_in_fan_out=frozenset(n for n, m in modules.items() if type(m).__name__ == "Conv1D"),
+        tied=frozenset(
+            n for n, m in modules.items() if m is not embedding and m._parameters.get("weight") is shared is not None
+        ),
+        input_embedding=names.get(id(embedding)),
+        output_embedding=names.get(id(head)),
+        weight=lambda name: _data(modules.get(name)),
+        problems=lambda adapter: fit_problems(model, adapter),
     )
 
 
-def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by name; a module wrapped by an attachment appears as the base module under its own name."""
-    out: dict[str, nn.Module] = {}
-
-    def walk(module: nn.Module, name: str) -> None:
-        module = _unwrapped(module)
-        out[name] = module
-        for child, inner in module.named_children():
-            walk(inner, f"{name}.{child}" if name else child)
-
-    walk(model, "")
-    return out
+def _tensors(modules: dict[str, nn.Module]) -> Iterable[tuple[str, Tensor]]:
+    """What a state dict would hold, under the base's own names."""
+    for name, module in modules.items():
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and key not in module._non_persistent_buffers_set:
+                yield f"{name}.{key}" if name else key, tensor
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    while type(module).__module__ == "veneer.core.layers" and isinstance(getattr(module, "base", None), nn.Module):
-        module = module.base  # type: ignore[assignment]
-    return module
-
-
-def _place(module: nn.Module) -> Place:
-    name = type(module).__name__
-    if isinstance(module, nn.Embedding):
-        return Place("embedding", (module.num_embeddings, module.embedding_dim))
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return Place("conv", tuple(module.weight.shape), groups=module.groups)
-    if name == "Conv1D" and hasattr(module, "nf"):
-        rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
-        return Place("linear", (int(columns), int(rows)), fan_in_fan_out=True)
-    # Quantised linears are found by what they have; a subclass with a forward of its own (a router, which returns a
-    # tuple) is not a linear map.
-    wide, narrow = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    if isinstance(wide, int) and isinstance(narrow, int) and hasattr(module, "weight") and "outer" not in name:
-        return Place("linear", (wide, narrow))
-    return Place("other")
-
-
-def _in_first(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> bool | None:
-    """Whether expert weights are stored (experts, in, out): the module says, or gate_up (h -> 2f) and down (f -> h) do."""
-    if isinstance(getattr(module, "is_transposed", None), bool):
-        return bool(module.is_transposed)
-    up, down = shapes.get("gate_up_proj", ()), shapes.get("down_proj", ())
-    if len(up) == len(down) == 3:
-        if up[1] == down[2] and up[2] == 2 * down[1]:
-            return True
-        if up[2] == down[1] and up[1] == 2 * down[2]:
-            return False
-    return None
-
-
-def _call(model: nn.Module, method: str) -> nn.Module | None:
+def _find(model: nn.Module, method: str) -> nn.Module | None:
     try:
         found = getattr(model, method)()
     except (AttributeError, NotImplementedError):
         return None
+    found = getattr(found, "base", found) if getattr(type(found), "is_veneer_layer", False) else found
     return found if isinstance(found, nn.Module) else None
 
 
-def _weight(module: nn.Module | None) -> Tensor | None:
-    weight = getattr(_unwrapped(module), "weight", None) if module is not None else None
-    return weight if isinstance(weight, Tensor) and weight.device.type != "meta" else None
+def _data(module: nn.Module | None) -> Tensor | None:
+    weight = module._parameters.get("weight") if module is not None else None
+    return weight.detach() if weight is not None and not weight.is_meta else None
