@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-__all__ = ["ConsoleView", "JsonLog", "TensorBoardLog", "duration", "read_log", "size"]
+__all__ = ["ConsoleView", "JsonLog", "TensorBoardLog", "duration", "read_log", "short", "size"]
 
 
 class JsonLog:
@@ -171,7 +171,7 @@ class ConsoleView:
         for key, value in event.settings.items():
             source = event.sources.get(key, "")
             style = "" if source.startswith("default") else "cyan"
-            table.add_row(Text(key), Text(_short(value), style=style), Text(source))
+            table.add_row(Text(key), Text(short(value), style=style), Text(source))
         self.console.print(table)
 
     def _step(self, event: Stepped) -> None:
@@ -228,7 +228,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):
