@@ -1,4 +1,4 @@
-"""The same adapter in PEFT: a PEFT model over its own copy of the base, its tensors set to ours, its gradients read back."""
+"""The same adapter in PEFT: a PEFT model over a copy of the base, its tensors set to ours, its gradients read back."""
 
 from __future__ import annotations
 

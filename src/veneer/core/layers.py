@@ -17,7 +17,7 @@ path. Does not know which adapters exist.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -82,9 +82,7 @@ class Layer(nn.Module):
             return self.base(*args, **kwargs)
         for adapter, _ in mix:
             if (full := adapter.modules.get(self.name)) is not None:
-                own = {k: t.dtype for k, t in self.base.state_dict(keep_vars=True).items()}
-                cast = {k: t.to(own[k]) for k, t in full.items()}
-                return torch.func.functional_call(self.base, cast, args, kwargs, tie_weights=False)
+                return _stand_in(self.base, full)(*args, **kwargs)
         return self.adapted(mix, *args, **kwargs)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
@@ -112,6 +110,24 @@ class Layer(nn.Module):
             if name == "base":
                 raise
             return getattr(super().__getattr__("base"), name)
+
+
+def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -> nn.Module:
+    """`module` with some of its tensors replaced, as another module that shares all the rest: the base itself is not
+    written to, not even for the length of a call. Tensors are cast to the dtype of what they stand for."""
+    out = copy.copy(module)
+    for kind in ("_parameters", "_buffers"):
+        held = dict(getattr(module, kind))
+        for key, old in held.items():
+            new = tensors.get(prefix + key)
+            if new is not None:
+                held[key] = new.to(old.dtype) if isinstance(new, Tensor) else new
+        out.__dict__[kind] = held
+    out.__dict__["_modules"] = {
+        key: None if child is None else _stand_in(child, tensors, f"{prefix}{key}.")
+        for key, child in module._modules.items()
+    }
+    return out
 
 
 class FullModule(Layer):
@@ -271,17 +287,15 @@ class LoraConv(_Lora):
 
 
 class LoraExperts(Layer):
-    """Runs the base's own forward with each adapted weight replaced by a `LowRank`, on a shallow copy of the module
-    that shares everything with it: the base itself is not written to."""
+    """Runs the base's own forward with each adapted weight replaced by a `LowRank`."""
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
-        stand_in = copy.copy(self.base)
         flipped = bool(getattr(self.base, "is_transposed", False))
+        weights: dict[str, LowRank] = {}
         for parameter, weight in self.base.named_parameters(recurse=False):
             if terms := self.terms(mix, f"{self.name}.{parameter}"):
-                parts = [part for term in terms for part in _factors(term, flipped)]
-                stand_in.__dict__[parameter] = LowRank(weight, parts)
-        return stand_in(*args, **kwargs)
+                weights[parameter] = LowRank(weight, [part for term in terms for part in _factors(term, flipped)])
+        return _stand_in(self.base, weights)(*args, **kwargs)
 
 
 class Factor(NamedTuple):

@@ -40,12 +40,18 @@ class Target:
     parameter: str | None = None
 
 
+def base_of(module: nn.Module) -> nn.Module:
+    """The base's module behind an attached layer; any other module is itself."""
+    base: nn.Module = module.base if getattr(type(module), "is_veneer_layer", False) else module  # type: ignore[assignment]
+    return base
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`model.named_modules()` as it is without veneer: an attached layer counts as the module it holds."""
     seen: set[int] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        module = module.base if getattr(type(module), "is_veneer_layer", False) else module  # type: ignore[assignment]
+        module = base_of(module)
         if id(module) in seen:
             return
         seen.add(id(module))
@@ -85,11 +91,18 @@ def expert_parameters(module: nn.Module) -> list[str]:
     return [n for n, p in module.named_parameters(recurse=False) if p.ndim == 3 and p.is_floating_point()]
 
 
+def _output_head(model: nn.Module) -> nn.Module | None:
+    find: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        head = find() if find is not None else None
+    except NotImplementedError:
+        return None
+    return base_of(head) if isinstance(head, nn.Module) else None
+
+
 def _candidates(model: nn.Module) -> Iterator[tuple[Target, bool]]:
     """Everything that can carry a pair, in the model's order, and whether `all-linear` means it."""
-    find: Any = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    head = getattr(head, "base", head)
+    head = _output_head(model)
     for name, module in base_modules(model):
         kind = kind_of(module)
         if kind is not None and name:
@@ -102,7 +115,10 @@ def _candidates(model: nn.Module) -> Iterator[tuple[Target, bool]]:
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern of the table above (`all-linear` apart) selects `name`."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise TargetError(f"target {pattern!r} is not a regular expression: {error}") from None
     if any(c in pattern for c in "*?["):
         return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
     return name == pattern or name.endswith("." + pattern)
@@ -114,11 +130,6 @@ def _block(name: str) -> int | None:
 
 
 def _unmatched(what: str, pattern: str, names: Sequence[str], model: nn.Module) -> TargetError:
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            return TargetError(f"{what} {pattern!r} is not a regular expression: {error}")
     other = [(n, type(m).__name__) for n, m in base_modules(model) if n and matches(pattern, n)]
     if other and what == "target":
         shown = ", ".join(f"{n} ({cls})" for n, cls in other[:3])

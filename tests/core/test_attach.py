@@ -1,0 +1,407 @@
+"""Attach and detach: the base comes back as it was, whatever happened; errors list everything; one step switches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tests.families import FAMILIES
+from veneer.core import Adapter, Attachment, LoraSpec, Pair, TokenRows, attach, create
+from veneer.core.layers import Layer
+from veneer.errors import AdapterError
+
+IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
+EVERYTHING = LoraSpec(
+    rank=2,
+    targets=("all-linear",),
+    modules_to_save=("model.norm", "re:.*layers.0.(mlp|feed_forward)"),
+    token_rows={"embed_tokens": (5, 9)},
+)
+
+
+def trained(model: nn.Module, spec: LoraSpec, seed: int = 0) -> Adapter:
+    g = torch.Generator().manual_seed(seed)
+    return create(model, spec, seed=seed).mapped(lambda t: t + 0.1 * torch.randn(t.shape, generator=g))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(IDS).logits
+    return out
+
+
+class Witness:
+    """What a model is: its module objects, its tensors by identity and bit for bit, its state's keys, its answers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = [(n, id(m)) for n, m in model.named_modules()]
+        self.tensors = [(n, id(p), p.detach().clone()) for n, p in model.named_parameters(remove_duplicate=False)]
+        self.flags = [p.requires_grad for p in model.parameters()]
+        self.keys = list(model.state_dict())
+        self.attributes = {n: sorted(m.__dict__) for n, m in model.named_modules()}
+        self.logits = logits(model)
+
+    def check(self) -> None:
+        assert [(n, id(m)) for n, m in self.model.named_modules()] == self.modules
+        now = list(self.model.named_parameters(remove_duplicate=False))
+        assert [(n, id(p)) for n, p in now] == [(n, i) for n, i, _ in self.tensors]
+        assert all(torch.equal(p, t) for (_, p), (_, _, t) in zip(now, self.tensors, strict=True))
+        assert [p.requires_grad for p in self.model.parameters()] == self.flags
+        assert list(self.model.state_dict()) == self.keys
+        assert {n: sorted(m.__dict__) for n, m in self.model.named_modules()} == self.attributes
+        assert torch.equal(logits(self.model), self.logits)
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return FAMILIES["llama3"]()
+
+
+@pytest.fixture
+def attachment(model: PreTrainedModel) -> Iterator[Attachment]:
+    with attach(model) as out:
+        yield out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_detach_restores_everything(family: str) -> None:
+    model = FAMILIES[family]()
+    witness = Witness(model)
+    attachment = attach(model)
+    attachment.add("a", trained(model, EVERYTHING), trainable=True)
+    attachment.use("a")
+    assert not torch.equal(logits(model), witness.logits)
+    assert list(model.state_dict()) == witness.keys, "an attached model saves as the base"
+    model(IDS).logits.sum().backward()
+    for p in model.parameters():
+        p.grad = None
+    attachment.detach()
+    witness.check()
+    attachment.detach()
+    attach(model).detach()
+
+
+def test_detach_after_an_error_in_the_middle_of_a_forward(model: PreTrainedModel) -> None:
+    witness = Witness(model)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.model.layers[1].mlp.register_forward_hook(fail)
+    attachment = attach(model)
+    attachment.add("a", trained(model, EVERYTHING))
+    attachment.use("a")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(IDS)
+    handle.remove()
+    attachment.detach()
+    witness.check()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_experts_are_themselves_again_after_an_error_in_them(family: str) -> None:
+    model = FAMILIES[family]()
+    witness = Witness(model)
+    experts = next(m for n, m in model.named_modules() if n.endswith("experts"))
+
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ZeroDivisionError
+
+    act = experts.act_fn
+    with attach(model) as attachment:
+        attachment.add("a", trained(model, LoraSpec(rank=2)))
+        attachment.use("a")
+        experts.act_fn = Fails()
+        with pytest.raises(ZeroDivisionError):
+            model(IDS)
+        experts.act_fn = act
+    witness.check()
+
+
+def test_a_failing_add_changes_nothing(
+    model: PreTrainedModel, attachment: Attachment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attachment.add("a", trained(model, LoraSpec(rank=2)))
+    attachment.use("a")
+    before, wrapped = logits(model), {n: id(m) for n, m in model.named_modules()}
+    made = 0
+
+    def limited(self: nn.Module, *args: object) -> None:
+        nonlocal made
+        made += 1
+        if made == 2:
+            raise MemoryError
+        original(self, *args)
+
+    original = Layer.__init__
+    monkeypatch.setattr(Layer, "__init__", limited)
+    with pytest.raises(MemoryError):
+        attachment.add(
+            "b",
+            trained(
+                model, LoraSpec(targets=("norm_free",)) if False else LoraSpec(targets=("lm_head", "embed_tokens"))
+            ),
+        )
+    monkeypatch.undo()
+    assert {n: id(m) for n, m in model.named_modules()} == wrapped
+    assert torch.equal(logits(model), before)
+    assert list(attachment.adapters) == ["a"]
+
+
+def test_layers_are_wrapped_by_the_first_adapter_and_unwrapped_by_the_last(
+    model: PreTrainedModel, attachment: Attachment
+) -> None:
+    def wrapped() -> set[str]:
+        return {m.name for m in model.modules() if isinstance(m, Layer)}
+
+    attachment.add("a", trained(model, LoraSpec(rank=2, targets=("q_proj",))))
+    attachment.add("b", trained(model, LoraSpec(rank=2, targets=("q_proj", "v_proj"), layers=(0,))))
+    q0, q1, v0 = (f"model.layers.{i}.self_attn.{p}_proj" for i, p in ((0, "q"), (1, "q"), (0, "v")))
+    assert wrapped() == {q0, q1, v0}
+    attachment.remove("a")
+    assert wrapped() == {q0, v0}
+    attachment.remove("b")
+    assert wrapped() == set()
+
+
+def test_nothing_selected_is_the_base_bit_for_bit(model: PreTrainedModel, attachment: Attachment) -> None:
+    base = logits(model)
+    attachment.add("a", trained(model, EVERYTHING))
+    assert torch.equal(logits(model), base)
+    attachment.use("a")
+    assert not torch.equal(logits(model), base)
+    with attachment.off():
+        assert torch.equal(logits(model), base)
+    attachment.use(("a", 0.0))
+    assert torch.equal(logits(model), base)
+    attachment.use()
+    assert torch.equal(logits(model), base)
+
+
+def test_switching_is_one_assignment(model: PreTrainedModel, attachment: Attachment) -> None:
+    """Structural: `use` writes one attribute of the attachment, and visits no module."""
+    for i in range(30):
+        attachment.add(f"a{i}", trained(model, LoraSpec(rank=1, targets=("q_proj",)), seed=i))
+    written: list[str] = []
+    visited: list[str] = []
+
+    class Spy(Attachment):
+        def __setattr__(self, name: str, value: object) -> None:
+            written.append(name)
+            super().__setattr__(name, value)
+
+    attachment.__class__ = Spy
+    original = nn.Module.modules
+    try:
+        nn.Module.modules = lambda self: visited.append("walk") or original(self)  # type: ignore[method-assign]
+        attachment.use(("a3", 0.5), "a29")
+    finally:
+        nn.Module.modules = original  # type: ignore[method-assign]
+        attachment.__class__ = Attachment
+    assert [n for n in written if not n.startswith("__")] == ["selection"]
+    assert visited == []
+    assert len(attachment.selection.mix) == 2
+
+
+def test_a_to_b_to_a_and_using(model: PreTrainedModel, attachment: Attachment) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        attachment.add(name, trained(model, LoraSpec(rank=2), seed))
+    attachment.use("a")
+    first = logits(model)
+    attachment.use("b")
+    second = logits(model)
+    assert not torch.equal(first, second)
+    with attachment.using("a"):
+        assert torch.equal(logits(model), first)
+        with pytest.raises(ZeroDivisionError), attachment.off():
+            _ = 1 / 0
+        assert torch.equal(logits(model), first)
+    assert torch.equal(logits(model), second)
+    attachment.remove("b")
+    assert attachment.selection.mix == ()
+
+
+def test_one_error_lists_every_problem(model: PreTrainedModel, attachment: Attachment) -> None:
+    good = trained(model, LoraSpec(rank=2, targets=("q_proj",)))
+    q0, q1 = good.pairs
+    bad = Adapter(
+        pairs={
+            q0: Pair(torch.ones(2, 31), good.pairs[q0].B, 1.0),
+            q1: Pair(good.pairs[q1].A, torch.full((32, 2), torch.nan), 1.0),
+            "model.layers.0.self_attn.q_porj": good.pairs[q0],
+            "model.norm": good.pairs[q0],
+            "lm_head": Pair(torch.ones(2, 5, 5), torch.ones(3, 2, 1), 1.0, "conv"),
+            "model.layers.0.mlp.experts.down_proj": Pair(torch.ones(2, 5, 5), torch.ones(3, 2, 1), 1.0, "experts"),
+        },
+        modules={"model.layers.0.input_layernorm": {"weight": torch.ones(7), "bias": torch.ones(7)}},
+        token_rows={
+            "model.embed_tokens": TokenRows((1, 1, 400), torch.ones(2, 32)),
+            "model.norm": TokenRows((), torch.ones(0, 1)),
+        },
+    )
+    with pytest.raises(AdapterError) as error:
+        attachment.add("bad", bad)
+    text = str(error.value)
+    for part in [
+        f"{q0}: A is (2, 31), the base needs (2, 32)",
+        f"{q1}.B: not finite",
+        "q_porj: no such module in the base; nearest: model.layers.0.self_attn.q_proj",
+        "model.norm: a pair of kind linear on a LlamaRMSNorm",
+        "lm_head: a pair of kind conv on a Linear",
+        "model.layers.0.mlp.experts: no such module",
+        "input_layernorm.bias: no such tensor",
+        "input_layernorm.weight is (7,), the base needs (32,)",
+        "token id 400 is outside",
+        "listed twice",
+        "the token rows are (2, 32), the base needs (3, 32)",
+        "no embedding",
+    ]:
+        assert part in text, part
+    assert attachment.adapters == {}
+    assert not any(isinstance(m, Layer) for m in model.modules())
+
+
+def test_mistakes_of_use(model: PreTrainedModel, attachment: Attachment) -> None:
+    attachment.add("pairs", trained(model, LoraSpec(rank=2, targets=("q_proj", "lm_head"))))
+    attachment.add("whole", trained(model, LoraSpec(rank=2, targets=("q_proj",), modules_to_save=("lm_head",))))
+    attachment.add("norm", trained(model, LoraSpec(targets=(), modules_to_save=("model.norm",))))
+    for mix, say in [
+        (("pears",), "attached: norm, pairs, whole"),
+        ((("pairs", float("nan")),), "strength of 'pairs' is nan"),
+        ((("whole", 0.5),), "strength 1.0"),
+        (("whole", "pairs"), "use one of the two"),
+    ]:
+        with pytest.raises(AdapterError, match=say):
+            attachment.use(*mix)
+        assert attachment.selection.mix == ()
+    attachment.use("whole", "norm")
+    attachment.use("norm", ("pairs", -0.5))
+    with pytest.raises(AdapterError, match="attached already"):
+        attachment.add("pairs", Adapter())
+    with pytest.raises(AdapterError, match="not trainable"):
+        attachment.parameters("pairs")
+
+
+def test_full_copies_do_not_nest(model: PreTrainedModel, attachment: Attachment) -> None:
+    attachment.add("mlp", trained(model, LoraSpec(targets=(), modules_to_save=("layers.0.mlp",))))
+    with pytest.raises(AdapterError, match=r"gate_proj lies inside model\.layers\.0\.mlp"):
+        attachment.add("gate", trained(model, LoraSpec(rank=2, targets=("gate_proj",))))
+
+
+def test_attaching_twice_is_an_error(model: PreTrainedModel, attachment: Attachment) -> None:
+    attachment.add("a", trained(model, LoraSpec(rank=2)))
+    for again in (model, model.model, nn.Sequential(model)):
+        with pytest.raises(AdapterError, match="attached already"):
+            attach(again)
+    attachment.detach()
+    with pytest.raises(AdapterError, match="detached"):
+        attachment.add("a", Adapter())
+    attach(model).detach()
+
+
+def test_parameters_are_own_and_snapshots_are_copies(model: PreTrainedModel, attachment: Attachment) -> None:
+    adapter = trained(model, EVERYTHING)
+    digest = adapter.digest()
+    attachment.add("a", adapter, trainable=True)
+    parameters = attachment.parameters("a")
+    assert all(p.is_leaf and p.requires_grad for p in parameters.values())
+    assert set(parameters) == {n for n, _ in adapter.tensors()}
+    assert attachment.adapter("a").digest() == digest
+    with torch.no_grad():
+        for p in parameters.values():
+            p.add_(1)
+    assert adapter.digest() == digest
+    snapshot = attachment.adapter("a")
+    assert snapshot.digest() != digest
+    before = snapshot.digest()
+    with torch.no_grad():
+        parameters["model.layers.0.self_attn.q_proj.A"].zero_()
+    assert snapshot.digest() == before
+    assert not any(t.requires_grad for _, t in snapshot.tensors())
+
+
+def test_snapshots_collapse_the_origin(model: PreTrainedModel, attachment: Attachment) -> None:
+    adapter = create(model, LoraSpec(rank=2, init="pissa"), seed=0)
+    attachment.add("a", adapter, trainable=True)
+    snapshot = attachment.adapter("a")
+    assert all(p.origin is None and p.rank == 4 for p in snapshot.pairs.values())
+    assert snapshot.digest() == adapter.digest()
+    assert len(attachment.parameters("a")) == 2 * len(adapter.pairs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["llama3", "mixtral", "llama4"])
+def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
+    """The same gradients, dropout included, with the activations made again in backward."""
+    grads = []
+    for checkpointing in (False, True):
+        model = FAMILIES[family]().train()
+        model.requires_grad_(False)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            if reentrant:
+                model.enable_input_require_grads()
+        with attach(model) as attachment:
+            attachment.add("a", trained(model, LoraSpec(rank=2, dropout=0.2)), trainable=True)
+            attachment.use("a")
+            torch.manual_seed(0)
+            model(IDS, use_cache=False).logits.square().mean().backward()
+            grads.append({n: p.grad for n, p in attachment.parameters("a").items()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-6)
+
+
+def test_generate_with_tied_embeddings_and_token_rows(model: PreTrainedModel, attachment: Attachment) -> None:
+    def write() -> list[int]:
+        out = model.generate(IDS[:1], max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS[:1]))
+        return out[0].tolist()
+
+    base = write()
+    adapter = create(model, LoraSpec(rank=2, token_rows={"embed_tokens": (77,)}), seed=0)
+    with torch.no_grad():
+        hidden = model.model(IDS[:1]).last_hidden_state[0, -1]
+    adapter.token_rows["model.embed_tokens"].rows.copy_(hidden / hidden.norm() * 20)
+    attachment.add("a", adapter)
+    attachment.use("a")
+    assert write()[10] == 77, "the head knows the new row"
+    attachment.use()
+    assert write() == base
+
+
+def test_modules_shared_by_two_parents_are_wrapped_in_both() -> None:
+    shared = nn.Linear(3, 3)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
+    with attach(model) as attachment:
+        attachment.add("x", Adapter(pairs={"a.0": Pair(torch.ones(1, 3), torch.ones(3, 1), 1.0)}))
+        attachment.use("x")
+        assert isinstance(model["a"][0], Layer)
+        assert model["a"][0] is model["b"][0]
+    assert model["a"][0] is model["b"][0] is shared
+
+
+def test_attributes_of_the_base_are_still_there(model: PreTrainedModel, attachment: Attachment) -> None:
+    attachment.add("a", trained(model, LoraSpec(rank=2, targets=("lm_head", "embed_tokens"))))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.get_input_embeddings().padding_idx == 0
+    with pytest.raises(AttributeError):
+        _ = model.lm_head.nonsense
+
+
+def test_two_threads_read_one_selection(model: PreTrainedModel, attachment: Attachment) -> None:
+    attachment.add("a", trained(model, EVERYTHING))
+    attachment.use("a")
+    expected = logits(model)
+    results: list[bool] = []
+    threads = [threading.Thread(target=lambda: results.append(torch.equal(logits(model), expected))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 4
