@@ -2,7 +2,7 @@
 
     VeneerError                 what happened, where, and what to do about it; the command line exits with `exit_code`
     ├── ConfigError             a configuration file or override: unknown key, wrong type, impossible combination
-    ├── DataError               a training or evaluation file: missing, empty, malformed (with its line), wrong shape of row
+    ├── DataError               a training or evaluation file: missing, empty, malformed (with its line), wrong row
     ├── BaseError               a base cannot be found, read or used
     ├── TargetError             a target pattern that matches nothing, or something that cannot carry a pair
     ├── AdapterError            an adapter file or object: missing, extra, misshapen, not understood, not finite
