@@ -20,7 +20,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import CheckpointError, ResourceError
+from veneer.errors import AdapterError, CheckpointError, ResourceError
+from veneer.formats.container import encode_tensors, read_tensors
 
 __all__ = [
     "Progress",
@@ -105,7 +106,7 @@ def save(
         temporary = directory / f".{final.name}.tmp"
         try:
             temporary.mkdir()
-            digests = {name: _write(temporary / name, _serialized(content)) for name, content in files.items()}
+            digests = {name: _write(temporary / name, encode_tensors(content)) for name, content in files.items()}
             state = {
                 "version": _VERSION,
                 "progress": asdict(progress),
@@ -114,7 +115,7 @@ def save(
                 "environment": environment(),
                 "files": digests,
             }
-            _write(temporary / "state.json", (json.dumps(state, indent=1, sort_keys=True) + "\n").encode())
+            _write(temporary / "state.json", [(json.dumps(state, indent=1, sort_keys=True) + "\n").encode()])
             _sync(temporary)
             os.rename(temporary, final)
             _sync(directory)
@@ -273,7 +274,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write(temporary, content)
+            _write(temporary, [content])
             os.replace(temporary, path)
             _sync(path.parent)
         except OSError:
@@ -281,12 +282,16 @@ def write_atomically(path: Path, content: bytes) -> None:
             raise
 
 
-def _write(path: Path, content: bytes) -> str:
+def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
+    """Writes and syncs; returns the sha256 of what was written."""
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
-        file.write(content)
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
         file.flush()
         os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest()
+    return digest.hexdigest()
 
 
 def _sync(directory: Path) -> None:
@@ -299,21 +304,12 @@ def _sync(directory: Path) -> None:
         os.close(handle)
 
 
-def _serialized(tensors: Mapping[str, Tensor]) -> bytes:
-    from safetensors.torch import save as to_bytes
-
-    ready = {name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}
-    return bytes(to_bytes(ready))
-
-
 def _load(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     try:
-        return dict(load(path.read_bytes()))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read: {error}", where=str(path)) from error
+        # Not finite is no error here: an optimizer may hold infinities, and the loop has checked the parameters.
+        return read_tensors(path, finite=False)[0]
+    except AdapterError as error:
+        raise CheckpointError(f"cannot be read: {error.what}", where=str(path)) from error
 
 
 def _all(directory: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 __all__ = [
+    "Checked",
     "Evaluated",
     "Event",
     "Listener",
@@ -43,6 +44,14 @@ class Resolved(Event):
 
     settings: dict[str, Any]
     sources: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checked(Event):
+    """The preflight's findings. `text`: for a person. `data`: the same as JSON values, for the log and the report."""
+
+    text: str
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
