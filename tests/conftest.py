@@ -1,4 +1,4 @@
-"""For every test: no hub, and a veneer home of its own, so that a developer's cached bases are neither used nor changed."""
+"""For every test: no hub, and a veneer home of its own, so that cached bases are neither used nor changed."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@
     │   └── UnsafeFileError     a file that is not opened at all: a pickle, a header that lies, a path that escapes
     ├── MismatchError           an adapter that belongs to another base
     ├── PreflightError          a training run that would go wrong, seen before step one
+    ├── TrainingError           a run that went wrong after step one: a loss or gradient that is not finite
+    ├── Interrupted             Ctrl-C or SIGTERM during training, after the state was saved (exit code 130)
     ├── CheckpointError         a checkpoint that cannot be written, read or resumed from
     ├── ResourceError           out of disk or memory
     └── MissingExtraError       an optional dependency that is not installed
@@ -27,11 +29,13 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Interrupted",
     "MismatchError",
     "MissingExtraError",
     "PreflightError",
     "ResourceError",
     "TargetError",
+    "TrainingError",
     "UnsafeFileError",
     "VeneerError",
     "nearest",
@@ -83,6 +87,16 @@ class MismatchError(VeneerError):
 
 class PreflightError(VeneerError):
     """Raised before step one when a run would train nothing, the wrong thing, or not fit."""
+
+
+class TrainingError(VeneerError):
+    """Raised when a run goes wrong after step one; names the step and the rows. The last checkpoint is intact."""
+
+
+class Interrupted(VeneerError):
+    """Raised when a person or the machine asks a run to stop; the state is saved, `fix` says how to go on."""
+
+    exit_code = 130
 
 
 class CheckpointError(VeneerError):

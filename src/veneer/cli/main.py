@@ -1,0 +1,179 @@
+"""The `veneer` command: a table of subcommands, each imported only when it is run, and one place where errors end.
+
+A command NAME lives in a file of its own, `cli/NAME.py`, which defines either
+
+    app: typer.Typer        a command with subcommands (veneer base get …), or
+    command: Callable       a single command, written as typer reads it: annotated parameters and a docstring
+
+and imports torch, transformers and the rest of veneer inside its functions, so that its `--help` is immediate.
+
+| what ends a command             | on stderr                                   | exit code |
+| a VeneerError                   | error, where, fix                           | its own, 2 (Interrupted: 130) |
+| a wrong option or argument      | typer's usage message                       | 2 |
+| Ctrl-C                          | "stopped"                                   | 130 |
+| a full disk, no memory, no rights | what ran out and the way out              | 2 |
+| a closed pipe                   | nothing                                     | 141 |
+| anything else: a bug            | traceback                                   | 1 |
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from veneer import __version__
+from veneer.errors import ResourceError, VeneerError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "base": ("veneer.cli.base", "Get, list and look at base models."),
+    "train": ("veneer.cli.train", "Train an adapter from a configuration file."),
+    "eval": ("veneer.cli.eval", "Compare the base and adapters on held-out rows."),
+    "generate": ("veneer.cli.generate", "Generate text, or chat, with a base and any adapters."),
+    "adapter": ("veneer.cli.adapter", "Inspect, verify and merge adapters."),
+}
+"""Command -> (module, one line for `veneer --help`)."""
+
+
+class LazyGroup(TyperGroup):
+    """Lists commands from the table, and imports one when it is resolved to be run or completed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _listed(cmd_name, COMMANDS[cmd_name][1]) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, _imported(str(name)) if command is not None else None, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            _close_pipe()
+            raise SystemExit(141) from None
+        except Exception as error:
+            known = error if isinstance(error, VeneerError) else _known(error)
+            if known is None:
+                raise
+            _show(known)
+            raise SystemExit(known.exit_code) from None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; always ends with SystemExit. `argv`: the arguments after the program's name."""
+    try:
+        _program()(args=None if argv is None else list(argv), prog_name="veneer")
+    except KeyboardInterrupt:
+        _say_stopped()
+        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == 130:
+            _say_stopped()
+        raise
+    except Exception:
+        traceback.print_exc()
+        print(f"\nThis is a bug in veneer {__version__}: please report it with the lines above.", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+_stopped_said = False
+
+
+def _say_stopped() -> None:
+    global _stopped_said
+    if not _stopped_said:
+        print("stopped", file=sys.stderr)
+    _stopped_said = True
+
+
+def _program() -> Any:
+    app = typer.Typer(
+        cls=LazyGroup,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog='Example: veneer generate "What is the capital of France?" --base smollm2-135m',
+    )
+    app.callback()(_root)
+    return typer.main.get_command(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"veneer {__version__}")
+        raise typer.Exit()
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train, keep, mix and serve low-rank adapters (LoRA)."""
+
+
+def _listed(name: str, line: str) -> Any:
+    """What stands for a command in lists: its name and its line, nothing behind it."""
+    stub = typer.Typer(add_completion=False)
+    stub.command(name, help=line)(lambda: None)
+    command = typer.main.get_command(stub)
+    command.name = name
+    return command
+
+
+def _imported(name: str) -> Any:
+    module = importlib.import_module(COMMANDS[name][0])
+    app = getattr(module, "app", None)
+    if app is None:
+        app = typer.Typer(add_completion=False)
+        app.command(name)(module.command)
+    # Plain text in help and errors of every command, as of the group.
+    app.pretty_exceptions_enable = False
+    command = typer.main.get_command(app)
+    command.name = name
+    return command
+
+
+def _known(error: Exception) -> VeneerError | None:
+    """A machine's limits in veneer's words; None for what is not known."""
+    text, kind = str(error), type(error).__name__
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return ResourceError(
+                "the disk is full", where=error.filename, fix="free some space there, or write elsewhere"
+            )
+        if isinstance(error, PermissionError):
+            return ResourceError(f"no right to use this file: {error.strerror}", where=error.filename)
+    if "No space left on device" in text:
+        return ResourceError("the disk is full", fix="free some space, or write elsewhere")
+    if kind == "OutOfMemoryError":  # torch's, known by name: torch need not be loaded
+        return ResourceError(
+            "the GPU's memory is exhausted",
+            where=text.split(". ")[0],
+            fix="fewer rows at once, or activation checkpointing",
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return ResourceError("the memory is exhausted", fix="fewer rows at once, a smaller base, or dtype bfloat16")
+    return None
+
+
+def _show(error: VeneerError) -> None:
+    head = "\033[1;31merror:\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "error:"
+    print(f"{head} {error}", file=sys.stderr)
+
+
+def _close_pipe() -> None:
+    """Whoever read stdout is gone; point it elsewhere, so that closing it at exit does not fail too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,192 @@
+"""The card beside an adapter: `veneer.json` for programs, `README.md` for people.
+
+    veneer.json = {"veneer": 1, "digest": "sha256:…", "files": {name: "sha256:…"}, …every field of core.Card}
+
+Keys it does not know are kept in the card's `extra` and reported, so that a card from a later version loses nothing.
+Both files are the same bytes for the same card. Knows JSON and Markdown; nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from veneer.core.adapter import Adapter, Card
+from veneer.errors import AdapterError
+from veneer.formats.container import strict_json
+
+__all__ = ["CARD_FILE", "README_FILE", "CardFile", "card_bytes", "file_digest", "is_ours", "read_card", "readme_bytes"]
+
+CARD_FILE = "veneer.json"
+README_FILE = "README.md"
+VERSION = 1
+MAX_CARD_BYTES = 16 << 20
+MARK = (
+    "<!-- written by veneer: edit freely, and remove this line to keep your edits when the adapter is saved again -->"
+)
+
+
+@dataclass
+class CardFile:
+    """A card as it stands in a file. `digest` is the adapter's, `files` has the sha256 of the files beside it.
+    `unknown`: the keys that were not understood; they are in `card.extra` too."""
+
+    card: Card
+    digest: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+
+def file_digest(data: Path | bytes) -> str:
+    """The sha256 of a file or of bytes, as `sha256:` and hexadecimal."""
+    if isinstance(data, bytes):
+        return "sha256:" + hashlib.sha256(data).hexdigest()
+    with data.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def card_bytes(card: Card, *, digest: str = "", files: Mapping[str, str] | None = None) -> bytes:
+    """`veneer.json`. Raises AdapterError for anything in the card that JSON cannot hold."""
+    body = {"veneer": VERSION, "digest": digest, "files": dict(files or {}), **card.to_dict()}
+    try:
+        text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"the card holds something that JSON cannot: {error}", where=CARD_FILE) from None
+    return text.encode() + b"\n"
+
+
+def read_card(folder: str | Path) -> CardFile:
+    """The card in a folder. Raises one AdapterError that lists every field of the wrong type."""
+    path = Path(folder) / CARD_FILE
+    where = str(path)
+    try:
+        if path.stat().st_size > MAX_CARD_BYTES:
+            raise AdapterError(f"{path.stat().st_size:,} bytes are too many for a card", where=where)
+        raw = strict_json(path.read_bytes(), where=where)
+    except OSError as error:
+        raise AdapterError(f"cannot read the card: {error.strerror or error}", where=where) from None
+    if not isinstance(raw, dict):
+        raise AdapterError("the card is not a JSON object", where=where)
+    version, digest, files = raw.pop("veneer", None), raw.pop("digest", ""), raw.pop("files", {})
+    problems = []
+    if version != VERSION:
+        problems.append(f"veneer = {version!r}: this veneer reads cards of version {VERSION}")
+    if not isinstance(digest, str):
+        problems.append(f"digest = {digest!r}: text is expected")
+    if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
+        problems.append("files: names with their sha256 are expected")
+    elif bad := [n for n in files if "/" in n or "\\" in n or n in ("", ".", "..") or "\0" in n]:
+        problems.append(f"files: {bad} are no names of files beside the card")
+    card, unknown = Card(), sorted(set(raw) - {f.name for f in fields(Card)})
+    for f in fields(Card):
+        if f.name in raw:
+            problem = _type_problem(raw[f.name], getattr(card, f.name))
+            if problem:
+                problems.append(f"{f.name} = {str(raw[f.name])[:60]!r}: {problem}")
+            else:
+                setattr(card, f.name, raw[f.name])
+    if problems:
+        shown = "\n".join(f"  - {p}" for p in problems)
+        raise AdapterError(f"the card cannot be read:\n{shown}", where=where, fix="correct it, or delete it")
+    card.alpha = float(card.alpha)
+    card.extra = {**card.extra, **{key: raw[key] for key in unknown}}
+    return CardFile(card, digest, dict(files), unknown)
+
+
+def _type_problem(value: Any, like: Any) -> str | None:
+    """Whether `value` is of the kind of `like`, the field's default."""
+    if isinstance(like, float):
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return None if ok else "a number is expected"
+    if isinstance(like, int):
+        return None if type(value) is int else "a whole number is expected"
+    if isinstance(like, list):
+        ok = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        return None if ok else "a list of texts is expected"
+    return None if isinstance(value, type(like)) else f"{'a mapping' if isinstance(like, dict) else 'text'} is expected"
+
+
+def is_ours(readme: Path) -> bool:
+    """Whether a README may be replaced: it carries the line that says so."""
+    try:
+        return MARK in readme.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+
+
+def readme_bytes(adapter: Adapter, *, base_name: str = "", name: str = "adapter") -> bytes:
+    """`README.md`: the front matter that hubs read, what is known of the adapter, and how to use it."""
+    import yaml
+
+    card = adapter.card
+    base = base_name or card.base
+    shown = base.rstrip("/").rsplit("/", 1)[-1] if base.startswith(("/", "~", ".")) else base
+    front: dict[str, Any] = {
+        "library_name": "peft",
+        "tags": sorted({"lora", "veneer"} | ({"dora"} if _dora(adapter) else set())),
+    }
+    if shown:
+        front["base_model"] = shown
+        front["tags"] = [f"base_model:adapter:{shown}", *front["tags"]]
+    if card.kind == "text":
+        front["pipeline_tag"] = "text-generation"
+    if card.licence:
+        front["license"] = card.licence
+    lines = ["---", yaml.safe_dump(front, sort_keys=True, allow_unicode=True).strip(), "---", MARK, "", f"# {name}", ""]
+    lines += [f"A low-rank adapter{f' for `{shown}`' if shown else ''}.", ""]
+    facts = {
+        "pairs": len(adapter.pairs),
+        "full copies": ", ".join(sorted(adapter.modules)),
+        "token rows": sum(len(r.indices) for r in adapter.token_rows.values()) or "",
+        "rank": card.rank or "",
+        "alpha": f"{card.alpha:g}" if card.alpha else "",
+        "targets": ", ".join(card.targets),
+        "size": f"{adapter.size_bytes():,} bytes",
+        "digest": adapter.digest(),
+        "base fingerprint": card.base_fingerprint,
+        "data digest": card.data_digest,
+        "trigger words": ", ".join(card.trigger_words),
+        "parents": ", ".join(card.parents),
+        "created": card.created,
+    }
+    lines += ["| | |", "| --- | --- |", *(f"| {k} | {_cell(v)} |" for k, v in facts.items() if v != ""), ""]
+    for title, table in (("Results", card.metrics), ("Recipe", card.recipe)):
+        if table:
+            lines += [f"## {title}", "", "| | |", "| --- | --- |"]
+            lines += [f"| {_cell(k)} | {_cell(v)} |" for k, v in sorted(_flat(table).items())] + [""]
+    target = shown or "BASE"
+    lines += ["## Use", "", "```bash", f'veneer generate "…" --base {target} --adapter FOLDER', "```", ""]
+    lines += [
+        "or with PEFT:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+    ]
+    lines += [
+        "",
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{target}"), "FOLDER")',
+        "```",
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _dora(adapter: Adapter) -> bool:
+    return any(p.magnitude is not None for p in adapter.pairs.values())
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

@@ -1,0 +1,90 @@
+"""PEFT's adapter folders: `adapter_config.json` and `adapter_model.safetensors`, read and written strictly.
+
+    key = "base_model.model." + module + suffix                              the adapter's name is not in the key
+
+| on a module       | suffix and shape                                                                                |
+| linear            | .lora_A.weight (r, in)   .lora_B.weight (out, r)                                                |
+| convolution       | .lora_A.weight (r, in, k…)   .lora_B.weight (out, r/groups, 1…)                                 |
+| embedding         | .lora_embedding_A (r, rows)   .lora_embedding_B (dim, r)                                        |
+| DoRA, each        | .lora_magnitude_vector (out,), for a convolution (1, out, 1…)                                   |
+| expert parameters | .lora_A.weight (E·r, in)   .lora_B.weight (out, r·E); A counts experts first, B ranks first.    |
+|                   | Of several parameters of one module the last declared has the plain key, each earlier one a     |
+|                   | further `.base_layer` in front of the suffix                                                    |
+| modules_to_save   | .PARAMETER: full copies                                                                         |
+| token indices     | .token_adapter.trainable_tokens_delta (tokens, dim): whole rows; which ones is in the config    |
+| targeted embedding| .base_layer.weight: PEFT's copy of the base's own rows, no part of the adapter                  |
+
+    scale = alpha/r, rsLoRA alpha/√r;  r and alpha from rank_pattern and alpha_pattern where the first key that matches
+    `(.*\\.)?(KEY)$` says so
+
+docs/formats/peft.md has the whole specification, numbered. What cannot be read with the same effect is refused with the
+reason; everything wrong with a folder is one AdapterError. Knows files and names; does not know what made the base.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from veneer.core.adapter import Adapter
+from veneer.errors import AdapterError, UnsafeFileError, nearest
+from veneer.formats.card import CARD_FILE, read_card
+from veneer.formats.container import PICKLE_FIX, read_tensors, strict_json
+from veneer.formats.peft_read import Base, Loaded, interpret
+from veneer.formats.peft_write import CONFIG_FILE, TENSOR_FILE, Written, encode, write
+
+__all__ = ["CONFIG_FILE", "TENSOR_FILE", "Base", "Loaded", "Written", "encode", "interpret", "load", "read", "write"]
+
+MAX_CONFIG_BYTES = 16 << 20
+
+
+def read(folder: str | Path, base: Base = None) -> Adapter:
+    """The adapter in a PEFT folder.
+
+    Plain pairs need no base. With one (the model, its outline, or its module names) every name, kind and shape is
+    checked against it, and old layouts of expert weights are recognised. Raises one AdapterError that lists everything
+    missing, extra, misshapen or not understood; UnsafeFileError for pickles and headers that lie."""
+    return load(folder, base).adapter
+
+
+def load(folder: str | Path, base: Base = None) -> Loaded:
+    """`read`, with the configuration and the notes."""
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors, _ = read_tensors(_tensor_file(folder))
+    card = read_card(folder).card if (folder / CARD_FILE).is_file() else None
+    return interpret(config, tensors, base, where=str(folder), card=card)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        near = nearest(folder.name, beside, 1)
+        raise AdapterError("no such adapter folder", where=str(folder), fix=f"nearest: {near[0]}" if near else None)
+    if not path.is_file():
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))[:5]
+        raise AdapterError(
+            f"the folder has no {CONFIG_FILE}",
+            where=str(folder),
+            fix=f"it has adapters inside: give one of {', '.join(inside)}" if inside else None,
+        )
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise UnsafeFileError(f"{path.stat().st_size:,} bytes are too many for a configuration", where=str(path))
+    config = strict_json(path.read_bytes(), where=str(path))
+    if not isinstance(config, dict):
+        raise AdapterError("the configuration is not a JSON object", where=str(path))
+    return config
+
+
+def _tensor_file(folder: Path) -> Path:
+    path = folder / TENSOR_FILE
+    if path.is_file():
+        return path
+    if (folder / "adapter_model.bin").exists():
+        raise UnsafeFileError(
+            "the adapter is stored as a pickle, and loading a pickle runs whatever code is in it",
+            where=str(folder / "adapter_model.bin"),
+            fix=PICKLE_FIX,
+        )
+    raise AdapterError(f"the folder has no {TENSOR_FILE}", where=str(folder))

@@ -1,0 +1,331 @@
+"""`adapter_config.json`: every key PEFT 0.21 knows, what veneer does with it, and PEFT's own rules of matching.
+
+Knows the configuration; nothing of tensors. `parse` never raises: it returns what it could read, and all problems.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.errors import nearest
+
+__all__ = [
+    "Config",
+    "alpha_of_module",
+    "excluded",
+    "matches",
+    "names_parameter",
+    "parse",
+    "rank_of_module",
+    "regex_match",
+]
+
+DUMMY_TARGETS = "dummy-target-modules"
+ALL_LINEAR = "all-linear"
+PATTERN_SECONDS = 2.0
+
+IGNORED = {  # do not touch what the adapter does to the base
+    "auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "base_model_name_or_path",
+    "fan_in_fan_out", "velora_config",
+}  # fmt: skip
+
+REFUSED: dict[str, str] = {  # a value that is neither null nor false changes what the adapter does
+    "alora_invocation_tokens": "aLoRA switches the adapter on in the middle of a text, at its invocation tokens; "
+    "no fixed change of weights does that. Train it as plain LoRA",
+    "arrow_config": "Arrow routes between several adapters by token. Use its adapters one by one, or as a mix",
+    "kasa_config": "KaSA cuts the smallest singular values out of the base, so the adapter does not fit the untouched "
+    "base. Merge it with PEFT (`merge_and_unload`) and use the result as a base",
+    "layer_replication": "the adapter expects a base whose layers are repeated. Build that base first, save it, and "
+    "save the adapter without layer_replication",
+    "lora_bias": "a bias of the pair itself is not part of A and B. Merge it with PEFT (`merge_and_unload`)",
+    "megatron_config": "Megatron's parallel layers are not supported. Save the adapter from the unsharded model",
+    "monteclora_config": "MonteCLoRA samples the weights at random. Save its mean as plain LoRA",
+    "use_bdlora": "BD-LoRA stores blocks of A and B. Convert it to plain LoRA with PEFT (`convert_to_lora`)",
+    "use_qalora": "QA-LoRA pools the inputs in front of A. Merge it with PEFT (`merge_and_unload`)",
+}
+
+MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass
+class Config:
+    """The parts of adapter_config.json that decide what the tensors mean."""
+
+    r: int = 8
+    alpha: float = 8.0
+    rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    target_parameters: list[str] = field(default_factory=list)
+    modules_to_save: list[str] = field(default_factory=list)
+    token_indices: list[int] | dict[str, list[int]] | None = None
+    layers: list[int] | None = None
+    layers_pattern: list[str] = field(default_factory=list)
+    bias: str = "none"
+    tie: bool = False
+    base_name: str = ""
+    task_type: str | None = None
+    version: tuple[int, ...] | None = None
+    usable: bool = True
+    """False where a pattern does not compile, so that nothing can be matched."""
+
+
+def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """The configuration and everything wrong with it, each as one line."""
+    problems: list[str] = []
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        return Config(usable=False), [
+            f"peft_type is {kind!r}, and only 'LORA' is read. Convert it with PEFT (`peft.convert_to_lora`, or "
+            "`merge_and_unload` and use the merged model as a base)"
+        ]
+    known = set(FIELDS) | IGNORED | set(REFUSED) | {"peft_type", "init_lora_weights"}
+    for key in sorted(set(raw) - known):
+        near = nearest(key, known, 1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        problems.append(f"unknown key {key!r} = {str(raw[key])[:60]}{hint} (it may change the adapter's effect)")
+    for key, reason in REFUSED.items():
+        if raw.get(key):
+            problems.append(f"{key} = {str(raw[key])[:60]}: {reason}")
+    problems += _init_problems(raw.get("init_lora_weights", True))
+    config = Config()
+    for key, (attribute, check) in FIELDS.items():
+        if key not in raw or (raw[key] is None and key not in ("r", "lora_alpha")):
+            continue
+        try:
+            setattr(config, attribute, check(raw[key]))
+        except (ValueError, TypeError) as error:
+            problems.append(f"{key} = {str(raw[key])[:60]!r}: {error}")
+    config.base_name = str(raw.get("base_model_name_or_path") or "")
+    config.task_type = str(raw["task_type"]) if raw.get("task_type") else None
+    config.version = _version(raw.get("peft_version"))
+    broken = _pattern_problems(config)
+    config.usable = not broken
+    return config, problems + broken + _combination_problems(config)
+
+
+def _init_problems(value: Any) -> list[str]:
+    if isinstance(value, bool) or value is None or value in PLAIN_INITS:
+        return []
+    name = str(value).lower()
+    if name.startswith(MUTATING_INITS):
+        return [
+            f"init_lora_weights = {value!r}: PEFT took A and B out of the base's own weights and changed the base, so "
+            "these pairs are only right on that changed base. Save the adapter again with PEFT's `save_pretrained(…, "
+            "path_initial_model_for_weight_conversion=INITIAL)`, which writes the difference from the untouched base"
+        ]
+    return [f"init_lora_weights = {value!r} is not understood"]
+
+
+def _int(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError("a whole number of at least 1 is expected")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise ValueError("a number is expected")
+    return float(value)
+
+
+def _probability(value: Any) -> float:
+    number = _number(value)
+    if not 0 <= number < 1:
+        raise ValueError("a number from 0 to below 1 is expected")
+    return number
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false is expected")
+    return value
+
+
+def _strings(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+        raise ValueError("a list of names is expected")
+    return sorted(value)
+
+
+def _string_or_strings(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else _strings(value)
+
+
+def _names_or_regex(value: Any) -> list[str] | str:
+    return value if isinstance(value, str) else _strings(value)
+
+
+def _indices(value: Any) -> list[int]:
+    value = [value] if isinstance(value, int) else value
+    if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
+        raise ValueError("a list of whole numbers of at least 0 is expected")
+    if len(set(value)) != len(value):
+        raise ValueError("an index appears twice")
+    return value
+
+
+def _tokens(value: Any) -> list[int] | dict[str, list[int]]:
+    if isinstance(value, dict):
+        return {str(k): _indices(v) for k, v in sorted(value.items())}
+    return _indices(value)
+
+
+def _pattern(check: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    def of(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValueError("a mapping from module names to numbers is expected")
+        return {key: check(v) for key, v in value.items()}  # the order counts: the first match wins
+
+    return of
+
+
+def _bias(value: Any) -> str:
+    if value not in ("none", "all", "lora_only"):
+        raise ValueError("none, all or lora_only is expected")
+    return str(value)
+
+
+FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "r": ("r", _int),
+    "lora_alpha": ("alpha", _number),
+    "use_rslora": ("rslora", _bool),
+    "use_dora": ("dora", _bool),
+    "lora_dropout": ("dropout", _probability),
+    "rank_pattern": ("rank_pattern", _pattern(_int)),
+    "alpha_pattern": ("alpha_pattern", _pattern(_number)),
+    "target_modules": ("target_modules", _names_or_regex),
+    "exclude_modules": ("exclude_modules", _names_or_regex),
+    "target_parameters": ("target_parameters", _strings),
+    "modules_to_save": ("modules_to_save", _string_or_strings),
+    "trainable_token_indices": ("token_indices", _tokens),
+    "layers_to_transform": ("layers", _indices),
+    "layers_pattern": ("layers_pattern", _string_or_strings),
+    "bias": ("bias", _bias),
+    "ensure_weight_tying": ("tie", _bool),
+}
+
+
+def _version(value: Any) -> tuple[int, ...] | None:
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", value) if isinstance(value, str) else None
+    return tuple(int(part or 0) for part in found.groups()) if found else None
+
+
+def _pattern_problems(config: Config) -> list[str]:
+    """Regular expressions that do not compile."""
+    expressions = [("rank_pattern", k) for k in config.rank_pattern] + [
+        ("alpha_pattern", k) for k in config.alpha_pattern
+    ]
+    expressions += [("layers_pattern", k) for k in config.layers_pattern]
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(value := getattr(config, key), str):
+            expressions.append((key, value))
+    problems = []
+    for key, expression in expressions:
+        try:
+            re.compile(f"({expression})")
+        except (re.error, OverflowError, RecursionError) as error:
+            problems.append(f"{key}: {expression[:80]!r} is not a regular expression: {error}")
+    return problems
+
+
+def _combination_problems(config: Config) -> list[str]:
+    problems = []
+    if isinstance(config.target_modules, str) and (config.layers is not None or config.layers_pattern):
+        problems.append("layers_to_transform and layers_pattern only go with a list of target_modules, not a string")
+    if config.layers_pattern and config.layers is None:
+        problems.append("layers_pattern needs layers_to_transform")
+    if config.target_modules is None and not config.target_parameters:
+        problems.append("target_modules is missing, so PEFT would guess the modules from the architecture; list them")
+    if config.dora and config.target_parameters:
+        problems.append("use_dora does not go with target_parameters")
+    return problems
+
+
+class PatternError(Exception):
+    """A regular expression that cannot be run, or backtracks without end and would hang whoever reads the file."""
+
+
+def regex_match(expression: str, name: str, *, full: bool = False) -> bool:
+    """`re.match`/`re.fullmatch` that gives up after a while, as a hostile expression can take forever."""
+    if not re.search(r"[*+{]", expression):  # nothing repeats, nothing can blow up
+        return bool((re.fullmatch if full else re.match)(expression, name))
+    import regex  # type: ignore[import-untyped]
+
+    try:
+        return bool((regex.fullmatch if full else regex.match)(expression, name, timeout=PATTERN_SECONDS))
+    except TimeoutError:
+        raise PatternError(
+            f"the pattern {expression[:80]!r} takes longer than {PATTERN_SECONDS:g} s to match"
+        ) from None
+    except regex.error as error:
+        raise PatternError(f"the pattern {expression[:80]!r} cannot be run: {error}") from None
+
+
+def _is_or_ends(name: str, entries: Iterable[str]) -> bool:
+    return any(name == entry or name.endswith(f".{entry}") for entry in entries)
+
+
+def excluded(config: Config, name: str) -> bool:
+    """Whether exclude_modules or modules_to_save keeps a pair off `name`."""
+    if isinstance(config.exclude_modules, str) and config.exclude_modules:
+        if regex_match(config.exclude_modules, name, full=True):
+            return True
+    elif config.exclude_modules and _is_or_ends(name, config.exclude_modules):
+        return True
+    return any(regex_match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save)
+
+
+def matches(config: Config, name: str, entries: Iterable[str] | None = None) -> bool:
+    """Whether PEFT puts a pair on the module `name`; with `entries`, as if those were the target_modules.
+
+    "all-linear" depends on the model and is the caller's to decide: here it matches every name."""
+    targets = config.target_modules if entries is None else list(entries)
+    if targets is None or targets == DUMMY_TARGETS or excluded(config, name):
+        return False
+    if isinstance(targets, str):
+        return targets.lower() == ALL_LINEAR or regex_match(targets, name, full=True)
+    if name in targets:
+        return True
+    if not _is_or_ends(name, targets):
+        return False
+    if not config.layers:
+        return True
+    found: re.Match[str] | None = None
+    if not config.layers_pattern:
+        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+    for pattern in config.layers_pattern:
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", name)
+        if found:
+            break
+    return found is not None and int(found["idx"]) in config.layers
+
+
+def names_parameter(config: Config, name: str) -> bool:
+    """Whether target_parameters names the parameter `name` (its full path)."""
+    return _is_or_ends(name, config.target_parameters)
+
+
+def _first(patterns: Mapping[str, Any], name: str) -> str | None:
+    return next((key for key in patterns if regex_match(rf"(.*\.)?({key})$", name)), None)
+
+
+def rank_of_module(config: Config, name: str) -> tuple[int, str]:
+    """The rank that the configuration gives to a module or parameter, and which key says so."""
+    key = _first(config.rank_pattern, name)
+    return (config.r, "r") if key is None else (config.rank_pattern[key], f"rank_pattern[{key!r}]")
+
+
+def alpha_of_module(config: Config, name: str) -> float:
+    """The alpha that the configuration gives to a module or parameter."""
+    key = _first(config.alpha_pattern, name)
+    return config.alpha if key is None else config.alpha_pattern[key]

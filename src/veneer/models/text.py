@@ -1,0 +1,319 @@
+"""A text base: model, tokenizer, and what is decided once when it is loaded.
+
+`load_text` chooses device and dtype by the rules of `choose_device` and `choose_dtype` and keeps the reason in words;
+freezes every weight; and settles which token ends a turn, so that training, generation and evaluation mean the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from veneer.errors import BaseError, ConfigError, ResourceError
+from veneer.models.fingerprint import fingerprint
+from veneer.models.gguf_base import load_gguf
+from veneer.models.quiet import quiet
+from veneer.models.sources import find
+from veneer.models.weights import StoredTensor, stored_dtype, tensor_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["TextBase", "choose_device", "choose_dtype", "end_of_turn", "load_text", "read_config", "read_tokenizer"]
+
+_DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+@dataclass
+class TextBase:
+    """A frozen language model and its tokenizer.
+
+    `dtype_reason`: why this dtype, in words for a person. `end_of_turn_id`: the token that the chat template puts after
+    an answer (without a template, the tokenizer's eos): the last token a training example must train.
+    `stop_ids`: every token that ends a generation. `pad_id`: what fills shorter rows, always masked.
+    `context`: tokens the base takes at most. `notes`: what a person should know about the loading, one sentence each.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    directory: Path
+    fingerprint: str
+    dtype: torch.dtype
+    device: torch.device
+    dtype_reason: str
+    end_of_turn_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    context: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+
+def load_text(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    say: Callable[[str], None] | None = None,
+) -> TextBase:
+    """Find and load a base: eval mode, `requires_grad` False everywhere.
+
+    `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `say` is told what takes time.
+    Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
+    ConfigError (an unknown dtype or device), ResourceError (not enough memory)."""
+    path = find(name, say=say)
+    table = tensor_table(path)
+    config, tokenizer = read_config(path), read_tokenizer(path)
+    where = choose_device(device)
+    kind, reason = choose_dtype(dtype, where, stored_dtype(table))
+    _check_memory(path, table, kind, where)
+    digest = fingerprint(path, config, table)
+    model, notes = _load_model(path, config, kind)
+    model.to(where)  # type: ignore[arg-type]
+    model.eval()
+    model.requires_grad_(False)
+    _check_vocabulary(path, model, tokenizer)
+    turn = end_of_turn(tokenizer)
+    if turn is None and tokenizer.chat_template:
+        notes = (*notes, "the chat template puts no special token after an answer: an answer ends with the eos token")
+    turn = tokenizer.eos_token_id if turn is None else turn
+    stops = _stop_ids(model, tokenizer, turn)
+    if not stops:
+        notes = (*notes, "neither tokenizer nor config names a token that ends a text: generation runs to its limit")
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = stops[0] if stops else 0
+    return TextBase(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        directory=path,
+        fingerprint=digest,
+        dtype=kind,
+        device=where,
+        dtype_reason=reason,
+        end_of_turn_id=turn,
+        stop_ids=stops,
+        pad_id=int(pad),
+        context=int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30),
+        notes=notes,
+    )
+
+
+# -- device and dtype ------------------------------------------------------------------------------------------------
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """auto: the first CUDA device where there is one, else the CPU. Raises ConfigError for one that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"{device!r} is not a device", fix="auto, cpu, cuda, cuda:1 or mps") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"there is no CUDA device {device!s} ({torch.cuda.device_count()} found)", fix="use device auto or cpu"
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("there is no MPS device", fix="use device auto or cpu")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) -> tuple[torch.dtype, str]:
+    """The dtype a base runs in, and why. `stored`: the dtype of its weight files ("BF16", "F32", "Q4_1", …).
+
+    auto: bfloat16 where the weights are stored in 16 bits or fewer and the device multiplies bfloat16 in hardware
+    (CUDA from compute capability 8; CPUs with AVX512-BF16 or AMX-BF16), otherwise float32. Weights stored in float32
+    stay float32, because nobody asked for them to be rounded."""
+    if isinstance(dtype, torch.dtype):
+        return dtype, "as asked for"
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ConfigError(f"{dtype!r} is not a dtype", fix="auto, float32, bfloat16 or float16")
+        return _DTYPES[dtype], "as asked for"
+    if stored in ("F32", "F64"):
+        return torch.float32, "the weights are stored in float32 (bfloat16 would halve the memory and round them)"
+    hardware = _bf16_hardware(device)
+    if hardware:
+        return torch.bfloat16, f"{hardware} multiplies bfloat16 in hardware"
+    return torch.float32, f"this {device.type.upper()} does not multiply bfloat16 in hardware, so float32 is faster"
+
+
+def _bf16_hardware(device: torch.device) -> str:
+    """What multiplies bfloat16 in hardware on `device`, or "" where nothing does."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} (compute {major}.{minor})" if major >= 8 else ""
+    if device.type == "cpu":
+        for name, probe in {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}.items():
+            if getattr(torch.cpu, probe, lambda: False)():
+                return f"this CPU ({name})"
+    return ""
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_config(path: Path) -> PreTrainedConfig:
+    """The config of a base directory or GGUF file. Raises BaseError where transformers cannot make sense of it."""
+    from transformers import AutoConfig
+
+    config: Any
+    with quiet():
+        try:
+            if path.is_file():
+                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            else:
+                config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise _unreadable("config", path, error) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise BaseError(
+            f"{config.model_type} is an encoder-decoder model; veneer adapts causal language models", where=str(path)
+        )
+    return config
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base directory or GGUF file. Raises BaseError where there is none."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any
+    with quiet():
+        try:
+            if path.is_file():
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise _unreadable("tokenizer", path, error) from error
+    return tokenizer
+
+
+def _load_model(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        try:
+            if path.is_file():
+                return load_gguf(path, dtype), ("the weights come from a GGUF file, dequantised",)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            if isinstance(error, MemoryError) or "memory" in str(error).lower():
+                raise
+            raise _unreadable("model", path, error) from error
+    return model, _check_loaded(path, info)
+
+
+def _check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Nothing may be missing or misshapen; what the model has no place for is a note."""
+    problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
+    problems += [f"misshapen: {item}" for item in sorted(map(str, info.get("mismatched_keys", ())))]
+    if problems:
+        shown = "\n".join(f"  - {p}" for p in problems[:20])
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise BaseError(
+            f"the weights do not match the config ({len(problems)} problems):\n{shown}{more}",
+            where=str(path),
+            fix="use config and weights of one model, and a causal language model (not an encoder or a classifier)",
+        )
+    extra = sorted(info.get("unexpected_keys", ()))
+    return (f"{len(extra)} stored tensors have no place in the model, {extra[0]} among them",) if extra else ()
+
+
+def _unreadable(what: str, path: Path, error: Exception) -> BaseError:
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    fix = None
+    if "does not recognize this architecture" in said or "is not supported" in said:
+        fix = "a newer transformers may know it: pip install -U transformers"
+    elif "trust_remote_code" in said:
+        said, fix = (
+            "it wants to run code that came with it, which veneer does not do",
+            "use a base of a known architecture",
+        )
+    elif what == "tokenizer":
+        fix = "put tokenizer.json and tokenizer_config.json of this base beside its config"
+    return BaseError(f"cannot read the {what} of this base: {said}", where=str(path), fix=fix)
+
+
+def _check_memory(path: Path, table: list[StoredTensor], dtype: torch.dtype, device: torch.device) -> None:
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu":
+        import psutil
+
+        free = psutil.virtual_memory().available
+    else:
+        return
+    needs = sum(t.elements for t in table) * dtype.itemsize
+    if needs > free:
+        raise ResourceError(
+            f"this base needs {needs / 1e9:.1f} GB in {dtype!s:.20} and {free / 1e9:.1f} GB of memory are free",
+            where=f"{path} on {device}",
+            fix="use a smaller base, dtype bfloat16, or another machine",
+        )
+
+
+def _check_vocabulary(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise BaseError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model's embedding {rows:,} rows",
+            where=str(path),
+            fix="use tokenizer and model of one base",
+        )
+
+
+# -- where a text ends -----------------------------------------------------------------------------------------------
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts right after an assistant's answer; None where there is none.
+
+    Found by rendering a conversation and reading what follows the answer: <|im_end|>, <|eot_id|>, <end_of_turn>, …"""
+    if not tokenizer.chat_template:
+        return None
+    answer = "veneer answers"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # a template may refuse anything, in any way
+        return None
+    _, found, after = text.rpartition(answer)
+    ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if found else []
+    return int(ids[0]) if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: int | None) -> tuple[int, ...]:
+    """End of turn first, then the tokenizer's eos and whatever config and generation config call eos."""
+    found: list[int] = []
+    for source in (turn, tokenizer.eos_token_id, model.config.eos_token_id, _generation_eos(model)):
+        for token in source if isinstance(source, list | tuple) else [source]:
+            if token is not None and int(token) not in found:
+                found.append(int(token))
+    rows = model.get_input_embeddings().weight.shape[0]
+    return tuple(t for t in found if 0 <= t < rows)
+
+
+def _generation_eos(model: PreTrainedModel) -> Any:
+    return getattr(model.generation_config, "eos_token_id", None)

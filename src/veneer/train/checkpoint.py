@@ -1,0 +1,430 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+    checkpoints/
+      step-00000040/
+        adapter.safetensors      the trained parameters by name, in their own dtype
+        optimizer.safetensors    every tensor of the optimizer, keyed "<parameter>|<entry>"
+        random.safetensors       torch's, Python's and numpy's generators (and each CUDA device's)
+        state.json               the rest: progress, optimizer scalars, identity, and a sha256 of each file above
+
+A directory is written under a temporary name, synced and renamed, so it is there whole or not at all; an older one is
+renamed away before it is removed. No pickles: safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import AdapterError, CheckpointError, ResourceError
+from veneer.formats.container import encode_tensors, read_tensors
+
+__all__ = [
+    "Progress",
+    "at_step",
+    "disk_errors",
+    "environment",
+    "latest",
+    "read_parameters",
+    "read_state",
+    "restore",
+    "rng_restore",
+    "rng_state",
+    "save",
+    "write_atomically",
+]
+
+_PREFIX = "step-"
+_VERSION = 1
+
+
+@dataclass
+class Progress:
+    """How far a run is. `recent`: (Σ NLL, trained tokens) of the last steps. `evaluated`: the last step after which
+    the validation rows were scored, −1 for never. `waited`: evaluations since the best one."""
+
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    recent: list[tuple[float, int]] = field(default_factory=list)
+    evaluated: int = -1
+    best_step: int | None = None
+    best_loss: float | None = None
+    last_loss: float | None = None
+    waited: int = 0
+    stopped: str = ""
+
+    @property
+    def loss(self) -> float | None:
+        """Nats per trained token over the last steps, token-weighted; None before the first step."""
+        trained = sum(n for _, n in self.recent)
+        return sum(nll for nll, _ in self.recent) / trained if trained else None
+
+
+def save(
+    directory: Path,
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    identity: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Writes the state after `progress.step` and removes all but the newest `keep` checkpoints and the best one.
+
+    `identity` is what a resumed run must have in common with this one (JSON values): settings, data, base.
+    A checkpoint of this very step that is already there is left as it is: a run is a function of its step.
+
+    Raises ResourceError on a full disk; the checkpoints that were there stay, and nothing half-written is left.
+    """
+    final = directory / f"{_PREFIX}{progress.step:08d}"
+    if final.is_dir():
+        return final
+    tensors, scalars = _optimizer_out(optimizer, parameters)
+    files = {
+        "adapter.safetensors": {name: p.detach() for name, p in parameters.items()},
+        "optimizer.safetensors": tensors,
+        "random.safetensors": rng_state(),
+    }
+    with disk_errors(final):
+        directory.mkdir(parents=True, exist_ok=True)
+        _sweep(directory)
+        temporary = directory / f".{final.name}.tmp"
+        try:
+            temporary.mkdir()
+            digests = {name: _write(temporary / name, encode_tensors(content)) for name, content in files.items()}
+            state = {
+                "version": _VERSION,
+                "progress": asdict(progress),
+                "optimizer": scalars,
+                "identity": dict(identity),
+                "environment": environment(),
+                "files": digests,
+            }
+            _write(temporary / "state.json", [(json.dumps(state, indent=1, sort_keys=True) + "\n").encode()])
+            _sync(temporary)
+            os.rename(temporary, final)
+            _sync(directory)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    _prune(directory, keep, progress.best_step)
+    return final
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest checkpoint in `directory`, None when there is none."""
+    found = _all(directory)
+    return found[-1] if found else None
+
+
+def at_step(directory: Path, step: int) -> Path:
+    """The checkpoint of `step`. Raises CheckpointError when it is not there."""
+    path = directory / f"{_PREFIX}{step:08d}"
+    if not path.is_dir():
+        raise CheckpointError(f"the checkpoint of step {step} is gone", where=str(path))
+    return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The checkpoint's `state.json`, after every file has been compared with its digest there."""
+    fix = f"delete {path} and resume from the one before it"
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["version"] != _VERSION:
+            raise CheckpointError(
+                f"the checkpoint has version {state['version']}, this veneer reads {_VERSION}",
+                where=str(path),
+                fix="resume with the veneer that wrote it",
+            )
+        for name, digest in state["files"].items():
+            if hashlib.sha256((path / name).read_bytes()).hexdigest() != digest:
+                raise CheckpointError(f"{name} is damaged: its digest is another", where=str(path), fix=fix)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the checkpoint cannot be read: {error}", where=str(path), fix=fix) from error
+    return state
+
+
+def restore(
+    path: Path,
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+) -> tuple[Progress, list[str]]:
+    """Puts parameters, optimizer and random generators into the state of `path`; nothing is changed on an error.
+
+    Returns the progress and one sentence for each difference of the environment (torch, threads, device) that
+    may cost bit-for-bit equality. Raises CheckpointError, listing the keys, when `identity` differs.
+    """
+    state = read_state(path)
+    differences = _differences(state["identity"], json.loads(json.dumps(dict(identity))))
+    if differences:
+        raise CheckpointError(
+            "the checkpoint belongs to another run:\n" + "\n".join(f"    {line}" for line in differences),
+            where=str(path),
+            fix="resume with the settings and data that the run began with, or choose a new output directory",
+        )
+    _read_into(path, parameters)
+    _optimizer_in(optimizer, parameters, _load(path / "optimizer.safetensors"), state["optimizer"])
+    rng_restore(_load(path / "random.safetensors"))
+    saved = state["progress"]
+    progress = Progress(**{**saved, "recent": [tuple(pair) for pair in saved["recent"]]})
+    here = environment()
+    notes = [
+        f"{key} was {value!r} and is {here.get(key)!r}: the run goes on, but may differ in the last bits"
+        for key, value in state["environment"].items()
+        if here.get(key) != value
+    ]
+    return progress, notes
+
+
+def read_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Puts only the trained parameters of the checkpoint into `parameters`."""
+    read_state(path)
+    _read_into(path, parameters)
+
+
+def environment() -> dict[str, Any]:
+    """What bit-for-bit equality depends on beside the run's own settings."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+# --- random generators ------------------------------------------------------------------------------------------
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The state of torch's, Python's and (where it is imported) numpy's global generators, as tensors."""
+    version, words, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        legacy = numpy.random.get_state(legacy=False)
+        state["numpy"] = torch.tensor(legacy["state"]["key"].astype("int64"))
+        state["numpy.at"] = torch.tensor([legacy["state"]["pos"], legacy["has_gauss"]], dtype=torch.int64)
+        state["numpy.gauss"] = torch.tensor([legacy["gauss"]], dtype=torch.float64)
+    return state
+
+
+def rng_restore(state: Mapping[str, Tensor]) -> None:
+    """The inverse of `rng_state`."""
+    torch.set_rng_state(state["torch"])
+    version, *words = state["python"].tolist()
+    gauss = state["python.gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"cuda.{i}" in state:
+                torch.cuda.set_rng_state(state[f"cuda.{i}"], i)
+    if "numpy" in state:
+        import numpy
+
+        at, has_gauss = state["numpy.at"].tolist()
+        key = numpy.array(state["numpy"].tolist(), dtype="uint32")
+        numpy.random.set_state(("MT19937", key, at, has_gauss, state["numpy.gauss"].item()))
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turns the system's errors while writing `where` into ResourceError (disk full) or CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise ResourceError(
+                "the disk is full",
+                where=str(where),
+                fix="free some space, then run the same command with --resume; the last checkpoint is intact",
+            ) from error
+        raise CheckpointError(
+            f"cannot write: {error}", where=str(where), fix="check the path and its rights"
+        ) from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all: temporary file beside it, sync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(temporary, [content])
+            os.replace(temporary, path)
+            _sync(path.parent)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
+    """Writes and syncs; returns the sha256 of what was written."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _sync(directory: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        # Not finite is no error here: an optimizer may hold infinities, and the loop has checked the parameters.
+        return read_tensors(path, finite=False)[0]
+    except AdapterError as error:
+        raise CheckpointError(f"cannot be read: {error.what}", where=str(path)) from error
+
+
+def _all(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    found = [p for p in directory.iterdir() if p.is_dir() and p.name.startswith(_PREFIX)]
+    return sorted(p for p in found if p.name[len(_PREFIX) :].isdigit())
+
+
+def _sweep(directory: Path) -> None:
+    """Removes what a killed run left half-written or half-removed."""
+    for leftover in directory.glob(f".{_PREFIX}*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _prune(directory: Path, keep: int, best_step: int | None) -> None:
+    """The best one of every kept checkpoint is kept too: resuming from that one may still want it."""
+    found = _all(directory)
+    kept = found[-max(1, keep) :]
+    bests = {best_step}
+    for path in kept:
+        try:
+            bests.add(json.loads((path / "state.json").read_text(encoding="utf-8"))["progress"]["best_step"])
+        except (OSError, ValueError, KeyError):
+            continue
+    pinned = {f"{_PREFIX}{step:08d}" for step in bests if step is not None}
+    for path in found:
+        if path in kept or path.name in pinned:
+            continue
+        doomed = directory / f".{path.name}.tmp"
+        try:
+            os.rename(path, doomed)
+        except OSError:
+            continue
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+# --- optimizer and parameters -----------------------------------------------------------------------------------
+
+
+def _read_into(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    tensors = _load(path / "adapter.safetensors")
+    wrong = [f"{name}: not in the run" for name in sorted(tensors.keys() - parameters.keys())]
+    wrong += [f"{name}: not in the checkpoint" for name in sorted(parameters.keys() - tensors.keys())]
+    wrong += [
+        f"{name}: {tuple(tensors[name].shape)} {tensors[name].dtype} in the checkpoint, {tuple(p.shape)} {p.dtype} here"
+        for name, p in sorted(parameters.items())
+        if name in tensors and (tensors[name].shape != p.shape or tensors[name].dtype != p.dtype)
+    ]
+    if wrong:
+        raise CheckpointError(
+            "the checkpoint's parameters are not the run's:\n" + "\n".join(f"    {line}" for line in wrong),
+            where=str(path),
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _optimizer_out(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's tensors by "<parameter>|<entry>", and its scalars and groups as JSON values."""
+    names = {id(p): name for name, p in parameters.items()}
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for parameter, entries in optimizer.state.items():
+        name = names[id(parameter)]
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{key}"] = value
+            else:
+                scalars.setdefault(name, {})[key] = value
+    groups = [
+        {key: value for key, value in group.items() if key not in {"params", "names"}}
+        | {"names": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return tensors, {"kind": type(optimizer).__name__, "groups": groups, "scalars": scalars}
+
+
+def _optimizer_in(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, Any],
+) -> None:
+    by_id = {id(p): name for name, p in parameters.items()}
+    here = [[by_id[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    if scalars["kind"] != type(optimizer).__name__ or [g["names"] for g in scalars["groups"]] != here:
+        raise CheckpointError(
+            f"the checkpoint's optimizer is {scalars['kind']} over other groups of parameters, "
+            f"not this run's {type(optimizer).__name__}"
+        )
+    position = {name: i for i, name in enumerate(name for names in here for name in names)}
+    entries: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars["scalars"].items()}
+    for key, value in tensors.items():
+        name, entry = key.rsplit("|", 1)
+        entries.setdefault(name, {})[entry] = value
+    at, groups = 0, []
+    for group, names in zip(scalars["groups"], here, strict=True):
+        values = {k: tuple(v) if isinstance(v, list) and k != "names" else v for k, v in group.items()}
+        groups.append(values | {"params": list(range(at, at + len(names)))})
+        at += len(names)
+    state = {position[name]: values for name, values in entries.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line for each key whose value differs, nested keys joined by dots."""
+    lines: list[str] = []
+    for key in sorted(saved.keys() | here.keys()):
+        a, b = saved.get(key), here.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {json.dumps(a)} in the checkpoint, {json.dumps(b)} now")
+    return lines

@@ -1,0 +1,137 @@
+"""What a run tells whoever watches: frozen records, in the order in which things happen.
+
+The loop calls `on_event(event)`; the progress bar, the JSONL log, TensorBoard and the HTML report are all such
+listeners. Knows nothing of models, data or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = [
+    "Checked",
+    "Evaluated",
+    "Event",
+    "Listener",
+    "Note",
+    "Probed",
+    "Resolved",
+    "Saved",
+    "Stepped",
+    "Stopped",
+    "fan_out",
+    "to_record",
+]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Anything that happened. `to_record` gives the JSON form."""
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """A sentence for the person who watches: a decision, a warning, a number with no better place."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Resolved(Event):
+    """The settings that the run goes by: key -> value, and key -> where it came from."""
+
+    settings: dict[str, Any]
+    sources: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Checked(Event):
+    """The preflight's findings. `text`: for a person. `data`: the same as JSON values, for the log and the report."""
+
+    text: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Probed(Event):
+    """The longest batch went forward and backward once, before step one and without an optimizer step."""
+
+    tokens: int
+    rows: tuple[int, ...]
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Stepped(Event):
+    """One optimizer step is done. `loss`: nats per trained token. `tokens`, `trained_tokens`: of this step alone.
+    `seconds`: of this step alone. `gradient_norm`: global, before clipping. `memory_bytes`: the peak until now."""
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    memory_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """The validation rows were scored after `step`. `loss`: nats per trained token. `best`: the lowest until now."""
+
+    step: int
+    loss: float
+    perplexity: float
+    rows: int
+    trained_tokens: int
+    seconds: float
+    best: bool
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """A checkpoint of the state after `step` is on the disk."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Stopped(Event):
+    """The loop ended after `step`. `reason`: "finished", "early stopping" or "interrupted"."""
+
+    step: int
+    reason: str
+
+
+Listener = Callable[[Event], None]
+
+
+def to_record(event: Event) -> dict[str, Any]:
+    """One JSON object: `event` is the record's name in lower case, then its fields."""
+    record = {"event": type(event).__name__.lower(), **asdict(event)}  # type: ignore[call-overload]
+    if isinstance(event, Stepped):
+        record["tokens_per_second"] = round(event.tokens_per_second, 2)
+    return record
+
+
+def fan_out(*listeners: Listener | None) -> Listener:
+    """One listener that tells all the others, in order; None is left out."""
+    heard = [listener for listener in listeners if listener is not None]
+
+    def tell(event: Event) -> None:
+        for listener in heard:
+            listener(event)
+
+    return tell

@@ -1,0 +1,352 @@
+"""The one training loop, with the loss passed in. Knows parameters, planned steps and numbers; no text, no images.
+
+    gradient of a step = ∇ Σ NLL over all its micro-batches / Σ trained tokens of the step
+
+so k micro-batches equal one large batch, however the trained tokens fall. `loss(batch)` returns Σ NLL as a scalar
+tensor. After the step: clip by the global norm, set the schedule's rate, step the optimizer, tell the listeners,
+evaluate and save when due. A run is a function of (parameters, steps, settings, random state), so that a state saved
+after step k and restored goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
+from veneer.train.checkpoint import Progress, rng_restore, rng_state
+from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Stopped
+from veneer.train.optim import Schedule
+
+__all__ = ["Loss", "Micro", "Score", "Step", "memory_errors", "peak_memory_bytes", "probe", "train"]
+
+Loss = Callable[[Any], Tensor]
+"""batch -> Σ NLL in nats over the batch's trained tokens, a scalar with a graph."""
+
+_RECENT = 20
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch that is made when its turn comes. `rows`: where it comes from, for messages."""
+
+    tokens: int
+    trained: int
+    rows: tuple[int, ...]
+    make: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step. `epoch`: how many passes over the data are done after it."""
+
+    micros: tuple[Micro, ...]
+    epoch: float = 0.0
+
+    @property
+    def trained(self) -> int:
+        return sum(micro.trained for micro in self.micros)
+
+    @property
+    def tokens(self) -> int:
+        return sum(micro.tokens for micro in self.micros)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(row for micro in self.micros for row in micro.rows)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an evaluation found: Σ NLL over `trained` tokens of `rows` rows. `extra`: further numbers for the log."""
+
+    nll: float
+    trained: int
+    rows: int
+    extra: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        return self.nll / self.trained if self.trained else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+@dataclass
+class _Run:
+    """The arguments of `train`, so that the helpers below need one."""
+
+    parameters: Mapping[str, nn.Parameter]
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    clip: float | None
+    evaluate: Callable[[Callable[[], bool]], Score | None] | None
+    evaluate_every: int
+    patience: int
+    save: Callable[[Progress], Path] | None
+    save_every: int
+    progress: Progress
+    tell: Listener
+    interrupted: Callable[[], bool]
+    steps: Sequence[Step]
+
+
+def train(
+    parameters: Mapping[str, nn.Parameter],
+    steps: Sequence[Step],
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    *,
+    clip: float | None = 1.0,
+    evaluate: Callable[[Callable[[], bool]], Score | None] | None = None,
+    evaluate_every: int = 0,
+    patience: int = 0,
+    save: Callable[[Progress], Path] | None = None,
+    save_every: int = 0,
+    progress: Progress | None = None,
+    on_event: Listener = lambda event: None,
+) -> Progress:
+    """Runs the steps after `progress.step` and returns how far the run is.
+
+    `evaluate(interrupted)` scores the validation rows; it may return None as soon as `interrupted()` is true. It is
+    called before the first step, after every `evaluate_every` steps (0: not in between) and after the last one.
+    `patience`: stop after so many evaluations in a row without a new lowest loss; 0 never. `save(progress)` writes a
+    checkpoint: every `save_every` steps, at each new lowest validation loss, and at the end.
+
+    Ctrl-C or SIGTERM (the first; a second one kills): the step that is under way is dropped, the random state put
+    back to its beginning, the state saved, and Interrupted raised. Raises TrainingError naming step and rows when a
+    loss or a gradient is not finite, before the optimizer moves: nothing is saved over the good checkpoint.
+    """
+    progress = progress if progress is not None else Progress()
+    with _signals() as interrupted:
+        run = _Run(
+            parameters, loss, optimizer, schedule, clip, evaluate, evaluate_every, patience, save, save_every,
+            progress, on_event, interrupted, steps,
+        )  # fmt: skip
+        _evaluate_if_due(run)
+        while progress.step < len(steps) and not progress.stopped:
+            _one_step(run, steps[progress.step])
+            improved = _evaluate_if_due(run)
+            if patience and progress.waited >= patience and progress.step < len(steps):
+                progress.stopped = "early stopping"
+            if improved or (save_every and progress.step % save_every == 0):
+                _save(run)
+        if not progress.stopped:
+            progress.stopped = "finished"
+        _save(run)
+    on_event(Stopped(progress.step, progress.stopped))
+    return progress
+
+
+def _one_step(run: _Run, step: Step) -> None:
+    """Everything of one optimizer step; leaves through `_stop` without a trace when a signal came."""
+    progress, began = run.progress, time.perf_counter()
+    number, before = progress.step + 1, rng_state()
+    if step.trained == 0:
+        raise TrainingError(f"step {number} has no trained token", where=f"rows {_some(step.rows)}")
+    run.optimizer.zero_grad(set_to_none=True)
+    parts: list[Tensor] = []
+    micros = [micro for micro in step.micros if micro.trained]
+    for micro in micros:
+        if run.interrupted():
+            run.optimizer.zero_grad(set_to_none=True)
+            rng_restore(before)
+            _stop(run)
+        with memory_errors(micro):
+            nll = run.loss(micro.make())
+            (nll / step.trained).backward()  # type: ignore[no-untyped-call]
+        parts.append(nll.detach())
+    rate = run.schedule.apply(run.optimizer, number)
+    limit = run.clip if run.clip else math.inf
+    norm = float(nn.utils.clip_grad_norm_(list(run.parameters.values()), limit))
+    nlls = torch.stack(parts).tolist()
+    _check_finite(number, nlls, norm, micros, progress)
+    run.optimizer.step()
+    total, seconds = sum(nlls), time.perf_counter() - began
+    progress.step = number
+    progress.tokens += step.tokens
+    progress.trained_tokens += step.trained
+    progress.seconds += seconds
+    progress.recent = [*progress.recent, (total, step.trained)][-_RECENT:]
+    run.tell(
+        Stepped(
+            step=number, steps=len(run.steps), epoch=step.epoch, loss=total / step.trained, learning_rate=rate,
+            gradient_norm=norm, tokens=step.tokens, trained_tokens=step.trained, seconds=seconds,
+            memory_bytes=peak_memory_bytes(),
+        )
+    )  # fmt: skip
+
+
+def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micro], progress: Progress) -> None:
+    bad = [micro for nll, micro in zip(nlls, micros, strict=True) if not math.isfinite(nll)]
+    what = f"the loss of step {number} is not finite" if bad else f"the gradient of step {number} is not finite"
+    if not bad and math.isfinite(norm):
+        return
+    rows = tuple(row for micro in (bad or micros) for row in micro.rows)
+    raise TrainingError(
+        what,
+        where=f"rows {_some(rows)} (counted from 0, as read)",
+        fix="look at these rows; lower optimizer.learning_rate, or lengthen schedule.warmup. "
+        f"Steps 1 to {progress.step} were good; no later state was saved",
+    )
+
+
+def _evaluate_if_due(run: _Run) -> bool:
+    """Scores the validation rows if this step wants it and has not had it; True for a new lowest loss."""
+    progress, every = run.progress, run.evaluate_every
+    last = progress.step == len(run.steps)
+    due = progress.step == 0 or last or (every > 0 and progress.step % every == 0)
+    if run.evaluate is None or not due or progress.evaluated == progress.step or progress.stopped:
+        return False
+    began = time.perf_counter()
+    score = run.evaluate(run.interrupted)
+    if score is None:
+        _stop(run)
+        return False
+    if not math.isfinite(score.loss):
+        raise TrainingError(
+            f"the validation loss after step {progress.step} is not finite",
+            fix="lower optimizer.learning_rate, or look at the validation rows; no later state was saved",
+        )
+    # The untouched base is scored for comparison; it is not an adapter that could be kept.
+    improved = progress.step > 0 and (progress.best_loss is None or score.loss < progress.best_loss)
+    progress.evaluated, progress.last_loss = progress.step, score.loss
+    if improved:
+        progress.best_step, progress.best_loss, progress.waited = progress.step, score.loss, 0
+    elif progress.step > 0:
+        progress.waited += 1
+    run.tell(
+        Evaluated(
+            step=progress.step, loss=score.loss, perplexity=score.perplexity, rows=score.rows,
+            trained_tokens=score.trained, seconds=time.perf_counter() - began, best=improved, extra=score.extra,
+        )
+    )  # fmt: skip
+    return improved
+
+
+def _save(run: _Run) -> None:
+    if run.save is not None:
+        run.tell(Saved(run.progress.step, str(run.save(run.progress))))
+
+
+def _stop(run: _Run) -> None:
+    """Saves the state after the last whole step and raises Interrupted."""
+    _save(run)
+    run.tell(Stopped(run.progress.step, "interrupted"))
+    raise Interrupted(
+        f"stopped after step {run.progress.step} of {len(run.steps)}"
+        + ("; the state is saved" if run.save is not None else "; nothing was asked to be saved")
+    )
+
+
+def probe(
+    parameters: Mapping[str, nn.Parameter], step_micros: Sequence[Micro], loss: Loss, on_event: Listener
+) -> Probed:
+    """Runs the longest micro-batch forward and backward, so that a run which will not fit fails now and not in an
+    hour. No optimizer step; gradients are dropped and the random state is put back.
+
+    Raises ResourceError when the memory does not suffice, PreflightError when the loss is not finite or no parameter
+    gets a gradient.
+    """
+    longest = max(step_micros, key=lambda micro: (micro.tokens, micro.trained))
+    before, began = rng_state(), time.perf_counter()
+    try:
+        with memory_errors(longest):
+            value = loss(longest.make())
+            if not math.isfinite(value.item()):
+                raise PreflightError(
+                    f"the loss of the longest batch is {value.item()} before any training",
+                    where=f"rows {_some(longest.rows)}",
+                    fix="look at these rows, or load the base in float32 (base.dtype=float32)",
+                )
+            if value.requires_grad:
+                value.backward()  # type: ignore[no-untyped-call]
+        reached = [p for p in parameters.values() if p.grad is not None and bool((p.grad != 0).any())]
+        if not reached:
+            raise PreflightError(
+                "no gradient reaches the adapter: training would change nothing",
+                where=f"{len(parameters)} trained tensors",
+                fix="check adapter.targets and that the data has trained tokens",
+            )
+    finally:
+        for parameter in parameters.values():
+            parameter.grad = None
+        rng_restore(before)
+    event = Probed(longest.tokens, longest.rows, time.perf_counter() - began, peak_memory_bytes())
+    on_event(event)
+    return event
+
+
+@contextmanager
+def memory_errors(micro: Micro) -> Iterator[None]:
+    """Turns torch's ways of saying "out of memory" into one ResourceError that names the batch."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        known = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
+        if not known and "can't allocate memory" not in text and "out of memory" not in text.lower():
+            raise
+        raise ResourceError(
+            f"out of memory on a batch of {micro.tokens} tokens",
+            where=f"rows {_some(micro.rows)}",
+            fix="lower data.max_length or batching.micro_rows, or set memory.activation_checkpointing=on",
+        ) from error
+
+
+def peak_memory_bytes() -> int:
+    """The most memory the process has held: on CUDA what torch allocated there, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows has no resource module
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """While inside, the first SIGINT or SIGTERM only makes the yielded function true; the second acts as usual."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _some(rows: Sequence[int], most: int = 12) -> str:
+    shown = ", ".join(map(str, rows[:most]))
+    return shown + (f" and {len(rows) - most} more" if len(rows) > most else "")

@@ -1,0 +1,177 @@
+"""Optimizers by name and learning-rate schedules as pure functions of the step.
+
+    lr(step, group) = learning_rate · (loraplus_ratio if the group holds B else 1) · factor(step)
+
+LoRA+ (arXiv 2402.12354): B learns `loraplus_ratio` times faster than A. A schedule keeps no state, so a resumed run
+needs nothing but the step number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError, nearest
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "Schedule", "make_optimizer", "optimizer_names"]
+
+OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adam": "Adam",
+    "sgd": "SGD",
+    "adafactor": "Adafactor",
+    "rmsprop": "RMSprop",
+    "lion": "Lion",
+    "nadam": "NAdam",
+    "radam": "RAdam",
+    "adamax": "Adamax",
+    "adagrad": "Adagrad",
+}
+"""Our name -> torch's class; a name whose class this torch lacks is refused."""
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+_TAKES_BETAS = {"adamw", "adam", "lion", "nadam", "radam", "adamax"}
+_FUSED = {"adamw", "adam", "sgd"}
+
+
+def optimizer_names() -> list[str]:
+    """The names that this torch can build."""
+    return [name for name, kind in OPTIMIZERS.items() if hasattr(torch.optim, kind)]
+
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    name: str = "adamw",
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+    loraplus_ratio: float = 1.0,
+    eps: float | None = None,
+    momentum: float = 0.0,
+) -> torch.optim.Optimizer:
+    """The optimizer over named parameters, in up to four groups.
+
+    Parameters whose name ends in `.B` learn at `loraplus_ratio · learning_rate`. Vectors (DoRA's magnitude, biases)
+    get no weight decay. Each group carries `base_lr`, which the loop multiplies by the schedule's factor.
+
+    Raises ConfigError for an optimizer that is unknown or that this torch does not have.
+    """
+    if name not in OPTIMIZERS:
+        near = nearest(name, OPTIMIZERS)
+        raise ConfigError(
+            f"unknown optimizer {name!r}",
+            where="optimizer.name",
+            fix=f"use {' or '.join(near)}" if near else f"use one of {', '.join(optimizer_names())}",
+        )
+    kind: Any = getattr(torch.optim, OPTIMIZERS[name], None)
+    if kind is None:
+        raise ConfigError(
+            f"torch {torch.__version__} has no {OPTIMIZERS[name]}",
+            where="optimizer.name",
+            fix=f"use one of {', '.join(optimizer_names())}, or a torch that has it",
+        )
+    if loraplus_ratio <= 0:
+        raise ConfigError(f"loraplus_ratio is {loraplus_ratio}, not above 0", where="optimizer.loraplus_ratio")
+    groups = _groups(parameters, learning_rate, weight_decay, loraplus_ratio)
+    options: dict[str, Any] = {"lr": learning_rate}
+    if name in _TAKES_BETAS:
+        options["betas"] = tuple(betas)
+    if eps is not None and name not in {"sgd", "adafactor"}:
+        options["eps"] = eps
+    if momentum and name in {"sgd", "rmsprop"}:
+        options["momentum"] = momentum
+    if name in _FUSED and _can_fuse(parameters):
+        options["fused"] = True
+    optimizer: torch.optim.Optimizer = kind(groups, **options)
+    return optimizer
+
+
+def _groups(
+    parameters: Mapping[str, nn.Parameter], learning_rate: float, weight_decay: float, ratio: float
+) -> list[dict[str, Any]]:
+    members: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in parameters.items():
+        faster = ratio != 1.0 and name.rsplit(".", 1)[-1] == "B"
+        decays = weight_decay > 0 and parameter.ndim >= 2
+        members.setdefault((faster, decays), []).append((name, parameter))
+    groups = []
+    for (faster, decays), named in sorted(members.items(), key=lambda item: item[0]):
+        lr = learning_rate * (ratio if faster else 1.0)
+        groups.append(
+            {
+                "params": [parameter for _, parameter in named],
+                "names": [name for name, _ in named],
+                "lr": lr,
+                "base_lr": lr,
+                "weight_decay": weight_decay if decays else 0.0,
+            }
+        )
+    return groups
+
+
+def _can_fuse(parameters: Mapping[str, nn.Parameter]) -> bool:
+    """torch's fused kernels want floating tensors on one kind of device that has them."""
+    tensors: list[Tensor] = list(parameters.values())
+    return all(t.is_floating_point() and t.device.type in {"cpu", "cuda", "mps"} for t in tensors)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The factor on the learning rate: up linearly over `warmup` steps, then constant, or down to `floor` at `steps`.
+
+    Step numbers count from 1; with s = step, w = warmup, n = steps:
+    warm-up s/w while s ≤ w; then with t = (s − w − 1)/(n − w) in [0, 1):
+    constant 1, linear 1 − t·(1 − floor), cosine floor + (1 − floor)·(1 + cos πt)/2.
+    The first step after the warm-up has the full rate and no step has rate zero.
+    """
+
+    name: str
+    steps: int
+    warmup: int = 0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEDULES:
+            near = nearest(self.name, SCHEDULES)
+            raise ConfigError(
+                f"unknown schedule {self.name!r}",
+                where="schedule.name",
+                fix=f"use {near[0]}" if near else f"use one of {', '.join(SCHEDULES)}",
+            )
+        if self.warmup < 0 or not 0.0 <= self.floor <= 1.0:
+            raise ConfigError(
+                f"warm-up {self.warmup} steps, floor {self.floor}: the first must not be negative, "
+                "the second must lie in [0, 1]",
+                where="schedule",
+            )
+
+    @classmethod
+    def of(cls, name: str, steps: int, warmup: float = 0.0, floor: float = 0.0) -> Schedule:
+        """`warmup` below 1 is a share of `steps`, rounded up; from 1 on it is a number of steps, at most `steps`."""
+        in_steps = math.ceil(warmup * steps) if warmup < 1 else int(warmup)
+        return cls(name, steps, min(in_steps, steps), floor)
+
+    def factor(self, step: int) -> float:
+        """The factor for optimizer step `step`, counted from 1."""
+        if step <= self.warmup:
+            return step / self.warmup
+        if self.name == "constant":
+            return 1.0
+        t = min(1.0, (step - self.warmup - 1) / max(1, self.steps - self.warmup))
+        if self.name == "linear":
+            return 1.0 - t * (1.0 - self.floor)
+        return self.floor + (1.0 - self.floor) * (1.0 + math.cos(math.pi * t)) / 2.0
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Sets every group's rate for `step`; returns the rate of the first group."""
+        factor = self.factor(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        return float(optimizer.param_groups[0]["lr"])

@@ -1,0 +1,148 @@
+"""Adapters by name, on a base: where formats and models meet.
+
+`formats` and `models` do not know each other, so what needs both stands here, above them and below train and the
+commands: find an adapter, read it, make sure that it belongs to the base, attach it with its strength.
+
+    support:0.8            an adapter at strength 0.8; without `:number` the strength is 1
+    runs/first             a folder with adapter_config.json, or a run's folder with one in `adapter/`
+    support                no such folder here: <veneer home>/adapters/support
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.core.attach import Attachment, attach
+from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, nearest
+from veneer.formats import peft
+from veneer.formats.card import CARD_FILE, read_card
+from veneer.models.home import veneer_home
+
+if TYPE_CHECKING:
+    from veneer.core.adapter import Adapter
+    from veneer.models.text import TextBase
+
+__all__ = ["adapter_folder", "attach_adapters", "base_of", "load_adapter", "parse_spec"]
+
+
+def parse_spec(spec: str | tuple[str, float]) -> tuple[str, float]:
+    """(name or path, strength) of "NAME_OR_PATH[:strength]". A path that exists is a path, whatever is in its name."""
+    if isinstance(spec, tuple):
+        name, strength = spec
+    else:
+        name, colon, number = spec.rpartition(":")
+        try:
+            strength = float(number) if colon and not Path(spec).expanduser().exists() else math.nan
+        except ValueError:
+            strength = math.nan
+        if math.isnan(strength) and number.strip().lower() != "nan":
+            name, strength = spec, 1.0
+    if not math.isfinite(strength) or not name:
+        raise ConfigError(
+            f"{spec!r} does not name an adapter", fix="NAME_OR_PATH or NAME_OR_PATH:strength, as in runs/a:0.8"
+        )
+    return name, float(strength)
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of an adapter. Raises AdapterError that says where it looked."""
+    here, kept = Path(name).expanduser(), veneer_home() / "adapters" / name
+    for folder in (here, here / "adapter", kept):
+        if (folder / peft.CONFIG_FILE).is_file():
+            return folder
+    if here.exists():
+        return here  # the reader says best what is wrong with it
+    parents = [p for p in (here.parent, kept.parent) if p.is_dir()]
+    hints = nearest(here.name, [f.name for p in parents for f in p.iterdir() if f.is_dir()], 1)
+    raise AdapterError(
+        f"there is no adapter {name!r}",
+        where=f"{here.absolute()}, {kept}",
+        fix=f"did you mean {hints[0]}?" if hints else "give the folder that holds adapter_config.json",
+    )
+
+
+def base_of(name: str) -> str:
+    """The base that an adapter says it belongs to, from its card or PEFT's config; "" where it does not say."""
+    folder = adapter_folder(name)
+    if (folder / CARD_FILE).is_file():
+        card = read_card(folder).card
+        if card.base:
+            return card.base
+    try:
+        stated = json.loads((folder / peft.CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return stated if isinstance(stated, str) else ""
+
+
+def load_adapter(base: TextBase, name: str, *, allow_other_base: bool = False) -> Adapter:
+    """Read the adapter `name` and make sure that it belongs to `base`.
+
+    Raises MismatchError, with both fingerprints, where its card names another base: with the first names and shapes
+    that do not fit, or, where all fit, unless `allow_other_base`. Raises AdapterError for anything else that is wrong."""
+    folder = adapter_folder(name)
+    try:
+        adapter = peft.read(folder, base.model)
+    except UnsafeFileError:
+        raise
+    except AdapterError as error:
+        card = read_card(folder).card if (folder / CARD_FILE).is_file() else None
+        if card is None or card.base_fingerprint in ("", base.fingerprint):
+            raise
+        raise _mismatch(name, card.base, card.base_fingerprint, base, _first_lines(error.what)) from error
+    theirs = adapter.card.base_fingerprint
+    if theirs and theirs != base.fingerprint and not allow_other_base:
+        raise _mismatch(name, adapter.card.base, theirs, base, "every name and shape fits")
+    return adapter
+
+
+def attach_adapters(
+    base: TextBase,
+    specs: Sequence[str | tuple[str, float]],
+    *,
+    attachment: Attachment | None = None,
+    allow_other_base: bool = False,
+) -> Attachment:
+    """Attach adapters to a base and select them as one mix.
+
+    All are read and checked before the first is attached. `attachment`: the one that the base has already. With no specs
+    the result is the base alone. Raises what `load_adapter` raises, ConfigError for one adapter named twice."""
+    mix = [parse_spec(spec) for spec in specs]
+    names = [name for name, _ in mix]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ConfigError(f"adapter {twice[0]!r} is named twice", fix="name it once, with the sum of the strengths")
+    have = attachment.adapters if attachment else {}
+    adapters = {n: load_adapter(base, n, allow_other_base=allow_other_base) for n in names if n not in have}
+    own = attachment or attach(base.model)
+    try:
+        for name, adapter in adapters.items():
+            own.add(name, adapter)
+        own.use(*mix)
+    except BaseException:
+        if attachment is None:
+            own.detach()
+        raise
+    return own
+
+
+def _mismatch(name: str, their_base: str, theirs: str, base: TextBase, detail: str) -> MismatchError:
+    named = f" ({their_base})" if their_base else ""
+    fits = detail.startswith("every")
+    return MismatchError(
+        f"adapter {name!r} belongs to another base\n"
+        f"  its base:  {theirs}{named}\n"
+        f"  this base: {base.fingerprint} ({base.name})\n"
+        f"  {detail}",
+        where=str(adapter_folder(name)),
+        fix="use its own base" + (", or --allow-other-base if you know that this one will do" if fits else ""),
+    )
+
+
+def _first_lines(text: str, n: int = 6) -> str:
+    lines = text.splitlines()
+    return "\n  ".join(lines[:n] + ([f"… and {len(lines) - n} more"] if len(lines) > n else []))

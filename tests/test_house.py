@@ -1,0 +1,201 @@
+"""The house: imports run downward, core needs torch alone, the scale has one home, start-up is fast."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "veneer"
+FLOORS = {"errors": 0, "core": 1, "formats": 2, "models": 2, "using": 3, "train": 4, "api": 5, "cli": 6}
+FLOORS |= {"inspecting": 4, "merging": 4}
+"""A module may import from its own folder and from lower floors. Neighbours on one floor do not know each other."""
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ids = [str(path.relative_to(PACKAGE)) for path in MODULES]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import in a file, those inside functions and TYPE_CHECKING blocks included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def room(path: Path) -> str:
+    """The folder, or the module, directly under veneer/."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    settings = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **env}
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=settings)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_imports_run_only_downward(path: Path) -> None:
+    own = room(path)
+    if own == "__init__":  # the public surface names all floors, lazily; test_import_veneer_is_immediate holds that
+        return
+    assert own in FLOORS, f"{own} has no floor: give it one in this test, in CONTRIBUTING.md and docs/README.md"
+    for line, name in imports(path):
+        if name == "veneer" or not name.startswith("veneer."):
+            continue
+        other = name.split(".")[1]
+        if other == own:
+            continue
+        assert other in FLOORS or other == "__version__", f"{path}:{line}: {name}"
+        assert FLOORS.get(other, 0) < FLOORS[own], f"{path}:{line}: {own} must not import {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_a_heavy_package_is_imported_only_where_it_belongs(path: Path) -> None:
+    """transformers is known to models (and to train for its types); peers are never imported."""
+    allowed = {"transformers": {"models", "train", "cli", "api"}, "datasets": {"train"}, "gguf": {"models"}}
+    allowed |= {"typer": {"cli"}, "rich": {"cli", "train"}, "pydantic": {"train"}}
+    for line, name in imports(path):
+        top = name.split(".")[0]
+        assert top not in {"peft", "trl", "vllm", "unsloth"}, f"{path}:{line}: a peer is not a dependency"
+        assert room(path) in allowed.get(top, {room(path)}), f"{path}:{line}: {top} does not belong in {room(path)}"
+
+
+def test_core_needs_torch_alone() -> None:
+    names = [".".join(("veneer", *p.relative_to(PACKAGE).with_suffix("").parts)) for p in MODULES if room(p) == "core"]
+    names = [name.removesuffix(".__init__") for name in names]
+    ran = python(
+        f"""
+        import sys
+        third_party = set(
+            "transformers datasets safetensors huggingface_hub pydantic yaml typer rich gguf jinja2 psutil peft".split()
+        )
+        class Refuse:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in third_party:
+                    raise ImportError("core must not need " + name)
+        sys.meta_path.insert(0, Refuse())
+        import importlib
+        for name in {names!r}:
+            importlib.import_module(name)
+        """
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_every_module_imports_alone_and_keeps_its_surface_sorted(path: Path) -> None:
+    name = ".".join(("veneer", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    if name.endswith("__main__"):
+        return
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", None)
+    if path.name == "__init__.py" and public is None:
+        return
+    assert public is not None, f"{name} does not say what is public"
+    in_order = sorted(set(public), key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    assert list(public) == in_order, f"{name}.__all__: CONSTANTS, Classes, functions, each sorted"
+    assert not [n for n in public if n.startswith("_")]
+    for attribute in public:
+        assert hasattr(module, attribute), f"{name}.{attribute}"
+
+
+def test_the_public_surface_is_about_a_dozen_names() -> None:
+    import veneer
+
+    assert 8 <= len(veneer.__all__) <= 16
+    assert set(veneer.__all__) <= set(dir(veneer))
+    for name in veneer.__all__:
+        assert getattr(veneer, name).__doc__, f"veneer.{name} has no docstring"
+    with pytest.raises(AttributeError, match="no attribute 'atach'"):
+        veneer.atach  # noqa: B018
+
+
+def test_version_is_the_same_everywhere() -> None:
+    import veneer
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert veneer.__version__ == project["version"]
+
+
+def test_import_veneer_is_immediate() -> None:
+    ran = python(
+        """
+        import sys, veneer
+        heavy = {"torch", "transformers", "datasets", "pydantic", "rich", "typer", "yaml"} & set(sys.modules)
+        assert not heavy, heavy
+        """
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["--version"]])
+def test_help_is_fast_and_loads_no_torch(arguments: list[str]) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ran = python(
+        f"""
+        import sys
+        from veneer.cli.main import main
+        sys.argv = ["veneer", *{arguments!r}]
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, end.code
+        heavy = {{"torch", "transformers", "datasets", "pydantic"}} & set(sys.modules)
+        assert not heavy, heavy
+        """
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert spent < 1.5, (
+        f"{spent:.2f} s of processor time"
+    )  # about 0.3 s alone; a busy machine and a cold disk add to it
+
+
+def test_scale_is_computed_in_one_place() -> None:
+    """Nobody divides an alpha by a rank but core.adapter.scale_of."""
+    offenders = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+                above, below = ast.unparse(node.left).lower(), ast.unparse(node.right).lower()
+                if "alpha" in above and ("rank" in below or "sqrt" in below or below == "r"):
+                    offenders.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert [o.split(":")[0] for o in offenders] == ["core/adapter.py"] * 2, offenders
+
+
+@pytest.mark.parametrize("folder", ["src", "tests", "examples", "benchmarks"])
+def test_files_are_small(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= 500, f"{path.relative_to(ROOT)} has {lines} lines: split it"
+
+
+def test_tests_mirror_the_package() -> None:
+    """Every folder of tests belongs to a room of the house, and every room has tests."""
+    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.rglob("test_*.py"))}
+    assert rooms <= folders, f"no tests for {sorted(rooms - folders)}"
+    assert folders <= rooms | {"examples", "benchmarks"}, sorted(folders - rooms)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_every_module_says_what_it_is(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    if source.strip():
+        assert ast.get_docstring(ast.parse(source)), f"{path.relative_to(PACKAGE)} has no docstring"

@@ -1,0 +1,126 @@
+"""The README and the pages under docs/ say what is so: their example runs, their commands and links exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer.main
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("examples/*/*.md")]
+)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str | None = None) -> list[str]:
+    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, flags=re.S | re.M)
+    return [body for name, body in found if language is None or name == language]
+
+
+def commands(program: str) -> list[tuple[str, str]]:
+    """(page, command line) of every `program …` in a code block or between backticks, without its comment."""
+    out = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = [line for body in blocks(text) for line in body.splitlines()]
+        lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+        for line in lines:
+            line = re.sub(r"\s#.*$", "", line.strip().removeprefix("$ "))
+            line = re.sub(r"^(\w+=\S+ )+", "", line).removeprefix(".venv/bin/")
+            if line.startswith(f"{program} "):
+                out.append((str(page.relative_to(ROOT)), line))
+    return out
+
+
+def parse(line: str) -> list[str]:
+    """Let the real command line parse `line` without running it. Returns the names of the commands on the way."""
+    from veneer.cli.main import app
+
+    words = shlex.split(line)[1:]
+    command: click.Command = typer.main.get_command(app)
+    context = command.make_context("veneer", list(words))
+    path = []
+    while isinstance(command, click.Group):
+        if context.params.get("help") or not (rest := [*context.protected_args, *context.args]):
+            break
+        name, found, rest = command.resolve_command(context, rest)
+        assert found is not None, name
+        assert name is not None
+        path.append(name)
+        command, context = found, found.make_context(name, rest, parent=context)
+    return path
+
+
+def test_the_readme_starts_with_the_two_commands_then_a_five_line_example() -> None:
+    first, second = blocks(README)[:2]
+    assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make quickstart", "make test"]
+    assert second == blocks(README, "python")[0]
+    assert len(second.splitlines()) <= 5
+
+
+def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.tiny_base import tiny_base_dir
+
+    rows = (ROOT / "examples" / "tickets" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:24]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    code = blocks(README, "python")[0]
+    assert "smollm2-135m" in code
+    assert "examples/tickets/train.jsonl" in code
+    code = code.replace("smollm2-135m", str(tiny_base_dir(tmp_path / "base")))
+    code = code.replace("examples/tickets/train.jsonl", str(tmp_path / "rows.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "first").is_dir()
+
+
+@pytest.mark.parametrize(("page", "line"), commands("veneer"), ids=lambda value: str(value))
+def test_every_veneer_command_in_the_docs_parses(page: str, line: str) -> None:
+    filled = (
+        line.replace("[", "").replace("]", "").replace("…", "").replace("CONFIG.yaml", "examples/tickets/config.yaml")
+    )
+    if "[" in line or "…" in line or len(shlex.split(filled)) == 1 or not re.search(r"[./\"-]", line):
+        parse(" ".join(filled.split()[:2]) + " --help") if len(filled.split()) > 1 else None
+    else:
+        parse(line)
+
+
+@pytest.mark.parametrize(("page", "line"), commands("make"), ids=lambda value: str(value))
+def test_every_make_command_in_the_docs_is_a_target(page: str, line: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    named = [word for word in shlex.split(line, comments=True)[1:] if "=" not in word]
+    assert named
+    assert set(named) <= targets, f"{page}: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http:", "https:", "#")):
+            assert (page.parent / target.split("#")[0]).exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+def test_every_path_named_in_the_map_exists(page: Path) -> None:
+    for path in re.findall(
+        r"`((?:src|examples|tests|benchmarks|docs)(?:/[\w.-]+)*/?)`", page.read_text(encoding="utf-8")
+    ):
+        assert (ROOT / path).exists() or (page.parent / path).exists(), f"{page.relative_to(ROOT)}: {path}"
+
+
+def test_no_figure_is_still_missing() -> None:
+    for page in PAGES:
+        assert "FIGURES TO COME" not in page.read_text(encoding="utf-8"), page
+
+
+def test_the_configuration_shown_to_newcomers_is_read_without_complaint() -> None:
+    from veneer.train.config import load_config
+
+    config, _ = load_config(ROOT / "examples" / "tickets" / "config.yaml")
+    assert Path(config.data.files("train")[0]).is_file()
+    assert json.loads(Path(config.data.files("train")[0]).read_text(encoding="utf-8").splitlines()[0])
