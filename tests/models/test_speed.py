@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import FAMILIES, VOCAB
 
+from tests.families import FAMILIES, VOCAB
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
