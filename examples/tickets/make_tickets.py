@@ -76,7 +76,7 @@ class Writer:
         priority = priority_of(issue["level"], cues)
         core = self.take(f"issue{number}", issue)
         told = [self.cue(name, issue) for name in cues]
-        length = rng.choices(["line", "note", "letter"], [30, 45, 25])[0]
+        length = rng.choices(["line", "note", "letter"], [40, 42, 18])[0]
         text = {"line": self.line, "note": self.note, "letter": self.letter}[length](core, told, issue["team"])
         return Ticket(text, issue["team"], priority, issue["area"], sorted(set(self.used)))
 
