@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.families import FAMILIES
 from veneer.core import LoraSpec, attach, create, resolve
-from veneer.core.targets import kind_of, matches, matches_per_pattern
+from veneer.core.targets import full_modules, kind_of, matches, matches_per_pattern
 from veneer.errors import TargetError
 
 
@@ -120,3 +120,15 @@ def test_an_attached_model_resolves_as_the_base() -> None:
         attachment.add("a", create(model, spec, seed=0))
         assert resolve(model, spec) == before
         assert resolve(model, LoraSpec()) == [t for t in before if t.name not in ("model.embed_tokens", "lm_head")]
+
+
+def test_full_modules_are_the_outermost() -> None:
+    model = FAMILIES["llama3"]()
+    spec = LoraSpec(modules_to_save=("gate_proj", "layers.0.*", "norm"))
+    found = full_modules(model, spec)
+    assert found == [
+        *(f"model.layers.0.{n}" for n in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")),
+        "model.layers.1.mlp.gate_proj",
+        "model.norm",
+    ]
+    assert all(t.name.startswith("model.layers.1") and "gate" not in t.name for t in resolve(model, spec))

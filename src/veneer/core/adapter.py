@@ -45,9 +45,9 @@ class Pair:
     | conv      | (rank, in/g, k…)       | (out, rank, 1…)      | weight (out, in/g, k…)                |
     | experts   | (experts, rank, in)    | (experts, out, rank) | 3-d parameter, each expert its own    |
 
-    A fused expert parameter is read as (experts, out, in), or as (experts, in, out) where its module says
-    `is_transposed`. That is PEFT's reading too: Llama 4 stores the transpose without saying so, and there A meets the
-    last dimension all the same, for the product of the two is a delta of the right shape either way.
+    A fused expert parameter counts as (experts, out, in), or as (experts, in, out) where its module says
+    `is_transposed`. So PEFT reads it, which makes its files a matter of shape alone. Llama 4 stores the transpose and
+    does not say so: there A is (experts, rank, last dimension) all the same, and s·B·A is a delta of the right shape.
 
     `magnitude` is DoRA's m, (out,) (arXiv 2402.09353). `origin` is a frozen (A₀, B₀) whose product is subtracted, so
     that an initialisation taken from W (PiSSA, OLoRA) starts at delta zero on an untouched base:

@@ -164,7 +164,7 @@ class Attachment:
                     f"{name!r} replaces whole modules ({whole}): a copy is used or not", fix="use it at strength 1.0"
                 )
             for other, rival, _ in chosen:
-                if rival is not adapter and (both := sorted(set(adapter.modules) & _touched(rival))):
+                if rival is not adapter and (both := sorted(set(adapter.modules) & self._wrapped_for(rival))):
                     raise AdapterError(
                         f"{name!r} replaces {', '.join(both[:3])} whole, which {other!r} changes too",
                         fix="use one of the two",

@@ -17,7 +17,7 @@ path. Does not know which adapters exist.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.lowrank import Factor, LowRank
 from veneer.core.merge import adapted_norm, to_matrix, weight_of
 
 try:
@@ -152,6 +153,7 @@ class _Lora(Layer):
     def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
         """ΔW·x of one pair, given y = base(x). Dropout acts on what the pair multiplies, as in PEFT."""
         pair, p = term.pair, term.dropout
+        x = x.to(pair.A.dtype) if x.is_floating_point() else x
         dropped = F.dropout(x, p) if p else x
         own = self.thin(dropped, pair.A, pair.B) * pair.scale
         back = None if pair.origin is None else self.thin(x, *pair.origin) * -pair.scale
@@ -205,19 +207,17 @@ class LoraLinear(_Lora):
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = self.projection() if lora_linear is not None else None
-        if plain is not None and plain.A is not None and plain.B is not None and x.dtype == plain.weight.dtype:
-            if not torch.is_autocast_enabled(x.device.type):
-                return lora_linear(x, plain.weight, plain.bias, plain.A, plain.B, plain.scale)
+        if plain is None or plain.A is None or plain.B is None:
+            return super().adapted(mix, x, *args, **kwargs)
+        if x.dtype == plain.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return lora_linear(x, plain.weight, plain.bias, plain.A, plain.B, plain.scale)
         return super().adapted(mix, x, *args, **kwargs)
 
     def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return F.linear(F.linear(x.to(A.dtype), A), B)
+        return F.linear(F.linear(x, A), B)
 
     def product(self, x: Tensor) -> Tensor:
         return F.linear(x, to_matrix(self.base, "linear", weight_of(self.base)).to(x.dtype))
-
-    def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
-        return super().change(x.to(term.pair.A.dtype), y, term)
 
     def replaced(self, x: Tensor, y: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
         """The logits of replaced rows: y[…, i] moves from x·W_i to x·row_i by the strength."""
@@ -266,7 +266,7 @@ class LoraConv(_Lora):
     A: (rank, in, k…) with B: (out, rank/groups, 1…), as PEFT has grouped ones, sees all channels instead."""
 
     def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        x, conv, groups = x.to(A.dtype), self.base, self.base.groups
+        conv, groups = self.base, self.base.groups
         up = F.conv1d if A.ndim == 3 else F.conv2d
         if groups > 1 and A.shape[1] == conv.in_channels:
             conv = copy.copy(conv)  # shares everything but the one number
@@ -282,9 +282,6 @@ class LoraConv(_Lora):
         out: Tensor = self.base._conv_forward(x, weight_of(self.base).to(x.dtype), None)
         return out
 
-    def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
-        return super().change(x.to(term.pair.A.dtype), y, term)
-
 
 class LoraExperts(Layer):
     """Runs the base's own forward with each adapted weight replaced by a `LowRank`."""
@@ -298,115 +295,9 @@ class LoraExperts(Layer):
         return _stand_in(self.base, weights)(*args, **kwargs)
 
 
-class Factor(NamedTuple):
-    """One summand s·L·R of a stored weight (…, m, n); L: (…, m, r), R: (…, r, n)."""
-
-    L: Tensor
-    R: Tensor
-    scale: float
-    dropout: float
-
-    def t(self) -> Factor:
-        return self._replace(L=self.R.transpose(-1, -2), R=self.L.transpose(-1, -2))
-
-
 def _factors(term: Term, flipped: bool) -> list[Factor]:
     pair, s = term.pair, term.pair.scale * term.strength
     out = [Factor(pair.B, pair.A, s, term.dropout)]
     if pair.origin is not None:
         out.append(Factor(pair.origin[1], pair.origin[0], -s, 0.0))
     return [f.t() for f in out] if flipped else out
-
-
-class LowRank:
-    """The weight W + Σ s·L·R, multiplied as x·W + Σ s·(x·L)·R and never made.
-
-    Answers torch's products as a tensor would: linear, matmul, bmm, and the grouped products that transformers sorts
-    tokens by expert for. An operation it does not know gets the sum as a dense tensor, which is right but large."""
-
-    def __init__(self, weight: Tensor, parts: Sequence[Factor]) -> None:
-        self.weight, self.parts = weight, parts
-        self.shape, self.dtype, self.device, self.ndim = weight.shape, weight.dtype, weight.device, weight.ndim
-        self.is_cuda, self.requires_grad = weight.is_cuda, weight.requires_grad
-
-    def __getitem__(self, index: Any) -> LowRank:
-        """Experts by number, mask or list: the first dimension only."""
-        return LowRank(self.weight[index], [f._replace(L=f.L[index], R=f.R[index]) for f in self.parts])
-
-    def transpose(self, first: int, second: int) -> LowRank:
-        if {first % self.ndim, second % self.ndim} != {self.ndim - 1, self.ndim - 2}:
-            raise NotImplementedError("expert weights are transposed in their last two dimensions only")
-        return LowRank(self.weight.transpose(-1, -2), [f.t() for f in self.parts])
-
-    @property
-    def mT(self) -> LowRank:
-        return self.transpose(-1, -2)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.weight.size() if dim is None else self.weight.size(dim)
-
-    def data_ptr(self) -> int:
-        return self.weight.data_ptr()
-
-    def dense(self) -> Tensor:
-        out = self.weight
-        for f in self.parts:
-            out = out + ((f.L @ f.R) * f.scale).to(out.dtype)
-        return out
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.dense(), name)
-
-    def __matmul__(self, v: Tensor) -> Tensor:
-        return _thin_left(torch.matmul, self, v)
-
-    @classmethod
-    def __torch_function__(cls, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if len(args) > 1 and isinstance(args[1], LowRank) and isinstance(args[0], Tensor):
-            x, weight, rest = args[0], args[1], args[2:]
-            if name == "linear":
-                parts = [f.t() for f in weight.parts]
-                return _add(func(x, weight.weight, *rest, **kwargs), x, parts, torch.matmul)
-            if name in ("matmul", "bmm", "mm", "__matmul__"):
-                return _add(func(x, weight.weight, *rest, **kwargs), x, weight.parts, torch.matmul)
-            if name in ("_grouped_mm", "grouped_mm", "grouped_mm_fallback"):
-                offsets = kwargs["offs"] if "offs" in kwargs else rest[0]
-                y = func(x, weight.weight, *rest, **kwargs)
-                return _add(y, x, weight.parts, lambda u, v: _by_expert(u, v, offsets))
-        if name in ("matmul", "bmm", "mm") and isinstance(args[0], LowRank) and isinstance(args[1], Tensor):
-            return _thin_left(func, args[0], args[1])
-        dense = [a.dense() if isinstance(a, LowRank) else a for a in args]
-        return func(*dense, **{k: v.dense() if isinstance(v, LowRank) else v for k, v in kwargs.items()})
-
-
-def _add(y: Tensor, x: Tensor, parts: Sequence[Factor], mul: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """y + Σ s·(x·L)·R"""
-    out = y
-    for f in parts:
-        u = x.to(f.L.dtype)
-        u = F.dropout(u, f.dropout) if f.dropout else u
-        out = out + mul(mul(u, f.L), f.R) * f.scale
-    return out.to(y.dtype)
-
-
-def _thin_left(func: Callable, weight: LowRank, v: Tensor) -> Tensor:
-    """W·v + Σ s·L·(R·v)"""
-    y = func(weight.weight, v)
-    out = y
-    for f in weight.parts:
-        u = v.to(f.L.dtype)
-        u = F.dropout(u, f.dropout) if f.dropout else u
-        out = out + (f.L @ (f.R @ u)) * f.scale
-    return out.to(y.dtype)
-
-
-def _by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Rows of x up to offsets[e] times weight[e]: the grouped product, for any rank and dtype. Rows after the last
-    offset belong to no expert and give zero."""
-    out, start = [], 0
-    for end, w in zip(offsets.tolist(), weight.unbind(0), strict=True):
-        out.append(x[start:end] @ w)
-        start = end
-    return torch.cat([*out, x.new_zeros(len(x) - start, weight.shape[-1])])

@@ -11,16 +11,26 @@ place. Knows modules and pairs; does not know about attachments.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, Kind, Pair
+from veneer.core.adapter import Adapter, Kind, Pair, TokenRows
 from veneer.core.targets import base_modules
 from veneer.errors import AdapterError
 
-__all__ = ["adapted_norm", "delta", "from_matrix", "merged_state", "pair_matrix", "to_matrix", "weight_of"]
+__all__ = [
+    "adapted_norm",
+    "delta",
+    "from_matrix",
+    "merged_state",
+    "merged_weights",
+    "pair_matrix",
+    "to_matrix",
+    "weight_of",
+]
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -102,27 +112,44 @@ def delta(module: nn.Module, pair: Pair, parameter: str | None = None) -> Tensor
         return from_matrix(module, pair.kind, out, weight.shape)
 
 
-def _changed(modules: dict[str, nn.Module], adapter: Adapter) -> Iterable[tuple[str, Tensor]]:
-    """(weight name, ΔW) of everything in one adapter."""
+def _full_change(module: nn.Module, key: str, tensor: Tensor) -> Tensor:
+    return _wide(tensor.detach()) - _wide(module.state_dict(keep_vars=True)[key].detach())
+
+
+def _rows_change(module: nn.Module, rows: TokenRows) -> Tensor:
+    weight = weight_of(module)
+    index = torch.tensor(rows.indices, device=weight.device)
+    change = _wide(rows.rows.detach()) - _wide(weight[index])
+    return change.new_zeros(weight.shape).index_copy_(0, index, change)
+
+
+def _changes(
+    modules: Mapping[str, nn.Module], stored: Mapping[str, Tensor], adapter: Adapter
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """(weight name, how to make its ΔW) of everything in one adapter."""
     for name, pair in adapter.pairs.items():
         owner, _, parameter = name.rpartition(".")
         if pair.kind == "experts":
-            yield name, delta(modules[owner], pair, parameter)
+            yield name, partial(delta, modules[owner], pair, parameter)
         else:
-            yield f"{name}.weight", delta(modules[name], pair)
+            yield f"{name}.weight", partial(delta, modules[name], pair)
     for name, tensors in adapter.modules.items():
-        own = modules[name].state_dict(keep_vars=True)
         for key, tensor in tensors.items():
-            yield f"{name}.{key}", _wide(tensor.detach()) - _wide(own[key].detach())
+            yield f"{name}.{key}", partial(_full_change, modules[name], key, tensor)
     for name, rows in adapter.token_rows.items():
-        weight = weight_of(modules[name])
-        index = torch.tensor(rows.indices, device=weight.device)
-        change = _wide(rows.rows.detach()) - _wide(weight[index])
-        yield f"{name}.weight", change.new_zeros(weight.shape).index_copy_(0, index, change)
+        for twin in [f"{name}.weight", *_twins(stored, f"{name}.weight")]:
+            if twin.removesuffix(".weight") not in adapter.modules:
+                yield twin, partial(_rows_change, modules[name], rows)
 
 
-def merged_state(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> dict[str, Tensor]:
-    """New weights by name for every weight the mix changes: W + Σ strength·ΔW in float32, rounded once to W's dtype.
+def _twins(stored: Mapping[str, Tensor], name: str) -> list[str]:
+    """The other names of a tied weight."""
+    return [n for n, t in stored.items() if n != name and t is stored.get(name)]
+
+
+def merged_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, new weight) for every weight the mix changes, one at a time: W + Σ strength·ΔW in float32, rounded once
+    to W's dtype.
 
     `model` may be attached; its own weights are left alone. Weights tied to a changed one are listed too, each with
     its own value: the head follows token rows, and stays the base's under a pair on the embedding, so a caller that
@@ -132,28 +159,23 @@ def merged_state(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> dict
     for name, module in modules.items():
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             stored[f"{name}.{key}" if name else key] = tensor
-    total: dict[str, Tensor] = {}
-
-    def fold(name: str, change: Tensor) -> None:
-        total[name] = total[name].add_(change) if name in total else change
-
+    makers: dict[str, list[tuple[Callable[[], Tensor], float]]] = {}
     for adapter, strength in mix:
-        for name, change in _changed(modules, adapter):
-            fold(name, change * strength)
-            if name.removesuffix(".weight") in adapter.token_rows:
-                for twin in _twins(stored, name):
-                    fold(twin, change * strength)
-    out: dict[str, Tensor] = {}
-    for name, change in total.items():
-        weight = stored[name].detach() if name in stored and stored[name].is_floating_point() else None
-        if weight is None or weight.shape != change.shape:
-            weight = weight_of(modules[name.removesuffix(".weight")])
-        out[name] = (_wide(weight) + change).to(weight.dtype)
+        for name, make in _changes(modules, stored, adapter):
+            makers.setdefault(name, []).append((make, strength))
+    for name, parts in makers.items():
+        owner, _, key = name.rpartition(".")
+        plain = name in stored and key != "weight"
+        weight = stored[name].detach() if plain else weight_of(modules[owner], key)
+        total = _wide(weight)
+        for make, strength in parts:
+            total = total + make() * strength
+        yield name, total.to(weight.dtype)
         for twin in _twins(stored, name):
-            if twin not in total:
-                out[twin] = stored[twin].detach().clone()
-    return out
+            if twin not in makers:
+                yield twin, stored[twin].detach().clone()
 
 
-def _twins(stored: dict[str, Tensor], name: str) -> list[str]:
-    return [n for n, t in stored.items() if n != name and t is stored.get(name)]
+def merged_state(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> dict[str, Tensor]:
+    """All of `merged_weights` at once."""
+    return dict(merged_weights(model, mix))

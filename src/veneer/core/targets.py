@@ -204,12 +204,13 @@ def resolve(model: nn.Module, spec: LoraSpec) -> list[Target]:
 def full_modules(model: nn.Module, spec: LoraSpec) -> list[str]:
     """The modules that `modules_to_save` names, outermost only. Raises TargetError for a pattern without a match."""
     names = [n for n, m in base_modules(model) if n and any(True for _ in m.parameters())]
-    hits: list[str] = []
     for pattern in spec.modules_to_save:
-        chosen = [n for n in names if matches(pattern, n)]
-        if not chosen:
+        if not any(matches(pattern, n) for n in names):
             raise _unmatched("modules_to_save", pattern, names, model)
-        hits += [n for n in chosen if not _inside(n, hits)]
+    hits: list[str] = []
+    for name in names:  # a module comes before what is inside it
+        if any(matches(p, name) for p in spec.modules_to_save) and not _inside(name, hits):
+            hits.append(name)
     return hits
 
 

@@ -1,0 +1,334 @@
+"""The fast paths of a training step: autograd functions that keep little and read memory few times.
+
+    linears      y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ        one product for projections that share x, each with its own pair
+    gated_mlp    y = down(act(gate(x)) ⊙ up(x))
+    rms_norm     y = w ⊙ x / √(mean x² + ε)
+    token_nll    Σ −log softmax(h·Wᵀ)[target], never holding more than a chunk of logits
+
+Each has its slow reference, named in its docstring and compared in tests/core/test_fused.py; attention is next door in
+core/attention.py. None knows of modules, adapters by name, or models. The frozen weights never get a gradient.
+A, B may be float32 beside 16-bit x and W: they are cast for the products, their gradients come back in float32.
+On the CPU in bfloat16 the element-wise parts go through veneer.kernels where those could be compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veneer import kernels
+
+__all__ = [
+    "Linears",
+    "PairRows",
+    "Projection",
+    "gated_mlp",
+    "joined",
+    "linears",
+    "lora_linear",
+    "rms_norm",
+    "token_nll",
+]
+
+
+class PairRows(NamedTuple):
+    """A pair on rows first…last of a (possibly joined) weight. A: (rank, in), B: (last − first, rank)."""
+
+    first: int
+    last: int
+    scale: float
+    A: Tensor
+    B: Tensor
+
+
+class Linears(NamedTuple):
+    """Projections of one x joined into one frozen weight (Σ out, in), with the pairs on their rows."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    pairs: tuple[PairRows, ...] = ()
+
+
+class Projection(NamedTuple):
+    """One frozen linear map with at most one pair. weight: (out, in), bias: (out,), A: (rank, in), B: (out, rank)."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scale: float = 1.0
+
+
+def joined(parts: Sequence[Projection], weight: Tensor | None = None) -> Linears:
+    """Projections of one x as one product. `weight`: their weights below one another, if they lie so already."""
+    if weight is None:
+        weight = parts[0].weight if len(parts) == 1 else torch.cat([p.weight for p in parts])
+    bias = None
+    if any(p.bias is not None for p in parts):
+        bias = torch.cat([p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in parts])
+    pairs, at = [], 0
+    for p in parts:
+        end = at + p.weight.shape[0]
+        if p.A is not None and p.B is not None:
+            pairs.append(PairRows(at, end, p.scale, p.A, p.B))
+        at = end
+    return Linears(weight, bias, tuple(pairs))
+
+
+class _Thin:
+    """The thin factors of all pairs of a `Linears`, cast and stacked: A (Σ rank, in) and the block-diagonal s·B (Σ out, Σ rank).
+
+    u = x·Aᵀ is read once for all; the zeros of s·B cost nothing beside the pass over y that they save."""
+
+    def __init__(self, linears: Linears, dtype: torch.dtype) -> None:
+        self.pairs = linears.pairs
+        self.A = torch.cat([p.A for p in self.pairs]).to(dtype)
+        self.sB = self.A.new_zeros(linears.weight.shape[0], self.A.shape[0])
+        at = 0
+        self.blocks: list[tuple[slice, slice]] = []
+        for p in self.pairs:
+            block = slice(p.first, p.last), slice(at, at + p.A.shape[0])
+            self.sB[block] = p.B * p.scale
+            self.blocks.append(block)
+            at += p.A.shape[0]
+
+    def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
+        """[dA₁, dB₁, dA₂, …] from the output's gradient g: (N, Σ out) and du = g·s·B: (N, Σ rank)."""
+        dA, dB = du.t() @ x, g.t() @ u
+        out = []
+        for p, (rows, columns) in zip(self.pairs, self.blocks, strict=True):
+            out += [dA[columns].to(p.A.dtype), dB[rows, columns].to(p.B.dtype).mul_(p.scale)]
+        return out
+
+
+def _flat(linears: Linears) -> list[Tensor]:
+    return [t for p in linears.pairs for t in (p.A, p.B)]
+
+
+def _again(linears: Linears, flat: Sequence[Tensor]) -> Linears:
+    """`linears` with the tensors that autograd saved, so that its version checks see them."""
+    pairs = tuple(p._replace(A=flat[2 * j], B=flat[2 * j + 1]) for j, p in enumerate(linears.pairs))
+    return linears._replace(pairs=pairs)
+
+
+def _bare(linears: Linears) -> Linears:
+    """`linears` without A and B, to keep on a ctx beside the saved tensors and not leak them."""
+    nothing = linears.weight.new_empty(0)
+    return linears._replace(pairs=tuple(p._replace(A=nothing, B=nothing) for p in linears.pairs))
+
+
+def _forward(x: Tensor, linears: Linears) -> tuple[Tensor, Tensor | None]:
+    y = F.linear(x, linears.weight, linears.bias)
+    if not linears.pairs:
+        return y, None
+    thin = _Thin(linears, x.dtype)
+    u = x @ thin.A.t()
+    return y.addmm_(u, thin.sB.t()), u
+
+
+def _input_gradient(g: Tensor, linears: Linears, need_dx: bool) -> tuple[Tensor | None, _Thin | None, Tensor | None]:
+    """dx, and for the pairs' own gradients the thin factors and du = g·s·B."""
+    dx = g @ linears.weight if need_dx else None
+    if not linears.pairs:
+        return dx, None, None
+    thin = _Thin(linears, g.dtype)
+    du = g @ thin.sB
+    if dx is not None:
+        dx.addmm_(du, thin.A)
+    return dx, thin, du
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, joined: Linears, *flat: Tensor) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        y, u = _forward(x2, _again(joined, flat))
+        ctx.save_for_backward(x2, u, *flat)
+        ctx.joined, ctx.shape = _bare(joined), x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x2, u, *flat = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1])
+        dx, thin, du = _input_gradient(g, _again(ctx.joined, flat), ctx.needs_input_grad[0])
+        pairs = thin.gradients(g, x2, u, du) if thin is not None and du is not None else []
+        return (None if dx is None else dx.view(ctx.shape), None, *pairs)
+
+
+def linears(x: Tensor, joined: Linears) -> Tensor:
+    """y = x·Wᵀ + b, plus s·(x·Aᵀ)·Bᵀ on each pair's columns of y. x: (…, in) → (…, Σ out).
+
+    Keeps x and the thin x·Aᵀ. Reference: F.linear(x, W, b) with s·F.linear(F.linear(x, A), B) added to its columns."""
+    out: Tensor = _Linears.apply(x, joined, *_flat(joined))
+    return out
+
+
+def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """One projection: y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ. x: (…, in) → (…, out)."""
+    return linears(x, Linears(weight, bias, (PairRows(0, weight.shape[0], scale, A, B),)))
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Linears, down: Linears, act: str, *flat: Tensor) -> Tensor:
+        n = 2 * len(gate_up.pairs)
+        x2 = x.reshape(-1, x.shape[-1])
+        both, u = _forward(x2, _again(gate_up, flat[:n]))
+        y, u_down = _forward(_gated(both, act), _again(down, flat[n:]))
+        ctx.save_for_backward(x2, both, u, u_down, *flat)
+        ctx.gate_up, ctx.down, ctx.act, ctx.shape = _bare(gate_up), _bare(down), act, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x2, both, u, u_down, *flat = ctx.saved_tensors
+        n = 2 * len(ctx.gate_up.pairs)
+        g = grad.reshape(-1, grad.shape[-1])
+        dh, thin, du = _input_gradient(g, _again(ctx.down, flat[n:]), True)
+        assert dh is not None
+        d_both, h = _gated_backward(dh, both, ctx.act)
+        down_pairs = thin.gradients(g, h, u_down, du) if thin is not None and du is not None else []
+        del h, dh
+        dx, thin, du = _input_gradient(d_both, _again(ctx.gate_up, flat[:n]), ctx.needs_input_grad[0])
+        pairs = thin.gradients(d_both, x2, u, du) if thin is not None and du is not None else []
+        return (None if dx is None else dx.view(ctx.shape), None, None, None, *pairs, *down_pairs)
+
+
+def _activate(x: Tensor, act: str) -> Tensor:
+    return F.silu(x) if act == "silu" else F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def _gated(both: Tensor, act: str) -> Tensor:
+    """act(gate) ⊙ up from [gate | up]: (N, 2f) → (N, f)."""
+    native = kernels.usable(both) if act == "silu" else None
+    if native is not None:
+        h = both.new_empty(both.shape[0], both.shape[1] // 2)
+        native.silu_gate(both.data_ptr(), h.data_ptr(), *h.shape, torch.get_num_threads())
+        return h
+    gate, up = both.chunk(2, dim=1)
+    return _activate(gate, act).mul_(up)
+
+
+def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """[d_gate | d_up] and act(gate) ⊙ up again."""
+    native = kernels.usable(dh, both) if act == "silu" else None
+    d = torch.empty_like(both)
+    if native is not None:
+        h = torch.empty_like(dh)
+        threads = torch.get_num_threads()
+        native.silu_gate_backward(dh.data_ptr(), both.data_ptr(), d.data_ptr(), h.data_ptr(), *h.shape, threads)
+        return d, h
+    gate, up = both.chunk(2, dim=1)
+    d_gate, d_up = d.chunk(2, dim=1)
+    a = _activate(gate, act)
+    h = a * up
+    torch.mul(a, dh, out=d_up)
+    if act == "silu":
+        d_gate.copy_(torch.ops.aten.silu_backward(dh * up, gate))
+    else:
+        d_gate.copy_(torch.ops.aten.gelu_backward(dh * up, gate, approximate="tanh" if act == "gelu_tanh" else "none"))
+    return d, h
+
+
+def gated_mlp(x: Tensor, gate_up: Linears, down: Linears, act: str = "silu") -> Tensor:
+    """y = down(act(gate(x)) ⊙ up(x)); act: "silu", "gelu" or "gelu_tanh". x: (…, d) → (…, d).
+
+    `gate_up` is [gate; up] joined by rows. Keeps x, gate(x) and up(x); the product of the two is made again in backward.
+    Reference: the same line with `linears`."""
+    out: Tensor = _GatedMlp.apply(x, gate_up, down, act, *_flat(gate_up), *_flat(down))
+    return out
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        d = x.shape[-1]
+        native = kernels.usable(x, weight)
+        if native is None:
+            return F.rms_norm(x, (d,), weight, eps)
+        y = torch.empty_like(x)
+        native.rms_norm(
+            x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // d, d, eps, torch.get_num_threads()
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        d = x.shape[-1]
+        g = g.contiguous()
+        native = kernels.usable(g, x, weight)
+        if native is not None:
+            dx = torch.empty_like(x)
+            pointers = (t.data_ptr() for t in (g, x, weight, dx))
+            native.rms_norm_backward(*pointers, x.numel() // d, d, ctx.eps, torch.get_num_threads())
+            return dx, None, None
+        # dx = r·(w⊙g) − x·r³·mean(w⊙g⊙x) in at least float32
+        wide = torch.promote_types(x.dtype, torch.float32)
+        xf, gw = x.to(wide), (g * weight).to(wide)
+        r = (xf.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        c = torch.linalg.vecdot(gw, xf).unsqueeze(-1).mul_(r.square()).div_(d)
+        return gw.addcmul_(xf, c, value=-1).mul_(r).to(x.dtype), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = w ⊙ x / √(mean x² + ε) over the last dimension, keeping x alone; the frozen w gets no gradient.
+
+    Reference: F.rms_norm."""
+    out: Tensor = _RmsNorm.apply(x.contiguous(), weight, eps)
+    return out
+
+
+class _TokenNll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(hidden), chunk):
+            part = slice(i, i + chunk)
+            logits = hidden[part] @ weight.t()
+            nll = _row_nll_(logits, targets[part], grad is not None)
+            total += nll.sum()
+            if grad is not None:
+                torch.mm(logits, weight, out=grad[part])
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * g.to(grad.dtype), None, None, None
+
+
+def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """−log softmax at the targets, at least float32; with `gradient`, logits become softmax − onehot in place."""
+    native = kernels.usable(logits)
+    if native is not None:
+        nll = torch.empty(len(logits), dtype=torch.float32)
+        targets = targets.contiguous()
+        pointers = (t.data_ptr() for t in (logits, targets, nll))
+        native.token_nll(*pointers, *logits.shape, int(gradient), torch.get_num_threads())
+        return nll
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    y = targets[:, None]
+    nll = torch.logsumexp(wide, 1, keepdim=True) - wide.gather(1, y)
+    if gradient:
+        # the target's p − 1 comes from the wide value: rounding p near 1 to 16 bits first would lose all of it
+        logits.copy_(torch.softmax(wide, 1).scatter_(1, y, torch.expm1(-nll)))
+    return nll[:, 0]
+
+
+def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
+    """Σ_i −log softmax(hidden_i·Wᵀ)[target_i], float32. hidden: (M, d), weight: (vocabulary, d) frozen, targets: (M,).
+
+    The gradient is made in the forward pass, chunk by chunk, so that no more than chunk × vocabulary logits exist.
+    Reference: F.cross_entropy((hidden @ W.T).float(), targets, reduction="sum")."""
+    out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk)
+    return out

@@ -1,0 +1,153 @@
+"""The compiled half of the CPU fast path: native.c, built once on the user's machine, called through ctypes.
+
+Optional: without a C compiler everything runs on torch's own operations, slower and with the same results within bfloat16
+rounding. `status()` says which of the two it is and why; VENEER_NATIVE=0 turns the compiled kernels off.
+
+Knows raw tensors; imports torch and nothing of veneer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["kept_memory", "load", "status", "usable"]
+
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
+"""No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
+
+_pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_HEADS = [_pointer, _int64, *[_pointer] * 4, *[_int64] * 5, _float, _pointer, _int]
+_SIGNATURES: dict[str, list[Any]] = {
+    "rms_norm": [_pointer, _pointer, _pointer, _int64, _int64, _float, _int],
+    "rms_norm_backward": [_pointer, _pointer, _pointer, _pointer, _int64, _int64, _float, _int],
+    "silu_gate": [_pointer, _pointer, _int64, _int64, _int],
+    "silu_gate_backward": [_pointer, _pointer, _pointer, _pointer, _int64, _int64, _int],
+    "gather_heads": _HEADS,
+    "scatter_heads": _HEADS,
+    "causal_softmax": [_pointer, *[_int64] * 7, _int],
+    "softmax_backward": [_pointer, _pointer, _int64, _int64, _int],
+    "token_nll": [_pointer, _pointer, _pointer, _int64, _int64, _int, _int],
+}
+_reason = "not looked for yet"
+
+
+def _cache() -> Path:
+    home = os.environ.get("VENEER_HOME")
+    return Path(home) / "kernels" if home else Path.home() / ".veneer" / "kernels"
+
+
+def _build(compiler: str, source: Path) -> Path:
+    """Compile into the cache, named by what was compiled, for which processor and by which compiler."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    cpu = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0] if sys.platform == "linux" else ""
+    key = hashlib.sha256("\0".join([source.read_text(), version, cpu, platform.machine(), *FLAGS]).encode()).hexdigest()
+    target = _cache() / f"native-{key[:16]}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            built = Path(scratch) / target.name
+            subprocess.run(
+                [compiler, *FLAGS, str(source), "-o", str(built), "-lm"], capture_output=True, text=True, check=True, timeout=120
+            )
+            built.replace(target)
+    return target
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """The compiled kernels, or None. Looked for once a process."""
+    global _reason
+    if os.environ.get("VENEER_NATIVE", "1") == "0":
+        _reason = "turned off by VENEER_NATIVE=0"
+        return None
+    compiler = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
+    if compiler is None:
+        _reason = "no C compiler (cc, gcc or clang) on the path"
+        return None
+    try:
+        library = ctypes.CDLL(str(_build(compiler, Path(__file__).with_name("native.c"))))
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+        wrong = _self_test(library)
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        _reason = f"{compiler} could not build them: {str(detail).strip().splitlines()[-1] if str(detail).strip() else error!r}"
+        return None
+    if wrong:
+        _reason = f"built by {compiler}, but {wrong} disagrees with torch on this machine"
+        return None
+    _reason = f"compiled by {compiler}"
+    return library
+
+
+def _self_test(library: ctypes.CDLL) -> str:
+    """The name of the first kernel whose result is not torch's; cheap, and run before anything trusts the library."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 72, generator=generator).bfloat16()
+    w = torch.randn(72, generator=generator).bfloat16()
+    y = torch.empty_like(x)
+    library.rms_norm(x.data_ptr(), w.data_ptr(), y.data_ptr(), 7, 72, 1e-5, 1)
+    if not torch.allclose(y.float(), torch.nn.functional.rms_norm(x.float(), (72,), w.float(), 1e-5), rtol=1e-2, atol=1e-3):
+        return "rms_norm"
+    s = x.clone()
+    library.causal_softmax(s.data_ptr(), 1, 7, 1, 72, 65, 0, 0, 1)
+    future = torch.arange(72)[None] > torch.arange(65, 72)[:, None]
+    if not torch.allclose(s.float(), x.float().masked_fill(future, -torch.inf).softmax(1), rtol=1e-2, atol=1e-5):
+        return "causal_softmax"
+    return ""
+
+
+def status() -> str:
+    """One line for a report: which kernels run and why."""
+    return f"native CPU kernels: {_reason}" if load() is not None else f"torch's own operations (native CPU kernels: {_reason})"
+
+
+def usable(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The library if every tensor is a contiguous bfloat16 one on the CPU, else None."""
+    if all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+        return load()
+    return None
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
+_DEFAULT_TRIM, _DEFAULT_MMAPS = 128 * 1024, 65536
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Keep freed memory in the process for the length of a with-block, then give it back.
+
+    glibc maps every block above 32 MB (and many above 128 kB) afresh and unmaps it when freed; the kernel zeroes the pages
+    again each time. A training step frees and takes the same activations over and over: keeping them measured 8% of a
+    step. Does nothing where the C library has no mallopt."""
+    libc = ctypes.CDLL(None)
+    mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
+    if mallopt is None or trim is None:
+        yield
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_MAX, _DEFAULT_MMAPS)
+        mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM)
+        gc.collect()
+        trim(0)

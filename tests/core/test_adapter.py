@@ -1,0 +1,79 @@
+"""What an adapter is: its tensors' names, its size, its digest, and copies of it."""
+
+from __future__ import annotations
+
+import torch
+
+from veneer.core import Adapter, Pair, TokenRows
+
+
+def sample() -> Adapter:
+    g = torch.Generator().manual_seed(0)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g)
+
+    return Adapter(
+        pairs={
+            "b": Pair(rand(2, 5), rand(3, 2), 0.5, magnitude=rand(3)),
+            "a.w": Pair(rand(4, 2, 5), rand(4, 3, 2), 2.0, "experts", origin=(rand(4, 1, 5), rand(4, 3, 1))),
+        },
+        modules={"norm": {"weight": rand(5), "gain": torch.tensor(2.0)}},
+        token_rows={"emb": TokenRows((3, 1), rand(2, 5))},
+    )
+
+
+def test_tensors_have_stable_sorted_names() -> None:
+    names = [n for n, _ in sample().tensors()]
+    assert names == ["a.w.A", "a.w.B", "b.A", "b.B", "b.magnitude", "norm=gain", "norm=weight", "emb#rows"]
+
+
+def test_size_counts_every_byte() -> None:
+    adapter = sample()
+    assert adapter.size_bytes() == 4 * (4 * 2 * 5 + 4 * 3 * 2 + 10 + 6 + 3 + 5 + 1 + 10)
+    assert adapter.mapped(lambda t: t.bfloat16()).size_bytes() * 2 == adapter.size_bytes()
+
+
+def test_collapsed_is_the_product_and_has_the_digest() -> None:
+    adapter = sample()
+    small = adapter.collapsed()
+    pair, old = small.pairs["a.w"], adapter.pairs["a.w"]
+    assert old.origin is not None
+    assert pair.rank == 3
+    torch.testing.assert_close(pair.B @ pair.A, old.B @ old.A - old.origin[1] @ old.origin[0])
+    assert small.digest() == adapter.digest()
+    assert small.modules == adapter.modules
+    assert small.collapsed().digest() == small.digest()
+
+
+def test_digest_sees_tensors_scales_indices_and_not_the_order_of_names() -> None:
+    adapter = sample()
+    digest = adapter.digest()
+    assert digest.startswith("sha256:")
+    other = sample()
+    other.pairs = dict(reversed(other.pairs.items()))
+    assert other.digest() == digest
+    for change in range(4):
+        other = sample()
+        if change == 0:
+            other.pairs["b"].scale = 0.25
+        elif change == 1:
+            other.token_rows["emb"] = TokenRows((1, 3), other.token_rows["emb"].rows)
+        elif change == 2:
+            other.modules["norm"]["gain"] += 1
+        else:
+            assert other.pairs["a.w"].origin is not None
+            other.pairs["a.w"].origin[0].add_(1)
+        assert other.digest() != digest
+
+
+def test_mapped_copies_every_tensor() -> None:
+    adapter = sample()
+    doubled = adapter.mapped(lambda t: t * 2)
+    for (name, old), (same, new) in zip(adapter.tensors(), doubled.tensors(), strict=True):
+        assert name == same
+        assert torch.equal(new, old * 2)
+    origin = doubled.pairs["a.w"].origin
+    assert origin is not None
+    assert torch.equal(origin[0], adapter.pairs["a.w"].origin[0] * 2)  # type: ignore[index]
+    assert doubled.pairs["b"].scale == adapter.pairs["b"].scale

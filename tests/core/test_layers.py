@@ -1,0 +1,272 @@
+"""Layers: the fast path equals the reference, dtypes, mixing, and weights that multiply without being made."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tests.families import FAMILIES
+from veneer.core import Adapter, LoraSpec, Pair, TokenRows, attach, create, delta
+from veneer.core.layers import LoraLinear
+from veneer.core.lowrank import LowRank
+
+IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
+
+
+def trained(model: nn.Module, spec: LoraSpec, seed: int = 0, amount: float = 0.1) -> Adapter:
+    g = torch.Generator().manual_seed(seed)
+    return create(model, spec, seed=seed).mapped(lambda t: t + amount * torch.randn(t.shape, generator=g))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_b_is_the_identity_bit_for_bit(family: str, dtype: torch.dtype) -> None:
+    model = FAMILIES[family]().to(dtype)
+    spec = LoraSpec(rank=3, targets=("all-linear", "embed_tokens", "lm_head"))
+    base = model(IDS).logits
+    with attach(model) as attachment:
+        attachment.add("a", create(model, spec, seed=0), trainable=True)
+        attachment.use("a")
+        assert torch.equal(model(IDS).logits, base)
+        attachment.use(("a", -3.0))
+        assert torch.equal(model(IDS).logits, base)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6), (6,)])
+def test_the_fast_path_equals_the_reference(
+    shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4, bias=bias)).requires_grad_(False)
+    adapter = trained(model, LoraSpec(rank=2, targets=("0",)), amount=0.5)
+    x = torch.randn(shape, requires_grad=True)
+    results = []
+    with attach(model) as attachment:
+        attachment.add("a", adapter, trainable=True)
+        attachment.use(("a", 0.7))
+        assert model[0].projection() is not None
+        for fast in (True, False):
+            if not fast:
+                monkeypatch.setattr(LoraLinear, "projection", lambda self: None)
+            y = model(x)
+            y.mul_(torch.linspace(1, 2, 4))  # what some models do to a module's output
+            grads = torch.autograd.grad(y.square().sum(), [x, *attachment.parameters("a").values()])
+            results.append([y, *grads])
+    for fast_value, reference in zip(*results, strict=True):
+        torch.testing.assert_close(fast_value, reference, rtol=1e-5, atol=1e-5 * reference.abs().max().item())
+
+
+def test_what_is_more_than_one_plain_pair_is_no_projection() -> None:
+    model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False).train()
+    plain, other, dropped, dora, pissa = (
+        trained(model, LoraSpec(rank=2, targets=("0",), **more))  # type: ignore[arg-type]
+        for more in ({}, {}, {"dropout": 0.5}, {"dora": True}, {"init": "pissa"})
+    )
+    with attach(model) as attachment:
+        names = {"plain": plain, "other": other, "dropped": dropped, "dora": dora, "pissa": pissa}
+        for name, adapter in names.items():
+            attachment.add(name, adapter)
+        layer: LoraLinear = model[0]
+        base = layer.projection()
+        assert base is not None
+        assert base.A is None
+        attachment.use(("plain", 2.0))
+        found = layer.projection()
+        assert found is not None
+        assert found.scale == 2.0 * plain.pairs["0"].scale
+        assert found.weight is layer.base.weight
+        for mix in (("plain", "other"), ("dropped",), ("dora",), ("pissa",)):
+            attachment.use(*mix)
+            assert layer.projection() is None
+        model.eval()
+        attachment.use("dropped")
+        assert layer.projection() is not None
+        layer.base.weight.requires_grad_(True)
+        assert layer.projection() is None
+
+
+def test_a_base_that_trains_keeps_its_gradient() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    with attach(model) as attachment:
+        attachment.add("a", trained(model, LoraSpec(rank=2, targets=("0",))), trainable=True)
+        attachment.use("a")
+        model(torch.ones(2, 6)).sum().backward()
+        assert model[0].base.weight.grad is not None
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "mixtral"])
+def test_a_bf16_base_under_a_float32_adapter(family: str) -> None:
+    """Outputs stay bf16 and near the float32 model's; gradients come back in float32."""
+    exact = FAMILIES[family]().requires_grad_(False)
+    adapter = trained(exact, LoraSpec(rank=3, targets=("all-linear", "embed_tokens", "lm_head")))
+    outs = []
+    for model in (exact, copy.deepcopy(exact).to(torch.bfloat16)):
+        with attach(model) as attachment:
+            attachment.add("a", adapter, trainable=True)
+            attachment.use("a")
+            y = model(IDS).logits
+            y.float().square().mean().backward()
+            assert all(
+                p.grad is not None and p.grad.dtype == torch.float32 for p in attachment.parameters("a").values()
+            )
+            outs.append(y)
+    assert outs[1].dtype == torch.bfloat16
+    error = (outs[1].float() - outs[0]).norm() / outs[0].norm()
+    assert error < 0.1  # 8 bits of mantissa through two layers; routing may differ for a token
+
+
+def test_autocast() -> None:
+    model = FAMILIES["llama3"]().requires_grad_(False)
+    adapter = trained(model, LoraSpec(rank=3))
+    with attach(model) as attachment:
+        attachment.add("a", adapter, trainable=True)
+        attachment.use("a")
+        exact = model(IDS).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(IDS).logits
+            y.float().square().mean().backward()
+        assert (y.float() - exact).norm() / exact.norm() < 0.05
+
+
+def test_transposed_linear_of_gpt2() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(5, 7))
+    x = torch.randn(3, 7)
+    for spec in (LoraSpec(rank=2, targets=("0",)), LoraSpec(rank=2, targets=("0",), dora=True)):
+        adapter = trained(model, spec, amount=0.5)
+        pair = adapter.pairs["0"]
+        assert pair.A.shape == (2, 7)
+        with attach(model) as attachment:
+            attachment.add("a", adapter)
+            attachment.use("a")
+            y = model(x)
+        change = delta(model[0], pair)
+        assert change.shape == model[0].weight.shape
+        torch.testing.assert_close(y, x @ (model[0].weight + change) + model[0].bias)
+
+
+def test_a_linear_that_hides_its_weight() -> None:
+    """A quantised base: the layer calls it, and DoRA and merging read its weight off by the identity."""
+
+    class LinearPacked(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            self.bias = nn.Parameter(linear.bias.detach().clone())
+            self.scale = linear.weight.detach().abs().max() / 127
+            self.register_buffer("weight", (linear.weight.detach() / self.scale).round().to(torch.int8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 4)
+    packed = nn.Sequential(LinearPacked(linear))
+    plain = nn.Sequential(nn.Linear(6, 4))
+    with torch.no_grad():
+        plain[0].weight.copy_(packed[0].weight * packed[0].scale)
+        plain[0].bias.copy_(linear.bias)
+    x = torch.randn(3, 6)
+    for spec in (LoraSpec(rank=2, targets=("0",)), LoraSpec(rank=2, targets=("0",), dora=True)):
+        adapter = trained(plain, spec, amount=0.5)
+        outs = []
+        for model in (plain, packed):
+            with attach(model) as attachment:
+                attachment.add("a", adapter)
+                attachment.use("a")
+                outs.append(model(x))
+        torch.testing.assert_close(*outs)
+        torch.testing.assert_close(delta(packed[0], adapter.pairs["0"]), delta(plain[0], adapter.pairs["0"]))
+
+
+def test_token_rows_mix_by_strength_in_embedding_and_tied_head() -> None:
+    model = FAMILIES["gemma3"]()
+    embedding = model.model.embed_tokens
+    W = embedding.weight.detach()
+    r1, r2 = torch.randn(2, 32), torch.randn(2, 32)
+    x = torch.tensor([[5, 7, 9, 11]])
+    with attach(model) as attachment:
+        attachment.add("a", Adapter(token_rows={"model.embed_tokens": TokenRows((9, 5), r1)}))
+        attachment.add("b", Adapter(token_rows={"model.embed_tokens": TokenRows((5, 7), r2)}))
+        for mix in ([("a", 1.0)], [("a", 0.25)], [("a", 0.5), ("b", -0.5)], [("a", 1.0), ("b", 1.0)]):
+            new = W.clone()
+            for name, strength in mix:
+                for row, index in zip(*((r1, (9, 5)) if name == "a" else (r2, (5, 7))), strict=True):
+                    new[index] += strength * (row - W[index])
+            attachment.use(*mix)
+            torch.testing.assert_close(model.model.embed_tokens(x), new[x] * embedding.embed_scale)
+            hidden = torch.randn(1, 3, 32)
+            torch.testing.assert_close(model.lm_head(hidden), hidden @ new.T)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "llama4"])
+def test_experts_never_make_the_dense_sum(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: LowRank) -> Tensor:
+        raise AssertionError("an expert weight was made dense")
+
+    monkeypatch.setattr(LowRank, "dense", refuse)
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        model = FAMILIES[family]()
+        if family != "llama4":
+            model.set_experts_implementation(implementation)
+        with attach(model) as attachment:
+            attachment.add("a", trained(model, LoraSpec(rank=2)), trainable=True)
+            attachment.use("a")
+            model(IDS).logits.sum().backward()
+
+
+def test_grouped_convolution_equals_its_merged_weight() -> None:
+    torch.manual_seed(0)
+    for make in (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), lambda: nn.Conv1d(6, 6, 3, groups=6, stride=2)):
+        model = nn.Sequential(make())
+        x = torch.randn(2, model[0].in_channels, *([7] * (model[0].weight.ndim - 2)))
+        for dora in (False, True):
+            adapter = trained(model, LoraSpec(rank=2, targets=("0",), dora=dora), amount=0.5)
+            assert adapter.pairs["0"].A.shape[1] == model[0].weight.shape[1]
+            with attach(model) as attachment:
+                attachment.add("a", adapter)
+                attachment.use("a")
+                y = model(x)
+            change = delta(model[0], adapter.pairs["0"])
+            expected = model[0]._conv_forward(x, model[0].weight + change, model[0].bias)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pair_between_two_dtypes() -> None:
+    """A file's bf16 adapter on a float32 base: products in bf16, the sum in float32."""
+    model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False)
+    pair = Pair(torch.randn(2, 6).bfloat16(), torch.randn(4, 2).bfloat16(), 0.5)
+    with attach(model) as attachment:
+        attachment.add("a", Adapter(pairs={"0": pair}))
+        attachment.use("a")
+        x = torch.randn(3, 6)
+        y = model(x)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, model[0].base(x) + x @ delta(model[0].base, pair).T, rtol=2e-2, atol=5e-2)
+
+
+def test_dropout_on_experts_drops_what_the_pair_multiplies() -> None:
+    """On average over many draws the output is the one without dropout; outside training there is none."""
+    model = FAMILIES["mixtral"]()
+    experts = model.model.layers[0].mlp.experts
+    adapter = trained(model, LoraSpec(rank=2, targets=("experts.down_proj",), dropout=0.5))
+    with attach(model) as attachment:
+        attachment.add("a", adapter)
+        layer = model.model.layers[0].mlp.experts
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(6, 32, generator=g)
+        index, weights = torch.randint(0, 4, (6, 2), generator=g), torch.rand(6, 2, generator=g)
+        base = experts(x, index, weights)
+        attachment.use("a")
+        exact = layer(x, index, weights)
+        model.train()
+        torch.manual_seed(0)
+        draws = torch.stack([layer(x, index, weights) for _ in range(1500)])
+        assert draws.std(0).max() > 0.05
+        error = (draws.mean(0) - exact).norm() / (exact - base).norm()
+        assert error < 0.1

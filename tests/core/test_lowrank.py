@@ -1,0 +1,43 @@
+"""A weight that is never made answers every product as the sum would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from veneer.core import lowrank
+from veneer.core.lowrank import Factor, LowRank
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_low_rank_weights_answer_torchs_products(flipped: bool) -> None:
+    torch.manual_seed(0)
+    E, out, rows = 3, 4, 5
+    W = torch.randn(E, rows, out) if flipped else torch.randn(E, out, rows)
+    A, B = torch.randn(E, 2, rows), torch.randn(E, out, 2)
+    part = Factor(B, A, 0.7, 0.0)
+    weight = LowRank(W, [part.t() if flipped else part, (part.t() if flipped else part)._replace(scale=-0.2)])
+    full = W + 0.5 * (B @ A).transpose(1, 2) if flipped else W + 0.5 * B @ A
+    torch.testing.assert_close(weight.dense(), full)
+    right, dense = (weight, full) if flipped else (weight.transpose(1, 2), full.transpose(1, 2))
+    x = torch.randn(E, 6, rows)
+    index = torch.tensor([2, 0, 0])
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    flat = torch.randn(7, rows)
+    for got, expected in [
+        (torch.bmm(x, right), torch.bmm(x, dense)),
+        (x @ right, x @ dense),
+        (torch.matmul(x[0], right[1]), x[0] @ dense[1]),
+        (torch.bmm(right.transpose(-1, -2), x.mT), dense.mT @ x.mT),
+        (right.mT @ x.mT, dense.mT @ x.mT),
+        (torch.bmm(right.transpose(-1, -2)[index], x.mT), dense.mT[index] @ x.mT),
+        (nn.functional.linear(x[0], right[1].mT, torch.ones(out)), x[0] @ dense[1] + 1),
+        (torch.einsum("eni,eio->eno", x, right), x @ dense),  # one it does not know: through the dense sum
+        (right.sum(), dense.sum()),
+    ]:
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    grouped = lowrank._by_expert(flat, dense, offsets)
+    torch.testing.assert_close(grouped[:2], flat[:2] @ dense[0])
+    torch.testing.assert_close(grouped[2:5], flat[2:5] @ dense[2])
+    assert not grouped[5:].any()

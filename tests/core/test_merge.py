@@ -1,0 +1,140 @@
+"""Merging: new weights that act as the attached mix does, in the base's dtype, with the base left alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.families import FAMILIES
+from veneer.core import Adapter, LoraSpec, Pair, attach, create, delta, merged_state
+from veneer.errors import AdapterError
+
+IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
+
+
+def trained(model: nn.Module, spec: LoraSpec, seed: int = 0, amount: float = 0.1) -> Adapter:
+    g = torch.Generator().manual_seed(seed)
+    return create(model, spec, seed=seed).mapped(lambda t: t + amount * torch.randn(t.shape, generator=g))
+
+
+def loaded(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """A copy of the model with new weights; where tied weights now differ, untied."""
+    out = copy.deepcopy(model)
+    for name, tensor in state.items():
+        owner, _, key = name.rpartition(".")
+        setattr(out.get_submodule(owner), key, nn.Parameter(tensor))
+    return out
+
+
+SPECS = {
+    "plain": LoraSpec(rank=3, targets=("all-linear", "embed_tokens", "lm_head")),
+    "dora": LoraSpec(rank=3, targets=("all-linear", "embed_tokens"), dora=True, exclude=("experts",)),
+    "pissa": LoraSpec(rank=3, init="pissa"),
+    "whole": LoraSpec(
+        rank=3, targets=("q_proj",), modules_to_save=("model.norm", "lm_head", "layers.1.self_attn.v_proj")
+    ),
+    "rows": LoraSpec(rank=3, targets=("q_proj",), token_rows={"embed_tokens": (5, 77)}),
+}
+
+
+@pytest.mark.parametrize("what", SPECS)
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "mixtral", "llama4"])
+def test_merged_equals_attached(family: str, what: str) -> None:
+    """To 2e-5 of the largest logit in float32: W + ΔW is rounded before the product, W·x + ΔW·x after it."""
+    model = FAMILIES[family]()
+    spec = SPECS[what]
+    if family == "llama3" and what == "dora":
+        spec = LoraSpec(rank=3, targets=("all-linear", "embed_tokens"), dora=True)
+    if family == "gemma3" and what == "dora":
+        spec = LoraSpec(rank=3, dora=True)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with attach(model) as attachment:
+        attachment.add("a", trained(model, spec))
+        attachment.use("a")
+        y = model(IDS).logits
+        state = attachment.merged("a")
+    z = loaded(model, state)(IDS).logits
+    assert not torch.equal(y, model(IDS).logits)
+    torch.testing.assert_close(y, z, rtol=0, atol=2e-5 * y.abs().max().item())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_mix_merges_by_strength() -> None:
+    model = FAMILIES["llama3"]()
+    with attach(model) as attachment:
+        attachment.add("a", trained(model, SPECS["plain"], 1))
+        attachment.add("b", trained(model, LoraSpec(rank=2, dora=True), 2))
+        attachment.add("c", trained(model, SPECS["whole"], 3))
+        mix = (("a", 0.5), ("b", -0.25))
+        attachment.use(*mix)
+        y = model(IDS).logits
+        z = loaded_base(model, attachment.merged(*mix))
+        torch.testing.assert_close(y, z, rtol=0, atol=2e-5 * y.abs().max().item())
+        with pytest.raises(AdapterError, match=r"strength 1\.0"):
+            attachment.merged(("c", 0.5))
+
+
+def loaded_base(model: nn.Module, state: dict[str, Tensor]) -> Tensor:
+    fresh = FAMILIES["llama3"]()
+    out: Tensor = loaded(fresh, state)(IDS).logits
+    return out
+
+
+def test_only_what_changes_is_listed_and_tied_partners_with_it() -> None:
+    model = FAMILIES["llama3"]()
+    W = model.model.embed_tokens.weight.detach()
+    assert set(merged_state(model, [(trained(model, LoraSpec(targets=("q_proj",))), 1.0)])) == {
+        f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)
+    }
+    state = merged_state(model, [(trained(model, LoraSpec(targets=("embed_tokens",))), 1.0)])
+    assert set(state) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert torch.equal(state["lm_head.weight"], W)
+    assert not torch.equal(state["model.embed_tokens.weight"], W)
+    state = merged_state(model, [(trained(model, LoraSpec(targets=(), token_rows={"embed_tokens": (5,)})), 1.0)])
+    assert torch.equal(state["model.embed_tokens.weight"], state["lm_head.weight"])
+    changed = (state["lm_head.weight"] != W).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rounded_once_to_the_bases_dtype(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(40, 30)).to(dtype)
+    a, b = (trained(nn.Sequential(nn.Linear(40, 30)), LoraSpec(rank=4, targets=("0",)), s) for s in (1, 2))
+    got = merged_state(model, [(a, 1.0), (b, 0.5)])["0.weight"]
+    exact = model[0].weight.detach().double()
+    for adapter, strength in ((a, 1.0), (b, 0.5)):
+        pair = adapter.pairs["0"]
+        exact = exact + strength * pair.scale * pair.B.double() @ pair.A.double()
+    assert got.dtype == dtype
+    if dtype == torch.float64:
+        torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
+    else:
+        # at most a float32 sum away from the nearest number of the dtype
+        assert (got != exact.to(dtype)).float().mean() < 0.01
+
+
+def test_a_pair_that_no_weight_holds_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+    adapter = Adapter(pairs={"0": Pair(torch.randn(4, 4, 3, 3), torch.randn(6, 2, 1, 1), 0.7, "conv")})
+    with pytest.raises(AdapterError, match="unmerged"):
+        merged_state(model, [(adapter, 1.0)])
+
+
+def test_delta_of_each_kind_by_hand() -> None:
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 5), torch.randn(3, 2)
+    torch.testing.assert_close(delta(nn.Linear(5, 3), Pair(A, B, 0.5)), 0.5 * B @ A)
+    torch.testing.assert_close(delta(nn.Embedding(5, 3), Pair(A, B, 0.5, "embedding")), 0.5 * (B @ A).T)
+    A, B = torch.randn(2, 4, 3, 3), torch.randn(6, 2, 1, 1)
+    expected = 0.5 * torch.einsum("orxy,rikl->oikl", B, A)
+    torch.testing.assert_close(delta(nn.Conv2d(4, 6, 3), Pair(A, B, 0.5, "conv")), expected)
+    module = nn.Module()
+    module.down_proj = nn.Parameter(torch.randn(7, 3, 5))
+    A, B = torch.randn(7, 2, 5), torch.randn(7, 3, 2)
+    torch.testing.assert_close(delta(module, Pair(A, B, 0.5, "experts"), "down_proj"), 0.5 * B @ A)
+    module.is_transposed = True
+    module.down_proj = nn.Parameter(torch.randn(7, 5, 3))
+    torch.testing.assert_close(delta(module, Pair(A, B, 0.5, "experts"), "down_proj"), 0.5 * (B @ A).mT)

@@ -1,0 +1,259 @@
+"""Laws of the core, for any shapes, ranks, scales and strengths: what it is does not depend on where."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from veneer.core import Adapter, LoraSpec, Pair, attach, create, delta, merged_state
+from veneer.core.adapter import alpha_of, scale_of
+
+settings.register_profile("laws", max_examples=60, deadline=None, derandomize=True)
+settings.load_profile("laws")
+
+strengths = st.floats(-2, 2).filter(lambda s: abs(s) > 1e-3)
+
+
+class Case:
+    """A small model of one module of some kind, an input for it, and adapters that fit it. In float64: laws of
+    arithmetic are tested to 1e-9, laws of identity bit for bit."""
+
+    def __init__(self, draw: Any) -> None:
+        self.kind = draw(st.sampled_from(["linear", "embedding", "conv1d", "conv2d", "grouped", "experts"]))
+        self.rank = draw(st.integers(1, 4))
+        self.dora = self.kind != "experts" and draw(st.booleans())
+        self.init = draw(st.sampled_from(["zero-b", "gaussian", "pissa", "olora"]))
+        bias = draw(st.booleans())
+        i, o = draw(st.integers(4, 7)), draw(st.integers(4, 7))
+        g = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+        self.generator = g
+        if self.kind == "embedding":
+            module: nn.Module = nn.Embedding(i, o)
+            self.x = torch.randint(0, i, (2, 3), generator=g)
+        elif self.kind == "conv1d":
+            module = nn.Conv1d(i, o, 2, stride=draw(st.integers(1, 2)), bias=bias)
+            self.x = torch.randn(2, i, 6, generator=g, dtype=torch.float64)
+        elif self.kind in ("conv2d", "grouped"):
+            groups = 2 if self.kind == "grouped" else 1
+            module = nn.Conv2d(
+                i * groups, o * groups, (2, 1), dilation=draw(st.integers(1, 2)), groups=groups, bias=bias
+            )
+            self.x = torch.randn(2, i * groups, 5, 4, generator=g, dtype=torch.float64)
+        elif self.kind == "experts":
+            module = Experts(3, i, o, flipped=draw(st.booleans()))
+            self.x = torch.randn(3, 2, i, generator=g, dtype=torch.float64)
+        else:
+            module = nn.Linear(i, o, bias=bias)
+            self.x = torch.randn(2, 3, i, generator=g, dtype=torch.float64)
+        self.model = nn.ModuleDict({"m": module}).double().requires_grad_(False)
+        for p in self.model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64))
+
+    def fresh(self) -> Adapter:
+        spec = LoraSpec(
+            rank=self.rank,
+            alpha=3.0,
+            targets=("m", "m.up_proj")[self.kind == "experts"],
+            init=self.init,
+            dora=self.dora,
+        )
+        return create(self.model, spec, seed=0, dtype=torch.float64)
+
+    def trained(self) -> Adapter:
+        return self.fresh().mapped(lambda t: t + 0.5 * torch.randn(t.shape, generator=self.generator, dtype=t.dtype))
+
+    def __call__(self, model: nn.Module | None = None) -> Tensor:
+        out: Tensor = (model or self.model)["m"](self.x)
+        return out
+
+
+class Experts(nn.Module):
+    def __init__(self, experts: int, i: int, o: int, flipped: bool) -> None:
+        super().__init__()
+        self.is_transposed = flipped
+        self.up_proj = nn.Parameter(torch.empty(experts, i, o) if flipped else torch.empty(experts, o, i))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.up_proj if self.is_transposed else self.up_proj.transpose(-1, -2))
+
+
+cases = st.composite(lambda draw: Case(draw))()
+
+
+def near(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * max(1.0, b.abs().max().item()))
+
+
+@given(cases, strengths)
+def test_a_fresh_adapter_is_the_base_and_leaves_it(case: Case, strength: float) -> None:
+    """Bit for bit where B (or, in an embedding, A) is zero; DoRA and PiSSA subtract what they add, to float32."""
+    base = case()
+    before = copy.deepcopy(case.model.state_dict())
+    with attach(case.model) as attachment:
+        attachment.add("a", case.fresh(), trainable=True)
+        assert torch.equal(case(), base)
+        attachment.use(("a", strength))
+        if case.init in ("zero-b", "gaussian") and not case.dora:
+            assert torch.equal(case(), base)
+        torch.testing.assert_close(case(), base, rtol=1e-5, atol=1e-5)
+    assert torch.equal(case(), base)
+    after = case.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+@given(cases, strengths)
+def test_merged_equals_attached(case: Case, strength: float) -> None:
+    adapter = case.trained()
+    with attach(case.model) as attachment:
+        attachment.add("a", adapter)
+        attachment.use(("a", strength))
+        y = case()
+        state = attachment.merged(("a", strength))
+    merged = copy.deepcopy(case.model)
+    merged.load_state_dict(state, strict=False)
+    near(y, case(merged))
+
+
+@given(cases, strengths, strengths)
+def test_a_mix_is_linear_in_its_strengths(case: Case, s: float, t: float) -> None:
+    base = case()
+    with attach(case.model) as attachment:
+        attachment.add("a", case.trained())
+        attachment.add("b", case.trained())
+        alone = []
+        for name in ("a", "b"):
+            attachment.use(name)
+            alone.append(case() - base)
+        attachment.use(("a", s), ("b", t))
+        near(case() - base, s * alone[0] + t * alone[1])
+        attachment.use(("b", t), ("a", s))
+        near(case() - base, s * alone[0] + t * alone[1])
+        attachment.use(("a", s), ("a", t))
+        near(case() - base, (s + t) * alone[0])
+
+
+@given(cases)
+def test_switching_away_and_back_changes_nothing(case: Case) -> None:
+    with attach(case.model) as attachment:
+        for name in ("a", "b"):
+            attachment.add(name, case.trained())
+        attachment.use("a")
+        first = case()
+        attachment.use("b")
+        case()
+        attachment.use()
+        case()
+        attachment.use("a")
+        assert torch.equal(case(), first)
+
+
+@given(cases)
+def test_collapsing_keeps_the_delta_and_the_digest(case: Case) -> None:
+    adapter = case.trained()
+    small = adapter.collapsed()
+    assert all(p.origin is None for p in small.pairs.values())
+    assert adapter.digest() == small.digest()
+    parameter = "up_proj" if case.kind == "experts" else None
+    for name, pair in adapter.pairs.items():
+        near(delta(case.model["m"], small.pairs[name], parameter), delta(case.model["m"], pair, parameter))
+    outs = []
+    with attach(case.model) as attachment:
+        for i, version in enumerate((adapter, small)):
+            attachment.add(str(i), version)
+            attachment.use(str(i))
+            outs.append(case())
+    near(outs[0], outs[1])
+
+
+@given(cases, strengths)
+def test_gradients_are_those_of_the_merged_weight(case: Case, strength: float) -> None:
+    """dL/dA and dL/dB by autograd through W + strength·s·(B·A − B₀·A₀), for pairs without a magnitude."""
+    case.dora = False
+    adapter = case.trained()
+    ((name, pair),) = adapter.pairs.items()
+    with attach(case.model) as attachment:
+        attachment.add("a", adapter, trainable=True)
+        attachment.use(("a", strength))
+        y = case()
+        weight = torch.randn(y.shape, generator=case.generator, dtype=torch.float64)
+        (y * weight).sum().backward()
+        ours = attachment.parameters("a")
+        grads = [ours[f"{name}.A"].grad, ours[f"{name}.B"].grad]
+    A, B = (t.clone().requires_grad_() for t in (pair.A, pair.B))
+    key = name if case.kind == "experts" else f"{name}.weight"
+    module = case.model["m"]
+    stored = dict(case.model.named_parameters())[key]
+    product = B @ A if pair.kind != "conv" else B.flatten(1) @ A.flatten(1)
+    origin = torch.zeros_like(product)
+    if pair.origin is not None:
+        A0, B0 = pair.origin
+        origin = B0 @ A0 if pair.kind != "conv" else B0.flatten(1) @ A0.flatten(1)
+    change = strength * pair.scale * (product - origin)
+    if case.kind == "embedding" or getattr(module, "is_transposed", False):
+        change = change.mT
+    new = stored + change.reshape(stored.shape)
+    z = _call(case, key, new)
+    (z * weight).sum().backward()
+    near(grads[0], A.grad)
+    near(grads[1], B.grad)
+
+
+def _call(case: Case, key: str, weight: Tensor) -> Tensor:
+    out: Tensor = torch.func.functional_call(case.model["m"], {key.removeprefix("m."): weight}, (case.x,))
+    return out
+
+
+@given(cases, st.integers(0, 5))
+def test_detach_restores_after_adding_and_removing_in_any_order(case: Case, order: int) -> None:
+    base = case()
+    module = case.model["m"]
+    with attach(case.model) as attachment:
+        for name in "abc":
+            attachment.add(name, case.trained())
+        attachment.use("b", ("c", -1.0))
+        for name in (("abc", "acb", "bac", "bca", "cab", "cba")[order])[: 1 + order % 3]:
+            attachment.remove(name)
+        case()
+    assert case.model["m"] is module
+    assert torch.equal(case(), base)
+
+
+@given(st.integers(1, 512), st.floats(0.1, 1000), st.booleans())
+def test_alpha_and_scale_are_inverse(rank: int, alpha: float, rslora: bool) -> None:
+    scale = scale_of(alpha, rank, rslora)
+    assert abs(alpha_of(scale, rank, rslora) - alpha) <= 1e-12 * alpha
+    assert scale_of(alpha, rank, True) == alpha / rank**0.5
+
+
+@given(cases)
+def test_digests_tell_adapters_apart(case: Case) -> None:
+    adapter = case.trained()
+    copied = adapter.mapped(lambda t: t.clone())
+    assert adapter.digest() == copied.digest()
+    ((name, pair),) = adapter.pairs.items()
+    for other in (
+        Adapter(pairs={name: Pair(pair.A * 2, pair.B, pair.scale, pair.kind, pair.magnitude, pair.origin)}),
+        Adapter(pairs={name: Pair(pair.A, pair.B, pair.scale * 2, pair.kind, pair.magnitude, pair.origin)}),
+        Adapter(pairs={name + "x": pair}),
+        Adapter(pairs={name: Pair(pair.A.float(), pair.B, pair.scale, pair.kind, pair.magnitude)}),
+    ):
+        assert other.digest() != adapter.digest()
+
+
+@given(cases)
+def test_merging_twice_gives_the_same_and_writes_nothing(case: Case) -> None:
+    adapter = case.trained()
+    before = copy.deepcopy(case.model.state_dict())
+    first, second = (merged_state(case.model, [(adapter, 0.5), (adapter, 0.5)]) for _ in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert all(torch.equal(t, before[k]) for k, t in case.model.state_dict().items())
+    once = merged_state(case.model, [(adapter, 1.0)])
+    for key in once:
+        near(first[key], once[key])
