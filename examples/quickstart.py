@@ -27,6 +27,7 @@ import veneer
 
 ROOT = Path(__file__).resolve().parents[1]
 TICKETS = ROOT / "examples" / "tickets"
+SYSTEM = "Route this Tarnhill ticket. Answer in JSON: team, priority, product_area."
 FIELDS = ("team", "priority", "product_area")
 console = Console(highlight=False)
 
@@ -173,7 +174,7 @@ def commands(args: argparse.Namespace) -> str:
     folder = shown_path(args.output)
     prompt = "Hi, nobody can get into the lab, the Latch is dead. Jonas"
     lines = [
-        f'{veneer_command} generate {args.base} "{prompt}" --adapter {folder}',
+        f'{veneer_command} generate "{prompt}" --adapter {folder} --system "{SYSTEM}"',
         f"{veneer_command} adapter inspect {folder}",
         f"{veneer_command} train {shown_path(TICKETS / 'config.yaml')} adapter.rank=8 output=runs/rank8",
     ]
