@@ -59,7 +59,7 @@ class Probed(Event):
     """The longest batch went forward and backward once, before step one and without an optimizer step."""
 
     tokens: int
-    rows: tuple[int, ...]
+    rows: tuple[int | str, ...]
     seconds: float
     peak_memory_bytes: int
 
