@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     step(2, "Training: a thin layer on it, from 800 answered tickets")
     shutil.rmtree(args.output, ignore_errors=True)
     with Watch() as watch:
-        run = veneer.train(args.config, f"base={args.base}", f"output={args.output}", base=base, on_event=watch)
+        run = veneer.train_text(args.config, f"base={args.base}", f"output={args.output}", base=base, on_event=watch)
     line(f"{run.steps} steps; of {run.tokens:,} tokens read, {run.trained_tokens:,} were learned: the answers")
 
     step(3, f"Evaluation: {args.tickets} tickets that share no sentence with those")
@@ -134,11 +134,10 @@ def table(scores: Mapping[str, Any]) -> Table:
 
 def samples(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Any], count: int = 3) -> Table:
     """The first tickets of `count` teams, short enough to read here, with both answers, be they right or wrong."""
-    out = Table(
-        box=box.SIMPLE_HEAD, title=f"{count} of them", title_justify="left", title_style="bold", show_lines=True
-    )
-    out.add_column("ticket", ratio=1, overflow="fold")
-    out.add_column("answers", ratio=1, overflow="fold")
+    out = Table.grid(padding=(0, 2))
+    out.title, out.title_justify, out.title_style = f"{count} of them\n", "left", "bold"
+    out.add_column(justify="right", style="cyan", no_wrap=True)
+    out.add_column(overflow="fold")
     teams: set[str] = set()
     for row, plain, tuned in zip(rows, scores["base"].answers, scores["adapter"].answers, strict=False):
         text, want = (" ".join(row["messages"][i]["content"].split()) for i in (-2, -1))
@@ -147,9 +146,11 @@ def samples(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Any], count:
             continue
         teams.add(team)
         right = tuned.strip() == want
-        verdict = "[green]right[/]" if right else f"[red]wrong[/], it is {escape(want)}"
-        plain = " ".join(plain.split()) or "(nothing)"
-        out.add_row(escape(text), f"base     {escape(plain)}\n\nadapter  {escape(tuned.strip())}  {verdict}")
+        out.add_row("  ticket", escape(text))
+        out.add_row("base", f"[dim]{escape(' '.join(plain.split())) or '(nothing)'} …[/]")
+        out.add_row("adapter", f"[{'green' if right else 'red'}]{escape(tuned.strip())}[/]")
+        out.add_row("wanted", "the same" if right else escape(want), end_section=True)
+        out.add_row("", "")
         if len(teams) == count:
             break
     return out

@@ -1,7 +1,7 @@
 """The functions of `import veneer`: what the commands do, as calls. Each is a few lines over the rooms below.
 
     base = load_base("smollm2-135m")
-    run = train("examples/tickets/config.yaml", "adapter.rank=8", base=base)
+    run = train_text("examples/tickets/config.yaml", "adapter.rank=8", base=base)
     generate(base, ["Where is my parcel?"], adapters=[run.adapter])
     evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
     merge(base, [run.adapter], "merged")
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from veneer.train.events import Listener
     from veneer.train.run import RunResult
 
-__all__ = ["evaluate", "generate", "load_adapter", "load_base", "merge", "save_adapter", "train"]
+__all__ = ["evaluate", "generate", "load_adapter", "load_base", "merge", "save_adapter", "train_text"]
 
 Named = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 """An adapter by folder or name: "runs/a", "runs/a:0.5", Path("runs/a") or ("runs/a", 0.5)."""
 
 
-def train(
+def train_text(
     config: TrainConfig | Mapping[str, Any] | str | os.PathLike[str],
     *overrides: str,
     base: TextBase | None = None,
@@ -51,7 +51,7 @@ def train(
     loaded already. `on_event` hears what happens (train.events); without it the run is shown in the terminal.
     Raises ConfigError, DataError, PreflightError before the first step; Interrupted on Ctrl-C, with the state saved."""
     from veneer.train.config import TrainConfig, config_from, load_config
-    from veneer.train.run import train_text
+    from veneer.train import run
 
     sources: Mapping[str, Any] | None = None
     if isinstance(config, Mapping):
@@ -60,7 +60,7 @@ def train(
         config, sources = load_config(config, overrides)
     elif overrides:
         config, sources = config_from(config.model_dump(), overrides)
-    return train_text(config, resume=resume, dry_run=dry_run, on_event=on_event, base=base, sources=sources)
+    return run.train_text(config, resume=resume, dry_run=dry_run, on_event=on_event, base=base, sources=sources)
 
 
 def evaluate(
