@@ -1,47 +1,18 @@
-<<<<<<< HEAD
-"""The loss of a text base over rows laid end to end: Σ −log p over the trained tokens, in float32.
-
-    text_loss(model, input_ids (N,), lengths, trained (N,)) -> scalar
-
-Token i with trained[i] is predicted from the tokens before it in its own row. This is the slow reference: it pads the
-rows and scores them with the model's own forward.
-=======
 """The training loss of a language model over rows that lie one after another.
 
     Σ −log p(token i | the tokens before it in its own row)      over the tokens with trained[i]
 
 `text_loss` is what training and evaluation call. Inside `speed.fast` it runs rows without padding; elsewhere, and for
 families that do not take such rows, it pads: the slow reference, and what the fast one is checked against.
->>>>>>> main
 """
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
 from collections.abc import Sequence
->>>>>>> main
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-<<<<<<< HEAD
-from torch import Tensor
-
-__all__ = ["text_loss"]
-
-
-def text_loss(model: Any, input_ids: Tensor, lengths: list[int], trained: Tensor) -> Tensor:
-    """Sum of the negative log-likelihoods, in nats. input_ids: (N,) int64, trained: (N,) bool, Σ lengths = N."""
-    rows = input_ids.split(lengths)
-    width = max(lengths)
-    ids = torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
-    mask = torch.stack([F.pad(t, (0, width - len(t))) for t in trained.split(lengths)])
-    attend = torch.arange(width, device=ids.device)[None] < torch.tensor(lengths, device=ids.device)[:, None]
-    logits = model(input_ids=ids, attention_mask=attend.long(), use_cache=False).logits
-    wanted = mask[:, 1:]
-    return F.cross_entropy(logits[:, :-1][wanted].float(), ids[:, 1:][wanted], reduction="sum")
-=======
 from torch import Tensor, nn
 
 from veneer.core.attention import RowLayout
@@ -141,4 +112,3 @@ def _chunked_beyond(model: Any, length: int) -> bool:
     """Llama 4's chunked attention is plain causal attention only within one chunk."""
     chunk = getattr(model.config, "attention_chunk_size", None)
     return chunk is not None and length > chunk
->>>>>>> main
