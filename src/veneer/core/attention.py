@@ -1,6 +1,6 @@
 """Causal attention over rows that lie one after another, without padding in anything but the attention itself.
 
-    o = softmax(scale·q·kᵀ + causal)·v    inside each row; no row sees another        q: (N, heads, dim)  k, v: (N, kv heads, dim)
+    o = softmax(scale·q·kᵀ + causal)·v    inside each row; no row sees another    q: (N, heads, dim)  k, v: (N, kv, dim)
 
 Queries that share a key head are multiplied together (grouped-query attention without repeating keys), in blocks that
 leave out the keys after them. The reference is torch's own F.scaled_dot_product_attention, row by row
@@ -22,7 +22,7 @@ from veneer import kernels
 __all__ = ["RowLayout", "attention", "rotary_attention", "rotate"]
 
 BLOCK = 128
-"""Queries a block. Fewer skip more of the triangle, more make larger products: 64 and 128 measured equal, 256 slower."""
+"""Queries a block. Fewer skip more of the triangle, more make larger products: 64 and 128 measured equal, 256 worse."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class RowLayout:
             starts.append(starts[-1] + n)
         self.total = starts[-1]
         self.positions = torch.cat([torch.arange(n, device=device) for n in self.lengths])
+        self._tables: tuple[Tensor, Tensor, Tensor] | None = None
         self.groups: list[_Group] = []
         order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
         while order:
@@ -65,6 +66,14 @@ class RowLayout:
                 [torch.arange(self.lengths[i], device=device) + at * length for at, i in enumerate(taken)]
             )
             self.groups.append(_Group(len(taken), length, tokens, slots))
+
+    def tables(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin of (1, N, dim) whose halves are equal, as (N, dim/2); made once for all layers of a forward."""
+        if self._tables is None or self._tables[0] is not position_embeddings[0]:
+            half = position_embeddings[0].shape[-1] // 2
+            cos, sin = (t[0, :, :half].contiguous() for t in position_embeddings)
+            self._tables = position_embeddings[0], cos, sin
+        return self._tables[1], self._tables[2]
 
 
 def _gather(x: Tensor, group: _Group, kv: int, scale: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -147,7 +156,9 @@ def _blocks(length: int, window: int | None) -> list[tuple[int, int, int]]:
 
 
 def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int | None) -> Tensor:
-    """Masked softmax over the keys k0 … q1 that each query of q0 … q1 may see. scores: (b, (q1−q0)·per, q1−k0), spent."""
+    """Softmax over those of the keys k0 … q1 that each of the queries q0 … q1 may see.
+
+    scores: (b, (q1−q0)·per, q1−k0), spent."""
     native = kernels.usable(scores)
     if native is not None:
         native.causal_softmax(
@@ -171,7 +182,9 @@ def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
     return torch._softmax_backward_data(dp, p, -1, p.dtype)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, group: _Group, per: int, window: int | None) -> tuple[Tensor, list[Tensor]]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, group: _Group, per: int, window: int | None
+) -> tuple[Tensor, list[Tensor]]:
     """Output and probabilities of one group in the gathered layout."""
     out = torch.empty_like(q)
     probs = []
@@ -246,7 +259,7 @@ class _Attention(torch.autograd.Function):
 def rotary_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None = None
 ) -> Tensor:
-    """Attention of [q | k | v] heads, (N, heads + 2·kv, dim) → (N, heads, dim), q and k first turned by rotary positions.
+    """Attention of [q | k | v] heads with rotary positions in q and k. qkv: (N, heads + 2·kv, dim) → (N, heads, dim).
 
     cos, sin: (N, dim/2). `window`: a query sees itself and the window − 1 tokens before it; None: all before it.
     Keeps the turned q, k, v and the probabilities in their dtype."""
@@ -254,9 +267,7 @@ def rotary_attention(
     return out
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None = None
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None = None) -> Tensor:
     """The same without rotation. q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim)."""
     out: Tensor = _Attention.apply(torch.cat([q, k, v], 1), None, None, k.shape[1], layout, scale, window)
     return out

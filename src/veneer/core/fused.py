@@ -80,7 +80,7 @@ def joined(parts: Sequence[Projection], weight: Tensor | None = None) -> Linears
 
 
 class _Thin:
-    """The thin factors of all pairs of a `Linears`, cast and stacked: A (Σ rank, in) and the block-diagonal s·B (Σ out, Σ rank).
+    """All pairs of a `Linears`, cast and stacked: A (Σ rank, in) and the block-diagonal s·B (Σ out, Σ rank).
 
     u = x·Aᵀ is read once for all; the zeros of s·B cost nothing beside the pass over y that they save."""
 
@@ -145,27 +145,25 @@ def _input_gradient(g: Tensor, linears: Linears, need_dx: bool) -> tuple[Tensor 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, joined: Linears, *flat: Tensor) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
-        y, u = _forward(x2, _again(joined, flat))
-        ctx.save_for_backward(x2, u, *flat)
-        ctx.joined, ctx.shape = _bare(joined), x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        y, u = _forward(x, _again(joined, flat))
+        ctx.save_for_backward(x, u, *flat)
+        ctx.joined = _bare(joined)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x2, u, *flat = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, u, *flat = ctx.saved_tensors
         dx, thin, du = _input_gradient(g, _again(ctx.joined, flat), ctx.needs_input_grad[0])
-        pairs = thin.gradients(g, x2, u, du) if thin is not None and du is not None else []
-        return (None if dx is None else dx.view(ctx.shape), None, *pairs)
+        pairs = thin.gradients(g, x, u, du) if thin is not None and du is not None else []
+        return (dx, None, *pairs)
 
 
 def linears(x: Tensor, joined: Linears) -> Tensor:
     """y = x·Wᵀ + b, plus s·(x·Aᵀ)·Bᵀ on each pair's columns of y. x: (…, in) → (…, Σ out).
 
     Keeps x and the thin x·Aᵀ. Reference: F.linear(x, W, b) with s·F.linear(F.linear(x, A), B) added to its columns."""
-    out: Tensor = _Linears.apply(x, joined, *_flat(joined))
-    return out
+    y: Tensor = _Linears.apply(x.reshape(-1, x.shape[-1]), joined, *_flat(joined))
+    return y.view(*x.shape[:-1], y.shape[-1])  # outside of the Function: callers may write into what they get
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -177,26 +175,24 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Linears, down: Linears, act: str, *flat: Tensor) -> Tensor:
         n = 2 * len(gate_up.pairs)
-        x2 = x.reshape(-1, x.shape[-1])
-        both, u = _forward(x2, _again(gate_up, flat[:n]))
+        both, u = _forward(x, _again(gate_up, flat[:n]))
         y, u_down = _forward(_gated(both, act), _again(down, flat[n:]))
-        ctx.save_for_backward(x2, both, u, u_down, *flat)
-        ctx.gate_up, ctx.down, ctx.act, ctx.shape = _bare(gate_up), _bare(down), act, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.save_for_backward(x, both, u, u_down, *flat)
+        ctx.gate_up, ctx.down, ctx.act = _bare(gate_up), _bare(down), act
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x2, both, u, u_down, *flat = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, both, u, u_down, *flat = ctx.saved_tensors
         n = 2 * len(ctx.gate_up.pairs)
-        g = grad.reshape(-1, grad.shape[-1])
         dh, thin, du = _input_gradient(g, _again(ctx.down, flat[n:]), True)
         assert dh is not None
         d_both, h = _gated_backward(dh, both, ctx.act)
         down_pairs = thin.gradients(g, h, u_down, du) if thin is not None and du is not None else []
         del h, dh
         dx, thin, du = _input_gradient(d_both, _again(ctx.gate_up, flat[:n]), ctx.needs_input_grad[0])
-        pairs = thin.gradients(d_both, x2, u, du) if thin is not None and du is not None else []
-        return (None if dx is None else dx.view(ctx.shape), None, None, None, *pairs, *down_pairs)
+        pairs = thin.gradients(d_both, x, u, du) if thin is not None and du is not None else []
+        return (dx, None, None, None, *pairs, *down_pairs)
 
 
 def _activate(x: Tensor, act: str) -> Tensor:
@@ -238,10 +234,11 @@ def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]
 def gated_mlp(x: Tensor, gate_up: Linears, down: Linears, act: str = "silu") -> Tensor:
     """y = down(act(gate(x)) ⊙ up(x)); act: "silu", "gelu" or "gelu_tanh". x: (…, d) → (…, d).
 
-    `gate_up` is [gate; up] joined by rows. Keeps x, gate(x) and up(x); the product of the two is made again in backward.
+    `gate_up` is [gate; up] joined by rows. Keeps x, gate(x) and up(x); their product is made again in backward.
     Reference: the same line with `linears`."""
-    out: Tensor = _GatedMlp.apply(x, gate_up, down, act, *_flat(gate_up), *_flat(down))
-    return out
+    flat = (*_flat(gate_up), *_flat(down))
+    y: Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), gate_up, down, act, *flat)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -254,9 +251,7 @@ class _RmsNorm(torch.autograd.Function):
         if native is None:
             return F.rms_norm(x, (d,), weight, eps)
         y = torch.empty_like(x)
-        native.rms_norm(
-            x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // d, d, eps, torch.get_num_threads()
-        )
+        native.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // d, d, eps, torch.get_num_threads())
         return y
 
     @staticmethod

@@ -26,21 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.fused import Projection, lora_linear
 from veneer.core.lowrank import Factor, LowRank
 from veneer.core.merge import adapted_norm, to_matrix, weight_of
-
-try:
-    from veneer.core.fused import Projection, lora_linear
-except ModuleNotFoundError:  # until the fast path is there, everything runs the reference
-
-    class Projection(NamedTuple):  # type: ignore[no-redef]
-        weight: Tensor
-        bias: Tensor | None = None
-        A: Tensor | None = None
-        B: Tensor | None = None
-        scale: float = 1.0
-
-    lora_linear = None  # type: ignore[assignment]
 
 __all__ = ["FullModule", "Layer", "LoraConv", "LoraEmbedding", "LoraExperts", "LoraLinear", "Selection"]
 
@@ -206,7 +194,7 @@ class LoraLinear(_Lora):
         return Projection(base.weight, base.bias, pair.A, pair.B, pair.scale * strength)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = self.projection() if lora_linear is not None else None
+        plain = self.projection()
         if plain is None or plain.A is None or plain.B is None:
             return super().adapted(mix, x, *args, **kwargs)
         if x.dtype == plain.weight.dtype and not torch.is_autocast_enabled(x.device.type):

@@ -1,7 +1,7 @@
 """The compiled half of the CPU fast path: native.c, built once on the user's machine, called through ctypes.
 
-Optional: without a C compiler everything runs on torch's own operations, slower and with the same results within bfloat16
-rounding. `status()` says which of the two it is and why; VENEER_NATIVE=0 turns the compiled kernels off.
+Optional: without a C compiler everything runs on torch's own operations, slower and with the same results within
+bfloat16 rounding. `status()` says which of the two it is and why; VENEER_NATIVE=0 turns the compiled kernels off.
 
 Knows raw tensors; imports torch and nothing of veneer.
 """
@@ -63,7 +63,11 @@ def _build(compiler: str, source: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             built = Path(scratch) / target.name
             subprocess.run(
-                [compiler, *FLAGS, str(source), "-o", str(built), "-lm"], capture_output=True, text=True, check=True, timeout=120
+                [compiler, *FLAGS, str(source), "-o", str(built), "-lm"],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=120,
             )
             built.replace(target)
     return target
@@ -87,8 +91,8 @@ def load() -> ctypes.CDLL | None:
             function.argtypes, function.restype = arguments, None
         wrong = _self_test(library)
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        _reason = f"{compiler} could not build them: {str(detail).strip().splitlines()[-1] if str(detail).strip() else error!r}"
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
+        _reason = f"{compiler} could not build them: {lines[-1]}"
         return None
     if wrong:
         _reason = f"built by {compiler}, but {wrong} disagrees with torch on this machine"
@@ -104,7 +108,9 @@ def _self_test(library: ctypes.CDLL) -> str:
     w = torch.randn(72, generator=generator).bfloat16()
     y = torch.empty_like(x)
     library.rms_norm(x.data_ptr(), w.data_ptr(), y.data_ptr(), 7, 72, 1e-5, 1)
-    if not torch.allclose(y.float(), torch.nn.functional.rms_norm(x.float(), (72,), w.float(), 1e-5), rtol=1e-2, atol=1e-3):
+    if not torch.allclose(
+        y.float(), torch.nn.functional.rms_norm(x.float(), (72,), w.float(), 1e-5), rtol=1e-2, atol=1e-3
+    ):
         return "rms_norm"
     s = x.clone()
     library.causal_softmax(s.data_ptr(), 1, 7, 1, 72, 65, 0, 0, 1)
@@ -116,7 +122,11 @@ def _self_test(library: ctypes.CDLL) -> str:
 
 def status() -> str:
     """One line for a report: which kernels run and why."""
-    return f"native CPU kernels: {_reason}" if load() is not None else f"torch's own operations (native CPU kernels: {_reason})"
+    return (
+        f"native CPU kernels: {_reason}"
+        if load() is not None
+        else f"torch's own operations (native CPU kernels: {_reason})"
+    )
 
 
 def usable(*tensors: Tensor) -> ctypes.CDLL | None:
@@ -134,9 +144,9 @@ _DEFAULT_TRIM, _DEFAULT_MMAPS = 128 * 1024, 65536
 def kept_memory() -> Iterator[None]:
     """Keep freed memory in the process for the length of a with-block, then give it back.
 
-    glibc maps every block above 32 MB (and many above 128 kB) afresh and unmaps it when freed; the kernel zeroes the pages
-    again each time. A training step frees and takes the same activations over and over: keeping them measured 8% of a
-    step. Does nothing where the C library has no mallopt."""
+    glibc maps every block above 32 MB (and many above 128 kB) afresh and unmaps it when freed; the kernel zeroes the
+    pages again each time. A training step frees and takes the same activations over and over: keeping them measured
+    8% of a step. Does nothing where the C library has no mallopt."""
     libc = ctypes.CDLL(None)
     mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
     if mallopt is None or trim is None:

@@ -1,29 +1,114 @@
-"""The loss of a text base over rows laid end to end: Σ −log p over the trained tokens, in float32.
+"""The training loss of a language model over rows that lie one after another.
 
-    text_loss(model, input_ids (N,), lengths, trained (N,)) -> scalar
+    Σ −log p(token i | the tokens before it in its own row)      over the tokens with trained[i]
 
-Token i with trained[i] is predicted from the tokens before it in its own row. This is the slow reference: it pads the
-rows and scores them with the model's own forward.
+`text_loss` is what training and evaluation call. Inside `speed.fast` it runs rows without padding; elsewhere, and for
+families that do not take such rows, it pads: the slow reference, and what the fast one is checked against.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["text_loss"]
+from veneer.core.attention import RowLayout
+from veneer.core.fused import token_nll
+from veneer.core.layers import LoraLinear
+from veneer.models.speed import row_layout_of
+
+__all__ = ["padded_loss", "rows_loss", "text_loss"]
+
+HEAD_CHUNK = 128
+"""Positions whose logits exist at once where the head has to be called."""
 
 
-def text_loss(model: Any, input_ids: Tensor, lengths: list[int], trained: Tensor) -> Tensor:
-    """Sum of the negative log-likelihoods, in nats. input_ids: (N,) int64, trained: (N,) bool, Σ lengths = N."""
-    rows = input_ids.split(lengths)
-    width = max(lengths)
-    ids = torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
-    mask = torch.stack([F.pad(t, (0, width - len(t))) for t in trained.split(lengths)])
-    attend = torch.arange(width, device=ids.device)[None] < torch.tensor(lengths, device=ids.device)[:, None]
-    logits = model(input_ids=ids, attention_mask=attend.long(), use_cache=False).logits
-    wanted = mask[:, 1:]
-    return F.cross_entropy(logits[:, :-1][wanted].float(), ids[:, 1:][wanted], reduction="sum")
+def text_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """Summed negative log-likelihood, float32. input_ids: (N,) with N = Σ lengths, trained: (N,) bool.
+
+    Raises ValueError if the lengths do not add up, or a row's first token is to be trained: nothing predicts it."""
+    if sum(lengths) != len(input_ids) or len(trained) != len(input_ids):
+        raise ValueError(f"lengths add up to {sum(lengths)}, input_ids {len(input_ids)}, trained {len(trained)}")
+    starts = torch.tensor([0, *lengths[:-1]], device=trained.device).cumsum(0)
+    if trained[starts].any():
+        raise ValueError("the first token of a row is marked as trained, but no token before it predicts it")
+    if row_layout_of(model) and not _chunked_beyond(model, max(lengths)):
+        return rows_loss(model, input_ids, lengths, trained)
+    return padded_loss(model, input_ids, lengths, trained)
+
+
+def rows_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """The fast one: no padding, logits of trained positions alone. Needs `speed.fast`."""
+    device = input_ids.device
+    layout = RowLayout(lengths, device)
+    # A 4-d mask is passed on untouched by transformers; it keeps an N × N one from being made. The attention interface
+    # of speed.py goes by the layout and does not read it.
+    untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+    out = _decoder(model)(
+        input_ids=input_ids[None],
+        position_ids=layout.positions[None],
+        attention_mask=untouched,
+        use_cache=False,
+        row_layout=layout,
+    )
+    at = trained.nonzero()[:, 0]
+    return head_loss(model, out.last_hidden_state[0][at - 1], input_ids[at])
+
+
+def _decoder(model: Any) -> Any:
+    """The model below the head. Some families' get_decoder returns the whole model."""
+    decoder = model.get_decoder()
+    return model.model if decoder is model else decoder
+
+
+def padded_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """The reference: rows padded at their end, the model's own forward, float32 cross-entropy of trained positions."""
+    rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
+    wanted = nn.utils.rnn.pad_sequence(list(trained.split(list(lengths))), batch_first=True)
+    place = torch.arange(rows.shape[1], device=rows.device)
+    mask = place[None] < torch.tensor(list(lengths), device=rows.device)[:, None]
+    logits = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits
+    at = wanted[:, 1:]
+    return F.cross_entropy(logits[:, :-1][at].float(), rows[:, 1:][at], reduction="sum")
+
+
+def head_loss(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Σ −log softmax(head(hidden))[target]. hidden: (M, d), targets: (M,)."""
+    head = model.get_output_embeddings()
+    plain = head.projection() if isinstance(head, LoraLinear) else None
+    weight: Tensor | None = None
+    if plain is not None and plain.A is None and plain.bias is None:
+        weight = plain.weight
+    elif type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and not head._forward_hooks:
+        weight = head.weight
+    if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype:
+        return token_nll(hidden, weight, targets)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part, y in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+        if torch.is_grad_enabled():
+            total = total + torch.utils.checkpoint.checkpoint(_chunk_loss, model, head, part, y, use_reentrant=False)
+        else:
+            total = total + _chunk_loss(model, head, part, y)
+    return total
+
+
+def _chunk_loss(model: Any, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    logits = head(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _head_is_more(config: Any) -> bool:
+    """Whether the family does something to the logits after the head."""
+    return bool(getattr(config, "final_logit_softcapping", None))
+
+
+def _chunked_beyond(model: Any, length: int) -> bool:
+    """Llama 4's chunked attention is plain causal attention only within one chunk."""
+    chunk = getattr(model.config, "attention_chunk_size", None)
+    return chunk is not None and length > chunk

@@ -1,15 +1,358 @@
-"""Faster paths for a base while it trains: nothing here yet but the reference."""
+"""A base's forward and backward on the fast paths of core.fused and core.attention, for the length of a with-block.
+
+    with fast(model) as how:        how.summary() says what was swapped, and what was left as it is and why
+        text_loss(model, …)
+
+Nothing here is believed because of a class name: every module is first run both ways on a small random input, and
+swapped only where the two agree; then the whole model is, over rows of different lengths lying one after another
+against the same rows padded. What a family does differently therefore costs speed and never correctness.
+
+Swapped, on instances, and put back bit for bit at the end: norms, gated MLPs, Llama-like attention, and through
+transformers' attention interface the attention of every other family. While the block lasts, the weights of projections
+that share an input lie in one tensor, of which each is a view: same parameters, same bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["fast"]
+import torch
+from torch import Tensor, nn
+
+from veneer import kernels
+from veneer.core.attention import RowLayout, attention, rotary_attention
+from veneer.core.fused import Projection, gated_mlp, joined, linears, rms_norm
+from veneer.core.layers import LoraLinear
+from veneer.core.targets import base_of
+
+__all__ = ["FastReport", "fast", "row_layout_of"]
+
+_ATTENTION = "veneer_rows"
+_MARK = "_veneer_fast"
+
+
+@dataclass
+class FastReport:
+    """What runs on a fast path: kind of module -> how many; `left`: kind -> why it was left as it is."""
+
+    swapped: dict[str, int] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    rows: bool = False
+    """Whether rows can lie one after another without padding (checked on this very model)."""
+
+    def summary(self) -> str:
+        parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
+        text = "fast paths: " + (", ".join(parts) if parts else "none")
+        text += "; rows without padding" if self.rows else "; padded rows"
+        for kind, why in sorted(self.left.items()):
+            text += f"; {kind} as transformers has it ({why})"
+        return text + f"; {kernels.status()}"
+
+
+def row_layout_of(model: nn.Module) -> bool:
+    """Whether `model` is inside `fast` and takes rows that lie one after another."""
+    report = getattr(model, _MARK, None)
+    return isinstance(report, FastReport) and report.rows
 
 
 @contextmanager
-def fast(model: Any) -> Iterator[None]:
-    """The model runs its fast paths inside the with-block."""
-    yield
+def fast(model: Any) -> Iterator[FastReport]:
+    """Swap what can be swapped; see the module. Entering it again inside is harmless."""
+    if getattr(model, _MARK, None) is not None:
+        yield getattr(model, _MARK)
+        return
+    report = FastReport()
+    with ExitStack() as undo:
+        undo.enter_context(kernels.kept_memory())
+        modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, LoraLinear)]
+        _swap_norms(modules, report, undo)
+        _swap_mlps(modules, report, undo)
+        _swap_attention(model, modules, report, undo)
+        setattr(model, _MARK, report)
+        undo.callback(delattr, model, _MARK)
+        report.rows = _rows_agree(model, report)
+        yield report
+
+
+# -- putting a forward on an instance ----------------------------------------------------------------------------------
+
+
+def _put(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
+    module.forward = types.MethodType(forward, module)
+    undo.callback(module.__dict__.pop, "forward", None)
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Equal within what rounding in their dtype explains."""
+    if a.shape != b.shape or not torch.isfinite(b).all():
+        return False
+    wide_a, wide_b = a.double(), b.double()
+    tolerance = 8 * torch.finfo(a.dtype).eps
+    return bool((wide_a - wide_b).norm() <= tolerance * wide_b.norm() + torch.finfo(a.dtype).tiny)
+
+
+def _probe(*shape: int, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
+
+
+def _projection(module: nn.Module) -> Projection | None:
+    """What a linear module is now, or None if it has to be called."""
+    if isinstance(module, LoraLinear):
+        return module.projection()
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if module.weight.requires_grad or "forward" in module.__dict__:
+        return None
+    return Projection(module.weight, module.bias)
+
+
+class _Join:
+    """The weights of linear modules that share an input, laid below one another in one tensor; `undo` parts them."""
+
+    def __init__(self, modules: list[nn.Module], undo: ExitStack) -> None:
+        self.modules = modules
+        self.weight: Tensor | None = None
+        bases = [base_of(m) for m in modules]
+        weights = [getattr(b, "weight", None) for b in bases]
+        plain = all(type(b) is nn.Linear for b in bases)
+        if (
+            len(modules) < 2
+            or not plain
+            or len({(w.dtype, w.device, w.shape[1]) for w in weights if w is not None}) != 1
+        ):
+            return
+        parameters = [w for w in weights if w is not None]
+        if len({p.data_ptr() for p in parameters}) != len(parameters):
+            return
+        whole = torch.cat([p.detach() for p in parameters])
+        at = 0
+        for p in parameters:
+            p.data = whole[at : at + len(p)]
+            at += len(p)
+        self.weight = whole
+        undo.callback(self._part, parameters)
+
+    def _part(self, parameters: list[nn.Parameter]) -> None:
+        self.weight = None
+        for p in parameters:
+            p.data = p.data.clone()
+
+    def linears(self) -> Any:
+        """The joined projections with the pairs that act now, or None if some module has to be called."""
+        parts = [_projection(m) for m in self.modules]
+        known = [p for p in parts if p is not None]
+        if len(known) != len(parts):
+            return None
+        if len(known) > 1:
+            if self.weight is None:
+                return None
+            at = 0
+            for p in known:
+                if p.weight.data_ptr() != self.weight[at:].data_ptr():
+                    return None
+                at += len(p.weight)
+        return joined(known, self.weight)
+
+
+# -- norms -------------------------------------------------------------------------------------------------------------
+
+
+def _swap_norms(modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> None:
+    """RMSNorm classes of both conventions, w ⊙ x̂ and (1 + w) ⊙ x̂, told apart by running them."""
+    for _, module in modules:
+        kind = type(module).__name__
+        weight = getattr(module, "weight", None)
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not kind.endswith("RMSNorm") or not isinstance(weight, Tensor) or not isinstance(eps, float):
+            continue
+        x = _probe(4, weight.shape[0], like=weight)
+        scaled = [weight.detach(), (weight.detach().double() + 1).to(weight.dtype)]
+        with torch.no_grad():
+            wanted = module(x)
+            convention = next((i for i, w in enumerate(scaled) if _agree(rms_norm(x, w, eps), wanted)), None)
+        if convention is None or weight.requires_grad:
+            report.left[kind] = "it is trained" if weight.requires_grad else "its result differs from both conventions"
+            continue
+        if convention == 1 and not torch.equal(scaled[1].double(), weight.detach().double() + 1):
+            report.left[kind] = f"1 + w does not fit {weight.dtype}"
+            continue
+        _put(module, _norm_forward(scaled[convention], eps), undo)
+        report.swapped[kind] = report.swapped.get(kind, 0) + 1
+
+
+def _norm_forward(weight: Tensor, eps: float) -> Callable[..., Tensor]:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return rms_norm(x, weight, eps)
+
+    return forward
+
+
+# -- gated MLPs --------------------------------------------------------------------------------------------------------
+
+
+def _activation(module: nn.Module) -> str | None:
+    function = getattr(module, "act_fn", getattr(module, "activation_fn", None))
+    if not callable(function):
+        return None
+    x = torch.linspace(-4, 4, 101)
+    with torch.no_grad():
+        y = function(x)
+        known = {
+            "silu": torch.nn.functional.silu(x),
+            "gelu": torch.nn.functional.gelu(x),
+            "gelu_tanh": torch.nn.functional.gelu(x, approximate="tanh"),
+        }
+        return next((name for name, value in known.items() if torch.allclose(y, value, atol=1e-6)), None)
+
+
+def _swap_mlps(modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> None:
+    """down(act(gate(x)) ⊙ up(x)) with gate_proj and up_proj apart, or joined in gate_up_proj."""
+    for _, module in modules:
+        children = dict(module.named_children())
+        parts = [children[n] for n in ("gate_proj", "up_proj", "gate_up_proj") if n in children]
+        if "down_proj" not in children or not parts or not all(_is_linear(m) for m in (*parts, children["down_proj"])):
+            continue
+        kind, act = type(module).__name__, _activation(module)
+        if act is None:
+            report.left[kind] = "its activation is not silu or gelu"
+            continue
+        with ExitStack() as attempt:
+            join, down = _Join(parts, attempt), _Join([children["down_proj"]], attempt)
+            weight = _weight(parts[0])
+            x = _probe(1, 4, weight.shape[1], like=weight)
+            with torch.no_grad():
+                wanted = module(x)
+                _put(module, _mlp_forward(type(module).forward, join, down, act), attempt)
+                agree = _agree(module(x), wanted)
+            if agree:
+                undo.push(attempt.pop_all())
+                report.swapped[kind] = report.swapped.get(kind, 0) + 1
+            else:
+                report.left[kind] = "its result differs from a gated MLP's"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(base_of(module)) is nn.Linear
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = base_of(module).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _same_dtype(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def _mlp_forward(original: Callable[..., Any], join: _Join, down: _Join, act: str) -> Callable[..., Tensor]:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        first, last = join.linears(), down.linears()
+        if first is None or last is None or not _same_dtype(x, first.weight):
+            out: Tensor = original(self, x)
+            return out
+        return gated_mlp(x, first, last, act)
+
+    return forward
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+_LLAMA_LIKE = ("LlamaAttention", "MistralAttention", "MixtralAttention", "Qwen2Attention")
+"""Attention whose forward is q, k, v projections, rotary positions in halves, causal softmax, o projection, and nothing
+else; `_rows_agree` checks the claim on the model at hand."""
+
+
+def _interface(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: rows where a layout is passed down, torch's own attention elsewhere."""
+    layout: RowLayout | None = kwargs.pop("row_layout", None)
+    if layout is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return out, None
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    return attention(q, k, v, layout, scale, kwargs.get("sliding_window"))[None], None
+
+
+def _swap_attention(model: Any, modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = getattr(model.config, "_attn_implementation", None)
+    if before not in ("sdpa", "eager"):
+        report.left["attention"] = f"it runs on {before}"
+        return
+    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _interface)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(_ATTENTION)
+    undo.callback(model.set_attn_implementation, before)
+    for _, module in modules:
+        kind = type(module).__name__
+        if kind not in _LLAMA_LIKE:
+            continue
+        children = dict(module.named_children())
+        parts = [children.get(n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        if all(p is not None and _is_linear(p) for p in parts):
+            join, out = _Join([p for p in parts[:3] if p is not None], undo), _Join([p for p in parts[3:] if p], undo)
+            _put(module, _attention_forward(type(module).forward, join, out), undo)
+            report.swapped[kind] = report.swapped.get(kind, 0) + 1
+
+
+def _attention_forward(original: Callable[..., Any], join: _Join, out: _Join) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layout: RowLayout | None = kwargs.get("row_layout")
+        first, last = (None, None) if layout is None or args else (join.linears(), out.linears())
+        if first is None or last is None or layout is None or not _same_dtype(hidden_states, first.weight):
+            return original(self, hidden_states, *args, **kwargs)
+        cos, sin = layout.tables(kwargs["position_embeddings"])
+        n = hidden_states.shape[1]
+        kv = len(_weight(join.modules[1])) // self.head_dim
+        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        qkv = linears(hidden_states, first).view(n, -1, self.head_dim)
+        heads = rotary_attention(qkv, cos, sin, kv, layout, self.scaling, window)
+        return linears(heads.view(1, n, -1), last), None
+
+    return forward
+
+
+# -- the whole model ---------------------------------------------------------------------------------------------------
+
+
+def _rows_agree(model: Any, report: FastReport) -> bool:
+    """Whether rows without padding give the loss that padded rows give, on this model as it is now."""
+    from veneer.models.loss import padded_loss, rows_loss
+
+    if "attention" in report.left:
+        return False
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    lengths = [5, 9, 2]
+    generator = torch.Generator().manual_seed(0)
+    device = model.get_input_embeddings().weight.device
+    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (sum(lengths),), generator=generator).to(device)
+    trained = torch.ones(len(ids), dtype=torch.bool, device=device)
+    trained[[0, 5, 14]] = False
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            flat, padded = rows_loss(model, ids, lengths, trained), padded_loss(model, ids, lengths, trained)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        report.left["rows"] = f"it does not take them: {type(error).__name__}"
+        return False
+    finally:
+        model.train(training)
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    if abs(float(flat) - float(padded)) <= 4 * eps * abs(float(padded)):
+        return True
+    report.left["rows"] = f"losses differ: {float(flat):.6f} against {float(padded):.6f} padded"
+    return False

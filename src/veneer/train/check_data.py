@@ -134,7 +134,7 @@ def inference_agrees(s: Subject) -> Iterator[Finding]:
     seen = 0
     for example in s.encoded.examples[:: max(1, len(s.encoded.examples) // _SAMPLED)]:
         row = s.rows[example.row]
-        if row.format == "text" or data.train_on == "all" or row.last_assistant() == len(row.messages):
+        if row.format == "text" or data.train_on == "all" or row.last_assistant() in (0, len(row.messages)):
             continue
         prompt = s.base.tokenizer(renderer.prompt(row), add_special_tokens=not s.encoded.chat, verbose=False)[
             "input_ids"
