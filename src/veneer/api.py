@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer import using
+from veneer import merging, using
 from veneer.formats import peft
+from veneer.merging import Merged
 from veneer.models.generate import generate as complete_all
 from veneer.models.text import TextBase
 from veneer.models.text import load_text as load_base
@@ -96,6 +97,16 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBas
     card = replace(adapter.card, base=base.name, base_fingerprint=base.fingerprint)
     peft.write(replace(adapter, card=card), folder, base_name=base.name, base=base.model)
     return Path(folder)
+
+
+def merge(
+    base: TextBase, adapters: Sequence[Named], folder: str | os.PathLike[str], *, dtype: str | None = None
+) -> Merged:
+    """Write a model folder that is `base` with `adapters` folded in; the base keeps its own weights.
+
+    Computed in float32 and rounded once, to `dtype` (by default the base's). The result says how much of the adapters'
+    effect the rounding lost. Raises ConfigError for a folder that is not empty."""
+    return merging.merge(base, [_spec(a) for a in adapters], os.fspath(folder), dtype=dtype)
 
 
 def generate(

@@ -15,6 +15,7 @@ Rows of plain text have no answer: they get loss and perplexity only.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Scores", "answers_of", "compare", "evaluate", "score_examples"]
 
 Mixes = Mapping[str, Sequence[str | tuple[str, float]]]
-"""A name for the table -> adapters acting together, as "NAME_OR_PATH[:strength]" or (name, strength); none: the base."""
+"""A name for the table -> adapters acting together: "NAME_OR_PATH[:strength]" or (name, strength); none: the base."""
 
 _MICRO_TOKENS = 4096
 
@@ -114,7 +115,7 @@ def evaluate(
             if asked:
                 scores.answers = answers_of(
                     base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
-                    on_progress=lambda done, mix=mix: on_progress(mix, done, len(prompts)),
+                    on_progress=functools.partial(on_progress, mix),
                 )  # fmt: skip
                 compare(scores, wanted)
             scores.seconds = time.perf_counter() - began
@@ -171,7 +172,7 @@ def answers_of(
     *,
     max_new_tokens: int = 256,
     batch_size: int = 16,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int, int], None] = lambda done, rows: None,
 ) -> list[str]:
     """Greedy answers, in the order of the prompts; equal prompts are answered once."""
     keys = [json.dumps(prompt, sort_keys=True, default=str) for prompt in prompts]
@@ -185,7 +186,7 @@ def answers_of(
         chunk = order[at : at + 4 * batch_size]
         done = complete(base, [prompts[i] for i in chunk], max_new_tokens=max_new_tokens, batch_size=batch_size)
         said |= {keys[i]: completion.text for i, completion in zip(chunk, done, strict=True)}
-        on_progress(round(len(said) * len(prompts) / len(first)))
+        on_progress(round(len(said) * len(prompts) / len(first)), len(prompts))
     return [said[key] for key in keys]
 
 

@@ -226,6 +226,8 @@ def _evaluate_if_due(run: _Run) -> bool:
     # The untouched base is scored for comparison; it is not an adapter that could be kept.
     improved = progress.step > 0 and (progress.best_loss is None or score.loss < progress.best_loss)
     progress.evaluated, progress.last_loss = progress.step, score.loss
+    if progress.step == 0:
+        progress.first_loss = score.loss
     if improved:
         progress.best_step, progress.best_loss, progress.waited = progress.step, score.loss, 0
     elif progress.step > 0:
