@@ -48,11 +48,11 @@ def train_text(
 ) -> RunResult:
     """Train one adapter; `veneer train` is this call. The result's `adapter` is its folder.
 
-    `config`: a YAML file, the same as a mapping, or a TrainConfig. `overrides`: "section.key=value". `base`: one that is
-    loaded already. `on_event` hears what happens (train.events); without it the run is shown in the terminal.
+    `config`: a YAML file, the same as a mapping, or a TrainConfig. `overrides`: "section.key=value". `base`: one that
+    is loaded already. `on_event` hears what happens (train.events); without it the run is shown in the terminal.
     Raises ConfigError, DataError, PreflightError before the first step; Interrupted on Ctrl-C, with the state saved."""
-    from veneer.train.config import TrainConfig, config_from, load_config
     from veneer.train import run
+    from veneer.train.config import TrainConfig, config_from, load_config
 
     sources: Mapping[str, Any] | None = None
     if isinstance(config, Mapping):
@@ -95,7 +95,7 @@ def load_adapter(base: TextBase, name: str | os.PathLike[str], *, allow_other_ba
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:
     """Write an adapter as PEFT's two files and a card that names `base`. Whole or not at all. Returns the folder."""
     card = replace(adapter.card, base=base.name, base_fingerprint=base.fingerprint)
-    peft.write(replace(adapter, card=card), folder, base_name=base.name, base=base.model)
+    peft.write(replace(adapter, card=card), os.fspath(folder), base_name=base.name, base=base.model)
     return Path(folder)
 
 
