@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = veneer.load_base(args.base, say=line)
     line(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}: {base.dtype_reason}")
 
-    step(2, "Training: a thin layer on it, from 800 answered tickets")
+    step(2, "Training: a thin layer on it, from 1,200 answered tickets")
     shutil.rmtree(args.output, ignore_errors=True)
     with Watch() as watch:
         run = veneer.train_text(args.config, f"base={args.base}", f"output={args.output}", base=base, on_event=watch)

@@ -154,7 +154,7 @@ def test_help_is_fast_and_loads_no_torch(arguments: list[str]) -> None:
             main()
         except SystemExit as end:
             assert not end.code, end.code
-        heavy = {{"torch", "transformers", "datasets", "pydantic"}} & set(sys.modules)
+        heavy = {{"torch", "transformers", "datasets"}} & set(sys.modules)
         assert not heavy, heavy
         """
     )

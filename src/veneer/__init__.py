@@ -1,7 +1,7 @@
 """Train, keep, mix and serve low-rank adapters (LoRA).
 
     base = veneer.load_base("smollm2-135m")
-    run = veneer.train_text({"base": "smollm2-135m", "data": {"train": "rows.jsonl"}, "output": "runs/first"}, base=base)
+    run = veneer.train_text({"base": base.name, "data": {"train": "rows.jsonl"}, "output": "runs/first"}, base=base)
     print(veneer.generate(base, ["The door of the lab will not open."], adapters=[run.adapter]))
 
 Names are imported when first used: `import veneer` alone loads neither torch nor transformers.

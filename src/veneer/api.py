@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer import using
+from veneer import merging, using
 from veneer.formats import peft
+from veneer.merging import Merged
 from veneer.models.generate import generate as complete_all
 from veneer.models.text import TextBase
 from veneer.models.text import load_text as load_base
@@ -47,11 +48,11 @@ def train_text(
 ) -> RunResult:
     """Train one adapter; `veneer train` is this call. The result's `adapter` is its folder.
 
-    `config`: a YAML file, the same as a mapping, or a TrainConfig. `overrides`: "section.key=value". `base`: one that is
-    loaded already. `on_event` hears what happens (train.events); without it the run is shown in the terminal.
+    `config`: a YAML file, the same as a mapping, or a TrainConfig. `overrides`: "section.key=value". `base`: one that
+    is loaded already. `on_event` hears what happens (train.events); without it the run is shown in the terminal.
     Raises ConfigError, DataError, PreflightError before the first step; Interrupted on Ctrl-C, with the state saved."""
-    from veneer.train.config import TrainConfig, config_from, load_config
     from veneer.train import run
+    from veneer.train.config import TrainConfig, config_from, load_config
 
     sources: Mapping[str, Any] | None = None
     if isinstance(config, Mapping):
@@ -94,8 +95,18 @@ def load_adapter(base: TextBase, name: str | os.PathLike[str], *, allow_other_ba
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:
     """Write an adapter as PEFT's two files and a card that names `base`. Whole or not at all. Returns the folder."""
     card = replace(adapter.card, base=base.name, base_fingerprint=base.fingerprint)
-    peft.write(replace(adapter, card=card), folder, base_name=base.name, base=base.model)
+    peft.write(replace(adapter, card=card), os.fspath(folder), base_name=base.name, base=base.model)
     return Path(folder)
+
+
+def merge(
+    base: TextBase, adapters: Sequence[Named], folder: str | os.PathLike[str], *, dtype: str | None = None
+) -> Merged:
+    """Write a model folder that is `base` with `adapters` folded in; the base keeps its own weights.
+
+    Computed in float32 and rounded once, to `dtype` (by default the base's). The result says how much of the adapters'
+    effect the rounding lost. Raises ConfigError for a folder that is not empty."""
+    return merging.merge(base, [_spec(a) for a in adapters], os.fspath(folder), dtype=dtype)
 
 
 def generate(
