@@ -83,7 +83,7 @@ def load_adapter(base: TextBase, name: str, *, allow_other_base: bool = False) -
     """Read the adapter `name` and make sure that it belongs to `base`.
 
     Raises MismatchError, with both fingerprints, where its card names another base: with the first names and shapes
-    that do not fit, or, where all fit, unless `allow_other_base`. Raises AdapterError for anything else that is wrong."""
+    that do not fit, or, where all fit, unless `allow_other_base`. Raises AdapterError for anything else wrong."""
     folder = adapter_folder(name)
     try:
         adapter = peft.read(folder, base.model)
@@ -109,8 +109,8 @@ def attach_adapters(
 ) -> Attachment:
     """Attach adapters to a base and select them as one mix.
 
-    All are read and checked before the first is attached. `attachment`: the one that the base has already. With no specs
-    the result is the base alone. Raises what `load_adapter` raises, ConfigError for one adapter named twice."""
+    All are read and checked before the first is attached. `attachment`: the one that the base has already. With no
+    specs the result is the base alone. Raises what `load_adapter` raises, ConfigError for one adapter named twice."""
     mix = [parse_spec(spec) for spec in specs]
     names = [name for name, _ in mix]
     twice = sorted({n for n in names if names.count(n) > 1})

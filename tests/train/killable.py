@@ -88,8 +88,9 @@ def main(folder: Path, kill_at: int | None) -> None:
         )
 
     train(
-        parameters, steps, loss, optimizer, Schedule.of("cosine", STEPS, 3), evaluate=evaluate, evaluate_every=3,
-        save=save, save_every=2, progress=progress, on_event=tell,
+        parameters, steps, loss, optimizer, Schedule.of("cosine", STEPS, 3),
+        evaluate=evaluate, evaluate_at=range(0, STEPS, 3), save=save, save_at=range(0, STEPS, 2),
+        progress=progress, on_event=tell,
     )  # fmt: skip
     state = [p.detach() for p in parameters.values()]
     state += [optimizer.state[p][entry] for p in parameters.values() for entry in sorted(optimizer.state[p])]

@@ -124,7 +124,7 @@ def test_not_finite_stops_before_the_optimizer_and_names_step_and_rows(where: st
 
     with pytest.raises(TrainingError) as error:
         train(
-            problem.parameters, steps, loss, optimizer, Schedule.of("constant", 4), save=save, save_every=1,
+            problem.parameters, steps, loss, optimizer, Schedule.of("constant", 4), save=save, save_at=range(10),
             on_event=keep,
         )  # fmt: skip
     assert "step 3" in str(error.value)
@@ -153,7 +153,7 @@ def test_micro_batches_without_trained_tokens_are_not_run() -> None:
 def test_evaluations_happen_at_the_start_when_due_and_at_the_end() -> None:
     problem, seen = Problem(), []
     steps = [problem.step([list(range(ROWS))])] * 5
-    progress = _train(problem, steps, evaluate=problem.score, evaluate_every=2, on_event=seen.append)
+    progress = _train(problem, steps, evaluate=problem.score, evaluate_at={0, 2, 4}, on_event=seen.append)
     scores = [e for e in seen if isinstance(e, Evaluated)]
     assert [e.step for e in scores] == [0, 2, 4, 5]
     assert [e.best for e in scores] == [False, True, True, True]
@@ -169,7 +169,7 @@ def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path) ->
     losses = iter([9.0, 5.0, 3.0, 4.0, 3.5, 1.0])
     steps = [problem.step([[0, 1]])] * 10
     progress = _train(
-        problem, steps, evaluate=lambda stop: Score(next(losses), 1, 1), evaluate_every=1, patience=2,
+        problem, steps, evaluate=lambda stop: Score(next(losses), 1, 1), evaluate_at=range(10), patience=2,
         save=lambda p: tmp_path / str(p.step), on_event=seen.append,
     )  # fmt: skip
     assert (progress.step, progress.stopped) == (4, "early stopping")
@@ -234,7 +234,7 @@ def test_ctrl_c_during_an_evaluation_saves_too(tmp_path: Path) -> None:
         return tmp_path
 
     with pytest.raises(Interrupted):
-        _train(problem, [problem.step([[0]])], evaluate=evaluate, save=save)
+        _train(problem, [problem.step([[0]])], evaluate=evaluate, evaluate_at=[0], save=save)
     assert saved == [(0, -1)]
 
 

@@ -73,4 +73,10 @@ def show(name: _Name, as_json: _Json = False) -> None:
             for row in value:
                 print(f"  {row['target']:<20} {row['count']:>4} × {row['shape']} (experts)")
         else:
-            print(f"{key.replace('_', ' '):<16} {f'{value:,}' if isinstance(value, int) else value}")
+            print(f"{key.replace('_', ' '):<16} {_words(value)}")
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)

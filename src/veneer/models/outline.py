@@ -19,7 +19,7 @@ __all__ = ["outline"]
 
 def outline(name: str, path: Path) -> dict[str, Any]:
     """JSON-ready facts of the base at `path`: family, sizes, stored and chosen dtype with the reason, fingerprint, the
-    token that ends a turn, and every kind of linear module and expert parameter with its shape and how often it occurs."""
+    token that ends a turn, and every kind of linear module and expert parameter with its shape and count."""
     from transformers import AutoModelForCausalLM
 
     table, config, tokenizer = tensor_table(path), read_config(path), read_tokenizer(path)

@@ -54,7 +54,8 @@ _VERSION = 1
 @dataclass
 class Progress:
     """How far a run is. `recent`: (Σ NLL, trained tokens) of the last steps. `evaluated`: the last step after which
-    the validation rows were scored, −1 for never. `waited`: evaluations since the best one."""
+    the validation rows were scored, −1 for never. `waited`: evaluations since the best one. `first_loss`: validation
+    before the first step, that is of the base; `last_loss`: at the last evaluation."""
 
     step: int = 0
     tokens: int = 0
@@ -64,6 +65,7 @@ class Progress:
     evaluated: int = -1
     best_step: int | None = None
     best_loss: float | None = None
+    first_loss: float | None = None
     last_loss: float | None = None
     waited: int = 0
     stopped: str = ""
@@ -83,10 +85,12 @@ def save(
     progress: Progress,
     identity: Mapping[str, Any],
     keep: int = 2,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the state after `progress.step` and removes all but the newest `keep` checkpoints and the best one.
 
-    `identity` is what a resumed run must have in common with this one (JSON values): settings, data, base.
+    `identity` is what a resumed run must have in common with this one (JSON values): data, base. `about` is kept
+    beside it and not compared.
     A checkpoint of this very step that is already there is left as it is: a run is a function of its step.
 
     Raises ResourceError on a full disk; the checkpoints that were there stay, and nothing half-written is left.
@@ -112,6 +116,7 @@ def save(
                 "progress": asdict(progress),
                 "optimizer": scalars,
                 "identity": dict(identity),
+                "about": dict(about or {}),
                 "environment": environment(),
                 "files": digests,
             }

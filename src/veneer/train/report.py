@@ -82,7 +82,7 @@ def _before(record: dict[str, Any], progress: Progress) -> bool:
 
 
 class TensorBoardLog:
-    """Scalars under `folder`. Raises MissingExtraError without the extra `tensorboard`."""
+    """Scalars under `folder`, which is made at the first of them. Raises MissingExtraError without the extra."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -91,24 +91,35 @@ class TensorBoardLog:
             raise MissingExtraError(
                 "TensorBoard is not installed", fix="pip install 'veneer[tensorboard]', or leave --tensorboard out"
             ) from error
-        self._writer = SummaryWriter(str(folder))
+        self._make: Any = SummaryWriter
+        self._folder = folder
+        self._writer: Any = None
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Stepped):
-            for name, value in (
-                ("train/loss", event.loss),
-                ("train/learning_rate", event.learning_rate),
-                ("train/gradient_norm", event.gradient_norm),
-                ("speed/tokens_per_second", event.tokens_per_second),
-                ("memory/peak_bytes", event.memory_bytes),
-            ):
-                self._writer.add_scalar(name, value, event.step)
+            self._add(
+                event.step,
+                {
+                    "train/loss": event.loss,
+                    "train/learning_rate": event.learning_rate,
+                    "train/gradient_norm": event.gradient_norm,
+                    "speed/tokens_per_second": event.tokens_per_second,
+                    "memory/peak_bytes": event.memory_bytes,
+                },
+            )
         elif isinstance(event, Evaluated):
-            self._writer.add_scalar("validation/loss", event.loss, event.step)
-            self._writer.add_scalar("validation/perplexity", event.perplexity, event.step)
+            self._add(event.step, {"validation/loss": event.loss, "validation/perplexity": event.perplexity})
+
+    def _add(self, step: int, values: dict[str, float]) -> None:
+        if self._writer is None:
+            # purge_step hides what an earlier part of the run wrote after the step it is resumed from.
+            self._writer = self._make(str(self._folder), purge_step=step)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class ConsoleView:
@@ -129,14 +140,19 @@ class ConsoleView:
             case Resolved():
                 self._settings(event)
             case Checked():
-                self.console.print(event.text, markup=False)
+                self.console.print("\n[bold]Checked before step one[/]")
+                coloured = bool(event.markup) and self.console.is_terminal  # without colours the text has brackets
+                shown = event.markup if coloured else event.text
+                self.console.print(shown, markup=coloured, soft_wrap=True)
+                self.console.print()
             case Note():
-                self.console.print(event.text, markup=False)
+                self.console.print(event.text, markup=False, soft_wrap=True)
             case Probed():
                 self.console.print(
                     f"longest batch, {event.tokens:,} tokens, run first: {event.seconds:.1f} s, "
                     f"peak memory {size(event.peak_memory_bytes)}",
                     markup=False,
+                    soft_wrap=True,
                 )
             case Stepped():
                 self._step(event)
@@ -146,6 +162,7 @@ class ConsoleView:
                     f"step {event.step}: validation loss {event.loss:.4f}, perplexity {event.perplexity:.3f} "
                     f"on {event.rows} rows{mark}",
                     markup=False,
+                    soft_wrap=True,
                 )
             case Saved():
                 pass
@@ -161,18 +178,20 @@ class ConsoleView:
             self._bar = None
 
     def _settings(self, event: Resolved) -> None:
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="Settings and where each came from", title_justify="left", box=None, pad_edge=False)
-        table.add_column("setting", style="bold", no_wrap=True)
-        table.add_column("value", overflow="fold")
-        table.add_column("source", style="dim", overflow="fold")
-        for key, value in event.settings.items():
+        self._line(Text("Settings and where each came from", style="bold"))
+        values = {key: short(value) for key, value in event.settings.items()}
+        left = max(map(len, values), default=0)
+        middle = min(28, max(map(len, values.values()), default=0))
+        for key, value in values.items():
             source = event.sources.get(key, "")
             style = "" if source.startswith("default") else "cyan"
-            table.add_row(Text(key), Text(short(value), style=style), Text(source))
-        self.console.print(table)
+            self._line(Text.assemble(f"  {key:<{left}}  ", (f"{value:<{middle}}  ", style), (source, "dim")))
+
+    def _line(self, what: Any) -> None:
+        """One line, however long: a terminal wraps it, a pipe gets it whole."""
+        self.console.print(what, soft_wrap=True)
 
     def _step(self, event: Stepped) -> None:
         self._seen = [*self._seen, (event.tokens, event.seconds)][-20:]
@@ -187,6 +206,7 @@ class ConsoleView:
                     f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s  "
                     f"memory {size(event.memory_bytes)}  {duration(left)} left",
                     markup=False,
+                    soft_wrap=True,
                 )
             return
         if self._bar is None:

@@ -1,0 +1,275 @@
+"""`veneer generate`: prompts in, texts out, with a base and any adapters; or a conversation with `--chat`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from veneer.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from veneer.models.generate import Completion, Prompt
+    from veneer.models.text import TextBase
+
+__all__ = ["app", "read_prompts"]
+
+app = typer.Typer(add_completion=False)
+
+_FALLBACK = "smollm2-135m"
+_CHAT_HELP = "/reset starts anew, /undo takes the last turn back, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+@app.command(epilog='Example: veneer generate "Where is my parcel?" --adapter runs/support --adapter runs/polite:0.5')
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="One or several prompts; `-` or nothing reads one from a pipe.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Base model. Default: the first adapter's own, else smollm2-135m.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="NAME_OR_PATH[:strength]; any number of times.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", help="More prompts: a line each, or .jsonl with `prompt` or `messages` a line."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk: an interactive conversation.")] = False,
+    system: Annotated[str | None, typer.Option("--system", help="System message before every prompt.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Go on from the text as it is, without the chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens an answer may have.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token; higher: more varied.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this much probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Makes sampling repeatable.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 8,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Use an adapter of another base if every shape fits.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; nothing is streamed.")] = False,
+) -> None:
+    """Generate text with a base and any adapters; several adapters are mixed by strength."""
+    specs = adapter or []
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed
+    }  # fmt: skip
+    if chat and (prompts or file or as_json or raw):
+        raise ConfigError("--chat takes no prompts, --file, --raw or --json", fix="start it and type")
+    texts: list[Any] = [] if chat else _wanted(prompts or [], file)
+
+    from veneer.models.text import load_text
+    from veneer.using import attach_adapters, parse_spec
+
+    found = load_text(_base_name(base, specs), dtype=dtype, device=device, say=_say)
+    _say(f"{found.name} in {str(found.dtype).removeprefix('torch.')} on {found.device}: {found.dtype_reason}")
+    for note in found.notes:
+        _say(f"note: {note}")
+    with attach_adapters(found, specs, allow_other_base=allow_other_base) as attachment:
+        for name, strength in map(parse_spec, specs):
+            _say(f"adapter {name} at strength {strength:g}")
+        if chat:
+            _chat(found, system, settings)
+            return
+        framed = [_framed(found, text, system, raw) for text in texts]
+        if as_json:
+            _print_json(found, attachment, specs, texts, framed, {**settings, "batch_size": batch_size})
+        elif len(framed) == 1:
+            _streamed(found, framed, settings)
+        else:
+            from veneer.models.generate import complete
+
+            for text, done in zip(texts, complete(found, framed, batch_size=batch_size, **settings), strict=True):
+                print(f"> {text if isinstance(text, str) else text[-1]['content']}\n{done.text}\n", flush=True)
+                _say_cut(done)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _base_name(base: str | None, specs: list[str]) -> str:
+    if base:
+        return base
+    if specs:
+        from veneer.using import base_of, parse_spec
+
+        name = parse_spec(specs[0])[0]
+        stated = base_of(name)
+        if not stated:
+            raise ConfigError(f"adapter {name!r} does not say which base it belongs to", fix="add --base NAME")
+        _say(f"base {stated}: the adapter's own")
+        return stated
+    _say(f"base {_FALLBACK}: none was named")
+    return _FALLBACK
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def _wanted(prompts: list[str], file: Path | None) -> list[Any]:
+    """The prompts of the command line, of a file and of a pipe, in this order."""
+    texts: list[Any] = [p for p in prompts if p != "-"]
+    if file is not None:
+        texts += read_prompts(file)
+    if "-" in prompts or (not texts and not sys.stdin.isatty()):
+        piped = sys.stdin.read().strip()
+        texts += [piped] if piped else []
+    if not texts:
+        raise DataError("there is no prompt", fix='veneer generate "…", --file FILE, a pipe, or --chat')
+    return texts
+
+
+def read_prompts(file: Path) -> list[Any]:
+    """Prompts of a file: of .jsonl each line's `prompt` (text) or `messages` (role and content), else each line.
+
+    Empty lines are skipped. Raises DataError with the line number."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the prompts: {error}", where=str(file)) from error
+    if file.suffix not in (".jsonl", ".ndjson"):
+        found: list[Any] = [line for line in lines if line.strip()]
+    else:
+        found = [_prompt_of(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise DataError("the file has no prompts", where=str(file))
+    return found
+
+
+def _prompt_of(line: str, where: str) -> str | list[dict[str, str]]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"not JSON: {error}", where=where) from error
+    if isinstance(row, str):
+        return row
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        return str(row["prompt"])
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
+        return [{"role": m["role"], "content": m["content"]} for m in messages]
+    raise DataError("a row needs `prompt` (text) or `messages` (a list of role and content)", where=where)
+
+
+def _is_message(m: Any) -> bool:
+    return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+
+
+def _framed(base: TextBase, prompt: Any, system: str | None, raw: bool) -> Prompt:
+    """What the model gets: messages where it has a chat template, unless raw."""
+    if raw or (isinstance(prompt, str) and not base.has_chat_template):
+        if not isinstance(prompt, str):
+            raise ConfigError("--raw takes texts, and this prompt is a conversation", fix="leave --raw out")
+        if system is not None:
+            why = "with --raw" if raw else f"because {base.name} has no chat template"
+            raise ConfigError(f"--system has no place {why}", fix="write it into the prompt")
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def _streamed(base: TextBase, framed: list[Prompt], settings: dict[str, Any]) -> Completion:
+    """One answer, printed as it comes."""
+    from veneer.models.generate import complete
+
+    done = complete(base, framed, on_token=lambda _i, piece: print(piece, end="", flush=True), **settings)[0]
+    print(flush=True)
+    _say_cut(done)
+    return done
+
+
+def _say_cut(done: Completion) -> None:
+    if done.finish == "length":
+        _say(f"(stopped at {len(done.ids)} tokens; --max-new-tokens allows more)")
+
+
+def _print_json(
+    base: TextBase, attachment: Any, specs: list[str], texts: list[Any], framed: list[Prompt], settings: dict[str, Any]
+) -> None:
+    from veneer.models.generate import complete
+    from veneer.using import parse_spec
+
+    start = time.perf_counter()
+    done = complete(base, framed, **settings)
+    seconds = time.perf_counter() - start
+    mix = [parse_spec(spec) for spec in specs]
+    tokens = sum(len(c.ids) for c in done)
+    results = [
+        {"prompt": t, "text": c.text, "finish": c.finish, "prompt_tokens": c.prompt_tokens, "tokens": len(c.ids)}
+        for t, c in zip(texts, done, strict=True)
+    ]
+    record = {
+        "base": base.name,
+        "base_fingerprint": base.fingerprint,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": str(base.device),
+        "adapters": [{"name": n, "strength": s, "digest": attachment.adapters[n].digest()} for n, s in mix],
+        "settings": settings,
+        "results": results,
+        "tokens": tokens,
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(tokens / seconds, 2),
+    }
+    print(json.dumps(record, ensure_ascii=False, indent=2))
+
+
+def _chat(base: TextBase, system: str | None, settings: dict[str, Any]) -> None:
+    """A conversation until the end of input. An answer that Ctrl-C stops is not kept."""
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    turns: list[dict[str, str]] = []
+    _say(_CHAT_HELP)
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if said in ("/quit", "/exit"):
+            return
+        if said == "/reset":
+            turns.clear()
+        elif said == "/undo":
+            del turns[-2:]
+        elif said.startswith("/"):
+            _say(_CHAT_HELP)
+        elif said:
+            _answer(base, opening, turns, said, settings)
+
+
+def _answer(
+    base: TextBase, opening: list[dict[str, str]], turns: list[dict[str, str]], said: str, settings: dict[str, Any]
+) -> None:
+    """Adds one exchange to `turns`. The oldest exchanges go, and that is said, when the context would overflow."""
+    from veneer.models.generate import encode_prompt
+
+    asked = {"role": "user", "content": said}
+    dropped = 0
+    room = base.context - min(settings["max_new_tokens"], base.context // 4)
+    while turns and len(encode_prompt(base, [*opening, *turns, asked])) > room:
+        del turns[:2]
+        dropped += 1
+    if dropped:
+        _say(f"(the context is full: the oldest {dropped} exchange{'s' * (dropped > 1)} left it)")
+    try:
+        done = _streamed(base, [[*opening, *turns, asked]], settings)
+    except KeyboardInterrupt:
+        print(" […]")
+        return
+    except DataError as error:
+        _say(str(error))
+        return
+    turns += [asked, {"role": "assistant", "content": done.text}]

@@ -1,0 +1,156 @@
+"""The fingerprint changes with what the model computes, and with nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.families import FAMILIES
+from tests.tiny_base import tiny_base_dir
+from veneer.models import fingerprint as module
+from veneer.models.fingerprint import fingerprint, shaping_fields
+from veneer.models.home import veneer_home
+from veneer.models.text import read_config
+
+
+def print_of(base: Path) -> str:
+    return fingerprint(base, read_config(base))
+
+
+def _copy(base: Path, name: str) -> Path:
+    return Path(shutil.copytree(base, base.parent / name, ignore=shutil.ignore_patterns(".veneer*")))
+
+
+def _edit_config(base: Path, **changes: Any) -> None:
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_sharding_order_metadata_and_a_second_saving_leave_it_alone(tmp_path: Path) -> None:
+    base = tiny_base_dir(tmp_path)
+    first = print_of(base)
+    assert first.startswith("sha256:")
+    assert len(first) == 71
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    assert print_of(tmp_path / "again") == first
+    assert print_of(tmp_path / "sharded") == first
+
+    relabelled = _copy(base, "relabelled")
+    tensors = load_file(relabelled / "model.safetensors")
+    save_file(dict(reversed(tensors.items())), relabelled / "model.safetensors", metadata={"author": "somebody"})
+    _edit_config(
+        relabelled, eos_token_id=7, use_cache=False, _name_or_path="x", transformers_version="4.1", dtype="bfloat16"
+    )
+    assert print_of(relabelled) == first
+
+
+def test_a_tied_head_that_is_stored_too_leaves_it_alone(tmp_path: Path) -> None:
+    base = tiny_base_dir(tmp_path)
+    twice = _copy(base, "twice")
+    tensors = load_file(twice / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, twice / "model.safetensors")
+    assert print_of(twice) == print_of(base)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rms_norm_eps": 1e-5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
+        {"num_attention_heads": 2},
+        {"hidden_act": "gelu"},
+    ],
+)
+def test_a_config_field_that_shapes_the_model_changes_it(tmp_path: Path, changes: dict[str, Any]) -> None:
+    base = tiny_base_dir(tmp_path)
+    other = _copy(base, "other")
+    _edit_config(other, **changes)
+    assert print_of(other) != print_of(base)
+
+
+def test_one_changed_weight_changes_it(tmp_path: Path) -> None:
+    base = tiny_base_dir(tmp_path)
+    other = _copy(base, "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, other / "model.safetensors")
+    assert print_of(other) != print_of(base)
+
+
+def test_swapping_the_names_of_two_weights_changes_it(tmp_path: Path) -> None:
+    base = tiny_base_dir(tmp_path)
+    other = _copy(base, "other")
+    tensors = load_file(other / "model.safetensors")
+    one, two = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.k_proj.weight"
+    tensors[one], tensors[two] = tensors[two], tensors[one]
+    save_file(tensors, other / "model.safetensors")
+    assert print_of(other) != print_of(base)
+
+
+def test_weights_are_read_once_and_again_after_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, reads = tiny_base_dir(tmp_path), []
+    real = module.digests
+    monkeypatch.setattr(module, "digests", lambda table: reads.append(1) or real(table))
+    first = print_of(base)
+    assert print_of(base) == first
+    assert len(reads) == 1
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, base / "model.safetensors")
+    assert print_of(base) != first
+    assert len(reads) == 2
+
+
+def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
+    base = tiny_base_dir(tmp_path)
+    first = print_of(base)
+    (cache,) = base.glob(".veneer*")
+    for text in ["", "{}", "[1]", '{"version": 1, "files": 3}']:
+        cache.write_text(text)
+        assert print_of(base) == first
+
+
+def test_a_base_that_cannot_be_written_has_its_cache_under_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, real = tiny_base_dir(tmp_path), module._write
+
+    def write(place: Path, text: str) -> None:
+        if place.parent == base.resolve():
+            raise PermissionError("read-only")
+        real(place, text)
+
+    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    print_of(base)
+    assert not list(base.glob(".veneer*"))
+    assert len(list((veneer_home() / "fingerprints").iterdir())) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_shaping_fields_that_survive_json(family: str, tmp_path: Path) -> None:
+    config = FAMILIES[family]().config
+    config.save_pretrained(tmp_path)
+    fields = shaping_fields(config)
+    assert fields["model_type"] == config.model_type
+    assert fields["hidden_size"] == 32
+    assert shaping_fields(read_config(tmp_path)) == json.loads(json.dumps(fields)) == fields
+
+
+def test_what_a_file_leaves_at_its_default_does_not_count() -> None:
+    bare, spelt_out = LlamaConfig(hidden_size=64), LlamaConfig(hidden_size=64, rms_norm_eps=1e-6, attention_bias=False)
+    assert shaping_fields(bare) == shaping_fields(spelt_out)
+    as_float32 = float(torch.tensor(1e-5))
+    assert shaping_fields(LlamaConfig(rms_norm_eps=as_float32)) == shaping_fields(LlamaConfig(rms_norm_eps=1e-5))

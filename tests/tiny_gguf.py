@@ -1,0 +1,78 @@
+"""The tiny base as a GGUF file, written as llama.cpp's converter writes one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+from transformers import PreTrainedModel
+
+from tests.tiny_base import CHAT_TEMPLATE, VOCAB_SIZE, tiny_model, tiny_tokenizer
+
+_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def _gguf_name(name: str) -> str:
+    if name == "model.embed_tokens.weight":
+        return "token_embd.weight"
+    if name == "model.norm.weight":
+        return "output_norm.weight"
+    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+    return f"blk.{layer}.{_NAMES[part]}.weight"
+
+
+def _interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of rope rows: pairs side by side, where transformers has two halves."""
+    out, width = weight.shape
+    return weight.reshape(heads, 2, out // heads // 2, width).swapaxes(1, 2).reshape(out, width)
+
+
+def tiny_gguf(file: Path, quantised: bool = False) -> PreTrainedModel:
+    """Writes the tiny base to `file`, linears and embedding in float32 or Q8_0; returns the model it was made of."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    config = model.config
+    w = gguf.GGUFWriter(str(file), "llama")
+    w.add_context_length(config.max_position_embeddings)
+    w.add_embedding_length(config.hidden_size)
+    w.add_block_count(config.num_hidden_layers)
+    w.add_feed_forward_length(config.intermediate_size)
+    w.add_head_count(config.num_attention_heads)
+    w.add_head_count_kv(config.num_key_value_heads)
+    w.add_layer_norm_rms_eps(config.rms_norm_eps)
+    w.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    w.add_rope_dimension_count(config.head_dim)
+    w.add_vocab_size(VOCAB_SIZE)
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    w.add_tokenizer_model("gpt2")
+    w.add_token_list(sorted(raw["vocab"], key=raw["vocab"].get))
+    w.add_token_types([3 if i < 3 else 1 for i in range(len(raw["vocab"]))])
+    w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in raw["merges"]])
+    w.add_bos_token_id(1)
+    w.add_eos_token_id(2)
+    w.add_pad_token_id(2)
+    w.add_unk_token_id(0)
+    w.add_chat_template(CHAT_TEMPLATE)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        array = tensor.numpy()
+        if ".q_proj" in name:
+            array = _interleaved(array, config.num_attention_heads)
+        elif ".k_proj" in name:
+            array = _interleaved(array, config.num_key_value_heads)
+        if quantised and array.ndim == 2 and array.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            w.add_tensor(_gguf_name(name), gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+        else:
+            w.add_tensor(_gguf_name(name), np.ascontiguousarray(array))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return model
