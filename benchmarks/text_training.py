@@ -3,8 +3,8 @@
     python benchmarks/text_training.py [--quick] [--json]            speed, memory, loss curves, share of the floor
     python benchmarks/text_training.py --banking77 DIR [--seeds 0,1,2] [--peer-seeds 0] [--quick] [--json]
 
-Each side is a process of its own, one after another and never two at once, in rounds, so that a machine whose speed drifts
-drifts for all. Both sides start from the same adapter and see the same tokens. A side prints one JSON object.
+Each side is a process of its own, one after another and never two at once, in rounds, so that a machine whose speed
+drifts does so for all. All start from the same adapter and see the same tokens. A side prints one JSON object.
 
 Speed: SmolLM2-135M in bfloat16, rank 16 on all seven projections, rows of 512 tokens in steps of 4, the last quarter of
 each row trained, AdamW. The floor is arithmetic: 4 · parameters · tokens (forward 2, gradient of the input 2; frozen

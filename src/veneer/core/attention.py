@@ -46,7 +46,10 @@ class RowLayout:
     """How rows of the given lengths, lying one after another in N = Σ lengths tokens, are attended to.
 
     Rows of similar length go through together (a row is at most `waste` shorter than its group's longest); padding at a
-    row's end is harmless under causality, since no real token looks at a later one, and its output is dropped."""
+    row's end is harmless under causality, since no real token looks at a later one, and its output is dropped.
+    `keep`: the tokens whose output is wanted at the end of a model, None for all; for whoever can use it."""
+
+    keep: Tensor | None = None
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25) -> None:
         self.lengths = list(lengths)
