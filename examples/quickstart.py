@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ import veneer
 
 ROOT = Path(__file__).resolve().parents[1]
 TICKETS = ROOT / "examples" / "tickets"
-FIELDS = ("team", "priority", "product_area")
 console = Console(highlight=False)
 
 
@@ -35,28 +34,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     started = time.perf_counter()
 
-    say("1", "The base")
-    base = veneer.load_base(args.base)
-    console.print(
-        f"  {escape(base.name)} on {base.device}, {str(base.dtype).removeprefix('torch.')}: {base.dtype_reason}"
-    )
+    step(1, "The base: what everybody starts from")
+    base = veneer.load_base(args.base, say=line)
+    line(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}: {base.dtype_reason}")
 
-    say("2", "Training an adapter on 800 tickets")
+    step(2, "Training: a thin layer on it, from 1,200 answered tickets")
     shutil.rmtree(args.output, ignore_errors=True)
     with Watch() as watch:
-        run = veneer.train(args.config, f"base={args.base}", f"output={args.output}", base=base, on_event=watch)
-    console.print(f"  {run.trained_tokens:,} of {run.tokens:,} tokens were learned: the answers, not the tickets")
+        run = veneer.train_text(args.config, f"base={args.base}", f"output={args.output}", base=base, on_event=watch)
+    line(f"{run.steps} steps; of {run.tokens:,} tokens read, {run.trained_tokens:,} were learned: the answers")
 
-    say("3", f"Base and adapter on {args.tickets} tickets they have not seen")
-    rows = [json.loads(line) for line in (TICKETS / "test.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = spread(rows, args.tickets)
-    results = veneer.evaluate(base, rows, mixes={"base": (), "adapter": [run.adapter]}, max_new_tokens=32)
+    step(3, f"Evaluation: {args.tickets} tickets that share no sentence with those")
+    mixes = {"base": [], "adapter": [run.adapter]}
+    with Watch() as watch:
+        scores = veneer.evaluate(
+            base, TICKETS / "test.jsonl", mixes, limit=args.tickets, max_new_tokens=32, on_progress=watch.answered
+        )
 
-    say("4", "What it learned")
-    console.print(scores(rows, results))
-    console.print(samples(rows, results))
-    console.print(facts(run, time.perf_counter() - started))
-    console.print(commands(args), soft_wrap=True)
+    rows = [json.loads(text) for text in (TICKETS / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = time.perf_counter() - started
+    console.print()
+    for part in (table(scores), samples(rows, scores), facts(run, seconds)):
+        console.print(part)
+    console.print(commands(args.output, rows[0]), soft_wrap=True)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,26 +68,26 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` rows at even distances, so that a short evaluation sees all kinds."""
-    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
-
-
 # -- drawing
 
 
-def say(number: str, title: str) -> None:
-    console.print(f"\n[bold cyan]{number}[/] [bold]{title}[/]")
+def step(number: int, title: str) -> None:
+    console.print(f"\n[bold cyan]{number}[/]  [bold]{escape(title)}[/]")
+
+
+def line(text: str) -> None:
+    console.print(f"   {escape(text)}", soft_wrap=True)
 
 
 class Watch:
-    """Listens to a run: a progress bar on a terminal, a line every tenth of the run elsewhere."""
+    """Shows what goes on: a bar on a terminal, a line every tenth of the way elsewhere."""
 
     def __init__(self) -> None:
-        columns = [TextColumn("  {task.description}"), BarColumn(40), TextColumn("{task.percentage:3.0f}%")]
+        columns = [TextColumn("   {task.description}"), BarColumn(36), TextColumn("{task.percentage:3.0f}%")]
         columns += [TextColumn("{task.fields[note]}"), TimeRemainingColumn(compact=True)]
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task: TaskID | None = None
+        self.tasks: dict[str, TaskID] = {}
+        self.told: dict[str, int] = {}
 
     def __enter__(self) -> Watch:
         self.bar.start()
@@ -97,91 +97,90 @@ class Watch:
         self.bar.stop()
 
     def __call__(self, event: Any) -> None:
+        """Hears a training run; veneer.train.events has the records."""
         kind = type(event).__name__
         if kind == "Stepped":
             note = f"loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s"
-            if self.task is None:
-                self.task = self.bar.add_task("training", total=event.steps, note="")
-            self.bar.update(self.task, completed=event.step, note=note)
-            if not console.is_terminal and event.step % max(1, event.steps // 10) == 0:
-                console.print(f"  step {event.step}/{event.steps}  {note}")
+            self.show("training", event.step, event.steps, note)
         elif kind == "Evaluated":
-            console.print(f"  after step {event.step}: held-out loss {event.loss:.3f} on {event.rows} rows")
+            line(f"after step {event.step}: loss {event.loss:.3f} on {event.rows} rows kept back from training")
+
+    def answered(self, mix: str, done: int, rows: int) -> None:
+        self.show(f"{mix} answers", done, rows, "")
+
+    def show(self, what: str, done: int, total: int, note: str) -> None:
+        if what not in self.tasks:
+            self.tasks[what] = self.bar.add_task(what, total=total, note="")
+        self.bar.update(self.tasks[what], completed=done, note=note)
+        tenth = 10 * done // total
+        if not console.is_terminal and tenth > self.told.get(what, 0):
+            self.told[what] = tenth
+            line(f"{what} {done}/{total}  {note}".rstrip())
 
 
-def parsed(answer: str) -> dict[str, Any]:
-    try:
-        value = json.loads(answer)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+def table(scores: Mapping[str, Any]) -> Table:
+    base, adapter = scores["base"], scores["adapter"]
+    out = Table(box=box.SIMPLE_HEAD, title=f"{base.rows} held-out tickets", title_justify="left", title_style="bold")
+    out.add_column("")
+    out.add_column("base", justify="right")
+    out.add_column("adapter", justify="right", style="bold green")
+    out.add_row("accuracy (all three fields right)", f"{base.exact_match:.1%}", f"{adapter.exact_match:.1%}")
+    for field in adapter.json_fields:
+        out.add_row(f"  {field}", f"{base.json_fields.get(field, 0):.1%}", f"{adapter.json_fields[field]:.1%}")
+    out.add_row("valid JSON", f"{base.valid_json:.1%}", f"{adapter.valid_json:.1%}")
+    out.add_row("loss on the answers", f"{base.loss:.3f}", f"{adapter.loss:.3f}")
+    return out
 
 
-def scores(rows: list[dict[str, Any]], results: Any) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=f"{len(rows)} held-out tickets", title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("base", "adapter"):
-        table.add_column(name, justify="right", style="bold green" if name == "adapter" else "")
-    shown = [("accuracy (all three right)", "exact_match", "{:.1%}"), ("valid JSON", "valid_json", "{:.1%}")]
-    for label, key, form in [*shown, ("held-out loss", "loss", "{:.3f}")]:
-        table.add_row(label, *(form.format(getattr(results[name], key)) for name in ("base", "adapter")))
-    wanted = [parsed(row["messages"][-1]["content"]) for row in rows]
-    for key in FIELDS:
-        right = []
-        for name in ("base", "adapter"):
-            pairs = zip(wanted, results[name].answers, strict=True)
-            right.append(sum(parsed(answer).get(key) == want[key] for want, answer in pairs) / len(rows))
-        table.add_row(f"  {key} right", *(f"{share:.1%}" for share in right))
-    return table
-
-
-def samples(rows: list[dict[str, Any]], results: Any) -> Table:
-    """Three tickets of different teams and both answers, right or wrong: the first, and the next of another team."""
-    table = Table(box=box.SIMPLE_HEAD, title="Three of them", title_justify="left", title_style="bold", show_lines=True)
-    for name in ("ticket", "base", "adapter", "wanted"):
-        table.add_column(name, ratio=3 if name == "ticket" else 2, overflow="fold")
+def samples(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Any], count: int = 3) -> Table:
+    """The first tickets of `count` teams, short enough to read here, with both answers, be they right or wrong."""
+    out = Table.grid(padding=(0, 2))
+    out.title, out.title_justify, out.title_style = f"{count} of them\n", "left", "bold"
+    out.add_column(justify="right", style="cyan", no_wrap=True)
+    out.add_column(overflow="fold")
     teams: set[str] = set()
-    for i, row in enumerate(rows):
-        want = row["messages"][-1]["content"]
-        text = " ".join(row["messages"][-2]["content"].split())
-        team = parsed(want)["team"]
-        if team in teams or len(text) > 240:
+    for row, plain, tuned in zip(rows, scores["base"].answers, scores["adapter"].answers, strict=False):
+        text, want = (" ".join(row["messages"][i]["content"].split()) for i in (-2, -1))
+        team = json.loads(want)["team"]
+        if team in teams or len(text) > 300:
             continue
         teams.add(team)
-        adapter = results["adapter"].answers[i]
-        style = "green" if parsed(adapter) == parsed(want) else "red"
-        answers = [" ".join(results["base"].answers[i].split()) or "(nothing)", f"[{style}]{escape(adapter)}[/]"]
-        table.add_row(escape(text), escape(answers[0]), answers[1], escape(want))
-        if len(teams) == 3:
+        right = tuned.strip() == want
+        out.add_row("  ticket", escape(text))
+        out.add_row("base", f"[dim]{escape(' '.join(plain.split())) or '(nothing)'} …[/]")
+        out.add_row("adapter", f"[{'green' if right else 'red'}]{escape(tuned.strip())}[/]")
+        out.add_row("wanted", "the same" if right else escape(want), end_section=True)
+        out.add_row("", "")
+        if len(teams) == count:
             break
-    return table
+    return out
 
 
 def facts(run: Any, seconds: float) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2))
-    size = sum(f.stat().st_size for f in Path(run.adapter).glob("adapter_model*"))
-    table.add_row("adapter", f"{size / 1e6:.1f} MB in {shown_path(Path(run.adapter))}")
-    table.add_row("training", f"{run.steps} steps, {run.tokens_per_second:,.0f} tokens/s")
-    table.add_row("peak memory", f"{run.peak_memory_bytes / 1e9:.1f} GB")
-    table.add_row("time", f"{int(seconds // 60)} min {int(seconds % 60):02d} s in all")
-    return table
+    out = Table(box=None, show_header=False, padding=(0, 2))
+    size = sum(file.stat().st_size for file in Path(run.adapter).glob("adapter_model*"))
+    out.add_row("adapter", f"{size / 1e6:.1f} MB in {shown(Path(run.adapter))}")
+    out.add_row("training", f"{run.tokens_per_second:,.0f} tokens/s")
+    out.add_row("peak memory", f"{run.peak_memory_bytes / 1e9:.1f} GB")
+    out.add_row("time", f"{int(seconds // 60)} min {int(seconds % 60):02d} s from first to last")
+    return out
 
 
-def commands(args: argparse.Namespace) -> str:
-    """The next three commands, as they can be pasted here."""
-    veneer_command = shown_path(Path(sys.executable).parent / "veneer")
-    folder = shown_path(args.output)
-    prompt = "Hi, nobody can get into the lab, the Latch is dead. Jonas"
+def commands(output: Path, row: Mapping[str, Any]) -> str:
+    """The next three commands, to be pasted as they are."""
+    command, folder = shown(Path(sys.executable).parent / "veneer"), shown(output)
+    system = row["messages"][0]["content"]
     lines = [
-        f'{veneer_command} generate {args.base} "{prompt}" --adapter {folder}',
-        f"{veneer_command} adapter inspect {folder}",
-        f"{veneer_command} train {shown_path(TICKETS / 'config.yaml')} adapter.rank=8 output=runs/rank8",
+        f'{command} generate "Nobody can get into the lab, the Latch is dead!" --adapter {folder} --system "{system}"',
+        f"{command} adapter inspect {folder}",
+        f"{command} train {shown(TICKETS / 'config.yaml')} adapter.rank=8 output=runs/rank8",
     ]
-    report = shown_path(args.output / "report.html")
-    return "\n".join(["\n[bold]Try next[/]", *(f"  {escape(line)}" for line in lines), f"\nThe report: {report}"])
+    told = ["\n[bold]Try next[/]", *(f"  {escape(text)}" for text in lines)]
+    return "\n".join([*told, f"\nAll about this run: {escape(shown(output / 'report.html'))}"])
 
 
-def shown_path(path: Path) -> str:
+def shown(path: Path) -> str:
+    """A path as short as it can be typed here."""
     path = Path(os.path.abspath(path))
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
@@ -190,7 +189,7 @@ if __name__ == "__main__":
     try:
         main()
     except veneer.VeneerError as error:
-        console.print(f"[red]{escape(str(error))}[/]")
+        Console(stderr=True, highlight=False).print(f"[red]error[/] {escape(str(error))}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,6 +1,6 @@
 """Write the support tickets: train.jsonl and test.jsonl beside this file.
 
-    python examples/tickets/make_tickets.py [--rows 1000] [--seed 7] [--output FOLDER]
+    python examples/tickets/make_tickets.py [--rows 1500] [--seed 7] [--output FOLDER]
 
 A ticket is an issue (who deals with it, and what it is about), cues (what sets the priority), and everything else that
 people write around the matter. All sentences come from templates.toml, where each stands either on the `train` or on
@@ -23,8 +23,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 HELD_OUT = 0.2
 SHARES = {  # level of the issue -> how often each priority is wanted
-    "normal": {"urgent": 5, "high": 5, "normal": 6, "low": 4},
-    "high": {"urgent": 1, "high": 1},
+    "normal": {"urgent": 5, "high": 4, "normal": 7, "low": 4},
+    "high": {"urgent": 2, "high": 3},
     "low": {"high": 1, "low": 3},
 }
 DETAIL = {"hardware": "device", "software": "software", "security": "software", "billing": "money"}
@@ -76,7 +76,7 @@ class Writer:
         priority = priority_of(issue["level"], cues)
         core = self.take(f"issue{number}", issue)
         told = [self.cue(name, issue) for name in cues]
-        length = rng.choices(["line", "note", "letter"], [30, 45, 25])[0]
+        length = rng.choices(["line", "note", "letter"], [40, 42, 18])[0]
         text = {"line": self.line, "note": self.note, "letter": self.letter}[length](core, told, issue["team"])
         return Ticket(text, issue["team"], priority, issue["area"], sorted(set(self.used)))
 
@@ -190,7 +190,7 @@ def priorities_of(issue: dict[str, Any]) -> list[str]:
     return [name for name, share in shares.items() for _ in range(share)]
 
 
-def make(rows: int = 1000, seed: int = 7) -> tuple[list[Ticket], list[Ticket], str]:
+def make(rows: int = 1500, seed: int = 7) -> tuple[list[Ticket], list[Ticket], str]:
     """(train tickets, test tickets, system prompt). Deterministic in (rows, seed, templates.toml)."""
     spec = tomllib.loads((HERE / "templates.toml").read_text(encoding="utf-8"))
     issues = spec["issue"]
@@ -225,7 +225,7 @@ def jsonl(tickets: list[Ticket], system: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the support tickets of the quickstart.")
-    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", type=Path, default=HERE)
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Train, keep, mix and serve low-rank adapters (LoRA).
 
     base = veneer.load_base("smollm2-135m")
-    run = veneer.train({"base": "smollm2-135m", "data": {"train": "rows.jsonl"}, "output": "runs/first"}, base=base)
+    run = veneer.train_text({"base": base.name, "data": {"train": "rows.jsonl"}, "output": "runs/first"}, base=base)
     print(veneer.generate(base, ["The door of the lab will not open."], adapters=[run.adapter]))
 
 Names are imported when first used: `import veneer` alone loads neither torch nor transformers.
@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.api import evaluate, generate, load_adapter, load_base, merge, save_adapter, train
+    from veneer.api import evaluate, generate, load_adapter, load_base, merge, save_adapter, train_text
     from veneer.core.adapter import Adapter, Card, LoraSpec, Pair
     from veneer.core.attach import attach
     from veneer.core.init import create
@@ -35,7 +35,7 @@ __all__ = [
     "load_base",
     "merge",
     "save_adapter",
-    "train",
+    "train_text",
 ]
 
 _HOMES = {

@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 
+from tests.families import llama3
+from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.errors import ConfigError
 from veneer.train.config import config_from, load_config
+from veneer.train.encode import encode
+from veneer.train.preflight import preflight
+from veneer.train.rows import read_rows, split_rows
 from veneer.train.schema import SECTIONS, layer_indices, reference
+from veneer.train.yaml_lines import parse
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = "base: smollm2-135m\ndata:\n  train: rows.jsonl\noutput: out\n"
@@ -87,6 +93,8 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
         ("schedule: {epochs: 1, steps: 10}", "both say when to end"),
         ("schedule: {warmup: 1.5}", "`schedule.warmup: 1.5` is a share of all steps"),
         ("schedule: {warmup: 10, steps: 10}", "never ends within `schedule.steps: 10`"),
+        ("checkpoint: {every: 0}", "`checkpoint.every: 0` should be at least 1 step, or `epoch`"),
+        ("evaluation: {every: sometimes}", "`evaluation.every` should be a whole number or one of 'epoch', found"),
         ("seed: -1", "`seed` should be greater than or equal to 0"),
     ],
 )
@@ -209,16 +217,28 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
-def test_shipped_examples_are_read(file: Path) -> None:
-    load_config(file)
+def test_shipped_examples_pass_a_dry_run(file: Path, tmp_path: Path) -> None:
+    """Read, split, encode and look, on the tiny base: nothing stops, and nothing is left unused or cut by surprise."""
+    config, _ = load_config(file, [f"output={tmp_path / 'out'}"])
+    rows, about = read_rows(
+        config.data.files("train"), format=config.data.format, columns=config.data.columns, limit=config.data.limit
+    )
+    train, held = split_rows(rows, config.data.split, seed=config.seed)
+    model = llama3(vocab_size=VOCAB_SIZE, max_position_embeddings=4096)
+    base = SimpleNamespace(model=model, tokenizer=tiny_tokenizer(), end_of_turn_id=2)
+    encoded, scored = (encode(part, base.tokenizer, config.data) for part in (train, held))
+    report = preflight(base, config, train, encoded, held_out_rows=held, held_out=scored, about=about)
+    assert [f.text for f in report.findings if f.level == "stop"] == []
+    assert {f.check for f in report.warnings} <= {"schedule", "size", "held out"}, report.text()
+    assert report.sample
 
 
 def test_the_example_of_every_key_holds_every_key_at_its_default() -> None:
-    """examples/all-keys.yaml with its `# key: value` lines uncommented is the complete configuration."""
+    """examples/all-keys.yaml with its `#: ` marks taken away is the complete configuration."""
     lines = (ROOT / "examples" / "all-keys.yaml").read_text().splitlines()
     text = "\n".join(line.replace("#: ", "", 1) for line in lines)
-    values = yaml.safe_load(text)
-    config, _ = config_from({**values, "data": {**values["data"]}})
+    values, _ = parse(text, "all-keys.yaml")
+    config, _ = config_from(values)
     for section, model in SECTIONS.items():
         for key, f in model.model_fields.items():
             assert key in (values[section] if isinstance(values[section], dict) else {key}), f"{section}.{key}"

@@ -24,6 +24,7 @@ from veneer.errors import AdapterError
 __all__ = [
     "adapted_norm",
     "delta",
+    "exact_weights",
     "from_matrix",
     "merged_state",
     "merged_weights",
@@ -147,9 +148,8 @@ def _twins(stored: Mapping[str, Tensor], name: str) -> list[str]:
     return [n for n, t in stored.items() if n != name and t is stored.get(name)]
 
 
-def merged_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor]]:
-    """(name, new weight) for every weight the mix changes, one at a time: W + Σ strength·ΔW in float32, rounded once
-    to W's dtype.
+def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, W, W') for every weight the mix changes, one at a time: W as stored, W' = W + Σ strength·ΔW in float32.
 
     `model` may be attached; its own weights are left alone. Weights tied to a changed one are listed too, each with
     its own value: the head follows token rows, and stays the base's under a pair on the embedding, so a caller that
@@ -170,10 +170,16 @@ def merged_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> It
         total = _wide(weight)
         for make, strength in parts:
             total = total + make() * strength
-        yield name, total.to(weight.dtype)
+        yield name, weight, total
         for twin in _twins(stored, name):
             if twin not in makers:
-                yield twin, stored[twin].detach().clone()
+                yield twin, stored[twin].detach(), _wide(stored[twin].detach())
+
+
+def merged_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, new weight) of `exact_weights`, rounded once to W's dtype."""
+    for name, weight, total in exact_weights(model, mix):
+        yield name, total.to(weight.dtype, copy=True)
 
 
 def merged_state(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> dict[str, Tensor]:

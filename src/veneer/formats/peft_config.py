@@ -75,6 +75,8 @@ class Config:
     base_name: str = ""
     task_type: str | None = None
     version: tuple[int, ...] | None = None
+    usable: bool = True
+    """False where a pattern does not compile, so that nothing can be matched."""
 
 
 def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
@@ -82,7 +84,7 @@ def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
     problems: list[str] = []
     kind = raw.get("peft_type")
     if kind != "LORA":
-        return Config(), [
+        return Config(usable=False), [
             f"peft_type is {kind!r}, and only 'LORA' is read. Convert it with PEFT (`peft.convert_to_lora`, or "
             "`merge_and_unload` and use the merged model as a base)"
         ]
@@ -106,8 +108,9 @@ def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
     config.base_name = str(raw.get("base_model_name_or_path") or "")
     config.task_type = str(raw["task_type"]) if raw.get("task_type") else None
     config.version = _version(raw.get("peft_version"))
-    problems += _pattern_problems(config) + _combination_problems(config)
-    return config, problems
+    broken = _pattern_problems(config)
+    config.usable = not broken
+    return config, problems + broken + _combination_problems(config)
 
 
 def _init_problems(value: Any) -> list[str]:
@@ -248,8 +251,8 @@ def _combination_problems(config: Config) -> list[str]:
     return problems
 
 
-class SlowPatternError(Exception):
-    """A regular expression that backtracks without end: the file would hang whoever reads it."""
+class PatternError(Exception):
+    """A regular expression that cannot be run, or backtracks without end and would hang whoever reads the file."""
 
 
 def regex_match(expression: str, name: str, *, full: bool = False) -> bool:
@@ -261,7 +264,11 @@ def regex_match(expression: str, name: str, *, full: bool = False) -> bool:
     try:
         return bool((regex.fullmatch if full else regex.match)(expression, name, timeout=PATTERN_SECONDS))
     except TimeoutError:
-        raise SlowPatternError(expression) from None
+        raise PatternError(
+            f"the pattern {expression[:80]!r} takes longer than {PATTERN_SECONDS:g} s to match"
+        ) from None
+    except regex.error as error:
+        raise PatternError(f"the pattern {expression[:80]!r} cannot be run: {error}") from None
 
 
 def _is_or_ends(name: str, entries: Iterable[str]) -> bool:

@@ -63,11 +63,11 @@ def interpret(
     """What a configuration and tensors mean together. Raises as `read` does."""
     parsed, problems = cfg.parse(config)
     reader = _Reader(parsed, describe(base) if base is not None else Structure({}), problems)
-    if config.get("peft_type") == "LORA":
+    if parsed.usable:
         try:
             reader.run(tensors)
-        except cfg.SlowPatternError as error:
-            problems.append(f"the pattern {str(error)[:80]!r} takes longer than {cfg.PATTERN_SECONDS:g} s to match")
+        except cfg.PatternError as error:
+            problems.append(str(error))
     if problems:
         shown = "\n".join(f"  - {p}" for p in problems)
         raise AdapterError(f"the adapter cannot be used as it is ({len(problems)} problem(s)):\n{shown}", where=where)
@@ -109,7 +109,7 @@ class _Reader:
             modules[name][site.count(".base_layer")] = parts
         for name in sorted(modules):
             depths = modules[name]
-            parameters = self._parameters(name)
+            parameters = [] if self._is_plain(name, depths) else self._parameters(name)
             if parameters or len(depths) > 1 or 0 not in depths:
                 self._experts(name, parameters, depths)
             else:
@@ -216,6 +216,13 @@ class _Reader:
         if tuple(magnitude.shape) != want:
             self.problems.append(f"{name}: lora_magnitude_vector is {tuple(magnitude.shape)}, expected {want}")
         return magnitude.reshape(-1)
+
+    def _is_plain(self, name: str, depths: dict[int, dict[str, Tensor]]) -> bool:
+        """Whether target_modules means this module itself. PEFT never puts both on one module, and without a base a
+        short target_parameters entry, such as `down_proj`, could be a parameter of any module."""
+        A = depths.get(0, {}).get("A")
+        ranked = A is None or A.shape[:1] == (cfg.rank_of_module(self.config, name)[0],)
+        return list(depths) == [0] and not self.base.detailed and ranked and cfg.matches(self.config, name)
 
     # -- experts -----------------------------------------------------------------------------------------------------
 

@@ -305,7 +305,7 @@ def _config(
         "peft_version": LAYOUT,
         "r": rank,
         "rank_pattern": _patterns(ranks, rank),
-        "target_modules": _targets(plain, set(base.kinds)) if pairs else DUMMY_TARGETS,
+        "target_modules": _target_modules(plain, set(base.kinds)) if pairs else DUMMY_TARGETS,
         "task_type": task_type,
         "use_dora": any(p.magnitude is not None for p in pairs.values()),
         "use_rslora": rslora,
@@ -349,6 +349,14 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
         if value != default:
             out[re.escape(leaf) if len(by_leaf[leaf]) == 1 else f"^{re.escape(name)}"] = value
     return out
+
+
+def _target_modules(names: set[str], known: set[str]) -> list[str] | str:
+    """As `_targets`; a regular expression where even a whole name is the end of another module's."""
+    found = _targets(names, known)
+    if any(k.endswith(f".{t}") for t in found for k in known - names):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return found
 
 
 def _targets(names: set[str], known: set[str], parts: int = 1) -> list[str]:

@@ -20,7 +20,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import CheckpointError, ResourceError
+from veneer.errors import AdapterError, CheckpointError, ResourceError
+from veneer.formats.container import encode_tensors, read_tensors
 
 __all__ = [
     "Progress",
@@ -53,7 +54,8 @@ _VERSION = 1
 @dataclass
 class Progress:
     """How far a run is. `recent`: (Σ NLL, trained tokens) of the last steps. `evaluated`: the last step after which
-    the validation rows were scored, −1 for never. `waited`: evaluations since the best one."""
+    the validation rows were scored, −1 for never. `waited`: evaluations since the best one. `first_loss`: validation
+    before the first step, that is of the base; `last_loss`: at the last evaluation."""
 
     step: int = 0
     tokens: int = 0
@@ -63,6 +65,7 @@ class Progress:
     evaluated: int = -1
     best_step: int | None = None
     best_loss: float | None = None
+    first_loss: float | None = None
     last_loss: float | None = None
     waited: int = 0
     stopped: str = ""
@@ -82,10 +85,12 @@ def save(
     progress: Progress,
     identity: Mapping[str, Any],
     keep: int = 2,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the state after `progress.step` and removes all but the newest `keep` checkpoints and the best one.
 
-    `identity` is what a resumed run must have in common with this one (JSON values): settings, data, base.
+    `identity` is what a resumed run must have in common with this one (JSON values): data, base. `about` is kept
+    beside it and not compared.
     A checkpoint of this very step that is already there is left as it is: a run is a function of its step.
 
     Raises ResourceError on a full disk; the checkpoints that were there stay, and nothing half-written is left.
@@ -105,16 +110,17 @@ def save(
         temporary = directory / f".{final.name}.tmp"
         try:
             temporary.mkdir()
-            digests = {name: _write(temporary / name, _serialized(content)) for name, content in files.items()}
+            digests = {name: _write(temporary / name, encode_tensors(content)) for name, content in files.items()}
             state = {
                 "version": _VERSION,
                 "progress": asdict(progress),
                 "optimizer": scalars,
                 "identity": dict(identity),
+                "about": dict(about or {}),
                 "environment": environment(),
                 "files": digests,
             }
-            _write(temporary / "state.json", (json.dumps(state, indent=1, sort_keys=True) + "\n").encode())
+            _write(temporary / "state.json", [(json.dumps(state, indent=1, sort_keys=True) + "\n").encode()])
             _sync(temporary)
             os.rename(temporary, final)
             _sync(directory)
@@ -273,7 +279,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write(temporary, content)
+            _write(temporary, [content])
             os.replace(temporary, path)
             _sync(path.parent)
         except OSError:
@@ -281,12 +287,16 @@ def write_atomically(path: Path, content: bytes) -> None:
             raise
 
 
-def _write(path: Path, content: bytes) -> str:
+def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
+    """Writes and syncs; returns the sha256 of what was written."""
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
-        file.write(content)
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
         file.flush()
         os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest()
+    return digest.hexdigest()
 
 
 def _sync(directory: Path) -> None:
@@ -299,21 +309,12 @@ def _sync(directory: Path) -> None:
         os.close(handle)
 
 
-def _serialized(tensors: Mapping[str, Tensor]) -> bytes:
-    from safetensors.torch import save as to_bytes
-
-    ready = {name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}
-    return bytes(to_bytes(ready))
-
-
 def _load(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
     try:
-        return dict(load(path.read_bytes()))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read: {error}", where=str(path)) from error
+        # Not finite is no error here: an optimizer may hold infinities, and the loop has checked the parameters.
+        return read_tensors(path, finite=False)[0]
+    except AdapterError as error:
+        raise CheckpointError(f"cannot be read: {error.what}", where=str(path)) from error
 
 
 def _all(directory: Path) -> list[Path]:

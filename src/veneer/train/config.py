@@ -210,10 +210,13 @@ def _likeness(a: str, b: str) -> float:
 
 def _cross_checks(config: TrainConfig, given: Mapping[str, Source]) -> list[str]:
     """Combinations that cannot be meant, all of them."""
-    data, batching, schedule, opt = config.data, config.batching, config.schedule, config.optimizer
-    held_out = data.validation is not None or data.split != 0
-    warm = schedule.warmup
-    checks = [
+    checks = (*_data_checks(config), *_batching_checks(config, given), *_run_checks(config))
+    return [text for wrong, text in checks if wrong]
+
+
+def _data_checks(config: TrainConfig) -> list[tuple[bool, str]]:
+    data, patience = config.data, config.evaluation.patience
+    return [
         (not data.files("train"), "`data.train` is an empty list: name at least one file"),
         (
             data.validation is not None and bool(data.split),
@@ -224,22 +227,39 @@ def _cross_checks(config: TrainConfig, given: Mapping[str, Source]) -> list[str]
             f"`data.split: {data.split}` is a share and must be below 1; a whole number counts rows",
         ),
         (
-            batching.mode == "bucket" and batching.tokens is not None,
+            patience is not None and data.validation is None and data.split == 0,
+            "`evaluation.patience` needs held-out rows: give `data.validation` or `data.split`",
+        ),
+    ]
+
+
+def _batching_checks(config: TrainConfig, given: Mapping[str, Source]) -> list[tuple[bool, str]]:
+    batching, length = config.batching, config.data.max_length
+    pack = batching.mode == "pack"
+    return [
+        (
+            not pack and batching.tokens is not None,
             "`batching.tokens` is only used with `mode: pack`; with `mode: bucket` a step is `batching.rows` rows",
         ),
         (
-            batching.mode == "pack" and batching.tokens is None,
+            pack and batching.tokens is None,
             "`batching.mode: pack` needs `batching.tokens`, the tokens of one step (as 8192)",
         ),
         (
-            batching.mode == "pack" and "batching.rows" in given,
+            pack and "batching.rows" in given,
             "`batching.rows` is only used with `mode: bucket`; with `mode: pack` a step is `batching.tokens` tokens",
         ),
         (
-            batching.mode == "pack" and batching.tokens is not None and batching.tokens < data.max_length,
-            f"`batching.tokens: {batching.tokens}` is less than `data.max_length: {data.max_length}`: "
-            "a row may not fit in a step",
+            pack and batching.tokens is not None and batching.tokens < length,
+            f"`batching.tokens: {batching.tokens}` is less than `data.max_length: {length}`: a row may not fit",
         ),
+    ]
+
+
+def _run_checks(config: TrainConfig) -> list[tuple[bool, str]]:
+    schedule, opt, adapter, warm = config.schedule, config.optimizer, config.adapter, config.schedule.warmup
+    every = [("evaluation", config.evaluation.every), ("checkpoint", config.checkpoint.every)]
+    return [
         (
             schedule.epochs is not None and schedule.steps is not None,
             "`schedule.epochs` and `schedule.steps` both say when to end: keep one",
@@ -249,12 +269,12 @@ def _cross_checks(config: TrainConfig, given: Mapping[str, Source]) -> list[str]
             f"`schedule.warmup: {warm}` is a share of all steps and must be below 1; a whole number counts steps",
         ),
         (
-            isinstance(warm, int) and schedule.steps is not None and warm >= schedule.steps > 0 and warm > 0,
+            isinstance(warm, int) and schedule.steps is not None and warm >= schedule.steps,
             f"`schedule.warmup: {warm}` never ends within `schedule.steps: {schedule.steps}`",
         ),
-        (
-            config.evaluation.patience is not None and not held_out,
-            "`evaluation.patience` needs held-out rows: give `data.validation` or `data.split`",
+        *(
+            (isinstance(steps, int) and steps < 1, f"`{name}.every: {steps}` should be at least 1 step, or `epoch`")
+            for name, steps in every
         ),
         (
             opt.momentum > 0 and opt.name not in ("sgd", "rmsprop"),
@@ -265,12 +285,11 @@ def _cross_checks(config: TrainConfig, given: Mapping[str, Source]) -> list[str]
             f"`optimizer.betas: {list(opt.betas)}` must each be at least 0 and below 1",
         ),
         (
-            _bad_layers(config.adapter.layers),
-            f"`adapter.layers: {config.adapter.layers}` is not a list of block numbers or ranges such as 0-3,28-29",
+            _bad_layers(adapter.layers),
+            f"`adapter.layers: {adapter.layers}` is not a list of block numbers or ranges such as 0-3,28-29",
         ),
-        (any(r <= 0 for r in config.adapter.rank_pattern.values()), "`adapter.rank_pattern` has a rank below 1"),
+        (any(r <= 0 for r in adapter.rank_pattern.values()), "`adapter.rank_pattern` has a rank below 1"),
     ]
-    return [text for wrong, text in checks if wrong]
 
 
 def _bad_layers(layers: str | tuple[int, ...] | None) -> bool:
@@ -287,7 +306,7 @@ _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 
 def _absolute(name: str, value: Any, folder: Path) -> Any:
     """`value` with relative paths resolved against `folder`, for the keys that hold paths; hub ids stay as they are."""
-    if isinstance(value, list) and name in ("data.train", "data.validation"):
+    if isinstance(value, list | tuple) and name in ("data.train", "data.validation"):
         return [_absolute(name, v, folder) for v in value]
     if not isinstance(value, str) or value.startswith("hub:"):
         return value

@@ -69,13 +69,16 @@ class Counts:
 
 @dataclass
 class Encoded:
-    """`end_ids`: the token ids that end an answer in these rows (end-of-turn, or end-of-text for plain rows)."""
+    """`end_ids`: the token ids that end an answer in these rows (end-of-turn, or end-of-text for plain rows).
+
+    `cut_rows`: indices of the rows that were cut. `chat`: rendered by a chat template."""
 
     examples: list[Example]
     counts: Counts
     renderer: Renderer
     end_ids: set[int]
     chat: bool
+    cut_rows: set[int]
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Encoded:
@@ -96,6 +99,7 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSe
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     examples: list[Example] = []
     long: list[str] = []
+    cut_rows: set[int] = set()
     untrained: list[str] = []
     for i, (ids, trained, merged) in enumerate(_tokens(tokenizer, rendered, eos)):
         row, r = rows[i], rendered[i]
@@ -111,6 +115,7 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSe
         if len(ids) > data.max_length:
             if data.long_rows == "cut":
                 counts.note("cut", row.where)
+                cut_rows.add(i)
                 ids, trained, lost = _cut(ids, trained, data.max_length, bos)
                 if lost:
                     counts.note("cut_ends", row.where)
@@ -132,7 +137,7 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSe
         _refuse(untrained, len(rows), "have nothing to learn", "correct those rows, or set data.untrained_rows=drop")
     counts.kept = len(examples)
     chat = any(r.chat for r in rendered)
-    return Encoded(examples, counts, renderer, _end_ids(renderer, rendered, eos), chat)
+    return Encoded(examples, counts, renderer, _end_ids(renderer, rendered, eos), chat, cut_rows)
 
 
 def _notice(counts: Counts, row: Row, r: Rendered, merged: bool, renderer: Renderer) -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 __all__ = [
+    "Checked",
     "Evaluated",
     "Event",
     "Listener",
@@ -46,11 +47,20 @@ class Resolved(Event):
 
 
 @dataclass(frozen=True)
+class Checked(Event):
+    """The preflight's findings. `text`: for a person; `markup`: the same for rich. `data`: as JSON values."""
+
+    text: str
+    data: dict[str, Any] = field(default_factory=dict)
+    markup: str = ""
+
+
+@dataclass(frozen=True)
 class Probed(Event):
     """The longest batch went forward and backward once, before step one and without an optimizer step."""
 
     tokens: int
-    rows: tuple[int, ...]
+    rows: tuple[int | str, ...]
     seconds: float
     peak_memory_bytes: int
 
@@ -112,6 +122,7 @@ Listener = Callable[[Event], None]
 def to_record(event: Event) -> dict[str, Any]:
     """One JSON object: `event` is the record's name in lower case, then its fields."""
     record = {"event": type(event).__name__.lower(), **asdict(event)}  # type: ignore[call-overload]
+    record.pop("markup", None)
     if isinstance(event, Stepped):
         record["tokens_per_second"] = round(event.tokens_per_second, 2)
     return record

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +44,7 @@ class Micro:
 
     tokens: int
     trained: int
-    rows: tuple[int, ...]
+    rows: tuple[int | str, ...]
     make: Callable[[], Any]
 
 
@@ -64,7 +64,7 @@ class Step:
         return sum(micro.tokens for micro in self.micros)
 
     @property
-    def rows(self) -> tuple[int, ...]:
+    def rows(self) -> tuple[int | str, ...]:
         return tuple(row for micro in self.micros for row in micro.rows)
 
 
@@ -96,10 +96,10 @@ class _Run:
     schedule: Schedule
     clip: float | None
     evaluate: Callable[[Callable[[], bool]], Score | None] | None
-    evaluate_every: int
+    evaluate_at: Collection[int]
     patience: int
     save: Callable[[Progress], Path] | None
-    save_every: int
+    save_at: Collection[int]
     progress: Progress
     tell: Listener
     interrupted: Callable[[], bool]
@@ -115,19 +115,19 @@ def train(
     *,
     clip: float | None = 1.0,
     evaluate: Callable[[Callable[[], bool]], Score | None] | None = None,
-    evaluate_every: int = 0,
+    evaluate_at: Collection[int] = (),
     patience: int = 0,
     save: Callable[[Progress], Path] | None = None,
-    save_every: int = 0,
+    save_at: Collection[int] = (),
     progress: Progress | None = None,
     on_event: Listener = lambda event: None,
 ) -> Progress:
     """Runs the steps after `progress.step` and returns how far the run is.
 
     `evaluate(interrupted)` scores the validation rows; it may return None as soon as `interrupted()` is true. It is
-    called before the first step, after every `evaluate_every` steps (0: not in between) and after the last one.
-    `patience`: stop after so many evaluations in a row without a new lowest loss; 0 never. `save(progress)` writes a
-    checkpoint: every `save_every` steps, at each new lowest validation loss, and at the end.
+    called after the steps in `evaluate_at` (0: before the first one) and after the last one. `patience`: stop after so
+    many evaluations in a row without a new lowest loss; 0 never. `save(progress)` writes a checkpoint: after the
+    steps in `save_at`, at each new lowest validation loss, and at the end.
 
     Ctrl-C or SIGTERM (the first; a second one kills): the step that is under way is dropped, the random state put
     back to its beginning, the state saved, and Interrupted raised. Raises TrainingError naming step and rows when a
@@ -136,8 +136,8 @@ def train(
     progress = progress if progress is not None else Progress()
     with _signals() as interrupted:
         run = _Run(
-            parameters, loss, optimizer, schedule, clip, evaluate, evaluate_every, patience, save, save_every,
-            progress, on_event, interrupted, steps,
+            parameters, loss, optimizer, schedule, clip, evaluate, evaluate_at, patience, save, save_at, progress,
+            on_event, interrupted, steps,
         )  # fmt: skip
         _evaluate_if_due(run)
         while progress.step < len(steps) and not progress.stopped:
@@ -145,7 +145,7 @@ def train(
             improved = _evaluate_if_due(run)
             if patience and progress.waited >= patience and progress.step < len(steps):
                 progress.stopped = "early stopping"
-            if improved or (save_every and progress.step % save_every == 0):
+            if improved or progress.step in save_at:
                 _save(run)
         if not progress.stopped:
             progress.stopped = "finished"
@@ -201,7 +201,7 @@ def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micr
     rows = tuple(row for micro in (bad or micros) for row in micro.rows)
     raise TrainingError(
         what,
-        where=f"rows {_some(rows)} (counted from 0, as read)",
+        where=f"rows {_some(rows)}",
         fix="look at these rows; lower optimizer.learning_rate, or lengthen schedule.warmup. "
         f"Steps 1 to {progress.step} were good; no later state was saved",
     )
@@ -209,9 +209,8 @@ def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micr
 
 def _evaluate_if_due(run: _Run) -> bool:
     """Scores the validation rows if this step wants it and has not had it; True for a new lowest loss."""
-    progress, every = run.progress, run.evaluate_every
-    last = progress.step == len(run.steps)
-    due = progress.step == 0 or last or (every > 0 and progress.step % every == 0)
+    progress = run.progress
+    due = progress.step == len(run.steps) or progress.step in run.evaluate_at
     if run.evaluate is None or not due or progress.evaluated == progress.step or progress.stopped:
         return False
     began = time.perf_counter()
@@ -227,6 +226,8 @@ def _evaluate_if_due(run: _Run) -> bool:
     # The untouched base is scored for comparison; it is not an adapter that could be kept.
     improved = progress.step > 0 and (progress.best_loss is None or score.loss < progress.best_loss)
     progress.evaluated, progress.last_loss = progress.step, score.loss
+    if progress.step == 0:
+        progress.first_loss = score.loss
     if improved:
         progress.best_step, progress.best_loss, progress.waited = progress.step, score.loss, 0
     elif progress.step > 0:
@@ -347,6 +348,6 @@ def _signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _some(rows: Sequence[int], most: int = 12) -> str:
+def _some(rows: Sequence[int | str], most: int = 12) -> str:
     shown = ", ".join(map(str, rows[:most]))
     return shown + (f" and {len(rows) - most} more" if len(rows) > most else "")

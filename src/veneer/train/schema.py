@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
 
+__all__ = ["SECTIONS", "Section", "TrainConfig", "keys", "layer_indices", "reference", "why"]
+
+
 def _key(default: Any, doc: str, why: str = "", **limits: Any) -> Any:
     """A field: default, one line of meaning, and the reason for the default where it is a choice."""
     return Field(default, description=doc, json_schema_extra={"why": why}, **limits)

@@ -1,0 +1,149 @@
+"""The functions of `import veneer`: what the commands do, as calls. Each is a few lines over the rooms below.
+
+    base = load_base("smollm2-135m")
+    run = train_text("examples/tickets/config.yaml", "adapter.rank=8", base=base)
+    generate(base, ["Where is my parcel?"], adapters=[run.adapter])
+    evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
+    merge(base, [run.adapter], "merged")
+
+An adapter is named by its folder or by its name in the veneer home, with a strength behind a colon: "runs/a:0.5".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer import merging, using
+from veneer.formats import peft
+from veneer.merging import Merged
+from veneer.models.generate import generate as complete_all
+from veneer.models.text import TextBase
+from veneer.models.text import load_text as load_base
+
+if TYPE_CHECKING:
+    from veneer.core.adapter import Adapter
+    from veneer.train.config import TrainConfig
+    from veneer.train.evaluate import Scores
+    from veneer.train.events import Listener
+    from veneer.train.run import RunResult
+
+__all__ = ["evaluate", "generate", "load_adapter", "load_base", "merge", "save_adapter", "train_text"]
+
+Named = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+"""An adapter by folder or name: "runs/a", "runs/a:0.5", Path("runs/a") or ("runs/a", 0.5)."""
+
+
+def train_text(
+    config: TrainConfig | Mapping[str, Any] | str | os.PathLike[str],
+    *overrides: str,
+    base: TextBase | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    on_event: Listener | None = None,
+) -> RunResult:
+    """Train one adapter; `veneer train` is this call. The result's `adapter` is its folder.
+
+    `config`: a YAML file, the same as a mapping, or a TrainConfig. `overrides`: "section.key=value". `base`: one that
+    is loaded already. `on_event` hears what happens (train.events); without it the run is shown in the terminal.
+    Raises ConfigError, DataError, PreflightError before the first step; Interrupted on Ctrl-C, with the state saved."""
+    from veneer.train import run
+    from veneer.train.config import TrainConfig, config_from, load_config
+
+    sources: Mapping[str, Any] | None = None
+    if isinstance(config, Mapping):
+        config, sources = config_from(config, overrides)
+    elif not isinstance(config, TrainConfig):
+        config, sources = load_config(config, overrides)
+    elif overrides:
+        config, sources = config_from(config.model_dump(), overrides)
+    return run.train_text(config, resume=resume, dry_run=dry_run, on_event=on_event, base=base, sources=sources)
+
+
+def evaluate(
+    base: TextBase,
+    data: str | os.PathLike[str] | Sequence[str],
+    mixes: Mapping[str, Sequence[Named]] | None = None,
+    *,
+    limit: int | None = None,
+    **settings: Any,
+) -> dict[str, Scores]:
+    """Score the base and mixes of adapters on held-out rows; `veneer eval` is this call.
+
+    `data`: files as for training. `mixes`: a name -> adapters acting together; by default {"base": []}. `limit`: the
+    first so many rows. `settings`: max_new_tokens, batch_size, generate, on_progress (train.evaluate.evaluate)."""
+    from veneer.train.evaluate import evaluate as score
+    from veneer.train.rows import read_rows
+
+    files = [os.fspath(data)] if isinstance(data, str | os.PathLike) else list(data)
+    rows, _ = read_rows(files, limit=limit)
+    named = {"base": ()} if mixes is None else mixes
+    return score(base, rows, {name: [_spec(a) for a in mix] for name, mix in named.items()}, **settings)
+
+
+def load_adapter(base: TextBase, name: str | os.PathLike[str], *, allow_other_base: bool = False) -> Adapter:
+    """Read an adapter and make sure that it belongs to `base`; `attach(base.model).add(…)` puts it on.
+
+    Raises MismatchError if it belongs to another base, AdapterError if anything is missing, extra or misshapen."""
+    return using.load_adapter(base, os.fspath(name), allow_other_base=allow_other_base)
+
+
+def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:
+    """Write an adapter as PEFT's two files and a card that names `base`. Whole or not at all. Returns the folder."""
+    card = replace(adapter.card, base=base.name, base_fingerprint=base.fingerprint)
+    peft.write(replace(adapter, card=card), os.fspath(folder), base_name=base.name, base=base.model)
+    return Path(folder)
+
+
+def merge(
+    base: TextBase, adapters: Sequence[Named], folder: str | os.PathLike[str], *, dtype: str | None = None
+) -> Merged:
+    """Write a model folder that is `base` with `adapters` folded in; the base keeps its own weights.
+
+    Computed in float32 and rounded once, to `dtype` (by default the base's). The result says how much of the adapters'
+    effect the rounding lost. Raises ConfigError for a folder that is not empty."""
+    return merging.merge(base, [_spec(a) for a in adapters], os.fspath(folder), dtype=dtype)
+
+
+def generate(
+    base: TextBase,
+    prompts: Sequence[str | Sequence[Mapping[str, str]]],
+    *,
+    adapters: Sequence[Named] = (),
+    system: str | None = None,
+    raw: bool = False,
+    **settings: Any,
+) -> list[str]:
+    """Answers to `prompts`, with `adapters` acting together for the length of the call.
+
+    A text is what a user says, and goes through the base's chat template (with `raw`, or on a base without a template,
+    it is a text to go on from); a list of messages is taken as it is. `system`: put before each text.
+    `settings`: max_new_tokens, temperature, top_p, seed, batch_size, on_token (models.generate.complete)."""
+    with _acting(base, adapters):
+        return complete_all(base, [_messages(base, p, system, raw) for p in prompts], **settings)
+
+
+def _messages(
+    base: TextBase, prompt: str | Sequence[Mapping[str, str]], system: str | None, raw: bool
+) -> str | Sequence[Mapping[str, str]]:
+    if not isinstance(prompt, str) or raw or not base.has_chat_template:
+        return prompt
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": prompt}]
+
+
+@contextmanager
+def _acting(base: TextBase, adapters: Sequence[Named]) -> Iterator[None]:
+    if not adapters:
+        yield
+        return
+    with using.attach_adapters(base, [_spec(a) for a in adapters]):
+        yield
+
+
+def _spec(adapter: Named) -> str | tuple[str, float]:
+    return (os.fspath(adapter[0]), adapter[1]) if isinstance(adapter, tuple) else os.fspath(adapter)

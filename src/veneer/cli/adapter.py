@@ -1,0 +1,160 @@
+"""`veneer adapter inspect|verify|merge`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify and merge adapters.")
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_Name = Annotated[str, typer.Argument(help="An adapter's folder, or its name in the veneer home.", show_default=False)]
+
+
+@app.command(epilog="Example: veneer adapter inspect runs/tickets")
+def inspect(name: _Name, as_json: _Json = False) -> None:
+    """What is in an adapter: targets, ranks, scales, sizes, and its card. Needs no base."""
+    from veneer.inspecting import inspect as look
+
+    found = look(name)
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    card = found["card"]
+    facts = {
+        "adapter": found["adapter"],
+        "digest": found["digest"],
+        "base": found["base"] or "not said",
+        "fingerprint": found["base_fingerprint"],
+        "holds": f"{found['pairs']} pairs, {found['parameters']:,} parameters, {found['bytes']:,} bytes",
+        "dtypes": ", ".join(found["dtypes"]),
+        "variant": ", ".join(v for v in ("rslora", "dora") if found[v]) or "LoRA",
+        "dropout": f"{found['dropout']:g}" if found["dropout"] else "",
+        "full copies": ", ".join(found["full_copies"]),
+        "token rows": ", ".join(f"{n}: {len(ids)}" for n, ids in found["token_rows"].items()),
+        "data": card["data_digest"],
+        "licence": card["licence"],
+        "created": card["created"],
+    }
+    for key, value in facts.items():
+        if value:
+            print(f"{key:<12} {value}")
+    for title in ("metrics", "recipe"):
+        if card[title]:
+            print(f"{title:<12} {json.dumps(card[title], sort_keys=True)}")
+    if found["targets"]:
+        print()
+        _table(
+            ("target", "kind", "pairs", "rank", "scale", "A", "B", "‖ΔW‖"),
+            [_row(leaf, group) for leaf, group in found["targets"].items()],
+        )
+    for note in found["notes"]:
+        print(f"note: {note}")
+
+
+def _row(leaf: str, group: dict[str, Any]) -> tuple[str, ...]:
+    def several(values: list[Any]) -> str:
+        shown = [f"{v:g}" if isinstance(v, float) else str(v) for v in values[:3]]
+        return ", ".join(shown) + (", …" if len(values) > 3 else "")
+
+    shapes = ["×".join(map(str, s)) for s in group["A"]], ["×".join(map(str, s)) for s in group["B"]]
+    values = (several(group["ranks"]), several(group["scales"]), several(shapes[0]), several(shapes[1]))
+    return (leaf, group["kind"], str(group["count"]), *values, f"{group['delta_norm']:.4g}")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@app.command(epilog="Example: veneer adapter verify runs/tickets --base smollm2-135m")
+def verify(
+    name: _Name,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Also check that it fits this base and has an effect on it.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Check an adapter's files against its card, its configuration against its tensors, and both against a base.
+
+    Exit code 0 if everything that could be checked holds, 2 if anything does not."""
+    from veneer.inspecting import verify as check
+    from veneer.using import adapter_folder
+
+    adapter_folder(name)  # a name that does not exist should not wait for a base to load
+    loaded = None
+    if base is not None:
+        from veneer.models.text import load_text
+
+        loaded = load_text(base, say=_say)
+    checks = check(name, loaded)
+    good = all(c.ok is not False for c in checks)
+    if as_json:
+        rows = [{"check": c.name, "ok": c.ok, "detail": c.detail} for c in checks]
+        print(json.dumps({"adapter": name, "ok": good, "checks": rows}, indent=2, ensure_ascii=False))
+    else:
+        for c in checks:
+            mark = {True: "ok", False: "FAILED", None: "-"}[c.ok]
+            first, *more = c.detail.splitlines() or [""]
+            print(f"{mark:<7} {c.name:<10} {first}")
+            for line in more:
+                print(f"{'':<18} {line}")
+    if not good:
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example: veneer adapter merge runs/tickets:0.8 --base smollm2-135m -o merged")
+def merge(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="One or more adapters.", show_default=False)
+    ],
+    base: Annotated[str, typer.Option("--base", help="The base to fold them into; it is not changed.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="A new folder for the merged model.")],
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default as the base is stored.")
+    ] = None,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Go on although a card names another base, if all fits.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Write a new full model with adapters folded in: summed in float32, rounded once."""
+    from veneer.errors import ConfigError
+    from veneer.merging import DTYPES
+    from veneer.merging import merge as fold
+    from veneer.models.sources import find
+    from veneer.models.text import load_text
+    from veneer.models.weights import stored_dtype, tensor_table
+    from veneer.using import adapter_folder, parse_spec
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))
+    for spec in adapters:
+        adapter_folder(parse_spec(spec)[0])
+    stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(
+        stored_dtype(tensor_table(find(base, say=_say))), "float16"
+    )
+    want = dtype or stored
+    # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.
+    loaded = load_text(base, dtype=want if want == stored else "float32", say=_say)
+    report = fold(loaded, adapters, output, dtype=want, allow_other_base=allow_other_base)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        return
+    print(f"wrote {report.folder}: {report.bytes:,} bytes of {report.dtype} weights, {report.tensors} of them changed")
+    print(
+        f"rounding to {report.dtype}: {report.changed:.1%} of {report.weights:,} weights moved, "
+        f"the delta is {report.delta_error:.2%} off what was asked for"
+    )
+    if report.untied:
+        print("note: the head no longer shares the embedding's weight, so the model is larger than its base")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,128 @@
+"""`veneer eval`: the base against adapters, on rows that were not trained on, in one table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.train.evaluate import Scores
+
+__all__ = ["app"]
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command("eval", epilog="Example: veneer eval --adapter runs/support --adapter runs/polite:0.5 --data test.jsonl")
+def evaluate(
+    base_argument: Annotated[
+        str | None, typer.Argument(metavar="[BASE]", help="The same as --base.", show_default=False)
+    ] = None,
+    data_argument: Annotated[
+        list[str] | None, typer.Argument(metavar="[DATA]...", help="The same as --data.", show_default=False)
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base model. Default: the first adapter's own.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", "-a", help="NAME_OR_PATH[:strength], a column of the table each."),
+    ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option("--mix", help="Several adapters acting together, joined by +, as runs/a:0.7+runs/b:0.3."),
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Held-out rows: files, globs or hub:ID@SPLIT.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many rows, from the first.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens an answer may have.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Answers at once.", min=1)] = 16,
+    loss_only: Annotated[bool, typer.Option("--loss-only", help="Loss and perplexity alone: no answers.")] = False,
+    answers: Annotated[bool, typer.Option("--answers", help="With --json: every answer as well.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Use an adapter of another base if every shape fits.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: base and each mix.")] = False,
+) -> None:
+    """Score the base and each adapter on held-out rows: exact match, valid JSON, loss, perplexity, ROUGE-L, BLEU."""
+    specs = adapter or []
+    mixes = {"base": [], **{spec: [spec] for spec in specs}, **{m: m.split("+") for m in mix or []}}
+    files = [*(data or []), *(data_argument or [])]
+    if base is not None and base_argument is not None:
+        files.insert(0, base_argument)
+        base_argument = None
+    named = [spec for group in mixes.values() for spec in group]
+    name = base or base_argument or _base_of(named)
+    if not files:
+        raise ConfigError("there is nothing to evaluate on", fix="name held-out rows: --data test.jsonl")
+
+    from veneer.models.quiet import quiet
+    from veneer.models.text import load_text
+    from veneer.train.evaluate import evaluate as score
+    from veneer.train.rows import read_rows
+
+    rows, about = read_rows(files, limit=limit)
+    print(f"{len(rows)} rows in `{about.format}` format: {about.why}", file=sys.stderr)
+    with quiet():
+        found = load_text(name, dtype=dtype, device=device, say=lambda line: print(line, file=sys.stderr))
+        results = score(
+            found, rows, mixes, max_new_tokens=max_new_tokens, batch_size=batch_size, generate=not loss_only,
+            allow_other_base=allow_other_base, on_progress=_progress,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps({mix: s.to_dict(answers=answers) for mix, s in results.items()}))
+    else:
+        _table(results)
+
+
+def _base_of(specs: list[str]) -> str:
+    from veneer.using import base_of, parse_spec
+
+    name = base_of(parse_spec(specs[0])[0]) if specs else ""
+    if not name:
+        raise ConfigError("no base is named", fix="--base smollm2-135m, a folder, a .gguf file or a hub id")
+    return name
+
+
+def _progress(mix: str, done: int, rows: int) -> None:
+    print(f"  {mix}: {done} of {rows} answered", file=sys.stderr)
+
+
+def _table(results: dict[str, Scores]) -> None:
+    """One column a mix, one row a measure; measures that no mix has are left out."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    def share(value: float) -> str:
+        return f"{value:.1%}"
+
+    measures: list[tuple[str, str, Callable[[Any], str]]] = [
+        ("rows", "rows", str), ("exact match", "exact_match", share), ("valid JSON", "valid_json", share),
+        ("loss", "loss", "{:.4f}".format), ("perplexity", "perplexity", "{:.3f}".format),
+        ("ROUGE-L", "rouge_l", "{:.3f}".format), ("BLEU", "bleu", "{:.1f}".format),
+        ("seconds", "seconds", "{:.1f}".format),
+    ]  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for mix in results:
+        table.add_column(Path(mix).name if mix != "base" else "base", justify="right", overflow="fold")
+    fields = list(dict.fromkeys(key for s in results.values() for key in s.json_fields))
+    for label, name, shown in measures:
+        values = [getattr(s, name) for s in results.values()]
+        if any(value is not None for value in values):
+            table.add_row(label, *(shown(value) if value is not None else "–" for value in values))
+        if name == "valid_json":
+            for key in fields:
+                table.add_row(f"  {key} right", *(share(s.json_fields.get(key, 0.0)) for s in results.values()))
+    Console().print(table)
+    if all(s.rouge_l is None and s.answers for s in results.values()):
+        print("ROUGE-L and BLEU are there with: pip install 'veneer[metrics]'", file=sys.stderr)

@@ -1,0 +1,85 @@
+"""What preflight's checks take and give: the subject of a run, and findings about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from veneer.train.encode import Encoded
+from veneer.train.rows import About, Row
+from veneer.train.schema import TrainConfig
+
+__all__ = ["Base", "Finding", "Level", "Subject", "gigabytes", "share"]
+
+
+Level = Literal["stop", "warn", "ok"]
+
+
+class Base(Protocol):
+    """What is needed of a base: its model, its tokenizer."""
+
+    @property
+    def model(self) -> Any: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`check` names what was looked at and stays the same between versions; `fix` is the way out."""
+
+    level: Level
+    check: str
+    text: str
+    fix: str = ""
+
+
+@dataclass
+class Subject:
+    """A run about to start. Checks read it, and leave what they measured in `numbers`."""
+
+    base: Base
+    config: TrainConfig
+    rows: Sequence[Row]
+    encoded: Encoded
+    held_out_rows: Sequence[Row] = ()
+    held_out: Encoded | None = None
+    about: About | None = None
+    resume: bool = False
+    previous: Mapping[str, Any] | None = None
+    free_memory: int | None = None
+    free_disk: int | None = None
+    steps_per_epoch: int = 0
+    largest_micro: int = 0
+    longest: int = 0
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """The tokens that generation with this base stops at."""
+        found: set[int] = set()
+        settings = getattr(self.base.model, "generation_config", None)
+        for ids in (
+            getattr(self.base, "end_of_turn_id", None),
+            getattr(settings, "eos_token_id", None),
+            self.base.tokenizer.eos_token_id,
+        ):
+            found.update(ids if isinstance(ids, list | tuple | set) else [] if ids is None else [ids])
+        return found
+
+
+def share(part: float, whole: float) -> str:
+    """`12 of 40 (30%)`, with a decimal where it matters."""
+    percent = 100 * part / whole if whole else 0.0
+    return (
+        f"{part:,} of {whole:,} ({percent:.0f}%)"
+        if percent >= 1 or not part
+        else f"{part:,} of {whole:,} ({percent:.2g}%)"
+    )
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as GB (10^9) or MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

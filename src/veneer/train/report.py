@@ -1,0 +1,264 @@
+"""Who listens to a run: the JSONL log, the terminal, TensorBoard. The HTML page is in report_page.
+
+JsonLog         one JSON object a line in `log.jsonl`; a resumed run goes on in it without repeating a step
+ConsoleView     settings with their sources, preflight, a progress bar with loss, speed, memory and time left
+TensorBoardLog  scalars for TensorBoard, with the extra `tensorboard`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from veneer.errors import MissingExtraError
+from veneer.train.checkpoint import Progress, disk_errors, write_atomically
+from veneer.train.events import (
+    Checked,
+    Evaluated,
+    Event,
+    Note,
+    Probed,
+    Resolved,
+    Saved,
+    Stepped,
+    Stopped,
+    to_record,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+__all__ = ["ConsoleView", "JsonLog", "TensorBoardLog", "duration", "read_log", "short", "size"]
+
+
+class JsonLog:
+    """Writes each event as one line, flushed, so that a killed run has everything until then.
+
+    `resumed`: how far the run is that goes on; what the log holds beyond that is cut off first, for it will happen
+    again. None begins the log anew.
+    """
+
+    def __init__(self, path: Path, resumed: Progress | None = None) -> None:
+        self.path = path
+        kept = [r for r in read_log(path) if _before(r, resumed)] if resumed is not None else []
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(path, lines.encode())
+        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115  open for the run's length
+
+    def __call__(self, event: Event) -> None:
+        with disk_errors(self.path):
+            self._file.write(json.dumps(to_record(event)) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The log's records; a last line that a kill cut short is left out. Empty when there is no log."""
+    records = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return []
+    for line in text.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if isinstance(record, dict)]
+
+
+def _before(record: dict[str, Any], progress: Progress) -> bool:
+    if record.get("event") == "evaluated":
+        return int(record.get("step", 0)) <= min(progress.step, progress.evaluated)
+    if record.get("event") == "stopped":
+        return record.get("reason") == "interrupted" and int(record.get("step", 0)) <= progress.step
+    return int(record.get("step", 0)) <= progress.step
+
+
+class TensorBoardLog:
+    """Scalars under `folder`, which is made at the first of them. Raises MissingExtraError without the extra."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingExtraError(
+                "TensorBoard is not installed", fix="pip install 'veneer[tensorboard]', or leave --tensorboard out"
+            ) from error
+        self._make: Any = SummaryWriter
+        self._folder = folder
+        self._writer: Any = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Stepped):
+            self._add(
+                event.step,
+                {
+                    "train/loss": event.loss,
+                    "train/learning_rate": event.learning_rate,
+                    "train/gradient_norm": event.gradient_norm,
+                    "speed/tokens_per_second": event.tokens_per_second,
+                    "memory/peak_bytes": event.memory_bytes,
+                },
+            )
+        elif isinstance(event, Evaluated):
+            self._add(event.step, {"validation/loss": event.loss, "validation/perplexity": event.perplexity})
+
+    def _add(self, step: int, values: dict[str, float]) -> None:
+        if self._writer is None:
+            # purge_step hides what an earlier part of the run wrote after the step it is resumed from.
+            self._writer = self._make(str(self._folder), purge_step=step)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class ConsoleView:
+    """Shows a run in a terminal; elsewhere (a pipe, a CI log) prints a line every so often instead of a bar."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console
+
+        self.console = console if console is not None else Console(stderr=True, highlight=False)
+        self._bar: Bar | None = None
+        self._task: Any = None
+        self._began = time.monotonic()
+        self._shown = 0
+        self._seen: list[tuple[int, float]] = []
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Resolved():
+                self._settings(event)
+            case Checked():
+                self.console.print("\n[bold]Checked before step one[/]")
+                coloured = bool(event.markup) and self.console.is_terminal  # without colours the text has brackets
+                shown = event.markup if coloured else event.text
+                self.console.print(shown, markup=coloured, soft_wrap=True)
+                self.console.print()
+            case Note():
+                self.console.print(event.text, markup=False, soft_wrap=True)
+            case Probed():
+                self.console.print(
+                    f"longest batch, {event.tokens:,} tokens, run first: {event.seconds:.1f} s, "
+                    f"peak memory {size(event.peak_memory_bytes)}",
+                    markup=False,
+                    soft_wrap=True,
+                )
+            case Stepped():
+                self._step(event)
+            case Evaluated():
+                mark = "  (best so far)" if event.best else "  (before training)" if event.step == 0 else ""
+                self.console.print(
+                    f"step {event.step}: validation loss {event.loss:.4f}, perplexity {event.perplexity:.3f} "
+                    f"on {event.rows} rows{mark}",
+                    markup=False,
+                    soft_wrap=True,
+                )
+            case Saved():
+                pass
+            case Stopped():
+                self.close()
+                if event.reason != "finished":
+                    self.console.print(f"stopped after step {event.step}: {event.reason}", markup=False)
+
+    def close(self) -> None:
+        """Takes the bar off; to be called on every way out."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _settings(self, event: Resolved) -> None:
+        from rich.text import Text
+
+        self._line(Text("Settings and where each came from", style="bold"))
+        values = {key: short(value) for key, value in event.settings.items()}
+        left = max(map(len, values), default=0)
+        middle = min(28, max(map(len, values.values()), default=0))
+        for key, value in values.items():
+            source = event.sources.get(key, "")
+            style = "" if source.startswith("default") else "cyan"
+            self._line(Text.assemble(f"  {key:<{left}}  ", (f"{value:<{middle}}  ", style), (source, "dim")))
+
+    def _line(self, what: Any) -> None:
+        """One line, however long: a terminal wraps it, a pipe gets it whole."""
+        self.console.print(what, soft_wrap=True)
+
+    def _step(self, event: Stepped) -> None:
+        self._seen = [*self._seen, (event.tokens, event.seconds)][-20:]
+        seconds = sum(s for _, s in self._seen)
+        speed = sum(t for t, _ in self._seen) / seconds if seconds else 0.0
+        left = (event.steps - event.step) * seconds / len(self._seen)
+        if not self.console.is_terminal:
+            every = max(1, event.steps // 20)
+            if event.step == 1 or event.step == event.steps or event.step - self._shown >= every:
+                self._shown = event.step
+                self.console.print(
+                    f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s  "
+                    f"memory {size(event.memory_bytes)}  {duration(left)} left",
+                    markup=False,
+                    soft_wrap=True,
+                )
+            return
+        if self._bar is None:
+            self._start(event)
+        assert self._bar is not None
+        self._bar.update(
+            self._task, completed=event.step, loss=f"{event.loss:.4f}", speed=f"{speed:,.0f}",
+            memory=size(event.memory_bytes), left=duration(left),
+        )  # fmt: skip
+
+    def _start(self, event: Stepped) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"), TextColumn("{task.fields[memory]}"),
+            TextColumn("{task.fields[left]} left"), console=self.console,
+        )  # fmt: skip
+        self._bar.start()
+        self._task = self._bar.add_task("training", total=event.steps, loss="", speed="", memory="", left="")
+
+
+def size(n: float) -> str:
+    """Bytes for people: 3.4 GB (10⁹), 19.6 MB, 812 kB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= factor:
+            return f"{n / factor:.{1 if n < 100 * factor else 0}f} {unit}"
+    return f"{n:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def short(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {v}" for k, v in value.items()) or "none"
+    text = str(value)
+    home = os.path.expanduser("~")
+    return text.replace(home, "~", 1) if len(home) > 1 and text.startswith(home + os.sep) else text

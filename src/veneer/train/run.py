@@ -1,0 +1,422 @@
+"""A training run on a text base, from configuration to a saved and proven adapter.
+
+    result = train_text(config)                  result.adapter is the folder, in PEFT's format
+
+load the base → rows → tokens → settings with their sources → preflight → attach → longest batch first → loop →
+save → reload and compare logits → report. Everything before the loop happens on a dry run too, and leaves no file.
+
+    output/
+      adapter_config.json, adapter_model.safetensors, veneer.json, README.md      the adapter
+      report.html, log.jsonl                                                      how it came to be
+      checkpoints/                                                                to resume from; may be deleted after
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from veneer.core.attach import Attachment, attach
+from veneer.core.init import create
+from veneer.errors import ConfigError, Interrupted
+from veneer.models.loss import text_loss
+from veneer.models.speed import fast
+from veneer.models.text import load_text
+from veneer.train import checkpoint, loop
+from veneer.train.batches import Batch, collate, plan_steps
+from veneer.train.checkpoint import Progress
+from veneer.train.encode import Encoded, Example, encode
+from veneer.train.evaluate import score_examples
+from veneer.train.events import Checked, Event, Listener, Note, Resolved, fan_out
+from veneer.train.loop import Micro, Score, Step
+from veneer.train.optim import Schedule, make_optimizer
+from veneer.train.preflight import Report, preflight
+from veneer.train.report import ConsoleView, JsonLog
+from veneer.train.rows import About, Row, data_digest, read_rows, split_rows
+from veneer.train.save import prove, save_adapter, write_report
+from veneer.train.schema import TrainConfig, keys, why
+
+if TYPE_CHECKING:
+    from veneer.models.text import TextBase
+
+__all__ = ["RunResult", "planned_steps", "train_text"]
+
+NAME = "run"
+"""The adapter's name on the base while it trains."""
+
+
+@dataclass
+class RunResult:
+    """What a run came to. `loss`: nats per trained token over the last 20 steps. `validation`: of the adapter that was
+    kept, None without held-out rows; `validation_before`: of the base. `tokens_per_second`: training alone."""
+
+    adapter: str = ""
+    digest: str = ""
+    steps: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    loss: float | None = None
+    validation: float | None = None
+    validation_before: float | None = None
+    kept_step: int = 0
+    stopped: str = ""
+    report: str = ""
+    dry_run: bool = False
+    preflight: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of `--json`; the preflight's findings only for a dry run, where there is nothing else."""
+        values = asdict(self)
+        if not self.dry_run:
+            del values["preflight"]
+        return values
+
+
+@dataclass
+class _Data:
+    rows: list[Row]
+    held_rows: list[Row]
+    encoded: Encoded
+    held: Encoded | None
+    about: About
+
+    def held_out(self, most: int | None) -> list[Example]:
+        examples = self.held.examples if self.held is not None else []
+        return examples[:most] if most is not None else examples
+
+
+def train_text(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    on_event: Listener | None = None,
+    base: TextBase | None = None,
+    sources: Mapping[str, Any] | None = None,
+) -> RunResult:
+    """Trains one adapter as `config` says and returns what came out.
+
+    `resume` goes on from the newest checkpoint in the output folder, on the CPU bit for bit as if the run had never
+    stopped. `dry_run` stops after preflight and the longest batch, with no file written. `on_event` hears everything
+    that happens; without it the run is shown in the terminal (stderr). `base`: one that is loaded already. `sources`:
+    setting -> where it came from, as `load_config` gives it.
+
+    Random generators, the base's mode and its modules are as before afterwards, after any error too. Raises
+    PreflightError before step one for what would go wrong, TrainingError for a loss that is not finite,
+    Interrupted on Ctrl-C with the state saved, ResourceError for a full disk or memory, and what reading
+    configuration, base, data and checkpoints raises.
+    """
+    folder = Path(config.output.directory)
+    view = ConsoleView() if on_event is None else None
+    early: list[Event] = []
+    tell = fan_out(view or on_event, early.append)
+    random_before = checkpoint.rng_state()
+    try:
+        base = base or load_text(
+            config.base.name, dtype=config.base.dtype, device=config.base.device, say=lambda line: tell(Note(line))
+        )
+        data = _read(config, base)
+        newest = checkpoint.latest(folder / "checkpoints") if resume else None
+        if resume and newest is None:
+            tell(Note(f"there is no checkpoint in {folder}: the run starts from its beginning"))
+        report = _preflight(config, base, data, resume, newest)
+        recompute, reason = _recompute(config, report)
+        settings = _resolved(config, base, data, recompute, reason, sources)
+        tell(settings)
+        tell(Checked(report.text(), report.to_dict(), report.markup()))
+        report.raise_if_stopped()
+        with _attached(config, base, recompute, tell) as attachment:
+            run = _Run(config, base, data, attachment, folder, report, settings, tell, early)
+            return run.dry() if dry_run else run.train(newest, resume)
+    except Interrupted as error:
+        fix = "go on with the same command and --resume (in Python: resume=True)"
+        raise Interrupted(error.what, where=str(folder / "checkpoints"), fix=fix) from None
+    finally:
+        if view is not None:
+            view.close()
+        checkpoint.rng_restore(random_before)
+
+
+@dataclass
+class _Run:
+    """A run that is ready to begin: the adapter is attached and trainable, the preflight has passed."""
+
+    config: TrainConfig
+    base: TextBase
+    data: _Data
+    attachment: Attachment
+    folder: Path
+    report: Report
+    settings: Resolved
+    tell: Listener
+    early: list[Event]
+
+    def loss(self, batch: Batch) -> Tensor:
+        device = self.base.device
+        return text_loss(self.base.model, batch.input_ids.to(device), batch.lengths, batch.trained.to(device))
+
+    def dry(self) -> RunResult:
+        steps, _ = planned_steps(self.data.encoded.examples, self.config, self.data.rows)
+        self._probe(steps)
+        return RunResult(
+            steps=len(steps), tokens=sum(s.tokens for s in steps), trained_tokens=sum(s.trained for s in steps),
+            peak_memory_bytes=loop.peak_memory_bytes(), dry_run=True, preflight=self.report.to_dict(),
+        )  # fmt: skip
+
+    def train(self, newest: Path | None, resume: bool) -> RunResult:
+        config, folder = self.config, self.folder
+        parameters = self.attachment.parameters(NAME)
+        steps, ends = planned_steps(self.data.encoded.examples, config, self.data.rows)
+        optimizer = _optimizer(parameters, config)
+        identity = _identity(config, self.base, self.data, len(steps))
+        progress = Progress()
+        if newest is not None:
+            progress, notes = checkpoint.restore(
+                newest, parameters=parameters, optimizer=optimizer, identity=identity
+            )  # fmt: skip
+            self.tell(Note(f"resuming after step {progress.step} of {len(steps)}"))
+            for note in notes:
+                self.tell(Note(note))
+        self._probe(steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        log = JsonLog(folder / "log.jsonl", progress if newest is not None else None)
+        try:
+            for event in self.early:
+                log(event)
+            examples = self.data.held_out(config.evaluation.rows)
+            progress = loop.train(
+                parameters, steps, self.loss, optimizer,
+                Schedule.of(config.schedule.name, len(steps), config.schedule.warmup, config.schedule.floor),
+                clip=config.optimizer.clip,
+                evaluate=self._scorer(examples) if examples else None,
+                evaluate_at=_due(config.evaluation.every, ends, len(steps), start=config.evaluation.at_start),
+                patience=config.evaluation.patience or 0,
+                save=lambda p: checkpoint.save(
+                    folder / "checkpoints", parameters=parameters, optimizer=optimizer, progress=p, identity=identity,
+                    keep=config.checkpoint.keep, about={"recipe": config.recipe()},
+                ),
+                save_at=_due(config.checkpoint.every, ends, len(steps), start=False),
+                progress=progress, on_event=fan_out(self.tell, log),
+            )  # fmt: skip
+            return self._finish(progress, parameters, fan_out(self.tell, log))
+        finally:
+            log.close()
+
+    def _scorer(self, examples: Sequence[Example]) -> Callable[[Callable[[], bool]], Score | None]:
+        def score(interrupted: Callable[[], bool]) -> Score | None:
+            return score_examples(
+                self.base.model, examples, self.base.device, loss=text_loss, interrupted=interrupted,
+                micro_tokens=self.config.batching.micro_tokens,
+            )  # fmt: skip
+
+        return score
+
+    def _probe(self, steps: Sequence[Step]) -> None:
+        micros = [micro for step in steps for micro in step.micros]
+        loop.probe(self.attachment.parameters(NAME), micros, self.loss, self.tell)
+
+    def _finish(self, progress: Progress, parameters: Mapping[str, Any], tell: Listener) -> RunResult:
+        """Keeps the best state, saves it, proves the file, and writes the report."""
+        kept, validation = progress.step, progress.last_loss
+        if progress.best_step is not None and progress.best_step != progress.step:
+            kept, validation = progress.best_step, progress.best_loss
+            checkpoint.read_parameters(checkpoint.at_step(self.folder / "checkpoints", kept), parameters)
+            tell(Note(f"kept the adapter of step {kept}, whose validation loss {validation:.4f} is the lowest"))
+        result = RunResult(
+            adapter=str(self.folder), steps=progress.step, tokens=progress.tokens,
+            trained_tokens=progress.trained_tokens,
+            tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
+            peak_memory_bytes=loop.peak_memory_bytes(), loss=progress.loss,
+            validation=validation, validation_before=progress.first_loss, kept_step=kept,
+            stopped=progress.stopped, preflight=self.report.to_dict(),
+        )  # fmt: skip
+        trained = self.attachment.adapter(NAME)
+        card = replace(
+            trained.card, base=self.base.name, base_fingerprint=self.base.fingerprint, kind="text",
+            data_digest=data_digest(self.data.rows), recipe=self.config.recipe(), metrics=_metrics(result),
+        )  # fmt: skip
+        self.base.model.eval()
+        result.digest = save_adapter(replace(trained, card=card), self.folder, self.base)
+        sentence = prove(self.attachment, NAME, self.folder, self.base, self.data.encoded.examples[0])
+        tell(Note(sentence))
+        result.report = write_report(self.folder, result, self.settings, self.base, progress.seconds)
+        return result
+
+
+# --- before the loop --------------------------------------------------------------------------------------------
+
+
+def planned_steps(
+    examples: Sequence[Example], config: TrainConfig, rows: Sequence[Row] = ()
+) -> tuple[list[Step], list[int]]:
+    """All steps of the run in order, and the numbers of the steps that end an epoch. Batches are made when needed."""
+
+    def micro(indices: list[int]) -> Micro:
+        chosen = [examples[i] for i in indices]
+        return Micro(
+            tokens=sum(len(e.input_ids) for e in chosen), trained=sum(sum(e.trained) for e in chosen),
+            rows=tuple(rows[e.row].where if rows else e.row for e in chosen), make=lambda: collate(chosen),
+        )  # fmt: skip
+
+    total, epoch = config.schedule.steps, 0
+    steps: list[Step] = []
+    ends: list[int] = []
+    while (epoch < config.epochs) if config.epochs is not None else (len(steps) < (total or 0)):
+        plan = plan_steps(examples, config.batching, seed=config.seed, epoch=epoch)
+        for i, micros in enumerate(plan):
+            steps.append(Step(tuple(micro(m) for m in micros), epoch + (i + 1) / len(plan)))
+        ends.append(len(steps))
+        epoch += 1
+    if total is not None:
+        steps = steps[:total]
+    return steps, [end for end in ends if end <= len(steps)]
+
+
+def _due(every: int | str, ends: Sequence[int], steps: int, *, start: bool) -> set[int]:
+    """The steps after which something is due: each `every`-th, or the ends of epochs; 0 with `start`."""
+    after = set(ends) if every == "epoch" else set(range(int(every), steps + 1, int(every)))
+    return after | {0} if start else after
+
+
+def _read(config: TrainConfig, base: TextBase) -> _Data:
+    options: dict[str, Any] = {"format": config.data.format, "columns": config.data.columns}
+    rows, about = read_rows(config.data.files("train"), limit=config.data.limit, **options)
+    if config.data.validation is not None:
+        held_rows, _ = read_rows(config.data.files("validation"), **options)
+    else:
+        rows, held_rows = split_rows(rows, config.data.split, seed=config.seed)
+    encoded = encode(rows, base.tokenizer, config.data)
+    held = encode(held_rows, base.tokenizer, config.data) if held_rows else None
+    return _Data(rows, held_rows, encoded, held, about)
+
+
+def _preflight(config: TrainConfig, base: TextBase, data: _Data, resume: bool, newest: Path | None) -> Report:
+    previous = checkpoint.read_state(newest).get("about", {}).get("recipe") if newest is not None else None
+    return preflight(
+        base, config, data.rows, data.encoded, held_out_rows=data.held_rows, held_out=data.held, about=data.about,
+        resume=resume, previous=previous,
+    )  # fmt: skip
+
+
+def _recompute(config: TrainConfig, report: Report) -> tuple[bool, str]:
+    """Whether activations are recomputed in the backward pass, and why.
+
+    auto: on when the preflight's estimate with all activations kept is above 90% of the free memory."""
+    mode = config.memory.activation_checkpointing
+    if mode != "auto":
+        return mode == "on", ""
+    need, free = report.numbers.get("memory_needed"), report.numbers.get("memory_free")
+    if need is None or free is None:
+        return False, "the memory it needs is not known"
+    on = need > 0.9 * free
+    return on, f"about {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; on above 90%"
+
+
+def _resolved(
+    config: TrainConfig, base: TextBase, data: _Data, recompute: bool, reason: str, sources: Mapping[str, Any] | None
+) -> Resolved:
+    """Every setting with its value in this run and where that came from; what was `auto` is said with the reason."""
+    dump = config.model_dump(mode="json")
+    settings: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, key in keys():
+        section, _, leaf = name.rpartition(".")
+        value = dump[section][leaf] if section else dump[leaf]
+        default = not key.is_required() and value == _plain(key.default)
+        settings[name] = value
+        origins[name] = str(sources[name]) if sources and name in sources else _origin(default, why(key))
+
+    def settle(name: str, value: Any, because: str) -> None:
+        settings[name] = value
+        origins[name] = f"{origins[name].split(' (')[0]} → {because}"
+
+    if config.base.dtype == "auto":
+        settle("base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason)
+    if config.base.device == "auto":
+        settle("base.device", str(base.device), "a GPU if there is one")
+    if config.data.format == "auto":
+        settle("data.format", data.about.format, data.about.why)
+    if config.data.split is None and config.data.validation is None:
+        settle("data.split", len(data.held_rows), "5% of the rows, at most 500; none below 20 rows")
+    if config.schedule.epochs is None and config.schedule.steps is None:
+        settle("schedule.epochs", config.epochs, "3 when neither epochs nor steps are given; the best one is kept")
+    if config.memory.activation_checkpointing == "auto":
+        settle("memory.activation_checkpointing", "on" if recompute else "off", reason)
+    return Resolved(settings, origins)
+
+
+def _origin(default: bool, reason: str) -> str:
+    return ("default" + (f" ({reason})" if reason else "")) if default else "given"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _optimizer(parameters: Mapping[str, Any], config: TrainConfig) -> torch.optim.Optimizer:
+    o = config.optimizer
+    return make_optimizer(
+        parameters, name=o.name, learning_rate=o.learning_rate, betas=o.betas, eps=o.eps, momentum=o.momentum,
+        weight_decay=o.weight_decay, loraplus_ratio=o.loraplus_ratio,
+    )  # fmt: skip
+
+
+def _identity(config: TrainConfig, base: TextBase, data: _Data, steps: int) -> dict[str, Any]:
+    """What must be the same when the run is resumed, beside the settings, which the preflight compares."""
+    return {
+        "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype)},
+        "data": {"training rows": data_digest(data.rows), "held-out rows": data_digest(data.held_rows)},
+        "seed": config.seed,
+        "steps": steps,
+    }
+
+
+def _metrics(result: RunResult) -> dict[str, Any]:
+    kept = {
+        "training_loss": result.loss, "validation_loss": result.validation,
+        "validation_loss_before": result.validation_before, "kept_step": result.kept_step, "steps": result.steps,
+        "tokens": result.tokens, "trained_tokens": result.trained_tokens,
+        "tokens_per_second": round(result.tokens_per_second, 1), "peak_memory_bytes": result.peak_memory_bytes,
+    }  # fmt: skip
+    return {key: value for key, value in kept.items() if value is not None}
+
+
+@contextmanager
+def _attached(config: TrainConfig, base: TextBase, recompute: bool, tell: Listener) -> Iterator[Attachment]:
+    """The fresh adapter on the base, selected and trainable, the base in training mode on its fast paths; and all of it
+    undone at the end."""
+    model = base.model
+    with ExitStack() as undo:
+        attachment = undo.enter_context(attach(model))
+        torch.manual_seed(config.seed)
+        _seed_others(config.seed)
+        attachment.add(NAME, create(model, config.adapter.spec(), seed=config.seed), trainable=True)
+        attachment.use(NAME)
+        undo.callback(model.train, model.training)
+        model.train()
+        if recompute:
+            undo.callback(model.activation_checkpointing_disable)
+            try:
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            except ValueError as error:
+                raise ConfigError(
+                    f"this base cannot recompute activations: {error}",
+                    where="memory.activation_checkpointing",
+                    fix="set it to off, and batching.micro_rows lower",
+                ) from error
+        tell(Note(undo.enter_context(fast(model)).summary()))
+        yield attachment
+
+
+def _seed_others(seed: int) -> None:
+    import random
+
+    random.seed(seed)

@@ -1,0 +1,95 @@
+"""`veneer eval`: the table, the JSON object, and what a mistake gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.families import llama3
+from tests.tiny_base import tiny_base_dir, tiny_tokenizer
+from veneer.cli.main import main
+from veneer.core.adapter import LoraSpec
+from veneer.core.init import create
+from veneer.formats import peft
+from veneer.models.text import load_text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, an adapter of it, and a few held-out rows."""
+    folder = tmp_path_factory.mktemp("eval")
+    base = load_text(str(tiny_base_dir(folder)))
+    adapter = create(base.model, LoraSpec(rank=2), seed=0)
+    for pair in adapter.pairs.values():
+        pair.B.fill_(0.1)
+    adapter.card.base, adapter.card.base_fingerprint = str(folder / "tiny-base"), base.fingerprint
+    peft.write(adapter, folder / "mine", base_name=str(folder / "tiny-base"), base=base.model)
+    rows = [{"prompt": f"Ticket {i}", "completion": json.dumps({"team": "it"})} for i in range(5)]
+    (folder / "held.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["eval", *arguments])
+    return int(end.value.code or 0)
+
+
+def test_json_has_base_and_each_mix(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, held = str(folder / "mine"), str(folder / "held.jsonl")
+    code = call(
+        "--base", str(folder / "tiny-base"), "--adapter", mine, "--adapter", f"{mine}:0.5", "--data", held, "-n", "4",
+        "--json", "--answers",
+    )  # fmt: skip
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    result = json.loads(out)
+    assert list(result) == ["base", mine, f"{mine}:0.5"]
+    for scores in result.values():
+        assert scores["rows"] == 5
+        assert {"exact_match", "valid_json", "loss", "perplexity", "json_fields"} <= scores.keys()
+        assert len(scores["answers"]) == 5
+    assert len({s["loss"] for s in result.values()}) == 3
+
+
+def test_the_base_is_the_adapters_own_when_not_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--adapter", str(folder / "mine"), "--data", str(folder / "held.jsonl"), "--loss-only") == 0
+    out = capsys.readouterr().out
+    for word in ("base", "mine", "loss", "perplexity", "rows"):
+        assert word in out
+    assert "exact match" not in out
+
+
+def test_base_and_data_may_stand_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, held = str(folder / "mine"), str(folder / "held.jsonl")
+    assert call(str(folder / "tiny-base"), held, "--mix", f"{mine}:0.3", "-n", "3", "--limit", "2") == 0
+    out = capsys.readouterr().out
+    assert "exact match" in out
+    assert "team right" in out
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_fingerprints(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    llama3(hidden_size=64, vocab_size=384, architectures=["LlamaForCausalLM"]).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    held = str(folder / "held.jsonl")
+    assert call("--base", str(other), "--adapter", str(folder / "mine"), "--data", held, "--loss-only") == 2
+    err = capsys.readouterr().err
+    assert "belongs to another base" in err
+    assert err.count("sha256:") >= 2
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "no base"), (["--base", "x"], "nothing to evaluate on"), (["--base", "x", "--data", "no.jsonl"], "no.jsonl")],
+)
+def test_what_is_missing_is_said(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    assert call(*arguments) == 2
+    assert message in capsys.readouterr().err

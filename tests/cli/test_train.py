@@ -1,0 +1,127 @@
+"""`veneer train`: the JSON object, the dry run, Ctrl-C, and what a mistake gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_base import tiny_base_dir
+from veneer.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    tiny_base_dir(folder)
+    rows = [{"prompt": f"Where is parcel {i}?", "completion": f"Shelf {i % 7}."} for i in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "run.yaml").write_text(
+        "base: ./tiny-base\ndata: {train: rows.jsonl, split: 4}\noutput: out\nbatching: {rows: 4}\n"
+        "schedule: {steps: 4}\nadapter: {rank: 2}\n"
+    )
+    return folder / "run.yaml"
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return int(end.value.code or 0)
+
+
+def test_json_is_the_last_thing_on_stdout_and_the_rest_is_elsewhere(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", str(config), f"output={tmp_path / 'out'}", "adapter.rank=3", "--json") == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["adapter"] == str(tmp_path / "out")
+    assert result["steps"] == 4
+    for key in ("digest", "tokens", "trained_tokens", "tokens_per_second", "peak_memory_bytes", "loss", "validation"):
+        assert result[key], key
+    assert re.search(r"adapter\.rank +3 +override `adapter\.rank=3`", err)
+    assert re.search(r"output\.directory .*override", err)
+    assert "step 4/4" in err
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
+
+
+def test_without_json_it_says_where_things_are(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", str(config), f"output={tmp_path / 'out'}") == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert str(tmp_path / "out" / "report.html") in err
+    assert "veneer generate" in err
+
+
+def test_a_dry_run_writes_nothing(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", str(config), f"output={tmp_path / 'out'}", "--dry-run", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["preflight"]["ok"]
+    assert "Checked before step one" in err
+    assert "longest batch" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optimizer.lerning_rate=1"], "optimizer.learning_rate"),
+        (["base=no-such-base"], "no-such-base"),
+        (["data.train=nothing.jsonl"], "nothing.jsonl"),
+        (["adapter.targets=[q_prj]"], "q_proj"),
+    ],
+    ids=["misspelt", "base", "data", "target"],
+)
+def test_a_mistake_is_one_clear_block_and_exit_code_2(
+    arguments: list[str], message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", str(config), f"output={tmp_path / 'out'}", *arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "error:" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_key_in_the_file_names_the_nearest_and_the_line(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = config.with_name("wrong.yaml")
+    wrong.write_text(config.read_text().replace("schedule: {steps: 4}", "schedule:\n  stepz: 4"))
+    assert call("train", str(wrong), f"output={tmp_path / 'out'}") == 2
+    err = capsys.readouterr().err
+    assert "stepz" in err
+    assert "schedule.steps" in err
+    assert "wrong.yaml:6" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_exits_130_with_the_command_that_goes_on(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "with space"
+    command = ["train", str(config), f"output={output}", "schedule.steps=20000", "evaluation.every=20000"]
+    code = "import sys; from veneer.cli.main import main; main(sys.argv[1:])"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, *command], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    log, until = output / "log.jsonl", time.monotonic() + 60
+    while time.monotonic() < until and (not log.exists() or '"stepped"' not in log.read_text()):
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130, err
+    assert "Traceback" not in err
+    assert "the state is saved" in err
+    assert re.search(r"veneer train \S+run\.yaml 'output=.*with space' .*--resume", err)
+    assert list((output / "checkpoints").glob("step-*"))
+    assert not (output / "adapter_model.safetensors").exists()

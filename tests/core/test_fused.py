@@ -1,0 +1,168 @@
+"""Each fused path against the same formula in plain torch, in float64 where it can be, values and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veneer.core.fused import (
+    Linears,
+    PairRows,
+    Projection,
+    gated_mlp,
+    joined,
+    linears,
+    lora_linear,
+    rms_norm,
+    token_nll,
+)
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+"""Relative to the norm of the float64 result; bfloat16 keeps 8 bits of each intermediate."""
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
+
+
+def wide(t: Tensor) -> Tensor:
+    return t.detach().double().requires_grad_(t.requires_grad)
+
+
+def same(got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> None:
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert (a.double() - b).norm() <= tolerance * b.norm(), f"result {i}"
+
+
+def factors(dtype: torch.dtype, *shapes: tuple[int, int]) -> list[Tensor]:
+    """A and B as training holds them: float32 beside a 16-bit base."""
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    return [draw(*s, dtype=kept, scale=0.3).requires_grad_() for s in shapes]
+
+
+@DTYPES
+@pytest.mark.parametrize("bias", [False, True])
+def test_joined_projections_are_the_projections_one_by_one(dtype: torch.dtype, bias: bool) -> None:
+    x = draw(3, 5, 32, dtype=dtype).requires_grad_()
+    W, b = draw(24 + 8 + 16, 32, dtype=dtype), draw(48, dtype=dtype) if bias else None
+    A1, B1, A2, B2 = ab = factors(dtype, (4, 32), (24, 4), (2, 32), (16, 2))
+    pairs = (PairRows(0, 24, 2.0, A1, B1), PairRows(32, 48, 0.3, A2, B2))  # rows 24 … 32 carry no pair
+    y = linears(x, Linears(W, b, pairs))
+    g = draw(*y.shape, dtype=dtype)
+    got = [y, *torch.autograd.grad(y, [x, *ab], g)]
+
+    xd, (A1, B1, A2, B2) = wide(x), (abd := [wide(t) for t in ab])
+    yd = F.linear(xd, W.double(), None if b is None else b.double())
+    nothing = torch.zeros(3, 5, 8, dtype=torch.float64)
+    yd = yd + torch.cat([2.0 * (xd @ A1.T) @ B1.T, nothing, 0.3 * (xd @ A2.T) @ B2.T], -1)
+    same(got, [yd, *torch.autograd.grad(yd, [xd, *abd], g.double())], TOLERANCE[dtype])
+    assert all(t.dtype == p.dtype for t, p in zip(got[2:], ab, strict=True))
+
+
+def test_joined_lays_parts_below_one_another() -> None:
+    a = Projection(torch.ones(2, 3), None, torch.ones(1, 3), torch.ones(2, 1), 0.5)
+    b = Projection(torch.zeros(4, 3), torch.ones(4))
+    both = joined([b, a])
+    assert both.weight.shape == (6, 3)
+    assert both.bias is not None
+    assert both.bias.tolist() == [1, 1, 1, 1, 0, 0]
+    assert [(p.first, p.last, p.scale) for p in both.pairs] == [(4, 6, 0.5)]
+
+
+def test_a_frozen_input_gets_no_gradient_and_costs_no_product() -> None:
+    x = draw(4, 8, dtype=torch.float32)
+    A, B = factors(torch.float32, (2, 8), (6, 2))
+    y = lora_linear(x, draw(6, 8, dtype=torch.float32), None, A, B, 1.0)
+    products = 0
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal products
+            products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.addmm)
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        torch.autograd.grad(y.sum(), [A, B])
+    assert products == 3  # du, dA, dB and nothing with W
+
+
+def test_what_linears_returns_may_be_written_into() -> None:
+    x = draw(4, 8, dtype=torch.float32)
+    A, B = factors(torch.float32, (2, 8), (6, 2))
+    y = lora_linear(x, draw(6, 8, dtype=torch.float32), None, A, B, 1.0)
+    y.add_(1.0).mul_(2.0)  # Llama 4 adds its routed experts in place
+    y.sum().backward()
+    assert B.grad is not None
+    torch.testing.assert_close(B.grad, 2.0 * (x @ A.detach().T).sum(0).expand(6, 2))
+
+
+@DTYPES
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+def test_gated_mlp(dtype: torch.dtype, act: str) -> None:
+    x = draw(2, 9, 32, dtype=dtype).requires_grad_()
+    W, D = draw(96, 32, dtype=dtype, scale=0.2), draw(32, 48, dtype=dtype, scale=0.2)
+    A1, B1, A2, B2, A3, B3 = ab = factors(dtype, (4, 32), (48, 4), (2, 32), (48, 2), (3, 48), (32, 3))
+    up = (PairRows(0, 48, 2.0, A1, B1), PairRows(48, 96, 0.5, A2, B2))
+    y = gated_mlp(x, Linears(W, None, up), Linears(D, None, (PairRows(0, 32, 1.5, A3, B3),)), act)
+    g = draw(*y.shape, dtype=dtype)
+    got = [y, *torch.autograd.grad(y, [x, *ab], g)]
+
+    xd, (A1, B1, A2, B2, A3, B3) = wide(x), (abd := [wide(t) for t in ab])
+    gate = xd @ W[:48].double().T + 2.0 * (xd @ A1.T) @ B1.T
+    over = xd @ W[48:].double().T + 0.5 * (xd @ A2.T) @ B2.T
+    h = F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none")
+    h = h * over
+    yd = h @ D.double().T + 1.5 * (h @ A3.T) @ B3.T
+    same(got, [yd, *torch.autograd.grad(yd, [xd, *abd], g.double())], TOLERANCE[dtype])
+
+
+@DTYPES
+def test_rms_norm(dtype: torch.dtype) -> None:
+    x, w = draw(2, 7, 72, dtype=dtype).requires_grad_(), draw(72, dtype=dtype)
+    y = rms_norm(x, w, 1e-5)
+    g = draw(2, 7, 72, dtype=dtype)
+    xd = wide(x)
+    yd = F.rms_norm(xd, (72,), w.double(), 1e-5)
+    wanted = [yd, *torch.autograd.grad(yd, xd, g.double())]
+    same([y, *torch.autograd.grad(y, x, g)], wanted, TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_token_nll(dtype: torch.dtype, chunk: int) -> None:
+    h, W = draw(18, 32, dtype=dtype).requires_grad_(), draw(1000, 32, dtype=dtype)
+    y = torch.randint(0, 1000, (18,))
+    loss = token_nll(h, W, y, chunk)
+    (got,) = torch.autograd.grad(loss * 0.25, h)
+    hd = wide(h)
+    wanted = F.cross_entropy(hd @ W.double().T, y, reduction="sum")
+    (grad,) = torch.autograd.grad(wanted * 0.25, hd)
+    assert abs(loss.double() - wanted) <= max(TOLERANCE[dtype] / 4, 1e-6) * wanted  # the sum itself is float32
+    same([got], [grad], TOLERANCE[dtype])
+
+
+def test_token_nll_keeps_the_gradient_of_a_token_that_is_almost_certain() -> None:
+    """p = 1 − 1.2e-4: rounded to bfloat16 before 1 is taken off, the whole gradient of the target would be lost."""
+    h = torch.tensor([[9.0]], dtype=torch.bfloat16, requires_grad=True)
+    W = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)
+    token_nll(h, W, torch.tensor([0])).backward()
+    assert h.grad is not None
+    assert h.grad.item() == pytest.approx(-1.0 / (1.0 + torch.tensor(9.0).exp().item()), rel=0.01)
+
+
+def test_no_gradient_is_made_where_none_is_asked_for() -> None:
+    with torch.no_grad():
+        out = token_nll(draw(4, 8, dtype=torch.float32), draw(20, 8, dtype=torch.float32), torch.arange(4))
+    assert not out.requires_grad

@@ -1,0 +1,47 @@
+"""The quickstart, end to end, on a tiny base: what it prints, and that the commands it names are real."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import parse, roomy, small_config
+from tests.tiny_base import tiny_base_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_it_trains_evaluates_and_says_what_to_try_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "examples" / "quickstart.py")
+    assert spec
+    assert spec.loader
+    quickstart = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(quickstart)
+    monkeypatch.chdir(tmp_path)
+    base = roomy(tiny_base_dir(tmp_path))
+    (tmp_path / "config.yaml").write_text(small_config(), encoding="utf-8")
+
+    quickstart.main(["--base", str(base), "--config", "config.yaml", "--output", "runs/quickstart", "--tickets", "4"])
+
+    printed = capsys.readouterr().out
+    for word in (
+        "4 held-out tickets",
+        "accuracy",
+        "valid JSON",
+        "loss",
+        "tokens/s",
+        "peak memory",
+        "MB",
+        "base",
+        "wanted",
+    ):
+        assert word in printed
+    assert (tmp_path / "runs" / "quickstart" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "runs" / "quickstart" / "report.html").is_file()
+    lines = re.findall(r"^ +\S*veneer (.*)$", printed, flags=re.M)
+    assert [parse(f"veneer {line}")[0] for line in lines] == ["generate", "adapter", "train"]

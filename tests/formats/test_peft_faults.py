@@ -1,0 +1,471 @@
+"""What PEFT lets pass in silence, and all else that is wrong with a folder, is one AdapterError that lists it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.formats.twins import linear_pairs, model, our_outputs, outputs, peft_folder
+from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.errors import AdapterError, UnsafeFileError
+from veneer.formats import peft
+from veneer.formats.peft import CONFIG_FILE, TENSOR_FILE
+
+NAMES = [f"model.layers.{i}.self_attn.{p}" for i in range(2) for p in ("q_proj", "v_proj")]
+KEY = "base_model.model.model.layers.0.self_attn.q_proj."
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    peft.write(linear_pairs(NAMES, rank=2), tmp_path / "a", base_name="a/base", base=NAMES)
+    return tmp_path / "a"
+
+
+def edit(folder: Path, config: dict[str, Any] | None = None, drop: str = "", **tensors: Tensor) -> None:
+    """Change the configuration and the tensors; `drop` is a prefix of keys to leave out."""
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    have = safetensors.torch.load_file(folder / TENSOR_FILE)
+    have = {k: v for k, v in have.items() if not drop or not k.startswith(drop)} | tensors
+    safetensors.torch.save_file(have, folder / TENSOR_FILE)
+
+
+def refused(folder: Path, *words: str, base: Any = None, kind: type[AdapterError] = AdapterError) -> str:
+    with pytest.raises(kind) as caught:
+        peft.read(folder, base)
+    for word in words:
+        assert word in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_sound_folder_is_read_and_the_config_is_minimal(folder):
+    adapter = peft.read(folder)
+    assert sorted(adapter.pairs) == sorted(NAMES)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (2, 4, {})
+
+
+def test_a_wrong_prefix(folder):
+    t = torch.ones(2, 4)
+    edit(folder, **{"model.layers.0.self_attn.k_proj.lora_A.weight": t})
+    refused(folder, "1 of 9 tensors have the wrong prefix", "model.layers.0.self_attn.k_proj.lora_A.weight (2, 4)")
+
+
+def test_tensors_that_the_config_omits(folder):
+    edit(
+        folder,
+        **{
+            KEY.replace("q_proj", "o_proj") + "lora_A.weight": torch.ones(2, 4),
+            KEY.replace("q_proj", "o_proj") + "lora_B.weight": torch.ones(4, 2),
+        },
+    )
+    refused(folder, "model.layers.0.self_attn.o_proj: A (2, 4), B (4, 2)", "target_modules omits")
+
+
+def test_targets_without_tensors(folder):
+    edit(folder, {"target_modules": ["q_proj", "v_proj", "k_proj"]})
+    refused(folder, "target_modules names 'k_proj'", "no tensors")
+
+
+def test_a_missing_layer_is_seen_with_the_base(tmp_path):
+    net = model("llama3")
+    peft_folder(net, tmp_path / "a", target_modules=["q_proj"])
+    edit(tmp_path / "a", drop="base_model.model.model.layers.1.")
+    peft.read(tmp_path / "a")
+    refused(tmp_path / "a", "model.layers.1.self_attn.q_proj: target_modules selects this linear", base=model("llama3"))
+
+
+def test_half_a_pair(folder):
+    edit(folder, drop=KEY + "lora_B")
+    refused(folder, "model.layers.0.self_attn.q_proj: B missing, only A (2, 4)")
+
+
+def test_shapes_that_do_not_fit_each_other(folder):
+    edit(folder, **{KEY + "lora_B.weight": torch.ones(4, 3)})
+    refused(folder, "A and B do not fit each other", "A (2, 4), B (4, 3)")
+
+
+def test_the_rank_in_the_shape_against_the_config(folder):
+    edit(folder, {"rank_pattern": {"layers.1.self_attn.v_proj": 3}})
+    refused(folder, "rank_pattern['layers.1.self_attn.v_proj'] says rank 3, the tensors have 2")
+    edit(folder, {"rank_pattern": {}, "r": 5})
+    assert refused(folder).count("config's r says rank 5") == 4
+
+
+def test_unknown_config_keys_and_bad_values_are_all_listed(folder):
+    edit(
+        folder,
+        {"lora_alfa": 3, "r": "8", "lora_dropout": 1.5, "use_rslora": "yes", "target_modules": 7, "bias": "some"},
+    )
+    message = refused(folder, "unknown key 'lora_alfa' = 3, did you mean 'lora_alpha'?")
+    for key in ("r = '8'", "lora_dropout = '1.5'", "use_rslora = 'yes'", "target_modules = '7'", "bias = 'some'"):
+        assert key in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("alora_invocation_tokens", [1, 2], "plain LoRA"),
+        ("arrow_config", {"top_k": 3}, "mix"),
+        ("kasa_config", {"beta": 1e-4}, "merge_and_unload"),
+        ("layer_replication", [[0, 2]], "repeated"),
+        ("lora_bias", True, "merge_and_unload"),
+        ("megatron_config", {"a": 1}, "unsharded"),
+        ("monteclora_config", {"num_samples": 8}, "plain LoRA"),
+        ("use_bdlora", {"nblocks": 2}, "convert_to_lora"),
+        ("use_qalora", True, "merge_and_unload"),
+        ("peft_type", "VERA", "convert_to_lora"),
+        ("peft_type", "IA3", "only 'LORA'"),
+        ("init_lora_weights", "pissa", "changed the base"),
+        ("init_lora_weights", "pissa_niter_4", "path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "olora", "changed the base"),
+        ("init_lora_weights", "corda", "changed the base"),
+        ("init_lora_weights", "lora_ga", "changed the base"),
+        ("init_lora_weights", "loftq", "changed the base"),
+        ("init_lora_weights", "magic", "not understood"),
+        ("rank_pattern", {"(": 3}, "not a regular expression"),
+        ("rank_pattern", {"q_proj": 0}, "at least 1"),
+        ("alpha_pattern", {"q_proj": None}, "a number"),
+        ("target_modules", None, "target_modules is missing"),
+        ("layers_pattern", ["h"], "layers_pattern needs layers_to_transform"),
+        ("trainable_token_indices", [1, 1], "appears twice"),
+        ("trainable_token_indices", [1], "rows for 0 modules"),
+        ("trainable_token_indices", {"embed_tokens": [3]}, "0 modules have rows"),
+        ("modules_to_save", ["lm_head"], "no tensors for it"),
+        ("target_parameters", ["experts.down_proj"], "no tensors for it"),
+        ("use_dora", True, "there is no lora_magnitude_vector"),
+    ],
+)
+def test_what_changes_the_effect_and_is_not_read_says_why_and_what_instead(folder, key, value, words):
+    edit(folder, {key: value})
+    refused(folder, words, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("velora_config", {"num_groups": 4}),  # changes the backward pass only
+        ("eva_config", {"rho": 2.0}),
+        ("loftq_config", {}),
+        ("init_lora_weights", False),
+        ("init_lora_weights", "orthogonal"),
+        ("bias", "lora_only"),
+        ("layers_to_transform", []),
+        ("qalora_group_size", 16),
+        ("megatron_core", "megatron.core"),
+    ],
+)
+def test_what_does_not_change_the_effect_is_let_pass(folder, key, value):
+    before = peft.read(folder).digest()
+    edit(folder, {key: value})
+    assert peft.read(folder).digest() == before
+
+
+def test_a_pattern_that_matches_nothing_is_noted(folder):
+    edit(folder, {"rank_pattern": {"k_proj": 3}})
+    assert any("'k_proj' matches no module" in note for note in peft.load(folder).notes)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "shape", "words"),
+    [
+        ("lora_A.default.weight", (2, 4), "the adapter's name ('default') is still in the key"),
+        ("lora_B.bias", (4,), "a bias of the pair itself"),
+        ("lora_magnitude_vector", (4,), "use_dora is not set, but there is a"),
+        ("lora_diag", (2,), "not a tensor of plain LoRA"),
+        ("weight", (4, 4), "nothing in the config accounts for this tensor"),
+        ("token_adapter.trainable_tokens_delta", (1, 4), "trainable_token_indices does not name"),
+        ("base_layer.weight", (4, 4), None),
+    ],
+)
+def test_tensors_of_other_kinds(folder, suffix, shape, words):
+    edit(folder, **{KEY + suffix: torch.ones(shape)})
+    if words is None:  # PEFT writes such copies of a targeted head
+        assert any("left aside" in note for note in peft.load(folder).notes)
+    else:
+        refused(folder, words, str(shape) if words.startswith("nothing") else "")
+
+
+def test_a_copy_of_a_module_without_a_pair(folder):
+    edit(folder, **{"base_model.model.model.norm.base_layer.weight": torch.ones(4)})
+    refused(folder, "carries no pair")
+
+
+def test_integers_and_nan(folder):
+    edit(folder, **{KEY + "lora_A.weight": torch.ones(2, 4, dtype=torch.int8)})
+    refused(folder, "dtype torch.int8")
+    edit(folder, **{KEY + "lora_A.weight": torch.full((2, 4), float("nan"))})
+    refused(folder, "NaN or infinity", KEY)
+
+
+def test_no_tensors_at_all(folder):
+    safetensors.torch.save_file({}, folder / TENSOR_FILE)
+    refused(folder, "no tensors in the file")
+
+
+def test_many_faults_are_one_error(folder):
+    edit(
+        folder,
+        {"mystery": 1, "target_modules": ["q_proj", "v_proj", "gate"]},
+        drop=KEY + "lora_B",
+        **{"stray": torch.ones(1), KEY.replace("q_proj", "v_proj") + "lora_B.weight": torch.ones(3, 3)},
+    )
+    message = refused(folder, "mystery", "gate", "stray", "B missing", "do not fit each other")
+    assert re.search(r"\((\d+) problem", message)[1] == str(message.count("\n  - "))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (lambda f: (f / CONFIG_FILE).unlink(), AdapterError, "has no adapter_config.json"),
+        (lambda f: (f / TENSOR_FILE).unlink(), AdapterError, "has no adapter_model.safetensors"),
+        (lambda f: (f / TENSOR_FILE).rename(f / "adapter_model.bin"), UnsafeFileError, "pickle"),
+        (lambda f: (f / CONFIG_FILE).write_text("[]"), AdapterError, "not a JSON object"),
+        (lambda f: (f / CONFIG_FILE).write_text('{"r": 1, "r": 2}'), AdapterError, "'r' appears twice"),
+        (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe"), AdapterError, "not valid JSON"),
+        (lambda f: (f / CONFIG_FILE).write_text("{}"), AdapterError, "peft_type is None"),
+        (lambda f: (f / TENSOR_FILE).write_bytes((f / TENSOR_FILE).read_bytes()[:-1]), UnsafeFileError, "truncated"),
+        (lambda f: (f / "veneer.json").write_text("{"), AdapterError, "not valid JSON"),
+    ],
+)
+def test_folders_that_are_no_adapter(folder, make: Callable[[Path], Any], kind, words):
+    make(folder)
+    refused(folder, words, str(folder), kind=kind)
+
+
+def test_a_folder_that_is_not_there_names_the_nearest(folder):
+    refused(folder.parent / "ab", "no such adapter folder", "nearest: a")
+    shutil.copytree(folder, folder.parent / "run" / "inner")
+    refused(folder.parent / "run", "has no adapter_config.json", "inner")
+
+
+def test_a_hostile_pattern_does_not_hang(folder, monkeypatch):
+    monkeypatch.setattr("veneer.formats.peft_config.PATTERN_SECONDS", 0.2)
+    edit(folder, {"target_modules": r"(model|mod|el|[a-z._0-9])+x"})
+    refused(folder, "omits this module")
+    edit(folder, {"target_modules": r"(.|.)*(?<=Z)"})
+    refused(folder, "takes longer than")
+
+
+def test_names_that_a_base_does_not_have(folder):
+    refused(
+        folder, "model.layers.1.self_attn.q_proj: no such module", base=[n for n in NAMES if "1.self_attn.q" not in n]
+    )
+    message = refused(folder, "the base needs", base=model("llama3"))
+    assert "A is (2, 4), the base needs (2, 32)" in message
+
+
+def test_another_base_of_other_shapes(tmp_path):
+    peft_folder(model("llama3"), tmp_path / "a", target_modules=["q_proj"])
+    refused(tmp_path / "a", "the base needs", base=model("llama3", hidden_size=64, head_dim=8))
+
+
+def test_a_pair_on_a_module_of_another_kind(tmp_path):
+    peft.write(linear_pairs(["model.embed_tokens"]), tmp_path / "a")
+    refused(tmp_path / "a", "a pair of kind linear on a Embedding", base=model("llama3"))
+
+
+# -- copies of embeddings ----------------------------------------------------------------------------------------------
+
+
+def test_an_embedding_copy_equal_to_the_base_is_left_aside(tmp_path):
+    peft_folder(model("mistral"), tmp_path / "a", target_modules=["embed_tokens", "lm_head"])
+    keys = safetensors.torch.load_file(tmp_path / "a" / TENSOR_FILE)
+    assert sum("base_layer.weight" in k for k in keys) == 2
+    assert sum("equal to it" in n for n in peft.load(tmp_path / "a", model("mistral")).notes) == 2
+    assert sum("not compared" in n for n in peft.load(tmp_path / "a").notes) == 2
+
+
+def test_an_embedding_copy_that_differs_is_refused(tmp_path):
+    peft_folder(model("mistral"), tmp_path / "a", target_modules=["embed_tokens"])
+    net = model("mistral")
+    net.model.embed_tokens.weight.data[[3, 8]] += 1
+    refused(tmp_path / "a", "2 rows differ from the base's", base=net)
+    refused(tmp_path / "a", "resize", base=model("mistral", vocab_size=128))
+
+
+def test_an_embedding_saved_whole_beside_the_pairs_acts(tmp_path):
+    """What PEFT writes with save_embedding_layers=True, when the tokenizer grew: it loads them over the base."""
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = get_peft_model(model("mistral"), LoraConfig(target_modules=["q_proj"]))
+        net.get_input_embeddings().weight.data[5] += 1
+        net.get_output_embeddings().weight.data[7] += 1
+        want = outputs(net.eval())
+        net.save_pretrained(str(tmp_path / "a"), save_embedding_layers=True)
+    base = model("mistral")
+    loaded = peft.load(tmp_path / "a", base)
+    assert sorted(loaded.adapter.modules) == ["lm_head", "model.embed_tokens"]
+    assert sum("kept as a full copy" in n for n in loaded.notes) == 2
+    torch.testing.assert_close(our_outputs(base, loaded.adapter), want, rtol=1e-9, atol=1e-9)
+
+
+# -- layouts of experts ------------------------------------------------------------------------------------------------
+
+
+def as_before_0_19_1(folder: Path, version: str | None) -> None:
+    """The same adapter as PEFT laid it out while it took the first of the two dimensions for the input: A and B of
+    every expert change places."""
+    tensors = safetensors.torch.load_file(folder / TENSOR_FILE)
+    rank = json.loads((folder / CONFIG_FILE).read_text())["r"]
+    for key in [k for k in tensors if "experts" in k and "lora_A" in k]:
+        A, B = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+        e = len(A) // rank
+        a, b = A.view(e, rank, -1), B.view(len(B), rank, e).permute(2, 0, 1)
+        tensors[key] = b.transpose(1, 2).flatten(0, 1).contiguous()
+        tensors[key.replace("lora_A", "lora_B")] = a.permute(2, 1, 0).flatten(1).contiguous()
+    safetensors.torch.save_file(tensors, folder / TENSOR_FILE)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config.pop("peft_version")
+    (folder / CONFIG_FILE).write_text(json.dumps(config | ({"peft_version": version} if version else {})))
+
+
+@pytest.mark.parametrize("version", ["0.17.1", "0.18.2.dev0", "0.19.0", None])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "llama4"])
+def test_an_earlier_layout_of_experts_is_told_by_the_bases_shapes(tmp_path, name, version):
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    want = peft_folder(model(name), tmp_path / "a", target_modules=[], target_parameters=parameters, r=3)
+    as_before_0_19_1(tmp_path / "a", version)
+    net = model(name)
+    torch.testing.assert_close(our_outputs(net, peft.read(tmp_path / "a", net)), want, rtol=1e-9, atol=1e-9)
+    refused(tmp_path / "a", "laid out expert weights differently", "give the base")
+
+
+@pytest.mark.parametrize(("version", "flipped"), [("0.21.2", False), ("0.19.1", False), ("0.18.0", True), (None, None)])
+def test_square_experts_are_told_by_the_version_alone(tmp_path, version, flipped):
+    square = {"hidden_size": 32, "intermediate_size": 32}
+    want = peft_folder(
+        model("mixtral", **square), tmp_path / "a", target_modules=[], target_parameters=["experts.down_proj"], r=3
+    )
+    if flipped or flipped is None:
+        as_before_0_19_1(tmp_path / "a", version)
+    else:
+        edit(tmp_path / "a", {"peft_version": version})
+    net = model("mixtral", **square)
+    if flipped is None:
+        refused(tmp_path / "a", "cannot be told without peft_version", base=net)
+    else:
+        torch.testing.assert_close(our_outputs(net, peft.read(tmp_path / "a", net)), want, rtol=1e-9, atol=1e-9)
+
+
+def test_experts_that_fit_no_layout(tmp_path):
+    net = model("mixtral")
+    peft_folder(net, tmp_path / "a", target_modules=["q_proj"], target_parameters=["experts.down_proj"], r=3)
+    key = "base_model.model.model.layers.0.mlp.experts.lora_A.weight"
+    edit(tmp_path / "a", **{key: torch.ones(12, 25)})
+    refused(tmp_path / "a", "A (12, 25), B (32, 12) fit neither way round", base=model("mixtral"))
+    edit(tmp_path / "a", **{key: torch.ones(11, 24)})
+    refused(tmp_path / "a", "do not fit rank 3", base=model("mixtral"))
+
+
+def test_experts_with_one_parameter_too_few(tmp_path):
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    peft_folder(model("mixtral"), tmp_path / "a", target_modules=["q_proj"], target_parameters=parameters)
+    edit(tmp_path / "a", {"target_parameters": ["experts.down_proj"]})
+    refused(tmp_path / "a", "tensors for 2 parameter(s)", "names 1 of this module: down_proj")
+
+
+def test_per_expert_pairs_of_transformers_4_are_refused_with_their_names(tmp_path):
+    names = [f"model.layers.0.block_sparse_moe.experts.{e}.w{i}" for e in range(4) for i in (1, 2, 3)]
+    peft.write(linear_pairs(names), tmp_path / "a")
+    refused(tmp_path / "a", *(f"{n}: no such module" for n in names), base=model("mixtral"))
+
+
+# -- what the format cannot say ----------------------------------------------------------------------------------------
+
+
+def pair(kind: str = "linear", **changes: Any) -> Pair:
+    shapes = {"linear": ((2, 4), (4, 2)), "experts": ((3, 2, 4), (3, 4, 2))}[kind]
+    return Pair(**({"A": torch.ones(shapes[0]), "B": torch.ones(shapes[1]), "scale": 1.0, "kind": kind} | changes))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words"),
+    [
+        (Adapter(), "it is empty"),
+        (Adapter({"a": pair(), "b": pair(magnitude=torch.ones(4))}), "one switch for all pairs"),
+        (Adapter({"m.p": pair("experts", magnitude=torch.ones(4))}), "DoRA on expert parameters"),
+        (Adapter({"a": pair(scale=float("nan"))}), "the scale is nan"),
+        (Adapter({"a": pair(B=torch.ones(4, 3))}), "A (2, 4), B (4, 3) do not fit"),
+        (Adapter({"a": pair(A=torch.full((2, 4), float("inf")))}), "NaN or infinity"),
+        (Adapter({"a": pair(magnitude=torch.ones(5))}), "magnitude (5,), expected (4,)"),
+        (Adapter({"a.b": pair()}, modules={"a": {"b.weight": torch.ones(1)}}), "a pair inside a, which is a full copy"),
+        (Adapter({"a": pair()}, token_rows={"a": TokenRows((1,), torch.ones(1, 4))}), "a pair and token rows at once"),
+        (Adapter(token_rows={"a": TokenRows((1, 2), torch.ones(1, 4))}), "2 token indices, rows of shape (1, 4)"),
+        (Adapter(modules={"a": {}}), "a full copy without tensors"),
+        (Adapter({"a.base_layer": pair()}), "no name of a module"),
+        (Adapter({"../a": pair()}), "cannot hold"),
+        (Adapter({"m.x": pair("experts"), "m.y": pair("experts")}), "depends on the base; give it"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, adapter, words):
+    with pytest.raises(AdapterError) as caught:
+        peft.write(adapter, tmp_path / "a")
+    assert words in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+one_name = st.from_regex(r"(model\.)?layers\.[0-3]\.(attn|m\+p)\.[qkv]_proj", fullmatch=True)
+names = st.lists(one_name, min_size=1, max_size=8, unique=True)
+OTHERS = ["layers.9.attn.q_proj", "x.layers.0.attn.k_proj", "q_proj"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(names=names, data=st.data(), rslora=st.booleans())
+def test_any_ranks_and_scales_survive(names, data, rslora):
+    """Whatever the names, ranks and scales, the configuration gives each module its own back, exactly or to the last
+    bit that alpha/r can hold, and selects no module of the base beside them."""
+    pairs = {}
+    for name in names:
+        rank = data.draw(st.integers(1, 5))
+        scale = data.draw(st.sampled_from([1.0, 2.0, 0.5]) | st.floats(1e-3, 1e3))
+        pairs[name] = Pair(torch.ones(rank, 4), torch.ones(4, rank), scale)
+    more = data.draw(st.lists(st.sampled_from(OTHERS), unique=True))
+    config, tensors = peft.encode(Adapter(pairs, rslora=rslora), base=[*names, *more])
+    read = peft.interpret(config, tensors).adapter
+    for name, p in pairs.items():
+        assert read.pairs[name].scale == pytest.approx(p.scale, rel=1e-12)
+    from veneer.formats.peft_config import matches, parse
+
+    parsed, problems = parse(config)
+    assert not problems
+    assert [n for n in more if matches(parsed, n) and n not in names] == []
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 9) | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_configuration_gets_past_the_reader_as_anything_but_an_adapter_error(data):
+    from veneer.formats.peft_config import FIELDS, IGNORED, REFUSED
+
+    config, tensors = peft.encode(linear_pairs(NAMES))
+    keys = st.sampled_from(sorted({*FIELDS, *IGNORED, *REFUSED, "peft_type", "init_lora_weights"})) | st.text(
+        max_size=5
+    )
+    changed = config | data.draw(st.dictionaries(keys, json_values, max_size=4))
+    try:
+        adapter = peft.interpret(changed, tensors).adapter
+    except AdapterError:
+        return
+    assert sorted(adapter.pairs) == sorted(NAMES)

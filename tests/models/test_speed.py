@@ -1,0 +1,168 @@
+"""`fast` changes the speed of a base and nothing else: loss and gradients of every family, and the base afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.families import FAMILIES, VOCAB
+from veneer.core.adapter import LoraSpec
+from veneer.core.attach import Attachment, attach
+from veneer.core.init import create
+from veneer.models.loss import padded_loss, text_loss
+from veneer.models.speed import fast, row_layout_of
+
+LENGTHS = [20, 3, 37]
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def rows(seed: int = 0) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (sum(LENGTHS),), generator=gen)
+    trained = torch.rand(len(ids), generator=gen) > 0.5
+    trained[[0, 20, 23]] = False
+    return ids, LENGTHS, trained
+
+
+def attached(model: Any, **spec: Any) -> Attachment:
+    attachment = attach(model.requires_grad_(False))
+    adapter = create(model, LoraSpec(rank=4, **spec), seed=0)
+    gen = torch.Generator().manual_seed(1)
+    for pair in adapter.pairs.values():
+        pair.B = torch.randn(pair.B.shape, generator=gen) * 0.1
+    attachment.add("a", adapter, trainable=True)
+    attachment.use("a")
+    return attachment
+
+
+def gradients(model: Any, attachment: Attachment) -> list[torch.Tensor]:
+    parameters = list(attachment.parameters("a").values())
+    loss = text_loss(model, *rows())
+    return [loss, *torch.autograd.grad(loss, parameters)]
+
+
+@FAMILY
+@pytest.mark.parametrize("spec", [{}, {"dora": True}, {"dropout": 0.5}, {"init": "pissa"}], ids=str)
+def test_loss_and_gradients_are_the_padded_reference_s(family: str, spec: dict[str, Any]) -> None:
+    model = FAMILIES[family]()
+    if spec.get("dora") and any(p.ndim == 3 for p in model.parameters()):
+        spec = {**spec, "exclude": ("*experts*",)}
+    attachment = attached(model, **spec)
+    model.eval()  # dropout off: the two paths draw their masks over different shapes
+    slow = gradients(model, attachment)
+    with fast(model) as how:
+        assert how.rows, how.summary()
+        assert row_layout_of(model)
+        quick = gradients(model, attachment)
+    for a, b in zip(quick, slow, strict=True):
+        assert (a - b).norm() <= 3e-5 * b.norm() + 1e-7
+
+
+@FAMILY
+def test_the_base_is_bit_for_bit_itself_afterwards_even_after_an_error(family: str) -> None:
+    model = FAMILIES[family]().requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    ids = torch.arange(3, 15)[None]
+    wanted = model(input_ids=ids).logits
+    with pytest.raises(RuntimeError, match="in the middle"), fast(model):
+        raise RuntimeError("in the middle")
+    assert not row_layout_of(model)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert all(parameters[k] is p for k, p in model.named_parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    storages = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    assert len(set(storages)) == len(storages)
+    assert torch.equal(model(input_ids=ids).logits, wanted)
+
+
+@FAMILY
+def test_generation_inside_fast_is_generation_outside(family: str) -> None:
+    model = FAMILIES[family]().requires_grad_(False)
+    ids = torch.tensor([[0, 0, 5, 9, 7], [4, 8, 6, 3, 9]])
+    arguments: dict[str, Any] = {
+        "attention_mask": (ids != 0).long(), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0,
+    }  # fmt: skip
+    wanted = model.generate(ids, **arguments)
+    with fast(model):
+        assert torch.equal(model.generate(ids, **arguments), wanted)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3_moe", "gemma3"])
+def test_activation_checkpointing_gives_the_same_gradients(family: str) -> None:
+    model = FAMILIES[family]()
+    attachment = attached(model)
+    with fast(model):
+        wanted = gradients(model, attachment)
+        model.train()
+        model.activation_checkpointing_enable()
+        got = gradients(model, attachment)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_acts_is_asked_at_every_call() -> None:
+    """A layer that turns from one plain pair into more, or into none, inside fast is still right."""
+    model = FAMILIES["llama3"]()
+    attachment = attached(model)
+    other = create(model, LoraSpec(rank=2, targets=("q_proj", "down_proj"), dora=True, init="gaussian"), seed=3)
+    attachment.add("b", other)
+    mixes: list[list[Any]] = [["a"], [], ["b"], [("a", 0.5), ("b", -1.0)], ["a"]]
+    wanted = []
+    for mix in mixes:
+        with attachment.using(*mix), torch.no_grad():
+            wanted.append(padded_loss(model, *rows()))
+    with fast(model), torch.no_grad():
+        for mix, value in zip(mixes, wanted, strict=True):
+            with attachment.using(*mix):
+                torch.testing.assert_close(text_loss(model, *rows()), value, rtol=1e-6, atol=0.0)
+
+
+def test_a_head_with_a_pair_is_called_not_read() -> None:
+    model = FAMILIES["qwen3"]()
+    spec = LoraSpec(rank=4, targets=("lm_head", "embed_tokens"))
+    attachment = attach(model.requires_grad_(False))
+    adapter = create(model, spec, seed=0)
+    gen = torch.Generator().manual_seed(1)
+    for pair in adapter.pairs.values():
+        pair.B = torch.randn(pair.B.shape, generator=gen) * 0.1
+    attachment.add("a", adapter, trainable=True)
+    attachment.use("a")
+    wanted = gradients(model, attachment)
+    with fast(model):
+        got = gradients(model, attachment)
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() <= 3e-5 * b.norm()
+
+
+def test_a_norm_that_only_looks_like_one_is_left_alone() -> None:
+    model = FAMILIES["llama3"]()
+    norm = model.model.norm
+    original = type(norm).forward
+    type_name = type(norm).__name__
+    norm.__class__ = type(type_name, (type(norm),), {"forward": lambda self, x: original(self, x).abs()})
+    wanted = padded_loss(model.requires_grad_(False), *rows())
+    with fast(model) as how:
+        assert type_name in how.left
+        assert how.swapped[type_name] == 4
+        torch.testing.assert_close(text_loss(model, *rows()), wanted, rtol=1e-6, atol=0.0)
+
+
+def test_llama4_rows_longer_than_a_chunk_go_the_padded_way() -> None:
+    model = FAMILIES["llama4"]().requires_grad_(False)
+    model.config.attention_chunk_size = 16
+    wanted = padded_loss(model, *rows())
+    with fast(model):
+        assert torch.equal(text_loss(model, *rows()), wanted)
+
+
+def test_a_first_token_cannot_be_trained() -> None:
+    model = FAMILIES["llama3"]()
+    ids, lengths, trained = rows()
+    trained[20] = True
+    with pytest.raises(ValueError, match="first token"):
+        text_loss(model, ids, lengths, trained)
+    with pytest.raises(ValueError, match="add up"):
+        text_loss(model, ids, [1], trained)

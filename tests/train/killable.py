@@ -1,0 +1,101 @@
+"""A small run that can be killed: `python -m tests.train.killable FOLDER [KILL_AT]`.
+
+Trains a two-layer network with dropout, and with noise from Python's and numpy's generators, for twelve steps with a
+checkpoint every second one; goes on from the newest checkpoint. Kills itself with SIGKILL at the KILL_AT-th
+call that touches the disk or ends a step, so also in the middle of writing or pruning a checkpoint. At its end it
+writes `final.bin`, the bytes of all parameters and optimizer tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from veneer.train import checkpoint
+from veneer.train.events import Event, Stepped
+from veneer.train.loop import Micro, Score, Step, train
+from veneer.train.optim import Schedule, make_optimizer
+from veneer.train.report import JsonLog
+
+STEPS = 12
+
+
+def main(folder: Path, kill_at: int | None) -> None:
+    calls = 0
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def killing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            count()
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    os.fsync, os.rename, shutil.rmtree = killing(os.fsync), killing(os.rename), killing(shutil.rmtree)
+    torch.manual_seed(1)
+    random.seed(1)
+    numpy.random.seed(1)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
+    parameters = {f"{name}.A": p for name, p in net.named_parameters()}
+    data = torch.randn(STEPS * 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def loss(rows: list[int]) -> Tensor:
+        noise = random.random() + numpy.random.rand()
+        return (net(data[rows]) - noise).square().sum()
+
+    def evaluate(stop: Callable[[], bool]) -> Score:
+        net.eval()
+        with torch.no_grad():
+            value = (net(data) - 1).square().sum().item()
+        net.train()
+        return Score(value, len(data), len(data))
+
+    def micro(rows: list[int]) -> Micro:
+        return Micro(len(rows), len(rows), tuple(rows), lambda: rows)
+
+    steps = [Step((micro([4 * i, 4 * i + 1]), micro([4 * i + 2, 4 * i + 3]))) for i in range(STEPS)]
+    optimizer = make_optimizer(parameters, learning_rate=0.05, loraplus_ratio=2.0)
+    progress = checkpoint.Progress()
+    newest = checkpoint.latest(folder)
+    if newest is not None:
+        progress, notes = checkpoint.restore(newest, parameters=parameters, optimizer=optimizer, identity={"run": 1})
+        assert not notes
+    log = JsonLog(folder / "log.jsonl", progress if newest is not None else None)
+
+    def tell(event: Event) -> None:
+        log(event)
+        if isinstance(event, Stepped):
+            count()
+
+    def save(progress: checkpoint.Progress) -> Path:
+        return checkpoint.save(
+            folder, parameters=parameters, optimizer=optimizer, progress=progress, identity={"run": 1}, keep=2
+        )
+
+    train(
+        parameters, steps, loss, optimizer, Schedule.of("cosine", STEPS, 3),
+        evaluate=evaluate, evaluate_at=range(0, STEPS, 3), save=save, save_at=range(0, STEPS, 2),
+        progress=progress, on_event=tell,
+    )  # fmt: skip
+    state = [p.detach() for p in parameters.values()]
+    state += [optimizer.state[p][entry] for p in parameters.values() for entry in sorted(optimizer.state[p])]
+    (folder / "final.bin").write_bytes(b"".join(t.numpy().tobytes() for t in state))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

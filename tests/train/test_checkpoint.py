@@ -1,0 +1,226 @@
+"""Checkpoints: whole or not at all, and a run that goes on from one is the run that never stopped."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from veneer.errors import CheckpointError, ResourceError
+from veneer.train import checkpoint
+from veneer.train.checkpoint import Progress
+from veneer.train.optim import make_optimizer, optimizer_names
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _parameters(seed: int = 0) -> dict[str, nn.Parameter]:
+    g = torch.Generator().manual_seed(seed)
+    return {name: nn.Parameter(torch.randn(shape, generator=g)) for name, shape in (("m.A", (2, 3)), ("m.B", (4, 2)))}
+
+
+def _move(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    for p in parameters.values():
+        p.grad = torch.randn(p.shape, generator=g)
+    optimizer.step()
+
+
+def _save(folder: Path, step: int, parameters: dict[str, nn.Parameter] | None = None, **options: Any) -> Path:
+    parameters = parameters or _parameters()
+    optimizer = options.pop("optimizer", None) or make_optimizer(parameters, learning_rate=0.1)
+    best = options.pop("best_step", None)
+    return checkpoint.save(
+        folder, parameters=parameters, optimizer=optimizer, progress=Progress(step=step, best_step=best),
+        identity=options.pop("identity", {}), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", optimizer_names())
+def test_restoring_goes_on_bit_for_bit_with_every_optimizer(name: str, tmp_path: Path) -> None:
+    a = _parameters()
+    optimizer = make_optimizer(a, name=name, learning_rate=0.1, loraplus_ratio=3.0, weight_decay=0.1)
+    _move(a, optimizer, 1)
+    path = _save(tmp_path, 1, a, optimizer=optimizer)
+    _move(a, optimizer, 2)
+
+    b = _parameters(seed=9)
+    other = make_optimizer(b, name=name, learning_rate=0.1, loraplus_ratio=3.0, weight_decay=0.1)
+    progress, notes = checkpoint.restore(path, parameters=b, optimizer=other, identity={})
+    assert (progress.step, notes) == (1, [])
+    _move(b, other, 2)
+    for name_, p in a.items():
+        assert torch.equal(p, b[name_])
+
+
+def test_random_generators_come_back() -> None:
+    def draw() -> tuple[Any, ...]:
+        return (
+            torch.rand(3).tolist(), random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn()
+        )  # fmt: skip
+
+    random.gauss(0, 1)  # leaves a second value waiting
+    numpy.random.randn()
+    state = checkpoint.rng_state()
+    first = draw()
+    checkpoint.rng_restore(state)
+    assert draw() == first
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_killed_at_random_points_also_inside_a_write_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    def run(folder: Path, *kill_at: str) -> int:
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "tests.train.killable", str(folder), *kill_at]
+        return subprocess.run(command, cwd=ROOT, timeout=120, check=False).returncode
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(whole) == 0
+    kills = random.Random(5)
+    points = [1, 5, 12, *(kills.randrange(8, 30) for _ in range(3))]
+    for point in points:
+        assert run(killed, str(point)) == -signal.SIGKILL
+    assert run(killed) == 0
+    assert (killed / "final.bin").read_bytes() == (whole / "final.bin").read_bytes()
+
+    def logged(folder: Path) -> list[tuple[str, int, float | None]]:
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return [(r["event"], r["step"], r.get("loss")) for r in records if r["event"] in ("stepped", "evaluated")]
+
+    assert logged(killed) == logged(whole)
+    assert [s for e, s, _ in logged(killed) if e == "stepped"] == list(range(1, 13))
+    assert not list(killed.glob(".*"))
+
+
+@pytest.mark.parametrize("function", ["fsync", "rename", "mkdir", "write"])
+def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(
+    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = _save(tmp_path, 1)
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if function == "write":
+            patch.setattr(checkpoint, "_write", full)
+        elif function == "mkdir":
+            patch.setattr(Path, "mkdir", full)
+        else:
+            patch.setattr(os, function, full)
+        with pytest.raises(ResourceError, match="disk is full") as error:
+            _save(tmp_path, 2)
+    assert "--resume" in str(error.value.fix)
+    assert [p.name for p in tmp_path.iterdir()] == [good.name]
+    checkpoint.read_state(good)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(small)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not possible here")
+    try:
+        big = {"m.A": nn.Parameter(torch.randn(100, 100))}
+        path = _save(small / "run", 1, big)
+        for step in (2, 3, 4, 5, 6):
+            try:
+                _save(small / "run", step, big, keep=9)
+            except ResourceError:
+                break
+        else:
+            pytest.fail("the disk never filled")
+        assert not list((small / "run").glob(".*"))
+        checkpoint.read_state(path)
+        checkpoint.restore(
+            path, parameters=big, optimizer=make_optimizer(big, learning_rate=0.1), identity={}
+        )  # fmt: skip
+    finally:
+        subprocess.run(["umount", str(small)], check=False)
+
+
+def test_newest_are_kept_and_the_best_of_each_of_them(tmp_path: Path) -> None:
+    _save(tmp_path, 1, keep=2, best_step=1)
+    _save(tmp_path, 2, keep=2, best_step=1)
+    _save(tmp_path, 3, keep=2, best_step=1)
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["1", "2", "3"]
+    _save(tmp_path, 4, keep=2, best_step=4)
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["1", "3", "4"]  # resuming from 3 may want 1
+    _save(tmp_path, 5, keep=2, best_step=4)
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["4", "5"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000005"
+
+
+def test_another_runs_checkpoint_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1, identity={"optimizer": {"learning_rate": 1e-4, "name": "adamw"}, "data": "abc"})
+    parameters = _parameters(seed=4)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.restore(
+            path, parameters=parameters, optimizer=make_optimizer(parameters, learning_rate=0.1),
+            identity={"optimizer": {"learning_rate": 2e-4, "name": "adamw"}, "data": "abc"},
+        )  # fmt: skip
+    assert "optimizer.learning_rate: 0.0001 in the checkpoint, 0.0002 now" in str(error.value)
+    assert "data" not in error.value.what
+    assert all(torch.equal(p, before[name]) for name, p in parameters.items())
+
+
+@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_a_damaged_checkpoint_is_refused_and_named(file: str, damage: str, tmp_path: Path) -> None:
+    path = _save(tmp_path, 1)
+    target = path / file
+    content = bytearray(target.read_bytes())
+    if damage == "gone":
+        target.unlink()
+    elif damage == "cut":
+        target.write_bytes(content[: len(content) // 2])
+    else:
+        content[2 if file == "state.json" else -2] ^= 0xFF
+        target.write_bytes(content)
+    parameters = _parameters()
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.restore(
+            path, parameters=parameters, optimizer=make_optimizer(parameters, learning_rate=0.1), identity={}
+        )
+    assert "step-00000001" in str(error.value)
+
+
+def test_other_parameters_are_listed(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1)
+    other = {"m.A": nn.Parameter(torch.zeros(2, 5)), "n.B": nn.Parameter(torch.zeros(1))}
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.read_parameters(path, other)
+    for part in ("m.A", "(2, 3)", "(2, 5)", "m.B: not in the run", "n.B: not in the checkpoint"):
+        assert part in error.value.what
+
+
+def test_another_environment_is_said_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "environment", lambda: {"torch": "9", "threads": 1, "device": "cpu"})
+    parameters = _parameters()
+    _, notes = checkpoint.restore(
+        path, parameters=parameters, optimizer=make_optimizer(parameters, learning_rate=0.1), identity={}
+    )
+    assert any("torch was" in note for note in notes)
+
+
+def test_there_is_no_pickle_in_a_checkpoint(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1)
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
+    assert json.loads((path / "state.json").read_text())["progress"]["step"] == 1

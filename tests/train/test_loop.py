@@ -1,0 +1,305 @@
+"""The loop: accumulation equals one large batch, what stops it, and what it tells. No text here, only numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
+from veneer.train.checkpoint import Progress
+from veneer.train.events import Evaluated, Event, Probed, Saved, Stepped, Stopped
+from veneer.train.loop import Micro, Score, Step, probe, train
+from veneer.train.optim import Schedule, make_optimizer
+
+ROWS, WIDTH = 24, 3
+
+
+class Problem:
+    """Squared error of a linear model on rows of unequal "trained tokens": Σ over a row's tokens, as an NLL is."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.counts = torch.randint(1, 6, (ROWS,), generator=g).tolist()
+        self.x = torch.randn(ROWS, WIDTH, generator=g, dtype=dtype)
+        self.y = torch.randn(ROWS, generator=g, dtype=dtype)
+        self.parameters = {"w.A": nn.Parameter(torch.zeros(WIDTH, dtype=dtype))}
+
+    def loss(self, rows: list[int]) -> Tensor:
+        weight = torch.tensor([float(self.counts[r]) for r in rows], dtype=self.x.dtype)
+        error = self.x[rows] @ self.parameters["w.A"] - self.y[rows]
+        return (weight * error.square()).sum()
+
+    def step(self, micros: list[list[int]]) -> Step:
+        return Step(tuple(self.micro(rows) for rows in micros))
+
+    def micro(self, rows: list[int]) -> Micro:
+        trained = sum(self.counts[r] for r in rows)
+        return Micro(2 * trained, trained, tuple(rows), lambda: rows)
+
+    def score(self, stop: Callable[[], bool] = lambda: False) -> Score:
+        with torch.no_grad():
+            return Score(self.loss(list(range(ROWS))).item(), sum(self.counts), ROWS)
+
+
+def _train(problem: Problem, steps: list[Step], *, lr: float = 0.1, name: str = "sgd", **options: object) -> Progress:
+    optimizer = make_optimizer(problem.parameters, name=name, learning_rate=lr)
+    options.setdefault("clip", None)
+    return train(  # type: ignore[arg-type]
+        problem.parameters, steps, problem.loss, optimizer, Schedule.of("constant", len(steps)), **options
+    )
+
+
+def _cut(rows: list[int], cuts: list[int]) -> list[list[int]]:
+    bounds = [0, *sorted(cuts), len(rows)]
+    return [rows[a:b] for a, b in itertools.pairwise(bounds) if a < b]
+
+
+@settings(max_examples=40, deadline=None)
+@given(cuts=st.lists(st.integers(1, ROWS - 1), unique=True), seed=st.integers(0, 5))
+def test_any_cut_into_micro_batches_equals_one_large_batch(cuts: list[int], seed: int) -> None:
+    rows = list(range(ROWS))
+    whole, pieces = Problem(seed=seed), Problem(seed=seed)
+    a = _train(whole, [whole.step([rows])] * 3, clip=1.0)
+    b = _train(pieces, [pieces.step(_cut(rows, cuts))] * 3, clip=1.0)
+    torch.testing.assert_close(whole.parameters["w.A"], pieces.parameters["w.A"], rtol=1e-12, atol=1e-14)
+    assert a.loss == pytest.approx(b.loss, rel=1e-12)
+    assert (a.tokens, a.trained_tokens) == (b.tokens, b.trained_tokens)
+
+
+def test_one_step_is_the_token_weighted_gradient_by_hand() -> None:
+    problem = Problem()
+    rows = list(range(ROWS))
+    c = torch.tensor(problem.counts, dtype=torch.float64)
+    gradient = (2 * (c * -problem.y)[:, None] * problem.x).sum(0) / c.sum()
+    _train(problem, [problem.step([rows[:5], rows[5:]])])
+    torch.testing.assert_close(problem.parameters["w.A"].detach(), -0.1 * gradient)
+
+
+def test_clip_bounds_the_global_norm_and_reports_it_unclipped() -> None:
+    free, bound = Problem(), Problem()
+    seen: list[Event] = []
+    steps = [free.step([list(range(ROWS))])]
+    _train(free, steps)
+    _train(bound, steps, clip=0.01, on_event=seen.append)
+    moved = free.parameters["w.A"].detach().norm() / 0.1
+    assert float(bound.parameters["w.A"].detach().norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)
+    stepped = next(e for e in seen if isinstance(e, Stepped))
+    assert stepped.gradient_norm == pytest.approx(float(moved))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_not_finite_stops_before_the_optimizer_and_names_step_and_rows(where: str, tmp_path: Path) -> None:
+    problem = Problem()
+    saved: list[int] = []
+
+    def loss(rows: list[int]) -> Tensor:
+        value = problem.loss(rows)
+        if 7 in rows and len(saved) >= 2:
+            # sqrt has an infinite slope at zero, so that the loss is finite and its gradient is not.
+            bad = torch.tensor(math.nan) if where == "loss" else (problem.parameters["w.A"] * 0).sum().sqrt()
+            return value + bad
+        return value
+
+    def save(progress: Progress) -> Path:
+        saved.append(progress.step)
+        return tmp_path
+
+    steps = [problem.step([[0, 1], [7, 8]])] * 4
+    optimizer = make_optimizer(problem.parameters, name="sgd", learning_rate=0.01)
+    before: list[Tensor] = []
+
+    def keep(event: Event) -> None:
+        before.append(problem.parameters["w.A"].detach().clone())
+
+    with pytest.raises(TrainingError) as error:
+        train(
+            problem.parameters, steps, loss, optimizer, Schedule.of("constant", 4), save=save, save_at=range(10),
+            on_event=keep,
+        )  # fmt: skip
+    assert "step 3" in str(error.value)
+    assert where in error.value.what
+    assert "7, 8" in str(error.value.where)
+    assert ("0, 1" in str(error.value.where)) == (where == "gradient")
+    assert saved == [1, 2]
+    torch.testing.assert_close(problem.parameters["w.A"].detach(), before[-1], rtol=0, atol=0)
+
+
+def test_a_step_without_trained_tokens_is_an_error() -> None:
+    problem = Problem()
+    with pytest.raises(TrainingError, match="no trained token"):
+        _train(problem, [Step((Micro(5, 0, (3,), lambda: [3]),))])
+
+
+def test_micro_batches_without_trained_tokens_are_not_run() -> None:
+    problem = Problem()
+
+    def never() -> list[int]:
+        raise AssertionError
+
+    _train(problem, [Step((problem.micro([0, 1]), Micro(5, 0, (3,), never)))])
+
+
+def test_evaluations_happen_at_the_start_when_due_and_at_the_end() -> None:
+    problem, seen = Problem(), []
+    steps = [problem.step([list(range(ROWS))])] * 5
+    progress = _train(problem, steps, evaluate=problem.score, evaluate_at={0, 2, 4}, on_event=seen.append)
+    scores = [e for e in seen if isinstance(e, Evaluated)]
+    assert [e.step for e in scores] == [0, 2, 4, 5]
+    assert [e.best for e in scores] == [False, True, True, True]
+    assert scores[-1].loss == pytest.approx(problem.score().loss)
+    assert scores[-1].perplexity == pytest.approx(math.exp(scores[-1].loss))
+    assert (progress.best_step, progress.best_loss) == (5, scores[-1].loss)
+    assert isinstance(seen[-1], Stopped)
+    assert seen[-1].reason == "finished"
+
+
+def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path) -> None:
+    problem, seen = Problem(), []
+    losses = iter([9.0, 5.0, 3.0, 4.0, 3.5, 1.0])
+    steps = [problem.step([[0, 1]])] * 10
+    progress = _train(
+        problem, steps, evaluate=lambda stop: Score(next(losses), 1, 1), evaluate_at=range(10), patience=2,
+        save=lambda p: tmp_path / str(p.step), on_event=seen.append,
+    )  # fmt: skip
+    assert (progress.step, progress.stopped) == (4, "early stopping")
+    assert (progress.best_step, progress.best_loss) == (2, 3.0)
+    assert [e.step for e in seen if isinstance(e, Saved)] == [1, 2, 4]
+
+
+def test_evaluation_that_is_not_finite_stops() -> None:
+    problem = Problem()
+    with pytest.raises(TrainingError, match="validation loss"):
+        _train(problem, [problem.step([[0]])], evaluate=lambda stop: Score(math.nan, 1, 1))
+
+
+def test_ctrl_c_drops_the_unfinished_step_and_saves_what_is_whole(tmp_path: Path) -> None:
+    """The state saved is that of step 2, random state included, though dropout had drawn numbers in step 3."""
+    problem = Problem()
+    after: dict[int, tuple[Tensor, Tensor]] = {}
+    calls = 0
+
+    def loss(rows: list[int]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        torch.rand(3)
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return problem.loss(rows)
+
+    def keep(event: Event) -> None:
+        if isinstance(event, Stepped):
+            after[event.step] = (problem.parameters["w.A"].detach().clone(), torch.get_rng_state())
+
+    saved: list[tuple[int, Tensor, Tensor]] = []
+
+    def save(progress: Progress) -> Path:
+        saved.append((progress.step, problem.parameters["w.A"].detach().clone(), torch.get_rng_state()))
+        return tmp_path
+
+    steps = [problem.step([[0, 1], [2, 3]])] * 5
+    optimizer = make_optimizer(problem.parameters, learning_rate=0.1)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted) as error:
+        train(
+            problem.parameters, steps, loss, optimizer, Schedule.of("constant", 5), save=save, on_event=keep
+        )  # fmt: skip
+    assert error.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    [(step, values, random)] = saved
+    assert step == 2
+    assert torch.equal(values, after[2][0])
+    assert torch.equal(random, after[2][1])
+
+
+def test_ctrl_c_during_an_evaluation_saves_too(tmp_path: Path) -> None:
+    problem, saved = Problem(), []
+
+    def evaluate(stop: Callable[[], bool]) -> Score | None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return None if stop() else problem.score()
+
+    def save(progress: Progress) -> Path:
+        saved.append((progress.step, progress.evaluated))
+        return tmp_path
+
+    with pytest.raises(Interrupted):
+        _train(problem, [problem.step([[0]])], evaluate=evaluate, evaluate_at=[0], save=save)
+    assert saved == [(0, -1)]
+
+
+def test_runs_in_a_thread_where_signals_cannot_be_set() -> None:
+    problem, out = Problem(), []
+    thread = threading.Thread(target=lambda: out.append(_train(problem, [problem.step([[0, 1]])])))
+    thread.start()
+    thread.join()
+    assert out[0].step == 1
+
+
+def test_probe_runs_the_longest_and_leaves_no_trace() -> None:
+    problem, seen = Problem(), []
+    micros = [problem.micro([0]), problem.micro([0, 1, 2]), problem.micro([1])]
+    torch.manual_seed(3)
+    random = torch.get_rng_state()
+
+    def loss(rows: list[int]) -> Tensor:
+        torch.rand(2)
+        return problem.loss(rows)
+
+    event = probe(problem.parameters, micros, loss, seen.append)
+    assert event.rows == (0, 1, 2)
+    assert event.peak_memory_bytes > 0
+    assert seen == [event]
+    assert isinstance(event, Probed)
+    assert torch.equal(random, torch.get_rng_state())
+    assert problem.parameters["w.A"].grad is None
+    assert (problem.parameters["w.A"] == 0).all()
+
+
+def test_probe_finds_what_would_train_nothing() -> None:
+    problem = Problem()
+    other = torch.zeros(1, requires_grad=True)
+    with pytest.raises(PreflightError, match="no gradient"):
+        probe(problem.parameters, [problem.micro([0])], lambda rows: other.sum() * 2, lambda e: None)
+    with pytest.raises(PreflightError, match="nan"):
+        probe(problem.parameters, [problem.micro([0])], lambda rows: torch.tensor(math.nan), lambda e: None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_names_the_rows_and_the_way_out(error: Exception) -> None:
+    problem = Problem()
+
+    def loss(rows: list[int]) -> Tensor:
+        raise error
+
+    with pytest.raises(ResourceError) as caught:
+        probe(problem.parameters, [problem.micro([4, 5])], loss, lambda e: None)
+    assert "4, 5" in str(caught.value)
+    assert "activation_checkpointing" in str(caught.value.fix)
+
+
+def test_other_runtime_errors_pass_through() -> None:
+    problem = Problem()
+
+    def loss(rows: list[int]) -> Tensor:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        probe(problem.parameters, [problem.micro([0])], loss, lambda e: None)
