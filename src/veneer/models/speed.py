@@ -332,7 +332,7 @@ def _attention_forward(original: Callable[..., Any], join: _Join, out: _Join) ->
 
 
 _PRE_NORM_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
-"""h + attention(norm(h)), then h + mlp(norm(h)), and nothing else; checked on the model at hand like everything here."""
+"""h + attention(norm(h)), then h + mlp(norm(h)), and nothing else; checked on the model at hand."""
 
 
 def _swap_last_layer(model: Any, report: FastReport, undo: ExitStack) -> None:
