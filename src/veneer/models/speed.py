@@ -136,6 +136,7 @@ class _Join:
         whole = torch.cat([p.detach() for p in parameters])
         at = 0
         for p in parameters:
+            kernels.page_out(p.detach())
             p.data = whole[at : at + len(p)]
             at += len(p)
         self.weight = whole
