@@ -82,8 +82,8 @@ def joined(parts: Sequence[Projection], weight: Tensor | None = None) -> Linears
 class _Thin:
     """All pairs of a `Linears`, cast and stacked: A (Σ rank, in) and the block-diagonal s·B (Σ out, Σ rank).
 
-    u = x·Aᵀ and du = g·s·B read x and g once for all pairs. What would multiply by the zeros of s·B to no gain goes pair
-    by pair (measured on two pairs of 1536 × 16: u·(s·B)ᵀ 0.87 against 0.60 ms, gᵀ·u 1.23 against 0.81)."""
+    u = x·Aᵀ and du = g·s·B read x and g once for all pairs. What would multiply by the zeros of s·B to no gain goes
+    pair by pair (measured on two pairs of 1536 × 16: u·(s·B)ᵀ 0.87 against 0.60 ms, gᵀ·u 1.23 against 0.81)."""
 
     def __init__(self, linears: Linears, dtype: torch.dtype) -> None:
         self.pairs = linears.pairs
