@@ -1,6 +1,6 @@
 """Training a text adapter: veneer beside PEFT + transformers and TRL, the same data, in one run.
 
-    python benchmarks/text_training.py [--quick] [--json]            speed, memory, loss curves, share of the floor
+    python benchmarks/text_training.py [--quick] [--rounds 3] [--json]    speed, memory, loss curves, share of the floor
     python benchmarks/text_training.py --banking77 DIR [--seeds 0,1,2] [--peer-seeds 0] [--quick] [--json]
 
 Each side is a process of its own, one after another and never two at once, in rounds, so that a machine whose speed
@@ -237,12 +237,12 @@ def run_side(name: str, work: Path) -> dict[str, Any]:
     return result
 
 
-def speed(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def speed(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     names = [n for n in SIDES if not (quick and ("checkpointing" in n or "trl" in n))]
     if importlib.util.find_spec("trl") is None:
         say("trl is not installed: pip install -e '.[peers]'")
         names = [n for n in names if "trl" not in n]
-    rounds, steps = (1, 4) if quick else (3, 8)
+    rounds, steps = (1, 4) if quick else (rounds, 8)
     results: dict[str, list[dict[str, Any]]] = {n: [] for n in names}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -470,6 +470,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short round: does it run, not how fast")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each side runs; medians are reported")
     parser.add_argument("--banking77", type=Path, metavar="DIR", help="accuracy, time and memory on these rows instead")
     parser.add_argument("--seeds", default="0,1,2", help="veneer's seeds on banking77")
     parser.add_argument("--peer-seeds", default="0", help="PEFT's; each takes about half an hour on two cores")
@@ -492,7 +493,7 @@ def main() -> None:
         seeds, peers = ([int(s) for s in text.split(",") if s] for text in (arguments.seeds, arguments.peer_seeds))
         result = banking(arguments.banking77, seeds, peers, arguments.quick, say)
     else:
-        result = speed(arguments.quick, say)
+        result = speed(arguments.quick, arguments.rounds, say)
     print(json.dumps(result) if arguments.json else "\n".join(lines_of(result)))
 
 
