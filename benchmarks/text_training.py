@@ -311,11 +311,11 @@ def banking_veneer(folder: Path, seed: int, train_rows: int, test_rows: int) -> 
             "schedule": {"name": "linear", "epochs": 2, "warmup": 20},
         }
         start = time.perf_counter()
-        run = veneer.train(config, base=base)
+        run = veneer.train_text(config, base=base, on_event=lambda _: None)
         seconds = time.perf_counter() - start
         peak = peak_bytes()
-        table = veneer.evaluate(base, str(Path(scratch) / "test.jsonl"), adapters=[run.adapter], max_new_tokens=14)
-        scores = next(s for s in table if s.name != "base")
+        test = str(Path(scratch) / "test.jsonl")
+        scores = veneer.evaluate(base, test, {"adapter": [run.adapter]}, max_new_tokens=14, batch_size=50)["adapter"]
         return {
             "exact_match": scores.exact_match,
             "whole_call_seconds": seconds,
