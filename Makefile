@@ -14,7 +14,7 @@ TEST_FLAGS ?=
 BENCH ?= text_training
 BENCH_FLAGS ?=
 
-.PHONY: help quickstart test test-slow test-peers check format bench clean distclean
+.PHONY: help quickstart test test-slow test-peers test-gpu check format bench clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ test-slow: $(VENV)/.ready-dev ## tests that take longer, the wheel among them
 
 test-peers: $(VENV)/.ready-peers ## comparisons with other tools
 	@$(RUN) -m pytest -m peers $(TEST_FLAGS)
+
+test-gpu: $(VENV)/.ready-dev ## the same laws on a CUDA device
+	@$(RUN) -m pytest -m gpu $(TEST_FLAGS)
 
 check: $(VENV)/.ready-dev ## formatting, lint, types
 	@$(RUN) -m ruff format --check .

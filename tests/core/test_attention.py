@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from veneer.core.attention import BLOCK, RowLayout, attention, rotary_attention, rotate
+from veneer.core.attention import BLOCK, RowLayout, _sdpa, attention, rotary_attention, rotate
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
@@ -96,3 +96,15 @@ def test_every_token_has_one_place() -> None:
     assert layout.positions.tolist() == [p for n in (5, 1, 9, 8, 2, 9) for p in range(n)]
     padded = sum(g.rows * g.length for g in layout.groups)
     assert padded <= 34 / 0.75
+
+
+@pytest.mark.parametrize("window", [None, 4, 500])
+def test_what_runs_on_a_gpu_is_the_same_attention(window: int | None) -> None:
+    """The path through torch's fused attention, which picks its own kernel on each device, here on the CPU."""
+    lengths, gen = [5, 9, 40, 41, 9], torch.Generator().manual_seed(0)
+    qkv = torch.randn(104, 6 + 4, 8, dtype=torch.float64, generator=gen, requires_grad=True)
+    out = _sdpa(qkv, 2, RowLayout(lengths), 0.3, window)
+    wanted = reference(*qkv.split([6, 2, 2], 1), lengths, 0.3, window)
+    torch.testing.assert_close(out, wanted)
+    g = torch.randn(104, 6, 8, dtype=torch.float64, generator=gen)
+    torch.testing.assert_close(torch.autograd.grad(out, qkv, g), torch.autograd.grad(wanted, qkv, g))

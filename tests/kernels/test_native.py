@@ -88,3 +88,13 @@ def test_kept_memory_nests_and_ends() -> None:
     with kernels.kept_memory(), kernels.kept_memory():
         assert torch.ones(10_000_000).sum() == 10_000_000
     assert torch.ones(10_000_000).sum() == 10_000_000
+
+
+def test_paged_out_memory_reads_as_before(tmp_path: Path) -> None:
+    values = torch.arange(100_000, dtype=torch.float32)
+    (tmp_path / "file").write_bytes(values.numpy().tobytes())
+    mapped = torch.from_file(str(tmp_path / "file"), size=100_000)
+    for tensor in (values.clone(), mapped, values[:3].clone()):
+        wanted = tensor.tolist()
+        kernels.page_out(tensor)
+        assert tensor.tolist() == wanted

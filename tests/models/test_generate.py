@@ -312,3 +312,17 @@ def test_a_base_from_disk_answers_its_end_of_turn(tmp_path: Path) -> None:
     base = load_text(str(tiny_base_dir(tmp_path)))
     (done,) = complete(base, [[{"role": "user", "content": "hi"}]], max_new_tokens=5)
     assert 1 <= len(done.ids) <= 5
+
+
+@pytest.mark.gpu
+def test_on_cuda_texts_and_samples_are_the_cpus(tmp_path: Path) -> None:
+    from veneer.models.text import load_text
+
+    folder = str(tiny_base_dir(tmp_path))
+    cpu, cuda = load_text(folder, device="cpu"), load_text(folder)
+    assert cuda.device.type == "cuda"
+    assert cuda.fingerprint == cpu.fingerprint
+    for temperature in (0.0, 1.0):
+        how: dict[str, Any] = {"max_new_tokens": 12, "temperature": temperature}
+        assert generate(cuda, PROMPTS, **how) == generate(cpu, PROMPTS, **how)
+    assert load_text(folder, dtype="bfloat16").model.dtype == torch.bfloat16

@@ -12,7 +12,7 @@ from veneer.core.adapter import LoraSpec
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.models.loss import padded_loss, text_loss
-from veneer.models.speed import fast, row_layout_of
+from veneer.models.speed import fast, report_of
 
 LENGTHS = [20, 3, 37]
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -54,7 +54,8 @@ def test_loss_and_gradients_are_the_padded_reference_s(family: str, spec: dict[s
     slow = gradients(model, attachment)
     with fast(model) as how:
         assert how.rows, how.summary()
-        assert row_layout_of(model)
+        assert report_of(model) is how
+        assert how.keeps == (family in ("llama3", "mistral"))
         quick = gradients(model, attachment)
     for a, b in zip(quick, slow, strict=True):
         assert (a - b).norm() <= 3e-5 * b.norm() + 1e-7
@@ -69,7 +70,7 @@ def test_the_base_is_bit_for_bit_itself_afterwards_even_after_an_error(family: s
     wanted = model(input_ids=ids).logits
     with pytest.raises(RuntimeError, match="in the middle"), fast(model):
         raise RuntimeError("in the middle")
-    assert not row_layout_of(model)
+    assert not report_of(model).rows
     assert not any("forward" in m.__dict__ for m in model.modules())
     assert all(parameters[k] is p for k, p in model.named_parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

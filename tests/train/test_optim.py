@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -73,6 +73,7 @@ def test_unknown_and_missing_optimizers_are_named() -> None:
         make_optimizer(_pair(), learning_rate=0.1, loraplus_ratio=0.0)
 
 
+@settings(deadline=None)
 @given(
     name=st.sampled_from(SCHEDULES),
     steps=st.integers(1, 300),

@@ -440,3 +440,24 @@ def test_without_memory_for_the_longest_batch_nothing_is_written(
         _train(shared, tmp_path / "out", base)
     assert not (tmp_path / "out").exists()
     assert loop.peak_memory_bytes() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_code_trains_saves_and_resumes_on_cuda(shared: Path, tmp_path: Path) -> None:
+    """Close to the CPU's run, with memory counted on the device, and resumable."""
+    on_cuda = {"name": str(shared / "tiny-base"), "device": "cuda", "dtype": "float32"}
+    on_cpu = _train(shared, tmp_path / "cpu", adapter={"dropout": 0.0})
+    values = _values(shared, tmp_path / "cuda", adapter={"dropout": 0.0}) | {"base": on_cuda}
+    config, _ = config_from(values)
+
+    def press(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train_text(config, on_event=press)
+    result = train_text(config, resume=True, on_event=lambda event: None)
+    assert result.steps == 10
+    assert result.loss == pytest.approx(on_cpu.loss, rel=1e-3)
+    assert 0 < result.peak_memory_bytes < torch.cuda.get_device_properties(0).total_memory

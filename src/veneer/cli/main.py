@@ -61,6 +61,9 @@ class LazyGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
         except BrokenPipeError:
             _close_pipe()
             raise SystemExit(141) from None
@@ -76,27 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; always ends with SystemExit. `argv`: the arguments after the program's name."""
     try:
         _program()(args=None if argv is None else list(argv), prog_name="veneer")
-    except KeyboardInterrupt:
-        _say_stopped()
-        raise SystemExit(130) from None
-    except SystemExit as end:
-        if end.code == 130:
-            _say_stopped()
-        raise
     except Exception:
         traceback.print_exc()
         print(f"\nThis is a bug in veneer {__version__}: please report it with the lines above.", file=sys.stderr)
         raise SystemExit(1) from None
-
-
-_stopped_said = False
-
-
-def _say_stopped() -> None:
-    global _stopped_said
-    if not _stopped_said:
-        print("stopped", file=sys.stderr)
-    _stopped_said = True
 
 
 def _program() -> Any:

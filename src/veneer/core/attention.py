@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from veneer import kernels
@@ -45,7 +46,10 @@ class RowLayout:
     """How rows of the given lengths, lying one after another in N = Σ lengths tokens, are attended to.
 
     Rows of similar length go through together (a row is at most `waste` shorter than its group's longest); padding at a
-    row's end is harmless under causality, since no real token looks at a later one, and its output is dropped."""
+    row's end is harmless under causality, since no real token looks at a later one, and its output is dropped.
+    `keep`: the tokens whose output is wanted at the end of a model, None for all; for whoever can use it."""
+
+    keep: Tensor | None = None
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25) -> None:
         self.lengths = list(lengths)
@@ -256,20 +260,48 @@ class _Attention(torch.autograd.Function):
         return d_qkv, None, None, None, None, None, None
 
 
+def _sdpa(qkv: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None) -> Tensor:
+    """The same through torch's fused attention, which is the fast one on a GPU (flash attention for 16-bit heads)."""
+    heads, dim = qkv.shape[1] - 2 * kv, qkv.shape[2]
+    out = qkv.new_zeros(len(qkv), heads, dim)
+    for group in layout.groups:
+        places = qkv.new_zeros(group.rows * group.length, heads + 2 * kv, dim)
+        places = places.index_copy(0, group.slots, qkv[group.tokens]).view(group.rows, group.length, -1, dim)
+        q, k, v = places.transpose(1, 2).split([heads, kv, kv], dim=1)
+        seen = None
+        if window is not None and window < group.length:
+            place = torch.arange(group.length, device=qkv.device)
+            back = place[:, None] - place[None]
+            seen = (back >= 0) & (back < window)
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=heads != kv
+        )
+        flat = o.transpose(1, 2).reshape(group.rows * group.length, heads, dim)
+        out = out.index_copy(0, group.tokens, flat[group.slots])
+    return out
+
+
 def rotary_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, kv: int, layout: RowLayout, scale: float, window: int | None = None
 ) -> Tensor:
     """Attention of [q | k | v] heads with rotary positions in q and k. qkv: (N, heads + 2·kv, dim) → (N, heads, dim).
 
     cos, sin: (N, dim/2). `window`: a query sees itself and the window − 1 tokens before it; None: all before it.
-    Keeps the turned q, k, v and the probabilities in their dtype."""
+    Keeps the turned q, k, v and the probabilities in their dtype; off the CPU it is torch's fused attention."""
+    if qkv.device.type != "cpu":
+        q, k, v = qkv.split([qkv.shape[1] - 2 * kv, kv, kv], dim=1)
+        turned = torch.cat([_rotated(q, cos, sin, 1.0), _rotated(k, cos, sin, 1.0), v], dim=1)
+        return _sdpa(turned, kv, layout, scale, window)
     out: Tensor = _Attention.apply(qkv, cos, sin, kv, layout, scale, window)
     return out
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None = None) -> Tensor:
     """The same without rotation. q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim)."""
-    out: Tensor = _Attention.apply(torch.cat([q, k, v], 1), None, None, k.shape[1], layout, scale, window)
+    qkv = torch.cat([q, k, v], 1)
+    if qkv.device.type != "cpu":
+        return _sdpa(qkv, k.shape[1], layout, scale, window)
+    out: Tensor = _Attention.apply(qkv, None, None, k.shape[1], layout, scale, window)
     return out
 
 

@@ -82,7 +82,8 @@ def joined(parts: Sequence[Projection], weight: Tensor | None = None) -> Linears
 class _Thin:
     """All pairs of a `Linears`, cast and stacked: A (Σ rank, in) and the block-diagonal s·B (Σ out, Σ rank).
 
-    u = x·Aᵀ is read once for all; the zeros of s·B cost nothing beside the pass over y that they save."""
+    u = x·Aᵀ and du = g·s·B read x and g once for all pairs. What would multiply by the zeros of s·B to no gain goes
+    pair by pair (measured on two pairs of 1536 × 16: u·(s·B)ᵀ 0.87 against 0.60 ms, gᵀ·u 1.23 against 0.81)."""
 
     def __init__(self, linears: Linears, dtype: torch.dtype) -> None:
         self.pairs = linears.pairs
@@ -98,11 +99,18 @@ class _Thin:
 
     def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
         """[dA₁, dB₁, dA₂, …] from the output's gradient g: (N, Σ out) and du = g·s·B: (N, Σ rank)."""
-        dA, dB = du.t() @ x, g.t() @ u
+        dA = du.t() @ x
         out = []
         for p, (rows, columns) in zip(self.pairs, self.blocks, strict=True):
-            out += [dA[columns].to(p.A.dtype), dB[rows, columns].to(p.B.dtype).mul_(p.scale)]
+            dB = (u[:, columns].t() @ g[:, rows]).t()
+            out += [dA[columns].to(p.A.dtype), dB.to(p.B.dtype).mul_(p.scale)]
         return out
+
+    def add_(self, y: Tensor, u: Tensor) -> Tensor:
+        """y += u·(s·B)ᵀ"""
+        for rows, columns in self.blocks:
+            y[:, rows].addmm_(u[:, columns], self.sB[rows, columns].t())
+        return y
 
 
 def _flat(linears: Linears) -> list[Tensor]:
@@ -127,7 +135,7 @@ def _forward(x: Tensor, linears: Linears) -> tuple[Tensor, Tensor | None]:
         return y, None
     thin = _Thin(linears, x.dtype)
     u = x @ thin.A.t()
-    return y.addmm_(u, thin.sB.t()), u
+    return thin.add_(y, u), u
 
 
 def _input_gradient(g: Tensor, linears: Linears, need_dx: bool) -> tuple[Tensor | None, _Thin | None, Tensor | None]:

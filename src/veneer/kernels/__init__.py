@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["kept_memory", "load", "status", "usable"]
+__all__ = ["kept_memory", "load", "page_out", "status", "usable"]
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
@@ -161,3 +161,21 @@ def kept_memory() -> Iterator[None]:
         mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM)
         gc.collect()
         trim(0)
+
+
+_MADV_PAGEOUT = 21  # Linux 5.4
+
+
+def page_out(tensor: Tensor) -> None:
+    """Hint that nobody will read this memory soon, so that pages which only mirror a file stop counting as ours.
+
+    Weights read through a memory map stay resident as long as any of the file's tensors lives. The hint changes no
+    content: a page that is touched again is read again. Does nothing off Linux, or on a device."""
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or tensor.device.type != "cpu" or not hasattr(libc, "madvise"):
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    first = -(-tensor.data_ptr() // page) * page
+    last = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+    if last > first:
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(_MADV_PAGEOUT))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from veneer.core.attention import RowLayout
 from veneer.core.fused import token_nll
 from veneer.core.layers import LoraLinear
-from veneer.models.speed import row_layout_of
+from veneer.models.speed import report_of
 
 __all__ = ["padded_loss", "rows_loss", "text_loss"]
 
@@ -35,7 +35,7 @@ def text_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
     starts = torch.tensor([0, *lengths[:-1]], device=trained.device).cumsum(0)
     if trained[starts].any():
         raise ValueError("the first token of a row is marked as trained, but no token before it predicts it")
-    if row_layout_of(model) and not _chunked_beyond(model, max(lengths)):
+    if report_of(model).rows and not _chunked_beyond(model, max(lengths)):
         return rows_loss(model, input_ids, lengths, trained)
     return padded_loss(model, input_ids, lengths, trained)
 
@@ -43,7 +43,9 @@ def text_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
 def rows_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
     """The fast one: no padding, logits of trained positions alone. Needs `speed.fast`."""
     device = input_ids.device
+    at = trained.nonzero()[:, 0]
     layout = RowLayout(lengths, device)
+    layout.keep = at - 1 if report_of(model).keeps else None
     # A 4-d mask is passed on untouched by transformers; it keeps an N × N one from being made. The attention interface
     # of speed.py goes by the layout and does not read it.
     untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
@@ -54,8 +56,8 @@ def rows_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
         use_cache=False,
         row_layout=layout,
     )
-    at = trained.nonzero()[:, 0]
-    return head_loss(model, out.last_hidden_state[0][at - 1], input_ids[at])
+    hidden = out.last_hidden_state[0]
+    return head_loss(model, hidden if layout.keep is not None else hidden[at - 1], input_ids[at])
 
 
 def _decoder(model: Any) -> Any:

@@ -103,7 +103,7 @@ def _local(path: Path) -> Path:
 def _from_hub(name: str, path: Path, say: Callable[[str], None]) -> Path:
     """The hub's snapshot of `org/name[@revision]`. With no connection, the hub client's own cached copy."""
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     repo, _, revision = name.partition("@")
     looked = (
@@ -126,7 +126,7 @@ def _from_hub(name: str, path: Path, say: Callable[[str], None]) -> Path:
         raise BaseError(f"{repo} has no revision {revision!r}", where=looked) from error
     except RepositoryNotFoundError as error:
         raise BaseError(f"there is no base {name!r}", where=looked, fix=ways) from error
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:  # offline modes, no route, no DNS, proxies
+    except Exception as error:  # offline modes, no route, no DNS, proxies: each HTTP client has its own errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseError(
             f"there is no base {name!r} on this machine, and the hub cannot be reached",

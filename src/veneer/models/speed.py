@@ -29,7 +29,7 @@ from veneer.core.fused import Projection, gated_mlp, joined, linears, rms_norm
 from veneer.core.layers import LoraLinear
 from veneer.core.targets import base_of
 
-__all__ = ["FastReport", "fast", "row_layout_of"]
+__all__ = ["FastReport", "fast", "report_of"]
 
 _ATTENTION = "veneer_rows"
 _MARK = "_veneer_fast"
@@ -43,20 +43,22 @@ class FastReport:
     left: dict[str, str] = field(default_factory=dict)
     rows: bool = False
     """Whether rows can lie one after another without padding (checked on this very model)."""
+    keeps: bool = False
+    """Whether the last layer, after its attention, works on the tokens of `RowLayout.keep` alone."""
 
     def summary(self) -> str:
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
         text = "fast paths: " + (", ".join(parts) if parts else "none")
         text += "; rows without padding" if self.rows else "; padded rows"
+        text += "; last layer at trained tokens alone" if self.keeps else ""
         for kind, why in sorted(self.left.items()):
             text += f"; {kind} as transformers has it ({why})"
         return text + f"; {kernels.status()}"
 
 
-def row_layout_of(model: nn.Module) -> bool:
-    """Whether `model` is inside `fast` and takes rows that lie one after another."""
-    report = getattr(model, _MARK, None)
-    return isinstance(report, FastReport) and report.rows
+def report_of(model: nn.Module) -> FastReport:
+    """What `fast` did to `model`; outside of it, nothing."""
+    return getattr(model, _MARK, FastReport())
 
 
 @contextmanager
@@ -75,6 +77,8 @@ def fast(model: Any) -> Iterator[FastReport]:
         setattr(model, _MARK, report)
         undo.callback(delattr, model, _MARK)
         report.rows = _rows_agree(model, report)
+        if report.rows:
+            _swap_last_layer(model, report, undo)
         yield report
 
 
@@ -132,6 +136,7 @@ class _Join:
         whole = torch.cat([p.detach() for p in parameters])
         at = 0
         for p in parameters:
+            kernels.page_out(p.detach())
             p.data = whole[at : at + len(p)]
             at += len(p)
         self.weight = whole
@@ -320,7 +325,45 @@ def _attention_forward(original: Callable[..., Any], join: _Join, out: _Join) ->
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         qkv = linears(hidden_states, first).view(n, -1, self.head_dim)
         heads = rotary_attention(qkv, cos, sin, kv, layout, self.scaling, window)
-        return linears(heads.view(1, n, -1), last), None
+        if kwargs.get("kept_alone"):
+            heads = heads[layout.keep]
+        return linears(heads.view(1, len(heads), -1), last), None
+
+    return forward
+
+
+_PRE_NORM_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+"""h + attention(norm(h)), then h + mlp(norm(h)), and nothing else; checked on the model at hand."""
+
+
+def _swap_last_layer(model: Any, report: FastReport, undo: ExitStack) -> None:
+    """Of the last layer's output only the tokens that predict a trained one are read: with a quarter of the tokens
+    trained, 63% of one layer's work falls away."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not layers or type(layers[-1]).__name__ not in _PRE_NORM_LAYERS:
+        return
+    layer = layers[-1]
+    if "forward" not in layer.self_attn.__dict__:
+        return
+    with ExitStack() as attempt:
+        _put(layer, _kept_forward(type(layer).forward), attempt)
+        report.keeps = True
+        attempt.callback(setattr, report, "keeps", False)
+        if _rows_agree(model, report):
+            undo.push(attempt.pop_all())
+
+
+def _kept_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layout: RowLayout | None = kwargs.get("row_layout")
+        if layout is None or layout.keep is None or args:
+            return original(self, hidden_states, *args, **kwargs)
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(hidden_states=normed, kept_alone=True, **kwargs)
+        if attended.shape[1] == hidden_states.shape[1]:  # the attention had to run as transformers has it
+            attended = attended[:, layout.keep]
+        hidden_states = hidden_states[:, layout.keep] + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     return forward
 

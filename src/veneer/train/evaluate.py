@@ -29,6 +29,7 @@ from torch import Tensor
 from veneer.errors import DataError
 from veneer.models.generate import Prompt, complete
 from veneer.models.loss import text_loss
+from veneer.models.speed import fast
 from veneer.train.batches import collate
 from veneer.train.encode import Example, encode
 from veneer.train.loop import Score
@@ -107,7 +108,8 @@ def evaluate(
         for mix, spec in specs.items():
             began = time.perf_counter()
             own.use(*spec)
-            score = score_examples(base.model, encoded.examples, base.device)
+            with fast(base.model):
+                score = score_examples(base.model, encoded.examples, base.device)
             assert score is not None
             scores = Scores(len(rows), trained_tokens=score.trained)
             if score.trained:

@@ -141,7 +141,9 @@ class ConsoleView:
                 self._settings(event)
             case Checked():
                 self.console.print("\n[bold]Checked before step one[/]")
-                self.console.print(event.markup or event.text, markup=bool(event.markup), soft_wrap=True)
+                coloured = bool(event.markup) and self.console.is_terminal  # without colours the text has brackets
+                shown = event.markup if coloured else event.text
+                self.console.print(shown, markup=coloured, soft_wrap=True)
                 self.console.print()
             case Note():
                 self.console.print(event.text, markup=False, soft_wrap=True)

@@ -171,10 +171,11 @@ def chart(
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
     """Around `about` round numbers (1, 2, 2.5 or 5 times a power of ten apart) that cover [low, high]."""
+    largest = max(abs(low), abs(high))
+    if high - low <= 1e-9 * max(largest, 1e-3):  # all but flat: give it a band of its own height
+        half = max(largest / 2, 1e-6)
+        low, high = low - half, high + half
     span = high - low
-    if span <= 0:
-        span = abs(high) or 1.0
-        low, high = low - span / 2, high + span / 2
     raw = span / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))

@@ -133,7 +133,7 @@ def train_text(
         tell(settings)
         tell(Checked(report.text(), report.to_dict(), report.markup()))
         report.raise_if_stopped()
-        with _attached(config, base, recompute) as attachment:
+        with _attached(config, base, recompute, tell) as attachment:
             run = _Run(config, base, data, attachment, folder, report, settings, tell, early)
             return run.dry() if dry_run else run.train(newest, resume)
     except Interrupted as error:
@@ -390,7 +390,7 @@ def _metrics(result: RunResult) -> dict[str, Any]:
 
 
 @contextmanager
-def _attached(config: TrainConfig, base: TextBase, recompute: bool) -> Iterator[Attachment]:
+def _attached(config: TrainConfig, base: TextBase, recompute: bool, tell: Listener) -> Iterator[Attachment]:
     """The fresh adapter on the base, selected and trainable, the base in training mode on its fast paths; and all of it
     undone at the end."""
     model = base.model
@@ -412,7 +412,7 @@ def _attached(config: TrainConfig, base: TextBase, recompute: bool) -> Iterator[
                     where="memory.activation_checkpointing",
                     fix="set it to off, and batching.micro_rows lower",
                 ) from error
-        undo.enter_context(fast(model))
+        tell(Note(undo.enter_context(fast(model)).summary()))
         yield attachment
 
 

@@ -94,7 +94,7 @@ def _cards(result: RunResult, numbers: dict[str, Any], weights: int, seconds: fl
         where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
         cards.append(("Validation loss", f"{result.validation:.4f}", before + where))
     if result.loss is not None:
-        cards.append(("Training loss", f"{result.loss:.4f}", "mean over the last 20 steps"))
+        cards.append(("Training loss", f"{result.loss:.4f}", f"mean over the last {min(20, result.steps)} steps"))
     cards += [
         ("Steps", f"{result.steps:,}", result.stopped),
         ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", f"{result.tokens:,} tokens in {duration(seconds)}"),

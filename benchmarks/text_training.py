@@ -1,0 +1,500 @@
+"""Training a text adapter: veneer beside PEFT + transformers and TRL, the same data, in one run.
+
+    python benchmarks/text_training.py [--quick] [--json]            speed, memory, loss curves, share of the floor
+    python benchmarks/text_training.py --banking77 DIR [--seeds 0,1,2] [--peer-seeds 0] [--quick] [--json]
+
+Each side is a process of its own, one after another and never two at once, in rounds, so that a machine whose speed
+drifts does so for all. All start from the same adapter and see the same tokens. A side prints one JSON object.
+
+Speed: SmolLM2-135M in bfloat16, rank 16 on all seven projections, rows of 512 tokens in steps of 4, the last quarter of
+each row trained, AdamW. The floor is arithmetic: 4 · parameters · tokens (forward 2, gradient of the input 2; frozen
+weights get none) at the rate that bfloat16 products of the model's own shapes reach in the same round, median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROWS, LENGTH, RANK, ALPHA = 4, 512, 16, 32
+RATE = 2e-4
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# -- the workload ------------------------------------------------------------------------------------------------------
+
+
+def write_workload(work: Path, steps: int) -> None:
+    """The base, a first adapter in PEFT's format, and the steps' tokens, for every side to read."""
+    import torch
+
+    import veneer
+
+    base = veneer.load_base("smollm2-135m", dtype="bfloat16", device="cpu")
+    spec = veneer.LoraSpec(rank=RANK, alpha=ALPHA, targets=tuple(LINEARS))
+    veneer.save_adapter(veneer.create(base.model, spec, seed=0), work / "start", base)
+    text = (ROOT / "examples" / "tickets" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(text)
+    stream = [t for line in text for m in json.loads(line)["messages"] for t in base.tokenizer(m["content"]).input_ids]
+    need = steps * ROWS * LENGTH
+    stream = (stream * (need // len(stream) + 1))[:need]
+    torch.save(torch.tensor(stream).view(steps, ROWS, LENGTH), work / "ids.pt")
+    (work / "base").write_text(str(base.directory), encoding="utf-8")
+
+
+def workload(work: Path) -> tuple[str, Any]:
+    import torch
+
+    return (work / "base").read_text(encoding="utf-8"), torch.load(work / "ids.pt")
+
+
+def timed_steps(ids: Any, step: Callable[[Any], float]) -> dict[str, Any]:
+    losses, seconds = [], []
+    for rows in ids:
+        start = time.perf_counter()
+        losses.append(step(rows))
+        seconds.append(time.perf_counter() - start)
+    counted = seconds[1:]  # the first step also pays for first allocations
+    rate = ROWS * LENGTH / statistics.median(counted)
+    return {"tokens_per_second": rate, "seconds": seconds, "losses": losses, "peak_bytes": peak_bytes()}
+
+
+# -- the sides ---------------------------------------------------------------------------------------------------------
+
+
+def side_veneer(work: Path, native: bool = True) -> dict[str, Any]:
+    import torch
+
+    import veneer
+    from veneer.models.loss import text_loss
+    from veneer.models.speed import fast
+
+    base_path, ids = workload(work)
+    base = veneer.load_base(base_path, dtype="bfloat16", device="cpu")
+    attachment = veneer.attach(base.model)
+    attachment.add("a", veneer.load_adapter(base, work / "start"), trainable=True)
+    attachment.use("a")
+    parameters = list(attachment.parameters("a").values())
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
+    trained = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    trained[:, int(LENGTH * 0.75) :] = True
+
+    def step(rows: Any) -> float:
+        loss = text_loss(base.model, rows.flatten(), [LENGTH] * ROWS, trained.flatten()) / trained.sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    base.model.train()
+    with fast(base.model) as how:
+        return timed_steps(ids, step) | {"how": how.summary()}
+
+
+def side_peft(work: Path, mode: str) -> dict[str, Any]:
+    """PEFT and transformers with a loop by hand. mode: bf16, fp32-autocast, bf16-checkpointing."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base_path, ids = workload(work)
+    dtype = torch.float32 if mode.startswith("fp32") else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(base_path, dtype=dtype, attn_implementation="sdpa")
+    model = PeftModel.from_pretrained(model, str(work / "start"), is_trainable=True)
+    if mode.endswith("checkpointing"):
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+    model.train()
+
+    def step(rows: Any) -> float:
+        labels = rows.clone()
+        labels[:, : int(LENGTH * 0.75)] = -100
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "fp32-autocast"):
+            loss = model(input_ids=rows, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return timed_steps(ids, step)
+
+
+def side_trl(work: Path) -> dict[str, Any]:
+    """TRL's SFTTrainer as it comes: only the recipe is set, everything else is its default."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    base_path, ids = workload(work)
+    tokenizer = AutoTokenizer.from_pretrained(base_path)
+    cut = int(LENGTH * 0.75)
+    rows = [
+        {"input_ids": r.tolist(), "completion_mask": [0] * cut + [1] * (LENGTH - cut)} for step in ids for r in step
+    ]
+    seconds: list[float] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter() - self.start)
+
+        def on_log(self, _args: Any, _state: Any, _control: Any, logs: Any = None, **__: Any) -> None:
+            if logs and "loss" in logs:
+                losses.append(float(logs["loss"]))
+
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.bfloat16),
+        args=SFTConfig(
+            tempfile.mkdtemp(dir=work), max_steps=len(ids), per_device_train_batch_size=ROWS, max_length=LENGTH,
+            use_cpu=True, report_to=[], save_strategy="no", logging_steps=1, learning_rate=RATE,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS),
+        callbacks=[Clock()],
+    )  # fmt: skip
+    trainer.train()
+    rate = ROWS * LENGTH / statistics.median(seconds[1:])
+    return {"tokens_per_second": rate, "seconds": seconds, "losses": losses, "peak_bytes": peak_bytes()}
+
+
+def side_floor(work: Path) -> dict[str, Any]:
+    """The rate of bfloat16 products of the model's own shapes, both ways, over as many weights as it has layers."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(workload(work)[0])
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * config.head_dim
+    tokens = ROWS * LENGTH
+    shapes = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(mlp, hidden)] * 2 + [(hidden, mlp)]
+    layers = [[torch.randn(o, i).bfloat16() for o, i in shapes] for _ in range(config.num_hidden_layers)]
+    inputs = {n: torch.randn(tokens, n).bfloat16() for n in (hidden, mlp, kv)}
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        for layer in layers:
+            for W in layer:
+                _ = inputs[W.shape[1]] @ W.t()
+                _ = inputs[W.shape[0]] @ W
+        seconds.append(time.perf_counter() - start)
+    operations = len(layers) * sum(4 * o * i for o, i in shapes) * tokens
+    rate = operations / statistics.median(seconds[1:])
+    body = len(layers) * sum(o * i for o, i in shapes)
+    head = config.vocab_size * hidden
+    return {
+        "flops": rate,
+        "floor_all": rate / (4 * (body + head)),
+        "floor_trained_head": rate / (4 * (body + head / 4)),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+SIDES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "floor": side_floor,
+    "veneer": side_veneer,
+    "veneer, torch's operations": side_veneer,
+    "peft bf16": lambda work: side_peft(work, "bf16"),
+    "peft fp32 under bf16 autocast": lambda work: side_peft(work, "fp32-autocast"),
+    "peft bf16, checkpointing": lambda work: side_peft(work, "bf16-checkpointing"),
+    "trl as it comes": side_trl,
+}
+
+
+def run_side(name: str, work: Path) -> dict[str, Any]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    if name == "veneer, torch's operations":
+        env["VENEER_NATIVE"] = "0"
+    command = [sys.executable, "-W", "ignore", __file__, "--side", name, "--work", str(work)]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True)
+    if ran.returncode != 0:
+        raise SystemExit(f"{name} failed:\n{ran.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
+    return result
+
+
+def speed(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    names = [n for n in SIDES if not (quick and ("checkpointing" in n or "trl" in n))]
+    if importlib.util.find_spec("trl") is None:
+        say("trl is not installed: pip install -e '.[peers]'")
+        names = [n for n in names if "trl" not in n]
+    rounds, steps = (1, 4) if quick else (3, 8)
+    results: dict[str, list[dict[str, Any]]] = {n: [] for n in names}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        write_workload(work, steps)
+        for at in range(rounds):
+            for name in names:
+                results[name].append(run_side(name, work))
+                said = {k: round(v, 1) for k, v in results[name][-1].items() if isinstance(v, float)}
+                say(f"round {at + 1}: {name}: {said}")
+
+    def middle(name: str, key: str) -> float:
+        return statistics.median(r[key] for r in results[name])
+
+    timed = [n for n in names if n != "floor"]
+    rows = [row(n, "tokens_per_second", middle(n, "tokens_per_second"), "tokens/s") for n in timed]
+    rows += [row(n, "peak_memory", middle(n, "peak_bytes") / 1e9, "GB") for n in timed]
+    rows += [
+        row("floor, head at every position", "tokens_per_second", middle("floor", "floor_all"), "tokens/s"),
+        row("floor, head at trained ones", "tokens_per_second", middle("floor", "floor_trained_head"), "tokens/s"),
+        row("floor", "products", middle("floor", "flops") / 1e9, "GFLOP/s"),
+    ]
+    curves = {n: results[n][0]["losses"] for n in timed}
+    rows += [row(n, f"loss at step {i + 1}", loss, "nats") for n in timed for i, loss in enumerate(curves[n])]
+
+    tuned = [n for n in timed if n.startswith("peft")]
+    mine, best = middle("veneer", "tokens_per_second"), max(tuned, key=lambda n: middle(n, "tokens_per_second"))
+    bars = [
+        bar(f"tokens/s over the best PEFT ({best})", 3.0, mine / middle(best, "tokens_per_second")),
+        bar(f"its peak memory over {best}'s", 0.5, middle("veneer", "peak_bytes") / middle(best, "peak_bytes"), False),
+        bar("share of the floor, head at every position", 0.7, mine / middle("floor", "floor_all")),
+        bar("share of the floor, head at trained ones", 0.7, mine / middle("floor", "floor_trained_head")),
+    ]
+    if "trl as it comes" in timed:
+        bars.append(bar("tokens/s over TRL as it comes", 3.0, mine / middle("trl as it comes", "tokens_per_second")))
+    # Two PEFT runs that differ in rounding alone (bf16 base; fp32 base under autocast) say how far curves may part.
+    apart = max(abs(a - b) for a, b in zip(curves["veneer"], curves["peft bf16"], strict=True))
+    spread = max(abs(a - b) for a, b in zip(curves["peft bf16"], curves["peft fp32 under bf16 autocast"], strict=True))
+    bars.append(bar(f"furthest loss from PEFT bf16's (PEFT's own two modes: {spread:.4f})", 0.02, apart, False))
+    return report(rows, bars, {"how": results["veneer"][0]["how"], "rounds": rounds, "steps": steps})
+
+
+# -- banking77 ---------------------------------------------------------------------------------------------------------
+
+
+def banking_rows(folder: Path, name: str, count: int) -> list[list[dict[str, str]]]:
+    lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    return [json.loads(line)["messages"] for line in lines]
+
+
+def banking_veneer(folder: Path, seed: int, train_rows: int, test_rows: int) -> dict[str, Any]:
+    import veneer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, count in (("train", train_rows), ("test", test_rows)):
+            text = "".join(json.dumps({"messages": m}) + "\n" for m in banking_rows(folder, name, count))
+            (Path(scratch) / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        base = veneer.load_base("smollm2-135m", dtype="bfloat16", device="cpu")
+        config = {
+            "base": "smollm2-135m",
+            "seed": seed,
+            "output": str(Path(scratch) / "run"),
+            "adapter": {"rank": RANK, "alpha": ALPHA, "targets": LINEARS},
+            "data": {"train": str(Path(scratch) / "train.jsonl"), "split": 0},
+            "batching": {"rows": 16},
+            "optimizer": {"learning_rate": 5e-4},
+            "schedule": {"name": "linear", "epochs": 2, "warmup": 20},
+        }
+        start = time.perf_counter()
+        run = veneer.train(config, base=base)
+        seconds = time.perf_counter() - start
+        peak = peak_bytes()
+        table = veneer.evaluate(base, str(Path(scratch) / "test.jsonl"), adapters=[run.adapter], max_new_tokens=14)
+        scores = next(s for s in table if s.name != "base")
+        return {
+            "exact_match": scores.exact_match,
+            "whole_call_seconds": seconds,
+            "train_seconds": run.tokens / run.tokens_per_second,
+            "tokens": run.tokens,
+            "peak_bytes": peak,
+        }
+
+
+def banking_peft(folder: Path, seed: int, train_rows: int, test_rows: int) -> dict[str, Any]:
+    """The same recipe with PEFT and transformers, tuned by hand: padded to the longest row of each batch."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import veneer
+
+    path = str(veneer.load_base("smollm2-135m").directory)
+    torch.manual_seed(seed)
+    tok = AutoTokenizer.from_pretrained(path)
+
+    def encode(messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        prompt = tok.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+        whole = tok(prompt + messages[-1]["content"] + "<|im_end|>", add_special_tokens=False).input_ids
+        given = len(tok(prompt, add_special_tokens=False).input_ids)
+        return whole, [-100] * given + whole[given:]
+
+    data = [encode(m) for m in banking_rows(folder, "train", train_rows)]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0)
+    epochs, rows = 2, 16
+    steps = epochs * (len(data) // rows)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 20) * (1 - s / steps))
+    tokens, start = 0, time.perf_counter()
+    for epoch in range(epochs):
+        order = list(range(len(data)))
+        random.Random(seed * 1000 + epoch).shuffle(order)
+        for i in range(0, len(order) - rows + 1, rows):
+            batch = [data[j] for j in order[i : i + rows]]
+            longest = max(len(x) for x, _ in batch)
+            ids = torch.tensor([x + [2] * (longest - len(x)) for x, _ in batch])
+            labels = torch.tensor([y + [-100] * (longest - len(y)) for _, y in batch])
+            mask = torch.tensor([[1] * len(x) + [0] * (longest - len(x)) for x, _ in batch])
+            model(input_ids=ids, labels=labels, attention_mask=mask).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            tokens += sum(len(x) for x, _ in batch)
+    seconds, peak = time.perf_counter() - start, peak_bytes()
+    model.eval()
+    tok.padding_side, tok.pad_token_id = "left", 2
+    right, test = 0, banking_rows(folder, "test", test_rows)
+    with torch.inference_mode():
+        for i in range(0, len(test), 50):
+            part = test[i : i + 50]
+            prompts = [tok.apply_chat_template(m[:-1], add_generation_prompt=True, tokenize=False) for m in part]
+            given = tok(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+            out = model.generate(**given, max_new_tokens=14, do_sample=False, pad_token_id=2)
+            answers = tok.batch_decode(out[:, given.input_ids.shape[1] :], skip_special_tokens=True)
+            right += sum(a.strip() == m[-1]["content"] for a, m in zip(answers, part, strict=True))
+    return {"exact_match": right / len(test), "train_seconds": seconds, "tokens": tokens, "peak_bytes": peak}
+
+
+def banking(
+    folder: Path, seeds: list[int], peer_seeds: list[int], quick: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    if not (folder / "train.jsonl").exists():
+        raise SystemExit(f"no train.jsonl in {folder}: this benchmark needs the banking77 rows")
+    train_rows, test_rows = (320, 50) if quick else (5000, 500)
+    results: dict[str, list[dict[str, Any]]] = {"veneer": [], "peft": []}
+    order = [("veneer", s) for s in seeds] + [("peft", s) for s in peer_seeds]
+    for side, seed in sorted(order, key=lambda pair: (pair[1], pair[0])):
+        argument = json.dumps([side, str(folder), seed, train_rows, test_rows])
+        env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TQDM_DISABLE": "1"}
+        command = [sys.executable, "-W", "ignore", __file__, "--banking-side", argument]
+        ran = subprocess.run(command, env=env, capture_output=True, text=True)
+        if ran.returncode != 0:
+            raise SystemExit(f"{side} failed:\n{ran.stderr[-3000:]}")
+        results[side].append(json.loads(ran.stdout.strip().splitlines()[-1]) | {"seed": seed})
+        say(f"{side}, seed {seed}: {results[side][-1]}")
+    rows = []
+    for side, runs in results.items():
+        for run in runs:
+            name = f"{side}, seed {run['seed']}"
+            rows += [
+                row(name, "exact_match", 100 * run["exact_match"], "%"),
+                row(name, "train_time", run["train_seconds"], "s"),
+                row(name, "peak_memory", run["peak_bytes"] / 1e9, "GB"),
+            ]
+    bars = []
+    if results["veneer"] and results["peft"]:
+
+        def mean(side: str, key: str) -> float:
+            return statistics.mean(r[key] for r in results[side])
+
+        bars = [
+            bar("points below PEFT", 1.0, 100 * (mean("peft", "exact_match") - mean("veneer", "exact_match")), False),
+            bar(
+                "train time over PEFT's", 1 / 3, mean("veneer", "train_seconds") / mean("peft", "train_seconds"), False
+            ),
+            bar("peak memory over PEFT's", 0.5, mean("veneer", "peak_bytes") / mean("peft", "peak_bytes"), False),
+        ]
+    return report(rows, bars, {"train_rows": train_rows, "test_rows": test_rows})
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def row(name: str, metric: str, value: float, unit: str) -> dict[str, Any]:
+    return {"name": name, "metric": metric, "value": round(value, 4), "unit": unit}
+
+
+def bar(name: str, want: float, got: float, at_least: bool = True) -> dict[str, Any]:
+    ok = got >= want if at_least else got <= want
+    return {"name": name, "want": f"{'≥' if at_least else '≤'} {want:.3g}", "got": round(got, 4), "ok": ok}
+
+
+def report(rows: list[dict[str, Any]], bars: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    cpu = ""
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    versions = {n: _version(n) for n in ("torch", "transformers", "peft", "trl")}
+    machine = {"cpu": cpu, "threads": torch.get_num_threads(), **versions, **about}
+    return {"machine": machine, "rows": rows, "bars": bars}
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def lines_of(result: dict[str, Any]) -> Iterator[str]:
+    yield ", ".join(f"{k} {v}" for k, v in result["machine"].items())
+    width = max(len(r["name"]) for r in result["rows"])
+    for r in result["rows"]:
+        yield f"{r['name']:<{width}}  {r['metric']:<18} {r['value']:>12,.3f} {r['unit']}"
+    for b in result["bars"]:
+        yield f"{'ok  ' if b['ok'] else 'MISS'} {b['name']}: want {b['want']}, got {b['got']}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one short round: does it run, not how fast")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--banking77", type=Path, metavar="DIR", help="accuracy, time and memory on these rows instead")
+    parser.add_argument("--seeds", default="0,1,2", help="veneer's seeds on banking77")
+    parser.add_argument("--peer-seeds", default="0", help="PEFT's; each takes about half an hour on two cores")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--banking-side", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(SIDES[arguments.side](arguments.work)))
+        return
+    if arguments.banking_side:
+        side, folder, *rest = json.loads(arguments.banking_side)
+        print(json.dumps((banking_veneer if side == "veneer" else banking_peft)(Path(folder), *rest)))
+        return
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if arguments.banking77:
+        seeds, peers = ([int(s) for s in text.split(",") if s] for text in (arguments.seeds, arguments.peer_seeds))
+        result = banking(arguments.banking77, seeds, peers, arguments.quick, say)
+    else:
+        result = speed(arguments.quick, say)
+    print(json.dumps(result) if arguments.json else "\n".join(lines_of(result)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The command line itself: lazy, and every way to end has its exit code and its words."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import time
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import veneer
+from tests.cli.run import run
+from veneer.cli import main as module
+from veneer.errors import Interrupted, VeneerError
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`veneer probe` raises or returns what the test sets on the fixture."""
+    probe: Any = ModuleType("probe")
+    probe.error = None
+
+    def act() -> None:
+        """Probe."""
+        if probe.error is not None:
+            raise probe.error
+        print("done")
+
+    probe.command = act
+    monkeypatch.setitem(sys.modules, "probe", probe)
+    monkeypatch.setitem(module.COMMANDS, "probe", ("probe", "Probe."))
+    return probe
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names its own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (None, 0, []),
+        (
+            VeneerError("it broke", where="line 3", fix="mend it"),
+            2,
+            ["error: it broke", "where: line 3", "fix: mend it"],
+        ),
+        (Interrupted("stopped at step 7", fix="resume with --resume"), 130, ["stopped at step 7", "--resume"]),
+        (KeyboardInterrupt(), 130, ["stopped"]),
+        (OSError(errno.ENOSPC, "No space left on device", "/big/file"), 2, ["the disk is full", "/big/file"]),
+        (RuntimeError("IoError: No space left on device (os error 28)"), 2, ["the disk is full"]),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, ["no right", "/root/x"]),
+        (MemoryError(), 2, ["memory is exhausted"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, ["memory is exhausted"]),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 2, ["GPU's memory"]),
+    ],
+)
+def test_every_end_has_its_code_and_words(capsys: Any, command: Any, error: Any, code: int, says: list[str]) -> None:
+    command.error = error
+    ran = run(capsys, "probe")
+    assert ran.code == code
+    assert ran.out == ("" if error else "done\n")
+    assert all(words in ran.err for words in says)
+    assert "Traceback" not in ran.err
+    assert ran.err.count("stopped") <= 1
+
+
+def test_a_bug_keeps_its_traceback(capsys: Any, command: Any) -> None:
+    command.error = ZeroDivisionError("oh")
+    ran = run(capsys, "probe")
+    assert ran.code == 1
+    assert "ZeroDivisionError: oh" in ran.err
+    assert "bug in veneer" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["trian"], "train"), (["generate", "--temprature", "1"], "--temperature"), (["base", "get"], "name")],
+)
+def test_a_misspelt_command_or_option_is_named_with_the_nearest(capsys: Any, arguments: list[str], says: str) -> None:
+    ran = run(capsys, *arguments)
+    assert ran.code == 2
+    assert says in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_help_lists_every_command_with_its_line(capsys: Any) -> None:
+    ran = run(capsys, "--help")
+    assert ran.code == 0
+    for name, (_, line) in module.COMMANDS.items():
+        assert name in ran.out
+        assert line in ran.out
+
+
+def test_version(capsys: Any) -> None:
+    assert run(capsys, "--version").out == f"veneer {veneer.__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["base", "generate"])
+def test_each_command_shows_an_example(capsys: Any, name: str) -> None:
+    ran = run(capsys, name, "--help") if name != "base" else run(capsys, name, "get", "--help")
+    assert ran.code == 0
+    assert f"Example: veneer {name}" in ran.out
+
+
+def test_help_is_fast_and_loads_nothing_heavy() -> None:
+    code = """
+import sys
+from veneer.cli.main import main
+for arguments in (["--help"], ["generate", "--help"], ["base", "show", "--help"], ["--version"]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert not end.code
+heavy = {"torch", "transformers", "numpy", "datasets", "huggingface_hub"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    start = time.perf_counter()
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert time.perf_counter() - start < 5  # about 0.4 s for all four on an idle machine
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path: Any) -> None:
+    code = "from veneer.cli.main import main; main(['base', 'list'])"
+    ran = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; "{sys.executable}" -u -c "{code}" | true'],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in ran.stderr
+    assert ran.returncode in (0, 141)

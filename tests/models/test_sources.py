@@ -1,0 +1,137 @@
+"""A name becomes a directory, or one error that says where was looked and what else there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.tiny_base import tiny_base_dir
+from veneer.errors import BaseError
+from veneer.models.home import bases_home, veneer_home
+from veneer.models.sources import find, known_bases
+from veneer.models.text import load_text
+
+WAYS = ("smollm2-135m", "directory", ".gguf")  # what works without a hub, in every error of a base not found
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+def test_home_is_the_environments_or_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    assert veneer_home() == tmp_path
+    monkeypatch.setenv("VENEER_HOME", "")
+    assert veneer_home() == Path.home() / ".veneer"
+    monkeypatch.setenv("VENEER_HOME", "~/elsewhere")
+    assert veneer_home() == Path.home() / "elsewhere"
+
+
+def test_a_directory_by_path_and_a_base_under_the_home_by_name(home: Path) -> None:
+    folder = tiny_base_dir(home.parent)
+    assert find(str(folder)) == folder
+    assert find("./tiny-base").resolve() == folder
+    bases_home().mkdir(parents=True)
+    folder.rename(bases_home() / "mine")
+    assert find("mine") == bases_home() / "mine"
+    assert [b.name for b in known_bases()] == ["smollm2-135m", "mine"]
+    assert [b.here for b in known_bases()] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "name", ["./nothing", "/no/such/base", "~/no-such-base", "model.gguf", "what is this?", "a/b/c"]
+)
+def test_a_path_that_is_not_there_is_never_asked_of_a_hub(
+    home: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked a hub"))
+    with pytest.raises(BaseError, match="there is no base") as caught:
+        find(name)
+    assert all(way in (caught.value.fix or "") for way in WAYS)
+
+
+def test_the_nearest_name_is_offered(home: Path) -> None:
+    tiny_base_dir(home.parent)
+    with pytest.raises(BaseError, match=r"did you mean tiny-base\?"):
+        find("./tiny-bse")
+    with pytest.raises(BaseError, match=r"did you mean smollm2-135m\?"):
+        find("smolm2-135")
+
+
+def test_with_no_hub_the_error_says_where_it_looked_and_what_else_there_is(home: Path) -> None:
+    with pytest.raises(BaseError, match="the hub cannot be reached") as caught:
+        find("some/model")
+    where, fix = caught.value.where or "", caught.value.fix or ""
+    assert str(home.parent / "some/model") in where
+    assert "https://" in where
+    assert str(home) in where
+    assert all(way in fix for way in WAYS)
+
+
+def _answers(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+
+
+def test_what_the_hub_answers_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    reply: Any = SimpleNamespace(headers={}, request=None)
+    _answers(monkeypatch, GatedRepoError("gated", response=reply))
+    with pytest.raises(BaseError, match=r"gated[\s\S]*hf auth login"):
+        find("some/model")
+    _answers(monkeypatch, RepositoryNotFoundError("404", response=reply))
+    with pytest.raises(BaseError, match="there is no base 'some/model'"):
+        find("some/model")
+    _answers(monkeypatch, RevisionNotFoundError("404", response=reply))
+    with pytest.raises(BaseError, match="no revision 'v9'"):
+        find("some/model@v9")
+    _answers(monkeypatch, Exception("no route"))
+    with pytest.raises(BaseError, match="no route"):
+        find("some/model")
+
+
+def test_a_base_in_the_hubs_cache_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, repo = "0" * 40, home / "hub" / "models--some--model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "snapshots").mkdir()
+    tiny_base_dir(home.parent).rename(repo / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+    assert load_text("some/model").directory == repo / "snapshots" / commit
+
+
+def test_directories_that_are_no_base_say_what_they_are(home: Path) -> None:
+    work = home.parent
+    adapter = work / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(BaseError, match="an adapter, not a base"):
+        find("./adapter")
+    (work / "empty").mkdir()
+    with pytest.raises(BaseError, match=r"no config\.json"):
+        find("./empty")
+    tiny_base_dir(work / "empty")
+    with pytest.raises(BaseError, match=r"did you mean empty/tiny-base\?"):
+        find("./empty")
+    (work / "two").mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (work / "two" / name).write_bytes(b"GGUF")
+    with pytest.raises(BaseError, match="2 GGUF files"):
+        find("./two")
+    (work / "notes.txt").write_text("x")
+    with pytest.raises(BaseError, match="another file"):
+        find("./notes.txt")
+
+
+def test_only_built_in_bases_are_made_from_a_file(home: Path) -> None:
+    with pytest.raises(BaseError, match="not a built-in"):
+        find("mine", source=Path("x.whl"))
