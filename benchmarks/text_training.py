@@ -18,24 +18,21 @@ import importlib.util
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from _report import bar, lines_of, peak_bytes, report, row
 
 ROOT = Path(__file__).resolve().parents[1]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS, LENGTH, RANK, ALPHA = 4, 512, 16, 32
 RATE = 2e-4
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # -- the workload ------------------------------------------------------------------------------------------------------
@@ -422,48 +419,6 @@ def banking(
             bar("peak memory over PEFT's", 0.5, mean("veneer", "peak_bytes") / mean("peft", "peak_bytes"), False),
         ]
     return report(rows, bars, {"train_rows": train_rows, "test_rows": test_rows})
-
-
-# -- the report --------------------------------------------------------------------------------------------------------
-
-
-def row(name: str, metric: str, value: float, unit: str) -> dict[str, Any]:
-    return {"name": name, "metric": metric, "value": round(value, 4), "unit": unit}
-
-
-def bar(name: str, want: float, got: float, at_least: bool = True) -> dict[str, Any]:
-    ok = got >= want if at_least else got <= want
-    return {"name": name, "want": f"{'≥' if at_least else '≤'} {want:.3g}", "got": round(got, 4), "ok": ok}
-
-
-def report(rows: list[dict[str, Any]], bars: list[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    cpu = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    versions = {n: _version(n) for n in ("torch", "transformers", "peft", "trl")}
-    machine = {"cpu": cpu, "threads": torch.get_num_threads(), **versions, **about}
-    return {"machine": machine, "rows": rows, "bars": bars}
-
-
-def _version(name: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def lines_of(result: dict[str, Any]) -> Iterator[str]:
-    yield ", ".join(f"{k} {v}" for k, v in result["machine"].items())
-    width = max(len(r["name"]) for r in result["rows"])
-    for r in result["rows"]:
-        yield f"{r['name']:<{width}}  {r['metric']:<18} {r['value']:>12,.3f} {r['unit']}"
-    for b in result["bars"]:
-        yield f"{'ok  ' if b['ok'] else 'MISS'} {b['name']}: want {b['want']}, got {b['got']}"
 
 
 def main() -> None:
