@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from veneer.core.attention import RowLayout
 from veneer.core.fused import token_nll
-from veneer.core.layers import LoraLinear
-from veneer.models.speed import report_of
+from veneer.models.speed import projection_of, report_of
 
 __all__ = ["padded_loss", "rows_loss", "text_loss"]
 
@@ -80,12 +79,8 @@ def padded_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: 
 def head_loss(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """Σ −log softmax(head(hidden))[target]. hidden: (M, d), targets: (M,)."""
     head = model.get_output_embeddings()
-    plain = head.projection() if isinstance(head, LoraLinear) else None
-    weight: Tensor | None = None
-    if plain is not None and plain.A is None and plain.bias is None:
-        weight = plain.weight
-    elif type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and not head._forward_hooks:
-        weight = head.weight
+    plain = projection_of(head)
+    weight = plain.weight if plain is not None and plain.A is None and plain.bias is None else None
     if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype:
         return token_nll(hidden, weight, targets)
     total = hidden.new_zeros((), dtype=torch.float32)

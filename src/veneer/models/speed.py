@@ -29,7 +29,7 @@ from veneer.core.fused import Projection, gated_mlp, joined, linears, rms_norm
 from veneer.core.layers import LoraLinear
 from veneer.core.targets import base_of
 
-__all__ = ["FastReport", "fast", "report_of"]
+__all__ = ["FastReport", "fast", "projection_of", "report_of"]
 
 _ATTENTION = "veneer_rows"
 _MARK = "_veneer_fast"
@@ -104,7 +104,7 @@ def _probe(*shape: int, like: Tensor) -> Tensor:
     return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
 
-def _projection(module: nn.Module) -> Projection | None:
+def projection_of(module: nn.Module) -> Projection | None:
     """What a linear module is now, or None if it has to be called."""
     if isinstance(module, LoraLinear):
         return module.projection()
@@ -149,7 +149,7 @@ class _Join:
 
     def linears(self) -> Any:
         """The joined projections with the pairs that act now, or None if some module has to be called."""
-        parts = [_projection(m) for m in self.modules]
+        parts = [projection_of(m) for m in self.modules]
         known = [p for p in parts if p is not None]
         if len(known) != len(parts):
             return None
