@@ -1,4 +1,4 @@
-"""What an adapter is: pairs, full modules, token rows, and a card.
+"""What an adapter is: pairs, deltas of other forms, full modules, token rows, and a card.
 
     y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ        W: (out, in) frozen    A: (rank, in)    B: (out, rank)    s = scale_of(alpha, rank)
 
@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from veneer.core.forms import Delta
 
 __all__ = ["Adapter", "Card", "Kind", "LoraSpec", "Mix", "Pair", "TokenRows", "scale_of"]
 
@@ -49,7 +51,8 @@ class Pair:
     `is_transposed`. So PEFT reads it, which makes its files a matter of shape alone. Llama 4 stores the transpose and
     does not say so: there A is (experts, rank, last dimension) all the same, and s·B·A is a delta of the right shape.
 
-    `magnitude` is DoRA's m, (out,) (arXiv 2402.09353). `origin` is a frozen (A₀, B₀) whose product is subtracted, so
+    `magnitude` is DoRA's m (arXiv 2402.09353): (out,), a norm for each output, as in the paper's code and PEFT; or
+    (1, in, 1…), a norm for each input, as LyCORIS and OneTrainer have written it (see core.forms). `origin` is a frozen (A₀, B₀) whose product is subtracted, so
     that an initialisation taken from W (PiSSA, OLoRA) starts at delta zero on an untouched base:
     ΔW = s·(B·A − B₀·A₀); `collapsed()` writes the same delta as one pair of twice the rank.
     """
@@ -144,6 +147,10 @@ class Adapter:
 
     `modules`: module name -> {parameter name: tensor}, full copies that replace the base's while attached.
     For `experts` the key of `pairs` is the parameter's name (`…experts.gate_up_proj`).
+    `deltas`: parameter name (`….weight`, `….bias`) -> a change of it that is no pair. A module may have both; each is
+    relative to the base's weight, and they add up.
+    `new_tokens`: embedding name -> {token as text: its vector or vectors (n, dim)}, learned words that the base's
+    tokenizer does not have yet (textual inversion). They act once they have ids, as token rows.
     """
 
     pairs: dict[str, Pair] = field(default_factory=dict)
@@ -152,6 +159,8 @@ class Adapter:
     card: Card = field(default_factory=Card)
     rslora: bool = False
     dropout: float = 0.0
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    new_tokens: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under a stable name, sorted."""
@@ -163,6 +172,12 @@ class Adapter:
                 yield f"{name}={part}", self.modules[name][part]
         for name in sorted(self.token_rows):
             yield f"{name}#rows", self.token_rows[name].rows
+        for name in sorted(self.deltas):
+            for part, tensor in self.deltas[name].tensors():
+                yield f"{name}~{part}", tensor
+        for name in sorted(self.new_tokens):
+            for token in sorted(self.new_tokens[name]):
+                yield f"{name}+{token}", self.new_tokens[name][token]
 
     def collapsed(self) -> Adapter:
         """The same effect without any `origin`: what is written to files and what `digest` is of."""
@@ -177,7 +192,16 @@ class Adapter:
             pairs[name] = Pair(change(p.A), change(p.B), p.scale, p.kind, magnitude, origin)
         modules = {name: {k: change(t) for k, t in tensors.items()} for name, tensors in self.modules.items()}
         rows = {name: TokenRows(r.indices, change(r.rows)) for name, r in self.token_rows.items()}
-        return replace(self, pairs=pairs, modules=modules, token_rows=rows)
+        deltas = {
+            name: replace(
+                d,
+                parts={k: change(t) for k, t in d.parts.items()},
+                magnitude=None if d.magnitude is None else change(d.magnitude),
+            )
+            for name, d in self.deltas.items()
+        }
+        words = {name: {k: change(t) for k, t in own.items()} for name, own in self.new_tokens.items()}
+        return replace(self, pairs=pairs, modules=modules, token_rows=rows, deltas=deltas, new_tokens=words)
 
     def size_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for _, t in self.tensors())
@@ -195,4 +219,7 @@ class Adapter:
             h.update(f"{name}|scale|{float(self.pairs[name].scale)!r}\0".encode())
         for name in sorted(self.token_rows):
             h.update(f"{name}|indices|{self.token_rows[name].indices}\0".encode())
+        for name in sorted(self.deltas):
+            d = self.deltas[name]
+            h.update(f"{name}|{d.form}|{tuple(d.shape)}|{d.scale!r}|{d.rows}|{tuple(d.whole)}\0".encode())
         return "sha256:" + h.hexdigest()

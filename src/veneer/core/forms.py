@@ -1,0 +1,134 @@
+"""Changes of one parameter that are no pair, kept in the exact form they were made in.
+
+| form      | parts                                                          | product P                              |
+| dense     | value                                                          | value                                  |
+| hadamard  | a1 (out, r) b1 (r, n) a2 (out, r) b2 (r, n)                    | (a1·b1) ⊙ (a2·b2)         LoHa         |
+|           | the same with cores t1, t2 (r, r, k…), n = in                  | each factor aᵢ, tᵢ, bᵢ as below        |
+| kronecker | w1, or a1·b1; w2, or a2·b2, or a2, b2 with the core t2         | w1 ⊗ w2                   LoKr         |
+| gain      | value (out,) or (1, in)                                        | W ⊙ value                 (IA)³        |
+
+    ΔW = s·P        with a magnitude m:  ΔW = m/‖W + s·P‖ · (W + s·P) − W
+
+A core t (p, q, k…) of a convolution stands for Σ_pq a[o,p]·t[p,q,k…]·b[q,i]. m is (out,): one norm for each output, over
+the rest; or (1, in, …): one norm for each input. Sources: LyCORIS (arXiv 2309.14859), LoHa (arXiv 2108.06098), LoKr
+(arXiv 2212.10650), (IA)³ (arXiv 2205.05638), DoRA (arXiv 2402.09353). Knows tensors; not modules, not files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Delta", "Form", "change_of", "delta_of", "norm_along", "part_problems", "product_of", "tucker"]
+
+Form = Literal["dense", "hadamard", "kronecker", "gain"]
+
+_PARTS: Mapping[Form, list[set[str]]] = {
+    "dense": [{"value"}],
+    "gain": [{"value"}],
+    "hadamard": [{"a1", "b1", "a2", "b2"}, {"a1", "b1", "a2", "b2", "t1", "t2"}],
+    "kronecker": [one | two for one in ({"w1"}, {"a1", "b1"}) for two in ({"w2"}, {"a2", "b2"}, {"a2", "b2", "t2"})],
+}
+
+
+@dataclass
+class Delta:
+    """A change of one parameter. `shape` is the parameter's, () for a gain, which fits any.
+
+    `rows`: only these rows [begin, end) of the product count: a part of a fused projection whose form cannot be split."""
+
+    form: Form
+    parts: dict[str, Tensor]
+    shape: tuple[int, ...] = ()
+    scale: float = 1.0
+    magnitude: Tensor | None = None
+    rows: tuple[int, int] | None = None
+    whole: tuple[int, ...] = field(default=())
+    """The shape before `rows` were taken; () where none are."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from sorted(self.parts.items())
+        if self.magnitude is not None:
+            yield "magnitude", self.magnitude
+
+
+def tucker(a: Tensor, core: Tensor, b: Tensor) -> Tensor:
+    """Σ_pq a[o,p]·core[p,q,k…]·b[q,i] as (out, in, k…)."""
+    return torch.einsum("op,pq...,qi->oi...", a, core, b)
+
+
+def product_of(delta: Delta) -> Tensor:
+    """s·P in `delta.shape`, float32 (float64 for float64 parts). Not for a gain, which has no product without W."""
+    p = {name: t if t.dtype == torch.float64 else t.float() for name, t in delta.parts.items()}
+    whole = delta.whole or delta.shape
+    if delta.form == "dense":
+        out = p["value"]
+    elif delta.form == "hadamard":
+        out = _factor(p, "1", whole) * _factor(p, "2", whole)
+    elif delta.form == "kronecker":
+        w1, w2 = _factor(p, "1"), _factor(p, "2")
+        out = torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - w1.ndim)), w2.contiguous())
+    else:
+        raise ValueError("a gain has no product without W")
+    out = out.reshape(whole)
+    if delta.rows is not None:
+        out = out[delta.rows[0] : delta.rows[1]]
+    return out * delta.scale
+
+
+def _factor(p: Mapping[str, Tensor], n: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    if f"w{n}" in p:
+        return p[f"w{n}"]
+    a, b = p[f"a{n}"], p[f"b{n}"]
+    out = tucker(a, p[f"t{n}"], b) if f"t{n}" in p else a @ b.flatten(1)
+    return out if shape is None else out.reshape(shape)
+
+
+def norm_along(weight: Tensor, magnitude: Tensor) -> Tensor:
+    """‖weight‖ for each output where the magnitude is (out,), for each input where it is (1, in, …); shaped so that it
+    divides the weight."""
+    axis = 0 if magnitude.ndim == 1 else 1
+    others = [d for d in range(weight.ndim) if d != axis]
+    return torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+
+
+def change_of(weight: Tensor, product: Tensor, magnitude: Tensor | None) -> Tensor:
+    """ΔW of W and s·P, all (out, in, k…): s·P itself, or DoRA's m/‖W + s·P‖·(W + s·P) − W."""
+    if magnitude is None:
+        return product
+    W = weight.to(product.dtype)
+    new = W + product
+    m = magnitude.to(product.dtype)
+    m = m.reshape(-1, *[1] * (W.ndim - 1)) if m.ndim == 1 else m.reshape(1, -1, *[1] * (W.ndim - 2))
+    return new * (m / norm_along(new, magnitude)) - W
+
+
+def delta_of(weight: Tensor, delta: Delta) -> Tensor:
+    """ΔW of `delta` on W, in W's shape, float32."""
+    if delta.form == "gain":
+        W, g = weight if weight.dtype == torch.float64 else weight.float(), delta.parts["value"]
+        g = g.reshape(-1, *[1] * (W.ndim - 1)) if g.ndim == 1 else g.reshape(1, -1, *[1] * (W.ndim - 2))
+        return W * g.to(W.dtype) * delta.scale
+    return change_of(weight, product_of(delta), delta.magnitude)
+
+
+def part_problems(delta: Delta) -> list[str]:
+    """What is wrong with the parts of a delta by themselves, one line each."""
+    have = set(delta.parts)
+    if have not in _PARTS[delta.form]:
+        want = " or ".join(", ".join(sorted(p)) for p in _PARTS[delta.form])
+        return [f"{delta.form} of {', '.join(sorted(have)) or 'nothing'}, expected {want}"]
+    if delta.form == "gain":
+        return [] if not delta.rows and delta.magnitude is None else ["a gain with rows or a magnitude"]
+    meta = Delta(
+        delta.form, {n: t.to("meta") for n, t in delta.parts.items()}, delta.shape, 1.0, None, delta.rows, delta.whole
+    )
+    try:
+        shape = tuple(product_of(meta).shape)
+    except (RuntimeError, ValueError) as error:
+        return [f"parts {', '.join(f'{n} {tuple(t.shape)}' for n, t in sorted(delta.parts.items()))} do not fit: {error}"]
+    return [] if shape == tuple(delta.shape) else [f"the parts give {shape}, the delta says {tuple(delta.shape)}"]
