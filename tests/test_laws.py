@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from veneer.core import Adapter, LoraSpec, Pair, attach, create, delta, merged_state
 from veneer.core.adapter import alpha_of, scale_of
+from veneer.core.forms import Delta
 
 settings.register_profile("laws", max_examples=60, deadline=None, derandomize=True)
 settings.load_profile("laws")
@@ -27,6 +29,8 @@ class Case:
         self.kind = draw(st.sampled_from(["linear", "embedding", "conv1d", "conv2d", "grouped", "experts"]))
         self.rank = draw(st.integers(1, 4))
         self.dora = self.kind != "experts" and draw(st.booleans())
+        self.by_input = self.dora and self.kind != "embedding" and draw(st.booleans())
+        self.form = None if self.kind == "experts" else draw(st.sampled_from([None, *FORMS]))
         self.init = draw(st.sampled_from(["zero-b", "gaussian", "pissa", "olora"]))
         bias = draw(st.booleans())
         i, o = draw(st.integers(4, 7)), draw(st.integers(4, 7))
@@ -65,11 +69,49 @@ class Case:
         return create(self.model, spec, seed=0, dtype=torch.float64)
 
     def trained(self) -> Adapter:
-        return self.fresh().mapped(lambda t: t + 0.5 * torch.randn(t.shape, generator=self.generator, dtype=t.dtype))
+        """Every tensor moved; DoRA's norm by output or by input; a delta of some form beside the pair."""
+        g = self.generator
+        out = self.fresh().mapped(lambda t: t + 0.5 * torch.randn(t.shape, generator=g, dtype=t.dtype))
+        module = self.model["m"]
+        if self.by_input:
+            shape = (1, module.weight.shape[1], *[1] * (module.weight.ndim - 2))
+            pair = out.pairs["m"]
+            pair.magnitude = torch.rand(shape, generator=g, dtype=torch.float64) + 0.5
+        if self.form is not None:
+            out.deltas["m.weight"] = random_delta(self.form, tuple(module.weight.shape), g)
+            if getattr(module, "bias", None) is not None:
+                out.deltas["m.bias"] = random_delta("dense", tuple(module.bias.shape), g)
+        return out
 
     def __call__(self, model: nn.Module | None = None) -> Tensor:
         out: Tensor = (model or self.model)["m"](self.x)
         return out
+
+
+FORMS = ("dense", "hadamard", "kronecker", "gain", "gain by input", "rows")
+
+
+def random_delta(form: str, shape: tuple[int, ...], g: torch.Generator) -> Delta:
+    """A delta of a parameter of this shape; "rows" is a Kronecker product of which only some rows count."""
+
+    def make(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    out, rest = shape[0], shape[1:]
+    n = math.prod(rest)
+    if form == "dense":
+        return Delta("dense", {"value": make(*shape)}, shape, 0.7)
+    if form == "hadamard":
+        return Delta(
+            "hadamard", {"a1": make(out, 2), "b1": make(2, n), "a2": make(out, 3), "b2": make(3, n)}, shape, 0.3
+        )
+    if form == "kronecker":
+        return Delta("kronecker", {"w1": make(1, 1), "a2": make(out, 2), "b2": make(2, n)}, shape, 0.4)
+    if form == "rows":
+        whole = (3 * out, *shape[1:])
+        return Delta("kronecker", {"w1": make(3, 1), "w2": make(*shape)}, shape, 0.4, None, (out, 2 * out), whole)
+    value = make(out) if form == "gain" else make(1, shape[1])
+    return Delta("gain", {"value": value}, (), 0.5)
 
 
 class Experts(nn.Module):
@@ -174,7 +216,7 @@ def test_collapsing_keeps_the_delta_and_the_digest(case: Case) -> None:
 @given(cases, strengths)
 def test_gradients_are_those_of_the_merged_weight(case: Case, strength: float) -> None:
     """dL/dA and dL/dB by autograd through W + strength·s·(B·A − B₀·A₀), for pairs without a magnitude."""
-    case.dora = False
+    case.dora, case.by_input, case.form = False, False, None  # deltas are not trained
     adapter = case.trained()
     ((name, pair),) = adapter.pairs.items()
     with attach(case.model) as attachment:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.core.forms import Delta
 
-__all__ = ["Adapter", "Card", "Kind", "LoraSpec", "Mix", "Pair", "TokenRows", "scale_of"]
+__all__ = ["Adapter", "Card", "Kind", "LoraSpec", "Mix", "Pair", "TokenRows", "scale_of", "with_token_ids"]
 
 Kind = Literal["linear", "embedding", "conv", "experts"]
 Mix = tuple[tuple[str, float], ...]
@@ -52,9 +52,9 @@ class Pair:
     does not say so: there A is (experts, rank, last dimension) all the same, and s·B·A is a delta of the right shape.
 
     `magnitude` is DoRA's m (arXiv 2402.09353): (out,), a norm for each output, as in the paper's code and PEFT; or
-    (1, in, 1…), a norm for each input, as LyCORIS and OneTrainer have written it (see core.forms). `origin` is a frozen (A₀, B₀) whose product is subtracted, so
-    that an initialisation taken from W (PiSSA, OLoRA) starts at delta zero on an untouched base:
-    ΔW = s·(B·A − B₀·A₀); `collapsed()` writes the same delta as one pair of twice the rank.
+    (1, in, 1…), a norm for each input, as LyCORIS and OneTrainer have written it (see core.forms). `origin` is a
+    frozen (A₀, B₀) whose product is subtracted, so that an initialisation taken from W (PiSSA, OLoRA) starts at delta
+    zero on an untouched base: ΔW = s·(B·A − B₀·A₀); `collapsed()` writes the same delta as one pair of twice the rank.
     """
 
     A: Tensor
@@ -223,3 +223,22 @@ class Adapter:
             d = self.deltas[name]
             h.update(f"{name}|{d.form}|{tuple(d.shape)}|{d.scale!r}|{d.rows}|{tuple(d.whole)}\0".encode())
         return "sha256:" + h.hexdigest()
+
+
+def with_token_ids(adapter: Adapter, ids: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Adapter:
+    """The adapter with its learned words as token rows: `ids`, embedding name -> {word: its token ids}, one id for each
+    of the word's vectors. The base's embedding must have those rows. Raises KeyError for a word without ids,
+    ValueError for another number of ids than vectors."""
+    rows = dict(adapter.token_rows)
+    for name, words in adapter.new_tokens.items():
+        have = rows.get(
+            name, TokenRows((), next(iter(words.values())).new_empty(0, next(iter(words.values())).shape[1]))
+        )
+        indices, parts = list(have.indices), [have.rows]
+        for word, vectors in sorted(words.items()):
+            if len(own := ids[name][word]) != len(vectors):
+                raise ValueError(f"{word!r} has {len(vectors)} vectors and {len(own)} ids")
+            indices += own
+            parts.append(vectors)
+        rows[name] = TokenRows(tuple(indices), torch.cat(parts))
+    return replace(adapter, token_rows=rows, new_tokens={})

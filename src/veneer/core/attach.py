@@ -12,12 +12,14 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.forms import Delta, part_problems
 from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear, Selection
 from veneer.core.merge import merged_state, to_matrix, weight_of
 from veneer.core.targets import base_modules, expert_parameters, kind_of
@@ -69,6 +71,8 @@ class Attachment:
         if name in self.adapters:
             raise AdapterError(f"an adapter named {name!r} is attached already", fix="remove it or choose another name")
         problems = _problems(self._base_modules, adapter) or _overlaps([*self.adapters.values(), adapter])
+        if trainable and adapter.deltas:
+            problems.append(f"{next(iter(adapter.deltas))}: only pairs, full copies and token rows are trained")
         if problems:
             shown = "\n".join(f"  - {p}" for p in problems)
             raise AdapterError(f"adapter {name!r} does not fit this base ({len(problems)} problems):\n{shown}")
@@ -216,7 +220,8 @@ def _owner(name: str, pair: Pair) -> str:
 
 
 def _touched(adapter: Adapter) -> set[str]:
-    return {_owner(n, p) for n, p in adapter.pairs.items()} | set(adapter.modules) | set(adapter.token_rows)
+    owners = {_owner(n, p) for n, p in adapter.pairs.items()} | {n.rpartition(".")[0] for n in adapter.deltas}
+    return owners | set(adapter.modules) | set(adapter.token_rows)
 
 
 def _overlaps(adapters: list[Adapter]) -> list[str]:
@@ -227,7 +232,7 @@ def _overlaps(adapters: list[Adapter]) -> list[str]:
         f"{n} lies inside {w}, which is replaced whole" for n in sorted(names) for w in whole if n.startswith(w + ".")
     ]
     for a in adapters:
-        twice = set(a.modules) & ({_owner(n, p) for n, p in a.pairs.items()} | set(a.token_rows))
+        twice = set(a.modules) & _touched(replace(a, modules={}))
         twice |= set(a.pairs) & set(a.token_rows)
         out += [f"{n} is changed in two ways by one adapter" for n in sorted(twice)]
     return out
@@ -247,6 +252,12 @@ def _problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
         out += _full_problems(modules, name, tensors)
     for name, rows in adapter.token_rows.items():
         out += _rows_problems(modules, name, rows)
+    for name, delta in adapter.deltas.items():
+        out += _delta_problems(modules, name, delta)
+    for name, words in adapter.new_tokens.items():
+        out.append(
+            f"{name}: the learned words {', '.join(sorted(words)[:3])} have no token ids yet; see with_token_ids"
+        )
     out += [f"{n}: not finite" for n, t in adapter.tensors() if not t.is_meta and not torch.isfinite(t).all()]
     return out
 
@@ -291,8 +302,12 @@ def _shape_problems(module: nn.Module, name: str, pair: Pair, parameter: str | N
     else:
         A, B = (rank, matrix.shape[-1]), (out_features, rank)
     found = [("A", pair.A, A), ("B", pair.B, B)]
-    if pair.magnitude is not None:
+    if pair.magnitude is not None and (pair.kind == "embedding" or pair.magnitude.ndim == 1):
         found.append(("magnitude", pair.magnitude, (out_features,)))
+    elif pair.magnitude is not None:
+        wide = tuple(weight.shape if pair.kind == "conv" else matrix.shape)
+        if problems := _magnitude_problems(name, pair.magnitude, wide):
+            return problems
     if pair.origin is not None:
         found += [("origin A", pair.origin[0], A), ("origin B", pair.origin[1], B)]
     return [f"{name}: {w} is {tuple(t.shape)}, the base needs {s}" for w, t, s in found if tuple(t.shape) != s]
@@ -306,6 +321,38 @@ def _full_problems(modules: Mapping[str, nn.Module], name: str, tensors: Mapping
     out += [f"{name}.{k}: missing from the full copy" for k in own if k not in tensors]
     shapes = [(k, tuple(tensors[k].shape), tuple(own[k].shape)) for k in tensors if k in own]
     return out + [f"{name}.{k} is {a}, the base needs {b}" for k, a, b in shapes if a != b]
+
+
+def _delta_problems(modules: Mapping[str, nn.Module], name: str, delta: Delta) -> list[str]:
+    owner, _, key = name.rpartition(".")
+    if owner not in modules or not owner:
+        return [_missing(modules, owner or name)]
+    module = modules[owner]
+    if expert_parameters(module):
+        return [f"{name}: a {delta.form} delta on fused experts"]
+    if not isinstance(module._parameters.get(key), Tensor):
+        return [f"{name}: {type(module).__name__} has no {key!r}" + (" here" if key == "bias" else "")]
+    weight = weight_of(module) if key == "weight" else module.get_parameter(key)
+    shape = tuple(weight.t().shape if type(module).__name__ == "Conv1D" and key == "weight" else weight.shape)
+    if problems := part_problems(delta):
+        return [f"{name}: {p}" for p in problems]
+    if delta.form == "gain":
+        value = delta.parts["value"]
+        by_output = value.ndim == 1 and len(value) == shape[0]
+        by_input = value.ndim > 1 and len(value) == 1 and len(shape) > 1 and value.numel() == shape[1]
+        return [] if by_output or by_input else [f"{name}: a gain of {tuple(value.shape)}, the base has {shape}"]
+    out = [] if tuple(delta.shape) == shape else [f"{name} is {tuple(delta.shape)}, the base needs {shape}"]
+    return out + _magnitude_problems(name, delta.magnitude, shape)
+
+
+def _magnitude_problems(name: str, magnitude: Tensor | None, shape: tuple[int, ...]) -> list[str]:
+    """DoRA's m on a weight (out, in, k…): one norm for each output or, as (1, in, 1…), for each input."""
+    if magnitude is None or magnitude.shape == shape[:1]:
+        return []
+    by_input = (1, *shape[1:2], *[1] * (len(shape) - 2))
+    if len(shape) > 1 and tuple(magnitude.shape) == by_input:
+        return []
+    return [f"{name}: the magnitude is {tuple(magnitude.shape)}, the base needs {shape[:1]} or {by_input}"]
 
 
 def _rows_problems(modules: Mapping[str, nn.Module], name: str, rows: TokenRows) -> list[str]:
@@ -339,6 +386,11 @@ def _placed(adapter: Adapter, modules: Mapping[str, nn.Module], trainable: bool)
         return nn.Parameter(t.clone()) if trainable and t.is_floating_point() else t
 
     out = Adapter(card=adapter.card, rslora=adapter.rslora, dropout=adapter.dropout)
+    for name, delta in adapter.deltas.items():
+        at = name.rpartition(".")[0]
+        parts = {k: t.detach().to(device(at)) for k, t in delta.parts.items()}
+        magnitude = None if delta.magnitude is None else delta.magnitude.detach().to(device(at))
+        out.deltas[name] = replace(delta, parts=parts, magnitude=magnitude)
     for name, pair in adapter.pairs.items():
         at = _owner(name, pair)
         origin = None

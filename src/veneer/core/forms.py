@@ -9,15 +9,15 @@
 
     ΔW = s·P        with a magnitude m:  ΔW = m/‖W + s·P‖ · (W + s·P) − W
 
-A core t (p, q, k…) of a convolution stands for Σ_pq a[o,p]·t[p,q,k…]·b[q,i]. m is (out,): one norm for each output, over
-the rest; or (1, in, …): one norm for each input. Sources: LyCORIS (arXiv 2309.14859), LoHa (arXiv 2108.06098), LoKr
-(arXiv 2212.10650), (IA)³ (arXiv 2205.05638), DoRA (arXiv 2402.09353). Knows tensors; not modules, not files.
+A core t (p, q, k…) of a convolution stands for Σ_pq a[o,p]·t[p,q,k…]·b[q,i]. m is (out,): one norm for each output,
+over the rest; or (1, in, …): one norm for each input. Sources: LyCORIS (arXiv 2309.14859), LoHa (arXiv 2108.06098),
+LoKr (arXiv 2212.10650), (IA)³ (arXiv 2205.05638), DoRA (arXiv 2402.09353). Knows tensors; not modules, not files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -39,7 +39,8 @@ _PARTS: Mapping[Form, list[set[str]]] = {
 class Delta:
     """A change of one parameter. `shape` is the parameter's, () for a gain, which fits any.
 
-    `rows`: only these rows [begin, end) of the product count: a part of a fused projection whose form cannot be split."""
+    `rows`: only these rows [begin, end) of the product count: a part of a fused projection whose form cannot be split.
+    `whole`: the shape before they were taken, () where none are."""
 
     form: Form
     parts: dict[str, Tensor]
@@ -47,8 +48,7 @@ class Delta:
     scale: float = 1.0
     magnitude: Tensor | None = None
     rows: tuple[int, int] | None = None
-    whole: tuple[int, ...] = field(default=())
-    """The shape before `rows` were taken; () where none are."""
+    whole: tuple[int, ...] = ()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from sorted(self.parts.items())
@@ -93,7 +93,8 @@ def norm_along(weight: Tensor, magnitude: Tensor) -> Tensor:
     divides the weight."""
     axis = 0 if magnitude.ndim == 1 else 1
     others = [d for d in range(weight.ndim) if d != axis]
-    return torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    return norm
 
 
 def change_of(weight: Tensor, product: Tensor, magnitude: Tensor | None) -> Tensor:
@@ -124,11 +125,11 @@ def part_problems(delta: Delta) -> list[str]:
         return [f"{delta.form} of {', '.join(sorted(have)) or 'nothing'}, expected {want}"]
     if delta.form == "gain":
         return [] if not delta.rows and delta.magnitude is None else ["a gain with rows or a magnitude"]
-    meta = Delta(
-        delta.form, {n: t.to("meta") for n, t in delta.parts.items()}, delta.shape, 1.0, None, delta.rows, delta.whole
-    )
+    meta = replace(delta, parts={n: t.to("meta") for n, t in delta.parts.items()}, magnitude=None)
     try:
         shape = tuple(product_of(meta).shape)
     except (RuntimeError, ValueError) as error:
-        return [f"parts {', '.join(f'{n} {tuple(t.shape)}' for n, t in sorted(delta.parts.items()))} do not fit: {error}"]
+        return [
+            f"parts {', '.join(f'{n} {tuple(t.shape)}' for n, t in sorted(delta.parts.items()))} do not fit: {error}"
+        ]
     return [] if shape == tuple(delta.shape) else [f"the parts give {shape}, the delta says {tuple(delta.shape)}"]

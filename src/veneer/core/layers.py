@@ -7,11 +7,12 @@
 | LoraEmbedding | s·Aᵀ[ids]·Bᵀ, times the base's `embed_scale`; and replaced token rows                |
 | LoraConv      | s·conv₁(conv(x, A), B), 1-d and 2-d, with groups                                     |
 | LoraExperts   | the base's own forward over weights that multiply as W + s·B·A without being made    |
-| FullModule    | none: full copies only, which every layer can carry                                  |
+| FullModule    | none: full copies, which every layer can carry, and deltas of its parameters         |
 
 A layer holds its base, its name and the attachment; with nothing selected its forward is the base's. Products with A
 and B run in A's dtype and the sum is cast back once, as PEFT does; one plain pair on a plain nn.Linear takes the fast
-path. Does not know which adapters exist.
+path. A delta (LoHa, LoKr, …) is made as a matrix at each call and multiplied apart from W, so that nothing of it rounds
+away in a 16-bit base; that costs memory for one ΔW at a time. Does not know which adapters exist.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.forms import Delta, norm_along
 from veneer.core.fused import Projection, lora_linear
 from veneer.core.lowrank import Factor, LowRank
-from veneer.core.merge import adapted_norm, to_matrix, weight_of
+from veneer.core.merge import adapted_norm, pair_matrix, parameter_delta, to_matrix, weight_of
 
 __all__ = ["FullModule", "Layer", "LoraConv", "LoraEmbedding", "LoraExperts", "LoraLinear", "Selection"]
 
@@ -83,6 +85,12 @@ class Layer(nn.Module):
         drop = self.training
         return [Term(a.pairs[key], s, a.dropout if drop else 0.0) for a, s in mix if key in a.pairs]
 
+    def deltas(self, mix: Sequence[tuple[Adapter, float]]) -> list[tuple[str, Delta, float]]:
+        """(parameter, delta, strength) of everything in the mix that changes a parameter of this module."""
+        having = [(a.deltas, s) for a, s in mix if a.deltas]
+        keys = self.base._parameters if having else ()
+        return [(k, d[f"{self.name}.{k}"], s) for d, s in having for k in keys if f"{self.name}.{k}" in d]
+
     def rows(self, mix: Sequence[tuple[Adapter, float]]) -> list[tuple[TokenRows, float]]:
         key = self.rows_name
         return [(a.token_rows[key], s) for a, s in mix if key in a.token_rows] if key is not None else []
@@ -120,7 +128,14 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -
 
 
 class FullModule(Layer):
-    """A module that only ever has full copies."""
+    """A module without a pair: a norm, most often. Deltas are added to its parameters in float32 and rounded once."""
+
+    def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
+        sums: dict[str, Tensor] = {}
+        for key, change, strength in self.deltas(mix):
+            start = sums[key] if key in sums else self.base.get_parameter(key).float()
+            sums[key] = start + parameter_delta(self.base, key, change) * strength
+        return _stand_in(self.base, sums)(*args, **kwargs) if sums else self.base(*args, **kwargs)
 
 
 class _Lora(Layer):
@@ -134,8 +149,12 @@ class _Lora(Layer):
         """A vector (out,) so shaped that it multiplies the output."""
         return v
 
-    def product(self, x: Tensor) -> Tensor:
-        """W·x without the bias, in x's dtype."""
+    def scaled(self, x: Tensor, v: Tensor) -> Tensor:
+        """x with each of its channels times v: (in,)."""
+        return x * v.to(x.dtype)
+
+    def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """W·x without the bias, in x's dtype; `weight`: another weight of W's stored shape."""
         raise NotImplementedError
 
     def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
@@ -147,6 +166,8 @@ class _Lora(Layer):
         back = None if pair.origin is None else self.thin(x, *pair.origin) * -pair.scale
         if pair.magnitude is None:
             return own if back is None else own + back
+        if pair.magnitude.ndim > 1:
+            return self._change_by_input(dropped, term)
         W = to_matrix(self.base, pair.kind, weight_of(self.base))
         gain = self.channels(pair.magnitude / adapted_norm(W, pair).to(pair.magnitude.dtype))
         if p:
@@ -160,12 +181,31 @@ class _Lora(Layer):
         out = (gain - 1) * core + gain * own
         return out if back is None else out + back
 
+    def _change_by_input(self, x: Tensor, term: Term) -> Tensor:
+        """ΔW·x where the magnitude has one norm for each input: (W + ΔP)·(g ⊙ x) − W·x, g = m/‖W + ΔP‖."""
+        pair, weight = term.pair, weight_of(self.base)
+        assert pair.magnitude is not None
+        matrix = to_matrix(self.base, pair.kind, weight)
+        with torch.no_grad():
+            product = pair_matrix(pair)
+            shape = weight.shape if pair.kind == "conv" else matrix.shape
+            norm = norm_along((matrix.to(product.dtype) + product).reshape(shape), pair.magnitude).flatten()
+        gain = pair.magnitude.flatten() / norm.to(pair.magnitude.dtype)
+        out = self.product(self.scaled(x, gain - 1))
+        for A, B, s in [(pair.A, pair.B, pair.scale), *([(*pair.origin, -pair.scale)] if pair.origin else [])]:
+            out = out + self.thin(self.scaled(x, gain), A, B) * s
+        return out
+
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base(x, *args, **kwargs)
         out = y
         for term in self.terms(mix):
             change = self.change(x, y, term)
             out = out + (change if term.strength == 1.0 else change * term.strength)
+        for key, delta, strength in self.deltas(mix):
+            made = parameter_delta(self.base, key, delta) * strength
+            wide = x.to(made.dtype) if x.is_floating_point() else x
+            out = out + (self.channels(made) if key == "bias" else self.product(wide, made))
         return self.replaced(x, out.to(y.dtype), self.rows(mix))
 
     def replaced(self, x: Tensor, y: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
@@ -184,7 +224,7 @@ class LoraLinear(_Lora):
         if not mix:
             return Projection(base.weight, base.bias)
         terms = self.terms(mix)
-        if len(terms) > 1 or self.rows(mix) or any(self.name in a.modules for a, _ in mix):
+        if len(terms) > 1 or self.rows(mix) or self.deltas(mix) or any(self.name in a.modules for a, _ in mix):
             return None
         if not terms:
             return Projection(base.weight, base.bias)
@@ -204,8 +244,9 @@ class LoraLinear(_Lora):
     def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A), B)
 
-    def product(self, x: Tensor) -> Tensor:
-        return F.linear(x, to_matrix(self.base, "linear", weight_of(self.base)).to(x.dtype))
+    def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        stored = weight_of(self.base) if weight is None else weight
+        return F.linear(x, to_matrix(self.base, "linear", stored).to(x.dtype))
 
     def replaced(self, x: Tensor, y: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
         """The logits of replaced rows: y[…, i] moves from x·W_i to x·row_i by the strength."""
@@ -224,6 +265,10 @@ class LoraEmbedding(_Lora):
     def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         base = self.base
         out = F.embedding(x, A.t(), base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq) @ B.t()
+        return out if self._scale is None else out * self._scale.to(out.dtype)
+
+    def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        out = F.embedding(x, weight_of(self.base) if weight is None else weight)
         return out if self._scale is None else out * self._scale.to(out.dtype)
 
     @property
@@ -266,8 +311,13 @@ class LoraConv(_Lora):
     def channels(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * (weight_of(self.base).ndim - 2))
 
-    def product(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base._conv_forward(x, weight_of(self.base).to(x.dtype), None)
+    def scaled(self, x: Tensor, v: Tensor) -> Tensor:
+        dims = weight_of(self.base).ndim - 2
+        return x * v.repeat(self.base.groups).view(-1, *[1] * dims).to(x.dtype)
+
+    def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        stored = weight_of(self.base) if weight is None else weight
+        out: Tensor = self.base._conv_forward(x, stored.to(x.dtype), None)
         return out
 
 

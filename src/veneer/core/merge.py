@@ -2,6 +2,7 @@
 
     linear, embedding, conv, experts:   ΔW = s·(B·A − B₀·A₀)                        (out, in), experts (E, out, in)
     DoRA:                               ΔW = m/‖W+sBA‖·(W+sBA) − W                  ‖·‖ over `in`, arXiv 2402.09353
+    deltas:                             ΔW of the form they are in                  core.forms
     mix:                                W' = W + Σ strengthᵢ·ΔWᵢ                    float32, rounded once
 
 Every kind is seen as such a matrix: an embedding (rows, dim) as its transpose, a convolution with its last dimensions
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Kind, Pair, TokenRows
+from veneer.core.forms import Delta, change_of, delta_of
 from veneer.core.targets import base_modules
 from veneer.errors import AdapterError
 
@@ -29,6 +31,7 @@ __all__ = [
     "merged_state",
     "merged_weights",
     "pair_matrix",
+    "parameter_delta",
     "to_matrix",
     "weight_of",
 ]
@@ -107,10 +110,20 @@ def delta(module: nn.Module, pair: Pair, parameter: str | None = None) -> Tensor
             )
         out = pair_matrix(pair)
         if pair.magnitude is not None:
-            base = matrix.to(out.dtype)
-            gain = pair.magnitude.to(out.dtype) / adapted_norm(matrix, pair)
-            out = gain[:, None] * (base + out) - base
+            shape = weight.shape if pair.kind == "conv" else matrix.shape
+            out = change_of(matrix.reshape(shape), out.reshape(shape), pair.magnitude)
         return from_matrix(module, pair.kind, out, weight.shape)
+
+
+def parameter_delta(module: nn.Module, key: str, change: Delta) -> Tensor:
+    """ΔW of a delta on the parameter `key` of `module`, in the shape it is stored in, float32."""
+    with torch.no_grad():
+        if key != "weight":
+            return delta_of(module.get_parameter(key).detach(), change)
+        weight = weight_of(module)
+        flip = _flipped(module, "linear") and weight.ndim == 2
+        out = delta_of(weight.t() if flip else weight, change)
+        return out.t() if flip else out
 
 
 def _full_change(module: nn.Module, key: str, tensor: Tensor) -> Tensor:
@@ -137,6 +150,9 @@ def _changes(
     for name, tensors in adapter.modules.items():
         for key, tensor in tensors.items():
             yield f"{name}.{key}", partial(_full_change, modules[name], key, tensor)
+    for name, change in adapter.deltas.items():
+        owner, _, key = name.rpartition(".")
+        yield name, partial(parameter_delta, modules[owner], key, change)
     for name, rows in adapter.token_rows.items():
         for twin in [f"{name}.weight", *_twins(stored, f"{name}.weight")]:
             if twin.removesuffix(".weight") not in adapter.modules:
