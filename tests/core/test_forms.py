@@ -109,7 +109,8 @@ def test_attaching_says_what_does_not_fit() -> None:
     model = nn.ModuleDict({"m": nn.Linear(4, 3, bias=False), "n": nn.LayerNorm(4)})
     deltas = {
         "m.weight": Delta("dense", {"value": made(3, 5)}, (3, 5)),
-        "m.bias": Delta("dense", {"value": made(3)}, (3,)),
+        "m.bias": Delta("dense", {"value": made(4)}, (4,)),
+        "m.gain": Delta("dense", {"value": made(3)}, (3,)),
         "n.weight": Delta("gain", {"value": made(5)}),
         "o.weight": Delta("dense", {"value": made(3)}, (3,)),
         "n.bias": Delta("dense", {"value": made(4)}, (4,), magnitude=made(3)),
@@ -118,12 +119,24 @@ def test_attaching_says_what_does_not_fit() -> None:
         attachment.add("a", Adapter(deltas=deltas))
     for line in (
         "m.weight is (3, 5), the base needs (3, 4)",
-        "m.bias: Linear has no 'bias' here",
+        "m.bias is (4,), the base needs (3,)",
+        "m.gain: Linear has no 'gain'",
         "n.weight: a gain of (5,), the base has (4,)",
         "o: no such module in the base",
         "n.bias: the magnitude is (3,), the base needs (4,)",
     ):
         assert line in str(error.value)
+
+
+def test_a_bias_moves_the_output_of_a_module_without_one_and_cannot_be_merged() -> None:
+    model = nn.ModuleDict({"m": nn.Linear(4, 3, bias=False)})
+    x, b = made(2, 4).float(), made(3).float()
+    with attach(model) as attachment:
+        attachment.add("a", Adapter(deltas={"m.bias": Delta("dense", {"value": b}, (3,), 0.5)}))
+        attachment.use("a")
+        torch.testing.assert_close(model["m"](x), x @ model["m"].weight.T + 0.5 * b)
+        with pytest.raises(AdapterError, match=r"m\.bias: the base has no such bias to merge into"):
+            attachment.merged("a")
 
 
 def test_a_norm_takes_deltas_of_both_parameters() -> None:

@@ -122,7 +122,7 @@ def test_unknown_config_keys_and_bad_values_are_all_listed(folder):
         ("arrow_config", {"top_k": 3}, "mix"),
         ("kasa_config", {"beta": 1e-4}, "merge_and_unload"),
         ("layer_replication", [[0, 2]], "repeated"),
-        ("lora_bias", True, "merge_and_unload"),
+        ("lora_bias", True, "lora_bias is set, but there is no lora_B.bias"),
         ("megatron_config", {"a": 1}, "unsharded"),
         ("monteclora_config", {"num_samples": 8}, "plain LoRA"),
         ("use_bdlora", {"nblocks": 2}, "convert_to_lora"),
@@ -183,7 +183,7 @@ def test_a_pattern_that_matches_nothing_is_noted(folder):
     ("suffix", "shape", "words"),
     [
         ("lora_A.default.weight", (2, 4), "the adapter's name ('default') is still in the key"),
-        ("lora_B.bias", (4,), "a bias of the pair itself"),
+        ("lora_B.bias", (4,), "lora_bias is not set"),
         ("lora_magnitude_vector", (4,), "use_dora is not set, but there is a"),
         ("lora_diag", (2,), "not a tensor of plain LoRA"),
         ("weight", (4, 4), "nothing in the config accounts for this tensor"),

@@ -25,6 +25,7 @@ FROM_PEFT = {
     "fused projections": ("phi3", {"target_modules": "all-linear"}),
     "gemma": ("gemma3", {"target_modules": "all-linear"}),
     "rslora": ("llama3", {"target_modules": Q_V, "use_rslora": True, "r": 6, "lora_alpha": 5}),
+    "bias of the pair": ("llama3", {"target_modules": Q_V, "lora_bias": True}),
     "dropout": ("llama3", {"target_modules": Q_V, "lora_dropout": 0.3}),
     "rank pattern": ("llama3", {"target_modules": Q_V, "r": 4, "lora_alpha": 8, "rank_pattern": {"v_proj": 2}}),
     "both patterns": (

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.forms import Delta, part_problems
 from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear, Selection
-from veneer.core.merge import merged_state, to_matrix, weight_of
+from veneer.core.merge import merged_state, parameter_shape, to_matrix, weight_of
 from veneer.core.targets import base_modules, expert_parameters, kind_of
 from veneer.errors import AdapterError, nearest
 
@@ -330,10 +330,9 @@ def _delta_problems(modules: Mapping[str, nn.Module], name: str, delta: Delta) -
     module = modules[owner]
     if expert_parameters(module):
         return [f"{name}: a {delta.form} delta on fused experts"]
-    if not isinstance(module._parameters.get(key), Tensor):
-        return [f"{name}: {type(module).__name__} has no {key!r}" + (" here" if key == "bias" else "")]
-    weight = weight_of(module) if key == "weight" else module.get_parameter(key)
-    shape = tuple(weight.t().shape if type(module).__name__ == "Conv1D" and key == "weight" else weight.shape)
+    if key not in module._parameters:
+        return [f"{name}: {type(module).__name__} has no {key!r}"]
+    shape = parameter_shape(module, key)
     if problems := part_problems(delta):
         return [f"{name}: {p}" for p in problems]
     if delta.form == "gain":

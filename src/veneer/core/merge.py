@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Kind, Pair, TokenRows
-from veneer.core.forms import Delta, change_of, delta_of
+from veneer.core.forms import Delta, change_of, delta_of, product_of
 from veneer.core.targets import base_modules
 from veneer.errors import AdapterError
 
@@ -32,6 +32,7 @@ __all__ = [
     "merged_weights",
     "pair_matrix",
     "parameter_delta",
+    "parameter_shape",
     "to_matrix",
     "weight_of",
 ]
@@ -115,11 +116,23 @@ def delta(module: nn.Module, pair: Pair, parameter: str | None = None) -> Tensor
         return from_matrix(module, pair.kind, out, weight.shape)
 
 
+def parameter_shape(module: nn.Module, key: str) -> tuple[int, ...]:
+    """The shape that a delta of this parameter has: a linear's weight as (out, in), and a bias also where the module
+    has none, as an output can be moved all the same."""
+    if key == "weight":
+        weight = weight_of(module)
+        return tuple(weight.t().shape if _flipped(module, "linear") and weight.ndim == 2 else weight.shape)
+    if module._parameters[key] is None:
+        return (len(to_matrix(module, "linear", weight_of(module))),)
+    return tuple(module.get_parameter(key).shape)
+
+
 def parameter_delta(module: nn.Module, key: str, change: Delta) -> Tensor:
     """ΔW of a delta on the parameter `key` of `module`, in the shape it is stored in, float32."""
     with torch.no_grad():
         if key != "weight":
-            return delta_of(module.get_parameter(key).detach(), change)
+            own = module._parameters[key]
+            return product_of(change) if own is None else delta_of(own.detach(), change)
         weight = weight_of(module)
         flip = _flipped(module, "linear") and weight.ndim == 2
         out = delta_of(weight.t() if flip else weight, change)
@@ -152,6 +165,8 @@ def _changes(
             yield f"{name}.{key}", partial(_full_change, modules[name], key, tensor)
     for name, change in adapter.deltas.items():
         owner, _, key = name.rpartition(".")
+        if name not in stored:
+            raise AdapterError(f"{name}: the base has no such bias to merge into", fix="use the adapter attached")
         yield name, partial(parameter_delta, modules[owner], key, change)
     for name, rows in adapter.token_rows.items():
         for twin in [f"{name}.weight", *_twins(stored, f"{name}.weight")]:

@@ -41,7 +41,6 @@ REFUSED: dict[str, str] = {  # a value that is neither null nor false changes wh
     "base. Merge it with PEFT (`merge_and_unload`) and use the result as a base",
     "layer_replication": "the adapter expects a base whose layers are repeated. Build that base first, save it, and "
     "save the adapter without layer_replication",
-    "lora_bias": "a bias of the pair itself is not part of A and B. Merge it with PEFT (`merge_and_unload`)",
     "megatron_config": "Megatron's parallel layers are not supported. Save the adapter from the unsharded model",
     "monteclora_config": "MonteCLoRA samples the weights at random. Save its mean as plain LoRA",
     "use_bdlora": "BD-LoRA stores blocks of A and B. Convert it to plain LoRA with PEFT (`convert_to_lora`)",
@@ -71,6 +70,7 @@ class Config:
     layers: list[int] | None = None
     layers_pattern: list[str] = field(default_factory=list)
     bias: str = "none"
+    lora_bias: bool = False
     tie: bool = False
     base_name: str = ""
     task_type: str | None = None
@@ -211,6 +211,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "layers_to_transform": ("layers", _indices),
     "layers_pattern": ("layers_pattern", _string_or_strings),
     "bias": ("bias", _bias),
+    "lora_bias": ("lora_bias", _bool),
     "ensure_weight_tying": ("tie", _bool),
 }
 
@@ -248,6 +249,8 @@ def _combination_problems(config: Config) -> list[str]:
         problems.append("target_modules is missing, so PEFT would guess the modules from the architecture; list them")
     if config.dora and config.target_parameters:
         problems.append("use_dora does not go with target_parameters")
+    if config.lora_bias and (config.dora or config.target_parameters):
+        problems.append("lora_bias goes neither with use_dora nor with target_parameters")
     return problems
 
 

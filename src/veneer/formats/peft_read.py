@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Card, Kind, Pair, TokenRows, scale_of
+from veneer.core.forms import Delta
 from veneer.errors import AdapterError, nearest
 from veneer.formats import peft_config as cfg
 from veneer.formats.structure import Structure, describe
@@ -30,6 +31,7 @@ SWAPPED_SINCE = (0, 19, 1)
 SUFFIXES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
+    ".lora_B.bias": "bias",
     ".lora_embedding_A": "rows A",
     ".lora_embedding_B": "rows B",
     ".lora_magnitude_vector": "magnitude",
@@ -78,6 +80,7 @@ def interpret(
         card or _card_of(parsed, reader.pairs),
         rslora=parsed.rslora,
         dropout=parsed.dropout,
+        deltas=reader.deltas,
     )
     return Loaded(adapter, dict(config), reader.notes)
 
@@ -100,6 +103,7 @@ class _Reader:
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
+    deltas: dict[str, Delta] = field(default_factory=dict)
 
     def run(self, tensors: Mapping[str, Tensor]) -> None:
         sites, rest, tokens, copies = self._sort(tensors)
@@ -158,9 +162,7 @@ class _Reader:
 
     def _sort_other(self, key: str, path: str, tensor: Tensor, rest: dict[str, Tensor]) -> None:
         shape = tuple(tensor.shape)
-        if path.endswith((".lora_A.bias", ".lora_B.bias")):
-            self.problems.append(f"{key} {shape}: {cfg.REFUSED['lora_bias']}")
-        elif ".lora_" in path:
+        if ".lora_" in path:
             after = path.rpartition(".lora_")[2].split(".")
             named = len(after) > 1 and after[1] not in ("weight", "bias")
             why = (
@@ -204,6 +206,17 @@ class _Reader:
         self.pairs[name] = Pair(
             A, B, scale, kind, self._magnitude(name, magnitude, B.shape[0], A.ndim if not rows else 2)
         )
+        self._bias(name, parts.get("bias"), B.shape[0], scale)
+
+    def _bias(self, name: str, bias: Tensor | None, out: int, scale: float) -> None:
+        """lora_bias: B has a bias b, so that the output moves by s·b as well."""
+        if (bias is not None) != self.config.lora_bias:
+            said = "is set, but there is no" if bias is None else "is not set, but there is a"
+            self.problems.append(f"{name}: lora_bias {said} lora_B.bias")
+        elif bias is not None and tuple(bias.shape) != (out,):
+            self.problems.append(f"{name}: lora_B.bias is {tuple(bias.shape)}, expected ({out},)")
+        elif bias is not None:
+            self.deltas[f"{name}.bias"] = Delta("dense", {"value": bias}, (out,), scale)
 
     def _magnitude(self, name: str, magnitude: Tensor | None, out: int, ndim: int) -> Tensor | None:
         if (magnitude is not None) != self.config.dora:
@@ -473,7 +486,7 @@ class _Reader:
     def _check_base(self) -> None:
         """Names against a list of names; names, kinds and shapes against a model."""
         if self.base.detailed:
-            found = Adapter(self.pairs, self.modules, self.token_rows)
+            found = Adapter(self.pairs, self.modules, self.token_rows, deltas=self.deltas)
             self.problems += self.base.problems(found)
         elif self.base.kinds:
             owners = {n.rpartition(".")[0] if p.kind == "experts" else n for n, p in self.pairs.items()}

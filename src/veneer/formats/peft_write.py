@@ -191,8 +191,12 @@ def _regrouped(pair: Pair, base: Structure, name: str) -> Pair:
 def _problems(adapter: Adapter, base: Structure) -> list[str]:
     """What PEFT's format cannot say."""
     out = []
-    if not (adapter.pairs or adapter.modules or adapter.token_rows):
+    if not (adapter.pairs or adapter.modules or adapter.token_rows or adapter.deltas or adapter.new_tokens):
         out.append("it is empty")
+    out += _delta_problems(adapter)
+    out += [
+        f"{n}: the learned words {', '.join(sorted(w)[:3])} have no token ids" for n, w in adapter.new_tokens.items()
+    ]
     with_dora = {n for n, p in adapter.pairs.items() if p.magnitude is not None}
     if with_dora and len(with_dora) != len(adapter.pairs):
         plain = sorted(set(adapter.pairs) - with_dora)
@@ -217,6 +221,20 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
     for module, parameters in _by_module(adapter).items():
         if len(parameters) > 1 and module not in base.experts and not set(parameters) <= set(EXPERT_ORDER):
             out.append(f"{module}: the order of its parameters {sorted(parameters)} depends on the base; give it")
+    return out
+
+
+def _delta_problems(adapter: Adapter) -> list[str]:
+    """Of deltas PEFT has one kind: lora_bias, a bias beside every pair, of the pair's scale."""
+    out, biased = [], set()
+    for name, delta in sorted(adapter.deltas.items()):
+        pair = adapter.pairs.get(name.removesuffix(".bias"))
+        if delta.form != "dense" or pair is None or delta.scale != pair.scale or delta.magnitude is not None:
+            out.append(f"{name}: a {delta.form} delta; make pairs of it, or merge it into the base")
+        else:
+            biased.add(name.removesuffix(".bias"))
+    if biased and (left := sorted(set(adapter.pairs) - biased)):
+        out.append(f"lora_bias is one switch for all pairs, and {len(left)} have no bias ({', '.join(left[:3])})")
     return out
 
 
@@ -250,6 +268,7 @@ def _by_module(adapter: Adapter) -> dict[str, list[str]]:
 
 def _tensors(adapter: Adapter, base: Structure) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
+    biases = {name.removesuffix(".bias"): delta.parts["value"] for name, delta in adapter.deltas.items()}
     for name, pair in adapter.pairs.items():
         if pair.kind == "experts":
             continue
@@ -257,6 +276,8 @@ def _tensors(adapter: Adapter, base: Structure) -> dict[str, Tensor]:
             ("lora_embedding_A", "lora_embedding_B") if pair.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
         )
         out[f"{name}.{a}"], out[f"{name}.{b}"] = pair.A, pair.B
+        if name in biases:
+            out[f"{name}.lora_B.bias"] = biases[name]
         if pair.magnitude is not None:
             shape = (1, -1, *[1] * (pair.A.ndim - 2)) if pair.kind == "conv" else (-1,)
             out[f"{name}.lora_magnitude_vector"] = pair.magnitude.reshape(shape)
@@ -310,6 +331,8 @@ def _config(
         "use_dora": any(p.magnitude is not None for p in pairs.values()),
         "use_rslora": rslora,
     }
+    if adapter.deltas:
+        config["lora_bias"] = True
     if fused:
         every = {f"{m}.{p}" for m, ps in base.experts.items() for p in ps}
         config["target_parameters"] = _targets(fused, every, parts=2)
@@ -382,6 +405,9 @@ def _differences(own: Adapter, read: Adapter) -> list[str]:
         wanted, got = own.pairs[name].scale, read.pairs[name].scale
         if not math.isclose(wanted, got, rel_tol=1e-12):
             out.append(f"{name}: scale {wanted} would come back as {got}")
+    for name in set(own.deltas) & set(read.deltas):
+        if not math.isclose(own.deltas[name].scale, read.deltas[name].scale, rel_tol=1e-12):
+            out.append(f"{name}: the scale would come back changed")
     if {n: r.indices for n, r in own.token_rows.items()} != {n: r.indices for n, r in read.token_rows.items()}:
         out.append("the token indices would come back changed")
     return out
