@@ -56,8 +56,11 @@ def ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("original", [True, False])
 def test_sdxl_by_kohya(original: bool) -> None:
-    """All 794 modules and both text encoders; sgm's names and diffusers'."""
+    """All 794 modules and both text encoders in sgm's names. In diffusers' own all but add_embedding: the dots that
+    diffusers puts in for underscores make one module, add.embedding.linear, of its two."""
     layout = kohya("sdxl", original=original, te=CLIP)
+    if not original:
+        layout.tensors = {k: t for k, t in layout.tensors.items() if "add_embedding" not in k}
     config = SimpleNamespace(layers_per_block=2)
     want = peer("StableDiffusionXLLoraLoaderMixin", layout.tensors, unet_config=config)
     assert_same(ours(layout.tensors), want, 1e-6)
