@@ -39,7 +39,7 @@ from veneer.library.queries import Version, find, record, search
 from veneer.library.store import Directory, Remote, blob_path, canonical, hash_file, manifest_path, open_store
 from veneer.models.home import veneer_home
 
-__all__ = ["Added", "Library", "open_library"]
+__all__ = ["Added", "Library", "library_place", "open_library"]
 
 MARK = "library.json"
 
@@ -323,6 +323,11 @@ class Library:
         return [f"{name}@{p.alias}" for p in pointers] + [f"{name}@{n}" for n in sorted(doomed)]
 
 
+def library_place() -> str:
+    """Where the library is unless said otherwise: VENEER_LIBRARY, or `library` in the veneer home."""
+    return os.environ.get("VENEER_LIBRARY") or str(veneer_home() / "library")
+
+
 def open_library(location: str | Path | None = None, index: str | None = None, *, check: bool = True) -> Library:
     """Open the library at `location` (a path or fsspec URL), and make it if there is none.
 
@@ -330,7 +335,7 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
     VENEER_LIBRARY_INDEX, or index.sqlite in a local library; for a remote one a file in the veneer home, good for one
     machine alone. `check=False` is for `upkeep.rebuild`. Raises ConfigError where the index belongs to another store:
     collection by a wrong index would empty it."""
-    where = str(location or os.environ.get("VENEER_LIBRARY") or veneer_home() / "library")
+    where = str(location or library_place())
     store = open_store(where)
     index = index or os.environ.get("VENEER_LIBRARY_INDEX")
     if not index:
