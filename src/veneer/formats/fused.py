@@ -1,0 +1,316 @@
+"""A change of a fused projection as changes of its row parts, and back, without touching ΔW.
+
+    W = [W₀; W₁; …]      ΔW = s·B·A  ⇒  ΔWᵢ = s·Bᵢ·A          Bᵢ: rows of B, A the same tensor
+    back, A the same:    B = [B₀; B₁; …], the same rank
+    back, A different:   A = [A₀; A₁; …], B = diag(B₀, B₁, …), the ranks add up; an A of several parts counts once
+
+Scales that differ: with s the largest of them, Bᵢ becomes (sᵢ/s)·Bᵢ, computed in float64 and kept as float32, or as
+float64 where it was. That is exact for 16-bit factors where sᵢ/s has at most 13 significant bits, as quotients of small
+powers of two have, and correct to half a unit in the last place of a float32 otherwise.
+
+A LoHa is cut and joined at its left factors in the same way. A LoKr is cut by counting only some rows of its product. A
+magnitude of the outputs goes with its rows; one of the inputs is a norm over all rows together and cannot be cut. Knows
+pairs and deltas; no names of modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Pair
+from veneer.core.forms import Delta
+from veneer.errors import AdapterError
+
+__all__ = ["Part", "join", "split", "swap_halves", "trimmed"]
+
+T = TypeVar("T", bound=Pair | Delta)
+Part = tuple[int, int, int]
+"""Rows [begin, end) of `total`, in equal units: q of a fused qkv is (0, 1, 3)."""
+
+
+def split(item: T, parts: Sequence[Part]) -> list[T]:
+    """The change of each part of the rows. Every tensor is a view; A (and what else spans all rows) is shared.
+
+    AdapterError where the rows are no multiple of the units, for a magnitude of the inputs, and for pairs of embeddings
+    and experts, which are never fused by rows."""
+    out: list[T] = []
+    for begin, end, total in parts:
+        if not 0 <= begin < end <= total:
+            raise ValueError(f"a part is rows [begin, end) of total, not {(begin, end, total)}")
+        rows = _rows(item)
+        if rows is not None and rows % total:
+            raise AdapterError(f"{rows} rows cannot be cut into {total} equal units", where=_shown(item))
+        unit = 0 if rows is None else rows // total
+        out.append(cast(T, _cut(item, begin * unit, end * unit)) if (begin, end) != (0, total) else item)
+    return out
+
+
+def swap_halves(item: T) -> T:
+    """The change of [W₁; W₀] from that of [W₀; W₁]: BFL and diffusers differ so in the final layer's shift and scale.
+
+    AdapterError for an odd number of rows, and for a LoKr whose first factor has an odd number."""
+    if isinstance(item, Delta) and item.form == "kronecker":
+        return cast(T, _swap_kronecker(item))
+    rows = _rows(item)
+    if rows is not None and rows % 2:
+        raise AdapterError(f"{rows} rows have no halves", where=_shown(item))
+    return cast(T, _on_rows(item, _swapped))
+
+
+def _swap_kronecker(delta: Delta) -> Delta:
+    """w1 ⊗ w2 with the halves of w1's rows swapped."""
+    first = "w1" if "w1" in delta.parts else "a1"
+    if delta.rows is not None or delta.parts[first].shape[0] % 2:
+        raise AdapterError(
+            "the halves of a LoKr change places with those of its first factor, whose rows are odd here, or "
+            "it is a part already",
+            where=_shown(delta),
+        )
+    m = delta.magnitude
+    m = m if m is None or m.ndim > 1 else _swapped(m)
+    return replace(delta, parts={**delta.parts, first: _swapped(delta.parts[first])}, magnitude=m)
+
+
+def _swapped(t: Tensor) -> Tensor:
+    return t.roll(t.shape[0] // 2, 0)
+
+
+def _cut(item: Pair | Delta, begin: int, end: int) -> Pair | Delta:
+    if item.magnitude is not None and item.magnitude.ndim > 1:
+        raise AdapterError(
+            "a magnitude of the inputs is a norm over all rows of the fused projection together: no part has its own",
+            where=_shown(item),
+            fix="merge the adapter into the base, or keep the projection fused",
+        )
+    if isinstance(item, Delta) and item.form == "kronecker":
+        start = item.rows[0] if item.rows else 0
+        m = None if item.magnitude is None else item.magnitude[begin:end]
+        shape, whole = (end - begin, *item.shape[1:]), item.whole or item.shape
+        return replace(item, shape=shape, rows=(start + begin, start + end), whole=whole, magnitude=m)
+    return _on_rows(item, lambda t: t[begin:end])
+
+
+def _on_rows(item: Pair | Delta, take: Callable[[Tensor], Tensor]) -> Pair | Delta:
+    """`take` applied to every tensor that has one row for each row of the weight."""
+    m = item.magnitude if item.magnitude is None or item.magnitude.ndim > 1 else take(item.magnitude)
+    if isinstance(item, Pair):
+        origin = None if item.origin is None else (item.origin[0], take(item.origin[1]))
+        return replace(item, B=take(item.B), magnitude=m, origin=origin)
+    if _rows(item) is None:
+        return item
+    on = {"dense": ("value",), "gain": ("value",), "hadamard": ("a1", "a2")}[item.form]
+    parts = {name: take(t) if name in on else t for name, t in item.parts.items()}
+    shape = item.shape and (parts[on[0]].shape[0], *item.shape[1:])
+    return replace(item, parts=parts, shape=shape, magnitude=m)
+
+
+def _rows(item: Pair | Delta) -> int | None:
+    """How many rows of the weight it is for; None for a gain on the inputs, which is for any."""
+    if isinstance(item, Delta):
+        value = item.parts.get("value")
+        return item.shape[0] if item.form != "gain" else len(value) if value is not None and value.ndim == 1 else None
+    if item.kind not in ("linear", "conv"):
+        raise AdapterError(f"a pair of {item.kind} is not fused by rows", where=_shown(item))
+    return item.B.shape[0]
+
+
+def _shown(item: Pair | Delta) -> str:
+    if isinstance(item, Pair):
+        return f"a pair, A {tuple(item.A.shape)}, B {tuple(item.B.shape)}"
+    return f"a {item.form} change {tuple(item.shape)}"
+
+
+def trimmed(pair: Pair) -> Pair:
+    """The pair without the ranks that B multiplies by zero everywhere, at least one kept: the same ΔW and scale.
+
+    It gives a part of a block-diagonal B (of `join`, or of sd-scripts' `split_qkv`) its own rank again."""
+    if pair.kind not in ("linear", "conv") or pair.origin is not None:
+        return pair
+    used = pair.B.flatten(1).ne(0).any(0).nonzero().reshape(-1)
+    used = used if len(used) else used.new_zeros(1)
+    if len(used) == pair.rank:
+        return pair
+    return replace(pair, A=pair.A[used], B=pair.B[:, used])
+
+
+def join(parts: Sequence[T | None], rows: Sequence[int] | None = None) -> T:
+    """One change of the fused projection, ΔW = [ΔW₀; ΔW₁; …], as the module's text has it.
+
+    None is a part that nothing changes; `rows` then gives how many rows each part has. AdapterError where no pair or
+    delta is that: unlike forms, a magnitude on some parts only or of the inputs, LoKr parts of different products."""
+    items = [p for p in parts if p is not None]
+    if not items:
+        raise ValueError("nothing to join")
+    first = items[0]
+    if len({type(p) for p in items}) > 1 or len({p.form if isinstance(p, Delta) else p.kind for p in items}) > 1:
+        raise _apart(items, "they are of different forms")
+    sizes = [rows[i] if rows is not None else _rows(p) if p is not None else None for i, p in enumerate(parts)]
+    if any(p is not None and _rows(p) not in (None, n) for p, n in zip(parts, sizes, strict=True)):
+        raise _apart(items, f"their rows are not {sizes}")
+    magnitude = _joined_magnitude(parts)
+    if isinstance(first, Delta):
+        return cast(T, _join_deltas(first, cast("Sequence[Delta | None]", parts), sizes, magnitude))
+    return cast(T, _join_pairs(cast("Sequence[Pair | None]", parts), sizes, magnitude))
+
+
+def _apart(items: Sequence[Pair | Delta], why: str) -> AdapterError:
+    return AdapterError(
+        f"these parts are no one change of a fused projection: {why}",
+        where="; ".join(_shown(p) for p in items),
+        fix="write a format whose projections are split",
+    )
+
+
+def _joined_magnitude(parts: Sequence[Pair | Delta | None]) -> Tensor | None:
+    found = [None if p is None else p.magnitude for p in parts]
+    items = [p for p in parts if p is not None]
+    if all(m is None for m in found):
+        return None
+    if any(m is None for m in found):
+        raise _apart(items, "some have a magnitude and some have none")
+    if any(m is not None and m.ndim > 1 for m in found):
+        raise _apart(items, "a magnitude of the inputs is a norm over the rows of its own part")
+    return torch.cat([m for m in found if m is not None])
+
+
+def _join_pairs(parts: Sequence[Pair | None], sizes: Sequence[int | None], magnitude: Tensor | None) -> Pair:
+    pairs = [None if p is None else p.collapsed() for p in parts]
+    have = [p for p in pairs if p is not None]
+    if len({p.A.shape[1:] for p in have}) > 1:
+        raise _apart(have, "their inputs differ")
+    scale = max((p.scale for p in have), key=abs)
+    As = _distinct([p.A for p in have])
+    blocks = [None if p is None else (_index(As, p.A), _folded(p.B, p.scale, scale)) for p in pairs]
+    A = As[0] if len(As) == 1 else _cat(As)
+    return Pair(A, _blocks(blocks, [a.shape[0] for a in As], sizes), scale, have[0].kind, magnitude)
+
+
+def _blocks(blocks: Sequence[tuple[int, Tensor] | None], ranks: Sequence[int], sizes: Sequence[int | None]) -> Tensor:
+    """(Σ sizes, Σ ranks, 1…): part i's block in its rows and in the columns of its A, zero elsewhere."""
+    some = [b[1] for b in blocks if b is not None]
+    dtype = some[0].dtype
+    for t in some:
+        dtype = torch.promote_types(dtype, t.dtype)
+    tail = some[0].shape[2:]
+    starts = [sum(ranks[:i]) for i in range(len(ranks))]
+    bands = []
+    for block, size in zip(blocks, sizes, strict=True):
+        assert size is not None
+        if block is not None and len(ranks) == 1:
+            bands.append(block[1].to(dtype))
+            continue
+        band = torch.zeros(size, sum(ranks), *tail, dtype=dtype)
+        if block is not None:
+            band[:, starts[block[0]] : starts[block[0]] + ranks[block[0]]] = block[1]
+        bands.append(band)
+    return torch.cat(bands)
+
+
+def _join_deltas(
+    first: Delta, parts: Sequence[Delta | None], sizes: Sequence[int | None], magnitude: Tensor | None
+) -> Delta:
+    have = [p for p in parts if p is not None]
+    if len({p.shape[1:] for p in have}) > 1:
+        raise _apart(have, "their inputs differ")
+    if first.form == "kronecker":
+        return _join_rows(have, len(have) == len(parts), magnitude)
+    if first.form == "gain" and _rows(first) is None:
+        same = all(p.scale == first.scale and _same(p.parts["value"], first.parts["value"]) for p in have)
+        if not same or len(have) < len(parts):
+            raise _apart(have, "they are different gains on the same inputs")
+        return first
+    scale = max((p.scale for p in have), key=abs)
+    if any(size is None for size in sizes):
+        raise _apart(have, "some are gains on the inputs")
+    total = sum(size for size in sizes if size is not None)
+    if first.form in ("dense", "gain"):
+        like = first.parts["value"]
+        values = [
+            _folded(p.parts["value"], p.scale, scale) if p is not None else torch.zeros(n, *like.shape[1:])  # type: ignore[arg-type]
+            for p, n in zip(parts, sizes, strict=True)
+        ]
+        return replace(
+            first,
+            parts={"value": _cat(values)},
+            shape=first.shape and (total, *first.shape[1:]),
+            scale=scale,
+            magnitude=magnitude,
+        )
+    joined: dict[str, Tensor] = {}
+    for n in "12":
+        # The right factors (and cores) count as one A: equal ones are shared, others stand one after the other.
+        rights = [tuple(p.parts[k] for k in (f"b{n}", f"t{n}") if k in p.parts) for p in have]
+        distinct: list[tuple[Tensor, ...]] = []
+        for r in rights:
+            if not any(_all_same(r, d) for d in distinct):
+                distinct.append(r)
+        if len(distinct) > 1 and any(len(d) > 1 for d in distinct):
+            raise _apart(have, "they are LoHa with different cores")
+        at = iter(next(i for i, d in enumerate(distinct) if _all_same(r, d)) for r in rights)
+        blocks = [
+            None
+            if p is None
+            else (next(at), _folded(p.parts[f"a{n}"], p.scale if n == "1" else 1, scale if n == "1" else 1))
+            for p in parts
+        ]
+        joined[f"a{n}"] = _blocks(blocks, [d[0].shape[0] for d in distinct], sizes)
+        joined[f"b{n}"] = distinct[0][0] if len(distinct) == 1 else _cat([d[0] for d in distinct])
+        if len(distinct[0]) > 1:
+            joined[f"t{n}"] = distinct[0][1]
+    return Delta("hadamard", joined, (total, *first.shape[1:]), scale, magnitude)
+
+
+def _join_rows(have: Sequence[Delta], all_there: bool, magnitude: Tensor | None) -> Delta:
+    """Neighbouring rows of one LoKr product; all of them give the product without `rows`."""
+    first = have[0]
+    same = all(
+        p.scale == first.scale and p.whole == first.whole and p.parts.keys() == first.parts.keys() for p in have
+    ) and all(_same(p.parts[k], t) for p in have for k, t in first.parts.items())
+    ranges = [p.rows or (0, p.shape[0]) for p in have]
+    if not same or not all_there or any(a[1] != b[0] for a, b in pairwise(ranges)):
+        raise _apart(have, "they are not neighbouring rows of one LoKr")
+    whole = first.whole or first.shape
+    rows = (ranges[0][0], ranges[-1][1])
+    if rows == (0, whole[0]):
+        return replace(first, shape=whole, rows=None, whole=(), magnitude=magnitude)
+    return replace(first, shape=(rows[1] - rows[0], *whole[1:]), rows=rows, whole=whole, magnitude=magnitude)
+
+
+def _folded(t: Tensor, scale: float, into: float) -> Tensor:
+    if scale == into:
+        return t
+    wide = torch.float64 if t.dtype == torch.float64 else torch.float32
+    return (t.double() * (scale / into)).to(wide)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+
+
+def _all_same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    out: list[Tensor] = []
+    for t in tensors:
+        if not any(_same(t, o) for o in out):
+            out.append(t)
+    return out
+
+
+def _index(tensors: Sequence[Tensor], t: Tensor) -> int:
+    return next(i for i, o in enumerate(tensors) if _same(o, t))
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    dtype = tensors[0].dtype
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return torch.cat([t.to(dtype) for t in tensors])

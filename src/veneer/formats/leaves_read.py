@@ -1,0 +1,385 @@
+"""Tensors of one module by suffix -> its pair and deltas; the table is in `leaves`. Knows no names of modules."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Kind, Pair, scale_of
+from veneer.core.forms import Delta, part_problems
+from veneer.errors import AdapterError
+
+__all__ = ["MAX_RANK", "Leaf", "fitted", "read_leaf", "split_key"]
+
+MAX_RANK = 1 << 16
+
+_ROLES: dict[str, str] = {
+    "A": r"lora_A(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?down\.weight|down",
+    "B": r"lora_B(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?up\.weight|up",
+    "mid": r"lora_mid\.weight",
+    "rows A": r"lora_embedding_A(?:\.[^.]+)?",
+    "rows B": r"lora_embedding_B(?:\.[^.]+)?",
+    "bias of B": r"lora_B(?:\.[^.]+)?\.bias",
+    "magnitude of outputs": r"lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",
+    **{
+        name: name
+        for name in (
+            *("alpha", "dora_scale", "scalar", "bias_indices", "bias_values", "bias_size"),
+            *(f"hada_w{n}_{ab}" for n in "12" for ab in "ab"),
+            *("hada_t1", "hada_t2", "lokr_w1", "lokr_w2", "lokr_t2"),
+            *(f"lokr_w{n}_{ab}" for n in "12" for ab in "ab"),
+            *("diff", "diff_b", "w_norm", "b_norm", "on_input", "set_weight", "reshape_weight"),
+        )
+    },
+}
+_REFUSED: dict[str, str] = {
+    r"oft_blocks|oft_diag|oft_R(?:\.[^.]+)?(?:\.weight)?|rescale": "OFT (or BOFT), which turns the weight",
+    r"boft_R(?:\.[^.]+)?|boft_s(?:\.[^.]+)?": "BOFT, which turns the weight",
+    r"[ab][12]\.weight|bm\.weight": "GLoRA, whose change depends on the weight",
+    r"[qp]_layer\.weight|lambda_layer": "T-LoRA, whose rank depends on the timestep",
+    r"ia3_l(?:\.[^.]+)?": "PEFT's (IA)³, which scales the bias too",
+    r"lokr_t1": "a LoKr with a core on its first factor, which LyCORIS itself never reads",
+}
+_ANY = "|".join(f"(?:{p})" for p in (*_ROLES.values(), *_REFUSED, "weight|scale"))
+# The shortest module text that leaves a whole suffix. `_lora_down` is how one mistaken converter joined the two;
+# a colon is how lists of pairs (`unet:0:up`) do.
+_KEY = re.compile(
+    rf"(?P<module>.+?)(?:\.|_(?=lora_(?:up|down|mid)\.weight$)|(?<=\d):(?=(?:up|down)$))(?P<suffix>{_ANY})"
+)
+_ROLE = [(role, re.compile(pattern)) for role, pattern in _ROLES.items()]
+_REFUSE = [(re.compile(pattern), why) for pattern, why in _REFUSED.items()]
+
+
+@dataclass
+class Leaf:
+    """What one module of a file holds. `deltas`: "weight" or "bias" -> Delta. `full`: parameter -> its whole value."""
+
+    pair: Pair | None = None
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    full: dict[str, Tensor] = field(default_factory=dict)
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(module text, suffix) of a tensor's name, or None for a name that no adapter format ends like this.
+
+    The module text is as the file has it: `x.processor.to_q_lora.down.weight` gives `x.processor.to_q_lora` and
+    `down.weight`, XLabs' `double_blocks.0.processor.qkv_lora1.up.weight` the text up to `qkv_lora1`, and `unet:0:up`
+    gives `unet:0` and `up`."""
+    match = _KEY.fullmatch(key)
+    if match is None or (match["suffix"] in ("up", "down") and ":" not in key):
+        return None
+    return match["module"], match["suffix"]
+
+
+def read_leaf(
+    suffixes: Mapping[str, Tensor], *, alpha: float | None = None, rslora: bool = False, where: str = ""
+) -> Leaf:
+    """The leaf that tensors named by `split_key`'s suffixes stand for. Tensors are not copied, but for a Tucker pair.
+
+    `alpha`, where the caller knows it (from a config, or a correction), goes before a tensor of that name; without
+    either, alpha is the rank. Raises one AdapterError naming every tensor that is unknown, unpaired, misshapen or of an
+    algorithm that is refused (OFT, BOFT, GLoRA, T-LoRA)."""
+    reader = _Reader({}, rslora)
+    for suffix, tensor in suffixes.items():
+        role = next((role for role, pattern in _ROLE if pattern.fullmatch(suffix)), None)
+        if role is None and suffix == "weight" and "on_input" in suffixes:
+            role = "gain"
+        if role is None and suffix == "scale" and tensor.ndim == 1:
+            role = "set_weight"
+        refused = next((why for pattern, why in _REFUSE if pattern.fullmatch(suffix)), None)
+        if role is None:
+            reader.problems.append(
+                f"{suffix} {tuple(tensor.shape)}: {refused or 'not a tensor of any adapter known here'}"
+            )
+        elif role in reader.have:
+            reader.problems.append(f"{suffix} {tuple(tensor.shape)}: a second one of its kind")
+        elif not tensor.is_floating_point() and role not in _WHOLE_NUMBERS:
+            reader.problems.append(f"{suffix} {tuple(tensor.shape)}: {tensor.dtype} is no floating-point type")
+        else:
+            reader.have[role] = tensor
+            reader.suffix[role] = suffix
+    return reader.leaf(alpha, where)
+
+
+_MOST = 1 << 29  # values of one weight that is made here; the largest known has a quarter of that
+_WHOLE_NUMBERS = {"alpha", "on_input", "bias_indices", "bias_size", "reshape_weight"}
+
+
+@dataclass
+class _Reader:
+    """Takes tensors out of `have` by role; what stays behind belonged to nothing."""
+
+    have: dict[str, Tensor]
+    rslora: bool
+    alpha: float | None = None
+    suffix: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def leaf(self, alpha: float | None, where: str) -> Leaf:
+        self.alpha, leaf = self._alpha(alpha), Leaf()
+        magnitude = self._take_magnitude()
+        if magnitude is not None and "bias of B" in self.have:
+            self.problems.append("lora_B.bias beside a magnitude: PEFT has no meaning for both")
+        for form in (self._pair, self._hadamard, self._kronecker, self._gain, self._dense):
+            form(leaf)
+        if magnitude is not None:
+            self._decompose(leaf, magnitude)
+        if not (leaf.pair or leaf.deltas or leaf.full or self.have or self.problems):
+            self.problems.append(f"{', '.join(sorted(self.suffix)) or 'nothing'}: alone, without what it belongs to")
+        known = ", ".join(sorted(self.suffix.values()))
+        for role, tensor in self.have.items():
+            self.problems.append(f"{self.suffix[role]} {tuple(tensor.shape)}: without its partner among {known}")
+        for name, delta in leaf.deltas.items():
+            self.problems += [f"{name}: {p}" for p in part_problems(delta)]
+        if self.problems:
+            raise AdapterError(
+                "tensors that cannot be read:\n" + "\n".join(f"    {p}" for p in self.problems), where=where or None
+            )
+        return leaf
+
+    def _change(self, leaf: Leaf, name: str, delta: Delta) -> None:
+        if name in leaf.deltas:
+            self.problems.append(f"two changes of the same {name}: {leaf.deltas[name].form} and {delta.form}")
+        leaf.deltas[name] = delta
+
+    def _take(self, *roles: str) -> list[Tensor] | None:
+        """All of these, or None and nothing taken."""
+        if any(role not in self.have for role in roles):
+            return None
+        return [self.have.pop(role) for role in roles]
+
+    def _alpha(self, given: float | None) -> float | None:
+        stored = self.have.pop("alpha", None)
+        if given is None and stored is not None:
+            if stored.numel() != 1:
+                self.problems.append(f"alpha {tuple(stored.shape)}: one number is expected")
+                return None
+            given = float(stored)
+        if given is not None and (not math.isfinite(given) or given == 0):
+            what = "sd-scripts and LyCORIS take it for the rank, others for no effect" if given == 0 else "not finite"
+            self.problems.append(f"alpha = {given:g}: {what}")
+            return None
+        return given
+
+    def _scale(self, rank: int) -> float:
+        if not 0 < rank <= MAX_RANK:
+            self.problems.append(f"a rank of {rank:,}: 1 to {MAX_RANK:,} are read")
+            return 1.0
+        scale = scale_of(rank if self.alpha is None else self.alpha, rank, self.rslora)
+        return scale * self._scalar()
+
+    def _scalar(self) -> float:
+        """LyCORIS' learned factor on ΔW. It is folded into the file by today's versions, stored by some older ones."""
+        scalar = self.have.pop("scalar", None)
+        if scalar is not None and scalar.numel() != 1:
+            self.problems.append(f"scalar {tuple(scalar.shape)}: one number is expected")
+            return 1.0
+        return 1.0 if scalar is None else float(scalar)
+
+    def _pair(self, leaf: Leaf) -> None:
+        if rows := self._take("rows A", "rows B"):
+            A, B = rows
+            leaf.pair = Pair(A, B, self._scale(A.shape[0] if A.ndim else 0), "embedding")
+            if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+                self._misfit(A, B)
+            return
+        if not (factors := self._take("A", "B")):
+            return
+        A, B = factors
+        if (mid := self.have.pop("mid", None)) is not None:
+            A, B = self._without_core(A, mid, B)
+        if min(A.ndim, B.ndim) < 2:
+            self._misfit(A, B)
+            return
+        if (A.ndim > 2 and B.ndim == 2) or (B.ndim > 2 and A.ndim == 2):
+            n = max(A.ndim, B.ndim)  # one of the two was squeezed
+            A, B = (t.reshape(*t.shape, *[1] * (n - t.ndim)) for t in (A, B))
+        if A.ndim != B.ndim or A.shape[0] != B.shape[1] or math.prod(B.shape[2:]) != 1:
+            self._misfit(A, B)
+        leaf.pair = Pair(A, B, self._scale(A.shape[0]), "linear" if A.ndim == 2 else "conv")
+        if (bias := self.have.pop("bias of B", None)) is not None:
+            self._change(leaf, "bias", Delta("dense", {"value": bias}, (B.shape[0],), leaf.pair.scale))
+        if sparse := self._take("bias_indices", "bias_values", "bias_size"):
+            self._sparse(leaf, *sparse)
+        if (shape := self.have.pop("reshape_weight", None)) is not None:
+            fits = shape.ndim == 1 and shape.tolist() == [B.shape[0], *A.shape[1:]]
+            if not fits:
+                self.problems.append(f"reshape_weight {shape.tolist()}: the pair is for {[B.shape[0], *A.shape[1:]]}")
+
+    def _misfit(self, A: Tensor, B: Tensor) -> None:
+        self.problems.append(f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (rank, in…) and (out, rank)")
+
+    def _without_core(self, A: Tensor, mid: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ_q mid[p,q,k…]·A[q,i] in float64, kept as float32: a plain convolution's pair with the same ΔW."""
+        rank = A.shape[0] if A.ndim else 0
+        if mid.ndim < 3 or mid.shape[:2] != (rank, rank) or A.ndim < 2 or math.prod(A.shape[2:]) != 1:
+            self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: (rank, rank, k…) is expected")
+            return A, B
+        if mid[0, 0].numel() * A.numel() > _MOST:
+            self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: together absurdly large")
+            return A, B
+        wide = torch.float64 if torch.float64 in (A.dtype, mid.dtype) else torch.float32
+        return torch.einsum("pq...,qi->pi...", mid.double(), A.double().flatten(1)).to(wide), B.to(wide)
+
+    def _sparse(self, leaf: Leaf, indices: Tensor, values: Tensor, size: Tensor) -> None:
+        """ΔW += s·(sparse matrix). LyCORIS stores the indices and sizes as int16, which wraps from 32,768 on."""
+        assert leaf.pair is not None
+        A, B = leaf.pair.A, leaf.pair.B
+        shape = (B.shape[0], *A.shape[1:])
+        flat = (shape[0], math.prod(shape[1:]))
+        if math.prod(flat) > _MOST:
+            self.problems.append(f"bias_size {size.tolist()}: absurdly large")
+            return
+        wrap = (lambda t: t.long() & 0xFFFF) if indices.dtype == torch.int16 else (lambda t: t.long())
+        at, values = wrap(indices), values.reshape(-1)
+        fits = at.ndim == 2 and at.shape == (2, len(values)) and wrap(size).tolist() == list(flat)
+        if not fits or (len(values) and bool((at.amin() < 0) | (at[0].amax() >= flat[0]) | (at[1].amax() >= flat[1]))):
+            self.problems.append(f"bias_indices {tuple(indices.shape)}, bias_size {size.tolist()}: do not fit {flat}")
+            return
+        value = torch.zeros(flat, dtype=values.dtype).index_put((at[0], at[1]), values, accumulate=True)
+        self._change(leaf, "weight", Delta("dense", {"value": value.reshape(shape)}, shape, leaf.pair.scale))
+
+    def _hadamard(self, leaf: Leaf) -> None:
+        if not (parts := self._take("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")):
+            return
+        a1, b1, a2, b2 = parts
+        cores = self._take("hada_t1", "hada_t2")
+        if any(t.ndim != 2 for t in parts) or any(t.ndim < 3 for t in cores or ()):
+            self.problems.append(f"LoHa of {', '.join(str(tuple(t.shape)) for t in parts)}: matrices are expected")
+            return
+        named = {"a1": a1, "b1": b1, "a2": a2, "b2": b2}
+        shape: tuple[int, ...] = (a1.shape[0], b1.shape[1])
+        if cores:
+            named |= {"a1": a1.t(), "a2": a2.t(), "t1": cores[0], "t2": cores[1]}  # stored (rank, out) with a core
+            shape = (a1.shape[1], b1.shape[1], *cores[0].shape[2:])
+        self._change(leaf, "weight", Delta("hadamard", named, shape, self._scale(b1.shape[0])))
+
+    def _kronecker(self, leaf: Leaf) -> None:
+        if not any(role.startswith("lokr_") for role in self.have):
+            return
+        named: dict[str, Tensor] = {}
+        ranks: list[int] = []
+        for n in "12":
+            if whole := self._take(f"lokr_w{n}"):
+                named[f"w{n}"] = whole[0]
+            elif factors := self._take(f"lokr_w{n}_a", f"lokr_w{n}_b"):
+                core = self.have.pop("lokr_t2", None) if n == "2" else None
+                a, b = factors
+                if core is not None:
+                    a, named["t2"] = a.t(), core  # stored (rank, out) with a core
+                named |= {f"a{n}": a, f"b{n}": b}
+                ranks.append(b.shape[0] if b.ndim else 0)
+        if len({name[1] for name in named}) < 2:
+            self.problems.append("a LoKr with one factor only: lokr_w1 and lokr_w2 are expected, whole or as _a and _b")
+            return
+        if ("t2" in named and named["t2"].ndim < 3) or any(named[p].ndim != 2 for p in named if p[0] in "ab"):
+            self.problems.append(
+                f"LoKr of {', '.join(str(tuple(t.shape)) for t in named.values())}: matrices are expected"
+            )
+            return
+        if self.alpha is not None and len(set(ranks)) > 1:
+            self.problems.append(f"LoKr factors of ranks {ranks[0]} and {ranks[1]}: alpha counts for one rank only")
+        one, two = named.get("w1"), named.get("w2")
+        s1 = tuple(one.shape) if one is not None else (named["a1"].shape[0], named["b1"].shape[1])
+        s2 = tuple(two.shape) if two is not None else (named["a2"].shape[0], named["b2"].shape[1])
+        s2 += tuple(named["t2"].shape[2:]) if "t2" in named else ()
+        if len(s1) != 2 or len(s2) < 2:
+            self.problems.append(f"LoKr factors {s1} and {s2}: a matrix and a matrix or kernel are expected")
+            return
+        shape = (s1[0] * s2[0], s1[1] * s2[1], *s2[2:])
+        self._change(
+            leaf, "weight", Delta("kronecker", named, shape, self._scale(ranks[-1]) if ranks else self._scalar())
+        )
+
+    def _gain(self, leaf: Leaf) -> None:
+        if not (parts := self._take("gain", "on_input")):
+            return
+        value = parts[0].reshape(-1)
+        self._change(leaf, "weight", Delta("gain", {"value": value[None] if bool(parts[1].any()) else value}))
+
+    def _dense(self, leaf: Leaf) -> None:
+        for role, name in (("diff", "weight"), ("w_norm", "weight"), ("diff_b", "bias"), ("b_norm", "bias")):
+            if (value := self.have.pop(role, None)) is None:
+                continue
+            self._change(leaf, name, Delta("dense", {"value": value}, tuple(value.shape), self._scalar()))
+        if (value := self.have.pop("set_weight", None)) is not None:
+            leaf.full["weight"] = value
+            if leaf.pair is not None or "weight" in leaf.deltas:
+                self.problems.append(f"a whole new weight {tuple(value.shape)}, and a change of the old one")
+
+    def _take_magnitude(self) -> Tensor | None:
+        stored = [self.have.pop(role, None) for role in ("dora_scale", "magnitude of outputs")]
+        scale, vector = stored
+        if scale is not None and vector is not None:
+            self.problems.append("both dora_scale and lora_magnitude_vector")
+        return scale if scale is not None else None if vector is None else vector.reshape(-1)
+
+    def _decompose(self, leaf: Leaf, stored: Tensor) -> None:
+        """Give the magnitude to the pair, the LoHa or the LoKr. Its shape tells its axis: (out, 1…) or (1, in, 1…)."""
+        delta = leaf.deltas.get("weight")
+        if leaf.pair is not None and (delta is not None or leaf.pair.kind == "embedding"):
+            self.problems.append(f"dora_scale {tuple(stored.shape)}: with a second change beside it, it has no meaning")
+        elif leaf.pair is not None:
+            shape = (leaf.pair.B.shape[0], *leaf.pair.A.shape[1:])
+            leaf.pair.magnitude = self._along(stored, shape)
+        elif delta is not None and delta.form in ("hadamard", "kronecker"):
+            if delta.shape[1] != stored.shape[1:2].numel() and stored.ndim == 4 and stored.shape[0] == 1:
+                delta.shape = _unflattened(delta.shape, stored.shape[1])
+            delta.magnitude = self._along(stored, delta.shape)
+        else:
+            self.problems.append(f"dora_scale {tuple(stored.shape)}: without a change it belongs to")
+
+    def _along(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        if stored.numel() == stored.shape[0] == shape[0]:
+            return stored.reshape(-1)
+        if stored.ndim >= 2 and stored.numel() == stored.shape[1] == shape[1]:
+            return stored.reshape(1, -1, *[1] * (len(shape) - 2))
+        self.problems.append(f"dora_scale {tuple(stored.shape)}: neither (out, 1…) nor (1, in, 1…) of {shape}")
+        return None
+
+
+def _unflattened(flat: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """(out, in·k·k) as (out, in, k, k), for a square kernel; else as it is."""
+    side = math.isqrt(flat[1] // width) if width and len(flat) == 2 else 0
+    return (flat[0], width, side, side) if side and side * side * width == flat[1] else flat
+
+
+def fitted(leaf: Leaf, shape: tuple[int, ...], *, where: str = "") -> Leaf:
+    """The leaf for a weight of this shape: a 1×1 convolution's pair for a linear, and the other way round; the shape
+    of a LoHa or LoKr that was stored flat. Nothing is computed. AdapterError where the sizes do not allow it."""
+    pair, deltas = leaf.pair, dict(leaf.deltas)
+    if pair is not None and pair.kind != "embedding":
+        have = (pair.B.shape[0], *pair.A.shape[1:])
+        kind: Kind = "linear" if len(shape) == 2 else "conv"
+        flat = len(have) == 2 and have == (shape[0], math.prod(shape[1:]))
+        if not flat and _squeezed(have) != _squeezed(shape):
+            raise AdapterError(f"the pair is for a weight {have}, the base's is {shape}", where=where or None)
+        ones = [1] * (len(shape) - 2)
+        A, B = pair.A.reshape(-1, *shape[1:]), pair.B.reshape(-1, pair.rank, *ones)
+        m = pair.magnitude
+        m = m if m is None or m.ndim == 1 else m.reshape(1, -1, *ones)
+        pair = replace(pair, A=A, B=B, kind=kind, magnitude=m)
+    delta = deltas.get("weight")
+    if delta is not None and delta.form != "gain":
+        m = delta.magnitude
+        if (
+            math.prod(delta.shape) != math.prod(shape)
+            or delta.shape[0] != shape[0]
+            or delta.rows
+            or (m is not None and m.ndim > 1 and m.numel() != shape[1])
+        ):
+            raise AdapterError(f"the change is of a weight {delta.shape}, the base's is {shape}", where=where or None)
+        m = m if m is None or m.ndim == 1 else m.reshape(1, -1, *[1] * (len(shape) - 2))
+        parts = {"value": delta.parts["value"].reshape(shape)} if delta.form == "dense" else delta.parts
+        deltas["weight"] = replace(delta, shape=tuple(shape), magnitude=m, parts=parts)
+    return Leaf(pair, deltas, dict(leaf.full))
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the ones after the second dimension, where all of them are one."""
+    return tuple(shape[:2]) if math.prod(shape[2:]) == 1 else tuple(shape)

@@ -1,0 +1,257 @@
+"""The metadata of a safetensors file: what others wrote about an adapter, as a card; and a card, for others to read.
+
+Written: modelspec 1.0.1, the `ss_` keys that A1111, Forge and the managers of ComfyUI look at, and the card itself as
+JSON under `veneer.card`. `file_hashes.sealed` adds the hashes last. Equal cards give equal metadata: no time of day,
+unless the card has one. `modelspec.` and `ss_` values are texts; lists in them are separated by commas.
+
+Trigger words hide in many places. Those that somebody wrote down as such come first; a tag that is in every caption, or
+a data set's folder (`10_sks dog`), is a guess, and taken only where nothing better is there. Knows texts; no tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from veneer.core.adapter import Card
+from veneer.errors import AdapterError
+from veneer.formats.file_hashes import Check, Hashes, hashes, sealed, verify
+
+__all__ = [
+    "ARCHITECTURES",
+    "Check",
+    "Hashes",
+    "card_of",
+    "family_of",
+    "hashes",
+    "metadata_of",
+    "pack_configs",
+    "sealed",
+    "trigger_words",
+    "unpack_configs",
+    "verify",
+]
+
+SAI, BFL = "https://github.com/Stability-AI/generative-models", "https://github.com/black-forest-labs/flux"
+ARCHITECTURES: dict[str, tuple[str, str, str]] = {
+    "sd15": ("stable-diffusion-v1", "diffusers", "sd_v1"),
+    "sd2": ("stable-diffusion-v2-512", "diffusers", "sd_v2"),
+    "sdxl": ("stable-diffusion-xl-v1-base", SAI, "sdxl_base_v1-0"),
+    "sd3": ("stable-diffusion-3", "diffusers", "sd3"),
+    "flux1": ("flux-1-dev", BFL, "flux1"),
+    "flux2": ("Flux.2-dev", "https://github.com/black-forest-labs/flux2", "flux2"),
+    "qwen-image": ("Qwen-Image", "https://github.com/QwenLM/Qwen-Image", "qwen_image"),
+    "z-image": ("Z-Image", "https://github.com/Tongyi-MAI/Z-Image", "zimage"),
+}
+"""Family -> modelspec.architecture without `/lora`, modelspec.implementation, ss_base_model_version, as sd-scripts and
+musubi-tuner write them."""
+
+# Of a text in lower case without anything but letters and digits; the first that it starts with.
+_FAMILIES = [
+    *(("stablediffusionv1", "sd15"), ("sdv1", "sd15"), ("sd15", "sd15"), ("sd1", "sd15")),
+    *(("stablediffusionv2", "sd2"), ("sdv2", "sd2"), ("sd2", "sd2")),
+    *(("stablediffusionxl", "sdxl"), ("sdxl", "sdxl")),
+    *(("stablediffusion3", "sd3"), ("stablediffusionv3", "sd3"), ("sd3", "sd3")),
+    *(("flux2", "flux2"), ("flux1", "flux1"), ("fluxkontext", "flux1")),
+    *(("qwenimage", "qwen-image"), ("zimage", "z-image")),
+]
+
+# Where somebody wrote the words down as such; JSON lists and texts with commas both occur.
+_SAID = (
+    *("modelspec.trigger_phrase", "trained_words", "ss_trained_words", "trainedWords", "trigger_words", "trigger_word"),
+    *("ss_trigger_words", "trigger_phrase", "ss_activation_tags", "activation text", "instance_prompt"),
+)
+_BULKY = {"ss_tag_frequency", "ss_datasets", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_bucket_info"}
+_TEXTS = ("title", "author", "description", "usage_hint", "tags", "prediction_type", "thumbnail")
+MAX_JSON = 32 << 20
+
+
+def _json(metadata: Mapping[str, str], key: str) -> Any:
+    """The value of a key that holds JSON, or None where it does not; sd-scripts' statistics may hold NaN."""
+    text = metadata.get(key, "")
+    if not text or len(text) > MAX_JSON:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def family_of(metadata: Mapping[str, str]) -> str | None:
+    """The family that the metadata claims, or None. A claim, which the tensors can refute."""
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        text = re.sub(r"[^a-z0-9]", "", metadata.get(key, "").lower())
+        for start, family in _FAMILIES:
+            if text.startswith(start):
+                return family
+    return {"True": "sd2", "False": None}.get(metadata.get("ss_v2", ""))
+
+
+def trigger_words(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Word or phrase -> the key it was found under, best first; guesses end in `?`."""
+    out: dict[str, str] = {}
+    for key in _SAID:
+        for word in _words(metadata, key):
+            out.setdefault(word, key)
+    datasets = _json(metadata, "ss_datasets")
+    for entry in datasets if isinstance(datasets, list) else []:
+        subsets = entry.get("subsets") if isinstance(entry, dict) else None
+        for subset in subsets if isinstance(subsets, list) else []:
+            tokens = subset.get("class_tokens") if isinstance(subset, dict) and not subset.get("is_reg") else None
+            if isinstance(tokens, str) and tokens.strip():
+                out.setdefault(tokens.strip(), "ss_datasets")
+    folders = _json(metadata, "ss_dataset_dirs")
+    folders = folders if isinstance(folders, dict) else {}
+    tags = _json(metadata, "ss_tag_frequency")
+    for folder, counts in (tags if isinstance(tags, dict) else {}).items():
+        if not isinstance(counts, dict) or not all(isinstance(n, int | float) for n in counts.values()):
+            continue
+        known = folders.get(folder)
+        images = known.get("img_count") if isinstance(known, dict) else None
+        if len(counts) == 1:
+            images = next(iter(counts.values()))  # ai-toolkit's {"1_word": {"word": 1}}, and folders without captions
+        for tag, n in counts.items():
+            if images and n >= images and tag.strip():
+                out.setdefault(tag.strip(), "ss_tag_frequency" if len(counts) == 1 else "ss_tag_frequency?")
+    for folder in [*folders, *(tags if isinstance(tags, dict) else {})]:
+        match = re.fullmatch(r"\d+_(.+)", folder)
+        if match and match[1].strip():
+            out.setdefault(match[1].strip(), "ss_dataset_dirs?")
+    return out
+
+
+def _words(metadata: Mapping[str, str], key: str) -> list[str]:
+    value = _json(metadata, key)
+    texts = value if isinstance(value, list) else [value if isinstance(value, str) else metadata.get(key, "")]
+    return [w.strip() for t in texts if isinstance(t, str) for w in t.split(",") if w.strip()]
+
+
+def card_of(metadata: Mapping[str, str]) -> Card:
+    """A card from anyone's metadata. `veneer.card`, where it is there, goes first; the rest fills what it leaves empty.
+
+    `extra` has title, author, description, tags and what else is said of the file under modelspec's names; `recipe` the
+    training settings under sd-scripts' names without `ss_`. The bulky ones (tags, data sets, buckets) are left out."""
+    card = Card(kind="image")
+    for name in _TEXTS:
+        if metadata.get(f"modelspec.{name}"):
+            card.extra[name] = metadata[f"modelspec.{name}"]
+    if not card.extra.get("title") and metadata.get("ss_output_name"):
+        card.extra["title"] = metadata["ss_output_name"]
+    for name, key in (("architecture", "modelspec.architecture"), ("base_version", "ss_base_model_version")):
+        if metadata.get(key):
+            card.extra[name] = metadata[key]
+    if "software" in metadata:
+        card.extra["software"] = metadata["software"]
+    card.base = _known(metadata.get("ss_sd_model_name", ""))
+    card.licence = metadata.get("modelspec.license", "")
+    card.created = metadata.get("modelspec.date", "") or _moment(metadata.get("ss_training_finished_at", ""))
+    card.parents = [p.strip() for p in metadata.get("modelspec.merged_from", "").split(",") if p.strip()]
+    card.rank, card.alpha = (
+        int(_number(metadata.get("ss_network_dim", ""))),
+        _number(metadata.get("ss_network_alpha", "")),
+    )
+    words = trigger_words(metadata)
+    sure = [w for w, key in words.items() if not key.endswith("?")]
+    card.trigger_words = sure or list(words)
+    card.recipe = {
+        key.removeprefix("ss_"): value
+        for key, value in sorted(metadata.items())
+        if key.startswith("ss_") and key not in _BULKY and _known(value)
+    }
+    own = _json(metadata, "veneer.card")
+    if isinstance(own, dict):
+        card = replace(
+            card, **{f.name: own[f.name] for f in fields(Card) if own.get(f.name) and _alike(card, f.name, own)}
+        )
+    return card
+
+
+def _alike(card: Card, name: str, own: Mapping[str, Any]) -> bool:
+    like, value = getattr(card, name), own[name]
+    if isinstance(like, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(like, list):
+        return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    return type(value) is type(like)
+
+
+def _known(text: str) -> str:
+    return "" if text in ("None", "none", "") else text
+
+
+def _number(text: str) -> float:
+    """A finite positive number, or 0: `Dynamic` and `None` occur too."""
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if 0 < value < 1 << 31 else 0.0
+
+
+def _moment(text: str) -> str:
+    """Seconds since 1970 as ISO-8601 in UTC."""
+    seconds = int(_number(text))
+    return datetime.fromtimestamp(seconds, tz=UTC).isoformat() if seconds else ""
+
+
+def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter") -> dict[str, str]:
+    """The metadata that says a card to everyone, without the hashes: `sealed` adds those last.
+
+    `name`: the file's, which A1111 shows. `card.extra` gives title, author, description, tags, usage_hint, thumbnail
+    (a data address), prediction_type and architecture; `card.created` the date, ISO-8601. A family that is not in
+    ARCHITECTURES and no architecture: modelspec, which requires one, is left out. Rank 0 stands for several ranks."""
+    extra = {k: v for k, v in card.extra.items() if isinstance(v, str) and v}
+    words = ", ".join(card.trigger_words)
+    out = {"format": "pt", "ss_output_name": name}
+    known = ARCHITECTURES.get(family or "")
+    architecture = extra.get("architecture") or (f"{known[0]}/lora" if known else "")
+    if known:
+        out |= {"ss_base_model_version": known[2], "ss_v2": str(family == "sd2")}
+    out["ss_network_module"] = "networks.lora"
+    out["ss_network_dim"] = str(card.rank) if card.rank else "Dynamic"
+    out["ss_network_alpha"] = f"{card.alpha:g}" if card.alpha else "Dynamic"
+    if card.base:
+        out["ss_sd_model_name"] = card.base
+    if card.trigger_words:
+        out["ss_tag_frequency"] = json.dumps({f"1_{words}": dict.fromkeys(card.trigger_words, 1)}, ensure_ascii=False)
+    if architecture:
+        spec = {"sai_model_spec": "1.0.1", "architecture": architecture, "title": extra.get("title") or name}
+        spec["implementation"] = known[1] if known else "diffusers"
+        spec |= {key: extra[key] for key in _TEXTS if key in extra}
+        spec |= {"date": card.created, "license": card.licence, "trigger_phrase": words}
+        spec |= {"merged_from": ", ".join(card.parents)}
+        if family in ("sd15", "sdxl"):
+            spec.setdefault("prediction_type", "epsilon")
+        out |= {f"modelspec.{key}": value for key, value in spec.items() if value}
+    try:
+        body = {k: v for k, v in card.to_dict().items() if v}
+        out["veneer.card"] = json.dumps(body, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"the card holds something that JSON cannot: {error}", where=name) from None
+    return dict(sorted(out.items()))
+
+
+def pack_configs(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """`lora_adapter_metadata`: diffusers' JSON of PEFT settings by component, {"unet.r": 16, "unet.lora_alpha": 8}."""
+    flat = {f"{component}.{key}": value for component, own in configs.items() for key, value in own.items()}
+    return json.dumps(flat, indent=2, sort_keys=True, allow_nan=False)
+
+
+def unpack_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The PEFT settings by component under `lora_adapter_metadata`; {} where there are none.
+
+    AdapterError for a value that is no JSON object with `component.setting` keys."""
+    if not metadata.get("lora_adapter_metadata"):
+        return {}
+    flat = _json(metadata, "lora_adapter_metadata")
+    if not isinstance(flat, dict) or not all("." in key.strip(".") for key in flat):
+        raise AdapterError("lora_adapter_metadata is no JSON object of component.setting", where="metadata")
+    out: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        component, _, setting = key.partition(".")
+        out.setdefault(component, {})[setting] = value
+    return out

@@ -1,0 +1,271 @@
+"""Metadata: others' is understood, ours is what readers look for, and every hash is the one they would compute."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+
+import pytest
+import safetensors.torch
+import torch
+
+from veneer.core.adapter import Card
+from veneer.errors import AdapterError
+from veneer.formats.container import read_tensors, write_tensors
+from veneer.formats.metadata import (
+    ARCHITECTURES,
+    card_of,
+    family_of,
+    hashes,
+    metadata_of,
+    pack_configs,
+    sealed,
+    trigger_words,
+    unpack_configs,
+    verify,
+)
+
+CARD = Card(
+    base="stabilityai/stable-diffusion-xl-base-1.0",
+    kind="image",
+    rank=16,
+    alpha=8.0,
+    trigger_words=["sks dog", "naïve"],
+    licence="openrail++",
+    created="2026-11-24T10:00:00+00:00",
+    parents=["one", "two"],
+    metrics={"loss": 0.25},
+    extra={"title": "A dog", "author": "Ann", "description": "a “dog”", "tags": "dog, pet"},
+)
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, torch.Tensor]:
+    """Above 1 MiB, so that AutoV1 and the legacy hash are of something; dtypes whose order in a file is not by name."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a": torch.randn(300, 500, generator=generator).half(),
+        "b": torch.randn(1000, 300, generator=generator),
+        "c": torch.tensor(1.0),
+    }
+
+
+def test_the_hashes_of_a_file(tmp_path, tensors):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    raw = path.read_bytes()
+    body = raw[8 + int.from_bytes(raw[:8], "little") :]
+    found = hashes(path)
+    assert found.sha256 == hashlib.sha256(raw).hexdigest()
+    assert found.autov2 == found.sha256[:10]
+    assert found.autov1 == hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
+    assert found.autov3 == hashlib.sha256(body).hexdigest()[:12]
+    assert found.crc32 == f"{zlib.crc32(raw):08x}"
+
+
+def test_a_file_that_is_not_safetensors_has_no_autov3(tmp_path):
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"\x80\x02something")
+    assert hashes(path).autov3 == ""
+    assert hashes(path).sha256 == hashlib.sha256(b"\x80\x02something").hexdigest()
+    with pytest.raises(AdapterError, match="cannot read"):
+        hashes(tmp_path / "none")
+
+
+@pytest.mark.parametrize("ss", [True, False])
+def test_the_stored_hashes_are_those_of_sd_scripts(tmp_path, tensors, ss):
+    """Recomputed as sd-scripts does it, with safetensors' own writer: of the file with ss_ keys only, in memory."""
+    metadata = metadata_of(CARD, family="sdxl", name="dog") if ss else {"modelspec.title": "x"}
+    done = sealed(tensors, metadata)
+    theirs = safetensors.torch.save(tensors, {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    body = theirs[8 + int.from_bytes(theirs[:8], "little") :]
+    assert done["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+    assert done["modelspec.hash_sha256"] == "0x" + done["sshs_model_hash"]
+    assert done["sshs_legacy_hash"] == hashlib.sha256(theirs[0x100000:0x110000]).hexdigest()[:8]
+    write_tensors(tmp_path / "x.safetensors", tensors, done)
+    assert [(c.key, c.holds) for c in verify(tmp_path / "x.safetensors")] == [
+        ("modelspec.hash_sha256", True),
+        ("sshs_model_hash", True),
+        ("sshs_legacy_hash", True),
+    ]
+    assert read_tensors(tmp_path / "x.safetensors")[1] == done
+    assert hashes(tmp_path / "x.safetensors").autov3 == done["sshs_model_hash"][:12]
+
+
+def test_hashes_of_others_are_verified(tmp_path, tensors):
+    """A file as sd-scripts saves it: more keys in the header than the legacy hash counts, in no known order."""
+    path = tmp_path / "x.safetensors"
+    ss = {"ss_output_name": "x", "ss_training_comment": "é", "ss_network_dim": "16"}
+    theirs = safetensors.torch.save(tensors, ss)
+    body = theirs[8 + int.from_bytes(theirs[:8], "little") :]
+    done = {
+        **ss,
+        "modelspec.title": "x",
+        "sshs_model_hash": hashlib.sha256(body).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(theirs[0x100000:0x110000]).hexdigest()[:8],
+    }
+    safetensors.torch.save_file(tensors, path, metadata=done)
+    assert all(check.holds for check in verify(path))
+    safetensors.torch.save_file({**tensors, "b": tensors["b"] + 1}, path, metadata=done)
+    assert [check.holds for check in verify(path)] == [False, False]
+    assert "changed" in verify(path)[0].note
+    safetensors.torch.save_file(tensors, path)
+    assert verify(path) == []
+
+
+def test_a_hash_in_the_order_of_names_is_recognised(tmp_path, tensors):
+    by_name = b"".join(bytes(tensors[k].reshape(-1).view(torch.uint8).numpy()) for k in sorted(tensors))
+    write_tensors(
+        tmp_path / "x.safetensors", tensors, {"modelspec.hash_sha256": "0x" + hashlib.sha256(by_name).hexdigest()}
+    )
+    (check,) = verify(tmp_path / "x.safetensors")
+    assert check.holds is False
+    assert "OneTrainer" in check.note
+
+
+def test_a_legacy_hash_under_a_long_header_is_not_called_false(tmp_path):
+    tensors = {"a": torch.ones(4)}
+    write_tensors(
+        tmp_path / "x.safetensors", tensors, {"ss_tag_frequency": "x" * (1 << 20), "sshs_legacy_hash": "01234567"}
+    )
+    (check,) = verify(tmp_path / "x.safetensors")
+    assert check.holds is None
+    done = sealed(tensors, {"ss_tag_frequency": "x" * (1 << 20), "ss_a": "b"})
+    write_tensors(tmp_path / "x.safetensors", tensors, done)
+    assert all(c.holds for c in verify(tmp_path / "x.safetensors"))
+
+
+def test_equal_cards_give_equal_bytes_and_come_back():
+    one, two = metadata_of(CARD, family="sdxl", name="dog"), metadata_of(CARD, family="sdxl", name="dog")
+    assert json.dumps(one) == json.dumps(two)
+    card = card_of(one)
+    for field in ("base", "rank", "alpha", "trigger_words", "licence", "created", "parents", "metrics", "kind"):
+        assert getattr(card, field) == getattr(CARD, field), field
+    assert card.extra | CARD.extra == card.extra
+    foreign = {k: v for k, v in one.items() if k != "veneer.card"}
+    card = card_of(foreign)
+    assert (card.rank, card.alpha, card.trigger_words) == (16, 8.0, ["sks dog", "naïve"])
+    assert card.extra["title"] == "A dog"
+    assert card.recipe["network_module"] == "networks.lora"
+
+
+def test_what_readers_look_for_is_there():
+    """A1111 and Forge: ss_output_name, ss_base_model_version, ss_v2, modelspec.architecture; managers: the rest."""
+    m = metadata_of(CARD, family="sdxl", name="dog")
+    assert m["ss_output_name"] == "dog"
+    assert m["ss_base_model_version"].startswith("sdxl_")
+    assert m["ss_v2"] == "False"
+    assert m["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert m["modelspec.sai_model_spec"] == "1.0.1"
+    assert m["modelspec.trigger_phrase"] == "sks dog, naïve"
+    assert set(json.loads(m["ss_tag_frequency"])["1_sks dog, naïve"]) == {"sks dog", "naïve"}
+    assert (m["ss_network_dim"], m["ss_network_alpha"]) == ("16", "8")
+    for key in ("title", "author", "description", "date", "license", "tags", "merged_from", "implementation"):
+        assert m[f"modelspec.{key}"]
+    assert all(isinstance(v, str) for v in m.values())
+    mixed = metadata_of(Card(kind="image"), family=None)
+    assert (mixed["ss_network_dim"], mixed["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+    assert not any(k.startswith("modelspec.") for k in mixed)
+    assert metadata_of(Card(kind="image"), family="flux1")["modelspec.architecture"] == "flux-1-dev/lora"
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_our_own_family_is_recognised(family):
+    m = metadata_of(Card(kind="image"), family=family)
+    assert family_of(m) == family
+    assert family_of({"ss_base_model_version": m["ss_base_model_version"]}) == family
+
+
+@pytest.mark.parametrize(
+    ("metadata", "family"),
+    [
+        ({"modelspec.architecture": "Flux.1-dev/lora"}, "flux1"),
+        ({"modelspec.architecture": "flux-1-schnell/lora"}, "flux1"),
+        ({"modelspec.architecture": "Flux.2-klein-4b/lora"}, "flux2"),
+        ({"modelspec.architecture": "stable-diffusion-3-5-large/lora"}, "sd3"),
+        ({"ss_base_model_version": "sd_1.5"}, "sd15"),
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, "sdxl"),
+        ({"ss_v2": "True"}, "sd2"),
+        ({"ss_v2": "False"}, None),
+        ({"ss_base_model_version": "hunyuan-image-2.1"}, None),
+        ({}, None),
+    ],
+)
+def test_claims_of_families(metadata, family):
+    assert family_of(metadata) == family
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        (
+            {"modelspec.trigger_phrase": "sks dog, oil"},
+            {"sks dog": "modelspec.trigger_phrase", "oil": "modelspec.trigger_phrase"},
+        ),
+        ({"trained_words": '["ohwx"]'}, {"ohwx": "trained_words"}),
+        ({"trained_words": '"ohwx"'}, {"ohwx": "trained_words"}),
+        ({"ss_tag_frequency": '{"1_p3rs0n": {"p3rs0n": 1}}'}, {"p3rs0n": "ss_tag_frequency"}),
+        (
+            {
+                "ss_tag_frequency": '{"10_sks dog": {"sks": 20, "grass": 3, "dog": 20}}',
+                "ss_dataset_dirs": '{"10_sks dog": {"n_repeats": 10, "img_count": 20}}',
+            },
+            {"sks": "ss_tag_frequency?", "dog": "ss_tag_frequency?", "sks dog": "ss_dataset_dirs?"},
+        ),
+        (
+            {"ss_datasets": '[{"subsets": [{"class_tokens": "zwx cat"}, {"class_tokens": "cat", "is_reg": true}]}]'},
+            {"zwx cat": "ss_datasets"},
+        ),
+        ({"ss_dataset_dirs": '{"img": {"img_count": 3}}'}, {}),
+    ],
+)
+def test_trigger_words_are_found_where_they_hide(metadata, words):
+    assert trigger_words(metadata) == words
+    card = card_of(metadata)
+    sure = [w for w, key in words.items() if not key.endswith("?")]
+    assert card.trigger_words == (sure or list(words))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[", "[" * 100_000, "7", '"x"', '[{"subsets": 3}]', '{"a": {"b": "c"}}', '{"a": [1]}', '{"a": NaN}'],
+)
+@pytest.mark.parametrize("key", ["ss_tag_frequency", "ss_datasets", "ss_dataset_dirs", "veneer.card"])
+def test_metadata_of_any_shape_is_survived(key, text):
+    card_of({key: text})
+
+
+def test_a_card_inside_is_not_trusted_to_have_the_right_types():
+    card = card_of({"veneer.card": '{"rank": "many", "alpha": true, "trigger_words": [1], "base": "b", "more": 1}'})
+    assert (card.rank, card.alpha, card.trigger_words, card.base) == (0, 0.0, [], "b")
+
+
+def test_times_and_numbers_of_sd_scripts():
+    card = card_of(
+        {
+            "ss_training_finished_at": "1700000000.5",
+            "ss_network_dim": "Dynamic",
+            "ss_network_alpha": "0.5",
+            "ss_sd_model_name": "None",
+            "ss_unet_lr": "0.0001",
+            "ss_text_encoder_lr": "None",
+        }
+    )
+    assert (card.created, card.rank, card.alpha, card.base) == ("2023-11-14T22:13:20+00:00", 0, 0.5, "")
+    assert card.recipe["unet_lr"] == "0.0001"
+    assert "text_encoder_lr" not in card.recipe
+
+
+def test_diffusers_settings_go_out_and_come_in():
+    configs = {"unet": {"r": 4, "rank_pattern": {"a.b": 8}}, "text_encoder": {"lora_alpha": 2.0}}
+    assert unpack_configs({"lora_adapter_metadata": pack_configs(configs)}) == configs
+    assert unpack_configs({}) == {}
+    for text in ("[]", "{", '{"r": 1}'):
+        with pytest.raises(AdapterError, match="lora_adapter_metadata"):
+            unpack_configs({"lora_adapter_metadata": text})
+
+
+def test_a_card_that_json_cannot_hold_is_refused():
+    with pytest.raises(AdapterError, match="JSON cannot"):
+        metadata_of(Card(metrics={"a": float("nan")}))
