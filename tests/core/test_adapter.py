@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from veneer.core import Adapter, Pair, TokenRows
+from veneer.core.forms import Delta
 
 
 def sample() -> Adapter:
