@@ -70,7 +70,7 @@ def find(c: Connection, wanted: Reference) -> list[Version]:
             .order_by(v.added.desc(), v.name, v.version.desc())
         ).all()
         firsts = {row.digest or row.entry: row for row in reversed(rows)}
-        return _full(c, list(firsts.values()))
+        return _full(c, sorted(firsts.values(), key=lambda row: (row.name, row.version)))
     query = _versions().where(v.name == wanted.name)
     if wanted.version is not None:
         query = query.where(v.version == wanted.version)
