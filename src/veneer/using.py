@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from veneer.core.attach import Attachment, attach
 from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, nearest
 from veneer.formats import peft
+from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, read_card
 
 if TYPE_CHECKING:
@@ -110,13 +111,13 @@ def load_adapter(base: TextBase, name: str, *, allow_other_base: bool = False) -
 
     Raises MismatchError, with both fingerprints, where its card names another base: with the first names and shapes
     that do not fit, or, where all fit, unless `allow_other_base`. Raises AdapterError for anything else wrong."""
-    folder = adapter_path(name)
+    path = adapter_path(name)
     try:
-        adapter = peft.read(folder, base.model)
+        adapter = peft.read(path, base.model) if path.is_dir() else reader.read(path, base=base.model).adapter
     except UnsafeFileError:
         raise
     except AdapterError as error:
-        card = read_card(folder).card if (folder / CARD_FILE).is_file() else None
+        card = read_card(path).card if (path / CARD_FILE).is_file() else None
         if card is None or card.base_fingerprint in ("", base.fingerprint):
             raise
         raise _mismatch(name, card.base, card.base_fingerprint, base, _first_lines(error.what)) from error

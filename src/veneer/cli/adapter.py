@@ -13,33 +13,52 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify and merge adapters.")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Name = Annotated[str, typer.Argument(help="An adapter's folder, or its name in the veneer home.", show_default=False)]
+_Name = Annotated[
+    str, typer.Argument(help="An adapter's folder or file, or its name in the library.", show_default=False)
+]
 
 
-@app.command(epilog="Example: veneer adapter inspect runs/tickets")
-def inspect(name: _Name, as_json: _Json = False) -> None:
-    """What is in an adapter: targets, ranks, scales, sizes, and its card. Needs no base."""
+@app.command(epilog="Example: veneer adapter inspect style.safetensors")
+def inspect(
+    name: _Name,
+    from_pickle: Annotated[
+        bool, typer.Option("--from-pickle", help="Read a .bin or .pt too, through torch's weights-only loader.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """What is in an adapter of any format: what it is and why, ranks, scales, hashes, trigger words. Needs no base."""
     from veneer.inspecting import inspect as look
 
-    found = look(name)
+    found = look(name, from_pickle=from_pickle)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
-    card = found["card"]
+    card, hashes, coverage = found["card"], found["hashes"], found["coverage"]
     facts = {
         "adapter": found["adapter"],
+        "format": found["format"],
+        "because": "; ".join(found["reasons"]),
+        "family": found["family"],
         "digest": found["digest"],
         "base": found["base"] or "not said",
         "fingerprint": found["base_fingerprint"],
         "holds": f"{found['pairs']} pairs, {found['parameters']:,} parameters, {found['bytes']:,} bytes",
+        "components": _several(found["components"], skip=""),
         "dtypes": ", ".join(found["dtypes"]),
+        "ranks": _several(found["ranks"]),
+        "alphas": _several(found["alphas"]),
         "variant": ", ".join(v for v in ("rslora", "dora") if found[v]) or "LoRA",
         "dropout": f"{found['dropout']:g}" if found["dropout"] else "",
         "full copies": ", ".join(found["full_copies"]),
         "token rows": ", ".join(f"{n}: {len(ids)}" for n, ids in found["token_rows"].items()),
+        "new tokens": ", ".join(w for words in found["new_tokens"].values() for w in words),
+        "triggers": ", ".join(found["trigger_words"]),
+        "sha256": hashes["sha256"],
+        "AutoV1/2/3": f"{hashes['autov1']} / {hashes['autov2']} / {hashes['autov3'] or '-'}",
         "data": card["data_digest"],
         "licence": card["licence"],
         "created": card["created"],
+        "tensors": f"{coverage['used']} used, {len(coverage['unused'])} unused, {len(coverage['unpaired'])} unpaired",
     }
     for key, value in facts.items():
         if value:
@@ -47,14 +66,30 @@ def inspect(name: _Name, as_json: _Json = False) -> None:
     for title in ("metrics", "recipe"):
         if card[title]:
             print(f"{title:<12} {json.dumps(card[title], sort_keys=True)}")
+    for form, row in found["deltas"].items():
+        dense = f"; each ΔW is made when it is used, {row['dense_bytes']:,} bytes in all" if row["dense_bytes"] else ""
+        print(f"{form:<12} {row['count']} changes that are no pair, {row['bytes']:,} bytes{dense}")
     if found["targets"]:
         print()
         _table(
             ("target", "kind", "pairs", "rank", "scale", "A", "B", "‖ΔW‖"),
             [_row(leaf, group) for leaf, group in found["targets"].items()],
         )
+    for what in ("unused", "unpaired"):
+        for key in coverage[what]:
+            print(f"{what}: {key}")
+    if coverage["unused"] or coverage["unpaired"]:
+        print("note: read for use, this file is refused for those tensors, unless with --allow-partial")
     for note in found["notes"]:
         print(f"note: {note}")
+
+
+def _several(counts: dict[str, int], skip: str | None = None, most: int = 6) -> str:
+    """ "16 (264), 32": how many have which value, without the number where all have the same."""
+    shown = [(k, n) for k, n in counts.items() if k != skip]
+    if len(shown) == 1:
+        return shown[0][0]
+    return ", ".join(f"{k} ({n})" for k, n in shown[:most]) + (", …" if len(shown) > most else "")
 
 
 def _row(leaf: str, group: dict[str, Any]) -> tuple[str, ...]:

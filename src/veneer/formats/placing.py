@@ -169,8 +169,8 @@ def alphas_of_blocks(
         )
     if unclear:
         notes.append(
-            f"{len(unclear)} fused modules hold blocks, and nothing says whether alpha is for one part or, as it is taken, "
-            f"for all: {', '.join(unclear[:5])}"
+            f"{len(unclear)} fused modules hold blocks, and nothing says whether alpha is for one part or, as it is "
+            f"taken, for all: {', '.join(unclear[:5])}"
         )
     return out
 
