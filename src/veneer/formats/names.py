@@ -17,6 +17,7 @@ cannot be undone. Knows names; no tensors.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -42,6 +43,7 @@ def _table(name: str) -> Mapping[str, tuple[Place, ...]]:
     family = families()[name]
     out: dict[str, tuple[Place, ...]] = {}
     denoiser = family.denoiser
+    prefixes = {c: tuple(_encoder_prefixes(family, c)) for c in family.components if c != denoiser}
     for module in family.modules:
         component, _, own = module.partition(".")
         places: tuple[Place, ...] = (Place(module),)
@@ -54,7 +56,7 @@ def _table(name: str) -> Mapping[str, tuple[Place, ...]]:
                 out[f"{component}.{text}"] = places
                 if own.startswith("text_model."):  # transformers 5 has dropped it from the class
                     out[f"{component}.{text.removeprefix('text_model.')}"] = places
-            for prefix in _encoder_prefixes(family, component):
+            for prefix in prefixes[component]:
                 out[prefix + (flat(own) if prefix.endswith("_") else own)] = places
     for original, places in family.originals.items():
         for prefix in ("", f"{denoiser}."):
@@ -118,15 +120,24 @@ def lookup(family: Family, text: str) -> tuple[Place, ...] | None:
 
 
 def near(family: Family | None, text: str) -> str | None:
-    """The known text that looks most like it: the longest shared start."""
+    """The known text that has the longest start in common with it, of 8 letters at least."""
     if family is None:
         return None
     text = text.removeprefix("base_model.model.")
-    head, best = text, None
-    while len(head) > 8 and best is None:
-        best = next((t for t in _table(family.name) if t.startswith(head)), None)
-        head = head[:-1]
-    return best
+    known = _sorted(family.name)
+    at = bisect_left(known, text)
+    common, best = max((_common(text, t), t) for t in known[max(at - 1, 0) : at + 1])
+    return best if common >= 8 else None
+
+
+def _common(a: str, b: str) -> int:
+    """Letters that both start with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@cache
+def _sorted(name: str) -> list[str]:
+    return sorted(_table(name))
 
 
 Shape = tuple[int, int]
@@ -149,8 +160,8 @@ def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None) 
     """`shapes`: module text -> (out, in) of its weight where known. `claim`: what the metadata says.
 
     Most names covered; then, of those that cover as many, the families whose proportions are the file's, whose official
-    widths are, the one the metadata claims, the one whose like modules the file fills most, and the most common. Shapes
-    only decide between names that are alike: an unusual width excludes nothing."""
+    widths are, the one the metadata claims, the one whose like modules the file fills most and at least half, and the
+    most common. Shapes only decide between names that are alike: an unusual width excludes nothing."""
     found = {
         name: {text: places for text in shapes if (places := lookup(family, text)) is not None}
         for name, family in families().items()
@@ -167,7 +178,7 @@ def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None) 
             ("by its proportions", [n for n in tied if _proportions(n, shapes)]),
             ("by its widths", [n for n in tied if _widths(n, found[n], shapes)]),
             ("by its metadata", [n for n in tied if n == claim or (claim == "sd3" and n == "sd3-large")]),
-            ("by how many of the like modules it has", [n for n in tied if shares[n] == max(shares.values())]),
+            ("by its share of the like modules", [n for n in tied if shares[n] == max(shares.values()) >= 0.5]),
         ):
             keep = [n for n in keep if n in tied]
             if keep and len(keep) < len(tied):

@@ -44,6 +44,14 @@ class Placer:
     def adapter(self) -> Adapter:
         return Adapter(self.pairs, self.modules, deltas=self.deltas)
 
+    def misfits(self) -> list[str]:
+        """How what has been placed does not fit the base, where one is given."""
+        if not self.base.kinds:
+            return []
+        names = {name for name in self.used if name not in self.base.kinds}
+        missing = [f"{name}: no such module in the base" for name in sorted(names)]
+        return missing or self.base.problems(self.adapter())
+
     def place(
         self, text: str, leaf: Leaf, places: Sequence[Place], keys: list[str], *, blocks: bool = False
     ) -> list[str]:
@@ -169,8 +177,8 @@ def alphas_of_blocks(
         )
     if unclear:
         notes.append(
-            f"{len(unclear)} fused modules hold blocks, and nothing says whether alpha is for one part or, as it is "
-            f"taken, for all: {', '.join(unclear[:5])}"
+            f"{len(unclear)} fused modules hold blocks, and nothing says that alpha is for one part: it is taken "
+            f"for all: {', '.join(unclear[:5])}"
         )
     return out
 

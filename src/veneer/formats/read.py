@@ -139,6 +139,7 @@ def _from_peft(folder: Path, base: peft.Base) -> Reading:
         places = lookup(family, name)
         assert places is not None  # every module was covered
         problems += placer.place(name, leaf, places, own[name])
+    problems += placer.misfits()
     out = replace(placer.adapter(), card=adapter.card, rslora=adapter.rslora, dropout=adapter.dropout)
     if problems:
         raise _refusal(problems, str(folder))
@@ -157,7 +158,7 @@ def _refusal(problems: list[str], where: str) -> AdapterError:
     return AdapterError(
         f"the adapter cannot be read whole ({len(problems)} problem(s)):\n" + "\n".join(f"    {p}" for p in problems),
         where=where,
-        fix="--allow-partial (allow_partial=True) reads the rest and lists what was left",
+        fix="--allow-partial (allow_partial=True) reads the rest, where it fits, and lists what was left",
     )
 
 
@@ -217,6 +218,8 @@ def read_state(
         if wrong:
             unpaired += keys
             problems += wrong
+    if misfits := placer.misfits():
+        raise _refusal(misfits, where)
     if problems and not allow_partial:
         raise _refusal(problems, where)
     adapter = replace(placer.adapter(), card=card_of(metadata))

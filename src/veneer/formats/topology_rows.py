@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["Part", "Row", "clip", "t5"]
 
@@ -11,8 +11,7 @@ Part = tuple[int, int, int]
 """Rows [begin, end) of `total`, in equal units."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A module, its kind, and its name in the original code ("" where that is the same): all of that original module,
     or `part` of its rows, or with its halves in the other order."""
 

@@ -1,0 +1,223 @@
+"""Nothing is dropped in silence: what cannot be read is an error that lists all of it, or a list where asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from tests.formats.layouts import INTO, UNIT, Layout, assert_same, changes, dotted, kohya
+from tests.formats.test_read import reading
+from veneer.errors import AdapterError, UnsafeFileError
+from veneer.formats.names import choose_family
+from veneer.formats.read import read, read_state
+from veneer.formats.structure import Structure
+from veneer.formats.topology import Place, families, flat
+
+PROJ = "double_blocks.3.img_attn.proj"
+TARGET = "transformer.transformer_blocks.3.attn.to_out.0"
+
+
+def small() -> Layout:
+    return kohya("flux1", original=True, only="double_blocks.3.")
+
+
+def test_every_fault_is_in_one_error_and_the_rest_can_be_had() -> None:
+    layout = small()
+    extra = {
+        "lora_unet_double_blocks_99_img_attn_proj.lora_down.weight": torch.ones(2, 6),
+        "lora_unet_double_blocks_99_img_attn_proj.lora_up.weight": torch.ones(4, 2),
+        "first_stage_model.decoder.conv_in.weight": torch.ones(2),
+        "nonsense": torch.ones(1),
+    }
+    up = "lora_unet_double_blocks_3_txt_mod_lin.lora_up.weight"
+    layout.tensors = {k: t for k, t in (layout.tensors | extra).items() if k != up}
+    bad = "lora_unet_double_blocks_3_img_mod_lin.lora_up.weight"
+    layout.tensors[bad] = torch.ones(UNIT, 3)
+    with pytest.raises(AdapterError) as caught:
+        reading(layout)
+    text = str(caught.value)
+    for key in extra:
+        assert key in text
+    assert "lora_unet_double_blocks_3_txt_mod_lin" in text
+    assert f"(2, {INTO})" in text
+    assert f"({UNIT}, 3)" in text
+    assert "allow_partial" in text
+
+    part = reading(layout, allow_partial=True)
+    assert part.unused == sorted(extra)
+    broken = ("lora_unet_double_blocks_3_txt_mod_lin.", "lora_unet_double_blocks_3_img_mod_lin.")
+    assert sorted(part.unpaired) == sorted(k for k in layout.tensors if k.startswith(broken))
+    rest = {n: c for n, c in layout.want.items() if ".norm1" not in n}
+    assert_same(changes(part.adapter), rest)
+    used = {k for keys in part.used.values() for k in keys}
+    assert used | set(part.unused) | set(part.unpaired) == set(layout.tensors)
+    assert not used & {*part.unused, *part.unpaired}
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        f"lora_unet_{flat('transformer_blocks.3.attn.to_out.0')}",
+        f"diffusion_model.{PROJ}",
+        f"transformer.{PROJ}",
+        TARGET,
+        "lora_transformer_transformer_blocks_3_attn_to_out_0",
+        "double_blocks.3.processor.proj_lora1",
+    ],
+)
+def test_two_names_of_one_module_are_an_error_naming_both(second: str) -> None:
+    layout = small()
+    naming = "plain" if "processor" in second else "kohya"
+    other = Layout(seed=1000)
+    other.lora(second, (Place(TARGET),), (UNIT, INTO), naming=naming)
+    layout.tensors |= other.tensors
+    with pytest.raises(AdapterError) as caught:
+        reading(layout)
+    assert f"lora_unet_{flat(PROJ)}" in str(caught.value)
+    assert second in str(caught.value)
+    assert f"lands on {TARGET}" in str(caught.value)
+
+
+def test_a_fused_projection_beside_one_of_its_parts() -> None:
+    layout = small()
+    other = Layout(seed=1000)
+    other.lora("transformer.transformer_blocks.3.attn.to_k", (Place("x"),), (UNIT, INTO), naming="peft")
+    with pytest.raises(AdapterError, match=r"lands on transformer\.transformer_blocks\.3\.attn\.to_k, where"):
+        read_state(layout.tensors | other.tensors, {})
+
+
+def test_two_spellings_of_one_tensor() -> None:
+    layout = small()
+    key = next(k for k in layout.tensors if k.endswith(".lora_down.weight"))
+    layout.tensors[key.replace(".lora_down", "_lora_down")] = layout.tensors[key]
+    with pytest.raises(AdapterError, match="the same as"):
+        reading(layout)
+
+
+def test_names_of_nothing_known() -> None:
+    layout = Layout()
+    layout.lora("lora_unet_no_such_module", (Place("x"),), (4, 6))
+    with pytest.raises(AdapterError, match="no module of any family known here"):
+        reading(layout)
+    with pytest.raises(AdapterError, match="no tensor of the file is an adapter's"):
+        reading(layout, allow_partial=True)
+
+
+def test_a_near_name_is_told() -> None:
+    layout = small()
+    layout.tensors |= {"lora_unet_double_blocks_3_img_attn_prof.alpha": torch.tensor(1.0)}
+    with pytest.raises(AdapterError, match="nearest: lora_unet_double_blocks_3_img_attn_proj"):
+        reading(layout)
+
+
+def test_rows_that_cannot_be_cut() -> None:
+    layout = Layout()
+    layout.lora("lora_unet_single_blocks_37_linear1", (Place("x"),), (UNIT * 7 + 1, INTO))
+    with pytest.raises(AdapterError, match="29 rows cannot be cut into 7 equal units"):
+        reading(layout)
+    layout = Layout()
+    layout.lora("lora_unet_final_layer_adaLN_modulation_1", (Place("x"),), (5, INTO))
+    layout.lora("lora_unet_single_blocks_37_modulation_lin", (Place("y"),), (5, INTO))
+    with pytest.raises(AdapterError, match="5 rows have no halves"):
+        reading(layout)
+
+
+def test_pickles_only_where_asked_for(tmp_path) -> None:
+    layout = dotted("sd15", "", original=False, naming="peft", only=("attn1",))
+    torch.save(layout.tensors, tmp_path / "a.bin")
+    with pytest.raises(UnsafeFileError, match="pickle"):
+        read(tmp_path / "a.bin")
+    with pytest.raises(AdapterError, match="no adapter file"):
+        read(tmp_path)
+    for place in (tmp_path, tmp_path / "a.bin"):
+        assert_same(changes(read(place, from_pickle=True).adapter), layout.want)
+
+
+def test_a_list_pickle(tmp_path) -> None:
+    """cloneofsimo's first files: [up, down, up, …]."""
+    from tests.formats.test_read_forms import numbered
+
+    layout = numbered()
+    pairs = [layout.tensors[f"unet:{i}:{part}"] for i in range(144) for part in ("up", "down")]
+    torch.save(pairs, tmp_path / "lora_weight.pt")
+    want = {n: c for n, c in layout.want.items() if n.startswith("unet.")}
+    assert_same(changes(read(tmp_path / "lora_weight.pt", from_pickle=True).adapter), want)
+
+
+def test_a_base_is_checked_and_gives_shapes() -> None:
+    """A LoHa of a convolution may be stored flat: the base says the kernel."""
+    layout, name = Layout(), "unet.down_blocks.0.resnets.0.conv1"
+    text = f"lora_unet_{flat(name.removeprefix('unet.'))}"
+    shapes = {"w1_a": (4, 2), "w1_b": (2, 54), "w2_a": (4, 2), "w2_b": (2, 54)}
+    layout.tensors = {f"{text}.hada_{n}": layout.random(*shape) for n, shape in shapes.items()}
+    base = Structure({name: "conv"}, {f"{name}.weight": (4, 6, 3, 3)})
+    found = read_state(layout.tensors, {}, base=base)
+    assert found.adapter.deltas[f"{name}.weight"].shape == (4, 6, 3, 3)
+    wrong = Structure({name: "conv"}, {f"{name}.weight": (4, 7, 3, 3)})
+    with pytest.raises(AdapterError, match=r"the base's is \(4, 7, 3, 3\)"):
+        read_state(layout.tensors, {}, base=wrong)
+    other = Structure({"unet.conv_in": "conv"}, {"unet.conv_in.weight": (4, 4, 3, 3)})
+    with pytest.raises(AdapterError, match=r"unet\.down_blocks\.0\.resnets\.0\.conv1: no such module in the base"):
+        read_state(layout.tensors, {}, base=other)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "family"),
+    [
+        ("single_blocks.0.linear1", (7 * 32, 32), "flux1"),
+        ("single_blocks.0.linear1", (9 * 32, 32), "flux2"),
+        ("single_blocks.0.linear2", (32, 5 * 32), "flux1"),
+        ("single_blocks.0.linear2", (32, 4 * 32), "flux2"),
+        ("double_blocks.0.txt_mlp.2", (32, 3 * 32), "flux2"),
+        ("double_blocks.0.img_mlp.0", (4 * 32, 32), "flux1"),
+        ("double_blocks.0.img_attn.qkv", (3 * 6144, 6144), "flux2"),
+    ],
+)
+def test_flux_1_and_2_are_told_apart_by_proportions(name: str, shape: tuple[int, int], family: str) -> None:
+    for text in (f"diffusion_model.{name}", f"lora_unet_{flat(name)}"):
+        choice = choose_family({text: shape})
+        assert choice.family is families()[family], choice.reasons
+
+
+def test_the_metadata_decides_a_tie_and_never_against_the_names() -> None:
+    qkv = {f"diffusion_model.double_blocks.{i}.img_attn.qkv": None for i in range(5)}
+    assert choose_family(qkv).family is families()["flux2"]  # 5 of 8, and of 19
+    assert choose_family(qkv, "flux1").family is families()["flux1"]
+    choice = choose_family({**qkv, "diffusion_model.double_blocks.18.img_attn.qkv": None}, "flux2")
+    assert choice.family is families()["flux1"]
+    assert "the metadata says flux2" in choice.reasons[-1]
+
+
+KEYS = sorted(small().tensors)
+
+
+@given(st.sets(st.sampled_from(KEYS), max_size=30), st.data())
+def test_each_tensor_is_used_unused_or_unpaired_whatever_is_missing_or_renamed(gone: set[str], data) -> None:
+    """Lawful whatever is in the file: with allow_partial every key is in exactly one of the three lists."""
+    tensors = {k: t for k, t in small().tensors.items() if k not in gone}
+    for key in data.draw(st.lists(st.sampled_from(sorted(tensors)), max_size=3, unique=True)):
+        new = data.draw(st.sampled_from([f"x.{key}", f"{key}.weight", key.replace("double", "triple")]))
+        tensors[new] = tensors.pop(key)
+    if not any(k.replace("_down", "_up") in tensors for k in tensors if k in KEYS and k.endswith("lora_down.weight")):
+        with pytest.raises(AdapterError, match="no tensor of the file"):
+            read_state(tensors, {}, allow_partial=True)
+        return
+    found = read_state(tensors, {}, allow_partial=True)
+    lists = [{k for keys in found.used.values() for k in keys}, set(found.unused), set(found.unpaired)]
+    assert set().union(*lists) == set(tensors)
+    assert sum(map(len, lists)) == len(tensors)
+    complete = not found.unused and not found.unpaired
+    if complete:
+        read_state(tensors, {})
+    else:
+        with pytest.raises(AdapterError):
+            read_state(tensors, {})
+
+
+def test_a_file_written_and_read_keeps_views(tmp_path) -> None:
+    layout = small()
+    save_file(layout.tensors, tmp_path / "a.safetensors")
+    assert_same(changes(read(tmp_path / "a.safetensors").adapter), layout.want)

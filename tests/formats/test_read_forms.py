@@ -1,0 +1,323 @@
+"""What is not a plain pair, read under its module's canonical name; split_qkv; diffusers' metadata; numbered lists."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.formats.layouts import INTO, UNIT, Layout, assert_same, changes, product, rows, shape_of
+from tests.formats.test_read import check, reading
+from veneer.errors import AdapterError
+from veneer.formats.metadata import pack_configs
+from veneer.formats.read_lists import TOKEN_EMBEDDING
+from veneer.formats.topology import Place, families, flat
+
+FLUX, SDXL = families()["flux1"], families()["sdxl"]
+QKV, LINEAR1, LAST = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "final_layer.adaLN_modulation.1"
+
+
+def flux(*originals: str, prefix: str = "lora_unet_") -> list[tuple[str, tuple[Place, ...], int, int]]:
+    """(text, places, rows, columns); single_blocks.37 makes it FLUX.1 and no other."""
+    out = []
+    for original in originals:
+        places = FLUX.originals[original]
+        out.append((f"{prefix}{flat(original)}", places, *shape_of(FLUX, places)))
+    return out
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lycoris_"])
+def test_loha_on_plain_fused_and_swapped_modules(prefix: str) -> None:
+    layout = Layout()
+    for text, places, out, into in flux(QKV, LINEAR1, LAST, "single_blocks.37.modulation.lin", prefix=prefix):
+        parts = {"hada_w1_a": (out, 2), "hada_w1_b": (2, into), "hada_w2_a": (out, 2), "hada_w2_b": (2, into)}
+        made = {name: layout.random(*shape) for name, shape in parts.items()}
+        layout.tensors |= {f"{text}.{name}": t for name, t in made.items()}
+        layout.tensors[f"{text}.alpha"] = torch.tensor(1.0)
+        d = {name: t.double() for name, t in made.items()}
+        first, second = d["hada_w1_a"] @ d["hada_w1_b"], d["hada_w2_a"] @ d["hada_w2_b"]
+        layout.expect(places, 0.5 * first * second)
+    check(layout, "lycoris", "flux1")
+
+
+def test_lokr_on_plain_and_fused_modules() -> None:
+    """Two whole factors: alpha does not count."""
+    layout = Layout()
+    for i, (text, places, out, into) in enumerate(flux(QKV, LINEAR1, "single_blocks.37.modulation.lin")):
+        w1, a, b = layout.random(out // 2, 2), layout.random(2, 1), layout.random(1, into // 2)
+        w2 = a @ b
+        layout.tensors |= {f"{text}.lokr_w1": w1, f"{text}.alpha": torch.tensor(8.0)}
+        layout.tensors |= {f"{text}.lokr_w2": w2} if i == 0 else {f"{text}.lokr_w2_a": a, f"{text}.lokr_w2_b": b}
+        wide = w2.double() if i == 0 else a.double() @ b.double()
+        layout.expect(places, (1.0 if i == 0 else 8.0) * torch.kron(w1.double(), wide))
+    check(layout, "lycoris", "flux1")
+
+
+def test_tucker_and_plain_convolutions() -> None:
+    layout = Layout()
+    for name in ("unet.down_blocks.0.resnets.0.conv1", "unet.up_blocks.2.resnets.2.conv2"):
+        text = f"lora_unet_{flat(name.removeprefix('unet.'))}"
+        down, mid, up = layout.random(2, 6, 1, 1), layout.random(2, 2, 3, 3), layout.random(4, 2, 1, 1)
+        layout.tensors |= {f"{text}.lora_down.weight": down, f"{text}.lora_mid.weight": mid}
+        layout.tensors |= {f"{text}.lora_up.weight": up, f"{text}.alpha": torch.tensor(1.0)}
+        o, m, i = up.double().flatten(1), mid.double(), down.double().flatten(1)
+        layout.want[f"{name}.weight"] = 0.5 * torch.einsum("op,pqhw,qi->oihw", o, m, i)
+    found = reading(layout)
+    assert_same(changes(found.adapter), layout.want, tolerance=1e-6)  # a Tucker pair is kept in float32
+
+
+@pytest.mark.parametrize("stored", [2, 4])
+def test_a_pointwise_convolution_and_a_linear_take_each_others_shape(stored: int) -> None:
+    """SD 1's proj_in is a convolution and SDXL's a linear; files have either for either."""
+    for family, name, ndim in (("sd15", "unet.mid_block.attentions.0.proj_in", 4), ("sdxl", None, 2)):
+        layout = Layout()
+        name = name or "unet.down_blocks.2.attentions.1.proj_in"
+        extra = "unet.up_blocks.3.attentions.2.proj_out" if family == "sd15" else "unet.add_embedding.linear_1"
+        for module in (name, extra):
+            shape = (4, 6, *[1] * (stored - 2))
+            layout.lora(f"lora_unet_{flat(module.removeprefix('unet.'))}", (Place(module),), shape, alpha=1.0)
+        want = {k: v.reshape(4, 6, *[1] * (ndim - 2)) for k, v in layout.want.items()}
+        found = reading(layout)
+        assert found.family == family
+        assert_same(changes(found.adapter), want)
+
+
+def test_full_differences_norms_and_gains() -> None:
+    layout, texts = Layout(), flux(QKV, LAST, "single_blocks.37.modulation.lin")
+    for text, places, out, into in texts:
+        diff, bias = layout.random(out, into), layout.random(out)
+        layout.tensors |= {f"{text}.diff": diff, f"{text}.diff_b": bias}
+        layout.expect(places, diff)
+        layout.expect(places, bias, "bias")
+    norm = layout.random(8)
+    layout.tensors["lora_unet_double_blocks_0_img_attn_norm_query_norm.w_norm"] = norm
+    layout.want["transformer.transformer_blocks.0.attn.norm_q.weight"] = norm.double()
+    check(layout, "lycoris", "flux1")
+
+    gain = Layout()
+    text, places, out, _ = flux("double_blocks.1.txt_attn.qkv")[0]
+    value = gain.random(out)
+    gain.tensors = {f"{text}.weight": value, f"{text}.on_input": torch.tensor(False)}
+    found = reading(gain).adapter.deltas
+    assert {n: d.form for n, d in found.items()} == {f"{p.module}.weight": "gain" for p in places}
+    for place in places:
+        assert torch.equal(found[f"{place.module}.weight"].parts["value"], rows(value, place))
+
+
+@pytest.mark.parametrize("axis", ["outputs", "inputs"])
+def test_dora_on_either_axis(axis: str) -> None:
+    """The magnitude of the outputs goes with its rows. One of the inputs is a norm over all rows: a fused module with
+    it is refused by name."""
+    layout = Layout()
+    originals = ("double_blocks.0.img_attn.proj", "single_blocks.37.linear2", *([QKV] if axis == "outputs" else []))
+    magnitudes = {}
+    for text, places, out, into in flux(*originals):
+        layout.lora(text, places, (out, into), alpha=1.0)
+        m = layout.random(out, 1) if axis == "outputs" else layout.random(1, into)
+        layout.tensors[f"{text}.dora_scale"] = m
+        magnitudes |= {p.module: rows(m.reshape(-1), p) if axis == "outputs" else m for p in places}
+    pairs = check(layout, "kohya", "flux1").adapter.pairs
+    for name, want in magnitudes.items():
+        got = pairs[name].magnitude
+        assert got is not None
+        assert torch.equal(got, want)
+    text, places, out, into = flux(QKV)[0]
+    layout.lora(f"{text}", places, (out, into), alpha=1.0) if axis == "inputs" else None
+    layout.tensors[f"{text}.dora_scale"] = layout.random(1, into)
+    with pytest.raises(AdapterError, match=r"lora_unet_double_blocks_0_img_attn_qkv: a magnitude of the inputs"):
+        reading(layout)
+
+
+def test_a_pair_on_an_embedding_is_transposed() -> None:
+    """ComfyUI's files hold up·down of the weight (rows, dim) as of a linear."""
+    layout, name = Layout(), "text_encoder.text_model.embeddings.position_embedding"
+    layout.lora("text_encoders.clip_l.transformer.text_model.embeddings.position_embedding", (Place(name),), (7, 5))
+    found = reading(layout)
+    assert found.adapter.pairs[name].kind == "embedding"
+    assert_same(changes(found.adapter), layout.want)
+
+
+# -- split_qkv -------------------------------------------------------------------------------------------------------
+
+
+def blocks(text: str, places: tuple[Place, ...], layout: Layout, *, rank: int, alpha: float, scale: float) -> None:
+    """sd-scripts' split_qkv: A = [A₀; …], B = diag(B₀, …)."""
+    downs = [layout.random(rank, INTO) for _ in places]
+    sizes = [UNIT * (p.part[1] - p.part[0]) for p in places if p.part]
+    ups = [layout.random(n, rank) for n in sizes]
+    layout.tensors |= {
+        f"{text}.lora_down.weight": torch.cat(downs),
+        f"{text}.lora_up.weight": torch.block_diag(*ups),
+        f"{text}.alpha": torch.tensor(alpha),
+    }
+    for place, up, down in zip(places, ups, downs, strict=True):
+        layout.want[f"{place.module}.weight"] = scale * product(up, down)
+
+
+@pytest.mark.parametrize("told", ["by the metadata", "by the modules that are not fused", "converted", "not"])
+def test_split_qkv_files_have_their_right_strength(told: str) -> None:
+    """Trained parts have rank 2 and alpha 1: scale 1/2. Divided by the stored rank, 6 and 8, it would be a third and a
+    quarter of that. A converter that wrote alpha := the new rank means scale 1."""
+    layout = Layout()
+    converted = told == "converted"
+    for text, places, _, _ in flux(QKV, LINEAR1):
+        stored = 2 * len(places)
+        alpha = float(stored) if converted else 1.0
+        scale = 1.0 if converted else alpha / stored if told == "not" else 0.5
+        blocks(text, places, layout, rank=2, alpha=alpha, scale=scale)
+    if told in ("by the modules that are not fused", "converted"):
+        for text, places, out, into in flux("double_blocks.0.img_attn.proj", "single_blocks.37.linear2"):
+            layout.lora(text, places, (out, into), alpha=2.0 if converted else 1.0)
+    if told in ("by the metadata", "converted"):
+        layout.metadata = {"ss_network_args": json.dumps({"split_qkv": "True"}), "ss_network_alpha": "1.0"}
+    found = check(layout, "kohya", "flux1")
+    ranks = {found.adapter.pairs[p.module].rank for _, places, _, _ in flux(QKV, LINEAR1) for p in places}
+    assert ranks == ({6, 8} if told in ("not", "converted") else {2})
+    assert any("split_qkv" in n for n in found.notes) is (told.startswith("by"))
+    assert any("nothing says" in n for n in found.notes) is (told == "not")
+
+
+def test_an_ordinary_fused_pair_is_not_taken_for_blocks() -> None:
+    layout = Layout(metadata={"ss_network_args": json.dumps({"split_qkv": "True"}), "ss_network_alpha": "1.0"})
+    for text, places, out, into in flux(QKV, LINEAR1):
+        layout.lora(text, places, (out, into), rank=12, alpha=1.0)
+    check(layout, "kohya", "flux1")
+
+
+# -- lora_adapter_metadata -------------------------------------------------------------------------------------------
+
+
+def diffusers_layout(scale: float = 1.0) -> Layout:
+    layout = Layout()
+    for i in (0, 37):
+        name = f"transformer.single_transformer_blocks.{i}.attn.to_q"
+        layout.lora(name, (Place(name),), (4, 6), naming="peft", rank=4, scale=scale)
+    return layout
+
+
+def test_diffusers_metadata_gives_alpha_by_component_and_pattern() -> None:
+    layout = diffusers_layout()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["to_q"], "use_rslora": False}
+    config["alpha_pattern"] = {"single_transformer_blocks.37.attn.to_q": 2}
+    layout.metadata["lora_adapter_metadata"] = pack_configs({"transformer": config})
+    for i, factor in ((0, 2.0), (37, 0.5)):
+        layout.want[f"transformer.single_transformer_blocks.{i}.attn.to_q.weight"] *= factor
+    check(layout, "diffusers", "flux1")
+    config |= {"use_rslora": True, "alpha_pattern": {}}
+    layout = diffusers_layout(scale=4.0)  # 8/√4
+    layout.metadata["lora_adapter_metadata"] = pack_configs({"transformer": config})
+    check(layout, "diffusers", "flux1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 2}, r"r of lora_adapter_metadata says rank 2, A is \(4, 6\)"),
+        ({"use_dora": True}, "use_dora is set in lora_adapter_metadata, and there is no magnitude"),
+        ({"lora_alpha": "x"}, "lora_alpha = 'x'"),
+    ],
+)
+def test_diffusers_metadata_that_contradicts_the_tensors(change: dict[str, object], message: str) -> None:
+    layout = diffusers_layout()
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["to_q"], **change}
+    layout.metadata["lora_adapter_metadata"] = pack_configs({"transformer": config})
+    with pytest.raises(AdapterError, match=message):
+        reading(layout)
+
+
+# -- numbered lists --------------------------------------------------------------------------------------------------
+
+LEVELS = {"down": (1, 2, 4), "up": (4, 2, 1), "mid": (4,)}
+
+
+def numbered(parts: tuple[str, ...] = ("attn1", "ff", "attn2")) -> Layout:
+    """cloneofsimo's order by hand: down, up, mid; per block of the transformer the given parts."""
+    layout, i = Layout(), 0
+    names = [f"down_blocks.{b}.attentions.{a}" for b in (0, 1, 2) for a in (0, 1)]
+    names += [f"up_blocks.{b}.attentions.{a}" for b in (1, 2, 3) for a in (0, 1, 2)]
+    widths = [2, 2, 4, 4, 8, 8] + [8] * 3 + [4] * 3 + [2] * 3 + [8]
+    for name, w in zip([*names, "mid_block.attentions.0"], widths, strict=True):
+        for part in parts:
+            leaves = ("net.0.proj",) if part == "ff" else ("to_q", "to_k", "to_v", "to_out.0")
+            for leaf in leaves:
+                shape = (8 * w, w) if part == "ff" else (w, 5 if part == "attn2" and leaf in ("to_k", "to_v") else w)
+                module = f"unet.{name}.transformer_blocks.0.{part}.{leaf}"
+                layout.lora(f"unet:{i}", (Place(module),), shape, naming="numbered")
+                i += 1
+    assert i == 144
+    for n in range(48):
+        leaf = ("k_proj", "v_proj", "q_proj", "out_proj")[n % 4]
+        module = f"text_encoder.text_model.encoder.layers.{n // 4}.self_attn.{leaf}"
+        layout.lora(f"text_encoder:{n}", (Place(module),), (6, 6), naming="numbered")
+    layout.metadata = {"unet": '["CrossAttention", "Attention", "GEGLU"]', "text_encoder": '["CLIPAttention"]'}
+    return layout
+
+
+@pytest.mark.parametrize("parts", [("attn1", "ff", "attn2"), ("attn1", "attn2", "ff")])
+def test_numbered_lists_by_the_order_of_their_time(parts: tuple[str, ...]) -> None:
+    layout = numbered(parts)
+    layout.tensors["<s1>"], layout.metadata["<s1>"] = layout.random(6), "<embed>"
+    layout.tensors["<s2>"] = layout.random(2, 6)
+    found = reading(layout)
+    assert (found.format, found.family) == ("cloneofsimo", "sd15")
+    assert_same(changes(found.adapter), layout.want)
+    words = found.adapter.new_tokens[TOKEN_EMBEDDING]
+    assert {w: tuple(t.shape) for w, t in words.items()} == {"<s1>": (1, 6), "<s2>": (2, 6)}
+    first_of_mid = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert found.used[first_of_mid] == ["unet:135:down", "unet:135:up"]
+    layout.metadata = {}
+    assert_same(changes(reading(layout).adapter), layout.want)
+
+
+def test_a_numbered_list_that_fits_no_order_is_refused() -> None:
+    layout = numbered()
+    layout.tensors["unet:4:up"], layout.tensors["unet:5:up"] = layout.tensors["unet:5:up"], layout.tensors["unet:4:up"]
+    with pytest.raises(AdapterError, match=r"no order of unet's modules fits the file"):
+        reading(layout)
+    layout = numbered()
+    del layout.tensors["unet:7:up"], layout.tensors["unet:7:down"]
+    with pytest.raises(AdapterError, match=r"the numbers of unet have gaps: 143 of them, from 0 to 143"):
+        reading(layout)
+    layout = numbered()
+    layout.metadata["unet"] = '["SpatialTransformer"]'
+    with pytest.raises(AdapterError, match="unet trains SpatialTransformer"):
+        reading(layout)
+
+
+def test_an_extended_list_has_the_resnets_after_the_attentions() -> None:
+    layout, i = Layout(), 0
+    w = {"down": (2, 4, 8, 8), "up": (8, 8, 4, 2), "mid": (8,)}
+    family = families()["sd15"]
+    for side in ("down", "up", "mid"):
+        for b, width in enumerate(w[side]):
+            block = "unet.mid_block" if side == "mid" else f"unet.{side}_blocks.{b}"
+            own = [n for n, k in family.modules.items() if n.startswith(f"{block}.") and k in ("linear", "conv")]
+            attentions = sorted(
+                {n.split(".transformer_blocks")[0] for n in own if ".attentions." in n and "attn1" in n}
+            )
+            for a in attentions:
+                t = f"{a}.transformer_blocks.0"
+                order = [f"{t}.attn1.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")] + [f"{t}.ff.net.0.proj"]
+                order += [f"{t}.attn2.{p}" for p in ("to_q", "to_k", "to_v", "to_out.0")]
+                for name in order:
+                    shape = (
+                        (8 * width, width)
+                        if "ff" in name
+                        else (width, 5 if name.endswith(("attn2.to_k", "attn2.to_v")) else width)
+                    )
+                    layout.lora(f"unet:{i}", (Place(name),), shape, naming="numbered")
+                    i += 1
+            for j in range(len({n.split(".")[-2] for n in own if ".resnets." in n})):
+                for part in ("conv1", "time_emb_proj", "conv2", "conv_shortcut"):
+                    if (name := f"{block}.resnets.{j}.{part}") in family.modules:
+                        shape = (
+                            (width, 3)
+                            if part == "time_emb_proj"
+                            else (width, 7, *([1, 1] if "short" in part else [3, 3]))
+                        )
+                        layout.lora(f"unet:{i}", (Place(name),), shape, naming="numbered")
+                        i += 1
+    layout.metadata = {"unet": '["ResnetBlock2D", "CrossAttention", "Attention", "GEGLU"]'}
+    assert i == 144 + 22 * 3 + 14
+    assert_same(changes(reading(layout).adapter), layout.want)
