@@ -198,9 +198,13 @@ def test_no_made_up_header_costs_memory_or_another_error(tmp_path, entries, size
             + [f"a.{s}" for s in ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "weight", "lora_B.bias")]
             + [f"a.{s}" for s in ("bias_indices", "bias_values", "bias_size", "reshape_weight", "scale", "set_weight")]
         ),
-        st.tuples(st.lists(st.integers(0, 3), max_size=4), st.sampled_from(["F32", "I64", "I16", "BF16", "F8_E5M2"])),
+        st.tuples(
+            st.sampled_from([[2, 2], [2, 2, 1, 1], [2, 2, 2, 2], [1, 2], [2, 1], [2], []])
+            | st.lists(st.integers(0, 3), max_size=4),
+            st.sampled_from(["F32", "F32", "F32", "I64", "I16", "BF16", "F8_E5M2"]),
+        ),
         min_size=1,
-        max_size=6,
+        max_size=8,
     )
 )
 def test_no_set_of_shapes_gives_another_error(tmp_path, entries):
