@@ -22,6 +22,8 @@ from torch import Tensor
 
 from tests.formats.hostile import FILES, MARK, write
 from veneer.core.adapter import Adapter, Pair
+from veneer.core.forms import product_of
+from veneer.core.merge import pair_matrix
 from veneer.errors import AdapterError
 from veneer.formats.container import encode_tensors, read_header, read_tensors
 from veneer.formats.gguf import read_gguf, write_gguf
@@ -43,7 +45,13 @@ def read(path: Path) -> None:
         module, suffix = split_key(key) or (key, "")
         leaves[module][suffix] = value
     for module, parts in leaves.items():
-        read_leaf(parts, where=module)
+        leaf = read_leaf(parts, where=module)
+        if sum(value.numel() for value in parts.values()) < 1000:  # what is read can be used
+            if leaf.pair is not None:
+                pair_matrix(leaf.pair)
+            for delta in leaf.deltas.values():
+                if delta.form != "gain":
+                    assert product_of(delta).shape == delta.shape
 
 
 @pytest.fixture(scope="module", autouse=True)
