@@ -22,6 +22,8 @@ from torch import Tensor
 
 from tests.formats.hostile import FILES, MARK, write
 from veneer.core.adapter import Adapter, Pair
+from veneer.core.forms import product_of
+from veneer.core.merge import pair_matrix
 from veneer.errors import AdapterError
 from veneer.formats.container import encode_tensors, read_header, read_tensors
 from veneer.formats.gguf import read_gguf, write_gguf
@@ -43,7 +45,13 @@ def read(path: Path) -> None:
         module, suffix = split_key(key) or (key, "")
         leaves[module][suffix] = value
     for module, parts in leaves.items():
-        read_leaf(parts, where=module)
+        leaf = read_leaf(parts, where=module)
+        if sum(value.numel() for value in parts.values()) < 1000:  # what is read can be used
+            if leaf.pair is not None:
+                pair_matrix(leaf.pair)
+            for delta in leaf.deltas.values():
+                if delta.form != "gain":
+                    assert product_of(delta).shape == delta.shape
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,7 +81,7 @@ def test_each_is_refused_in_its_own_words(folder, name, monkeypatch):
     assert FILES[name][1] in str(caught.value)
     assert caught.value.where
     assert peak < MUCH
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert not (folder / MARK).exists()
 
 
@@ -103,7 +111,8 @@ GOOD = b"".join(
 )
 
 
-def gguf_bytes(folder: Path) -> bytes:
+@pytest.fixture(scope="module")
+def good_gguf(folder: Path) -> bytes:
     pair = Pair(torch.ones(2, 4), torch.zeros(4, 2), 0.5)
     write_gguf(
         Adapter(pairs={"model.layers.0.self_attn.v_proj": pair}), folder / "good.gguf", architecture="qwen2", name="n"
@@ -197,9 +206,13 @@ def test_no_made_up_header_costs_memory_or_another_error(tmp_path, entries, size
             + [f"a.{s}" for s in ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "weight", "lora_B.bias")]
             + [f"a.{s}" for s in ("bias_indices", "bias_values", "bias_size", "reshape_weight", "scale", "set_weight")]
         ),
-        st.tuples(st.lists(st.integers(0, 3), max_size=4), st.sampled_from(["F32", "I64", "I16", "BF16", "F8_E5M2"])),
+        st.tuples(
+            st.sampled_from([[2, 2], [2, 2, 1, 1], [2, 2, 2, 2], [1, 2], [2, 1], [2], []])
+            | st.lists(st.integers(0, 3), max_size=4),
+            st.sampled_from(["F32", "F32", "F32", "I64", "I16", "BF16", "F8_E5M2"]),
+        ),
         min_size=1,
-        max_size=6,
+        max_size=8,
     )
 )
 def test_no_set_of_shapes_gives_another_error(tmp_path, entries):
@@ -218,9 +231,8 @@ def test_no_set_of_shapes_gives_another_error(tmp_path, entries):
 
 @fuzzing
 @given(changes)
-def test_no_changed_gguf_costs_memory_or_another_error(tmp_path, how):
-    good = gguf_bytes(tmp_path)
-    reads_or_refuses(tmp_path / "x.gguf", mutated(good, how, len(good)))
+def test_no_changed_gguf_costs_memory_or_another_error(tmp_path, good_gguf, how):
+    reads_or_refuses(tmp_path / "x.gguf", mutated(good_gguf, how, len(good_gguf)))
 
 
 @settings(fuzzing, max_examples=100)

@@ -80,9 +80,8 @@ OTHER_MAGIC = {
 }
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 PICKLE_FIX = (
-    "ask for the safetensors file. If you trust where the file came from, convert it once in a throw-away environment: "
-    "python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('in.bin', weights_only=True), "
-    "'adapter_model.safetensors')\""
+    "ask for the safetensors file; or, for an adapter file by itself, ask for `--from-pickle` (in Python "
+    "`from_pickle=True`): torch's weights-only loader builds its tensors and runs nothing of it"
 )
 
 
