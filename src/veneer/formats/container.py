@@ -36,6 +36,7 @@ __all__ = [
     "check_finite",
     "encode_tensors",
     "flush_folder",
+    "name_problem",
     "read_header",
     "read_tensors",
     "stage",
@@ -207,7 +208,7 @@ def _check_table(table: Any, *, data_start: int, size: int, where: str) -> Heade
         metadata = {}
     entries: dict[str, Entry] = {}
     for name, value in table.items():
-        problem = _name_problem(name)
+        problem = name_problem(name)
         entry = None if problem else _entry(value)
         if isinstance(entry, Entry):
             entries[name] = entry
@@ -225,7 +226,8 @@ def _check_table(table: Any, *, data_start: int, size: int, where: str) -> Heade
     return Header(entries, metadata, data_start, size)
 
 
-def _name_problem(name: str) -> str | None:
+def name_problem(name: str) -> str | None:
+    """Why no tensor is called this, or None."""
     if not name or len(name) > MAX_NAME_LENGTH:
         return f"a tensor's name has 1 to {MAX_NAME_LENGTH} characters"
     if any(ord(c) < 32 or ord(c) == 127 for c in name):
@@ -336,7 +338,7 @@ def encode_tensors(
     at, problems = 0, []
     for name in order:
         flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        if (problem := _name_problem(name)) or flat.dtype not in NAMES or name == "__metadata__":
+        if (problem := name_problem(name)) or flat.dtype not in NAMES or name == "__metadata__":
             problems.append(f"    {name[:80]!r}: {problem or f'dtype {flat.dtype} or name cannot be stored'}")
             continue
         end = at + flat.numel() * flat.dtype.itemsize
