@@ -1,9 +1,9 @@
 """Tensors out of `.bin`, `.pt`, `.pth` and `.ckpt` files, which are pickles: only where the caller asks for it.
 
-The file goes through torch's weights-only loader, which builds tensors, numbers, texts, lists and dicts and refuses all
-other names: nothing of the file is run. What comes out is held to the rules of a safetensors file: names, sizes that the
-file really holds, finite values. Layouts: a state dict, one under `state_dict`, nested dicts (joined by dots), and the
-list of cloneofsimo's `lora_weight.pt`: [up₀, down₀, up₁, …]. Knows pickles and tensors; nothing of adapters.
+The file goes through torch's weights-only loader, which builds tensors, numbers, texts, lists and dicts and refuses
+all other names: nothing of the file is run. What comes out is held to the rules of a safetensors file: names, sizes
+that the file really holds, finite values. Layouts: a state dict, one under `state_dict`, nested dicts (joined by dots),
+and the list of cloneofsimo's `lora_weight.pt`: [up₀, down₀, up₁, …]. Knows pickles and tensors; nothing of adapters.
 """
 
 from __future__ import annotations
