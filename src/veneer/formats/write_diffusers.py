@@ -20,7 +20,7 @@ Knows diffusers' names, which are the canonical ones; nothing of other tools.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,7 +52,7 @@ ELSEWHERE = "--to kohya or comfyui, or merge it into the base"
 
 
 def diffusers_tensors(
-    leaves: Mapping[str, Leaf], family: Family | None, refused: Refusals
+    leaves: Mapping[str, Leaf], family: Family, refused: Refusals
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """The tensors, and the PEFT settings by component. What cannot be said goes to `refused`; then both are partial."""
     parts: dict[str, dict[str, Leaf]] = defaultdict(dict)
@@ -61,9 +61,9 @@ def diffusers_tensors(
         component = component_of(module)
         if not component:
             refused["its name begins with no component (unet, transformer, text_encoder …); --to peft"].append(module)
-        elif family is not None and module not in family.modules:
+        elif module not in family.modules:
             refused[f"{family.label} has no such module"].append(module)
-        elif family is not None and component not in LOADABLE.get(family.name, ("transformer",)):
+        elif component not in LOADABLE.get(family.name, ("transformer",)):
             refused[f"diffusers loads nothing into the {component} of {family.label}; --to kohya"].append(module)
         elif _is_norm(module, leaf, family):
             tensors[f"{module}.weight"] = leaf.full["weight"]
@@ -72,13 +72,14 @@ def diffusers_tensors(
     configs: dict[str, dict[str, Any]] = {}
     for component, own in parts.items():
         if _are_sayable(own, component, refused):
-            found, configs[component] = _component(own, component)
+            known = [m for m in family.modules if m.startswith(f"{component}.")]
+            found, configs[component] = _component(own, component, known)
             tensors |= found
     return tensors, configs
 
 
-def _is_norm(module: str, leaf: Leaf, family: Family | None) -> bool:
-    known = family is not None and family.name == "flux1" and module.rpartition(".")[2] in NORMS
+def _is_norm(module: str, leaf: Leaf, family: Family) -> bool:
+    known = family.name == "flux1" and module.rpartition(".")[2] in NORMS
     return known and set(leaf.full) == {"weight"} and leaf.pair is None and not leaf.deltas
 
 
@@ -117,20 +118,28 @@ def _is_lora_bias(leaf: Leaf, parameter: str, delta: Delta) -> bool:
     return parameter == "bias" and pair is not None and delta.form == "dense" and delta.scale == pair.scale
 
 
-def _component(own: Mapping[str, Leaf], component: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As a PEFT folder of the component alone. transformers' CLIP text models have dropped the `text_model.` that their
-    adapters still have, and diffusers takes it off where it must: settings without it, unanchored, match both."""
+def _component(
+    own: Mapping[str, Leaf], component: str, known: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As a PEFT folder of the component alone; `known`: all its modules, so that target_modules means these and no
+    others. transformers' CLIP text models have dropped the `text_model.` that their
+    adapters still have, and diffusers takes it off where it must: settings without it, unanchored, match both. A text
+    encoder's magnitude is found only under the name it has in memory, with `.weight`; without, transformers leaves it
+    out and says nothing."""
     lead = f"{component}.text_model." if component.startswith("text_encoder") else f"{component}."
     pairs: dict[str, Pair] = {}
     deltas: dict[str, Delta] = {}
     full: dict[str, str] = {}
+
+    def short(module: str) -> str:
+        return module.removeprefix(lead).removeprefix(f"{component}.")
+
     for module, leaf in own.items():
-        name = module.removeprefix(lead).removeprefix(f"{component}.")
-        full[name] = module
+        full[name := short(module)] = module
         if leaf.pair is not None:
             pairs[name] = leaf.pair
         deltas |= {f"{name}.{parameter}": delta for parameter, delta in leaf.deltas.items()}
-    config, tensors = peft_write.encode(Adapter(pairs, deltas=deltas))
+    config, tensors = peft_write.encode(Adapter(pairs, deltas=deltas), base=[short(m) for m in known])
     settings = {key: config[key] for key in SETTINGS}
     if config.get("lora_bias"):
         settings["lora_bias"] = True
@@ -140,5 +149,7 @@ def _component(own: Mapping[str, Leaf], component: str) -> tuple[dict[str, Tenso
     out = {}
     for key, tensor in tensors.items():
         name, dot, suffix = key.removeprefix(PREFIX).partition(".lora_")
+        if suffix == "magnitude_vector" and component.startswith("text_encoder"):
+            suffix = "magnitude_vector.weight"
         out[full[name] + dot + suffix] = tensor
     return out, settings
