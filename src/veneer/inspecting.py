@@ -40,7 +40,7 @@ def inspect(name: str) -> dict[str, Any]:
 
     `targets`: for each last part of a module's name the count, ranks, scales, shapes and ‖ΔW‖ (Frobenius, over all of
     them; without DoRA's magnitude, which needs the base). Raises what reading it raises."""
-    folder = using.adapter_folder(name)
+    folder = using.adapter_path(name)
     loaded = peft.load(folder)
     adapter = loaded.adapter
     file = read_card(folder) if (folder / CARD_FILE).is_file() else CardFile(adapter.card)
@@ -103,7 +103,7 @@ def verify(name: str, base: TextBase | None = None) -> list[Check]:
     """Check the adapter `name`: the files' hashes and the digest against the card, the configuration against the
     tensors, values finite; with a base its fingerprint, every name and shape, and that the adapter changes what the
     base says. Failures are Checks with `ok` False. Raises AdapterError only where there is no such folder."""
-    folder = using.adapter_folder(name)
+    folder = using.adapter_path(name)
     out: list[Check] = []
     card: CardFile | None = None
     if (folder / CARD_FILE).is_file():
@@ -166,7 +166,7 @@ def _against(base: TextBase, name: str, adapter: Adapter, card: CardFile | None)
     )
     out = [Check("base", same, told) if want else Check("base", None, "the card names no base's fingerprint")]
     try:
-        fitted = peft.read(using.adapter_folder(name), base.model)
+        fitted = peft.read(using.adapter_path(name), base.model)
     except VeneerError as error:
         return [*out, Check("fits", False, str(error))]
     out.append(Check("fits", True, "every name, kind and shape is the base's"))

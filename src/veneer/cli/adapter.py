@@ -85,9 +85,9 @@ def verify(
 
     Exit code 0 if everything that could be checked holds, 2 if anything does not."""
     from veneer.inspecting import verify as check
-    from veneer.using import adapter_folder
+    from veneer.using import adapter_path
 
-    adapter_folder(name)  # a name that does not exist should not wait for a base to load
+    adapter_path(name)  # a name that does not exist should not wait for a base to load
     loaded = None
     if base is not None:
         from veneer.models.text import load_text
@@ -131,12 +131,12 @@ def merge(
     from veneer.models.sources import find
     from veneer.models.text import load_text
     from veneer.models.weights import stored_dtype, tensor_table
-    from veneer.using import adapter_folder, parse_spec
+    from veneer.using import adapter_path, parse_spec
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))
     for spec in adapters:
-        adapter_folder(parse_spec(spec)[0])
+        adapter_path(parse_spec(spec)[0])
     stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(
         stored_dtype(tensor_table(find(base, say=_say))), "float16"
     )
