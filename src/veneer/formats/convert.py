@@ -16,10 +16,12 @@ the disk. All that cannot be expressed is one AdapterError: every module, why, a
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,11 +30,14 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair, alpha_of
 from veneer.errors import AdapterError
 from veneer.formats import peft
-from veneer.formats.container import atomic_write, check_finite, encode_tensors
+from veneer.formats.container import Staged, atomic_write, check_finite, encode_tensors
 from veneer.formats.file_hashes import Hashes, hashes, sealed
+from veneer.formats.gguf import read_gguf, write_gguf
+from veneer.formats.gguf_file import read_gguf_file
 from veneer.formats.leaves import Leaf, write_leaf
 from veneer.formats.metadata import family_of, metadata_of, pack_configs
 from veneer.formats.names import choose_family
+from veneer.formats.read import read_state
 from veneer.formats.topology import Family, families
 from veneer.formats.write_check import differences, relative_error
 from veneer.formats.write_diffusers import diffusers_tensors
@@ -81,13 +86,20 @@ def encode(
     family: str | None = None,
     metadata: Mapping[str, str] | None = None,
     dtype: str | None = None,
+    head_dim: int | None = None,
 ) -> Encoded:
     """The tensors, metadata and configuration of `adapter` as `to`, one of TARGETS, has it; checked by reading them.
 
-    `family`: of the image model, by its name in `topology.families()`; by default the one that has all the modules.
-    `metadata`: goes over what is written from the card. `dtype`, one of DTYPES: every tensor is rounded to it first.
-    Raises one AdapterError that lists every module which `to` cannot express, with the reason and the nearest way."""
-    return _encode(adapter, to, family, metadata or {}, dtype, "adapter").encoded
+    `family`: of the image model, by its name in `topology.families()`, by default what the modules, their widths and
+    the card tell; for gguf the architecture as llama.cpp calls it. `metadata`: goes over what is written from the card,
+    for the three that have one. `dtype`, one of DTYPES: every tensor is rounded to it first. `head_dim`: rows of a head
+    of the base, which gguf needs for Llama's q and k. Raises one AdapterError that lists every module which `to` cannot
+    express, with the reason and the nearest way."""
+    meant, notes = _meant(adapter, to, dtype)
+    if to == "gguf":
+        with TemporaryDirectory() as folder:
+            return _gguf(meant, Path(folder) / "adapter.gguf", family, head_dim, "adapter", notes).encoded
+    return _encode(meant, to, family, metadata or {}, "adapter", notes).encoded
 
 
 def write(
@@ -98,62 +110,101 @@ def write(
     family: str | None = None,
     metadata: Mapping[str, str] | None = None,
     dtype: str | None = None,
+    head_dim: int | None = None,
 ) -> Written:
     """Write `adapter` to `out` as `encode` has it: a folder for peft and vllm, one file for the others.
 
     Whole or not at all, and equal adapters give equal bytes. Raises as `encode`, and ResourceError for a full disk."""
     path = Path(out)
+    meant, notes = _meant(adapter, to, dtype)
     if to not in FOLDERS and path.is_dir():
         raise AdapterError(f"{to} is one file, and there is a folder of this name", where=str(path))
     name = path.name.removesuffix(".safetensors").removesuffix(".gguf")
-    done = _encode(adapter, to, family, metadata or {}, dtype, name)
-    ranks = dict(sorted(Counter(p.rank for p in done.pairs).items()))
-    if to in FOLDERS:
-        folder = peft.write(done.adapter, path)
-        notes = [*done.encoded.notes, *folder.notes]
-        return Written(path, to, done.family, folder.digest, folder.files, None, ranks, notes)
-    atomic_write(path, encode_tensors(done.encoded.tensors, done.encoded.metadata))
+    if to == "gguf":
+        staged = Staged(path.with_name(f".{path.name}.{secrets.token_hex(6)}.gguf"), path)
+        try:
+            done = _gguf(meant, staged.temporary, family, head_dim, name, notes)
+            staged.commit()
+        finally:
+            staged.discard()
+    else:
+        done = _encode(meant, to, family, metadata or {}, name, notes)
+        if to in FOLDERS:
+            folder = peft.write(done.written, path)
+            files, notes = folder.files, [*done.encoded.notes, *folder.notes]
+            return Written(path, to, done.family, folder.digest, files, None, _ranks(done), notes)
+        atomic_write(path, encode_tensors(done.encoded.tensors, done.encoded.metadata))
     found = hashes(path)
     files = {path.name: f"sha256:{found.sha256}"}
-    return Written(path, to, done.family, done.back.digest(), files, found, ranks, done.encoded.notes)
+    return Written(path, to, done.family, done.back.digest(), files, found, _ranks(done), done.encoded.notes)
 
 
 @dataclass(frozen=True)
 class _Done:
-    """`adapter` in the shape in which it was written, under its names; `back` as read back; `pairs` of the layout."""
+    """`written`: the adapter in the shape in which it was written; `back`: as read back; `pairs`: of the layout."""
 
     encoded: Encoded
-    adapter: Adapter
+    written: Adapter
     back: Adapter
     family: str | None
     pairs: list[Pair]
 
 
-def _encode(
-    adapter: Adapter, to: str, family: str | None, metadata: Mapping[str, str], dtype: str | None, name: str
-) -> _Done:
+def _ranks(done: _Done) -> dict[int, int]:
+    return dict(sorted(Counter(p.rank for p in done.pairs).items()))
+
+
+def _meant(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, list[str]]:
+    """What is to be expressed: the adapter without origins, on the CPU, rounded; and how far that moved it."""
     if to not in TARGETS:
         raise AdapterError(f"there is no layout {to!r}", fix=", ".join(TARGETS))
     meant, notes = _rounded(adapter.collapsed().mapped(lambda t: t.detach().cpu()), dtype)
-    check_finite(dict(meant.tensors()))
-    if not any(True for _ in meant.tensors()):
+    if next(meant.tensors(), None) is None:
         raise AdapterError("the adapter is empty")
+    check_finite(dict(meant.tensors()))
+    return meant, notes
+
+
+def _encode(
+    meant: Adapter, to: str, family: str | None, metadata: Mapping[str, str], name: str, notes: list[str]
+) -> _Done:
     if to in PIPELINES:
         return _for_pipelines(meant, to, _family(meant, family, to), metadata, name, notes)
-    refused: Refusals = defaultdict(list)
-    leaves = leaves_of(meant)
     if to == "peft":
-        shaped = _one_component(meant, refused)
+        refused: Refusals = defaultdict(list)
+        written = _one_component(meant, refused)
+        _raise(refused, to)
     else:
-        refuse_unservable(meant, leaves, {"vllm": "vLLM", "gguf": "llama.cpp"}[to], refused)
-        shaped = meant if refused else folded(meant)
-    _raise(refused, to)
-    config, tensors = peft.encode(shaped, base_name=shaped.card.base)
+        written = _folded(meant, to)
+        notes = [*notes, *vllm_notes(written)]
+    config, tensors = peft.encode(written, base_name=written.card.base)
     back = peft.interpret(config, tensors).adapter
-    _compare(shaped if to == "peft" else meant, back, to)
-    if to == "vllm":
-        notes += vllm_notes(shaped)
-    return _Done(Encoded(tensors, {"format": "pt"}, config, notes), shaped, back, family, list(shaped.pairs.values()))
+    _compare(written if to == "peft" else meant, back, to)
+    return _Done(Encoded(tensors, {"format": "pt"}, config, notes), written, back, None, list(written.pairs.values()))
+
+
+def _folded(meant: Adapter, to: str) -> Adapter:
+    refused: Refusals = defaultdict(list)
+    refuse_unservable(meant, leaves_of(meant), {"vllm": "vLLM", "gguf": "llama.cpp"}[to], refused)
+    _raise(refused, to)
+    return folded(meant)
+
+
+def _gguf(
+    meant: Adapter, path: Path, architecture: str | None, head_dim: int | None, name: str, notes: list[str]
+) -> _Done:
+    """Writes the file at `path`, and reads it back."""
+    written = _folded(meant, "gguf")
+    if architecture is None:
+        raise AdapterError("the names in a GGUF file depend on the base's architecture", fix="--family llama, qwen3, …")
+    notes = [*notes, *write_gguf(written, path, architecture=architecture, head_dim=head_dim, name=name)]
+    back = read_gguf(path, head_dim=head_dim).adapter
+    _compare(meant, back, "gguf")
+    file = read_gguf_file(path)
+    tensors = {key: file.tensor(key) for key in sorted(file.entries)}
+    fields = {key: str(value) for key, value in sorted(file.fields.items())}
+    encoded = Encoded(tensors, fields, {}, notes)
+    return _Done(encoded, written, back, architecture, list(written.pairs.values()))
 
 
 def _rounded(adapter: Adapter, dtype: str | None) -> tuple[Adapter, list[str]]:
@@ -181,7 +232,7 @@ def _raise(refused: Refusals, to: str) -> None:
 
 
 def _compare(meant: Adapter, back: Adapter, to: str) -> None:
-    if (back.pairs or back.deltas) and (problems := differences(meant, back)):
+    if problems := differences(meant, back):
         shown = "\n".join(f"  - {p}" for p in problems)
         raise AdapterError(f"written as {to}, the adapter would not come back the same; nothing was written:\n{shown}")
 
@@ -232,10 +283,6 @@ def _inputs(adapter: Adapter, module: str) -> int | None:
     return None if pair is None else pair.A.shape[1]
 
 
-def _read_back(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
-    return Adapter()  # TODO read
-
-
 def _for_pipelines(
     meant: Adapter, to: str, family: Family, metadata: Mapping[str, str], name: str, notes: list[str]
 ) -> _Done:
@@ -264,7 +311,7 @@ def _for_pipelines(
     if any(d.form in ("hadamard", "kronecker", "gain") for d in meant.deltas.values()):
         described["ss_network_module"] = "lycoris.kohya"
     described = sealed(tensors, described | dict(metadata))
-    back = _read_back(tensors, described)
+    back = read_state(tensors, described, where=to).adapter
     _compare(meant, back, to)
     return _Done(Encoded(tensors, described, {}, notes), meant, back, family.name, pairs)
 
@@ -277,6 +324,9 @@ def _suffixed(
     for name, (leaf, modules) in named.items():
         for reason in _unread(name, leaf, family, to):
             refused[reason] += modules
+        if to == "comfyui" and leaf.pair is not None and leaf.pair.kind == "embedding":
+            # ComfyUI adds up·down to any weight; an embedding's pair is of the transpose.
+            leaf = replace(leaf, pair=Pair(leaf.pair.B.t(), leaf.pair.A.t(), leaf.pair.scale))
         try:
             parts = write_leaf(leaf, "kohya")
         except AdapterError as error:
