@@ -18,26 +18,26 @@ from veneer.formats.topology_rows import Row, clip, t5
 diffusers = pytest.importorskip("diffusers")
 
 UNETS = {
-    "sd15": dict(cross_attention_dim=768, attention_head_dim=8),
-    "sd2": dict(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True),
-    "sdxl": dict(
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=[1, 2, 10],
-        attention_head_dim=[5, 10, 20],
-        use_linear_projection=True,
-        cross_attention_dim=2048,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    ),
+    "sd15": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "sd2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+    "sdxl": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "use_linear_projection": True,
+        "cross_attention_dim": 2048,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
 }
-SD3 = dict(qk_norm="rms_norm", attention_head_dim=64)
+SD3 = {"qk_norm": "rms_norm", "attention_head_dim": 64}
 TRANSFORMERS = {
     "sd3": ("SD3Transformer2DModel", dict(num_layers=24, dual_attention_layers=tuple(range(13)), **SD3)),
     "sd3-large": ("SD3Transformer2DModel", dict(num_layers=38, **SD3)),
-    "flux1": ("FluxTransformer2DModel", dict(guidance_embeds=True)),
+    "flux1": ("FluxTransformer2DModel", {"guidance_embeds": True}),
     "flux2": ("Flux2Transformer2DModel", {}),
     "qwen-image": ("QwenImageTransformer2DModel", {}),
     "z-image": ("ZImageTransformer2DModel", {}),
@@ -115,7 +115,8 @@ def test_a_real_weight_has_one_original_name_for_every_row(name: str) -> None:
             continue
         at = 0
         for place in places:
-            assert place.part is not None and place.part[0] == at and place.part[2] == places[0].part[2], original
+            assert place.part is not None
+            assert (place.part[0], place.part[2]) == (at, places[0].part[2]), original
             at = place.part[1]
         assert at == places[0].part[2], original
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from tests.formats.test_topology import denoiser
 from veneer.formats.topology import Family, Place, families
 
-pytest.importorskip("diffusers")
-from diffusers.loaders import single_file_utils as peer  # noqa: E402
+peer = pytest.importorskip("diffusers.loaders.single_file_utils")
 
 CONVERTERS = {
     "sd3": peer.convert_sd3_transformer_checkpoint_to_diffusers,

@@ -1,0 +1,325 @@
+"""Every layout, read: the change of each canonical module is that of the file's tensors by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.formats.layouts import (
+    INTO,
+    UNIT,
+    Layout,
+    assert_same,
+    changes,
+    denoiser,
+    dotted,
+    encoders,
+    kohya,
+    shape_of,
+)
+from veneer.errors import AdapterError
+from veneer.formats.names import lookup
+from veneer.formats.read import Reading, read, read_state
+from veneer.formats.topology import Place, families, flat
+
+CLIP = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+
+def reading(layout: Layout, **options: bool) -> Reading:
+    return read_state(layout.tensors, layout.metadata, where="made here", **options)
+
+
+def check(layout: Layout, fmt: str, family: str) -> Reading:
+    found = reading(layout)
+    assert (found.format, found.family) == (fmt, family), found.reasons
+    assert_same(changes(found.adapter), layout.want)
+    assert sorted(k for keys in {tuple(v) for v in found.used.values()} for k in keys) == sorted(layout.tensors)
+    assert (found.unused, found.unpaired) == ([], [])
+    return found
+
+
+# -- every module of every family, in flat names ---------------------------------------------------------------------
+
+ALL_FLAT: dict[str, tuple[str, bool, dict[str, str]]] = {
+    "sd15 in diffusers' names": ("sd15", False, {"text_encoder": "lora_te"}),
+    "sd15 in LDM's names": ("sd15", True, {"text_encoder": "lora_te"}),
+    "sdxl in sgm's names": ("sdxl", True, CLIP),
+    "sdxl in diffusers' names": ("sdxl", False, CLIP),
+    "sd3": ("sd3", True, {**CLIP, "text_encoder_3": "lora_te3"}),
+    "sd3-large": ("sd3-large", True, CLIP),
+    "flux1 by kohya, te3 is T5": ("flux1", True, {"text_encoder": "lora_te1", "text_encoder_2": "lora_te3"}),
+    "flux1 with te2 as T5": ("flux1", True, CLIP),
+    "flux2": ("flux2", True, {}),
+    "qwen-image": ("qwen-image", False, {}),
+    "z-image fused": ("z-image", True, {}),
+    "z-image split": ("z-image", False, {}),
+}
+
+
+@pytest.mark.parametrize("case", ALL_FLAT)
+def test_flat_names_of_the_whole_topology(case: str) -> None:
+    name, original, te = ALL_FLAT[case]
+    layout = kohya(name, original=original, te=te)
+    found = check(layout, "kohya", name)
+    family = families()[name]
+    components = {family.denoiser, *te}
+    linears = {m for m, k in family.modules.items() if k in ("linear", "conv") and m.partition(".")[0] in components}
+    assert set(found.used) == linears
+
+
+def test_sd2_is_told_from_sd1_by_its_width_or_by_the_metadata() -> None:
+    layout = Layout()
+    for i in range(2):
+        name = f"unet.down_blocks.0.attentions.{i}.transformer_blocks.0.attn2.to_k"
+        layout.lora(f"lora_unet_{flat(name.removeprefix('unet.'))}", (Place(name),), (8, 1024), alpha=1.0)
+    check(layout, "kohya", "sd2")
+    narrow = kohya("sd2", original=False, only="attn1", te={"text_encoder": "lora_te"})
+    check(narrow, "kohya", "sd2")  # the text encoder has 23 layers
+    plain = kohya("sd2", original=False, only="attn1")
+    assert reading(plain).family == "sd15"
+    plain.metadata["ss_v2"] = "True"
+    assert reading(plain).family == "sd2"
+
+
+def test_sdxl_in_both_styles_mixed_in_one_file() -> None:
+    """diffusers reads 522 of 722 such modules without a word."""
+    family = families()["sdxl"]
+    layout = Layout()
+    for i, (original, places) in enumerate(denoiser(family, original=True)):
+        text = original if i % 2 else places[0].module.removeprefix("unet.")
+        layout.lora(f"lora_unet_{flat(text)}", places, shape_of(family, places), alpha=1.0)
+    assert len(check(layout, "kohya", "sdxl").used) == 794
+
+
+def test_a_tie_of_families_is_told_with_its_reason() -> None:
+    """q, k, v and out of 24 joint blocks are FLUX.1's, SD3's and Qwen-Image's names alike; the file fills SD3's."""
+    layout = dotted("sd3", "transformer.", original=False, naming="peft", only=("attn.to_q", "attn.to_out"))
+    found = check(layout, "diffusers", "sd3")
+    assert any("sd3-large" in r and "qwen-image" in r for r in found.reasons)
+    assert any("like modules" in r for r in found.reasons)
+
+
+# -- dotted names ----------------------------------------------------------------------------------------------------
+
+ATTENTION = ("attn.", "attn1.", "attn2.")
+DOTTED: dict[str, tuple[Callable[[], Layout], str, str]] = {
+    "diffusers FLUX.1": (lambda: dotted("flux1", "transformer.", original=False, naming="peft"), "diffusers", "flux1"),
+    "TheLastBen": (
+        lambda: dotted("flux1", "transformer.", original=False, naming="peft", alpha=4.0),
+        "diffusers",
+        "flux1",
+    ),
+    "ai-toolkit": (lambda: dotted("flux1", "diffusion_model.", original=True, naming="peft"), "comfyui", "flux1"),
+    "ComfyUI": (
+        lambda: dotted("flux1", "diffusion_model.", original=True, naming="kohya", alpha=1.0),
+        "comfyui",
+        "flux1",
+    ),
+    "ComfyUI in diffusers' names": (
+        lambda: dotted("qwen-image", "diffusion_model.", original=False, naming="peft"),
+        "comfyui",
+        "qwen-image",
+    ),
+    "FLUX.2": (lambda: dotted("flux2", "diffusion_model.", original=True, naming="peft"), "comfyui", "flux2"),
+    "FLUX.2 by diffusers": (
+        lambda: dotted("flux2", "transformer.", original=False, naming="peft"),
+        "diffusers",
+        "flux2",
+    ),
+    "Z-Image": (lambda: dotted("z-image", "diffusion_model.", original=True, naming="peft"), "comfyui", "z-image"),
+    "Z-Image by diffusers": (
+        lambda: dotted("z-image", "transformer.", original=False, naming="default"),
+        "diffusers",
+        "z-image",
+    ),
+    "Qwen-Image without a prefix": (
+        lambda: dotted("qwen-image", "", original=False, naming="kohya", alpha=2.0),
+        "plain",
+        "qwen-image",
+    ),
+    "bare PEFT of BFL's names": (
+        lambda: dotted("flux1", "base_model.model.", original=True, naming="peft"),
+        "peft",
+        "flux1",
+    ),
+    "bare PEFT of diffusers' names": (
+        lambda: dotted("flux1", "base_model.model.", original=False, naming="peft"),
+        "peft",
+        "flux1",
+    ),
+    "unprefixed PEFT": (lambda: dotted("sdxl", "", original=False, naming="peft", only=ATTENTION), "diffusers", "sdxl"),
+    "lora.down": (
+        lambda: dotted("sd15", "unet.", original=False, naming="dotted", only=ATTENTION),
+        "diffusers-old",
+        "sd15",
+    ),
+    "model.diffusion_model": (
+        lambda: dotted("sdxl", "model.diffusion_model.", original=True, naming="kohya", alpha=1.0),
+        "comfyui",
+        "sdxl",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DOTTED)
+def test_dotted_names(case: str) -> None:
+    make, fmt, family = DOTTED[case]
+    check(make(), fmt, family)
+
+
+def test_comfyui_text_encoders() -> None:
+    family, layout = families()["flux1"], dotted("flux1", "diffusion_model.", original=True, naming="kohya", alpha=1.0)
+    for component, name, places in encoders(family):
+        prefix = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}[component]
+        layout.lora(f"text_encoders.{prefix}.transformer.{name}", places, (UNIT, INTO), alpha=1.0)
+    check(layout, "comfyui", "flux1")
+
+
+@pytest.mark.parametrize("style", ["2023", "2023 with unet.", "without .processor"])
+def test_old_diffusers_attention_processors(style: str) -> None:
+    """load_lora_weights of diffusers finds 0 modules in the first."""
+    family, layout = families()["sd15"], Layout()
+    prefix = "" if style == "2023" else "unet."
+    middle = "" if style == "without .processor" else ".processor"
+    for text, places in denoiser(family, original=False):
+        parent, _, leaf = text.removesuffix(".0").rpartition(".")
+        if parent.endswith(("attn1", "attn2")):
+            layout.lora(f"{prefix}{parent}{middle}.{leaf}_lora", places, (UNIT, INTO), naming="plain")
+    assert len(layout.want) == 128
+    check(layout, "diffusers-old", "sd15")
+
+
+@pytest.mark.parametrize("style", ["to_q_lora", "q_proj.lora_linear_layer", "transformers 5"])
+def test_old_diffusers_text_encoders(style: str) -> None:
+    family, layout = families()["sd15"], Layout()
+    for component, name, places in encoders(family):
+        parent, _, leaf = name.rpartition(".")
+        if not parent.endswith("self_attn"):
+            continue
+        if style == "to_q_lora":
+            layout.lora(f"{component}.{parent}.to_{leaf[: -len('_proj')]}_lora", places, (UNIT, INTO), naming="plain")
+        elif style == "transformers 5":
+            layout.lora(f"{component}.{name.removeprefix('text_model.')}", places, (UNIT, INTO), naming="peft")
+        else:
+            layout.lora(f"{component}.{name}", places, (UNIT, INTO), naming="linear_layer")
+    assert len(layout.want) == 48
+    check(layout, "diffusers" if style == "transformers 5" else "diffusers-old", "sd15")
+
+
+def test_onetrainer_flux() -> None:
+    family, layout = families()["flux1"], Layout()
+    for text, places in denoiser(family, original=False):
+        layout.lora(f"lora_transformer_{flat(text)}", places, (UNIT, INTO), alpha=1.0)
+    for component, name, places in encoders(family):
+        prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[component]
+        layout.lora(f"{prefix}_{flat(name)}", places, (UNIT, INTO), alpha=1.0)
+    check(layout, "onetrainer", "flux1")
+
+
+def test_xlabs() -> None:
+    family, layout = families()["flux1"], Layout()
+    for i in range(19):
+        for n, side in ((1, "img"), (2, "txt")):
+            for text, own in (("qkv", "qkv"), ("proj", "proj")):
+                places = family.originals[f"double_blocks.{i}.{side}_attn.{own}"]
+                name = f"double_blocks.{i}.processor.{text}_lora{n}"
+                layout.lora(name, places, shape_of(family, places), naming="plain")
+    for i in range(38):
+        block = f"transformer.single_transformer_blocks.{i}"
+        qkv = tuple(Place(f"{block}.attn.to_{p}", (n, n + 1, 3)) for n, p in enumerate("qkv"))
+        layout.lora(f"single_blocks.{i}.processor.qkv_lora", qkv, (3 * UNIT, INTO), naming="plain")
+        layout.lora(
+            f"single_blocks.{i}.processor.proj_lora", (Place(f"{block}.proj_out"),), (UNIT, INTO), naming="plain"
+        )
+    check(layout, "xlabs", "flux1")
+
+
+def test_bfl_control_lora() -> None:
+    """Biases of B move the bias, a norm's scale is its whole new weight, the final layer's halves change places."""
+    family = families()["flux1"]
+    layout = dotted("flux1", "", original=True, naming="peft")
+    layout.tensors["img_in.lora_A.weight"] = layout.random(2, 128)
+    up = layout.tensors["img_in.lora_B.weight"]
+    layout.want["transformer.x_embedder.weight"] = up.double() @ layout.tensors["img_in.lora_A.weight"].double()
+    for text, places in denoiser(family, original=True):
+        bias = layout.random(shape_of(family, places)[0])
+        layout.tensors[f"{text}.lora_B.bias"] = bias
+        layout.expect(places, bias, "bias")
+    norms = {}
+    for text, places in family.originals.items():
+        if family.modules[places[0].module] == "norm":
+            norms[places[0].module] = layout.tensors[f"{text}.scale"] = layout.random(8)
+    found = check(layout, "bfl-control", "flux1")
+    assert found.adapter.modules.keys() == norms.keys()
+    assert all(torch.equal(found.adapter.modules[n]["weight"], t) for n, t in norms.items())
+
+
+# -- shared A, views, files ------------------------------------------------------------------------------------------
+
+
+def test_a_fused_pair_becomes_views_with_one_A() -> None:
+    adapter = reading(kohya("flux1", original=True, only="single_blocks.0.linear1")).adapter
+    block = "transformer.single_transformer_blocks.0"
+    pairs = [adapter.pairs[f"{block}.{n}"] for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    assert len({id(p.A) for p in pairs}) == 1
+    assert [len(p.B) for p in pairs] == [UNIT, UNIT, UNIT, 4 * UNIT]
+    assert len({p.B.untyped_storage().data_ptr() for p in pairs}) == 1
+
+
+def test_a_file_and_a_folder_read_the_same(tmp_path) -> None:
+    layout = kohya("flux1", original=True, only="double_blocks.1.")
+    save_file(layout.tensors, tmp_path / "pytorch_lora_weights.safetensors", {"ss_output_name": "a"})
+    for place in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
+        found = read(place)
+        assert_same(changes(found.adapter), layout.want)
+        assert found.metadata == {"ss_output_name": "a"}
+        assert found.adapter.card.extra["title"] == "a"
+    save_file(layout.tensors, tmp_path / "other.safetensors")
+    read(tmp_path)  # the name diffusers gives its file goes first
+    (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "third.safetensors")
+    with pytest.raises(AdapterError, match=r"2 adapter files: other\.safetensors, third\.safetensors"):
+        read(tmp_path)
+
+
+def test_a_peft_folder_of_a_denoiser_gets_canonical_names(tmp_path) -> None:
+    layout = dotted("flux1", "base_model.model.", original=False, naming="peft", only=("attn.to_q",))
+    layout.want = {name: 2 * change for name, change in layout.want.items()}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["to_q"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(layout.tensors, tmp_path / "adapter_model.safetensors")
+    for place in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        found = read(place)
+        assert (found.format, found.family) == ("peft", "flux1")
+        assert_same(changes(found.adapter), layout.want)
+        assert sum(map(len, found.used.values())) == len(layout.tensors)
+
+
+def test_a_peft_folder_of_a_language_model_keeps_its_names(tmp_path) -> None:
+    layout, name = Layout(), "model.layers.0.self_attn.q_proj"
+    layout.lora(f"base_model.model.{name}", (Place(name),), (4, 6), naming="peft", scale=4.0)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(layout.tensors, tmp_path / "adapter_model.safetensors")
+    found = read(tmp_path)
+    assert (found.format, found.family) == ("peft", None)
+    assert_same(changes(found.adapter), layout.want)
+    assert list(found.used) == [name]
+    (tmp_path / "adapter_config.json").unlink()
+    bare = read(tmp_path)
+    assert_same(changes(bare.adapter), {n: c / 4 for n, c in layout.want.items()})
+    assert "alpha is taken for the rank" in " ".join(bare.notes)
+
+
+@pytest.mark.parametrize("name", list(families()))
+def test_no_text_means_two_things(name: str) -> None:
+    """The two kinds of a denoiser's names share a table: where both have a text, it is the same module."""
+    family = families()[name]
+    for original, places in family.originals.items():
+        for text in (original, f"diffusion_model.{original}", f"lora_unet_{flat(original)}"):
+            assert lookup(family, text) == places
+    for module in family.modules:
+        assert lookup(family, module) in ((Place(module),), *family.originals.values())
