@@ -5,13 +5,10 @@ from __future__ import annotations
 from itertools import permutations
 
 import pytest
-import torch
 
-from tests.formats.image_adapters import numbers, pair_for, random_adapter, rows_of, same_changes
-from veneer.core.adapter import Adapter, Pair
-from veneer.core.forms import Delta, delta_of
-from veneer.formats.convert import encode, write
-from veneer.formats.leaves import Leaf
+from tests.formats.image_adapters import random_adapter, same_changes
+from veneer.core.adapter import Adapter
+from veneer.formats.convert import write
 from veneer.formats.read import read
 from veneer.formats.topology import families
 
@@ -27,7 +24,7 @@ def through(adapter: Adapter, layouts: tuple[str, ...], family: str, folder) -> 
     return adapter
 
 
-@pytest.mark.parametrize("there, back", list(permutations((*LAYOUTS, "peft"), 2)))
+@pytest.mark.parametrize(("there", "back"), list(permutations((*LAYOUTS, "peft"), 2)))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_denoisers_adapter_comes_back(name, there, back, tmp_path):
     family = families()[name]
@@ -36,7 +33,7 @@ def test_a_denoisers_adapter_comes_back(name, there, back, tmp_path):
     same_changes(through(adapter, (there, back, there), name, tmp_path), adapter)
 
 
-@pytest.mark.parametrize("there, back", [("kohya", "comfyui"), ("comfyui", "kohya")])
+@pytest.mark.parametrize(("there", "back"), [("kohya", "comfyui"), ("comfyui", "kohya")])
 @pytest.mark.parametrize("name", [n for n in FAMILIES if len(families()[n].components) > 1])
 def test_text_encoders_come_back_too(name, there, back, tmp_path):
     adapter = random_adapter(families()[name])

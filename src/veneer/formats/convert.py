@@ -269,7 +269,7 @@ def _family(adapter: Adapter, name: str | None, to: str) -> Family:
             fix="--to peft, vllm or gguf",
         )
     claim = family_of({key: str(adapter.card.extra.get(own, "")) for key, own in _CLAIMS.items()})
-    chosen = choose_family({m: _inputs(adapter, m) for m in modules}, claim).family
+    chosen = choose_family({m: _shape(adapter, m) for m in modules}, claim).family
     if chosen is None:
         raise AdapterError("no known image model has any of these modules", where=", ".join(modules[:3]))
     return chosen
@@ -278,9 +278,9 @@ def _family(adapter: Adapter, name: str | None, to: str) -> Family:
 _CLAIMS = {"modelspec.architecture": "architecture", "ss_base_model_version": "base_version"}
 
 
-def _inputs(adapter: Adapter, module: str) -> int | None:
+def _shape(adapter: Adapter, module: str) -> tuple[int, int] | None:
     pair = adapter.pairs.get(module)
-    return None if pair is None else pair.A.shape[1]
+    return None if pair is None else (pair.B.shape[0], pair.A.shape[1])
 
 
 def _for_pipelines(
@@ -302,6 +302,8 @@ def _for_pipelines(
         pairs = [leaf.pair for leaf, _ in named.values() if leaf.pair is not None]
         tensors = _suffixed(named, family, to, refused)
         notes = [*notes, *_dora_notes(leaves, to)]
+        # Joined parts look as sd-scripts' split_qkv does, where alpha is for the rank of one part; here it is not.
+        extra["ss_network_args"] = '{"split_qkv": "False"}'
     _raise(refused, to)
     card = replace(meant.card, kind=meant.card.kind or "image")
     ranks = {p.rank for p in pairs}
