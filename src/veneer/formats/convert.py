@@ -1,7 +1,7 @@
 """An adapter written in another tool's layout: exactly, or not at all.
 
 | to        | written                                    | names                   | cannot hold                   |
-| peft      | folder for one component, or a text model  | the model's own         | what formats/peft.py refuses  |
+| peft      | folder: a denoiser's, or a text model's    | the model's own         | what formats/peft.py refuses  |
 | kohya     | one .safetensors, lora_down, lora_up,      | formats/write_names.py  | embeddings, whole new weights |
 |           | alpha; LyCORIS' names for the other forms  |                         |                               |
 | comfyui   | one .safetensors, lora_A, lora_B, alpha    | formats/write_names.py  | gains, DoRA of the outputs    |
@@ -172,7 +172,7 @@ def _encode(
         return _for_pipelines(meant, to, _family(meant, family, to), metadata, name, notes)
     if to == "peft":
         refused: Refusals = defaultdict(list)
-        written = _one_component(meant, refused)
+        written = _for_one_model(meant, refused)
         _raise(refused, to)
     else:
         written = _folded(meant, to)
@@ -237,22 +237,24 @@ def _compare(meant: Adapter, back: Adapter, to: str) -> None:
         raise AdapterError(f"written as {to}, the adapter would not come back the same; nothing was written:\n{shown}")
 
 
-def _one_component(adapter: Adapter, refused: Refusals) -> Adapter:
-    """The adapter under the names that its model itself has: without the component."""
-    parts = {component_of(m) for m in leaves_of(adapter)}
-    parts |= {component_of(m) for m in (*adapter.token_rows, *adapter.new_tokens)}
-    if parts == {""}:
-        return adapter
-    if len(parts) > 1:
-        for module in leaves_of(adapter):
+def _for_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
+    """The adapter under the names that its model itself has, without the component: the denoiser, or a text model."""
+    for module, pair in adapter.pairs.items():
+        if pair.magnitude is not None and pair.magnitude.ndim > 1:
+            refused["PEFT knows no magnitude of the inputs; --to kohya, or merge it into the base"].append(module)
+    modules = [*leaves_of(adapter), *adapter.token_rows, *adapter.new_tokens]
+    parts = {component_of(m) for m in modules}
+    for module in modules:
+        if len(parts) > 1:
             refused["a PEFT folder is of one model, and this has several; --to diffusers"].append(module)
-        return adapter
-    part = parts.pop() + "."
+        elif component_of(module).startswith("text_encoder"):
+            refused["a PEFT folder does not say which text encoder it is of; --to diffusers"].append(module)
+    part = parts.pop()
     renamed: dict[str, Any] = {
-        what: {name.removeprefix(part): value for name, value in getattr(adapter, what).items()}
+        what: {name.removeprefix(f"{part}."): value for name, value in getattr(adapter, what).items()}
         for what in ("pairs", "modules", "token_rows", "deltas", "new_tokens")
     }
-    return replace(adapter, **renamed)
+    return replace(adapter, **renamed) if part else adapter
 
 
 def _family(adapter: Adapter, name: str | None, to: str) -> Family:
