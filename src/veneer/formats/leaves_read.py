@@ -220,7 +220,7 @@ class _Reader:
         if mid.ndim < 3 or mid.shape[:2] != (rank, rank) or A.ndim < 2 or math.prod(A.shape[2:]) != 1:
             self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: (rank, rank, k…) is expected")
             return A, B
-        if mid[0, 0].numel() * A.numel() > _MOST:
+        if math.prod(mid.shape[2:]) * A.numel() > _MOST:
             self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: together absurdly large")
             return A, B
         wide = torch.float64 if torch.float64 in (A.dtype, mid.dtype) else torch.float32
@@ -271,7 +271,7 @@ class _Reader:
                 core = self.have.pop("lokr_t2", None) if n == "2" else None
                 a, b = factors
                 if core is not None:
-                    a, named["t2"] = a.t(), core  # stored (rank, out) with a core
+                    a, named["t2"] = a.t() if a.ndim == 2 else a, core  # stored (rank, out) with a core
                 named |= {f"a{n}": a, f"b{n}": b}
                 ranks.append(b.shape[0] if b.ndim else 0)
         if len({name[1] for name in named}) < 2:
