@@ -196,7 +196,9 @@ def _gguf(
     """Writes the file at `path`, and reads it back."""
     written = _folded(meant, "gguf")
     if architecture is None:
-        raise AdapterError("the names in a GGUF file depend on the base's architecture", fix="--family llama, qwen3, …")
+        raise AdapterError(
+            "the names in a GGUF file depend on the base's architecture", fix="--base, or --family llama, qwen3, …"
+        )
     notes = [*notes, *write_gguf(written, path, architecture=architecture, head_dim=head_dim, name=name)]
     back = read_gguf(path, head_dim=head_dim).adapter
     _compare(meant, back, "gguf")
