@@ -1,4 +1,4 @@
-"""`veneer adapter inspect|verify|merge`."""
+"""`veneer adapter inspect|verify|merge|convert`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from veneer.cli.adapter_convert import convert
+
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify and merge adapters.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify, merge and convert adapters.")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Name = Annotated[
@@ -189,6 +191,11 @@ def merge(
     )
     if report.untied:
         print("note: the head no longer shares the embedding's weight, so the model is larger than its base")
+
+
+app.command(epilog="Example: veneer adapter convert style.safetensors --to diffusers -o style-diffusers.safetensors")(
+    convert
+)
 
 
 def _say(line: str) -> None:
