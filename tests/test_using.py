@@ -18,8 +18,9 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError
 from veneer.formats import peft
+from veneer.library.library import open_library
 from veneer.models.text import TextBase, load_text
-from veneer.using import adapter_folder, attach_adapters, base_of, load_adapter, parse_spec
+from veneer.using import adapter_path, attach_adapters, base_of, load_adapter, parse_spec
 
 IDS = torch.randint(3, VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -59,6 +60,9 @@ def other_base(tmp_path: Path, **changes: Any) -> TextBase:
         ("a:b:2", ("a:b", 2.0)),
         (r"C:\runs\a", (r"C:\runs\a", 1.0)),
         (("a", 2), ("a", 2.0)),
+        ("support@prod:0.8", ("support@prod", 0.8)),
+        ("sha256:1234", ("sha256:1234", 1.0)),
+        ("sha256:12ab:0.5", ("sha256:12ab", 0.5)),
     ],
 )
 def test_a_spec_is_a_name_and_a_strength(spec: Any, expected: tuple[str, float]) -> None:
@@ -83,20 +87,35 @@ def test_an_existing_path_with_a_colon_is_a_path(tmp_path: Path, monkeypatch: py
     assert parse_spec("a:2:0.5") == ("a:2", 0.5)
 
 
-def test_folders_are_found_as_paths_in_runs_and_under_the_home(
+def test_adapters_are_found_as_paths_in_runs_and_in_the_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: TextBase
 ) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    adapter = adapter_for(base)
-    for place in ["plain", "run/adapter", "home/adapters/kept"]:
+    adapter, other = adapter_for(base), adapter_for(base, 2)
+    for place in ["plain", "run/adapter"]:
         peft.write(adapter, tmp_path / place)
-    assert adapter_folder("plain") == Path("plain")
-    assert adapter_folder("run") == Path("run/adapter")
-    assert adapter_folder("kept") == tmp_path / "home/adapters/kept"
+    peft.write(other, tmp_path / "second")
+    assert adapter_path("plain") == Path("plain")
+    assert adapter_path("run") == Path("run/adapter")
     with pytest.raises(AdapterError, match=r"did you mean plain\?") as caught:
-        adapter_folder("plian")
-    assert str(tmp_path / "home/adapters") in (caught.value.where or "")
+        adapter_path("plian")
+    assert f"no library at {tmp_path / 'home/library'}" in (caught.value.where or "")
+    assert not (tmp_path / "home/library").exists()
+    with open_library() as library:
+        library.add("plain", "kept")
+        library.add("second", "kept")
+        library.alias("kept@1", "prod")
+    for name, wanted in {
+        "kept": other, "kept@1": adapter, "kept@prod": adapter, adapter.digest()[:15]: adapter, "kept@latest": other
+    }.items():  # fmt: skip
+        assert load_adapter(base, name).digest() == wanted.digest(), name
+    (tmp_path / "kept").mkdir()
+    assert adapter_path("kept") == Path("kept"), "what is here by that path goes first"
+    with pytest.raises(AdapterError, match="the library has no kept@7"):
+        adapter_path("kept@7")
+    with pytest.raises(AdapterError, match="there is no adapter 'runs/kept'"):
+        adapter_path("runs/kept")
 
 
 def test_the_base_of_an_adapter_is_what_its_card_says_or_pefts_config(tmp_path: Path, base: TextBase) -> None:

@@ -1,27 +1,32 @@
-"""Looking at an adapter's folder: what is in it (no base needed), and whether it is what its card says.
+"""Looking at an adapter: what is in it (no base needed), in any format, and whether it is what it says it is.
 
 Stands above formats and models, beside `using`. Nothing here changes a file or a base.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sized
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from veneer import using
-from veneer.core.adapter import Adapter, Pair
+from veneer.core.adapter import Adapter, Pair, alpha_of
 from veneer.core.attach import attach
 from veneer.errors import VeneerError
-from veneer.formats import peft
+from veneer.formats import metadata, peft
+from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
 
 if TYPE_CHECKING:
     from veneer.models.text import TextBase
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 
 __all__ = ["Check", "delta_norm", "inspect", "verify"]
 
@@ -35,51 +40,106 @@ class Check:
     detail: str = ""
 
 
-def inspect(name: str) -> dict[str, Any]:
-    """What is in the adapter `name` (a folder, or a name in the veneer home), ready for JSON.
+def inspect(name: str, *, from_pickle: bool = False) -> dict[str, Any]:
+    """What is in the adapter `name` (a folder, a file or a name in the library), ready for JSON.
 
-    `targets`: for each last part of a module's name the count, ranks, scales, shapes and ‖ΔW‖ (Frobenius, over all of
-    them; without DoRA's magnitude, which needs the base). Raises what reading it raises."""
-    folder = using.adapter_folder(name)
-    loaded = peft.load(folder)
-    adapter = loaded.adapter
-    file = read_card(folder) if (folder / CARD_FILE).is_file() else CardFile(adapter.card)
+    `format`, `reasons`: which format it is and why. `coverage`: tensors of the file that are used, that nothing
+    understands, and that lack their partner; where there are any of the last two, reading it for use is refused.
+    `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes and ‖ΔW‖ (Frobenius, over
+    all of them; without DoRA's magnitude, which needs the base). `deltas`: what is no pair, by form, with the bytes it
+    takes and those of the ΔW that it stands for, one at a time of which is made in use. `hashes`: of the file with the
+    tensors. Raises what reading raises for a file that is no adapter at all."""
+    path = using.adapter_path(name)
+    reading = reader.read(path, allow_partial=True, from_pickle=from_pickle)
+    adapter = reading.adapter
+    file = read_card(path) if (path / CARD_FILE).is_file() else CardFile(adapter.card)
     groups: dict[str, list[Pair]] = defaultdict(list)
     for module, pair in sorted(adapter.pairs.items()):
-        groups[module.rpartition(".")[2]].append(pair)
+        groups[_leaf(module)].append(pair)
     tensors = [t for _, t in adapter.tensors()]
+    tensor_file = path / peft.TENSOR_FILE if path.is_dir() else path
+    used = {key for keys in reading.used.values() for key in keys}
     return {
-        "adapter": str(folder),
+        "adapter": str(path),
+        "format": reading.format,
+        "reasons": reading.reasons,
+        "family": reading.family or "",
         "digest": adapter.digest(),
-        "base": file.card.base or loaded.config.get("base_model_name_or_path") or "",
+        "base": file.card.base,
         "base_fingerprint": file.card.base_fingerprint,
         "pairs": len(adapter.pairs),
         "parameters": sum(t.numel() for t in tensors),
         "bytes": adapter.size_bytes(),
         "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors)),
-        "ranks": {str(r): n for r, n in sorted(Counter(p.rank for p in adapter.pairs.values()).items())},
-        "scales": {f"{s:g}": n for s, n in sorted(Counter(p.scale for p in adapter.pairs.values()).items())},
+        "ranks": _counted(p.rank for p in adapter.pairs.values()),
+        "alphas": _counted(alpha_of(p.scale, p.rank, adapter.rslora) for p in adapter.pairs.values()),
+        "scales": _counted(p.scale for p in adapter.pairs.values()),
         "rslora": adapter.rslora,
-        "dora": any(p.magnitude is not None for p in adapter.pairs.values()),
+        "dora": any(m is not None for m in _magnitudes(adapter)),
         "dropout": adapter.dropout,
-        "targets": {leaf: _group(pairs) for leaf, pairs in sorted(groups.items())},
+        "components": _counted(_component(n) for n in [*adapter.pairs, *adapter.deltas, *adapter.modules]),
+        "targets": {leaf: _group(pairs, adapter.rslora) for leaf, pairs in sorted(groups.items())},
+        "deltas": _deltas(adapter),
         "full_copies": {n: {k: list(t.shape) for k, t in own.items()} for n, own in sorted(adapter.modules.items())},
         "token_rows": {n: list(r.indices) for n, r in sorted(adapter.token_rows.items())},
+        "new_tokens": {n: sorted(words) for n, words in sorted(adapter.new_tokens.items())},
+        "trigger_words": file.card.trigger_words,
         "card": file.card.to_dict(),
-        "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
+        "coverage": {"used": len(used), "unused": reading.unused, "unpaired": reading.unpaired},
+        "hashes": asdict(metadata.hashes(tensor_file)),
+        "files": _files(path),
         "notes": [
-            *loaded.notes,
+            *reading.notes,
             *(f"{CARD_FILE}: the key {k!r} is not understood, kept in extra" for k in file.unknown),
         ],
     }
 
 
-def _group(pairs: Iterable[Pair]) -> dict[str, Any]:
+def _leaf(module: str) -> str:
+    """The last part of a name that is no number, and what follows it: `to_out.0`."""
+    parts = module.split(".")
+    at = next((i for i in range(len(parts) - 1, -1, -1) if not parts[i].isdigit()), 0)
+    return ".".join(parts[at:])
+
+
+def _files(path: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_size for p in (sorted(path.iterdir()) if path.is_dir() else [path]) if p.is_file()}
+
+
+def _counted(values: Iterable[Any]) -> dict[str, int]:
+    """Value -> how often, in order of the values; numbers to six digits."""
+    shown = Counter(values)
+    return {f"{v:g}" if isinstance(v, float) else str(v): n for v, n in sorted(shown.items())}
+
+
+def _component(name: str) -> str:
+    """Which model of a pipeline; "" for an adapter of a single one."""
+    first = name.partition(".")[0]
+    return first if first in COMPONENTS else ""
+
+
+def _magnitudes(adapter: Adapter) -> Iterable[Tensor | None]:
+    yield from (p.magnitude for p in adapter.pairs.values())
+    yield from (d.magnitude for d in adapter.deltas.values())
+
+
+def _deltas(adapter: Adapter) -> dict[str, dict[str, int]]:
+    out: dict[str, dict[str, int]] = {}
+    for _, d in sorted(adapter.deltas.items()):
+        row = out.setdefault(d.form, {"count": 0, "bytes": 0, "dense_bytes": 0})
+        row["count"] += 1
+        row["bytes"] += sum(t.numel() * t.element_size() for _, t in d.tensors())
+        row["dense_bytes"] += 4 * math.prod(d.shape) if d.shape else 0
+    return out
+
+
+def _group(pairs: Iterable[Pair], rslora: bool) -> dict[str, Any]:
     pairs = list(pairs)
     return {
         "kind": pairs[0].kind,
         "count": len(pairs),
         "ranks": sorted({p.rank for p in pairs}),
+        "alphas": sorted({alpha_of(p.scale, p.rank, rslora) for p in pairs}),
         "scales": sorted({p.scale for p in pairs}),
         "A": [list(s) for s in sorted({tuple(p.A.shape) for p in pairs})],
         "B": [list(s) for s in sorted({tuple(p.B.shape) for p in pairs})],
@@ -100,38 +160,54 @@ def delta_norm(pair: Pair) -> float:
 
 
 def verify(name: str, base: TextBase | None = None) -> list[Check]:
-    """Check the adapter `name`: the files' hashes and the digest against the card, the configuration against the
-    tensors, values finite; with a base its fingerprint, every name and shape, and that the adapter changes what the
-    base says. Failures are Checks with `ok` False. Raises AdapterError only where there is no such folder."""
-    folder = using.adapter_folder(name)
+    """Check the adapter `name`: the files' hashes and the digest against the card, hashes in a header against the
+    tensors, every tensor used and paired, values finite; with a base its fingerprint, every name and shape, and that
+    the adapter changes what the base says. Failures are Checks with `ok` False. Raises AdapterError only where there is
+    no such adapter."""
+    path = using.adapter_path(name)
     out: list[Check] = []
     card: CardFile | None = None
-    if (folder / CARD_FILE).is_file():
+    if (path / CARD_FILE).is_file():
         try:
-            card = read_card(folder)
+            card = read_card(path)
             out.append(Check("card", True, f"{CARD_FILE} is sound"))
         except VeneerError as error:
             out.append(Check("card", False, str(error)))
-    else:
+    elif path.is_dir():
         out.append(Check("card", None, f"there is no {CARD_FILE}: hashes and digest cannot be compared"))
-    out += _hashes(folder, card)
+    out += _hashes(path, card) + _header_hashes(path)
     try:
-        loaded = peft.load(folder)
+        reading = reader.read(path)
     except VeneerError as error:
         return [*out, Check("contents", False, str(error))]
-    adapter = loaded.adapter
-    count = (
-        f"{len(adapter.pairs)} pairs, {len(adapter.modules)} full copies, {len(adapter.token_rows)} sets of token rows"
-    )
-    out.append(
-        Check("contents", True, "; ".join([f"configuration and tensors agree, all finite: {count}", *loaded.notes]))
-    )
+    adapter = reading.adapter
+    parts: dict[str, Sized] = {"pairs": adapter.pairs, "deltas": adapter.deltas, "full copies": adapter.modules}
+    parts |= {"sets of token rows": adapter.token_rows, "sets of learned words": adapter.new_tokens}
+    count = ", ".join(f"{len(own)} {what}" for what, own in parts.items() if own)
+    told = [f"{reading.format}; every tensor is understood and finite: {count}", *reading.notes]
+    out.append(Check("contents", True, "\n".join(told)))
     if card is not None and card.digest:
         digest = adapter.digest()
         same = digest == card.digest
         out.append(Check("digest", same, digest if same else f"the card says {card.digest}, the tensors give {digest}"))
     out.append(_not_zero(adapter))
     return out if base is None else out + _against(base, name, adapter, card)
+
+
+def _header_hashes(path: Path) -> list[Check]:
+    """The hashes that managers and hubs go by, where the header of a single file has them."""
+    if path.is_dir() or path.suffix != ".safetensors":
+        return []
+    try:
+        found = metadata.verify(path)
+    except VeneerError:
+        return []  # what is wrong with the file is said by reading it
+    if not found:
+        return [Check("header", None, "the header has no hashes of the tensors")]
+    wrong = [f"{c.key}: stored {c.stored}, found {c.found}; {c.note}" for c in found if c.holds is False]
+    unsure = [f"{c.key}: {c.note}" for c in found if c.holds is None]
+    said = "\n".join([*wrong, *unsure]) or ", ".join(c.key for c in found) + " hold"
+    return [Check("header", not wrong, said)]
 
 
 def _hashes(folder: Path, card: CardFile | None) -> list[Check]:
@@ -149,7 +225,8 @@ def _hashes(folder: Path, card: CardFile | None) -> list[Check]:
 def _not_zero(adapter: Adapter) -> Check:
     norms = {n: delta_norm(p) for n, p in adapter.pairs.items()}
     alive = [n for n, norm in norms.items() if norm > 0 or adapter.pairs[n].magnitude is not None]
-    if adapter.pairs and not alive and not adapter.modules and not adapter.token_rows:
+    others = adapter.modules or adapter.token_rows or adapter.deltas or adapter.new_tokens
+    if adapter.pairs and not alive and not others:
         return Check("not zero", False, "every B·A is zero: an adapter that was never trained")
     zero = sorted(set(norms) - set(alive))
     said = f"; {len(zero)} of {len(norms)} pairs are zero, {zero[0]} among them" if zero else ""
@@ -166,7 +243,7 @@ def _against(base: TextBase, name: str, adapter: Adapter, card: CardFile | None)
     )
     out = [Check("base", same, told) if want else Check("base", None, "the card names no base's fingerprint")]
     try:
-        fitted = peft.read(using.adapter_folder(name), base.model)
+        fitted = using.load_adapter(base, name, allow_other_base=True)
     except VeneerError as error:
         return [*out, Check("fits", False, str(error))]
     out.append(Check("fits", True, "every name, kind and shape is the base's"))

@@ -1,11 +1,14 @@
-"""Adapters by name, on a base: where formats and models meet.
+"""Adapters by name, on a base: where formats, the library and models meet.
 
 `formats` and `models` do not know each other, so what needs both stands here, above them and below train and the
 commands: find an adapter, read it, make sure that it belongs to the base, attach it with its strength.
 
     support:0.8            an adapter at strength 0.8; without `:number` the strength is 1
     runs/first             a folder with adapter_config.json, or a run's folder with one in `adapter/`
-    support                no such folder here: <veneer home>/adapters/support
+    style.safetensors      a file in any format that `formats` reads
+    support, support@2,    nothing of that name here: the library's latest version, its version 2, what its alias
+    support@prod             points to,
+    sha256:3fa9c1            the adapter whose digest begins so
 """
 
 from __future__ import annotations
@@ -19,14 +22,14 @@ from typing import TYPE_CHECKING
 from veneer.core.attach import Attachment, attach
 from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, nearest
 from veneer.formats import peft
+from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, read_card
-from veneer.models.home import veneer_home
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.models.text import TextBase
 
-__all__ = ["adapter_folder", "attach_adapters", "base_of", "load_adapter", "parse_spec"]
+__all__ = ["adapter_path", "attach_adapters", "base_of", "load_adapter", "parse_spec"]
 
 
 def parse_spec(spec: str | tuple[str, float]) -> tuple[str, float]:
@@ -35,6 +38,7 @@ def parse_spec(spec: str | tuple[str, float]) -> tuple[str, float]:
         name, strength = spec
     else:
         name, colon, number = spec.rpartition(":")
+        colon = "" if name == "sha256" else colon  # a digest's prefix may look like a number
         try:
             strength = float(number) if colon and not Path(spec).expanduser().exists() else math.nan
         except ValueError:
@@ -48,26 +52,49 @@ def parse_spec(spec: str | tuple[str, float]) -> tuple[str, float]:
     return name, float(strength)
 
 
-def adapter_folder(name: str) -> Path:
-    """The folder of an adapter. Raises AdapterError that says where it looked."""
-    here, kept = Path(name).expanduser(), veneer_home() / "adapters" / name
-    for folder in (here, here / "adapter", kept):
+def adapter_path(name: str) -> Path:
+    """Where the adapter's files are: a folder in PEFT's layout, or one file. What is there by that path goes first,
+    then the library. Raises AdapterError that says where it looked."""
+    here = Path(name).expanduser()
+    for folder in (here, here / "adapter"):
         if (folder / peft.CONFIG_FILE).is_file():
             return folder
     if here.exists():
         return here  # the reader says best what is wrong with it
-    parents = [p for p in (here.parent, kept.parent) if p.is_dir()]
-    hints = nearest(here.name, [f.name for p in parents for f in p.iterdir() if f.is_dir()], 1)
-    raise AdapterError(
-        f"there is no adapter {name!r}",
-        where=f"{here.absolute()}, {kept}",
-        fix=f"did you mean {hints[0]}?" if hints else "give the folder that holds adapter_config.json",
+    hints = nearest(here.name, [f.name for f in here.parent.iterdir()], 1) if here.parent.is_dir() else []
+    fix = (
+        f"did you mean {hints[0]}?" if hints else "give its folder or file, or a name that `veneer library list` shows"
     )
+    if not _may_be_kept(name):
+        raise AdapterError(f"there is no adapter {name!r}", where=str(here.absolute()), fix=fix)
+    from veneer.library.library import library_place, open_library
+
+    place = library_place()
+    if "://" not in place and not Path(place).is_dir():  # asking does not make one
+        raise AdapterError(f"there is no adapter {name!r}", where=f"{here.absolute()}; no library at {place}", fix=fix)
+    with open_library() as library:
+        try:
+            return library.resolve(name)
+        except AdapterError as error:
+            if hints:
+                raise AdapterError(error.what, where=f"{here.absolute()}, {error.where}", fix=fix) from error
+            raise
+
+
+def _may_be_kept(name: str) -> bool:
+    """Whether the library could have it: anything else with a separator in it is a path."""
+    from veneer.library.names import parse_reference
+
+    try:
+        parse_reference(name)
+    except ConfigError:
+        return False
+    return True
 
 
 def base_of(name: str) -> str:
     """The base that an adapter says it belongs to, from its card or PEFT's config; "" where it does not say."""
-    folder = adapter_folder(name)
+    folder = adapter_path(name)
     if (folder / CARD_FILE).is_file():
         card = read_card(folder).card
         if card.base:
@@ -84,13 +111,13 @@ def load_adapter(base: TextBase, name: str, *, allow_other_base: bool = False) -
 
     Raises MismatchError, with both fingerprints, where its card names another base: with the first names and shapes
     that do not fit, or, where all fit, unless `allow_other_base`. Raises AdapterError for anything else wrong."""
-    folder = adapter_folder(name)
+    path = adapter_path(name)
     try:
-        adapter = peft.read(folder, base.model)
+        adapter = peft.read(path, base.model) if path.is_dir() else reader.read(path, base=base.model).adapter
     except UnsafeFileError:
         raise
     except AdapterError as error:
-        card = read_card(folder).card if (folder / CARD_FILE).is_file() else None
+        card = read_card(path).card if (path / CARD_FILE).is_file() else None
         if card is None or card.base_fingerprint in ("", base.fingerprint):
             raise
         raise _mismatch(name, card.base, card.base_fingerprint, base, _first_lines(error.what)) from error
@@ -138,7 +165,7 @@ def _mismatch(name: str, their_base: str, theirs: str, base: TextBase, detail: s
         f"  its base:  {theirs}{named}\n"
         f"  this base: {base.fingerprint} ({base.name})\n"
         f"  {detail}",
-        where=str(adapter_folder(name)),
+        where=str(adapter_path(name)),
         fix="use its own base" + (", or --allow-other-base if you know that this one will do" if fits else ""),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from veneer.core import Adapter, Pair, TokenRows
+from veneer.core.forms import Delta
 
 
 def sample() -> Adapter:
@@ -77,3 +78,18 @@ def test_mapped_copies_every_tensor() -> None:
     assert origin is not None
     assert torch.equal(origin[0], adapter.pairs["a.w"].origin[0] * 2)  # type: ignore[index]
     assert doubled.pairs["b"].scale == adapter.pairs["b"].scale
+
+
+def test_a_component_is_the_part_of_one_model_under_its_own_names() -> None:
+    one, two = Pair(torch.ones(2, 3), torch.ones(4, 2), 0.5), Pair(torch.ones(1, 3), torch.ones(4, 1), 2.0)
+    norm = Delta("dense", {"value": torch.ones(4)}, (4,))
+    whole = Adapter(
+        pairs={"unet.conv_in": one, "text_encoder.q": two, "text_encoder_2.q": two},
+        deltas={"unet.norm.weight": norm},
+        new_tokens={"text_encoder.words": {"<s>": torch.ones(1, 3)}},
+    )
+    unet = whole.component("unet")
+    assert (unet.pairs, unet.deltas, unet.new_tokens) == ({"conv_in": one}, {"norm.weight": norm}, {})
+    assert set(whole.component("text_encoder").pairs) == {"q"}
+    assert set(whole.component("text_encoder").new_tokens) == {"words"}
+    assert not whole.component("vae").pairs

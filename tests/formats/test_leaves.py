@@ -343,6 +343,12 @@ def test_pefts_magnitude_is_always_of_the_outputs(stored):
         ({"diff": rand(3, 3), "set_weight": rand(3, 3)}, "a change of the old one"),
         ({"diff": rand(3, 3), "dora_scale": rand(3, 1)}, "dora_scale"),
         ({"dora_scale": rand(3, 1)}, "dora_scale"),
+        ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "dora_scale": torch.tensor(1.0)}, "neither"),
+        ({"weight": rand(3, 3), "on_input": torch.tensor(1)}, "one factor for each"),
+        (
+            {"lora_A.weight": rand(2, 3), "lora_B.weight": rand(4, 2), "lora_B.bias": rand(4), "dora_scale": rand(4)},
+            "no meaning for both",
+        ),
         ({"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "dora_scale": rand(3, 1)}, "neither"),
         (
             {"lora_down.weight": rand(2, 3), "lora_up.weight": rand(4, 2), "reshape_weight": torch.tensor([4, 9])},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tests.formats.test_leaves import close, product, rand
 from veneer.core.adapter import Pair
 from veneer.core.forms import Delta, change_of, delta_of, product_of
 from veneer.errors import AdapterError
-from veneer.formats.leaves import Leaf, fitted, read_leaf, write_leaf
+from veneer.formats.leaves import Leaf, fitted, read_leaf, split_key, write_leaf
 
 
 def same(leaf: Leaf, again: Leaf, shape: tuple[int, ...]) -> None:
@@ -138,12 +140,54 @@ def test_an_origin_is_written_as_one_pair():
     close(product(again, (4, 3)), 0.5 * (B @ A - B0 @ A0))
 
 
-MODULES = {"linear": lambda: torch.nn.Linear(12, 8), "conv": lambda: torch.nn.Conv2d(6, 8, 3)}
+BASES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: torch.nn.Linear(12, 8), (3, 12)),
+    "conv": (lambda: torch.nn.Conv2d(6, 8, 3), (3, 6, 5, 5)),
+}
+
+
+def applied(base: torch.nn.Module, leaf: Leaf, x: Tensor) -> Tensor:
+    """The base's output with the leaf's ΔW in its weight, in float64."""
+    held = leaf.pair or leaf.deltas["weight"]
+    W = base.weight.detach().double()
+    W = W + change_of(W, product(leaf, tuple(W.shape)), held.magnitude)
+    op = torch.nn.functional.linear if W.ndim == 2 else torch.nn.functional.conv2d
+    return op(x.double(), W, base.bias.detach().double())
+
+
+@pytest.mark.parametrize("layer", BASES)
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "loha core", "lokr", "lokr both"])
+def test_peft_agrees(kind, layer):
+    """PEFT's own state dict, read as a leaf, against PEFT's forward."""
+    import peft
+
+    torch.manual_seed(0)
+    make, shape = BASES[layer]
+    base = make()
+    if kind in ("lora", "dora"):
+        config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=kind == "dora")
+    elif kind.startswith("loha"):
+        config = peft.LoHaConfig(r=2, alpha=3, target_modules=["0"], use_effective_conv2d=kind.endswith("core"))
+    else:
+        config = peft.LoKrConfig(r=1, alpha=3, target_modules=["0"], decompose_both=kind.endswith("both"))
+    model = peft.get_peft_model(torch.nn.Sequential(copy.deepcopy(base)), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+            if "magnitude" in name:
+                parameter.data.abs_()
+    state = peft.get_peft_model_state_dict(model)
+    suffixes = {split_key(key)[1]: value for key, value in state.items()}
+    leaf = fitted(read_leaf(suffixes, alpha=3, where="x"), tuple(base.weight.shape))
+    x = torch.randn(shape)
+    with torch.no_grad():
+        theirs = model(x).double()
+    torch.testing.assert_close(theirs, applied(base, leaf, x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("layer", MODULES)
+@pytest.mark.parametrize("layer", BASES)
 @pytest.mark.parametrize("wd", [None, True, False])
 @pytest.mark.parametrize("extra", [{}, {"use_tucker": True}, {"decompose_both": True}, {"rs_lora": True}])
 @pytest.mark.parametrize("algorithm", ["LoConModule", "LohaModule", "LokrModule"])
@@ -151,7 +195,8 @@ def test_lycoris_agrees(algorithm, extra, wd, layer):
     """Its forward's ΔW, from its own state dict. (Its get_diff_weight counts the scale of LoHa and LoKr twice.)"""
     modules = pytest.importorskip("lycoris.modules")
     torch.manual_seed(0)
-    base = MODULES[layer]()
+    make, shape = BASES[layer]
+    base = make()
     extra = {"factor": 4, "lora_dim": 1, **extra} if algorithm == "LokrModule" else {"lora_dim": 2, **extra}
     module = getattr(modules, algorithm)(
         "x", base, alpha=0.5, weight_decompose=wd is not None, wd_on_out=wd is not False, **extra
@@ -162,17 +207,30 @@ def test_lycoris_agrees(algorithm, extra, wd, layer):
         if wd is not None:
             module.dora_scale.abs_()
         state = {k: t.clone() for k, t in module.custom_state_dict().items()}
-        x = torch.randn(3, 12) if layer == "linear" else torch.randn(3, 6, 5, 5)
+        x = torch.randn(shape)
         module.apply_to()
         theirs = base(x)
         module.restore()
         leaf = fitted(read_leaf(state, where="x"), tuple(base.weight.shape))
-        held = leaf.pair or leaf.deltas["weight"]
-        W = base.weight.double()
-        W = W + change_of(W, product(leaf, tuple(W.shape)), held.magnitude)
-        op = torch.nn.functional.linear if layer == "linear" else torch.nn.functional.conv2d
-        ours = op(x.double(), W, base.bias.double())
+        ours = applied(base, leaf, x)
     torch.testing.assert_close(theirs.double(), ours, rtol=1e-4, atol=1e-4)
     again = write_leaf(leaf, "kohya")
     if algorithm != "LoConModule" or "use_tucker" not in extra:
         assert set(again) == set(state)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layer", BASES)
+@pytest.mark.parametrize("on_input", [True, False])
+def test_lycoris_agrees_on_gains(on_input, layer):
+    modules = pytest.importorskip("lycoris.modules")
+    base = BASES[layer][0]()
+    module = modules.IA3Module("x", base, train_on_input=on_input)
+    torch.nn.init.normal_(module.weight)
+    with torch.no_grad():
+        state = {k: t.clone() for k, t in module.state_dict().items() if k in ("weight", "on_input")}
+        leaf = read_leaf(state, where="x")
+        theirs = module.get_diff_weight()[0]
+        close(delta_of(base.weight, leaf.deltas["weight"]), theirs, 1e-6)
+        assert set(write_leaf(leaf, "kohya")) == set(state)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 
 from tests.families import FAMILIES, VOCAB
-from veneer.core.adapter import LoraSpec
+from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.models.loss import padded_loss, text_loss
@@ -77,6 +78,39 @@ def test_the_base_is_bit_for_bit_itself_afterwards_even_after_an_error(family: s
     storages = [p.untyped_storage().data_ptr() for p in model.parameters()]
     assert len(set(storages)) == len(storages)
     assert torch.equal(model(input_ids=ids).logits, wanted)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["norm", "layers.0.input_layernorm", "layers.1.mlp", "layers.1.self_attn", "layers.0", "layers.1"]
+)
+@pytest.mark.parametrize("first", ["attached", "fast"])
+def test_full_copies_act_and_train_whichever_came_first(family: str, name: str, first: str) -> None:
+    """A forward that `fast` put on an instance must not outlive the instance's tensors."""
+    model = FAMILIES[family]().requires_grad_(False).eval()
+    gen = torch.Generator().manual_seed(0)
+    own = model.get_submodule(f"model.{name}").state_dict()
+    copies = {k: t + 0.3 * torch.randn(t.shape, generator=gen) for k, t in own.items()}
+    adapter = Adapter(modules={f"model.{name}": copies})
+
+    def losses(attachment: Attachment, loss: Any) -> list[torch.Tensor]:
+        attachment.add("a", adapter, trainable=True)
+        attachment.use("a")
+        out = loss(model, *rows())
+        return [out, *torch.autograd.grad(out, list(attachment.parameters("a").values()))]
+
+    with attach(model) as attachment:
+        wanted = losses(attachment, padded_loss)
+    with ExitStack() as stack:
+        if first == "attached":
+            attachment = stack.enter_context(attach(model))
+            stack.enter_context(fast(model))
+        else:
+            stack.enter_context(fast(model))
+            attachment = stack.enter_context(attach(model))
+        got = losses(attachment, text_loss)
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6
 
 
 @FAMILY

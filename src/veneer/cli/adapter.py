@@ -1,4 +1,4 @@
-"""`veneer adapter inspect|verify|merge`."""
+"""`veneer adapter inspect|verify|merge|convert`."""
 
 from __future__ import annotations
 
@@ -8,38 +8,59 @@ from typing import Annotated, Any
 
 import typer
 
+from veneer.cli.adapter_convert import convert
+
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify and merge adapters.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify, merge and convert adapters.")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Name = Annotated[str, typer.Argument(help="An adapter's folder, or its name in the veneer home.", show_default=False)]
+_Name = Annotated[
+    str, typer.Argument(help="An adapter's folder or file, or its name in the library.", show_default=False)
+]
 
 
-@app.command(epilog="Example: veneer adapter inspect runs/tickets")
-def inspect(name: _Name, as_json: _Json = False) -> None:
-    """What is in an adapter: targets, ranks, scales, sizes, and its card. Needs no base."""
+@app.command(epilog="Example: veneer adapter inspect style.safetensors")
+def inspect(
+    name: _Name,
+    from_pickle: Annotated[
+        bool, typer.Option("--from-pickle", help="Read a .bin or .pt too, through torch's weights-only loader.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """What is in an adapter of any format: what it is and why, ranks, scales, hashes, trigger words. Needs no base."""
     from veneer.inspecting import inspect as look
 
-    found = look(name)
+    found = look(name, from_pickle=from_pickle)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
-    card = found["card"]
+    card, hashes, coverage = found["card"], found["hashes"], found["coverage"]
     facts = {
         "adapter": found["adapter"],
+        "format": found["format"],
+        "because": "; ".join(found["reasons"]),
+        "family": found["family"],
         "digest": found["digest"],
         "base": found["base"] or "not said",
         "fingerprint": found["base_fingerprint"],
         "holds": f"{found['pairs']} pairs, {found['parameters']:,} parameters, {found['bytes']:,} bytes",
+        "components": _several(found["components"], skip=""),
         "dtypes": ", ".join(found["dtypes"]),
+        "ranks": _several(found["ranks"]),
+        "alphas": _several(found["alphas"]),
         "variant": ", ".join(v for v in ("rslora", "dora") if found[v]) or "LoRA",
         "dropout": f"{found['dropout']:g}" if found["dropout"] else "",
         "full copies": ", ".join(found["full_copies"]),
         "token rows": ", ".join(f"{n}: {len(ids)}" for n, ids in found["token_rows"].items()),
+        "new tokens": ", ".join(w for words in found["new_tokens"].values() for w in words),
+        "triggers": ", ".join(found["trigger_words"]),
+        "sha256": hashes["sha256"],
+        "AutoV1/2/3": f"{hashes['autov1']} / {hashes['autov2']} / {hashes['autov3'] or '-'}",
         "data": card["data_digest"],
         "licence": card["licence"],
         "created": card["created"],
+        "tensors": f"{coverage['used']} used, {len(coverage['unused'])} unused, {len(coverage['unpaired'])} unpaired",
     }
     for key, value in facts.items():
         if value:
@@ -47,14 +68,30 @@ def inspect(name: _Name, as_json: _Json = False) -> None:
     for title in ("metrics", "recipe"):
         if card[title]:
             print(f"{title:<12} {json.dumps(card[title], sort_keys=True)}")
+    for form, row in found["deltas"].items():
+        dense = f"; each ΔW is made when it is used, {row['dense_bytes']:,} bytes in all" if row["dense_bytes"] else ""
+        print(f"{form:<12} {row['count']} changes that are no pair, {row['bytes']:,} bytes{dense}")
     if found["targets"]:
         print()
         _table(
             ("target", "kind", "pairs", "rank", "scale", "A", "B", "‖ΔW‖"),
             [_row(leaf, group) for leaf, group in found["targets"].items()],
         )
+    for what in ("unused", "unpaired"):
+        for key in coverage[what]:
+            print(f"{what}: {key}")
+    if coverage["unused"] or coverage["unpaired"]:
+        print("note: read for use, this file is refused for those tensors, unless with --allow-partial")
     for note in found["notes"]:
         print(f"note: {note}")
+
+
+def _several(counts: dict[str, int], skip: str | None = None, most: int = 6) -> str:
+    """ "16 (264), 32": how many have which value, without the number where all have the same."""
+    shown = [(k, n) for k, n in counts.items() if k != skip]
+    if len(shown) == 1:
+        return shown[0][0]
+    return ", ".join(f"{k} ({n})" for k, n in shown[:most]) + (", …" if len(shown) > most else "")
 
 
 def _row(leaf: str, group: dict[str, Any]) -> tuple[str, ...]:
@@ -85,9 +122,9 @@ def verify(
 
     Exit code 0 if everything that could be checked holds, 2 if anything does not."""
     from veneer.inspecting import verify as check
-    from veneer.using import adapter_folder
+    from veneer.using import adapter_path
 
-    adapter_folder(name)  # a name that does not exist should not wait for a base to load
+    adapter_path(name)  # a name that does not exist should not wait for a base to load
     loaded = None
     if base is not None:
         from veneer.models.text import load_text
@@ -131,12 +168,12 @@ def merge(
     from veneer.models.sources import find
     from veneer.models.text import load_text
     from veneer.models.weights import stored_dtype, tensor_table
-    from veneer.using import adapter_folder, parse_spec
+    from veneer.using import adapter_path, parse_spec
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))
     for spec in adapters:
-        adapter_folder(parse_spec(spec)[0])
+        adapter_path(parse_spec(spec)[0])
     stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(
         stored_dtype(tensor_table(find(base, say=_say))), "float16"
     )
@@ -154,6 +191,11 @@ def merge(
     )
     if report.untied:
         print("note: the head no longer shares the embedding's weight, so the model is larger than its base")
+
+
+app.command(epilog="Example: veneer adapter convert style.safetensors --to diffusers -o style-diffusers.safetensors")(
+    convert
+)
 
 
 def _say(line: str) -> None:

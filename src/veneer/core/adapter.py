@@ -179,6 +179,23 @@ class Adapter:
             for token in sorted(self.new_tokens[name]):
                 yield f"{name}+{token}", self.new_tokens[name][token]
 
+    def component(self, name: str) -> Adapter:
+        """The part for one model of a pipeline (`unet`, `text_encoder`, …), under that model's own module names; empty
+        where the adapter has none."""
+        start = f"{name}."
+
+        def own(named: Mapping[str, Any]) -> dict[str, Any]:
+            return {key.removeprefix(start): value for key, value in named.items() if key.startswith(start)}
+
+        return replace(
+            self,
+            pairs=own(self.pairs),
+            modules=own(self.modules),
+            token_rows=own(self.token_rows),
+            deltas=own(self.deltas),
+            new_tokens=own(self.new_tokens),
+        )
+
     def collapsed(self) -> Adapter:
         """The same effect without any `origin`: what is written to files and what `digest` is of."""
         return replace(self, pairs={name: pair.collapsed() for name, pair in self.pairs.items()})

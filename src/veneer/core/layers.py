@@ -113,6 +113,7 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -
     """`module` with some of its tensors replaced, as another module that shares all the rest: the base itself is not
     written to, not even for the length of a call. Tensors are cast to the dtype of what they stand for."""
     out = copy.copy(module)
+    out.__dict__.pop("forward", None)  # one put on the instance is bound to `module` and would use its tensors
     for kind in ("_parameters", "_buffers"):
         held = dict(getattr(module, kind))
         for key, old in held.items():

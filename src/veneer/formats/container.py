@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -68,11 +68,20 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
+OTHER_MAGIC = {
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"RIFF": "a WebP picture, or other media",
+    b"\x1f\x8b": "a gzip archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"\x28\xb5\x2f\xfd": "a Zstandard archive",
+    b"\x89HDF": "an HDF5 file",
+}
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 PICKLE_FIX = (
-    "ask for the safetensors file. If you trust where the file came from, convert it once in a throw-away environment: "
-    "python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('in.bin', weights_only=True), "
-    "'adapter_model.safetensors')\""
+    "ask for the safetensors file; or, for an adapter file by itself, ask for `--from-pickle` (in Python "
+    "`from_pickle=True`): torch's weights-only loader builds its tensors and runs nothing of it"
 )
 
 
@@ -124,10 +133,17 @@ def read_header(path: str | Path) -> Header:
     AdapterError for a file that is something else; UnsafeFileError for a pickle or a header that does not add up."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with _open(path) as file:
             return _header(file.fileno(), path)
     except OSError as error:
         raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
+
+
+def _open(path: Path) -> BinaryIO:
+    """A pipe would wait for ever, and a device never ends."""
+    if path.exists() and not path.is_file():
+        raise AdapterError("cannot read it: not a file, but a folder, a pipe or a device", where=str(path))
+    return path.open("rb")
 
 
 def _header(fd: int, path: Path) -> Header:
@@ -188,9 +204,9 @@ def _refuse_other_formats(start: bytes, size: int, where: str) -> None:
             "the file is a pickle, and loading a pickle runs whatever code is in it", where=where, fix=PICKLE_FIX
         )
     if start.startswith(b"GGUF"):
-        raise AdapterError(
-            "the file is GGUF, not safetensors", where=where, fix="give the folder of the adapter it was made from"
-        )
+        raise AdapterError("the file is GGUF, not safetensors", where=where, fix="give it its right name, with .gguf")
+    if other := next((what for magic, what in OTHER_MAGIC.items() if start.startswith(magic)), None):
+        raise AdapterError(f"the file is {other}, not tensors", where=where, fix="give the file of the adapter itself")
     if size < 10:
         raise UnsafeFileError(f"only {size} bytes: too short for a safetensors file", where=where)
     if all(32 <= b < 127 for b in start[:8]):
@@ -286,7 +302,7 @@ def read_tensors(path: str | Path, *, finite: bool = True) -> tuple[dict[str, Te
     metadata. With `finite`, NaN and infinity anywhere is an AdapterError that lists every such tensor."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with _open(path) as file:
             header = _header(file.fileno(), path)
             mapped = mmap.mmap(file.fileno(), header.size, access=mmap.ACCESS_COPY)
     except OSError as error:

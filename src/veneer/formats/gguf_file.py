@@ -59,6 +59,8 @@ class GgufFile:
         """A tensor as stored, float32, float16 or bfloat16; a quantised one dequantised to float32."""
         entry = self.entries[name]
         raw = np.frombuffer(self.data, dtype=np.uint8, count=entry.end - entry.begin, offset=entry.begin)
+        if not len(raw):
+            return torch.empty(entry.shape)
         if entry.type in DTYPES:
             return torch.from_numpy(raw.copy()).view(DTYPES[entry.type]).reshape(entry.shape)
         import gguf

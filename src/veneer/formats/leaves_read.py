@@ -207,9 +207,9 @@ class _Reader:
         if sparse := self._take("bias_indices", "bias_values", "bias_size"):
             self._sparse(leaf, *sparse)
         if (shape := self.have.pop("reshape_weight", None)) is not None:
-            fits = shape.ndim == 1 and shape.tolist() == [B.shape[0], *A.shape[1:]]
-            if not fits:
-                self.problems.append(f"reshape_weight {shape.tolist()}: the pair is for {[B.shape[0], *A.shape[1:]]}")
+            said, have = shape.reshape(-1)[:16].tolist(), [B.shape[0], *A.shape[1:]]
+            if said != have:
+                self.problems.append(f"reshape_weight {said}: the pair is for {have}")
 
     def _misfit(self, A: Tensor, B: Tensor) -> None:
         self.problems.append(f"A {tuple(A.shape)} and B {tuple(B.shape)} are not (rank, in…) and (out, rank)")
@@ -220,7 +220,7 @@ class _Reader:
         if mid.ndim < 3 or mid.shape[:2] != (rank, rank) or A.ndim < 2 or math.prod(A.shape[2:]) != 1:
             self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: (rank, rank, k…) is expected")
             return A, B
-        if mid[0, 0].numel() * A.numel() > _MOST:
+        if math.prod(mid.shape[2:]) * A.numel() > _MOST:
             self.problems.append(f"lora_mid {tuple(mid.shape)} on A {tuple(A.shape)}: together absurdly large")
             return A, B
         wide = torch.float64 if torch.float64 in (A.dtype, mid.dtype) else torch.float32
@@ -233,13 +233,14 @@ class _Reader:
         shape = (B.shape[0], *A.shape[1:])
         flat = (shape[0], math.prod(shape[1:]))
         if math.prod(flat) > _MOST:
-            self.problems.append(f"bias_size {size.tolist()}: absurdly large")
+            self.problems.append(f"bias_size {tuple(size.shape)} of a weight {flat}: absurdly large")
             return
         wrap = (lambda t: t.long() & 0xFFFF) if indices.dtype == torch.int16 else (lambda t: t.long())
         at, values = wrap(indices), values.reshape(-1)
         fits = at.ndim == 2 and at.shape == (2, len(values)) and wrap(size).tolist() == list(flat)
         if not fits or (len(values) and bool((at.amin() < 0) | (at[0].amax() >= flat[0]) | (at[1].amax() >= flat[1]))):
-            self.problems.append(f"bias_indices {tuple(indices.shape)}, bias_size {size.tolist()}: do not fit {flat}")
+            said = size.reshape(-1)[:4].tolist()
+            self.problems.append(f"bias_indices {tuple(indices.shape)}, bias_size {said}: do not fit {flat}")
             return
         value = torch.zeros(flat, dtype=values.dtype).index_put((at[0], at[1]), values, accumulate=True)
         self._change(leaf, "weight", Delta("dense", {"value": value.reshape(shape)}, shape, leaf.pair.scale))
@@ -271,7 +272,7 @@ class _Reader:
                 core = self.have.pop("lokr_t2", None) if n == "2" else None
                 a, b = factors
                 if core is not None:
-                    a, named["t2"] = a.t(), core  # stored (rank, out) with a core
+                    a, named["t2"] = a.t() if a.ndim == 2 else a, core  # stored (rank, out) with a core
                 named |= {f"a{n}": a, f"b{n}": b}
                 ranks.append(b.shape[0] if b.ndim else 0)
         if len({name[1] for name in named}) < 2:
@@ -300,6 +301,8 @@ class _Reader:
         if not (parts := self._take("gain", "on_input")):
             return
         value = parts[0].reshape(-1)
+        if len(value) != max(parts[0].shape, default=1):
+            self.problems.append(f"weight {tuple(parts[0].shape)}: one factor for each output or input is expected")
         self._change(leaf, "weight", Delta("gain", {"value": value[None] if bool(parts[1].any()) else value}))
 
     def _dense(self, leaf: Leaf) -> None:
@@ -335,7 +338,7 @@ class _Reader:
             self.problems.append(f"dora_scale {tuple(stored.shape)}: without a change it belongs to")
 
     def _along(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        if stored.numel() == stored.shape[0] == shape[0]:
+        if stored.ndim and stored.numel() == stored.shape[0] == shape[0]:
             return stored.reshape(-1)
         if stored.ndim >= 2 and stored.numel() == stored.shape[1] == shape[1]:
             return stored.reshape(1, -1, *[1] * (len(shape) - 2))

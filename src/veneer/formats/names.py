@@ -3,7 +3,7 @@
 | text                                                             | table                                             |
 | unet.… transformer.… text_encoder(_2, _3).…                      | canonical names                                   |
 | (model.)diffusion_model.… and no prefix                          | the denoiser's own names and its original ones    |
-| text_encoders.clip_l/clip_g/t5xxl.transformer.…                  | the text encoders, as ComfyUI calls them          |
+| text_encoders.clip_l/clip_g/clip_h/t5xxl.transformer.…           | the text encoders, as ComfyUI calls them          |
 | lora_unet_… lora_transformer_… lycoris_…                         | the denoiser's names of both kinds, flattened     |
 | lora_te_… lora_te1_… lora_te2_… lora_te3_…                       | the text encoders' names, flattened               |
 | base_model.model. in front of any dotted one                     | the same                                          |
@@ -89,7 +89,8 @@ def _encoder_prefixes(family: Family, component: str) -> Iterator[str]:
     if family.name == "flux1" and component == "text_encoder_2":
         yield "lora_te3_"
     is_t5 = f"{component}.shared" in family.modules
-    comfy = "t5xxl" if is_t5 else "clip_g" if component == "text_encoder_2" else "clip_l"
+    first = "clip_h" if family.name == "sd2" else "clip_l"
+    comfy = "t5xxl" if is_t5 else "clip_g" if component == "text_encoder_2" else first
     yield f"text_encoders.{comfy}.transformer."
 
 

@@ -146,6 +146,8 @@ def alphas_of_blocks(
 ) -> dict[str, float]:
     """Module text -> the alpha that its stored rank needs, for the fused modules of a `split_qkv` file."""
     said = _said_split(metadata)
+    if said is False:  # as veneer's own files say, whose alpha is for the rank that is stored
+        return {}
     plain = {
         (float(own["alpha"]), own["lora_down.weight"].shape[0])
         for text, own in known.items()
@@ -183,12 +185,14 @@ def alphas_of_blocks(
     return out
 
 
-def _said_split(metadata: Mapping[str, str]) -> bool:
+def _said_split(metadata: Mapping[str, str]) -> bool | None:
+    """What ss_network_args says of split_qkv; None where it says nothing."""
     try:
         arguments = json.loads(metadata.get("ss_network_args", "{}"))
     except ValueError:
-        return False
-    return isinstance(arguments, dict) and str(arguments.get("split_qkv", "")).lower() in ("true", "1")
+        return None
+    said = str(arguments.get("split_qkv", "")).lower() if isinstance(arguments, dict) else ""
+    return {"true": True, "1": True, "false": False, "0": False}.get(said)
 
 
 def _number(text: str | None) -> float | None:

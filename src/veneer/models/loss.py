@@ -56,7 +56,8 @@ def rows_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
         row_layout=layout,
     )
     hidden = out.last_hidden_state[0]
-    return head_loss(model, hidden if layout.keep is not None else hidden[at - 1], input_ids[at])
+    # A last layer that an adapter replaces whole gives all positions: always more, as first tokens are not trained.
+    return head_loss(model, hidden if len(hidden) == len(at) else hidden[at - 1], input_ids[at])
 
 
 def _decoder(model: Any) -> Any:

@@ -1,0 +1,112 @@
+"""`veneer adapter convert`: an adapter file of any layout, written in another tool's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from veneer.formats.convert import Written
+    from veneer.formats.read import Reading
+
+__all__ = ["convert"]
+
+_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+"""transformers' model_type -> llama.cpp's name, where they differ."""
+
+
+def convert(
+    name: Annotated[
+        str, typer.Argument(metavar="IN", help="An adapter's file or folder, or its name.", show_default=False)
+    ],
+    to: Annotated[str, typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf or vllm.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="The file to write; for peft and vllm the folder.", show_default=False)
+    ],
+    family: Annotated[
+        str | None,
+        typer.Option("--family", help="The image model's family, or gguf's architecture, where it cannot be told."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="For gguf: the base, whose architecture and head size it needs.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default each tensor keeps its own.")
+    ] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Convert what can be read, and list what was left.")
+    ] = False,
+    from_pickle: Annotated[
+        bool, typer.Option("--from-pickle", help="Read .bin and .pt files, through torch's weights-only loader.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write an adapter in another tool's layout: exactly, or not at all.
+
+    What the target cannot express is refused with every module, the reason and the nearest way. What is written is
+    read back and compared before it reaches the disk."""
+    from veneer.formats.convert import write
+    from veneer.formats.read import read
+    from veneer.using import adapter_path
+
+    reading = read(adapter_path(name), allow_partial=allow_partial, from_pickle=from_pickle)
+    head_dim = None
+    if to == "gguf" and base is not None:
+        architecture, head_dim = _of_base(base)
+        family = family or architecture
+    if to != "gguf":
+        family = family or reading.family
+    done = write(reading.adapter, output, to, family=family, dtype=dtype, head_dim=head_dim)
+    left = [*reading.unused, *reading.unpaired]
+    if as_json:
+        print(json.dumps(_facts(name, reading, done), indent=2, ensure_ascii=False))
+        return
+    of = f" of {done.family}" if done.family else ""
+    print(f"read {name}: {reading.format}; wrote {done.path}: {done.to}{of}")
+    print(f"{'ranks':<8} " + (", ".join(f"{rank} ({count} modules)" for rank, count in done.ranks.items()) or "none"))
+    print(f"{'digest':<8} {done.digest}")
+    for file, digest in done.files.items():
+        print(f"{'file':<8} {file} {digest}")
+    if done.hashes is not None:
+        kinds = {"AutoV1": done.hashes.autov1, "AutoV2": done.hashes.autov2, "AutoV3": done.hashes.autov3}
+        print(f"{'hashes':<8} " + ", ".join(f"{kind} {value}" for kind, value in kinds.items() if value))
+    for note in [*reading.notes, *done.notes]:
+        print(f"note: {note}")
+    if left:
+        print(f"left out: {len(left)} tensors of {name}: {', '.join(left)}", file=sys.stderr)
+
+
+def _of_base(name: str) -> tuple[str, int]:
+    """llama.cpp's architecture, and the rows of a head, of a base."""
+    from veneer.models.sources import find
+    from veneer.models.text import read_config
+
+    config = read_config(find(name, say=lambda line: print(line, file=sys.stderr))).get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return _ARCHITECTURES.get(config.model_type, config.model_type), int(head_dim)
+
+
+def _facts(name: str, reading: Reading, done: Written) -> dict[str, object]:
+    return {
+        "from": {
+            "adapter": name,
+            "format": reading.format,
+            "reasons": reading.reasons,
+            "family": reading.family,
+            "unused": reading.unused,
+            "unpaired": reading.unpaired,
+            "notes": reading.notes,
+        },
+        "to": done.to,
+        "path": str(done.path),
+        "family": done.family,
+        "digest": done.digest,
+        "files": done.files,
+        "hashes": None if done.hashes is None else asdict(done.hashes),
+        "ranks": {str(rank): count for rank, count in done.ranks.items()},
+        "notes": done.notes,
+    }

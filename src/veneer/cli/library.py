@@ -1,0 +1,335 @@
+"""`veneer library …`: adapters under names, in one place."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from veneer.library.library import Added, Library
+    from veneer.library.queries import Version
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Keep adapters under names, in one place.")
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_Reference = Annotated[
+    str,
+    typer.Argument(help="support, support@2, support@prod or the beginning of a sha256: digest.", show_default=False),
+]
+_Tags = Annotated[list[str] | None, typer.Option("--tag", help="A tag for it; repeat for several.")]
+_Name = Annotated[str, typer.Argument(help="The name to keep it under.", show_default=False)]
+_place: dict[str, str | None] = {"location": None, "index": None}
+
+
+@app.callback()
+def _where(
+    location: Annotated[
+        str | None,
+        typer.Option(
+            "--at", envvar="VENEER_LIBRARY", help="A directory or URL; by default `library` in the veneer home."
+        ),
+    ] = None,
+    index: Annotated[
+        str | None,
+        typer.Option(
+            "--index", envvar="VENEER_LIBRARY_INDEX", help="A SQLite file or postgresql:// URL.", show_envvar=True
+        ),
+    ] = None,
+) -> None:
+    """Keep adapters under names, with versions, aliases and tags; share them; check them."""
+    _place.update(location=location, index=index)
+
+
+def _open() -> Library:
+    from veneer.library.library import open_library
+
+    return open_library(_place["location"], _place["index"])
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _print(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.command(epilog="Example: veneer library add runs/quickstart support --tag routing")
+def add(
+    path: Annotated[Path, typer.Argument(help="A PEFT folder, a run's folder, or a file.", show_default=False)],
+    name: _Name,
+    tag: _Tags = None,
+    alias: Annotated[str | None, typer.Option("--alias", help="Point this alias to it.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Keep an adapter as the next version of a name. What is there already is not stored twice."""
+    with _open() as library:
+        added = library.add(path, name, tags=tag or ())
+        if alias is not None:
+            added.version = library.alias(added.version.reference, alias)
+    _added(added, as_json)
+
+
+def _added(added: Added, as_json: bool) -> None:
+    if as_json:
+        _print({"new": added.new, "left_out": added.left_out, "version": added.version.to_dict()})
+        return
+    v = added.version
+    print(f"{v.reference}  {v.digest or 'sha256:' + v.entry}  {v.size:,} bytes")
+    if not added.new:
+        print("note: the name had this content already; there is no new version")
+    if added.left_out:
+        print(f"note: not part of the adapter, left out: {', '.join(added.left_out)}")
+
+
+@app.command("list", epilog="Example: veneer library list --limit 20")
+def list_(
+    all_versions: Annotated[
+        bool, typer.Option("--all-versions", help="Every version, not each name's latest.")
+    ] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 50,
+    after: Annotated[int, typer.Option("--skip", min=0, help="Leave out so many first.")] = 0,
+    as_json: _Json = False,
+) -> None:
+    """The adapters in the library, by name."""
+    _listing(as_json, limit, after, "", all_versions=all_versions)
+
+
+@app.command(epilog='Example: veneer library search "invoice german" --base smollm2-135m --tag routing')
+def search(
+    text: Annotated[str, typer.Argument(help="Words; each is in the name, a tag or the card.")] = "",
+    name: Annotated[str, typer.Option("--name", help="The name begins so.")] = "",
+    tag: _Tags = None,
+    base: Annotated[str, typer.Option("--base", help="The base's name, or its fingerprint's beginning.")] = "",
+    trigger: Annotated[str, typer.Option("--trigger", help="One of its trigger words.")] = "",
+    parent: Annotated[str, typer.Option("--parent", help="The digest of an adapter that it was made from.")] = "",
+    all_versions: Annotated[
+        bool, typer.Option("--all-versions", help="Every version, not each name's latest.")
+    ] = False,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 50,
+    after: Annotated[int, typer.Option("--skip", min=0, help="Leave out so many first.")] = 0,
+    as_json: _Json = False,
+) -> None:
+    """Find adapters by words, name, tag, base, trigger word or parent; all that is given has to fit."""
+    filters = {"name": name, "tags": tag or (), "base": base, "trigger": trigger, "parent": parent}
+    _listing(as_json, limit, after, text, all_versions=all_versions, **filters)
+
+
+def _listing(as_json: bool, limit: int, after: int, text: str, **filters: Any) -> None:
+    with _open() as library:
+        found = library.search(text, limit=limit + 1, offset=after, **filters)
+    more, found = len(found) > limit, found[:limit]
+    if as_json:
+        _print({"versions": [v.to_dict() for v in found], "more": more})
+        return
+    rows = [
+        (v.reference, ",".join(v.aliases), v.base, v.format, f"{v.size / 1e6:,.1f} MB", " ".join(v.tags)) for v in found
+    ]
+    head = ("adapter", "aliases", "base", "format", "size", "tags")
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if more:
+        print(f"… and more: --skip {after + limit}")
+
+
+@app.command(epilog="Example: veneer library show support@prod")
+def show(reference: _Reference, as_json: _Json = False) -> None:
+    """What is known of an adapter, and where its files are on this machine."""
+    with _open() as library:
+        version = library.find(reference)
+        path, files = library.resolve(version.reference), library.files(version.entry)
+    if as_json:
+        kept = {n: {"sha256": sha256, "size": size} for n, (sha256, size) in files.items()}
+        _print({**version.to_dict(), "path": str(path), "files": kept})
+        return
+    _show(version, {"path": path, **{f"file {n}": f"sha256:{h}, {size:,} bytes" for n, (h, size) in files.items()}})
+
+
+def _show(version: Version, more: dict[str, Any]) -> None:
+    facts = {k: v for k, v in version.to_dict().items() if k not in ("card", "name", "version")} | more
+    for key, value in facts.items():
+        if value:
+            shown = ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else value
+            print(f"{key.replace('_', ' '):<14} {shown}")
+
+
+@app.command(epilog="Example: veneer library tag support@2 routing customer-a")
+def tag(
+    reference: _Reference,
+    tags: Annotated[list[str], typer.Argument(help="Tags, without spaces.", show_default=False)],
+    as_json: _Json = False,
+) -> None:
+    """Put tags on a version."""
+    with _open() as library:
+        _changed(library.tag(reference, *tags), as_json)
+
+
+@app.command(epilog="Example: veneer library untag support@2 customer-a")
+def untag(
+    reference: _Reference,
+    tags: Annotated[list[str], typer.Argument(help="Tags that it has.", show_default=False)],
+    as_json: _Json = False,
+) -> None:
+    """Take tags off a version."""
+    with _open() as library:
+        _changed(library.untag(reference, *tags), as_json)
+
+
+@app.command(epilog="Example: veneer library alias support@2 prod")
+def alias(
+    reference: _Reference,
+    alias: Annotated[str, typer.Argument(help="The alias, as in support@prod.", show_default=False)],
+    as_json: _Json = False,
+) -> None:
+    """Let name@alias mean this version from now on. `veneer library remove name@alias` takes an alias away."""
+    with _open() as library:
+        _changed(library.alias(reference, alias), as_json)
+
+
+def _changed(version: Version, as_json: bool) -> None:
+    if as_json:
+        _print(version.to_dict())
+    else:
+        aliases = ", ".join(f"{version.name}@{a}" for a in version.aliases) or "none"
+        print(f"{version.reference}  aliases: {aliases}  tags: {' '.join(version.tags) or 'none'}")
+
+
+@app.command(epilog="Example: veneer library remove support@1")
+def remove(
+    reference: Annotated[str, typer.Argument(help="A name, name@version or name@alias.", show_default=False)],
+    with_aliases: Annotated[
+        bool, typer.Option("--with-aliases", help="Also take away the aliases that point to what is removed.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Remove a name with all its versions, one version, or an alias. `veneer library gc` frees the space later."""
+    with _open() as library:
+        gone = library.remove(reference, with_aliases=with_aliases)
+    _print({"removed": gone}) if as_json else print(f"removed {', '.join(gone)}")
+
+
+@app.command(epilog="Example: veneer library verify --json")
+def verify(
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove corrupt files, and write the names' records anew.")
+    ] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="First make the index again from the files.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Read every file and compare it with its sha256, and the names' records with the index.
+
+    Exit code 0 if all is right, 2 if anything is not."""
+    from veneer.library import upkeep
+
+    made = upkeep.rebuild(_place["location"], _place["index"]) if rebuild else None
+    with _open() as library:
+        found = upkeep.verify(library, repair=repair, say=_say)
+    ok = found.ok and not (made and made.lost)
+    if as_json:
+        _print({"ok": ok, **vars(found), "rebuilt": vars(made) if made else None})
+    else:
+        if made:
+            print(f"made the index again: {made.versions:,} versions of {made.names:,} names")
+        for line in made.lost if made else ():
+            print(f"LOST      {line}")
+        for title, lines in (("MISSING", found.missing), ("CORRUPT", found.corrupt), ("RECORD", found.records)):
+            for line in lines:
+                print(f"{title:<9} {line}")
+        for line in found.repaired:
+            print(f"repaired  {line}")
+        print(f"{found.files:,} files read, {found.bytes:,} bytes; {len(found.orphans):,} that no adapter has (see gc)")
+    if not ok:
+        raise typer.Exit(2)
+
+
+@app.command(epilog="Example: veneer library gc --dry-run")
+def gc(
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, help="Seconds for which what was removed or begun stays.")
+    ] = 3600.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count only.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Remove the files that no name leads to any more. Safe while others add, move aliases or collect."""
+    from veneer.library import upkeep
+
+    with _open() as library:
+        done = upkeep.gc(library, grace=grace, dry_run=dry_run)
+    if as_json:
+        _print({**vars(done), "dry_run": dry_run})
+        return
+    would = "would remove" if dry_run else "removed"
+    print(f"{would} {done.entries:,} adapters, {done.files:,} files, {done.bytes:,} bytes; debris: {done.debris:,}")
+
+
+@app.command(epilog="Example: veneer library pull hf:owner/name support")
+def pull(
+    place: Annotated[str, typer.Argument(help="hf:owner/name[@revision], a URL or a path.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="The name to keep it under; by default the place's last part.")] = "",
+    tag: _Tags = None,
+    as_json: _Json = False,
+) -> None:
+    """Add an adapter from the Hugging Face hub, or from a URL such as s3://bucket/folder."""
+    from veneer.library import transfer
+
+    with _open() as library:
+        _added(transfer.pull(library, place, name, tags=tag or ()), as_json)
+
+
+@app.command(epilog="Example: veneer library push support@prod hf:owner/name")
+def push(
+    reference: _Reference,
+    place: Annotated[str, typer.Argument(help="hf:owner/name[@branch], a URL or a path.", show_default=False)],
+    public: Annotated[bool, typer.Option("--public", help="Make a new hub repository public, not private.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Copy an adapter to the Hugging Face hub, or to a URL such as s3://bucket/folder."""
+    from veneer.library import transfer
+
+    with _open() as library:
+        where = transfer.push(library, reference, place, public=public)
+    _print({"reference": reference, "place": where}) if as_json else print(where)
+
+
+@app.command(epilog="Example: veneer library export adapters.tar support billing@prod")
+def export(
+    target: Annotated[Path, typer.Argument(help="A new .tar file, or a new folder.", show_default=False)],
+    references: Annotated[
+        list[str] | None, typer.Argument(help="Names or versions; none: everything.", show_default=False)
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Write adapters with their names, tags and aliases to one file or folder. Equal content gives equal bytes."""
+    from veneer.library import transfer
+
+    with _open() as library:
+        done = transfer.export_to(library, target, references or ())
+    if as_json:
+        _print({**vars(done), "path": str(done.path)})
+    else:
+        print(f"{done.path}: {len(done.versions):,} versions, {done.files:,} files, {done.bytes:,} bytes")
+
+
+@app.command("import", epilog="Example: veneer library import adapters.tar")
+def import_(
+    source: Annotated[Path, typer.Argument(help="What `veneer library export` wrote.", show_default=False)],
+    as_json: _Json = False,
+) -> None:
+    """Add what an export holds, each file checked."""
+    from veneer.library import transfer
+
+    with _open() as library:
+        done = transfer.import_from(library, source)
+    if as_json:
+        _print(vars(done))
+        return
+    print(f"new: {', '.join(done.new) or 'none'}; here already: {len(done.known):,}")
+    for note in done.notes:
+        print(f"note: {note}")

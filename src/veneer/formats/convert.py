@@ -1,0 +1,378 @@
+"""An adapter written in another tool's layout: exactly, or not at all.
+
+| to        | written                                    | names                   | cannot hold                   |
+| peft      | folder: a denoiser's, or a text model's    | the model's own         | what formats/peft.py refuses  |
+| kohya     | one .safetensors, lora_down, lora_up,      | formats/write_names.py  | embeddings, whole new weights |
+|           | alpha; LyCORIS' names for the other forms  |                         |                               |
+| comfyui   | one .safetensors, lora_A, lora_B, alpha    | formats/write_names.py  | gains, DoRA of the outputs    |
+| diffusers | one .safetensors, scales in metadata       | diffusers', canonical   | formats/write_diffusers.py    |
+| vllm      | PEFT folder of one rank, scale 1           | the model's own         | DoRA, deltas, full copies     |
+| gguf      | one llama.cpp LoRA                         | llama.cpp's             | the same                      |
+
+Fused projections are joined at the same rank where their parts share A, block-diagonally elsewhere, with zero rows for
+a part that nothing changes. What is written is read back and compared by ΔW (formats/write_check.py) before it reaches
+the disk. All that cannot be expressed is one AdapterError: every module, why, and the nearest way.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Adapter, Pair, alpha_of
+from veneer.errors import AdapterError
+from veneer.formats import peft
+from veneer.formats.container import Staged, atomic_write, check_finite, encode_tensors
+from veneer.formats.file_hashes import Hashes, hashes, sealed
+from veneer.formats.gguf import read_gguf, write_gguf
+from veneer.formats.gguf_file import read_gguf_file
+from veneer.formats.leaves import Leaf, write_leaf
+from veneer.formats.metadata import family_of, metadata_of, pack_configs
+from veneer.formats.names import choose_family
+from veneer.formats.read import read_state
+from veneer.formats.topology import Family, families
+from veneer.formats.write_check import differences, relative_error
+from veneer.formats.write_diffusers import diffusers_tensors
+from veneer.formats.write_folded import folded, refuse_unservable, vllm_notes
+from veneer.formats.write_names import Refusals, component_of, foreign_leaves, leaves_of
+
+__all__ = ["DTYPES", "TARGETS", "Encoded", "Written", "encode", "write"]
+
+TARGETS = ("peft", "kohya", "diffusers", "comfyui", "gguf", "vllm")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+FOLDERS = ("peft", "vllm")
+PIPELINES = ("kohya", "diffusers", "comfyui")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A layout, before it is a file. `config`: PEFT's, {} for the others. `notes`: what its reader should know."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    config: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written. `digest`: the adapter's, as anyone reading it gets it. `files`: name -> "sha256:…".
+
+    `hashes`: of the one file, as A1111 and CivitAI show them; None for a folder. `ranks`: rank -> how many modules."""
+
+    path: Path
+    to: str
+    family: str | None
+    digest: str
+    files: dict[str, str]
+    hashes: Hashes | None
+    ranks: dict[int, int]
+    notes: list[str]
+
+
+def encode(
+    adapter: Adapter,
+    to: str,
+    *,
+    family: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+    head_dim: int | None = None,
+) -> Encoded:
+    """The tensors, metadata and configuration of `adapter` as `to`, one of TARGETS, has it; checked by reading them.
+
+    `family`: of the image model, by its name in `topology.families()`, by default what the modules, their widths and
+    the card tell; for gguf the architecture as llama.cpp calls it. `metadata`: goes over what is written from the card,
+    for the three that have one. `dtype`, one of DTYPES: every tensor is rounded to it first. `head_dim`: rows of a head
+    of the base, which gguf needs for Llama's q and k. Raises one AdapterError that lists every module which `to` cannot
+    express, with the reason and the nearest way."""
+    meant, notes = _meant(adapter, to, dtype)
+    if to == "gguf":
+        with TemporaryDirectory() as folder:
+            return _gguf(meant, Path(folder) / "adapter.gguf", family, head_dim, "adapter", notes).encoded
+    return _encode(meant, to, family, metadata or {}, "adapter", notes).encoded
+
+
+def write(
+    adapter: Adapter,
+    out: str | Path,
+    to: str,
+    *,
+    family: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+    head_dim: int | None = None,
+) -> Written:
+    """Write `adapter` to `out` as `encode` has it: a folder for peft and vllm, one file for the others.
+
+    Whole or not at all, and equal adapters give equal bytes. Raises as `encode`, and ResourceError for a full disk."""
+    path = Path(out)
+    meant, notes = _meant(adapter, to, dtype)
+    if to not in FOLDERS and path.is_dir():
+        raise AdapterError(f"{to} is one file, and there is a folder of this name", where=str(path))
+    name = path.name.removesuffix(".safetensors").removesuffix(".gguf")
+    if to == "gguf":
+        staged = Staged(path.with_name(f".{path.name}.{secrets.token_hex(6)}.gguf"), path)
+        try:
+            done = _gguf(meant, staged.temporary, family, head_dim, name, notes)
+            staged.commit()
+        finally:
+            staged.discard()
+    else:
+        done = _encode(meant, to, family, metadata or {}, name, notes)
+        if to in FOLDERS:
+            folder = peft.write(done.written, path)
+            files, notes = folder.files, [*done.encoded.notes, *folder.notes]
+            return Written(path, to, done.family, folder.digest, files, None, _ranks(done), notes)
+        atomic_write(path, encode_tensors(done.encoded.tensors, done.encoded.metadata))
+    found = hashes(path)
+    files = {path.name: f"sha256:{found.sha256}"}
+    return Written(path, to, done.family, done.back.digest(), files, found, _ranks(done), done.encoded.notes)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """`written`: the adapter in the shape in which it was written; `back`: as read back; `pairs`: of the layout."""
+
+    encoded: Encoded
+    written: Adapter
+    back: Adapter
+    family: str | None
+    pairs: list[Pair]
+
+
+def _ranks(done: _Done) -> dict[int, int]:
+    return dict(sorted(Counter(p.rank for p in done.pairs).items()))
+
+
+def _meant(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, list[str]]:
+    """What is to be expressed: the adapter without origins, on the CPU, rounded; and how far that moved it."""
+    if to not in TARGETS:
+        raise AdapterError(f"there is no layout {to!r}", fix=", ".join(TARGETS))
+    meant, notes = _rounded(adapter.collapsed().mapped(lambda t: t.detach().cpu()), dtype)
+    if next(meant.tensors(), None) is None:
+        raise AdapterError("the adapter is empty")
+    check_finite(dict(meant.tensors()))
+    return meant, notes
+
+
+def _encode(
+    meant: Adapter, to: str, family: str | None, metadata: Mapping[str, str], name: str, notes: list[str]
+) -> _Done:
+    if to in PIPELINES:
+        return _for_pipelines(meant, to, _family(meant, family, to), metadata, name, notes)
+    if to == "peft":
+        refused: Refusals = defaultdict(list)
+        written = _for_one_model(meant, refused)
+        _raise(refused, to)
+    else:
+        written = _folded(meant, to)
+        notes = [*notes, *vllm_notes(written)]
+    config, tensors = peft.encode(written, base_name=written.card.base)
+    back = peft.interpret(config, tensors).adapter
+    _compare(written if to == "peft" else meant, back, to)
+    return _Done(Encoded(tensors, {"format": "pt"}, config, notes), written, back, None, list(written.pairs.values()))
+
+
+def _folded(meant: Adapter, to: str) -> Adapter:
+    refused: Refusals = defaultdict(list)
+    refuse_unservable(meant, leaves_of(meant), {"vllm": "vLLM", "gguf": "llama.cpp"}[to], refused)
+    _raise(refused, to)
+    return folded(meant)
+
+
+def _gguf(
+    meant: Adapter, path: Path, architecture: str | None, head_dim: int | None, name: str, notes: list[str]
+) -> _Done:
+    """Writes the file at `path`, and reads it back."""
+    written = _folded(meant, "gguf")
+    if architecture is None:
+        raise AdapterError(
+            "the names in a GGUF file depend on the base's architecture", fix="--base, or --family llama, qwen3, …"
+        )
+    notes = [*notes, *write_gguf(written, path, architecture=architecture, head_dim=head_dim, name=name)]
+    back = read_gguf(path, head_dim=head_dim).adapter
+    _compare(meant, back, "gguf")
+    file = read_gguf_file(path)
+    tensors = {key: file.tensor(key) for key in sorted(file.entries)}
+    fields = {key: str(value) for key, value in sorted(file.fields.items())}
+    encoded = Encoded(tensors, fields, {}, notes)
+    return _Done(encoded, written, back, architecture, list(written.pairs.values()))
+
+
+def _rounded(adapter: Adapter, dtype: str | None) -> tuple[Adapter, list[str]]:
+    """The adapter in `dtype`, and how far that moved it."""
+    if dtype is None:
+        return adapter, []
+    if dtype not in DTYPES:
+        raise AdapterError(f"there is no dtype {dtype!r} here", fix=", ".join(DTYPES))
+    out = adapter.mapped(lambda t: t.to(DTYPES[dtype]) if t.is_floating_point() else t)
+    worst = max((relative_error(p, out.pairs[n]) for n, p in adapter.pairs.items()), default=0.0)
+    return out, [f"rounded to {dtype}: ΔW moves by up to {worst:.2g} of itself"] if worst else []
+
+
+def _raise(refused: Refusals, to: str) -> None:
+    """One error with every module that is in the way, by reason."""
+    if not refused:
+        return
+    lines = []
+    for reason, modules in refused.items():
+        names = sorted(set(modules))
+        lines.append(f"  - {reason} ({len(names)}):")
+        lines += [f"      {name}" for name in names]
+    count = len({m for modules in refused.values() for m in modules})
+    raise AdapterError(f"{to} cannot hold this adapter exactly; {count} module(s) are in the way:\n" + "\n".join(lines))
+
+
+def _compare(meant: Adapter, back: Adapter, to: str) -> None:
+    if problems := differences(meant, back):
+        shown = "\n".join(f"  - {p}" for p in problems)
+        raise AdapterError(f"written as {to}, the adapter would not come back the same; nothing was written:\n{shown}")
+
+
+def _for_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
+    """The adapter under the names that its model itself has, without the component: the denoiser, or a text model."""
+    for module, pair in adapter.pairs.items():
+        if pair.magnitude is not None and pair.magnitude.ndim > 1:
+            refused["PEFT knows no magnitude of the inputs; --to kohya, or merge it into the base"].append(module)
+    modules = [*leaves_of(adapter), *adapter.token_rows, *adapter.new_tokens]
+    parts = {component_of(m) for m in modules}
+    for module in modules:
+        if len(parts) > 1:
+            refused["a PEFT folder is of one model, and this has several; --to diffusers"].append(module)
+        elif component_of(module).startswith("text_encoder"):
+            refused["a PEFT folder does not say which text encoder it is of; --to diffusers"].append(module)
+    part = parts.pop()
+    renamed: dict[str, Any] = {
+        what: {name.removeprefix(f"{part}."): value for name, value in getattr(adapter, what).items()}
+        for what in ("pairs", "modules", "token_rows", "deltas", "new_tokens")
+    }
+    return replace(adapter, **renamed) if part else adapter
+
+
+def _family(adapter: Adapter, name: str | None, to: str) -> Family:
+    """The family given, or the one that the adapter's modules, their widths and its card tell."""
+    known = families()
+    if name is not None:
+        if name not in known:
+            raise AdapterError(f"there is no family {name!r}", fix=", ".join(known))
+        return known[name]
+    modules = [*leaves_of(adapter), *adapter.token_rows, *adapter.new_tokens]
+    if not any(component_of(m) for m in modules):
+        raise AdapterError(
+            f"{to} is for adapters of image models, and no module here begins with unet, transformer or text_encoder",
+            fix="--to peft, vllm or gguf",
+        )
+    claim = family_of({key: str(adapter.card.extra.get(own, "")) for key, own in _CLAIMS.items()})
+    chosen = choose_family({m: _shape(adapter, m) for m in modules}, claim).family
+    if chosen is None:
+        raise AdapterError("no known image model has any of these modules", where=", ".join(modules[:3]))
+    return chosen
+
+
+_CLAIMS = {"modelspec.architecture": "architecture", "ss_base_model_version": "base_version"}
+
+
+def _shape(adapter: Adapter, module: str) -> tuple[int, int] | None:
+    pair = adapter.pairs.get(module)
+    return None if pair is None else (pair.B.shape[0], pair.A.shape[1])
+
+
+def _for_pipelines(
+    meant: Adapter, to: str, family: Family, metadata: Mapping[str, str], name: str, notes: list[str]
+) -> _Done:
+    """kohya, comfyui, diffusers: one safetensors file with the card in its metadata."""
+    refused: Refusals = defaultdict(list)
+    leaves = leaves_of(meant)
+    for module in (*meant.token_rows, *meant.new_tokens):
+        refused["learned words and rows of embeddings have no place in such a file; --to peft"].append(module)
+    extra: dict[str, str] = {}
+    if to == "diffusers":
+        tensors, configs = diffusers_tensors(leaves, family, refused)
+        if configs:
+            extra["lora_adapter_metadata"] = pack_configs(configs)
+        pairs = list(meant.pairs.values())
+    else:
+        named = foreign_leaves(leaves, family, to, refused)
+        pairs = [leaf.pair for leaf, _ in named.values() if leaf.pair is not None]
+        tensors = _suffixed(named, family, to, refused)
+        notes = [*notes, *_dora_notes(leaves, to)]
+        # Joined parts look as sd-scripts' split_qkv does, where alpha is for the rank of one part; here it is not.
+        extra["ss_network_args"] = '{"split_qkv": "False"}'
+    _raise(refused, to)
+    card = replace(meant.card, kind=meant.card.kind or "image")
+    ranks = {p.rank for p in pairs}
+    alphas = {alpha_of(p.scale, p.rank) for p in pairs}
+    card = replace(card, rank=ranks.pop() if len(ranks) == 1 else 0, alpha=alphas.pop() if len(alphas) == 1 else 0.0)
+    described = metadata_of(card, family=family.name, name=name) | extra
+    if any(d.form in ("hadamard", "kronecker", "gain") for d in meant.deltas.values()):
+        described["ss_network_module"] = "lycoris.kohya"
+    described = sealed(tensors, described | dict(metadata))
+    back = read_state(tensors, described, where=to).adapter
+    _compare(meant, back, to)
+    return _Done(Encoded(tensors, described, {}, notes), meant, back, family.name, pairs)
+
+
+def _suffixed(
+    named: Mapping[str, tuple[Leaf, tuple[str, ...]]], family: Family, to: str, refused: Refusals
+) -> dict[str, Tensor]:
+    """The tensors of foreign leaves; ComfyUI's are kohya's under PEFT's two names."""
+    out: dict[str, Tensor] = {}
+    for name, (leaf, modules) in named.items():
+        for reason in _unread(name, leaf, family, to):
+            refused[reason] += modules
+        if to == "comfyui" and leaf.pair is not None and leaf.pair.kind == "embedding":
+            # ComfyUI adds up·down to any weight; an embedding's pair is of the transpose.
+            leaf = replace(leaf, pair=Pair(leaf.pair.B.t(), leaf.pair.A.t(), leaf.pair.scale))
+        try:
+            parts = write_leaf(leaf, "kohya")
+        except AdapterError as error:
+            for line in error.what.splitlines()[1:]:
+                refused[f"there are no tensors for {line.strip()}; merge it into the base"] += modules
+            continue
+        for suffix, tensor in parts.items():
+            suffix = _COMFY.get(suffix, suffix) if to == "comfyui" else suffix
+            out[f"{name}.{suffix}"] = tensor.contiguous()
+    return out
+
+
+_COMFY = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+
+
+def _unread(name: str, leaf: Leaf, family: Family, to: str) -> list[str]:
+    """What has tensors that readers of `to` ignore or take for something else."""
+    out = []
+    if leaf.full and (to == "kohya" or set(leaf.full) != {"weight"}):
+        out.append("whole new weights are no part of it; subtract the base's, or merge it into the base")
+    if to == "kohya":
+        return out
+    held = [h for h in (leaf.pair, leaf.deltas.get("weight")) if h is not None]
+    if any(h.magnitude is not None and h.magnitude.ndim == 1 for h in held):
+        out.append("ComfyUI divides DoRA's outputs by ‖W‖ and not by ‖W + ΔW‖; merge it into the base, or --to kohya")
+    if any(delta.form == "gain" for delta in leaf.deltas.values()):
+        out.append("ComfyUI knows no (IA)³; merge it into the base, or --to kohya")
+    if family.name.startswith("flux") and name.endswith(("query_norm", "key_norm")):
+        out.append("ComfyUI's patches reach parameters called weight, and this one is called scale; --to kohya")
+    return out
+
+
+def _dora_notes(leaves: Mapping[str, Leaf], to: str) -> list[str]:
+    count = sum(
+        any(h is not None and h.magnitude is not None for h in (leaf.pair, leaf.deltas.get("weight")))
+        for leaf in leaves.values()
+    )
+    if not count or to != "kohya":
+        return []
+    return [
+        f"{count} module(s) with DoRA: LyCORIS reads dora_scale as it is meant; A1111 and InvokeAI take it along the "
+        "inputs, Forge and ComfyUI divide one of the outputs by ‖W‖, diffusers drops it"
+    ]

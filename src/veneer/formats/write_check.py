@@ -1,0 +1,137 @@
+"""Whether an adapter read back from what was written is the one that was meant, module by module, by ΔW.
+
+    ‖s·B·A − s'·B'·A'‖ / ‖s·B·A‖     from the Gram matrices of the thin factors [s·B, −s'·B'] and [A; A'], in float64
+
+so that nothing of the weight's size is made for a pair. Knows two adapters; nothing of files.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Adapter, Pair
+from veneer.core.forms import Delta, product_of
+
+__all__ = ["TOLERANCE", "differences", "relative_error"]
+
+TOLERANCE = 1e-6
+
+
+def differences(meant: Adapter, got: Adapter) -> list[str]:
+    """One line for each module that would not have the same effect. A part that nothing changes may come back as a
+    change by zero: fused projections are written whole."""
+    out = []
+    for name in sorted({*meant.pairs, *got.pairs}):
+        a, b = meant.pairs.get(name), got.pairs.get(name)
+        if a is None or b is None:
+            only = a if a is not None else b
+            assert only is not None
+            if b is not None and _norm(only) == 0:
+                continue
+            out.append(f"{name}: {'lost' if b is None else 'a pair that nobody wrote'}")
+        elif (problem := _pair_problem(a.collapsed(), b)) is not None:
+            out.append(f"{name}: {problem}")
+    for name in sorted({*meant.deltas, *got.deltas}):
+        c, d = meant.deltas.get(name), got.deltas.get(name)
+        if c is None or d is None:
+            if d is None or d.form == "gain" or bool(product_of(d).any()):
+                out.append(f"{name}: {'lost' if d is None else 'a change that nobody wrote'}")
+        elif (problem := _delta_problem(c, d)) is not None:
+            out.append(f"{name}: {problem}")
+    full, full_back = _full(meant), _full(got)
+    for name in sorted({*full, *full_back}):
+        if name not in full or name not in full_back or not torch.equal(full[name].double(), full_back[name].double()):
+            out.append(f"{name}: the full copy is not the same")
+    for what in ("token_rows", "new_tokens"):
+        mine, theirs = getattr(meant, what), getattr(got, what)
+        if sorted(mine) != sorted(theirs):
+            out.append(f"{what} of {', '.join(sorted({*mine, *theirs}))}: not the same")
+    return out
+
+
+def _full(adapter: Adapter) -> dict[str, Tensor]:
+    return {f"{name}.{key}": t for name, own in adapter.modules.items() for key, t in own.items()}
+
+
+def _pair_problem(a: Pair, b: Pair) -> str | None:
+    if not _same_magnitude(a.magnitude, b.magnitude):
+        return "the magnitude is not the same"
+    if (a.kind == "experts") != (b.kind == "experts") or _shape(a) != _shape(b):
+        return f"a delta of {_shape(a)} would come back as one of {_shape(b)}"
+    error = relative_error(a, b)
+    return None if error <= TOLERANCE else f"ΔW would come back {error:.2g} off"
+
+
+def _same_magnitude(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.ndim == b.ndim and torch.equal(a.double().reshape(-1), b.double().reshape(-1))
+
+
+def _shape(pair: Pair) -> tuple[int, ...]:
+    """(out, in) with a kernel's 1×1 left out."""
+    A = pair.A
+    tail = A.shape[2:] if pair.kind != "experts" and math.prod(A.shape[2:]) != 1 else ()
+    first = 1 if pair.kind == "experts" else 0
+    return (pair.B.shape[first], A.shape[-1] if pair.kind == "experts" else A.shape[1], *tail)
+
+
+def relative_error(a: Pair, b: Pair) -> float:
+    """‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ (Frobenius); where ΔW_a is zero, ‖ΔW_b‖."""
+    (A, B), (C, D) = _factors(a), _factors(b)
+    whole = _gram_norm(A, B)
+    off = _gram_norm(torch.cat([A, C], dim=-2), torch.cat([B, -D], dim=-1)) if not _same(a, b) else 0.0
+    return off / whole if whole else off
+
+
+def _same(a: Pair, b: Pair) -> bool:
+    return a.scale == b.scale and all(
+        x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y) for x, y in ((a.A, b.A), (a.B, b.B))
+    )
+
+
+def _norm(pair: Pair) -> float:
+    return _gram_norm(*_factors(pair.collapsed()))
+
+
+def _factors(pair: Pair) -> tuple[Tensor, Tensor]:
+    """A (…, rank, in·k) and s·B (…, out, rank), float64."""
+    if pair.kind == "experts":
+        return pair.A.double(), pair.B.double() * pair.scale
+    return pair.A.double().flatten(1), pair.B.double().flatten(1) * pair.scale
+
+
+def _gram_norm(A: Tensor, B: Tensor) -> float:
+    """‖B·A‖: tr(BᵀB·AAᵀ) is its square."""
+    square = float(((B.mT @ B) * (A @ A.mT)).sum())
+    return math.sqrt(max(square, 0.0))
+
+
+def _delta_problem(a: Delta, b: Delta) -> str | None:
+    if not _same_magnitude(a.magnitude, b.magnitude):
+        return "the magnitude is not the same"
+    if (a.form == "gain") != (b.form == "gain"):
+        return f"a {a.form} change would come back as a {b.form} one"
+    if a.form == "gain":
+        x, y = (d.parts["value"].double() * d.scale for d in (a, b))
+    elif _same_parts(a, b):
+        return None if math.isclose(a.scale, b.scale, rel_tol=TOLERANCE) else "the scale is not the same"
+    else:
+        x, y = product_of(a).double(), product_of(b).double()
+    if x.shape != y.shape and x.numel() == y.numel():
+        y = y.reshape(x.shape)
+    if x.shape != y.shape:
+        return f"a change of {tuple(x.shape)} would come back as one of {tuple(y.shape)}"
+    whole, off = float(x.norm()), float((x - y).norm())
+    error = off / whole if whole else off
+    return None if error <= TOLERANCE else f"the change would come back {error:.2g} off"
+
+
+def _same_parts(a: Delta, b: Delta) -> bool:
+    same = a.form == b.form and a.rows == b.rows and a.parts.keys() == b.parts.keys()
+    return same and all(
+        t.shape == b.parts[k].shape and torch.equal(t.double(), b.parts[k].double()) for k, t in a.parts.items()
+    )

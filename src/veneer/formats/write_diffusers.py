@@ -1,0 +1,155 @@
+"""An adapter as diffusers' own LoRA files have it, and only what its loader gives the right effect.
+
+    key = component.name_in_its_class.lora_A.weight, .lora_B.weight, .lora_magnitude_vector, .lora_B.bias
+    metadata["lora_adapter_metadata"] = {"unet.r": 16, "unet.lora_alpha": 8, "unet.alpha_pattern": {…}, …}
+
+Ranks and scales are in that JSON: PEFT's LoraConfig, one for each component, which diffusers (0.34 and later) takes as
+it is. An older one reads the tensors alone and takes every scale for 1. What diffusers 0.42 does with the rest:
+
+| what                                     | diffusers                                                                |
+| dora_scale, LoHa, LoKr, diff, diff_b, …  | dropped with a warning at most, or an error                              |
+| DoRA of the outputs                      | right, if every module of the component has it (one switch: use_dora)    |
+| a change of the bias, with its pair's s  | right, if every module of the component has one (one switch: lora_bias)  |
+| text_encoder_2 of FLUX.1, any T5         | dropped                                                                  |
+| a text encoder without attention pairs   | an error                                                                 |
+| FLUX.1's norm_q, norm_k, norm_added_…    | a whole new weight, by name                                              |
+
+Knows diffusers' names, which are the canonical ones; nothing of other tools.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from veneer.core.adapter import Adapter, Pair
+from veneer.core.forms import Delta
+from veneer.formats import peft_write
+from veneer.formats.leaves import Leaf
+from veneer.formats.peft_read import PREFIX
+from veneer.formats.topology import Family
+from veneer.formats.write_names import Refusals, component_of
+
+__all__ = ["LOADABLE", "diffusers_tensors"]
+
+LOADABLE: dict[str, tuple[str, ...]] = {
+    "sd15": ("unet", "text_encoder"),
+    "sd2": ("unet", "text_encoder"),
+    "sdxl": ("unet", "text_encoder", "text_encoder_2"),
+    "sd3": ("transformer", "text_encoder", "text_encoder_2"),
+    "sd3-large": ("transformer", "text_encoder", "text_encoder_2"),
+    "flux1": ("transformer", "text_encoder"),
+}
+"""The components into which a family's pipeline loads an adapter; of other families only the transformer."""
+
+SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
+NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
+ELSEWHERE = "--to kohya or comfyui, or merge it into the base"
+
+
+def diffusers_tensors(
+    leaves: Mapping[str, Leaf], family: Family, refused: Refusals
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """The tensors, and the PEFT settings by component. What cannot be said goes to `refused`; then both are partial."""
+    parts: dict[str, dict[str, Leaf]] = defaultdict(dict)
+    tensors: dict[str, Tensor] = {}
+    for module, leaf in leaves.items():
+        component = component_of(module)
+        if not component:
+            refused["its name begins with no component (unet, transformer, text_encoder …); --to peft"].append(module)
+        elif module not in family.modules:
+            refused[f"{family.label} has no such module"].append(module)
+        elif component not in LOADABLE.get(family.name, ("transformer",)):
+            refused[f"diffusers loads nothing into the {component} of {family.label}; --to kohya"].append(module)
+        elif _is_norm(module, leaf, family):
+            tensors[f"{module}.weight"] = leaf.full["weight"]
+        else:
+            parts[component][module] = leaf
+    configs: dict[str, dict[str, Any]] = {}
+    for component, own in parts.items():
+        if _are_sayable(own, component, refused):
+            known = [m for m in family.modules if m.startswith(f"{component}.")]
+            found, configs[component] = _component(own, component, known)
+            tensors |= found
+    return tensors, configs
+
+
+def _is_norm(module: str, leaf: Leaf, family: Family) -> bool:
+    known = family.name == "flux1" and module.rpartition(".")[2] in NORMS
+    return known and set(leaf.full) == {"weight"} and leaf.pair is None and not leaf.deltas
+
+
+def _are_sayable(own: Mapping[str, Leaf], component: str, refused: Refusals) -> bool:
+    """Whether PEFT's settings can say all of a component's leaves; the reasons go to `refused`."""
+    before = sum(map(len, refused.values()))
+    for module, leaf in own.items():
+        for parameter, delta in leaf.deltas.items():
+            if not _is_lora_bias(leaf, parameter, delta):
+                refused[f"diffusers drops a {delta.form} change of the {parameter}; {ELSEWHERE}"].append(module)
+        if leaf.full:
+            refused["diffusers drops whole new weights; merge it into the base"].append(module)
+        if leaf.pair is not None and leaf.pair.kind not in ("linear", "conv"):
+            refused[f"diffusers loads no pair of {leaf.pair.kind}; merge it into the base"].append(module)
+        if leaf.pair is not None and leaf.pair.magnitude is not None and leaf.pair.magnitude.ndim > 1:
+            refused[f"PEFT and so diffusers know no magnitude of the inputs; {ELSEWHERE}"].append(module)
+    pairs = {m: leaf for m, leaf in own.items() if leaf.pair is not None}
+    with_dora = {m for m, leaf in pairs.items() if leaf.pair is not None and leaf.pair.magnitude is not None}
+    if with_dora and with_dora != set(pairs):
+        what = f"DoRA is one switch for the whole {component}, and this has no magnitude"
+        refused[f"{what}; {ELSEWHERE}"] += sorted(set(pairs) - with_dora)
+    biased = {m for m, leaf in pairs.items() if "bias" in leaf.deltas}
+    if biased and biased != set(pairs):
+        what = f"lora_bias is one switch for the whole {component}, and this has no change of the bias"
+        refused[f"{what}; {ELSEWHERE}"] += sorted(set(pairs) - biased)
+    if biased and with_dora:
+        refused[f"PEFT allows no change of a bias beside DoRA; {ELSEWHERE}"] += sorted(biased)
+    if component.startswith("text_encoder") and pairs and not any(m.endswith(ATTENTION) for m in pairs):
+        what = f"diffusers fails on a {component} without pairs in its attention"
+        refused[f"{what}; {ELSEWHERE}"] += sorted(pairs)
+    return sum(map(len, refused.values())) == before
+
+
+def _is_lora_bias(leaf: Leaf, parameter: str, delta: Delta) -> bool:
+    pair = leaf.pair
+    return parameter == "bias" and pair is not None and delta.form == "dense" and delta.scale == pair.scale
+
+
+def _component(
+    own: Mapping[str, Leaf], component: str, known: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As a PEFT folder of the component alone; `known`: all its modules, so that target_modules means these and no
+    others. transformers' CLIP text models have dropped the `text_model.` that their
+    adapters still have, and diffusers takes it off where it must: settings without it, unanchored, match both. A text
+    encoder's magnitude is found only under the name it has in memory, with `.weight`; without, transformers leaves it
+    out and says nothing."""
+    lead = f"{component}.text_model." if component.startswith("text_encoder") else f"{component}."
+    pairs: dict[str, Pair] = {}
+    deltas: dict[str, Delta] = {}
+    full: dict[str, str] = {}
+
+    def short(module: str) -> str:
+        return module.removeprefix(lead).removeprefix(f"{component}.")
+
+    for module, leaf in own.items():
+        full[name := short(module)] = module
+        if leaf.pair is not None:
+            pairs[name] = leaf.pair
+        deltas |= {f"{name}.{parameter}": delta for parameter, delta in leaf.deltas.items()}
+    config, tensors = peft_write.encode(Adapter(pairs, deltas=deltas), base=[short(m) for m in known])
+    settings = {key: config[key] for key in SETTINGS}
+    if config.get("lora_bias"):
+        settings["lora_bias"] = True
+    if component.startswith("text_encoder"):
+        for key in ("rank_pattern", "alpha_pattern"):
+            settings[key] = {pattern.removeprefix("^"): value for pattern, value in settings[key].items()}
+    out = {}
+    for key, tensor in tensors.items():
+        name, dot, suffix = key.removeprefix(PREFIX).partition(".lora_")
+        if suffix == "magnitude_vector" and component.startswith("text_encoder"):
+            suffix = "magnitude_vector.weight"
+        out[full[name] + dot + suffix] = tensor
+    return out, settings

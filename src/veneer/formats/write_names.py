@@ -1,0 +1,181 @@
+"""An adapter by the modules that another tool has: its names, and its fused projections.
+
+    canonical module  --(family.originals, inverted)-->  original module, rows joined, halves swapped  --> prefix + name
+
+| who                    | denoiser                                          | text encoders                     |
+| kohya: SD 1, SD 2      | lora_unet_ + diffusers' name, flat                | lora_te_                          |
+| kohya: SDXL            | lora_unet_ + sgm's name, flat                     | lora_te1_ (CLIP-L), lora_te2_ (G) |
+| kohya: SD 3            | lora_unet_ + original name, flat                  | the same, lora_te3_ (T5)          |
+| kohya: FLUX.1          | lora_unet_ + BFL's name, flat                     | lora_te1_ (CLIP-L), lora_te3_ (T5)|
+| kohya: FLUX.2          | lora_unet_ + BFL's name, flat (musubi-tuner)      | none                              |
+| kohya: Qwen-, Z-Image  | lora_unet_ + diffusers' name, flat (musubi-tuner) | none                              |
+| ComfyUI: all           | diffusion_model. + original name                  | text_encoders.NAME.transformer. + |
+|                        |                                                   | transformers' name                |
+
+"flat" is with _ for each dot. ComfyUI's NAME is what its own models call the encoder: clip_l, clip_g, clip_h, t5xxl.
+Knows names and rows; not how a tool calls the tensors of one module.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from veneer.core.adapter import Adapter, Pair
+from veneer.core.forms import Delta
+from veneer.errors import AdapterError, nearest
+from veneer.formats.fused import join, swap_halves
+from veneer.formats.leaves import Leaf
+from veneer.formats.topology import DENOISERS, Family, Place, flat
+
+__all__ = ["Refusals", "component_of", "foreign_leaves", "leaves_of"]
+
+Refusals = defaultdict[str, list[str]]
+"""Why something cannot be written, and the way out -> the modules it is true of."""
+
+T = TypeVar("T", bound=Pair | Delta)
+
+DIFFUSERS_NAMED = ("sd15", "sd2", "qwen-image", "z-image")
+"""Families that sd-scripts and musubi-tuner name as diffusers does."""
+
+_CLIP_2 = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_KOHYA_TEXT: dict[str, dict[str, str]] = {
+    "sd15": {"text_encoder": "lora_te_"},
+    "sd2": {"text_encoder": "lora_te_"},
+    "sdxl": _CLIP_2,
+    "sd3": {**_CLIP_2, "text_encoder_3": "lora_te3_"},
+    "sd3-large": {**_CLIP_2, "text_encoder_3": "lora_te3_"},
+    "flux1": {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
+}
+_COMFY_TEXT: dict[str, dict[str, str]] = {
+    "sd15": {"text_encoder": "clip_l"},
+    "sd2": {"text_encoder": "clip_h"},
+    "sdxl": {"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
+    "sd3": {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
+    "sd3-large": {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
+    "flux1": {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
+}
+
+
+def component_of(module: str) -> str:
+    """The part of the pipeline that a canonical name begins with; "" for a text adapter's bare name."""
+    first = module.partition(".")[0]
+    return first if first in DENOISERS or first.startswith("text_encoder") else ""
+
+
+def leaves_of(adapter: Adapter) -> dict[str, Leaf]:
+    """Canonical module -> all that changes it, sorted by name. Token rows and learned words are no module's."""
+    out: dict[str, Leaf] = defaultdict(Leaf)
+    for name, pair in adapter.pairs.items():
+        out[name].pair = pair
+    for name, delta in adapter.deltas.items():
+        module, _, parameter = name.rpartition(".")
+        out[module].deltas[parameter] = delta
+    for name, tensors in adapter.modules.items():
+        out[name].full = dict(tensors)
+    return dict(sorted(out.items()))
+
+
+def foreign_leaves(
+    leaves: Mapping[str, Leaf], family: Family, to: str, refused: Refusals
+) -> dict[str, tuple[Leaf, tuple[str, ...]]]:
+    """The leaves under the names of `to`, "kohya" or "comfyui", each with the canonical modules it is made of.
+
+    What has no name there, or no one change of its fused projection, goes to `refused`."""
+    text = (_KOHYA_TEXT if to == "kohya" else _COMFY_TEXT).get(family.name, {})
+    out: dict[str, tuple[Leaf, tuple[str, ...]]] = {}
+    denoiser: dict[str, Leaf] = {}
+    for module, leaf in leaves.items():
+        component, _, rest = module.partition(".")
+        if module not in family.modules:
+            refused[f"{family.label} has no such module{_hint(module, family)}"].append(module)
+        elif component in DENOISERS:
+            denoiser[module] = leaf
+        elif component not in text:
+            refused[f"{to} has no names for this part of {family.label}; --to diffusers may"].append(module)
+        elif to == "kohya":
+            out[text[component] + flat(rest)] = leaf, (module,)
+        else:
+            out[f"text_encoders.{text[component]}.transformer.{rest}"] = leaf, (module,)
+    if to == "kohya" and family.name in DIFFUSERS_NAMED:
+        out |= {"lora_unet_" + flat(m.partition(".")[2]): (leaf, (m,)) for m, leaf in denoiser.items()}
+        return out
+    for name, found in _originals(denoiser, family, refused).items():
+        out["lora_unet_" + flat(name) if to == "kohya" else f"diffusion_model.{name}"] = found
+    return out
+
+
+def _hint(module: str, family: Family) -> str:
+    near = nearest(module, list(family.modules), 1)
+    return f", the nearest is {near[0]}" if near else ""
+
+
+def _originals(
+    leaves: Mapping[str, Leaf], family: Family, refused: Refusals
+) -> dict[str, tuple[Leaf, tuple[str, ...]]]:
+    """The denoiser's leaves by original module, fused where it is."""
+    owner: dict[str, str] = {}
+    for name, places in family.originals.items():
+        for place in places:
+            owner.setdefault(place.module, name)
+    out: dict[str, tuple[Leaf, tuple[str, ...]]] = {}
+    for module in leaves:
+        if module not in owner:
+            refused[f"the original {family.label} has no such module; --to diffusers"].append(module)
+    for name in sorted({owner[m] for m in leaves if m in owner}):
+        places = family.originals[name]
+        parts = [leaves.get(place.module) for place in places]
+        used = tuple(place.module for place, part in zip(places, parts, strict=True) if part is not None)
+        try:
+            out[name] = _fused(parts, places), used
+        except AdapterError as error:
+            refused[f"one projection of the original, {name}, but {error.what}; --to diffusers"] += used
+    return out
+
+
+def _fused(parts: Sequence[Leaf | None], places: Sequence[Place]) -> Leaf:
+    """One leaf of what changes the parts of a fused module. A part that nothing changes is rows of zeros."""
+    have = [p for p in parts if p is not None]
+    if len(places) == 1 and places[0].part is None and not places[0].swap:
+        return have[0]
+    leaf = Leaf()
+    if any(p.pair for p in have):
+        leaf.pair = _one([p.pair if p else None for p in parts], places)
+    for parameter in sorted({d for p in have for d in p.deltas}):
+        leaf.deltas[parameter] = _one([p.deltas.get(parameter) if p else None for p in parts], places)
+    for parameter in sorted({f for p in have for f in p.full}):
+        values = [p.full.get(parameter) if p else None for p in parts]
+        if any(v is None for v in values):
+            raise AdapterError(f"only some of its parts are replaced by a whole new {parameter}")
+        whole = _one([None if v is None else Delta("dense", {"value": v}, tuple(v.shape)) for v in values], places)
+        leaf.full[parameter] = whole.parts["value"]
+    return leaf
+
+
+def _one(items: Sequence[T | None], places: Sequence[Place]) -> T:
+    units = next(
+        (
+            own // (place.part[1] - place.part[0])
+            for item, place in zip(items, places, strict=True)
+            if item is not None and place.part is not None and (own := _rows(item)) is not None
+        ),
+        None,
+    )
+    items = [swap_halves(i) if i is not None and p.swap else i for i, p in zip(items, places, strict=True)]
+    if len(items) == 1 and items[0] is not None:
+        return items[0]
+    rows = None
+    if units is not None:
+        rows = [units * (p.part[1] - p.part[0]) for p in places if p.part is not None]
+    elif any(i is None for i in items):
+        raise AdapterError("only some of its parts are changed, by a gain on the inputs")
+    return join(items, rows)
+
+
+def _rows(item: Pair | Delta) -> int | None:
+    if isinstance(item, Pair):
+        return item.B.shape[0]
+    if item.form == "gain":
+        return len(item.parts["value"]) if item.parts["value"].ndim == 1 else None
+    return item.shape[0]

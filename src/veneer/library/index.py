@@ -1,0 +1,308 @@
+"""The index: what is in the library, in SQLite or PostgreSQL, through SQLAlchemy.
+
+    names 1─n versions n─1 entries 1─n files n─1 objects        names 1─n aliases ─1 versions        versions 1─n tags
+                           entries 1─n triggers, parents
+
+An entry is content (a manifest); a version gives it a name and a number. An object is a file of the store, the manifest
+itself included. Every write transaction holds the one write lock of the index (SQLite's own, an advisory lock in
+PostgreSQL), so writes follow one another, and what is said of them in `library` and `upkeep` can be read as a sequence.
+Knows tables and connections; what is done with them is in `library` and `upkeep`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    delete,
+    event,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, ProgrammingError
+
+from veneer.errors import ConfigError, MissingExtraError, ResourceError
+
+__all__ = [
+    "CONDEMNED", "TABLES", "Key", "aliases", "claim", "clear", "connect", "entries", "files", "identify", "identity",
+    "many", "names", "objects", "parents", "reading", "shown_url", "tags", "triggers", "versions", "writing",
+]  # fmt: skip
+
+SCHEMA = "1"
+CONDEMNED = ""
+"""The generation of an object that garbage collection is about to delete."""
+
+_LOCK = 0x76656E656572  # "veneer": the key of PostgreSQL's advisory lock
+_BUSY_SECONDS = 120
+
+
+def Key() -> Any:
+    """Text that compares byte by byte, so that a range of it is a prefix, in both databases."""
+    return String().with_variant(String(collation="C"), "postgresql")
+
+
+TABLES = MetaData()
+
+_meta = Table("library_meta", TABLES, Column("key", Key(), primary_key=True), Column("value", Text, nullable=False))
+objects = Table(
+    "library_objects",
+    TABLES,
+    Column("path", Key(), primary_key=True),
+    Column("size", BigInteger, nullable=False),
+    Column("touched", Float, nullable=False),  # when someone last said that it is needed; seconds since 1970
+    Column("generation", String, nullable=False),  # changes when the object may have been deleted in between
+)
+entries = Table(
+    "library_entries",
+    TABLES,
+    Column("id", Key(), primary_key=True),  # the sha256 of the manifest, hexadecimal
+    Column("manifest", Key(), ForeignKey(objects.c.path), nullable=False, index=True),
+    Column("digest", Key(), nullable=False, index=True),  # of the adapter, "sha256:…", "" where nobody can read it
+    Column("format", String, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("base", Key(), nullable=False, index=True),
+    Column("base_name", Key(), nullable=False, index=True),  # the last part of `base` in lower case
+    Column("fingerprint", Key(), nullable=False, index=True),
+    Column("licence", String, nullable=False),
+    Column("created", String, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("card", Text, nullable=False),  # JSON
+    Column("words", Text, nullable=False),  # what a free search looks through, in lower case
+)
+files = Table(
+    "library_files",
+    TABLES,
+    Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("name", Key(), primary_key=True),
+    Column("object", Key(), ForeignKey(objects.c.path), nullable=False, index=True),
+    Column("sha256", String, nullable=False),
+    Column("size", BigInteger, nullable=False),
+)
+triggers = Table(
+    "library_triggers",
+    TABLES,
+    Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("word", Key(), primary_key=True),
+    Column("lower", Key(), nullable=False, index=True),
+)
+parents = Table(
+    "library_parents",
+    TABLES,
+    Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("parent", Key(), primary_key=True, index=True),
+)
+names = Table(
+    "library_names",
+    TABLES,
+    Column("name", Key(), primary_key=True),
+    Column("latest", Integer),  # NULL where all versions were removed
+    Column("next", Integer, nullable=False),  # numbers of removed versions do not come back
+)
+versions = Table(
+    "library_versions",
+    TABLES,
+    Column("name", Key(), ForeignKey(names.c.name), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("entry", Key(), ForeignKey(entries.c.id), nullable=False, index=True),
+    Column("added", String, nullable=False),
+    Column("source", String, nullable=False),
+)
+aliases = Table(
+    "library_aliases",
+    TABLES,
+    Column("name", Key(), primary_key=True),
+    Column("alias", Key(), primary_key=True),
+    Column("version", Integer, nullable=False),
+    ForeignKeyConstraint(["name", "version"], [versions.c.name, versions.c.version]),
+    Index("library_aliases_version", "name", "version"),
+)
+tags = Table(
+    "library_tags",
+    TABLES,
+    Column("name", Key(), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("tag", Key(), primary_key=True),
+    ForeignKeyConstraint(["name", "version"], [versions.c.name, versions.c.version], ondelete="CASCADE"),
+    Index("library_tags_tag", "tag"),
+)
+
+
+def connect(where: str) -> Engine:
+    """The index in a SQLite file, or behind a URL such as postgresql://user@host/database; its tables are made if they
+    are not there. Raises ConfigError for a URL that leads nowhere, MissingExtraError without psycopg."""
+    url = where if "://" in where else f"sqlite:///{where}"
+    if url.startswith(("postgresql://", "postgres://")):
+        url = "postgresql+psycopg://" + url.partition("://")[2]
+    try:
+        engine = _sqlite(url) if url.startswith("sqlite:") else create_engine(url, pool_pre_ping=True)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the index needs {error.name or 'a database driver'}",
+            where=shown_url(where),
+            fix="pip install 'veneer[postgres]'",
+        ) from None
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise ConfigError(f"this is no address of an index: {error}", where=shown_url(where), fix=_URL_FIX) from None
+    try:
+        found = _schema(engine)
+        if found is None:
+            with writing(engine) as c:
+                TABLES.create_all(c)
+                if c.scalar(_SCHEMA_ROW) is None:
+                    c.execute(insert(_meta), {"key": "schema", "value": SCHEMA})
+            found = SCHEMA
+    except DBAPIError as error:
+        engine.dispose()
+        raise ConfigError(
+            f"the index cannot be opened: {str(error.orig).strip()}", where=shown_url(where), fix=_URL_FIX
+        ) from error
+    if found != SCHEMA:
+        engine.dispose()
+        raise ConfigError(f"the index has version {found}, this veneer knows {SCHEMA}", where=shown_url(where))
+    return engine
+
+
+def _schema(engine: Engine) -> str | None:
+    """The version of the tables; None where there are none yet."""
+    try:
+        with reading(engine) as c:
+            found: str | None = c.scalar(_SCHEMA_ROW)
+            return found
+    except (OperationalError, ProgrammingError) as error:
+        if "library_meta" in str(error.orig):
+            return None
+        raise
+
+
+_SCHEMA_ROW = select(_meta.c.value).where(_meta.c.key == "schema")
+_URL_FIX = "a path for SQLite, or postgresql://user:password@host/database"
+
+
+def shown_url(where: str) -> str:
+    """An address without its password."""
+    head, at, host = where.rpartition("@")
+    return f"{head.rpartition(':')[0] if head.count(':') > 1 else head}{at}{host}"
+
+
+def _sqlite(url: str) -> Engine:
+    Path(url.removeprefix("sqlite:///")).expanduser().parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # transactions begin below, not where the driver guesses
+        _wal(connection)
+        connection.execute("PRAGMA synchronous=FULL")  # committed means on the disk
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @event.listens_for(engine, "begin")
+    def begin(c: Connection) -> None:
+        c.exec_driver_sql("BEGIN IMMEDIATE" if c.get_execution_options().get("write") else "BEGIN")
+
+    return engine
+
+
+def _wal(connection: Any) -> None:
+    """Switching to WAL does not wait for others who do the same, so it is tried again here."""
+    import sqlite3
+
+    give_up = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A connection for queries."""
+    with engine.connect() as c:
+        yield c
+
+
+@contextlib.contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """A transaction that holds the index's one write lock from its start: committed at the end, or not at all.
+
+    Raises ResourceError where the lock is not to be had for two minutes."""
+    with engine.connect().execution_options(write=True) as c:
+        try:
+            c.begin()
+            if c.dialect.name == "postgresql":
+                c.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
+        except DBAPIError as error:
+            if "locked" not in str(error.orig):
+                raise
+            raise ResourceError(
+                f"another process has been writing to the index for {_BUSY_SECONDS} seconds",
+                fix="try again; with many writers, keep the index in PostgreSQL",
+            ) from error
+        yield c
+        c.commit()
+
+
+def identity(c: Connection) -> str | None:
+    """The id that ties the index to its store; None for a new index."""
+    found: str | None = c.scalar(select(_meta.c.value).where(_meta.c.key == "store"))
+    return found
+
+
+def identify(c: Connection, store: str) -> None:
+    """Tie the index to a store from now on."""
+    c.execute(delete(_meta).where(_meta.c.key == "store"))
+    c.execute(insert(_meta), {"key": "store", "value": store})
+
+
+def claim(c: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Say that objects are needed from now on, in a write transaction. Returns path -> generation: as long as an object
+    keeps its generation it was not deleted since."""
+    now, out = time.time(), {}
+    for path, size in sorted(sizes.items()):
+        row = c.execute(select(objects.c.generation).where(objects.c.path == path)).first()
+        generation = secrets.token_hex(8) if row is None or row.generation == CONDEMNED else str(row.generation)
+        values = {"size": size, "touched": now, "generation": generation}
+        if row is None:
+            c.execute(insert(objects), {"path": path, **values})
+        else:
+            c.execute(update(objects).where(objects.c.path == path).values(**values))
+        out[path] = generation
+    return out
+
+
+def clear(c: Connection) -> None:
+    """Empty every table but the one that says whose index this is."""
+    for table in reversed(TABLES.sorted_tables):
+        if table is not _meta:
+            c.execute(delete(table))
+
+
+def many(c: Connection, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Insert rows, of which there may be none."""
+    listed = [dict(r) for r in rows]
+    if listed:
+        c.execute(insert(table), listed)

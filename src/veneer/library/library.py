@@ -1,0 +1,394 @@
+"""The library: adapters under names, versions, aliases and tags, each an entry of content-addressed files.
+
+    library = open_library()                     <veneer home>/library, or VENEER_LIBRARY and VENEER_LIBRARY_INDEX
+    library.add("runs/tickets", "support")       support@1
+    library.alias("support@1", "prod")           support@prod
+    library.resolve("support@prod")              a local path with its files, read-only
+
+An add, in this order, so that it is whole or not there, and safe beside collection (`upkeep` has the other half):
+
+    1. hash the files; the manifest of their hashes is the entry, its own sha256 the entry's id
+    2. claim, one transaction: a row in `objects` for each file, touched now; remember each row's generation
+    3. store the files that are not in the store
+    4. commit, one transaction: if a row of step 2 has gone or has another generation, collection came in between: claim
+       and store that file again, now, while the write lock keeps collection out. Then entry, version, tags together.
+
+A kill before 4 leaves files that nothing refers to, for `gc`. Knows the store and the index; what is in an adapter's
+files is told to it by `describe`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, delete, insert, select, update
+
+from veneer.errors import AdapterError, ConfigError, nearest
+from veneer.library import index as ix
+from veneer.library.describe import Described, content_of, describe
+from veneer.library.names import Reference, check_alias, check_file_name, check_name, check_tag, parse_reference
+from veneer.library.queries import Version, find, record, search
+from veneer.library.store import Directory, Remote, blob_path, canonical, hash_file, manifest_path, open_store
+from veneer.models.home import veneer_home
+
+__all__ = ["Added", "Library", "library_place", "open_library"]
+
+MARK = "library.json"
+
+
+@dataclass
+class Added:
+    """What `add` did. `new`: whether there is a new version (the name's latest may have been this content already).
+    `left_out`: what lay beside the adapter's files and is not kept."""
+
+    version: Version
+    new: bool
+    left_out: list[str]
+
+
+@dataclass
+class Library:
+    """An open library. `cache` is where files of a remote store are kept on this machine."""
+
+    location: str
+    store: Directory | Remote
+    engine: Engine
+    cache: Directory
+
+    def __enter__(self) -> Library:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def find(self, reference: str) -> Version:
+        """The version that a reference means.
+
+        Raises AdapterError, with the nearest names, where there is none, or where a digest's prefix fits several
+        adapters; ConfigError for text that is no reference."""
+        wanted = parse_reference(reference)
+        with ix.reading(self.engine) as c:
+            found = find(c, wanted)
+            if len(found) == 1:
+                return found[0]
+            if found:
+                shown = "\n".join(f"  {v.digest or 'sha256:' + v.entry}  {v.reference}" for v in found)
+                raise AdapterError(f"{reference} fits several adapters:\n{shown}", where=self.location)
+            raise self._unknown(c, reference, wanted.name)
+
+    def _unknown(self, c: Connection, reference: str, name: str) -> AdapterError:
+        kept = c.scalars(select(ix.versions.c.version).where(ix.versions.c.name == name)).all()
+        if kept:
+            pointers = c.scalars(select(ix.aliases.c.alias).where(ix.aliases.c.name == name)).all()
+            has = ", ".join([f"{name}@{w}" for w in [*sorted(kept)[-5:], *sorted(pointers)]])
+            return AdapterError(f"the library has no {reference}", where=self.location, fix=f"it has {has}")
+        every = c.scalars(select(ix.names.c.name).where(ix.names.c.latest.is_not(None))).all() if name else []
+        near = nearest(name, every, 3)
+        fix = f"did you mean {' or '.join(near)}?" if near else "see `veneer library list`"
+        return AdapterError(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
+
+    def search(self, text: str = "", **filters: Any) -> list[Version]:
+        """The versions that fit, by name; `queries.search` has the filters. Without any: the latest of each name."""
+        with ix.reading(self.engine) as c:
+            return search(c, text, **filters)
+
+    def resolve(self, reference: str) -> Path:
+        """A local path with the adapter's files, read-only: a folder, or the file itself where it came as one file.
+
+        A local store links, so nothing is copied. A remote one is fetched into this machine's cache, each file checked
+        against its sha256. The path stays good until garbage collection after the last name of the content went.
+        Raises AdapterError where there is no such adapter, or its files are missing or damaged."""
+        version = self.find(reference)
+        kept = self.files(version.entry)
+        local = self.store if isinstance(self.store, Directory) else self.cache
+        try:
+            if isinstance(self.store, Remote):
+                self._fetch(self.store, kept)
+            folder = local.folder(version.entry, kept)
+        except FileNotFoundError as error:
+            raise AdapterError(
+                f"files of {version.reference} are missing in the store: {error}",
+                where=self.location,
+                fix="`veneer library verify` lists what is missing; add the adapter again to restore it",
+            ) from error
+        only = next(iter(kept))
+        return folder if len(kept) > 1 or version.format == "peft" else folder / only
+
+    def _fetch(self, store: Remote, kept: Mapping[str, tuple[str, int]]) -> None:
+        for sha256, size in kept.values():
+            if self.cache.size(blob_path(sha256)) != size:
+                with store.open(blob_path(sha256)) as source:
+                    self.cache.fill(blob_path(sha256), source, sha256)
+
+    def files(self, entry: str) -> dict[str, tuple[str, int]]:
+        """An entry's files: name -> (sha256, size)."""
+        f = ix.files.c
+        with ix.reading(self.engine) as c:
+            rows = c.execute(select(f.name, f.sha256, f.size).where(f.entry == entry).order_by(f.name)).all()
+        return {row.name: (row.sha256, row.size) for row in rows}
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        path: str | Path,
+        name: str,
+        *,
+        tags: Iterable[str] = (),
+        source: str = "",
+        number: int | None = None,
+        describe: Callable[[Path], Described] = describe,
+    ) -> Added:
+        """Keep the adapter at `path` (a PEFT folder, a run's folder with one in `adapter/`, or one file) as the next
+        version of `name`. Content that the latest version has already makes no new version, and gets the tags.
+
+        `source`: where it came from. `number`: the version it should get if that is free and the content is not there
+        under another. `describe`: reads the files; raises for what is no adapter. Raises AdapterError, ConfigError."""
+        check_name(name)
+        for tag in (tags := list(tags)):
+            check_tag(tag)
+        found = content_of(Path(path).expanduser())
+        for file in found.files:
+            check_file_name(file)
+        before = {file: _stamp(p) for file, p in found.files.items()}
+        kept = {file: (hash_file(p), p.stat().st_size) for file, p in sorted(found.files.items())}
+        about = describe(found.place)
+        manifest = canonical(
+            {"veneer-manifest": 1, "files": {n: {"sha256": h, "size": size} for n, (h, size) in kept.items()}}
+        )
+        entry = hashlib.sha256(manifest).hexdigest()
+        sources: dict[str, tuple[Path | bytes, str]] = {
+            blob_path(h): (found.files[file], h) for file, (h, _) in kept.items()
+        }
+        sources[manifest_path(entry)] = (manifest, entry)
+        sizes = {blob_path(h): size for h, size in kept.values()} | {manifest_path(entry): len(manifest)}
+        with ix.writing(self.engine) as c:
+            claimed = ix.claim(c, sizes)
+        for target, (data, sha256) in sources.items():
+            self.store.put(target, data, sha256)
+        if changed := [file for file, p in found.files.items() if _stamp(p) != before[file]]:
+            raise AdapterError(f"changed while it was being added: {', '.join(changed)}", where=str(path), fix="again")
+        with ix.writing(self.engine) as c:
+            now = ix.claim(c, sizes)
+            for target in (t for t in now if now[t] != claimed[t]):
+                self.store.put(target, *sources[target])
+            self.enter(c, entry, kept, about)
+            number, new = self._number(c, name, entry, source, number)
+            self._put_tags(c, name, number, tags)
+            self.store.replace(f"names/{name}.json", canonical(record(c, name)))
+            version = find(c, Reference(name, version=number))[0]
+        return Added(version, new, found.left_out)
+
+    def enter(self, c: Connection, entry: str, kept: Mapping[str, tuple[str, int]], about: Described) -> None:
+        """The entry's rows; a description that says more than the one on record replaces it."""
+        known = c.execute(select(ix.entries.c.digest).where(ix.entries.c.id == entry)).first()
+        values = about.columns(sum(size for _, size in kept.values()))
+        if known is None:
+            c.execute(insert(ix.entries), {"id": entry, "manifest": manifest_path(entry), **values})
+            rows = [
+                {"entry": entry, "name": n, "object": blob_path(h), "sha256": h, "size": s}
+                for n, (h, s) in kept.items()
+            ]
+            ix.many(c, ix.files, rows)
+        elif about.digest and not known.digest:
+            c.execute(update(ix.entries).where(ix.entries.c.id == entry).values(**values))
+            c.execute(delete(ix.triggers).where(ix.triggers.c.entry == entry))
+            c.execute(delete(ix.parents).where(ix.parents.c.entry == entry))
+        else:
+            return
+        ix.many(c, ix.triggers, [{"entry": entry, "word": w, "lower": w.lower()} for w in about.trigger_words])
+        ix.many(c, ix.parents, [{"entry": entry, "parent": p} for p in about.parents])
+
+    def _number(self, c: Connection, name: str, entry: str, source: str, wanted: int | None) -> tuple[int, bool]:
+        """The version of `name` that is this entry, made where there is none. (number, whether it is new)"""
+        v, n = ix.versions.c, ix.names.c
+        row = c.execute(select(n.latest, n.next).where(n.name == name)).first()
+        latest, following = (row.latest, row.next) if row is not None else (None, 1)
+        same = c.scalars(select(v.version).where(v.name == name, v.entry == entry)).all()
+        if (wanted in same) or (wanted is None and latest in same and latest is not None):
+            return wanted or int(latest or 0), False
+        if wanted is not None and same:
+            return max(same), False
+        taken = c.scalars(select(v.version).where(v.name == name)).all()
+        number = wanted if wanted is not None and wanted >= 1 and wanted not in taken else following
+        values = {"latest": max(number, latest or 0), "next": max(number + 1, following)}
+        if row is None:
+            c.execute(insert(ix.names), {"name": name, **values})
+        else:
+            c.execute(update(ix.names).where(n.name == name).values(**values))
+        added = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        c.execute(
+            insert(ix.versions), {"name": name, "version": number, "entry": entry, "added": added, "source": source}
+        )
+        return number, True
+
+    def _put_tags(self, c: Connection, name: str, version: int, tags: Iterable[str]) -> None:
+        t = ix.tags.c
+        have = set(c.scalars(select(t.tag).where(t.name == name, t.version == version)).all())
+        ix.many(c, ix.tags, [{"name": name, "version": version, "tag": x} for x in sorted(set(tags) - have)])
+
+    def tag(self, reference: str, *tags: str) -> Version:
+        """Put tags on a version. Raises as `find`, and ConfigError for text that can be no tag."""
+        for tag in tags:
+            check_tag(tag)
+        return self._change(reference, lambda c, v: self._put_tags(c, v.name, v.version, tags))
+
+    def untag(self, reference: str, *tags: str) -> Version:
+        """Take tags off a version. Raises AdapterError that lists the tags it does not have."""
+
+        def change(c: Connection, v: Version) -> None:
+            if missing := sorted(set(tags) - set(v.tags)):
+                has = f"it has {', '.join(v.tags)}" if v.tags else "it has none"
+                raise AdapterError(f"{v.reference} has no tag {', '.join(missing)}", where=self.location, fix=has)
+            t = ix.tags.c
+            c.execute(delete(ix.tags).where(t.name == v.name, t.version == v.version, t.tag.in_(tags)))
+
+        return self._change(reference, change)
+
+    def alias(self, reference: str, alias: str) -> Version:
+        """Let `name@alias` mean this version from now on, wherever it pointed before; one step for all who look."""
+        check_alias(alias)
+
+        def change(c: Connection, v: Version) -> None:
+            a = ix.aliases.c
+            c.execute(delete(ix.aliases).where(a.name == v.name, a.alias == alias))
+            c.execute(insert(ix.aliases), {"name": v.name, "alias": alias, "version": v.version})
+
+        return self._change(reference, change)
+
+    def _change(self, reference: str, change: Callable[[Connection, Version], None]) -> Version:
+        """Find a version, change what is said of it, and write its name's record, all under the write lock."""
+        with ix.writing(self.engine) as c:
+            found = find(c, wanted := parse_reference(reference))
+            if len(found) != 1:
+                raise self._unknown(c, reference, wanted.name) if not found else _several(reference, found)
+            change(c, found[0])
+            after = find(c, parse_reference(found[0].reference))[0]
+            self.store.replace(f"names/{after.name}.json", canonical(record(c, after.name)))
+        return after
+
+    def remove(self, reference: str, *, with_aliases: bool = False) -> list[str]:
+        """Remove a name with all its versions (`support`), one version (`support@2`) or an alias (`support@prod`).
+
+        A version that an alias points to stays, with AdapterError, unless `with_aliases`. The files stay too until `gc`
+        finds that no version of any name has them, and for its grace period after this. Returns what was removed."""
+        wanted = parse_reference(reference)
+        if wanted.prefix:
+            raise ConfigError("a digest may have several names", where=reference, fix="remove them by name")
+        a, v = ix.aliases.c, ix.versions.c
+        with ix.writing(self.engine) as c:
+            if not (found := find(c, wanted)):
+                raise self._unknown(c, reference, wanted.name)
+            name = wanted.name
+            if wanted.alias:
+                c.execute(delete(ix.aliases).where(a.name == name, a.alias == wanted.alias))
+                gone = [f"{name}@{wanted.alias}"]
+            else:
+                whole = reference == name
+                doomed = c.scalars(select(v.version).where(v.name == name)).all() if whole else [found[0].version]
+                gone = self._remove_versions(c, name, list(doomed), with_aliases)
+            self.store.replace(f"names/{name}.json", canonical(record(c, name)))
+        return gone
+
+    def _remove_versions(self, c: Connection, name: str, doomed: list[int], with_aliases: bool) -> list[str]:
+        a, v = ix.aliases.c, ix.versions.c
+        pointers = c.execute(select(a.alias, a.version).where(a.name == name, a.version.in_(doomed))).all()
+        if pointers and not with_aliases:
+            shown = ", ".join(f"{name}@{p.alias} -> {name}@{p.version}" for p in pointers)
+            raise AdapterError(
+                f"aliases point there: {shown}", where=self.location, fix="move them first, or --with-aliases"
+            )
+        c.execute(delete(ix.aliases).where(a.name == name, a.version.in_(doomed)))
+        lost = set(c.scalars(select(v.entry).where(v.name == name, v.version.in_(doomed))).all())
+        c.execute(delete(ix.tags).where(ix.tags.c.name == name, ix.tags.c.version.in_(doomed)))
+        c.execute(delete(ix.versions).where(v.name == name, v.version.in_(doomed)))
+        left = c.scalars(select(v.version).where(v.name == name)).all()
+        c.execute(update(ix.names).where(ix.names.c.name == name).values(latest=max(left, default=None)))
+        blobs = select(ix.files.c.object).where(ix.files.c.entry.in_(lost))
+        o, paths = ix.objects.c, [manifest_path(e) for e in lost]
+        c.execute(update(ix.objects).where(o.path.in_(blobs) | o.path.in_(paths)).values(touched=time.time()))
+        return [f"{name}@{p.alias}" for p in pointers] + [f"{name}@{n}" for n in sorted(doomed)]
+
+
+def library_place() -> str:
+    """Where the library is unless said otherwise: VENEER_LIBRARY, or `library` in the veneer home."""
+    return os.environ.get("VENEER_LIBRARY") or str(veneer_home() / "library")
+
+
+def open_library(location: str | Path | None = None, index: str | None = None, *, check: bool = True) -> Library:
+    """Open the library at `location` (a path or fsspec URL), and make it if there is none.
+
+    location: by default VENEER_LIBRARY, or `library` in the veneer home. index: a path or database URL; by default
+    VENEER_LIBRARY_INDEX, or index.sqlite in a local library; for a remote one a file in the veneer home, good for one
+    machine alone. `check=False` is for `upkeep.rebuild`. Raises ConfigError where the index belongs to another store:
+    collection by a wrong index would empty it."""
+    where = str(location or library_place())
+    store = open_store(where)
+    index = index or os.environ.get("VENEER_LIBRARY_INDEX")
+    if not index:
+        key = hashlib.sha256(where.rstrip("/").encode()).hexdigest()[:16]
+        home = veneer_home() / "library-index" / f"{key}.sqlite"
+        index = str(store.root / "index.sqlite" if isinstance(store, Directory) else home)
+    engine = ix.connect(index)
+    try:
+        mark = _mark(store, where) or _begin(store, engine, where)
+        with ix.reading(engine) as c:
+            own = ix.identity(c)
+        if check and own != mark:
+            raise ConfigError(
+                "this index is new, or belongs to another library than these files",
+                where=f"{ix.shown_url(index)} for {where}",
+                fix="give the right one with --index or VENEER_LIBRARY_INDEX. If it is lost: "
+                "`veneer library verify --rebuild` makes it again from the files",
+            )
+        return Library(where, store, engine, Directory(veneer_home() / "cache" / "library" / mark))
+    except BaseException:
+        engine.dispose()
+        raise
+
+
+def _begin(store: Directory | Remote, engine: Engine, where: str) -> str:
+    """Mark a new store with the index's id; the index first, so that a kill in between does no harm."""
+    with ix.writing(engine) as c:
+        mark = ix.identity(c) or secrets.token_hex(16)
+        ix.identify(c, mark)
+    if _mark(store, where) is None:
+        store.replace(MARK, canonical({"veneer-library": 1, "id": mark}))
+    return _mark(store, where) or mark
+
+
+def _mark(store: Directory | Remote, where: str) -> str | None:
+    if store.size(MARK) is None:
+        return None
+    try:
+        found = json.loads(store.read(MARK))
+        version, mark = found["veneer-library"], found["id"]
+    except (ValueError, KeyError, TypeError):
+        version = mark = None
+    if version != 1 or not isinstance(mark, str) or not mark.isalnum():
+        raise ConfigError(
+            f"its {MARK} cannot be understood", where=where, fix="a library of a later veneer, or damaged"
+        )
+    return mark
+
+
+def _several(reference: str, found: list[Version]) -> AdapterError:
+    return AdapterError(f"{reference} fits several adapters: {', '.join(v.reference for v in found)}")
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino

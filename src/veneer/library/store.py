@@ -1,0 +1,348 @@
+"""The store: files under their sha256, in a local directory or anywhere fsspec reaches.
+
+    library.json              which library this is
+    blobs/ab/ab12…            one file of an adapter, under the sha256 of its bytes
+    manifests/3f/3fa9…        {"veneer-manifest": 1, "files": {name: {"sha256", "size"}}}, under its sha256: an entry
+    names/support.json        what the index says of a name, so that the index can be made again
+    folders/3fa9…/            local directories alone: an entry's files under their names, hard links to the blobs
+    tmp/                      local directories alone: what is being written
+
+A file appears whole or not at all, and one under its sha256 never changes. Whoever writes below tmp/ holds a lock on
+it, which the system takes back when the process dies in any way: what is unlocked there is debris.
+Knows bytes and paths; nothing of names, versions or the index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from veneer.errors import AdapterError, ConfigError, MissingExtraError
+
+__all__ = ["Directory", "Remote", "blob_path", "canonical", "hash_file", "manifest_path", "open_store"]
+
+CHUNK = 1 << 20
+_WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
+"""fsspec protocols whose files appear whole: elsewhere a file is written under another name and moved."""
+
+
+def blob_path(sha256: str) -> str:
+    return f"blobs/{sha256[:2]}/{sha256}"
+
+
+def manifest_path(entry: str) -> str:
+    return f"manifests/{entry[:2]}/{entry}"
+
+
+def canonical(value: Any) -> bytes:
+    """JSON of which equal values have equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_store(location: str) -> Directory | Remote:
+    """The store at a path, a file: URL or another fsspec URL. Raises ConfigError for a URL that means nothing,
+    MissingExtraError where the package for its protocol is not installed."""
+    if "://" not in location:
+        return Directory(Path(location).expanduser().absolute())
+    protocol = location.partition("://")[0]
+    if protocol in ("file", "local"):
+        return Directory(Path(location.partition("://")[2]).absolute())
+    import fsspec  # type: ignore[import-untyped]
+
+    try:
+        fs, root = fsspec.core.url_to_fs(location, use_listings_cache=False)
+    except ImportError as error:
+        extra = {"s3": "pip install 'veneer[s3]'", "s3a": "pip install 'veneer[s3]'"}
+        raise MissingExtraError(str(error), where=location, fix=extra.get(protocol, "install it with pip")) from None
+    except ValueError as error:
+        raise ConfigError(f"this is no place for a library: {error}", where=location) from None
+    return Remote(fs, root.rstrip("/"), protocol in _WHOLE)
+
+
+@dataclass
+class Directory:
+    """A store in a local directory."""
+
+    root: Path
+
+    def size(self, path: str) -> int | None:
+        """A file's size; None where there is no such file."""
+        try:
+            return (self.root / path).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def read(self, path: str) -> bytes:
+        return (self.root / path).read_bytes()
+
+    def open(self, path: str) -> IO[bytes]:
+        return (self.root / path).open("rb")
+
+    def put(self, path: str, source: Path | bytes, sha256: str) -> None:
+        """Store bytes under their sha256; nothing happens if they are there. Raises AdapterError, with nothing changed,
+        where the source has another sha256."""
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if self.size(path) == size:
+            return
+        with contextlib.ExitStack() as stack:
+            chunks = iter([source]) if isinstance(source, bytes) else _chunks(stack.enter_context(source.open("rb")))
+            self._write(path, chunks, sha256, mode=0o444)
+
+    def fill(self, path: str, source: IO[bytes], sha256: str) -> None:
+        """`put` from an open file."""
+        self._write(path, _chunks(source), sha256, mode=0o444)
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a file that may change, whole."""
+        self._write(path, iter([data]), None, mode=0o644)
+
+    def _write(self, path: str, chunks: Iterator[bytes], sha256: str | None, mode: int) -> None:
+        target = self.root / path
+        with self._temporary() as (temporary, fd):
+            digest = hashlib.sha256()
+            for chunk in chunks:
+                digest.update(chunk)
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(fd, view) :]
+            if sha256 is not None and digest.hexdigest() != sha256:
+                raise _wrong_bytes(path, digest.hexdigest(), sha256)
+            os.fchmod(fd, mode)
+            os.fsync(fd)
+            new = _make_parents(target)
+            os.replace(temporary, target)
+            for folder in {target.parent, *new}:
+                _flush(folder)
+
+    @contextlib.contextmanager
+    def _temporary(self, folder: bool = False) -> Iterator[tuple[Path, int]]:
+        """A new file or folder below tmp/, locked; removed at the end if it is still there."""
+        parent = self.root / "tmp"
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = parent / secrets.token_hex(12)
+            if folder:
+                path.mkdir()
+            flags = os.O_RDONLY if folder else os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            try:
+                fd = os.open(path, flags, 0o600)
+            except FileNotFoundError:  # a sweep came between the two
+                continue
+            if _lock(fd) and path.exists():
+                break
+            os.close(fd)  # a sweep held it for debris: begin again
+        try:
+            yield path, fd
+        finally:
+            os.close(fd)
+            _discard(path)
+
+    def delete(self, path: str) -> None:
+        (self.root / path).unlink(missing_ok=True)
+
+    def walk(self, prefix: str) -> Iterator[tuple[str, int, float]]:
+        """(path, size, time of last change) of every file below `prefix`."""
+        for folder, _, names in os.walk(self.root / prefix):
+            for name in names:
+                found = Path(folder) / name
+                with contextlib.suppress(FileNotFoundError):
+                    stat = found.stat()
+                    yield found.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime
+
+    def folder(self, entry: str, files: Mapping[str, tuple[str, int]]) -> Path:
+        """The entry's files under their names: name -> (sha256, size). Hard links, so that nothing is copied; copies on
+        file systems without. Raises FileNotFoundError where a blob is missing."""
+        target = self.root / "folders" / entry
+        if _holds(target, files):
+            return target
+        with self._temporary(folder=True) as (temporary, _):
+            for name, (sha256, _size) in files.items():
+                blob = self.root / blob_path(sha256)
+                try:
+                    os.link(blob, temporary / name)
+                except FileNotFoundError:
+                    raise
+                except OSError:
+                    shutil.copyfile(blob, temporary / name)
+                    os.chmod(temporary / name, 0o444)
+            if not _holds(temporary, files):
+                raise FileNotFoundError(f"blobs of entry {entry} have other sizes than its manifest says")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            while not _holds(target, files):
+                try:
+                    os.rename(temporary, target)
+                except OSError:  # another process made it meanwhile, or someone took files out of it
+                    if target.exists() and not _holds(target, files):
+                        self.drop_folder(entry)
+        return target
+
+    def drop_folder(self, entry: str) -> None:
+        """Remove an entry's folder; out of the way in one step, so that nobody finds half of it."""
+        folder = self.root / "folders" / entry
+        aside = self.root / "tmp" / secrets.token_hex(12)
+        aside.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, aside)
+            _discard(aside)
+
+    def sweep(self, entries: set[str]) -> int:
+        """Remove debris below tmp/ and the folders of entries that are not in `entries`. Returns how many."""
+        count = 0
+        for path in _listed(self.root / "tmp"):
+            try:
+                fd = os.open(path, os.O_RDONLY)
+            except (FileNotFoundError, PermissionError):
+                continue
+            try:
+                if _lock(fd):
+                    _discard(path)
+                    count += 1
+            finally:
+                os.close(fd)
+        for path in _listed(self.root / "folders"):
+            if path.name not in entries:
+                self.drop_folder(path.name)
+                count += 1
+        return count
+
+
+@dataclass
+class Remote:
+    """A store behind fsspec. `whole`: files appear whole when they are closed."""
+
+    fs: Any
+    root: str
+    whole: bool
+    _made: set[str] = field(default_factory=set)
+
+    def _at(self, path: str) -> str:
+        return f"{self.root}/{path}"
+
+    def size(self, path: str) -> int | None:
+        try:
+            return int(self.fs.info(self._at(path))["size"])
+        except FileNotFoundError:
+            return None
+
+    def read(self, path: str) -> bytes:
+        return bytes(self.fs.cat_file(self._at(path)))
+
+    def open(self, path: str) -> IO[bytes]:
+        opened: IO[bytes] = self.fs.open(self._at(path), "rb", cache_type="readahead", block_size=8 << 20)
+        return opened
+
+    def put(self, path: str, source: Path | bytes, sha256: str) -> None:
+        """As `Directory.put`."""
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if self.size(path) == size:
+            return
+        if (found := hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else hash_file(source)) != sha256:
+            raise _wrong_bytes(path, found, sha256)
+        self._send(path, source)
+        if (kept := self.size(path)) != size:
+            raise AdapterError(f"{size:,} bytes were sent and {kept} arrived", where=self._at(path), fix="try again")
+
+    def replace(self, path: str, data: bytes) -> None:
+        self._send(path, data)
+
+    def _send(self, path: str, source: Path | bytes) -> None:
+        target = self._at(path)
+        first = target if self.whole else f"{self.root}/tmp/{secrets.token_hex(12)}"
+        for folder in {first.rpartition("/")[0], target.rpartition("/")[0]} - self._made:
+            if not self.whole:
+                self.fs.makedirs(folder, exist_ok=True)
+                self._made.add(folder)
+        if isinstance(source, bytes):
+            self.fs.pipe_file(first, source)
+        else:
+            self.fs.put_file(str(source), first)
+        if first != target:
+            self.fs.mv(first, target)
+
+    def delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self._at(path))
+
+    def walk(self, prefix: str) -> Iterator[tuple[str, int, float]]:
+        try:
+            found = self.fs.find(self._at(prefix), detail=True)
+        except FileNotFoundError:
+            return
+        for path, about in found.items():
+            changed = about.get("LastModified") or about.get("mtime") or about.get("created") or 0.0
+            when = changed.timestamp() if hasattr(changed, "timestamp") else float(changed)
+            yield path[len(self.root) + 1 :], int(about["size"]), when
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    while chunk := file.read(CHUNK):
+        yield chunk
+
+
+def _wrong_bytes(path: str, found: str, wanted: str) -> AdapterError:
+    return AdapterError(
+        f"the bytes have sha256 {found}, not {wanted}", where=path, fix="they changed or were damaged on the way: again"
+    )
+
+
+def _make_parents(target: Path) -> set[Path]:
+    """Make the folder of `target`. Returns the folders whose listing changed by that."""
+    if target.parent.is_dir():
+        return set()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return {target.parent.parent, target.parent.parent.parent}
+
+
+def _flush(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the file system can."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _lock(fd: int) -> bool:
+    """Take the lock of an open file or folder, unless someone holds it. It ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where a file that is open cannot be removed anyway
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _listed(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _holds(folder: Path, files: Mapping[str, tuple[str, int]]) -> bool:
+    """Whether a folder has just these files, in their sizes."""
+    try:
+        return {e.name: e.stat().st_size for e in os.scandir(folder)} == {n: size for n, (_, size) in files.items()}
+    except FileNotFoundError:
+        return False

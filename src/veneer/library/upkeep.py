@@ -1,0 +1,380 @@
+"""Upkeep of a library: collect what nothing refers to, check what is there, make the index again.
+
+Collection, beside any number of adds and other collections (`library` has the add's half):
+
+    1. entries without a version, not touched within the grace period, lose their rows, in one transaction with
+    2. objects that no entry refers to, not touched within it, are condemned: their generation becomes CONDEMNED
+    3. in batches, one transaction each: what is still condemned loses its file, then its row
+
+A claim between 2 and 3 saves an object: it gives a condemned one a new generation. An add that claimed before 2 sees at
+its commit that the generation is another, and stores the file again under the write lock. So the grace period saves
+work and keeps for a while what was removed; nothing depends on it, on clocks, or on how long an upload takes. A kill
+within 3 leaves rows condemned whose files may be gone; whoever claims one looks for the file itself, and an add that
+had seen the file before sees the other generation. One thing is beyond this: a process that PostgreSQL takes for dead,
+ending its transaction, while it goes on deleting the rest of its batch. `verify` would list the file as missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, delete, exists, select, update
+
+from veneer.errors import AdapterError, ConfigError
+from veneer.library import index as ix
+from veneer.library.describe import Described
+from veneer.library.library import Library, open_library
+from veneer.library.names import check_alias, check_file_name, check_name, check_tag
+from veneer.library.queries import record
+from veneer.library.store import CHUNK, Directory, Remote, blob_path, canonical, manifest_path
+
+__all__ = ["GRACE", "Checked", "Collected", "Rebuilt", "check_record", "gc", "parse_manifest", "rebuild", "verify"]
+
+GRACE = 3600.0
+"""Seconds for which content stays after its last name went, or after an add began that never came to its end."""
+
+BATCH = 100
+_STRAY_TEMPORARY = 86400.0
+_OBJECT = re.compile(r"(blobs|manifests)/([0-9a-f]{2})/\2[0-9a-f]{62}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass
+class Collected:
+    """What `gc` removed, or would remove: entries, files of the store, their bytes, debris of killed processes."""
+
+    entries: int = 0
+    files: int = 0
+    bytes: int = 0
+    debris: int = 0
+
+
+@dataclass
+class Checked:
+    """What `verify` found. Orphans are no fault: files that no entry refers to (yet), which `gc` takes in time."""
+
+    files: int = 0
+    bytes: int = 0
+    missing: list[str] = field(default_factory=list)
+    corrupt: list[str] = field(default_factory=list)
+    records: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    repaired: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not (self.missing or self.corrupt or self.records)
+
+
+@dataclass
+class Rebuilt:
+    """What `rebuild` found, and what it could not take over, with the reasons."""
+
+    names: int = 0
+    versions: int = 0
+    lost: list[str] = field(default_factory=list)
+
+
+def gc(library: Library, *, grace: float = GRACE, dry_run: bool = False) -> Collected:
+    """Remove entries without a name, and files that no entry refers to, unless touched in the last `grace` seconds; and
+    debris. `dry_run` counts alone. Safe beside anything else, and after a kill."""
+    out, cutoff = Collected(), time.time() - grace
+    e, o = ix.entries.c, ix.objects.c
+    nameless = ~exists().where(ix.versions.c.entry == e.id)
+    quiet = exists().where(o.path == e.manifest, o.touched < cutoff)
+    with ix.writing(library.engine) as c:
+        dead = list(c.scalars(select(e.id).where(nameless, quiet)).all())
+        out.entries = len(dead)
+        if dry_run:
+            _count_unused(c, cutoff, set(dead), out)
+            return out
+        c.execute(delete(ix.entries).where(nameless, quiet))
+        c.execute(update(ix.objects).where(_unused(), o.touched < cutoff).values(generation=ix.CONDEMNED))
+    while _delete_condemned(library, out):
+        pass
+    _delete_strays(library, cutoff, out)
+    with ix.reading(library.engine) as c:
+        entries = set(c.scalars(select(e.id)).all())
+        blobs = set(c.scalars(select(ix.files.c.object)).all())
+    if isinstance(library.store, Directory):
+        out.debris += library.store.sweep(entries)
+    else:
+        out.debris += _sweep_remote(library.store, grace)
+        out.debris += library.cache.sweep(entries)
+        for path, _, _ in list(library.cache.walk("blobs")):
+            if path not in blobs:
+                library.cache.delete(path)
+    return out
+
+
+def _unused() -> ColumnElement[bool]:
+    o = ix.objects.c
+    return ~exists().where(ix.files.c.object == o.path) & ~exists().where(ix.entries.c.manifest == o.path)
+
+
+def _count_unused(c: Connection, cutoff: float, dead: set[str], out: Collected) -> None:
+    """What would go once the entries in `dead` are gone."""
+    f, o, e = ix.files.c, ix.objects.c, ix.entries.c
+    used = {row.object for row in c.execute(select(f.object, f.entry)) if row.entry not in dead}
+    used |= {row.manifest for row in c.execute(select(e.manifest, e.id)) if row.id not in dead}
+    for row in c.execute(select(o.path, o.size).where(o.touched < cutoff)):
+        if row.path not in used:
+            out.files += 1
+            out.bytes += row.size
+
+
+def _delete_condemned(library: Library, out: Collected) -> bool:
+    """One batch. Files go within the transaction that takes their rows, so that no claim comes in between."""
+    o = ix.objects.c
+    with ix.writing(library.engine) as c:
+        rows = c.execute(select(o.path, o.size).where(o.generation == ix.CONDEMNED, _unused()).limit(BATCH)).all()
+        for row in rows:
+            library.store.delete(row.path)
+            out.files += 1
+            out.bytes += row.size
+        c.execute(delete(ix.objects).where(o.path.in_([row.path for row in rows])))
+    return bool(rows)
+
+
+def _delete_strays(library: Library, cutoff: float, out: Collected) -> None:
+    """Files of which the index has no row: uploads that ended after their claim was collected, then were killed."""
+    o = ix.objects.c
+    with ix.reading(library.engine) as c:
+        known = set(c.scalars(select(o.path)).all())
+    strays = [f for f in _stored(library) if f[0] not in known and f[2] < cutoff]
+    for at in range(0, len(strays), BATCH):
+        part = strays[at : at + BATCH]
+        with ix.writing(library.engine) as c:
+            claimed = set(c.scalars(select(o.path).where(o.path.in_([path for path, _, _ in part]))).all())
+            for path, size, _ in part:
+                if path not in claimed:
+                    library.store.delete(path)
+                    out.files += 1
+                    out.bytes += size
+
+
+def _stored(library: Library) -> Iterator[tuple[str, int, float]]:
+    for prefix in ("blobs", "manifests"):
+        yield from (f for f in library.store.walk(prefix) if _OBJECT.fullmatch(f[0]))
+
+
+def _sweep_remote(store: Remote, grace: float) -> int:
+    """Nothing tells whether the writer of a remote temporary file lives, so only its age counts."""
+    old = [path for path, _, when in store.walk("tmp") if when < time.time() - max(grace, _STRAY_TEMPORARY)]
+    for path in old:
+        store.delete(path)
+    return len(old)
+
+
+# -- checking ----------------------------------------------------------------------------------------------------------
+
+
+def verify(library: Library, *, repair: bool = False, say: Callable[[str], None] | None = None) -> Checked:
+    """Compare every file that an entry refers to with its sha256, and the names' records with the index.
+
+    `repair`: remove corrupt files, so that adding the adapter again restores them, and write the records anew."""
+    out = Checked()
+    wanted = _referenced(library)
+    stored = {path: size for path, size, _ in _stored(library)}
+    out.orphans = sorted(set(stored) - set(wanted))
+    absent, corrupt = [], []
+    for at, (path, size) in enumerate(sorted(wanted.items())):
+        if stored.get(path) is None and library.store.size(path) is None:
+            absent.append(path)
+            continue
+        if _hash(library.store, path) != path.rpartition("/")[2]:
+            corrupt.append(path)
+        out.files += 1
+        out.bytes += size
+        if say is not None and (at + 1) % 1000 == 0:
+            say(f"{at + 1:,} of {len(wanted):,} files")
+    if absent or corrupt:  # what was collected meanwhile is no fault
+        wanted = _referenced(library)
+    out.missing = [_told(library, path) for path in absent if path in wanted]
+    bad = [path for path in corrupt if path in wanted]
+    out.corrupt = [_told(library, path) for path in bad]
+    if isinstance(library.store, Remote):
+        for path, _, _ in list(library.cache.walk("blobs")):
+            if _hash(library.cache, path) != path.rpartition("/")[2]:
+                library.cache.delete(path)
+                out.repaired.append(f"removed from this machine's cache: {path}")
+    if repair:
+        _drop(library, bad, out)
+    _check_records(library, repair, out)
+    return out
+
+
+def _referenced(library: Library) -> dict[str, int]:
+    """path -> size of everything that entries refer to."""
+    o = ix.objects.c
+    with ix.reading(library.engine) as c:
+        return {row.path: row.size for row in c.execute(select(o.path, o.size).where(~_unused()))}
+
+
+def _hash(store: Directory | Remote, path: str) -> str:
+    digest = hashlib.sha256()
+    with contextlib.suppress(FileNotFoundError), store.open(path) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _told(library: Library, path: str) -> str:
+    """A path, and the versions that need it."""
+    v, f, e = ix.versions.c, ix.files.c, ix.entries.c
+    users = select(f.entry).where(f.object == path).union(select(e.id).where(e.manifest == path))
+    with ix.reading(library.engine) as c:
+        rows = c.execute(select(v.name, v.version).where(v.entry.in_(users)).order_by(v.name, v.version).limit(4)).all()
+    shown = ", ".join(f"{row.name}@{row.version}" for row in rows[:3]) + (", …" if len(rows) > 3 else "")
+    return f"{path} ({shown or 'no version'})"
+
+
+def _drop(library: Library, bad: list[str], out: Checked) -> None:
+    f = ix.files.c
+    for path in bad:
+        with ix.writing(library.engine) as c:
+            if _hash(library.store, path) == path.rpartition("/")[2]:
+                continue  # restored meanwhile
+            library.store.delete(path)
+            c.execute(update(ix.objects).where(ix.objects.c.path == path).values(generation=ix.CONDEMNED))
+            entries = c.scalars(select(f.entry).where(f.object == path)).all()
+        if isinstance(library.store, Directory):
+            for entry in entries:
+                library.store.drop_folder(entry)
+        out.repaired.append(f"removed {path}: add the adapter again to restore it")
+
+
+def _check_records(library: Library, repair: bool, out: Checked) -> None:
+    n = ix.names.c
+    with ix.reading(library.engine) as c:
+        every = list(c.scalars(select(n.name).order_by(n.name)).all())
+    for name in every:
+        with ix.reading(library.engine) as c:
+            right = canonical(record(c, name))
+        if _read(library, f"names/{name}.json") == right:
+            continue
+        with ix.writing(library.engine) as c:  # nobody writes it now
+            right = canonical(record(c, name))
+            if _read(library, f"names/{name}.json") == right:
+                continue
+            if repair:
+                library.store.replace(f"names/{name}.json", right)
+        (out.repaired if repair else out.records).append(f"names/{name}.json")
+
+
+def _read(library: Library, path: str) -> bytes | None:
+    try:
+        return library.store.read(path)
+    except FileNotFoundError:
+        return None
+
+
+# -- making the index again --------------------------------------------------------------------------------------------
+
+
+def rebuild(location: str | Path | None = None, index: str | None = None) -> Rebuilt:
+    """Make the index again from the store: every name's record, and the manifests they lead to. Replaces what the index
+    holds, in one transaction. A version whose manifest or files are missing is left out and listed.
+
+    A record is written just before its transaction commits. After a kill between the two it is one step ahead of the
+    index that was lost, never behind."""
+    out = Rebuilt()
+    with open_library(location, index, check=False) as library:
+        mark = json.loads(library.store.read("library.json"))["id"]
+        with ix.writing(library.engine) as c:
+            ix.clear(c)
+            ix.identify(c, mark)
+            for path, _, _ in sorted(library.store.walk("names")):
+                try:
+                    found = check_record(json.loads(library.store.read(path)))
+                except (ValueError, AdapterError, ConfigError) as error:
+                    out.lost.append(f"{path}: {error}")
+                    continue
+                _restore(library, c, found, out)
+    return out
+
+
+def _restore(library: Library, c: Connection, found: dict[str, Any], out: Rebuilt) -> None:
+    name, kept = found["name"], []
+    c.execute(ix.names.insert(), {"name": name, "latest": None, "next": found["next"]})
+    for number, v in sorted(found["versions"].items(), key=lambda item: int(item[0])):
+        try:
+            raw = library.store.read(manifest_path(v["entry"]))
+            files = parse_manifest(raw, v["entry"])
+        except FileNotFoundError:
+            out.lost.append(f"{name}@{number}: its manifest is missing")
+            continue
+        except (AdapterError, ConfigError) as error:
+            out.lost.append(f"{name}@{number}: {error}")
+            continue
+        if gone := [n for n, (sha256, size) in files.items() if library.store.size(blob_path(sha256)) != size]:
+            out.lost.append(f"{name}@{number}: missing or of another size: {', '.join(gone)}")
+            continue
+        sizes = {blob_path(sha256): size for sha256, size in files.values()} | {manifest_path(v["entry"]): len(raw)}
+        ix.claim(c, sizes)
+        library.enter(c, v["entry"], files, Described(v["digest"], v["format"], v["card"]))
+        row = {"name": name, "version": int(number), "entry": v["entry"], "added": v["added"], "source": v["source"]}
+        c.execute(ix.versions.insert(), row)
+        ix.many(c, ix.tags, [{"name": name, "version": int(number), "tag": t} for t in v["tags"]])
+        kept.append(int(number))
+    out.names += 1
+    out.versions += len(kept)
+    following = max([found["next"], *(k + 1 for k in kept)])
+    c.execute(
+        update(ix.names).where(ix.names.c.name == name).values(latest=max(kept, default=None), next=following)
+    )  # fmt: skip
+    for alias, number in sorted(found["aliases"].items()):
+        if number in kept:
+            c.execute(ix.aliases.insert(), {"name": name, "alias": alias, "version": number})
+        else:
+            out.lost.append(f"{name}@{alias}: its version {number} is not there")
+
+
+def check_record(found: Any) -> dict[str, Any]:
+    """A name's record as it stood in a file. Raises AdapterError or ConfigError for anything it should not hold."""
+    try:
+        if found["veneer-name"] != 1:
+            raise AdapterError(f"a record of version {found['veneer-name']!r}, and this veneer knows 1")
+        check_name(found["name"])
+        for alias, number in found["aliases"].items():
+            check_alias(alias)
+            _ok(type(number) is int)
+        for number, v in found["versions"].items():
+            _ok(number.isdigit() and int(number) >= 1 and _SHA256.fullmatch(v["entry"]) is not None)
+            _ok(all(isinstance(v[k], str) for k in ("added", "source", "digest", "format")))
+            _ok(isinstance(v["card"], dict) and len(set(v["tags"])) == len(v["tags"]))
+            for tag in v["tags"]:
+                check_tag(tag)
+        _ok(type(found["next"]) is int and found["next"] >= 1)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"the record of a name is damaged: {type(error).__name__} {error}") from None
+    checked: dict[str, Any] = found
+    return checked
+
+
+def parse_manifest(raw: bytes, entry: str) -> dict[str, tuple[str, int]]:
+    """name -> (sha256, size) of a manifest. Raises AdapterError for bytes that are not the entry's, or no manifest."""
+    if (found := hashlib.sha256(raw).hexdigest()) != entry:
+        raise AdapterError(f"the manifest has sha256 {found}, not {entry}")
+    try:
+        read = json.loads(raw)
+        _ok(read["veneer-manifest"] == 1 and len(read["files"]) > 0)
+        for name, file in read["files"].items():
+            check_file_name(name)
+            _ok(_SHA256.fullmatch(file["sha256"]) is not None and type(file["size"]) is int and file["size"] >= 0)
+        return {name: (file["sha256"], file["size"]) for name, file in read["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"the manifest is damaged: {type(error).__name__} {error}") from None
+
+
+def _ok(holds: bool) -> None:
+    if not holds:
+        raise TypeError("a value of the wrong kind")

@@ -1,0 +1,89 @@
+"""`veneer adapter convert`: what a person sees, what `--json` prints, and the exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from tests.cli.run import run
+from tests.formats.image_adapters import numbers, random_adapter, same_changes
+from tests.tiny_base import tiny_base_dir
+from veneer.core.adapter import Adapter, Pair
+from veneer.formats import peft
+from veneer.formats.container import read_tensors, write_tensors
+from veneer.formats.convert import write
+from veneer.formats.read import read
+from veneer.formats.topology import families
+
+SDXL = families()["sdxl"]
+
+
+def kohya(folder: Path) -> Path:
+    adapter = random_adapter(SDXL, lambda m: m.startswith("unet.mid_block"))
+    write(adapter, folder / "style.safetensors", "kohya", family="sdxl")
+    return folder / "style.safetensors"
+
+
+def test_a_person_sees_what_was_written(tmp_path, capsys):
+    source, out = kohya(tmp_path), tmp_path / "style-comfy.safetensors"
+    ran = run(capsys, "adapter", "convert", str(source), "--to", "comfyui", "-o", str(out))
+    assert ran.code == 0, ran.err
+    assert f"read {source}: kohya; wrote {out}: comfyui of sdxl" in ran.out
+    assert "ranks    1 (" in ran.out
+    assert "AutoV2" in ran.out
+    same_changes(read(out).adapter, read(source).adapter)
+
+
+def test_json_has_the_hashes(tmp_path, capsys):
+    source, out = kohya(tmp_path), tmp_path / "style-diffusers.safetensors"
+    arguments = ("--to", "diffusers", "-o", str(out), "--dtype", "bfloat16", "--json")
+    ran = run(capsys, "adapter", "convert", str(source), *arguments)
+    found = json.loads(ran.out)
+    assert (found["to"], found["family"], found["from"]["format"]) == ("diffusers", "sdxl", "kohya")
+    assert found["digest"] == read(out).adapter.digest()
+    assert found["files"] == {out.name: f"sha256:{found['hashes']['sha256']}"}
+    assert "rounded to bfloat16" in found["notes"][0]
+    assert {t.dtype for t in read_tensors(out)[0].values()} == {torch.bfloat16}
+
+
+def test_what_cannot_be_said_ends_with_two_and_no_file(tmp_path, capsys):
+    source, out = kohya(tmp_path), tmp_path / "style"
+    ran = run(capsys, "adapter", "convert", str(source), "--to", "vllm", "-o", str(out))
+    assert ran.code == 2
+    assert "unet.mid_block" in ran.err
+    assert "--to diffusers" in ran.err
+    assert not out.exists()
+    assert run(capsys, "adapter", "convert", str(source), "--to", "onnx", "-o", str(out)).code == 2
+
+
+def test_partial_files_are_refused_unless_asked_for(tmp_path, capsys):
+    source, out = kohya(tmp_path), tmp_path / "more.safetensors"
+    tensors, metadata = read_tensors(source)
+    write_tensors(source, {**tensors, "lora_unet_nowhere.lora_up.weight": torch.ones(2, 1)}, metadata)
+    arguments = ("adapter", "convert", str(source), "--to", "comfyui", "-o", str(out))
+    refused = run(capsys, *arguments)
+    assert refused.code == 2
+    assert "lora_unet_nowhere" in refused.err
+    ran = run(capsys, *arguments, "--allow-partial")
+    assert ran.code == 0
+    assert "left out: 1 tensors" in ran.err
+    assert "lora_unet_nowhere.lora_up.weight" in ran.err
+
+
+def test_gguf_takes_what_it_needs_from_the_base(tmp_path, capsys):
+    base = tiny_base_dir(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    width = config["hidden_size"]
+    pair = Pair(numbers((2, width), "A"), numbers((width, 2), "B"), 0.3)
+    peft.write(Adapter({"model.layers.0.self_attn.q_proj": pair}), tmp_path / "it")
+    out = tmp_path / "it.gguf"
+    arguments = ("adapter", "convert", str(tmp_path / "it"), "--to", "gguf", "-o", str(out))
+    assert "--base" in run(capsys, *arguments).err
+    ran = run(capsys, *arguments, "--base", str(base), "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["family"] == "llama"
+    assert heads > 1  # else the rows of q are in one order only
+    same_changes(read(out).adapter, read(tmp_path / "it").adapter)

@@ -1,0 +1,74 @@
+"""Random adapters of tiny width for a part of any image family, and what a pair does, by hand."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Adapter, Pair
+from veneer.formats.topology import Family
+
+IN, UNIT = 6, 4
+
+
+def numbers(shape: Iterable[int], seed: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    g = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+    return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+
+def rows_of(family: Family) -> dict[str, int]:
+    """Canonical module -> how many rows its weight has here: parts of one fused original fit together."""
+    out = dict.fromkeys(family.modules, 2 * UNIT)
+    for places in family.originals.values():
+        for place in places:
+            if place.part is not None:
+                out[place.module] = UNIT * (place.part[1] - place.part[0])
+    return out
+
+
+def one_of_each_kind(family: Family, kinds: tuple[str, ...] = ("linear", "conv")) -> list[str]:
+    """The last module of each name without its numbers: last blocks differ from the others where any do; and the
+    first, for those that a part of the same fused original needs."""
+    found: dict[str, str] = {}
+    for module, kind in family.modules.items():
+        if kind in kinds:
+            found[re.sub(r"\d+", "#", module)] = module
+    return list(found.values())
+
+
+def pair_for(family: Family, module: str, rank: int = 2, scale: float = 1.0, shared: str = "") -> Pair:
+    """`shared`: pairs with the same text have the same A."""
+    kernel = ()
+    if family.modules[module] == "conv":
+        kernel = (1, 1) if re.search(r"proj_in|proj_out|conv_shortcut", module) else (3, 3)
+    A = numbers((rank, IN, *kernel), shared or f"A {module}")
+    B = numbers((rows_of(family)[module], rank, *[1] * len(kernel)), f"B {module}")
+    return Pair(A, B, scale, "conv" if kernel else "linear")
+
+
+def random_adapter(family: Family, choose: Callable[[str], bool] = lambda _: True) -> Adapter:
+    """A pair on one module of each kind, of ranks 1 to 3 and scales of all sorts."""
+    scales = (1.0, 0.5, 1 / 3, 2.0, 0.123)
+    modules = [m for m in one_of_each_kind(family) if choose(m)]
+    return Adapter({m: pair_for(family, m, 1 + i % 3, scales[i % 5]) for i, m in enumerate(modules)})
+
+
+def by_hand(pair: Pair) -> Tensor:
+    """s·B·A, (out, in·k…), float64."""
+    return pair.scale * (pair.B.double().flatten(1) @ pair.A.double().flatten(1))
+
+
+def same_changes(got: Adapter, want: Adapter, tolerance: float = 1e-6) -> None:
+    """The same ΔW for every module, and zero for those that only `got` has."""
+    assert set(want.pairs) <= set(got.pairs)
+    for name, pair in got.pairs.items():
+        if name not in want.pairs:
+            assert not by_hand(pair).any(), name
+            continue
+        expected = by_hand(want.pairs[name])
+        off = (by_hand(pair) - expected).norm() / expected.norm()
+        assert off <= tolerance, f"{name}: {off:.2g}"

@@ -1,0 +1,218 @@
+"""Changes that are no plain pair: what each layout holds, and how it says what it does not."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from tests.formats.image_adapters import IN, UNIT, numbers, pair_for
+from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.forms import Delta, delta_of
+from veneer.errors import AdapterError
+from veneer.formats.convert import encode, write
+from veneer.formats.read import read
+from veneer.formats.topology import families
+
+SDXL, FLUX = families()["sdxl"], families()["flux1"]
+ROWS = 2 * UNIT
+TO_Q = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+NORM = "unet.down_blocks.1.attentions.0.transformer_blocks.0.norm1"
+CONV = "unet.mid_block.resnets.0.conv1"
+EMBEDDING = "text_encoder.text_model.embeddings.token_embedding"
+QKV = [f"transformer.transformer_blocks.0.attn.to_{p}" for p in "qkv"]
+
+
+def loha(rows: int = ROWS, seed: str = "", magnitude=None) -> Delta:
+    parts = {f"{p}{n}": numbers((rows, 2) if p == "a" else (2, IN), f"{p}{n}{seed}") for n in "12" for p in "ab"}
+    return Delta("hadamard", parts, (rows, IN), 0.5, magnitude)
+
+
+def lokr(rows: int = ROWS, magnitude=None) -> Delta:
+    parts = {"w1": numbers((2, 3), "w1"), "a2": numbers((rows // 2, 1), "a2"), "b2": numbers((1, IN // 3), "b2")}
+    return Delta("kronecker", parts, (rows, IN), 2.0, magnitude)
+
+
+def dense(*shape: int, scale: float = 1.0) -> Delta:
+    return Delta("dense", {"value": numbers(shape, "dense")}, shape, scale)
+
+
+def dora(module: str, axis: int) -> Adapter:
+    pair = pair_for(SDXL, module, 2, 0.5)
+    length = (pair.B.shape[0], pair.A.shape[1])[axis]
+    m = numbers((length,), "m").abs()
+    pair.magnitude = m if axis == 0 else m.reshape(1, -1, *[1] * (pair.A.ndim - 2))
+    return Adapter({module: pair})
+
+
+HELD: dict[str, tuple[Adapter, set[str]]] = {
+    "loha": (Adapter(deltas={f"{TO_Q}.weight": loha()}), {"kohya", "comfyui"}),
+    "loha dora": (Adapter(deltas={f"{TO_Q}.weight": loha(magnitude=numbers((1, IN), "m"))}), {"kohya", "comfyui"}),
+    "lokr": (Adapter(deltas={f"{TO_Q}.weight": lokr()}), {"kohya", "comfyui"}),
+    "lokr dora": (Adapter(deltas={f"{TO_Q}.weight": lokr(magnitude=numbers((ROWS,), "m"))}), {"kohya"}),
+    "diff": (Adapter(deltas={f"{TO_Q}.weight": dense(ROWS, IN, scale=0.5)}), {"kohya", "comfyui"}),
+    "conv diff": (Adapter(deltas={f"{CONV}.weight": dense(ROWS, IN, 3, 3)}), {"kohya", "comfyui"}),
+    "ia3 outputs": (Adapter(deltas={f"{TO_Q}.weight": Delta("gain", {"value": numbers((ROWS,), "g")})}), {"kohya"}),
+    "ia3 inputs": (Adapter(deltas={f"{TO_Q}.weight": Delta("gain", {"value": numbers((1, IN), "g")})}), {"kohya"}),
+    "norm": (Adapter(deltas={f"{NORM}.weight": dense(ROWS), f"{NORM}.bias": dense(ROWS)}), {"kohya", "comfyui"}),
+    "bias": (
+        Adapter({CONV: pair_for(SDXL, CONV)}, deltas={f"{CONV}.bias": dense(ROWS, scale=3)}),
+        {"kohya", "comfyui"},
+    ),
+    "lora_bias": (
+        Adapter({CONV: pair_for(SDXL, CONV)}, deltas={f"{CONV}.bias": dense(ROWS)}),
+        {"kohya", "comfyui", "diffusers", "peft"},
+    ),
+    "dora outputs": (dora(TO_Q, 0), {"kohya", "diffusers", "peft"}),
+    "dora inputs": (dora(TO_Q, 1), {"kohya", "comfyui"}),
+    "dora conv": (dora(CONV, 0), {"kohya", "diffusers", "peft"}),
+    "embedding": (
+        Adapter({EMBEDDING: Pair(numbers((2, 5), "A"), numbers((IN, 2), "B"), 0.5, "embedding")}),
+        {"comfyui"},
+    ),
+    "full": (Adapter(modules={TO_Q: {"weight": numbers((ROWS, IN), "full")}}), {"comfyui", "peft"}),
+    "token rows": (Adapter(token_rows={EMBEDDING: TokenRows((1, 4), numbers((2, IN), "rows"))}), set()),
+    "learned words": (Adapter(new_tokens={EMBEDDING: {"<dog>": numbers((1, IN), "word")}}), set()),
+}
+
+
+def effects(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """What becomes of a weight of ones and twos, parameter by parameter, in float64 where it can be."""
+    out = {}
+    for name, pair in adapter.pairs.items():
+        product = pair.scale * (pair.B.double().flatten(1) @ pair.A.double().flatten(1))
+        product = product.t() if pair.kind == "embedding" else product.reshape(pair.B.shape[0], *pair.A.shape[1:])
+        W = numbers(product.shape, "W", torch.float64)
+        if pair.magnitude is None:
+            out[f"{name}.weight"] = product
+        else:
+            new = W + product
+            axis = 0 if pair.magnitude.ndim == 1 else 1
+            norm = new.transpose(0, axis).flatten(1).norm(dim=1)
+            scale = (pair.magnitude.double().reshape(-1) / norm).reshape(
+                [-1 if d == axis else 1 for d in range(new.ndim)]
+            )
+            out[f"{name}.weight"] = new * scale - W
+    for name, delta in adapter.deltas.items():
+        shape = delta.shape or (ROWS, IN)
+        out[name] = out.get(name, 0) + delta_of(numbers(shape, "W", torch.float64), delta).double()
+    for name, own in adapter.modules.items():
+        out |= {f"{name}={k}": t.double() for k, t in own.items()}
+    for name, rows in adapter.token_rows.items():
+        out[f"{name}#{rows.indices}"] = rows.rows.double()
+    return out
+
+
+@pytest.mark.parametrize("to", ["kohya", "comfyui", "diffusers", "peft"])
+@pytest.mark.parametrize("form", HELD)
+def test_a_form_comes_back_or_is_refused_by_name(form, to, tmp_path):
+    adapter, held = HELD[form]
+    module = next(iter({m.removesuffix(".weight").removesuffix(".bias") for m, _ in _items(adapter)}))
+    out = tmp_path / ("it" if to == "peft" else "it.safetensors")
+    if to not in held:
+        with pytest.raises(AdapterError) as refusal:
+            write(adapter, out, to, family="sdxl")
+        short = module.partition(".")[2]
+        assert short in refusal.value.what
+        assert re.search(r"merge it|--to \w+|make pairs|token ids", str(refusal.value)), str(refusal.value)
+        assert not out.exists()
+        return
+    write(adapter, out, to, family="sdxl")
+    got, want = effects(read(out).adapter), effects(adapter)
+    assert got.keys() == want.keys()
+    for name, change in want.items():
+        torch.testing.assert_close(got[name], change, rtol=1e-6, atol=1e-6)
+
+
+def _items(adapter: Adapter):
+    for what in ("pairs", "deltas", "modules", "token_rows", "new_tokens"):
+        yield from getattr(adapter, what).items()
+
+
+# -- fused -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["kohya", "comfyui"])
+def test_fused_loha_bias_and_whole_weights(to, tmp_path):
+    adapter = Adapter(
+        deltas={f"{m}.weight": loha(UNIT, m) for m in QKV} | {f"{QKV[1]}.bias": dense(UNIT)},
+        modules={} if to == "kohya" else {QKV[0].replace("blocks.0", "blocks.1"): {"weight": numbers((UNIT, IN), "q")}},
+    )
+    if adapter.modules:
+        with pytest.raises(AdapterError, match="only some of its parts are replaced by a whole new weight"):
+            encode(adapter, to, family="flux1")
+        adapter.modules = {m.replace("blocks.0", "blocks.1"): {"weight": numbers((UNIT, IN), m)} for m in QKV}
+    write(adapter, tmp_path / "it.safetensors", to, family="flux1")
+    got, want = effects(read(tmp_path / "it.safetensors").adapter), effects(adapter)
+    for name, change in want.items():
+        torch.testing.assert_close(got.pop(name), change, rtol=1e-6, atol=1e-6)
+    assert not any(t.any() for t in got.values())
+
+
+def test_parts_of_unlike_forms_are_refused_together():
+    adapter = Adapter({QKV[0]: pair_for(FLUX, QKV[0])}, deltas={f"{QKV[2]}.weight": lokr(UNIT)})
+    with pytest.raises(AdapterError, match=r"double_blocks\.0\.img_attn\.qkv") as refusal:
+        encode(adapter, "kohya", family="flux1")
+    assert QKV[2] in refusal.value.what
+
+
+def test_every_module_in_the_way_is_listed_at_once():
+    adapter = Adapter(
+        {
+            TO_Q: pair_for(SDXL, TO_Q),
+            "unet.nowhere": pair_for(SDXL, TO_Q),
+            EMBEDDING: Pair(numbers((2, 5), "A"), numbers((IN, 2), "B"), 0.5, "embedding"),
+        },
+        modules={CONV: {"weight": numbers((ROWS, IN, 3, 3), "full")}},
+        new_tokens={EMBEDDING: {"<dog>": numbers((1, IN), "word")}},
+    )
+    with pytest.raises(AdapterError, match=r"3 module\(s\) are in the way") as refusal:
+        encode(adapter, "kohya", family="sdxl")
+    for module in ("unet.nowhere", EMBEDDING, CONV):
+        assert re.search(rf"^ +{re.escape(module)}$", refusal.value.what, re.M), module
+    assert TO_Q not in refusal.value.what
+
+
+@pytest.mark.parametrize(
+    ("module", "family", "to", "why"),
+    [
+        (
+            "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
+            "flux1",
+            "diffusers",
+            "diffusers loads nothing into",
+        ),
+        ("transformer.transformer_blocks.0.attn.to_q", "sdxl", "kohya", "Stable Diffusion XL has no such module"),
+        ("model.layers.0.self_attn.q_proj", None, "kohya", "is for adapters of image models"),
+        ("transformer.transformer_blocks.0.attn.to_q", "flux3", "kohya", "there is no family 'flux3'"),
+    ],
+)
+def test_what_has_no_name(module, family, to, why):
+    pair = Pair(numbers((2, IN), "A"), numbers((ROWS, 2), "B"), 1.0)
+    with pytest.raises(AdapterError, match=why):
+        encode(Adapter({module: pair}), to, family=family)
+
+
+def test_norms_of_flux_are_out_of_comfyuis_reach():
+    adapter = Adapter(deltas={"transformer.transformer_blocks.0.attn.norm_q.weight": dense(UNIT)})
+    assert set(encode(adapter, "kohya", family="flux1").tensors) == {
+        "lora_unet_double_blocks_0_img_attn_norm_query_norm.w_norm"
+    }
+    with pytest.raises(AdapterError, match="called scale"):
+        encode(adapter, "comfyui", family="flux1")
+
+
+def test_several_components_are_no_peft_folder():
+    adapter = Adapter(
+        {
+            TO_Q: pair_for(SDXL, TO_Q),
+            **Adapter({(m := "text_encoder.text_model.encoder.layers.0.mlp.fc1"): pair_for(SDXL, m)}).pairs,
+        }
+    )
+    with pytest.raises(AdapterError, match=r"a PEFT folder is of one model.*--to diffusers"):
+        encode(adapter, "peft")
+
+
+def test_dora_is_noted_where_readers_differ():
+    assert "A1111" in encode(dora(TO_Q, 0), "kohya", family="sdxl").notes[0]

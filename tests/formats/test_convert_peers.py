@@ -1,0 +1,157 @@
+"""diffusers loads what we write, through its own pipelines, with the outputs of the attached adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.formats import tiny_image as tiny
+from veneer.core.adapter import Adapter, Pair
+from veneer.core.forms import Delta
+from veneer.errors import AdapterError
+from veneer.formats import convert
+
+pytest.importorskip("diffusers")
+loaders = pytest.importorskip("diffusers.loaders")
+
+UNET = [
+    "conv_in",
+    "time_embedding.linear_1",
+    "add_embedding.linear_2",
+    "down_blocks.1.attentions.0.proj_in",
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+    "down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k",
+    "down_blocks.1.downsamplers.0.conv",
+    "mid_block.resnets.0.conv1",
+    "mid_block.resnets.0.time_emb_proj",
+    "mid_block.attentions.0.transformer_blocks.9.ff.net.0.proj",
+    "up_blocks.0.attentions.2.transformer_blocks.9.attn1.to_v",
+    "up_blocks.0.resnets.0.conv_shortcut",
+    "up_blocks.1.upsamplers.0.conv",
+    "conv_out",
+]
+CLIP = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1", "encoder.layers.1.self_attn.out_proj"]
+CLIP = [f"text_model.{name}" for name in CLIP]
+FLUX = [
+    "x_embedder",
+    "context_embedder",
+    "time_text_embed.timestep_embedder.linear_1",
+    "time_text_embed.guidance_embedder.linear_2",
+    "transformer_blocks.0.norm1.linear",
+    "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.1.attn.add_k_proj",
+    "transformer_blocks.1.attn.to_add_out",
+    "transformer_blocks.1.ff_context.net.0.proj",
+    "single_transformer_blocks.0.attn.to_k",
+    "single_transformer_blocks.1.proj_mlp",
+    "single_transformer_blocks.1.proj_out",
+    "norm_out.linear",
+    "proj_out",
+]
+
+
+class Pipeline:
+    """What diffusers' loaders need of a pipeline."""
+
+    hf_device_map = None
+
+    def __init__(self, **components: nn.Module) -> None:
+        self.components = components
+        for name, component in components.items():
+            setattr(self, name, component)
+
+
+class XL(Pipeline, loaders.StableDiffusionXLLoraLoaderMixin):
+    pass
+
+
+class Flux(Pipeline, loaders.FluxLoraLoaderMixin):
+    pass
+
+
+OUTPUT: dict[str, Callable[[nn.Module], Tensor]] = {"unet": tiny.unet_output, "transformer": tiny.flux_output}
+
+
+def outputs(pipeline: Pipeline) -> dict[str, Tensor]:
+    return {name: OUTPUT.get(name, tiny.clip_output)(model) for name, model in pipeline.components.items()}
+
+
+@pytest.fixture(scope="module")
+def xl() -> Pipeline:
+    return XL(unet=tiny.sdxl_unet(), text_encoder=tiny.clip(False), text_encoder_2=tiny.clip(True))
+
+
+@pytest.fixture(scope="module")
+def flux() -> Pipeline:
+    return Flux(transformer=tiny.flux(), text_encoder=tiny.clip(False))
+
+
+def random_adapter(pipeline: Pipeline, dora: bool) -> Adapter:
+    names = {"unet": UNET, "transformer": FLUX, "text_encoder": CLIP, "text_encoder_2": [*CLIP, "text_projection"]}
+    pairs: dict[str, Pair] = {}
+    for component, model in pipeline.components.items():
+        pairs |= tiny.random_pairs(model, component, names[component], dora=dora)
+    return Adapter(pairs)
+
+
+def agrees(pipeline: Pipeline, adapter: Adapter, folder: Path) -> None:
+    """Loaded by diffusers and attached by us: the same outputs, and other ones than the base's."""
+    convert.write(adapter, folder / "it.safetensors", "diffusers")
+    base = outputs(pipeline)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # what diffusers could not place
+        pipeline.load_lora_weights(str(folder), weight_name="it.safetensors", adapter_name="it")
+    theirs = outputs(pipeline)
+    pipeline.unload_lora_weights()
+    attachments = [tiny.attached(m, c, adapter) for c, m in pipeline.components.items()]
+    ours = outputs(pipeline)
+    for attachment in attachments:
+        attachment.detach()
+    for component, before in base.items():
+        moved = (ours[component] - before).abs().max()
+        assert moved > 1e-2, f"{component}: the adapter does nothing"
+        off = (theirs[component] - ours[component]).abs().max()
+        assert off < 1e-9 * moved, f"{component}: diffusers is {off / moved:.2g} off"
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("name", ["xl", "flux"])
+def test_diffusers_loads_pairs_of_any_rank_and_scale(name, dora, request, tmp_path):
+    pipeline = request.getfixturevalue(name)
+    agrees(pipeline, random_adapter(pipeline, dora), tmp_path)
+
+
+def test_diffusers_loads_changes_of_the_bias(flux, tmp_path):
+    adapter = random_adapter(flux, False)
+    for name, pair in adapter.pairs.items():
+        value = torch.full((pair.B.shape[0],), 0.25, dtype=torch.float64)
+        adapter.deltas[f"{name}.bias"] = Delta("dense", {"value": value}, tuple(value.shape), pair.scale)
+    agrees(flux, adapter, tmp_path)
+
+
+def test_diffusers_loads_new_norms_of_flux(flux, tmp_path):
+    adapter = random_adapter(flux, False)
+    for name in ("transformer_blocks.0.attn.norm_q", "single_transformer_blocks.1.attn.norm_k"):
+        adapter.modules[f"transformer.{name}"] = {"weight": torch.linspace(0.5, 2, 16, dtype=torch.float64)}
+    before = {n: t.clone() for n, t in flux.transformer.state_dict().items()}
+    try:
+        agrees(flux, adapter, tmp_path)
+    finally:
+        flux.transformer.load_state_dict(before)  # diffusers leaves the new norms on the base
+
+
+def test_diffusers_fails_on_a_text_encoder_without_attention(xl, tmp_path):
+    """The reason why we refuse one."""
+    pairs = tiny.random_pairs(xl.text_encoder, "text_encoder", ["text_model.encoder.layers.1.mlp.fc1"])
+    with pytest.raises(AdapterError, match=r"without pairs in its attention.*\n.*layers\.1\.mlp\.fc1"):
+        convert.encode(Adapter(pairs), "diffusers", family="sdxl")
+    key = "text_encoder.text_model.encoder.layers.1.mlp.fc1.lora_"
+    pair = next(iter(pairs.values()))
+    with pytest.raises(ValueError, match="infer"):
+        xl.load_lora_weights({f"{key}A.weight": pair.A, f"{key}B.weight": pair.B})

@@ -1,0 +1,41 @@
+"""There and back again: every ordered pair of layouts that can express an adapter gives it back, for every family."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+
+from tests.formats.image_adapters import random_adapter, same_changes
+from veneer.core.adapter import Adapter
+from veneer.formats.convert import write
+from veneer.formats.read import read
+from veneer.formats.topology import families
+
+FAMILIES = list(families())
+LAYOUTS = ("kohya", "comfyui", "diffusers")
+
+
+def through(adapter: Adapter, layouts: tuple[str, ...], family: str, folder) -> Adapter:
+    for i, to in enumerate(layouts):
+        out = folder / f"{i}{to}{'' if to == 'peft' else '.safetensors'}"
+        write(adapter, out, to, family=family)
+        adapter = read(out).adapter
+    return adapter
+
+
+@pytest.mark.parametrize(("there", "back"), list(permutations((*LAYOUTS, "peft"), 2)))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_denoisers_adapter_comes_back(name, there, back, tmp_path):
+    family = families()[name]
+    adapter = random_adapter(family, lambda m: m.startswith(family.denoiser))
+    assert len(adapter.pairs) > 10
+    same_changes(through(adapter, (there, back, there), name, tmp_path), adapter)
+
+
+@pytest.mark.parametrize(("there", "back"), [("kohya", "comfyui"), ("comfyui", "kohya")])
+@pytest.mark.parametrize("name", [n for n in FAMILIES if len(families()[n].components) > 1])
+def test_text_encoders_come_back_too(name, there, back, tmp_path):
+    adapter = random_adapter(families()[name])
+    assert {m.partition(".")[0] for m in adapter.pairs} == set(families()[name].components)
+    same_changes(through(adapter, (there, back, there), name, tmp_path), adapter)

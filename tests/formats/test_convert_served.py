@@ -1,0 +1,157 @@
+"""For vLLM and llama.cpp: one rank, scale 1, and the effect that was. PEFT loads the folders."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.formats.image_adapters import by_hand, numbers
+from tests.formats.twins import model, our_outputs, outputs, peft_outputs, random_adapter
+from veneer.core.adapter import Adapter, LoraSpec, Pair, TokenRows
+from veneer.core.forms import Delta
+from veneer.core.init import create
+from veneer.errors import AdapterError
+from veneer.formats.convert import encode, write
+from veneer.formats.gguf import read_gguf
+from veneer.formats.read import read
+from veneer.formats.write_folded import folded
+
+Q, K, EMBED, HEAD = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.self_attn.k_proj",
+    "model.embed_tokens",
+    "lm_head",
+)
+PATTERNS = LoraSpec(rank=4, alpha=6, rank_pattern={"q_proj": 2, "down_proj": 3}, alpha_pattern={"v_proj": 7})
+
+
+def mixed(net: torch.nn.Module) -> Adapter:
+    """Ranks 2 to 4, scales of all sorts."""
+    return random_adapter(create(net, PATTERNS, seed=0)).mapped(lambda t: t.to(next(net.parameters()).dtype))
+
+
+def test_vllms_folder_has_one_rank_and_scale_one_and_the_same_outputs(tmp_path):
+    net = model("llama3")
+    adapter = mixed(net)
+    written = write(adapter, tmp_path / "it", "vllm")
+    config = json.loads((tmp_path / "it" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["use_dora"]) == (4, 4, False, False)
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["modules_to_save"] is None
+    assert config["bias"] == "none"
+    assert written.ranks == {4: len(adapter.pairs)}
+    assert "--max-lora-rank 8" in written.notes[0]
+    ours = our_outputs(net, adapter)
+    assert (ours - outputs(net)).abs().max() > 0.1
+    torch.testing.assert_close(peft_outputs(net, tmp_path / "it"), ours, rtol=1e-9, atol=1e-9)
+    assert read(tmp_path / "it").adapter.digest() == written.digest
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.floats(0.01, 100), st.booleans()), min_size=1, max_size=4),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+)
+def test_folding_changes_no_effect(pairs, dtype):
+    adapter = Adapter(
+        {
+            f"m.{i}": Pair(
+                numbers((r, 6), f"A{i}", dtype),
+                numbers((4, r), f"B{i}", dtype),
+                2.0 ** round(s / 25) if power else s,
+                "embedding" if power else "linear",
+            )
+            for i, (r, s, power) in enumerate(pairs)
+        }
+    )
+    out = folded(adapter)
+    assert {p.rank for p in out.pairs.values()} == {max(p.rank for p in adapter.pairs.values())}
+    for name, pair in out.pairs.items():
+        before = adapter.pairs[name]
+        assert (pair.scale, pair.kind) == (1.0, before.kind)
+        if before.kind == "embedding":  # a power of two: exact where it was
+            assert pair.B.dtype == dtype
+        want = by_hand(before)
+        assert (by_hand(pair) - want).norm() <= 6e-8 * want.norm() * before.rank
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"pairs": {Q: Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1, magnitude=torch.ones(6))}}, "no DoRA"),
+        ({"pairs": {Q: Pair(numbers((2, 4, 3), "A"), numbers((6, 2, 1), "B"), 1, "conv")}}, "convolution"),
+        ({"pairs": {Q: Pair(numbers((3, 2, 4), "A"), numbers((3, 6, 2), "B"), 1, "experts")}}, "experts"),
+        ({"deltas": {f"{Q}.bias": Delta("dense", {"value": torch.ones(6)}, (6,))}}, "dense change of the bias"),
+        ({"modules": {Q: {"weight": torch.ones(6, 4)}}}, "no full copies"),
+        ({"token_rows": {EMBED: TokenRows((1,), torch.ones(1, 4))}}, "rows of tokens"),
+        ({"new_tokens": {EMBED: {"<a>": torch.ones(1, 4)}}}, "adds no tokens"),
+        ({"pairs": {"unet.conv_in": Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1)}}, "serves language models"),
+    ],
+)
+@pytest.mark.parametrize("to", ["vllm", "gguf"])
+def test_what_needs_a_merge_is_refused(to, change, why):
+    name = next(iter(next(iter(change.values()))))
+    adapter = Adapter({K: Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1)})
+    for what, value in change.items():
+        getattr(adapter, what).update(value)
+    with pytest.raises(AdapterError, match=why) as refusal:
+        encode(adapter, to, family="llama")
+    assert name.removesuffix(".bias") in refusal.value.what
+    assert "merge it" in refusal.value.what or "--to diffusers" in refusal.value.what
+    assert K not in refusal.value.what
+
+
+@pytest.mark.parametrize(
+    ("pair", "name", "why"),
+    [
+        (Pair(torch.ones(600, 4), torch.ones(6, 600), 1), Q, "ranks up to 512"),
+        (Pair(torch.ones(1, 5), torch.ones(6, 1), 1, "embedding"), "transformer_wte", "embed_tokens"),
+        (Pair(torch.ones(1, 5), torch.ones(258_049, 1), 1), HEAD, "at most 258,048 rows"),
+    ],
+)
+def test_vllms_own_limits(pair, name, why):
+    with pytest.raises(AdapterError, match=why):
+        encode(Adapter({name: pair}), "vllm")
+
+
+def test_gguf_is_of_one_rank_and_comes_back(tmp_path):
+    net = model("llama3", torch.float32)
+    adapter = mixed(net)
+    adapter.pairs[EMBED] = Pair(numbers((3, 160), "A"), numbers((32, 3), "B"), 0.75, "embedding")
+    out = tmp_path / "it.gguf"
+    written = write(adapter, out, "gguf", family="llama", head_dim=8)
+    assert list(tmp_path.iterdir()) == [out]
+    found = read_gguf(out)
+    assert found.fields["adapter.lora.alpha"] == 4.0
+    assert {p.rank for p in found.adapter.pairs.values()} == {4}
+    assert written.ranks == {4: len(adapter.pairs)}
+    assert found.adapter.digest() == written.digest
+    torch.testing.assert_close(our_outputs(net, found.adapter), our_outputs(net, adapter), rtol=1e-5, atol=1e-5)
+    encoded = encode(adapter, "gguf", family="llama", head_dim=8)
+    assert encoded.metadata["general.architecture"] == "llama"
+    assert encoded.tensors["blk.0.attn_q.weight.lora_a"].shape == (4, 32)
+    again = write(adapter, tmp_path / "two.gguf", "gguf", family="llama", head_dim=8)
+    assert again.digest == written.digest
+
+
+def test_gguf_wants_the_architecture_and_leaves_nothing(tmp_path):
+    adapter = Adapter({Q: Pair(numbers((2, 4), "A"), numbers((6, 2), "B"), 1)})
+    with pytest.raises(AdapterError, match="architecture"):
+        write(adapter, tmp_path / "it.gguf", "gguf")
+    with pytest.raises(AdapterError, match="heads of an unknown size"):
+        write(adapter, tmp_path / "it.gguf", "gguf", family="llama")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_adapter_as_a_peft_folder_is_what_it_was(tmp_path):
+    net = model("llama3")
+    adapter = mixed(net)
+    written = write(adapter, tmp_path / "it", "peft")
+    assert written.digest == adapter.digest()
+    assert written.ranks == {2: 2, 3: 2, 4: 10}
+    ours = our_outputs(net, adapter)
+    torch.testing.assert_close(peft_outputs(net, tmp_path / "it"), ours, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,242 @@
+"""Hostile files: each is refused with its own words, at once, without memory, and nothing of it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.formats.hostile import FILES, MARK, write
+from veneer.core.adapter import Adapter, Pair
+from veneer.core.forms import product_of
+from veneer.core.merge import pair_matrix
+from veneer.errors import AdapterError
+from veneer.formats.container import encode_tensors, read_header, read_tensors
+from veneer.formats.gguf import read_gguf, write_gguf
+from veneer.formats.leaves import read_leaf, split_key
+from veneer.formats.pickles import read_pickle
+
+MUCH = 16 << 20
+"""More than any header here is worth."""
+
+
+def read(path: Path) -> None:
+    """As an adapter is read: the container by what it is called, then every leaf."""
+    if path.suffix == ".gguf":
+        read_gguf(path)
+        return
+    tensors, _ = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    leaves: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        module, suffix = split_key(key) or (key, "")
+        leaves[module][suffix] = value
+    for module, parts in leaves.items():
+        leaf = read_leaf(parts, where=module)
+        if sum(value.numel() for value in parts.values()) < 1000:  # what is read can be used
+            if leaf.pair is not None:
+                pair_matrix(leaf.pair)
+            for delta in leaf.deltas.values():
+                if delta.form != "gain":
+                    assert product_of(delta).shape == delta.shape
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _torch_is_whole() -> None:
+    """torch loads some 70 MB of itself when a tensor without memory is first computed with."""
+    read_leaf({"diff": torch.ones(2)}, where="x")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hostile")
+    write(path)
+    return path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_is_refused_in_its_own_words(folder, name, monkeypatch):
+    monkeypatch.chdir(folder)
+    started = time.monotonic()
+    tracemalloc.start()
+    try:
+        with pytest.raises(AdapterError) as caught:
+            read(folder / name)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert FILES[name][1] in str(caught.value)
+    assert caught.value.where
+    assert peak < MUCH
+    assert time.monotonic() - started < 20
+    assert not (folder / MARK).exists()
+
+
+def test_the_script_makes_the_folder(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.formats.hostile", str(tmp_path / "x")],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == sorted(FILES)
+    assert not (Path(__file__).parents[2] / MARK).exists()
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    for action in (read_header, read_tensors):
+        with pytest.raises(AdapterError, match="a pipe"):
+            action(tmp_path / "x.safetensors")
+
+
+GOOD = b"".join(
+    encode_tensors(
+        {"a.lora_down.weight": torch.ones(2, 3), "a.lora_up.weight": torch.zeros(4, 2)}, {"ss_network_dim": "2"}
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def good_gguf(folder: Path) -> bytes:
+    pair = Pair(torch.ones(2, 4), torch.zeros(4, 2), 0.5)
+    write_gguf(
+        Adapter(pairs={"model.layers.0.self_attn.v_proj": pair}), folder / "good.gguf", architecture="qwen2", name="n"
+    )
+    return (folder / "good.gguf").read_bytes()
+
+
+def saved() -> bytes:
+    out = io.BytesIO()
+    torch.save({"a.lora_down.weight": torch.ones(2, 3), "a.lora_up.weight": torch.zeros(4, 2)}, out)
+    return out.getvalue()
+
+
+numbers = st.sampled_from([0, 1, 2, 7, 255, 1 << 16, 1 << 31, 1 << 32, 1 << 47, 1 << 60, (1 << 63) - 1, (1 << 64) - 1])
+changes = st.lists(
+    st.one_of(
+        st.tuples(st.just("byte"), st.integers(0, 1 << 16), st.integers(0, 255)),
+        st.tuples(st.just("number"), st.integers(0, 1 << 16), numbers),
+        st.tuples(st.just("cut"), st.integers(0, 1 << 16), st.integers(1, 40)),
+        st.tuples(st.just("insert"), st.integers(0, 1 << 16), st.integers(0, 255)),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def mutated(good: bytes, how: list[tuple[str, int, int]], header: int) -> bytes:
+    """Changes within the first `header` bytes, and cuts anywhere."""
+    raw = bytearray(good)
+    for kind, at, value in how:
+        place = at % max(1, min(header, len(raw)))
+        if kind == "byte" and raw:
+            raw[place] = value
+        elif kind == "number":
+            raw[place : place + 8] = struct.pack("<Q", value)
+        elif kind == "cut":
+            del raw[at % max(1, len(raw)) :][:value]
+            del raw[place : place + value]
+        else:
+            raw[place:place] = bytes([value])
+    return bytes(raw)
+
+
+def reads_or_refuses(path: Path, raw: bytes) -> None:
+    path.write_bytes(raw)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(AdapterError):
+            read(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < MUCH, peak
+
+
+fuzzing = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@fuzzing
+@given(changes)
+def test_no_changed_header_costs_memory_or_another_error(tmp_path, how):
+    reads_or_refuses(tmp_path / "x.safetensors", mutated(GOOD, how, 8 + int.from_bytes(GOOD[:8], "little")))
+
+
+@fuzzing
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["a.lora_down.weight", "a.lora_up.weight", "a.alpha", "a.lora_mid.weight", "a.dora_scale", "b.diff"]
+        ),
+        st.tuples(st.lists(st.integers(0, 3) | numbers, max_size=4), st.integers(0, 64), st.integers(0, 64)),
+        max_size=4,
+    ),
+    st.integers(0, 64),
+)
+def test_no_made_up_header_costs_memory_or_another_error(tmp_path, entries, size):
+    table = {n: {"dtype": "F32", "shape": s, "data_offsets": [b, e]} for n, (s, b, e) in entries.items()}
+    text = json.dumps(table).encode()
+    reads_or_refuses(tmp_path / "x.safetensors", struct.pack("<Q", len(text)) + text + bytes(size))
+
+
+@fuzzing
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                f"a.{s}"
+                for s in ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "diff_b")
+            ]
+            + [f"a.{s}" for s in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "on_input")]
+            + [f"a.{s}" for s in ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "weight", "lora_B.bias")]
+            + [f"a.{s}" for s in ("bias_indices", "bias_values", "bias_size", "reshape_weight", "scale", "set_weight")]
+        ),
+        st.tuples(
+            st.sampled_from([[2, 2], [2, 2, 1, 1], [2, 2, 2, 2], [1, 2], [2, 1], [2], []])
+            | st.lists(st.integers(0, 3), max_size=4),
+            st.sampled_from(["F32", "F32", "F32", "I64", "I16", "BF16", "F8_E5M2"]),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_no_set_of_shapes_gives_another_error(tmp_path, entries):
+    """Sound containers of any tensors under the names of adapters."""
+    width = {"F32": 4, "I64": 8, "I16": 2, "BF16": 2, "F8_E5M2": 1}
+    table, at = {}, 0
+    for name, (shape, dtype) in entries.items():
+        n = width[dtype]
+        for size in shape:
+            n *= size
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + n]}
+        at += n
+    text = json.dumps(table).encode()
+    reads_or_refuses(tmp_path / "x.safetensors", struct.pack("<Q", len(text)) + text + b"\x01" * at)
+
+
+@fuzzing
+@given(changes)
+def test_no_changed_gguf_costs_memory_or_another_error(tmp_path, good_gguf, how):
+    reads_or_refuses(tmp_path / "x.gguf", mutated(good_gguf, how, len(good_gguf)))
+
+
+@settings(fuzzing, max_examples=100)
+@given(changes)
+def test_no_changed_pickle_costs_memory_or_another_error(tmp_path, how):
+    good = saved()
+    reads_or_refuses(tmp_path / "x.pt", mutated(good, how, len(good)))

@@ -1,0 +1,39 @@
+"""Adapters for tests of the library: files whose first line is their card, and a `describe` that reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import AdapterError
+from veneer.library.describe import Described
+from veneer.library.library import Library, open_library
+
+__all__ = ["adapter_bytes", "made", "open_made", "read_made"]
+
+
+def adapter_bytes(seed: int, size: int = 2000, **card: Any) -> bytes:
+    return json.dumps(card, sort_keys=True).encode() + b"\n" + random.Random(seed).randbytes(size)
+
+
+def made(folder: Path, seed: int, name: str = "a.safetensors", size: int = 2000, **card: Any) -> Path:
+    """A file with a card; equal arguments give equal bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_bytes(adapter_bytes(seed, size, **card))
+    return path
+
+
+def read_made(path: Path) -> Described:
+    """Reads what `made` wrote."""
+    head, newline, body = path.read_bytes().partition(b"\n")
+    if not newline:
+        raise AdapterError("no card", where=str(path))
+    return Described("sha256:" + hashlib.sha256(body).hexdigest(), "made", json.loads(head))
+
+
+def open_made(place: str, index: str | None = None) -> Library:
+    return open_library(place, index)

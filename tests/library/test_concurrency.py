@@ -1,0 +1,46 @@
+"""Several processes at once, and SIGKILL at any point: what was committed is whole, and the rest is collected."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def drive(*arguments: str) -> dict[str, int]:
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.library.driver", *arguments], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-5000:]
+    found: dict[str, int] = json.loads(ran.stdout)
+    return found
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_processes_that_add_move_collect_and_die(place: str, index: str | None, seed: int) -> None:
+    done = drive("random", place, index or "", "3", str(seed))
+    assert done["kills"] >= 3
+    assert done["operations"] > done["gc"] > 0
+
+
+def test_a_kill_at_each_step_leaves_a_library_that_is_whole(tmp_path: Path) -> None:
+    assert drive("points", str(tmp_path))["steps"] > 30
+
+
+@pytest.mark.slow
+def test_a_kill_at_each_step_with_postgresql(tmp_path: Path, postgres: Callable[[], str]) -> None:
+    assert drive("points", str(tmp_path), *(postgres() for _ in range(150)))["steps"] > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_a_longer_soak(place: str, index: str | None, seed: int) -> None:
+    assert drive("random", place, index or "", "25", str(seed))["kills"] > 50
