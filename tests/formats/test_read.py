@@ -22,6 +22,8 @@ from tests.formats.layouts import (
     shape_of,
 )
 from veneer.errors import AdapterError
+from veneer.formats.detect import FORMATS, format_of
+from veneer.formats.gguf import write_gguf
 from veneer.formats.names import lookup
 from veneer.formats.read import Reading, read, read_state
 from veneer.formats.topology import Place, families, flat
@@ -323,3 +325,46 @@ def test_no_text_means_two_things(name: str) -> None:
             assert lookup(family, text) == places
     for module in family.modules:
         assert lookup(family, module) in ((Place(module),), *family.originals.values())
+
+
+def test_gguf_by_its_ending(tmp_path) -> None:
+    """The file itself is the business of test_gguf; here that it is found, and what is said of it."""
+    layout, name = Layout(), "model.layers.0.mlp.up_proj"
+    layout.lora(name, (Place(name),), (4, 6), naming="peft")
+    adapter = reading(layout).adapter
+    write_gguf(adapter, tmp_path / "a.gguf", architecture="qwen2")
+    for place in (tmp_path, tmp_path / "a.gguf"):
+        found = read(place)
+        assert (found.format, found.family, list(found.used)) == ("gguf", None, [name])
+        assert_same(changes(found.adapter), layout.want, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "fmt"),
+    [
+        ("unet:0:up", "cloneofsimo"),
+        ("double_blocks.0.processor.qkv_lora1.down.weight", "xlabs"),
+        ("single_blocks.0.norm.query_norm.scale", "bfl-control"),
+        ("double_blocks.0.img_attn.qkv.lora_B.bias", "bfl-control"),
+        ("lycoris_x.lora_up.weight", "lycoris"),
+        ("lora_unet_x.hada_w1_a", "lycoris"),
+        ("lora_unet_x.lokr_w2", "lycoris"),
+        ("lora_unet_x.diff_b", "lycoris"),
+        ("lora_transformer_x.alpha", "onetrainer"),
+        ("lora_te2_x.lora_mid.weight", "kohya"),
+        ("diffusion_model.x.lora_A.weight", "comfyui"),
+        ("base_model.model.x.lora_A.weight", "peft"),
+        ("unet.x.processor.to_q_lora.up.weight", "diffusers-old"),
+        ("text_encoder.x.lora_linear_layer.up.weight", "diffusers-old"),
+        ("text_encoder_2.x.lora_A.weight", "diffusers"),
+        ("x.lora_down.weight", "plain"),
+        ("x.y", "unknown"),
+    ],
+)
+def test_each_layout_has_its_name(key: str, fmt: str) -> None:
+    name, reasons = format_of([key], {})
+    assert (name, len(reasons)) == (fmt, 1)
+    assert name in FORMATS or name == "unknown"
+    many = [f"lora_unet_{i}.lora_down.weight" for i in range(5)]
+    marks = {"cloneofsimo", "xlabs", "bfl-control", "lycoris", "onetrainer"}
+    assert format_of([key, *many], {})[0] == (fmt if fmt in marks else "kohya")
