@@ -164,6 +164,27 @@ def test_a_base_is_checked_and_gives_shapes() -> None:
         read_state(layout.tensors, {}, base=other)
 
 
+def test_a_denoiser_alone_is_a_base_too(tmp_path) -> None:
+    """Its names have no component; the file's shapes are held against its own."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, num_attention_heads=2)
+    layout, text = Layout(), "lora_unet_single_blocks_0_linear1"
+    block = "transformer.single_transformer_blocks.0"
+    places = families()["flux1"].originals["single_blocks.0.linear1"]
+    layout.lora(text, places, (7 * 256, 256), alpha=1.0)
+    found = read_state(layout.tensors, {}, base=model)
+    assert sorted(found.used) == sorted(f"{block}.{n}" for n in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
+    narrow = Layout()
+    narrow.lora(text, places, (7 * 128, 128), alpha=1.0)
+    with pytest.raises(AdapterError, match=r"the pair is for a weight \(128, 128\), the base's is \(256, 256\)"):
+        read_state(narrow.tensors, {}, base=model)
+    further = Layout()
+    further.lora("lora_unet_single_blocks_1_linear2", (Place(f"{block}.x"),), (256, 5 * 256), alpha=1.0)
+    with pytest.raises(AdapterError, match=r"single_transformer_blocks\.1\.proj_out: no such module in the base"):
+        read_state(further.tensors, {}, base=model)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "family"),
     [

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,22 @@ from veneer.core.forms import Delta
 from veneer.errors import AdapterError
 from veneer.formats.fused import split, swap_halves
 from veneer.formats.leaves import Leaf, fitted
-from veneer.formats.structure import Structure
+from veneer.formats.structure import Structure, describe
 from veneer.formats.topology import Family, Place
 
-__all__ = ["Placer", "alphas_of_blocks"]
+__all__ = ["Placer", "alphas_of_blocks", "outline"]
 
 _POINTWISE = re.compile(r".*\.(proj_in|proj_out|conv_shortcut)")
+
+
+def outline(base: Any, family: Family | None) -> Structure:
+    """The outline of a base under canonical names. A denoiser alone, whose names have no component, gets its own."""
+    found = describe(base) if base is not None else Structure({})
+    if family is None or any(name.partition(".")[0] in family.components for name in found.kinds):
+        return found
+    kinds = {f"{family.denoiser}.{name}": kind for name, kind in found.kinds.items()}
+    shapes = {f"{family.denoiser}.{name}": shape for name, shape in found.shapes.items()}
+    return Structure(kinds, shapes)
 
 
 @dataclass

@@ -27,9 +27,8 @@ from veneer.formats.detect import format_of
 from veneer.formats.leaves import Leaf, read_leaf, split_key
 from veneer.formats.metadata import card_of, family_of, unpack_configs
 from veneer.formats.names import Choice, choose_family, lookup, near
-from veneer.formats.placing import Placer, alphas_of_blocks
+from veneer.formats.placing import Placer, alphas_of_blocks, outline
 from veneer.formats.read_lists import TOKEN_EMBEDDING, is_list, list_modules, list_words
-from veneer.formats.structure import Structure, describe
 from veneer.formats.topology import Family, Place
 
 __all__ = ["Reading", "read", "read_state"]
@@ -124,7 +123,7 @@ def _from_peft(folder: Path, base: peft.Base) -> Reading:
         return Reading(loaded.adapter, "peft", reasons, None, dict(used), notes=loaded.notes)
     loaded = peft.load(folder)
     adapter = loaded.adapter
-    placer = Placer(family, describe(base) if base is not None else Structure({}))
+    placer = Placer(family, outline(base, family))
     leaves: dict[str, Leaf] = defaultdict(Leaf)
     for name, pair in adapter.pairs.items():
         leaves[name].pair = pair
@@ -140,6 +139,7 @@ def _from_peft(folder: Path, base: peft.Base) -> Reading:
         assert places is not None  # every module was covered
         problems += placer.place(name, leaf, places, own[name])
     problems += placer.misfits()
+    adapter.card.kind = adapter.card.kind or "image"
     out = replace(placer.adapter(), card=adapter.card, rslora=adapter.rslora, dropout=adapter.dropout)
     if problems:
         raise _refusal(problems, str(folder))
@@ -198,7 +198,7 @@ def read_state(
         if choice.family is None and fmt in ("peft", "diffusers"):
             places = {text: (Place(text.removeprefix("base_model.model.")),) for text in groups}
             notes.append("no adapter_config.json: alpha is taken for the rank, as nothing says another")
-    placer = Placer(choice.family, describe(base) if base is not None else Structure({}))
+    placer = Placer(choice.family, outline(base, choice.family))
     unknown = {text for text, found in places.items() if found is None}
     unused += [key for text in sorted(unknown) for key in groups[text].values()]
     problems += [_unknown(key, tensors[key], choice.family) for key in sorted(unused)]
