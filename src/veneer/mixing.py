@@ -151,7 +151,9 @@ def extract(
     if not set(one.entries) & set(two.entries):
         raise BaseError("the two models share no tensor's name", where=f"{base}, {tuned}")
     mixed = Mixed(Adapter())
-    left = [f"{n}: only in {where}" for where, a, b in (("base", one, two), ("tuned", two, one)) for n in a if n not in b]
+    left = [
+        f"{n}: only in {where}" for where, a, b in (("base", one, two), ("tuned", two, one)) for n in a if n not in b
+    ]
     for name in two:
         if name not in one:
             continue
@@ -247,7 +249,11 @@ def _change_of(adapter: Adapter, name: str) -> Change:
 
 def _compare(one: Change, two: Change, s1: float, s2: float) -> tuple[float, float, float]:
     """‖a‖², ‖b‖², ⟨a, b⟩."""
-    if one is not None and two is not None and (one[0].shape[-1], one[1].shape[-2]) != (two[0].shape[-1], two[1].shape[-2]):
+    if (
+        one is not None
+        and two is not None
+        and (one[0].shape[-1], one[1].shape[-2]) != (two[0].shape[-1], two[1].shape[-2])
+    ):
         raise AdapterError("changes of unlike shapes")
     aa = s1 * s1 * inner(one, one) if one else 0.0
     bb = s2 * s2 * inner(two, two) if two else 0.0

@@ -1,26 +1,27 @@
 """Several adapters as one: Σ strengthᵢ·ΔWᵢ, exactly, or by a method that departs from it on purpose and says how far.
 
-| method          | result, with τᵢ = strengthᵢ·ΔWᵢ, entry by entry where it says so                        | source          |
-| sum             | Σ τᵢ: ranks side by side, then the bound if one is given                                | exact           |
-| svd             | the same, at the largest rank among the adapters unless a bound is given                | Eckart-Young    |
-| magnitude_prune | Σ keep(τᵢ): keep the share `density` of largest |entries|, zero the rest                 |                 |
-| ties            | keep; elect each entry's sign by Σ keep(τᵢ); mean of those that have it                 | arXiv 2306.01708|
-| dare_linear     | Σ drop(τᵢ): each entry zero with probability 1 − density, else divided by density       | arXiv 2311.03099|
-| dare_ties       | drop, then elect and mean as in ties                                                    | both            |
-| orthogonal      | U⊥·diag(S)·V⊥: the singular vectors of all τᵢ side by side, made orthogonal             | arXiv 2412.00081|
+| method          | result, with τᵢ = strengthᵢ·ΔWᵢ, entry by entry where it says so                | source           |
+| sum             | Σ τᵢ: ranks side by side, then the bound if one is given                        | exact            |
+| svd             | the same, at the largest rank among the adapters unless a bound is given        | Eckart-Young     |
+| magnitude_prune | Σ keep(τᵢ): keep the share `density` of largest |entries|, zero the rest        |                  |
+| ties            | keep; elect each entry's sign by Σ keep(τᵢ); mean of those that have it         | arXiv 2306.01708 |
+| dare_linear     | Σ drop(τᵢ): keep each entry with probability `density`, divided by it           | arXiv 2311.03099 |
+| dare_ties       | drop, then elect and mean as in ties                                            | both             |
+| orthogonal      | U⊥·diag(S)·V⊥: the singular vectors of all τᵢ side by side, made orthogonal     | arXiv 2412.00081 |
 
 The entries are those of the true ΔW, one module at a time, then brought back to a pair by `low_rank`: trimming A and B
 instead, as is common, trims neither. `orthogonal` is for image adapters that fight over the same directions, the aim of
 ZipLoRA (2311.13600), without data: [U₁ U₂ …] is replaced by the nearest matrix with orthonormal columns U·(UᵀU)^(-1/2)
 (so is V), which leaves adapters alone that do not meet, and gives the mean of two that are the same.
 
-What only one adapter has, at strength 1, is taken over as it is, whatever its form. Knows tensors; not files, not bases:
+What only one adapter has, at strength 1, is taken over as it is, whatever its form. Knows tensors, no files or bases:
 what needs a weight of the base (DoRA, gains beside others, full copies whose strengths do not add up to 1) asks for it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,8 +45,9 @@ Weights = Callable[[str], Tensor | None]
 
 @dataclass(frozen=True)
 class Part:
-    """One module of a result: its rank (0: not a pair), ‖Σ strength·ΔW‖, and ‖result − Σ strength·ΔW‖. `cut`: the part
-    of the error that the bound or the rank made, ‖result − the method's own answer‖; both after rounding to the dtype."""
+    """One module of a result: its rank (0: not a pair), ‖Σ strength·ΔW‖, and ‖result − Σ strength·ΔW‖ after rounding.
+    `cut`: the part of it that the bound and the rounding made, ‖result − the method's own answer‖. What has no norm
+    without the base (gains, DoRA taken over) counts 0, or its ‖s·B·A‖."""
 
     rank: int
     norm: float
@@ -63,12 +65,13 @@ class Mixed:
 
     @property
     def norm(self) -> float:
-        return sum(p.norm**2 for p in self.parts.values()) ** 0.5
+        """‖Σ strength·ΔW‖ over all modules."""
+        return math.sqrt(sum(p.norm**2 for p in self.parts.values()))
 
     @property
     def error(self) -> float:
         """‖result − Σ strength·ΔW‖/‖Σ strength·ΔW‖ over all modules."""
-        off = sum(p.error**2 for p in self.parts.values()) ** 0.5
+        off = math.sqrt(sum(p.error**2 for p in self.parts.values()))
         return off / self.norm if self.norm else off
 
 
@@ -104,7 +107,7 @@ def mix_pairs(
         A, B = _padded([f[0] for f in found], -2), _padded([f[1] for f in found], -1)
         lead = truth[0].shape[:-2]
         out = rebuilt(model, A.reshape(*lead, *A.shape[1:]), B.reshape(*lead, *B.shape[1:]), dtype)
-        cut = sum(f[2].error ** 2 for f in found) ** 0.5
+        cut = math.sqrt(sum(f[2].error ** 2 for f in found))
         return out, Part(out.rank, distance(truth), distance(factors(out), truth), cut)
     out = rebuilt(model, *own, dtype) if bound is None else truncated(*own, model, bound, dtype)[0]
     same = own is truth
@@ -142,10 +145,11 @@ def _orthogonal(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
 def _whitened(U: Tensor, S: Tensor) -> Tensor:
     """U·(UᵀU)^(-1/2), the nearest with orthonormal columns, within the span of U where the columns are dependent. A
     direction of singular value zero has nothing to say."""
-    U = U * (S > 1e-12 * S.amax(-1, keepdim=True)).unsqueeze(-2)
+    U = U * (1e-12 * S.amax(-1, keepdim=True) < S).unsqueeze(-2)
     values, E = torch.linalg.eigh(U.mT @ U)
     inverse = torch.where(values > 1e-10, values.clamp_min(1e-10).rsqrt(), 0.0)
-    return U @ (E * inverse.unsqueeze(-2)) @ E.mT
+    out: Tensor = U @ (E * inverse.unsqueeze(-2)) @ E.mT
+    return out
 
 
 def _dense(A: Tensor, B: Tensor) -> Tensor:
@@ -289,9 +293,7 @@ class _Mix:
         out, part = mix_pairs(pairs, self.method, self.bound, name=name, **self.how)
         self.out.adapter.pairs[name], self.out.parts[name] = out, part
 
-    def _dense_pair(
-        self, name: str, pairs: list[tuple[Pair, float]], beside: list[tuple[Delta, float]]
-    ) -> None:
+    def _dense_pair(self, name: str, pairs: list[tuple[Pair, float]], beside: list[tuple[Delta, float]]) -> None:
         """A module some of whose changes are no product of thin factors: as dense matrices, and back to a pair."""
         parts: list[Tensor] = []
         shape: tuple[int, ...] = ()
@@ -354,12 +356,13 @@ class _Mix:
                 self._dense_pair(module, [], deltas)
             return
         first, strength = deltas[0]
-        if len(deltas) == 1 and not (self.method in _ENTRYWISE):
-            if strength == 1 or first.magnitude is None:
-                out = replace(first, scale=first.scale * strength)
-                norm = 0.0 if out.form == "gain" or out.magnitude is not None else float(product_of(out).double().norm())
-                self.out.adapter.deltas[name], self.out.parts[name] = out, Part(0, norm, 0.0)
-                return
+        as_is = self.method not in _ENTRYWISE and (strength == 1 or first.magnitude is None)
+        if len(deltas) == 1 and as_is:
+            out = replace(first, scale=first.scale * strength)
+            based = out.form == "gain" or out.magnitude is not None
+            norm = 0.0 if based else float(product_of(out).double().norm())
+            self.out.adapter.deltas[name], self.out.parts[name] = out, Part(0, norm, 0.0)
+            return
         axes = {d.parts["value"].ndim for d, _ in deltas if d.form == "gain"}
         if all(d.form == "gain" for d, _ in deltas) and len(axes) == 1 and self.method not in _ENTRYWISE:
             value = torch.stack([d.parts["value"].double() * (d.scale * s) for d, s in deltas]).sum(0)
@@ -404,7 +407,9 @@ class _Mix:
             for index, row in zip(own.indices, own.rows, strict=True):
                 by_index.setdefault(index, []).append((row, strength))
         indices = tuple(sorted(by_index))
-        found = [self._blend(f"{name}.weight", [(r[None], s) for r, s in by_index[i]], "token rows", [i]) for i in indices]
+        found = [
+            self._blend(f"{name}.weight", [(r[None], s) for r, s in by_index[i]], "token rows", [i]) for i in indices
+        ]
         self.out.adapter.token_rows[name] = TokenRows(indices, torch.cat(found).to(rows[0][0].rows.dtype))
 
     def _new_tokens(self, name: str, words: list[tuple[Mapping[str, Tensor], float]]) -> None:

@@ -1,11 +1,11 @@
 """Singular values of low-rank changes, from their thin factors; and low-rank changes, from dense matrices.
 
     s·B·A = Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ        B = Q_B·R_B, Aᵀ = Q_A·R_A (thin QR);  the core is rank × rank
-          = U·diag(S)·V                  its singular value decomposition, exact: O((out + in)·rank²), no out × in matrix
+          = U·diag(S)·V                  its singular value decomposition, exact, in O((out + in)·rank²)
     ‖s·B·A − best of rank k‖ = √(Σ_{i>k} Sᵢ²)                        Eckart and Young, Psychometrika 1936
 
-All of it is done in float64: a truncation's error is a small difference of large sums, summands of a mix may cancel, and
-at these sizes the time goes into reading the factors. The results are rounded once, to the dtype that is asked for.
+All of it is done in float64: a truncation's error is a small difference of large sums, and a mix's summands may cancel.
+The factors are thin, so that this costs little. Results are rounded once, to the dtype that is asked for.
 Knows pairs and matrices; does not know about adapters, modules or files.
 """
 
@@ -97,7 +97,7 @@ def rebuilt(model: Pair, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float3
 
 
 def like(shape: tuple[int, ...], embedding: bool = False) -> Pair:
-    """An empty pair of the kind that changes a weight of `shape`: (out, in), (out, in, k…), an embedding (rows, dim)."""
+    """An empty pair of the kind that changes a weight of `shape`: (out, in), (out, in, k…), embedding (rows, dim)."""
     if embedding:
         return Pair(torch.empty(0, shape[0]), torch.empty(shape[1], 0), 1.0, "embedding")
     kernel = shape[2:]
@@ -198,9 +198,9 @@ def low_rank(matrix: Tensor, bound: Bound, *, oversample: int = 16, most: int = 
 
     A rank far below both sides: subspace iteration from a fixed random start (Halko, Martinsson and Tropp, arXiv
     0909.4061), in the matrix's dtype, until what is caught of ‖Δ‖² grows by less than 1e-4 of what is left, then an
-    exact decomposition inside the subspace. Otherwise the eigenvectors of the smaller Gram matrix in float64, which give
-    the best answer for singular values above 1e-8 of the largest. In both, `Cut.error` is the true distance, as the
-    answer is a projection: ‖Δ − QQᵀΔ‖² = ‖Δ‖² − ‖QᵀΔ‖²."""
+    exact decomposition inside the subspace. Otherwise the eigenvectors of the smaller Gram matrix in float64, which
+    give the best answer for singular values above 1e-8 of the largest. In both, `Cut.error` is the true distance, as
+    the answer is a projection: ‖Δ − QQᵀΔ‖² = ‖Δ‖² − ‖QᵀΔ‖²."""
     D = matrix if matrix.dtype == torch.float64 else matrix.float()
     flip = D.shape[0] < D.shape[1]
     D = D.mT if flip else D  # tall: out ≥ n
@@ -259,4 +259,5 @@ def _subspace(D: Tensor, width: int, norm: float, most: int) -> Tensor:
         if caught - before <= 1e-4 * max(norm**2 - caught, 0.0) + 1e-14 * norm**2:
             break
         before = caught
-    return torch.linalg.qr(Q.double())[0]
+    basis: Tensor = torch.linalg.qr(Q.double())[0]
+    return basis

@@ -1,6 +1,6 @@
 """Strengths by block: which block of its model a module belongs to, and the ways people write a strength for each.
 
-    down_blocks.0=0.5, mid_block=1.2, layers.3-7=0      patterns: whole dotted parts of a name, the last that fits counts
+    down_blocks.0=0.5, mid_block=1.2, layers.3-7=0      patterns: whole dotted parts of a name, the last that fits wins
     1,0,0,0,1,1,1,1,1,1,0,0                             a list as kohya's scripts and A1111's extension take it (lbw)
 
 Knows names; not tensors.
@@ -49,7 +49,9 @@ def parse_blocks(text: str, modules: Sequence[str]) -> dict[str, float]:
     if problems:
         blocks = sorted({block_of(m) for m in modules})
         shown = "\n".join(f"  - {p}" for p in problems)
-        raise ConfigError(f"the strengths by block do not fit:\n{shown}", fix=f"the blocks are {', '.join(blocks[:40])}")
+        raise ConfigError(
+            f"the strengths by block do not fit:\n{shown}", fix=f"the blocks are {', '.join(blocks[:40])}"
+        )
     return out
 
 
@@ -72,14 +74,20 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(rf"(?:^|\.){body}(?:\.|$)")
 
 
-_DOWN = {f"IN{3 * i + j + 1:02}": (f"down_blocks.{i}.resnets.{j}", f"down_blocks.{i}.attentions.{j}")
-         for i in range(4) for j in range(2)}  # fmt: skip
-_DOWN |= {f"IN{3 * i + 3:02}": (f"down_blocks.{i}.downsamplers.0",) for i in range(3)} | {"IN00": ("conv_in",)}
-_UP = {f"OUT{3 * i + j:02}": (f"up_blocks.{i}.resnets.{j}", f"up_blocks.{i}.attentions.{j}")
-       for i in range(4) for j in range(3)}  # fmt: skip
-for _i in range(3):
-    _UP[f"OUT{3 * _i + 2:02}"] += (f"up_blocks.{_i}.upsamplers.0",)
-_PLACES: dict[str, tuple[str, ...]] = {**_DOWN, "MID": ("mid_block",), **_UP}
+def _places() -> dict[str, tuple[str, ...]]:
+    """Block -> the beginnings of its modules' names in a U-Net with two layers a block; SD 1.5 has four levels."""
+    out: dict[str, tuple[str, ...]] = {"IN00": ("conv_in",), "MID": ("mid_block",)}
+    for i in range(4):
+        for j in range(2):
+            out[f"IN{3 * i + j + 1:02}"] = (f"down_blocks.{i}.resnets.{j}", f"down_blocks.{i}.attentions.{j}")
+        out[f"IN{3 * i + 3:02}"] = (f"down_blocks.{i}.downsamplers.0",)
+        for j in range(3):
+            out[f"OUT{3 * i + j:02}"] = (f"up_blocks.{i}.resnets.{j}", f"up_blocks.{i}.attentions.{j}")
+        out[f"OUT{3 * i + 2:02}"] += (f"up_blocks.{i}.upsamplers.0",)
+    return out
+
+
+_PLACES = _places()
 
 
 def _names(inner_: Sequence[int], outer: Sequence[int]) -> list[str]:
@@ -92,7 +100,8 @@ LBW = {
     20: _names(range(9), range(9)),
     26: _names(range(12), range(12)),
 }
-"""Length of a block-weight list -> its blocks, BASE (the text encoders) first: 12 and 20 for SDXL, 17 and 26 for SD 1.5."""
+"""Length of a list -> its blocks, BASE (the text encoders) first: 12 and 20 for SDXL, 17 and 26 for SD 1.5. A block
+that a list leaves out stays at 1, as in kohya's merge scripts."""
 
 
 def _kohya_blocks(numbers: Sequence[float], modules: Sequence[str]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """A full model's weights in safetensors, one tensor at a time.
 
-A file, or a folder of shards: any `*.safetensors` in it, each tensor in exactly one. Headers are read and checked when it
-is opened, tensors when they are asked for, each into memory of its own, so that two large models can be compared in the
-memory of two tensors. Knows names, shapes and bytes; nothing of models.
+A file, or a folder of shards: any `*.safetensors` in it, each tensor in exactly one. Headers are read and checked when
+it is opened, tensors when they are asked for, each into memory of its own, so that two large models can be compared in
+the memory of two tensors. Knows names, shapes and bytes; nothing of models.
 """
 
 from __future__ import annotations
