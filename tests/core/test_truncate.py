@@ -54,7 +54,7 @@ def dense(pair: Pair) -> np.ndarray:
     groups = len(A) // B.shape[1]
     r, out = B.shape[1], len(B) // groups
     parts = [B[g * out : (g + 1) * out] @ A[g * r : (g + 1) * r] for g in range(groups)]
-    return pair.scale * np.stack(parts if groups > 1 else parts)
+    return pair.scale * np.stack(parts)
 
 
 KINDS = ["linear", "embedding", "conv", "grouped conv", "experts"]
@@ -146,7 +146,10 @@ def test_a_magnitude_needs_the_base():
         truncate(Pair(noise(2, 4), noise(3, 2), 1.0, magnitude=torch.ones(3)), Bound(rank=1))
 
 
-@pytest.mark.parametrize("bad", [{}, {"rank": 1, "error": 0.1}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.1}, {"error": 1.0}, {"error": -0.1}])  # fmt: skip
+BAD = [{}, {"rank": 1, "error": 0.1}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.1}, {"error": 1.0}, {"error": -0.1}]
+
+
+@pytest.mark.parametrize("bad", BAD)
 def test_a_bound_is_one_sensible_number(bad):
     with pytest.raises(AdapterError):
         Bound(**bad)
