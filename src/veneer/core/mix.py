@@ -20,7 +20,6 @@ what needs a weight of the base (DoRA, gains beside others, full copies whose st
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.forms import Delta, change_of, delta_of, product_of
+from veneer.core.rounding import seeded
 from veneer.core.truncate import Bound, distance, factors, like, low_rank, rebuilt, stacked, thin_svd, truncated
 from veneer.errors import AdapterError
 
@@ -194,9 +194,7 @@ def _largest(t: Tensor, density: float) -> Tensor:
 
 
 def _dropped(t: Tensor, density: float, seed: int, name: str) -> Tensor:
-    word = hashlib.sha256(f"{seed}|{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(word[:7], "little"))
-    keep = torch.rand(t.shape, generator=generator).to(t.device) < density
+    keep = torch.rand(t.shape, generator=seeded(seed, name)).to(t.device) < density
     return torch.where(keep, t / density, 0.0)
 
 
