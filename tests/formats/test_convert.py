@@ -197,3 +197,18 @@ def test_nothing_is_left_after_a_failure(tmp_path, monkeypatch):
     (tmp_path / "it").mkdir()
     with pytest.raises(AdapterError, match="a folder of this name"):
         write(adapter, tmp_path / "it", "kohya", family="sd15")
+
+
+def test_parts_get_their_own_rank_again_and_the_fused_file_its_bytes(tmp_path):
+    adapter = Adapter({m: pair_for(FLUX, m, 2, 1.0) for m in [*LINEAR1, *QKV[:2]]})
+    first, between, last = (tmp_path / f"{n}.safetensors" for n in ("a", "b", "c"))
+    write(adapter, first, "kohya", family="flux1")
+    assert {p.rank for p in read(first).adapter.pairs.values()} == {8, 4}
+    written = write(read(first).adapter, between, "diffusers")
+    assert written.ranks == {1: 1, 2: 6}  # to_v, which nothing changes, is a pair of zeros
+    same_changes(read(between).adapter, adapter)
+    write(read(between).adapter, last, "kohya")
+    ours, theirs = read_tensors(first)[0], read_tensors(last)[0]
+    linear1 = "lora_unet_single_blocks_0_linear1"
+    assert all(torch.equal(t, theirs[k]) for k, t in ours.items() if k.startswith(linear1))
+    same_changes(read(last).adapter, adapter)

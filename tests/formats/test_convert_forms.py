@@ -12,7 +12,7 @@ from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.forms import Delta, delta_of
 from veneer.errors import AdapterError
 from veneer.formats.convert import encode, write
-from veneer.formats.read import read
+from veneer.formats.read import read, read_state
 from veneer.formats.topology import families
 
 SDXL, FLUX = families()["sdxl"], families()["flux1"]
@@ -216,3 +216,12 @@ def test_several_components_are_no_peft_folder():
 
 def test_dora_is_noted_where_readers_differ():
     assert "A1111" in encode(dora(TO_Q, 0), "kohya", family="sdxl").notes[0]
+
+
+def test_a_vector_alone_is_a_new_norm_and_nothing_else():
+    """`….norm_q.weight`, as diffusers has it; on a linear it would be an (IA)³ without its on_input."""
+    norm, linear = (f"transformer.transformer_blocks.0.attn.{n}" for n in ("norm_q", "to_q"))
+    found = read_state({f"{norm}.weight": torch.ones(UNIT)}, {}).adapter
+    assert torch.equal(found.modules[norm]["weight"], torch.ones(UNIT))
+    with pytest.raises(AdapterError, match="a vector as the whole new weight"):
+        read_state({f"{norm}.weight": torch.ones(UNIT), f"{linear}.weight": torch.ones(UNIT)}, {})

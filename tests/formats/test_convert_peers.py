@@ -8,16 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from tests.formats import tiny_image as tiny
+from tests.formats.image_adapters import random_adapter as random_image_adapter
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError
 from veneer.formats import convert
+from veneer.formats.container import read_tensors
+from veneer.formats.topology import families
+from veneer.formats.write_diffusers import LOADABLE
 
 pytest.importorskip("diffusers")
 loaders = pytest.importorskip("diffusers.loaders")
+pytest.importorskip("diffusers.loaders.lora_pipeline")
 
 UNET = [
     "conv_in",
@@ -155,3 +161,76 @@ def test_diffusers_fails_on_a_text_encoder_without_attention(xl, tmp_path):
     pair = next(iter(pairs.values()))
     with pytest.raises(ValueError, match="infer"):
         xl.load_lora_weights({f"{key}A.weight": pair.A, f"{key}B.weight": pair.B})
+
+
+def test_diffusers_reads_our_kohya_file_of_sdxl_the_same(xl, tmp_path):
+    """With one alpha for all: where they differ it finds no attention module for them (it looks for `to_q_lora` among
+    the module names), and takes the most common one there."""
+    names = {"unet": UNET, "text_encoder": CLIP, "text_encoder_2": CLIP}
+    pairs: dict[str, Pair] = {}
+    for component, model in xl.components.items():
+        pairs |= tiny.random_pairs(model, component, names[component], ranks=(2,), scales=(0.5,))
+    convert.write(Adapter(pairs), tmp_path / "it.safetensors", "kohya", family="sdxl")
+    xl.load_lora_weights(str(tmp_path), weight_name="it.safetensors", adapter_name="it")
+    theirs = outputs(xl)
+    xl.unload_lora_weights()
+    attachments = [tiny.attached(m, c, Adapter(pairs)) for c, m in xl.components.items()]
+    ours = outputs(xl)
+    for attachment in attachments:
+        attachment.detach()
+    for component, want in ours.items():
+        torch.testing.assert_close(theirs[component], want, rtol=1e-7, atol=1e-7)
+
+
+def test_diffusers_splits_our_fused_kohya_file_of_flux_the_same():
+    """Its converter knows only the official widths. Both q, k, v with one A, and linear1 of four pairs."""
+    wide = 3072
+    block, single = "transformer.transformer_blocks.0", "transformer.single_transformer_blocks.0"
+    g = torch.Generator().manual_seed(0)
+    shared = torch.randn(2, wide, generator=g)
+    pairs = {
+        f"{block}.attn.{name}": Pair(shared, torch.randn(wide, 2, generator=g), 0.5)
+        for name in ("to_q", "to_k", "to_v")
+    }
+    for i, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")):
+        rows = 4 * wide if name == "proj_mlp" else wide
+        A, B = torch.randn(1, wide, generator=g), torch.randn(rows, 1, generator=g)
+        pairs[f"{single}.{name}"] = Pair(A, B, (1.0, 2.0, 0.5, 4.0)[i])
+    pairs[f"{block}.ff.net.2"] = Pair(torch.randn(3, 4 * wide, generator=g), torch.randn(wide, 3, generator=g), 1 / 3)
+    encoded = convert.encode(Adapter(pairs), "kohya", family="flux1")
+    theirs = loaders.FluxLoraLoaderMixin.lora_state_dict(dict(encoded.tensors))
+    assert {k.rpartition(".lora_")[0] for k in theirs} == set(pairs)
+    for name, pair in pairs.items():
+        A, B = (theirs[f"{name}.lora_{half}.weight"].double() for half in "AB")
+        x = torch.randn(pair.A.shape[1], generator=g, dtype=torch.float64)
+        want = pair.scale * (pair.B.double() @ (pair.A.double() @ x))
+        assert (B @ (A @ x) - want).norm() < 1e-6 * want.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("family", "mixin"),
+    [
+        ("sd15", "StableDiffusionLoraLoaderMixin"),
+        ("sd2", "StableDiffusionLoraLoaderMixin"),
+        ("sdxl", "StableDiffusionXLLoraLoaderMixin"),
+        ("flux1", "FluxLoraLoaderMixin"),
+        ("flux2", "Flux2LoraLoaderMixin"),
+        ("qwen-image", "QwenImageLoraLoaderMixin"),
+        ("z-image", "ZImageLoraLoaderMixin"),
+        ("sd3", "SD3LoraLoaderMixin"),
+        ("sd3-large", "SD3LoraLoaderMixin"),
+    ],
+)
+def test_no_pipeline_takes_our_names_for_anothers(family, mixin, tmp_path):
+    """What its converters make of the keys of every module that we write: nothing; and the settings arrive."""
+    loader = getattr(loaders.lora_pipeline, mixin)
+    assert loader._lora_loadable_modules == list(LOADABLE.get(family, ("transformer",)))
+    own = families()[family]
+    adapter = random_image_adapter(own, lambda m: m.partition(".")[0] in loader._lora_loadable_modules)
+    convert.write(adapter, tmp_path / "it.safetensors", "diffusers", family=family)
+    found = loader.lora_state_dict(str(tmp_path), weight_name="it.safetensors", return_lora_metadata=True)
+    state, settings = found[0], found[-1]
+    assert state.keys() == read_tensors(tmp_path / "it.safetensors")[0].keys()
+    for component in {m.partition(".")[0] for m in adapter.pairs}:
+        given = {k.partition(".")[2]: v for k, v in settings.items() if k.startswith(f"{component}.")}
+        assert LoraConfig(**given).r >= 1

@@ -108,15 +108,16 @@ def random_pairs(
     names: Iterable[str],
     *,
     dora: bool = False,
+    ranks: tuple[int, ...] = (2, 3, 4),
     scales: tuple[float, ...] = (0.5, 1, 3),
 ) -> dict[str, Pair]:
-    """A pair of rank 2, 3 or 4 and of one scale after the other for each name, under its canonical name."""
+    """A pair for each name, under its canonical name, of one rank and scale after the other."""
     modules = dict(model.named_modules())
     out = {}
     for i, name in enumerate(names):
         W = modules[own_name(f"{component}.{name}", model)].weight
         g = torch.Generator().manual_seed(i)
-        rank, ones = 2 + i % 3, [1] * (W.ndim - 2)
+        rank, ones = ranks[i % len(ranks)], [1] * (W.ndim - 2)
         A = torch.randn(rank, *W.shape[1:], generator=g, dtype=W.dtype) * 0.3
         B = torch.randn(W.shape[0], rank, *ones, generator=g, dtype=W.dtype) * 0.3
         m = torch.rand(W.shape[0], generator=g, dtype=W.dtype) + 0.5 if dora else None

@@ -30,8 +30,10 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair, alpha_of
 from veneer.errors import AdapterError
 from veneer.formats import peft
-from veneer.formats.container import Staged, atomic_write, check_finite, encode_tensors
+from veneer.formats.atomic import Staged, atomic_write
+from veneer.formats.container import check_finite, encode_tensors
 from veneer.formats.file_hashes import Hashes, hashes, sealed
+from veneer.formats.fused import trimmed
 from veneer.formats.gguf import read_gguf, write_gguf
 from veneer.formats.gguf_file import read_gguf_file
 from veneer.formats.leaves import Leaf, write_leaf
@@ -297,10 +299,11 @@ def _for_pipelines(
         refused["learned words and rows of embeddings have no place in such a file; --to peft"].append(module)
     extra: dict[str, str] = {}
     if to == "diffusers":
+        leaves = _own_ranks(leaves, family)
         tensors, configs = diffusers_tensors(leaves, family, refused)
         if configs:
             extra["lora_adapter_metadata"] = pack_configs(configs)
-        pairs = list(meant.pairs.values())
+        pairs = [leaf.pair for leaf in leaves.values() if leaf.pair is not None]
     else:
         named = foreign_leaves(leaves, family, to, refused)
         pairs = [leaf.pair for leaf, _ in named.values() if leaf.pair is not None]
@@ -320,6 +323,15 @@ def _for_pipelines(
     back = read_state(tensors, described, where=to).adapter
     _compare(meant, back, to)
     return _Done(Encoded(tensors, described, {}, notes), meant, back, family.name, pairs)
+
+
+def _own_ranks(leaves: Mapping[str, Leaf], family: Family) -> dict[str, Leaf]:
+    """The parts of a block-diagonal fused pair with their own ranks alone: the same ΔW without the other parts' A."""
+    parts = {p.module for places in family.originals.values() for p in places if p.part is not None}
+    return {
+        module: replace(leaf, pair=trimmed(leaf.pair)) if module in parts and leaf.pair is not None else leaf
+        for module, leaf in leaves.items()
+    }
 
 
 def _suffixed(

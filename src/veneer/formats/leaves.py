@@ -10,7 +10,7 @@
 | lokr_w1 or _a·_b, lokr_w2 or _a·_b (lokr_t2)                       | LoKr, s = alpha/rank; 1 if both are full |
 | weight, on_input                                                   | (IA)³ gain                               |
 | diff, diff_b · w_norm, b_norm                                      | dense deltas of weight and bias          |
-| set_weight · scale (a vector)                                      | whole new weight                         |
+| set_weight · scale, or weight alone (a vector)                     | whole new weight                         |
 | dora_scale (out, 1…) or (1, in, 1…) · lora_magnitude_vector (out)  | magnitude of the pair, the LoHa, the LoKr|
 
 Sources: the files of sd-scripts, LyCORIS, PEFT, diffusers and ComfyUI. A LoHa or LoKr of a convolution may be stored

@@ -89,8 +89,8 @@ def read_leaf(
         role = next((role for role, pattern in _ROLE if pattern.fullmatch(suffix)), None)
         if role is None and suffix == "weight" and "on_input" in suffixes:
             role = "gain"
-        if role is None and suffix == "scale" and tensor.ndim == 1:
-            role = "set_weight"
+        if role is None and tensor.ndim == 1 and (suffix == "scale" or len(suffixes) == 1):
+            role = "set_weight" if suffix in ("scale", "weight") else None
         refused = next((why for pattern, why in _REFUSE if pattern.fullmatch(suffix)), None)
         if role is None:
             reader.problems.append(

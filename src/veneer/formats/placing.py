@@ -95,6 +95,8 @@ class Placer:
         pair = leaf.pair
         if kind == "norm" and pair is not None:
             raise AdapterError(f"a pair on {name}, which is a norm")
+        if kind in ("linear", "conv", "embedding") and "weight" in leaf.full and leaf.full["weight"].ndim == 1:
+            raise AdapterError(f"a vector as the whole new weight of {name}, which is of a {kind}")
         if kind == "embedding" and pair is not None and pair.kind == "linear":
             # ΔW = B·A of a weight (rows, dim); an embedding's pair is the transpose of that.
             leaf = replace(leaf, pair=replace(pair, A=pair.B.t(), B=pair.A.t(), kind="embedding"))
