@@ -185,6 +185,13 @@ def read_state(
             groups[parts[0]][parts[1]] = key
         elif key not in words:
             unused.append(key)
+    if tensors and not words and all(suffix in ("weight", "scale") for own in groups.values() for suffix in own):
+        raise AdapterError(
+            f"none of the {len(tensors):,} tensors is an adapter's: "
+            + ("whole weights, a checkpoint or a part of one" if groups else "no layout known here"),
+            where=where,
+            fix="give the adapter's file; its tensors are called …lora_A.weight, …lora_up.weight, …lokr_w1 or the like",
+        )
     numbered = list_modules(tensors, metadata, where=where) if is_list(tensors) else {}
     places: dict[str, tuple[Place, ...] | None]
     shapes = {text: _shape(tensors, own) for text, own in groups.items()}
