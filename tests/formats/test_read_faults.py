@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -222,7 +222,8 @@ def test_the_metadata_decides_a_tie_and_never_against_the_names() -> None:
 KEYS = sorted(small().tensors)
 
 
-@given(st.sets(st.sampled_from(KEYS), max_size=30), st.data())
+@settings(deadline=None)
+@given(st.sets(st.sampled_from(KEYS), max_size=len(KEYS) - 3), st.data())
 def test_each_tensor_is_used_unused_or_unpaired_whatever_is_missing_or_renamed(gone: set[str], data) -> None:
     """Lawful whatever is in the file: with allow_partial every key is in exactly one of the three lists."""
     tensors = {k: t for k, t in small().tensors.items() if k not in gone}
