@@ -49,7 +49,8 @@ class Described:
         """The row of the index, without the id."""
         text = {k: str(self.card.get(k) or "") for k in ("base", "base_fingerprint", "kind", "licence", "created")}
         base_name = text["base"].rstrip("/").rpartition("/")[2].lower()
-        words = " ".join([self.format, *_leaves(self.card)]).lower()[:MAX_WORDS]
+        told = {k: v for k, v in self.card.items() if k != "targets"}  # many, and nobody searches for them
+        words = " ".join([self.format, *_leaves(told)]).lower()[:MAX_WORDS]
         return {
             "digest": self.digest,
             "format": self.format,

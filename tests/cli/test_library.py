@@ -1,0 +1,130 @@
+"""`veneer library …` as a user types it, and the page of the docs as it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.run import run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Two PEFT folders, in a veneer home of their own."""
+    import torch
+
+    from veneer.core.adapter import Adapter, Card, Pair
+    from veneer.formats import peft
+
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    out = []
+    for n in (1, 2):
+        pair = Pair(torch.full((2, 3), float(n)), torch.ones(4, 2), 1.0)
+        card = Card(base="org/Base", rank=2, alpha=2.0, targets=["q"], trigger_words=["hello"])
+        peft.write(Adapter({"model.q": pair}, card=card), tmp_path / f"runs/{n}")
+        out.append(tmp_path / f"runs/{n}")
+    return out
+
+
+def result(capsys: Any, *arguments: str) -> Any:
+    ran = run(capsys, "library", *arguments, "--json")
+    assert ran.code == 0, ran.err
+    return json.loads(ran.out)
+
+
+def test_every_subcommand_gives_json(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
+    first = result(capsys, "add", "runs/1", "support", "--tag", "x", "--alias", "prod")
+    assert (first["new"], first["version"]["reference"], first["version"]["aliases"]) == (True, "support@1", ["prod"])
+    assert result(capsys, "add", "runs/2", "support")["version"]["version"] == 2
+    assert [v["reference"] for v in result(capsys, "list")["versions"]] == ["support@2"]
+    found = result(capsys, "search", "hello", "--base", "base", "--tag", "x", "--all-versions")
+    assert [v["reference"] for v in found["versions"]] == ["support@1"]
+    shown = result(capsys, "show", "support@prod")
+    assert (Path(shown["path"]) / "adapter_config.json").is_file()
+    assert result(capsys, "tag", "support@2", "y", "z")["tags"] == ["y", "z"]
+    assert result(capsys, "untag", "support@2", "y")["tags"] == ["z"]
+    assert result(capsys, "alias", "support@2", "prod")["aliases"] == ["prod"]
+    assert result(capsys, "push", "support@prod", str(tmp_path / "there"))["place"] == str(tmp_path / "there")
+    assert result(capsys, "pull", str(tmp_path / "there"), "copy")["version"]["digest"] == found_digest(
+        capsys, "support"
+    )
+    assert result(capsys, "export", "all.tar")["versions"] == ["copy@1", "support@1", "support@2"]
+    assert result(capsys, "remove", "support@1")["removed"] == ["support@1"]
+    assert result(capsys, "gc", "--grace", "0", "--dry-run")["entries"] == 1
+    assert result(capsys, "gc", "--grace", "0")["entries"] == 1
+    assert result(capsys, "verify")["ok"] is True
+    assert result(capsys, "--at", "other", "import", "all.tar")["new"] == ["copy@1", "support@1", "support@2"]
+
+
+def found_digest(capsys: Any, reference: str) -> str:
+    return str(result(capsys, "show", reference)["digest"])
+
+
+def test_words_for_people_and_errors_that_help(capsys: Any, adapters: list[Path]) -> None:
+    assert run(capsys, "library", "add", "runs/1", "support").out.startswith("support@1  sha256:")
+    assert "no new version" in run(capsys, "library", "add", "runs/1", "support").out
+    listed = run(capsys, "library", "list").out.splitlines()
+    assert listed[0].split() == ["adapter", "aliases", "base", "format", "size", "tags"]
+    assert "org/Base" in listed[1]
+    assert "hello" in run(capsys, "library", "show", "support").out
+    lost = run(capsys, "library", "show", "suport")
+    assert (lost.code, "did you mean support?" in lost.err) == (2, True)
+    assert run(capsys, "library", "add", "runs/1", "No Name").code == 2
+
+
+def test_verify_ends_with_2_where_something_is_wrong(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
+    run(capsys, "library", "add", "runs/1", "support")
+    for blob in (tmp_path / "home" / "library" / "blobs").glob("*/*"):
+        blob.unlink()
+    ran = run(capsys, "library", "verify")
+    assert ran.code == 2
+    assert ran.out.count("MISSING") >= 2
+    assert "support@1" in ran.out
+
+
+def test_a_lost_index_is_made_again(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
+    run(capsys, "library", "add", "runs/1", "support", "--alias", "prod")
+    for file in (tmp_path / "home" / "library").glob("index.sqlite*"):
+        file.unlink()
+    assert "verify --rebuild" in run(capsys, "library", "list").err
+    assert "1 versions of 1 names" in run(capsys, "library", "verify", "--rebuild").out
+    assert result(capsys, "show", "support@prod")["version"] == 1
+
+
+def test_the_page_of_the_docs_runs_as_it_stands(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "runs/1").rename(tmp_path / "runs/quickstart")
+    (tmp_path / "runs/2").rename(tmp_path / "runs/second")
+    page = (ROOT / "docs" / "how-to" / "library.md").read_text(encoding="utf-8")
+    lines = [
+        line.split(" #")[0].strip()
+        for body in re.findall(r"```\n(.*?)```", page, flags=re.S)
+        for line in body.splitlines()
+    ]
+    ran = 0
+    for line in lines:
+        if line.startswith("veneer library ") and "hf:" not in line and "://" not in line:
+            done = run(capsys, *shlex.split(line)[1:])
+            assert done.code == 0, f"{line}\n{done.err}"
+            ran += 1
+    assert ran >= 12
+
+
+def test_help_loads_no_database_and_shows_an_example(capsys: Any) -> None:
+    code = "import sys; from veneer.cli.main import main\n"
+    code += "try: main(['library', 'add', '--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'sqlalchemy', 'fsspec', 'torch', 'huggingface_hub'} & set(sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    names = ["add", "list", "show", "search", "tag", "untag", "alias", "remove", "verify", "gc", "pull", "push"]
+    for name in [*names, "export", "import"]:
+        assert f"Example: veneer library {name}" in run(capsys, "library", name, "--help").out
