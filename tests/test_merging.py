@@ -101,9 +101,7 @@ def test_what_does_not_fit_into_float16_is_refused():
 
 # -- shard by shard ----------------------------------------------------------------------------------------------------
 
-SHARDED = [
-    "llama", "dora", "token rows, tied", "full copies", "phi",
-]  # fmt: skip
+SHARDED = ["llama", "dora", "token rows, tied", "full copies", "phi"]
 
 
 @pytest.fixture
@@ -137,8 +135,8 @@ def test_the_files_merged_one_weight_at_a_time_are_those_of_the_merged_model(sav
         assert report.delta_error == pytest.approx(wanted.delta_error)
     assert (tmp_path / "out/tokenizer.json").read_text(encoding="utf-8") == "{}"
     assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "base/config.json").read_bytes()
-    again = type(net).from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
-    assert torch.equal(outputs(again), outputs(want))
+    again = type(net).from_pretrained(tmp_path / "out", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in again.items())
 
 
 def test_what_the_mix_does_not_touch_keeps_its_bytes(saved, tmp_path):
@@ -156,7 +154,9 @@ def test_stochastic_rounding_keeps_a_small_delta_on_the_whole_and_is_seeded(save
     near = merge_shards(tmp_path / "base", [spec], tmp_path / "near")
     runs = [merge_shards(tmp_path / "base", [spec], tmp_path / str(i), seed=s) for i, s in enumerate((1, 1, 2))]
     for run in runs:
-        assert abs(run.delta_kept - 1) < 0.1
+        # Its variance is at most Σ Δ²·step²/4 over ‖Δ‖⁴, and delta_error² is the mean of off² over ‖Δ‖²: about
+        # (error/√weights)² if Δ and step are independent.
+        assert abs(run.delta_kept - 1) < 5 * run.delta_error / run.weights**0.5
         assert run.delta_error > near.delta_error
     files = [sorted((tmp_path / str(i)).glob("*.safetensors")) for i in range(3)]
     same = [[a.read_bytes() == b.read_bytes() for a, b in zip(files[0], f, strict=True)] for f in files]

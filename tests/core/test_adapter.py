@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from veneer.core import Adapter, Pair, TokenRows
@@ -93,3 +94,17 @@ def test_a_component_is_the_part_of_one_model_under_its_own_names() -> None:
     assert set(whole.component("text_encoder").pairs) == {"q"}
     assert set(whole.component("text_encoder").new_tokens) == {"words"}
     assert not whole.component("vae").pairs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("at", [0, 1, 500, 998, 999])
+def test_one_bad_value_anywhere_is_found(dtype, at):
+    from veneer.core.adapter import all_finite
+
+    good = torch.linspace(-3, 3, 1000).to(dtype)
+    assert all_finite(good)
+    assert all_finite(good[:0])
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        t = good.clone()
+        t[at] = bad
+        assert not all_finite(t)

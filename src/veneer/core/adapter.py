@@ -18,7 +18,18 @@ from torch import Tensor
 
 from veneer.core.forms import Delta
 
-__all__ = ["Adapter", "Card", "Kind", "LoraSpec", "Mix", "Pair", "TokenRows", "scale_of", "with_token_ids"]
+__all__ = [
+    "Adapter",
+    "Card",
+    "Kind",
+    "LoraSpec",
+    "Mix",
+    "Pair",
+    "TokenRows",
+    "all_finite",
+    "scale_of",
+    "with_token_ids",
+]
 
 Kind = Literal["linear", "embedding", "conv", "experts"]
 Mix = tuple[tuple[str, float], ...]
@@ -35,6 +46,14 @@ def scale_of(alpha: float, rank: int, rslora: bool = False) -> float:
 def alpha_of(scale: float, rank: int, rslora: bool = False) -> float:
     """The inverse of `scale_of`, for writers of formats that store alpha."""
     return scale * math.sqrt(rank) if rslora else scale * rank
+
+
+def all_finite(t: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: by the extremes, which either shows in, in one pass that makes no tensor."""
+    if not t.numel() or t.is_complex() or t.dtype.itemsize == 1:
+        return bool(torch.isfinite(t if t.dtype.itemsize > 1 else t.float()).all())
+    low, high = torch.aminmax(t.detach())
+    return math.isfinite(low) and math.isfinite(high)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.adapter import Adapter, Pair, TokenRows, all_finite
 from veneer.core.forms import Delta, part_problems
 from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear, Selection
 from veneer.core.merge import merged_state, parameter_shape, to_matrix, weight_of
@@ -258,7 +258,7 @@ def _problems(modules: Mapping[str, nn.Module], adapter: Adapter) -> list[str]:
         out.append(
             f"{name}: the learned words {', '.join(sorted(words)[:3])} have no token ids yet; see with_token_ids"
         )
-    out += [f"{n}: not finite" for n, t in adapter.tensors() if not t.is_meta and not torch.isfinite(t).all()]
+    out += [f"{n}: not finite" for n, t in adapter.tensors() if not t.is_meta and not all_finite(t)]
     return out
 
 

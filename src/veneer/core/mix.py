@@ -31,7 +31,18 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.forms import Delta, change_of, delta_of, product_of
 from veneer.core.rounding import seeded
-from veneer.core.truncate import Bound, distance, factors, like, low_rank, rebuilt, stacked, thin_svd, truncated
+from veneer.core.truncate import (
+    Bound,
+    distance,
+    factors,
+    like,
+    low_rank,
+    rebuilt,
+    rounding,
+    stacked,
+    thin_svd,
+    truncated,
+)
 from veneer.errors import AdapterError
 
 __all__ = ["METHODS", "Mixed", "Part", "Weights", "mix", "mix_pairs", "strengthened"]
@@ -109,10 +120,15 @@ def mix_pairs(
         out = rebuilt(model, A.reshape(*lead, *A.shape[1:]), B.reshape(*lead, *B.shape[1:]), dtype)
         cut = math.sqrt(sum(f[2].error ** 2 for f in found))
         return out, Part(out.rank, distance(truth), distance(factors(out), truth), cut)
-    out = rebuilt(model, *own, dtype) if bound is None else truncated(*own, model, bound, dtype)[0]
-    same = own is truth
-    error = distance(factors(out), truth)
-    return out, Part(out.rank, distance(truth), error, error if same else distance(factors(out), own))
+    if bound is not None:
+        out, report = truncated(*own, model, bound, dtype)
+        norm, cut = report.norm, math.hypot(report.error, report.rounding)
+    else:
+        out = rebuilt(model, *own, dtype)
+        norm, cut = distance(own), rounding(own, out)
+    if own is truth:
+        return out, Part(out.rank, norm, cut, cut)
+    return out, Part(out.rank, distance(truth), distance(factors(out), truth), cut)
 
 
 def _needed(bound: Bound | None, name: str) -> Bound:

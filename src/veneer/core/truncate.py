@@ -31,6 +31,7 @@ __all__ = [
     "low_rank",
     "rank_for",
     "rebuilt",
+    "rounding",
     "singular_values",
     "stacked",
     "thin_svd",
@@ -62,11 +63,13 @@ class Bound:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a truncation did: ‖Δ‖ before, ‖Δ − kept‖, both Frobenius, and the rank that was kept."""
+    """What a truncation did: ‖Δ‖ before, ‖Δ − kept‖, both Frobenius, the rank that was kept, and what rounding to the
+    dtype added, which is at a right angle to the error but for chance."""
 
     norm: float
     error: float
     rank: int
+    rounding: float = 0.0
 
 
 # -- pairs as factors --------------------------------------------------------------------------------------------------
@@ -137,6 +140,14 @@ def distance(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor] | None = Non
     return float(torch.linalg.vector_norm(S))
 
 
+def rounding(exact: tuple[Tensor, Tensor], pair: Pair) -> float:
+    """‖B'·A' − B·A‖ of factors (A, B) and the pair they were rounded to: (B'−B)·A' + B·(A'−A), in which no large sums
+    cancel."""
+    (A, B), (A1, B1) = exact, factors(pair)
+    both = torch.cat([A1, A1 - A], -2), torch.cat([B1 - B, B], -1)
+    return math.sqrt(max(inner(both, both), 0.0))
+
+
 # -- exact, from thin factors ------------------------------------------------------------------------------------------
 
 
@@ -185,9 +196,10 @@ def truncated(A: Tensor, B: Tensor, model: Pair, bound: Bound, dtype: torch.dtyp
     U, S, V = thin_svd(A, B)
     k = rank_for(S, bound)
     root = S[..., :k].sqrt()
-    out = rebuilt(model, root.unsqueeze(-1) * V[..., :k, :], U[..., :k] * root.unsqueeze(-2), dtype)
-    norm, error = torch.linalg.vector_norm(S), torch.linalg.vector_norm(S[..., k:])
-    return out, Cut(float(norm), float(error), out.rank)
+    exact = root.unsqueeze(-1) * V[..., :k, :], U[..., :k] * root.unsqueeze(-2)
+    out = rebuilt(model, *exact, dtype)
+    dropped, off = float(torch.linalg.vector_norm(S[..., k:])), rounding(exact, out)
+    return out, Cut(float(torch.linalg.vector_norm(S)), dropped, out.rank, off)
 
 
 # -- from dense matrices -----------------------------------------------------------------------------------------------

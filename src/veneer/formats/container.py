@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from veneer.core.adapter import all_finite
 from veneer.errors import AdapterError, UnsafeFileError
 from veneer.formats.atomic import atomic_write
 
@@ -321,12 +322,11 @@ def check_finite(tensors: Mapping[str, Tensor], *, where: str | None = None) -> 
     """AdapterError that lists every tensor holding NaN or infinity, with its shape and how many."""
     bad = []
     for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() or tensor.is_complex()):
+        if not (tensor.is_floating_point() or tensor.is_complex()) or all_finite(tensor):
             continue
         wide = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.float32)
         count = int((~torch.isfinite(wide)).sum())
-        if count:
-            bad.append(f"    {name} {tuple(tensor.shape)}: {count:,} of {tensor.numel():,} values")
+        bad.append(f"    {name} {tuple(tensor.shape)}: {count:,} of {tensor.numel():,} values")
     if bad:
         raise AdapterError(
             f"{len(bad)} tensor(s) hold NaN or infinity:\n" + "\n".join(bad),

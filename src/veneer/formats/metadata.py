@@ -42,6 +42,7 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "sd2": ("stable-diffusion-v2-512", "diffusers", "sd_v2"),
     "sdxl": ("stable-diffusion-xl-v1-base", SAI, "sdxl_base_v1-0"),
     "sd3": ("stable-diffusion-3", "diffusers", "sd3"),
+    "sd3-large": ("stable-diffusion-3", "diffusers", "sd3"),
     "flux1": ("flux-1-dev", BFL, "flux1"),
     "flux2": ("Flux.2-dev", "https://github.com/black-forest-labs/flux2", "flux2"),
     "qwen-image": ("Qwen-Image", "https://github.com/QwenLM/Qwen-Image", "qwen_image"),

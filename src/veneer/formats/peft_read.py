@@ -432,9 +432,14 @@ class _Reader:
         entries = (
             targets if isinstance(targets, list) else [targets] if targets and targets != cfg.DUMMY_TARGETS else []
         )
+        ending: dict[str, list[str]] = {}  # an entry of a list fits names that end in it: thousands of each are common
+        for name in plain:
+            parts = name.split(".")
+            for at in range(len(parts)):
+                ending.setdefault(".".join(parts[at:]), []).append(name)
         for entry in entries:
             one = [entry] if isinstance(targets, list) else None
-            if not any(cfg.matches(config, n, one) for n in plain):
+            if not any(cfg.matches(config, n, one) for n in (ending.get(entry, []) if one else plain)):
                 self.problems.append(f"target_modules names {entry!r}, and there are no tensors for it")
         for entry in config.target_parameters:
             if not any(n == entry or n.endswith(f".{entry}") for n in [*self.pairs, *(f"{p}.weight" for p in plain)]):

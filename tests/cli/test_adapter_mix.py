@@ -1,0 +1,77 @@
+"""`veneer adapter mix|resize|extract|diff|strength`: what is printed, what --json has, the exit codes; and the page's
+commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.cli.run import run
+from tests.formats.twins import linear_pairs
+from veneer.formats import peft
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "mix.md"
+NAMES = ["model.layers.0.q", "model.layers.1.q"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with the adapters and models that the page names."""
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("style", "product")):
+        peft.write(linear_pairs(NAMES, rank=2, width=8, seed=i), tmp_path / "runs" / name)
+    weights = {f"{n}.weight": torch.rand(8, 8) for n in NAMES}
+    for name, by in (("base-model", 1.0), ("tuned-model", 1.1)):
+        (tmp_path / name).mkdir()
+        save_file({n: (by * t).bfloat16() for n, t in weights.items()}, tmp_path / name / "model.safetensors")
+    return tmp_path
+
+
+def test_every_command_on_the_page_runs(here, capsys):
+    blocks = re.findall(r"```\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert len(commands) == 8
+    for command in commands:
+        ran = run(capsys, *shlex.split(command)[1:])
+        assert ran.code == 0, ran.err
+        assert ran.out.strip()
+
+
+@pytest.mark.parametrize("verb", ["mix", "resize", "extract", "diff", "strength"])
+def test_help_has_an_example(capsys, verb):
+    out = run(capsys, "adapter", verb, "--help").out
+    assert f"Example: veneer adapter {verb}" in out
+
+
+def test_json_is_one_object_with_the_errors(here, capsys):
+    made = json.loads(run(capsys, "adapter", "mix", "runs/style:0.8", "runs/product:-0.5", "-o", "m", "--json").out)
+    assert made["error"] < 1e-6
+    assert made["ranks"] == {"4": 2}
+    small = json.loads(run(capsys, "adapter", "resize", "m", "-o", "s", "--rank", "1", "--json").out)
+    assert 0 < small["error"] < 1
+    assert set(small["parts"]) == set(NAMES)
+    found = json.loads(run(capsys, "adapter", "diff", "m", "s", "--json").out)
+    assert found["all"]["difference"] == pytest.approx(small["error"], rel=1e-4)
+    shown = json.loads(run(capsys, "adapter", "strength", "m", "--json").out)
+    assert set(shown["blocks"]) == {"model.layers.0", "model.layers.1"}
+
+
+def test_what_is_wrong_is_said_without_a_traceback(here, capsys):
+    for arguments, words in (
+        (["mix", "runs/style", "runs/product", "-o", "m", "--method", "ties"], "give a rank"),
+        (["mix", "runs/style", "-o", "m", "--method", "mean"], "there is no method"),
+        (["resize", "runs/style", "-o", "m"], "resize to what"),
+        (["strength", "runs/style", "--blocks", "down=1"], "fits no module"),
+        (["merge", "runs/style", "--base", "base-model", "-o", "m", "--stochastic", "1"], "--by-shard"),
+    ):
+        ran = run(capsys, "adapter", *arguments)
+        assert ran.code == 2
+        assert words in ran.err
+        assert "Traceback" not in ran.err
+        assert not (here / "m").exists()
