@@ -87,6 +87,7 @@ def test_parts_with_the_same_A_are_one_pair_of_the_same_rank():
     assert out[f"{name}.alpha"].item() == 1.0
     assert torch.equal(out[f"{name}.lora_down.weight"], adapter.pairs[QKV[0]].A)
     assert torch.equal(out[f"{name}.lora_up.weight"], torch.cat([adapter.pairs[m].B for m in QKV]))
+    assert not encode(adapter, "kohya").notes
 
 
 def test_parts_of_their_own_are_block_diagonal():
@@ -105,6 +106,9 @@ def test_parts_of_their_own_are_block_diagonal():
     for module, own in zip(LINEAR1, rows, strict=True):
         torch.testing.assert_close(whole[own], by_hand(adapter.pairs[module]), rtol=1e-7, atol=1e-7)
     assert torch.count_nonzero(up) == UNIT * (1 + 2 + 3) + 4 * UNIT * 4
+    assert encoded.notes == [
+        "1 fused projections join parts with an A of their own: their ranks add up, and the file grows"
+    ]
 
 
 def test_blocks_are_not_taken_for_those_of_split_qkv(tmp_path):

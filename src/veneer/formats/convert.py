@@ -307,7 +307,7 @@ def _for_pipelines(
         named = foreign_leaves(leaves, family, to, refused)
         pairs = [leaf.pair for leaf, _ in named.values() if leaf.pair is not None]
         tensors = _suffixed(named, family, to, refused)
-        notes = [*notes, *_dora_notes(leaves, to)]
+        notes = [*notes, *_dora_notes(leaves, to), *_rank_notes(named, leaves)]
         # Joined parts look as sd-scripts' split_qkv does, where alpha is for the rank of one part; here it is not.
         extra["ss_network_args"] = '{"split_qkv": "False"}'
     _raise(refused, to)
@@ -374,6 +374,17 @@ def _unread(name: str, leaf: Leaf, family: Family, to: str) -> list[str]:
     if family.name.startswith("flux") and name.endswith(("query_norm", "key_norm")):
         out.append("ComfyUI's patches reach parameters called weight, and this one is called scale; --to kohya")
     return out
+
+
+def _rank_notes(named: Mapping[str, tuple[Leaf, tuple[str, ...]]], leaves: Mapping[str, Leaf]) -> list[str]:
+    grown = [
+        name
+        for name, (leaf, modules) in named.items()
+        if leaf.pair is not None and leaf.pair.rank > max(p.rank for m in modules if (p := leaves[m].pair) is not None)
+    ]
+    if not grown:
+        return []
+    return [f"{len(grown)} fused projections join parts with an A of their own: their ranks add up, and the file grows"]
 
 
 def _dora_notes(leaves: Mapping[str, Leaf], to: str) -> list[str]:
