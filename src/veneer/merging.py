@@ -24,7 +24,7 @@ from veneer import using
 from veneer.core.adapter import Adapter
 from veneer.core.merge import exact_weights
 from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError
-from veneer.formats.container import as_veneer_error, atomic_write, flush_folder
+from veneer.formats.atomic import as_veneer_error, atomic_write, flush_folder
 from veneer.models.quiet import quiet
 
 if TYPE_CHECKING:

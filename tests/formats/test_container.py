@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import AdapterError, ResourceError, UnsafeFileError
-from veneer.formats import container
-from veneer.formats.container import atomic_write, encode_tensors, read_header, read_tensors, strict_json, write_tensors
+from veneer.formats import atomic, container
+from veneer.formats.atomic import atomic_write
+from veneer.formats.container import encode_tensors, read_header, read_tensors, strict_json, write_tensors
 
 
 def raw(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
@@ -258,13 +259,13 @@ def test_a_full_disk_at_any_byte_leaves_the_old_file_and_nothing_else(tmp_path, 
     new = {"new": torch.ones(5), "other": torch.zeros(2)}
     total = sum(len(c) for c in encode_tensors(new))
     for room in range(total):
-        monkeypatch.setattr(container, "_write", Full(room).write)
+        monkeypatch.setattr(atomic, "_write", Full(room).write)
         with pytest.raises(ResourceError, match="no room") as caught:
             write_tensors(path, new)
         assert "fix:" in str(caught.value)
         assert path.read_bytes() == old
         assert os.listdir(tmp_path) == ["a.safetensors"]
-    monkeypatch.setattr(container, "_write", Full(total).write)
+    monkeypatch.setattr(atomic, "_write", Full(total).write)
     write_tensors(path, new)
     assert set(read_tensors(path)[0]) == {"new", "other"}
 
@@ -279,7 +280,7 @@ def test_a_failure_after_the_last_byte_leaves_the_old_file_too(tmp_path, monkeyp
     def fail(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(container, step, fail)
+    monkeypatch.setattr(atomic, step, fail)
     with pytest.raises(kind):
         write_tensors(path, {"new": torch.ones(3)})
     assert path.read_bytes() == old

@@ -1,7 +1,7 @@
 """Processes that use one library at once and are killed at any point. Run as a program, so that it can fork safely:
 
     python -m tests.library.driver random PLACE INDEX SECONDS SEED     workers with random operations, killed at random
-    python -m tests.library.driver points FOLDER INDEX…                one scenario, killed at each of its steps in turn
+    python -m tests.library.driver points FOLDER STRIDE INDEX…         one scenario, killed at every STRIDEth of its steps
 
 Exit code 0 if every process ended as it was told to and the library is right afterwards; prints what was done.
 """
@@ -115,7 +115,7 @@ def run_random(place: str, index: str | None, seconds: float, seed: int) -> dict
         running = [start() for _ in range(WORKERS)]
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            time.sleep(pick.uniform(0.05, 0.5))
+            time.sleep(pick.uniform(*((0.4, 1.5) if place.startswith("s3:") else (0.05, 0.5))))
             victim = running.pop(pick.randrange(WORKERS))
             os.kill(victim, signal.SIGKILL)
             kills += 1
@@ -164,12 +164,12 @@ def killed_at(step: int) -> None:
     Connection.commit = hook(Connection.commit)  # type: ignore[method-assign]
 
 
-def run_points(folder: str, indexes: list[str]) -> dict[str, int]:
+def run_points(folder: str, stride: int, indexes: list[str]) -> dict[str, int]:
     sources = Path(folder) / "in"
     old, new = made(sources / "old", 1), made(sources / "new", 2)
-    for step in itertools.count():
+    for step in itertools.count(0, stride):
         place = f"{folder}/{step}"
-        index = indexes[step] if indexes else None
+        index = indexes[step // stride] if indexes else None
 
         def first(place: str = place, index: str | None = index, step: int = step) -> None:
             with open_made(place, index) as library:
@@ -232,4 +232,4 @@ if __name__ == "__main__":
         place, index, seconds, seed = sys.argv[2:6]
         print(json.dumps(run_random(place, index or None, float(seconds), int(seed))))
     else:
-        print(json.dumps(run_points(sys.argv[2], sys.argv[3:])))
+        print(json.dumps(run_points(sys.argv[2], int(sys.argv[3]), sys.argv[4:])))

@@ -26,21 +26,28 @@ def drive(*arguments: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("seed", [1])
 def test_processes_that_add_move_collect_and_die(place: str, index: str | None, seed: int) -> None:
-    done = drive("random", place, index or "", "3", str(seed))
+    done = drive("random", place, index or "", "5" if place.startswith("s3:") else "2.5", str(seed))
     assert done["kills"] >= 3
-    assert done["operations"] > done["gc"] > 0
+    assert done["operations"] > 0
 
 
-def test_a_kill_at_each_step_leaves_a_library_that_is_whole(tmp_path: Path) -> None:
-    assert drive("points", str(tmp_path))["steps"] > 30
+def test_a_kill_at_many_steps_leaves_a_library_that_is_whole(quick: Path) -> None:
+    assert drive("points", str(quick), "5")["steps"] > 30
 
 
 @pytest.mark.slow
-def test_a_kill_at_each_step_with_postgresql(tmp_path: Path, postgres: Callable[[], str]) -> None:
-    assert drive("points", str(tmp_path), *(postgres() for _ in range(150)))["steps"] > 30
+def test_a_kill_at_each_step_leaves_a_library_that_is_whole(quick: Path) -> None:
+    assert drive("points", str(quick), "1")["steps"] > 30
+
+
+@pytest.mark.slow
+def test_a_kill_at_each_step_with_postgresql(quick: Path, postgres: Callable[[], str]) -> None:
+    assert drive("points", str(quick), "1", *(postgres() for _ in range(150)))["steps"] > 30
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_a_longer_soak(place: str, index: str | None, seed: int) -> None:
-    assert drive("random", place, index or "", "25", str(seed))["kills"] > 50
+    done = drive("random", place, index or "", "25", str(seed))
+    assert done["kills"] > 10
+    assert done["operations"] > done["gc"] > 0

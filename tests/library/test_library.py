@@ -182,15 +182,6 @@ def test_words_from_elsewhere_do_not_break_search(library: Library, tmp_path: Pa
     assert [v.name for v in library.search("猫")] == ["odd"]
 
 
-@pytest.mark.parametrize(
-    "name", ["", "A", "../x", "a/b", "a..b", ".a", "a.", "-a", "a@1", "a:1", "con", "ü", "a" * 101]
-)
-def test_names_that_are_no_names(library: Library, tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot name an adapter"):
-        library.add(made(tmp_path, 1), name, describe=read_made)
-    assert list(library.store.walk("names")) == []
-
-
 def test_an_unknown_reference_names_the_nearest(library: Library, tmp_path: Path) -> None:
     library.add(made(tmp_path, 1), "support", describe=read_made)
     with pytest.raises(AdapterError, match=r"did you mean support\?"):

@@ -1,4 +1,4 @@
-"""safetensors files: read without trust, written whole or not at all.
+"""safetensors files: read without trust, written the same for the same tensors.
 
     file = header length (u64, little endian) | header (JSON, UTF-8) | data
     header = {"__metadata__": {str: str}, name: {"dtype": str, "shape": [int…], "data_offsets": [begin, end)}, …}
@@ -9,15 +9,12 @@ costs no more than its header. Tensors are views of a private memory map. Knows 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
 import mmap
 import os
-import secrets
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,21 +22,17 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from veneer.errors import AdapterError, ResourceError, UnsafeFileError
+from veneer.errors import AdapterError, UnsafeFileError
+from veneer.formats.atomic import atomic_write
 
 __all__ = [
     "Entry",
     "Header",
-    "Staged",
-    "as_veneer_error",
-    "atomic_write",
     "check_finite",
     "encode_tensors",
-    "flush_folder",
     "name_problem",
     "read_header",
     "read_tensors",
-    "stage",
     "strict_json",
     "write_tensors",
 ]
@@ -372,80 +365,3 @@ def encode_tensors(
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically; see `encode_tensors` and `atomic_write`."""
     atomic_write(path, encode_tensors(tensors, metadata))
-
-
-@dataclass
-class Staged:
-    """A file written in full beside its place, and flushed. `commit` renames it there, `discard` removes it."""
-
-    temporary: Path
-    path: Path
-
-    def commit(self) -> None:
-        try:
-            _rename(self.temporary, self.path)
-        except OSError as error:
-            self.discard()
-            raise as_veneer_error(error, self.path) from error
-        flush_folder(self.path.parent)
-
-    def discard(self) -> None:
-        with contextlib.suppress(OSError):
-            self.temporary.unlink()
-
-
-def stage(path: str | Path, chunks: Iterable[bytes | memoryview]) -> Staged:
-    """Write a file's bytes beside `path` without touching it, so that several files can be staged (all the space they
-    need taken) before the first one is replaced. Errors as `atomic_write`."""
-    path = Path(path)
-    staged = Staged(path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp"), path)
-    try:
-        fd = os.open(staged.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            for chunk in chunks:
-                view = memoryview(chunk).cast("B")
-                while view:
-                    view = view[_write(fd, view[: 1 << 26]) :]
-            _fsync(fd)
-        finally:
-            os.close(fd)
-    except BaseException as error:
-        staged.discard()
-        if isinstance(error, OSError):
-            raise as_veneer_error(error, path) from error
-        raise
-    return staged
-
-
-def atomic_write(path: str | Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write `path` whole or not at all: a temporary file beside it, flushed to the disk, then renamed over it.
-
-    After any failure the old file is untouched and nothing is left behind. ResourceError when the disk is full,
-    AdapterError for any other refusal."""
-    stage(path, chunks).commit()
-
-
-def flush_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut, where the file system can."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-# Separate names so that a test can make each of them fail.
-_write = os.write
-_fsync = os.fsync
-_rename = os.replace
-
-
-def as_veneer_error(error: OSError, path: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
-        return ResourceError(
-            f"no room to write: {error.strerror}; nothing was changed",
-            where=str(path),
-            fix="free some space, or write elsewhere",
-        )
-    return AdapterError(f"cannot write: {error.strerror or error}; nothing was changed", where=str(path))

@@ -30,7 +30,8 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair, alpha_of
 from veneer.errors import AdapterError
 from veneer.formats import peft
-from veneer.formats.container import Staged, atomic_write, check_finite, encode_tensors
+from veneer.formats.atomic import Staged, atomic_write
+from veneer.formats.container import check_finite, encode_tensors
 from veneer.formats.file_hashes import Hashes, hashes, sealed
 from veneer.formats.fused import trimmed
 from veneer.formats.gguf import read_gguf, write_gguf

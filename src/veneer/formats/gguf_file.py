@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, UnsafeFileError
-from veneer.formats.container import atomic_write, name_problem
+from veneer.formats.atomic import atomic_write
+from veneer.formats.container import name_problem
 
 __all__ = ["GgufFile", "Stored", "read_gguf_file", "write_gguf_file"]
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import secrets
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,14 +21,8 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair, alpha_of, scale_of
 from veneer.errors import AdapterError
 from veneer.formats import card as cards
-from veneer.formats.container import (
-    as_veneer_error,
-    atomic_write,
-    check_finite,
-    encode_tensors,
-    flush_folder,
-    stage,
-)
+from veneer.formats.atomic import put_folder
+from veneer.formats.container import check_finite, encode_tensors
 from veneer.formats.peft_config import DUMMY_TARGETS
 from veneer.formats.peft_read import EXPERT_ORDER, PREFIX, Base, interpret
 from veneer.formats.structure import Structure, describe
@@ -104,7 +96,7 @@ def write(
     }
     if not cards.is_ours(folder / cards.README_FILE):
         del contents[cards.README_FILE]
-    _put(folder, contents)
+    put_folder(folder, contents, last=cards.CARD_FILE)
     return Written(folder, digest, hashes, done.notes)
 
 
@@ -115,36 +107,6 @@ def _hash(chunks: Iterable[bytes | memoryview]) -> str:
     for chunk in chunks:
         h.update(chunk)
     return "sha256:" + h.hexdigest()
-
-
-def _put(folder: Path, contents: Mapping[str, list[bytes | memoryview]]) -> None:
-    """A new folder appears by one rename. In one that exists every file is staged first, then each replaces its old
-    one; the card, which has the others' hashes, last."""
-    if folder.exists() and not folder.is_dir():
-        raise AdapterError("a file is in the way of the folder", where=str(folder))
-    if folder.is_dir():
-        staged = []
-        try:
-            for name in contents:
-                staged.append(stage(folder / name, contents[name]))
-            for one in sorted(staged, key=lambda s: s.path.name == cards.CARD_FILE):
-                one.commit()
-        finally:
-            for one in staged:
-                one.discard()
-        return
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        for name, chunks in contents.items():
-            atomic_write(temporary / name, chunks)
-        temporary.rename(folder)
-        flush_folder(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise as_veneer_error(error, folder) from error
-        raise
 
 
 def encode(

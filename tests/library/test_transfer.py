@@ -1,0 +1,258 @@
+"""Push, pull, export, import. The hub is a fake in place of huggingface_hub's HfApi: folders, one commit id each."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.library.made import adapter_bytes, made, open_made, read_made
+from veneer.errors import AdapterError, ConfigError
+from veneer.library import transfer
+from veneer.library.describe import Described
+from veneer.library.library import Library, open_library
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Library]:
+    with open_made(str(tmp_path / "own")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[Library]:
+    with open_made(str(tmp_path / "other")) as opened:
+        yield opened
+
+
+class Hub:
+    """What the library asks of HfApi, over a folder."""
+
+    root: Path
+    private: dict[str, bool]
+
+    def create_repo(self, repo: str, *, exist_ok: bool, private: bool) -> None:
+        assert exist_ok
+        self.private.setdefault(repo, private)
+        (self.root / repo).mkdir(parents=True, exist_ok=True)
+
+    def create_commit(self, repo: str, operations: list[Any], *, commit_message: str, revision: str | None) -> Any:
+        for operation in operations:
+            target = self.root / repo / operation.path_in_repo
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(operation.path_or_fileobj, target)
+        return SimpleNamespace(oid="c0ffee")
+
+    def model_info(self, repo: str, *, revision: str | None) -> Any:
+        if not (self.root / repo).is_dir():
+            raise ConnectionError(f"404: no {repo}\nlong explanation")
+        return SimpleNamespace(sha="c0ffee")
+
+    def list_repo_files(self, repo: str, *, revision: str) -> list[str]:
+        assert revision == "c0ffee"
+        return sorted(p.relative_to(self.root / repo).as_posix() for p in (self.root / repo).rglob("*") if p.is_file())
+
+    def hf_hub_download(self, repo: str, file: str, *, revision: str) -> str:
+        assert revision == "c0ffee"
+        return str(self.root / repo / file)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
+    import huggingface_hub
+
+    monkeypatch.setattr(Hub, "root", tmp_path / "hub", raising=False)
+    monkeypatch.setattr(Hub, "private", {}, raising=False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    return Hub
+
+
+def peft_like(folder: Path) -> Path:
+    for n, name in enumerate(("adapter_config.json", "adapter_model.safetensors", "README.md")):
+        made(folder, n, name=name)
+    return folder
+
+
+def read_folder(path: Path) -> Described:
+    return read_made(path / "adapter_model.safetensors" if path.is_dir() else path)
+
+
+def test_to_the_hub_and_back(own: Library, other: Library, tmp_path: Path, hub: type[Hub]) -> None:
+    own.add(peft_like(tmp_path / "in"), "support", describe=read_folder)
+    assert transfer.push(own, "support@1", "hf:me/support") == "hf:me/support@c0ffee"
+    assert hub.private == {"me/support": True}, "nothing becomes public by itself"
+    (hub.root / "me" / "support" / ".gitattributes").write_text("x", encoding="utf-8")
+    added = transfer.pull(other, "hf:me/support@main", describe=read_folder)
+    assert (added.version.reference, added.version.source) == ("support@1", "hf:me/support@c0ffee")
+    assert added.version.entry == own.find("support").entry
+
+
+def test_one_file_of_a_repository(own: Library, tmp_path: Path, hub: type[Hub]) -> None:
+    made(hub.root / "me" / "styles", 1, name="One Style.safetensors")
+    assert transfer.pull(own, "hf:me/styles", describe=read_made).version.name == "styles"
+    made(hub.root / "me" / "styles" / "more", 2, name="two.safetensors")
+    with pytest.raises(AdapterError, match=r"several files[\s\S]*One Style\.safetensors, more/two\.safetensors"):
+        transfer.pull(own, "hf:me/styles", describe=read_made)
+    added = transfer.pull(own, "hf:me/styles/more/two.safetensors", tags=["t"], describe=read_made)
+    assert (added.version.name, added.version.tags) == ("two", ["t"])
+
+
+def test_a_hub_that_cannot_be_used_is_said_in_a_line(own: Library, hub: type[Hub]) -> None:
+    with pytest.raises(AdapterError, match=r"hub cannot be used: 404: no me/none\n  where"):
+        transfer.pull(own, "hf:me/none")
+    for place in ("hf:none", "hf:a/../b", "hf:a/b/../../c"):
+        with pytest.raises(ConfigError, match="no place on the hub"):
+            transfer.pull(own, place)
+
+
+@pytest.mark.parametrize("kind", ["path", "file", "s3", "memory"])
+def test_to_a_place_and_back(
+    own: Library, other: Library, tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    places = {"path": str(tmp_path / "there"), "file": f"file://{tmp_path}/there", "memory": "memory://there"}
+    place = request.getfixturevalue("s3") + "/a/there" if kind == "s3" else places[kind]
+    own.add(peft_like(tmp_path / "in"), "support", describe=read_folder)
+    transfer.push(own, "support", place)
+    added = transfer.pull(other, place, "mine", describe=read_folder)
+    assert added.version.entry == own.find("support").entry
+    assert (added.version.reference, added.version.source) == ("mine@1", place)
+
+
+def test_a_push_that_was_cut_off_is_not_pulled(own: Library, other: Library, tmp_path: Path) -> None:
+    own.add(peft_like(tmp_path / "in"), "support", describe=read_folder)
+    transfer.push(own, "support", str(tmp_path / "there"))
+    made(tmp_path / "there", 77, name="adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"not what its manifest says: adapter_model\.safetensors"):
+        transfer.pull(other, str(tmp_path / "there"), describe=read_folder)
+    with pytest.raises(AdapterError, match="nothing there"):
+        transfer.pull(other, str(tmp_path / "nowhere"))
+
+
+def filled(library: Library, tmp_path: Path) -> None:
+    library.add(peft_like(tmp_path / "in"), "support", tags=["t"], describe=read_folder)
+    library.add(made(tmp_path / "1", 1, name="My Style.safetensors"), "support", describe=read_folder)
+    library.add(made(tmp_path / "2", 2), "other", describe=read_folder)
+    library.alias("support@1", "prod")
+
+
+@pytest.mark.parametrize("target", ["out.tar", "out"])
+def test_an_export_arrives_whole_and_has_the_same_bytes_each_time(
+    own: Library, other: Library, tmp_path: Path, target: str
+) -> None:
+    filled(own, tmp_path)
+    transfer.export_to(own, tmp_path / target)
+    done = transfer.import_from(other, tmp_path / target, describe=read_folder)
+    assert done.new == ["other@1", "support@1", "support@2"]
+    assert done.notes == []
+
+    def known(library: Library) -> list[tuple[object, ...]]:
+        return [(v.reference, v.entry, v.digest, v.tags, v.aliases) for v in library.search(all_versions=True)]
+
+    assert known(other) == known(own)
+    again = transfer.import_from(other, tmp_path / target, describe=read_folder)
+    assert (again.new, len(again.known)) == ([], 3)
+    if target.endswith(".tar"):
+        transfer.export_to(own, tmp_path / "twice.tar")
+        assert (tmp_path / "twice.tar").read_bytes() == (tmp_path / target).read_bytes()
+    with pytest.raises(AdapterError, match="something there already"):
+        transfer.export_to(own, tmp_path / target)
+
+
+def test_an_export_of_some(own: Library, other: Library, tmp_path: Path) -> None:
+    filled(own, tmp_path)
+    done = transfer.export_to(own, tmp_path / "some", ["support@prod"])
+    assert done.versions == ["support@1"]
+    transfer.import_from(other, tmp_path / "some", describe=read_folder)
+    assert [v.aliases for v in other.search()] == [["prod"]]
+
+
+def test_an_import_renumbers_and_moves_no_alias(own: Library, other: Library, tmp_path: Path) -> None:
+    filled(own, tmp_path)
+    transfer.export_to(own, tmp_path / "x.tar", ["support"])
+    other.add(made(tmp_path / "9", 9), "support", describe=read_folder)
+    other.alias("support@1", "prod")
+    done = transfer.import_from(other, tmp_path / "x.tar", describe=read_folder)
+    assert done.new == ["support@2", "support@3"]
+    assert "support@prod stays at support@1" in done.notes
+    assert "support@1 of the export is support@2 here" in done.notes
+    assert transfer.import_from(other, tmp_path / "x.tar", describe=read_folder).new == []
+
+
+def test_a_changed_file_of_an_export_is_refused(own: Library, other: Library, tmp_path: Path) -> None:
+    filled(own, tmp_path)
+    transfer.export_to(own, tmp_path / "x")
+    h = hashlib.sha256(adapter_bytes(2)).hexdigest()
+    blob = tmp_path / "x" / "blobs" / h[:2] / h
+    blob.write_bytes(adapter_bytes(3))
+    with pytest.raises(AdapterError, match=f"not {h}"):
+        transfer.import_from(other, tmp_path / "x", describe=read_folder)
+    assert other.search() == []
+    blob.unlink()
+    with pytest.raises(AdapterError, match="not in the export"):
+        transfer.import_from(other, tmp_path / "x", describe=read_folder)
+
+
+def test_a_digest_that_lies_is_refused(own: Library, other: Library, tmp_path: Path) -> None:
+    filled(own, tmp_path)
+    transfer.export_to(own, tmp_path / "x", ["other"])
+    record = tmp_path / "x" / "names" / "other.json"
+    text = record.read_text(encoding="utf-8")
+    record.write_text(text.replace(own.find("other").digest, "sha256:" + "0" * 64), encoding="utf-8")
+    with pytest.raises(AdapterError, match="the export says sha256:000"):
+        transfer.import_from(other, tmp_path / "x", describe=read_folder)
+    assert other.search() == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"name":"other"', '"name":"../../x"'),
+        ('"entry":"', '"entry":"../'),
+        ('"tags":[]', '"tags":["a b"]'),
+        ("{", "["),
+    ],
+)
+def test_a_record_with_tricks_is_refused(own: Library, other: Library, tmp_path: Path, old: str, new: str) -> None:
+    filled(own, tmp_path)
+    transfer.export_to(own, tmp_path / "x", ["other"])
+    record = tmp_path / "x" / "names" / "other.json"
+    text = record.read_text(encoding="utf-8")
+    assert old in text
+    record.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises((AdapterError, ConfigError)):
+        transfer.import_from(other, tmp_path / "x", describe=read_folder)
+    assert other.search() == []
+
+
+def test_a_tar_of_anything_else_is_refused_and_nothing_is_extracted(other: Library, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
+        tar.add(made(tmp_path, 1), "../../escaped")
+    for path in (tmp_path / "evil.tar", made(tmp_path, 2, name="noise.tar"), tmp_path / "none.tar"):
+        with pytest.raises(AdapterError):
+            transfer.import_from(other, path)
+    assert not list(tmp_path.parent.parent.glob("escaped"))
+
+
+def test_a_peft_folder_is_described_by_veneers_own_reader(tmp_path: Path) -> None:
+    import torch
+
+    from veneer.core.adapter import Adapter, Card, Pair
+    from veneer.formats import peft
+
+    pair = Pair(torch.ones(2, 3), torch.ones(4, 2), 1.0)
+    card = Card(base="org/Base", trigger_words=["hello"], licence="mit", rank=2, alpha=2.0, targets=["q"])
+    adapter = Adapter({"model.q": pair}, card=card)
+    peft.write(adapter, tmp_path / "a")
+    with open_library(tmp_path / "l") as library:
+        version = library.add(tmp_path / "a", "tiny").version
+        assert (version.digest, version.format, version.base) == (adapter.digest(), "peft", "org/Base")
+        assert version.trigger_words == ["hello"]
+        assert peft.read(library.resolve("tiny")).digest() == adapter.digest()
+        with pytest.raises(AdapterError):
+            library.add(made(tmp_path, 1), "noise")
