@@ -164,19 +164,24 @@ def test_bytes_are_the_same_each_time_and_hashes_hold(to, tmp_path):
     assert back.adapter.card.licence == "MIT"
 
 
-def test_a_whole_sdxl_file_there_and_back_is_the_same_bytes(tmp_path):
-    """All 722 attention modules and all of both text encoders: kohya -> diffusers -> kohya."""
-    modules = [m for m, k in SDXL.modules.items() if k == "linear" and re.search(r"attentions|self_attn|mlp", m)]
-    assert len(modules) == 722 + 72 + 192
-    adapter = Adapter({m: pair_for(SDXL, m, 1, 0.5) for m in modules})
+@pytest.mark.parametrize(("family", "count"), [(SDXL, 722 + 72 + 192), (FLUX, 494 + 72)])
+def test_a_whole_file_there_and_back_is_the_same_bytes(family, count, tmp_path):
+    """kohya -> diffusers -> kohya: all attention modules of SDXL and both its text encoders; all linears in FLUX.1's
+    blocks and its CLIP, the parts of a fused projection with one A, as a fused file has them."""
+    shared = {p.module: name for name, places in family.originals.items() if len(places) > 1 for p in places}
+    where = r"attentions|self_attn|mlp|transformer_blocks"
+    modules = [m for m, k in family.modules.items() if k == "linear" and re.search(where, m)]
+    assert len(modules) == count
+    adapter = Adapter({m: pair_for(family, m, 1, 0.5, shared.get(m, "")) for m in modules})
     first, between, last = (tmp_path / f"{n}.safetensors" for n in ("a", "b", "c"))
     write(adapter, first, "kohya")
     write(read(first).adapter, between, "diffusers")
-    write(read(between).adapter, last, "kohya", metadata={"ss_output_name": "a"})
+    write(read(between).adapter, last, "kohya")
     ours, theirs = read_tensors(first)[0], read_tensors(last)[0]
-    assert len(ours) == 3 * len(modules)
+    assert len(ours) == 3 * (count - sum(len(p) - 1 for p in family.originals.values()))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(t, theirs[k]) for k, t in ours.items())
+    assert read_header(first).metadata["sshs_model_hash"] == read_header(last).metadata["sshs_model_hash"]
 
 
 def test_rounding_is_told_and_is_what_is_written(tmp_path):
