@@ -201,11 +201,24 @@ def test_nothing_is_left_after_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr("veneer.formats.convert.differences", lambda *_: ["unet.conv_in: lost"])
     for to in TARGETS[:4]:
         with pytest.raises(AdapterError, match="would not come back the same"):
-            write(adapter, tmp_path / "it", to, family="sd15")
+            write(adapter, tmp_path / ("it" if to == "peft" else "it.safetensors"), to, family="sd15")
     assert not list(Path(tmp_path).iterdir())
-    (tmp_path / "it").mkdir()
-    with pytest.raises(AdapterError, match="a folder of this name"):
-        write(adapter, tmp_path / "it", "kohya", family="sd15")
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "why"),
+    [
+        ("kohya", "it", r"called …\.safetensors"),
+        ("diffusers", "it.pt", r"called …\.safetensors"),
+        ("gguf", "it.safetensors", r"called …\.gguf"),
+        ("peft", "it.safetensors", "a file's name"),
+        ("comfyui", "folder.safetensors", "a folder of this name"),
+    ],
+)
+def test_the_name_says_what_it_is(to, name, why, tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(AdapterError, match=why):
+        write(random_adapter(SD15, lambda m: m.startswith("unet.")), tmp_path / name, to, family="sd15")
 
 
 def test_parts_get_their_own_rank_again_and_the_fused_file_its_bytes(tmp_path):

@@ -119,9 +119,8 @@ def write(
     Whole or not at all, and equal adapters give equal bytes. Raises as `encode`, and ResourceError for a full disk."""
     path = Path(out)
     meant, notes = _meant(adapter, to, dtype)
-    if to not in FOLDERS and path.is_dir():
-        raise AdapterError(f"{to} is one file, and there is a folder of this name", where=str(path))
-    name = path.name.removesuffix(".safetensors").removesuffix(".gguf")
+    _check_name(path, to)
+    name = path.name if to in FOLDERS else path.stem
     if to == "gguf":
         staged = Staged(path.with_name(f".{path.name}.{secrets.token_hex(6)}.gguf"), path)
         try:
@@ -139,6 +138,17 @@ def write(
     found = hashes(path)
     files = {path.name: f"sha256:{found.sha256}"}
     return Written(path, to, done.family, done.back.digest(), files, found, _ranks(done), done.encoded.notes)
+
+
+def _check_name(path: Path, to: str) -> None:
+    """Readers choose by the ending; and a folder in a file's place would have to be removed."""
+    ending = "" if to in FOLDERS else ".gguf" if to == "gguf" else ".safetensors"
+    if ending and path.suffix != ending:
+        raise AdapterError(f"{to} is one file, called …{ending}", where=str(path), fix=f"{path.name}{ending}")
+    if ending and path.is_dir():
+        raise AdapterError(f"{to} is one file, and there is a folder of this name", where=str(path))
+    if not ending and path.suffix in (".gguf", ".safetensors"):
+        raise AdapterError(f"{to} is a folder, and this is a file's name", where=str(path), fix=path.stem)
 
 
 @dataclass(frozen=True)
