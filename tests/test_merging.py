@@ -6,12 +6,15 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.formats.twins import model, our_outputs, outputs, random_adapter
-from veneer.core.adapter import LoraSpec
+from veneer.core.adapter import Adapter, LoraSpec, Pair
 from veneer.core.init import create
-from veneer.errors import AdapterError
-from veneer.merging import Merged, merged_model
+from veneer.errors import AdapterError, BaseError, ConfigError
+from veneer.formats import peft
+from veneer.formats.checkpoint import Checkpoint
+from veneer.merging import Merged, merge_shards, merged_model
 
 SPECS = {
     "llama": ("llama3", LoraSpec(rank=4, alpha=8)),
@@ -94,3 +97,107 @@ def test_what_does_not_fit_into_float16_is_refused():
         pair.B += 1e6
     with pytest.raises(AdapterError, match="do not fit into"):
         merged_model(net, [(adapter, 1.0)], torch.float16)
+
+
+# -- shard by shard ----------------------------------------------------------------------------------------------------
+
+SHARDED = [
+    "llama", "dora", "token rows, tied", "full copies", "phi",
+]  # fmt: skip
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def make(case, dtype=torch.bfloat16, shard="20KB"):
+        name, spec = SPECS[case]
+        net = model(name, dtype)
+        adapter = random_adapter(create(net, spec, seed=0))
+        net.save_pretrained(tmp_path / "base", max_shard_size=shard)
+        (tmp_path / "base" / "tokenizer.json").write_text("{}", encoding="utf-8")
+        peft.write(adapter, tmp_path / "a", base=net)
+        return net, adapter
+
+    return make
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_the_files_merged_one_weight_at_a_time_are_those_of_the_merged_model(saved, tmp_path, case):
+    net, adapter = saved(case)
+    wanted = Merged()
+    want = merged_model(net, [(adapter, 0.5)], torch.bfloat16, wanted) if "copies" not in case else None
+    report = merge_shards(tmp_path / "base", [f"{tmp_path / 'a'}:{0.5 if want else 1}"], tmp_path / "out")
+    want = want or merged_model(net, [(adapter, 1.0)], torch.bfloat16, wanted)
+    got, state = Checkpoint(tmp_path / "out"), want.state_dict()
+    assert len(got.files) > 1
+    for name in got:
+        assert torch.equal(got.tensor(name), state[name]), name
+    assert report.dtype == "bfloat16"
+    if "tied" not in case:
+        assert (report.changed, report.weights) == (wanted.changed, wanted.weights)
+        assert report.delta_error == pytest.approx(wanted.delta_error)
+    assert (tmp_path / "out/tokenizer.json").read_text(encoding="utf-8") == "{}"
+    assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "base/config.json").read_bytes()
+    again = type(net).from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
+    assert torch.equal(outputs(again), outputs(want))
+
+
+def test_what_the_mix_does_not_touch_keeps_its_bytes(saved, tmp_path):
+    _, adapter = saved("dora")
+    merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out")
+    old, new = Checkpoint(tmp_path / "base"), Checkpoint(tmp_path / "out")
+    changed = {n for n in old if not torch.equal(old.tensor(n), new.tensor(n))}
+    assert changed == {f"{n}.weight" for n in adapter.pairs}
+    assert {f.name: h for f, h in old.files.items()} == {f.name: h for f, h in new.files.items()}
+
+
+def test_stochastic_rounding_keeps_a_small_delta_on_the_whole_and_is_seeded(saved, tmp_path):
+    saved("llama")
+    spec = f"{tmp_path / 'a'}:1e-4"
+    near = merge_shards(tmp_path / "base", [spec], tmp_path / "near")
+    runs = [merge_shards(tmp_path / "base", [spec], tmp_path / str(i), seed=s) for i, s in enumerate((1, 1, 2))]
+    for run in runs:
+        assert abs(run.delta_kept - 1) < 0.1
+        assert run.delta_error > near.delta_error
+    files = [sorted((tmp_path / str(i)).glob("*.safetensors")) for i in range(3)]
+    same = [[a.read_bytes() == b.read_bytes() for a, b in zip(files[0], f, strict=True)] for f in files]
+    assert all(same[1])
+    assert not all(same[2])
+
+
+def test_a_diffusers_folder_is_merged_by_component(tmp_path):
+    base = tmp_path / "base"
+    W = {"unet": torch.rand(6, 4), "text_encoder": torch.rand(5, 4)}
+    for part, weight in W.items():
+        (base / part).mkdir(parents=True)
+        key = "blocks.0.to_q.weight" if part == "unet" else "encoder.fc1.weight"
+        save_file({key: weight.half(), "other": torch.rand(3)}, base / part / "model.safetensors")
+    (base / "model_index.json").write_text("{}", encoding="utf-8")
+    pairs = {
+        "unet.blocks.0.to_q": Pair(torch.rand(2, 4), torch.rand(6, 2), 0.5),
+        "text_encoder.text_model.encoder.fc1": Pair(
+            torch.rand(2, 4), torch.rand(5, 2), 2.0
+        ),  # as transformers 4 has it
+    }
+    peft.write(Adapter(pairs), tmp_path / "a")
+    merge_shards(base, [str(tmp_path / "a")], tmp_path / "out")
+    for part, key, name in zip(W, ("blocks.0.to_q.weight", "encoder.fc1.weight"), pairs, strict=True):
+        got = Checkpoint(tmp_path / "out" / part).tensor(key)
+        exact = W[part].half().float() + pairs[name].scale * (pairs[name].B @ pairs[name].A)
+        assert torch.equal(got, exact.half())
+    assert (tmp_path / "out/model_index.json").is_file()
+
+
+def test_all_that_does_not_fit_the_files_is_listed_and_nothing_is_written(saved, tmp_path):
+    saved("tied embedding")
+    bad = Adapter({"model.layers.0.nope": Pair(torch.rand(2, 4), torch.rand(6, 2), 1.0),
+                   "model.layers.0.mlp.down_proj": Pair(torch.rand(2, 4), torch.rand(6, 2), 1.0)})  # fmt: skip
+    peft.write(bad, tmp_path / "bad")
+    with pytest.raises(AdapterError, match="3 problems") as error:
+        merge_shards(tmp_path / "base", [str(tmp_path / "a"), str(tmp_path / "bad")], tmp_path / "out")
+    for words in ("the head shares this weight", "no such weight", "it changes (6, 4)"):
+        assert words in str(error.value)
+    with pytest.raises(BaseError, match="no such model folder"):
+        merge_shards(tmp_path / "nowhere", [str(tmp_path / "a")], tmp_path / "out")
+    with pytest.raises(ConfigError, match="nothing to merge"):
+        merge_shards(tmp_path / "base", [], tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "bad", "base"]

@@ -3,6 +3,7 @@
     W' = round(W + Σ strengthᵢ·ΔWᵢ)          summed in float32, rounded once to the dtype that is written
 
 A 16-bit weight has about three digits, so part of a small delta rounds away: the report says how much is left.
+`merge` loads the model and knows its modules; `merge_shards` reads and writes its files, a weight at a time.
 Stands above formats and models, beside `using`; knows folders of models and of adapters.
 """
 
@@ -12,7 +13,7 @@ import copy
 import json
 import secrets
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +23,19 @@ from torch import Tensor
 
 from veneer import using
 from veneer.core.adapter import Adapter
-from veneer.core.merge import exact_weights
-from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError
+from veneer.core.merge import change_problem, exact_weights, parameter_changes
+from veneer.core.rounding import Rounding, seeded, stochastic
+from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, nearest
+from veneer.formats import peft
 from veneer.formats.atomic import as_veneer_error, atomic_write, flush_folder
+from veneer.formats.checkpoint import Checkpoint
+from veneer.formats.container import strict_json
 from veneer.models.quiet import quiet
 
 if TYPE_CHECKING:
     from veneer.models.text import TextBase
 
-__all__ = ["DTYPES", "MERGE_FILE", "Merged", "merge", "merged_model"]
+__all__ = ["DTYPES", "MERGE_FILE", "Merged", "merge", "merge_shards", "merged_model"]
 
 MERGE_FILE = "merge.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,8 +47,8 @@ class Merged:
 
     `changed`: of the weights whose exact delta is not zero, the share that differs from the base after rounding.
     `delta_error`: ‖(W'−W) − Δ‖/‖Δ‖ over all of them, W' and W as rounded to `dtype`: 0 is a delta kept whole, 1 about
-    as wrong as no delta at all. `untied`: the head no longer shares the embedding's weight, because the mix moves one
-    and not the other."""
+    as wrong as no delta at all. `delta_kept`: ⟨W'−W, Δ⟩/‖Δ‖², 1 where all of it is there on the whole. `untied`: the
+    head no longer shares the embedding's weight, because the mix moves one and not the other. `rounding`: how."""
 
     folder: str = ""
     base: str = ""
@@ -53,31 +58,13 @@ class Merged:
     weights: int = 0
     changed: float = 0.0
     delta_error: float = 0.0
+    delta_kept: float = 0.0
     untied: bool = False
+    rounding: str = "nearest"
     bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass
-class _Rounding:
-    """Sums for `changed` and `delta_error`, in float64."""
-
-    moved: int = 0
-    weights: int = 0
-    error: float = 0.0
-    size: float = 0.0
-
-    def add(self, before: Tensor, exact: Tensor, after: Tensor) -> None:
-        delta = exact - before.to(exact.dtype)
-        there = delta != 0
-        start = before.to(after.dtype)
-        self.weights += int(there.sum())
-        self.moved += int(((start != after) & there).sum())
-        left = (after.to(exact.dtype) - start.to(exact.dtype)) - delta
-        self.error += float(left.double().square().sum())
-        self.size += float(delta.double().square().sum())
 
 
 def merge(
@@ -158,7 +145,7 @@ def merged_model(
     """A new model of `model`'s class with the mix folded in, in `dtype`. Shares every tensor that it can with `model`,
     whose own weights stay as they are; fills in `report`. Raises AdapterError where a weight leaves `dtype`'s range."""
     report = report or Merged()
-    rounding, new, bad = _Rounding(), {}, []
+    rounding, new, bad = Rounding(), {}, []
     for name, before, exact in exact_weights(model, mix):
         after = exact.to(dtype)
         if not torch.isfinite(after).all():
@@ -177,8 +164,7 @@ def merged_model(
         places.setdefault((own[name].data_ptr(), own[name].shape), []).append(name)
     report.untied = any(not torch.equal(new[names[0]], new[n]) for names in places.values() for n in names[1:])
     report.tensors, report.weights = len(new), rounding.weights
-    report.changed = rounding.moved / rounding.weights if rounding.weights else 0.0
-    report.delta_error = (rounding.error / rounding.size) ** 0.5 if rounding.size else 0.0
+    report.changed, report.delta_error, report.delta_kept = rounding.changed, rounding.error, rounding.kept
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
@@ -193,3 +179,174 @@ def merged_model(
         shell.tie_weights()
     shell.generation_config = copy.deepcopy(model.generation_config)
     return shell
+
+
+# -- shard by shard ----------------------------------------------------------------------------------------------------
+
+_TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+"""Model types whose linear weights are stored as (in, out), which their shape does not always show."""
+
+
+def merge_shards(
+    base: str | Path,
+    adapters: Sequence[str | tuple[str, float]],
+    folder: str | Path,
+    *,
+    seed: int | None = None,
+    names: Callable[[str], str] | None = None,
+) -> Merged:
+    """Write the model folder `base` with `adapters` folded in to a new `folder`, without loading it.
+
+    Every safetensors file is rewritten with the same header, so that a weight keeps its dtype and what the mix does not
+    touch keeps its bytes; all other files are copied. One weight is in memory at a time, in float32. `base`: a folder
+    of transformers' or diffusers' (where the first part of an adapter's name is a component's folder). `names`:
+    parameter name of an adapter -> tensor name of a component, where they differ by more than a prefix. `seed`: round
+    by chance without bias (core.rounding), with this seed. The folder appears whole or not at all.
+
+    Raises ConfigError for the request; AdapterError listing every change that meets no weight, a weight of another
+    shape or dtype, an embedding tied to the head; BaseError for a base that is no folder of safetensors."""
+    base, folder = Path(base), Path(folder)
+    if not adapters:
+        raise ConfigError("there is nothing to merge", fix="name at least one adapter")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError("the folder is there already and not empty", where=str(folder), fix="give a new one with -o")
+    if not base.is_dir():
+        raise BaseError("there is no such model folder", where=str(base))
+    chosen = [using.parse_spec(a) for a in adapters]
+    mix = [(peft.read(using.adapter_path(name)), strength) for name, strength in chosen]
+    parts = _components(base)
+    plan = _plan(parts, mix, names or (lambda name: name))
+    report = Merged(str(folder), str(base), rounding="nearest" if seed is None else f"stochastic, seed {seed}")
+    report.adapters = [
+        {"name": name, "strength": s, "digest": adapter.digest()}
+        for (name, s), (adapter, _) in zip(chosen, mix, strict=True)
+    ]
+    rounding = Rounding()
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        shards = {file for part in parts.values() for file in part.files}
+        for file in sorted(p for p in base.rglob("*") if p.is_file() and not _hidden(p.relative_to(base))):
+            target = temporary / file.relative_to(base)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file not in shards:
+                shutil.copyfile(file, target)
+        for component, part in parts.items():
+            for file in part.files:
+                chunks = _folded(part, file, plan[component], rounding, seed, component)
+                atomic_write(temporary / file.relative_to(base), chunks)
+                report.bytes += file.stat().st_size
+        report.tensors, report.weights = sum(map(len, plan.values())), rounding.weights
+        report.changed, report.delta_error, report.delta_kept = rounding.changed, rounding.error, rounding.kept
+        report.dtype = ", ".join(
+            sorted({str(parts[c].entries[n].dtype).removeprefix("torch.") for c, own in plan.items() for n in own})
+        )
+        text = json.dumps(report.to_dict(), indent=2, sort_keys=True)
+        atomic_write(temporary / MERGE_FILE, [text.encode() + b"\n"])
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+        flush_folder(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise as_veneer_error(error, folder) from error
+        raise
+    return report
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _components(base: Path) -> dict[str, Checkpoint]:
+    """Component -> its weights; "" for a model that is one."""
+    if not (base / "model_index.json").is_file():
+        return {"": Checkpoint(base)}
+    return {p.name: Checkpoint(p) for p in sorted(base.iterdir()) if p.is_dir() and any(p.glob("*.safetensors"))}
+
+
+Plan = dict[str, dict[str, list[tuple[Callable[[Tensor], Tensor], float]]]]
+"""Component -> tensor -> (what makes its ΔW, strength)."""
+
+
+def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names: Callable[[str], str]) -> Plan:
+    """Where every change goes, all checked on the meta device before a byte is written."""
+    plan: Plan = {component: {} for component in parts}
+    problems: list[str] = []
+    configs = {component: _config(part.path) for component, part in parts.items()}
+    for adapter, strength in mix:
+        if adapter.new_tokens:
+            problems.append(f"{', '.join(adapter.new_tokens)}: learned words have no rows in the base yet")
+        outline = parameter_changes(adapter.mapped(lambda t: t.to("meta")))
+        for (name, make), (_, shape_only) in zip(parameter_changes(adapter), outline, strict=True):
+            component, rest = ("", name) if "" in parts else (name.partition(".")[0], name.partition(".")[2])
+            if component not in parts:
+                problems.append(f"{name}: the base has no component {component!r}, only {', '.join(parts)}")
+                continue
+            part, config = parts[component], configs[component]
+            tensor = _tensor_named(part, names(rest))
+            if tensor is None:
+                near = nearest(rest, part.entries, 1)
+                problems.append(f"{name}: the base has no such weight" + (f"; nearest {near[0]}" if near else ""))
+                continue
+            entry = part.entries[tensor]
+            pair = adapter.pairs.get(name.removesuffix(".weight"))
+            if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
+                problems.append(f"{name}: stored as {entry.dtype}, a merged weight does not fit its grid")
+            elif config.get("model_type") in _TRANSPOSED and len(entry.shape) == 2:
+                problems.append(f"{name}: weights of {config['model_type']} are stored transposed; load it and merge")
+            elif config.get("tie_word_embeddings") and pair is not None and pair.kind == "embedding":
+                problems.append(f"{name}: the head shares this weight and the pair is not for it; load it and merge")
+            elif problem := change_problem(shape_only, entry.shape):
+                problems.append(f"{name}: {problem}")
+            else:
+                plan[component].setdefault(tensor, []).append((make, strength))
+    if problems:
+        shown = "\n".join(f"  - {p}" for p in problems)
+        raise AdapterError(f"the mix does not fit the files of this base ({len(problems)} problems):\n{shown}")
+    return plan
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    config = strict_json(path.read_bytes(), where=str(path)) if path.is_file() else {}
+    return config if isinstance(config, dict) else {}
+
+
+def _tensor_named(part: Checkpoint, name: str) -> str | None:
+    """The tensor of this name, or the only one that is the same but for parts in front (`model.`, `text_model.`)."""
+    if name in part:
+        return name
+    ends = [n for n in part.entries if n.endswith(f".{name}") or name.endswith(f".{n}")]
+    return ends[0] if len(ends) == 1 else None
+
+
+def _folded(
+    part: Checkpoint,
+    file: Path,
+    plan: dict[str, list[tuple[Callable[[Tensor], Tensor], float]]],
+    rounding: Rounding,
+    seed: int | None,
+    component: str,
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a shard with its changes, in the order of the file."""
+    header = part.files[file]
+    with file.open("rb") as source:
+        yield source.read(header.data_start)
+    for name in sorted(header.entries, key=lambda n: (header.entries[n].begin, header.entries[n].end)):
+        weight = part.tensor(name)
+        after = weight
+        if name in plan:
+            exact = weight if weight.dtype == torch.float64 else weight.float()
+            start = exact
+            for make, strength in plan[name]:
+                exact = exact + make(start) * strength
+            if seed is None:
+                after = exact.to(weight.dtype)
+            else:
+                after = stochastic(exact, weight.dtype, seeded(seed, f"{component}/{name}"))
+            if not torch.isfinite(after).all():
+                raise AdapterError(f"{name}: the merged weight does not fit into {weight.dtype}", where=str(file))
+            rounding.add(weight, exact, after)
+        if after.numel():
+            yield memoryview(after.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

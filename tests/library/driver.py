@@ -1,7 +1,7 @@
 """Processes that use one library at once and are killed at any point. Run as a program, so that it can fork safely:
 
     python -m tests.library.driver random PLACE INDEX SECONDS SEED     workers with random operations, killed at random
-    python -m tests.library.driver points FOLDER STRIDE INDEX…         one scenario, killed at every STRIDEth of its steps
+    python -m tests.library.driver points FOLDER STRIDE INDEX…         one scenario, killed at each STRIDEth step
 
 Exit code 0 if every process ended as it was told to and the library is right afterwards; prints what was done.
 """

@@ -1,18 +1,23 @@
-"""`veneer adapter inspect|verify|merge|convert`."""
+"""`veneer adapter inspect|verify|merge`; convert is in adapter_convert.py, mix|resize|extract|diff|strength in
+adapter_mix.py."""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.cli import adapter_mix
 from veneer.cli.adapter_convert import convert
+
+if TYPE_CHECKING:
+    from veneer.merging import Merged
 
 __all__ = ["app"]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify, merge and convert adapters.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify, convert, mix and merge adapters.")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Name = Annotated[
@@ -159,9 +164,18 @@ def merge(
     allow_other_base: Annotated[
         bool, typer.Option("--allow-other-base", help="Go on although a card names another base, if all fits.")
     ] = False,
+    by_shard: Annotated[
+        bool, typer.Option("--by-shard", help="BASE is a model folder, diffusers' too: one weight at a time, unloaded.")
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option("--stochastic", metavar="SEED", help="With --by-shard: round by chance, unbiased.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Write a new full model with adapters folded in: summed in float32, rounded once."""
+    if by_shard or seed is not None:
+        _merge_shards(adapters, base, output, dtype, by_shard, seed, as_json)
+        return
     from veneer.errors import ConfigError
     from veneer.merging import DTYPES
     from veneer.merging import merge as fold
@@ -180,14 +194,30 @@ def merge(
     want = dtype or stored
     # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.
     loaded = load_text(base, dtype=want if want == stored else "float32", say=_say)
-    report = fold(loaded, adapters, output, dtype=want, allow_other_base=allow_other_base)
+    _say_merged(fold(loaded, adapters, output, dtype=want, allow_other_base=allow_other_base), as_json)
+
+
+def _merge_shards(
+    adapters: list[str], base: str, output: str, dtype: str | None, by_shard: bool, seed: int | None, as_json: bool
+) -> None:
+    from veneer.errors import ConfigError
+    from veneer.merging import merge_shards
+
+    if dtype is not None or not by_shard:
+        raise ConfigError(
+            "--stochastic goes with --by-shard, which keeps the dtype that is stored", fix="--by-shard without --dtype"
+        )
+    _say_merged(merge_shards(base, adapters, output, seed=seed), as_json)
+
+
+def _say_merged(report: Merged, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
         return
     print(f"wrote {report.folder}: {report.bytes:,} bytes of {report.dtype} weights, {report.tensors} of them changed")
     print(
         f"rounding to {report.dtype}: {report.changed:.1%} of {report.weights:,} weights moved, "
-        f"the delta is {report.delta_error:.2%} off what was asked for"
+        f"the delta is {report.delta_error:.2%} off what was asked for, {report.delta_kept:.2%} of its size kept"
     )
     if report.untied:
         print("note: the head no longer shares the embedding's weight, so the model is larger than its base")
@@ -200,3 +230,6 @@ app.command(epilog="Example: veneer adapter convert style.safetensors --to diffu
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+adapter_mix.register(app)

@@ -25,12 +25,14 @@ from veneer.errors import AdapterError
 
 __all__ = [
     "adapted_norm",
+    "change_problem",
     "delta",
     "exact_weights",
     "from_matrix",
     "merged_state",
     "merged_weights",
     "pair_matrix",
+    "parameter_changes",
     "parameter_delta",
     "parameter_shape",
     "to_matrix",
@@ -172,6 +174,59 @@ def _changes(
         for twin in [f"{name}.weight", *_twins(stored, f"{name}.weight")]:
             if twin.removesuffix(".weight") not in adapter.modules:
                 yield twin, partial(_rows_change, modules[name], rows)
+
+
+def parameter_changes(adapter: Adapter) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """(parameter name, W -> ΔW) of everything in one adapter, for weights without modules: W is a linear's (out, in),
+    an embedding's (rows, dim), experts' (E, out, in). ΔW is in W's dtype, and its shape where it fits."""
+    for name, pair in adapter.pairs.items():
+        yield (name if pair.kind == "experts" else f"{name}.weight"), partial(_pair_change, pair)
+    for name, own in adapter.deltas.items():
+        yield name, partial(_delta_change, own)
+    for name, tensors in adapter.modules.items():
+        for key, tensor in tensors.items():
+            yield f"{name}.{key}", partial(_copy_change, tensor)
+    for name, rows in adapter.token_rows.items():
+        yield f"{name}.weight", partial(_token_change, rows)
+
+
+def _pair_change(pair: Pair, weight: Tensor) -> Tensor:
+    out = pair_matrix(pair).to(weight.dtype)
+    if pair.kind == "embedding":
+        out = out.t()
+    out = out.reshape(weight.shape) if pair.kind == "conv" else out
+    if pair.magnitude is None:
+        return out
+    if pair.kind == "embedding":
+        return change_of(weight.t(), out.t(), pair.magnitude).t()
+    return change_of(weight, out, pair.magnitude)
+
+
+def _delta_change(change: Delta, weight: Tensor) -> Tensor:
+    return delta_of(weight, change).to(weight.dtype)
+
+
+def _copy_change(tensor: Tensor, weight: Tensor) -> Tensor:
+    return tensor.detach().to(weight.dtype) - weight
+
+
+def _token_change(rows: TokenRows, weight: Tensor) -> Tensor:
+    if max(rows.indices, default=0) >= len(weight):
+        raise IndexError(f"token {max(rows.indices)} of {len(weight)}")
+    index = torch.tensor(rows.indices, device=weight.device)
+    return torch.zeros_like(weight).index_copy_(0, index, rows.rows.detach().to(weight.dtype) - weight[index])
+
+
+def change_problem(make: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> str:
+    """Why a change does not fit a weight of `shape`; "" where it does. `make` is from `parameter_changes` of an adapter
+    on the meta device, so that only shapes are computed."""
+    weight = torch.empty(shape, device="meta")
+    try:
+        with torch.no_grad():
+            got = tuple(make(weight).shape)
+    except (RuntimeError, IndexError, ValueError) as error:
+        return f"it does not fit a weight {tuple(shape)}: {str(error).splitlines()[0]}"
+    return "" if got == tuple(shape) else f"it changes {got}, the weight is {tuple(shape)}"
 
 
 def _twins(stored: Mapping[str, Tensor], name: str) -> list[str]:

@@ -1,0 +1,168 @@
+"""`veneer adapter mix|resize|extract|diff|strength`, put under `veneer adapter` by cli/adapter.py."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from veneer.mixing import Made
+
+__all__ = ["register"]
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_Name = Annotated[str, typer.Argument(help="An adapter's folder, or its name in the veneer home.", show_default=False)]
+_Output = Annotated[str, typer.Option("-o", "--output", help="A new folder for the adapter.")]
+_Rank = Annotated[int | None, typer.Option("--rank", help="Keep at most this rank.")]
+_Energy = Annotated[float | None, typer.Option("--energy", help="Keep this share of ‖ΔW‖², as in 0.95.")]
+_Error = Annotated[float | None, typer.Option("--error", help="Be at most this far off, ‖difference‖/‖ΔW‖.")]
+_Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16, for what is computed.")]
+_Base = Annotated[
+    str | None, typer.Option("--base", help="The base's folder of safetensors: for DoRA and full copies.")
+]
+_Blocks = Annotated[
+    str, typer.Option("--blocks", help="down_blocks.0=0.5,mid_block=1.2,layers.3-7=0; or 12, 17, 20 or 26 numbers.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `veneer adapter`."""
+    app.command(epilog="Example: veneer adapter mix runs/style:0.8 runs/product:0.5 -o mixed --rank 32")(mix)
+    app.command(epilog="Example: veneer adapter resize runs/style -o small --error 0.05")(resize)
+    app.command(epilog="Example: veneer adapter extract base-model tuned-model -o extracted --rank 32")(extract)
+    app.command(epilog="Example: veneer adapter diff runs/first runs/second")(diff)
+    app.command(epilog="Example: veneer adapter strength runs/style --blocks layers.0-3=0.5 -o softer")(strength)
+
+
+def mix(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="Two or more adapters.", show_default=False)
+    ],
+    output: _Output,
+    method: Annotated[
+        str, typer.Option("--method", help="sum, svd, ties, dare_linear, dare_ties, magnitude_prune or orthogonal.")
+    ] = "sum",
+    rank: _Rank = None,
+    energy: _Energy = None,
+    error: _Error = None,
+    density: Annotated[float, typer.Option("--density", help="The share of entries that trimming keeps.")] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="For the entries that DARE drops.")] = 0,
+    blocks: _Blocks = "",
+    base: _Base = None,
+    dtype: _Dtype = "float32",
+    as_json: _Json = False,
+) -> None:
+    """Make one adapter of several: the exact sum of strength·ΔW, or another method and its distance from the sum."""
+    from veneer import mixing
+
+    made = mixing.mix(
+        adapters, output, method=method, rank=rank, energy=energy, error=error, density=density, seed=seed,
+        blocks=blocks, base=base, dtype=dtype,
+    )  # fmt: skip
+    _say_made(made, as_json)
+
+
+def resize(
+    name: _Name,
+    output: _Output,
+    rank: _Rank = None,
+    energy: _Energy = None,
+    error: _Error = None,
+    base: _Base = None,
+    dtype: _Dtype = "float32",
+    as_json: _Json = False,
+) -> None:
+    """Make the best adapter of a rank, a share of energy, or an error: give one of the three."""
+    from veneer import mixing
+
+    _say_made(mixing.resize(name, output, rank=rank, energy=energy, error=error, base=base, dtype=dtype), as_json)
+
+
+def extract(
+    base: Annotated[str, typer.Argument(help="The base: safetensors, a file or a folder.", show_default=False)],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned model, likewise.", show_default=False)],
+    output: _Output,
+    rank: _Rank = None,
+    energy: _Energy = None,
+    error: _Error = None,
+    targets: Annotated[
+        str | None, typer.Option("--targets", help="A regular expression that a module's name must contain.")
+    ] = None,
+    prefix: Annotated[str, typer.Option("--prefix", help="Put before every module's name, such as unet.")] = "",
+    dtype: _Dtype = "float32",
+    as_json: _Json = False,
+) -> None:
+    """Make an adapter of the difference between two full models, a weight at a time."""
+    from veneer import mixing
+
+    made = mixing.extract(
+        base, tuned, output, rank=rank, energy=energy, error=error, targets=targets, prefix=prefix, dtype=dtype
+    )
+    _say_made(made, as_json)
+
+
+def diff(a: _Name, b: _Name, as_json: _Json = False) -> None:
+    """Compare two adapters: for each module the norms of their changes and the cosine between them."""
+    from veneer import mixing
+
+    found = mixing.diff(a, b)
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    width = max((len(n) for n in found["modules"]), default=3)
+    print(f"{'module':<{width}}  {'‖a‖':>10}  {'‖b‖':>10}  {'cosine':>7}  {'‖a−b‖/‖a‖':>10}")
+    for module, row in [*found["modules"].items(), ("all", found["all"])]:
+        norms = f"{row['norm_a']:>10.4g}  {row['norm_b']:>10.4g}"
+        print(f"{module:<{width}}  {norms}  {row['cosine']:>7.4f}  {row['difference']:>10.4g}")
+    for side, names in found["only"].items():
+        if names:
+            print(f"only in {side}: {len(names)} modules")
+    _notes("not compared", found["skipped"])
+
+
+def strength(
+    name: _Name,
+    blocks: _Blocks = "",
+    output: Annotated[str | None, typer.Option("-o", "--output", help="Write the adapter with them.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Show ‖ΔW‖ of each block, and write the adapter with another strength for each."""
+    from veneer import mixing
+
+    report: dict[str, Any] = mixing.strength(name, output, blocks=blocks)
+    if as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    width = max((len(n) for n in report["blocks"]), default=5)
+    print(f"{'block':<{width}}  modules  {'strength':>8}  {'‖ΔW‖':>10}   share")
+    for block, row in report["blocks"].items():
+        shown = ", ".join(f"{s:g}" for s in row["strengths"])
+        print(f"{block:<{width}}  {row['modules']:>7}  {shown:>8}  {row['norm']:>10.4g}  {row['share']:>6.1%}")
+    _notes("without a norm", report["skipped"])
+    if output is not None:
+        print(f"wrote {report['written']['folder']}: {report['written']['bytes']:,} bytes")
+
+
+def _say_made(made: Made, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
+        return
+    ranks = ", ".join(f"{n} of rank {r}" for r, n in sorted(made.ranks.items(), key=lambda item: int(item[0])))
+    print(f"wrote {made.folder}: {made.bytes:,} bytes, pairs: {ranks or 'none'}")
+    print(f"{made.method}: {made.error:.3%} off the true change (‖ΔW‖ {made.norm:.4g})")
+    for module, off in made.worst():
+        print(f"  {module}: {off:.3%}")
+    _notes("left out", made.left)
+    for note in made.notes:
+        print(f"note: {note}")
+
+
+def _notes(title: str, lines: list[str]) -> None:
+    if lines:
+        print(f"{title}: {len(lines)}")
+        for line in lines[:10]:
+            print(f"  {line}")
+        if len(lines) > 10:
+            print(f"  … and {len(lines) - 10} more: see --json")

@@ -1,0 +1,458 @@
+"""Several adapters as one: Σ strengthᵢ·ΔWᵢ, exactly, or by a method that departs from it on purpose and says how far.
+
+| method          | result, with τᵢ = strengthᵢ·ΔWᵢ, entry by entry where it says so                | source           |
+| sum             | Σ τᵢ: ranks side by side, then the bound if one is given                        | exact            |
+| svd             | the same, at the largest rank among the adapters unless a bound is given        | Eckart-Young     |
+| magnitude_prune | Σ keep(τᵢ): keep the share `density` of largest |entries|, zero the rest        |                  |
+| ties            | keep; elect each entry's sign by Σ keep(τᵢ); mean of those that have it         | arXiv 2306.01708 |
+| dare_linear     | Σ drop(τᵢ): keep each entry with probability `density`, divided by it           | arXiv 2311.03099 |
+| dare_ties       | drop, then elect and mean as in ties                                            | both             |
+| orthogonal      | U⊥·diag(S)·V⊥: the singular vectors of all τᵢ side by side, made orthogonal     | arXiv 2412.00081 |
+
+The entries are those of the true ΔW, one module at a time, then brought back to a pair by `low_rank`: trimming A and B
+instead, as is common, trims neither. `orthogonal` is for image adapters that fight over the same directions, the aim of
+ZipLoRA (2311.13600), without data: [U₁ U₂ …] is replaced by the nearest matrix with orthonormal columns U·(UᵀU)^(-1/2)
+(so is V), which leaves adapters alone that do not meet, and gives the mean of two that are the same.
+
+What only one adapter has, at strength 1, is taken over as it is, whatever its form. Knows tensors, no files or bases:
+what needs a weight of the base (DoRA, gains beside others, full copies whose strengths do not add up to 1) asks for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.forms import Delta, change_of, delta_of, product_of
+from veneer.core.rounding import seeded
+from veneer.core.truncate import Bound, distance, factors, like, low_rank, rebuilt, stacked, thin_svd, truncated
+from veneer.errors import AdapterError
+
+__all__ = ["METHODS", "Mixed", "Part", "Weights", "mix", "mix_pairs", "strengthened"]
+
+METHODS = ("sum", "svd", "magnitude_prune", "ties", "dare_linear", "dare_ties", "orthogonal")
+_ENTRYWISE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
+
+Weights = Callable[[str], Tensor | None]
+"""Parameter name -> the base's weight as (out, in, …), an embedding's as (rows, dim); None where it is not at hand."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of a result: its rank (0: not a pair), ‖Σ strength·ΔW‖, and ‖result − Σ strength·ΔW‖ after rounding.
+    `cut`: the part of it that the bound and the rounding made, ‖result − the method's own answer‖. What has no norm
+    without the base (gains, DoRA taken over) counts 0, or its ‖s·B·A‖."""
+
+    rank: int
+    norm: float
+    error: float
+    cut: float = 0.0
+
+
+@dataclass
+class Mixed:
+    """A mix as one adapter, and how far each module is from the true sum."""
+
+    adapter: Adapter
+    parts: dict[str, Part] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def norm(self) -> float:
+        """‖Σ strength·ΔW‖ over all modules."""
+        return math.sqrt(sum(p.norm**2 for p in self.parts.values()))
+
+    @property
+    def error(self) -> float:
+        """‖result − Σ strength·ΔW‖/‖Σ strength·ΔW‖ over all modules."""
+        off = math.sqrt(sum(p.error**2 for p in self.parts.values()))
+        return off / self.norm if self.norm else off
+
+
+# -- pairs of one module -----------------------------------------------------------------------------------------------
+
+
+def mix_pairs(
+    pairs: Sequence[tuple[Pair, float]],
+    method: str = "sum",
+    bound: Bound | None = None,
+    *,
+    density: float = 0.5,
+    seed: int = 0,
+    name: str = "",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Pair, Part]:
+    """The pairs of one module as one, of scale 1. See the module's table; `density`, `seed` and `name` (which makes
+    each module's drops its own) are for the methods that trim. Raises AdapterError for unlike shapes, a magnitude, and
+    a method that trims without a bound."""
+    if any(p.magnitude is not None for p, _ in pairs):
+        raise AdapterError("a pair with a magnitude (DoRA) is not low rank without its base", where=name or None)
+    model = pairs[0][0]
+    truth = stacked(pairs)
+    if method == "svd" and bound is None:
+        bound = Bound(rank=max(p.rank for p, _ in pairs))
+    if method in ("sum", "svd"):
+        own = truth
+    elif method == "orthogonal":
+        own = _orthogonal(pairs)
+    else:
+        dense = _trimmed([_dense(*stacked([one])) for one in pairs], method, density, seed, name)
+        found = [low_rank(m, _needed(bound, name)) for m in dense.reshape(-1, *dense.shape[-2:])]
+        A, B = _padded([f[0] for f in found], -2), _padded([f[1] for f in found], -1)
+        lead = truth[0].shape[:-2]
+        out = rebuilt(model, A.reshape(*lead, *A.shape[1:]), B.reshape(*lead, *B.shape[1:]), dtype)
+        cut = math.sqrt(sum(f[2].error ** 2 for f in found))
+        return out, Part(out.rank, distance(truth), distance(factors(out), truth), cut)
+    out = rebuilt(model, *own, dtype) if bound is None else truncated(*own, model, bound, dtype)[0]
+    same = own is truth
+    error = distance(factors(out), truth)
+    return out, Part(out.rank, distance(truth), error, error if same else distance(factors(out), own))
+
+
+def _needed(bound: Bound | None, name: str) -> Bound:
+    if bound is None:
+        raise AdapterError(
+            "the answer has full rank", where=name or None, fix="give a rank, an energy or an error to keep"
+        )
+    return bound
+
+
+def _padded(parts: list[Tensor], dim: int) -> Tensor:
+    """Stacked, with zeros for the ranks that some do not need."""
+    most = max(t.shape[dim] for t in parts)
+    out = []
+    for t in parts:
+        shape = list(t.shape)
+        shape[dim] = most - shape[dim]
+        out.append(torch.cat([t, t.new_zeros(shape)], dim))
+    return torch.stack(out)
+
+
+def _orthogonal(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
+    parts = [thin_svd(*stacked([one])) for one in pairs]
+    U = torch.cat([u for u, _, _ in parts], -1)
+    S = torch.cat([s for _, s, _ in parts], -1)
+    V = torch.cat([v for _, _, v in parts], -2)
+    return _whitened(V.mT, S).mT, _whitened(U, S) * S.unsqueeze(-2)
+
+
+def _whitened(U: Tensor, S: Tensor) -> Tensor:
+    """U·(UᵀU)^(-1/2), the nearest with orthonormal columns, within the span of U where the columns are dependent. A
+    direction of singular value zero has nothing to say."""
+    U = U * (1e-12 * S.amax(-1, keepdim=True) < S).unsqueeze(-2)
+    values, E = torch.linalg.eigh(U.mT @ U)
+    inverse = torch.where(values > 1e-10, values.clamp_min(1e-10).rsqrt(), 0.0)
+    out: Tensor = U @ (E * inverse.unsqueeze(-2)) @ E.mT
+    return out
+
+
+def _dense(A: Tensor, B: Tensor) -> Tensor:
+    return B.float() @ A.float()
+
+
+def _trimmed(tau: list[Tensor], method: str, density: float, seed: int, name: str) -> Tensor:
+    """The entrywise methods on Σ-ready changes strength·ΔW."""
+    if not 0 < density <= 1:
+        raise AdapterError(f"density {density:g} is no share", fix="above 0, at most 1, as in 0.5")
+    if method.startswith("dare"):
+        kept = [_dropped(t, density, seed, f"{name}/{i}") for i, t in enumerate(tau)]
+    else:
+        kept = [_largest(t, density) for t in tau]
+    total = _total(kept)
+    if not method.endswith("ties"):
+        return total
+    sign = total.sign()
+    count = torch.zeros_like(total)
+    agreed = torch.zeros_like(total)
+    for t in kept:
+        agrees = (t.sign() == sign) & (t != 0)
+        agreed += t * agrees
+        count += agrees
+    return agreed / count.clamp_min(1)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    out = parts[0].clone()
+    for part in parts[1:]:
+        out += part
+    return out
+
+
+def _largest(t: Tensor, density: float) -> Tensor:
+    """The round(density·n) largest |entries|, the rest zero."""
+    count = max(1, round(density * t.numel()))
+    if count >= t.numel():
+        return t
+    edge = t.abs().flatten().kthvalue(t.numel() - count + 1).values
+    return torch.where(t.abs() >= edge, t, 0.0)
+
+
+def _dropped(t: Tensor, density: float, seed: int, name: str) -> Tensor:
+    keep = torch.rand(t.shape, generator=seeded(seed, name)).to(t.device) < density
+    return torch.where(keep, t / density, 0.0)
+
+
+# -- whole adapters ----------------------------------------------------------------------------------------------------
+
+
+def mix(
+    adapters: Sequence[tuple[Adapter, float]],
+    method: str = "sum",
+    bound: Bound | None = None,
+    *,
+    density: float = 0.5,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    weights: Weights | None = None,
+) -> Mixed:
+    """Adapters of one base as one adapter.
+
+    Ranks, scales and targets may differ. Pairs of one module become one. Deltas: of one adapter they keep their form;
+    several of one parameter add up, gains of one axis to a gain and the rest to a dense one; with a bound, or a method
+    that trims, every delta of a weight is folded into its module's pair. Full copies and token rows are mixed as
+    W + Σ strength·(copy − W), which needs no W where the strengths add up to 1. Learned words are taken over, at
+    strength 1. Raises one AdapterError that lists all that does not mix, and what would need `weights`."""
+    if method not in METHODS:
+        raise AdapterError(f"there is no method {method!r}", fix=", ".join(METHODS))
+    if not adapters:
+        raise AdapterError("there is nothing to mix", fix="name at least one adapter")
+    work = _Mix(adapters, method, bound, density, seed, dtype, weights or (lambda name: None))
+    return work.run()
+
+
+class _Mix:
+    def __init__(
+        self, adapters: Sequence[tuple[Adapter, float]], method: str, bound: Bound | None, density: float, seed: int,
+        dtype: torch.dtype, weights: Weights,
+    ) -> None:  # fmt: skip
+        self.adapters, self.method, self.bound, self.weights = adapters, method, bound, weights
+        self.how: dict[str, Any] = {"density": density, "seed": seed, "dtype": dtype}
+        self.dtype = dtype
+        self.out = Mixed(Adapter())
+        self.problems: list[str] = []
+        self.folds = bound is not None or method in _ENTRYWISE
+
+    def run(self) -> Mixed:
+        every: dict[str, list[tuple[Any, float]]] = {}
+        for kind in ("pairs", "deltas", "modules", "token_rows", "new_tokens"):
+            every = {}
+            for adapter, strength in self.adapters:
+                for name, thing in getattr(adapter, kind).items():
+                    every.setdefault(name, []).append((thing, strength))
+            for name in sorted(every):
+                try:
+                    getattr(self, f"_{kind}")(name, every[name])
+                except AdapterError as error:
+                    self.problems.append(f"{name}: {error.what}" + (f" ({error.fix})" if error.fix else ""))
+        if self.problems:
+            shown = "\n".join(f"  - {p}" for p in self.problems)
+            raise AdapterError(f"these adapters do not mix ({len(self.problems)} problems):\n{shown}")
+        return self.out
+
+    def _weight(self, name: str, why: str) -> Tensor:
+        weight = self.weights(name)
+        if weight is None:
+            raise AdapterError(f"{why} needs the base's weight", fix="give the base")
+        return weight.detach().double()
+
+    def _narrow(self, t: Tensor) -> Tensor:
+        """`t` as it is where the dtype asked for holds it."""
+        return t if torch.promote_types(t.dtype, self.dtype) == self.dtype else t.to(self.dtype)
+
+    # Folded: the dense changes of a module's weight that go into its pair.
+    def _beside(self, name: str) -> list[tuple[Delta, float]]:
+        key = f"{name}.weight"
+        if not self.folds:
+            return []
+        return [(a.deltas[key], s) for a, s in self.adapters if key in a.deltas]
+
+    def _pairs(self, name: str, pairs: list[tuple[Pair, float]]) -> None:
+        beside = self._beside(name)
+        alone = len(pairs) == 1 and not beside and not self.folds and self.method in ("sum", "svd", "orthogonal")
+        if alone:
+            pair, strength = pairs[0]
+            if strength == 1 or pair.magnitude is None:
+                exact = replace(pair.collapsed(), scale=pair.scale * strength)
+                out = replace(exact, A=self._narrow(exact.A), B=self._narrow(exact.B))
+                truth = factors(replace(exact, magnitude=None))
+                off = 0.0 if out.A is exact.A and out.B is exact.B else distance(factors(out), truth)
+                self.out.adapter.pairs[name] = out
+                self.out.parts[name] = Part(out.rank, distance(truth), off, off)
+                return
+        if beside or any(p.magnitude is not None for p, _ in pairs):
+            self._dense_pair(name, pairs, beside)
+            return
+        out, part = mix_pairs(pairs, self.method, self.bound, name=name, **self.how)
+        self.out.adapter.pairs[name], self.out.parts[name] = out, part
+
+    def _dense_pair(self, name: str, pairs: list[tuple[Pair, float]], beside: list[tuple[Delta, float]]) -> None:
+        """A module some of whose changes are no product of thin factors: as dense matrices, and back to a pair."""
+        parts: list[Tensor] = []
+        shape: tuple[int, ...] = ()
+        for adapter, strength in self.adapters:
+            own: list[Tensor] = []
+            if (pair := adapter.pairs.get(name)) is not None and any(pair is p for p, _ in pairs):
+                own.append(self._change(name, pair))
+            if (delta := adapter.deltas.get(f"{name}.weight")) is not None and beside:
+                change = self._delta(f"{name}.weight", delta)
+                shape = tuple(change.shape)
+                change = change.mT if pairs and pairs[0][0].kind == "embedding" else change
+                own.append(change.flatten(1))
+            if own:
+                parts.append(strength * _total(own))
+        if len({p.shape for p in parts}) > 1:
+            raise AdapterError(f"changes of unlike shapes do not add up: {[tuple(p.shape) for p in parts]}")
+        truth = _total(parts)
+        if self.method == "orthogonal" and len(parts) > 1:
+            raise AdapterError("the method orthogonal takes low-rank changes only", fix="use sum with a bound, or ties")
+        answer = truth
+        if self.method in _ENTRYWISE:
+            answer = _trimmed(parts, self.method, self.how["density"], self.how["seed"], name)
+        if self.bound is None and len(pairs) == 1 and self.method == "svd":
+            bound = Bound(rank=pairs[0][0].rank)
+        else:
+            bound = _needed(self.bound, "")
+        A, B, cut = low_rank(answer, bound)
+        model = pairs[0][0] if pairs else like(shape)
+        out = rebuilt(model, A, B, self.dtype)
+        off = torch.linalg.vector_norm(_dense_of(out) - truth)
+        self.out.adapter.pairs[name] = out
+        self.out.parts[name] = Part(out.rank, float(torch.linalg.vector_norm(truth)), float(off), cut.error)
+
+    def _change(self, name: str, pair: Pair) -> Tensor:
+        """ΔW of a pair as a dense matrix (out, n), float64."""
+        product = _dense_of(replace(pair, magnitude=None))
+        if pair.magnitude is None:
+            return product
+        if pair.kind == "experts" or product.ndim > 2:
+            raise AdapterError("DoRA on experts or groups has no low-rank form here")
+        weight = self._weight(f"{name}.weight", "a pair with a magnitude (DoRA)")
+        weight = weight.mT if pair.kind == "embedding" else weight
+        if weight.flatten(1).shape != product.shape:
+            raise AdapterError(f"the base's weight {tuple(weight.shape)} does not fit a change {tuple(product.shape)}")
+        return change_of(weight, product.reshape(weight.shape), pair.magnitude).flatten(1)
+
+    def _delta(self, name: str, delta: Delta) -> Tensor:
+        """ΔW of a delta in the parameter's shape, float64."""
+        wide = replace(delta, parts={n: t.double() for n, t in delta.parts.items()})
+        if delta.form == "gain" or delta.magnitude is not None:
+            why = "a gain" if delta.form == "gain" else "a delta with a magnitude (DoRA)"
+            return delta_of(self._weight(name, why), wide)
+        return product_of(wide)
+
+    def _deltas(self, name: str, deltas: list[tuple[Delta, float]]) -> None:
+        module, _, key = name.rpartition(".")
+        shape = next((d.shape for d, _ in deltas if d.shape), ())
+        if self.folds and key == "weight" and (len(shape) > 1 or deltas[0][0].form == "gain"):
+            if module not in self.out.adapter.pairs and not any(module in a.pairs for a, _ in self.adapters):
+                self._dense_pair(module, [], deltas)
+            return
+        first, strength = deltas[0]
+        as_is = self.method not in _ENTRYWISE and (strength == 1 or first.magnitude is None)
+        if len(deltas) == 1 and as_is:
+            out = replace(first, scale=first.scale * strength)
+            based = out.form == "gain" or out.magnitude is not None
+            norm = 0.0 if based else float(product_of(out).double().norm())
+            self.out.adapter.deltas[name], self.out.parts[name] = out, Part(0, norm, 0.0)
+            return
+        axes = {d.parts["value"].ndim for d, _ in deltas if d.form == "gain"}
+        if all(d.form == "gain" for d, _ in deltas) and len(axes) == 1 and self.method not in _ENTRYWISE:
+            value = torch.stack([d.parts["value"].double() * (d.scale * s) for d, s in deltas]).sum(0)
+            self.out.adapter.deltas[name] = Delta("gain", {"value": value.to(self.dtype)}, first.shape)
+            self.out.parts[name] = Part(0, 0.0, 0.0)
+            return
+        parts = [self._delta(name, d) * s for d, s in deltas]
+        truth = _total(parts)
+        how = self.how
+        answer = truth if self.method not in _ENTRYWISE else _trimmed(
+            parts, self.method, how["density"], how["seed"], name
+        )  # fmt: skip
+        value = answer.to(self.dtype)
+        self.out.adapter.deltas[name] = Delta("dense", {"value": value}, tuple(value.shape))
+        self.out.parts[name] = Part(0, float(truth.norm()), float((value.double() - truth).norm()))
+
+    def _modules(self, name: str, copies: list[tuple[Mapping[str, Tensor], float]]) -> None:
+        if len(copies) == 1 and copies[0][1] == 1:
+            self.out.adapter.modules[name] = dict(copies[0][0])
+            return
+        if len({frozenset(c) for c, _ in copies}) > 1:
+            raise AdapterError("full copies of different parameters")
+        mixed = {}
+        for key in copies[0][0]:
+            exact = self._blend(f"{name}.{key}", [(c[key], s) for c, s in copies], "a mix of full copies")
+            mixed[key] = exact.to(copies[0][0][key].dtype)
+        self.out.adapter.modules[name] = mixed
+        self.out.notes.append(f"{name}: a full copy, mixed and rounded to its dtype")
+
+    def _blend(self, name: str, copies: list[tuple[Tensor, float]], why: str, rows: list[int] | None = None) -> Tensor:
+        """W + Σ strength·(copy − W); W is needed only where the strengths do not add up to 1."""
+        left = 1 - sum(s for _, s in copies)
+        total = torch.stack([s * t.detach().double() for t, s in copies]).sum(0)
+        if abs(left) < 1e-12:
+            return total
+        weight = self._weight(name, f"{why} whose strengths add up to {1 - left:g}")
+        return total + left * (weight if rows is None else weight[rows])
+
+    def _token_rows(self, name: str, rows: list[tuple[TokenRows, float]]) -> None:
+        by_index: dict[int, list[tuple[Tensor, float]]] = {}
+        for own, strength in rows:
+            for index, row in zip(own.indices, own.rows, strict=True):
+                by_index.setdefault(index, []).append((row, strength))
+        indices = tuple(sorted(by_index))
+        found = [
+            self._blend(f"{name}.weight", [(r[None], s) for r, s in by_index[i]], "token rows", [i]) for i in indices
+        ]
+        self.out.adapter.token_rows[name] = TokenRows(indices, torch.cat(found).to(rows[0][0].rows.dtype))
+
+    def _new_tokens(self, name: str, words: list[tuple[Mapping[str, Tensor], float]]) -> None:
+        out: dict[str, Tensor] = {}
+        for own, strength in words:
+            for word, vectors in own.items():
+                if strength != 1:
+                    raise AdapterError(f"the learned word {word!r} has no start to scale from: strength {strength:g}")
+                if word in out and not torch.equal(out[word], vectors):
+                    raise AdapterError(f"two adapters have learned the word {word!r}", fix="rename one")
+                out[word] = vectors
+        self.out.adapter.new_tokens[name] = out
+
+
+def _dense_of(pair: Pair) -> Tensor:
+    A, B = factors(pair)
+    return B @ A
+
+
+def strengthened(adapter: Adapter, by: Callable[[str], float]) -> Adapter:
+    """The adapter with each module's change times `by(module)`, exactly: scales change, tensors do not, and a module at
+    0 is left out. Raises AdapterError where a strength other than 0 or 1 meets what is no multiple of itself without
+    the base: a magnitude (DoRA), full copies, token rows, learned words."""
+    problems = []
+    out = replace(adapter, pairs={}, deltas={}, modules={}, token_rows={}, new_tokens={})
+    for name, pair in adapter.pairs.items():
+        factor = by(name)
+        if factor not in (0, 1) and pair.magnitude is not None:
+            problems.append(f"{name}: a pair with a magnitude (DoRA) at {factor:g}")
+        elif factor:
+            out.pairs[name] = replace(pair, scale=pair.scale * factor)
+    for name, delta in adapter.deltas.items():
+        factor = by(name.rpartition(".")[0])
+        if factor not in (0, 1) and delta.magnitude is not None:
+            problems.append(f"{name}: a delta with a magnitude (DoRA) at {factor:g}")
+        elif factor:
+            out.deltas[name] = replace(delta, scale=delta.scale * factor)
+    for kind in ("modules", "token_rows", "new_tokens"):
+        for name, thing in getattr(adapter, kind).items():
+            factor = by(name)
+            if factor not in (0, 1):
+                problems.append(f"{name}: {kind.replace('_', ' ')} at {factor:g}")
+            elif factor:
+                getattr(out, kind)[name] = thing
+    if problems:
+        shown = "\n".join(f"  - {p}" for p in problems)
+        raise AdapterError(f"these have no exact multiple without the base:\n{shown}", fix="use 0 or 1 there")
+    return out

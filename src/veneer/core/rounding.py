@@ -1,0 +1,79 @@
+"""Rounding to 16 bits, to the nearest or by chance, and how much of a delta is left after it.
+
+    to the nearest     deltas below half a step vanish, or count double: the error of one weight is at most half a step
+    stochastic         up with probability (x − below)/(above − below): E[rounded] = x, so that what is lost in single
+                       weights is kept in their sums; the error of one weight is below a step (arXiv 1502.02551)
+
+Knows tensors alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Rounding", "seeded", "stochastic"]
+
+
+def seeded(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for each name, so that the order of work does not matter."""
+    word = hashlib.sha256(f"{seed}|{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(word[:7], "little"))
+
+
+def stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """`x` as `dtype`, each entry one of its two neighbours there, so chosen that the mean is x. What `dtype` holds
+    stays as it is; beyond the largest number of `dtype` it is rounded to the nearest."""
+    near = x.to(dtype)
+    if dtype == x.dtype:
+        return near
+    off = x - near.to(x.dtype)
+    away = (off > 0) == (near > 0)  # whether the other neighbour is further from zero
+    bits = near.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+    other = (bits + torch.where(away, 1, -1).to(bits.dtype)).view(dtype)
+    tiny = torch.tensor(1, dtype=bits.dtype, device=x.device).view(dtype)
+    other = torch.where(near == 0, torch.where(off > 0, tiny, -tiny), other)
+    step = (other.to(x.dtype) - near.to(x.dtype)).abs()
+    chance = torch.where((off != 0) & torch.isfinite(step), off.abs() / step, 0.0)
+    drawn = torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x.device)
+    return torch.where(drawn < chance, other, near)
+
+
+@dataclass
+class Rounding:
+    """What rounding left of the deltas, over all that was added, in float64.
+
+    `changed`: of the weights whose exact delta is not zero, the share that moved. `error`: ‖(W'−W) − Δ‖/‖Δ‖. `kept`:
+    ⟨W'−W, Δ⟩/‖Δ‖², the delta's own size in what was written: 1 is all of it, on the whole."""
+
+    moved: int = 0
+    weights: int = 0
+    off: float = 0.0
+    size: float = 0.0
+    along: float = 0.0
+
+    def add(self, before: Tensor, exact: Tensor, after: Tensor) -> None:
+        delta = exact - before.to(exact.dtype)
+        there = delta != 0
+        start = before.to(after.dtype)
+        self.weights += int(there.sum())
+        self.moved += int(((start != after) & there).sum())
+        change = after.to(exact.dtype) - start.to(exact.dtype)
+        self.off += float((change - delta).double().square().sum())
+        self.size += float(delta.double().square().sum())
+        self.along += float((change.double() * delta).sum())
+
+    @property
+    def changed(self) -> float:
+        return self.moved / self.weights if self.weights else 0.0
+
+    @property
+    def error(self) -> float:
+        return float((self.off / self.size) ** 0.5) if self.size else 0.0
+
+    @property
+    def kept(self) -> float:
+        return self.along / self.size if self.size else 0.0

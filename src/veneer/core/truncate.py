@@ -1,0 +1,263 @@
+"""Singular values of low-rank changes, from their thin factors; and low-rank changes, from dense matrices.
+
+    s·B·A = Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ        B = Q_B·R_B, Aᵀ = Q_A·R_A (thin QR);  the core is rank × rank
+          = U·diag(S)·V                  its singular value decomposition, exact, in O((out + in)·rank²)
+    ‖s·B·A − best of rank k‖ = √(Σ_{i>k} Sᵢ²)                        Eckart and Young, Psychometrika 1936
+
+All of it is done in float64: a truncation's error is a small difference of large sums, and a mix's summands may cancel.
+The factors are thin, so that this costs little. Results are rounded once, to the dtype that is asked for.
+Knows pairs and matrices; does not know about adapters, modules or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Pair
+from veneer.errors import AdapterError
+
+__all__ = [
+    "Bound",
+    "Cut",
+    "distance",
+    "factors",
+    "inner",
+    "like",
+    "low_rank",
+    "rank_for",
+    "rebuilt",
+    "singular_values",
+    "stacked",
+    "thin_svd",
+    "truncate",
+    "truncated",
+]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How much to keep: at most `rank`; or the smallest rank that keeps the share `energy` of ‖Δ‖²; or the smallest
+    whose `error` ‖Δ − kept‖/‖Δ‖ is not above a bound. Exactly one of them. Raises AdapterError otherwise."""
+
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {n: v for n, v in vars(self).items() if v is not None}
+        if len(given) != 1:
+            raise AdapterError(f"{len(given)} bounds on what to keep", fix="give one of rank, energy and error")
+        if self.rank is not None and self.rank < 1:
+            raise AdapterError(f"rank {self.rank} keeps nothing", fix="a rank of 1 or more")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise AdapterError(f"energy {self.energy:g} is no share", fix="above 0, at most 1, as in 0.95")
+        if self.error is not None and not 0 <= self.error < 1:
+            raise AdapterError(f"error {self.error:g} is no relative error", fix="from 0 to below 1, as in 0.05")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a truncation did: ‖Δ‖ before, ‖Δ − kept‖, both Frobenius, and the rank that was kept."""
+
+    norm: float
+    error: float
+    rank: int
+
+
+# -- pairs as factors --------------------------------------------------------------------------------------------------
+
+
+def factors(pair: Pair) -> tuple[Tensor, Tensor]:
+    """(A, B) in float64 with s·B·A the change without a magnitude: A (…, rank, n), B (…, out, rank), the scale in B.
+
+    The leading dimension counts experts, or the groups of a convolution whose A sees all channels (PEFT's): there each
+    block of rows of B meets its own part of A."""
+    own = pair.collapsed()
+    A, B = own.A.detach().double(), own.B.detach().double()
+    if own.kind == "conv":
+        A, B = A.flatten(1), B.flatten(1)
+        if B.shape[1] != A.shape[0]:
+            A = A.reshape(-1, B.shape[1], A.shape[1])
+            B = B.reshape(len(A), -1, B.shape[1])
+    return A, B * own.scale
+
+
+def rebuilt(model: Pair, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float32) -> Pair:
+    """A pair of scale 1 from factors in the form that `factors(model)` has, in `model`'s kind and shapes."""
+    if model.kind == "conv":
+        A = A.flatten(0, -2).reshape(-1, *model.A.shape[1:])
+        B = B.flatten(0, -2)
+        B = B.reshape(*B.shape, *[1] * (model.A.ndim - 2))
+    return Pair(A.to(dtype).contiguous(), B.to(dtype).contiguous(), 1.0, model.kind)
+
+
+def like(shape: tuple[int, ...], embedding: bool = False) -> Pair:
+    """An empty pair of the kind that changes a weight of `shape`: (out, in), (out, in, k…), embedding (rows, dim)."""
+    if embedding:
+        return Pair(torch.empty(0, shape[0]), torch.empty(shape[1], 0), 1.0, "embedding")
+    kernel = shape[2:]
+    A, B = torch.empty(0, *shape[1:]), torch.empty(shape[0], 0, *[1] * len(kernel))
+    return Pair(A, B, 1.0, "conv" if kernel else "linear")
+
+
+def stacked(pairs: Sequence[tuple[Pair, float]]) -> tuple[Tensor, Tensor]:
+    """The factors (A, B) of Σ strength·ΔW: ranks side by side. Raises AdapterError for changes of unlike shapes."""
+    parts = [(*factors(pair), strength) for pair, strength in pairs]
+    shapes = {(p.kind, A.shape[:-2], A.shape[-1], B.shape[-2]) for (p, _), (A, B, _) in zip(pairs, parts, strict=True)}
+    if len(shapes) > 1:
+        shown = "; ".join(f"{kind} {(*lead, out, n)}" for kind, lead, n, out in sorted(shapes, key=str))
+        raise AdapterError(f"changes of unlike shapes do not add up: {shown}")
+    return torch.cat([A for A, _, _ in parts], -2), torch.cat([B * w for _, B, w in parts], -1)
+
+
+def inner(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> float:
+    """⟨B₁·A₁, B₂·A₂⟩ (Frobenius) = tr((B₁ᵀB₂)·(A₂A₁ᵀ)), of factors (A, B)."""
+    (A1, B1), (A2, B2) = one, two
+    return float(((B1.mT @ B2) * (A1 @ A2.mT)).sum())
+
+
+def distance(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor] | None = None) -> float:
+    """‖B₁·A₁ − B₂·A₂‖ (Frobenius) of factors (A, B), or ‖B₁·A₁‖ alone.
+
+    From Gram matrices where that is accurate, which is down to 1e-6 of the larger norm (their sums cancel); below from
+    the singular values of the difference."""
+    square = inner(one, one)
+    if two is None:
+        return math.sqrt(max(square, 0.0))
+    other = inner(two, two)
+    total = square + other - 2 * inner(one, two)
+    if total > 1e-12 * max(square, other):
+        return math.sqrt(total)
+    S = singular_values(torch.cat([one[0], two[0]], -2), torch.cat([one[1], -two[1]], -1))
+    return float(torch.linalg.vector_norm(S))
+
+
+# -- exact, from thin factors ------------------------------------------------------------------------------------------
+
+
+def thin_svd(A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, S, V) with s·B·A = U·diag(S)·V: U (…, out, k), S (…, k) falling, V (…, k, n), k = min(rank, out, n), float64.
+
+    A: (…, rank, n), B: (…, out, rank). Exact: thin QR of both factors and the decomposition of the small core."""
+    QB, RB = torch.linalg.qr(B.double())
+    QA, RA = torch.linalg.qr(A.double().mT)
+    U, S, V = torch.linalg.svd(scale * (RB @ RA.mT), full_matrices=False)
+    return QB @ U, S, V @ QA.mT
+
+
+def singular_values(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """S of `thin_svd`, without its vectors."""
+    RB, RA = (torch.linalg.qr(t.double(), mode="r")[1] for t in (B, A.mT))
+    values: Tensor = torch.linalg.svdvals(scale * (RB @ RA.mT))
+    return values
+
+
+def rank_for(S: Tensor, bound: Bound) -> int:
+    """The rank that `bound` keeps of singular values S (…, k), at least 1; over a batch the largest that one needs."""
+    if bound.rank is not None:
+        return min(bound.rank, S.shape[-1])
+    square = S.double().square()
+    total = square.sum(-1, keepdim=True)
+    dropped = total - square.cumsum(-1)
+    dropped[..., :-1] = square.flip(-1).cumsum(-1).flip(-1)[..., 1:]  # from the small end: no cancellation
+    dropped[..., -1] = 0
+    allowed = (1 - bound.energy) if bound.energy is not None else (bound.error or 0.0) ** 2
+    return int((dropped > allowed * total).sum(-1).max()) + 1
+
+
+def truncate(pair: Pair, bound: Bound, dtype: torch.dtype = torch.float32) -> tuple[Pair, Cut]:
+    """The best pair within `bound` (of scale 1, A and B balanced: U·√S and √S·V), and what was cut.
+
+    `Cut.error` is that of the singular values dropped; rounding to `dtype` comes on top. Raises AdapterError for a
+    pair with a magnitude, whose change is not B·A."""
+    if pair.magnitude is not None:
+        raise AdapterError("a pair with a magnitude (DoRA) is not low rank without its base", fix="give the base")
+    return truncated(*factors(pair), pair, bound, dtype)
+
+
+def truncated(A: Tensor, B: Tensor, model: Pair, bound: Bound, dtype: torch.dtype) -> tuple[Pair, Cut]:
+    """`truncate` of factors, to a pair like `model`."""
+    U, S, V = thin_svd(A, B)
+    k = rank_for(S, bound)
+    root = S[..., :k].sqrt()
+    out = rebuilt(model, root.unsqueeze(-1) * V[..., :k, :], U[..., :k] * root.unsqueeze(-2), dtype)
+    norm, error = torch.linalg.vector_norm(S), torch.linalg.vector_norm(S[..., k:])
+    return out, Cut(float(norm), float(error), out.rank)
+
+
+# -- from dense matrices -----------------------------------------------------------------------------------------------
+
+
+def low_rank(matrix: Tensor, bound: Bound, *, oversample: int = 16, most: int = 30) -> tuple[Tensor, Tensor, Cut]:
+    """(A, B, Cut) with B·A close to a dense `matrix` (out, n), within `bound`; float64 factors, balanced.
+
+    A rank far below both sides: subspace iteration from a fixed random start (Halko, Martinsson and Tropp, arXiv
+    0909.4061), in the matrix's dtype, until what is caught of ‖Δ‖² grows by less than 1e-4 of what is left, then an
+    exact decomposition inside the subspace. Otherwise the eigenvectors of the smaller Gram matrix in float64, which
+    give the best answer for singular values above 1e-8 of the largest. In both, `Cut.error` is the true distance, as
+    the answer is a projection: ‖Δ − QQᵀΔ‖² = ‖Δ‖² − ‖QᵀΔ‖²."""
+    D = matrix if matrix.dtype == torch.float64 else matrix.float()
+    flip = D.shape[0] < D.shape[1]
+    D = D.mT if flip else D  # tall: out ≥ n
+    n = D.shape[1]
+    norm = float(torch.linalg.vector_norm(D, dtype=torch.float64))
+    if bound.rank is not None and 4 * (bound.rank + oversample) < n:
+        Q = _subspace(D, bound.rank + oversample, norm, most)
+    else:
+        gram = _gram(D)
+        Q = torch.linalg.eigh(gram)[1].flip(-1)
+    caught = _double_product(D, Q)  # D·Q: (out, m), with Q orthonormal over n
+    U, S, V = torch.linalg.svd(caught, full_matrices=False) if Q.shape[1] < n else _columns(caught)
+    k = rank_for(S, bound)
+    root = S[:k].sqrt()
+    B, A = U[:, :k] * root, root.unsqueeze(-1) * (V[:k] @ Q.mT)
+    kept = S[:k].square().sum()
+    error = math.sqrt(max(norm**2 - float(kept), 0.0)) if norm else 0.0
+    if k == n:
+        error = 0.0
+    if error < 1e-6 * norm:  # the difference of the squares says no more; look
+        error = float(torch.linalg.vector_norm(D.double() - B @ A))
+    return (B.mT, A.mT, Cut(norm, error, k)) if flip else (A, B, Cut(norm, error, k))
+
+
+def _columns(caught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The decomposition of D·Q where Q are all the eigenvectors of DᵀD: its columns are orthogonal already."""
+    S = torch.linalg.vector_norm(caught, dim=0)
+    S, order = S.sort(descending=True)
+    U = caught[:, order] / S.clamp_min(torch.finfo(torch.float64).tiny)
+    return U, S, torch.eye(len(order), dtype=torch.float64, device=caught.device)[order]
+
+
+def _gram(D: Tensor, rows: int = 4096) -> Tensor:
+    """DᵀD in float64, some rows at a time: no second copy of D."""
+    out = torch.zeros(D.shape[1], D.shape[1], dtype=torch.float64, device=D.device)
+    for at in range(0, len(D), rows):
+        block = D[at : at + rows].double()
+        out.addmm_(block.mT, block)
+    return out
+
+
+def _double_product(D: Tensor, Q: Tensor, rows: int = 4096) -> Tensor:
+    return torch.cat([D[at : at + rows].double() @ Q for at in range(0, len(D), rows)])
+
+
+def _subspace(D: Tensor, width: int, norm: float, most: int) -> Tensor:
+    """(n, width) orthonormal: close to the first right singular vectors of D."""
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.randn(D.shape[1], width, generator=generator, dtype=torch.float32).to(D.device, D.dtype)
+    before = -1.0
+    for _ in range(most):
+        Y = torch.linalg.qr(D @ Q)[0]
+        Z = D.mT @ Y
+        caught = float(Z.double().square().sum())
+        Q = torch.linalg.qr(Z)[0]
+        if caught - before <= 1e-4 * max(norm**2 - caught, 0.0) + 1e-14 * norm**2:
+            break
+        before = caught
+    basis: Tensor = torch.linalg.qr(Q.double())[0]
+    return basis

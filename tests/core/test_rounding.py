@@ -1,0 +1,62 @@
+"""Stochastic rounding has the right mean, and never goes further than a neighbour."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from veneer.core.rounding import Rounding, seeded, stochastic
+
+DTYPES = [torch.bfloat16, torch.float16]
+VALUES = [0.1, -0.1, 1.003, -1.003, 3e-5, -3e-5, 1e-9, -1e-9, 300.7, -1.9999, 6.1e-5, 0.49999]
+
+
+def neighbours(x: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The two numbers of `dtype` around x, by walking over all of them."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).double()
+    every = every[torch.isfinite(every)]
+    return float(every[every <= x].max()), float(every[every >= x].min())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("x", VALUES)
+def test_the_mean_is_the_number_itself(dtype, x):
+    count = 40_000
+    exact = float(torch.tensor(x, dtype=torch.float32))
+    got = stochastic(torch.full((count,), x), dtype, seeded(0, "w")).double()
+    low, high = neighbours(exact, dtype)
+    assert set(got.tolist()) <= {low, high}
+    p = (exact - low) / (high - low)
+    spread = (high - low) * (p * (1 - p) / count) ** 0.5
+    assert abs(float(got.mean()) - exact) < 5 * spread + 1e-6 * (high - low)
+    nearest = float(torch.tensor(x).to(dtype))
+    assert abs(nearest - exact) > 10 * spread or p < 0.02 or p > 0.98  # which rounding to the nearest does not have
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+def test_what_fits_stays(dtype):
+    x = torch.tensor([0.0, -0.0, 1.0, -2.5, 1024.0, 2.0**-14]).to(dtype).float()
+    assert torch.equal(stochastic(x, dtype, seeded(1, "w")).float(), x)
+
+
+def test_the_largest_number_does_not_become_infinite():
+    x = torch.full((1000,), 65504.0) + 8
+    assert torch.isfinite(stochastic(x, torch.float16, seeded(0, "w"))).all()
+
+
+def test_a_seed_and_a_name_fix_it():
+    x = torch.rand(1000)
+    a, b, c = (stochastic(x, torch.bfloat16, seeded(s, n)) for s, n in ((1, "w"), (1, "w"), (1, "v")))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_a_delta_too_small_to_round_is_kept_on_the_whole_by_chance_alone():
+    W = torch.ones(100_000).bfloat16()
+    exact = W.float() + 1e-4  # a step of bfloat16 at 1 is 2⁻⁷
+    near, drawn = Rounding(), Rounding()
+    near.add(W, exact, exact.bfloat16())
+    drawn.add(W, exact, stochastic(exact, torch.bfloat16, seeded(0, "w")))
+    assert (near.changed, near.kept, near.error) == (0.0, 0.0, 1.0)
+    assert drawn.kept == pytest.approx(1.0, abs=0.15)
+    assert drawn.error > near.error  # the price: each single weight is further off
