@@ -87,6 +87,7 @@ def test_parts_with_the_same_A_are_one_pair_of_the_same_rank():
     assert out[f"{name}.alpha"].item() == 1.0
     assert torch.equal(out[f"{name}.lora_down.weight"], adapter.pairs[QKV[0]].A)
     assert torch.equal(out[f"{name}.lora_up.weight"], torch.cat([adapter.pairs[m].B for m in QKV]))
+    assert not encode(adapter, "kohya").notes
 
 
 def test_parts_of_their_own_are_block_diagonal():
@@ -105,6 +106,9 @@ def test_parts_of_their_own_are_block_diagonal():
     for module, own in zip(LINEAR1, rows, strict=True):
         torch.testing.assert_close(whole[own], by_hand(adapter.pairs[module]), rtol=1e-7, atol=1e-7)
     assert torch.count_nonzero(up) == UNIT * (1 + 2 + 3) + 4 * UNIT * 4
+    assert encoded.notes == [
+        "1 fused projections join parts with an A of their own: their ranks add up, and the file grows"
+    ]
 
 
 def test_blocks_are_not_taken_for_those_of_split_qkv(tmp_path):
@@ -160,19 +164,24 @@ def test_bytes_are_the_same_each_time_and_hashes_hold(to, tmp_path):
     assert back.adapter.card.licence == "MIT"
 
 
-def test_a_whole_sdxl_file_there_and_back_is_the_same_bytes(tmp_path):
-    """All 722 attention modules and all of both text encoders: kohya -> diffusers -> kohya."""
-    modules = [m for m, k in SDXL.modules.items() if k == "linear" and re.search(r"attentions|self_attn|mlp", m)]
-    assert len(modules) == 722 + 72 + 192
-    adapter = Adapter({m: pair_for(SDXL, m, 1, 0.5) for m in modules})
+@pytest.mark.parametrize(("family", "count"), [(SDXL, 722 + 72 + 192), (FLUX, 494 + 72)])
+def test_a_whole_file_there_and_back_is_the_same_bytes(family, count, tmp_path):
+    """kohya -> diffusers -> kohya: all attention modules of SDXL and both its text encoders; all linears in FLUX.1's
+    blocks and its CLIP, the parts of a fused projection with one A, as a fused file has them."""
+    shared = {p.module: name for name, places in family.originals.items() if len(places) > 1 for p in places}
+    where = r"attentions|self_attn|mlp|transformer_blocks"
+    modules = [m for m, k in family.modules.items() if k == "linear" and re.search(where, m)]
+    assert len(modules) == count
+    adapter = Adapter({m: pair_for(family, m, 1, 0.5, shared.get(m, "")) for m in modules})
     first, between, last = (tmp_path / f"{n}.safetensors" for n in ("a", "b", "c"))
     write(adapter, first, "kohya")
     write(read(first).adapter, between, "diffusers")
-    write(read(between).adapter, last, "kohya", metadata={"ss_output_name": "a"})
+    write(read(between).adapter, last, "kohya")
     ours, theirs = read_tensors(first)[0], read_tensors(last)[0]
-    assert len(ours) == 3 * len(modules)
+    assert len(ours) == 3 * (count - sum(len(p) - 1 for p in family.originals.values()))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(t, theirs[k]) for k, t in ours.items())
+    assert read_header(first).metadata["sshs_model_hash"] == read_header(last).metadata["sshs_model_hash"]
 
 
 def test_rounding_is_told_and_is_what_is_written(tmp_path):
@@ -192,11 +201,24 @@ def test_nothing_is_left_after_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr("veneer.formats.convert.differences", lambda *_: ["unet.conv_in: lost"])
     for to in TARGETS[:4]:
         with pytest.raises(AdapterError, match="would not come back the same"):
-            write(adapter, tmp_path / "it", to, family="sd15")
+            write(adapter, tmp_path / ("it" if to == "peft" else "it.safetensors"), to, family="sd15")
     assert not list(Path(tmp_path).iterdir())
-    (tmp_path / "it").mkdir()
-    with pytest.raises(AdapterError, match="a folder of this name"):
-        write(adapter, tmp_path / "it", "kohya", family="sd15")
+
+
+@pytest.mark.parametrize(
+    ("to", "name", "why"),
+    [
+        ("kohya", "it", r"called …\.safetensors"),
+        ("diffusers", "it.pt", r"called …\.safetensors"),
+        ("gguf", "it.safetensors", r"called …\.gguf"),
+        ("peft", "it.safetensors", "a file's name"),
+        ("comfyui", "folder.safetensors", "a folder of this name"),
+    ],
+)
+def test_the_name_says_what_it_is(to, name, why, tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(AdapterError, match=why):
+        write(random_adapter(SD15, lambda m: m.startswith("unet.")), tmp_path / name, to, family="sd15")
 
 
 def test_parts_get_their_own_rank_again_and_the_fused_file_its_bytes(tmp_path):

@@ -225,3 +225,25 @@ def test_a_vector_alone_is_a_new_norm_and_nothing_else():
     assert torch.equal(found.modules[norm]["weight"], torch.ones(UNIT))
     with pytest.raises(AdapterError, match="a vector as the whole new weight"):
         read_state({f"{norm}.weight": torch.ones(UNIT), f"{linear}.weight": torch.ones(UNIT)}, {})
+
+
+def test_fused_changes_with_a_part_missing_and_fused_dora(tmp_path):
+    """A part without a change is zero rows of a LoHa or a difference; DoRA of all parts is DoRA of the whole."""
+    single = [f"transformer.single_transformer_blocks.0.attn.to_{p}" for p in "qkv"]
+    adapter = Adapter(
+        {m: pair_for(FLUX, m, 2, 0.5, shared="A") for m in QKV},
+        deltas={f"{single[0]}.weight": loha(UNIT), f"{single[2]}.weight": loha(UNIT, "v")},
+    )
+    for module in QKV:
+        adapter.pairs[module].magnitude = numbers((UNIT,), module).abs()
+    context = [m.replace("to_", "add_") + "_proj" for m in QKV]
+    adapter.deltas |= {f"{context[1]}.weight": dense(UNIT, IN)}
+    write(adapter, tmp_path / "it.safetensors", "kohya", family="flux1")
+    got, want = effects(read(tmp_path / "it.safetensors").adapter), effects(adapter)
+    for name, change in want.items():
+        torch.testing.assert_close(got.pop(name), change, rtol=1e-6, atol=1e-6)
+    assert got
+    assert not any(t.any() for t in got.values())
+    del adapter.pairs[QKV[1]]
+    with pytest.raises(AdapterError, match="some have a magnitude and some have none"):
+        encode(adapter, "kohya", family="flux1")

@@ -15,6 +15,7 @@ from veneer.core.adapter import Adapter, LoraSpec, Pair, TokenRows
 from veneer.core.forms import Delta
 from veneer.core.init import create
 from veneer.errors import AdapterError
+from veneer.formats.card import read_card
 from veneer.formats.convert import encode, write
 from veneer.formats.gguf import read_gguf
 from veneer.formats.read import read
@@ -44,6 +45,8 @@ def test_vllms_folder_has_one_rank_and_scale_one_and_the_same_outputs(tmp_path):
     assert config["modules_to_save"] is None
     assert config["bias"] == "none"
     assert written.ranks == {4: len(adapter.pairs)}
+    card = read_card(tmp_path / "it").card
+    assert (card.rank, card.alpha) == (4, 4.0)
     assert "--max-lora-rank 8" in written.notes[0]
     ours = our_outputs(net, adapter)
     assert (ours - outputs(net)).abs().max() > 0.1

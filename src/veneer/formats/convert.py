@@ -119,9 +119,8 @@ def write(
     Whole or not at all, and equal adapters give equal bytes. Raises as `encode`, and ResourceError for a full disk."""
     path = Path(out)
     meant, notes = _meant(adapter, to, dtype)
-    if to not in FOLDERS and path.is_dir():
-        raise AdapterError(f"{to} is one file, and there is a folder of this name", where=str(path))
-    name = path.name.removesuffix(".safetensors").removesuffix(".gguf")
+    _check_name(path, to)
+    name = path.name if to in FOLDERS else path.stem
     if to == "gguf":
         staged = Staged(path.with_name(f".{path.name}.{secrets.token_hex(6)}.gguf"), path)
         try:
@@ -139,6 +138,17 @@ def write(
     found = hashes(path)
     files = {path.name: f"sha256:{found.sha256}"}
     return Written(path, to, done.family, done.back.digest(), files, found, _ranks(done), done.encoded.notes)
+
+
+def _check_name(path: Path, to: str) -> None:
+    """Readers choose by the ending; and a folder in a file's place would have to be removed."""
+    ending = "" if to in FOLDERS else ".gguf" if to == "gguf" else ".safetensors"
+    if ending and path.suffix != ending:
+        raise AdapterError(f"{to} is one file, called …{ending}", where=str(path), fix=f"{path.name}{ending}")
+    if ending and path.is_dir():
+        raise AdapterError(f"{to} is one file, and there is a folder of this name", where=str(path))
+    if not ending and path.suffix in (".gguf", ".safetensors"):
+        raise AdapterError(f"{to} is a folder, and this is a file's name", where=str(path), fix=path.stem)
 
 
 @dataclass(frozen=True)
@@ -308,7 +318,7 @@ def _for_pipelines(
         named = foreign_leaves(leaves, family, to, refused)
         pairs = [leaf.pair for leaf, _ in named.values() if leaf.pair is not None]
         tensors = _suffixed(named, family, to, refused)
-        notes = [*notes, *_dora_notes(leaves, to)]
+        notes = [*notes, *_dora_notes(leaves, to), *_rank_notes(named, leaves)]
         # Joined parts look as sd-scripts' split_qkv does, where alpha is for the rank of one part; here it is not.
         extra["ss_network_args"] = '{"split_qkv": "False"}'
     _raise(refused, to)
@@ -375,6 +385,17 @@ def _unread(name: str, leaf: Leaf, family: Family, to: str) -> list[str]:
     if family.name.startswith("flux") and name.endswith(("query_norm", "key_norm")):
         out.append("ComfyUI's patches reach parameters called weight, and this one is called scale; --to kohya")
     return out
+
+
+def _rank_notes(named: Mapping[str, tuple[Leaf, tuple[str, ...]]], leaves: Mapping[str, Leaf]) -> list[str]:
+    grown = [
+        name
+        for name, (leaf, modules) in named.items()
+        if leaf.pair is not None and leaf.pair.rank > max(p.rank for m in modules if (p := leaves[m].pair) is not None)
+    ]
+    if not grown:
+        return []
+    return [f"{len(grown)} fused projections join parts with an A of their own: their ranks add up, and the file grows"]
 
 
 def _dora_notes(leaves: Mapping[str, Leaf], to: str) -> list[str]:

@@ -41,19 +41,19 @@ def differences(meant: Adapter, got: Adapter) -> list[str]:
                 out.append(f"{name}: {'lost' if d is None else 'a change that nobody wrote'}")
         elif (problem := _delta_problem(c, d)) is not None:
             out.append(f"{name}: {problem}")
-    full, full_back = _full(meant), _full(got)
-    for name in sorted({*full, *full_back}):
-        if name not in full or name not in full_back or not torch.equal(full[name].double(), full_back[name].double()):
-            out.append(f"{name}: the full copy is not the same")
-    for what in ("token_rows", "new_tokens"):
-        mine, theirs = getattr(meant, what), getattr(got, what)
-        if sorted(mine) != sorted(theirs):
-            out.append(f"{what} of {', '.join(sorted({*mine, *theirs}))}: not the same")
+    whole, whole_back = _replaced(meant), _replaced(got)
+    for name in sorted({*whole, *whole_back}):
+        mine, theirs = whole.get(name), whole_back.get(name)
+        if mine is None or theirs is None or not torch.equal(mine.double(), theirs.double()):
+            out.append(f"{name}: what replaces the base's is not the same")
     return out
 
 
-def _full(adapter: Adapter) -> dict[str, Tensor]:
-    return {f"{name}.{key}": t for name, own in adapter.modules.items() for key, t in own.items()}
+def _replaced(adapter: Adapter) -> dict[str, Tensor]:
+    """Full copies, rows of tokens and learned words, each under a name that says all that must be the same."""
+    out = {f"{name}.{key}": t for name, own in adapter.modules.items() for key, t in own.items()}
+    out |= {f"{name}, rows {rows.indices}": rows.rows for name, rows in adapter.token_rows.items()}
+    return out | {f"{name}, {word!r}": t for name, own in adapter.new_tokens.items() for word, t in own.items()}
 
 
 def _pair_problem(a: Pair, b: Pair) -> str | None:
@@ -81,9 +81,11 @@ def _shape(pair: Pair) -> tuple[int, ...]:
 
 def relative_error(a: Pair, b: Pair) -> float:
     """‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ (Frobenius); where ΔW_a is zero, ‖ΔW_b‖."""
+    if _same(a, b):
+        return 0.0
     (A, B), (C, D) = _factors(a), _factors(b)
     whole = _gram_norm(A, B)
-    off = _gram_norm(torch.cat([A, C], dim=-2), torch.cat([B, -D], dim=-1)) if not _same(a, b) else 0.0
+    off = _gram_norm(torch.cat([A, C], dim=-2), torch.cat([B, -D], dim=-1))
     return off / whole if whole else off
 
 

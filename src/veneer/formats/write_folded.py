@@ -74,7 +74,7 @@ def folded(adapter: Adapter) -> Adapter:
             A = torch.cat([A, A.new_zeros(more, A.shape[1])])
             B = torch.cat([B, B.new_zeros(B.shape[0], more)], dim=1)
         pairs[name] = Pair(A, B, 1.0, pair.kind)
-    return replace(adapter, pairs=pairs, rslora=False)
+    return replace(adapter, pairs=pairs, rslora=False, card=replace(adapter.card, rank=rank, alpha=float(rank)))
 
 
 def _times(B: Tensor, scale: float) -> Tensor:

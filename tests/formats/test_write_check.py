@@ -1,0 +1,99 @@
+"""The comparison before anything is written: what is the same by ΔW passes, what is off by more than 1e-6 does not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.formats.image_adapters import by_hand, numbers
+from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.forms import Delta
+from veneer.formats.write_check import TOLERANCE, differences, relative_error
+
+
+def pair(seed: str = "", rank: int = 2, scale: float = 0.5) -> Pair:
+    return Pair(numbers((rank, 6), f"A{seed}", torch.float64), numbers((8, rank), f"B{seed}", torch.float64), scale)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.floats(-3, 3), st.floats(-3, 3))
+def test_the_error_is_that_of_the_dense_difference(r1, r2, s1, s2):
+    a, b = pair("a", r1, s1), pair("b", r2, s2)
+    whole, off = by_hand(a).norm(), (by_hand(a) - by_hand(b)).norm()
+    want = float(off / whole) if whole else float(off)
+    assert math.isclose(relative_error(a, b), want, rel_tol=1e-6, abs_tol=1e-7)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-12, 0))
+def test_the_tolerance_is_where_it_says(exponent):
+    a = pair()
+    b = Pair(a.A, a.B * (1 + 10**exponent), a.scale)
+    if abs(math.log10(TOLERANCE) - exponent) > 0.1:
+        assert bool(differences(Adapter({"m": a}), Adapter({"m": b}))) == (10**exponent > TOLERANCE)
+
+
+def test_another_pair_of_the_same_product_is_the_same():
+    a = pair(rank=2)
+    turn = torch.linalg.qr(numbers((2, 2), "Q", torch.float64)).Q
+    wide = Pair(torch.cat([turn @ a.A, torch.ones(3, 6)]), torch.cat([a.B @ turn.T, torch.zeros(8, 3)], 1), a.scale)
+    assert differences(Adapter({"m": a}), Adapter({"m": wide})) == []
+    conv = Pair(wide.A.reshape(5, 6, 1, 1), wide.B.reshape(8, 5, 1, 1), a.scale, "conv")
+    assert differences(Adapter({"m": a}), Adapter({"m": conv})) == []
+
+
+def dense(value: torch.Tensor, scale: float = 1.0) -> Delta:
+    return Delta("dense", {"value": value}, tuple(value.shape), scale)
+
+
+ONES = torch.ones(8)
+MEANT = Adapter(
+    {"m": pair()},
+    {"n": {"weight": ONES}},
+    {"e": TokenRows((1,), torch.ones(1, 4))},
+    deltas={"m.bias": dense(ONES), "g.weight": Delta("gain", {"value": ONES}, ())},
+)
+
+
+def but(**changes) -> Adapter:
+    parts = {what: getattr(MEANT, what) for what in ("pairs", "modules", "token_rows", "deltas", "new_tokens")}
+    return Adapter(**(parts | changes))
+
+
+@pytest.mark.parametrize(
+    ("got", "line"),
+    [
+        (but(pairs={}), "m: lost"),
+        (but(pairs={"m": pair(), "x": pair()}), "x: a pair that nobody wrote"),
+        (but(pairs={"m": pair(scale=0.6)}), "m: ΔW would come back 0.2 off"),
+        (but(pairs={"m": Pair(pair().A, pair().B, 0.5, magnitude=ONES)}), "m: the magnitude is not the same"),
+        (
+            but(pairs={"m": Pair(pair().A[:, :3], pair().B, 0.5)}),
+            "m: a delta of (8, 6) would come back as one of (8, 3)",
+        ),
+        (but(deltas={"g.weight": MEANT.deltas["g.weight"]}), "m.bias: lost"),
+        (but(deltas=MEANT.deltas | {"x.bias": dense(ONES)}), "x.bias: a change that nobody wrote"),
+        (but(deltas=MEANT.deltas | {"m.bias": dense(ONES, 2.0)}), "m.bias: the scale is not the same"),
+        (but(deltas=MEANT.deltas | {"m.bias": dense(ONES * 2)}), "m.bias: the change would come back 1 off"),
+        (
+            but(deltas=MEANT.deltas | {"g.weight": dense(ONES)}),
+            "g.weight: a gain change would come back as a dense one",
+        ),
+        (but(modules={"n": {"weight": ONES * 2}}), "n.weight: what replaces the base's is not the same"),
+        (but(modules={}), "n.weight: what replaces the base's is not the same"),
+        (but(token_rows={}), "e, rows (1,): what replaces the base's is not the same"),
+    ],
+)
+def test_every_difference_has_a_line(got, line):
+    assert differences(MEANT, got) == [line]
+
+
+def test_a_change_by_zero_may_come_back():
+    nothing = Pair(torch.ones(2, 6), torch.zeros(8, 2), 1.0)
+    zero = but(pairs={"m": pair(), "x": nothing}, deltas=MEANT.deltas | {"x.bias": dense(torch.zeros(8))})
+    assert differences(MEANT, zero) == []
+    assert differences(MEANT, MEANT) == []
