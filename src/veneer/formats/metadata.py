@@ -42,6 +42,7 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "sd2": ("stable-diffusion-v2-512", "diffusers", "sd_v2"),
     "sdxl": ("stable-diffusion-xl-v1-base", SAI, "sdxl_base_v1-0"),
     "sd3": ("stable-diffusion-3", "diffusers", "sd3"),
+    "sd3-large": ("stable-diffusion-3-5-large", "diffusers", "sd3.5-large"),
     "flux1": ("flux-1-dev", BFL, "flux1"),
     "flux2": ("Flux.2-dev", "https://github.com/black-forest-labs/flux2", "flux2"),
     "qwen-image": ("Qwen-Image", "https://github.com/QwenLM/Qwen-Image", "qwen_image"),
@@ -55,7 +56,14 @@ _FAMILIES = [
     *(("stablediffusionv1", "sd15"), ("sdv1", "sd15"), ("sd15", "sd15"), ("sd1", "sd15")),
     *(("stablediffusionv2", "sd2"), ("sdv2", "sd2"), ("sd2", "sd2")),
     *(("stablediffusionxl", "sdxl"), ("sdxl", "sdxl")),
-    *(("stablediffusion3", "sd3"), ("stablediffusionv3", "sd3"), ("sd3", "sd3")),
+    *(("stablediffusion35large", "sd3-large"), ("sd35large", "sd3-large"), ("35large", "sd3-large")),
+    *(
+        ("stablediffusion3", "sd3"),
+        ("stablediffusionv3", "sd3"),
+        ("sd3", "sd3"),
+        ("35medium", "sd3"),
+        ("3medium", "sd3"),
+    ),
     *(("flux2", "flux2"), ("flux1", "flux1"), ("fluxkontext", "flux1")),
     *(("qwenimage", "qwen-image"), ("zimage", "z-image")),
 ]
