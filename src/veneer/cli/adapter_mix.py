@@ -150,7 +150,7 @@ def _say_made(made: Made, as_json: bool) -> None:
         print(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
         return
     ranks = ", ".join(f"{n} of rank {r}" for r, n in sorted(made.ranks.items(), key=lambda item: int(item[0])))
-    print(f"wrote {made.folder}: {made.bytes:,} bytes, pairs: {ranks or 'none'}")
+    print(f"wrote {made.path}: {made.bytes:,} bytes, pairs: {ranks or 'none'}")
     print(f"{made.method}: {made.error:.3%} off the true change (‖ΔW‖ {made.norm:.4g})")
     for module, off in made.worst():
         print(f"  {module}: {off:.3%}")
