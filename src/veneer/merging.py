@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,9 +25,8 @@ from veneer.core.adapter import Adapter
 from veneer.core.merge import change_problem, exact_weights, parameter_changes
 from veneer.core.rounding import Rounding, seeded, stochastic
 from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, nearest
-from veneer.formats import peft
-from veneer.formats.atomic import as_veneer_error, atomic_write, flush_folder
-from veneer.formats.checkpoint import Checkpoint
+from veneer.formats.atomic import atomic_write, new_folder
+from veneer.formats.checkpoint import Checkpoint, components
 from veneer.formats.container import strict_json
 from veneer.models.quiet import quiet
 
@@ -93,22 +91,14 @@ def merge(
         strengths = [using.parse_spec(a) for a in adapters]
         report.adapters = [{"name": n, "strength": s, "digest": attachment.adapters[n].digest()} for n, s in strengths]
         model = merged_model(base.model, mix, target, report)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
     try:
-        with quiet():
+        with new_folder(folder) as temporary, quiet():
             model.save_pretrained(temporary, max_shard_size="5GB")
             base.tokenizer.save_pretrained(temporary)
-        report.bytes = sum(f.stat().st_size for f in temporary.glob("*.safetensors"))
-        text = json.dumps(report.to_dict(), indent=2, sort_keys=True)
-        atomic_write(temporary / MERGE_FILE, [text.encode() + b"\n"])
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-        flush_folder(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise as_veneer_error(error, folder) from error
+            report.bytes = sum(f.stat().st_size for f in temporary.glob("*.safetensors"))
+            text = json.dumps(report.to_dict(), indent=2, sort_keys=True)
+            atomic_write(temporary / MERGE_FILE, [text.encode() + b"\n"])
+    except Exception as error:
         if "No space left" in str(error):  # safetensors has an error of its own
             raise ResourceError("no room to write; nothing was changed", where=str(folder)) from error
         raise
@@ -213,8 +203,8 @@ def merge_shards(
     if not base.is_dir():
         raise BaseError("there is no such model folder", where=str(base))
     chosen = [using.parse_spec(a) for a in adapters]
-    mix = [(peft.read(using.adapter_path(name)), strength) for name, strength in chosen]
-    parts = _components(base)
+    mix = [(using.read_adapter(name).adapter, strength) for name, strength in chosen]
+    parts = components(base)
     plan = _plan(parts, mix, names or (lambda name: name))
     report = Merged(str(folder), str(base), rounding="nearest" if seed is None else f"stochastic, seed {seed}")
     report.adapters = [
@@ -222,8 +212,7 @@ def merge_shards(
         for (name, s), (adapter, _) in zip(chosen, mix, strict=True)
     ]
     rounding = Rounding()
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
-    try:
+    with new_folder(folder) as temporary:
         shards = {file for part in parts.values() for file in part.files}
         for file in sorted(p for p in base.rglob("*") if p.is_file() and not _hidden(p.relative_to(base))):
             target = temporary / file.relative_to(base)
@@ -242,27 +231,11 @@ def merge_shards(
         )
         text = json.dumps(report.to_dict(), indent=2, sort_keys=True)
         atomic_write(temporary / MERGE_FILE, [text.encode() + b"\n"])
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-        flush_folder(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise as_veneer_error(error, folder) from error
-        raise
     return report
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _components(base: Path) -> dict[str, Checkpoint]:
-    """Component -> its weights; "" for a model that is one."""
-    if not (base / "model_index.json").is_file():
-        return {"": Checkpoint(base)}
-    return {p.name: Checkpoint(p) for p in sorted(base.iterdir()) if p.is_dir() and any(p.glob("*.safetensors"))}
 
 
 Plan = dict[str, dict[str, list[tuple[Callable[[Tensor], Tensor], float]]]]
@@ -284,7 +257,7 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names:
                 problems.append(f"{name}: the base has no component {component!r}, only {', '.join(parts)}")
                 continue
             part, config = parts[component], configs[component]
-            tensor = _tensor_named(part, names(rest))
+            tensor = part.find(names(rest))
             if tensor is None:
                 near = nearest(rest, part.entries, 1)
                 problems.append(f"{name}: the base has no such weight" + (f"; nearest {near[0]}" if near else ""))
@@ -311,14 +284,6 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     config = strict_json(path.read_bytes(), where=str(path)) if path.is_file() else {}
     return config if isinstance(config, dict) else {}
-
-
-def _tensor_named(part: Checkpoint, name: str) -> str | None:
-    """The tensor of this name, or the only one that is the same but for parts in front (`model.`, `text_model.`)."""
-    if name in part:
-        return name
-    ends = [n for n in part.entries if n.endswith(f".{name}") or name.endswith(f".{n}")]
-    return ends[0] if len(ends) == 1 else None
 
 
 def _folded(

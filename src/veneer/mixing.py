@@ -7,7 +7,8 @@
     strength                             each block's change times a number, exactly
 
 What is written has a card with its parents' digests, the recipe and the errors. Every error is ‖result − truth‖/‖truth‖
-(Frobenius), from thin factors. Stands above formats and models, beside `using`; files in, files out.
+(Frobenius), from thin factors. Adapters of any format come in; out goes a layout of formats.convert, `to`, by default
+what the output's ending says (`target_of`). Stands above formats and models, beside `using`; files in, files out.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from veneer.core.mix import Mixed, Part, Weights, strengthened
 from veneer.core.mix import mix as mix_adapters
 from veneer.core.truncate import Bound, distance, factors, inner, like, low_rank, rebuilt
 from veneer.errors import AdapterError, BaseError, ConfigError
-from veneer.formats import peft
+from veneer.formats import convert
 from veneer.formats.blocks import block_of, parse_blocks
-from veneer.formats.checkpoint import Checkpoint
+from veneer.formats.checkpoint import Checkpoint, components
+from veneer.formats.convert import target_of
+from veneer.formats.read import Reading
 
 __all__ = ["DTYPES", "Made", "diff", "extract", "mix", "resize", "strength"]
 
@@ -43,7 +46,8 @@ class Made:
     """What was written. `error`: over all modules; `worst`: the modules furthest off. `parts`: each module's rank,
     norm, error and cut, see core.mix.Part. `left`: what of the inputs has no place in the result, with the reason."""
 
-    folder: str = ""
+    path: str = ""
+    layout: str = ""
     digest: str = ""
     method: str = ""
     bytes: int = 0
@@ -76,8 +80,9 @@ def mix(
     dtype: str = "float32",
     blocks: str = "",
     base: str | Path | None = None,
+    to: str | None = None,
 ) -> Made:
-    """Write adapters, "NAME_OR_PATH[:strength]", as one to the new folder `out`; see core.mix for methods and rules.
+    """Write adapters, "NAME_OR_PATH[:strength]", as one to the new `out`; see core.mix for methods and rules.
 
     `rank`, `energy`, `error`: at most one, see core.truncate.Bound. `blocks`: strengths by block on top, for all of
     them (`parse_blocks`). `base`: a folder of safetensors, for what needs its weights (DoRA, full copies). `dtype`:
@@ -86,8 +91,8 @@ def mix(
     chosen = [using.parse_spec(s) for s in specs]
     if not chosen:
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
-    read = [(name, *_read(name), strength) for name, strength in chosen]
-    parts = [(_by_block(adapter, blocks), strength) for _, adapter, _, strength in read]
+    read = [using.read_adapter(name) for name, _ in chosen]
+    parts = [(_by_block(r.adapter, blocks), strength) for r, (_, strength) in zip(read, chosen, strict=True)]
     mixed = mix_adapters(
         parts, method, _bound(rank, energy, error), density=density, seed=seed, dtype=_dtype(dtype),
         weights=_weights(base),
@@ -96,8 +101,8 @@ def mix(
     if method not in ("sum", "svd", "orthogonal"):
         recipe |= {"density": density} | ({"seed": seed} if method.startswith("dare") else {})
     recipe |= {"blocks": blocks} if blocks else {}
-    recipe["strengths"] = {name: strength for name, _, _, strength in read}
-    return _write(mixed, out, [(a, d) for _, a, d, _ in read], recipe)
+    recipe["strengths"] = dict(chosen)
+    return _write(mixed, out, read, recipe, to=to)
 
 
 def resize(
@@ -109,6 +114,7 @@ def resize(
     error: float | None = None,
     dtype: str = "float32",
     base: str | Path | None = None,
+    to: str | None = None,
 ) -> Made:
     """Write the best adapter within `rank`, a share of `energy`, or a relative `error` (exactly one), per module.
 
@@ -116,10 +122,10 @@ def resize(
     exact. `base` is needed for DoRA, whose change is not low rank without it."""
     if (bound := _bound(rank, energy, error)) is None:
         raise ConfigError("resize to what?", fix="give one of rank, energy and error")
-    adapter, digest = _read(name)
-    mixed = mix_adapters([(adapter, 1.0)], "sum", bound, dtype=_dtype(dtype), weights=_weights(base))
+    read = using.read_adapter(name)
+    mixed = mix_adapters([(read.adapter, 1.0)], "sum", bound, dtype=_dtype(dtype), weights=_weights(base))
     recipe = {"made": "resize", **_given(rank=rank, energy=energy, error_bound=error)}
-    return _write(mixed, out, [(adapter, digest)], recipe)
+    return _write(mixed, out, [read], recipe, to=to)
 
 
 def extract(
@@ -133,6 +139,7 @@ def extract(
     targets: str | None = None,
     dtype: str = "float32",
     prefix: str = "",
+    to: str | None = None,
 ) -> Made:
     """Write an adapter of `tuned` − `base`, two models in safetensors (files or folders of shards).
 
@@ -178,8 +185,7 @@ def extract(
         raise BaseError("no target differs between the two models", where=f"{base}, {tuned}", fix="check the targets")
     recipe = {"made": "extract", "base": Path(base).name, "tuned": Path(tuned).name}
     recipe |= _given(rank=rank, energy=energy, error_bound=error, targets=targets)
-    made = _write(mixed, out, [], recipe, left=left)
-    return made
+    return _write(mixed, out, [], recipe, left=left, to=to)
 
 
 def _difference(one: Tensor, two: Tensor) -> Tensor | None:
@@ -198,7 +204,7 @@ def diff(a: str, b: str) -> dict[str, Any]:
     sides = []
     for spec in (a, b):
         name, by = using.parse_spec(spec)
-        sides.append((_read(name)[0], by))
+        sides.append((using.read_adapter(name).adapter, by))
     (one, s1), (two, s2) = sides
     modules: dict[str, dict[str, float]] = {}
     skipped: list[str] = []
@@ -266,10 +272,11 @@ def _row(aa: float, bb: float, ab: float) -> dict[str, float]:
     return {"norm_a": a, "norm_b": b, "cosine": ab / (a * b) if a and b else 0.0, "difference": off / a if a else 0.0}
 
 
-def strength(name: str, out: str | Path | None = None, *, blocks: str = "") -> dict[str, Any]:
+def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: str | None = None) -> dict[str, Any]:
     """‖ΔW‖ of each block of an adapter, its share of the whole, and its strength under `blocks`; and, where `out` is
     given, the adapter with them written there, exactly: scales change, tensors do not."""
-    adapter, digest = _read(name)
+    read = using.read_adapter(name)
+    adapter = read.adapter
     modules = _modules(adapter)
     by = parse_blocks(blocks, modules) if blocks else dict.fromkeys(modules, 1.0)
     found: dict[str, dict[str, Any]] = {}
@@ -300,8 +307,8 @@ def strength(name: str, out: str | Path | None = None, *, blocks: str = "") -> d
         if not blocks:
             raise ConfigError("there are no strengths to write", fix="give blocks, as in down_blocks.0=0.5")
         scaled = strengthened(adapter, by.__getitem__)
-        made = _write(Mixed(scaled), out, [(adapter, digest)], {"made": "strength", "blocks": blocks})
-        report["written"] = {"folder": made.folder, "digest": made.digest, "bytes": made.bytes}
+        made = _write(Mixed(scaled), out, [read], {"made": "strength", "blocks": blocks}, to=to)
+        report["written"] = {"path": made.path, "digest": made.digest, "bytes": made.bytes}
     return report
 
 
@@ -315,12 +322,6 @@ def _by_block(adapter: Adapter, blocks: str) -> Adapter:
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
-
-
-def _read(name: str) -> tuple[Adapter, str]:
-    """(adapter, digest)."""
-    adapter = peft.read(using.adapter_path(name))
-    return adapter, adapter.digest()
 
 
 def _given(**settings: Any) -> dict[str, Any]:
@@ -338,56 +339,63 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _weights(base: str | Path | None) -> Weights | None:
+    """The base's weights by an adapter's names: of a pipeline's folder with the component in front."""
     if base is None:
         return None
-    checkpoint = Checkpoint(base)
-    return lambda name: checkpoint.tensor(name) if name in checkpoint else None
+    parts = components(Path(base))
+
+    def weight(name: str) -> Tensor | None:
+        part, rest = (parts[""], name) if "" in parts else (parts.get(name.partition(".")[0]), name.partition(".")[2])
+        found = part.find(rest) if part is not None else None
+        return part.tensor(found) if part is not None and found is not None else None
+
+    return weight
 
 
 def _write(
     mixed: Mixed,
     out: str | Path,
-    parents: Sequence[tuple[Adapter, str]],
+    parents: Sequence[Reading],
     recipe: Mapping[str, Any],
     *,
+    to: str | None,
     left: Sequence[str] = (),
 ) -> Made:
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError("the folder is there already and not empty", where=str(folder), fix="give a new one with -o")
-    bases = {(a.card.base, a.card.base_fingerprint) for a, _ in parents if a.card.base_fingerprint or a.card.base}
+    path = Path(out)
+    if path.is_file() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise ConfigError("there is something of that name already", where=str(path), fix="give a new one with -o")
+    cards = [r.adapter.card for r in parents]
+    bases = {(c.base, c.base_fingerprint) for c in cards if c.base_fingerprint or c.base}
     prints = {f for _, f in bases if f}
     if len(prints) > 1:
         raise AdapterError(
             "the adapters belong to different bases: " + "; ".join(sorted(f"{n or '?'} {f}" for n, f in bases)),
             fix="mix adapters of one base",
         )
-    named = next(iter(sorted(bases)), ("", ""))
     worst = Made(parts={n: asdict(p) for n, p in mixed.parts.items()}).worst()
-    measured = {"norm": mixed.norm, "error": mixed.error, "worst": dict(worst)} if mixed.parts else {}
     card = Card(
-        base=named[0],
+        base=next(iter(sorted(bases)), ("", ""))[0],
         base_fingerprint=next(iter(prints), ""),
-        kind=next((a.card.kind for a, _ in parents), "text"),
+        kind=next((c.kind for c in cards), "text"),
         recipe=dict(recipe),
-        metrics=measured,
-        trigger_words=list(dict.fromkeys(w for a, _ in parents for w in a.card.trigger_words)),
-        licence=" AND ".join(dict.fromkeys(a.card.licence for a, _ in parents if a.card.licence)),
-        parents=[digest for _, digest in parents],
+        metrics={"norm": mixed.norm, "error": mixed.error, "worst": dict(worst)} if mixed.parts else {},
+        trigger_words=list(dict.fromkeys(w for c in cards for w in c.trigger_words)),
+        licence=" AND ".join(dict.fromkeys(c.licence for c in cards if c.licence)),
+        parents=[r.adapter.digest() for r in parents],
     )
-    written = peft.write(replace(mixed.adapter, card=card), folder)
-    ranks: dict[str, int] = {}
-    for pair in mixed.adapter.pairs.values():
-        ranks[str(pair.rank)] = ranks.get(str(pair.rank), 0) + 1
+    layout = to or target_of(path, parents[0].format if parents else "")
+    family = next((r.family for r in parents if r.family), None) if layout not in ("peft", "vllm", "gguf") else None
+    written = convert.write(replace(mixed.adapter, card=card), path, layout, family=family)
     return Made(
-        str(folder),
-        written.digest,
-        str(recipe.get("method", recipe["made"])),
-        sum(f.stat().st_size for f in folder.glob("*.safetensors")),
-        mixed.norm,
-        mixed.error,
-        ranks,
-        {n: asdict(p) for n, p in mixed.parts.items()},
-        list(left),
-        [*mixed.notes, *written.notes],
+        path=str(path),
+        layout=layout,
+        digest=written.digest,
+        method=str(recipe.get("method", recipe["made"])),
+        bytes=sum((path / f if path.is_dir() else path).stat().st_size for f in written.files),
+        norm=mixed.norm,
+        error=mixed.error,
+        ranks={str(rank): count for rank, count in written.ranks.items()},
+        parts={n: asdict(p) for n, p in mixed.parts.items()},
+        left=list(left),
+        notes=[*(n for r in parents for n in r.notes), *mixed.notes, *written.notes],
     )

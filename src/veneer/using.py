@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.models.text import TextBase
 
-__all__ = ["adapter_path", "attach_adapters", "base_of", "load_adapter", "parse_spec"]
+__all__ = ["adapter_path", "attach_adapters", "base_of", "load_adapter", "parse_spec", "read_adapter"]
 
 
 def parse_spec(spec: str | tuple[str, float]) -> tuple[str, float]:
@@ -90,6 +90,11 @@ def _may_be_kept(name: str) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def read_adapter(name: str) -> reader.Reading:
+    """Read the adapter `name`, of any format, without a base. Raises as `adapter_path` and `formats.read.read`."""
+    return reader.read(adapter_path(name))
 
 
 def base_of(name: str) -> str:

@@ -13,8 +13,16 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Name = Annotated[str, typer.Argument(help="An adapter's folder, or its name in the veneer home.", show_default=False)]
-_Output = Annotated[str, typer.Option("-o", "--output", help="A new folder for the adapter.")]
+_Name = Annotated[
+    str, typer.Argument(help="An adapter's folder or file, or its name in the library.", show_default=False)
+]
+_Output = Annotated[
+    str, typer.Option("-o", "--output", help="A new folder for the adapter, or a file by its ending: .safetensors.")
+]
+_To = Annotated[
+    str | None,
+    typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf, vllm; by default by the output's ending."),
+]
 _Rank = Annotated[int | None, typer.Option("--rank", help="Keep at most this rank.")]
 _Energy = Annotated[float | None, typer.Option("--energy", help="Keep this share of ‖ΔW‖², as in 0.95.")]
 _Error = Annotated[float | None, typer.Option("--error", help="Be at most this far off, ‖difference‖/‖ΔW‖.")]
@@ -52,6 +60,7 @@ def mix(
     blocks: _Blocks = "",
     base: _Base = None,
     dtype: _Dtype = "float32",
+    to: _To = None,
     as_json: _Json = False,
 ) -> None:
     """Make one adapter of several: the exact sum of strength·ΔW, or another method and its distance from the sum."""
@@ -59,7 +68,7 @@ def mix(
 
     made = mixing.mix(
         adapters, output, method=method, rank=rank, energy=energy, error=error, density=density, seed=seed,
-        blocks=blocks, base=base, dtype=dtype,
+        blocks=blocks, base=base, dtype=dtype, to=to,
     )  # fmt: skip
     _say_made(made, as_json)
 
@@ -72,12 +81,14 @@ def resize(
     error: _Error = None,
     base: _Base = None,
     dtype: _Dtype = "float32",
+    to: _To = None,
     as_json: _Json = False,
 ) -> None:
     """Make the best adapter of a rank, a share of energy, or an error: give one of the three."""
     from veneer import mixing
 
-    _say_made(mixing.resize(name, output, rank=rank, energy=energy, error=error, base=base, dtype=dtype), as_json)
+    made = mixing.resize(name, output, rank=rank, energy=energy, error=error, base=base, dtype=dtype, to=to)
+    _say_made(made, as_json)
 
 
 def extract(
@@ -92,13 +103,14 @@ def extract(
     ] = None,
     prefix: Annotated[str, typer.Option("--prefix", help="Put before every module's name, such as unet.")] = "",
     dtype: _Dtype = "float32",
+    to: _To = None,
     as_json: _Json = False,
 ) -> None:
     """Make an adapter of the difference between two full models, a weight at a time."""
     from veneer import mixing
 
     made = mixing.extract(
-        base, tuned, output, rank=rank, energy=energy, error=error, targets=targets, prefix=prefix, dtype=dtype
+        base, tuned, output, rank=rank, energy=energy, error=error, targets=targets, prefix=prefix, dtype=dtype, to=to
     )
     _say_made(made, as_json)
 
@@ -126,12 +138,13 @@ def strength(
     name: _Name,
     blocks: _Blocks = "",
     output: Annotated[str | None, typer.Option("-o", "--output", help="Write the adapter with them.")] = None,
+    to: _To = None,
     as_json: _Json = False,
 ) -> None:
     """Show ‖ΔW‖ of each block, and write the adapter with another strength for each."""
     from veneer import mixing
 
-    report: dict[str, Any] = mixing.strength(name, output, blocks=blocks)
+    report: dict[str, Any] = mixing.strength(name, output, blocks=blocks, to=to)
     if as_json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return
@@ -142,7 +155,7 @@ def strength(
         print(f"{block:<{width}}  {row['modules']:>7}  {shown:>8}  {row['norm']:>10.4g}  {row['share']:>6.1%}")
     _notes("without a norm", report["skipped"])
     if output is not None:
-        print(f"wrote {report['written']['folder']}: {report['written']['bytes']:,} bytes")
+        print(f"wrote {report['written']['path']}: {report['written']['bytes']:,} bytes")
 
 
 def _say_made(made: Made, as_json: bool) -> None:

@@ -119,7 +119,7 @@ def is_ours(readme: Path) -> bool:
         return True
 
 
-def readme_bytes(adapter: Adapter, *, base_name: str = "", name: str = "adapter") -> bytes:
+def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: str = "adapter") -> bytes:
     """`README.md`: the front matter that hubs read, what is known of the adapter, and how to use it."""
     import yaml
 
@@ -147,7 +147,7 @@ def readme_bytes(adapter: Adapter, *, base_name: str = "", name: str = "adapter"
         "alpha": f"{card.alpha:g}" if card.alpha else "",
         "targets": ", ".join(card.targets),
         "size": f"{adapter.size_bytes():,} bytes",
-        "digest": adapter.digest(),
+        "digest": digest,
         "base fingerprint": card.base_fingerprint,
         "data digest": card.data_digest,
         "trigger words": ", ".join(card.trigger_words),

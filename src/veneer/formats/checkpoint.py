@@ -16,7 +16,7 @@ from torch import Tensor
 from veneer.errors import AdapterError, BaseError
 from veneer.formats.container import Entry, Header, read_header
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "components"]
 
 
 class Checkpoint:
@@ -47,6 +47,13 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
+    def find(self, name: str) -> str | None:
+        """The tensor of this name, or the only one that is the same but for parts in front (`model.`)."""
+        if name in self.entries:
+            return name
+        ends = [n for n in self.entries if n.endswith(f".{name}") or name.endswith(f".{n}")]
+        return ends[0] if len(ends) == 1 else None
+
     def __iter__(self) -> Iterator[str]:
         """Names in the order of the files and of the data within, which is the order to read them in."""
         for header in self.files.values():
@@ -65,3 +72,10 @@ class Checkpoint:
                         raise AdapterError("the file became shorter while it was read", where=str(file))
                     at += count
         return out.view(entry.dtype).reshape(entry.shape)
+
+
+def components(base: Path) -> dict[str, Checkpoint]:
+    """Component -> its weights, of a pipeline's folder as diffusers saves it; "" -> the weights of a single model."""
+    if not (base / "model_index.json").is_file():
+        return {"": Checkpoint(base)}
+    return {p.name: Checkpoint(p) for p in sorted(base.iterdir()) if p.is_dir() and any(p.glob("*.safetensors"))}

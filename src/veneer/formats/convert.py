@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,13 +46,22 @@ from veneer.formats.write_diffusers import diffusers_tensors
 from veneer.formats.write_folded import folded, refuse_unservable, vllm_notes
 from veneer.formats.write_names import Refusals, component_of, foreign_leaves, leaves_of
 
-__all__ = ["DTYPES", "TARGETS", "Encoded", "Written", "encode", "write"]
+__all__ = ["DTYPES", "TARGETS", "Encoded", "Written", "encode", "target_of", "write"]
 
 TARGETS = ("peft", "kohya", "diffusers", "comfyui", "gguf", "vllm")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 FOLDERS = ("peft", "vllm")
 PIPELINES = ("kohya", "diffusers", "comfyui")
+
+
+def target_of(out: str | Path, like: str = "") -> str:
+    """The layout for a new file or folder: a folder is PEFT's; what ends in .safetensors has the layout of the adapter
+    it is made from (`like`) if that is one, else kohya's, which most tools read; what ends in .gguf is llama.cpp's."""
+    ending = Path(out).suffix
+    if ending == ".safetensors":
+        return like if like in PIPELINES else "kohya"
+    return "gguf" if ending == ".gguf" else "peft"
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ def write(
     else:
         done = _encode(meant, to, family, metadata or {}, name, notes)
         if to in FOLDERS:
-            folder = peft.write(done.written, path)
+            folder = peft.write(done.written, path, digest=_folder_digest(meant, done))
             files, notes = folder.files, [*done.encoded.notes, *folder.notes]
             return Written(path, to, done.family, folder.digest, files, None, _ranks(done), notes)
         atomic_write(path, encode_tensors(done.encoded.tensors, done.encoded.metadata))
@@ -193,6 +202,23 @@ def _encode(
     back = peft.interpret(config, tensors).adapter
     _compare(written if to == "peft" else meant, back, to)
     return _Done(Encoded(tensors, {"format": "pt"}, config, notes), written, back, None, list(written.pairs.values()))
+
+
+def _folder_digest(meant: Adapter, done: _Done) -> str | None:
+    """What reading a folder gives where a family's names are seen in the folder's own: the digest under canonical
+    names. None where the folder's names are the adapter's."""
+    part = component_of(next(iter(leaves_of(meant)), ""))
+    names = dict.fromkeys(leaves_of(done.back))
+    choice = choose_family(names)
+    if not part or choice.family is None or choice.covered < len(names):
+        return None
+    return _renamed(done.back, lambda name: f"{part}.{name}").digest()
+
+
+def _renamed(adapter: Adapter, change: Callable[[str], str]) -> Adapter:
+    named = ("pairs", "modules", "token_rows", "deltas", "new_tokens")
+    renamed: dict[str, Any] = {w: {change(n): v for n, v in getattr(adapter, w).items()} for w in named}
+    return replace(adapter, **renamed)
 
 
 def _folded(meant: Adapter, to: str) -> Adapter:
@@ -264,11 +290,7 @@ def _for_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
         elif component_of(module).startswith("text_encoder"):
             refused["a PEFT folder does not say which text encoder it is of; --to diffusers"].append(module)
     part = parts.pop()
-    renamed: dict[str, Any] = {
-        what: {name.removeprefix(f"{part}."): value for name, value in getattr(adapter, what).items()}
-        for what in ("pairs", "modules", "token_rows", "deltas", "new_tokens")
-    }
-    return replace(adapter, **renamed) if part else adapter
+    return _renamed(adapter, lambda name: name.removeprefix(f"{part}.")) if part else adapter
 
 
 def _family(adapter: Adapter, name: str | None, to: str) -> Family:

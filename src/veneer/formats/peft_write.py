@@ -62,13 +62,15 @@ def write(
     base_name: str = "",
     base: Base = None,
     task_type: str | None = "auto",
+    digest: str | None = None,
 ) -> Written:
     """Write `adapter` to `folder` as PEFT's two files, the card `veneer.json` and a model card `README.md`.
 
     `base`: the model or its outline; with it target_modules is a short list of suffixes, without it the exact names.
     Adapters on several expert parameters that are not called gate_up_proj and down_proj need it. `base_name` defaults
     to the card's. `task_type` "auto": CAUSAL_LM for a text adapter. A README.md without veneer's mark is left alone.
-    The same adapter gives the same bytes. Raises AdapterError for anything that PEFT's format cannot express,
+    `digest`: the adapter's, where its modules are known by longer names than the folder has (a pipeline's component in
+    front). The same adapter gives the same bytes. Raises AdapterError for anything that PEFT's format cannot express,
     ResourceError when the disk is full; after any error the folder is as it was before."""
     folder = Path(folder)
     name = base_name or adapter.card.base
@@ -85,9 +87,9 @@ def write(
             card, targets=sorted([*done.config["target_modules"], *done.config.get("target_parameters", [])])
         )
     card = replace(card, base=card.base or name)
-    digest = done.adapter.digest()
+    digest = digest or done.adapter.digest()
     hashes = {TENSOR_FILE: _hash(tensors), CONFIG_FILE: cards.file_digest(config)}
-    readme = cards.readme_bytes(replace(done.adapter, card=card), base_name=name, name=folder.name)
+    readme = cards.readme_bytes(replace(done.adapter, card=card), digest=digest, base_name=name, name=folder.name)
     contents: dict[str, list[bytes | memoryview]] = {
         TENSOR_FILE: tensors,
         CONFIG_FILE: [config],

@@ -1,7 +1,7 @@
 """What the library wants to know of an adapter's files: which they are, and what they hold.
 
-`describe` reads PEFT folders whole and checks the header of a single safetensors file; a reader that knows more formats
-takes its place as an argument of `Library.add`. Knows formats; nothing of names or the index.
+`describe` reads whatever `formats` can; another takes its place as an argument of `Library.add`. Knows formats; nothing
+of names or the index.
 """
 
 from __future__ import annotations
@@ -86,17 +86,12 @@ def content_of(path: Path) -> Content:
 
 
 def describe(path: Path) -> Described:
-    """A PEFT folder read whole: its digest and card. Of a single safetensors file the header is checked, no more.
-    Raises AdapterError for anything that is neither."""
-    if path.is_dir():
-        from veneer.formats import peft
+    """An adapter of any format, read whole: its digest under canonical names, its format and its card.
+    Raises AdapterError for anything that is none, or that has a tensor nobody understands."""
+    from veneer.formats.read import read
 
-        adapter = peft.read(path)
-        return Described(adapter.digest(), "peft", adapter.card.to_dict())
-    from veneer.formats.container import read_header
-
-    read_header(path)
-    return Described("", "safetensors")
+    reading = read(path)
+    return Described(reading.adapter.digest(), reading.format, reading.adapter.card.to_dict())
 
 
 def _texts(value: Any) -> list[str]:
