@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or_, select, tuple_
 
 from veneer.library import index as ix
 from veneer.library.names import Reference
@@ -109,8 +109,14 @@ def search(
     conditions: list[ColumnElement[bool]] = []
     for word in text.lower().split():
         like = "%" + word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
-        tagged = exists().where(t.name == v.name, t.version == v.version, func.lower(t.tag).like(like, escape="\\"))
-        conditions.append(or_(e.words.like(like, escape="\\"), v.name.like(like, escape="\\"), tagged))
+        tagged = select(t.name, t.version).where(func.lower(t.tag).like(like, escape="\\"))
+        conditions.append(
+            or_(
+                e.words.like(like, escape="\\"),
+                v.name.like(like, escape="\\"),
+                tuple_(v.name, v.version).in_(tagged),  # one pass over the tags, not a look for each version
+            )
+        )
     if name:
         conditions.append(_begins(v.name, name, "\x7f"))
     for tag in tags:
