@@ -103,7 +103,9 @@ def search(
     fingerprint. trigger: one of its trigger words, in any case. parent: the digest of an adapter it was made from, or
     its beginning."""
     v, e, n, t = ix.versions.c, ix.entries.c, ix.names.c, ix.tags.c
-    query = _versions()
+    query = select(v.name, v.version)
+    if text or base:
+        query = query.join(ix.entries, v.entry == e.id)
     if not all_versions:
         query = query.join(ix.names, and_(n.name == v.name, n.latest == v.version))
     conditions: list[ColumnElement[bool]] = []
@@ -131,8 +133,12 @@ def search(
     if parent:
         p = ix.parents.c
         conditions.append(v.entry.in_(select(p.entry).where(_begins(p.parent, parent))))
-    query = query.where(*conditions).order_by(v.name, v.version).offset(offset)
-    return _full(c, c.execute(query if limit is None else query.limit(limit)).all())
+    query = query.where(*conditions)
+    if limit is not None or offset:  # choose by keys first: sorting whole rows, cards and all, is what takes the time
+        query = query.order_by(v.name, v.version).limit(limit).offset(offset)
+    page = query.subquery()
+    rows = _versions().join(page, and_(page.c.name == v.name, page.c.version == v.version))
+    return _full(c, c.execute(rows.order_by(v.name, v.version)).all())
 
 
 def _begins(column: ColumnElement[Any], prefix: str, after: str = "g") -> ColumnElement[bool]:
