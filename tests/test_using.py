@@ -17,7 +17,7 @@ from veneer.core.adapter import Adapter, Card, LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError
-from veneer.formats import peft
+from veneer.formats import convert, peft
 from veneer.library.library import open_library
 from veneer.models.text import TextBase, load_text
 from veneer.using import adapter_path, attach_adapters, base_of, load_adapter, parse_spec
@@ -150,6 +150,21 @@ def test_what_is_attached_acts_like_the_adapters_in_memory(tmp_path: Path, base:
     assert torch.equal(base.model(IDS).logits, plain)
     with attach_adapters(base, []):
         assert torch.equal(base.model(IDS).logits, plain)
+
+
+@pytest.mark.parametrize("layout", ["gguf", "vllm"])
+def test_an_adapter_of_another_layout_acts_the_same(tmp_path: Path, base: TextBase, layout: str) -> None:
+    adapter = adapter_for(base)
+    config = base.model.config
+    out = tmp_path / ("a.gguf" if layout == "gguf" else "a")
+    heads = {"family": "llama", "head_dim": config.hidden_size // config.num_attention_heads}
+    convert.write(adapter, out, layout, **(heads if layout == "gguf" else {}))
+    with attach(base.model) as by_hand:
+        by_hand.add("one", adapter)
+        by_hand.use("one")
+        expected = base.model(IDS).logits
+    with attach_adapters(base, [str(out)]):
+        torch.testing.assert_close(base.model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_another_base_with_other_shapes_is_never_right(tmp_path: Path, base: TextBase) -> None:

@@ -194,7 +194,7 @@ def _encode(
     if to == "peft":
         refused: Refusals = defaultdict(list)
         written = _for_one_model(meant, refused)
-        _raise(refused, to)
+        _raise(refused, to, meant)
     else:
         written = _folded(meant, to)
         notes = [*notes, *vllm_notes(written)]
@@ -224,7 +224,7 @@ def _renamed(adapter: Adapter, change: Callable[[str], str]) -> Adapter:
 def _folded(meant: Adapter, to: str) -> Adapter:
     refused: Refusals = defaultdict(list)
     refuse_unservable(meant, leaves_of(meant), {"vllm": "vLLM", "gguf": "llama.cpp"}[to], refused)
-    _raise(refused, to)
+    _raise(refused, to, meant)
     return folded(meant)
 
 
@@ -258,13 +258,17 @@ def _rounded(adapter: Adapter, dtype: str | None) -> tuple[Adapter, list[str]]:
     return out, [f"rounded to {dtype}: ΔW moves by up to {worst:.2g} of itself"] if worst else []
 
 
-def _raise(refused: Refusals, to: str) -> None:
-    """One error with every module that is in the way, by reason."""
+def _raise(refused: Refusals, to: str, meant: Adapter) -> None:
+    """One error with every module that is in the way, by reason; a reason that holds for all of them names none."""
     if not refused:
         return
     lines = []
+    everything = {*leaves_of(meant), *meant.token_rows, *meant.new_tokens}
     for reason, modules in refused.items():
         names = sorted(set(modules))
+        if set(names) == everything and len(names) > 3:
+            lines.append(f"  - {reason} (all {len(names)})")
+            continue
         lines.append(f"  - {reason} ({len(names)}):")
         lines += [f"      {name}" for name in names]
     count = len({m for modules in refused.values() for m in modules})
@@ -343,7 +347,7 @@ def _for_pipelines(
         notes = [*notes, *_dora_notes(leaves, to), *_rank_notes(named, leaves)]
         # Joined parts look as sd-scripts' split_qkv does, where alpha is for the rank of one part; here it is not.
         extra["ss_network_args"] = '{"split_qkv": "False"}'
-    _raise(refused, to)
+    _raise(refused, to, meant)
     card = replace(meant.card, kind=meant.card.kind or "image")
     ranks = {p.rank for p in pairs}
     alphas = {alpha_of(p.scale, p.rank) for p in pairs}
