@@ -68,7 +68,10 @@ def evaluate(
     from veneer.models.text import load_text
     from veneer.train.evaluate import evaluate as score
     from veneer.train.rows import read_rows
+    from veneer.using import adapter_path, parse_spec
 
+    for spec in named:
+        adapter_path(parse_spec(spec)[0])  # a name that does not exist should not wait for a base to load
     rows, about = read_rows(files, limit=limit)
     print(f"{len(rows)} rows in `{about.format}` format: {about.why}", file=sys.stderr)
     with quiet():

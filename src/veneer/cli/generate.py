@@ -67,8 +67,10 @@ def generate(
     texts: list[Any] = [] if chat else _wanted(prompts or [], file)
 
     from veneer.models.text import load_text
-    from veneer.using import attach_adapters, parse_spec
+    from veneer.using import adapter_path, attach_adapters, parse_spec
 
+    for spec in specs:
+        adapter_path(parse_spec(spec)[0])  # a name that does not exist should not wait for a base to load
     found = load_text(_base_name(base, specs), dtype=dtype, device=device, say=_say)
     _say(f"{found.name} in {str(found.dtype).removeprefix('torch.')} on {found.device}: {found.dtype_reason}")
     for note in found.notes:

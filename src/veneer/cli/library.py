@@ -124,9 +124,17 @@ def search(
 def _listing(as_json: bool, limit: int, after: int, text: str, **filters: Any) -> None:
     with _open() as library:
         found = library.search(text, limit=limit + 1, offset=after, **filters)
+        older = 0
+        if not found and not filters.get("all_versions"):
+            older = len(library.search(text, **{**filters, "all_versions": True}))
     more, found = len(found) > limit, found[:limit]
     if as_json:
         _print({"versions": [v.to_dict() for v in found], "more": more})
+        return
+    if not found:
+        asked = bool(text or after or any(v for k, v in filters.items() if k != "all_versions"))
+        empty = "nothing fits" if asked else "the library is empty: veneer library add PATH NAME"
+        print(f"no latest version fits; of older ones {older}: --all-versions" if older else empty)
         return
     rows = [
         (v.reference, ",".join(v.aliases), v.base, v.format, f"{v.size / 1e6:,.1f} MB", " ".join(v.tags)) for v in found
@@ -153,11 +161,11 @@ def show(reference: _Reference, as_json: _Json = False) -> None:
 
 
 def _show(version: Version, more: dict[str, Any]) -> None:
-    facts = {k: v for k, v in version.to_dict().items() if k not in ("card", "name", "version")} | more
-    for key, value in facts.items():
+    known = {k.replace("_", " "): v for k, v in version.to_dict().items() if k not in ("card", "name", "version")}
+    for key, value in (known | more).items():
         if value:
             shown = ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else value
-            print(f"{key.replace('_', ' '):<14} {shown}")
+            print(f"{key:<14} {shown}")
 
 
 @app.command(epilog="Example: veneer library tag support@2 routing customer-a")

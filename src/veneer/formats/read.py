@@ -158,7 +158,7 @@ def _refusal(problems: list[str], where: str) -> AdapterError:
     return AdapterError(
         f"the adapter cannot be read whole ({len(problems)} problem(s)):\n" + "\n".join(f"    {p}" for p in problems),
         where=where,
-        fix="--allow-partial (allow_partial=True) reads the rest, where it fits, and lists what was left",
+        fix="`veneer adapter convert --allow-partial` (allow_partial=True) goes on with the rest and lists the others",
     )
 
 
