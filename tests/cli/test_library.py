@@ -128,3 +128,33 @@ def test_help_loads_no_database_and_shows_an_example(capsys: Any) -> None:
     names = ["add", "list", "show", "search", "tag", "untag", "alias", "remove", "verify", "gc", "pull", "push"]
     for name in [*names, "export", "import"]:
         assert f"Example: veneer library {name}" in run(capsys, "library", name, "--help").out
+
+
+def test_a_list_without_rows_says_why(capsys: Any, adapters: list[Path]) -> None:
+    assert "empty: veneer library add PATH NAME" in run(capsys, "library", "list").out
+    run(capsys, "library", "add", "runs/1", "support", "--tag", "x")
+    run(capsys, "library", "add", "runs/2", "support")
+    assert run(capsys, "library", "search", "--tag", "x").out.strip() == (
+        "no latest version fits; of older ones 1: --all-versions"
+    )
+    assert run(capsys, "library", "search", "nowhere").out.strip() == "nothing fits"
+
+
+def test_a_file_of_another_tool_is_known_by_what_is_in_it(capsys: Any, adapters: list[Path], tmp_path: Path) -> None:
+    """The same adapter in three layouts has one digest; trigger words come from the file's metadata."""
+    import torch
+
+    from veneer.core.adapter import Adapter, Card, Pair
+    from veneer.formats import convert
+
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    pair = Pair(torch.ones(2, 640), torch.ones(640, 2), 0.5)
+    adapter = Adapter({name: pair}, card=Card(kind="image", trigger_words=["inkwash"]))
+    for layout, file in (("kohya", "a.safetensors"), ("diffusers", "b.safetensors"), ("peft", "c")):
+        convert.write(adapter, tmp_path / file, layout, family="sdxl")
+        added = result(capsys, "add", str(tmp_path / file), layout)["version"]
+        assert (added["digest"], added["format"]) == (adapter.digest(), layout)
+        assert added["trigger_words"] == ["inkwash"]
+    found = result(capsys, "search", "--trigger", "INKWASH")["versions"]
+    assert [v["name"] for v in found] == ["diffusers", "kohya", "peft"]
+    assert run(capsys, "library", "show", adapter.digest()[:15]).code == 0
