@@ -39,12 +39,13 @@ from veneer.formats.gguf_file import read_gguf_file
 from veneer.formats.leaves import Leaf, write_leaf
 from veneer.formats.metadata import family_of, metadata_of, pack_configs
 from veneer.formats.names import choose_family
+from veneer.formats.placing import leaves_of
 from veneer.formats.read import read_state
 from veneer.formats.topology import Family, families
 from veneer.formats.write_check import differences, relative_error
 from veneer.formats.write_diffusers import diffusers_tensors
 from veneer.formats.write_folded import folded, refuse_unservable, vllm_notes
-from veneer.formats.write_names import Refusals, component_of, foreign_leaves, leaves_of
+from veneer.formats.write_names import Refusals, component_of, foreign_leaves
 
 __all__ = ["DTYPES", "TARGETS", "Encoded", "Written", "encode", "target_of", "write"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +26,7 @@ from veneer.formats.leaves import Leaf, fitted
 from veneer.formats.structure import Structure, describe
 from veneer.formats.topology import Family, Place
 
-__all__ = ["Placer", "alphas_of_blocks", "outline"]
+__all__ = ["Placer", "alphas_of_blocks", "leaves_of", "outline"]
 
 _POINTWISE = re.compile(r".*\.(proj_in|proj_out|conv_shortcut)")
 
@@ -38,6 +39,19 @@ def outline(base: Any, family: Family | None) -> Structure:
     kinds = {f"{family.denoiser}.{name}": kind for name, kind in found.kinds.items()}
     shapes = {f"{family.denoiser}.{name}": shape for name, shape in found.shapes.items()}
     return Structure(kinds, shapes)
+
+
+def leaves_of(adapter: Adapter) -> dict[str, Leaf]:
+    """Canonical module -> all that changes it, sorted by name. Token rows and learned words are no module's."""
+    out: dict[str, Leaf] = defaultdict(Leaf)
+    for name, pair in adapter.pairs.items():
+        out[name].pair = pair
+    for name, delta in adapter.deltas.items():
+        module, _, parameter = name.rpartition(".")
+        out[module].deltas[parameter] = delta
+    for name, tensors in adapter.modules.items():
+        out[name].full = dict(tensors)
+    return dict(sorted(out.items()))
 
 
 @dataclass

@@ -24,10 +24,10 @@ from veneer.formats import peft
 from veneer.formats import peft_config as cfg
 from veneer.formats.container import PICKLE_SUFFIXES, read_tensors
 from veneer.formats.detect import format_of
-from veneer.formats.leaves import Leaf, read_leaf, split_key
+from veneer.formats.leaves import read_leaf, split_key
 from veneer.formats.metadata import card_of, family_of, unpack_configs
 from veneer.formats.names import Choice, choose_family, lookup, near
-from veneer.formats.placing import Placer, alphas_of_blocks, outline
+from veneer.formats.placing import Placer, alphas_of_blocks, leaves_of, outline
 from veneer.formats.read_lists import TOKEN_EMBEDDING, is_list, list_modules, list_words
 from veneer.formats.topology import Family, Place
 
@@ -124,14 +124,7 @@ def _from_peft(folder: Path, base: peft.Base) -> Reading:
     loaded = peft.load(folder)
     adapter = loaded.adapter
     placer = Placer(family, outline(base, family))
-    leaves: dict[str, Leaf] = defaultdict(Leaf)
-    for name, pair in adapter.pairs.items():
-        leaves[name].pair = pair
-    for name, delta in adapter.deltas.items():
-        module, _, parameter = name.rpartition(".")
-        leaves[module].deltas[parameter] = delta
-    for name, full in adapter.modules.items():
-        leaves[name].full = dict(full)
+    leaves = leaves_of(adapter)
     own = {name: [k for k in keys if k.startswith(f"base_model.model.{name}.")] for name in leaves}
     problems = []
     for name, leaf in leaves.items():

@@ -22,14 +22,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from veneer.core.adapter import Adapter, Pair
+from veneer.core.adapter import Pair
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError, nearest
 from veneer.formats.fused import join, swap_halves
 from veneer.formats.leaves import Leaf
 from veneer.formats.topology import DENOISERS, Family, Place, flat
 
-__all__ = ["Refusals", "component_of", "foreign_leaves", "leaves_of"]
+__all__ = ["Refusals", "component_of", "foreign_leaves"]
 
 Refusals = defaultdict[str, list[str]]
 """Why something cannot be written, and the way out -> the modules it is true of."""
@@ -62,19 +62,6 @@ def component_of(module: str) -> str:
     """The part of the pipeline that a canonical name begins with; "" for a text adapter's bare name."""
     first = module.partition(".")[0]
     return first if first in DENOISERS or first.startswith("text_encoder") else ""
-
-
-def leaves_of(adapter: Adapter) -> dict[str, Leaf]:
-    """Canonical module -> all that changes it, sorted by name. Token rows and learned words are no module's."""
-    out: dict[str, Leaf] = defaultdict(Leaf)
-    for name, pair in adapter.pairs.items():
-        out[name].pair = pair
-    for name, delta in adapter.deltas.items():
-        module, _, parameter = name.rpartition(".")
-        out[module].deltas[parameter] = delta
-    for name, tensors in adapter.modules.items():
-        out[name].full = dict(tensors)
-    return dict(sorted(out.items()))
 
 
 def foreign_leaves(

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from veneer.errors import AdapterError, ConfigError, MissingExtraError
+from veneer.formats.atomic import flush_folder
 
 __all__ = ["Directory", "Remote", "blob_path", "canonical", "hash_file", "manifest_path", "open_store"]
 
@@ -125,7 +126,7 @@ class Directory:
             new = _make_parents(target)
             os.replace(temporary, target)
             for folder in {target.parent, *new}:
-                _flush(folder)
+                flush_folder(folder)
 
     @contextlib.contextmanager
     def _temporary(self, folder: bool = False) -> Iterator[tuple[Path, int]]:
@@ -304,16 +305,6 @@ def _make_parents(target: Path) -> set[Path]:
         return set()
     target.parent.mkdir(parents=True, exist_ok=True)
     return {target.parent.parent, target.parent.parent.parent}
-
-
-def _flush(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the file system can."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def _lock(fd: int) -> bool:
