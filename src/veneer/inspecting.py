@@ -18,15 +18,15 @@ from torch import Tensor
 from veneer import using
 from veneer.core.adapter import Adapter, Pair, alpha_of
 from veneer.core.attach import attach
+from veneer.core.truncate import distance, factors
 from veneer.errors import VeneerError
 from veneer.formats import metadata, peft
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
+from veneer.formats.write_names import component_of
 
 if TYPE_CHECKING:
     from veneer.models.text import TextBase
-
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 
 __all__ = ["Check", "delta_norm", "inspect", "verify"]
 
@@ -77,7 +77,7 @@ def inspect(name: str, *, from_pickle: bool = False) -> dict[str, Any]:
         "rslora": adapter.rslora,
         "dora": any(m is not None for m in _magnitudes(adapter)),
         "dropout": adapter.dropout,
-        "components": _counted(_component(n) for n in [*adapter.pairs, *adapter.deltas, *adapter.modules]),
+        "components": _counted(component_of(n) for n in [*adapter.pairs, *adapter.deltas, *adapter.modules]),
         "targets": {leaf: _group(pairs, adapter.rslora) for leaf, pairs in sorted(groups.items())},
         "deltas": _deltas(adapter),
         "full_copies": {n: {k: list(t.shape) for k, t in own.items()} for n, own in sorted(adapter.modules.items())},
@@ -112,12 +112,6 @@ def _counted(values: Iterable[Any]) -> dict[str, int]:
     return {f"{v:g}" if isinstance(v, float) else str(v): n for v, n in sorted(shown.items())}
 
 
-def _component(name: str) -> str:
-    """Which model of a pipeline; "" for an adapter of a single one."""
-    first = name.partition(".")[0]
-    return first if first in COMPONENTS else ""
-
-
 def _magnitudes(adapter: Adapter) -> Iterable[Tensor | None]:
     yield from (p.magnitude for p in adapter.pairs.values())
     yield from (d.magnitude for d in adapter.deltas.values())
@@ -148,15 +142,8 @@ def _group(pairs: Iterable[Pair], rslora: bool) -> dict[str, Any]:
 
 
 def delta_norm(pair: Pair) -> float:
-    """‖s·B·A‖ (Frobenius), from the two thin Gram matrices: tr(BᵀB·AAᵀ), in float64. Experts: over all of them."""
-    A, B = pair.collapsed().A.double(), pair.collapsed().B.double()
-    if pair.kind == "conv":
-        A, B = A.flatten(1), B.flatten(1)
-        if B.shape[1] != A.shape[0]:  # grouped: each block of rows of B meets its own part of A
-            A = A.view(-1, B.shape[1], A.shape[1])
-            B = B.view(len(A), -1, B.shape[1])
-    gram = (B.mT @ B) * (A @ A.mT)
-    return float(abs(pair.scale) * gram.sum().clamp_min(0).sqrt())
+    """‖s·B·A‖ (Frobenius), without DoRA's magnitude, from the thin factors, in float64. Experts: over all of them."""
+    return distance(factors(pair))
 
 
 def verify(name: str, base: TextBase | None = None) -> list[Check]:

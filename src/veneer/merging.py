@@ -23,7 +23,7 @@ from torch import Tensor
 from veneer import using
 from veneer.core.adapter import Adapter
 from veneer.core.merge import change_problem, exact_weights, parameter_changes
-from veneer.core.rounding import Rounding, seeded, stochastic
+from veneer.core.rounding import DTYPES, Rounding, seeded, stochastic
 from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, nearest
 from veneer.formats.atomic import atomic_write, new_folder
 from veneer.formats.checkpoint import Checkpoint, components
@@ -33,10 +33,9 @@ from veneer.models.quiet import quiet
 if TYPE_CHECKING:
     from veneer.models.text import TextBase
 
-__all__ = ["DTYPES", "MERGE_FILE", "Merged", "merge", "merge_shards", "merged_model"]
+__all__ = ["MERGE_FILE", "Merged", "merge", "merge_shards", "merged_model"]
 
 MERGE_FILE = "merge.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -81,10 +80,7 @@ def merge(
     raises."""
     folder = Path(folder)
     target = _target(base, dtype)
-    if not adapters:
-        raise ConfigError("there is nothing to merge", fix="name at least one adapter")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError("the folder is there already and not empty", where=str(folder), fix="give a new one with -o")
+    _check_request(adapters, folder)
     report = Merged(str(folder), base.name, dtype=str(target).removeprefix("torch."))
     with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
         mix = attachment.selection.mix
@@ -103,6 +99,13 @@ def merge(
             raise ResourceError("no room to write; nothing was changed", where=str(folder)) from error
         raise
     return report
+
+
+def _check_request(adapters: Sequence[str | tuple[str, float]], folder: Path) -> None:
+    if not adapters:
+        raise ConfigError("there is nothing to merge", fix="name at least one adapter")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError("the folder is there already and not empty", where=str(folder), fix="give a new one with -o")
 
 
 def _target(base: TextBase, dtype: str | None) -> torch.dtype:
@@ -196,10 +199,7 @@ def merge_shards(
     Raises ConfigError for the request; AdapterError listing every change that meets no weight, a weight of another
     shape or dtype, an embedding tied to the head; BaseError for a base that is no folder of safetensors."""
     base, folder = Path(base), Path(folder)
-    if not adapters:
-        raise ConfigError("there is nothing to merge", fix="name at least one adapter")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError("the folder is there already and not empty", where=str(folder), fix="give a new one with -o")
+    _check_request(adapters, folder)
     if not base.is_dir():
         raise BaseError("there is no such model folder", where=str(base))
     chosen = [using.parse_spec(a) for a in adapters]

@@ -27,6 +27,7 @@ from veneer.core.adapter import Adapter, Card
 from veneer.core.forms import product_of
 from veneer.core.mix import Mixed, Part, Weights, strengthened
 from veneer.core.mix import mix as mix_adapters
+from veneer.core.rounding import DTYPES
 from veneer.core.truncate import Bound, distance, factors, inner, like, low_rank, rebuilt
 from veneer.errors import AdapterError, BaseError, ConfigError
 from veneer.formats import convert
@@ -35,9 +36,8 @@ from veneer.formats.checkpoint import Checkpoint, components
 from veneer.formats.convert import target_of
 from veneer.formats.read import Reading
 
-__all__ = ["DTYPES", "Made", "diff", "extract", "mix", "resize", "strength"]
+__all__ = ["Made", "diff", "extract", "mix", "resize", "strength"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding", "position_embedding", "shared"}
 
 

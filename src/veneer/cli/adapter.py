@@ -176,8 +176,8 @@ def merge(
     if by_shard or seed is not None:
         _merge_shards(adapters, base, output, dtype, by_shard, seed, as_json)
         return
+    from veneer.core.rounding import DTYPES
     from veneer.errors import ConfigError
-    from veneer.merging import DTYPES
     from veneer.merging import merge as fold
     from veneer.models.sources import find
     from veneer.models.text import load_text

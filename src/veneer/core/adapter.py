@@ -267,10 +267,8 @@ def with_token_ids(adapter: Adapter, ids: Mapping[str, Mapping[str, tuple[int, .
     ValueError for another number of ids than vectors."""
     rows = dict(adapter.token_rows)
     for name, words in adapter.new_tokens.items():
-        have = rows.get(
-            name, TokenRows((), next(iter(words.values())).new_empty(0, next(iter(words.values())).shape[1]))
-        )
-        indices, parts = list(have.indices), [have.rows]
+        have = rows.get(name)
+        indices, parts = (list(have.indices), [have.rows]) if have is not None else ([], [])
         for word, vectors in sorted(words.items()):
             if len(own := ids[name][word]) != len(vectors):
                 raise ValueError(f"{word!r} has {len(vectors)} vectors and {len(own)} ids")

@@ -24,10 +24,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair, alpha_of
+from veneer.core.rounding import DTYPES
 from veneer.errors import AdapterError
 from veneer.formats import peft
 from veneer.formats.atomic import Staged, atomic_write
@@ -47,10 +47,9 @@ from veneer.formats.write_diffusers import diffusers_tensors
 from veneer.formats.write_folded import folded, refuse_unservable, vllm_notes
 from veneer.formats.write_names import Refusals, component_of, foreign_leaves
 
-__all__ = ["DTYPES", "TARGETS", "Encoded", "Written", "encode", "target_of", "write"]
+__all__ = ["TARGETS", "Encoded", "Written", "encode", "target_of", "write"]
 
 TARGETS = ("peft", "kohya", "diffusers", "comfyui", "gguf", "vllm")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 FOLDERS = ("peft", "vllm")
 PIPELINES = ("kohya", "diffusers", "comfyui")
@@ -104,7 +103,7 @@ def encode(
 
     `family`: of the image model, by its name in `topology.families()`, by default what the modules, their widths and
     the card tell; for gguf the architecture as llama.cpp calls it. `metadata`: goes over what is written from the card,
-    for the three that have one. `dtype`, one of DTYPES: every tensor is rounded to it first. `head_dim`: rows of a head
+    for the three that have one. `dtype`: every tensor is rounded to it first. `head_dim`: rows of a head
     of the base, which gguf needs for Llama's q and k. Raises one AdapterError that lists every module which `to` cannot
     express, with the reason and the nearest way."""
     meant, notes = _meant(adapter, to, dtype)

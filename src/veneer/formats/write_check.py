@@ -14,6 +14,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta, product_of
+from veneer.core.truncate import distance, factors
 
 __all__ = ["TOLERANCE", "differences", "relative_error"]
 
@@ -29,7 +30,7 @@ def differences(meant: Adapter, got: Adapter) -> list[str]:
         if a is None or b is None:
             only = a if a is not None else b
             assert only is not None
-            if b is not None and _norm(only) == 0:
+            if b is not None and distance(factors(only)) == 0:
                 continue
             out.append(f"{name}: {'lost' if b is None else 'a pair that nobody wrote'}")
         elif (problem := _pair_problem(a.collapsed(), b)) is not None:
@@ -83,9 +84,9 @@ def relative_error(a: Pair, b: Pair) -> float:
     """‖ΔW_a − ΔW_b‖ / ‖ΔW_a‖ (Frobenius); where ΔW_a is zero, ‖ΔW_b‖."""
     if _same(a, b):
         return 0.0
-    (A, B), (C, D) = _factors(a), _factors(b)
-    whole = _gram_norm(A, B)
-    off = _gram_norm(torch.cat([A, C], dim=-2), torch.cat([B, -D], dim=-1))
+    (A, B), (C, D) = factors(a), factors(b)
+    whole = distance((A, B))
+    off = distance((torch.cat([A, C], dim=-2), torch.cat([B, -D], dim=-1)))
     return off / whole if whole else off
 
 
@@ -93,23 +94,6 @@ def _same(a: Pair, b: Pair) -> bool:
     return a.scale == b.scale and all(
         x.shape == y.shape and x.dtype == y.dtype and torch.equal(x, y) for x, y in ((a.A, b.A), (a.B, b.B))
     )
-
-
-def _norm(pair: Pair) -> float:
-    return _gram_norm(*_factors(pair.collapsed()))
-
-
-def _factors(pair: Pair) -> tuple[Tensor, Tensor]:
-    """A (…, rank, in·k) and s·B (…, out, rank), float64."""
-    if pair.kind == "experts":
-        return pair.A.double(), pair.B.double() * pair.scale
-    return pair.A.double().flatten(1), pair.B.double().flatten(1) * pair.scale
-
-
-def _gram_norm(A: Tensor, B: Tensor) -> float:
-    """‖B·A‖: tr(BᵀB·AAᵀ) is its square."""
-    square = float(((B.mT @ B) * (A @ A.mT)).sum())
-    return math.sqrt(max(square, 0.0))
 
 
 def _delta_problem(a: Delta, b: Delta) -> str | None:

@@ -171,8 +171,10 @@ def page_out(tensor: Tensor) -> None:
 
     Weights read through a memory map stay resident as long as any of the file's tensors lives. The hint changes no
     content: a page that is touched again is read again. Does nothing off Linux, or on a device."""
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return
     libc = ctypes.CDLL(None)
-    if sys.platform != "linux" or tensor.device.type != "cpu" or not hasattr(libc, "madvise"):
+    if not hasattr(libc, "madvise"):
         return
     page = os.sysconf("SC_PAGE_SIZE")
     first = -(-tensor.data_ptr() // page) * page
