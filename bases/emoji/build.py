@@ -1,0 +1,146 @@
+"""Makes the emoji bases from nothing: `python bases/emoji/build.py WORK STAGE …`, stages in the order of STAGES.
+
+Everything a stage needs from an earlier one lies in WORK, where an interrupted stage also goes on from. `export` writes
+the four folders that veneer ships. Recipe, times and results: bases/emoji/README.md.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from autoencoder import encode_all, train_autoencoder
+from controls import new_flux_control, new_sdxl_control, train_flux_control, train_sdxl_control
+from denoisers import new_flux, new_sdxl, noise_schedule, train_flux, train_sdxl
+from diffusers import (
+    AutoencoderKL, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusionXLPipeline,
+)  # fmt: skip
+from drawings import Drawings, caption, load_drawings
+from edges import edges
+from torch import Tensor, nn
+from torch.nn import functional as F
+from words import clip_tokenizer, t5_tokenizer
+
+STAGES = {"vae": 2000, "flux": 5200, "sdxl": 4500, "flux-canny": 1000, "sdxl-canny": 1000, "export": 0}
+"""Stage -> steps."""
+
+SHIPPED = Path(__file__).parents[2] / "src" / "veneer" / "bases"
+
+
+def main() -> None:
+    work, stages = Path(sys.argv[1]), sys.argv[2:] or list(STAGES)
+    torch.manual_seed(0)
+    drawings = load_drawings(work).select(held_out=False)
+    captions = [caption(n, s) for n, s in zip(drawings.names, drawings.styles, strict=True)]
+    tokenizers = [clip_tokenizer(captions), t5_tokenizer(captions)]
+    for stage in stages:
+        _STAGES[stage](work, drawings, tokenizers, STAGES[stage])
+
+
+def _vae(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
+    train_autoencoder(drawings, work, steps=steps).save_pretrained(work / "vae")
+
+
+def _autoencoder(work: Path) -> AutoencoderKL:
+    model: AutoencoderKL = AutoencoderKL.from_pretrained(work / "vae")
+    return model.eval().requires_grad_(False)
+
+
+def _flux(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
+    parts = new_flux(tokenizers)
+    train_flux(parts, tokenizers, encode_all(_autoencoder(work), drawings), drawings, work, steps)
+    _save(parts, work / "flux")
+
+
+def _sdxl(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
+    vae, parts = _autoencoder(work), new_sdxl(tokenizers)
+    pixels, sizes = _crops(drawings)
+    crops = (encode_all(vae, pixels), sizes)
+    train_sdxl(parts, tokenizers, encode_all(vae, drawings), crops, drawings, work, steps)
+    _save(parts, work / "sdxl")
+
+
+def _crops(drawings: Drawings) -> tuple[Tensor, Tensor]:
+    """A crop of each drawing enlarged to 72 … 112 pixels, and its time ids: original size, top left, target size.
+
+    The original size is the drawing's own, as SDXL's data has it: what is cut is told by the corner alone."""
+    generator = torch.Generator().manual_seed(1)
+    out, ids = [], []
+    for picture in torch.from_numpy(drawings.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1:
+        side = int(torch.randint(72, 113, (), generator=generator))
+        top, left = (int(torch.randint(0, side - 63, (), generator=generator)) for _ in range(2))
+        large = F.interpolate(picture[None], size=(side, side), mode="bilinear", antialias=True)
+        out.append(large[0, :, top : top + 64, left : left + 64])
+        ids.append([side, side, top, left, 64, 64])
+    return torch.stack(out), torch.tensor(ids)
+
+
+def _flux_canny(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
+    vae, parts = _autoencoder(work), _load(new_flux(tokenizers), work / "flux")
+    control = new_flux_control(parts["transformer"])
+    lines = encode_all(vae, edges(drawings.pixels))
+    train_flux_control(control, parts, tokenizers, encode_all(vae, drawings), lines, drawings, work, steps)
+    _save({"control": control}, work / "flux-canny")
+
+
+def _sdxl_canny(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
+    parts = _load(new_sdxl(tokenizers), work / "sdxl")
+    control = new_sdxl_control(parts["unet"])
+    latents = encode_all(_autoencoder(work), drawings)
+    train_sdxl_control(control, parts, tokenizers, latents, edges(drawings.pixels), drawings, work, steps)
+    _save({"control": control}, work / "sdxl-canny")
+
+
+def _export(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
+    flux, sdxl = _load(new_flux(tokenizers), work / "flux"), _load(new_sdxl(tokenizers), work / "sdxl")
+    clip, t5 = tokenizers
+    flow = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=64, max_image_seq_len=256, base_shift=0.47, max_shift=1.15
+    )
+    noise = EulerDiscreteScheduler.from_config(noise_schedule().config, timestep_spacing="trailing")
+    _ship(
+        FluxPipeline(vae=_autoencoder(work), tokenizer=clip, tokenizer_2=t5, scheduler=flow, **flux), "emoji-flux"
+    )
+    _ship(
+        StableDiffusionXLPipeline(
+            vae=_autoencoder(work), tokenizer=clip, tokenizer_2=clip, scheduler=noise, **sdxl,
+            force_zeros_for_empty_prompt=False, add_watermarker=False,
+        ),
+        "emoji-sdxl",
+    )  # fmt: skip
+    for name, new, base in (("flux", new_flux_control, flux["transformer"]), ("sdxl", new_sdxl_control, sdxl["unet"])):
+        control = _load({"control": new(base)}, work / f"{name}-canny")["control"]
+        control.to(torch.bfloat16).save_pretrained(SHIPPED / f"emoji-{name}-canny")
+
+
+def _ship(pipeline: Any, name: str) -> None:
+    folder = SHIPPED / name
+    if folder.exists():
+        for part in folder.iterdir():
+            if part.is_dir():
+                shutil.rmtree(part)
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
+
+
+def _save(parts: dict[str, nn.Module], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, part in parts.items():
+        torch.save(part.state_dict(), folder / f"{name}.pt")
+
+
+def _load(parts: dict[str, nn.Module], folder: Path) -> dict[str, nn.Module]:
+    for name, part in parts.items():
+        part.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
+        part.eval()
+    return parts
+
+
+_STAGES = {
+    "vae": _vae, "flux": _flux, "sdxl": _sdxl, "flux-canny": _flux_canny, "sdxl-canny": _sdxl_canny, "export": _export,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    main()

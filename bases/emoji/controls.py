@@ -1,0 +1,109 @@
+"""The canny ControlNets: they learn to hold the denoiser, which stays as it is, to the lines of an edge picture.
+
+Shaped like the denoiser's first half (UNet) or its first blocks (FLUX), with zero-initialised outputs (arXiv
+2302.05543) and started from the denoiser's weights where names and shapes agree. One caption in five is empty, so that
+lines alone are obeyed as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from denoisers import Captions, flow_loss, image_ids, noise_loss, pack, short_attention
+from diffusers import ControlNetModel, FluxControlNetModel
+from drawings import Drawings
+from steps import optimise
+from torch import Tensor, nn
+
+__all__ = ["new_flux_control", "new_sdxl_control", "train_flux_control", "train_sdxl_control"]
+
+
+def new_flux_control(transformer: Any) -> FluxControlNetModel:
+    control = FluxControlNetModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=6,
+        joint_attention_dim=128, pooled_projection_dim=96, guidance_embeds=True, axes_dims_rope=(4, 14, 14),
+    )  # fmt: skip
+    return _started(control, transformer)
+
+
+def new_sdxl_control(unet: Any) -> ControlNetModel:
+    same = {
+        k: unet.config[k]
+        for k in (
+            "block_out_channels", "layers_per_block", "norm_num_groups", "down_block_types", "attention_head_dim",
+            "use_linear_projection", "cross_attention_dim", "addition_embed_type", "addition_time_embed_dim",
+            "projection_class_embeddings_input_dim",
+        )
+    }  # fmt: skip
+    control = ControlNetModel(
+        conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 64),
+        transformer_layers_per_block=(1, 1, 1), **same,
+    )  # fmt: skip
+    return _started(control, unet)
+
+
+def _started(control: Any, denoiser: Any) -> Any:
+    theirs = denoiser.state_dict()
+    own = control.state_dict()
+    shared = {k: v for k, v in theirs.items() if k in own and own[k].shape == v.shape}
+    control.load_state_dict({**own, **shared})
+    return control
+
+
+def train_flux_control(
+    control: nn.Module, parts: dict[str, nn.Module], tokenizers: list[Any], latents: Tensor, lines: Tensor,
+    drawings: Drawings, work: Path, steps: int, batch: int = 64,
+) -> None:  # fmt: skip
+    """`lines`: latents of the edge pictures, which FluxControlNetPipeline encodes with the base's own autoencoder."""
+    captions = Captions({"clip": tokenizers[0], "t5": tokenizers[1]}, drawings)
+    x, c = pack(latents), pack(lines)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(x), (batch,), generator=generator)
+
+        def residuals(noisy: Tensor, s: Tensor, guidance: Tensor, tokens: Tensor, pooled: Tensor) -> dict[str, Any]:
+            double, single = control(
+                hidden_states=noisy, controlnet_cond=c[rows], timestep=s, guidance=guidance,
+                encoder_hidden_states=tokens, pooled_projections=pooled, txt_ids=torch.zeros(tokens.shape[1], 3),
+                img_ids=image_ids(), return_dict=False,
+            )  # fmt: skip
+            return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
+
+        with torch.autocast("cpu", torch.bfloat16):
+            ids = captions.batch(rows, generator)
+            return flow_loss(parts, x[rows], ids, captions.empty, False, generator, residuals)
+
+    _train(control, parts, loss, work / "flux-canny.pt", steps)
+
+
+def train_sdxl_control(
+    control: nn.Module, parts: dict[str, nn.Module], tokenizers: list[Any], latents: Tensor, lines: Tensor,
+    drawings: Drawings, work: Path, steps: int, batch: int = 64,
+) -> None:  # fmt: skip
+    """`lines`: the edge pictures (n, 3, 64, 64) in -1 … 1; ControlNetModel takes them in 0 … 1."""
+    captions = Captions({"clip": tokenizers[0]}, drawings)
+    whole = torch.tensor([[64, 64, 0, 0, 64, 64]])
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(latents), (batch,), generator=generator)
+
+        def residuals(noisy: Tensor, t: Tensor, tokens: Tensor, added: dict[str, Tensor]) -> dict[str, Any]:
+            down, middle = control(
+                noisy, t, tokens, controlnet_cond=(lines[rows] + 1) / 2, added_cond_kwargs=added, return_dict=False
+            )
+            return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+        with torch.autocast("cpu", torch.bfloat16):
+            ids = captions.batch(rows, generator)
+            return noise_loss(parts, latents[rows], ids, whole.expand(batch, -1), generator, residuals)
+
+    _train(control, parts, loss, work / "sdxl-canny.pt", steps)
+
+
+def _train(control: nn.Module, parts: dict[str, nn.Module], loss: Any, state: Path, steps: int) -> None:
+    for part in parts.values():
+        part.requires_grad_(False)
+    with short_attention():
+        optimise({"control": control}, loss, steps=steps, learning_rate=1e-3, state=state)

@@ -1,0 +1,65 @@
+"""The tokenizers of the emoji bases, trained on their captions: CLIP's byte-pair encoding and T5's unigram pieces."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTokenizer, T5TokenizerFast
+
+__all__ = ["LENGTH", "clip_tokenizer", "t5_tokenizer"]
+
+LENGTH = 20
+"""Tokens a prompt may have, start and end included, in both encoders."""
+
+_PIECES = 1800
+
+
+def clip_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(_clip_pattern(), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=_PIECES + len(alphabet) * 2, initial_alphabet=alphabet, end_of_word_suffix="</w>",
+        special_tokens=[], show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(captions, trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.model.save(folder)
+        import json
+
+        vocab = json.loads(Path(folder, "vocab.json").read_text())
+        # A single byte at the end of a word must have a piece too, whatever the captions hold.
+        for byte in alphabet:
+            vocab.setdefault(byte + "</w>", len(vocab))
+        for special in ("<|startoftext|>", "<|endoftext|>"):
+            vocab.setdefault(special, len(vocab))
+        merges = [tuple(line.split()) for line in Path(folder, "merges.txt").read_text().splitlines()[1:]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+
+
+def _clip_pattern():  # type: ignore[no-untyped-def]
+    from tokenizers import Regex
+
+    return Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
+
+
+def t5_tokenizer(captions: Iterable[str]) -> T5TokenizerFast:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=_PIECES, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False,
+        initial_alphabet=[chr(c) for c in range(33, 127)],
+    )  # fmt: skip
+    tokenizer.train_from_iterator(captions, trainer)
+    import json
+
+    pieces = [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
