@@ -6,6 +6,7 @@ the four folders that veneer ships. Recipe, times and results: bases/emoji/READM
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -13,18 +14,24 @@ from typing import Any
 
 import torch
 from autoencoder import encode_all, train_autoencoder
+from cards import write_cards
 from controls import new_flux_control, new_sdxl_control, train_flux_control, train_sdxl_control
 from denoisers import new_flux, new_sdxl, noise_schedule, train_flux, train_sdxl
 from diffusers import (
-    AutoencoderKL, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusionXLPipeline,
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusionXLPipeline,
 )  # fmt: skip
 from drawings import Drawings, caption, load_drawings
 from edges import edges
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from words import clip_tokenizer, t5_tokenizer
 
-STAGES = {"vae": 2000, "flux": 5200, "sdxl": 4500, "flux-canny": 1000, "sdxl-canny": 1000, "export": 0}
+STAGES = {"vae": 2000, "flux": 3800, "sdxl": 3400, "flux-canny": 800, "sdxl-canny": 800, "export": 0}
 """Stage -> steps."""
 
 SHIPPED = Path(__file__).parents[2] / "src" / "veneer" / "bases"
@@ -101,9 +108,7 @@ def _export(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -
         use_dynamic_shifting=True, base_image_seq_len=64, max_image_seq_len=256, base_shift=0.47, max_shift=1.15
     )
     noise = EulerDiscreteScheduler.from_config(noise_schedule().config, timestep_spacing="trailing")
-    _ship(
-        FluxPipeline(vae=_autoencoder(work), tokenizer=clip, tokenizer_2=t5, scheduler=flow, **flux), "emoji-flux"
-    )
+    _ship(FluxPipeline(vae=_autoencoder(work), tokenizer=clip, tokenizer_2=t5, scheduler=flow, **flux), "emoji-flux")
     _ship(
         StableDiffusionXLPipeline(
             vae=_autoencoder(work), tokenizer=clip, tokenizer_2=clip, scheduler=noise, **sdxl,
@@ -114,6 +119,19 @@ def _export(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -
     for name, new, base in (("flux", new_flux_control, flux["transformer"]), ("sdxl", new_sdxl_control, sdxl["unet"])):
         control = _load({"control": new(base)}, work / f"{name}-canny")["control"]
         control.to(torch.bfloat16).save_pretrained(SHIPPED / f"emoji-{name}-canny")
+    names = ["emoji-flux", "emoji-sdxl", "emoji-flux-canny", "emoji-sdxl-canny"]
+    sizes = {n: _sizes(SHIPPED / n) for n in names}
+    write_cards({n: SHIPPED / n for n in names}, sizes, STAGES)
+
+
+def _sizes(folder: Path) -> dict[str, float]:
+    """{part: million parameters} of every weights file in a folder."""
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        part = file.parent.name if file.parent != folder else "controlnet"
+        with safe_open(file, "pt") as opened:
+            found[part] = sum(math.prod(opened.get_slice(k).get_shape()) for k in opened.keys()) / 1e6  # noqa: SIM118
+    return found
 
 
 def _ship(pipeline: Any, name: str) -> None:

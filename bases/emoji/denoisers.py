@@ -1,8 +1,8 @@
 """The two denoisers with their text encoders: small members of the real classes, trained together from nothing.
 
-| base       | denoiser                                                       | text                              | learns |
-| emoji-flux | FluxTransformer2DModel, 3 double and 4 single blocks, 6 × 32   | CLIP (pooled), T5 (20 tokens)     | flow   |
-| emoji-sdxl | UNet2DConditionModel, 48-80-96, transformer depths -, 1, 2     | two CLIPs (penultimate, pooled)   | noise  |
+| base       | denoiser                                                     | text                            | learns |
+| emoji-flux | FluxTransformer2DModel, 3 double and 4 single blocks, 6 × 32 | CLIP (pooled), T5 (20 tokens)   | flow   |
+| emoji-sdxl | UNet2DConditionModel, 48-80-96, transformer depths -, 1, 2   | two CLIPs (penultimate, pooled) | noise  |
 
     flow   x_σ = (1 - σ) x + σ ε,   target ε - x,   σ logit-normal, shifted as the scheduler shifts it
     noise  x_t = √ᾱ_t x + √(1 - ᾱ_t) ε,   target ε,   weight min(SNR, 5) / SNR   (arXiv 2303.09556)
@@ -215,7 +215,7 @@ def _clip(tokenizer: Any, width: int, layers: int) -> CLIPTextConfig:
 
 @contextmanager
 def short_attention() -> Iterator[None]:
-    """Attention as two batched products: on a CPU, for 84 tokens, torch's fused one takes four times as long backward."""
+    """Attention as two batched products: for 84 tokens torch's fused one takes four times as long backward (CPU)."""
     fused = F.scaled_dot_product_attention
 
     def plain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,

