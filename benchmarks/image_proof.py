@@ -1,0 +1,316 @@
+"""Do image adapters work? Style, content, subject, stack and composition, each beside the base, in figures and sheets.
+
+    python benchmarks/image_proof.py WORK [--base emoji-flux] [--quick] [--json] [--sheets docs/images]
+
+WORK is the folder of `bases/emoji/build.py` (its drawings and its judge, which never saw a generated picture). Two
+adapters are trained: OpenMoji's look from 50 drawings, and an invented character from ten (with prior preservation, and
+once without). Then, over names that were not among the 50 and three seeds:
+
+    pixel       mean squared error to the real OpenMoji drawing, colours in -1 … 1
+    histogram   share of pixels that would have to change colour class (8 × 8 × 8) to have its colours
+    features    1 - cosine between the judge's features of both
+    style       probability that the judge gives to OpenMoji
+    top 1, 5    share of pictures whose thing the judge names first, or among its first five, of 1,606
+    edges       F1 of the picture's Canny edges against the control picture's, one pixel of tolerance
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "bases" / "emoji"), str(ROOT / "benchmarks"), str(ROOT / "examples")]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from _character import FACES, HELD_OUT, svg  # noqa: E402
+from _report import bar, lines_of, report, row  # noqa: E402
+from drawings import draw, load_drawings  # noqa: E402
+from edges import edges  # noqa: E402
+from image_quickstart import openmoji, table_of_names, write_pictures  # noqa: E402
+from judge import STYLES, judge, load_judge  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+import veneer  # noqa: E402
+from veneer.models.image_grid import sheet  # noqa: E402
+
+STRENGTHS = (0.0, 0.5, 1.0)
+STYLE, CONTENT = ("pixel", "histogram", "features"), ("top 1", "top 5")
+Mix = list[tuple[str, float]]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("work", type=Path)
+    options.add_argument("--base", default="emoji-flux")
+    options.add_argument("--quick", action="store_true", help="12 names, one seed, a few steps: does it run")
+    options.add_argument("--json", action="store_true")
+    options.add_argument("--sheets", type=Path, help="write the pictures there")
+    options.add_argument("--runs", type=Path, help="keep the trained adapters there, and use those that are there")
+    given = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = Proof(given, given.runs or Path(folder)).result()
+    print(json.dumps(result) if given.json else "\n".join(lines_of(result)))
+
+
+class Proof:
+    """One base, its adapters, and what is measured of them."""
+
+    def __init__(self, given: argparse.Namespace, runs: Path) -> None:
+        self.given, self.runs, self.began = given, runs, time.perf_counter()
+        self.judge = load_judge(given.work)
+        self.base = veneer.load_image_base(given.base)
+        self.seeds = (1,) if given.quick else (1, 2, 3)
+        self.rows: list[dict[str, Any]] = []
+        self.bars: list[dict[str, Any]] = []
+        names = table_of_names()
+        known = [n for _, n in names["held out"]]
+        everything = dict((n, f) for f, n in names["held out"] + names["new to the base"])
+        self.file = everything
+        new = [n for _, n in names["new to the base"]]
+        self.known, self.new = (known[:6], new[:6]) if given.quick else (known, new)
+        self.real = {n: tensor(openmoji(everything[n])) for n in self.known + self.new}
+
+    def result(self) -> dict[str, Any]:
+        style = self.trained("style", self.style_pictures)
+        subject = self.trained("subject", self.subject_pictures, prior=True)
+        without = self.trained("subject-without-prior", self.subject_pictures)
+        self.style_and_content(style)
+        self.subject(subject, without)
+        self.stack(style, subject)
+        self.composition(style, subject)
+        return report(self.rows, self.bars, {"base": self.given.base, "seeds": len(self.seeds)})
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def style_pictures(self, folder: Path) -> None:
+        write_pictures(folder, table_of_names()["train"])
+
+    def subject_pictures(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        for face in FACES:
+            if face not in HELD_OUT:
+                Image.fromarray(draw(svg(face))).save(folder / f"{face}.png")
+                (folder / f"{face}.txt").write_text(f"{face} zibbo cat\n", encoding="utf-8")
+
+    def trained(self, name: str, pictures: Any, prior: bool = False) -> str:
+        out = self.runs / self.given.base / name
+        if not (out / "adapter").is_dir():
+            pictures(out / "pictures")
+            config: dict[str, Any] = {
+                "base": self.given.base, "data": {"pictures": str(out / "pictures"), "flip": False},
+                "adapter": {"rank": 16}, "optimizer": {"learning_rate": 1e-3}, "batching": {"rows": 32},
+                "schedule": {"steps": 4 if self.given.quick else 300}, "output": str(out / "adapter"),
+            }  # fmt: skip
+            if prior:
+                config["data"] |= {"class_prompt": "cat face", "class_count": 8 if self.given.quick else 64}
+            started = time.perf_counter()
+            veneer.train_image(config, base=veneer.load_image_base(self.given.base), on_event=lambda event: None)
+            self.rows.append(row(f"training {name}", "seconds", time.perf_counter() - started, "s"))
+        return str(out / "adapter")
+
+    # -- what is measured ----------------------------------------------------------------------------------------------
+
+    def pictures(self, prompts: Sequence[str], mix: Mix, **options: Any) -> Tensor:
+        """(seeds · prompts, 3, 64, 64): all prompts with the first seed, then with the next."""
+        made = []
+        for seed in self.seeds:
+            drawn = veneer.image(
+                self.base, list(prompts), adapters=[a for a in mix if a[1]], seed=seed * 1000, batch_size=32, **options
+            )
+            made += [tensor(each.image) for each in drawn]
+        return torch.stack(made)
+
+    def compared(self, pictures: Tensor, names: list[str]) -> dict[str, float]:
+        """The figures of the list above, for pictures that should be OpenMoji's drawings of `names`."""
+        named = names * len(self.seeds)
+        real = torch.stack([self.real[n] for n in named])
+        verdict, wanted = judge(self.judge, pictures, named), judge(self.judge, real, named)
+        return {
+            "pixel": float((pictures - real).square().mean()),
+            "histogram": float(torch.stack([histogram(p, r) for p, r in zip(pictures, real, strict=True)]).mean()),
+            "features": float(1 - (verdict.features * wanted.features).sum(1).mean()),
+            "style": float(verdict.style[:, STYLES.index("openmoji")].mean()),
+            "top 1": float((verdict.rank == 0).float().mean()),
+            "top 5": float((verdict.rank < 5).float().mean()),
+        }
+
+    def style_and_content(self, style: str) -> None:
+        for group, names in (("known to the base", self.known), ("new to the base", self.new)):
+            found = {}
+            prompts = [f"{n}, openmoji style" for n in names]
+            kept = {}
+            for strength in STRENGTHS:
+                kept[strength] = self.pictures(prompts, [(style, strength)])
+                found[strength] = self.compared(kept[strength], names)
+                self.add(f"{group}, adapter at {strength:g}" if strength else f"{group}, base", found[strength])
+            real = torch.stack([self.real[n] for n in names] * len(self.seeds))
+            self.add(f"{group}, OpenMoji itself", self.compared(real, names))
+            for metric in STYLE:
+                falls = all(found[a][metric] > found[b][metric] for a, b in zip(STRENGTHS, STRENGTHS[1:], strict=False))
+                self.bars.append(bar(f"{group}: {metric} falls with strength", 1, float(falls)))
+            for metric in CONTENT:
+                kept_share = found[1.0][metric] - found[0.0][metric]
+                self.bars.append(bar(f"{group}: {metric} against the base", -0.05, kept_share))
+            shown = names[:: max(1, len(names) // 10)][:10]
+            at = [names.index(n) for n in shown]
+            rows = {("base" if not s else f"adapter at {s:g}"): p[at] for s, p in kept.items()}
+            rows["OpenMoji"] = torch.stack([self.real[n] for n in shown])
+            self.sheet(f"style-{group.split()[0]}", rows, shown)
+
+    def subject(self, subject: str, without: str) -> None:
+        faces = list(HELD_OUT)
+        real = torch.stack([tensor(Image.fromarray(draw(svg(f)))) for f in faces] * len(self.seeds))
+        theirs = self.features(real)
+        prompts = [f"{face} zibbo cat" for face in faces]
+        rows = {}
+        for label, mix in (("base", []), ("subject", [(subject, 1.0)]), ("without prior", [(without, 1.0)])):
+            pictures = self.pictures(prompts, mix)
+            likeness = float((self.features(pictures) * theirs).sum(1).mean())
+            error = float((pictures - real).square().mean())
+            self.add(f"subject in new prompts, {label}", {"likeness": likeness, "pixel": error, "teal": teal(pictures)})
+            rows[label] = pictures[: len(faces)]
+        rows["the drawing"] = real[: len(faces)]
+        self.sheet("subject", rows, prompts)
+        base_like, own_like = (self.value(f"subject in new prompts, {x}", "likeness") for x in ("base", "subject"))
+        self.bars.append(bar("subject: likeness above the base's", 0.1, own_like - base_like))
+
+        cats = ["cat face", "grinning cat", "weary cat", "cat with tears of joy", "kissing cat", "pouting cat"]
+        prompts = [f"{c}, {s} style" for c in cats for s in ("noto", "twemoji", "fluent")]
+        base = self.pictures(prompts, [])
+        for label, name in (("with prior", subject), ("without prior", without)):
+            pictures = self.pictures(prompts, [(name, 1.0)])
+            kept = float((self.features(pictures) * self.features(base)).sum(1).mean())
+            self.add(f"the class, {label}", {"likeness to base": kept, "teal": teal(pictures)})
+        self.add("the class, base", {"teal": teal(base)})
+        kept = [self.value(f"the class, {x}", "likeness to base") for x in ("with prior", "without prior")]
+        self.bars.append(bar("subject: prior preservation keeps the class nearer", 0, kept[0] - kept[1]))
+
+    def stack(self, style: str, subject: str) -> None:
+        prompts = [f"{face} zibbo cat, openmoji style" for face in FACES]
+        reference = self.features(torch.stack([tensor(Image.fromarray(draw(svg(f)))) for f in FACES])).mean(0)
+        mixes: dict[str, Mix] = {
+            "base": [], "style alone": [(style, 1.0)], "subject alone": [(subject, 1.0)],
+            "both, plain sum": [(style, 1.0), (subject, 1.0)],
+        }  # fmt: skip
+        for method in ("orthogonal", "ties"):
+            out = self.runs / self.given.base / f"both-{method}.safetensors"
+            if not out.exists():
+                veneer.mix([(style, 1.0), (subject, 1.0)], out, method=method)
+            mixes[f"both, {method}"] = [(str(out), 1.0)]
+        found, rows = {}, {}
+        for label, mix in mixes.items():
+            pictures = self.pictures(prompts, mix)
+            verdict = judge(self.judge, pictures, ["cat face"] * len(pictures))
+            found[label] = {
+                "style": float(verdict.style[:, STYLES.index("openmoji")].mean()),
+                "likeness": float((verdict.features @ F.normalize(reference, dim=0)).mean()),
+                "teal": teal(pictures),
+            }
+            self.add(f"stack, {label}", found[label])
+            rows[label] = pictures[:8]
+        for label in mixes:
+            if label.startswith("both"):
+                for metric, alone in (("style", "style alone"), ("likeness", "subject alone")):
+                    whole = found[alone][metric] - found["base"][metric]
+                    share = (found[label][metric] - found["base"][metric]) / whole if whole else 0.0
+                    self.add(f"stack, {label}", {f"{metric} kept": share})
+                    if label == "both, plain sum":
+                        self.bars.append(bar(f"stack: share of {metric} kept by the plain sum", 0.6, share))
+        self.sheet("stack", rows, prompts[:8])
+
+    def composition(self, style: str, subject: str) -> None:
+        drawings = load_drawings(self.given.work)
+        names = (self.known[:6] if self.given.quick else self.known[:40]) + self.new[: 6 if self.given.quick else 20]
+        where = {(n, s): i for i, (n, s) in enumerate(zip(drawings.names, drawings.styles, strict=True))}
+        names = [n for n in names if (n, "noto") in where]
+        lines = edges(np.stack([drawings.pixels[where[n, "noto"]] for n in names]))
+        both: Mix = [(style, 1.0), (subject, 0.5)]
+        rows = {"control": lines[:10]}
+        seeds, self.seeds = self.seeds, self.seeds[:1]
+        for label, mix, controlled in (
+            ("base, no control", [], False), ("base", [], True), ("two adapters, no control", both, False),
+            ("two adapters", both, True),
+        ):  # fmt: skip
+            pictures = []
+            for name, line in zip(names, lines, strict=True):
+                path = self.runs / "control.png"
+                image_of(line).save(path)
+                controls = [f"edges={path}:1"] if controlled else []
+                pictures.append(self.pictures([f"{name}, openmoji style"], mix, controls=controls)[0])
+            got = torch.stack(pictures)
+            agreement = sum(f1(edges(p[None])[0], line) for p, line in zip(got, lines, strict=True)) / len(names)
+            self.add(f"composition, {label}", {"edges": agreement})
+            rows[label] = got[:10]
+        self.seeds = seeds
+        for label in ("base", "two adapters"):
+            gain = self.value(f"composition, {label}", "edges") / self.value(
+                f"composition, {label}, no control", "edges"
+            )
+            self.bars.append(bar(f"composition: edges, controlled over not, {label}", 1.3, gain))
+        self.sheet("composition", rows, names[:10])
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def features(self, pictures: Tensor) -> Tensor:
+        return judge(self.judge, pictures, ["cat face"] * len(pictures)).features
+
+    def add(self, name: str, values: dict[str, float]) -> None:
+        self.rows += [row(name, metric, value, "s" if metric == "seconds" else "") for metric, value in values.items()]
+        print(f"{time.perf_counter() - self.began:6.0f} s  {name}  {values}", file=sys.stderr)
+
+    def value(self, name: str, metric: str) -> float:
+        return next(float(r["value"]) for r in self.rows if r["name"] == name and r["metric"] == metric)
+
+    def sheet(self, name: str, rows: dict[str, Tensor], columns: Sequence[str]) -> None:
+        if self.given.sheets:
+            self.given.sheets.mkdir(parents=True, exist_ok=True)
+            cells = [[image_of(p) for p in pictures] for pictures in rows.values()]
+            path = self.given.sheets / f"{self.given.base}-{name}.png"
+            sheet(cells, rows=list(rows), columns=list(columns), least=96, font_size=12).save(path, optimize=True)
+
+
+def tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def image_of(picture: Tensor) -> Image.Image:
+    return Image.fromarray(((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+
+def histogram(one: Tensor, two: Tensor) -> Tensor:
+    def counts(x: Tensor) -> Tensor:
+        bins = ((x + 1) * 4).long().clamp(0, 7)
+        return torch.bincount((bins[0] * 64 + bins[1] * 8 + bins[2]).flatten(), minlength=512) / x[0].numel()
+
+    return (counts(one) - counts(two)).abs().sum() / 2
+
+
+def teal(pictures: Tensor) -> float:
+    """Share of pixels near the character's colour."""
+    colour = torch.tensor([0x11, 0xAA, 0xAA]).view(1, 3, 1, 1) / 127.5 - 1
+    return float(((pictures - colour).abs().amax(dim=1) < 0.35).float().mean())
+
+
+def f1(one: Tensor, two: Tensor) -> float:
+    """Harmonic mean of the shares of lines that have one of the other within a pixel."""
+    a, b = (x[:1] > 0 for x in (one, two))
+    near_a, near_b = (F.max_pool2d(x[None].float(), 3, 1, 1)[0] > 0 for x in (a, b))
+    precision = float((a & near_b).sum() / a.sum().clamp(min=1))
+    recall = float((b & near_a).sum() / b.sum().clamp(min=1))
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+if __name__ == "__main__":
+    main()
