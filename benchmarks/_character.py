@@ -14,7 +14,8 @@ _EYES = {
     "shut": '<path d="M17 33q5 6 10 0M37 33q5 6 10 0" fill="none" stroke="#223" stroke-width="3"/>',
     "wide": '<circle cx="22" cy="33" r="6" fill="#fff"/><circle cx="42" cy="33" r="6" fill="#fff"/>'
     '<circle cx="22" cy="33" r="3" fill="#223"/><circle cx="42" cy="33" r="3" fill="#223"/>',
-    "heart": '<path d="M22 40l-7-7a4 4 0 0 1 7-5a4 4 0 0 1 7 5zM42 40l-7-7a4 4 0 0 1 7-5a4 4 0 0 1 7 5z" fill="#e33"/>',
+    "heart": '<path d="M22 40l-7-7a4 4 0 0 1 7-5a4 4 0 0 1 7 5z" fill="#e33"/>'
+    '<path d="M42 40l-7-7a4 4 0 0 1 7-5a4 4 0 0 1 7 5z" fill="#e33"/>',
     "angry": '<path d="M15 28l12 5M49 28l-12 5" stroke="#223" stroke-width="3"/>'
     '<circle cx="22" cy="36" r="3.5" fill="#223"/><circle cx="42" cy="36" r="3.5" fill="#223"/>',
     "wink": '<circle cx="22" cy="34" r="4" fill="#223"/><path d="M37 34h10" stroke="#223" stroke-width="3"/>',
@@ -26,7 +27,8 @@ _MOUTHS = {
     "grin": '<path d="M21 45h22q-2 11-11 11t-11-11z" fill="#fff" stroke="#223" stroke-width="2"/>',
     "sad": '<path d="M25 52q7-7 14 0" fill="none" stroke="#223" stroke-width="3"/>',
     "o": '<circle cx="32" cy="49" r="5" fill="#223"/>',
-    "tongue": '<path d="M24 46h16" stroke="#223" stroke-width="3"/><path d="M28 47h9v5a4.5 4.5 0 0 1-9 0z" fill="#f67"/>',
+    "tongue": '<path d="M24 46h16" stroke="#223" stroke-width="3"/>'
+    '<path d="M28 47h9v5a4.5 4.5 0 0 1-9 0z" fill="#f67"/>',
     "flat": '<path d="M25 49h14" stroke="#223" stroke-width="3"/>',
 }
 _EXTRAS = {

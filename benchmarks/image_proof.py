@@ -17,13 +17,12 @@ once without). Then, over names that were not among the 50 and three seeds:
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,9 @@ from judge import STYLES, judge, load_judge  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from veneer.models.image_grid import sheet  # noqa: E402
 
 import veneer  # noqa: E402
-from veneer.models.image_grid import sheet  # noqa: E402
 
 STRENGTHS = (0.0, 0.5, 1.0)
 STYLE, CONTENT = ("pixel", "histogram", "features"), ("top 1", "top 5")
@@ -76,7 +75,7 @@ class Proof:
         self.bars: list[dict[str, Any]] = []
         names = table_of_names()
         known = [n for _, n in names["held out"]]
-        everything = dict((n, f) for f, n in names["held out"] + names["new to the base"])
+        everything = {n: f for f, n in names["held out"] + names["new to the base"]}
         self.file = everything
         new = [n for _, n in names["new to the base"]]
         self.known, self.new = (known[:6], new[:6]) if given.quick else (known, new)
@@ -158,7 +157,7 @@ class Proof:
             real = torch.stack([self.real[n] for n in names] * len(self.seeds))
             self.add(f"{group}, OpenMoji itself", self.compared(real, names))
             for metric in STYLE:
-                falls = all(found[a][metric] > found[b][metric] for a, b in zip(STRENGTHS, STRENGTHS[1:], strict=False))
+                falls = all(found[a][metric] > found[b][metric] for a, b in pairwise(STRENGTHS))
                 self.bars.append(bar(f"{group}: {metric} falls with strength", 1, float(falls)))
             for metric in CONTENT:
                 kept_share = found[1.0][metric] - found[0.0][metric]
