@@ -27,11 +27,14 @@ from diffusers import (
 from drawings import Drawings, caption, load_drawings
 from edges import edges
 from safetensors import safe_open
+from texts import train_clip, train_t5
 from torch import Tensor, nn
 from torch.nn import functional as F
 from words import clip_tokenizer, t5_tokenizer
 
-STAGES = {"vae": 2000, "flux": 3800, "sdxl": 3400, "flux-canny": 800, "sdxl-canny": 800, "export": 0}
+STAGES = {
+    "vae": 2000, "clip": 600, "t5": 600, "flux": 3800, "sdxl": 3400, "flux-canny": 800, "sdxl-canny": 800, "export": 0
+}  # fmt: skip
 """Stage -> steps."""
 
 SHIPPED = Path(__file__).parents[2] / "src" / "veneer" / "bases"
@@ -56,14 +59,32 @@ def _autoencoder(work: Path) -> AutoencoderKL:
     return model.eval().requires_grad_(False)
 
 
+def _clip(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
+    model = new_flux(tokenizers)["text_encoder"]
+    train_clip(model, tokenizers[0], encode_all(_autoencoder(work), drawings), drawings, work / "clip.pt", steps)
+    _save({"clip": model}, work / "text")
+
+
+def _t5(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
+    model = new_flux(tokenizers)["text_encoder_2"]
+    train_t5(model, tokenizers[1], encode_all(_autoencoder(work), drawings), drawings, work / "t5.pt", steps)
+    _save({"t5": model}, work / "text")
+
+
 def _flux(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
     parts = new_flux(tokenizers)
+    _load({"clip": parts["text_encoder"], "t5": parts["text_encoder_2"]}, work / "text")
     train_flux(parts, tokenizers, encode_all(_autoencoder(work), drawings), drawings, work, steps)
     _save(parts, work / "flux")
 
 
 def _sdxl(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
     vae, parts = _autoencoder(work), new_sdxl(tokenizers)
+    _load({"clip": parts["text_encoder"]}, work / "text")
+    learned = torch.load(work / "text" / "clip.pt", weights_only=True)
+    parts["text_encoder_2"].load_state_dict(
+        {f"text_model.{k}": v for k, v in learned.items()} | {"text_projection.weight": torch.eye(96)}
+    )
     pixels, sizes = _crops(drawings)
     crops = (encode_all(vae, pixels), sizes)
     train_sdxl(parts, tokenizers, encode_all(vae, drawings), crops, drawings, work, steps)
@@ -157,7 +178,8 @@ def _load(parts: dict[str, nn.Module], folder: Path) -> dict[str, nn.Module]:
 
 
 _STAGES = {
-    "vae": _vae, "flux": _flux, "sdxl": _sdxl, "flux-canny": _flux_canny, "sdxl-canny": _sdxl_canny, "export": _export,
+    "vae": _vae, "clip": _clip, "t5": _t5, "flux": _flux, "sdxl": _sdxl, "flux-canny": _flux_canny,
+    "sdxl-canny": _sdxl_canny, "export": _export,
 }  # fmt: skip
 
 if __name__ == "__main__":

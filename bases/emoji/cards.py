@@ -55,8 +55,8 @@ def _card(name: str, parts: dict[str, float], steps: dict[str, int], stage: str)
     out += [
         "## Recipe",
         f"`bases/emoji/build.py` in veneer's repository, from nothing, on one core of a CPU: {steps[stage]:,} steps "
-        f"of 64 drawings, AdamW, warm-up and cosine from {'1e-3' if control else '1.5e-3'}, an average of the weights kept "
-        f"with 0.999. The autoencoder: {steps['vae']:,} steps of 24. One name in ten, chosen by hash, was held out of "
+        f"of 64 drawings, AdamW, warm-up and cosine from {'1e-3' if control else '1.5e-3'}, an average of the weights "
+        f"kept with 0.999. The autoencoder: {steps['vae']:,} steps of 24. One name in ten, chosen by hash, was held out of "
         "everything. No other data, no other model's weights, no person's pictures.",
         "",
         "## Data, licences, attribution",
