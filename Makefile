@@ -14,13 +14,16 @@ TEST_FLAGS ?=
 BENCH ?= text_training
 BENCH_FLAGS ?=
 
-.PHONY: help quickstart test test-slow test-peers test-gpu check format bench clean distclean
+.PHONY: help quickstart image-quickstart test test-slow test-peers test-gpu check format bench clean distclean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 quickstart: $(VENV)/.ready-use ## train an adapter on support tickets, end to end (under five minutes on two cores)
 	@$(RUN) examples/quickstart.py
+
+image-quickstart: $(VENV)/.ready-image ## train a style on 50 drawings and draw with it (under ten minutes on two cores)
+	@$(RUN) examples/image_quickstart.py
 
 test: $(VENV)/.ready-dev ## the default tests: CPU, no network
 	@$(RUN) -m pytest $(TEST_FLAGS)
@@ -72,6 +75,10 @@ $(VENV)/bin/python:
 $(VENV)/.ready-use: pyproject.toml | $(VENV)/bin/python
 	@if [ $(VENV)/.ready-dev -nt pyproject.toml ]; then :; else $(PIP) -e .; fi
 	@touch $@
+
+$(VENV)/.ready-image: pyproject.toml | $(VENV)/bin/python
+	@if [ $(VENV)/.ready-dev -nt pyproject.toml ]; then :; else $(PIP) -e '.[image,emoji]'; fi
+	@touch $@ $(VENV)/.ready-use
 
 $(VENV)/.ready-dev: pyproject.toml | $(VENV)/bin/python
 	@$(PIP) -e '.[dev]'

@@ -56,8 +56,8 @@ def _card(name: str, parts: dict[str, float], steps: dict[str, int], stage: str)
         "## Recipe",
         f"`bases/emoji/build.py` in veneer's repository, from nothing, on one core of a CPU: {steps[stage]:,} steps "
         f"of 64 drawings, AdamW, warm-up and cosine from {'1e-3' if control else '1.5e-3'}, an average of the weights "
-        f"kept with 0.999. The autoencoder: {steps['vae']:,} steps of 24. One name in ten, chosen by hash, was held out of "
-        "everything. No other data, no other model's weights, no person's pictures.",
+        f"kept with 0.999. The autoencoder: {steps['vae']:,} steps of 24. One name in ten, chosen by hash, was held "
+        "out of everything. No other data, no other model's weights, no person's pictures.",
         "",
         "## Data, licences, attribution",
         "The drawings that are named alike in at least three of the four sets; flags and skin tones are left out.",

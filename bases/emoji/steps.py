@@ -26,18 +26,22 @@ def optimise(
     average: float = 0.999,
     seed: int = 0,
     save_every: int = 250,
+    rates: dict[str, float] | None = None,
 ) -> None:
     """Minimises `loss(step, generator)` over the parameters of `parts`, which end as their running average.
 
-    The average's decay grows as min(average, (1 + k) / (10 + k)). `state`: where everything is kept every `save_every`
-    steps; a run that finds the file goes on from it. Losses go to `state` with the suffix .jsonl.
+    `rates`: part -> share of the learning rate that it gets, 1 where it is not named. The average's decay grows as
+    min(average, (1 + k) / (10 + k)). `state`: where everything is kept every `save_every` steps; a run that finds the
+    file goes on from it. Losses go to `state` with the suffix .jsonl.
     """
     weights = {f"{p}.{n}": w for p, part in parts.items() for n, w in part.named_parameters() if w.requires_grad}
     # Vectors (norms, biases) and tables are not pulled to zero.
-    decayed = [w for n, w in weights.items() if w.ndim >= 2 and "embed" not in n]
-    others = [w for n, w in weights.items() if w.ndim < 2 or "embed" in n]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, weight in weights.items():
+        decay = weight_decay if weight.ndim >= 2 and "embed" not in name else 0.0
+        groups.setdefault(((rates or {}).get(name.partition(".")[0], 1.0), decay), []).append(weight)
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [{"params": w, "weight_decay": decay, "share": share} for (share, decay), w in groups.items()],
         lr=learning_rate, betas=(0.9, 0.99), fused=True,
     )  # fmt: skip
     mean = {n: w.detach().clone() for n, w in weights.items()}
@@ -56,7 +60,7 @@ def optimise(
     for step in range(first, steps):
         rate = learning_rate * min((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         value = loss(step, generator)
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
