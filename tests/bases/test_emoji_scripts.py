@@ -1,0 +1,143 @@
+"""The scripts that make the emoji bases: what they say of themselves, on a few synthetic drawings."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "bases" / "emoji"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield
+    for name in set(sys.modules) - before:
+        if (SCRIPTS / f"{name}.py").is_file():
+            del sys.modules[name]
+
+
+CAPTIONS = ["face, noto", "red heart", "face with tears of joy, fluent style", "pizza"] * 4
+
+
+def test_one_name_in_ten_is_held_out_whatever_its_style() -> None:
+    from drawings import is_held_out
+
+    names = [f"thing {i}" for i in range(5000)]
+    share = sum(map(is_held_out, names)) / len(names)
+    assert 0.08 < share < 0.12
+    assert [is_held_out(n) for n in names] == [is_held_out(n) for n in names]
+
+
+def test_a_drawing_is_on_white_and_of_the_size_asked_for() -> None:
+    from drawings import draw
+
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><rect width="4" height="8" fill="#f00"/></svg>'
+    picture = draw(svg, 16)
+    assert picture.shape == (16, 16, 3)
+    assert (picture[:, :8] == [255, 0, 0]).all()
+    assert (picture[:, 8:] == 255).all()
+
+
+def test_edges_are_white_lines_on_black_where_colours_meet() -> None:
+    from edges import edges
+
+    picture = np.full((1, 32, 32, 3), 255, dtype=np.uint8)
+    picture[:, :, 16:] = 0
+    lines = edges(picture)
+    assert lines.shape == (1, 3, 32, 32)
+    assert set(lines.unique().tolist()) == {-1.0, 1.0}
+    columns = (lines[0, 0] > 0).any(dim=0).nonzero().flatten()
+    assert len(columns) > 0
+    assert all(14 <= c <= 17 for c in columns.tolist())
+    same = edges(torch.from_numpy(picture).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    assert torch.equal(same, lines)
+
+
+def test_tokenizers_read_and_give_back_what_they_were_made_from(tmp_path: Path) -> None:
+    from words import LENGTH, clip_tokenizer, t5_tokenizer
+
+    for made in (clip_tokenizer(CAPTIONS), t5_tokenizer(CAPTIONS)):
+        made.save_pretrained(tmp_path)
+        read = type(made).from_pretrained(tmp_path)
+        assert read.model_max_length == LENGTH
+        for text in CAPTIONS[:2]:
+            ids = read(text).input_ids
+            assert ids == made(text).input_ids
+            assert ids[-1] == read.eos_token_id
+        assert read(CAPTIONS[0]).input_ids != read(CAPTIONS[1]).input_ids
+
+
+def test_packing_is_the_pipelines(tmp_path: Path) -> None:
+    from denoisers import image_ids, pack
+    from diffusers import FluxPipeline
+
+    x = torch.randn(2, 4, 16, 16)
+    assert torch.equal(pack(x), FluxPipeline._pack_latents(x, 2, 4, 16, 16))
+    assert torch.equal(image_ids(), FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32))
+
+
+def test_short_attention_is_attention() -> None:
+    from denoisers import short_attention
+    from torch.nn import functional as F
+
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    want = F.scaled_dot_product_attention(q, k, v)
+    causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with short_attention():
+        assert torch.allclose(F.scaled_dot_product_attention(q, k, v), want, atol=1e-6)
+        assert torch.equal(F.scaled_dot_product_attention(q, k, v, is_causal=True), causal)
+    assert torch.equal(F.scaled_dot_product_attention(q, k, v), want)
+
+
+def test_an_interrupted_stage_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    from steps import optimise
+
+    def run(state: Path, stops: int | None) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 4)
+
+        def loss(step: int, generator: torch.Generator) -> Tensor:
+            if step == stops:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 4, generator=generator)
+            return (model(x) - x).square().mean()
+
+        settings: dict[str, Any] = {"steps": 12, "learning_rate": 0.1, "warmup": 2, "save_every": 4, "state": state}
+        try:
+            optimise({"model": model}, loss, **settings)
+        except KeyboardInterrupt:
+            assert stops is not None
+        return model.state_dict()
+
+    whole = run(tmp_path / "whole.pt", None)
+    run(tmp_path / "cut.pt", 9)
+    again = run(tmp_path / "cut.pt", None)
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_the_judge_ranks_the_name_it_was_taught(tmp_path: Path) -> None:
+    from judge import STYLES, Judge, judge
+
+    torch.manual_seed(0)
+    model = Judge(["red", "blue"]).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    x = torch.stack([torch.tensor([1.0, -1, -1]), torch.tensor([-1.0, -1, 1])])[:, :, None, None].expand(2, 3, 64, 64)
+    for _ in range(15):
+        scores, _, features = model(x)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(scores, torch.tensor([0, 1])).backward()
+        optimizer.step()
+    verdict = judge(model, x, ["red", "blue"])
+    assert verdict.rank.tolist() == [0, 0]
+    assert judge(model, x, ["blue", "red"]).rank.tolist() == [1, 1]
+    assert verdict.style.shape == (2, len(STYLES))
+    assert torch.allclose(features.norm(dim=1), torch.ones(2), atol=1e-5)

@@ -1,0 +1,119 @@
+"""The bases that veneer ships: whole, small, loaded by diffusers itself, and doing what a prompt and lines say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import veneer.models.image as image_models
+from veneer.models.builtin import packaged_place
+
+BASES, CONTROLS = ("emoji-flux", "emoji-sdxl"), ("emoji-flux-canny", "emoji-sdxl-canny")
+
+
+def millions(folder: Path) -> float:
+    from safetensors import safe_open
+
+    total = 0
+    for file in folder.rglob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                assert part.get_dtype() == "BF16", f"{file}: {name}"
+                total += torch.Size(part.get_shape()).numel()
+    return total / 1e6
+
+
+def test_everything_together_is_at_most_45_megabytes() -> None:
+    files = [f for name in (*BASES, *CONTROLS) for f in (packaged_place() / name).rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files if f.suffix != ".png") <= 45e6
+    assert not [f for f in files if f.suffix not in {".safetensors", ".json", ".md", ".png", ".txt"}]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_has_8_to_11_million_parameters(name: str) -> None:
+    assert 8 <= millions(packaged_place() / name) <= 11
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_controlnet_has_2_to_3_million_parameters(name: str) -> None:
+    assert 2 <= millions(packaged_place() / name) <= 3
+
+
+@pytest.mark.parametrize("name", (*BASES, *CONTROLS))
+def test_the_card_names_every_set_its_licence_and_the_recipe(name: str) -> None:
+    card = (packaged_place() / name / "README.md").read_text(encoding="utf-8")
+    for word in ("Noto", "Apache-2.0", "Twemoji", "CC-BY-4.0", "Fluent", "MIT", "EmojiOne", "## Recipe", "held out"):
+        assert word in card, word
+    for picture in {line.partition("](")[2].rstrip(")") for line in card.splitlines() if line.startswith("![")}:
+        assert (packaged_place() / name / picture).is_file()
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> dict[str, Any]:
+    """diffusers' own loading, from the folder alone."""
+    from diffusers import DiffusionPipeline
+
+    made = {n: DiffusionPipeline.from_pretrained(packaged_place() / n, local_files_only=True) for n in BASES}
+    for each in made.values():
+        each.set_progress_bar_config(disable=True)
+    return made
+
+
+def draw(pipeline: Any, prompt: str, steps: int = 12, **more: Any) -> torch.Tensor:
+    """(3, 64, 64) in 0 … 1."""
+    if "Flux" in type(pipeline).__name__:
+        more["max_sequence_length"] = pipeline.tokenizer_2.model_max_length
+    generator = torch.Generator().manual_seed(3)
+    out = pipeline(
+        prompt, height=64, width=64, num_inference_steps=steps, guidance_scale=3.0, generator=generator,
+        output_type="pt", **more,
+    )  # fmt: skip
+    return out.images[0].float()
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_diffusers_draws_what_the_prompt_names(pipelines: dict[str, Any], name: str) -> None:
+    heart = draw(pipelines[name], "red heart, noto style")
+    face = draw(pipelines[name], "grinning face, twemoji style")
+    for picture in (heart, face):
+        assert picture.isfinite().all()
+        assert picture[:, :3, :3].mean() > 0.85, "the corners are white"
+    centre = heart[:, 24:40, 24:40].mean(dim=(1, 2))
+    assert centre[0] > centre[2] + 0.3, "a red heart is red"
+    centre = face[:, 16:48, 16:48].mean(dim=(1, 2))
+    assert min(centre[0], centre[1]) > centre[2] + 0.2, "a grinning face is yellow"
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_veneer_loads_the_same_weights_as_diffusers(pipelines: dict[str, Any], name: str) -> None:
+    base = image_models.load_image(name, dtype="bfloat16", device="cpu")
+    assert base.size == 64
+    theirs = pipelines[name].unet if base.family == "sdxl" else pipelines[name].transformer
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(base.denoiser.parameters(), theirs.parameters()))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_controlnet_holds_the_lines(name: str) -> None:
+    cv2 = pytest.importorskip("cv2")
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    lines = Image.new("RGB", (64, 64), "black")
+    ImageDraw.Draw(lines).rectangle((14, 20, 50, 46), outline="white")
+    base = image_models.load_image(name, dtype="float32", device="cpu")
+    control = image_models.load_control(f"{name}-canny", base)
+    pipe = image_models.pipeline(base, "text", controls=[control])
+    wanted = np.asarray(lines)[:, :, 0] > 0
+
+    def agreement(scale: float) -> float:
+        more = {"control_image" if "Flux" in type(pipe).__name__ else "image": lines}
+        picture = draw(pipe, "blue square, noto style", controlnet_conditioning_scale=scale, **more)
+        array = (picture.permute(1, 2, 0).clamp(0, 1) * 255).byte().numpy()
+        found = cv2.dilate(cv2.Canny(np.ascontiguousarray(array), 100, 200), np.ones((3, 3))) > 0
+        return float((found & wanted).sum() / wanted.sum())
+
+    assert agreement(1.0) > agreement(0.0) + 0.1
