@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-
 import veneer.models.image as image_models
+
 from veneer.models.builtin import packaged_place
 
 BASES, CONTROLS = ("emoji-flux", "emoji-sdxl"), ("emoji-flux-canny", "emoji-sdxl-canny")
@@ -43,7 +43,7 @@ def test_a_controlnet_has_2_to_3_million_parameters(name: str) -> None:
     assert 2 <= millions(packaged_place() / name) <= 3
 
 
-@pytest.mark.parametrize("name", (*BASES, *CONTROLS))
+@pytest.mark.parametrize("name", [*BASES, *CONTROLS])
 def test_the_card_names_every_set_its_licence_and_the_recipe(name: str) -> None:
     card = (packaged_place() / name / "README.md").read_text(encoding="utf-8")
     for word in ("Noto", "Apache-2.0", "Twemoji", "CC-BY-4.0", "Fluent", "MIT", "EmojiOne", "## Recipe", "held out"):
@@ -93,7 +93,9 @@ def test_veneer_loads_the_same_weights_as_diffusers(pipelines: dict[str, Any], n
     base = image_models.load_image(name, dtype="bfloat16", device="cpu")
     assert base.size == 64
     theirs = pipelines[name].unet if base.family == "sdxl" else pipelines[name].transformer
-    assert all(torch.equal(a.float(), b.float()) for a, b in zip(base.denoiser.parameters(), theirs.parameters()))
+    assert all(
+        torch.equal(a.float(), b.float()) for a, b in zip(base.denoiser.parameters(), theirs.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", BASES)
