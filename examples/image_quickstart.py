@@ -54,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     step(4, f"Drawing: {len(names['held out'][: args.names])} names that were not among the 50")
     shown = names["held out"][: args.names]
     prompts = [f"{name}, openmoji style" for _, name in shown]
-    base = veneer.load_image_base(args.base)
     drawn = {
         strength: [
             made.image
