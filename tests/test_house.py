@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "veneer"
 FLOORS = {"errors": 0, "kernels": 0, "core": 1, "formats": 2, "models": 2, "library": 3, "using": 4, "train": 5}
-FLOORS |= {"inspecting": 5, "merging": 5, "mixing": 5, "api": 6, "cli": 7}
+FLOORS |= {"inspecting": 5, "merging": 5, "mixing": 5, "imaging": 5, "api": 6, "cli": 7}
 """A module may import from its own folder and from lower floors. Neighbours on one floor do not know each other."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -68,7 +68,7 @@ def test_a_heavy_package_is_imported_only_where_it_belongs(path: Path) -> None:
     """transformers is known to models (and to train for its types); peers are never imported."""
     allowed = {"transformers": {"models", "train", "cli", "api"}, "datasets": {"train"}, "gguf": {"models", "formats"}}
     allowed |= {"typer": {"cli"}, "rich": {"cli", "train"}, "pydantic": {"train"}}
-    allowed |= {"sqlalchemy": {"library"}, "fsspec": {"library"}, "diffusers": {"models"}}
+    allowed |= {"sqlalchemy": {"library"}, "fsspec": {"library"}, "diffusers": {"models"}, "cv2": {"imaging"}}
     for line, name in imports(path):
         top = name.split(".")[0]
         assert top not in {"peft", "trl", "vllm", "unsloth"}, f"{path}:{line}: a peer is not a dependency"
@@ -180,7 +180,7 @@ def test_scale_is_computed_in_one_place() -> None:
     assert [o.split(":")[0] for o in offenders] == ["core/adapter.py"] * 2, offenders
 
 
-@pytest.mark.parametrize("folder", ["src", "tests", "examples", "benchmarks"])
+@pytest.mark.parametrize("folder", ["src", "tests", "examples", "benchmarks", "bases"])
 def test_files_are_small(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
         lines = len(path.read_text(encoding="utf-8").splitlines())
@@ -192,7 +192,7 @@ def test_tests_mirror_the_package() -> None:
     rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.rglob("test_*.py"))}
     assert rooms <= folders, f"no tests for {sorted(rooms - folders)}"
-    assert folders <= rooms | {"examples", "benchmarks"}, sorted(folders - rooms)
+    assert folders <= rooms | {"examples", "benchmarks", "bases"}, sorted(folders - rooms)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=ids)
