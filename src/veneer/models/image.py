@@ -27,7 +27,8 @@ from veneer.models.image_files import Loaded, control_of, read_directory, read_s
 from veneer.models.quiet import quiet
 from veneer.models.sources import find
 
-__all__ = ["ControlNet", "ImageBase", "Kind", "load_control", "load_image", "pipeline", "release", "text_length"]
+__all__ = ["ControlNet", "ImageBase", "Kind", "load_control", "load_image", "pipeline", "readers", "release"]
+__all__ += ["text_length", "text_settings"]
 
 Kind = Literal["text", "image", "inpaint"]
 ControlNet = nn.Module
@@ -274,15 +275,32 @@ def load_control(name: str | Path, base: ImageBase) -> ControlNet:
 
 
 def text_length(base: ImageBase) -> int:
-    """Tokens of a prompt that the denoiser attends to at most; what to give the pipelines as `max_sequence_length`.
+    """Tokens of a prompt that the denoiser attends to at most.
 
     schnell was trained on 256 (black-forest-labs/flux, t5_embedder); a tokenizer that says fewer says so rightly."""
-    length = base.row.length
+    return _limit(base, next(iter(base.row.readers)))
+
+
+def text_settings(base: ImageBase) -> dict[str, int]:
+    """The argument that tells a pipeline of this family, and its `encode_prompt`, how much of a prompt to read."""
+    return {} if base.row.denoiser == "unet" else {"max_sequence_length": text_length(base)}
+
+
+def _limit(base: ImageBase, name: str) -> int:
+    length = base.row.readers[name]
     if base.family == "flux1" and not base.denoiser.config.guidance_embeds:
         length = 256
-    reader = next((base.parts[n] for n in base.row.reader if base.parts.get(n) is not None), None)
-    said = getattr(reader, "model_max_length", None) or length
-    return int(min(length, said))
+    return int(min(length, getattr(base.parts.get(name), "model_max_length", None) or length))
+
+
+def readers(base: ImageBase) -> list[tuple[Any, int]]:
+    """The tokenizers whose tokens the denoiser attends to, and how many of each it reads at most."""
+    out = []
+    for name in base.row.readers:
+        encoder = name.replace("tokenizer", "text_encoder")
+        if base.parts.get(name) is not None and (base.parts.get(encoder) is not None or encoder in base._released):
+            out.append((base.parts[name], _limit(base, name)))  # SD3 may come without its T5
+    return out
 
 
 def release(base: ImageBase, *names: str) -> None:
