@@ -122,6 +122,15 @@ def test_schnell_reads_half_as_much_as_dev(load: Any) -> None:
     assert (text_length(dev), text_length(schnell)) == (512, 256)
 
 
+def test_a_flag_of_the_index_reaches_the_pipelines(bases: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(tiny_image_base(bases, "sdxl"), tmp_path / "flag")
+    assert pipeline(load_image(str(copied))).config.force_zeros_for_empty_prompt
+    _edit(copied / "model_index.json", force_zeros_for_empty_prompt=False)
+    base = load_image(str(copied))
+    for kind in ("text", "image", "inpaint"):
+        assert not pipeline(base, kind).config.force_zeros_for_empty_prompt  # type: ignore[arg-type]
+
+
 def _edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
