@@ -25,7 +25,7 @@ from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileEr
 from veneer.formats import peft
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, read_card
-from veneer.models.image_families import FAMILIES, family_label, same_family
+from veneer.models.image_families import family_label, is_image, same_family
 
 if TYPE_CHECKING:
     from torch import nn
@@ -155,7 +155,7 @@ def load_adapter(base: Base, name: str, *, allow_other_base: bool = False) -> Ad
 
 
 def _read_for(base: Base, path: Path) -> reader.Reading:
-    if path.is_dir() and base.family not in FAMILIES:
+    if path.is_dir() and not is_image(base.family):
         loaded = peft.load(path, base.model)
         return reader.Reading(loaded.adapter, "peft", [], None, notes=loaded.notes)
     return reader.read(path, base=base.model, family=base.family)
@@ -166,12 +166,12 @@ def _refuse_other_family(
 ) -> None:
     """Raises MismatchError where what was read is not of the base's family."""
     its = found.family
-    if its is None and (base.family not in FAMILIES or found.adapter.card.kind == "image"):
+    if its is None and (not is_image(base.family) or found.adapter.card.kind == "image"):
         return  # one language model's names are like another's: the error says which do not fit
     if its is not None and same_family(its, base.family):
         return
     label = family_label(its) if its else "text"
-    own = FAMILIES[base.family].label if base.family in FAMILIES else f"a language model ({base.family})"
+    own = family_label(base.family) if is_image(base.family) else f"a language model ({base.family})"
     raise MismatchError(
         f"this is {'an' if label == 'SDXL' else 'a'} {label} adapter, the base is {own}\n"
         f"  adapter: {name}\n"

@@ -18,7 +18,7 @@ from veneer.errors import BaseError, ConfigError, MissingExtraError, ResourceErr
 from veneer.formats.topology import families
 from veneer.formats.topology_dit import flux2
 from veneer.models.image import ImageBase, load_control, load_image, pipeline, release, text_length, text_settings
-from veneer.models.image_families import FAMILIES
+from veneer.models.image_families import FAMILIES, topology_name
 from veneer.models.image_predict import latent_shape
 from veneer.models.text import load_text
 
@@ -112,6 +112,14 @@ def test_sizes_are_the_directorys(load: Any, bases: Path, tmp_path: Path) -> Non
     _edit(copied / "scheduler" / "scheduler_config.json", prediction_type="sample")
     with pytest.raises(BaseError, match="prediction_type 'sample'"):
         load_image(str(copied))
+
+
+def test_sd3_has_two_sizes_whose_last_blocks_differ() -> None:
+    row = FAMILIES["sd3"]
+    assert [topology_name(row, {"num_layers": n}) for n in (24, 38)] == ["sd3", "sd3-large"]
+    for n, name in ((24, "sd3"), (38, "sd3-large")):
+        blocks = {m.split(".")[2] for m in families()[name].modules if m.startswith("transformer.transformer_blocks")}
+        assert len(blocks) == n
 
 
 def test_schnell_reads_half_as_much_as_dev(load: Any) -> None:

@@ -181,7 +181,7 @@ def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None, 
             ("by its proportions", [n for n in tied if _proportions(n, shapes)]),
             ("by its widths", [n for n in tied if _widths(n, found[n], shapes)]),
             ("by its metadata", [n for n in tied if n == claim or (claim == "sd3" and n == "sd3-large")]),
-            ("by its base", [n for n in tied if n == wanted or (wanted == "sd3" and n == "sd3-large")]),
+            ("by its base", [n for n in tied if n == wanted]),
             ("by its share of the like modules", [n for n in tied if shares[n] == max(shares.values()) >= 0.5]),
         ):
             keep = [n for n in keep if n in tied]

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from veneer.errors import BaseError, ConfigError
-from veneer.models.image_families import FAMILIES, ImageFamily
+from veneer.models.image_families import FAMILIES, ImageFamily, topology_name
 from veneer.models.image_files import Loaded, control_of, read_directory, read_single_file
 from veneer.models.quiet import quiet
 from veneer.models.sources import find
@@ -53,9 +53,10 @@ ControlNet = nn.Module
 class ImageBase:
     """A frozen image model.
 
-    `family`: a row of image_families. `model`: what adapters attach to, under canonical names. `parts`: diffusers'
-    components by their names there; `model` and every pipeline share them. `prediction`: what the denoiser gives.
-    `size`: default picture side in pixels. `notes`: what a person should know about the loading, one sentence each."""
+    `family`: as formats.topology calls it; `row` is its row of image_families. `model`: what adapters attach to, under
+    canonical names. `parts`: diffusers' components by their names there; `model` and every pipeline share them.
+    `prediction`: what the denoiser gives. `size`: default picture side in pixels. `notes`: what a person should know
+    about the loading, one sentence each."""
 
     name: str
     family: str
@@ -74,12 +75,13 @@ class ImageBase:
     """Arguments of pipelines that the directory's index states."""
     notes: tuple[str, ...] = ()
     quantised: str | None = None
+    _scale: int = field(default=8, repr=False)
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
     _released: set[str] = field(default_factory=set, repr=False)
 
     @property
     def row(self) -> ImageFamily:
-        return FAMILIES[self.family]
+        return FAMILIES[self.family.removesuffix("-large")]
 
     @property
     def denoiser(self) -> Any:
@@ -89,14 +91,12 @@ class ImageBase:
     @property
     def vae_scale(self) -> int:
         """Pixels a side of one latent."""
-        return vae_scale(self.part("vae"))
+        return self._scale
 
     @property
     def unit(self) -> int:
         """Height and width of a picture are multiples of this many pixels."""
-        return self._unit
-
-    _unit: int = field(default=8, repr=False)
+        return self._scale * self.row.patch
 
     def part(self, name: str) -> Any:
         """The component of that name. Raises BaseError where it has been released."""
@@ -173,7 +173,7 @@ def _base(name: str, path: Path, read: Loaded, quantise: str | None) -> ImageBas
     scale = vae_scale(vae)
     return ImageBase(
         name=name,
-        family=row.name,
+        family=topology_name(row, denoiser.config),
         model=Components(trainable).eval(),
         parts=read.parts,
         directory=path,
@@ -187,7 +187,7 @@ def _base(name: str, path: Path, read: Loaded, quantise: str | None) -> ImageBas
         settings=read.settings,
         notes=tuple(read.notes),
         quantised=quantise,
-        _unit=scale * row.patch,
+        _scale=scale,
     )
 
 
@@ -305,7 +305,7 @@ def text_settings(base: ImageBase) -> dict[str, int]:
 
 def _limit(base: ImageBase, name: str) -> int:
     length = base.row.readers[name]
-    if base.family == "flux1" and not base.denoiser.config.guidance_embeds:
+    if base.row.name == "flux1" and not base.denoiser.config.guidance_embeds:
         length = 256
     return int(min(length, getattr(base.parts.get(name), "model_max_length", None) or length))
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FAMILIES", "ImageFamily", "family_label", "family_of", "same_family"]
+__all__ = ["FAMILIES", "ImageFamily", "family_label", "family_of", "is_image", "same_family", "topology_name"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,16 @@ def family_of(classname: str, config: Mapping[str, Any]) -> ImageFamily | None:
             return None  # Kandinsky, DeepFloyd
         return FAMILIES["sd2" if config.get("use_linear_projection") else "sd15"]
     return next((f for f in FAMILIES.values() if f.classname == classname), None)
+
+
+def topology_name(row: ImageFamily, config: Mapping[str, Any]) -> str:
+    """The family as formats.topology calls it, which has SD3's two sizes apart: their last blocks differ."""
+    return "sd3-large" if row.name == "sd3" and config.get("num_layers", 0) > 24 else row.name
+
+
+def is_image(family: str) -> bool:
+    """Whether a base's family is one of these."""
+    return family.removesuffix("-large") in FAMILIES
 
 
 def family_label(name: str) -> str:

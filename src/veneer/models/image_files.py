@@ -267,7 +267,7 @@ def _load(
         return made, ()
     model, info = made
     notes = check_loaded(folder, info)
-    return (model if quantise else model.to(device)), notes
+    return (model if quantise or getattr(model, "hf_quantizer", None) else model.to(device)), notes
 
 
 def unreadable(where: Path, error: Exception) -> BaseError:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from veneer.models.image import Components, default_size, prediction_of, vae_scale
+from veneer.models.image_families import topology_name
 from veneer.models.image_files import (
     components,
     digest_of,
@@ -58,7 +59,7 @@ def outline_image(name: str, path: Path) -> dict[str, Any]:
     return {
         "name": name,
         "path": str(path),
-        "family": family.name,
+        "family": topology_name(family, denoiser.config),
         "kind": family.label,
         "predicts": prediction_of(family, parts["scheduler"], path),
         "parameters": sum(t.elements for table in tables.values() for t in table),

@@ -93,20 +93,20 @@ def encode_prompts(base: ImageBase, prompts: Sequence[str]) -> Conditioning:
     texts = list(prompts)
     pipe = pipeline(base)
     given: dict[str, Any] = {"prompt": texts, "device": base.device, **text_settings(base)}
-    if base.family in ("sd15", "sd2", "sdxl", "sd3"):
+    if base.row.name in ("sd15", "sd2", "sdxl", "sd3"):
         given |= {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
-    if base.family == "sd3":
+    if base.row.name == "sd3":
         given |= {"prompt_2": None, "prompt_3": None}
-    elif base.family == "flux1":
+    elif base.row.name == "flux1":
         given |= {"prompt_2": None}
     with quiet():
         found = pipe.encode_prompt(**given)
     cut = [cut_of(base, text) for text in texts]
-    if base.family in ("sdxl", "sd3"):
+    if base.row.name in ("sdxl", "sd3"):
         return Conditioning(found[0], found[2], None, cut)
-    if base.family == "flux1":
+    if base.row.name == "flux1":
         return Conditioning(found[0], found[1], None, cut)
-    if base.family == "qwen-image":
+    if base.row.name == "qwen-image":
         return Conditioning(found[0], None, found[1], cut)
     return Conditioning(found[0], None, None, cut)
 
@@ -119,7 +119,7 @@ def cut_of(base: ImageBase, prompt: str) -> str:
 def _unread(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
     before, after, special = _around(base)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2's is a processor
-    if base.family == "qwen-image":
+    if base.row.name == "qwen-image":
         limit += pipeline(base).prompt_template_encode_start_idx  # so many tokens of the template are dropped
     read = tokenizer(before + prompt + after, return_offsets_mapping=True, add_special_tokens=special)
     ids, offsets = read["input_ids"], read["offset_mapping"]
@@ -136,10 +136,10 @@ def _around(base: ImageBase) -> tuple[str, str, bool]:
     """What the pipeline puts around a prompt, and whether the tokenizer adds its special tokens to that."""
     pipe = pipeline(base)
     mark = "\x00"
-    if base.family == "qwen-image":
+    if base.row.name == "qwen-image":
         before, _, after = pipe.prompt_template_encode.partition("{}")
         return before, after, False
-    if base.family != "flux2":
+    if base.row.name != "flux2":
         return "", "", True
     tokenizer = base.parts["tokenizer"]
     if type(pipe).__name__ == "Flux2KleinPipeline":
@@ -180,7 +180,7 @@ def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator 
         raise BaseError(f"pictures of shape {tuple(pixels.shape)}: want (n, 3, h, w), sides multiples of {base.unit}")
     with _vae_of(base) as vae:
         x = pixels.to(base.device, vae.dtype)
-        if base.family == "qwen-image":
+        if base.row.name == "qwen-image":
             x = x[:, :, None]
         posterior = vae.encode(x).latent_dist
         z = posterior.mode() if generator is None else posterior.sample(generator)
@@ -193,14 +193,14 @@ def decode_latents(base: ImageBase, latents: Tensor) -> Tensor:
     with _vae_of(base) as vae:
         z = _denormalise(base, vae, latents.to(base.device, vae.dtype))
         out: Tensor = vae.decode(z, return_dict=False)[0]
-        return out[:, :, 0] if base.family == "qwen-image" else out
+        return out[:, :, 0] if base.row.name == "qwen-image" else out
 
 
 def _normalise(base: ImageBase, vae: Any, z: Tensor) -> Tensor:
-    if base.family == "flux2":
+    if base.row.name == "flux2":
         mean, std = _batch_norm(vae, z)
         return (_patches(z) - mean) / std
-    if base.family == "qwen-image":
+    if base.row.name == "qwen-image":
         mean, std = _per_channel(vae, z)
         return ((z - mean) / std)[:, :, 0]
     if _has_mean(vae):
@@ -211,10 +211,10 @@ def _normalise(base: ImageBase, vae: Any, z: Tensor) -> Tensor:
 
 
 def _denormalise(base: ImageBase, vae: Any, x: Tensor) -> Tensor:
-    if base.family == "flux2":
+    if base.row.name == "flux2":
         mean, std = _batch_norm(vae, x)
         return _whole(x * std + mean)
-    if base.family == "qwen-image":
+    if base.row.name == "qwen-image":
         x = x[:, :, None]
         mean, std = _per_channel(vae, x)
         return x * std + mean
@@ -261,10 +261,10 @@ def _whole(x: Tensor) -> Tensor:
 def latent_shape(base: ImageBase, height: int, width: int) -> tuple[int, int, int]:
     """(c, h, w) of the latents of a picture of that many pixels."""
     scale = base.vae_scale
-    if base.family == "flux2":
+    if base.row.name == "flux2":
         return int(base.denoiser.config.in_channels), height // scale // 2, width // scale // 2
     channels = base.denoiser.config.in_channels
-    if base.family in ("flux1", "qwen-image"):
+    if base.row.name in ("flux1", "qwen-image"):
         channels //= 4
     elif base.row.denoiser == "unet":
         channels = base.denoiser.config.out_channels  # an inpainting U-Net takes a mask and a picture as well
@@ -306,7 +306,7 @@ def predict(
     x = latents.to(dtype)
     text = text.to(latents.device, dtype)
     t = timesteps.to(latents.device).expand(n)
-    if (sizes is None) == (base.family == "sdxl"):
+    if (sizes is None) == (base.row.name == "sdxl"):
         raise BaseError(
             "SDXL needs sizes, its time ids (n, 6)" if sizes is None else f"{base.row.label} takes no sizes"
         )
@@ -321,7 +321,7 @@ def predict(
         return out
     # The pipelines carry the timestep σ·1000 in the latents' dtype, and so does this.
     t = (t * 1000).to(dtype)
-    if base.family == "sd3":
+    if base.row.name == "sd3":
         given = {"encoder_hidden_states": text.embeds, "pooled_projections": text.pooled}
         out = denoiser(hidden_states=x, timestep=t, **given, **more)[0]
         return out
@@ -329,13 +329,13 @@ def predict(
     if takes:
         g = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float32, device=latents.device)
         more["guidance"] = g.expand(n)
-    elif base.family in ("flux1", "qwen-image"):
+    elif base.row.name in ("flux1", "qwen-image"):
         more["guidance"] = None
-    if base.family == "flux2":
+    if base.row.name == "flux2":
         return _flux2(denoiser, x, text, more)
     h, w = x.shape[2] // 2, x.shape[3] // 2
     tokens = _patches(x).flatten(2).transpose(1, 2)
-    if base.family == "flux1":
+    if base.row.name == "flux1":
         ids = torch.stack(
             [x.new_zeros(h, w), *torch.meshgrid(_range(x, h), _range(x, w), indexing="ij")], dim=-1
         )  # fmt: skip

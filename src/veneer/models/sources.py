@@ -150,6 +150,10 @@ def _from_hub(name: str, path: Path, say: Callable[[str], None]) -> Path:
         if (Path(found) / "model_index.json").exists():  # no single file at the top, nor what no picture needs
             allow, ignore = [*_HUB_JSON, "*/*.safetensors"], [*_HUB_NOT, *_VARIANTS, *_NOT_DRAWN]
         found = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
+        if allow is not _HUB_FILES and not any(Path(found).glob("*/*.safetensors")):  # there are variants alone
+            found = snapshot_download(
+                repo, revision=revision or None, allow_patterns=allow, ignore_patterns=[*_HUB_NOT, *_NOT_DRAWN]
+            )
     except GatedRepoError as error:
         raise BaseError(
             f"{repo} is gated: its owner wants an account that accepted the terms",
