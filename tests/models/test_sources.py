@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from tests.tiny_base import tiny_base_dir
 from veneer.errors import BaseError
@@ -40,8 +41,8 @@ def test_a_directory_by_path_and_a_base_under_the_home_by_name(home: Path) -> No
     bases_home().mkdir(parents=True)
     folder.rename(bases_home() / "mine")
     assert find("mine") == bases_home() / "mine"
-    assert [b.name for b in known_bases()] == ["smollm2-135m", "mine"]
-    assert [b.here for b in known_bases()] == [False, True]
+    assert [b.name for b in known_bases()] == ["smollm2-135m", "emoji-flux", "emoji-sdxl", "mine"]
+    assert [b.here for b in known_bases() if b.name in ("smollm2-135m", "mine")] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,32 @@ def test_a_base_in_the_hubs_cache_needs_no_hub(home: Path, monkeypatch: pytest.M
     tiny_base_dir(home.parent).rename(repo / "snapshots" / commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
     assert load_text("some/model").directory == repo / "snapshots" / commit
+
+
+@pytest.mark.parametrize("variants", [False, True])
+def test_of_an_image_base_the_hub_is_asked_for_what_is_loaded(
+    home: Path, monkeypatch: pytest.MonkeyPatch, variants: bool
+) -> None:
+    """Not for the same weights in one file at the top, in half precision beside the whole, or for a safety checker."""
+    v = ".fp16" if variants else ""
+    remote = ["model_index.json", "unet/config.json", f"unet/diffusion_pytorch_model{v}.safetensors", "all.safetensors"]
+    remote += [
+        "tokenizer/vocab.json",
+        "safety_checker/model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+    ]
+    got: set[str] = set()
+
+    def download(repo: str, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
+        for name in filter_repo_objects(remote, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (home / "snap" / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / "snap" / name).write_text("{}")
+            got.add(name)
+        return str(home / "snap")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find("some/sdxl") == home / "snap"
+    assert got == {"model_index.json", "unet/config.json", "tokenizer/vocab.json", remote[2]}
 
 
 def test_directories_that_are_no_base_say_what_they_are(home: Path) -> None:

@@ -157,12 +157,14 @@ _CONTEXT = {"sd15": 768, "sd2": 1024, "sdxl": 2048}
 _HIDDEN = {"flux1": {3072}, "flux2": {3072, 4096, 6144}, "qwen-image": {3072}, "sd3": {1536}, "sd3-large": {2432}}
 
 
-def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None) -> Choice:
-    """`shapes`: module text -> (out, in) of its weight where known. `claim`: what the metadata says.
+def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None, wanted: str | None = None) -> Choice:
+    """`shapes`: module text -> (out, in) of its weight where known. `claim`: what the metadata says. `wanted`: the
+    family of the base that the adapter is to act on.
 
     Most names covered; then, of those that cover as many, the families whose proportions are the file's, whose official
-    widths are, the one the metadata claims, the one whose like modules the file fills most and at least half, and the
-    most common. Shapes only decide between names that are alike: an unusual width excludes nothing."""
+    widths are, the one the metadata claims, the one that is wanted, the one whose like modules the file fills most and
+    at least half, and the most common. Shapes only decide between names that are alike: an unusual width excludes
+    nothing."""
     found = {
         name: {text: places for text in shapes if (places := lookup(family, text)) is not None}
         for name, family in families().items()
@@ -179,6 +181,7 @@ def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None) 
             ("by its proportions", [n for n in tied if _proportions(n, shapes)]),
             ("by its widths", [n for n in tied if _widths(n, found[n], shapes)]),
             ("by its metadata", [n for n in tied if n == claim or (claim == "sd3" and n == "sd3-large")]),
+            ("by its base", [n for n in tied if n == wanted]),
             ("by its share of the like modules", [n for n in tied if shares[n] == max(shares.values()) >= 0.5]),
         ):
             keep = [n for n in keep if n in tied]

@@ -1,0 +1,38 @@
+"""Quantised image bases, which bitsandbytes serves through diffusers on CUDA alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_image_base import SIZE, tiny_image_base
+from veneer.core.adapter import LoraSpec
+from veneer.core.attach import attach
+from veneer.core.init import create
+from veneer.models.image import load_image
+from veneer.models.image_predict import encode_prompts, latent_shape, predict
+
+pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("quantise", ["nf4", "int8"])
+def test_a_quantised_base_predicts_nearly_the_same_and_trains_an_adapter(quantise: Any, tmp_path: Path) -> None:
+    folder = str(tiny_image_base(tmp_path, "flux1"))
+    base = load_image(folder, dtype="bfloat16", device="cuda", quantise=quantise)
+    plain = load_image(folder, dtype="bfloat16", device="cuda")
+    assert base.fingerprint == plain.fingerprint
+    assert any("Linear4bit" in type(m).__name__ or "Linear8bit" in type(m).__name__ for m in base.denoiser.modules())
+    x = torch.randn(2, *latent_shape(base, SIZE, SIZE), device="cuda")
+    t = torch.tensor([0.3, 0.8], device="cuda")
+    with torch.no_grad():
+        got, want = (predict(b, x, t, encode_prompts(b, ["a red house", "a dog"])).float() for b in (base, plain))
+    assert (got - want).norm() < 0.3 * want.norm()
+    attachment = attach(base.model)
+    attachment.add("it", create(base.model, LoraSpec(rank=2, alpha=2, targets=("to_q",)), seed=0), trainable=True)
+    attachment.use("it")
+    predict(base, x, t, encode_prompts(base, ["a red house", "a dog"])).float().square().mean().backward()
+    assert all(p.B.grad is not None and p.B.grad.any() for p in attachment.adapters["it"].pairs.values())
