@@ -136,8 +136,8 @@ def render(info: Infotext) -> str:
 
 
 def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float, float]]]:
-    """(prompt without them, [(name, strength of the text encoder's part, of the denoiser's)]) of `<lora:NAME:…>` tags:
-    `:0.8` is both, `:0.5:1` the two apart, `te=`, `unet=` by name. Raises DataError for a strength that is no number."""
+    """(prompt without them, [(name, strength of the text encoder's part, the denoiser's)]) of `<lora:NAME:…>` tags:
+    `:0.8` is both, `:0.5:1` the two apart, `te=`, `unet=` by name. Raises DataError for what is no number there."""
     found: list[tuple[str, float, float]] = []
     for match in _TAG.finditer(prompt):
         values: dict[str, float] = {}

@@ -38,7 +38,7 @@ _SHORT = {
     "joint": "transformer.transformer_blocks",
     "single": "transformer.single_transformer_blocks",
 }
-_RANGE = re.compile(r"(\d*\.?\d+)-(\d*\.?\d+)(?::(.+))?")
+_RANGE = re.compile(r"(\d*\.?\d+(?:e-\d+)?)-(\d*\.?\d+(?:e-\d+)?)(?::(.+))?")
 _EXAMPLE = "as in brand:0.8@down=0.5,text=0,steps=0-0.6"
 
 
@@ -47,8 +47,8 @@ class Strength:
     """`strength` times the factor of a module times the factor of a step.
 
     `blocks`: (key, factor), see the module's table. `weights`: a list in kohya's order instead. `steps`: (from, to,
-    factor), shares of the run in 0..1: step i of n is in a range where from ≤ i/n < to, and 0 where it is in none; empty
-    for all steps. The part on text encoders acts when the prompt is read, before the first step."""
+    factor), shares of the run in 0..1: step i of n is in a range where from ≤ i/n < to, and at 0 where it is in none;
+    empty for all steps. The part on text encoders acts when the prompt is read, before the first step."""
 
     strength: float = 1.0
     blocks: tuple[tuple[str, float], ...] = ()
@@ -89,11 +89,16 @@ class Strength:
         return tuple(sorted({0.0, *(e for begin, end, _ in self.steps for e in (begin, end) if e < 1)}))
 
     def __str__(self) -> str:
-        parts = [*(f"{key}={factor:g}" for key, factor in self.blocks), *(f"{w:g}" for w in self.weights)]
+        """As it is read; every number comes back to the last bit."""
+        parts = [*(f"{key}={_text(factor)}" for key, factor in self.blocks), *map(_text, self.weights)]
         if self.steps:
-            ranges = (f"{b:g}-{e:g}" + ("" if f == 1 else f":{f:g}") for b, e, f in self.steps)
+            ranges = (f"{_text(b)}-{_text(e)}" + ("" if f == 1 else f":{_text(f)}") for b, e, f in self.steps)
             parts.append("steps=" + "+".join(ranges))
-        return f"{self.strength:g}" + ("@" + ",".join(parts) if parts else "")
+        return _text(self.strength) + ("@" + ",".join(parts) if parts else "")
+
+
+def _text(number: float) -> str:
+    return repr(float(number)).removesuffix(".0")
 
 
 def parse_strength(options: str, strength: float = 1.0) -> Strength:
