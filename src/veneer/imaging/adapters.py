@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from veneer import using
 from veneer.core.attach import Attachment, attach
@@ -24,6 +24,7 @@ from veneer.formats import read as reader
 from veneer.formats.file_hashes import hashes
 from veneer.formats.strengths import Strength, factors_by_module, parse_strength
 from veneer.formats.topology import families
+from veneer.models.image import load_control
 from veneer.models.image_generate import MixPlan
 
 if TYPE_CHECKING:
@@ -92,6 +93,13 @@ class Mixer:
         self._owned = attachment is None
         self._say, self._said = say, set[str]()
         self._parts: dict[tuple[str, Strength], Mix] = {}
+        self._controls: dict[str, Any] = {}
+
+    def control(self, name: str) -> Any:
+        """A ControlNet of the base's family, loaded once. Raises what `load_control` raises."""
+        if name not in self._controls:
+            self._controls[name] = load_control(name, self.base)
+        return self._controls[name]
 
     def add(self, name: str) -> Source:
         """Read and attach an adapter, if it is not yet. Raises MismatchError for one of another family, AdapterError

@@ -20,7 +20,6 @@ from veneer.formats.atomic import atomic_write
 from veneer.formats.infotext import SAMPLERS, Infotext, png_bytes, render
 from veneer.imaging.adapters import Mixer, Source, Use
 from veneer.imaging.controls import ControlSpec, control_model_of, control_picture, flattened, open_picture
-from veneer.models.image import load_control
 from veneer.models.image_generate import (
     Control,
     MixPlan,
@@ -146,7 +145,7 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[Settings, dict[str, Any]]
     controls, said = [], []
     for spec, picture, sha in held:
         name = control_model_of(base, spec)
-        model = load_control(name, base)
+        model = mixer.control(name)
         made, notes = control_picture(spec, picture, width, height)
         for note in notes:
             mixer.say(note)
