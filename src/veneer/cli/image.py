@@ -127,7 +127,7 @@ def make_pictures(
     if remade is not None:
         if len(prompts or []) > 1 or count != 1:
             raise ConfigError("--from makes one picture", fix="leave --count and further prompts out")
-        changes = {"prompt": (prompts or [None])[0], "negative": negative, "seed": seed, "uses": uses or None}
+        changes = {"prompt": prompts[0] if prompts else None, "negative": negative, "seed": seed, "uses": uses or None}
         _remake(remade, out, base, {k: v for k, v in changes.items() if v is not None}, asked, loading, as_json, dtype)
         return
     if not prompts:

@@ -55,7 +55,7 @@ class Source:
         return short.partition("@")[0].replace(":", "_") or self.name
 
 
-def parse_use(spec: str | tuple[str, float] | Use) -> Use:
+def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
     """(name, strength) of "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]". Raises ConfigError for what is not that.
 
     Behind the last `@` stand factors if there is a `=` or a `,` in them: `brand@2` and `brand@prod` are versions."""
@@ -117,7 +117,7 @@ class Mixer:
             self.sources[name] = Source(name, str(path), adapter.digest(), found.sha256, found.autov3)
         return self.sources[name]
 
-    def plan(self, uses: Sequence[str | tuple[str, float] | Use]) -> MixPlan:
+    def plan(self, uses: Sequence[str | tuple[str, float | Strength]]) -> MixPlan:
         """What acts while a prompt is read and in each range of steps. Raises what `add` raises, ConfigError for one
         adapter named twice or a block that the base has not."""
         parsed = [parse_use(use) for use in uses]

@@ -302,5 +302,3 @@ def release(base: ImageBase, *names: str) -> None:
     gc.collect()
     if base.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
