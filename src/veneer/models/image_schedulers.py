@@ -82,7 +82,8 @@ def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
 
     own = base.parts["scheduler"]
     if name is None or name == scheduler_name(base):
-        return type(own).from_config(own.config)
+        with quiet():
+            return type(own).from_config(own.config)
     fits = scheduler_names(base)
     wanted = f"flow-{name}" if f"flow-{name}" in fits else name
     if wanted not in fits:
