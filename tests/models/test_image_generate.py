@@ -213,11 +213,11 @@ def test_a_mix_may_change_from_step_to_step(
 
     def swap(own: Any, i: int, t: Any, held: dict[str, Any]) -> dict[str, Any]:
         share = (i + 1) / own.num_timesteps
-        own.unet.load_state_dict(states["a" if share < 0.4 else "none" if share < 0.8 else "b"])
+        own.unet.load_state_dict(states["a" if share < 0.2 else "none" if share < 0.4 else "b"])
         return held
 
     expected = picture(pipe, "a cat", 1, callback_on_step_end=swap, num_inference_steps=steps)
-    plan = MixPlan((), ((0.0, (("a", 1.0),)), (0.4, ()), (0.8, (("b", 0.5),))))
+    plan = MixPlan((), ((0.0, (("a", 1.0),)), (0.2, ()), (0.4, (("b", 0.5),))))
     with attach(base.model) as attachment:
         attachment.add("a", a)
         attachment.add("b", b)
