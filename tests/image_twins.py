@@ -90,10 +90,11 @@ def fold(pipe: Any, mix: Iterable[tuple[Adapter, float | Callable[[str], float]]
 def picture(pipe: Any, prompt: str, seed: int, **settings: Any) -> Image:
     """From the pipeline as anybody calls it; size and tokens of tiny bases where it takes them."""
     takes = inspect.signature(type(pipe).__call__).parameters
-    tiny = {"height": SIZE, "width": SIZE, "max_sequence_length": LENGTH}
+    tiny = {"height": SIZE, "width": SIZE}
+    tiny |= {"max_sequence_length": LENGTH} if hasattr(pipe, "tokenizer_2") else {}
     with quiet():
         given = {"num_inference_steps": 4} | {k: v for k, v in tiny.items() if k in takes} | settings
-        return pipe(prompt, generator=torch.Generator().manual_seed(seed), **given).images[0]
+        return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **given).images[0]
 
 
 def levels(a: Image, b: Image) -> int:

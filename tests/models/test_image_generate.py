@@ -59,20 +59,23 @@ def always(mix: Any) -> MixPlan:
 # -- the base alone ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "schnell"])
+@pytest.mark.parametrize("family", [*FAMILIES, "schnell", "klein", "flux2", "qwen-image"])
 def test_the_base_alone_is_diffusers_pipeline(
     family: str, bases: dict[str, ImageBase], places: dict[str, Path]
 ) -> None:
     pipe = diffusers_pipeline(places[family])
-    (found,) = made(bases[family], [Row("a red house", seed=3)], guidance=3.0)
-    assert levels(found.image, picture(pipe, "a red house", 3, guidance_scale=3.0)) == 0
-    if family == "schnell":
+    size = {"width": SIZE, "height": SIZE}
+    if family != "qwen-image":
+        guidance = 0.0 if family == "schnell" else 3.0
+        (found,) = made(bases[family], [Row("a red house", seed=3)], guidance=guidance, **size)
+        assert levels(found.image, picture(pipe, "a red house", 3, guidance_scale=guidance)) == 0
+    if family in ("schnell", "flux2", "klein"):
         return
-    true = {"true_cfg_scale": 2.0} if family == "flux1" else {}
-    (found,) = made(
-        bases[family], [Row("a cat", "blue", seed=4)], guidance=3.0, true_guidance=2.0 if true else 1.0, steps=3
-    )
-    expected = picture(pipe, "a cat", 4, guidance_scale=3.0, negative_prompt="blue", num_inference_steps=3, **true)
+    scales = {"true_cfg_scale": 2.0, "guidance_scale": 3.0} if family == "flux1" else {"guidance_scale": 3.0}
+    scales = {"true_cfg_scale": 3.0} if family == "qwen-image" else scales
+    true = 2.0 if family == "flux1" else 1.0
+    (found,) = made(bases[family], [Row("a cat", "blue", seed=4)], guidance=3.0, true_guidance=true, steps=3, **size)
+    expected = picture(pipe, "a cat", 4, negative_prompt="blue", num_inference_steps=3, **scales)
     assert levels(found.image, expected) == 0
 
 
@@ -234,6 +237,8 @@ def test_what_the_encoder_does_not_read_is_told(bases: dict[str, ImageBase]) -> 
     found = made(bases["sdxl"], [Row("a cat"), Row("a cat in the house " * 8 + "blue hat")], steps=1)
     assert found[0].cut == ""
     assert found[1].cut.endswith("blue hat")
+    (found_too,) = made(bases["sdxl"], [Row("a cat", "a cat in the house " * 8 + "blue hat")], steps=1)
+    assert found_too.negative_cut.endswith("blue hat")
 
 
 def test_steps_are_counted_over_all_batches(bases: dict[str, ImageBase]) -> None:
@@ -261,6 +266,7 @@ def test_a_picture_of_another_size_is_resized_aloud_or_refused() -> None:
         ({"mask": noise()}, "needs the picture"),
         ({"denoise": 0.5}, "share of the steps"),
         ({"image": noise(), "denoise": 0.0}, "denoise is 0"),
+        ({"image": noise(), "denoise": 0.2}, "none of 4 steps"),
         ({"image": noise(64)}, "64×64"),
         ({"true_guidance": 2.0}, "no guidance of its own"),
         ({"scheduler": "eulr"}, "no scheduler"),
@@ -276,8 +282,11 @@ def test_more_that_is_refused(bases: dict[str, ImageBase]) -> None:
         made(bases["sdxl"], [])
     with pytest.raises(ConfigError, match="nothing is attached"):
         made(bases["sdxl"], [Row("a", plan=always((("a", 1.0),)))])
-    with pytest.raises(ConfigError, match="true guidance"):
-        made(bases["flux1"], [Row("a", "blue")])
+    with pytest.raises(ConfigError, match="go without guidance"):
+        made(bases["schnell"], [Row("a")], guidance=3.0)
+    for family, guidance in (("flux1", 3.0), ("sdxl", 1.0)):
+        with pytest.raises(ConfigError, match="negative prompt has no effect"):
+            made(bases[family], [Row("a", "blue")], guidance=guidance)
     with attach(bases["sd15"].model) as attachment:
         attachment.add("a", random_adapter(bases["sd15"].model, size=1e20))
         with pytest.raises(BaseError, match="not finite"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,7 @@ if TYPE_CHECKING:
 
     from veneer.models.image import ImageBase
 
-__all__ = ["Ask", "Made", "Options", "asks_of", "make"]
-
-Given = "str | Path | Image | None"
+__all__ = ["Ask", "Made", "Options", "asks_of", "make", "versions"]
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,9 @@ def make(
     shared = _shared(base, settings, options) | inputs
     out = []
     for i, picture in enumerate(pictures):
-        if picture.cut:
-            mixer.say(f"note: the text encoder does not read the end of a prompt: …{picture.cut}")
+        for what, cut in (("prompt", picture.cut), ("negative prompt", picture.negative_cut)):
+            if cut:
+                mixer.say(f"note: the text encoder does not read the end of a {what}: …{cut}")
         start = i - picture.index
         batch = asks[start : start + len(picture.batch)]
         out.append(_made(mixer, picture, asks[i], batch, shared))
@@ -213,12 +213,9 @@ def _size(base: ImageBase, width: int | None, height: int | None, guide: Image |
 
 def _shared(base: ImageBase, settings: Settings, options: Options) -> dict[str, Any]:
     """The part of a record that all pictures of a call have in common."""
-    import diffusers
-    import torch
-
     return {
         "version": 1,
-        "made_by": {"veneer": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "made_by": versions(),
         "base": {
             "name": base.name,
             "family": base.family,
@@ -236,6 +233,11 @@ def _shared(base: ImageBase, settings: Settings, options: Options) -> dict[str, 
             "denoise": settings.denoise if options.image is not None else None,
         },
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the last bits of a picture."""
+    return {"veneer": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
 
 
 def _made(mixer: Mixer, picture: Picture, ask: Ask, batch: Sequence[Ask], shared: dict[str, Any]) -> Made:

@@ -22,7 +22,7 @@ from veneer.formats.infotext import Infotext, lora_hashes, lora_tags, read_pictu
 from veneer.formats.strengths import Strength
 from veneer.imaging.adapters import Mixer, Source, parse_use
 from veneer.imaging.controls import ControlSpec, open_picture
-from veneer.imaging.make import Ask, Made, Options, make
+from veneer.imaging.make import Ask, Made, Options, make, versions
 
 if TYPE_CHECKING:
     from veneer.models.image import ImageBase
@@ -119,9 +119,8 @@ def _use(name: str, text: str) -> tuple[str, Strength]:
 
 
 def _other_versions(made_by: dict[str, str]) -> list[str]:
-    from importlib.metadata import version
-
-    other = [f"{name} {had} (here {version(name)})" for name, had in made_by.items() if version(name) != had]
+    here = versions()
+    other = [f"{name} {had} (here {here.get(name)})" for name, had in made_by.items() if here.get(name) != had]
     return [f"made with {', '.join(other)}: the last bits may differ"] if other else []
 
 

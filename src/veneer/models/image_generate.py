@@ -92,12 +92,13 @@ class Settings:
 
 @dataclass
 class Picture:
-    """`cut`: the end of the prompt that the text encoder does not read, "" where it reads all. `batch`, `index`: the
-    rows it was made with and its own place: the same batch is the same picture to the last bit."""
+    """`cut`, `negative_cut`: the ends of the prompts that the text encoder does not read, "" where it reads all.
+    `batch`, `index`: the rows it was made with, and its place there: the same batch, the same picture to the bit."""
 
     image: Image
     row: Row
     cut: str = ""
+    negative_cut: str = ""
     batch: tuple[Row, ...] = field(default=(), repr=False)
     index: int = 0
 
@@ -143,6 +144,7 @@ def generate_images(
     settings = settings or Settings()
     _check(base, rows, settings, attachment)
     run = _Run(base, settings, attachment, on_step)
+    run.check_negatives(rows)
     run.batches = -(-len(rows) // settings.batch_size)
     before = attachment.selection if attachment is not None else None
     out: list[Picture] = []
@@ -179,15 +181,26 @@ class _Run:
 
     def _guidance(self) -> tuple[bool, dict[str, float]]:
         """Whether negative prompts act, and the pipeline's arguments that say how strongly."""
+        guidance, true = self.guidance, self.settings.true_guidance
         if self.base.family == "qwen-image":
-            return self.guidance > 1, {"true_cfg_scale": self.guidance}
-        scales = {"guidance_scale": self.guidance}
-        if self.base.family in ("flux1", "flux2"):
-            true = self.settings.true_guidance
-            if true > 1 and "true_cfg_scale" not in self.accepts:
+            return guidance > 1, {"true_cfg_scale": guidance}
+        if self.base.family == "flux1" and true > 1:
+            if "true_cfg_scale" not in self.accepts:
                 raise ConfigError(f"{type(self.pipe).__name__} has no true guidance", fix="leave it and negatives out")
-            return true > 1, scales | ({"true_cfg_scale": true} if "true_cfg_scale" in self.accepts else {})
-        return self.guidance > 1, scales
+            return True, {"guidance_scale": guidance, "true_cfg_scale": true}
+        distilled = self.base.family == "flux1" or getattr(self.pipe.config, "is_distilled", False)
+        return guidance > 1 and "negative_prompt_embeds" in self.accepts and not distilled, {"guidance_scale": guidance}
+
+    def check_negatives(self, rows: Sequence[Row]) -> None:
+        if self.doubled or not any(row.negative for row in rows):
+            return
+        if self.base.family == "flux1":
+            fix = "true_guidance above 1 (--true-guidance 3), which takes twice the time"
+        elif "negative_prompt_embeds" in self.accepts:
+            fix = f"guidance above 1; it is {self.guidance:g}"
+        else:
+            fix = "leave it out: this family reads none"
+        raise ConfigError(f"a negative prompt has no effect on {self.base.name} as it is", fix=fix)
 
     def batch(self, rows: tuple[Row, ...]) -> list[Picture]:
         settings, base = self.settings, self.base
@@ -195,8 +208,10 @@ class _Run:
         self.select([row.plan.text for row in rows])
         positive = encode_prompts(base, [row.prompt for row in rows])
         given |= self.embeds(positive, "")
+        unread = [""] * len(rows)
         if self.doubled:
             negative = encode_prompts(base, [row.negative for row in rows])
+            unread = negative.cut
             given |= self.embeds(self.emptied(negative, rows), "negative_")
         size = {"width": settings.width or base.size, "height": settings.height or base.size}
         if settings.image is not None:
@@ -215,7 +230,7 @@ class _Run:
             said = " ".join(str(error).split())[:300]
             raise ConfigError(f"{type(self.pipe).__name__} refuses these settings: {said}", where=base.name) from error
         return [
-            Picture(self.finished(array, row), row, positive.cut[i], rows, i)
+            Picture(self.finished(array, row), row, positive.cut[i], unread[i], rows, i)
             for i, (array, row) in enumerate(zip(images, rows, strict=True))
         ]
 
@@ -315,6 +330,9 @@ def _check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment:
         raise ConfigError("a mask needs the picture it is of", fix="give image too (--image in.png)")
     if not 0 < settings.denoise <= 1:
         raise ConfigError(f"denoise is {settings.denoise:g}", fix="above 0, at most 1, as in 0.6")
+    steps = default_settings(base)[0] if settings.steps is None else settings.steps
+    if steps * settings.denoise < 1:
+        raise ConfigError(f"denoise {settings.denoise:g} takes none of {steps} steps", fix="more of either")
     if settings.denoise < 1 and settings.image is None:
         raise ConfigError("denoise is a share of the steps on a given picture", fix="give image too (--image in.png)")
     given = [("picture", settings.image), ("mask", settings.mask)]
@@ -324,10 +342,9 @@ def _check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment:
                 f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}",
                 fix="resize it (models.image_generate.fitted)",
             )
-    if base.family in ("flux1", "flux2") and settings.true_guidance <= 1 and any(r.negative for r in rows):
+    if base.family == "flux1" and not base.denoiser.config.guidance_embeds and settings.guidance:
         raise ConfigError(
-            f"a negative prompt acts on {base.name} through true guidance alone, which is off",
-            fix="true_guidance above 1 (--true-guidance 3), or no negative prompt",
+            f"{base.name} was distilled to go without guidance, and reads none", fix="guidance 0, or none"
         )
     if settings.true_guidance > 1 and base.family != "flux1":
         raise ConfigError(f"{base.name} has no guidance of its own beside which true guidance could act")
