@@ -244,8 +244,8 @@ def _sd3_transformer(full: bool) -> Any:
     return diffusers.SD3Transformer2DModel(
         sample_size=SIZE // 4,
         patch_size=2,
-        in_channels=LATENT,
-        out_channels=LATENT,
+        in_channels=16,  # the inpainting pipeline takes no other number
+        out_channels=16,
         num_layers=24 if full else 2,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -263,7 +263,7 @@ def _sd3(full: bool) -> Any:
     return diffusers.StableDiffusion3Pipeline(
         transformer=_sd3_transformer(full),
         scheduler=_flow(False),
-        vae=vae(shift_factor=0.1),
+        vae=vae(shift_factor=0.1, latent_channels=16),
         text_encoder=clip(tokens, 16, True, 12 if full else 2),
         tokenizer=tokens,
         text_encoder_2=clip(tokens, 16, True, 32 if full else 2),
@@ -401,13 +401,15 @@ _BUILD: dict[str, Callable[[bool], Any]] = {
 
 _CONTROL: dict[str, Callable[[], Any]] = {
     "sd15": lambda: diffusers.ControlNetModel.from_unet(
-        unet(16, False, False), conditioning_embedding_out_channels=(8, 16, 16)
+        unet(16, False, False), conditioning_embedding_out_channels=(8, 8, 16)
     ),
     "sdxl": lambda: diffusers.ControlNetModel.from_unet(
-        unet(32, False, True), conditioning_embedding_out_channels=(8, 16, 16)
+        unet(32, False, True), conditioning_embedding_out_channels=(8, 8, 16)
     ),
     "flux1": lambda: diffusers.FluxControlNetModel.from_transformer(
         flux1(False, True), num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2
     ),
-    "sd3": lambda: diffusers.SD3ControlNetModel.from_transformer(_sd3_transformer(False), num_layers=1),
+    "sd3": lambda: diffusers.SD3ControlNetModel.from_transformer(
+        _sd3_transformer(False), num_layers=1, num_extra_conditioning_channels=0
+    ),
 }

@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
 from tests.cli.run import run
 from tests.tiny_base import tiny_base_dir
 
@@ -39,6 +43,43 @@ def test_list_names_the_built_in_bases(capsys: Any) -> None:
     (first, *_) = json.loads(run(capsys, "base", "list", "--json").out)["bases"]
     assert first["name"] == "smollm2-135m"
     assert first["here"] is False
+
+
+def test_list_shows_the_image_bases_of_the_package(capsys: Any) -> None:
+    assert {"emoji-sdxl", "emoji-flux"} <= {
+        b["name"] for b in json.loads(run(capsys, "base", "list", "--json").out)["bases"]
+    }
+    assert "emoji-sdxl" in run(capsys, "base", "list").out
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux1", "klein", "qwen-image"])
+def test_show_tells_of_an_image_base_what_loading_it_finds(capsys: Any, tmp_path: Path, family: str) -> None:
+    from tests.tiny_image_base import tiny_image_base
+    from veneer.models.image import load_image
+
+    folder = tiny_image_base(tmp_path, family)
+    base = load_image(str(folder))
+    told = json.loads(run(capsys, "base", "show", str(folder), "--json").out)
+    assert told["fingerprint"] == base.fingerprint
+    assert (told["family"], told["predicts"]) == (base.family, base.prediction)
+    assert (told["picture"], told["multiple_of"]) == (base.size, base.unit)
+    linear = sum(isinstance(m, torch.nn.Linear) for m in base.model.modules())
+    assert sum(row["count"] for row in told["linear_modules"]) == linear
+    parts = {row["name"]: row["parameters"] for row in told["components"]}
+    assert parts[base.row.denoiser] == sum(p.numel() for p in base.denoiser.parameters())
+    ran = run(capsys, "base", "show", str(folder))
+    assert ran.code == 0
+    assert told["fingerprint"] in ran.out
+    assert "to_out.0" in ran.out
+
+
+def test_show_of_one_file_tells_what_it_holds(capsys: Any, tmp_path: Path) -> None:
+    save_file(
+        {"model.diffusion_model.x": torch.zeros(3), "first_stage_model.y": torch.zeros(1)}, tmp_path / "a.safetensors"
+    )
+    told = json.loads(run(capsys, "base", "show", str(tmp_path / "a.safetensors"), "--json").out)
+    assert "vae" in told["holds"]
+    assert told["parameters"] == 4
 
 
 def test_show_tells_shape_fingerprint_and_targets(capsys: Any, tmp_path: Path) -> None:

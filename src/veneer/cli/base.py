@@ -15,7 +15,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Get, list an
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Name = Annotated[
-    str, typer.Argument(help="A built-in base, a directory, a .gguf file or a hub id.", show_default=False)
+    str,
+    typer.Argument(help="A built-in base, a directory, a .gguf or .safetensors file, or a hub id.", show_default=False),
 ]
 
 
@@ -51,12 +52,13 @@ def list_(as_json: _Json = False) -> None:
         return
     for b in bases:
         print(f"{b.name:<16} {'here' if b.here else 'to get':<7} {b.summary}")
-    print("\nA directory as transformers saves it, a .gguf file or a hub id is a base too.")
+    print("\nA directory as transformers or diffusers saves it, a .gguf file, an image model's .safetensors file")
+    print("or a hub id is a base too.")
 
 
 @app.command(epilog="Example: veneer base show smollm2-135m")
 def show(name: _Name, as_json: _Json = False) -> None:
-    """What a base is: its shape, fingerprint, dtype, the tokens that end a turn, the modules that can carry a pair."""
+    """What a base is: its shape, fingerprint, dtype, the modules that can carry a pair."""
     from veneer.models.outline import outline
     from veneer.models.sources import find
 
@@ -68,7 +70,11 @@ def show(name: _Name, as_json: _Json = False) -> None:
         if key == "linear_modules":
             print("linear modules (target, times, in -> out):")
             for row in value:
-                print(f"  {row['target']:<20} {row['count']:>4} × {row['in']} -> {row['out']}")
+                where = f"  {row['component']}" if "component" in row else ""
+                print(f"  {row['target']:<20} {row['count']:>4} × {row['in']} -> {row['out']}{where}")
+        elif key == "components":
+            for row in value:
+                print(f"{row['name'].replace('_', ' '):<16} {row['class']}, {row['parameters']:,} parameters")
         elif key == "expert_parameters":
             for row in value:
                 print(f"  {row['target']:<20} {row['count']:>4} × {row['shape']} (experts)")

@@ -163,7 +163,8 @@ def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None, 
 
     Most names covered; then, of those that cover as many, the one that is wanted, the families whose proportions are
     the file's, whose official widths are, the one the metadata claims, the one whose like modules the file fills most
-    and at least half, and the most common. Shapes only decide between names that are alike: an unusual width excludes nothing."""
+    and at least half, and the most common. Shapes only decide between names that are alike: an unusual width excludes
+    nothing."""
     found = {
         name: {text: places for text in shapes if (places := lookup(family, text)) is not None}
         for name, family in families().items()

@@ -27,7 +27,22 @@ from veneer.models.image_files import Loaded, control_of, read_directory, read_s
 from veneer.models.quiet import quiet
 from veneer.models.sources import find
 
-__all__ = ["ControlNet", "ImageBase", "Kind", "load_control", "load_image", "pipeline", "release", "text_length"]
+__all__ = [
+    "Components",
+    "ControlNet",
+    "ImageBase",
+    "Kind",
+    "default_size",
+    "load_control",
+    "load_image",
+    "pipeline",
+    "prediction_of",
+    "readers",
+    "release",
+    "text_length",
+    "text_settings",
+    "vae_scale",
+]
 
 Kind = Literal["text", "image", "inpaint"]
 ControlNet = nn.Module
@@ -55,6 +70,8 @@ class ImageBase:
     size: int
     pipelines: dict[str, str] = field(default_factory=dict)
     """kind -> class of the pipelines that this base has: its family's, but for those its directory names itself."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Arguments of pipelines that the directory's index states."""
     notes: tuple[str, ...] = ()
     quantised: str | None = None
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -72,7 +89,7 @@ class ImageBase:
     @property
     def vae_scale(self) -> int:
         """Pixels a side of one latent."""
-        return _vae_scale(self.part("vae"))
+        return vae_scale(self.part("vae"))
 
     @property
     def unit(self) -> int:
@@ -153,7 +170,7 @@ def _base(name: str, path: Path, read: Loaded, quantise: str | None) -> ImageBas
             part.requires_grad_(False)
     trainable = {n: read.parts[n] for n in (row.denoiser, *row.encoders) if read.parts.get(n) is not None}
     vae, denoiser = read.parts["vae"], read.parts[row.denoiser]
-    scale = _vae_scale(vae)
+    scale = vae_scale(vae)
     return ImageBase(
         name=name,
         family=row.name,
@@ -164,22 +181,23 @@ def _base(name: str, path: Path, read: Loaded, quantise: str | None) -> ImageBas
         dtype=read.dtype,
         device=read.device,
         dtype_reason=read.dtype_reason,
-        prediction=_prediction(row, read.parts["scheduler"], path),
-        size=_size(denoiser, vae, scale),
+        prediction=prediction_of(row, read.parts["scheduler"], path),
+        size=default_size(denoiser, vae, scale),
         pipelines={**row.pipelines, **read.pipelines},
+        settings=read.settings,
         notes=tuple(read.notes),
         quantised=quantise,
         _unit=scale * row.patch,
     )
 
 
-def _vae_scale(vae: Any) -> int:
+def vae_scale(vae: Any) -> int:
     if hasattr(vae, "temperal_downsample"):  # Qwen-Image's, which spells it so
         return int(2 ** len(vae.temperal_downsample))
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
-def _size(denoiser: Any, vae: Any, scale: int) -> int:
+def default_size(denoiser: Any, vae: Any, scale: int) -> int:
     """The denoiser's own side where it says one (U-Nets, SD3), else the VAE's, which FLUX' directories state; 1024."""
     own = denoiser.config.get("sample_size")
     if own:
@@ -187,7 +205,7 @@ def _size(denoiser: Any, vae: Any, scale: int) -> int:
     return int(vae.config.get("sample_size") or 1024)
 
 
-def _prediction(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsilon", "v", "flow"]:
+def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsilon", "v", "flow"]:
     if row.flow:
         return "flow"
     said = scheduler.config.get("prediction_type", "epsilon")
@@ -231,7 +249,7 @@ def pipeline(base: ImageBase, kind: Kind = "text", controls: Sequence[ControlNet
             _check_control(base, control)
         parts["controlnet"] = controls[0] if len(controls) == 1 else _several(base, controls)
     with quiet():
-        made = cls(**_arguments(cls, {**parts, **base.row.settings}))
+        made = cls(**_arguments(cls, {**parts, **base.settings, **base.row.settings}))
     made.set_progress_bar_config(disable=True)
     base._made[key] = made
     return made
@@ -274,15 +292,32 @@ def load_control(name: str | Path, base: ImageBase) -> ControlNet:
 
 
 def text_length(base: ImageBase) -> int:
-    """Tokens of a prompt that the denoiser attends to at most; what to give the pipelines as `max_sequence_length`.
+    """Tokens of a prompt that the denoiser attends to at most.
 
     schnell was trained on 256 (black-forest-labs/flux, t5_embedder); a tokenizer that says fewer says so rightly."""
-    length = base.row.length
+    return _limit(base, next(iter(base.row.readers)))
+
+
+def text_settings(base: ImageBase) -> dict[str, int]:
+    """The argument that tells a pipeline of this family, and its `encode_prompt`, how much of a prompt to read."""
+    return {} if base.row.denoiser == "unet" else {"max_sequence_length": text_length(base)}
+
+
+def _limit(base: ImageBase, name: str) -> int:
+    length = base.row.readers[name]
     if base.family == "flux1" and not base.denoiser.config.guidance_embeds:
         length = 256
-    reader = next((base.parts[n] for n in base.row.reader if base.parts.get(n) is not None), None)
-    said = getattr(reader, "model_max_length", None) or length
-    return int(min(length, said))
+    return int(min(length, getattr(base.parts.get(name), "model_max_length", None) or length))
+
+
+def readers(base: ImageBase) -> list[tuple[Any, int]]:
+    """The tokenizers whose tokens the denoiser attends to, and how many of each it reads at most."""
+    out = []
+    for name in base.row.readers:
+        encoder = name.replace("tokenizer", "text_encoder")
+        if base.parts.get(name) is not None and (base.parts.get(encoder) is not None or encoder in base._released):
+            out.append((base.parts[name], _limit(base, name)))  # SD3 may come without its T5
+    return out
 
 
 def release(base: ImageBase, *names: str) -> None:

@@ -23,10 +23,12 @@ __all__ = ["FAMILIES", "ImageFamily", "family_label", "family_of", "same_family"
 
 @dataclass(frozen=True)
 class ImageFamily:
-    """One row. `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets; what is not there,
-    diffusers does not have. `encoders`: the text encoders that adapters of this family change. `reader`: the tokenizer
-    whose tokens the denoiser attends to, the first of these that the base has. `length`: tokens it reads at most.
-    `patch`: latents a side that become one token. `settings`: arguments of the pipelines' constructors."""
+    """One row.
+
+    `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets; what is not there, diffusers
+    does not have. `encoders`: the text encoders that adapters of this family change. `readers`: the tokenizers whose
+    tokens the denoiser attends to, and how many of each at most. `patch`: latents a side that become one token.
+    `settings`: arguments of the pipelines' constructors."""
 
     name: str
     label: str
@@ -36,8 +38,7 @@ class ImageFamily:
     controlled: Mapping[str, str] = field(default_factory=dict)
     control: str = ""
     encoders: tuple[str, ...] = ()
-    reader: tuple[str, ...] = ("tokenizer",)
-    length: int = 77
+    readers: Mapping[str, int] = field(default_factory=lambda: {"tokenizer": 77})
     patch: int = 1
     flow: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -91,8 +92,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             {"text": "StableDiffusion3ControlNetPipeline", "inpaint": "StableDiffusion3ControlNetInpaintingPipeline"},
             "SD3ControlNetModel",
             encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
-            reader=("tokenizer_3", "tokenizer"),
-            length=256,
+            readers={"tokenizer_3": 256, "tokenizer": 77},
             patch=2,
         ),
         ImageFamily(
@@ -104,8 +104,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             _kinds("FluxControlNet"),
             "FluxControlNetModel",
             encoders=("text_encoder", "text_encoder_2"),
-            reader=("tokenizer_2",),
-            length=512,
+            readers={"tokenizer_2": 512},
             patch=2,
         ),
         ImageFamily(
@@ -114,7 +113,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             "transformer",
             "Flux2Transformer2DModel",
             {"text": "Flux2Pipeline"},
-            length=512,
+            readers={"tokenizer": 512},
             patch=2,
         ),
         ImageFamily(
@@ -125,7 +124,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
             _kinds("QwenImage"),
             {"text": "QwenImageControlNetPipeline", "inpaint": "QwenImageControlNetInpaintPipeline"},
             "QwenImageControlNetModel",
-            length=1024,
+            readers={"tokenizer": 1024},
             patch=2,
         ),
     ]

@@ -26,7 +26,21 @@ from veneer.models.sources import find
 from veneer.models.text import check_loaded, check_memory, choose_device, choose_dtype
 from veneer.models.weights import StoredTensor, file_table, pickles_refused, stored_dtype
 
-__all__ = ["INDEX", "Loaded", "control_of", "read_directory", "read_index", "read_single_file", "require_diffusers"]
+__all__ = [
+    "INDEX",
+    "Loaded",
+    "components",
+    "control_of",
+    "digest_of",
+    "family_of_directory",
+    "held_by",
+    "read_directory",
+    "read_index",
+    "read_single_file",
+    "require_diffusers",
+    "table_of",
+    "unreadable",
+]
 
 INDEX = "model_index.json"
 _LEFT_OUT = {"safety_checker", "feature_extractor", "image_encoder"}
@@ -41,7 +55,8 @@ _NOT_SHAPE = {"sample_size", "force_upcast", "quantization_config"}
 
 @dataclass
 class Loaded:
-    """The components of a base and what was settled in loading them. `pipelines`: kinds whose class the index names."""
+    """The components of a base and what was settled in loading them. `pipelines`: kinds whose class the index names.
+    `settings`: the index' flags, which are arguments of pipelines: force_zeros_for_empty_prompt, is_distilled, …"""
 
     family: ImageFamily
     parts: dict[str, Any]
@@ -51,6 +66,7 @@ class Loaded:
     device: torch.device
     notes: list[str] = field(default_factory=list)
     pipelines: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def require_diffusers() -> None:
@@ -67,13 +83,13 @@ def require_diffusers() -> None:
 def read_directory(path: Path, dtype: str | torch.dtype, device: str | torch.device, quantise: str | None) -> Loaded:
     """Every component of a diffusers directory. Raises BaseError as `load_image` says."""
     index = read_index(path)
-    classes = _components(index, path)
-    family = _family(path, classes)
+    classes = components(index, path)
+    family = family_of_directory(path, classes)
     folders = {name: path / name for name in classes}
     tables, notes = {}, []
     for name, (_, classname) in classes.items():
         if _has_weights(classname):
-            tables[name], variant = _table(folders[name])
+            tables[name], variant = table_of(folders[name])
             if variant:
                 notes.append(f"{name}: only the {variant} weights are there, and they are used")
     where = choose_device(device)
@@ -84,7 +100,17 @@ def read_directory(path: Path, dtype: str | torch.dtype, device: str | torch.dev
         quant = quantise if name == family.denoiser or classname in _LARGE_ENCODERS else None
         parts[name], more = _load(folders[name], library, classname, kind, where, quant, name in tables)
         notes += [f"{name}: {note}" for note in more]
-    return Loaded(family, parts, _digest(parts, tables), kind, reason, where, notes, _own_pipelines(index, family))
+    return Loaded(
+        family,
+        parts,
+        digest_of(parts, tables),
+        kind,
+        reason,
+        where,
+        notes,
+        _own_pipelines(index, family),
+        _flags(index),
+    )
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -101,7 +127,7 @@ def read_index(path: Path) -> dict[str, Any]:
     return found
 
 
-def _components(index: Mapping[str, Any], path: Path) -> dict[str, tuple[str, str]]:
+def components(index: Mapping[str, Any], path: Path) -> dict[str, tuple[str, str]]:
     """name -> (library, class) of what is there and needed."""
     out = {}
     for name, value in index.items():
@@ -122,7 +148,7 @@ def _components(index: Mapping[str, Any], path: Path) -> dict[str, tuple[str, st
     return out
 
 
-def _family(path: Path, classes: Mapping[str, tuple[str, str]]) -> ImageFamily:
+def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> ImageFamily:
     denoiser = next((n for n in ("unet", "transformer") if n in classes), None)
     if denoiser is None:
         raise BaseError("this base has neither a unet nor a transformer", where=str(path / INDEX))
@@ -147,6 +173,10 @@ def _own_pipelines(index: Mapping[str, Any], family: ImageFamily) -> dict[str, s
     return {}
 
 
+def _flags(index: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: v for n, v in index.items() if not n.startswith("_") and isinstance(v, bool | int | float | str)}
+
+
 def _config(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -159,7 +189,7 @@ def _has_weights(classname: str) -> bool:
     return not any(word in classname for word in ("Tokenizer", "Scheduler", "Processor"))
 
 
-def _table(folder: Path) -> tuple[list[StoredTensor], str]:
+def table_of(folder: Path) -> tuple[list[StoredTensor], str]:
     """The stored tensors of a component, and the variant where only one is there."""
     for variant in ("", ".fp16"):
         for stem in _WRITTEN:
@@ -265,7 +295,7 @@ def quantisation(library: str, kind: str, dtype: torch.dtype, device: torch.devi
     return cls(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def _digest(parts: Mapping[str, Any], tables: Mapping[str, list[StoredTensor]]) -> str:
+def digest_of(parts: Mapping[str, Any], tables: Mapping[str, list[StoredTensor]]) -> str:
     fields = {name: fields_of(part) for name, part in parts.items() if name in tables}
     return fingerprint_parts({name: (fields[name], tables[name]) for name in fields})
 
@@ -306,13 +336,13 @@ def read_single_file(
     table = file_table([path])
     folder = _configs_for(path, config, table)
     index = read_index(folder)
-    classes = _components(index, folder)
-    family = _family(folder, classes)
+    classes = components(index, folder)
+    family = family_of_directory(folder, classes)
     if quantise:
         raise BaseError(
             "a single-file base cannot be quantised while it is read", where=str(path), fix="save it as a directory"
         )
-    held = _held(table)
+    held = held_by(table)
     if held and family.denoiser not in held:
         raise BaseError(f"this file holds no {family.denoiser}: {', '.join(sorted(held))}", where=str(path))
     where = choose_device(device)
@@ -326,7 +356,7 @@ def read_single_file(
             continue
         if _has_weights(classname):
             try:
-                tables[name], _ = _table(folder / name)
+                tables[name], _ = table_of(folder / name)
             except BaseError as error:
                 raise BaseError(
                     f"the file holds no {name}, and the directory of configs has no weights of one",
@@ -356,7 +386,7 @@ def read_single_file(
             part.to(where)
     fields = {n: fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
     digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})
-    return Loaded(family, parts, digest, kind, reason, where, notes, _own_pipelines(index, family))
+    return Loaded(family, parts, digest, kind, reason, where, notes, _own_pipelines(index, family), _flags(index))
 
 
 _HELD = {
@@ -374,7 +404,7 @@ _HELD = {
 }
 
 
-def _held(table: Iterable[StoredTensor]) -> set[str]:
+def held_by(table: Iterable[StoredTensor]) -> set[str]:
     """Which components a checkpoint of original names holds."""
     names = [t.name for t in table]
     out: set[str] = set()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.errors import BaseError
-from veneer.models.image import ImageBase, pipeline, text_length
+from veneer.models.image import ImageBase, pipeline, readers, text_settings
 from veneer.models.quiet import quiet
 
 __all__ = [
@@ -92,17 +92,14 @@ def encode_prompts(base: ImageBase, prompts: Sequence[str]) -> Conditioning:
     CLIP's 77 tokens whatever the prompt; that is no cut.) Raises BaseError where a text encoder was released."""
     texts = list(prompts)
     pipe = pipeline(base)
-    length = text_length(base)
-    given: dict[str, Any] = {"prompt": texts, "device": base.device}
+    given: dict[str, Any] = {"prompt": texts, "device": base.device, **text_settings(base)}
     if base.family in ("sd15", "sd2", "sdxl", "sd3"):
         given |= {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
     if base.family == "sd3":
         given |= {"prompt_2": None, "prompt_3": None}
     elif base.family == "flux1":
         given |= {"prompt_2": None}
-    if base.row.length != 77:
-        given["max_sequence_length"] = length
-    with quiet(), _quiet_diffusers():
+    with quiet():
         found = pipe.encode_prompt(**given)
     cut = [cut_of(base, text) for text in texts]
     if base.family in ("sdxl", "sd3"):
@@ -114,28 +111,16 @@ def encode_prompts(base: ImageBase, prompts: Sequence[str]) -> Conditioning:
     return Conditioning(found[0], None, None, cut)
 
 
-@contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """diffusers logs what it cuts; here it is returned."""
-    from diffusers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
 def cut_of(base: ImageBase, prompt: str) -> str:
-    """The end of a prompt that its encoder does not read; "" where it reads all."""
-    name = next(n for n in base.row.reader if base.parts.get(n) is not None)
-    tokenizer = base.parts[name]
-    if name == "tokenizer_3" and base.parts.get("text_encoder_3") is None:
-        name, tokenizer = "tokenizer", base.parts["tokenizer"]
-    limit = text_length(base)
+    """The end of a prompt that no encoder whose tokens the denoiser attends to reads; "" where all is read."""
+    return min((_unread(base, prompt, tokenizer, limit) for tokenizer, limit in readers(base)), key=len)
+
+
+def _unread(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
     before, after, special = _around(base)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2's is a processor
+    if base.family == "qwen-image":
+        limit += pipeline(base).prompt_template_encode_start_idx  # so many tokens of the template are dropped
     read = tokenizer(before + prompt + after, return_offsets_mapping=True, add_special_tokens=special)
     ids, offsets = read["input_ids"], read["offset_mapping"]
     if len(ids) <= limit:

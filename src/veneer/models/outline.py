@@ -18,8 +18,15 @@ __all__ = ["outline"]
 
 
 def outline(name: str, path: Path) -> dict[str, Any]:
-    """JSON-ready facts of the base at `path`: family, sizes, stored and chosen dtype with the reason, fingerprint, the
-    token that ends a turn, and every kind of linear module and expert parameter with its shape and count."""
+    """JSON-ready facts of the base at `path`.
+
+    Of an image base those of `image_outline.outline_image`. Of a text base: family, sizes, stored and chosen dtype with
+    the reason, fingerprint, the token that ends a turn, and every kind of linear module and expert parameter with its
+    shape and count."""
+    if (path / "model_index.json").exists() or path.suffix == ".safetensors":
+        from veneer.models.image_outline import outline_image
+
+        return outline_image(name, path)
     from transformers import AutoModelForCausalLM
 
     table, config, tokenizer = tensor_table(path), read_config(path), read_tokenizer(path)

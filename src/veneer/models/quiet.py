@@ -1,4 +1,6 @@
-"""Keeping transformers and diffusers quiet while veneer uses them; what matters is checked and said by the caller."""
+"""Keeping transformers and diffusers quiet while veneer loads or converts a base.
+
+What matters is checked and said by the caller."""
 
 from __future__ import annotations
 
@@ -6,29 +8,29 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 __all__ = ["quiet"]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, no log lines under `error` and no Python warnings from them within the with-block."""
+    """No progress bars, no log lines under `error` and no Python warnings within the with-block: from transformers,
+    and from diffusers where it is imported already."""
     from transformers.utils import logging
 
-    diffusers = sys.modules.get("diffusers")  # where it is not loaded, it has nothing to say
-    level = diffusers.logging.get_verbosity() if diffusers else 0
-    if diffusers:
-        diffusers.logging.set_verbosity_error()
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    kept: list[tuple[Any, int, bool]] = []
+    for each in (logging, sys.modules.get("diffusers.utils.logging")):
+        if each is not None:
+            kept.append((each, each.get_verbosity(), each.is_progress_bar_enabled()))
+            each.set_verbosity_error()
+            each.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
-        if diffusers:
-            diffusers.logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        for each, verbosity, bars in kept:
+            each.set_verbosity(verbosity)
+            if bars:
+                each.enable_progress_bar()
