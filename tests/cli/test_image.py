@@ -104,6 +104,9 @@ def test_a_sheet(capsys: Any, place: Path, folder: Path) -> None:
     with Image.open("s.png") as sheet:
         assert sheet.width > 3 * 128
         assert sheet.height > 2 * 128
+    again = image(capsys, None, "--from", "s.png")
+    assert again.code == 2
+    assert "a sheet of several" in again.err
     assert run(capsys, "image", "grid", "compare", "a cat", "a dog", *ask[4:]).code == 0
     assert Path("grid.png").exists()
 

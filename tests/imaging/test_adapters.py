@@ -133,3 +133,26 @@ def test_unknown_adapters_blocks_and_families_are_refused(base: ImageBase, files
         assert "down" in (caught.value.fix or "")
         mixer.plan(["brand.safetensors"])
     assert not any(hasattr(m, "is_veneer_layer") for m in base.model.modules()), "and after it nothing is attached"
+
+
+def test_switching_is_one_assignment_however_many_are_known(base: ImageBase, brand: Adapter) -> None:
+    with Mixer(base) as mixer:
+        mixer.plan(["brand.safetensors", "look.safetensors"])
+        for i in range(60):
+            mixer.attachment.add(f"known {i}", brand)
+        modules = {name: (module, module.__dict__.copy()) for name, module in base.model.named_modules()}
+        weights = {name: (t.data_ptr(), t._version) for name, t in base.model.state_dict().items()}
+        for use in ("brand.safetensors:0.8", "look.safetensors:0.5", "brand.safetensors:0.1"):
+            mixer.attachment.use(*mixer.plan([use]).at(0.0))
+        assert all(
+            module is modules[name][0] and module.__dict__.keys() == modules[name][1].keys()
+            for name, module in base.model.named_modules()
+        )
+        assert {name: (t.data_ptr(), t._version) for name, t in base.model.state_dict().items()} == weights
+
+
+def test_a_tag_in_a_prompt_is_said_to_be_plain_text(base: ImageBase) -> None:
+    said: list[str] = []
+    with Mixer(base, say=said.append) as mixer:
+        make(mixer, [Ask("a cat <lora:brand:0.8>")], Options(steps=1))
+    assert any("plain text" in line for line in said)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError, DataError, MissingExtraError
+from veneer.models.builtin import PACKAGED
 from veneer.models.image_generate import fitted
 
 if TYPE_CHECKING:
@@ -73,9 +74,11 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
 
 
 def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
-    """The name to load the ControlNet by: beside or inside the base's folder, the built-in base's, or the hub's."""
+    """The name to load the ControlNet by: the built-in base's, one in or beside the base's folder, or the hub's."""
     if spec.model:
         return spec.model
+    if base.name in PACKAGED:
+        return f"{base.name}-canny"
     for folder in (base.directory / "controlnet-canny", base.directory.with_name(f"{base.directory.name}-canny")):
         if (folder / "config.json").is_file():
             return str(folder)

@@ -114,6 +114,8 @@ def make(
     for ask in asks:
         if ask.uses not in plans:
             plans[ask.uses] = mixer.plan(ask.uses)
+        if "<lora:" in ask.prompt:
+            mixer.say("note: <lora:…> in a prompt is read as plain text here; adapters are named apart")
     settings, inputs = _prepared(mixer, options)
     rows = [Row(ask.prompt, ask.negative, ask.seed, plans[ask.uses]) for ask in asks]
     pictures = generate_images(base, rows, settings, attachment=mixer.attachment, on_step=on_step)

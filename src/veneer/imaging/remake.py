@@ -59,6 +59,8 @@ class Wanted:
 def remembered(path: str | Path) -> Wanted:
     """What the picture says of how it was made. Raises DataError for one that says nothing, or nonsense."""
     text, record = read_picture(path)
+    if record is not None and "grid" in record:
+        raise DataError("this is a sheet of several pictures", where=str(path), fix="give one picture's PNG")
     if record is not None:
         try:
             return _of_record(str(path), record)
