@@ -48,6 +48,7 @@ def test_one_picture_is_the_api_call(capsys: Any, place: Path, base: ImageBase, 
     assert ran.out == ""
     assert "float32" in ran.err
     assert "a.png: seed 5" in ran.err
+    assert f"adapter {adapters[0].replace(':', ' at strength ')}" in ran.err
     (ours,) = api.image(base, "a cat", adapters=adapters, steps=3, seed=5, guidance=4.0, negative="blue")
     with Image.open("a.png") as made:
         assert levels(made, ours.image) == 0
@@ -167,3 +168,40 @@ def test_wrong_sheets_are_refused_in_words(capsys: Any, place: Path, folder: Pat
         ran = run(capsys, "image", "grid", *options, "--base", str(place))
         assert ran.code == 2
         assert says in ran.err
+
+
+def test_the_first_adapter_may_name_the_base(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
+    adapter = random_adapter(base.model, 1)
+    adapter.pairs = {n: p for n, p in adapter.pairs.items() if n.startswith("unet.")}
+    adapter.card.base, adapter.card.kind = str(place), "image"
+    write(adapter, "trained", to="peft", family="sdxl")
+    config = json.loads(Path("trained/adapter_config.json").read_text())
+    Path("trained/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(place)}))
+    ran = run(capsys, "image", "a cat", "-a", "trained:0.5", "--steps", "1", "-o", "a.png")
+    assert ran.code == 0, ran.err
+    assert f"base {place}: the adapter's own" in ran.err
+
+
+def test_pictures_are_there_as_soon_as_they_are_made(
+    capsys: Any, place: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from veneer.imaging import make as making
+
+    real, calls = making.generate_images, []
+
+    def stopped(*given: Any, **how: Any) -> Any:
+        inner = how["on_picture"]
+
+        def on_picture(i: int, picture: Any) -> None:
+            if i == 2:
+                raise KeyboardInterrupt
+            calls.append(i)
+            inner(i, picture)
+
+        return real(*given, **(how | {"on_picture": on_picture}))
+
+    monkeypatch.setattr(making, "generate_images", stopped)
+    ran = image(capsys, place, "a cat", "--count", "4", "--batch-size", "1", "--steps", "1", "-o", "x.png")
+    assert ran.code == 130
+    assert calls == [0, 1]
+    assert sorted(p.name for p in folder.glob("*.png")) == ["x-1.png", "x-2.png"]

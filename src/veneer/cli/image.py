@@ -39,7 +39,12 @@ class _Group(TyperGroup):
 app = typer.Typer(cls=_Group, add_completion=False)
 
 BaseOption = Annotated[
-    str | None, typer.Option("--base", "-b", help="Image base: built-in name, hub id, folder or checkpoint file.")
+    str | None,
+    typer.Option(
+        "--base",
+        "-b",
+        help="Image base: built-in name, hub id, folder or checkpoint file. Default: the adapter's, emoji-sdxl.",
+    ),
 ]
 AdapterOption = Annotated[
     list[str] | None,
@@ -137,7 +142,7 @@ def make_pictures(
     asks = asks_of(prompts, uses, negative or "", seed or 0, count)
     files = _files(out or Path("out.png"), len(asks))
     _find(uses)
-    with _mixer(base or _FALLBACK, loading) as mixer:
+    with _mixer(_base_name(base, uses), loading) as mixer:
         _write(mixer, asks, Options(**{"batch_size": batch_size} | asked), files, as_json)
 
 
@@ -187,7 +192,7 @@ def grid(
     file = _files(out or Path("grid.png"), 1)[0]
     _find(tuple(uses))
     start = time.perf_counter()
-    with _mixer(base or _FALLBACK, {"device": device, "dtype": dtype or "auto"}) as mixer:
+    with _mixer(_base_name(base, tuple(uses)), {"device": device, "dtype": dtype or "auto"}) as mixer:
         drawn = draw(mixer, plan, options, on_step=_progress())
         from veneer.formats.atomic import atomic_write
         from veneer.formats.infotext import png_bytes
@@ -256,8 +261,22 @@ def _find(uses: tuple[Any, ...]) -> None:
     """A name that does not exist should not wait for a base to load."""
     from veneer.using import adapter_path
 
-    for name, _ in uses:
+    for name, strength in uses:
         adapter_path(name)
+        _say(f"adapter {name} at strength {strength}")
+
+
+def _base_name(base: str | None, uses: tuple[Any, ...]) -> str:
+    """What was asked for; else the base that the first adapter says it belongs to; else a built-in. Said, if chosen."""
+    if base:
+        return base
+    from veneer.using import base_of
+
+    if uses and (stated := base_of(uses[0][0])):
+        _say(f"base {stated}: the adapter's own")
+        return stated
+    _say(f"base {_FALLBACK}: none was named")
+    return _FALLBACK
 
 
 def _mixer(name: str, loading: dict[str, Any]) -> Mixer:
@@ -286,26 +305,22 @@ def _write(mixer: Mixer, asks: list[Ask], options: Options, files: list[Path], a
     from veneer.imaging.make import make
 
     start = time.perf_counter()
-    made = make(mixer, asks, options, on_step=_progress())
-    _finish(made, files, as_json, time.perf_counter() - start)
-
-
-def _finish(made: list[Made], files: list[Path], as_json: bool, seconds: float) -> None:
-    for one, file in zip(made, files, strict=True):
-        one.save(file)
-        _say(f"{file}: seed {one.infotext.fields['Seed']}")
+    made = make(mixer, asks, options, on_step=_progress(), on_made=lambda i, one: _save(one, files[i]))
     if as_json:
-        results = [
-            {
-                "file": str(f),
-                "seed": int(m.infotext.fields["Seed"]),
-                "infotext": m.text,
-                "cut": m.cut,
-                "record": m.record,
-            }
-            for m, f in zip(made, files, strict=True)
-        ]
-        _print({"pictures": results, "seconds": round(seconds, 3)})
+        _print_made(made, files, time.perf_counter() - start)
+
+
+def _save(made: Made, file: Path) -> None:
+    made.save(file)
+    _say(f"{file}: seed {made.infotext.fields['Seed']}")
+
+
+def _print_made(made: list[Made], files: list[Path], seconds: float) -> None:
+    results = [
+        {"file": str(f), "seed": int(m.infotext.fields["Seed"]), "infotext": m.text, "cut": m.cut, "record": m.record}
+        for m, f in zip(made, files, strict=True)
+    ]
+    _print({"pictures": results, "seconds": round(seconds, 3)})
 
 
 def _remake(
@@ -332,4 +347,6 @@ def _remake(
             return replace(old, **ask), replace(before, **options)
 
         made = remake(mixer, wanted, changes=changed if ask or options else None, on_step=_progress())
-        _finish([made], [file], as_json, time.perf_counter() - start)
+        _save(made, file)
+        if as_json:
+            _print_made([made], [file], time.perf_counter() - start)

@@ -105,8 +105,10 @@ def make(
     options: Options | None = None,
     *,
     on_step: Callable[[int, int], None] | None = None,
+    on_made: Callable[[int, Made], None] | None = None,
 ) -> list[Made]:
-    """A picture for each ask, in order. What was resized, cut or has no effect is said through the mixer's `say`.
+    """A picture for each ask, in order. What was resized, cut or has no effect is said through the mixer's `say`;
+    `on_made(i, made)` has each as soon as it is there, so that a long call that is stopped leaves what it made.
 
     Raises ConfigError, DataError, AdapterError and MismatchError before the first step."""
     base, options = mixer.base, options or Options()
@@ -118,16 +120,19 @@ def make(
             mixer.say("note: <lora:…> in a prompt is read as plain text here; adapters are named apart")
     settings, inputs = _prepared(mixer, options)
     rows = [Row(ask.prompt, ask.negative, ask.seed, plans[ask.uses]) for ask in asks]
-    pictures = generate_images(base, rows, settings, attachment=mixer.attachment, on_step=on_step)
     shared = _shared(base, settings, options) | inputs
-    out = []
-    for i, picture in enumerate(pictures):
+    out: list[Made] = []
+
+    def finish(i: int, picture: Picture) -> None:
         for what, cut in (("prompt", picture.cut), ("negative prompt", picture.negative_cut)):
             if cut:
                 mixer.say(f"note: the text encoder does not read the end of a {what}: …{cut}")
         start = i - picture.index
-        batch = asks[start : start + len(picture.batch)]
-        out.append(_made(mixer, picture, asks[i], batch, shared))
+        out.append(_made(mixer, picture, asks[i], asks[start : start + len(picture.batch)], shared))
+        if on_made is not None:
+            on_made(i, out[-1])
+
+    generate_images(base, rows, settings, attachment=mixer.attachment, on_step=on_step, on_picture=finish)
     return out
 
 
@@ -271,7 +276,10 @@ def _infotext(mixer: Mixer, ask: Ask, record: dict[str, Any]) -> Infotext:
     if distilled:
         fields["Distilled CFG Scale"] = _short(settings["guidance"])
     fields |= {"Seed": ask.seed, "Size": f"{settings['width']}x{settings['height']}"}
-    fields |= {"Model hash": base.fingerprint.removeprefix("sha256:")[:10], "Model": Path(base.name).stem}
+    fields |= {
+        "Model hash": base.fingerprint.removeprefix("sha256:")[:10],
+        "Model": Path(base.name).name.removesuffix(".safetensors"),
+    }
     if settings["denoise"] is not None:
         fields["Denoising strength"] = _short(settings["denoise"])
     for i, control in enumerate(record["controls"]):
@@ -282,7 +290,8 @@ def _infotext(mixer: Mixer, ask: Ask, record: dict[str, Any]) -> Infotext:
     tags, hashes = [], []
     for name, strength in ask.uses:
         source = mixer.sources[name]
-        text = dict(strength.blocks).get("text", 1.0) * strength.strength
+        factor = strength.weights[0] if strength.weights else dict(strength.blocks).get("text", 1.0)
+        text = factor * strength.strength
         both = _short(strength.strength) if text == strength.strength else f"{_short(text)}:{_short(strength.strength)}"
         tags.append(f" <lora:{source.label}:{both}>")
         hashes.append(f"{source.label}: {source.autov3 or source.sha256[:12]}")

@@ -136,11 +136,12 @@ def generate_images(
     *,
     attachment: Attachment | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    on_picture: Callable[[int, Picture], None] | None = None,
 ) -> list[Picture]:
     """A picture for each row, in order. What was selected on `attachment` before is selected again after.
 
-    `on_step(done, of)`: steps over all batches. Raises ConfigError for settings that go together with each other or
-    with the base in no way, BaseError for a picture that is not finite."""
+    `on_step(done, of)`: steps over all batches. `on_picture(i, picture)`: as soon as it is there. Raises ConfigError
+    for settings that do not go together or with the base, BaseError for a picture that is not finite."""
     settings = settings or Settings()
     _check(base, rows, settings, attachment)
     run = _Run(base, settings, attachment, on_step)
@@ -151,7 +152,10 @@ def generate_images(
     try:
         with torch.no_grad():
             for start in range(0, len(rows), settings.batch_size):
-                out += run.batch(tuple(rows[start : start + settings.batch_size]))
+                for picture in run.batch(tuple(rows[start : start + settings.batch_size])):
+                    out.append(picture)
+                    if on_picture is not None:
+                        on_picture(len(out) - 1, picture)
     finally:
         if attachment is not None and before is not None:
             attachment.selection = before
