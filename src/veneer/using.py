@@ -13,6 +13,7 @@ commands: find an adapter, read it, make sure that it belongs to the base, attac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -130,37 +131,40 @@ def load_adapter(base: Base, name: str, *, allow_other_base: bool = False) -> Ad
     """Read the adapter `name` and make sure that it belongs to `base`.
 
     Raises MismatchError where it is another family's, which it names; and, with both fingerprints, where its card names
-    another base: with the first names and shapes that do not fit, or, where all fit, unless `allow_other_base`. Raises
-    AdapterError for anything else wrong."""
+    another base: with the first names and shapes that do not fit. Where every name and shape fits, `allow_other_base`
+    takes it all the same. Raises AdapterError for anything else wrong."""
     path = adapter_path(name)
     try:
-        adapter = _read_for(base, path)
+        found = _read_for(base, path)
     except UnsafeFileError:
         raise
     except AdapterError as error:
-        _refuse_other_family(base, name, path, error)
+        with contextlib.suppress(AdapterError):  # what it is by itself, whatever the base
+            _refuse_other_family(base, name, path, reader.read(path), _first_lines(error.what))
         card = read_card(path).card if (path / CARD_FILE).is_file() else None
         if card is None or card.base_fingerprint in ("", base.fingerprint):
             raise
         raise _mismatch(name, card.base, card.base_fingerprint, base, _first_lines(error.what)) from error
+    adapter = found.adapter
+    if not allow_other_base:
+        _refuse_other_family(base, name, path, found)
     theirs = adapter.card.base_fingerprint
     if theirs and theirs != base.fingerprint and not allow_other_base:
         raise _mismatch(name, adapter.card.base, theirs, base, "every name and shape fits")
     return adapter
 
 
-def _read_for(base: Base, path: Path) -> Adapter:
-    if base.family in FAMILIES:
-        return reader.read(path, base=base.model, family=base.family).adapter
-    return peft.read(path, base.model) if path.is_dir() else reader.read(path, base=base.model).adapter
+def _read_for(base: Base, path: Path) -> reader.Reading:
+    if path.is_dir() and base.family not in FAMILIES:
+        loaded = peft.load(path, base.model)
+        return reader.Reading(loaded.adapter, "peft", [], None, notes=loaded.notes)
+    return reader.read(path, base=base.model, family=base.family)
 
 
-def _refuse_other_family(base: Base, name: str, path: Path, error: AdapterError) -> None:
-    """Raises MismatchError where an adapter that does not fit `base` is one of another family."""
-    try:
-        found = reader.read(path)  # what it is by itself, whatever the base
-    except AdapterError:
-        return
+def _refuse_other_family(
+    base: Base, name: str, path: Path, found: reader.Reading, why: str = "its names and shapes fit all the same"
+) -> None:
+    """Raises MismatchError where what was read is not of the base's family."""
     its = found.family
     if its is None and (base.family not in FAMILIES or found.adapter.card.kind == "image"):
         return  # one language model's names are like another's: the error says which do not fit
@@ -172,10 +176,10 @@ def _refuse_other_family(base: Base, name: str, path: Path, error: AdapterError)
         f"this is {'an' if label == 'SDXL' else 'a'} {label} adapter, the base is {own}\n"
         f"  adapter: {name}\n"
         f"  base:    {base.name}\n"
-        f"  {_first_lines(error.what)}",
+        f"  {why}",
         where=str(path),
         fix="use it on a base of its own family",
-    ) from error
+    )
 
 
 def attach_adapters(

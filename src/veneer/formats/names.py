@@ -161,9 +161,9 @@ def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None, 
     """`shapes`: module text -> (out, in) of its weight where known. `claim`: what the metadata says. `wanted`: the
     family of the base that the adapter is to act on.
 
-    Most names covered; then, of those that cover as many, the one that is wanted, the families whose proportions are
-    the file's, whose official widths are, the one the metadata claims, the one whose like modules the file fills most
-    and at least half, and the most common. Shapes only decide between names that are alike: an unusual width excludes
+    Most names covered; then, of those that cover as many, the families whose proportions are the file's, whose official
+    widths are, the one the metadata claims, the one that is wanted, the one whose like modules the file fills most and
+    at least half, and the most common. Shapes only decide between names that are alike: an unusual width excludes
     nothing."""
     found = {
         name: {text: places for text in shapes if (places := lookup(family, text)) is not None}
@@ -178,10 +178,10 @@ def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None, 
         reasons = [f"{most} of {len(shapes)} module names are known to {', '.join(tied)} alike"]
         shares = {n: _share(families()[n], found[n].values()) for n in tied}
         for why, keep in (
-            ("by its base", [n for n in tied if n == wanted or (wanted == "sd3" and n == "sd3-large")]),
             ("by its proportions", [n for n in tied if _proportions(n, shapes)]),
             ("by its widths", [n for n in tied if _widths(n, found[n], shapes)]),
             ("by its metadata", [n for n in tied if n == claim or (claim == "sd3" and n == "sd3-large")]),
+            ("by its base", [n for n in tied if n == wanted or (wanted == "sd3" and n == "sd3-large")]),
             ("by its share of the like modules", [n for n in tied if shares[n] == max(shares.values()) >= 0.5]),
         ):
             keep = [n for n in keep if n in tied]

@@ -11,6 +11,7 @@ from torch import nn
 
 from veneer.models.fingerprint import fingerprint
 from veneer.models.quiet import quiet
+from veneer.models.sources import is_image
 from veneer.models.text import choose_device, choose_dtype, end_of_turn, read_config, read_tokenizer
 from veneer.models.weights import stored_dtype, tensor_table
 
@@ -23,7 +24,7 @@ def outline(name: str, path: Path) -> dict[str, Any]:
     Of an image base those of `image_outline.outline_image`. Of a text base: family, sizes, stored and chosen dtype with
     the reason, fingerprint, the token that ends a turn, and every kind of linear module and expert parameter with its
     shape and count."""
-    if (path / "model_index.json").exists() or path.suffix == ".safetensors":
+    if is_image(path):
         from veneer.models.image_outline import outline_image
 
         return outline_image(name, path)

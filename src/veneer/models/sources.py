@@ -23,7 +23,7 @@ from veneer.errors import BaseError, nearest
 from veneer.models.builtin import BUILTIN, PACKAGED, get, packaged, packaged_place, place_of
 from veneer.models.home import bases_home
 
-__all__ = ["Known", "find", "known_bases"]
+__all__ = ["Known", "find", "is_image", "known_bases"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
@@ -91,6 +91,11 @@ def _not_found(name: str, path: Path) -> BaseError:
         where=str(path.absolute()),
         fix=(f"did you mean {hints[0]}? Otherwise " if hints else "") + _WAYS,
     )
+
+
+def is_image(path: Path) -> bool:
+    """Whether what `find` found is an image base: a diffusers directory, or one file of original weights."""
+    return (path / "model_index.json").exists() or path.suffix == ".safetensors"
 
 
 def _is_base(folder: Path) -> bool:

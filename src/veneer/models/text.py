@@ -17,7 +17,7 @@ from veneer.errors import BaseError, ConfigError, ResourceError
 from veneer.models.fingerprint import fingerprint
 from veneer.models.gguf_base import load_gguf
 from veneer.models.quiet import quiet
-from veneer.models.sources import find
+from veneer.models.sources import find, is_image
 from veneer.models.weights import stored_dtype, tensor_table
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def load_text(
     Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
     ConfigError (an unknown dtype or device), ResourceError (not enough memory)."""
     path = find(name, say=say)
-    if (path / "model_index.json").exists() or path.suffix == ".safetensors":
+    if is_image(path):
         raise BaseError("this is an image base, and a language model is wanted", where=str(path))
     table = tensor_table(path)
     config, tokenizer = read_config(path), read_tokenizer(path)
