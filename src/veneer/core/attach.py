@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -20,14 +20,18 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Pair, TokenRows, all_finite
 from veneer.core.forms import Delta, part_problems
-from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear, Selection
+from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear
 from veneer.core.merge import merged_state, parameter_shape, to_matrix, weight_of
+from veneer.core.ready import ReadyMixes
+from veneer.core.selection import RowMixes, Selection
 from veneer.core.targets import base_modules, expert_parameters, kind_of
 from veneer.errors import AdapterError, nearest
 
 __all__ = ["Attachment", "attach", "fit_problems"]
 
 _LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
+SPARE_BYTES = 256 << 20
+"""What may be kept beside a base at least; larger bases get a 32nd of their size."""
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -48,7 +52,9 @@ def attach(model: nn.Module) -> Attachment:
 class Attachment:
     """The adapters of one base and which of them act.
 
-    `adapters`: by name. `selection`: what acts now; empty at first. Use as a context manager to detach at its end."""
+    `adapters`: by name. `selection`: what acts now; empty at first. `ready.limit`: how many bytes may be kept beside
+    the base for mixes in use without gradients, see core.ready; 0 for none. Use as a context manager to detach at its
+    end."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -56,6 +62,9 @@ class Attachment:
         self.selection = Selection()
         self._layers: dict[str, Layer] = {}
         self._base_modules = dict(base_modules(model))
+        stored = sum(t.nbytes for t in {id(p): p for p in model.parameters()}.values())
+        self._wrapped: dict[str, nn.Module] = {}
+        self.ready = ReadyMixes(self._wrapped, max(SPARE_BYTES, stored // 32))
         self._open = True
 
     # -- adapters ----------------------------------------------------------------------------------------------------
@@ -86,7 +95,8 @@ class Attachment:
     def remove(self, name: str) -> None:
         """Take an adapter off; it leaves the selection too. Modules that no other adapter touches are put back."""
         gone = self._known(name)
-        self.selection = Selection(tuple((a, s) for a, s in self.selection.mix if a is not gone))
+        self.selection = self.selection.without(gone)
+        self.ready.clear(gone)
         del self.adapters[name]
         self._prune()
 
@@ -112,6 +122,16 @@ class Attachment:
         Raises AdapterError for an unknown name, a strength that is not finite, or a mix of full copies."""
         self.selection = self._selection(mix)
 
+    def use_rows(self, mixes: Sequence[Sequence[str | tuple[str, float]]]) -> None:
+        """Select a mix for each row of a batch: row i, along the first dimension, gets mixes[i], () the base.
+
+        A batch of k·n rows repeats the list, as guidance doubles it: [negative…, positive…]. Rows are told apart in
+        every module that an adapter changes; one whose first dimension is not k·n there raises AdapterError when it is
+        called, as do fused experts. Otherwise as `use`. Reference: each row alone with `use`."""
+        if not mixes:
+            raise AdapterError("no rows", fix="give a mix for each row of the batch, () for the base")
+        self.selection = Selection(rows=RowMixes(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
+
     @contextmanager
     def using(self, *mix: str | tuple[str, float]) -> Iterator[None]:
         """`use` for the length of a with-block; what was selected before is selected again after it."""
@@ -134,6 +154,7 @@ class Attachment:
     def detach(self) -> None:
         """Put every module back where it was and forget the adapters. Safe to call at any time, any number of times."""
         self.selection = Selection()
+        self.ready.clear()
         self.adapters.clear()
         self._prune()
         _ATTACHED.discard(self.model)
@@ -189,6 +210,7 @@ class Attachment:
             cls = LoraExperts if expert_parameters(base) else _LAYERS.get(kind_of(base), FullModule)
             rows = name if isinstance(base, nn.Embedding) else embeddings.get(id(base._parameters.get("weight")))
             self._layers[name] = layer = cls(base, name, self, rows)
+            self._wrapped[name] = base
             for parent, key in slots[id(base)]:
                 parent._modules[key] = layer
 
@@ -200,6 +222,7 @@ class Attachment:
         slots = _slots(self.model)
         for name in gone:
             layer = self._layers.pop(name)
+            del self._wrapped[name]
             for parent, key in slots.get(id(layer), []):
                 parent._modules[key] = layer.base
 
