@@ -44,7 +44,7 @@ class Ema:
 
     @contextmanager
     def acting(self) -> Iterator[None]:
-        """The averages in the place of the parameters for the length of a with-block; afterwards the same bits again."""
+        """The averages in the place of the parameters for the length of a with-block, then the same bits again."""
         trained = [p.detach().clone() for p in self.parameters.values()]
         self.put()
         try:
