@@ -272,6 +272,11 @@ class TrainConfig(Section):
         """Times over the data, or None when `schedule.steps` decides."""
         return None if self.schedule.steps is not None else self.schedule.epochs or 3
 
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps, or None when epochs decide."""
+        return self.schedule.steps
+
     def recipe(self) -> dict[str, Any]:
         """What to write into a card: everything but the output folder, with paths reduced to file names."""
         recipe = self.model_dump(mode="json", exclude={"output"})
