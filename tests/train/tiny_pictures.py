@@ -28,7 +28,7 @@ def drawings(folder: Path, count: int = 6) -> Path:
     return folder
 
 
-def image_values(folder: Path, output: Path, family: str = "flux1", **sections: Any) -> dict[str, Any]:
+def image_values(folder: Path, output: Path, family: str = "flux1", /, **sections: Any) -> dict[str, Any]:
     """A configuration of six steps; `sections` go over it, section by section."""
     values: dict[str, Any] = {
         "base": str(tiny_image_base(folder, family)),
@@ -45,7 +45,7 @@ def image_values(folder: Path, output: Path, family: str = "flux1", **sections: 
 
 
 def run(
-    folder: Path, output: Path, family: str = "flux1", *, resume: bool = False, dry_run: bool = False,
+    folder: Path, output: Path, family: str = "flux1", /, *, resume: bool = False, dry_run: bool = False,
     on_event: Any = None, base: Any = None, **sections: Any,
 ) -> ImageResult:  # fmt: skip
     config, sources = config_from(image_values(folder, output, family, **sections))
