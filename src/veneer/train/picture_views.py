@@ -113,16 +113,21 @@ class Seen:
 @lru_cache(maxsize=64)
 def buckets(resolution: int, step: int, ratio: float) -> tuple[Bucket, ...]:
     """All (width, height) that are as large as allowed: multiples of `step`, width * height <= resolution², the longer
-    side at most `ratio` times the shorter. The longest is cut to that ratio; no other has room for one more step.
+    side at most `ratio` times the shorter. The square is always there, the longest may be cut to the ratio if it keeps
+    three quarters of the area, and no other has room for one more step of its longer side.
 
     ConfigError when there is none."""
-    found: set[Bucket] = set()
-    for short in range(resolution // step * step, 0, -step):
-        fits, allowed = resolution * resolution // short // step * step, int(ratio * short) // step * step
-        long = min(fits, allowed)
-        found |= {(short, long), (long, short)}
-        if allowed < fits:
-            break
+    area = resolution * resolution
+    side = resolution // step * step
+    found: set[Bucket] = {(side, side)} if side else set()
+    for short in range(side, 0, -step):
+        fits, allowed = area // short // step * step, int(ratio * short) // step * step
+        if fits <= allowed:
+            found |= {(short, fits), (fits, short)}
+            continue
+        if allowed > short and 4 * short * allowed >= 3 * area:
+            found |= {(short, allowed), (allowed, short)}
+        break
     if not found:
         raise ConfigError(
             f"a resolution of {resolution} pixels has no bucket in steps of {step}",

@@ -36,8 +36,9 @@ class Picture:
     """A picture as it is learned.
 
     `name`: its path in its folder. `caption`: with the trigger. `size`: (width, height) in pixels, upright.
-    `digest`: sha256 of the file. `mask`: a mask file; `alpha`: its own transparency is the mask.
-    `transparent`: some of it shows the background. `repeats`: times an epoch. `weight`: of its loss. `is_class`: one of the class pictures. `notes`: what decoding converted."""
+    `digest`: sha256 of the file. `mask`: a mask file; `alpha`: its own transparency is the mask. `transparent`: some of
+    it shows the background. `repeats`: times an epoch. `weight`: of its loss. `is_class`: one of the class pictures.
+    `notes`: what decoding converted."""
 
     path: Path
     name: str
