@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.api import evaluate, generate, load_adapter, load_base, merge, save_adapter, train_text
+    from veneer.api import evaluate, generate, image, load_adapter, load_base, merge, save_adapter, train_text
     from veneer.core.adapter import Adapter, Card, LoraSpec, Pair
     from veneer.core.attach import attach
     from veneer.core.init import create
@@ -31,6 +31,7 @@ __all__ = [
     "create",
     "evaluate",
     "generate",
+    "image",
     "load_adapter",
     "load_base",
     "merge",

@@ -5,6 +5,7 @@
     generate(base, ["Where is my parcel?"], adapters=[run.adapter])
     evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
     merge(base, [run.adapter], "merged")
+    image(load_image("emoji-sdxl"), ["a fox"], adapters=["runs/style:0.8"])[0].save("fox.png")
 
 An adapter is named by its folder or by its name in the veneer home, with a strength behind a colon: "runs/a:0.5".
 """
@@ -12,7 +13,7 @@ An adapter is named by its folder or by its name in the veneer home, with a stre
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +28,15 @@ from veneer.models.text import load_text as load_base
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
+    from veneer.formats.strengths import Strength
+    from veneer.imaging.make import Made
+    from veneer.models.image import ImageBase
     from veneer.train.config import TrainConfig
     from veneer.train.evaluate import Scores
     from veneer.train.events import Listener
     from veneer.train.run import RunResult
 
-__all__ = ["evaluate", "generate", "load_adapter", "load_base", "merge", "save_adapter", "train_text"]
+__all__ = ["evaluate", "generate", "image", "load_adapter", "load_base", "merge", "save_adapter", "train_text"]
 
 Named = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 """An adapter by folder or name: "runs/a", "runs/a:0.5", Path("runs/a") or ("runs/a", 0.5)."""
@@ -125,6 +129,34 @@ def generate(
     `settings`: max_new_tokens, temperature, top_p, seed, batch_size, on_token (models.generate.complete)."""
     with _acting(base, adapters):
         return complete_all(base, [_messages(base, p, system, raw) for p in prompts], **settings)
+
+
+def image(
+    base: ImageBase,
+    prompts: str | Sequence[str],
+    *,
+    adapters: Sequence[str | tuple[str, float | Strength]] = (),
+    controls: Sequence[str] = (),
+    negative: str = "",
+    seed: int = 0,
+    count: int = 1,
+    say: Callable[[str], None] | None = None,
+    **options: Any,
+) -> list[Made]:
+    """Pictures of `prompts`, `count` of each with seeds from `seed` on; `veneer image` is this call.
+
+    `adapters`: "brand:0.8@down=0.5,steps=0-0.6" or ("brand", Strength(…)), see formats.strengths. `controls`:
+    "canny=sketch.png:0.7". `options`: width, height, steps, guidance, true_guidance, scheduler, batch_size, image,
+    mask, denoise (imaging.make.Options). `say` hears what was resized, cut or without effect. A result has `image`,
+    `infotext`, `record` and `save(path)`."""
+    from veneer.imaging.adapters import Mixer, parse_use
+    from veneer.imaging.controls import parse_control
+    from veneer.imaging.make import Options, asks_of, make
+
+    uses = [parse_use(spec) for spec in adapters]
+    asks = asks_of([prompts] if isinstance(prompts, str) else prompts, uses, negative, seed, count)
+    with Mixer(base, say=say) as mixer:
+        return make(mixer, asks, Options(controls=tuple(parse_control(c) for c in controls), **options))
 
 
 def _messages(

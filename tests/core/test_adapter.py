@@ -108,3 +108,19 @@ def test_one_bad_value_anywhere_is_found(dtype, at):
         t = good.clone()
         t[at] = bad
         assert not all_finite(t)
+
+
+def test_divided_by_strength_is_the_same_adapter_in_parts() -> None:
+    adapter = sample()
+    adapter.deltas = {"c.weight": Delta("dense", {"value": torch.ones(2, 2)}, (2, 2))}
+    strengths = {"a": 0.5, "b": 0.5, "c": 2.0, "norm": 1.0, "emb": 0.0}
+    parts = adapter.divided(strengths.__getitem__)
+    assert {by: [n for n, _ in part.tensors()] for by, part in parts.items()} == {
+        0.5: ["a.w.A", "a.w.B", "b.A", "b.B", "b.magnitude"],
+        2.0: ["c.weight~value"],
+        1.0: ["norm=gain", "norm=weight"],
+    }
+    assert parts[0.5].pairs["b"] is adapter.pairs["b"], "nothing is copied or scaled"
+    assert adapter.divided(lambda _: 0.0) == {}
+    (whole,) = adapter.divided(lambda _: 1.0).values()
+    assert whole.digest() == adapter.digest()

@@ -34,6 +34,7 @@ __all__ = [
 Kind = Literal["linear", "embedding", "conv", "experts"]
 Mix = tuple[tuple[str, float], ...]
 """(adapter name, strength) applied together."""
+_TABLES = ("pairs", "modules", "token_rows", "deltas", "new_tokens")
 
 
 def scale_of(alpha: float, rank: int, rslora: bool = False) -> float:
@@ -214,6 +215,23 @@ class Adapter:
             deltas=own(self.deltas),
             new_tokens=own(self.new_tokens),
         )
+
+    def divided(self, by: Callable[[str], float]) -> dict[float, Adapter]:
+        """The adapter in parts, by the number that `by` gives for a module's name; a part of 0 is left out.
+
+        Σ number·part is then the adapter with each module's own strength, exactly and in every form: the parts share
+        the tensors, and no scale is touched."""
+        out: dict[float, Adapter] = {}
+        for kind in _TABLES:
+            for name, thing in getattr(self, kind).items():
+                whole = kind == "deltas" or (kind == "pairs" and thing.kind == "experts")
+                number = by(name.rpartition(".")[0] if whole else name)
+                if number and number not in out:
+                    empty: dict[str, dict[str, Any]] = {k: {} for k in _TABLES}
+                    out[number] = replace(self, **empty)  # type: ignore[arg-type]
+                if number:
+                    getattr(out[number], kind)[name] = thing
+        return out
 
     def collapsed(self) -> Adapter:
         """The same effect without any `origin`: what is written to files and what `digest` is of."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Pair, TokenRows, all_finite
 from veneer.core.forms import Delta, part_problems
-from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear, Selection
+from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear
 from veneer.core.merge import merged_state, parameter_shape, to_matrix, weight_of
+from veneer.core.selection import RowMixes, Selection
 from veneer.core.targets import base_modules, expert_parameters, kind_of
 from veneer.errors import AdapterError, nearest
 
@@ -86,7 +87,7 @@ class Attachment:
     def remove(self, name: str) -> None:
         """Take an adapter off; it leaves the selection too. Modules that no other adapter touches are put back."""
         gone = self._known(name)
-        self.selection = Selection(tuple((a, s) for a, s in self.selection.mix if a is not gone))
+        self.selection = self.selection.without(gone)
         del self.adapters[name]
         self._prune()
 
@@ -111,6 +112,16 @@ class Attachment:
         checkpointing, do not change it between a forward and its backward: the recomputed part would see the new one.
         Raises AdapterError for an unknown name, a strength that is not finite, or a mix of full copies."""
         self.selection = self._selection(mix)
+
+    def use_rows(self, mixes: Sequence[Sequence[str | tuple[str, float]]]) -> None:
+        """Select a mix for each row of a batch: row i, along the first dimension, gets mixes[i], () the base.
+
+        A batch of k·n rows repeats the list, as guidance doubles it: [negative…, positive…]. Rows are told apart in
+        every module that an adapter changes; one whose first dimension is not k·n there raises AdapterError when it is
+        called, as do fused experts. Otherwise as `use`. Reference: each row alone with `use`."""
+        if not mixes:
+            raise AdapterError("no rows", fix="give a mix for each row of the batch, () for the base")
+        self.selection = Selection(rows=RowMixes(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
 
     @contextmanager
     def using(self, *mix: str | tuple[str, float]) -> Iterator[None]:

@@ -18,8 +18,7 @@ away in a 16-bit base; that costs memory for one ΔW at a time. Does not know wh
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,15 +30,10 @@ from veneer.core.forms import Delta, norm_along
 from veneer.core.fused import Projection, lora_linear
 from veneer.core.lowrank import Factor, LowRank
 from veneer.core.merge import adapted_norm, pair_matrix, parameter_delta, to_matrix, weight_of
+from veneer.core.selection import RowMixes, Selection, run_apart
+from veneer.errors import AdapterError
 
-__all__ = ["FullModule", "Layer", "LoraConv", "LoraEmbedding", "LoraExperts", "LoraLinear", "Selection"]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What acts on every row now: (adapter, strength) in order. Empty: the base, at the base's cost."""
-
-    mix: tuple[tuple[Adapter, float], ...] = ()
+__all__ = ["FullModule", "Layer", "LoraConv", "LoraEmbedding", "LoraExperts", "LoraLinear"]
 
 
 class Owner(Protocol):
@@ -68,13 +62,33 @@ class Layer(nn.Module):
         self.training = base.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mix = self.owner.selection.mix
+        selection = self.owner.selection
+        if selection.rows is not None:
+            return self.by_rows(selection.rows, *args, **kwargs)
+        return self.under(selection.mix, *args, **kwargs)
+
+    def under(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
+        """The output with one mix on every row."""
         if not mix:
             return self.base(*args, **kwargs)
         for adapter, _ in mix:
             if (full := adapter.modules.get(self.name)) is not None:
                 return _stand_in(self.base, full)(*args, **kwargs)
         return self.adapted(mix, *args, **kwargs)
+
+    def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
+        """The output with a mix for each row. Reference: each row alone, with `under`."""
+        segments = rows.segments(self.acts)
+        if len(segments) == 1:
+            return self.under(segments[0].mix, *args, **kwargs)
+        return run_apart(rows, segments, self.under, args, kwargs, self.name)
+
+    def acts(self, adapter: Adapter) -> bool:
+        """Whether an adapter changes anything in this module."""
+        name = self.name
+        if name in adapter.modules or name in adapter.pairs or self.rows_name in adapter.token_rows:
+            return True
+        return bool(adapter.deltas) and any(f"{name}.{key}" in adapter.deltas for key in self.base._parameters)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
         """The output under a mix without a full copy of this module."""
@@ -209,15 +223,72 @@ class _Lora(Layer):
             out = out + (self.channels(made) if key == "bias" else self.product(wide, made))
         return self.replaced(x, out.to(y.dtype), self.rows(mix))
 
+    def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
+        """The base once for all rows, each adapter's products once for all its rows; other rows cost nothing more."""
+        if any(self.name in share.adapter.modules for share in rows.shares) or not args:
+            return super().by_rows(rows, *args, **kwargs)
+        segments = rows.segments(self.acts)
+        if len(segments) == 1:
+            return self.under(segments[0].mix, *args, **kwargs)
+        x: Tensor = args[0]
+        if x.ndim < self.least_dims():
+            raise AdapterError(f"an input {tuple(x.shape)} has no rows to give a mix each", where=self.name)
+        rows.repeats(len(x), self.name)
+        y = self.base(*args, **kwargs)
+        out = y
+        for share in rows.shares:
+            if self.acts(share.adapter):
+                at = rows.index(share.rows, len(x), x.device)
+                for change in self.changes(x.index_select(0, at), y.index_select(0, at), share.adapter):
+                    out = _added(out, at, change * rows.strengths(share, change), own=out is not y)
+        out = out.to(y.dtype)
+        for mix, own in rows.segments(lambda adapter: self.rows_name in adapter.token_rows):
+            if mix:
+                at = rows.index(own, len(x), x.device)
+                new = self.replaced(x.index_select(0, at), out.index_select(0, at), self.rows(mix))
+                out = out.index_copy(0, at, new)
+        return out
+
+    def changes(self, x: Tensor, y: Tensor, adapter: Adapter) -> Iterator[Tensor]:
+        """What one adapter at strength 1 adds to y = base(x), in y's shape."""
+        for term in self.terms([(adapter, 1.0)]):
+            yield self.change(x, y, term)
+        for key, delta, _ in self.deltas([(adapter, 1.0)]):
+            made = parameter_delta(self.base, key, delta)
+            if key == "bias":
+                yield self.channels(made).expand_as(y)
+            else:
+                yield self.product(x.to(made.dtype) if x.is_floating_point() else x, made)
+
+    def least_dims(self) -> int:
+        """How many dimensions an input with rows has at least."""
+        return 2
+
     def replaced(self, x: Tensor, y: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
         return y
+
+
+def _added(y: Tensor, at: Tensor, change: Tensor, own: bool) -> Tensor:
+    """y with `change` added to its rows `at`, in the wider of the two dtypes; into y itself where it is our own."""
+    wide = torch.promote_types(y.dtype, change.dtype)
+    change = change.to(wide)
+    if own and y.dtype == wide and not (y.requires_grad or change.requires_grad):
+        return y.index_add_(0, at, change)
+    return y.to(wide).index_add(0, at, change)
 
 
 class LoraLinear(_Lora):
     def projection(self) -> Projection | None:
         """What this layer is now as one product with a frozen weight and at most one pair, or None if it is more:
-        several pairs, DoRA, dropout, an origin, a full copy, replaced rows, a quantised or hooked or trained base."""
-        base, mix = self.base, self.owner.selection.mix
+        several pairs, a mix for each row, DoRA, dropout, an origin, a full copy, replaced rows, a quantised or hooked
+        or trained base."""
+        base, selection = self.base, self.owner.selection
+        mix: Sequence[tuple[Adapter, float]] = selection.mix
+        if selection.rows is not None:
+            segments = selection.rows.segments(self.acts)
+            if len(segments) > 1:
+                return None
+            mix = segments[0].mix
         if type(base).forward is not nn.Linear.forward or "forward" in base.__dict__ or base.weight.requires_grad:
             return None
         if base._forward_hooks or base._forward_pre_hooks or (base.bias is not None and base.bias.requires_grad):
@@ -263,6 +334,9 @@ class LoraLinear(_Lora):
 
 
 class LoraEmbedding(_Lora):
+    def least_dims(self) -> int:
+        return 1
+
     def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         base = self.base
         out = F.embedding(x, A.t(), base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq) @ B.t()
@@ -299,6 +373,9 @@ class LoraConv(_Lora):
     """A: (rank, in/groups, k…): each group runs the same A on its own channels, so that ΔW has W's shape.
     A: (rank, in, k…) with B: (out, rank/groups, 1…), as PEFT has grouped ones, sees all channels instead."""
 
+    def least_dims(self) -> int:
+        return weight_of(self.base).ndim
+
     def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         conv, groups = self.base, self.base.groups
         up = F.conv1d if A.ndim == 3 else F.conv2d
@@ -324,6 +401,18 @@ class LoraConv(_Lora):
 
 class LoraExperts(Layer):
     """Runs the base's own forward with each adapted weight replaced by a `LowRank`."""
+
+    def acts(self, adapter: Adapter) -> bool:
+        return super().acts(adapter) or any(f"{self.name}.{key}" in adapter.pairs for key in self.base._parameters)
+
+    def by_rows(self, rows: RowMixes, *args: Any, **kwargs: Any) -> Any:
+        if len(rows.segments(self.acts)) > 1:
+            raise AdapterError(
+                "fused experts see the tokens of all rows together: no mix for each row there",
+                where=self.name,
+                fix="run the rows one after another with use(), or leave out the adapters that change the experts",
+            )
+        return super().by_rows(rows, *args, **kwargs)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
         flipped = bool(getattr(self.base, "is_transposed", False))

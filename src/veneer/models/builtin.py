@@ -23,7 +23,7 @@ from veneer.errors import BaseError, ResourceError
 from veneer.models.home import bases_home
 from veneer.models.quiet import quiet
 
-__all__ = ["BUILTIN", "Builtin", "get", "place_of"]
+__all__ = ["BUILTIN", "PACKAGED", "Builtin", "get", "packaged", "packaged_place", "place_of"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,30 @@ BUILTIN = {
         )
     ]
 }
+
+
+PACKAGED = {
+    "emoji-flux": "text to pictures of 64 × 64, a small FLUX.1 trained on named emoji",
+    "emoji-sdxl": "text to pictures of 64 × 64, a small SDXL trained on named emoji",
+}
+"""Image bases that come with the package, in its `bases` folder; `<name>-canny` beside each is its ControlNet."""
+
+
+def packaged_place() -> Path:
+    """The package's folder of image bases, there or not."""
+    return Path(__file__).resolve().parents[1] / "bases"
+
+
+def packaged(name: str) -> Path:
+    """The directory of a base, or of a ControlNet, that comes with the package. Raises BaseError where it did not."""
+    found = packaged_place() / name
+    if not found.is_dir():
+        raise BaseError(
+            f"this copy of veneer came without {name}",
+            where=str(found),
+            fix="install veneer from its wheel or repository",
+        )
+    return found
 
 
 def place_of(builtin: Builtin) -> Path:

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.models.home import veneer_home
-from veneer.models.weights import StoredTensor, digests, tensor_table, weight_files
+from veneer.models.weights import StoredTensor, digests, tensor_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["fingerprint", "shaping_fields"]
+__all__ = ["fingerprint", "fingerprint_parts", "shaping_fields"]
 
 _CACHE = ".veneer-fingerprint.json"
 _VERSION = 1
@@ -54,8 +54,22 @@ def fingerprint(base: Path, config: PreTrainedConfig, table: list[StoredTensor] 
         table = [t for t in table if t.name != "lm_head.weight"] or table
     h = hashlib.sha256(b"veneer-base-1\n")
     h.update(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
-    for tensor, digest in zip(table, _cached_digests(base, table), strict=True):
+    for tensor, digest in zip(table, _cached_digests(table, _cache_places(base)), strict=True):
         h.update(f"\n{tensor.name}|{tensor.dtype}|{tensor.shape}|{digest}".encode())
+    return "sha256:" + h.hexdigest()
+
+
+def fingerprint_parts(parts: Mapping[str, tuple[Mapping[str, Any], list[StoredTensor]]]) -> str:
+    """The fingerprint of a base of several components: name -> (fields that shape it, its stored tensors).
+
+    Digests are kept under the veneer home alone: the directory may be a package's or a hub cache's."""
+    h = hashlib.sha256(b"veneer-image-1\n")
+    for name in sorted(parts):
+        fields, table = parts[name]
+        h.update(json.dumps({name: fields}, sort_keys=True, separators=(",", ":"), default=str).encode())
+        place = _home_place(table[0].file) if table else None
+        for tensor, digest in zip(table, _cached_digests(table, [place] if place else []), strict=True):
+            h.update(f"\n{tensor.name}|{tensor.dtype}|{tensor.shape}|{digest}".encode())
     return "sha256:" + h.hexdigest()
 
 
@@ -101,10 +115,10 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
-def _cached_digests(base: Path, table: list[StoredTensor]) -> list[str]:
-    """The sha256 of each tensor, from the cache where every weight file is as it was."""
-    state = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in weight_files(base)}
-    places = _cache_places(base)
+def _cached_digests(table: list[StoredTensor], places: list[Path]) -> list[str]:
+    """The sha256 of each tensor, from a cache where every weight file is as it was."""
+    files = sorted({tensor.file for tensor in table})
+    state = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
     for place in places:
         try:
             kept = json.loads(place.read_text(encoding="utf-8"))
@@ -126,9 +140,13 @@ def _cached_digests(base: Path, table: list[StoredTensor]) -> list[str]:
 
 def _cache_places(base: Path) -> list[Path]:
     full = base.resolve()
-    key = hashlib.sha256(str(full).encode()).hexdigest()[:16]
     beside = full / _CACHE if full.is_dir() else full.with_name(f".{full.name}{_CACHE}")
-    return [beside, veneer_home() / "fingerprints" / f"{key}.json"]
+    return [beside, _home_place(full)]
+
+
+def _home_place(path: Path) -> Path:
+    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    return veneer_home() / "fingerprints" / f"{key}.json"
 
 
 def _write(place: Path, text: str) -> None:

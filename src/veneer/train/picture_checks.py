@@ -113,7 +113,7 @@ def _buckets(
     if plan.small:
         what = {"keep": "kept at their own size", "upscale": "enlarged", "drop": "left out"}[settings.small]
         text = f"{share(len(plan.small), len(pictures))} pictures are smaller than a bucket and {what}: "
-        fix = "" if settings.small == "upscale" else "pictures.small: upscale enlarges them, or give larger files"
+        fix = "" if settings.small == "upscale" else "data.small: upscale enlarges them, or give larger files"
         yield Finding("warn", "small", text + _some(plan.small), fix)
     if plan.dropped and settings.small == "keep":
         text = f"{len(plan.dropped):,} pictures are smaller than the step of {plan.step} pixels and left out: "
@@ -124,7 +124,7 @@ def _buckets(
         text = f"{share(len(much), len(cuts))} pictures lose more than a quarter to the crop: "
         names = _some(f"{name} ({cuts[name]:.0%})" for name in much)
         fix = "" if settings.buckets and settings.bucket_ratio >= 8 else "crop them by hand, or raise bucket_ratio"
-        yield Finding("warn", "crops", text + names, fix if settings.buckets else "pictures.buckets: true keeps more")
+        yield Finding("warn", "crops", text + names, fix if settings.buckets else "data.buckets: true keeps more")
 
 
 def _masks(
@@ -136,7 +136,7 @@ def _masks(
     if not total:
         if settings.masks != "auto":
             what = "has transparency" if settings.masks == "alpha" else f"has a mask in {settings.masks}"
-            yield Finding("stop", "masks", f"pictures.masks is `{settings.masks}`, but no picture {what}")
+            yield Finding("stop", "masks", f"data.masks is `{settings.masks}`, but no picture {what}")
         return
     floor = f"; what they leave out counts {settings.mask_floor:g}" if settings.mask_floor else ""
     yield Finding("ok", "masks", f"{share(total, len(pictures))} pictures have a loss mask{floor}")

@@ -108,20 +108,18 @@ def _decoded(data: bytes, settings: PictureSettings, notes: list[str]) -> Image.
             width, height = image.size
             if width * height > most:
                 raise UnreadablePicture(
-                    f"{width} x {height} pixels, more than pictures.most_megapixels = {settings.most_megapixels:g}"
+                    f"{width} x {height} pixels, more than data.most_megapixels = {settings.most_megapixels:g}"
                 )
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             if frames > 1:  # an MPO's further pictures are previews or the other eye
                 if settings.animated == "refuse":
-                    raise UnreadablePicture(
-                        f"holds {frames} frames; pictures.animated: first would use the first of them"
-                    )
+                    raise UnreadablePicture(f"holds {frames} frames; data.animated: first would use the first of them")
                 notes.append("first frame of several")
                 image.seek(0)
             image.load()
         except Image.DecompressionBombError:
             raise UnreadablePicture(
-                f"more pixels than pictures.most_megapixels = {settings.most_megapixels:g} allows"
+                f"more pixels than data.most_megapixels = {settings.most_megapixels:g} allows"
             ) from None
         except UnidentifiedImageError:
             raise UnreadablePicture(_what_it_is(data)) from None

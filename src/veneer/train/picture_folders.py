@@ -212,7 +212,7 @@ def _metadata(root: Path, pictures: list[Path], settings: PictureSettings, listi
                 raise DataError(
                     f"the metadata has no column {missing}; the columns are {', '.join(columns)}",
                     where=str(file),
-                    fix="name the caption's with pictures.caption_column",
+                    fix="name the caption's with data.caption_column",
                 )
             listing.unused += [c for c in columns if c not in (column, "file_name") and c not in listing.unused]
             for record in records:
@@ -258,7 +258,7 @@ def _masks(root: Path, pictures: list[Path], beside: list[Path], masks: str) -> 
             covers[owner] = mask
     folder = root / "masks" if masks == "auto" else Path(masks).expanduser()
     if masks != "auto" and not folder.is_dir():
-        raise DataError("the folder of masks does not exist", where=str(folder), fix="correct pictures.masks")
+        raise DataError("the folder of masks does not exist", where=str(folder), fix="correct data.masks")
     by_stem: dict[str, list[Path]] = {}
     for path in pictures:
         by_stem.setdefault(path.stem, []).append(path)
@@ -283,7 +283,7 @@ def _masks(root: Path, pictures: list[Path], beside: list[Path], masks: str) -> 
         raise DataError(
             f"{len(bad)} mask(s) cannot be used:\n{listed(bad)}",
             where=str(root),
-            fix="name a mask as its picture (cat.mask.png or masks/cat.png for cat.png), or set pictures.masks: off",
+            fix="name a mask as its picture (cat.mask.png or masks/cat.png for cat.png), or set data.masks: off",
         )
     return covers
 

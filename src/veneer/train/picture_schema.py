@@ -10,7 +10,7 @@ from typing import Literal
 
 import pydantic
 
-from veneer.train.schema import Section, _key
+from veneer.train.schema import Section, setting
 
 __all__ = ["PictureSettings"]
 
@@ -18,69 +18,76 @@ _NAMED = {"white": "#ffffff", "black": "#000000", "grey": "#808080"}
 
 
 class PictureSettings(Section):
-    """Which pictures are learned, what is said of each, and how they are cut. `pictures: DIR` is short for
-    `pictures: {folder: DIR}`."""
+    """Which pictures are learned, what is said of each, and how they are cut."""
 
-    folder: str | tuple[str, ...] = _key(
+    pictures: str | tuple[str, ...] = setting(
         ..., "folders of pictures, with captions beside them, a metadata.jsonl, or kohya's `N_words` folders"
     )
-    validation: str | None = _key(None, "a folder of pictures never trained on, read the same way")
-    prompt: str | None = _key(None, "the caption of every picture that has none of its own")
-    caption_column: str | None = _key(
+    validation: str | None = setting(None, "a folder of pictures never trained on, read the same way")
+    prompt: str | None = setting(None, "the caption of every picture that has none of its own")
+    caption_column: str | None = setting(
         None, "metadata's column of captions", "the first of text, caption and prompt that is there"
     )
-    trigger: str | None = _key(
+    trigger: str | None = setting(
         None, "a word for what is learned: replaces `[trigger]` in captions, and is put before those that lack it"
     )
-    class_folder: str | None = _key(None, "class (regularisation) pictures, learned beside the others; no trigger")
-    class_prompt: str | None = _key(None, "the caption of every class picture that has none of its own")
-    class_weight: float = _key(1.0, "the class pictures' loss is multiplied by this", "DreamBooth's value", ge=0)
-    caption_dropout: float = _key(
+    class_folder: str | None = setting(None, "class (regularisation) pictures, learned beside the others; no trigger")
+    class_prompt: str | None = setting(None, "the caption of every class picture that has none of its own")
+    class_weight: float = setting(1.0, "the class pictures' loss is multiplied by this", "DreamBooth's value", ge=0)
+    caption_dropout: float = setting(
         0.0, "share of the rows whose caption is empty, drawn anew each epoch", "0.1 trains guidance too", ge=0, le=1
     )
-    shuffle_tags: bool = _key(False, "shuffle the caption's comma-separated tags, anew each epoch")
-    keep_tags: int | None = _key(
+    shuffle_tags: bool = setting(False, "shuffle the caption's comma-separated tags, anew each epoch")
+    keep_tags: int | None = setting(
         None, "so many first tags stay where they are when shuffling", "1 with a trigger, else 0", ge=0
     )
-    resolution: int | tuple[int, ...] | None = _key(
+    resolution: int | tuple[int, ...] | None = setting(
         None, "side in pixels of a square of the same area; several: each picture is learned at each", "the base's size"
     )
-    buckets: bool = _key(
+    buckets: bool = setting(
         True, "keep each picture's aspect ratio as nearly as the step allows; false: squares", "cuts away least"
     )
-    bucket_step: int | None = _key(
+    bucket_step: int | None = setting(
         None, "bucket sides are multiples of this many pixels", "64 from 512 pixels on, the base's unit below"
     )
-    bucket_ratio: float = _key(2.0, "longest side over shortest, at most", "bases have seen little beyond", ge=1, le=8)
-    small: Literal["keep", "upscale", "drop"] = _key(
+    bucket_ratio: float = setting(
+        2.0, "longest side over shortest, at most", "bases have seen little beyond", ge=1, le=8
+    )
+    small: Literal["keep", "upscale", "drop"] = setting(
         "keep",
         "pictures smaller than their bucket: a bucket of their own size, enlarged, or left out",
         "enlarging teaches blur",
     )
-    crop: Literal["center", "random"] = _key("center", "which part is kept of what lies outside the bucket")
-    crops: int = _key(4, "different random crops of a picture; each epoch uses one of them", "bounds the cache", gt=0)
-    flip: bool = _key(False, "mirror a picture in half of the epochs", "faces, writing and products are not symmetric")
-    masks: str = _key(
+    crop: Literal["center", "random"] = setting("center", "which part is kept of what lies outside the bucket")
+    crops: int = setting(
+        4, "different random crops of a picture; each epoch uses one of them", "bounds the cache", gt=0
+    )
+    flip: bool = setting(
+        False, "mirror a picture in half of the epochs", "faces, writing and products are not symmetric"
+    )
+    masks: str = setting(
         "auto",
         "where loss masks are: auto (NAME.mask.png beside, and a `masks` folder), off, alpha, or a folder",
         "used where they are, and said",
     )
-    mask_floor: float = _key(0.0, "weight of what a mask leaves out; white is always 1", "nothing of it", ge=0, le=1)
-    background: str = _key("#ffffff", "colour behind transparent pixels: #rrggbb, white, black or grey", "as on paper")
-    animated: Literal["refuse", "first"] = _key("refuse", "animated files: stop, or use their first frame")
-    broken: Literal["refuse", "drop"] = _key(
+    mask_floor: float = setting(0.0, "weight of what a mask leaves out; white is always 1", "nothing of it", ge=0, le=1)
+    background: str = setting(
+        "#ffffff", "colour behind transparent pixels: #rrggbb, white, black or grey", "as on paper"
+    )
+    animated: Literal["refuse", "first"] = setting("refuse", "animated files: stop, or use their first frame")
+    broken: Literal["refuse", "drop"] = setting(
         "refuse", "files that cannot be read: stop, or leave them out, counted", "nothing is lost without being asked"
     )
-    most_megapixels: float = _key(
+    most_megapixels: float = setting(
         120.0, "larger pictures are refused unread", "a small file can unpack to more than the memory", gt=0
     )
-    cache: str | None = _key(
+    cache: str | None = setting(
         None, "folder for latents and text embeddings; nothing: `cache` in the output folder", "made once, used by all"
     )
 
     @property
     def folders(self) -> tuple[str, ...]:
-        return (self.folder,) if isinstance(self.folder, str) else self.folder
+        return (self.pictures,) if isinstance(self.pictures, str) else self.pictures
 
     @property
     def colour(self) -> tuple[int, int, int]:

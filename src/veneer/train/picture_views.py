@@ -131,7 +131,7 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[Bucket, ...]:
     if not found:
         raise ConfigError(
             f"a resolution of {resolution} pixels has no bucket in steps of {step}",
-            where="pictures.resolution",
+            where="data.resolution",
             fix=f"give at least {step}",
         )
     return tuple(sorted(found))
@@ -172,8 +172,8 @@ def plan_rows(pictures: Sequence[Picture], settings: PictureSettings, *, size: i
     step = settings.step(unit, size)
     if step % unit:
         raise ConfigError(
-            f"pictures.bucket_step is {step}, but this base's sides are multiples of {unit}",
-            where="pictures.bucket_step",
+            f"data.bucket_step is {step}, but this base's sides are multiples of {unit}",
+            where="data.bucket_step",
             fix=f"set a multiple of {unit}",
         )
     plan = PicturePlan(step=step)
@@ -193,7 +193,7 @@ def plan_rows(pictures: Sequence[Picture], settings: PictureSettings, *, size: i
     if not plan.rows:
         raise DataError(
             f"every picture is smaller than its bucket (in steps of {step} pixels) and left out",
-            fix="lower pictures.resolution, or set pictures.small to keep or upscale",
+            fix="lower data.resolution, or set data.small to keep or upscale",
         )
     return plan
 

@@ -128,7 +128,7 @@ def with_trigger(caption: str, trigger: str | None) -> tuple[str, str]:
     ValueError for a placeholder with nothing to put there."""
     if trigger is None:
         if PLACEHOLDER in caption:
-            raise ValueError(f"holds {PLACEHOLDER}, and pictures.trigger is not set")
+            raise ValueError(f"holds {PLACEHOLDER}, and data.trigger is not set")
         return caption, ""
     if PLACEHOLDER in caption:
         return caption.replace(PLACEHOLDER, trigger), "replaced"
@@ -176,13 +176,13 @@ def _read(
         raise DataError(
             f"{len(wrong_masks)} mask(s) cannot be used:\n{listed(wrong_masks)}",
             where=folder,
-            fix="draw them at their picture's size, white where it is learned, or set pictures.masks: off",
+            fix="draw them at their picture's size, white where it is learned, or set data.masks: off",
         )
     if broken and settings.broken == "refuse":
         raise DataError(
             f"{len(broken)} of {len(listing.found)} pictures cannot be used:\n{listed(broken)}",
             where=folder,
-            fix="repair or remove them, or leave them out with pictures.broken=drop",
+            fix="repair or remove them, or leave them out with data.broken=drop",
         )
     about.broken += broken
     return pictures
@@ -207,7 +207,7 @@ def _captions(
         raise DataError(
             f"{len(missing)} of {len(found)} pictures have no caption:\n{listed(missing)}",
             where=folder,
-            fix=f"write NAME.txt beside each, or a metadata.jsonl, or set pictures.{key} for all that have none",
+            fix=f"write NAME.txt beside each, or a metadata.jsonl, or set data.{key} for all that have none",
         )
     if bad:
         raise DataError(f"{len(bad)} caption(s) cannot be used:\n{listed(bad)}", where=folder, fix="correct them")

@@ -1,0 +1,338 @@
+"""`veneer image`: pictures from a base, adapters and ControlNets; `veneer image grid`: labelled sheets of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.imaging.adapters import Mixer
+    from veneer.imaging.make import Ask, Made, Options
+    from veneer.models.image import ImageBase
+
+__all__ = ["app"]
+
+_FALLBACK = "emoji-sdxl"
+
+
+class _Group(TyperGroup):
+    """`veneer image …` makes pictures unless its first word is a subcommand: `veneer image -- grid` has that prompt."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args[0] == "grid" else ["make", *args])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return "" if name == "make" else name, command, rest
+
+
+app = typer.Typer(cls=_Group, add_completion=False)
+
+BaseOption = Annotated[
+    str | None, typer.Option("--base", "-b", help="Image base: built-in name, hub id, folder or checkpoint file.")
+]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        "-a",
+        help="NAME_OR_PATH[:strength]; by block and step behind @: brand:0.8@down=0.5,text=0,steps=0-0.6.",
+    ),
+]
+ControlOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--control",
+        "-c",
+        help="canny=PICTURE:weight finds edges, edges=PICTURE has them; depth@MODEL=PICTURE: another ControlNet.",
+    ),
+]
+NegativeOption = Annotated[str | None, typer.Option("--negative", "-n", help="What the pictures should not show.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps. Default: 30, or the family's.")]
+GuidanceOption = Annotated[float | None, typer.Option("--guidance", "-g", help="Guidance. Default: the family's own.")]
+TrueOption = Annotated[
+    float | None, typer.Option("--true-guidance", help="FLUX: classifier-free guidance, for negative prompts.")
+]
+SchedulerOption = Annotated[
+    str | None, typer.Option("--scheduler", "-s", help="euler, euler-a, dpm++2m-karras, ddim, unipc, flow-euler, …")
+]
+SizeOption = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels. Default: the base's.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", help="Pictures at once; their mixes may differ.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="The PNG to write; several are numbered.")]
+
+
+@app.command(
+    "make",
+    epilog="Example: veneer image --base emoji-sdxl --adapter brand:0.8 --control canny=sketch.png:0.7 "
+    '"a fox" -o fox.png. Sheets: veneer image grid --help',
+)
+def make_pictures(
+    prompts: Annotated[list[str] | None, typer.Argument(help="One or several prompts.")] = None,
+    base: BaseOption = None,
+    adapter: AdapterOption = None,
+    control: ControlOption = None,
+    out: OutOption = None,
+    negative: NegativeOption = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the first picture; the next has one more.")] = None,
+    count: Annotated[int, typer.Option("--count", help="Pictures of each prompt.")] = 1,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    true_guidance: TrueOption = None,
+    scheduler: SchedulerOption = None,
+    size: SizeOption = None,
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="Start from this picture.")] = None,
+    denoise: Annotated[
+        float | None, typer.Option("--denoise", help="How far from --image: share of the steps taken. Default: 0.6.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option("--mask", help="Of --image: white is made anew, black stays.")] = None,
+    batch_size: BatchOption = 4,
+    remade: Annotated[
+        Path | None, typer.Option("--from", help="Make the picture in this PNG again; other options change it.")
+    ] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Use adapters of which not everything is understood.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make pictures with a base and any adapters and ControlNets. A PNG says how it was made: `--from` makes it again.
+
+    Sheets of many pictures: `veneer image grid`."""
+    from veneer.imaging.adapters import parse_use
+    from veneer.imaging.controls import parse_control
+
+    uses = tuple(parse_use(spec) for spec in adapter or [])
+    width, height = _size(size)
+    asked: dict[str, Any] = {
+        "width": width, "height": height, "steps": steps, "guidance": guidance, "true_guidance": true_guidance,
+        "scheduler": scheduler, "denoise": denoise, "image": image and str(image), "mask": mask and str(mask),
+        "controls": tuple(parse_control(spec) for spec in control or []) or None,
+    }  # fmt: skip
+    asked = {key: value for key, value in asked.items() if value is not None}
+    loading = {"device": device, "dtype": dtype or "auto"}
+    if remade is not None:
+        if len(prompts or []) > 1 or count != 1:
+            raise ConfigError("--from makes one picture", fix="leave --count and further prompts out")
+        changes = {"prompt": (prompts or [None])[0], "negative": negative, "seed": seed, "uses": uses or None}
+        _remake(remade, out, base, {k: v for k, v in changes.items() if v is not None}, asked, loading, as_json, dtype)
+        return
+    if not prompts:
+        raise ConfigError("there is no prompt", fix='veneer image "a fox" -o fox.png, or --from PICTURE')
+    if count < 1:
+        raise ConfigError(f"--count {count}", fix="at least 1")
+
+    from veneer.imaging.make import Options, asks_of
+
+    asks = asks_of(prompts, uses, negative or "", seed or 0, count)
+    files = _files(out or Path("out.png"), len(asks))
+    _find(uses)
+    with _mixer(base or _FALLBACK, loading, allow_partial) as mixer:
+        _write(mixer, asks, Options(**{"batch_size": batch_size} | asked), files, as_json)
+
+
+@app.command("grid", epilog='Example: veneer image grid strength "a fox" -a brand --strengths 0,0.5,1 --seeds 1,2,3')
+def grid(
+    sheet: Annotated[str, typer.Argument(help="strength (× seeds), adapters (× prompts), or compare (base, mix).")],
+    prompts: Annotated[list[str], typer.Argument(help="One prompt for strength; one or several for the others.")],
+    base: BaseOption = None,
+    adapter: AdapterOption = None,
+    control: ControlOption = None,
+    out: OutOption = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="Numbers with commas, or FROM-TO.")] = "0",
+    strengths: Annotated[
+        str, typer.Option("--strengths", help="Multiply those of the adapters.")
+    ] = "0,0.25,0.5,0.75,1",
+    negative: NegativeOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    true_guidance: TrueOption = None,
+    scheduler: SchedulerOption = None,
+    size: SizeOption = None,
+    batch_size: BatchOption = 4,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Draw a labelled sheet: strength × seed, adapter × prompt, or the base against a mix."""
+    from veneer.imaging.adapters import parse_use
+    from veneer.imaging.controls import parse_control
+    from veneer.imaging.grid import draw, layout
+    from veneer.imaging.make import Options
+
+    uses = [parse_use(spec) for spec in adapter or []]
+    plan = layout(
+        sheet,
+        prompts,
+        uses,
+        seeds=_whole_numbers(seeds),
+        strengths=_numbers(strengths, "--strengths"),
+        negative=negative or "",
+    )
+    width, height = _size(size)
+    options = Options(
+        width, height, steps, guidance, 1.0 if true_guidance is None else true_guidance, scheduler, batch_size,
+        controls=tuple(parse_control(spec) for spec in control or []),
+    )  # fmt: skip
+    file = _files(out or Path("grid.png"), 1)[0]
+    _find(tuple(uses))
+    start = time.perf_counter()
+    with _mixer(base or _FALLBACK, {"device": device, "dtype": dtype or "auto"}, False) as mixer:
+        drawn = draw(mixer, plan, options, on_step=_progress())
+        from veneer.formats.atomic import atomic_write
+        from veneer.formats.infotext import png_bytes
+
+        record = {"version": 1, "sheet": sheet, "pictures": [m.record for m in drawn.made]}
+        atomic_write(file, [png_bytes(drawn.image, f"{sheet} sheet of {len(drawn.made)} pictures", {"grid": record})])
+        _say(f"{file}: {len(plan.rows)} × {len(plan.columns)} pictures")
+        if as_json:
+            told = {"file": str(file), "sheet": sheet, "rows": plan.rows, "columns": plan.columns}
+            _print(told | {"seconds": round(time.perf_counter() - start, 3), "infotexts": [m.text for m in drawn.made]})
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print(told: dict[str, Any]) -> None:
+    print(json.dumps(told, ensure_ascii=False, indent=2))
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    width, times, height = text.lower().partition("x")
+    if not times:
+        height = width
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ConfigError(f"--size {text}", fix="WIDTHxHEIGHT, as in 1024x768, or one number for both")
+    return int(width), int(height)
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found:
+        raise ConfigError(f"{option} {text!r} is no list of numbers", fix=f"{option} 0,0.5,1")
+    return found
+
+
+def _whole_numbers(text: str) -> list[int]:
+    first, dash, last = text.partition("-")
+    if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
+        return list(range(int(first), int(last) + 1))
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise ConfigError(f"--seeds {text!r} is no list of seeds", fix="--seeds 1,2,3 or --seeds 1-8")
+    return [int(part) for part in text.split(",")]
+
+
+def _files(out: Path, number: int) -> list[Path]:
+    """`out` itself, or numbered beside it. Refused before anything is loaded if it cannot be."""
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"{out} is no .png", fix="pictures are written as PNG, which keeps how they were made")
+    if not out.parent.is_dir():
+        raise ConfigError(f"there is no folder {out.parent}", fix="make it, or write elsewhere")
+    if number == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{i:0{len(str(number))}d}{out.suffix}") for i in range(1, number + 1)]
+
+
+def _find(uses: tuple[Any, ...]) -> None:
+    """A name that does not exist should not wait for a base to load."""
+    from veneer.using import adapter_path
+
+    for name, _ in uses:
+        adapter_path(name)
+
+
+def _mixer(name: str, loading: dict[str, Any], allow_partial: bool) -> Mixer:
+    from veneer.imaging.adapters import Mixer
+    from veneer.models.image import load_image
+
+    base: ImageBase = load_image(name, say=_say, **loading)
+    _say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
+    for note in base.notes:
+        _say(f"note: {note}")
+    return Mixer(base, allow_partial=allow_partial, say=_say)
+
+
+def _progress() -> Callable[[int, int], None] | None:
+    """A line that counts steps, where somebody watches."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, of: int) -> None:
+        print(f"\rstep {done}/{of}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _write(mixer: Mixer, asks: list[Ask], options: Options, files: list[Path], as_json: bool) -> None:
+    from veneer.imaging.make import make
+
+    start = time.perf_counter()
+    made = make(mixer, asks, options, on_step=_progress())
+    _finish(made, files, as_json, time.perf_counter() - start)
+
+
+def _finish(made: list[Made], files: list[Path], as_json: bool, seconds: float) -> None:
+    for one, file in zip(made, files, strict=True):
+        one.save(file)
+        _say(f"{file}: seed {one.infotext.fields['Seed']}")
+    if as_json:
+        results = [
+            {
+                "file": str(f),
+                "seed": int(m.infotext.fields["Seed"]),
+                "infotext": m.text,
+                "cut": m.cut,
+                "record": m.record,
+            }
+            for m, f in zip(made, files, strict=True)
+        ]
+        _print({"pictures": results, "seconds": round(seconds, 3)})
+
+
+def _remake(
+    picture: Path,
+    out: Path | None,
+    base: str | None,
+    ask: dict[str, Any],
+    options: dict[str, Any],
+    loading: dict[str, Any],
+    as_json: bool,
+    dtype: str | None,
+) -> None:
+    from veneer.imaging.remake import remake, remembered
+
+    wanted = remembered(picture)
+    name = base or wanted.base
+    if not name:
+        raise ConfigError("the picture does not name a base that can be loaded", fix="add --base NAME")
+    file = _files(out or picture.with_name(f"{picture.stem}-again.png"), 1)[0]
+    start = time.perf_counter()
+    with _mixer(name, loading | {"dtype": dtype or wanted.dtype}, False) as mixer:
+
+        def changed(old: Ask, before: Options) -> tuple[Ask, Options]:
+            return replace(old, **ask), replace(before, **options)
+
+        made = remake(mixer, wanted, changes=changed if ask or options else None, on_step=_progress())
+        _finish([made], [file], as_json, time.perf_counter() - start)

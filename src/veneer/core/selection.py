@@ -1,0 +1,169 @@
+"""What acts now: nothing, one mix for all rows, or a mix for each row of a batch.
+
+Rows lie along the first dimension of what a module is called with. A batch of k·n rows under n mixes repeats them k
+times, as guidance lays them out: [negative…, positive…]. Knows adapters; does not know about modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Adapter
+from veneer.errors import AdapterError
+
+__all__ = ["MAX_REPEATS", "Acting", "RowMixes", "Segment", "Selection", "Share", "run_apart"]
+
+Acting = tuple[tuple[Adapter, float], ...]
+"""(adapter, strength) in order; the adapters are the attachment's own."""
+
+MAX_REPEATS = 4
+"""How many times a batch may repeat the list of mixes. Guidance doubles a batch, and its kin triple it; more is a
+module whose first dimension holds tokens, where the n-th entry is no row."""
+
+
+class Segment(NamedTuple):
+    """Rows under the same mix; the rows of the other repeats go with them."""
+
+    mix: Acting
+    rows: tuple[int, ...]
+
+
+class Share(NamedTuple):
+    """The rows that one adapter acts on, and how strongly on each."""
+
+    adapter: Adapter
+    rows: tuple[int, ...]
+    strengths: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RowMixes:
+    """Row i of a batch, and row i + n, i + 2n, … where it is repeated, is under mixes[i]; n = len(mixes)."""
+
+    mixes: tuple[Acting, ...]
+    _indices: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def shares(self) -> tuple[Share, ...]:
+        """Every adapter with its rows, each adapter once: its products are taken once for all of them."""
+        found: dict[int, tuple[Adapter, dict[int, float]]] = {}
+        for row, mix in enumerate(self.mixes):
+            for adapter, strength in mix:
+                own = found.setdefault(id(adapter), (adapter, {}))[1]
+                own[row] = own.get(row, 0.0) + strength
+        return tuple(Share(adapter, tuple(own), tuple(own.values())) for adapter, own in found.values())
+
+    def segments(self, acts: Callable[[Adapter], bool]) -> list[Segment]:
+        """Rows whose mixes are equal once adapters that do not act are left out, in the order of their first row."""
+        acting = {id(share.adapter) for share in self.shares if acts(share.adapter)}
+        found: dict[tuple[tuple[int, float], ...], tuple[Acting, list[int]]] = {}
+        for row, mix in enumerate(self.mixes):
+            own = tuple((a, s) for a, s in mix if id(a) in acting)
+            found.setdefault(tuple((id(a), s) for a, s in own), (own, []))[1].append(row)
+        return [Segment(mix, tuple(rows)) for mix, rows in found.values()]
+
+    def without(self, gone: Adapter) -> RowMixes:
+        return RowMixes(tuple(tuple((a, s) for a, s in mix if a is not gone) for mix in self.mixes))
+
+    def repeats(self, batch: int, where: str) -> int:
+        """k of a batch of k·n rows. Raises AdapterError for any other number of rows."""
+        n = len(self.mixes)
+        if batch % n or not 1 <= batch // n <= MAX_REPEATS:
+            raise AdapterError(
+                f"{n} mixes, one a row, and a batch of {batch}",
+                where=where,
+                fix=f"a mix for each row: {n} rows, or that list 2 to {MAX_REPEATS} times over as guidance has it; a "
+                "module whose first dimension is not the batch cannot have a mix for each row",
+            )
+        return batch // n
+
+    def index(self, rows: Sequence[int], batch: int, device: torch.device) -> Tensor:
+        """Where these rows and their repeats lie in a batch of k·n."""
+        n = len(self.mixes)
+        key = (tuple(rows), batch, device)
+        if key not in self._indices:
+            places = [row + at for at in range(0, batch, n) for row in rows]
+            self._indices[key] = torch.tensor(places, device=device)
+        return self._indices[key]
+
+    def strengths(self, share: Share, change: Tensor) -> float | Tensor:
+        """What multiplies the change of this share's rows: a number where it is the same for all."""
+        if len(set(share.strengths)) == 1:
+            return share.strengths[0]
+        repeats = len(change) // len(share.rows)
+        key = ("strengths", share.strengths, repeats, change.dtype, change.device)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(share.strengths * repeats, dtype=change.dtype, device=change.device)
+        return self._indices[key].view(-1, *[1] * (change.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What acts now: `rows` where it is not None, else `mix` on every row. An empty mix is the base, at its cost."""
+
+    mix: Acting = ()
+    rows: RowMixes | None = None
+
+    def without(self, gone: Adapter) -> Selection:
+        mix = tuple((a, s) for a, s in self.mix if a is not gone)
+        return Selection(mix, None if self.rows is None else self.rows.without(gone))
+
+
+def run_apart(
+    rows: RowMixes,
+    segments: Sequence[Segment],
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    where: str,
+) -> Any:
+    """Each segment's rows by themselves: run(mix, *args, **kwargs), the results laid back in the batch's order.
+
+    What is called with several tensors is run on all of them for each segment, as which of them have rows is its own
+    affair, and the segment's rows are taken from the result. Raises AdapterError where there are no rows."""
+    tensors = list(_tensors((args, kwargs)))
+    if not tensors or not tensors[0].ndim:
+        raise AdapterError("this module is called without a batch, so no row can have its own mix", where=where)
+    batch, device = len(tensors[0]), tensors[0].device
+    rows.repeats(batch, where)
+    parts, places = [], []
+    for mix, own in segments:
+        at = rows.index(own, batch, device)
+        take = partial(torch.index_select, dim=0, index=at)
+        if len(tensors) == 1:
+            own_args, own_kwargs = _mapped((args, kwargs), take)
+            parts.append(_mapped(run(mix, *own_args, **own_kwargs), partial(_with_rows, len(at), where)))
+        else:
+            parts.append(_mapped(_mapped(run(mix, *args, **kwargs), partial(_with_rows, batch, where)), take))
+        places.append(at)
+    back = torch.cat(places).argsort()
+    joined = iter([torch.cat(same).index_select(0, back) for same in zip(*map(_tensors, parts), strict=True)])
+    return _mapped(parts[0], lambda _: next(joined))
+
+
+def _with_rows(batch: int, where: str, t: Tensor) -> Tensor:
+    if not t.ndim or len(t) != batch:
+        raise AdapterError(f"called with {batch} rows, this returns {tuple(t.shape)}, which are no rows", where=where)
+    return t
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple, dict)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(part)
+
+
+def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {key: _mapped(part, change) for key, part in tree.items()}
+    return type(tree)(_mapped(part, change) for part in tree) if isinstance(tree, (list, tuple)) else tree

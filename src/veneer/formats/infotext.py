@@ -1,0 +1,229 @@
+"""What a generated picture says of itself: A1111's infotext, our exact record beside it, and both in a PNG.
+
+    a fox in the snow <lora:brand:0.8>
+    Negative prompt: blurry
+    Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 1024x1024, Model hash: 1a2b3c4d5e,
+    Model: sdxl, Lora hashes: "brand: 0123456789ab", Version: veneer 0.1.0                       (one line in the file)
+
+The text is in the chunk `parameters`, where A1111, Forge, ComfyUI's loaders and CivitAI look; the record is JSON in the
+chunk `veneer`, for what the text has no words for. A value with a comma, a colon or a line break is quoted as JSON.
+Source of the rules: stable-diffusion-webui, modules/infotext_utils.py. Knows text and PNG chunks; no models.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "SAMPLERS",
+    "Infotext",
+    "lora_hashes",
+    "lora_tags",
+    "parse",
+    "png_bytes",
+    "quote",
+    "read_picture",
+    "render",
+    "sampler_of",
+    "unquote",
+]
+
+_PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_TAG = re.compile(r"<(?:lora|lyco):([^:>]+)((?::[^>:]*)*)>")
+_NEGATIVE = "Negative prompt:"
+_USER_COMMENT = 0x9286
+
+SAMPLERS: dict[str, tuple[str, str]] = {
+    "euler": ("Euler", "Automatic"),
+    "euler-karras": ("Euler", "Karras"),
+    "euler-a": ("Euler a", "Automatic"),
+    "heun": ("Heun", "Automatic"),
+    "dpm2": ("DPM2", "Automatic"),
+    "dpm2-a": ("DPM2 a", "Automatic"),
+    "lms": ("LMS", "Automatic"),
+    "dpm++2m": ("DPM++ 2M", "Automatic"),
+    "dpm++2m-karras": ("DPM++ 2M", "Karras"),
+    "dpm++2m-sde": ("DPM++ 2M SDE", "Automatic"),
+    "dpm++2m-sde-karras": ("DPM++ 2M SDE", "Karras"),
+    "dpm++2s": ("DPM++ 2S", "Automatic"),
+    "ddim": ("DDIM", "DDIM"),
+    "ddpm": ("DDPM", "Automatic"),
+    "pndm": ("PLMS", "Automatic"),
+    "unipc": ("UniPC", "Automatic"),
+    "unipc-karras": ("UniPC", "Karras"),
+    "deis": ("DEIS", "Automatic"),
+    "lcm": ("LCM", "Automatic"),
+    "flow-euler": ("Euler", "Simple"),
+    "flow-heun": ("Heun", "Simple"),
+    "flow-dpm++2m": ("DPM++ 2M", "Simple"),
+    "flow-unipc": ("UniPC", "Simple"),
+}
+"""Our scheduler -> A1111's "Sampler" and "Schedule type"."""
+
+
+@dataclass(frozen=True)
+class Infotext:
+    """`fields`: the last line by name, in its order, unquoted ("Size" stays "512x768")."""
+
+    prompt: str = ""
+    negative: str = ""
+    fields: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(width, height), if it says one."""
+        found = re.fullmatch(r"(\d+)x(\d+)", self.fields.get("Size", ""))
+        return (int(found[1]), int(found[2])) if found else None
+
+
+def quote(value: object) -> str:
+    """As A1111 writes a value: JSON where it has a comma, a colon or a line break. One that begins and ends with quotes
+    is quoted too, since it would lose them."""
+    text = str(value)
+    if not any(c in text for c in ",:\n") and not (text[:1] == '"' == text[-1:]):
+        return text
+    return json.dumps(text, ensure_ascii=False)
+
+
+def unquote(text: str) -> str:
+    """The inverse of `quote`; what is no JSON string stays as it is."""
+    if len(text) < 2 or not text[0] == text[-1] == '"':
+        return text
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text
+
+
+def parse(text: str) -> Infotext:
+    """The infotext that A1111, Forge or `render` wrote. The last line is parameters if it has three of them at least;
+    everything from a line that begins with "Negative prompt:" is the negative prompt."""
+    *lines, last = text.strip().split("\n")
+    if len(_PARAMETER.findall(last)) < 3:
+        lines.append(last)
+        last = ""
+    prompt: list[str] = []
+    negative: list[str] = []
+    here = prompt
+    for line in lines:
+        line = line.strip()
+        if line.startswith(_NEGATIVE):
+            here, line = negative, line.removeprefix(_NEGATIVE).strip()
+        here.append(line)
+    fields = {name: unquote(value.strip()) for name, value in _PARAMETER.findall(last)}
+    return Infotext("\n".join(prompt).strip(), "\n".join(negative).strip(), fields)
+
+
+def render(info: Infotext) -> str:
+    """The text of an infotext. What the layout cannot hold (a prompt with a line "Negative prompt:") is in our own
+    record alone."""
+    lines = [info.prompt] if info.prompt else []
+    if info.negative:
+        lines.append(f"{_NEGATIVE} {info.negative}")
+    lines.append(", ".join(f"{name}: {quote(value)}" for name, value in info.fields.items()))
+    return "\n".join(lines)
+
+
+def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float, float]]]:
+    """(prompt without them, [(name, strength of the text encoder's part, the denoiser's)]) of `<lora:NAME:…>` tags:
+    `:0.8` is both, `:0.5:1` the two apart, `te=`, `unet=` by name. Raises DataError for what is no number there."""
+    found: list[tuple[str, float, float]] = []
+    for match in _TAG.finditer(prompt):
+        values: dict[str, float] = {}
+        position = 0
+        for part in match[2].split(":")[1:]:
+            key, equals, number = part.partition("=")
+            if not equals:
+                key, number, position = ("te", "unet", "dyn")[min(position, 2)], part, position + 1
+            try:
+                values[key.strip()] = float(number)
+            except ValueError:
+                raise DataError(f"{match[0]!r} has a strength that is no number: {number!r}") from None
+        text = values.get("te", 1.0)
+        found.append((match[1].strip(), text, values.get("unet", text)))
+    return re.sub(r"\s*" + _TAG.pattern, "", prompt).strip(), found
+
+
+def lora_hashes(fields: Mapping[str, str]) -> dict[str, str]:
+    """Adapter name -> hash, of "Lora hashes" (`name: hash, name: hash`)."""
+    pairs = (part.rpartition(":") for part in fields.get("Lora hashes", "").split(","))
+    return {name.strip(): digest.strip() for name, colon, digest in pairs if colon}
+
+
+def sampler_of(fields: Mapping[str, str], flow: bool = False) -> str | None:
+    """Our scheduler for "Sampler" and "Schedule type"; older texts have both in one ("DPM++ 2M Karras"). `flow`: for a
+    flow matching base. None for one we do not have."""
+    name, kind = fields.get("Sampler", ""), fields.get("Schedule type", "Automatic")
+    if name.endswith(" Karras"):
+        name, kind = name.removesuffix(" Karras"), "Karras"
+    fits = [ours for ours, (sampler, _) in SAMPLERS.items() if sampler == name and ours.startswith("flow-") == flow]
+    exact = [ours for ours in fits if SAMPLERS[ours][1] == kind]
+    if exact or kind == "Karras":
+        return exact[0] if exact else None
+    return fits[0] if fits else None
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def png_bytes(picture: Image.Image, text: str, record: Mapping[str, Any] | None = None) -> bytes:
+    """The picture as PNG with its infotext and, as `veneer`, the record. Equal arguments give equal bytes."""
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    chunks.add_text("parameters", text)  # what latin-1 cannot hold becomes an iTXt chunk, as in A1111
+    if record is not None:
+        chunks.add_text("veneer", json.dumps(record, ensure_ascii=True, sort_keys=True))
+    out = io.BytesIO()
+    picture.save(out, "PNG", pnginfo=chunks)
+    return out.getvalue()
+
+
+def read_picture(path: str | Path) -> tuple[Infotext | None, dict[str, Any] | None]:
+    """What a picture says of itself: its infotext (a PNG's `parameters`, or the Exif comment of a JPEG or WebP) and our
+    record; None for what is not there. Raises DataError for a file that is no picture or a record that is no JSON."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            held = {key: value for key, value in picture.info.items() if isinstance(value, str)}
+            comment = picture.getexif().get_ifd(0x8769).get(_USER_COMMENT)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        what = "there is no such picture" if isinstance(error, FileNotFoundError) else "this is no picture"
+        raise DataError(f"{what}: {error}", where=str(path)) from error
+    text = held.get("parameters") or _comment_text(comment)
+    if (raw := held.get("veneer")) is None:
+        return (parse(text) if text else None), None
+    try:
+        record = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"the picture's veneer record is no JSON: {error}", where=str(path)) from error
+    if not isinstance(record, dict):
+        raise DataError("the picture's veneer record is no object", where=str(path))
+    return (parse(text) if text else None), record
+
+
+def _comment_text(comment: object) -> str:
+    """An Exif UserComment: eight bytes name the coding, UTF-16 in either order for UNICODE."""
+    if not isinstance(comment, bytes):
+        return comment if isinstance(comment, str) else ""
+    code, body = comment[:8], comment[8:]
+    if code.startswith(b"UNICODE"):
+        big = body.decode("utf-16-be", "replace")
+        little = body.decode("utf-16-le", "replace")
+        return min(big, little, key=lambda t: sum(c > "\u2000" for c in t)).strip("\0")
+    if code.startswith(b"ASCII") or not code.strip(b"\0"):
+        return body.decode("utf-8", "replace").strip("\0")
+    return comment.decode("utf-8", "replace").strip("\0")

@@ -1,0 +1,179 @@
+"""How strongly an adapter acts: on the whole, by block and component of its model, and by share of the steps.
+
+    0.8                                                the strength of the whole
+    0.8@down=0.5,mid=1,up.1=0.2,text=0                 times a factor for each block; the last that fits counts
+    0.8@double.0-2=0.5,single.3=0                      blocks of a transformer, runs of them
+    0.8@1,0,0,0,1,1,1,1,1,1,0,0                        factors in kohya's order (lbw): 12, 17, 20 or 26 numbers
+    0.8@steps=0-0.6                                    in the first 60% of the steps, 0 after them
+    0.8@steps=0-0.3:0.2+0.3-1                          a factor of its own for each range
+
+| key                            | modules                                            |
+| text                           | every text encoder; `text_encoder_2` for one alone |
+| down, down.0, mid, up, up.1    | down_blocks, mid_block, up_blocks of a U-Net       |
+| double, double.0-2, joint      | transformer_blocks of a transformer                |
+| single, single.3               | single_transformer_blocks of a transformer         |
+| anything else: `attn2`, `ff`,  | modules with these whole dotted parts in their     |
+| `attentions.1`, `unet`, `*`    | canonical names                                    |
+
+Knows names; not tensors, not models.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from veneer.errors import ConfigError, nearest
+from veneer.formats.blocks import LBW, block_of, parse_blocks
+
+__all__ = ["Strength", "factors_by_module", "parse_strength"]
+
+_SHORT = {
+    "down": "down_blocks",
+    "mid": "mid_block",
+    "up": "up_blocks",
+    "double": "transformer.transformer_blocks",
+    "joint": "transformer.transformer_blocks",
+    "single": "transformer.single_transformer_blocks",
+}
+_RANGE = re.compile(r"(\d*\.?\d+(?:e-\d+)?)-(\d*\.?\d+(?:e-\d+)?)(?::(.+))?")
+_EXAMPLE = "as in brand:0.8@down=0.5,text=0,steps=0-0.6"
+
+
+@dataclass(frozen=True)
+class Strength:
+    """`strength` times the factor of a module times the factor of a step.
+
+    `blocks`: (key, factor), see the module's table. `weights`: a list in kohya's order instead. `steps`: (from, to,
+    factor), shares of the run in 0..1: step i of n is in a range where from ≤ i/n < to, and at 0 where it is in none;
+    empty for all steps. The part on text encoders acts when the prompt is read, before the first step."""
+
+    strength: float = 1.0
+    blocks: tuple[tuple[str, float], ...] = ()
+    weights: tuple[float, ...] = ()
+    steps: tuple[tuple[float, float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        numbers = [self.strength, *self.weights, *(f for _, f in self.blocks), *(f for _, _, f in self.steps)]
+        if not all(math.isfinite(n) for n in numbers):
+            raise ConfigError(f"a strength is not finite: {self}", fix="give finite numbers")
+        if self.blocks and self.weights:
+            raise ConfigError(
+                "factors by block and a list of block weights are two ways to say one thing", fix=_EXAMPLE
+            )
+        if self.weights and len(self.weights) not in LBW:
+            raise ConfigError(
+                f"a list of {len(self.weights)} block weights", fix="12, 17, 20 or 26 numbers, or BLOCK=NUMBER"
+            )
+        end = 0.0
+        for begin, until, _ in sorted(self.steps):
+            if not 0 <= begin < until <= 1:
+                raise ConfigError(
+                    f"{begin:g}-{until:g} is no range of steps", fix="shares of the run, from 0 to 1: steps=0-0.6"
+                )
+            if begin < end:
+                raise ConfigError(f"the ranges of steps overlap at {begin:g}", fix="let one begin where another ends")
+            end = until
+
+    def at(self, share: float) -> float:
+        """The factor at this share of the steps."""
+        if not self.steps:
+            return 1.0
+        return next((f for begin, end, f in self.steps if begin <= share < end), 0.0)
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Where the factor of a step may change, 0 first."""
+        return tuple(sorted({0.0, *(e for begin, end, _ in self.steps for e in (begin, end) if e < 1)}))
+
+    def __str__(self) -> str:
+        """As it is read; every number comes back to the last bit."""
+        parts = [*(f"{key}={_text(factor)}" for key, factor in self.blocks), *map(_text, self.weights)]
+        if self.steps:
+            ranges = (f"{_text(b)}-{_text(e)}" + ("" if f == 1 else f":{_text(f)}") for b, e, f in self.steps)
+            parts.append("steps=" + "+".join(ranges))
+        return _text(self.strength) + ("@" + ",".join(parts) if parts else "")
+
+
+def _text(number: float) -> str:
+    return repr(float(number)).removesuffix(".0")
+
+
+def parse_strength(options: str, strength: float = 1.0) -> Strength:
+    """What stands behind the `@`: "down=0.5,steps=0-0.6". Raises ConfigError for a part that is neither KEY=NUMBER nor
+    a number, and for a key given twice; whether a block exists is seen with a base (`factors_by_module`)."""
+    blocks: dict[str, float] = {}
+    weights: list[float] = []
+    steps: tuple[tuple[float, float, float], ...] = ()
+    for part in filter(None, (p.strip() for p in options.split(","))):
+        key, equals, value = (p.strip() for p in part.partition("="))
+        if not equals:
+            weights.append(_number(part, part))
+        elif key == "steps":
+            if steps:
+                raise ConfigError("steps= is given twice", fix="steps=0-0.3:0.2+0.3-1 for two ranges")
+            steps = tuple(_range(r) for r in value.split("+"))
+        elif not key or key in blocks:
+            raise ConfigError(f"{part!r}: " + ("the key is given twice" if key else "there is no key"), fix=_EXAMPLE)
+        else:
+            blocks[key] = _number(value, part)
+    if not (blocks or weights or steps):
+        raise ConfigError("nothing stands behind the @", fix=_EXAMPLE)
+    return Strength(strength, tuple(blocks.items()), tuple(weights), steps)
+
+
+def _number(text: str, part: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"{part!r}: {text!r} is no strength", fix=_EXAMPLE)
+    return value
+
+
+def _range(text: str) -> tuple[float, float, float]:
+    if (found := _RANGE.fullmatch(text.strip())) is None:
+        raise ConfigError(f"{text!r} is no range of steps", fix="steps=FROM-TO, shares of the run: steps=0-0.6")
+    return float(found[1]), float(found[2]), 1.0 if found[3] is None else _number(found[3], text)
+
+
+def factors_by_module(strength: Strength, modules: Sequence[str]) -> dict[str, float]:
+    """Module -> factor, for all `modules` of a base by canonical name. Raises ConfigError for a key that fits none of
+    them, with the nearest that do."""
+    if strength.weights:
+        return parse_blocks(",".join(f"{w!r}" for w in strength.weights), modules)
+    encoders = sorted({m.partition(".")[0] for m in modules if m.startswith("text_encoder")})
+    said = []
+    for key, factor in strength.blocks:
+        head, dot, rest = key.partition(".")
+        patterns = encoders if key == "text" else [_SHORT.get(head, head) + dot + rest]
+        if not any(_fits(p, modules) for p in patterns):
+            names = {short for short, long in _SHORT.items() if any(f".{long}." in f".{m}." for m in modules)}
+            names |= {"steps", *(["text"] if encoders else []), *(_short(block_of(m)) for m in modules)}
+            near = nearest(key, sorted(names))
+            raise ConfigError(
+                f"{key!r} names no block of this base",
+                fix=f"did you mean {' or '.join(near)}?" if near else f"its blocks: {', '.join(sorted(names)[:30])}",
+            )
+        said += [f"{p}={factor!r}" for p in patterns]
+    return parse_blocks(",".join(said), modules)
+
+
+def _fits(pattern: str, modules: Sequence[str]) -> bool:
+    try:
+        parse_blocks(f"{pattern}=1", modules)
+    except ConfigError:
+        return False
+    return True
+
+
+def _short(block: str) -> str:
+    """A block's name in the short form of the table."""
+    for short, long in _SHORT.items():
+        whole = long if "." in long else f"unet.{long}"
+        if block == whole or block.startswith(f"{whole}."):
+            return short + block.removeprefix(whole)
+    return block

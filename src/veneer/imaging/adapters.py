@@ -1,0 +1,224 @@
+"""Adapters on an image base: by name, each with its strength by block, component and step, as plans for pictures.
+
+    with Mixer(base) as mixer:
+        plan = mixer.plan(["brand:0.8@down=0.5,steps=0-0.6", "product:0.6"])
+
+An adapter is read and attached once, however often it is named. One with factors by block is divided into parts that
+share its tensors (`Adapter.divided`), so that a plan is lists of names and strengths, and acting on it is one
+assignment of a selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from veneer import using
+from veneer.core.attach import Attachment, attach
+from veneer.core.targets import base_modules
+from veneer.errors import AdapterError, ConfigError, MismatchError
+from veneer.formats import read as reader
+from veneer.formats.file_hashes import hashes
+from veneer.formats.strengths import Strength, factors_by_module, parse_strength
+from veneer.formats.topology import families
+from veneer.models.image import load_control
+from veneer.models.image_generate import MixPlan
+
+if TYPE_CHECKING:
+    from veneer.core.adapter import Adapter, Mix
+    from veneer.models.image import ImageBase
+
+__all__ = ["Mixer", "Source", "Use", "parse_use"]
+
+Use = tuple[str, Strength]
+"""An adapter's name or path, and how strongly it acts."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an attached adapter came from: its own digest, and the hashes of its file that managers know it by."""
+
+    name: str
+    path: str
+    digest: str
+    sha256: str
+    autov3: str
+
+    @property
+    def label(self) -> str:
+        """A short name: the file's or folder's without its ending, or the library's."""
+        at = Path(self.name)
+        short = at.stem if at.suffix in (".safetensors", ".gguf") else at.name
+        return short.partition("@")[0].replace(":", "_") or self.name
+
+
+def parse_use(spec: str | tuple[str, float] | Use) -> Use:
+    """(name, strength) of "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]". Raises ConfigError for what is not that.
+
+    Behind the last `@` stand factors if there is a `=` or a `,` in them: `brand@2` and `brand@prod` are versions."""
+    if isinstance(spec, tuple):
+        name, strength = spec
+        return name, strength if isinstance(strength, Strength) else Strength(using.parse_spec((name, strength))[1])
+    head, at, options = spec.rpartition("@")
+    if not at or not ("=" in options or "," in options) or Path(using.parse_spec(spec)[0]).expanduser().exists():
+        name, number = using.parse_spec(spec)
+        return name, Strength(number)
+    name, number = using.parse_spec(head)
+    try:
+        return name, parse_strength(options, number)
+    except ConfigError as error:
+        raise ConfigError(error.what, where=spec, fix=error.fix) from error
+
+
+class Mixer:
+    """The adapters of one image base. A context manager: they are off at its end, unless `attachment` was given.
+
+    `sources`: what is attached, by the name it was asked for. `say` hears what a person should know, once each."""
+
+    def __init__(
+        self,
+        base: ImageBase,
+        *,
+        attachment: Attachment | None = None,
+        allow_partial: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.base, self.allow_partial = base, allow_partial
+        self.modules = [name for name, _ in base_modules(base.model) if name]
+        self.attachment = attachment or attach(base.model)
+        self.sources: dict[str, Source] = {}
+        self._owned = attachment is None
+        self._say, self._said = say, set[str]()
+        self._parts: dict[tuple[str, Strength], Mix] = {}
+        self._controls: dict[str, Any] = {}
+
+    def control(self, name: str) -> Any:
+        """A ControlNet of the base's family, loaded once. Raises what `load_control` raises."""
+        if name not in self._controls:
+            self._controls[name] = load_control(name, self.base)
+        return self._controls[name]
+
+    def add(self, name: str) -> Source:
+        """Read and attach an adapter, if it is not yet. Raises MismatchError for one of another family, AdapterError
+        for one that does not fit, with every name and shape."""
+        if name not in self.sources:
+            path = using.adapter_path(name)
+            adapter = self._read(name, path)
+            own = adapter.card.base_fingerprint
+            if own and own != self.base.fingerprint:
+                trained = f" ({adapter.card.base})" if adapter.card.base else ""
+                self.say(f"note: {name} was trained on another base of the family{trained}: {own}")
+            self.attachment.add(name, adapter)
+            file = _file_of(path)
+            found = hashes(file)
+            self.sources[name] = Source(name, str(path), adapter.digest(), found.sha256, found.autov3)
+        return self.sources[name]
+
+    def plan(self, uses: Sequence[str | tuple[str, float] | Use]) -> MixPlan:
+        """What acts while a prompt is read and in each range of steps. Raises what `add` raises, ConfigError for one
+        adapter named twice or a block that the base has not."""
+        parsed = [parse_use(use) for use in uses]
+        names = [name for name, _ in parsed]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ConfigError(f"adapter {twice[0]!r} is named twice", fix="name it once, with the sum of the strengths")
+        parts = [(strength, self._divided(name, strength)) for name, strength in parsed]
+        edges = sorted({0.0, *(edge for strength, _ in parts for edge in strength.edges)})
+        phases: list[tuple[float, Mix]] = []
+        for edge in edges:
+            mix = _scaled([(part, strength.strength * strength.at(edge)) for strength, part in parts])
+            if not phases or phases[-1][1] != mix:
+                phases.append((edge, mix))
+        return MixPlan(_scaled([(part, strength.strength) for strength, part in parts]), tuple(phases))
+
+    def close(self) -> None:
+        if self._owned:
+            self.attachment.detach()
+
+    def __enter__(self) -> Mixer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def say(self, line: str) -> None:
+        if self._say is not None and line not in self._said:
+            self._said.add(line)
+            self._say(line)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _read(self, name: str, path: Path) -> Adapter:
+        try:
+            reading = reader.read(path, base=self.base.model, allow_partial=self.allow_partial)
+        except AdapterError as error:
+            self._refuse_family(name, path, _family_of(path), error)
+            raise
+        self._refuse_family(name, path, reading.family, None)
+        for note in reading.notes:
+            self.say(f"note: {name}: {note}")
+        return reading.adapter
+
+    def _refuse_family(self, name: str, path: Path, family: str | None, error: AdapterError | None) -> None:
+        own = self.base.family
+        if family is None or family == own or (family.startswith("sd3") and own.startswith("sd3")):
+            return
+        theirs, ours = families()[family].label, families()[own].label if own in families() else own
+        raise MismatchError(
+            f"adapter {name!r} does not fit: this is {_an(theirs)} adapter, the base is {ours}",
+            where=f"{path}, on {self.base.name}",
+            fix=f"use a base of {theirs}, or an adapter of {ours}",
+        ) from error
+
+    def _divided(self, name: str, strength: Strength) -> Mix:
+        """The adapter as attached parts with their factors."""
+        shape = Strength(1.0, strength.blocks, strength.weights)
+        if (name, shape) in self._parts:
+            return self._parts[name, shape]
+        self.add(name)
+        adapter = self.attachment.adapters[name]
+        own = {key.rpartition(".")[0] for key in adapter.deltas}
+        own |= {*adapter.pairs, *adapter.modules, *adapter.token_rows}
+        if strength.steps and any(key.startswith("text_encoder") for key in own):
+            self.say(f"note: {name}: its part on the text encoder acts throughout; steps= is about the denoiser")
+        if not (shape.blocks or shape.weights):
+            found: Mix = ((name, 1.0),)
+        else:
+            factors = factors_by_module(shape, self.modules)
+            for block in shape.blocks:
+                alone = factors_by_module(Strength(1.0, ((block[0], 0.0),)), self.modules)
+                if all(alone.get(key, 1.0) for key in own):
+                    self.say(f"note: {name} changes nothing in {block[0]!r}: that factor has no effect")
+            pieces = []
+            for factor, part in sorted(adapter.divided(lambda module: factors.get(module, 1.0)).items()):
+                piece = f"{name}|{shape}|{factor!r}"
+                self.attachment.add(piece, part)
+                pieces.append((piece, factor))
+            found = tuple(pieces)
+        self._parts[name, shape] = found
+        return found
+
+
+def _scaled(parts: Sequence[tuple[Mix, float]]) -> Mix:
+    return tuple((name, factor * by) for mix, by in parts for name, factor in mix if factor * by)
+
+
+def _family_of(path: Path) -> str | None:
+    """The family of a file that did not fit the base."""
+    try:
+        return reader.read(path, allow_partial=True).family
+    except AdapterError:
+        return None
+
+
+def _an(label: str) -> str:
+    return f"an {label}" if label[0] in "AEFIO" else f"a {label}"
+
+
+def _file_of(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".gguf"))
+    return next((p for p in found if p.name.startswith("adapter_model")), found[0])

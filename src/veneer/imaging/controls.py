@@ -1,0 +1,140 @@
+"""Control pictures: which ControlNet, which picture, how strongly, and the edges of a picture where canny is asked for.
+
+canny=sketch.png:0.7             the edges of sketch.png, found by OpenCV's Canny, through the base's canny ControlNet
+edges=edges.png:0.7              the same ControlNet, the picture as it is (white edges on black)
+depth@runs/depth=d.png:0.5       another ControlNet by name or folder, the picture as it is
+canny=sketch.png:0.7@0-0.5       in the first half of the steps
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.errors import ConfigError, DataError, MissingExtraError
+from veneer.models.image_generate import fitted
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from veneer.models.image import ImageBase
+
+__all__ = ["ControlSpec", "canny", "control_model_of", "control_picture", "open_picture", "parse_control"]
+
+_FORM = re.compile(
+    r"(?P<kind>[a-z0-9_-]+)(?:@(?P<model>[^=]+))?=(?P<path>.+?)"
+    r"(?::(?P<weight>[^:@/\\]+))?(?:@(?P<begin>[0-9.]+)-(?P<end>[0-9.]+))?"
+)
+_EXAMPLE = "KIND[@MODEL]=PICTURE[:weight][@FROM-TO], as in canny=sketch.png:0.7"
+_OWN = ("canny", "edges")
+_CANNY = {
+    "sd15": "lllyasviel/control_v11p_sd15_canny",
+    "sdxl": "diffusers/controlnet-canny-sdxl-1.0",
+    "flux1": "InstantX/FLUX.1-dev-Controlnet-Canny",
+    "sd3": "InstantX/SD3-Controlnet-Canny",
+}
+
+
+@dataclass(frozen=True)
+class ControlSpec:
+    """`model`: a ControlNet's name or folder; "" for the base's canny one, which kinds `canny` and `edges` may have."""
+
+    kind: str
+    path: str
+    weight: float = 1.0
+    model: str = ""
+    begin: float = 0.0
+    end: float = 1.0
+
+
+def parse_control(spec: str | ControlSpec) -> ControlSpec:
+    """Raises ConfigError for what is not KIND[@MODEL]=PICTURE[:weight][@FROM-TO]."""
+    if isinstance(spec, ControlSpec):
+        return spec
+    if (found := _FORM.fullmatch(spec)) is None:
+        raise ConfigError(f"{spec!r} names no control", fix=_EXAMPLE)
+    try:
+        weight = float(found["weight"] or 1)
+        begin, end = float(found["begin"] or 0), float(found["end"] or 1)
+    except ValueError:
+        weight = begin = end = math.nan
+    if not math.isfinite(weight) or not 0 <= begin < end <= 1:
+        raise ConfigError(f"{spec!r} has a weight or a range of steps that is none", fix=_EXAMPLE)
+    if found["kind"] not in _OWN and not found["model"]:
+        raise ConfigError(
+            f"control {found['kind']!r} needs a ControlNet",
+            fix=f"name it, as in {found['kind']}@FOLDER={found['path']}; canny and edges have the base's own",
+        )
+    return ControlSpec(found["kind"], found["path"], weight, found["model"] or "", begin, end)
+
+
+def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
+    """The name to load the ControlNet by: beside or inside the base's folder, the built-in base's, or the hub's."""
+    if spec.model:
+        return spec.model
+    for folder in (base.directory / "controlnet-canny", base.directory.with_name(f"{base.directory.name}-canny")):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    if base.family not in _CANNY:
+        raise ConfigError(f"no canny ControlNet is known for {base.family}", fix=f"name one: {spec.kind}@NAME=…")
+    return _CANNY[base.family]
+
+
+def open_picture(path: str | Path) -> tuple[Image, str]:
+    """(the picture, upright, and the sha256 of its file). Raises DataError for a file that is no picture."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        data = Path(path).read_bytes()
+        with Image.open(path) as found:
+            picture = ImageOps.exif_transpose(found)
+            picture.load()
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        what = "there is no such picture" if isinstance(error, FileNotFoundError) else "this is no picture"
+        raise DataError(f"{what}: {error}", where=str(path)) from error
+    return flattened(picture), hashlib.sha256(data).hexdigest()
+
+
+def flattened(picture: Image) -> Image:
+    """In RGB or grey; what is transparent becomes white."""
+    from PIL import Image
+
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        over = Image.new("RGBA", picture.size, "white")
+        over.alpha_composite(picture.convert("RGBA"))
+        return over.convert("RGB")
+    return picture if picture.mode in ("RGB", "L") else picture.convert("RGB")
+
+
+def canny(picture: Image, low: int = 100, high: int = 200) -> Image:
+    """White edges on black, by OpenCV's Canny on the grey picture. Raises MissingExtraError without OpenCV."""
+    try:
+        import cv2
+    except ImportError:
+        raise MissingExtraError(
+            "finding edges needs OpenCV",
+            fix="pip install opencv-python-headless, or give the edges yourself: edges=FILE",
+        ) from None
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray(cv2.Canny(np.asarray(picture.convert("L")), low, high)).convert("RGB")
+
+
+def control_picture(spec: ControlSpec, picture: Image, width: int, height: int) -> tuple[Image, list[str]]:
+    """The picture that the ControlNet gets, and what was done to it. Edges are found after resizing, so that they are
+    one pixel wide."""
+    made, said = fitted(picture.convert("RGB"), width, height, f"control picture {spec.path}")
+    notes = [said] if said else []
+    if spec.kind != "canny":
+        return made, [*notes, f"control picture {spec.path}: taken as it is ({spec.kind})"]
+    edges = canny(made)
+    share = sum(edges.convert("L").histogram()[128:]) / (width * height)
+    notes.append(f"control picture {spec.path}: its edges were found ({share:.1%} of the pixels)")
+    if not share:
+        raise DataError("no edges were found in the control picture", where=spec.path, fix="one with more contrast")
+    return edges, notes

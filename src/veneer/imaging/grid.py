@@ -1,0 +1,105 @@
+"""Sheets that answer a question by eye: how strong, which adapter, what does it change.
+
+| sheet     | rows          | columns               |
+| strength  | seeds         | strengths of one mix  |
+| adapters  | prompts       | the base, each adapter |
+| compare   | prompts×seeds | the base, the mix     |
+
+All cells of a sheet are asks of one call: its batches hold different mixes, and the same seed starts from the same
+noise everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from veneer.errors import ConfigError
+from veneer.imaging.adapters import Mixer, Use
+from veneer.imaging.make import Ask, Made, Options, make
+from veneer.models.image_grid import sheet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["SHEETS", "Drawn", "Layout", "draw", "layout"]
+
+SHEETS = ("strength", "adapters", "compare")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`asks`: row after row."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    asks: tuple[Ask, ...]
+    title: str = ""
+
+
+@dataclass
+class Drawn:
+    """The sheet, and its pictures row after row."""
+
+    image: Image
+    made: list[Made]
+    layout: Layout
+
+
+def layout(
+    kind: str,
+    prompts: Sequence[str],
+    uses: Sequence[Use],
+    *,
+    seeds: Sequence[int] = (0,),
+    strengths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    negative: str = "",
+) -> Layout:
+    """Which pictures a sheet needs and where. A strength of a `strength` sheet multiplies those of the whole mix.
+
+    Raises ConfigError for a sheet without adapters, of no prompts, seeds or strengths, or of an unknown kind."""
+    if kind not in SHEETS:
+        raise ConfigError(f"there is no sheet {kind!r}", fix=f"known: {', '.join(SHEETS)}")
+    for what, given in (("prompt", prompts), ("adapter", uses), ("seed", seeds)):
+        if not given:
+            raise ConfigError(f"the {kind} sheet needs {'an' if what == 'adapter' else 'a'} {what}")
+    named = " + ".join(_label(use) for use in uses)
+    if kind == "strength":
+        if len(prompts) != 1:
+            raise ConfigError(f"the strength sheet is of one prompt, not {len(prompts)}", fix="draw a sheet for each")
+        if not strengths:
+            raise ConfigError("the strength sheet needs strengths", fix="--strengths 0,0.5,1")
+        asks = [Ask(prompts[0], negative, seed, _times(uses, by) if by else ()) for seed in seeds for by in strengths]
+        rows = [f"seed {seed}" for seed in seeds]
+        return Layout(tuple(rows), tuple(f"{by:g}" for by in strengths), tuple(asks), f"{prompts[0]}\n{named}")
+    mixes: list[tuple[str, tuple[Use, ...]]] = [("base", ())]
+    mixes += [(_label(use), (use,)) for use in uses] if kind == "adapters" else [(named, tuple(uses))]
+    places = [(prompt, seed) for prompt in prompts for seed in seeds]
+    rows = [prompt if len(seeds) == 1 else f"{prompt}\nseed {seed}" for prompt, seed in places]
+    asks = [Ask(prompt, negative, seed, mix) for prompt, seed in places for _, mix in mixes]
+    return Layout(tuple(rows), tuple(name for name, _ in mixes), tuple(asks))
+
+
+def _times(uses: Sequence[Use], by: float) -> tuple[Use, ...]:
+    return tuple((name, replace(strength, strength=strength.strength * by)) for name, strength in uses)
+
+
+def _label(use: Use) -> str:
+    name, strength = use
+    short = name.rstrip("/").rpartition("/")[2].removesuffix(".safetensors")
+    return short if str(strength) == "1" else f"{short}:{strength}"
+
+
+def draw(
+    mixer: Mixer,
+    plan: Layout,
+    options: Options | None = None,
+    *,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Drawn:
+    """Make the pictures of a layout and put them on one sheet. Raises as `make`."""
+    made = make(mixer, plan.asks, options, on_step=on_step)
+    wide = len(plan.columns)
+    cells = [[m.image for m in made[i : i + wide]] for i in range(0, len(made), wide)]
+    return Drawn(sheet(cells, rows=plan.rows, columns=plan.columns, title=plan.title), made, plan)

@@ -1,0 +1,292 @@
+"""Pictures with all that they say of themselves: asks in, pictures with infotext and record out.
+
+    with Mixer(base) as mixer:
+        made = make(mixer, [Ask("a fox", seed=5, uses=(parse_use("brand:0.8"),))], Options(steps=20))
+        made[0].save("fox.png")
+
+Every ask may have its own prompt, seed and mix; those of one batch run together. Knows files and models; the commands
+stand above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer import __version__
+from veneer.formats.atomic import atomic_write
+from veneer.formats.infotext import SAMPLERS, Infotext, png_bytes, render
+from veneer.imaging.adapters import Mixer, Source, Use
+from veneer.imaging.controls import ControlSpec, control_model_of, control_picture, flattened, open_picture
+from veneer.models.image_generate import (
+    Control,
+    MixPlan,
+    Picture,
+    Row,
+    Settings,
+    default_settings,
+    fitted,
+    generate_images,
+)
+from veneer.models.image_schedulers import scheduler_name
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from veneer.models.image import ImageBase
+
+__all__ = ["Ask", "Made", "Options", "asks_of", "make"]
+
+Given = "str | Path | Image | None"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One picture to make."""
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    uses: tuple[Use, ...] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all asks share; None stands for the base's own. See models.image_generate.Settings.
+
+    `image`, `mask`: files or pictures. Without a size it is the base's, in the proportion of a given picture."""
+
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    true_guidance: float = 1.0
+    scheduler: str | None = None
+    batch_size: int = 4
+    image: str | Path | Image | None = None
+    mask: str | Path | Image | None = None
+    denoise: float | None = None
+    controls: tuple[ControlSpec, ...] = ()
+
+
+@dataclass
+class Made:
+    """A picture, its infotext and its record. `cut`: what of the prompt the text encoder does not read."""
+
+    image: Image
+    infotext: Infotext
+    record: dict[str, Any] = field(repr=False)
+    cut: str = ""
+
+    @property
+    def text(self) -> str:
+        return render(self.infotext)
+
+    def png(self) -> bytes:
+        return png_bytes(self.image, self.text, self.record)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the picture as PNG, whole or not at all."""
+        atomic_write(path, [self.png()])
+        return Path(path)
+
+
+def asks_of(
+    prompts: Sequence[str], uses: Sequence[Use], negative: str = "", seed: int = 0, count: int = 1
+) -> list[Ask]:
+    """`count` asks for each prompt, with the seeds seed, seed + 1, …"""
+    return [Ask(prompt, negative, seed + i, tuple(uses)) for prompt in prompts for i in range(count)]
+
+
+def make(
+    mixer: Mixer,
+    asks: Sequence[Ask],
+    options: Options | None = None,
+    *,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Made]:
+    """A picture for each ask, in order. What was resized, cut or has no effect is said through the mixer's `say`.
+
+    Raises ConfigError, DataError, AdapterError and MismatchError before the first step."""
+    base, options = mixer.base, options or Options()
+    plans: dict[tuple[Use, ...], MixPlan] = {}
+    for ask in asks:
+        if ask.uses not in plans:
+            plans[ask.uses] = mixer.plan(ask.uses)
+    settings, inputs = _prepared(mixer, options)
+    rows = [Row(ask.prompt, ask.negative, ask.seed, plans[ask.uses]) for ask in asks]
+    pictures = generate_images(base, rows, settings, attachment=mixer.attachment, on_step=on_step)
+    shared = _shared(base, settings, options) | inputs
+    out = []
+    for i, picture in enumerate(pictures):
+        if picture.cut:
+            mixer.say(f"note: the text encoder does not read the end of a prompt: …{picture.cut}")
+        start = i - picture.index
+        batch = asks[start : start + len(picture.batch)]
+        out.append(_made(mixer, picture, asks[i], batch, shared))
+    return out
+
+
+# -- what goes in ------------------------------------------------------------------------------------------------------
+
+
+def _prepared(mixer: Mixer, options: Options) -> tuple[Settings, dict[str, Any]]:
+    """The settings with every picture loaded and of one size, and what a record says of those pictures."""
+    base = mixer.base
+    image, image_from = _opened(options.image)
+    mask, mask_from = _opened(options.mask)
+    held = [(spec, *open_picture(spec.path)) for spec in options.controls]
+    guide = image or next((picture for _, picture, _ in held), None)
+    width, height = _size(base, options.width, options.height, guide)
+    image = _fit(mixer, image, width, height, "picture")
+    mask = _fit(mixer, mask, width, height, "mask")
+    controls, said = [], []
+    for spec, picture, sha in held:
+        name = control_model_of(base, spec)
+        model = mixer.control(name)
+        made, notes = control_picture(spec, picture, width, height)
+        for note in notes:
+            mixer.say(note)
+        controls.append(Control(model, made, spec.weight, spec.begin, spec.end))
+        said.append(
+            {"kind": spec.kind, "model": name, "path": spec.path, "sha256": sha, "weight": spec.weight}
+            | {"begin": spec.begin, "end": spec.end}
+        )
+    denoise = options.denoise if options.denoise is not None else 1.0 if image is None else 0.6
+    steps, guidance = default_settings(base)
+    settings = Settings(
+        width=width,
+        height=height,
+        steps=steps if options.steps is None else options.steps,
+        guidance=guidance if options.guidance is None else options.guidance,
+        true_guidance=options.true_guidance,
+        scheduler=options.scheduler,
+        batch_size=options.batch_size,
+        image=image,
+        mask=mask,
+        denoise=denoise,
+        controls=tuple(controls),
+    )
+    return settings, {"image": image_from, "mask": mask_from, "controls": said}
+
+
+def _opened(given: str | Path | Image | None) -> tuple[Image | None, dict[str, str] | None]:
+    if given is None:
+        return None, None
+    if isinstance(given, str | Path):
+        picture, sha = open_picture(given)
+        return picture, {"path": str(given), "sha256": sha}
+    return flattened(given), {"path": "", "sha256": ""}
+
+
+def _fit(mixer: Mixer, picture: Image | None, width: int, height: int, what: str) -> Image | None:
+    if picture is None:
+        return None
+    out, said = fitted(picture, width, height, what)
+    if said:
+        mixer.say(f"note: {said}")
+    return out
+
+
+def _size(base: ImageBase, width: int | None, height: int | None, guide: Image | None) -> tuple[int, int]:
+    """What was asked for; else sides in the guide's proportion that have about the base's area."""
+    if width and height:
+        return width, height
+    if guide is None:
+        return width or base.size, height or base.size
+
+    def whole(side: float) -> int:
+        return max(base.unit, round(side / base.unit) * base.unit)
+
+    ratio = guide.width / guide.height
+    if width or height:
+        return width or whole((height or 0) * ratio), height or whole((width or 0) / ratio)
+    if guide.width % base.unit == 0 == guide.height % base.unit and guide.width * guide.height <= base.size**2:
+        return guide.size
+    return whole(base.size * ratio**0.5), whole(base.size / ratio**0.5)
+
+
+# -- what comes out ----------------------------------------------------------------------------------------------------
+
+
+def _shared(base: ImageBase, settings: Settings, options: Options) -> dict[str, Any]:
+    """The part of a record that all pictures of a call have in common."""
+    import diffusers
+    import torch
+
+    return {
+        "version": 1,
+        "made_by": {"veneer": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "base": {
+            "name": base.name,
+            "family": base.family,
+            "fingerprint": base.fingerprint,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "device": base.device.type,
+        },
+        "settings": {
+            "width": settings.width,
+            "height": settings.height,
+            "steps": settings.steps,
+            "guidance": settings.guidance,
+            "true_guidance": settings.true_guidance,
+            "scheduler": settings.scheduler or scheduler_name(base),
+            "denoise": settings.denoise if options.image is not None else None,
+        },
+    }
+
+
+def _made(mixer: Mixer, picture: Picture, ask: Ask, batch: Sequence[Ask], shared: dict[str, Any]) -> Made:
+    names = sorted({name for other in batch for name, _ in other.uses})
+    record = {
+        **shared,
+        "adapters": {name: _said_of(mixer.sources[name]) for name in names},
+        "rows": [_row(other) for other in batch],
+        "index": picture.index,
+    }
+    return Made(picture.image, _infotext(mixer, ask, record), record, picture.cut)
+
+
+def _said_of(source: Source) -> dict[str, str]:
+    return {"digest": source.digest, "sha256": source.sha256, "autov3": source.autov3}
+
+
+def _row(ask: Ask) -> dict[str, Any]:
+    uses = [[name, str(strength)] for name, strength in ask.uses]
+    return {"prompt": ask.prompt, "negative": ask.negative, "seed": ask.seed, "adapters": uses}
+
+
+def _infotext(mixer: Mixer, ask: Ask, record: dict[str, Any]) -> Infotext:
+    settings, base = record["settings"], mixer.base
+    sampler, schedule = SAMPLERS.get(settings["scheduler"], (settings["scheduler"], "Automatic"))
+    distilled = base.family in ("flux1", "flux2")
+    fields = {"Steps": settings["steps"], "Sampler": sampler, "Schedule type": schedule}
+    fields["CFG scale"] = _short(settings["true_guidance" if distilled else "guidance"])
+    if distilled:
+        fields["Distilled CFG Scale"] = _short(settings["guidance"])
+    fields |= {"Seed": ask.seed, "Size": f"{settings['width']}x{settings['height']}"}
+    fields |= {"Model hash": base.fingerprint.removeprefix("sha256:")[:10], "Model": Path(base.name).stem}
+    if settings["denoise"] is not None:
+        fields["Denoising strength"] = _short(settings["denoise"])
+    for i, control in enumerate(record["controls"]):
+        fields[f"ControlNet {i}"] = (
+            f"Module: {control['kind']}, Model: {Path(control['model']).name}, Weight: {_short(control['weight'])}, "
+            f"Guidance Start: {_short(control['begin'])}, Guidance End: {_short(control['end'])}"
+        )
+    tags, hashes = [], []
+    for name, strength in ask.uses:
+        source = mixer.sources[name]
+        text = dict(strength.blocks).get("text", 1.0) * strength.strength
+        both = _short(strength.strength) if text == strength.strength else f"{_short(text)}:{_short(strength.strength)}"
+        tags.append(f" <lora:{source.label}:{both}>")
+        hashes.append(f"{source.label}: {source.autov3 or source.sha256[:12]}")
+    if hashes:
+        fields["Lora hashes"] = ", ".join(hashes)
+    fields["Version"] = f"veneer {__version__}"
+    return Infotext(ask.prompt + "".join(tags), ask.negative, {key: str(value) for key, value in fields.items()})
+
+
+def _short(number: float) -> str:
+    return repr(float(number)).removesuffix(".0")

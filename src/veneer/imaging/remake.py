@@ -1,0 +1,251 @@
+"""A picture made again from what it says of itself: to the bit from our record, as near as may be from A1111's text.
+
+    wanted = remembered("out.png")          what was asked, with the hashes of what made it
+    with Mixer(base) as mixer:
+        made = remake(mixer, wanted)        refuses another base, another adapter, another input picture
+
+A batch is made again whole, since a product of another shape may round otherwise; its other pictures are dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer import using
+from veneer.errors import AdapterError, DataError, MismatchError
+from veneer.formats.file_hashes import hashes
+from veneer.formats.infotext import Infotext, lora_hashes, lora_tags, read_picture, sampler_of
+from veneer.formats.strengths import Strength
+from veneer.imaging.adapters import Mixer, Source, parse_use
+from veneer.imaging.controls import ControlSpec, open_picture
+from veneer.imaging.make import Ask, Made, Options, make
+
+if TYPE_CHECKING:
+    from veneer.models.image import ImageBase
+
+__all__ = ["Wanted", "remake", "remembered"]
+
+_KNOWN = {
+    "Steps", "Sampler", "Schedule type", "CFG scale", "Distilled CFG Scale", "Seed", "Size", "Model hash", "Model",
+    "Denoising strength", "Lora hashes", "Version",
+}  # fmt: skip
+
+
+@dataclass
+class Wanted:
+    """What a picture remembers. `fingerprint`, `digests` (adapter -> ours), `files` (adapter -> its file's hash, or its
+    beginning), `inputs` (path -> sha256): what must be found again. `exact`: from our record. `asks[index]` is it."""
+
+    path: str
+    base: str
+    asks: list[Ask]
+    index: int
+    options: Options
+    exact: bool
+    fingerprint: str = ""
+    model_hash: str = ""
+    digests: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    dtype: str = "auto"
+    notes: list[str] = field(default_factory=list)
+    text: Infotext | None = None
+
+
+def remembered(path: str | Path) -> Wanted:
+    """What the picture says of how it was made. Raises DataError for one that says nothing, or nonsense."""
+    text, record = read_picture(path)
+    if record is not None:
+        try:
+            return _of_record(str(path), record)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"the picture's veneer record is damaged: {error!r}", where=str(path)) from error
+    if text is None:
+        raise DataError(
+            "the picture does not say how it was made", where=str(path), fix="one that veneer or A1111 wrote"
+        )
+    return _of_text(str(path), text)
+
+
+def _of_record(path: str, record: dict[str, Any]) -> Wanted:
+    if record["version"] != 1:
+        raise DataError(f"a record of version {record['version']}", where=path, fix="a newer veneer reads it")
+    settings = record["settings"]
+    asks = [
+        Ask(r["prompt"], r["negative"], int(r["seed"]), tuple(_use(name, text) for name, text in r["adapters"]))
+        for r in record["rows"]
+    ]
+    pictures = [record["image"], record["mask"], *record["controls"]]
+    if any(p is not None and not p["path"] for p in pictures):
+        raise DataError("it was made from a picture in memory, which is kept nowhere", where=path)
+    controls = tuple(
+        ControlSpec(c["kind"], c["path"], c["weight"], c["model"], c["begin"], c["end"]) for c in record["controls"]
+    )
+    options = Options(
+        width=settings["width"],
+        height=settings["height"],
+        steps=settings["steps"],
+        guidance=settings["guidance"],
+        true_guidance=settings["true_guidance"],
+        scheduler=settings["scheduler"],
+        batch_size=len(asks),
+        image=record["image"] and record["image"]["path"],
+        mask=record["mask"] and record["mask"]["path"],
+        denoise=settings["denoise"],
+        controls=controls,
+    )
+    asks[record["index"]]  # it must be there
+    return Wanted(
+        path,
+        record["base"]["name"],
+        asks,
+        int(record["index"]),
+        options,
+        True,
+        fingerprint=record["base"]["fingerprint"],
+        digests={name: said["digest"] for name, said in record["adapters"].items()},
+        inputs={p["path"]: p["sha256"] for p in pictures if p is not None},
+        dtype=record["base"]["dtype"],
+        notes=_other_versions(record["made_by"]),
+    )
+
+
+def _use(name: str, text: str) -> tuple[str, Strength]:
+    return name, parse_use(f"x:{text}")[1]
+
+
+def _other_versions(made_by: dict[str, str]) -> list[str]:
+    from importlib.metadata import version
+
+    other = [f"{name} {had} (here {version(name)})" for name, had in made_by.items() if version(name) != had]
+    return [f"made with {', '.join(other)}: the last bits may differ"] if other else []
+
+
+def _of_text(path: str, text: Infotext) -> Wanted:
+    """From A1111's or Forge's words, for whatever base is given."""
+    fields = text.fields
+    prompt, tags = lora_tags(text.prompt)
+    known = lora_hashes(fields)
+    uses = tuple(
+        (name, Strength(unet, blocks=(("text", te / unet),) if te != unet else ())) for name, te, unet in tags if unet
+    )
+    notes = ["A1111's noise and samplers are its own: the same words, another picture"]
+    left = sorted(set(fields) - _KNOWN)
+    if left:
+        notes.append("not taken over: " + ", ".join(f"{name}: {fields[name]}" for name in left))
+    if re.search(r"\([^()]+:[\d.]+\)", prompt + text.negative):
+        notes.append("emphasis as in (word:1.2) is read as plain text")
+    if dropped := [name for name, te, unet in tags if te and not unet]:
+        raise DataError(f"{dropped[0]!r} acts on the text encoder alone", where=path, fix="use the picture's own words")
+    if unhashed := [name for name, _, _ in tags if name not in known]:
+        notes.append(f"no hash was kept of {', '.join(unhashed)}: whatever has that name is used")
+    if "Denoising strength" in fields:
+        notes.append("it was made from another picture, which its text does not hold: give it with --image")
+    distilled = "Distilled CFG Scale" in fields
+    width, height = text.size or (None, None)
+    try:
+        options = Options(
+            width=width,
+            height=height,
+            steps=int(fields["Steps"]) if "Steps" in fields else None,
+            guidance=_number(fields.get("Distilled CFG Scale" if distilled else "CFG scale")),
+            true_guidance=(_number(fields.get("CFG scale")) or 1.0) if distilled else 1.0,
+            scheduler=sampler_of(fields, flow=distilled),
+            batch_size=1,
+        )
+        seed = int(fields.get("Seed", 0))
+    except ValueError as error:
+        raise DataError(f"its infotext has a number that is none: {error}", where=path) from error
+    if "Sampler" in fields and options.scheduler is None:
+        notes.append(f"sampler {fields['Sampler']!r} is not known here: the base's own is used")
+    ask = Ask(prompt, text.negative, seed, uses)
+    return Wanted(
+        path,
+        "",
+        [ask],
+        0,
+        options,
+        False,
+        model_hash=fields.get("Model hash", ""),
+        files=known,
+        notes=notes,
+        text=text,
+    )
+
+
+def _number(text: str | None) -> float | None:
+    return None if text is None else float(text)
+
+
+def remake(
+    mixer: Mixer,
+    wanted: Wanted,
+    *,
+    changes: Callable[[Ask, Options], tuple[Ask, Options]] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Made:
+    """The picture again. `changes`: what is asked otherwise this time; then it is made alone.
+
+    Raises MismatchError where the base, an adapter or an input picture is another one than then; AdapterError where an
+    adapter is found neither by its name nor, in the library, by its digest."""
+    _same_base(mixer.base, wanted)
+    for path, sha in wanted.inputs.items():
+        if (found := open_picture(path)[1]) != sha:
+            raise MismatchError(f"{path} is another picture than then", where=f"sha256 {found[:12]}, then {sha[:12]}")
+    renamed = {name: _same_adapter(mixer, name, wanted) for ask in wanted.asks for name, _ in ask.uses}
+    asks = [replace(ask, uses=tuple((renamed[name], s) for name, s in ask.uses)) for ask in wanted.asks]
+    for note in wanted.notes:
+        mixer.say(f"note: {note}")
+    if changes is None:
+        return make(mixer, asks, wanted.options, on_step=on_step)[wanted.index]
+    ask, options = changes(asks[wanted.index], wanted.options)
+    return make(mixer, [ask], replace(options, batch_size=1), on_step=on_step)[0]
+
+
+def _same_base(base: ImageBase, wanted: Wanted) -> None:
+    theirs, ours = wanted.fingerprint, base.fingerprint
+    if wanted.model_hash:
+        theirs = wanted.model_hash
+        own = ours.removeprefix("sha256:")
+        ours = own[:10] if not base.directory.is_file() else f"{own[:10]} {hashes(base.directory).autov2}"
+        if theirs not in ours.split():
+            wanted.notes.append(f"its model had the hash {theirs}, which {base.name} does not show")
+        return
+    if theirs and theirs != ours:
+        raise MismatchError(
+            f"it was made on another base\n  then: {theirs} ({wanted.base})\n  now:  {ours} ({base.name})",
+            where=wanted.path,
+            fix="give its own with --base",
+        )
+
+
+def _same_adapter(mixer: Mixer, name: str, wanted: Wanted) -> str:
+    """The name under which the very adapter is attached."""
+    digest = wanted.digests.get(name, "")
+    try:
+        source = mixer.add(name)
+    except AdapterError as missing:
+        if not digest:
+            raise
+        try:
+            using.adapter_path(digest)
+        except AdapterError:
+            raise missing from None
+        return mixer.add(digest).name
+    stated = wanted.files.get(name, "").lower()
+    if (digest and source.digest != digest) or (stated and not _has_hash(source, stated)):
+        raise MismatchError(
+            f"adapter {name!r} is another one than then\n  then: {digest or stated}\n"
+            f"  now:  {source.digest if digest else f'{source.autov3} (sha256 {source.sha256[:12]})'}",
+            where=source.path,
+            fix="put the one of then in its place, or add it to the library, where it is found by its digest",
+        )
+    return name
+
+
+def _has_hash(source: Source, stated: str) -> bool:
+    return any(own and (own.startswith(stated) or stated.startswith(own)) for own in (source.autov3, source.sha256))

@@ -1,0 +1,306 @@
+"""An image base: diffusers' components, the pipelines over them, and what is decided once when it is loaded.
+
+    base = load_image("emoji-flux")              a built-in
+    base = load_image("org/name")                a hub id
+    base = load_image("./sdxl")                  a directory as diffusers saves it, with model_index.json
+    base = load_image("sdxl.safetensors", config="./sdxl")      original weights in one file
+
+The components are loaded once and shared: by every pipeline, and by `base.model`, the tree that adapters attach to.
+Its names are the canonical ones (`unet.…`, `transformer.…`, `text_encoder.text_model.…`), whatever transformers calls
+the modules inside. Weights are frozen. Device and dtype follow `models.text`'s rules.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from veneer.errors import BaseError, ConfigError
+from veneer.models.image_families import FAMILIES, ImageFamily
+from veneer.models.image_files import Loaded, control_of, read_directory, read_single_file
+from veneer.models.quiet import quiet
+from veneer.models.sources import find
+
+__all__ = ["ControlNet", "ImageBase", "Kind", "load_control", "load_image", "pipeline", "release", "text_length"]
+
+Kind = Literal["text", "image", "inpaint"]
+ControlNet = nn.Module
+"""A ControlNet of diffusers: ControlNetModel, FluxControlNetModel, SD3ControlNetModel or QwenImageControlNetModel."""
+
+
+@dataclass
+class ImageBase:
+    """A frozen image model.
+
+    `family`: a row of image_families. `model`: what adapters attach to, under canonical names. `parts`: diffusers'
+    components by their names there; `model` and every pipeline share them. `prediction`: what the denoiser gives.
+    `size`: default picture side in pixels. `notes`: what a person should know about the loading, one sentence each."""
+
+    name: str
+    family: str
+    model: nn.Module
+    parts: dict[str, Any]
+    directory: Path
+    fingerprint: str
+    dtype: torch.dtype
+    device: torch.device
+    dtype_reason: str
+    prediction: Literal["epsilon", "v", "flow"]
+    size: int
+    pipelines: dict[str, str] = field(default_factory=dict)
+    """kind -> class of the pipelines that this base has: its family's, but for those its directory names itself."""
+    notes: tuple[str, ...] = ()
+    quantised: str | None = None
+    _made: dict[str, Any] = field(default_factory=dict, repr=False)
+    _released: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def row(self) -> ImageFamily:
+        return FAMILIES[self.family]
+
+    @property
+    def denoiser(self) -> Any:
+        """The unet or the transformer."""
+        return self.parts[self.row.denoiser]
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels a side of one latent."""
+        return _vae_scale(self.part("vae"))
+
+    @property
+    def unit(self) -> int:
+        """Height and width of a picture are multiples of this many pixels."""
+        return self._unit
+
+    _unit: int = field(default=8, repr=False)
+
+    def part(self, name: str) -> Any:
+        """The component of that name. Raises BaseError where it has been released."""
+        found = self.parts.get(name)
+        if found is None:
+            freed = name in self._released
+            raise BaseError(
+                f"the {name} of {self.name} was released to free memory" if freed else f"{self.name} has no {name}",
+                where=str(self.directory),
+                fix="load the base again" if freed else None,
+            )
+        return found
+
+
+class Components(nn.Module):
+    """The tree that adapters attach to: a child for each component, under its canonical name."""
+
+    def __init__(self, parts: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part if _canonical(part) else _Level(part))
+
+
+class _Level(nn.Module):
+    """The `text_model` level that files of CLIP adapters have and transformers 5 dropped from one of its classes."""
+
+    def __init__(self, text_model: nn.Module) -> None:
+        super().__init__()
+        self.text_model = text_model
+
+
+def _canonical(part: nn.Module) -> bool:
+    return type(part).__name__ != "CLIPTextModel" or hasattr(part, "text_model")
+
+
+def load_image(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    quantise: Literal["nf4", "int8"] | None = None,
+    config: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> ImageBase:
+    """Find and load an image base: eval mode, `requires_grad` False everywhere.
+
+    `quantise`: the denoiser's linears and those of large text encoders in 4 bits (nf4) or 8 (int8), by bitsandbytes.
+    `config`: for a single file, the diffusers directory that has its model_index.json and configs.
+    Raises BaseError (not found, not whole, not of a known family, weights that do not match the configs), ConfigError
+    (an unknown dtype, device or quantisation), ResourceError (not enough memory), MissingExtraError."""
+    from veneer.models.image_files import require_diffusers
+
+    require_diffusers()
+    if quantise not in (None, "nf4", "int8"):
+        raise ConfigError(f"{quantise!r} is no quantisation of a base", fix="nf4 or int8")
+    path = find(name, say=say)
+    if path.is_file():
+        read = read_single_file(path, config, dtype, device, quantise)
+    elif config is not None:
+        raise ConfigError("config is for a single-file base; a directory has its own", where=str(path))
+    else:
+        read = read_directory(path, dtype, device, quantise)
+    return _base(name, path, read, quantise)
+
+
+def _base(name: str, path: Path, read: Loaded, quantise: str | None) -> ImageBase:
+    row = read.family
+    for part in read.parts.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+            part.requires_grad_(False)
+    trainable = {n: read.parts[n] for n in (row.denoiser, *row.encoders) if read.parts.get(n) is not None}
+    vae, denoiser = read.parts["vae"], read.parts[row.denoiser]
+    scale = _vae_scale(vae)
+    return ImageBase(
+        name=name,
+        family=row.name,
+        model=Components(trainable).eval(),
+        parts=read.parts,
+        directory=path,
+        fingerprint=read.fingerprint,
+        dtype=read.dtype,
+        device=read.device,
+        dtype_reason=read.dtype_reason,
+        prediction=_prediction(row, read.parts["scheduler"], path),
+        size=_size(denoiser, vae, scale),
+        pipelines={**row.pipelines, **read.pipelines},
+        notes=tuple(read.notes),
+        quantised=quantise,
+        _unit=scale * row.patch,
+    )
+
+
+def _vae_scale(vae: Any) -> int:
+    if hasattr(vae, "temperal_downsample"):  # Qwen-Image's, which spells it so
+        return int(2 ** len(vae.temperal_downsample))
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def _size(denoiser: Any, vae: Any, scale: int) -> int:
+    """The denoiser's own side where it says one (U-Nets, SD3), else the VAE's, which FLUX' directories state; 1024."""
+    own = denoiser.config.get("sample_size")
+    if own:
+        return int(own if isinstance(own, int) else own[0]) * scale
+    return int(vae.config.get("sample_size") or 1024)
+
+
+def _prediction(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsilon", "v", "flow"]:
+    if row.flow:
+        return "flow"
+    said = scheduler.config.get("prediction_type", "epsilon")
+    if said not in ("epsilon", "v_prediction"):
+        raise BaseError(
+            f"the scheduler says prediction_type {said!r}; epsilon and v_prediction are known",
+            where=str(path / "scheduler"),
+        )
+    return "v" if said == "v_prediction" else "epsilon"
+
+
+# -- pipelines -------------------------------------------------------------------------------------------------------
+
+
+def pipeline(base: ImageBase, kind: Kind = "text", controls: Sequence[ControlNet] = ()) -> Any:
+    """diffusers' pipeline of that kind over the base's parts, made once for each kind and list of ControlNets.
+
+    Nothing is copied: an adapter attached to `base.model` acts in every pipeline. They share one scheduler too, at
+    first; set `pipe.scheduler` to use another. Raises BaseError where diffusers has no such pipeline for the family, or
+    a part was released."""
+    import diffusers
+
+    key = "|".join([kind, *(str(id(c)) for c in controls)])
+    if key in base._made:
+        return base._made[key]
+    table = base.row.controlled if controls else base.pipelines
+    if kind not in table:
+        what = {"text": "text-to-image", "image": "image-to-image", "inpaint": "inpainting"}.get(kind, kind)
+        having = ", ".join(table) or "none"
+        raise BaseError(
+            f"diffusers has no {what} pipeline for {base.row.label}" + (" with a ControlNet" if controls else ""),
+            where=base.name,
+            fix=f"kinds it has{' with one' if controls else ''}: {having}",
+        )
+    for name in sorted(base._released):
+        base.part(name)  # says so
+    cls = getattr(diffusers, table[kind])
+    parts: dict[str, Any] = dict(base.parts)
+    if controls:
+        for control in controls:
+            _check_control(base, control)
+        parts["controlnet"] = controls[0] if len(controls) == 1 else _several(base, controls)
+    with quiet():
+        made = cls(**_arguments(cls, {**parts, **base.row.settings}))
+    made.set_progress_bar_config(disable=True)
+    base._made[key] = made
+    return made
+
+
+def _arguments(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of `given` that the class takes, and None for the models it wants and the base has not."""
+    import inspect
+
+    empty = inspect.Parameter.empty
+    wanted = {n: p for n, p in inspect.signature(cls).parameters.items()}
+    missing = {n: None for n, p in wanted.items() if p.default is empty and n not in given}
+    return missing | {n: v for n, v in given.items() if n in wanted}
+
+
+def _several(base: ImageBase, controls: Sequence[ControlNet]) -> Any:
+    """ControlNets whose residuals are summed, in diffusers' own class."""
+    import diffusers
+
+    names = {"ControlNetModel": "MultiControlNetModel"}
+    own = type(controls[0]).__name__
+    if own in names:
+        return diffusers.MultiControlNetModel(list(controls))
+    from diffusers.models import controlnets
+
+    multi = getattr(controlnets, own.replace("ControlNetModel", "MultiControlNetModel"))
+    return multi(list(controls))
+
+
+def _check_control(base: ImageBase, control: ControlNet) -> None:
+    if type(control).__name__ != base.row.control:
+        raise BaseError(f"{type(control).__name__} is no ControlNet for {base.row.label}", where=base.name)
+
+
+def load_control(name: str | Path, base: ImageBase) -> ControlNet:
+    """A ControlNet by built-in name, directory or hub id, in the base's dtype and on its device, frozen.
+
+    Raises BaseError for one that belongs to another family, named, or whose sizes are not the base's."""
+    return control_of(str(name), base.row, base.parts[base.row.denoiser], base.dtype, base.device)
+
+
+def text_length(base: ImageBase) -> int:
+    """Tokens of a prompt that the denoiser attends to at most; what to give the pipelines as `max_sequence_length`.
+
+    schnell was trained on 256 (black-forest-labs/flux, t5_embedder); a tokenizer that says fewer says so rightly."""
+    length = base.row.length
+    if base.family == "flux1" and not base.denoiser.config.guidance_embeds:
+        length = 256
+    reader = next((base.parts[n] for n in base.row.reader if base.parts.get(n) is not None), None)
+    said = getattr(reader, "model_max_length", None) or length
+    return int(min(length, said))
+
+
+def release(base: ImageBase, *names: str) -> None:
+    """Drop text encoders or the VAE, whose outputs are cached, and free their memory. Pipelines say so afterwards.
+
+    Raises ConfigError for a part that the base has not, or that cannot be done without."""
+    for name in names:
+        if name == base.row.denoiser or not isinstance(base.parts.get(name), nn.Module):
+            known = [n for n, p in base.parts.items() if isinstance(p, nn.Module) and n != base.row.denoiser]
+            raise ConfigError(f"{name!r} cannot be released from {base.name}", fix=f"one of {', '.join(known)}")
+    for name in names:
+        base.parts[name] = None
+        if hasattr(base.model, name):
+            delattr(base.model, name)
+        base._released.add(name)
+    base._made.clear()
+    gc.collect()
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+

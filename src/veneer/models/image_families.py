@@ -1,0 +1,156 @@
+"""The image families as diffusers runs them: the denoiser's class, the pipelines, what reads a prompt.
+
+| family     | denoiser class                               | prompt read by                             | predicts   |
+| sd15, sd2  | UNet2DConditionModel                         | CLIP                                       | noise or v |
+| sdxl       | UNet2DConditionModel with added time ids     | two CLIPs                                  | noise or v |
+| sd3        | SD3Transformer2DModel (3, 3.5 medium, large) | two CLIPs, T5 (which may be left out)      | flow       |
+| flux1      | FluxTransformer2DModel (dev, schnell)        | T5; CLIP gives one pooled vector           | flow       |
+| flux2      | Flux2Transformer2DModel (dev, klein)         | Mistral (dev), Qwen3 (klein), as chat      | flow       |
+| qwen-image | QwenImageTransformer2DModel                  | Qwen2.5-VL, as chat                        | flow       |
+
+Names are those of `formats.topology`. One row a family; nothing else in the package lists families of bases. Knows
+class names alone; imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["FAMILIES", "ImageFamily", "family_label", "family_of", "same_family"]
+
+
+@dataclass(frozen=True)
+class ImageFamily:
+    """One row. `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets; what is not there,
+    diffusers does not have. `encoders`: the text encoders that adapters of this family change. `reader`: the tokenizer
+    whose tokens the denoiser attends to, the first of these that the base has. `length`: tokens it reads at most.
+    `patch`: latents a side that become one token. `settings`: arguments of the pipelines' constructors."""
+
+    name: str
+    label: str
+    denoiser: str
+    classname: str
+    pipelines: Mapping[str, str]
+    controlled: Mapping[str, str] = field(default_factory=dict)
+    control: str = ""
+    encoders: tuple[str, ...] = ()
+    reader: tuple[str, ...] = ("tokenizer",)
+    length: int = 77
+    patch: int = 1
+    flow: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _kinds(stem: str, image: str = "Img2Img", inpaint: str = "Inpaint") -> dict[str, str]:
+    """Classes by kind of names like StableDiffusion…Pipeline; those with an empty infix are left out."""
+    given = {"text": "", "image": image, "inpaint": inpaint}
+    return {kind: f"{stem}{infix}Pipeline" for kind, infix in given.items() if infix or kind == "text"}
+
+
+def _stable(name: str, label: str) -> ImageFamily:
+    stem = "StableDiffusion"
+    return ImageFamily(
+        name,
+        label,
+        "unet",
+        "UNet2DConditionModel",
+        _kinds(stem),
+        _kinds(f"{stem}ControlNet"),
+        "ControlNetModel",
+        encoders=("text_encoder",),
+        flow=False,
+        settings={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    )
+
+
+FAMILIES: Mapping[str, ImageFamily] = {
+    f.name: f
+    for f in [
+        _stable("sd15", "Stable Diffusion 1.x"),
+        _stable("sd2", "Stable Diffusion 2.x"),
+        ImageFamily(
+            "sdxl",
+            "SDXL",
+            "unet",
+            "UNet2DConditionModel",
+            _kinds("StableDiffusionXL"),
+            _kinds("StableDiffusionXLControlNet"),
+            "ControlNetModel",
+            encoders=("text_encoder", "text_encoder_2"),
+            flow=False,
+            settings={"add_watermarker": False},
+        ),
+        ImageFamily(
+            "sd3",
+            "Stable Diffusion 3",
+            "transformer",
+            "SD3Transformer2DModel",
+            _kinds("StableDiffusion3"),
+            {"text": "StableDiffusion3ControlNetPipeline", "inpaint": "StableDiffusion3ControlNetInpaintingPipeline"},
+            "SD3ControlNetModel",
+            encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+            reader=("tokenizer_3", "tokenizer"),
+            length=256,
+            patch=2,
+        ),
+        ImageFamily(
+            "flux1",
+            "FLUX.1",
+            "transformer",
+            "FluxTransformer2DModel",
+            _kinds("Flux"),
+            _kinds("FluxControlNet"),
+            "FluxControlNetModel",
+            encoders=("text_encoder", "text_encoder_2"),
+            reader=("tokenizer_2",),
+            length=512,
+            patch=2,
+        ),
+        ImageFamily(
+            "flux2",
+            "FLUX.2",
+            "transformer",
+            "Flux2Transformer2DModel",
+            {"text": "Flux2Pipeline"},
+            length=512,
+            patch=2,
+        ),
+        ImageFamily(
+            "qwen-image",
+            "Qwen-Image",
+            "transformer",
+            "QwenImageTransformer2DModel",
+            _kinds("QwenImage"),
+            {"text": "QwenImageControlNetPipeline", "inpaint": "QwenImageControlNetInpaintPipeline"},
+            "QwenImageControlNetModel",
+            length=1024,
+            patch=2,
+        ),
+    ]
+}
+
+
+def family_of(classname: str, config: Mapping[str, Any]) -> ImageFamily | None:
+    """The family of a denoiser by its class and config; None for one that is in no row.
+
+    SDXL's U-Net is told by its added time ids. SD 2's and SD 1's are the same class: SD 2 has linear projections."""
+    if classname == "UNet2DConditionModel":
+        if config.get("addition_embed_type") == "text_time":
+            return FAMILIES["sdxl"]
+        if config.get("addition_embed_type") or config.get("encoder_hid_dim_type"):
+            return None  # Kandinsky, DeepFloyd
+        return FAMILIES["sd2" if config.get("use_linear_projection") else "sd15"]
+    return next((f for f in FAMILIES.values() if f.classname == classname), None)
+
+
+def family_label(name: str) -> str:
+    """What people call a family, for errors; a family that is in no row by its own name."""
+    row = FAMILIES.get(name.removesuffix("-large"))
+    return f"{row.label} (large)" if row and name.endswith("-large") else row.label if row else name
+
+
+def same_family(adapter: str, base: str) -> bool:
+    """Whether an adapter of one family may belong to a base of another name: SD3's two sizes are one row here."""
+    return adapter.removesuffix("-large") == base.removesuffix("-large")

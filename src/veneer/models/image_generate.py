@@ -1,0 +1,327 @@
+"""Pictures from an image base: rows in, pictures out, through diffusers' own pipelines.
+
+    rows (prompt, seed, plan of mixes) -> prompts read, each under its own mix -> one batch through the denoiser
+                                       -> the mixes change at the ends of steps -> pictures
+
+A row's noise comes from its own generator on the CPU, so that it is the same whatever the batch and the device. Which
+mix acts is one assignment on the attachment: no weight of the base is touched, nothing is made or compiled for it.
+Knows adapters by the names they are attached under; no files.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from veneer.core.adapter import Mix
+from veneer.errors import BaseError, ConfigError
+from veneer.models.image import pipeline
+from veneer.models.image_predict import encode_prompts
+from veneer.models.image_schedulers import make_scheduler
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from veneer.core.attach import Attachment
+    from veneer.models.image import ImageBase
+    from veneer.models.image_predict import Conditioning
+
+__all__ = ["Control", "MixPlan", "Picture", "Row", "Settings", "default_settings", "fitted", "generate_images"]
+
+
+@dataclass(frozen=True)
+class MixPlan:
+    """What acts on one picture: `text` while its prompt is read; of `phases`, (share of the steps, mix), the last that
+    has begun: step i of n is in the phase with the largest share ≤ i/n. The first share is 0."""
+
+    text: Mix = ()
+    phases: tuple[tuple[float, Mix], ...] = ((0.0, ()),)
+
+    def at(self, share: float) -> Mix:
+        return next(mix for begin, mix in reversed(self.phases) if begin <= share)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture to make."""
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    plan: MixPlan = MixPlan()
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet of the base's family and the picture it holds to, of the pictures' size.
+
+    `begin`, `end`: shares of the steps in which it acts."""
+
+    model: Any
+    picture: Image
+    weight: float = 1.0
+    begin: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all rows share. None stands for the base's own (`default_settings`).
+
+    `guidance`: classifier-free guidance, for FLUX the number it was distilled with. `true_guidance`: classifier-free
+    guidance of a base that has its own; a negative prompt acts there from above 1. `image`: start from it instead of
+    noise, `denoise` (0, 1] is the share of the steps that are taken; with `mask` (white is made anew) black stays."""
+
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    true_guidance: float = 1.0
+    scheduler: str | None = None
+    batch_size: int = 4
+    image: Image | None = None
+    mask: Image | None = None
+    denoise: float = 1.0
+    controls: tuple[Control, ...] = ()
+
+
+@dataclass
+class Picture:
+    """`cut`: the end of the prompt that the text encoder does not read, "" where it reads all. `batch`, `index`: the
+    rows it was made with and its own place: the same batch is the same picture to the last bit."""
+
+    image: Image
+    row: Row
+    cut: str = ""
+    batch: tuple[Row, ...] = field(default=(), repr=False)
+    index: int = 0
+
+
+def default_settings(base: ImageBase) -> tuple[int, float]:
+    """(steps, guidance) where nobody says: diffusers' own for the family; 4 and 0 for a base distilled to few steps."""
+    if base.family == "flux1" and not base.denoiser.config.guidance_embeds:
+        return 4, 0.0
+    call = inspect.signature(type(pipeline(base)).__call__).parameters
+    own = "true_cfg_scale" if base.family == "qwen-image" else "guidance_scale"
+    return 28 if base.prediction == "flow" else 30, float(call[own].default)
+
+
+def fitted(picture: Image, width: int, height: int, what: str) -> tuple[Image, str]:
+    """The picture at this size, and a sentence if it had another. Raises ConfigError if its sides are in another
+    proportion, by more than a twentieth: nothing is cut off or stretched unasked."""
+    from PIL.Image import Resampling
+
+    if picture.size == (width, height):
+        return picture, ""
+    have, want = picture.width / picture.height, width / height
+    if not 0.95 <= have / want <= 1.05:
+        raise ConfigError(
+            f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}: another proportion",
+            fix=f"crop it, or ask for its own with width and height (--size {picture.width}x{picture.height})",
+        )
+    said = f"the {what} was resized from {picture.width}×{picture.height} to {width}×{height}"
+    return picture.resize((width, height), Resampling.LANCZOS), said
+
+
+def generate_images(
+    base: ImageBase,
+    rows: Sequence[Row],
+    settings: Settings | None = None,
+    *,
+    attachment: Attachment | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> list[Picture]:
+    """A picture for each row, in order. What was selected on `attachment` before is selected again after.
+
+    `on_step(done, of)`: steps over all batches. Raises ConfigError for settings that go together with each other or
+    with the base in no way, BaseError for a picture that is not finite."""
+    settings = settings or Settings()
+    _check(base, rows, settings, attachment)
+    run = _Run(base, settings, attachment, on_step)
+    run.batches = -(-len(rows) // settings.batch_size)
+    before = attachment.selection if attachment is not None else None
+    out: list[Picture] = []
+    try:
+        with torch.no_grad():
+            for start in range(0, len(rows), settings.batch_size):
+                out += run.batch(tuple(rows[start : start + settings.batch_size]))
+    finally:
+        if attachment is not None and before is not None:
+            attachment.selection = before
+    return out
+
+
+class _Run:
+    """The batches of one call: the pipeline, its scheduler and what the settings come to."""
+
+    def __init__(
+        self,
+        base: ImageBase,
+        settings: Settings,
+        attachment: Attachment | None,
+        on_step: Callable[[int, int], None] | None,
+    ) -> None:
+        self.base, self.settings, self.attachment, self.on_step = base, settings, attachment, on_step
+        kind = "text" if settings.image is None else "image" if settings.mask is None else "inpaint"
+        self.pipe: Any = pipeline(base, kind, [c.model for c in settings.controls])
+        self.pipe.set_progress_bar_config(disable=True)
+        self.accepts = inspect.signature(type(self.pipe).__call__).parameters
+        self.batches, self.done = 1, 0
+        steps, guidance = default_settings(base)
+        self.steps = steps if settings.steps is None else settings.steps
+        self.guidance = guidance if settings.guidance is None else settings.guidance
+        self.doubled, self.scales = self._guidance()
+
+    def _guidance(self) -> tuple[bool, dict[str, float]]:
+        """Whether negative prompts act, and the pipeline's arguments that say how strongly."""
+        if self.base.family == "qwen-image":
+            return self.guidance > 1, {"true_cfg_scale": self.guidance}
+        scales = {"guidance_scale": self.guidance}
+        if self.base.family in ("flux1", "flux2"):
+            true = self.settings.true_guidance
+            if true > 1 and "true_cfg_scale" not in self.accepts:
+                raise ConfigError(f"{type(self.pipe).__name__} has no true guidance", fix="leave it and negatives out")
+            return true > 1, scales | ({"true_cfg_scale": true} if "true_cfg_scale" in self.accepts else {})
+        return self.guidance > 1, scales
+
+    def batch(self, rows: tuple[Row, ...]) -> list[Picture]:
+        settings, base = self.settings, self.base
+        given: dict[str, Any] = {"num_inference_steps": self.steps, "output_type": "np", **self.scales}
+        self.select([row.plan.text for row in rows])
+        positive = encode_prompts(base, [row.prompt for row in rows])
+        given |= self.embeds(positive, "")
+        if self.doubled:
+            negative = encode_prompts(base, [row.negative for row in rows])
+            given |= self.embeds(self.emptied(negative, rows), "negative_")
+        size = {"width": settings.width or base.size, "height": settings.height or base.size}
+        if settings.image is not None:
+            given |= {"image": settings.image.convert("RGB"), "strength": settings.denoise}
+            if settings.mask is not None:
+                given["mask_image"] = settings.mask.convert("L")
+        given |= {key: value for key, value in size.items() if key in self.accepts}
+        given |= self.control_arguments()
+        self.pipe.scheduler = make_scheduler(base, settings.scheduler)
+        self.select([row.plan.at(0.0) for row in rows])
+        generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
+        images = self.pipe(**given, generator=generators, callback_on_step_end=self.at_end_of_step(rows)).images
+        return [
+            Picture(self.finished(array, row), row, positive.cut[i], rows, i)
+            for i, (array, row) in enumerate(zip(images, rows, strict=True))
+        ]
+
+    def embeds(self, text: Conditioning, prefix: str) -> dict[str, Any]:
+        found = {
+            f"{prefix}prompt_embeds": text.embeds,
+            f"{prefix}pooled_prompt_embeds": text.pooled,
+            f"{prefix}prompt_embeds_mask": text.mask,
+        }
+        return {key: value for key, value in found.items() if value is not None and key in self.accepts}
+
+    def emptied(self, text: Conditioning, rows: Sequence[Row]) -> Conditioning:
+        """SDXL was trained with zeros for no text, which is another thing than the text of no words."""
+        if getattr(self.pipe.config, "force_zeros_for_empty_prompt", False):
+            for i, row in enumerate(rows):
+                if not row.negative:
+                    text.embeds[i] = 0
+                    if text.pooled is not None:
+                        text.pooled[i] = 0
+        return text
+
+    def control_arguments(self) -> dict[str, Any]:
+        controls = self.settings.controls
+        if not controls:
+            return {}
+        many = len(controls) > 1
+
+        def each(values: list[Any]) -> Any:
+            return values if many else values[0]
+
+        return {
+            "control_image" if "control_image" in self.accepts else "image": each([c.picture for c in controls]),
+            "controlnet_conditioning_scale": each([float(c.weight) for c in controls]),
+            "control_guidance_start": each([c.begin for c in controls]),
+            "control_guidance_end": each([c.end for c in controls]),
+        }
+
+    def select(self, mixes: list[Mix]) -> None:
+        if self.attachment is None:
+            return
+        if all(mix == mixes[0] for mix in mixes):
+            self.attachment.use(*mixes[0])
+        else:
+            self.attachment.use_rows(mixes)
+
+    def at_end_of_step(self, rows: tuple[Row, ...]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+        now = [row.plan.at(0.0) for row in rows]
+
+        def callback(pipe: Any, i: int, _t: Any, held: dict[str, Any]) -> dict[str, Any]:
+            nonlocal now
+            of = pipe.num_timesteps
+            after = [row.plan.at((i + 1) / of) for row in rows]
+            if after != now and i + 1 < of:
+                self.select(after)
+                now = after
+            self.done += 1
+            if self.on_step is not None:
+                self.on_step(self.done, of * self.batches)
+            return held
+
+        return callback
+
+    def finished(self, array: Any, row: Row) -> Image:
+        """(h, w, 3) in 0..1 as a picture; what the mask leaves black is the given picture's, pixel for pixel."""
+        import numpy as np
+        from PIL import Image as pil
+
+        if not np.isfinite(array).all():
+            raise BaseError(
+                f"the picture of seed {row.seed} is not finite: {self.base.name} overflowed in {self.base.dtype}",
+                fix="use --dtype float32 or bfloat16, or lower strengths",
+            )
+        made = pil.fromarray((array * 255).round().astype("uint8"))
+        if self.settings.image is None or self.settings.mask is None:
+            return made
+        return pil.composite(made, self.settings.image.convert("RGB"), self.settings.mask.convert("L"))
+
+
+def _check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment: Attachment | None) -> None:
+    if not rows:
+        raise ConfigError("there is no picture to make", fix="give a prompt")
+    if attachment is None and any(row.plan != MixPlan() for row in rows):
+        raise ConfigError("a mix was asked for, and nothing is attached", fix="give the attachment")
+    for name, least in (("steps", 1), ("batch_size", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}", fix=f"at least {least}")
+    width, height = settings.width or base.size, settings.height or base.size
+    for name, value in (("width", width), ("height", height)):
+        if value < base.unit or value % base.unit:
+            low = max(base.unit, value // base.unit * base.unit)
+            raise ConfigError(
+                f"the {name} is {value}, and {base.name} makes sides in multiples of {base.unit}",
+                fix=f"{low} or {low + base.unit}",
+            )
+    if settings.mask is not None and settings.image is None:
+        raise ConfigError("a mask needs the picture it is of", fix="give image too (--image in.png)")
+    if not 0 < settings.denoise <= 1:
+        raise ConfigError(f"denoise is {settings.denoise:g}", fix="above 0, at most 1, as in 0.6")
+    if settings.denoise < 1 and settings.image is None:
+        raise ConfigError("denoise is a share of the steps on a given picture", fix="give image too (--image in.png)")
+    given = [("picture", settings.image), ("mask", settings.mask)]
+    for what, picture in [*given, *(("control picture", c.picture) for c in settings.controls)]:
+        if picture is not None and picture.size != (width, height):
+            raise ConfigError(
+                f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}",
+                fix="resize it (models.image_generate.fitted)",
+            )
+    if base.family in ("flux1", "flux2") and settings.true_guidance <= 1 and any(r.negative for r in rows):
+        raise ConfigError(
+            f"a negative prompt acts on {base.name} through true guidance alone, which is off",
+            fix="true_guidance above 1 (--true-guidance 3), or no negative prompt",
+        )
+    if settings.true_guidance > 1 and base.family != "flux1":
+        raise ConfigError(f"{base.name} has no guidance of its own beside which true guidance could act")

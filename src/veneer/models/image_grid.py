@@ -1,0 +1,101 @@
+"""Sheets: pictures in rows and columns with labels, drawn with Pillow alone.
+
+          0        0.5       1.0        column labels, centred
+seed 1  [    ]    [    ]    [    ]      row labels, left, wrapped
+seed 2  [    ]    [    ]    [    ]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["sheet"]
+
+_GAP = 4
+_INK, _PAPER, _EMPTY = (30, 30, 30), (255, 255, 255), (235, 235, 235)
+
+
+def sheet(
+    cells: Sequence[Sequence[Image | None]],
+    *,
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    title: str = "",
+    least: int = 128,
+    font_size: int = 14,
+) -> Image:
+    """One picture of all cells; None is left empty. All cells get the size of the largest, and of `least` pixels at
+    least, small ones by whole multiples so that they stay sharp. Raises ConfigError for labels that do not number the
+    rows or columns, and for no cells."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    wide = max((len(row) for row in cells), default=0)
+    pictures = [cell for row in cells for cell in row if cell is not None]
+    if not pictures:
+        raise ConfigError("a sheet of no pictures", fix="give one at least")
+    for what, labels, number in (("row", rows, len(cells)), ("column", columns, wide)):
+        if labels and len(labels) != number:
+            raise ConfigError(f"{len(labels)} {what} labels for {number} {what}s")
+    times = max(1, -(-least // max(max(p.size) for p in pictures)))
+    side = tuple(max(p.size[i] for p in pictures) * times for i in (0, 1))
+    font = ImageFont.load_default(font_size)
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    line = font_size + 4
+    left_texts = [_wrapped(draw, text, font, max(side[0], 160)) for text in rows]
+    left = max((int(draw.textlength(t, font)) for text in left_texts for t in text), default=0)
+    left += 2 * _GAP if rows else 0
+    top_texts = [_wrapped(draw, text, font, side[0]) for text in columns]
+    width = left + wide * (side[0] + _GAP) + _GAP
+    title_text = _wrapped(draw, title, font, width - 2 * _GAP) if title else []
+    head = line * len(title_text) + (_GAP if title_text else 0)
+    top = head + line * max((len(t) for t in top_texts), default=0) + _GAP
+    heights = [max(side[1], line * len(left_texts[i]) if rows else 0) for i in range(len(cells))]
+    out = Image.new("RGB", (width, top + sum(h + _GAP for h in heights)), _PAPER)
+    draw = ImageDraw.Draw(out)
+    for i, text in enumerate(title_text):
+        draw.text((_GAP, _GAP // 2 + i * line), text, _INK, font)
+    for j, texts in enumerate(top_texts):
+        for i, text in enumerate(texts):
+            x = left + _GAP + j * (side[0] + _GAP) + (side[0] - draw.textlength(text, font)) / 2
+            draw.text((x, head + i * line), text, _INK, font)
+    y = top
+    for i, row in enumerate(cells):
+        for k, text in enumerate(left_texts[i] if rows else []):
+            draw.text((_GAP, y + (heights[i] - line * len(left_texts[i])) / 2 + k * line), text, _INK, font)
+        for j, cell in enumerate(row):
+            box = (left + _GAP + j * (side[0] + _GAP), y)
+            if cell is None:
+                draw.rectangle((*box, box[0] + side[0] - 1, box[1] + side[1] - 1), _EMPTY)
+            else:
+                grown = cell.convert("RGB").resize((cell.width * times, cell.height * times), Image.Resampling.NEAREST)
+                out.paste(grown, (box[0] + (side[0] - grown.width) // 2, box[1] + (side[1] - grown.height) // 2))
+        y += heights[i] + _GAP
+    return out
+
+
+def _wrapped(draw: Any, text: str, font: Any, width: float) -> list[str]:
+    """The text in lines no wider than `width`; a word that is wider is broken."""
+    lines: list[str] = []
+    for paragraph in text.splitlines() or [""]:
+        line = ""
+        for word in paragraph.split(" "):
+            wider = f"{line} {word}" if line else word
+            if draw.textlength(wider, font) <= width or not line:
+                line = wider
+            else:
+                lines.append(line)
+                line = word
+            while draw.textlength(line, font) > width and len(line) > 1:
+                fits = next(
+                    n for n in range(len(line) - 1, 0, -1) if n == 1 or draw.textlength(line[:n], font) <= width
+                )
+                lines.append(line[:fits])
+                line = line[fits:]
+        lines.append(line)
+    return lines

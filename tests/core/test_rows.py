@@ -1,0 +1,288 @@
+"""A mix for each row of a batch: equal to every row alone, whatever the mixes, and an error where rows are no rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.families import FAMILIES
+from veneer.core import Adapter, Attachment, LoraSpec, Pair, TokenRows, attach, create
+from veneer.core.forms import Delta
+from veneer.core.layers import LoraLinear
+from veneer.core.selection import MAX_REPEATS
+from veneer.errors import AdapterError
+
+Mix = tuple[tuple[str, float], ...]
+
+
+class Gate(nn.Module):
+    """A module called with two tensors, of which a full copy can be trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, by: Tensor) -> tuple[Tensor, None]:
+        return x * torch.sigmoid(self.inner(by)), None
+
+
+class Net(nn.Module):
+    """Every kind of layer on one path: embedding (its head tied), linear, convolutions, norms, a gate of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(12, 6)
+        self.first = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.gate = Gate()
+        self.conv = nn.Conv2d(6, 4, 3, padding=1, groups=2)
+        self.line = nn.Conv1d(4, 6, 1)
+        self.head = nn.Linear(6, 12, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.first(self.words(ids))
+        x = self.norm(x + self.gate(x, self.words(ids))[0])
+        picture = x.transpose(1, 2).unflatten(2, (2, -1))
+        x = x + self.line(self.conv(picture).flatten(2)).transpose(1, 2)
+        out: Tensor = self.head(x)
+        return out
+
+
+def _noise(adapter: Adapter, seed: int, amount: float = 0.3) -> Adapter:
+    g = torch.Generator().manual_seed(seed)
+    return adapter.mapped(lambda t: t + amount * torch.randn(t.shape, generator=g))
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    def made(seed: int, *targets: str, **more: Any) -> Adapter:
+        return _noise(create(model, LoraSpec(targets=targets, **more), seed=seed), seed)
+
+    g = torch.Generator().manual_seed(9)
+
+    def r(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(shape, generator=g)
+
+    loha = Delta("hadamard", {"a1": r(6, 2), "b1": r(2, 6), "a2": r(6, 2), "b2": r(2, 6)}, (6, 6), 0.7)
+    norm = {"norm.weight": Delta("dense", {"value": r(6)}, (6,)), "norm.bias": Delta("dense", {"value": r(6)}, (6,))}
+    bias = {"line.bias": Delta("dense", {"value": r(6)}, (6,)), "conv.bias": Delta("dense", {"value": r(4)}, (4,))}
+    return {
+        "linears": made(1, "first", "head", rank=2),
+        "everything": made(2, "first", "words", "conv", "line", rank=4),
+        "dora": made(3, "first", "conv", "line", rank=3, dora=True),
+        "pissa": made(4, "first", rank=2, init="pissa"),
+        "forms": Adapter(deltas={"first.weight": loha, "conv.weight": Delta("gain", {"value": r(4)}), **norm, **bias}),
+        "words": Adapter(token_rows={"words": TokenRows((3, 7), r(2, 6))}),
+        "other words": Adapter(token_rows={"words": TokenRows((7, 8, 1), r(3, 6))}),
+        "whole": made(5, rank=2, modules_to_save=("gate", "line")),
+    }
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Attachment]:
+    torch.manual_seed(0)
+    model = Net().requires_grad_(False).eval()
+    with attach(model) as attachment:
+        for name, adapter in adapters(model).items():
+            attachment.add(name, adapter)
+        yield attachment
+
+
+def alone(attachment: Attachment, mixes: list[Mix], ids: Tensor) -> Tensor:
+    out = []
+    for i, row in enumerate(ids):
+        with attachment.using(*mixes[i % len(mixes)]):
+            out.append(attachment.model(row[None]))
+    return torch.cat(out)
+
+
+STRENGTHS = st.sampled_from([1.0, 1.0, 0.5, -0.7, 2.0, 0.0])
+NAMES = ["linears", "everything", "dora", "pissa", "forms", "words", "other words"]
+PLAIN = st.lists(st.tuples(st.sampled_from(NAMES), STRENGTHS), max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixes=st.lists(PLAIN.map(tuple), min_size=1, max_size=5), repeats=st.integers(1, 3), seed=st.integers(0, 99))
+def test_a_batch_equals_its_rows_one_by_one(net: Attachment, mixes: list[Mix], repeats: int, seed: int) -> None:
+    ids = torch.randint(0, 12, (len(mixes) * repeats, 4), generator=torch.Generator().manual_seed(seed))
+    net.use_rows(mixes)
+    with torch.no_grad():
+        torch.testing.assert_close(net.model(ids), alone(net, mixes, ids), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    picks=st.lists(
+        st.sampled_from([(), ("whole",), ("whole", "words"), ("pissa",), ("words",)]), min_size=2, max_size=5
+    ),
+    repeats=st.integers(1, 2),
+)
+def test_rows_under_full_copies(net: Attachment, picks: list[tuple[str, ...]], repeats: int) -> None:
+    mixes: list[Mix] = [tuple((name, 1.0) for name in pick) for pick in picks]
+    ids = torch.randint(0, 12, (len(mixes) * repeats, 4), generator=torch.Generator().manual_seed(1))
+    net.use_rows(mixes)
+    with torch.no_grad():
+        torch.testing.assert_close(net.model(ids), alone(net, mixes, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_the_rows_is_theirs(net: Attachment) -> None:
+    mixes: list[Mix] = [(("linears", 1.0),), (("dora", 0.5), ("forms", 1.0)), (), (("linears", 1.0), ("words", 1.0))]
+    ids = torch.randint(0, 12, (4, 4), generator=torch.Generator().manual_seed(2))
+    order = [2, 0, 3, 1]
+    with torch.no_grad():
+        net.use_rows(mixes)
+        first = net.model(ids)
+        net.use_rows([mixes[i] for i in order])
+        torch.testing.assert_close(net.model(ids[order]), first[order], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_without_an_adapter_is_the_base_bit_for_bit(net: Attachment) -> None:
+    ids = torch.randint(0, 12, (3, 4), generator=torch.Generator().manual_seed(3))
+    net.use()
+    base = net.model(ids)
+    net.use_rows([["everything", ("forms", 0.5)], [], ["dora"]])
+    assert torch.equal(net.model(ids)[1], base[1])
+    net.use_rows([[], [], []])
+    assert torch.equal(net.model(ids), base)
+
+
+def test_gradients_of_each_row_reach_its_own_adapter() -> None:
+    torch.manual_seed(0)
+    model = Net().requires_grad_(False)
+    ids = torch.randint(0, 12, (4, 4), generator=torch.Generator().manual_seed(4))
+    made = adapters(model)
+    with attach(model) as attachment:
+        for name in ("linears", "dora"):
+            attachment.add(name, made[name], trainable=True)
+        parameters = [p for name in ("linears", "dora") for p in attachment.parameters(name).values()]
+        mixes: list[Mix] = [(("linears", 0.5),), (("dora", 1.0),), (("linears", 1.0), ("dora", -1.0)), ()]
+        attachment.use_rows(mixes)
+        batch = torch.autograd.grad(model(ids).square().sum(), parameters)
+        single = torch.autograd.grad(alone(attachment, mixes, ids).square().sum(), parameters)
+    for got, want in zip(batch, single, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3"])
+def test_a_language_model(family: str) -> None:
+    model = FAMILIES[family]().requires_grad_(False)
+    ids = torch.randint(3, 160, (6, 10), generator=torch.Generator().manual_seed(0))
+    spec = LoraSpec(rank=2, targets=("all-linear", "embed_tokens", "lm_head"))
+    with attach(model) as attachment, torch.no_grad():
+        for seed, name in enumerate("abc"):
+            attachment.add(name, _noise(create(model, spec, seed=seed), seed, 0.1))
+        mixes: list[Mix] = [(("a", 1.0),), (), (("a", 0.5), ("b", -1.0), ("c", 1.0))]
+        attachment.use_rows(mixes)
+        got = model(ids).logits
+        want = []
+        for i, row in enumerate(ids):
+            with attachment.using(*mixes[i % 3]):
+                want.append(model(row[None]).logits)
+    torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-4)
+
+
+def test_a_bf16_base_under_a_float32_adapter() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False).bfloat16()
+    pair = Pair(torch.randn(2, 6), torch.randn(4, 2), 0.5)
+    x = torch.randn(4, 3, 6).bfloat16()
+    with attach(model) as attachment, torch.no_grad():
+        attachment.add("a", Adapter(pairs={"0": pair}))
+        attachment.use_rows([["a"], []])
+        y = model(x)
+        assert y.dtype == torch.bfloat16
+        base = model[0].base(x)
+        assert torch.equal(y[1::2], base[1::2])
+        exact = base.double() + x.double() @ pair.A.double().T @ pair.B.double().T * 0.5
+        torch.testing.assert_close(y[::2].double(), exact[::2], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 5, 3 * (MAX_REPEATS + 1)])
+def test_a_batch_that_does_not_fit_the_mixes(net: Attachment, batch: int) -> None:
+    net.use_rows([["linears"], [], ["everything"]])
+    with pytest.raises(AdapterError, match=rf"3 mixes, one a row, and a batch of {batch}\b"):
+        net.model(torch.zeros(batch, 4, dtype=torch.long))
+
+
+def test_modules_without_rows_are_errors_and_not_guesses() -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(6, 6), "conv": nn.Conv2d(6, 6, 1), "norm": nn.LayerNorm(6)})
+    loud = Adapter(deltas={"norm.weight": Delta("dense", {"value": torch.ones(6)}, (6,))})
+    with attach(model) as attachment:
+        attachment.add("a", create(model, LoraSpec(targets=("linear", "conv")), seed=0))
+        attachment.add("n", loud)
+        attachment.use_rows([["a", "n"], []])
+        for name, x in [
+            ("linear", torch.ones(6)),  # a vector: its first dimension is the features
+            ("conv", torch.ones(6, 4, 4)),  # a picture without a batch
+            ("linear", torch.ones(2 * 77, 6)),  # tokens of all rows together
+            ("norm", torch.ones(2 * 77, 6)),
+            ("norm", torch.ones(3, 6)),
+        ]:
+            with pytest.raises(AdapterError):
+                model[name](x)
+        attachment.use_rows([["a"], ["a"]])
+        assert model["linear"](torch.ones(6)).shape == (6,), "where all rows have the same mix, rows do not matter"
+
+
+def test_experts_refuse_and_say_so() -> None:
+    model = FAMILIES["mixtral"]()
+    with attach(model) as attachment:
+        attachment.add("a", create(model, LoraSpec(rank=2, targets=("experts.down_proj",)), seed=0))
+        attachment.use_rows([["a"], []])
+        with pytest.raises(AdapterError, match="no mix for each row there"):
+            model(torch.ones(2, 5, dtype=torch.long))
+        attachment.use_rows([["a"], ["a"]])
+        model(torch.ones(2, 5, dtype=torch.long))
+
+
+def test_mistakes_of_use_rows(net: Attachment) -> None:
+    net.use("linears")
+    before = net.selection
+    for mixes, say in [
+        ([], "no rows"),
+        ([["linears"], ["lineals"]], "no adapter named 'lineals'"),
+        ([[], [("dora", float("inf"))]], "strength of 'dora'"),
+        ([["whole", "forms"]], "use one of the two"),
+    ]:
+        with pytest.raises(AdapterError, match=say):
+            net.use_rows(mixes)
+        assert net.selection is before
+
+
+def test_removing_an_adapter_takes_it_out_of_the_rows() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    with attach(model) as attachment:
+        for name, seed in (("a", 1), ("b", 2)):
+            attachment.add(name, _noise(create(model, LoraSpec(rank=2, targets=("0",)), seed=seed), seed))
+        attachment.use_rows([["a", "b"], ["b"]])
+        attachment.remove("b")
+        x = torch.randn(2, 6)
+        got = model(x)
+        attachment.use("a")
+        torch.testing.assert_close(got[0], model(x)[0])
+        attachment.use()
+        assert torch.equal(got[1], model(x)[1])
+
+
+def test_each_adapter_is_multiplied_once_for_its_own_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False)
+    seen: list[int] = []
+    original = LoraLinear.change
+
+    def spy(self: LoraLinear, x: Tensor, *rest: Any) -> Tensor:
+        seen.append(len(x))
+        return original(self, x, *rest)
+
+    monkeypatch.setattr(LoraLinear, "change", spy)
+    with attach(model) as attachment:
+        for name, seed in (("a", 1), ("b", 2)):
+            attachment.add(name, _noise(create(model, LoraSpec(rank=2, targets=("0",)), seed=seed), seed))
+        attachment.use_rows([["a"], [], ["a", ("b", 0.5)], [], [("a", 2.0)]])
+        model(torch.randn(10, 6))
+    assert seen == [6, 2]

@@ -1,0 +1,291 @@
+"""Image bases on disk, in diffusers' layout: real classes and module names, tiny widths, tokenizers of their own.
+
+`tiny_image_base(folder, family)` writes one (once) and returns its directory; `full=True` gives the family's official
+blocks and layers, otherwise as few as there can be. `tiny_control(folder, family)` writes a ControlNet for the few.
+A picture is 32 × 32 pixels, a latent stands for 4 × 4, a prompt has 24 tokens. Weights are random and deterministic.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from tokenizers import pre_tokenizers
+
+TINY_FAMILIES = ("sd15", "sdxl", "flux1", "schnell", "sd3", "klein", "flux2", "qwen-image")
+SIZE, LENGTH = 32, 24
+WORDS = ["a", "red", "house", "cat", "dog", "tree", "in", "the", "style", "of", "flat", "with", "hat", "blue", "sks"]
+LATENT = 4
+
+
+def tiny_image_base(folder: Path, family: str, full: bool = False) -> Path:
+    """Writes `folder / "tiny-<family>"` once. `family`: one of TINY_FAMILIES; schnell is flux1 without guidance, klein
+    flux2 without."""
+    place = Path(folder) / f"tiny-{family}{'-full' if full else ''}"
+    if not (place / "model_index.json").exists():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            _BUILD[family](full).save_pretrained(place)
+    return place
+
+
+def tiny_control(folder: Path, family: str) -> Path:
+    """Writes a ControlNet for `tiny_image_base(folder, family)` once: sd15, sdxl, flux1, sd3. Its outputs, which begin
+    at zero, are moved away from it."""
+    place = Path(folder) / f"tiny-{family}-canny"
+    if not (place / "config.json").exists():
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(1)
+            control = _CONTROL[family]()
+            with torch.no_grad():
+                for parameter in control.parameters():
+                    if not parameter.any():
+                        parameter.normal_(std=0.05)
+            control.save_pretrained(place)
+    return place
+
+
+# -- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def clip_tokenizer() -> Any:
+    """Bytes, and a few words that are one token each."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate([*letters, *(f"{a}</w>" for a in letters)])}
+    merges = []
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merge = (parts[0], parts[1])
+            parts = ["".join(merge), *parts[2:]]
+            if parts[0] not in vocab:
+                vocab[parts[0]] = len(vocab)
+                merges.append(merge)
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocab[special] = len(vocab)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+
+
+def t5_tokenizer() -> Any:
+    letters = [chr(c) for c in range(33, 127)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    pieces += [(f"▁{word}", -2.0) for word in WORDS if len(word) > 1] + [(letter, -5.0) for letter in letters]
+    return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
+
+
+_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer() -> Any:
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = transformers.Qwen2Tokenizer(vocab=vocab, merges=[])
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    made.chat_template = _CHAT
+    return made
+
+
+# -- parts -----------------------------------------------------------------------------------------------------------
+
+
+def clip(tokenizer: Any, width: int, projection: bool, layers: int) -> Any:
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
+
+
+def t5(tokenizer: Any, width: int, layers: int) -> Any:
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_ff=2 * width,
+        d_kv=8,
+        num_layers=layers,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    return transformers.T5EncoderModel(config)
+
+
+def vae(**changes: Any) -> Any:
+    given: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 1,
+        "latent_channels": LATENT,
+        "norm_num_groups": 4,
+        "sample_size": SIZE,
+        "scaling_factor": 0.4,
+    }
+    return diffusers.AutoencoderKL(**(given | changes))
+
+
+def unet(context: int, full: bool, extra: bool) -> Any:
+    """SD 1's blocks, or with `extra` SDXL's."""
+    given: dict[str, Any] = {
+        "sample_size": SIZE // 4,
+        "layers_per_block": 2,
+        "cross_attention_dim": context,
+        "norm_num_groups": 8,
+        "attention_head_dim": 2,
+    }
+    cross, plain = "CrossAttn", ""
+    kinds = ([plain, cross, cross] if extra else [cross, cross, cross, plain]) if full else [plain, cross]
+    if not full and not extra:
+        kinds = [cross, plain]
+    given["block_out_channels"] = ((8, 16, 32) if extra else (8, 16, 32, 32)) if full else (8, 16)
+    given["down_block_types"] = tuple(f"{k}DownBlock2D" for k in kinds)
+    given["up_block_types"] = tuple(f"{k}UpBlock2D" for k in reversed(kinds))
+    if extra:
+        given |= {
+            "transformer_layers_per_block": [1, 2, 10] if full else [1, 1],
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 16 + 6 * 4,
+        }
+    return diffusers.UNet2DConditionModel(**given)
+
+
+def flux1(full: bool, guidance: bool) -> Any:
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT,
+        num_layers=19 if full else 1,
+        num_single_layers=38 if full else 1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance,
+        axes_dims_rope=(2, 2, 4),
+    )
+
+
+def _noise(kind: Any, **more: Any) -> Any:
+    return kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **more)
+
+
+def _flow(dynamic: bool) -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic, shift=1.0 if dynamic else 3.0)
+
+
+# -- families --------------------------------------------------------------------------------------------------------
+
+
+def _sd15(full: bool) -> Any:
+    tokens = clip_tokenizer()
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=clip(tokens, 16, False, 12 if full else 2),
+        tokenizer=tokens,
+        unet=unet(16, full, False),
+        scheduler=_noise(diffusers.DDIMScheduler, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl(full: bool) -> Any:
+    tokens = clip_tokenizer()
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=clip(tokens, 16, False, 12 if full else 2),
+        text_encoder_2=clip(tokens, 16, True, 32 if full else 2),
+        tokenizer=tokens,
+        tokenizer_2=tokens,
+        unet=unet(32, full, True),
+        scheduler=_noise(diffusers.EulerDiscreteScheduler),
+        add_watermarker=False,
+    )
+
+
+def _flux1(guidance: bool) -> Callable[[bool], Any]:
+    def make(full: bool) -> Any:
+        tokens, pieces = clip_tokenizer(), t5_tokenizer()
+        return diffusers.FluxPipeline(
+            scheduler=_flow(guidance),
+            vae=vae(shift_factor=0.1),
+            text_encoder=clip(tokens, 16, False, 12 if full else 2),
+            tokenizer=tokens,
+            text_encoder_2=t5(pieces, 16, 24 if full else 2),
+            tokenizer_2=pieces,
+            transformer=flux1(full, guidance),
+        )
+
+    return make
+
+
+def _sd3(full: bool) -> Any:
+    tokens, pieces = clip_tokenizer(), t5_tokenizer()
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=SIZE // 4,
+        patch_size=2,
+        in_channels=LATENT,
+        out_channels=LATENT,
+        num_layers=24 if full else 2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+        dual_attention_layers=tuple(range(13)) if full else (0,),
+        qk_norm="rms_norm",
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=_flow(False),
+        vae=vae(shift_factor=0.1),
+        text_encoder=clip(tokens, 16, True, 12 if full else 2),
+        tokenizer=tokens,
+        text_encoder_2=clip(tokens, 16, True, 32 if full else 2),
+        tokenizer_2=tokens,
+        text_encoder_3=t5(pieces, 32, 24 if full else 2),
+        tokenizer_3=pieces,
+    )
+
+
+_BUILD: dict[str, Callable[[bool], Any]] = {
+    "sd15": _sd15,
+    "sdxl": _sdxl,
+    "flux1": _flux1(True),
+    "schnell": _flux1(False),
+    "sd3": _sd3,
+}
+
+_CONTROL: dict[str, Callable[[], Any]] = {
+    "sd15": lambda: diffusers.ControlNetModel.from_unet(
+        unet(16, False, False), conditioning_embedding_out_channels=(8, 16)
+    ),
+    "sdxl": lambda: diffusers.ControlNetModel.from_unet(
+        unet(32, False, True), conditioning_embedding_out_channels=(8, 16)
+    ),
+    "flux1": lambda: diffusers.FluxControlNetModel.from_transformer(
+        flux1(False, True), num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2
+    ),
+}
