@@ -45,7 +45,7 @@ def put(folder: Path, name: str, caption: str | None = "a thing", image: Image.I
 
 def settings(folder: Path | str | tuple[str, ...] = "pictures", **keys: object) -> PictureSettings:
     where = folder if isinstance(folder, tuple) else str(folder)
-    return PictureSettings.model_validate({"folder": where, **keys})
+    return PictureSettings.model_validate({"pictures": where, **keys})
 
 
 def to_xyz(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:

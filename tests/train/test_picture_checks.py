@@ -138,7 +138,7 @@ def test_masks(tmp_path: Path) -> None:
     found = findings(tmp_path, buckets=False)
     assert "1 of 2 (50%) pictures have a loss mask" in texts(found["masks"])
     assert "1 masks are black all over their crop, so nothing is learned there: a.png" in texts(found["masks"])
-    assert "stop pictures.masks is `alpha`, but no picture has transparency" in texts(
+    assert "stop data.masks is `alpha`, but no picture has transparency" in texts(
         findings(tmp_path, masks="alpha")["masks"]
     )
 

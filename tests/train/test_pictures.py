@@ -134,7 +134,7 @@ def test_a_trigger_alone_is_a_caption_and_is_counted(tmp_path: Path) -> None:
     pictures, about = read(tmp_path, trigger="ohwx man")
     assert captions(pictures) == {"a.png": "ohwx man", "b.png": "photo of ohwx man"}
     assert about.trigger == {"added": 1, "replaced": 1}
-    assert "b.png: holds [trigger], and pictures.trigger is not set" in wrong(tmp_path, prompt="x")
+    assert "b.png: holds [trigger], and data.trigger is not set" in wrong(tmp_path, prompt="x")
 
 
 def test_class_pictures_are_flagged_weighed_and_get_no_trigger(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_class_pictures_are_flagged_weighed_and_get_no_trigger(tmp_path: Path) -
     ]
     assert (about.pictures, about.class_pictures, about.class_triggers) == (1, 2, ["d.png"])
     del keys["class_prompt"]
-    assert "pictures.class_prompt" in wrong(tmp_path / "own", **keys)
+    assert "data.class_prompt" in wrong(tmp_path / "own", **keys)
 
 
 def test_broken_files_are_named_with_their_reason(tmp_path: Path) -> None:
@@ -260,13 +260,13 @@ def test_several_folders_and_a_validation_folder(tmp_path: Path) -> None:
         {"trigger": " "},
         {"caption_dropout": 1.5},
         {"class_prompt": "a sks dog", "trigger": "sks"},
-        {"folder": ("a", "b"), "masks": "m"},
+        {"pictures": ("a", "b"), "masks": "m"},
         {"flips": True},
     ],
 )
 def test_settings_are_strict(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        PictureSettings.model_validate({"folder": "a", **keys})
+        PictureSettings.model_validate({"pictures": "a", **keys})
 
 
 def test_every_setting_says_what_it_means() -> None:

@@ -120,12 +120,14 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[Bucket, ...]:
     area = resolution * resolution
     side = resolution // step * step
     found: set[Bucket] = {(side, side)} if side else set()
+    last = (side, side)
     for short in range(side, 0, -step):
         fits, allowed = area // short // step * step, int(ratio * short) // step * step
         if fits <= allowed:
-            found |= {(short, fits), (fits, short)}
+            last = (short, fits)
+            found |= {last, last[::-1]}
             continue
-        if allowed > short and 4 * short * allowed >= 3 * area:
+        if allowed * last[0] > short * last[1] and 4 * short * allowed >= 3 * area:  # longer than the last one
             found |= {(short, allowed), (allowed, short)}
         break
     if not found:
