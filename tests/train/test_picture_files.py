@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -7,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from tests.train.make_pictures import ADOBE_RGB, SRGB, corners, grey_profile, profile, scene, settings, srgb_of, to_xyz
@@ -107,6 +111,8 @@ def test_every_mode_becomes_eight_bit_rgb() -> None:
     cmyk = opened(image.convert("CMYK"), "TIFF")
     assert np.array_equal(array(cmyk.colour), array(image))  # 255 - x there, 255 - x back
     assert cmyk.notes == ("CMYK without a profile, converted plainly",)
+    lab = opened(image.convert("LAB"), "TIFF")
+    assert np.abs(array(lab.colour) - array(image)).mean() < 3  # 8-bit a* and b* are coarse
     jpeg = opened(image.convert("CMYK"), "JPEG", quality=100)
     assert np.abs(array(jpeg.colour) - array(image)).mean() < 4
 
@@ -203,3 +209,21 @@ def test_masks_are_grey_or_their_transparency() -> None:
     assert mask_of(encoded(grey, icc_profile=grey_profile(1.0)), settings()).getpixel((0, 0)) == 200
     assert mask_of(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 90))), settings()).getpixel((0, 0)) == 90
     assert mask_of(encoded(Image.new("1", (4, 4), 1)), settings()).getpixel((0, 0)) == 255
+    lab = mask_of(encoded(Image.new("RGB", (4, 4), (200, 200, 200)).convert("LAB"), "TIFF"), settings())
+    assert lab.getpixel((0, 0)) == pytest.approx(200, abs=2)
+
+
+_WHOLE = [encoded(scene(), f) for f in ("PNG", "JPEG", "WEBP", "BMP", "GIF")]
+_WHOLE += [encoded(scene(), "PNG", icc_profile=profile(ADOBE_RGB, 2.2)), encoded(scene().convert("P"), transparency=3)]
+
+
+@effort(max_examples=200, deadline=None)
+@given(st.sampled_from(_WHOLE), st.data())
+def test_damage_is_a_refusal_or_a_picture_and_never_another_error(data: bytes, draw: st.DataObject) -> None:
+    damaged = bytearray(data)
+    for at in draw.draw(st.lists(st.integers(0, len(data) - 1), max_size=6)):
+        damaged[at] = draw.draw(st.integers(0, 255))
+    damaged = damaged[: draw.draw(st.integers(1, len(data)) | st.just(len(data)))]
+    for read in (open_picture, mask_of):
+        with contextlib.suppress(UnreadablePicture):
+            read(bytes(damaged), settings(most_megapixels=1, animated="first"))

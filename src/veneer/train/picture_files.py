@@ -94,7 +94,8 @@ def mask_of(data: bytes, settings: PictureSettings) -> Image.Image:
     image, alpha = _split_alpha(_decoded(data, settings, []))
     if alpha is not None and alpha.getextrema() != (255, 255):
         return alpha
-    return _eight_bit(image, []).convert("L")
+    image = _eight_bit(image, [])
+    return (image.convert("RGB") if image.mode == "LAB" else image).convert("L")
 
 
 def _decoded(data: bytes, settings: PictureSettings, notes: list[str]) -> Image.Image:
