@@ -61,7 +61,9 @@ def contact_sheet(
         wide = max(8, int(cell / (_FONT * 0.52)))
         pen.text((x, y + cell + 4), _about(row, view), fill="#0044aa", font=font)
         pen.text((x, y + cell + 4 + line), _last(row.picture.name, wide), fill="#888888", font=font)
-        words = textwrap.wrap(caption, wide, max_lines=_LINES, placeholder=" …") or ["(no caption)"]
+        words = textwrap.wrap(caption, wide, max_lines=_LINES, placeholder=" …") or [
+            "(caption dropped)" if row.picture.caption else "(no caption)"
+        ]
         for n, words_of_line in enumerate(words):
             pen.text((x, y + cell + 4 + line * (n + 2)), words_of_line, fill="black", font=font)
     buffer = io.BytesIO()
