@@ -235,6 +235,9 @@ def test_steps_fit_the_base(tmp_path: Path) -> None:
     assert plan_rows([one], settings(), size=1024, unit=16).step == 64
     with pytest.raises(ConfigError, match="multiples of 16"):
         plan_rows([one], settings(bucket_step=24), size=64, unit=16)
+    for several in (True, False):
+        with pytest.raises(ConfigError, match="16 pixels has no bucket in steps of 32"):
+            plan_rows([one], settings(resolution=16, buckets=several), size=64, unit=32)
     with pytest.raises(DataError, match="smaller than its bucket"):
         plan_rows([one], settings(small="drop"), size=128, unit=16)
 

@@ -146,8 +146,8 @@ def bucket_for(
 
     Among all buckets the one whose aspect ratio is nearest in logarithm; of equal ones the larger."""
     width, height = size
-    side = resolution // step * step
-    choices = buckets(resolution, step, settings.bucket_ratio) if settings.buckets else ((side, side),)
+    ratio = settings.bucket_ratio if settings.buckets else 1.0
+    choices = buckets(resolution, step, ratio)
     aspect = math.log(width / height)
     best = min(choices, key=lambda b: (abs(math.log(b[0] / b[1]) - aspect), -b[0] * b[1], b))
     if best[0] <= width and best[1] <= height:
@@ -156,13 +156,11 @@ def bucket_for(
         return best, True
     if settings.small == "drop":
         return None, True
-    ratio = settings.bucket_ratio if settings.buckets else 1.0
-    short = min(width, height, side) // step * step
-    long = min(max(width, height), int(ratio * short)) // step * step
-    if short:
-        long = min(long, max(short, resolution * resolution // short // step * step))
+    short = min(width, height, resolution) // step * step
     if not short:
         return None, True
+    most = min(int(ratio * short), resolution * resolution // short)
+    long = min(max(width, height), most) // step * step
     return ((long, short) if width >= height else (short, long)), True
 
 
