@@ -65,7 +65,8 @@ class Running:
     """A run that is ready to begin: its adapter is attached and trainable, its preflight has passed.
 
     `evaluate`: scores the held-out data, None where there are none. `extra`: further state that belongs to each
-    checkpoint (moving averages). `after(step)`: called after each optimizer step. `rates`: prefix of parameter names ->
+    checkpoint (moving averages). `begin(progress, tell)`: called when the log is open, before the loop; `after(step)`:
+    after each optimizer step. `rates`: prefix of parameter names ->
     a learning rate of their own. `early`: the events until now, for the log."""
 
     config: Config
@@ -79,6 +80,7 @@ class Running:
     early: Sequence[Event]
     evaluate: Callable[[Callable[[], bool]], Score | None] | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    begin: Callable[[Progress, Listener], None] | None = None
     after: Callable[[int], None] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
 
@@ -114,6 +116,8 @@ class Running:
         try:
             for event in self.early:
                 log(event)
+            if self.begin is not None:
+                self.begin(progress, tell)
             total = len(self.steps)
             progress = loop.train(
                 self.parameters, self.steps, self.loss, optimizer,
