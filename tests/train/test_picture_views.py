@@ -35,7 +35,7 @@ steps = st.sampled_from([1, 8, 16, 32, 64])
 ratios = st.sampled_from([1.0, 1.5, 2.0, 4.0])
 
 
-@effort(max_examples=200)
+@effort(max_examples=200, deadline=None)
 @given(resolutions, steps, ratios)
 def test_buckets_are_as_large_as_their_area_allows(resolution: int, step: int, ratio: float) -> None:
     if resolution < step:
@@ -65,7 +65,7 @@ def test_buckets_by_hand() -> None:
     assert {(1024, 1024), (832, 1216), (896, 1152), (704, 1408)} <= set(buckets(1024, 64, 2.0))  # SDXL's, appendix I
 
 
-@effort(max_examples=300)
+@effort(max_examples=300, deadline=None)
 @given(st.tuples(sides, sides), resolutions, steps, ratios, st.sampled_from(["keep", "upscale", "drop"]), st.booleans())
 def test_a_picture_goes_to_the_nearest_bucket_and_is_not_enlarged_unasked(
     size: tuple[int, int], resolution: int, step: int, ratio: float, small: str, several: bool
@@ -91,7 +91,7 @@ def test_a_picture_goes_to_the_nearest_bucket_and_is_not_enlarged_unasked(
             assert max(aspect / Fraction(a, b), Fraction(a, b) / aspect) * Fraction(10**12 + 1, 10**12) >= off
 
 
-@effort(max_examples=300)
+@effort(max_examples=300, deadline=None)
 @given(
     st.tuples(sides, sides),
     st.tuples(st.integers(1, 40), st.integers(1, 40)),
