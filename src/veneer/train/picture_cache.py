@@ -116,7 +116,7 @@ class LatentCache(_Store):
         `encode`: (1, 3, h, w) float32 pixels in -1..1 -> (1, c, h/f, w/f). DataError when the picture changed on the
         disk since it was read or its latents are not finite, ResourceError when the disk is full."""
         masked = picture.alpha or picture.mask is not None
-        made_of = [picture.digest, settings.colour if picture.transparent else None]
+        made_of: list[Any] = [picture.digest, settings.colour if picture.transparent else None]
         made_of += [picture.mask_digest, picture.alpha, settings.mask_floor if masked else None]
         key = self._key("latents", made_of, view.resized, view.top, view.left, view.width, view.height, view.flip)
 

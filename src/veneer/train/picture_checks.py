@@ -165,7 +165,7 @@ def _alike(
         + (" (same file)" if pictures[i].digest == pictures[j].digest else "")
         for i, j in pairs
     )
-    text = f"{len(pairs):,} pairs look the same, of {share(count, len(pictures))} pictures: {named}"
+    text = f"{share(count, len(pictures))} pictures look like another one, in {len(pairs):,} pairs: {named}"
     fix = "remove one of each, unless it should weigh more: what is there twice is learned twice as hard"
     yield Finding("warn", "near-duplicates", text, fix)
     crossing = [(i, j) for i, j in pairs if pictures[i].is_class != pictures[j].is_class]

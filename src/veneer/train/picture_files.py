@@ -31,7 +31,8 @@ except ImportError as error:
 
 __all__ = ["FORMATS", "SUFFIXES", "Opened", "UnreadablePicture", "mask_of", "open_picture", "read_bytes"]
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+Image.init()
+FORMATS = tuple(f for f in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF") if f in Image.OPEN)
 """Decoders that may run. Others (EPS starts Ghostscript, PSD and ICO hold several pictures) are not asked."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _ORIENTATION = 274
@@ -93,7 +94,8 @@ def mask_of(data: bytes, settings: PictureSettings) -> Image.Image:
     image, alpha = _split_alpha(_decoded(data, settings, []))
     if alpha is not None and alpha.getextrema() != (255, 255):
         return alpha
-    return _eight_bit(image, []).convert("L")
+    image = _eight_bit(image, [])
+    return (image.convert("RGB") if image.mode == "LAB" else image).convert("L")
 
 
 def _decoded(data: bytes, settings: PictureSettings, notes: list[str]) -> Image.Image:
@@ -145,6 +147,8 @@ def _what_it_is(data: bytes) -> str:
         return "a vector drawing (SVG), not pixels: render it to PNG"
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
         return "a HEIC picture, which is not read: save it as JPEG or PNG"
+    if data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")):
+        return "damaged: it begins like a picture, but its header does not go on like one"
     if data[:4] == b"8BPS":
         return "a Photoshop file, which is not read: save it as PNG"
     return f"not a picture that can be read (it begins with {data[:8]!r})"

@@ -102,7 +102,9 @@ def find(folder: str, settings: PictureSettings, *, prompt: str | None, masks: s
 
 def _missing(root: Path) -> None:
     if root.is_file():
-        raise DataError("a folder of pictures is wanted, and this is a file", where=str(root), fix=f"{root.parent}")
+        raise DataError(
+            "a folder of pictures is wanted, and this is a file", where=str(root), fix=f"give its folder, {root.parent}"
+        )
     beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
     near = nearest(root.name, beside, 1)
     raise DataError(

@@ -60,8 +60,10 @@ def contact_sheet(
         pen.rectangle((at[0] - 1, at[1] - 1, at[0] + picture.width, at[1] + picture.height), outline="#888888")
         wide = max(8, int(cell / (_FONT * 0.52)))
         pen.text((x, y + cell + 4), _about(row, view), fill="#0044aa", font=font)
-        pen.text((x, y + cell + 4 + line), textwrap.shorten(row.picture.name, wide), fill="#888888", font=font)
-        words = textwrap.wrap(caption, wide, max_lines=_LINES, placeholder=" …") or ["(no caption)"]
+        pen.text((x, y + cell + 4 + line), _last(row.picture.name, wide), fill="#888888", font=font)
+        words = textwrap.wrap(caption, wide, max_lines=_LINES, placeholder=" …") or [
+            "(caption dropped)" if row.picture.caption else "(no caption)"
+        ]
         for n, words_of_line in enumerate(words):
             pen.text((x, y + cell + 4 + line * (n + 2)), words_of_line, fill="black", font=font)
     buffer = io.BytesIO()
@@ -86,6 +88,11 @@ def _about(row: PictureRow, view: View) -> str:
     if view.cut >= 0.005:
         text += f", {view.cut:.0%} cut"
     return text + (", mirrored" if view.flip else "") + (", class" if row.picture.is_class else "")
+
+
+def _last(name: str, wide: int) -> str:
+    """The end of a path tells more than its beginning."""
+    return name if len(name) <= wide else "…" + name[-wide + 1 :]
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:

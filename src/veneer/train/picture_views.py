@@ -113,16 +113,23 @@ class Seen:
 @lru_cache(maxsize=64)
 def buckets(resolution: int, step: int, ratio: float) -> tuple[Bucket, ...]:
     """All (width, height) that are as large as allowed: multiples of `step`, width * height <= resolution², the longer
-    side at most `ratio` times the shorter. The longest is cut to that ratio; no other has room for one more step.
+    side at most `ratio` times the shorter. The square is always there, the longest may be cut to the ratio if it keeps
+    three quarters of the area, and no other has room for one more step of its longer side.
 
     ConfigError when there is none."""
-    found: set[Bucket] = set()
-    for short in range(resolution // step * step, 0, -step):
-        fits, allowed = resolution * resolution // short // step * step, int(ratio * short) // step * step
-        long = min(fits, allowed)
-        found |= {(short, long), (long, short)}
-        if allowed < fits:
-            break
+    area = resolution * resolution
+    side = resolution // step * step
+    found: set[Bucket] = {(side, side)} if side else set()
+    last = (side, side)
+    for short in range(side, 0, -step):
+        fits, allowed = area // short // step * step, int(ratio * short) // step * step
+        if fits <= allowed:
+            last = (short, fits)
+            found |= {last, last[::-1]}
+            continue
+        if allowed * last[0] > short * last[1] and 4 * short * allowed >= 3 * area:  # longer than the last one
+            found |= {(short, allowed), (allowed, short)}
+        break
     if not found:
         raise ConfigError(
             f"a resolution of {resolution} pixels has no bucket in steps of {step}",
@@ -139,8 +146,8 @@ def bucket_for(
 
     Among all buckets the one whose aspect ratio is nearest in logarithm; of equal ones the larger."""
     width, height = size
-    side = resolution // step * step
-    choices = buckets(resolution, step, settings.bucket_ratio) if settings.buckets else ((side, side),)
+    ratio = settings.bucket_ratio if settings.buckets else 1.0
+    choices = buckets(resolution, step, ratio)
     aspect = math.log(width / height)
     best = min(choices, key=lambda b: (abs(math.log(b[0] / b[1]) - aspect), -b[0] * b[1], b))
     if best[0] <= width and best[1] <= height:
@@ -149,13 +156,11 @@ def bucket_for(
         return best, True
     if settings.small == "drop":
         return None, True
-    ratio = settings.bucket_ratio if settings.buckets else 1.0
-    short = min(width, height, side) // step * step
-    long = min(max(width, height), int(ratio * short)) // step * step
-    if short:
-        long = min(long, max(short, resolution * resolution // short // step * step))
+    short = min(width, height, resolution) // step * step
     if not short:
         return None, True
+    most = min(int(ratio * short), resolution * resolution // short)
+    long = min(max(width, height), most) // step * step
     return ((long, short) if width >= height else (short, long)), True
 
 

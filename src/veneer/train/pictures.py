@@ -13,9 +13,10 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -36,8 +37,9 @@ class Picture:
     """A picture as it is learned.
 
     `name`: its path in its folder. `caption`: with the trigger. `size`: (width, height) in pixels, upright.
-    `digest`: sha256 of the file. `mask`: a mask file; `alpha`: its own transparency is the mask.
-    `transparent`: some of it shows the background. `repeats`: times an epoch. `weight`: of its loss. `is_class`: one of the class pictures. `notes`: what decoding converted."""
+    `digest`: sha256 of the file. `mask`: a mask file; `alpha`: its own transparency is the mask. `transparent`: some of
+    it shows the background. `repeats`: times an epoch. `weight`: of its loss. `is_class`: one of the class pictures.
+    `notes`: what decoding converted."""
 
     path: Path
     name: str
@@ -88,9 +90,14 @@ class AboutPictures:
 
 
 def read_pictures(
-    settings: PictureSettings, which: Literal["train", "validation"] = "train"
+    settings: PictureSettings,
+    which: Literal["train", "validation"] = "train",
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Picture], AboutPictures]:
     """The pictures of the settings' folders, sorted by name within each; with "train" the class pictures follow.
+
+    `progress` is called with (files read, files in all): a photograph of 12 megapixels takes about a fifth of a second.
 
     Raises DataError for a folder that is missing or holds no picture; a caption, mask or metadata row without a
     picture; pictures without a caption (when there is no trigger to stand alone); a mask of another shape; and files
@@ -98,15 +105,23 @@ def read_pictures(
     folders = settings.folders if which == "train" else (settings.validation,) if settings.validation else ()
     about = AboutPictures()
     pictures: list[Picture] = []
-    for folder in folders:
-        pictures += _read(find(folder, settings, prompt=settings.prompt, masks=settings.masks), folder, settings, about)
-    about.pictures = len(pictures)
+    listings = [(f, find(f, settings, prompt=settings.prompt, masks=settings.masks), False) for f in folders]
     if which == "train" and settings.class_folder is not None:
         masks = "auto" if settings.masks not in ("off", "alpha") else settings.masks
         listing = find(settings.class_folder, settings, prompt=settings.class_prompt, masks=masks)
-        others = _read(listing, settings.class_folder, settings, about, is_class=True)
-        about.class_pictures = len(others)
-        pictures += others
+        listings.append((settings.class_folder, listing, True))
+    total, done = sum(len(listing.found) for _, listing, _ in listings), count(1)
+
+    def tick() -> None:
+        n = next(done)
+        if progress is not None:
+            progress(n, total)
+
+    for folder, listing, is_class in listings:
+        read = _read(listing, folder, settings, about, tick, is_class=is_class)
+        pictures += read
+        about.class_pictures += len(read) if is_class else 0
+        about.pictures += 0 if is_class else len(read)
     if folders and not about.pictures:
         raise DataError("no picture is left to train on", where=", ".join(folders), fix=listed(about.broken))
     return pictures, about
@@ -141,7 +156,13 @@ def _has_word(caption: str, word: str) -> bool:
 
 
 def _read(
-    listing: Listing, folder: str, settings: PictureSettings, about: AboutPictures, *, is_class: bool = False
+    listing: Listing,
+    folder: str,
+    settings: PictureSettings,
+    about: AboutPictures,
+    tick: Callable[[], None],
+    *,
+    is_class: bool,
 ) -> list[Picture]:
     about.repeats |= listing.repeats
     about.ignored += listing.ignored
@@ -156,6 +177,7 @@ def _read(
         ]
     pictures, broken, wrong_masks = [], [], []
     for found, caption in zip(listing.found, captions, strict=True):
+        tick()
         try:
             picture = _open(found, caption, settings, is_class=is_class)
         except UnreadablePicture as error:
