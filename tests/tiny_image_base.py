@@ -240,9 +240,8 @@ def _flux1(guidance: bool) -> Callable[[bool], Any]:
     return make
 
 
-def _sd3(full: bool) -> Any:
-    tokens, pieces = clip_tokenizer(), t5_tokenizer()
-    transformer = diffusers.SD3Transformer2DModel(
+def _sd3_transformer(full: bool) -> Any:
+    return diffusers.SD3Transformer2DModel(
         sample_size=SIZE // 4,
         patch_size=2,
         in_channels=LATENT,
@@ -257,8 +256,12 @@ def _sd3(full: bool) -> Any:
         dual_attention_layers=tuple(range(13)) if full else (0,),
         qk_norm="rms_norm",
     )
+
+
+def _sd3(full: bool) -> Any:
+    tokens, pieces = clip_tokenizer(), t5_tokenizer()
     return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
+        transformer=_sd3_transformer(full),
         scheduler=_flow(False),
         vae=vae(shift_factor=0.1),
         text_encoder=clip(tokens, 16, True, 12 if full else 2),
@@ -270,12 +273,130 @@ def _sd3(full: bool) -> Any:
     )
 
 
+def _flux2(guidance: bool) -> Callable[[bool], Any]:
+    """dev reads Mistral's layers 10, 20 and 30, klein Qwen3's 9, 18 and 27. dev here has a tokenizer, not the processor
+    around it, whose pictures need torchvision."""
+
+    def make(full: bool) -> Any:
+        tokens = chat_tokenizer()
+        text = {
+            "vocab_size": len(tokens),
+            "hidden_size": 8,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 4,
+            "num_hidden_layers": 30 if guidance else 27,
+        }
+        encoder: Any
+        if guidance:
+            config = transformers.Mistral3Config(
+                text_config=transformers.MistralConfig(**text),
+                vision_config={
+                    "model_type": "pixtral",
+                    "hidden_size": 8,
+                    "intermediate_size": 8,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 1,
+                    "image_size": 28,
+                    "patch_size": 14,
+                    "head_dim": 8,
+                },
+                image_token_index=0,
+            )
+            encoder = transformers.Mistral3ForConditionalGeneration(config)
+        else:
+            encoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text))
+        counts = ((8, 48) if guidance else (5, 20)) if full else (1, 1)
+        transformer = diffusers.Flux2Transformer2DModel(
+            in_channels=4 * LATENT,
+            num_layers=counts[0],
+            num_single_layers=counts[1],
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(2, 2, 2, 2),
+            guidance_embeds=guidance,
+        )
+        pipeline = diffusers.Flux2Pipeline if guidance else diffusers.Flux2KleinPipeline
+        given = {
+            "block_out_channels": (8, 8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+            "layers_per_block": 1,
+            "latent_channels": LATENT,
+            "norm_num_groups": 4,
+            "sample_size": SIZE,
+        }
+        own_vae = diffusers.AutoencoderKLFlux2(**given)
+        own_vae.bn.running_mean.normal_()
+        own_vae.bn.running_var.uniform_(0.5, 2.0)
+        return pipeline(
+            scheduler=_flow(True), vae=own_vae, text_encoder=encoder, tokenizer=tokens, transformer=transformer
+        )
+
+    return make
+
+
+def _qwen_image(full: bool) -> Any:
+    tokens = chat_tokenizer()
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokens),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+            "rope_theta": 1000000.0,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+        },
+    )
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=60 if full else 2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    own_vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=LATENT,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.0, 2.0],
+    )
+    return diffusers.QwenImagePipeline(
+        scheduler=_flow(True),
+        vae=own_vae,
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=tokens,
+        transformer=transformer,
+    )
+
+
 _BUILD: dict[str, Callable[[bool], Any]] = {
     "sd15": _sd15,
     "sdxl": _sdxl,
     "flux1": _flux1(True),
     "schnell": _flux1(False),
     "sd3": _sd3,
+    "klein": _flux2(False),
+    "flux2": _flux2(True),
+    "qwen-image": _qwen_image,
 }
 
 _CONTROL: dict[str, Callable[[], Any]] = {
@@ -288,4 +409,5 @@ _CONTROL: dict[str, Callable[[], Any]] = {
     "flux1": lambda: diffusers.FluxControlNetModel.from_transformer(
         flux1(False, True), num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2
     ),
+    "sd3": lambda: diffusers.SD3ControlNetModel.from_transformer(_sd3_transformer(False), num_layers=1),
 }

@@ -17,19 +17,34 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from veneer.core.attach import Attachment, attach
 from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, nearest
 from veneer.formats import peft
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, read_card
+from veneer.models.image_families import FAMILIES, family_label, same_family
 
 if TYPE_CHECKING:
-    from veneer.core.adapter import Adapter
-    from veneer.models.text import TextBase
+    from torch import nn
 
-__all__ = ["adapter_path", "attach_adapters", "base_of", "load_adapter", "parse_spec", "read_adapter"]
+    from veneer.core.adapter import Adapter
+
+__all__ = ["Base", "adapter_path", "attach_adapters", "base_of", "load_adapter", "parse_spec", "read_adapter"]
+
+
+class Base(Protocol):
+    """What an adapter needs to know of a base: a TextBase or an ImageBase. Adapters attach to `model`."""
+
+    name: str
+    fingerprint: str
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def family(self) -> str: ...
 
 
 def parse_spec(spec: str | tuple[str, float]) -> tuple[str, float]:
@@ -111,17 +126,19 @@ def base_of(name: str) -> str:
     return stated if isinstance(stated, str) else ""
 
 
-def load_adapter(base: TextBase, name: str, *, allow_other_base: bool = False) -> Adapter:
+def load_adapter(base: Base, name: str, *, allow_other_base: bool = False) -> Adapter:
     """Read the adapter `name` and make sure that it belongs to `base`.
 
-    Raises MismatchError, with both fingerprints, where its card names another base: with the first names and shapes
-    that do not fit, or, where all fit, unless `allow_other_base`. Raises AdapterError for anything else wrong."""
+    Raises MismatchError where it is another family's, which it names; and, with both fingerprints, where its card names
+    another base: with the first names and shapes that do not fit, or, where all fit, unless `allow_other_base`. Raises
+    AdapterError for anything else wrong."""
     path = adapter_path(name)
     try:
-        adapter = peft.read(path, base.model) if path.is_dir() else reader.read(path, base=base.model).adapter
+        adapter = _read_for(base, path)
     except UnsafeFileError:
         raise
     except AdapterError as error:
+        _refuse_other_family(base, name, path, error)
         card = read_card(path).card if (path / CARD_FILE).is_file() else None
         if card is None or card.base_fingerprint in ("", base.fingerprint):
             raise
@@ -132,8 +149,37 @@ def load_adapter(base: TextBase, name: str, *, allow_other_base: bool = False) -
     return adapter
 
 
+def _read_for(base: Base, path: Path) -> Adapter:
+    if base.family in FAMILIES:
+        return reader.read(path, base=base.model, family=base.family).adapter
+    return peft.read(path, base.model) if path.is_dir() else reader.read(path, base=base.model).adapter
+
+
+def _refuse_other_family(base: Base, name: str, path: Path, error: AdapterError) -> None:
+    """Raises MismatchError where an adapter that does not fit `base` is one of another family."""
+    try:
+        found = reader.read(path)  # what it is by itself, whatever the base
+    except AdapterError:
+        return
+    its = found.family
+    if its is None and (base.family not in FAMILIES or found.adapter.card.kind == "image"):
+        return  # one language model's names are like another's: the error says which do not fit
+    if its is not None and same_family(its, base.family):
+        return
+    label = family_label(its) if its else "text"
+    own = FAMILIES[base.family].label if base.family in FAMILIES else f"a language model ({base.family})"
+    raise MismatchError(
+        f"this is {'an' if label == 'SDXL' else 'a'} {label} adapter, the base is {own}\n"
+        f"  adapter: {name}\n"
+        f"  base:    {base.name}\n"
+        f"  {_first_lines(error.what)}",
+        where=str(path),
+        fix="use it on a base of its own family",
+    ) from error
+
+
 def attach_adapters(
-    base: TextBase,
+    base: Base,
     specs: Sequence[str | tuple[str, float]],
     *,
     attachment: Attachment | None = None,
@@ -162,7 +208,7 @@ def attach_adapters(
     return own
 
 
-def _mismatch(name: str, their_base: str, theirs: str, base: TextBase, detail: str) -> MismatchError:
+def _mismatch(name: str, their_base: str, theirs: str, base: Base, detail: str) -> MismatchError:
     named = f" ({their_base})" if their_base else ""
     fits = detail.startswith("every")
     return MismatchError(

@@ -157,12 +157,13 @@ _CONTEXT = {"sd15": 768, "sd2": 1024, "sdxl": 2048}
 _HIDDEN = {"flux1": {3072}, "flux2": {3072, 4096, 6144}, "qwen-image": {3072}, "sd3": {1536}, "sd3-large": {2432}}
 
 
-def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None) -> Choice:
-    """`shapes`: module text -> (out, in) of its weight where known. `claim`: what the metadata says.
+def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None, wanted: str | None = None) -> Choice:
+    """`shapes`: module text -> (out, in) of its weight where known. `claim`: what the metadata says. `wanted`: the
+    family of the base that the adapter is to act on.
 
-    Most names covered; then, of those that cover as many, the families whose proportions are the file's, whose official
-    widths are, the one the metadata claims, the one whose like modules the file fills most and at least half, and the
-    most common. Shapes only decide between names that are alike: an unusual width excludes nothing."""
+    Most names covered; then, of those that cover as many, the one that is wanted, the families whose proportions are
+    the file's, whose official widths are, the one the metadata claims, the one whose like modules the file fills most
+    and at least half, and the most common. Shapes only decide between names that are alike: an unusual width excludes nothing."""
     found = {
         name: {text: places for text in shapes if (places := lookup(family, text)) is not None}
         for name, family in families().items()
@@ -176,6 +177,7 @@ def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None) 
         reasons = [f"{most} of {len(shapes)} module names are known to {', '.join(tied)} alike"]
         shares = {n: _share(families()[n], found[n].values()) for n in tied}
         for why, keep in (
+            ("by its base", [n for n in tied if n == wanted or (wanted == "sd3" and n == "sd3-large")]),
             ("by its proportions", [n for n in tied if _proportions(n, shapes)]),
             ("by its widths", [n for n in tied if _widths(n, found[n], shapes)]),
             ("by its metadata", [n for n in tied if n == claim or (claim == "sd3" and n == "sd3-large")]),

@@ -53,18 +53,24 @@ class Reading:
 
 
 def read(
-    path: str | Path, *, allow_partial: bool = False, from_pickle: bool = False, base: peft.Base = None
+    path: str | Path,
+    *,
+    allow_partial: bool = False,
+    from_pickle: bool = False,
+    base: peft.Base = None,
+    family: str | None = None,
 ) -> Reading:
     """The adapter in a file or folder, whatever wrote it.
 
     `base` (a model, its outline, or module names) is checked against, and gives flat LoHa and LoKr their shapes.
+    `family`: the base's, taken where the names are those of several families alike.
     Pickles are read only with `from_pickle`. Raises one AdapterError listing every tensor that is unused, unpaired, not
     understood, or lands where another has; UnsafeFileError for pickles and headers that lie."""
     path = Path(path)
     if path.is_file() and path.name == peft.TENSOR_FILE and (path.parent / peft.CONFIG_FILE).is_file():
         path = path.parent
     if path.is_dir() and (path / peft.CONFIG_FILE).is_file():
-        return _from_peft(path, base)
+        return _from_peft(path, base, family)
     if path.is_dir():
         path = _only_file(path, from_pickle)
     if path.suffix.lower() == ".gguf":
@@ -75,7 +81,7 @@ def read(
         tensors, metadata = read_pickle(path)
     else:
         tensors, metadata = read_tensors(path)
-    return read_state(tensors, metadata, where=str(path), allow_partial=allow_partial, base=base)
+    return read_state(tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family)
 
 
 def _only_file(folder: Path, from_pickle: bool) -> Path:
@@ -107,12 +113,12 @@ def _from_gguf(path: Path, base: peft.Base) -> Reading:
     return Reading(found.adapter, "gguf", reasons, None, used, found.unused, [], notes, metadata)
 
 
-def _from_peft(folder: Path, base: peft.Base) -> Reading:
+def _from_peft(folder: Path, base: peft.Base, wanted: str | None) -> Reading:
     """A PEFT folder: by PEFT's rules; and, where its names are those of an image family's denoiser, under canonical
     names."""
     keys = _keys_of(folder)
     texts = {text: None for key in keys if (parts := split_key(key)) for text in [parts[0]]}
-    choice = choose_family(texts) if texts else Choice(None, 0)
+    choice = choose_family(texts, wanted=wanted) if texts else Choice(None, 0)
     family = choice.family
     if family is None or choice.covered < len(texts):
         loaded = peft.load(folder, base)
@@ -162,6 +168,7 @@ def read_state(
     where: str = "",
     allow_partial: bool = False,
     base: peft.Base = None,
+    family: str | None = None,
 ) -> Reading:
     """The adapter that tensors by name and metadata are, of any layout but a PEFT folder and GGUF. Raises as `read`."""
     fmt, reasons = format_of(tensors, metadata)
@@ -189,12 +196,12 @@ def read_state(
     places: dict[str, tuple[Place, ...] | None]
     shapes = {text: _shape(tensors, own) for text, own in groups.items()}
     if numbered:
-        choice = choose_family({numbered.get(text, text): shape for text, shape in shapes.items()}, family_of(metadata))
+        choice = choose_family({numbered.get(t, t): shape for t, shape in shapes.items()}, family_of(metadata), family)
         places = {text: (Place(numbered[text]),) if text in numbered else None for text in groups}
     else:
-        choice = choose_family(shapes, family_of(metadata))
-        family = choice.family
-        places = {text: lookup(family, text) if family else None for text in groups}
+        choice = choose_family(shapes, family_of(metadata), family)
+        chosen = choice.family
+        places = {text: lookup(chosen, text) if chosen else None for text in groups}
         if choice.family is None and fmt in ("peft", "diffusers"):
             places = {text: (Place(text.removeprefix("base_model.model.")),) for text in groups}
             notes.append("no adapter_config.json: alpha is taken for the rank, as nothing says another")

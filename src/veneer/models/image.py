@@ -242,7 +242,7 @@ def _arguments(cls: type, given: dict[str, Any]) -> dict[str, Any]:
     import inspect
 
     empty = inspect.Parameter.empty
-    wanted = {n: p for n, p in inspect.signature(cls).parameters.items()}
+    wanted = inspect.signature(cls).parameters
     missing = {n: None for n, p in wanted.items() if p.default is empty and n not in given}
     return missing | {n: v for n, v in given.items() if n in wanted}
 
@@ -302,5 +302,3 @@ def release(base: ImageBase, *names: str) -> None:
     gc.collect()
     if base.device.type == "cuda":
         torch.cuda.empty_cache()
-
-

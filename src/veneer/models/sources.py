@@ -9,7 +9,7 @@
     org/name, org/name@revision  a hub id; the hub's own cache is used, and suffices once the base is there
 
 A built-in name always means the built-in; write `./smollm2-135m` for a directory of that name. A name with a leading
-`.`, `/` or `~` or the ending `.gguf` or `.safetensors` is a path and never asked of a hub. Knows files; loads no models.
+`.`, `/` or `~` or the ending `.gguf` or `.safetensors` is a path and never asked of a hub. Knows files and no models.
 """
 
 from __future__ import annotations

@@ -66,6 +66,11 @@ class TextBase:
     notes: tuple[str, ...] = ()
 
     @property
+    def family(self) -> str:
+        """transformers' name of the architecture: llama, qwen3, …"""
+        return str(self.model.config.model_type)
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self.tokenizer.chat_template)
 
@@ -83,6 +88,8 @@ def load_text(
     Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
     ConfigError (an unknown dtype or device), ResourceError (not enough memory)."""
     path = find(name, say=say)
+    if (path / "model_index.json").exists() or path.suffix == ".safetensors":
+        raise BaseError("this is an image base, and a language model is wanted", where=str(path))
     table = tensor_table(path)
     config, tokenizer = read_config(path), read_tokenizer(path)
     where = choose_device(device)
