@@ -401,10 +401,10 @@ _BUILD: dict[str, Callable[[bool], Any]] = {
 
 _CONTROL: dict[str, Callable[[], Any]] = {
     "sd15": lambda: diffusers.ControlNetModel.from_unet(
-        unet(16, False, False), conditioning_embedding_out_channels=(8, 16)
+        unet(16, False, False), conditioning_embedding_out_channels=(8, 16, 16)
     ),
     "sdxl": lambda: diffusers.ControlNetModel.from_unet(
-        unet(32, False, True), conditioning_embedding_out_channels=(8, 16)
+        unet(32, False, True), conditioning_embedding_out_channels=(8, 16, 16)
     ),
     "flux1": lambda: diffusers.FluxControlNetModel.from_transformer(
         flux1(False, True), num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2

@@ -94,6 +94,12 @@ def net() -> Iterator[Attachment]:
         yield attachment
 
 
+def close(got: Tensor, want: Tensor) -> None:
+    """Equal within what float32 rounds away over a few layers."""
+    assert got.shape == want.shape
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
 def alone(attachment: Attachment, mixes: list[Mix], ids: Tensor) -> Tensor:
     out = []
     for i, row in enumerate(ids):
@@ -113,7 +119,7 @@ def test_a_batch_equals_its_rows_one_by_one(net: Attachment, mixes: list[Mix], r
     ids = torch.randint(0, 12, (len(mixes) * repeats, 4), generator=torch.Generator().manual_seed(seed))
     net.use_rows(mixes)
     with torch.no_grad():
-        torch.testing.assert_close(net.model(ids), alone(net, mixes, ids), rtol=1e-4, atol=1e-5)
+        close(net.model(ids), alone(net, mixes, ids))
 
 
 @settings(max_examples=25, deadline=None)
@@ -128,7 +134,7 @@ def test_rows_under_full_copies(net: Attachment, picks: list[tuple[str, ...]], r
     ids = torch.randint(0, 12, (len(mixes) * repeats, 4), generator=torch.Generator().manual_seed(1))
     net.use_rows(mixes)
     with torch.no_grad():
-        torch.testing.assert_close(net.model(ids), alone(net, mixes, ids), rtol=1e-4, atol=1e-5)
+        close(net.model(ids), alone(net, mixes, ids))
 
 
 def test_the_order_of_the_rows_is_theirs(net: Attachment) -> None:
@@ -139,7 +145,7 @@ def test_the_order_of_the_rows_is_theirs(net: Attachment) -> None:
         net.use_rows(mixes)
         first = net.model(ids)
         net.use_rows([mixes[i] for i in order])
-        torch.testing.assert_close(net.model(ids[order]), first[order], rtol=1e-4, atol=1e-5)
+        close(net.model(ids[order]), first[order])
 
 
 def test_a_row_without_an_adapter_is_the_base_bit_for_bit(net: Attachment) -> None:

@@ -104,9 +104,6 @@ def make_pictures(
     ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
-    allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Use adapters of which not everything is understood.")
-    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make pictures with a base and any adapters and ControlNets. A PNG says how it was made: `--from` makes it again.
@@ -127,7 +124,7 @@ def make_pictures(
     if remade is not None:
         if len(prompts or []) > 1 or count != 1:
             raise ConfigError("--from makes one picture", fix="leave --count and further prompts out")
-        changes = {"prompt": (prompts or [None])[0], "negative": negative, "seed": seed, "uses": uses or None}
+        changes = {"prompt": prompts[0] if prompts else None, "negative": negative, "seed": seed, "uses": uses or None}
         _remake(remade, out, base, {k: v for k, v in changes.items() if v is not None}, asked, loading, as_json, dtype)
         return
     if not prompts:
@@ -140,7 +137,7 @@ def make_pictures(
     asks = asks_of(prompts, uses, negative or "", seed or 0, count)
     files = _files(out or Path("out.png"), len(asks))
     _find(uses)
-    with _mixer(base or _FALLBACK, loading, allow_partial) as mixer:
+    with _mixer(base or _FALLBACK, loading) as mixer:
         _write(mixer, asks, Options(**{"batch_size": batch_size} | asked), files, as_json)
 
 
@@ -190,7 +187,7 @@ def grid(
     file = _files(out or Path("grid.png"), 1)[0]
     _find(tuple(uses))
     start = time.perf_counter()
-    with _mixer(base or _FALLBACK, {"device": device, "dtype": dtype or "auto"}, False) as mixer:
+    with _mixer(base or _FALLBACK, {"device": device, "dtype": dtype or "auto"}) as mixer:
         drawn = draw(mixer, plan, options, on_step=_progress())
         from veneer.formats.atomic import atomic_write
         from veneer.formats.infotext import png_bytes
@@ -263,7 +260,7 @@ def _find(uses: tuple[Any, ...]) -> None:
         adapter_path(name)
 
 
-def _mixer(name: str, loading: dict[str, Any], allow_partial: bool) -> Mixer:
+def _mixer(name: str, loading: dict[str, Any]) -> Mixer:
     from veneer.imaging.adapters import Mixer
     from veneer.models.image import load_image
 
@@ -271,7 +268,7 @@ def _mixer(name: str, loading: dict[str, Any], allow_partial: bool) -> Mixer:
     _say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     for note in base.notes:
         _say(f"note: {note}")
-    return Mixer(base, allow_partial=allow_partial, say=_say)
+    return Mixer(base, say=_say)
 
 
 def _progress() -> Callable[[int, int], None] | None:
@@ -329,7 +326,7 @@ def _remake(
         raise ConfigError("the picture does not name a base that can be loaded", fix="add --base NAME")
     file = _files(out or picture.with_name(f"{picture.stem}-again.png"), 1)[0]
     start = time.perf_counter()
-    with _mixer(name, loading | {"dtype": dtype or wanted.dtype}, False) as mixer:
+    with _mixer(name, loading | {"dtype": dtype or wanted.dtype}) as mixer:
 
         def changed(old: Ask, before: Options) -> tuple[Ask, Options]:
             return replace(old, **ask), replace(before, **options)

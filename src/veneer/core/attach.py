@@ -22,6 +22,7 @@ from veneer.core.adapter import Adapter, Pair, TokenRows, all_finite
 from veneer.core.forms import Delta, part_problems
 from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear
 from veneer.core.merge import merged_state, parameter_shape, to_matrix, weight_of
+from veneer.core.ready import ReadyMixes
 from veneer.core.selection import RowMixes, Selection
 from veneer.core.targets import base_modules, expert_parameters, kind_of
 from veneer.errors import AdapterError, nearest
@@ -29,6 +30,8 @@ from veneer.errors import AdapterError, nearest
 __all__ = ["Attachment", "attach", "fit_problems"]
 
 _LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
+SPARE_BYTES = 256 << 20
+"""What may be kept beside a base at least; larger bases get a 32nd of their size."""
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -49,7 +52,9 @@ def attach(model: nn.Module) -> Attachment:
 class Attachment:
     """The adapters of one base and which of them act.
 
-    `adapters`: by name. `selection`: what acts now; empty at first. Use as a context manager to detach at its end."""
+    `adapters`: by name. `selection`: what acts now; empty at first. `ready.limit`: how many bytes may be kept beside
+    the base for mixes in use without gradients, see core.ready; 0 for none. Use as a context manager to detach at its
+    end."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -57,6 +62,9 @@ class Attachment:
         self.selection = Selection()
         self._layers: dict[str, Layer] = {}
         self._base_modules = dict(base_modules(model))
+        stored = sum(t.nbytes for t in {id(p): p for p in model.parameters()}.values())
+        self._wrapped: dict[str, nn.Module] = {}
+        self.ready = ReadyMixes(self._wrapped, max(SPARE_BYTES, stored // 32))
         self._open = True
 
     # -- adapters ----------------------------------------------------------------------------------------------------
@@ -88,6 +96,7 @@ class Attachment:
         """Take an adapter off; it leaves the selection too. Modules that no other adapter touches are put back."""
         gone = self._known(name)
         self.selection = self.selection.without(gone)
+        self.ready.clear(gone)
         del self.adapters[name]
         self._prune()
 
@@ -145,6 +154,7 @@ class Attachment:
     def detach(self) -> None:
         """Put every module back where it was and forget the adapters. Safe to call at any time, any number of times."""
         self.selection = Selection()
+        self.ready.clear()
         self.adapters.clear()
         self._prune()
         _ATTACHED.discard(self.model)
@@ -200,6 +210,7 @@ class Attachment:
             cls = LoraExperts if expert_parameters(base) else _LAYERS.get(kind_of(base), FullModule)
             rows = name if isinstance(base, nn.Embedding) else embeddings.get(id(base._parameters.get("weight")))
             self._layers[name] = layer = cls(base, name, self, rows)
+            self._wrapped[name] = base
             for parent, key in slots[id(base)]:
                 parent._modules[key] = layer
 
@@ -211,6 +222,7 @@ class Attachment:
         slots = _slots(self.model)
         for name in gone:
             layer = self._layers.pop(name)
+            del self._wrapped[name]
             for parent, key in slots.get(id(layer), []):
                 parent._modules[key] = layer.base
 

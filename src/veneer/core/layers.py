@@ -30,7 +30,8 @@ from veneer.core.forms import Delta, norm_along
 from veneer.core.fused import Projection, lora_linear
 from veneer.core.lowrank import Factor, LowRank
 from veneer.core.merge import adapted_norm, pair_matrix, parameter_delta, to_matrix, weight_of
-from veneer.core.selection import RowMixes, Selection, run_apart
+from veneer.core.ready import Ready, ReadyMixes
+from veneer.core.selection import Acting, RowMixes, Selection, run_apart
 from veneer.errors import AdapterError
 
 __all__ = ["FullModule", "Layer", "LoraConv", "LoraEmbedding", "LoraExperts", "LoraLinear"]
@@ -40,6 +41,7 @@ class Owner(Protocol):
     """What a layer asks of the attachment."""
 
     selection: Selection
+    ready: ReadyMixes
 
 
 class Term(NamedTuple):
@@ -65,9 +67,11 @@ class Layer(nn.Module):
         selection = self.owner.selection
         if selection.rows is not None:
             return self.by_rows(selection.rows, *args, **kwargs)
+        if not selection.mix:
+            return self._modules["base"](*args, **kwargs)  # type: ignore[misc]
         return self.under(selection.mix, *args, **kwargs)
 
-    def under(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
+    def under(self, mix: Acting, *args: Any, **kwargs: Any) -> Any:
         """The output with one mix on every row."""
         if not mix:
             return self.base(*args, **kwargs)
@@ -155,6 +159,26 @@ class FullModule(Layer):
 
 class _Lora(Layer):
     """The reference: y = base(x) + Σ strength·ΔW·x, for layers whose ΔW acts on one input tensor."""
+
+    def under(self, mix: Acting, *args: Any, **kwargs: Any) -> Any:
+        if mix and len(args) == 1 and not kwargs and not torch.is_grad_enabled():
+            ready = self.owner.ready.get(self.name, mix)
+            if ready is not None and self._may_use(ready, mix, args[0]):
+                return self.with_ready(ready, args[0])
+        return super().under(mix, *args, **kwargs)
+
+    def _may_use(self, ready: Ready, mix: Acting, x: Tensor) -> bool:
+        """Whether what is ready stands for a call of the base with x as things are now."""
+        own = self._modules["base"].__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or (ready.drops and self.training):
+            return False
+        if self.rows_name is not None and self.rows(mix):
+            return False
+        return x.dtype == ready.dtype and not torch.is_autocast_enabled(x.device.type)
+
+    def with_ready(self, ready: Ready, x: Tensor) -> Tensor:
+        """The output by a copy or a stack. Reference: `adapted`."""
+        raise NotImplementedError
 
     def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """B·(A·x) in A's dtype."""
@@ -313,6 +337,14 @@ class LoraLinear(_Lora):
             return lora_linear(x, plain.weight, plain.bias, plain.A, plain.B, plain.scale)
         return super().adapted(mix, x, *args, **kwargs)
 
+    def with_ready(self, ready: Ready, x: Tensor) -> Tensor:
+        if ready.A is None or ready.B is None:
+            return F.linear(x, ready.weight, ready.bias)  # type: ignore[arg-type]
+        y = F.linear(x, self.base.weight, self.base.bias)
+        u = F.linear(x, ready.A)
+        y.view(-1, y.shape[-1]).addmm_(u.view(-1, u.shape[-1]), ready.B.t())
+        return y
+
     def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A), B)
 
@@ -385,6 +417,14 @@ class LoraConv(_Lora):
         elif groups > 1:
             A = A.repeat(groups, *[1] * (A.ndim - 1))
         return up(conv._conv_forward(x, A, None), B, groups=groups)
+
+    def with_ready(self, ready: Ready, x: Tensor) -> Tensor:
+        conv = self.base
+        if ready.A is None or ready.B is None:
+            out: Tensor = conv._conv_forward(x, ready.weight, ready.bias)
+            return out
+        y: Tensor = conv._conv_forward(x, conv.weight, conv.bias)
+        return y.add_(self.thin(x, ready.A, ready.B))
 
     def channels(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * (weight_of(self.base).ndim - 2))

@@ -19,16 +19,14 @@ from typing import TYPE_CHECKING, Any
 from veneer import using
 from veneer.core.attach import Attachment, attach
 from veneer.core.targets import base_modules
-from veneer.errors import AdapterError, ConfigError, MismatchError
-from veneer.formats import read as reader
+from veneer.errors import ConfigError
 from veneer.formats.file_hashes import hashes
 from veneer.formats.strengths import Strength, factors_by_module, parse_strength
-from veneer.formats.topology import families
 from veneer.models.image import load_control
 from veneer.models.image_generate import MixPlan
 
 if TYPE_CHECKING:
-    from veneer.core.adapter import Adapter, Mix
+    from veneer.core.adapter import Mix
     from veneer.models.image import ImageBase
 
 __all__ = ["Mixer", "Source", "Use", "parse_use"]
@@ -55,7 +53,7 @@ class Source:
         return short.partition("@")[0].replace(":", "_") or self.name
 
 
-def parse_use(spec: str | tuple[str, float] | Use) -> Use:
+def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
     """(name, strength) of "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]". Raises ConfigError for what is not that.
 
     Behind the last `@` stand factors if there is a `=` or a `,` in them: `brand@2` and `brand@prod` are versions."""
@@ -83,10 +81,9 @@ class Mixer:
         base: ImageBase,
         *,
         attachment: Attachment | None = None,
-        allow_partial: bool = False,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        self.base, self.allow_partial = base, allow_partial
+        self.base = base
         self.modules = [name for name, _ in base_modules(base.model) if name]
         self.attachment = attachment or attach(base.model)
         self.sources: dict[str, Source] = {}
@@ -106,7 +103,7 @@ class Mixer:
         for one that does not fit, with every name and shape."""
         if name not in self.sources:
             path = using.adapter_path(name)
-            adapter = self._read(name, path)
+            adapter = using.load_adapter(self.base, name, allow_other_base=True)
             own = adapter.card.base_fingerprint
             if own and own != self.base.fingerprint:
                 trained = f" ({adapter.card.base})" if adapter.card.base else ""
@@ -117,7 +114,7 @@ class Mixer:
             self.sources[name] = Source(name, str(path), adapter.digest(), found.sha256, found.autov3)
         return self.sources[name]
 
-    def plan(self, uses: Sequence[str | tuple[str, float] | Use]) -> MixPlan:
+    def plan(self, uses: Sequence[str | tuple[str, float | Strength]]) -> MixPlan:
         """What acts while a prompt is read and in each range of steps. Raises what `add` raises, ConfigError for one
         adapter named twice or a block that the base has not."""
         parsed = [parse_use(use) for use in uses]
@@ -150,28 +147,6 @@ class Mixer:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _read(self, name: str, path: Path) -> Adapter:
-        try:
-            reading = reader.read(path, base=self.base.model, allow_partial=self.allow_partial)
-        except AdapterError as error:
-            self._refuse_family(name, path, _family_of(path), error)
-            raise
-        self._refuse_family(name, path, reading.family, None)
-        for note in reading.notes:
-            self.say(f"note: {name}: {note}")
-        return reading.adapter
-
-    def _refuse_family(self, name: str, path: Path, family: str | None, error: AdapterError | None) -> None:
-        own = self.base.family
-        if family is None or family == own or (family.startswith("sd3") and own.startswith("sd3")):
-            return
-        theirs, ours = families()[family].label, families()[own].label if own in families() else own
-        raise MismatchError(
-            f"adapter {name!r} does not fit: this is {_an(theirs)} adapter, the base is {ours}",
-            where=f"{path}, on {self.base.name}",
-            fix=f"use a base of {theirs}, or an adapter of {ours}",
-        ) from error
-
     def _divided(self, name: str, strength: Strength) -> Mix:
         """The adapter as attached parts with their factors."""
         shape = Strength(1.0, strength.blocks, strength.weights)
@@ -203,18 +178,6 @@ class Mixer:
 
 def _scaled(parts: Sequence[tuple[Mix, float]]) -> Mix:
     return tuple((name, factor * by) for mix, by in parts for name, factor in mix if factor * by)
-
-
-def _family_of(path: Path) -> str | None:
-    """The family of a file that did not fit the base."""
-    try:
-        return reader.read(path, allow_partial=True).family
-    except AdapterError:
-        return None
-
-
-def _an(label: str) -> str:
-    return f"an {label}" if label[0] in "AEFIO" else f"a {label}"
 
 
 def _file_of(path: Path) -> Path:

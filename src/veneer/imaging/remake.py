@@ -62,7 +62,7 @@ def remembered(path: str | Path) -> Wanted:
     if record is not None:
         try:
             return _of_record(str(path), record)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"the picture's veneer record is damaged: {error!r}", where=str(path)) from error
     if text is None:
         raise DataError(
@@ -226,6 +226,9 @@ def _same_base(base: ImageBase, wanted: Wanted) -> None:
 def _same_adapter(mixer: Mixer, name: str, wanted: Wanted) -> str:
     """The name under which the very adapter is attached."""
     digest = wanted.digests.get(name, "")
+    if not wanted.exact and not Path(name).exists() and (file := Path(f"{name}.safetensors")).exists():
+        wanted.files[str(file)] = wanted.files.get(name, "")
+        name = str(file)  # A1111 names a file without its ending
     try:
         source = mixer.add(name)
     except AdapterError as missing:

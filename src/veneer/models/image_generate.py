@@ -22,12 +22,13 @@ from veneer.errors import BaseError, ConfigError
 from veneer.models.image import pipeline
 from veneer.models.image_predict import encode_prompts
 from veneer.models.image_schedulers import make_scheduler
+from veneer.models.quiet import quiet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from veneer.core.attach import Attachment
-    from veneer.models.image import ImageBase
+    from veneer.models.image import ImageBase, Kind
     from veneer.models.image_predict import Conditioning
 
 __all__ = ["Control", "MixPlan", "Picture", "Row", "Settings", "default_settings", "fitted", "generate_images"]
@@ -166,7 +167,7 @@ class _Run:
         on_step: Callable[[int, int], None] | None,
     ) -> None:
         self.base, self.settings, self.attachment, self.on_step = base, settings, attachment, on_step
-        kind = "text" if settings.image is None else "image" if settings.mask is None else "inpaint"
+        kind: Kind = "text" if settings.image is None else "image" if settings.mask is None else "inpaint"
         self.pipe: Any = pipeline(base, kind, [c.model for c in settings.controls])
         self.pipe.set_progress_bar_config(disable=True)
         self.accepts = inspect.signature(type(self.pipe).__call__).parameters
@@ -199,15 +200,20 @@ class _Run:
             given |= self.embeds(self.emptied(negative, rows), "negative_")
         size = {"width": settings.width or base.size, "height": settings.height or base.size}
         if settings.image is not None:
-            given |= {"image": settings.image.convert("RGB"), "strength": settings.denoise}
+            given |= {"image": [settings.image.convert("RGB")] * len(rows), "strength": settings.denoise}
             if settings.mask is not None:
-                given["mask_image"] = settings.mask.convert("L")
+                given["mask_image"] = [settings.mask.convert("L")] * len(rows)
         given |= {key: value for key, value in size.items() if key in self.accepts}
         given |= self.control_arguments()
         self.pipe.scheduler = make_scheduler(base, settings.scheduler)
         self.select([row.plan.at(0.0) for row in rows])
         generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
-        images = self.pipe(**given, generator=generators, callback_on_step_end=self.at_end_of_step(rows)).images
+        try:
+            with quiet():
+                images = self.pipe(**given, generator=generators, callback_on_step_end=self.at_end_of_step(rows)).images
+        except ValueError as error:
+            said = " ".join(str(error).split())[:300]
+            raise ConfigError(f"{type(self.pipe).__name__} refuses these settings: {said}", where=base.name) from error
         return [
             Picture(self.finished(array, row), row, positive.cut[i], rows, i)
             for i, (array, row) in enumerate(zip(images, rows, strict=True))

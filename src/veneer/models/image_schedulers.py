@@ -21,6 +21,7 @@ __all__ = ["NAMES", "make_scheduler", "scheduler_name", "scheduler_names"]
 
 _KARRAS = {"use_karras_sigmas": True}
 _MULTISTEP: dict[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}
+_SHIFTED = ("flux1", "flux2", "qwen-image")
 _FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,8 +55,14 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def scheduler_names(base: ImageBase) -> list[str]:
-    """Those that can sample this base."""
-    return [name for name in NAMES if name.startswith("flow-") == (base.prediction == "flow")]
+    """Those that can sample this base: of the flow matching ones, those whose class takes what the family's pipeline
+    sets (FLUX' and Qwen-Image's give a shift by picture size, which not every class has)."""
+    names = [name for name in NAMES if name.startswith("flow-") == (base.prediction == "flow")]
+    if base.family in _SHIFTED:
+        names.remove("flow-heun")
+        if not base.parts["scheduler"].config.get("use_dynamic_shifting"):
+            names.remove("flow-dpm++2m")
+    return names
 
 
 def scheduler_name(base: ImageBase) -> str:
@@ -75,7 +82,8 @@ def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
 
     own = base.parts["scheduler"]
     if name is None or name == scheduler_name(base):
-        return type(own).from_config(own.config)
+        with quiet():
+            return type(own).from_config(own.config)
     fits = scheduler_names(base)
     wanted = f"flow-{name}" if f"flow-{name}" in fits else name
     if wanted not in fits:

@@ -1,0 +1,228 @@
+"""What a mix needs when nothing is trained, made once for each module and kept beside the base.
+
+    copy      W' = W + Σ strength·ΔW            one product, as on the base; any kind of change, DoRA and forms too
+    stack     A = [A₁; A₂; …]    B = [s₁·B₁, s₂·B₂, …]        y = x·Wᵀ + (x·Aᵀ)·Bᵀ, two thin products for any mix
+
+Copies are used where those of all modules fit in `limit` bytes, else stacks where those do, else neither: so small
+bases run a mix at the base's own cost, and large ones never hold a second set of weights. W' is summed in float32 from
+the base's own W, which nothing writes to, and rounded once; the thin products round the base's output a second time
+instead, and the two are equally far from exact (docs/notes/image-speed.md).
+
+Made at the first call, not at the switch. Kept by the mix's content, the oldest dropped first. What was made is used
+only while the tensors it was made of are the same: those of trained adapters change at every step, so nothing is made
+of them. Knows bases and adapters, not layers.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter, Pair
+from veneer.core.merge import delta, parameter_delta
+from veneer.core.selection import Acting
+from veneer.errors import AdapterError
+
+__all__ = ["Ready", "ReadyMixes"]
+
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """One module under one mix: `weight` and `bias` are a copy's, or A and B are a stack beside the base itself.
+
+    `drops`: some adapter has dropout, so that this is not for training mode."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+    dtype: torch.dtype
+    drops: bool
+    sources: list[Tensor]
+    versions: list[int]
+    place: int
+
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in (self.weight, self.A, self.B) if t is not None)
+
+    def current(self) -> bool:
+        """Whether everything this was made of is as it was: the base's weight comes first in `sources`."""
+        return [t._version for t in self.sources] == self.versions and self.sources[0].data_ptr() == self.place
+
+
+@dataclass(eq=False)
+class _Table:
+    """All that was made for one mix. `how`: "copy", "stack" or "" for neither. `made`: None where it cannot be."""
+
+    mix: Acting
+    how: str
+    made: dict[str, Ready | None] = field(default_factory=dict)
+    bytes: int = 0
+
+
+class ReadyMixes:
+    """The tables of one attachment. `modules`: name -> base of what is wrapped now. `limit`: bytes for all tables."""
+
+    def __init__(self, modules: dict[str, nn.Module], limit: int) -> None:
+        self.modules, self._limit = modules, limit
+        self._tables: OrderedDict[tuple[tuple[int, float], ...], _Table] = OrderedDict()
+        self._seen: dict[int, tuple[Acting, _Table]] = {}
+
+    @property
+    def limit(self) -> int:
+        return self._limit
+
+    @limit.setter
+    def limit(self, value: int) -> None:
+        self._limit = value
+        self.clear()
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.bytes for t in self._tables.values())
+
+    def clear(self, having: Adapter | None = None) -> None:
+        """Drop every table, or those of mixes with one adapter."""
+        for key, table in list(self._tables.items()):
+            if having is None or any(a is having for a, _ in table.mix):
+                del self._tables[key]
+        self._seen.clear()
+
+    def get(self, name: str, mix: Acting) -> Ready | None:
+        """What is ready for the module `name` under `mix`, made now if it can be; None: run the mix as it is."""
+        found = self._seen.get(id(mix))
+        table = found[1] if found is not None else self._table(mix)
+        ready = table.made.get(name, self)
+        if isinstance(ready, Ready):
+            if ready.current():
+                return ready
+            table.bytes -= ready.bytes()
+        elif ready is None or not table.how:
+            return None
+        return self._make(table, name)
+
+    def _table(self, mix: Acting) -> _Table:
+        key = tuple((id(a), s) for a, s in mix)
+        table = self._tables.get(key)
+        if table is None:
+            table = self._tables[key] = _Table(mix, self._how(mix))
+        self._tables.move_to_end(key)
+        if len(self._seen) > 64:
+            self._seen.clear()
+        self._seen[id(mix)] = mix, table  # holds the tuple, so that its id stays its own
+        return table
+
+    def _how(self, mix: Acting) -> str:
+        """By what copies of every module that the mix changes would take, and stacks of the pairs there."""
+        copies = stacks = 0
+        for name, base in self.modules.items():
+            ranks = [a.pairs[name].rank for a, _ in mix if name in a.pairs]
+            if type(base) in _PLAIN and (ranks or any(f"{name}.weight" in a.deltas for a, _ in mix if a.deltas)):
+                weight = base._parameters["weight"]
+                assert weight is not None
+                copies += weight.nbytes
+                stacks += (weight.nbytes // len(weight) + len(weight) * weight.element_size()) * sum(ranks)
+        return "copy" if copies <= self._limit else "stack" if stacks <= self._limit else ""
+
+    def _make(self, table: _Table, name: str) -> Ready | None:
+        base = self.modules.get(name)
+        ready = None
+        if base is not None and (sources := _sources(name, base, table.mix)):
+            make = _copied if table.how == "copy" else _stacked
+            with torch.no_grad():
+                ready = make(name, base, table.mix, sources)
+        table.made[name] = ready
+        if ready is not None:
+            table.bytes += ready.bytes()
+            while self.bytes > self._limit and len(self._tables) > 1:
+                self._tables.popitem(last=False)
+                self._seen.clear()
+        return ready
+
+
+def _sources(name: str, base: nn.Module, mix: Acting) -> list[Tensor]:
+    """The tensors that W' depends on, the base's weight first; none where nothing can be made: a base that is no plain
+    linear or convolution, a full copy, a tensor that is trained or does not count its changes."""
+    if type(base) not in _PLAIN:
+        return []
+    own = [t for t in (base._parameters["weight"], base._parameters["bias"]) if t is not None]
+    acting: list[Tensor] = []
+    for adapter, _ in mix:
+        if name in adapter.modules:
+            return []
+        if (pair := adapter.pairs.get(name)) is not None:
+            acting += [t for t in (pair.A, pair.B, pair.magnitude, *(pair.origin or ())) if t is not None]
+        for key in ("weight", "bias") if adapter.deltas else ():
+            if (change := adapter.deltas.get(f"{name}.{key}")) is not None:
+                acting += [t for _, t in change.tensors()]
+    out: list[Tensor] = [*own, *acting]
+    if not acting or own[0].dtype.itemsize == 1 or any(t.is_inference() for t in out):
+        return []
+    return [] if any(t.requires_grad for t in acting) else out
+
+
+def _stack(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A: (Σ rank, …) and B with strength and scale in it: (out, Σ rank, …)."""
+    parts = [(p.collapsed(), s) for p, s in pairs]
+    A = torch.cat([p.A for p, _ in parts]).to(dtype)
+    return A, torch.cat([p.B.to(_wide(p.B)) * (p.scale * s) for p, s in parts], dim=1).to(dtype)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _copied(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> Ready | None:
+    weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
+    pairs = [(a.pairs[name], s) for a, s in mix if name in a.pairs]
+    plain = [(p, s) for p, s in pairs if p.magnitude is None and p.A[0].numel() == weight[0].numel()]
+    others = [(p, s) for p, s in pairs if all(p is not q for q, _ in plain)]
+    changes = [(d, s) for a, s in mix if (d := a.deltas.get(f"{name}.weight")) is not None]
+    total = weight.to(_wide(weight)) if others or changes else weight
+    if plain:  # the product sums in float32 whatever the dtype, and rounds once
+        A, B = _stack(plain, total.dtype)
+        total = torch.addmm(total.flatten(1), B.flatten(1), A.flatten(1)).view(weight.shape)
+    try:
+        for pair, strength in others:
+            total = total + delta(base, pair) * strength
+    except AdapterError:  # no weight has that effect: PEFT's grouped convolution
+        return None
+    for change, strength in changes:
+        total = total + parameter_delta(base, "weight", change) * strength
+    for adapter, strength in mix:
+        if (moved := adapter.deltas.get(f"{name}.bias")) is not None:
+            made = parameter_delta(base, "bias", moved) * strength
+            bias = made if bias is None else bias.to(_wide(bias)) + made
+    bias = None if bias is None else bias.to(weight.dtype)
+    return _ready(mix, sources, weight=total.to(weight.dtype), bias=bias)
+
+
+def _stacked(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> Ready | None:
+    """None where something acting here is no plain pair."""
+    pairs = [(a.pairs[name], s) for a, s in mix if name in a.pairs]
+    if any(p.magnitude is not None for p, _ in pairs) or getattr(base, "groups", 1) != 1:
+        return None
+    if any(f"{name}.{key}" in a.deltas for a, _ in mix for key in ("weight", "bias")):
+        return None
+    A, B = _stack(pairs, base.weight.dtype)
+    return _ready(mix, sources, A=A, B=B)
+
+
+def _ready(
+    mix: Acting,
+    sources: list[Tensor],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+) -> Ready:
+    drops = any(a.dropout for a, _ in mix)
+    versions, place = [t._version for t in sources], sources[0].data_ptr()
+    return Ready(weight, bias, A, B, sources[0].dtype, drops, sources, versions, place)

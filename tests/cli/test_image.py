@@ -1,0 +1,166 @@
+"""`veneer image` and `veneer image grid`: files, notes on stderr, JSON, again, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.cli.run import run
+from tests.image_twins import levels, random_adapter
+from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
+from veneer import api
+from veneer.formats.convert import write
+from veneer.formats.infotext import read_picture
+from veneer.models.image import ImageBase, load_image
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_image_base(tmp_path_factory.getbasetemp(), "sdxl")
+
+
+@pytest.fixture(scope="module")
+def base(place: Path) -> ImageBase:
+    return load_image(str(place))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, base: ImageBase, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write(random_adapter(base.model, 1), "brand.safetensors", to="kohya", family="sdxl")
+    write(random_adapter(base.model, 2), "look.safetensors", to="kohya", family="sdxl")
+    return tmp_path
+
+
+def image(capsys: Any, place: Path | None, *more: str) -> Any:
+    return run(capsys, "image", *(["--base", str(place)] if place else []), *more)
+
+
+def test_one_picture_is_the_api_call(capsys: Any, place: Path, base: ImageBase, folder: Path) -> None:
+    adapters = ["brand.safetensors:0.8@down=0.5,steps=0-0.6", "look.safetensors:0.5"]
+    options = [x for a in adapters for x in ("-a", a)]
+    ran = image(capsys, place, "a cat", *options, "--steps", "3", "--seed", "5", "-g", "4", "-n", "blue", "-o", "a.png")
+    assert ran.code == 0, ran.err
+    assert ran.out == ""
+    assert "float32" in ran.err
+    assert "a.png: seed 5" in ran.err
+    (ours,) = api.image(base, "a cat", adapters=adapters, steps=3, seed=5, guidance=4.0, negative="blue")
+    with Image.open("a.png") as made:
+        assert levels(made, ours.image) == 0
+    again = image(capsys, None, "--from", "a.png", "-o", "b.png")  # no --base: the picture's own
+    assert again.code == 0, again.err
+    assert Path("b.png").read_bytes() == Path("a.png").read_bytes()
+    other = image(capsys, None, "--from", "a.png", "--seed", "6", "--guidance", "2", "--json")
+    record = json.loads(other.out)["pictures"][0]
+    assert record["file"] == "a-again.png"
+    assert record["seed"] == 6
+    assert "CFG scale: 2" in record["infotext"]
+
+
+def test_several_are_numbered_and_told_as_json(capsys: Any, place: Path, folder: Path) -> None:
+    ran = image(capsys, place, "a cat", "a dog", "--count", "2", "--seed", "7", "--steps", "1", "--json", "-o", "x.png")
+    assert ran.code == 0, ran.err
+    told = json.loads(ran.out)["pictures"]
+    assert [t["file"] for t in told] == [f"x-{i}.png" for i in range(1, 5)]
+    assert [t["seed"] for t in told] == [7, 8, 7, 8]
+    for t in told:
+        info, record = read_picture(t["file"])
+        assert record == t["record"]
+        assert info is not None
+        assert info.prompt == ("a cat" if t["file"] < "x-3" else "a dog")
+
+
+def test_from_a_picture_with_a_control_and_a_long_prompt(capsys: Any, place: Path, folder: Path) -> None:
+    control = tiny_control(folder, "sdxl")
+    Image.effect_noise((64, 64), 90).convert("RGB").save("in.png")
+    ran = image(
+        capsys, place, "a cat in the house " * 9, "-i", "in.png", "--denoise", "0.5", "--steps", "4",
+        "-c", f"canny@{control}=in.png:0.6", "-o", "a.png",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert "picture was resized from 64×64 to 32×32" in ran.err
+    assert "edges were found" in ran.err
+    assert "does not read the end of a prompt" in ran.err
+    _, record = read_picture("a.png")
+    assert record is not None
+    assert record["settings"]["denoise"] == 0.5
+    assert record["controls"][0]["weight"] == 0.6
+    with Image.open("a.png") as made:
+        assert made.size == (SIZE, SIZE)
+
+
+def test_a_sheet(capsys: Any, place: Path, folder: Path) -> None:
+    ask = ["image", "grid", "strength", "a cat", "--base", str(place), "-a", "brand.safetensors", "--steps", "2"]
+    ran = run(capsys, *ask, "--strengths", "0,0.5,1", "--seeds", "1-2", "--json", "-o", "s.png")
+    assert ran.code == 0, ran.err
+    told = json.loads(ran.out)
+    assert told["rows"] == ["seed 1", "seed 2"]
+    assert told["columns"] == ["0", "0.5", "1"]
+    assert len(told["infotexts"]) == 6
+    with Image.open("s.png") as sheet:
+        assert sheet.width > 3 * 128
+        assert sheet.height > 2 * 128
+    assert run(capsys, "image", "grid", "compare", "a cat", "a dog", *ask[4:]).code == 0
+    assert Path("grid.png").exists()
+
+
+def test_help_has_an_example_and_names_the_sheets(capsys: Any) -> None:
+    ran = run(capsys, "image", "--help")
+    assert ran.code == 0
+    assert "Example: veneer image" in ran.out
+    assert "veneer image grid" in ran.out
+    assert "steps=0-0.6" in ran.out
+    assert "Example: veneer image grid" in run(capsys, "image", "grid", "--help").out
+
+
+def test_a_prompt_may_be_the_word_grid(capsys: Any, place: Path, folder: Path) -> None:
+    ran = run(capsys, "image", "--base", str(place), "--steps", "1", "-o", "a.png", "--", "grid")
+    assert ran.code == 0, ran.err
+    info, _ = read_picture("a.png")
+    assert info is not None
+    assert info.prompt == "grid"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "there is no prompt"),
+        (["a", "-o", "a.jpg"], "no .png"),
+        (["a", "-o", "no/a.png"], "no folder"),
+        (["a", "--size", "big"], "--size"),
+        (["a", "--size", "30x32"], "multiples of 4"),
+        (["a", "-a", "brnd.safetensors"], "did you mean brand.safetensors"),
+        (["a", "-a", "brand.safetensors@dwon=1"], "did you mean down"),
+        (["a", "-a", "brand.safetensors@steps=1-3"], "no range of steps"),
+        (["a", "-c", "depth=x.png"], "needs a ControlNet"),
+        (["a", "-c", "edges=none.png"], "no such picture"),
+        (["a", "--scheduler", "eulr"], "did you mean euler"),
+        (["a", "--count", "0"], "--count 0"),
+        (["--from", "none.png"], "no such picture"),
+        (["a", "b", "--from", "none.png"], "makes one picture"),
+    ],
+)
+def test_wrong_wishes_are_refused_in_words(
+    capsys: Any, place: Path, folder: Path, options: list[str], says: str
+) -> None:
+    ran = image(capsys, place, *options)
+    assert ran.code == 2
+    assert says in ran.err
+    assert "Traceback" not in ran.err
+    assert not list(folder.glob("*.png"))
+
+
+def test_wrong_sheets_are_refused_in_words(capsys: Any, place: Path, folder: Path) -> None:
+    for options, says in [
+        (["strenth", "a"], "no sheet"),
+        (["strength", "a"], "needs an adapter"),
+        (["strength", "a", "-a", "brand.safetensors", "--strengths", "x"], "no list of numbers"),
+        (["strength", "a", "-a", "brand.safetensors", "--seeds", "1,x"], "no list of seeds"),
+    ]:
+        ran = run(capsys, "image", "grid", *options, "--base", str(place))
+        assert ran.code == 2
+        assert says in ran.err

@@ -1,0 +1,105 @@
+"""Adapters for tiny image bases, and diffusers' own pipelines with the same adapters folded into their weights by hand.
+
+Pictures are compared in levels of 255: the same sums in another order may round another way once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from tests.tiny_image_base import LENGTH, SIZE
+from veneer.core.adapter import Adapter, Pair
+from veneer.core.targets import base_modules
+from veneer.models.quiet import quiet
+
+Weights = dict[str, Tensor]
+
+_SUFFIXES = (
+    ".to_q",
+    ".to_v",
+    ".ff.net.2",
+    ".ff_context.net.2",
+    ".conv1",
+    ".proj_mlp",
+    ".q_proj",
+    ".fc1",
+    ".SelfAttention.q",
+)
+
+
+def random_adapter(model: nn.Module, seed: int = 0, size: float = 0.3, dora: bool = False) -> Adapter:
+    """A pair on some modules of every block and every component of a base's tree."""
+    pairs = {}
+    for name, module in base_modules(model):
+        if not name.endswith(_SUFFIXES):
+            continue
+        W = module.weight
+        g = torch.Generator().manual_seed(seed * 1000 + len(pairs))
+        A = torch.randn(2, *W.shape[1:], generator=g) * size
+        B = torch.randn(W.shape[0], 2, *[1] * (W.ndim - 2), generator=g) * size
+        m = W.detach().flatten(1).norm(dim=1) * 1.3 if dora else None
+        pairs[name] = Pair(A, B, 0.5, "linear" if W.ndim == 2 else "conv", m)
+    return Adapter(pairs)
+
+
+def diffusers_pipeline(place: Path, kind: str = "") -> Any:
+    """diffusers' own, loaded from the files: it shares nothing with a base of ours."""
+    import diffusers
+
+    with quiet():
+        made = getattr(diffusers, kind or "DiffusionPipeline").from_pretrained(place, local_files_only=True)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def parameter_of(pipe: Any, module: str) -> nn.Parameter:
+    """The weight of a canonical name in diffusers' components."""
+    component, _, rest = module.partition(".")
+    part = getattr(pipe, component)
+    if not hasattr(part, "text_model"):
+        rest = rest.removeprefix("text_model.")
+    return part.get_submodule(rest).weight
+
+
+def fold(pipe: Any, mix: Iterable[tuple[Adapter, float | Callable[[str], float]]]) -> None:
+    """W + Σ strength·s·B·A, in place, in float64; `strength` may be by module. With a magnitude: DoRA's definition."""
+    changes: dict[str, Tensor] = {}
+    for adapter, strength in mix:
+        for name, pair in adapter.pairs.items():
+            W = parameter_of(pipe, name).detach().double()
+            delta = (pair.scale * pair.B.double().flatten(1) @ pair.A.double().flatten(1)).reshape(W.shape)
+            if pair.magnitude is not None:
+                new = W + delta
+                gain = pair.magnitude.double() / new.flatten(1).norm(dim=1)
+                delta = new * gain.reshape(-1, *[1] * (W.ndim - 1)) - W
+            by = strength(name) if callable(strength) else strength
+            changes[name] = changes.get(name, 0) + by * delta
+    for name, change in changes.items():
+        weight = parameter_of(pipe, name)
+        weight.data = (weight.detach().double() + change).float()
+
+
+def picture(pipe: Any, prompt: str, seed: int, **settings: Any) -> Image:
+    """From the pipeline as anybody calls it; size and tokens of tiny bases where it takes them."""
+    takes = inspect.signature(type(pipe).__call__).parameters
+    tiny = {"height": SIZE, "width": SIZE, "max_sequence_length": LENGTH}
+    with quiet():
+        given = {"num_inference_steps": 4} | {k: v for k, v in tiny.items() if k in takes} | settings
+        return pipe(prompt, generator=torch.Generator().manual_seed(seed), **given).images[0]
+
+
+def levels(a: Image, b: Image) -> int:
+    """The largest difference of a pixel, in levels of 255."""
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
+
+
+def state_of(model: nn.Module) -> Mapping[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}

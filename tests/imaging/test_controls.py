@@ -1,0 +1,69 @@
+"""Control pictures: specs, edges, sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from veneer.errors import ConfigError, DataError, MissingExtraError
+from veneer.imaging.controls import ControlSpec, canny, control_picture, flattened, open_picture, parse_control
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("canny=sketch.png", ControlSpec("canny", "sketch.png")),
+        ("canny=sketch.png:0.7", ControlSpec("canny", "sketch.png", 0.7)),
+        ("edges=a/b.png:0.7@0-0.5", ControlSpec("edges", "a/b.png", 0.7, "", 0.0, 0.5)),
+        ("depth@runs/depth=d.png:0.5", ControlSpec("depth", "d.png", 0.5, "runs/depth")),
+        ("canny=C:\\a.png", ControlSpec("canny", "C:\\a.png")),
+    ],
+)
+def test_a_spec_is_a_kind_a_picture_and_a_weight(text: str, spec: ControlSpec) -> None:
+    assert parse_control(text) == spec
+
+
+@pytest.mark.parametrize("text", ["sketch.png", "canny=", "canny=a.png:x", "canny=a.png@0.6-0.2", "depth=d.png"])
+def test_what_is_no_control_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_control(text)
+
+
+def test_edges_are_opencvs_after_resizing() -> None:
+    cv2 = pytest.importorskip("cv2")
+    drawn = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(drawn).rectangle((16, 16, 48, 48), fill="black")
+    made, notes = control_picture(ControlSpec("canny", "a.png"), drawn, 32, 32)
+    small = drawn.resize((32, 32), Image.Resampling.LANCZOS).convert("L")
+    assert np.array_equal(np.asarray(made)[..., 0], cv2.Canny(np.asarray(small), 100, 200))
+    assert "64×64 to 32×32" in notes[0]
+    assert "edges were found" in notes[1]
+    same, notes = control_picture(ControlSpec("edges", "a.png"), made, 32, 32)
+    assert same.tobytes() == made.tobytes()
+    assert "taken as it is" in notes[0]
+    with pytest.raises(DataError, match="no edges"):
+        control_picture(ControlSpec("canny", "a.png"), Image.new("RGB", (32, 32)), 32, 32)
+    with pytest.raises(ConfigError, match="another proportion"):
+        control_picture(ControlSpec("edges", "a.png"), drawn, 64, 32)
+
+
+def test_without_opencv_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cv2", None)
+    with pytest.raises(MissingExtraError, match="OpenCV"):
+        canny(Image.new("L", (8, 8)))
+
+
+def test_pictures_are_opened_upright_and_flat(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "a.jpg", exif=exif)
+    assert open_picture(tmp_path / "a.jpg")[0].size == (4, 8)
+    assert flattened(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    (tmp_path / "b.png").write_text("no")
+    with pytest.raises(DataError, match="no picture"):
+        open_picture(tmp_path / "b.png")
+    with pytest.raises(DataError, match="no such picture"):
+        open_picture(tmp_path / "c.png")

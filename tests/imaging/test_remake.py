@@ -1,0 +1,191 @@
+"""A PNG says how it was made, and is made again to the bit; what made it must be the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.image_twins import levels, random_adapter
+from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
+from veneer.core.adapter import Adapter
+from veneer.errors import AdapterError, DataError, MismatchError
+from veneer.formats.convert import write
+from veneer.formats.infotext import Infotext, lora_hashes, parse, png_bytes, read_picture, render
+from veneer.imaging.adapters import Mixer, parse_use
+from veneer.imaging.controls import parse_control
+from veneer.imaging.make import Ask, Made, Options, asks_of, make
+from veneer.imaging.remake import remake, remembered
+from veneer.library.library import open_library
+from veneer.models.image import ImageBase, load_image
+
+
+def pictures(base: ImageBase, asks: list[Ask], **options: Any) -> list[Made]:
+    with Mixer(base) as mixer:
+        return make(mixer, asks, Options(**({"steps": 3} | options)))
+
+
+def again(base: ImageBase, path: Path, said: Callable[[str], None] | None = None, **how: Any) -> Made:
+    with Mixer(base, say=said) as mixer:
+        return remake(mixer, remembered(path), **how)
+
+
+def uses(*specs: str) -> tuple[Any, ...]:
+    return tuple(parse_use(spec) for spec in specs)
+
+
+def noise(path: Path) -> str:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def test_the_infotext_is_what_a1111_reads(base: ImageBase, tmp_path: Path) -> None:
+    ask = Ask("a cat, red", "blue", 5, uses("brand.safetensors:0.8", "look.safetensors:0.5@text=0"))
+    (made,) = pictures(base, [ask], guidance=4.5, scheduler="dpm++2m-karras")
+    made.save(tmp_path / "a.png")
+    info, record = read_picture(tmp_path / "a.png")
+    assert record == made.record
+    assert info is not None
+    assert info == made.infotext == parse(made.text)
+    assert info.prompt == "a cat, red <lora:brand:0.8> <lora:look:0:0.5>"
+    assert info.negative == "blue"
+    want = {
+        "Steps": "3",
+        "Sampler": "DPM++ 2M",
+        "Schedule type": "Karras",
+        "CFG scale": "4.5",
+        "Seed": "5",
+        "Size": "32x32",
+        "Model hash": base.fingerprint.removeprefix("sha256:")[:10],
+        "Model": "tiny-sdxl",
+    }
+    assert {key: info.fields[key] for key in want} == want
+    with Mixer(base) as mixer:
+        hashes = {name: mixer.add(f"{name}.safetensors").autov3 for name in ("brand", "look")}
+    assert lora_hashes(info.fields) == hashes
+    assert all(len(h) == 12 for h in hashes.values())
+
+
+def test_a_picture_is_made_again_to_the_bit(base: ImageBase, tmp_path: Path) -> None:
+    """From a batch in which every picture has its own prompt, seed and mix."""
+    asks = [
+        Ask("a cat", seed=1),
+        Ask("a dog", "blue", seed=9, uses=uses("brand.safetensors:0.8@down=0.3,steps=0-0.5")),
+        Ask("a tree", seed=2**40, uses=uses("look.safetensors:0.7", "brand.safetensors:-0.123456789")),
+    ]
+    for i, made in enumerate(pictures(base, asks, scheduler="euler-a", guidance=3.3)):
+        made.save(tmp_path / f"{i}.png")
+        found = again(base, tmp_path / f"{i}.png")
+        assert found.png() == (tmp_path / f"{i}.png").read_bytes()
+
+
+def test_with_its_pictures_and_controls(base: ImageBase, place: Path, tmp_path: Path) -> None:
+    given, control = noise(tmp_path / "in.png"), tiny_control(tmp_path, "sdxl")
+    Image.new("L", (SIZE, SIZE), 255).save(tmp_path / "mask.png")
+    made = pictures(
+        base,
+        [Ask("a cat", seed=3)],
+        image=given,
+        mask=str(tmp_path / "mask.png"),
+        denoise=0.8,
+        controls=(parse_control(f"edges@{control}={given}:0.7@0-0.5"),),
+    )[0]
+    made.save(tmp_path / "a.png")
+    assert "Denoising strength: 0.8" in made.text
+    assert made.infotext.fields["ControlNet 0"].startswith("Module: edges, Model: tiny-sdxl-canny, Weight: 0.7")
+    assert again(base, tmp_path / "a.png").png() == made.png()
+    Image.new("RGB", (SIZE, SIZE)).save(given)
+    with pytest.raises(MismatchError, match="another picture than then"):
+        again(base, tmp_path / "a.png")
+
+
+def test_one_thing_changed(base: ImageBase, tmp_path: Path) -> None:
+    made = pictures(base, asks_of(["a cat"], uses("brand.safetensors"), seed=4, count=2))
+    made[1].save(tmp_path / "a.png")
+    with_seed = again(base, tmp_path / "a.png", changes=lambda ask, options: (replace(ask, seed=4), options))
+    assert levels(with_seed.image, made[0].image) <= 1
+    assert with_seed.infotext.fields["Seed"] == "4"
+
+
+def test_another_adapter_under_the_name_is_refused_and_a_moved_one_found(
+    base: ImageBase, files: Path, brand: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(files / "brand.safetensors", "mine.safetensors")
+    (made,) = pictures(base, [Ask("a cat", uses=uses("mine.safetensors:0.8"))])
+    made.save("a.png")
+    with open_library() as library:
+        library.add("mine.safetensors", "kept")
+    Path("mine.safetensors").unlink()
+    found = again(base, Path("a.png"))
+    assert levels(found.image, made.image) == 0
+    assert next(iter(found.record["adapters"])).startswith("sha256:")
+    write(random_adapter(base.model, 7), "mine.safetensors", to="kohya", family="sdxl")
+    with pytest.raises(MismatchError, match="another one than then"):
+        again(base, Path("a.png"))
+    Path("mine.safetensors").unlink()
+    shutil.rmtree(tmp_path / "home")
+    with pytest.raises(AdapterError, match="no adapter 'mine"):
+        again(base, Path("a.png"))
+
+
+def test_another_base_is_refused(base: ImageBase, tmp_path: Path) -> None:
+    (made,) = pictures(base, [Ask("a cat")])
+    made.save(tmp_path / "a.png")
+    other = load_image(str(tiny_image_base(tmp_path, "sd15")))
+    with pytest.raises(MismatchError, match="another base") as caught:
+        again(other, tmp_path / "a.png")
+    assert base.fingerprint in str(caught.value)
+
+
+def test_a_text_of_a1111_is_taken_over(base: ImageBase, tmp_path: Path) -> None:
+    with Mixer(base) as mixer:
+        right = mixer.add("brand.safetensors").autov3
+    fields = {
+        "Steps": "3", "Sampler": "Euler a", "CFG scale": "4", "Seed": "77", "Size": "32x32", "Model hash": "0123456789",
+        "Clip skip": "2", "Lora hashes": f"brand: {right}",
+    }  # fmt: skip
+    text = Infotext("a cat (red:1.2) <lora:brand:0.5:0.8>", "blue", fields)
+
+    def saved(info: Infotext) -> Path:
+        path = tmp_path / "theirs.png"
+        path.write_bytes(png_bytes(Image.new("RGB", (8, 8)), render(info)))
+        return path
+
+    said: list[str] = []
+    found = again(base, saved(text), said.append)
+    ask = Ask("a cat (red:1.2)", "blue", 77, uses("brand.safetensors:0.8@text=0.625"))
+    (ours,) = pictures(base, [ask], scheduler="euler-a", guidance=4.0)
+    assert levels(found.image, ours.image) == 0
+    heard = "\n".join(said)
+    assert "Clip skip: 2" in heard
+    assert "emphasis" in heard
+    assert "0123456789" in heard
+    wrong = replace(text, fields={**fields, "Lora hashes": "brand: 000000000000"})
+    with pytest.raises(MismatchError, match="another one than then"):
+        again(base, saved(wrong))
+
+
+def test_what_says_nothing_or_nonsense(base: ImageBase, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    with pytest.raises(DataError, match="does not say"):
+        remembered(path)
+    (made,) = pictures(base, [Ask("a cat")])
+    for damage in ({"rows": None}, {"index": 5}, {"version": 2}, {"settings": {}}):
+        path.write_bytes(png_bytes(made.image, made.text, made.record | damage))
+        with pytest.raises(DataError):
+            remembered(path)
+    (in_memory,) = pictures(base, [Ask("a cat")], image=Image.new("RGB", (SIZE, SIZE)))
+    in_memory.save(path)
+    with pytest.raises(DataError, match="in memory"):
+        remembered(path)
+    assert json.loads(json.dumps(made.record)) == made.record
