@@ -258,6 +258,8 @@ class _Lora(Layer):
         if x.ndim < self.least_dims():
             raise AdapterError(f"an input {tuple(x.shape)} has no rows to give a mix each", where=self.name)
         rows.repeats(len(x), self.name)
+        if not torch.is_grad_enabled() and self.owner.ready.all_copied(mix for mix, _ in segments):
+            return run_apart(rows, segments, self.under, args, kwargs, self.name)
         y = self.base(*args, **kwargs)
         out = y
         for share in rows.shares:

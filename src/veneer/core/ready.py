@@ -59,10 +59,12 @@ class Ready:
 
 @dataclass(eq=False)
 class _Table:
-    """All that was made for one mix. `how`: "copy", "stack" or "" for neither. `made`: None where it cannot be."""
+    """All that was made for one mix. `how`: "copy", "stack" or "" for neither, `needs` its bytes. `made`: None where it
+    cannot be."""
 
     mix: Acting
     how: str
+    needs: int
     made: dict[str, Ready | None] = field(default_factory=dict)
     bytes: int = 0
 
@@ -108,19 +110,24 @@ class ReadyMixes:
             return None
         return self._make(table, name)
 
+    def all_copied(self, mixes: Iterable[Acting]) -> bool:
+        """Whether there is room for copies for all of these mixes at once, as rows of one batch need them."""
+        tables = [self._seen[id(m)][1] if id(m) in self._seen else self._table(m) for m in mixes if m]
+        return all(t.how == "copy" for t in tables) and sum(t.needs for t in tables) <= self._limit
+
     def _table(self, mix: Acting) -> _Table:
         key = tuple((id(a), s) for a, s in mix)
         table = self._tables.get(key)
         if table is None:
-            table = self._tables[key] = _Table(mix, self._how(mix))
+            table = self._tables[key] = _Table(mix, *self._how(mix))
         self._tables.move_to_end(key)
         if len(self._seen) > 64:
             self._seen.clear()
         self._seen[id(mix)] = mix, table  # holds the tuple, so that its id stays its own
         return table
 
-    def _how(self, mix: Acting) -> str:
-        """By what copies of every module that the mix changes would take, and stacks of the pairs there."""
+    def _how(self, mix: Acting) -> tuple[str, int]:
+        """By what copies of every module that the mix changes would take, and stacks of the pairs there; and that."""
         copies = stacks = 0
         for name, base in self.modules.items():
             ranks = [a.pairs[name].rank for a, _ in mix if name in a.pairs]
@@ -129,7 +136,9 @@ class ReadyMixes:
                 assert weight is not None
                 copies += weight.nbytes
                 stacks += (weight.nbytes // len(weight) + len(weight) * weight.element_size()) * sum(ranks)
-        return "copy" if copies <= self._limit else "stack" if stacks <= self._limit else ""
+        if copies <= self._limit:
+            return "copy", copies
+        return ("stack", stacks) if stacks <= self._limit else ("", 0)
 
     def _make(self, table: _Table, name: str) -> Ready | None:
         base = self.modules.get(name)

@@ -48,6 +48,7 @@ class RowMixes:
 
     mixes: tuple[Acting, ...]
     _indices: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
+    _segments: dict[frozenset[int], list[Segment]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def shares(self) -> tuple[Share, ...]:
@@ -61,7 +62,12 @@ class RowMixes:
 
     def segments(self, acts: Callable[[Adapter], bool]) -> list[Segment]:
         """Rows whose mixes are equal once adapters that do not act are left out, in the order of their first row."""
-        acting = {id(share.adapter) for share in self.shares if acts(share.adapter)}
+        acting = frozenset(id(share.adapter) for share in self.shares if acts(share.adapter))
+        if acting not in self._segments:
+            self._segments[acting] = self._segments_of(acting)
+        return self._segments[acting]
+
+    def _segments_of(self, acting: frozenset[int]) -> list[Segment]:
         found: dict[tuple[tuple[int, float], ...], tuple[Acting, list[int]]] = {}
         for row, mix in enumerate(self.mixes):
             own = tuple((a, s) for a, s in mix if id(a) in acting)

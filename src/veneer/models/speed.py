@@ -29,7 +29,7 @@ from veneer.core.fused import Projection, gated_mlp, joined, linears, rms_norm
 from veneer.core.layers import LoraLinear
 from veneer.core.targets import base_of
 
-__all__ = ["FastReport", "fast", "projection_of", "report_of"]
+__all__ = ["FastReport", "Join", "agree", "fast", "probe", "projection_of", "put", "report_of", "same_dtype"]
 
 _ATTENTION = "veneer_rows"
 _MARK = "_veneer_fast"
@@ -85,12 +85,12 @@ def fast(model: Any) -> Iterator[FastReport]:
 # -- putting a forward on an instance ----------------------------------------------------------------------------------
 
 
-def _put(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
+def put(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
     module.forward = types.MethodType(forward, module)
     undo.callback(module.__dict__.pop, "forward", None)
 
 
-def _agree(a: Tensor, b: Tensor) -> bool:
+def agree(a: Tensor, b: Tensor) -> bool:
     """Equal within what rounding in their dtype explains."""
     if a.shape != b.shape or not torch.isfinite(b).all():
         return False
@@ -99,7 +99,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     return bool((wide_a - wide_b).norm() <= tolerance * wide_b.norm() + torch.finfo(a.dtype).tiny)
 
 
-def _probe(*shape: int, like: Tensor) -> Tensor:
+def probe(*shape: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
@@ -115,7 +115,7 @@ def projection_of(module: nn.Module) -> Projection | None:
     return Projection(module.weight, module.bias)
 
 
-class _Join:
+class Join:
     """The weights of linear modules that share an input, laid below one another in one tensor; `undo` parts them."""
 
     def __init__(self, modules: list[nn.Module], undo: ExitStack) -> None:
@@ -175,18 +175,18 @@ def _swap_norms(modules: list[tuple[str, nn.Module]], report: FastReport, undo: 
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not kind.endswith("RMSNorm") or not isinstance(weight, Tensor) or not isinstance(eps, float):
             continue
-        x = _probe(4, weight.shape[0], like=weight)
+        x = probe(4, weight.shape[0], like=weight)
         scaled = [weight.detach(), (weight.detach().double() + 1).to(weight.dtype)]
         with torch.no_grad():
             wanted = module(x)
-            convention = next((i for i, w in enumerate(scaled) if _agree(rms_norm(x, w, eps), wanted)), None)
+            convention = next((i for i, w in enumerate(scaled) if agree(rms_norm(x, w, eps), wanted)), None)
         if convention is None or weight.requires_grad:
             report.left[kind] = "it is trained" if weight.requires_grad else "its result differs from both conventions"
             continue
         if convention == 1 and not torch.equal(scaled[1].double(), weight.detach().double() + 1):
             report.left[kind] = f"1 + w does not fit {weight.dtype}"
             continue
-        _put(module, _norm_forward(scaled[convention], eps), undo)
+        put(module, _norm_forward(scaled[convention], eps), undo)
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
 
 
@@ -227,14 +227,14 @@ def _swap_mlps(modules: list[tuple[str, nn.Module]], report: FastReport, undo: E
             report.left[kind] = "its activation is not silu or gelu"
             continue
         with ExitStack() as attempt:
-            join, down = _Join(parts, attempt), _Join([children["down_proj"]], attempt)
+            join, down = Join(parts, attempt), Join([children["down_proj"]], attempt)
             weight = _weight(parts[0])
-            x = _probe(1, 4, weight.shape[1], like=weight)
+            x = probe(1, 4, weight.shape[1], like=weight)
             with torch.no_grad():
                 wanted = module(x)
-                _put(module, _mlp_forward(type(module).forward, join, down, act), attempt)
-                agree = _agree(module(x), wanted)
-            if agree:
+                put(module, _mlp_forward(type(module).forward, join, down, act), attempt)
+                same = agree(module(x), wanted)
+            if same:
                 undo.push(attempt.pop_all())
                 report.swapped[kind] = report.swapped.get(kind, 0) + 1
             else:
@@ -251,14 +251,14 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _same_dtype(x: Tensor, weight: Tensor) -> bool:
+def same_dtype(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
-def _mlp_forward(original: Callable[..., Any], join: _Join, down: _Join, act: str) -> Callable[..., Tensor]:
+def _mlp_forward(original: Callable[..., Any], join: Join, down: Join, act: str) -> Callable[..., Tensor]:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         first, last = join.linears(), down.linears()
-        if first is None or last is None or not _same_dtype(x, first.weight):
+        if first is None or last is None or not same_dtype(x, first.weight):
             out: Tensor = original(self, x)
             return out
         return gated_mlp(x, first, last, act)
@@ -308,16 +308,16 @@ def _swap_attention(model: Any, modules: list[tuple[str, nn.Module]], report: Fa
         children = dict(module.named_children())
         parts = [children.get(n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
         if all(p is not None and _is_linear(p) for p in parts):
-            join, out = _Join([p for p in parts[:3] if p is not None], undo), _Join([p for p in parts[3:] if p], undo)
-            _put(module, _attention_forward(type(module).forward, join, out), undo)
+            join, out = Join([p for p in parts[:3] if p is not None], undo), Join([p for p in parts[3:] if p], undo)
+            put(module, _attention_forward(type(module).forward, join, out), undo)
             report.swapped[kind] = report.swapped.get(kind, 0) + 1
 
 
-def _attention_forward(original: Callable[..., Any], join: _Join, out: _Join) -> Callable[..., Any]:
+def _attention_forward(original: Callable[..., Any], join: Join, out: Join) -> Callable[..., Any]:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout: RowLayout | None = kwargs.get("row_layout")
         first, last = (None, None) if layout is None or args else (join.linears(), out.linears())
-        if first is None or last is None or layout is None or not _same_dtype(hidden_states, first.weight):
+        if first is None or last is None or layout is None or not same_dtype(hidden_states, first.weight):
             return original(self, hidden_states, *args, **kwargs)
         cos, sin = layout.tables(kwargs["position_embeddings"])
         n = hidden_states.shape[1]
@@ -346,7 +346,7 @@ def _swap_last_layer(model: Any, report: FastReport, undo: ExitStack) -> None:
     if "forward" not in layer.self_attn.__dict__:
         return
     with ExitStack() as attempt:
-        _put(layer, _kept_forward(type(layer).forward), attempt)
+        put(layer, _kept_forward(type(layer).forward), attempt)
         report.keeps = True
         attempt.callback(setattr, report, "keeps", False)
         if _rows_agree(model, report):

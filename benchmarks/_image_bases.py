@@ -1,0 +1,109 @@
+"""Denoisers of the emoji bases' shapes and at real width, with random weights, and inputs for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+"""What diffusers' train_dreambooth_lora scripts train by default."""
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "emoji-flux": {"layers": (3, 5), "heads": 6, "width": 32, "axes": (8, 12, 12), "joint": 128, "pooled": 96},
+    "flux at width 3072": {
+        "layers": (2, 2), "heads": 24, "width": 128, "axes": (16, 56, 56), "joint": 4096, "pooled": 768,
+    },
+    "emoji-sdxl": {"channels": (64, 128, 192), "cross": 192, "heads": (2, 4, 6), "pooled": 96},
+    "tiny flux": {"layers": (1, 1), "heads": 2, "width": 16, "axes": (4, 6, 6), "joint": 16, "pooled": 16},
+    "tiny sdxl": {"channels": (32, 32, 64), "cross": 32, "heads": (2, 2, 4), "pooled": 16},
+}  # fmt: skip
+TEXT_TOKENS = 20
+
+
+def is_flux(name: str) -> bool:
+    return "flux" in name
+
+
+def denoiser(name: str, seed: int = 0) -> Any:
+    """In float32 and eval mode, frozen. SDXL's block layout with its transformers shallower; FLUX.1's modules."""
+    import diffusers
+    import torch
+
+    torch.manual_seed(seed)
+    s = SHAPES[name]
+    if is_flux(name):
+        model = diffusers.FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=s["layers"][0], num_single_layers=s["layers"][1],
+            attention_head_dim=s["width"], num_attention_heads=s["heads"], joint_attention_dim=s["joint"],
+            pooled_projection_dim=s["pooled"], guidance_embeds=True, axes_dims_rope=s["axes"],
+        )  # fmt: skip
+    else:
+        model = diffusers.UNet2DConditionModel(
+            sample_size=16, block_out_channels=s["channels"], layers_per_block=2, cross_attention_dim=s["cross"],
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 1, 2), attention_head_dim=s["heads"], use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=32,
+            projection_class_embeddings_input_dim=s["pooled"] + 6 * 32,
+        )  # fmt: skip
+    return model.eval().requires_grad_(False)
+
+
+def inputs(name: str, rows: int, dtype: Any, seed: int = 1, side: int = 8) -> dict[str, Any]:
+    """Latents under "x", and the rest of a call. FLUX: side² packed tokens of 16 channels; SDXL: 2·side squared."""
+    import torch
+
+    s, g = SHAPES[name], torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    if not is_flux(name):
+        return {
+            "x": random(rows, 4, 2 * side, 2 * side),
+            "encoder_hidden_states": random(rows, TEXT_TOKENS, s["cross"]),
+            "added_cond_kwargs": {
+                "text_embeds": random(rows, s["pooled"]),
+                "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]] * rows).to(dtype),
+            },
+        }
+    places = torch.zeros(side * side, 3)
+    places[:, 1] = torch.arange(side).repeat_interleave(side)
+    places[:, 2] = torch.arange(side).repeat(side)
+    return {
+        "x": random(rows, side * side, 16),
+        "encoder_hidden_states": random(rows, TEXT_TOKENS, s["joint"]),
+        "pooled_projections": random(rows, s["pooled"]),
+        "guidance": torch.full((rows,), 3.5, dtype=dtype),
+        "img_ids": places.to(dtype),
+        "txt_ids": torch.zeros(TEXT_TOKENS, 3).to(dtype),
+    }
+
+
+def predict(name: str, model: Any, given: dict[str, Any], x: Any, t: Any) -> Any:
+    """One call. t: (rows,), 0..1."""
+    rest = {k: v for k, v in given.items() if k != "x"}
+    if is_flux(name):
+        return model(hidden_states=x, timestep=t.to(x.dtype), return_dict=False, **rest)[0]
+    return model(x, (t * 999).long(), return_dict=False, **rest)[0]
+
+
+def adapter_tensors(name: str, seed: int, rank: int, targets: list[str]) -> dict[str, Any]:
+    """A and B of every targeted module, under diffusers' names; scale 1. B is not zero, as of a trained adapter."""
+    import torch
+
+    g = torch.Generator().manual_seed(100 + seed)
+    out: dict[str, Any] = {}
+    for module, linear in denoiser(name).named_modules():
+        if any(module.endswith("." + t) for t in targets):
+            rows, columns = linear.weight.shape
+            out[f"{module}.lora_A.weight"] = torch.randn(rank, columns, generator=g) / columns**0.5
+            out[f"{module}.lora_B.weight"] = torch.randn(rows, rank, generator=g) * 0.02
+    return out
+
+
+def as_adapter(tensors: dict[str, Any], scale: float = 1.0) -> Any:
+    from veneer.core import Adapter, Pair
+
+    names = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
+    pairs = {n: Pair(tensors[f"{n}.lora_A.weight"], tensors[f"{n}.lora_B.weight"], scale) for n in names}
+    return Adapter(pairs=pairs)

@@ -1,0 +1,178 @@
+"""Pictures with three stacked adapters: what they cost over the base alone, and what switching costs.
+
+    python benchmarks/image_generation.py [--quick] [--rounds 5] [--json]
+
+A picture here is the denoiser's calls of a sampling run, eight Euler steps; text encoders and VAE, which no adapter
+touches, are left out, so that the share is the largest it can be. Bases have the emoji bases' shapes and random weights,
+bfloat16, one thread. Three rank-16 adapters on q, k, v and out of every attention, at strengths 0.8, 0.6 and 0.5.
+
+Each side is a process of its own. In it the bare base and the mix take turns, and the shortest run of each counts, in
+seconds of the processor: what else the machine does adds to a run and never takes away. A call with guidance is a batch
+of two. The truth that both sides' latents are held against is diffusers + PEFT in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _image_bases import ATTENTION, adapter_tensors, as_adapter, denoiser, inputs, predict
+from _report import bar, lines_of, peak_bytes, report, row
+
+ROOT = Path(__file__).resolve().parents[1]
+RANK, MIX, STEPS = 16, (0.8, 0.6, 0.5), 8
+KNOWN = (3, 60)
+
+
+def sample(name: str, model: Any, given: dict[str, Any], steps: int = STEPS) -> Any:
+    """Latents after Euler steps from noise along the predicted direction, in float32 between calls."""
+    import torch
+
+    x = given["x"].float()
+    with torch.no_grad():
+        for step in range(steps):
+            t = torch.full((len(x),), 1 - step / steps)
+            x = x - predict(name, model, given, x.to(given["x"].dtype), t).float() / steps
+    return x
+
+
+def timed(run: Callable[[], Any]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def side_veneer(work: Path, name: str, rows: int, rounds: int, targets: list[str]) -> dict[str, Any]:
+    import torch
+
+    import veneer
+
+    model = denoiser(name).bfloat16()
+    given = inputs(name, rows, torch.bfloat16)
+    adapters = [as_adapter(adapter_tensors(name, i, RANK, targets)).mapped(lambda t: t.bfloat16()) for i in range(3)]
+    mix = [(f"a{i}", s) for i, s in enumerate(MIX)]
+    seconds: dict[str, list[float]] = {}
+    kept = 0
+    latents = None
+    for _ in range(rounds):
+        sample(name, model, given, 1)
+        seconds.setdefault("base", []).append(timed(lambda: sample(name, model, given)))
+        with veneer.attach(model) as attachment:
+            for i, adapter in enumerate(adapters):
+                attachment.add(f"a{i}", adapter)
+            for known in KNOWN:
+                for i in range(len(attachment.adapters), known):
+                    attachment.add(f"a{i}", adapters[i % 3])
+                attachment.ready.clear()
+                attachment.use()
+                switch = timed(lambda: attachment.use(*mix))  # noqa: B023
+                first = timed(lambda: sample(name, model, given, 1))
+                seconds.setdefault("mix", []).append(timed(lambda: sample(name, model, given)))
+                again = min(timed(lambda: sample(name, model, given, 1)) for _ in range(3))
+                seconds.setdefault(f"switch with {known}", []).append(switch)
+                seconds.setdefault(f"first call with {known}", []).append(max(0.0, first - again))
+            kept = attachment.ready.bytes
+            latents = sample(name, model, given)
+    torch.save(latents, work / "veneer.pt")
+    return {"seconds": {k: min(v) for k, v in seconds.items()}, "kept_bytes": kept, "peak_bytes": peak_bytes()}
+
+
+def side_peft(work: Path, name: str, rows: int, rounds: int, targets: list[str], dtype: str) -> dict[str, Any]:
+    """diffusers' own load_lora_adapter and set_adapters, which put PEFT's layers in."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    model, bare = (denoiser(name).to(kind) for _ in range(2))
+    given = inputs(name, rows, kind)
+    files = [{n: t.to(kind) for n, t in adapter_tensors(name, i, RANK, targets).items()} for i in range(3)]
+    names = [f"a{i}" for i in range(3)]
+    seconds: dict[str, list[float]] = {}
+    for known in KNOWN if dtype == "bfloat16" else KNOWN[:1]:
+        for i in range(len(getattr(model, "peft_config", {})), known):
+            model.load_lora_adapter(files[i % 3], adapter_name=f"a{i}", prefix=None)
+        for _ in range(rounds if dtype == "bfloat16" else 1):
+            model.set_adapters(names[:1])
+            seconds.setdefault(f"switch with {known}", []).append(timed(lambda: model.set_adapters(names, list(MIX))))
+            if known == KNOWN[0]:
+                seconds.setdefault("base", []).append(timed(lambda: sample(name, bare, given)))
+                seconds.setdefault("mix", []).append(timed(lambda: sample(name, model, given)))
+    torch.save(sample(name, model, given), work / f"peft {dtype}.pt")
+    return {"seconds": {k: min(v) for k, v in seconds.items()}, "peak_bytes": peak_bytes()}
+
+
+SIDES: dict[str, Callable[..., dict[str, Any]]] = {
+    "veneer": side_veneer,
+    "diffusers + PEFT": lambda *rest: side_peft(*rest, "bfloat16"),
+    "truth": lambda *rest: side_peft(*rest, "float32"),
+}
+
+
+def run_side(side: str, work: Path, *rest: Any) -> dict[str, Any]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, "--side", json.dumps([side, str(work), *rest])]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True)
+    if ran.returncode != 0:
+        raise SystemExit(f"{side} failed:\n{ran.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
+    return result
+
+
+def run(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    import torch
+
+    bases = ["tiny sdxl", "tiny flux"] if quick else ["emoji-sdxl", "emoji-flux"]
+    rows, bars = [], []
+    for name in bases:
+        batch = 1 if "flux" in name else 2  # FLUX has its guidance inside
+        results = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for side in SIDES:
+                results[side] = run_side(side, Path(folder), name, batch, 1 if quick else rounds, ATTENTION)
+                say(f"{name}: {side}: { {k: f'{v * 1e3:.2f} ms' for k, v in results[side]['seconds'].items()} }")
+            latents = {p.stem: torch.load(p) for p in Path(folder).glob("*.pt")}
+        shares = {}
+        for side in ("veneer", "diffusers + PEFT"):
+            s = results[side]["seconds"]
+            shares[side] = s["mix"] / s["base"] - 1
+            rows += [row(f"{name}: {side}", f"{k}, a call", s[k] / STEPS * 1e3, "ms") for k in ("base", "mix")]
+            rows.append(row(f"{name}: {side}", "mix over base", 100 * shares[side], "%"))
+            rows += [row(f"{name}: {side}", k, v * 1e3, "ms") for k, v in s.items() if "with" in k]
+            rows.append(row(f"{name}: {side}", "peak_memory", results[side]["peak_bytes"] / 1e9, "GB"))
+        rows.append(row(f"{name}: veneer", "kept beside the base", results["veneer"]["kept_bytes"] / 1e6, "MB"))
+        truth = latents["peft float32"]
+        error = {k: float((v - truth).norm() / truth.norm()) for k, v in latents.items() if v is not truth}
+        rows += [row(f"{name}: {k}", "latents from float32's", 100 * v, "%") for k, v in error.items()]
+        switch = max(results["veneer"]["seconds"][f"{k} with {n}"] for n in KNOWN for k in ("switch", "first call"))
+        bars += [
+            bar(f"{name}: three adapters over the base, %", 8, 100 * shares["veneer"], at_least=False),
+            bar(f"{name}: switching or the first call's extra, ms", 10, switch * 1e3, at_least=False),
+            bar(f"{name}: latents' error over PEFT's", 1.25, error["veneer"] / error["peft bfloat16"], at_least=False),
+        ]
+    return report(rows, bars, {"rounds": rounds, "steps": STEPS, "clock": "process seconds"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny bases, one round: does it run, not how fast")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        side, work, *rest = json.loads(args.side)
+        print(json.dumps(SIDES[side](Path(work), *rest)))
+        return
+    result = run(args.quick, args.rounds, lambda line: print(line, file=sys.stderr))
+    print(json.dumps(result) if args.json else "\n".join(lines_of(result)))
+
+
+if __name__ == "__main__":
+    main()

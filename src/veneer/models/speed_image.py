@@ -1,0 +1,208 @@
+"""A denoiser's training step on the fast paths, for the length of a with-block.
+
+    with fast_denoiser(base.denoiser) as how:        how.summary() says what was swapped, and what was left and why
+        loss.backward()
+
+Swapped: the attention of FLUX.1's blocks (projections that share an input joined to one product, norms, rotation and
+attention one function) and of the UNets' transformers. As in models.speed, every module is first run both ways on a
+small random input and swapped only where the two agree, and everything is put back bit for bit at the end. What a
+family does differently is left as diffusers has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer import kernels
+from veneer.core.denoise import attention, joint_attention
+from veneer.core.fused import linears
+from veneer.core.targets import base_of
+from veneer.models.speed import FastReport, Join, agree, probe, put, same_dtype
+
+__all__ = ["fast_denoiser"]
+
+
+@contextmanager
+def fast_denoiser(denoiser: nn.Module) -> Iterator[FastReport]:
+    """Swap what can be swapped; see the module."""
+    report = FastReport()
+    with ExitStack() as undo:
+        undo.enter_context(kernels.kept_memory())
+        for _, module in list(denoiser.named_modules()):
+            kind = type(module).__name__
+            make = {"FluxAttention": _flux_attention, "Attention": _unet_attention}.get(kind)
+            if make is None:
+                continue
+            with ExitStack() as attempt:
+                if why := make(module, attempt):
+                    report.left[kind] = why
+                    continue
+                undo.push(attempt.pop_all())
+            report.swapped[kind] = report.swapped.get(kind, 0) + 1
+        yield report
+
+
+def _parts(module: Any, *names: str) -> list[nn.Module] | None:
+    """The linear modules of these names, attached or not; None where one is missing or something else."""
+    found = [getattr(module, name, None) for name in names]
+    kept = [m for m in found if isinstance(m, nn.Module) and type(base_of(m)) is nn.Linear]
+    return kept if len(kept) == len(names) else None
+
+
+def _differs(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *args: Any, **kwargs: Any) -> str:
+    """Put `forward` on the module if it gives what the module gives; else why not."""
+
+    def run() -> list[Tensor]:
+        # with gradients, so that both sides are what training runs
+        out = module(*args, **kwargs)
+        return list(out) if isinstance(out, tuple) else [out]
+
+    wanted = run()
+    put(module, forward, undo)
+    got = run()
+    same = len(got) == len(wanted) and all(agree(a.detach(), b.detach()) for a, b in zip(got, wanted, strict=True))
+    return "" if same else "its result differs"
+
+
+def _product(join: Join, x: Tensor) -> Tensor | None:
+    """The joined projections of x, or None where a module has to be called or another dtype is asked for."""
+    joined = join.linears()
+    return None if joined is None or not same_dtype(x, joined.weight) else linears(x, joined)
+
+
+# -- FLUX.1 ------------------------------------------------------------------------------------------------------------
+
+
+def _flux_attention(module: Any, undo: ExitStack) -> str:
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    if type(module.processor) is not FluxAttnProcessor or getattr(module, "fused_projections", False):
+        return f"its processor is {type(module.processor).__name__}"
+    two = module.added_kv_proj_dim is not None
+    own, added = _parts(module, "to_q", "to_k", "to_v"), None
+    norms = [module.norm_q, module.norm_k]
+    if two:
+        added = _parts(module, "add_q_proj", "add_k_proj", "add_v_proj")
+        norms += [module.norm_added_q, module.norm_added_k]
+    if own is None or (two and added is None):
+        return "its projections are not plain linears"
+    weights = [getattr(norm, "weight", None) for norm in norms]
+    if any(w is None or w.requires_grad for w in weights) or len({norm.eps for norm in norms}) != 1:
+        return "its norms are trained, without weights or of different ε"
+    joins = [Join(own, undo)] + ([Join(added, undo)] if added is not None else [])
+    like = base_of(own[0]).weight
+    assert isinstance(like, Tensor)
+    x = probe(2, 4, like.shape[1], like=like)
+    angles = probe(7 if two else 4, module.head_dim // 2, like=like).float().repeat_interleave(2, -1)
+    given: dict[str, Any] = {"image_rotary_emb": (angles.cos(), angles.sin())}
+    if added is not None:
+        other = base_of(added[0]).weight
+        assert isinstance(other, Tensor)
+        given["encoder_hidden_states"] = probe(2, 3, other.shape[1], like=other)
+    original = type(module).forward
+    return _differs(module, _flux_forward(original, joins, norms), undo, x, **given)
+
+
+def _flux_forward(original: Callable[..., Any], joins: list[Join], norms: list[Any]) -> Callable[..., Any]:
+    turns: dict[int, tuple[Tensor, Tensor]] = {}
+    eps = float(norms[0].eps)
+
+    def turn_of(cos: Tensor, sin: Tensor) -> Tensor:
+        found = turns.get(id(cos))
+        if found is None or found[0] is not cos:
+            turns.clear()
+            found = turns[id(cos)] = cos, torch.complex(cos[:, ::2].float(), sin[:, ::2].float()).contiguous()
+        return found[1]
+
+    def weight_of(tokens: list[int]) -> Tensor:
+        """w_q, w_k of every token: the text's first, as its queries and keys come first."""
+        rows = []
+        for which in (0, 1):
+            own = [norms[which]] if len(tokens) == 1 else [norms[2 + which], norms[which]]
+            rows.append(torch.cat([m.weight.float().expand(n, -1) for m, n in zip(own, tokens, strict=True)]))
+        return torch.stack(rows)[:, None, None]
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        streams = [hidden_states] if encoder_hidden_states is None else [encoder_hidden_states, hidden_states]
+        products: list[Tensor | None] = []
+        if attention_mask is None and not kwargs and len(streams) == len(joins):
+            products = [_product(join, x) for join, x in zip(reversed(joins), streams, strict=True)]
+        known = [p for p in products if p is not None]
+        if len(known) != len(streams):
+            return original(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
+        turn = None if image_rotary_emb is None else turn_of(*image_rotary_emb)
+        qkv = known[0] if len(known) == 1 else torch.cat(known, 1)
+        heads = qkv.view(*qkv.shape[:2], 3, -1, self.head_dim)
+        out = joint_attention(heads, weight_of([p.shape[1] for p in known]), eps, turn)
+        if encoder_hidden_states is None:
+            return out
+        text, picture = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+        return self.to_out[1](self.to_out[0](picture.contiguous())), self.to_add_out(text.contiguous())
+
+    return forward
+
+
+# -- UNets -------------------------------------------------------------------------------------------------------------
+
+
+def _unet_attention(module: Any, undo: ExitStack) -> str:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    if type(module.processor) is not AttnProcessor2_0:
+        return f"its processor is {type(module.processor).__name__}"
+    plain = (
+        all(getattr(module, name, None) is None for name in ("spatial_norm", "group_norm", "norm_q", "norm_k"))
+        and not module.norm_cross
+        and not module.residual_connection
+        and module.rescale_output_factor == 1
+    )
+    q, kv = _parts(module, "to_q"), _parts(module, "to_k", "to_v")
+    if not plain or q is None or kv is None:
+        return "it has norms or projections of its own"
+    crossed = bool(module.is_cross_attention)
+    joins = [Join(q, undo), Join(kv, undo)] if crossed else [Join([*q, *kv], undo)]
+    like, other = base_of(q[0]).weight, base_of(kv[0]).weight
+    assert isinstance(like, Tensor)
+    assert isinstance(other, Tensor)
+    given = {"encoder_hidden_states": probe(2, 3, other.shape[1], like=other)} if crossed else {}
+    forward = _unet_forward(type(module).forward, joins)
+    return _differs(module, forward, undo, probe(2, 4, like.shape[1], like=like), **given)
+
+
+def _unet_forward(original: Callable[..., Any], joins: list[Join]) -> Callable[..., Any]:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        crossed = len(joins) == 2
+        fits = attention_mask is None and not kwargs and hidden_states.ndim == 3
+        fits = fits and crossed == (encoder_hidden_states is not None)
+        first = _product(joins[0], hidden_states) if fits else None
+        second = _product(joins[1], encoder_hidden_states) if fits and encoder_hidden_states is not None else None
+        if first is None or (crossed and second is None):
+            return original(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        n = len(first)
+        if second is None:
+            out = joint_attention(first.view(n, first.shape[1], 3, self.heads, -1))
+        else:
+            k, v = second.view(n, second.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            out = attention(first.view(n, first.shape[1], self.heads, -1).transpose(1, 2), k, v)
+            out = out.transpose(1, 2).reshape(n, first.shape[1], -1)
+        return self.to_out[1](self.to_out[0](out))
+
+    return forward
