@@ -31,6 +31,7 @@ from veneer.errors import Interrupted
 from veneer.models.image import ImageBase, load_image, release
 from veneer.models.image_memory import measured_activations, offloading, recomputing
 from veneer.models.image_predict import cut_of
+from veneer.models.speed_image import fast_denoiser
 from veneer.train import checkpoint, loop
 from veneer.train.check_run import CACHE
 from veneer.train.checkpoint import Progress
@@ -48,7 +49,7 @@ from veneer.train.image_samples import (
     thumbnail,
     training_layers,
 )
-from veneer.train.image_save import output_of, prove, save_image_adapter, write_image_report
+from veneer.train.image_save import output_of, prove, save_image_adapter, with_layout, write_image_report
 from veneer.train.image_schema import ImageTrainConfig
 from veneer.train.loop import Score, Step
 from veneer.train.picture_sheet import contact_sheet
@@ -237,9 +238,13 @@ class _Setup:
         with ExitStack() as undo:
             attachment = undo.enter_context(attach(base.model))
             seed_all(config.seed)
-            attachment.add(NAME, self._created(), trainable=True)
+            created = self._created()
+            self.report = with_layout(self.report, created, base, config)
+            attachment.add(NAME, created, trainable=True)
             attachment.use(NAME)
             undo.enter_context(training_layers(base, True))
+            if not config.memory.offload_blocks:  # the fast paths hold on to weights
+                self.tell(Note(undo.enter_context(fast_denoiser(base.denoiser)).summary()))
             self.loss = ImageLoss(base, config, self.encoders)
             self._settle_memory(attachment)
             self.say()

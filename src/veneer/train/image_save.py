@@ -17,12 +17,13 @@ from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.errors import AdapterError
 from veneer.formats import convert
-from veneer.formats.card import CARD_FILE, card_bytes
+from veneer.formats.card import CARD_FILE, README_FILE, card_bytes, readme_bytes
 from veneer.formats.metadata import training_metadata
 from veneer.formats.read import read
 from veneer.models.image_predict import Conditioning, predict
 from veneer.train.checkpoint import write_atomically
 from veneer.train.events import Resolved
+from veneer.train.findings import Finding
 from veneer.train.report import duration, size
 from veneer.train.report_page import Page, write_page
 from veneer.train.running import NAME
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from veneer.train.image_preflight import ImageData
     from veneer.train.image_run import ImageResult
     from veneer.train.image_schema import ImageTrainConfig
+    from veneer.train.preflight import Report
 
-__all__ = ["output_of", "prove", "save_image_adapter", "write_image_report"]
+__all__ = ["output_of", "prove", "save_image_adapter", "with_layout", "write_image_report"]
 
 _RELOADED = "reloaded"
 
@@ -46,6 +48,17 @@ def output_of(config: ImageTrainConfig) -> Path:
     if config.output.layout == "peft":
         return folder
     return folder / f"{config.output.name or folder.resolve().name}.safetensors"
+
+
+def with_layout(report: Report, adapter: Adapter, base: ImageBase, config: ImageTrainConfig) -> Report:
+    """The report, with a stop where the layout cannot hold what will be trained: said now, not after hours."""
+    layout = config.output.layout
+    try:
+        convert.encode(adapter, layout, family=_family(base))
+    except AdapterError as error:
+        fix = "another output.layout (kohya holds most), or another kind of adapter"
+        report.findings.insert(0, Finding("stop", "layout", error.what, fix))
+    return report
 
 
 def save_image_adapter(
@@ -76,6 +89,8 @@ def save_image_adapter(
     )  # fmt: skip
     if output.layout != "peft":
         write_atomically(path.parent / CARD_FILE, card_bytes(card, digest=written.digest, files=written.files))
+        readme = readme_bytes(adapter, digest=written.digest, base_name=base.name, name=path.stem)
+        write_atomically(path.parent / README_FILE, readme)
     return written
 
 
@@ -105,7 +120,7 @@ def prove(
     again = read(path).adapter
     if config.output.layout == "peft":
         again = _under(again, base.row.denoiser)
-    attachment.add(_RELOADED, again)
+    attachment.add(_RELOADED, again, trainable=True)  # on the same path through the layers as the trained one
     try:
         trained, reloaded = (_predicted(attachment, n, base, text, latents, sizes) for n in (NAME, _RELOADED))
     finally:

@@ -42,7 +42,7 @@ def prove(attachment: Attachment, name: str, folder: Path, base: TextBase, examp
     Equal bit for bit is expected; only an adapter whose file has another form (PiSSA and OLoRA, written with twice the
     rank) may differ by rounding. Returns the finding as a sentence; raises AdapterError when the logits differ."""
     again = peft.read(folder, base.model)
-    attachment.add(_RELOADED, again)
+    attachment.add(_RELOADED, again, trainable=True)  # on the same path through the layers as the trained one
     try:
         trained, reloaded = (_logits(attachment, which, base, example) for which in (name, _RELOADED))
     finally:
