@@ -52,6 +52,7 @@ from veneer.train.image_samples import (
 from veneer.train.image_save import output_of, prove, save_image_adapter, with_layout, write_image_report
 from veneer.train.image_schema import ImageTrainConfig
 from veneer.train.loop import Score, Step
+from veneer.train.picture_files import SUFFIXES
 from veneer.train.picture_sheet import contact_sheet
 from veneer.train.picture_views import plan_rows
 from veneer.train.pictures import pictures_digest, read_pictures
@@ -155,9 +156,8 @@ class _Setup:
         missing = 0
         if settings.class_count:
             place = class_folder(config, base, self.cache)
-            there = sum(1 for p in place.iterdir() if p.suffix.lower() == ".png") if place.is_dir() else 0
-            if settings.class_folder is not None and place.is_dir():
-                there = len(read_pictures(settings)[0]) - read_pictures(settings)[1].pictures
+            found = [p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES and not p.stem.endswith(".mask")]
+            there = len(found)
             missing = max(0, settings.class_count - there)
             settings = settings.model_copy(update={"class_folder": str(place) if there else None})
         pictures, about = read_pictures(settings)
