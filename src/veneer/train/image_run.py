@@ -200,12 +200,7 @@ class _Setup:
         self.report = report
 
     def encode(self, *, free: bool) -> None:
-        """The sheet of what the model sees, the caches filled, and with `free` what made them dropped."""
-        place = Path(tempfile.mkdtemp(prefix="veneer-")) if self.dry_run else self.folder
-        place.mkdir(parents=True, exist_ok=True)
-        self.sheet = str(place / "pictures.png")
-        count = contact_sheet(self.data.plan.rows, self.config.data, seed=self.config.seed, path=self.sheet)
-        self.tell(Note(f"{count} of the pictures as the model sees them: {self.sheet}"))
+        """The caches filled, and with `free` what made them dropped."""
         if self.dry_run:
             return
         began = time.perf_counter()
@@ -216,6 +211,13 @@ class _Setup:
         text += f"{latents.found + texts.found} from {self.cache}, {time.perf_counter() - began:.1f} s"
         self.tell(Note(text + (f"; {damaged} damaged entries were made anew" if damaged else "")))
         self._release(free)
+
+    def draw_sheet(self, tell: Listener) -> None:
+        """The sheet of what the model sees; only now, so that a run which was stopped leaves no folder in use."""
+        place = Path(tempfile.mkdtemp(prefix="veneer-")) if self.dry_run else self.folder
+        self.sheet = str(place / "pictures.png")
+        count = contact_sheet(self.data.plan.rows, self.config.data, seed=self.config.seed, path=self.sheet)
+        tell(Note(f"{count} of the pictures as the model sees them: {self.sheet}"))
 
     def _release(self, free: bool) -> None:
         base, config = self.base, self.config
@@ -352,6 +354,7 @@ class _ImageRun:
 
     def dry(self) -> ImageResult:
         self.running.probe()
+        self.setup.draw_sheet(self.setup.tell)
         steps = self.running.steps
         return ImageResult(
             steps=len(steps), pictures=sum(s.tokens for s in steps), peak_memory_bytes=loop.peak_memory_bytes(),
@@ -376,8 +379,9 @@ class _ImageRun:
             return self.setup.loss.score(self.setup.held, interrupted)
 
     def _begin(self, progress: Progress, tell: Listener) -> None:
-        """Before the first step (not when resumed): what the base draws."""
+        """Before the first step: what the model sees, and (not when resumed) what the base draws."""
         self.log = tell
+        self.setup.draw_sheet(tell)
         if progress.step == 0 and 0 in self.sample_at:
             self._sample(0)
 
