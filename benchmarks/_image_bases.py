@@ -10,7 +10,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 SHAPES: dict[str, dict[str, Any]] = {
     "emoji-flux": {"layers": (3, 5), "heads": 6, "width": 32, "axes": (8, 12, 12), "joint": 128, "pooled": 96},
     "flux at width 3072": {
-        "layers": (2, 2), "heads": 24, "width": 128, "axes": (16, 56, 56), "joint": 4096, "pooled": 768,
+        "layers": (1, 2), "heads": 24, "width": 128, "axes": (16, 56, 56), "joint": 4096, "pooled": 768,
     },
     "emoji-sdxl": {"channels": (64, 128, 192), "cross": 192, "heads": (2, 4, 6), "pooled": 96},
     "tiny flux": {"layers": (1, 1), "heads": 2, "width": 16, "axes": (4, 6, 6), "joint": 16, "pooled": 16},
@@ -93,7 +93,9 @@ def adapter_tensors(name: str, seed: int, rank: int, targets: list[str]) -> dict
 
     g = torch.Generator().manual_seed(100 + seed)
     out: dict[str, Any] = {}
-    for module, linear in denoiser(name).named_modules():
+    with torch.device("meta"):
+        shapes = denoiser(name)
+    for module, linear in shapes.named_modules():
         if any(module.endswith("." + t) for t in targets):
             rows, columns = linear.weight.shape
             out[f"{module}.lora_A.weight"] = torch.randn(rank, columns, generator=g) / columns**0.5

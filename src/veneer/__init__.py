@@ -13,7 +13,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.api import evaluate, generate, image, load_adapter, load_base, merge, save_adapter, train_text
+    from veneer.api import (
+        evaluate,
+        generate,
+        image,
+        load_adapter,
+        load_base,
+        merge,
+        save_adapter,
+        train_image,
+        train_text,
+    )
     from veneer.core.adapter import Adapter, Card, LoraSpec, Pair
     from veneer.core.attach import attach
     from veneer.core.init import create
@@ -36,6 +46,7 @@ __all__ = [
     "load_base",
     "merge",
     "save_adapter",
+    "train_image",
     "train_text",
 ]
 

@@ -5,6 +5,7 @@
     generate(base, ["Where is my parcel?"], adapters=[run.adapter])
     evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
     merge(base, [run.adapter], "merged")
+    train_image("examples/images/config.yaml", "preset=style")
     image(load_image("emoji-sdxl"), ["a fox"], adapters=["runs/style:0.8"])[0].save("fox.png")
 
 An adapter is named by its folder or by its name in the veneer home, with a strength behind a colon: "runs/a:0.5".
@@ -31,12 +32,23 @@ if TYPE_CHECKING:
     from veneer.formats.strengths import Strength
     from veneer.imaging.make import Made
     from veneer.models.image import ImageBase
-    from veneer.train.config import TrainConfig
+    from veneer.train.config import Config, ImageTrainConfig, TrainConfig
     from veneer.train.evaluate import Scores
     from veneer.train.events import Listener
+    from veneer.train.image_run import ImageResult
     from veneer.train.run import RunResult
 
-__all__ = ["evaluate", "generate", "image", "load_adapter", "load_base", "merge", "save_adapter", "train_text"]
+__all__ = [
+    "evaluate",
+    "generate",
+    "image",
+    "load_adapter",
+    "load_base",
+    "merge",
+    "save_adapter",
+    "train_image",
+    "train_text",
+]
 
 Named = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 """An adapter by folder or name: "runs/a", "runs/a:0.5", Path("runs/a") or ("runs/a", 0.5)."""
@@ -55,17 +67,48 @@ def train_text(
     `config`: a YAML file, the same as a mapping, or a TrainConfig. `overrides`: "section.key=value". `base`: one that
     is loaded already. `on_event` hears what happens (train.events); without it the run is shown in the terminal.
     Raises ConfigError, DataError, PreflightError before the first step; Interrupted on Ctrl-C, with the state saved."""
+    from veneer.errors import ConfigError
     from veneer.train import run
-    from veneer.train.config import TrainConfig, config_from, load_config
+    from veneer.train.config import TrainConfig
 
-    sources: Mapping[str, Any] | None = None
+    chosen, sources = _config(config, overrides)
+    if not isinstance(chosen, TrainConfig):
+        raise ConfigError("this configuration is for pictures (it has data.pictures)", fix="veneer.train_image")
+    return run.train_text(chosen, resume=resume, dry_run=dry_run, on_event=on_event, base=base, sources=sources)
+
+
+def train_image(
+    config: ImageTrainConfig | Mapping[str, Any] | str | os.PathLike[str],
+    *overrides: str,
+    base: ImageBase | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    on_event: Listener | None = None,
+) -> ImageResult:
+    """Train one adapter on pictures; `veneer train` is this call. Its result's `adapter` is the file (peft: a folder).
+
+    As `train_text`, with a configuration that has `data.pictures` (docs/reference/image-config.md). A `base` that is
+    given keeps its text encoders and VAE."""
+    from veneer.errors import ConfigError
+    from veneer.train.config import ImageTrainConfig
+    from veneer.train.image_run import train_image as train
+
+    chosen, sources = _config(config, overrides)
+    if not isinstance(chosen, ImageTrainConfig):
+        raise ConfigError("this configuration is for text (it has no data.pictures)", fix="veneer.train_text")
+    return train(chosen, resume=resume, dry_run=dry_run, on_event=on_event, base=base, sources=sources)
+
+
+def _config(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str], overrides: Sequence[str]
+) -> tuple[Config, Mapping[str, Any] | None]:
+    from veneer.train.config import config_from, load_config
+
     if isinstance(config, Mapping):
-        config, sources = config_from(config, overrides)
-    elif not isinstance(config, TrainConfig):
-        config, sources = load_config(config, overrides)
-    elif overrides:
-        config, sources = config_from(config.model_dump(), overrides)
-    return run.train_text(config, resume=resume, dry_run=dry_run, on_event=on_event, base=base, sources=sources)
+        return config_from(config, overrides)
+    if isinstance(config, str | os.PathLike):
+        return load_config(config, overrides)
+    return config_from(config.model_dump(), overrides) if overrides else (config, None)
 
 
 def evaluate(

@@ -20,7 +20,11 @@ app = typer.Typer(add_completion=False)
 @app.command(epilog="Example: veneer train support.yaml optimizer.learning_rate=5e-4 output=runs/second")
 def train(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG.yaml", help="A YAML file; docs/reference/config.md lists every key.")
+        Path,
+        typer.Argument(
+            metavar="CONFIG.yaml",
+            help="A YAML file; docs/reference/config.md lists every key, image-config.md those for pictures.",
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -35,23 +39,32 @@ def train(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, on stdout.")] = False,
 ) -> None:
-    """Train an adapter: check the data, train with checkpoints, save in PEFT's format, and write a report."""
-    from veneer.train.config import load_config
+    """Train an adapter: check the data, train with checkpoints, save, and write a report.
+
+    A configuration with data.train is for text, one with data.pictures for pictures."""
+    from veneer.train.config import ImageTrainConfig, load_config
 
     chosen, sources = load_config(config, overrides or [])
 
     from veneer.models.quiet import quiet
     from veneer.train.events import fan_out
     from veneer.train.report import ConsoleView, TensorBoardLog
-    from veneer.train.run import train_text
 
     board = TensorBoardLog(Path(chosen.output.directory) / "tensorboard") if tensorboard and not dry_run else None
-    view = ConsoleView()
+    view = ConsoleView(unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens")
+    options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "sources": sources}
+    options["on_event"] = fan_out(view, board)
+    result: Any
     try:
         with quiet():
-            result = train_text(
-                chosen, resume=resume, dry_run=dry_run, sources=sources, on_event=fan_out(view, board)
-            )  # fmt: skip
+            if isinstance(chosen, ImageTrainConfig):
+                from veneer.train.image_run import train_image
+
+                result = train_image(chosen, **options)
+            else:
+                from veneer.train.run import train_text
+
+                result = train_text(chosen, **options)
     except Interrupted as error:
         command = _again(config, overrides or [], tensorboard=tensorboard, as_json=as_json)
         raise Interrupted(error.what, where=error.where, fix=f"go on with: {command}") from None
@@ -73,16 +86,16 @@ def _again(config: Path, overrides: list[str], *, tensorboard: bool, as_json: bo
 
 def _say(result: Any, config: Any) -> None:
     """What to look at next, on stderr; stdout stays for programs."""
+    pictures = hasattr(result, "pictures")
     if result.dry_run:
-        print(
-            f"dry run: {result.steps:,} steps, {result.tokens:,} tokens, {result.trained_tokens:,} of them learned; "
-            "nothing was written",
-            file=sys.stderr,
-        )
+        counted = f"{result.pictures:,} pictures" if pictures else f"{result.tokens:,} tokens, "
+        counted += "" if pictures else f"{result.trained_tokens:,} of them learned"
+        seen = f"; what the model would see is in {result.sheet}" if pictures else ""
+        print(f"dry run: {result.steps:,} steps, {counted}; nothing was written{seen}", file=sys.stderr)
         return
-    where = shlex.quote(result.adapter)
-    print(
-        f"\nadapter  {result.adapter}\nreport   {result.report}\n"
-        f'try it   veneer generate --base {shlex.quote(config.base.name)} --adapter {where} "…"',
-        file=sys.stderr,
-    )
+    where, base = shlex.quote(result.adapter), shlex.quote(config.base.name)
+    command = f'veneer generate --base {base} --adapter {where} "…"'
+    if pictures:
+        prompt = config.samples.prompts[0] if config.samples.prompts else config.data.trigger or "…"
+        command = f"veneer image --base {base} --adapter {where} {shlex.quote(prompt)} -o out.png"
+    print(f"\nadapter  {result.adapter}\nreport   {result.report}\ntry it   {command}", file=sys.stderr)

@@ -47,13 +47,13 @@ class _Joint(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, weight: Tensor | None, eps: float, turn: Tensor | None) -> Tensor:
         n, S, _, heads, d = qkv.shape
         raw = qkv[:, :, :2].permute(2, 0, 3, 1, 4)
-        x = raw.float()
+        x = raw if weight is None and turn is None else raw.float()
         r = None
         if weight is not None:
             r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(d).add_(eps).rsqrt_()
             x = (x * r).mul_(weight)
         x = x if turn is None else _turned(x.contiguous(), turn)
-        q, k = x.to(qkv.dtype).view(2, n * heads, S, d).unbind(0)
+        q, k = x.to(qkv.dtype).reshape(2, n * heads, S, d).unbind(0)
         v = qkv[:, :, 2].transpose(1, 2).reshape(n * heads, S, d)
         scores = torch.bmm(q, k.transpose(1, 2)).mul_(d**-0.5)
         p = torch.softmax(scores, -1)

@@ -133,8 +133,10 @@ def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: st
     if shown:
         front["base_model"] = shown
         front["tags"] = [f"base_model:adapter:{shown}", *front["tags"]]
-    if card.kind == "text":
-        front["pipeline_tag"] = "text-generation"
+    if card.kind in ("text", "image"):
+        front["pipeline_tag"] = {"text": "text-generation", "image": "text-to-image"}[card.kind]
+    if card.kind == "image":
+        front["library_name"] = "diffusers"
     if card.licence:
         front["license"] = card.licence
     lines = ["---", yaml.safe_dump(front, sort_keys=True, allow_unicode=True).strip(), "---", MARK, "", f"# {name}", ""]
@@ -159,21 +161,28 @@ def readme_bytes(adapter: Adapter, *, digest: str, base_name: str = "", name: st
         if table:
             lines += [f"## {title}", "", "| | |", "| --- | --- |"]
             lines += [f"| {_cell(k)} | {_cell(v)} |" for k, v in sorted(_flat(table).items())] + [""]
-    target = shown or "BASE"
-    lines += ["## Use", "", "```bash", f'veneer generate "…" --base {target} --adapter FOLDER', "```", ""]
-    lines += [
-        "or with PEFT:",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-    ]
-    lines += [
-        "",
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{target}"), "FOLDER")',
+    lines += _image_use(shown or "BASE") if card.kind == "image" else _text_use(shown or "BASE")
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _text_use(base: str) -> list[str]:
+    return [
+        *("## Use", "", "```bash", f'veneer generate "…" --base {base} --adapter FOLDER', "```", ""),
+        *("or with PEFT:", "", "```python"),
+        *("from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""),
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "FOLDER")',
         "```",
     ]
-    return ("\n".join(lines) + "\n").encode()
+
+
+def _image_use(base: str) -> list[str]:
+    return [
+        *("## Use", "", "```bash", f'veneer image "…" --base {base} --adapter FOLDER:0.8 -o out.png', "```", ""),
+        *("or with diffusers:", "", "```python", "from diffusers import DiffusionPipeline", ""),
+        f'pipe = DiffusionPipeline.from_pretrained("{base}")',
+        'pipe.load_lora_weights("FOLDER")',
+        "```",
+    ]
 
 
 def _dora(adapter: Adapter) -> bool:

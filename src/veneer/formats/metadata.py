@@ -31,6 +31,7 @@ __all__ = [
     "metadata_of",
     "pack_configs",
     "sealed",
+    "training_metadata",
     "trigger_words",
     "unpack_configs",
     "verify",
@@ -210,8 +211,9 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
     """The metadata that says a card to everyone, without the hashes: `sealed` adds those last.
 
     `name`: the file's, which A1111 shows. `card.extra` gives title, author, description, tags, usage_hint, thumbnail
-    (a data address), prediction_type and architecture; `card.created` the date, ISO-8601. A family that is not in
-    ARCHITECTURES and no architecture: modelspec, which requires one, is left out. Rank 0 stands for several ranks."""
+    (a data address), prediction_type and architecture, and `tag_frequency`, {folder: {tag: count}}; `card.created` the
+    date, ISO-8601. A family that is not in ARCHITECTURES and no architecture: modelspec, which requires one, is left
+    out. Rank 0 stands for several ranks."""
     extra = {k: v for k, v in card.extra.items() if isinstance(v, str) and v}
     words = ", ".join(card.trigger_words)
     out = {"format": "pt", "ss_output_name": name}
@@ -224,7 +226,9 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
     out["ss_network_alpha"] = f"{card.alpha:g}" if card.alpha else "Dynamic"
     if card.base:
         out["ss_sd_model_name"] = card.base
-    if card.trigger_words:
+    if isinstance(tags := card.extra.get("tag_frequency"), dict) and tags:
+        out["ss_tag_frequency"] = json.dumps(tags, ensure_ascii=False)
+    elif card.trigger_words:
         out["ss_tag_frequency"] = json.dumps({f"1_{words}": dict.fromkeys(card.trigger_words, 1)}, ensure_ascii=False)
     if architecture:
         spec = {"sai_model_spec": "1.0.1", "architecture": architecture, "title": extra.get("title") or name}
@@ -237,10 +241,21 @@ def metadata_of(card: Card, *, family: str | None = None, name: str = "adapter")
         out |= {f"modelspec.{key}": value for key, value in spec.items() if value}
     try:
         body = {k: v for k, v in card.to_dict().items() if v}
+        body["extra"] = {k: v for k, v in card.extra.items() if k not in ("tag_frequency", "thumbnail")}  # said above
+        body = {k: v for k, v in body.items() if v}
         out["veneer.card"] = json.dumps(body, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"the card holds something that JSON cannot: {error}", where=name) from None
     return dict(sorted(out.items()))
+
+
+def training_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
+    """A run's facts under sd-scripts' names: `facts` has those names without `ss_`; None is `None`, as it writes it."""
+
+    def text(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+
+    return {f"ss_{key}": text(value) for key, value in sorted(facts.items())}
 
 
 def pack_configs(configs: Mapping[str, Mapping[str, Any]]) -> str:

@@ -24,13 +24,20 @@ from veneer.core.fused import linears
 from veneer.core.targets import base_of
 from veneer.models.speed import FastReport, Join, agree, probe, put, same_dtype
 
-__all__ = ["fast_denoiser"]
+__all__ = ["DenoiserReport", "fast_denoiser"]
+
+
+class DenoiserReport(FastReport):
+    def summary(self) -> str:
+        parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
+        left = [f"; {kind} as diffusers has it ({why})" for kind, why in sorted(self.left.items())]
+        return f"fast paths: {', '.join(parts) or 'none'}{''.join(left)}"
 
 
 @contextmanager
-def fast_denoiser(denoiser: nn.Module) -> Iterator[FastReport]:
+def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
     """Swap what can be swapped; see the module."""
-    report = FastReport()
+    report = DenoiserReport()
     with ExitStack() as undo:
         undo.enter_context(kernels.kept_memory())
         for _, module in list(denoiser.named_modules()):

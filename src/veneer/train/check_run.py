@@ -11,13 +11,16 @@ from typing import Any
 from veneer.core.targets import base_modules, expert_parameters, matches, matches_per_pattern, resolve
 from veneer.errors import TargetError
 from veneer.train.estimate import free_memory, memory, trainable_parameters
-from veneer.train.findings import Finding, Subject, gigabytes, share
+from veneer.train.findings import Finding, RunSubject, Subject, gigabytes, share
 
-__all__ = ["RUN_CHECKS", "recipe_changes"]
+__all__ = ["CACHE", "RUN_CHECKS", "learning_rate", "precision", "recipe_changes", "where_it_goes"]
 
 _WINDOW = (1e-5, 3e-3)  # below, LoRA barely moves; of 80 runs that diverged in a public sweep, 72 were at 3e-3
-_FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory"}  # sections that a resumed run may change
+_FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run may change
 _FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "data.train", "data.validation"}
+_FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # where they are; what is in them is compared
+CACHE = "cache"
+"""A folder in the output that an earlier run may have left: latents and class pictures, which are never stale."""
 
 
 def what_is_trained(s: Subject) -> Iterator[Finding]:
@@ -83,8 +86,9 @@ def experts_are_reached(s: Subject) -> Iterator[Finding]:
         yield Finding("ok", "experts", f"{len(reached)} expert weights get a pair for each expert")
 
 
-def learning_rate(s: Subject) -> Iterator[Finding]:
-    rate, steps = s.config.optimizer.learning_rate, s.config.schedule.steps
+def learning_rate(s: RunSubject) -> Iterator[Finding]:
+    """The rate, the warm-up and the length of the run."""
+    rate, steps = s.config.optimizer.learning_rate, s.config.steps
     low, high = _WINDOW
     if s.config.optimizer.name in ("adamw", "adam", "nadam", "radam", "adamax") and not low <= rate <= high:
         side = "below" if rate < low else "above"
@@ -101,12 +105,11 @@ def learning_rate(s: Subject) -> Iterator[Finding]:
         yield Finding("warn", "schedule", text, "fewer batching.rows, or more schedule.epochs")
     elif total:
         passes = f"{total / s.steps_per_epoch:.3g} times over the data" if s.steps_per_epoch else ""
-        yield Finding(
-            "ok", "schedule", f"{total:,} steps, {passes}; the largest micro-batch is {s.largest_micro:,} tokens"
-        )
+        largest = f"the largest micro-batch is {s.largest_micro:,} {s.unit}"
+        yield Finding("ok", "schedule", f"{total:,} steps, {passes}; {largest}")
 
 
-def precision(s: Subject) -> Iterator[Finding]:
+def precision(s: RunSubject) -> Iterator[Finding]:
     """Failure class 10: dtypes that overflow or underflow without a word."""
     model = s.base.model
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
@@ -190,13 +193,13 @@ def it_fits(s: Subject) -> Iterator[Finding]:
         yield Finding("ok", "memory", f"{size}; {longest}")
 
 
-def where_it_goes(s: Subject) -> Iterator[Finding]:
+def where_it_goes(s: RunSubject) -> Iterator[Finding]:
     """Output in use, disk space, and resuming into a different configuration."""
     folder = Path(s.config.output.directory)
     if folder.exists() and not folder.is_dir():
         yield Finding("stop", "output", f"{folder} is a file, not a folder", "give another output.directory")
         return
-    used = folder.is_dir() and any(folder.iterdir())
+    used = folder.is_dir() and any(p.name != CACHE for p in folder.iterdir())
     if used and not s.resume:
         text = f"{folder} already holds a run or other files; nothing is overwritten"
         yield Finding("stop", "output", text, "go on with --resume, or give another output.directory")

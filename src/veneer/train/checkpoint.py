@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.errors import AdapterError, CheckpointError, ResourceError
 from veneer.formats.container import encode_tensors, read_tensors
@@ -80,7 +80,7 @@ class Progress:
 def save(
     directory: Path,
     *,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     identity: Mapping[str, Any],
@@ -89,6 +89,7 @@ def save(
 ) -> Path:
     """Writes the state after `progress.step` and removes all but the newest `keep` checkpoints and the best one.
 
+    `parameters`: what is trained, and any other state of the adapter that is not the optimizer's (moving averages).
     `identity` is what a resumed run must have in common with this one (JSON values): data, base. `about` is kept
     beside it and not compared.
     A checkpoint of this very step that is already there is left as it is: a run is a function of its step.
@@ -167,7 +168,7 @@ def read_state(path: Path) -> dict[str, Any]:
 def restore(
     path: Path,
     *,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
 ) -> tuple[Progress, list[str]]:
@@ -198,7 +199,7 @@ def restore(
     return progress, notes
 
 
-def read_parameters(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+def read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
     """Puts only the trained parameters of the checkpoint into `parameters`."""
     read_state(path)
     _read_into(path, parameters)
@@ -355,7 +356,7 @@ def _prune(directory: Path, keep: int, best_step: int | None) -> None:
 # --- optimizer and parameters -----------------------------------------------------------------------------------
 
 
-def _read_into(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+def _read_into(path: Path, parameters: Mapping[str, Tensor]) -> None:
     tensors = _load(path / "adapter.safetensors")
     wrong = [f"{name}: not in the run" for name in sorted(tensors.keys() - parameters.keys())]
     wrong += [f"{name}: not in the checkpoint" for name in sorted(parameters.keys() - tensors.keys())]
@@ -375,7 +376,7 @@ def _read_into(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def _optimizer_out(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's tensors by "<parameter>|<entry>", and its scalars and groups as JSON values."""
     names = {id(p): name for name, p in parameters.items()}
@@ -398,7 +399,7 @@ def _optimizer_out(
 
 def _optimizer_in(
     optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
     scalars: Mapping[str, Any],
 ) -> None:

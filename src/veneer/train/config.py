@@ -5,8 +5,9 @@
     sources["optimizer.learning_rate"]      override `optimizer.learning_rate=5e-4`
     sources["adapter.rank"]                 default (enough for thousands of rows; 2 x alpha keeps the scale at 2)
 
-A misspelt key, a value of the wrong kind and an impossible combination are one ConfigError that lists
-them all. Paths in the file are relative to the file's folder, paths in overrides to the current folder.
+A configuration with `data.pictures` is one for pictures (image_schema.ImageTrainConfig), any other one for text. A
+misspelt key, a value of the wrong kind and an impossible combination are one ConfigError that lists them all. Paths in
+the file are relative to the file's folder, paths in overrides to the current folder.
 Does not know models, data or torch.
 """
 
@@ -17,7 +18,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,33 +26,51 @@ from typing import Any, Literal
 import pydantic
 
 from veneer.errors import ConfigError, nearest
-from veneer.train.schema import SECTIONS, TrainConfig, keys, layer_indices, why
+from veneer.train.image_checks import IMAGE_PATHS, image_checks
+from veneer.train.image_schema import ImageTrainConfig
+from veneer.train.presets import PRESETS
+from veneer.train.schema import PairsSection, ScheduleSection, TrainConfig, keys, layer_indices, sections, why
 from veneer.train.yaml_lines import parse, parse_value
 
-__all__ = ["Source", "TrainConfig", "config_from", "load_config"]
+__all__ = ["Config", "ImageTrainConfig", "Source", "TrainConfig", "config_from", "load_config"]
+
+Config = TrainConfig | ImageTrainConfig
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value came from. `where`: file:line or the override's text. `why`: the reason for a default."""
+    """Where a value came from. `where`: file:line, the override's text, or the preset. `why`: the reason for it."""
 
-    kind: Literal["file", "override", "default"]
+    kind: Literal["file", "override", "preset", "default"]
     where: str = ""
     why: str = ""
 
     def __str__(self) -> str:
-        return {"file": self.where, "override": f"override `{self.where}`", "default": "default"}[self.kind] + (
-            f" ({self.why})" if self.why else ""
-        )
+        said = {"file": self.where, "override": f"override `{self.where}`", "preset": f"from preset {self.where}"}
+        return said.get(self.kind, "default") + (f" ({self.why})" if self.why else "")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One kind of configuration. `page`: its reference. `paths`: keys that hold paths. `checks`: (wrong, text)."""
+
+    config: type[TrainConfig] | type[ImageTrainConfig]
+    page: str
+    paths: frozenset[str]
+    checks: Callable[[Any, Mapping[str, Source]], list[tuple[bool, str]]]
+
+    @property
+    def sections(self) -> Mapping[str, Any]:
+        return sections(self.config)
 
 
 _SHORT = {"base": "name", "output": "directory"}
 
 
-def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> tuple[TrainConfig, dict[str, Source]]:
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> tuple[Config, dict[str, Source]]:
     """Read a YAML file and apply `section.key=value` overrides (values read as YAML).
 
-    Returns the configuration and the source of each value under its `section.key`.
+    Returns the configuration, for text or for pictures, and the source of each value under its `section.key`.
     Raises ConfigError naming the file and line, the override, and what to write instead."""
     file = Path(path)
     try:
@@ -76,8 +95,10 @@ def config_from(
     *,
     file: Path | None = None,
     lines: Mapping[tuple[str, ...], int] | None = None,
-) -> tuple[TrainConfig, dict[str, Source]]:
+) -> tuple[Config, dict[str, Source]]:
     """`load_config` for values already in hand: {"base": "smollm2-135m", "data": {"train": …}, "output": …}."""
+    overrides = list(overrides)
+    form = _form(values, overrides)
     raw: dict[str, Any] = {}
     given: dict[str, Source] = {}
     problems: list[str] = []
@@ -92,19 +113,39 @@ def config_from(
             at = (lines or {}).get((section, key), line)
             name = f"{section}.{key}" if key else section
             given[name] = Source("file", f"{file or 'given values'}" + (f":{at}" if at else ""))
-            if section in SECTIONS and isinstance(raw[section], dict):
-                raw[section][key] = _absolute(name, raw[section][key], file.parent if file else here)
+            if section in form.sections and isinstance(raw[section], dict):
+                raw[section][key] = _absolute(form, name, raw[section][key], file.parent if file else here)
     for override in overrides:
-        _override(raw, given, override, problems, here)
-    config = _validate(raw, given, problems)
-    sources = {name: given.get(name) or Source("default", why=why(f)) for name, f in keys()}
-    problems = _cross_checks(config, given)
-    if problems:
-        _raise(problems)
+        _override(form, raw, given, override, problems, here)
+    _preset(raw, given)
+    config = _validate(form, raw, given, problems)
+    sources = {name: given.get(name) or Source("default", why=why(f)) for name, f in keys(form.config)}
+    if problems := [text for wrong, text in form.checks(config, given) if wrong]:
+        _raise(problems, form)
     return config, sources
 
 
-def _override(raw: dict[str, Any], given: dict[str, Source], override: str, problems: list[str], folder: Path) -> None:
+def _form(values: Mapping[str, Any], overrides: Iterable[str]) -> _Form:
+    """Pictures where `data.pictures` is given, text elsewhere."""
+    data = values.get("data")
+    named = isinstance(data, Mapping) and "pictures" in data
+    return _PICTURES if named or any(o.startswith("data.pictures=") for o in overrides) else _TEXT
+
+
+def _preset(raw: dict[str, Any], given: dict[str, Source]) -> None:
+    """Fills in what the preset says and nobody has given."""
+    name = raw.get("preset")
+    for key, (value, because) in PRESETS[name].settings.items() if isinstance(name, str) and name in PRESETS else ():
+        section, _, leaf = key.partition(".")
+        held = raw[section] = {} if raw.get(section) is None else raw[section]
+        if key not in given and isinstance(held, dict):
+            held[leaf] = value
+            given[key] = Source("preset", str(name), because)
+
+
+def _override(
+    form: _Form, raw: dict[str, Any], given: dict[str, Source], override: str, problems: list[str], folder: Path
+) -> None:
     name, equals, text = override.partition("=")
     name = name.strip()
     if not equals or not name:
@@ -115,14 +156,13 @@ def _override(raw: dict[str, Any], given: dict[str, Source], override: str, prob
         name = f"{name}.{_SHORT[name]}"
     section, _, rest = name.partition(".")
     key, _, inner = rest.partition(".")
-    if section not in SECTIONS:
+    if section not in form.sections:
         raw[section] = {rest: value} if rest else value
         given[name] = Source("override", override)
         return
     if not rest:
-        problems.append(
-            f"`{override}`: `{section}` is a section; write {section}.KEY={text} with one of {_known(section)}"
-        )
+        known = ", ".join(form.sections[section].model_fields)
+        problems.append(f"`{override}`: `{section}` is a section; write {section}.KEY={text} with one of {known}")
         return
     held = raw.setdefault(section, {})
     if not isinstance(held, dict):
@@ -131,23 +171,23 @@ def _override(raw: dict[str, Any], given: dict[str, Source], override: str, prob
         entries = held.get(key)
         held[key] = {**(entries if isinstance(entries, Mapping) else {}), inner: value}
     else:
-        held[key] = _absolute(f"{section}.{key}", value, folder)
+        held[key] = _absolute(form, f"{section}.{key}", value, folder)
     given[f"{section}.{key}"] = Source("override", override)
 
 
-def _validate(raw: dict[str, Any], given: Mapping[str, Source], problems: list[str]) -> TrainConfig:
+def _validate(form: _Form, raw: dict[str, Any], given: Mapping[str, Source], problems: list[str]) -> Config:
     for name in ("base", "data", "output"):
         raw.setdefault(name, {})
     for name, value in list(raw.items()):  # `adapter:` with nothing under it, as when all its keys are commented out
-        if value is None and name in SECTIONS:
+        if value is None and name in form.sections:
             raw[name] = {}
     try:
         # Through JSON: strict for kinds ("16" is no number, true is no 1), while lists may fill tuples.
-        config = TrainConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
+        config = form.config.model_validate_json(json.dumps(raw, default=str), strict=True)
     except pydantic.ValidationError as error:
-        _raise(problems + _explain(error, given))
+        _raise(problems + _explain(form, error, given), form)
     if problems:
-        _raise(problems)
+        _raise(problems, form)
     return config
 
 
@@ -166,20 +206,23 @@ _EXPECTED = {
 }
 
 
-def _explain(error: pydantic.ValidationError, given: Mapping[str, Source]) -> list[str]:
+def _explain(form: _Form, error: pydantic.ValidationError, given: Mapping[str, Source]) -> list[str]:
     """One line per key: what was expected, what was found, and where; a union's alternatives are joined."""
     wanted: dict[str, list[str]] = {}
     found: dict[str, str] = {}
     lines: list[str] = []
+    described = dict(keys(form.config))
     for e in error.errors():
         loc = [str(part) for part in e["loc"]]
-        name = ".".join(loc[:2]) if loc[0] in SECTIONS else loc[0]
+        name = ".".join(loc[:2]) if loc[0] in form.sections else loc[0]
         at = given.get(name) or given.get(loc[0])
         suffix = f" ({at})" if at else ""
         if e["type"] == "extra_forbidden":
-            lines.append(_unknown(loc) + suffix)
+            lines.append(_unknown(form, loc) + suffix)
         elif e["type"] == "missing":
-            lines.append(f"`{name}` is required: {_describe(name)}")
+            lines.append(f"`{name}` is required: {described[name].description or ''}")
+        elif e["type"] == "value_error":  # a sentence of a validator of ours
+            lines.append(f"`{name}`: {str(e['msg']).removeprefix('Value error, ')}{suffix}")
         else:
             context = e.get("ctx") or {}
             want = _EXPECTED.get(e["type"])
@@ -192,12 +235,12 @@ def _explain(error: pydantic.ValidationError, given: Mapping[str, Source]) -> li
     return lines
 
 
-def _unknown(loc: list[str]) -> str:
+def _unknown(form: _Form, loc: list[str]) -> str:
     name, last = ".".join(loc), loc[-1]
-    own = list(SECTIONS[loc[0]].model_fields) if len(loc) > 1 else list(TrainConfig.model_fields)
+    own = list(form.sections[loc[0]].model_fields) if len(loc) > 1 else list(form.config.model_fields)
     prefix = f"{loc[0]}." if len(loc) > 1 else ""
     candidates = {f"{prefix}{key}": _likeness(last, key) + 0.1 for key in own}
-    for other, _ in keys():  # the right key in the wrong place
+    for other, _ in keys(form.config):  # the right key in the wrong place
         candidates.setdefault(other, _likeness(last, other.rpartition(".")[2]))
     best = max(candidates, key=lambda c: candidates[c])
     hint = f"did you mean `{best}`?" if candidates[best] >= 0.6 else f"known here: {', '.join(own)}"
@@ -208,10 +251,13 @@ def _likeness(a: str, b: str) -> float:
     return difflib.SequenceMatcher(None, a, b).ratio()
 
 
-def _cross_checks(config: TrainConfig, given: Mapping[str, Source]) -> list[str]:
+def _text_checks(config: TrainConfig, given: Mapping[str, Source]) -> list[tuple[bool, str]]:
     """Combinations that cannot be meant, all of them."""
-    checks = (*_data_checks(config), *_batching_checks(config, given), *_run_checks(config))
-    return [text for wrong, text in checks if wrong]
+    return [*_data_checks(config), *_batching_checks(config, given), *_run_checks(config)]
+
+
+def _picture_checks(config: ImageTrainConfig, given: Mapping[str, Source]) -> list[tuple[bool, str]]:
+    return [*image_checks(config, given), *_run_checks(config)]
 
 
 def _data_checks(config: TrainConfig) -> list[tuple[bool, str]]:
@@ -256,8 +302,10 @@ def _batching_checks(config: TrainConfig, given: Mapping[str, Source]) -> list[t
     ]
 
 
-def _run_checks(config: TrainConfig) -> list[tuple[bool, str]]:
-    schedule, opt, adapter, warm = config.schedule, config.optimizer, config.adapter, config.schedule.warmup
+def _run_checks(config: Config) -> list[tuple[bool, str]]:
+    schedule: ScheduleSection = config.schedule
+    adapter: PairsSection = config.adapter
+    opt, warm = config.optimizer, schedule.warmup
     every = [("evaluation", config.evaluation.every), ("checkpoint", config.checkpoint.every)]
     return [
         (
@@ -304,30 +352,23 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w\[\]:%+-]+)?")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
-def _absolute(name: str, value: Any, folder: Path) -> Any:
+def _absolute(form: _Form, name: str, value: Any, folder: Path) -> Any:
     """`value` with relative paths resolved against `folder`, for the keys that hold paths; hub ids stay as they are."""
-    if isinstance(value, list | tuple) and name in ("data.train", "data.validation"):
-        return [_absolute(name, v, folder) for v in value]
+    if isinstance(value, list | tuple) and name in form.paths:
+        return [_absolute(form, name, v, folder) for v in value]
     if not isinstance(value, str) or value.startswith("hub:"):
         return value
     path = os.path.expanduser(value)
     resolved = os.path.normpath(folder.resolve() / path)
-    if name in ("data.train", "data.validation"):
+    if form is _TEXT and name in form.paths:
         hub = _HUB.fullmatch(value) and not value.endswith(_SUFFIXES) and not glob.glob(resolved)
         return f"hub:{value}" if hub else resolved
-    if name == "output.directory" or (name == "data.chat_template" and value not in ("auto", "none")):
+    words = {"data.chat_template": ("auto", "none"), "data.masks": ("auto", "off", "alpha")}
+    if name == "output.directory" or ((name in form.paths or name in words) and value not in words.get(name, ())):
         return resolved
     if name == "base.name" and (value.startswith((".", "~")) or os.path.exists(resolved)):
         return resolved
     return value
-
-
-def _describe(name: str) -> str:
-    return dict(keys())[name].description or ""
-
-
-def _known(section: str) -> str:
-    return ", ".join(SECTIONS[section].model_fields)
 
 
 def _found(value: Any) -> str:
@@ -342,8 +383,13 @@ def _found(value: Any) -> str:
     )
 
 
-def _raise(problems: list[str]) -> Any:
+def _raise(problems: list[str], form: _Form) -> Any:
+    fix = f"docs/reference/{form.page} lists every key"
     if len(problems) == 1:
-        raise ConfigError(problems[0], fix="docs/reference/config.md lists every key")
+        raise ConfigError(problems[0], fix=fix)
     listed = "\n".join(f"  - {p}" for p in problems)
-    raise ConfigError(f"{len(problems)} things are wrong:\n{listed}", fix="docs/reference/config.md lists every key")
+    raise ConfigError(f"{len(problems)} things are wrong:\n{listed}", fix=fix)
+
+
+_TEXT = _Form(TrainConfig, "config.md", frozenset({"data.train", "data.validation"}), _text_checks)
+_PICTURES = _Form(ImageTrainConfig, "image-config.md", IMAGE_PATHS, _picture_checks)

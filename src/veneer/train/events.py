@@ -18,6 +18,7 @@ __all__ = [
     "Note",
     "Probed",
     "Resolved",
+    "Sampled",
     "Saved",
     "Stepped",
     "Stopped",
@@ -88,16 +89,26 @@ class Stepped(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """The validation rows were scored after `step`. `loss`: nats per trained token. `best`: the lowest until now."""
+    """The validation rows were scored after `step`. `loss`: nats per trained token, or pictures' mean squared error,
+    which has no perplexity. `best`: the lowest until now."""
 
     step: int
     loss: float
-    perplexity: float
+    perplexity: float | None
     rows: int
     trained_tokens: int
     seconds: float
     best: bool
     extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampled(Event):
+    """A sheet of sample pictures was drawn after `step`: a file, and what it shows."""
+
+    step: int
+    path: str
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from veneer.train.config import Config
 from veneer.train.encode import Encoded
 from veneer.train.rows import About, Row
 from veneer.train.schema import TrainConfig
 
-__all__ = ["Base", "Finding", "Level", "Subject", "gigabytes", "share"]
+__all__ = ["Base", "Finding", "Level", "RunSubject", "Subject", "gigabytes", "share"]
 
 
 Level = Literal["stop", "warn", "ok"]
@@ -36,9 +37,27 @@ class Finding:
     fix: str = ""
 
 
-@dataclass
-class Subject:
-    """A run about to start. Checks read it, and leave what they measured in `numbers`."""
+@dataclass(kw_only=True)
+class RunSubject:
+    """A run about to start, whatever its data. Checks read it, and leave what they measured in `numbers`.
+
+    `largest_micro`: in `unit`s (tokens, pictures)."""
+
+    base: Any
+    config: Config
+    resume: bool = False
+    previous: Mapping[str, Any] | None = None
+    free_memory: int | None = None
+    free_disk: int | None = None
+    steps_per_epoch: int = 0
+    largest_micro: int = 0
+    unit: str = "tokens"
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Subject(RunSubject):
+    """A run on text."""
 
     base: Base
     config: TrainConfig
@@ -47,14 +66,7 @@ class Subject:
     held_out_rows: Sequence[Row] = ()
     held_out: Encoded | None = None
     about: About | None = None
-    resume: bool = False
-    previous: Mapping[str, Any] | None = None
-    free_memory: int | None = None
-    free_disk: int | None = None
-    steps_per_epoch: int = 0
-    largest_micro: int = 0
     longest: int = 0
-    numbers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def stop_ids(self) -> set[int]:

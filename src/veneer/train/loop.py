@@ -3,9 +3,10 @@
     gradient of a step = ∇ Σ NLL over all its micro-batches / Σ trained tokens of the step
 
 so k micro-batches equal one large batch, however the trained tokens fall. `loss(batch)` returns Σ NLL as a scalar
-tensor. After the step: clip by the global norm, set the schedule's rate, step the optimizer, tell the listeners,
-evaluate and save when due. A run is a function of (parameters, steps, settings, random state), so that a state saved
-after step k and restored goes on bit for bit.
+tensor. For pictures a "token" is a picture, and Σ NLL is the sum of their squared errors. After the step: clip by the
+global norm, set the schedule's rate, step the optimizer, tell the listeners, evaluate and save when due. A run is a
+function of (parameters, steps, settings, random state), so that a state saved after step k and restored goes on bit for
+bit.
 """
 
 from __future__ import annotations
@@ -36,16 +37,20 @@ Loss = Callable[[Any], Tensor]
 """batch -> Σ NLL in nats over the batch's trained tokens, a scalar with a graph."""
 
 _RECENT = 20
+_LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
 
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch that is made when its turn comes. `rows`: where it comes from, for messages."""
+    """A micro-batch that is made when its turn comes. `rows`: where it comes from, for messages. `size`: what it needs
+    of memory, in any unit that is the same for the whole run; its tokens where it is not given."""
 
     tokens: int
     trained: int
     rows: tuple[int | str, ...]
     make: Callable[[], Any]
+    unit: str = "tokens"
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found: Σ NLL over `trained` tokens of `rows` rows. `extra`: further numbers for the log."""
+    """What an evaluation found: Σ NLL over `trained` tokens of `rows` rows. `extra`: further numbers for the log.
+    `likelihood`: false for a sum of squared errors, which has no perplexity."""
 
     nll: float
     trained: int
     rows: int
     extra: dict[str, float] = field(default_factory=dict)
+    likelihood: bool = True
 
     @property
     def loss(self) -> float:
@@ -104,6 +111,7 @@ class _Run:
     tell: Listener
     interrupted: Callable[[], bool]
     steps: Sequence[Step]
+    after: Callable[[int], None] | None
 
 
 def train(
@@ -121,13 +129,15 @@ def train(
     save_at: Collection[int] = (),
     progress: Progress | None = None,
     on_event: Listener = lambda event: None,
+    after: Callable[[int], None] | None = None,
 ) -> Progress:
     """Runs the steps after `progress.step` and returns how far the run is.
 
     `evaluate(interrupted)` scores the validation rows; it may return None as soon as `interrupted()` is true. It is
     called after the steps in `evaluate_at` (0: before the first one) and after the last one. `patience`: stop after so
     many evaluations in a row without a new lowest loss; 0 never. `save(progress)` writes a checkpoint: after the
-    steps in `save_at`, at each new lowest validation loss, and at the end.
+    steps in `save_at`, at each new lowest validation loss, and at the end. `after(step)`: called when a step is done,
+    before it is evaluated or saved (moving averages, sample sheets).
 
     Ctrl-C or SIGTERM (the first; a second one kills): the step that is under way is dropped, the random state put
     back to its beginning, the state saved, and Interrupted raised. Raises TrainingError naming step and rows when a
@@ -137,7 +147,7 @@ def train(
     with _signals() as interrupted:
         run = _Run(
             parameters, loss, optimizer, schedule, clip, evaluate, evaluate_at, patience, save, save_at, progress,
-            on_event, interrupted, steps,
+            on_event, interrupted, steps, after,
         )  # fmt: skip
         _evaluate_if_due(run)
         while progress.step < len(steps) and not progress.stopped:
@@ -191,6 +201,8 @@ def _one_step(run: _Run, step: Step) -> None:
             memory_bytes=peak_memory_bytes(),
         )
     )  # fmt: skip
+    if run.after is not None:
+        run.after(number)
 
 
 def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micro], progress: Progress) -> None:
@@ -234,8 +246,9 @@ def _evaluate_if_due(run: _Run) -> bool:
         progress.waited += 1
     run.tell(
         Evaluated(
-            step=progress.step, loss=score.loss, perplexity=score.perplexity, rows=score.rows,
-            trained_tokens=score.trained, seconds=time.perf_counter() - began, best=improved, extra=score.extra,
+            step=progress.step, loss=score.loss, perplexity=score.perplexity if score.likelihood else None,
+            rows=score.rows, trained_tokens=score.trained, seconds=time.perf_counter() - began, best=improved,
+            extra=score.extra,
         )
     )  # fmt: skip
     return improved
@@ -265,7 +278,7 @@ def probe(
     Raises ResourceError when the memory does not suffice, PreflightError when the loss is not finite or no parameter
     gets a gradient.
     """
-    longest = max(step_micros, key=lambda micro: (micro.tokens, micro.trained))
+    longest = max(step_micros, key=lambda m: (m.tokens if m.size is None else m.size, m.trained))
     before, began = rng_state(), time.perf_counter()
     try:
         with memory_errors(longest):
@@ -305,9 +318,9 @@ def memory_errors(micro: Micro) -> Iterator[None]:
         if not known and "can't allocate memory" not in text and "out of memory" not in text.lower():
             raise
         raise ResourceError(
-            f"out of memory on a batch of {micro.tokens} tokens",
+            f"out of memory on a batch of {micro.tokens} {micro.unit}",
             where=f"rows {_some(micro.rows)}",
-            fix="lower data.max_length or batching.micro_rows, or set memory.activation_checkpointing=on",
+            fix=f"lower {_LENGTHS[micro.unit]} or batching.micro_rows, or set memory.activation_checkpointing=on",
         ) from error
 
 

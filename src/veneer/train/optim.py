@@ -55,9 +55,11 @@ def make_optimizer(
     loraplus_ratio: float = 1.0,
     eps: float | None = None,
     momentum: float = 0.0,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over named parameters, in up to four groups.
+    """The optimizer over named parameters, in up to four groups for each learning rate.
 
+    `rates`: start of a name -> the learning rate of such parameters, in place of `learning_rate`.
     Parameters whose name ends in `.B` learn at `loraplus_ratio · learning_rate`. Vectors (DoRA's magnitude, biases)
     get no weight decay. Each group carries `base_lr`, which the loop multiplies by the schedule's factor.
 
@@ -79,7 +81,7 @@ def make_optimizer(
         )
     if loraplus_ratio <= 0:
         raise ConfigError(f"loraplus_ratio is {loraplus_ratio}, not above 0", where="optimizer.loraplus_ratio")
-    groups = _groups(parameters, learning_rate, weight_decay, loraplus_ratio)
+    groups = _groups(parameters, learning_rate, weight_decay, loraplus_ratio, rates or {})
     options: dict[str, Any] = {"lr": learning_rate}
     if name in _TAKES_BETAS:
         options["betas"] = tuple(betas)
@@ -94,16 +96,22 @@ def make_optimizer(
 
 
 def _groups(
-    parameters: Mapping[str, nn.Parameter], learning_rate: float, weight_decay: float, ratio: float
+    parameters: Mapping[str, nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    ratio: float,
+    rates: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    members: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
+    members: dict[tuple[float, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in parameters.items():
+        rate = next((own for start, own in rates.items() if name.startswith(start)), learning_rate)
         faster = ratio != 1.0 and name.rsplit(".", 1)[-1] == "B"
         decays = weight_decay > 0 and parameter.ndim >= 2
-        members.setdefault((faster, decays), []).append((name, parameter))
+        # Minus: the first group is the fastest, whose rate is shown.
+        members.setdefault((-rate, faster, decays), []).append((name, parameter))
     groups = []
-    for (faster, decays), named in sorted(members.items(), key=lambda item: item[0]):
-        lr = learning_rate * (ratio if faster else 1.0)
+    for (rate, faster, decays), named in sorted(members.items(), key=lambda item: item[0]):
+        lr = -rate * (ratio if faster else 1.0)
         groups.append(
             {
                 "params": [parameter for _, parameter in named],

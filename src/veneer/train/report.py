@@ -22,6 +22,7 @@ from veneer.train.events import (
     Note,
     Probed,
     Resolved,
+    Sampled,
     Saved,
     Stepped,
     Stopped,
@@ -108,7 +109,10 @@ class TensorBoardLog:
                 },
             )
         elif isinstance(event, Evaluated):
-            self._add(event.step, {"validation/loss": event.loss, "validation/perplexity": event.perplexity})
+            values = {"validation/loss": event.loss}
+            if event.perplexity is not None:
+                values["validation/perplexity"] = event.perplexity
+            self._add(event.step, values)
 
     def _add(self, step: int, values: dict[str, float]) -> None:
         if self._writer is None:
@@ -123,11 +127,14 @@ class TensorBoardLog:
 
 
 class ConsoleView:
-    """Shows a run in a terminal; elsewhere (a pipe, a CI log) prints a line every so often instead of a bar."""
+    """Shows a run in a terminal; elsewhere (a pipe, a CI log) prints a line every so often instead of a bar.
 
-    def __init__(self, console: Console | None = None) -> None:
+    `unit`: what is counted, tokens or pictures."""
+
+    def __init__(self, console: Console | None = None, *, unit: str = "tokens") -> None:
         from rich.console import Console
 
+        self.unit = unit
         self.console = console if console is not None else Console(stderr=True, highlight=False)
         self._bar: Bar | None = None
         self._task: Any = None
@@ -149,7 +156,7 @@ class ConsoleView:
                 self.console.print(event.text, markup=False, soft_wrap=True)
             case Probed():
                 self.console.print(
-                    f"longest batch, {event.tokens:,} tokens, run first: {event.seconds:.1f} s, "
+                    f"longest batch, {event.tokens:,} {self.unit}, run first: {event.seconds:.1f} s, "
                     f"peak memory {size(event.peak_memory_bytes)}",
                     markup=False,
                     soft_wrap=True,
@@ -158,12 +165,15 @@ class ConsoleView:
                 self._step(event)
             case Evaluated():
                 mark = "  (best so far)" if event.best else "  (before training)" if event.step == 0 else ""
+                perplexity = "" if event.perplexity is None else f", perplexity {event.perplexity:.3f}"
+                rows = "rows" if event.perplexity is not None else "pictures"
                 self.console.print(
-                    f"step {event.step}: validation loss {event.loss:.4f}, perplexity {event.perplexity:.3f} "
-                    f"on {event.rows} rows{mark}",
+                    f"step {event.step}: validation loss {event.loss:.4f}{perplexity} on {event.rows} {rows}{mark}",
                     markup=False,
                     soft_wrap=True,
                 )
+            case Sampled():
+                self.console.print(f"step {event.step}: samples in {event.path}", markup=False, soft_wrap=True)
             case Saved():
                 pass
             case Stopped():
@@ -203,7 +213,7 @@ class ConsoleView:
             if event.step == 1 or event.step == event.steps or event.step - self._shown >= every:
                 self._shown = event.step
                 self.console.print(
-                    f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {speed:,.0f} tokens/s  "
+                    f"step {event.step}/{event.steps}  loss {event.loss:.4f}  {self._speed(speed)}  "
                     f"memory {size(event.memory_bytes)}  {duration(left)} left",
                     markup=False,
                     soft_wrap=True,
@@ -213,9 +223,12 @@ class ConsoleView:
             self._start(event)
         assert self._bar is not None
         self._bar.update(
-            self._task, completed=event.step, loss=f"{event.loss:.4f}", speed=f"{speed:,.0f}",
+            self._task, completed=event.step, loss=f"{event.loss:.4f}", speed=self._speed(speed),
             memory=size(event.memory_bytes), left=duration(left),
         )  # fmt: skip
+
+    def _speed(self, per_second: float) -> str:
+        return f"{per_second:,.0f} {self.unit}/s" if per_second >= 10 else f"{per_second:.2f} {self.unit}/s"
 
     def _start(self, event: Stepped) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -223,7 +236,7 @@ class ConsoleView:
 
         self._bar = Bar(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[speed]} tokens/s"), TextColumn("{task.fields[memory]}"),
+            TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[memory]}"),
             TextColumn("{task.fields[left]} left"), console=self.console,
         )  # fmt: skip
         self._bar.start()

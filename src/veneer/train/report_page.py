@@ -37,7 +37,8 @@ class Series:
 class Page:
     """What the page shows. `records`: the run's log. `cards`: headline numbers as (label, value, note).
     `settings`: (section, [(key, value, source, is a default)]). `checks`: a preflight report as JSON values.
-    `examples`: rows with what base and adapter answer. `usage`: (title, commands)."""
+    `usage`: (title, commands). `unit`: what is counted, tokens or pictures. `loss`: the loss in words. `sheets`:
+    (title, picture as a data address), in the order of the run."""
 
     title: str
     subtitle: str = ""
@@ -49,6 +50,9 @@ class Page:
     facts: list[tuple[str, str]] = field(default_factory=list)
     usage: list[tuple[str, str]] = field(default_factory=list)
     files: list[tuple[str, str, str]] = field(default_factory=list)
+    unit: str = "tokens"
+    loss: str = "Loss, nats per trained token"
+    sheets: list[tuple[str, str]] = field(default_factory=list)
 
 
 def write_page(path: Path, page: Page) -> None:
@@ -68,13 +72,15 @@ def render_page(page: Page) -> str:
     steps = [r for r in page.records if r.get("event") == "stepped"]
     scores = [r for r in page.records if r.get("event") == "evaluated"]
     notes = [r["text"] for r in page.records if r.get("event") == "note"]
-    charts = [(title, Markup(svg), legend) for title, svg, legend in _charts(steps, scores)]
+    charts = [(title, Markup(svg), legend) for title, svg, legend in _charts(steps, scores, page)]
     return env.get_template("report.html.j2").render(
         page=page, charts=charts, scores=scores, notes=notes, sections=_sections(page), numbers=_numbers(page.checks)
     )
 
 
-def _charts(steps: list[dict[str, Any]], scores: list[dict[str, Any]]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+def _charts(
+    steps: list[dict[str, Any]], scores: list[dict[str, Any]], page: Page
+) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """(title, SVG, legend) of each chart; the loss chart first."""
     if not steps:
         return []
@@ -86,11 +92,11 @@ def _charts(steps: list[dict[str, Any]], scores: list[dict[str, Any]]) -> list[t
     if scores:
         series.append(Series("validation", [(float(r["step"]), float(r["loss"])) for r in scores], "dots", "b"))
     best = [(float(r["step"]), float(r["loss"])) for r in scores if r.get("best")]
-    out = [("Loss, nats per trained token", series, best[-1] if best else None)]
+    out = [(page.loss, series, best[-1] if best else None)]
     for title, key in (
         ("Learning rate", "learning_rate"),
         ("Gradient norm, before clipping", "gradient_norm"),
-        ("Tokens per second", "tokens_per_second"),
+        (f"{page.unit.capitalize()} per second", "tokens_per_second"),
         ("Peak memory, GB", "memory_bytes"),
     ):
         scale = 1e-9 if key == "memory_bytes" else 1.0

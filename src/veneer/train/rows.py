@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from veneer.errors import DataError, nearest
 from veneer.train.read_files import Record, read_records
@@ -149,7 +149,17 @@ def read_rows(
     return rows, About(chosen, why, len(rows), files, unused, len(rows) - len({r.key for r in rows}))
 
 
-def split_rows(rows: Sequence[Row], split: int | float | None, *, seed: int) -> tuple[list[Row], list[Row]]:
+class Keyed(Protocol):
+    """What can be held out: a row or a picture. `key` is a hash of all it teaches."""
+
+    @property
+    def key(self) -> str: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=Keyed)
+
+
+def split_rows(rows: Sequence[AnyRow], split: int | float | None, *, seed: int) -> tuple[list[AnyRow], list[AnyRow]]:
     """(train, held out). `split`: rows (int), share (float), or None for 5% but at most 500 rows.
 
     Chosen by a seeded hash of each row's content: the order of the file does not matter, and identical rows never

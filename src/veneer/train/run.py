@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from veneer.core.attach import Attachment, attach
@@ -35,49 +34,26 @@ from veneer.train.encode import Encoded, Example, encode
 from veneer.train.evaluate import score_examples
 from veneer.train.events import Checked, Event, Listener, Note, Resolved, fan_out
 from veneer.train.loop import Micro, Score, Step
-from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.preflight import Report, preflight
-from veneer.train.report import ConsoleView, JsonLog
+from veneer.train.report import ConsoleView
 from veneer.train.rows import About, Row, data_digest, read_rows, split_rows
+from veneer.train.running import NAME, Outcome, Running, resolved, seed_all
 from veneer.train.save import prove, save_adapter, write_report
-from veneer.train.schema import TrainConfig, keys, why
+from veneer.train.schema import TrainConfig
 
 if TYPE_CHECKING:
     from veneer.models.text import TextBase
 
 __all__ = ["RunResult", "planned_steps", "train_text"]
 
-NAME = "run"
-"""The adapter's name on the base while it trains."""
-
 
 @dataclass
-class RunResult:
-    """What a run came to. `loss`: nats per trained token over the last 20 steps. `validation`: of the adapter that was
-    kept, None without held-out rows; `validation_before`: of the base. `tokens_per_second`: training alone."""
+class RunResult(Outcome):
+    """What a run on text came to. `loss`, `validation`: nats per trained token. `tokens_per_second`: training alone."""
 
-    adapter: str = ""
-    digest: str = ""
-    steps: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     tokens_per_second: float = 0.0
-    peak_memory_bytes: int = 0
-    loss: float | None = None
-    validation: float | None = None
-    validation_before: float | None = None
-    kept_step: int = 0
-    stopped: str = ""
-    report: str = ""
-    dry_run: bool = False
-    preflight: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The object of `--json`; the preflight's findings only for a dry run, where there is nothing else."""
-        values = asdict(self)
-        if not self.dry_run:
-            del values["preflight"]
-        return values
 
 
 @dataclass
@@ -129,13 +105,13 @@ def train_text(
             tell(Note(f"there is no checkpoint in {folder}: the run starts from its beginning"))
         report = _preflight(config, base, data, resume, newest)
         recompute, reason = _recompute(config, report)
-        settings = _resolved(config, base, data, recompute, reason, sources)
+        settings = resolved(config, sources, _settled(config, base, data, recompute, reason))
         tell(settings)
         tell(Checked(report.text(), report.to_dict(), report.markup()))
         report.raise_if_stopped()
         with _attached(config, base, recompute, tell) as attachment:
             run = _Run(config, base, data, attachment, folder, report, settings, tell, early)
-            return run.dry() if dry_run else run.train(newest, resume)
+            return run.dry() if dry_run else run.train(newest)
     except Interrupted as error:
         fix = "go on with the same command and --resume (in Python: resume=True)"
         raise Interrupted(error.what, where=str(folder / "checkpoints"), fix=fix) from None
@@ -164,51 +140,27 @@ class _Run:
         return text_loss(self.base.model, batch.input_ids.to(device), batch.lengths, batch.trained.to(device))
 
     def dry(self) -> RunResult:
-        steps, _ = planned_steps(self.data.encoded.examples, self.config, self.data.rows)
-        self._probe(steps)
+        running = self._running()
+        running.probe()
+        steps = running.steps
         return RunResult(
             steps=len(steps), tokens=sum(s.tokens for s in steps), trained_tokens=sum(s.trained for s in steps),
             peak_memory_bytes=loop.peak_memory_bytes(), dry_run=True, preflight=self.report.to_dict(),
         )  # fmt: skip
 
-    def train(self, newest: Path | None, resume: bool) -> RunResult:
-        config, folder = self.config, self.folder
-        parameters = self.attachment.parameters(NAME)
+    def train(self, newest: Path | None) -> RunResult:
+        running = self._running()
+        return running.train(newest, lambda progress, tell: self._finish(running, progress, tell))
+
+    def _running(self) -> Running:
+        config = self.config
         steps, ends = planned_steps(self.data.encoded.examples, config, self.data.rows)
-        optimizer = _optimizer(parameters, config)
-        identity = _identity(config, self.base, self.data, len(steps))
-        progress = Progress()
-        if newest is not None:
-            progress, notes = checkpoint.restore(
-                newest, parameters=parameters, optimizer=optimizer, identity=identity
-            )  # fmt: skip
-            self.tell(Note(f"resuming after step {progress.step} of {len(steps)}"))
-            for note in notes:
-                self.tell(Note(note))
-        self._probe(steps)
-        folder.mkdir(parents=True, exist_ok=True)
-        log = JsonLog(folder / "log.jsonl", progress if newest is not None else None)
-        try:
-            for event in self.early:
-                log(event)
-            examples = self.data.held_out(config.evaluation.rows)
-            progress = loop.train(
-                parameters, steps, self.loss, optimizer,
-                Schedule.of(config.schedule.name, len(steps), config.schedule.warmup, config.schedule.floor),
-                clip=config.optimizer.clip,
-                evaluate=self._scorer(examples) if examples else None,
-                evaluate_at=_due(config.evaluation.every, ends, len(steps), start=config.evaluation.at_start),
-                patience=config.evaluation.patience or 0,
-                save=lambda p: checkpoint.save(
-                    folder / "checkpoints", parameters=parameters, optimizer=optimizer, progress=p, identity=identity,
-                    keep=config.checkpoint.keep, about={"recipe": config.recipe()},
-                ),
-                save_at=_due(config.checkpoint.every, ends, len(steps), start=False),
-                progress=progress, on_event=fan_out(self.tell, log),
-            )  # fmt: skip
-            return self._finish(progress, parameters, fan_out(self.tell, log))
-        finally:
-            log.close()
+        examples = self.data.held_out(config.evaluation.rows)
+        return Running(
+            config, self.folder, self.attachment.parameters(NAME), steps, ends, self.loss,
+            _identity(config, self.base, self.data, len(steps)), self.tell, self.early,
+            evaluate=self._scorer(examples) if examples else None,
+        )  # fmt: skip
 
     def _scorer(self, examples: Sequence[Example]) -> Callable[[Callable[[], bool]], Score | None]:
         def score(interrupted: Callable[[], bool]) -> Score | None:
@@ -219,17 +171,9 @@ class _Run:
 
         return score
 
-    def _probe(self, steps: Sequence[Step]) -> None:
-        micros = [micro for step in steps for micro in step.micros]
-        loop.probe(self.attachment.parameters(NAME), micros, self.loss, self.tell)
-
-    def _finish(self, progress: Progress, parameters: Mapping[str, Any], tell: Listener) -> RunResult:
+    def _finish(self, running: Running, progress: Progress, tell: Listener) -> RunResult:
         """Keeps the best state, saves it, proves the file, and writes the report."""
-        kept, validation = progress.step, progress.last_loss
-        if progress.best_step is not None and progress.best_step != progress.step:
-            kept, validation = progress.best_step, progress.best_loss
-            checkpoint.read_parameters(checkpoint.at_step(self.folder / "checkpoints", kept), parameters)
-            tell(Note(f"kept the adapter of step {kept}, whose validation loss {validation:.4f} is the lowest"))
+        kept, validation = running.keep_best(progress, tell)
         result = RunResult(
             adapter=str(self.folder), steps=progress.step, tokens=progress.tokens,
             trained_tokens=progress.trained_tokens,
@@ -280,12 +224,6 @@ def planned_steps(
     return steps, [end for end in ends if end <= len(steps)]
 
 
-def _due(every: int | str, ends: Sequence[int], steps: int, *, start: bool) -> set[int]:
-    """The steps after which something is due: each `every`-th, or the ends of epochs; 0 with `start`."""
-    after = set(ends) if every == "epoch" else set(range(int(every), steps + 1, int(every)))
-    return after | {0} if start else after
-
-
 def _read(config: TrainConfig, base: TextBase) -> _Data:
     options: dict[str, Any] = {"format": config.data.format, "columns": config.data.columns}
     rows, about = read_rows(config.data.files("train"), limit=config.data.limit, **options)
@@ -320,53 +258,23 @@ def _recompute(config: TrainConfig, report: Report) -> tuple[bool, str]:
     return on, f"about {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; on above 90%"
 
 
-def _resolved(
-    config: TrainConfig, base: TextBase, data: _Data, recompute: bool, reason: str, sources: Mapping[str, Any] | None
-) -> Resolved:
-    """Every setting with its value in this run and where that came from; what was `auto` is said with the reason."""
-    dump = config.model_dump(mode="json")
-    settings: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for name, key in keys():
-        section, _, leaf = name.rpartition(".")
-        value = dump[section][leaf] if section else dump[leaf]
-        default = not key.is_required() and value == _plain(key.default)
-        settings[name] = value
-        origins[name] = str(sources[name]) if sources and name in sources else _origin(default, why(key))
-
-    def settle(name: str, value: Any, because: str) -> None:
-        settings[name] = value
-        origins[name] = f"{origins[name].split(' (')[0]} → {because}"
-
+def _settled(
+    config: TrainConfig, base: TextBase, data: _Data, recompute: bool, reason: str
+) -> Iterator[tuple[str, Any, str]]:
+    """What was `auto` or left open, as it is now, with the reason."""
     if config.base.dtype == "auto":
-        settle("base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason)
+        yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
     if config.base.device == "auto":
-        settle("base.device", str(base.device), "a GPU if there is one")
+        yield "base.device", str(base.device), "a GPU if there is one"
     if config.data.format == "auto":
-        settle("data.format", data.about.format, data.about.why)
+        yield "data.format", data.about.format, data.about.why
     if config.data.split is None and config.data.validation is None:
-        settle("data.split", len(data.held_rows), "5% of the rows, at most 500; none below 20 rows")
+        yield "data.split", len(data.held_rows), "5% of the rows, at most 500; none below 20 rows"
     if config.schedule.epochs is None and config.schedule.steps is None:
-        settle("schedule.epochs", config.epochs, "3 when neither epochs nor steps are given; the best one is kept")
+        because = "3 when neither epochs nor steps are given; the best one is kept"
+        yield "schedule.epochs", config.epochs, because
     if config.memory.activation_checkpointing == "auto":
-        settle("memory.activation_checkpointing", "on" if recompute else "off", reason)
-    return Resolved(settings, origins)
-
-
-def _origin(default: bool, reason: str) -> str:
-    return ("default" + (f" ({reason})" if reason else "")) if default else "given"
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _optimizer(parameters: Mapping[str, Any], config: TrainConfig) -> torch.optim.Optimizer:
-    o = config.optimizer
-    return make_optimizer(
-        parameters, name=o.name, learning_rate=o.learning_rate, betas=o.betas, eps=o.eps, momentum=o.momentum,
-        weight_decay=o.weight_decay, loraplus_ratio=o.loraplus_ratio,
-    )  # fmt: skip
+        yield "memory.activation_checkpointing", "on" if recompute else "off", reason
 
 
 def _identity(config: TrainConfig, base: TextBase, data: _Data, steps: int) -> dict[str, Any]:
@@ -396,8 +304,7 @@ def _attached(config: TrainConfig, base: TextBase, recompute: bool, tell: Listen
     model = base.model
     with ExitStack() as undo:
         attachment = undo.enter_context(attach(model))
-        torch.manual_seed(config.seed)
-        _seed_others(config.seed)
+        seed_all(config.seed)
         attachment.add(NAME, create(model, config.adapter.spec(), seed=config.seed), trainable=True)
         attachment.use(NAME)
         undo.callback(model.train, model.training)
@@ -414,9 +321,3 @@ def _attached(config: TrainConfig, base: TextBase, recompute: bool, tell: Listen
                 ) from error
         tell(Note(undo.enter_context(fast(model)).summary()))
         yield attachment
-
-
-def _seed_others(seed: int) -> None:
-    import random
-
-    random.seed(seed)

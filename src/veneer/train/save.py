@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from veneer.models.text import TextBase
     from veneer.train.run import RunResult
 
-__all__ = ["prove", "save_adapter", "write_report"]
+__all__ = ["known_files", "prove", "report_records", "save_adapter", "today", "write_report"]
 
 _RELOADED = "reloaded"
 
@@ -41,7 +42,7 @@ def prove(attachment: Attachment, name: str, folder: Path, base: TextBase, examp
     Equal bit for bit is expected; only an adapter whose file has another form (PiSSA and OLoRA, written with twice the
     rank) may differ by rounding. Returns the finding as a sentence; raises AdapterError when the logits differ."""
     again = peft.read(folder, base.model)
-    attachment.add(_RELOADED, again)
+    attachment.add(_RELOADED, again, trainable=True)  # on the same path through the layers as the trained one
     try:
         trained, reloaded = (_logits(attachment, which, base, example) for which in (name, _RELOADED))
     finally:
@@ -71,15 +72,11 @@ def _logits(attachment: Attachment, name: str, base: TextBase, example: Example)
 def write_report(folder: Path, result: RunResult, settings: Resolved, base: TextBase, seconds: float) -> str:
     """`report.html` beside the adapter, made from the run's log and its result; returns its path."""
     path = folder / "report.html"
-    # Notes are told again by a resumed run; once is enough on the page.
-    records: list[dict[str, Any]] = []
-    for record in read_log(folder / "log.jsonl"):
-        if record.get("event") != "note" or record not in records:
-            records.append(record)
+    records = report_records(folder)
     numbers = result.preflight.get("numbers", {})
     weights = (folder / peft.TENSOR_FILE).stat().st_size
     page = Page(
-        title=folder.resolve().name, subtitle=f"A LoRA adapter for {base.name}, {_date()}", records=records,
+        title=folder.resolve().name, subtitle=f"A LoRA adapter for {base.name}, {today()}", records=records,
         cards=_cards(result, numbers, weights, seconds), settings=settings.settings, sources=settings.sources,
         checks=result.preflight, facts=_facts(result, folder, base), usage=_usage(folder, base), files=_files(folder),
     )  # fmt: skip
@@ -143,9 +140,16 @@ def _files(folder: Path) -> list[tuple[str, str, str]]:
     known = {
         peft.TENSOR_FILE: "the weights, in PEFT's format",
         peft.CONFIG_FILE: "ranks, scales and modules, in PEFT's format",
+        "log.jsonl": "everything that happened, one JSON object a line",
+    }
+    return known_files(folder, known)
+
+
+def known_files(folder: Path, known: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """(name, size, what it is) of those of the `known` files that are there, and of what every run leaves."""
+    known = dict(known) | {
         "veneer.json": "the card: base, data, recipe, results",
         "README.md": "the same for people",
-        "log.jsonl": "everything that happened, one JSON object a line",
         "report.html": "this page",
     }
     found = [(n, size((folder / n).stat().st_size), what) for n, what in known.items() if (folder / n).is_file()]
@@ -156,6 +160,16 @@ def _files(folder: Path) -> list[tuple[str, str, str]]:
     return found
 
 
-def _date() -> str:
-    today = datetime.date.today()
-    return f"{today.day} {today:%B %Y}"
+def report_records(folder: Path) -> list[dict[str, Any]]:
+    """The run's log. Notes are told again by a resumed run; once is enough on the page."""
+    records: list[dict[str, Any]] = []
+    for record in read_log(folder / "log.jsonl"):
+        if record.get("event") != "note" or record not in records:
+            records.append(record)
+    return records
+
+
+def today() -> str:
+    """24 November 2026."""
+    date = datetime.date.today()
+    return f"{date.day} {date:%B %Y}"

@@ -1,0 +1,182 @@
+"""The base's encoders behind caches, and the loss of a batch over its denoiser.
+
+    encoders.batch(rows)        rows of one shape -> ImageBatch, latents from the cache or made now
+    encoders.text(captions)     -> Conditioning, from the cache, or through text encoders whose adapters train
+    ImageLoss(…)(batch)         Σ over rows of weight · min-SNR weight · mean squared error
+    ImageLoss(…).score(…)       the same on held-out pictures at fixed noise and times
+
+Knows the base's functions (models.image_predict); no loop, no files but the caches'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from veneer.models.image_predict import Conditioning, alphas_cumprod, encode_pictures, encode_prompts, predict
+from veneer.train.image_batches import ImageBatch, PlannedRow
+from veneer.train.image_loss import (
+    Noise,
+    Times,
+    draw,
+    flux_shift,
+    generator,
+    min_snr_weight,
+    noised,
+    quantile_times,
+    row_losses,
+)
+from veneer.train.loop import Score
+from veneer.train.picture_cache import Entry, LatentCache, TextCache
+
+if TYPE_CHECKING:
+    from veneer.models.image import ImageBase
+    from veneer.train.image_schema import ImageTrainConfig
+
+__all__ = ["Encoders", "ImageLoss", "noise_of", "times_of"]
+
+
+class Encoders:
+    """Latents and conditionings of one base. `live`: prompts go through text encoders each time, for they learn."""
+
+    def __init__(self, base: ImageBase, config: ImageTrainConfig, folder: Path | None) -> None:
+        self.base, self.config = base, config
+        self.live = bool(config.adapter.text_encoders)
+        mark = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
+        self.latents = LatentCache(folder and folder / "latents", fingerprint=mark)
+        self.texts = TextCache(folder and folder / "texts", fingerprint=mark)
+
+    def batch(self, rows: Sequence[PlannedRow]) -> ImageBatch:
+        """The batch of rows of one shape."""
+        return ImageBatch.of(rows, [self._latents(row) for row in rows])
+
+    def text(self, captions: Sequence[str]) -> Conditioning:
+        """What the denoiser is told of these captions, on the base's device."""
+        if self.live:
+            return encode_prompts(self.base, captions)
+        return Conditioning.cat([self._text(caption) for caption in captions]).to(self.base.device)
+
+    def fill(self, rows: Sequence[PlannedRow]) -> tuple[int, int]:
+        """Makes everything that these rows will need; (views of pictures, captions)."""
+        views = {(row.picture.key, row.view): row for row in rows}
+        captions = dict.fromkeys(row.caption for row in rows)
+        for row in views.values():
+            self._latents(row)
+        if not self.live:
+            for caption in captions:
+                self._text(caption)
+        return len(views), len(captions)
+
+    def cut(self, captions: Sequence[str]) -> dict[str, str]:
+        """Caption -> the end of it that the base's tokens leave out, for those that are too long."""
+        if self.live:
+            found = {caption: encode_prompts(self.base, [caption]).cut[0] for caption in captions}
+        else:
+            found = {caption: (self._text(caption).cut or [""])[0] for caption in captions}
+        return {caption: rest for caption, rest in found.items() if rest}
+
+    def _latents(self, row: PlannedRow) -> tuple[Tensor, Tensor | None, Tensor]:
+        made = self.latents.get(row.picture, row.view, self.config.data, lambda x: encode_pictures(self.base, x))
+        return made.latents.float(), made.mask, made.sizes
+
+    def _text(self, caption: str) -> Conditioning:
+        def encode(prompt: str) -> Entry:
+            with torch.no_grad():
+                made = encode_prompts(self.base, [prompt])
+            tensors = {"embeds": made.embeds, "pooled": made.pooled, "mask": made.mask}
+            return Entry({k: t for k, t in tensors.items() if t is not None}, {"cut": (made.cut or [""])[0]})
+
+        entry = self.texts.get(caption, encode)
+        t = entry.tensors
+        return Conditioning(t["embeds"], t.get("pooled"), t.get("mask"), [entry.texts.get("cut", "")])
+
+
+def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
+    """How the run draws its times: `auto` is logit-normal for flow, uniform elsewhere; FLUX's shift by the numbers in
+    the base's scheduler."""
+    loss = config.loss
+    kind = loss.timesteps
+    if kind == "auto":
+        kind = "logit-normal" if base.prediction == "flow" else "uniform"
+    shift: float | Callable[[int], float] = 1.0
+    if loss.shift == "resolution":
+        own = base.parts["scheduler"].config
+        shift = flux_shift(
+            int(own.get("base_image_seq_len", 256)), int(own.get("max_image_seq_len", 4096)),
+            float(own.get("base_shift", 0.5)), float(own.get("max_shift", 1.15)),
+        )  # fmt: skip
+    else:
+        shift = float(loss.shift)
+    steps = 1000 if base.prediction == "flow" else len(alphas_cumprod(base))
+    return Times(kind, loss.logit_mean, loss.logit_std, shift, steps)
+
+
+def noise_of(config: ImageTrainConfig) -> Noise:
+    """How the run draws its noise."""
+    return Noise(config.loss.noise_offset, config.loss.pyramid_iterations, config.loss.pyramid_discount)
+
+
+@dataclass
+class ImageLoss:
+    """The loss of a run: `loss(batch)` for the loop, `score` for the held-out pictures."""
+
+    base: ImageBase
+    config: ImageTrainConfig
+    encoders: Encoders
+
+    def __post_init__(self) -> None:
+        self.times, self.noise = times_of(self.base, self.config), noise_of(self.config)
+        self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base)
+        self.guidance = self.config.loss.guidance if self.base.denoiser.config.get("guidance_embeds") else None
+
+    def __call__(self, batch: ImageBatch) -> Tensor:
+        shape = batch.latents.shape[1:]
+        noise, times = draw(shape, [row.key for row in batch.rows], self.base.prediction, self.times, self.noise)
+        losses = self._rows(batch, noise, times)
+        weights = batch.weights.to(losses.device)
+        gamma = self.config.loss.snr_gamma
+        if gamma is not None and self.alphas is not None:
+            weights = weights * min_snr_weight(times.to(losses.device), self.base.prediction, self.alphas, gamma)
+        return (weights * losses).sum()
+
+    def _rows(self, batch: ImageBatch, noise: Tensor, times: Tensor) -> Tensor:
+        """The mean squared error of each row, (n,) in float32."""
+        base = self.base
+        x, noise, times = batch.latents.to(base.device), noise.to(base.device), times.to(base.device)
+        noisy, target = noised(x, noise, times, base.prediction, self.alphas)
+        text = self.encoders.text([row.caption for row in batch.rows])
+        sizes = batch.sizes.to(base.device) if base.family == "sdxl" else None
+        predicted = predict(base, noisy, times, text, sizes=sizes, guidance=self.guidance)
+        return row_losses(predicted, target, None if batch.masks is None else batch.masks.to(base.device))
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[PlannedRow], stopped: Callable[[], bool] = lambda: False) -> Score | None:
+        """The mean squared error of held-out rows, each at `evaluation.times` times in the middle of equal parts of the
+        range, with noise that is of the picture and the time alone. Without min-SNR or any weight, so that runs with
+        other losses can be compared. `extra` has the loss at each time. None as soon as `stopped()`."""
+        times = quantile_times(self.config.evaluation.times, self.base.prediction, self.times.steps)
+        sums = torch.zeros(len(times), dtype=torch.float64)
+        for group in _same_shape(rows, self.config.batching.micro_rows or self.config.batching.rows):
+            batch = self.encoders.batch(group)
+            for k, time in enumerate(times):
+                if stopped():
+                    return None
+                fixed = [generator("validation", *row.key, k) for row in group]
+                noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in fixed])
+                sums[k] += float(self._rows(batch, noise, time.expand(len(group))).double().sum())
+        extra = {f"loss at {time:g}": s / len(rows) for time, s in zip(times.tolist(), sums.tolist(), strict=True)}
+        return Score(float(sums.mean()), len(rows), len(rows), extra, likelihood=False)
+
+
+def _same_shape(rows: Sequence[PlannedRow], most: int) -> Iterator[list[PlannedRow]]:
+    shapes: dict[tuple[int, int], list[PlannedRow]] = {}
+    for row in rows:
+        shapes.setdefault((row.view.height, row.view.width), []).append(row)
+    for group in shapes.values():
+        for i in range(0, len(group), most):
+            yield group[i : i + most]

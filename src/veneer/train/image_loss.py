@@ -1,0 +1,178 @@
+"""Losses of image models: what is drawn for each picture of each step, and the error of the prediction.
+
+| prediction | noisy x_t                    | target                   | time                                         |
+| epsilon    | √ᾱ·x + √(1−ᾱ)·n              | n                        | t in 0..999, uniform                         |
+| v          | √ᾱ·x + √(1−ᾱ)·n              | √ᾱ·n − √(1−ᾱ)·x          | the same                                     |
+| flow       | (1−σ)·x + σ·n                | n − x                    | σ in (0, 1): uniform or logit-normal, shifted |
+
+x: latents (n, c, h, w). The loss of a row is the mean squared error over its elements (with a mask: over the mask),
+times min-SNR's weight, times the row's own. All draws of a row come from a generator of its own, seeded by
+(seed, step, row): how a step is cut into micro-batches, and where a resumed run begins, cannot change them.
+Knows tensors and numbers; no models, no files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "Noise",
+    "Prediction",
+    "Times",
+    "draw",
+    "flux_shift",
+    "generator",
+    "min_snr_weight",
+    "mu_of_tokens",
+    "noised",
+    "pyramid_noise",
+    "quantile_times",
+    "row_losses",
+    "shifted",
+]
+
+Prediction = Literal["epsilon", "v", "flow"]
+
+
+@dataclass(frozen=True)
+class Times:
+    """How times are drawn. For flow: u uniform, or u = sigmoid(mean + std·z) (logit-normal, arXiv 2403.03206); then
+    `shift` moves it towards noise: a number s, or a function of the number of picture tokens that gives s."""
+
+    kind: Literal["uniform", "logit-normal"] = "uniform"
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float | Callable[[int], float] = 1.0
+    steps: int = 1000
+
+    def shift_of(self, tokens: int) -> float:
+        return self.shift(tokens) if callable(self.shift) else self.shift
+
+
+@dataclass(frozen=True)
+class Noise:
+    """`offset`: adds offset·z, one z for each channel of a row. `pyramid_iterations`, `pyramid_discount`: adds coarser
+    and coarser noise, each level times discount^level, and divides by the standard deviation."""
+
+    offset: float = 0.0
+    pyramid_iterations: int = 0
+    pyramid_discount: float = 0.3
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU whose seed is a digest of `key`: the same draws on every device and in every order."""
+    digest = hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+
+
+def draw(
+    shape: Sequence[int], keys: Sequence[tuple[int | str, ...]], prediction: Prediction, times: Times, noise: Noise
+) -> tuple[Tensor, Tensor]:
+    """Noise (n, c, h, w) and times (n,), one row for each key; `shape`: of one row of latents, (c, h, w).
+
+    Times are whole numbers below `times.steps` for epsilon and v, sigmas in (0, 1) in float32 for flow."""
+    drawn, moments = [], []
+    for key in keys:
+        g = generator(*key)
+        moments.append(_time(shape, prediction, times, g))
+        drawn.append(_noise(shape, noise, g))
+    return torch.stack(drawn), torch.stack(moments)
+
+
+def _time(shape: Sequence[int], prediction: Prediction, times: Times, g: torch.Generator) -> Tensor:
+    if prediction != "flow":
+        return torch.randint(times.steps, (), generator=g)
+    if times.kind == "uniform":
+        u = torch.rand((), generator=g)
+    else:
+        u = torch.sigmoid(times.mean + times.std * torch.randn((), generator=g))
+    return shifted(u, times.shift_of(shape[-1] * shape[-2] // 4))
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """σ = s·u / (1 + (s − 1)·u): monotone, keeps 0 and 1, the inverse of s is the inverse map (arXiv 2403.03206, eq.
+    23). FLUX's exp(μ)/(exp(μ) + 1/u − 1) is this with s = exp(μ)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def mu_of_tokens(tokens: int, *, low: int = 256, high: int = 4096, at_low: float = 0.5, at_high: float = 1.15) -> float:
+    """FLUX's μ for a picture of so many tokens (2 × 2 latents each): a line through (low, at_low), (high, at_high)."""
+    slope = (at_high - at_low) / (high - low)
+    return at_low + slope * (tokens - low)
+
+
+def _noise(shape: Sequence[int], noise: Noise, g: torch.Generator) -> Tensor:
+    n = torch.randn(tuple(shape), generator=g)
+    if noise.pyramid_iterations:
+        n = pyramid_noise(n, noise.pyramid_iterations, noise.pyramid_discount, g)
+    if noise.offset:
+        n = n + noise.offset * torch.randn((shape[0], 1, 1), generator=g)
+    return n
+
+
+def pyramid_noise(noise: Tensor, iterations: int, discount: float, g: torch.Generator) -> Tensor:
+    """Multi-resolution noise for one row (c, h, w): Σ_i discount^i · up(n_i), n_i of side / r_i, r_i a random factor
+    in [2, 4) to the i-th power; ends at one pixel. Divided by its standard deviation, so that its scale is 1."""
+    c, h, w = noise.shape
+    total = noise.clone()
+    for i in range(iterations):
+        r = (float(torch.rand((), generator=g)) * 2 + 2) ** i
+        small = (max(1, int(h / r)), max(1, int(w / r)))
+        level = torch.randn((1, c, *small), generator=g)
+        total += F.interpolate(level, (h, w), mode="bilinear", align_corners=False)[0] * discount**i
+        if small == (1, 1):
+            break
+    return total / total.std()
+
+
+def noised(
+    latents: Tensor, noise: Tensor, times: Tensor, prediction: Prediction, alphas_cumprod: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(noisy latents, target), as the table above says; in the dtype of `latents`. `alphas_cumprod`: ᾱ by time."""
+    if prediction == "flow":
+        sigma = times.to(latents.dtype).view(-1, 1, 1, 1)
+        return (1 - sigma) * latents + sigma * noise, noise - latents
+    assert alphas_cumprod is not None
+    a = alphas_cumprod.to(latents.device, torch.float32)[times.to(latents.device)]
+    signal, spread = a.sqrt().view(-1, 1, 1, 1).to(latents.dtype), (1 - a).sqrt().view(-1, 1, 1, 1).to(latents.dtype)
+    target = noise if prediction == "epsilon" else signal * noise - spread * latents
+    return signal * latents + spread * noise, target
+
+
+def min_snr_weight(times: Tensor, prediction: Prediction, alphas_cumprod: Tensor, gamma: float) -> Tensor:
+    """min(SNR, γ) / SNR for epsilon, / (SNR + 1) for v, with SNR = ᾱ / (1 − ᾱ) (arXiv 2303.09556, section 3.4).
+
+    At SNR 0 (a schedule with zero terminal SNR) epsilon's weight is its limit, 1. (n,) in float32."""
+    a = alphas_cumprod.to(times.device, torch.float32)[times]
+    snr = a / (1 - a)
+    least = snr.clamp(max=gamma)
+    return least / (snr + 1) if prediction == "v" else torch.where(snr > 0, least / snr.clamp_min(1e-38), 1.0)
+
+
+def row_losses(predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean squared error of each row, in float32: (n,). `mask`: (n, 1, h, w), weights from 0 to 1 for each place;
+    then the mean is over the mask, so that a small subject counts as much as a large one."""
+    error = (predicted.float() - target.float()).square()
+    if mask is None:
+        return error.mean(dim=(1, 2, 3))
+    weights = mask.float().expand_as(error)
+    return (error * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3)).clamp_min(1e-6)
+
+
+def quantile_times(count: int, prediction: Prediction, steps: int = 1000) -> Tensor:
+    """`count` times in the middle of equal parts of the whole range, for a validation that never draws any."""
+    middle = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return middle.float() if prediction == "flow" else (middle * steps).floor().long()
+
+
+def flux_shift(low: int, high: int, at_low: float, at_high: float) -> Callable[[int], float]:
+    """tokens -> s = exp(μ), for `Times.shift`."""
+    return lambda tokens: math.exp(mu_of_tokens(tokens, low=low, high=high, at_low=at_low, at_high=at_high))

@@ -1,0 +1,187 @@
+"""What a run on text and a run on pictures have in common, around the loop.
+
+    before    resolved: every setting with where it came from · identity: what a resumed run must share
+    during    Running.train: restore, probe, log, loop, checkpoints
+    after     Running.keep_best · Outcome, what every run comes to
+
+Knows configurations, parameters and steps; no rows, no pictures, no bases by kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.train import checkpoint, loop
+from veneer.train.checkpoint import Progress
+from veneer.train.config import Config
+from veneer.train.events import Event, Listener, Note, Resolved, fan_out
+from veneer.train.loop import Loss, Score, Step
+from veneer.train.optim import Schedule, make_optimizer
+from veneer.train.report import JsonLog
+from veneer.train.schema import keys, why
+
+__all__ = ["NAME", "Outcome", "Running", "due", "resolved", "seed_all"]
+
+NAME = "run"
+"""The adapter's name on the base while it trains."""
+
+R = TypeVar("R")
+
+
+@dataclass
+class Outcome:
+    """What a run came to. `loss`: over the last 20 steps. `validation`: of the adapter that was kept, None without
+    held-out data; `validation_before`: of the base."""
+
+    adapter: str = ""
+    digest: str = ""
+    steps: int = 0
+    peak_memory_bytes: int = 0
+    loss: float | None = None
+    validation: float | None = None
+    validation_before: float | None = None
+    kept_step: int = 0
+    stopped: str = ""
+    report: str = ""
+    dry_run: bool = False
+    preflight: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of `--json`; the preflight's findings only for a dry run, where there is nothing else."""
+        values = asdict(self)
+        if not self.dry_run:
+            del values["preflight"]
+        return values
+
+
+@dataclass
+class Running:
+    """A run that is ready to begin: its adapter is attached and trainable, its preflight has passed.
+
+    `evaluate`: scores the held-out data, None where there are none. `extra`: further state that belongs to each
+    checkpoint (moving averages). `begin(progress, tell)`: called when the log is open, before the loop; `after(step)`:
+    after each optimizer step. `rates`: prefix of parameter names ->
+    a learning rate of their own. `early`: the events until now, for the log."""
+
+    config: Config
+    folder: Path
+    parameters: Mapping[str, nn.Parameter]
+    steps: Sequence[Step]
+    ends: Sequence[int]
+    loss: Loss
+    identity: Mapping[str, Any]
+    tell: Listener
+    early: Sequence[Event]
+    evaluate: Callable[[Callable[[], bool]], Score | None] | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    begin: Callable[[Progress, Listener], None] | None = None
+    after: Callable[[int], None] | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the adapter."""
+        return {**self.parameters, **self.extra}
+
+    def probe(self) -> None:
+        """The largest micro-batch, forward and backward, before anything is written."""
+        loop.probe(self.parameters, [m for step in self.steps for m in step.micros], self.loss, self.tell)
+
+    def train(self, newest: Path | None, finish: Callable[[Progress, Listener], R]) -> R:
+        """Runs the loop from the checkpoint `newest` (or the beginning), then `finish` while the log is still open."""
+        config, folder = self.config, self.folder
+        o = config.optimizer
+        optimizer = make_optimizer(
+            self.parameters, name=o.name, learning_rate=o.learning_rate, betas=o.betas, eps=o.eps, momentum=o.momentum,
+            weight_decay=o.weight_decay, loraplus_ratio=o.loraplus_ratio, rates=self.rates,
+        )  # fmt: skip
+        progress = Progress()
+        if newest is not None:
+            progress, notes = checkpoint.restore(
+                newest, parameters=self.state, optimizer=optimizer, identity=self.identity
+            )  # fmt: skip
+            self.tell(Note(f"resuming after step {progress.step} of {len(self.steps)}"))
+            for note in notes:
+                self.tell(Note(note))
+        self.probe()
+        folder.mkdir(parents=True, exist_ok=True)
+        log = JsonLog(folder / "log.jsonl", progress if newest is not None else None)
+        tell = fan_out(self.tell, log)
+        try:
+            for event in self.early:
+                log(event)
+            if self.begin is not None:
+                self.begin(progress, tell)
+            total = len(self.steps)
+            progress = loop.train(
+                self.parameters, self.steps, self.loss, optimizer,
+                Schedule.of(config.schedule.name, total, config.schedule.warmup, config.schedule.floor),
+                clip=o.clip,
+                evaluate=self.evaluate,
+                evaluate_at=due(config.evaluation.every, self.ends, total, start=config.evaluation.at_start),
+                patience=config.evaluation.patience or 0,
+                save=lambda p: checkpoint.save(
+                    folder / "checkpoints", parameters=self.state, optimizer=optimizer, progress=p,
+                    identity=self.identity, keep=config.checkpoint.keep, about={"recipe": config.recipe()},
+                ),
+                save_at=due(config.checkpoint.every, self.ends, total, start=False),
+                progress=progress, on_event=tell, after=self.after,
+            )  # fmt: skip
+            return finish(progress, tell)
+        finally:
+            log.close()
+
+    def keep_best(self, progress: Progress, tell: Listener) -> tuple[int, float | None]:
+        """Puts the state with the lowest validation loss in place; (its step, its loss)."""
+        best = progress.best_step
+        if best is None or best == progress.step:
+            return progress.step, progress.last_loss
+        checkpoint.read_parameters(checkpoint.at_step(self.folder / "checkpoints", best), self.state)
+        tell(Note(f"kept the adapter of step {best}, whose validation loss {progress.best_loss:.4f} is the lowest"))
+        return best, progress.best_loss
+
+
+def due(every: int | str, ends: Sequence[int], steps: int, *, start: bool) -> set[int]:
+    """The steps after which something is due: each `every`-th, or the ends of epochs; 0 with `start`."""
+    after = set(ends) if every == "epoch" else set(range(int(every), steps + 1, int(every)))
+    return after | {0} if start else after
+
+
+def resolved(
+    config: Config, sources: Mapping[str, Any] | None, settled: Iterable[tuple[str, Any, str]]
+) -> Resolved:  # fmt: skip
+    """Every setting with its value in this run and where that came from.
+
+    `settled`: (key, value, why) for what was left open, as `auto`, and is decided now."""
+    dump = config.model_dump(mode="json")
+    settings: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, key in keys(type(config)):
+        section, _, leaf = name.rpartition(".")
+        value = dump[section][leaf] if section else dump[leaf]
+        plain = list(key.default) if isinstance(key.default, tuple) else key.default
+        default = not key.is_required() and value == plain
+        settings[name] = value
+        origins[name] = str(sources[name]) if sources and name in sources else _origin(default, why(key))
+    for name, value, because in settled:
+        settings[name] = value
+        origins[name] = f"{origins[name].split(' (')[0]} → {because}"
+    return Resolved(settings, origins)
+
+
+def _origin(default: bool, reason: str) -> str:
+    return ("default" + (f" ({reason})" if reason else "")) if default else "given"
+
+
+def seed_all(seed: int) -> None:
+    """torch's and Python's generators."""
+    import random
+
+    torch.manual_seed(seed)
+    random.seed(seed)

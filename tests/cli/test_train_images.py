@@ -1,0 +1,76 @@
+"""`veneer train` on pictures: told by data.pictures, the JSON object, the dry run, and the calls of the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import veneer
+from tests.tiny_image_base import tiny_image_base
+from tests.train.tiny_pictures import drawings
+from veneer.cli.main import main
+from veneer.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train-images")
+    tiny_image_base(folder, "flux1")
+    drawings(folder / "drawings")
+    (folder / "run.yaml").write_text(
+        "base: ./tiny-flux1\ndata: {pictures: drawings, trigger: sks, split: 2}\noutput: out\nbatching: {rows: 2}\n"
+        "schedule: {steps: 2}\nadapter: {rank: 2}\n"
+    )
+    return folder / "run.yaml"
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return int(end.value.code or 0)
+
+
+def test_json_on_stdout_the_rest_elsewhere(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    assert call("train", str(config), f"output={tmp_path / 'out'}", "--json") == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["adapter"] == str(tmp_path / "out" / "out.safetensors")
+    for key in ("digest", "pictures", "pictures_per_second", "loss", "validation", "hashes", "sheet"):
+        assert result[key], key
+    assert "pictures/s" in err
+    assert "tokens" not in err
+
+
+def test_without_json_it_says_where_things_are_and_how_to_draw(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", str(config), f"output={tmp_path / 'out'}") == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "veneer image --base" in err
+    assert str(tmp_path / "out" / "report.html") in err
+
+
+def test_a_dry_run_leaves_a_sheet_and_nothing_else(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", str(config), f"output={tmp_path / 'out'}", "--dry-run") == 0
+    _, err = capsys.readouterr()
+    assert "what the model would see is in" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_is_one_message(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("train", str(config), "loss.snr_gama=5") == 2
+    assert "did you mean `loss.snr_gamma`?" in capsys.readouterr().err
+
+
+def test_the_two_calls_of_the_package_know_each_others_configurations(config: Path) -> None:
+    with pytest.raises(ConfigError, match="train_image"):
+        veneer.train_text(config)
+    with pytest.raises(ConfigError, match="train_text"):
+        veneer.train_image({"base": "b", "data": {"train": "x.jsonl"}, "output": "o"})

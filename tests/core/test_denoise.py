@@ -1,0 +1,69 @@
+"""Attention of denoisers: values and gradients of the fast function against torch's own operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veneer.core import denoise
+from veneer.core.denoise import attention, joint_attention, joint_attention_reference
+
+
+def near(got: Tensor, want: Tensor, tolerance: float) -> bool:
+    return bool((got - want).double().norm() <= tolerance * want.double().norm())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("norms", ["none", "one", "by token"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_joint_attention(norms: str, turned: bool, dtype: torch.dtype, tolerance: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, 9, 3, 4, 8, generator=g).to(dtype)
+    weight = None if norms == "none" else 1 + torch.randn(2, 1, 1, 9 if norms == "by token" else 1, 8, generator=g) / 3
+    turn = torch.polar(torch.ones(9, 4), torch.randn(9, 4, generator=g)) if turned else None
+    out_gradient = torch.randn(2, 9, 32, generator=g).to(dtype)
+    results = []
+    for function in (joint_attention, joint_attention_reference):
+        x = qkv.clone().requires_grad_(True)
+        y = function(x, weight, 1e-6, turn)
+        y.backward(out_gradient)
+        assert x.grad is not None
+        results.append((y.detach(), x.grad))
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == dtype
+        assert near(got, want, tolerance)
+
+
+def test_the_reference_is_what_flux_does() -> None:
+    """q̂ = rope(rms_norm(q)) as diffusers' FluxAttention has it, with torch's own norm."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    g = torch.Generator().manual_seed(1)
+    qkv = torch.randn(2, 5, 3, 2, 8, generator=g)
+    w, angles = torch.randn(2, 8, generator=g), torch.randn(5, 4, generator=g).repeat_interleave(2, -1)
+    q, k = (F.rms_norm(qkv[:, :, i], (8,), w[i], 1e-6) for i in (0, 1))
+    q, k = (apply_rotary_emb(t, (angles.cos(), angles.sin()), sequence_dim=1) for t in (q, k))
+    v = qkv[:, :, 2]
+    want = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
+    turn = torch.complex(angles[:, ::2].cos(), angles[:, ::2].sin())
+    assert near(joint_attention_reference(qkv, w.view(2, 1, 1, 1, 8), 1e-6, turn), want, 1e-5)
+
+
+@pytest.mark.parametrize("most", [0, 1 << 20])
+def test_attention_over_other_tokens(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(denoise, "MOST", most)
+    g = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=g, requires_grad=True) for n in (6, 4, 4))
+    out = torch.randn(2, 3, 6, 8, generator=g)
+    got = torch.autograd.grad(attention(q, k, v), (q, k, v), out)
+    want = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), out)
+    assert all(near(a, b, 1e-5) for a, b in zip(got, want, strict=True))
+
+
+def test_too_many_probabilities_to_keep_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = torch.randn(1, 6, 3, 2, 8, requires_grad=True)
+    assert type(joint_attention(qkv).grad_fn).__name__ == "_JointBackward"
+    monkeypatch.setattr(denoise, "MOST", 2 * 6 * 6 * 4 - 1)
+    assert type(joint_attention(qkv).grad_fn).__name__ != "_JointBackward"

@@ -1,0 +1,166 @@
+"""`fast_denoiser` changes the speed of a training step and nothing else: outputs, gradients, the base afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from veneer.core import Attachment, LoraSpec, attach, create
+from veneer.models.speed_image import fast_denoiser
+
+TARGETS = (r"re:.*attn.*\.(to_q|to_k|to_v|to_out\.0|add_q_proj)",)
+
+
+def flux() -> nn.Module:
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=8, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+
+
+def sdxl() -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=12, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=34,
+    )  # fmt: skip
+
+
+def call(model: Any) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    dtype = next(model.parameters()).dtype
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    t = torch.tensor([0.3, 0.8]).to(dtype)
+    out: Tensor
+    if isinstance(model, diffusers.FluxTransformer2DModel):
+        ids = torch.zeros(9, 3)
+        ids[:, 1:] = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0))
+        out = model(
+            hidden_states=r(2, 9, 8), encoder_hidden_states=r(2, 5, 12), pooled_projections=r(2, 10), timestep=t,
+            img_ids=ids, txt_ids=torch.zeros(5, 3), guidance=t, return_dict=False,
+        )[0]  # fmt: skip
+    else:
+        added = {"text_embeds": r(2, 10), "time_ids": torch.ones(2, 6).to(dtype)}
+        out = model(r(2, 4, 8, 8), t * 999, r(2, 5, 12), added_cond_kwargs=added, return_dict=False)[0]
+    return out
+
+
+def attached(model: nn.Module, **spec: Any) -> Attachment:
+    attachment = attach(model.requires_grad_(False).train())
+    for seed, name in enumerate("ab"):
+        g = torch.Generator().manual_seed(seed)
+        made = create(model, LoraSpec(rank=2, targets=TARGETS, **spec), seed=seed)
+        attachment.add(name, made.mapped(lambda t, g=g: t + 0.1 * torch.randn(t.shape, generator=g)), trainable=True)
+    attachment.use("a")
+    return attachment
+
+
+def step(attachment: Attachment) -> list[Tensor]:
+    out = call(attachment.model)
+    acting = [p for name in "ab" for p in attachment.parameters(name).values()]
+    grads = torch.autograd.grad(out.float().square().mean(), acting, allow_unused=True)
+    return [out.detach(), *(g for g in grads if g is not None)]
+
+
+def same(got: list[Tensor], want: list[Tensor], tolerance: float) -> bool:
+    apart = [(a - b).double().norm() / b.double().norm().clamp_min(1e-6) for a, b in zip(got, want, strict=True)]
+    return max(apart) < tolerance
+
+
+MODELS = pytest.mark.parametrize("make", [flux, sdxl])
+
+
+@MODELS
+def test_outputs_and_gradients(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    with attached(model) as attachment:
+        want = step(attachment)
+        with fast_denoiser(model) as how:
+            assert how.swapped == ({"FluxAttention": 3} if make is flux else {"Attention": sum_of(model)})
+            assert how.left == {}
+            assert same(step(attachment), want, 1e-3)
+            with torch.no_grad():
+                assert same([call(model)], want[:1], 1e-4)
+            for mix in ((), ("a", "b"), (("a", -0.5),)):
+                attachment.use(*mix)
+                fast_out = call(model).detach()
+                with attachment.using(*mix):
+                    assert same([fast_out], [plain(model, attachment)], 1e-4)
+
+
+def sum_of(model: nn.Module) -> int:
+    return sum(type(m).__name__ == "Attention" for m in model.modules())
+
+
+def plain(model: nn.Module, attachment: Attachment) -> Tensor:
+    """The output with every forward that was put on an instance set aside."""
+    put = {m: m.__dict__.pop("forward") for m in model.modules() if "forward" in m.__dict__}
+    assert put
+    try:
+        return call(model).detach()
+    finally:
+        for m, forward in put.items():
+            m.forward = forward
+
+
+@MODELS
+def test_in_bf16_gradients_are_as_near_to_exact_as_without(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    with attached(model) as attachment:
+        exact = step(attachment)
+    model.bfloat16()
+    with attached(model) as attachment:
+        usual = step(attachment)
+        with fast_denoiser(model):
+            got = step(attachment)
+
+    def error(values: list[Tensor]) -> float:
+        joined, true = (torch.cat([t.float().flatten() for t in v[1:]]) for v in (values, exact))
+        return float((joined - true).norm() / true.norm())
+
+    assert error(got) < 1.3 * error(usual) + 1e-3
+
+
+@MODELS
+def test_everything_is_put_back(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make().requires_grad_(False)
+    before = {n: (id(p), p.detach().clone()) for n, p in model.named_parameters()}
+    attributes = {n: sorted(m.__dict__) for n, m in model.named_modules()}
+    out = call(model)
+    with pytest.raises(ZeroDivisionError), fast_denoiser(model):
+        _ = 1 / 0
+    assert all(id(p) == before[n][0] and torch.equal(p, before[n][1]) for n, p in model.named_parameters())
+    assert {n: sorted(m.__dict__) for n, m in model.named_modules()} == attributes
+    assert torch.equal(call(model), out)
+
+
+def test_what_is_not_plain_is_left_and_said() -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    torch.manual_seed(0)
+    model = sdxl().requires_grad_(False)
+    model.set_attn_processor(AttnProcessor())
+    with fast_denoiser(model) as how:
+        assert how.swapped == {}
+        assert "its processor is AttnProcessor" in how.summary()
+
+
+def test_pairs_that_do_not_join_are_called() -> None:
+    torch.manual_seed(0)
+    model = flux()
+    with attached(model, dora=True) as attachment:
+        want = step(attachment)
+        with fast_denoiser(model):
+            assert same(step(attachment), want, 1e-3)

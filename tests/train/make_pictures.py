@@ -1,0 +1,105 @@
+"""Pictures for tests, made by hand: folders of them, and colour profiles written byte by byte."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from veneer.train.picture_schema import PictureSettings
+
+ADOBE_RGB = ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))  # chromaticities of red, green and blue; white is D65
+SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
+D65 = np.array([0.3127 / 0.3290, 1.0, (1 - 0.3127 - 0.3290) / 0.3290])
+D50 = np.array([0.9642, 1.0, 0.8249])
+
+
+def scene(width: int = 48, height: int = 32, seed: int = 0) -> Image.Image:
+    """A smooth picture that looks like no other seed's."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def corners(width: int, height: int) -> Image.Image:
+    """Red at the top left, green at the top right, blue at the bottom left, white at the bottom right."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2] = (255, 0, 0)
+    pixels[: height // 2, width // 2 :] = (0, 255, 0)
+    pixels[height // 2 :, : width // 2] = (0, 0, 255)
+    pixels[height // 2 :, width // 2 :] = (255, 255, 255)
+    return Image.fromarray(pixels)
+
+
+def put(folder: Path, name: str, caption: str | None = "a thing", image: Image.Image | None = None) -> Path:
+    """A picture and its caption file."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or scene(seed=sum(map(ord, name)))).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+def settings(folder: Path | str | tuple[str, ...] = "pictures", **keys: object) -> PictureSettings:
+    where = folder if isinstance(folder, tuple) else str(folder)
+    return PictureSettings.model_validate({"pictures": where, **keys})
+
+
+def to_xyz(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:
+    """Linear RGB -> XYZ of D65, from chromaticities (Lindbloom)."""
+    columns = np.array([[x / y, 1.0, (1 - x - y) / y] for x, y in primaries]).T
+    return columns * np.linalg.solve(columns, D65)
+
+
+def bradford() -> np.ndarray:
+    """XYZ under D65 -> XYZ under D50."""
+    cone = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    return np.linalg.inv(cone) @ np.diag((cone @ D50) / (cone @ D65)) @ cone
+
+
+def profile(primaries: tuple[tuple[float, float], ...], gamma: float, name: str = "made by hand") -> bytes:
+    """A matrix profile of ICC version 2: primaries under D50 and one exponent for all channels."""
+    matrix = bradford() @ to_xyz(primaries)
+
+    def xyz(values: np.ndarray) -> bytes:
+        return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+
+    text = name.encode() + b"\0"
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(78), b"cprt": b"text\0\0\0\0none\0"}
+    tags |= {b"wtpt": xyz(D50), b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    tags |= {b"rXYZ": xyz(matrix[:, 0]), b"gXYZ": xyz(matrix[:, 1]), b"bXYZ": xyz(matrix[:, 2])}
+    return _icc(b"RGB ", tags)
+
+
+def grey_profile(gamma: float) -> bytes:
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    white = b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in D50)
+    text = b"grey\0"
+    desc = b"desc\0\0\0\0" + struct.pack(">I", len(text)) + text + bytes(78)
+    return _icc(b"GRAY", {b"desc": desc, b"cprt": b"text\0\0\0\0none\0", b"wtpt": white, b"kTRC": curve})
+
+
+def _icc(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+    at = 128 + 4 + 12 * len(tags)
+    table, body = struct.pack(">I", len(tags)), b""
+    for signature, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += signature + struct.pack(">II", at + len(body), len(data))
+        body += data
+    head = bytearray(128)
+    head[0:4] = struct.pack(">I", 128 + len(table) + len(body))
+    head[8:12] = bytes([2, 0x40, 0, 0])
+    head[12:24] = b"mntr" + space + b"XYZ "
+    head[36:40] = b"acsp"
+    head[68:80] = b"".join(struct.pack(">i", round(v * 65536)) for v in D50)
+    return bytes(head) + table + body
+
+
+def srgb_of(linear: np.ndarray) -> np.ndarray:
+    """IEC 61966-2-1's curve, to 0..255."""
+    linear = np.clip(linear, 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

@@ -1,0 +1,137 @@
+"""The configuration for pictures: told from text by `data.pictures`, read as strictly, with presets between the two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from veneer.errors import ConfigError
+from veneer.train.config import ImageTrainConfig, TrainConfig, config_from, load_config
+from veneer.train.image_schema import TARGETS, image_reference
+from veneer.train.presets import PRESETS
+from veneer.train.schema import keys, sections
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = "base: emoji-flux\ndata:\n  pictures: drawings\noutput: out\n"
+
+
+def _read(tmp_path: Path, text: str, *overrides: str) -> tuple[Any, Any]:
+    (tmp_path / "run.yaml").write_text(text)
+    return load_config(tmp_path / "run.yaml", overrides)
+
+
+def _error(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        _read(tmp_path, text, *overrides)
+    return str(caught.value)
+
+
+def test_a_folder_of_pictures_makes_it_a_configuration_for_pictures(tmp_path: Path) -> None:
+    config, sources = _read(tmp_path, MINIMAL)
+    assert isinstance(config, ImageTrainConfig)
+    assert config.data.pictures == str(tmp_path / "drawings")
+    assert config.output.directory == str(tmp_path / "out")
+    assert set(sources) == {name for name, _ in keys(ImageTrainConfig)}
+    text, _ = _read(tmp_path, "base: b\ndata: {train: x.jsonl}\noutput: out\n")
+    assert isinstance(text, TrainConfig)
+    by_override, _ = _read(tmp_path, "base: b\noutput: out\n", "data.pictures=here")
+    assert by_override.data.pictures == str(Path.cwd() / "here")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("loss: {snr_gama: 5}", "unknown key `loss.snr_gama`; did you mean `loss.snr_gamma`?"),
+        ("snr_gamma: 5", "unknown key `snr_gamma`; did you mean `loss.snr_gamma`?"),
+        ("adapter: {modules_to_save: [x]}", "unknown key `adapter.modules_to_save`"),
+        ("preset: stile", "`preset` should be one of 'style', 'subject', 'product'"),
+        ("loss: {shift: much}", "`loss.shift` should be a number or one of 'resolution', found the text 'much'"),
+        ("loss: {shift: -1.0}", "should be above 0"),
+        ("loss: {timesteps: uniform, logit_std: 2.0}", "only used with `timesteps: logit-normal`"),
+        ("samples: {every: 10}", "`samples.every` needs `samples.prompts`"),
+        ("adapter: {text_encoders: [text_encoder]}\n", "`output.layout: peft` holds the denoiser alone"),
+        ("optimizer: {text_learning_rate: 1e-5}", "needs `adapter.text_encoders`"),
+        ("memory: {offload_blocks: 2, activation_checkpointing: off}", "needs `memory.activation_checkpointing`"),
+        ("ema: {decay: 1.0}", "`ema.decay` should be less than 1, found 1.0"),
+        ("schedule: {epochs: 2, steps: 3}", "both say when to end"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, line: str, says: str) -> None:
+    overrides = ["output.layout=peft"] if "layout" in says else []
+    text = _error(tmp_path, MINIMAL + line + "\n", *overrides)
+    assert says in text
+    assert "image-config.md" in text
+
+
+def test_class_pictures_need_a_prompt_and_the_error_says_which(tmp_path: Path) -> None:
+    assert "needs `data.class_prompt`" in _error(tmp_path, MINIMAL + "preset: subject\n")
+    config, _ = _read(tmp_path, MINIMAL + "preset: subject\n", "data.class_prompt=a dog")
+    assert config.data.class_count == 100
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_stands_between_the_defaults_and_the_users_keys(tmp_path: Path, name: str) -> None:
+    extra = ["data.class_prompt=a dog"]
+    config, sources = _read(tmp_path, MINIMAL + f"preset: {name}\nadapter: {{rank: 7}}\n", *extra, "schedule.steps=9")
+    assert (config.adapter.rank, config.schedule.steps) == (7, 9)
+    assert "run.yaml:6" in str(sources["adapter.rank"])
+    for key, (value, because) in PRESETS[name].settings.items():
+        section, _, leaf = key.partition(".")
+        if key not in ("adapter.rank", "schedule.steps"):
+            assert getattr(getattr(config, section), leaf) == value
+            assert str(sources[key]) == f"from preset {name} ({because})"
+        assert because, "each value states its evidence"
+    plain, _ = _read(tmp_path, MINIMAL)
+    assert plain.ema.decay is None
+
+
+def test_a_preset_fills_only_keys_that_exist() -> None:
+    known = {name for name, _ in keys(ImageTrainConfig)}
+    for preset in PRESETS.values():
+        assert set(preset.settings) <= known
+
+
+def test_how_long_a_run_is(tmp_path: Path) -> None:
+    assert (_read(tmp_path, MINIMAL)[0].steps, _read(tmp_path, MINIMAL)[0].epochs) == (1000, None)
+    epochs = _read(tmp_path, MINIMAL, "schedule.epochs=2")[0]
+    assert (epochs.steps, epochs.epochs) == (None, 2)
+
+
+def test_the_recipe_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+    config, _ = _read(tmp_path, MINIMAL, f"data.class_folder={tmp_path}/dogs", "data.class_prompt=a dog")
+    assert str(tmp_path) not in str(config.recipe())
+    assert config.recipe()["data"]["class_folder"] == "dogs"
+
+
+def test_the_words_for_targets_reach_every_block_of_every_family() -> None:
+    """On the real module names: all attention projections, all feed-forwards, and nothing outside the blocks."""
+    from veneer.core.targets import matches
+    from veneer.formats.topology import families
+
+    for name, family in families().items():
+        linear = [m for m, kind in family.modules.items() if kind == "linear" and m.startswith(family.denoiser)]
+        chosen = [m for m in linear if matches(TARGETS["attention+ff"], m)]
+        inside = [m for m in linear if "transformer_blocks." in m and ".norm" not in m and "_mod." not in m]
+        if inside:
+            assert chosen == [m for m in inside if "adaln" not in m.lower()], name
+        attention = [m for m in linear if matches(TARGETS["attention"], m)]
+        assert set(attention) <= set(chosen)
+        assert all(".attn" in m for m in attention)
+
+
+def test_every_key_says_what_it_means_and_the_reference_page_is_fresh() -> None:
+    for model in sections(ImageTrainConfig).values():
+        assert model.__doc__
+        for key, f in model.model_fields.items():
+            assert f.description, key
+    page = (ROOT / "docs" / "reference" / "image-config.md").read_text()
+    assert page == image_reference(), "run: python -m veneer.train.image_schema > docs/reference/image-config.md"
+
+
+def test_values_already_in_hand() -> None:
+    config, sources = config_from({"base": "b", "data": {"pictures": "x"}, "output": "o", "preset": "style"})
+    assert isinstance(config, ImageTrainConfig)
+    assert config.loss.snr_gamma is None
+    assert sources["ema.decay"].kind == "preset"

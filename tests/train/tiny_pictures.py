@@ -1,0 +1,54 @@
+"""A folder of drawings and a configuration on a tiny base, for runs that take a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from tests.tiny_image_base import tiny_image_base
+from veneer.train.config import ImageTrainConfig, config_from
+from veneer.train.image_run import ImageResult, train_image
+
+
+def drawings(folder: Path, count: int = 6) -> Path:
+    """`count` pictures of two shapes with captions; written once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        path = folder / f"{i}.png"
+        if path.exists():
+            continue
+        image = Image.new("RGB", (48, 32) if i % 2 else (40, 40), (30 * i, 200 - 20 * i, 120))
+        draw = ImageDraw.Draw(image)
+        draw.ellipse((3 + i, 5, 25, 25), fill=(250, 40 * i, 30))
+        draw.rectangle((20, 3 + 2 * i, 30, 30), fill=(20 * i, 90, 240 - 30 * i))
+        image.save(path)
+        path.with_suffix(".txt").write_text(f"a {'red' if i % 2 else 'blue'} house, flat")
+    return folder
+
+
+def image_values(folder: Path, output: Path, family: str = "flux1", /, **sections: Any) -> dict[str, Any]:
+    """A configuration of six steps; `sections` go over it, section by section."""
+    values: dict[str, Any] = {
+        "base": str(tiny_image_base(folder, family)),
+        "data": {"pictures": str(drawings(folder / "drawings")), "trigger": "sks", "split": 2},
+        "output": str(output), "adapter": {"rank": 4, "alpha": 4.0, "dropout": 0.2},
+        "optimizer": {"learning_rate": 3e-3},
+        "batching": {"rows": 4}, "schedule": {"steps": 6}, "evaluation": {"every": 3}, "checkpoint": {"every": 2},
+    }  # fmt: skip
+    values["data"]["cache"] = str(folder / "cache")
+    for section, value in sections.items():
+        held = values.get(section, {})
+        values[section] = {**held, **value} if isinstance(value, dict) and isinstance(held, dict) else value
+    return values
+
+
+def run(
+    folder: Path, output: Path, family: str = "flux1", /, *, resume: bool = False, dry_run: bool = False,
+    on_event: Any = None, base: Any = None, **sections: Any,
+) -> ImageResult:  # fmt: skip
+    config, sources = config_from(image_values(folder, output, family, **sections))
+    assert isinstance(config, ImageTrainConfig)
+    listen = on_event or (lambda event: None)
+    return train_image(config, resume=resume, dry_run=dry_run, on_event=listen, base=base, sources=sources)
