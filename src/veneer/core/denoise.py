@@ -2,9 +2,9 @@
 
     q̂ = rope(w_q ⊙ q/rms(q))      k̂ = rope(w_k ⊙ k/rms(k))      o = softmax(q̂·k̂ᵀ/√d)·v      (norms, rotation: optional)
 
-Kept for backward: q, k, v as they came, q̂, k̂ and the probabilities, in their dtype. torch's flash attention on the CPU
-keeps no probabilities, and its backward takes five times as long at the few hundred tokens of a small picture; above
-`MOST` bytes of probabilities it is used all the same. References: `joint_attention_reference`, and
+Kept for backward: q̂, k̂, v and the probabilities, and with norms q and k as they came, in their dtype. torch's flash
+attention on the CPU keeps no probabilities, and its backward is five times its forward at the few hundred tokens of a
+small picture; above `MOST` bytes of probabilities it is used all the same. References: `joint_attention_reference`, and
 F.scaled_dot_product_attention for `attention`. Knows tensors, not modules.
 """
 
@@ -58,15 +58,18 @@ class _Joint(torch.autograd.Function):
         scores = torch.bmm(q, k.transpose(1, 2)).mul_(d**-0.5)
         p = torch.softmax(scores, -1)
         out = torch.bmm(p, v).view(n, heads, S, d).transpose(1, 2)
-        ctx.save_for_backward(qkv, weight, turn, r, q, k, v, p)
+        ctx.shape = qkv.shape
+        kept = (qkv, None) if weight is not None else (None, v)  # v lies in qkv too
+        ctx.save_for_backward(*kept, weight, turn, r, q, k, p)
         return out.reshape(n, S, heads * d)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        qkv, weight, turn, r, q, k, v, p = ctx.saved_tensors
-        n, S, _, heads, d = qkv.shape
+        qkv, v, weight, turn, r, q, k, p = ctx.saved_tensors
+        n, S, _, heads, d = ctx.shape
+        v = qkv[:, :, 2].transpose(1, 2).reshape(n * heads, S, d) if v is None else v
         g = g.view(n, S, heads, d).transpose(1, 2).reshape(n * heads, S, d)
-        dqkv = torch.empty_like(qkv)
+        dqkv = g.new_empty(ctx.shape)
         dqkv[:, :, 2] = torch.bmm(p.transpose(1, 2), g).view(n, heads, S, d).transpose(1, 2)
         ds = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), p, -1, p.dtype).mul_(d**-0.5)
         both = torch.stack([torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)]).view(2, n, heads, S, d)
