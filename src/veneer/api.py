@@ -6,7 +6,7 @@
     evaluate(base, "examples/tickets/test.jsonl", {"base": [], "tickets": [run.adapter]})
     merge(base, [run.adapter], "merged")
     train_image("examples/images/config.yaml", "preset=style")
-    image(load_image("emoji-sdxl"), ["a fox"], adapters=["runs/style:0.8"])[0].save("fox.png")
+    image(load_image_base("emoji-sdxl"), ["a fox"], adapters=["runs/style:0.8"])[0].save("fox.png")
 
 An adapter is named by its folder or by its name in the veneer home, with a strength behind a colon: "runs/a:0.5".
 """
@@ -25,6 +25,7 @@ from veneer.formats import peft
 from veneer.merging import Merged
 from veneer.models.generate import generate as complete_all
 from veneer.models.text import TextBase
+from veneer.models.image import load_image as load_image_base
 from veneer.models.text import load_text as load_base
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = [
     "image",
     "load_adapter",
     "load_base",
+    "load_image_base",
     "merge",
     "save_adapter",
     "train_image",

@@ -125,7 +125,7 @@ def canny(picture: Image, low: int = 100, high: int = 200) -> Image:
     import numpy as np
     from PIL import Image
 
-    return Image.fromarray(cv2.Canny(np.asarray(picture.convert("L")), low, high)).convert("RGB")
+    return Image.fromarray(cv2.Canny(np.asarray(picture.convert("RGB")), low, high)).convert("RGB")
 
 
 def control_picture(spec: ControlSpec, picture: Image, width: int, height: int) -> tuple[Image, list[str]]:
