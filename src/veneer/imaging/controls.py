@@ -114,7 +114,7 @@ def flattened(picture: Image) -> Image:
 
 
 def canny(picture: Image, low: int = 100, high: int = 200) -> Image:
-    """White edges on black, by OpenCV's Canny on the grey picture. Raises MissingExtraError without OpenCV."""
+    """White edges on black, by OpenCV's Canny on the colours. Raises MissingExtraError without OpenCV."""
     try:
         import cv2
     except ImportError:
