@@ -10,7 +10,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 SHAPES: dict[str, dict[str, Any]] = {
     "emoji-flux": {"layers": (3, 5), "heads": 6, "width": 32, "axes": (8, 12, 12), "joint": 128, "pooled": 96},
     "flux at width 3072": {
-        "layers": (1, 2), "heads": 24, "width": 128, "axes": (16, 56, 56), "joint": 4096, "pooled": 768,
+        "layers": (1, 1), "heads": 24, "width": 128, "axes": (16, 56, 56), "joint": 4096, "pooled": 768,
     },
     "emoji-sdxl": {"channels": (64, 128, 192), "cross": 192, "heads": (2, 4, 6), "pooled": 96},
     "tiny flux": {"layers": (1, 1), "heads": 2, "width": 16, "axes": (4, 6, 6), "joint": 16, "pooled": 16},

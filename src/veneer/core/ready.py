@@ -1,7 +1,7 @@
 """What a mix needs when nothing is trained, made once for each module and kept beside the base.
 
     copy      W' = W + Σ strength·ΔW            one product, as on the base; any kind of change, DoRA and forms too
-    stack     A = [A₁; A₂; …]    B = [s₁·B₁, s₂·B₂, …]        y = x·Wᵀ + (x·Aᵀ)·Bᵀ, two thin products for any mix
+    stack     A = [s₁·A₁; s₂·A₂; …]    B = [B₁, B₂, …]        y = x·Wᵀ + (x·Aᵀ)·Bᵀ, two thin products for any mix
 
 Copies are used where those of all modules fit in `limit` bytes, else stacks where those do, else neither: so small
 bases run a mix at the base's own cost, and large ones never hold a second set of weights. W' is summed in float32 from
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -178,10 +179,18 @@ def _sources(name: str, base: nn.Module, mix: Acting) -> list[Tensor]:
 
 
 def _stack(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A: (Σ rank, …) and B with strength and scale in it: (out, Σ rank, …)."""
+    """A with strength and scale in it: (Σ rank, …), and B: (out, Σ rank, …)."""
     parts = [(p.collapsed(), s) for p, s in pairs]
-    A = torch.cat([p.A for p, _ in parts]).to(dtype)
-    return A, torch.cat([p.B.to(_wide(p.B)) * (p.scale * s) for p, s in parts], dim=1).to(dtype)
+    A = torch.cat([p.A for p, _ in parts])
+    by_row = _by_row(tuple((p.scale * s, p.rank) for p, s in parts), A.device)
+    A = A * by_row.view(-1, *[1] * (A.ndim - 1))
+    return A.to(dtype), torch.cat([p.B for p, _ in parts], dim=1).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _by_row(scales: tuple[tuple[float, int], ...], device: torch.device) -> Tensor:
+    """Each scale once for each of its rank's rows, float32."""
+    return torch.tensor([s for s, rank in scales for _ in range(rank)], device=device, dtype=torch.float32)
 
 
 def _wide(t: Tensor) -> torch.dtype:
