@@ -24,8 +24,8 @@ from veneer import merging, using
 from veneer.formats import peft
 from veneer.merging import Merged
 from veneer.models.generate import generate as complete_all
-from veneer.models.text import TextBase
 from veneer.models.image import load_image as load_image_base
+from veneer.models.text import TextBase
 from veneer.models.text import load_text as load_base
 
 if TYPE_CHECKING:
