@@ -36,6 +36,17 @@ def test_joint_attention(norms: str, turned: bool, dtype: torch.dtype, tolerance
         assert near(got, want, tolerance)
 
 
+@pytest.mark.parametrize("chunk", [9 * 9 * 4, 3 * 9 * 9 * 4, 1 << 20])
+def test_probabilities_made_again(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(denoise, "CHUNK", chunk)
+    qkv = torch.randn(2, 9, 3, 4, 8, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    turn = torch.polar(torch.ones(9, 4), torch.linspace(0, 3, 36).view(9, 4))
+    out = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(4))
+    kept = torch.autograd.grad(joint_attention(qkv, turn=turn), qkv, out)[0]
+    monkeypatch.setattr(denoise, "_keeps", lambda *_: False)
+    assert near(torch.autograd.grad(joint_attention(qkv, turn=turn), qkv, out)[0], kept, 1e-5)
+
+
 def test_the_reference_is_what_flux_does() -> None:
     """q̂ = rope(rms_norm(q)) as diffusers' FluxAttention has it, with torch's own norm."""
     from diffusers.models.embeddings import apply_rotary_emb
@@ -65,5 +76,5 @@ def test_attention_over_other_tokens(most: int, monkeypatch: pytest.MonkeyPatch)
 def test_too_many_probabilities_to_keep_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv = torch.randn(1, 6, 3, 2, 8, requires_grad=True)
     assert type(joint_attention(qkv).grad_fn).__name__ == "_JointBackward"
-    monkeypatch.setattr(denoise, "MOST", 2 * 6 * 6 * 4 - 1)
+    monkeypatch.setattr(denoise, "CHUNK", 6 * 6 * 4 - 1)
     assert type(joint_attention(qkv).grad_fn).__name__ != "_JointBackward"

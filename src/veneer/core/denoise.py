@@ -2,10 +2,10 @@
 
     q̂ = rope(w_q ⊙ q/rms(q))      k̂ = rope(w_k ⊙ k/rms(k))      o = softmax(q̂·k̂ᵀ/√d)·v      (norms, rotation: optional)
 
-Kept for backward: q̂, k̂, v and the probabilities, and with norms q and k as they came, in their dtype. torch's flash
-attention on the CPU keeps no probabilities, and its backward is five times its forward at the few hundred tokens of a
-small picture; above `MOST` bytes of probabilities it is used all the same. References: `joint_attention_reference`, and
-F.scaled_dot_product_attention for `attention`. Knows tensors, not modules.
+Kept for backward: q̂, k̂, v, with norms q and k as they came, and the probabilities where they are hardly more than
+these; else they are made again, some heads at a time. torch's flash attention on the CPU keeps none either, and its
+backward is five times its forward. References: `joint_attention_reference`, and F.scaled_dot_product_attention for
+`attention`. Knows tensors, not modules.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from torch import Tensor
 __all__ = ["MOST", "attention", "joint_attention", "joint_attention_reference"]
 
 MOST = 64 << 20
-"""Bytes of probabilities that one call may keep."""
+"""Bytes of probabilities that one call of `attention` may keep."""
+
+CHUNK = 8 << 20
+"""Bytes of probabilities at one time where `joint_attention` does not keep them; a head that needs more is torch's."""
 
 
 def _fits(q: Tensor, keys: int) -> bool:
@@ -42,6 +45,21 @@ def _turned(x: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
+def _keeps(tokens: int, d: int) -> bool:
+    """Whether probabilities are kept for backward: where they are hardly more than q, k and v themselves."""
+    return tokens <= 8 * d
+
+
+def _chunks(q: Tensor) -> list[slice]:
+    """Heads that go together so that their probabilities stay small. q: (n·heads, S, d)."""
+    step = max(1, CHUNK // (q.shape[1] ** 2 * q.element_size()))
+    return [slice(i, i + step) for i in range(0, len(q), step)]
+
+
+def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+    return torch.softmax(torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[-1] ** -0.5), -1)
+
+
 class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, weight: Tensor | None, eps: float, turn: Tensor | None) -> Tensor:
@@ -55,9 +73,15 @@ class _Joint(torch.autograd.Function):
         x = x if turn is None else _turned(x.contiguous(), turn)
         q, k = x.to(qkv.dtype).reshape(2, n * heads, S, d).unbind(0)
         v = qkv[:, :, 2].transpose(1, 2).reshape(n * heads, S, d)
-        scores = torch.bmm(q, k.transpose(1, 2)).mul_(d**-0.5)
-        p = torch.softmax(scores, -1)
-        out = torch.bmm(p, v).view(n, heads, S, d).transpose(1, 2)
+        p = None
+        if _keeps(S, d):
+            p = _probabilities(q, k)
+            out = torch.bmm(p, v)
+        else:
+            out = torch.empty_like(q)
+            for at in _chunks(q):
+                torch.bmm(_probabilities(q[at], k[at]), v[at], out=out[at])
+        out = out.view(n, heads, S, d).transpose(1, 2)
         ctx.shape = qkv.shape
         kept = (qkv, None) if weight is not None else (None, v)  # v lies in qkv too
         ctx.save_for_backward(*kept, weight, turn, r, q, k, p)
@@ -70,9 +94,16 @@ class _Joint(torch.autograd.Function):
         v = qkv[:, :, 2].transpose(1, 2).reshape(n * heads, S, d) if v is None else v
         g = g.view(n, S, heads, d).transpose(1, 2).reshape(n * heads, S, d)
         dqkv = g.new_empty(ctx.shape)
-        dqkv[:, :, 2] = torch.bmm(p.transpose(1, 2), g).view(n, heads, S, d).transpose(1, 2)
-        ds = torch._softmax_backward_data(torch.bmm(g, v.transpose(1, 2)), p, -1, p.dtype).mul_(d**-0.5)
-        both = torch.stack([torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)]).view(2, n, heads, S, d)
+        both, dv = q.new_empty(2, *q.shape), torch.empty_like(q)
+        for at in [slice(None)] if p is not None else _chunks(q):
+            seen = p if p is not None else _probabilities(q[at], k[at])
+            torch.bmm(seen.transpose(1, 2), g[at], out=dv[at])
+            ds = torch._softmax_backward_data(torch.bmm(g[at], v[at].transpose(1, 2)), seen, -1, seen.dtype)
+            ds = ds.mul_(d**-0.5)
+            torch.bmm(ds, k[at], out=both[0, at])
+            torch.bmm(ds.transpose(1, 2), q[at], out=both[1, at])
+        dqkv[:, :, 2] = dv.view(n, heads, S, d).transpose(1, 2)
+        both = both.view(2, n, heads, S, d)
         if weight is not None or turn is not None:
             dx = both.float()
             dx = dx if turn is None else _turned(dx, turn.conj())
@@ -91,8 +122,8 @@ def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6
 
     `weight`: frozen w_q, w_k as (2, 1, 1, S or 1, d) float32, None without norms. `turn`: rotary positions (S, d/2)
     complex64, on neighbouring pairs as FLUX has them; None without."""
-    n, S, _, heads, _d = qkv.shape
-    if not _fits(qkv.new_empty(0).expand(n, heads, S, 0), S):
+    S = qkv.shape[1]
+    if qkv.device.type != "cpu" or S * S * qkv.element_size() > CHUNK:
         return joint_attention_reference(qkv, weight, eps, turn)
     out: Tensor = _Joint.apply(qkv, weight, eps, turn)
     return out
