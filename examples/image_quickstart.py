@@ -23,9 +23,9 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from veneer.models.image_grid import sheet
 
 import veneer
+from veneer.models.image_grid import sheet
 
 HERE = Path(__file__).resolve().parent / "openmoji"
 STRENGTHS = (0.0, 0.5, 1.0)
