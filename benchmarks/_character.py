@@ -20,7 +20,8 @@ _EYES = {
     '<circle cx="22" cy="36" r="3.5" fill="#223"/><circle cx="42" cy="36" r="3.5" fill="#223"/>',
     "wink": '<circle cx="22" cy="34" r="4" fill="#223"/><path d="M37 34h10" stroke="#223" stroke-width="3"/>',
     "glasses": '<rect x="12" y="28" width="18" height="11" rx="4" fill="#223"/>'
-    '<rect x="34" y="28" width="18" height="11" rx="4" fill="#223"/><path d="M30 32h4" stroke="#223" stroke-width="3"/>',
+    '<rect x="34" y="28" width="18" height="11" rx="4" fill="#223"/>'
+    '<path d="M30 32h4" stroke="#223" stroke-width="3"/>',
 }
 _MOUTHS = {
     "smile": '<path d="M24 47q8 7 16 0" fill="none" stroke="#223" stroke-width="3"/>',
