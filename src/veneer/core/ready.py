@@ -182,15 +182,16 @@ def _stack(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> tuple[Ten
     """A with strength and scale in it: (Σ rank, …), and B: (out, Σ rank, …)."""
     parts = [(p.collapsed(), s) for p, s in pairs]
     A = torch.cat([p.A for p, _ in parts])
-    by_row = _by_row(tuple((p.scale * s, p.rank) for p, s in parts), A.device)
+    precise = torch.promote_types(torch.promote_types(A.dtype, dtype), torch.float32)
+    by_row = _by_row(tuple((p.scale * s, p.rank) for p, s in parts), A.device, precise)
     A = A * by_row.view(-1, *[1] * (A.ndim - 1))
     return A.to(dtype), torch.cat([p.B for p, _ in parts], dim=1).to(dtype)
 
 
 @lru_cache(maxsize=64)
-def _by_row(scales: tuple[tuple[float, int], ...], device: torch.device) -> Tensor:
-    """Each scale once for each of its rank's rows, float32."""
-    return torch.tensor([s for s, rank in scales for _ in range(rank)], device=device, dtype=torch.float32)
+def _by_row(scales: tuple[tuple[float, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Each scale once for each of its rank's rows."""
+    return torch.tensor([s for s, rank in scales for _ in range(rank)], device=device, dtype=dtype)
 
 
 def _wide(t: Tensor) -> torch.dtype:
