@@ -36,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     started = time.perf_counter()
 
-    step(1, "The drawings: 50 by OpenMoji, which the base never saw")
-    shutil.rmtree(args.output, ignore_errors=True)
-    names = table_of_names()
-    write_pictures(args.output / "pictures", names["train"])
-    line(f"{args.output / 'pictures'}, each with a caption beside it")
-
-    step(2, "The base: a small FLUX that draws emoji in four other styles")
+    step(1, "The base: a small model that draws emoji in four styles")
     base = veneer.load_image_base(args.base, say=line)
     line(f"{base.name} on {base.device} in {str(base.dtype).removeprefix('torch.')}: {base.dtype_reason}")
+
+    step(2, "The drawings: 50 by OpenMoji, which it never saw")
+    shutil.rmtree(args.output, ignore_errors=True)
+    names = table_of_names()
+    write_pictures(args.output / "pictures", names["train"], base.size)
+    line(f"{args.output / 'pictures'}, each with a caption beside it")
 
     step(3, "Training: a thin layer on it")
     overrides = [f"base={args.base}", f"data.pictures={args.output / 'pictures'}", f"output={args.output / 'adapter'}"]
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         for strength in STRENGTHS
     }
-    real = [openmoji(file) for file, _ in shown]
+    real = [openmoji(file, base.size) for file, _ in shown]
     path = write_sheet(args.output / "sheet.png", [name for _, name in shown], drawn, real)
 
     console.print()
@@ -107,10 +107,10 @@ def openmoji(file: str, size: int = 64) -> Image.Image:
     return Image.alpha_composite(white, large.convert("RGBA")).convert("RGB").resize((size, size), Image.Resampling.BOX)
 
 
-def write_pictures(folder: Path, rows: list[tuple[str, str]]) -> None:
+def write_pictures(folder: Path, rows: list[tuple[str, str]], size: int = 64) -> None:
     folder.mkdir(parents=True)
     for file, name in rows:
-        openmoji(file).save(folder / f"{file}.png")
+        openmoji(file, size).save(folder / f"{file}.png")
         (folder / f"{file}.txt").write_text(f"{name}, openmoji style\n", encoding="utf-8")
 
 

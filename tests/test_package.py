@@ -32,7 +32,9 @@ def test_the_wheel_holds_the_package_its_types_and_its_licence(wheel: Path) -> N
     sources = {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src" / "veneer").rglob("*.py")}
     assert sources <= set(names)
     assert "veneer/py.typed" in names
-    data = {str(p.relative_to(ROOT / "src")) for s in ("c", "j2") for p in (ROOT / "src").rglob(f"*.{s}")}
+    data = {
+        str(p.relative_to(ROOT / "src")) for s in ("c", "j2", "safetensors") for p in (ROOT / "src").rglob(f"*.{s}")
+    }
     assert data <= set(names)
     assert {n.split("/")[0].split("-")[0] for n in names} == {"veneer"}, "nothing but veneer is installed"
     assert "License-Expression: Apache-2.0" in metadata

@@ -121,7 +121,8 @@ def _unread(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2's is a processor
     if base.row.name == "qwen-image":
         limit += pipeline(base).prompt_template_encode_start_idx  # so many tokens of the template are dropped
-    read = tokenizer(before + prompt + after, return_offsets_mapping=True, add_special_tokens=special)
+    with quiet():  # transformers warns of the length, which is what is asked here
+        read = tokenizer(before + prompt + after, return_offsets_mapping=True, add_special_tokens=special)
     ids, offsets = read["input_ids"], read["offset_mapping"]
     if len(ids) <= limit:
         return ""
