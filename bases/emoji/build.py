@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from words import clip_tokenizer, t5_tokenizer
 
 STAGES = {
-    "vae": 2000, "clip": 600, "t5": 600, "flux": 2600, "sdxl": 3400, "flux-canny": 600, "sdxl-canny": 600, "export": 0
+    "vae": 2000, "clip": 600, "t5": 600, "flux": 2600, "sdxl": 3400, "flux-canny": 600, "sdxl-canny": 450, "export": 0
 }  # fmt: skip
 """Stage -> steps."""
 

@@ -242,7 +242,8 @@ def pipeline(base: ImageBase, kind: Kind = "text", controls: Sequence[ControlNet
         )
     for name in sorted(base._released):
         base.part(name)  # says so
-    cls = getattr(diffusers, table[kind])
+    with quiet():  # its import says what it falls back to without torchvision
+        cls = getattr(diffusers, table[kind])
     parts: dict[str, Any] = dict(base.parts)
     if controls:
         for control in controls:
