@@ -48,7 +48,9 @@ def _card(name: str, parts: dict[str, float], steps: dict[str, int], stage: str)
         "`grinning face, noto style`. Styles: noto, twemoji, fluent, emojione.", "",
         "```", _example(name), "```", "",
     ]  # fmt: skip
-    if not control:
+    if control:
+        out += ["![twelve held-out drawings: lines, and what is made of them](lines.png)", ""]
+    else:
         out += ["![names that it was trained on](seen.png)", "", "![names that it never saw](held-out.png)", "",
                 "Each style above the real drawing. How often a judge knows thing and style: docs/emoji-bases.md.",
                 ""]  # fmt: skip

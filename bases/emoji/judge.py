@@ -72,7 +72,7 @@ def judge(model: Judge, pictures: Tensor, names: list[str]) -> Verdict:
     return Verdict(rank, style.softmax(1), features)
 
 
-def train_judge(drawings: Drawings, work: Path, *, steps: int = 3000, batch: int = 128) -> dict[str, float]:
+def train_judge(drawings: Drawings, work: Path, *, steps: int = 2000, batch: int = 128) -> dict[str, float]:
     """Trains on all `drawings` but one in twenty; returns the accuracy on those."""
     torch.manual_seed(0)
     names = sorted(set(drawings.names))
