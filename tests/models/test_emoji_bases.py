@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import veneer.models.image as image_models
 
+import veneer.models.image as image_models
 from veneer.models.builtin import packaged_place
 
 BASES, CONTROLS = ("emoji-flux", "emoji-sdxl"), ("emoji-sdxl-canny",)
