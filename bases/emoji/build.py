@@ -32,12 +32,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from words import clip_tokenizer, t5_tokenizer
 
+from veneer.models.builtin import packaged_place
+
 STAGES = {
     "vae": 2000, "clip": 600, "t5": 600, "flux": 2600, "sdxl": 3400, "flux-canny": 600, "sdxl-canny": 450, "export": 0
 }  # fmt: skip
 """Stage -> steps."""
 
-SHIPPED = Path(__file__).parents[2] / "src" / "veneer" / "bases"
+SHIPPED = packaged_place()
 
 
 def main() -> None:
@@ -56,6 +58,7 @@ def _vae(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> N
 
 def _autoencoder(work: Path) -> AutoencoderKL:
     model: AutoencoderKL = AutoencoderKL.from_pretrained(work / "vae")
+    model.register_to_config(_name_or_path="")  # else the folder it was read from is shipped in its config
     return model.eval().requires_grad_(False)
 
 

@@ -33,12 +33,12 @@ def main() -> None:
             for style in SETS:
                 rows.append((style, generate(pipeline, [caption(n, style) for n in names])))
                 rows.append(("real", real[[where[n, style] for n in names]]))
-            sheet(rows, names, SHIPPED / base / f"{file}.png", cell=72)
+            sheet(rows, names, SHIPPED / base / f"{file}.png")
         names = _spread([n for n in complete if is_held_out(n)])
         x = real[[where[n, "noto"] for n in names]]
         lines = edges(x)
         made = [(f"at {w:g}", _controlled(pipeline, base, names, lines, w)) for w in (0.0, 0.5, 1.0)]
-        sheet([("lines", lines), *made, ("real", x)], names, SHIPPED / f"{base}-canny" / "lines.png", cell=72)
+        sheet([("lines", lines), *made, ("real", x)], names, SHIPPED / f"{base}-canny" / "lines.png")
 
 
 def _spread(names: list[str], count: int = 12) -> list[str]:

@@ -13,18 +13,20 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from drawings import SETS, caption, is_held_out, load_drawings
 from judge import STYLES, Judge, judge, load_judge
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from words import LENGTH
 
+from veneer.models import image_grid
+from veneer.models.builtin import packaged_place
+
 __all__ = ["generate", "measure", "sheet"]
 
-SHIPPED = Path(__file__).parents[2] / "src" / "veneer" / "bases"
+SHIPPED = packaged_place()
 
 
 @torch.no_grad()
@@ -52,27 +54,16 @@ def measure(model: Judge, pictures: Tensor, names: list[str], styles: list[str])
     return {k: round(float(v.float().mean()), 3) for k, v in shares.items()} | {"pictures": len(names)}
 
 
-def sheet(rows: list[tuple[str, Tensor]], columns: list[str], path: Path, *, cell: int = 96) -> None:
+def sheet(rows: list[tuple[str, Tensor]], columns: list[str], path: Path) -> None:
     """Labelled rows of pictures under labelled columns."""
-    font, left, top = ImageFont.load_default(12), 92, 34
-    page = Image.new("RGB", (left + cell * len(columns), top + cell * len(rows)), "white")
-    pen = ImageDraw.Draw(page)
-    for j, name in enumerate(columns):
-        words, lines = name.split(), [""]
-        for word in words:
-            if pen.textlength(f"{lines[-1]} {word}", font=font) > cell - 4:
-                lines.append(word)
-            else:
-                lines[-1] = f"{lines[-1]} {word}".strip()
-        pen.multiline_text((left + j * cell + 3, 2), "\n".join(lines[:2]), "black", font=font, spacing=1)
-    for i, (label, pictures) in enumerate(rows):
-        pen.text((4, top + i * cell + cell // 2 - 8), label, "black", font=font)
-        for j, picture in enumerate(pictures):
-            array = ((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-            tile = Image.fromarray(array).resize((cell - 4, cell - 4), Image.Resampling.LANCZOS)
-            page.paste(tile, (left + j * cell + 2, top + i * cell + 2))
+    cells = [[_image(picture) for picture in pictures] for _, pictures in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, optimize=True)
+    made = image_grid.sheet(cells, rows=[label for label, _ in rows], columns=columns, least=64, font_size=12)
+    made.save(path, optimize=True)
+
+
+def _image(picture: Tensor) -> Image.Image:
+    return Image.fromarray(((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def main() -> None:
@@ -116,5 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    np.random.seed(0)
     main()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 __all__ = ["LENGTH", "clip_tokenizer", "t5_tokenizer"]
@@ -15,6 +16,7 @@ LENGTH = 20
 """Tokens a prompt may have, start and end included, in both encoders."""
 
 _PIECES = 1800
+_CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 def clip_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
@@ -22,7 +24,7 @@ def clip_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(_clip_pattern(), "removed", invert=True),
+            pre_tokenizers.Split(Regex(_CLIP_WORDS), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
@@ -34,8 +36,6 @@ def clip_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
     tokenizer.train_from_iterator(captions, trainer)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.model.save(folder)
-        import json
-
         vocab = json.loads(Path(folder, "vocab.json").read_text())
         # A single byte at the end of a word must have a piece too, whatever the captions hold.
         for byte in alphabet:
@@ -44,12 +44,6 @@ def clip_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
             vocab.setdefault(special, len(vocab))
         merges = [tuple(line.split()) for line in Path(folder, "merges.txt").read_text().splitlines()[1:]]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
-
-
-def _clip_pattern():  # type: ignore[no-untyped-def]
-    from tokenizers import Regex
-
-    return Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
 
 
 def t5_tokenizer(captions: Iterable[str]) -> T5TokenizerFast:
@@ -62,7 +56,5 @@ def t5_tokenizer(captions: Iterable[str]) -> T5TokenizerFast:
         initial_alphabet=[chr(c) for c in range(33, 127)],
     )  # fmt: skip
     tokenizer.train_from_iterator(captions, trainer)
-    import json
-
     pieces = [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=LENGTH)

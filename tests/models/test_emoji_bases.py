@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def test_everything_together_is_at_most_45_megabytes() -> None:
     files = [f for name in (*BASES, *CONTROLS) for f in (packaged_place() / name).rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files if f.suffix != ".png") <= 45e6
     assert not [f for f in files if f.suffix not in {".safetensors", ".json", ".md", ".png", ".txt"}]
+
+
+@pytest.mark.parametrize("file", sorted(packaged_place().rglob("*.json")), ids=lambda f: "/".join(f.parts[-3:]))
+def test_no_config_names_the_folder_it_was_made_in(file: Path) -> None:
+    assert not json.loads(file.read_text(encoding="utf-8")).get("_name_or_path")
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -27,7 +27,6 @@ from typing import Any
 from veneer.core.adapter import Adapter, Card
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.errors import Interrupted
 from veneer.models.image import ImageBase, load_image, release
 from veneer.models.image_memory import measured_activations, offloading, recomputing
 from veneer.models.image_predict import cut_of
@@ -37,7 +36,7 @@ from veneer.train.check_run import CACHE
 from veneer.train.checkpoint import Progress
 from veneer.train.ema import Ema
 from veneer.train.estimate import free_memory
-from veneer.train.events import Checked, Event, Listener, Note, Resolved, Sampled, fan_out
+from veneer.train.events import Checked, Event, Listener, Note, Resolved, Sampled
 from veneer.train.image_batches import PlannedRow, hold_out, plan_image_steps, validation_rows
 from veneer.train.image_encode import Encoders, ImageLoss
 from veneer.train.image_preflight import ImageData, image_preflight, parts_of, with_memory
@@ -57,8 +56,7 @@ from veneer.train.picture_sheet import contact_sheet
 from veneer.train.picture_views import plan_rows
 from veneer.train.pictures import pictures_digest, read_pictures
 from veneer.train.preflight import Report
-from veneer.train.report import ConsoleView
-from veneer.train.running import NAME, Outcome, Running, due, resolved, seed_all
+from veneer.train.running import NAME, Outcome, Running, due, newest_checkpoint, resolved, seed_all, watched
 
 __all__ = ["ImageResult", "train_image"]
 
@@ -95,11 +93,7 @@ def train_image(
     for pictures that cannot be used, PreflightError before step one for what would go wrong, TrainingError for a loss
     that is not finite, Interrupted on Ctrl-C with the state saved, and what the base and checkpoints raise."""
     folder = Path(config.output.directory)
-    view = ConsoleView(unit="pictures") if on_event is None else None
-    early: list[Event] = []
-    tell = fan_out(view or on_event, early.append)
-    random_before = checkpoint.rng_state()
-    try:
+    with watched(folder, on_event, "pictures") as (tell, early):
         own = base is None
         base = base or load_image(
             config.base.name, dtype=config.base.dtype, device=config.base.device, quantise=config.base.quantise,
@@ -107,9 +101,7 @@ def train_image(
         )  # fmt: skip
         for note in base.notes:
             tell(Note(note))
-        newest = checkpoint.latest(folder / "checkpoints") if resume else None
-        if resume and newest is None:
-            tell(Note(f"there is no checkpoint in {folder}: the run starts from its beginning"))
+        newest = newest_checkpoint(folder, resume, tell)
         setup = _Setup(config, base, folder, newest, resume, dry_run, sources, tell)
         setup.read()
         setup.check()
@@ -118,13 +110,6 @@ def train_image(
         with setup.attached() as attachment:
             run = _ImageRun(setup, attachment, early)
             return run.dry() if dry_run else run.train()
-    except Interrupted as error:
-        fix = "go on with the same command and --resume (in Python: resume=True)"
-        raise Interrupted(error.what, where=str(folder / "checkpoints"), fix=fix) from None
-    finally:
-        if view is not None:
-            view.close()
-        checkpoint.rng_restore(random_before)
 
 
 class _Setup:

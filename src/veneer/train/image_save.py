@@ -24,10 +24,10 @@ from veneer.models.image_predict import Conditioning, predict
 from veneer.train.checkpoint import write_atomically
 from veneer.train.events import Resolved
 from veneer.train.findings import Finding
-from veneer.train.report import duration, size
+from veneer.train.report import duration
 from veneer.train.report_page import Page, write_page
 from veneer.train.running import NAME
-from veneer.train.save import known_files, report_records, today
+from veneer.train.save import base_facts, known_files, loss_cards, report_records, size_cards, today
 
 if TYPE_CHECKING:
     from veneer.formats.convert import Written
@@ -197,23 +197,12 @@ def _address(path: Path) -> str:
 
 
 def _cards(result: ImageResult, numbers: dict[str, Any], seconds: float) -> list[tuple[str, str, str]]:
-    cards = []
-    if result.validation is not None:
-        before = f"{result.validation_before:.4f} before training" if result.validation_before is not None else ""
-        where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
-        cards.append(("Validation loss", f"{result.validation:.4f}", before + where))
-    if result.loss is not None:
-        cards.append(("Training loss", f"{result.loss:.4f}", f"mean over the last {min(20, result.steps)} steps"))
-    share = ""
-    if numbers.get("trainable") and numbers.get("base_parameters"):
-        share = f"{numbers['trainable']:,} weights, {numbers['trainable'] / numbers['base_parameters']:.2%} of the base"
     speed = f"{result.pictures_per_second:,.3g} pictures/s"
     return [
-        *cards,
+        *loss_cards(result),
         ("Steps", f"{result.steps:,}", result.stopped),
         ("Speed", speed, f"{result.pictures:,} pictures in {duration(seconds)}"),
-        ("Peak memory", size(result.peak_memory_bytes), "the whole process, base included"),
-        ("Adapter", size(_weights(Path(result.adapter)).stat().st_size), share),
+        *size_cards(result, numbers, _weights(Path(result.adapter)).stat().st_size),
     ]
 
 
@@ -226,10 +215,7 @@ def _facts(result: ImageResult, base: ImageBase) -> list[tuple[str, str]]:
         ("adapter", result.adapter),
         ("digest", result.digest),
         *(("hash", f"{kind}: {value}") for kind, value in result.hashes.items()),
-        ("base", base.name),
-        ("base fingerprint", base.fingerprint),
-        ("precision", f"base in {str(base.dtype).removeprefix('torch.')}, adapter and optimizer in float32"),
-        ("device", str(base.device)),
+        *base_facts(base),
     ]
 
 

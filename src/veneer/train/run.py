@@ -23,7 +23,7 @@ from torch import Tensor
 
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.errors import ConfigError, Interrupted
+from veneer.errors import ConfigError
 from veneer.models.loss import text_loss
 from veneer.models.speed import fast
 from veneer.models.text import load_text
@@ -32,12 +32,11 @@ from veneer.train.batches import Batch, collate, plan_steps
 from veneer.train.checkpoint import Progress
 from veneer.train.encode import Encoded, Example, encode
 from veneer.train.evaluate import score_examples
-from veneer.train.events import Checked, Event, Listener, Note, Resolved, fan_out
+from veneer.train.events import Checked, Event, Listener, Note, Resolved
 from veneer.train.loop import Micro, Score, Step
 from veneer.train.preflight import Report, preflight
-from veneer.train.report import ConsoleView
 from veneer.train.rows import About, Row, data_digest, read_rows, split_rows
-from veneer.train.running import NAME, Outcome, Running, resolved, seed_all
+from veneer.train.running import NAME, Outcome, Running, newest_checkpoint, resolved, seed_all, watched
 from veneer.train.save import prove, save_adapter, write_report
 from veneer.train.schema import TrainConfig
 
@@ -91,18 +90,12 @@ def train_text(
     configuration, base, data and checkpoints raises.
     """
     folder = Path(config.output.directory)
-    view = ConsoleView() if on_event is None else None
-    early: list[Event] = []
-    tell = fan_out(view or on_event, early.append)
-    random_before = checkpoint.rng_state()
-    try:
+    with watched(folder, on_event, "tokens") as (tell, early):
         base = base or load_text(
             config.base.name, dtype=config.base.dtype, device=config.base.device, say=lambda line: tell(Note(line))
         )
         data = _read(config, base)
-        newest = checkpoint.latest(folder / "checkpoints") if resume else None
-        if resume and newest is None:
-            tell(Note(f"there is no checkpoint in {folder}: the run starts from its beginning"))
+        newest = newest_checkpoint(folder, resume, tell)
         report = _preflight(config, base, data, resume, newest)
         recompute, reason = _recompute(config, report)
         settings = resolved(config, sources, _settled(config, base, data, recompute, reason))
@@ -112,13 +105,6 @@ def train_text(
         with _attached(config, base, recompute, tell) as attachment:
             run = _Run(config, base, data, attachment, folder, report, settings, tell, early)
             return run.dry() if dry_run else run.train(newest)
-    except Interrupted as error:
-        fix = "go on with the same command and --resume (in Python: resume=True)"
-        raise Interrupted(error.what, where=str(folder / "checkpoints"), fix=fix) from None
-    finally:
-        if view is not None:
-            view.close()
-        checkpoint.rng_restore(random_before)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What a run on text and a run on pictures have in common, around the loop.
 
-    before    resolved: every setting with where it came from · identity: what a resumed run must share
+    around    watched: who is told, and everything back as it was
+    before    newest_checkpoint · resolved: every setting with where it came from
     during    Running.train: restore, probe, log, loop, checkpoints
     after     Running.keep_best · Outcome, what every run comes to
 
@@ -9,7 +10,8 @@ Knows configurations, parameters and steps; no rows, no pictures, no bases by ki
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,16 +19,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from veneer.errors import Interrupted
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress
 from veneer.train.config import Config
 from veneer.train.events import Event, Listener, Note, Resolved, fan_out
 from veneer.train.loop import Loss, Score, Step
 from veneer.train.optim import Schedule, make_optimizer
-from veneer.train.report import JsonLog
+from veneer.train.report import ConsoleView, JsonLog
 from veneer.train.schema import keys, why
 
-__all__ = ["NAME", "Outcome", "Running", "due", "resolved", "seed_all"]
+__all__ = ["NAME", "Outcome", "Running", "due", "newest_checkpoint", "resolved", "seed_all", "watched"]
 
 NAME = "run"
 """The adapter's name on the base while it trains."""
@@ -58,6 +61,33 @@ class Outcome:
         if not self.dry_run:
             del values["preflight"]
         return values
+
+
+@contextmanager
+def watched(folder: Path, on_event: Listener | None, unit: str) -> Iterator[tuple[Listener, list[Event]]]:
+    """Around a whole run: (who is told what happens, what was told until now). Without `on_event` it is shown in the
+    terminal, speed in `unit`s a second. Random generators are as before afterwards, and an interruption says how to go
+    on."""
+    view = ConsoleView(unit=unit) if on_event is None else None
+    early: list[Event] = []
+    random_before = checkpoint.rng_state()
+    try:
+        yield fan_out(view or on_event, early.append), early
+    except Interrupted as error:
+        fix = "go on with the same command and --resume (in Python: resume=True)"
+        raise Interrupted(error.what, where=str(folder / "checkpoints"), fix=fix) from None
+    finally:
+        if view is not None:
+            view.close()
+        checkpoint.rng_restore(random_before)
+
+
+def newest_checkpoint(folder: Path, resume: bool, tell: Listener) -> Path | None:
+    """Where a run that is to be resumed goes on; None, which is said, where there is nothing to go on from."""
+    newest = checkpoint.latest(folder / "checkpoints") if resume else None
+    if resume and newest is None:
+        tell(Note(f"there is no checkpoint in {folder}: the run starts from its beginning"))
+    return newest
 
 
 @dataclass

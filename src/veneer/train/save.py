@@ -21,10 +21,22 @@ from veneer.train.report import duration, read_log, size
 from veneer.train.report_page import Page, write_page
 
 if TYPE_CHECKING:
+    from veneer.models.image import ImageBase
     from veneer.models.text import TextBase
     from veneer.train.run import RunResult
+    from veneer.train.running import Outcome
 
-__all__ = ["known_files", "prove", "report_records", "save_adapter", "today", "write_report"]
+__all__ = [
+    "base_facts",
+    "known_files",
+    "loss_cards",
+    "prove",
+    "report_records",
+    "save_adapter",
+    "size_cards",
+    "today",
+    "write_report",
+]
 
 _RELOADED = "reloaded"
 
@@ -85,6 +97,17 @@ def write_report(folder: Path, result: RunResult, settings: Resolved, base: Text
 
 
 def _cards(result: RunResult, numbers: dict[str, Any], weights: int, seconds: float) -> list[tuple[str, str, str]]:
+    return [
+        *loss_cards(result),
+        ("Steps", f"{result.steps:,}", result.stopped),
+        ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", f"{result.tokens:,} tokens in {duration(seconds)}"),
+        ("Trained tokens", f"{result.trained_tokens:,}", f"{result.trained_tokens / max(1, result.tokens):.0%} of all"),
+        *size_cards(result, numbers, weights),
+    ]
+
+
+def loss_cards(result: Outcome) -> list[tuple[str, str, str]]:
+    """(title, value, remark) of the losses that a run has."""
     cards = []
     if result.validation is not None:
         before = f"{result.validation_before:.4f} before training" if result.validation_before is not None else ""
@@ -92,26 +115,35 @@ def _cards(result: RunResult, numbers: dict[str, Any], weights: int, seconds: fl
         cards.append(("Validation loss", f"{result.validation:.4f}", before + where))
     if result.loss is not None:
         cards.append(("Training loss", f"{result.loss:.4f}", f"mean over the last {min(20, result.steps)} steps"))
-    cards += [
-        ("Steps", f"{result.steps:,}", result.stopped),
-        ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", f"{result.tokens:,} tokens in {duration(seconds)}"),
-        ("Trained tokens", f"{result.trained_tokens:,}", f"{result.trained_tokens / max(1, result.tokens):.0%} of all"),
-        ("Peak memory", size(result.peak_memory_bytes), "the whole process, base included"),
-    ]
+    return cards
+
+
+def size_cards(result: Outcome, numbers: dict[str, Any], weights: int) -> list[tuple[str, str, str]]:
+    """The same of memory and of the adapter, whose file of tensors has `weights` bytes."""
     share = ""
     if numbers.get("trainable") and numbers.get("base_parameters"):
         share = f"{numbers['trainable']:,} weights, {numbers['trainable'] / numbers['base_parameters']:.2%} of the base"
-    return [*cards, ("Adapter", size(weights), share)]
+    return [
+        ("Peak memory", size(result.peak_memory_bytes), "the whole process, base included"),
+        ("Adapter", size(weights), share),
+    ]
+
+
+def base_facts(base: TextBase | ImageBase) -> list[tuple[str, str]]:
+    """Which base it was, and how it ran."""
+    return [
+        ("base", base.name),
+        ("base fingerprint", base.fingerprint),
+        ("precision", f"base in {str(base.dtype).removeprefix('torch.')}, adapter and optimizer in float32"),
+        ("device", str(base.device)),
+    ]
 
 
 def _facts(result: RunResult, folder: Path, base: TextBase) -> list[tuple[str, str]]:
     return [
         ("adapter", str(folder)),
         ("digest", result.digest),
-        ("base", base.name),
-        ("base fingerprint", base.fingerprint),
-        ("precision", f"base in {str(base.dtype).removeprefix('torch.')}, adapter and optimizer in float32"),
-        ("device", str(base.device)),
+        *base_facts(base),
     ]
 
 
