@@ -13,6 +13,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layers": (1, 1), "heads": 24, "width": 128, "axes": (16, 56, 56), "joint": 4096, "pooled": 768,
     },
     "emoji-sdxl": {"channels": (64, 128, 192), "cross": 192, "heads": (2, 4, 6), "pooled": 96},
+    "sdxl at width 640": {
+        "channels": (640,), "cross": 2048, "heads": (10,), "pooled": 1280, "depths": 2, "layers": 1,
+        "side": 64, "tokens": 77,
+    },
     "tiny flux": {"layers": (1, 1), "heads": 2, "width": 16, "axes": (4, 6, 6), "joint": 16, "pooled": 16},
     "tiny sdxl": {"channels": (32, 32, 64), "cross": 32, "heads": (2, 2, 4), "pooled": 16},
 }  # fmt: skip
@@ -24,7 +28,10 @@ def is_flux(name: str) -> bool:
 
 
 def denoiser(name: str, seed: int = 0) -> Any:
-    """In float32 and eval mode, frozen. SDXL's block layout with its transformers shallower; FLUX.1's modules."""
+    """In float32 and eval mode, frozen. SDXL's block layout with its transformers shallower; FLUX.1's modules.
+
+    At width 640: SDXL's second level, down and up (residual blocks, transformers two deep, heads of 64), at the
+    64 × 64 places that pictures of 1024 × 1024 have there; half as many of each."""
     import diffusers
     import torch
 
@@ -37,12 +44,15 @@ def denoiser(name: str, seed: int = 0) -> Any:
             pooled_projection_dim=s["pooled"], guidance_embeds=True, axes_dims_rope=s["axes"],
         )  # fmt: skip
     else:
+        without = max(0, len(s["channels"]) - 2)  # levels without transformers
+        with_ = len(s["channels"]) - without
         model = diffusers.UNet2DConditionModel(
-            sample_size=16, block_out_channels=s["channels"], layers_per_block=2, cross_attention_dim=s["cross"],
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 1, 2), attention_head_dim=s["heads"], use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=32,
+            sample_size=s.get("side", 16), block_out_channels=s["channels"], layers_per_block=s.get("layers", 2),
+            down_block_types=("DownBlock2D",) * without + ("CrossAttnDownBlock2D",) * with_,
+            up_block_types=("CrossAttnUpBlock2D",) * with_ + ("UpBlock2D",) * without,
+            mid_block_type="UNetMidBlock2DCrossAttn" if without else None, cross_attention_dim=s["cross"],
+            transformer_layers_per_block=s.get("depths", (1, 1, 2)), attention_head_dim=s["heads"],
+            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=32,
             projection_class_embeddings_input_dim=s["pooled"] + 6 * 32,
         )  # fmt: skip
     return model.eval().requires_grad_(False)
@@ -59,8 +69,8 @@ def inputs(name: str, rows: int, dtype: Any, seed: int = 1, side: int = 8) -> di
 
     if not is_flux(name):
         return {
-            "x": random(rows, 4, 2 * side, 2 * side),
-            "encoder_hidden_states": random(rows, TEXT_TOKENS, s["cross"]),
+            "x": random(rows, 4, *[s.get("side", 2 * side)] * 2),
+            "encoder_hidden_states": random(rows, s.get("tokens", TEXT_TOKENS), s["cross"]),
             "added_cond_kwargs": {
                 "text_embeds": random(rows, s["pooled"]),
                 "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]] * rows).to(dtype),

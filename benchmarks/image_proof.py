@@ -40,9 +40,9 @@ from judge import STYLES, judge, load_judge  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from veneer.models.image_grid import sheet  # noqa: E402
 
 import veneer  # noqa: E402
+from veneer.models.image_grid import sheet  # noqa: E402
 
 STRENGTHS = (0.0, 0.5, 1.0)
 STYLE, CONTENT = ("pixel", "histogram", "features"), ("top 1", "top 5")

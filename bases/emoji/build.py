@@ -30,12 +30,12 @@ from safetensors import safe_open
 from texts import train_clip, train_t5
 from torch import Tensor, nn
 from torch.nn import functional as F
-from words import clip_tokenizer, t5_tokenizer
+from words import kept_tokenizers
 
 from veneer.models.builtin import packaged_place
 
 STAGES = {
-    "vae": 2000, "clip": 600, "t5": 600, "flux": 2600, "sdxl": 3400, "flux-canny": 600, "sdxl-canny": 450, "export": 0
+    "vae": 2000, "clip": 600, "t5": 600, "flux": 2400, "sdxl": 2400, "flux-canny": 700, "sdxl-canny": 700, "export": 0
 }  # fmt: skip
 """Stage -> steps."""
 
@@ -47,7 +47,7 @@ def main() -> None:
     torch.manual_seed(0)
     drawings = load_drawings(work).select(held_out=False)
     captions = [caption(n, s) for n, s in zip(drawings.names, drawings.styles, strict=True)]
-    tokenizers = [clip_tokenizer(captions), t5_tokenizer(captions)]
+    tokenizers = kept_tokenizers(captions, work)
     for stage in stages:
         _STAGES[stage](work, drawings, tokenizers, STAGES[stage])
 
@@ -76,18 +76,24 @@ def _t5(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> No
 
 def _flux(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
     parts = new_flux(tokenizers)
-    _load({"clip": parts["text_encoder"], "t5": parts["text_encoder_2"]}, work / "text")
+    if (work / "flux").is_dir():
+        _load(parts, work / "flux")
+    else:
+        _load({"clip": parts["text_encoder"], "t5": parts["text_encoder_2"]}, work / "text")
     train_flux(parts, tokenizers, encode_all(_autoencoder(work), drawings), drawings, work, steps)
     _save(parts, work / "flux")
 
 
 def _sdxl(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
     vae, parts = _autoencoder(work), new_sdxl(tokenizers)
-    _load({"clip": parts["text_encoder"]}, work / "text")
-    learned = torch.load(work / "text" / "clip.pt", weights_only=True)
-    parts["text_encoder_2"].load_state_dict(
-        {f"text_model.{k}": v for k, v in learned.items()} | {"text_projection.weight": torch.eye(96)}
-    )
+    if (work / "sdxl").is_dir():
+        _load(parts, work / "sdxl")
+    else:
+        _load({"clip": parts["text_encoder"]}, work / "text")
+        learned = torch.load(work / "text" / "clip.pt", weights_only=True)
+        parts["text_encoder_2"].load_state_dict(
+            {f"text_model.{k}": v for k, v in learned.items()} | {"text_projection.weight": torch.eye(96)}
+        )
     pixels, sizes = _crops(drawings)
     crops = (encode_all(vae, pixels), sizes)
     train_sdxl(parts, tokenizers, encode_all(vae, drawings), crops, drawings, work, steps)

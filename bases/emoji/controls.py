@@ -106,4 +106,4 @@ def _train(control: nn.Module, parts: dict[str, nn.Module], loss: Any, state: Pa
     for part in parts.values():
         part.requires_grad_(False)
     with short_attention():
-        optimise({"control": control}, loss, steps=steps, learning_rate=1e-3, state=state)
+        optimise({"control": control}, loss, steps=steps, learning_rate=1e-3, state=state, muon=True)

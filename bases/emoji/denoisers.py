@@ -34,7 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 SIDE = 16  # latents a side
-_TEXT = {"text_encoder": 0.3, "text_encoder_2": 0.3}  # they know their words already
+_TEXT = {"text_encoder": 0.5, "text_encoder_2": 0.5}  # they know their words already
 _SHIFT = 1.6  # what FLUX's dynamic shift gives for 64 tokens
 
 Batch = dict[str, Tensor]
@@ -129,7 +129,9 @@ def train_flux(
             return flow_loss(parts, packed[rows], ids, captions.empty, step > 0.7 * steps, generator)
 
     with short_attention():
-        optimise(parts, loss, steps=steps, learning_rate=1.5e-3, warmup=200, state=work / "flux.pt", rates=_TEXT)
+        optimise(
+            parts, loss, steps=steps, learning_rate=1.5e-3, warmup=200, state=work / "flux.pt", rates=_TEXT, muon=True
+        )
 
 
 # -- emoji-sdxl ------------------------------------------------------------------------------------------------------
@@ -200,7 +202,9 @@ def train_sdxl(
             return noise_loss(parts, x, captions.batch(rows, generator), sizes, generator)
 
     with short_attention():
-        optimise(parts, loss, steps=steps, learning_rate=1.5e-3, warmup=200, state=work / "sdxl.pt", rates=_TEXT)
+        optimise(
+            parts, loss, steps=steps, learning_rate=1.5e-3, warmup=200, state=work / "sdxl.pt", rates=_TEXT, muon=True
+        )
 
 
 # -- both ------------------------------------------------------------------------------------------------------------

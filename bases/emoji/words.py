@@ -10,13 +10,26 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-__all__ = ["LENGTH", "clip_tokenizer", "t5_tokenizer"]
+__all__ = ["LENGTH", "clip_tokenizer", "kept_tokenizers", "t5_tokenizer"]
 
 LENGTH = 20
 """Tokens a prompt may have, start and end included, in both encoders."""
 
 _PIECES = 1800
 _CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+def kept_tokenizers(captions: list[str], work: Path) -> tuple[CLIPTokenizer, T5TokenizerFast]:
+    """Both, from WORK/tokenizers, trained there first if they are not there.
+
+    Training breaks ties between equally frequent pieces by chance, so a second training numbers them otherwise: what
+    was trained with one pair of tokenizers must be used with that pair.
+    """
+    folder = work / "tokenizers"
+    if not (folder / "t5").is_dir():
+        clip_tokenizer(captions).save_pretrained(folder / "clip")
+        t5_tokenizer(captions).save_pretrained(folder / "t5")
+    return CLIPTokenizer.from_pretrained(folder / "clip"), T5TokenizerFast.from_pretrained(folder / "t5")
 
 
 def clip_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer import kernels
 from veneer.core import denoise
 from veneer.core.denoise import attention, joint_attention, joint_attention_reference
 
@@ -78,3 +79,82 @@ def test_too_many_probabilities_to_keep_go_through_torch(monkeypatch: pytest.Mon
     assert type(joint_attention(qkv).grad_fn).__name__ == "_JointBackward"
     monkeypatch.setattr(denoise, "CHUNK", 6 * 6 * 4 - 1)
     assert type(joint_attention(qkv).grad_fn).__name__ != "_JointBackward"
+
+
+tiled = pytest.mark.skipif(
+    kernels.attention(torch.empty(1, 16, dtype=torch.bfloat16)) is None,
+    reason="no compiler, or no processor with AVX512-BF16",
+)
+
+
+@tiled
+@pytest.mark.parametrize(
+    ("heads", "S", "T", "d"),
+    [(1, 1, 1, 16), (2, 47, 63, 32), (3, 48, 64, 48), (2, 49, 65, 64), (2, 130, 257, 80), (1, 300, 513, 128)],
+)
+def test_tiles_against_float64(heads: int, S: int, T: int, d: int) -> None:
+    """Tiles are of 48 queries and 256 keys in panels of 64: at, below and above each. As near as torch's own."""
+    g = torch.Generator().manual_seed(S)
+    q, k, v, out_gradient = (torch.randn(heads, n, d, generator=g).bfloat16() for n in (S, T, T, S))
+    exact = [t.double().requires_grad_(True) for t in (q, k, v)]
+    scores = exact[0] @ exact[1].mT * d**-0.5
+    want = scores.softmax(-1) @ exact[2]
+    gradients = torch.autograd.grad(want, exact, out_gradient.double())
+    out, *dqkv = (torch.full_like(t, torch.nan) for t in (q, q, k, v))
+    lse = denoise._tiled(q, k, v, out)
+    assert lse is not None
+    dot = torch.linalg.vecdot(out_gradient.float(), out.float())
+    denoise._tiled_backward(q, k, v, lse, dot, out_gradient, *dqkv)
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    for got, exactly in zip([out, *dqkv], [want, *gradients], strict=True):
+        assert near(got, exactly, 6e-3)
+
+
+@tiled
+def test_tiles_bear_scores_of_any_size() -> None:
+    """One key far above the others, late enough that what was summed before it vanishes; and equal scores."""
+    q, k = torch.full((1, 50, 16), 8.0).bfloat16(), torch.full((1, 600, 16), -8.0).bfloat16()
+    k[0, 500] = 8.0
+    v = torch.arange(600.0).bfloat16()[None, :, None].expand(1, 600, 16).contiguous()
+    out = torch.empty_like(q)
+    assert denoise._tiled(q, k, v, out) is not None
+    assert torch.equal(out, v[:, 500:501].expand_as(out))
+    assert denoise._tiled(q, torch.zeros_like(k), v, out) is not None
+    assert torch.allclose(out.float(), v.float().mean(), rtol=1e-2)
+
+
+@tiled
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("norms", [False, True])
+def test_joint_attention_of_many_tokens_in_tiles(norms: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(denoise, "_keeps", lambda *_: False)
+    monkeypatch.setattr(denoise, "_chunks", None)  # what runs without a kernel
+    monkeypatch.setattr(denoise, "CHUNK", 0)
+    g = torch.Generator().manual_seed(5)
+    qkv = torch.randn(rows, 70, 3, 3, 16, generator=g).bfloat16()
+    weight = 1 + torch.randn(2, 1, 1, 1, 16, generator=g) / 3 if norms else None
+    turn = torch.polar(torch.ones(70, 8), torch.randn(70, 8, generator=g)) if norms else None
+    out_gradient = torch.randn(rows, 70, 48, generator=g).bfloat16()
+    results = []
+    for function in (joint_attention, joint_attention_reference):
+        x = qkv.clone().requires_grad_(True)
+        y = function(x, weight, 1e-6, turn)
+        results.append((y.detach(), *torch.autograd.grad(y, x, out_gradient)))
+    assert all(near(got, want, 1e-2) for got, want in zip(*results, strict=True))
+
+
+@tiled
+def test_tiles_do_not_depend_on_the_number_of_threads() -> None:
+    g = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(5, 100, 32, generator=g).bfloat16() for _ in range(3))
+    made = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            out = torch.empty_like(q)
+            denoise._tiled(q, k, v, out)
+            made.append(out)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*made)

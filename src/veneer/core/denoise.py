@@ -3,9 +3,9 @@
     q̂ = rope(w_q ⊙ q/rms(q))      k̂ = rope(w_k ⊙ k/rms(k))      o = softmax(q̂·k̂ᵀ/√d)·v      (norms, rotation: optional)
 
 Kept for backward: q̂, k̂, v, with norms q and k as they came, and the probabilities where they are hardly more than
-these; else they are made again, some heads at a time. torch's flash attention on the CPU keeps none either, and its
-backward is five times its forward. References: `joint_attention_reference`, and F.scaled_dot_product_attention for
-`attention`. Knows tensors, not modules.
+these. Else they are made again in backward: in tiles by the compiled kernel where there is one (half the time of
+torch's flash attention on the CPU), or some heads at a time. References:
+`joint_attention_reference`, and F.scaled_dot_product_attention for `attention`. Knows tensors, not modules.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer import kernels
+
 __all__ = ["MOST", "attention", "joint_attention", "joint_attention_reference"]
 
 MOST = 64 << 20
 """Bytes of probabilities that one call of `attention` may keep."""
 
 CHUNK = 8 << 20
-"""Bytes of probabilities at one time where `joint_attention` does not keep them; a head that needs more is torch's."""
+"""Bytes of probabilities at one time where `joint_attention` does not keep them; a head that needs more is torch's,
+unless there is a kernel, which needs no more for a thousand tokens than for ten."""
 
 
 def _fits(q: Tensor, keys: int) -> bool:
@@ -60,6 +63,30 @@ def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     return torch.softmax(torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[-1] ** -0.5), -1)
 
 
+def _tiled(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor | None:
+    """softmax(q·kᵀ/√d)·v into out, all (heads, tokens, d); log Σ exp of the scores (heads, S) float32, or None, and
+    nothing done, where there is no kernel for these."""
+    native = kernels.attention(q, k, v, out)
+    if native is None:
+        return None
+    heads, S, d = q.shape
+    lse = torch.empty(heads, S)
+    at = [t.data_ptr() for t in (q, k, v, out, lse)]
+    native.attend(*at, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads())
+    return lse
+
+
+def _tiled_backward(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, dot: Tensor, g: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Gradients of `_tiled` into dq, dk, dv. `dot`: (heads, S) float32, the products of out with its gradient g."""
+    native = kernels.attention(q, k, v, g, dq, dk, dv)
+    assert native is not None
+    heads, S, d = q.shape
+    at = [t.data_ptr() for t in (q, k, v, lse, dot, g, dq, dk, dv)]
+    native.attend_backward(*at, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads())
+
+
 class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, weight: Tensor | None, eps: float, turn: Tensor | None) -> Tensor:
@@ -71,31 +98,35 @@ class _Joint(torch.autograd.Function):
             r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(d).add_(eps).rsqrt_()
             x = (x * r).mul_(weight)
         x = x if turn is None else _turned(x.contiguous(), turn)
-        q, k = x.to(qkv.dtype).reshape(2, n * heads, S, d).unbind(0)
-        v = qkv[:, :, 2].transpose(1, 2).reshape(n * heads, S, d)
-        p = None
+        q, k = x.to(qkv.dtype).reshape(2, n * heads, S, d).contiguous().unbind(0)
+        v = qkv[:, :, 2].transpose(1, 2).reshape(n * heads, S, d).contiguous()
+        p = lse = None
         if _keeps(S, d):
             p = _probabilities(q, k)
             out = torch.bmm(p, v)
         else:
             out = torch.empty_like(q)
-            for at in _chunks(q):
+            lse = _tiled(q, k, v, out)
+            for at in [] if lse is not None else _chunks(q):
                 torch.bmm(_probabilities(q[at], k[at]), v[at], out=out[at])
-        out = out.view(n, heads, S, d).transpose(1, 2)
+        out = out.view(n, heads, S, d).transpose(1, 2).reshape(n, S, heads * d)
         ctx.shape = qkv.shape
         kept = (qkv, None) if weight is not None else (None, v)  # v lies in qkv too
-        ctx.save_for_backward(*kept, weight, turn, r, q, k, p)
-        return out.reshape(n, S, heads * d)
+        ctx.save_for_backward(*kept, weight, turn, r, q, k, p, lse, None if lse is None else out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        qkv, v, weight, turn, r, q, k, p = ctx.saved_tensors
+        qkv, v, weight, turn, r, q, k, p, lse, out = ctx.saved_tensors
         n, S, _, heads, d = ctx.shape
-        v = qkv[:, :, 2].transpose(1, 2).reshape(n * heads, S, d) if v is None else v
-        g = g.view(n, S, heads, d).transpose(1, 2).reshape(n * heads, S, d)
+        v = qkv[:, :, 2].transpose(1, 2).reshape(n * heads, S, d).contiguous() if v is None else v
+        dot = None if out is None else _dot(g, out, heads)
+        g = g.view(n, S, heads, d).transpose(1, 2).reshape(n * heads, S, d).contiguous()
         dqkv = g.new_empty(ctx.shape)
         both, dv = q.new_empty(2, *q.shape), torch.empty_like(q)
-        for at in [slice(None)] if p is not None else _chunks(q):
+        if lse is not None and dot is not None:
+            _tiled_backward(q, k, v, lse, dot, g, both[0], both[1], dv)
+        for at in [] if lse is not None else [slice(None)] if p is not None else _chunks(q):
             seen = p if p is not None else _probabilities(q[at], k[at])
             torch.bmm(seen.transpose(1, 2), g[at], out=dv[at])
             ds = torch._softmax_backward_data(torch.bmm(g[at], v[at].transpose(1, 2)), seen, -1, seen.dtype)
@@ -117,13 +148,21 @@ class _Joint(torch.autograd.Function):
         return dqkv, None, None, None
 
 
+def _dot(g: Tensor, out: Tensor, heads: int) -> Tensor:
+    """Σ g·out of every token and head. g, out: (n, S, heads·d) → (n·heads, S) float32."""
+    n, S, _ = out.shape
+    dot = torch.linalg.vecdot(g.float().view(n, S, heads, -1), out.float().view(n, S, heads, -1))
+    return dot.transpose(1, 2).reshape(n * heads, S).contiguous()  # of one row, reshape makes a view
+
+
 def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6, turn: Tensor | None = None) -> Tensor:
     """Attention of tokens over themselves. qkv: (n, S, 3, heads, d) → (n, S, heads·d).
 
     `weight`: frozen w_q, w_k as (2, 1, 1, S or 1, d) float32, None without norms. `turn`: rotary positions (S, d/2)
     complex64, on neighbouring pairs as FLUX has them; None without."""
     S = qkv.shape[1]
-    if qkv.device.type != "cpu" or S * S * qkv.element_size() > CHUNK:
+    small = S * S * qkv.element_size() <= CHUNK or kernels.attention(qkv.new_empty(1, qkv.shape[-1])) is not None
+    if qkv.device.type != "cpu" or not small:
         return joint_attention_reference(qkv, weight, eps, turn)
     out: Tensor = _Joint.apply(qkv, weight, eps, turn)
     return out

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["kept_memory", "load", "page_out", "status", "usable"]
+__all__ = ["attention", "kept_memory", "load", "page_out", "status", "usable"]
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
@@ -42,6 +42,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "scatter_heads": _HEADS,
     "causal_softmax": [_pointer, *[_int64] * 7, _int],
     "softmax_backward": [_pointer, _pointer, _int64, _int64, _int],
+    "has_attention": [_pointer],
+    "attend": [*[_pointer] * 5, *[_int64] * 4, _float, _int],
+    "attend_backward": [*[_pointer] * 9, *[_int64] * 4, _float, _int],
     "token_nll": [_pointer, _pointer, _pointer, _int64, _int64, _int, _int],
 }
 _reason = "not looked for yet"
@@ -117,6 +120,16 @@ def _self_test(library: ctypes.CDLL) -> str:
     future = torch.arange(72)[None] > torch.arange(65, 72)[:, None]
     if not torch.allclose(s.float(), x.float().masked_fill(future, -torch.inf).softmax(1), rtol=1e-2, atol=1e-5):
         return "causal_softmax"
+    yes = _int(0)
+    library.has_attention(ctypes.addressof(yes))
+    if yes.value:
+        q, k, v = (torch.randn(1, 70, 32, generator=generator).bfloat16() for _ in range(3))
+        out, lse = torch.empty_like(q), torch.empty(1, 70)
+        pointers = [t.data_ptr() for t in (q, k, v, out, lse)]
+        library.attend(*pointers, 1, 70, 70, 32, 0.25, 1)
+        want = torch.softmax(0.25 * q.float() @ k.float().mT, -1) @ v.float()
+        if not torch.allclose(out.float(), want, rtol=2e-2, atol=2e-2):
+            return "attend"
     return ""
 
 
@@ -134,6 +147,21 @@ def usable(*tensors: Tensor) -> ctypes.CDLL | None:
     if all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
         return load()
     return None
+
+
+def attention(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The library if it has the attention kernels (a processor with AVX512-BF16) and they take these: as `usable`, and
+    the last dimension a multiple of 16."""
+    library = usable(*tensors) if all(t.shape[-1] % 16 == 0 for t in tensors) else None
+    return library if library is not None and _has_attention() else None
+
+
+@functools.cache
+def _has_attention() -> bool:
+    yes, library = _int(0), load()
+    if library is not None:
+        library.has_attention(ctypes.addressof(yes))
+    return bool(yes.value)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc

@@ -246,3 +246,248 @@ void token_nll(bf16 *logits, const int64_t *targets, float *nll, int64_t n, int6
         free(e);
     }
 }
+
+/* Attention where every query sees every key: o = softmax(scale q k^T) v, lse = log sum exp(scale q k^T). Neither scores nor
+   probabilities are kept: they are made in tiles that stay in the second cache, and made again in backward (arXiv
+   2205.14135, 2307.08691). All products go through `product`, whose B is packed so that 16 columns' pairs along the
+   summed side lie together, as vdpbf16ps takes them. Rows are contiguous; d is a multiple of 16. */
+#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+
+enum { TILE = 4, ROWS = 48, PANEL = 64, KEYS = 256 };
+
+void has_attention(int *yes) { *yes = 1; }
+
+/* C (4, 16 * n), n = 1 ... 4: c[r][.] (+)= sum over p of a[r * rs + p * ps] . b[p * ldb + .]; a and b in pairs of bf16. */
+#define PRODUCT(n)                                                                                                            \
+    static void product##n(const uint32_t *a, int64_t rs, int64_t ps, const uint32_t *b, int64_t ldb, int64_t pairs, float *c, \
+                           int64_t ldc, int add) {                                                                            \
+        __m512 s[TILE][n];                                                                                                    \
+        for (int r = 0; r < TILE; r++)                                                                                        \
+            for (int j = 0; j < n; j++) s[r][j] = add ? _mm512_loadu_ps(c + r * ldc + 16 * j) : _mm512_setzero_ps();          \
+        for (int64_t p = 0; p < pairs; p++) {                                                                                 \
+            __m512bh y[n];                                                                                                    \
+            for (int j = 0; j < n; j++) y[j] = (__m512bh)_mm512_loadu_si512(b + p * ldb + 16 * j);                            \
+            for (int r = 0; r < TILE; r++) {                                                                                  \
+                __m512bh x = (__m512bh)_mm512_set1_epi32((int)a[r * rs + p * ps]);                                            \
+                for (int j = 0; j < n; j++) s[r][j] = _mm512_dpbf16_ps(s[r][j], x, y[j]);                                     \
+            }                                                                                                                 \
+        }                                                                                                                     \
+        for (int r = 0; r < TILE; r++)                                                                                        \
+            for (int j = 0; j < n; j++) _mm512_storeu_ps(c + r * ldc + 16 * j, s[r][j]);                                      \
+    }
+PRODUCT(1)
+PRODUCT(2)
+PRODUCT(3)
+PRODUCT(4)
+
+/* The same for any number of rows (a multiple of 4) and columns (a multiple of 16). */
+static void product(const uint32_t *a, int64_t rs, int64_t ps, const uint32_t *b, int64_t ldb, int64_t pairs, float *c,
+                    int64_t ldc, int64_t rows, int64_t columns, int add) {
+    for (int64_t j = 0; j < columns; j += 64) {
+        int64_t left = (columns - j) / 16;
+        for (int64_t r = 0; r < rows; r += TILE) {
+            const uint32_t *x = a + r * rs, *y = b + j;
+            float *z = c + r * ldc + j;
+            if (left >= 4) product4(x, rs, ps, y, ldb, pairs, z, ldc, add);
+            else if (left == 3) product3(x, rs, ps, y, ldb, pairs, z, ldc, add);
+            else if (left == 2) product2(x, rs, ps, y, ldb, pairs, z, ldc, add);
+            else product1(x, rs, ps, y, ldb, pairs, z, ldc, add);
+        }
+    }
+}
+
+/* (n, d) -> panels of 64 rows, each (d / 2, 64) pairs along d; rows past n are zero. For products over d. */
+static void pack_columns(const bf16 *x, int64_t n, int64_t d, uint32_t *out) {
+    for (int64_t at = 0; at < n; at += PANEL) {
+        uint32_t *panel = out + at * (d / 2);
+        for (int64_t p = 0; p < d / 2; p++)
+            for (int64_t i = 0; i < PANEL; i++) {
+                uint32_t pair = 0;
+                if (at + i < n) memcpy(&pair, x + (at + i) * d + 2 * p, 4);
+                panel[p * PANEL + i] = pair;
+            }
+    }
+}
+
+/* (n, d) -> (padded / 2, d) pairs along n; rows past n are zero. For products over rows. */
+static void pack_rows(const bf16 *x, int64_t n, int64_t padded, int64_t d, uint32_t *out) {
+    for (int64_t i = 0; i < padded; i += 2) {
+        const bf16 *a = x + i * d, *b = a + d;
+        uint32_t *o = out + i / 2 * d;
+        if (i + 1 < n)
+            for (int64_t j = 0; j < d; j++) o[j] = (uint32_t)a[j] | (uint32_t)b[j] << 16;
+        else if (i < n)
+            for (int64_t j = 0; j < d; j++) o[j] = a[j];
+        else
+            memset(o, 0, d * 4);
+    }
+}
+
+static inline __m512 exp512(__m512 x) { /* exp32, and what is far below is 0 */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+static inline __m512i narrow(__m512 x) { /* to bf16, one a 32-bit lane */
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
+}
+
+static inline void store_pairs(uint32_t *out, __m512 even, __m512 odd) {
+    _mm512_storeu_si512(out, _mm512_or_si512(narrow(even), _mm512_slli_epi32(narrow(odd), 16)));
+}
+
+static int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+static void *room(int64_t bytes) { return aligned_alloc(64, (size_t)padded_to(bytes, 64)); }
+
+static void hide(float *s, int64_t rows, int64_t ld, int64_t from, int64_t to) { /* columns without a key */
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = from; j < to; j++) s[r * ld + j] = -__builtin_inff();
+}
+
+static void rows_of(const bf16 *x, int64_t at, int64_t n, int64_t d, bf16 *out) { /* ROWS of them, zero past n */
+    int64_t rows = n - at < ROWS ? n - at : ROWS;
+    memcpy(out, x + at * d, rows * d * sizeof(bf16));
+    memset(out + rows * d, 0, (ROWS - rows) * d * sizeof(bf16));
+}
+
+/* q (heads, S, d), k, v (heads, T, d) -> out (heads, S, d), lse (heads, S) float32 */
+void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, int64_t heads, int64_t S, int64_t T, int64_t d,
+            float scale, int threads) {
+    int64_t P = padded_to(T, KEYS);
+#pragma omp parallel num_threads(threads)
+    {
+        uint32_t *kd = room(P * d * 2), *vk = room(P * d * 2);
+        bf16 *rows = room(ROWS * d * 2), *p = room(ROWS * KEYS * 2);
+        float *s = room(ROWS * KEYS * 4), *o = room(ROWS * d * 4), top[ROWS], sum[ROWS];
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < heads; h++) {
+            pack_columns(k + h * T * d, T, d, kd);
+            pack_rows(v + h * T * d, T, P, d, vk);
+            for (int64_t at = 0; at < S; at += ROWS) {
+                rows_of(q + h * S * d, at, S, d, rows);
+                memset(o, 0, ROWS * d * 4);
+                for (int r = 0; r < ROWS; r++) top[r] = -__builtin_inff(), sum[r] = 0.0f;
+                for (int64_t key = 0; key < T; key += KEYS) {
+                    int64_t wide = padded_to(T - key < KEYS ? T - key : KEYS, PANEL);
+                    for (int64_t j = 0; j < wide; j += PANEL)
+                        product((const uint32_t *)rows, d / 2, 1, kd + (key + j) * (d / 2), PANEL, d / 2, s + j, KEYS, ROWS,
+                                PANEL, 0);
+                    if (T - key < wide) hide(s, ROWS, KEYS, T - key, wide);
+                    for (int r = 0; r < ROWS; r++) {
+                        float *x = s + r * KEYS;
+                        __m512 most = _mm512_set1_ps(-__builtin_inff());
+                        for (int64_t j = 0; j < wide; j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(x + j));
+                        float high = _mm512_reduce_max_ps(most) * scale;
+                        float was = top[r], now = high > was ? high : was;
+                        __m512 shift = _mm512_set1_ps(now), by = _mm512_set1_ps(scale), total = _mm512_setzero_ps();
+                        for (int64_t j = 0; j < wide; j += 16) {
+                            __m512 e = exp512(_mm512_fmsub_ps(_mm512_loadu_ps(x + j), by, shift));
+                            total = _mm512_add_ps(total, e);
+                            _mm256_storeu_si256((__m256i *)(p + r * KEYS + j), (__m256i)_mm512_cvtneps_pbh(e));
+                        }
+                        float less = was == now ? 1.0f : exp32(was - now);
+                        sum[r] = sum[r] * less + _mm512_reduce_add_ps(total);
+                        top[r] = now;
+                        if (less != 1.0f)
+                            for (int64_t j = 0; j < d; j++) o[r * d + j] *= less;
+                    }
+                    product((const uint32_t *)p, KEYS / 2, 1, vk + key / 2 * d, d, wide / 2, o, d, ROWS, d, 1);
+                }
+                int64_t real = S - at < ROWS ? S - at : ROWS;
+                for (int64_t r = 0; r < real; r++) {
+                    float over = 1.0f / sum[r];
+                    bf16 *y = out + (h * S + at + r) * d;
+                    for (int64_t j = 0; j < d; j++) y[j] = down(o[r * d + j] * over);
+                    lse[h * S + at + r] = top[r] + __builtin_logf(sum[r]);
+                }
+            }
+        }
+        free(kd), free(vk), free(rows), free(p), free(s), free(o);
+    }
+}
+
+/* With g the gradient of out and dot (heads, S) float32 its products with out, summed over d: dv = p^T g,
+   ds = scale p (g v^T - dot), dq = ds k, dk = ds^T q. */
+void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const float *lse, const float *dot, const bf16 *g, bf16 *dq,
+                     bf16 *dk, bf16 *dv, int64_t heads, int64_t S, int64_t T, int64_t d, float scale, int threads) {
+    int64_t P = padded_to(T, KEYS), Q = padded_to(S, ROWS);
+#pragma omp parallel num_threads(threads)
+    {
+        uint32_t *kd = room(P * d * 2), *vd = room(P * d * 2), *kk = room(P * d * 2), *qq = room(Q * d * 2), *gg = room(Q * d * 2);
+        uint32_t *pt = room(ROWS * KEYS * 2), *st = room(ROWS * KEYS * 2);
+        bf16 *x = room(ROWS * d * 2), *y = room(ROWS * d * 2), *ds = room(ROWS * KEYS * 2);
+        float *s = room(ROWS * KEYS * 4), *t = room(ROWS * KEYS * 4);
+        float *sq = room(Q * d * 4), *sk = room(KEYS * d * 4), *sv = room(KEYS * d * 4);
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < heads; h++) {
+            const bf16 *qh = q + h * S * d, *gh = g + h * S * d;
+            pack_columns(k + h * T * d, T, d, kd);
+            pack_columns(v + h * T * d, T, d, vd);
+            pack_rows(k + h * T * d, T, P, d, kk);
+            pack_rows(qh, S, Q, d, qq);
+            pack_rows(gh, S, Q, d, gg);
+            memset(sq, 0, Q * d * 4);
+            for (int64_t key = 0; key < T; key += KEYS) {
+                int64_t wide = padded_to(T - key < KEYS ? T - key : KEYS, PANEL);
+                memset(sk, 0, KEYS * d * 4);
+                memset(sv, 0, KEYS * d * 4);
+                for (int64_t at = 0; at < S; at += ROWS) {
+                    rows_of(qh, at, S, d, x);
+                    rows_of(gh, at, S, d, y);
+                    for (int64_t j = 0; j < wide; j += PANEL) {
+                        int64_t panel = (key + j) * (d / 2);
+                        product((const uint32_t *)x, d / 2, 1, kd + panel, PANEL, d / 2, s + j, KEYS, ROWS, PANEL, 0);
+                        product((const uint32_t *)y, d / 2, 1, vd + panel, PANEL, d / 2, t + j, KEYS, ROWS, PANEL, 0);
+                    }
+                    if (T - key < wide) hide(s, ROWS, KEYS, T - key, wide);
+                    __m512 by = _mm512_set1_ps(scale);
+                    for (int r = 0; r < ROWS; r += 2) {
+                        float shift[2], mean[2];
+                        for (int e = 0; e < 2; e++) { /* a row past the last has no probability */
+                            int real = at + r + e < S;
+                            shift[e] = real ? lse[h * S + at + r + e] : __builtin_inff();
+                            mean[e] = real ? dot[h * S + at + r + e] : 0.0f;
+                        }
+                        for (int64_t j = 0; j < wide; j += 16) {
+                            __m512 pr[2], dr[2];
+                            for (int e = 0; e < 2; e++) {
+                                int64_t c = (r + e) * KEYS + j;
+                                pr[e] = exp512(_mm512_fmsub_ps(_mm512_loadu_ps(s + c), by, _mm512_set1_ps(shift[e])));
+                                dr[e] = _mm512_sub_ps(_mm512_loadu_ps(t + c), _mm512_set1_ps(mean[e]));
+                                dr[e] = _mm512_mul_ps(dr[e], pr[e]);
+                                _mm256_storeu_si256((__m256i *)(ds + c), (__m256i)_mm512_cvtneps_pbh(dr[e]));
+                            }
+                            store_pairs(pt + r / 2 * KEYS + j, pr[0], pr[1]);
+                            store_pairs(st + r / 2 * KEYS + j, dr[0], dr[1]);
+                        }
+                    }
+                    product(pt, 1, KEYS, gg + at / 2 * d, d, ROWS / 2, sv, d, wide, d, 1);
+                    product(st, 1, KEYS, qq + at / 2 * d, d, ROWS / 2, sk, d, wide, d, 1);
+                    product((const uint32_t *)ds, KEYS / 2, 1, kk + key / 2 * d, d, wide / 2, sq + at * d, d, ROWS, d, 1);
+                }
+                int64_t real = T - key < KEYS ? T - key : KEYS;
+                for (int64_t i = 0; i < real * d; i++) {
+                    dk[(h * T + key) * d + i] = down(sk[i] * scale);
+                    dv[(h * T + key) * d + i] = down(sv[i]);
+                }
+            }
+            for (int64_t i = 0; i < S * d; i++) dq[h * S * d + i] = down(sq[i] * scale);
+        }
+        free(kd), free(vd), free(kk), free(qq), free(gg), free(pt), free(st), free(x), free(y), free(ds);
+        free(s), free(t), free(sq), free(sk), free(sv);
+    }
+}
+#else
+void has_attention(int *yes) { *yes = 0; }
+#endif
