@@ -1,4 +1,4 @@
-"""Denoisers of the emoji bases' shapes and at real width, with random weights, and inputs for them."""
+"""Denoisers: of the emoji bases as they are shipped, at real width with random weights; and inputs for them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 """What diffusers' train_dreambooth_lora scripts train by default."""
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "emoji-flux": {"layers": (3, 5), "heads": 6, "width": 32, "axes": (8, 12, 12), "joint": 128, "pooled": 96},
+    "emoji-flux": {"joint": 128, "pooled": 96},
+    "emoji-sdxl": {"cross": 192, "pooled": 96},
     "flux at width 3072": {
         "layers": (1, 1), "heads": 24, "width": 128, "axes": (16, 56, 56), "joint": 4096, "pooled": 768,
     },
-    "emoji-sdxl": {"channels": (64, 128, 192), "cross": 192, "heads": (2, 4, 6), "pooled": 96},
     "sdxl at width 640": {
         "channels": (640,), "cross": 2048, "heads": (10,), "pooled": 1280, "depths": 2, "layers": 1,
         "side": 64, "tokens": 77,
@@ -28,16 +28,24 @@ def is_flux(name: str) -> bool:
 
 
 def denoiser(name: str, seed: int = 0) -> Any:
-    """In float32 and eval mode, frozen. SDXL's block layout with its transformers shallower; FLUX.1's modules.
+    """In float32 and eval mode, frozen. The tiny ones: SDXL's block layout, FLUX.1's modules.
 
     At width 640: SDXL's second level, down and up (residual blocks, transformers two deep, heads of 64), at the
     64 × 64 places that pictures of 1024 × 1024 have there; half as many of each."""
     import diffusers
     import torch
 
+    from veneer.models.builtin import packaged_place
+
     torch.manual_seed(seed)
     s = SHAPES[name]
-    if is_flux(name):
+    if name.startswith("emoji"):
+        cls = diffusers.FluxTransformer2DModel if is_flux(name) else diffusers.UNet2DConditionModel
+        folder = packaged_place() / name / ("transformer" if is_flux(name) else "unet")
+        if torch.get_default_device().type == "meta":
+            return cls.from_config(cls.load_config(folder))
+        model = cls.from_pretrained(folder, torch_dtype=torch.float32)
+    elif is_flux(name):
         model = diffusers.FluxTransformer2DModel(
             patch_size=1, in_channels=16, num_layers=s["layers"][0], num_single_layers=s["layers"][1],
             attention_head_dim=s["width"], num_attention_heads=s["heads"], joint_attention_dim=s["joint"],

@@ -5,7 +5,7 @@
 The peer is written as diffusers' train_dreambooth_lora scripts do it: a frozen denoiser, PEFT's layers on q, k, v and
 out of every attention, rank 16, AdamW (weight decay 1e-4), gradients clipped at 1, latents and text cached before. It
 runs in both of the script's ways, everything in float32 (its default) and mixed_precision="bf16" (base in bfloat16,
-adapter in float32, forward under autocast); the faster one counts. Bases have random weights, see _image_bases.py.
+adapter in float32, forward under autocast); the faster one counts. Bases: _image_bases.py.
 
 Each side is a process of its own with one thread, one after another, in rounds; the shortest step counts, in seconds of
 the processor: what else the machine does adds to a step and never takes away. Losses are held against those of float32.

@@ -174,7 +174,7 @@ def noise_loss(
     t = torch.randint(1000, (n,), generator=generator)
     a = cumulative[t][:, None, None, None]
     noise = torch.randn(x.shape, generator=generator)
-    noisy = (a.sqrt() * x + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+    noisy = a.sqrt() * x + (1 - a).sqrt() * noise
     tokens, pooled = text_sdxl(parts, ids)
     added = {"text_embeds": pooled, "time_ids": sizes}
     extra = control(noisy, t, tokens, added) if control is not None else {}
@@ -191,7 +191,6 @@ def train_sdxl(
     """`cropped`: latents of one random crop of each drawing, and the time ids (n, 6) that say so."""
     captions = Captions({"clip": tokenizers[0]}, drawings)
     whole = torch.tensor([64, 64, 0, 0, 64, 64])
-    parts["unet"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (batch,), generator=generator)

@@ -72,12 +72,12 @@ def judge(model: Judge, pictures: Tensor, names: list[str]) -> Verdict:
     return Verdict(rank, style.softmax(1), features)
 
 
-def train_judge(drawings: Drawings, work: Path, *, steps: int = 2000, batch: int = 128) -> dict[str, float]:
+def train_judge(drawings: Drawings, work: Path, *, steps: int = 1200, batch: int = 128) -> dict[str, float]:
     """Trains on all `drawings` but one in twenty; returns the accuracy on those."""
     torch.manual_seed(0)
     names = sorted(set(drawings.names))
     index = {name: i for i, name in enumerate(names)}
-    model = Judge(names).to(memory_format=torch.channels_last)
+    model = Judge(names)
     x = torch.from_numpy(drawings.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     y = torch.tensor([index[n] for n in drawings.names])
     s = torch.tensor([STYLES.index(each) for each in drawings.styles])
@@ -87,11 +87,11 @@ def train_judge(drawings: Drawings, work: Path, *, steps: int = 2000, batch: int
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rows = seen[torch.randint(len(seen), (batch,), generator=generator)]
         with torch.autocast("cpu", torch.bfloat16):
-            scores, style, _ = model(_varied(x[rows], generator).contiguous(memory_format=torch.channels_last))
+            scores, style, _ = model(_varied(x[rows], generator))
         return F.cross_entropy(scores.float(), y[rows]) + 0.2 * F.cross_entropy(style.float(), s[rows])
 
     optimise({"judge": model}, loss, steps=steps, learning_rate=3e-3, state=work / "judge-state.pt", average=0.995,
-             weight_decay=0.05)  # fmt: skip
+             weight_decay=0.05, muon=True)  # fmt: skip
     model.eval()
     verdict = judge(model, x[kept], [drawings.names[int(i)] for i in kept])
     accuracy = {
