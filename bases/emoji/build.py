@@ -1,7 +1,8 @@
-"""Makes the emoji bases from nothing: `python bases/emoji/build.py WORK STAGE …`, stages in the order of STAGES.
+"""Makes the emoji bases from nothing: `python bases/emoji/build.py WORK [STAGE …]`, stages in the order of STAGES.
 
 Everything a stage needs from an earlier one lies in WORK, where an interrupted stage also goes on from. `export` writes
-the four folders that veneer ships. Recipe, times and results: bases/emoji/README.md.
+the four folders that veneer ships; `adopt`, which is no part of a build from nothing, takes the shipped weights into
+WORK, so that the stages after it train them further. Recipe, times and results: bases/emoji/README.md.
 """
 
 from __future__ import annotations
@@ -44,12 +45,30 @@ SHIPPED = packaged_place()
 
 def main() -> None:
     work, stages = Path(sys.argv[1]), sys.argv[2:] or list(STAGES)
+    if stages[0] == "adopt":
+        _adopt(work)
+        stages = stages[1:]
     torch.manual_seed(0)
     drawings = load_drawings(work).select(held_out=False)
     captions = [caption(n, s) for n, s in zip(drawings.names, drawings.styles, strict=True)]
     tokenizers = kept_tokenizers(captions, work)
     for stage in stages:
         _STAGES[stage](work, drawings, tokenizers, STAGES[stage])
+
+
+def _adopt(work: Path) -> None:
+    for part, folder in (("clip", "tokenizer"), ("t5", "tokenizer_2")):
+        shutil.copytree(SHIPPED / "emoji-flux" / folder, work / "tokenizers" / part, dirs_exist_ok=True)
+    shutil.copytree(SHIPPED / "emoji-flux" / "vae", work / "vae", dirs_exist_ok=True)
+    clip, t5 = kept_tokenizers([], work)
+    for name, new in (("flux", new_flux), ("sdxl", new_sdxl)):
+        parts = new([clip, t5])
+        _save({k: type(v).from_pretrained(SHIPPED / f"emoji-{name}" / k) for k, v in parts.items()}, work / name)
+        control = SHIPPED / f"emoji-{name}-canny"
+        if control.is_dir():
+            kind = new_flux_control if name == "flux" else new_sdxl_control
+            made = kind(next(iter(parts.values())))
+            _save({"control": type(made).from_pretrained(control)}, work / f"{name}-canny")
 
 
 def _vae(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:

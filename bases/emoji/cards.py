@@ -1,4 +1,4 @@
-"""The model cards of the four folders, written by `build.py export` from the models themselves and results.json."""
+"""The model cards of the four folders, written by `build.py WORK export` from the models themselves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 from drawings import SETS
 
 __all__ = ["write_cards"]
+
+FIRST_LEG = {"flux": 2600, "sdxl": 3400}
+"""Stage -> steps of the weights that were shipped first, from which these went on (`build.py WORK adopt`)."""
 
 _NAMES = {
     "noto": "Noto Emoji", "twemoji": "Twemoji", "fluent": "Fluent Emoji (flat)", "emojione": "EmojiOne 2"
@@ -56,10 +59,10 @@ def _card(name: str, parts: dict[str, float], steps: dict[str, int], stage: str)
                 ""]  # fmt: skip
     out += [
         "## Recipe",
-        f"`bases/emoji/build.py` in veneer's repository, from nothing, on one core of a CPU: {steps[stage]:,} steps "
-        f"of 64 drawings, AdamW, warm-up and cosine from {'1e-3' if control else '1.5e-3'}, an average of the weights "
-        f"kept with 0.999. The autoencoder: {steps['vae']:,} steps of 24. One name in ten, chosen by hash, was held "
-        "out of everything. No other data, no other model's weights, no person's pictures.",
+        f"`bases/emoji/build.py` in veneer's repository, from nothing, on one core of a CPU: {_legs(stage, steps)} of "
+        f"64 drawings, warm-up and cosine from {'1e-3' if control else '1.5e-3'}, an average of the weights kept with "
+        f"0.999. The autoencoder: {steps['vae']:,} steps of 24. One name in ten, chosen by hash, was held out of "
+        "everything. No other data, no other model's weights, no person's pictures.",
         "",
         "## Data, licences, attribution",
         "The drawings that are named alike in at least three of the four sets; flags and skin tones are left out.",
@@ -73,6 +76,12 @@ def _card(name: str, parts: dict[str, float], steps: dict[str, int], stage: str)
         "emoji on white. It does not understand sentences.", "",
     ]  # fmt: skip
     return "\n".join(map(str, out))
+
+
+def _legs(stage: str, steps: dict[str, int]) -> str:
+    if stage in FIRST_LEG:
+        return f"{FIRST_LEG[stage]:,} steps with AdamW, then {steps[stage]:,} with Muon,"
+    return f"{steps[stage]:,} steps with Muon"
 
 
 def _example(name: str) -> str:

@@ -98,20 +98,22 @@ def test_short_attention_is_attention() -> None:
     assert torch.equal(F.scaled_dot_product_attention(q, k, v), want)
 
 
-def test_an_interrupted_stage_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_an_interrupted_stage_ends_as_if_it_had_not_been(muon: bool, tmp_path: Path) -> None:
     from steps import optimise
 
     def run(state: Path, stops: int | None) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        model = nn.Linear(4, 4)
+        model = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 4))
 
         def loss(step: int, generator: torch.Generator) -> Tensor:
             if step == stops:
                 raise KeyboardInterrupt
             x = torch.randn(8, 4, generator=generator)
-            return (model(x) - x).square().mean()
+            return (model(x.view(8, 1, 2, 2)) - x).square().mean()
 
         settings: dict[str, Any] = {"steps": 12, "learning_rate": 0.1, "warmup": 2, "save_every": 4, "state": state}
+        settings["muon"] = muon
         try:
             optimise({"model": model}, loss, **settings)
         except KeyboardInterrupt:
@@ -122,6 +124,39 @@ def test_an_interrupted_stage_ends_as_if_it_had_not_been(tmp_path: Path) -> None
     run(tmp_path / "cut.pt", 9)
     again = run(tmp_path / "cut.pt", None)
     assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_muon_turns_matrices_and_kernels_by_steps_of_one_size_in_every_direction(tmp_path: Path) -> None:
+    """One step changes a matrix by something orthogonal, 0.2·√(longer side) times the rate (arXiv 2502.16982);
+    a kernel likewise, as (out, the rest), whatever its memory format; a vector by AdamW."""
+    from steps import optimise
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8, 24))
+    model[0].to(memory_format=torch.channels_last)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        return (model(torch.randn(64, 3, 3, 3, generator=generator)) - 1).square().mean()
+
+    rate = 0.1
+    optimise({"m": model}, loss, steps=1, learning_rate=rate, warmup=1, average=0.0, weight_decay=1e-9, muon=True,
+             state=tmp_path / "s.pt")  # fmt: skip
+    kept = torch.load(tmp_path / "s.pt", weights_only=True)["weights"]
+    for name in ("0.weight", "1.weight", "3.weight"):
+        change = (before[name] - kept[f"m.{name}"]).flatten(1)
+        sizes = torch.linalg.svdvals(change) / (rate * 0.2 * max(change.shape) ** 0.5)
+        assert ((sizes > 0.6) & (sizes < 1.3)).all(), (name, sizes)
+    assert torch.allclose((before["3.bias"] - kept["m.3.bias"]).abs(), torch.tensor(rate), rtol=1e-3)
+
+
+def test_tokenizers_are_kept_with_what_was_trained_with_them(tmp_path: Path) -> None:
+    from words import kept_tokenizers
+
+    made = kept_tokenizers(CAPTIONS, tmp_path)
+    again = kept_tokenizers(["something else"], tmp_path)
+    for one, two in zip(made, again, strict=True):
+        assert all(one(c).input_ids == two(c).input_ids for c in CAPTIONS)
 
 
 def test_the_judge_ranks_the_name_it_was_taught(tmp_path: Path) -> None:

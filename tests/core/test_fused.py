@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.core import fused
 from veneer.core.fused import (
     Linears,
     PairRows,
@@ -166,3 +167,26 @@ def test_no_gradient_is_made_where_none_is_asked_for() -> None:
     with torch.no_grad():
         out = token_nll(draw(4, 8, dtype=torch.float32), draw(20, 8, dtype=torch.float32), torch.arange(4))
     assert not out.requires_grad
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("name", ["geglu", "gelu_tanh"])
+def test_activations_against_float64(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Over all of where gelu bends, and far outside."""
+    gate = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e4, -88.0, 0.0, 88.0, 1e4])]).to(dtype)
+    up = torch.randn(len(gate), generator=torch.Generator().manual_seed(0)).to(dtype)
+    g = torch.randn(1, len(gate), generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.cat([up, gate])[None] if name == "geglu" else gate[None]
+
+    def exactly(x: Tensor) -> Tensor:
+        if name == "gelu_tanh":
+            return torch.nn.functional.gelu(x, approximate="tanh")
+        return x[:, : len(gate)] * torch.nn.functional.gelu(x[:, len(gate) :])
+
+    results = []
+    for function, given in ((getattr(fused, name), x), (exactly, x.double())):
+        leaf = given.clone().requires_grad_(True)
+        y = function(leaf)
+        results.append((y.detach().double(), torch.autograd.grad(y, leaf, g.to(y.dtype))[0].double()))
+    for got, want in zip(*results, strict=True):
+        assert torch.allclose(got, want, rtol=tolerance, atol=tolerance / 10)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from veneer import kernels
 
-__all__ = ["RowLayout", "attention", "rotary_attention", "rotate"]
+__all__ = ["RowLayout", "attention", "rotary_attention", "rotate", "softmax_backward"]
 
 BLOCK = 64
 """Queries a block. Fewer skip more of the triangle, in work and in kept probabilities; more make larger products.
@@ -177,7 +177,7 @@ def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int |
     return torch.softmax(view.masked_fill_(hidden, -math.inf), -1).view_as(scores)
 
 
-def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
+def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
     """p ⊙ (dp − Σ p⊙dp); dp is spent."""
     native = kernels.usable(p, dp)
     if native is not None:
@@ -208,7 +208,7 @@ def _attend_backward(
     for (q0, q1, k0), p in zip(_blocks(group.length, window), probs, strict=True):
         part = slice(q0 * per, q1 * per)
         dv[:, k0:q1].baddbmm_(p.transpose(1, 2), g[:, part])
-        ds = _softmax_backward(p, g[:, part] @ v[:, k0:q1].transpose(1, 2))
+        ds = softmax_backward(p, g[:, part] @ v[:, k0:q1].transpose(1, 2))
         torch.bmm(ds, k[:, k0:q1], out=dq[:, part])
         dk[:, k0:q1].baddbmm_(ds.transpose(1, 2), q[:, part])
     return dq, dk, dv

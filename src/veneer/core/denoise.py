@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer import kernels
+from veneer.core.attention import softmax_backward
 
 __all__ = ["MOST", "attention", "joint_attention", "joint_attention_reference"]
 
@@ -26,21 +27,6 @@ MOST = 64 << 20
 CHUNK = 8 << 20
 """Bytes of probabilities at one time where `joint_attention` does not keep them; a head that needs more is torch's,
 unless there is a kernel, which needs no more for a thousand tokens than for ten."""
-
-
-def _fits(q: Tensor, keys: int) -> bool:
-    """q: (n, heads, S, d). Off the CPU torch's own attention is the fast one."""
-    return q.device.type == "cpu" and q.shape[:-1].numel() * keys * q.element_size() <= MOST
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v. q: (n, heads, S, d), k, v: (n, heads, T, d) → (n, heads, S, d)."""
-    if not _fits(q, k.shape[2]) or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v)
-    n, heads, S, d = q.shape
-    flat_q, flat_k, flat_v = (t.reshape(n * heads, -1, d) for t in (q * d**-0.5, k, v))
-    p = torch.softmax(torch.bmm(flat_q, flat_k.transpose(1, 2)), -1)
-    return torch.bmm(p, flat_v).view(n, heads, S, d)
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
@@ -59,8 +45,21 @@ def _chunks(q: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, len(q), step)]
 
 
+def _scaled(a: Tensor, b: Tensor, by: float, out: Tensor | None = None) -> Tensor:
+    """by·a·b of batches of matrices, in one pass."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=by, out=out)
+
+
 def _probabilities(q: Tensor, k: Tensor) -> Tensor:
-    return torch.softmax(torch.bmm(q, k.transpose(1, 2)).mul_(q.shape[-1] ** -0.5), -1)
+    scores = _scaled(q, k.transpose(1, 2), q.shape[-1] ** -0.5)
+    native = kernels.usable(scores)
+    if native is None:
+        return torch.softmax(scores, -1)
+    keys = scores.shape[-1]  # as queries that are all the last of a causal row, they see every key
+    native.causal_softmax(
+        scores.data_ptr(), 1, 1, scores.numel() // keys, keys, keys - 1, 0, 0, torch.get_num_threads()
+    )
+    return scores
 
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor | None:
@@ -87,6 +86,69 @@ def _tiled_backward(
     native.attend_backward(*at, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads())
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """softmax(q·kᵀ/√d)·v of contiguous (heads, tokens, d); the probabilities if kept; log Σ exp if made in tiles."""
+    if keep:
+        p = _probabilities(q, k)
+        return torch.bmm(p, v), p, None
+    out = torch.empty_like(q)
+    lse = _tiled(q, k, v, out)
+    for at in [] if lse is not None else _chunks(q):
+        torch.bmm(_probabilities(q[at], k[at]), v[at], out=out[at])
+    return out, None, lse
+
+
+def _attend_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, lse: Tensor | None, dot: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Gradients of `_attend` into dq, dk, dv; `dot`: as `_tiled_backward` has it, wanted with lse."""
+    if lse is not None and dot is not None:
+        _tiled_backward(q, k, v, lse, dot, g, dq, dk, dv)
+        return
+    scale = q.shape[-1] ** -0.5
+    for at in [slice(None)] if p is not None else _chunks(q):
+        seen = p if p is not None else _probabilities(q[at], k[at])
+        torch.bmm(seen.transpose(1, 2), g[at], out=dv[at])
+        ds = softmax_backward(seen, torch.bmm(g[at], v[at].transpose(1, 2)))
+        _scaled(ds, k[at], scale, out=dq[at])
+        _scaled(ds.transpose(1, 2), q[at], scale, out=dk[at])
+
+
+class _Cross(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Tensor:
+        n, heads, S, d = q.shape
+        flat = [t.reshape(n * heads, -1, d).contiguous() for t in (q, k, v)]
+        out, p, lse = _attend(flat[0], flat[1], flat[2], keep)
+        out = out.view(n, heads, S, d).transpose(1, 2).reshape(n, S, heads * d)
+        ctx.heads = heads
+        ctx.save_for_backward(*flat, p, lse, None if lse is None else out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, p, lse, out = ctx.saved_tensors
+        n, S, heads = g.shape[0], g.shape[1], ctx.heads
+        dot = None if out is None else _dot(g, out, heads)
+        g = g.view(n, S, heads, -1).transpose(1, 2).reshape(n * heads, S, -1).contiguous()
+        dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+        _attend_backward(g, q, k, v, p, lse, dot, dq, dk, dv)
+        return dq.view(n, heads, S, -1), dk.view(n, heads, *k.shape[1:]), dv.view(n, heads, *v.shape[1:]), None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√d)·v. q: (n, heads, S, d), k, v: (n, heads, T, d) → (n, S, heads·d).
+
+    Probabilities are kept where all of them take at most MOST."""
+    keep = q.shape[:-1].numel() * k.shape[2] * q.element_size() <= MOST
+    tiles = kernels.attention(q.new_empty(1, q.shape[-1])) is not None
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or not (keep or tiles):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    out: Tensor = _Cross.apply(q, k, v, keep)
+    return out
+
+
 class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, weight: Tensor | None, eps: float, turn: Tensor | None) -> Tensor:
@@ -100,15 +162,7 @@ class _Joint(torch.autograd.Function):
         x = x if turn is None else _turned(x.contiguous(), turn)
         q, k = x.to(qkv.dtype).reshape(2, n * heads, S, d).contiguous().unbind(0)
         v = qkv[:, :, 2].transpose(1, 2).reshape(n * heads, S, d).contiguous()
-        p = lse = None
-        if _keeps(S, d):
-            p = _probabilities(q, k)
-            out = torch.bmm(p, v)
-        else:
-            out = torch.empty_like(q)
-            lse = _tiled(q, k, v, out)
-            for at in [] if lse is not None else _chunks(q):
-                torch.bmm(_probabilities(q[at], k[at]), v[at], out=out[at])
+        out, p, lse = _attend(q, k, v, _keeps(S, d))
         out = out.view(n, heads, S, d).transpose(1, 2).reshape(n, S, heads * d)
         ctx.shape = qkv.shape
         kept = (qkv, None) if weight is not None else (None, v)  # v lies in qkv too
@@ -124,15 +178,7 @@ class _Joint(torch.autograd.Function):
         g = g.view(n, S, heads, d).transpose(1, 2).reshape(n * heads, S, d).contiguous()
         dqkv = g.new_empty(ctx.shape)
         both, dv = q.new_empty(2, *q.shape), torch.empty_like(q)
-        if lse is not None and dot is not None:
-            _tiled_backward(q, k, v, lse, dot, g, both[0], both[1], dv)
-        for at in [] if lse is not None else [slice(None)] if p is not None else _chunks(q):
-            seen = p if p is not None else _probabilities(q[at], k[at])
-            torch.bmm(seen.transpose(1, 2), g[at], out=dv[at])
-            ds = torch._softmax_backward_data(torch.bmm(g[at], v[at].transpose(1, 2)), seen, -1, seen.dtype)
-            ds = ds.mul_(d**-0.5)
-            torch.bmm(ds, k[at], out=both[0, at])
-            torch.bmm(ds.transpose(1, 2), q[at], out=both[1, at])
+        _attend_backward(g, q, k, v, p, lse, dot, both[0], both[1], dv)
         dqkv[:, :, 2] = dv.view(n, heads, S, d).transpose(1, 2)
         both = both.view(2, n, heads, S, d)
         if weight is not None or turn is not None:

@@ -111,6 +111,62 @@ void silu_gate_backward(const bf16 *dh, const bf16 *gate_up, bf16 *d, bf16 *h, i
     }
 }
 
+/* Phi(x), the normal distribution, and in *density its derivative: erf by Abramowitz and Stegun 7.1.26, within 1.5e-7. */
+static inline float normal(float x, float *density) {
+    float z = __builtin_fabsf(x) * 0.70710678118654752f, t = 1.0f / (1.0f + 0.3275911f * z), e = exp32(-z * z);
+    float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float tail = 0.5f * p * e;
+    *density = e * 0.39894228040143268f;
+    return x < 0.0f ? tail : 1.0f - tail;
+}
+
+/* h = up gelu(gate) from [up | gate], rows of 2f; gelu(x) = x Phi(x) */
+void geglu(const bf16 *both, bf16 *h, int64_t n, int64_t f, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const bf16 *ui = both + i * 2 * f, *gi = ui + f;
+        bf16 *hi = h + i * f;
+#pragma omp simd
+        for (int64_t j = 0; j < f; j++) {
+            float g = up(gi[j]), density;
+            hi[j] = down(up(ui[j]) * g * normal(g, &density));
+        }
+    }
+}
+
+/* From dh: d = [d_up | d_gate] */
+void geglu_backward(const bf16 *dh, const bf16 *both, bf16 *d, int64_t n, int64_t f, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const bf16 *ui = both + i * 2 * f, *gi = ui + f, *di = dh + i * f;
+        bf16 *du = d + i * 2 * f, *dg = du + f;
+#pragma omp simd
+        for (int64_t j = 0; j < f; j++) {
+            float g = up(gi[j]), e = up(di[j]), density, below = normal(g, &density);
+            du[j] = down(e * g * below);
+            dg[j] = down(e * up(ui[j]) * (below + g * density));
+        }
+    }
+}
+
+/* y = x / (1 + e^-2v), v = sqrt(2/pi) (x + 0.044715 x^3): gelu with the tanh, as (1 + tanh v) / 2 is that logistic. */
+void gelu_tanh(const bf16 *x, bf16 *y, int64_t n, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        float a = up(x[i]), v = 0.79788456080286536f * (a + 0.044715f * a * a * a);
+        y[i] = down(a / (1.0f + exp32(-2.0f * v)));
+    }
+}
+
+void gelu_tanh_backward(const bf16 *g, const bf16 *x, bf16 *dx, int64_t n, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        float a = up(x[i]), v = 0.79788456080286536f * (a + 0.044715f * a * a * a);
+        float s = 1.0f / (1.0f + exp32(-2.0f * v)), slope = 1.59576912160573072f * (1.0f + 0.134145f * a * a);
+        dx[i] = down(up(g[i]) * (s + a * s * (1.0f - s) * slope));
+    }
+}
+
 /* Heads of tokens that lie flat, (token, head, dim) with `ld` between tokens, into the layout that attention multiplies:
    (row, kv head, time, query head of that kv head, dim). tokens[i] is a flat token, slots[i] = row * length + time its
    place. cos, sin: (token, dim/2) turn each head in halves by +theta; NULL copies. Everything is multiplied by scale. */

@@ -4,9 +4,9 @@
         loss.backward()
 
 Swapped: the attention of FLUX.1's blocks (projections that share an input joined to one product, norms, rotation and
-attention one function) and of the UNets' transformers. As in models.speed, every module is first run both ways on a
-small random input and swapped only where the two agree, and everything is put back bit for bit at the end. What a
-family does differently is left as diffusers has it.
+attention one function) and of the UNets' transformers; GEGLU, and gelu with the tanh. As in models.speed, every
+module is first run both ways on a small random input and swapped only where the two agree, and everything is put back
+bit for bit at the end. What a family does differently is left as diffusers has it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from veneer import kernels
 from veneer.core.denoise import attention, joint_attention
-from veneer.core.fused import linears
+from veneer.core.fused import geglu, gelu_tanh, linears
 from veneer.core.targets import base_of
 from veneer.models.speed import FastReport, Join, agree, probe, put, same_dtype
 
@@ -42,7 +42,7 @@ def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
         undo.enter_context(kernels.kept_memory())
         for _, module in list(denoiser.named_modules()):
             kind = type(module).__name__
-            make = {"FluxAttention": _flux_attention, "Attention": _unet_attention}.get(kind)
+            make = _SWAPS.get(kind)
             if make is None:
                 continue
             with ExitStack() as attempt:
@@ -80,6 +80,36 @@ def _product(join: Join, x: Tensor) -> Tensor | None:
     """The joined projections of x, or None where a module has to be called or another dtype is asked for."""
     joined = join.linears()
     return None if joined is None or not same_dtype(x, joined.weight) else linears(x, joined)
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+
+
+def _geglu(module: Any, undo: ExitStack) -> str:
+    like = base_of(module.proj).weight
+    assert isinstance(like, Tensor)
+    original = type(module).forward
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, hidden_states, *args, **kwargs)
+        return geglu(self.proj(hidden_states))
+
+    return _differs(module, forward, undo, probe(2, 4, like.shape[1], like=like))
+
+
+def _gelu(module: Any, undo: ExitStack) -> str:
+    """torch's nn.GELU, which has no weights to know a dtype by, and diffusers' GELU, a projection before it."""
+    proj = getattr(module, "proj", None)
+    if module.approximate != "tanh":
+        return "it is another function"
+    like = torch.empty(0, 8) if proj is None else base_of(proj).weight
+    assert isinstance(like, Tensor)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return gelu_tanh(x if proj is None else self.proj(x))
+
+    return _differs(module, forward, undo, probe(2, 4, like.shape[1], like=like))
 
 
 # -- FLUX.1 ------------------------------------------------------------------------------------------------------------
@@ -209,7 +239,14 @@ def _unet_forward(original: Callable[..., Any], joins: list[Join]) -> Callable[.
         else:
             k, v = second.view(n, second.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
             out = attention(first.view(n, first.shape[1], self.heads, -1).transpose(1, 2), k, v)
-            out = out.transpose(1, 2).reshape(n, first.shape[1], -1)
         return self.to_out[1](self.to_out[0](out))
 
     return forward
+
+
+_SWAPS: dict[str, Callable[[Any, ExitStack], str]] = {
+    "Attention": _unet_attention,
+    "FluxAttention": _flux_attention,
+    "GEGLU": _geglu,
+    "GELU": _gelu,
+}
