@@ -151,26 +151,25 @@ def _sdxl_canny(work: Path, drawings: Drawings, tokenizers: list[Any], steps: in
 
 
 def _export(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
-    flux, sdxl = _load(new_flux(tokenizers), work / "flux"), _load(new_sdxl(tokenizers), work / "sdxl")
+    """Ships what WORK holds."""
     clip, t5 = tokenizers
-    flow = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_image_seq_len=64, max_image_seq_len=256, base_shift=0.47, max_shift=1.15
-    )
-    noise = EulerDiscreteScheduler.from_config(noise_schedule().config, timestep_spacing="trailing")
-    _ship(FluxPipeline(vae=_autoencoder(work), tokenizer=clip, tokenizer_2=t5, scheduler=flow, **flux), "emoji-flux")
-    _ship(
-        StableDiffusionXLPipeline(
-            vae=_autoencoder(work), tokenizer=clip, tokenizer_2=clip, scheduler=noise, **sdxl,
+    shipped = []
+    if (work / "flux").is_dir():
+        parts = _load(new_flux(tokenizers), work / "flux")
+        flow = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_image_seq_len=64, max_image_seq_len=256, base_shift=0.47, max_shift=1.15
+        )
+        pipeline: Any = FluxPipeline(vae=_autoencoder(work), tokenizer=clip, tokenizer_2=t5, scheduler=flow, **parts)
+        shipped += _ship(pipeline, work, "flux", new_flux_control(parts["transformer"]))
+    if (work / "sdxl").is_dir():
+        parts = _load(new_sdxl(tokenizers), work / "sdxl")
+        noise = EulerDiscreteScheduler.from_config(noise_schedule().config, timestep_spacing="trailing")
+        pipeline = StableDiffusionXLPipeline(
+            vae=_autoencoder(work), tokenizer=clip, tokenizer_2=clip, scheduler=noise, **parts,
             force_zeros_for_empty_prompt=False, add_watermarker=False,
-        ),
-        "emoji-sdxl",
-    )  # fmt: skip
-    for name, new, base in (("flux", new_flux_control, flux["transformer"]), ("sdxl", new_sdxl_control, sdxl["unet"])):
-        control = _load({"control": new(base)}, work / f"{name}-canny")["control"]
-        control.to(torch.bfloat16).save_pretrained(SHIPPED / f"emoji-{name}-canny")
-    names = ["emoji-flux", "emoji-sdxl", "emoji-flux-canny", "emoji-sdxl-canny"]
-    sizes = {n: _sizes(SHIPPED / n) for n in names}
-    write_cards({n: SHIPPED / n for n in names}, sizes, STAGES)
+        )  # fmt: skip
+        shipped += _ship(pipeline, work, "sdxl", new_sdxl_control(parts["unet"]))
+    write_cards({n: SHIPPED / n for n in shipped}, {n: _sizes(SHIPPED / n) for n in shipped}, STAGES)
 
 
 def _sizes(folder: Path) -> dict[str, float]:
@@ -183,13 +182,19 @@ def _sizes(folder: Path) -> dict[str, float]:
     return found
 
 
-def _ship(pipeline: Any, name: str) -> None:
-    folder = SHIPPED / name
+def _ship(pipeline: Any, work: Path, name: str, control: Any) -> list[str]:
+    """A base and, where it is trained, its ControlNet; the names of both folders."""
+    folder = SHIPPED / f"emoji-{name}"
     if folder.exists():
         for part in folder.iterdir():
             if part.is_dir():
                 shutil.rmtree(part)
     pipeline.to(torch.bfloat16).save_pretrained(folder)
+    if not (work / f"{name}-canny").is_dir():
+        return [folder.name]
+    _load({"control": control}, work / f"{name}-canny")
+    control.to(torch.bfloat16).save_pretrained(SHIPPED / f"emoji-{name}-canny")
+    return [folder.name, f"emoji-{name}-canny"]
 
 
 def _save(parts: dict[str, nn.Module], folder: Path) -> None:
