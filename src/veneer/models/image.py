@@ -23,7 +23,8 @@ from torch import nn
 
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image_families import FAMILIES, ImageFamily, topology_name
-from veneer.models.image_files import Loaded, control_of, read_directory, read_single_file
+from veneer.models.image_files import Loaded, control_of, read_directory
+from veneer.models.image_single_file import read_single_file
 from veneer.models.quiet import quiet
 from veneer.models.sources import find
 
