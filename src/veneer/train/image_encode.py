@@ -11,6 +11,7 @@ Knows the base's functions (models.image_predict); no loop, no files but the cac
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,8 +105,10 @@ def _tokenizers(base: ImageBase) -> str:
         if name.startswith("tokenizer") and part is not None:
             own = getattr(part, "tokenizer", part)  # FLUX.2's is a processor
             backend = getattr(own, "backend_tokenizer", None)
-            said = backend.to_str() if backend is not None else own.get_vocab()
-            h.update(f"{name}|{own.model_max_length}|{own.chat_template}|{said}".encode())
+            said = json.loads(backend.to_str()) if backend is not None else own.get_vocab()
+            for state in ("truncation", "padding"):  # as its last call left them
+                said.pop(state, None)
+            h.update(f"{name}|{own.model_max_length}|{own.chat_template}|{json.dumps(said)}".encode())
     return h.hexdigest()
 
 
