@@ -67,7 +67,7 @@ def test_a_loaded_base_draws_what_diffusers_own_loading_draws(family: str, bases
     assert torch.equal(draw(pipeline(base), **more), draw(theirs, **more))
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux1", "sd3", "klein", "qwen-image"])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_every_target_of_the_family_is_in_the_tree_under_its_canonical_name(family: str, load: Any) -> None:
     """At the official number of blocks; widths are tiny."""
     base = load(family, full=True)
@@ -75,6 +75,8 @@ def test_every_target_of_the_family_is_in_the_tree_under_its_canonical_name(fami
     if family == "klein":  # 5 and 20 blocks of FLUX.2's 8 and 48, no guidance
         want = {row.module: row.kind for row in flux2(5, 20, False)}
         assert want.items() <= known.modules.items()
+    elif family == "schnell":  # dev without guidance
+        want = {n: kind for n, kind in known.modules.items() if ".guidance_embedder." not in n}
     else:
         want = dict(known.modules)
     have = dict(base_modules(base.model))
@@ -323,6 +325,8 @@ def test_text_and_image_bases_are_not_taken_for_each_other(copy: Path) -> None:
         load_image(str(tiny_base_dir(copy.parent)))
     with pytest.raises(BaseError, match="an image base"):
         load_text(str(copy))
+    with pytest.raises(BaseError, match="smollm2-135m is a text base"):  # before it is fetched
+        load_image("smollm2-135m")
 
 
 def test_only_the_fp16_variant_is_used_and_said(copy: Path) -> None:

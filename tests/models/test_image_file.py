@@ -25,19 +25,91 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp() / "image-bases"
 
 
-def original(base: ImageBase, encoder: bool) -> dict[str, torch.Tensor]:
-    """SD 1's and SDXL's U-Net under LDM's names, from the table of names; SD 1's CLIP beside it."""
-    places = {p.module: name for name, found in families()[base.family].originals.items() for p in found}
+def original(base: ImageBase, encoder: bool = False, prefix: str = "model.diffusion_model.") -> dict[str, torch.Tensor]:
+    """The denoiser under the original names, from the table of names: parts of fused projections joined, the halves of
+    the last modulation back in the original order. With `encoder` SD 1's CLIP beside it."""
+    state = {f"{base.row.denoiser}.{n}": t for n, t in base.denoiser.state_dict().items()}
     out = {}
-    for name, tensor in base.denoiser.state_dict().items():
-        module, _, parameter = name.rpartition(".")
-        out[f"model.diffusion_model.{places[f'unet.{module}']}.{parameter}"] = tensor.clone()
+    if base.family == "qwen-image":  # its original names are diffusers' own
+        return {prefix + n.removeprefix("transformer."): t for n, t in state.items()}
+    for name, places in families()[base.family].originals.items():
+        modules = [p.module for p in places]
+        for part in ("weight", "bias"):
+            if all(f"{m}.{part}" in state for m in modules):
+                value = torch.cat([state.pop(f"{m}.{part}") for m in modules])
+                if places[0].swap:
+                    value = torch.cat(value.chunk(2)[::-1])
+                scale = part == "weight" and name.endswith(("query_norm", "key_norm"))
+                out[f"{prefix}{name}.{'scale' if scale else part}"] = value.clone()
+    if base.family == "sd3":
+        out[f"{prefix}pos_embed"] = state.pop("transformer.pos_embed.pos_embed")
     if encoder:
-        state = base.parts["text_encoder"].state_dict()
-        for name, tensor in state.items():
+        for name, tensor in base.parts["text_encoder"].state_dict().items():
             own = name if name.startswith("text_model.") else f"text_model.{name}"
             out[f"cond_stage_model.transformer.{own}"] = tensor.clone()
     return out
+
+
+@pytest.mark.parametrize(
+    ("family", "full", "prefix"),
+    [
+        ("sdxl", True, "model.diffusion_model."),
+        ("sd3", True, "model.diffusion_model."),
+        ("flux2", False, ""),
+        ("klein", False, "model.diffusion_model."),
+        ("qwen-image", False, ""),
+    ],
+)
+def test_one_file_of_every_family_gives_the_same_denoiser(
+    family: str, full: bool, prefix: str, bases: Path, tmp_path: Path
+) -> None:
+    folder = tiny_image_base(bases, family, full=full)
+    whole = load_image(str(folder))
+    save_file(original(whole, prefix=prefix), tmp_path / "one.safetensors")
+    one = load_image(str(tmp_path / "one.safetensors"), config=folder)
+    want = whole.denoiser.state_dict()
+    assert one.denoiser.state_dict().keys() == want.keys()
+    assert [n for n, t in one.denoiser.state_dict().items() if not torch.equal(t, want[n])] == []
+    assert (one.family, one.prediction, one.unit) == (whole.family, whole.prediction, whole.unit)
+    assert not any("no place" in note for note in one.notes)
+    assert type(pipeline(one)) is type(pipeline(whole))
+
+
+@pytest.mark.slow
+def test_one_file_of_flux_1_at_its_real_width(bases: Path, tmp_path: Path) -> None:
+    """diffusers' converter of FLUX.1 knows this width alone: one block of each kind, 480 million parameters."""
+    import diffusers
+
+    folder = Path(shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / "flux"))
+    shutil.rmtree(folder / "transformer")
+    with torch.device("meta"):
+        wide = diffusers.FluxTransformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=16, pooled_projection_dim=16,
+            guidance_embeds=True,
+        )  # fmt: skip
+    wide = wide.to_empty(device="cpu").to(torch.bfloat16)
+    for number, parameter in enumerate(wide.parameters()):
+        rows = torch.arange(len(parameter)) % 97 + 100 * number
+        parameter.data.copy_(rows.view(-1, *[1] * (parameter.ndim - 1)))
+    wide.save_pretrained(folder / "transformer")
+    whole = load_image(str(folder))
+    save_file(original(whole, prefix=""), tmp_path / "one.safetensors")
+    one = load_image(str(tmp_path / "one.safetensors"), config=folder)
+    want = whole.denoiser.state_dict()
+    assert [n for n, t in one.denoiser.state_dict().items() if not torch.equal(t, want[n])] == []
+
+
+def test_tensors_of_a_file_that_are_missing_or_too_many_are_said(bases: Path, tmp_path: Path) -> None:
+    folder = tiny_image_base(bases, "klein")
+    state = original(load_image(str(folder)), prefix="")
+    save_file({**state, "something.else": torch.zeros(3, 5)}, tmp_path / "more.safetensors")
+    assert any(
+        "15 of the file's" in note for note in load_image(str(tmp_path / "more.safetensors"), config=folder).notes
+    )
+    del state["single_blocks.0.linear2.weight"]
+    save_file(state, tmp_path / "less.safetensors")
+    with pytest.raises(BaseError, match=r"as FLUX\.2: some of its weights are not in the file"):
+        load_image(str(tmp_path / "less.safetensors"), config=folder)
 
 
 @pytest.mark.parametrize("encoder", [True, False])
@@ -83,6 +155,12 @@ def test_without_configs_it_says_which_are_wanted_and_asks_no_network(
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked a network"))
     with pytest.raises(BaseError, match=r"with the configs of .*stable-diffusion[\s\S]*config="):
         load_image(str(tmp_path / "one.safetensors"))
+    save_file(
+        {"transformer_blocks.0.attn.to_q.weight": torch.zeros(2), "txt_norm.weight": torch.zeros(2)},
+        tmp_path / "q.safetensors",
+    )
+    with pytest.raises(BaseError, match="with the configs of Qwen/Qwen-Image"):
+        load_image(str(tmp_path / "q.safetensors"))
     save_file({"something": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(BaseError, match="config="):
         load_image(str(tmp_path / "other.safetensors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from tests.tiny_image_base import tiny_image_base
 from tests.train.tiny_pictures import drawings, image_values, run
 from veneer.formats.read import read
-from veneer.models.image import ImageBase, load_image
+from veneer.models.image import ImageBase, load_image, pipeline
+from veneer.models.image_predict import latent_shape
 from veneer.train.config import config_from
 from veneer.train.image_batches import PlannedRow, hold_out, plan_image_steps, validation_rows
-from veneer.train.image_encode import Encoders, ImageLoss
-from veneer.train.image_loss import draw, generator, noised
+from veneer.train.image_encode import Encoders, ImageLoss, times_of
+from veneer.train.image_loss import Noise, draw, generator, noised
 from veneer.train.picture_views import plan_rows
 from veneer.train.pictures import read_pictures
 
@@ -125,6 +127,113 @@ def test_the_loss_is_the_squared_error_of_the_denoiser_itself(shared: Path, base
         predicted = FluxPipeline._unpack_latents(out, h * 4, w * 4, 4)
         wanted = (predicted.double() - target.double()).square().mean()
         assert float(loss(batch)) == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_sdxls_loss_is_that_of_diffusers_own_script(kind: str, shared: Path, tmp_path: Path) -> None:
+    """train_text_to_image_lora_sdxl.py, put together from diffusers' scheduler and functions: min-SNR, noise offset,
+    time ids of a cropped and mirrored picture, and masks as a weighted mean."""
+    import json
+    import shutil
+
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+    from PIL import Image
+
+    copied = Path(shutil.copytree(tiny_image_base(shared, "sdxl"), tmp_path / "sdxl"))
+    file = copied / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": kind}))
+    base = load_image(str(copied))
+    folder = drawings(tmp_path / "drawings", 4)
+    Image.linear_gradient("L").resize((48, 32)).save(folder / "1.mask.png")
+    data = {"pictures": str(folder), "split": 0, "flip": True, "crop": "random", "buckets": False}
+    config = _config(shared, data=data, loss={"snr_gamma": 5.0, "noise_offset": 0.1}, batching={"rows": 4})
+    encoders = Encoders(base, config, None)
+    loss = ImageLoss(base, config, encoders)
+    steps, _, planned = _steps(config, encoders.batch)
+    scheduler = DDPMScheduler.from_config(base.parts["scheduler"].config)
+    rows = [row for row in planned if row.key[1] == 1]
+    assert {row.view.flip for row in rows} == {True, False}
+    assert any(row.view.left for row in rows)
+    by_hand = 0.0
+    for row in rows:
+        batch = encoders.batch([row])
+        noise, t = draw(batch.latents.shape[1:], [row.key], base.prediction, loss.times, loss.noise)
+        view, (width, height) = row.view, row.picture.size
+        left = view.resized[0] - view.width - view.left if view.flip else view.left
+        ids = torch.tensor([[height, width, view.top, left, view.height, view.width]])
+        text = encoders.text([row.caption])
+        with torch.no_grad():
+            out = base.denoiser(
+                scheduler.add_noise(batch.latents, noise, t), t, text.embeds,
+                added_cond_kwargs={"text_embeds": text.pooled, "time_ids": ids},
+            ).sample  # fmt: skip
+        target = noise if kind == "epsilon" else scheduler.get_velocity(batch.latents, noise, t)
+        error = (out - target).double().square()
+        weights = torch.ones_like(error) if batch.masks is None else batch.masks.double().expand_as(error)
+        snr = compute_snr(scheduler, t).double()
+        least = snr.clamp(max=5.0) / (snr if kind == "epsilon" else snr + 1)
+        by_hand += float(least * (error * weights).sum() / weights.sum())
+    with torch.no_grad():
+        got = sum(float(loss(m.make())) for m in steps[0].micros) / steps[0].trained
+    assert got == pytest.approx(by_hand / len(rows), rel=1e-4)
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl as it was trained", "sd3"])
+def test_a_dropped_caption_is_what_the_pipeline_guides_away_from(
+    family: str, live: bool, shared: Path, tmp_path: Path
+) -> None:
+    """SDXL's pipeline takes zeros for no negative prompt unless its index says otherwise, the others the empty text."""
+    import shutil
+
+    folder = tiny_image_base(shared, family.partition(" ")[0])
+    if family != folder.name.removeprefix("tiny-"):
+        folder = Path(shutil.copytree(folder, tmp_path / "sdxl"))
+        index = folder / "model_index.json"
+        index.write_text(
+            index.read_text().replace('"force_zeros_for_empty_prompt": true', '"force_zeros_for_empty_prompt": false')
+        )
+    base = load_image(str(folder))
+    config = _config(shared, adapter={"text_encoders": ["text_encoder"] if live else []})
+    more = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 24} if base.row.name == "sd3" else {}
+    given = pipeline(base).encode_prompt(
+        prompt="a red house", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, **more
+    )  # fmt: skip
+    with torch.no_grad():
+        text = Encoders(base, config, None).text(["", "a red house"])
+    torch.testing.assert_close(text.embeds[0], given[1][0])
+    torch.testing.assert_close(text.embeds[1], given[0][0])
+    assert bool(text.embeds[0].any()) == (family != "sdxl")
+    if len(given) == 4:
+        assert text.pooled is not None
+        torch.testing.assert_close(text.pooled, torch.cat([given[3], given[2]]))
+
+
+def test_a_base_that_reads_prompts_otherwise_shares_no_cached_text(shared: Path, tmp_path: Path) -> None:
+    """Neither one whose tokenizer reads less, nor one whose text encoders are quantised."""
+    base = load_image(str(tiny_image_base(shared, "flux1")))
+    config = _config(shared)
+
+    def cached() -> tuple[int, int]:
+        encoders = Encoders(base, config, tmp_path)
+        return encoders.text(["a red house"]).embeds.shape[1], encoders.texts.found
+
+    assert [cached(), cached()] == [(24, 0), (24, 1)]
+    base.parts["tokenizer_2"].model_max_length = 12
+    assert [cached(), cached()] == [(12, 0), (12, 1)]
+    base.quantised = "nf4"
+    assert cached() == (12, 0)
+
+
+@pytest.mark.parametrize("family", ["flux1", "sd3", "klein", "qwen-image"])
+def test_the_shift_by_resolution_counts_the_tokens_that_the_denoiser_sees(family: str, shared: Path) -> None:
+    base = load_image(str(tiny_image_base(shared, family)))
+    times = times_of(base, _config(shared, loss={"shift": "resolution"}))
+    seen: list[int] = []
+    counting = replace(times, shift=lambda tokens: float(seen.append(tokens) or 1.0))
+    draw(latent_shape(base, 64, 96), [(0, 0, 0)], "flow", counting, Noise())
+    assert seen == [64 // base.unit * (96 // base.unit)]
 
 
 def test_a_mask_confines_the_loss_to_what_is_white(shared: Path, tmp_path: Path, base: ImageBase) -> None:

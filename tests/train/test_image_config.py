@@ -56,10 +56,18 @@ def test_a_folder_of_pictures_makes_it_a_configuration_for_pictures(tmp_path: Pa
         ("memory: {offload_blocks: 2, activation_checkpointing: off}", "needs `memory.activation_checkpointing`"),
         ("ema: {decay: 1.0}", "`ema.decay` should be less than 1, found 1.0"),
         ("schedule: {epochs: 2, steps: 3}", "both say when to end"),
+        ("# class_prompt", "`data.class_prompt` needs class pictures"),
+        ("# keep_tags", "`data.keep_tags` needs `data.shuffle_tags`: without, it does nothing"),
+        ("# crops", "`data.crops` needs `data.crop: random`"),
+        ("# class_weight", "`data.class_weight` needs class pictures"),
+        ("# mask_floor", "`data.mask_floor` needs `data.masks` other than off"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, line: str, says: str) -> None:
     overrides = ["output.layout=peft"] if "layout" in says else []
+    values = {"class_prompt": "a dog", "keep_tags": "2", "crops": "3", "class_weight": "0.5", "mask_floor": "0.1"}
+    overrides += [f"data.{key}={value}" for key, value in values.items() if line == f"# {key}"]
+    overrides += ["data.masks=off"] if "mask_floor" in line else []
     text = _error(tmp_path, MINIMAL + line + "\n", *overrides)
     assert says in text
     assert "image-config.md" in text
@@ -73,7 +81,7 @@ def test_class_pictures_need_a_prompt_and_the_error_says_which(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_stands_between_the_defaults_and_the_users_keys(tmp_path: Path, name: str) -> None:
-    extra = ["data.class_prompt=a dog"]
+    extra = ["data.class_prompt=a dog"] if name == "subject" else []
     config, sources = _read(tmp_path, MINIMAL + f"preset: {name}\nadapter: {{rank: 7}}\n", *extra, "schedule.steps=9")
     assert (config.adapter.rank, config.schedule.steps) == (7, 9)
     assert "run.yaml:6" in str(sources["adapter.rank"])

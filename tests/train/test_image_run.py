@@ -158,6 +158,22 @@ def test_it_learns(family: str, share: float, shared: Path, tmp_path: Path) -> N
     assert result.validation < share * result.validation_before
 
 
+@pytest.mark.parametrize(
+    "family", ["sd15", "schnell", "sd3", "klein", "flux2", pytest.param("qwen-image", marks=pytest.mark.slow)]
+)
+def test_every_family_trains_through_the_same_loop(family: str, shared: Path, tmp_path: Path) -> None:
+    """On every linear module of the denoiser; flux1 and sdxl are in the other tests."""
+    seen: list[Event] = []
+    result = run(
+        shared, tmp_path / "out", family, on_event=seen.append, adapter={"targets": "all-linear"},
+        schedule={"steps": 1}, data={"resolution": 32}, optimizer={"learning_rate": 0.05},
+        samples={"prompts": ["sks"], "steps": 1},
+    )  # fmt: skip
+    assert result.validation != result.validation_before
+    assert any("read back and compared: predictions equal" in e.text for e in seen if isinstance(e, Note))
+    assert len(result.samples) == 1
+
+
 KILL = """
 import os, signal, sys
 from pathlib import Path
@@ -239,6 +255,8 @@ def test_a_dry_run_checks_everything_and_leaves_only_a_sheet_elsewhere(shared: P
     [
         ({"adapter": {"targets": ["no_such_proj"]}}, "no_such_proj"),
         ({"adapter": {"text_encoders": ["text_encoder_9"]}}, "it has: text_encoder, text_encoder_2"),
+        ({"adapter": {"targets": ["no_such_proj"]}}, "(adapter.targets)"),
+        ({"adapter": {"text_encoders": ["text_encoder"], "text_targets": "nothing_here"}}, "(adapter.text_targets)"),
         ({"loss": {"snr_gamma": 5.0}}, "predicts a flow: loss.snr_gamma is for noise"),
         ({"memory": {"offload_blocks": 1}}, "this run is on the CPU"),
         ({"memory": {"limit_gb": 1e-6}}, "does not fit"),
@@ -253,9 +271,60 @@ def test_preflight_stops_before_anything_is_trained(
     assert not (tmp_path / "out").exists(), "the same command can be run again"
 
 
-def test_a_noise_base_refuses_what_is_for_flow(shared: Path, tmp_path: Path) -> None:
-    with pytest.raises(PreflightError, match=r"predicts noise: loss\.timesteps and loss\.shift are for flow"):
-        run(shared, tmp_path / "out", "sdxl", loss={"timesteps": "logit-normal", "shift": "resolution"})
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        ({"timesteps": "logit-normal", "shift": "resolution"}, r"noise: loss\.timesteps and loss\.shift are for flow"),
+        ({"logit_mean": 0.5}, r"noise: loss\.logit_mean is for flow"),
+        ({"guidance": 3.5}, r"takes no guidance as an input: loss\.guidance 3\.5 would do nothing"),
+    ],
+)
+def test_a_noise_base_refuses_what_is_for_flow(loss: dict[str, Any], says: str, shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match=says):
+        run(shared, tmp_path / "out", "sdxl", loss=loss)
+
+
+def test_a_dry_run_that_is_stopped_still_shows_what_the_model_would_see(
+    shared: Path, tmp_path: Path, base: ImageBase
+) -> None:
+    seen: list[Event] = []
+    with pytest.raises(PreflightError, match="no picture has transparency"):
+        run(shared, tmp_path / "out", base=base, dry_run=True, on_event=seen.append, data={"masks": "alpha"})
+    said = next(e.text for e in seen if isinstance(e, Note) and "as the model sees them" in e.text)
+    sheet = Path(said.partition(": ")[2])
+    assert sheet.is_file()
+    sheet.unlink()
+
+
+def test_the_preflight_says_what_is_not_read_and_what_the_preset_chose(shared: Path, tmp_path: Path) -> None:
+    """A caption, a sample prompt and the class prompt, each longer than the 24 tokens that the tiny encoders read."""
+    import shutil
+
+    folder = Path(shutil.copytree(shared / "drawings", tmp_path / "drawings"))
+    long = "a red house, " + " ".join(["in the style of a flat tree"] * 8)
+    (folder / "0.txt").write_text(long + " caption")
+    (folder / "1.txt").write_text("a cat")
+    (folder / "bad.png").write_bytes(b"no")
+    result = run(
+        shared, tmp_path / "out", dry_run=True, preset="subject", samples={"prompts": [long + " sample"]},
+        data={"pictures": str(folder), "broken": "drop", "trigger": None, "class_prompt": "a cat", "prompt": "a dog"},
+    )  # fmt: skip
+    Path(result.sheet).unlink()
+    said = {f"{f['level']} {f['check']} {f['text']}" for f in result.preflight["findings"]}
+
+    def one(start: str) -> str:
+        return next(text for text in said if text.startswith(start))
+
+    for what in ("captions", "sample prompts"):
+        text = one(f"warn {what} 1 {what} longer than the base reads")
+        assert "a red house, in the style" in text
+        assert len(text) < 250
+    assert "bad.png: not a picture" in one("warn broken 1 of 7")
+    assert "1.png" in one("warn captions 1 pictures have a class picture's caption")
+    chosen = one("ok preset `subject` (one character")
+    assert "data.class_count=100" in chosen
+    assert "adapter.rank=" not in chosen
+    assert "given beside it: adapter.rank, adapter.alpha" in chosen
 
 
 def test_a_folder_in_use_is_not_written_over(whole: Whole, shared: Path, base: ImageBase) -> None:

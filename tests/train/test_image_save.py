@@ -20,7 +20,7 @@ from veneer.formats import convert, peft
 from veneer.formats.container import read_tensors
 from veneer.formats.read import read
 from veneer.models.image import load_image, pipeline
-from veneer.models.image_memory import blocks_of, measured_activations, offloading, recomputing
+from veneer.models.image_memory import blocks_of, fetched, measured_activations, offloading, park, recomputing
 from veneer.train import image_save
 from veneer.train.checkpoint import _load, latest
 from veneer.train.events import Event, Note, Resolved
@@ -103,6 +103,22 @@ def test_every_layout_holds_the_trained_adapter(
         torch.testing.assert_close(delta, wanted, rtol=1e-5, atol=1e-7)
     if layout == "peft":
         assert json.loads((tmp_path / "out" / peft.CONFIG_FILE).read_text())["r"] == 4
+
+
+def test_the_files_metadata_counts_each_folder_of_pictures(shared: Path, tmp_path: Path) -> None:
+    """sd-scripts' dataset_dirs, reg_dataset_dirs and tag_frequency, for kohya's folders and class pictures; its own
+    names of folders are kept."""
+    for place, count in (("train/3_sks house", 2), ("train/1_sks", 1), ("classes", 3)):
+        drawings(tmp_path / place, count)
+    data = {"pictures": str(tmp_path / "train"), "class_folder": str(tmp_path / "classes"), "split": 0}
+    result = run(shared, tmp_path / "out", data=data, schedule={"steps": 2}, evaluation={"every": 100})
+    facts = read_tensors(Path(result.adapter))[1]
+    dirs = {"3_sks house": {"n_repeats": 3, "img_count": 2}, "1_sks": {"n_repeats": 1, "img_count": 1}}
+    assert json.loads(facts["ss_dataset_dirs"]) == dirs
+    assert json.loads(facts["ss_reg_dataset_dirs"]) == {"classes": {"n_repeats": 1, "img_count": 3}}
+    assert set(json.loads(facts["ss_tag_frequency"])) == set(dirs)
+    assert (facts["ss_num_epochs"], facts["ss_num_batches_per_epoch"]) == ("1", "2")
+    assert float(facts["ss_training_started_at"]) < float(facts["ss_training_finished_at"])
 
 
 def test_text_encoders_learn_at_their_own_rate(shared: Path, tmp_path: Path) -> None:
@@ -213,6 +229,25 @@ def test_measured_activations_are_what_autograd_holds() -> None:
     assert measured_activations(lambda: a(x), weights) == x.nbytes
     assert measured_activations(lambda: a(x) + b(x), weights) == x.nbytes
     assert measured_activations(lambda: a(x).relu(), weights) == x.nbytes + 10 * 4 * 4
+
+
+def test_parked_components_come_for_a_while_and_go_again(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_image(str(tiny_image_base(shared, "flux1")))
+    went: list[tuple[str, str]] = []
+    for name in ("text_encoder", "vae"):
+        part = base.parts[name]
+        monkeypatch.setattr(part, "to", lambda device, name=name: went.append((name, str(device))))
+    base.device = torch.device("cuda:3")  # nothing is moved here: what is asked for is looked at
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    size = sum(p.numel() * 4 for n in ("text_encoder", "vae") for p in base.parts[n].parameters())
+    assert park(base, ["text_encoder", "vae"]) == size
+    with fetched(base, ["text_encoder", "vae"]):
+        went.append(("drawing", ""))
+    there, here = ("cpu", "cuda:3")
+    assert went == [
+        ("text_encoder", there), ("vae", there), ("text_encoder", here), ("vae", here), ("drawing", ""),
+        ("text_encoder", there), ("vae", there),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("family", ["flux1", "sdxl"])

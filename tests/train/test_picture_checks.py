@@ -102,6 +102,8 @@ def test_what_is_wrong_is_counted_and_named(tmp_path: Path) -> None:
     assert "wide.png (" in texts(found["crops"])
     assert "1 captions are empty: empty.png" in texts(found["captions"])
     assert "nothing to shuffle" in texts(found["captions"])
+    with_trigger = findings(tmp_path, broken="drop", trigger="sks")
+    assert "`sks`: added in 8" in texts(with_trigger["trigger"]), "bad.png is not learned"
 
 
 def test_conversions_are_counted(tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ import torch
 from torch import nn
 
 from veneer.errors import BaseError, ConfigError
+from veneer.models.builtin import BUILTIN, PACKAGED
 from veneer.models.image_families import FAMILIES, ImageFamily, topology_name
-from veneer.models.image_files import Loaded, control_of, read_directory, read_single_file
+from veneer.models.image_files import Loaded, control_of, read_directory
+from veneer.models.image_single_file import read_single_file
 from veneer.models.quiet import quiet
 from veneer.models.sources import find
 
@@ -152,6 +154,8 @@ def load_image(
     require_diffusers()
     if quantise not in (None, "nf4", "int8"):
         raise ConfigError(f"{quantise!r} is no quantisation of a base", fix="nf4 or int8")
+    if name in BUILTIN:
+        raise BaseError(f"{name} is a text base", fix=f"an image base: {', '.join(PACKAGED)}, a directory, a hub id, …")
     path = find(name, say=say)
     if path.is_file():
         read = read_single_file(path, config, dtype, device, quantise)

@@ -1,4 +1,4 @@
-"""The files of an image base: a diffusers directory, or one file of original weights, to loaded components.
+"""The files of an image base: a diffusers directory to loaded components. (One file: image_single_file.)
 
     model_index.json      name -> [library, class]; each component in a folder of its name
     <name>/config.json    the component's shape; weights beside it as safetensors, whole, sharded, or a variant (.fp16)
@@ -10,7 +10,7 @@ What a picture does not need (safety checker, feature extractor) is left out. No
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,13 @@ __all__ = [
     "control_of",
     "digest_of",
     "family_of_directory",
-    "held_by",
+    "fields_of",
+    "flags_of",
+    "has_weights",
+    "load_component",
+    "own_pipelines",
     "read_directory",
     "read_index",
-    "read_single_file",
     "require_diffusers",
     "table_of",
     "unreadable",
@@ -88,7 +91,7 @@ def read_directory(path: Path, dtype: str | torch.dtype, device: str | torch.dev
     folders = {name: path / name for name in classes}
     tables, notes = {}, []
     for name, (_, classname) in classes.items():
-        if _has_weights(classname):
+        if has_weights(classname):
             tables[name], variant = table_of(folders[name])
             if variant:
                 notes.append(f"{name}: only the {variant} weights are there, and they are used")
@@ -98,7 +101,7 @@ def read_directory(path: Path, dtype: str | torch.dtype, device: str | torch.dev
     parts: dict[str, Any] = {}
     for name, (library, classname) in classes.items():
         quant = quantise if name == family.denoiser or classname in _LARGE_ENCODERS else None
-        parts[name], more = _load(folders[name], library, classname, kind, where, quant, name in tables)
+        parts[name], more = load_component(folders[name], library, classname, kind, where, quant, name in tables)
         notes += [f"{name}: {note}" for note in more]
     return Loaded(
         family,
@@ -108,8 +111,8 @@ def read_directory(path: Path, dtype: str | torch.dtype, device: str | torch.dev
         reason,
         where,
         notes,
-        _own_pipelines(index, family),
-        _flags(index),
+        own_pipelines(index, family),
+        flags_of(index),
     )
 
 
@@ -118,7 +121,8 @@ def read_index(path: Path) -> dict[str, Any]:
     try:
         found = json.loads((path / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        fix = "name a text base with `veneer generate`" if (path / "config.json").exists() else None
+        text = "this is a text base: `veneer generate` uses it, and data.train is what it learns from"
+        fix = text if (path / "config.json").exists() else None
         raise BaseError(f"this is no image base: it has no {INDEX}", where=str(path), fix=fix) from error
     except (OSError, ValueError) as error:
         raise BaseError(f"{INDEX} cannot be read: {error}", where=str(path)) from error
@@ -166,14 +170,14 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
     return family
 
 
-def _own_pipelines(index: Mapping[str, Any], family: ImageFamily) -> dict[str, str]:
+def own_pipelines(index: Mapping[str, Any], family: ImageFamily) -> dict[str, str]:
     """FLUX.2 klein's pipelines are not dev's; the index says which it is."""
     if family.name == "flux2" and index.get("_class_name") == "Flux2KleinPipeline":
         return {"text": "Flux2KleinPipeline", "inpaint": "Flux2KleinInpaintPipeline"}
     return {}
 
 
-def _flags(index: Mapping[str, Any]) -> dict[str, Any]:
+def flags_of(index: Mapping[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in index.items() if not n.startswith("_") and isinstance(v, bool | int | float | str)}
 
 
@@ -185,7 +189,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _has_weights(classname: str) -> bool:
+def has_weights(classname: str) -> bool:
     return not any(word in classname for word in ("Tokenizer", "Scheduler", "Processor"))
 
 
@@ -232,7 +236,7 @@ def _check_room(
     check_memory(path, int(needs), dtype, device)
 
 
-def _load(
+def load_component(
     folder: Path,
     library: str,
     classname: str,
@@ -282,12 +286,15 @@ def quantisation(library: str, kind: str, dtype: torch.dtype, device: torch.devi
     import importlib
     import importlib.util
 
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError("a 4-bit or 8-bit base needs bitsandbytes", fix="pip install bitsandbytes")
     if device.type != "cuda":
         raise BaseError(
             f"diffusers quantises with bitsandbytes on CUDA alone, and this is {device}",
             fix="leave quantise out, or use dtype bfloat16, which halves the memory",
+        )
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"a 4-bit or 8-bit base needs {' and '.join(missing)}", fix="pip install 'veneer[quant]'"
         )
     cls = importlib.import_module(library).BitsAndBytesConfig
     if kind == "int8":
@@ -321,127 +328,6 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-# -- one file of original weights ------------------------------------------------------------------------------------
-
-
-def read_single_file(
-    path: Path, config: str | Path | None, dtype: str | torch.dtype, device: str | torch.device, quantise: str | None
-) -> Loaded:
-    """A checkpoint of original names through diffusers' from_single_file, with configs that are on this machine.
-
-    What the checkpoint does not hold (tokenizers, scheduler; for FLUX text encoders and VAE) comes from `config`, or
-    from the hub's cache of the repository that diffusers takes for this kind of checkpoint."""
-    import diffusers
-
-    table = file_table([path])
-    folder = _configs_for(path, config, table)
-    index = read_index(folder)
-    classes = components(index, folder)
-    family = family_of_directory(folder, classes)
-    if quantise:
-        raise BaseError(
-            "a single-file base cannot be quantised while it is read", where=str(path), fix="save it as a directory"
-        )
-    held = held_by(table)
-    if held and family.denoiser not in held:
-        raise BaseError(f"this file holds no {family.denoiser}: {', '.join(sorted(held))}", where=str(path))
-    where = choose_device(device)
-    kind, reason = choose_dtype(dtype, where, stored_dtype(table))
-    check_memory(path, sum(t.elements for t in table) * kind.itemsize, kind, where)
-    given: dict[str, Any] = {}
-    tables = {"file": table}
-    notes = [f"configs come from {folder}"]
-    for name, (library, classname) in classes.items():
-        if name in held or name == family.denoiser:
-            continue
-        if _has_weights(classname):
-            try:
-                tables[name], _ = table_of(folder / name)
-            except BaseError as error:
-                raise BaseError(
-                    f"the file holds no {name}, and the directory of configs has no weights of one",
-                    where=str(path),
-                    fix=f"config= a directory with the weights of {name}",
-                ) from error
-        given[name], more = _load(folder / name, library, classname, kind, where, None, name in tables)
-        notes += [f"{name}: {note}" for note in more]
-    pipelines = {**family.pipelines, **_own_pipelines(index, family)}
-    settings = {k: v for k, v in family.settings.items() if v is None}
-    with quiet():
-        try:
-            made = getattr(diffusers, pipelines["text"]).from_single_file(
-                str(path), config=str(folder), local_files_only=True, torch_dtype=kind, **given, **settings
-            )
-        except Exception as error:
-            raise BaseError(
-                f"diffusers cannot read this file as {family.label}: {' '.join(str(error).split())[:300]}",
-                where=str(path),
-                fix="config= a diffusers directory of the same kind of model",
-            ) from error
-    parts = {name: getattr(made, name) for name in classes}
-    for part in parts.values():
-        if isinstance(part, nn.Module):
-            if any(p.is_meta for p in part.parameters()):
-                raise BaseError(f"{type(part).__name__} has weights that the file does not hold", where=str(path))
-            part.to(where)
-    fields = {n: fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
-    digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})
-    return Loaded(family, parts, digest, kind, reason, where, notes, _own_pipelines(index, family), _flags(index))
-
-
-_HELD = {
-    "model.diffusion_model.": {"unet", "transformer"},
-    "first_stage_model.": {"vae"},
-    "vae.": {"vae"},
-    "cond_stage_model.": {"text_encoder"},
-    "conditioner.embedders.0.": {"text_encoder"},
-    "conditioner.embedders.1.": {"text_encoder_2"},
-    "text_encoders.clip_l.": {"text_encoder"},
-    "text_encoders.clip_g.": {"text_encoder_2"},
-    "text_encoders.t5xxl.": {"text_encoder_2", "text_encoder_3"},
-    "double_blocks.": {"transformer"},
-    "joint_blocks.": {"transformer"},
-}
-
-
-def held_by(table: Iterable[StoredTensor]) -> set[str]:
-    """Which components a checkpoint of original names holds."""
-    names = [t.name for t in table]
-    out: set[str] = set()
-    for prefix, parts in _HELD.items():
-        if any(name.startswith(prefix) for name in names):
-            out |= parts
-    if any(n.startswith("text_encoders.clip_g.") for n in names):  # SD3: T5 is the third
-        out -= set() if any(n.startswith("text_encoders.t5xxl.") for n in names) else {"text_encoder_3"}
-    return out
-
-
-def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor]) -> Path:
-    if config is not None:
-        found = find(str(config))
-        if found.is_file():
-            raise BaseError("config is a diffusers directory, and this is a file", where=str(found))
-        return found
-    from diffusers.loaders import single_file_utils as single
-    from huggingface_hub import snapshot_download
-
-    fix = "config= a diffusers directory of the same kind of model (its configs and tokenizers are enough)"
-    try:
-        shapes = {t.name: torch.empty(t.shape, device="meta") for t in table}
-        kind = single.infer_diffusers_model_type(shapes)
-        repo = single.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
-    except (KeyError, IndexError, RuntimeError, ValueError) as error:
-        raise BaseError("diffusers does not know what kind of model this file is", where=str(path), fix=fix) from error
-    try:
-        return Path(snapshot_download(repo, local_files_only=True))
-    except Exception as error:
-        raise BaseError(
-            f"this file is read with the configs of {repo}, and they are not on this machine",
-            where=str(path),
-            fix=f"{fix}, or fetch them once: `hf download {repo} --include '*.json' '*.txt' '*.model'`",
-        ) from error
-
-
 # -- ControlNets -----------------------------------------------------------------------------------------------------
 
 
@@ -469,7 +355,7 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
             raise BaseError(
                 f"this ControlNet is for another base: its {size} is {own}, the base's {base}", where=str(folder)
             )
-    model, _ = _load(folder, "diffusers", classname, dtype, device, None, True)
+    model, _ = load_component(folder, "diffusers", classname, dtype, device, None, True)
     made: nn.Module = model.eval()
     return made.requires_grad_(False)
 

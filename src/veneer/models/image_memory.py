@@ -3,13 +3,14 @@
     measured_activations(forward, parameters)    bytes that a forward pass keeps for its backward pass
     recomputing(base)                            diffusers' own activation checkpointing, for a with-block
     offloading(base, blocks, device)             so many transformer blocks' weights on the CPU, for a with-block
+    park(base, names), fetched(base, names)      whole components on the CPU, and back for a with-block
 
 Knows modules and tensors; no adapters, no data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from veneer.models.image import ImageBase
 
-__all__ = ["blocks_of", "measured_activations", "offloading", "recomputing"]
+__all__ = ["blocks_of", "fetched", "measured_activations", "offloading", "park", "recomputing"]
 
 
 def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
@@ -133,3 +134,24 @@ def _hook(block: nn.Module, homes: list[tuple[nn.Module, str, Any, Any]], device
             module._parameters[name] = p
 
     return put_back
+
+
+def park(base: ImageBase, names: Sequence[str]) -> int:
+    """Moves components to the CPU's memory, where nothing runs; the bytes that left the base's device."""
+    parts = [base.part(name) for name in names]
+    for part in parts:
+        part.to("cpu")
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+
+
+@contextmanager
+def fetched(base: ImageBase, names: Sequence[str]) -> Iterator[None]:
+    """Parked components on the base's device for a with-block."""
+    for name in names:
+        base.part(name).to(base.device)
+    try:
+        yield
+    finally:
+        park(base, names)

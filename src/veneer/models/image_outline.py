@@ -16,12 +16,12 @@ from veneer.models.image_files import (
     components,
     digest_of,
     family_of_directory,
-    held_by,
     read_index,
     require_diffusers,
     table_of,
     unreadable,
 )
+from veneer.models.image_single_file import held_by
 from veneer.models.quiet import quiet
 from veneer.models.text import choose_device, choose_dtype
 from veneer.models.weights import file_table, stored_dtype

@@ -99,10 +99,11 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
     warm = s.config.schedule.warmup
     if isinstance(warm, int) and 0 < total <= warm:
         text = f"warm-up takes {warm} steps and the run has {total}: the learning rate never reaches its peak"
-        yield Finding("stop", "schedule", text, "schedule.warmup as a share (0.03), or more epochs")
+        yield Finding("stop", "schedule", text, "schedule.warmup as a share (0.03), or more steps")
     elif 0 < total < 10:
         text = f"the whole run is {total} steps: too few to learn much"
-        yield Finding("warn", "schedule", text, "fewer batching.rows, or more schedule.epochs")
+        fix = "more schedule.steps" if steps is not None else "fewer batching.rows, or more schedule.epochs"
+        yield Finding("warn", "schedule", text, fix)
     elif total:
         passes = f"{total / s.steps_per_epoch:.3g} times over the data" if s.steps_per_epoch else ""
         largest = f"the largest micro-batch is {s.largest_micro:,} {s.unit}"

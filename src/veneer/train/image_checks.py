@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from veneer.train.image_schema import ImageTrainConfig
 
@@ -33,6 +33,10 @@ def image_checks(config: ImageTrainConfig, given: Mapping[str, object]) -> list[
             data.class_count > 0 and data.class_prompt is None,
             f"`data.class_count: {data.class_count}` needs `data.class_prompt`, what the class pictures show "
             "(as: a photo of a dog)",
+        ),
+        (
+            data.class_prompt is not None and data.class_folder is None and not data.class_count,
+            "`data.class_prompt` needs class pictures: `data.class_folder`, or `data.class_count` for the base to draw",
         ),
         (
             loss.timesteps == "uniform" and bool(flow_only),
@@ -76,4 +80,22 @@ def image_checks(config: ImageTrainConfig, given: Mapping[str, object]) -> list[
             "adapter.text_targets" in given and not config.adapter.text_encoders,
             "`adapter.text_targets` needs `adapter.text_encoders`: which of them get pairs",
         ),
+        *((True, f"`{key}` needs {what}: without, it does nothing") for key, what in _idle(config, given)),
     ]
+
+
+def _idle(config: ImageTrainConfig, given: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Keys that somebody wrote (a preset is nobody) and that do nothing, with what each needs."""
+    data = config.data
+    classes = data.class_folder is not None or data.class_count > 0
+    needs = {
+        "data.class_weight": (classes, "class pictures (`data.class_folder` or `data.class_count`)"),
+        "data.class_steps": (data.class_count > 0, "`data.class_count`"),
+        "data.keep_tags": (data.shuffle_tags, "`data.shuffle_tags`"),
+        "data.crops": (data.crop == "random", "`data.crop: random`"),
+        "data.mask_floor": (data.masks != "off", "`data.masks` other than off"),
+        "data.bucket_ratio": (data.buckets, "`data.buckets`"),
+    }
+    for key, (used, what) in needs.items():
+        if key in given and getattr(given[key], "kind", "") != "preset" and not used:
+            yield key, what

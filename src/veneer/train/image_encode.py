@@ -10,14 +10,17 @@ Knows the base's functions (models.image_predict); no loop, no files but the cac
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from veneer.models.image import text_length
 from veneer.models.image_predict import Conditioning, alphas_cumprod, encode_pictures, encode_prompts, predict
 from veneer.train.image_batches import ImageBatch, PlannedRow
 from veneer.train.image_loss import (
@@ -47,19 +50,26 @@ class Encoders:
     def __init__(self, base: ImageBase, config: ImageTrainConfig, folder: Path | None) -> None:
         self.base, self.config = base, config
         self.live = bool(config.adapter.text_encoders)
+        # SDXL's pipelines take zeros for no text, which is another thing than the text of no words; unless told not to.
+        self.zeros = base.row.name == "sdxl" and bool(base.settings.get("force_zeros_for_empty_prompt", True))
         mark = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
         self.latents = LatentCache(folder and folder / "latents", fingerprint=mark)
-        self.texts = TextCache(folder and folder / "texts", fingerprint=mark)
+        # Quantised text encoders say other things, and a tokenizer is no part of the base's fingerprint.
+        reads = f"{mark}|{base.quantised}|{text_length(base)}|{_tokenizers(base)}"
+        self.texts = TextCache(folder and folder / "texts", fingerprint=reads)
 
     def batch(self, rows: Sequence[PlannedRow]) -> ImageBatch:
         """The batch of rows of one shape."""
         return ImageBatch.of(rows, [self._latents(row) for row in rows])
 
     def text(self, captions: Sequence[str]) -> Conditioning:
-        """What the denoiser is told of these captions, on the base's device."""
+        """What the denoiser is told of these captions, on the base's device. Of an empty one (a dropped caption) what
+        the pipeline guides away from where there is no negative prompt: that is what dropping captions trains."""
         if self.live:
-            return encode_prompts(self.base, captions)
-        return Conditioning.cat([self._text(caption) for caption in captions]).to(self.base.device)
+            found = encode_prompts(self.base, captions)
+        else:
+            found = Conditioning.cat([self._text(caption) for caption in captions]).to(self.base.device)
+        return _zeroed(found, [not caption for caption in captions]) if self.zeros and "" in captions else found
 
     def fill(self, rows: Sequence[PlannedRow]) -> tuple[int, int]:
         """Makes everything that these rows will need; (views of pictures, captions)."""
@@ -71,14 +81,6 @@ class Encoders:
             for caption in captions:
                 self._text(caption)
         return len(views), len(captions)
-
-    def cut(self, captions: Sequence[str]) -> dict[str, str]:
-        """Caption -> the end of it that the base's tokens leave out, for those that are too long."""
-        if self.live:
-            found = {caption: encode_prompts(self.base, [caption]).cut[0] for caption in captions}
-        else:
-            found = {caption: (self._text(caption).cut or [""])[0] for caption in captions}
-        return {caption: rest for caption, rest in found.items() if rest}
 
     def _latents(self, row: PlannedRow) -> tuple[Tensor, Tensor | None, Tensor]:
         made = self.latents.get(row.picture, row.view, self.config.data, lambda x: encode_pictures(self.base, x))
@@ -94,6 +96,27 @@ class Encoders:
         entry = self.texts.get(caption, encode)
         t = entry.tensors
         return Conditioning(t["embeds"], t.get("pooled"), t.get("mask"), [entry.texts.get("cut", "")])
+
+
+def _tokenizers(base: ImageBase) -> str:
+    """A digest of the base's tokenizers and of the template around a prompt."""
+    h = hashlib.sha256()
+    for name, part in sorted(base.parts.items()):
+        if name.startswith("tokenizer") and part is not None:
+            own = getattr(part, "tokenizer", part)  # FLUX.2's is a processor
+            backend = getattr(own, "backend_tokenizer", None)
+            said = json.loads(backend.to_str()) if backend is not None else own.get_vocab()
+            for state in ("truncation", "padding"):  # as its last call left them
+                said.pop(state, None)
+            h.update(f"{name}|{own.model_max_length}|{own.chat_template}|{json.dumps(said)}".encode())
+    return h.hexdigest()
+
+
+def _zeroed(text: Conditioning, empty: Sequence[bool]) -> Conditioning:
+    """Zeros in the place of the rows that are `empty`; nothing flows back from there."""
+    where = torch.tensor(empty, device=text.embeds.device)
+    pooled = None if text.pooled is None else text.pooled.masked_fill(where[:, None], 0)
+    return replace(text, embeds=text.embeds.masked_fill(where[:, None, None], 0), pooled=pooled)
 
 
 def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
@@ -113,7 +136,8 @@ def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
     else:
         shift = float(loss.shift)
     steps = 1000 if base.prediction == "flow" else len(alphas_cumprod(base))
-    return Times(kind, loss.logit_mean, loss.logit_std, shift, steps)
+    patch = 1 if base.row.name == "flux2" else base.row.patch  # FLUX.2's latents are patched before the denoiser
+    return Times(kind, loss.logit_mean, loss.logit_std, shift, steps, patch * patch)
 
 
 def noise_of(config: ImageTrainConfig) -> Noise:

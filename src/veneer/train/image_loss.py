@@ -45,13 +45,15 @@ Prediction = Literal["epsilon", "v", "flow"]
 @dataclass(frozen=True)
 class Times:
     """How times are drawn. For flow: u uniform, or u = sigmoid(mean + std·z) (logit-normal, arXiv 2403.03206); then
-    `shift` moves it towards noise: a number s, or a function of the number of picture tokens that gives s."""
+    `shift` moves it towards noise: a number s, or a function of the number of picture tokens that gives s. `patch`:
+    latents that are one token."""
 
     kind: Literal["uniform", "logit-normal"] = "uniform"
     mean: float = 0.0
     std: float = 1.0
     shift: float | Callable[[int], float] = 1.0
     steps: int = 1000
+    patch: int = 4
 
     def shift_of(self, tokens: int) -> float:
         return self.shift(tokens) if callable(self.shift) else self.shift
@@ -94,7 +96,7 @@ def _time(shape: Sequence[int], prediction: Prediction, times: Times, g: torch.G
         u = torch.rand((), generator=g)
     else:
         u = torch.sigmoid(times.mean + times.std * torch.randn((), generator=g))
-    return shifted(u, times.shift_of(shape[-1] * shape[-2] // 4))
+    return shifted(u, times.shift_of(shape[-1] * shape[-2] // times.patch))
 
 
 def shifted(u: Tensor, shift: float) -> Tensor:

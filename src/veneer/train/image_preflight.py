@@ -24,6 +24,7 @@ from veneer.train.picture_checks import check_held_out, check_pictures
 from veneer.train.picture_views import PicturePlan
 from veneer.train.pictures import AboutPictures, Picture
 from veneer.train.preflight import Report
+from veneer.train.presets import PRESETS
 
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
@@ -83,12 +84,14 @@ def image_preflight(
     config: ImageTrainConfig,
     data: ImageData,
     *,
-    cut: Mapping[str, str],
+    cut: Mapping[str, Mapping[str, str]],
     resume: bool = False,
     previous: Mapping[str, Any] | None = None,
+    sources: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Everything that can be seen before training. `cut`: caption -> what the base does not read of it. `previous`: the
-    recipe of the run that is resumed. Raises nothing of its own: see `Report.raise_if_stopped`."""
+    """Everything that can be seen before training. `cut`: captions, sample prompts, class prompt -> each that is too
+    long -> what the base does not read of it. `previous`: the recipe of the run that is resumed. `sources`: setting ->
+    where it came from. Raises nothing of its own: see `Report.raise_if_stopped`."""
     own = len([row for row in data.plan.rows if not row.picture.is_class])
     rows = config.batching.rows
     subject = RunSubject(
@@ -102,6 +105,7 @@ def image_preflight(
     for check in (_targets, learning_rate, precision, _loss, _devices, where_it_goes):
         findings += check(subject)
     findings += _prompts(cut)
+    findings += _preset(config, sources or {})
     if data.missing_classes:
         text = (
             f"{data.missing_classes} class pictures are missing; the base draws them from `{config.data.class_prompt}`"
@@ -121,6 +125,7 @@ def _targets(s: RunSubject) -> Iterator[Finding]:
     config: Any = s.config
     pairs, total = 0, sum(p.numel() for p in s.base.model.parameters())
     found: dict[str, int] = {}
+    name = s.base.row.denoiser
     try:
         for name, (module, spec) in parts_of(s.base, config).items():
             matched = matches_per_pattern(module, spec)
@@ -129,7 +134,8 @@ def _targets(s: RunSubject) -> Iterator[Finding]:
             found[name] = len(targets)
             s.numbers.setdefault("matched", {}).update({f"{name} {p}": len(n) for p, n in matched.items()})
     except TargetError as error:
-        yield Finding("stop", "targets", error.what + (f" ({error.where})" if error.where else ""), error.fix or "")
+        key = "adapter.targets" if name == s.base.row.denoiser else "adapter.text_targets"
+        yield Finding("stop", "targets", f"{error.what} ({error.where or key})", error.fix or "")
         return
     s.numbers.update(pairs=sum(found.values()), base_parameters=total, trainable=pairs, adapter_bytes=4 * pairs)
     named = ", ".join(f"{count} modules of the {name}" for name, count in found.items())
@@ -147,12 +153,18 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
     if not flow:
         wrong += ["timesteps"] if loss.timesteps == "logit-normal" else []
         wrong += ["shift"] if loss.shift != 1.0 else []
+        wrong += ["logit_mean"] if loss.logit_mean != 0.0 else []
+        wrong += ["logit_std"] if loss.logit_std != 1.0 else []
     if wrong:
         kind = "noise (epsilon, v)" if flow else "flow"
         named = " and ".join(f"loss.{key}" for key in wrong)
         yield Finding(
             "stop", "loss", f"{label}: {named} {'is' if len(wrong) == 1 else 'are'} for {kind} alone", "leave it out"
         )
+        return
+    if loss.guidance != 1.0 and not s.base.denoiser.config.get("guidance_embeds"):
+        text = f"{s.base.name} takes no guidance as an input: loss.guidance {loss.guidance:g} would do nothing"
+        yield Finding("stop", "loss", text, "leave it out")
         return
     weights = f", min-SNR {loss.snr_gamma:g}" if loss.snr_gamma else ""
     yield Finding("ok", "loss", f"{label}: mean squared error{weights}")
@@ -168,12 +180,36 @@ def _devices(s: RunSubject) -> Iterator[Finding]:
         yield Finding("ok", "quantised", f"the frozen denoiser is held in {s.base.quantised}; pairs are float32")
 
 
-def _prompts(cut: Mapping[str, str]) -> Iterator[Finding]:
-    if cut:
-        shown = "; ".join(f"`{rest}` of `{caption[:40]}…`" for caption, rest in list(cut.items())[:3])
-        more = f" and {len(cut) - 3} more" if len(cut) > 3 else ""
-        text = f"{len(cut)} captions are longer than the base reads; not read: {shown}{more}"
-        yield Finding("warn", "captions", text, "shorten them: what is not read is not learned")
+def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
+    """What of captions and prompts no encoder reads: its beginning is enough to find it."""
+    for what, long in cut.items():
+        if long:
+            shown = "; ".join(
+                f"`{_short(caption)}` from `{_short(rest)}` on ({len(rest):,} characters)"
+                for caption, rest in list(long.items())[:3]
+            )
+            more = f" and {len(long) - 3} more" if len(long) > 3 else ""
+            text = f"{len(long)} {what} longer than the base reads; not read is of {shown}{more}"
+            fix = "shorten them: what is not read is not learned" if what == "captions" else "shorten them"
+            yield Finding("warn", what, text, fix)
+
+
+def _short(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _preset(config: ImageTrainConfig, sources: Mapping[str, Any]) -> Iterator[Finding]:
+    """What the preset is for, what it chose, and which of its keys were given another value."""
+    if config.preset is None:
+        return
+    preset = PRESETS[config.preset]
+    chosen = {
+        key: value for key, (value, _) in preset.settings.items() if str(sources.get(key, "")).startswith("from preset")
+    }
+    given = [key for key in preset.settings if key not in chosen]
+    said = ", ".join(f"{key}={str(value).lower()}" for key, value in chosen.items()) or "nothing"
+    text = f"`{config.preset}` ({preset.meaning}) chose {said}"
+    yield Finding("ok", "preset", text + (f"; given beside it: {', '.join(given)}" if given else ""))
 
 
 def with_memory(
@@ -188,10 +224,9 @@ def with_memory(
     if config.memory.limit_gb is not None:
         free = min(free, int(config.memory.limit_gb * 1e9))
     report.numbers.update(memory_needed=need, memory_free=free, activations_of_one_picture=measured)
+    count = "1 picture" if pictures == 1 else f"{pictures} pictures"
     how = "with activations recomputed" if recompute else "all activations kept"
-    text = (
-        f"about {gigabytes(need)} beyond the base, {how}, {gigabytes(free)} free; at most {pictures} pictures at once"
-    )
+    text = f"about {gigabytes(need)} beyond the base, {how}, {gigabytes(free)} free; at most {count} at once"
     if need > 1.25 * free:
         less = "" if recompute else "memory.activation_checkpointing=on, "
         fix = f"{less}batching.micro_rows=1, or a lower data.resolution"

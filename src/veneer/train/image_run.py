@@ -28,7 +28,7 @@ from veneer.core.adapter import Adapter, Card
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.models.image import ImageBase, load_image, release
-from veneer.models.image_memory import measured_activations, offloading, recomputing
+from veneer.models.image_memory import fetched, measured_activations, offloading, park, recomputing
 from veneer.models.image_predict import cut_of
 from veneer.models.speed_image import fast_denoiser
 from veneer.train import checkpoint, loop
@@ -39,6 +39,7 @@ from veneer.train.estimate import free_memory
 from veneer.train.events import Checked, Event, Listener, Note, Resolved, Sampled
 from veneer.train.image_batches import PlannedRow, hold_out, plan_image_steps, validation_rows
 from veneer.train.image_encode import Encoders, ImageLoss
+from veneer.train.image_facts import training_facts
 from veneer.train.image_preflight import ImageData, image_preflight, parts_of, with_memory
 from veneer.train.image_samples import (
     class_folder,
@@ -133,6 +134,7 @@ class _Setup:
         self.resume, self.dry_run, self.sources, self.tell = resume, dry, sources, tell
         self.cache = Path(config.data.cache) if config.data.cache else folder / CACHE
         self.recompute, self.because, self.sheet, self.freed = False, "", "", ""
+        self.parked: list[str] = []
 
     def read(self) -> None:
         """Pictures, those held out, the rows of an epoch, and how many class pictures are missing."""
@@ -158,17 +160,24 @@ class _Setup:
 
     def check(self) -> None:
         """The preflight; what stops the run is raised here, before anything is drawn or cached."""
-        captions = dict.fromkeys(p.caption for p in (*self.data.learned, *self.data.held))
+        samples = self.config.samples
+        texts = {
+            "captions": [p.caption for p in (*self.data.learned, *self.data.held)],
+            "sample prompts": [*samples.prompts, samples.negative],
+            "class prompts": [self.config.data.class_prompt or ""] if self.data.missing_classes else [],
+        }
         # A prompt is read for its length alone, so that a dry run and a wrong setting cost no forward passes.
-        cut = {c: rest for c in captions if (rest := cut_of(self.base, c))}
+        cut = {w: {c: rest for c in dict.fromkeys(said) if (rest := cut_of(self.base, c))} for w, said in texts.items()}
         previous = None
         if self.newest is not None:
             previous = checkpoint.read_state(self.newest).get("about", {}).get("recipe")
         self.report = image_preflight(
-            self.base, self.config, self.data, cut=cut, resume=self.resume, previous=previous
+            self.base, self.config, self.data, cut=cut, resume=self.resume, previous=previous, sources=self.sources
         )  # fmt: skip
         if self.report.stops:
             self.say()
+            if self.dry_run:
+                self.draw_sheet(self.tell)
             self.report.raise_if_stopped()
 
     def draw_missing(self) -> None:
@@ -208,12 +217,19 @@ class _Setup:
         base, config = self.base, self.config
         if not config.memory.free_encoders or not free:
             return
-        if config.samples.prompts or config.adapter.text_encoders:
-            self.freed = "samples draw with them" if config.samples.prompts else "text encoders learn"
-            self.tell(Note(f"text encoders and VAE stay in memory: {self.freed}"))
-            return
         names = [n for n in base.parts if n.startswith("text_encoder") or n == "vae"]
         names = [n for n in names if base.parts[n] is not None]
+        if config.adapter.text_encoders:
+            self.freed = "text encoders learn"
+        elif config.samples.prompts and (base.device.type == "cpu" or base.quantised):
+            self.freed = "samples draw with them"
+        elif config.samples.prompts:
+            self.parked = names
+            self.tell(Note(f"{', '.join(names)} wait on the CPU between sheets: {park(base, names) / 1e6:,.0f} MB"))
+            return
+        if self.freed:
+            self.tell(Note(f"text encoders and VAE stay in memory: {self.freed}"))
+            return
         before = sum(p.numel() * p.element_size() for n in names for p in base.parts[n].parameters())
         release(base, *names)
         self.tell(Note(f"freed {', '.join(names)}: {before / 1e6:,.0f} MB"))
@@ -378,7 +394,7 @@ class _ImageRun:
 
     def _sample(self, step: int) -> None:
         began = time.perf_counter()
-        with self.ema.acting() if self.ema and step else nullcontext():
+        with fetched(self.base, self.setup.parked), self.ema.acting() if self.ema and step else nullcontext():
             cells = draw_samples(self.base, self.attachment, self.config)
         self.first_picture = cells[0][0]
         name = f"samples/step-{step:08d}.png"
@@ -407,9 +423,11 @@ class _ImageRun:
                 trained.card, base=base.name, base_fingerprint=base.fingerprint, kind="image",
                 data_digest=pictures_digest(setup.data.learned), recipe=config.recipe(), metrics=_metrics(result),
             )  # fmt: skip
-            written = save_image_adapter(
-                replace(trained, card=card), base, config, setup.data, _facts(config, setup, result), picture
-            )
+            facts = training_facts(
+                config, base, setup.data, setup.loss, setup.steps, setup.ends, kept=kept, recompute=setup.recompute,
+                seconds=progress.seconds,
+            )  # fmt: skip
+            written = save_image_adapter(replace(trained, card=card), base, config, setup.data, facts, picture)
             result.digest = written.digest
             if written.hashes is not None:
                 result.hashes = {"AutoV2": written.hashes.autov2, "AutoV3": written.hashes.autov3}
@@ -432,7 +450,8 @@ class _ImageRun:
                 update={"prompts": self.config.samples.prompts[:1], "seeds": self.config.samples.seeds[:1]}
             )
             config = self.config.model_copy(update={"samples": first})
-            self.first_picture = draw_samples(self.base, self.attachment, config)[0][0]
+            with fetched(self.base, self.setup.parked):
+                self.first_picture = draw_samples(self.base, self.attachment, config)[0][0]
         return thumbnail(self.first_picture)
 
 
@@ -444,37 +463,3 @@ def _metrics(result: ImageResult) -> dict[str, Any]:
         "peak_memory_bytes": result.peak_memory_bytes,
     }  # fmt: skip
     return {key: value for key, value in kept.items() if value is not None}
-
-
-def _facts(config: ImageTrainConfig, setup: _Setup, result: ImageResult) -> dict[str, Any]:
-    """The run under sd-scripts' names, without `ss_`."""
-    data, loss, base = setup.data, config.loss, setup.base
-    buckets = {f"{w}x{h}": count for (w, h), count in data.plan.sizes.items()}
-    side = config.data.resolutions(base.size)[-1]
-    facts: dict[str, Any] = {
-        "learning_rate": config.optimizer.learning_rate, "unet_lr": config.optimizer.learning_rate,
-        "text_encoder_lr": config.optimizer.text_learning_rate if config.adapter.text_encoders else None,
-        "num_train_images": len(data.own), "num_reg_images": len(data.learned) - len(data.own),
-        "num_validation_images": len(data.held), "num_epochs": len(setup.ends),
-        "num_batches_per_epoch": setup.ends[0] if setup.ends else result.steps,
-        "steps": result.kept_step, "max_train_steps": len(setup.steps), "batch_size_per_device": config.batching.rows,
-        "total_batch_size": config.batching.rows, "resolution": f"({side}, {side})", "seed": config.seed,
-        "lr_scheduler": config.schedule.name, "lr_warmup_steps": config.schedule.warmup,
-        "optimizer": config.optimizer.name, "max_grad_norm": config.optimizer.clip,
-        "network_dropout": config.adapter.dropout or None, "gradient_checkpointing": setup.recompute,
-        "gradient_accumulation_steps": 1, "mixed_precision": str(base.dtype).removeprefix("torch."),
-        "cache_latents": True, "min_snr_gamma": loss.snr_gamma, "noise_offset": loss.noise_offset or None,
-        "multires_noise_iterations": loss.pyramid_iterations or None,
-        "multires_noise_discount": loss.pyramid_discount if loss.pyramid_iterations else None,
-        "prior_loss_weight": config.data.class_weight, "caption_dropout_rate": config.data.caption_dropout,
-        "shuffle_caption": config.data.shuffle_tags, "flip_aug": config.data.flip,
-        "random_crop": config.data.crop == "random", "enable_bucket": config.data.buckets,
-        "bucket_info": {"buckets": {str(i): {"resolution": r, "count": c} for i, (r, c) in enumerate(buckets.items())}},
-        "dataset_dirs": {Path(f).name: {"n_repeats": 1, "img_count": len(data.own)} for f in config.data.folders},
-    }  # fmt: skip
-    if base.prediction == "flow":
-        facts |= {
-            "timestep_sampling": setup.loss.times.kind, "logit_mean": loss.logit_mean, "logit_std": loss.logit_std,
-            "discrete_flow_shift": loss.shift, "guidance_scale": setup.loss.guidance,
-        }  # fmt: skip
-    return facts

@@ -103,7 +103,8 @@ def _tags(data: ImageData) -> dict[str, dict[str, int]]:
     """sd-scripts' ss_tag_frequency: folder -> tag -> in how many captions of an epoch."""
     out: dict[str, Counter[str]] = {}
     for picture in data.own:
-        folder = f"{picture.repeats}_{picture.path.parent.name}"
+        folder, times = picture.path.parent.name, f"{picture.repeats}_"
+        folder = folder if folder.startswith(times) else times + folder  # kohya's folders have it in their names
         tags = dict.fromkeys(t.strip() for t in picture.caption.split(",") if t.strip())
         out.setdefault(folder, Counter()).update(list(tags))
     return {folder: dict(counts.most_common()) for folder, counts in out.items()}

@@ -84,6 +84,11 @@ def _captions(
     if about.class_triggers:
         text = f"{len(about.class_triggers):,} class pictures' captions hold the trigger: {_some(about.class_triggers)}"
         yield Finding("warn", "trigger", text, "remove it there: class pictures keep the class as it is without it")
+    classes = {p.caption.lower() for p in pictures if p.is_class} | {(settings.class_prompt or "").lower()} - {""}
+    same = [p.name for p in pictures if not p.is_class and p.caption.lower() in classes]
+    if same:
+        text = f"{len(same):,} pictures have a class picture's caption, so both are learned by one name: {_some(same)}"
+        yield Finding("warn", "captions", text, "set data.trigger, or name in each caption what makes it yours")
     if about.empty:
         names = _some(p.name for p in pictures if not p.caption)
         yield Finding(

@@ -191,9 +191,13 @@ def plan_rows(pictures: Sequence[Picture], settings: PictureSettings, *, size: i
         if not taken:
             plan.dropped.append(picture.name)
     if not plan.rows:
+        keep = "set data.small to keep or upscale"
+        if settings.small == "keep":
+            keep = "set data.small to upscale" + (f", or data.bucket_step to {unit}" if step > unit else "")
         raise DataError(
             f"every picture is smaller than its bucket (in steps of {step} pixels) and left out",
-            fix="lower data.resolution, or set data.small to keep or upscale",
+            where=", ".join(settings.folders),
+            fix=f"lower data.resolution, or {keep}",
         )
     return plan
 

@@ -170,13 +170,13 @@ def _read(
     about.several_lines += listing.several_lines
     about.shared += listing.shared
     trigger = None if is_class else settings.trigger
-    captions = _captions(listing.found, folder, trigger, about, is_class=is_class)
+    captions = _captions(listing.found, folder, trigger, is_class=is_class)
     if is_class and settings.trigger:
         about.class_triggers += [
-            f.name for f, c in zip(listing.found, captions, strict=True) if _has_word(c, settings.trigger)
+            f.name for f, (c, _) in zip(listing.found, captions, strict=True) if _has_word(c, settings.trigger)
         ]
     pictures, broken, wrong_masks = [], [], []
-    for found, caption in zip(listing.found, captions, strict=True):
+    for found, (caption, did) in zip(listing.found, captions, strict=True):
         tick()
         try:
             picture = _open(found, caption, settings, is_class=is_class)
@@ -189,6 +189,7 @@ def _read(
             wrong_masks.append(f"{picture.mask}: {error}")
         about.notes.update(picture.notes)
         about.captions[found.source] += 1
+        about.trigger.update([did] if did else [])
         about.masks += picture.mask is not None
         about.alpha_masks += picture.alpha
         about.empty += not caption
@@ -209,20 +210,16 @@ def _read(
     return pictures
 
 
-def _captions(
-    found: Sequence[Found], folder: str, trigger: str | None, about: AboutPictures, *, is_class: bool
-) -> list[str]:
-    """Every picture's caption with the trigger; DataError for those that have none, or a placeholder for nothing."""
+def _captions(found: Sequence[Found], folder: str, trigger: str | None, *, is_class: bool) -> list[tuple[str, str]]:
+    """Every picture's caption with the trigger, and what was done for that; DataError for those that have none, or a
+    placeholder for nothing."""
     captions, bad = [], []
     missing = [f.name for f in found if f.caption is None] if trigger is None else []
     for f in found:
         try:
-            caption, did = with_trigger(f.caption or "", trigger)
+            captions.append(with_trigger(f.caption or "", trigger))
         except ValueError as error:
             bad.append(f"{f.name}: {error}" if not is_class else f"{f.name}: holds {PLACEHOLDER}: the class has none")
-            continue
-        captions.append(caption)
-        about.trigger.update([did] if did else [])
     if missing:
         key = "class_prompt" if is_class else "prompt"
         raise DataError(
