@@ -50,6 +50,7 @@ _LARGE_ENCODERS = {
     "Qwen2_5_VLForConditionalGeneration",
 }
 _WRITTEN = ("diffusion_pytorch_model", "model")
+_OF_ADAPTERS = (".lora_A.weight", ".lora_down.weight", ".lora_B.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w2")
 _NOT_SHAPE = {"sample_size", "force_upcast", "quantization_config"}
 
 
@@ -118,8 +119,14 @@ def read_index(path: Path) -> dict[str, Any]:
     try:
         found = json.loads((path / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        fix = "name a text base with `veneer generate`" if (path / "config.json").exists() else None
-        raise BaseError(f"this is no image base: it has no {INDEX}", where=str(path), fix=fix) from error
+        kind, fix = "", None
+        if (path / "config.json").exists():
+            kind = str(_config(path).get("_class_name") or "a text base")
+            fix = "use it with `veneer generate`" if kind == "a text base" else "give the folder around it"
+            fix = f"use it with --control canny@{path}=PICTURE" if "ControlNet" in kind else fix
+        raise BaseError(
+            f"this is no image base: it has no {INDEX}" + (f", it is {kind}" if kind else ""), where=str(path), fix=fix
+        ) from error
     except (OSError, ValueError) as error:
         raise BaseError(f"{INDEX} cannot be read: {error}", where=str(path)) from error
     if not isinstance(found, dict):
@@ -334,6 +341,8 @@ def read_single_file(
     import diffusers
 
     table = file_table([path])
+    if any(t.name.endswith(_OF_ADAPTERS) for t in table):
+        raise BaseError("this is an adapter, not a base", where=str(path), fix=f"name its base, and --adapter {path}")
     folder = _configs_for(path, config, table)
     index = read_index(folder)
     classes = components(index, folder)
