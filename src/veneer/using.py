@@ -77,6 +77,12 @@ def adapter_path(name: str) -> Path:
             return folder
     if here.exists():
         return here  # the reader says best what is wrong with it
+    if behind := _no_strength(name):
+        raise AdapterError(
+            f"there is no adapter {name!r}, and {behind[1]!r} is no strength",
+            where=str(here.absolute()),
+            fix=f"{behind[0]}:0.8, and behind an @ factors by block: {behind[0]}:0.8@text=0.5",
+        )
     hints = nearest(here.name, [f.name for f in here.parent.iterdir()], 1) if here.parent.is_dir() else []
     fix = (
         f"did you mean {hints[0]}?" if hints else "give its folder or file, or a name that `veneer library list` shows"
@@ -95,6 +101,18 @@ def adapter_path(name: str) -> Path:
             if hints:
                 raise AdapterError(error.what, where=f"{here.absolute()}, {error.where}", fix=fix) from error
             raise
+
+
+def _no_strength(name: str) -> tuple[str, str] | None:
+    """(what exists, what stands behind it) where a path is followed by something that is no strength. What may be a
+    version or an alias of the library is none of that."""
+    if _may_be_kept(name):
+        return None
+    for mark in (":", "@"):
+        head, found, behind = name.partition(mark)
+        if found and head and Path(head).expanduser().exists():
+            return head, behind
+    return None
 
 
 def _may_be_kept(name: str) -> bool:

@@ -100,7 +100,7 @@ def test_a_sheet(capsys: Any, place: Path, folder: Path) -> None:
     assert ran.code == 0, ran.err
     told = json.loads(ran.out)
     assert told["rows"] == ["seed 1", "seed 2"]
-    assert told["columns"] == ["0", "0.5", "1"]
+    assert told["columns"] == ["strength 0", "strength 0.5", "strength 1"]
     assert len(told["infotexts"]) == 6
     with Image.open("s.png") as sheet:
         assert sheet.width > 3 * 128
@@ -144,6 +144,15 @@ def test_a_prompt_may_be_the_word_grid(capsys: Any, place: Path, folder: Path) -
         (["a", "-c", "edges=none.png"], "no such picture"),
         (["a", "--scheduler", "eulr"], "did you mean euler"),
         (["a", "--count", "0"], "--count 0"),
+        (["a", "--batch-size", "0"], "batch_size is 0"),
+        (["a", "--seed", "-1"], "seed -1"),
+        (["a", "--seed", str(2**64)], "a whole number from 0"),
+        (["a", "--size", "32x0"], "height is 0"),
+        (["a", "--guidance", "nan"], "guidance is nan"),
+        (["a", "-i", "none.png"], "no such picture"),
+        (["a", "--mask", "none.png"], "a mask needs the picture"),
+        (["--from", "none.png", "--batch-size", "2"], "makes one picture"),
+        (["--steps", "2", "grid", "strength", "a"], "veneer image grid strength"),
         (["--from", "none.png"], "no such picture"),
         (["a", "b", "--from", "none.png"], "makes one picture"),
     ],
@@ -164,6 +173,9 @@ def test_wrong_sheets_are_refused_in_words(capsys: Any, place: Path, folder: Pat
         (["strength", "a"], "needs an adapter"),
         (["strength", "a", "-a", "brand.safetensors", "--strengths", "x"], "no list of numbers"),
         (["strength", "a", "-a", "brand.safetensors", "--seeds", "1,x"], "no list of seeds"),
+        (["strength", "a", "-a", "brand.safetensors", "--seeds", "1-100000000"], "at most 1000"),
+        (["adapter", "a", "-a", "brand.safetensors"], "did you mean adapters?"),
+        (["compare", "a", "-a", "brand.safetensors", "--strengths", "0,1"], "for a strength sheet"),
     ]:
         ran = run(capsys, "image", "grid", *options, "--base", str(place))
         assert ran.code == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError, ConfigError, MismatchError
 from veneer.formats.file_hashes import hashes
 from veneer.formats.strengths import Strength
-from veneer.imaging.adapters import Mixer, parse_use
+from veneer.imaging.adapters import Mixer, label_of, parse_use
 from veneer.imaging.make import Ask, Options, make
 from veneer.models.image import ImageBase
 
@@ -149,6 +151,74 @@ def test_switching_is_one_assignment_however_many_are_known(base: ImageBase, bra
             for name, module in base.model.named_modules()
         )
         assert {name: (t.data_ptr(), t._version) for name, t in base.model.state_dict().items()} == weights
+
+
+def test_switching_does_the_same_with_3_and_with_60_known(base: ImageBase, brand: Adapter) -> None:
+    """Counted in calls of Python and of C, which no other load of the machine changes."""
+
+    def calls(known: int) -> int:
+        with Mixer(base) as mixer:
+            uses = ["brand.safetensors:0.8", "look.safetensors:0.5"]
+            mixer.plan(uses)
+            for i in range(known - 2):
+                mixer.attachment.add(f"known {i}", brand)
+            count = 0
+
+            def counted(_frame: Any, event: str, _arg: Any) -> None:
+                nonlocal count
+                count += event in ("call", "c_call")
+
+            sys.setprofile(counted)
+            try:
+                mixer.attachment.use(*mixer.plan(uses).at(0.0))
+            finally:
+                sys.setprofile(None)
+            return count
+
+    assert calls(3) == calls(60)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("brand", "brand"),
+        ("brand@2", "brand"),
+        ("runs/brand/", "brand"),
+        ("a/my.style.safetensors", "my.style"),
+        ("runs/brand/adapter", "brand"),
+        ("runs/brand/adapter_model.safetensors", "brand"),
+        ("runs/brand/adapter/adapter_model.safetensors", "brand"),
+        ("hub/look/pytorch_lora_weights.safetensors", "look"),
+        ("adapter", "adapter"),
+        ("a, b: <c>.safetensors", "a_ b_ _c_"),
+        ("sha256:3fa9c1", "sha256_3fa9c1"),
+    ],
+)
+def test_a_label_is_short_and_holds_no_mark_of_infotext(name: str, label: str) -> None:
+    assert label_of(name) == label
+
+
+def test_one_adapter_under_two_names_is_said(base: ImageBase, files: Path, tmp_path: Path) -> None:
+    shutil.copy(files / "brand.safetensors", tmp_path / "copy.safetensors")
+    said: list[str] = []
+    with Mixer(base, say=said.append) as mixer:
+        mixer.plan(["brand.safetensors", str(tmp_path / "copy.safetensors")])
+    assert any("the same adapter as brand.safetensors" in line for line in said)
+
+
+def test_the_hash_is_of_the_file_that_was_read(base: ImageBase, files: Path, tmp_path: Path) -> None:
+    shutil.copy(files / "brand.safetensors", tmp_path / "pytorch_lora_weights.safetensors")
+    shutil.copy(files / "look.safetensors", tmp_path / "a-checkpoint.safetensors")
+    with Mixer(base) as mixer:
+        assert mixer.add(str(tmp_path)).sha256 == hashes(files / "brand.safetensors").sha256
+
+
+def test_what_is_behind_a_name_and_no_strength_is_named(base: ImageBase) -> None:
+    with Mixer(base) as mixer:
+        for use, wrong in (("./brand.safetensors:strong", "strong"), ("./brand.safetensors@text:0.5", "text")):
+            with pytest.raises(AdapterError, match=f"'{wrong}' is no strength") as caught:
+                mixer.plan([use])
+            assert "brand.safetensors:0.8" in (caught.value.fix or "")
 
 
 def test_a_tag_in_a_prompt_is_said_to_be_plain_text(base: ImageBase) -> None:

@@ -26,7 +26,9 @@ def test_a_spec_is_a_kind_a_picture_and_a_weight(text: str, spec: ControlSpec) -
     assert parse_control(text) == spec
 
 
-@pytest.mark.parametrize("text", ["sketch.png", "canny=", "canny=a.png:x", "canny=a.png@0.6-0.2", "depth=d.png"])
+@pytest.mark.parametrize(
+    "text", ["sketch.png", "canny=", "canny=a.png:x", "canny=a.png:0.7@50%-60%", "canny=a.png@0.6-0.2", "depth=d.png"]
+)
 def test_what_is_no_control_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse_control(text)
@@ -50,6 +52,15 @@ def test_edges_are_opencvs_after_resizing() -> None:
         control_picture(ControlSpec("edges", "a.png"), drawn, 64, 32)
 
 
+def test_black_lines_on_white_are_no_edges(tmp_path: Path) -> None:
+    drawn = Image.new("RGB", (32, 32), "white")
+    ImageDraw.Draw(drawn).line((0, 0, 32, 32), fill="black")
+    _, notes = control_picture(ControlSpec("edges", "a.png"), drawn, 32, 32)
+    assert "mostly white" in notes[-1]
+    assert "canny=a.png" in notes[-1]
+    assert len(control_picture(ControlSpec("depth", "a.png", model="m"), drawn, 32, 32)[1]) == 1, "depth may be white"
+
+
 def test_without_opencv_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
     with pytest.raises(MissingExtraError, match="OpenCV"):
@@ -62,8 +73,17 @@ def test_pictures_are_opened_upright_and_flat(tmp_path: Path) -> None:
     Image.new("RGB", (8, 4), "red").save(tmp_path / "a.jpg", exif=exif)
     assert open_picture(tmp_path / "a.jpg")[0].size == (4, 8)
     assert flattened(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert flattened(Image.new("RGBA", (1, 1), (255, 0, 0, 0)), "black").getpixel((0, 0)) == (0, 0, 0)
+    deep = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert np.asarray(open_picture(tmp_path / "deep.png")[0]).tolist() == [[0, 1, 128, 255]], "16 bits are not clipped"
     (tmp_path / "b.png").write_text("no")
     with pytest.raises(DataError, match="no picture"):
         open_picture(tmp_path / "b.png")
     with pytest.raises(DataError, match="no such picture"):
         open_picture(tmp_path / "c.png")
+    with pytest.raises(DataError) as caught:
+        open_picture(tmp_path / "a.jpeg")
+    assert "a.jpg" in (caught.value.fix or "")
+    with pytest.raises(DataError, match="a folder"):
+        open_picture(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from PIL import Image
 
@@ -18,12 +20,13 @@ BRAND, LOOK = parse_use("brand.safetensors:0.8"), parse_use("look.safetensors")
 
 def test_what_is_where() -> None:
     strength = layout("strength", ["a cat"], [BRAND, LOOK], seeds=[1, 2], strengths=[0, 0.5])
-    assert (strength.rows, strength.columns) == (("seed 1", "seed 2"), ("0", "0.5"))
+    assert (strength.rows, strength.columns) == (("seed 1", "seed 2"), ("strength 0", "strength 0.5"))
     assert [(ask.seed, [(n, s.strength) for n, s in ask.uses]) for ask in strength.asks] == [
         (seed, mix) for seed in (1, 2) for mix in ([], [("brand.safetensors", 0.4), ("look.safetensors", 0.5)])
     ]
     adapters = layout("adapters", ["a cat", "a dog"], [BRAND, LOOK])
     assert adapters.columns == ("base", "brand:0.8", "look")
+    assert adapters.title == "seed 0", "a seed is on every sheet"
     assert [(ask.prompt, ask.uses) for ask in adapters.asks[3:]] == [
         ("a dog", ()),
         ("a dog", (BRAND,)),
@@ -66,6 +69,32 @@ def test_cells_are_the_pictures_made_alone(base: ImageBase) -> None:
     assert isinstance(plan.asks[0], Ask)
 
 
+@pytest.mark.parametrize("machines", [True, False])
+def test_labels_are_broken_where_a_name_is_divided_and_readable_in_any_script(
+    machines: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import ImageDraw, ImageFont
+
+    if not machines:
+        monkeypatch.setattr("veneer.models.image_grid._WIDE_FONTS", ())
+    drawn: list[str] = []
+    real = ImageDraw.ImageDraw.text
+
+    def text(self: Any, at: Any, words: str, *more: Any) -> None:
+        drawn.append(words)
+        assert self.textlength(words, more[1]) <= 128
+        real(self, at, words, *more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    cell = Image.new("RGB", (128, 128))
+    sheet([[cell, cell]], columns=["brand-flux:0.5@double.0-2=0.5,single.3=0", "ein Kapitän 狐"])
+    names = drawn[: -1 if len(drawn[-1]) < 20 else -2]
+    assert "".join(names).replace(" ", "").startswith("brand-flux:0.5@double.0-2=0.5,single.3=0")
+    assert all(line[-1] in "@,+-:_" for line in names[:-1] if "Kapit" not in line)
+    own = isinstance(ImageFont.load_default(14), ImageFont.FreeTypeFont) and not machines
+    assert ("ein Kapitan ?" in drawn) if own else any("Kapit" in line for line in drawn)
+
+
 def test_a_sheet_of_anything() -> None:
     cells = [[Image.new("RGB", (64, 32), "red"), None], [Image.new("L", (16, 16)), Image.new("RGB", (8, 8))]]
     plain = sheet(cells, least=1)
@@ -73,6 +102,8 @@ def test_a_sheet_of_anything() -> None:
     labelled = sheet(cells, least=1, rows=["one", "two"], columns=["a very long label of many words", "b"], title="t")
     assert labelled.width > plain.width
     assert labelled.height > plain.height
+    frame = labelled.getpixel((labelled.width - 4, labelled.height - 4))
+    assert frame not in [(255, 255, 255), labelled.getpixel((labelled.width - 1, labelled.height - 1))]
     with pytest.raises(ConfigError, match="3 row labels for 2"):
         sheet(cells, rows=["a", "b", "c"])
     with pytest.raises(ConfigError, match="no pictures"):

@@ -99,7 +99,7 @@ def test_with_its_pictures_and_controls(base: ImageBase, place: Path, tmp_path: 
     )[0]
     made.save(tmp_path / "a.png")
     assert "Denoising strength: 0.8" in made.text
-    assert made.infotext.fields["ControlNet 0"].startswith("Module: edges, Model: tiny-sdxl-canny, Weight: 0.7")
+    assert made.infotext.fields["ControlNet 0"].startswith("Module: none, Model: tiny-sdxl-canny, Weight: 0.7")
     assert again(base, tmp_path / "a.png").png() == made.png()
     Image.new("RGB", (SIZE, SIZE)).save(given)
     with pytest.raises(MismatchError, match="another picture than then"):

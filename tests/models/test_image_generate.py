@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,52 @@ def test_controls_stack_and_end(bases: dict[str, ImageBase], places: dict[str, P
     assert levels(found.image, plain.image) > 3
 
 
+@pytest.mark.parametrize("kind", ["text", "image", "inpaint"])
+@pytest.mark.parametrize("family", ["sdxl", "flux1"])
+def test_everything_at_once_is_diffusers_with_merged_weights(
+    family: str, kind: str, bases: dict[str, ImageBase], places: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two adapters, a ControlNet, a picture to start from, a mask, a negative prompt and guidance in one call."""
+    import diffusers
+
+    base, given, edges = bases[family], noise(), noise().rotate(90)
+    mask = Image.new("L", (SIZE, SIZE))
+    mask.paste(255, (0, 0, SIZE // 2, SIZE))
+    place = tiny_control(tmp_path, family)
+    a, b = random_adapter(base.model, 1), random_adapter(base.model, 2, dora=True)
+    own = diffusers_pipeline(places[family])
+    fold(own, [(a, 0.8), (b, -0.5)])
+    with quiet():
+        net = getattr(diffusers, base.row.control).from_pretrained(place)
+        cls = getattr(diffusers, base.row.controlled[kind])
+        taken = inspect.signature(cls).parameters
+        pipe = cls(**{name: part for name, part in own.components.items() if name in taken}, controlnet=net)
+    pipe.set_progress_bar_config(disable=True)
+    takes = inspect.signature(type(pipe).__call__).parameters
+    picked = "control_image" if "control_image" in takes else "image"
+    theirs: dict[str, Any] = {picked: edges, "controlnet_conditioning_scale": 0.7, "guidance_scale": 3.0}
+    ours: dict[str, Any] = {"controls": (Control(load_control(place, base), edges, 0.7),), "guidance": 3.0}
+    negative = "blue" if "true_cfg_scale" in takes or family != "flux1" else ""
+    if negative:
+        theirs["negative_prompt"] = negative
+        if family == "flux1":
+            theirs["true_cfg_scale"] = ours["true_guidance"] = 2.0
+    if kind != "text":
+        theirs |= {"image": given, "strength": 0.75}
+        ours |= {"image": given, "denoise": 0.75}
+    if kind == "inpaint":
+        theirs["mask_image"] = ours["mask"] = mask
+    with attach(base.model) as attachment:
+        attachment.add("a", a)
+        attachment.add("b", b)
+        plan = always((("a", 0.8), ("b", -0.5)))
+        (found,) = made(base, [Row("a cat", negative, seed=1, plan=plan)], attachment, **ours)
+    expected = picture(pipe, "a cat", 1, **theirs)
+    if kind == "inpaint":
+        expected = Image.composite(expected, given, mask)
+    assert levels(found.image, expected) <= 1
+
+
 # -- mixes -------------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +277,27 @@ def test_a_mix_may_change_from_step_to_step(
     assert levels(found.image, whole.image) > 2
 
 
+def test_switching_under_a_compiled_denoiser_compiles_nothing_again(places: dict[str, Path]) -> None:
+    from torch._dynamo.utils import counters
+
+    base = load_image(str(places["sdxl"]))
+    mixes = [(), (("a", 0.8),), (("b", 0.8),), (("a", 0.2), ("b", -0.5)), ()]
+    rows = [Row("a cat", seed=1, plan=always(mix)) for mix in mixes]
+    with attach(base.model) as attachment:
+        attachment.add("a", random_adapter(base.model, 1))
+        attachment.add("b", random_adapter(base.model, 2))
+        plain = [made(base, [row], attachment, steps=1)[0] for row in rows]
+        counters.clear()
+        base.denoiser.compile(backend="eager")
+        counts = []
+        for row, expected in zip(rows, plain, strict=True):
+            (found,) = made(base, [row], attachment, steps=1)
+            assert levels(found.image, expected.image) <= 1
+            counts.append(counters["frames"]["total"])
+    assert counts[0] > 0
+    assert len(set(counts)) == 1, "the first call compiles, a switch does not"
+
+
 # -- what is said and refused ------------------------------------------------------------------------------------------
 
 
@@ -262,6 +330,13 @@ def test_a_picture_of_another_size_is_resized_aloud_or_refused() -> None:
     [
         ({"width": 30}, "multiples of 4"),
         ({"steps": 0}, "steps is 0"),
+        ({"width": 0}, "width is 0"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"guidance": float("inf")}, "guidance is inf"),
+        ({"guidance": -1.0}, "guidance is -1"),
+        ({"true_guidance": 0.5}, "true_guidance is 0.5"),
+        ({"true_guidance": float("nan")}, "true_guidance is nan"),
+        ({"image": noise(), "denoise": float("nan")}, "denoise is nan"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"mask": noise()}, "needs the picture"),
         ({"denoise": 0.5}, "share of the steps"),
@@ -275,6 +350,21 @@ def test_a_picture_of_another_size_is_resized_aloud_or_refused() -> None:
 def test_impossible_settings_are_refused(bases: dict[str, ImageBase], settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         made(bases["sdxl"], [Row("a cat")], **settings)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 10**30])
+def test_what_is_no_seed(seed: int) -> None:
+    with pytest.raises(ConfigError, match=f"seed {seed}"):
+        Row("a cat", seed=seed)
+
+
+def test_the_largest_seed(bases: dict[str, ImageBase]) -> None:
+    assert made(bases["sdxl"], [Row("a cat", seed=2**64 - 1)], steps=1)
+
+
+def test_a_size_that_no_scheduler_has_is_no_crash(bases: dict[str, ImageBase]) -> None:
+    with pytest.raises(ConfigError, match="refuses these settings"):
+        made(bases["flux1"], [Row("a")], width=10**7 // bases["flux1"].unit * bases["flux1"].unit, height=SIZE)
 
 
 def test_more_that_is_refused(bases: dict[str, ImageBase]) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 _FALLBACK = "emoji-sdxl"
+_BATCH = 4
+_MOST_SEEDS = 1000
 
 
 class _Group(TyperGroup):
@@ -43,7 +45,7 @@ BaseOption = Annotated[
     typer.Option(
         "--base",
         "-b",
-        help="Image base: built-in name, hub id, folder or checkpoint file. Default: the adapter's, emoji-sdxl.",
+        help="Image base: built-in name, hub id, folder or checkpoint file. Default: the adapter's, else emoji-sdxl.",
     ),
 ]
 AdapterOption = Annotated[
@@ -64,7 +66,10 @@ ControlOption = Annotated[
 ]
 NegativeOption = Annotated[str | None, typer.Option("--negative", "-n", help="What the pictures should not show.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps. Default: 30, or the family's.")]
-GuidanceOption = Annotated[float | None, typer.Option("--guidance", "-g", help="Guidance. Default: the family's own.")]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option("--guidance", "-g", help="How closely the prompt is followed. Default: the family's own."),
+]
 TrueOption = Annotated[
     float | None, typer.Option("--true-guidance", help="FLUX: classifier-free guidance, for negative prompts.")
 ]
@@ -72,7 +77,9 @@ SchedulerOption = Annotated[
     str | None, typer.Option("--scheduler", "-s", help="euler, euler-a, dpm++2m-karras, ddim, unipc, flow-euler, …")
 ]
 SizeOption = Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels. Default: the base's.")]
-BatchOption = Annotated[int, typer.Option("--batch-size", help="Pictures at once; their mixes may differ.")]
+BatchOption = Annotated[
+    int | None, typer.Option("--batch-size", help="Pictures at once; their mixes may differ. Default: 4.")
+]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -103,7 +110,7 @@ def make_pictures(
         float | None, typer.Option("--denoise", help="How far from --image: share of the steps taken. Default: 0.6.")
     ] = None,
     mask: Annotated[Path | None, typer.Option("--mask", help="Of --image: white is made anew, black stays.")] = None,
-    batch_size: BatchOption = 4,
+    batch_size: BatchOption = None,
     remade: Annotated[
         Path | None, typer.Option("--from", help="Make the picture in this PNG again; other options change it.")
     ] = None,
@@ -127,13 +134,15 @@ def make_pictures(
     asked = {key: value for key, value in asked.items() if value is not None}
     loading = {"device": device, "dtype": dtype or "auto"}
     if remade is not None:
-        if len(prompts or []) > 1 or count != 1:
-            raise ConfigError("--from makes one picture", fix="leave --count and further prompts out")
+        if len(prompts or []) > 1 or count != 1 or batch_size is not None:
+            raise ConfigError("--from makes one picture", fix="leave --count, --batch-size and further prompts out")
         changes = {"prompt": prompts[0] if prompts else None, "negative": negative, "seed": seed, "uses": uses or None}
         _remake(remade, out, base, {k: v for k, v in changes.items() if v is not None}, asked, loading, as_json, dtype)
         return
     if not prompts:
         raise ConfigError("there is no prompt", fix='veneer image "a fox" -o fox.png, or --from PICTURE')
+    if prompts[0] == "grid" and prompts[1:2] in ([sheet] for sheet in ("strength", "adapters", "compare")):
+        raise ConfigError("grid is not the first word", fix=f"veneer image grid {prompts[1]} …, then the options")
     if count < 1:
         raise ConfigError(f"--count {count}", fix="at least 1")
 
@@ -141,9 +150,10 @@ def make_pictures(
 
     asks = asks_of(prompts, uses, negative or "", seed or 0, count)
     files = _files(out or Path("out.png"), len(asks))
-    _find(uses)
+    options = Options(**{"batch_size": _BATCH if batch_size is None else batch_size} | asked)
+    _find(uses, options)
     with _mixer(_base_name(base, uses), loading) as mixer:
-        _write(mixer, asks, Options(**{"batch_size": batch_size} | asked), files, as_json)
+        _write(mixer, asks, options, files, as_json)
 
 
 @app.command("grid", epilog='Example: veneer image grid strength "a fox" -a brand --strengths 0,0.5,1 --seeds 1,2,3')
@@ -156,41 +166,49 @@ def grid(
     out: OutOption = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Numbers with commas, or FROM-TO.")] = "0",
     strengths: Annotated[
-        str, typer.Option("--strengths", help="Multiply those of the adapters.")
-    ] = "0,0.25,0.5,0.75,1",
+        str | None,
+        typer.Option(
+            "--strengths", help="Of a strength sheet: what multiplies those of the mix. Default: 0,0.25,0.5,0.75,1."
+        ),
+    ] = None,
     negative: NegativeOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     true_guidance: TrueOption = None,
     scheduler: SchedulerOption = None,
     size: SizeOption = None,
-    batch_size: BatchOption = 4,
+    batch_size: BatchOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Draw a labelled sheet: strength × seed, adapter × prompt, or the base against a mix."""
+    """Draw a labelled sheet: strength × seed, adapter × prompt, or the base against a mix.
+
+    The same seed starts from the same noise in every cell."""
     from veneer.imaging.adapters import parse_use
     from veneer.imaging.controls import parse_control
-    from veneer.imaging.grid import draw, layout
+    from veneer.imaging.grid import STRENGTHS, draw, layout
     from veneer.imaging.make import Options
 
     uses = [parse_use(spec) for spec in adapter or []]
+    if strengths is not None and sheet != "strength":
+        raise ConfigError(f"--strengths is for a strength sheet, this is {sheet!r}", fix="leave it out")
     plan = layout(
         sheet,
         prompts,
         uses,
         seeds=_whole_numbers(seeds),
-        strengths=_numbers(strengths, "--strengths"),
+        strengths=STRENGTHS if strengths is None else _numbers(strengths, "--strengths"),
         negative=negative or "",
     )
     width, height = _size(size)
     options = Options(
-        width, height, steps, guidance, 1.0 if true_guidance is None else true_guidance, scheduler, batch_size,
+        width, height, steps, guidance, 1.0 if true_guidance is None else true_guidance, scheduler,
+        _BATCH if batch_size is None else batch_size,
         controls=tuple(parse_control(spec) for spec in control or []),
     )  # fmt: skip
     file = _files(out or Path("grid.png"), 1)[0]
-    _find(tuple(uses))
+    _find(tuple(uses), options)
     start = time.perf_counter()
     with _mixer(_base_name(base, tuple(uses)), {"device": device, "dtype": dtype or "auto"}) as mixer:
         drawn = draw(mixer, plan, options, on_step=_progress())
@@ -240,6 +258,8 @@ def _numbers(text: str, option: str) -> list[float]:
 def _whole_numbers(text: str) -> list[int]:
     first, dash, last = text.partition("-")
     if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last):
+        if int(last) - int(first) >= _MOST_SEEDS:
+            raise ConfigError(f"--seeds {text} are {int(last) - int(first) + 1} rows", fix=f"at most {_MOST_SEEDS}")
         return list(range(int(first), int(last) + 1))
     if not all(part.strip().isdecimal() for part in text.split(",")):
         raise ConfigError(f"--seeds {text!r} is no list of seeds", fix="--seeds 1,2,3 or --seeds 1-8")
@@ -257,10 +277,14 @@ def _files(out: Path, number: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{i:0{len(str(number))}d}{out.suffix}") for i in range(1, number + 1)]
 
 
-def _find(uses: tuple[Any, ...]) -> None:
-    """A name that does not exist should not wait for a base to load."""
+def _find(uses: tuple[Any, ...], options: Options) -> None:
+    """A name that does not exist, or a file that is no picture, should not wait for a base to load."""
+    from veneer.imaging.controls import open_picture
     from veneer.using import adapter_path
 
+    for picture in (options.image, options.mask, *(control.path for control in options.controls)):
+        if isinstance(picture, str | Path):
+            open_picture(picture)
     for name, strength in uses:
         adapter_path(name)
         _say(f"adapter {name} at strength {strength}")

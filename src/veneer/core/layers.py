@@ -64,6 +64,12 @@ class Layer(nn.Module):
         self.training = base.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _uncompiled(self, *args, **kwargs)
+        return self.selected(*args, **kwargs)
+
+    def selected(self, *args: Any, **kwargs: Any) -> Any:
+        """The output under what is selected now."""
         selection = self.owner.selection
         if selection.rows is not None:
             return self.by_rows(selection.rows, *args, **kwargs)
@@ -125,6 +131,15 @@ class Layer(nn.Module):
             if name == "base":
                 raise
             return getattr(super().__getattr__("base"), name)
+
+
+def _selected(layer: Layer, *args: Any, **kwargs: Any) -> Any:
+    return layer.selected(*args, **kwargs)
+
+
+# A compiled model calls layers as they are: what is selected must not be compiled in, or every switch would compile
+# again. (torch.compiler.disable is the public name, and imports the compiler at once.)
+_uncompiled = torch._disable_dynamo(_selected)
 
 
 def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -> nn.Module:

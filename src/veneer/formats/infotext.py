@@ -200,9 +200,10 @@ def read_picture(path: str | Path) -> tuple[Infotext | None, dict[str, Any] | No
             picture.load()
             held = {key: value for key, value in picture.info.items() if isinstance(value, str)}
             comment = picture.getexif().get_ifd(0x8769).get(_USER_COMMENT)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        what = "there is no such picture" if isinstance(error, FileNotFoundError) else "this is no picture"
-        raise DataError(f"{what}: {error}", where=str(path)) from error
+    except FileNotFoundError:
+        raise DataError("there is no such picture", where=str(path)) from None
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"this is no picture: {error}", where=str(path)) from error
     text = held.get("parameters") or _comment_text(comment)
     if (raw := held.get("veneer")) is None:
         return (parse(text) if text else None), None

@@ -31,7 +31,7 @@ from veneer.formats.placing import Placer, alphas_of_blocks, leaves_of, outline
 from veneer.formats.read_lists import TOKEN_EMBEDDING, is_list, list_modules, list_words
 from veneer.formats.topology import Family, Place
 
-__all__ = ["Reading", "read", "read_state"]
+__all__ = ["Reading", "read", "read_state", "tensor_file"]
 
 _PREFERRED = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
@@ -71,8 +71,7 @@ def read(
         path = path.parent
     if path.is_dir() and (path / peft.CONFIG_FILE).is_file():
         return _from_peft(path, base, family)
-    if path.is_dir():
-        path = _only_file(path, from_pickle)
+    path = tensor_file(path, from_pickle)
     if path.suffix.lower() == ".gguf":
         return _from_gguf(path, base)
     if from_pickle and path.suffix.lower() in PICKLE_SUFFIXES:
@@ -84,7 +83,11 @@ def read(
     return read_state(tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family)
 
 
-def _only_file(folder: Path, from_pickle: bool) -> Path:
+def tensor_file(folder: Path, from_pickle: bool = False) -> Path:
+    """The file of tensors in a folder without PEFT's config; a file is itself. Raises AdapterError where there is none,
+    or several of which none has a name that diffusers or PEFT gives."""
+    if not folder.is_dir():
+        return folder
     files = [p for p in sorted(folder.iterdir()) if p.is_file()]
     found = [p for p in files if p.suffix.lower() in (".safetensors", ".gguf")]
     found = found or [p for p in files if from_pickle and p.suffix.lower() in PICKLE_SUFFIXES]
@@ -95,7 +98,7 @@ def _only_file(folder: Path, from_pickle: bool) -> Path:
     raise AdapterError(
         f"the folder has {len(found)} adapter files: {names}" if found else "no adapter file in the folder",
         where=str(folder),
-        fix="give the file" if found else None,
+        fix="give the file" if found else "a folder that training wrote, or a .safetensors file",
     )
 
 

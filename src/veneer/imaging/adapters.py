@@ -10,6 +10,7 @@ assignment of a selection.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from veneer.core.attach import Attachment, attach
 from veneer.core.targets import base_modules
 from veneer.errors import ConfigError
 from veneer.formats.file_hashes import hashes
+from veneer.formats.peft import CONFIG_FILE, TENSOR_FILE
+from veneer.formats.read import tensor_file
 from veneer.formats.strengths import Strength, factors_by_module, parse_strength
 from veneer.models.image import load_control
 from veneer.models.image_generate import MixPlan
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Mix
     from veneer.models.image import ImageBase
 
-__all__ = ["Mixer", "Source", "Use", "parse_use"]
+__all__ = ["Mixer", "Source", "Use", "label_of", "parse_use"]
 
 Use = tuple[str, Strength]
 """An adapter's name or path, and how strongly it acts."""
@@ -47,10 +50,20 @@ class Source:
 
     @property
     def label(self) -> str:
-        """A short name: the file's or folder's without its ending, or the library's."""
-        at = Path(self.name)
-        short = at.stem if at.suffix in (".safetensors", ".gguf") else at.name
-        return short.partition("@")[0].replace(":", "_") or self.name
+        return label_of(self.name)
+
+
+_SAYING_NOTHING = ("adapter", "adapter_model", "pytorch_lora_weights")
+
+
+def label_of(name: str) -> str:
+    """A short name for people: the file's or folder's without its ending, or the library's. Tools give some the same
+    name everywhere; the folder around says more there. What separates words in infotext (`:,<>`) becomes `_`."""
+    at = Path(name)
+    short = at.stem if at.suffix in (".safetensors", ".gguf") else at.name
+    if short in _SAYING_NOTHING and at.parent.name:
+        return label_of(str(at.parent))
+    return re.sub(r"[:,<>]", "_", short.partition("@")[0]) or name
 
 
 def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
@@ -111,7 +124,10 @@ class Mixer:
             self.attachment.add(name, adapter)
             file = _file_of(path)
             found = hashes(file)
-            self.sources[name] = Source(name, str(path), adapter.digest(), found.sha256, found.autov3)
+            new = Source(name, str(path), adapter.digest(), found.sha256, found.autov3)
+            if same := next((s.name for s in self.sources.values() if s.digest == new.digest), None):
+                self.say(f"note: {name} is the same adapter as {same}: in one mix their strengths add up")
+            self.sources[name] = new
         return self.sources[name]
 
     def plan(self, uses: Sequence[str | tuple[str, float | Strength]]) -> MixPlan:
@@ -181,7 +197,5 @@ def _scaled(parts: Sequence[tuple[Mix, float]]) -> Mix:
 
 
 def _file_of(path: Path) -> Path:
-    if path.is_file():
-        return path
-    found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".gguf"))
-    return next((p for p in found if p.name.startswith("adapter_model")), found[0])
+    """The file that was read: PEFT's, or the only one of the folder (`formats.read`)."""
+    return path / TENSOR_FILE if (path / CONFIG_FILE).is_file() else tensor_file(path)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer.errors import ConfigError, DataError, MissingExtraError
+from veneer.errors import ConfigError, DataError, MissingExtraError, nearest
 from veneer.models.builtin import PACKAGED
 from veneer.models.image_generate import fitted
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from veneer.models.image import ImageBase
 
-__all__ = ["ControlSpec", "canny", "control_model_of", "control_picture", "open_picture", "parse_control"]
+__all__ = ["CANNY", "ControlSpec", "canny", "control_model_of", "control_picture", "open_picture", "parse_control"]
 
 _FORM = re.compile(
     r"(?P<kind>[a-z0-9_-]+)(?:@(?P<model>[^=]+))?=(?P<path>.+?)"
@@ -32,7 +32,9 @@ _FORM = re.compile(
 )
 _EXAMPLE = "KIND[@MODEL]=PICTURE[:weight][@FROM-TO], as in canny=sketch.png:0.7"
 _OWN = ("canny", "edges")
-_CANNY = {
+CANNY = (100, 200)
+"""The thresholds of the gradient below which there is no edge and above which there is one."""
+_CANNY_NETS = {
     "sd15": "lllyasviel/control_v11p_sd15_canny",
     "sdxl": "diffusers/controlnet-canny-sdxl-1.0",
     "flux1": "InstantX/FLUX.1-dev-Controlnet-Canny",
@@ -58,6 +60,8 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
         return spec
     if (found := _FORM.fullmatch(spec)) is None:
         raise ConfigError(f"{spec!r} names no control", fix=_EXAMPLE)
+    if re.search(r"\.\w+[:@]", found["path"]) and not Path(found["path"]).exists():
+        raise ConfigError(f"{spec!r}: no weight or range of steps stands behind the picture", fix=_EXAMPLE)
     try:
         weight = float(found["weight"] or 1)
         begin, end = float(found["begin"] or 0), float(found["end"] or 1)
@@ -82,38 +86,52 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
     for folder in (base.directory / "controlnet-canny", base.directory.with_name(f"{base.directory.name}-canny")):
         if (folder / "config.json").is_file():
             return str(folder)
-    if base.family not in _CANNY:
+    if base.family not in _CANNY_NETS:
         raise ConfigError(f"no canny ControlNet is known for {base.family}", fix=f"name one: {spec.kind}@NAME=…")
-    return _CANNY[base.family]
+    return _CANNY_NETS[base.family]
 
 
-def open_picture(path: str | Path) -> tuple[Image, str]:
-    """(the picture, upright, and the sha256 of its file). Raises DataError for a file that is no picture."""
+def open_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
+    """(the picture, upright and flat on that paper, and the sha256 of its file). Raises DataError for a file that is no
+    picture, with the nearest names where there is none."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    place = Path(path).expanduser()
     try:
-        data = Path(path).read_bytes()
-        with Image.open(path) as found:
+        data = place.read_bytes()
+        with Image.open(place) as found:
             picture = ImageOps.exif_transpose(found)
             picture.load()
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        what = "there is no such picture" if isinstance(error, FileNotFoundError) else "this is no picture"
-        raise DataError(f"{what}: {error}", where=str(path)) from error
-    return flattened(picture), hashlib.sha256(data).hexdigest()
+    except FileNotFoundError:
+        near = nearest(place.name, [p.name for p in place.parent.iterdir()], 1) if place.parent.is_dir() else []
+        raise DataError(
+            "there is no such picture",
+            where=str(path),
+            fix=f"did you mean {place.with_name(near[0])}?" if near else None,
+        ) from None
+    except IsADirectoryError:
+        raise DataError("this is a folder, not a picture", where=str(path)) from None
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"this is no picture: {error}", where=str(path)) from error
+    return flattened(picture, paper), hashlib.sha256(data).hexdigest()
 
 
-def flattened(picture: Image) -> Image:
-    """In RGB or grey; what is transparent becomes white."""
+def flattened(picture: Image, paper: str = "white") -> Image:
+    """In RGB or grey of 8 bits; through what is transparent one sees the paper."""
     from PIL import Image
 
+    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255
+        import numpy as np
+
+        return Image.fromarray((np.asarray(picture).astype("float64") / 257).round().clip(0, 255).astype("uint8"))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        over = Image.new("RGBA", picture.size, "white")
+        over = Image.new("RGBA", picture.size, paper)
         over.alpha_composite(picture.convert("RGBA"))
         return over.convert("RGB")
     return picture if picture.mode in ("RGB", "L") else picture.convert("RGB")
 
 
-def canny(picture: Image, low: int = 100, high: int = 200) -> Image:
+def canny(picture: Image, low: int = CANNY[0], high: int = CANNY[1]) -> Image:
     """White edges on black, by OpenCV's Canny on the colours. Raises MissingExtraError without OpenCV."""
     try:
         import cv2
@@ -134,10 +152,21 @@ def control_picture(spec: ControlSpec, picture: Image, width: int, height: int) 
     made, said = fitted(picture.convert("RGB"), width, height, f"control picture {spec.path}")
     notes = [said] if said else []
     if spec.kind != "canny":
-        return made, [*notes, f"control picture {spec.path}: taken as it is ({spec.kind})"]
+        notes.append(f"control picture {spec.path}: taken as it is ({spec.kind})")
+        if spec.kind == "edges" and _bright(made) > 0.5:
+            notes.append(
+                f"note: {spec.path} is mostly white, and edges are white on black: invert it, or have them found with "
+                f"canny={spec.path}"
+            )
+        return made, notes
     edges = canny(made)
-    share = sum(edges.convert("L").histogram()[128:]) / (width * height)
+    share = _bright(edges)
     notes.append(f"control picture {spec.path}: its edges were found ({share:.1%} of the pixels)")
     if not share:
         raise DataError("no edges were found in the control picture", where=spec.path, fix="one with more contrast")
     return edges, notes
+
+
+def _bright(picture: Image) -> float:
+    """The share of pixels that are nearer to white than to black."""
+    return sum(picture.convert("L").histogram()[128:]) / (picture.width * picture.height)

@@ -15,17 +15,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from veneer.errors import ConfigError
-from veneer.imaging.adapters import Mixer, Use
+from veneer.errors import ConfigError, nearest
+from veneer.imaging.adapters import Mixer, Use, label_of
 from veneer.imaging.make import Ask, Made, Options, make
 from veneer.models.image_grid import sheet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["SHEETS", "Drawn", "Layout", "draw", "layout"]
+__all__ = ["SHEETS", "STRENGTHS", "Drawn", "Layout", "draw", "layout"]
 
 SHEETS = ("strength", "adapters", "compare")
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,20 @@ def layout(
     uses: Sequence[Use],
     *,
     seeds: Sequence[int] = (0,),
-    strengths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    strengths: Sequence[float] = STRENGTHS,
     negative: str = "",
 ) -> Layout:
     """Which pictures a sheet needs and where. A strength of a `strength` sheet multiplies those of the whole mix.
 
     Raises ConfigError for a sheet without adapters, of no prompts, seeds or strengths, or of an unknown kind."""
     if kind not in SHEETS:
-        raise ConfigError(f"there is no sheet {kind!r}", fix=f"known: {', '.join(SHEETS)}")
+        near = nearest(kind.lower(), SHEETS, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"there is no sheet {kind!r}", fix=f"{hint}known: {', '.join(SHEETS)}")
     for what, given in (("prompt", prompts), ("adapter", uses), ("seed", seeds)):
         if not given:
-            raise ConfigError(f"the {kind} sheet needs {'an' if what == 'adapter' else 'a'} {what}")
+            fix = "--adapter NAME_OR_PATH" if what == "adapter" else None
+            raise ConfigError(f"the {kind} sheet needs {'an' if what == 'adapter' else 'a'} {what}", fix=fix)
     named = " + ".join(_label(use) for use in uses)
     if kind == "strength":
         if len(prompts) != 1:
@@ -72,13 +76,15 @@ def layout(
             raise ConfigError("the strength sheet needs strengths", fix="--strengths 0,0.5,1")
         asks = [Ask(prompts[0], negative, seed, _times(uses, by) if by else ()) for seed in seeds for by in strengths]
         rows = [f"seed {seed}" for seed in seeds]
-        return Layout(tuple(rows), tuple(f"{by:g}" for by in strengths), tuple(asks), f"{prompts[0]}\n{named}")
+        columns = tuple(f"strength {by:g}" for by in strengths)
+        return Layout(tuple(rows), columns, tuple(asks), f"{prompts[0]}\n{named}")
     mixes: list[tuple[str, tuple[Use, ...]]] = [("base", ())]
     mixes += [(_label(use), (use,)) for use in uses] if kind == "adapters" else [(named, tuple(uses))]
     places = [(prompt, seed) for prompt in prompts for seed in seeds]
     rows = [prompt if len(seeds) == 1 else f"{prompt}\nseed {seed}" for prompt, seed in places]
     asks = [Ask(prompt, negative, seed, mix) for prompt, seed in places for _, mix in mixes]
-    return Layout(tuple(rows), tuple(name for name, _ in mixes), tuple(asks))
+    title = f"seed {seeds[0]}" if len(seeds) == 1 else ""
+    return Layout(tuple(rows), tuple(name for name, _ in mixes), tuple(asks), title)
 
 
 def _times(uses: Sequence[Use], by: float) -> tuple[Use, ...]:
@@ -87,8 +93,7 @@ def _times(uses: Sequence[Use], by: float) -> tuple[Use, ...]:
 
 def _label(use: Use) -> str:
     name, strength = use
-    short = name.rstrip("/").rpartition("/")[2].removesuffix(".safetensors")
-    return short if str(strength) == "1" else f"{short}:{strength}"
+    return label_of(name) if str(strength) == "1" else f"{label_of(name)}:{strength}"
 
 
 def draw(

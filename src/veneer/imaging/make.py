@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer import __version__
+from veneer.errors import DataError
 from veneer.formats.atomic import atomic_write
 from veneer.formats.infotext import SAMPLERS, Infotext, png_bytes, render
 from veneer.imaging.adapters import Mixer, Source, Use
-from veneer.imaging.controls import ControlSpec, control_model_of, control_picture, flattened, open_picture
+from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, control_picture, flattened, open_picture
 from veneer.models.image_generate import (
     Control,
     MixPlan,
     Picture,
     Row,
     Settings,
+    check_numbers,
+    check_seed,
     default_settings,
     fitted,
     generate_images,
@@ -50,6 +53,9 @@ class Ask:
     seed: int = 0
     uses: tuple[Use, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -68,6 +74,9 @@ class Options:
     mask: str | Path | Image | None = None
     denoise: float | None = None
     controls: tuple[ControlSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @dataclass
@@ -143,7 +152,10 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[Settings, dict[str, Any]]
     """The settings with every picture loaded and of one size, and what a record says of those pictures."""
     base = mixer.base
     image, image_from = _opened(options.image)
-    mask, mask_from = _opened(options.mask)
+    mask, mask_from = _opened(options.mask, paper="black")
+    if mask is not None and not mask.convert("L").getbbox():
+        where = mask_from["path"] if mask_from else None
+        raise DataError("the mask is black all over: nothing would be made anew", where=where, fix="white is made anew")
     held = [(spec, *open_picture(spec.path)) for spec in options.controls]
     guide = image or next((picture for _, picture, _ in held), None)
     width, height = _size(base, options.width, options.height, guide)
@@ -179,13 +191,14 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[Settings, dict[str, Any]]
     return settings, {"image": image_from, "mask": mask_from, "controls": said}
 
 
-def _opened(given: str | Path | Image | None) -> tuple[Image | None, dict[str, str] | None]:
+def _opened(given: str | Path | Image | None, paper: str = "white") -> tuple[Image | None, dict[str, str] | None]:
+    """`paper`: what is transparent shows it. A mask's is black: a transparent part is kept."""
     if given is None:
         return None, None
     if isinstance(given, str | Path):
-        picture, sha = open_picture(given)
+        picture, sha = open_picture(given, paper)
         return picture, {"path": str(given), "sha256": sha}
-    return flattened(given), {"path": "", "sha256": ""}
+    return flattened(given, paper), {"path": "", "sha256": ""}
 
 
 def _fit(mixer: Mixer, picture: Image | None, width: int, height: int, what: str) -> Image | None:
@@ -212,7 +225,13 @@ def _size(base: ImageBase, width: int | None, height: int | None, guide: Image |
         return width or whole((height or 0) * ratio), height or whole((width or 0) / ratio)
     if guide.width % base.unit == 0 == guide.height % base.unit and guide.width * guide.height <= base.size**2:
         return guide.size
-    return whole(base.size * ratio**0.5), whole(base.size / ratio**0.5)
+    long = max(ratio, 1 / ratio)
+    near = whole(base.size / long**0.5)
+    # Of the short sides near the one of this area, that whose long side is nearest to the proportion in whole units.
+    short = min(
+        (near, near + base.unit, max(base.unit, near - base.unit)), key=lambda s: abs(whole(s * long) / s / long - 1)
+    )
+    return (whole(short * ratio), short) if ratio >= 1 else (short, whole(short / ratio))
 
 
 # -- what comes out ----------------------------------------------------------------------------------------------------
@@ -283,20 +302,27 @@ def _infotext(mixer: Mixer, ask: Ask, record: dict[str, Any]) -> Infotext:
     if settings["denoise"] is not None:
         fields["Denoising strength"] = _short(settings["denoise"])
     for i, control in enumerate(record["controls"]):
+        # In sd-webui-controlnet's words, where a picture that is taken as it is has the module "none".
+        found = control["kind"] == "canny"
         fields[f"ControlNet {i}"] = (
-            f"Module: {control['kind']}, Model: {Path(control['model']).name}, Weight: {_short(control['weight'])}, "
-            f"Guidance Start: {_short(control['begin'])}, Guidance End: {_short(control['end'])}"
+            f"Module: {'canny' if found else 'none'}, Model: {Path(control['model']).name}, "
+            f"Weight: {_short(control['weight'])}, "
+            + (f"Threshold A: {CANNY[0]}, Threshold B: {CANNY[1]}, " if found else "")
+            + f"Guidance Start: {_short(control['begin'])}, Guidance End: {_short(control['end'])}"
         )
-    tags, hashes = [], []
+    tags: list[str] = []
+    hashes: dict[str, str] = {}
     for name, strength in ask.uses:
         source = mixer.sources[name]
-        factor = strength.weights[0] if strength.weights else dict(strength.blocks).get("text", 1.0)
-        text = factor * strength.strength
-        both = _short(strength.strength) if text == strength.strength else f"{_short(text)}:{_short(strength.strength)}"
-        tags.append(f" <lora:{source.label}:{both}>")
-        hashes.append(f"{source.label}: {source.autov3 or source.sha256[:12]}")
+        by = dict(strength.blocks)
+        text = strength.strength * (strength.weights[0] if strength.weights else by.get("text", 1.0))
+        rest = strength.strength * by.get(base.row.denoiser, 1.0)
+        both = _short(rest) if text == rest else f"{_short(text)}:{_short(rest)}"
+        label = source.label if source.label not in hashes else f"{source.label}-{len(hashes) + 1}"
+        tags.append(f" <lora:{label}:{both}>")
+        hashes[label] = source.autov3 or source.sha256[:12]
     if hashes:
-        fields["Lora hashes"] = ", ".join(hashes)
+        fields["Lora hashes"] = ", ".join(f"{label}: {digest}" for label, digest in hashes.items())
     fields["Version"] = f"veneer {__version__}"
     return Infotext(ask.prompt + "".join(tags), ask.negative, {key: str(value) for key, value in fields.items()})
 

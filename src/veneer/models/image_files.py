@@ -121,9 +121,18 @@ def read_index(path: Path) -> dict[str, Any]:
     try:
         found = json.loads((path / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        text = "this is a text base: `veneer generate` uses it, and data.train is what it learns from"
-        fix = text if (path / "config.json").exists() else None
-        raise BaseError(f"this is no image base: it has no {INDEX}", where=str(path), fix=fix) from error
+        kind, fix = "", None
+        if (path / "config.json").exists():
+            kind = str(_config(path).get("_class_name") or "a text base")
+            fix = (
+                "`veneer generate` uses it, and data.train is what it learns from"
+                if kind == "a text base"
+                else "give the folder around it"
+            )
+            fix = f"use it with --control canny@{path}=PICTURE" if "ControlNet" in kind else fix
+        raise BaseError(
+            f"this is no image base: it has no {INDEX}" + (f", it is {kind}" if kind else ""), where=str(path), fix=fix
+        ) from error
     except (OSError, ValueError) as error:
         raise BaseError(f"{INDEX} cannot be read: {error}", where=str(path)) from error
     if not isinstance(found, dict):

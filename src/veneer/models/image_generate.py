@@ -11,6 +11,7 @@ Knows adapters by the names they are attached under; no files.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,13 @@ if TYPE_CHECKING:
     from veneer.models.image import ImageBase, Kind
     from veneer.models.image_predict import Conditioning
 
-__all__ = ["Control", "MixPlan", "Picture", "Row", "Settings", "default_settings", "fitted", "generate_images"]
+__all__ = [
+    "Control", "MixPlan", "Picture", "Row", "Settings", "check_numbers", "check_seed", "default_settings", "fitted",
+    "generate_images",
+]  # fmt: skip
+
+SEEDS = 2**64
+"""Seeds are 0 … SEEDS - 1: what torch's generators take."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,9 @@ class Row:
     negative: str = ""
     seed: int = 0
     plan: MixPlan = MixPlan()
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,32 @@ class Settings:
     denoise: float = 1.0
     controls: tuple[Control, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ConfigError for what is no seed."""
+    if not 0 <= seed < SEEDS:
+        raise ConfigError(f"seed {seed}", fix=f"a whole number from 0 to {SEEDS - 1}; the same one, the same picture")
+
+
+def check_numbers(settings: Any) -> None:
+    """The numbers of Settings, or of what has its fields, that can be wrong whatever the base. None is always right.
+    Raises ConfigError."""
+    for name in ("steps", "batch_size", "width", "height"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}", fix="at least 1")
+    for name, least in (("guidance", 0), ("true_guidance", 1)):
+        value = getattr(settings, name)
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"{name} is {value:g}", fix=f"a number from {least} on")
+    if settings.denoise is not None and not 0 < settings.denoise <= 1:
+        raise ConfigError(f"denoise is {settings.denoise:g}", fix="above 0, at most 1, as in 0.6")
+    if settings.mask is not None and settings.image is None:
+        raise ConfigError("a mask needs the picture it is of", fix="give image too (--image in.png)")
+
 
 @dataclass
 class Picture:
@@ -114,13 +150,14 @@ def default_settings(base: ImageBase) -> tuple[int, float]:
 
 def fitted(picture: Image, width: int, height: int, what: str) -> tuple[Image, str]:
     """The picture at this size, and a sentence if it had another. Raises ConfigError if its sides are in another
-    proportion, by more than a twentieth: nothing is cut off or stretched unasked."""
+    proportion, by more than a fifteenth (what small pictures in whole units need): nothing is cut off or stretched
+    further unasked."""
     from PIL.Image import Resampling
 
     if picture.size == (width, height):
         return picture, ""
     have, want = picture.width / picture.height, width / height
-    if not 0.95 <= have / want <= 1.05:
+    if abs(have / want - 1) > 1 / 15:
         raise ConfigError(
             f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}: another proportion",
             fix=f"crop it, or ask for its own with width and height (--size {picture.width}x{picture.height})",
@@ -230,7 +267,7 @@ class _Run:
         try:
             with quiet():
                 images = self.pipe(**given, generator=generators, callback_on_step_end=self.at_end_of_step(rows)).images
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             said = " ".join(str(error).split())[:300]
             raise ConfigError(f"{type(self.pipe).__name__} refuses these settings: {said}", where=base.name) from error
         return [
@@ -303,9 +340,10 @@ class _Run:
         from PIL import Image as pil
 
         if not np.isfinite(array).all():
+            dtype = str(self.base.dtype).removeprefix("torch.")
             raise BaseError(
-                f"the picture of seed {row.seed} is not finite: {self.base.name} overflowed in {self.base.dtype}",
-                fix="use --dtype float32 or bfloat16, or lower strengths",
+                f"the picture of seed {row.seed} is not finite: {self.base.name} overflowed in {dtype}",
+                fix=("" if dtype == "float32" else "use --dtype float32, or ") + "lower strengths or guidance",
             )
         made = pil.fromarray((array * 255).round().astype("uint8"))
         if self.settings.image is None or self.settings.mask is None:
@@ -318,10 +356,6 @@ def _check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment:
         raise ConfigError("there is no picture to make", fix="give a prompt")
     if attachment is None and any(row.plan != MixPlan() for row in rows):
         raise ConfigError("a mix was asked for, and nothing is attached", fix="give the attachment")
-    for name, least in (("steps", 1), ("batch_size", 1)):
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ConfigError(f"{name} is {value}", fix=f"at least {least}")
     width, height = settings.width or base.size, settings.height or base.size
     for name, value in (("width", width), ("height", height)):
         if value < base.unit or value % base.unit:
@@ -330,13 +364,13 @@ def _check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment:
                 f"the {name} is {value}, and {base.name} makes sides in multiples of {base.unit}",
                 fix=f"{low} or {low + base.unit}",
             )
-    if settings.mask is not None and settings.image is None:
-        raise ConfigError("a mask needs the picture it is of", fix="give image too (--image in.png)")
-    if not 0 < settings.denoise <= 1:
-        raise ConfigError(f"denoise is {settings.denoise:g}", fix="above 0, at most 1, as in 0.6")
     steps = default_settings(base)[0] if settings.steps is None else settings.steps
     if steps * settings.denoise < 1:
-        raise ConfigError(f"denoise {settings.denoise:g} takes none of {steps} steps", fix="more of either")
+        least = math.ceil(1 / settings.denoise)
+        raise ConfigError(
+            f"denoise {settings.denoise:g} takes none of {steps} steps",
+            fix=f"{least} steps, or denoise {math.ceil(1000 / steps) / 1000:g}",
+        )
     if settings.denoise < 1 and settings.image is None:
         raise ConfigError("denoise is a share of the steps on a given picture", fix="give image too (--image in.png)")
     given = [("picture", settings.image), ("mask", settings.mask)]

@@ -7,7 +7,10 @@ seed 2  [    ]    [    ]    [    ]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["sheet"]
 
 _GAP = 4
-_INK, _PAPER, _EMPTY = (30, 30, 30), (255, 255, 255), (235, 235, 235)
+_INK, _PAPER, _EMPTY, _FRAME = (30, 30, 30), (255, 255, 255), (235, 235, 235), (205, 205, 205)
 
 
 def sheet(
@@ -33,7 +36,7 @@ def sheet(
     """One picture of all cells; None is left empty. All cells get the size of the largest, and of `least` pixels at
     least, small ones by whole multiples so that they stay sharp. Raises ConfigError for labels that do not number the
     rows or columns, and for no cells."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     wide = max((len(row) for row in cells), default=0)
     pictures = [cell for row in cells for cell in row if cell is not None]
@@ -44,7 +47,8 @@ def sheet(
             raise ConfigError(f"{len(labels)} {what} labels for {number} {what}s")
     times = max(1, -(-least // max(max(p.size) for p in pictures)))
     side = tuple(max(p.size[i] for p in pictures) * times for i in (0, 1))
-    font = ImageFont.load_default(font_size)
+    font, readable = _font([title, *rows, *columns], font_size)
+    title, rows, columns = readable(title), [readable(t) for t in rows], [readable(t) for t in columns]
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     line = font_size + 4
     left_texts = [_wrapped(draw, text, font, max(side[0], 160)) for text in rows]
@@ -54,7 +58,8 @@ def sheet(
     width = left + wide * (side[0] + _GAP) + _GAP
     title_text = _wrapped(draw, title, font, width - 2 * _GAP) if title else []
     head = line * len(title_text) + (_GAP if title_text else 0)
-    top = head + line * max((len(t) for t in top_texts), default=0) + _GAP
+    deep = max((len(t) for t in top_texts), default=0)
+    top = head + line * deep + _GAP
     heights = [max(side[1], line * len(left_texts[i]) if rows else 0) for i in range(len(cells))]
     out = Image.new("RGB", (width, top + sum(h + _GAP for h in heights)), _PAPER)
     draw = ImageDraw.Draw(out)
@@ -63,15 +68,17 @@ def sheet(
     for j, texts in enumerate(top_texts):
         for i, text in enumerate(texts):
             x = left + _GAP + j * (side[0] + _GAP) + (side[0] - draw.textlength(text, font)) / 2
-            draw.text((x, head + i * line), text, _INK, font)
+            draw.text((x, head + (deep - len(texts) + i) * line), text, _INK, font)
     y = top
     for i, row in enumerate(cells):
         for k, text in enumerate(left_texts[i] if rows else []):
             draw.text((_GAP, y + (heights[i] - line * len(left_texts[i])) / 2 + k * line), text, _INK, font)
         for j, cell in enumerate(row):
             box = (left + _GAP + j * (side[0] + _GAP), y)
+            corner = (box[0] + side[0], box[1] + side[1])
+            draw.rectangle((box[0] - 1, box[1] - 1, *corner), outline=_FRAME)  # a white picture ends somewhere
             if cell is None:
-                draw.rectangle((*box, box[0] + side[0] - 1, box[1] + side[1] - 1), _EMPTY)
+                draw.rectangle((*box, corner[0] - 1, corner[1] - 1), _EMPTY)
             else:
                 grown = cell.convert("RGB").resize((cell.width * times, cell.height * times), Image.Resampling.NEAREST)
                 out.paste(grown, (box[0] + (side[0] - grown.width) // 2, box[1] + (side[1] - grown.height) // 2))
@@ -79,23 +86,43 @@ def sheet(
     return out
 
 
+_WIDE_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf", "segoeui.ttf")
+
+
+def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
+    """A font, and what makes a text readable in it. Pillow's own font has English letters alone: for others one of the
+    machine's; where it has none, letters lose their accents and what remains strange is a question mark."""
+    from PIL import ImageFont
+
+    if not all(text.isascii() for text in texts):
+        for name in _WIDE_FONTS:
+            with contextlib.suppress(OSError):
+                return ImageFont.truetype(name, size), str
+
+    def plain(text: str) -> str:
+        letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+        return "".join(letters).encode("ascii", "replace").decode()
+
+    return ImageFont.load_default(size), plain
+
+
 def _wrapped(draw: Any, text: str, font: Any, width: float) -> list[str]:
-    """The text in lines no wider than `width`; a word that is wider is broken."""
+    """The text in lines no wider than `width`, broken behind spaces and behind what divides a name or a strength; a
+    word that is wider by itself, where it must be."""
     lines: list[str] = []
     for paragraph in text.splitlines() or [""]:
         line = ""
-        for word in paragraph.split(" "):
-            wider = f"{line} {word}" if line else word
-            if draw.textlength(wider, font) <= width or not line:
-                line = wider
+        for word in re.findall(r"[^\s@,+/_:-]*[\s@,+/_:-]?", paragraph):
+            if draw.textlength((line + word).rstrip(), font) <= width or not line:
+                line += word
             else:
-                lines.append(line)
+                lines.append(line.rstrip())
                 line = word
-            while draw.textlength(line, font) > width and len(line) > 1:
+            while draw.textlength(line.rstrip(), font) > width and len(line) > 1:
                 fits = next(
                     n for n in range(len(line) - 1, 0, -1) if n == 1 or draw.textlength(line[:n], font) <= width
                 )
                 lines.append(line[:fits])
                 line = line[fits:]
-        lines.append(line)
+        lines.append(line.rstrip())
     return lines

@@ -37,6 +37,8 @@ from veneer.models.weights import StoredTensor, file_table, stored_dtype
 
 __all__ = ["held_by", "read_single_file"]
 
+_OF_ADAPTERS = (".lora_A.weight", ".lora_down.weight", ".lora_B.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w2")
+
 
 def read_single_file(
     path: Path, config: str | Path | None, dtype: str | torch.dtype, device: str | torch.device, quantise: str | None
@@ -50,6 +52,8 @@ def read_single_file(
     if importlib.util.find_spec("accelerate") is None:  # without it diffusers makes up what a file lacks
         raise MissingExtraError("a base in one file needs accelerate", fix="pip install 'veneer[image]'")
     table = file_table([path])
+    if any(t.name.endswith(_OF_ADAPTERS) for t in table):
+        raise BaseError("this is an adapter, not a base", where=str(path), fix=f"name its base, and --adapter {path}")
     folder = _configs_for(path, config, table)
     index = read_index(folder)
     classes = components(index, folder)

@@ -1,0 +1,108 @@
+"""Pictures with what they say: A1111's own parser reads it, masks mean what they show, names stay apart."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.image_twins import levels
+from tests.tiny_image_base import SIZE
+from veneer.errors import DataError
+from veneer.imaging.adapters import Mixer, parse_use
+from veneer.imaging.make import Ask, Made, Options, make
+from veneer.models.image import ImageBase
+from veneer.models.image_generate import fitted
+
+
+def one(base: ImageBase, ask: Ask, say: Any = None, **options: Any) -> Made:
+    with Mixer(base, say=say) as mixer:
+        return make(mixer, [ask], Options(**({"steps": 2} | options)))[0]
+
+
+def theirs(text: str) -> dict[str, str]:
+    """stable-diffusion-webui 1.10, modules/infotext_utils.py, parse_generation_parameters, in short."""
+    param = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    *lines, last = text.strip().split("\n")
+    assert len(param.findall(last)) >= 3
+    found = {"Prompt": "", "Negative prompt": ""}
+    key = "Prompt"
+    for line in map(str.strip, lines):
+        if line.startswith("Negative prompt:"):
+            key, line = "Negative prompt", line[16:].strip()
+        found[key] += ("\n" if found[key] else "") + line
+    for name, value in param.findall(last):
+        if value[0] == '"' and value[-1] == '"':
+            value = json.loads(value)
+        size = re.match(r"^(\d+)x(\d+)$", value)
+        found |= {f"{name}-1": size[1], f"{name}-2": size[2]} if size else {name: value}
+    return found
+
+
+def their_adapters(found: dict[str, str]) -> dict[str, str]:
+    """extensions-builtin/Lora: the hash of each <lora:NAME:…> of the prompt (infotext_pasted, parse_prompt)."""
+    listed = [part.strip().split(":", 1) for part in found["Lora hashes"].split(",")]
+    hashes = {name.strip(): digest.strip() for name, digest in listed}
+    return {name: hashes[name] for name in re.findall(r"<lora:([^:]+):", found["Prompt"])}
+
+
+def test_a1111_reads_it_and_finds_every_adapter(
+    base: ImageBase, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, source in (("a/x", "brand"), ("b/x", "look"), ("red, blue", "brand")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(files / f"{source}.safetensors", f"{name}.safetensors")
+    specs = ["a/x.safetensors:0.8", "b/x.safetensors:-0.5@text=0.5", "red, blue.safetensors:0.3@unet=2"]
+    ask = Ask('a "cat", red:\nsecond line', "blue: 1, 2", 5, tuple(map(parse_use, specs)))
+    made = one(base, ask, scheduler="euler-a", guidance=4.5)
+    found = theirs(made.text)
+    tags = "<lora:x:0.8> <lora:x-2:-0.25:-0.5> <lora:red_ blue:0.3:0.6>"
+    assert found["Prompt"] == f'a "cat", red:\nsecond line {tags}'
+    assert found["Negative prompt"] == "blue: 1, 2"
+    assert (found["Steps"], found["Sampler"], found["CFG scale"], found["Seed"]) == ("2", "Euler a", "4.5", "5")
+    assert (found["Size-1"], found["Size-2"]) == ("32", "32")
+    with Mixer(base) as mixer:
+        own = [mixer.add(spec.rpartition(":")[0]).autov3 for spec in specs]
+    assert list(their_adapters(found).items()) == list(zip(["x", "x-2", "red_ blue"], own, strict=True))
+
+
+def test_a_mask_is_what_one_sees_on_black(base: ImageBase, tmp_path: Path) -> None:
+    given = Image.effect_noise((SIZE, SIZE), 90).convert("RGB")
+    plain = Image.new("L", (SIZE, SIZE))
+    plain.paste(255, (0, 0, SIZE // 2, SIZE))
+    clear = Image.new("RGBA", (SIZE, SIZE), (255, 255, 255, 0))
+    clear.paste((255, 255, 255, 255), (0, 0, SIZE // 2, SIZE))
+    ask = Ask("a cat", seed=1)
+    pictures = [one(base, ask, image=given, mask=mask, denoise=1.0).image for mask in (plain, clear)]
+    assert levels(*pictures) == 0, "what is transparent is kept"
+    plain.paste(0, (0, 0, SIZE, SIZE))
+    plain.save(tmp_path / "mask.png")
+    with pytest.raises(DataError, match="black all over"):
+        one(base, ask, image=given, mask=tmp_path / "mask.png")
+
+
+def test_a_picture_may_be_all_that_says_the_size(base: ImageBase) -> None:
+    said: list[str] = []
+    made = one(base, Ask("a cat"), said.append, image=Image.effect_noise((80, 40), 90), denoise=1.0)
+    assert made.image.size == (48, 24)
+    assert said == ["note: the picture was resized from 80×40 to 48×24"]
+
+
+@pytest.mark.parametrize(("side", "unit"), [(64, 8), (64, 4), (1024, 16)])
+def test_a_size_in_a_pictures_proportion_is_one_that_the_picture_fits(side: int, unit: int) -> None:
+    from types import SimpleNamespace
+
+    from veneer.imaging.make import _size
+
+    base: Any = SimpleNamespace(size=side, unit=unit)
+    for width in range(30, 181):
+        given = Image.new("L", (10 * width, 600))
+        found = _size(base, None, None, given)
+        assert fitted(given, *found, "picture")[0].size == found
+        assert 0.5 < found[0] * found[1] / side**2 < 2
