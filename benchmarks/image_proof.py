@@ -42,6 +42,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import veneer  # noqa: E402
+from veneer.mixing import mix as mix_adapters  # noqa: E402
 from veneer.models.image_grid import sheet  # noqa: E402
 
 STRENGTHS = (0.0, 0.5, 1.0)
@@ -206,7 +207,7 @@ class Proof:
         for method in ("orthogonal", "ties"):
             out = self.runs / self.given.base / f"both-{method}.safetensors"
             if not out.exists():
-                veneer.mix([(style, 1.0), (subject, 1.0)], out, method=method)
+                mix_adapters([(style, 1.0), (subject, 1.0)], out, method=method)
             mixes[f"both, {method}"] = [(str(out), 1.0)]
         found, rows = {}, {}
         for label, mix in mixes.items():

@@ -180,7 +180,7 @@ def image(
     base: ImageBase,
     prompts: str | Sequence[str],
     *,
-    adapters: Sequence[str | tuple[str, float | Strength]] = (),
+    adapters: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float | Strength]] = (),
     controls: Sequence[str] = (),
     negative: str = "",
     seed: int = 0,
@@ -198,7 +198,7 @@ def image(
     from veneer.imaging.controls import parse_control
     from veneer.imaging.make import Options, asks_of, make
 
-    uses = [parse_use(spec) for spec in adapters]
+    uses = [parse_use((os.fspath(a[0]), a[1]) if isinstance(a, tuple) else os.fspath(a)) for a in adapters]
     asks = asks_of([prompts] if isinstance(prompts, str) else prompts, uses, negative, seed, count)
     with Mixer(base, say=say) as mixer:
         return make(mixer, asks, Options(controls=tuple(parse_control(c) for c in controls), **options))

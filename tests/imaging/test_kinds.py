@@ -102,6 +102,24 @@ def flat(module: str) -> str:
     return f"{prefix}_{rest.replace('.', '_')}"
 
 
+def test_one_batch_holds_a_picture_of_each_kind(
+    base: ImageBase, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe = diffusers_pipeline(place)
+    for kind, (define, modules) in KINDS.items():
+        made = {module: define(parameter_of(pipe, module).detach())[0] for module in modules}
+        save_file(
+            {f"{flat(m)}.{k}": t.contiguous() for m, own in made.items() for k, t in own.items()}, f"{kind}.safetensors"
+        )
+    asks = [Ask("a cat", seed=1, uses=(parse_use(f"{kind}.safetensors:0.8"),)) for kind in KINDS]
+    with Mixer(base) as mixer:
+        together = make(mixer, [Ask("a cat", seed=1), *asks], Options(steps=3, batch_size=len(asks) + 1))
+        alone = make(mixer, [Ask("a cat", seed=1), *asks], Options(steps=3, batch_size=1))
+    assert max(levels(a.image, b.image) for a, b in zip(together, alone, strict=True)) <= 1
+    assert min(levels(together[0].image, other.image) for other in together[1:]) >= 1
+
+
 def test_a_stack_of_every_kind_is_the_sum_of_their_definitions(
     base: ImageBase, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

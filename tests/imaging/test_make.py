@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.image_twins import levels
 from tests.tiny_image_base import SIZE
+from veneer import api
 from veneer.errors import DataError
 from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.make import Ask, Made, Options, make
@@ -72,6 +73,14 @@ def test_a1111_reads_it_and_finds_every_adapter(
     assert list(their_adapters(found).items()) == list(zip(["x", "x-2", "red_ blue"], own, strict=True))
 
 
+def test_adapters_may_be_paths(base: ImageBase, files: Path) -> None:
+    adapters = [files / "brand.safetensors", (files / "look.safetensors", 0.5)]
+    (made,) = api.image(base, "a cat", adapters=adapters, steps=2)
+    named = one(base, Ask("a cat", uses=(parse_use("brand.safetensors"), parse_use("look.safetensors:0.5"))))
+    assert levels(made.image, named.image) == 0
+    assert json.loads(json.dumps(made.record)) == made.record
+
+
 def test_a_mask_is_what_one_sees_on_black(base: ImageBase, tmp_path: Path) -> None:
     given = Image.effect_noise((SIZE, SIZE), 90).convert("RGB")
     plain = Image.new("L", (SIZE, SIZE))
@@ -92,6 +101,9 @@ def test_a_picture_may_be_all_that_says_the_size(base: ImageBase) -> None:
     made = one(base, Ask("a cat"), said.append, image=Image.effect_noise((80, 40), 90), denoise=1.0)
     assert made.image.size == (48, 24)
     assert said == ["note: the picture was resized from 80×40 to 48×24"]
+    small = one(base, Ask("a cat"), image=Image.effect_noise((8, 8), 90), denoise=1.0)
+    assert small.image.size == (SIZE, SIZE), "a small picture is no wish for a small one"
+    assert one(base, Ask("a cat"), image=Image.effect_noise((24, 20), 90), denoise=1.0).image.size == (24, 20)
 
 
 @pytest.mark.parametrize(("side", "unit"), [(64, 8), (64, 4), (1024, 16)])

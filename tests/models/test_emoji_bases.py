@@ -12,7 +12,7 @@ import torch
 import veneer.models.image as image_models
 from veneer.models.builtin import packaged_place
 
-BASES, CONTROLS = ("emoji-flux", "emoji-sdxl"), ("emoji-sdxl-canny",)
+BASES, CONTROLS = ("emoji-flux", "emoji-sdxl"), ("emoji-flux-canny", "emoji-sdxl-canny")
 
 
 def millions(folder: Path) -> float:

@@ -228,6 +228,9 @@ def test_a_controlnet_of_another_family_is_refused_by_name(bases: Path, load: An
         load_control(str(tiny_control(bases, "flux1")), load("sd15"))
     with pytest.raises(BaseError, match="is no ControlNet"):
         load_control(tiny_image_base(bases, "sdxl") / "unet", load("sdxl"))
+    with pytest.raises(BaseError, match=r"ControlNet './none'") as caught:
+        load_control("./none", load("sdxl"))
+    assert "the base's own" in (caught.value.fix or "")
 
 
 def test_a_controlnet_of_another_width_is_refused(bases: Path, load: Any, tmp_path: Path) -> None:

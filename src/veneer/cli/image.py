@@ -360,6 +360,7 @@ def _remake(
     from veneer.imaging.remake import remake, remembered
 
     wanted = remembered(picture)
+    _find((), replace(wanted.options, **options))
     name = base or wanted.base
     if not name:
         raise ConfigError("the picture does not name a base that can be loaded", fix="add --base NAME")

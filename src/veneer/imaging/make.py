@@ -223,8 +223,9 @@ def _size(base: ImageBase, width: int | None, height: int | None, guide: Image |
     ratio = guide.width / guide.height
     if width or height:
         return width or whole((height or 0) * ratio), height or whole((width or 0) / ratio)
-    if guide.width % base.unit == 0 == guide.height % base.unit and guide.width * guide.height <= base.size**2:
-        return guide.size
+    whole_units = guide.width % base.unit == 0 == guide.height % base.unit
+    if whole_units and base.size**2 / 4 <= guide.width * guide.height <= base.size**2:
+        return guide.size  # a base draws far smaller pictures badly
     long = max(ratio, 1 / ratio)
     near = whole(base.size / long**0.5)
     # Of the short sides near the one of this area, that whose long side is nearest to the proportion in whole units.

@@ -124,12 +124,11 @@ def read_index(path: Path) -> dict[str, Any]:
         kind, fix = "", None
         if (path / "config.json").exists():
             kind = str(_config(path).get("_class_name") or "a text base")
-            fix = (
-                "`veneer generate` uses it, and data.train is what it learns from"
-                if kind == "a text base"
-                else "give the folder around it"
-            )
-            fix = f"use it with --control canny@{path}=PICTURE" if "ControlNet" in kind else fix
+            fix = "give the folder around it"
+            if kind == "a text base":
+                fix = "`veneer generate` uses it, and data.train is what it learns from"
+            elif "ControlNet" in kind:
+                fix = f"use it with --control canny@{path}=PICTURE"
         raise BaseError(
             f"this is no image base: it has no {INDEX}" + (f", it is {kind}" if kind else ""), where=str(path), fix=fix
         ) from error
@@ -342,7 +341,11 @@ def _plain(value: Any) -> Any:
 
 def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A ControlNet for a base of `family` with that denoiser. Raises BaseError as `load_control` says."""
-    folder = find(name)
+    try:
+        folder = find(name)
+    except BaseError as error:
+        fix = "a folder as diffusers saves one, or a hub id; canny=PICTURE takes the base's own"
+        raise BaseError(f"ControlNet {name!r}: {error.what}", where=error.where, fix=fix) from error
     if folder.is_file():
         raise BaseError("a ControlNet is a directory with config.json", where=str(folder))
     if not (folder / "config.json").exists():
