@@ -146,7 +146,8 @@ def test_muon_turns_matrices_and_kernels_by_steps_of_one_size_in_every_direction
     for name in ("0.weight", "1.weight", "3.weight"):
         change = (before[name] - kept[f"m.{name}"]).flatten(1)
         sizes = torch.linalg.svdvals(change) / (rate * 0.2 * max(change.shape) ** 0.5)
-        assert ((sizes > 0.6) & (sizes < 1.3)).all(), (name, sizes)
+        assert ((sizes > 0.3) & (sizes < 1.3)).all()  # small ones are not there after five iterations
+        assert sizes.median() > 0.7, (name, sizes)
     assert torch.allclose((before["3.bias"] - kept["m.3.bias"]).abs(), torch.tensor(rate), rtol=1e-3)
 
 
