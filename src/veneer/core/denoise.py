@@ -197,7 +197,7 @@ class _Joint(torch.autograd.Function):
 def _dot(g: Tensor, out: Tensor, heads: int) -> Tensor:
     """Σ g·out of every token and head. g, out: (n, S, heads·d) → (n·heads, S) float32."""
     n, S, _ = out.shape
-    dot = torch.linalg.vecdot(g.float().view(n, S, heads, -1), out.float().view(n, S, heads, -1))
+    dot: Tensor = torch.linalg.vecdot(g.float().view(n, S, heads, -1), out.float().view(n, S, heads, -1))
     return dot.transpose(1, 2).reshape(n * heads, S).contiguous()  # of one row, reshape makes a view
 
 
