@@ -139,7 +139,7 @@ def _selected(layer: Layer, *args: Any, **kwargs: Any) -> Any:
 
 # A compiled model calls layers as they are: what is selected must not be compiled in, or every switch would compile
 # again. (torch.compiler.disable is the public name, and imports the compiler at once.)
-_uncompiled = torch._disable_dynamo(_selected)
+_uncompiled = torch._disable_dynamo(_selected)  # type: ignore[attr-defined]
 
 
 def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -> nn.Module:
