@@ -91,8 +91,10 @@ def test_labels_are_broken_where_a_name_is_divided_and_readable_in_any_script(
     names = drawn[: -1 if len(drawn[-1]) < 20 else -2]
     assert "".join(names).replace(" ", "").startswith("brand-flux:0.5@double.0-2=0.5,single.3=0")
     assert all(line[-1] in "@,+-:_" for line in names[:-1] if "Kapit" not in line)
-    own = isinstance(ImageFont.load_default(14), ImageFont.FreeTypeFont) and not machines
-    assert ("ein Kapitan ?" in drawn) if own else any("Kapit" in line for line in drawn)
+    label = "".join(line for line in drawn if "Kapit" in line or "?" in line or "狐" in line)
+    assert label.replace("ein ", "")[:7] in ("Kapitän", "Kapitan")
+    if not machines and isinstance(ImageFont.load_default(14), ImageFont.FreeTypeFont):
+        assert label == "ein Kapitan ?", "no boxes, whatever the machine has"
 
 
 def test_a_sheet_of_anything() -> None:

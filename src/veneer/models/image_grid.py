@@ -86,24 +86,37 @@ def sheet(
     return out
 
 
-_WIDE_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf", "segoeui.ttf")
+_WIDE_FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "segoeui.ttf"),
+    *("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc"),
+)
 
 
 def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
-    """A font, and what makes a text readable in it. Pillow's own font has English letters alone: for others one of the
-    machine's; where it has none, letters lose their accents and what remains strange is a question mark."""
+    """A font, and what makes a text readable in it. Pillow's own has English letters alone: where there are others, the
+    font of the machine that lacks the fewest. A letter that it lacks loses its accents, or is a question mark."""
     from PIL import ImageFont
 
+    fonts: list[Any] = [ImageFont.load_default(size)]
     if not all(text.isascii() for text in texts):
         for name in _WIDE_FONTS:
             with contextlib.suppress(OSError):
-                return ImageFont.truetype(name, size), str
+                fonts.append(ImageFont.truetype(name, size))
+    letters = {c for text in texts for c in text if not c.isascii()}
 
-    def plain(text: str) -> str:
-        letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-        return "".join(letters).encode("ascii", "replace").decode()
+    def lacked(font: Any) -> set[str]:
+        box = bytes(font.getmask("\uffff"))  # what stands for every letter that a font has not
+        return {c for c in letters if bytes(font.getmask(c)) == box}
 
-    return ImageFont.load_default(size), plain
+    font = min(fonts, key=lambda f: len(lacked(f)))
+    gone = lacked(font)
+
+    def readable(text: str) -> str:
+        return "".join(
+            unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() or "?" if c in gone else c for c in text
+        )
+
+    return font, readable
 
 
 def _wrapped(draw: Any, text: str, font: Any, width: float) -> list[str]:
