@@ -112,7 +112,7 @@ def test_one_batch_holds_a_picture_of_each_kind(
         save_file(
             {f"{flat(m)}.{k}": t.contiguous() for m, own in made.items() for k, t in own.items()}, f"{kind}.safetensors"
         )
-    asks = [Ask("a cat", seed=1, uses=(parse_use(f"{kind}.safetensors:3"),)) for kind in KINDS]
+    asks = [Ask("a cat", seed=1, uses=(parse_use(f"{kind}.safetensors:12"),)) for kind in KINDS]
     with Mixer(base) as mixer:
         together = make(mixer, [Ask("a cat", seed=1), *asks], Options(steps=3, batch_size=len(asks) + 1))
         alone = make(mixer, [Ask("a cat", seed=1), *asks], Options(steps=3, batch_size=1))
