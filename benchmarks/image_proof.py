@@ -212,7 +212,7 @@ class Proof:
         for method in ("orthogonal", "ties"):
             out = self.runs / self.given.base / f"both-{method}.safetensors"
             if not out.exists():
-                mix_adapters([(style, 1.0), (subject, 1.0)], out, method=method)
+                mix_adapters([(style, 1.0), (subject, 1.0)], out, method=method, rank=32)
             mixes[f"both, {method}"] = [(str(out), 1.0)]
         found, rows = {}, {}
         for label, mix in mixes.items():
