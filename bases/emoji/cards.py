@@ -27,8 +27,8 @@ _WHAT = {
     "emoji-sdxl": "A Stable Diffusion XL of a few million parameters that draws emoji. Real class, SDXL's block layout "
     "and module names (`UNet2DConditionModel`), shallower transformers, two CLIP encoders, added time ids and an "
     "autoencoder of its own: everything that holds for adapters on SDXL can be tried on a CPU in minutes.",
-    "emoji-flux-canny": "A ControlNet (`FluxControlNetModel`) for emoji-flux and the lines of an edge picture. Early: "
-    "it follows them weakly.",
+    "emoji-flux-canny": "A ControlNet (`FluxControlNetModel`) for emoji-flux and the lines of an edge picture, "
+    "which it follows roughly.",
     "emoji-sdxl-canny": "A ControlNet (`ControlNetModel`) that holds emoji-sdxl to the lines of an edge picture.",
 }
 
