@@ -3,8 +3,8 @@
     python benchmarks/image_generation.py [--quick] [--rounds 5] [--json]
 
 A picture here is the denoiser's calls of a sampling run, eight Euler steps; text encoders and VAE, which no adapter
-touches, are left out, so that the share is the largest it can be. Bases are the shipped
-ones, bfloat16, one thread. Three rank-16 adapters on q, k, v and out of every attention, at 0.8, 0.6 and 0.5.
+touches, are left out, so that the share is the largest it can be. Bases are the shipped ones,
+bfloat16, one thread. Three rank-16 adapters on q, k, v and out of every attention, at 0.8, 0.6 and 0.5.
 
 Each side is a process of its own. In it the bare base and the mix take turns, and the shortest run of each counts, in
 seconds of the processor: what else the machine does adds to a run and never takes away. A call with guidance is a batch

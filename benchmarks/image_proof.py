@@ -35,7 +35,8 @@ from _character import FACES, HELD_OUT, svg  # noqa: E402
 from _report import bar, lines_of, report, row  # noqa: E402
 from drawings import draw, load_drawings  # noqa: E402
 from edges import edges  # noqa: E402
-from image_quickstart import openmoji, table_of_names, write_pictures  # noqa: E402
+from fidelity import image_of, sheet  # noqa: E402
+from image_quickstart import HERE, openmoji, table_of_names, write_pictures  # noqa: E402
 from judge import STYLES, judge, load_judge  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -43,13 +44,9 @@ from torch.nn import functional as F  # noqa: E402
 
 import veneer  # noqa: E402
 from veneer.mixing import mix as mix_adapters  # noqa: E402
-from veneer.models.image_grid import sheet  # noqa: E402
 
 STRENGTHS = (0.0, 0.5, 1.0)
 STYLE, CONTENT = ("pixel", "histogram", "features"), ("top 1", "top 5")
-STYLE_RUN = 3e-4, 150
-"""Learning rate and steps, chosen on 120 names that are in no table here: more of either brings more of the look, and
-the judge then recognises fewer things."""
 Mix = list[tuple[str, float]]
 
 
@@ -108,20 +105,24 @@ class Proof:
                 (folder / f"{face}.txt").write_text(f"{face} zibbo cat\n", encoding="utf-8")
 
     def trained(self, name: str, pictures: Any, prior: bool = False) -> str:
-        out = self.runs / self.given.base / name
+        """The style is trained as the quickstart trains it, by its own configuration."""
+        out, quick = self.runs / self.given.base / name, self.given.quick
         if not (out / "adapter").is_dir():
             pictures(out / "pictures")
-            config: dict[str, Any] = {
-                "base": self.given.base, "data": {"pictures": str(out / "pictures"), "flip": False},
-                "adapter": {"rank": 16}, "batching": {"rows": 32}, "output": str(out / "adapter"),
-            }  # fmt: skip
-            rate, steps = STYLE_RUN if name == "style" else (1e-3, 300)
-            config |= {"optimizer": {"learning_rate": rate}, "schedule": {"steps": 4 if self.given.quick else steps}}
-            config |= {"preset": "style"} if name == "style" else {}
+            config: Any = HERE / "config.yaml"
+            if name != "style":
+                config = {
+                    "data": {"flip": False}, "adapter": {"rank": 16}, "optimizer": {"learning_rate": 1e-3},
+                    "batching": {"rows": 32}, "schedule": {"steps": 300},
+                }  # fmt: skip
             if prior:
-                config["data"] |= {"class_prompt": "cat face", "class_count": 8 if self.given.quick else 64}
+                config["data"] |= {"class_prompt": "cat face", "class_count": 8 if quick else 64}
+            places = [f"base={self.given.base}", f"data.pictures={out / 'pictures'}", f"output={out / 'adapter'}"]
             started = time.perf_counter()
-            veneer.train_image(config, base=veneer.load_image_base(self.given.base), on_event=lambda event: None)
+            veneer.train_image(
+                config, *places, *(["schedule.steps=4"] if quick else []),
+                base=veneer.load_image_base(self.given.base), on_event=lambda event: None,
+            )  # fmt: skip
             self.rows.append(row(f"training {name}", "seconds", time.perf_counter() - started, "s"))
         return str(out / "adapter")
 
@@ -280,18 +281,11 @@ class Proof:
 
     def sheet(self, name: str, rows: dict[str, Tensor], columns: Sequence[str]) -> None:
         if self.given.sheets:
-            self.given.sheets.mkdir(parents=True, exist_ok=True)
-            cells = [[image_of(p) for p in pictures] for pictures in rows.values()]
-            path = self.given.sheets / f"{self.given.base}-{name}.png"
-            sheet(cells, rows=list(rows), columns=list(columns), least=96, font_size=12).save(path, optimize=True)
+            sheet(list(rows.items()), list(columns), self.given.sheets / f"{self.given.base}-{name}.png", least=96)
 
 
 def tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def image_of(picture: Tensor) -> Image.Image:
-    return Image.fromarray(((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def histogram(one: Tensor, two: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ from controls import new_flux_control, new_sdxl_control, train_flux_control, tra
 from denoisers import new_flux, new_sdxl, noise_schedule, train_flux, train_sdxl
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
     FluxPipeline,
     StableDiffusionXLPipeline,
 )  # fmt: skip
@@ -36,7 +38,7 @@ from words import kept_tokenizers
 from veneer.models.builtin import packaged_place
 
 STAGES = {
-    "vae": 2000, "clip": 600, "t5": 600, "flux": 2400, "sdxl": 2400, "flux-canny": 500, "sdxl-canny": 500, "export": 0
+    "vae": 2000, "clip": 600, "t5": 600, "flux": 3400, "sdxl": 3600, "flux-canny": 500, "sdxl-canny": 500, "export": 0
 }  # fmt: skip
 """Stage -> steps."""
 
@@ -60,15 +62,11 @@ def _adopt(work: Path) -> None:
     for part, folder in (("clip", "tokenizer"), ("t5", "tokenizer_2")):
         shutil.copytree(SHIPPED / "emoji-flux" / folder, work / "tokenizers" / part, dirs_exist_ok=True)
     shutil.copytree(SHIPPED / "emoji-flux" / "vae", work / "vae", dirs_exist_ok=True)
-    clip, t5 = kept_tokenizers([], work)
-    for name, new in (("flux", new_flux), ("sdxl", new_sdxl)):
-        parts = new([clip, t5])
-        _save({k: type(v).from_pretrained(SHIPPED / f"emoji-{name}" / k) for k, v in parts.items()}, work / name)
-        control = SHIPPED / f"emoji-{name}-canny"
-        if control.is_dir():
-            kind = new_flux_control if name == "flux" else new_sdxl_control
-            made = kind(next(iter(parts.values())))
-            _save({"control": type(made).from_pretrained(control)}, work / f"{name}-canny")
+    tokenizers = kept_tokenizers([], work)
+    for name, new, control in (("flux", new_flux, FluxControlNetModel), ("sdxl", new_sdxl, ControlNetModel)):
+        parts = {k: type(v).from_pretrained(SHIPPED / f"emoji-{name}" / k) for k, v in new(tokenizers).items()}
+        _save(parts, work / name)
+        _save({"control": control.from_pretrained(SHIPPED / f"emoji-{name}-canny")}, work / f"{name}-canny")
 
 
 def _vae(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:

@@ -24,7 +24,7 @@ from words import LENGTH
 from veneer.models import image_grid
 from veneer.models.builtin import packaged_place
 
-__all__ = ["generate", "measure", "sheet"]
+__all__ = ["generate", "image_of", "measure", "sheet"]
 
 SHIPPED = packaged_place()
 
@@ -54,15 +54,15 @@ def measure(model: Judge, pictures: Tensor, names: list[str], styles: list[str])
     return {k: round(float(v.float().mean()), 3) for k, v in shares.items()} | {"pictures": len(names)}
 
 
-def sheet(rows: list[tuple[str, Tensor]], columns: list[str], path: Path) -> None:
+def sheet(rows: list[tuple[str, Tensor]], columns: list[str], path: Path, least: int = 64) -> None:
     """Labelled rows of pictures under labelled columns."""
-    cells = [[_image(picture) for picture in pictures] for _, pictures in rows]
+    cells = [[image_of(picture) for picture in pictures] for _, pictures in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = image_grid.sheet(cells, rows=[label for label, _ in rows], columns=columns, least=64, font_size=12)
+    made = image_grid.sheet(cells, rows=[label for label, _ in rows], columns=columns, least=least, font_size=12)
     made.quantize(256).save(path, optimize=True)  # a third of the bytes; they are shipped
 
 
-def _image(picture: Tensor) -> Image.Image:
+def image_of(picture: Tensor) -> Image.Image:
     return Image.fromarray(((picture.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 _FALLBACK = "emoji-sdxl"
-_BATCH = 4
 _MOST_SEEDS = 1000
 
 
@@ -129,7 +128,7 @@ def make_pictures(
     asked: dict[str, Any] = {
         "width": width, "height": height, "steps": steps, "guidance": guidance, "true_guidance": true_guidance,
         "scheduler": scheduler, "denoise": denoise, "image": image and str(image), "mask": mask and str(mask),
-        "controls": tuple(parse_control(spec) for spec in control or []) or None,
+        "batch_size": batch_size, "controls": tuple(parse_control(spec) for spec in control or []) or None,
     }  # fmt: skip
     asked = {key: value for key, value in asked.items() if value is not None}
     loading = {"device": device, "dtype": dtype or "auto"}
@@ -150,7 +149,7 @@ def make_pictures(
 
     asks = asks_of(prompts, uses, negative or "", seed or 0, count)
     files = _files(out or Path("out.png"), len(asks))
-    options = Options(**{"batch_size": _BATCH if batch_size is None else batch_size} | asked)
+    options = Options(**asked)
     _find(uses, options)
     with _mixer(_base_name(base, uses), loading) as mixer:
         _write(mixer, asks, options, files, as_json)
@@ -202,10 +201,10 @@ def grid(
         negative=negative or "",
     )
     width, height = _size(size)
+    batch: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     options = Options(
         width, height, steps, guidance, 1.0 if true_guidance is None else true_guidance, scheduler,
-        _BATCH if batch_size is None else batch_size,
-        controls=tuple(parse_control(spec) for spec in control or []),
+        controls=tuple(parse_control(spec) for spec in control or []), **batch,
     )  # fmt: skip
     file = _files(out or Path("grid.png"), 1)[0]
     _find(tuple(uses), options)

@@ -62,6 +62,11 @@ def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     return scores
 
 
+def _has_tiles(x: Tensor) -> bool:
+    """Whether there is a kernel for heads of this dtype and last dimension, once they are contiguous."""
+    return kernels.attention(x.new_empty(1, x.shape[-1])) is not None
+
+
 def _tiled(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor | None:
     """softmax(q·kᵀ/√d)·v into out, all (heads, tokens, d); log Σ exp of the scores (heads, S) float32, or None, and
     nothing done, where there is no kernel for these."""
@@ -86,27 +91,37 @@ def _tiled_backward(
     native.attend_backward(*at, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads())
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """softmax(q·kᵀ/√d)·v of contiguous (heads, tokens, d); the probabilities if kept; log Σ exp if made in tiles."""
+def _apart(x: Tensor) -> Tensor:
+    """(n, S, heads, d) → (n·heads, S, d), contiguous: of one row, reshape alone makes a view."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).contiguous()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, n: int, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """softmax(q·kᵀ/√d)·v of contiguous (n·heads, tokens, d) as (n, S, heads·d); the probabilities if kept; log Σ exp if
+    made in tiles."""
+    p = lse = None
     if keep:
         p = _probabilities(q, k)
-        return torch.bmm(p, v), p, None
-    out = torch.empty_like(q)
-    lse = _tiled(q, k, v, out)
-    for at in [] if lse is not None else _chunks(q):
-        torch.bmm(_probabilities(q[at], k[at]), v[at], out=out[at])
-    return out, None, lse
+        out = torch.bmm(p, v)
+    else:
+        out = torch.empty_like(q)
+        lse = _tiled(q, k, v, out)
+        for at in [] if lse is not None else _chunks(q):
+            torch.bmm(_probabilities(q[at], k[at]), v[at], out=out[at])
+    return out.unflatten(0, (n, -1)).transpose(1, 2).flatten(2), p, lse
 
 
 def _attend_backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, lse: Tensor | None, dot: Tensor | None,
+    g: Tensor, out: Tensor | None, q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, lse: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    """Gradients of `_attend` into dq, dk, dv; `dot`: as `_tiled_backward` has it, wanted with lse."""
-    if lse is not None and dot is not None:
-        _tiled_backward(q, k, v, lse, dot, g, dq, dk, dv)
+    """Gradients of `_attend` into dq, dk, dv. g, out: (n, S, heads·d); out is wanted where lse is."""
+    g = g.unflatten(2, (-1, q.shape[2]))
+    if lse is not None and out is not None:
+        dot = torch.linalg.vecdot(g.float(), out.float().view_as(g)).transpose(1, 2).reshape(lse.shape).contiguous()
+        _tiled_backward(q, k, v, lse, dot, _apart(g), dq, dk, dv)
         return
-    scale = q.shape[-1] ** -0.5
+    g, scale = _apart(g), q.shape[-1] ** -0.5
     for at in [slice(None)] if p is not None else _chunks(q):
         seen = p if p is not None else _probabilities(q[at], k[at])
         torch.bmm(seen.transpose(1, 2), g[at], out=dv[at])
@@ -118,23 +133,17 @@ def _attend_backward(
 class _Cross(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Tensor:
-        n, heads, S, d = q.shape
-        flat = [t.reshape(n * heads, -1, d).contiguous() for t in (q, k, v)]
-        out, p, lse = _attend(flat[0], flat[1], flat[2], keep)
-        out = out.view(n, heads, S, d).transpose(1, 2).reshape(n, S, heads * d)
-        ctx.heads = heads
+        flat = [t.flatten(0, 1).contiguous() for t in (q, k, v)]
+        out, p, lse = _attend(flat[0], flat[1], flat[2], len(q), keep)
         ctx.save_for_backward(*flat, p, lse, None if lse is None else out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, p, lse, out = ctx.saved_tensors
-        n, S, heads = g.shape[0], g.shape[1], ctx.heads
-        dot = None if out is None else _dot(g, out, heads)
-        g = g.view(n, S, heads, -1).transpose(1, 2).reshape(n * heads, S, -1).contiguous()
-        dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
-        _attend_backward(g, q, k, v, p, lse, dot, dq, dk, dv)
-        return dq.view(n, heads, S, -1), dk.view(n, heads, *k.shape[1:]), dv.view(n, heads, *v.shape[1:]), None
+        gradients = [torch.empty_like(t) for t in (q, k, v)]
+        _attend_backward(g, out, q, k, v, p, lse, *gradients)
+        return (*(t.unflatten(0, (len(g), -1)) for t in gradients), None)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -142,8 +151,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Probabilities are kept where all of them take at most MOST."""
     keep = q.shape[:-1].numel() * k.shape[2] * q.element_size() <= MOST
-    tiles = kernels.attention(q.new_empty(1, q.shape[-1])) is not None
-    if q.device.type != "cpu" or not torch.is_grad_enabled() or not (keep or tiles):
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or not (keep or _has_tiles(q)):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     out: Tensor = _Cross.apply(q, k, v, keep)
     return out
@@ -161,9 +169,8 @@ class _Joint(torch.autograd.Function):
             x = (x * r).mul_(weight)
         x = x if turn is None else _turned(x.contiguous(), turn)
         q, k = x.to(qkv.dtype).reshape(2, n * heads, S, d).contiguous().unbind(0)
-        v = qkv[:, :, 2].transpose(1, 2).reshape(n * heads, S, d).contiguous()
-        out, p, lse = _attend(q, k, v, _keeps(S, d))
-        out = out.view(n, heads, S, d).transpose(1, 2).reshape(n, S, heads * d)
+        v = _apart(qkv[:, :, 2])
+        out, p, lse = _attend(q, k, v, n, _keeps(S, d))
         ctx.shape = qkv.shape
         kept = (qkv, None) if weight is not None else (None, v)  # v lies in qkv too
         ctx.save_for_backward(*kept, weight, turn, r, q, k, p, lse, None if lse is None else out)
@@ -173,12 +180,10 @@ class _Joint(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         qkv, v, weight, turn, r, q, k, p, lse, out = ctx.saved_tensors
         n, S, _, heads, d = ctx.shape
-        v = qkv[:, :, 2].transpose(1, 2).reshape(n * heads, S, d).contiguous() if v is None else v
-        dot = None if out is None else _dot(g, out, heads)
-        g = g.view(n, S, heads, d).transpose(1, 2).reshape(n * heads, S, d).contiguous()
+        v = _apart(qkv[:, :, 2]) if v is None else v
         dqkv = g.new_empty(ctx.shape)
         both, dv = q.new_empty(2, *q.shape), torch.empty_like(q)
-        _attend_backward(g, q, k, v, p, lse, dot, both[0], both[1], dv)
+        _attend_backward(g, out, q, k, v, p, lse, both[0], both[1], dv)
         dqkv[:, :, 2] = dv.view(n, heads, S, d).transpose(1, 2)
         both = both.view(2, n, heads, S, d)
         if weight is not None or turn is not None:
@@ -194,21 +199,13 @@ class _Joint(torch.autograd.Function):
         return dqkv, None, None, None
 
 
-def _dot(g: Tensor, out: Tensor, heads: int) -> Tensor:
-    """Σ g·out of every token and head. g, out: (n, S, heads·d) → (n·heads, S) float32."""
-    n, S, _ = out.shape
-    dot: Tensor = torch.linalg.vecdot(g.float().view(n, S, heads, -1), out.float().view(n, S, heads, -1))
-    return dot.transpose(1, 2).reshape(n * heads, S).contiguous()  # of one row, reshape makes a view
-
-
 def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6, turn: Tensor | None = None) -> Tensor:
     """Attention of tokens over themselves. qkv: (n, S, 3, heads, d) → (n, S, heads·d).
 
     `weight`: frozen w_q, w_k as (2, 1, 1, S or 1, d) float32, None without norms. `turn`: rotary positions (S, d/2)
     complex64, on neighbouring pairs as FLUX has them; None without."""
     S = qkv.shape[1]
-    small = S * S * qkv.element_size() <= CHUNK or kernels.attention(qkv.new_empty(1, qkv.shape[-1])) is not None
-    if qkv.device.type != "cpu" or not small:
+    if qkv.device.type != "cpu" or not (S * S * qkv.element_size() <= CHUNK or _has_tiles(qkv)):
         return joint_attention_reference(qkv, weight, eps, turn)
     out: Tensor = _Joint.apply(qkv, weight, eps, turn)
     return out

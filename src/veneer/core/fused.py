@@ -124,12 +124,6 @@ def _flat(linears: Linears) -> list[Tensor]:
     return [t for p in linears.pairs for t in (p.A, p.B)]
 
 
-def _again(linears: Linears, flat: Sequence[Tensor]) -> Linears:
-    """`linears` with the tensors that autograd saved, so that its version checks see them."""
-    pairs = tuple(p._replace(A=flat[2 * j], B=flat[2 * j + 1]) for j, p in enumerate(linears.pairs))
-    return linears._replace(pairs=pairs)
-
-
 def _forward(x: Tensor, linears: Linears) -> tuple[Tensor, Tensor | None, _Thin | None]:
     """y, and for backward u = x·Aᵀ and the thin factors, which small layers pay more to make again than to keep."""
     y = F.linear(x, linears.weight, linears.bias)
@@ -156,7 +150,7 @@ def _input_gradient(
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, joined: Linears, *flat: Tensor) -> Tensor:
-        y, u, ctx.thin = _forward(x, _again(joined, flat))
+        y, u, ctx.thin = _forward(x, joined)
         ctx.save_for_backward(x, u, *flat)  # A and B too: autograd then notices if they change before backward
         ctx.weight = joined.weight
         return y
@@ -186,9 +180,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Te
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Linears, down: Linears, act: str, *flat: Tensor) -> Tensor:
-        n = 2 * len(gate_up.pairs)
-        both, u, ctx.thin = _forward(x, _again(gate_up, flat[:n]))
-        y, u_down, ctx.thin_down = _forward(_gated(both, act), _again(down, flat[n:]))
+        both, u, ctx.thin = _forward(x, gate_up)
+        y, u_down, ctx.thin_down = _forward(_gated(both, act), down)
         ctx.save_for_backward(x, both, u, u_down, *flat)
         ctx.weights, ctx.act = (gate_up.weight, down.weight), act
         return y
@@ -234,14 +227,18 @@ def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]
         return d, h
     gate, up = both.chunk(2, dim=1)
     d_gate, d_up = d.chunk(2, dim=1)
+    return d, _gate_gradients(dh, gate, up, d_gate, d_up, act).mul_(up)
+
+
+def _gate_gradients(dh: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, act: str) -> Tensor:
+    """The gradients of act(gate) ⊙ up into d_gate and d_up; act(gate) again."""
     a = _activate(gate, act)
-    h = a * up
     torch.mul(a, dh, out=d_up)
     if act == "silu":
         d_gate.copy_(torch.ops.aten.silu_backward(dh * up, gate))
     else:
         d_gate.copy_(torch.ops.aten.gelu_backward(dh * up, gate, approximate="tanh" if act == "gelu_tanh" else "none"))
-    return d, h
+    return a
 
 
 def gated_mlp(x: Tensor, gate_up: Linears, down: Linears, act: str = "silu") -> Tensor:
@@ -261,7 +258,7 @@ class _Geglu(torch.autograd.Function):
         native = kernels.usable(both)
         if native is None:
             up, gate = both.chunk(2, dim=-1)
-            return F.gelu(gate).mul_(up)
+            return _activate(gate, "gelu").mul_(up)
         h = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
         f = h.shape[-1]
         native.geglu(both.data_ptr(), h.data_ptr(), h.numel() // f, f, torch.get_num_threads())
@@ -274,9 +271,8 @@ class _Geglu(torch.autograd.Function):
         d = torch.empty_like(both)
         native = kernels.usable(dh, both)
         if native is None:
-            up, gate = both.chunk(2, dim=-1)
-            torch.mul(dh, F.gelu(gate), out=d.narrow(-1, 0, up.shape[-1]))
-            d.narrow(-1, up.shape[-1], up.shape[-1]).copy_(torch.ops.aten.gelu_backward(dh * up, gate))
+            (up, gate), (d_up, d_gate) = both.chunk(2, dim=-1), d.chunk(2, dim=-1)
+            _gate_gradients(dh, gate, up, d_gate, d_up, "gelu")
             return d
         f = dh.shape[-1]
         native.geglu_backward(dh.data_ptr(), both.data_ptr(), d.data_ptr(), dh.numel() // f, f, torch.get_num_threads())

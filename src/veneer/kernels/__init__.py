@@ -46,11 +46,13 @@ _SIGNATURES: dict[str, list[Any]] = {
     "scatter_heads": _HEADS,
     "causal_softmax": [_pointer, *[_int64] * 7, _int],
     "softmax_backward": [_pointer, _pointer, _int64, _int64, _int],
-    "has_attention": [_pointer],
-    "attend": [*[_pointer] * 5, *[_int64] * 4, _float, _int],
-    "attend_backward": [*[_pointer] * 9, *[_int64] * 4, _float, _int],
     "token_nll": [_pointer, _pointer, _pointer, _int64, _int64, _int, _int],
 }
+_ATTENTION: dict[str, list[Any]] = {
+    "attend": [*[_pointer] * 5, *[_int64] * 4, _float, _int],
+    "attend_backward": [*[_pointer] * 9, *[_int64] * 4, _float, _int],
+}
+"""What only a processor with AVX512-BF16 has."""
 _reason = "not looked for yet"
 
 
@@ -93,11 +95,12 @@ def load() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(_build(compiler, Path(__file__).with_name("native.c"))))
-        for name, arguments in _SIGNATURES.items():
+        attention_too = _ATTENTION if _has_attention(library) else {}
+        for name, arguments in (_SIGNATURES | attention_too).items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
         wrong = _self_test(library)
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    except (OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
         lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
         _reason = f"{compiler} could not build them: {lines[-1]}"
         return None
@@ -124,9 +127,7 @@ def _self_test(library: ctypes.CDLL) -> str:
     future = torch.arange(72)[None] > torch.arange(65, 72)[:, None]
     if not torch.allclose(s.float(), x.float().masked_fill(future, -torch.inf).softmax(1), rtol=1e-2, atol=1e-5):
         return "causal_softmax"
-    yes = _int(0)
-    library.has_attention(ctypes.addressof(yes))
-    if yes.value:
+    if _has_attention(library):
         q, k, v = (torch.randn(1, 70, 32, generator=generator).bfloat16() for _ in range(3))
         out, lse = torch.empty_like(q), torch.empty(1, 70)
         pointers = [t.data_ptr() for t in (q, k, v, out, lse)]
@@ -157,15 +158,11 @@ def attention(*tensors: Tensor) -> ctypes.CDLL | None:
     """The library if it has the attention kernels (a processor with AVX512-BF16) and they take these: as `usable`, and
     the last dimension a multiple of 16."""
     library = usable(*tensors) if all(t.shape[-1] % 16 == 0 for t in tensors) else None
-    return library if library is not None and _has_attention() else None
+    return library if library is not None and _has_attention(library) else None
 
 
-@functools.cache
-def _has_attention() -> bool:
-    yes, library = _int(0), load()
-    if library is not None:
-        library.has_attention(ctypes.addressof(yes))
-    return bool(yes.value)
+def _has_attention(library: ctypes.CDLL) -> bool:
+    return bool(_int.in_dll(library, "has_attention").value)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
