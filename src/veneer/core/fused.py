@@ -257,8 +257,8 @@ class _Geglu(torch.autograd.Function):
         ctx.save_for_backward(both)
         native = kernels.usable(both)
         if native is None:
-            up, gate = both.chunk(2, dim=-1)
-            return _activate(gate, "gelu").mul_(up)
+            up, gate = both.to(torch.promote_types(both.dtype, torch.float32)).chunk(2, dim=-1)
+            return _activate(gate, "gelu").mul_(up).to(both.dtype)  # rounded once, as the compiled one is
         h = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
         f = h.shape[-1]
         native.geglu(both.data_ptr(), h.data_ptr(), h.numel() // f, f, torch.get_num_threads())
@@ -271,8 +271,9 @@ class _Geglu(torch.autograd.Function):
         d = torch.empty_like(both)
         native = kernels.usable(dh, both)
         if native is None:
-            (up, gate), (d_up, d_gate) = both.chunk(2, dim=-1), d.chunk(2, dim=-1)
-            _gate_gradients(dh, gate, up, d_gate, d_up, "gelu")
+            wide = torch.promote_types(both.dtype, torch.float32)
+            (up, gate), (d_up, d_gate) = both.to(wide).chunk(2, dim=-1), d.chunk(2, dim=-1)
+            _gate_gradients(dh.to(wide), gate, up, d_gate, d_up, "gelu")
             return d
         f = dh.shape[-1]
         native.geglu_backward(dh.data_ptr(), both.data_ptr(), d.data_ptr(), dh.numel() // f, f, torch.get_num_threads())
