@@ -1,0 +1,123 @@
+"""Who asks, what a name means to them, and what they may use: the two questions that every surface asks first.
+
+    caller = await tenancy.caller(key)                        401 for an unknown key
+    served = catalog.resolve(model, caller)                   404 for what is not there or not theirs: never the base
+    async with tenancy.admitted(caller, served, …) as bill:   429 beyond a limit
+        …                                                     bill.used(usage) once, at the end
+
+`OpenAccess` is the tenancy of a server without tenants: everybody sees everything and nothing is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from veneer.serve.request import Mix, Usage
+
+__all__ = ["ANYBODY", "Bill", "Caller", "Catalog", "ModelCard", "OpenAccess", "Served", "Tenancy"]
+
+
+@dataclass(frozen=True, eq=False)
+class Caller:
+    """`tenant`: "" where there are none. `sees(name)`: whether an adapter or alias of that name exists for them.
+    `user`: the client's own word for its end user, to which weighted aliases stick. `weight`: share of the engine."""
+
+    tenant: str = ""
+    sees: Callable[[str], bool] = field(default=lambda name: True, repr=False)
+    user: str | None = None
+    weight: float = 1.0
+    admin: bool = False
+
+
+ANYBODY = Caller(admin=True)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a name meant when it was asked. `name`: the client's own word, given back as `model`. `target`: the adapter
+    that an alias chose, else `name`. `shadow`: a mix whose answer is computed too, and logged, never sent."""
+
+    mix: Mix
+    name: str
+    target: str
+    shadow: tuple[str, Mix] | None = None
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A line of /v1/models. `parent`: the base's name; None for the base. `root`: where it came from, as the operator
+    named it (a library reference, never a path). `digest`: of the adapter."""
+
+    id: str
+    root: str
+    parent: str | None
+    created: int
+    digest: str = ""
+    pinned: bool = False
+
+
+class Catalog(Protocol):
+    """The names of one server: its base, adapters that were loaded, what the library has, aliases.
+
+    Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (400 or 422, with a `reason` in the
+    message) for one that cannot be served with full effect."""
+
+    base: str
+
+    def resolve(self, model: str, caller: Caller) -> Served:
+        """`model`: "" or the base's name; an adapter, an alias, a library reference; `base:adapter`."""
+        ...
+
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
+        """Several names with strengths, as one mix."""
+        ...
+
+    def models(self, caller: Caller) -> list[ModelCard]: ...
+
+    def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
+        """Read, check against the base and keep in memory. `source`: a library reference; a path only where the
+        operator has allowed folders, and inside them. Blocks: surfaces call it in a thread."""
+        ...
+
+    def unload(self, name: str) -> None:
+        """The name is gone at once; memory is freed when the last running request with it has ended."""
+        ...
+
+
+class Bill(Protocol):
+    def used(self, usage: Usage) -> None:
+        """What the request took, also of one that failed or was cancelled; called once."""
+        ...
+
+
+class Tenancy(Protocol):
+    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+        """Raises Refused(unauthorized, 401)."""
+        ...
+
+    def admitted(
+        self, caller: Caller, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+    ) -> AbstractAsyncContextManager[Bill]:
+        """Room for one request under every limit, given back at the end. Raises Refused(rate_limited, 429)."""
+        ...
+
+
+class _Free:
+    def used(self, usage: Usage) -> None:
+        pass
+
+
+class OpenAccess:
+    """No keys, no limits, no ledger."""
+
+    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+        return Caller(user=user, admin=True)
+
+    @asynccontextmanager
+    async def admitted(
+        self, caller: Caller, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+    ) -> AsyncIterator[Bill]:
+        yield _Free()

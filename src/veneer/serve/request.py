@@ -1,0 +1,199 @@
+"""What is asked of an engine and what it answers: the words that all of `serve` shares.
+
+    surface -> catalog (name -> mix of digests) -> Request -> engine -> Started, Token …, Finished -> surface
+
+A mix is made of digests, never of names: whatever a name means later, a request keeps what it meant when it came in.
+Knows no tensors, no HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from veneer.errors import ConfigError, VeneerError
+
+__all__ = [
+    "BASE",
+    "Engine",
+    "EngineStats",
+    "Event",
+    "Finished",
+    "Mix",
+    "Refused",
+    "Request",
+    "Sampling",
+    "Started",
+    "Token",
+    "Usage",
+    "make_mix",
+    "mix_digest",
+]
+
+Mix = tuple[tuple[str, float], ...]
+"""(adapter digest, strength), sorted by digest, each digest once, no strength 0; () is the base alone."""
+
+BASE: Mix = ()
+
+
+def make_mix(parts: Iterable[tuple[str, float]]) -> Mix:
+    """The one form of a mix: strengths of one digest are added, zeros are left out, the order is by digest."""
+    sums: dict[str, float] = {}
+    for digest, strength in parts:
+        sums[digest] = sums.get(digest, 0.0) + float(strength)
+    return tuple((digest, s) for digest, s in sorted(sums.items()) if s)
+
+
+def mix_digest(mix: Mix) -> bytes:
+    """What keys of caches carry: equal exactly where the mixes are equal; b"" for the base."""
+    return hashlib.sha256(repr(mix).encode()).digest() if mix else b""
+
+
+class Refused(VeneerError):
+    """A request that is answered with an error: `status` is HTTP's, `code` a word that programs test.
+
+    Codes: model_not_found (404), adapter_unusable, adapter_exists, invalid_request (400), context_exceeded (400),
+    overloaded (429, 503), rate_limited (429, with `retry_after` seconds), unauthorized (401), shutting_down (503),
+    internal (500)."""
+
+    def __init__(
+        self, what: str, *, status: int, code: str, param: str | None = None, retry_after: float | None = None,
+        where: str | None = None, fix: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(what, where=where, fix=fix)
+        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. In this order: grammar, logit bias, penalties, temperature, top-k, min-p, top-p.
+
+    `temperature` 0 is greedy. `top_k` 0: all. `seed` None: one from the system. `logprobs`: None for none, else how
+    many alternatives beside the chosen token's own; they are of the model's distribution before any of the above.
+    `stop`: texts that end the answer and are not part of it. `grammar`: what the answer must match."""
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    grammar: tuple[Literal["json_schema", "json_object", "regex"], str] | None = None
+
+    def __post_init__(self) -> None:
+        wrong = {
+            "max_tokens": (self.max_tokens >= 1, "1 or more"),
+            "min_tokens": (0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),
+            "temperature": (0 <= self.temperature <= 100, "from 0 (greedy) to 100"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
+            "repetition_penalty": (0 < self.repetition_penalty <= 10, "above 0, at most 10"),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20"),
+        }
+        for name, (fine, wanted) in wrong.items():
+            if not fine:
+                raise ConfigError(f"{name} is {getattr(self, name)}", where=name, fix=f"{name} must be {wanted}")
+
+
+_numbers = itertools.count()
+
+
+@dataclass(eq=False)
+class Request:
+    """One answer to one prompt. `prompt`: token ids, at least one. `tenant` and `weight`: whose it is and its share,
+    for fair queueing; `name`: what the client called the mix, for metrics alone, never for a cache."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    mix: Mix = BASE
+    tenant: str = ""
+    weight: float = 1.0
+    name: str = ""
+    id: str = field(default_factory=lambda: f"r{next(_numbers)}")
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first part of the prompt is being computed. `cached`: prompt tokens whose keys and values were there."""
+
+    cached: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token. `text` is what it adds to the answer; the texts of all tokens joined are the answer. It may be empty:
+    a character in parts, a text held back because a stop text may begin in it, or the token that ended the answer.
+    `logprob` and `top` ((id, text, logprob), best first) are of the model's distribution, where asked for."""
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, str, float], ...] = ()
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Usage:
+    """`queued`, `prefill`, `decode`: seconds until the first step, until the first token, until the last."""
+
+    prompt: int
+    cached: int
+    completion: int
+    queued: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event. `reason`: stop (`stop`: the text or token id that did it), length, cancelled, or error with
+    `error`. `text`: what was held back and belongs to the answer."""
+
+    reason: Literal["stop", "length", "cancelled", "error"]
+    usage: Usage
+    stop: str | int | None = None
+    text: str = ""
+    error: Refused | None = None
+
+
+Event = Started | Token | Finished
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    running: int
+    waiting: int
+    cache_used: float
+    prefix_hits: int
+    prefix_lookups: int
+    preemptions: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+
+
+class Engine(Protocol):
+    """What surfaces ask of an engine: the embedded one, or a fleet behind the same front door.
+
+    `events` yields Started, Tokens, Finished and ends; a consumer that closes the iterator (a client that left) cancels
+    the request. Raises Refused before the first event for what can be known at once: a prompt that does not fit
+    (context_exceeded), a full queue (overloaded), shutting down. What goes wrong later is a Finished with `error`."""
+
+    def events(self, request: Request) -> AsyncIterator[Event]: ...
+
+    def stats(self) -> EngineStats: ...
