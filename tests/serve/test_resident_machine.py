@@ -1,0 +1,199 @@
+"""Adapters in memory under any sequence of requests, ends, jobs, pins and drops, and under threads."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import ClassVar
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.serve.shop import UNIT, Asked, Shop, Thing
+from veneer.errors import AdapterError
+from veneer.serve.request import Refused, make_mix
+from veneer.serve.resident import Lease, Residents
+
+
+class Machine(RuleBasedStateMachine):
+    """Any sequence of requests, ends, jobs, pins and drops, against what must always hold."""
+
+    SIZES: ClassVar = {"a": 1, "b": 1, "c": 2, "d": 2, "e": 3, "f": 4}
+    LIMIT = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shop = Shop(dict(self.SIZES))
+        self.residents = self.shop.residents(self.LIMIT, keep=2)
+        self.waiting: list[Asked] = []
+        self.running: list[Asked] = []
+        self.pinned: set[str] = set()
+        watched = self.residents._free
+
+        def free(slot) -> None:  # type: ignore[no-untyped-def]
+            """What goes is not in use and not pinned; an eviction takes the least recently used."""
+            assert not slot.refs
+            assert not slot.pinned
+            watched(slot)
+
+        self.residents._free = free  # type: ignore[method-assign]
+
+    @rule(digests=st.lists(st.sampled_from(sorted(SIZES)), min_size=1, max_size=3, unique=True))
+    def ask(self, digests: list[str]) -> None:
+        order = list(self.residents.resident())
+        asked = Asked(self.residents, *digests)
+        self.waiting.append(asked)
+        if asked.at_once:
+            assert set(digests) <= set(order)
+
+    @rule(n=st.integers(1, 5))
+    def work(self, n: int) -> None:
+        self.shop.run(n)
+
+    @rule(seconds=st.sampled_from([0.01, 0.5, 2.0]))
+    def time(self, seconds: float) -> None:
+        self.shop.now += seconds
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.running)).end()
+        self.running = [r for r in self.running if r.lease and r.lease.parts]
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from(self.waiting))
+        if not one.told:
+            assert self.residents.withdraw(one.ready)
+            self.waiting.remove(one)
+
+    @rule(digest=st.sampled_from(["a", "b"]))
+    def pin(self, digest: str) -> None:
+        if digest in self.residents.resident():
+            self.residents.pin(digest)
+            self.pinned.add(digest)
+
+    @rule(digest=st.sampled_from(["a", "b"]))
+    def unpin(self, digest: str) -> None:
+        self.residents.unpin(digest)
+        self.pinned.discard(digest)
+
+    @rule(digest=st.sampled_from(sorted(SIZES)))
+    def drop(self, digest: str) -> None:
+        self.residents.drop(digest)
+        self.pinned.discard(digest)
+
+    @rule(digest=st.sampled_from(sorted(SIZES)), fails=st.booleans())
+    def damage(self, digest: str, fails: bool) -> None:
+        self.shop.broken.pop(digest, None)
+        if fails:
+            self.shop.broken[digest] = AdapterError("damaged")
+
+    @invariant()
+    def sound(self) -> None:
+        for asked in [w for w in self.waiting if w.told]:
+            self.waiting.remove(asked)
+            if asked.lease:
+                assert asked.names() == [d for d, _ in asked.mix]
+                self.running.append(asked)
+        there = self.residents.resident()
+        stats = self.residents.stats()
+        coming = sum(s.size for s in self.residents._slots.values() if s.job == "prepare")
+        assert stats.bytes == sum(there.values()) + coming <= self.LIMIT * UNIT
+        assert stats.kept_bytes <= 2 * UNIT
+        assert stats.waiting == len(self.waiting)
+        used = {d for r in self.running for d, _ in r.mix}
+        assert used | self.pinned <= set(there)
+        for digest, slot in self.residents._slots.items():
+            assert slot.refs >= sum(digest in dict(r.mix) for r in self.running)
+            assert slot.digest == digest
+            assert slot.thing is not None or slot.job or self.residents._wanted(slot)
+
+    def teardown(self) -> None:
+        """When all that runs has ended, all that waits is served."""
+        for digest in self.pinned:
+            self.residents.unpin(digest)
+        self.pinned.clear()
+        for _ in range(500):
+            self.shop.run()
+            self.sound()
+            for one in self.running:
+                one.end()
+            self.running.clear()
+            if not self.waiting:
+                break
+        assert not self.waiting
+        self.sound()
+        for digest in self.SIZES:
+            self.residents.drop(digest)
+        assert self.residents.stats().bytes == 0
+        assert not self.residents._slots
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_the_order_of_eviction_is_the_order_of_use() -> None:
+    rng = random.Random(3)
+    shop = Shop({str(i): 1 for i in range(9)})
+    residents = shop.residents(5)
+    recent: list[str] = []
+    for _ in range(300):
+        name = str(rng.randrange(9))
+        one = Asked(residents, name)
+        shop.run()
+        one.end()
+        recent = [n for n in recent if n != name] + [name]
+        assert list(residents.resident()) == recent[-5:]
+
+
+def test_many_threads() -> None:
+    """Requests from many threads over real loaders: limits hold, all are served, nothing is left behind."""
+    sizes = {str(i): 1 + i % 3 for i in range(12)}
+    shop = Shop(sizes)
+    residents = Residents(shop.read, shop.prepare, limit_bytes=8 * UNIT, patience=0.001)
+    served, errors = [0] * 6, list[BaseException]()
+
+    def client(n: int) -> None:
+        rng = random.Random(n)
+        try:
+            for _ in range(150):
+                done, got = threading.Event(), list[Lease[Thing] | Refused]()
+
+                def ready(result, got=got, done=done) -> None:  # type: ignore[no-untyped-def]
+                    got.append(result)
+                    done.set()
+
+                mix = make_mix((d, 1.0) for d in rng.sample(sorted(sizes), rng.choice([1, 1, 2])))
+                lease = residents.acquire(mix, ready)
+                if lease is None:
+                    if rng.random() < 0.1 and residents.withdraw(ready):
+                        continue
+                    assert done.wait(30)
+                    assert isinstance(got[0], Lease)
+                    lease = got[0]
+                assert [t.name for t, _ in lease.parts] == [d for d, _ in mix]
+                assert residents.stats().bytes <= 8 * UNIT
+                if rng.random() < 0.1:
+                    residents.drop(rng.choice(sorted(sizes)))
+                lease.release()
+                served[n] += 1
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    assert min(served) > 100
+    residents.close()
+    stats = residents.stats()
+    assert stats.waiting == 0
+    for digest in sizes:
+        residents.drop(digest)
+    assert residents.stats().bytes == 0
