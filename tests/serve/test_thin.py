@@ -55,9 +55,7 @@ def exact(layout: Layout, mix: list[tuple[Thin, float]], x: Tensor) -> Tensor:
 
 def base_output(layout: Layout, x: Tensor) -> Tensor:
     group = layout.groups[0]
-    return torch.cat(
-        [torch.nn.functional.linear(x, w, b) for w, b in zip(group.weights, group.biases, strict=True)], 1
-    )
+    return torch.cat([torch.nn.functional.linear(x, w, b) for w, b in zip(group.weights, group.biases, strict=True)], 1)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)], ids=["f32", "bf16"])

@@ -76,12 +76,19 @@ class _Tenant:
 
 class Scheduler:
     """`rows`: sequences at once. `budget`: tokens in a step, at least `rows`. `ready(sequence)`: whether its adapters
-    are in memory; it is asked for those next in line, so it may start to read them."""
+    are in memory; it is asked for those next in line, so it may start to read them. `shares`: whether sequences can
+    share blocks."""
 
     def __init__(
-        self, cache: Cache, *, rows: int = 32, budget: int = 512, ready: Callable[[Sequence], bool] = lambda _: True
+        self,
+        cache: Cache,
+        *,
+        rows: int = 32,
+        budget: int = 512,
+        ready: Callable[[Sequence], bool] = lambda _: True,
+        shares: bool = True,
     ) -> None:
-        self.cache, self.rows, self.budget, self.ready = cache, rows, budget, ready
+        self.cache, self.rows, self.budget, self.ready, self.shares = cache, rows, budget, ready, shares
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._tenants: dict[str, _Tenant] = {}
@@ -164,7 +171,10 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> bool:
         """Open its table and let it run, if its tokens fit beside what runs: one that starts pre-empts nobody."""
-        table = self.cache.open(mix_digest(sequence.request.mix), sequence.tokens)
+        if self.shares:
+            table = self.cache.open(mix_digest(sequence.request.mix), sequence.tokens)
+        else:
+            table = BlockTable(f"sequence {sequence.order}".encode())
         needed = -(-(len(sequence.tokens) + 1) // self.cache.block) - len(table.blocks)
         if needed > self.cache.available - len(self.running) and self.running:
             self.cache.close(table)

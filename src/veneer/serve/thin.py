@@ -79,8 +79,8 @@ class _Part:
 
 @dataclass(eq=False)
 class Thin:
-    """An adapter made ready. `groups`: group -> (A (rank, in), parts). `gains`: group -> (g - 1 (columns), bias or None).
-    `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank, dim)). `records`: the same for the kernel.
+    """An adapter made ready. `groups`: group -> (A (rank, in), parts). `gains`: group -> (g - 1 (columns), bias or
+    None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank, dim)). `records`: the same for the kernel.
     `key`: its digest; a row adds up its adapters in the order of their keys, whoever shares its batch."""
 
     adapter: Adapter
@@ -201,7 +201,7 @@ class Segments:
         spans: Sequence[tuple[int, int, Sequence[tuple[Thin, float]]]],
         before: Segments | None = None,
     ) -> Segments | None:
-        """None where no row has an adapter. `before`: the last step's, whose tables are used again if they still fit."""
+        """None where no row has an adapter. `before`: the last step's; its tables are used again if they still fit."""
         found: dict[int, tuple[Thin, list[int], list[float]]] = {}
         for first, end, mix in spans:
             for adapter, strength in mix:
@@ -240,9 +240,9 @@ class Segments:
             if self.scratch is None:
                 self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
             native.thin_rows(
-                x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1], self.tables.records[g].data_ptr(), len(self.adapters),
-                self.starts.data_ptr(), self.rows.data_ptr(), self.strengths.data_ptr(), self.scratch.data_ptr(),
-                self.scratch.shape[1], torch.get_num_threads(),
+                x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1], self.tables.records[g].data_ptr(),
+                len(self.adapters), self.starts.data_ptr(), self.rows.data_ptr(), self.strengths.data_ptr(),
+                self.scratch.data_ptr(), self.scratch.shape[1], torch.get_num_threads(),
             )  # fmt: skip
         self._add_gains(g, before, y)
 
@@ -251,6 +251,10 @@ class Segments:
         before = self._before_gains(g, y)
         self._add_reference(g, x, y)
         self._add_gains(g, before, y)
+
+    def gained(self, g: int) -> bool:
+        """Whether some adapter here is a DoRA in group g, whose `add` needs the base's own output."""
+        return any(g in a.gains for a in self.adapters)
 
     def embed(self, ids: Tensor, x: Tensor) -> None:
         """The embedding's pairs onto x (rows, dim), in place; ids (rows,)."""
@@ -273,7 +277,7 @@ class Segments:
                     y[:, part.column : part.column + part.B.shape[1]].index_add_(0, rows, made)
 
     def _before_gains(self, g: int, y: Tensor) -> Tensor | None:
-        return y.clone() if any(g in a.gains for a in self.adapters) else None
+        return y.clone() if self.gained(g) else None
 
     def _add_gains(self, g: int, before: Tensor | None, y: Tensor) -> None:
         """DoRA's share that the base's own output has, of the output before any adapter."""
