@@ -145,11 +145,15 @@ def test_what_has_no_thin_form_runs_beside_what_has(family: str) -> None:
     want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
-    got = serve(runner, [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)], [9, 2, 16])
+    prepared_ones = [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)]
+    got = serve(runner, prepared_ones, [9, 2, 16])
     for g_, w in zip(got, want, strict=True):
         same(g_, w)
-    for prepared in ready.values():
-        runner.release(prepared)
+    del prepared_ones
+    ready.clear()
+    runner.tidy()
+    assert runner._attachment is not None
+    assert not runner._attachment.adapters
     runner.close()
 
 

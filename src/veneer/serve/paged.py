@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from veneer import kernels
 
-__all__ = ["BLOCK", "Packed", "Pages", "Rotary"]
+__all__ = ["BLOCK", "PackedRows", "Pages", "Rotary"]
 
 BLOCK = 16
 
 
 @dataclass(eq=False)
-class Packed:
+class PackedRows:
     """Where the tokens of a batch belong, sequence after sequence: `positions`, `slots` (tokens,), `starts`
     (sequences + 1), `tables` (sequences, longest) block numbers. All int64."""
 
@@ -35,7 +35,7 @@ class Packed:
     lengths: list[int]
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[int, int, Sequence[int]]], device: torch.device) -> Packed:
+    def of(cls, rows: Sequence[tuple[int, int, Sequence[int]]], device: torch.device) -> PackedRows:
         """`rows`: (first position, end, blocks) of each sequence's tokens in this step."""
         positions: list[int] = []
         slots: list[int] = []
@@ -86,7 +86,7 @@ class Pages:
     def bytes_of_a_block(layers: int, kv: int, d: int, dtype: torch.dtype) -> int:
         return 2 * layers * kv * d * BLOCK * dtype.itemsize
 
-    def turn_and_store(self, layer: int, qkv: Tensor, rotary: Rotary, batch: Packed) -> None:
+    def turn_and_store(self, layer: int, qkv: Tensor, rotary: Rotary, batch: PackedRows) -> None:
         """qkv (tokens, (heads + 2 kv) d): queries and keys normed and turned in place, keys and values stored."""
         if self.native is not None:
             weights = [0 if w is None else w.data_ptr() for w in (rotary.q_norm, rotary.k_norm)]
@@ -104,7 +104,7 @@ class Pages:
             part.copy_(torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1))
         self.store(layer, k, v, batch)
 
-    def store(self, layer: int, k: Tensor, v: Tensor, batch: Packed) -> None:
+    def store(self, layer: int, k: Tensor, v: Tensor, batch: PackedRows) -> None:
         """k, v: (tokens, kv, d)."""
         if self.native is None:
             self.K[layer][batch.slots] = k
@@ -117,7 +117,9 @@ class Pages:
             self.V[layer].data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
-    def attend(self, layer: int, q: Tensor, batch: Packed, scale: float, cap: float = 0.0, window: int = 0) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float = 0.0, window: int = 0
+    ) -> Tensor:
         """q (tokens, ≥ heads·d), its rows may be longer -> (tokens, heads·d). `cap` c > 0: scores c·tanh(s/c)."""
         if self.native is None:
             return self._attend_reference(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
@@ -130,7 +132,9 @@ class Pages:
         )  # fmt: skip
         return out
 
-    def _attend_reference(self, layer: int, q: Tensor, batch: Packed, scale: float, cap: float, window: int) -> Tensor:
+    def _attend_reference(
+        self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float, window: int
+    ) -> Tensor:
         out = torch.empty_like(q)
         places = (batch.tables[:, :, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten(1)
         for s, length in enumerate(batch.lengths):

@@ -34,8 +34,8 @@ from veneer.core.targets import base_modules
 from veneer.errors import ResourceError
 from veneer.models.speed import Join
 from veneer.models.text import TextBase
-from veneer.serve.matrix import Dense, Matrix
-from veneer.serve.paged import BLOCK, Packed, Pages, Rotary
+from veneer.serve.matrix import Dense, Matrix, Reordered, can_pack
+from veneer.serve.paged import BLOCK, PackedRows, Pages, Rotary
 from veneer.serve.thin import Group, Layout, Segments, Thin, thin, thin_problems
 
 __all__ = ["Prepared", "Row", "Runner"]
@@ -71,12 +71,14 @@ class Row:
 
 
 class Runner:
-    """A base made ready to serve. `cache_bytes`: memory for keys and values; `context`: tokens a sequence may have.
+    """A base made ready to serve. `cache_bytes`: memory for keys and values; `pack_bytes`: what a second copy of the
+    projections may take, in the order they are multiplied in. `context`: tokens a sequence may have.
 
     `how` and `why`: the way that was taken. `shares`: whether sequences can share blocks. Close it to put the base back
     as it was."""
 
-    def __init__(self, base: TextBase, *, cache_bytes: int = 1 << 30) -> None:
+    def __init__(self, base: TextBase, *, cache_bytes: int = 1 << 30, pack_bytes: int = 4 << 30) -> None:
+        self.pack_bytes = pack_bytes
         self.base = base
         self.model: Any = base.model
         self._undo = ExitStack()
@@ -148,8 +150,11 @@ class Runner:
             new = made.get(f"{name}.weight")
             return own[name].weight.detach() if new is None else new.to(self.base.dtype)
 
+        packs = can_pack(self.base.dtype, self.base.device)
+
         def joined(names: tuple[str, ...]) -> Matrix:
-            return Dense(torch.cat([weight(n) for n in names]) if len(names) > 1 else weight(names[0]))
+            whole = torch.cat([weight(n) for n in names])
+            return Reordered.of(whole) if packs else Dense(whole)
 
         embedding = weight(self.layout.embedding)
         plan = _plan_of(self.base, self.layout, joined, embedding, self.context)
@@ -209,8 +214,8 @@ class Runner:
             segments = None
         return plan.logits(x, segments)
 
-    def _batch(self, rows: Sequence[Row]) -> tuple[Packed, Tensor]:
-        batch = Packed.of([(r.first, r.first + len(r.tokens), r.blocks) for r in rows], self.base.device)
+    def _batch(self, rows: Sequence[Row]) -> tuple[PackedRows, Tensor]:
+        batch = PackedRows.of([(r.first, r.first + len(r.tokens), r.blocks) for r in rows], self.base.device)
         return batch, torch.tensor([t for r in rows for t in r.tokens], device=self.base.device)
 
     def _packed(self, rows: Sequence[Row]) -> Tensor:
@@ -335,17 +340,25 @@ class Runner:
         )
 
     def _make_fused(self) -> None:
-        modules = dict(base_modules(self.model))
+        modules: dict[str, Any] = dict(base_modules(self.model))
+        weights = [w for g in self.layout.groups for w in g.weights]
+        packs = can_pack(self.base.dtype, self.base.device) and sum(w.nbytes for w in weights) <= self.pack_bytes
 
         def joined(names: tuple[str, ...]) -> Matrix:
             parts = [modules[n] for n in names]
+            if packs:
+                made = Reordered.of(torch.cat([m.weight.detach() for m in parts]))
+                for module in parts:  # they are read again only by adapters with no thin form
+                    kernels.page_out(module.weight.detach())
+                return made
             weight = Join(parts, self._undo).weight if len(parts) > 1 else parts[0].weight.detach()
             if weight is None:
                 raise NotImplementedError(f"{', '.join(names)} cannot be joined")
             return Dense(weight)
 
-        embedding = self.model.get_input_embeddings().weight.detach()
-        self._plan = _plan_of(self.base, self.layout, joined, embedding, self.context)
+        self._plan = _plan_of(
+            self.base, self.layout, joined, self.model.get_input_embeddings().weight.detach(), self.context
+        )
 
     def _make_packed(self) -> None:
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -402,7 +415,7 @@ class _Plan:
     eps: float
     scale: float
 
-    def hidden(self, ids: Tensor, batch: Packed, segments: Segments | None, pages: Pages) -> Tensor:
+    def hidden(self, ids: Tensor, batch: PackedRows, segments: Segments | None, pages: Pages) -> Tensor:
         """The normed output of the last layer, (tokens, dim)."""
         x = F.embedding(ids, self.embedding)
         if segments is not None:
@@ -541,7 +554,7 @@ def _silu_gate(both: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class _Call:
     pages: Pages
-    batch: Packed
+    batch: PackedRows
 
 
 class _Now(threading.local):
