@@ -15,10 +15,6 @@ enum { BLOCK = 16, TILE = 12, PARTS = 3, RECORD = 2 + 5 * PARTS };
 
 static inline __m512bh pairs(const void *p) { return (__m512bh)_mm512_loadu_si512(p); }
 
-static inline __m512bh some(const bf16 *p, i64 n) { /* the first n < 32 of a vector, zeros behind them */
-    return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((1ull << n) - 1), p);
-}
-
 static inline __m512bh both(uint32_t pair) { return (__m512bh)_mm512_set1_epi32((int)pair); }
 
 static inline void share(i64 n, i64 step, int t, int threads, i64 *from, i64 *to) { /* a thread's part of 0 … n */
@@ -27,48 +23,73 @@ static inline void share(i64 n, i64 step, int t, int threads, i64 *from, i64 *to
     *to = (t + 1) * per * step < n ? (t + 1) * per * step : n;
 }
 
+#define FEW static inline __attribute__((always_inline)) void
+
+/* u[i][16] = s_i A x_i for n rows and sixteen ranks; A as (in / 2, 16, 2): two inputs of sixteen ranks side by side. */
+FEW first(const int n, const bf16 *A, i64 pairs_in, const uint32_t **x, const float *strengths, bf16 *u, i64 ldu) {
+    __m512 c[4][2];
+    for (int i = 0; i < n; i++) c[i][0] = c[i][1] = _mm512_setzero_ps();
+    i64 j = 0;
+    for (; j + 1 < pairs_in; j += 2) {
+        __m512bh a = pairs(A + j * 32), b = pairs(A + j * 32 + 32);
+        for (int i = 0; i < n; i++) {
+            c[i][0] = _mm512_dpbf16_ps(c[i][0], a, both(x[i][j]));
+            c[i][1] = _mm512_dpbf16_ps(c[i][1], b, both(x[i][j + 1]));
+        }
+    }
+    if (j < pairs_in)
+        for (int i = 0; i < n; i++) c[i][0] = _mm512_dpbf16_ps(c[i][0], pairs(A + j * 32), both(x[i][j]));
+    for (int i = 0; i < n; i++) {
+        __m512 sum = _mm512_mul_ps(_mm512_add_ps(c[i][0], c[i][1]), _mm512_set1_ps(strengths[i]));
+        _mm256_storeu_si256((__m256i *)(u + i * ldu), (__m256i)_mm512_cvtneps_pbh(sum));
+    }
+}
+
+/* y_i[from … to] += B u_i for n rows; B as (rank / 2, columns, 2). */
+FEW second(const int n, const bf16 *B, i64 columns, i64 rank, const uint32_t **u, bf16 **y, i64 from, i64 to) {
+    for (i64 c = from; c < to; c += 16) {
+        __mmask16 mask = to - c < 16 ? (__mmask16)((1u << (to - c)) - 1) : 0xffff;
+        __m512 sum[4];
+        for (int i = 0; i < n; i++)
+            sum[i] = _mm512_castsi512_ps(
+                _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, y[i] + c)), 16));
+        for (i64 k = 0; k < rank / 2; k++) {
+            __m512bh b = (__m512bh)_mm512_maskz_loadu_epi32(mask, B + (k * columns + c) * 2);
+            for (int i = 0; i < n; i++) sum[i] = _mm512_dpbf16_ps(sum[i], b, both(u[i][k]));
+        }
+        for (int i = 0; i < n; i++) _mm256_mask_storeu_epi16(y[i] + c, mask, (__m256i)_mm512_cvtneps_pbh(sum[i]));
+    }
+}
+
+#define BY_FEW(f, n, ...) \
+    switch (n) { \
+    case 1: f(1, __VA_ARGS__); break; \
+    case 2: f(2, __VA_ARGS__); break; \
+    case 3: f(3, __VA_ARGS__); break; \
+    default: f(4, __VA_ARGS__); \
+    }
+
 /* y[row] += strength_i B_s (A_s x[row]) for each i of segment s, row = rows[i], starts[s] <= i < starts[s + 1].
-   table: for each segment RECORD numbers: A (rank, in), rank, then up to PARTS of { B, first column of y, columns, first of
-   the rank, how many of it }, B as (rank / 2, columns, 2): two ranks side by side. A part whose B is 0 is not there.
-   u: room for starts[nseg] rows of ldu, all ranks even. */
+   table: for each segment RECORD numbers: A, its rank, then up to PARTS of { B, first column of y, columns, first of the
+   rank, how many of it }. A (rank / 16, in / 2, 16, 2), B (rank / 2, columns, 2). A part whose B is 0 is not there.
+   u: room for starts[nseg] rows of ldu; `in` and parts' ranks even, a whole rank a multiple of 16. */
 void thin_rows(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts, const i64 *rows,
                const float *strengths, bf16 *u, i64 ldu, int threads) {
-    i64 whole = in / 32 * 32, rest = in - whole;
 #pragma omp parallel num_threads(threads)
     {
         int me = omp_get_thread_num(), all = omp_get_num_threads();
+        i64 turn = 0;
         for (i64 s = 0; s < nseg; s++) {
             const i64 *rec = table + s * RECORD;
-            const bf16 *A = (const bf16 *)rec[0];
-            i64 rank = rec[1], n = starts[s + 1] - starts[s], tiles = (n + 3) / 4, from, to;
-            if (!A) continue;
-            share(tiles * (rank / 2), 1, me, all, &from, &to);
-            for (i64 w = from; w < to; w++) {
-                i64 k = w / tiles * 2, i0 = starts[s] + w % tiles * 4, m = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
-                const bf16 *a0 = A + k * in, *a1 = a0 + in, *xs[4];
-                for (i64 i = 0; i < 4; i++) xs[i] = x + rows[i0 + (i < m ? i : 0)] * in;
-                __m512 c[4][2];
-                for (i64 i = 0; i < 4; i++) c[i][0] = c[i][1] = _mm512_setzero_ps();
-                for (i64 j = 0; j < whole; j += 32) {
-                    __m512bh b0 = pairs(a0 + j), b1 = pairs(a1 + j);
-                    for (i64 i = 0; i < 4; i++) {
-                        __m512bh v = pairs(xs[i] + j);
-                        c[i][0] = _mm512_dpbf16_ps(c[i][0], v, b0);
-                        c[i][1] = _mm512_dpbf16_ps(c[i][1], v, b1);
-                    }
+            if (!rec[0]) continue;
+            for (i64 k = 0; k < rec[1]; k += 16)
+                for (i64 i0 = starts[s]; i0 < starts[s + 1]; i0 += 4) {
+                    if (turn++ % all != me) continue;
+                    i64 m = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
+                    const uint32_t *xs[4];
+                    for (i64 i = 0; i < m; i++) xs[i] = (const uint32_t *)(x + rows[i0 + i] * in);
+                    BY_FEW(first, m, (const bf16 *)rec[0] + k * in, in / 2, xs, strengths + i0, u + i0 * ldu + k, ldu)
                 }
-                if (rest) {
-                    __m512bh b0 = some(a0 + whole, rest), b1 = some(a1 + whole, rest);
-                    for (i64 i = 0; i < 4; i++) {
-                        __m512bh v = some(xs[i] + whole, rest);
-                        c[i][0] = _mm512_dpbf16_ps(c[i][0], v, b0);
-                        c[i][1] = _mm512_dpbf16_ps(c[i][1], v, b1);
-                    }
-                }
-                for (i64 i = 0; i < m; i++)
-                    for (i64 e = 0; e < 2; e++)
-                        u[(i0 + i) * ldu + k + e] = down(strengths[i0 + i] * _mm512_reduce_add_ps(c[i][e]));
-            }
         }
 #pragma omp barrier
         for (i64 s = 0; s < nseg; s++) {
@@ -76,32 +97,18 @@ void thin_rows(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 ns
             if (!rec[0]) continue;
             for (i64 p = 0; p < PARTS; p++) {
                 const i64 *part = rec + 2 + 5 * p;
-                const bf16 *B = (const bf16 *)part[0];
-                i64 columns = part[2], rank = part[4], from, to;
-                if (!B) continue;
+                i64 columns = part[2], from, to;
+                if (!part[0]) continue;
                 share(columns, 16, me, all, &from, &to); /* the same columns for every segment: no two threads meet */
                 for (i64 i0 = starts[s]; i0 < starts[s + 1]; i0 += 4) {
                     i64 m = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
                     const uint32_t *us[4];
                     bf16 *ys[4];
-                    for (i64 i = 0; i < 4; i++) {
-                        i64 at = i0 + (i < m ? i : 0);
-                        us[i] = (const uint32_t *)(u + at * ldu + part[3]);
-                        ys[i] = y + rows[at] * ldy + part[1];
+                    for (i64 i = 0; i < m; i++) {
+                        us[i] = (const uint32_t *)(u + (i0 + i) * ldu + part[3]);
+                        ys[i] = y + rows[i0 + i] * ldy + part[1];
                     }
-                    for (i64 c = from; c < to; c += 16) {
-                        __mmask16 mask = to - c < 16 ? (__mmask16)((1u << (to - c)) - 1) : 0xffff;
-                        __m512 sum[4];
-                        for (i64 i = 0; i < 4; i++)
-                            sum[i] = _mm512_castsi512_ps(_mm512_slli_epi32(
-                                _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, ys[i] + c)), 16));
-                        for (i64 k = 0; k < rank / 2; k++) {
-                            __m512bh b = (__m512bh)_mm512_maskz_loadu_epi32(mask, B + (k * columns + c) * 2);
-                            for (i64 i = 0; i < 4; i++) sum[i] = _mm512_dpbf16_ps(sum[i], b, both(us[i][k]));
-                        }
-                        for (i64 i = 0; i < m; i++)
-                            _mm256_mask_storeu_epi16(ys[i] + c, mask, (__m256i)_mm512_cvtneps_pbh(sum[i]));
-                    }
+                    BY_FEW(second, m, (const bf16 *)part[0], columns, part[4], us, ys, from, to)
                 }
             }
         }

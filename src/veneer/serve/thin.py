@@ -79,7 +79,7 @@ class _Part:
 
 @dataclass(eq=False)
 class Thin:
-    """An adapter made ready. `groups`: group -> (A (rank, in), parts). `gains`: group -> (g - 1 (columns), bias or
+    """An adapter made ready. `groups`: group -> (A, parts). `gains`: group -> (g - 1 (columns), bias or
     None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank, dim)). `records`: the same for the kernel.
     `key`: its digest; a row adds up its adapters in the order of their keys, whoever shares its batch."""
 
@@ -141,11 +141,11 @@ def thin(adapter: Adapter, layout: Layout, key: str = "") -> Thin:
             rows.append(A.to(device, dtype))
         if not rows:
             continue
-        whole = torch.cat(rows).contiguous()
+        whole = _sixteens(torch.cat(rows))
         groups[g] = whole, parts
-        widest = max(widest, len(whole))
+        widest = max(widest, 16 * len(whole))
         held += whole.nbytes + sum(p.B.nbytes for p in parts)
-        flat = [whole.data_ptr(), len(whole)]
+        flat = [whole.data_ptr(), 16 * len(whole)]
         for part in parts:
             flat += [part.B.data_ptr(), part.column, part.B.shape[1], part.rank_from, part.rank]
         records[g, : len(flat)] = torch.tensor(flat)
@@ -164,6 +164,18 @@ def thin(adapter: Adapter, layout: Layout, key: str = "") -> Thin:
         embedding = A.t().to(device, dtype).contiguous(), B.t().to(device, dtype).contiguous()
         held += embedding[0].nbytes + embedding[1].nbytes
     return Thin(adapter, key, groups, gains, embedding, records, widest, held)
+
+
+def _sixteens(A: Tensor) -> Tensor:
+    """(rank, in) as the kernel reads it: (⌈rank/16⌉, ⌈in/2⌉, 16, 2), zeros where there is nothing."""
+    rank, n = A.shape
+    A = torch.nn.functional.pad(A, (0, n % 2, 0, -rank % 16))
+    return A.view(-1, 16, (n + 1) // 2, 2).permute(0, 2, 1, 3).contiguous()
+
+
+def _dense(A: Tensor, n: int) -> Tensor:
+    """The inverse of `_sixteens`, with its rows of zeros: (16·k, n)."""
+    return A.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:, :n]
 
 
 def _gain(pair: Pair, weight: Tensor) -> Tensor:
@@ -231,7 +243,7 @@ class Segments:
     def add(self, g: int, x: Tensor, y: Tensor) -> None:
         """Group g's thin products onto y (rows, columns), in place; x (rows, in), both contiguous."""
         before = self._before_gains(g, y)
-        native = kernels.serving(x, y)
+        native = kernels.serving(x, y) if x.shape[1] % 2 == 0 else None
         if native is None:
             self._add_reference(g, x, y)
         else:
@@ -271,7 +283,7 @@ class Segments:
         for adapter, rows, strengths in self._each():
             if g in adapter.groups:
                 A, parts = adapter.groups[g]
-                u = ((x[rows] @ A.t()) * strengths[:, None]).to(x.dtype)
+                u = ((x[rows] @ _dense(A, x.shape[1]).t()) * strengths[:, None]).to(x.dtype)
                 for part in parts:
                     made = u[:, part.rank_from : part.rank_from + part.rank] @ part.dense().t()
                     y[:, part.column : part.column + part.B.shape[1]].index_add_(0, rows, made)
