@@ -14,8 +14,9 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.core.attach import attach
@@ -176,7 +177,7 @@ class PictureEngine:
 
     # -- what surfaces call --------------------------------------------------------------------------------------------
 
-    async def events(self, requests: Sequence[PictureRequest]) -> AsyncIterator[tuple[int, PictureEvent]]:
+    async def events(self, requests: Sequence[PictureRequest]) -> AsyncGenerator[tuple[int, PictureEvent], None]:
         """(which request, event): Queued at once for each, then Steps and Previews, and Drawn as its last. All are
         taken or none. A consumer that closes the iterator cancels them: what waits leaves the queue, and a batch that
         everybody has left ends at its next step.
@@ -399,6 +400,7 @@ class PictureEngine:
         }
         ask = Ask(request.prompt, request.negative, request.seed, uses)
         shared = shared_record(self.base, request.settings) | dict(request.inputs)
+        shared["base"]["name"] = Path(self.base.name).name if Path(self.base.name).exists() else self.base.name
         made = told(self.base, sources, picture, [ask], 0, shared)
         cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
         notes = tuple(f"the text encoder does not read the end of the {what}: …{cut}" for what, cut in cuts if cut)
