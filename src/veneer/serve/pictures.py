@@ -10,6 +10,7 @@ on who shares its batch. One thread draws; nothing else touches the base or its 
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import logging
 import threading
@@ -150,7 +151,10 @@ class PictureEngine:
         self._source = source or (lambda digest: Source(digest, "", digest, "", ""))
         self._control_names = dict(controls or {})
         self._controls: dict[str, tuple[str, Any]] = {}
-        self._preparing = threading.Lock()
+        (tokenizer, limit), *_ = readers(base)
+        # A copy: a tokenizer remembers how it was last called, and its own is called by the thread that draws.
+        self._counter = copy.deepcopy(getattr(tokenizer, "tokenizer", tokenizer)), limit
+        self._preparing, self._counting = threading.Lock(), threading.Lock()
         self._wake = threading.Condition()
         self._waiting: list[_Job] = []
         self._running: list[_Job] = []
@@ -227,9 +231,9 @@ class PictureEngine:
 
     def tokens(self, *texts: str) -> int:
         """How many tokens these prompts are."""
-        (tokenizer, limit), *_ = readers(self.base)
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        return sum(min(limit, len(tokenizer(text, truncation=True, max_length=limit)["input_ids"])) for text in texts)
+        tokenizer, limit = self._counter
+        with self._counting:
+            return sum(min(limit, len(tokenizer(text)["input_ids"])) for text in texts)
 
     def places(self, settings: Settings) -> int:
         """How many places of latents the denoiser works on for a picture of that size."""
