@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,14 @@ from tests.image_twins import levels, state_of
 from tests.serve.pictures_here import Shelf, ask, collect, drawn, shelf_of
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
+from veneer.formats.convert import write
+from veneer.imaging.adapters import Mixer
+from veneer.imaging.remake import remake, remembered
+from veneer.library.library import open_library
 from veneer.models.image import ImageBase, load_image
 from veneer.serve.pictures import Drawn, PictureEngine, Preview, Queued, Step, _Turns
 from veneer.serve.request import Refused
+from veneer.using import load_adapter
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +285,20 @@ def test_a_record_is_of_one_caller_alone(engine: PictureEngine, shelf: Shelf) ->
     assert "Lora hashes" not in one.made.infotext.fields, "no file's hash is known here"
     assert one.made.record["rows"][0]["adapters"] == [[brand, "0.5"]]
     assert (one.usage.completion, one.usage.prompt > 2) == (engine.places(mine.settings), True)
+
+
+def test_a_picture_is_made_again_from_the_library(base: ImageBase, shelf: Shelf, tmp_path: Path) -> None:
+    brand = shelf.digest["brand"]
+    write(shelf.adapters[brand], tmp_path / "brand.safetensors", to="kohya", family="flux1")
+    with open_library() as library:
+        library.add(tmp_path / "brand.safetensors", "brand")
+    kept = Shelf(brand=load_adapter(base, "brand"))
+    with PictureEngine(base, kept.read) as engine:
+        asked = ask(3, (kept.digest["brand"], 0.7), labels={kept.digest["brand"]: "brand"})
+        made = drawn(engine, asked)[0].made
+    wanted = remembered(made.save(tmp_path / "out.png"))
+    with Mixer(base) as mixer:
+        assert levels(remake(mixer, wanted).image, made.image) == 0
 
 
 def test_what_is_not_read_of_a_prompt_is_said(engine: PictureEngine) -> None:

@@ -327,6 +327,16 @@ def test_bodies_are_limited_and_must_be_what_they_say(url: str) -> None:
     assert upload.status_code == 413
     for kind, content in (("application/json", b"[]"), ("application/json", b"{"), ("multipart/form-data", b"x")):
         assert httpx.post(at, content=content, headers={"content-type": kind}).status_code == 400
+    for odd in (
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "\\ud800": 1}',
+        b'{"prompt": "a", "seed": NaN}',
+        b"[" * 100000,
+    ):
+        found = httpx.post(f"{url}/v1/images/generations", content=odd)
+        assert (found.status_code, found.json()["error"]["code"]) == (400, "invalid_request")
+    nothing = {"n": None, "mix": None, "lora": None, "control": None, "size": None, "quality": None, "model": None}
+    assert httpx.post(f"{url}/v1/images/generations", json=FEW | nothing | {"prompt": "a"}).status_code == 200
     unused = httpx.post(at, data={"prompt": "a"}, files={"image": ("a", file_of(noise())), "sketch": ("b", b"0")})
     assert "unknown key 'sketch'" in unused.json()["error"]["message"]
 

@@ -244,9 +244,9 @@ def _as_refused(error: Exception) -> Refused:
 
 def _error(error: Refused) -> dict[str, Any]:
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    message = error.what + (f": {error.fix}" if error.fix else "")
-    code = _CODES.get(error.code, error.code)
-    return {"error": {"message": message, "type": kind, "param": error.param, "code": code}}
+    said = {"message": error.what + (f": {error.fix}" if error.fix else ""), "type": kind, "param": error.param}
+    told = {key: value and value.encode(errors="replace").decode() for key, value in said.items()}  # half a surrogate
+    return {"error": told | {"code": _CODES.get(error.code, error.code)}}
 
 
 # -- who asks, and whether they are still there ------------------------------------------------------------------------

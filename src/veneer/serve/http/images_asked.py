@@ -156,9 +156,9 @@ class EditAsked(ImageAsked):
 
 
 def asked_of(kind: type[ImageAsked], fields: dict[str, Any], most: int) -> ImageAsked:
-    """The body, checked by itself. Raises Refused that names everything wrong with it."""
+    """The body, checked by itself; null is what is not there. Raises Refused that names everything wrong with it."""
     try:
-        asked = kind.model_validate(fields)
+        asked = kind.model_validate({key: value for key, value in fields.items() if value is not None})
     except ValidationError as error:
         raise _told(kind, error) from error
     if asked.n > most:
