@@ -10,6 +10,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from veneer.errors import AdapterError, BaseError, MismatchError, ResourceError, VeneerError
 from veneer.serve.request import Refused
 
@@ -93,7 +95,7 @@ def refused(error: BaseException) -> Refused:
     """As an answer to the client. A picture that is not finite comes from what was asked for: not worth a retry."""
     if isinstance(error, Refused):
         return error
-    if isinstance(error, ResourceError | MemoryError):
+    if isinstance(error, ResourceError | MemoryError | torch.OutOfMemoryError):
         return Refused("there is no memory left for this picture", status=503, code="overloaded")
     if isinstance(error, AdapterError | MismatchError):
         return Refused(error.what, status=400, code="adapter_unusable", fix=error.fix)

@@ -460,7 +460,7 @@ class _Turns:
 
     def take(self, tenant: str, weight: float) -> None:
         self._present = max(self._present, self._clocks[tenant])
-        self._clocks[tenant] += 1 / weight
+        self._clocks[tenant] += 1 / max(weight, 1e-6)
 
 
 def _preview_steps(previews: int, of: int) -> list[int]:

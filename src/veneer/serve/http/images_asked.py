@@ -34,6 +34,7 @@ from veneer.serve.request import Refused
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from veneer.models.image import ImageBase
     from veneer.serve.access import Caller, Served
 
 __all__ = ["EditAsked", "ImageAsked", "Planned", "asked_of", "fields_of", "invalid", "planned"]
@@ -289,40 +290,9 @@ def planned(
     if width * height > engine.max_pixels:
         raise invalid(f"{width}×{height}: at most {engine.max_pixels} pixels are drawn here", "size")
     image, mask = (sent.fitted(picture, width, height, what) for picture, what in ((image, "image"), (mask, "mask")))
-    controls, said = [], []
-    for one, picture in held:
-        name, model = engine.control(one.type)
-        if one.begin >= one.end:
-            raise invalid(f"a control from {one.begin:g} to {one.end:g} of the steps", "control")
-        try:
-            made, told = control_picture(ControlSpec(one.type, "(sent)"), picture, width, height)
-        except VeneerError as error:
-            raise invalid(error.what, "control", error.fix) from error
-        notes += told
-        controls.append(Control(model, made, one.strength, one.begin, one.end))
-        said.append(
-            {"kind": one.type, "model": _public(name), "weight": one.strength, "begin": one.begin, "end": one.end}
-            | sent.record(one.image)
-        )
-    steps, guidance = default_settings(base)
-    given = asked.guidance_scale
-    if base.family == "qwen-image" and given is None:
-        given = asked.true_cfg_scale  # which is its guidance
-    try:
-        settings = Settings(
-            width=width,
-            height=height,
-            steps=asked.num_inference_steps or max(1, round(steps * _STEPS.get(asked.quality, 1.0))),
-            guidance=guidance if given is None else given,
-            true_guidance=1.0 if base.family == "qwen-image" else asked.true_cfg_scale or 1.0,
-            scheduler=asked.scheduler,
-            image=image,
-            mask=mask,
-            denoise=_denoise(asked, image, mask),
-            controls=tuple(controls),
-        )
-    except VeneerError as error:
-        raise invalid(error.what, error.where, error.fix) from error
+    controls, said = sent.controls(engine, held, width, height)
+    pictures: dict[str, Any] = {"image": image, "mask": mask, "denoise": _denoise(asked, image, mask)}
+    settings = Settings(width, height, *_numbers(base, asked), scheduler=asked.scheduler, controls=controls, **pictures)
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
     edit = asked if isinstance(asked, EditAsked) else None
     first = PictureRequest(
@@ -341,10 +311,21 @@ def planned(
         weight=caller.weight,
     )
     requests = tuple(replace(first, seed=(seed + i) % SEEDS, id=f"{first.id}-{i}") for i in range(asked.n))
-    pictures = (image is not None) + len(controls)
     texts = [text for text in (asked.prompt, asked.negative_prompt) if text]
-    places = engine.places(settings) * pictures
+    places = engine.places(settings) * ((image is not None) + len(controls))
     return Planned(requests, tuple(notes), width, height, engine.tokens(*texts), places)
+
+
+def _numbers(base: ImageBase, asked: ImageAsked) -> tuple[int, float, float]:
+    """Steps, guidance and true guidance. Qwen-Image's own guidance is what others call the true one."""
+    steps, guidance = default_settings(base)
+    taken = asked.num_inference_steps or max(1, round(steps * _STEPS.get(asked.quality, 1.0)))
+    given, true = asked.guidance_scale, asked.true_cfg_scale
+    if base.family == "qwen-image":
+        if given is not None and true is not None:
+            raise invalid("true_cfg_scale is this base's guidance_scale", "true_cfg_scale", "leave one out")
+        given, true = true if given is None else given, None
+    return taken, guidance if given is None else given, 1.0 if true is None else true
 
 
 def _denoise(asked: ImageAsked, image: Image | None, mask: Image | None) -> float:
@@ -400,6 +381,25 @@ class _Sent:
             raise invalid(error.what, what, f"crop it, or ask for size {picture.width}x{picture.height}") from error
         self.notes += [said] if said else []
         return made
+
+    def controls(
+        self, engine: PictureEngine, held: Sequence[tuple[ControlAsked, Image]], width: int, height: int
+    ) -> tuple[tuple[Control, ...], list[dict[str, Any]]]:
+        """(what the engine gets, what a record says of it)."""
+        controls, said = [], []
+        for one, picture in held:
+            name, model = engine.control(one.type)
+            if one.begin >= one.end:
+                raise invalid(f"a control from {one.begin:g} to {one.end:g} of the steps", "control")
+            try:
+                made, told = control_picture(ControlSpec(one.type, "(sent)"), picture, width, height)
+            except VeneerError as error:
+                raise invalid(error.what, "control", error.fix) from error
+            self.notes += told
+            controls.append(Control(model, made, one.strength, one.begin, one.end))
+            about: dict[str, Any] = {"kind": one.type, "model": _public(name), **self.record(one.image)}
+            said.append(about | {"weight": one.strength, "begin": one.begin, "end": one.end})
+        return tuple(controls), said
 
     def record(self, data: Data) -> dict[str, str]:
         return {"path": "", "sha256": hashlib.sha256(_bytes(data, "image")).hexdigest()}
