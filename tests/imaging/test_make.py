@@ -16,7 +16,7 @@ from tests.tiny_image_base import SIZE
 from veneer import api
 from veneer.errors import DataError
 from veneer.imaging.adapters import Mixer, parse_use
-from veneer.imaging.make import Ask, Made, Options, make
+from veneer.imaging.make import Ask, Made, Options, make, size_for
 from veneer.models.image import ImageBase
 from veneer.models.image_generate import fitted
 
@@ -110,11 +110,9 @@ def test_a_picture_may_be_all_that_says_the_size(base: ImageBase) -> None:
 def test_a_size_in_a_pictures_proportion_is_one_that_the_picture_fits(side: int, unit: int) -> None:
     from types import SimpleNamespace
 
-    from veneer.imaging.make import _size
-
     base: Any = SimpleNamespace(size=side, unit=unit)
     for width in range(30, 181):
         given = Image.new("L", (10 * width, 600))
-        found = _size(base, None, None, given)
+        found = size_for(base, None, None, given)
         assert fitted(given, *found, "picture")[0].size == found
         assert 0.5 < found[0] * found[1] / side**2 < 2

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SAMPLERS",
     "Infotext",
+    "encoded",
     "lora_hashes",
     "lora_tags",
     "parse",
@@ -187,6 +188,20 @@ def png_bytes(picture: Image.Image, text: str, record: Mapping[str, Any] | None 
         chunks.add_text("veneer", json.dumps(record, ensure_ascii=True, sort_keys=True))
     out = io.BytesIO()
     picture.save(out, "PNG", pnginfo=chunks)
+    return out.getvalue()
+
+
+def encoded(picture: Image.Image, text: str, record: Mapping[str, Any], kind: str, quality: int = 95) -> bytes:
+    """The picture as `png`, `jpeg` or `webp`; `quality` (0 to 100) is of the latter two, which have the infotext where
+    A1111 writes it, in Exif's comment, and no record."""
+    from PIL import Image
+
+    if kind == "png":
+        return png_bytes(picture, text, record)
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    out = io.BytesIO()
+    picture.save(out, kind.upper(), quality=quality, exif=exif)
     return out.getvalue()
 
 

@@ -40,17 +40,19 @@ Use = tuple[str, Strength]
 
 @dataclass(frozen=True)
 class Source:
-    """Where an attached adapter came from: its own digest, and the hashes of its file that managers know it by."""
+    """Where an attached adapter came from: its own digest, and the hashes of its file that managers know it by, empty
+    where they are not known. `called`: what people call it, where that is not `name`."""
 
     name: str
     path: str
     digest: str
     sha256: str
     autov3: str
+    called: str = ""
 
     @property
     def label(self) -> str:
-        return label_of(self.name)
+        return label_of(self.called or self.name)
 
 
 _SAYING_NOTHING = ("adapter", "adapter_model", "pytorch_lora_weights")

@@ -9,8 +9,10 @@ canny=sketch.png:0.7@0-0.5       in the first half of the steps
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
 
     from veneer.models.image import ImageBase
 
-__all__ = ["CANNY", "ControlSpec", "canny", "control_model_of", "control_picture", "open_picture", "parse_control"]
+__all__ = [
+    "CANNY", "ControlSpec", "canny", "control_model_of", "control_picture", "decoded", "flattened", "open_picture",
+    "parse_control",
+]  # fmt: skip
 
 _FORM = re.compile(
     r"(?P<kind>[a-z0-9_-]+)(?:@(?P<model>[^=]+))?=(?P<path>.+?)"
@@ -94,14 +99,9 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
 def open_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
     """(the picture, upright and flat on that paper, and the sha256 of its file). Raises DataError for a file that is no
     picture, with the nearest names where there is none."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     place = Path(path).expanduser()
     try:
         data = place.read_bytes()
-        with Image.open(place) as found:
-            picture = ImageOps.exif_transpose(found)
-            picture.load()
     except FileNotFoundError:
         near = nearest(place.name, [p.name for p in place.parent.iterdir()], 1) if place.parent.is_dir() else []
         raise DataError(
@@ -111,9 +111,32 @@ def open_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
         ) from None
     except IsADirectoryError:
         raise DataError("this is a folder, not a picture", where=str(path)) from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except OSError as error:
         raise DataError(f"this is no picture: {error}", where=str(path)) from error
-    return flattened(picture, paper), hashlib.sha256(data).hexdigest()
+    return flattened(decoded(data, str(path)), paper), hashlib.sha256(data).hexdigest()
+
+
+def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image:
+    """The picture in these bytes, upright. `max_pixels` is held against what the header says, before anything is
+    decoded: a few bytes may claim gigabytes. Raises DataError."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=None if formats is None else tuple(formats)) as found:
+            if max_pixels is not None and found.width * found.height > max_pixels:
+                raise DataError(
+                    f"this picture is {found.width}×{found.height}", where=where, fix=f"at most {max_pixels} pixels"
+                )
+            picture = ImageOps.exif_transpose(found)
+            picture.load()
+    except UnidentifiedImageError as error:
+        known = f", in none of {', '.join(formats)}" if formats else ""
+        raise DataError(f"this is no picture{known}: cannot identify image file", where=where) from error
+    except (
+        OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    ) as error:  # fmt: skip
+        raise DataError(f"this is no picture: {error}", where=where) from error
+    return picture
 
 
 def flattened(picture: Image, paper: str = "white") -> Image:

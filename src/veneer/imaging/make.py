@@ -10,7 +10,7 @@ stand above it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from veneer.models.image import ImageBase
 
-__all__ = ["Ask", "Made", "Options", "asks_of", "make", "versions"]
+__all__ = ["Ask", "Made", "Options", "asks_of", "make", "shared_record", "size_for", "told", "versions"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def make(
             mixer.say("note: <lora:…> in a prompt is read as plain text here; adapters are named apart")
     settings, inputs = _prepared(mixer, options)
     rows = [Row(ask.prompt, ask.negative, ask.seed, plans[ask.uses]) for ask in asks]
-    shared = _shared(base, settings, options) | inputs
+    shared = shared_record(base, settings) | inputs
     out: list[Made] = []
 
     def finish(i: int, picture: Picture) -> None:
@@ -137,7 +137,8 @@ def make(
             if cut:
                 mixer.say(f"note: the text encoder does not read the end of a {what}: …{cut}")
         start = i - picture.index
-        out.append(_made(mixer, picture, asks[i], asks[start : start + len(picture.batch)], shared))
+        batch = asks[start : start + len(picture.batch)]
+        out.append(told(base, mixer.sources, picture, batch, picture.index, shared))
         if on_made is not None:
             on_made(i, out[-1])
 
@@ -158,7 +159,7 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[Settings, dict[str, Any]]
         raise DataError("the mask is black all over: nothing would be made anew", where=where, fix="white is made anew")
     held = [(spec, *open_picture(spec.path)) for spec in options.controls]
     guide = image or next((picture for _, picture, _ in held), None)
-    width, height = _size(base, options.width, options.height, guide)
+    width, height = size_for(base, options.width, options.height, guide)
     image = _fit(mixer, image, width, height, "picture")
     mask = _fit(mixer, mask, width, height, "mask")
     controls, said = [], []
@@ -210,7 +211,7 @@ def _fit(mixer: Mixer, picture: Image | None, width: int, height: int, what: str
     return out
 
 
-def _size(base: ImageBase, width: int | None, height: int | None, guide: Image | None) -> tuple[int, int]:
+def size_for(base: ImageBase, width: int | None, height: int | None, guide: Image | None) -> tuple[int, int]:
     """What was asked for; else sides in the guide's proportion that have about the base's area."""
     if width and height:
         return width, height
@@ -238,7 +239,7 @@ def _size(base: ImageBase, width: int | None, height: int | None, guide: Image |
 # -- what comes out ----------------------------------------------------------------------------------------------------
 
 
-def _shared(base: ImageBase, settings: Settings, options: Options) -> dict[str, Any]:
+def shared_record(base: ImageBase, settings: Settings) -> dict[str, Any]:
     """The part of a record that all pictures of a call have in common."""
     return {
         "version": 1,
@@ -257,7 +258,7 @@ def _shared(base: ImageBase, settings: Settings, options: Options) -> dict[str, 
             "guidance": settings.guidance,
             "true_guidance": settings.true_guidance,
             "scheduler": settings.scheduler or scheduler_name(base),
-            "denoise": settings.denoise if options.image is not None else None,
+            "denoise": settings.denoise if settings.image is not None else None,
         },
     }
 
@@ -267,15 +268,25 @@ def versions() -> dict[str, str]:
     return {"veneer": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
 
 
-def _made(mixer: Mixer, picture: Picture, ask: Ask, batch: Sequence[Ask], shared: dict[str, Any]) -> Made:
-    names = sorted({name for other in batch for name, _ in other.uses})
+def told(
+    base: ImageBase,
+    sources: Mapping[str, Source],
+    picture: Picture,
+    batch: Sequence[Ask],
+    index: int,
+    shared: Mapping[str, Any],
+) -> Made:
+    """The picture with its infotext and record. `batch`: what was made together, of which it is number `index`;
+    `sources`: of the adapters by the names that the asks have for them; `shared`: what `shared_record` gives, and what
+    is to be said of the pictures that went in (`image`, `mask`, `controls`)."""
+    names = sorted({name for ask in batch for name, _ in ask.uses})
     record = {
         **shared,
-        "adapters": {name: _said_of(mixer.sources[name]) for name in names},
-        "rows": [_row(other) for other in batch],
-        "index": picture.index,
+        "adapters": {name: _said_of(sources[name]) for name in names},
+        "rows": [_row(ask) for ask in batch],
+        "index": index,
     }
-    return Made(picture.image, _infotext(mixer, ask, record), record, picture.cut)
+    return Made(picture.image, _infotext(base, sources, batch[index], record), record, picture.cut)
 
 
 def _said_of(source: Source) -> dict[str, str]:
@@ -287,8 +298,8 @@ def _row(ask: Ask) -> dict[str, Any]:
     return {"prompt": ask.prompt, "negative": ask.negative, "seed": ask.seed, "adapters": uses}
 
 
-def _infotext(mixer: Mixer, ask: Ask, record: dict[str, Any]) -> Infotext:
-    settings, base = record["settings"], mixer.base
+def _infotext(base: ImageBase, sources: Mapping[str, Source], ask: Ask, record: dict[str, Any]) -> Infotext:
+    settings = record["settings"]
     sampler, schedule = SAMPLERS.get(settings["scheduler"], (settings["scheduler"], "Automatic"))
     distilled = base.family in ("flux1", "flux2")
     fields = {"Steps": settings["steps"], "Sampler": sampler, "Schedule type": schedule}
@@ -314,7 +325,7 @@ def _infotext(mixer: Mixer, ask: Ask, record: dict[str, Any]) -> Infotext:
     tags: list[str] = []
     hashes: dict[str, str] = {}
     for name, strength in ask.uses:
-        source = mixer.sources[name]
+        source = sources[name]
         by = dict(strength.blocks)
         text = strength.strength * (strength.weights[0] if strength.weights else by.get("text", 1.0))
         rest = strength.strength * by.get(base.row.denoiser, 1.0)
@@ -322,8 +333,8 @@ def _infotext(mixer: Mixer, ask: Ask, record: dict[str, Any]) -> Infotext:
         label = source.label if source.label not in hashes else f"{source.label}-{len(hashes) + 1}"
         tags.append(f" <lora:{label}:{both}>")
         hashes[label] = source.autov3 or source.sha256[:12]
-    if hashes:
-        fields["Lora hashes"] = ", ".join(f"{label}: {digest}" for label, digest in hashes.items())
+    if any(hashes.values()):
+        fields["Lora hashes"] = ", ".join(f"{label}: {digest}" for label, digest in hashes.items() if digest)
     fields["Version"] = f"veneer {__version__}"
     return Infotext(ask.prompt + "".join(tags), ask.negative, {key: str(value) for key, value in fields.items()})
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from veneer.core.adapter import Mix
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image import pipeline
 from veneer.models.image_predict import encode_prompts
+from veneer.models.image_preview import Preview
 from veneer.models.image_schedulers import make_scheduler
 from veneer.models.quiet import quiet
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from veneer.models.image_predict import Conditioning
 
 __all__ = [
-    "Control", "MixPlan", "Picture", "Row", "Settings", "check_numbers", "check_seed", "default_settings", "fitted",
-    "generate_images",
+    "Control", "MixPlan", "Moment", "Picture", "Row", "Settings", "check", "check_numbers", "check_seed",
+    "default_settings", "fitted", "generate_images",
 ]  # fmt: skip
 
 SEEDS = 2**64
@@ -55,12 +56,16 @@ class MixPlan:
 
 @dataclass(frozen=True)
 class Row:
-    """One picture to make."""
+    """One picture to make. `image`, `mask`, `controls` (a picture for each of the settings' controls): its own, where
+    it does not share the settings'."""
 
     prompt: str
     negative: str = ""
     seed: int = 0
     plan: MixPlan = MixPlan()
+    image: Image | None = field(default=None, compare=False, repr=False)
+    mask: Image | None = field(default=None, compare=False, repr=False)
+    controls: tuple[Image, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -139,6 +144,16 @@ class Picture:
     index: int = 0
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A batch at the end of a step. `look(i)`: the picture of row i as far as it is; it costs a pass of the VAE."""
+
+    rows: tuple[Row, ...]
+    done: int
+    of: int
+    look: Callable[[int], Image]
+
+
 def default_settings(base: ImageBase) -> tuple[int, float]:
     """(steps, guidance) where nobody says: diffusers' own for the family; 4 and 0 for a base distilled to few steps."""
     if base.family == "flux1" and not base.denoiser.config.guidance_embeds:
@@ -174,15 +189,16 @@ def generate_images(
     attachment: Attachment | None = None,
     on_step: Callable[[int, int], None] | None = None,
     on_picture: Callable[[int, Picture], None] | None = None,
+    watch: Callable[[Moment], None] | None = None,
 ) -> list[Picture]:
     """A picture for each row, in order. What was selected on `attachment` before is selected again after.
 
-    `on_step(done, of)`: steps over all batches. `on_picture(i, picture)`: as soon as it is there. Raises ConfigError
-    for settings that do not go together or with the base, BaseError for a picture that is not finite."""
+    `on_step(done, of)`: steps over all batches. `on_picture(i, picture)`: as soon as it is there. `watch`: at the end
+    of each step; what it raises ends the call. Raises ConfigError for settings that do not go together or with the
+    base, BaseError for a picture that is not finite."""
     settings = settings or Settings()
-    _check(base, rows, settings, attachment)
-    run = _Run(base, settings, attachment, on_step)
-    run.check_negatives(rows)
+    rows = check(base, rows, settings, attachment)
+    run = _Run(base, rows[0], settings, attachment, on_step, watch)
     run.batches = -(-len(rows) // settings.batch_size)
     before = attachment.selection if attachment is not None else None
     out: list[Picture] = []
@@ -205,12 +221,15 @@ class _Run:
     def __init__(
         self,
         base: ImageBase,
+        like: Row,
         settings: Settings,
-        attachment: Attachment | None,
-        on_step: Callable[[int, int], None] | None,
+        attachment: Attachment | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+        watch: Callable[[Moment], None] | None = None,
     ) -> None:
-        self.base, self.settings, self.attachment, self.on_step = base, settings, attachment, on_step
-        kind: Kind = "text" if settings.image is None else "image" if settings.mask is None else "inpaint"
+        self.base, self.settings, self.attachment = base, settings, attachment
+        self.on_step, self.watch = on_step, watch
+        kind: Kind = "text" if like.image is None else "image" if like.mask is None else "inpaint"
         self.pipe: Any = pipeline(base, kind, [c.model for c in settings.controls])
         self.pipe.set_progress_bar_config(disable=True)
         self.accepts = inspect.signature(type(self.pipe).__call__).parameters
@@ -255,12 +274,12 @@ class _Run:
             unread = negative.cut
             given |= self.embeds(self.emptied(negative, rows), "negative_")
         size = {"width": settings.width or base.size, "height": settings.height or base.size}
-        if settings.image is not None:
-            given |= {"image": [settings.image.convert("RGB")] * len(rows), "strength": settings.denoise}
-            if settings.mask is not None:
-                given["mask_image"] = [settings.mask.convert("L")] * len(rows)
+        if images := [row.image.convert("RGB") for row in rows if row.image is not None]:
+            given |= {"image": images, "strength": settings.denoise}
+        if masks := [row.mask.convert("L") for row in rows if row.mask is not None]:
+            given["mask_image"] = masks
         given |= {key: value for key, value in size.items() if key in self.accepts}
-        given |= self.control_arguments()
+        given |= self.control_arguments(rows)
         self.pipe.scheduler = make_scheduler(base, settings.scheduler)
         self.select([row.plan.at(0.0) for row in rows])
         generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
@@ -293,7 +312,7 @@ class _Run:
                         text.pooled[i] = 0
         return text
 
-    def control_arguments(self) -> dict[str, Any]:
+    def control_arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
         controls = self.settings.controls
         if not controls:
             return {}
@@ -302,8 +321,13 @@ class _Run:
         def each(values: list[Any]) -> Any:
             return values if many else values[0]
 
+        # One picture for all rows goes in as it is; of several ControlNets the pipelines take no lists of pictures.
+        shown = [
+            _batch([row.controls[i] for row in rows]) if any(row.controls for row in rows) else control.picture
+            for i, control in enumerate(controls)
+        ]
         return {
-            "control_image" if "control_image" in self.accepts else "image": each([c.picture for c in controls]),
+            "control_image" if "control_image" in self.accepts else "image": each(shown),
             "controlnet_conditioning_scale": each([float(c.weight) for c in controls]),
             "control_guidance_start": each([c.begin for c in controls]),
             "control_guidance_end": each([c.end for c in controls]),
@@ -319,6 +343,8 @@ class _Run:
 
     def at_end_of_step(self, rows: tuple[Row, ...]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
         now = [row.plan.at(0.0) for row in rows]
+        size = self.settings.width or self.base.size, self.settings.height or self.base.size
+        preview = None if self.watch is None else Preview(self.base, *size)
 
         def callback(pipe: Any, i: int, _t: Any, held: dict[str, Any]) -> dict[str, Any]:
             nonlocal now
@@ -330,6 +356,9 @@ class _Run:
             self.done += 1
             if self.on_step is not None:
                 self.on_step(self.done, of * self.batches)
+            if self.watch is not None and preview is not None:
+                preview.step(pipe.scheduler, held["latents"])
+                self.watch(Moment(rows, i + 1, of, preview.look))
             return held
 
         return callback
@@ -346,9 +375,27 @@ class _Run:
                 fix=("" if dtype == "float32" else "use --dtype float32, or ") + "lower strengths or guidance",
             )
         made = pil.fromarray((array * 255).round().astype("uint8"))
-        if self.settings.image is None or self.settings.mask is None:
+        if row.image is None or row.mask is None:
             return made
-        return pil.composite(made, self.settings.image.convert("RGB"), self.settings.mask.convert("L"))
+        return pil.composite(made, row.image.convert("RGB"), row.mask.convert("L"))
+
+
+def _batch(pictures: Sequence[Image]) -> torch.Tensor:
+    """Pictures of one size as (n, 3, h, w) in 0..1, as the pipelines' own processors make it."""
+    import numpy as np
+
+    arrays = [np.array(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
+    return torch.from_numpy(np.stack(arrays).transpose(0, 3, 1, 2))
+
+
+def check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment: Attachment | None = None) -> list[Row]:
+    """The rows with the pictures that they start from, their own or the settings'. Raises ConfigError for what does not
+    go together or with the base, as `generate_images` would."""
+    rows = [replace(row, image=row.image or settings.image, mask=row.mask or settings.mask) for row in rows]
+    _check(base, rows, settings, attachment)
+    make_scheduler(base, settings.scheduler)
+    _Run(base, rows[0], settings).check_negatives(rows)
+    return rows
 
 
 def _check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment: Attachment | None) -> None:
@@ -371,10 +418,18 @@ def _check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment:
             f"denoise {settings.denoise:g} takes none of {steps} steps",
             fix=f"{least} steps, or denoise {math.ceil(1000 / steps) / 1000:g}",
         )
-    if settings.denoise < 1 and settings.image is None:
+    if settings.denoise < 1 and any(row.image is None for row in rows):
         raise ConfigError("denoise is a share of the steps on a given picture", fix="give image too (--image in.png)")
-    given = [("picture", settings.image), ("mask", settings.mask)]
-    for what, picture in [*given, *(("control picture", c.picture) for c in settings.controls)]:
+    if any(row.mask is not None and row.image is None for row in rows):
+        raise ConfigError("a mask needs the picture it is of", fix="give image too (--image in.png)")
+    if len({(row.image is None, row.mask is None, len(row.controls)) for row in rows}) > 1:
+        raise ConfigError("some rows have a picture, a mask or controls of their own, and some have not")
+    if rows[0].controls and len(rows[0].controls) != len(settings.controls):
+        raise ConfigError(f"{len(settings.controls)} controls, and {len(rows[0].controls)} pictures for them a row")
+    given: list[tuple[str, Image | None]] = [("control picture", control.picture) for control in settings.controls]
+    for row in rows:
+        given += [("picture", row.image), ("mask", row.mask), *(("control picture", p) for p in row.controls)]
+    for what, picture in given:
         if picture is not None and picture.size != (width, height):
             raise ConfigError(
                 f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}",

@@ -25,6 +25,7 @@ from veneer.models.quiet import quiet
 
 __all__ = [
     "Conditioning", "alphas_cumprod", "decode_latents", "encode_pictures", "encode_prompts", "latent_shape", "predict",
+    "unpacked",
 ]  # fmt: skip
 
 
@@ -270,6 +271,16 @@ def latent_shape(base: ImageBase, height: int, width: int) -> tuple[int, int, in
     elif base.row.denoiser == "unet":
         channels = base.denoiser.config.out_channels  # an inpainting U-Net takes a mask and a picture as well
     return int(channels), height // scale, width // scale
+
+
+def unpacked(base: ImageBase, latents: Tensor, width: int, height: int) -> Tensor:
+    """A pipeline's latents of pictures of that many pixels, tokens where the family's denoiser has tokens, as
+    `decode_latents` wants them."""
+    if latents.ndim != 3:
+        return latents
+    side = 2 * base.vae_scale
+    x = latents.transpose(1, 2).unflatten(2, (height // side, width // side))
+    return x if base.row.name == "flux2" else _whole(x)
 
 
 # -- the denoiser ----------------------------------------------------------------------------------------------------

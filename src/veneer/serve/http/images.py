@@ -1,0 +1,300 @@
+"""OpenAI's images surface, with vLLM-Omni's fields and veneer's mixes and controls: `router(engine, catalog, tenancy)`.
+
+    POST /v1/images/generations      a picture of a prompt                    JSON, or a form where controls are files
+    POST /v1/images/edits            a picture from another one, with a mask  a form, or JSON
+
+With `stream`, events: `image_generation.progress` at each step, `.partial_image`, and `.completed` for each picture
+(`image_edit.…` for edits). A client that leaves cancels what it asked for. See docs/reference/serving-images.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from veneer.formats.infotext import encoded, png_bytes
+from veneer.serve.access import Caller, Catalog, Served, Tenancy
+from veneer.serve.http.images_asked import EditAsked, ImageAsked, Planned, asked_of, fields_of, invalid, planned
+from veneer.serve.pictures import Drawn, PictureEngine, PictureEvent, Preview, Step
+from veneer.serve.request import Refused, Usage
+
+__all__ = ["router"]
+
+T = TypeVar("T")
+Told = tuple[int, PictureEvent]
+
+_log = logging.getLogger("veneer.serve")
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_CODES = {"rate_limited": "rate_limit_exceeded", "unauthorized": "invalid_api_key"}
+_QUALITY = {"auto": "medium", "standard": "medium", "hd": "high"}
+_INTERNAL = "the server made an error; its log says more"
+
+
+def router(
+    engine: PictureEngine,
+    catalog: Catalog,
+    tenancy: Tenancy,
+    *,
+    max_body: int = 64 << 20,
+    max_pixels: int = 1 << 24,
+    max_n: int = 10,
+) -> APIRouter:
+    """The two routes. `max_pixels`: of a picture that is sent. Who asks is what the application has found out
+    (`veneer.caller` in the scope), else asked of `tenancy`."""
+    surface = _Surface(engine, catalog, tenancy, max_body, max_pixels, max_n)
+    made = APIRouter(tags=["OpenAI"])
+
+    @made.post("/v1/images/generations", summary="Draw pictures of a prompt.")
+    async def generations(request: Request) -> Response:
+        return await surface.answer(request, ImageAsked, "image_generation")
+
+    @made.post("/v1/images/edits", summary="Draw pictures from another one, where its mask is open or all over.")
+    async def edits(request: Request) -> Response:
+        return await surface.answer(request, EditAsked, "image_edit")
+
+    return made
+
+
+class _Surface:
+    def __init__(
+        self, engine: PictureEngine, catalog: Catalog, tenancy: Tenancy, max_body: int, max_pixels: int, max_n: int
+    ) -> None:
+        self.engine, self.catalog, self.tenancy = engine, catalog, tenancy
+        self.max_body, self.max_pixels, self.max_n = max_body, max_pixels, max_n
+
+    async def answer(self, request: Request, kind: type[ImageAsked], event: str) -> Response:
+        try:
+            caller = request.scope.get("veneer.caller") or await self.tenancy.caller(_key(request))
+            asked = asked_of(kind, await fields_of(request, self.max_body), self.max_n)
+            caller = replace(caller, user=asked.user or asked.safety_identifier or caller.user)
+            served, labels = _named(self.catalog, asked, caller)
+            plan = await asyncio.to_thread(planned, self.engine, asked, caller, served, labels, self.max_pixels)
+            events = self._run(plan, caller, served, request.scope.get("veneer.id") or plan.requests[0].id)
+            if not asked.stream:
+                return JSONResponse(await _unless_left(request, self._collected(events, asked, plan)))
+            first = await _unless_left(request, _next(events))
+            return _Stream(_lines(first, events, asked, plan, event), events)
+        except _ClientLeft:
+            return Response(status_code=499)
+        except Exception as error:
+            refused = _as_refused(error)
+            retry = {} if refused.retry_after is None else {"retry-after": str(max(1, round(refused.retry_after)))}
+            return JSONResponse(_error(refused), refused.status, retry)
+
+    async def _run(self, plan: Planned, caller: Caller, served: Served, number: str) -> AsyncGenerator[Told, None]:
+        """The engine's events, under the caller's limits; what was drawn is billed however it ends, in part too."""
+        places = self.engine.places(plan.requests[0].settings)
+        usages = [Usage(0, 0, 0) for _ in plan.requests]
+        admitted = self.tenancy.admitted(
+            caller, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=places * len(usages)
+        )  # fmt: skip
+        async with admitted as bill:
+            try:
+                async with aclosing(self.engine.events(plan.requests)) as events:
+                    async for i, event in events:
+                        if isinstance(event, Step):
+                            usages[i] = replace(usages[i], completion=round(places * event.done / event.of))
+                        elif isinstance(event, Drawn):
+                            usages[i] = event.usage
+                        yield i, event
+            finally:
+                bill.used(
+                    Usage(
+                        plan.text_tokens if any(usage.completion for usage in usages) else 0,
+                        0,
+                        sum(usage.completion for usage in usages),
+                        max(usage.queued for usage in usages),
+                        decode=max(usage.decode for usage in usages),
+                    )
+                )
+
+    async def _collected(self, events: AsyncGenerator[Told, None], asked: ImageAsked, plan: Planned) -> dict[str, Any]:
+        found: dict[int, Drawn] = {}
+        async with aclosing(events):
+            async for i, event in events:
+                if isinstance(event, Drawn):
+                    found[i] = event
+        data = []
+        for i, request in enumerate(plan.requests):
+            file = await asyncio.to_thread(_file, found[i], asked)
+            one: dict[str, Any] = {"seed": request.seed}
+            if asked.response_format == "url":
+                one["url"] = f"data:image/{asked.kind};base64,{file}"
+            else:
+                one["b64_json"] = file
+            data.append(one | _notes(plan, found[i]))
+        return _about(asked, plan) | {
+            "created": int(time.time()),
+            "data": data,
+            "usage": _usage(plan, sum(drawn.usage.completion for drawn in found.values())),
+        }
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+def _named(catalog: Catalog, asked: ImageAsked, caller: Caller) -> tuple[Served, dict[str, str]]:
+    """What acts, and what the client calls each adapter. An empty `mix` or `lora` is the base."""
+    ways = {
+        "mix": None if asked.mix is None else [(part.adapter, part.strength) for part in asked.mix],
+        "lora": None if asked.lora is None else [(part.name, part.scale) for part in asked.lora],
+    }
+    given = [(way, parts) for way, parts in ways.items() if parts is not None]
+    if not given:
+        served = catalog.resolve(asked.model, caller)
+        return served, {digest: served.target for digest, _ in served.mix} if len(served.mix) == 1 else {}
+    if len(given) > 1:
+        raise invalid("mix and lora both name adapters", "lora", "leave one out")
+    (way, parts) = given[0]
+    if catalog.resolve(asked.model, caller).mix:
+        raise invalid(f"model and {way} both name adapters", way, f"model {catalog.base!r}, or none, beside {way}")
+    served = catalog.resolve_mix(parts, caller) if parts else catalog.resolve("", caller)
+    labels = {digest: name for name, _ in parts for digest, _ in catalog.resolve(name, caller).mix}
+    return served, labels
+
+
+def _file(drawn: Drawn, asked: ImageAsked) -> str:
+    made = drawn.made
+    quality = 95 if asked.output_compression is None else asked.output_compression
+    return base64.b64encode(encoded(made.image, made.text, made.record, asked.kind, quality)).decode()
+
+
+def _about(asked: ImageAsked, plan: Planned) -> dict[str, Any]:
+    return {
+        "background": "opaque",
+        "output_format": asked.kind,
+        "quality": _QUALITY.get(asked.quality, asked.quality),
+        "size": f"{plan.width}x{plan.height}",
+    }
+
+
+def _usage(plan: Planned, output: int) -> dict[str, Any]:
+    text, image = plan.text_tokens, plan.image_tokens
+    return {
+        "input_tokens": text + image,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": image},
+        "output_tokens": output,
+        "total_tokens": text + image + output,
+    }
+
+
+def _notes(plan: Planned, drawn: Drawn) -> dict[str, Any]:
+    notes = [*plan.notes, *drawn.notes]
+    return {"notes": notes} if notes else {}
+
+
+async def _lines(
+    first: Told, rest: AsyncGenerator[Told, None], asked: ImageAsked, plan: Planned, event: str
+) -> AsyncGenerator[bytes, None]:
+    """Server-sent events. What fails after the first is an event too; its status was sent long ago."""
+    created = int(time.time())
+
+    async def line(i: int, told: PictureEvent) -> bytes | None:
+        if isinstance(told, Step):
+            return _sse({"type": f"{event}.progress", "index": i, "step": told.done, "steps": told.of})
+        common = {"index": i, "created_at": created, **_about(asked, plan)}
+        if isinstance(told, Preview):
+            file = await asyncio.to_thread(_preview, told, asked)
+            own = {"type": f"{event}.partial_image", "b64_json": file, "partial_image_index": told.index}
+            return _sse(own | common)
+        if isinstance(told, Drawn):
+            file = await asyncio.to_thread(_file, told, asked)
+            own = {"type": f"{event}.completed", "b64_json": file, "seed": plan.requests[i].seed}
+            return _sse(own | common | {"usage": _usage(plan, told.usage.completion)} | _notes(plan, told))
+        return None
+
+    try:
+        if (made := await line(*first)) is not None:
+            yield made
+        async for told in rest:
+            if (made := await line(*told)) is not None:
+                yield made
+    except Exception as error:
+        yield _sse({"type": "error"} | _error(_as_refused(error)))
+
+
+def _preview(preview: Preview, asked: ImageAsked) -> str:
+    if asked.kind == "png":
+        return base64.b64encode(png_bytes(preview.image, "")).decode()
+    return base64.b64encode(encoded(preview.image, "", {}, asked.kind, 80)).decode()
+
+
+def _sse(data: dict[str, Any]) -> bytes:
+    return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def _as_refused(error: Exception) -> Refused:
+    if isinstance(error, Refused):
+        return error
+    _log.error("a request for pictures failed", exc_info=error)
+    return Refused(_INTERNAL, status=500, code="internal")
+
+
+def _error(error: Refused) -> dict[str, Any]:
+    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    said = {"message": error.what + (f": {error.fix}" if error.fix else ""), "type": kind, "param": error.param}
+    told = {key: value and value.encode(errors="replace").decode() for key, value in said.items()}  # half a surrogate
+    return {"error": told | {"code": _CODES.get(error.code, error.code)}}
+
+
+# -- who asks, and whether they are still there ------------------------------------------------------------------------
+
+
+def _key(request: Request) -> str | None:
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if kind.lower() == "bearer" and key.strip() else request.headers.get("x-api-key")
+
+
+class _ClientLeft(Exception):
+    """The connection is closed; what was asked for over it is cancelled."""
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; _ClientLeft, with the work cancelled, when the client leaves before."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _ClientLeft
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _next(events: AsyncGenerator[Told, None]) -> Told:
+    return await anext(events)
+
+
+class _Stream(StreamingResponse):
+    """Closes what stands behind it however it ends: a generator that was never begun has no end of its own."""
+
+    def __init__(self, lines: AsyncGenerator[bytes, None], events: AsyncGenerator[Told, None]) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(lines, media_type="text/event-stream", headers=headers)
+        self.lines, self.events = lines, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.lines.aclose()
+            await self.events.aclose()

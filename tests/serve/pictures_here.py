@@ -1,0 +1,130 @@
+"""A picture engine on a tiny base, adapters by digest and by name, asking it, and a server of it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from tests.image_twins import random_adapter
+from tests.tiny_image_base import SIZE
+from veneer.core.adapter import Adapter
+from veneer.errors import MismatchError
+from veneer.models.image import ImageBase
+from veneer.models.image_generate import Settings
+from veneer.serve.access import Caller, ModelCard, Served
+from veneer.serve.pictures import Drawn, PictureEngine, PictureEvent, PictureRequest
+from veneer.serve.request import Refused, make_mix
+from veneer.using import load_adapter
+
+
+class Shelf:
+    """Adapters by digest, and how often each was read."""
+
+    def __init__(self, **adapters: Adapter) -> None:
+        self.adapters = {adapter.digest(): adapter for adapter in adapters.values()}
+        self.digest = {name: adapter.digest() for name, adapter in adapters.items()}
+        self.read_of: list[str] = []
+
+    def read(self, digest: str) -> Adapter:
+        self.read_of.append(digest)
+        if digest not in self.adapters:
+            raise Refused(f"no adapter {digest}", status=404, code="model_not_found")
+        return self.adapters[digest]
+
+
+def shelf_of(base: ImageBase) -> Shelf:
+    return Shelf(
+        brand=random_adapter(base.model, 1),
+        look=random_adapter(base.model, 2),
+        dora=random_adapter(base.model, 3, dora=True),
+    )
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(**({"width": SIZE, "height": SIZE, "steps": 3, "guidance": 3.5} | changes))
+
+
+def ask(seed: int = 0, *mix: tuple[str, float], prompt: str = "a red cat", **more: Any) -> PictureRequest:
+    own = {key: more.pop(key) for key in list(more) if key in Settings.__dataclass_fields__}
+    return PictureRequest(prompt, settings(**own), seed=seed, mix=tuple(sorted(mix)), **more)
+
+
+async def collect(
+    engine: PictureEngine, *requests: PictureRequest, on_event: Callable[[int, PictureEvent], None] | None = None
+) -> list[Drawn]:
+    """What was drawn, in the order of the requests."""
+    found: dict[int, Drawn] = {}
+    async for i, event in engine.events(requests):
+        if on_event is not None:
+            on_event(i, event)
+        if isinstance(event, Drawn):
+            found[i] = event
+    return [found[i] for i in range(len(requests))]
+
+
+def drawn(engine: PictureEngine, *requests: PictureRequest) -> list[Drawn]:
+    """All at once, each as a caller of its own."""
+
+    async def all_of() -> Sequence[list[Drawn]]:
+        return await asyncio.gather(*(collect(engine, request) for request in requests))
+
+    return [one for (one,) in asyncio.run(all_of())]
+
+
+class Names:
+    """A catalog of what is on a shelf, and of files that are tried when they are asked for."""
+
+    base = "tiny"
+
+    def __init__(self, base: ImageBase, shelf: Shelf, files: dict[str, str] | None = None) -> None:
+        self.of, self.shelf, self.files = base, shelf, files or {}
+
+    def resolve(self, model: str, caller: Caller) -> Served:
+        name = model.removeprefix("tiny:")
+        if name in ("", "tiny"):
+            return Served((), model, name)
+        if name in self.files:
+            try:
+                load_adapter(self.of, self.files[name])
+            except MismatchError as error:
+                raise Refused(error.what, status=400, code="adapter_unusable", param="model") from error
+        if name not in self.shelf.digest or not caller.sees(name):
+            raise Refused(f"the model {model!r} does not exist", status=404, code="model_not_found", param="model")
+        return Served(((self.shelf.digest[name], 1.0),), model, name)
+
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
+        mix = [(d, s * own) for name, s in parts for d, own in self.resolve(name, caller).mix]
+        return Served(make_mix(mix), "mix", "mix")
+
+    def models(self, caller: Caller) -> list[ModelCard]:
+        return []
+
+    def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
+        raise NotImplementedError
+
+    def unload(self, name: str) -> None:
+        raise NotImplementedError
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The address of a server of this app on a free port."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until = time.monotonic() + 30
+        while not server.started:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
