@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from tests.tiny_image_base import LENGTH, SIZE
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.targets import base_modules
+from veneer.formats.topology import families
+from veneer.models.image import ImageBase
 from veneer.models.quiet import quiet
 
 Weights = dict[str, Tensor]
@@ -104,3 +106,28 @@ def levels(a: Image, b: Image) -> int:
 
 def state_of(model: nn.Module) -> Mapping[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def original(base: ImageBase, encoder: bool = False, prefix: str = "model.diffusion_model.") -> Weights:
+    """The denoiser under the original names, from the table of names: parts of fused projections joined, the halves of
+    the last modulation back in the original order. With `encoder` SD 1's CLIP beside it."""
+    state = {f"{base.row.denoiser}.{n}": t for n, t in base.denoiser.state_dict().items()}
+    out = {}
+    if base.family == "qwen-image":  # its original names are diffusers' own
+        return {prefix + n.removeprefix("transformer."): t for n, t in state.items()}
+    for name, places in families()[base.family].originals.items():
+        modules = [p.module for p in places]
+        for part in ("weight", "bias"):
+            if all(f"{m}.{part}" in state for m in modules):
+                value = torch.cat([state.pop(f"{m}.{part}") for m in modules])
+                if places[0].swap:
+                    value = torch.cat(value.chunk(2)[::-1])
+                scale = part == "weight" and name.endswith(("query_norm", "key_norm"))
+                out[f"{prefix}{name}.{'scale' if scale else part}"] = value.clone()
+    if base.family == "sd3":
+        out[f"{prefix}pos_embed"] = state.pop("transformer.pos_embed.pos_embed")
+    if encoder:
+        for name, tensor in base.parts["text_encoder"].state_dict().items():
+            own = name if name.startswith("text_model.") else f"text_model.{name}"
+            out[f"cond_stage_model.transformer.{own}"] = tensor.clone()
+    return out

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.image_twins import original
 from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer.core.targets import base_modules
 from veneer.errors import BaseError, ConfigError
-from veneer.formats.topology import families
-from veneer.models.image import ImageBase, load_image, pipeline
+from veneer.models.image import load_image, pipeline
 from veneer.models.image_predict import encode_prompts, latent_shape, predict
 
 pytest.importorskip("diffusers")
@@ -23,31 +23,6 @@ pytest.importorskip("diffusers")
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp() / "image-bases"
-
-
-def original(base: ImageBase, encoder: bool = False, prefix: str = "model.diffusion_model.") -> dict[str, torch.Tensor]:
-    """The denoiser under the original names, from the table of names: parts of fused projections joined, the halves of
-    the last modulation back in the original order. With `encoder` SD 1's CLIP beside it."""
-    state = {f"{base.row.denoiser}.{n}": t for n, t in base.denoiser.state_dict().items()}
-    out = {}
-    if base.family == "qwen-image":  # its original names are diffusers' own
-        return {prefix + n.removeprefix("transformer."): t for n, t in state.items()}
-    for name, places in families()[base.family].originals.items():
-        modules = [p.module for p in places]
-        for part in ("weight", "bias"):
-            if all(f"{m}.{part}" in state for m in modules):
-                value = torch.cat([state.pop(f"{m}.{part}") for m in modules])
-                if places[0].swap:
-                    value = torch.cat(value.chunk(2)[::-1])
-                scale = part == "weight" and name.endswith(("query_norm", "key_norm"))
-                out[f"{prefix}{name}.{'scale' if scale else part}"] = value.clone()
-    if base.family == "sd3":
-        out[f"{prefix}pos_embed"] = state.pop("transformer.pos_embed.pos_embed")
-    if encoder:
-        for name, tensor in base.parts["text_encoder"].state_dict().items():
-            own = name if name.startswith("text_model.") else f"text_model.{name}"
-            out[f"cond_stage_model.transformer.{own}"] = tensor.clone()
-    return out
 
 
 @pytest.mark.parametrize(
