@@ -269,6 +269,10 @@ def load_component(
             options["variant"] = "fp16"
         if quantise:
             options["quantization_config"] = quantisation(library, quantise, dtype, device)
+        if device.type == "cuda" and (quantise or config_of(folder).get("quantization_config")):
+            # Quantised weights are put where they belong while they are read; unasked, that is the current device.
+            index = torch.cuda.current_device() if device.index is None else device.index
+            options["device_map"] = {"": f"cuda:{index}"}
     with quiet():
         try:
             made = cls.from_pretrained(folder, **options)
