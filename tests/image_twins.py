@@ -6,6 +6,7 @@ Pictures are compared in levels of 255: the same sums in another order may round
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,55 @@ def levels(a: Image, b: Image) -> int:
 
 def state_of(model: nn.Module) -> Mapping[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+_OPEN_CLIP = {
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
+}
+
+
+def open_clip(encoder: nn.Module, prefix: str = "conditioner.embedders.1.model.") -> Weights:
+    """SDXL's second text encoder under OpenCLIP's names: q, k and v joined, the projection turned."""
+    out: Weights = {}
+    joined: dict[str, Weights] = {}
+    for name, tensor in encoder.state_dict().items():
+        for ours, theirs in _OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        block, _, rest = name.partition(".self_attn.")
+        if rest:
+            which, _, part = rest.partition("_proj.")
+            joined.setdefault(f"{prefix}{block}.attn.in_proj_{part}", {})[which] = tensor
+        else:
+            out[prefix + name] = (tensor.T if name == "text_projection" else tensor).contiguous().clone()
+    return out | {name: torch.cat([three[which] for which in "qkv"]) for name, three in joined.items()}
+
+
+def original_vae(vae: nn.Module, prefix: str = "first_stage_model.") -> Weights:
+    """An AutoencoderKL under the original names; its attention's linears are 1 × 1 convolutions there."""
+    out: Weights = {}
+    levels = len(vae.config.block_out_channels)  # type: ignore[arg-type,union-attr]
+    for name, tensor in vae.state_dict().items():
+        if ".attentions.0." in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
+        for ours, theirs in {
+            "down_blocks.": "down.", "samplers.0.conv": "sample.conv", "mid_block.resnets.0": "mid.block_1",
+            "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1", "resnets.": "block.",
+            "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_out.0": "proj_out",
+            "to_q": "q", "to_k": "k", "to_v": "v",
+        }.items():  # fmt: skip
+            name = name.replace(ours, theirs)
+        out[prefix + name] = tensor.clone()
+    return out
 
 
 def original(base: ImageBase, encoder: bool = False, prefix: str = "model.diffusion_model.") -> Weights:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.image_twins import original
+from tests.image_twins import open_clip, original, original_vae
 from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer.core.targets import base_modules
 from veneer.errors import BaseError, ConfigError
@@ -171,6 +171,24 @@ def test_tensors_of_a_file_that_no_component_took_are_named(family: str, bases: 
     assert said == (
         f"10 of the file's {len(own) + 10} tensors have no place and are left out: {', '.join(names[:6])} and 4 more"
     )
+
+
+def test_a_whole_file_of_sdxl_has_a_place_for_all_but_what_clip_trained_with(bases: Path, tmp_path: Path) -> None:
+    """Denoiser, VAE and the second text encoder from the file, whose fused and turned tensors are followed."""
+    folder = tiny_image_base(bases, "sdxl", full=True)
+    whole = load_image(str(folder))
+    state = original(whole) | original_vae(whole.parts["vae"]) | open_clip(whole.parts["text_encoder_2"])
+    extra = "conditioner.embedders.1.model.logit_scale"
+    save_file({**state, extra: torch.zeros(1)}, tmp_path / "one.safetensors")
+    configs = Path(shutil.copytree(folder, tmp_path / "configs"))
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder_2/model"):
+        (configs / f"{name}.safetensors").unlink()
+    one = load_image(str(tmp_path / "one.safetensors"), config=configs)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        want = whole.parts[name].state_dict()
+        assert [n for n, t in one.parts[name].state_dict().items() if not torch.equal(t, want[n])] == [], name
+    (said,) = [note for note in one.notes if "no place" in note]
+    assert said == f"1 of the file's {len(state) + 1} tensors have no place and are left out: {extra}"
 
 
 def test_tensors_of_a_file_that_are_missing_are_said(bases: Path, tmp_path: Path) -> None:

@@ -122,7 +122,9 @@ def read_single_file(
             part.to(where)
     if family.name == "flux1":
         _check_widths(path, parts)
-    if left := left_over(table, {name: parts[name] for name in held}):
+    with quiet():
+        left = left_over(table, {name: parts[name] for name in held})
+    if left:
         notes.append(f"{len(left)} of the file's {len(table)} tensors have no place and are left out: {some_of(left)}")
     fields = {n: fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
     digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})
