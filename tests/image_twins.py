@@ -6,6 +6,7 @@ Pictures are compared in levels of 255: the same sums in another order may round
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from tests.tiny_image_base import LENGTH, SIZE
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.targets import base_modules
+from veneer.formats.topology import families
+from veneer.models.image import ImageBase
 from veneer.models.quiet import quiet
 
 Weights = dict[str, Tensor]
@@ -104,3 +107,77 @@ def levels(a: Image, b: Image) -> int:
 
 def state_of(model: nn.Module) -> Mapping[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+_OPEN_CLIP = {
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
+}
+
+
+def open_clip(encoder: nn.Module, prefix: str = "conditioner.embedders.1.model.") -> Weights:
+    """SDXL's second text encoder under OpenCLIP's names: q, k and v joined, the projection turned."""
+    out: Weights = {}
+    joined: dict[str, Weights] = {}
+    for name, tensor in encoder.state_dict().items():
+        for ours, theirs in _OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        block, _, rest = name.partition(".self_attn.")
+        if rest:
+            which, _, part = rest.partition("_proj.")
+            joined.setdefault(f"{prefix}{block}.attn.in_proj_{part}", {})[which] = tensor
+        else:
+            out[prefix + name] = (tensor.T if name == "text_projection" else tensor).contiguous().clone()
+    return out | {name: torch.cat([three[which] for which in "qkv"]) for name, three in joined.items()}
+
+
+def original_vae(vae: nn.Module, prefix: str = "first_stage_model.") -> Weights:
+    """An AutoencoderKL under the original names; its attention's linears are 1 × 1 convolutions there."""
+    out: Weights = {}
+    levels = len(vae.config.block_out_channels)  # type: ignore[arg-type,union-attr]
+    for name, tensor in vae.state_dict().items():
+        if ".attentions.0." in name and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
+        for ours, theirs in {
+            "down_blocks.": "down.", "samplers.0.conv": "sample.conv", "mid_block.resnets.0": "mid.block_1",
+            "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1", "resnets.": "block.",
+            "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_out.0": "proj_out",
+            "to_q": "q", "to_k": "k", "to_v": "v",
+        }.items():  # fmt: skip
+            name = name.replace(ours, theirs)
+        out[prefix + name] = tensor.clone()
+    return out
+
+
+def original(base: ImageBase, encoder: bool = False, prefix: str = "model.diffusion_model.") -> Weights:
+    """The denoiser under the original names, from the table of names: parts of fused projections joined, the halves of
+    the last modulation back in the original order. With `encoder` SD 1's CLIP beside it."""
+    state = {f"{base.row.denoiser}.{n}": t for n, t in base.denoiser.state_dict().items()}
+    out = {}
+    if base.family == "qwen-image":  # its original names are diffusers' own
+        return {prefix + n.removeprefix("transformer."): t for n, t in state.items()}
+    for name, places in families()[base.family].originals.items():
+        modules = [p.module for p in places]
+        for part in ("weight", "bias"):
+            if all(f"{m}.{part}" in state for m in modules):
+                value = torch.cat([state.pop(f"{m}.{part}") for m in modules])
+                if places[0].swap:
+                    value = torch.cat(value.chunk(2)[::-1])
+                scale = part == "weight" and name.endswith(("query_norm", "key_norm"))
+                out[f"{prefix}{name}.{'scale' if scale else part}"] = value.clone()
+    if base.family == "sd3":
+        out[f"{prefix}pos_embed"] = state.pop("transformer.pos_embed.pos_embed")
+    if encoder:
+        for name, tensor in base.parts["text_encoder"].state_dict().items():
+            own = name if name.startswith("text_model.") else f"text_model.{name}"
+            out[f"cond_stage_model.transformer.{own}"] = tensor.clone()
+    return out

@@ -53,9 +53,9 @@ def _controlled(pipeline: Any, base: str, names: list[str], lines: Tensor, weigh
     parts = {k: v for k, v in pipeline.components.items() if k not in ("image_encoder", "feature_extractor")}
     made: Any = (FluxControlNetPipeline if flux else ControlledSDXL)(**parts, controlnet=control)
     made.set_progress_bar_config(disable=True)
-    given = {"control_image" if flux else "image": (lines + 1) / 2}
-    if flux:
-        given["max_sequence_length"] = LENGTH
+    given: dict[str, Any] = {"image": (lines + 1) / 2}
+    if flux:  # whose pipeline gives a tensor to the autoencoder as it is, which knows -1 … 1
+        given = {"control_image": lines, "max_sequence_length": LENGTH}
     out = made(
         [caption(n, "noto") for n in names], height=64, width=64, num_inference_steps=24, guidance_scale=3.0,
         controlnet_conditioning_scale=weight, output_type="pt",

@@ -185,3 +185,39 @@ def test_the_judge_ranks_the_name_it_was_taught(tmp_path: Path) -> None:
     assert judge(model, x, ["blue", "red"]).rank.tolist() == [1, 1]
     assert verdict.style.shape == (2, len(STYLES))
     assert torch.allclose(features.norm(dim=1), torch.ones(2), atol=1e-5)
+
+
+@pytest.mark.parametrize(("base", "least"), [("emoji-flux", -1.0), ("emoji-sdxl", 0.0)])
+def test_a_sheet_gives_each_pipeline_its_lines_as_the_controlnet_learned_them(
+    base: str, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLUX' takes a tensor as it is, for an autoencoder of -1 … 1; SDXL's ControlNet reads 0 … 1."""
+    import contact
+
+    given: dict[str, Any] = {}
+
+    class Pipeline:
+        def __init__(self, **parts: Any) -> None:
+            self.components = parts
+
+        def set_progress_bar_config(self, **options: Any) -> None:
+            pass
+
+        def __call__(self, prompts: list[str], **options: Any) -> Any:
+            given.update(options)
+            return type("Out", (), {"images": torch.zeros(len(prompts), 3, 64, 64)})
+
+    class Control:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> None:
+            return None
+
+    for name in ("FluxControlNetPipeline", "ControlledSDXL"):
+        monkeypatch.setattr(contact, name, Pipeline)
+    for name in ("FluxControlNetModel", "ControlNetModel"):
+        monkeypatch.setattr(contact, name, Control)
+    lines = torch.full((1, 3, 64, 64), -1.0)
+    lines[:, :, 20] = 1.0
+    contact._controlled(Pipeline(), base, ["grinning face"], lines, 1.0)
+    told = given["control_image" if base == "emoji-flux" else "image"]
+    assert sorted(told.unique().tolist()) == [least, 1.0]

@@ -75,6 +75,48 @@ def test_several_are_numbered_and_told_as_json(capsys: Any, place: Path, folder:
         assert info.prompt == ("a cat" if t["file"] < "x-3" else "a dog")
 
 
+def test_a_batch_holds_a_mix_for_each_picture(
+    capsys: Any, place: Path, base: ImageBase, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn together, yet each as it is alone; each PNG says its own mix and is made again with it."""
+    from veneer.imaging import make as making
+
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a cat", "adapters": ["brand.safetensors:0.8"], "seed": 5},
+        {"prompt": "a dog", "adapters": ["look.safetensors:0.5@text=0", "brand.safetensors:-0.25"], "negative": "red"},
+        {"prompt": "a tree", "adapters": []},
+        {"prompt": "a house"},
+    ]
+    Path("b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    real, calls = making.generate_images, []
+    monkeypatch.setattr(making, "generate_images", lambda *a, **k: calls.append(len(a[1])) or real(*a, **k))
+    ran = image(
+        capsys, place, "--batch", "b.jsonl", "-a", "look.safetensors", "--seed", "9", "--steps", "2", "-o", "x.png"
+    )
+    assert ran.code == 0, ran.err
+    assert calls == [4]
+    tags = ["brand:0.8", "look:0:0.5> <lora:brand:-0.25", "", "look:1"]
+    given = [["brand.safetensors:0.8"], rows[1]["adapters"], [], ["look.safetensors"]]
+    for i, row in enumerate(rows):
+        info, record = read_picture(f"x-{i + 1}.png")
+        assert info is not None
+        assert record is not None
+        assert info.prompt == row["prompt"] + (f" <lora:{tags[i]}>" if tags[i] else "")
+        assert info.negative == row.get("negative", "")
+        assert info.fields["Seed"] == str(row.get("seed", 9))
+        assert len(record["rows"]) == 4, "one batch"
+        (alone,) = api.image(
+            base, row["prompt"], adapters=given[i], negative=info.negative, seed=row.get("seed", 9), steps=2
+        )
+        with Image.open(f"x-{i + 1}.png") as made:
+            assert levels(made, alone.image) <= 1
+    again = image(capsys, None, "--from", "x-2.png", "-o", "again.png")
+    assert again.code == 0, again.err
+    assert Path("again.png").read_bytes() == Path("x-2.png").read_bytes()
+    many = image(capsys, place, "--batch", "b.jsonl", "--count", "2", "--steps", "1", "--json", "-o", "y.png")
+    assert [p["seed"] for p in json.loads(many.out)["pictures"]] == [5, 6, 0, 1, 0, 1, 0, 1]
+
+
 def test_from_a_picture_with_a_control_and_a_long_prompt(capsys: Any, place: Path, folder: Path) -> None:
     control = tiny_control(folder, "sdxl")
     Image.effect_noise((64, 64), 90).convert("RGB").save("in.png")
@@ -154,6 +196,9 @@ def test_a_prompt_may_be_the_word_grid(capsys: Any, place: Path, folder: Path) -
         (["--from", "none.png", "--batch-size", "2"], "makes one picture"),
         (["--steps", "2", "grid", "strength", "a"], "veneer image grid strength"),
         (["--from", "none.png"], "no such picture"),
+        (["--from", "none.png", "--batch", "b.jsonl"], "makes one picture"),
+        (["--batch", "b.jsonl"], "no such batch"),
+        (["a", "--batch", "b.jsonl"], "--batch has its own prompts, and 'a' is one more"),
         (["a", "b", "--from", "none.png"], "makes one picture"),
     ],
 )

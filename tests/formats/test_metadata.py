@@ -13,6 +13,7 @@ import torch
 from veneer.core.adapter import Card
 from veneer.errors import AdapterError
 from veneer.formats.container import read_tensors, write_tensors
+from veneer.formats.file_hashes import short_hash
 from veneer.formats.metadata import (
     ARCHITECTURES,
     card_of,
@@ -112,6 +113,19 @@ def test_hashes_of_others_are_verified(tmp_path, tensors):
     assert "changed" in verify(path)[0].note
     safetensors.torch.save_file(tensors, path)
     assert verify(path) == []
+
+
+@pytest.mark.parametrize("stated", ["ab" * 32, "ab" * 6, "", "AB" * 32, "red, blue: 1", "ab" * 5])
+def test_a1111_calls_a_file_by_what_its_header_states(stated, tmp_path, tensors):
+    """NetworkOnDisk: `metadata.get("sshs_model_hash") or` AutoV3, of which the first 12 digits. Not a text that is no
+    hash, which would break the list."""
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(tensors, path, metadata={"sshs_model_hash": stated} if stated else None)
+    theirs = path.read_bytes()
+    body = hashlib.sha256(theirs[8 + int.from_bytes(theirs[:8], "little") :]).hexdigest()
+    assert short_hash(path, hashes(path)) == ("ab" * 6 if stated in ("ab" * 32, "ab" * 6) else body[:12])
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    assert short_hash(tmp_path / "x.gguf", hashes(tmp_path / "x.gguf")) == hashlib.sha256(b"GGUF").hexdigest()[:12]
 
 
 def test_a_hash_in_the_order_of_names_is_recognised(tmp_path, tensors):

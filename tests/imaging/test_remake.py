@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from tests.image_twins import levels, random_adapter
+from tests.image_twins import levels, original, random_adapter
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError, DataError, MismatchError
@@ -63,14 +65,36 @@ def test_the_infotext_is_what_a1111_reads(base: ImageBase, tmp_path: Path) -> No
         "CFG scale": "4.5",
         "Seed": "5",
         "Size": "32x32",
-        "Model hash": base.fingerprint.removeprefix("sha256:")[:10],
+        "Base fingerprint": base.fingerprint.removeprefix("sha256:")[:16],
         "Model": "tiny-sdxl",
     }
     assert {key: info.fields[key] for key in want} == want
+    assert "Model hash" not in info.fields, "a directory has none that A1111 or a hub could look up"
     with Mixer(base) as mixer:
         hashes = {name: mixer.add(f"{name}.safetensors").autov3 for name in ("brand", "look")}
     assert lora_hashes(info.fields) == hashes
     assert all(len(h) == 12 for h in hashes.values())
+
+
+def test_the_model_hash_of_a_checkpoint_file_is_a1111s(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ten digits of its sha256, by which a picture's text alone finds the base again."""
+    folder = tiny_image_base(tmp_path_factory.getbasetemp(), "sdxl", full=True)
+    file = tmp_path / "my.safetensors"
+    save_file(original(load_image(str(folder))), file)
+    base = load_image(str(file), config=folder)
+    (made,) = pictures(base, [Ask("a cat", seed=1)], steps=1)
+    fields = parse(made.text).fields
+    assert fields["Model hash"] == hashlib.sha256(file.read_bytes()).hexdigest()[:10]
+    assert fields["Model"] == "my"
+    assert "Base fingerprint" not in fields
+    (tmp_path / "a.png").write_bytes(png_bytes(made.image, made.text))
+    said: list[str] = []
+    again(base, tmp_path / "a.png", said.append)
+    assert "does not show" not in "".join(said)
+    again(load_image(str(folder)), tmp_path / "a.png", said.append)
+    assert f"the model hash {fields['Model hash']}, which" in "".join(said)
 
 
 def test_a_picture_is_made_again_to_the_bit(base: ImageBase, tmp_path: Path) -> None:
@@ -169,6 +193,11 @@ def test_a_text_of_a1111_is_taken_over(base: ImageBase, tmp_path: Path) -> None:
     assert "Clip skip: 2" in heard
     assert "emphasis" in heard
     assert "0123456789" in heard
+    assert "Base fingerprint" not in heard, "its hash is of a file, and is not held against ours"
+    copy, states = tmp_path / "brand.safetensors", "ab" * 32
+    save_file(load_file("brand.safetensors"), copy, {"sshs_model_hash": states})
+    untrue = replace(text, prompt=f"a cat <lora:{copy.with_suffix('')}:0.5>")
+    again(base, saved(replace(untrue, fields={**fields, "Lora hashes": f"{copy.with_suffix('')}: {states[:12]}"})))
     wrong = replace(text, fields={**fields, "Lora hashes": "brand: 000000000000"})
     with pytest.raises(MismatchError, match="another one than then"):
         again(base, saved(wrong))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tests.families import FAMILIES
 from tests.tiny_base import tiny_base_dir
 from veneer.models import fingerprint as module
-from veneer.models.fingerprint import fingerprint, shaping_fields
+from veneer.models.fingerprint import file_sha256, fingerprint, shaping_fields
 from veneer.models.home import veneer_home
 from veneer.models.text import read_config
 
@@ -154,3 +156,24 @@ def test_what_a_file_leaves_at_its_default_does_not_count() -> None:
     assert shaping_fields(bare) == shaping_fields(spelt_out)
     as_float32 = float(torch.tensor(1e-5))
     assert shaping_fields(LlamaConfig(rms_norm_eps=as_float32)) == shaping_fields(LlamaConfig(rms_norm_eps=1e-5))
+
+
+def test_the_hash_of_a_file_is_read_once_and_again_after_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same size too: the time of change tells."""
+    file, reads, real = tmp_path / "one.safetensors", [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: reads.append(1) or real(*given))
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    file.write_bytes(b"first")
+    assert file_sha256(file) == file_sha256(file) == hashlib.sha256(b"first").hexdigest()
+    assert len(reads) == 1
+    (cache,) = (veneer_home() / "fingerprints").glob("*.sha256.json")
+    kept = cache.read_text()
+    for text in ["", "{}", "[1]", kept.replace('"sha256"', '"sha"')]:
+        cache.write_text(text)
+        assert file_sha256(file) == hashlib.sha256(b"first").hexdigest()
+        assert cache.read_text() == kept
+    file.write_bytes(b"other")
+    os.utime(file, ns=(1, 1))
+    assert file_sha256(file) == hashlib.sha256(b"other").hexdigest()

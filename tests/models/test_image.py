@@ -17,6 +17,7 @@ from veneer.core.targets import base_modules, kind_of
 from veneer.errors import BaseError, ConfigError, MissingExtraError, ResourceError
 from veneer.formats.topology import families
 from veneer.formats.topology_dit import flux2
+from veneer.models import image_files
 from veneer.models.image import ImageBase, load_control, load_image, pipeline, release, text_length, text_settings
 from veneer.models.image_families import FAMILIES, topology_name
 from veneer.models.image_predict import latent_shape
@@ -345,6 +346,43 @@ def test_only_the_fp16_variant_is_used_and_said(copy: Path) -> None:
     base = load_image(str(copy), dtype="float32")
     assert any("unet: only the fp16 weights" in note for note in base.notes)
     assert base.denoiser.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("device", "place"), [("cuda:1", "cuda:1"), ("cuda:0", "cuda:0"), ("cuda", "cuda:3")])
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_quantised_component_is_put_on_the_device_that_was_asked_for(
+    device: str, place: str, stored: bool, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on the current one, which diffusers and transformers take unasked; also where the files are quantised."""
+    given: dict[str, Any] = {}
+
+    class Model:
+        hf_quantizer = True
+
+    def read(*_: Any, **options: Any) -> Any:
+        given.update(options)
+        return Model(), {}
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(image_files, "quantisation", lambda *_: "four bits")
+    if stored:
+        config = copy / "unet" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"load_in_4bit": True}}))
+    for library, kind in (("diffusers", "UNet2DConditionModel"), ("transformers", "CLIPTextModel")):
+        folder = copy / ("unet" if library == "diffusers" or stored else "text_encoder")
+        monkeypatch.setattr(f"{library}.{kind}.from_pretrained", read)
+        given.clear()
+        quantise = None if stored else "nf4"
+        image_files.load_component(folder, library, kind, torch.bfloat16, torch.device(device), quantise, True)
+        assert given["device_map"] == {"": place}
+        assert given.get("quantization_config") == (None if stored else "four bits")
+
+
+def test_a_plain_component_is_given_no_map(copy: Path) -> None:
+    made, _ = image_files.load_component(
+        copy / "unet", "diffusers", "UNet2DConditionModel", torch.float32, torch.device("cpu"), None, True
+    )
+    assert not hasattr(made, "hf_device_map")
 
 
 def test_dtype_device_and_quantisation_are_checked(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

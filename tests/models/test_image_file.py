@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.image_twins import open_clip, original, original_vae
 from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer.core.targets import base_modules
 from veneer.errors import BaseError, ConfigError
-from veneer.formats.topology import families
-from veneer.models.image import ImageBase, load_image, pipeline
+from veneer.models.image import load_image, pipeline
+from veneer.models.image_flux_file import flux_config
 from veneer.models.image_predict import encode_prompts, latent_shape, predict
 
 pytest.importorskip("diffusers")
@@ -25,36 +27,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp() / "image-bases"
 
 
-def original(base: ImageBase, encoder: bool = False, prefix: str = "model.diffusion_model.") -> dict[str, torch.Tensor]:
-    """The denoiser under the original names, from the table of names: parts of fused projections joined, the halves of
-    the last modulation back in the original order. With `encoder` SD 1's CLIP beside it."""
-    state = {f"{base.row.denoiser}.{n}": t for n, t in base.denoiser.state_dict().items()}
-    out = {}
-    if base.family == "qwen-image":  # its original names are diffusers' own
-        return {prefix + n.removeprefix("transformer."): t for n, t in state.items()}
-    for name, places in families()[base.family].originals.items():
-        modules = [p.module for p in places]
-        for part in ("weight", "bias"):
-            if all(f"{m}.{part}" in state for m in modules):
-                value = torch.cat([state.pop(f"{m}.{part}") for m in modules])
-                if places[0].swap:
-                    value = torch.cat(value.chunk(2)[::-1])
-                scale = part == "weight" and name.endswith(("query_norm", "key_norm"))
-                out[f"{prefix}{name}.{'scale' if scale else part}"] = value.clone()
-    if base.family == "sd3":
-        out[f"{prefix}pos_embed"] = state.pop("transformer.pos_embed.pos_embed")
-    if encoder:
-        for name, tensor in base.parts["text_encoder"].state_dict().items():
-            own = name if name.startswith("text_model.") else f"text_model.{name}"
-            out[f"cond_stage_model.transformer.{own}"] = tensor.clone()
-    return out
-
-
 @pytest.mark.parametrize(
     ("family", "full", "prefix"),
     [
         ("sdxl", True, "model.diffusion_model."),
         ("sd3", True, "model.diffusion_model."),
+        ("flux1", False, ""),
+        ("schnell", False, "model.diffusion_model."),
         ("flux2", False, ""),
         ("klein", False, "model.diffusion_model."),
         ("qwen-image", False, ""),
@@ -75,9 +54,84 @@ def test_one_file_of_every_family_gives_the_same_denoiser(
     assert type(pipeline(one)) is type(pipeline(whole))
 
 
+def test_the_shapes_of_a_flux_1_file_say_its_config(bases: Path, tmp_path: Path) -> None:
+    """Whatever the directory's says: its tokenizers, encoders and VAE are all that is taken from there."""
+    folder = Path(shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / "flux"))
+    whole = load_image(str(folder))
+    save_file(original(whole, prefix=""), tmp_path / "one.safetensors")
+    shutil.rmtree(folder / "transformer")
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text(
+        json.dumps({"_class_name": "FluxTransformer2DModel", "num_layers": 19, "axes_dims_rope": [2, 2, 4]})
+    )
+    one = load_image(str(tmp_path / "one.safetensors"), config=folder)
+    assert any("num_layers is 1 (19 there)" in note for note in one.notes)
+    same = {k: v for k, v in whole.denoiser.config.items() if not k.startswith("_")} | {"axes_dims_rope": (2, 2, 4)}
+    assert {k: v for k, v in one.denoiser.config.items() if k in same} == same
+    with torch.no_grad():
+        x = torch.randn(1, *latent_shape(one, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
+        got, want = (predict(b, x, torch.tensor(0.3), encode_prompts(b, ["a red house"])) for b in (one, whole))
+    assert torch.equal(got, want)
+
+
+def shapes_of_flux(width: int, head: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "img_in.weight": (width, 64),
+        "txt_in.weight": (width, 4096),
+        "vector_in.in_layer.weight": (width, 768),
+        "final_layer.linear.weight": (64, width),
+        "double_blocks.0.img_attn.norm.query_norm.scale": (head,),
+        "double_blocks.18.img_attn.norm.query_norm.scale": (head,),
+        "single_blocks.37.norm.query_norm.scale": (head,),
+    }
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_a_flux_1_config_from_the_real_shapes_is_the_real_one(guidance: bool) -> None:
+    """diffusers' defaults are FLUX.1's."""
+    import diffusers
+
+    shapes = shapes_of_flux(3072, 128) | ({"guidance_in.in_layer.weight": (3072, 256)} if guidance else {})
+    with torch.device("meta"):
+        want = diffusers.FluxTransformer2DModel(num_layers=0, num_single_layers=0).config
+    found = flux_config({f"model.diffusion_model.{n}": s for n, s in shapes.items()}, {})
+    expected = {**want, "num_layers": 19, "num_single_layers": 38, "guidance_embeds": guidance}
+    assert found == {key: expected[key] for key in found}
+    assert flux_config(shapes_of_flux(192, 32), {"axes_dims_rope": [16, 56, 56]})["axes_dims_rope"] == (4, 14, 14)
+    assert flux_config(shapes_of_flux(192, 24), {"axes_dims_rope": [8, 8, 8]})["axes_dims_rope"] == (8, 8, 8)
+
+
+def test_shapes_that_are_no_flux_1s_are_refused() -> None:
+    with pytest.raises(BaseError, match="24 wide, and the config divides positions over 128"):
+        flux_config(shapes_of_flux(192, 24), {"axes_dims_rope": [16, 56, 56]})
+    with pytest.raises(BaseError, match="width 100 is not a multiple of its heads' 32"):
+        flux_config(shapes_of_flux(100, 32), {})
+    with pytest.raises(BaseError, match=r"not in the file: img_in\.weight, vector_in\.in_layer\.weight"):
+        flux_config({**shapes_of_flux(192, 32), "img_in.weight": (3,), "vector_in.in_layer.weight": ()}, {})
+
+
+def test_a_flux_1_file_that_is_not_whole_or_not_of_its_directory(bases: Path, tmp_path: Path) -> None:
+    folder = tiny_image_base(bases, "flux1")
+    state = original(load_image(str(folder)), prefix="")
+    one = tmp_path / "one.safetensors"
+    save_file({n: t for n, t in state.items() if n != "single_blocks.0.linear1.bias"}, one)
+    with pytest.raises(BaseError, match=r"missing: single_transformer_blocks\.0\.attn\.to_q\.bias[\s\S]*where: .*one"):
+        load_image(str(one), config=folder)
+    save_file({**state, "double_blocks.0.img_mlp.0.bias": torch.zeros(3)}, one)
+    with pytest.raises(
+        BaseError, match=r"misshapen: transformer_blocks\.0\.ff\.net\.0\.proj\.bias \(3,\), by the others \(64,\)"
+    ):
+        load_image(str(one), config=folder)
+    wide = {**state, "txt_in.weight": torch.zeros(len(state["txt_in.weight"]), 24)}
+    save_file(wide, one)
+    with pytest.raises(BaseError, match="text_encoder_2 has d_model 16, the denoiser wants 24"):
+        load_image(str(one), config=folder)
+
+
 @pytest.mark.slow
 def test_one_file_of_flux_1_at_its_real_width(bases: Path, tmp_path: Path) -> None:
-    """diffusers' converter of FLUX.1 knows this width alone: one block of each kind, 480 million parameters."""
+    """As diffusers' own converter has it, which knows this width alone: one block of each kind, 480 million
+    parameters."""
     import diffusers
 
     folder = Path(shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / "flux"))
@@ -95,17 +149,51 @@ def test_one_file_of_flux_1_at_its_real_width(bases: Path, tmp_path: Path) -> No
     whole = load_image(str(folder))
     save_file(original(whole, prefix=""), tmp_path / "one.safetensors")
     one = load_image(str(tmp_path / "one.safetensors"), config=folder)
-    want = whole.denoiser.state_dict()
-    assert [n for n, t in one.denoiser.state_dict().items() if not torch.equal(t, want[n])] == []
+    theirs = diffusers.FluxTransformer2DModel.from_single_file(
+        str(tmp_path / "one.safetensors"), config=str(folder), subfolder="transformer", torch_dtype=torch.bfloat16
+    )
+    for want in (whole.denoiser.state_dict(), theirs.state_dict()):
+        assert [n for n, t in one.denoiser.state_dict().items() if not torch.equal(t, want[n])] == []
 
 
-def test_tensors_of_a_file_that_are_missing_or_too_many_are_said(bases: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux1", "klein", "qwen-image"])
+def test_tensors_of_a_file_that_no_component_took_are_named(family: str, bases: Path, tmp_path: Path) -> None:
+    folder = tiny_image_base(bases, family, full=family in ("sd15", "sdxl", "sd3"))
+    whole = load_image(str(folder))
+    own = original(whole, family == "sd15", "" if family == "qwen-image" else "model.diffusion_model.")
+    prefix = next(iter(own)).partition("diffusion_model.")[0]
+    old = "cond_stage_model.transformer.text_model.embeddings.position_ids" if family == "sd15" else "betas"
+    more = {f"model_ema.{i:03d}": torch.zeros(2) for i in range(8)}
+    more |= {old: torch.zeros(1, 77), f"{prefix}time_embed.9.weight": torch.zeros(3, 5)}
+    save_file({**own, **more}, tmp_path / "more.safetensors")
+    (said,) = [n for n in load_image(str(tmp_path / "more.safetensors"), config=folder).notes if "no place" in n]
+    names = sorted(more)
+    assert said == (
+        f"10 of the file's {len(own) + 10} tensors have no place and are left out: {', '.join(names[:6])} and 4 more"
+    )
+
+
+def test_a_whole_file_of_sdxl_has_a_place_for_all_but_what_clip_trained_with(bases: Path, tmp_path: Path) -> None:
+    """Denoiser, VAE and the second text encoder from the file, whose fused and turned tensors are followed."""
+    folder = tiny_image_base(bases, "sdxl", full=True)
+    whole = load_image(str(folder))
+    state = original(whole) | original_vae(whole.parts["vae"]) | open_clip(whole.parts["text_encoder_2"])
+    extra = "conditioner.embedders.1.model.logit_scale"
+    save_file({**state, extra: torch.zeros(1)}, tmp_path / "one.safetensors")
+    configs = Path(shutil.copytree(folder, tmp_path / "configs"))
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder_2/model"):
+        (configs / f"{name}.safetensors").unlink()
+    one = load_image(str(tmp_path / "one.safetensors"), config=configs)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        want = whole.parts[name].state_dict()
+        assert [n for n, t in one.parts[name].state_dict().items() if not torch.equal(t, want[n])] == [], name
+    (said,) = [note for note in one.notes if "no place" in note]
+    assert said == f"1 of the file's {len(state) + 1} tensors have no place and are left out: {extra}"
+
+
+def test_tensors_of_a_file_that_are_missing_are_said(bases: Path, tmp_path: Path) -> None:
     folder = tiny_image_base(bases, "klein")
     state = original(load_image(str(folder)), prefix="")
-    save_file({**state, "something.else": torch.zeros(3, 5)}, tmp_path / "more.safetensors")
-    assert any(
-        "15 of the file's" in note for note in load_image(str(tmp_path / "more.safetensors"), config=folder).notes
-    )
     del state["single_blocks.0.linear2.weight"]
     save_file(state, tmp_path / "less.safetensors")
     with pytest.raises(BaseError, match=r"as FLUX\.2: some of its weights are not in the file"):

@@ -26,6 +26,7 @@ def test_a_quantised_base_predicts_nearly_the_same_and_trains_an_adapter(quantis
     plain = load_image(folder, dtype="bfloat16", device="cuda")
     assert base.fingerprint == plain.fingerprint
     assert any("Linear4bit" in type(m).__name__ or "Linear8bit" in type(m).__name__ for m in base.denoiser.modules())
+    assert {p.device for p in base.model.parameters()} == {torch.device("cuda:0")}
     x = torch.randn(2, *latent_shape(base, SIZE, SIZE), device="cuda")
     t = torch.tensor([0.3, 0.8], device="cuda")
     with torch.no_grad():
@@ -36,3 +37,15 @@ def test_a_quantised_base_predicts_nearly_the_same_and_trains_an_adapter(quantis
     attachment.use("it")
     predict(base, x, t, encode_prompts(base, ["a red house", "a dog"])).float().square().mean().backward()
     assert all(p.B.grad is not None and p.B.grad.any() for p in attachment.adapters["it"].pairs.values())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("quantise", ["nf4", "int8"])
+def test_a_quantised_base_is_on_the_device_that_was_asked_for(quantise: Any, tmp_path: Path) -> None:
+    base = load_image(str(tiny_image_base(tmp_path, "flux1")), dtype="bfloat16", device="cuda:1", quantise=quantise)
+    assert {p.device for p in base.model.parameters()} == {torch.device("cuda:1")}
+    x = torch.randn(1, *latent_shape(base, SIZE, SIZE), device="cuda:1")
+    with torch.no_grad():
+        out = predict(base, x, torch.tensor(0.3, device="cuda:1"), encode_prompts(base, ["a red house"]))
+    assert out.isfinite().all()
+    assert out.device == torch.device("cuda:1")

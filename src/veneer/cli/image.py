@@ -88,7 +88,7 @@ OutOption = Annotated[Path | None, typer.Option("--out", "-o", help="The PNG to 
 @app.command(
     "make",
     epilog="Example: veneer image --base emoji-sdxl --adapter brand:0.8 --control canny=sketch.png:0.7 "
-    '"a fox" -o fox.png. Sheets: veneer image grid --help',
+    '"a fox" -o fox.png. A mix for each picture: --batch FILE.jsonl. Sheets: veneer image grid --help',
 )
 def make_pictures(
     prompts: Annotated[list[str] | None, typer.Argument(help="One or several prompts.")] = None,
@@ -110,6 +110,12 @@ def make_pictures(
     ] = None,
     mask: Annotated[Path | None, typer.Option("--mask", help="Of --image: white is made anew, black stays.")] = None,
     batch_size: BatchOption = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            "--batch", help='Pictures with mixes of their own, a line each: {"prompt", "adapters", "seed", …}.'
+        ),
+    ] = None,
     remade: Annotated[
         Path | None, typer.Option("--from", help="Make the picture in this PNG again; other options change it.")
     ] = None,
@@ -133,25 +139,33 @@ def make_pictures(
     asked = {key: value for key, value in asked.items() if value is not None}
     loading = {"device": device, "dtype": dtype or "auto"}
     if remade is not None:
-        if len(prompts or []) > 1 or count != 1 or batch_size is not None:
-            raise ConfigError("--from makes one picture", fix="leave --count, --batch-size and further prompts out")
+        if len(prompts or []) > 1 or count != 1 or batch_size is not None or batch is not None:
+            fix = "leave --count, --batch, --batch-size and further prompts out"
+            raise ConfigError("--from makes one picture", fix=fix)
         changes = {"prompt": prompts[0] if prompts else None, "negative": negative, "seed": seed, "uses": uses or None}
         _remake(remade, out, base, {k: v for k, v in changes.items() if v is not None}, asked, loading, as_json, dtype)
         return
-    if not prompts:
-        raise ConfigError("there is no prompt", fix='veneer image "a fox" -o fox.png, or --from PICTURE')
-    if prompts[0] == "grid" and prompts[1:2] in ([sheet] for sheet in ("strength", "adapters", "compare")):
+    if batch is not None and prompts:
+        raise ConfigError(f"--batch has its own prompts, and {prompts[0]!r} is one more", fix="give it a line there")
+    if batch is None and not prompts:
+        fix = 'veneer image "a fox" -o fox.png, --batch FILE, or --from PICTURE'
+        raise ConfigError("there is no prompt", fix=fix)
+    if prompts and prompts[0] == "grid" and prompts[1:2] in ([sheet] for sheet in ("strength", "adapters", "compare")):
         raise ConfigError("grid is not the first word", fix=f"veneer image grid {prompts[1]} …, then the options")
     if count < 1:
         raise ConfigError(f"--count {count}", fix="at least 1")
 
-    from veneer.imaging.make import Options, asks_of
+    from veneer.imaging.batch import read_batch
+    from veneer.imaging.make import Ask, Options
 
-    asks = asks_of(prompts, uses, negative or "", seed or 0, count)
+    shared = Ask("", negative or "", seed or 0, uses)
+    wanted = read_batch(batch, shared) if batch else [replace(shared, prompt=prompt) for prompt in prompts or []]
+    asks = [replace(ask, seed=ask.seed + i) for ask in wanted for i in range(count)]
     files = _files(out or Path("out.png"), len(asks))
     options = Options(**asked)
-    _find(uses, options)
-    with _mixer(_base_name(base, uses), loading) as mixer:
+    every = tuple(dict.fromkeys(use for ask in asks for use in ask.uses))
+    _find(every, options)
+    with _mixer(_base_name(base, every), loading) as mixer:
         _write(mixer, asks, options, files, as_json)
 
 

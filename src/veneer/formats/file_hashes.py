@@ -8,6 +8,8 @@
 |         |                                                          |                | modelspec.hash_sha256, `0x…`  |
 | legacy  | as AutoV1, of the file as it would be with ss_ keys only | the first 8    | sshs_legacy_hash              |
 | crc32   | the whole file                                           | 8 hex digits   |                               |
+| short   | what sshs_model_hash states, unverified, else AutoV3,    | the first 12   |                               |
+|         | else sha256: A1111's and Forge's name of an adapter      |                |                               |
 
 Editing the metadata changes sha256, AutoV1, AutoV2 and crc32, and leaves the stored ones true. Sources: sd-scripts'
 train_util, Stability's ModelSpec 1.0.1, CivitAI's open source. Knows bytes; nothing of adapters.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -29,7 +32,7 @@ from torch import Tensor
 from veneer.errors import AdapterError
 from veneer.formats.container import NAMES, Header, encode_tensors, read_header
 
-__all__ = ["Check", "Hashes", "hashes", "sealed", "verify"]
+__all__ = ["Check", "Hashes", "hashes", "sealed", "short_hash", "verify"]
 
 WINDOW = (0x100000, 0x110000)
 _CHUNK = 1 << 20
@@ -80,6 +83,16 @@ def hashes(path: str | Path) -> Hashes:
     return Hashes(
         sha, old.hexdigest()[:8], sha[:10], tensors.hexdigest()[:12] if start is not None else "", f"{crc:08x}"
     )
+
+
+def short_hash(path: str | Path, found: Hashes) -> str:
+    """What A1111 and Forge call an adapter file in `Lora hashes`, and look it up by (extensions-builtin/Lora,
+    NetworkOnDisk). `found`: its true hashes, which stand where the header states none that is one."""
+    try:
+        stated = read_header(path).metadata.get("sshs_model_hash", "")
+    except AdapterError:
+        stated = ""
+    return stated[:12] if re.fullmatch("[0-9a-f]{12,64}", stated) else found.autov3 or found.sha256[:12]
 
 
 def _between(chunk: bytes | memoryview, at: int, begin: int, end: int) -> bytes | memoryview:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import DataError
+from veneer.formats.picture_file import opened_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -208,17 +209,9 @@ def encoded(picture: Image.Image, text: str, record: Mapping[str, Any], kind: st
 def read_picture(path: str | Path) -> tuple[Infotext | None, dict[str, Any] | None]:
     """What a picture says of itself: its infotext (a PNG's `parameters`, or the Exif comment of a JPEG or WebP) and our
     record; None for what is not there. Raises DataError for a file that is no picture or a record that is no JSON."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            held = {key: value for key, value in picture.info.items() if isinstance(value, str)}
-            comment = picture.getexif().get_ifd(0x8769).get(_USER_COMMENT)
-    except FileNotFoundError:
-        raise DataError("there is no such picture", where=str(path)) from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"this is no picture: {error}", where=str(path)) from error
+    with opened_picture(path) as (picture, _):
+        held = {key: value for key, value in picture.info.items() if isinstance(value, str)}
+        comment = picture.getexif().get_ifd(0x8769).get(_USER_COMMENT)
     text = held.get("parameters") or _comment_text(comment)
     if (raw := held.get("veneer")) is None:
         return (parse(text) if text else None), None

@@ -21,7 +21,7 @@ from veneer import using
 from veneer.core.attach import Attachment, attach
 from veneer.core.targets import base_modules
 from veneer.errors import ConfigError
-from veneer.formats.file_hashes import hashes
+from veneer.formats.file_hashes import hashes, short_hash
 from veneer.formats.peft import CONFIG_FILE, TENSOR_FILE
 from veneer.formats.read import tensor_file
 from veneer.formats.strengths import Strength, factors_by_module, parse_strength
@@ -41,13 +41,15 @@ Use = tuple[str, Strength]
 @dataclass(frozen=True)
 class Source:
     """Where an attached adapter came from: its own digest, and the hashes of its file that managers know it by, empty
-    where they are not known. `called`: what people call it, where that is not `name`."""
+    where they are not known. `short`: A1111's (`formats.file_hashes.short_hash`). `called`: what people call it, where
+    that is not `name`."""
 
     name: str
     path: str
     digest: str
     sha256: str
     autov3: str
+    short: str
     called: str = ""
 
     @property
@@ -126,7 +128,7 @@ class Mixer:
             self.attachment.add(name, adapter)
             file = _file_of(path)
             found = hashes(file)
-            new = Source(name, str(path), adapter.digest(), found.sha256, found.autov3)
+            new = Source(name, str(path), adapter.digest(), found.sha256, found.autov3, short_hash(file, found))
             if same := next((s.name for s in self.sources.values() if s.digest == new.digest), None):
                 self.say(f"note: {name} is the same adapter as {same}: in one mix their strengths add up")
             self.sources[name] = new

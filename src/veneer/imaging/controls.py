@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer.errors import ConfigError, DataError, MissingExtraError, nearest
+from veneer.errors import ConfigError, DataError, MissingExtraError
+from veneer.formats.picture_file import opened_picture
 from veneer.models.builtin import PACKAGED
 from veneer.models.image_generate import fitted
 
@@ -97,23 +98,11 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
 
 
 def open_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
-    """(the picture, upright and flat on that paper, and the sha256 of its file). Raises DataError for a file that is no
-    picture, with the nearest names where there is none."""
-    place = Path(path).expanduser()
-    try:
-        data = place.read_bytes()
-    except FileNotFoundError:
-        near = nearest(place.name, [p.name for p in place.parent.iterdir()], 1) if place.parent.is_dir() else []
-        raise DataError(
-            "there is no such picture",
-            where=str(path),
-            fix=f"did you mean {place.with_name(near[0])}?" if near else None,
-        ) from None
-    except IsADirectoryError:
-        raise DataError("this is a folder, not a picture", where=str(path)) from None
-    except OSError as error:
-        raise DataError(f"this is no picture: {error}", where=str(path)) from error
-    return flattened(decoded(data, str(path)), paper), hashlib.sha256(data).hexdigest()
+    """(the picture, upright and flat on that paper, and the sha256 of its file). Raises what `opened_picture` does."""
+    from PIL import ImageOps
+
+    with opened_picture(path) as (found, data):
+        return flattened(ImageOps.exif_transpose(found), paper), hashlib.sha256(data).hexdigest()
 
 
 def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image:

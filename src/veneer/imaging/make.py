@@ -22,6 +22,7 @@ from veneer.formats.atomic import atomic_write
 from veneer.formats.infotext import SAMPLERS, Infotext, png_bytes, render
 from veneer.imaging.adapters import Mixer, Source, Use
 from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, control_picture, flattened, open_picture
+from veneer.models.fingerprint import file_sha256
 from veneer.models.image_generate import (
     Control,
     MixPlan,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     from veneer.models.image import ImageBase
 
-__all__ = ["Ask", "Made", "Options", "asks_of", "make", "shared_record", "size_for", "told", "versions"]
+__all__ = ["Ask", "Made", "Options", "asks_of", "make", "model_hash", "shared_record", "size_for", "told", "versions"]
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,14 @@ def shared_record(base: ImageBase, settings: Settings) -> dict[str, Any]:
     }
 
 
+def model_hash(base: ImageBase) -> tuple[str, str]:
+    """The infotext's field for the base: A1111's `Model hash` where it is a checkpoint file, which others may have too.
+    A directory has none that they could look up: its fingerprint stands under a name, and in a length, of its own."""
+    if base.directory.is_file():
+        return "Model hash", file_sha256(base.directory)[:10]
+    return "Base fingerprint", base.fingerprint.removeprefix("sha256:")[:16]
+
+
 def versions() -> dict[str, str]:
     """Of what decides the last bits of a picture."""
     return {"veneer": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
@@ -307,10 +316,7 @@ def _infotext(base: ImageBase, sources: Mapping[str, Source], ask: Ask, record: 
     if distilled:
         fields["Distilled CFG Scale"] = _short(settings["guidance"])
     fields |= {"Seed": ask.seed, "Size": f"{settings['width']}x{settings['height']}"}
-    fields |= {
-        "Model hash": base.fingerprint.removeprefix("sha256:")[:10],
-        "Model": Path(base.name).name.removesuffix(".safetensors"),
-    }
+    fields |= dict([model_hash(base)]) | {"Model": Path(base.name).name.removesuffix(".safetensors")}
     if settings["denoise"] is not None:
         fields["Denoising strength"] = _short(settings["denoise"])
     for i, control in enumerate(record["controls"]):
@@ -332,7 +338,7 @@ def _infotext(base: ImageBase, sources: Mapping[str, Source], ask: Ask, record: 
         both = _short(rest) if text == rest else f"{_short(text)}:{_short(rest)}"
         label = source.label if source.label not in hashes else f"{source.label}-{len(hashes) + 1}"
         tags.append(f" <lora:{label}:{both}>")
-        hashes[label] = source.autov3 or source.sha256[:12]
+        hashes[label] = source.short
     if any(hashes.values()):
         fields["Lora hashes"] = ", ".join(f"{label}: {digest}" for label, digest in hashes.items() if digest)
     fields["Version"] = f"veneer {__version__}"

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from veneer import using
 from veneer.errors import AdapterError, DataError, MismatchError
-from veneer.formats.file_hashes import hashes
 from veneer.formats.infotext import Infotext, lora_hashes, lora_tags, read_picture, sampler_of
 from veneer.formats.strengths import Strength
 from veneer.imaging.adapters import Mixer, Source, parse_use
 from veneer.imaging.controls import ControlSpec, open_picture
-from veneer.imaging.make import Ask, Made, Options, make, versions
+from veneer.imaging.make import Ask, Made, Options, make, model_hash, versions
 
 if TYPE_CHECKING:
     from veneer.models.image import ImageBase
@@ -30,15 +29,16 @@ if TYPE_CHECKING:
 __all__ = ["Wanted", "remake", "remembered"]
 
 _KNOWN = {
-    "Steps", "Sampler", "Schedule type", "CFG scale", "Distilled CFG Scale", "Seed", "Size", "Model hash", "Model",
-    "Denoising strength", "Lora hashes", "Version",
+    "Steps", "Sampler", "Schedule type", "CFG scale", "Distilled CFG Scale", "Seed", "Size", "Model hash",
+    "Base fingerprint", "Model", "Denoising strength", "Lora hashes", "Version",
 }  # fmt: skip
 
 
 @dataclass
 class Wanted:
     """What a picture remembers. `fingerprint`, `digests` (adapter -> ours), `files` (adapter -> its file's hash, or its
-    beginning), `inputs` (path -> sha256): what must be found again. `exact`: from our record. `asks[index]` is it."""
+    beginning), `inputs` (path -> sha256): what must be found again. `model`: what the infotext calls the base, by which
+    it is compared. `exact`: from our record. `asks[index]` is it."""
 
     path: str
     base: str
@@ -47,7 +47,7 @@ class Wanted:
     options: Options
     exact: bool
     fingerprint: str = ""
-    model_hash: str = ""
+    model: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
@@ -171,7 +171,7 @@ def _of_text(path: str, text: Infotext) -> Wanted:
         0,
         options,
         False,
-        model_hash=fields.get("Model hash", ""),
+        model={key: fields[key] for key in ("Model hash", "Base fingerprint") if key in fields},
         files=known,
         notes=notes,
         text=text,
@@ -208,14 +208,10 @@ def remake(
 
 
 def _same_base(base: ImageBase, wanted: Wanted) -> None:
+    if wanted.model and model_hash(base) not in wanted.model.items():
+        said = " and ".join(f"the {key[0].lower()}{key[1:]} {value}" for key, value in wanted.model.items())
+        wanted.notes.append(f"its model had {said}, which {base.name} does not show")
     theirs, ours = wanted.fingerprint, base.fingerprint
-    if wanted.model_hash:
-        theirs = wanted.model_hash
-        own = ours.removeprefix("sha256:")
-        ours = own[:10] if not base.directory.is_file() else f"{own[:10]} {hashes(base.directory).autov2}"
-        if theirs not in ours.split():
-            wanted.notes.append(f"its model had the hash {theirs}, which {base.name} does not show")
-        return
     if theirs and theirs != ours:
         raise MismatchError(
             f"it was made on another base\n  then: {theirs} ({wanted.base})\n  now:  {ours} ({base.name})",
@@ -252,4 +248,7 @@ def _same_adapter(mixer: Mixer, name: str, wanted: Wanted) -> str:
 
 
 def _has_hash(source: Source, stated: str) -> bool:
-    return any(own and (own.startswith(stated) or stated.startswith(own)) for own in (source.autov3, source.sha256))
+    return any(
+        own and (own.startswith(stated) or stated.startswith(own))
+        for own in (source.short, source.autov3, source.sha256)
+    )

@@ -24,7 +24,7 @@ from veneer.models.weights import StoredTensor, digests, tensor_table
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["fingerprint", "fingerprint_parts", "shaping_fields"]
+__all__ = ["file_sha256", "fingerprint", "fingerprint_parts", "shaping_fields"]
 
 _CACHE = ".veneer-fingerprint.json"
 _VERSION = 1
@@ -71,6 +71,23 @@ def fingerprint_parts(parts: Mapping[str, tuple[Mapping[str, Any], list[StoredTe
         for tensor, digest in zip(table, _cached_digests(table, [place] if place else []), strict=True):
             h.update(f"\n{tensor.name}|{tensor.dtype}|{tensor.shape}|{digest}".encode())
     return "sha256:" + h.hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """The sha256 of a whole file, by which other tools know a checkpoint. A1111 keeps it too: under the veneer home,
+    while size and modification time stay."""
+    place = _home_place(file).with_suffix(".sha256.json")
+    found = file.stat()
+    state = {"version": _VERSION, "size": found.st_size, "mtime": found.st_mtime_ns}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(place.read_text(encoding="utf-8"))
+        if {**kept, **state} == kept:
+            return str(kept["sha256"])
+    with file.open("rb") as opened:
+        sha = hashlib.file_digest(opened, "sha256").hexdigest()
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not correctness
+        _write(place, json.dumps(state | {"sha256": sha}))
+    return sha
 
 
 def shaping_fields(config: PreTrainedConfig) -> dict[str, Any]:

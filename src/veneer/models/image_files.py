@@ -30,6 +30,7 @@ __all__ = [
     "INDEX",
     "Loaded",
     "components",
+    "config_of",
     "control_of",
     "digest_of",
     "family_of_directory",
@@ -123,7 +124,7 @@ def read_index(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         kind, fix = "", None
         if (path / "config.json").exists():
-            kind = str(_config(path).get("_class_name") or "a text base")
+            kind = str(config_of(path).get("_class_name") or "a text base")
             fix = "give the folder around it"
             if kind == "a text base":
                 fix = "`veneer generate` uses it, and data.train is what it learns from"
@@ -165,7 +166,7 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
     if denoiser is None:
         raise BaseError("this base has neither a unet nor a transformer", where=str(path / INDEX))
     classname = classes[denoiser][1]
-    family = family_of(classname, _config(path / denoiser))
+    family = family_of(classname, config_of(path / denoiser))
     if family is None:
         raise BaseError(
             f"{classname} is of no family that veneer knows",
@@ -189,7 +190,7 @@ def flags_of(index: Mapping[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in index.items() if not n.startswith("_") and isinstance(v, bool | int | float | str)}
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def config_of(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -268,6 +269,10 @@ def load_component(
             options["variant"] = "fp16"
         if quantise:
             options["quantization_config"] = quantisation(library, quantise, dtype, device)
+        if device.type == "cuda" and (quantise or config_of(folder).get("quantization_config")):
+            # Quantised weights are put where they belong while they are read; unasked, that is the current device.
+            index = torch.cuda.current_device() if device.index is None else device.index
+            options["device_map"] = {"": f"cuda:{index}"}
     with quiet():
         try:
             made = cls.from_pretrained(folder, **options)
@@ -350,7 +355,7 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
         raise BaseError("a ControlNet is a directory with config.json", where=str(folder))
     if not (folder / "config.json").exists():
         raise BaseError("this is no ControlNet: it has no config.json", where=str(folder))
-    config = _config(folder)
+    config = config_of(folder)
     classname = str(config.get("_class_name", ""))
     theirs = _control_family(classname, config)
     if theirs is None:

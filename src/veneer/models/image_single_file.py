@@ -1,4 +1,4 @@
-"""An image base in one file of original weights, through diffusers' own converters.
+"""An image base in one file of original weights, through diffusers' own converters; FLUX.1's denoiser by our own.
 
     read_single_file(path, config, …)      what the file holds from it, the rest from a diffusers directory
 
@@ -21,6 +21,7 @@ from veneer.models.fingerprint import fingerprint_parts
 from veneer.models.image_files import (
     Loaded,
     components,
+    config_of,
     family_of_directory,
     fields_of,
     flags_of,
@@ -30,6 +31,8 @@ from veneer.models.image_files import (
     read_index,
     table_of,
 )
+from veneer.models.image_flux_file import flux_model, is_flux_original
+from veneer.models.image_leftovers import left_over, some_of
 from veneer.models.quiet import quiet
 from veneer.models.sources import find
 from veneer.models.text import check_memory, choose_device, choose_dtype
@@ -90,9 +93,14 @@ def read_single_file(
         notes += [f"{name}: {note}" for note in more]
     options: dict[str, Any] = {"config": str(folder), "local_files_only": True, "torch_dtype": kind}
     settings = {k: v for k, v in family.settings.items() if v is None}
+    if family.name == "flux1" and is_flux_original([t.name for t in table]):
+        given[family.denoiser], note = _flux(path, config_of(folder / family.denoiser), kind)
+        notes += note
     with quiet():
         try:
-            if whole:
+            if not held - given.keys():
+                parts = {name: given[name] for name in classes}
+            elif whole:
                 made = getattr(diffusers, pipelines["text"]).from_single_file(
                     str(path), **options, **given, **settings
                 )  # fmt: skip
@@ -112,10 +120,12 @@ def read_single_file(
     for part in parts.values():
         if isinstance(part, nn.Module):
             part.to(where)
-    used = sum(t.numel() for name in held for t in _tensors(parts[name]))
-    total = sum(t.elements for t in table)
-    if used < total:
-        notes.append(f"{total - used:,} of the file's {total:,} numbers have no place in its components: left out")
+    if family.name == "flux1":
+        _check_widths(path, parts)
+    with quiet():
+        left = left_over(table, {name: parts[name] for name in held})
+    if left:
+        notes.append(f"{len(left)} of the file's {len(table)} tensors have no place and are left out: {some_of(left)}")
     fields = {n: fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
     digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})
     return Loaded(family, parts, digest, kind, reason, where, notes, own_pipelines(index, family), flags_of(index))
@@ -129,10 +139,39 @@ def _denoiser_of(path: Path, cls: Any, name: str, options: Mapping[str, Any]) ->
     return cls.from_single_file(state, subfolder=name, **options)
 
 
-def _tensors(part: nn.Module) -> list[torch.Tensor]:
-    """What of a component files hold: parameters and buffers, those that are shared once."""
-    kept = part.state_dict(keep_vars=True)
-    return list({id(t): t for t in kept.values()}.values())
+def _flux(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """FLUX.1's denoiser by the shapes of the file, and in which numbers the directory's is another."""
+    from safetensors.torch import load_file
+
+    made = flux_model(load_file(path), config, dtype, str(path))
+    other = [
+        f"{key} is {made.config[key]} ({config[key]} there)"
+        for key in sorted(config.keys() & made.config.keys())
+        if not key.startswith("_") and _plain(made.config[key]) != _plain(config[key])
+    ]
+    return made, [f"transformer: its shapes are not those of its configs: {', '.join(other)}"] if other else []
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_widths(path: Path, parts: Mapping[str, Any]) -> None:
+    """Raises BaseError where FLUX.1's denoiser is of another model than what reads prompts and draws for it."""
+    denoiser = parts["transformer"].config
+    wanted = {
+        "text_encoder": ("hidden_size", denoiser.pooled_projection_dim),
+        "text_encoder_2": ("d_model", denoiser.joint_attention_dim),
+        "vae": ("latent_channels", (denoiser.out_channels or denoiser.in_channels) // 4),
+    }
+    bad = [
+        f"{name} has {what} {getattr(parts[name].config, what)}, the denoiser wants {wants}"
+        for name, (what, wants) in wanted.items()
+        if parts.get(name) is not None and getattr(parts[name].config, what) != wants
+    ]
+    if bad:
+        fix = "config= a diffusers directory of the same kind of model"
+        raise BaseError(f"this file does not go with its directory: {'; '.join(bad)}", where=str(path), fix=fix)
 
 
 _HELD = {

@@ -148,7 +148,7 @@ class PictureEngine:
         self.max_pixels = max_pixels or 4 * base.size**2
         self.attachment = attach(base.model)
         self.adapters = Adapters(read, self.attachment, adapter_bytes)
-        self._source = source or (lambda digest: Source(digest, "", digest, "", ""))
+        self._source = source or (lambda digest: Source(digest, "", digest, "", "", ""))
         self._control_names = dict(controls or {})
         self._controls: dict[str, tuple[str, Any]] = {}
         (tokenizer, limit), *_ = readers(base)

@@ -1,0 +1,41 @@
+"""A picture file, opened to be read: what can go wrong with one, in words, in one place. Knows files and Pillow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["opened_picture"]
+
+
+@contextmanager
+def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
+    """The picture, decoded, and the bytes of its file, for a body that reads it.
+
+    Raises DataError for a file that is no picture, also where that shows in the body alone; with the nearest name
+    where there is no such file."""
+    from PIL import Image, UnidentifiedImageError
+
+    place = Path(path).expanduser()
+    try:
+        data = place.read_bytes()
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            yield picture, data
+    except FileNotFoundError:
+        near = nearest(place.name, [p.name for p in place.parent.iterdir()], 1) if place.parent.is_dir() else []
+        fix = f"did you mean {place.with_name(near[0])}?" if near else None
+        raise DataError("there is no such picture", where=str(path), fix=fix) from None
+    except IsADirectoryError:
+        raise DataError("this is a folder, not a picture", where=str(path)) from None
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        said = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"this is no picture: {said}", where=str(path)) from error

@@ -1,0 +1,103 @@
+"""A batch of pictures in a file: a JSON object a line, each with its own prompt, mix and seed.
+
+    {"prompt": "a fox", "adapters": ["brand:0.8"], "seed": 5}
+    {"prompt": "a fox", "adapters": ["brand:0.4", "look:0.6@steps=0.5-1"], "negative": "blurry"}
+    {"prompt": "a fox", "adapters": []}
+
+What a line leaves out is the caller's. Everything that is wrong in a file is one error.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import DataError, VeneerError, nearest
+from veneer.imaging.adapters import parse_use
+from veneer.imaging.make import Ask
+
+__all__ = ["KEYS", "read_batch"]
+
+KEYS = ("prompt", "adapters", "seed", "negative")
+_MOST_SHOWN = 20
+
+
+def read_batch(path: str | Path, shared: Ask | None = None) -> list[Ask]:
+    """The asks of a file, in order; `shared`: what a line without the key has.
+
+    Raises DataError for a file that cannot be read or has no lines, and for lines that are no such object: each with
+    its number and what is wrong, the nearest key for one that is not known."""
+    place = Path(path).expanduser()
+    try:
+        text = place.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        beside = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+        near = nearest(place.name, beside, 1)
+        fix = f"did you mean {place.with_name(near[0])}?" if near else None
+        raise DataError("there is no such batch", where=str(path), fix=fix) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the batch cannot be read: {error}", where=str(path)) from error
+    asks: list[Ask] = []
+    bad: list[str] = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand in a prompt
+        if line.strip():
+            found = _asked(line, shared or Ask(""))
+            if isinstance(found, Ask):
+                asks.append(found)
+            else:
+                bad += [f"line {number}: {problem}" for problem in found]
+    if bad:
+        shown = "\n".join(f"  - {problem}" for problem in bad[:_MOST_SHOWN])
+        more = f"\n  … and {len(bad) - _MOST_SHOWN} more" if len(bad) > _MOST_SHOWN else ""
+        faults = f"{len(bad)} fault{'s' * (len(bad) > 1)}"
+        raise DataError(f"the batch has {faults}:\n{shown}{more}", where=str(path), fix=f"lines like {_EXAMPLE}")
+    if not asks:
+        raise DataError("the batch has no lines", where=str(path), fix=f"a line for each picture: {_EXAMPLE}")
+    return asks
+
+
+_EXAMPLE = '{"prompt": "a fox", "adapters": ["brand:0.8"], "seed": 5, "negative": "blurry"}'
+
+
+def _asked(line: str, shared: Ask) -> Ask | list[str]:
+    """The ask of a line, or what is wrong with it."""
+    try:
+        row = json.loads(line, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        return [f"not JSON: {error}"]
+    if not isinstance(row, dict):
+        return ["not a JSON object"]
+    bad: list[str] = []
+    for key in row:
+        if key not in KEYS:
+            near = nearest(key, KEYS, 1)
+            bad.append(f"unknown key {key!r}" + (f", the nearest is {near[0]!r}" if near else ""))
+    for key in ("prompt", "negative"):
+        if not isinstance(row.get(key, ""), str):
+            bad.append(f"{key} is {row[key]!r}, and a text is wanted")
+    if not row.get("prompt"):
+        bad.append("it has no prompt")
+    if type(row.get("seed", 0)) is not int:
+        bad.append(f"seed is {row['seed']!r}, and a whole number is wanted")
+    specs = row.get("adapters", [])
+    if not isinstance(specs, list) or not all(isinstance(spec, str) for spec in specs):
+        bad.append(f'adapters is {specs!r}, and a list of texts is wanted, as in ["brand:0.8"]')
+    if bad:
+        return bad
+    try:
+        if "adapters" in row:
+            row["uses"] = tuple(parse_use(spec) for spec in row.pop("adapters"))
+        return replace(shared, **row)
+    except VeneerError as error:
+        return [error.what + (f" ({error.fix})" if error.fix else "")]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ: of two equal ones JSON's readers would keep the last and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return found
