@@ -14,7 +14,7 @@ import hmac
 import re
 import secrets
 
-__all__ = ["hash_key", "key_id", "make_key", "same"]
+__all__ = ["hash_key", "key_id", "make_admin_key", "make_key", "same"]
 
 _KEY = re.compile(r"vnr-([0-9a-f]{10})-[A-Za-z0-9_-]{43}")
 
@@ -23,6 +23,11 @@ def make_key() -> tuple[str, str]:
     """(id, key) of a new key."""
     identity = secrets.token_hex(5)
     return identity, f"vnr-{identity}-{secrets.token_urlsafe(32)}"
+
+
+def make_admin_key() -> str:
+    """A new admin key. It is not kept anywhere: the server is given it, or its hash."""
+    return f"vnr-admin-{secrets.token_urlsafe(32)}"
 
 
 def key_id(key: str) -> str | None:

@@ -15,12 +15,24 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, delete, insert, select, update
 
-from veneer.errors import ConfigError, nearest
+from veneer.errors import ConfigError
 from veneer.serve.tenancy import audit
 from veneer.serve.tenancy import store as st
 from veneer.serve.tenancy.keys import hash_key, make_key
 from veneer.serve.tenancy.names import adapter_of, check_name, check_pattern, check_tenant
-from veneer.serve.tenancy.store import ALL, EACH, LIMITS, KeyRow, Limit, Price, Store, Tenant
+from veneer.serve.tenancy.store import (
+    ALL,
+    EACH,
+    LIMITS,
+    KeyRow,
+    Limit,
+    NotThere,
+    Price,
+    Store,
+    Tenant,
+    missing,
+    tenant_row,
+)
 
 __all__ = [
     "add_tenant", "change_tenant", "get_tenant", "let_see", "list_keys", "make_tenant_key", "note", "remove_tenant",
@@ -34,7 +46,7 @@ __all__ = [
 def get_tenant(store: Store, name: str) -> Tenant:
     settings = store.look()
     if name not in settings.tenants:
-        raise _lost("tenant", name, settings.tenants)
+        raise missing("tenant", name, settings.tenants)
     return settings.tenants[name]
 
 
@@ -66,7 +78,7 @@ def change_tenant(
     if enabled is not None:
         values["enabled"] = enabled
     with store.change() as c:
-        before = _row(c, name)
+        before = tenant_row(c, name)
         if values:
             c.execute(update(st.tenants).where(st.tenants.c.name == name).values(**values))
         audit.append(c, who, "tenant.change", name, {k: before[k] for k in values}, values)
@@ -77,7 +89,7 @@ def remove_tenant(store: Store, name: str, *, who: str) -> None:
     """Its keys, grants, limits, prices and aliases go with it; what it used stays in the ledger, its past in the audit
     log."""
     with store.change() as c:
-        before = _row(c, name)
+        before = tenant_row(c, name)
         for table in (st.grants, st.limits, st.prices, st.aliases, st.moves, st.keys):
             c.execute(delete(table).where(table.c.tenant == name))
         c.execute(delete(st.tenants).where(st.tenants.c.name == name))
@@ -91,11 +103,11 @@ def let_see(
     more, fewer = sorted({check_pattern(p) for p in add}), sorted(set(remove))
     with store.change() as c:
         if tenant != ALL:
-            _row(c, tenant)
+            tenant_row(c, tenant)
         before = list(c.scalars(select(st.grants.c.pattern).where(st.grants.c.tenant == tenant)))
         for pattern in fewer:
             if pattern not in before:
-                raise _lost("pattern", pattern, before)
+                raise missing("pattern", pattern, before)
         after = sorted({*before, *more} - set(fewer))
         c.execute(delete(st.grants).where(st.grants.c.tenant == tenant))
         for pattern in after:
@@ -112,7 +124,7 @@ def make_tenant_key(
 ) -> tuple[KeyRow, str]:
     """(what is kept, the key itself, which nobody can show again). `expires`: seconds since 1970."""
     with store.change() as c:
-        _row(c, tenant)
+        tenant_row(c, tenant)
         made, key = _new_key(c, tenant, label, expires, time.time() if now is None else now)
         audit.append(c, who, "key.add", tenant, None, show_key(made))
     return made, key
@@ -176,7 +188,7 @@ def _new_key(c: Connection, tenant: str, label: str, expires: float | None, now:
 def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
     row = c.execute(select(st.keys).where(st.keys.c.id == key)).first()
     if row is None or tenant not in (None, row.tenant):
-        raise ConfigError(f"there is no key {key[:20]!r}", where="key", fix="its id: veneer tenant key list")
+        raise NotThere(f"there is no key {key[:20]!r}", where="key", fix="its id: veneer tenant key list")
     return KeyRow(**row._mapping)
 
 
@@ -190,7 +202,7 @@ def set_limit(store: Store, tenant: str, adapter: str, values: Mapping[str, int 
     adapter: of requests that this adapter answers, whatever its version; ALL: of all adapters together."""
     for name, value in values.items():
         if name not in LIMITS:
-            raise _lost("limit", name, LIMITS)
+            raise missing("limit", name, LIMITS)
         if value is not None and not 1 <= value <= 10**15:
             raise ConfigError(f"{name} is {value}", where=name, fix="1 or more; to shut a tenant out, disable it")
     scope = _scope(tenant, adapter, EACH)
@@ -238,7 +250,7 @@ def _replace(
     here = (table.c.tenant == scope["tenant"]) & (table.c.adapter == scope["adapter"])
     with store.change() as c:
         if scope["tenant"] not in (ALL, EACH):
-            _row(c, scope["tenant"])
+            tenant_row(c, scope["tenant"])
         row = c.execute(select(table).where(here)).first()
         before = None if row is None else {k: v for k, v in row._mapping.items() if k not in scope}
         after = changed(before)
@@ -277,19 +289,5 @@ def _check_weight(weight: float) -> float:
     return float(weight)
 
 
-def _row(c: Connection, name: str) -> dict[str, Any]:
-    row = c.execute(select(st.tenants).where(st.tenants.c.name == name)).first()
-    if row is None:
-        raise _lost("tenant", name, c.scalars(select(st.tenants.c.name)))
-    return dict(row._mapping)
-
-
 def _shown(tenant: Tenant) -> dict[str, Any]:
     return {**asdict(tenant), "adapters": list(tenant.adapters)}
-
-
-def _lost(what: str, name: str, known: Iterable[str]) -> ConfigError:
-    near = nearest(name, known)
-    return ConfigError(
-        f"there is no {what} {name}", where=what, fix=f"did you mean {', '.join(near)}?" if near else None
-    )

@@ -25,11 +25,11 @@ _PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._/@:+*-]{0,199}")
 
 def check_tenant(name: str) -> str:
     """Raises ConfigError for what cannot name a tenant."""
-    if not _TENANT.fullmatch(name) or ".." in name:
+    if not _TENANT.fullmatch(name) or ".." in name or name == "all":
         raise ConfigError(
             f"{name!r} cannot name a tenant",
             where="tenant",
-            fix="lower-case letters, digits and . _ - between them, at most 64",
+            fix="lower-case letters, digits and . _ - between them, at most 64; not `all`",
         )
     return name
 

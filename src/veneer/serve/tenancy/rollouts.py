@@ -23,11 +23,22 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select
 
-from veneer.errors import ConfigError, nearest
+from veneer.errors import ConfigError
 from veneer.serve.access import Caller
 from veneer.serve.tenancy import audit
 from veneer.serve.tenancy.names import check_name
-from veneer.serve.tenancy.store import ALL, Alias, Store, alias_of, aliases, moves, shadows, tenants
+from veneer.serve.tenancy.store import (
+    ALL,
+    Alias,
+    NotThere,
+    Store,
+    alias_of,
+    aliases,
+    missing,
+    moves,
+    shadows,
+    tenant_row,
+)
 
 __all__ = [
     "BUCKETS",
@@ -40,6 +51,7 @@ __all__ = [
     "set_alias",
     "shadow_log",
     "share_out",
+    "shown",
 ]
 
 BUCKETS = 10_000
@@ -193,7 +205,8 @@ def set_alias(
     if not (math.isfinite(fraction) and 0 <= fraction <= 1):
         raise ConfigError(f"the fraction is {fraction}", where="fraction", fix="from 0 to 1")
     with store.change() as c:
-        _known_tenant(c, tenant)
+        if tenant != ALL:
+            tenant_row(c, tenant)
         before = _current(c, tenant, alias)
         spec = {
             "targets": wanted,
@@ -230,6 +243,10 @@ def rollback(store: Store, alias: str, *, tenant: str = ALL, who: str) -> Alias:
         assert after is not None
         audit.append(c, who, "alias.rollback", _subject(tenant, alias), _shown(now), _shown(after))
         return after
+
+
+def shown(alias: Alias) -> dict[str, Any]:
+    return {"alias": alias.name, "tenant": alias.tenant, "move": alias.move, **_shown(alias)}
 
 
 def history(c: Connection, alias: str, *, tenant: str = ALL) -> list[dict[str, Any]]:
@@ -298,18 +315,6 @@ def _subject(tenant: str, alias: str) -> str:
     return f"{tenant or 'all'}:{alias}"
 
 
-def _known_tenant(c: Connection, tenant: str) -> None:
-    known = list(c.scalars(select(tenants.c.name)))
-    if tenant != ALL and tenant not in known:
-        near = nearest(tenant, known)
-        raise ConfigError(
-            f"there is no tenant {tenant}", where="tenant", fix=f"did you mean {', '.join(near)}?" if near else None
-        )
-
-
-def _lost(c: Connection, tenant: str, alias: str) -> ConfigError:
-    near = nearest(alias, c.scalars(select(aliases.c.alias).where(aliases.c.tenant == tenant)))
-    whose = f"tenant {tenant} has" if tenant else "there is"
-    return ConfigError(
-        f"{whose} no alias {alias}", where="alias", fix=f"did you mean {', '.join(near)}?" if near else None
-    )
+def _lost(c: Connection, tenant: str, alias: str) -> NotThere:
+    known = c.scalars(select(aliases.c.alias).where(aliases.c.tenant == tenant))
+    return missing(f"alias of tenant {tenant}" if tenant else "alias", alias, known)

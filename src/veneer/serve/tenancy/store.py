@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -37,13 +37,14 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, nearest
 from veneer.library.database import URL_FIX, Key, open_engine, reading, shown_url, writing
 from veneer.serve.tenancy.names import seeing
 
 __all__ = [
-    "ALL", "EACH", "LIMITS", "Alias", "KeyRow", "Limit", "Price", "Settings", "Store", "Tenant", "alias_of", "aliases",
-    "audit", "grants", "keys", "ledger", "limits", "meta", "moves", "prices", "shadows", "tenants",
+    "ALL", "EACH", "LIMITS", "Alias", "KeyRow", "Limit", "NotThere", "Price", "Settings", "Store", "Tenant", "alias_of",
+    "aliases", "audit", "grants", "keys", "ledger", "limits", "meta", "missing", "moves", "prices", "shadows",
+    "tenant_row", "tenants",
 ]  # fmt: skip
 
 SCHEMA = "1"
@@ -280,6 +281,24 @@ class Settings:
         for tenant, alias in self.aliases:
             own.setdefault(tenant, []).append(alias)
         return {t.name: seeing((*t.adapters, *self.shared), own.get(t.name, ())) for t in self.tenants.values()}
+
+
+class NotThere(ConfigError):
+    """Raised for a tenant, a key, a pattern or an alias that is not there; `fix` names the nearest that is."""
+
+
+def missing(what: str, name: str, known: Iterable[str]) -> NotThere:
+    near = nearest(name, known)
+    fix = f"did you mean {', '.join(near)}?" if near else None
+    return NotThere(f"there is no {what} {name[:100]}", where=what, fix=fix)
+
+
+def tenant_row(c: Connection, name: str) -> dict[str, Any]:
+    """Raises NotThere."""
+    row = c.execute(select(tenants).where(tenants.c.name == name)).first()
+    if row is None:
+        raise missing("tenant", name, c.scalars(select(tenants.c.name)))
+    return dict(row._mapping)
 
 
 class Store:
