@@ -127,9 +127,20 @@ def _let_see(tenant: str, patterns: list[str], remove: bool, as_json: bool) -> N
     with opened() as store:
         more = {"remove": patterns} if remove else {"add": patterns}
         after = manage.let_see(store, tenant, **more, who=who())
-    print_json({"adapters": after}) if as_json else print(
-        f"{tenant or 'everybody'} sees: {' '.join(after) or 'nothing'}"
-    )
+    if as_json:
+        print_json({"adapters": after})
+    else:
+        print(f"{tenant or 'everybody'} sees: {' '.join(after) or 'nothing'}")
+
+
+@app.command("admin-key", epilog="Example: veneer tenant admin-key")
+def admin_key(as_json: AsJson = False) -> None:
+    """Make a key for the routes under /admin, and its hash, which is all that the server needs to know."""
+    from veneer.serve.tenancy.keys import hash_key, make_admin_key
+
+    key = make_admin_key()
+    kept = f"sha256:{hash_key(key)}"
+    print_json({"key": key, "hash": kept}) if as_json else print(f"{key}\nVENEER_ADMIN_KEY={kept}")
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
