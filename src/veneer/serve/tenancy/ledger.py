@@ -89,7 +89,7 @@ class Ledger:
 
         def write(c: Connection) -> None:
             make = postgresql_insert if c.dialect.name == "postgresql" else sqlite_insert
-            if c.execute(make(ledger).on_conflict_do_nothing(), row).rowcount != 1:
+            if c.scalar(make(ledger).on_conflict_do_nothing().returning(ledger.c.request), row) is None:
                 raise Refused(
                     f"there was a request {entry.request} before", status=400, code="invalid_request",
                     fix="an id of its own for each request",

@@ -100,7 +100,8 @@ class Writer:
                     time.sleep(0.2)
             except Exception as error:
                 if len(batch) == 1:
-                    _log.exception("a row of the ledger was refused")
+                    if batch[0].patient:  # nobody waits for it, so it is said here
+                        _log.exception("a row of the ledger was refused")
                     batch[0].done.set_exception(error)
                     return
                 for job in batch:
