@@ -120,6 +120,10 @@ async def clients(
             break
         await asyncio.sleep(0.01)
     running = [asyncio.create_task(client(n)) for n in range(CLIENTS)]
+    for _ in range(3000):  # the clock starts with the first answer, however slow the machine is
+        if any(lines and "used" in lines[-1] for name, lines in saw.items() if name.startswith(f"{prefix}-")):
+            break
+        await asyncio.sleep(0.01)
     await asyncio.sleep(seconds)
     kill()
     await asyncio.wait(running, timeout=30)

@@ -26,7 +26,7 @@ def drive(*arguments: str) -> dict[str, int]:
 
 def test_a_server_killed_under_load_and_what_its_clients_saw(where: str, quick: Path) -> None:
     done = drive("load", where, str(quick), "4", "1")
-    assert done["answered"] > 50
+    assert done["answered"] > 20
     assert done["interrupted"] > 0
     assert done["from_notes"] > 0  # answered, and the kill came before the commit
 
@@ -43,4 +43,4 @@ def test_a_kill_at_each_step_of_a_request(where: str, quick: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_a_longer_soak(where: str, quick: Path, seed: int) -> None:
-    assert drive("load", where, str(quick), "25", str(seed))["answered"] > 500
+    assert drive("load", where, str(quick), "25", str(seed))["answered"] > 200
