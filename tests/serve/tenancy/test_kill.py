@@ -25,8 +25,8 @@ def drive(*arguments: str) -> dict[str, int]:
 
 
 def test_a_server_killed_under_load_and_what_its_clients_saw(where: str, quick: Path) -> None:
-    done = drive("load", where, str(quick), "4", "1")
-    assert done["answered"] > 20
+    done = drive("load", where, str(quick), "2" if where.startswith("postgresql") else "4", "1")
+    assert done["answered"] > 10
     assert done["interrupted"] > 0
     assert done["from_notes"] > 0  # answered, and the kill came before the commit
 
