@@ -115,9 +115,9 @@ def see(tenant: _Tenant, patterns: _Patterns, remove: _Remove = False, as_json: 
     _let_see(tenant, patterns, remove, as_json)
 
 
-@app.command(epilog="Example: veneer tenant share smollm2-135m 'public/*'")
+@app.command(epilog="Example: veneer tenant share 'public/*'")
 def share(patterns: _Patterns, remove: _Remove = False, as_json: AsJson = False) -> None:
-    """Let every tenant see adapters; and the base, under its name."""
+    """Let every tenant see adapters. The base is there for everybody."""
     _let_see("", patterns, remove, as_json)
 
 
