@@ -15,7 +15,6 @@ import contextlib
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -32,17 +31,16 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    create_engine,
     delete,
-    event,
     insert,
     select,
-    text,
     update,
 )
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 
-from veneer.errors import ConfigError, MissingExtraError, ResourceError
+from veneer.errors import ConfigError
+from veneer.library import database
+from veneer.library.database import URL_FIX, Key, open_engine, reading, shown_url
 
 __all__ = [
     "CONDEMNED", "TABLES", "Key", "aliases", "claim", "clear", "connect", "entries", "files", "identify", "identity",
@@ -54,13 +52,6 @@ CONDEMNED = ""
 """The generation of an object that garbage collection is about to delete."""
 
 _LOCK = 0x76656E656572  # "veneer": the key of PostgreSQL's advisory lock
-_BUSY_SECONDS = 120
-
-
-def Key() -> Any:
-    """Text that compares byte by byte, so that a range of it is a prefix, in both databases."""
-    return String().with_variant(String(collation="C"), "postgresql")
-
 
 TABLES = MetaData()
 
@@ -151,19 +142,7 @@ tags = Table(
 def connect(where: str) -> Engine:
     """The index in a SQLite file, or behind a URL such as postgresql://user@host/database; its tables are made if they
     are not there. Raises ConfigError for a URL that leads nowhere, MissingExtraError without psycopg."""
-    url = where if "://" in where else f"sqlite:///{where}"
-    if url.startswith(("postgresql://", "postgres://")):
-        url = "postgresql+psycopg://" + url.partition("://")[2]
-    try:
-        engine = _sqlite(url) if url.startswith("sqlite:") else create_engine(url, pool_pre_ping=True)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"the index needs {error.name or 'a database driver'}",
-            where=shown_url(where),
-            fix="pip install 'veneer[postgres]'",
-        ) from None
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise ConfigError(f"this is no address of an index: {error}", where=shown_url(where), fix=_URL_FIX) from None
+    engine = open_engine(where, "an index")
     try:
         found = _schema(engine)
         if found is None:
@@ -175,7 +154,7 @@ def connect(where: str) -> Engine:
     except DBAPIError as error:
         engine.dispose()
         raise ConfigError(
-            f"the index cannot be opened: {str(error.orig).strip()}", where=shown_url(where), fix=_URL_FIX
+            f"the index cannot be opened: {str(error.orig).strip()}", where=shown_url(where), fix=URL_FIX
         ) from error
     if found != SCHEMA:
         engine.dispose()
@@ -196,53 +175,6 @@ def _schema(engine: Engine) -> str | None:
 
 
 _SCHEMA_ROW = select(_meta.c.value).where(_meta.c.key == "schema")
-_URL_FIX = "a path for SQLite, or postgresql://user:password@host/database"
-
-
-def shown_url(where: str) -> str:
-    """An address without its password."""
-    head, at, host = where.rpartition("@")
-    return f"{head.rpartition(':')[0] if head.count(':') > 1 else head}{at}{host}"
-
-
-def _sqlite(url: str) -> Engine:
-    Path(url.removeprefix("sqlite:///")).expanduser().parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
-
-    @event.listens_for(engine, "connect")
-    def prepare(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # transactions begin below, not where the driver guesses
-        _wal(connection)
-        connection.execute("PRAGMA synchronous=FULL")  # committed means on the disk
-        connection.execute("PRAGMA foreign_keys=ON")
-
-    @event.listens_for(engine, "begin")
-    def begin(c: Connection) -> None:
-        c.exec_driver_sql("BEGIN IMMEDIATE" if c.get_execution_options().get("write") else "BEGIN")
-
-    return engine
-
-
-def _wal(connection: Any) -> None:
-    """Switching to WAL does not wait for others who do the same, so it is tried again here."""
-    import sqlite3
-
-    give_up = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def reading(engine: Engine) -> Iterator[Connection]:
-    """A connection for queries."""
-    with engine.connect() as c:
-        yield c
 
 
 @contextlib.contextmanager
@@ -250,20 +182,8 @@ def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that holds the index's one write lock from its start: committed at the end, or not at all.
 
     Raises ResourceError where the lock is not to be had for two minutes."""
-    with engine.connect().execution_options(write=True) as c:
-        try:
-            c.begin()
-            if c.dialect.name == "postgresql":
-                c.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
-        except DBAPIError as error:
-            if "locked" not in str(error.orig):
-                raise
-            raise ResourceError(
-                f"another process has been writing to the index for {_BUSY_SECONDS} seconds",
-                fix="try again; with many writers, keep the index in PostgreSQL",
-            ) from error
+    with database.writing(engine, _LOCK) as c:
         yield c
-        c.commit()
 
 
 def identity(c: Connection) -> str | None:

@@ -1,0 +1,353 @@
+"""`veneer tenant …`: who may use which adapter on a server, how much, for what price, and what was used.
+
+Works on the server's own database, whether or not a server runs; a change holds from the next request on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from veneer.cli import tenant_alias
+from veneer.cli.tenant_common import AsJson, day, opened, print_json, set_place, table, who
+
+__all__ = ["app"]
+
+_PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False}
+app = typer.Typer(**_PLAIN, help="Tenants of a server: keys, adapters, limits, prices, aliases, usage.")
+key_app = typer.Typer(**_PLAIN, help="API keys of tenants.")
+app.add_typer(key_app, name="key")
+app.add_typer(tenant_alias.app, name="alias")
+
+_Tenant = Annotated[str, typer.Argument(help="The tenant.", show_default=False)]
+_KeyId = Annotated[str, typer.Argument(help="The key's id, the part after vnr-.", show_default=False)]
+_Adapter = Annotated[str, typer.Option("--adapter", help="For this adapter alone; by default all of them.")]
+_Patterns = Annotated[
+    list[str], typer.Argument(help="Names of adapters; * stands for any text: 'acme/*'.", show_default=False)
+]
+_Remove = Annotated[bool, typer.Option("--remove", help="Take these away.")]
+
+
+@app.callback()
+def _where(
+    at: Annotated[
+        str | None,
+        typer.Option(
+            "--at",
+            envvar="VENEER_TENANTS",
+            help="A SQLite file or postgresql:// URL; by default `tenants.sqlite` in the veneer home.",
+        ),
+    ] = None,
+) -> None:
+    """Tenants of a server: keys, the adapters they see, limits, prices, aliases, usage and the audit log."""
+    set_place(at)
+
+
+# -- tenants -----------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: veneer tenant add acme --see 'acme/*' --weight 2")
+def add(
+    tenant: _Tenant,
+    see: Annotated[list[str] | None, typer.Option("--see", help="Names it sees, as 'acme/*'; repeatable.")] = None,
+    weight: Annotated[float, typer.Option("--weight", help="Its share where requests wait.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Add a tenant. It sees the adapters that its patterns match, and those that are shared."""
+    from veneer.serve.tenancy import manage
+
+    with opened() as store:
+        made = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), who=who())
+    print_json(asdict(made)) if as_json else print(f"{tenant}: veneer tenant key add {tenant}")
+
+
+@app.command("list", epilog="Example: veneer tenant list")
+def list_(as_json: AsJson = False) -> None:
+    """All tenants, and what is shared with all of them."""
+    with opened() as store:
+        settings = store.settings
+    if as_json:
+        print_json({"tenants": [asdict(t) for t in settings.tenants.values()], "shared": settings.shared})
+        return
+    keys = [k.tenant for k in settings.keys.values() if k.state(time.time()) == "active"]
+    rows = [
+        (t.name, t.weight, "yes" if t.enabled else "no", keys.count(t.name), " ".join(t.adapters))
+        for t in settings.tenants.values()
+    ]
+    table(("tenant", "weight", "enabled", "keys", "sees"), rows, "no tenants: veneer tenant add NAME")
+    if settings.shared:
+        print(f"shared: {' '.join(settings.shared)}")
+
+
+@app.command(epilog="Example: veneer tenant change acme --weight 3")
+def change(
+    tenant: _Tenant,
+    weight: Annotated[float | None, typer.Option("--weight", help="Its share where requests wait.")] = None,
+    enabled: Annotated[bool | None, typer.Option("--enable/--disable", help="Whether its keys work.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change a tenant's weight, or shut it out and let it in again."""
+    from veneer.serve.tenancy import manage
+
+    with opened() as store:
+        made = manage.change_tenant(store, tenant, weight=weight, enabled=enabled, who=who())
+    state = "enabled" if made.enabled else "disabled"
+    print_json(asdict(made)) if as_json else print(f"{tenant}: weight {made.weight:g}, {state}")
+
+
+@app.command(epilog="Example: veneer tenant remove acme")
+def remove(tenant: _Tenant, as_json: AsJson = False) -> None:
+    """Remove a tenant with its keys, limits, prices and aliases. What it used stays in the ledger."""
+    from veneer.serve.tenancy import manage
+
+    with opened() as store:
+        manage.remove_tenant(store, tenant, who=who())
+    print_json({"removed": tenant}) if as_json else print(f"removed {tenant}")
+
+
+@app.command(epilog="Example: veneer tenant see acme 'acme/*' support")
+def see(tenant: _Tenant, patterns: _Patterns, remove: _Remove = False, as_json: AsJson = False) -> None:
+    """Let a tenant see adapters. To everybody else they do not exist."""
+    _let_see(tenant, patterns, remove, as_json)
+
+
+@app.command(epilog="Example: veneer tenant share 'public/*'")
+def share(patterns: _Patterns, remove: _Remove = False, as_json: AsJson = False) -> None:
+    """Let every tenant see adapters. The base is there for everybody."""
+    _let_see("", patterns, remove, as_json)
+
+
+def _let_see(tenant: str, patterns: list[str], remove: bool, as_json: bool) -> None:
+    from veneer.serve.tenancy import manage
+
+    with opened() as store:
+        more = {"remove": patterns} if remove else {"add": patterns}
+        after = manage.let_see(store, tenant, **more, who=who())
+    if as_json:
+        print_json({"adapters": after})
+    else:
+        print(f"{tenant or 'everybody'} sees: {' '.join(after) or 'nothing'}")
+
+
+@app.command("admin-key", epilog="Example: veneer tenant admin-key")
+def admin_key(as_json: AsJson = False) -> None:
+    """Make a key for the routes under /admin, and its hash, which is all that the server needs to know."""
+    from veneer.serve.tenancy.keys import hash_key, make_admin_key
+
+    key = make_admin_key()
+    kept = f"sha256:{hash_key(key)}"
+    print_json({"key": key, "hash": kept}) if as_json else print(f"{key}\nVENEER_ADMIN_KEY={kept}")
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+@key_app.command("add", epilog="Example: veneer tenant key add acme --label web --expires 90d")
+def key_add(
+    tenant: _Tenant,
+    label: Annotated[str, typer.Option("--label", help="What it is for.")] = "",
+    expires: Annotated[str, typer.Option("--expires", help="90d, 12h, or a day: 2027-01-31.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Make a key. It is shown now and never again."""
+    from veneer.serve.tenancy import manage
+
+    with opened() as store:
+        until = manage.when(expires, time.time()) if expires else None
+        row, key = manage.make_tenant_key(store, tenant, label=label, expires=until, who=who())
+    print_json({**manage.show_key(row), "key": key}) if as_json else print(key)
+
+
+@key_app.command("list", epilog="Example: veneer tenant key list acme")
+def key_list(
+    tenant: Annotated[str | None, typer.Argument(help="The tenant; by default all.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keys by id, without what is secret in them."""
+    from veneer.serve.tenancy import manage
+
+    now = time.time()
+    with opened() as store:
+        found = manage.list_keys(store, tenant)
+    if as_json:
+        print_json({"keys": [manage.show_key(k) | {"state": k.state(now)} for k in found]})
+        return
+    rows = [(k.id, k.tenant, k.label, k.state(now), day(k.created), day(k.expires)) for k in found]
+    table(("id", "tenant", "label", "state", "made", "expires"), rows, "no keys: veneer tenant key add NAME")
+
+
+@key_app.command("revoke", epilog="Example: veneer tenant key revoke 3f9a0c21d4")
+def key_revoke(key: _KeyId, as_json: AsJson = False) -> None:
+    """Refuse a key from the next request on."""
+    from veneer.serve.tenancy import manage
+
+    with opened() as store:
+        row = manage.revoke_key(store, key, who=who())
+    print_json(manage.show_key(row)) if as_json else print(f"revoked {key} of {row.tenant}")
+
+
+@key_app.command("rotate", epilog="Example: veneer tenant key rotate 3f9a0c21d4 --grace 24h")
+def key_rotate(
+    key: _KeyId,
+    grace: Annotated[str, typer.Option("--grace", help="How long the old one still works: 24h, 30m.")] = "0m",
+    as_json: AsJson = False,
+) -> None:
+    """Make a key in the place of another. It is shown now and never again."""
+    from veneer.serve.tenancy import manage
+
+    with opened() as store:
+        row, secret = manage.rotate_key(store, key, grace=manage.when(grace, 0.0), who=who())
+    print_json({**manage.show_key(row), "key": secret}) if as_json else print(secret)
+
+
+# -- limits and prices -------------------------------------------------------------------------------------------------
+
+_Count = Annotated[int | None, typer.Option(min=0, help="0: no limit.", show_default=False)]
+_Whose = Annotated[str, typer.Argument(help="A tenant; '*': each that has none of its own; all: all of them together.")]
+
+
+@app.command(epilog="Example: veneer tenant limit acme --requests-per-minute 60 --tokens-per-day 2000000")
+def limit(
+    tenant: _Whose = "",
+    adapter: _Adapter = "",
+    requests_per_minute: _Count = None,
+    requests_per_day: _Count = None,
+    tokens_per_minute: _Count = None,
+    tokens_per_day: _Count = None,
+    concurrency: _Count = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set limits, those that are named; without any, show what is set."""
+    from veneer.serve.tenancy import manage
+    from veneer.serve.tenancy.store import LIMITS
+
+    given = (requests_per_minute, requests_per_day, tokens_per_minute, tokens_per_day, concurrency)
+    values = {name: value or None for name, value in zip(LIMITS, given, strict=True) if value is not None}
+    with opened() as store:
+        if values:
+            if not tenant:
+                raise typer.BadParameter("whose limits? a tenant, '*' or all")
+            manage.set_limit(store, "" if tenant == "all" else tenant, adapter, values, who=who())
+        found = store.look().limits
+    if as_json:
+        print_json({"limits": [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]})
+        return
+    rows = [
+        (t or "all", a or "all", *("" if v is None else f"{v:,}" for v in asdict(row).values()))
+        for (t, a), row in sorted(found.items())
+    ]
+    table(("tenant", "adapter", *(n.replace("_per_", "/") for n in LIMITS)), rows, "no limits")
+
+
+@app.command(epilog="Example: veneer tenant price all --prompt 0.15 --cached 0.015 --completion 0.60")
+def price(
+    tenant: Annotated[str, typer.Argument(help="A tenant; all: any of them.")] = "",
+    adapter: _Adapter = "",
+    prompt: Annotated[str | None, typer.Option(help="For a million tokens that are computed.")] = None,
+    cached: Annotated[str, typer.Option(help="For a million of the prompt that were there already.")] = "",
+    completion: Annotated[str | None, typer.Option(help="For a million tokens of answers.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take this price away.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Set what a million tokens cost, to a millionth; without any price, show what is set. `--cached` is as `--prompt`
+    unless it is given."""
+    from veneer.serve.tenancy import manage
+
+    with opened() as store:
+        if remove or prompt is not None or completion is not None:
+            if not tenant or (not remove and (prompt is None or completion is None)):
+                raise typer.BadParameter("a tenant or all, --prompt and --completion")
+            made = None if remove else _price(prompt or "", cached or prompt or "", completion or "")
+            manage.set_price(store, "" if tenant == "all" else tenant, adapter, made, who=who())
+        found = store.look().prices
+    if as_json:
+        print_json({"prices": [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]})
+        return
+    rows = [(t or "all", a or "all", *map(_money, asdict(row).values())) for (t, a), row in sorted(found.items())]
+    table(("tenant", "adapter", "prompt", "cached", "completion"), rows, "no prices: everything is free")
+
+
+def _price(*figures: str) -> Any:
+    from decimal import Decimal, InvalidOperation
+
+    from veneer.errors import ConfigError
+    from veneer.serve.tenancy.store import Price
+
+    try:
+        millionths = [Decimal(figure) * 1_000_000 for figure in figures]
+    except InvalidOperation:
+        raise ConfigError(f"no price: {' '.join(figures)}", fix="as in 0.15") from None
+    if any(not m.is_finite() or m != int(m) for m in millionths):
+        raise ConfigError(f"finer than a millionth: {' '.join(figures)}", fix="at most six digits after the point")
+    return Price(*map(int, millionths))
+
+
+def _money(millionths: int) -> str:
+    return f"{millionths // 1_000_000:,}.{millionths % 1_000_000:06d}"
+
+
+# -- records -----------------------------------------------------------------------------------------------------------
+
+
+@app.command("usage", epilog="Example: veneer tenant usage acme --by adapter,day --since 2026-11-01 --csv")
+def usage_(
+    tenant: Annotated[str | None, typer.Argument(help="The tenant; by default all.", show_default=False)] = None,
+    by: Annotated[str, typer.Option("--by", help="Of tenant, adapter, day; '' for one row.")] = "tenant,adapter,day",
+    adapter: Annotated[str | None, typer.Option("--adapter", help="This adapter alone, all its versions.")] = None,
+    since: Annotated[str, typer.Option("--since", help="The first day, in UTC.")] = "",
+    until: Annotated[str, typer.Option("--until", help="The last day, in UTC.")] = "",
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What the ledger says: requests, tokens, seconds and cost. `cost` is in millionths in JSON and CSV."""
+    from veneer.library.database import reading
+    from veneer.serve.tenancy import usage
+
+    names = [name for name in by.split(",") if name]
+    with opened() as store, reading(store.engine) as c:
+        rows = usage.usage(c, by=names, tenant=tenant, adapter=adapter, since=since, until=until)
+    if as_csv:
+        print(usage.as_csv(rows, names), end="")
+    elif as_json:
+        print_json({"usage": rows})
+    else:
+        figures = ("requests", "interrupted", "open", "prompt", "cached", "completion")
+        shown = [[*(r[n] for n in names), *(f"{r[f]:,}" for f in figures), _money(r["cost"])] for r in rows]
+        table((*names, *figures, "cost"), shown, "nothing was used")
+
+
+@app.command("audit", epilog="Example: veneer tenant audit --what key --limit 20")
+def audit_(
+    what: Annotated[str, typer.Option("--what", help="These changes alone: key, alias, limit, adapter.load.")] = "",
+    subject: Annotated[str, typer.Option("--subject", help="Of this tenant, alias or adapter.")] = "",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 50,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the chain of hashes; print its head.")] = False,
+    expect: Annotated[str, typer.Option("--expect", help="With --verify: a head that was seen earlier.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Who changed what, the newest first. With --verify: exit code 0 if no line is missing or changed, else 2."""
+    from veneer.library.database import reading
+    from veneer.serve.tenancy import audit
+
+    with opened() as store, reading(store.engine) as c:
+        if not (verify or expect):
+            found = audit.lines(c, what=what, subject=subject, limit=limit)
+        else:
+            head, count, wrong = audit.faults(c, expect)
+    if verify or expect:
+        if as_json:
+            print_json({"ok": not wrong, "head": head, "lines": count, "faults": wrong})
+        else:
+            print("\n".join([f"{count:,} lines, head {head}", *wrong]))
+        if wrong:
+            raise typer.Exit(2)
+    elif as_json:
+        print_json({"lines": found})
+    else:
+        for line in found:
+            change = f"{json.dumps(line['before'])} -> {json.dumps(line['after'])}"
+            print(f"{line['number']}  {line['at']}  {line['who']}  {line['what']}  {line['subject']}  {change}")

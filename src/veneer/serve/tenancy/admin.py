@@ -1,0 +1,319 @@
+"""The routes under /admin, on a key of their own: tenants, keys, limits, prices, aliases, usage, audit.
+
+    app.include_router(admin_router(tenants))
+
+Bodies are strict: a key that is not known is an error that names the nearest. Errors have OpenAI's shape. Names come in
+bodies and queries as well as in paths, for an alias may have a slash in it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, Field
+
+from veneer.errors import ConfigError, VeneerError, nearest
+from veneer.library.database import reading
+from veneer.serve.tenancy import audit, manage, rollouts
+from veneer.serve.tenancy.store import ALL, Limit, NotThere, Price, Store
+from veneer.serve.tenancy.tenants import Tenants
+from veneer.serve.tenancy.usage import BY, as_csv, usage
+
+__all__ = ["admin_router"]
+
+_WHO = "admin"
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class NewTenant(_Body):
+    name: str
+    weight: float = 1.0
+    adapters: list[str] = []
+
+
+class TenantChange(_Body):
+    weight: float | None = None
+    enabled: bool | None = None
+
+
+class Seen(_Body):
+    add: list[str] = []
+    remove: list[str] = []
+
+
+class NewKey(_Body):
+    label: str = ""
+    expires: str | None = Field(None, description="90d, 12h, 30m, or a day such as 2027-01-31")
+
+
+class Rotation(_Body):
+    grace: str = Field("0m", description="how long the old key still works: 24h")
+
+
+class LimitBody(_Body):
+    """Those that are named are set; null takes one away."""
+
+    tenant: str = Field(ALL, description='"": all together; "*": each that has none of its own')
+    adapter: str = ALL
+    requests_per_minute: int | None = None
+    requests_per_day: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    concurrency: int | None = None
+
+
+class PriceBody(_Body):
+    """Millionths for a million tokens."""
+
+    tenant: str = ALL
+    adapter: str = ALL
+    prompt: int
+    cached: int
+    completion: int
+
+
+class Target(_Body):
+    adapter: str
+    weight: int = 1
+
+
+class AliasBody(_Body):
+    alias: str
+    tenant: str = ALL
+    targets: list[Target]
+    shadow: str | None = None
+    fraction: float = 1.0
+
+
+class AliasName(_Body):
+    alias: str
+    tenant: str = ALL
+
+
+def admin_router(tenants: Tenants) -> APIRouter:
+    """Raises ConfigError where `tenants` has no admin key: then there must be no such routes."""
+    if tenants.admin_hash is None:
+        raise ConfigError("the routes under /admin need an admin key", fix="--admin-key, or VENEER_ADMIN_KEY")
+
+    class Route(_Route):
+        is_admin = staticmethod(tenants.is_admin)
+
+    router = APIRouter(prefix="/admin", tags=["admin"], route_class=Route)
+    store = tenants.store
+    _tenants(router, store)
+    _keys(router, store)
+    _limits(router, store)
+    _aliases(router, store)
+    _records(router, store)
+    return router
+
+
+def _tenants(router: APIRouter, store: Store) -> None:
+    @router.get("/tenants")
+    def list_tenants() -> dict[str, Any]:
+        return {"tenants": [asdict(t) for t in store.look().tenants.values()], "shared": store.settings.shared}
+
+    @router.post("/tenants", status_code=201)
+    def add_tenant(body: NewTenant) -> dict[str, Any]:
+        return asdict(manage.add_tenant(store, body.name, weight=body.weight, adapters=body.adapters, who=_WHO))
+
+    @router.get("/tenants/{tenant}")
+    def show_tenant(tenant: str) -> dict[str, Any]:
+        return asdict(manage.get_tenant(store, tenant))
+
+    @router.patch("/tenants/{tenant}")
+    def change_tenant(tenant: str, body: TenantChange) -> dict[str, Any]:
+        return asdict(manage.change_tenant(store, tenant, weight=body.weight, enabled=body.enabled, who=_WHO))
+
+    @router.delete("/tenants/{tenant}")
+    def remove_tenant(tenant: str) -> dict[str, Any]:
+        manage.remove_tenant(store, tenant, who=_WHO)
+        return {"removed": tenant}
+
+    @router.patch("/tenants/{tenant}/adapters")
+    def let_see(tenant: str, body: Seen) -> dict[str, Any]:
+        return {"adapters": manage.let_see(store, tenant, add=body.add, remove=body.remove, who=_WHO)}
+
+    @router.patch("/shared")
+    def share(body: Seen) -> dict[str, Any]:
+        return {"adapters": manage.let_see(store, ALL, add=body.add, remove=body.remove, who=_WHO)}
+
+
+def _keys(router: APIRouter, store: Store) -> None:
+    @router.get("/tenants/{tenant}/keys")
+    def list_keys(tenant: str) -> dict[str, Any]:
+        now = time.time()
+        return {"keys": [manage.show_key(k) | {"state": k.state(now)} for k in manage.list_keys(store, tenant)]}
+
+    @router.post("/tenants/{tenant}/keys", status_code=201)
+    def make_key(tenant: str, body: NewKey) -> dict[str, Any]:
+        expires = manage.when(body.expires, time.time()) if body.expires else None
+        row, key = manage.make_tenant_key(store, tenant, label=body.label, expires=expires, who=_WHO)
+        return {**manage.show_key(row), "key": key}
+
+    @router.post("/tenants/{tenant}/keys/{key}/rotate", status_code=201)
+    def rotate_key(tenant: str, key: str, body: Rotation) -> dict[str, Any]:
+        row, secret = manage.rotate_key(store, key, grace=manage.when(body.grace, 0.0), tenant=tenant, who=_WHO)
+        return {**manage.show_key(row), "key": secret}
+
+    @router.delete("/tenants/{tenant}/keys/{key}")
+    def revoke_key(tenant: str, key: str) -> dict[str, Any]:
+        return manage.show_key(manage.revoke_key(store, key, tenant=tenant, who=_WHO))
+
+
+def _limits(router: APIRouter, store: Store) -> None:
+    @router.get("/limits")
+    def list_limits() -> dict[str, Any]:
+        found = store.look().limits.items()
+        return {"limits": [{"tenant": t, "adapter": a, **asdict(limit)} for (t, a), limit in found]}
+
+    @router.put("/limits")
+    def set_limit(body: LimitBody) -> dict[str, Any]:
+        values = body.model_dump(exclude_unset=True, exclude={"tenant", "adapter"})
+        after = manage.set_limit(store, body.tenant, body.adapter, values, who=_WHO) or Limit()
+        return {"tenant": body.tenant, "adapter": body.adapter, **asdict(after)}
+
+    @router.get("/prices")
+    def list_prices() -> dict[str, Any]:
+        found = store.look().prices.items()
+        return {"prices": [{"tenant": t, "adapter": a, **asdict(price)} for (t, a), price in found]}
+
+    @router.put("/prices")
+    def set_price(body: PriceBody) -> dict[str, Any]:
+        price = Price(body.prompt, body.cached, body.completion)
+        manage.set_price(store, body.tenant, body.adapter, price, who=_WHO)
+        return body.model_dump()
+
+    @router.delete("/prices")
+    def remove_price(tenant: str = ALL, adapter: str = ALL) -> dict[str, Any]:
+        manage.set_price(store, tenant, adapter, None, who=_WHO)
+        return {"tenant": tenant, "adapter": adapter}
+
+
+def _aliases(router: APIRouter, store: Store) -> None:
+    @router.get("/aliases")
+    def list_aliases() -> dict[str, Any]:
+        return {"aliases": [rollouts.shown(a) for a in store.look().aliases.values()]}
+
+    @router.put("/aliases")
+    def set_alias(body: AliasBody) -> dict[str, Any]:
+        targets = [(t.adapter, t.weight) for t in body.targets]
+        tenant, shadow, fraction = body.tenant, body.shadow, body.fraction
+        return rollouts.shown(
+            rollouts.set_alias(store, body.alias, targets, tenant=tenant, shadow=shadow, fraction=fraction, who=_WHO)
+        )
+
+    @router.delete("/aliases")
+    def remove_alias(alias: str, tenant: str = ALL) -> dict[str, Any]:
+        rollouts.remove(store, alias, tenant=tenant, who=_WHO)
+        return {"removed": alias, "tenant": tenant}
+
+    @router.post("/aliases/rollback")
+    def rollback(body: AliasName) -> dict[str, Any]:
+        return rollouts.shown(rollouts.rollback(store, body.alias, tenant=body.tenant, who=_WHO))
+
+    @router.get("/aliases/history")
+    def history(alias: str, tenant: str = ALL) -> dict[str, Any]:
+        with reading(store.engine) as c:
+            return {"moves": rollouts.history(c, alias, tenant=tenant)}
+
+    @router.get("/shadows")
+    def shadow_log(alias: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
+        with reading(store.engine) as c:
+            return {"comparisons": rollouts.shadow_log(c, alias=alias, limit=limit)}
+
+
+def _records(router: APIRouter, store: Store) -> None:
+    @router.get("/usage", response_model=None)
+    def show_usage(
+        by: str = ",".join(BY),
+        tenant: str | None = None,
+        adapter: str | None = None,
+        since: str = "",
+        until: str = "",
+        format: str = "json",
+    ) -> Response | dict[str, Any]:
+        names = [name for name in by.split(",") if name]
+        if format not in ("json", "csv"):
+            raise ConfigError(f"usage is not given as {format!r}", where="format", fix="json or csv")
+        with reading(store.engine) as c:
+            rows = usage(c, by=names, tenant=tenant, adapter=adapter, since=since, until=until)
+        return PlainTextResponse(as_csv(rows, names), media_type="text/csv") if format == "csv" else {"usage": rows}
+
+    @router.get("/audit")
+    def show_audit(
+        subject: str = "",
+        what: str = "",
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        skip: Annotated[int, Query(ge=0)] = 0,
+    ) -> dict[str, Any]:
+        with reading(store.engine) as c:
+            return {"lines": audit.lines(c, subject=subject, what=what, limit=limit, skip=skip)}
+
+    @router.get("/audit/verify")
+    def verify(expect: str = "") -> dict[str, Any]:
+        with reading(store.engine) as c:
+            head, count, wrong = audit.faults(c, expect)
+        return {"ok": not wrong, "head": head, "lines": count, "faults": wrong}
+
+
+class _Route(APIRoute):
+    """The key comes first, then the rest; errors end here, in one shape, whatever app the router is part of."""
+
+    is_admin: Callable[[str], bool]
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        inner = super().get_route_handler()
+        queries = {str(p.alias) for p in self.dependant.query_params}
+
+        async def handle(request: Request) -> Response:
+            scheme, _, key = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not self.is_admin(key.strip()):
+                return _error(401, "not the admin key (Authorization: Bearer ADMIN_KEY)", "unauthorized", None)
+            for name in request.query_params:
+                if name not in queries:
+                    return _error(400, _unknown(name, queries), "invalid_request", name)
+            try:
+                return await inner(request)
+            except RequestValidationError as error:
+                found = error.errors()
+                lines = [_line(e, self._fields()) for e in found]
+                return _error(400, "; ".join(lines), "invalid_request", str(found[0]["loc"][-1]))
+            except VeneerError as error:
+                lost = isinstance(error, NotThere)
+                message = f"{error.what} ({error.fix})" if error.fix else error.what
+                return _error(404 if lost else 400, message, "not_found" if lost else "invalid_request", error.where)
+
+        return handle
+
+    def _fields(self) -> dict[int, set[str]]:
+        """What the body may hold, by depth."""
+        bodies = [p.field_info.annotation for p in self.dependant.body_params]
+        return {2: {name for b in bodies for name in getattr(b, "model_fields", ())}, 4: set(Target.model_fields)}
+
+
+def _line(error: Any, fields: dict[int, set[str]]) -> str:
+    place = ".".join(str(part) for part in error["loc"][1:])
+    if error["type"] == "extra_forbidden":
+        return _unknown(place, fields.get(len(error["loc"]), set()))
+    return f"{place or 'body'}: {error['msg']}"
+
+
+def _unknown(place: str, known: set[str]) -> str:
+    near = nearest(place.rpartition(".")[2], sorted(known), 1)
+    return f"unknown key {place[:100]}: " + (f"did you mean {near[0]}?" if near else f"of {', '.join(sorted(known))}")
+
+
+def _error(status: int, message: str, code: str, param: str | None) -> JSONResponse:
+    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)

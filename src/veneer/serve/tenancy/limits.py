@@ -1,0 +1,209 @@
+"""Limits: what was used in the last minute and the last day, and how many requests run.
+
+A window is kept in 60 slots, and a slot counts until all of it is older than the window. So in no stretch of time as
+long as the window is more admitted than the limit, not even across the edge of a minute, where a token bucket lets
+twice the limit through. The price is that a slot's amount comes back up to one slot (a second; 24 minutes of a day)
+later.
+
+A request counts when it is admitted: one request, and the tokens of its prompt and its max_tokens. Its bill puts the
+tokens right, in the slot they were taken from. What was refused took nothing.
+Knows numbers and scopes; no database, no clock but the one it is given.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from veneer.serve.request import Refused
+from veneer.serve.tenancy.names import adapter_of
+from veneer.serve.tenancy.store import ALL, EACH, Limit
+
+__all__ = ["DAY", "MINUTE", "Counter", "Held", "Limits", "Scope", "Window", "scopes"]
+
+MINUTE, DAY = 60.0, 86400.0
+_SLOTS = 60
+_WINDOWS = (
+    ("requests_per_minute", MINUTE, "requests a minute"),
+    ("requests_per_day", DAY, "requests a day"),
+    ("tokens_per_minute", MINUTE, "tokens a minute"),
+    ("tokens_per_day", DAY, "tokens a day"),
+)
+Scope = tuple[str, str]
+"""(tenant, adapter), either of them ALL."""
+
+
+class Window:
+    """Amounts by when they were taken."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.width = seconds, seconds / _SLOTS
+        self.slots: deque[list[int]] = deque()  # [slot, amount], oldest first
+        self.sum = 0
+
+    def used(self, now: float) -> int:
+        """What counts now."""
+        while self.slots and self._ends(self.slots[0][0]) <= now:
+            self.sum -= self.slots.popleft()[1]
+        return self.sum
+
+    def add(self, at: float, amount: int) -> int:
+        """Take `amount` at a time; or, negative, give it back. Returns the slot."""
+        slot = math.floor(at / self.width)
+        self.put(slot, amount)
+        return slot
+
+    def put(self, slot: int, amount: int) -> None:
+        """Put a slot right. Where it no longer counts, there is nothing to put right."""
+        for i in range(len(self.slots) - 1, -1, -1):
+            if self.slots[i][0] == slot:
+                self.slots[i][1] += amount
+                self.sum += amount
+                return
+            if self.slots[i][0] < slot:
+                break
+        else:
+            i = -1
+        if amount > 0:
+            self.slots.insert(i + 1, [slot, amount])
+            self.sum += amount
+
+    def free_in(self, now: float, amount: int) -> float:
+        """Seconds until `amount` of what counts now has gone."""
+        for slot, taken in self.slots:
+            amount -= taken
+            if amount <= 0:
+                return max(0.0, self._ends(slot) - now)
+        return self.seconds
+
+    def _ends(self, slot: int) -> float:
+        return (slot + 1) * self.width + self.seconds
+
+
+@dataclass
+class Counter:
+    """What one scope used. `elsewhere`: by other servers, as last seen in the ledger."""
+
+    windows: dict[str, Window] = field(default_factory=lambda: {name: Window(s) for name, s, _ in _WINDOWS})
+    elsewhere: dict[str, Window] = field(default_factory=dict)
+    running: int = 0
+
+
+class Held:
+    """What one request holds; everything that was not used is given back once."""
+
+    def __init__(self, owner: Limits, taken: list[tuple[Counter, dict[str, int]]], tokens: int) -> None:
+        self._owner, self._taken, self._tokens, self._ended = owner, taken, tokens, False
+
+    def used(self, tokens: int) -> None:
+        """Put the tokens right: from what was reserved to what it took."""
+        with self._owner._lock:
+            change, self._tokens = tokens - self._tokens, tokens
+            for counter, slots in self._taken:
+                for name in ("tokens_per_minute", "tokens_per_day"):
+                    counter.windows[name].put(slots[name], change)
+
+    def end(self) -> None:
+        with self._owner._lock:
+            if not self._ended:
+                self._ended = True
+                for counter, _ in self._taken:
+                    counter.running -= 1
+
+
+def scopes(tenant: str, adapters: Iterable[str]) -> list[Scope]:
+    """The scopes that a request counts in: the server, the tenant, and each adapter over all tenants and in this."""
+    of_tenant = [ALL] if tenant == ALL else [ALL, tenant]
+    return [(t, a) for a in dict.fromkeys((ALL, *adapters)) for t in of_tenant]
+
+
+class Limits:
+    """The counters of one server. Thread-safe; nothing here waits."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self._lock = clock, threading.Lock()
+        self.counters: dict[Scope, Counter] = {}
+
+    def take(
+        self, limits: Mapping[Scope, Limit], tenant: str, adapters: Iterable[str], prompt: int, completion: int
+    ) -> Held:
+        """Room for one request in every scope, or nothing is taken and Refused(rate_limited) says when to come back."""
+        tokens = prompt + completion
+        with self._lock:
+            now = self.clock()
+            checked = []
+            for scope in scopes(tenant, adapters) if limits else ():
+                if limit := _limit(limits, scope):  # what nothing limits is not counted
+                    checked.append(self._counter(scope))
+                    _check(scope, limit, checked[-1], tokens, now)
+            taken = []
+            for counter in checked:
+                counter.running += 1
+                amounts = {name: tokens if name.startswith("tokens") else 1 for name, _, _ in _WINDOWS}
+                taken.append((counter, {name: counter.windows[name].add(now, n) for name, n in amounts.items()}))
+        return Held(self, taken, tokens)
+
+    def elsewhere(
+        self, limits: Mapping[Scope, Limit], window: float, seen: Iterable[tuple[str, str, float, int, int]]
+    ) -> None:
+        """What other servers used, anew, for the windows that are so long: (tenant, adapter, seconds ago, requests,
+        tokens)."""
+        found: dict[Scope, dict[str, Window]] = {}
+        now = self.clock()
+        for tenant, adapter, ago, requests, tokens in sorted(seen, key=lambda row: -row[2]):
+            for scope in scopes(tenant, [adapter_of(adapter)]):
+                windows = found.setdefault(scope, {n: Window(s) for n, s, _ in _WINDOWS if s == window})
+                for name, kept in windows.items():
+                    kept.add(now - ago, tokens if name.startswith("tokens") else requests)
+        with self._lock:
+            for scope in {*self.counters, *(s for s in found if _limit(limits, s))}:
+                counter = self._counter(scope)
+                for name, length, _ in _WINDOWS:
+                    if length == window:
+                        counter.elsewhere[name] = found.get(scope, {}).get(name) or Window(window)
+
+    def _counter(self, scope: Scope) -> Counter:
+        return self.counters.setdefault(scope, Counter())
+
+
+def _limit(limits: Mapping[Scope, Limit], scope: Scope) -> Limit | None:
+    own = limits.get(scope)
+    return own if own is not None or scope[0] == ALL else limits.get((EACH, scope[1]))
+
+
+def _check(scope: Scope, limit: Limit, counter: Counter, tokens: int, now: float) -> None:
+    whose = f"tenant {scope[0]}" if scope[0] else "the server"
+    whose += f" with adapter {scope[1]}" if scope[1] else ""
+    if limit.concurrency is not None and counter.running >= limit.concurrency:
+        raise Refused(
+            f"{whose} has {counter.running} requests running, {limit.concurrency} are allowed",
+            status=429, code="rate_limited", retry_after=1.0,
+        )  # fmt: skip
+    for name, _, words in _WINDOWS:
+        most, amount = getattr(limit, name), tokens if name.startswith("tokens") else 1
+        if most is None:
+            continue
+        if amount > most:
+            raise Refused(
+                f"the prompt and max_tokens are {amount:,} tokens; {whose} has {most:,} {words}",
+                status=400, code="invalid_request", param="max_tokens", fix="a shorter prompt or a smaller max_tokens",
+            )  # fmt: skip
+        own, other = counter.windows[name], counter.elsewhere.get(name)
+        over = own.used(now) + (other.used(now) if other else 0) + amount - most
+        if over > 0:
+            raise Refused(
+                f"{whose} has used up its {most:,} {words}",
+                status=429, code="rate_limited", retry_after=_wait(own, other, now, over),
+            )  # fmt: skip
+
+
+def _wait(own: Window, other: Window | None, now: float, over: int) -> float:
+    """Seconds until `over` of both windows has gone."""
+    both = Window(own.seconds)
+    for window in (own, other):
+        for slot, amount in window.slots if window else ():
+            both.put(slot, amount)
+    return max(0.001, both.free_in(now, over))

@@ -1,0 +1,293 @@
+"""Every change of the settings: the one way in for the command line and for the routes under /admin.
+
+Each function checks, changes, and writes the audit line, in one transaction. `who` is whoever asked: `cli:ana`,
+`admin`. Raises ConfigError for what is not there (with the nearest that is), is there already, or cannot be.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Table, delete, insert, select, update
+
+from veneer.errors import ConfigError
+from veneer.serve.tenancy import audit
+from veneer.serve.tenancy import store as st
+from veneer.serve.tenancy.keys import hash_key, make_key
+from veneer.serve.tenancy.names import adapter_of, check_name, check_pattern, check_tenant
+from veneer.serve.tenancy.store import (
+    ALL,
+    EACH,
+    LIMITS,
+    KeyRow,
+    Limit,
+    NotThere,
+    Price,
+    Store,
+    Tenant,
+    missing,
+    tenant_row,
+)
+
+__all__ = [
+    "add_tenant", "change_tenant", "get_tenant", "let_see", "list_keys", "make_tenant_key", "note", "remove_tenant",
+    "revoke_key", "rotate_key", "set_limit", "set_price", "show_key", "when",
+]  # fmt: skip
+
+
+# -- tenants -----------------------------------------------------------------------------------------------------------
+
+
+def get_tenant(store: Store, name: str) -> Tenant:
+    settings = store.look()
+    if name not in settings.tenants:
+        raise missing("tenant", name, settings.tenants)
+    return settings.tenants[name]
+
+
+def add_tenant(
+    store: Store, name: str, *, weight: float = 1.0, adapters: Iterable[str] = (), who: str, now: float | None = None
+) -> Tenant:
+    """`weight`: its share where requests of several tenants wait. `adapters`: patterns of the names it sees."""
+    check_tenant(name)
+    _check_weight(weight)
+    patterns = sorted({check_pattern(p) for p in adapters})
+    made = Tenant(name, float(weight), True, time.time() if now is None else now, tuple(patterns))
+    with store.change() as c:
+        if c.scalar(select(st.tenants.c.name).where(st.tenants.c.name == name)):
+            raise ConfigError(f"there is a tenant {name} already", where="tenant")
+        c.execute(insert(st.tenants), {"name": name, "weight": made.weight, "enabled": True, "created": made.created})
+        for pattern in patterns:
+            c.execute(insert(st.grants), {"tenant": name, "pattern": pattern})
+        audit.append(c, who, "tenant.add", name, None, _shown(made))
+    return made
+
+
+def change_tenant(
+    store: Store, name: str, *, weight: float | None = None, enabled: bool | None = None, who: str
+) -> Tenant:
+    """A tenant that is not enabled keeps everything, and its keys are refused."""
+    values: dict[str, Any] = {}
+    if weight is not None:
+        values["weight"] = _check_weight(weight)
+    if enabled is not None:
+        values["enabled"] = enabled
+    with store.change() as c:
+        before = tenant_row(c, name)
+        if values:
+            c.execute(update(st.tenants).where(st.tenants.c.name == name).values(**values))
+        audit.append(c, who, "tenant.change", name, {k: before[k] for k in values}, values)
+    return get_tenant(store, name)
+
+
+def remove_tenant(store: Store, name: str, *, who: str) -> None:
+    """Its keys, grants, limits, prices and aliases go with it; what it used stays in the ledger, its past in the audit
+    log."""
+    with store.change() as c:
+        before = tenant_row(c, name)
+        for table in (st.grants, st.limits, st.prices, st.aliases, st.moves, st.keys):
+            c.execute(delete(table).where(table.c.tenant == name))
+        c.execute(delete(st.tenants).where(st.tenants.c.name == name))
+        audit.append(c, who, "tenant.remove", name, before, None)
+
+
+def let_see(
+    store: Store, tenant: str, *, add: Iterable[str] = (), remove: Iterable[str] = (), who: str
+) -> tuple[str, ...]:
+    """Change the patterns of the names that a tenant sees; tenant ALL: those that every tenant sees. Returns them."""
+    more, fewer = sorted({check_pattern(p) for p in add}), sorted(set(remove))
+    with store.change() as c:
+        if tenant != ALL:
+            tenant_row(c, tenant)
+        before = list(c.scalars(select(st.grants.c.pattern).where(st.grants.c.tenant == tenant)))
+        for pattern in fewer:
+            if pattern not in before:
+                raise missing("pattern", pattern, before)
+        after = sorted({*before, *more} - set(fewer))
+        c.execute(delete(st.grants).where(st.grants.c.tenant == tenant))
+        for pattern in after:
+            c.execute(insert(st.grants), {"tenant": tenant, "pattern": pattern})
+        audit.append(c, who, "adapters.change", tenant or "everybody", sorted(before), after)
+    return tuple(after)
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def make_tenant_key(
+    store: Store, tenant: str, *, label: str = "", expires: float | None = None, who: str, now: float | None = None
+) -> tuple[KeyRow, str]:
+    """(what is kept, the key itself, which nobody can show again). `expires`: seconds since 1970."""
+    with store.change() as c:
+        tenant_row(c, tenant)
+        made, key = _new_key(c, tenant, label, expires, time.time() if now is None else now)
+        audit.append(c, who, "key.add", tenant, None, show_key(made))
+    return made, key
+
+
+def list_keys(store: Store, tenant: str | None = None) -> list[KeyRow]:
+    """Of a tenant, or of all; the oldest first."""
+    if tenant is not None:
+        get_tenant(store, tenant)
+    return [k for k in store.look().keys.values() if tenant in (None, k.tenant)]
+
+
+def revoke_key(store: Store, key: str, *, tenant: str | None = None, who: str, now: float | None = None) -> KeyRow:
+    """From the next request on, `key` (an id) is refused. `tenant`: whose it has to be."""
+    with store.change() as c:
+        before = _key(c, key, tenant)
+        revoked = before.revoked if before.revoked is not None else (time.time() if now is None else now)
+        c.execute(update(st.keys).where(st.keys.c.id == key).values(revoked=revoked))
+        after = KeyRow(**{**asdict(before), "revoked": revoked})
+        audit.append(c, who, "key.revoke", before.tenant, show_key(before), show_key(after))
+    return after
+
+
+def rotate_key(
+    store: Store, key: str, *, grace: float = 0.0, tenant: str | None = None, who: str, now: float | None = None
+) -> tuple[KeyRow, str]:
+    """A new key in the place of `key` (an id), with its label and as long a life; the old one ends after `grace`
+    seconds, or when it would have ended anyway."""
+    at = time.time() if now is None else now
+    if not 0 <= grace <= 366 * 86400:
+        raise ConfigError(f"the grace is {grace} seconds", where="grace", fix="from 0 to a year")
+    with store.change() as c:
+        before = _key(c, key, tenant)
+        if before.state(at) != "active":
+            raise ConfigError(f"key {key} is {before.state(at)}", where="key", fix="make a new one")
+        life = None if before.expires is None else at + (before.expires - before.created)
+        made, secret = _new_key(c, before.tenant, before.label, life, at)
+        ends = at + grace if before.expires is None else min(at + grace, before.expires)
+        c.execute(update(st.keys).where(st.keys.c.id == key).values(expires=ends))
+        old = KeyRow(**{**asdict(before), "expires": ends})
+        audit.append(c, who, "key.rotate", before.tenant, show_key(before), [show_key(old), show_key(made)])
+    return made, secret
+
+
+def show_key(key: KeyRow) -> dict[str, Any]:
+    """What may be said of a key."""
+    return {name: value for name, value in asdict(key).items() if name != "hash"}
+
+
+def _new_key(c: Connection, tenant: str, label: str, expires: float | None, now: float) -> tuple[KeyRow, str]:
+    if expires is not None and expires <= now:
+        raise ConfigError("the key would have expired already", where="expires", fix="a time to come")
+    if len(label) > 200:
+        raise ConfigError("the label is longer than 200 characters", where="label")
+    identity, key = make_key()
+    made = KeyRow(identity, tenant, hash_key(key), label, now, expires, None)
+    c.execute(insert(st.keys), asdict(made))
+    return made, key
+
+
+def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
+    row = c.execute(select(st.keys).where(st.keys.c.id == key)).first()
+    if row is None or tenant not in (None, row.tenant):
+        raise NotThere(f"there is no key {key[:20]!r}", where="key", fix="its id: veneer tenant key list")
+    return KeyRow(**row._mapping)
+
+
+# -- limits and prices -------------------------------------------------------------------------------------------------
+
+
+def set_limit(store: Store, tenant: str, adapter: str, values: Mapping[str, int | None], *, who: str) -> Limit | None:
+    """Set those of LIMITS that are in `values`; None takes one away. Returns what holds now; None for no limit at all.
+
+    tenant acme: of this tenant; EACH: of each tenant that has none of its own; ALL: of all tenants together.
+    adapter: of requests that this adapter answers, whatever its version; ALL: of all adapters together."""
+    for name, value in values.items():
+        if name not in LIMITS:
+            raise missing("limit", name, LIMITS)
+        if value is not None and not 1 <= value <= 10**15:
+            raise ConfigError(f"{name} is {value}", where=name, fix="1 or more; to shut a tenant out, disable it")
+    scope = _scope(tenant, adapter, EACH)
+
+    def changed(before: dict[str, Any] | None) -> dict[str, Any] | None:
+        after = {name: (before or {}).get(name) for name in LIMITS} | dict(values)
+        return after if any(v is not None for v in after.values()) else None
+
+    after = _replace(store, st.limits, scope, changed, "limit", who)
+    return None if after is None else Limit(**after)
+
+
+def set_price(store: Store, tenant: str, adapter: str, price: Price | None, *, who: str) -> Price | None:
+    """What a million tokens cost: of this tenant for this adapter, ALL: of any. None takes the price away."""
+    if price is not None:
+        for name, value in asdict(price).items():
+            if not 0 <= value <= 10**12:
+                raise ConfigError(f"the price is {value}", where=name, fix="millionths for a million tokens, 0 or more")
+    after = _replace(
+        store, st.prices, _scope(tenant, adapter), lambda _: asdict(price) if price else None, "price", who
+    )
+    return None if after is None else Price(**after)
+
+
+def _scope(tenant: str, adapter: str, *special: str) -> dict[str, str]:
+    if tenant not in (ALL, *special):
+        check_tenant(tenant)
+    if adapter != ALL:
+        check_name(adapter)
+        if adapter != adapter_of(adapter):
+            raise ConfigError(
+                f"{adapter} is one version", where="adapter", fix=f"{adapter_of(adapter)}: of all its versions"
+            )
+    return {"tenant": tenant, "adapter": adapter}
+
+
+def _replace(
+    store: Store,
+    table: Table,
+    scope: dict[str, str],
+    changed: Callable[[dict[str, Any] | None], dict[str, Any] | None],
+    what: str,
+    who: str,
+) -> dict[str, Any] | None:
+    here = (table.c.tenant == scope["tenant"]) & (table.c.adapter == scope["adapter"])
+    with store.change() as c:
+        if scope["tenant"] not in (ALL, EACH):
+            tenant_row(c, scope["tenant"])
+        row = c.execute(select(table).where(here)).first()
+        before = None if row is None else {k: v for k, v in row._mapping.items() if k not in scope}
+        after = changed(before)
+        c.execute(delete(table).where(here))
+        if after is not None:
+            c.execute(insert(table), {**scope, **after})
+        subject = f"{scope['tenant'] or 'all'}/{scope['adapter'] or 'all'}"
+        audit.append(c, who, f"{what}.set", subject, before, after)
+    return after
+
+
+# -- what others report, and words -------------------------------------------------------------------------------------
+
+
+def note(store: Store, who: str, what: str, subject: str, before: Any = None, after: Any = None) -> None:
+    """An audit line for what is changed elsewhere: adapter.load, adapter.unload."""
+    with store.change() as c:
+        audit.append(c, who, what, subject, before, after)
+
+
+def when(text: str, now: float) -> float:
+    """Seconds since 1970 of `90d`, `12h`, `30m` from now, or of a day or time such as 2027-01-31 (UTC)."""
+    units = {"d": 86400, "h": 3600, "m": 60}
+    if text[-1:] in units and text[:-1].isascii() and text[:-1].isdigit() and len(text) <= 7:
+        return now + int(text[:-1]) * units[text[-1]]
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"{text!r} is no time", fix="90d, 12h, 30m, or 2027-01-31") from None
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+
+
+def _check_weight(weight: float) -> float:
+    if not (math.isfinite(weight) and 0.001 <= weight <= 1000):
+        raise ConfigError(f"the weight is {weight}", where="weight", fix="from 0.001 to 1000; 1 is usual")
+    return float(weight)
+
+
+def _shown(tenant: Tenant) -> dict[str, Any]:
+    return {**asdict(tenant), "adapters": list(tenant.adapters)}

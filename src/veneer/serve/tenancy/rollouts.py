@@ -1,0 +1,320 @@
+"""Aliases with weighted versions: `support` answers with v1 for 90 % of users and with v2 for 10 %, always the same one
+for the same user; a shadow's answer is compared and never sent; the last move can be taken back at once.
+
+An alias has 10,000 buckets, each owned by a target. A user falls into one by hash; where nobody says who the user is,
+the tenant does; where there is no tenant, each request falls anew. When weights move, only so many buckets change
+hands as the shares differ, so a user that need not move stays. A move keeps who owned what, and a rollback makes the
+move before current again: the very same users are back where they were.
+
+An alias belongs to a tenant, or is everybody's (tenant ALL); a tenant's own comes first. Own aliases are visible
+without a grant, and so is what they lead to, for that is why an operator makes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, insert, select
+
+from veneer.errors import ConfigError
+from veneer.serve.access import Caller
+from veneer.serve.tenancy import audit
+from veneer.serve.tenancy.names import check_name
+from veneer.serve.tenancy.store import (
+    ALL,
+    Alias,
+    NotThere,
+    Store,
+    alias_of,
+    aliases,
+    missing,
+    moves,
+    shadows,
+    tenant_row,
+)
+
+__all__ = [
+    "BUCKETS",
+    "Rollouts",
+    "bucket",
+    "history",
+    "owner",
+    "remove",
+    "rollback",
+    "set_alias",
+    "shadow_log",
+    "share_out",
+    "shown",
+]
+
+BUCKETS = 10_000
+Runs = tuple[tuple[str, int], ...]
+
+
+# -- who answers -------------------------------------------------------------------------------------------------------
+
+
+class Rollouts:
+    """What a server asks at each request. All answers are from memory, as of the last look at the settings, which
+    `Tenants.caller` takes for each request."""
+
+    def __init__(
+        self, store: Store, put: Callable[..., Future[None]], *, keep: int = 10_000, pick: random.Random | None = None
+    ) -> None:
+        """`put`: of the ledger's writer. `keep`: how many comparisons with shadows are kept, the newest."""
+        self._store, self._put, self._keep = store, put, keep
+        self._pick = pick or random.Random()
+
+    def find(self, alias: str, caller: Caller) -> Alias | None:
+        """The alias of that name as the caller sees it."""
+        known = self._store.settings.aliases
+        own = known.get((caller.tenant, alias)) if caller.tenant else None
+        if own is not None:
+            return own
+        everybodys = known.get((ALL, alias))
+        return everybodys if everybodys is not None and caller.sees(alias) else None
+
+    def names(self, caller: Caller) -> list[str]:
+        """Every alias that the caller sees, for /v1/models."""
+        known = {name for tenant, name in self._store.settings.aliases if tenant in (ALL, caller.tenant)}
+        return sorted(name for name in known if self.find(name, caller))
+
+    def choose(self, alias: str, caller: Caller) -> str | None:
+        """The adapter that answers this caller; None where there is no such alias for them."""
+        found = self.find(alias, caller)
+        if found is None:
+            return None
+        who = json.dumps([caller.tenant, caller.user]) if caller.user else caller.tenant
+        return owner(found.runs, bucket(alias, who) if who else self._pick.randrange(BUCKETS))
+
+    def shadow(self, alias: str, caller: Caller | None = None) -> str | None:
+        """The adapter that answers this request too, unseen; None for most requests where the fraction is small."""
+        found = self.find(alias, caller or Caller())
+        if found is None or found.shadow is None or self._pick.random() >= found.fraction:
+            return None
+        return found.shadow
+
+    def log_shadow(
+        self,
+        alias: str,
+        *,
+        request: str,
+        tenant: str = "",
+        target: tuple[str, str, int, float],
+        shadow: tuple[str, str, int, float],
+    ) -> Future[None]:
+        """Keep how two answers differ, without the answers. `target`, `shadow`: (adapter, text, tokens, seconds)."""
+        row: dict[str, Any] = {"at": time.time(), "tenant": tenant, "alias": alias, "request": request}
+        for side, (adapter, text, tokens, seconds) in (("target", target), ("shadow", shadow)):
+            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+            row |= {side: adapter, f"{side}_sha256": digest, f"{side}_tokens": tokens, f"{side}_seconds": seconds}
+        row["first_difference"] = _first_difference(target[1], shadow[1])
+        row["same"] = row["first_difference"] is None
+        keep = self._keep
+
+        def write(c: Connection) -> None:
+            c.execute(insert(shadows), row)
+            last = c.scalar(select(func.max(shadows.c.id))) or 0
+            c.execute(delete(shadows).where(shadows.c.id <= last - keep))
+
+        return self._put(write, patient=False)
+
+
+def bucket(alias: str, who: str) -> int:
+    """From 0 to BUCKETS - 1, evenly; another alias puts the same user elsewhere."""
+    digest = hashlib.sha256(json.dumps([alias, who]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % BUCKETS
+
+
+def owner(runs: Sequence[tuple[str, int]], number: int) -> str:
+    """Who owns a bucket."""
+    for name, count in runs:
+        number -= count
+        if number < 0:
+            return name
+    raise AssertionError("runs cover all buckets")
+
+
+def share_out(targets: Sequence[tuple[str, int]], before: Sequence[tuple[str, int]] = ()) -> Runs:
+    """Buckets for each target by its weight (the largest remainders get what is left over), with as few as possible
+    taken from whom `before` gave them to."""
+    total = sum(weight for _, weight in targets)
+    quota = {name: weight * BUCKETS // total for name, weight in targets}
+    rest = sorted(targets, key=lambda t: (-(t[1] * BUCKETS % total), t[0]))
+    for name, _ in rest[: BUCKETS - sum(quota.values())]:
+        quota[name] += 1
+    owners: list[str] = [name for name, count in before for _ in range(count)] or [""] * BUCKETS
+    free = []
+    for number, name in enumerate(owners):
+        if quota.get(name, 0) > 0:
+            quota[name] -= 1
+        else:
+            free.append(number)
+    new = (name for name, _ in targets for _ in range(quota[name]))
+    for number, name in zip(free, new, strict=True):
+        owners[number] = name
+    runs: list[list[Any]] = []
+    for name in owners:
+        if runs and runs[-1][0] == name:
+            runs[-1][1] += 1
+        else:
+            runs.append([name, 1])
+    return tuple((name, count) for name, count in runs)
+
+
+def _first_difference(one: str, other: str) -> int | None:
+    """In characters; None for equal texts."""
+    if one == other:
+        return None
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+# -- moves -------------------------------------------------------------------------------------------------------------
+
+
+def set_alias(
+    store: Store,
+    alias: str,
+    targets: Iterable[tuple[str, int]],
+    *,
+    tenant: str = ALL,
+    shadow: str | None = None,
+    fraction: float = 1.0,
+    who: str,
+) -> Alias:
+    """Point an alias to its targets, (adapter, weight), from the next request on. `fraction` of requests are also
+    answered by `shadow`, unseen."""
+    wanted = [(check_name(name), int(weight)) for name, weight in targets if weight]
+    check_name(alias, "alias")
+    if not wanted or len({name for name, _ in wanted}) != len(wanted) or len(wanted) > 100:
+        raise ConfigError(f"{alias} needs targets, each once", where="targets", fix="as in support@1=90 support@2=10")
+    for name, weight in wanted:
+        if not 0 < weight <= 1_000_000:
+            raise ConfigError(f"the weight of {name} is {weight}", where="targets", fix="a whole number, 1 or more")
+        if name == alias:
+            raise ConfigError(f"{alias} would lead to itself", where="targets")
+    if shadow is not None:
+        check_name(shadow)
+    if not (math.isfinite(fraction) and 0 <= fraction <= 1):
+        raise ConfigError(f"the fraction is {fraction}", where="fraction", fix="from 0 to 1")
+    with store.change() as c:
+        if tenant != ALL:
+            tenant_row(c, tenant)
+        before = _current(c, tenant, alias)
+        spec = {
+            "targets": wanted,
+            "runs": share_out(wanted, before.runs if before else ()),
+            "shadow": shadow,
+            "fraction": fraction,
+        }
+        return _move(c, tenant, alias, spec, before, "alias.set", who)
+
+
+def remove(store: Store, alias: str, *, tenant: str = ALL, who: str) -> None:
+    """The alias is gone; its moves stay, so a rollback brings it back."""
+    with store.change() as c:
+        before = _current(c, tenant, alias)
+        if before is None or not before.targets:
+            raise _lost(c, tenant, alias)
+        spec: dict[str, Any] = {"targets": [], "runs": [], "shadow": None, "fraction": 1.0}
+        _move(c, tenant, alias, spec, before, "alias.remove", who)
+
+
+def rollback(store: Store, alias: str, *, tenant: str = ALL, who: str) -> Alias:
+    """Make the move before the current one current again: what it led to, for whom. Once more leads one further
+    back."""
+    with store.change() as c:
+        now = _current(c, tenant, alias)
+        if now is None:
+            raise _lost(c, tenant, alias)
+        here = (moves.c.tenant == tenant) & (moves.c.alias == alias)
+        back = c.scalar(select(moves.c.before).where(here, moves.c.move == now.move))
+        if back is None:
+            raise ConfigError(f"{alias} has no move before this", where="alias", fix="remove it, or set it")
+        _point(c, tenant, alias, back)
+        after = _current(c, tenant, alias)
+        assert after is not None
+        audit.append(c, who, "alias.rollback", _subject(tenant, alias), _shown(now), _shown(after))
+        return after
+
+
+def shown(alias: Alias) -> dict[str, Any]:
+    return {"alias": alias.name, "tenant": alias.tenant, "move": alias.move, **_shown(alias)}
+
+
+def history(c: Connection, alias: str, *, tenant: str = ALL) -> list[dict[str, Any]]:
+    """Every move, the newest first; `current`: the one that holds."""
+    now = _current(c, tenant, alias)
+    if now is None:
+        raise _lost(c, tenant, alias)
+    here = (moves.c.tenant == tenant) & (moves.c.alias == alias)
+    rows = c.execute(select(moves).where(here).order_by(moves.c.move.desc())).all()
+    return [
+        {"move": r.move, "before": r.before, "current": r.move == now.move, "at": r.at, "who": r.who}
+        | _shown(alias_of(r))
+        for r in rows
+    ]
+
+
+def shadow_log(c: Connection, *, alias: str = "", limit: int = 100) -> list[dict[str, Any]]:
+    """The newest comparisons first."""
+    query = select(shadows).order_by(shadows.c.id.desc()).limit(limit)
+    if alias:
+        query = query.where(shadows.c.alias == alias)
+    return [dict(row._mapping) for row in c.execute(query)]
+
+
+def _current(c: Connection, tenant: str, alias: str) -> Alias | None:
+    here = (aliases.c.tenant == tenant) & (aliases.c.alias == alias)
+    on = (moves.c.tenant == aliases.c.tenant) & (moves.c.alias == aliases.c.alias) & (moves.c.move == aliases.c.current)
+    row = c.execute(select(moves).join(aliases, on).where(here)).first()
+    return None if row is None else alias_of(row)
+
+
+def _move(
+    c: Connection, tenant: str, alias: str, spec: dict[str, Any], before: Alias | None, what: str, who: str
+) -> Alias:
+    here = (moves.c.tenant == tenant) & (moves.c.alias == alias)
+    number = (c.scalar(select(func.max(moves.c.move)).where(here)) or 0) + 1
+    row = {
+        "tenant": tenant,
+        "alias": alias,
+        "move": number,
+        "before": before.move if before else None,
+        "at": time.time(),
+        "who": who,
+        "spec": json.dumps(spec),
+    }
+    c.execute(insert(moves), row)
+    _point(c, tenant, alias, number)
+    after = _current(c, tenant, alias)
+    assert after is not None
+    audit.append(c, who, what, _subject(tenant, alias), _shown(before), _shown(after))
+    return after
+
+
+def _point(c: Connection, tenant: str, alias: str, move: int) -> None:
+    c.execute(delete(aliases).where((aliases.c.tenant == tenant) & (aliases.c.alias == alias)))
+    c.execute(insert(aliases), {"tenant": tenant, "alias": alias, "current": move})
+
+
+def _shown(alias: Alias | None) -> dict[str, Any]:
+    if alias is None or not alias.targets:
+        return {"targets": {}, "shadow": None, "fraction": 1.0}
+    return {"targets": dict(alias.targets), "shadow": alias.shadow, "fraction": alias.fraction}
+
+
+def _subject(tenant: str, alias: str) -> str:
+    return f"{tenant or 'all'}:{alias}"
+
+
+def _lost(c: Connection, tenant: str, alias: str) -> NotThere:
+    known = c.scalars(select(aliases.c.alias).where(aliases.c.tenant == tenant))
+    return missing(f"alias of tenant {tenant}" if tenant else "alias", alias, known)

@@ -1,0 +1,46 @@
+"""A tenants' database of each kind, and a clock that stands still until it is told to move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.library.conftest import postgres, quick  # noqa: F401
+from veneer.serve.tenancy.store import Store
+from veneer.serve.tenancy.tenants import Tenants
+
+
+@dataclass
+class Clock:
+    now: float = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def where(request: pytest.FixtureRequest, quick: Path) -> str:  # noqa: F811
+    """The address of an empty database."""
+    return str(quick / "tenants.sqlite") if request.param == "sqlite" else request.getfixturevalue("postgres")()
+
+
+@pytest.fixture
+def store(where: str) -> Iterator[Store]:
+    opened = Store(where)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def tenants(where: str, quick: Path, clock: Clock) -> Iterator[Tenants]:  # noqa: F811
+    opened = Tenants(where, journal=quick / "journal", clock=clock, wall=lambda: 1_800_000_000.0 + clock(), watch=False)
+    yield opened
+    opened.close()

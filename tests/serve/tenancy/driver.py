@@ -1,0 +1,293 @@
+"""Servers that are killed while clients watch, and the balance afterwards. A program, so that it can fork safely:
+
+    python -m tests.serve.tenancy.driver load URL FOLDER KILLS SEED  a server under load, killed at random
+    python -m tests.serve.tenancy.driver points URL FOLDER STRIDE    one scenario, killed at each STRIDEth step
+
+The server speaks over a socket, so a client has what the system delivered before the kill, no more. Exit code 0 if the
+ledger and what the clients saw agree; prints what was done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+
+from veneer.library.database import reading
+from veneer.serve.access import Caller, Served
+from veneer.serve.request import Usage
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.store import Price, ledger
+from veneer.serve.tenancy.tenants import Tenants
+from veneer.serve.tenancy.usage import usage
+
+CLIENTS = 16
+PRICE = Price(150_000, 15_000, 600_000)
+
+
+def answer(request: str) -> Usage:
+    """What a request takes, known beforehand to both sides."""
+    pick = random.Random(request)
+    return Usage(pick.randrange(10, 500), pick.randrange(0, 10), pick.randrange(1, 400), 0.25, 0.5, 0.125)
+
+
+def tenant_of(request: str) -> str:
+    return f"t{sum(request.encode()) % 3}"
+
+
+async def serve_one(tenants: Tenants, request: str, say: Callable[[dict[str, Any]], Any], pause: float) -> None:
+    """What a surface does: admit, send words, bill, send the last."""
+    took, pick = answer(request), random.Random(f"{request}-")
+    served = Served((), "support", pick.choice(["v1", "v2"]))
+    async with tenants.admitted(
+        Caller(tenant_of(request)), served, request=request, prompt_tokens=took.prompt, max_tokens=took.completion
+    ) as bill:
+        for _ in range(pick.randrange(1, 4)):
+            await say({"request": request, "word": "…"})
+            await asyncio.sleep(pick.random() * pause)
+        bill.used(took)
+        await say({"request": request, "used": [took.prompt, took.cached, took.completion]})
+
+
+# -- a server under load -----------------------------------------------------------------------------------------------
+
+
+def server(url: str, folder: Path, socket: str) -> None:
+    async def run() -> None:
+        tenants = Tenants(url, journal=folder / "journal")
+        with (folder / "recovered").open("a") as file:
+            file.write(f"{tenants.ledger.recovered['done']}\n")
+        together = tenants.ledger.writer._together
+
+        def slowly(batch: Any) -> None:  # a slow disk: many a last word is out before its row is done
+            time.sleep(random.random() * 0.05)
+            together(batch)
+
+        tenants.ledger.writer._together = slowly  # type: ignore[method-assign]
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            async def say(line: dict[str, Any]) -> None:
+                writer.write((json.dumps(line) + "\n").encode())
+                await writer.drain()
+
+            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+                while request := (await reader.readline()).decode().strip():
+                    await serve_one(tenants, request, say, 0.01)
+
+        ended = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+        async with await asyncio.start_unix_server(connected, socket):
+            await ended.wait()
+        tenants.close()
+
+    asyncio.run(run())
+
+
+async def clients(
+    socket: str, prefix: str, kill: Callable[[], None], seconds: float, saw: dict[str, list[Any]]
+) -> None:
+    """Many at once, each asking one thing after another, until the server is gone."""
+
+    async def client(number: int) -> None:
+        with contextlib.suppress(ConnectionError, OSError):
+            reader, writer = await asyncio.open_unix_connection(socket)
+            for n in range(1_000_000):
+                request = f"{prefix}-{number}-{n}"
+                saw[request] = []
+                writer.write(f"{request}\n".encode())
+                while line := await reader.readline():
+                    if not line.endswith(b"\n"):
+                        return
+                    saw[request].append(json.loads(line))
+                    if "used" in saw[request][-1]:
+                        break
+                else:
+                    return
+
+    for _ in range(3000):
+        if os.path.exists(socket):
+            break
+        await asyncio.sleep(0.01)
+    running = [asyncio.create_task(client(n)) for n in range(CLIENTS)]
+    for _ in range(3000):  # the clock starts with the first answer, however slow the machine is
+        if any(lines and "used" in lines[-1] for name, lines in saw.items() if name.startswith(f"{prefix}-")):
+            break
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(seconds)
+    kill()
+    await asyncio.wait(running, timeout=30)
+
+
+def run_load(url: str, folder: Path, kills: int, seed: int) -> dict[str, int]:
+    pick, saw = random.Random(seed), {}
+    prepare(url)
+    for n in range(kills + 1):
+        socket = str(folder / f"{n}.sock")
+        child = fork(lambda socket=socket: server(url, folder, socket))
+        last = n == kills
+        end = signal.SIGTERM if last else signal.SIGKILL
+        asyncio.run(clients(socket, f"{seed}-{n}", lambda: os.kill(child, end), pick.uniform(0.05, 0.6), saw))  # noqa: B023
+        expect(child, killed=not last)
+    from_notes = sum(map(int, (folder / "recovered").read_text().split()))
+    return {"kills": kills, "from_notes": from_notes, **balance(url, folder, saw)}
+
+
+# -- every step of one scenario ----------------------------------------------------------------------------------------
+
+
+def scenario(url: str, folder: Path, told: int, step: int) -> None:
+    """Three requests, in a process that dies before its `step`th write, commit or unlink."""
+    tenants = Tenants(url, journal=folder / "journal", watch=False)
+    left = [step]
+
+    def hook(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def stepped(*arguments: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **named)
+
+        setattr(owner, name, stepped)
+
+    from sqlalchemy import Connection
+
+    hook(Connection, "commit")
+    for name in ("write", "unlink", "close", "ftruncate"):
+        hook(os, name)
+
+    async def say(line: dict[str, Any]) -> None:
+        os.write(told, (json.dumps(line) + "\n").encode())
+
+    async def run() -> None:
+        for n in range(2):
+            await serve_one(tenants, f"s{step}-{n}", say, 0.0)
+        with contextlib.suppress(ZeroDivisionError):
+            took = answer(f"s{step}-x")
+            async with tenants.admitted(
+                Caller("t0"), Served((), "n", "v1"), request=f"s{step}-x", prompt_tokens=took.prompt, max_tokens=5
+            ):
+                await say({"request": f"s{step}-x", "word": "…"})
+                raise ZeroDivisionError  # a surface that fails before it can bill
+
+    asyncio.run(run())
+    tenants.close()
+
+
+def run_points(url: str, folder: Path, stride: int) -> dict[str, int]:
+    prepare(url)
+    saw: dict[str, list[Any]] = {}
+    for step in range(0, 10_000, stride):
+        here, there = os.pipe()
+        for name in (f"s{step}-0", f"s{step}-1", f"s{step}-x"):
+            saw[name] = []
+        child = fork(lambda step=step, there=there: scenario(url, folder, there, step))
+        os.close(there)
+        with os.fdopen(here, "rb") as pipe:
+            for line in pipe.read().split(b"\n")[:-1]:
+                heard = json.loads(line)
+                saw[heard["request"]].append(heard)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            assert status == 0
+            return {"steps": step, **balance(url, folder, saw)}
+    raise AssertionError("it never came to its end")
+
+
+# -- what has to hold --------------------------------------------------------------------------------------------------
+
+
+def prepare(url: str) -> None:
+    def make() -> None:
+        tenants = Tenants(url, watch=False)
+        for n in range(3):
+            manage.add_tenant(tenants.store, f"t{n}", who="driver")
+        manage.set_price(tenants.store, "", "", PRICE, who="driver")
+        tenants.close()
+
+    expect(fork(make), killed=False)
+
+
+def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]:
+    """The ledger beside what clients saw, after one more start has settled what was left."""
+    deadline = time.monotonic() + 10
+    while True:  # PostgreSQL may take a moment to see that the killed are gone
+        tenants = Tenants(url, journal=folder / "journal", watch=False)
+        with reading(tenants.store.engine) as c:
+            rows = c.execute(select(ledger)).all()
+            totals = usage(c, by=())
+            by_tenant = usage(c, by=("tenant",))
+        tenants.close()
+        if not any(r.state == "open" for r in rows) or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    found = {r.request: r for r in rows}
+    assert len(found) == len(rows), "a request is there twice"
+    assert set(found) <= set(saw), "a request that nobody made"
+    finals = 0
+    for request, lines in saw.items():
+        row, took = found.get(request), answer(request)
+        assert not lines or row is not None, f"{request}: the client had words of it, the ledger has nothing"
+        if lines and "used" in lines[-1]:
+            finals += 1
+            assert row is not None
+            assert row.state == "done", f"{request}: answered, and {row.state}"
+        if row is None:
+            continue
+        assert row.state in ("done", "interrupted"), f"{request} is {row.state}"
+        assert (row.asked_prompt, row.tenant) == (took.prompt, row.tenant if "x" in request else tenant_of(request))
+        if row.state == "done":
+            figures = (row.prompt, row.cached, row.completion, row.queued, row.prefill, row.decode)
+            assert figures == tuple(vars(took).values())
+            assert row.cost == PRICE.cost(took.prompt, took.cached, took.completion)
+        else:
+            assert (row.prompt, row.completion, row.cost) == (0, 0, 0)
+    done = [answer(r.request) for r in rows if r.state == "done"]
+    assert totals[0]["requests"] == len(rows)
+    assert totals[0]["completion"] == sum(t.completion for t in done)
+    assert totals[0]["cost"] == sum(PRICE.cost(t.prompt, t.cached, t.completion) for t in done)
+    assert sum(r["cost"] for r in by_tenant) == totals[0]["cost"]
+    assert not list((folder / "journal").iterdir()), "debris"
+    interrupted = sum(r.state == "interrupted" for r in rows)
+    return {"answered": finals, "done": len(done), "interrupted": interrupted}
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def fork(work: Callable[[], object]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def expect(child: int, *, killed: bool) -> None:
+    _, status = os.waitpid(child, 0)
+    assert (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL) if killed else status == 0, status
+
+
+if __name__ == "__main__":
+    what, url, folder, *numbers = sys.argv[1:]
+    do = {"load": run_load, "points": run_points}[what]
+    print(json.dumps(do(url, Path(folder), *map(int, numbers))))  # type: ignore[operator]

@@ -1,0 +1,176 @@
+"""The routes under /admin: everything there, on a key of their own, with bodies that are read strictly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from veneer.errors import ConfigError
+from veneer.serve.access import Caller, Served
+from veneer.serve.request import Usage
+from veneer.serve.tenancy.admin import admin_router
+from veneer.serve.tenancy.tenants import Tenants
+
+ADMIN = "an-admin-key-of-some-length"
+Call = Callable[..., httpx.Response]
+
+
+@pytest.fixture
+def tenants(quick: Path) -> Iterator[Tenants]:
+    opened = Tenants(str(quick / "tenants.sqlite"), admin_key=ADMIN, watch=False)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def call(tenants: Tenants) -> Call:
+    app = FastAPI()
+    app.include_router(admin_router(tenants))
+
+    def ask(method: str, path: str, body: Any = None, key: str | None = ADMIN, **query: Any) -> httpx.Response:
+        async def go() -> httpx.Response:
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+                return await client.request(method, f"/admin{path}", json=body, params=query, headers=headers)
+
+        return asyncio.run(go())
+
+    return ask
+
+
+def test_the_life_of_a_tenant(call: Call, tenants: Tenants) -> None:
+    made = call("POST", "/tenants", {"name": "acme", "weight": 2, "adapters": ["acme/*"]})
+    assert (made.status_code, made.json()["weight"], made.json()["adapters"]) == (201, 2.0, ["acme/*"])
+    assert call("PATCH", "/tenants/acme", {"enabled": False}).json()["enabled"] is False
+    assert call("PATCH", "/tenants/acme", {"enabled": True}).json()["weight"] == 2.0
+    seen = call("PATCH", "/tenants/acme/adapters", {"add": ["support"], "remove": ["acme/*"]})
+    assert seen.json() == {"adapters": ["support"]}
+    assert call("PATCH", "/shared", {"add": ["base"]}).json() == {"adapters": ["base"]}
+    listed = call("GET", "/tenants").json()
+    assert ([t["name"] for t in listed["tenants"]], listed["shared"]) == (["acme"], ["base"])
+
+    key = call("POST", "/tenants/acme/keys", {"label": "web", "expires": "90d"}).json()
+    caller = asyncio.run(tenants.caller(key["key"]))
+    assert (caller.tenant, caller.sees("support"), caller.sees("acme/x"), caller.sees("base")) == (
+        "acme",
+        True,
+        False,
+        True,
+    )
+    rotated = call("POST", f"/tenants/acme/keys/{key['id']}/rotate", {"grace": "1h"}).json()
+    assert rotated["label"] == "web"
+    assert call("DELETE", f"/tenants/acme/keys/{rotated['id']}").json()["revoked"]
+    keys = call("GET", "/tenants/acme/keys").json()["keys"]
+    assert [k["state"] for k in keys] == ["active", "revoked"]
+    assert not any("hash" in k or "key" in k for k in keys)
+    assert call("DELETE", "/tenants/acme").json() == {"removed": "acme"}
+    assert call("GET", "/tenants/acme").status_code == 404
+
+
+def test_limits_prices_aliases_usage_and_audit(call: Call, tenants: Tenants) -> None:
+    call("POST", "/tenants", {"name": "acme"})
+    limit = call("PUT", "/limits", {"tenant": "acme", "requests_per_minute": 1, "tokens_per_day": 9}).json()
+    assert (limit["requests_per_minute"], limit["concurrency"]) == (1, None)
+    limit = call("PUT", "/limits", {"tenant": "acme", "tokens_per_day": None}).json()
+    assert (limit["requests_per_minute"], limit["tokens_per_day"]) == (1, None)
+    assert [x["tenant"] for x in call("GET", "/limits").json()["limits"]] == ["acme"]
+    call("PUT", "/prices", {"prompt": 1_000_000, "cached": 0, "completion": 2_000_000})
+    assert call("GET", "/prices").json()["prices"][0]["completion"] == 2_000_000
+
+    alias = {"alias": "acme/support", "tenant": "acme", "targets": [{"adapter": "v1"}, {"adapter": "v2", "weight": 3}]}
+    assert call("PUT", "/aliases", alias).json()["targets"] == {"v1": 1, "v2": 3}
+    call("PUT", "/aliases", alias | {"targets": [{"adapter": "v3"}], "shadow": "v1", "fraction": 0.1})
+    assert call("GET", "/aliases").json()["aliases"][0]["shadow"] == "v1"
+    back = call("POST", "/aliases/rollback", {"alias": "acme/support", "tenant": "acme"}).json()
+    assert back["targets"] == {"v1": 1, "v2": 3}
+    moves = call("GET", "/aliases/history", alias="acme/support", tenant="acme").json()["moves"]
+    assert [m["current"] for m in moves] == [False, True]
+    assert call("DELETE", "/aliases", alias="acme/support", tenant="acme").status_code == 200
+    assert call("GET", "/shadows", alias="acme/support").json() == {"comparisons": []}
+
+    async def one() -> None:
+        served = Served((), "support", "v1")
+        async with tenants.admitted(Caller("acme"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
+            bill.used(Usage(2, 0, 3))
+
+    asyncio.run(one())
+    tenants.ledger.writer.put(lambda c: None).result(10)
+    assert call("GET", "/usage", by="tenant").json()["usage"][0]["cost"] == 8
+    table = call("GET", "/usage", by="tenant,day", format="csv", tenant="acme")
+    assert table.headers["content-type"].startswith("text/csv")
+    assert table.text.startswith("tenant,day,requests,done")
+    assert call("DELETE", "/prices").status_code == 200
+    assert call("GET", "/audit", what="alias").json()["lines"][0]["who"] == "admin"
+    assert call("GET", "/audit/verify").json()["ok"] is True
+
+
+def test_only_the_admin_key_opens_anything(call: Call, tenants: Tenants) -> None:
+    call("POST", "/tenants", {"name": "acme"})
+    tenants_key = call("POST", "/tenants/acme/keys", {}).json()["key"]
+    routes = [(method, r.path) for r in admin_router(tenants).routes for method in r.methods]  # type: ignore[attr-defined]
+    assert len(routes) > 20
+    for method, path in routes:
+        for key in (None, "", "x", tenants_key, f"sha256:{tenants.admin_hash}"):
+            refused = call(
+                method, path.removeprefix("/admin").replace("{tenant}", "acme").replace("{key}", "x"), key=key
+            )
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "unauthorized"), (method, path)
+    tenants.admin_hash = None
+    with pytest.raises(ConfigError, match="admin key"):
+        admin_router(tenants)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "query", "words"),
+    [
+        ("POST", "/tenants", {"name": "a", "wieght": 2}, {}, "unknown key wieght: did you mean weight?"),
+        ("PUT", "/limits", {"tenant": "acme", "request_per_minute": 2}, {}, "did you mean requests_per_minute?"),
+        ("PUT", "/limits", {"tenant": "acme", "concurrency": "2"}, {}, "concurrency: "),
+        ("PUT", "/limits", {"tenant": "acme", "concurrency": 0}, {}, "1 or more"),
+        ("PUT", "/aliases", {"alias": "s", "targets": [{"adapter": "v", "wight": 1}]}, {}, "did you mean weight?"),
+        ("PUT", "/aliases", {"alias": "../s", "targets": [{"adapter": "v"}]}, {}, "cannot name"),
+        ("DELETE", "/aliases", None, {"alias": "s", "tennant": "acme"}, "unknown key tennant: did you mean tenant?"),
+        ("GET", "/usage", None, {"by": "day,tenants"}, "did you mean tenant?"),
+        ("GET", "/usage", None, {"format": "xml"}, "json or csv"),
+        ("GET", "/usage", None, {"tennant": "acme"}, "did you mean tenant?"),
+        ("GET", "/audit", None, {"limit": 0}, "limit: "),
+        ("POST", "/tenants/acme/keys", {"expires": "soon"}, {}, "no time"),
+        ("POST", "/tenants", {"name": "acme"}, {}, "already"),
+    ],
+)
+def test_what_is_wrong_is_said(call: Call, method: str, path: str, body: Any, query: dict, words: str) -> None:
+    call("POST", "/tenants", {"name": "acme"})
+    answer = call(method, path, body, **query)
+    assert answer.status_code == 400, answer.text
+    assert words in answer.json()["error"]["message"]
+    assert answer.json()["error"]["code"] == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "words"),
+    [
+        ("GET", "/tenants/acne", None, "did you mean acme?"),
+        ("DELETE", "/tenants/acme/keys/0000000000", None, "no key"),
+        ("POST", "/aliases/rollback", {"alias": "support"}, "no alias"),
+        ("PUT", "/limits", {"tenant": "acne", "concurrency": 1}, "did you mean acme?"),
+    ],
+)
+def test_what_is_not_there_is_404(call: Call, method: str, path: str, body: Any, words: str) -> None:
+    call("POST", "/tenants", {"name": "acme"})
+    answer = call(method, path, body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert words in answer.json()["error"]["message"]
+
+
+def test_a_key_of_one_tenant_is_none_of_anothers(call: Call) -> None:
+    for name in ("acme", "globex"):
+        call("POST", "/tenants", {"name": name})
+    key = call("POST", "/tenants/acme/keys", {}).json()["id"]
+    assert call("DELETE", f"/tenants/globex/keys/{key}").status_code == 404
+    assert call("POST", f"/tenants/globex/keys/{key}/rotate", {}).status_code == 404

@@ -1,0 +1,127 @@
+"""The audit log: every change has its line, and a line that was changed, removed or cut off shows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from sqlalchemy import delete, select, update
+from sqlalchemy.exc import DBAPIError
+
+from veneer.library.database import reading, writing
+from veneer.serve.tenancy import audit, manage, rollouts
+from veneer.serve.tenancy.store import Price, Store
+from veneer.serve.tenancy.store import audit as table
+
+
+def change_everything(store: Store) -> None:
+    manage.add_tenant(store, "acme", who="ana")
+    row, _ = manage.make_tenant_key(store, "acme", who="ana")
+    manage.rotate_key(store, row.id, who="ana")
+    manage.revoke_key(store, row.id, who="bob")
+    manage.let_see(store, "acme", add=["x"], who="ana")
+    manage.set_limit(store, "acme", "", {"concurrency": 2}, who="ana")
+    manage.set_limit(store, "acme", "", {"concurrency": 5}, who="ana")
+    manage.set_price(store, "acme", "", Price(1, 2, 3), who="ana")
+    manage.set_price(store, "acme", "", None, who="ana")
+    rollouts.set_alias(store, "support", [("v1", 1)], who="ana")
+    manage.change_tenant(store, "acme", weight=2.0, who="ana")
+    manage.note(store, "admin", "adapter.load", "v1", None, {"digest": "sha256:3f"})
+    manage.remove_tenant(store, "acme", who="ana")
+
+
+def tamper(store: Store, *statements: object) -> None:
+    """What somebody with the database in their hands can do: the guard first, then the lines."""
+    with writing(store.engine) as c:
+        if c.dialect.name == "sqlite":
+            for verb in ("update", "delete"):
+                c.exec_driver_sql(f"DROP TRIGGER tenant_audit_no_{verb}")
+        else:
+            c.exec_driver_sql("DROP TRIGGER tenant_audit_fixed ON tenant_audit")
+        for statement in statements:
+            c.execute(statement)  # type: ignore[call-overload]
+
+
+def faults(store: Store, expect: str = "") -> tuple[str, int, list[str]]:
+    with reading(store.engine) as c:
+        return audit.faults(c, expect)
+
+
+def test_every_change_has_its_line_with_before_and_after_and_no_secret(store: Store) -> None:
+    change_everything(store)
+    with reading(store.engine) as c:
+        lines = audit.lines(c)
+        assert [x["what"] for x in audit.lines(c, what="key")] == ["key.revoke", "key.rotate", "key.add"]
+        assert [x["number"] for x in audit.lines(c, subject="acme/all", limit=2, skip=1)] == [8, 7]
+    assert [x["what"] for x in reversed(lines)] == [
+        "tenant.add", "key.add", "key.rotate", "key.revoke", "adapters.change", "limit.set", "limit.set", "price.set",
+        "price.set", "alias.set", "tenant.change", "adapter.load", "tenant.remove",
+    ]  # fmt: skip
+    by_number = {x["number"]: x for x in lines}
+    assert by_number[7]["before"]["concurrency"] == 2
+    assert by_number[7]["after"]["concurrency"] == 5
+    assert by_number[9]["after"] is None
+    assert by_number[11]["before"] == {"weight": 1.0}
+    assert by_number[4]["who"] == "bob"
+    assert by_number[4]["after"]["revoked"] is not None
+    assert "hash" not in json.dumps([(x["before"], x["after"]) for x in lines])
+    assert faults(store) == (by_number[13]["hash"], 13, [])
+
+
+def test_the_database_itself_keeps_lines_as_they_are(store: Store) -> None:
+    change_everything(store)
+    for statement in (delete(table), update(table).values(who="nobody")):
+        with pytest.raises(DBAPIError, match="append-only"), writing(store.engine) as c:
+            c.execute(statement)
+    assert faults(store)[2] == []
+
+
+def test_a_failed_change_leaves_no_line(store: Store) -> None:
+    manage.add_tenant(store, "acme", who="ana")
+    revision = store.look().revision
+    with pytest.raises(Exception, match="already"):
+        manage.add_tenant(store, "acme", who="ana")
+    assert faults(store)[1] == 1
+    assert store.look().revision == revision
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("removed", "lines 5 to 5 are missing"), ("changed", "line 5 was changed"), ("renumbered", "line 5")],
+)
+def test_a_line_that_is_touched_shows(store: Store, what: str, words: str) -> None:
+    change_everything(store)
+    here = table.c.number == 5
+    tamper(
+        store,
+        *{
+            "removed": [delete(table).where(here)],
+            "changed": [update(table).where(here).values(who="mallory")],
+            "renumbered": [
+                delete(table).where(here),
+                *(update(table).where(table.c.number == n).values(number=n - 1) for n in range(6, 14)),
+            ],
+        }[what],
+    )
+    assert any(words in fault for fault in faults(store)[2]), faults(store)[2]
+
+
+def test_lines_cut_off_at_the_end_show_to_who_kept_the_head(store: Store) -> None:
+    change_everything(store)
+    head = faults(store)[0]
+    manage.add_tenant(store, "globex", who="ana")
+    assert faults(store, head)[2] == []
+    tamper(store, delete(table).where(table.c.number > 10))
+    assert faults(store)[2] == []  # the chain alone cannot know
+    assert "missing" in faults(store, head)[2][0]
+
+
+def test_lines_written_anew_show_to_who_kept_the_head(store: Store) -> None:
+    change_everything(store)
+    head = faults(store)[0]
+    tamper(store, delete(table))
+    change_everything(store)
+    assert faults(store)[2] == []
+    assert len(faults(store, head)[2]) == 1
+    with reading(store.engine) as c:
+        assert c.scalar(select(table.c.previous).where(table.c.number == 1)) == audit.FIRST

@@ -1,0 +1,164 @@
+"""Aliases: shares by weight, the same user the same version, as few moves as can be, and the way back."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from concurrent.futures import Future
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from veneer.errors import ConfigError
+from veneer.library.database import reading
+from veneer.serve.access import Caller
+from veneer.serve.tenancy import audit, manage, rollouts
+from veneer.serve.tenancy.rollouts import BUCKETS, Rollouts, bucket, owner, share_out
+from veneer.serve.tenancy.store import NotThere, Store
+from veneer.serve.tenancy.tenants import Tenants
+
+Weights = some.dictionaries(some.sampled_from("abcdef"), some.integers(1, 1000), min_size=1).map(lambda d: [*d.items()])
+
+
+def owners(runs: rollouts.Runs) -> list[str]:
+    return [name for name, count in runs for _ in range(count)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(some.lists(Weights, min_size=1, max_size=5))
+def test_shares_are_exact_and_a_move_takes_no_more_than_the_shares_differ(moves: list) -> None:
+    before: rollouts.Runs = ()
+    for targets in moves:
+        after = share_out(targets, before)
+        total, shares = sum(w for _, w in targets), Counter(owners(after))
+        assert shares.total() == BUCKETS
+        for name, weight in targets:
+            assert abs(shares[name] - weight * BUCKETS / total) < 1
+        if before:
+            old = Counter(owners(before))
+            fewest = sum(max(0, shares[name] - old[name]) for name in shares)
+            moved = sum(a != b for a, b in zip(owners(before), owners(after), strict=True))
+            assert moved == fewest
+        before = after
+
+
+def test_users_are_spread_by_weight_and_stay() -> None:
+    runs = share_out([("v1", 90), ("v2", 10)])
+    users = [bucket("support", f"user{n}") for n in range(20_000)]
+    first = [owner(runs, b) for b in users]
+    assert abs(first.count("v2") / 20_000 - 0.1) < 0.01
+    more = share_out([("v1", 80), ("v2", 20)], runs)
+    wider = [owner(more, b) for b in users]
+    moved = [(a, b) for a, b in zip(first, wider, strict=True) if a != b]
+    assert set(moved) == {("v1", "v2")}  # nobody goes back
+    assert abs(len(moved) / 20_000 - 0.1) < 0.01
+    other = [owner(runs, bucket("billing", f"user{n}")) for n in range(20_000)]
+    both = sum(a == b == "v2" for a, b in zip(first, other, strict=True))
+    assert both < 300  # the ten percent of one alias are not those of another
+
+
+def test_an_alias_is_sticky_by_user_then_tenant_then_not_at_all(store: Store) -> None:
+    rollouts.set_alias(store, "support", [("v1", 1), ("v2", 1)], who="me")
+    store.look()
+    asked = Rollouts(store, lambda *a, **k: Future(), pick=random.Random(1))
+    for user in ("ana", "bob", "cem"):
+        assert len({asked.choose("support", Caller("acme", user=user)) for _ in range(20)}) == 1
+    by_user = {asked.choose("support", Caller("acme", user=f"u{n}")) for n in range(50)}
+    assert by_user == {"v1", "v2"}
+    by_tenant = {t: {asked.choose("support", Caller(t)) for _ in range(20)} for t in map(str, range(30))}
+    assert all(len(chosen) == 1 for chosen in by_tenant.values())
+    assert {next(iter(chosen)) for chosen in by_tenant.values()} == {"v1", "v2"}
+    assert {asked.choose("support", Caller()) for _ in range(50)} == {"v1", "v2"}
+    assert asked.choose("suport", Caller()) is None
+
+
+def test_whose_alias_it_is(store: Store) -> None:
+    for tenant in ("acme", "globex"):
+        manage.add_tenant(store, tenant, who="me")
+    rollouts.set_alias(store, "support", [("everybodys", 1)], who="me")
+    rollouts.set_alias(store, "support", [("acmes", 1)], tenant="acme", who="me")
+    sight = store.look().sight
+    asked = Rollouts(store, lambda *a, **k: Future())
+    acme, globex = (Caller(t, sight[t]) for t in ("acme", "globex"))
+    assert asked.choose("support", acme) == "acmes"
+    assert acme.sees("support")
+    assert not acme.sees("acmes")  # under its own name it stays unseen
+    assert asked.choose("support", globex) is None  # everybody's, but not seen
+    assert (asked.names(acme), asked.names(globex), asked.names(Caller())) == (["support"], [], ["support"])
+    manage.let_see(store, "globex", add=["support"], who="me")
+    globex = Caller("globex", store.look().sight["globex"])
+    assert asked.choose("support", globex) == "everybodys"
+    with pytest.raises(NotThere, match="no tenant acne") as lost:
+        rollouts.set_alias(store, "support", [("v1", 1)], tenant="acne", who="me")
+    assert "acme" in str(lost.value.fix)
+
+
+def test_rollback_puts_the_same_users_back_and_each_move_is_kept(store: Store) -> None:
+    first = rollouts.set_alias(store, "support", [("v1", 1)], who="ana")
+    second = rollouts.set_alias(store, "support", [("v1", 50), ("v2", 50)], who="ana")
+    third = rollouts.set_alias(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, who="bob")
+    assert rollouts.rollback(store, "support", who="ana") == second
+    assert store.look().aliases["", "support"] == second  # at the next look: who owned what, too
+    assert rollouts.rollback(store, "support", who="ana") == first
+    with pytest.raises(ConfigError, match="no move before"):
+        rollouts.rollback(store, "support", who="ana")
+    fourth = rollouts.set_alias(store, "support", [("v4", 1)], who="ana")
+    assert rollouts.rollback(store, "support", who="ana") == first  # what held before the fourth
+    rollouts.remove(store, "support", who="ana")
+    assert ("", "support") not in store.look().aliases
+    assert rollouts.rollback(store, "support", who="ana") == first
+    with reading(store.engine) as c:
+        moves = rollouts.history(c, "support")
+        lines = audit.lines(c, what="alias", subject="all:support")
+    assert [m["move"] for m in moves] == [5, 4, 3, 2, 1]
+    assert [m["move"] for m in moves if m["current"]] == [1]
+    assert moves[2]["who"] == "bob"
+    assert moves[2]["targets"] == dict(third.targets)
+    assert moves[1]["targets"] == dict(fourth.targets)
+    assert [x["what"].split(".")[1] for x in reversed(lines)] == [
+        "set", "set", "set", "rollback", "rollback", "set", "rollback", "remove", "rollback",
+    ]  # fmt: skip
+    assert (lines[0]["before"]["targets"], lines[0]["after"]["targets"]) == ({}, {"v1": 1})
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        ([], "needs targets"), ([("v1", 1), ("v1", 2)], "each once"), ([("support", 1)], "itself"),
+        ([("../v1", 1)], "cannot name"), ([("v1", -1)], "weight"),
+    ],
+)  # fmt: skip
+def test_what_an_alias_cannot_be(store: Store, targets: list, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        rollouts.set_alias(store, "support", targets, who="me")
+    with pytest.raises(ConfigError):
+        rollouts.set_alias(store, "../support", [("v1", 1)], who="me")
+    with pytest.raises(ConfigError, match="fraction"):
+        rollouts.set_alias(store, "support", [("v1", 1)], fraction=1.5, who="me")
+    with pytest.raises(NotThere, match="no alias"):
+        rollouts.rollback(store, "support", who="me")
+
+
+def test_a_shadow_gets_its_fraction_and_the_log_keeps_the_newest_without_texts(tenants: Tenants) -> None:
+    store = tenants.store
+    rollouts.set_alias(store, "support", [("v1", 1)], shadow="v2", fraction=0.25, who="me")
+    store.look()
+    asked = Rollouts(store, tenants.ledger.writer.put, keep=5, pick=random.Random(0))
+    drawn = [asked.shadow("support", Caller()) for _ in range(2000)]
+    assert abs(drawn.count("v2") / 2000 - 0.25) < 0.04
+    assert asked.shadow("other") is None
+    texts = [("Paris.", "Paris."), ("Paris.", "Parma"), ("abc", "abcd"), ("", "x")]
+    for n in range(8):
+        one, other = texts[n % 4]
+        asked.log_shadow(
+            "support", request=f"r{n}", tenant="acme", target=("v1", one, 3, 0.5), shadow=("v2", other, 4, 0.7)
+        ).result(10)
+    with reading(store.engine) as c:
+        log = rollouts.shadow_log(c, alias="support")
+    assert [row["request"] for row in log] == ["r7", "r6", "r5", "r4", "r3"]
+    assert [(row["same"], row["first_difference"]) for row in log[:4]] == [
+        (False, 0), (False, 3), (False, 3), (True, None),
+    ]  # fmt: skip
+    assert (log[3]["target_sha256"] == log[3]["shadow_sha256"], log[0]["shadow_tokens"]) == (True, 4)
+    assert "Paris" not in str(log)

@@ -1,0 +1,407 @@
+"""The tenancy as a server uses it: keys, what they see, limits, bills, prices, several servers on one database."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from tests.serve.tenancy.conftest import Clock
+from veneer.errors import ConfigError
+from veneer.library.database import reading
+from veneer.serve.access import Caller, Served, Tenancy
+from veneer.serve.request import Refused, Usage
+from veneer.serve.tenancy import manage, rollouts
+from veneer.serve.tenancy.keys import hash_key, make_key
+from veneer.serve.tenancy.names import seeing
+from veneer.serve.tenancy.store import EACH, NotThere, Price, Store, ledger
+from veneer.serve.tenancy.tenants import Tenants
+from veneer.serve.tenancy.usage import as_csv, usage
+
+ADMIN = "an admin key of some length"
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(work)
+
+
+def refused(work: Coroutine[Any, Any, Any]) -> Refused:
+    with pytest.raises(Refused) as error:
+        run(work)
+    return error.value
+
+
+async def ask(
+    tenants: Tenants, caller: Caller, request: str, took: Usage | None, *, prompt: int = 10, most: int = 10,
+    target: str = "v1", adapters: tuple[str, ...] = (),
+) -> None:  # fmt: skip
+    served = Served((), "support", target, adapters=adapters)
+    async with tenants.admitted(caller, served, request=request, prompt_tokens=prompt, max_tokens=most) as bill:
+        if took is not None:
+            bill.used(took)
+
+
+def rows(tenants: Tenants) -> dict[str, Any]:
+    """What is in the ledger once everything that came is written."""
+    tenants.ledger.writer.put(lambda c: None).result(10)
+    with reading(tenants.store.engine) as c:
+        return {r.request: r for r in c.execute(select(ledger))}
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_tenancy(tenants: Tenants) -> None:
+    kept: Tenancy = tenants
+    assert kept is tenants
+
+
+def test_a_key_leads_to_its_tenant_and_nothing_of_it_is_kept(tenants: Tenants, where: str) -> None:
+    manage.add_tenant(tenants.store, "acme", weight=2.5, adapters=["acme/*"], who="me")
+    row, key = manage.make_tenant_key(tenants.store, "acme", label="web", who="me")
+    caller = run(tenants.caller(key, "ana"))
+    assert (caller.tenant, caller.user, caller.weight, caller.admin) == ("acme", "ana", 2.5, False)
+    assert key.startswith(f"vnr-{row.id}-")
+    assert row.hash == hash_key(key)
+    assert "hash" not in manage.show_key(row)
+    if not where.startswith("postgresql"):
+        everything = b"".join(p.read_bytes() for p in Path(where).parent.glob("tenants.sqlite*") if p.is_file())
+        assert row.id.encode() in everything
+        assert key.rpartition(row.id)[2].encode() not in everything
+    assert row.hash not in repr(row)
+
+
+def test_what_is_no_key_is_refused_in_one_way(tenants: Tenants) -> None:
+    manage.add_tenant(tenants.store, "acme", who="me")
+    row, key = manage.make_tenant_key(tenants.store, "acme", who="me")
+    other = make_key()[1]
+    wrong = [None, "", "x", key[:-1], key[:-1] + ("A" if key[-1] != "A" else "B"), f"vnr-{row.id}{other[14:]}"]
+    wrong += [other, f" {key}", f"{key}\n", "vnr-\ud800", ADMIN]
+    seen = {(e.status, e.code, e.what) for e in (refused(tenants.caller(k)) for k in wrong)}
+    assert seen == {(401, "unauthorized", "no valid API key")}
+
+
+def test_keys_expire_are_revoked_and_rotated_from_the_next_request_on(tenants: Tenants, clock: Clock) -> None:
+    store, now = tenants.store, 1_800_000_000.0 + clock()
+    manage.add_tenant(store, "acme", who="me")
+    _, key = manage.make_tenant_key(store, "acme", expires=now + 100, who="me", now=now)
+    row, other = manage.make_tenant_key(store, "acme", label="web", who="me", now=now)
+    assert run(tenants.caller(key)).tenant == "acme"
+    clock.now += 100
+    assert refused(tenants.caller(key)).status == 401
+    new, newer = manage.rotate_key(store, row.id, grace=50, who="me", now=now + 100)
+    assert (new.label, new.expires) == ("web", None)
+    assert run(tenants.caller(newer)).tenant == run(tenants.caller(other)).tenant == "acme"
+    clock.now += 50
+    assert refused(tenants.caller(other)).status == 401
+    assert run(tenants.caller(newer)).tenant == "acme"
+    manage.revoke_key(store, new.id, who="me")
+    assert refused(tenants.caller(newer)).status == 401
+    with pytest.raises(ConfigError, match="is revoked"):
+        manage.rotate_key(store, new.id, who="me")
+    states = [k.state(now + 150) for k in manage.list_keys(store, "acme")]
+    assert sorted(states) == ["expired", "expired", "revoked"]
+    with pytest.raises(ConfigError, match="expired already"):
+        manage.make_tenant_key(store, "acme", expires=now - 1, who="me", now=now)
+    with pytest.raises(NotThere, match="no key"):
+        manage.revoke_key(store, row.id, tenant="globex", who="me")
+
+
+def test_another_process_changes_and_this_one_knows_at_the_next_request(tenants: Tenants, where: str) -> None:
+    other = Store(where)
+    manage.add_tenant(other, "acme", who="cli")
+    row, key = manage.make_tenant_key(other, "acme", who="cli")
+    rollouts.set_alias(other, "support", [("v1", 1)], tenant="acme", who="cli")
+    rollouts.set_alias(other, "support", [("v2", 1)], tenant="acme", who="cli")
+    assert tenants.rollouts.choose("support", run(tenants.caller(key))) == "v2"
+    rollouts.rollback(other, "support", tenant="acme", who="cli")
+    assert tenants.rollouts.choose("support", run(tenants.caller(key))) == "v1"
+    manage.change_tenant(other, "acme", enabled=False, who="cli")
+    assert refused(tenants.caller(key)).status == 401
+    manage.change_tenant(other, "acme", enabled=True, weight=7, who="cli")
+    assert run(tenants.caller(key)).weight == 7.0
+    manage.revoke_key(other, row.id, who="cli")
+    assert refused(tenants.caller(key)).status == 401
+    manage.remove_tenant(other, "acme", who="cli")
+    assert not tenants.store.look().keys
+    other.close()
+
+
+def test_the_admin_key_is_given_as_itself_or_as_its_hash(quick: Path) -> None:
+    for given in (ADMIN, f"sha256:{hash_key(ADMIN)}"):
+        tenants = Tenants(str(quick / "t.sqlite"), admin_key=given, watch=False)
+        caller = run(tenants.caller(ADMIN))
+        assert (caller.admin, caller.tenant, caller.sees("anything")) == (True, "", True)
+        assert ADMIN not in str(vars(tenants))
+        assert refused(tenants.caller(f"sha256:{hash_key(ADMIN)}")).status == 401
+        tenants.close()
+    for short in ("secret", "sha256:12"):
+        with pytest.raises(ConfigError, match="admin key"):
+            Tenants(str(quick / "t.sqlite"), admin_key=short)
+
+
+# -- what they see -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("patterns", "name", "expected"),
+    [
+        (["acme/*"], "acme/x", True), (["acme/*"], "acme", False), (["acme/*"], "globex/acme/x", False),
+        (["support"], "support@2", True), (["support"], "support@prod", True), (["support@2"], "support", False),
+        (["support@2"], "support@2", True), (["support@2"], "support@3", False), (["support"], "supports", False),
+        (["*"], "anything@1", True), (["*"], "sha256:3fa9", False), (["sha256:3fa9*"], "sha256:3fa9c1", True),
+        (["a.c"], "abc", False), ([], "x", False), (["*-v2"], "acme/x-v2", True), (["x"], "x\n", False),
+    ],
+)  # fmt: skip
+def test_what_a_pattern_matches(patterns: list[str], name: str, expected: bool) -> None:
+    assert seeing(patterns)(name) is expected
+
+
+def test_a_tenant_sees_its_own_and_what_is_shared(tenants: Tenants) -> None:
+    for name in ("acme", "globex"):
+        manage.add_tenant(tenants.store, name, adapters=[f"{name}/*"], who="me")
+    manage.let_see(tenants.store, "", add=["base", "public/*"], who="me")
+    _, key = manage.make_tenant_key(tenants.store, "acme", who="me")
+    sees = run(tenants.caller(key)).sees
+    assert [n for n in ("acme/a", "globex/a", "public/b", "base", "other") if sees(n)] == ["acme/a", "public/b", "base"]
+    assert manage.let_see(tenants.store, "acme", add=["x"], remove=["acme/*"], who="me") == ("x",)
+    assert sees("acme/a")  # a request keeps what it meant when it came in
+    assert not run(tenants.caller(key)).sees("acme/a")
+    with pytest.raises(NotThere, match="no pattern"):
+        manage.let_see(tenants.store, "acme", remove=["y"], who="me")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc", "a//b", "a/../b", "a/./b", ".x", "-x", "x y", "x\0", "", "a" * 201, "é"]
+)
+def test_no_name_can_escape(quick: Path, name: str) -> None:
+    store = Store(str(quick / "t.sqlite"))
+    if name not in ("a/./b",):
+        with pytest.raises(ConfigError):
+            manage.add_tenant(store, name, who="me")
+    for change in (
+        lambda: manage.let_see(store, "", add=[name], who="me"),
+        lambda: manage.set_limit(store, "", name or "..", {"concurrency": 1}, who="me"),
+        lambda: rollouts.set_alias(store, name, [("v1", 1)], who="me"),
+    ):
+        with pytest.raises(ConfigError):
+            change()
+    store.close()
+
+
+# -- limits and bills --------------------------------------------------------------------------------------------------
+
+
+def test_what_was_reserved_and_not_used_is_given_back(tenants: Tenants, clock: Clock) -> None:
+    store = tenants.store
+    manage.add_tenant(store, "acme", who="me")
+    manage.set_limit(store, "acme", "", {"tokens_per_minute": 100, "concurrency": 1}, who="me")
+    store.look()
+    acme = Caller("acme")
+
+    async def work() -> None:
+        served = Served((), "support", "v1")
+        async with tenants.admitted(acme, served, request="a", prompt_tokens=40, max_tokens=60) as bill:
+            with pytest.raises(Refused, match="1 requests running"):
+                await ask(tenants, acme, "b", None)
+            bill.used(Usage(40, 0, 5))
+        await ask(tenants, acme, "c", Usage(20, 0, 15), prompt=20, most=35)  # 45 + 55 = 100: room to the last token
+        with pytest.raises(RuntimeError):
+            async with tenants.admitted(acme, served, request="d", prompt_tokens=10, max_tokens=10):
+                raise RuntimeError
+        await ask(tenants, acme, "e", Usage(10, 0, 10))  # the one that failed holds nothing
+        with pytest.raises(Refused) as over:
+            await ask(tenants, acme, "f", None)
+        assert (over.value.status, over.value.code) == (429, "rate_limited")
+        assert over.value.retry_after is not None
+        clock.now += over.value.retry_after
+        await ask(tenants, acme, "f", Usage(1, 0, 1))
+
+    run(work())
+    found = {name: row.state for name, row in rows(tenants).items()}
+    assert found == {"a": "done", "c": "done", "d": "interrupted", "e": "done", "f": "done"}
+    assert all(c.running == 0 for c in tenants.limits.counters.values())
+
+
+def test_limits_change_under_way_and_hold_for_mixes_and_for_each_tenant(tenants: Tenants) -> None:
+    store = tenants.store
+    for name in ("acme", "globex"):
+        manage.add_tenant(store, name, who="me")
+    manage.set_limit(store, EACH, "", {"requests_per_minute": 2}, who="me")
+    manage.set_limit(store, "", "big", {"requests_per_day": 1}, who="me")
+    store.look()
+    took = Usage(1, 0, 1)
+    run(ask(tenants, Caller("acme"), "1", took, target="big@3"))
+    assert "adapter big" in refused(ask(tenants, Caller("globex"), "2", took, target="big")).what
+    assert "adapter big" in refused(ask(tenants, Caller("globex"), "3", took, adapters=("small", "big@1"))).what
+    run(ask(tenants, Caller("acme"), "4", took))
+    assert "tenant acme" in refused(ask(tenants, Caller("acme"), "5", took)).what
+    run(ask(tenants, Caller("globex"), "6", took))
+    manage.set_limit(store, EACH, "", {"requests_per_minute": None}, who="me")
+    store.look()
+    run(ask(tenants, Caller("acme"), "7", took))
+    with pytest.raises(NotThere, match="no limit"):
+        manage.set_limit(store, "acme", "", {"request_per_minute": 2}, who="me")
+    with pytest.raises(ConfigError, match="1 or more"):
+        manage.set_limit(store, "acme", "", {"concurrency": 0}, who="me")
+    with pytest.raises(ConfigError, match="one version"):
+        manage.set_limit(store, "acme", "big@3", {"concurrency": 1}, who="me")
+
+
+def test_two_servers_share_windows_and_a_restart_forgets_nothing(where: str, quick: Path) -> None:
+    first, second = (Tenants(where, journal=quick / f"j{n}", watch=False) for n in (1, 2))
+    manage.add_tenant(first.store, "acme", who="me")
+    manage.set_limit(first.store, "acme", "", {"requests_per_day": 5, "tokens_per_minute": 1000}, who="me")
+    for server in (first, second):
+        server.store.look()
+    for n in range(3):
+        run(ask(first, Caller("acme"), str(n), Usage(50, 0, 50), prompt=50, most=200))
+    assert len(rows(first)) == 3
+    second._look_elsewhere(60.0)
+    assert "tokens a minute" in refused(ask(second, Caller("acme"), "x", None, prompt=1, most=700)).what
+    second._look_elsewhere(86400.0)
+    for n in range(2):
+        run(ask(second, Caller("acme"), str(n), Usage(1, 0, 1)))
+    assert "requests a day" in refused(ask(second, Caller("acme"), "y", None)).what
+    for server in (first, second):
+        server.close()
+    third = Tenants(where, journal=quick / "j3", watch=False)
+    assert "requests a day" in refused(ask(third, Caller("acme"), "z", None)).what
+    third.close()
+
+
+# -- the ledger --------------------------------------------------------------------------------------------------------
+
+
+def test_bills_are_priced_by_the_closest_price_and_add_up(tenants: Tenants) -> None:
+    store = tenants.store
+    manage.add_tenant(store, "acme", who="me")
+    manage.set_price(store, "", "", Price(150_000, 15_000, 600_000), who="me")
+    manage.set_price(store, "", "big", Price(1_000_000, 0, 2_000_000), who="me")
+    manage.set_price(store, "acme", "", Price(1, 1, 1), who="me")
+    manage.set_price(store, "acme", "big", Price(3_000_000, 1_000_000, 5_000_000), who="me")
+    store.look()
+    took = Usage(1000, 200, 300, 0.5, 0.25, 2.0)
+    for n, (tenant, target) in enumerate([("x", "v1"), ("x", "big@2"), ("acme", "v1"), ("acme", "big")]):
+        run(ask(tenants, Caller(tenant), str(n), took, target=target))
+    found = rows(tenants)
+    assert [found[str(n)].cost for n in range(4)] == [303, 1400, 0, 4100]
+    with reading(store.engine) as c:
+        by_tenant = usage(c, by=("tenant",))
+        (total,) = usage(c, by=())
+        assert [r["adapter"] for r in usage(c, by=("adapter",), adapter="big")] == ["big", "big@2"]
+        day = found["0"].day
+        assert usage(c, since=day, until=day) == usage(c)
+        assert usage(c, until="2001-01-01") == []
+        table = as_csv(usage(c, tenant="acme"))
+        with pytest.raises(ConfigError, match="'tenants'") as near:
+            usage(c, by=("tenants",))
+        with pytest.raises(ConfigError, match="no day"):
+            usage(c, since="yesterday")
+    assert near.value.fix == "did you mean tenant?"
+    assert [(r["tenant"], r["cost"]) for r in by_tenant] == [("acme", 4100), ("x", 1703)]
+    assert (total["requests"], total["prompt"], total["cached"], total["decode"]) == (4, 4000, 800, 8.0)
+    assert table.splitlines()[1] == f"acme,big,{day},1,1,0,0,1000,200,300,0.5,0.25,2.0,4100"
+
+
+def test_an_id_is_admitted_once_and_billed_once(tenants: Tenants, caplog: pytest.LogCaptureFixture) -> None:
+    acme = Caller("acme")
+
+    async def work() -> None:
+        served = Served((), "support", "v1")
+        async with tenants.admitted(acme, served, request="a", prompt_tokens=1, max_tokens=1) as bill:
+            again = await asyncio.gather(
+                ask(tenants, acme, "a", None), ask(tenants, acme, "b", None), return_exceptions=True
+            )
+            assert isinstance(again[0], Refused)
+            assert again[0].status == 400
+            bill.used(Usage(5, 0, 5))
+            bill.used(Usage(500, 0, 500))
+        tenants.ledger.settle("a", Usage(6, 0, 6), Price())
+
+    run(work())
+    found = rows(tenants)
+    assert (found["a"].state, found["a"].prompt, found["b"].state) == ("done", 5, "interrupted")
+    assert "billed twice" in caplog.text
+
+
+def test_a_client_that_leaves_while_being_admitted_leaves_no_open_row(tenants: Tenants) -> None:
+    slow = tenants.ledger.writer.put(lambda c: time.sleep(0.2))
+
+    async def work() -> None:
+        asking = asyncio.create_task(ask(tenants, Caller("acme"), "a", None))
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    run(work())
+    slow.result(10)
+    assert rows(tenants)["a"].state == "interrupted"
+
+
+def test_writes_go_in_groups_and_the_loop_runs_on(tenants: Tenants) -> None:
+    commits, together = [], tenants.ledger.writer._together
+
+    def slowly(batch: Any) -> None:
+        commits.append(len(batch))
+        time.sleep(0.05)
+        together(batch)
+
+    tenants.ledger.writer._together = slowly  # type: ignore[method-assign]
+
+    async def work() -> float:
+        longest, asking = (
+            0.0,
+            [asyncio.create_task(ask(tenants, Caller("t"), f"r{n}", Usage(1, 0, 1))) for n in range(100)],
+        )
+        while not all(task.done() for task in asking):
+            before = time.perf_counter()
+            await asyncio.sleep(0)
+            longest = max(longest, time.perf_counter() - before)
+        return longest
+
+    run(work())
+    assert len(rows(tenants)) == 100
+    assert len(commits) < 20
+
+
+def test_while_the_database_is_away_nothing_is_served_and_nothing_is_lost(tenants: Tenants) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    away, together = [True], tenants.ledger.writer._together
+
+    def broken(batch: Any) -> None:
+        if away[0]:
+            raise OperationalError("", {}, Exception("the database is away"))
+        together(batch)
+
+    async def work() -> None:
+        served = Served((), "support", "v1")
+        async with tenants.admitted(Caller("t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
+            tenants.ledger.writer._together = broken  # type: ignore[method-assign]
+            bill.used(Usage(1, 0, 1))
+
+    run(work())
+    error = refused(ask(tenants, Caller("t"), "b", None))
+    assert (error.status, error.code) == (503, "overloaded")
+    away[0] = False
+    assert {name: row.state for name, row in rows(tenants).items()} == {"a": "done"}
+
+
+def test_a_database_that_is_none_is_said(quick: Path) -> None:
+    for where in ("sqlite://", "nonsense://x", f"sqlite:///{quick}"):
+        with pytest.raises(ConfigError):
+            Store(where)
+    Store(str(quick / "t.sqlite")).close()
+    store = Store(str(quick / "t.sqlite"))
+    with store.change() as c:
+        c.exec_driver_sql("UPDATE tenant_meta SET value = '0' WHERE key = 'schema'")
+    store.close()
+    with pytest.raises(ConfigError, match="version 0"):
+        Store(str(quick / "t.sqlite"))
