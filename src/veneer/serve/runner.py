@@ -15,11 +15,11 @@ pages. Knows nothing of scheduling.
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from veneer.core.attach import Attachment, attach, fit_problems
 from veneer.core.merge import merged_state
 from veneer.core.targets import base_modules
 from veneer.errors import ResourceError
+from veneer.models.hook import attending, new_cache
 from veneer.models.speed import Join
 from veneer.models.text import TextBase
 from veneer.serve.matrix import Dense, Matrix, Reordered, can_pack
@@ -40,7 +41,6 @@ from veneer.serve.thin import Group, Layout, Segments, Thin, thin, thin_problems
 
 __all__ = ["Prepared", "Row", "Runner"]
 
-_INTERFACE = "veneer_pages"
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -239,7 +239,7 @@ class Runner:
         batch, ids = self._batch(rows)
         self._use([(row.mix, len(row.tokens)) for row in rows])
         try:
-            with _during(_Call(self.pages, batch)):
+            with attending(partial(self._attend, batch)):
                 out = self.model(input_ids=ids[:, None], position_ids=batch.positions[:, None], use_cache=False)
         finally:
             if self._attachment is not None:
@@ -249,10 +249,8 @@ class Runner:
         return logits[torch.tensor(kept, dtype=torch.int64, device=ids.device)]
 
     def _alone(self, row: Row) -> Tensor | None:
-        from transformers import DynamicCache
-
         if row.first == 0:
-            self._pasts[row.sequence] = DynamicCache(config=self.model.config)
+            self._pasts[row.sequence] = new_cache(self.model)
         ids = torch.tensor([list(row.tokens)], device=self.base.device)
         positions = torch.arange(row.first, row.first + len(row.tokens), device=self.base.device)[None]
         self._use([(row.mix, 1)])
@@ -361,16 +359,17 @@ class Runner:
         )
 
     def _make_packed(self) -> None:
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
         _static_positions(self.model.config.get_text_config())
-        ALL_ATTENTION_FUNCTIONS.register(_INTERFACE, _attention)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(_INTERFACE, lambda *args, **kwargs: None)
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(_INTERFACE)
-        change: Any = self.model.set_attn_implementation
-        self._undo.callback(change, before)
+        self._undo.callback(hook_attention(self.model))
+
+    def _attend(self, batch: PackedRows, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        """Attention of one layer, every token a row: q (tokens, heads, d), k and v (tokens, kv, d)."""
+        pages = self.pages
+        if q.shape[1] != pages.heads or k.shape[1:] != (pages.kv, pages.d) or how.sinks:
+            raise NotImplementedError(f"attention over {tuple(q.shape)} and {tuple(k.shape)}, sinks {how.sinks}")
+        pages.store(layer, k, v, batch)
+        scale = pages.d**-0.5 if how.scale is None else how.scale
+        return pages.attend(layer, q.flatten(1).contiguous(), batch, scale, how.cap, how.window).view(q.shape)
 
 
 def _has_experts(adapter: Adapter) -> bool:
@@ -546,57 +545,6 @@ def _silu_gate(both: Tensor) -> Tensor:
     h = both.new_empty(len(both), both.shape[-1] // 2)
     native.silu_gate(both.data_ptr(), h.data_ptr(), len(h), h.shape[-1], torch.get_num_threads())
     return h
-
-
-# -- packed ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    pages: Pages
-    batch: PackedRows
-
-
-class _Now(threading.local):
-    call: _Call | None = None
-
-
-_now = _Now()
-
-
-@contextmanager
-def _during(call: _Call) -> Iterator[None]:
-    _now.call = call
-    try:
-        yield
-    finally:
-        _now.call = None
-
-
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """transformers' attention interface, every token a row: query (tokens, heads, 1, d). Outside of a Runner's call it
-    is torch's own."""
-    call = _now.call
-    if call is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        own: Tensor
-        own, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return own, None
-    pages, batch = call.pages, call.batch
-    if kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention with sinks")
-    if query.shape[2] != 1 or query.shape[1] != pages.heads or key.shape[1:] != (pages.kv, 1, pages.d):
-        raise NotImplementedError(f"attention over {tuple(query.shape)} and {tuple(key.shape)}")
-    pages.store(module.layer_idx, key[:, :, 0], value[:, :, 0], batch)
-    scale = kwargs.get("scaling")
-    out = pages.attend(
-        module.layer_idx, query[:, :, 0].flatten(1).contiguous(), batch, pages.d**-0.5 if scale is None else scale,
-        cap=kwargs.get("softcap") or 0.0, window=kwargs.get("sliding_window") or 0,
-    )  # fmt: skip
-    return out.view(len(out), 1, pages.heads, pages.d), None
 
 
 def _static_positions(config: Any) -> None:

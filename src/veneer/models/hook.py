@@ -1,0 +1,92 @@
+"""Attention of any family of transformers, handed to somebody else for the length of a call.
+
+    undo = hook_attention(model)                    through transformers' attention interface
+    with attending(attend):
+        model(input_ids=ids[:, None], position_ids=…)          every token a row of its own
+    undo()
+
+Outside of `attending` the model's attention is torch's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Attend", "How", "attending", "hook_attention", "new_cache"]
+
+_NAME = "veneer_hook"
+
+
+@dataclass(frozen=True)
+class How:
+    """What a layer says of its attention: scores are scale · q·k, then cap · tanh(score / cap) where cap is above 0;
+    keys `window` back at most where that is above 0; `sinks`: whether it has attention sinks."""
+
+    scale: float | None
+    cap: float
+    window: int
+    sinks: bool
+
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, How], Tensor]
+"""(layer, q (tokens, heads, d), k, v (tokens, kv, d), how) -> (tokens, heads, d)"""
+
+
+class _Now(threading.local):
+    attend: Attend | None = None
+
+
+_now = _Now()
+
+
+def hook_attention(model: Any) -> Callable[[], None]:
+    """Put the hook in; the result takes it out again."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        return None if _now.attend is not None else sdpa_mask(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    return lambda: model.set_attn_implementation(before)
+
+
+@contextmanager
+def attending(attend: Attend) -> Iterator[None]:
+    _now.attend = attend
+    try:
+        yield
+    finally:
+        _now.attend = None
+
+
+def new_cache(model: Any) -> Any:
+    """transformers' own cache for one sequence."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if (attend := _now.attend) is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        own: Tensor
+        own, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return own, None
+    if query.shape[2] != 1:
+        raise NotImplementedError(f"{query.shape[2]} queries in a row")
+    window = kwargs.get("sliding_window") or 0
+    how = How(kwargs.get("scaling"), kwargs.get("softcap") or 0.0, window, kwargs.get("s_aux") is not None)
+    return attend(module.layer_idx, query[:, :, 0], key[:, :, 0], value[:, :, 0], how)[:, None], None
