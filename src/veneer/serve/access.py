@@ -38,12 +38,14 @@ ANYBODY = Caller(admin=True)
 @dataclass(frozen=True)
 class Served:
     """What a name meant when it was asked. `name`: the client's own word, given back as `model`. `target`: the adapter
-    that an alias chose, else `name`. `shadow`: a mix whose answer is computed too, and logged, never sent."""
+    that an alias chose, else `name`. `shadow`: a mix whose answer is computed too, and logged, never sent. `adapters`:
+    the names in a mix of several, each of which has its own limits; () for `target` alone."""
 
     mix: Mix
     name: str
     target: str
     shadow: tuple[str, Mix] | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
