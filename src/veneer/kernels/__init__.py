@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "kept_memory", "load", "page_out", "status", "usable"]
+__all__ = ["attention", "kept_memory", "load", "page_out", "serving", "status", "usable"]
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
@@ -52,7 +52,21 @@ _ATTENTION: dict[str, list[Any]] = {
     "attend": [*[_pointer] * 5, *[_int64] * 4, _float, _int],
     "attend_backward": [*[_pointer] * 9, *[_int64] * 4, _float, _int],
 }
+_SERVING: dict[str, list[Any]] = {
+    "thin_rows": [
+        _pointer, _int64, _pointer, _int64, _pointer, _int64, _pointer, _pointer, _pointer, _pointer, _int64, _int
+    ],
+    "store_rows": [_pointer, _int64, _pointer, _int64, _pointer, _pointer, *[_int64] * 3, _pointer, _pointer, _int],
+    "turn_and_store": [
+        _pointer, *[_int64] * 3, *[_pointer] * 4, _float, *[_pointer] * 3, _int64, _pointer, _pointer, _int
+    ],
+    "paged_attend": [
+        _pointer, _int64, _pointer, *[_int64] * 3, _pointer, _pointer, _int64, _pointer, _int64, _pointer, _pointer,
+        _float, _float, _int64, _int64, _int
+    ],
+}  # fmt: skip
 """What only a processor with AVX512-BF16 has."""
+SOURCES = ("native.c", "serving.c")
 _reason = "not looked for yet"
 
 
@@ -61,18 +75,20 @@ def _cache() -> Path:
     return Path(home) / "kernels" if home else Path.home() / ".veneer" / "kernels"
 
 
-def _build(compiler: str, source: Path) -> Path:
+def _build(compiler: str) -> Path:
     """Compile into the cache, named by what was compiled, for which processor and by which compiler."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     cpu = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0] if sys.platform == "linux" else ""
-    key = hashlib.sha256("\0".join([source.read_text(), version, cpu, platform.machine(), *FLAGS]).encode()).hexdigest()
+    here = Path(__file__).parent
+    texts = [(here / name).read_text() for name in (*SOURCES, "bf16.h")]
+    key = hashlib.sha256("\0".join([*texts, version, cpu, platform.machine(), *FLAGS]).encode()).hexdigest()
     target = _cache() / f"native-{key[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             built = Path(scratch) / target.name
             subprocess.run(
-                [compiler, *FLAGS, str(source), "-o", str(built), "-lm"],
+                [compiler, *FLAGS, *(str(here / name) for name in SOURCES), "-o", str(built), "-lm"],
                 capture_output=True,
                 text=True,
                 check=True,
@@ -94,9 +110,9 @@ def load() -> ctypes.CDLL | None:
         _reason = "no C compiler (cc, gcc or clang) on the path"
         return None
     try:
-        library = ctypes.CDLL(str(_build(compiler, Path(__file__).with_name("native.c"))))
-        attention_too = _ATTENTION if _has_attention(library) else {}
-        for name, arguments in (_SIGNATURES | attention_too).items():
+        library = ctypes.CDLL(str(_build(compiler)))
+        more = (_ATTENTION if _has(library, "attention") else {}) | (_SERVING if _has(library, "serving") else {})
+        for name, arguments in (_SIGNATURES | more).items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
         wrong = _self_test(library)
@@ -127,7 +143,7 @@ def _self_test(library: ctypes.CDLL) -> str:
     future = torch.arange(72)[None] > torch.arange(65, 72)[:, None]
     if not torch.allclose(s.float(), x.float().masked_fill(future, -torch.inf).softmax(1), rtol=1e-2, atol=1e-5):
         return "causal_softmax"
-    if _has_attention(library):
+    if _has(library, "attention"):
         q, k, v = (torch.randn(1, 70, 32, generator=generator).bfloat16() for _ in range(3))
         out, lse = torch.empty_like(q), torch.empty(1, 70)
         pointers = [t.data_ptr() for t in (q, k, v, out, lse)]
@@ -158,11 +174,17 @@ def attention(*tensors: Tensor) -> ctypes.CDLL | None:
     """The library if it has the attention kernels (a processor with AVX512-BF16) and they take these: as `usable`, and
     the last dimension a multiple of 16."""
     library = usable(*tensors) if all(t.shape[-1] % 16 == 0 for t in tensors) else None
-    return library if library is not None and _has_attention(library) else None
+    return library if library is not None and _has(library, "attention") else None
 
 
-def _has_attention(library: ctypes.CDLL) -> bool:
-    return bool(_int.in_dll(library, "has_attention").value)
+def serving(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The library if it has the kernels for serving (a processor with AVX512-BF16) and they take these: as `usable`."""
+    library = usable(*tensors)
+    return library if library is not None and _has(library, "serving") else None
+
+
+def _has(library: ctypes.CDLL, what: str) -> bool:
+    return bool(_int.in_dll(library, f"has_{what}").value)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc

@@ -5,45 +5,7 @@
    Rows are shared out statically among `threads`, so a result does not depend on timing. Every pointer is to bfloat16
    (uint16_t) unless it says otherwise; `ld` is the distance between rows in elements. */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-typedef uint16_t bf16;
-
-static inline float up(bf16 h) {
-    uint32_t u = (uint32_t)h << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-static inline bf16 down(float f) {
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    return (bf16)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-
-/* e^x to about 2 units in the last place of float32; 0 below -87, and no overflow for the x <= 0 of a softmax. Cody-Waite
-   reduction x = n ln2 + r, then a polynomial in r (the coefficients of Cephes expf). */
-static inline float exp32(float x) {
-    float clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    float n = __builtin_rintf(clamped * 1.44269504088896341f);
-    float r = clamped - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float s;
-    memcpy(&s, &bits, 4);
-    float y = p * s;
-    return x < -87.0f ? 0.0f : (x == x ? y : x);
-}
+#include "bf16.h"
 
 /* y = w x / sqrt(mean x^2 + eps), row by row */
 void rms_norm(const bf16 *x, const bf16 *w, bf16 *y, int64_t n, int64_t d, float eps, int threads) {
@@ -378,20 +340,6 @@ static void pack_rows(const bf16 *x, int64_t n, int64_t padded, int64_t d, uint3
         else
             memset(o, 0, d * 4);
     }
-}
-
-static inline __m512 exp512(__m512 x) { /* exp32, and what is far below is 0 */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
 }
 
 static inline __m512i narrow(__m512 x) { /* to bf16, one a 32-bit lane */

@@ -1,0 +1,130 @@
+"""Which blocks of the key-value cache belong to whom: pages of `block` tokens, shared where prompts begin alike.
+
+    key of a full block = sha256(key of the block before it, its tokens);  key before the first = the mix's digest
+
+Two sequences share a block exactly where everything that its keys and values were computed from is the same: all tokens
+up to its end, and the mix. The digest of a mix is of weights and strengths, so a renamed, reloaded or replaced adapter
+can never find what another left.
+
+A block is free (nothing in it), in use (one holder or more), or kept: nobody holds it, its key is still known. Kept
+blocks are taken again, the longest unused first, when free ones run out. Numbers only: no tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["BlockTable", "Cache", "chain"]
+
+
+def chain(before: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of a full block, given the key of the one before it."""
+    return hashlib.sha256(before + array("q", tokens).tobytes()).digest()
+
+
+@dataclass(eq=False)
+class BlockTable:
+    """The blocks of one sequence, in order. `keys`: of its full blocks that are known to the cache."""
+
+    root: bytes
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+
+
+class Cache:
+    """`blocks` blocks of `block` tokens each."""
+
+    def __init__(self, blocks: int, block: int) -> None:
+        self.size, self.block = blocks, block
+        self._free = list(range(blocks - 1, -1, -1))
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._holders = [0] * blocks
+        self._key: list[bytes | None] = [None] * blocks
+        self._known: dict[bytes, int] = {}
+        self.lookups = self.hits = 0
+        """Tokens of prompts that were looked for, and found."""
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be taken now."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def in_use(self) -> int:
+        return self.size - self.available
+
+    def open(self, root: bytes, tokens: Sequence[int]) -> BlockTable:
+        """A table that begins with the known blocks of `tokens`, held; the last token is never among them, since its
+        logits have to be computed."""
+        table = BlockTable(root)
+        key = root
+        for start in range(0, len(tokens) - self.block, self.block):
+            key = chain(key, tokens[start : start + self.block])
+            found = self._known.get(key)
+            if found is None:
+                break
+            self._hold(found)
+            table.blocks.append(found)
+            table.keys.append(key)
+        self.lookups += len(tokens)
+        self.hits += len(table.blocks) * self.block
+        return table
+
+    def grow(self, table: BlockTable, tokens: int) -> bool:
+        """Make the table long enough for `tokens` tokens; False, and nothing has changed, where there is no room."""
+        more = -(-tokens // self.block) - len(table.blocks)
+        if more > self.available:
+            return False
+        for _ in range(more):
+            table.blocks.append(self._take())
+        return True
+
+    def computed(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        """The keys and values of all these tokens are in the table's blocks: full blocks can be found from now on.
+
+        Where another sequence has computed the same block meanwhile, that one stays the known one."""
+        for i in range(len(table.keys), len(tokens) // self.block):
+            before = table.keys[-1] if table.keys else table.root
+            key = chain(before, tokens[i * self.block : (i + 1) * self.block])
+            table.keys.append(key)
+            if key not in self._known:
+                block = table.blocks[i]
+                self._known[key], self._key[block] = block, key
+
+    def close(self, table: BlockTable) -> None:
+        """Give the blocks back; those with a key are kept, and the end of a prompt is taken again before its start."""
+        for block in reversed(table.blocks):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                if self._key[block] is None:
+                    self._free.append(block)
+                else:
+                    self._kept[block] = None
+        table.blocks, table.keys = [], []
+
+    def forget(self) -> None:
+        """No block can be found any more; what is in use stays so."""
+        self._known.clear()
+        self._key = [None] * self.size
+        self._free += self._kept
+        self._kept.clear()
+
+    def _hold(self, block: int) -> None:
+        if not self._holders[block]:
+            del self._kept[block]
+        self._holders[block] += 1
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._kept.popitem(last=False)
+            key, self._key[block] = self._key[block], None
+            assert key is not None
+            del self._known[key]
+        self._holders[block] = 1
+        return block

@@ -1,0 +1,216 @@
+"""Who runs next, and how many tokens of each: continuous batching with prompts in chunks beside decoding.
+
+Every step takes at most `budget` tokens: one for each sequence that is decoding, the rest for prompts, which are
+computed in chunks. So a long prompt never stops others from getting their next token.
+
+Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of what it was given,
+prompt tokens computed and two for each generated one, divided by its weight. The next place goes to the waiting tenant
+with the lowest counter. A tenant that comes back after a pause is lifted to the lowest counter of those at work: idle
+time earns nothing. Within a tenant: first come, first served; one whose adapter is still being read is passed over.
+
+Memory: a sequence that needs a block where none is left pre-empts the youngest of the tenant with the highest counter:
+its blocks go, its tokens stay, and it is computed again from what the cache still knows. Nothing fails for want of
+blocks unless it could not fit alone; who adds a request sees to that. Numbers only: no tensors, no clock.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from veneer.serve.cache import BlockTable, Cache
+from veneer.serve.request import Request, mix_digest
+
+__all__ = ["Chunk", "Scheduler", "Sequence"]
+
+LOOK_AHEAD = 64
+"""How many of a tenant's waiting requests are asked whether they can run."""
+GENERATED = 2.0
+"""What a generated token counts beside one of a prompt: a step of its own, nearly (the paper's weights are 1 and 2)."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request under way. `tokens`: the prompt and what was generated; `computed`: how many of them have keys and
+    values in the cache; `cached`: how many it found there when it first ran; `charged`: prompt tokens counted."""
+
+    request: Request
+    tokens: list[int]
+    table: BlockTable | None = None
+    computed: int = 0
+    cached: int = 0
+    charged: int = 0
+    order: int = 0
+    ran: bool = False
+
+    @property
+    def prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start … end of a sequence, to be computed in this step; `last`: the logits after them are wanted."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def last(self) -> bool:
+        return self.end == len(self.sequence.tokens)
+
+
+@dataclass
+class _Tenant:
+    counter: float = 0.0
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: int = 0
+
+
+class Scheduler:
+    """`rows`: sequences at once. `budget`: tokens in a step, at least `rows`. `ready(sequence)`: whether its adapters
+    are in memory; it is asked for those next in line, so it may start to read them. `shares`: whether sequences can
+    share blocks."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        rows: int = 32,
+        budget: int = 512,
+        ready: Callable[[Sequence], bool] = lambda _: True,
+        shares: bool = True,
+    ) -> None:
+        self.cache, self.rows, self.budget, self.ready, self.shares = cache, rows, budget, ready, shares
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._tenants: dict[str, _Tenant] = {}
+        self._floor = 0.0
+        self._order = 0
+
+    @property
+    def waiting(self) -> int:
+        return sum(len(t.waiting) for t in self._tenants.values())
+
+    def sequences(self) -> Iterator[Sequence]:
+        yield from self.running
+        for tenant in self._tenants.values():
+            yield from tenant.waiting
+
+    def add(self, request: Request) -> Sequence:
+        self._order += 1
+        sequence = Sequence(request, list(request.prompt), order=self._order)
+        tenant = self._tenants.setdefault(request.tenant, _Tenant())
+        if not tenant.waiting and not tenant.running:
+            tenant.counter = max(tenant.counter, self._lowest())
+        tenant.waiting.append(sequence)
+        return sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        """Finished, cancelled or failed: its blocks are given back."""
+        self._lowest()
+        if sequence in self.running:
+            self._stop(sequence)
+        else:
+            self._tenants[sequence.request.tenant].waiting.remove(sequence)
+
+    def step(self) -> list[Chunk]:
+        """What to compute now, each sequence at most once. Every chunk's table has room for its tokens."""
+        chunks: list[Chunk] = []
+        left = self.budget
+        for sequence in sorted(self.running, key=lambda s: (s.computed < len(s.tokens) - 1, s.order)):
+            if left and sequence in self.running:  # it may have been pre-empted by one before it
+                left -= self._chunk(sequence, left, chunks)
+        while left and len(self.running) < self.rows:
+            following = self._next()
+            if following is None or not self._start(following):
+                break
+            left -= self._chunk(following, left, chunks)
+        return chunks
+
+    def computed(self, chunk: Chunk) -> None:
+        """The chunk's keys and values are in the cache."""
+        sequence = chunk.sequence
+        assert sequence.table is not None
+        sequence.computed = chunk.end
+        self.cache.computed(sequence.table, sequence.tokens[: chunk.end])
+        new = min(chunk.end, sequence.prompt) - max(sequence.charged, sequence.cached)
+        if new > 0:  # not for what is computed again after a pre-emption
+            self._charge(sequence, new)
+            sequence.charged = max(sequence.charged, sequence.cached) + new
+
+    def appended(self, sequence: Sequence, token: int) -> None:
+        sequence.tokens.append(token)
+        self._charge(sequence, GENERATED)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _lowest(self) -> float:
+        """The lowest counter of the tenants at work; while there is none, what it was last."""
+        at_work = [t.counter for t in self._tenants.values() if t.waiting or t.running]
+        self._floor = min(at_work, default=self._floor)
+        return self._floor
+
+    def _charge(self, sequence: Sequence, tokens: float) -> None:
+        self._tenants[sequence.request.tenant].counter += tokens / sequence.request.weight
+
+    def _next(self) -> Sequence | None:
+        """The first that can run of the tenant with the lowest counter that has one."""
+        for tenant in sorted((t for t in self._tenants.values() if t.waiting), key=lambda t: t.counter):
+            for sequence in itertools.islice(tenant.waiting, LOOK_AHEAD):
+                if self.ready(sequence):
+                    return sequence
+        return None
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Open its table and let it run, if its tokens fit beside what runs: one that starts pre-empts nobody."""
+        if self.shares:
+            table = self.cache.open(mix_digest(sequence.request.mix), sequence.tokens)
+        else:
+            table = BlockTable(f"sequence {sequence.order}".encode())
+        needed = -(-(len(sequence.tokens) + 1) // self.cache.block) - len(table.blocks)
+        if needed > self.cache.available - len(self.running) and self.running:
+            self.cache.close(table)
+            return False
+        sequence.table, sequence.computed = table, len(table.blocks) * self.cache.block
+        if not sequence.ran:
+            sequence.ran, sequence.cached = True, sequence.computed
+        tenant = self._tenants[sequence.request.tenant]
+        tenant.waiting.remove(sequence)
+        tenant.running += 1
+        self.running.append(sequence)
+        return True
+
+    def _chunk(self, sequence: Sequence, left: int, chunks: list[Chunk]) -> int:
+        end = min(len(sequence.tokens), sequence.computed + left)
+        assert sequence.table is not None
+        while not self.cache.grow(sequence.table, end):
+            victim = self._victim()
+            self._preempt(victim)
+            chunks[:] = [c for c in chunks if c.sequence is not victim]
+            if victim is sequence:
+                return 0
+        chunks.append(Chunk(sequence, sequence.computed, end))
+        return end - sequence.computed
+
+    def _victim(self) -> Sequence:
+        return max(self.running, key=lambda s: (self._tenants[s.request.tenant].counter, s.order))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        self._tenants[sequence.request.tenant].waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _stop(self, sequence: Sequence) -> None:
+        assert sequence.table is not None
+        self.cache.close(sequence.table)
+        sequence.table, sequence.computed = None, 0
+        self.running.remove(sequence)
+        self._tenants[sequence.request.tenant].running -= 1

@@ -1,0 +1,144 @@
+"""Who runs next: nothing is lost, nobody waits for ever, and one tenant's flood does not slow another."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veneer.serve.cache import Cache
+from veneer.serve.request import Request, Sampling
+from veneer.serve.scheduler import Scheduler, Sequence
+
+
+def request(prompt: int, new: int, tenant: str = "", weight: float = 1.0, salt: int = 0) -> Request:
+    tokens = tuple(salt * 1000 + i for i in range(prompt))
+    return Request(tokens, Sampling(max_tokens=new), tenant=tenant, weight=weight)
+
+
+def advance(scheduler: Scheduler) -> list[Sequence]:
+    """One step with a model that always says 7; the sequences that finished."""
+    chunks = scheduler.step()
+    assert sum(c.end - c.start for c in chunks) <= scheduler.budget
+    assert len({id(c.sequence) for c in chunks}) == len(chunks)
+    done = []
+    for chunk in chunks:
+        s = chunk.sequence
+        assert s in scheduler.running
+        assert s.table is not None
+        assert chunk.start == s.computed < chunk.end <= len(s.table.blocks) * scheduler.cache.block
+        scheduler.computed(chunk)
+        if chunk.last:
+            scheduler.appended(s, 7)
+            if s.generated == s.request.sampling.max_tokens:
+                scheduler.remove(s)
+                done.append(s)
+    return done
+
+
+def test_a_long_prompt_never_stops_the_others() -> None:
+    scheduler = Scheduler(Cache(1000, 4), rows=8, budget=16)
+    first = scheduler.add(request(4, 40))
+    advance(scheduler)
+    scheduler.add(request(200, 1, salt=1))
+    for step in range(2, 12):
+        advance(scheduler)
+        assert first.generated == step
+
+
+def test_a_tenants_flood_does_not_slow_another() -> None:
+    def steps_of_the_other(flood: int) -> int:
+        scheduler = Scheduler(Cache(4000, 4), rows=4, budget=64)
+        for i in range(flood):
+            scheduler.add(request(20, 10, "flood", salt=i))
+        for _ in range(30):
+            advance(scheduler)
+        waiting = {id(scheduler.add(request(20, 10, "calm", salt=1000 + i))) for i in range(4)}
+        steps = 0
+        while waiting:
+            waiting -= {id(s) for s in advance(scheduler)}
+            steps += 1
+        return steps
+
+    assert steps_of_the_other(400) <= 1.1 * steps_of_the_other(40)
+    assert steps_of_the_other(400) <= 3 * steps_of_the_other(0)
+
+
+def test_tokens_are_shared_by_weight() -> None:
+    scheduler = Scheduler(Cache(4000, 4), rows=6, budget=64)
+    for i in range(300):
+        scheduler.add(request(8, 8, "one", 1.0, i))
+        scheduler.add(request(8, 8, "three", 3.0, 1000 + i))
+    done: Counter[str] = Counter()
+    for _ in range(240):
+        done.update(s.request.tenant for s in advance(scheduler))
+    assert 2.5 < done["three"] / done["one"] < 3.5
+
+
+def test_idle_time_earns_nothing() -> None:
+    scheduler = Scheduler(Cache(4000, 4), rows=2, budget=64)
+    for i in range(100):
+        scheduler.add(request(8, 8, "busy", salt=i))
+    for _ in range(200):
+        advance(scheduler)
+    for i in range(50):
+        scheduler.add(request(8, 8, "late", salt=1000 + i))
+    done: Counter[str] = Counter()
+    for _ in range(100):
+        done.update(s.request.tenant for s in advance(scheduler))
+    assert abs(done["busy"] - done["late"]) <= 4
+
+
+def test_who_waits_for_an_adapter_is_passed_over() -> None:
+    slow = request(4, 2, salt=1)
+    scheduler = Scheduler(Cache(100, 4), rows=1, budget=16, ready=lambda s: s.request is not slow)
+    scheduler.add(slow)
+    scheduler.add(request(4, 2, salt=2))
+    done = advance(scheduler) + advance(scheduler)
+    assert [s.request.prompt[0] for s in done] == [2000]
+    assert scheduler.waiting == 1
+
+
+def test_memory_that_is_short_pre_empts_and_nothing_fails() -> None:
+    scheduler = Scheduler(Cache(12, 4), rows=8, budget=32)
+    all_of_them = [scheduler.add(request(4, 30, salt=i)) for i in range(8)]
+    done: list[Sequence] = []
+    for _ in range(2000):
+        done += advance(scheduler)
+    assert {id(s) for s in done} == {id(s) for s in all_of_them}
+    assert scheduler.preemptions > 0
+    assert scheduler.cache.in_use == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12), st.sampled_from("abc"), st.integers(0, 3)), max_size=25),
+    st.integers(11, 40),
+    st.integers(1, 6),
+    st.integers(0, 2**32),
+)
+def test_everything_finishes_or_was_removed(
+    wanted: list[tuple[int, int, str, int]], blocks: int, rows: int, seed: int
+) -> None:
+    dice = random.Random(seed)
+    scheduler = Scheduler(Cache(blocks, 4), rows=rows, budget=max(rows, 16))
+    open_ones = {}
+    left = list(wanted)
+    for _ in range(5000):
+        if left and dice.random() < 0.4:
+            prompt, new, tenant, salt = left.pop()
+            sequence = scheduler.add(request(prompt, new, tenant, salt=salt))
+            open_ones[id(sequence)] = sequence
+        for sequence in advance(scheduler):
+            del open_ones[id(sequence)]
+        if open_ones and dice.random() < 0.02:
+            scheduler.remove(open_ones.pop(dice.choice(list(open_ones))))
+        if not left and not open_ones:
+            break
+    assert not left
+    assert not open_ones
+    assert scheduler.cache.in_use == 0
+    assert not scheduler.running
+    assert scheduler.waiting == 0
