@@ -223,6 +223,13 @@ def test_matchers_do_not_know_each_other() -> None:
     assert not two.mask()[b]
 
 
+def test_a_matcher_by_what_a_request_asks() -> None:
+    here = grammars.matcher(("regex", "a"), TOKENIZER, PADDED, (EOS,))
+    assert here.mask().shape == (PADDED,)
+    here.advance(TOKENIZER.convert_tokens_to_ids("a"))
+    assert here.done
+
+
 def test_without_a_fast_tokenizer() -> None:
     class Slow:
         eos_token_id = 0

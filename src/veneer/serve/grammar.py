@@ -1,8 +1,7 @@
 """What an answer must match, as masks of tokens: a JSON schema, any JSON object, a regular expression.
 
-    grammar = compile_grammar("json_schema", text, tokenizer, vocabulary=…, ends=stop_ids)      a surface, in a thread
-    matcher = grammar.matcher()                                                                 once a request
-    matcher.mask()    matcher.advance(token)    matcher.done                                    the sampler, each step
+    here = matcher(sampling.grammar, tokenizer, vocabulary, stop_ids)      once a request, in a thread
+    here.mask()    here.advance(token)    here.done                        the sampler, each step
 
 llguidance compiles and matches; a mask takes it well under a millisecond. Compiling may take a second, with the
 interpreter's lock released, and is kept for the next request with the same text.
@@ -28,7 +27,7 @@ from veneer.serve.request import Refused
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-__all__ = ["Grammar", "Kind", "Matcher", "compile_grammar"]
+__all__ = ["Grammar", "Kind", "Matcher", "compile_grammar", "matcher"]
 
 Kind = Literal["json_schema", "json_object", "regex"]
 
@@ -118,6 +117,13 @@ def compile_grammar(
             with _lock:
                 _kept.pop(key, None)
     return future.result()
+
+
+def matcher(
+    asked: tuple[Kind, str], tokenizer: Any, vocabulary: int | None = None, ends: Collection[int] = ()
+) -> Matcher:
+    """The start of one answer to `Sampling.grammar`; blocks and raises as `compile_grammar`."""
+    return compile_grammar(*asked, tokenizer, vocabulary=vocabulary, ends=ends).matcher()
 
 
 def _compiled(kind: Kind, text: str, tokenizer: LLTokenizer, vocabulary: int) -> Grammar:
