@@ -29,6 +29,7 @@ class Shop:
     sizes: dict[str, int]
     factor: int = 1
     reads: list[str] = field(default_factory=list)
+    freed: list[str] = field(default_factory=list)
     jobs: list[Callable[[], None]] = field(default_factory=list)
     broken: dict[str, Exception] = field(default_factory=dict)
     unpreparable: set[int] = field(default_factory=set)
@@ -43,8 +44,9 @@ class Shop:
         assert adapter.size_bytes() == self.sizes[digest] * UNIT
         return adapter
 
-    def prepare(self, adapter: Adapter) -> Thing:
+    def prepare(self, adapter: Adapter, digest: str) -> Thing:
         (name,) = adapter.pairs
+        assert name == digest
         if self.sizes[name] in self.unpreparable:
             raise RuntimeError("no room on the device")
         return Thing(name, adapter.size_bytes() * self.factor)
@@ -56,6 +58,7 @@ class Shop:
             limit_bytes=limit * UNIT,
             keep_bytes=keep * UNIT,
             patience=patience,
+            freed=lambda thing: self.freed.append(thing.name),
             submit=self.jobs.append,
             clock=lambda: self.now,
         )

@@ -163,6 +163,8 @@ def test_a_stop_at_the_last_token_is_a_stop() -> None:
 def test_ends_may_be_ignored_and_the_requests_own_may_not() -> None:
     answer = Answer(TOKENIZER, Sampling(ignore_eos=True, stop_ids=(9,)), ends=(2,))
     assert [answer.add(t).reason for t in (2, 5, 9)] == [None, None, "stop"]
+    answer = Answer(TOKENIZER, Sampling(ignore_eos=True, grammar=("regex", "a")), ends=(2,))
+    assert answer.add(2).reason == "stop", "nothing follows a grammar's end"
 
 
 def test_stops_count_behind_min_tokens() -> None:

@@ -66,6 +66,7 @@ def test_the_least_recently_used_goes() -> None:
     shop.run()
     assert set(residents.resident()) == {"a", "c", "d"}
     assert residents.stats().evictions == 1
+    assert shop.freed == ["b"]
 
 
 def test_what_is_in_use_is_not_evicted_and_the_room_comes_with_its_end() -> None:

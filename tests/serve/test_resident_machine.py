@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
+from queue import SimpleQueue
 from typing import ClassVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.serve.shop import UNIT, Asked, Shop, Thing
+from tests.serve.shop import LETTERS, UNIT, Asked, Shop, Thing
+from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
 from veneer.serve.request import Refused, make_mix
 from veneer.serve.resident import Lease, Residents
@@ -197,3 +201,47 @@ def test_many_threads() -> None:
     for digest in sizes:
         residents.drop(digest)
     assert residents.stats().bytes == 0
+
+
+def test_a_slow_disk_holds_up_only_who_waits_for_it() -> None:
+    shop, gate = Shop(LETTERS), threading.Event()
+
+    def read(digest: str) -> Adapter:
+        if digest == "a":
+            assert gate.wait(30)
+        return shop.read(digest)
+
+    residents = Residents(read, shop.prepare, limit_bytes=4 * UNIT)
+    slow: SimpleQueue[Lease[Thing] | Refused] = SimpleQueue()
+    assert residents.acquire((("a", 1.0),), slow.put) is None
+    residents.load("b")  # another loader
+    lease = residents.acquire((("b", 1.0),), slow.put)
+    assert lease is not None
+    assert slow.empty()
+    gate.set()
+    assert isinstance(slow.get(timeout=30), Lease)
+    residents.close()
+
+
+def test_memory_is_really_given_back() -> None:
+    """Neither the adapter as it was read nor what was made of it outlives its last lease."""
+    shop, made = Shop(LETTERS), list[weakref.ref[object]]()
+
+    def read(digest: str) -> Adapter:
+        adapter = shop.read(digest)
+        made.extend([weakref.ref(adapter), weakref.ref(adapter.pairs[digest].A)])
+        return adapter
+
+    residents = Residents(read, shop.prepare, limit_bytes=4 * UNIT)
+    residents.load("a")
+    gc.collect()
+    assert [ref() for ref in made] == [None, None], "on a CPU only what was prepared stays"
+    lease = residents.acquire((("a", 1.0),), lambda result: None)
+    assert lease is not None
+    thing = weakref.ref(lease.parts[0][0])
+    residents.drop("a")
+    assert thing() is not None
+    lease.release()
+    gc.collect()
+    assert thing() is None
+    residents.close()

@@ -89,14 +89,16 @@ class Pieces:
 class Answer:
     """The text of one answer up to its end.
 
-    `ends`: the ids that end an answer on this base, unless the request ignores them; its own `stop_ids` always do.
+    `ends`: the ids that end an answer on this base, unless the request ignores them, which it cannot where a grammar
+    lets nothing follow; its own `stop_ids` always do.
     Stop texts are looked for behind the first `min_tokens` tokens. The first to be complete ends the answer, and of
     several that end together the longest, which does not depend on how the text is cut into tokens."""
 
     def __init__(self, tokenizer: Decoder, sampling: Sampling, ends: Collection[int] = ()) -> None:
         self.pieces = Pieces(tokenizer)
         self.sampling = sampling
-        self.ends = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else frozenset(ends))
+        ignored = sampling.ignore_eos and sampling.grammar is None
+        self.ends = frozenset(sampling.stop_ids) | (frozenset() if ignored else frozenset(ends))
         self.made = 0
         self._stops = tuple(s for s in sampling.stop if s)
         self._longest = max(map(len, self._stops), default=0)

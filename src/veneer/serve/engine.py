@@ -86,7 +86,7 @@ class TextEngine:
         self.base, self.settings = base, settings or EngineSettings()
         settings = self.settings
         self.runner = Runner(base, cache_bytes=settings.cache_bytes)
-        self.residents: Residents[Prepared] = Residents(read, self._prepare, limit_bytes=settings.adapter_bytes)
+        self.residents: Residents[Prepared] = Residents(read, self.runner.prepare, limit_bytes=settings.adapter_bytes)
         self.cache = Cache(self.runner.blocks, BLOCK)
         self.scheduler = Scheduler(
             self.cache, rows=settings.rows, budget=settings.budget, ready=self._ready, shares=self.runner.shares
@@ -163,7 +163,9 @@ class TextEngine:
         if request.sampling.grammar is not None:
             from veneer.serve.grammar import matcher
 
-            grammar = await asyncio.to_thread(matcher, request.sampling.grammar, self.base.tokenizer, self.vocabulary)
+            grammar = await asyncio.to_thread(
+                matcher, request.sampling.grammar, self.base.tokenizer, self.vocabulary, self.base.stop_ids
+            )
         live = self._admit(request, grammar, inbox.put_nowait, loop)
         try:
             while True:
@@ -372,9 +374,6 @@ class TextEngine:
         return text
 
     # -- adapters ------------------------------------------------------------------------------------------------------
-
-    def _prepare(self, adapter: Adapter) -> Prepared:
-        return self.runner.prepare(adapter, adapter.digest())
 
     def _heat(self, chunks: list[Chunk]) -> None:
         """Merge a mix that every row has had for long, and part with it when others have come for long."""

@@ -23,8 +23,9 @@ import itertools
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -80,7 +81,6 @@ class Lease(Generic[T]):
 
 
 Ready = Callable[[Lease[T] | Refused], None]
-_Calls = list[tuple[Ready[T], Lease[T] | Refused]]
 
 
 @dataclass(eq=False)
@@ -117,27 +117,30 @@ class _Group(Generic[T]):
 
 
 class Residents(Generic[T]):
-    """`read`: digest -> adapter, from disk; raises Refused or any VeneerError. `prepare`: what the runner needs of it.
-    Both are called on the threads of this object. `submit`: runs jobs elsewhere; by default `threads` threads do."""
+    """`read`: digest -> adapter, from disk; raises Refused or any VeneerError. `prepare`: (adapter, digest) -> what the
+    runner needs of it. Both are called on the threads of this object. `freed` is told what is no more, from any thread.
+    `submit`: runs jobs elsewhere; by default `threads` threads do."""
 
     def __init__(
         self,
         read: Callable[[str], Adapter],
-        prepare: Callable[[Adapter], T],
+        prepare: Callable[[Adapter, str], T],
         *,
         limit_bytes: int,
         keep_bytes: int = 0,
         threads: int = 2,
         patience: float = 1.0,
+        freed: Callable[[T], None] | None = None,
         submit: Callable[[Callable[[], None]], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._read, self._prepare, self._clock = read, prepare, clock
+        self._read, self._prepare, self._freed, self._clock = read, prepare, freed, clock
         self.limit, self.keep_limit, self.patience = limit_bytes, keep_bytes, patience
         self._pool = None if submit else ThreadPoolExecutor(threads, thread_name_prefix="adapters")
         self._submit = submit or self._pool.submit  # type: ignore[union-attr]
         self._ahead = 2 * threads
         self._lock = threading.Lock()
+        self._calls: list[Callable[[], None]] = []
         self._slots: dict[str, _Slot[T]] = {}
         self._groups: OrderedDict[tuple[str, ...], _Group[T]] = OrderedDict()
         self._kept: OrderedDict[str, Adapter] = OrderedDict()
@@ -154,20 +157,19 @@ class Residents(Generic[T]):
     def acquire(self, mix: Mix, ready: Ready[T]) -> Lease[T] | None:
         """The lease, where everything is there; else None, and `ready` is called once with a lease or the reason why
         there is none: from another thread, or within a later call of this object, so it only leaves a note."""
-        with self._lock:
+        with self._changing():
             slots = [self._slots.get(digest) for digest, _ in mix]
             there = [s for s in slots if s is not None and s.thing is not None and not s.draining]
             if len(there) == len(mix):
                 self._hits += 1
                 return self._lease(mix, there)
             self._misses += 1
-            calls = self._join(mix, ready)
-        _call(calls)
+            self._join(mix, ready)
         return None
 
     def withdraw(self, ready: Ready[T]) -> bool:
         """Wait no more. False where `ready` was called or is about to be: then it gets a lease, to be released."""
-        with self._lock:
+        with self._changing():
             found = [(k, g, m) for k, g in self._groups.items() for m in g.members if m[1] == ready]
             if not found:
                 return False
@@ -175,8 +177,7 @@ class Residents(Generic[T]):
             group.members.remove(member)
             if not group.members:
                 self._leave(key, group)
-            calls = self._advance()
-        _call(calls)
+            self._advance()
         return True
 
     # -- for whoever loads and unloads -------------------------------------------------------------------------------
@@ -187,13 +188,12 @@ class Residents(Generic[T]):
         Raises Refused where it cannot be prepared or can never fit; overloaded (503) where running requests leave no
         room within `timeout` and it is to be pinned. Otherwise it then stays where it is until it is asked for."""
         told: SimpleQueue[Lease[T] | Refused] = SimpleQueue()
-        with self._lock:
+        with self._changing():
             slot = self._slot(digest)
             slot.doomed = False
             if adapter is not None and not slot.held and slot.adapter is None and not slot.job:
                 self._stage(slot, adapter, "memory")
-            calls = self._join(((digest, 1.0),), told.put)
-        _call(calls)
+            self._join(((digest, 1.0),), told.put)
         try:
             result = told.get(timeout=timeout)
         except Empty as late:
@@ -210,7 +210,7 @@ class Residents(Generic[T]):
 
     def pin(self, digest: str) -> None:
         """Never evict an adapter that is in memory, until `unpin` or `drop`. Raises KeyError where it is not there."""
-        with self._lock:
+        with self._changing():
             self._slots[digest].pinned = True
 
     def unpin(self, digest: str) -> None:
@@ -221,7 +221,7 @@ class Residents(Generic[T]):
         self._let_go(digest, drop=True)
 
     def _let_go(self, digest: str, drop: bool) -> None:
-        with self._lock:
+        with self._changing():
             slot = self._slots.get(digest)
             if drop:
                 self._sizes.pop(digest, None)
@@ -230,25 +230,22 @@ class Residents(Generic[T]):
             if slot is not None:
                 slot.pinned, slot.doomed = False, slot.doomed or drop
                 self._tidy([slot])
-            calls = self._advance()
-        _call(calls)
+            self._advance()
 
     def close(self) -> None:
         """Refuse what waits, and end the threads."""
-        with self._lock:
+        with self._changing():
             self._closed = True
             error = Refused("the server is shutting down", status=503, code="shutting_down")
-            calls: _Calls[T] = [(ready, error) for group in self._groups.values() for _, ready in group.members]
             for key, group in list(self._groups.items()):
-                self._leave(key, group)
-        _call(calls)
+                self._leave(key, group, error)
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     # -- what is there -----------------------------------------------------------------------------------------------
 
     def stats(self) -> ResidentStats:
-        with self._lock:
+        with self._changing():
             there = [s for s in self._slots.values() if s.thing is not None]
             waiting = sum(len(g.members) for g in self._groups.values())
             return ResidentStats(
@@ -258,11 +255,20 @@ class Residents(Generic[T]):
 
     def resident(self) -> dict[str, int]:
         """Digest -> bytes of what is prepared, the least recently used first."""
-        with self._lock:
+        with self._changing():
             there = sorted((s for s in self._slots.values() if s.thing is not None), key=lambda s: s.used)
             return {s.digest: s.size for s in there}
 
     # -- under the lock ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Under the lock; what is to be told to others is told without it."""
+        with self._lock:
+            yield
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call()
 
     def _slot(self, digest: str) -> _Slot[T]:
         return self._slots.setdefault(digest, _Slot(digest))
@@ -277,27 +283,31 @@ class Residents(Generic[T]):
         return Lease(mix, tuple(parts), self._release)
 
     def _release(self, mix: Mix) -> None:
-        with self._lock:
+        with self._changing():
             slots = [self._slots[digest] for digest, _ in mix]
             for slot in slots:
                 slot.refs -= 1
                 slot.used = next(self._ticks)
             self._tidy(slots)
-            calls = self._advance() if self._groups else []
-        _call(calls)
+            if self._groups:
+                self._advance()
 
-    def _join(self, mix: Mix, ready: Ready[T]) -> _Calls[T]:
+    def _join(self, mix: Mix, ready: Ready[T]) -> None:
         if self._closed:
-            return [(ready, Refused("the server is shutting down", status=503, code="shutting_down"))]
+            error = Refused("the server is shutting down", status=503, code="shutting_down")
+            self._calls.append(partial(ready, error))
+            return
         key = tuple(digest for digest, _ in mix)
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _Group([self._slot(digest) for digest in key])
         group.members.append((mix, ready))
-        return self._advance()
+        self._advance()
 
-    def _leave(self, key: tuple[str, ...], group: _Group[T]) -> None:
-        """A group that waits no more, whatever came of it."""
+    def _leave(self, key: tuple[str, ...], group: _Group[T], error: Refused | None = None) -> None:
+        """A group that waits no more, whatever came of it; those of it that still do get the error."""
+        if error is not None:
+            self._calls += [partial(ready, error) for _, ready in group.members]
         del self._groups[key]
         if group.claimed:
             for slot in group.slots:
@@ -308,9 +318,8 @@ class Residents(Generic[T]):
                 slot.draining = False
         self._tidy(group.slots)
 
-    def _advance(self) -> _Calls[T]:
-        """All that can go on as things are now. Returns the calls to be made without the lock."""
-        calls: _Calls[T] = []
+    def _advance(self) -> None:
+        """All that can go on as things are now."""
         staged = sum(s.job == "read" or (s.adapter is not None and not s.held) for s in self._slots.values())
         first, queue = True, False  # whether no group, and whether one, before this one waits; the latter for memory
         for key, group in list(self._groups.items()):
@@ -324,8 +333,7 @@ class Residents(Generic[T]):
                     group.claimed = not any(s.draining for s in group.slots) or not queue
                 elif not queue and all(s.adapter is not None for s in new):
                     if error := self._never(group):
-                        calls += [(ready, error) for _, ready in group.members]
-                        self._leave(key, group)
+                        self._leave(key, group, error)
                         continue
                     group.claimed = self._room(sum(s.size for s in new), group)
                     queue = not group.claimed
@@ -335,9 +343,8 @@ class Residents(Generic[T]):
                     self._claim(group, new)
                 first = first and group.claimed
             if group.claimed and all(s.thing is not None for s in group.slots):
-                calls += [(ready, self._lease(mix, group.slots)) for mix, ready in group.members]
+                self._calls += [partial(ready, self._lease(mix, group.slots)) for mix, ready in group.members]
                 self._leave(key, group)
-        return calls
 
     def _claim(self, group: _Group[T], new: list[_Slot[T]]) -> None:
         for slot in group.slots:
@@ -402,6 +409,8 @@ class Residents(Generic[T]):
     def _free(self, slot: _Slot[T]) -> None:
         if slot.thing is not None:
             self._bytes -= slot.size
+            if self._freed is not None:
+                self._calls.append(partial(self._freed, slot.thing))
         slot.thing = slot.adapter = None
         slot.draining = False
         if not self._wanted(slot):
@@ -431,22 +440,21 @@ class Residents(Generic[T]):
         except Exception as error:
             self._fail(slot, error)
             return
-        with self._lock:
+        with self._changing():
             slot.job, slot.seconds = "", self._clock() - began
             self._stage(slot, adapter, "disk")
             self._tidy([slot])
-            calls = self._advance()
-        _call(calls)
+            self._advance()
 
     def _make(self, slot: _Slot[T]) -> None:
         began, adapter = self._clock(), slot.adapter
         assert adapter is not None
         try:
-            thing = self._prepare(adapter)
+            thing = self._prepare(adapter, slot.digest)
         except Exception as error:
             self._fail(slot, error)
             return
-        with self._lock:
+        with self._changing():
             slot.job = ""
             self._bytes -= slot.size
             slot.size = self._sizes[slot.digest] = thing.bytes
@@ -464,8 +472,7 @@ class Residents(Generic[T]):
                             own.refs -= 1
             del thing
             self._tidy([slot])
-            calls = self._advance()
-        _call(calls)
+            self._advance()
 
     def _keep(self, digest: str, adapter: Adapter) -> None:
         if digest in self._kept or adapter.size_bytes() > self.keep_limit:
@@ -480,21 +487,13 @@ class Residents(Generic[T]):
         said = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
         what = f"adapter {slot.digest} can no longer be loaded: {said}"
         refused = error if isinstance(error, Refused) else Refused(what, status=500, code="adapter_unusable")
-        with self._lock:
+        with self._changing():
             self._failures += 1
             if slot.job == "prepare":
                 self._bytes -= slot.size
             slot.job, slot.adapter = "", None
-            calls: _Calls[T] = []
             for key, group in list(self._groups.items()):
                 if slot in group.slots:
-                    calls += [(ready, refused) for _, ready in group.members]
-                    self._leave(key, group)
+                    self._leave(key, group, refused)
             self._tidy([slot])
-            calls += self._advance()
-        _call(calls)
-
-
-def _call(calls: _Calls[T]) -> None:
-    for ready, result in calls:
-        ready(result)
+            self._advance()

@@ -77,7 +77,8 @@ class Row:
         self.sampling, self.grammar = sampling, grammar
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self.made = 0
-        self._ends = sorted({*ends, *sampling.stop_ids} if sampling.min_tokens else ())
+        ending = {*sampling.stop_ids} | (set() if sampling.ignore_eos else {*ends})
+        self._ends = sorted(ending if sampling.min_tokens else ())
         self._counts: Counter[int] = Counter()
         self._counted = bool(sampling.presence_penalty or sampling.frequency_penalty)
         self._repeats = sampling.repetition_penalty != 1

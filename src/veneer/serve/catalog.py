@@ -1,0 +1,267 @@
+"""The names of one server, and which adapters they mean: the catalog of an embedded engine.
+
+    catalog = LocalCatalog(base, runner.problems, library=open_library(), rollouts=…)
+    catalog.residents = Residents(catalog.read, runner.prepare, limit_bytes=…)
+    served = catalog.resolve("support@prod", caller)
+
+A word is looked up in this order: the base's name; an alias with weights (`rollouts`); a name that was loaded; a
+reference of the library (`support`, `support@2`, `support@prod`, `sha256:…`). Any of them may follow `base:`. What is
+not there and what the caller does not see are the same 404, told before anything is looked up for who does not see it.
+Words from clients never reach the file system: they are compared with names, and the library looks in its index.
+
+A loaded adapter is checked whole before its name is known. One of the library that nobody loaded is checked when the
+first request for it comes, by the same rules, off the engine's thread; its index says beforehand if it is another
+base's.
+"""
+
+from __future__ import annotations
+
+import calendar
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from veneer.core.adapter import Adapter
+from veneer.library.library import Library
+from veneer.serve.access import Caller, ModelCard, Served
+from veneer.serve.request import Mix, Refused, make_mix
+from veneer.serve.resident import Residents
+from veneer.serve.sources import Place, Sources, unusable
+from veneer.using import Base
+
+__all__ = ["LocalCatalog", "Rollouts"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9][A-Za-z0-9._+-]*)?")
+MAX_NAME = 200
+MAX_MIX = 64
+
+_log = logging.getLogger(__name__)
+
+
+class Rollouts(Protocol):
+    """Aliases with weighted targets."""
+
+    def choose(self, alias: str, caller: Caller) -> str | None:
+        """The name that answers this caller; None where there is no such alias for them."""
+        ...
+
+    def shadow(self, alias: str, caller: Caller) -> str | None:
+        """The name whose answer is computed too."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    card: ModelCard
+    place: Place
+
+
+class LocalCatalog:
+    """Implements `access.Catalog`. `name`: what the base is called; by default the last part of its own name.
+    `residents`: where loaded adapters are kept; to be set before the first `load`. Everything may be called from any
+    thread; only `load` and `read` read files."""
+
+    def __init__(
+        self,
+        base: Base,
+        servable: Callable[[Adapter], list[str]],
+        *,
+        name: str = "",
+        library: Library | None = None,
+        allowed_folders: Sequence[str | Path] = (),
+        rollouts: Rollouts | None = None,
+        max_bytes: int = 8 << 30,
+    ) -> None:
+        self.base = name or base.name.rstrip("/").rpartition("/")[2]
+        self.sources = Sources(base, servable, library=library, folders=allowed_folders, max_bytes=max_bytes)
+        self.rollouts = rollouts
+        self.residents: Residents[Any] | None = None
+        self._fingerprint = base.fingerprint
+        self._started = int(time.time())
+        self._lock = threading.Lock()
+        self._reading = threading.Semaphore(2)  # loads at a time, so that many cannot fill the memory
+        self._loaded: dict[str, _Loaded] = {}
+        self._places: dict[str, Place] = {}
+        self._kept: tuple[object, list[ModelCard]] = (None, [])
+
+    # -- what names mean ----------------------------------------------------------------------------------------------
+
+    def resolve(self, model: str, caller: Caller) -> Served:
+        target, mix, aliased = self._mean(model, caller)
+        shadow = None
+        if self.rollouts is not None and aliased:
+            word = self._word(model)
+            other = self.rollouts.shadow(word, caller)
+            try:
+                shadow = (other, self._mix_of(other, other)) if other is not None else None
+            except Refused as error:
+                _log.warning("the shadow %r of %r cannot be served: %s", other, word, error.what)
+        return Served(mix, model or self.base, target, shadow)
+
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
+        """A name that means several things, or one twice, counts with the sum. `name`: the parts in words."""
+        if len(parts) > MAX_MIX:
+            what = f"a mix of {len(parts)} adapters; at most {MAX_MIX}"
+            raise Refused(what, status=400, code="invalid_request", param="mix")
+        pairs: list[tuple[str, float]] = []
+        names: list[str] = []
+        for word, strength in parts:
+            if not math.isfinite(strength):
+                what = f"the strength of {_shown(word)} is {strength}"
+                raise Refused(what, status=400, code="invalid_request", param="mix")
+            target, mix, _ = self._mean(word, caller)
+            names += [target] if mix else []
+            pairs += [(digest, own * strength) for digest, own in mix]
+        name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
+        adapters = tuple(dict.fromkeys(names))
+        target = adapters[0] if len(adapters) == 1 else name if adapters else self.base
+        return Served(make_mix(pairs), name, target, adapters=adapters if len(adapters) > 1 else ())
+
+    def _word(self, model: str) -> str:
+        return model.removeprefix(f"{self.base}:") or self.base
+
+    def _mean(self, model: str, caller: Caller) -> tuple[str, Mix, bool]:
+        """(the adapter's name, its mix, whether an alias chose it) of a client's word."""
+        word = self._word(model)
+        if word == self.base:
+            return self.base, (), False
+        if len(word) > MAX_NAME or not word.isprintable():
+            raise _missing(model)
+        target = self.rollouts.choose(word, caller) if self.rollouts is not None else None
+        if target is None and not caller.sees(word) and not caller.sees(word.partition("@")[0]):
+            raise _missing(model)
+        return target or word, self._mix_of(target or word, model), target is not None
+
+    def _mix_of(self, name: str, model: str) -> Mix:
+        """Raises Refused: `model` is not there."""
+        if name == self.base:
+            return ()
+        loaded = self._loaded.get(name)
+        if loaded is not None:
+            return ((loaded.card.digest, 1.0),)
+        found = self.sources.look(name)
+        if found is None:
+            raise _missing(model)
+        if not found.digest:
+            raise unusable("corrupt", f"nobody could read {_shown(name)} when it came into the library")
+        if found.fingerprint not in ("", self._fingerprint):
+            raise unusable("wrong_base", f"{_shown(name)} belongs to {found.base or found.fingerprint}")
+        self._places.setdefault(found.digest, found.place)
+        return ((found.digest, 1.0),)
+
+    def models(self, caller: Caller) -> list[ModelCard]:
+        """The base, then everything that the caller sees: what was loaded, aliases, what the library has for this
+        base."""
+        cards = {card.id: card for card in self._library_cards()}
+        cards |= {name: loaded.card for name, loaded in dict(self._loaded).items()}
+        out = [ModelCard(self.base, self.base, None, self._started)]
+        out += [card for name, card in sorted(cards.items()) if caller.sees(name)]
+        names: Callable[[Caller], list[str]] | None = getattr(self.rollouts, "names", None)
+        for alias in names(caller) if names is not None else []:
+            if alias not in cards:
+                out.append(ModelCard(alias, alias, self.base, self._started))
+        return out
+
+    def _library_cards(self) -> list[ModelCard]:
+        library = self.sources.library
+        if library is None:
+            return []
+        mark = self.sources.mark()
+        if self._kept[0] is None or self._kept[0] != mark:
+            versions = library.search(base=self._fingerprint)
+            cards = [
+                ModelCard(v.name, v.reference, self.base, _seconds(v.added), v.digest) for v in versions if v.digest
+            ]
+            self._kept = (mark, cards)
+        return self._kept[1]
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
+        """As `access.Catalog` says; what is refused leaves no trace. With `replace` the name means the new weights from
+        one request to the next; requests that run keep the old ones, whose memory goes with the last of them."""
+        if not _NAME.fullmatch(name) or len(name) > MAX_NAME or ".." in name or name == self.base:
+            raise Refused(
+                f"{_shown(name)} cannot name an adapter here",
+                status=400,
+                code="invalid_request",
+                param="lora_name",
+                fix=f"letters, digits and . _ - +, at most {MAX_NAME}, and not the base's name",
+            )
+        self._check_free(name, replace)
+        place = self.sources.locate(source)
+        with self._reading:
+            adapter = self.sources.read(place)
+            digest = adapter.digest()
+            if place.reference or not self._places.get(digest, place).reference:
+                self._places[digest] = place
+            try:
+                if self.residents is not None:
+                    self.residents.load(digest, adapter, pinned=pinned)
+            except BaseException:
+                self._forget(digest)
+                raise
+        card = ModelCard(name, place.root, self.base, int(time.time()), digest, pinned)
+        with self._lock:
+            old = self._loaded.get(name)
+            taken = old is not None and not replace
+            if not taken:
+                self._loaded[name] = _Loaded(card, place)
+        if taken:
+            self._forget(digest)
+            self._check_free(name, replace)
+        if old is not None:
+            self._forget(old.card.digest)
+        return card
+
+    def unload(self, name: str) -> None:
+        with self._lock:
+            gone = self._loaded.pop(name, None)
+        if gone is None:
+            raise _missing(name)
+        self._forget(gone.card.digest)
+
+    def _check_free(self, name: str, replace: bool) -> None:
+        if name in self._loaded and not replace:
+            what = f"an adapter named {_shown(name)} has already been loaded"
+            raise Refused(what, status=400, code="adapter_exists", param="lora_name", fix="replace it, or unload it")
+
+    def _forget(self, digest: str) -> None:
+        """A name means this no more: free it, unless another name does, and unpin it, unless another pins it."""
+        with self._lock:
+            others = [loaded.card for loaded in self._loaded.values() if loaded.card.digest == digest]
+        if self.residents is None:
+            return
+        if not others:
+            self.residents.drop(digest)
+        elif not any(card.pinned for card in others):
+            self.residents.unpin(digest)
+
+    def read(self, digest: str) -> Adapter:
+        """What `Residents` reads by: an adapter that a name meant, from where it was found. Raises Refused."""
+        place = self._places.get(digest)
+        if place is None:
+            raise unusable("not_found", f"nothing here has the digest {digest}", status=404)
+        return self.sources.read(place, digest)
+
+
+def _missing(model: str) -> Refused:
+    return Refused(f"The model {_shown(model)} does not exist.", status=404, code="model_not_found", param="model")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 100 else text[:100] + "…")
+
+
+def _seconds(added: str) -> int:
+    """Of the library's times, as 2026-11-25T10:00:00Z."""
+    try:
+        return calendar.timegm(time.strptime(added, "%Y-%m-%dT%H:%M:%SZ"))
+    except ValueError:
+        return 0

@@ -1,0 +1,171 @@
+"""What an answer must match, as masks of tokens: a JSON schema, any JSON object, a regular expression.
+
+    here = matcher(sampling.grammar, tokenizer, vocabulary, stop_ids)      once a request, in a thread
+    here.mask()    here.advance(token)    here.done                        the sampler, each step
+
+llguidance compiles and matches; a mask takes it well under a millisecond. Compiling may take a second, with the
+interpreter's lock released, and is kept for the next request with the same text.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Collection
+from concurrent.futures import Future
+from copy import copy
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veneer.errors import MissingExtraError
+from veneer.serve.request import Refused
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+__all__ = ["Grammar", "Kind", "Matcher", "compile_grammar", "matcher"]
+
+Kind = Literal["json_schema", "json_object", "regex"]
+
+MAX_TEXT = 256 << 10
+KEPT = 256
+ANY_OBJECT = '{"type": "object"}'
+
+_lock = threading.Lock()
+_tokenizers: weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], LLTokenizer]]
+_tokenizers = weakref.WeakKeyDictionary()
+_kept: OrderedDict[tuple[LLTokenizer, Kind, str], Future[Grammar]] = OrderedDict()
+
+
+class Grammar:
+    """A compiled grammar for one tokenizer. `matcher()` is cheap: it copies a state."""
+
+    def __init__(self, start: LLMatcher, vocabulary: int) -> None:
+        self._start, self.vocabulary = start, vocabulary
+
+    def matcher(self) -> Matcher:
+        return Matcher(self._start.deep_copy(), self.vocabulary)
+
+
+class Matcher:
+    """How far one answer is in its grammar; a `sampler.Constraint`."""
+
+    def __init__(self, state: LLMatcher, vocabulary: int) -> None:
+        self._state, self.vocabulary = state, vocabulary
+
+    def mask(self) -> Tensor:
+        """bool, (vocabulary,): what may come next. What ends an answer may only where the answer is complete, and where
+        nothing can follow it is all that may. Raises Refused where the grammar turns out to be too large."""
+        bits = self._state.compute_bitmask()
+        self._check()
+        allowed = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little").view(np.bool_)
+        out = torch.zeros(self.vocabulary, dtype=torch.bool)
+        n = min(len(allowed), self.vocabulary)
+        out[:n] = torch.from_numpy(allowed[:n])
+        return out
+
+    def advance(self, token: int) -> None:
+        """Take a token that the mask allowed. Raises Refused for another."""
+        if not self._state.consume_token(token):
+            self._check()
+            raise Refused(f"token {token} does not match the grammar", status=500, code="internal")
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer may end here."""
+        return bool(self._state.is_accepting())
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing can follow but the end."""
+        return bool(self._state.is_stopped())
+
+    def _check(self) -> None:
+        if self._state.is_error():
+            raise _refused(self._state.get_error())
+
+
+def compile_grammar(
+    kind: Kind, text: str, tokenizer: Any, *, vocabulary: int | None = None, ends: Collection[int] = ()
+) -> Grammar:
+    """The grammar of `text` for a fast tokenizer of transformers. Blocks: call it in a thread.
+
+    `vocabulary`: how many logits the model gives, where it is not the tokenizer's number. `ends`: the ids that end an
+    answer; the tokenizer's eos where there are none. Raises Refused (400) with llguidance's words for what it cannot
+    compile, MissingExtraError without llguidance."""
+    if len(text) > MAX_TEXT:
+        raise _refused(f"{len(text):,} characters; at most {MAX_TEXT:,}")
+    own = _tokenizer(tokenizer, vocabulary or len(tokenizer), tuple(sorted(ends)))
+    key = (own, kind, "" if kind == "json_object" else text)
+    with _lock:
+        known = _kept.get(key)
+        mine = known is None
+        future = known if known is not None else Future()
+        _kept[key] = future
+        _kept.move_to_end(key)
+        while len(_kept) > KEPT:
+            _kept.popitem(last=False)
+    if mine:
+        try:
+            future.set_result(_compiled(kind, text, own, vocabulary or len(tokenizer)))
+        except BaseException as error:
+            future.set_exception(error)
+            with _lock:
+                _kept.pop(key, None)
+    return future.result()
+
+
+def matcher(
+    asked: tuple[Kind, str], tokenizer: Any, vocabulary: int | None = None, ends: Collection[int] = ()
+) -> Matcher:
+    """The start of one answer to `Sampling.grammar`; blocks and raises as `compile_grammar`."""
+    return compile_grammar(*asked, tokenizer, vocabulary=vocabulary, ends=ends).matcher()
+
+
+def _compiled(kind: Kind, text: str, tokenizer: LLTokenizer, vocabulary: int) -> Grammar:
+    from llguidance import LLMatcher
+
+    try:
+        if kind == "regex":
+            grammar = LLMatcher.grammar_from_regex(text)
+        else:
+            grammar = LLMatcher.grammar_from_json_schema(ANY_OBJECT if kind == "json_object" else text)
+    except ValueError as error:
+        raise _refused(str(error)) from error
+    wrong, said = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
+    if wrong:
+        raise _refused(said[0])
+    start = LLMatcher(tokenizer, grammar, log_level=0)
+    if start.is_error():
+        raise _refused(start.get_error())
+    return Grammar(start, vocabulary)
+
+
+def _tokenizer(tokenizer: Any, vocabulary: int, ends: tuple[int, ...]) -> LLTokenizer:
+    """llguidance's view of a tokenizer, made once: it takes about a second."""
+    try:
+        from llguidance import LLTokenizer
+    except ImportError as error:
+        what = "grammars need llguidance"
+        raise MissingExtraError(what, fix="pip install 'veneer[serve]'") from error
+    with _lock:
+        known = _tokenizers.setdefault(tokenizer, {})
+        made = known.get((vocabulary, ends))
+        if made is None:
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            if backend is None:
+                raise _refused("this base has no fast tokenizer, so answers cannot be held to a grammar")
+            raw = copy(backend)
+            raw.no_padding()
+            raw.no_truncation()
+            eos = list(ends) or tokenizer.eos_token_id
+            made = known[vocabulary, ends] = LLTokenizer(raw.to_str(), n_vocab=vocabulary, eos_token=eos)
+        return made
+
+
+def _refused(what: str) -> Refused:
+    return Refused(f"the grammar cannot be used: {what}", status=400, code="invalid_request", param="response_format")

@@ -1,0 +1,260 @@
+"""Where a server's adapters come from, and whether it can serve them: library references, and files where the operator
+allows them.
+
+What cannot be served is Refused(adapter_unusable) whose message begins with a reason:
+
+    | reason                       | status |                                                                          |
+    | not_found                    | 404    | no such reference, no such file, or none in an allowed folder            |
+    | wrong_base                   | 400    | it belongs to another base                                               |
+    | shape_mismatch               | 400    | names or shapes that this base does not have                             |
+    | unsafe_file                  | 400    | a pickle, a header that lies, a link that leads out of its folder        |
+    | corrupt                      | 400    | half a file, no adapter, settings that contradict its tensors            |
+    | not_finite                   | 400    | NaN or infinity                                                          |
+    | too_large                    | 400    | more bytes than the limit                                                |
+    | dora_unsupported             | 400    | as the runner says, whose words follow                                   |
+    | modules_to_save_unsupported  | 400    | the same: full copies of modules, rows of tokens                         |
+    | new_tokens_unsupported       | 400    | words that the tokenizer does not have                                   |
+    | form_unsupported             | 400    | anything else that the runner cannot serve with its full effect          |
+    | changed                      | 409    | the file was replaced since it was loaded: load it again                 |
+
+Knows the library, files and one base; no names of a server, no requests.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from veneer.core.adapter import Adapter
+from veneer.errors import AdapterError, ConfigError, MismatchError, ResourceError, UnsafeFileError, VeneerError
+from veneer.formats import read as reader
+from veneer.library import index
+from veneer.library.library import Library
+from veneer.library.names import parse_reference
+from veneer.library.queries import find
+from veneer.serve.request import Refused
+from veneer.using import Base, load_adapter
+
+__all__ = ["Found", "Place", "Sources", "unusable"]
+
+REMEMBERED = 20_000
+SETTLED = 50_000_000
+"""Nanoseconds after which a file's time of change tells whether it changed again: clocks of file systems are coarse."""
+
+
+def unusable(reason: str, what: str, *, status: int = 400, fix: str | None = None) -> Refused:
+    return Refused(f"{reason}: {what}", status=status, code="adapter_unusable", fix=fix)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter's files are. `root`: as the operator named it; never a path. `reference`: of the library, by
+    content; "" for a `path`."""
+
+    root: str
+    reference: str = ""
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a library reference means now. `digest`: "" where nobody could read the files."""
+
+    digest: str
+    fingerprint: str
+    base: str
+    place: Place
+
+
+class Sources:
+    """`servable`: why an adapter cannot be served with its full effect, one line each; the runner's. `folders`: from
+    which files may be loaded, with all that is in them. `patience`: seconds for which an answer of an index that is no
+    local file stands."""
+
+    def __init__(
+        self,
+        base: Base,
+        servable: Callable[[Adapter], list[str]],
+        *,
+        library: Library | None = None,
+        folders: Sequence[str | Path] = (),
+        max_bytes: int = 8 << 30,
+        patience: float = 0.25,
+    ) -> None:
+        self.base, self.library, self.max_bytes, self.patience = base, library, max_bytes, patience
+        self._servable = servable
+        self._folders = [Path(folder).expanduser().resolve(strict=True) for folder in folders]
+        self._seen: OrderedDict[str, tuple[Found | None, int, object]] = OrderedDict()
+
+    # -- what a reference means --------------------------------------------------------------------------------------
+
+    def look(self, reference: str) -> Found | None:
+        """What the library has under a reference; None where it has nothing, or it is no reference. Reads no adapter.
+
+        An answer stands while the index's files are unchanged, so a moved alias is seen at once."""
+        if self.library is None or len(reference) > 200:
+            return None
+        now, mark = time.time_ns(), self.mark()
+        known = self._seen.get(reference)
+        if known is not None:
+            stands = now - known[1] < self.patience * 1e9 if mark is None else known[2] == mark
+            if stands:
+                return known[0]
+        found = self._find(self.library, reference)
+        self._seen[reference] = (found, now, mark)
+        while len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+        return found
+
+    @staticmethod
+    def _find(library: Library, reference: str) -> Found | None:
+        """As `Library.find`, without its search for names that look alike."""
+        try:
+            with index.reading(library.engine) as c:
+                versions = find(c, parse_reference(reference))
+        except ConfigError:
+            return None
+        if len(versions) != 1:
+            return None
+        (v,) = versions
+        return Found(v.digest, v.fingerprint, v.base, Place(v.reference, v.digest or f"sha256:{v.entry}"))
+
+    def mark(self) -> object:
+        """What changes whenever the index does; None where that cannot be told from files."""
+        assert self.library is not None
+        url = self.library.engine.url
+        if not url.drivername.startswith("sqlite") or not url.database:
+            return None
+        times = []
+        for name in (url.database, f"{url.database}-wal"):
+            try:
+                stat = os.stat(name)
+            except OSError:
+                continue
+            times += [stat.st_mtime_ns, stat.st_size]
+            if abs(time.time_ns() - stat.st_mtime_ns) < SETTLED:
+                return object()  # may change again within the same tick: equal to no other mark
+        return tuple(times)
+
+    # -- where files are ---------------------------------------------------------------------------------------------
+
+    def locate(self, source: str) -> Place:
+        """The place of a library reference, or of a path in an allowed folder. Raises Refused."""
+        found = self.look(source)
+        if found is not None:
+            return found.place
+        path = self._path(source)
+        if path is None:
+            hint = "a library reference" + (", or a path in an allowed folder" if self._folders else "")
+            raise unusable("not_found", f"there is no adapter {_shown(source)}", status=404, fix=f"give {hint}")
+        return Place(path.name, path=path)
+
+    def _path(self, source: str) -> Path | None:
+        """The real path, inside an allowed folder. What lies outside is as if it were not there."""
+        given = Path(source)
+        if not source.isprintable() or len(source) > 4096 or ".." in given.parts:
+            return None
+        for folder in self._folders:
+            try:
+                real = (folder / given).resolve(strict=True)
+                if real.is_relative_to(folder) and (real.is_file() or real.is_dir()):
+                    self._check_inside(real, folder)
+                    return real
+            except (OSError, RuntimeError):
+                continue
+        return None
+
+    def _check_inside(self, real: Path, folder: Path) -> None:
+        """No link leads out of the allowed folder, and no more bytes than the limit."""
+        inner = real / "adapter"
+        parts = (
+            [real] if real.is_file() else [p for d in (real, inner) if d.is_dir() for p in islice(d.iterdir(), 5000)]
+        )
+        if any(not p.resolve().is_relative_to(folder) for p in parts):
+            raise unusable("unsafe_file", f"a link in {real.name} leads out of the allowed folder")
+        self._check_size(sum(p.stat().st_size for p in parts if p.is_file()))
+
+    def _check_size(self, size: int) -> None:
+        if size > self.max_bytes:
+            raise unusable("too_large", f"{size:,} bytes; the limit is {self.max_bytes:,}")
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, place: Place, digest: str = "") -> Adapter:
+        """Read an adapter, and make sure that this base serves it with its full effect. `digest`: what it must be.
+
+        From an allowed folder tensors are copied: a mapped file that somebody writes to would change under requests."""
+        if place.path is not None and not place.path.exists():
+            raise unusable("not_found", f"{place.root} is no longer there", status=404)
+        try:
+            path = place.path or self._from_library(place)
+            adapter = load_adapter(self.base, str(path))
+            if place.path is not None:
+                adapter = adapter.mapped(lambda t: t.clone())
+            if digest and adapter.digest() != digest and not self._reads_as(path, digest):
+                raise unusable("changed", f"{place.root} is not what it was when it was loaded", status=409)
+        except Refused:
+            raise
+        except Exception as error:  # readers meet anything in a hostile file
+            raise self._refusal(place, error) from error
+        if adapter.new_tokens:
+            raise unusable("new_tokens_unsupported", f"{place.root} brings tokens that this base does not have")
+        if problems := self._servable(adapter):
+            raise _unservable(place, problems)
+        return adapter
+
+    def _from_library(self, place: Place) -> Path:
+        assert self.library is not None
+        try:
+            return self.library.resolve(place.reference)
+        except AdapterError as error:
+            raise unusable("not_found", error.what, status=404) from error
+
+    def _reads_as(self, path: Path, digest: str) -> bool:
+        """Whether it is the same without a base to read it by, as the library's index has it."""
+        return reader.read(path).adapter.digest() == digest
+
+    def _refusal(self, place: Place, error: Exception) -> Refused:
+        what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
+        if place.path is not None:
+            what = what.replace(str(place.path), place.root)
+        if isinstance(error, UnsafeFileError):
+            reason = "unsafe_file"
+        elif isinstance(error, MismatchError):
+            reason = "wrong_base"
+        elif isinstance(error, ResourceError | MemoryError):
+            reason = "too_large"
+        elif "NaN" in what or "not finite" in what:
+            reason = "not_finite"
+        else:
+            reason = "shape_mismatch" if self._sound(place) else "corrupt"
+        return unusable(reason, f"{place.root}: {what}")
+
+    def _sound(self, place: Place) -> bool:
+        """Whether the files are an adapter, if not this base's."""
+        try:
+            reader.read(place.path or self._from_library(place))
+        except Exception:
+            return False
+        return True
+
+
+def _unservable(place: Place, problems: list[str]) -> Refused:
+    said = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    low = said.lower()
+    reason = "form_unsupported"
+    if "dora" in low:
+        reason = "dora_unsupported"
+    elif any(words in low for words in ("full cop", "modules_to_save", "token rows")):
+        reason = "modules_to_save_unsupported"
+    return unusable(reason, f"{place.root} cannot be served with its full effect: {said}")
+
+
+def _shown(text: str) -> str:
+    """A client's word in a message: short, and nothing that a terminal obeys."""
+    return repr(text if len(text) <= 100 else text[:100] + "…")

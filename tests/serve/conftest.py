@@ -1,0 +1,52 @@
+"""A tiny base, a library, a folder that the operator allows, and a catalog over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serve.shelf import Make, Ready
+from tests.tiny_base import tiny_base_dir
+from veneer.core.attach import fit_problems
+from veneer.library.library import Library, open_library
+from veneer.models.text import TextBase, load_text
+from veneer.serve.catalog import LocalCatalog
+from veneer.serve.resident import Residents
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> TextBase:
+    return load_text(str(tiny_base_dir(tmp_path_factory.mktemp("base"))))
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Iterator[Library]:
+    with open_library(tmp_path / "library") as opened:
+        yield opened
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "adapters").mkdir()
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def make(base: TextBase, library: Library, folder: Path) -> Iterator[Make]:
+    made: list[Residents[Ready]] = []
+
+    def build(limit: int = 1 << 30, servable: Any = None, **options: Any) -> LocalCatalog:
+        options = {"name": "tiny", "library": library, "allowed_folders": [folder], **options}
+        catalog = LocalCatalog(base, servable or (lambda a: fit_problems(base.model, a)), **options)
+        catalog.residents = Residents(
+            catalog.read, lambda a, digest: Ready(a, a.size_bytes()), limit_bytes=limit, threads=1
+        )
+        made.append(catalog.residents)
+        return catalog
+
+    yield build
+    for residents in made:
+        residents.close()

@@ -1,0 +1,48 @@
+"""Adapters on disk, and what a refusal says, for tests of names and sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_using import adapter_for
+from veneer.core.adapter import Adapter
+from veneer.formats import peft
+from veneer.models.text import TextBase
+from veneer.serve.catalog import LocalCatalog
+from veneer.serve.request import Refused
+
+
+@dataclass(eq=False)
+class Ready:
+    adapter: Adapter
+    bytes: int
+
+
+Make = Callable[..., LocalCatalog]
+
+
+def saved(base: TextBase, folder: Path, seed: int = 0, **card: Any) -> str:
+    """An adapter in PEFT's layout; returns its digest."""
+    adapter = adapter_for(base, seed, **card)
+    peft.write(adapter, folder)
+    return peft.load(folder).adapter.digest()
+
+
+def of(digest: str) -> tuple[tuple[str, float], ...]:
+    return ((digest, 1.0),)
+
+
+def refused(call: Callable[[], Any]) -> Refused:
+    with pytest.raises(Refused) as caught:
+        call()
+    return caught.value
+
+
+def reason(error: Refused) -> str:
+    assert error.code == "adapter_unusable", error
+    return error.what.partition(":")[0]
