@@ -23,8 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer import kernels
 from veneer.core.adapter import Adapter
@@ -32,16 +31,15 @@ from veneer.core.attach import Attachment, attach, fit_problems
 from veneer.core.merge import merged_state
 from veneer.core.targets import base_modules
 from veneer.errors import ResourceError
-from veneer.models.hook import attending, new_cache
+from veneer.models.hook import How, attending, hook_attention, new_cache
 from veneer.models.speed import Join
 from veneer.models.text import TextBase
 from veneer.serve.matrix import Dense, Matrix, Reordered, can_pack
-from veneer.serve.paged import BLOCK, PackedRows, Pages, Rotary
-from veneer.serve.thin import Group, Layout, Segments, Thin, thin, thin_problems
+from veneer.serve.paged import BLOCK, PackedRows, Pages
+from veneer.serve.plan import Plan, layout_of, plan_of, static_positions
+from veneer.serve.thin import Segments, Thin, thin, thin_problems
 
 __all__ = ["Prepared", "Row", "Runner"]
-
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(eq=False)
@@ -88,7 +86,7 @@ class Runner:
         kv = getattr(config, "num_key_value_heads", None) or heads
         d = getattr(config, "head_dim", None) or config.hidden_size // heads
         layers = config.num_hidden_layers
-        self.layout = _layout(base)
+        self.layout = layout_of(base)
         self.context = min(base.context, cache_bytes // Pages.bytes_of_a_block(layers, kv, d, base.dtype) * BLOCK)
         size = Pages.bytes_of_a_block(layers, kv, d, base.dtype)
         self.blocks = cache_bytes // size
@@ -99,7 +97,7 @@ class Runner:
             )
         self.pages = Pages(layers, self.blocks, heads, kv, d, base.dtype, base.device)
         self._segments: Segments | None = None
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._merged: _Merged | None = None
         self._attached: dict[str, weakref.ref[Prepared]] = {}
         self._pasts: dict[int, Any] = {}
@@ -157,7 +155,7 @@ class Runner:
             return Reordered.of(whole) if packs else Dense(whole)
 
         embedding = weight(self.layout.embedding)
-        plan = _plan_of(self.base, self.layout, joined, embedding, self.context)
+        plan = plan_of(self.base, self.layout, joined, embedding, self.context)
         self._merged = _Merged(_key(mix), plan, [weakref.ref(p) for p, _ in mix])
 
     def unmerge(self) -> None:
@@ -354,12 +352,12 @@ class Runner:
                 raise NotImplementedError(f"{', '.join(names)} cannot be joined")
             return Dense(weight)
 
-        self._plan = _plan_of(
+        self._plan = plan_of(
             self.base, self.layout, joined, self.model.get_input_embeddings().weight.detach(), self.context
         )
 
     def _make_packed(self) -> None:
-        _static_positions(self.model.config.get_text_config())
+        static_positions(self.model.config.get_text_config())
         self._undo.callback(hook_attention(self.model))
 
     def _attend(self, batch: PackedRows, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
@@ -372,182 +370,16 @@ class Runner:
         return pages.attend(layer, q.flatten(1).contiguous(), batch, scale, how.cap, how.window).view(q.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class _Merged:
+    mix: tuple[tuple[str, float], ...]
+    plan: Plan
+    adapters: list[weakref.ref[Prepared]]
+
+
 def _has_experts(adapter: Adapter) -> bool:
     return any(p.kind == "experts" for p in adapter.pairs.values())
 
 
 def _key(mix: Sequence[tuple[Prepared, float]]) -> tuple[tuple[str, float], ...]:
     return tuple((p.key, s) for p, s in mix)
-
-
-# -- fused -------------------------------------------------------------------------------------------------------------
-
-Weights = Callable[[tuple[str, ...]], Matrix]
-"""The weights of some linear modules, below one another, by the modules' names."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """One layer; `window` 0 for none."""
-
-    norm: Tensor
-    qkv: Matrix
-    qkv_bias: Tensor | None
-    rotary: Rotary
-    out: Matrix
-    out_bias: Tensor | None
-    norm_after: Tensor
-    gate_up: Matrix
-    down: Matrix
-    window: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """A base of Llama's kind as tensors. Its layout's groups: qkv, o, gate-up, down of each layer, then the head."""
-
-    embedding: Tensor
-    blocks: list[_Block]
-    norm: Tensor
-    head: Matrix
-    head_bias: Tensor | None
-    eps: float
-    scale: float
-
-    def hidden(self, ids: Tensor, batch: PackedRows, segments: Segments | None, pages: Pages) -> Tensor:
-        """The normed output of the last layer, (tokens, dim)."""
-        x = F.embedding(ids, self.embedding)
-        if segments is not None:
-            segments.embed(ids, x)
-        for i, block in enumerate(self.blocks):
-            h = _rms_norm(x, block.norm, self.eps)
-            qkv = block.qkv(h, block.qkv_bias)
-            if segments is not None:
-                segments.add(4 * i, h, qkv)
-            pages.turn_and_store(i, qkv, block.rotary, batch)
-            attended = pages.attend(i, qkv, batch, self.scale, window=block.window)
-            _add_onto(x, attended, block.out, block.out_bias, segments, 4 * i + 1)
-            h = _rms_norm(x, block.norm_after, self.eps)
-            both = block.gate_up(h)
-            if segments is not None:
-                segments.add(4 * i + 2, h, both)
-            _add_onto(x, _silu_gate(both), block.down, None, segments, 4 * i + 3)
-        return _rms_norm(x, self.norm, self.eps)
-
-    def logits(self, x: Tensor, segments: Segments | None) -> Tensor:
-        out = self.head(x, self.head_bias)
-        if segments is not None:
-            segments.add(4 * len(self.blocks), x, out)
-        return out
-
-
-def _layout(base: TextBase) -> Layout:
-    """The groups of a base of Llama's kind; none for another."""
-    model: Any = base.model
-    groups: list[Group] = []
-    modules: dict[str, Any] = dict(base_modules(model))
-    embedding = next((n for n, m in modules.items() if m is model.get_input_embeddings()), "")
-
-    def group(at: str, *choices: tuple[str, ...]) -> None:
-        names = next(c for c in choices if all(f"{at}{n}" in modules for n in c))
-        parts = [modules[f"{at}{n}"] for n in names]
-        if any(type(m) is not nn.Linear for m in parts):
-            raise StopIteration
-        weights = tuple(m.weight.detach() for m in parts)
-        groups.append(Group(tuple(f"{at}{n}" for n in names), weights, tuple(m.bias for m in parts)))
-
-    try:
-        for i in range(model.config.get_text_config().num_hidden_layers):
-            at = f"model.layers.{i}."
-            group(f"{at}self_attn.", ("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
-            group(f"{at}self_attn.", ("o_proj",))
-            group(f"{at}mlp.", ("gate_proj", "up_proj"), ("gate_up_proj",))
-            group(f"{at}mlp.", ("down_proj",))
-        group("", ("lm_head",))
-    except StopIteration:
-        groups = []
-    return Layout(tuple(groups), embedding, base.dtype, base.device)
-
-
-def _plan_of(base: TextBase, layout: Layout, weights: Weights, embedding: Tensor, context: int) -> _Plan:
-    """Raises NotImplementedError where the base is of another kind; whether it is of this one, a probe tells."""
-    root: Any = base.model.model
-    config: Any = base.model.config.get_text_config()
-    if not layout.groups:
-        raise NotImplementedError("its layers are not Llama's")
-    if config.hidden_act not in ("silu", "swish"):
-        raise NotImplementedError(f"its gate is {config.hidden_act}")
-    _static_positions(config)
-    probe = torch.zeros(1, dtype=torch.float32, device=base.device)
-    cos, sin = root.rotary_emb(probe, torch.arange(context, device=base.device)[None])
-    cos, sin = (t[0, :, : t.shape[-1] // 2].float().contiguous() for t in (cos, sin))
-    blocks = []
-    for i, layer in enumerate(root.layers):
-        qkv, out, gate_up, down = layout.groups[4 * i : 4 * i + 4]
-        own = layer.self_attn
-        q_norm, k_norm = (getattr(own, n).weight.detach() if hasattr(own, n) else None for n in ("q_norm", "k_norm"))
-        rotary = Rotary(cos, sin, q_norm, k_norm, config.rms_norm_eps)
-        bias = None
-        if any(b is not None for b in qkv.biases):
-            parts = zip(qkv.weights, qkv.biases, strict=True)
-            bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in parts]).detach()
-        if any(b is not None for g in (gate_up, down) for b in g.biases):
-            raise NotImplementedError("its MLP has biases")
-        window = getattr(own, "sliding_window", getattr(config, "sliding_window", None)) or 0
-        blocks.append(
-            _Block(
-                layer.input_layernorm.weight.detach(), weights(qkv.modules), bias, rotary, weights(out.modules),
-                out.biases[0], layer.post_attention_layernorm.weight.detach(), weights(gate_up.modules),
-                weights(down.modules), window,
-            )
-        )  # fmt: skip
-    head, norm = layout.groups[-1], root.norm.weight.detach()
-    scale = root.layers[0].self_attn.scaling
-    return _Plan(embedding, blocks, norm, weights(head.modules), head.biases[0], config.rms_norm_eps, scale)
-
-
-@dataclass(frozen=True, eq=False)
-class _Merged:
-    mix: tuple[tuple[str, float], ...]
-    plan: _Plan
-    adapters: list[weakref.ref[Prepared]]
-
-
-def _add_onto(x: Tensor, h: Tensor, matrix: Matrix, bias: Tensor | None, segments: Segments | None, g: int) -> None:
-    """x += h·Wᵀ + b and its thin products, in place."""
-    if segments is not None and segments.gained(g):  # DoRA needs the base's product by itself
-        y = matrix(h, bias)
-        segments.add(g, h, y)
-        x.add_(y)
-        return
-    matrix.add_onto(x, h)
-    if bias is not None:
-        x.add_(bias)
-    if segments is not None:
-        segments.add(g, h, x)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    native = kernels.usable(x, weight)
-    if native is None:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    y = torch.empty_like(x)
-    native.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), len(x), x.shape[-1], eps, torch.get_num_threads())
-    return y
-
-
-def _silu_gate(both: Tensor) -> Tensor:
-    """silu(gate) ⊙ up of (rows, 2 f)."""
-    native = kernels.usable(both)
-    if native is None:
-        gate, up = both.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    h = both.new_empty(len(both), both.shape[-1] // 2)
-    native.silu_gate(both.data_ptr(), h.data_ptr(), len(h), h.shape[-1], torch.get_num_threads())
-    return h
-
-
-def _static_positions(config: Any) -> None:
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in _STATIC_ROPE:
-        raise NotImplementedError(f"{rope} positions depend on the longest sequence")
