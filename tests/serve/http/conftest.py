@@ -1,4 +1,4 @@
-"""One live server for each file of tests; a fresh one where a test changes what is served."""
+"""One live server for each file of tests, as new for each test."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live
+from veneer.serve.http.house import LoraNumbers
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +15,17 @@ def text() -> ToyText:
     return ToyText(tools=True)
 
 
-@pytest.fixture
-def server(text: ToyText) -> Iterator[Live]:
+@pytest.fixture(scope="module")
+def _served(text: ToyText) -> Iterator[Live]:
     with live(ToyEngine(text), ToyCatalog()) as served:
         yield served
+
+
+@pytest.fixture
+def server(_served: Live) -> Live:
+    house = _served.house
+    _served.engine = house.engine = ToyEngine(_served.engine.text)
+    _served.catalog = house.catalog = ToyCatalog()
+    house.loras, house.phase = LoraNumbers(), "ready"
+    house.__post_init__()  # metrics from zero
+    return _served

@@ -145,7 +145,7 @@ class ToyEngine:
 def _last_line(said: str) -> str:
     """What the user said last, in a chat or in a plain prompt."""
     turns = re.findall(r"<\|im_start\|>(?:user|system)\n(.*?)<\|im_end\|>", said, re.S)
-    return (turns[-1] if turns else said).strip().splitlines()[-1] if said.strip() else ""
+    return ([""] + (turns[-1] if turns else said).strip().splitlines())[-1]
 
 
 def rule(mix: Mix, last: str) -> str:
