@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live, wait_for
 from veneer.serve.access import ModelCard
+from veneer.serve.http.app import create_app
 from veneer.serve.http.house import HttpSettings, ShadowAnswer
 
 CHAT: Any = {"model": "sql", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30}
@@ -182,7 +185,7 @@ def test_pages_of_other_origins(text: ToyText) -> None:
 # -- no body makes it fail ---------------------------------------------------------------------------------------------
 
 
-NASTY: list[Any] = [None, "", "x", "0", -1, 0, 3, 2**70, 1e300, True, [], [None], [-1], ["a"], {}, {"a": 1}, [["x", 1]]]
+NASTY: list[Any] = ["", "x", -1, 3, 2**70, [None], {"a": 1}]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
     "/v1/completions": {"prompt": "Hi"},
@@ -196,7 +199,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_no_value_of_any_key_makes_the_server_fail(server: Live, path: str) -> None:
+def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> None:
     """Every key of every body in turn with every nasty value, the other keys as they should be."""
     from veneer.serve.http import llama_cpp, openai_bodies, tgi, vllm
 
@@ -212,12 +215,18 @@ def test_no_value_of_any_key_makes_the_server_fail(server: Live, path: str) -> N
             for value in NASTY:
                 given = {key: value}
                 bodies.append({**BODIES[path], **({"parameters": given} if path == "/generate" else given)})
-    statuses = set()
-    for body in bodies:
-        status = server.post(path, body).status_code
-        assert status < 500, body
-        statuses.add(status)
-    assert 200 in statuses
+    app = create_app(ToyEngine(text), ToyCatalog(), None, text)
+
+    async def ask() -> set[int]:
+        statuses = set()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://toy") as client:
+            for body in bodies:
+                status = (await client.post(path, json=body)).status_code
+                assert status < 500, body
+                statuses.add(status)
+        return statuses
+
+    assert 200 in asyncio.run(ask())
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ class ToyEngine:
 def _last_line(said: str) -> str:
     """What the user said last, in a chat or in a plain prompt."""
     turns = re.findall(r"<\|im_start\|>(?:user|system)\n(.*?)<\|im_end\|>", said, re.S)
-    return ([""] + (turns[-1] if turns else said).strip().splitlines())[-1]
+    return ["", *(turns[-1] if turns else said).strip().splitlines()][-1]
 
 
 def rule(mix: Mix, last: str) -> str:
@@ -328,7 +328,7 @@ def live(engine: ToyEngine, catalog: ToyCatalog, tenancy: Any = None, **options:
         assert not thread.is_alive()
 
 
-def wait_for(ready: Any, seconds: float = 5.0) -> None:
+def wait_for(ready: Any, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, "it did not happen in time"
