@@ -21,15 +21,15 @@ from veneer.serve.server import Keys, Preload, bytes_of, keys_of, parse_preload
 ROOT = Path(__file__).resolve().parents[2]
 TOY = """
 import sys, time
-from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText
 from veneer.errors import BaseError
-from veneer.serve.http.app import create_app
 from veneer.serve.server import Built, ServeSettings, serve
 
 def make():
     time.sleep(float(sys.argv[2]))
     if len(sys.argv) > 3:
         raise BaseError("there is no such base")
+    from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText
+    from veneer.serve.http.app import create_app
     engine = ToyEngine(ToyText())
     return Built(create_app(engine, ToyCatalog(), None, engine.text))
 
@@ -47,9 +47,10 @@ def test_a_server_loads_serves_drains_and_ends() -> None:
         [sys.executable, "-c", TOY, str(port), "1.5"], env=env, stdout=subprocess.PIPE, text=True
     )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            seen: list[object] = []
-            end = time.monotonic() + 60
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            seen: list[int] = []
+            turned_away: list[int] = []
+            end = time.monotonic() + 300
             while not seen or seen[-1] != 200:
                 assert time.monotonic() < end
                 try:
@@ -58,24 +59,24 @@ def test_a_server_loads_serves_drains_and_ends() -> None:
                     if ready.status_code == 503:
                         assert ready.json() == {"status": "loading"}
                         assert client.get("/health").status_code == 200
-                        assert client.post("/v1/completions", json={"prompt": "Hi"}).status_code == 503
+                        turned_away.append(client.post("/v1/completions", json={"prompt": "Hi"}).status_code)
                 except httpx.ConnectError:
                     pass
                 time.sleep(0.05)
-            assert seen[0] == 503
+            assert seen[0] == turned_away[0] == 503
             body = {"prompt": "SLOW " + "word " * 20, "max_tokens": 100, "stream": True}
             with client.stream("POST", "/v1/completions", json=body) as answer:
                 lines = answer.iter_lines()
                 next(lines)
                 process.send_signal(signal.SIGTERM)
-                with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as other:
+                with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as other:
                     while (ready := other.get("/ready")).status_code == 200:
                         time.sleep(0.02)
                     assert ready.json() == {"status": "draining"}
                     refused = other.post("/v1/completions", json={"prompt": "Hi"})
                     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
                 assert [line for line in lines if line][-1] == "data: [DONE]"  # what ran goes on to its end
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         assert process.stdout is not None
         assert process.stdout.read().strip().endswith("ended")
     finally:
@@ -90,7 +91,7 @@ def test_a_server_that_cannot_be_built_says_why() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", TOY, "0", "0", "fail"], env=env, capture_output=True, text=True, timeout=60
     )
-    assert ran.returncode == 1
+    assert ran.returncode == 1  # no command line around it here: a traceback
     assert "there is no such base" in ran.stderr
 
 

@@ -12,13 +12,14 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from veneer.errors import VeneerError
-from veneer.models.generate import encode_prompt
-from veneer.models.text import TextBase
 from veneer.serve.http.errors import invalid
 from veneer.serve.request import Refused
+
+if TYPE_CHECKING:
+    from veneer.models.text import TextBase
 
 __all__ = ["Prompts", "Text"]
 
@@ -85,6 +86,8 @@ class Prompts:
         """A conversation through the chat template. `variables`: what the client gives the template.
 
         Raises Refused(400) where there is no template, or it refuses."""
+        from veneer.models.generate import encode_prompt  # late: a server listens before torch is there
+
         settings = set(inspect.signature(self.text.tokenizer.apply_chat_template).parameters) | {"base", "prompt"}
         reserved = sorted(set(variables) & (settings - {"add_generation_prompt", "continue_final_message"}))
         if reserved:  # parameters of the call that renders are no business of a client's
