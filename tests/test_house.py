@@ -143,7 +143,9 @@ def test_import_veneer_is_immediate() -> None:
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["serve", "--help"], ["--version"]]
+)
 def test_help_is_fast_and_loads_no_torch(arguments: list[str]) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ran = python(

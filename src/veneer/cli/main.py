@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("veneer.cli.eval", "Compare the base and adapters on held-out rows."),
     "generate": ("veneer.cli.generate", "Generate text, or chat, with a base and any adapters."),
     "image": ("veneer.cli.image", "Make pictures with an image base, adapters and ControlNets."),
+    "serve": ("veneer.cli.serve", "Serve a base and its adapters over HTTP."),
     "adapter": ("veneer.cli.adapter", "Inspect, verify, convert, mix and merge adapters."),
     "library": ("veneer.cli.library", "Keep adapters under names, share and check them."),
     "tenant": ("veneer.cli.tenant", "Tenants of a server: keys, limits, prices, aliases, usage."),

@@ -85,8 +85,10 @@ def complete(
     return [out[i] for i in range(len(prompts))]
 
 
-def encode_prompt(base: TextBase, prompt: Prompt) -> list[int]:
-    """Token ids: a text with the tokenizer's own special tokens; messages by the chat template, to be answered next."""
+def encode_prompt(base: TextBase, prompt: Prompt, **variables: Any) -> list[int]:
+    """Token ids: a text with the tokenizer's own special tokens; messages by the chat template, to be answered next.
+
+    `variables`: what else the template gets (tools, add_generation_prompt=False, what a family knows of its own)."""
     tokenizer = base.tokenizer
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -96,7 +98,7 @@ def encode_prompt(base: TextBase, prompt: Prompt) -> list[int]:
         )
     messages = [dict(m) for m in prompt]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **{"add_generation_prompt": True, **variables})
     except (
         Exception
     ) as error:  # templates refuse what they do not take (a system turn, say) with exceptions of any kind

@@ -1,0 +1,103 @@
+"""`veneer serve`: one base and any number of adapters behind OpenAI's, vLLM's, TGI's and llama.cpp's HTTP surfaces."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from veneer.errors import ConfigError
+
+__all__ = ["app"]
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Example: veneer serve --base smollm2-135m --adapter support=acme/support --port 8000")
+def serve(
+    base: Annotated[str, typer.Option("--base", help="Built-in name, hub id, directory or .gguf file.")],
+    library: Annotated[
+        str | None, typer.Option("--library", help="Where adapters are kept. Default: the veneer home's library.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            help="NAME[=REFERENCE][:STRENGTH] to load before the server is ready; any number of times. With a strength "
+            "it also acts on requests that name no adapter.",
+        ),
+    ] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep these adapters in memory, whatever else is asked.")] = False,
+    allow_folder: Annotated[
+        list[Path] | None,
+        typer.Option("--allow-folder", help="A folder whose adapters may be loaded by path; any number of times."),
+    ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option("--api-keys", help="A file of keys, a line each; requests need one of them.")
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option("--admin-key", envvar="VENEER_ADMIN_KEY", help="The key that may load and unload adapters."),
+    ] = None,
+    tenants: Annotated[
+        str | None,
+        typer.Option("--tenants", help="A database of tenants (SQLite file or postgresql://…) instead of --api-keys."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests computed at once.")] = 32,
+    cache_memory: Annotated[str, typer.Option("--cache-memory", help="For keys and values, as 512M or 4G.")] = "1G",
+    adapter_memory: Annotated[str, typer.Option("--adapter-memory", help="For adapters, as 512M or 4G.")] = "1G",
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=0, help="Tokens an answer may have at most; 0: what the context leaves.")
+    ] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    cors: Annotated[
+        list[str] | None, typer.Option("--cors", help="An origin whose pages may ask; any number of times.")
+    ] = None,
+    drain_seconds: Annotated[
+        float, typer.Option("--drain-seconds", min=0, help="How long running answers may go on after SIGTERM.")
+    ] = 30.0,
+) -> None:
+    """Serve a base and its adapters over HTTP until Ctrl-C or SIGTERM."""
+    if tenants is not None and api_keys is not None:
+        raise ConfigError("--tenants and --api-keys both say who may ask", fix="keep one")
+    try:
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        from veneer.errors import MissingExtraError
+
+        raise MissingExtraError("serving needs FastAPI and uvicorn", fix='pip install "veneer[serve]"') from error
+    from veneer.serve import server
+    from veneer.serve.http.house import HttpSettings
+
+    settings = server.ServeSettings(
+        base=base,
+        host=host,
+        port=port,
+        library=library,
+        preload=tuple(map(server.parse_preload, adapter or [])),
+        pin=pin,
+        folders=tuple(map(str, allow_folder or [])),
+        keys=tuple(server.keys_of(api_keys)) if api_keys else (),
+        admin_key=admin_key,
+        tenants=tenants,
+        rows=max_batch,
+        cache_bytes=server.bytes_of(cache_memory, "--cache-memory"),
+        adapter_bytes=server.bytes_of(adapter_memory, "--adapter-memory"),
+        dtype=dtype,
+        device=device,
+        drain=drain_seconds,
+        http=HttpSettings(max_tokens=max_tokens, slots=max_batch, cors=tuple(cors or [])),
+    )
+    if host not in ("127.0.0.1", "localhost", "::1") and not (api_keys or tenants or admin_key):
+        _say(f"note: whoever reaches {host}:{port} may ask, and load adapters; --api-keys or --tenants closes that")
+    server.serve(settings, _say)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,240 @@
+"""The application: one door for all requests, errors in each surface's own form, and the routes of every surface.
+
+The door comes before everything: it numbers the request, limits its body, establishes who asks (401), and turns new
+work away while the server is loading or draining (503).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import typing
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from veneer import __version__
+from veneer.serve.access import Catalog, OpenAccess, Tenancy
+from veneer.serve.http import llama_cpp, openai, tgi, vllm
+from veneer.serve.http.errors import Json, answer_error, as_refused, from_validation
+from veneer.serve.http.fields import Body
+from veneer.serve.http.house import House, HttpSettings, ShadowAnswer, house_of, need_admin
+from veneer.serve.http.prompts import Prompts, Text
+from veneer.serve.http.running import ClientLeft
+from veneer.serve.request import Engine, Refused
+
+__all__ = ["create_app"]
+
+OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/redoc")
+"""Paths that need no key."""
+
+_SHADOWS = logging.getLogger("veneer.serve.shadow")
+
+
+def create_app(
+    engine: Engine,
+    catalog: Catalog,
+    tenancy: Tenancy | None,
+    base: Text,
+    images: APIRouter | None = None,
+    settings: HttpSettings | None = None,
+    *,
+    routers: Sequence[APIRouter] = (),
+    unguarded: Sequence[str] = (),
+    on_shadow: Callable[[ShadowAnswer], None] | None = None,
+    lifespan: Any = None,
+) -> FastAPI:
+    """All surfaces over one engine.
+
+    `tenancy` None: no keys, no limits. `base`: a TextBase, or what `Text` says of one. `images`, `routers`: further
+    routes behind the same door; they find `request.app.state.house`. `unguarded`: prefixes of paths that look after
+    their own keys. The app's `state.house.phase` is ready; a server that drains sets it."""
+    chosen = settings or HttpSettings()
+    house = House(engine, catalog, tenancy or OpenAccess(), Prompts(base), chosen, on_shadow or _log_shadow)
+    app = FastAPI(title="veneer", version=__version__, lifespan=lifespan, redoc_url=None)
+    app.state.house = house
+    surfaces: dict[str, str] = {}
+    for router in (openai.router, vllm.router, vllm.sglang, tgi.router, llama_cpp.router, _service()):
+        surfaces |= {getattr(r, "path", ""): str(router.tags[0]) for r in router.routes}
+        app.include_router(router)
+    for router in (*([images] if images is not None else []), *routers):
+        app.include_router(router)
+    _tell_errors(app, surfaces)
+    app.add_middleware(Door, house=house, surfaces=surfaces, unguarded=tuple(unguarded))
+    if chosen.cors:
+        from starlette.middleware.cors import CORSMiddleware
+
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(chosen.cors), allow_methods=["*"], allow_headers=["*"],
+            expose_headers=["x-request-id", "x-veneer-ignored", "retry-after"],
+        )  # fmt: skip
+    return app
+
+
+def _log_shadow(answer: ShadowAnswer) -> None:
+    record = {
+        "request": answer.request, "name": answer.name, "shadow": answer.shadow, "same": answer.sent == answer.answer,
+        "sent_characters": len(answer.sent), "shadow_characters": len(answer.answer), "error": answer.error,
+    }  # fmt: skip
+    _SHADOWS.info(json.dumps(record))
+
+
+# -- the door ----------------------------------------------------------------------------------------------------------
+
+
+class Door:
+    """ASGI middleware. What it establishes is in the scope: `veneer.id` and `veneer.caller`."""
+
+    def __init__(self, app: ASGIApp, house: House, surfaces: dict[str, str], unguarded: tuple[str, ...]) -> None:
+        self.app, self.house, self.surfaces, self.unguarded = app, house, surfaces, unguarded
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        scope["veneer.id"] = number = uuid.uuid4().hex
+
+        async def numbered(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
+            await send(message)
+
+        request = HttpRequest(scope)
+        try:
+            await self._enter(request)
+        except Exception as error:
+            surface = self.surfaces.get(request.url.path, "OpenAI")
+            refused = as_refused(error)
+            self.house.metrics.refused.labels(refused.code).inc()
+            return await answer_error(refused, surface)(scope, receive, numbered)
+        working = request.method not in ("GET", "HEAD", "OPTIONS")
+        self.house.inside += working
+        try:
+            await self.app(scope, self._limited(receive), numbered)
+        finally:
+            self.house.inside -= working
+
+    async def _enter(self, request: HttpRequest) -> None:
+        path, house = request.url.path, self.house
+        length = request.headers.get("content-length", "0")
+        if length.isdigit() and (len(length) > 15 or int(length) > house.settings.max_body):
+            raise _too_large(house.settings.max_body)
+        if path in OPEN or path.startswith(tuple(f"{prefix}/" for prefix in self.unguarded)) or path in self.unguarded:
+            return
+        request.scope["veneer.caller"] = await house.tenancy.caller(_key(request))
+        if house.phase != "ready" and request.method == "POST":
+            raise Refused(f"the server is {house.phase}", status=503, code="shutting_down", retry_after=5.0)
+
+    def _limited(self, receive: Receive) -> Receive:
+        most, seen = self.house.settings.max_body, 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > most:
+                raise HTTPException(413, _too_large(most).what)
+            return message
+
+        return counted
+
+
+def _too_large(most: int) -> Refused:
+    return Refused(f"the body has more than {most:,} bytes", status=413, code="too_large")
+
+
+def _key(request: HttpRequest) -> str | None:
+    """The client's key: a bearer token, or what Azure's and some older clients send."""
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and key.strip():
+        return key.strip()
+    return request.headers.get("x-api-key") or request.headers.get("api-key")
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 400: "invalid_request"}
+
+
+def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
+    def tell(request: HttpRequest, error: Refused) -> Response:
+        house_of(request).metrics.refused.labels(error.code).inc()
+        return answer_error(error, surfaces.get(request.url.path, "OpenAI"))
+
+    async def refused(request: HttpRequest, error: Any) -> Response:
+        return tell(request, error)
+
+    async def invalid_body(request: HttpRequest, error: Any) -> Response:
+        return tell(request, from_validation(error.errors(), _known(request.scope.get("endpoint"))))
+
+    async def http(request: HttpRequest, error: Any) -> Response:
+        what = (
+            f"there is no route {request.method} {request.url.path[:200]}" if error.status_code == 404 else error.detail
+        )
+        code = _HTTP_CODES.get(error.status_code, "invalid_request")
+        answer = tell(request, Refused(str(what), status=error.status_code, code=code))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    async def left(request: HttpRequest, error: Any) -> Response:
+        return Response(status_code=499)
+
+    async def unexpected(request: HttpRequest, error: Exception) -> Response:
+        return tell(request, Refused("the server made an error; its log says more", status=500, code="internal"))
+
+    app.add_exception_handler(Refused, refused)
+    app.add_exception_handler(RequestValidationError, invalid_body)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ClientLeft, left)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _known(endpoint: Any) -> list[str]:
+    """Every key that a route's body may have, for the nearest name of one that it may not."""
+    try:
+        kinds = typing.get_type_hints(endpoint).values()
+    except (NameError, TypeError):
+        return []
+    return sorted(set(_keys(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))))
+
+
+def _keys(models: Iterable[type[BaseModel]]) -> Iterable[str]:
+    for model in models:
+        for name, about in model.model_fields.items():
+            yield about.alias or name
+            inner = about.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _keys([inner])
+        if issubclass(model, Body):
+            yield from (*model.ignored, *model.refused)
+
+
+# -- health and metrics ------------------------------------------------------------------------------------------------
+
+
+def _service() -> APIRouter:
+    router = APIRouter(tags=["service"])
+
+    @router.get("/health", summary="The process is alive.")
+    @router.get("/ping", include_in_schema=False)
+    async def health() -> Response:
+        return Json({"status": "ok"})
+
+    @router.get("/ready", summary="Requests are taken; 503 while loading or draining.")
+    async def ready(request: HttpRequest) -> Response:
+        phase = house_of(request).phase
+        return Json({"status": phase}, status_code=200 if phase == "ready" else 503)
+
+    @router.get("/metrics", summary="For Prometheus; with tenants, an operator's key is needed.")
+    async def metrics(request: HttpRequest) -> Response:
+        need_admin(request)
+        return Response(house_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router

@@ -1,0 +1,155 @@
+"""How each surface tells an error: one Refused, five bodies.
+
+A route's first tag names the surface it belongs to, and with it the form; the status is the error's own, save where
+a surface has another word for the same thing (TGI: 422 for what cannot be, 424 for what failed).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from starlette.responses import Response
+
+from veneer.errors import VeneerError, nearest
+from veneer.serve.request import Refused
+
+__all__ = ["Json", "answer_error", "as_refused", "error_body", "from_validation", "invalid", "message_of"]
+
+log = logging.getLogger("veneer.serve")
+
+
+class Json(Response):
+    """JSON as the surfaces write it: no NaN, and a lone surrogate becomes "?" rather than an error."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json_bytes(content)
+
+
+def json_bytes(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def invalid(what: str, param: str | None = None, fix: str | None = None) -> Refused:
+    return Refused(what, status=400, code="invalid_request", param=param, fix=fix)
+
+
+def message_of(error: VeneerError) -> str:
+    """An error in one line."""
+    return error.what + (f": {error.fix}" if error.fix else "")
+
+
+def as_refused(error: Exception) -> Refused:
+    """What a client is told of an error that no surface expected; the log has the rest."""
+    if isinstance(error, Refused):
+        return error
+    log.error("a request failed", exc_info=error)
+    return Refused("the server made an error; its log says more", status=500, code="internal")
+
+
+def from_validation(errors: Iterable[Mapping[str, Any]], known: Iterable[str]) -> Refused:
+    """pydantic's list of problems as one error. `known`: the body's keys, for the nearest name of an unknown one."""
+    problems = list(errors)
+    told: list[str] = []
+    names = list(known)
+    for problem in problems[:5]:
+        where = ".".join(str(part) for part in problem["loc"] if part != "body")
+        if problem["type"] == "extra_forbidden":
+            near = nearest(str(problem["loc"][-1]), names, n=1)
+            told.append(f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        elif problem["type"] == "json_invalid":
+            told.append(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
+        else:
+            told.append(f"{where}: {problem['msg']}" if where else problem["msg"])
+    if len(problems) > 5:
+        told.append(f"and {len(problems) - 5} more")
+    first = next((str(part) for p in problems for part in p["loc"][1:2] if isinstance(part, str)), None)
+    return invalid("; ".join(dict.fromkeys(told)) or "the body is not valid", first)
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------------
+
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def _openai(error: Refused) -> tuple[int, Any]:
+    kind = _OPENAI_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    status = 400 if error.status == 422 else error.status
+    body = {"message": message_of(error), "type": kind, "param": error.param, "code": _openai_code(error)}
+    return status, {"error": body}
+
+
+def _openai_code(error: Refused) -> str:
+    """OpenAI's own words where its clients test them."""
+    words = {"context_exceeded": "context_length_exceeded", "rate_limited": "rate_limit_exceeded"}
+    words["unauthorized"] = "invalid_api_key"
+    return words.get(error.code, error.code)
+
+
+_VLLM_TYPES = {400: "BadRequestError", 422: "BadRequestError", 404: "NotFoundError", 401: "UnauthorizedError"}
+_VLLM_TYPES |= {403: "ForbiddenError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
+
+
+def _vllm(error: Refused) -> tuple[int, Any]:
+    kind = _VLLM_TYPES.get(error.status, "BadRequestError" if error.status < 500 else "InternalServerError")
+    if error.code in ("adapter_exists", "invalid_request"):
+        kind = "InvalidUserInput"
+    status = 400 if error.status == 422 else error.status
+    return status, {"error": {"message": message_of(error), "type": kind, "param": error.param, "code": status}}
+
+
+def _tgi(error: Refused) -> tuple[int, Any]:
+    status, kind = error.status, error.code
+    if error.status == 400:
+        status, kind = 422, "validation"
+    elif error.status == 422:
+        kind = "validation"
+    elif error.status == 500:
+        status, kind = 424, "generation"
+    elif error.status in (429, 503) and error.code == "overloaded":
+        status, kind = 429, "overloaded"
+    return status, {"error": message_of(error), "error_type": kind}
+
+
+_LLAMA_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "unavailable_error"}
+
+
+def _llama(error: Refused) -> tuple[int, Any]:
+    kind = _LLAMA_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    status = 400 if error.status == 422 else error.status
+    body: dict[str, Any] = {"code": status, "message": message_of(error), "type": kind}
+    if error.code == "context_exceeded":
+        body["type"] = "exceed_context_size_error"
+    return status, {"error": body}
+
+
+def _sglang(error: Refused) -> tuple[int, Any]:
+    status = error.status if error.status in (401, 403, 413, 429, 503) else 400
+    return status, {"success": False, "error_message": message_of(error), "loaded_adapters": {}}
+
+
+_FORMS: dict[str, Callable[[Refused], tuple[int, Any]]] = {
+    "OpenAI": _openai, "vLLM": _vllm, "TGI": _tgi, "llama.cpp": _llama, "SGLang": _sglang
+}  # fmt: skip
+
+
+def error_body(error: Refused, surface: str) -> tuple[int, Any]:
+    """(status, body) of an error as a surface tells it; an unknown surface tells it as OpenAI does."""
+    return _FORMS.get(surface, _openai)(error)
+
+
+def answer_error(error: Refused, surface: str) -> Json:
+    status, body = error_body(error, surface)
+    headers: dict[str, str] = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    elif status in (429, 503):
+        headers["Retry-After"] = "1"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Json(body, status_code=status, headers=headers)

@@ -1,0 +1,176 @@
+"""What all text surfaces share: engine, catalog, tenancy, text and limits; and which mix a request means.
+
+A body names adapters in one way: `model`, `mix`, LoRAX's `adapter_id`, SGLang's `lora_path` or llama.cpp's `lora`. Two
+ways at once that mean different things are refused, and a name that is not there is 404: never the base.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from starlette.requests import Request as HttpRequest
+
+from veneer.serve.access import ANYBODY, Caller, Catalog, ModelCard, Served, Tenancy
+from veneer.serve.http.errors import as_refused, invalid, log, message_of
+from veneer.serve.http.metrics import Metrics
+from veneer.serve.http.prompts import Prompts, Text
+from veneer.serve.request import Engine, Refused
+
+__all__ = ["Chosen", "House", "HttpSettings", "ShadowAnswer", "caller_of", "house_of", "load_adapter", "need_admin"]
+
+
+@dataclass(frozen=True)
+class HttpSettings:
+    """Limits of one server. `max_tokens` 0: up to the context. `stall`: seconds a stream may be unread before it ends.
+    `metric_adapters`: adapters with series of their own. `cors`: origins whose pages may ask from a browser."""
+
+    max_body: int = 8 << 20
+    max_tokens: int = 0
+    max_prompts: int = 256
+    max_choices: int = 64
+    max_stops: int = 16
+    max_best_of: int = 8
+    stall: float = 120.0
+    metric_adapters: int = 100
+    shadows: int = 16
+    slots: int = 256
+    cors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShadowAnswer:
+    """What a shadow's answer was beside the one that was sent; for the log."""
+
+    request: str
+    name: str
+    shadow: str
+    sent: str
+    answer: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a body's names meant. `label`: the adapter for metrics, or "mix"."""
+
+    served: Served
+    label: str
+
+
+class LoraNumbers:
+    """llama.cpp's numbers for adapters, and its global scales. A number is given once and never to another name."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, int] = {}
+        self.scales: dict[str, float] = {}
+
+    def of(self, name: str) -> int:
+        return self._of.setdefault(name, len(self._of))
+
+    def name(self, number: int, visible: Iterable[ModelCard]) -> str:
+        for card in visible:
+            if self.of(card.id) == number:
+                return card.id
+        raise Refused(f"invalid adapter id {str(number)[:20]}", status=404, code="model_not_found", param="lora")
+
+
+@dataclass(eq=False)
+class House:
+    engine: Engine
+    catalog: Catalog
+    tenancy: Tenancy
+    prompts: Prompts
+    settings: HttpSettings
+    on_shadow: Callable[[ShadowAnswer], None]
+    started: float = field(default_factory=time.time)
+    phase: Literal["loading", "ready", "draining"] = "ready"
+    inside: int = 0
+    loras: LoraNumbers = field(default_factory=LoraNumbers)
+    behind: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.catalog.base, self.engine.stats, self.settings.metric_adapters)
+
+    @property
+    def text(self) -> Text:
+        return self.prompts.text
+
+    def adapters(self, caller: Caller) -> list[ModelCard]:
+        return [card for card in self.catalog.models(caller) if card.parent is not None]
+
+    def choose(
+        self,
+        caller: Caller,
+        *,
+        model: str | None = None,
+        mix: Sequence[tuple[str, float]] | None = None,
+        lora: Sequence[tuple[int, float]] | None = None,
+        lora_path: str | None = None,
+    ) -> Chosen:
+        """The one mix that a body asks for. An empty `mix` or `lora` is the base, whatever the global scales.
+
+        `lora_path` yields to a `model` that names an adapter itself, as SGLang has it."""
+        named = model if model and model != self.catalog.base else None
+        several = [key for key, value in {"mix": mix, "lora": lora}.items() if value is not None]
+        if len(several) > 1 or (several and (named or lora_path)):
+            ways = [*(["model"] if named else []), *several, *(["lora_path"] if lora_path else [])]
+            raise invalid(f"adapters are named in {len(ways)} ways: {', '.join(ways)}", several[0], "keep one")
+        if lora is not None:
+            visible = self.adapters(caller)
+            mix = [(self.loras.name(number, visible), scale) for number, scale in lora]
+        if mix is not None:
+            return self._mixed(mix, caller)
+        named = named or lora_path
+        if named is None and (scales := self.loras.scales):
+            return self._mixed(list(scales.items()), ANYBODY)  # the operator's own setting, for everybody
+        served = self.catalog.resolve(named or model or "", caller)
+        return Chosen(served, served.target if served.mix else self.catalog.base)
+
+    def _mixed(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Chosen:
+        if not parts:
+            return Chosen(self.catalog.resolve("", caller), self.catalog.base)
+        for name, strength in parts:
+            if not math.isfinite(strength) or abs(strength) > 1e4:
+                raise invalid(f"the strength of {name!r} is {strength}", "mix", "a number from -10000 to 10000")
+        served = self.catalog.resolve_mix(parts, caller)
+        return Chosen(served, "mix" if len(served.mix) > 1 else parts[0][0] if served.mix else self.catalog.base)
+
+
+def house_of(request: HttpRequest) -> House:
+    house: House = request.app.state.house
+    return house
+
+
+def caller_of(request: HttpRequest, user: str | None = None) -> Caller:
+    """Who asks, as the door established it, with the body's `user`."""
+    caller: Caller = request.scope["veneer.caller"]
+    return replace(caller, user=user) if user else caller
+
+
+def need_admin(request: HttpRequest) -> Caller:
+    caller = caller_of(request)
+    if not caller.admin:
+        raise Refused(
+            "this changes the server for everybody", status=403, code="forbidden", fix="use an operator's key"
+        )
+    return caller
+
+
+async def load_adapter(house: House, name: str, source: str, **options: Any) -> ModelCard:
+    """Catalog.load in a thread. An error that is not Refused is told without where on the server it happened."""
+    from veneer.errors import VeneerError
+
+    try:
+        return await asyncio.to_thread(lambda: house.catalog.load(name, source, **options))
+    except Refused:
+        raise
+    except VeneerError as error:
+        log.warning("adapter %r was not loaded: %s", name, error)
+        raise Refused(message_of(error), status=422, code="adapter_unusable", param="lora_path") from error
+    except (OSError, ValueError) as error:
+        raise as_refused(error) from error

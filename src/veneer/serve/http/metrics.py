@@ -1,0 +1,195 @@
+"""What Prometheus reads: vLLM's names where the meaning is the same, and a few of each adapter.
+
+An adapter's name is a label only for the first `adapters` of them; the rest are counted together as "other", and
+requests that mix several as "mix": however many adapters a server has, the number of series stays bounded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from veneer.serve.request import EngineStats, Usage
+
+__all__ = ["Meter", "Metrics"]
+
+_SECONDS = (
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+
+class Metrics:
+    """All series of one application, in a registry of its own."""
+
+    def __init__(self, model: str, stats: Callable[[], EngineStats], adapters: int = 100) -> None:
+        self.registry = CollectorRegistry()
+        self.limit, self._named = adapters, set[str]()
+        self.labels = (model, "0")
+        self.running, self.waiting = Tally[str](), Tally[str]()
+        self.registry.register(_Engine(self, stats))
+
+        def histogram(name: str, what: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            made = Histogram(name, what, ("model_name", "engine"), registry=self.registry, buckets=buckets)
+            made.labels(*self.labels)
+            return made
+
+        self.first = histogram("vllm:time_to_first_token_seconds", "Seconds from arrival to the first token.")
+        self.between = histogram("vllm:inter_token_latency_seconds", "Seconds from one token to the next.")
+        self.each = histogram("vllm:request_time_per_output_token_seconds", "Decoding seconds per token, by request.")
+        self.whole = histogram("vllm:e2e_request_latency_seconds", "Seconds from arrival to the last token.")
+        self.queued = histogram("vllm:request_queue_time_seconds", "Seconds until the first step.")
+        self.prefill = histogram("vllm:request_prefill_time_seconds", "Seconds until the first token, after the queue.")
+        self.decode = histogram("vllm:request_decode_time_seconds", "Seconds from the first token to the last.")
+        self.prompts = histogram("vllm:request_prompt_tokens", "Tokens of prompts.", _TOKENS)
+        self.answers = histogram("vllm:request_generation_tokens", "Tokens of answers.", _TOKENS)
+        names = ("model_name", "engine", "finished_reason")
+        self.ended = Counter("vllm:request_success", "Answers, by how they ended.", names, registry=self.registry)
+        for reason in ("stop", "length", "abort", "error"):
+            self.ended.labels(*self.labels, reason)
+
+        def counter(name: str, what: str, *more: str) -> Counter:
+            return Counter(name, what, ("adapter", *more), registry=self.registry)
+
+        self.by_adapter = counter("veneer:adapter_requests", "Answers of each adapter, by how they ended.", "reason")
+        self.prompt_by_adapter = counter("veneer:adapter_prompt_tokens", "Prompt tokens of each adapter.")
+        self.made_by_adapter = counter("veneer:adapter_generation_tokens", "Tokens each adapter made.")
+        self.first_by_adapter = Histogram(
+            "veneer:adapter_time_to_first_token_seconds", "Seconds to the first token, of each adapter.", ("adapter",),
+            registry=self.registry, buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+        )  # fmt: skip
+        self.refused = Counter(
+            "veneer:requests_refused", "Requests answered with an error.", ("code",), registry=self.registry
+        )
+
+    def label(self, adapter: str) -> str:
+        """The adapter's own name while there is room for it, else "other"."""
+        if adapter not in self._named:
+            if len(self._named) >= self.limit:
+                return "other"
+            self._named.add(adapter)
+        return adapter
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class Meter:
+    """One answer's times and counts, told as they happen; `end` once, however it ended."""
+
+    def __init__(self, metrics: Metrics, adapter: str) -> None:
+        self.metrics, self.adapter = metrics, metrics.label(adapter)
+        self.arrived = self.last = time.perf_counter()
+        self.first: float | None = None
+        self.tokens = 0
+        self._state = metrics.waiting
+        self._state[self.adapter] += 1
+
+    def started(self) -> None:
+        self._move(self.metrics.running)
+
+    def token(self) -> None:
+        now = time.perf_counter()
+        self.tokens += 1
+        if self.first is None:
+            self.first = now
+            self.metrics.first.labels(*self.metrics.labels).observe(now - self.arrived)
+            self.metrics.first_by_adapter.labels(self.adapter).observe(now - self.arrived)
+        else:
+            self.metrics.between.labels(*self.metrics.labels).observe(now - self.last)
+        self.last = now
+
+    def end(self, reason: str, usage: Usage) -> None:
+        m, now = self.metrics, time.perf_counter()
+        self._move(None)
+        m.ended.labels(*m.labels, reason).inc()
+        m.by_adapter.labels(self.adapter, reason).inc()
+        m.prompt_by_adapter.labels(self.adapter).inc(usage.prompt)
+        m.made_by_adapter.labels(self.adapter).inc(usage.completion)
+        if reason not in ("stop", "length"):
+            return
+        m.whole.labels(*m.labels).observe(now - self.arrived)
+        m.queued.labels(*m.labels).observe(usage.queued)
+        m.prefill.labels(*m.labels).observe(usage.prefill)
+        m.decode.labels(*m.labels).observe(usage.decode)
+        m.prompts.labels(*m.labels).observe(usage.prompt)
+        m.answers.labels(*m.labels).observe(usage.completion)
+        if self.first is not None and self.tokens > 1:
+            m.each.labels(*m.labels).observe((self.last - self.first) / (self.tokens - 1))
+
+    def _move(self, to: Tally[str] | None) -> None:
+        if self._state is to:
+            return
+        self._state[self.adapter] -= 1
+        self._state += Tally()  # forgets zeros
+        self._state = to if to is not None else Tally()
+        if to is not None:
+            to[self.adapter] += 1
+
+
+class _Engine(Collector):
+    """The engine's own counts, read when they are asked for."""
+
+    def __init__(self, metrics: Metrics, stats: Callable[[], EngineStats]) -> None:
+        self.metrics, self.stats = metrics, stats
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        now = self.stats()
+        gauges = {
+            "vllm:num_requests_running": ("Requests in the engine's batch.", now.running),
+            "vllm:num_requests_waiting": ("Requests that wait for the engine.", now.waiting),
+            "vllm:kv_cache_usage_perc": ("Share of the cache's blocks in use; 1 is all.", now.cache_used),
+        }
+        counters = {
+            "vllm:prefix_cache_queries": ("Looked up in the prefix cache.", now.prefix_lookups),
+            "vllm:prefix_cache_hits": ("Found in the prefix cache.", now.prefix_hits),
+            "vllm:num_preemptions": ("Requests put back to wait for room.", now.preemptions),
+            "vllm:prompt_tokens": ("Prompt tokens computed.", now.prompt_tokens),
+            "vllm:generation_tokens": ("Tokens made.", now.generated_tokens),
+            "veneer:engine_steps": ("Forward passes.", now.steps),
+        }
+        for name, (what, value) in gauges.items():
+            gauge = GaugeMetricFamily(name, what, labels=("model_name", "engine"))
+            gauge.add_metric(self.metrics.labels, float(value))
+            yield gauge
+        for name, (what, value) in counters.items():
+            counter = CounterMetricFamily(name, what, labels=("model_name", "engine"))
+            counter.add_metric(self.metrics.labels, float(value))
+            yield counter
+        # What LoRA-aware routers read: names of adapters at work and waiting, comma-joined; the value is the time.
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info", "Adapters at work and waiting.",
+            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+        )  # fmt: skip
+        base = self.metrics.labels[0]
+        names = [
+            ",".join(sorted(set(t) - {base, "other", "mix"})) for t in (self.metrics.running, self.metrics.waiting)
+        ]
+        info.add_metric(("0", *names), time.time())
+        yield info

@@ -1,0 +1,258 @@
+"""One HTTP request through the engine: admitted once, run as one or several engine requests, measured, billed.
+
+    run        (index, event) of all its answers, as they come
+    collect    whole answers
+
+An answer's events are taken from the engine as fast as they come and wait in a queue here, so that a client that reads
+slowly holds nobody up; the queue holds at most the answers' own tokens. Closing `run` cancels what still runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from veneer.serve.access import Caller
+from veneer.serve.http.errors import as_refused, message_of
+from veneer.serve.http.house import Chosen, House, ShadowAnswer
+from veneer.serve.http.metrics import Meter
+from veneer.serve.request import Finished, Refused, Request, Sampling, Started, Token, Usage
+
+__all__ = ["Answer", "Ask", "ClientLeft", "Opened", "collect", "opened", "run", "seed_of", "total", "unless_left"]
+
+T = TypeVar("T")
+Told = tuple[int, Started | Token | Finished]
+
+
+class ClientLeft(Exception):
+    """The client closed the connection; what it had asked for is cancelled."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What one HTTP request wants of the engine: answers = one of each (prompt, sampling), in this order.
+
+    `choices`: answers to each prompt, so that answer i belongs to prompt i // choices."""
+
+    caller: Caller
+    chosen: Chosen
+    prompts: Sequence[tuple[int, ...]]
+    sampling: Sampling
+    choices: int = 1
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def requests(self) -> list[Request]:
+        made = []
+        for i in range(len(self.prompts) * self.choices):
+            prompt, k = self.prompts[i // self.choices], i % self.choices
+            sampling = replace(self.sampling, seed=seed_of(self.sampling.seed, k)) if k else self.sampling
+            made.append(
+                Request(
+                    prompt, sampling, self.chosen.served.mix, tenant=self.caller.tenant, weight=self.caller.weight,
+                    name=self.chosen.served.name, id=f"{self.id}-{i}",
+                )
+            )  # fmt: skip
+        return made
+
+
+@dataclass
+class Answer:
+    """One whole answer. `text` is all of it; `tokens` as the engine gave them."""
+
+    tokens: list[Token] = field(default_factory=list)
+    text: str = ""
+    cached: int = 0
+    end: Finished | None = None
+
+    def add(self, event: Started | Token | Finished) -> None:
+        self.text += "" if isinstance(event, Started) else event.text
+        if isinstance(event, Started):
+            self.cached = event.cached
+        elif isinstance(event, Token):
+            self.tokens.append(event)
+        else:
+            self.end = event
+
+    @property
+    def finished(self) -> Finished:
+        assert self.end is not None
+        return self.end
+
+
+def seed_of(seed: int | None, k: int) -> int | None:
+    """The seed of the k-th answer to one prompt: the client's own for the first."""
+    return seed if seed is None or k == 0 else (seed + k) % 2**63
+
+
+def total(usages: Sequence[Usage], choices: int) -> Usage:
+    """What a request took: each prompt counted once, all answers; times are the longest."""
+    firsts = usages[::choices]
+    return Usage(
+        prompt=sum(u.prompt for u in firsts),
+        cached=sum(u.cached for u in firsts),
+        completion=sum(u.completion for u in usages),
+        queued=max((u.queued for u in usages), default=0.0),
+        prefill=max((u.prefill for u in usages), default=0.0),
+        decode=max((u.decode for u in usages), default=0.0),
+    )
+
+
+async def run(house: House, ask: Ask) -> AsyncGenerator[Told, None]:
+    """(index, event) until every answer has finished. Raises Refused for anything that goes wrong in any of them."""
+    requests = ask.requests()
+    usages = [Usage(0, 0, 0) for _ in requests]
+    admitted = house.tenancy.admitted(
+        ask.caller,
+        ask.chosen.served,
+        request=ask.id,
+        prompt_tokens=sum(map(len, ask.prompts)),
+        max_tokens=ask.sampling.max_tokens * len(requests),
+    )
+    async with admitted as bill:
+        queue: asyncio.Queue[tuple[int, Started | Token | Finished | Exception]] = asyncio.Queue()
+        tasks = [asyncio.create_task(_pump(house, ask, r, i, queue, usages)) for i, r in enumerate(requests)]
+        shadow = _shadow(house, ask, requests[0])
+        sent = ""
+        going = len(requests)
+        try:
+            while going:
+                i, event = await queue.get()
+                if isinstance(event, Exception):
+                    raise as_refused(event)
+                if isinstance(event, Finished):
+                    going -= 1
+                    if event.reason in ("error", "cancelled"):
+                        raise event.error or _broken(event)
+                if i == 0 and not isinstance(event, Started):
+                    sent += event.text
+                yield i, event
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            bill.used(total(usages, ask.choices))
+            if shadow is not None:
+                shadow.set_result(sent)
+
+
+def _broken(event: Finished) -> Refused:
+    if event.reason == "cancelled":
+        return Refused("the server is shutting down", status=503, code="shutting_down")
+    return Refused("the answer failed", status=500, code="internal")
+
+
+async def _pump(
+    house: House, ask: Ask, request: Request, i: int, queue: asyncio.Queue[Any], usages: list[Usage]
+) -> None:
+    """One engine request's events into the queue; its usage into `usages`, whole or as far as it came."""
+    meter, reason = Meter(house.metrics, ask.chosen.label), "abort"
+    try:
+        events: Any = house.engine.events(request)
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Started):
+                    usages[i] = Usage(len(request.prompt), event.cached, 0)
+                    meter.started()
+                elif isinstance(event, Token):
+                    usages[i] = replace(usages[i], completion=usages[i].completion + 1)
+                    meter.token()
+                else:
+                    usages[i] = event.usage
+                    reason = {"cancelled": "abort"}.get(event.reason, event.reason)
+                queue.put_nowait((i, event))
+                if isinstance(event, Finished):
+                    return
+        raise RuntimeError("the engine ended an answer without Finished")
+    except Exception as error:
+        reason = "error"
+        queue.put_nowait((i, error))
+    finally:
+        meter.end(reason, usages[i])
+
+
+async def collect(house: House, ask: Ask) -> list[Answer]:
+    answers = [Answer() for _ in range(len(ask.prompts) * ask.choices)]
+    async with aclosing(run(house, ask)) as events:
+        async for i, event in events:
+            answers[i].add(event)
+    return answers
+
+
+class Opened:
+    """`run`'s events once the first is there: what is refused at once is refused with its own HTTP status."""
+
+    def __init__(self, first: Told, rest: AsyncGenerator[Told, None]) -> None:
+        self.first, self.rest = first, rest
+
+    async def __aiter__(self) -> AsyncGenerator[Told, None]:
+        yield self.first
+        async for told in self.rest:
+            yield told
+
+    async def aclose(self) -> None:
+        await self.rest.aclose()
+
+
+async def opened(request: HttpRequest, house: House, ask: Ask) -> Opened:
+    events = run(house, ask)
+    return Opened(await unless_left(request, _next(events)), events)
+
+
+async def _next(events: AsyncGenerator[Told, None]) -> Told:
+    return await anext(events)
+
+
+async def unless_left(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; ClientLeft, with the work cancelled, when the client leaves before."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientLeft
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _left(request: HttpRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# -- shadows -----------------------------------------------------------------------------------------------------------
+
+
+def _shadow(house: House, ask: Ask, request: Request) -> asyncio.Future[str] | None:
+    """Starts the shadow's answer to the first prompt behind the request; told the sent text, it reports both."""
+    if ask.chosen.served.shadow is None or len(house.behind) >= house.settings.shadows:
+        return None
+    name, mix = ask.chosen.served.shadow
+    sent: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(_follow(house, replace(request, mix=mix, id=f"{request.id}-shadow"), name, sent))
+    house.behind.add(task)
+    task.add_done_callback(house.behind.discard)
+    return sent
+
+
+async def _follow(house: House, request: Request, shadow: str, sent: asyncio.Future[str]) -> None:
+    answer, error = Answer(), ""
+    try:
+        events: Any = house.engine.events(request)
+        async with aclosing(events):
+            async for event in events:
+                answer.add(event)
+        if answer.end is not None and answer.end.error is not None:
+            error = message_of(answer.end.error)
+    except Exception as problem:  # a shadow never disturbs what it follows
+        error = message_of(problem) if isinstance(problem, Refused) else repr(problem)
+    with suppress(asyncio.CancelledError):
+        house.on_shadow(ShadowAnswer(request.id, request.name, shadow, await sent, answer.text, error))

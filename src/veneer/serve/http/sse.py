@@ -1,0 +1,80 @@
+"""Server-sent events to one client: `data:` lines until the source ends, the client leaves, or stops reading.
+
+However it ends, the source is closed, and with it what still ran for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any, Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from veneer.serve.http.errors import as_refused, json_bytes, log
+
+__all__ = ["EventStream", "data"]
+
+
+class Source(Protocol):
+    async def aclose(self) -> None: ...
+
+
+def data(content: Any, *, tight: bool = False) -> bytes:
+    """One event. `tight`: without the space after the colon, as TGI writes it."""
+    body = content.encode() if isinstance(content, str) else json_bytes(content)
+    return (b"data:" if tight else b"data: ") + body + b"\n\n"
+
+
+class EventStream(Response):
+    """`lines`: the events' bytes, made from `source`. `told`: an error that came too late for a status, as bytes.
+    `stall`: seconds that the client may leave the stream unread."""
+
+    def __init__(
+        self, lines: AsyncIterator[bytes], source: Source, told: Callable[[Exception], bytes], stall: float
+    ) -> None:
+        super().__init__(media_type="text/event-stream")
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"  # nginx would collect the events
+        del self.headers["content-length"]
+        self.lines, self.source, self.told, self.stall = lines, source, told, stall
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.create_task(self._write(send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+        finally:
+            for task in (writing, leaving):
+                task.cancel()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+            if isinstance(self.lines, AsyncGenerator):
+                await self.lines.aclose()
+            await self.source.aclose()
+
+    async def _write(self, send: Send) -> None:
+        async def put(message: dict[str, Any]) -> None:
+            await asyncio.wait_for(send(message), self.stall)
+
+        try:
+            await put({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                async for line in self.lines:
+                    await put({"type": "http.response.body", "body": line, "more_body": True})
+            except (TimeoutError, OSError):
+                raise
+            except Exception as error:
+                await put({"type": "http.response.body", "body": self.told(as_refused(error)), "more_body": True})
+            await put({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            log.info("a stream was not read for %g s and is cancelled", self.stall)
+        except OSError:
+            pass  # the client is gone
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,323 @@
+"""A whole server from its settings: what is built, in which order it opens, and how it ends.
+
+    listening   /health answers, /ready says 503 loading, everything else is turned away
+    built       base, engine, catalog, tenants, adapters to preload; then /ready says 200
+    SIGTERM     /ready says 503 draining, new work is turned away (503, Retry-After), running answers end
+    ended       when they have, or after `drain` seconds; a second signal ends at once
+
+`build` is the one place that knows which parts there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from veneer.errors import ConfigError
+from veneer.serve.access import Caller, OpenAccess, Tenancy
+from veneer.serve.http.errors import Json, answer_error
+from veneer.serve.http.house import House, HttpSettings
+from veneer.serve.request import Refused
+
+__all__ = [
+    "Built",
+    "Front",
+    "Keys",
+    "Preload",
+    "ServeSettings",
+    "build",
+    "bytes_of",
+    "keys_of",
+    "parse_preload",
+    "serve",
+]
+
+log = logging.getLogger("veneer.serve")
+
+
+@dataclass(frozen=True)
+class Preload:
+    """An adapter to load before the server is ready. `strength`: what requests that name no adapter get of it."""
+
+    name: str
+    reference: str
+    strength: float | None = None
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """`rows`: requests at once; `cache_bytes`: of keys and values; `adapter_bytes`: of adapters in memory, which is the
+    only limit to how many are loaded. `folders`: where load requests may name files. `tenants`: a database of tenants;
+    without it `keys` are all the server's keys, and without these nobody needs one. `drain`: seconds."""
+
+    base: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    library: str | None = None
+    preload: tuple[Preload, ...] = ()
+    pin: bool = False
+    folders: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    admin_key: str | None = None
+    tenants: str | None = None
+    rows: int = 32
+    cache_bytes: int = 1 << 30
+    adapter_bytes: int = 1 << 30
+    dtype: str = "auto"
+    device: str = "auto"
+    drain: float = 30.0
+    http: HttpSettings = field(default_factory=HttpSettings)
+
+
+async def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Built:
+    """An application and what goes with it: `start` on the server's loop before it is ready, `stop` after the drain."""
+
+    app: Any
+    start: Callable[[], Awaitable[Any]] = _nothing
+    stop: Callable[[], Awaitable[Any]] = _nothing
+
+    @property
+    def house(self) -> House:
+        house: House = self.app.state.house
+        return house
+
+
+_PRELOAD = re.compile(r"(?P<name>[^=]+?)(=(?P<reference>.+?))?(:(?P<strength>[-+]?[0-9.]+(e[-+]?[0-9]+)?))?", re.I)
+
+
+def parse_preload(text: str) -> Preload:
+    """NAME[=REFERENCE][:STRENGTH]. Raises ConfigError."""
+    found = _PRELOAD.fullmatch(text)
+    if not found:
+        raise ConfigError(f"{text!r} names no adapter", where="--adapter", fix="NAME, NAME=REFERENCE or NAME:0.8")
+    name, strength = found["name"], found["strength"]
+    try:
+        return Preload(name, found["reference"] or name, None if strength is None else float(strength))
+    except ValueError:
+        raise ConfigError(f"{strength!r} is no strength", where=f"--adapter {text}", fix="a number, as 0.8") from None
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+class Keys(OpenAccess):
+    """Some keys that see everything, and one that may also change the server; no limits, no ledger."""
+
+    def __init__(self, keys: Sequence[str], admin_key: str | None = None) -> None:
+        self.keys = [key.encode() for key in keys]
+        self.admin_key = admin_key.encode() if admin_key else None
+
+    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+        given = (key or "").encode("utf-8", "replace")
+        admin = self.admin_key is not None and hmac.compare_digest(given, self.admin_key)
+        known = [hmac.compare_digest(given, each) for each in self.keys]
+        if not key or not (admin or any(known)):
+            raise Refused("no valid API key", status=401, code="unauthorized", fix="Authorization: Bearer KEY")
+        return Caller(user=user, admin=admin)
+
+
+# -- building ----------------------------------------------------------------------------------------------------------
+
+
+def build(settings: ServeSettings, say: Callable[[str], None]) -> Built:
+    """Everything that `settings` ask for. Blocks while the base loads."""
+    from veneer.library.library import open_library
+    from veneer.models.text import load_text
+    from veneer.serve.catalog import LocalCatalog  # type: ignore[import-not-found]
+    from veneer.serve.engine import EngineSettings, TextEngine  # type: ignore[import-not-found]
+    from veneer.serve.http.app import create_app
+
+    tenancy, routers, rollouts = _tenancy(settings)
+    base = load_text(settings.base, dtype=settings.dtype, device=settings.device, say=say)
+    say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
+    library = open_library(settings.library)
+    sizes = EngineSettings(rows=settings.rows, cache_bytes=settings.cache_bytes, adapter_bytes=settings.adapter_bytes)
+    engine = TextEngine(base, lambda digest: catalog.read(digest), sizes)
+    catalog: Any = LocalCatalog(
+        base, engine.problems, library=library, allowed_folders=settings.folders, rollouts=rollouts
+    )
+    catalog.residents = engine.residents
+    engine.start()
+    # The engine's cache may hold less than the base could take.
+    text = replace(base, context=engine.context)
+    unguarded = ("/admin",) if routers else ()
+    app = create_app(engine, catalog, tenancy, text, settings=settings.http, routers=routers, unguarded=unguarded)
+    _preload(settings, app.state.house, say)
+
+    async def stop() -> None:
+        await asyncio.to_thread(engine.stop)
+        library.close()
+        if hasattr(tenancy, "close"):
+            await asyncio.to_thread(tenancy.close)
+
+    return Built(app, stop=stop)
+
+
+def _tenancy(settings: ServeSettings) -> tuple[Tenancy, list[Any], Any]:
+    """(tenancy, routers for its operator, rollouts of aliases)."""
+    if settings.tenants is None:
+        if not settings.keys and settings.admin_key is None:
+            return OpenAccess(), [], None
+        return Keys(settings.keys, settings.admin_key), [], None
+    from veneer.serve.tenancy.admin import admin_router  # type: ignore[import-not-found]
+    from veneer.serve.tenancy.tenants import Tenants  # type: ignore[import-not-found]
+
+    tenants = Tenants(settings.tenants, admin_key=settings.admin_key)
+    return tenants, [admin_router(tenants)] if settings.admin_key else [], tenants.rollouts
+
+
+def _preload(settings: ServeSettings, house: House, say: Callable[[str], None]) -> None:
+    for each in settings.preload:
+        card = house.catalog.load(each.name, each.reference, pinned=settings.pin)
+        say(f"adapter {card.id} from {card.root}")
+        if each.strength is not None:
+            house.loras.scales[card.id] = each.strength
+            say(f"requests that name no adapter get {card.id} at strength {each.strength:g}")
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
+class Front:
+    """The ASGI application that listens from the first moment: until the real one is built it says so."""
+
+    def __init__(self, make: Callable[[], Built], failed: Callable[[BaseException], None]) -> None:
+        self.make, self.failed = make, failed
+        self.built: Built | None = None
+        self.draining = False
+        self._building: asyncio.Task[None] | None = None
+
+    @property
+    def inside(self) -> int:
+        return self.built.house.inside if self.built is not None else 0
+
+    def drain(self) -> None:
+        self.draining = True
+        if self.built is not None:
+            self.built.house.phase = "draining"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif self.built is not None:
+            await self.built.app(scope, receive, send)
+        elif scope["type"] == "http":
+            phase = "draining" if self.draining else "loading"
+            if scope["path"] in ("/health", "/ping"):
+                await Json({"status": "ok"})(scope, receive, send)
+            elif scope["path"] == "/ready":
+                await Json({"status": phase}, status_code=503)(scope, receive, send)
+            else:
+                error = Refused(f"the server is {phase}", status=503, code="shutting_down", retry_after=5.0)
+                await answer_error(error, "OpenAI")(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        self._building = asyncio.create_task(self._build())
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self._building.cancel()
+        await asyncio.gather(self._building, return_exceptions=True)
+        if self.built is not None:
+            await self.built.stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _build(self) -> None:
+        try:
+            built = await asyncio.to_thread(self.make)
+            await built.start()
+        except Exception as error:
+            self.failed(error)
+            return
+        if self.draining:
+            built.house.phase = "draining"
+        self.built = built
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, drain: float) -> None:
+        super().__init__(config)
+        self.drain = drain
+        self.front: Front | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drainer: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: Any = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self._drainer is not None or self._loop is None or self.front is None:
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        if self._drainer is None:
+            self._drainer = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        assert self.front is not None
+        log.info("draining: %d requests go on for up to %g s", self.front.inside, self.drain)
+        self.front.drain()
+        end = asyncio.get_running_loop().time() + self.drain
+        while self.front.inside and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.05)
+        self.should_exit = True
+
+
+def serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[], Built] | None = None) -> None:
+    """Serve until a signal says to stop. Raises what kept the server from being built."""
+    errors: list[BaseException] = []
+
+    def failed(error: BaseException) -> None:
+        errors.append(error)
+        server.should_exit = True
+
+    front = Front(make or (lambda: build(settings, say)), failed)
+    config = uvicorn.Config(
+        front, host=settings.host, port=settings.port, log_level="warning", ws="none", lifespan="on",
+        timeout_graceful_shutdown=2, timeout_keep_alive=30,
+    )  # fmt: skip
+    server = _Server(config, settings.drain)
+    server.front = front
+    say(f"listening on http://{settings.host}:{settings.port}; /ready says when the base is loaded")
+    server.run()
+    if errors:
+        raise errors[0]
+
+
+def bytes_of(text: str, where: str) -> int:
+    """A size as people write it: 512M, 2G, 1.5GB. Raises ConfigError."""
+    found = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)i?b?", text.strip(), re.I)
+    try:
+        assert found is not None
+        return int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " "))
+    except (AssertionError, ValueError):
+        raise ConfigError(f"{text!r} is no size", where=where, fix="as 512M or 2G") from None
+
+
+def keys_of(file: Path) -> list[str]:
+    """Keys of a file, a line each; lines that begin with # are comments. Raises ConfigError."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the keys: {error}", where=str(file)) from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys or min(map(len, keys)) < 16:
+        raise ConfigError("a key has fewer than 16 characters, or there is none", where=str(file))
+    return keys

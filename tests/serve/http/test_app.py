@@ -1,0 +1,283 @@
+"""The door, health, metrics, tenants, shadows; and that no body makes the server fail."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live, wait_for
+from veneer.serve.access import ModelCard
+from veneer.serve.http.app import create_app
+from veneer.serve.http.house import HttpSettings, ShadowAnswer
+
+CHAT: Any = {"model": "sql", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30}
+
+
+def samples(text: str) -> dict[tuple[str, str], float]:
+    """(name, the labels that are not the same on every series) -> value."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for s in family.samples:
+            labels = ",".join(v for k, v in sorted(s.labels.items()) if k not in ("model_name", "engine", "le"))
+            found[s.name, labels] = s.value
+    return found
+
+
+def test_health_and_readiness(server: Live) -> None:
+    assert server.get("/health").json() == {"status": "ok"}
+    assert server.get("/ready").status_code == 200
+    for phase in ("loading", "draining"):
+        server.house.phase = phase
+        assert server.get("/health").status_code == 200
+        answer = server.get("/ready")
+        assert (answer.status_code, answer.json()) == (503, {"status": phase})
+        refused = server.post("/v1/chat/completions", CHAT)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert refused.headers["retry-after"]
+        assert server.post("/generate", {"inputs": "x"}).json()["error_type"] == "shutting_down"
+
+
+def test_metrics_in_vllms_names(server: Live) -> None:
+    for _ in range(3):
+        server.post("/v1/chat/completions", CHAT)
+    server.post("/v1/chat/completions", {**CHAT, "max_tokens": 2})
+    server.post("/v1/chat/completions", {**CHAT, "model": "nobody"})
+    answer = server.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    found = samples(answer.text)
+    for name in ("running", "waiting"):
+        assert found[f"vllm:num_requests_{name}", ""] == 0
+    assert found["vllm:kv_cache_usage_perc", ""] == 0.25
+    assert found["vllm:prompt_tokens_total", ""] == server.engine.prompt_tokens
+    assert found["vllm:generation_tokens_total", ""] == server.engine.made
+    assert (found["vllm:prefix_cache_hits_total", ""], found["vllm:prefix_cache_queries_total", ""]) == (3, 7)
+    assert found["vllm:num_preemptions_total", ""] == 1
+    assert found["vllm:request_success_total", "stop"] == 3
+    assert found["vllm:request_success_total", "length"] == 1
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_decode_time"):
+        assert found[f"vllm:{name}_seconds_count", ""] == 4
+    assert found["vllm:inter_token_latency_seconds_count", ""] > 0
+    assert found["veneer:adapter_requests_total", "sql,stop"] == 3
+    assert found["veneer:adapter_generation_tokens_total", "sql"] > 0
+    assert found["veneer:requests_refused_total", "model_not_found"] == 1
+
+
+def test_adapters_beyond_the_cap_are_counted_as_other(text: ToyText) -> None:
+    catalog = ToyCatalog()
+    for n in range(20):
+        catalog.adapters[f"a{n}"] = ModelCard(f"a{n}", "", "toy", 0, f"d{n}")
+    with live(ToyEngine(text), catalog, settings=HttpSettings(metric_adapters=5)) as server:
+        for n in range(20):
+            server.post("/v1/chat/completions", {**CHAT, "model": f"a{n}"})
+        for strength in (0.1, 0.2, 0.3):
+            server.post("/v1/chat/completions", {**CHAT, "model": "toy", "mix": {"a1": strength, "a2": 1}})
+        found = samples(server.get("/metrics").text)
+    names = {labels.split(",")[0] for name, labels in found if name == "veneer:adapter_requests_total"}
+    assert names == {"a0", "a1", "a2", "a3", "a4", "other"}
+    assert found["veneer:adapter_requests_total", "other,stop"] == 18
+
+
+def test_routers_can_see_which_adapters_are_at_work(server: Live) -> None:
+    with server.client.stream("POST", "/v1/completions", json={
+        "model": "sql", "prompt": "SLOW " + "x " * 30, "max_tokens": 60, "stream": True}) as slow:  # fmt: skip
+        next(slow.iter_raw())
+        assert 'running_lora_adapters="sql"' in server.get("/metrics").text
+
+
+# -- tenants -----------------------------------------------------------------------------------------------------------
+
+
+def test_keys(text: ToyText) -> None:
+    with live(ToyEngine(text), ToyCatalog(), ToyTenancy()) as server:
+        for path in ("/v1/chat/completions", "/generate", "/completion", "/tokenize", "/nothing"):
+            for key in (None, "wrong"):
+                answer = server.post(path, {"nonsense": 1}, key)
+                assert answer.status_code == 401, path
+                assert answer.headers["www-authenticate"] == "Bearer"
+        assert server.get("/v1/models").status_code == 401
+        assert server.get("/metrics").status_code == 401
+        assert server.get("/metrics", "acme").status_code == 403
+        assert server.get("/metrics", "admin").status_code == 200
+        assert server.get("/health").status_code == 200
+        assert server.get("/ready").status_code == 200
+        assert server.client.get("/v1/models", headers={"x-api-key": "acme"}).status_code == 200
+
+
+def test_a_tenant_has_its_own_models_limits_and_bill(text: ToyText) -> None:
+    tenancy = ToyTenancy()
+    with live(ToyEngine(text), ToyCatalog(), tenancy) as server:
+        assert [m["id"] for m in server.get("/v1/models", "acme").json()["data"]] == ["toy", "sql"]
+        assert server.get("/v1/models/polite", "acme").status_code == 404
+        assert server.post("/v1/chat/completions", {**CHAT, "model": "polite"}, "acme").status_code == 404
+        answer = server.post("/v1/chat/completions", {**CHAT, "max_tokens": 41}, "acme")
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
+        assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+        for route in ("/v1/load_lora_adapter", "/load_lora_adapter"):
+            refused = server.post(route, {"lora_name": "cat", "lora_path": "lib/cat"}, "acme")
+            assert refused.status_code == 403
+        ok = server.post("/v1/chat/completions", {**CHAT, "n": 1}, "acme").json()["usage"]
+        tenant, bill = tenancy.bills[-1]
+        assert (tenant, bill.prompt, bill.completion) == ("acme", ok["prompt_tokens"], ok["completion_tokens"])
+        request = server.engine.seen[-1]
+        assert (request.tenant, request.name) == ("acme", "sql")
+
+
+def test_everything_is_billed_once_also_what_failed_or_was_left(text: ToyText) -> None:
+    tenancy = ToyTenancy()
+    with live(ToyEngine(text), ToyCatalog(), tenancy) as server:
+
+        def chat(content: str, **more: Any) -> Any:
+            return {**CHAT, "messages": [{"role": "user", "content": content}], **more}
+
+        server.post("/v1/chat/completions", chat("Hi", n=3), "admin")
+        _, three = tenancy.bills[-1]
+        assert len(tenancy.bills) == 1
+        assert three.prompt == len(server.engine.seen[0].prompt)  # one prompt, three answers
+        assert three.completion == 3 * 8 or three.completion % 3 == 0
+        server.post("/v1/chat/completions", chat("FAIL now please"), "admin")
+        assert tenancy.bills[-1][1].completion == 3
+        server.post("/v1/chat/completions", chat("FULL"), "admin")
+        assert tenancy.bills[-1][1].completion == 0
+        headers = {"authorization": "Bearer admin"}
+        body = chat("SLOW " + "word " * 30, stream=True, max_tokens=200)
+        with server.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as left:
+            next(left.iter_raw())
+        wait_for(lambda: len(tenancy.bills) == 4)
+        assert tenancy.bills[-1][1].prompt > 0
+        assert tenancy.inside == 0
+
+
+def test_the_end_user_reaches_the_catalog(text: ToyText) -> None:
+    users: list[str | None] = []
+
+    class Watching(ToyCatalog):
+        def resolve(self, model: str, caller: Any) -> Any:
+            users.append(caller.user)
+            return super().resolve(model, caller)
+
+    with live(ToyEngine(text), Watching()) as server:
+        server.post("/v1/chat/completions", {**CHAT, "user": "u-17"})
+    assert users == ["u-17"]
+
+
+def test_a_shadow_answers_and_is_never_sent(text: ToyText) -> None:
+    answers: list[ShadowAnswer] = []
+    with live(ToyEngine(text), ToyCatalog(), on_shadow=answers.append) as server:
+        said = server.post("/v1/chat/completions", {**CHAT, "model": "stable"}).json()
+        assert said["choices"][0]["message"]["content"] == "[d-sql*1] Hi"
+        wait_for(lambda: answers)
+    assert (answers[0].name, answers[0].shadow) == ("stable", "polite")
+    assert (answers[0].sent, answers[0].answer) == ("[d-sql*1] Hi", "[d-polite*1] Hi")
+
+
+def test_pages_of_other_origins(text: ToyText) -> None:
+    with live(ToyEngine(text), ToyCatalog(), settings=HttpSettings(cors=("https://app.example",))) as server:
+        headers = {"origin": "https://app.example", "access-control-request-method": "POST"}
+        allowed = server.client.options("/v1/chat/completions", headers=headers)
+        assert allowed.headers["access-control-allow-origin"] == "https://app.example"
+
+
+# -- no body makes it fail ---------------------------------------------------------------------------------------------
+
+
+NASTY: list[Any] = ["", "x", -1, 3, 2**70, [None], {"a": 1}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/completions": {"prompt": "Hi"},
+    "/completion": {"prompt": "Hi", "n_predict": 5},
+    "/generate": {"inputs": "Hi"},
+    "/tokenize": {"prompt": "Hi"},
+    "/detokenize": {"tokens": [5]},
+    "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "lib/cat"},
+    "/lora-adapters": {},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> None:
+    """Every key of every body in turn with every nasty value, the other keys as they should be."""
+    from veneer.serve.http import llama_cpp, openai_bodies, tgi, vllm
+
+    models: dict[str, Any] = {
+        "/v1/chat/completions": openai_bodies.Chat, "/v1/completions": openai_bodies.Completion,
+        "/completion": llama_cpp.Completion, "/generate": tgi.Parameters, "/tokenize": vllm.Tokenize,
+        "/detokenize": vllm.Detokenize, "/v1/load_lora_adapter": vllm.Load,
+    }  # fmt: skip
+    bodies: list[Any] = [*NASTY, [{"id": 0, "scale": value} for value in NASTY]]
+    if model := models.get(path):
+        keys = [*model.model_fields, *model.refused, *model.ignored]
+        for key in keys:
+            for value in NASTY:
+                given = {key: value}
+                bodies.append({**BODIES[path], **({"parameters": given} if path == "/generate" else given)})
+    app = create_app(ToyEngine(text), ToyCatalog(), None, text)
+
+    async def ask() -> set[int]:
+        statuses = set()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://toy") as client:
+            for body in bodies:
+                status = (await client.post(path, json=body)).status_code
+                assert status < 500, body
+                statuses.add(status)
+        return statuses
+
+    assert 200 in asyncio.run(ask())
+
+
+@pytest.mark.slow
+def test_no_body_makes_the_server_fail(text: ToyText) -> None:
+    """Schemathesis over the description of every route: any answer but 5xx. Each body is sent as it comes, and again
+    with its required keys and one more, so that a good part get as far as the engine."""
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
+    from schemathesis import GenerationMode
+
+    limits = settings(
+        max_examples=10, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    statuses: dict[str, set[int]] = {}
+
+    def ask(case: Any) -> None:
+        seen = statuses.setdefault(case.path, set())
+        seen.add(case.call(timeout=20).status_code)
+        whole, required = case.body, ("prompt", "messages", "inputs", "lora_name", "lora_path", "tokens")
+        if isinstance(whole, dict):
+            for more in ["", *sorted(set(whole) - set(required))]:
+                case.body = {key: value for key, value in whole.items() if key in (*required, more)}
+                seen.add(case.call(timeout=20).status_code)
+        assert max(seen) < 500, (case.path, case.body)
+
+    with live(ToyEngine(text), ToyCatalog()) as server:
+        for found in schemathesis.openapi.from_url(f"{server.url}/openapi.json").get_all_operations():
+            for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+                try:
+                    limits(given(case=found.ok().as_strategy(generation_mode=mode))(ask))()
+                except Unsatisfiable:
+                    assert mode is GenerationMode.NEGATIVE  # a route that takes nothing has nothing wrong either
+        reached = len(server.engine.seen)
+    assert len(statuses) >= 18
+    assert reached > 100
+
+
+def test_the_description_is_whole(server: Live) -> None:
+    paths = server.get("/openapi.json").json()["paths"]
+    for path in (
+        "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/load_lora_adapter", "/generate",
+        "/generate_stream", "/completion", "/lora-adapters", "/tokenize", "/metrics", "/ready",
+    ):  # fmt: skip
+        assert path in paths
+    assert not re.search(r"/home|/work", server.get("/openapi.json").text)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd", "/v1/models/..%00", "/v1/models/" + "a" * 5000]
+)
+def test_names_reach_no_file_system(server: Live, path: str) -> None:
+    assert server.get(path).status_code == 404

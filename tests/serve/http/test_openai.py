@@ -1,0 +1,449 @@
+"""OpenAI's surface, by OpenAI's own client against a live server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live, wait_for
+from veneer.serve.http.house import HttpSettings
+
+HELLO: Any = [{"role": "user", "content": "Hello there"}]
+
+
+@pytest.fixture
+def client(server: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as made:
+        yield made
+
+
+def ask(client: openai.OpenAI, content: str, **options: Any) -> Any:
+    options = {"model": "toy", **options}
+    return client.chat.completions.create(messages=[{"role": "user", "content": content}], **options)
+
+
+def test_chat(client: openai.OpenAI, server: Live) -> None:
+    answer = ask(client, "Hello there")
+    assert answer.object == "chat.completion"
+    assert answer.model == "toy"
+    choice = answer.choices[0]
+    assert (choice.message.role, choice.message.content) == ("assistant", "[base] Hello there")
+    assert choice.finish_reason == "stop"
+    assert choice.logprobs is None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens_details.cached_tokens == answer.usage.prompt_tokens // 2
+    assert server.engine.seen[0].sampling.temperature == 1.0
+    assert answer._request_id  # the client reads x-request-id
+
+
+@pytest.mark.parametrize(
+    ("model", "digest"), [("sql", "d-sql"), ("toy:sql", "d-sql"), ("stable", "d-sql"), ("toy", "base"), ("", "base")]
+)
+def test_model_is_base_adapter_alias_or_base_and_adapter(client: openai.OpenAI, model: str, digest: str) -> None:
+    answer = ask(client, "Hi", model=model)
+    wanted = "[base] Hi" if digest == "base" else f"[{digest}*1] Hi"
+    assert answer.choices[0].message.content == wanted
+    assert answer.model == (model or "toy")  # the client's own word comes back
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        [{"adapter": "sql", "strength": 0.8}, {"adapter": "polite", "strength": -0.5}],
+        {"sql": 0.8, "polite": -0.5},
+        ["sql:0.8", "polite:-0.5"],
+    ],
+)
+def test_mix(client: openai.OpenAI, mix: Any) -> None:
+    answer = ask(client, "Hi", extra_body={"mix": mix})
+    assert answer.choices[0].message.content == "[d-polite*-0.5+d-sql*0.8] Hi"
+
+
+def test_an_unknown_name_is_404_and_never_the_base(client: openai.OpenAI, server: Live) -> None:
+    for options in (
+        {"model": "nobody"}, {"model": "toy:nobody"}, {"model": "../../etc/passwd"},
+        {"extra_body": {"mix": ["sql", "nobody"]}}, {"extra_body": {"lora_path": "nobody"}},
+        {"extra_body": {"lora": [{"id": 99, "scale": 1}]}},
+    ):  # fmt: skip
+        with pytest.raises(openai.NotFoundError) as refused:
+            ask(client, "Hi", **options)
+        assert refused.value.code == "model_not_found"
+    assert server.engine.seen == []
+
+
+def test_two_ways_to_name_adapters_are_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="model, mix"):
+        ask(client, "Hi", model="sql", extra_body={"mix": ["polite"]})
+
+
+def test_sglangs_lora_path_yields_to_a_model_that_names_an_adapter(client: openai.OpenAI) -> None:
+    assert ask(client, "Hi", extra_body={"lora_path": "sql"}).choices[0].message.content == "[d-sql*1] Hi"
+    answer = ask(client, "Hi", model="toy:polite", extra_body={"lora_path": "sql"})
+    assert answer.choices[0].message.content == "[d-polite*1] Hi"
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+def test_chat_stream(client: openai.OpenAI) -> None:
+    chunks = list(ask(client, "Hello", model="sql", stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "[d-sql*1] Hello"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert all(c.choices[0].finish_reason is None for c in chunks[:-2])
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens > 0
+    assert all(c.usage is None for c in chunks[:-1])
+    assert len({c.id for c in chunks}) == 1
+    assert {c.object for c in chunks} == {"chat.completion.chunk"}
+
+
+def test_raw_stream_is_what_clients_parse(server: Live) -> None:
+    body = {"model": "toy", "messages": HELLO, "stream": True}
+    answer = server.post("/v1/chat/completions", body)
+    assert answer.headers["cache-control"] == "no-cache"
+    lines = answer.text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert all(line.startswith("data: {") for line in lines[:-2])
+    first = json.loads(lines[0][6:])
+    assert "usage" not in first
+    assert first["choices"] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+    ]
+
+
+def test_stream_and_whole_say_the_same(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"logprobs": True, "top_logprobs": 2, "n": 2, "seed": 3}
+    whole = ask(client, "Grüße 🎉 SEED", **options)
+    texts, tokens = ["", ""], [[], []]
+    for chunk in ask(client, "Grüße 🎉 SEED", stream=True, **options):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            if choice.logprobs:
+                tokens[choice.index] += [t.token for t in choice.logprobs.content]
+    assert texts == [c.message.content for c in whole.choices]
+    assert texts[0].endswith("seed 3")
+    assert texts[1].endswith("seed 4")
+    assert tokens == [[t.token for t in c.logprobs.content] for c in whole.choices]
+    joined = b"".join(bytes(t.bytes) for t in whole.choices[0].logprobs.content)
+    assert joined.decode() == texts[0]  # bytes are exact even where a token is half a character
+
+
+def test_the_asynchronous_client(server: Live) -> None:
+    import asyncio
+
+    async def go() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused") as client:
+
+            async def one(model: str) -> str:
+                stream = await client.chat.completions.create(model=model, messages=HELLO, stream=True)
+                return "".join([c.choices[0].delta.content or "" async for c in stream])
+
+            return await asyncio.gather(*(one(m) for m in ("toy", "sql", "polite", "stable")))
+
+    said = asyncio.run(go())
+    assert said == [f"[{m}] Hello there" for m in ("base", "d-sql*1", "d-polite*1", "d-sql*1")]
+
+
+def test_a_client_that_leaves_cancels_its_request(client: openai.OpenAI, server: Live) -> None:
+    stream = ask(client, "SLOW " + "word " * 20, stream=True)
+    for n, _ in enumerate(stream):
+        if n == 2:
+            break
+    stream.close()
+    wait_for(lambda: server.engine.cancelled)
+    assert server.engine.running == 0
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post(
+            "/v1/chat/completions", timeout=0.3,
+            json={"model": "toy", "messages": [{"role": "user", "content": "SLOW " + "word " * 40}]},
+        )  # fmt: skip
+    wait_for(lambda: len(server.engine.cancelled) == 2)
+    wait_for(lambda: 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="toy"} 2.0'
+             in server.get("/metrics").text)  # fmt: skip
+
+
+def test_an_error_in_mid_stream_is_an_event(client: openai.OpenAI, server: Live) -> None:
+    with pytest.raises(openai.APIError, match="fell off the bus"):
+        list(ask(client, "FAIL now please", stream=True))
+    events = server.events("/v1/chat/completions", {"model": "toy", "stream": True, "messages": [
+        {"role": "user", "content": "CRASH now"}]})  # fmt: skip
+    assert events[-1] == "[DONE]"
+    assert events[-2]["error"]["code"] == "internal"
+    assert "secret" not in json.dumps(events)
+
+
+def test_what_is_refused_at_once_has_a_status_even_in_a_stream(client: openai.OpenAI) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.RateLimitError) as refused:
+            ask(client, "FULL", stream=stream)
+        assert refused.value.code == "overloaded"
+        assert refused.value.response.headers["retry-after"] == "3"
+
+
+def test_a_crash_is_500_and_tells_nothing(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.InternalServerError) as refused:
+        ask(client, "CRASH")
+    assert "secret" not in str(refused.value)
+    with pytest.raises(openai.InternalServerError, match="fell off the bus"):
+        ask(client, "FAIL now please")
+
+
+def test_a_slow_reader_holds_nobody_up(text: ToyText) -> None:
+    """The stalled stream's answer is taken from the engine at once, and the stream ends when it stays unread."""
+    with live(ToyEngine(text), ToyCatalog(), settings=HttpSettings(stall=0.5)) as server:
+        body = {"model": "toy", "prompt": "SAY:" + "x" * 400, "max_tokens": 400, "n": 8, "stream": True, "logprobs": 20}
+        with server.client.stream("POST", "/v1/completions", json=body) as stalled:
+            chunks = stalled.iter_raw(64)
+            next(chunks)
+            wait_for(lambda: server.engine.running == 0)
+            assert server.post("/v1/completions", {"model": "toy", "prompt": "quick"}).status_code == 200
+    assert server.engine.cancelled == []
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_reaches_the_engine(client: openai.OpenAI, server: Live) -> None:
+    ask(
+        client, "Hi", temperature=0.3, top_p=0.9, presence_penalty=0.1, frequency_penalty=0.2, seed=7, stop=["§"],
+        logit_bias={"5": -100}, max_completion_tokens=9, logprobs=True, top_logprobs=3,
+        extra_body={
+            "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True,
+            "stop_token_ids": [11],
+        },
+    )  # fmt: skip
+    s = server.engine.seen[0].sampling
+    assert (s.temperature, s.top_p, s.top_k, s.min_p) == (0.3, 0.9, 40, 0.1)
+    assert (s.presence_penalty, s.frequency_penalty, s.repetition_penalty) == (0.1, 0.2, 1.1)
+    assert (s.seed, s.stop, s.stop_ids, s.ignore_eos) == (7, ("§",), (11,), True)
+    assert (s.max_tokens, s.min_tokens, s.logprobs, dict(s.logit_bias)) == (9, 2, 3, {5: -100.0})
+
+
+def test_an_answer_may_fill_the_context_unless_told(client: openai.OpenAI, server: Live) -> None:
+    ask(client, "Hi")
+    request = server.engine.seen[0]
+    assert request.sampling.max_tokens == 512 - len(request.prompt)
+    client.completions.create(model="toy", prompt="Hi")
+    assert server.engine.seen[1].sampling.max_tokens == 16
+
+
+def test_stop_and_length(client: openai.OpenAI) -> None:
+    stopped = ask(client, "one two three", stop=" two").choices[0]
+    assert (stopped.message.content, stopped.finish_reason, stopped.stop_reason) == ("[base] one", "stop", " two")
+    cut = ask(client, "one two three", max_tokens=3)
+    assert cut.choices[0].finish_reason == "length"
+    assert cut.usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "grammar"),
+    [
+        ({"response_format": {"type": "json_object"}}, ("json_object", "")),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}}}},
+            ("json_schema", '{"type": "integer"}'),
+        ),
+        ({"guided_json": {"type": "integer"}}, ("json_schema", '{"type": "integer"}')),
+        ({"guided_json": '{"type": "integer"}'}, ("json_schema", '{"type": "integer"}')),
+        ({"guided_regex": "a+"}, ("regex", "a+")),
+        ({"guided_choice": ["yes.", "no"]}, ("regex", r"(yes\.|no)")),
+        ({"structured_outputs": {"json": {"type": "integer"}}}, ("json_schema", '{"type": "integer"}')),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, ("regex", "(a|b)")),
+        ({"response_format": {"type": "text"}}, None),
+    ],
+)
+def test_forms_of_answers(client: openai.OpenAI, server: Live, extra: Any, grammar: Any) -> None:
+    ask(client, "Hi", extra_body=extra)
+    assert server.engine.seen[0].sampling.grammar == grammar
+
+
+def test_the_clients_own_parsing_of_json(client: openai.OpenAI) -> None:
+    from pydantic import BaseModel
+
+    class Weather(BaseModel):
+        city: str
+        degrees: int
+
+    answer = client.chat.completions.parse(model="toy", messages=HELLO, response_format=Weather)
+    assert answer.choices[0].message.parsed == Weather(city="text", degrees=7)
+
+
+def test_messages_in_parts_and_roles(client: openai.OpenAI, server: Live) -> None:
+    parts: Any = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    messages: Any = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}]
+    client.chat.completions.create(model="toy", messages=messages)
+    said = server.engine.text.tokenizer.decode(server.engine.seen[0].prompt)
+    assert said == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    image: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:…"}}]}]
+    with pytest.raises(openai.BadRequestError, match="reads text alone"):
+        client.chat.completions.create(model="toy", messages=image)
+
+
+# -- completions -------------------------------------------------------------------------------------------------------
+
+
+def test_completions_in_every_form_of_prompt(client: openai.OpenAI, server: Live) -> None:
+    ids = server.engine.text.tokenizer.encode("Hi all", add_special_tokens=False)
+    for prompt, wanted in {"text": "Hi all", "texts": ["Hi all", "Bye"], "ids": ids, "lists": [ids, ids]}.items():
+        answer = client.completions.create(model="sql", prompt=wanted, max_tokens=50)
+        texts = [c.text for c in answer.choices]
+        assert texts[0] == "[d-sql*1] Hi all", prompt
+        assert len(texts) == (2 if prompt in ("texts", "lists") else 1)
+        assert [c.index for c in answer.choices] == list(range(len(texts)))
+
+
+def test_echo_n_and_logprobs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="toy", prompt=["Hi", "Bye"], n=2, echo=True, max_tokens=50)
+    assert [c.text for c in answer.choices] == ["Hi[base] Hi"] * 2 + ["Bye[base] Bye"] * 2
+    ids: Any = [5, 6, 7]
+    echoed = client.completions.create(model="toy", prompt=ids, echo=True, max_tokens=1).choices[0].text
+    assert len(echoed) >= 3
+    answer = client.completions.create(model="toy", prompt="Hi", logprobs=2, max_tokens=50)
+    found = answer.choices[0].logprobs
+    assert found is not None
+    assert "".join(found.tokens or []) == answer.choices[0].text
+    assert (found.text_offset or [])[:2] == [0, len((found.tokens or [""])[0])]
+    assert (found.token_logprobs or [])[0] == -0.5
+    assert all(len(top) >= 1 for top in found.top_logprobs or [])
+    with pytest.raises(openai.BadRequestError, match="echo with logprobs"):
+        client.completions.create(model="toy", prompt="Hi", logprobs=2, echo=True)
+
+
+def test_completions_stream_with_several_prompts(client: openai.OpenAI) -> None:
+    texts = {0: "", 1: ""}
+    options: Any = {"include_usage": True}
+    for chunk in client.completions.create(
+        model="toy", prompt=["Hi", "Bye"], echo=True, stream=True, stream_options=options, max_tokens=50
+    ):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == {0: "Hi[base] Hi", 1: "Bye[base] Bye"}
+    assert chunk.usage is not None
+    assert chunk.usage.prompt_tokens == 5
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"temprature": 1}, "unknown key 'temprature', did you mean 'temperature'"),
+        ({"messages": [{"role": "user", "content": "x", "extra": 1}]}, "unknown key"),
+        ({"temperature": -1}, "temperature must be from 0"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 65}, "at most 64"),
+        ({"n": 0}, "n:"),
+        ({"best_of": 3}, "best_of"),
+        ({"max_tokens": 100000}, "context of 512 has room for"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "differ"),
+        ({"min_tokens": 10, "max_tokens": 5}, "min_tokens"),
+        ({"stop": ["x"] * 17}, "at most 16"),
+        ({"stop": [""]}, "empty"),
+        ({"logit_bias": {"cat": 1}}, "token id"),
+        ({"logit_bias": {"99999": 1}}, "vocabulary"),
+        ({"logit_bias": {"5": 101}}, "-100 to 100"),
+        ({"stop_token_ids": [99999]}, "vocabulary"),
+        ({"use_beam_search": True}, "use_beam_search cannot be honoured"),
+        ({"reasoning_effort": "high"}, "reasoning_effort cannot be honoured"),
+        ({"functions": [{"name": "f"}]}, "old form of tools"),
+        ({"chat_template": "{{ 1 }}"}, "no template of a client's is run"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "not a variable"),
+        ({"guided_grammar": "root ::= x"}, "guided_grammar cannot be honoured"),
+        ({"guided_regex": "a", "guided_json": {}}, "several ways"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "no json_schema"),
+        ({"top_logprobs": 2}, "goes with logprobs"),
+        ({"stream_options": {"include_usage": True}}, "goes with stream"),
+        ({"messages": []}, "messages"),
+        ({"mix": [{"adapter": "sql", "strength": 1e9}]}, "strength"),
+        ({"seed": 2**70}, "seed"),
+        ({"user": "u" * 600}, "user"),
+    ],
+)
+def test_bad_requests(server: Live, extra: Any, words: str) -> None:
+    answer = server.post("/v1/chat/completions", {"model": "toy", "messages": HELLO, **extra})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert words in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert server.engine.seen == []
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 100_000, b'{"model": NaN}', b""])
+def test_bodies_that_are_no_body(server: Live, body: bytes) -> None:
+    for path in ("/v1/chat/completions", "/generate", "/completion", "/tokenize", "/lora-adapters"):
+        answer = server.client.post(path, content=body, headers={"content-type": "application/json"})
+        if path == "/lora-adapters" and body == b"[]":
+            continue
+        assert answer.status_code in (400, 422), (path, answer.text)
+        assert "error" in answer.json()
+
+
+def test_text_that_is_not_text(server: Live) -> None:
+    for body in (
+        b'{"model": "toy", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "toy", "messages": [{"role": "user", "content": [{"type": "text", "text": "\\ud800"}]}]}',
+        b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
+        b'{"model": "toy", "\\ud800": 1, "messages": [{"role": "user", "content": "x"}]}',
+    ):
+        answer = server.client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code in (200, 400, 404), answer.text
+
+
+def test_harmless_keys_are_ignored_aloud(client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model="toy", messages=HELLO, metadata={"a": "b"}, store=True, user="u1", parallel_tool_calls=True
+    )
+    assert raw.headers["x-veneer-ignored"] == "metadata, parallel_tool_calls, store"
+
+
+def test_a_prompt_that_does_not_fit(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, "word " * 600)
+    assert refused.value.code == "context_length_exceeded"
+    assert refused.value.param == "messages"
+
+
+def test_a_body_that_is_too_large(text: ToyText) -> None:
+    with live(ToyEngine(text), ToyCatalog(), settings=HttpSettings(max_body=2000)) as server:
+        body = {"model": "toy", "messages": [{"role": "user", "content": "x" * 3000}]}
+        assert server.post("/v1/chat/completions", body).status_code == 413
+        chunked = server.client.post(
+            "/v1/chat/completions",
+            content=iter([json.dumps(body).encode()]),
+            headers={"content-type": "application/json"},
+        )
+        assert chunked.status_code == 413
+        assert chunked.json()["error"]["code"] == "too_large"
+        assert server.post("/generate", {"inputs": "x" * 3000}).json()["error_type"] == "too_large"
+
+
+def test_unknown_routes_and_methods(server: Live) -> None:
+    assert server.get("/v1/nothing").json()["error"]["code"] == "not_found"
+    answer = server.get("/v1/chat/completions")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def test_models(client: openai.OpenAI) -> None:
+    found = {m.id: m for m in client.models.list()}
+    assert set(found) == {"toy", "sql", "polite"}
+    assert found["sql"].model_extra is not None
+    assert found["sql"].model_extra["parent"] == "toy"
+    assert found["sql"].model_extra["root"] == "lib/sql"
+    assert found["toy"].model_extra is not None
+    assert found["toy"].model_extra["parent"] is None
+    assert client.models.retrieve("sql").id == "sql"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nobody")

@@ -1,0 +1,133 @@
+"""The server's life: loading, ready, draining, gone; its settings."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from veneer.errors import ConfigError
+from veneer.serve.request import Refused
+from veneer.serve.server import Keys, Preload, bytes_of, keys_of, parse_preload
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = """
+import sys, time
+from veneer.errors import BaseError
+from veneer.serve.server import Built, ServeSettings, serve
+
+def make():
+    time.sleep(float(sys.argv[2]))
+    if len(sys.argv) > 3:
+        raise BaseError("there is no such base")
+    from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText
+    from veneer.serve.http.app import create_app
+    engine = ToyEngine(ToyText())
+    return Built(create_app(engine, ToyCatalog(), None, engine.text))
+
+serve(ServeSettings("toy", port=int(sys.argv[1]), drain=20), print, make)
+print("ended")
+"""
+
+
+def test_a_server_loads_serves_drains_and_ends() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", TOY, str(port), "1.5"], env=env, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            seen: list[int] = []
+            turned_away: list[int] = []
+            end = time.monotonic() + 300
+            while not seen or seen[-1] != 200:
+                assert time.monotonic() < end
+                try:
+                    ready = client.get("/ready")
+                    seen.append(ready.status_code)
+                    if ready.status_code == 503:
+                        assert ready.json() == {"status": "loading"}
+                        assert client.get("/health").status_code == 200
+                        turned_away.append(client.post("/v1/completions", json={"prompt": "Hi"}).status_code)
+                except httpx.ConnectError:
+                    pass
+                time.sleep(0.05)
+            assert seen[0] == turned_away[0] == 503
+            body = {"prompt": "SLOW " + "word " * 20, "max_tokens": 100, "stream": True}
+            with client.stream("POST", "/v1/completions", json=body) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as other:
+                    while (ready := other.get("/ready")).status_code == 200:
+                        time.sleep(0.02)
+                    assert ready.json() == {"status": "draining"}
+                    refused = other.post("/v1/completions", json={"prompt": "Hi"})
+                    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+                assert [line for line in lines if line][-1] == "data: [DONE]"  # what ran goes on to its end
+        assert process.wait(60) == 0
+        assert process.stdout is not None
+        assert process.stdout.read().strip().endswith("ended")
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def test_a_server_that_cannot_be_built_says_why() -> None:
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+    ran = subprocess.run(
+        [sys.executable, "-c", TOY, "0", "0", "fail"], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 1  # no command line around it here: a traceback
+    assert "there is no such base" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("support", Preload("support", "support")),
+        ("support=acme/support@3", Preload("support", "acme/support@3")),
+        ("support=acme/support:0.8", Preload("support", "acme/support", 0.8)),
+        ("support:-0.5", Preload("support", "support", -0.5)),
+    ],
+)
+def test_preload(text: str, wanted: Preload) -> None:
+    assert parse_preload(text) == wanted
+
+
+def test_settings_that_are_wrong(tmp_path: Path) -> None:
+    for text in ("", "=x", "a:1.2.3"):
+        with pytest.raises(ConfigError):
+            parse_preload(text)
+    assert bytes_of("1.5G", "") == 3 << 29
+    assert bytes_of("512MB", "") == 512 << 20
+    with pytest.raises(ConfigError, match="no size"):
+        bytes_of("much", "--cache-memory")
+    file = tmp_path / "keys"
+    file.write_text("# ours\nsk-0123456789abcdef\n")
+    assert keys_of(file) == ["sk-0123456789abcdef"]
+    file.write_text("short\n")
+    with pytest.raises(ConfigError, match="16 characters"):
+        keys_of(file)
+
+
+def test_keys() -> None:
+    keys = Keys(["sk-0123456789abcdef"], "admin-0123456789abcdef")
+    assert not asyncio.run(keys.caller("sk-0123456789abcdef")).admin
+    assert asyncio.run(keys.caller("admin-0123456789abcdef")).admin
+    for wrong in (None, "", "sk-", "ключ"):
+        with pytest.raises(Refused, match="no valid API key"):
+            asyncio.run(keys.caller(wrong))
