@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "veneer"
 FLOORS = {"errors": 0, "kernels": 0, "core": 1, "formats": 2, "models": 2, "library": 3, "using": 4, "train": 5}
-FLOORS |= {"inspecting": 5, "merging": 5, "mixing": 5, "imaging": 5, "api": 6, "cli": 7}
+FLOORS |= {"inspecting": 5, "merging": 5, "mixing": 5, "imaging": 5, "serve": 6, "api": 6, "cli": 7}
 """A module may import from its own folder and from lower floors. Neighbours on one floor do not know each other."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -71,7 +71,8 @@ def test_a_heavy_package_is_imported_only_where_it_belongs(path: Path) -> None:
     allowed |= {"sqlalchemy": {"library"}, "fsspec": {"library"}, "diffusers": {"models"}, "cv2": {"imaging"}}
     for line, name in imports(path):
         top = name.split(".")[0]
-        assert top not in {"peft", "trl", "vllm", "unsloth"}, f"{path}:{line}: a peer is not a dependency"
+        guest = top == "vllm" and path.name == "vllm_plugin.py"  # runs inside vLLM, when vLLM imports it
+        assert guest or top not in {"peft", "trl", "vllm", "unsloth"}, f"{path}:{line}: a peer is not a dependency"
         assert room(path) in allowed.get(top, {room(path)}), f"{path}:{line}: {top} does not belong in {room(path)}"
 
 

@@ -25,7 +25,10 @@ def convert(
     ],
     to: Annotated[str, typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf, vllm or tgi.")],
     output: Annotated[
-        str, typer.Option("-o", "--output", help="The file to write; for peft, vllm and tgi the folder.", show_default=False)
+        str,
+        typer.Option(
+            "-o", "--output", help="The file to write; for peft, vllm and tgi the folder.", show_default=False
+        ),
     ],
     family: Annotated[
         str | None,

@@ -70,7 +70,9 @@ def _refuse_pair(module: str, pair: Pair, server: str, refused: Refusals) -> Non
     if pair.kind == "experts":
         refused[f"{server} lays out the experts' parameters in its own way; {MERGE}"].append(module)
     if server == "TGI" and pair.kind == "linear" and not _TGI_MODULE.fullmatch(module):
-        refused[f"TGI drops a pair of any but the decoder layers' q, k, v, o, gate, up and down; {MERGE}"].append(module)
+        refused[f"TGI drops a pair of any but the decoder layers' q, k, v, o, gate, up and down; {MERGE}"].append(
+            module
+        )
     if server == "TGI" and pair.kind == "embedding":
         refused[f"TGI knows no pair of an embedding; {MERGE}"].append(module)
     if server != "vLLM":

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -34,7 +34,12 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Failed(Exception):
-    """The server did not answer, or answered with its own failure: another may do better."""
+    """The server did not answer, or answered with its own failure: another may do better. `answered`: the second, which
+    may be the request's doing and no sign that the server is ill."""
+
+    def __init__(self, what: str, answered: bool = True) -> None:
+        super().__init__(what)
+        self.answered = answered
 
 
 class NotThere(Exception):
@@ -48,7 +53,9 @@ class Remote(Protocol):
     url: str
     base: str
     room: int
-    loads: bool
+
+    @property
+    def loads(self) -> bool: ...
 
     async def check(self) -> set[str]:
         """The adapters that it has. Raises Failed where it does not answer."""
@@ -64,7 +71,7 @@ class Remote(Protocol):
         """The settings that it has no way to honour."""
         ...
 
-    def stream(self, request: Request, model: str) -> AsyncIterator[Token | Finished]:
+    def stream(self, request: Request, model: str) -> AsyncGenerator[Token | Finished, None]:
         """Tokens and Finished. Raises Refused, Failed or NotThere before the first of them."""
         ...
 
@@ -164,7 +171,7 @@ class Completions:
         body |= {
             "top_k": s.top_k, "min_p": s.min_p, "repetition_penalty": s.repetition_penalty, "min_tokens": s.min_tokens,
             "stop_token_ids": list(s.stop_ids), "ignore_eos": s.ignore_eos, "return_token_ids": True,
-            "return_tokens_as_token_ids": True, "request_id": request.id,
+            "return_tokens_as_token_ids": True,
         }  # fmt: skip
         if s.grammar is not None:
             kind, text = s.grammar
@@ -174,7 +181,7 @@ class Completions:
             body["structured_outputs"] = {key: value}
         return body
 
-    async def stream(self, request: Request, model: str) -> AsyncIterator[Token | Finished]:
+    async def stream(self, request: Request, model: str) -> AsyncGenerator[Token | Finished, None]:
         clock, reason, stop, last = _Clock(), None, None, None
         usage: dict[str, Any] = {}
         events = _events(self.client, f"{self.url}/v1/completions", self.body(request, model), missing=model)
@@ -220,7 +227,8 @@ class Completions:
         return out
 
 
-_VLLM_ONLY = ("top_k", "min_p", "repetition_penalty", "min_tokens", "stop_ids", "ignore_eos", "grammar")
+_VLLM_ONLY = ("top_k", "min_p", "repetition_penalty", "min_tokens", "stop_ids", "ignore_eos", "grammar", "logprobs")
+"""Of the last: OpenAI's tokens are texts, and a Token's alternatives have ids."""
 
 
 @dataclass
@@ -234,8 +242,11 @@ class TextGeneration:
     adapters: tuple[str, ...]
     base: str = ""
     room: int = 0
-    loads: bool = False
     believed: set[str] = field(default_factory=set)
+
+    @property
+    def loads(self) -> bool:
+        return False
 
     async def check(self) -> set[str]:
         info = _json(await _ask(self.client, "GET", f"{self.url}/info"))
@@ -268,7 +279,9 @@ class TextGeneration:
         shaped = sampling.temperature not in (0, 1) or _asked(
             sampling, ("top_k", "top_p", "repetition_penalty", "frequency_penalty", "grammar")
         )
-        return [*out, "logprobs beside what changes the distribution"] if sampling.logprobs is not None and shaped else out
+        return (
+            [*out, "logprobs beside what changes the distribution"] if sampling.logprobs is not None and shaped else out
+        )
 
     def body(self, request: Request, model: str) -> dict[str, Any]:
         """The request as /generate_stream takes it; values that mean nothing there are not allowed, so they are left
@@ -292,15 +305,18 @@ class TextGeneration:
             )
         return {"inputs": self.decode(request.prompt), "parameters": settings, "add_special_tokens": False}
 
-    async def stream(self, request: Request, model: str) -> AsyncIterator[Token | Finished]:
-        clock, held, details, found = _Clock(), "", {}, ""
+    async def stream(self, request: Request, model: str) -> AsyncGenerator[Token | Finished, None]:
+        clock, held, found, last = _Clock(), "", "", -1
+        details: dict[str, Any] = {}
         events = _events(self.client, f"{self.url}/generate_stream", self.body(request, model), missing=model)
         async with aclosing(events):
             async for event in events:
                 for token in [event["token"]] if event.get("token") else []:
                     clock.token()
                     special = bool(token.get("special"))
-                    text, held, hit = _until(held + ("" if special or found else str(token["text"])), request.sampling.stop)
+                    text, held, hit = _until(
+                        held + ("" if special or found else str(token["text"])), request.sampling.stop
+                    )
                     found = found or hit
                     logprob = token.get("logprob") if request.sampling.logprobs is not None else None
                     top = tuple((t["id"], t["text"], t["logprob"]) for t in event.get("top_tokens") or [])
@@ -356,13 +372,13 @@ async def _ask(
     try:
         answer = await client.request(method, url, json=body)
     except (httpx.HTTPError, OSError) as error:
-        raise Failed(f"{url}: {type(error).__name__} {error}".rstrip()) from error
+        raise Failed(f"{url}: {type(error).__name__} {error}".rstrip(), answered=False) from error
     if answer.status_code not in accept:
         raise Failed(f"{url}: {answer.status_code} {_message(answer)}")
     return answer
 
 
-async def _events(client: httpx.AsyncClient, url: str, body: Any, missing: str) -> AsyncIterator[dict[str, Any]]:
+async def _events(client: httpx.AsyncClient, url: str, body: Any, missing: str) -> AsyncGenerator[dict[str, Any], None]:
     """The data of a stream of server-sent events. Closing the iterator closes the connection, which cancels."""
     try:
         async with client.stream("POST", url, json=body) as answer:
@@ -378,7 +394,7 @@ async def _events(client: httpx.AsyncClient, url: str, body: Any, missing: str) 
                     raise Failed(f"{url}: {_text(event)}")
                 yield event
     except (httpx.HTTPError, OSError, ValueError) as error:
-        raise Failed(f"{url}: {type(error).__name__} {error}".rstrip()) from error
+        raise Failed(f"{url}: {type(error).__name__} {error}".rstrip(), answered=False) from error
 
 
 def _refused(url: str, answer: httpx.Response, missing: str) -> Exception:
