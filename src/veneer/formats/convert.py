@@ -105,9 +105,9 @@ def encode(
 
     `family`: of the image model, by its name in `topology.families()`, by default what the modules, their widths and
     the card tell; for gguf the architecture as llama.cpp calls it. `metadata`: goes over what is written from the card,
-    for the three that have one. `dtype`: every tensor is rounded to it first. `head_dim`: rows of a head
-    of the base, which gguf needs for Llama's q and k. `layers`: of the base, which tgi needs. Raises one AdapterError that lists every module which `to` cannot
-    express, with the reason and the nearest way."""
+    for the three that have one. `dtype`: every tensor is rounded to it first. Of the base: `head_dim`, rows of a head,
+    which gguf needs for Llama's q and k; `layers`, how many, which tgi needs. Raises one AdapterError that lists every
+    module which `to` cannot express, with the reason and the nearest way."""
     meant, notes = _meant(adapter, to, dtype)
     if to == "gguf":
         with TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
 """One server over HTTP, in the words of `request`: vLLM, TGI, or anything else with OpenAI's /v1/completions.
 
-| kind   | prompt and answer          | adapters                                    | refused where a request asks for it        |
-| vllm   | token ids both ways        | POST /v1/load_lora_adapter, /v1/models      | nothing                                    |
-| openai | token ids to it, text back | those that /v1/models lists                 | what OpenAI's API has no field for         |
-| tgi    | text both ways, ids told   | those it was started with, named in its URL | what /generate_stream has no parameter for |
+| kind   | prompt, answer       | adapters                                    | refused where it is asked for       |
+| vllm   | ids, ids             | POST /v1/load_lora_adapter, /v1/models      | nothing                             |
+| openai | ids, text            | those that /v1/models lists                 | what OpenAI's API has no field for  |
+| tgi    | text, text with ids  | those it was started with, named in its URL | what /generate_stream has no word for |
 
     http://host:8000    vllm+http://…    openai+https://…    tgi+http://host:8080?adapters=veneer-3fa9…,veneer-77c0…
 

@@ -1,7 +1,7 @@
 """A mix as one folder that another server loads with its full effect, under a name that only this mix can have.
 
     one adapter, strength 1, as every vLLM reads it     the adapter's own folder; nothing is copied
-    anything else that has the form of pairs            Σ strength·ΔW as one adapter of summed rank, one scale, in a cache
+    anything else that has the form of pairs            Σ strength·ΔW, one adapter of summed rank, in a cache
 
 A server keys its caches of prompts by the adapter's name and keeps names for ever. The names here come from the mix's
 digests, so that a name left over from before, or after an unload, can never mean other weights.

@@ -4,10 +4,10 @@
     async with fleet:
         async for event in fleet.events(request): …
 
-A request goes to the replica with the fewest requests running among those that have its mix. Where none has, the mix is
-made one folder (`servable`), every replica that is up is told to load it, and the request goes where that is done first.
-A replica that could not load it never gets the request: what it would answer is the base's words under the adapter's
-name.
+A request goes to the replica with the fewest requests running among those that have its mix. Where none has, the mix
+is made one folder (`servable`), every replica that is up is told to load it, and the request goes where that is done
+first. A replica that could not load it never gets the request: what it would answer is the base's words under the
+adapter's name.
 
 | what a replica does                  | what follows                                                                  |
 | does not answer                      | before the first token another one is tried; it rests 1, 2, 4 … 30 seconds    |

@@ -100,9 +100,9 @@ def _check_base(base: str, version: Version, adapter: Adapter) -> None:
     shapes = _shapes(files)
     wrong = []
     for module, pair in adapter.pairs.items():
-        shape = shapes.get(f"{module}.weight")
+        shape = shapes.get(_tail(f"{module}.weight"))
         if module == "lm_head" and shape is None:  # tied
-            shape = shapes.get("model.embed_tokens.weight")
+            shape = shapes.get("embed_tokens.weight")
         own = (pair.A.shape[1], pair.B.shape[0]) if pair.kind == "embedding" else (pair.B.shape[0], pair.A.shape[1])
         if shape is None and pair.kind in ("linear", "embedding"):
             wrong.append(f"{module}: the base has no such module")
@@ -139,7 +139,13 @@ def _base_files(base: str) -> Path | None:
 def _shapes(files: Path) -> dict[str, tuple[int, ...]]:
     from veneer.models.weights import tensor_table
 
-    return {tensor.name: tensor.shape for tensor in tensor_table(files)}
+    return {_tail(tensor.name): tensor.shape for tensor in tensor_table(files)}
+
+
+def _tail(name: str) -> str:
+    """A parameter's name without what stands before the decoder: files and transformers do not agree on that part."""
+    at = name.find("layers.")
+    return name[at:] if at >= 0 else name.removeprefix("model.")
 
 
 @cache
