@@ -192,7 +192,7 @@ class Fleet:
 
         Raises Refused where no replica has it in the end."""
         name, up = served_name(mix), await self._up(set())
-        tasks = await self._bring(mix, self._missing(name, up))
+        tasks = await self._bring(mix, up)
         done = {r.place: await asyncio.shield(task) for r, task in tasks.items()}
         reasons = {place: "" if refusal is None else refusal.what for place, refusal in done.items()}
         if tasks and all(reasons.values()):
@@ -241,15 +241,22 @@ class Fleet:
     def _missing(self, name: str, up: Sequence[Replica]) -> list[Replica]:
         """The replicas that should have an adapter and have not: the emptiest, where not all should."""
         able = [r for r in up if r.server is not None and r.server.loads]
-        chosen = sorted(able, key=lambda r: (name not in r.resident, name not in r.loading, len(r.resident), r.running))
+
+        def order(r: Replica) -> tuple[bool, bool, int, int]:
+            return name not in r.resident, name not in r.loading, len(r.resident) + len(r.loading), r.running
+
+        chosen = sorted(able, key=order)
         return [r for r in chosen[: self.copies] if name not in r.resident]
 
-    async def _bring(self, mix: Mix, to: Sequence[Replica]) -> dict[Replica, asyncio.Task[Refused | None]]:
-        """The loads of a mix on these replicas, those under way included. Raises Refused for no folder."""
+    async def _bring(self, mix: Mix, up: Sequence[Replica]) -> dict[Replica, asyncio.Task[Refused | None]]:
+        """The loads of a mix on those of `up` that should have it, those under way included. Raises Refused where it
+        has no folder."""
         name, now = served_name(mix), time.monotonic()
-        folder = str(await self._folder(mix))
         tasks: dict[Replica, asyncio.Task[Refused | None]] = {}
-        for replica in to:
+        if not self._missing(name, up):
+            return tasks
+        folder = str(await self._folder(mix))
+        for replica in self._missing(name, up):  # others may have been placed meanwhile
             until, refusal = self.refused.get((replica.place, name), (0.0, None))
             if refusal is not None and now < until:
                 tasks[replica] = asyncio.create_task(_answer(refusal))
@@ -265,7 +272,7 @@ class Fleet:
         to = [r for r in self._missing(name, up) if name not in r.loading]
         to = [r for r in to if self.refused.get((r.place, name), (0.0, None))[0] <= now]
         if to and not self._spreading:
-            task: asyncio.Task[Any] = asyncio.create_task(self._bring(mix, to))
+            task: asyncio.Task[Any] = asyncio.create_task(self._bring(mix, up))
             self._spreading.add(task)
             task.add_done_callback(self._spreading.discard)
 
@@ -322,7 +329,7 @@ class Fleet:
         if here := [r for r in up if name in r.resident]:
             self._spread(mix, up)
             return _freest(here)
-        pending = set((await self._bring(mix, self._missing(name, up))).values())
+        pending = set((await self._bring(mix, up)).values())
         refusals: list[Refused] = []
         while pending:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
