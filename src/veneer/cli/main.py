@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "image": ("veneer.cli.image", "Make pictures with an image base, adapters and ControlNets."),
     "adapter": ("veneer.cli.adapter", "Inspect, verify, convert, mix and merge adapters."),
     "library": ("veneer.cli.library", "Keep adapters under names, share and check them."),
+    "export": ("veneer.cli.export", "Write an adapter as a directory that vLLM or TGI serves as it is."),
 }
 """Command -> (module, one line for `veneer --help`)."""
 
