@@ -26,7 +26,7 @@ from veneer.formats.write_folded import refuse_unservable
 from veneer.formats.write_names import Refusals
 from veneer.serve.request import Mix, mix_digest
 
-__all__ = ["Servable", "servable", "served_name", "serves_as_it_is"]
+__all__ = ["Servable", "problems", "servable", "served_name", "serves_as_it_is"]
 
 _PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
 
@@ -63,6 +63,14 @@ def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Ser
     return Servable(made, max(written.ranks), True)
 
 
+def problems(adapter: Adapter) -> list[str]:
+    """What vLLM has no place for in any layout, each with its modules; [] for an adapter that a fleet can serve. A
+    catalog asks this before it knows the name."""
+    refused: Refusals = defaultdict(list)
+    refuse_unservable(adapter, leaves_of(adapter), "vLLM", refused)
+    return [f"{reason}: {', '.join(sorted(modules)[:3])}" for reason, modules in refused.items()]
+
+
 def serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
     """Whether any vLLM gets exactly this adapter from its own folder: one scale, by the formula that it knows.
 
@@ -75,8 +83,6 @@ def serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
         return False
     if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "layer_replication")):
         return False
-    refused: Refusals = defaultdict(list)
-    refuse_unservable(adapter, leaves_of(adapter), "vLLM", refused)
     rank = config["r"]
     scale = scale_of(config["lora_alpha"], rank, bool(config.get("use_rslora")))
-    return not refused and all(p.rank == rank and p.scale == scale for p in adapter.pairs.values())
+    return not problems(adapter) and all(p.rank == rank and p.scale == scale for p in adapter.pairs.values())
