@@ -352,6 +352,19 @@ def test_another_openai_server_is_asked_for_no_more_than_it_knows(shelf, tmp_pat
         run(work(urls))
 
 
+def test_what_only_some_replicas_can_do_goes_to_those(shelf, tmp_path):
+    plain, full = FakeVLLM(owner="somebody"), FakeVLLM()
+
+    async def work(urls: list[str]) -> None:
+        async with fleet(urls, shelf, tmp_path) as it:
+            for _ in range(3):
+                await answer(it, top_k=4)
+            assert (len(plain.asked("complete")), len(full.asked("complete"))) == (0, 3)
+
+    with running(plain, full) as urls:
+        run(work(urls))
+
+
 def test_tgi_gets_text_and_only_adapters_that_it_really_has(shelf, tmp_path):
     fake = FakeTGI(adapters={served_name(ONE)})
 

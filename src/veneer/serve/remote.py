@@ -29,6 +29,9 @@ from veneer.serve.request import Finished, Refused, Request, Sampling, Token, Us
 
 __all__ = ["Decode", "Failed", "NotThere", "Remote", "parse_upstream", "recognise"]
 
+SOON = 10.0
+"""Seconds in which a server that is well says how it is."""
+
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens included: the base's tokenizer."""
 
@@ -102,10 +105,10 @@ async def recognise(text: str, client: httpx.AsyncClient, decode: Decode) -> Rem
 
 
 async def _kind(url: str, client: httpx.AsyncClient) -> str:
-    models = await _ask(client, "GET", f"{url}/v1/models", accept=range(600))
+    models = await _ask(client, "GET", f"{url}/v1/models", accept=range(600), timeout=SOON)
     if any(m.get("owned_by") == "vllm" for m in _json(models).get("data") or []):
         return "vllm"
-    info = await _ask(client, "GET", f"{url}/info", accept=range(600))
+    info = await _ask(client, "GET", f"{url}/info", accept=range(600), timeout=SOON)
     return "tgi" if {"model_id", "max_total_tokens", "router"} <= set(_json(info)) else "openai"
 
 
@@ -125,7 +128,7 @@ class Completions:
         return self.vllm
 
     async def check(self) -> set[str]:
-        cards = _json(await _ask(self.client, "GET", f"{self.url}/v1/models")).get("data") or []
+        cards = _json(await _ask(self.client, "GET", f"{self.url}/v1/models", timeout=SOON)).get("data") or []
         if not cards:
             raise Failed(f"{self.url}/v1/models lists nothing")
         first = next((c for c in cards if not c.get("parent")), cards[0])
@@ -187,7 +190,7 @@ class Completions:
         events = _events(self.client, f"{self.url}/v1/completions", self.body(request, model), missing=model)
         async with aclosing(events):
             async for event in events:
-                if event.get("model", model) != model:
+                if model != self.base and event.get("model", model) != model:
                     raise Failed(f"{self.url} answered as {event['model']!r}, and {model!r} was asked")
                 usage = event.get("usage") or usage
                 for choice in event.get("choices") or []:
@@ -249,7 +252,7 @@ class TextGeneration:
         return False
 
     async def check(self) -> set[str]:
-        info = _json(await _ask(self.client, "GET", f"{self.url}/info"))
+        info = _json(await _ask(self.client, "GET", f"{self.url}/info", timeout=SOON))
         self.base, self.room = str(info.get("model_id", "")), int(info.get("max_total_tokens") or 0)
         for name in set(self.adapters) - self.believed:
             if await self._probe(name) != await self._probe(None):
@@ -367,10 +370,15 @@ class _Clock:
 
 
 async def _ask(
-    client: httpx.AsyncClient, method: str, url: str, body: Any = None, accept: Sequence[int] = (200,)
+    client: httpx.AsyncClient,
+    method: str,
+    url: str,
+    body: Any = None,
+    accept: Sequence[int] = (200,),
+    timeout: float | None = None,
 ) -> httpx.Response:
     try:
-        answer = await client.request(method, url, json=body)
+        answer = await client.request(method, url, json=body, timeout=timeout or client.timeout)
     except (httpx.HTTPError, OSError) as error:
         raise Failed(f"{url}: {type(error).__name__} {error}".rstrip(), answered=False) from error
     if answer.status_code not in accept:

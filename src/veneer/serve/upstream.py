@@ -228,11 +228,12 @@ class Fleet:
             self.folders[name] = asyncio.create_task(asyncio.to_thread(self._make, mix, name))
         try:
             return await asyncio.shield(self.folders[name])
-        except VeneerError as error:
+        except (VeneerError, OSError) as error:
             self.folders.pop(name, None)
             if isinstance(error, Refused):
                 raise
-            raise Refused(str(error), status=422, code="adapter_unusable", fix=error.fix) from error
+            fix = error.fix if isinstance(error, VeneerError) else None
+            raise Refused(str(error), status=422, code="adapter_unusable", fix=fix) from error
 
     def _make(self, mix: Mix, name: str) -> Path:
         parts = [(self.files(digest), strength) for digest, strength in mix]
@@ -285,6 +286,7 @@ class Fleet:
             await server.load(name, folder)
         except Refused as refusal:
             self.refused[replica.place, name] = (time.monotonic() + REFUSED_FOR, refusal)
+            self.folders.pop(name, None)  # the files may have moved: looked up again the next time
             log.warning("%s", refusal.what)
             return refusal
         except Failed as error:
@@ -313,9 +315,9 @@ class Fleet:
             up = [r for r in self.replicas if r.up and r not in tried]
         return up
 
-    async def _route(self, mix: Mix, tried: set[Replica], why: str = "") -> Replica:
+    async def _route(self, request: Request, tried: set[Replica], why: str = "") -> Replica:
         """The replica for a request, which has its mix. Raises Refused, with `why` the last one failed."""
-        up = await self._up(tried)
+        mix, up = request.mix, await self._up(tried)
         if not up:
             wait = max(0.0, min(r.rest_until for r in self.replicas) - time.monotonic())
             raise Refused(
@@ -323,6 +325,7 @@ class Fleet:
                 retry_after=max(1.0, round(wait, 1)),
                 where=", ".join(r.place for r in self.replicas),
             )  # fmt: skip
+        up = _able(up, request)
         if not mix:
             return _freest(up)
         name = served_name(mix)
@@ -347,14 +350,14 @@ class Fleet:
         tried: set[Replica] = set()
         forgot, why = 0, ""
         while True:
-            replica = await self._route(request.mix, tried, why)
-            started = False
+            replica = await self._route(request, tried, why)
+            tokens = 0
             try:
                 async with aclosing(self._from(replica, request, began)) as events:
                     async for event in events:
-                        if not started:
-                            started = True
+                        if not tokens:
                             yield Started(0)
+                        tokens += 1
                         yield event
                 return
             except NotThere as error:
@@ -364,9 +367,9 @@ class Fleet:
                     raise Refused(str(error), status=503, code="overloaded", retry_after=REST[0]) from error
             except Failed as error:
                 self._failed(replica, error)
-                if started:
+                if tokens:
                     wrong = Refused(str(error), status=502, code="internal")
-                    yield Finished("error", Usage(len(request.prompt), 0, 0), error=wrong)
+                    yield Finished("error", Usage(len(request.prompt), 0, tokens), error=wrong)
                     return
                 tried.add(replica)
                 why = str(error)
@@ -407,12 +410,19 @@ class Fleet:
         return EngineStats(running, 0, 0.0, 0, 0, 0, 0, self.prompt_tokens, self.generated_tokens)
 
 
+def _able(up: Sequence[Replica], request: Request) -> list[Replica]:
+    """The replicas that can do what is asked, all of it. Raises Refused where none can."""
+    wrong = {r: r.server.refusal(request.sampling) for r in up if r.server is not None}
+    if able := [r for r, names in wrong.items() if not names]:
+        return able
+    replica, names = min(wrong.items(), key=lambda found: len(found[1]))
+    raise Refused(
+        f"{replica.place} has no way to honour {', '.join(names)}", status=400, code="invalid_request", param=names[0]
+    )
+
+
 def _fitted(request: Request, server: Remote) -> Request:
-    """The request within the replica's room. Raises Refused for what does not fit, or cannot be honoured there."""
-    if wrong := server.refusal(request.sampling):
-        raise Refused(
-            f"{server.url} has no way to honour {', '.join(wrong)}", status=400, code="invalid_request", param=wrong[0]
-        )
+    """The request within the replica's room. Raises Refused for a prompt that does not fit."""
     if not server.room:
         return request
     left = server.room - len(request.prompt)
