@@ -18,7 +18,8 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Protocol
 from urllib.parse import parse_qs, urlsplit
 
@@ -217,17 +218,16 @@ class Completions:
     def _tokens(self, choice: dict[str, Any], sampling: Sampling) -> list[Token]:
         """The tokens of one piece of the stream; the text of several is on the last."""
         text, ids = str(choice.get("text") or ""), choice.get("token_ids")
-        if ids is None:
+        if not ids:  # a server without ids, or text that was held back
             return [Token(-1, text)] if text else []
         logprobs = choice.get("logprobs") or {}
-        own = logprobs.get("token_logprobs") or [None] * len(ids)
-        tops = logprobs.get("top_logprobs") or [None] * len(ids)
+        own, tops = logprobs.get("token_logprobs") or [], logprobs.get("top_logprobs") or []
         out = []
-        for i, token in enumerate(ids):
-            ranked = sorted(((_id(k), v) for k, v in (tops[i] or {}).items()), key=lambda found: -found[1])
+        for token, logprob, near in zip_longest(ids, own[: len(ids)], tops[: len(ids)]):
+            ranked = sorted(((_id(k), v) for k, v in (near or {}).items()), key=lambda found: -found[1])
             top = tuple((k, self.decode([k]), v) for k, v in ranked[: sampling.logprobs or 0])
-            out.append(Token(token, text if i == len(ids) - 1 else "", own[i], top))
-        return out
+            out.append(Token(token, "", logprob, top))
+        return [*out[:-1], replace(out[-1], text=text)]
 
 
 _VLLM_ONLY = ("top_k", "min_p", "repetition_penalty", "min_tokens", "stop_ids", "ignore_eos", "grammar", "logprobs")
