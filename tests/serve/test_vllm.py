@@ -250,7 +250,7 @@ def test_two_replicas_answer_as_veneer_does_each_with_what_was_loaded_there_befo
         async with fleet(shop) as it:
             shop.check(*await answer(it, shop, ()))
             assert set((await it.load(shop.mix(plain=1.0))).values()) == {""}
-            mixes: list[dict[str, float]] = [{"plain": 1.0}, {"stable": 1.0}, {"patterns": 0.5}, {}, {"plain": 1.0}]
+            mixes: list[dict[str, float]] = [{"plain": 1.0}, {"stable": 1.0}, {"patterns": 0.5}, {"plain": 1.0}]
             for strengths, got in zip(
                 mixes, await asyncio.gather(*(answer(it, shop, shop.mix(**m)) for m in mixes)), strict=True
             ):
@@ -267,6 +267,24 @@ def test_a_weighted_mix_that_vllm_cannot_batch_is_one_adapter_there(shop):
         async with fleet(shop, copies=1) as it:
             strengths = {"plain": 0.75, "stable": -0.5, "patterns": 0.5}
             shop.check(*await answer(it, shop, shop.mix(**strengths)), **strengths)
+
+    asyncio.run(work())
+
+
+@pytest.mark.xfail(
+    reason="vLLM on a CPU takes slot -1, the last one, for rows without an adapter (torch_ops/lora_ops.py)"
+)
+def test_the_base_beside_adapters_in_one_batch_is_the_base(shop):
+    async def work() -> None:
+        async with fleet(shop, copies=1) as it:
+            it.replicas = it.replicas[:1]
+            mixes = [{"plain": 1.0}, {"stable": 1.0}, {"plain": 0.5}, {"stable": 0.5}]
+            for strengths in mixes:  # every one of its --max-loras slots is filled
+                await answer(it, shop, shop.mix(**strengths))
+            beside = [answer(it, shop, shop.mix(**m)) for m in ({"plain": 1.0}, {}, {"stable": 1.0})]
+            got = await asyncio.gather(*beside)
+            shop.check(*got[0], plain=1.0)
+            shop.check(*got[1])
 
     asyncio.run(work())
 
