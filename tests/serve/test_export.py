@@ -154,12 +154,18 @@ def test_what_cannot_be_known_is_asked_for(tmp_path):
 
 
 def test_the_command_prints_the_line_that_serves_it(tmp_path, capsys):
-    _, place = saved(tmp_path, made(model("llama3", torch.float32), STABLE))
+    base, place = saved(tmp_path, made(model("llama3", torch.float32), STABLE))
     ran = run(capsys, "export", str(place), str(tmp_path / "out"), "--for", "vllm")
     assert ran.code == 0, ran.err
     assert "serve it: vllm serve" in ran.out
     ran = run(capsys, "export", str(place), str(tmp_path / "tgi"), "--for", "tgi", "--json")
     assert json.loads(ran.out)["ranks"] == {"16": 4}
+    converted = str(tmp_path / "converted")
+    ran = run(capsys, "adapter", "convert", str(place), "--to", "tgi", "--base", base, "-o", converted)
+    assert ran.code == 0, ran.err
+    assert peft.read(converted).digest() == peft.read(tmp_path / "tgi").digest()
+    ran = run(capsys, "adapter", "convert", str(place), "--to", "tgi", "-o", converted)
+    assert "--base" in ran.err
     ran = run(capsys, "export", str(place), str(tmp_path / "x"), "--for", "ollama")
     assert ran.code == 2
     assert "vllm or tgi" in ran.err

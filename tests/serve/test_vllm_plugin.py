@@ -172,8 +172,7 @@ def test_the_entry_point_is_declared_and_imports_without_veneers_extras():
     code = f"""
         import sys
         sys.modules.update(dict.fromkeys({missing}))
-        import veneer.serve.vllm_plugin, veneer.library.library, veneer.serve.servable, veneer.models.text
-        import veneer.models.fingerprint, veneer.formats.read
+        import veneer.serve.vllm_plugin, veneer.library.library, veneer.serve.servable, veneer.models.fingerprint
     """
     settings = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     code = "\n".join(line.strip() for line in code.splitlines())
