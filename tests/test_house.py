@@ -71,7 +71,8 @@ def test_a_heavy_package_is_imported_only_where_it_belongs(path: Path) -> None:
     allowed |= {"sqlalchemy": {"library", "serve"}, "fsspec": {"library"}, "diffusers": {"models"}, "cv2": {"imaging"}}
     for line, name in imports(path):
         top = name.split(".")[0]
-        assert top not in {"peft", "trl", "vllm", "unsloth"}, f"{path}:{line}: a peer is not a dependency"
+        guest = top == "vllm" and path.name == "vllm_plugin.py"  # runs inside vLLM, when vLLM imports it
+        assert guest or top not in {"peft", "trl", "vllm", "unsloth"}, f"{path}:{line}: a peer is not a dependency"
         assert room(path) in allowed.get(top, {room(path)}), f"{path}:{line}: {top} does not belong in {room(path)}"
 
 

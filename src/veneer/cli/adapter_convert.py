@@ -23,16 +23,20 @@ def convert(
     name: Annotated[
         str, typer.Argument(metavar="IN", help="An adapter's file or folder, or its name.", show_default=False)
     ],
-    to: Annotated[str, typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf or vllm.")],
+    to: Annotated[str, typer.Option("--to", help="peft, kohya, diffusers, comfyui, gguf, vllm or tgi.")],
     output: Annotated[
-        str, typer.Option("-o", "--output", help="The file to write; for peft and vllm the folder.", show_default=False)
+        str,
+        typer.Option(
+            "-o", "--output", help="The file to write; for peft, vllm and tgi the folder.", show_default=False
+        ),
     ],
     family: Annotated[
         str | None,
         typer.Option("--family", help="The image model's family, or gguf's architecture, where it cannot be told."),
     ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="For gguf: the base, whose architecture and head size it needs.")
+        str | None,
+        typer.Option("--base", help="For gguf and tgi: the base, of which they need head size or number of layers."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default each tensor keeps its own.")
@@ -54,13 +58,13 @@ def convert(
     from veneer.using import adapter_path
 
     reading = read(adapter_path(name), allow_partial=allow_partial, from_pickle=from_pickle)
-    head_dim = None
-    if to == "gguf" and base is not None:
-        architecture, head_dim = _of_base(base)
+    head_dim = layers = None
+    if to in ("gguf", "tgi") and base is not None:
+        architecture, head_dim, layers = _of_base(base)
         family = family or architecture
     if to != "gguf":
         family = family or reading.family
-    done = write(reading.adapter, output, to, family=family, dtype=dtype, head_dim=head_dim)
+    done = write(reading.adapter, output, to, family=family, dtype=dtype, head_dim=head_dim, layers=layers)
     left = [*reading.unused, *reading.unpaired]
     if as_json:
         print(json.dumps(_facts(name, reading, done), indent=2, ensure_ascii=False))
@@ -80,14 +84,15 @@ def convert(
         print(f"left out: {len(left)} tensors of {name}: {', '.join(left)}", file=sys.stderr)
 
 
-def _of_base(name: str) -> tuple[str, int]:
-    """llama.cpp's architecture, and the rows of a head, of a base."""
+def _of_base(name: str) -> tuple[str, int, int]:
+    """llama.cpp's architecture, the rows of a head, and the number of layers, of a base."""
     from veneer.models.sources import find
     from veneer.models.text import read_config
 
     config = read_config(find(name, say=lambda line: print(line, file=sys.stderr))).get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return _ARCHITECTURES.get(config.model_type, config.model_type), int(head_dim)
+    architecture = _ARCHITECTURES.get(config.model_type, config.model_type)
+    return architecture, int(head_dim), int(config.num_hidden_layers)
 
 
 def _facts(name: str, reading: Reading, done: Written) -> dict[str, object]:

@@ -7,6 +7,7 @@
 | comfyui   | one .safetensors, lora_A, lora_B, alpha    | formats/write_names.py  | gains, DoRA of the outputs    |
 | diffusers | one .safetensors, scales in metadata       | diffusers', canonical   | formats/write_diffusers.py    |
 | vllm      | PEFT folder of one rank, scale 1           | the model's own         | DoRA, deltas, full copies     |
+| tgi       | the same, in every layer of the base       | the model's own         | the same, embeddings, lm_head |
 | gguf      | one llama.cpp LoRA                         | llama.cpp's             | the same                      |
 
 Fused projections are joined at the same rank where their parts share A, block-diagonally elsewhere, with zero rows for
@@ -44,14 +45,14 @@ from veneer.formats.read import read_state
 from veneer.formats.topology import Family, families
 from veneer.formats.write_check import differences, relative_error
 from veneer.formats.write_diffusers import diffusers_tensors
-from veneer.formats.write_folded import folded, refuse_unservable, vllm_notes
+from veneer.formats.write_folded import TGI_RANK, folded, in_every_layer, refuse_unservable, tgi_notes, vllm_notes
 from veneer.formats.write_names import Refusals, component_of, foreign_leaves
 
 __all__ = ["TARGETS", "Encoded", "Written", "encode", "target_of", "write"]
 
-TARGETS = ("peft", "kohya", "diffusers", "comfyui", "gguf", "vllm")
+TARGETS = ("peft", "kohya", "diffusers", "comfyui", "gguf", "vllm", "tgi")
 
-FOLDERS = ("peft", "vllm")
+FOLDERS = ("peft", "vllm", "tgi")
 PIPELINES = ("kohya", "diffusers", "comfyui")
 
 
@@ -98,19 +99,20 @@ def encode(
     metadata: Mapping[str, str] | None = None,
     dtype: str | None = None,
     head_dim: int | None = None,
+    layers: int | None = None,
 ) -> Encoded:
     """The tensors, metadata and configuration of `adapter` as `to`, one of TARGETS, has it; checked by reading them.
 
     `family`: of the image model, by its name in `topology.families()`, by default what the modules, their widths and
     the card tell; for gguf the architecture as llama.cpp calls it. `metadata`: goes over what is written from the card,
-    for the three that have one. `dtype`: every tensor is rounded to it first. `head_dim`: rows of a head
-    of the base, which gguf needs for Llama's q and k. Raises one AdapterError that lists every module which `to` cannot
-    express, with the reason and the nearest way."""
+    for the three that have one. `dtype`: every tensor is rounded to it first. Of the base: `head_dim`, rows of a head,
+    which gguf needs for Llama's q and k; `layers`, how many, which tgi needs. Raises one AdapterError that lists every
+    module which `to` cannot express, with the reason and the nearest way."""
     meant, notes = _meant(adapter, to, dtype)
     if to == "gguf":
         with TemporaryDirectory() as folder:
             return _gguf(meant, Path(folder) / "adapter.gguf", family, head_dim, "adapter", notes).encoded
-    return _encode(meant, to, family, metadata or {}, "adapter", notes).encoded
+    return _encode(meant, to, family, metadata or {}, "adapter", notes, layers).encoded
 
 
 def write(
@@ -122,6 +124,7 @@ def write(
     metadata: Mapping[str, str] | None = None,
     dtype: str | None = None,
     head_dim: int | None = None,
+    layers: int | None = None,
 ) -> Written:
     """Write `adapter` to `out` as `encode` has it: a folder for peft and vllm, one file for the others.
 
@@ -138,7 +141,7 @@ def write(
         finally:
             staged.discard()
     else:
-        done = _encode(meant, to, family, metadata or {}, name, notes)
+        done = _encode(meant, to, family, metadata or {}, name, notes, layers)
         if to in FOLDERS:
             folder = peft.write(done.written, path, digest=_folder_digest(meant, done))
             files, notes = folder.files, [*done.encoded.notes, *folder.notes]
@@ -187,16 +190,23 @@ def _meant(adapter: Adapter, to: str, dtype: str | None) -> tuple[Adapter, list[
 
 
 def _encode(
-    meant: Adapter, to: str, family: str | None, metadata: Mapping[str, str], name: str, notes: list[str]
-) -> _Done:
+    meant: Adapter, to: str, family: str | None, metadata: Mapping[str, str], name: str, notes: list[str],
+    layers: int | None,
+) -> _Done:  # fmt: skip
     if to in PIPELINES:
         return _for_pipelines(meant, to, _family(meant, family, to), metadata, name, notes)
     if to == "peft":
         refused: Refusals = defaultdict(list)
         written = _for_one_model(meant, refused)
         _raise(refused, to, meant)
+    elif to == "tgi":
+        if layers is None:
+            raise AdapterError("how many layers the base has decides what TGI needs", fix="name the base: --base")
+        meant, filled = in_every_layer(_servable(meant, to), layers)
+        written = folded(meant, TGI_RANK)
+        notes = [*notes, *tgi_notes(written, filled)]
     else:
-        written = _folded(meant, to)
+        written = folded(_servable(meant, to))
         notes = [*notes, *vllm_notes(written)]
     config, tensors = peft.encode(written, base_name=written.card.base)
     back = peft.interpret(config, tensors).adapter
@@ -221,18 +231,19 @@ def _renamed(adapter: Adapter, change: Callable[[str], str]) -> Adapter:
     return replace(adapter, **renamed)
 
 
-def _folded(meant: Adapter, to: str) -> Adapter:
+def _servable(meant: Adapter, to: str) -> Adapter:
+    """The adapter itself. Raises one AdapterError that lists what the server cannot hold."""
     refused: Refusals = defaultdict(list)
-    refuse_unservable(meant, leaves_of(meant), {"vllm": "vLLM", "gguf": "llama.cpp"}[to], refused)
+    refuse_unservable(meant, leaves_of(meant), {"vllm": "vLLM", "tgi": "TGI", "gguf": "llama.cpp"}[to], refused)
     _raise(refused, to, meant)
-    return folded(meant)
+    return meant
 
 
 def _gguf(
     meant: Adapter, path: Path, architecture: str | None, head_dim: int | None, name: str, notes: list[str]
 ) -> _Done:
     """Writes the file at `path`, and reads it back."""
-    written = _folded(meant, "gguf")
+    written = folded(_servable(meant, "gguf"))
     if architecture is None:
         raise AdapterError(
             "the names in a GGUF file depend on the base's architecture", fix="--base, or --family llama, qwen3, …"

@@ -3,12 +3,23 @@
     B' = s·B padded to (out, r)    A' = A padded to (r, in)    alpha = r = the largest rank, so that alpha/r = 1
 
 s·B stays in B's dtype where that is exact (s a power of two), and becomes float32 elsewhere. Refused, each with the way
-out, is what vLLM's loader or llama.cpp's has no place for. Source: `vllm/lora`, whose parser knows lora_A, lora_B and
-lora_embedding_A, _B, reads one alpha and one r, and wants no DoRA, no bias, no modules_to_save. Knows pairs; no files.
+out, is what the loader of vLLM, TGI or llama.cpp has no place for.
+
+vLLM (`vllm/lora`): knows lora_A, lora_B, lora_embedding_A, _B, and wants no DoRA, no bias, no modules_to_save. Before
+0.32 it reads one alpha and one r and drops the patterns.
+
+TGI (`server/text_generation_server/adapters/lora.py`, January 2026), all of it without a word to the client:
+    - a kind of module (q_proj, …) that any layer lacks is dropped in all layers: the others get pairs of zeros here;
+    - after the first kind, `config.r` is the rank as padded for its kernels (at least 8, then multiples of 16), and
+      every later kind is scaled by alpha over that: the rank written here is one that its padding leaves alone;
+    - patterns are dropped, and so are lm_head, embeddings, DoRA's magnitudes, biases and full copies.
+Knows pairs; no files.
 """
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -16,19 +27,25 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
+from veneer.errors import AdapterError
 from veneer.formats.leaves import Leaf
 from veneer.formats.write_names import Refusals, component_of
 
-__all__ = ["MAX_VLLM_RANKS", "folded", "refuse_unservable", "vllm_notes"]
+__all__ = ["MAX_VLLM_RANKS", "folded", "in_every_layer", "refuse_unservable", "tgi_notes", "vllm_notes"]
 
 MAX_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
 MAX_VLLM_VOCABULARY = 258_048
+TGI_RANK = 16
+"""TGI pads ranks to multiples of this; a multiple stays as it is on up to rank/8 GPUs."""
+_TGI_MODULE = re.compile(
+    r"model\.layers\.(?P<layer>\d+)\.(self_attn\.(q|k|v|o|qkv)_proj|mlp\.((gate|up|down)_proj|c_fc|c_proj))"
+)
 MERGE = "merge it into the base"
 
 
 def refuse_unservable(adapter: Adapter, leaves: Mapping[str, Leaf], server: str, refused: Refusals) -> None:
-    """Put into `refused` what `server`, "vLLM" or "llama.cpp", cannot hold."""
+    """Put into `refused` what `server`, "vLLM", "TGI" or "llama.cpp", cannot hold."""
     for module, leaf in leaves.items():
         if component_of(module):
             refused[f"{server} serves language models, and this is of an image model; --to diffusers"].append(module)
@@ -52,6 +69,12 @@ def _refuse_pair(module: str, pair: Pair, server: str, refused: Refusals) -> Non
         refused[f"{server} knows no pair of a convolution; {MERGE}"].append(module)
     if pair.kind == "experts":
         refused[f"{server} lays out the experts' parameters in its own way; {MERGE}"].append(module)
+    if server == "TGI" and pair.kind == "linear" and not _TGI_MODULE.fullmatch(module):
+        refused[f"TGI drops a pair of any but the decoder layers' q, k, v, o, gate, up and down; {MERGE}"].append(
+            module
+        )
+    if server == "TGI" and pair.kind == "embedding":
+        refused[f"TGI knows no pair of an embedding; {MERGE}"].append(module)
     if server != "vLLM":
         return
     if pair.kind == "embedding" and leaf != "embed_tokens":
@@ -64,9 +87,11 @@ def _refuse_pair(module: str, pair: Pair, server: str, refused: Refusals) -> Non
         refused[f"vLLM takes ranks up to {MAX_VLLM_RANKS[-1]}; `veneer adapter resize` first"].append(module)
 
 
-def folded(adapter: Adapter) -> Adapter:
-    """The same ΔW with every scale 1 and every rank the largest one. Of linears and embeddings."""
+def folded(adapter: Adapter, multiple: int = 1) -> Adapter:
+    """The same ΔW with every scale 1 and every rank the largest one, or the next `multiple` above it. Of linears and
+    embeddings."""
     rank = max((p.rank for p in adapter.pairs.values()), default=0)
+    rank += -rank % multiple
     pairs = {}
     for name, pair in adapter.pairs.items():
         A, B = pair.A, _times(pair.B, pair.scale)
@@ -75,6 +100,34 @@ def folded(adapter: Adapter) -> Adapter:
             B = torch.cat([B, B.new_zeros(B.shape[0], more)], dim=1)
         pairs[name] = Pair(A, B, 1.0, pair.kind)
     return replace(adapter, pairs=pairs, rslora=False, card=replace(adapter.card, rank=rank, alpha=float(rank)))
+
+
+def in_every_layer(adapter: Adapter, layers: int) -> tuple[Adapter, int]:
+    """The adapter with pairs of zeros where a kind of module has one in some of the base's `layers` and not in all;
+    and how many were put in. Of modules that TGI knows. Raises AdapterError for a layer that the base has not."""
+    kinds: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in adapter.pairs:
+        found = _TGI_MODULE.fullmatch(name)
+        assert found is not None, name
+        kinds[found[2]][int(found["layer"])] = name
+    beyond = sorted(n for own in kinds.values() for i, n in own.items() if i >= layers)
+    if beyond:
+        raise AdapterError(f"the base has {layers} layers, and the adapter has {', '.join(beyond[:3])}")
+    pairs = dict(adapter.pairs)
+    for kind, own in kinds.items():
+        like = adapter.pairs[next(iter(own.values()))]
+        for layer in set(range(layers)) - set(own):
+            pairs[f"model.layers.{layer}.{kind}"] = replace(like, A=like.A * 0, B=like.B * 0)
+    return replace(adapter, pairs=pairs), len(pairs) - len(adapter.pairs)
+
+
+def tgi_notes(adapter: Adapter, filled: int) -> list[str]:
+    """What to know of an adapter folded for TGI."""
+    rank = next(p.rank for p in adapter.pairs.values())
+    notes = [f"rank {rank}: TGI scales it right on up to {rank // 8} GPUs"]
+    if filled:
+        notes.append(f"{filled} pairs of zeros: TGI drops a kind of module that any layer lacks")
+    return notes
 
 
 def _times(B: Tensor, scale: float) -> Tensor:
