@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "kept_memory", "load", "page_out", "status", "usable"]
+__all__ = ["attention", "kept_memory", "load", "page_out", "status", "strides", "usable"]
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
@@ -49,8 +49,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "token_nll": [_pointer, _pointer, _pointer, _int64, _int64, _int, _int],
 }
 _ATTENTION: dict[str, list[Any]] = {
-    "attend": [*[_pointer] * 5, *[_int64] * 4, _float, _int],
-    "attend_backward": [*[_pointer] * 9, *[_int64] * 4, _float, _int],
+    "attend": [*[_pointer] * 6, *[_int64] * 5, _float, _int],
+    "attend_backward": [*[_pointer] * 10, *[_int64] * 5, _float, _int],
 }
 """What only a processor with AVX512-BF16 has."""
 _reason = "not looked for yet"
@@ -128,12 +128,13 @@ def _self_test(library: ctypes.CDLL) -> str:
     if not torch.allclose(s.float(), x.float().masked_fill(future, -torch.inf).softmax(1), rtol=1e-2, atol=1e-5):
         return "causal_softmax"
     if _has_attention(library):
-        q, k, v = (torch.randn(1, 70, 32, generator=generator).bfloat16() for _ in range(3))
-        out, lse = torch.empty_like(q), torch.empty(1, 70)
+        q, k, v = (torch.randn(1, 70, 2, 40, generator=generator).bfloat16() for _ in range(3))
+        out, lse = torch.empty_like(q), torch.empty(1, 2, 70)
         pointers = [t.data_ptr() for t in (q, k, v, out, lse)]
-        library.attend(*pointers, 1, 70, 70, 32, 0.25, 1)
-        want = torch.softmax(0.25 * q.float() @ k.float().mT, -1) @ v.float()
-        if not torch.allclose(out.float(), want, rtol=2e-2, atol=2e-2):
+        library.attend(*pointers, strides(q, k, v, out), 1, 2, 70, 70, 40, 0.25, 1)
+        q, k, v = (t.float().transpose(1, 2) for t in (q, k, v))
+        want = torch.softmax(0.25 * q @ k.mT, -1) @ v
+        if not torch.allclose(out.float().transpose(1, 2), want, rtol=2e-2, atol=2e-2):
             return "attend"
     return ""
 
@@ -155,10 +156,21 @@ def usable(*tensors: Tensor) -> ctypes.CDLL | None:
 
 
 def attention(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The library if it has the attention kernels (a processor with AVX512-BF16) and they take these: as `usable`, and
-    the last dimension a multiple of 16."""
-    library = usable(*tensors) if all(t.shape[-1] % 16 == 0 for t in tensors) else None
-    return library if library is not None and _has_attention(library) else None
+    """The library if it has the attention kernels (a processor with AVX512-BF16) and they take these: bfloat16 on the
+    CPU, the last dimension even and lying together."""
+    if all(
+        t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.shape[-1] % 2 == 0 and t.stride(-1) == 1
+        for t in tensors
+    ):
+        library = load()
+        return library if library is not None and _has_attention(library) else None
+    return None
+
+
+def strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """All but the last of each, as the kernels for any layout take them."""
+    flat = [step for t in tensors for step in t.stride()[:-1]]
+    return (_int64 * len(flat))(*flat)
 
 
 def _has_attention(library: ctypes.CDLL) -> bool:

@@ -306,13 +306,19 @@ void token_nll(bf16 *logits, const int64_t *targets, float *nll, int64_t n, int6
 /* Attention where every query sees every key: o = softmax(scale q k^T) v, lse = log sum exp(scale q k^T). Neither scores nor
    probabilities are kept: they are made in tiles that stay in the second cache, and made again in backward (arXiv
    2205.14135, 2307.08691). All products go through `product`, whose B is packed so that 16 columns' pairs along the
-   summed side lie together, as vdpbf16ps takes them. Rows are contiguous; d is a multiple of 16. */
+   summed side lie together, as vdpbf16ps takes them. q, k, v, out and their gradients are (n, tokens, heads, d) in any
+   layout whose d lies together: `at` has the other three strides of each, in elements and in the order of the pointers.
+   d is even; what tiles need beyond it is zeros. */
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
 enum { TILE = 4, ROWS = 48, PANEL = 64, KEYS = 256 };
 
 const int has_attention = 1;
+
+static int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+static void *room(int64_t bytes) { return aligned_alloc(64, (size_t)padded_to(bytes, 64)); }
 
 /* C (4, 16 * n), n = 1 ... 4: c[r][.] (+)= sum over p of a[r * rs + p * ps] . b[p * ldb + .]; a and b in pairs of bf16. */
 #define PRODUCT(n)                                                                                                            \
@@ -353,30 +359,32 @@ static void product(const uint32_t *a, int64_t rs, int64_t ps, const uint32_t *b
     }
 }
 
-/* (n, d) -> panels of 64 rows, each (d / 2, 64) pairs along d; rows past n are zero. For products over d. */
-static void pack_columns(const bf16 *x, int64_t n, int64_t d, uint32_t *out) {
+/* n rows of x -> panels of 64 rows, each (D / 2, 64) pairs along d, zero past n and d. For products over d. Of a last panel
+   only as many columns as `product` reads, a multiple of 16, are written. */
+static void pack_columns(const bf16 *x, int64_t ld, int64_t n, int64_t d, int64_t D, uint32_t *out) {
     for (int64_t at = 0; at < n; at += PANEL) {
-        uint32_t *panel = out + at * (d / 2);
-        for (int64_t p = 0; p < d / 2; p++)
-            for (int64_t i = 0; i < PANEL; i++) {
-                uint32_t pair = 0;
-                if (at + i < n) memcpy(&pair, x + (at + i) * d + 2 * p, 4);
-                panel[p * PANEL + i] = pair;
-            }
+        uint32_t *panel = out + at * (D / 2);
+        int64_t real = n - at < PANEL ? n - at : PANEL, wide = padded_to(real, 16);
+        for (int64_t p = 0; p < D / 2; p++) {
+            int64_t i = 0;
+            if (2 * p < d)
+                for (; i < real; i++) memcpy(panel + p * PANEL + i, x + (at + i) * ld + 2 * p, 4);
+            for (; i < wide; i++) panel[p * PANEL + i] = 0;
+        }
     }
 }
 
-/* (n, d) -> (padded / 2, d) pairs along n; rows past n are zero. For products over rows. */
-static void pack_rows(const bf16 *x, int64_t n, int64_t padded, int64_t d, uint32_t *out) {
+/* n rows of x -> (padded / 2, D) pairs along n, zero past n and d; `padded` is even. For products over rows. */
+static void pack_rows(const bf16 *x, int64_t ld, int64_t n, int64_t padded, int64_t d, int64_t D, uint32_t *out) {
     for (int64_t i = 0; i < padded; i += 2) {
-        const bf16 *a = x + i * d, *b = a + d;
-        uint32_t *o = out + i / 2 * d;
+        const bf16 *a = x + i * ld, *b = a + ld;
+        uint32_t *o = out + i / 2 * D;
+        int64_t j = 0;
         if (i + 1 < n)
-            for (int64_t j = 0; j < d; j++) o[j] = (uint32_t)a[j] | (uint32_t)b[j] << 16;
+            for (; j < d; j++) o[j] = (uint32_t)a[j] | (uint32_t)b[j] << 16;
         else if (i < n)
-            for (int64_t j = 0; j < d; j++) o[j] = a[j];
-        else
-            memset(o, 0, d * 4);
+            for (; j < d; j++) o[j] = a[j];
+        for (; j < D; j++) o[j] = 0;
     }
 }
 
@@ -402,45 +410,55 @@ static inline void store_pairs(uint32_t *out, __m512 even, __m512 odd) {
     _mm512_storeu_si512(out, _mm512_or_si512(narrow(even), _mm512_slli_epi32(narrow(odd), 16)));
 }
 
-static int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-static void *room(int64_t bytes) { return aligned_alloc(64, (size_t)padded_to(bytes, 64)); }
-
 static void hide(float *s, int64_t rows, int64_t ld, int64_t from, int64_t to) { /* columns without a key */
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = from; j < to; j++) s[r * ld + j] = -__builtin_inff();
 }
 
-static void rows_of(const bf16 *x, int64_t at, int64_t n, int64_t d, bf16 *out) { /* ROWS of them, zero past n */
-    int64_t rows = n - at < ROWS ? n - at : ROWS;
-    memcpy(out, x + at * d, rows * d * sizeof(bf16));
-    memset(out + rows * d, 0, (ROWS - rows) * d * sizeof(bf16));
+static void rows_of(const bf16 *x, int64_t ld, int64_t n, int64_t padded, int64_t d, int64_t D, bf16 *out) {
+    for (int64_t r = 0; r < padded; r++) { /* zero past n and d */
+        int64_t real = r < n ? d : 0;
+        memcpy(out + r * D, x + r * ld, real * sizeof(bf16));
+        memset(out + r * D + real, 0, (D - real) * sizeof(bf16));
+    }
 }
 
-/* q (heads, S, d), k, v (heads, T, d) -> out (heads, S, d), lse (heads, S) float32 */
-void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, int64_t heads, int64_t S, int64_t T, int64_t d,
-            float scale, int threads) {
-    int64_t P = padded_to(T, KEYS);
+static void rows_to(const float *x, int64_t D, float by, int64_t n, int64_t d, bf16 *out, int64_t ld) {
+    for (int64_t r = 0; r < n; r++)
+#pragma omp simd
+        for (int64_t j = 0; j < d; j++) out[r * ld + j] = down(x[r * D + j] * by);
+}
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* q (n, S, heads, d), k, v (n, T, heads, d) -> out like q, lse (n, heads, S) float32 */
+void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, const int64_t *at, int64_t n, int64_t heads,
+            int64_t S, int64_t T, int64_t d, float scale, int threads) {
+    int64_t D = padded_to(d, 16), P = padded_to(T, PANEL);
 #pragma omp parallel num_threads(threads)
     {
-        uint32_t *kd = room(P * d * 2), *vk = room(P * d * 2);
-        bf16 *rows = room(ROWS * d * 2), *p = room(ROWS * KEYS * 2);
-        float *s = room(ROWS * KEYS * 4), *o = room(ROWS * d * 4), top[ROWS], sum[ROWS];
+        uint32_t *kd = room(P * D * 2), *vk = room(P * D * 2);
+        bf16 *rows = room(ROWS * D * 2), *p = room(ROWS * KEYS * 2);
+        float *s = room(ROWS * KEYS * 4), *o = room(ROWS * D * 4), top[ROWS], sum[ROWS];
 #pragma omp for schedule(static)
-        for (int64_t h = 0; h < heads; h++) {
-            pack_columns(k + h * T * d, T, d, kd);
-            pack_rows(v + h * T * d, T, P, d, vk);
-            for (int64_t at = 0; at < S; at += ROWS) {
-                rows_of(q + h * S * d, at, S, d, rows);
-                memset(o, 0, ROWS * d * 4);
-                for (int r = 0; r < ROWS; r++) top[r] = -__builtin_inff(), sum[r] = 0.0f;
+        for (int64_t i = 0; i < n * heads; i++) {
+            int64_t b = i / heads, h = i % heads;
+            const bf16 *qh = q + b * at[0] + h * at[2], *kh = k + b * at[3] + h * at[5], *vh = v + b * at[6] + h * at[8];
+            bf16 *oh = out + b * at[9] + h * at[11];
+            pack_columns(kh, at[4], T, d, D, kd);
+            pack_rows(vh, at[7], T, padded_to(T, 16), d, D, vk);
+            for (int64_t first = 0; first < S; first += ROWS) {
+                int64_t real = least(ROWS, S - first), padded = padded_to(real, TILE);
+                rows_of(qh + first * at[1], at[1], real, padded, d, D, rows);
+                memset(o, 0, padded * D * 4);
+                for (int r = 0; r < padded; r++) top[r] = -__builtin_inff(), sum[r] = 0.0f;
                 for (int64_t key = 0; key < T; key += KEYS) {
-                    int64_t wide = padded_to(T - key < KEYS ? T - key : KEYS, PANEL);
+                    int64_t keys = least(KEYS, T - key), wide = padded_to(keys, 16);
                     for (int64_t j = 0; j < wide; j += PANEL)
-                        product((const uint32_t *)rows, d / 2, 1, kd + (key + j) * (d / 2), PANEL, d / 2, s + j, KEYS, ROWS,
-                                PANEL, 0);
-                    if (T - key < wide) hide(s, ROWS, KEYS, T - key, wide);
-                    for (int r = 0; r < ROWS; r++) {
+                        product((const uint32_t *)rows, D / 2, 1, kd + (key + j) * (D / 2), PANEL, D / 2, s + j, KEYS, padded,
+                                least(PANEL, wide - j), 0);
+                    hide(s, padded, KEYS, keys, wide);
+                    for (int r = 0; r < padded; r++) {
                         float *x = s + r * KEYS;
                         __m512 most = _mm512_set1_ps(-__builtin_inff());
                         for (int64_t j = 0; j < wide; j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(x + j));
@@ -455,17 +473,14 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, 
                         float less = was == now ? 1.0f : exp32(was - now);
                         sum[r] = sum[r] * less + _mm512_reduce_add_ps(total);
                         top[r] = now;
-                        if (less != 1.0f)
-                            for (int64_t j = 0; j < d; j++) o[r * d + j] *= less;
+                        if (less != 1.0f && key > 0)
+                            for (int64_t j = 0; j < D; j++) o[r * D + j] *= less;
                     }
-                    product((const uint32_t *)p, KEYS / 2, 1, vk + key / 2 * d, d, wide / 2, o, d, ROWS, d, 1);
+                    product((const uint32_t *)p, KEYS / 2, 1, vk + key / 2 * D, D, wide / 2, o, D, padded, D, 1);
                 }
-                int64_t real = S - at < ROWS ? S - at : ROWS;
                 for (int64_t r = 0; r < real; r++) {
-                    float over = 1.0f / sum[r];
-                    bf16 *y = out + (h * S + at + r) * d;
-                    for (int64_t j = 0; j < d; j++) y[j] = down(o[r * d + j] * over);
-                    lse[h * S + at + r] = top[r] + __builtin_logf(sum[r]);
+                    rows_to(o + r * D, D, 1.0f / sum[r], 1, d, oh + (first + r) * at[10], 0);
+                    lse[i * S + first + r] = top[r] + __builtin_logf(sum[r]);
                 }
             }
         }
@@ -473,47 +488,56 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, 
     }
 }
 
-/* With g the gradient of out and dot (heads, S) float32 its products with out, summed over d: dv = p^T g,
-   ds = scale p (g v^T - dot), dq = ds k, dk = ds^T q. */
-void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const float *lse, const float *dot, const bf16 *g, bf16 *dq,
-                     bf16 *dk, bf16 *dv, int64_t heads, int64_t S, int64_t T, int64_t d, float scale, int threads) {
-    int64_t P = padded_to(T, KEYS), Q = padded_to(S, ROWS);
+/* With g the gradient of out: dv = p^T g, ds = scale p (g v^T - sum over d of g out), dq = ds k, dk = ds^T q. */
+void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const bf16 *g, bf16 *dq, bf16 *dk, bf16 *dv,
+                     const float *lse, const int64_t *at, int64_t n, int64_t heads, int64_t S, int64_t T, int64_t d, float scale,
+                     int threads) {
+    int64_t D = padded_to(d, 16), P = padded_to(T, PANEL), Q = padded_to(S, TILE);
 #pragma omp parallel num_threads(threads)
     {
-        uint32_t *kd = room(P * d * 2), *vd = room(P * d * 2), *kk = room(P * d * 2), *qq = room(Q * d * 2), *gg = room(Q * d * 2);
+        uint32_t *kd = room(P * D * 2), *vd = room(P * D * 2), *kk = room(P * D * 2), *qq = room(Q * D * 2), *gg = room(Q * D * 2);
         uint32_t *pt = room(ROWS * KEYS * 2), *st = room(ROWS * KEYS * 2);
-        bf16 *x = room(ROWS * d * 2), *y = room(ROWS * d * 2), *ds = room(ROWS * KEYS * 2);
-        float *s = room(ROWS * KEYS * 4), *t = room(ROWS * KEYS * 4);
-        float *sq = room(Q * d * 4), *sk = room(KEYS * d * 4), *sv = room(KEYS * d * 4);
+        bf16 *x = room(ROWS * D * 2), *y = room(ROWS * D * 2), *ds = room(ROWS * KEYS * 2);
+        float *s = room(ROWS * KEYS * 4), *t = room(ROWS * KEYS * 4), *dot = room(Q * 4);
+        float *sq = room(Q * D * 4), *sk = room(KEYS * D * 4), *sv = room(KEYS * D * 4);
 #pragma omp for schedule(static)
-        for (int64_t h = 0; h < heads; h++) {
-            const bf16 *qh = q + h * S * d, *gh = g + h * S * d;
-            pack_columns(k + h * T * d, T, d, kd);
-            pack_columns(v + h * T * d, T, d, vd);
-            pack_rows(k + h * T * d, T, P, d, kk);
-            pack_rows(qh, S, Q, d, qq);
-            pack_rows(gh, S, Q, d, gg);
-            memset(sq, 0, Q * d * 4);
+        for (int64_t i = 0; i < n * heads; i++) {
+            int64_t b = i / heads, h = i % heads;
+            const bf16 *qh = q + b * at[0] + h * at[2], *kh = k + b * at[3] + h * at[5], *vh = v + b * at[6] + h * at[8];
+            const bf16 *oh = out + b * at[9] + h * at[11], *gh = g + b * at[12] + h * at[14];
+            pack_columns(kh, at[4], T, d, D, kd);
+            pack_columns(vh, at[7], T, d, D, vd);
+            pack_rows(kh, at[4], T, padded_to(T, 16), d, D, kk);
+            pack_rows(qh, at[1], S, Q, d, D, qq);
+            pack_rows(gh, at[13], S, Q, d, D, gg);
+            for (int64_t r = 0; r < S; r++) {
+                const bf16 *a = gh + r * at[13], *c = oh + r * at[10];
+                float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t j = 0; j < d; j++) sum += up(a[j]) * up(c[j]);
+                dot[r] = sum;
+            }
+            memset(sq, 0, Q * D * 4);
             for (int64_t key = 0; key < T; key += KEYS) {
-                int64_t wide = padded_to(T - key < KEYS ? T - key : KEYS, PANEL);
-                memset(sk, 0, KEYS * d * 4);
-                memset(sv, 0, KEYS * d * 4);
-                for (int64_t at = 0; at < S; at += ROWS) {
-                    rows_of(qh, at, S, d, x);
-                    rows_of(gh, at, S, d, y);
+                int64_t keys = least(KEYS, T - key), wide = padded_to(keys, 16);
+                memset(sk, 0, wide * D * 4);
+                memset(sv, 0, wide * D * 4);
+                for (int64_t first = 0; first < S; first += ROWS) {
+                    int64_t real = least(ROWS, S - first), padded = padded_to(real, TILE);
+                    rows_of(qh + first * at[1], at[1], real, padded, d, D, x);
+                    rows_of(gh + first * at[13], at[13], real, padded, d, D, y);
                     for (int64_t j = 0; j < wide; j += PANEL) {
-                        int64_t panel = (key + j) * (d / 2);
-                        product((const uint32_t *)x, d / 2, 1, kd + panel, PANEL, d / 2, s + j, KEYS, ROWS, PANEL, 0);
-                        product((const uint32_t *)y, d / 2, 1, vd + panel, PANEL, d / 2, t + j, KEYS, ROWS, PANEL, 0);
+                        int64_t panel = (key + j) * (D / 2), some = least(PANEL, wide - j);
+                        product((const uint32_t *)x, D / 2, 1, kd + panel, PANEL, D / 2, s + j, KEYS, padded, some, 0);
+                        product((const uint32_t *)y, D / 2, 1, vd + panel, PANEL, D / 2, t + j, KEYS, padded, some, 0);
                     }
-                    if (T - key < wide) hide(s, ROWS, KEYS, T - key, wide);
+                    hide(s, padded, KEYS, keys, wide);
                     __m512 by = _mm512_set1_ps(scale);
-                    for (int r = 0; r < ROWS; r += 2) {
+                    for (int r = 0; r < padded; r += 2) {
                         float shift[2], mean[2];
                         for (int e = 0; e < 2; e++) { /* a row past the last has no probability */
-                            int real = at + r + e < S;
-                            shift[e] = real ? lse[h * S + at + r + e] : __builtin_inff();
-                            mean[e] = real ? dot[h * S + at + r + e] : 0.0f;
+                            shift[e] = r + e < real ? lse[i * S + first + r + e] : __builtin_inff();
+                            mean[e] = r + e < real ? dot[first + r + e] : 0.0f;
                         }
                         for (int64_t j = 0; j < wide; j += 16) {
                             __m512 pr[2], dr[2];
@@ -528,20 +552,17 @@ void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const float *l
                             store_pairs(st + r / 2 * KEYS + j, dr[0], dr[1]);
                         }
                     }
-                    product(pt, 1, KEYS, gg + at / 2 * d, d, ROWS / 2, sv, d, wide, d, 1);
-                    product(st, 1, KEYS, qq + at / 2 * d, d, ROWS / 2, sk, d, wide, d, 1);
-                    product((const uint32_t *)ds, KEYS / 2, 1, kk + key / 2 * d, d, wide / 2, sq + at * d, d, ROWS, d, 1);
+                    product(pt, 1, KEYS, gg + first / 2 * D, D, padded / 2, sv, D, wide, D, 1);
+                    product(st, 1, KEYS, qq + first / 2 * D, D, padded / 2, sk, D, wide, D, 1);
+                    product((const uint32_t *)ds, KEYS / 2, 1, kk + key / 2 * D, D, wide / 2, sq + first * D, D, padded, D, 1);
                 }
-                int64_t real = T - key < KEYS ? T - key : KEYS;
-                for (int64_t i = 0; i < real * d; i++) {
-                    dk[(h * T + key) * d + i] = down(sk[i] * scale);
-                    dv[(h * T + key) * d + i] = down(sv[i]);
-                }
+                rows_to(sk, D, scale, keys, d, dk + b * at[18] + key * at[19] + h * at[20], at[19]);
+                rows_to(sv, D, 1.0f, keys, d, dv + b * at[21] + key * at[22] + h * at[23], at[22]);
             }
-            for (int64_t i = 0; i < S * d; i++) dq[h * S * d + i] = down(sq[i] * scale);
+            rows_to(sq, D, scale, S, d, dq + b * at[15] + h * at[17], at[16]);
         }
         free(kd), free(vd), free(kk), free(qq), free(gg), free(pt), free(st), free(x), free(y), free(ds);
-        free(s), free(t), free(sq), free(sk), free(sv);
+        free(s), free(t), free(dot), free(sq), free(sk), free(sv);
     }
 }
 #else

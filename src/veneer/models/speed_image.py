@@ -237,8 +237,8 @@ def _unet_forward(original: Callable[..., Any], joins: list[Join]) -> Callable[.
         if second is None:
             out = joint_attention(first.view(n, first.shape[1], 3, self.heads, -1))
         else:
-            k, v = second.view(n, second.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            out = attention(first.view(n, first.shape[1], self.heads, -1).transpose(1, 2), k, v)
+            k, v = second.view(n, second.shape[1], 2, self.heads, -1).unbind(2)
+            out = attention(first.view(n, first.shape[1], self.heads, -1), k, v)
         return self.to_out[1](self.to_out[0](out))
 
     return forward
