@@ -13,6 +13,7 @@ On the CPU in bfloat16 the element-wise parts go through veneer.kernels where th
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -104,6 +105,20 @@ class _Thin:
         for p, block in zip(pairs, self.blocks, strict=True):
             self.sB[block] = p.B * p.scale
 
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """y += u·(s·B)ᵀ; u."""
+        u = x @ self.A.t()
+        for rows, columns in self.blocks:
+            y[:, rows].addmm_(u[:, columns], self.sB[rows, columns].t())
+        return u
+
+    def through(self, g: Tensor, dx: Tensor | None) -> Tensor:
+        """dx += du·A, if there is one; du."""
+        du = g @ self.sB
+        if dx is not None:
+            dx.addmm_(du, self.A)
+        return du
+
     def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
         """[dA₁, dB₁, dA₂, …] from the output's gradient g: (N, Σ out) and du = g·s·B: (N, Σ rank)."""
         dA = du.t() @ x
@@ -113,38 +128,70 @@ class _Thin:
             out += [dA[columns].to(of_A), dB.to(of_B).mul_(scale)]
         return out
 
-    def add_(self, y: Tensor, u: Tensor) -> Tensor:
-        """y += u·(s·B)ᵀ"""
-        for rows, columns in self.blocks:
-            y[:, rows].addmm_(u[:, columns], self.sB[rows, columns].t())
-        return y
+
+class _NativeThin:
+    """The same in three compiled calls, which cast and stack for themselves; u and du have ranks padded to 16. On the
+    few hundred tokens of a small picture dispatch of a dozen operations takes several times as long as they do."""
+
+    def __init__(self, linears: Linears, library: ctypes.CDLL) -> None:
+        pairs = linears.pairs
+        self.library, self.count, self.factors = library, len(pairs), [(p.A, p.B) for p in pairs]
+        self.table = (kernels.Pair * len(pairs))(
+            *((p.A.data_ptr(), p.B.data_ptr(), p.first, p.last, len(p.A), p.scale) for p in pairs)
+        )
+        self.ranks = sum(-(-len(p.A) // 16) * 16 for p in pairs)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        u = x.new_empty(len(x), self.ranks)
+        sizes = len(x), x.shape[1], y.shape[1], torch.get_num_threads()
+        self.library.thin_add(self.table, self.count, x.data_ptr(), y.data_ptr(), u.data_ptr(), *sizes)
+        return u
+
+    def through(self, g: Tensor, dx: Tensor | None) -> Tensor:
+        du = g.new_empty(len(g), self.ranks)
+        pointers = g.data_ptr(), du.data_ptr(), None if dx is None else dx.data_ptr()
+        sizes = len(g), self.factors[0][0].shape[1], g.shape[1], torch.get_num_threads()
+        self.library.thin_through(self.table, self.count, *pointers, *sizes)
+        return du
+
+    def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
+        out = [torch.empty_like(t) for pair in self.factors for t in pair]
+        dA, dB = ((ctypes.c_void_p * self.count)(*(t.data_ptr() for t in out[which::2])) for which in (0, 1))
+        pointers = g.data_ptr(), x.data_ptr(), u.data_ptr(), du.data_ptr(), dA, dB
+        sizes = len(g), x.shape[1], g.shape[1], torch.get_num_threads()
+        self.library.thin_gradients(self.table, self.count, *pointers, *sizes)
+        return out
+
+
+def _thin(linears: Linears, x: Tensor, y: Tensor) -> _Thin | _NativeThin:
+    library = kernels.thin(x, y)
+    fits = library is not None and all(
+        t.dtype == torch.float32 and t.is_contiguous() and t.device == x.device and not p.first % 16 and not p.last % 16
+        for p in linears.pairs
+        for t in (p.A, p.B)
+    )
+    return _NativeThin(linears, library) if library is not None and fits else _Thin(linears, x.dtype)
 
 
 def _flat(linears: Linears) -> list[Tensor]:
     return [t for p in linears.pairs for t in (p.A, p.B)]
 
 
-def _forward(x: Tensor, linears: Linears) -> tuple[Tensor, Tensor | None, _Thin | None]:
+def _forward(x: Tensor, linears: Linears) -> tuple[Tensor, Tensor | None, _Thin | _NativeThin | None]:
     """y, and for backward u = x·Aᵀ and the thin factors, which small layers pay more to make again than to keep."""
     y = F.linear(x, linears.weight, linears.bias)
     if not linears.pairs:
         return y, None, None
-    thin = _Thin(linears, x.dtype)
-    u = x @ thin.A.t()
-    return thin.add_(y, u), u, thin
+    thin = _thin(linears, x, y)
+    return y, thin.add(x, y), thin
 
 
 def _input_gradient(
-    g: Tensor, weight: Tensor, thin: _Thin | None, need_dx: bool
+    g: Tensor, weight: Tensor, thin: _Thin | _NativeThin | None, need_dx: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx, and du = g·s·B for the pairs' own gradients."""
     dx = g @ weight if need_dx else None
-    if thin is None:
-        return dx, None
-    du = g @ thin.sB
-    if dx is not None:
-        dx.addmm_(du, thin.A)
-    return dx, du
+    return dx, None if thin is None else thin.through(g, dx)
 
 
 class _Linears(torch.autograd.Function):
@@ -158,7 +205,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, u, *_ = ctx.saved_tensors
-        thin = ctx.thin
+        g, thin = g.contiguous(), ctx.thin
         dx, du = _input_gradient(g, ctx.weight, thin, ctx.needs_input_grad[0])
         pairs = thin.gradients(g, x, u, du) if thin is not None and du is not None else []
         return (dx, None, *pairs)
@@ -189,7 +236,7 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, both, u, u_down, *_ = ctx.saved_tensors
-        thin = ctx.thin_down
+        g, thin = g.contiguous(), ctx.thin_down
         dh, du = _input_gradient(g, ctx.weights[1], thin, True)
         assert dh is not None
         d_both, h = _gated_backward(dh, both, ctx.act)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "kept_memory", "load", "page_out", "status", "strides", "usable"]
+__all__ = ["Pair", "attention", "kept_memory", "load", "page_out", "status", "strides", "thin", "usable"]
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
@@ -48,9 +48,12 @@ _SIGNATURES: dict[str, list[Any]] = {
     "softmax_backward": [_pointer, _pointer, _int64, _int64, _int],
     "token_nll": [_pointer, _pointer, _pointer, _int64, _int64, _int, _int],
 }
-_ATTENTION: dict[str, list[Any]] = {
+_PRODUCTS: dict[str, list[Any]] = {
     "attend": [*[_pointer] * 6, *[_int64] * 5, _float, _int],
     "attend_backward": [*[_pointer] * 10, *[_int64] * 5, _float, _int],
+    "thin_add": [_pointer, _int, *[_pointer] * 3, *[_int64] * 3, _int],
+    "thin_through": [_pointer, _int, *[_pointer] * 3, *[_int64] * 3, _int],
+    "thin_gradients": [_pointer, _int, *[_pointer] * 6, *[_int64] * 3, _int],
 }
 """What only a processor with AVX512-BF16 has."""
 _reason = "not looked for yet"
@@ -95,8 +98,8 @@ def load() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(_build(compiler, Path(__file__).with_name("native.c"))))
-        attention_too = _ATTENTION if _has_attention(library) else {}
-        for name, arguments in (_SIGNATURES | attention_too).items():
+        products_too = _PRODUCTS if _has_products(library) else {}
+        for name, arguments in (_SIGNATURES | products_too).items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
         wrong = _self_test(library)
@@ -127,7 +130,7 @@ def _self_test(library: ctypes.CDLL) -> str:
     future = torch.arange(72)[None] > torch.arange(65, 72)[:, None]
     if not torch.allclose(s.float(), x.float().masked_fill(future, -torch.inf).softmax(1), rtol=1e-2, atol=1e-5):
         return "causal_softmax"
-    if _has_attention(library):
+    if _has_products(library):
         q, k, v = (torch.randn(1, 70, 2, 40, generator=generator).bfloat16() for _ in range(3))
         out, lse = torch.empty_like(q), torch.empty(1, 2, 70)
         pointers = [t.data_ptr() for t in (q, k, v, out, lse)]
@@ -162,9 +165,27 @@ def attention(*tensors: Tensor) -> ctypes.CDLL | None:
         t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.shape[-1] % 2 == 0 and t.stride(-1) == 1
         for t in tensors
     ):
-        library = load()
-        return library if library is not None and _has_attention(library) else None
+        return _with_products()
     return None
+
+
+def thin(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The library if it has the kernels of thin products (as `attention`) and they take these as x or y: as `usable`,
+    and the last dimension a multiple of 16."""
+    return _with_products() if usable(*tensors) is not None and all(t.shape[-1] % 16 == 0 for t in tensors) else None
+
+
+class Pair(ctypes.Structure):
+    """A pair as the kernels of thin products take it; A and B are pointers to contiguous float32."""
+
+    _fields_ = (
+        ("A", _pointer),
+        ("B", _pointer),
+        ("first", _int64),
+        ("last", _int64),
+        ("rank", _int64),
+        ("scale", _float),
+    )
 
 
 def strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
@@ -173,8 +194,13 @@ def strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
     return (_int64 * len(flat))(*flat)
 
 
-def _has_attention(library: ctypes.CDLL) -> bool:
-    return bool(_int.in_dll(library, "has_attention").value)
+def _with_products() -> ctypes.CDLL | None:
+    library = load()
+    return library if library is not None and _has_products(library) else None
+
+
+def _has_products(library: ctypes.CDLL) -> bool:
+    return bool(_int.in_dll(library, "has_products").value)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc

@@ -314,7 +314,7 @@ void token_nll(bf16 *logits, const int64_t *targets, float *nll, int64_t n, int6
 
 enum { TILE = 4, ROWS = 48, PANEL = 64, KEYS = 256 };
 
-const int has_attention = 1;
+const int has_products = 1;
 
 static int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -565,6 +565,188 @@ void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *ou
         free(s), free(t), free(dot), free(sq), free(sk), free(sv);
     }
 }
+
+/* The thin half of joined projections with their pairs. Each pair has columns first ... last - 1 of the output for its own,
+   all of them multiples of 16; what is rank in u and du is padded to 16, pair after pair, R in all. A (rank, in) and
+   B (last - first, rank) are float32: they are rounded to bf16, B after the scale, as they are packed. */
+typedef struct {
+    const float *A, *B;
+    int64_t first, last, rank;
+    float scale;
+} pair;
+
+static inline uint32_t two(float a, float b) { return (uint32_t)down(a) | (uint32_t)down(b) << 16; }
+
+static int64_t padded_ranks(const pair *pairs, int count) {
+    int64_t R = 0;
+    for (int i = 0; i < count; i++) R += padded_to(pairs[i].rank, 16);
+    return R;
+}
+
+/* x (rows, columns) float32 -> (columns / 2, ld) pairs along the columns, x's rows side by side; zero to padded rows */
+static void pack_down(const float *x, int64_t rows, int64_t padded, int64_t columns, int64_t odd, float by, uint32_t *out,
+                      int64_t ld) {
+    for (int64_t r = 0; r < padded; r++)
+        for (int64_t p = 0; p < odd / 2; p++) {
+            float a = r < rows && 2 * p < columns ? x[r * columns + 2 * p] : 0.0f;
+            float b = r < rows && 2 * p + 1 < columns ? x[r * columns + 2 * p + 1] : 0.0f;
+            out[p * ld + r] = two(a * by, b * by);
+        }
+}
+
+/* x (rows, columns) float32 -> (padded / 2, ld) pairs along the rows; zero to padded rows and `wide` columns */
+static void pack_along(const float *x, int64_t rows, int64_t padded, int64_t columns, int64_t wide, float by, uint32_t *out,
+                       int64_t ld) {
+    for (int64_t r = 0; r < padded; r += 2)
+        for (int64_t j = 0; j < wide; j++) {
+            float a = r < rows && j < columns ? x[r * columns + j] : 0.0f;
+            float b = r + 1 < rows && j < columns ? x[(r + 1) * columns + j] : 0.0f;
+            out[r / 2 * ld + j] = two(a * by, b * by);
+        }
+}
+
+/* y[r][.] += c[r][.] */
+static void add_rows(const float *c, int64_t rows, int64_t columns, bf16 *y, int64_t ld) {
+    for (int64_t r = 0; r < rows; r++)
+#pragma omp simd
+        for (int64_t j = 0; j < columns; j++) y[r * ld + j] = down(up(y[r * ld + j]) + c[r * columns + j]);
+}
+
+/* Rows first ... of x (n, ld) for `product`: themselves, or a copy where fewer than a tile are left. */
+static const uint32_t *tile_rows(const bf16 *x, int64_t first, int64_t real, int64_t padded, int64_t ld, bf16 *copy) {
+    if (real == padded) return (const uint32_t *)(x + first * ld);
+    rows_of(x + first * ld, ld, real, padded, ld, ld, copy);
+    return (const uint32_t *)copy;
+}
+
+/* u = x A^T, and y += s u B^T on each pair's columns. x (n, in), y (n, out), u (n, R). */
+void thin_add(const pair *pairs, int count, const bf16 *x, bf16 *y, bf16 *u, int64_t n, int64_t in, int64_t out, int threads) {
+    int64_t R = padded_ranks(pairs, count), at = 0, cells = 0;
+    uint32_t *A = room(in * R * 2), *B = room(R * out * 2); /* more than B needs where pairs have columns of their own */
+    for (int i = 0; i < count; i++) {
+        const pair *p = pairs + i;
+        int64_t padded = padded_to(p->rank, 16), wide = p->last - p->first;
+        pack_down(p->A, p->rank, padded, in, in, 1.0f, A + at, R);
+        pack_down(p->B, wide, wide, p->rank, padded, p->scale, B + cells, wide);
+        at += padded, cells += padded / 2 * wide;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        bf16 *copy = room(TILE * in * 2), *thin = room(ROWS * R * 2);
+        float *c = room(ROWS * (R > KEYS ? R : KEYS) * 4);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < n; first += ROWS) {
+            int64_t real = least(ROWS, n - first), whole = real / TILE * TILE, padded = padded_to(real, TILE);
+            product((const uint32_t *)(x + first * in), in / 2, 1, A, R, in / 2, c, R, whole, R, 0);
+            if (whole < real) {
+                const uint32_t *last = tile_rows(x, first + whole, real - whole, TILE, in, copy);
+                product(last, in / 2, 1, A, R, in / 2, c + whole * R, R, TILE, R, 0);
+            }
+            rows_to(c, R, 1.0f, padded, R, thin, R);
+            memcpy(u + first * R, thin, real * R * sizeof(bf16));
+            const uint32_t *b = B;
+            int64_t start = 0;
+            for (int i = 0; i < count; i++) {
+                int64_t rank = padded_to(pairs[i].rank, 16), wide = pairs[i].last - pairs[i].first;
+                for (int64_t j = 0; j < wide; j += KEYS) {
+                    int64_t some = least(KEYS, wide - j);
+                    product((const uint32_t *)(thin + start), R / 2, 1, b + j, wide, rank / 2, c, some, padded, some, 0);
+                    add_rows(c, real, some, y + first * out + pairs[i].first + j, out);
+                }
+                start += rank, b += rank / 2 * wide;
+            }
+        }
+        free(copy), free(thin), free(c);
+    }
+    free(A), free(B);
+}
+
+/* du = s g B, and dx += du A unless dx is NULL. g (n, out), du (n, R), dx (n, in). */
+void thin_through(const pair *pairs, int count, const bf16 *g, bf16 *du, bf16 *dx, int64_t n, int64_t in, int64_t out,
+                  int threads) {
+    int64_t R = padded_ranks(pairs, count), at = 0, cells = 0;
+    uint32_t *A = room(in * R * 2), *B = room(R * out * 2);
+    for (int i = 0; i < count; i++) {
+        const pair *p = pairs + i;
+        int64_t padded = padded_to(p->rank, 16), wide = p->last - p->first;
+        pack_along(p->A, p->rank, padded, in, in, 1.0f, A + at / 2 * in, in);
+        pack_along(p->B, wide, wide, p->rank, padded, p->scale, B + cells, padded);
+        at += padded, cells += padded * wide / 2;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        bf16 *copy = room(ROWS * out * 2), *thin = room(ROWS * R * 2);
+        float *c = room(ROWS * (R > KEYS ? R : KEYS) * 4);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < n; first += ROWS) {
+            int64_t real = least(ROWS, n - first), padded = padded_to(real, TILE), start = 0;
+            const uint32_t *rows = tile_rows(g, first, real, padded, out, copy), *b = B;
+            for (int i = 0; i < count; i++) {
+                int64_t rank = padded_to(pairs[i].rank, 16), wide = pairs[i].last - pairs[i].first;
+                product(rows + pairs[i].first / 2, out / 2, 1, b, rank, wide / 2, c + start, R, padded, rank, 0);
+                start += rank, b += rank * wide / 2;
+            }
+            rows_to(c, R, 1.0f, padded, R, thin, R);
+            memcpy(du + first * R, thin, real * R * sizeof(bf16));
+            for (int64_t j = 0; dx && j < in; j += KEYS) {
+                int64_t some = least(KEYS, in - j);
+                product((const uint32_t *)thin, R / 2, 1, A + j, in, R / 2, c, some, padded, some, 0);
+                add_rows(c, real, some, dx + first * in + j, in);
+            }
+        }
+        free(copy), free(thin), free(c);
+    }
+    free(A), free(B);
+}
+
+/* dA[i] = du^T x and dB[i] = s g^T u on each pair's rows and columns, float32. Shared out by columns of x and g, so that no
+   sum depends on the number of threads. */
+void thin_gradients(const pair *pairs, int count, const bf16 *g, const bf16 *x, const bf16 *u, const bf16 *du, float **dA,
+                    float **dB, int64_t n, int64_t in, int64_t out, int threads) {
+    enum { DEEP = 128 };
+    int64_t R = padded_ranks(pairs, count), even = padded_to(n, 2), of_x = padded_to(in, PANEL) / PANEL, panels = of_x;
+    uint32_t *pu = room(even * R * 2), *pdu = room(even * R * 2);
+    pack_rows(u, R, n, even, R, R, pu);
+    pack_rows(du, R, n, even, R, R, pdu);
+    for (int i = 0; i < count; i++) panels += padded_to(pairs[i].last - pairs[i].first, PANEL) / PANEL;
+#pragma omp parallel num_threads(threads)
+    {
+        uint32_t *packed = room(DEEP / 2 * PANEL * 4);
+        float *c = room((R > PANEL ? R : PANEL) * PANEL * 4);
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < panels; item++) {
+            int i = 0;
+            int64_t start = 0, panel = item - of_x;
+            if (item >= of_x) /* the pair whose columns of g these are, and where its rank starts in u */
+                for (; panel >= padded_to(pairs[i].last - pairs[i].first, PANEL) / PANEL; i++) {
+                    panel -= padded_to(pairs[i].last - pairs[i].first, PANEL) / PANEL;
+                    start += padded_to(pairs[i].rank, 16);
+                }
+            int of_g = item >= of_x;
+            int64_t j = (of_g ? panel : item) * PANEL, ld = of_g ? out : in;
+            int64_t some = least(PANEL, (of_g ? pairs[i].last - pairs[i].first : in) - j);
+            int64_t rows = of_g ? padded_to(pairs[i].rank, 16) : R;
+            const bf16 *from = of_g ? g + pairs[i].first + j : x + j;
+            const uint32_t *a = of_g ? pu + start : pdu;
+            for (int64_t at = 0; at < n; at += DEEP) {
+                int64_t real = least(DEEP, n - at), padded = padded_to(real, 2);
+                pack_rows(from + at * ld, ld, real, padded, some, some, packed);
+                product(a + at / 2 * R, 1, R, packed, some, padded / 2, c, PANEL, rows, some, at > 0);
+            }
+            if (of_g) {
+                for (int64_t col = 0; col < some; col++)
+                    for (int64_t r = 0; r < pairs[i].rank; r++)
+                        dB[i][(j + col) * pairs[i].rank + r] = c[r * PANEL + col] * pairs[i].scale;
+            } else {
+                for (int64_t k = 0; k < count; start += padded_to(pairs[k++].rank, 16))
+                    for (int64_t r = 0; r < pairs[k].rank; r++)
+                        memcpy(dA[k] + r * in + j, c + (start + r) * PANEL, some * sizeof(float));
+            }
+        }
+        free(packed), free(c);
+    }
+    free(pu), free(pdu);
+}
 #else
-const int has_attention = 0;
+const int has_products = 0;
 #endif
