@@ -3,6 +3,7 @@
     linears      y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ        one product for projections that share x, each with its own pair
     gated_mlp    y = down(act(gate(x)) ⊙ up(x))
     rms_norm     y = w ⊙ x / √(mean x² + ε)
+    norm_silu    y = silu(w ⊙ x̂ + b), x̂ over groups of channels of x plus a shift of each channel
     token_nll    Σ −log softmax(h·Wᵀ)[target], never holding more than a chunk of logits
 
 Each has its slow reference, named in its docstring and compared in tests/core/test_fused.py; attention is next door in
@@ -33,6 +34,7 @@ __all__ = [
     "joined",
     "linears",
     "lora_linear",
+    "norm_silu",
     "rms_norm",
     "token_nll",
 ]
@@ -400,6 +402,47 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Reference: F.rms_norm."""
     out: Tensor = _RmsNorm.apply(x.contiguous(), weight, eps)
+    return out
+
+
+class _NormSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
+    ) -> Tensor:
+        native = kernels.usable(x)
+        assert native is not None
+        ctx.save_for_backward(x, shift, weight, bias)
+        n, channels = x.shape[:2]
+        ctx.how = n, groups, channels // groups, x[0, 0].numel(), eps, torch.get_num_threads()
+        y = torch.empty_like(x)
+        native.norm_silu(*(_pointer(t) for t in (x, shift, weight, bias, y)), *ctx.how)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, shift, weight, bias = ctx.saved_tensors
+        g, dx = g.contiguous(), torch.empty_like(x)
+        native = kernels.usable(g)
+        assert native is not None
+        native.norm_silu_backward(*(_pointer(t) for t in (g, x, shift, weight, bias, dx)), *ctx.how)
+        return dx, *[None] * 5
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """silu(F.group_norm(x + shift)). x: (n, channels, …), shift: (n, channels) or None.
+
+    Reads x once and keeps it alone. Reference, and what runs where anything but x is trained or there is no kernel: the
+    same line by line."""
+    given = [t for t in (shift, weight, bias) if t is not None]
+    if any(t.requires_grad for t in given) or not x.numel() or kernels.usable(x, *given) is None:
+        x = x if shift is None else x + shift.view(*shift.shape, *[1] * (x.ndim - 2))
+        return F.silu(F.group_norm(x, groups, weight, bias, eps))
+    out: Tensor = _NormSilu.apply(x, shift, weight, bias, groups, eps)
     return out
 
 

@@ -24,6 +24,10 @@ static inline bf16 down(float f) {
     return (bf16)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
+static int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+static void *room(int64_t bytes) { return aligned_alloc(64, (size_t)padded_to(bytes, 64)); }
+
 /* e^x to about 2 units in the last place of float32; 0 below -87, and no overflow for the x <= 0 of a softmax. Cody-Waite
    reduction x = n ln2 + r, then a polynomial in r (the coefficients of Cephes expf). */
 static inline float exp32(float x) {
@@ -77,6 +81,147 @@ void rms_norm_backward(const bf16 *g, const bf16 *x, const bf16 *w, bf16 *dx, in
         float c = r * r * r * dot / (float)d;
 #pragma omp simd
         for (int64_t j = 0; j < d; j++) di[j] = down(up(gi[j]) * up(w[j]) * r - up(xi[j]) * c);
+    }
+}
+
+/* Compilers make poor vectors of loops over both 16 and 32 bits: rows are widened, worked on as floats in the first cache,
+   and narrowed again. */
+#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+
+static inline __m512 exp512(__m512 x) { /* exp32, and what is far below is 0 */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+static inline void widen(const bf16 *x, float add, float *y, int64_t n) { /* y = x + add */
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) {
+        __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(x + j))), 16);
+        _mm512_storeu_ps(y + j, _mm512_add_ps(_mm512_castsi512_ps(wide), _mm512_set1_ps(add)));
+    }
+    for (; j < n; j++) y[j] = up(x[j]) + add;
+}
+
+static inline void narrow_to(const float *x, bf16 *y, int64_t n) {
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16)
+        _mm256_storeu_si256((__m256i *)(y + j), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + j)));
+    for (; j < n; j++) y[j] = down(x[j]);
+}
+
+static inline void logistic(const float *x, float *y, int64_t n) { /* y = 1 / (1 + e^-x) */
+    __m512 one = _mm512_set1_ps(1.0f);
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) {
+        __m512 e = exp512(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(x + j)));
+        _mm512_storeu_ps(y + j, _mm512_div_ps(one, _mm512_add_ps(one, e)));
+    }
+    for (; j < n; j++) y[j] = 1.0f / (1.0f + exp32(-x[j]));
+}
+#else
+static inline void widen(const bf16 *x, float add, float *y, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) y[j] = up(x[j]) + add;
+}
+
+static inline void narrow_to(const float *x, bf16 *y, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) y[j] = down(x[j]);
+}
+
+static inline void logistic(const float *x, float *y, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) y[j] = 1.0f / (1.0f + exp32(-x[j]));
+}
+#endif
+
+static inline float mean_of(const float *x, int64_t n) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += x[j];
+    return sum / (float)n;
+}
+
+/* x -= mean; 1 / sqrt(var + eps) */
+static inline float centre(float *x, int64_t n, float mean, float eps) {
+    float var = 0.0f;
+#pragma omp simd reduction(+ : var)
+    for (int64_t j = 0; j < n; j++) {
+        x[j] -= mean;
+        var += x[j] * x[j];
+    }
+    return 1.0f / __builtin_sqrtf(var / (float)n + eps);
+}
+
+/* x (n, groups, per, places), shift (n, groups, per) or NULL, w and b (groups, per). y = silu(z), with z the norm of x + shift
+   over per and places, times w, plus b. */
+void norm_silu(const bf16 *x, const bf16 *shift, const bf16 *w, const bf16 *b, bf16 *y, int64_t n, int64_t groups, int64_t per,
+               int64_t places, float eps, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t all = per * places;
+        float *z = room(all * 4), *t = room(places * 4);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n * groups; i++) {
+            for (int64_t c = 0; c < per; c++)
+                widen(x + i * all + c * places, shift ? up(shift[i * per + c]) : 0.0f, z + c * places, places);
+            float r = centre(z, all, mean_of(z, all), eps);
+            for (int64_t c = 0; c < per; c++) {
+                float m = r * up(w[i % groups * per + c]), a = up(b[i % groups * per + c]), *v = z + c * places;
+#pragma omp simd
+                for (int64_t j = 0; j < places; j++) v[j] = v[j] * m + a;
+                logistic(v, t, places);
+#pragma omp simd
+                for (int64_t j = 0; j < places; j++) v[j] *= t[j];
+            }
+            narrow_to(z, y + i * all, all);
+        }
+        free(z), free(t);
+    }
+}
+
+/* With e the gradient of the norm itself and z that norm: dx = r (e - mean e - z mean(e z)) */
+void norm_silu_backward(const bf16 *g, const bf16 *x, const bf16 *shift, const bf16 *w, const bf16 *b, bf16 *dx, int64_t n,
+                        int64_t groups, int64_t per, int64_t places, float eps, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t all = per * places;
+        float *e = room(all * 4), *c = room(all * 4), *v = room(places * 4), *t = room(places * 4);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n * groups; i++) {
+            widen(g + i * all, 0.0f, e, all);
+            for (int64_t k = 0; k < per; k++)
+                widen(x + i * all + k * places, shift ? up(shift[i * per + k]) : 0.0f, c + k * places, places);
+            float r = centre(c, all, mean_of(c, all), eps), sum = 0.0f, dot = 0.0f;
+            for (int64_t k = 0; k < per; k++) {
+                float m = up(w[i % groups * per + k]), a = up(b[i % groups * per + k]), *ek = e + k * places, *ck = c + k * places;
+#pragma omp simd
+                for (int64_t j = 0; j < places; j++) v[j] = ck[j] * r * m + a;
+                logistic(v, t, places);
+#pragma omp simd
+                for (int64_t j = 0; j < places; j++) ek[j] *= t[j] * (1.0f + v[j] * (1.0f - t[j])) * m;
+            }
+#pragma omp simd reduction(+ : sum, dot)
+            for (int64_t j = 0; j < all; j++) {
+                sum += e[j];
+                dot += e[j] * c[j];
+            }
+            sum /= (float)all, dot *= r * r / (float)all;
+#pragma omp simd
+            for (int64_t j = 0; j < all; j++) e[j] = r * (e[j] - sum - c[j] * dot);
+            narrow_to(e, dx + i * all, all);
+        }
+        free(e), free(c), free(v), free(t);
     }
 }
 
@@ -310,15 +455,9 @@ void token_nll(bf16 *logits, const int64_t *targets, float *nll, int64_t n, int6
    layout whose d lies together: `at` has the other three strides of each, in elements and in the order of the pointers.
    d is even; what tiles need beyond it is zeros. */
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
-
 enum { TILE = 4, ROWS = 48, PANEL = 64, KEYS = 256 };
 
 const int has_products = 1;
-
-static int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-static void *room(int64_t bytes) { return aligned_alloc(64, (size_t)padded_to(bytes, 64)); }
 
 /* C (4, 16 * n), n = 1 ... 4: c[r][.] (+)= sum over p of a[r * rs + p * ps] . b[p * ldb + .]; a and b in pairs of bf16. */
 #define PRODUCT(n)                                                                                                            \
@@ -386,20 +525,6 @@ static void pack_rows(const bf16 *x, int64_t ld, int64_t n, int64_t padded, int6
             for (; j < d; j++) o[j] = a[j];
         for (; j < D; j++) o[j] = 0;
     }
-}
-
-static inline __m512 exp512(__m512 x) { /* exp32, and what is far below is 0 */
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
 }
 
 static inline __m512i narrow(__m512 x) { /* to bf16, one a 32-bit lane */
