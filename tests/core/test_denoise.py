@@ -96,8 +96,8 @@ tiled = pytest.mark.skipif(
      (2, 130, 257, 1, 80), (1, 300, 513, 1, 128)],
 )  # fmt: skip
 def test_tiles_against_float64(n: int, S: int, T: int, heads: int, d: int, together: bool) -> None:
-    """Tiles are of 48 queries and 256 keys in panels of 64, all in steps of 4 and 16: at, below and above each. Heads may
-    lie apart, or side by side in what one projection made. As near as torch's own."""
+    """Tiles are of 48 queries and 256 keys in panels of 64, all in steps of 4 and 16: at, below and above each. Heads
+    may lie apart, or side by side in what one projection made. As near as torch's own."""
     g = torch.Generator().manual_seed(S)
     q, out_gradient = (torch.randn(n, S, heads, d, generator=g).bfloat16() for _ in range(2))
     k, v = torch.randn(n, T, 2, heads, d, generator=g).bfloat16().unbind(2)

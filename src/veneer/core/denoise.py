@@ -153,7 +153,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, weight: Tensor | None, eps: float, turn: Tensor | None) -> Tensor:
-        n, S, _, heads, d = qkv.shape
+        S, d = qkv.shape[1], qkv.shape[4]
         q, k, v = qkv.unbind(2)
         both = r = None
         if weight is not None or turn is not None:

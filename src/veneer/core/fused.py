@@ -165,8 +165,13 @@ class _NativeThin:
         return out
 
 
+SMALL = 1 << 18
+"""Elements of x up to which thin products are worth compiled calls (1,024 × 80: 0.37 ms instead of 0.61 for three pairs
+of rank 16; 4,096 × 640: 16.7 instead of 14.9)."""
+
+
 def _thin(linears: Linears, x: Tensor, y: Tensor) -> _Thin | _NativeThin:
-    library = kernels.thin(x, y)
+    library = kernels.thin(x, y) if x.numel() <= SMALL else None
     fits = library is not None and all(
         t.dtype == torch.float32 and t.is_contiguous() and t.device == x.device and not p.first % 16 and not p.last % 16
         for p in linears.pairs

@@ -733,8 +733,12 @@ static void pack_along(const float *x, int64_t rows, int64_t padded, int64_t col
 /* y[r][.] += c[r][.] */
 static void add_rows(const float *c, int64_t rows, int64_t columns, bf16 *y, int64_t ld) {
     for (int64_t r = 0; r < rows; r++)
-#pragma omp simd
-        for (int64_t j = 0; j < columns; j++) y[r * ld + j] = down(up(y[r * ld + j]) + c[r * columns + j]);
+        for (int64_t j = 0; j < columns; j += 16) {
+            __m256i *to = (__m256i *)(y + r * ld + j);
+            __m512i was = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(to)), 16);
+            __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(was), _mm512_loadu_ps(c + r * columns + j));
+            _mm256_storeu_si256(to, (__m256i)_mm512_cvtneps_pbh(sum));
+        }
 }
 
 /* Rows first ... of x (n, ld) for `product`: themselves, or a copy where fewer than a tile are left. */
@@ -767,7 +771,7 @@ void thin_add(const pair *pairs, int count, const bf16 *x, bf16 *y, bf16 *u, int
                 const uint32_t *last = tile_rows(x, first + whole, real - whole, TILE, in, copy);
                 product(last, in / 2, 1, A, R, in / 2, c + whole * R, R, TILE, R, 0);
             }
-            rows_to(c, R, 1.0f, padded, R, thin, R);
+            narrow_to(c, thin, padded * R);
             memcpy(u + first * R, thin, real * R * sizeof(bf16));
             const uint32_t *b = B;
             int64_t start = 0;
@@ -811,7 +815,7 @@ void thin_through(const pair *pairs, int count, const bf16 *g, bf16 *du, bf16 *d
                 product(rows + pairs[i].first / 2, out / 2, 1, b, rank, wide / 2, c + start, R, padded, rank, 0);
                 start += rank, b += rank * wide / 2;
             }
-            rows_to(c, R, 1.0f, padded, R, thin, R);
+            narrow_to(c, thin, padded * R);
             memcpy(du + first * R, thin, real * R * sizeof(bf16));
             for (int64_t j = 0; dx && j < in; j += KEYS) {
                 int64_t some = least(KEYS, in - j);

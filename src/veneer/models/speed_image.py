@@ -247,8 +247,8 @@ def _unet_attention(module: Any, undo: ExitStack) -> str:
         and not module.residual_connection
         and module.rescale_output_factor == 1
     )
-    q, kv = _parts(module, "to_q"), _parts(module, "to_k", "to_v")
-    if not plain or q is None or kv is None:
+    q, kv, last = _parts(module, "to_q"), _parts(module, "to_k", "to_v"), _parts(module.to_out, "0")
+    if not plain or q is None or kv is None or last is None:
         return "it has norms or projections of its own"
     crossed = bool(module.is_cross_attention)
     joins = [Join(q, undo), Join(kv, undo)] if crossed else [Join([*q, *kv], undo)]
@@ -256,7 +256,7 @@ def _unet_attention(module: Any, undo: ExitStack) -> str:
     assert isinstance(like, Tensor)
     assert isinstance(other, Tensor)
     given = {"encoder_hidden_states": probe(2, 3, other.shape[1], like=other)} if crossed else {}
-    forward = _unet_forward(type(module).forward, joins, Join(_parts(module.to_out, "0") or [], undo))
+    forward = _unet_forward(type(module).forward, joins, Join(last, undo))
     return _differs(module, forward, undo, probe(2, 4, like.shape[1], like=like), **given)
 
 
