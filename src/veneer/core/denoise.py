@@ -145,7 +145,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n, S, heads, _ = q.shape
     keep = n * S * heads * k.shape[1] * q.element_size() <= MOST
     if q.device.type != "cpu" or not torch.is_grad_enabled() or not (keep or _has_tiles(q)):
-        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     out: Tensor = _Cross.apply(q, k, v, keep)
     return out
 

@@ -139,7 +139,7 @@ class _NativeThin:
         pairs = linears.pairs
         self.library, self.count, self.factors = library, len(pairs), [(p.A, p.B) for p in pairs]
         self.table = (kernels.Pair * len(pairs))(
-            *((p.A.data_ptr(), p.B.data_ptr(), p.first, p.last, len(p.A), p.scale) for p in pairs)
+            *(kernels.Pair(p.A.data_ptr(), p.B.data_ptr(), p.first, p.last, len(p.A), p.scale) for p in pairs)
         )
         self.ranks = sum(-(-len(p.A) // 16) * 16 for p in pairs)
 
