@@ -67,10 +67,11 @@ def test_the_reference_is_what_flux_does() -> None:
 def test_attention_over_other_tokens(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(denoise, "MOST", most)
     g = torch.Generator().manual_seed(2)
-    q, k, v = (torch.randn(2, 3, n, 8, generator=g, requires_grad=True) for n in (6, 4, 4))
-    out = torch.randn(2, 3, 6, 8, generator=g)
-    got = torch.autograd.grad(attention(q, k, v).view(2, 6, 3, 8).transpose(1, 2), (q, k, v), out)
-    want = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), out)
+    q, k, v = (torch.randn(2, n, 3, 8, generator=g, requires_grad=True) for n in (6, 4, 4))
+    out = torch.randn(2, 6, 24, generator=g)
+    got = torch.autograd.grad(attention(q, k, v), (q, k, v), out)
+    exactly = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
+    want = torch.autograd.grad(exactly, (q, k, v), out)
     assert all(near(a, b, 1e-5) for a, b in zip(got, want, strict=True))
 
 
@@ -88,38 +89,42 @@ tiled = pytest.mark.skipif(
 
 
 @tiled
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "in one"])
 @pytest.mark.parametrize(
-    ("heads", "S", "T", "d"),
-    [(1, 1, 1, 16), (2, 47, 63, 32), (3, 48, 64, 48), (2, 49, 65, 64), (2, 130, 257, 80), (1, 300, 513, 128)],
-)
-def test_tiles_against_float64(heads: int, S: int, T: int, d: int) -> None:
-    """Tiles are of 48 queries and 256 keys in panels of 64: at, below and above each. As near as torch's own."""
+    ("n", "S", "T", "heads", "d"),
+    [(1, 1, 1, 1, 16), (2, 16, 20, 3, 40), (1, 47, 63, 2, 32), (1, 48, 64, 3, 6), (1, 49, 65, 2, 64),
+     (2, 130, 257, 1, 80), (1, 300, 513, 1, 128)],
+)  # fmt: skip
+def test_tiles_against_float64(n: int, S: int, T: int, heads: int, d: int, together: bool) -> None:
+    """Tiles are of 48 queries and 256 keys in panels of 64, all in steps of 4 and 16: at, below and above each. Heads
+    may lie apart, or side by side in what one projection made. As near as torch's own."""
     g = torch.Generator().manual_seed(S)
-    q, k, v, out_gradient = (torch.randn(heads, n, d, generator=g).bfloat16() for n in (S, T, T, S))
-    exact = [t.double().requires_grad_(True) for t in (q, k, v)]
+    q, out_gradient = (torch.randn(n, S, heads, d, generator=g).bfloat16() for _ in range(2))
+    k, v = torch.randn(n, T, 2, heads, d, generator=g).bfloat16().unbind(2)
+    if not together:
+        k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))
+    exact = [t.double().transpose(1, 2).requires_grad_(True) for t in (q, k, v)]
     scores = exact[0] @ exact[1].mT * d**-0.5
     want = scores.softmax(-1) @ exact[2]
-    gradients = torch.autograd.grad(want, exact, out_gradient.double())
-    out, *dqkv = (torch.full_like(t, torch.nan) for t in (q, q, k, v))
-    lse = denoise._tiled(q, k, v, out)
+    gradients = torch.autograd.grad(want, exact, out_gradient.double().transpose(1, 2))
+    out, lse, _ = denoise._attend(q, k, v, keep=False)
     assert lse is not None
-    dot = torch.linalg.vecdot(out_gradient.float(), out.float())
-    denoise._tiled_backward(q, k, v, lse, dot, out_gradient, *dqkv)
+    made = torch.full_like(q, torch.nan), *torch.full((n, T, 2, heads, d), torch.nan).bfloat16().unbind(2)
+    denoise._attend_backward(out_gradient.flatten(2), out, q, k, v, lse, None, *made)
     assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
-    for got, exactly in zip([out, *dqkv], [want, *gradients], strict=True):
-        assert near(got, exactly, 6e-3)
+    for got, exactly in zip([out.view_as(q), *made], [want, *gradients], strict=True):
+        assert near(got, exactly.transpose(1, 2), 6e-3)
 
 
 @tiled
 def test_tiles_bear_scores_of_any_size() -> None:
     """One key far above the others, late enough that what was summed before it vanishes; and equal scores."""
-    q, k = torch.full((1, 50, 16), 8.0).bfloat16(), torch.full((1, 600, 16), -8.0).bfloat16()
+    q, k = torch.full((1, 50, 1, 16), 8.0).bfloat16(), torch.full((1, 600, 1, 16), -8.0).bfloat16()
     k[0, 500] = 8.0
-    v = torch.arange(600.0).bfloat16()[None, :, None].expand(1, 600, 16).contiguous()
-    out = torch.empty_like(q)
-    assert denoise._tiled(q, k, v, out) is not None
-    assert torch.equal(out, v[:, 500:501].expand_as(out))
-    assert denoise._tiled(q, torch.zeros_like(k), v, out) is not None
+    v = torch.arange(600.0).bfloat16()[None, :, None, None].expand(1, 600, 1, 16).contiguous()
+    out, _, _ = denoise._attend(q, k, v, keep=False)
+    assert torch.equal(out, v[0, 500].expand_as(out))
+    out, _, _ = denoise._attend(q, torch.zeros_like(k), v, keep=False)
     assert torch.allclose(out.float(), v.float().mean(), rtol=1e-2)
 
 
@@ -146,15 +151,13 @@ def test_joint_attention_of_many_tokens_in_tiles(norms: bool, rows: int, monkeyp
 @tiled
 def test_tiles_do_not_depend_on_the_number_of_threads() -> None:
     g = torch.Generator().manual_seed(6)
-    q, k, v = (torch.randn(5, 100, 32, generator=g).bfloat16() for _ in range(3))
+    q, k, v = (torch.randn(1, 100, 5, 32, generator=g).bfloat16() for _ in range(3))
     made = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            out = torch.empty_like(q)
-            denoise._tiled(q, k, v, out)
-            made.append(out)
+            made.append(denoise._attend(q, k, v, keep=False)[0])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*made)

@@ -18,6 +18,7 @@ from veneer.core.fused import (
     joined,
     linears,
     lora_linear,
+    norm_silu,
     rms_norm,
     token_nll,
 )
@@ -138,6 +139,49 @@ def test_rms_norm(dtype: torch.dtype) -> None:
     yd = F.rms_norm(xd, (72,), w.double(), 1e-5)
     wanted = [yd, *torch.autograd.grad(yd, xd, g.double())]
     same([y, *torch.autograd.grad(y, x, g)], wanted, TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("places", [(3, 3), (4, 8), (40,)])
+def test_norm_silu(dtype: torch.dtype, shifted: bool, places: tuple[int, ...]) -> None:
+    x, (w, b) = draw(3, 12, *places, dtype=dtype).requires_grad_(), draw(2, 12, dtype=dtype)
+    shift = draw(3, 12, dtype=dtype) if shifted else None
+    y = norm_silu(x, shift, w, b, 4, 1e-5)
+    g = draw(*y.shape, dtype=dtype)
+    xd = wide(x)
+    moved = xd if shift is None else xd + shift.double().view(3, 12, *[1] * len(places))
+    yd = F.silu(F.group_norm(moved, 4, w.double(), b.double(), 1e-5))
+    wanted = [yd, *torch.autograd.grad(yd, xd, g.double())]
+    same([y, *torch.autograd.grad(y, x, g)], wanted, TOLERANCE[dtype])
+
+
+def test_norm_silu_of_far_values_and_of_a_trained_norm() -> None:
+    """Where e^-z leaves float32; and a norm's own gradients, which the kernel does not make."""
+    x = torch.linspace(-1, 1, 128).view(1, 2, 64).bfloat16().requires_grad_()
+    w, b = torch.tensor([400.0, -400.0]).bfloat16().requires_grad_(), torch.zeros(2).bfloat16()
+    want = F.silu(F.group_norm(x.double(), 1, w.double(), b.double(), 1e-5))
+    with torch.no_grad():
+        same([norm_silu(x, None, w.detach(), b, 1, 1e-5)], [want], 1e-2)
+    assert torch.autograd.grad(norm_silu(x, None, w, b, 1, 1e-5).sum(), w)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 47, 50, 130])
+def test_thin_products_in_compiled_calls(rows: int) -> None:
+    """Tiles are of 48 rows in steps of 4, ranks in steps of 16, panels of 64 and 256 columns: beside torch's own."""
+    x, g = draw(rows, 96, dtype=torch.bfloat16), draw(rows, 400, dtype=torch.bfloat16)
+    ab = [t.detach() for t in factors(torch.bfloat16, (4, 96), (304, 4), (20, 96), (80, 20))]
+    pairs = (PairRows(0, 304, 2.0, ab[0], ab[1]), PairRows(320, 400, 0.5, ab[2], ab[3]))
+    joint = Linears(draw(400, 96, dtype=torch.bfloat16), None, pairs)
+    made = []
+    for thin in (fused._thin(joint, x, g), fused._Thin(joint, torch.float64)):
+        exact = isinstance(thin, fused._Thin) and thin.A.dtype == torch.float64
+        x_, g_, y, dx = (t.double() if exact else t.clone() for t in (x, g, g, x))
+        u = thin.add(x_, y)
+        du = thin.through(g_, dx)
+        made.append([y, dx, *thin.gradients(g_, x_, u, du)])
+        assert torch.equal(thin.through(g_, None), du)
+    same(*made, 8e-3)
 
 
 @DTYPES

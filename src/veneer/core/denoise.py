@@ -2,10 +2,10 @@
 
     q̂ = rope(w_q ⊙ q/rms(q))      k̂ = rope(w_k ⊙ k/rms(k))      o = softmax(q̂·k̂ᵀ/√d)·v      (norms, rotation: optional)
 
-Kept for backward: q̂, k̂, v, with norms q and k as they came, and the probabilities where they are hardly more than
-these. Else they are made again in backward: in tiles by the compiled kernel where there is one (half the time of
-torch's flash attention on the CPU), or some heads at a time. References:
-`joint_attention_reference`, and F.scaled_dot_product_attention for `attention`. Knows tensors, not modules.
+In tiles by the compiled kernel where there is one (half the time of torch's flash attention on the CPU): it reads and
+writes heads where the projections have them, and keeps nothing but log Σ exp. Else through torch's products, where
+probabilities are kept if they are hardly more than q, k and v, or made again in backward some heads at a time.
+References: `joint_attention_reference`, and F.scaled_dot_product_attention for `attention`. Knows tensors, not modules.
 """
 
 from __future__ import annotations
@@ -63,32 +63,8 @@ def _probabilities(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _has_tiles(x: Tensor) -> bool:
-    """Whether there is a kernel for heads of this dtype and last dimension, once they are contiguous."""
+    """Whether there is a kernel for heads of this dtype and last dimension."""
     return kernels.attention(x.new_empty(1, x.shape[-1])) is not None
-
-
-def _tiled(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor | None:
-    """softmax(q·kᵀ/√d)·v into out, all (heads, tokens, d); log Σ exp of the scores (heads, S) float32, or None, and
-    nothing done, where there is no kernel for these."""
-    native = kernels.attention(q, k, v, out)
-    if native is None:
-        return None
-    heads, S, d = q.shape
-    lse = torch.empty(heads, S)
-    at = [t.data_ptr() for t in (q, k, v, out, lse)]
-    native.attend(*at, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads())
-    return lse
-
-
-def _tiled_backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, dot: Tensor, g: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
-) -> None:
-    """Gradients of `_tiled` into dq, dk, dv. `dot`: (heads, S) float32, the products of out with its gradient g."""
-    native = kernels.attention(q, k, v, g, dq, dk, dv)
-    assert native is not None
-    heads, S, d = q.shape
-    at = [t.data_ptr() for t in (q, k, v, lse, dot, g, dq, dk, dv)]
-    native.attend_backward(*at, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads())
 
 
 def _apart(x: Tensor) -> Tensor:
@@ -96,62 +72,80 @@ def _apart(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).contiguous()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, n: int, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """softmax(q·kᵀ/√d)·v of contiguous (n·heads, tokens, d) as (n, S, heads·d); the probabilities if kept; log Σ exp if
-    made in tiles."""
-    p = lse = None
+def _attend(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """softmax(q·kᵀ/√d)·v of (n, tokens, heads, d) as (n, S, heads·d); log Σ exp of the scores, (n, heads, S) float32,
+    if made in tiles; else the probabilities if they are to be kept."""
+    n, S, heads, d = q.shape
+    native = kernels.attention(q, k, v)
+    if native is not None:
+        out, lse = q.new_empty(n, S, heads, d), torch.empty(n, heads, S)
+        pointers = [t.data_ptr() for t in (q, k, v, out, lse)]
+        sizes = (n, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads())
+        native.attend(*pointers, kernels.strides(q, k, v, out), *sizes)
+        return out.view(n, S, -1), lse, None
+    p = None
+    q, k, v = (_apart(t) for t in (q, k, v))
     if keep:
         p = _probabilities(q, k)
         out = torch.bmm(p, v)
     else:
         out = torch.empty_like(q)
-        lse = _tiled(q, k, v, out)
-        for at in [] if lse is not None else _chunks(q):
+        for at in _chunks(q):
             torch.bmm(_probabilities(q[at], k[at]), v[at], out=out[at])
-    return out.unflatten(0, (n, -1)).transpose(1, 2).flatten(2), p, lse
+    return out.unflatten(0, (n, -1)).transpose(1, 2).flatten(2), None, p
 
 
 def _attend_backward(
-    g: Tensor, out: Tensor | None, q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, lse: Tensor | None,
+    g: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, p: Tensor | None,
     dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    """Gradients of `_attend` into dq, dk, dv. g, out: (n, S, heads·d); out is wanted where lse is."""
-    g = g.unflatten(2, (-1, q.shape[2]))
-    if lse is not None and out is not None:
-        dot = torch.linalg.vecdot(g.float(), out.float().view_as(g)).transpose(1, 2).reshape(lse.shape).contiguous()
-        _tiled_backward(q, k, v, lse, dot, _apart(g), dq, dk, dv)
+    """Gradients of `_attend` into dq, dk, dv. g, out: (n, S, heads·d)."""
+    n, S, heads, d = q.shape
+    g, out = g.unflatten(2, (heads, d)), out.unflatten(2, (heads, d))
+    if lse is not None:
+        g = g if g.stride(-1) == 1 else g.contiguous()
+        native = kernels.attention(g)
+        assert native is not None
+        tensors = (q, k, v, out, g, dq, dk, dv)
+        pointers = [t.data_ptr() for t in (*tensors, lse)]
+        sizes = (n, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads())
+        native.attend_backward(*pointers, kernels.strides(*tensors), *sizes)
         return
-    g, scale = _apart(g), q.shape[-1] ** -0.5
+    of_q, of_k, of_v = dq, dk, dv
+    q, k, v, g, dq, dk, dv = (_apart(t) for t in (q, k, v, g, dq, dk, dv))
     for at in [slice(None)] if p is not None else _chunks(q):
         seen = p if p is not None else _probabilities(q[at], k[at])
         torch.bmm(seen.transpose(1, 2), g[at], out=dv[at])
         ds = softmax_backward(seen, torch.bmm(g[at], v[at].transpose(1, 2)))
-        _scaled(ds, k[at], scale, out=dq[at])
-        _scaled(ds.transpose(1, 2), q[at], scale, out=dk[at])
+        _scaled(ds, k[at], d**-0.5, out=dq[at])
+        _scaled(ds.transpose(1, 2), q[at], d**-0.5, out=dk[at])
+    for into, flat in ((of_q, dq), (of_k, dk), (of_v, dv)):
+        into.copy_(flat.unflatten(0, (n, heads)).transpose(1, 2))
 
 
 class _Cross(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Tensor:
-        flat = [t.flatten(0, 1).contiguous() for t in (q, k, v)]
-        out, p, lse = _attend(flat[0], flat[1], flat[2], len(q), keep)
-        ctx.save_for_backward(*flat, p, lse, None if lse is None else out)
+        out, lse, p = _attend(q, k, v, keep)
+        ctx.save_for_backward(q, k, v, out, lse, p)
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, p, lse, out = ctx.saved_tensors
+        q, k, v, out, lse, p = ctx.saved_tensors
         gradients = [torch.empty_like(t) for t in (q, k, v)]
-        _attend_backward(g, out, q, k, v, p, lse, *gradients)
-        return (*(t.unflatten(0, (len(g), -1)) for t in gradients), None)
+        _attend_backward(g, out, q, k, v, lse, p, *gradients)
+        return (*gradients, None)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v. q: (n, heads, S, d), k, v: (n, heads, T, d) → (n, S, heads·d).
+    """softmax(q·kᵀ/√d)·v. q: (n, S, heads, d), k, v: (n, T, heads, d) → (n, S, heads·d).
 
-    Probabilities are kept where all of them take at most MOST."""
-    keep = q.shape[:-1].numel() * k.shape[2] * q.element_size() <= MOST
+    Probabilities are kept where all of them take at most MOST, and there is no kernel."""
+    n, S, heads, _ = q.shape
+    keep = n * S * heads * k.shape[1] * q.element_size() <= MOST
     if q.device.type != "cpu" or not torch.is_grad_enabled() or not (keep or _has_tiles(q)):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     out: Tensor = _Cross.apply(q, k, v, keep)
     return out
@@ -160,42 +154,41 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class _Joint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, weight: Tensor | None, eps: float, turn: Tensor | None) -> Tensor:
-        n, S, _, heads, d = qkv.shape
-        raw = qkv[:, :, :2].permute(2, 0, 3, 1, 4)
-        x = raw if weight is None and turn is None else raw.float()
-        r = None
-        if weight is not None:
-            r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(d).add_(eps).rsqrt_()
-            x = (x * r).mul_(weight)
-        x = x if turn is None else _turned(x.contiguous(), turn)
-        q, k = x.to(qkv.dtype).reshape(2, n * heads, S, d).contiguous().unbind(0)
-        v = _apart(qkv[:, :, 2])
-        out, p, lse = _attend(q, k, v, n, _keeps(S, d))
-        ctx.shape = qkv.shape
-        kept = (qkv, None) if weight is not None else (None, v)  # v lies in qkv too
-        ctx.save_for_backward(*kept, weight, turn, r, q, k, p, lse, None if lse is None else out)
+        S, d = qkv.shape[1], qkv.shape[4]
+        q, k, v = qkv.unbind(2)
+        both = r = None
+        if weight is not None or turn is not None:
+            x = qkv[:, :, :2].permute(2, 0, 3, 1, 4).float()
+            if weight is not None:
+                r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(d).add_(eps).rsqrt_()
+                x = (x * r).mul_(weight)
+            x = x if turn is None else _turned(x.contiguous(), turn)
+            both = x.to(qkv.dtype).transpose(2, 3)
+            q, k = both.unbind(0)
+        out, lse, p = _attend(q, k, v, _keeps(S, d))
+        ctx.save_for_backward(qkv, weight, turn, r, both, out, lse, p)
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        qkv, v, weight, turn, r, q, k, p, lse, out = ctx.saved_tensors
-        n, S, _, heads, d = ctx.shape
-        v = _apart(qkv[:, :, 2]) if v is None else v
-        dqkv = g.new_empty(ctx.shape)
-        both, dv = q.new_empty(2, *q.shape), torch.empty_like(q)
-        _attend_backward(g, out, q, k, v, p, lse, both[0], both[1], dv)
-        dqkv[:, :, 2] = dv.view(n, heads, S, d).transpose(1, 2)
-        both = both.view(2, n, heads, S, d)
-        if weight is not None or turn is not None:
-            dx = both.float()
-            dx = dx if turn is None else _turned(dx, turn.conj())
-            if weight is not None and r is not None:  # dx = r·(w⊙g − x̂·mean(w⊙g⊙x̂)), x̂ = r·x
-                dx = dx.mul_(weight)
-                x = qkv[:, :, :2].permute(2, 0, 3, 1, 4) * r
-                mean = torch.linalg.vecdot(dx, x).unsqueeze(-1).div_(d)
-                dx = dx.addcmul_(x, mean, value=-1).mul_(r)
-            both = dx
-        dqkv[:, :, :2] = both.permute(1, 3, 0, 2, 4)
+        qkv, weight, turn, r, both, out, lse, p = ctx.saved_tensors
+        q, k, v = qkv.unbind(2)
+        dqkv = torch.empty_like(qkv)
+        dq, dk, dv = dqkv.unbind(2)
+        if both is None:
+            _attend_backward(g, out, q, k, v, lse, p, dq, dk, dv)
+            return dqkv, None, None, None
+        q, k = both.unbind(0)
+        d_both = torch.empty_like(both)  # of what was normed and turned
+        _attend_backward(g, out, q, k, v, lse, p, d_both[0], d_both[1], dv)
+        dx = d_both.transpose(2, 3).float()
+        dx = dx if turn is None else _turned(dx.contiguous(), turn.conj())
+        if weight is not None and r is not None:  # dx = r·(w⊙g − x̂·mean(w⊙g⊙x̂)), x̂ = r·x
+            dx = dx.mul_(weight)
+            x = qkv[:, :, :2].permute(2, 0, 3, 1, 4) * r
+            mean = torch.linalg.vecdot(dx, x).unsqueeze(-1).div_(qkv.shape[-1])
+            dx = dx.addcmul_(x, mean, value=-1).mul_(r)
+        dqkv[:, :, :2] = dx.permute(1, 3, 0, 2, 4)
         return dqkv, None, None, None
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "kept_memory", "load", "page_out", "serving", "status", "usable"]
+__all__ = ["Pair", "attention", "kept_memory", "load", "page_out", "serving", "status", "strides", "thin", "usable"]
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
@@ -36,6 +36,8 @@ _HEADS = [_pointer, _int64, *[_pointer] * 4, *[_int64] * 5, _float, _pointer, _i
 _SIGNATURES: dict[str, list[Any]] = {
     "rms_norm": [_pointer, _pointer, _pointer, _int64, _int64, _float, _int],
     "rms_norm_backward": [_pointer, _pointer, _pointer, _pointer, _int64, _int64, _float, _int],
+    "norm_silu": [*[_pointer] * 5, *[_int64] * 4, _float, _int],
+    "norm_silu_backward": [*[_pointer] * 6, *[_int64] * 4, _float, _int],
     "silu_gate": [_pointer, _pointer, _int64, _int64, _int],
     "silu_gate_backward": [_pointer, _pointer, _pointer, _pointer, _int64, _int64, _int],
     "geglu": [_pointer, _pointer, _int64, _int64, _int],
@@ -48,9 +50,12 @@ _SIGNATURES: dict[str, list[Any]] = {
     "softmax_backward": [_pointer, _pointer, _int64, _int64, _int],
     "token_nll": [_pointer, _pointer, _pointer, _int64, _int64, _int, _int],
 }
-_ATTENTION: dict[str, list[Any]] = {
-    "attend": [*[_pointer] * 5, *[_int64] * 4, _float, _int],
-    "attend_backward": [*[_pointer] * 9, *[_int64] * 4, _float, _int],
+_PRODUCTS: dict[str, list[Any]] = {
+    "attend": [*[_pointer] * 6, *[_int64] * 5, _float, _int],
+    "attend_backward": [*[_pointer] * 10, *[_int64] * 5, _float, _int],
+    "thin_add": [_pointer, _int, *[_pointer] * 3, *[_int64] * 3, _int],
+    "thin_through": [_pointer, _int, *[_pointer] * 3, *[_int64] * 3, _int],
+    "thin_gradients": [_pointer, _int, *[_pointer] * 6, *[_int64] * 3, _int],
 }
 _SERVING: dict[str, list[Any]] = {
     "thin_rows": [
@@ -111,7 +116,7 @@ def load() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(_build(compiler)))
-        more = (_ATTENTION if _has(library, "attention") else {}) | (_SERVING if _has(library, "serving") else {})
+        more = (_PRODUCTS if _has(library, "products") else {}) | (_SERVING if _has(library, "serving") else {})
         for name, arguments in (_SIGNATURES | more).items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
@@ -143,13 +148,14 @@ def _self_test(library: ctypes.CDLL) -> str:
     future = torch.arange(72)[None] > torch.arange(65, 72)[:, None]
     if not torch.allclose(s.float(), x.float().masked_fill(future, -torch.inf).softmax(1), rtol=1e-2, atol=1e-5):
         return "causal_softmax"
-    if _has(library, "attention"):
-        q, k, v = (torch.randn(1, 70, 32, generator=generator).bfloat16() for _ in range(3))
-        out, lse = torch.empty_like(q), torch.empty(1, 70)
+    if _has(library, "products"):
+        q, k, v = (torch.randn(1, 70, 2, 40, generator=generator).bfloat16() for _ in range(3))
+        out, lse = torch.empty_like(q), torch.empty(1, 2, 70)
         pointers = [t.data_ptr() for t in (q, k, v, out, lse)]
-        library.attend(*pointers, 1, 70, 70, 32, 0.25, 1)
-        want = torch.softmax(0.25 * q.float() @ k.float().mT, -1) @ v.float()
-        if not torch.allclose(out.float(), want, rtol=2e-2, atol=2e-2):
+        library.attend(*pointers, strides(q, k, v, out), 1, 2, 70, 70, 40, 0.25, 1)
+        q, k, v = (t.float().transpose(1, 2) for t in (q, k, v))
+        want = torch.softmax(0.25 * q @ k.mT, -1) @ v
+        if not torch.allclose(out.float().transpose(1, 2), want, rtol=2e-2, atol=2e-2):
             return "attend"
     return ""
 
@@ -171,16 +177,50 @@ def usable(*tensors: Tensor) -> ctypes.CDLL | None:
 
 
 def attention(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The library if it has the attention kernels (a processor with AVX512-BF16) and they take these: as `usable`, and
-    the last dimension a multiple of 16."""
-    library = usable(*tensors) if all(t.shape[-1] % 16 == 0 for t in tensors) else None
-    return library if library is not None and _has(library, "attention") else None
+    """The library if it has the attention kernels (a processor with AVX512-BF16) and they take these: bfloat16 on the
+    CPU, the last dimension even and lying together."""
+    if all(
+        t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.shape[-1] % 2 == 0 and t.stride(-1) == 1
+        for t in tensors
+    ):
+        return _with_products()
+    return None
+
+
+def thin(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The library if it has the kernels of thin products (as `attention`) and they take these as x or y: as `usable`,
+    and the last dimension a multiple of 16."""
+    return _with_products() if usable(*tensors) is not None and all(t.shape[-1] % 16 == 0 for t in tensors) else None
+
+
+class Pair(ctypes.Structure):
+    """A pair as the kernels of thin products take it; A and B are pointers to contiguous float32."""
+
+    _fields_ = (
+        ("A", _pointer),
+        ("B", _pointer),
+        ("first", _int64),
+        ("last", _int64),
+        ("rank", _int64),
+        ("scale", _float),
+    )
+
+
+def strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """All but the last of each, as the kernels for any layout take them."""
+    flat = [step for t in tensors for step in t.stride()[:-1]]
+    return (_int64 * len(flat))(*flat)
 
 
 def serving(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The library if it has the kernels for serving (a processor with AVX512-BF16) and they take these: as `usable`."""
+    """The library if it has the kernels for serving (as `attention`) and they take these: as `usable`."""
     library = usable(*tensors)
     return library if library is not None and _has(library, "serving") else None
+
+
+def _with_products() -> ctypes.CDLL | None:
+    library = load()
+    return library if library is not None and _has(library, "products") else None
 
 
 def _has(library: ctypes.CDLL, what: str) -> bool:

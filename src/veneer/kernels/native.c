@@ -7,6 +7,10 @@
 
 #include "bf16.h"
 
+static int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+static void *room(int64_t bytes) { return aligned_alloc(64, (size_t)padded_to(bytes, 64)); }
+
 /* y = w x / sqrt(mean x^2 + eps), row by row */
 void rms_norm(const bf16 *x, const bf16 *w, bf16 *y, int64_t n, int64_t d, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -39,6 +43,133 @@ void rms_norm_backward(const bf16 *g, const bf16 *x, const bf16 *w, bf16 *dx, in
         float c = r * r * r * dot / (float)d;
 #pragma omp simd
         for (int64_t j = 0; j < d; j++) di[j] = down(up(gi[j]) * up(w[j]) * r - up(xi[j]) * c);
+    }
+}
+
+/* Compilers make poor vectors of loops over both 16 and 32 bits: rows are widened, worked on as floats in the first cache,
+   and narrowed again. */
+#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+
+static inline void widen(const bf16 *x, float add, float *y, int64_t n) { /* y = x + add */
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) {
+        __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(x + j))), 16);
+        _mm512_storeu_ps(y + j, _mm512_add_ps(_mm512_castsi512_ps(wide), _mm512_set1_ps(add)));
+    }
+    for (; j < n; j++) y[j] = up(x[j]) + add;
+}
+
+static inline void narrow_to(const float *x, bf16 *y, int64_t n) {
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16)
+        _mm256_storeu_si256((__m256i *)(y + j), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + j)));
+    for (; j < n; j++) y[j] = down(x[j]);
+}
+
+static inline void logistic(const float *x, float *y, int64_t n) { /* y = 1 / (1 + e^-x) */
+    __m512 one = _mm512_set1_ps(1.0f);
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) {
+        __m512 e = exp512(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_loadu_ps(x + j)));
+        _mm512_storeu_ps(y + j, _mm512_div_ps(one, _mm512_add_ps(one, e)));
+    }
+    for (; j < n; j++) y[j] = 1.0f / (1.0f + exp32(-x[j]));
+}
+#else
+static inline void widen(const bf16 *x, float add, float *y, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) y[j] = up(x[j]) + add;
+}
+
+static inline void narrow_to(const float *x, bf16 *y, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) y[j] = down(x[j]);
+}
+
+static inline void logistic(const float *x, float *y, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) y[j] = 1.0f / (1.0f + exp32(-x[j]));
+}
+#endif
+
+static inline float mean_of(const float *x, int64_t n) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += x[j];
+    return sum / (float)n;
+}
+
+/* x -= mean; 1 / sqrt(var + eps) */
+static inline float centre(float *x, int64_t n, float mean, float eps) {
+    float var = 0.0f;
+#pragma omp simd reduction(+ : var)
+    for (int64_t j = 0; j < n; j++) {
+        x[j] -= mean;
+        var += x[j] * x[j];
+    }
+    return 1.0f / __builtin_sqrtf(var / (float)n + eps);
+}
+
+/* x (n, groups, per, places), shift (n, groups, per) or NULL, w and b (groups, per). y = silu(z), with z the norm of x + shift
+   over per and places, times w, plus b. */
+void norm_silu(const bf16 *x, const bf16 *shift, const bf16 *w, const bf16 *b, bf16 *y, int64_t n, int64_t groups, int64_t per,
+               int64_t places, float eps, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t all = per * places;
+        float *z = room(all * 4), *t = room(places * 4);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n * groups; i++) {
+            for (int64_t c = 0; c < per; c++)
+                widen(x + i * all + c * places, shift ? up(shift[i * per + c]) : 0.0f, z + c * places, places);
+            float r = centre(z, all, mean_of(z, all), eps);
+            for (int64_t c = 0; c < per; c++) {
+                float m = r * up(w[i % groups * per + c]), a = up(b[i % groups * per + c]), *v = z + c * places;
+#pragma omp simd
+                for (int64_t j = 0; j < places; j++) v[j] = v[j] * m + a;
+                logistic(v, t, places);
+#pragma omp simd
+                for (int64_t j = 0; j < places; j++) v[j] *= t[j];
+            }
+            narrow_to(z, y + i * all, all);
+        }
+        free(z), free(t);
+    }
+}
+
+/* With e the gradient of the norm itself and z that norm: dx = r (e - mean e - z mean(e z)) */
+void norm_silu_backward(const bf16 *g, const bf16 *x, const bf16 *shift, const bf16 *w, const bf16 *b, bf16 *dx, int64_t n,
+                        int64_t groups, int64_t per, int64_t places, float eps, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t all = per * places;
+        float *e = room(all * 4), *c = room(all * 4), *v = room(places * 4), *t = room(places * 4);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n * groups; i++) {
+            widen(g + i * all, 0.0f, e, all);
+            for (int64_t k = 0; k < per; k++)
+                widen(x + i * all + k * places, shift ? up(shift[i * per + k]) : 0.0f, c + k * places, places);
+            float r = centre(c, all, mean_of(c, all), eps), sum = 0.0f, dot = 0.0f;
+            for (int64_t k = 0; k < per; k++) {
+                float m = up(w[i % groups * per + k]), a = up(b[i % groups * per + k]), *ek = e + k * places, *ck = c + k * places;
+#pragma omp simd
+                for (int64_t j = 0; j < places; j++) v[j] = ck[j] * r * m + a;
+                logistic(v, t, places);
+#pragma omp simd
+                for (int64_t j = 0; j < places; j++) ek[j] *= t[j] * (1.0f + v[j] * (1.0f - t[j])) * m;
+            }
+#pragma omp simd reduction(+ : sum, dot)
+            for (int64_t j = 0; j < all; j++) {
+                sum += e[j];
+                dot += e[j] * c[j];
+            }
+            sum /= (float)all, dot *= r * r / (float)all;
+#pragma omp simd
+            for (int64_t j = 0; j < all; j++) e[j] = r * (e[j] - sum - c[j] * dot);
+            narrow_to(e, dx + i * all, all);
+        }
+        free(e), free(c), free(v), free(t);
     }
 }
 
@@ -268,13 +399,13 @@ void token_nll(bf16 *logits, const int64_t *targets, float *nll, int64_t n, int6
 /* Attention where every query sees every key: o = softmax(scale q k^T) v, lse = log sum exp(scale q k^T). Neither scores nor
    probabilities are kept: they are made in tiles that stay in the second cache, and made again in backward (arXiv
    2205.14135, 2307.08691). All products go through `product`, whose B is packed so that 16 columns' pairs along the
-   summed side lie together, as vdpbf16ps takes them. Rows are contiguous; d is a multiple of 16. */
+   summed side lie together, as vdpbf16ps takes them. q, k, v, out and their gradients are (n, tokens, heads, d) in any
+   layout whose d lies together: `at` has the other three strides of each, in elements and in the order of the pointers.
+   d is even; what tiles need beyond it is zeros. */
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
-
 enum { TILE = 4, ROWS = 48, PANEL = 64, KEYS = 256 };
 
-const int has_attention = 1;
+const int has_products = 1;
 
 /* C (4, 16 * n), n = 1 ... 4: c[r][.] (+)= sum over p of a[r * rs + p * ps] . b[p * ldb + .]; a and b in pairs of bf16. */
 #define PRODUCT(n)                                                                                                            \
@@ -315,30 +446,32 @@ static void product(const uint32_t *a, int64_t rs, int64_t ps, const uint32_t *b
     }
 }
 
-/* (n, d) -> panels of 64 rows, each (d / 2, 64) pairs along d; rows past n are zero. For products over d. */
-static void pack_columns(const bf16 *x, int64_t n, int64_t d, uint32_t *out) {
+/* n rows of x -> panels of 64 rows, each (D / 2, 64) pairs along d, zero past n and d. For products over d. Of a last panel
+   only as many columns as `product` reads, a multiple of 16, are written. */
+static void pack_columns(const bf16 *x, int64_t ld, int64_t n, int64_t d, int64_t D, uint32_t *out) {
     for (int64_t at = 0; at < n; at += PANEL) {
-        uint32_t *panel = out + at * (d / 2);
-        for (int64_t p = 0; p < d / 2; p++)
-            for (int64_t i = 0; i < PANEL; i++) {
-                uint32_t pair = 0;
-                if (at + i < n) memcpy(&pair, x + (at + i) * d + 2 * p, 4);
-                panel[p * PANEL + i] = pair;
-            }
+        uint32_t *panel = out + at * (D / 2);
+        int64_t real = n - at < PANEL ? n - at : PANEL, wide = padded_to(real, 16);
+        for (int64_t p = 0; p < D / 2; p++) {
+            int64_t i = 0;
+            if (2 * p < d)
+                for (; i < real; i++) memcpy(panel + p * PANEL + i, x + (at + i) * ld + 2 * p, 4);
+            for (; i < wide; i++) panel[p * PANEL + i] = 0;
+        }
     }
 }
 
-/* (n, d) -> (padded / 2, d) pairs along n; rows past n are zero. For products over rows. */
-static void pack_rows(const bf16 *x, int64_t n, int64_t padded, int64_t d, uint32_t *out) {
+/* n rows of x -> (padded / 2, D) pairs along n, zero past n and d; `padded` is even. For products over rows. */
+static void pack_rows(const bf16 *x, int64_t ld, int64_t n, int64_t padded, int64_t d, int64_t D, uint32_t *out) {
     for (int64_t i = 0; i < padded; i += 2) {
-        const bf16 *a = x + i * d, *b = a + d;
-        uint32_t *o = out + i / 2 * d;
+        const bf16 *a = x + i * ld, *b = a + ld;
+        uint32_t *o = out + i / 2 * D;
+        int64_t j = 0;
         if (i + 1 < n)
-            for (int64_t j = 0; j < d; j++) o[j] = (uint32_t)a[j] | (uint32_t)b[j] << 16;
+            for (; j < d; j++) o[j] = (uint32_t)a[j] | (uint32_t)b[j] << 16;
         else if (i < n)
-            for (int64_t j = 0; j < d; j++) o[j] = a[j];
-        else
-            memset(o, 0, d * 4);
+            for (; j < d; j++) o[j] = a[j];
+        for (; j < D; j++) o[j] = 0;
     }
 }
 
@@ -350,45 +483,55 @@ static inline void store_pairs(uint32_t *out, __m512 even, __m512 odd) {
     _mm512_storeu_si512(out, _mm512_or_si512(narrow(even), _mm512_slli_epi32(narrow(odd), 16)));
 }
 
-static int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-static void *room(int64_t bytes) { return aligned_alloc(64, (size_t)padded_to(bytes, 64)); }
-
 static void hide(float *s, int64_t rows, int64_t ld, int64_t from, int64_t to) { /* columns without a key */
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = from; j < to; j++) s[r * ld + j] = -__builtin_inff();
 }
 
-static void rows_of(const bf16 *x, int64_t at, int64_t n, int64_t d, bf16 *out) { /* ROWS of them, zero past n */
-    int64_t rows = n - at < ROWS ? n - at : ROWS;
-    memcpy(out, x + at * d, rows * d * sizeof(bf16));
-    memset(out + rows * d, 0, (ROWS - rows) * d * sizeof(bf16));
+static void rows_of(const bf16 *x, int64_t ld, int64_t n, int64_t padded, int64_t d, int64_t D, bf16 *out) {
+    for (int64_t r = 0; r < padded; r++) { /* zero past n and d */
+        int64_t real = r < n ? d : 0;
+        memcpy(out + r * D, x + r * ld, real * sizeof(bf16));
+        memset(out + r * D + real, 0, (D - real) * sizeof(bf16));
+    }
 }
 
-/* q (heads, S, d), k, v (heads, T, d) -> out (heads, S, d), lse (heads, S) float32 */
-void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, int64_t heads, int64_t S, int64_t T, int64_t d,
-            float scale, int threads) {
-    int64_t P = padded_to(T, KEYS);
+static void rows_to(const float *x, int64_t D, float by, int64_t n, int64_t d, bf16 *out, int64_t ld) {
+    for (int64_t r = 0; r < n; r++)
+#pragma omp simd
+        for (int64_t j = 0; j < d; j++) out[r * ld + j] = down(x[r * D + j] * by);
+}
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* q (n, S, heads, d), k, v (n, T, heads, d) -> out like q, lse (n, heads, S) float32 */
+void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, const int64_t *at, int64_t n, int64_t heads,
+            int64_t S, int64_t T, int64_t d, float scale, int threads) {
+    int64_t D = padded_to(d, 16), P = padded_to(T, PANEL);
 #pragma omp parallel num_threads(threads)
     {
-        uint32_t *kd = room(P * d * 2), *vk = room(P * d * 2);
-        bf16 *rows = room(ROWS * d * 2), *p = room(ROWS * KEYS * 2);
-        float *s = room(ROWS * KEYS * 4), *o = room(ROWS * d * 4), top[ROWS], sum[ROWS];
+        uint32_t *kd = room(P * D * 2), *vk = room(P * D * 2);
+        bf16 *rows = room(ROWS * D * 2), *p = room(ROWS * KEYS * 2);
+        float *s = room(ROWS * KEYS * 4), *o = room(ROWS * D * 4), top[ROWS], sum[ROWS];
 #pragma omp for schedule(static)
-        for (int64_t h = 0; h < heads; h++) {
-            pack_columns(k + h * T * d, T, d, kd);
-            pack_rows(v + h * T * d, T, P, d, vk);
-            for (int64_t at = 0; at < S; at += ROWS) {
-                rows_of(q + h * S * d, at, S, d, rows);
-                memset(o, 0, ROWS * d * 4);
-                for (int r = 0; r < ROWS; r++) top[r] = -__builtin_inff(), sum[r] = 0.0f;
+        for (int64_t i = 0; i < n * heads; i++) {
+            int64_t b = i / heads, h = i % heads;
+            const bf16 *qh = q + b * at[0] + h * at[2], *kh = k + b * at[3] + h * at[5], *vh = v + b * at[6] + h * at[8];
+            bf16 *oh = out + b * at[9] + h * at[11];
+            pack_columns(kh, at[4], T, d, D, kd);
+            pack_rows(vh, at[7], T, padded_to(T, 16), d, D, vk);
+            for (int64_t first = 0; first < S; first += ROWS) {
+                int64_t real = least(ROWS, S - first), padded = padded_to(real, TILE);
+                rows_of(qh + first * at[1], at[1], real, padded, d, D, rows);
+                memset(o, 0, padded * D * 4);
+                for (int r = 0; r < padded; r++) top[r] = -__builtin_inff(), sum[r] = 0.0f;
                 for (int64_t key = 0; key < T; key += KEYS) {
-                    int64_t wide = padded_to(T - key < KEYS ? T - key : KEYS, PANEL);
+                    int64_t keys = least(KEYS, T - key), wide = padded_to(keys, 16);
                     for (int64_t j = 0; j < wide; j += PANEL)
-                        product((const uint32_t *)rows, d / 2, 1, kd + (key + j) * (d / 2), PANEL, d / 2, s + j, KEYS, ROWS,
-                                PANEL, 0);
-                    if (T - key < wide) hide(s, ROWS, KEYS, T - key, wide);
-                    for (int r = 0; r < ROWS; r++) {
+                        product((const uint32_t *)rows, D / 2, 1, kd + (key + j) * (D / 2), PANEL, D / 2, s + j, KEYS, padded,
+                                least(PANEL, wide - j), 0);
+                    hide(s, padded, KEYS, keys, wide);
+                    for (int r = 0; r < padded; r++) {
                         float *x = s + r * KEYS;
                         __m512 most = _mm512_set1_ps(-__builtin_inff());
                         for (int64_t j = 0; j < wide; j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(x + j));
@@ -403,17 +546,14 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, 
                         float less = was == now ? 1.0f : exp32(was - now);
                         sum[r] = sum[r] * less + _mm512_reduce_add_ps(total);
                         top[r] = now;
-                        if (less != 1.0f)
-                            for (int64_t j = 0; j < d; j++) o[r * d + j] *= less;
+                        if (less != 1.0f && key > 0)
+                            for (int64_t j = 0; j < D; j++) o[r * D + j] *= less;
                     }
-                    product((const uint32_t *)p, KEYS / 2, 1, vk + key / 2 * d, d, wide / 2, o, d, ROWS, d, 1);
+                    product((const uint32_t *)p, KEYS / 2, 1, vk + key / 2 * D, D, wide / 2, o, D, padded, D, 1);
                 }
-                int64_t real = S - at < ROWS ? S - at : ROWS;
                 for (int64_t r = 0; r < real; r++) {
-                    float over = 1.0f / sum[r];
-                    bf16 *y = out + (h * S + at + r) * d;
-                    for (int64_t j = 0; j < d; j++) y[j] = down(o[r * d + j] * over);
-                    lse[h * S + at + r] = top[r] + __builtin_logf(sum[r]);
+                    rows_to(o + r * D, D, 1.0f / sum[r], 1, d, oh + (first + r) * at[10], 0);
+                    lse[i * S + first + r] = top[r] + __builtin_logf(sum[r]);
                 }
             }
         }
@@ -421,47 +561,56 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, 
     }
 }
 
-/* With g the gradient of out and dot (heads, S) float32 its products with out, summed over d: dv = p^T g,
-   ds = scale p (g v^T - dot), dq = ds k, dk = ds^T q. */
-void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const float *lse, const float *dot, const bf16 *g, bf16 *dq,
-                     bf16 *dk, bf16 *dv, int64_t heads, int64_t S, int64_t T, int64_t d, float scale, int threads) {
-    int64_t P = padded_to(T, KEYS), Q = padded_to(S, ROWS);
+/* With g the gradient of out: dv = p^T g, ds = scale p (g v^T - sum over d of g out), dq = ds k, dk = ds^T q. */
+void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const bf16 *g, bf16 *dq, bf16 *dk, bf16 *dv,
+                     const float *lse, const int64_t *at, int64_t n, int64_t heads, int64_t S, int64_t T, int64_t d, float scale,
+                     int threads) {
+    int64_t D = padded_to(d, 16), P = padded_to(T, PANEL), Q = padded_to(S, TILE);
 #pragma omp parallel num_threads(threads)
     {
-        uint32_t *kd = room(P * d * 2), *vd = room(P * d * 2), *kk = room(P * d * 2), *qq = room(Q * d * 2), *gg = room(Q * d * 2);
+        uint32_t *kd = room(P * D * 2), *vd = room(P * D * 2), *kk = room(P * D * 2), *qq = room(Q * D * 2), *gg = room(Q * D * 2);
         uint32_t *pt = room(ROWS * KEYS * 2), *st = room(ROWS * KEYS * 2);
-        bf16 *x = room(ROWS * d * 2), *y = room(ROWS * d * 2), *ds = room(ROWS * KEYS * 2);
-        float *s = room(ROWS * KEYS * 4), *t = room(ROWS * KEYS * 4);
-        float *sq = room(Q * d * 4), *sk = room(KEYS * d * 4), *sv = room(KEYS * d * 4);
+        bf16 *x = room(ROWS * D * 2), *y = room(ROWS * D * 2), *ds = room(ROWS * KEYS * 2);
+        float *s = room(ROWS * KEYS * 4), *t = room(ROWS * KEYS * 4), *dot = room(Q * 4);
+        float *sq = room(Q * D * 4), *sk = room(KEYS * D * 4), *sv = room(KEYS * D * 4);
 #pragma omp for schedule(static)
-        for (int64_t h = 0; h < heads; h++) {
-            const bf16 *qh = q + h * S * d, *gh = g + h * S * d;
-            pack_columns(k + h * T * d, T, d, kd);
-            pack_columns(v + h * T * d, T, d, vd);
-            pack_rows(k + h * T * d, T, P, d, kk);
-            pack_rows(qh, S, Q, d, qq);
-            pack_rows(gh, S, Q, d, gg);
-            memset(sq, 0, Q * d * 4);
+        for (int64_t i = 0; i < n * heads; i++) {
+            int64_t b = i / heads, h = i % heads;
+            const bf16 *qh = q + b * at[0] + h * at[2], *kh = k + b * at[3] + h * at[5], *vh = v + b * at[6] + h * at[8];
+            const bf16 *oh = out + b * at[9] + h * at[11], *gh = g + b * at[12] + h * at[14];
+            pack_columns(kh, at[4], T, d, D, kd);
+            pack_columns(vh, at[7], T, d, D, vd);
+            pack_rows(kh, at[4], T, padded_to(T, 16), d, D, kk);
+            pack_rows(qh, at[1], S, Q, d, D, qq);
+            pack_rows(gh, at[13], S, Q, d, D, gg);
+            for (int64_t r = 0; r < S; r++) {
+                const bf16 *a = gh + r * at[13], *c = oh + r * at[10];
+                float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t j = 0; j < d; j++) sum += up(a[j]) * up(c[j]);
+                dot[r] = sum;
+            }
+            memset(sq, 0, Q * D * 4);
             for (int64_t key = 0; key < T; key += KEYS) {
-                int64_t wide = padded_to(T - key < KEYS ? T - key : KEYS, PANEL);
-                memset(sk, 0, KEYS * d * 4);
-                memset(sv, 0, KEYS * d * 4);
-                for (int64_t at = 0; at < S; at += ROWS) {
-                    rows_of(qh, at, S, d, x);
-                    rows_of(gh, at, S, d, y);
+                int64_t keys = least(KEYS, T - key), wide = padded_to(keys, 16);
+                memset(sk, 0, wide * D * 4);
+                memset(sv, 0, wide * D * 4);
+                for (int64_t first = 0; first < S; first += ROWS) {
+                    int64_t real = least(ROWS, S - first), padded = padded_to(real, TILE);
+                    rows_of(qh + first * at[1], at[1], real, padded, d, D, x);
+                    rows_of(gh + first * at[13], at[13], real, padded, d, D, y);
                     for (int64_t j = 0; j < wide; j += PANEL) {
-                        int64_t panel = (key + j) * (d / 2);
-                        product((const uint32_t *)x, d / 2, 1, kd + panel, PANEL, d / 2, s + j, KEYS, ROWS, PANEL, 0);
-                        product((const uint32_t *)y, d / 2, 1, vd + panel, PANEL, d / 2, t + j, KEYS, ROWS, PANEL, 0);
+                        int64_t panel = (key + j) * (D / 2), some = least(PANEL, wide - j);
+                        product((const uint32_t *)x, D / 2, 1, kd + panel, PANEL, D / 2, s + j, KEYS, padded, some, 0);
+                        product((const uint32_t *)y, D / 2, 1, vd + panel, PANEL, D / 2, t + j, KEYS, padded, some, 0);
                     }
-                    if (T - key < wide) hide(s, ROWS, KEYS, T - key, wide);
+                    hide(s, padded, KEYS, keys, wide);
                     __m512 by = _mm512_set1_ps(scale);
-                    for (int r = 0; r < ROWS; r += 2) {
+                    for (int r = 0; r < padded; r += 2) {
                         float shift[2], mean[2];
                         for (int e = 0; e < 2; e++) { /* a row past the last has no probability */
-                            int real = at + r + e < S;
-                            shift[e] = real ? lse[h * S + at + r + e] : __builtin_inff();
-                            mean[e] = real ? dot[h * S + at + r + e] : 0.0f;
+                            shift[e] = r + e < real ? lse[i * S + first + r + e] : __builtin_inff();
+                            mean[e] = r + e < real ? dot[first + r + e] : 0.0f;
                         }
                         for (int64_t j = 0; j < wide; j += 16) {
                             __m512 pr[2], dr[2];
@@ -476,22 +625,205 @@ void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const float *l
                             store_pairs(st + r / 2 * KEYS + j, dr[0], dr[1]);
                         }
                     }
-                    product(pt, 1, KEYS, gg + at / 2 * d, d, ROWS / 2, sv, d, wide, d, 1);
-                    product(st, 1, KEYS, qq + at / 2 * d, d, ROWS / 2, sk, d, wide, d, 1);
-                    product((const uint32_t *)ds, KEYS / 2, 1, kk + key / 2 * d, d, wide / 2, sq + at * d, d, ROWS, d, 1);
+                    product(pt, 1, KEYS, gg + first / 2 * D, D, padded / 2, sv, D, wide, D, 1);
+                    product(st, 1, KEYS, qq + first / 2 * D, D, padded / 2, sk, D, wide, D, 1);
+                    product((const uint32_t *)ds, KEYS / 2, 1, kk + key / 2 * D, D, wide / 2, sq + first * D, D, padded, D, 1);
                 }
-                int64_t real = T - key < KEYS ? T - key : KEYS;
-                for (int64_t i = 0; i < real * d; i++) {
-                    dk[(h * T + key) * d + i] = down(sk[i] * scale);
-                    dv[(h * T + key) * d + i] = down(sv[i]);
-                }
+                rows_to(sk, D, scale, keys, d, dk + b * at[18] + key * at[19] + h * at[20], at[19]);
+                rows_to(sv, D, 1.0f, keys, d, dv + b * at[21] + key * at[22] + h * at[23], at[22]);
             }
-            for (int64_t i = 0; i < S * d; i++) dq[h * S * d + i] = down(sq[i] * scale);
+            rows_to(sq, D, scale, S, d, dq + b * at[15] + h * at[17], at[16]);
         }
         free(kd), free(vd), free(kk), free(qq), free(gg), free(pt), free(st), free(x), free(y), free(ds);
-        free(s), free(t), free(sq), free(sk), free(sv);
+        free(s), free(t), free(dot), free(sq), free(sk), free(sv);
     }
 }
+
+/* The thin half of joined projections with their pairs. Each pair has columns first ... last - 1 of the output for its own,
+   all of them multiples of 16; what is rank in u and du is padded to 16, pair after pair, R in all. A (rank, in) and
+   B (last - first, rank) are float32: they are rounded to bf16, B after the scale, as they are packed. */
+typedef struct {
+    const float *A, *B;
+    int64_t first, last, rank;
+    float scale;
+} pair;
+
+static inline uint32_t two(float a, float b) { return (uint32_t)down(a) | (uint32_t)down(b) << 16; }
+
+static int64_t padded_ranks(const pair *pairs, int count) {
+    int64_t R = 0;
+    for (int i = 0; i < count; i++) R += padded_to(pairs[i].rank, 16);
+    return R;
+}
+
+/* x (rows, columns) float32 -> (columns / 2, ld) pairs along the columns, x's rows side by side; zero to padded rows */
+static void pack_down(const float *x, int64_t rows, int64_t padded, int64_t columns, int64_t odd, float by, uint32_t *out,
+                      int64_t ld) {
+    for (int64_t r = 0; r < padded; r++)
+        for (int64_t p = 0; p < odd / 2; p++) {
+            float a = r < rows && 2 * p < columns ? x[r * columns + 2 * p] : 0.0f;
+            float b = r < rows && 2 * p + 1 < columns ? x[r * columns + 2 * p + 1] : 0.0f;
+            out[p * ld + r] = two(a * by, b * by);
+        }
+}
+
+/* x (rows, columns) float32 -> (padded / 2, ld) pairs along the rows; zero to padded rows and `wide` columns */
+static void pack_along(const float *x, int64_t rows, int64_t padded, int64_t columns, int64_t wide, float by, uint32_t *out,
+                       int64_t ld) {
+    for (int64_t r = 0; r < padded; r += 2)
+        for (int64_t j = 0; j < wide; j++) {
+            float a = r < rows && j < columns ? x[r * columns + j] : 0.0f;
+            float b = r + 1 < rows && j < columns ? x[(r + 1) * columns + j] : 0.0f;
+            out[r / 2 * ld + j] = two(a * by, b * by);
+        }
+}
+
+/* y[r][.] += c[r][.] */
+static void add_rows(const float *c, int64_t rows, int64_t columns, bf16 *y, int64_t ld) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < columns; j += 16) {
+            __m256i *to = (__m256i *)(y + r * ld + j);
+            __m512i was = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(to)), 16);
+            __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(was), _mm512_loadu_ps(c + r * columns + j));
+            _mm256_storeu_si256(to, (__m256i)_mm512_cvtneps_pbh(sum));
+        }
+}
+
+/* Rows first ... of x (n, ld) for `product`: themselves, or a copy where fewer than a tile are left. */
+static const uint32_t *tile_rows(const bf16 *x, int64_t first, int64_t real, int64_t padded, int64_t ld, bf16 *copy) {
+    if (real == padded) return (const uint32_t *)(x + first * ld);
+    rows_of(x + first * ld, ld, real, padded, ld, ld, copy);
+    return (const uint32_t *)copy;
+}
+
+/* u = x A^T, and y += s u B^T on each pair's columns. x (n, in), y (n, out), u (n, R). */
+void thin_add(const pair *pairs, int count, const bf16 *x, bf16 *y, bf16 *u, int64_t n, int64_t in, int64_t out, int threads) {
+    int64_t R = padded_ranks(pairs, count), at = 0, cells = 0;
+    uint32_t *A = room(in * R * 2), *B = room(R * out * 2); /* more than B needs where pairs have columns of their own */
+    for (int i = 0; i < count; i++) {
+        const pair *p = pairs + i;
+        int64_t padded = padded_to(p->rank, 16), wide = p->last - p->first;
+        pack_down(p->A, p->rank, padded, in, in, 1.0f, A + at, R);
+        pack_down(p->B, wide, wide, p->rank, padded, p->scale, B + cells, wide);
+        at += padded, cells += padded / 2 * wide;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        bf16 *copy = room(TILE * in * 2), *thin = room(ROWS * R * 2);
+        float *c = room(ROWS * (R > KEYS ? R : KEYS) * 4);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < n; first += ROWS) {
+            int64_t real = least(ROWS, n - first), whole = real / TILE * TILE, padded = padded_to(real, TILE);
+            product((const uint32_t *)(x + first * in), in / 2, 1, A, R, in / 2, c, R, whole, R, 0);
+            if (whole < real) {
+                const uint32_t *last = tile_rows(x, first + whole, real - whole, TILE, in, copy);
+                product(last, in / 2, 1, A, R, in / 2, c + whole * R, R, TILE, R, 0);
+            }
+            narrow_to(c, thin, padded * R);
+            memcpy(u + first * R, thin, real * R * sizeof(bf16));
+            const uint32_t *b = B;
+            int64_t start = 0;
+            for (int i = 0; i < count; i++) {
+                int64_t rank = padded_to(pairs[i].rank, 16), wide = pairs[i].last - pairs[i].first;
+                for (int64_t j = 0; j < wide; j += KEYS) {
+                    int64_t some = least(KEYS, wide - j);
+                    product((const uint32_t *)(thin + start), R / 2, 1, b + j, wide, rank / 2, c, some, padded, some, 0);
+                    add_rows(c, real, some, y + first * out + pairs[i].first + j, out);
+                }
+                start += rank, b += rank / 2 * wide;
+            }
+        }
+        free(copy), free(thin), free(c);
+    }
+    free(A), free(B);
+}
+
+/* du = s g B, and dx += du A unless dx is NULL. g (n, out), du (n, R), dx (n, in). */
+void thin_through(const pair *pairs, int count, const bf16 *g, bf16 *du, bf16 *dx, int64_t n, int64_t in, int64_t out,
+                  int threads) {
+    int64_t R = padded_ranks(pairs, count), at = 0, cells = 0;
+    uint32_t *A = room(in * R * 2), *B = room(R * out * 2);
+    for (int i = 0; i < count; i++) {
+        const pair *p = pairs + i;
+        int64_t padded = padded_to(p->rank, 16), wide = p->last - p->first;
+        pack_along(p->A, p->rank, padded, in, in, 1.0f, A + at / 2 * in, in);
+        pack_along(p->B, wide, wide, p->rank, padded, p->scale, B + cells, padded);
+        at += padded, cells += padded * wide / 2;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        bf16 *copy = room(ROWS * out * 2), *thin = room(ROWS * R * 2);
+        float *c = room(ROWS * (R > KEYS ? R : KEYS) * 4);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < n; first += ROWS) {
+            int64_t real = least(ROWS, n - first), padded = padded_to(real, TILE), start = 0;
+            const uint32_t *rows = tile_rows(g, first, real, padded, out, copy), *b = B;
+            for (int i = 0; i < count; i++) {
+                int64_t rank = padded_to(pairs[i].rank, 16), wide = pairs[i].last - pairs[i].first;
+                product(rows + pairs[i].first / 2, out / 2, 1, b, rank, wide / 2, c + start, R, padded, rank, 0);
+                start += rank, b += rank * wide / 2;
+            }
+            narrow_to(c, thin, padded * R);
+            memcpy(du + first * R, thin, real * R * sizeof(bf16));
+            for (int64_t j = 0; dx && j < in; j += KEYS) {
+                int64_t some = least(KEYS, in - j);
+                product((const uint32_t *)thin, R / 2, 1, A + j, in, R / 2, c, some, padded, some, 0);
+                add_rows(c, real, some, dx + first * in + j, in);
+            }
+        }
+        free(copy), free(thin), free(c);
+    }
+    free(A), free(B);
+}
+
+/* dA[i] = du^T x and dB[i] = s g^T u on each pair's rows and columns, float32. Shared out by columns of x and g, so that no
+   sum depends on the number of threads. */
+void thin_gradients(const pair *pairs, int count, const bf16 *g, const bf16 *x, const bf16 *u, const bf16 *du, float **dA,
+                    float **dB, int64_t n, int64_t in, int64_t out, int threads) {
+    enum { DEEP = 128 };
+    int64_t R = padded_ranks(pairs, count), even = padded_to(n, 2), of_x = padded_to(in, PANEL) / PANEL, panels = of_x;
+    uint32_t *pu = room(even * R * 2), *pdu = room(even * R * 2);
+    pack_rows(u, R, n, even, R, R, pu);
+    pack_rows(du, R, n, even, R, R, pdu);
+    for (int i = 0; i < count; i++) panels += padded_to(pairs[i].last - pairs[i].first, PANEL) / PANEL;
+#pragma omp parallel num_threads(threads)
+    {
+        uint32_t *packed = room(DEEP / 2 * PANEL * 4);
+        float *c = room((R > PANEL ? R : PANEL) * PANEL * 4);
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < panels; item++) {
+            int i = 0;
+            int64_t start = 0, panel = item - of_x;
+            if (item >= of_x) /* the pair whose columns of g these are, and where its rank starts in u */
+                for (; panel >= padded_to(pairs[i].last - pairs[i].first, PANEL) / PANEL; i++) {
+                    panel -= padded_to(pairs[i].last - pairs[i].first, PANEL) / PANEL;
+                    start += padded_to(pairs[i].rank, 16);
+                }
+            int of_g = item >= of_x;
+            int64_t j = (of_g ? panel : item) * PANEL, ld = of_g ? out : in;
+            int64_t some = least(PANEL, (of_g ? pairs[i].last - pairs[i].first : in) - j);
+            int64_t rows = of_g ? padded_to(pairs[i].rank, 16) : R;
+            const bf16 *from = of_g ? g + pairs[i].first + j : x + j;
+            const uint32_t *a = of_g ? pu + start : pdu;
+            for (int64_t at = 0; at < n; at += DEEP) {
+                int64_t real = least(DEEP, n - at), padded = padded_to(real, 2);
+                pack_rows(from + at * ld, ld, real, padded, some, some, packed);
+                product(a + at / 2 * R, 1, R, packed, some, padded / 2, c, PANEL, rows, some, at > 0);
+            }
+            if (of_g) {
+                for (int64_t col = 0; col < some; col++)
+                    for (int64_t r = 0; r < pairs[i].rank; r++)
+                        dB[i][(j + col) * pairs[i].rank + r] = c[r * PANEL + col] * pairs[i].scale;
+            } else {
+                for (int64_t k = 0; k < count; start += padded_to(pairs[k++].rank, 16))
+                    for (int64_t r = 0; r < pairs[k].rank; r++)
+                        memcpy(dA[k] + r * in + j, c + (start + r) * PANEL, some * sizeof(float));
+            }
+        }
+        free(packed), free(c);
+    }
+    free(pu), free(pdu);
+}
 #else
-const int has_attention = 0;
+const int has_products = 0;
 #endif

@@ -4,7 +4,8 @@
         loss.backward()
 
 Swapped: the attention of FLUX.1's blocks (projections that share an input joined to one product, norms, rotation and
-attention one function) and of the UNets' transformers; GEGLU, and gelu with the tanh. As in models.speed, every
+attention one function) and of the UNets' transformers; GEGLU, and gelu with the tanh; in a UNet's
+residual blocks group norms with silu and with what time adds; dropout that drops nothing. As in models.speed, every
 module is first run both ways on a small random input and swapped only where the two agree, and everything is put back
 bit for bit at the end. What a family does differently is left as diffusers has it.
 """
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from veneer import kernels
 from veneer.core.denoise import attention, joint_attention
-from veneer.core.fused import geglu, gelu_tanh, linears
+from veneer.core.fused import geglu, gelu_tanh, linears, norm_silu
 from veneer.core.targets import base_of
 from veneer.models.speed import FastReport, Join, agree, probe, put, same_dtype
 
@@ -112,6 +113,14 @@ def _gelu(module: Any, undo: ExitStack) -> str:
     return _differs(module, forward, undo, probe(2, 4, like.shape[1], like=like))
 
 
+def _dropout(module: Any, undo: ExitStack) -> str:
+    """torch copies what it drops nothing from, and the gradient too."""
+    if module.p:
+        return "it drops something"
+    put(module, lambda self, x: x, undo)
+    return ""
+
+
 # -- FLUX.1 ------------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +203,39 @@ def _flux_forward(original: Callable[..., Any], joins: list[Join], norms: list[A
 # -- UNets -------------------------------------------------------------------------------------------------------------
 
 
+def _residual(module: Any, undo: ExitStack) -> str:
+    usual = (
+        module.upsample is None
+        and module.downsample is None
+        and module.time_embedding_norm == "default"
+        and not module.skip_time_act
+        and module.output_scale_factor == 1
+        and not module.dropout.p
+    )
+    norms = [module.norm1, module.norm2]
+    if not usual or type(module.nonlinearity) is not nn.SiLU or any(type(n) is not nn.GroupNorm for n in norms):
+        return "it resamples, drops or norms in a way of its own"
+    original = type(module).forward
+
+    def forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or any(type(n) is not nn.GroupNorm or n._forward_hooks for n in (self.norm1, self.norm2)):
+            return original(self, input_tensor, temb, *args, **kwargs)
+        hidden = self.conv1(_normed(self.norm1, input_tensor))
+        shift = None
+        if self.time_emb_proj is not None and temb is not None:
+            shift = self.time_emb_proj(self.nonlinearity(temb))
+        hidden = self.conv2(_normed(self.norm2, hidden, shift))
+        return hidden + (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
+
+    like = module.norm1.weight
+    time = None if module.time_emb_proj is None else probe(2, module.time_emb_proj.in_features, like=like)
+    return _differs(module, forward, undo, probe(2, module.in_channels, 3, 3, like=like), time)
+
+
+def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    return norm_silu(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
 def _unet_attention(module: Any, undo: ExitStack) -> str:
     from diffusers.models.attention_processor import AttnProcessor2_0
 
@@ -205,8 +247,8 @@ def _unet_attention(module: Any, undo: ExitStack) -> str:
         and not module.residual_connection
         and module.rescale_output_factor == 1
     )
-    q, kv = _parts(module, "to_q"), _parts(module, "to_k", "to_v")
-    if not plain or q is None or kv is None:
+    q, kv, last = _parts(module, "to_q"), _parts(module, "to_k", "to_v"), _parts(module.to_out, "0")
+    if not plain or q is None or kv is None or last is None:
         return "it has norms or projections of its own"
     crossed = bool(module.is_cross_attention)
     joins = [Join(q, undo), Join(kv, undo)] if crossed else [Join([*q, *kv], undo)]
@@ -214,11 +256,11 @@ def _unet_attention(module: Any, undo: ExitStack) -> str:
     assert isinstance(like, Tensor)
     assert isinstance(other, Tensor)
     given = {"encoder_hidden_states": probe(2, 3, other.shape[1], like=other)} if crossed else {}
-    forward = _unet_forward(type(module).forward, joins)
+    forward = _unet_forward(type(module).forward, joins, Join(last, undo))
     return _differs(module, forward, undo, probe(2, 4, like.shape[1], like=like), **given)
 
 
-def _unet_forward(original: Callable[..., Any], joins: list[Join]) -> Callable[..., Any]:
+def _unet_forward(original: Callable[..., Any], joins: list[Join], last: Join) -> Callable[..., Any]:
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -237,16 +279,19 @@ def _unet_forward(original: Callable[..., Any], joins: list[Join]) -> Callable[.
         if second is None:
             out = joint_attention(first.view(n, first.shape[1], 3, self.heads, -1))
         else:
-            k, v = second.view(n, second.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            out = attention(first.view(n, first.shape[1], self.heads, -1).transpose(1, 2), k, v)
-        return self.to_out[1](self.to_out[0](out))
+            k, v = second.view(n, second.shape[1], 2, self.heads, -1).unbind(2)
+            out = attention(first.view(n, first.shape[1], self.heads, -1), k, v)
+        made = _product(last, out)
+        return self.to_out[1](self.to_out[0](out) if made is None else made)
 
     return forward
 
 
 _SWAPS: dict[str, Callable[[Any, ExitStack], str]] = {
     "Attention": _unet_attention,
+    "Dropout": _dropout,
     "FluxAttention": _flux_attention,
     "GEGLU": _geglu,
     "GELU": _gelu,
+    "ResnetBlock2D": _residual,
 }
