@@ -46,7 +46,21 @@ def serve(
     ] = None,
     tenants: Annotated[
         str | None,
-        typer.Option("--tenants", help="A database of tenants (SQLite file or postgresql://…) instead of --api-keys."),
+        typer.Option(
+            "--tenants",
+            envvar="VENEER_TENANTS",
+            help="A database of tenants (SQLite file or postgresql://…) instead of --api-keys; see `veneer tenant`.",
+        ),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="embedded: this process computes; openai: the servers of --upstream do.")
+    ] = "embedded",
+    upstream: Annotated[
+        list[str] | None,
+        typer.Option("--upstream", help="A vLLM, TGI or OpenAI-compatible server's URL; any number of times."),
+    ] = None,
+    upstream_key: Annotated[
+        str | None, typer.Option("--upstream-key", envvar="VENEER_UPSTREAM_KEY", help="Their bearer token.")
     ] = None,
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests computed at once.")] = 32,
     cache_memory: Annotated[str, typer.Option("--cache-memory", help="For keys and values, as 512M or 4G.")] = "1G",
@@ -66,6 +80,10 @@ def serve(
     """Serve a base and its adapters over HTTP until Ctrl-C or SIGTERM."""
     if tenants is not None and api_keys is not None:
         raise ConfigError("--tenants and --api-keys both say who may ask", fix="keep one")
+    if engine not in ("embedded", "openai") or (engine == "openai") != bool(upstream):
+        raise ConfigError(
+            f"--engine {engine} with {len(upstream or [])} upstreams", fix="--engine openai --upstream URL"
+        )
     try:
         import uvicorn  # noqa: F401
     except ImportError as error:
@@ -86,6 +104,8 @@ def serve(
         keys=tuple(server.keys_of(api_keys)) if api_keys else (),
         admin_key=admin_key,
         tenants=tenants,
+        upstreams=tuple(upstream or []),
+        upstream_key=upstream_key,
         rows=max_batch,
         cache_bytes=server.bytes_of(cache_memory, "--cache-memory"),
         adapter_bytes=server.bytes_of(adapter_memory, "--adapter-memory"),

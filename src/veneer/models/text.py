@@ -31,6 +31,7 @@ __all__ = [
     "choose_dtype",
     "end_of_turn",
     "load_text",
+    "outline_text",
     "read_config",
     "read_tokenizer",
 ]
@@ -126,6 +127,28 @@ def load_text(
         context=int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30),
         notes=notes,
     )
+
+
+def outline_text(name: str, *, say: Callable[[str], None] | None = None) -> TextBase:
+    """A base without its weights, on the meta device: config, tokenizer, names, shapes, fingerprint. For whoever checks
+    adapters against a base that runs elsewhere. Raises BaseError."""
+    from transformers import AutoModelForCausalLM
+
+    path = find(name, say=say)
+    if is_image(path):
+        raise BaseError("this is an image base, and a language model is wanted", where=str(path))
+    table = tensor_table(path)
+    config, tokenizer = read_config(path), read_tokenizer(path)
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    turn = end_of_turn(tokenizer)
+    turn = tokenizer.eos_token_id if turn is None else turn
+    context = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+    kind, reason = torch.float32, "nothing is computed here"
+    return TextBase(
+        name, model, tokenizer, path, fingerprint(path, config, table), kind, torch.device("meta"), reason,
+        end_of_turn_id=turn, stop_ids=_stop_ids(model, tokenizer, turn), context=context,
+    )  # fmt: skip
 
 
 # -- device and dtype ------------------------------------------------------------------------------------------------

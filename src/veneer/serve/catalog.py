@@ -25,17 +25,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from veneer.core.adapter import Adapter
 from veneer.library.library import Library
 from veneer.serve.access import Caller, ModelCard, Served
 from veneer.serve.request import Mix, Refused, make_mix
-from veneer.serve.resident import Residents
 from veneer.serve.sources import Place, Sources, unusable
 from veneer.using import Base
 
-__all__ = ["LocalCatalog", "Rollouts"]
+__all__ = ["LocalCatalog", "Memory", "Rollouts"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9][A-Za-z0-9._+-]*)?")
 MAX_NAME = 200
@@ -54,6 +53,16 @@ class Rollouts(Protocol):
     def shadow(self, alias: str, caller: Caller) -> str | None:
         """The name whose answer is computed too."""
         ...
+
+
+class Memory(Protocol):
+    """Where loaded adapters are kept: `Residents`, or replicas elsewhere."""
+
+    def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None: ...
+
+    def drop(self, digest: str) -> None: ...
+
+    def unpin(self, digest: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class LocalCatalog:
         self.base = name or base.name.rstrip("/").rpartition("/")[2]
         self.sources = Sources(base, servable, library=library, folders=allowed_folders, max_bytes=max_bytes)
         self.rollouts = rollouts
-        self.residents: Residents[Any] | None = None
+        self.residents: Memory | None = None
         self._fingerprint = base.fingerprint
         self._started = int(time.time())
         self._lock = threading.Lock()

@@ -14,10 +14,10 @@ import asyncio
 import hmac
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.types import Receive, Scope, Send
@@ -25,8 +25,11 @@ from starlette.types import Receive, Scope, Send
 from veneer.errors import ConfigError
 from veneer.serve.access import Caller, OpenAccess, Tenancy
 from veneer.serve.http.errors import Json, answer_error
-from veneer.serve.http.house import House, HttpSettings
-from veneer.serve.request import Refused
+from veneer.serve.http.house import House, HttpSettings, ShadowAnswer
+from veneer.serve.request import EngineStats, Event, Refused, Request
+
+if TYPE_CHECKING:
+    from veneer.serve.upstream import Fleet
 
 __all__ = [
     "Built",
@@ -57,7 +60,9 @@ class Preload:
 class ServeSettings:
     """`rows`: requests at once; `cache_bytes`: of keys and values; `adapter_bytes`: of adapters in memory, which is the
     only limit to how many are loaded. `folders`: where load requests may name files. `tenants`: a database of tenants;
-    without it `keys` are all the server's keys, and without these nobody needs one. `drain`: seconds."""
+    without it `keys` are all the server's keys, and without these nobody needs one. `upstreams`: servers that do the
+    work, with `upstream_key` as their bearer token; the base is then read for its names and its tokenizer alone.
+    `drain`: seconds."""
 
     base: str
     host: str = "127.0.0.1"
@@ -74,6 +79,8 @@ class ServeSettings:
     adapter_bytes: int = 1 << 30
     dtype: str = "auto"
     device: str = "auto"
+    upstreams: tuple[str, ...] = ()
+    upstream_key: str | None = None
     drain: float = 30.0
     http: HttpSettings = field(default_factory=HttpSettings)
 
@@ -135,10 +142,20 @@ class Keys(OpenAccess):
 
 def build(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     """Everything that `settings` ask for. Blocks while the base loads."""
+    from veneer.models.sources import find, is_image
+
+    if settings.upstreams:
+        return _build_fleet(settings, say)
+    if is_image(find(settings.base, say=say)):
+        return _build_pictures(settings, say)
+    return _build_text(settings, say)
+
+
+def _build_text(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     from veneer.library.library import open_library
     from veneer.models.text import load_text
-    from veneer.serve.catalog import LocalCatalog  # type: ignore[import-not-found]
-    from veneer.serve.engine import EngineSettings, TextEngine  # type: ignore[import-not-found]
+    from veneer.serve.catalog import LocalCatalog
+    from veneer.serve.engine import EngineSettings, TextEngine
     from veneer.serve.http.app import create_app
 
     tenancy, routers, rollouts = _tenancy(settings)
@@ -147,24 +164,156 @@ def build(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     library = open_library(settings.library)
     sizes = EngineSettings(rows=settings.rows, cache_bytes=settings.cache_bytes, adapter_bytes=settings.adapter_bytes)
     engine = TextEngine(base, lambda digest: catalog.read(digest), sizes)
-    catalog: Any = LocalCatalog(
-        base, engine.problems, library=library, allowed_folders=settings.folders, rollouts=rollouts
-    )
+    say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
+    catalog = LocalCatalog(base, engine.problems, library=library, allowed_folders=settings.folders, rollouts=rollouts)
     catalog.residents = engine.residents
     engine.start()
-    # The engine's cache may hold less than the base could take.
-    text = replace(base, context=engine.context)
-    unguarded = ("/admin",) if routers else ()
-    app = create_app(engine, catalog, tenancy, text, settings=settings.http, routers=routers, unguarded=unguarded)
+    text = replace(base, context=engine.context)  # the engine's cache may hold less than the base could take
+    app = create_app(engine, catalog, tenancy, text, settings=settings.http, **_operator(tenancy, routers))
     _preload(settings, app.state.house, say)
 
     async def stop() -> None:
         await asyncio.to_thread(engine.stop)
-        library.close()
-        if hasattr(tenancy, "close"):
-            await asyncio.to_thread(tenancy.close)
+        await asyncio.to_thread(_close, library, tenancy)
 
     return Built(app, stop=stop)
+
+
+class _NoText:
+    """The engine of a server that draws: text is refused, by name."""
+
+    async def events(self, request: Request) -> AsyncIterator[Event]:
+        raise Refused(
+            "this server draws pictures", status=400, code="invalid_request", fix="ask /v1/images/generations"
+        )
+        yield  # an iterator, as the protocol has it
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class _Caption:
+    """What text surfaces ask of a base, answered by the first text encoder of one that draws."""
+
+    name: str
+    tokenizer: Any
+    context: int
+    has_chat_template: bool = False
+
+
+def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Built:
+    from veneer.library.library import open_library
+    from veneer.models.image import load_image, readers
+    from veneer.serve.catalog import LocalCatalog
+    from veneer.serve.http.app import create_app
+    from veneer.serve.http.images import router
+    from veneer.serve.pictures import PictureEngine
+
+    tenancy, routers, rollouts = _tenancy(settings)
+    base = load_image(settings.base, dtype=settings.dtype, device=settings.device, say=say)
+    library = open_library(settings.library)
+    catalog = LocalCatalog(
+        base, lambda adapter: [], library=library, allowed_folders=settings.folders, rollouts=rollouts
+    )
+    engine = PictureEngine(base, catalog.read, max_batch=min(settings.rows, 8), adapter_bytes=settings.adapter_bytes)
+    catalog.residents = _Forgetful(engine.forget)
+    (tokenizer, limit), *_ = readers(base)
+    caption = _Caption(base.name, getattr(tokenizer, "tokenizer", tokenizer), limit)
+    limits = replace(settings.http, max_body=max(settings.http.max_body, 64 << 20))
+    images = router(engine, catalog, tenancy, max_body=limits.max_body)
+    app = create_app(_NoText(), catalog, tenancy, caption, images, limits, **_operator(tenancy, routers))
+    _preload(settings, app.state.house, say)
+
+    async def stop() -> None:
+        await asyncio.to_thread(engine.close)
+        await asyncio.to_thread(_close, library, tenancy)
+
+    return Built(app, stop=stop)
+
+
+def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Built:
+    """The same front door before servers that run elsewhere. They read the library's files by the same paths."""
+    from veneer.library.library import open_library
+    from veneer.models.home import veneer_home
+    from veneer.models.text import outline_text
+    from veneer.serve.catalog import LocalCatalog
+    from veneer.serve.http.app import create_app
+    from veneer.serve.servable import problems
+    from veneer.serve.upstream import Fleet
+
+    if settings.folders:
+        raise ConfigError("replicas read the library, not folders", where="--allow-folder", fix="veneer library add")
+    tenancy, routers, rollouts = _tenancy(settings)
+    base, library = outline_text(settings.base, say=say), open_library(settings.library)
+    fleet = Fleet(
+        settings.upstreams, files=library.resolve, cache=veneer_home() / "cache" / "served", key=settings.upstream_key,
+        decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
+    )  # fmt: skip
+    catalog = LocalCatalog(base, problems, library=library, rollouts=rollouts)
+    app = create_app(fleet, catalog, tenancy, base, settings=settings.http, **_operator(tenancy, routers))
+
+    async def start() -> None:
+        await fleet.__aenter__()
+        catalog.residents = _Replicas(fleet, asyncio.get_running_loop())
+        await asyncio.to_thread(_preload, settings, app.state.house, say)
+
+    async def stop() -> None:
+        await fleet.__aexit__(None, None, None)
+        await asyncio.to_thread(_close, library, tenancy)
+
+    return Built(app, start, stop)
+
+
+class _Forgetful:
+    """Residents of an engine that reads what it needs when it is asked for it: only told what to let go of."""
+
+    def __init__(self, forget: Callable[[str], None]) -> None:
+        self.drop = forget
+
+    def load(self, digest: str, adapter: Any = None, *, pinned: bool = False) -> None:
+        if pinned:
+            raise Refused("adapters cannot be pinned here", status=400, code="invalid_request", param="pinned")
+
+    def unpin(self, digest: str) -> None:
+        pass
+
+
+class _Replicas(_Forgetful):
+    """Residents of a fleet: on its replicas."""
+
+    def __init__(self, fleet: Fleet, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(lambda digest: self._wait(fleet.unload(((digest, 1.0),))))
+        self.fleet, self.loop = fleet, loop
+
+    def load(self, digest: str, adapter: Any = None, *, pinned: bool = False) -> None:
+        super().load(digest, adapter, pinned=pinned)
+        self._wait(self.fleet.load(((digest, 1.0),)))
+
+    def _wait(self, work: Coroutine[Any, Any, Any]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+
+def _operator(tenancy: Tenancy, routers: list[Any]) -> dict[str, Any]:
+    """What an application with tenants has besides: its operator's routes, the log of shadows, the audit log."""
+    more: dict[str, Any] = {"routers": routers, "unguarded": ("/admin",) if routers else ()}
+    note, rollouts = getattr(tenancy, "note", None), getattr(tenancy, "rollouts", None)
+    if note is not None and rollouts is not None:
+        more["on_change"] = lambda what, name, after: note("operator", what, name, None, after)
+
+        def keep(answer: ShadowAnswer) -> None:
+            sides = [(answer.target, answer.sent, answer.sent_usage), (answer.shadow, answer.answer, answer.usage)]
+            target, shadow = ((name, text, u.completion, u.prefill + u.decode) for name, text, u in sides)
+            rollouts.log_shadow(answer.name, request=answer.request, tenant=answer.tenant, target=target, shadow=shadow)
+
+        more["on_shadow"] = keep
+    return more
+
+
+def _close(library: Any, tenancy: Tenancy) -> None:
+    library.close()
+    if (close := getattr(tenancy, "close", None)) is not None:
+        close()
 
 
 def _tenancy(settings: ServeSettings) -> tuple[Tenancy, list[Any], Any]:
@@ -173,8 +322,8 @@ def _tenancy(settings: ServeSettings) -> tuple[Tenancy, list[Any], Any]:
         if not settings.keys and settings.admin_key is None:
             return OpenAccess(), [], None
         return Keys(settings.keys, settings.admin_key), [], None
-    from veneer.serve.tenancy.admin import admin_router  # type: ignore[import-not-found]
-    from veneer.serve.tenancy.tenants import Tenants  # type: ignore[import-not-found]
+    from veneer.serve.tenancy.admin import admin_router
+    from veneer.serve.tenancy.tenants import Tenants
 
     tenants = Tenants(settings.tenants, admin_key=settings.admin_key)
     return tenants, [admin_router(tenants)] if settings.admin_key else [], tenants.rollouts

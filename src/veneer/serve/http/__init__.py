@@ -1,4 +1,4 @@
-"""The HTTP surfaces: of text OpenAI's, vLLM's, LoRAX's and TGI's, llama.cpp's; of pictures OpenAI's; metrics and health.
+"""The HTTP surfaces: of text OpenAI's, vLLM's, LoRAX's and TGI's, llama.cpp's; of pictures OpenAI's; metrics, health.
 
 app.py        the application: who may ask, how errors are told, what is mounted
 house.py      what all surfaces share: engine, catalog, tenancy, text, limits; which mix a body names

@@ -50,6 +50,7 @@ def create_app(
     routers: Sequence[APIRouter] = (),
     unguarded: Sequence[str] = (),
     on_shadow: Callable[[ShadowAnswer], None] | None = None,
+    on_change: Callable[[str, str, object], None] | None = None,
     lifespan: Any = None,
 ) -> FastAPI:
     """All surfaces over one engine.
@@ -59,6 +60,8 @@ def create_app(
     their own keys. The app's `state.house.phase` is ready; a server that drains sets it."""
     chosen = settings or HttpSettings()
     house = House(engine, catalog, tenancy or OpenAccess(), Prompts(base), chosen, on_shadow or _log_shadow)
+    if on_change is not None:
+        house.on_change = on_change
     app = FastAPI(title="veneer", version=__version__, lifespan=lifespan, redoc_url=None)
     app.state.house = house
     surfaces: dict[str, str] = {}
@@ -81,7 +84,8 @@ def create_app(
 
 def _log_shadow(answer: ShadowAnswer) -> None:
     record = {
-        "request": answer.request, "name": answer.name, "shadow": answer.shadow, "same": answer.sent == answer.answer,
+        "request": answer.request, "tenant": answer.tenant, "name": answer.name, "shadow": answer.shadow,
+        "same": answer.sent == answer.answer,
         "sent_characters": len(answer.sent), "shadow_characters": len(answer.answer), "error": answer.error,
     }  # fmt: skip
     _SHADOWS.info(json.dumps(record))

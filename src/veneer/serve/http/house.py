@@ -19,7 +19,7 @@ from veneer.serve.access import ANYBODY, Caller, Catalog, ModelCard, Served, Ten
 from veneer.serve.http.errors import as_refused, invalid, log, message_of
 from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.prompts import Prompts, Text
-from veneer.serve.request import Engine, Refused
+from veneer.serve.request import Engine, Refused, Usage
 
 __all__ = ["Chosen", "House", "HttpSettings", "ShadowAnswer", "caller_of", "house_of", "load_adapter", "need_admin"]
 
@@ -44,13 +44,17 @@ class HttpSettings:
 
 @dataclass(frozen=True)
 class ShadowAnswer:
-    """What a shadow's answer was beside the one that was sent; for the log."""
+    """What a shadow's answer was beside the one that was sent by `target`; for the log. `name`: the alias."""
 
     request: str
+    tenant: str
     name: str
     shadow: str
+    target: str
     sent: str
     answer: str
+    sent_usage: Usage
+    usage: Usage
     error: str = ""
 
 
@@ -81,12 +85,16 @@ class LoraNumbers:
 
 @dataclass(eq=False)
 class House:
+    """`on_change`: told what an operator changes ("adapter.load" or "adapter.unload", name, what it is then), in a
+    thread; for an audit log."""
+
     engine: Engine
     catalog: Catalog
     tenancy: Tenancy
     prompts: Prompts
     settings: HttpSettings
     on_shadow: Callable[[ShadowAnswer], None]
+    on_change: Callable[[str, str, object], None] = lambda what, name, after: None
     started: float = field(default_factory=time.time)
     phase: Literal["loading", "ready", "draining"] = "ready"
     inside: int = 0
@@ -166,7 +174,10 @@ async def load_adapter(house: House, name: str, source: str, **options: Any) -> 
     from veneer.errors import VeneerError
 
     try:
-        return await asyncio.to_thread(lambda: house.catalog.load(name, source, **options))
+        card = await asyncio.to_thread(lambda: house.catalog.load(name, source, **options))
+        after = {"digest": card.digest, "root": card.root}
+        await asyncio.to_thread(house.on_change, "adapter.load", name, after)
+        return card
     except Refused:
         raise
     except VeneerError as error:

@@ -120,6 +120,7 @@ async def run(house: House, ask: Ask) -> AsyncGenerator[Told, None]:
         shadow = _shadow(house, ask, requests[0])
         sent = ""
         going = len(requests)
+        billed = False
         try:
             while going:
                 i, event = await queue.get()
@@ -131,14 +132,18 @@ async def run(house: House, ask: Ask) -> AsyncGenerator[Told, None]:
                         raise event.error or _broken(event)
                 if i == 0 and not isinstance(event, Started):
                     sent += event.text
+                if not going:  # before the last event goes out: an answer that a client has is in the ledger
+                    bill.used(total(usages, ask.choices))
+                    billed = True
                 yield i, event
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            bill.used(total(usages, ask.choices))
+            if not billed:
+                bill.used(total(usages, ask.choices))
             if shadow is not None:
-                shadow.set_result(sent)
+                shadow.set_result((sent, total(usages, ask.choices)))
 
 
 def _broken(event: Finished) -> Refused:
@@ -228,22 +233,27 @@ async def _left(request: HttpRequest) -> None:
         pass
 
 
+Sent = tuple[str, Usage]
+"""The answer that a client got, and what it took."""
+
+
 # -- shadows -----------------------------------------------------------------------------------------------------------
 
 
-def _shadow(house: House, ask: Ask, request: Request) -> asyncio.Future[str] | None:
+def _shadow(house: House, ask: Ask, request: Request) -> asyncio.Future[Sent] | None:
     """Starts the shadow's answer to the first prompt behind the request; told the sent text, it reports both."""
     if ask.chosen.served.shadow is None or len(house.behind) >= house.settings.shadows:
         return None
     name, mix = ask.chosen.served.shadow
-    sent: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(_follow(house, replace(request, mix=mix, id=f"{request.id}-shadow"), name, sent))
+    sent: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
+    behind = replace(request, mix=mix, id=f"{request.id}-shadow")
+    task = asyncio.create_task(_follow(house, ask, behind, name, sent))
     house.behind.add(task)
     task.add_done_callback(house.behind.discard)
     return sent
 
 
-async def _follow(house: House, request: Request, shadow: str, sent: asyncio.Future[str]) -> None:
+async def _follow(house: House, ask: Ask, request: Request, shadow: str, sent: asyncio.Future[Sent]) -> None:
     answer, error = Answer(), ""
     try:
         events: Any = house.engine.events(request)
@@ -255,4 +265,11 @@ async def _follow(house: House, request: Request, shadow: str, sent: asyncio.Fut
     except Exception as problem:  # a shadow never disturbs what it follows
         error = message_of(problem) if isinstance(problem, Refused) else repr(problem)
     with suppress(asyncio.CancelledError):
-        house.on_shadow(ShadowAnswer(request.id, request.name, shadow, await sent, answer.text, error))
+        text, usage = await sent
+        own = answer.end.usage if answer.end is not None else Usage(0, 0, len(answer.tokens))
+        house.on_shadow(
+            ShadowAnswer(
+                ask.id, ask.caller.tenant, ask.chosen.served.name, shadow, ask.chosen.served.target, text, answer.text,
+                usage, own, error,
+            )
+        )  # fmt: skip
