@@ -162,7 +162,7 @@ def floors(engine: Any) -> dict[str, float]:
     """Tokens per second if a step were its products with plain weights alone, by rows."""
     import torch
 
-    weights = [w.detach() for group in engine.runner.layout.groups for w in group.weights]
+    weights = [w.detach() for g in engine.runner.layout.groups for w in map(g.weight, range(len(g.modules)))]
     out = {}
     for rows in (1, 32):
         xs = {k: torch.randn(rows, k).bfloat16() for k in {w.shape[1] for w in weights}}

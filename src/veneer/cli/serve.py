@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -65,6 +65,10 @@ def serve(
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests computed at once.")] = 32,
     cache_memory: Annotated[str, typer.Option("--cache-memory", help="For keys and values, as 512M or 4G.")] = "1G",
     adapter_memory: Annotated[str, typer.Option("--adapter-memory", help="For adapters, as 512M or 4G.")] = "1G",
+    weights: Annotated[
+        str,
+        typer.Option("--weights", help="dense; int8 or int4: projections in that alone, for small machines."),
+    ] = "dense",
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=0, help="Tokens an answer may have at most; 0: what the context leaves.")
     ] = 0,
@@ -109,6 +113,7 @@ def serve(
         rows=max_batch,
         cache_bytes=server.bytes_of(cache_memory, "--cache-memory"),
         adapter_bytes=server.bytes_of(adapter_memory, "--adapter-memory"),
+        weights=_weights(weights),
         dtype=dtype,
         device=device,
         drain=drain_seconds,
@@ -117,6 +122,12 @@ def serve(
     if host not in ("127.0.0.1", "localhost", "::1") and not (api_keys or tenants or admin_key):
         _say(f"note: whoever reaches {host}:{port} may ask, and load adapters; --api-keys or --tenants closes that")
     server.serve(settings, _say)
+
+
+def _weights(text: str) -> Literal["dense", "int8", "int4"]:
+    if text not in ("dense", "int8", "int4"):
+        raise ConfigError(f"{text!r} are no weights", where="--weights", fix="dense, int8 or int4")
+    return cast(Literal["dense", "int8", "int4"], text)
 
 
 def _say(line: str) -> None:

@@ -29,7 +29,7 @@ from veneer.serve.detokenize import Answer
 from veneer.serve.paged import BLOCK
 from veneer.serve.request import BASE, EngineStats, Event, Finished, Mix, Refused, Request, Started, Token, Usage
 from veneer.serve.resident import Lease, Residents
-from veneer.serve.runner import Prepared, Row, Runner
+from veneer.serve.runner import Prepared, Row, Runner, WeightKind
 from veneer.serve.sampler import Choice, Constraint, sample
 from veneer.serve.sampler import Row as Draws
 from veneer.serve.scheduler import Chunk, Scheduler, Sequence
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 class EngineSettings:
     """`rows`: sequences at once; `budget`: tokens in a step; `cache_bytes`: of keys and values; `adapter_bytes`: of
     adapters in memory; `queue`: requests that may wait; `merge_bytes`: what a second set of weights may take, for a mix
-    that every row of `merge_after` steps in a row had, 0 for never."""
+    that every row of `merge_after` steps in a row had, 0 for never. `weights`: see Runner."""
 
     rows: int = 32
     budget: int = 512
@@ -52,6 +52,7 @@ class EngineSettings:
     queue: int = 1024
     merge_bytes: int = 512 << 20
     merge_after: int = 256
+    weights: WeightKind = "dense"
 
 
 @dataclass(eq=False)
@@ -85,7 +86,7 @@ class TextEngine:
     def __init__(self, base: TextBase, read: Callable[[str], Adapter], settings: EngineSettings | None = None) -> None:
         self.base, self.settings = base, settings or EngineSettings()
         settings = self.settings
-        self.runner = Runner(base, cache_bytes=settings.cache_bytes)
+        self.runner = Runner(base, cache_bytes=settings.cache_bytes, weights=settings.weights)
         self.residents: Residents[Prepared] = Residents(read, self.runner.prepare, limit_bytes=settings.adapter_bytes)
         self.cache = Cache(self.runner.blocks, BLOCK)
         self.scheduler = Scheduler(
@@ -385,11 +386,15 @@ class TextEngine:
             return
         if self.runner.merged is not None and mix != self.runner.merged:
             self.runner.unmerge()
-        elif self.runner.merged is None and mix != BASE and self.runner.merged_bytes() <= settings.merge_bytes:
+        elif self.runner.merged is None and mix != BASE and self._may_merge():
             lease = self.residents.acquire(mix, _give_back)
             if lease is not None:
                 self._merging = True
                 self._merger.submit(self._merge, lease)
+
+    def _may_merge(self) -> bool:
+        needs = self.runner.merged_bytes()
+        return needs is not None and needs <= self.settings.merge_bytes
 
     def _merge(self, lease: Lease[Prepared]) -> None:
         try:

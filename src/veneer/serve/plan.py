@@ -97,8 +97,8 @@ def layout_of(base: TextBase) -> Layout:
         parts = [modules[f"{at}{n}"] for n in names]
         if any(type(m) is not nn.Linear for m in parts):
             raise StopIteration
-        weights = tuple(m.weight.detach() for m in parts)
-        groups.append(Group(tuple(f"{at}{n}" for n in names), weights, tuple(m.bias for m in parts)))
+        sizes, biases = tuple(m.out_features for m in parts), tuple(m.bias for m in parts)
+        groups.append(Group(tuple(f"{at}{n}" for n in names), sizes, biases, lambda i: parts[i].weight.detach()))
 
     try:
         for i in range(model.config.get_text_config().num_hidden_layers):
@@ -131,16 +131,12 @@ def plan_of(base: TextBase, layout: Layout, weights: Weights, embedding: Tensor,
         own = layer.self_attn
         q_norm, k_norm = (getattr(own, n).weight.detach() if hasattr(own, n) else None for n in ("q_norm", "k_norm"))
         rotary = Rotary(cos, sin, q_norm, k_norm, config.rms_norm_eps)
-        bias = None
-        if any(b is not None for b in qkv.biases):
-            parts = zip(qkv.weights, qkv.biases, strict=True)
-            bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in parts]).detach()
         if any(b is not None for g in (gate_up, down) for b in g.biases):
             raise NotImplementedError("its MLP has biases")
         window = getattr(own, "sliding_window", getattr(config, "sliding_window", None)) or 0
         blocks.append(
             Block(
-                layer.input_layernorm.weight.detach(), weights(qkv.modules), bias, rotary, weights(out.modules),
+                layer.input_layernorm.weight.detach(), weights(qkv.modules), qkv.bias, rotary, weights(out.modules),
                 out.biases[0], layer.post_attention_layernorm.weight.detach(), weights(gate_up.modules),
                 weights(down.modules), window,
             )

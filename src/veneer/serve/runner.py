@@ -20,26 +20,28 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer import kernels
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment, attach, fit_problems
 from veneer.core.merge import merged_state
 from veneer.core.targets import base_modules
-from veneer.errors import ResourceError
+from veneer.errors import ConfigError, ResourceError
 from veneer.models.hook import How, attending, hook_attention, new_cache
 from veneer.models.speed import Join
 from veneer.models.text import TextBase
-from veneer.serve.matrix import Dense, Matrix, Reordered, can_pack
+from veneer.serve.matrix import Dense, Int4, Int8, Matrix, Reordered, can_pack
 from veneer.serve.paged import BLOCK, PackedRows, Pages
 from veneer.serve.plan import Plan, layout_of, plan_of, static_positions
-from veneer.serve.thin import Segments, Thin, thin, thin_problems
+from veneer.serve.thin import Group, Layout, Segments, Thin, thin, thin_problems
 
-__all__ = ["Prepared", "Row", "Runner"]
+__all__ = ["Prepared", "Row", "Runner", "WeightKind"]
+
+WeightKind = Literal["dense", "int8", "int4"]
 
 
 @dataclass(eq=False)
@@ -52,7 +54,7 @@ class Prepared:
 
     @property
     def bytes(self) -> int:
-        return self.adapter.size_bytes() if self.thin is None else self.thin.bytes
+        return self.adapter.size_bytes() + (0 if self.thin is None else self.thin.bytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +74,19 @@ class Runner:
     """A base made ready to serve. `cache_bytes`: memory for keys and values; `pack_bytes`: what a second copy of the
     projections may take, in the order they are multiplied in. `context`: tokens a sequence may have.
 
-    `how` and `why`: the way that was taken. `shares`: whether sequences can share blocks. Close it to put the base back
-    as it was."""
+    `weights`: dense, or int8 or int4 for machines with little memory: projections and head are then kept in that alone,
+    and the model is an outline of itself from then on. `how` and `why`: the way that was taken. `shares`: whether
+    sequences can share blocks. Close it to put a base with dense weights back as it was."""
 
-    def __init__(self, base: TextBase, *, cache_bytes: int = 1 << 30, pack_bytes: int = 4 << 30) -> None:
-        self.pack_bytes = pack_bytes
+    def __init__(
+        self,
+        base: TextBase,
+        *,
+        cache_bytes: int = 1 << 30,
+        pack_bytes: int = 4 << 30,
+        weights: WeightKind = "dense",
+    ) -> None:
+        self.pack_bytes, self.weights = pack_bytes, weights
         self.base = base
         self.model: Any = base.model
         self._undo = ExitStack()
@@ -103,6 +113,8 @@ class Runner:
         self._pasts: dict[int, Any] = {}
         self.how, self.why = self._choose()
         self.shares = self.how != "alone"
+        if weights != "dense":
+            self._quantise(Int8 if weights == "int8" else Int4)
 
     def close(self) -> None:
         if self._attachment is not None:
@@ -114,7 +126,10 @@ class Runner:
 
     def problems(self, adapter: Adapter) -> list[str]:
         """Why an adapter cannot be served on this base with full effect, one line each."""
-        return fit_problems(self.model, adapter)
+        out = fit_problems(self.model, adapter)
+        if not out and self.weights != "dense":
+            out = [f"{p}, which a base in {self.weights} cannot have" for p in thin_problems(adapter, self.layout)]
+        return out
 
     def prepare(self, adapter: Adapter, key: str) -> Prepared:
         """Make an adapter without `problems` ready; may be called from any thread."""
@@ -132,14 +147,15 @@ class Runner:
 
     # -- merged --------------------------------------------------------------------------------------------------------
 
-    def merged_bytes(self) -> int:
-        return 0 if self._plan is None else sum(w.nbytes for g in self.layout.groups for w in g.weights)
+    def merged_bytes(self) -> int | None:
+        """What a second set of weights takes; None where there can be none."""
+        return self._projection_bytes() if self._plan is not None and self.weights == "dense" else None
 
     @torch.no_grad()
     def merge(self, mix: Sequence[tuple[Prepared, float]]) -> None:
         """Keep a second set of weights with `mix` folded in, used by steps in which every row has it. The base's own
         are not touched. From any thread."""
-        if self._plan is None or any(p.thin is None for p, _ in mix):
+        if self.merged_bytes() is None or any(p.thin is None for p, _ in mix):
             return
         made = merged_state(self.model, tuple((p.adapter, s) for p, s in mix))
         own: dict[str, Any] = dict(base_modules(self.model))
@@ -337,8 +353,7 @@ class Runner:
 
     def _make_fused(self) -> None:
         modules: dict[str, Any] = dict(base_modules(self.model))
-        weights = [w for g in self.layout.groups for w in g.weights]
-        packs = can_pack(self.base.dtype, self.base.device) and sum(w.nbytes for w in weights) <= self.pack_bytes
+        packs = can_pack(self.base.dtype, self.base.device) and self._projection_bytes() <= self.pack_bytes
 
         def joined(names: tuple[str, ...]) -> Matrix:
             parts = [modules[n] for n in names]
@@ -355,6 +370,40 @@ class Runner:
         self._plan = plan_of(
             self.base, self.layout, joined, self.model.get_input_embeddings().weight.detach(), self.context
         )
+
+    def _projection_bytes(self) -> int:
+        return sum(group.weight(i).nbytes for group in self.layout.groups for i in range(len(group.modules)))
+
+    @torch.no_grad()
+    def _quantise(self, kind: type[Int8] | type[Int4]) -> None:
+        """Once the base has shown that it is of Llama's kind: group by group, so that never both copies are whole."""
+        base, modules = self.base, dict(base_modules(self.model))
+        if self.how != "fused" or base.dtype != torch.bfloat16 or base.device.type != "cpu":
+            raise ConfigError(
+                f"{self.weights} weights are for bases of Llama's kind in bfloat16 on a CPU; this one runs "
+                f"{self.how} in {str(base.dtype).removeprefix('torch.')} on {base.device}",
+                fix="use dense weights",
+            )
+        self._plan = None
+        self._undo.close()
+        made: dict[tuple[str, ...], Int8 | Int4] = {}
+        groups = []
+        for group in self.layout.groups:
+            whole = torch.cat([group.weight(i) for i in range(len(group.modules))])
+            try:
+                matrix = made[group.modules] = kind.of(whole)
+            except ValueError as error:
+                where = ", ".join(group.modules)
+                raise ConfigError(str(error), where=where, fix="use int8 or dense weights") from error
+            for name in group.modules:
+                outline = modules[name].get_parameter("weight").detach().to("meta")
+                modules[name].weight = nn.Parameter(outline, requires_grad=False)
+            columns = group.columns
+            weight = partial(_part, matrix, columns)
+            groups.append(Group(group.modules, group.sizes, group.biases, weight))
+        self.layout = Layout(tuple(groups), self.layout.embedding, self.layout.dtype, self.layout.device)
+        embedding = self.model.get_input_embeddings().weight.detach()
+        self._plan = plan_of(base, self.layout, made.__getitem__, embedding, self.context)
 
     def _make_packed(self) -> None:
         static_positions(self.model.config.get_text_config())
@@ -375,6 +424,12 @@ class _Merged:
     mix: tuple[tuple[str, float], ...]
     plan: Plan
     adapters: list[weakref.ref[Prepared]]
+
+
+def _part(matrix: Int8 | Int4, columns: list[tuple[int, int]], i: int) -> Tensor:
+    """The i-th module's own rows of a quantised group, as they are multiplied by."""
+    first, size = columns[i]
+    return matrix.dense()[first : first + size]
 
 
 def _has_experts(adapter: Adapter) -> bool:

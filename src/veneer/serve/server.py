@@ -17,7 +17,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
 from starlette.types import Receive, Scope, Send
@@ -77,6 +77,7 @@ class ServeSettings:
     rows: int = 32
     cache_bytes: int = 1 << 30
     adapter_bytes: int = 1 << 30
+    weights: Literal["dense", "int8", "int4"] = "dense"
     dtype: str = "auto"
     device: str = "auto"
     upstreams: tuple[str, ...] = ()
@@ -162,7 +163,12 @@ def _build_text(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     base = load_text(settings.base, dtype=settings.dtype, device=settings.device, say=say)
     say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     library = open_library(settings.library)
-    sizes = EngineSettings(rows=settings.rows, cache_bytes=settings.cache_bytes, adapter_bytes=settings.adapter_bytes)
+    sizes = EngineSettings(
+        rows=settings.rows,
+        cache_bytes=settings.cache_bytes,
+        adapter_bytes=settings.adapter_bytes,
+        weights=settings.weights,
+    )
     engine = TextEngine(base, lambda digest: catalog.read(digest), sizes)
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
     catalog = LocalCatalog(base, engine.problems, library=library, allowed_folders=settings.folders, rollouts=rollouts)

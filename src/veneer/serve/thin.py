@@ -14,7 +14,7 @@ What is no pair on a projection, the embedding or the head (full copies, token r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,19 +31,30 @@ _PARTS, _RECORD = 3, 17  # of kernels/serving.c
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Linear modules with one input: names, weights (out, in) and biases, in the order of the output's columns."""
+    """Linear modules with one input: names, sizes (out) and biases, in the order of the output's columns. `weight`: the
+    i-th one's (out, in), as it is served."""
 
     modules: tuple[str, ...]
-    weights: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
     biases: tuple[Tensor | None, ...]
+    weight: Callable[[int], Tensor]
 
     @property
     def columns(self) -> list[tuple[int, int]]:
         out, at = [], 0
-        for weight in self.weights:
-            out.append((at, len(weight)))
-            at += len(weight)
+        for size in self.sizes:
+            out.append((at, size))
+            at += size
         return out
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of all columns; None where no module has one."""
+        some = next((b for b in self.biases if b is not None), None)
+        if some is None:
+            return None
+        parts = zip(self.sizes, self.biases, strict=True)
+        return torch.cat([some.new_zeros(n) if b is None else b.detach() for n, b in parts])
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,23 +132,20 @@ def thin(adapter: Adapter, layout: Layout, key: str = "") -> Thin:
         rows: list[Tensor] = []
         parts: list[_Part] = []
         gain: Tensor | None = None
-        for name, weight, (column, n) in zip(group.modules, group.weights, group.columns, strict=True):
+        for i, (name, (column, n)) in enumerate(zip(group.modules, group.columns, strict=True)):
             if name not in adapter.pairs:
                 continue
             pair = adapter.pairs[name].collapsed()
             A, B = pair.A.to(device), pair.B.to(device).float() * pair.scale
             if pair.magnitude is not None:
-                own = _gain(pair, weight)
+                own = _gain(pair, group.weight(i))
                 B = B * own[:, None]
-                gain = torch.zeros(sum(map(len, group.weights)), device=layout.device) if gain is None else gain
+                gain = torch.zeros(sum(group.sizes), device=device) if gain is None else gain
                 gain[column : column + n] = own - 1
             if pair.rank % 2:  # the kernel takes two ranks at a time
                 A, B = (torch.nn.functional.pad(t, p) for t, p in ((A, (0, 0, 0, 1)), (B, (0, 1))))
-            parts.append(
-                _Part(
-                    B.to(device, dtype).unflatten(1, (-1, 2)).permute(1, 0, 2).contiguous(), column, sum(map(len, rows))
-                )
-            )
+            twos = B.to(device, dtype).unflatten(1, (-1, 2)).permute(1, 0, 2).contiguous()
+            parts.append(_Part(twos, column, sum(map(len, rows))))
             rows.append(A.to(device, dtype))
         if not rows:
             continue
@@ -150,12 +158,7 @@ def thin(adapter: Adapter, layout: Layout, key: str = "") -> Thin:
             flat += [part.B.data_ptr(), part.column, part.B.shape[1], part.rank_from, part.rank]
         records[g, : len(flat)] = torch.tensor(flat)
         if gain is not None:
-            bias = None
-            if any(b is not None for b in group.biases):
-                bias = torch.cat(
-                    [w.new_zeros(len(w)) if b is None else b for w, b in zip(group.weights, group.biases, strict=True)]
-                )
-            gains[g] = gain, bias
+            gains[g] = gain, group.bias
             held += gain.nbytes
     embedding = None
     if (pair_e := adapter.pairs.get(layout.embedding)) is not None and pair_e.kind == "embedding":

@@ -1,0 +1,92 @@
+"""Weights as serving multiplies by them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.families import FAMILIES
+from tests.serve.test_runner import base_of, prompts, serve, trained
+from veneer.errors import ConfigError
+from veneer.serve.matrix import Dense, Int4, Int8, Reordered, can_pack
+from veneer.serve.runner import Runner
+
+CPU = torch.device("cpu")
+
+
+def weight(rows: int = 48, n: int = 96) -> torch.Tensor:
+    return (torch.randn(rows, n, generator=torch.Generator().manual_seed(0)) * 0.1).bfloat16()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 15, 16, 17, 200])
+@pytest.mark.parametrize("kind", [Dense, Reordered, Int8, Int4])
+def test_products_are_those_of_the_dense_weight(kind: type, rows: int) -> None:
+    if kind is Reordered and not can_pack(torch.bfloat16, CPU):
+        pytest.skip("this torch packs no weights")
+    w = weight()
+    matrix = Dense(w) if kind is Dense else kind.of(w)
+    own = matrix.dense().double() if kind in (Int8, Int4) else w.double()
+    x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    bias = torch.randn(48, generator=torch.Generator().manual_seed(2)).bfloat16()
+    want = x.double() @ own.t()
+    size = float(want.abs().max())
+    assert (matrix(x).double() - want).abs().max() <= 0.01 * size
+    assert (matrix(x, bias).double() - (want + bias.double())).abs().max() <= 0.015 * size
+    y = bias.repeat(rows, 1)
+    matrix.add_onto(y, x)
+    assert (y.double() - (want + bias.double())).abs().max() <= 0.015 * size
+
+
+def test_rounding_is_as_fine_as_the_bits_allow() -> None:
+    w = weight()
+    eight = (Int8.of(w).dense().float() - w.float()).abs()
+    assert (eight <= 0.55 * w.float().abs().amax(1, keepdim=True) / 127 + 0.005 * w.float().abs()).all()
+    groups = w.float().view(48, 3, 32)
+    step = (groups.amax(-1) - groups.amin(-1)) / 15
+    four = (Int4.of(w).dense().float() - w.float()).abs().view(48, 3, 32)
+    assert (four <= 0.6 * step[..., None] + 0.01 * groups.abs().amax(-1, keepdim=True)).all()
+    with pytest.raises(ValueError, match="no int4 form"):
+        Int4.of(weight(48, 40))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_base_with_adapters_is_its_rounded_weights_with_them(kind: str) -> None:
+    model = FAMILIES["llama3"](hidden_size=64, intermediate_size=96, tie_word_embeddings=True).bfloat16()
+    adapters = {"a": trained(model, 1), "b": trained(model, 2, dora=True)}
+    runner = Runner(base_of(model), cache_bytes=1 << 20, weights=kind)  # type: ignore[arg-type]
+    assert all(w.is_meta for n, w in model.named_parameters() if n.endswith("_proj.weight"))
+    twin = FAMILIES["llama3"](hidden_size=64, intermediate_size=96, tie_word_embeddings=False).bfloat16()
+    twin.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data
+    own = dict(twin.named_modules())
+    own["model.norm"].weight.data = model.model.norm.weight.data
+    for i, layer in enumerate(model.model.layers):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            getattr(twin.model.layers[i], name).weight.data = getattr(layer, name).weight.data
+    for group in runner.layout.groups:
+        for i, name in enumerate(group.modules):
+            own[name].weight.data = group.weight(i).clone()
+    dense = Runner(base_of(twin), cache_bytes=1 << 20)
+    mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)], [("a", 0.5), ("b", 1.0)]]
+    ids = prompts([20, 33, 17])
+    out = []
+    for each in (runner, dense):
+        ready = {name: each.prepare(a, name) for name, a in adapters.items()}
+        work = [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)]
+        out.append(serve(each, work, [7, 16]))
+        each.close()
+    for g, w in zip(*out, strict=True):
+        assert (g.double() - w.double()).norm() <= 0.04 * w.double().norm()
+    assert runner.merged_bytes() is None
+
+
+def test_what_a_quantised_base_cannot_serve_is_said() -> None:
+    from veneer.core.adapter import Adapter
+
+    model = FAMILIES["llama3"](hidden_size=64, intermediate_size=96).bfloat16()
+    norms = Adapter(modules={"model.norm": {"weight": model.model.norm.weight.detach().clone()}})
+    runner = Runner(base_of(model), cache_bytes=1 << 20, weights="int8")
+    assert runner.problems(norms) == ["model.norm: a full copy, which a base in int8 cannot have"]
+    with pytest.raises(ConfigError, match="runs packed"):
+        Runner(base_of(FAMILIES["gemma3"]().bfloat16()), cache_bytes=1 << 20, weights="int8")
+    with pytest.raises(ConfigError, match="float32"):
+        Runner(base_of(FAMILIES["llama3"]()), cache_bytes=1 << 20, weights="int8")
