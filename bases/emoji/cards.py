@@ -9,8 +9,8 @@ from drawings import SETS
 
 __all__ = ["write_cards"]
 
-FIRST_LEG = {"flux": 2600, "sdxl": 3400}
-"""Stage -> steps of the weights that were shipped first, from which these went on (`build.py WORK adopt`)."""
+EARLIER = {"flux": (2600, 2400), "sdxl": (3400, 2400)}
+"""Stage -> steps of the legs before the last (`build.py WORK adopt`): the first with AdamW, the others with Muon."""
 
 _NAMES = {
     "noto": "Noto Emoji", "twemoji": "Twemoji", "fluent": "Fluent Emoji (flat)", "emojione": "EmojiOne 2"
@@ -80,9 +80,11 @@ def _card(name: str, parts: dict[str, float], steps: dict[str, int], stage: str)
 
 
 def _legs(stage: str, steps: dict[str, int]) -> str:
-    if stage in FIRST_LEG:
-        return f"{FIRST_LEG[stage]:,} steps with AdamW, then {steps[stage]:,} with Muon,"
-    return f"{steps[stage]:,} steps with Muon"
+    if stage not in EARLIER:
+        return f"{steps[stage]:,} steps with Muon"
+    first, *others = EARLIER[stage]
+    muon = " and ".join(f"{n:,}" for n in (*others, steps[stage]))
+    return f"{first:,} steps with AdamW, then {muon} with Muon, each leg with a warm-up of its own,"
 
 
 def _example(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -120,21 +121,25 @@ def plain(model: nn.Module, attachment: Attachment) -> Tensor:
 
 @MODELS
 def test_in_bf16_gradients_are_as_near_to_exact_as_without(make: Callable[[], nn.Module]) -> None:
-    torch.manual_seed(1)  # of weights whose gradients bfloat16 knows at all: with 0, diffusers' own are 4 times off
-    model = make()
-    with attached(model) as attachment:
-        exact = step(attachment)
-    model.bfloat16()
-    with attached(model) as attachment:
-        usual = step(attachment)
-        with fast_denoiser(model):
-            got = step(attachment)
+    """Over five random models: for some of them bfloat16's gradients are several times off whoever takes them."""
 
-    def error(values: list[Tensor]) -> float:
+    def error(values: list[Tensor], exact: list[Tensor]) -> float:
         joined, true = (torch.cat([t.float().flatten() for t in v[1:]]) for v in (values, exact))
         return float((joined - true).norm() / true.norm())
 
-    assert error(got) < 1.3 * error(usual) + 1e-3
+    ratios = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = make()
+        with attached(model) as attachment:
+            exact = step(attachment)
+        model.bfloat16()
+        with attached(model) as attachment:
+            usual = step(attachment)
+            with fast_denoiser(model):
+                got = step(attachment)
+        ratios.append(error(got, exact) / (error(usual, exact) + 1e-3))
+    assert statistics.median(ratios) < 1.2, ratios
 
 
 @MODELS
