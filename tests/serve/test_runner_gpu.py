@@ -1,0 +1,38 @@
+"""The runner on a CUDA device: the same laws, in torch's own operations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.families import FAMILIES
+from tests.serve.test_runner import base_of, prompts, reference, same, serve, trained
+from veneer.serve.runner import Runner
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma3", "mixtral"])
+def test_every_row_as_if_it_were_alone(family: str) -> None:
+    model = FAMILIES[family]()
+    exclude = ("*.experts",) if family == "mixtral" else ()
+    adapters = {
+        "a": trained(model, 1),
+        "b": trained(model, 2, rank=5),
+        "c": trained(model, 3, dora=True, exclude=exclude),
+    }
+    mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)], [("a", 0.7), ("b", 0.4)], [("c", 0.5), ("a", 1.0)]]
+    ids = prompts([20, 33, 17, 40])
+    want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
+    model.to("cuda")
+    runner = Runner(replace(base_of(model), device=torch.device("cuda")), cache_bytes=1 << 20)
+    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
+    work = [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)]
+    for g, w in zip(serve(runner, work, [7, 16, 1, 30]), want, strict=True):
+        same(g.cpu(), w, 1e-3)
+    runner.close()
