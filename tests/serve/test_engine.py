@@ -242,6 +242,28 @@ def test_a_step_that_fails_ends_only_who_fails_alone() -> None:
     assert all(end.error.status == 500 for _, _, end in got[::2])
 
 
+def test_a_fault_of_the_step_itself_is_told_and_the_next_are_served() -> None:
+    model = fresh()
+    with engine_of(model, Shelf()) as engine:
+        own, faults = engine.scheduler.step, [1]
+
+        def broken() -> Any:
+            if faults and engine.scheduler.running:
+                faults.pop()
+                raise RuntimeError("no")
+            return own()
+
+        engine.scheduler.step = broken  # type: ignore[method-assign]
+
+        async def turns() -> None:
+            _, _, end = await answer(engine, Request(prompt(9), GREEDY))
+            assert end.reason == "error"
+            ids, _, _ = await answer(engine, Request(prompt(9), GREEDY))
+            assert ids == greedy(model, Shelf(), BASE, prompt(9), 12)
+
+        run(turns())
+
+
 def test_what_is_known_at_once_is_refused_at_once() -> None:
     model = fresh()
     with engine_of(model, Shelf(), queue=0) as engine:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
-from veneer import kernels
 from veneer.core.adapter import Adapter
 from veneer.models.text import TextBase
 from veneer.serve.cache import Cache
@@ -215,11 +214,15 @@ class TextEngine:
     # -- the step's thread ---------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        with kernels.kept_memory():
-            while self._state != "closed":
+        while self._state != "closed":
+            try:
                 self._read_notes(wait=not self.scheduler.running and not self._startable())
                 self._step()
-                self._send()
+            except Exception:  # a fault of ours: whoever is here is told, and the next are served
+                log.exception("the engine's step failed")
+                for live in list(self._by_id.values()):
+                    self._end(live, "error", error=Refused("internal error", status=500, code="internal"))
+            self._send()
         for live in list(self._by_id.values()):
             self._end(live, "cancelled")
         self._send()
