@@ -186,7 +186,7 @@ def cold_loads(base: Any, work: Path, n: int) -> dict[str, float]:
     disk, memory = [], []
     for i in range(n):
         folder = work / f"cold{i}"
-        peft.save(some_adapter(base, 9000 + i), folder, base=base.name)
+        peft.write(some_adapter(base, 9000 + i), folder, base=base.model)
         start = time.perf_counter()
         adapter = peft.load(folder, base.model).adapter
         read = time.perf_counter()
@@ -216,7 +216,7 @@ def export(work: Path) -> None:
     base.model.save_pretrained(work / "base")
     base.tokenizer.save_pretrained(work / "base")
     for i in range(ADAPTERS):
-        peft.save(some_adapter(base, i), work / f"a{i}", base=str(work / "base"))
+        peft.write(some_adapter(base, i), work / f"a{i}", base_name=str(work / "base"), base=base.model)
 
 
 def side_peft(work: Path, quick: bool) -> dict[str, Any]:
