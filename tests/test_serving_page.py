@@ -1,4 +1,6 @@
-"""docs/how-to/serve.md does what it says: its commands and programs run against a server on a tiny base."""
+"""docs/how-to/serve.md does what it says: its commands and programs run against a server on a tiny base.
+
+The feature table names tests that exist."""
 
 from __future__ import annotations
 
@@ -136,3 +138,15 @@ def test_the_numbers_are_the_codes_own() -> None:
     assert f"a body | {HttpSettings().max_body >> 20} MiB |" in PAGE
     assert f"The first {HttpSettings().metric_adapters} adapters" in PAGE
     assert f"`1G` holds {(1 << 30) // (2 * 30 * 3 * 64 * 2) // 1000},000" in PAGE
+
+
+def test_the_tests_that_the_feature_table_names_are_there() -> None:
+    table = (ROOT / "docs" / "reference" / "serving-features.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", table)
+    assert len(named) > 25
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+    first, *_, last = [
+        re.findall(r"^\| (?!---)([^|]+?) \|", part, flags=re.M) for part in re.split(r"^## .*", table, flags=re.M)
+    ]
+    assert [row for row in last if not row.startswith("pictures:")] == first
