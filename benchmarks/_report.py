@@ -46,7 +46,8 @@ def _version(name: str) -> str:
 def lines_of(result: dict[str, Any]) -> Iterator[str]:
     yield ", ".join(f"{k} {v}" for k, v in result["machine"].items())
     width = max(len(r["name"]) for r in result["rows"])
+    metric = max(18, *(len(r["metric"]) for r in result["rows"]))
     for r in result["rows"]:
-        yield f"{r['name']:<{width}}  {r['metric']:<18} {r['value']:>12,.3f} {r['unit']}"
+        yield f"{r['name']:<{width}}  {r['metric']:<{metric}} {r['value']:>12,.3f} {r['unit']}".rstrip()
     for b in result["bars"]:
         yield f"{'ok  ' if b['ok'] else 'MISS'} {b['name']}: want {b['want']}, got {b['got']}"

@@ -5,8 +5,8 @@
 smollm2-135m in bfloat16; 32 requests of 64 prompt and 64 generated tokens, greedy, ends ignored; adapters of rank 16 on
 all seven projections, request i under adapter i modulo their number. Every side is a process of its own with all cores,
 one after another in each round; the best round of each counts. veneer's side is the embedded engine as `veneer serve`
-runs it, without HTTP. Further, of veneer alone: a thousand adapters of rank 8 on q and v under Zipf's law beside eight of
-the same kind; sixteen active adapters in room for eight; one request alone; cold loads.
+runs it, without HTTP. Further, of veneer alone: a thousand adapters of rank 8 on q and v under Zipf's law beside eight
+of the same kind; sixteen active adapters in room for eight; one request alone; cold loads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def prompts(n: int, length: int = PROMPT) -> list[tuple[int, ...]]:
     return [tuple((i * 37 + j * 11) % 40000 + 100 for j in range(length)) for i in range(n)]
 
 
-# -- veneer ----------------------------------------------------------------------------------------------------------------
+# -- veneer ------------------------------------------------------------------------------------------------------------
 
 
 def some_adapter(base: Any, seed: int, rank: int = 16, targets: Any = "all-linear") -> Any:
@@ -210,7 +210,7 @@ def cold_loads(base: Any, work: Path, n: int) -> dict[str, float]:
     }
 
 
-# -- peers -----------------------------------------------------------------------------------------------------------------
+# -- peers -------------------------------------------------------------------------------------------------------------
 
 
 def export(work: Path) -> None:
@@ -281,7 +281,8 @@ def main():
     from vllm.lora.request import LoRARequest
     work, lora, n, prompts = json.loads(sys.argv[1])
     more = dict(enable_lora=True, max_loras=8, max_cpu_loras=8, max_lora_rank=16) if lora else {}
-    llm = LLM(work + "/base", dtype="bfloat16", max_model_len=512, enforce_eager=True, enable_prefix_caching=False, **more)
+    more |= dict(enforce_eager=True, enable_prefix_caching=False)
+    llm = LLM(work + "/base", dtype="bfloat16", max_model_len=512, **more)
     sampling = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
     given = [{"prompt_token_ids": p} for p in prompts]
     loras = [LoRARequest(f"a{i % lora}", i % lora + 1, f"{work}/a{i % lora}") for i in range(n)] if lora else None
@@ -340,9 +341,8 @@ def run(quick: bool, rounds: int, peers: Sequence[str], vllm: Path, say: Callabl
                         mine[name] = value
                 else:
                     mine[name] = value
-            say(
-                f"veneer: { {k: round(v['tokens/s']) for k, v in mine.items() if isinstance(v, dict) and 'tokens/s' in v} }"
-            )
+            speeds_so_far = {k: v["tokens/s"] for k, v in mine.items() if isinstance(v, dict) and "tokens/s" in v}
+            say(f"veneer: { {k: round(v) for k, v in speeds_so_far.items()} }")
             if "peft" in peers:
                 new = run_side("peft", work, quick)
                 speeds |= {k: max(v, speeds.get(k, 0.0)) for k, v in new.items()}

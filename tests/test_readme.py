@@ -23,14 +23,14 @@ def blocks(text: str, language: str | None = None) -> list[str]:
 
 
 def commands(program: str) -> list[tuple[str, str]]:
-    """(page, command line) of every `program …` in a code block or between backticks, without its comment."""
+    """(page, command line) of every `program …` in a code block or between backticks, without its comment or `&`."""
     out = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         lines = [line for body in blocks(text) for line in body.replace("\\\n", " ").splitlines()]
         lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
         for line in lines:
-            line = re.sub(r"\s#.*$", "", line.strip().removeprefix("$ "))
+            line = re.sub(r"\s(#.*|&)$", "", line.strip().removeprefix("$ "))
             line = re.sub(r"^(\w+=\S+ )+", "", line).removeprefix(".venv/bin/")
             if line.startswith(f"{program} "):
                 out.append((str(page.relative_to(ROOT)), line))
