@@ -49,8 +49,9 @@ def mixed(parts: dict[str, float], ids: list[int], **more: Any) -> dict[str, Any
 
 
 def test_mixes_equal_pefts_where_it_is_exact_and_cores_everywhere(whole: Whole, shop: Shop) -> None:
-    exact = [{"plain": 0.7, "rs": -0.5}, {"plain": 1.0, "patterns": 1.5}, {"rs": 0.25}]
-    others = [{"plain": 0.5, "dora": 1.0}, {"dora": -0.6}, {"rows": 0.5, "rs": 0.5}, {"plain": 1.0, "dora": 0.0}]
+    exact = [{"plain": 0.7, "rs": -0.5}, {"plain": 1.0, "patterns": 1.5}, {"plain": 0.25}]
+    others = [{"rs": 0.25}, {"plain": 0.5, "dora": 1.0}, {"dora": -0.6}, {"rows": 0.5, "rs": 0.5}]
+    others.append({"plain": 1.0, "dora": 0.0})
     ids = prompt(21)
     got = whole.together([mixed(parts, ids) for parts in exact + others])
     for parts, answer in zip(exact, got, strict=False):

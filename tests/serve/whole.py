@@ -247,7 +247,7 @@ def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
 
 
 @contextmanager
-def slowed(engine: TextEngine, seconds: float = 0.005) -> Iterator[None]:
+def slowed(engine: TextEngine, seconds: float = 0.01) -> Iterator[None]:
     """A machine on which a step takes a while, so that what has to run meanwhile does."""
     own: Callable[..., Any] = engine.runner.run
     waits = threading.Event()
