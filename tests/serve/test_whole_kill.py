@@ -43,7 +43,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 @dataclass
 class Seen:
-    """What clients saw: the whole answers, by id, with their usage; and the ids of those that broke off."""
+    """What clients saw. `answered`: whole answers, id -> (prompt, completion) tokens; `begun`: streams of which they
+    had a word; `broken`: clients whose connection broke."""
 
     answered: dict[str, tuple[int, int]] = field(default_factory=dict)
     begun: set[str] = field(default_factory=set)
@@ -70,8 +71,8 @@ def process(shop: Shop, url: str, home: Path) -> Iterator[tuple[subprocess.Popen
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable, "-c", "from veneer.cli.main import main; main()", "serve",
-        "--base", str(shop.base_dir), "--port", str(port), "--library", shop.library.location, "--tenants", url, "--cache-memory", "16M", "--dtype", "float32",
-        "--device", "cpu",
+        "--base", str(shop.base_dir), "--port", str(port), "--library", shop.library.location, "--tenants", url,
+        "--cache-memory", "16M", "--dtype", "float32", "--device", "cpu",
     ]  # fmt: skip
     with (home / "log").open("ab") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
@@ -117,12 +118,15 @@ def client(address: str, key: str, seed: int, seen: Seen) -> None:
 
 
 def under_load(address: str, key: str, seen: Seen, seed: int, server: subprocess.Popen[bytes], seconds: float) -> None:
+    """The server is killed some `seconds` after every client has had an answer or so."""
     with ThreadPoolExecutor(CLIENTS) as pool:
         before = len(seen.answered)
         running = [pool.submit(client, address, key, seed + n, seen) for n in range(CLIENTS)]
-        wait_for(lambda: len(seen.answered) > before + CLIENTS, 60)
-        time.sleep(seconds)
-        server.kill()
+        try:
+            wait_for(lambda: len(seen.answered) > before + CLIENTS, 60)
+            time.sleep(seconds)
+        finally:
+            server.kill()
         for each in running:
             each.result()
         server.wait()

@@ -172,13 +172,15 @@ def test_names_that_change_under_many_clients_never_mean_something_else(whole: W
 
     with ThreadPoolExecutor(4) as pool:
         clients = [pool.submit(client) for _ in range(4)]
-        for turn in range(30):
-            assert whole.load("swapped", kinds[turn % 3], load_inplace=True).status_code == 200
-            assert whole.ask("swapped", ids, 8).same(right[kinds[turn % 3]])
-            if turn % 4 == 3:
-                assert whole.unload("swapped").status_code == 200
-                assert refused(whole, "swapped")[0] == 404
-        stop.set()
+        try:
+            for turn in range(30):
+                assert whole.load("swapped", kinds[turn % 3], load_inplace=True).status_code == 200
+                assert whole.ask("swapped", ids, 8).same(right[kinds[turn % 3]])
+                if turn % 4 == 3:
+                    assert whole.unload("swapped").status_code == 200
+                    assert refused(whole, "swapped")[0] == 404
+        finally:
+            stop.set()
         counts = [each.result() for each in clients]
     assert sum(answered for answered, _ in counts) > 10
     whole.idle()

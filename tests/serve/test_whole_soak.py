@@ -20,7 +20,7 @@ import pytest
 
 from tests.formats import hostile
 from tests.serve.http.toy import wait_for
-from tests.serve.whole import KINDS, Said, Shop, Whole, asking, make_shop, prompt, said, served
+from tests.serve.whole import KINDS, Said, Whole, asking, make_shop, prompt, said, served
 from veneer.serve.http.house import HttpSettings
 
 SECONDS = float(os.environ.get("VENEER_SOAK_SECONDS", "180"))
