@@ -72,7 +72,7 @@ def process(shop: Shop, url: str, home: Path) -> Iterator[tuple[subprocess.Popen
     command = [
         sys.executable, "-c", "from veneer.cli.main import main; main()", "serve",
         "--base", str(shop.base_dir), "--port", str(port), "--library", shop.library.location, "--tenants", url,
-        "--cache-memory", "16M", "--dtype", "float32", "--device", "cpu",
+        "--cache-memory", "16M", "--dtype", "float32", "--device", "cpu", "--drain-seconds", "120",
     ]  # fmt: skip
     with (home / "log").open("ab") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log)

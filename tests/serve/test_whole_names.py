@@ -141,7 +141,7 @@ def test_a_merged_adapter_that_is_unloaded_leaves_no_second_set_of_weights(shop:
     digest = shop.make("hot", 60)
     with served(shop) as whole:
         assert whole.load("hot", "hot").status_code == 200
-        wait_for(lambda: whole.ask("hot", prompt(9), 100) is not None and whole.engine.runner.merged is not None)
+        wait_for(lambda: bool(whole.ask("hot", prompt(9), 100).text and whole.engine.runner.merged), 90)
         assert whole.ask("hot", prompt(9)).same(shop.wanted([("hot", 1.0)], prompt(9), 12))
         watched = held(whole.engine, digest)
         assert whole.unload("hot").status_code == 200
