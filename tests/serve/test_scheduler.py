@@ -48,6 +48,18 @@ def test_a_long_prompt_never_stops_the_others() -> None:
         assert first.generated == step
 
 
+def test_a_prompt_that_waits_for_room_is_counted_once() -> None:
+    scheduler = Scheduler(Cache(6, 4), rows=4, budget=64)
+    prompts = [scheduler.add(request(12, 8)) for _ in range(3)]
+    steps = 0
+    while any(s.generated < 8 for s in prompts):
+        steps += 1
+        advance(scheduler)
+    assert steps > 16  # one after another
+    assert scheduler.looked_for == 36
+    assert scheduler.found == sum(s.cached for s in prompts) == 16
+
+
 def test_a_tenants_flood_does_not_slow_another() -> None:
     def steps_of_the_other(flood: int) -> int:
         scheduler = Scheduler(Cache(4000, 4), rows=4, budget=64)

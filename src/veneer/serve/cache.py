@@ -45,8 +45,6 @@ class Cache:
         self._holders = [0] * blocks
         self._key: list[bytes | None] = [None] * blocks
         self._known: dict[bytes, int] = {}
-        self.lookups = self.hits = 0
-        """Tokens of prompts that were looked for, and found."""
 
     @property
     def available(self) -> int:
@@ -70,8 +68,6 @@ class Cache:
             self._hold(found)
             table.blocks.append(found)
             table.keys.append(key)
-        self.lookups += len(tokens)
-        self.hits += len(table.blocks) * self.block
         return table
 
     def grow(self, table: BlockTable, tokens: int) -> bool:

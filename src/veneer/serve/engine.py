@@ -86,7 +86,9 @@ class TextEngine:
         self.base, self.settings = base, settings or EngineSettings()
         settings = self.settings
         self.runner = Runner(base, cache_bytes=settings.cache_bytes, weights=settings.weights)
-        self.residents: Residents[Prepared] = Residents(read, self.runner.prepare, limit_bytes=settings.adapter_bytes)
+        self.residents: Residents[Prepared] = Residents(
+            read, self.runner.prepare, limit_bytes=settings.adapter_bytes, freed=self._freed
+        )
         self.cache = Cache(self.runner.blocks, BLOCK)
         self.scheduler = Scheduler(
             self.cache, rows=settings.rows, budget=settings.budget, ready=self._ready, shares=self.runner.shares
@@ -145,8 +147,8 @@ class TextEngine:
             running=len(self.scheduler.running),
             waiting=self.scheduler.waiting,
             cache_used=self.cache.in_use / self.cache.size,
-            prefix_hits=self.cache.hits,
-            prefix_lookups=self.cache.lookups,
+            prefix_hits=self.scheduler.found,
+            prefix_lookups=self.scheduler.looked_for,
             preemptions=self.scheduler.preemptions,
             steps=c.steps,
             prompt_tokens=c.prompt,
@@ -378,6 +380,10 @@ class TextEngine:
         return text
 
     # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def _freed(self, thing: Prepared) -> None:
+        key = thing.key  # the note must not keep the thing itself
+        self._box.put(lambda: self.runner.let_go(key))
 
     def _heat(self, chunks: list[Chunk]) -> None:
         """Merge a mix that every row has had for long, and part with it when others have come for long."""

@@ -145,6 +145,15 @@ class Runner:
             assert self._attachment is not None
             self._attachment.remove(key)
 
+    def let_go(self, key: str) -> None:
+        """An adapter has left the memory: keep nothing that was made of it. Between two steps."""
+        self._segments = None
+        if self._merged is not None and any(k == key for k, _ in self._merged.mix):
+            self._merged = None
+        if self._attached.pop(key, None) is not None:
+            assert self._attachment is not None
+            self._attachment.remove(key)
+
     # -- merged --------------------------------------------------------------------------------------------------------
 
     def merged_bytes(self) -> int | None:

@@ -91,6 +91,8 @@ class Scheduler:
         self.cache, self.rows, self.budget, self.ready, self.shares = cache, rows, budget, ready, shares
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.looked_for = self.found = 0
+        """Tokens of prompts that were looked for in the cache, and found, each prompt once."""
         self._tenants: dict[str, _Tenant] = {}
         self._floor = 0.0
         self._order = 0
@@ -182,6 +184,8 @@ class Scheduler:
         sequence.table, sequence.computed = table, len(table.blocks) * self.cache.block
         if not sequence.ran:
             sequence.ran, sequence.cached = True, sequence.computed
+            self.looked_for += sequence.prompt if self.shares else 0
+            self.found += sequence.cached
         tenant = self._tenants[sequence.request.tenant]
         tenant.waiting.remove(sequence)
         tenant.running += 1

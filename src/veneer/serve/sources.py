@@ -221,8 +221,8 @@ class Sources:
 
     def _refusal(self, place: Place, error: Exception) -> Refused:
         what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
-        if place.path is not None:
-            what = what.replace(str(place.path), place.root)
+        for hidden, shown in self._paths(place).items():
+            what = what.replace(hidden, shown)
         if isinstance(error, UnsafeFileError):
             reason = "unsafe_file"
         elif isinstance(error, MismatchError):
@@ -234,6 +234,15 @@ class Sources:
         else:
             reason = "shape_mismatch" if self._sound(place) else "corrupt"
         return unusable(reason, f"{place.root}: {what}")
+
+    def _paths(self, place: Place) -> dict[str, str]:
+        """What a message may have of this machine's folders, and what clients are told instead."""
+        paths = {} if place.path is None else {str(place.path): place.root}
+        if self.library is not None:
+            paths[self.library.location] = "the library"
+        if os.path.isabs(self.base.name):
+            paths[self.base.name] = os.path.basename(self.base.name.rstrip("/"))
+        return paths
 
     def _sound(self, place: Place) -> bool:
         """Whether the files are an adapter, if not this base's."""

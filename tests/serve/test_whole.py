@@ -1,0 +1,110 @@
+"""Answers of the whole server: each as if alone, as PEFT has it, and under the name that is meant now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.serve.whole import KINDS, Shop, Whole, asking, make_shop, prompt, said, served
+from veneer.core.adapter import Adapter
+from veneer.formats import peft
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return make_shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="module")
+def whole(shop: Shop) -> Iterator[Whole]:
+    with served(shop) as server:
+        yield server
+
+
+def test_a_mixed_batch_equals_each_request_alone_and_pefts(whole: Whole, shop: Shop) -> None:
+    work = [(name, prompt(n, n)) for n, name in zip((3, 16, 40, 17, 90), KINDS, strict=True)]
+    alone = [whole.ask(name, ids) for name, ids in work]
+    by_peft = [shop.by_peft([(name, 1.0)], ids, 12) for name, ids in work]
+    base = [("tiny", prompt(n, n)) for n in (5, 33)]
+    crowd = whole.together([asking(name, ids) for name, ids in [*work, *base, *work]])
+    for i in range(len(work)):
+        assert alone[i].same(by_peft[i]), work[i][0]
+        assert crowd[i].same(by_peft[i]), work[i][0]
+        assert crowd[len(work) + len(base) + i].same(by_peft[i]), work[i][0]
+    for got, (_, ids) in zip(crowd[len(work) :], base, strict=False):
+        assert got.same(shop.wanted([], ids, 12))
+    others = [shop.wanted([], ids, 12) for _, ids in work]
+    assert not any(a.same(b) for a, b in zip(by_peft, others, strict=True))  # each adapter has its effect
+    whole.idle()
+
+
+def read(shop: Shop, name: str) -> Adapter:
+    return peft.read(shop.adapters / name, shop.base.model)
+
+
+def mixed(parts: dict[str, float], ids: list[int], **more: Any) -> dict[str, Any]:
+    return asking("tiny", ids, **more, extra_body={"mix": parts})
+
+
+def test_mixes_equal_pefts_where_it_is_exact_and_cores_everywhere(whole: Whole, shop: Shop) -> None:
+    exact = [{"plain": 0.7, "rs": -0.5}, {"plain": 1.0, "patterns": 1.5}, {"plain": 0.25}]
+    others = [{"rs": 0.25}, {"plain": 0.5, "dora": 1.0}, {"dora": -0.6}, {"rows": 0.5, "rs": 0.5}]
+    others.append({"plain": 1.0, "dora": 0.0})
+    ids = prompt(21)
+    got = whole.together([mixed(parts, ids) for parts in exact + others])
+    for parts, answer in zip(exact, got, strict=False):
+        assert answer.same(shop.by_peft(list(parts.items()), ids, 12)), parts
+    for parts, answer in zip(others, got[len(exact) :], strict=True):
+        assert answer.same(shop.wanted([(name, s) for name, s in parts.items() if s], ids, 12)), parts
+    whole.idle()
+
+
+def test_sampled_answers_in_a_crowd_equal_those_alone(whole: Whole) -> None:
+    asked = [
+        asking(name, prompt(9, seed), 20, temperature=0.9, top_p=0.95, seed=seed)
+        for seed, name in enumerate(["tiny", *KINDS, *KINDS])
+    ]
+    alone = [said(whole.client.completions.create(**each)) for each in asked]
+    assert all(a.same(b) for a, b in zip(whole.together(asked), alone, strict=True))
+    assert len({answer.text for answer in alone}) > 8
+
+
+def test_from_one_adapter_to_another_and_back(whole: Whole, shop: Shop) -> None:
+    """The cache of prefixes is used, and only under the mix that made it."""
+    ids, seen = prompt(50, 99), []
+    for name in ("plain", "dora", "plain", "rows", "tiny", "dora", "rows", "tiny"):
+        got = whole.ask(name, ids)
+        assert got.same(shop.wanted([] if name == "tiny" else [(name, 1.0)], ids, 12)), name
+        seen.append(got.cached)
+    assert seen == [0, 0, 48, 0, 0, 48, 48, 48]
+
+
+def test_chat_streams_what_it_answers_whole(whole: Whole) -> None:
+    asked: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "The link has expired."}],
+        "model": "patterns", "max_tokens": 30, "temperature": 0, "extra_body": {"ignore_eos": True},
+    }  # fmt: skip
+    answer = whole.client.chat.completions.create(**asked)
+    chunks = list(whole.client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == answer.choices[0].message.content
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 30
+
+
+def test_with_room_for_two_adapters_five_take_turns(shop: Shop) -> None:
+    """15 requests at once, three of each: every answer is right, over three rounds, and the limit holds throughout."""
+    most = max(sum(t.nbytes for _, t in read(shop, name).tensors()) for name in KINDS)
+    with served(shop, adapter_bytes=5 * most // 2) as whole:
+        for turn in range(3):
+            work = [(name, prompt(10 + turn, k)) for k in range(3) for name in KINDS]
+            work = work[turn:] + work[:turn]
+            got = whole.together([asking(name, ids) for name, ids in work])
+            for (name, ids), answer in zip(work, got, strict=True):
+                assert answer.same(shop.wanted([(name, 1.0)], ids, 12)), (turn, name)
+            stats = whole.engine.residents.stats()
+            assert 0 < stats.bytes <= stats.limit
+        assert stats.evictions >= 6
+        assert stats.adapters <= 3
+        whole.idle()

@@ -1,0 +1,190 @@
+"""What names mean while the server runs, and what is left in memory when they mean it no more."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.serve.http.toy import wait_for
+from tests.serve.whole import Said, Shop, Whole, alive, asking, held, make_shop, prompt, served, slowed
+
+LONG = 80
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return make_shop(tmp_path_factory.mktemp("shop"))
+
+
+@pytest.fixture(scope="module")
+def whole(shop: Shop) -> Iterator[Whole]:
+    with served(shop) as server:
+        yield server
+
+
+class Running:
+    """A streamed answer that is under way: its first words are here."""
+
+    def __init__(self, whole: Whole, model: str, ids: list[int]) -> None:
+        self.texts: list[str] = []
+        self.logprobs: list[float] = []
+        self.ended: list[str] = []
+        self.stream: Any = whole.client.completions.create(**asking(model, ids, LONG), stream=True)
+        self.thread = threading.Thread(target=self._read)
+        self.thread.start()
+        wait_for(lambda: len(self.logprobs) > 2)
+
+    def _read(self) -> None:
+        for chunk in self.stream:
+            choice = chunk.choices[0]
+            self.texts.append(choice.text)
+            self.logprobs += choice.logprobs.token_logprobs if choice.logprobs else []
+            self.ended += [choice.finish_reason] if choice.finish_reason else []
+
+    def whole_answer(self) -> Said:
+        self.thread.join(60)
+        assert self.ended == ["length"]
+        return Said(self.logprobs, "".join(self.texts))
+
+
+def refused(whole: Whole, model: str) -> tuple[int, str]:
+    answer = whole.http.post("/v1/completions", json={"model": model, "prompt": "Hi", "max_tokens": 2})
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+def test_a_renamed_adapter_answers_as_before_under_its_new_name_alone(whole: Whole, shop: Shop) -> None:
+    ids = prompt(20)
+    shop.library.add(shop.adapters / "plain", "old-name")
+    wanted = shop.wanted([("plain", 1.0)], ids, 12)
+    assert whole.ask("old-name", ids).same(wanted)
+    shop.library.add(shop.adapters / "plain", "new-name")
+    shop.library.remove("old-name")
+    assert refused(whole, "old-name") == (404, "model_not_found")
+    assert whole.ask("new-name", ids).same(wanted)
+    listed = [card.id for card in whole.client.models.list()]
+    assert "new-name" in listed
+    assert "old-name" not in listed
+    shop.library.add(shop.adapters / "rs", "old-name")  # other weights under the name that was free
+    assert whole.ask("old-name", ids).same(shop.wanted([("rs", 1.0)], ids, 12))
+
+
+def test_an_alias_that_moves_and_a_new_version_hold_at_once(whole: Whole, shop: Shop) -> None:
+    ids, kinds = prompt(20, 5), ("plain", "dora")
+    for kind in kinds:
+        shop.library.add(shop.adapters / kind, "support")
+        assert whole.ask("support", ids).same(shop.wanted([(kind, 1.0)], ids, 12))  # the latest
+    for turn in range(6):
+        shop.library.alias(f"support@{turn % 2 + 1}", "prod")
+        assert whole.ask("support@prod", ids).same(shop.wanted([(kinds[turn % 2], 1.0)], ids, 12)), turn
+
+
+def test_new_weights_under_a_loaded_name_while_the_old_ones_run(whole: Whole, shop: Shop) -> None:
+    ids = prompt(20, 6)
+    assert whole.load("live", "plain").status_code == 200
+    taken = whole.load("live", "rs")
+    assert taken.status_code == 400
+    assert "already been loaded" in taken.text
+    before, after = shop.wanted([("plain", 1.0)], ids, LONG), shop.wanted([("rs", 1.0)], ids, LONG)
+    with slowed(whole.engine):
+        running = Running(whole, "live", ids)
+        assert whole.load("live", "rs", load_inplace=True).status_code == 200
+        assert whole.ask("live", ids, LONG // 10).logprobs == pytest.approx(after.logprobs[: LONG // 10], abs=1e-4)
+        assert not running.ended
+        assert running.whole_answer().same(before)
+    assert whole.ask("live", ids, LONG).same(after)
+    for _ in range(3):  # and the file itself with other weights
+        for seed in (70, 71):
+            shop.make("changing", seed)
+            shop.kept.clear()
+            assert whole.load("live", "changing", load_inplace=True).status_code == 200
+            assert whole.ask("live", ids).same(shop.wanted([("changing", 1.0)], ids, 12))
+    assert whole.unload("live").status_code == 200
+    whole.idle()
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "rows"])
+def test_unload_drains_and_frees(whole: Whole, shop: Shop, kind: str) -> None:
+    """Gone for new requests at once; what runs ends as it began; then its memory is free, with nothing else to do."""
+    ids = prompt(20, 7)
+    digest = shop.make("leaving", 50, **({"token_rows": {"model.embed_tokens": (9,)}} if kind == "rows" else {}),
+                       dora=kind == "dora")  # fmt: skip
+    wanted = shop.wanted([("leaving", 1.0)], ids, LONG)
+    shop.kept.clear()
+    bytes_before = whole.engine.residents.stats().bytes
+    assert whole.load("leaving", "leaving").status_code == 200
+    watched = held(whole.engine, digest)
+    with slowed(whole.engine):
+        running = Running(whole, "leaving", ids)
+        assert whole.engine.residents.stats().bytes > bytes_before
+        assert whole.unload("leaving").status_code == 200
+        assert refused(whole, "leaving") == (404, "model_not_found")
+        assert "leaving" not in [card.id for card in whole.client.models.list()]
+        assert not running.ended
+        assert running.whole_answer().same(wanted)
+    whole.idle()
+    assert digest not in whole.engine.residents.resident()
+    assert whole.engine.residents.stats().bytes == bytes_before
+    end = time.monotonic() + 5
+    while (left := alive(watched)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert left == 0
+    assert digest not in whole.engine.runner._attached  # whose adapters share memory with ours
+
+
+def test_a_merged_adapter_that_is_unloaded_leaves_no_second_set_of_weights(shop: Shop) -> None:
+    """A mix that all requests had for long is merged beside the base; that copy goes with the adapter."""
+    digest = shop.make("hot", 60)
+    with served(shop) as whole:
+        assert whole.load("hot", "hot").status_code == 200
+        wait_for(lambda: bool(whole.ask("hot", prompt(9), 100).text and whole.engine.runner.merged), 90)
+        assert whole.ask("hot", prompt(9)).same(shop.wanted([("hot", 1.0)], prompt(9), 12))
+        watched = held(whole.engine, digest)
+        assert whole.unload("hot").status_code == 200
+        whole.idle()
+        wait_for(lambda: whole.engine.runner.merged is None, 10)
+        wait_for(lambda: alive(watched) == 0, 10)
+        assert whole.ask("tiny", prompt(9)).same(shop.wanted([], prompt(9), 12))
+
+
+def test_names_that_change_under_many_clients_never_mean_something_else(whole: Whole, shop: Shop) -> None:
+    """While a name is replaced, unloaded and loaded, an answer is one of those it has had, or 404: nothing between."""
+    ids, kinds = prompt(18, 8), ("plain", "rs", "dora")
+    right = {kind: shop.wanted([(kind, 1.0)], ids, 8) for kind in kinds}
+    stop = threading.Event()
+
+    def client() -> tuple[int, int]:
+        answered = gone = 0
+        while not stop.is_set():
+            answer = whole.http.post("/v1/completions", json=flat(asking("swapped", ids, 8)))
+            if answer.status_code == 404:
+                gone += 1
+                continue
+            choice = answer.json()["choices"][0]
+            got = Said(choice["logprobs"]["token_logprobs"], choice["text"])
+            assert any(got.same(each) for each in right.values())
+            answered += 1
+        return answered, gone
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(client) for _ in range(4)]
+        try:
+            for turn in range(30):
+                assert whole.load("swapped", kinds[turn % 3], load_inplace=True).status_code == 200
+                assert whole.ask("swapped", ids, 8).same(right[kinds[turn % 3]])
+                if turn % 4 == 3:
+                    assert whole.unload("swapped").status_code == 200
+                    assert refused(whole, "swapped")[0] == 404
+        finally:
+            stop.set()
+        counts = [each.result() for each in clients]
+    assert sum(answered for answered, _ in counts) > 10
+    whole.idle()
+
+
+def flat(asked: dict[str, Any]) -> dict[str, Any]:
+    return {**{k: v for k, v in asked.items() if k != "extra_body"}, **asked["extra_body"]}

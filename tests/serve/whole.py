@@ -1,0 +1,280 @@
+"""The real parts together: a tiny base and a library on disk, a server over them, and what its answers have to be.
+
+    shop = make_shop(folder)                    a base, adapters of every kind as PEFT folders, a library that has them
+    with served(shop) as whole: …               `build`, uvicorn in a thread, OpenAI's client
+    shop.wanted([("plain", 1.0)], ids, 12)      the same tokens, computed without any of the server
+
+A reference computes the whole sequence again for each token, with PEFT or through core's attachment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import torch
+import uvicorn
+
+from tests.families import llama3
+from tests.serve.http.toy import wait_for
+from tests.serve.test_runner import trained
+from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
+from veneer.core.adapter import Card
+from veneer.core.attach import attach
+from veneer.formats import peft
+from veneer.library.library import open_library
+from veneer.models.text import TextBase, load_text
+from veneer.serve.engine import TextEngine
+from veneer.serve.server import Built, ServeSettings, build
+
+TOLERANCE = 1e-4
+"""Of log-probabilities, in float32, between the server's and PEFT's."""
+CONTEXT = 4096
+NO_SPECIAL = {str(i): -100 for i in range(3)}
+"""A logit bias: no answer has a special token, so its text has all of it."""
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rs": {"rank": 5, "rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 7}, "alpha_pattern": {"v_proj": 1.5}},
+    "dora": {"dora": True},
+    "rows": {"targets": ("q_proj", "up_proj"), "token_rows": {"model.embed_tokens": (40, 41, 42)}},
+}
+"""Adapters of a shop. `rows` has no thin form, so the server's second way through the base has work too."""
+
+Mix = Sequence[tuple[str, float]]
+
+
+@dataclass
+class Said:
+    """An answer: its tokens' log-probabilities and its text."""
+
+    logprobs: list[float]
+    text: str
+    cached: int = 0
+
+    def same(self, other: Said) -> bool:
+        return (
+            self.text == other.text
+            and len(self.logprobs) == len(other.logprobs)
+            and all(math.isclose(a, b, abs_tol=TOLERANCE) for a, b in zip(self.logprobs, other.logprobs, strict=True))
+        )
+
+
+@dataclass
+class Shop:
+    """A folder with `base`, `library` and one folder of `adapters` for each kind."""
+
+    folder: Path
+    kept: dict[Any, Said] = field(default_factory=dict)
+
+    @property
+    def base_dir(self) -> Path:
+        return self.folder / "tiny"
+
+    @property
+    def adapters(self) -> Path:
+        return self.folder / "adapters"
+
+    @cached_property
+    def base(self) -> TextBase:
+        return load_text(str(self.base_dir))
+
+    @cached_property
+    def library(self) -> Any:
+        return open_library(self.folder / "library")
+
+    def make(self, name: str, seed: int, **spec: Any) -> str:
+        """An adapter's folder under `adapters`; returns its digest."""
+        adapter = trained(self.base.model, seed, **spec)
+        for rows in adapter.token_rows.values():
+            rows.rows = rows.rows + 0.1 * torch.randn(rows.rows.shape, generator=torch.Generator().manual_seed(seed))
+        adapter.card = Card(base=self.base.name, base_fingerprint=self.base.fingerprint)
+        peft.write(adapter, self.adapters / name)
+        return peft.load(self.adapters / name, self.base.model).adapter.digest()
+
+    def wanted(self, mix: Mix, ids: Sequence[int], n: int) -> Said:
+        """The greedy answer through core's attachment; the names in `mix` are folders of `adapters`."""
+        key = (tuple(mix), tuple(ids), n)
+        if key not in self.kept:
+            with attach(self.base.model) as attachment:
+                for name, _ in mix:
+                    attachment.add(name, peft.load(self.adapters / name, self.base.model).adapter)
+                attachment.use(*mix)
+                self.kept[key] = greedy(self.base, self.base.model, ids, n)
+        return self.kept[key]
+
+    def by_peft(self, mix: Mix, ids: Sequence[int], n: int) -> Said:
+        """The same with PEFT: one adapter, or several in its exact combination."""
+        from peft import PeftModel
+
+        fresh = load_text(str(self.base_dir))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message=".*(missing|[Uu]nexpected|not match|mismatch).*")
+            warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module.*")
+            (first, _), *more = mix
+            model = PeftModel.from_pretrained(fresh.model, str(self.adapters / first), adapter_name=first).eval()
+            for name, _ in more:
+                model.load_adapter(str(self.adapters / name), adapter_name=name)
+            if more or mix[0][1] != 1:
+                names, strengths = [name for name, _ in mix], [strength for _, strength in mix]
+                model.add_weighted_adapter(names, strengths, "together", combination_type="cat")
+                model.set_adapter("together")
+        return greedy(fresh, model, ids, n)
+
+
+@torch.no_grad()
+def greedy(base: TextBase, model: Any, ids: Sequence[int], n: int) -> Said:
+    sequence, logprobs = list(ids), []
+    for _ in range(n):
+        row = model(input_ids=torch.tensor([sequence])).logits[0, -1].double().log_softmax(-1)
+        token = 3 + int(row[3:].argmax())
+        sequence.append(token)
+        logprobs.append(float(row[token]))
+    return Said(logprobs, base.tokenizer.decode(sequence[len(ids) :]))
+
+
+def make_shop(folder: Path, kinds: Iterable[str] = KINDS) -> Shop:
+    shop = Shop(folder)
+    llama3(
+        vocab_size=VOCAB_SIZE, bos_token_id=1, eos_token_id=2, pad_token_id=2, max_position_embeddings=CONTEXT
+    ).save_pretrained(shop.base_dir)
+    tiny_tokenizer().save_pretrained(shop.base_dir)
+    for seed, kind in enumerate(kinds):
+        shop.make(kind, seed, **KINDS[kind])
+        shop.library.add(shop.adapters / kind, kind)
+    return shop
+
+
+def prompt(n: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# -- a server ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Whole:
+    shop: Shop
+    url: str
+    built: Built
+    client: openai.OpenAI
+    http: httpx.Client
+
+    @property
+    def engine(self) -> TextEngine:
+        engine: Any = self.built.house.engine
+        return engine
+
+    def ask(self, model: str, ids: Sequence[int], n: int = 12, **more: Any) -> Said:
+        return said(self.client.completions.create(**asking(model, ids, n, **more)))
+
+    def together(self, asked: Iterable[dict[str, Any]]) -> list[Said]:
+        """All of them at once."""
+
+        async def all_of_them() -> list[Said]:
+            async with openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0) as client:
+                return [said(a) for a in await asyncio.gather(*(client.completions.create(**a) for a in asked))]
+
+        return asyncio.run(all_of_them())
+
+    def load(self, name: str, source: str, **more: Any) -> httpx.Response:
+        return self.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": source, **more})
+
+    def unload(self, name: str) -> httpx.Response:
+        return self.http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
+    def idle(self) -> None:
+        """Wait until nothing runs, then: no request, no block, no reference is left."""
+        engine = self.engine
+        wait_for(lambda: not engine._by_id and not engine._live)
+        wait_for(lambda: not any(slot.refs for slot in engine.residents._slots.values()))
+        assert engine.cache.in_use == 0
+        assert not engine.residents._groups
+        assert not engine.scheduler.running
+        assert engine.scheduler.waiting == 0
+        wait_for(lambda: self.built.house.inside == 0)
+
+
+def asking(model: str, ids: Sequence[int], n: int = 12, **more: Any) -> dict[str, Any]:
+    """The arguments of `completions.create` for a greedy answer of exactly `n` tokens."""
+    extra = {"ignore_eos": True, **more.pop("extra_body", {})}
+    return {
+        "model": model, "prompt": list(ids), "max_tokens": n, "temperature": 0, "logprobs": 0,
+        "logit_bias": NO_SPECIAL, "extra_body": extra, **more,
+    }  # fmt: skip
+
+
+def said(answer: Any) -> Said:
+    choice = answer.choices[0]
+    return Said(choice.logprobs.token_logprobs, choice.text, answer.usage.prompt_tokens_details.cached_tokens)
+
+
+@contextmanager
+def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
+    """A server over the shop's base and library, whose load route may read `adapters`."""
+    small = {"cache_bytes": 16 << 20, "folders": (str(shop.adapters),), "dtype": "float32", "device": "cpu"}
+    built = build(ServeSettings(str(shop.base_dir), **(small | {"library": shop.library.location} | settings)), print)
+    config = uvicorn.Config(built.app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    try:
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+            httpx.Client(base_url=url, timeout=60) as http,
+        ):
+            yield Whole(shop, url, built, client, http)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        asyncio.run(built.stop())
+        assert not thread.is_alive()
+
+
+@contextmanager
+def slowed(engine: TextEngine, seconds: float = 0.01) -> Iterator[None]:
+    """A machine on which a step takes a while, so that what has to run meanwhile does."""
+    own: Callable[..., Any] = engine.runner.run
+    waits = threading.Event()
+
+    def run(rows: Any) -> Any:
+        waits.wait(seconds)
+        return own(rows)
+
+    engine.runner.run = run  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine.runner.run = own  # type: ignore[method-assign]
+
+
+def held(engine: TextEngine, digest: str) -> list[weakref.ref[Any]]:
+    """Everything that the server has of an adapter in memory, watched."""
+    thing = engine.residents._slots[digest].thing
+    assert thing is not None
+    things: list[Any] = [thing, thing.adapter, *(tensor for _, tensor in thing.adapter.tensors())]
+    if thing.thin is not None:
+        things += [thing.thin, thing.thin.records]
+        for A, parts in thing.thin.groups.values():
+            things += [A, *(part.B for part in parts)]
+    return [weakref.ref(each) for each in things]
+
+
+def alive(watched: list[weakref.ref[Any]]) -> int:
+    gc.collect()
+    return sum(ref() is not None for ref in watched)
