@@ -95,7 +95,8 @@ def test_chat_streams_what_it_answers_whole(whole: Whole) -> None:
 
 def test_with_room_for_two_adapters_five_take_turns(shop: Shop) -> None:
     """15 requests at once, three of each: every answer is right, over three rounds, and the limit holds throughout."""
-    most = max(sum(t.nbytes for _, t in read(shop, name).tensors()) for name in KINDS)
+    with served(shop) as probe:
+        most = max(probe.engine.runner.prepare(read(shop, name), name).bytes for name in KINDS)
     with served(shop, adapter_bytes=5 * most // 2) as whole:
         for turn in range(3):
             work = [(name, prompt(10 + turn, k)) for k in range(3) for name in KINDS]

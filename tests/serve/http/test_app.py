@@ -208,7 +208,7 @@ def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> 
         "/completion": llama_cpp.Completion, "/generate": tgi.Parameters, "/tokenize": vllm.Tokenize,
         "/detokenize": vllm.Detokenize, "/v1/load_lora_adapter": vllm.Load,
     }  # fmt: skip
-    bodies: list[Any] = [*NASTY, [{"id": 0, "scale": value} for value in NASTY]]
+    bodies: list[Any] = [BODIES[path] or [], *NASTY, *([{"id": 0, "scale": value}] for value in NASTY)]
     if model := models.get(path):
         keys = [*model.model_fields, *model.refused, *model.ignored]
         for key in keys:

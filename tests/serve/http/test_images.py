@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -107,7 +108,9 @@ def one(client: openai.OpenAI, **more: Any) -> Image.Image:
 # -- generations -------------------------------------------------------------------------------------------------------
 
 
-def test_openais_client_gets_pictures_that_say_how_they_were_made(client: openai.OpenAI, shelf: Shelf) -> None:
+def test_openais_client_gets_pictures_that_say_how_they_were_made(
+    client: openai.OpenAI, shelf: Shelf, tmp_path: Path
+) -> None:
     found = client.images.generate(
         prompt="a red cat", model="brand", n=2, size=f"{SIZE}x{2 * SIZE}", quality="low", extra_body={"seed": 7}
     )
@@ -117,7 +120,9 @@ def test_openais_client_gets_pictures_that_say_how_they_were_made(client: openai
     assert first.size == (SIZE, 2 * SIZE)
     assert levels(first, second) > 0
     assert [data.seed for data in found.data] == [7, 8]
-    text, record = read_picture(io.BytesIO(base64.b64decode(found.data[1].b64_json)))
+    kept = tmp_path / "found.png"
+    kept.write_bytes(base64.b64decode(found.data[1].b64_json))
+    text, record = read_picture(kept)
     assert text is not None
     assert record is not None
     assert text.prompt == "a red cat <lora:brand:1>"
@@ -172,7 +177,7 @@ def test_a_stream_shows_progress_previews_and_the_picture(client: openai.OpenAI)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
-def test_other_formats_have_the_infotext_too(client: openai.OpenAI, kind: Any) -> None:
+def test_other_formats_have_the_infotext_too(client: openai.OpenAI, kind: Any, tmp_path: Path) -> None:
     found = client.images.generate(
         prompt="a red cat", output_format=kind, output_compression=60, response_format="url", extra_body=FEW
     )
@@ -180,7 +185,9 @@ def test_other_formats_have_the_infotext_too(client: openai.OpenAI, kind: Any) -
     assert head == f"data:image/{kind};base64"
     made = io.BytesIO(base64.b64decode(rest))
     assert Image.open(made).format == kind.upper()
-    text, _ = read_picture(made)
+    kept = tmp_path / f"made.{kind}"
+    kept.write_bytes(made.getvalue())
+    text, _ = read_picture(kept)
     assert text is not None
     assert text.prompt == "a red cat"
 
