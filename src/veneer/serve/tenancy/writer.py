@@ -67,17 +67,21 @@ class Writer:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            batch = [job]
-            while len(batch) < _MOST:
-                try:
-                    more = self._jobs.get_nowait()
-                except queue.Empty:
-                    break
-                if more is None:
-                    self._jobs.put(None)  # the end comes again after this batch
-                    break
-                batch.append(more)
-            self._commit(batch)
+            self._commit([job, *self._more(_MOST - 1)])
+
+    def _more(self, most: int) -> list[Job]:
+        """What else has come, in its order."""
+        found: list[Job] = []
+        while len(found) < most:
+            try:
+                more = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if more is None:
+                self._jobs.put(None)  # the end comes again after this batch
+                break
+            found.append(more)
+        return found
 
     def _commit(self, batch: list[Job]) -> None:
         """All of it in one transaction; where that cannot be, one by one, so that a job fails for itself alone."""
@@ -98,6 +102,7 @@ class Writer:
                 if batch:
                     _log.warning("the ledger waits for its database: %s", error)
                     time.sleep(0.2)
+                    batch += self._more(_MOST)  # those who will not wait are told with the next attempt
             except Exception as error:
                 if len(batch) == 1:
                     if batch[0].patient:  # nobody waits for it, so it is said here
