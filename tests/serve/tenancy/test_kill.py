@@ -24,11 +24,23 @@ def drive(*arguments: str) -> dict[str, int]:
     return found
 
 
-def test_a_server_killed_under_load_and_what_its_clients_saw(where: str, quick: Path) -> None:
-    done = drive("load", where, str(quick), "2" if where.startswith("postgresql") else "4", "1")
-    assert done["answered"] > 10
-    assert done["interrupted"] > 0
-    assert done["from_notes"] > 0  # answered, and the kill came before the commit
+@pytest.mark.slow
+def test_a_server_killed_under_load_and_what_its_clients_saw(
+    where: str, quick: Path, request: pytest.FixtureRequest
+) -> None:
+    """Every run is checked whole by the driver. Where kills fall is chance: runs go on until both kinds were seen."""
+    seen = {"interrupted": 0, "from_notes": 0}  # the latter: answered, and the kill came before the commit
+    for seed in range(1, 7):
+        folder = quick / str(seed)  # an empty database and an empty journal for each run
+        folder.mkdir()
+        remote = where.startswith("postgresql")
+        place = request.getfixturevalue("postgres")() if remote else str(folder / "tenants.sqlite")
+        done = drive("load", place, str(folder), "2" if remote else "4", str(seed))
+        assert done["answered"] > 10
+        seen = {kind: seen[kind] + done[kind] for kind in seen}
+        if all(seen.values()):
+            return
+    raise AssertionError(seen)
 
 
 def test_a_kill_at_many_steps_of_a_request(quick: Path) -> None:
