@@ -25,19 +25,9 @@ from torch import Tensor
 from veneer import kernels
 
 __all__ = [
-    "Linears",
-    "PairRows",
-    "Projection",
-    "gated_mlp",
-    "geglu",
-    "gelu_tanh",
-    "joined",
-    "linears",
-    "lora_linear",
-    "norm_silu",
-    "rms_norm",
-    "token_nll",
-]
+    "Linears", "PairRows", "Projection", "gated", "gated_mlp", "geglu", "gelu_tanh", "joined", "linears", "lora_linear",
+    "norm_silu", "normed", "rms_norm", "token_nll",
+]  # fmt: skip
 
 
 class PairRows(NamedTuple):
@@ -235,7 +225,7 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Linears, down: Linears, act: str, *flat: Tensor) -> Tensor:
         both, u, ctx.thin = _forward(x, gate_up)
-        y, u_down, ctx.thin_down = _forward(_gated(both, act), down)
+        y, u_down, ctx.thin_down = _forward(gated(both, act), down)
         ctx.save_for_backward(x, both, u, u_down, *flat)
         ctx.weights, ctx.act = (gate_up.weight, down.weight), act
         return y
@@ -259,7 +249,7 @@ def _activate(x: Tensor, act: str) -> Tensor:
     return F.silu(x) if act == "silu" else F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
-def _gated(both: Tensor, act: str) -> Tensor:
+def gated(both: Tensor, act: str) -> Tensor:
     """act(gate) ⊙ up from [gate | up]: (N, 2f) → (N, f)."""
     native = kernels.usable(both) if act == "silu" else None
     if native is not None:
@@ -370,18 +360,23 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return y
 
 
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm` where no gradient is wanted; x contiguous."""
+    d = x.shape[-1]
+    native = kernels.usable(x, weight)
+    if native is None:
+        return F.rms_norm(x, (d,), weight, eps)
+    y = torch.empty_like(x)
+    native.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // d, d, eps, torch.get_num_threads())
+    return y
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        d = x.shape[-1]
-        native = kernels.usable(x, weight)
-        if native is None:
-            return F.rms_norm(x, (d,), weight, eps)
-        y = torch.empty_like(x)
-        native.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // d, d, eps, torch.get_num_threads())
-        return y
+        return normed(x, weight, eps)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:

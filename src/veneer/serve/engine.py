@@ -93,7 +93,7 @@ class TextEngine:
         self.scheduler = Scheduler(
             self.cache, rows=settings.rows, budget=settings.budget, ready=self._ready, shares=self.runner.shares
         )
-        self.context = min(base.context, self.runner.blocks * BLOCK)
+        self.context = self.runner.context
         self.vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
         self._live: dict[Sequence, _Live] = {}
         self._by_id: dict[str, _Live] = {}
@@ -101,7 +101,6 @@ class TextEngine:
         self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Callable[[Event], None], Event]]] = defaultdict(list)
         self._state: Literal["new", "open", "draining", "closed"] = "new"
         self._counts = _Counts()
-        self._waiting = 0
         self._texts: dict[int, str] = {}
         self._same: tuple[Mix, int] = (BASE, 0)
         self._merger = ThreadPoolExecutor(1, thread_name_prefix="merge")

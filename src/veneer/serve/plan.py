@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer import kernels
+from veneer.core.fused import gated, normed
 from veneer.core.targets import base_modules
 from veneer.models.text import TextBase
 from veneer.serve.matrix import Matrix
@@ -64,19 +64,19 @@ class Plan:
         if segments is not None:
             segments.embed(ids, x)
         for i, block in enumerate(self.blocks):
-            h = _rms_norm(x, block.norm, self.eps)
+            h = normed(x, block.norm, self.eps)
             qkv = block.qkv(h, block.qkv_bias)
             if segments is not None:
                 segments.add(4 * i, h, qkv)
             pages.turn_and_store(i, qkv, block.rotary, batch)
             attended = pages.attend(i, qkv, batch, self.scale, window=block.window)
             _add_onto(x, attended, block.out, block.out_bias, segments, 4 * i + 1)
-            h = _rms_norm(x, block.norm_after, self.eps)
+            h = normed(x, block.norm_after, self.eps)
             both = block.gate_up(h)
             if segments is not None:
                 segments.add(4 * i + 2, h, both)
-            _add_onto(x, _silu_gate(both), block.down, None, segments, 4 * i + 3)
-        return _rms_norm(x, self.norm, self.eps)
+            _add_onto(x, gated(both, "silu"), block.down, None, segments, 4 * i + 3)
+        return normed(x, self.norm, self.eps)
 
     def logits(self, x: Tensor, segments: Segments | None) -> Tensor:
         out = self.head(x, self.head_bias)
@@ -158,26 +158,6 @@ def _add_onto(x: Tensor, h: Tensor, matrix: Matrix, bias: Tensor | None, segment
         x.add_(bias)
     if segments is not None:
         segments.add(g, h, x)
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    native = kernels.usable(x, weight)
-    if native is None:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    y = torch.empty_like(x)
-    native.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), len(x), x.shape[-1], eps, torch.get_num_threads())
-    return y
-
-
-def _silu_gate(both: Tensor) -> Tensor:
-    """silu(gate) ⊙ up of (rows, 2 f)."""
-    native = kernels.usable(both)
-    if native is None:
-        gate, up = both.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    h = both.new_empty(len(both), both.shape[-1] // 2)
-    native.silu_gate(both.data_ptr(), h.data_ptr(), len(h), h.shape[-1], torch.get_num_threads())
-    return h
 
 
 def static_positions(config: Any) -> None:

@@ -15,9 +15,8 @@ pages. Knows nothing of scheduling.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -97,9 +96,9 @@ class Runner:
         d = getattr(config, "head_dim", None) or config.hidden_size // heads
         layers = config.num_hidden_layers
         self.layout = layout_of(base)
-        self.context = min(base.context, cache_bytes // Pages.bytes_of_a_block(layers, kv, d, base.dtype) * BLOCK)
         size = Pages.bytes_of_a_block(layers, kv, d, base.dtype)
         self.blocks = cache_bytes // size
+        self.context = min(base.context, self.blocks * BLOCK)
         if self.blocks < 2:
             raise ResourceError(
                 f"a cache of {cache_bytes / 1e6:.1f} MB holds {self.blocks} blocks of {BLOCK} tokens ({size:,} bytes)",
@@ -109,7 +108,6 @@ class Runner:
         self._segments: Segments | None = None
         self._plan: Plan | None = None
         self._merged: _Merged | None = None
-        self._attached: dict[str, weakref.ref[Prepared]] = {}
         self._pasts: dict[int, Any] = {}
         self.how, self.why = self._choose()
         self.shares = self.how != "alone"
@@ -136,22 +134,12 @@ class Runner:
         fits = self._plan is not None and not thin_problems(adapter, self.layout)
         return Prepared(key, adapter, thin(adapter, self.layout, key) if fits else None)
 
-    def tidy(self) -> None:
-        """Let go of adapters that nobody has any more: of what was merged, and of the attachment's."""
-        if self._merged is not None and any(ref() is None for ref in self._merged.adapters):
-            self._merged = None
-        for key in [k for k, ref in self._attached.items() if ref() is None]:
-            del self._attached[key]
-            assert self._attachment is not None
-            self._attachment.remove(key)
-
     def let_go(self, key: str) -> None:
         """An adapter has left the memory: keep nothing that was made of it. Between two steps."""
         self._segments = None
         if self._merged is not None and any(k == key for k, _ in self._merged.mix):
             self._merged = None
-        if self._attached.pop(key, None) is not None:
-            assert self._attachment is not None
+        if self._attachment is not None and key in self._attachment.adapters:
             self._attachment.remove(key)
 
     # -- merged --------------------------------------------------------------------------------------------------------
@@ -181,7 +169,7 @@ class Runner:
 
         embedding = weight(self.layout.embedding)
         plan = plan_of(self.base, self.layout, joined, embedding, self.context)
-        self._merged = _Merged(_key(mix), plan, [weakref.ref(p) for p, _ in mix])
+        self._merged = _Merged(_key(mix), plan)
 
     def unmerge(self) -> None:
         self._merged = None
@@ -202,9 +190,8 @@ class Runner:
             return self._packed(rows)
         if not any(thick):
             return self._fused(rows)
-        parts = {True: iter(()), False: iter(())}
-        for kind, way in ((False, self._fused), (True, self._packed)):
-            parts[kind] = iter(way([row for row, t in zip(rows, thick, strict=True) if t == kind]))  # type: ignore[assignment]
+        ways = {False: self._fused, True: self._packed}
+        parts = {t: iter(way([r for r, own in zip(rows, thick, strict=True) if own == t])) for t, way in ways.items()}
         return torch.stack(
             [next(parts[t]) for row, t in zip(rows, thick, strict=True) if row.wants] or [torch.empty(0)]
         )
@@ -260,13 +247,8 @@ class Runner:
 
     def _packed_together(self, rows: Sequence[Row]) -> Tensor:
         batch, ids = self._batch(rows)
-        self._use([(row.mix, len(row.tokens)) for row in rows])
-        try:
-            with attending(partial(self._attend, batch)):
-                out = self.model(input_ids=ids[:, None], position_ids=batch.positions[:, None], use_cache=False)
-        finally:
-            if self._attachment is not None:
-                self._attachment.use()
+        with self._using([(row.mix, len(row.tokens)) for row in rows]), attending(partial(self._attend, batch)):
+            out = self.model(input_ids=ids[:, None], position_ids=batch.positions[:, None], use_cache=False)
         logits: Tensor = out.logits[:, 0]
         kept = [batch.bounds[i + 1] - 1 for i, row in enumerate(rows) if row.wants]
         return logits[torch.tensor(kept, dtype=torch.int64, device=ids.device)]
@@ -276,33 +258,34 @@ class Runner:
             self._pasts[row.sequence] = new_cache(self.model)
         ids = torch.tensor([list(row.tokens)], device=self.base.device)
         positions = torch.arange(row.first, row.first + len(row.tokens), device=self.base.device)[None]
-        self._use([(row.mix, 1)])
-        try:
+        with self._using([(row.mix, 1)]):
             out = self.model(
                 input_ids=ids, position_ids=positions, cache=self._pasts[row.sequence], use_cache=True,
                 logits_to_keep=1,
             )  # fmt: skip
-        finally:
-            if self._attachment is not None:
-                self._attachment.use()
         return out.logits[0, -1] if row.wants else None
 
-    def _use(self, mixes: Sequence[tuple[Sequence[tuple[Prepared, float]], int]]) -> None:
+    @contextmanager
+    def _using(self, mixes: Sequence[tuple[Sequence[tuple[Prepared, float]], int]]) -> Iterator[None]:
+        """Core's attachment with a mix for each run of so many tokens, for the length of a call."""
         acting = {p.key: p for mix, _ in mixes for p, _ in mix}
-        self.tidy()
         if not acting:
+            yield
             return
         if self._attachment is None:
             self._attachment = attach(self.model)
         for key, prepared in acting.items():
-            if key not in self._attached:
+            if key not in self._attachment.adapters:
                 self._attachment.add(key, prepared.adapter)
-                self._attached[key] = weakref.ref(prepared)
         named = [([(p.key, s) for p, s in mix], n) for mix, n in mixes]
         if all(mix == named[0][0] for mix, _ in named):
             self._attachment.use(*named[0][0])
         else:
             self._attachment.use_rows([mix for mix, n in named for _ in range(n)])
+        try:
+            yield
+        finally:
+            self._attachment.use()
 
     # -- which way -----------------------------------------------------------------------------------------------------
 
@@ -432,7 +415,6 @@ class Runner:
 class _Merged:
     mix: tuple[tuple[str, float], ...]
     plan: Plan
-    adapters: list[weakref.ref[Prepared]]
 
 
 def _part(matrix: Int8 | Int4, columns: list[tuple[int, int]], i: int) -> Tensor:
