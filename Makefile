@@ -12,6 +12,7 @@ PIP := $(RUN) -m pip install --disable-pip-version-check
 VLLM_VENV := .venv-vllm
 NEW_ENOUGH := import sys, venv; sys.exit(sys.version_info < (3, 11))
 TEST_FLAGS ?=
+AT_ONCE := -n 2 --dist loadfile
 BENCH ?= text_training
 BENCH_FLAGS ?=
 
@@ -26,8 +27,8 @@ quickstart: $(VENV)/.ready-use ## train an adapter on support tickets, end to en
 image-quickstart: $(VENV)/.ready-image ## train a style on 50 drawings and draw with it (under ten minutes on two cores)
 	@$(RUN) examples/image_quickstart.py
 
-test: $(VENV)/.ready-dev ## the default tests: CPU, no network
-	@$(RUN) -m pytest $(TEST_FLAGS)
+test: $(VENV)/.ready-dev ## the default tests: CPU, no network, two files at a time
+	@$(RUN) -m pytest $(AT_ONCE) $(TEST_FLAGS)
 
 test-slow: $(VENV)/.ready-dev ## tests that take longer, the wheel among them
 	@$(RUN) -m pytest -m slow $(TEST_FLAGS)

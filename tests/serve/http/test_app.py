@@ -85,7 +85,8 @@ def test_adapters_beyond_the_cap_are_counted_as_other(text: ToyText) -> None:
 def test_routers_can_see_which_adapters_are_at_work(server: Live) -> None:
     with server.client.stream("POST", "/v1/completions", json={
         "model": "sql", "prompt": "SLOW " + "x " * 30, "max_tokens": 60, "stream": True}) as slow:  # fmt: skip
-        next(slow.iter_raw())
+        answer = slow.iter_raw()  # kept: collecting the iterator closes the connection, which cancels the request
+        next(answer)
         assert 'running_lora_adapters="sql"' in server.get("/metrics").text
 
 
@@ -146,7 +147,8 @@ def test_everything_is_billed_once_also_what_failed_or_was_left(text: ToyText) -
         headers = {"authorization": "Bearer admin"}
         body = chat("SLOW " + "word " * 30, stream=True, max_tokens=200)
         with server.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as left:
-            next(left.iter_raw())
+            answer = left.iter_raw()
+            next(answer)
         wait_for(lambda: len(tenancy.bills) == 4)
         assert tenancy.bills[-1][1].prompt > 0
         assert tenancy.inside == 0
