@@ -92,8 +92,9 @@ def train_text(
     folder = Path(config.output.directory)
     with watched(folder, on_event, "tokens") as (tell, early):
         base = base or load_text(
-            config.base.name, dtype=config.base.dtype, device=config.base.device, say=lambda line: tell(Note(line))
-        )
+            config.base.name, dtype=config.base.dtype, device=config.base.device, quantise=config.base.quantise,
+            say=lambda line: tell(Note(line)),
+        )  # fmt: skip
         data = _read(config, base)
         newest = newest_checkpoint(folder, resume, tell)
         report = _preflight(config, base, data, resume, newest)
