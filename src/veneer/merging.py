@@ -27,6 +27,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.merge import change_problem, exact_weights, parameter_changes
 from veneer.core.quantised import KINDS, Quantised, dequantised, quantise
 from veneer.core.rounding import DTYPES, Rounding, seeded, stochastic
+from veneer.core.targets import base_modules
 from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, nearest
 from veneer.formats.atomic import atomic_write, new_folder
 from veneer.formats.checkpoint import Checkpoint, components
@@ -304,6 +305,10 @@ def merged_model(
     with quiet(), torch.device("meta"):
         shell = type(model)(config)
     shell.load_state_dict(state | new, strict=True, assign=True)
+    for name, module in base_modules(model):  # buffers that no state dict has, as rotary frequencies
+        for key, buffer in module.named_buffers(recurse=False):
+            if (own_buffers := shell.get_submodule(name)._buffers)[key].is_meta:
+                own_buffers[key] = buffer
     if not report.untied:
         shell.tie_weights()
     shell.generation_config = copy.deepcopy(model.generation_config)
@@ -346,7 +351,8 @@ def merge_shards(
     parts = components(base)
     plan = _plan(parts, mix, names or (lambda name: name))
     quantised = _seen_weights(base, parts, seen) if seen else frozenset()
-    report = Merged(str(folder), str(base), rounding="nearest" if seed is None else f"stochastic, seed {seed}")
+    report = Merged(str(folder), str(base), seen=seen)
+    report.rounding = "nearest" if seed is None else f"stochastic, seed {seed}"
     report.adapters = [
         {"name": name, "strength": s, "digest": adapter.digest()}
         for (name, s), (adapter, _) in zip(chosen, mix, strict=True)

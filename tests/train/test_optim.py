@@ -37,6 +37,12 @@ def test_every_name_moves_every_parameter(name: str) -> None:
     assert all((p != 1).all() and p.isfinite().all() for p in parameters.values())
 
 
+@pytest.mark.parametrize("name", ["adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
+def test_bitsandbytes_optimizers_are_refused_on_the_cpu(name: str) -> None:
+    with pytest.raises(ConfigError, match="CUDA"):
+        make_optimizer(_pair(), name=name, learning_rate=0.1)
+
+
 def test_lora_plus_moves_b_ratio_times_as_far() -> None:
     parameters = _pair()
     optimizer = make_optimizer(parameters, name="sgd", learning_rate=0.01, loraplus_ratio=16.0)

@@ -46,6 +46,9 @@ def evaluate(
     loss_only: Annotated[bool, typer.Option("--loss-only", help="Loss and perplexity alone: no answers.")] = False,
     answers: Annotated[bool, typer.Option("--answers", help="With --json: every answer as well.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantise: Annotated[
+        str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4, int8; or keep, as a GGUF is.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     allow_other_base: Annotated[
         bool, typer.Option("--allow-other-base", help="Use an adapter of another base if every shape fits.")
@@ -75,7 +78,9 @@ def evaluate(
     rows, about = read_rows(files, limit=limit)
     print(f"{len(rows)} rows in `{about.format}` format: {about.why}", file=sys.stderr)
     with quiet():
-        found = load_text(name, dtype=dtype, device=device, say=lambda line: print(line, file=sys.stderr))
+        found = load_text(
+            name, dtype=dtype, device=device, quantise=quantise, say=lambda line: print(line, file=sys.stderr)
+        )
         results = score(
             found, rows, mixes, max_new_tokens=max_new_tokens, batch_size=batch_size, generate=not loss_only,
             allow_other_base=allow_other_base, on_progress=_progress,

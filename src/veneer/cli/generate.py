@@ -51,6 +51,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Makes sampling repeatable.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 8,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantise: Annotated[
+        str | None, typer.Option("--quantise", help="The base in 4 or 8 bits: nf4, fp4, int8; or keep, as a GGUF is.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     allow_other_base: Annotated[
         bool, typer.Option("--allow-other-base", help="Use an adapter of another base if every shape fits.")
@@ -71,7 +74,7 @@ def generate(
 
     for spec in specs:
         adapter_path(parse_spec(spec)[0])  # a name that does not exist should not wait for a base to load
-    found = load_text(_base_name(base, specs), dtype=dtype, device=device, say=_say)
+    found = load_text(_base_name(base, specs), dtype=dtype, device=device, quantise=quantise, say=_say)
     _say(f"{found.name} in {str(found.dtype).removeprefix('torch.')} on {found.device}: {found.dtype_reason}")
     for note in found.notes:
         _say(f"note: {note}")

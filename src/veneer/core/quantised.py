@@ -42,7 +42,7 @@ __all__ = [
 
 KINDS = ("nf4", "fp4", "int4", "int8")
 BLOCK, NESTED = 64, 256
-_CHUNK = 1 << 22  # weights that the reference works on at once: its temporaries are several times as large
+_CHUNK = 1 << 20  # weights that the reference works on at once: its temporaries are several times as large
 
 
 class Code(Protocol):
@@ -128,9 +128,15 @@ class Blocks4:
     def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         columns = self.shape[-1]
         start, count = first * columns, (last - first) * columns
+        if self.packed.device.type == "cuda" and (library := _bitsandbytes()) is not None and not start % self.block:
+            return self._by_bitsandbytes(library, dtype, start, count).view(-1, columns)
         native = _native(self.packed, dtype)
         if native is None:
-            return self._reference(start, count).to(dtype).view(-1, columns)
+            parts = [
+                self._reference(at, min(_CHUNK, start + count - at)).to(dtype)
+                for at in range(start, start + count, _CHUNK)
+            ]
+            return torch.cat(parts).view(-1, columns)
         out = torch.empty(last - first, columns, dtype=dtype)
         doubly = self.absmax2 is not None and self.mean is not None
         native.blocks4_dense(
@@ -148,6 +154,13 @@ class Blocks4:
         codes = torch.stack([both >> 4, both & 15], 1).flatten()[start % 2 :][:count]
         blocks = torch.arange(start, start + count, device=self.packed.device) // self.block
         return table(self.kind, self.packed.device)[codes.int()] * self._absmax()[blocks]
+
+    def _by_bitsandbytes(self, library: Any, dtype: torch.dtype, start: int, count: int) -> Tensor:
+        """The same by its kernels for GPUs."""
+        blocks = slice(start // self.block, -(-(start + count) // self.block))
+        absmax, packed = self._absmax()[blocks].contiguous(), self.packed[start // 2 : (start + count + 1) // 2]
+        out: Tensor = library.dequantize_4bit(packed[:, None], absmax, self.block, self.kind, (1, count), dtype)
+        return out.flatten()
 
     def _absmax(self) -> Tensor:
         if self.absmax2 is None or self.mean is None:
@@ -490,6 +503,16 @@ def stacked(parts: Sequence[Quantised]) -> Quantised:
 def dequantised(weight: Tensor) -> Tensor:
     """The values of a weight: its own, or what its codes stand for."""
     return weight.dense() if isinstance(weight, Quantised) else weight
+
+
+@functools.cache
+def _bitsandbytes() -> Any:
+    """Its operators, or None where it is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        return None
+    return torch.ops.bitsandbytes
 
 
 def _native(codes: Tensor, dtype: torch.dtype) -> Any:

@@ -26,7 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Pair", "attention", "kept_memory", "load", "page_out", "returned_memory", "serving", "status", "strides", "thin", "usable"]
+__all__ = [
+    "Pair",
+    "attention",
+    "kept_memory",
+    "load",
+    "page_out",
+    "returned_memory",
+    "serving",
+    "status",
+    "strides",
+    "thin",
+    "usable",
+]
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""

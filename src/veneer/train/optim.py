@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import ConfigError, nearest
+from veneer.errors import ConfigError, MissingExtraError, nearest
 
 __all__ = ["OPTIMIZERS", "SCHEDULES", "Schedule", "make_optimizer", "optimizer_names"]
 
@@ -33,6 +33,9 @@ OPTIMIZERS = {
     "adagrad": "Adagrad",
 }
 """Our name -> torch's class; a name whose class this torch lacks is refused."""
+
+OPTIMIZERS_8BIT = {"adamw-8bit": "AdamW8bit", "paged-adamw": "PagedAdamW", "paged-adamw-8bit": "PagedAdamW8bit"}
+"""Our name -> bitsandbytes' class, CUDA alone: moments in 8 bits, or in memory that is paged out to the host."""
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -63,16 +66,28 @@ def make_optimizer(
     Parameters whose name ends in `.B` learn at `loraplus_ratio · learning_rate`. Vectors (DoRA's magnitude, biases)
     get no weight decay. Each group carries `base_lr`, which the loop multiplies by the schedule's factor.
 
-    Raises ConfigError for an optimizer that is unknown or that this torch does not have.
+    Raises ConfigError for an optimizer that is unknown, that this torch does not have, or that needs a GPU;
+    MissingExtraError for bitsandbytes' without it.
     """
+    kind: Any
+    options: dict[str, Any]
+    if name in OPTIMIZERS_8BIT:
+        kind, options = (
+            _bitsandbytes(name, parameters),
+            {"lr": learning_rate, "betas": tuple(betas), "eps": eps or 1e-8},
+        )
+        made: torch.optim.Optimizer = kind(
+            _groups(parameters, learning_rate, weight_decay, loraplus_ratio, rates or {}), **options
+        )
+        return made
     if name not in OPTIMIZERS:
-        near = nearest(name, OPTIMIZERS)
+        near = nearest(name, [*OPTIMIZERS, *OPTIMIZERS_8BIT])
         raise ConfigError(
             f"unknown optimizer {name!r}",
             where="optimizer.name",
             fix=f"use {' or '.join(near)}" if near else f"use one of {', '.join(optimizer_names())}",
         )
-    kind: Any = getattr(torch.optim, OPTIMIZERS[name], None)
+    kind = getattr(torch.optim, OPTIMIZERS[name], None)
     if kind is None:
         raise ConfigError(
             f"torch {torch.__version__} has no {OPTIMIZERS[name]}",
@@ -82,7 +97,7 @@ def make_optimizer(
     if loraplus_ratio <= 0:
         raise ConfigError(f"loraplus_ratio is {loraplus_ratio}, not above 0", where="optimizer.loraplus_ratio")
     groups = _groups(parameters, learning_rate, weight_decay, loraplus_ratio, rates or {})
-    options: dict[str, Any] = {"lr": learning_rate}
+    options = {"lr": learning_rate}
     if name in _TAKES_BETAS:
         options["betas"] = tuple(betas)
     if eps is not None and name not in {"sgd", "adafactor"}:
@@ -93,6 +108,20 @@ def make_optimizer(
         options["fused"] = True
     optimizer: torch.optim.Optimizer = kind(groups, **options)
     return optimizer
+
+
+def _bitsandbytes(name: str, parameters: Mapping[str, nn.Parameter]) -> Any:
+    if any(t.device.type != "cuda" for t in parameters.values()):
+        raise ConfigError(
+            f"{name} runs on CUDA alone, and this adapter is on the CPU",
+            where="optimizer.name",
+            fix="adamw: an adapter's moments are small, so that it loses nothing",
+        )
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise MissingExtraError(f"{name} needs bitsandbytes", fix="pip install 'veneer[quant]'") from error
+    return getattr(bitsandbytes.optim, OPTIMIZERS_8BIT[name])
 
 
 def _groups(

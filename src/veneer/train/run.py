@@ -95,6 +95,8 @@ def train_text(
             config.base.name, dtype=config.base.dtype, device=config.base.device, quantise=config.base.quantise,
             say=lambda line: tell(Note(line)),
         )  # fmt: skip
+        for note in base.notes:
+            tell(Note(note))
         data = _read(config, base)
         newest = newest_checkpoint(folder, resume, tell)
         report = _preflight(config, base, data, resume, newest)

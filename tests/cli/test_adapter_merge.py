@@ -1,0 +1,46 @@
+"""`veneer adapter merge` for adapters trained over a base in 4 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import Ran, run
+from tests.qlora import qlora_run
+from veneer.models.text import load_text
+
+Qlora = tuple[Path, str, Path]
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory: pytest.TempPathFactory) -> Qlora:
+    return qlora_run(tmp_path_factory.mktemp("merging"))
+
+
+def test_it_merges_into_what_the_card_says_and_asks_before_4_bits(
+    qlora: Qlora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, adapter, rows = qlora
+
+    def merge(*more: str) -> Ran:
+        return run(capsys, "adapter", "merge", adapter, "--base", str(folder), *more)
+
+    four = ("--requantise", "nf4", "-o", str(tmp_path / "four"))
+    shown = merge("--check", str(rows), "--check-rows", "4", *four)
+    assert shown.code == 0, shown.err
+    assert "the weights it was trained on (nf4, in full)" in shown.out
+    assert "the 16-bit weights" in shown.out
+    assert "nf4, quantised again" in shown.out
+    assert "nothing was written" in shown.out
+    refused = merge(*four)
+    assert refused.code == 2
+    assert "loses most" in refused.err
+    assert not (tmp_path / "four").exists()
+    assert "a checkpoint of bitsandbytes" in merge(*four, "--accept-loss").out
+    assert load_text(str(tmp_path / "four")).quantised == "nf4"
+    assert "folded into the dequantised nf4 weights" in merge("-o", str(tmp_path / "m")).out
+    original = merge("--into", "original", "-o", str(tmp_path / "o"))
+    assert original.code == 0
+    assert "dequantised" not in original.out
+    assert merge().code == 2

@@ -1,0 +1,27 @@
+"""An adapter trained over the tiny base in 4 bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.tiny_base import tiny_base_dir
+from veneer.train.config import config_from
+from veneer.train.run import train_text
+
+
+def qlora_run(folder: Path) -> tuple[Path, str, Path]:
+    """(base, adapter, rows that look like those it learned from), all in `folder`."""
+    base = tiny_base_dir(folder)
+    with (folder / "rows.jsonl").open("w") as file:
+        for i in range(24):
+            asked = {"role": "user", "content": f"The printer number {i} does not work."}
+            answer = {"role": "assistant", "content": json.dumps({"team": "it" if i % 2 else "billing"})}
+            file.write(json.dumps({"messages": [asked, answer]}) + "\n")
+    values = {
+        "base": {"name": str(base), "quantise": "nf4", "dtype": "float32"},
+        "data": {"train": str(folder / "rows.jsonl"), "split": 4}, "output": str(folder / "run"),
+        "optimizer": {"learning_rate": 1e-2}, "schedule": {"steps": 12}, "batching": {"rows": 8},
+    }  # fmt: skip
+    train_text(config_from(values)[0], on_event=lambda event: None)
+    return base, str(folder / "run"), folder / "rows.jsonl"

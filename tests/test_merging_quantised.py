@@ -1,0 +1,102 @@
+"""Merging adapters that were trained over a base in 4 bits: into what they saw, and what any other way loses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.qlora import qlora_run
+from veneer import using
+from veneer.core.quantised import quantise
+from veneer.merging import compare, merge, merge_shards, merged_model
+from veneer.models.text import TextBase, load_text
+from veneer.train.encode import Example, encode
+from veneer.train.rows import read_rows
+from veneer.train.schema import DataSection
+
+Qlora = tuple[Path, str, Path]
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory: pytest.TempPathFactory) -> Qlora:
+    return qlora_run(tmp_path_factory.mktemp("merging"))
+
+
+def examples_of(base: TextBase, rows: Path) -> list[Example]:
+    return encode(read_rows([str(rows)])[0][:6], base.tokenizer, DataSection(train="-")).examples
+
+
+def test_merged_into_what_it_saw_it_computes_what_it_did_unmerged(qlora: Qlora, tmp_path: Path) -> None:
+    folder, adapter, rows = qlora
+    base = load_text(str(folder), dtype="float32", quantise="nf4")
+    original = load_text(str(folder), dtype="float32")
+    examples = examples_of(base, rows)
+    found = compare(base, [adapter], examples, original=original, requantise=["nf4"])
+    assert set(found) == {"seen", "original", "nf4"}
+    assert found["seen"].kl < 1e-8
+    assert found["seen"].agree == 1.0
+    assert found["seen"].kept == pytest.approx(1.0, abs=1e-4)
+    assert found["seen"].unmerged_loss < found["seen"].base_loss
+    assert found["original"].kl > 1e3 * max(found["seen"].kl, 1e-12)  # it was trained on other weights
+    assert found["nf4"].kl > 1e3 * max(found["seen"].kl, 1e-12)
+    report = merge(base, [adapter], tmp_path / "m", difference=found)
+    assert (report.seen, report.requantised) == ("nf4", "")
+    merged = load_text(str(tmp_path / "m"), dtype="float32")
+    assert merged.quantised == ""
+    ids = torch.tensor(examples[0].input_ids)[None]
+    with using.attach_adapters(base, [adapter]), torch.no_grad():
+        torch.testing.assert_close(merged.model(ids).logits, base.model(ids).logits, rtol=1e-4, atol=1e-4)
+    written = json.loads((tmp_path / "m" / "merge.json").read_text())
+    assert written["seen"] == "nf4"
+    assert written["difference"]["nf4"]["kl"] == found["nf4"].kl
+
+
+def test_kl_and_losses_are_those_of_float64_arithmetic(qlora: Qlora) -> None:
+    folder, adapter, rows = qlora
+    base = load_text(str(folder), dtype="float32", quantise="nf4")
+    original = load_text(str(folder), dtype="float32")
+    examples = examples_of(base, rows)
+    found = compare(base, [adapter], examples, original=original)["original"]
+    kls, nlls = [], []
+    with using.attach_adapters(base, [adapter]) as one, using.attach_adapters(original, [adapter]) as two:
+        merged = merged_model(original.model, two.selection.mix, torch.float32)
+        assert one.selection.mix
+        for row in examples:
+            ids = torch.tensor(row.input_ids)[None]
+            with torch.no_grad():
+                p, q = (m(ids).logits[0].double().softmax(-1) for m in (base.model, merged))
+            for i, trained in enumerate(row.trained):
+                if trained:
+                    kls.append(float((p[i - 1] * (p[i - 1] / q[i - 1]).log()).sum()))
+                    nlls.append(-float(q[i - 1, row.input_ids[i]].log()))
+    assert found.tokens == len(kls)
+    assert found.kl == pytest.approx(sum(kls) / len(kls), rel=1e-3)
+    assert found.kl_most == pytest.approx(max(kls), rel=1e-3)
+    assert found.loss == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
+
+
+def test_merged_and_quantised_again_it_is_a_checkpoint_of_4_bits(qlora: Qlora, tmp_path: Path) -> None:
+    folder, adapter, _ = qlora
+    base = load_text(str(folder), dtype="float32", quantise="nf4")
+    report = merge(base, [adapter], tmp_path / "m", requantise="nf4")
+    assert report.requantised == "nf4"
+    again = load_text(str(tmp_path / "m"), dtype="float32")
+    assert again.quantised == "nf4"
+    name = "model.layers.0.mlp.up_proj.weight"
+    with using.attach_adapters(base, [adapter]) as attachment:
+        exact = attachment.merged(*attachment.adapters)[name]
+    assert torch.equal(again.model.get_parameter(name).dense(), quantise(exact, "nf4").dense())
+
+
+def test_by_shard_it_is_the_same_model(qlora: Qlora, tmp_path: Path) -> None:
+    folder, adapter, _ = qlora
+    base = load_text(str(folder), dtype="float32", quantise="nf4")
+    merge(base, [adapter], tmp_path / "whole")
+    report = merge_shards(folder, [adapter], tmp_path / "shards", seen="nf4")
+    assert report.seen == "nf4"
+    one, two = (load_text(str(tmp_path / n), dtype="float32").model.state_dict() for n in ("whole", "shards"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-6, atol=1e-7)

@@ -1,0 +1,171 @@
+"""QLoRA: a run over a base in 4 bits is the run over its dequantised weights; stopped anywhere; and what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.models.test_quantise import dequantised_twin
+from tests.tiny_base import tiny_base_dir
+from veneer.core.adapter import LoraSpec
+from veneer.core.attach import attach
+from veneer.core.init import create
+from veneer.core.merge import pair_matrix
+from veneer.core.quantised import Quantised
+from veneer.errors import ConfigError, Interrupted
+from veneer.formats.card import read_card
+from veneer.models.loss import text_loss
+from veneer.models.quantise import quantised_weights
+from veneer.models.speed import fast
+from veneer.models.text import TextBase, load_text
+from veneer.train.config import config_from
+from veneer.train.events import Event, Note, Stepped
+from veneer.train.run import RunResult, train_text
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qlora")
+    tiny_base_dir(folder)
+    with (folder / "rows.jsonl").open("w") as file:
+        for i in range(24):
+            asked = {"role": "user", "content": f"The printer number {i} {'still ' * (i % 4)}does not work."}
+            answer = {"role": "assistant", "content": json.dumps({"team": "it" if i % 2 else "billing"})}
+            file.write(json.dumps({"messages": [asked, answer]}) + "\n")
+    return folder
+
+
+def _run(
+    shared: Path, output: Path, base: TextBase | None = None, *, resume: bool = False, on_event: Any = None,
+    **sections: Any,
+) -> RunResult:  # fmt: skip
+    values: dict[str, Any] = {
+        "base": {"name": str(shared / "tiny-base"), "quantise": "nf4", "dtype": "float32"},
+        "data": {"train": str(shared / "rows.jsonl"), "split": 4}, "output": str(output),
+        "batching": {"rows": 4, "micro_rows": 2}, "optimizer": {"learning_rate": 3e-3}, "schedule": {"steps": 6},
+        "adapter": {"rank": 4}, "checkpoint": {"every": 2},
+    }  # fmt: skip
+    for section, value in sections.items():
+        values[section] = {**values.get(section, {}), **value}
+    config, sources = config_from(values)
+    return train_text(config, resume=resume, base=base, on_event=on_event or (lambda e: None), sources=sources)
+
+
+def _losses(seen: list[Event]) -> list[float]:
+    return [e.loss for e in seen if isinstance(e, Stepped)]
+
+
+def test_a_run_over_codes_is_the_run_over_what_they_stand_for(shared: Path, tmp_path: Path) -> None:
+    base, twin = (load_text(str(shared / "tiny-base"), dtype="float32", quantise="nf4") for _ in range(2))
+    twin.model = dequantised_twin(twin.model)
+    first: list[Event] = []
+    second: list[Event] = []
+    one = _run(shared, tmp_path / "codes", base, on_event=first.append)
+    two = _run(shared, tmp_path / "plain", twin, on_event=second.append)
+    assert _losses(first) == pytest.approx(_losses(second), rel=1e-5)
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("codes", "plain"))
+    for name, tensor in a.items():
+        torch.testing.assert_close(tensor, b[name], rtol=1e-4, atol=1e-6)
+    assert one.validation == pytest.approx(two.validation, rel=1e-5)
+    assert one.validation is not None
+    assert one.validation_before is not None
+    assert one.validation < one.validation_before
+    card = read_card(tmp_path / "codes").card
+    assert card.recipe["base"]["quantise"] == "nf4"
+    assert card.base_fingerprint == load_text(str(shared / "tiny-base")).fingerprint
+    assert all(isinstance(base.model.get_parameter(n), Quantised) for n in quantised_weights(base.model))
+
+
+def test_killed_and_resumed_it_is_bit_for_bit_the_run_that_was_not(shared: Path, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    _run(shared, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        _run(shared, tmp_path / "cut", on_event=stop)
+    _run(shared, tmp_path / "cut", resume=True)
+    a, b = ((tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("whole", "cut"))
+    assert a == b
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", ["none", "some", "all"])
+def test_the_fast_paths_take_quantised_weights(shared: Path, dtype: torch.dtype, kept: str) -> None:
+    base = load_text(str(shared / "tiny-base"), dtype=dtype, quantise="nf4")
+    reference = dequantised_twin(base.model)
+    ids = torch.randint(3, 384, (30,), generator=torch.Generator().manual_seed(0))
+    trained = torch.ones(30, dtype=torch.bool)
+    trained[[0, 12]] = False
+    found = []
+    whole = sum(2 * p.numel() * dtype.itemsize // 2 for p in base.model.parameters() if isinstance(p, Quantised))
+    keep = {"none": 0, "some": whole // 2, "all": whole}[kept]
+    for model, budget in ((base.model, keep), (reference, 0)):
+        with attach(model) as attachment:
+            attachment.add("a", create(model, LoraSpec(rank=4), seed=0), trainable=True)
+            for name, p in attachment.parameters("a").items():
+                if name.endswith(".B"):
+                    p.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+            attachment.use("a")
+            model.train()
+            with fast(model, keep=budget) as how:
+                loss = text_loss(model, ids, [12, 18], trained)
+                loss.backward()
+                found.append((how, loss.detach(), {n: p.grad for n, p in attachment.parameters("a").items()}))
+    (how, loss, grads), (plain, want, wanted) = found
+    assert how.swapped == plain.swapped
+    assert how.rows
+    assert 0 <= how.kept <= keep
+    assert (how.kept == 0) == (kept == "none")
+    assert how.kept == whole or kept != "all"
+    assert torch.equal(loss, want)
+    for name, grad in grads.items():
+        assert grad is not None
+        assert torch.equal(grad, wanted[name]), name
+    assert all(p.kept is None for p in base.model.parameters() if isinstance(p, Quantised))
+
+
+def test_activations_can_be_recomputed_over_codes(shared: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    again: list[Event] = []
+    _run(shared, tmp_path / "a", on_event=seen.append)
+    _run(shared, tmp_path / "b", on_event=again.append, memory={"activation_checkpointing": "on"})
+    assert _losses(seen) == pytest.approx(_losses(again), rel=1e-6)
+
+
+def test_the_run_says_how_many_bits_its_base_has(shared: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    _run(shared, tmp_path / "a", on_event=seen.append)
+    assert any("nf4" in e.text and "bits each" in e.text for e in seen if isinstance(e, Note))
+
+
+def test_loftq_starts_where_quantising_left_off(shared: Path, tmp_path: Path) -> None:
+    """The best rank-r part of W − W̃ (Eckart-Young), so the adapted base is nearer to the 16-bit one."""
+    base = load_text(str(shared / "tiny-base"), dtype="float32", quantise="nf4")
+    adapter = create(base.model, LoraSpec(rank=4, init="loftq"), seed=0, original=base.original)
+    for name, pair in adapter.pairs.items():
+        lost = base.original(f"{name}.weight").double() - base.model.get_parameter(f"{name}.weight").double()
+        best = torch.linalg.svdvals(lost)[4:].norm()
+        left = (lost - pair_matrix(pair).double()).norm()
+        assert float(left) == pytest.approx(float(best), rel=1e-4)
+    result = _run(shared, tmp_path / "a", adapter={"init": "loftq"})
+    assert result.steps == 6
+    full = load_text(str(shared / "tiny-base"), dtype="float32")
+    for known in (None, full.original):
+        with pytest.raises(ConfigError, match="loftq"):
+            create(full.model, LoraSpec(rank=4, init="loftq"), seed=0, original=known)
+
+
+def test_modules_trained_whole_start_as_what_the_codes_stand_for(shared: Path) -> None:
+    base = load_text(str(shared / "tiny-base"), dtype="float32", quantise="nf4")
+    adapter = create(base.model, LoraSpec(rank=2, modules_to_save=("model.layers.0.mlp.up_proj",)), seed=0)
+    weight = adapter.modules["model.layers.0.mlp.up_proj"]["weight"]
+    assert not isinstance(weight, Quantised)
+    assert torch.equal(weight, base.model.get_parameter("model.layers.0.mlp.up_proj.weight").dense())  # type: ignore[attr-defined]
