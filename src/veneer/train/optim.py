@@ -72,13 +72,9 @@ def make_optimizer(
     kind: Any
     options: dict[str, Any]
     if name in OPTIMIZERS_8BIT:
-        kind, options = (
-            _bitsandbytes(name, parameters),
-            {"lr": learning_rate, "betas": tuple(betas), "eps": eps or 1e-8},
-        )
-        made: torch.optim.Optimizer = kind(
-            _groups(parameters, learning_rate, weight_decay, loraplus_ratio, rates or {}), **options
-        )
+        kind = _bitsandbytes(name, parameters)
+        groups = _groups(parameters, learning_rate, weight_decay, loraplus_ratio, rates or {})
+        made: torch.optim.Optimizer = kind(groups, lr=learning_rate, betas=tuple(betas), eps=eps or 1e-8)
         return made
     if name not in OPTIMIZERS:
         near = nearest(name, [*OPTIMIZERS, *OPTIMIZERS_8BIT])

@@ -254,10 +254,10 @@ class MemorySection(Section):
         "off when memory allows",
     )
     limit_gb: float | None = setting(None, "memory this run may use, in GB; nothing means what is free", gt=0)
-    keep_dequantised_gb: float | Literal["auto"] = setting(
-        "auto",
+    keep_dequantised_gb: float | None = setting(
+        None,
         "memory for dequantised weights of a quantised base, kept between uses; 0 dequantises at each use",
-        "none: a product takes far longer than the dequantising before it",
+        "what the plan finds room for",
         ge=0,
     )
 
