@@ -17,15 +17,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from veneer import using
 from veneer.core.adapter import Adapter
+from veneer.core.codes import KINDS
 from veneer.core.merge import change_problem, exact_weights, parameter_changes
-from veneer.core.quantised import KINDS, Quantised, dequantised, quantise
+from veneer.core.quantised import Quantised, dequantised, quantise
 from veneer.core.rounding import DTYPES, Rounding, seeded, stochastic
 from veneer.core.targets import base_modules
 from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, nearest
@@ -37,8 +38,6 @@ from veneer.models.quiet import quiet
 
 if TYPE_CHECKING:
     from veneer.models.text import TextBase
-    from veneer.train.encode import Example
-
 __all__ = [
     "MERGE_FILE", "Difference", "Merged", "compare", "merge", "merge_shards", "merged_model", "requantised",
 ]  # fmt: skip
@@ -151,6 +150,15 @@ def _save_state(model: Any, state: dict[str, Tensor], folder: Path) -> None:
 # -- what a merge loses ------------------------------------------------------------------------------------------------
 
 
+class Row(Protocol):
+    """A held-out row: its tokens, and which of them are answers."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...
+    @property
+    def trained(self) -> Sequence[bool]: ...
+
+
 @dataclass(frozen=True)
 class Difference:
     """A merged model against the adapters on the base they were trained over, on `tokens` trained tokens of held-out
@@ -177,20 +185,20 @@ class Difference:
 def compare(
     base: TextBase,
     adapters: Sequence[str | tuple[str, float]],
-    examples: Sequence[Example],
+    rows: Sequence[Row],
     *,
     original: TextBase | None = None,
     requantise: Sequence[str] = (),
     dtype: str | None = None,
     allow_other_base: bool = False,
 ) -> dict[str, Difference]:
-    """How each way to merge differs from not merging, on encoded held-out rows.
+    """How each way to merge differs from not merging, on held-out rows as tokens.
 
     "seen": ΔW on the weights of `base` as it is loaded, dequantised where it is quantised. "original": on those of
     `original`, the same base in 16 bits. And each of the kinds of `requantise`: "seen" put into 4 bits. Both models are
     in memory, one row is computed at a time."""
     found: dict[str, Difference] = {}
-    rows = [e for e in examples if any(e.trained)]
+    rows = [row for row in rows if any(row.trained)]
     if not rows:
         raise ConfigError("the held-out rows have no trained token", fix="give rows with answers")
     device = base.device
@@ -231,7 +239,7 @@ def _merged_on(base: TextBase, adapters: Any, target: torch.dtype, allow_other_b
         return merged_model(base.model, attachment.selection.mix, target)
 
 
-def _log_probabilities(model: Any, row: Example, device: torch.device) -> Tensor:
+def _log_probabilities(model: Any, row: Row, device: torch.device) -> Tensor:
     """log p of every token at the trained places of a row: (trained, vocabulary), float32."""
     ids = torch.tensor(row.input_ids, device=device)[None]
     at = [i - 1 for i, trained in enumerate(row.trained) if trained]
@@ -239,12 +247,12 @@ def _log_probabilities(model: Any, row: Example, device: torch.device) -> Tensor
     return torch.log_softmax(logits.float(), -1)
 
 
-def _nll(log_p: Tensor, row: Example) -> float:
+def _nll(log_p: Tensor, row: Row) -> float:
     wanted = torch.tensor([t for t, trained in zip(row.input_ids, row.trained, strict=True) if trained])
     return float(-log_p.gather(1, wanted.to(log_p.device)[:, None]).sum())
 
 
-def _apart(p: Tensor, q: Tensor, row: Example) -> tuple[Tensor, Tensor, float]:
+def _apart(p: Tensor, q: Tensor, row: Row) -> tuple[Tensor, Tensor, float]:
     kl = (p.exp() * (p - q)).sum(-1)
     return kl, p.argmax(-1) == q.argmax(-1), _nll(q, row)
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from veneer import kernels
-from veneer.core import quantised
-from veneer.core.quantised import KINDS, Blocks4, Quantised, Rows8, dequantised, dynamic_map, quantise, stacked, table
+from veneer.core import codes as blocks
+from veneer.core.codes import KINDS, Blocks4, Rows8, dynamic_map, table
+from veneer.core.quantised import Quantised, dequantised, quantise, stacked
 
 FOUR = ("nf4", "fp4", "int4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -180,7 +181,7 @@ def test_where_constants_differ_from_bitsandbytes_ours_are_nearer() -> None:
     absmax = weight(50_000, seed=1).abs()
     x = absmax - absmax.mean()
     theirs, state = bnb.quantize_blockwise(x, blocksize=256)
-    ours, most = quantised._blocks8(x)
+    ours, most = blocks._blocks8(x)
     assert torch.equal(most, state.absmax)
     exact = x.double() / most.double().repeat_interleave(256)[: len(x)]
     values = dynamic_map().double()

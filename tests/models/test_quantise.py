@@ -16,7 +16,8 @@ from torch import Tensor
 from tests.families import FAMILIES, VOCAB, llama3
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from tests.tiny_gguf import tiny_gguf
-from veneer.core.quantised import Blocks4, Quantised
+from veneer.core.codes import Blocks4
+from veneer.core.quantised import Quantised
 from veneer.errors import BaseError, ConfigError
 from veneer.models.quantise import load_quantised, quantised_bytes, quantised_weights, saved_config, saved_tensors
 from veneer.models.text import load_text, read_config

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.tiny_base import tiny_base_dir
-from veneer.core.quantised import KINDS, quantise
+from veneer.core.codes import KINDS
+from veneer.core.quantised import quantise
 from veneer.train.config import config_from
 from veneer.train.events import Stepped
 from veneer.train.run import train_text

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer import kernels
-from veneer.core.quantised import KINDS, Blocks4, Quantised, Rows8, dynamic_map, quantise, table
+from veneer.core.codes import KINDS, Blocks4, Rows8, dynamic_map, table
+from veneer.core.quantised import Quantised, quantise
 from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
 from veneer.models.weights import StoredTensor
