@@ -23,6 +23,7 @@ __all__ = [
     "Stepped",
     "Stopped",
     "fan_out",
+    "silent",
     "to_record",
 ]
 
@@ -128,6 +129,10 @@ class Stopped(Event):
 
 
 Listener = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """A listener that does nothing."""
 
 
 def to_record(event: Event) -> dict[str, Any]:
