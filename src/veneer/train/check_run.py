@@ -122,7 +122,7 @@ def shared_out(s: RunSubject) -> Iterator[Finding]:
     least, most = min(s.micros, default=0), max(s.micros, default=0)
     s.numbers.update(devices=n, micro_batches=[least, most])
     idle = sum(count < n for count in s.micros)
-    if idle:
+    if 10 * idle > len(s.micros):  # the last step of an epoch may be a small one
         text = f"{idle} of {len(s.micros)} steps have fewer micro-batches than the {n} devices: some of them wait"
         yield Finding("warn", "devices", text, f"batching.rows of {n} or more, or fewer devices")
     each = f"{-(-least // n)} to {-(-most // n)}" if -(-least // n) != -(-most // n) else f"{-(-most // n)}"

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from veneer import errors
 from veneer.errors import ConfigError, TrainingError, VeneerError
 
-__all__ = ["ALONE", "Devices", "digest_of", "joined", "launch", "leads", "started"]
+__all__ = ["ALONE", "Devices", "digest_of", "joined", "launch", "leads", "shares", "started"]
 
 T = TypeVar("T")
 _ERROR = "veneer/error"
@@ -74,16 +74,10 @@ class Devices:
         return out
 
     def deal(self, sizes: Sequence[int]) -> list[tuple[int, bool]]:
-        """(index, counts) of the parts that are this process's, in order. The largest goes first, each to whoever has
-        the least; pure, so that all agree without a word. In lockstep the smallest part fills up what is missing, as
-        one that does not count."""
-        loads = [0] * self.count
-        hands: list[list[int]] = [[] for _ in loads]
-        for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-            rank = min(range(self.count), key=lambda r: (loads[r], len(hands[r]), r))
-            loads[rank] += sizes[index]
-            hands[rank].append(index)
-        mine = [(index, True) for index in sorted(hands[self.rank])]
+        """(index, counts) of the parts that are this process's, in order; see `shares`. In lockstep the smallest part
+        fills up what is missing, as one that does not count."""
+        hands = shares(sizes, self.count)
+        mine = [(index, True) for index in hands[self.rank]]
         if self.lockstep and sizes:
             smallest = min(range(len(sizes)), key=lambda i: (sizes[i], i))
             mine += [(smallest, False)] * (max(map(len, hands)) - len(mine))
@@ -117,6 +111,18 @@ class Devices:
 
 
 ALONE = Devices()
+
+
+def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of `sizes` in `count` parts of about the same sum: the largest first, each to whoever has the least.
+    Pure, so that all processes agree without a word."""
+    loads = [0] * count
+    hands: list[list[int]] = [[] for _ in loads]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        rank = min(range(count), key=lambda r: (loads[r], len(hands[r]), r))
+        loads[rank] += sizes[index]
+        hands[rank].append(index)
+    return [sorted(hand) for hand in hands]
 
 
 def digest_of(tensors: Mapping[str, Tensor], *more: Any) -> str:
