@@ -136,13 +136,16 @@ def digest_of(tensors: Mapping[str, Tensor], *more: Any) -> str:
 
 
 def started() -> int:
-    """How many processes the environment says this run has; 1 without torchrun or another that starts them."""
+    """How many processes this run has, as whoever started them says; 1 where nobody did."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return int(dist.get_world_size())
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def leads() -> bool:
     """Whether this is the process that speaks: the only one, or the first of several."""
-    return started() == 1 or os.environ["RANK"] == "0"
+    return started() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -182,6 +185,12 @@ def _own_device(asked: str, local: int, count: int) -> str:
             fix="set it to auto, cuda or cpu",
         )
     having = torch.cuda.device_count()
+    if not having:
+        raise ConfigError(
+            f"base.device is {asked}, and this machine has no CUDA device",
+            where="base.device",
+            fix="set it to auto or cpu",
+        )
     if local >= having:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
         raise ConfigError(
