@@ -1,8 +1,8 @@
-"""One training run on a Ray cluster: `python examples/cluster/ray_train.py CONFIG.yaml [section.key=value]... --workers 16`.
+"""One training run on a Ray cluster: `python examples/cluster/ray_train.py CONFIG.yaml [section.key=value]...`.
 
-Ray starts a process for each worker, with a GPU of its own, and makes the process group; veneer finds both and shares the
-work of each step among them. Configuration, data, output and VENEER_HOME lie on a file system that all nodes see. A worker
-that is lost is started again with the others, and the run goes on from its newest checkpoint.
+Ray starts a process for each of `--workers`, with a GPU of its own, and makes the process group; veneer finds both and
+shares the work of each step among them. Configuration, data, output and VENEER_HOME lie on a file system that all nodes
+see. A worker that is lost is started again with the others, and the run goes on from its newest checkpoint.
 
 Needs `pip install 'ray[train]'`.
 """

@@ -81,7 +81,6 @@ def main(folder: Path) -> None:
 
     keep = {"checkpoint": {"every": 3, "keep": 9}}
     one("two", _train, **ONE_ROW, **keep)
-    one("again", _train, **ONE_ROW, **keep)
     for name, origin in (("one-then-two", "one"), ("two-then-two", "two")):
         going_on(name, origin)
         one(name, _train, resume=True, **ONE_ROW, **keep)

@@ -23,8 +23,9 @@ from tests.tiny_base import tiny_base_dir
 from tests.train.shared_runs import ONE_ROW, PICTURES, SHARDED, numbers
 from tests.train.test_run import ROOT, TENSORS, _train
 from tests.train.tiny_pictures import run as train_pictures
+from veneer.errors import ConfigError
 from veneer.formats.container import read_tensors
-from veneer.train import checkpoint
+from veneer.train import checkpoint, devices
 from veneer.train.devices import ALONE, Devices, digest_of, launch, shares
 from veneer.train.events import Event
 from veneer.train.report import read_log
@@ -152,11 +153,6 @@ def test_only_the_first_speaks_and_all_know_the_same_adapter(runs: Runs) -> None
     assert any("logits equal bit for bit" in note for note in first["shard"]["notes"])
 
 
-def test_the_same_run_on_two_twice_gives_the_same_bytes(runs: Runs) -> None:
-    for name in (TENSORS, "adapter_config.json"):
-        assert (runs.folder / "two" / name).read_bytes() == (runs.folder / "again" / name).read_bytes()
-
-
 def test_resumed_on_as_many_it_is_bit_for_bit_the_run_that_was_never_stopped(runs: Runs) -> None:
     assert (runs.folder / "two-then-two" / TENSORS).read_bytes() == (runs.folder / "two" / TENSORS).read_bytes()
     logged = [r["step"] for r in read_log(runs.folder / "two-then-two" / "log.jsonl") if r["event"] == "stepped"]
@@ -197,6 +193,60 @@ def test_a_signal_to_one_stops_both_at_the_same_step_with_the_state_saved(runs: 
     assert "after step" in found[0]["what"]
 
 
+# --- starting them ------------------------------------------------------------------------------------------------
+
+CHILD = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+def stop(number, frame):
+    print(f"{rank} was asked", flush=True)
+    sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+print(f"{rank} of {os.environ['WORLD_SIZE']} at {os.environ['LOCAL_RANK']}", flush=True)
+if sys.argv[1] == "wait":
+    if rank == 0:
+        time.sleep(0.5)
+        os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+sys.exit(int(sys.argv[1]) if rank == 1 else 0)
+"""
+
+
+def test_launch_starts_as_many_and_gives_the_first_failure(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(3, [sys.executable, "-c", CHILD, "0"]) == 0
+    said = capfd.readouterr().out
+    assert sorted(said.splitlines()) == [f"{rank} of 3 at {rank}" for rank in range(3)]
+    assert launch(2, [sys.executable, "-c", CHILD, "7"]) == 7
+
+
+def test_a_signal_to_the_launcher_reaches_each_once(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(2, [sys.executable, "-c", CHILD, "wait"]) == 130
+    said = capfd.readouterr().out
+    assert (said.count("0 was asked"), said.count("1 was asked")) == (1, 1)
+
+
+def test_those_that_do_not_notice_a_failure_are_ended(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "_PATIENCE", 0.3)
+    code = "import os, sys, time; time.sleep(60) if os.environ['RANK'] == '0' else sys.exit(3)"
+    assert launch(2, [sys.executable, "-c", code]) == 3
+    assert "process 0 of 2 was ended by SIGTERM" in capfd.readouterr().err
+
+
+def test_devices_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices._own_device("cpu", 5, 6) == "cpu"
+    with pytest.raises(ConfigError, match="takes a device of its own"):
+        devices._own_device("cuda:1", 0, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        devices._own_device("cuda", 0, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="4 processes were started on a machine with 2"):
+        devices._own_device("cuda", 3, 4)
+
+
 # --- one of them fails --------------------------------------------------------------------------------------------
 
 FAULT = """
@@ -223,7 +273,10 @@ main.main(["train", str(config), *sys.argv[4:]])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-@pytest.mark.parametrize(("fault", "shard"), [("error", False), ("error", True), ("kill", False)])
+@pytest.mark.parametrize(
+    ("fault", "shard"),
+    [("error", False), ("kill", False), *(pytest.param(f, True, marks=pytest.mark.slow) for f in ("error", "kill"))],
+)
 def test_a_process_that_fails_ends_all_with_one_message(
     fault: str, shard: bool, runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,6 @@ there and raises the same one, marked as `told`, so that a person reads it once.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -273,15 +272,12 @@ def launch(count: int, command: Sequence[str]) -> int:
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Until all have ended. From the first failure on the others have their time, then SIGTERM, then SIGKILL."""
     failed: float | None = None
-    asked = False
-    while any(process.poll() is None for process in processes):
-        if failed is None and any(process.returncode for process in processes):
+    ways = [(2 * _PATIENCE, signal.SIGKILL), (_PATIENCE, signal.SIGTERM)]
+    while None in (codes := [process.poll() for process in processes]):
+        if failed is None and any(codes):
             failed = time.monotonic()
-        waited = 0.0 if failed is None else time.monotonic() - failed
-        if waited > _PATIENCE:
+        if failed is not None and ways and time.monotonic() - failed > ways[-1][0]:
+            number = ways.pop()[1]
             for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill() if asked and waited > 1.5 * _PATIENCE else None
-                    process.terminate() if not asked else None
-            asked = True
+                process.send_signal(number)
         time.sleep(0.05)
