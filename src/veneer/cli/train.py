@@ -48,8 +48,8 @@ def train(
     from veneer.train.config import ImageTrainConfig, load_config
 
     chosen, sources = load_config(config, overrides or [])
-    flags = {"--tensorboard": tensorboard, "--json": as_json, f"--devices={devices}": devices is not None}
-    again = [str(config), *(overrides or []), *(flag for flag, given in flags.items() if given)]
+    given = {"--tensorboard": tensorboard, "--json": as_json, f"--devices={devices}": devices is not None}
+    again = [str(config), *(overrides or []), *(flag for flag, on in given.items() if on)]
 
     from veneer.train.devices import launch, leads, started
 
@@ -59,16 +59,15 @@ def train(
                 f"--devices is {devices}, and {started()} processes were started already",
                 fix="leave --devices out: whoever starts the processes says how many there are",
             )
-        more = {"--resume": resume, "--dry-run": dry_run}
-        flags_too = [flag for flag, given in more.items() if given]
-        raise SystemExit(launch(devices, [sys.executable, "-m", "veneer.cli.main", "train", *again, *flags_too]))
+        given = {"--resume": resume, "--dry-run": dry_run}
+        again += [flag for flag, on in given.items() if on]
+        raise SystemExit(launch(devices, [sys.executable, "-m", "veneer.cli.main", "train", *again]))
 
     from veneer.models.quiet import quiet
     from veneer.train.events import fan_out
     from veneer.train.report import ConsoleView, TensorBoardLog
 
     board = TensorBoardLog(Path(chosen.output.directory) / "tensorboard") if tensorboard and not dry_run else None
-    # Of several processes the first one alone is given events, and says what came out.
     view = ConsoleView(unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens")
     options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "sources": sources}
     options["on_event"] = fan_out(view, board)
@@ -92,7 +91,7 @@ def train(
         view.close()
         if board is not None:
             board.close()
-    if not leads():
+    if not leads():  # of several processes one speaks
         return
     if as_json:
         print(json.dumps(result.to_dict()))

@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +43,8 @@ __all__ = ["ALONE", "Devices", "digest_of", "joined", "launch", "leads", "shares
 
 T = TypeVar("T")
 _ERROR = "veneer/error"
+_TIMEOUT = timedelta(hours=3)
+"""How long one waits for the others, who may be drawing samples; a process that has ended is noticed at once."""
 _PATIENCE = 20.0
 """Seconds in which the others notice by themselves that a process is gone, before `launch` ends them."""
 
@@ -162,7 +165,7 @@ def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]
     own = not dist.is_initialized()
     if own:
         cuda = device != "cpu" and torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
     rank, count, local = dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
     store = dist.distributed_c10d._get_default_store()
     try:

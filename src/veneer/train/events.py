@@ -70,7 +70,8 @@ class Probed(Event):
 @dataclass(frozen=True)
 class Stepped(Event):
     """One optimizer step is done. `loss`: nats per trained token. `tokens`, `trained_tokens`: of this step alone.
-    `seconds`: of this step alone. `gradient_norm`: global, before clipping. `memory_bytes`: the peak until now."""
+    `seconds`: of this step alone. `gradient_norm`: global, before clipping.
+    `memory_bytes`: the peak until now, of the first device."""
 
     step: int
     steps: int

@@ -104,7 +104,7 @@ def train_image(
         watched(folder, on_event if devices.first else silent, "pictures") as (tell, early),
     ):
         own = base is None
-        if own and devices.local == 0:  # one process of a machine fetches what is not there yet
+        if own and devices.count > 1 and devices.local == 0:  # one process of a machine fetches what is not there yet
             find(config.base.name, say=lambda line: tell(Note(line)))
         devices.gather(None)
         base = base or load_image(

@@ -109,7 +109,7 @@ def train_text(
         newest = newest_checkpoint(folder, resume, tell)
         report = _preflight(config, base, data, resume, newest, devices)
         recompute, reason = devices.gather(_recompute(config, report))[0]
-        settings = resolved(config, sources, _settled(config, base, data, recompute, reason))
+        settings = resolved(config, sources, _settled(config, base, data, recompute, reason, devices))
         tell(settings)
         tell(Checked(report.text(), report.to_dict(), report.markup()))
         report.raise_if_stopped()
@@ -246,7 +246,7 @@ def _loaded(config: TrainConfig, base: TextBase | None, devices: Devices, tell: 
                 fix="let the run load it: leave base= out",
             )
         return base
-    if devices.local == 0:  # one process of a machine fetches what is not there yet
+    if devices.count > 1 and devices.local == 0:  # one process of a machine fetches what is not there yet
         find(config.base.name, say=say)
     devices.gather(None)
     return load_text(
@@ -271,8 +271,13 @@ def _preflight(
 ) -> Report:
     previous = checkpoint.read_state(newest).get("about", {}).get("recipe") if newest is not None else None
     free = None
-    if devices.count > 1 and base.device.type == "cpu":  # which they share
-        free = free_memory(base.device) // int(os.environ.get("LOCAL_WORLD_SIZE", devices.count))
+    if devices.count > 1:
+        device = torch.device(devices.device)
+        free = free_memory(device)
+        if device.type == "cpu":  # whose memory the processes of a machine share
+            free //= int(os.environ.get("LOCAL_WORLD_SIZE", devices.count))
+        elif base.device != device:  # the base comes there later, in parts
+            free -= held_bytes(base.model) // devices.count
     return preflight(
         base, config, data.rows, data.encoded, held_out_rows=data.held_rows, held_out=data.held, about=data.about,
         resume=resume, previous=previous, free_memory=free, devices=devices.count,
@@ -294,13 +299,13 @@ def _recompute(config: TrainConfig, report: Report) -> tuple[bool, str]:
 
 
 def _settled(
-    config: TrainConfig, base: TextBase, data: _Data, recompute: bool, reason: str
+    config: TrainConfig, base: TextBase, data: _Data, recompute: bool, reason: str, devices: Devices
 ) -> Iterator[tuple[str, Any, str]]:
     """What was `auto` or left open, as it is now, with the reason."""
     if config.base.dtype == "auto":
         yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
     if config.base.device == "auto":
-        yield "base.device", str(base.device), "a GPU if there is one"
+        yield "base.device", devices.device if devices.count > 1 else str(base.device), "a GPU if there is one"
     if config.data.format == "auto":
         yield "data.format", data.about.format, data.about.why
     if config.data.split is None and config.data.validation is None:
