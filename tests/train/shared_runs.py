@@ -28,9 +28,14 @@ ONE_ROW = {"batching": {"rows": 4, "micro_rows": 1}}
 """Micro-batches of a row each are the same ones on any number of devices, and so are their dropout masks."""
 NO_DROPOUT = {"adapter": {"rank": 4, "dropout": 0.0}}
 SHARDED: dict[str, dict[str, Any]] = {
-    "shard": {**NO_DROPOUT, "memory": {"shard": True}},
+    "shard": {**NO_DROPOUT, "schedule": {"steps": 5}, "memory": {"shard": True}},
     "shard-dora": {
         "adapter": {"rank": 4, "dropout": 0.0, "dora": True}, "batching": {"rows": 1}, "schedule": {"steps": 4},
+        "memory": {"shard": True, "activation_checkpointing": "on"},
+    },
+    "shard-nf4": {**NO_DROPOUT, "schedule": {"steps": 5}, "base_keys": {"quantise": "nf4", "dtype": "float32"}, "memory": {"shard": True}},
+    "shard-int8": {
+        **NO_DROPOUT, "base_keys": {"quantise": "int8", "dtype": "float32"}, "schedule": {"steps": 3},
         "memory": {"shard": True, "activation_checkpointing": "on"},
     },
     "shard-whole": {

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Kind, Pair, TokenRows
 from veneer.core.forms import Delta, change_of, delta_of, product_of
+from veneer.core.quantised import dequantised
 from veneer.core.targets import base_modules
 from veneer.errors import AdapterError
 
@@ -41,7 +42,8 @@ __all__ = [
 
 
 def _wide(t: Tensor) -> Tensor:
-    """`t` in the dtype sums are taken in: float64 if it is that already, else float32."""
+    """The values of `t` in the dtype sums are taken in: float64 if it is that already, else float32."""
+    t = dequantised(t)
     return t if t.dtype == torch.float64 else t.float()
 
 

@@ -49,6 +49,10 @@ _SIGNATURES: dict[str, list[Any]] = {
     "causal_softmax": [_pointer, *[_int64] * 7, _int],
     "softmax_backward": [_pointer, _pointer, _int64, _int64, _int],
     "token_nll": [_pointer, _pointer, _pointer, _int64, _int64, _int, _int],
+    "blocks4_dense": [*[_pointer] * 4, _float, _pointer, *[_int64] * 4, _pointer, _int, _int],
+    "blocks4_quantise": [_pointer, _int, _pointer, _pointer, _int64, _int64, _pointer, _pointer, _int],
+    "ggml_dense": [_int, _pointer, _int64, _pointer, _int, _int],
+    "rows8_dense": [_pointer, _pointer, _int64, _int64, _pointer, _int, _int],
 }
 _PRODUCTS: dict[str, list[Any]] = {
     "attend": [*[_pointer] * 6, *[_int64] * 5, _float, _int],
@@ -71,7 +75,7 @@ _SERVING: dict[str, list[Any]] = {
     ],
 }  # fmt: skip
 """What only a processor with AVX512-BF16 has."""
-SOURCES = ("native.c", "serving.c")
+SOURCES = ("native.c", "quantised.c", "serving.c")
 _reason = "not looked for yet"
 
 

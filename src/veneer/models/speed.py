@@ -27,6 +27,7 @@ from veneer import kernels
 from veneer.core.attention import RowLayout, attention, rotary_attention
 from veneer.core.fused import Projection, gated_mlp, joined, linears, rms_norm
 from veneer.core.layers import LoraLinear
+from veneer.core.quantised import Quantised, stacked
 from veneer.core.targets import base_of
 
 __all__ = ["FastReport", "Join", "agree", "fast", "probe", "projection_of", "put", "report_of", "same_dtype"]
@@ -43,6 +44,9 @@ class FastReport:
     left: dict[str, str] = field(default_factory=dict)
     rows: bool = False
     """Whether rows can lie one after another without padding (checked on this very model)."""
+    kept: int = 0
+    """Bytes of dequantised weights kept (`keep`)."""
+    joins: list[Join] = field(default_factory=list, repr=False)
     keeps: bool = False
     """Whether the last layer, after its attention, works on the tokens of `RowLayout.keep` alone."""
 
@@ -51,6 +55,7 @@ class FastReport:
         text = "fast paths: " + (", ".join(parts) if parts else "none")
         text += "; rows without padding" if self.rows else "; padded rows"
         text += "; last layer at trained tokens alone" if self.keeps else ""
+        text += f"; {self.kept / 1e6:,.0f} MB of weights kept dequantised" if self.kept else ""
         for kind, why in sorted(self.left.items()):
             text += f"; {kind} as transformers has it ({why})"
         return text + f"; {kernels.status()}"
@@ -62,11 +67,12 @@ def report_of(model: nn.Module) -> FastReport:
 
 
 @contextmanager
-def fast(model: Any, *, hold: bool = True) -> Iterator[FastReport]:
+def fast(model: Any, *, keep: int = 0, hold: bool = True) -> Iterator[FastReport]:
     """Swap what can be swapped; see the module. Entering it again inside is harmless.
 
-    `hold`: whether a path may keep hold of weights. Where they come and go (sharded ones) it may not: then rows lie
-    without padding, and norms, MLPs and projections are called as they are."""
+    `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are
+    dequantised at each use. `hold`: whether a path may keep hold of weights. Where they come and go (sharded ones) it
+    may not: then rows lie without padding, and norms, MLPs and projections are called as they are."""
     if getattr(model, _MARK, None) is not None:
         yield getattr(model, _MARK)
         return
@@ -82,6 +88,8 @@ def fast(model: Any, *, hold: bool = True) -> Iterator[FastReport]:
         _swap_attention(model, modules if hold else [], report, undo)
         setattr(model, _MARK, report)
         undo.callback(delattr, model, _MARK)
+        if keep:
+            _keep_dequantised(report, keep, undo)
         report.rows = _rows_agree(model, report)
         if report.rows:
             _swap_last_layer(model, report, undo)
@@ -122,7 +130,9 @@ def projection_of(module: nn.Module) -> Projection | None:
 
 
 class Join:
-    """The weights of linear modules that share an input, laid below one another in one tensor; `undo` parts them."""
+    """The weights of linear modules that share an input, laid below one another in one tensor; `undo` parts them.
+
+    Quantised weights stay where they are: the tensor is one over all their codes."""
 
     def __init__(self, modules: list[nn.Module], undo: ExitStack) -> None:
         self.modules = modules
@@ -130,14 +140,14 @@ class Join:
         bases = [base_of(m) for m in modules]
         weights = [getattr(b, "weight", None) for b in bases]
         plain = all(type(b) is nn.Linear for b in bases)
-        if (
-            len(modules) < 2
-            or not plain
-            or len({(w.dtype, w.device, w.shape[1]) for w in weights if w is not None}) != 1
-        ):
+        if not plain or len({(w.dtype, w.device, w.shape[1]) for w in weights if w is not None}) != 1:
             return
         parameters = [w for w in weights if w is not None]
-        if len({p.data_ptr() for p in parameters}) != len(parameters):
+        quantised = [w for w in parameters if isinstance(w, Quantised)]
+        if len(quantised) == len(parameters):
+            self.weight = stacked(quantised)
+            return
+        if len(modules) < 2 or quantised or len({p.data_ptr() for p in parameters}) != len(parameters):
             return
         whole = torch.cat([p.detach() for p in parameters])
         at = 0
@@ -159,7 +169,7 @@ class Join:
         known = [p for p in parts if p is not None]
         if len(known) != len(parts):
             return None
-        if len(known) > 1:
+        if len(known) > 1 and not isinstance(self.weight, Quantised):
             if self.weight is None:
                 return None
             at = 0
@@ -168,6 +178,17 @@ class Join:
                     return None
                 at += len(p.weight)
         return joined(known, self.weight)
+
+
+def _keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:
+    """Weights in the order in which they are used, as long as there is room. Which ones does not matter: each is used
+    as often as the next."""
+    for join in report.joins:
+        weight = join.weight
+        if isinstance(weight, Quantised) and weight.kept is None and report.kept + weight.nbytes <= most:
+            weight.keep()
+            report.kept += weight.nbytes
+            undo.callback(setattr, weight, "kept", None)
 
 
 # -- norms -------------------------------------------------------------------------------------------------------------
@@ -243,6 +264,7 @@ def _swap_mlps(modules: list[tuple[str, nn.Module]], report: FastReport, undo: E
             if same:
                 undo.push(attempt.pop_all())
                 report.swapped[kind] = report.swapped.get(kind, 0) + 1
+                report.joins += [join, down]
             else:
                 report.left[kind] = "its result differs from a gated MLP's"
 
@@ -317,6 +339,7 @@ def _swap_attention(model: Any, modules: list[tuple[str, nn.Module]], report: Fa
             join, out = Join([p for p in parts[:3] if p is not None], undo), Join([p for p in parts[3:] if p], undo)
             put(module, _attention_forward(type(module).forward, join, out), undo)
             report.swapped[kind] = report.swapped.get(kind, 0) + 1
+            report.joins += [join, out]
 
 
 def _attention_forward(original: Callable[..., Any], join: Join, out: Join) -> Callable[..., Any]:

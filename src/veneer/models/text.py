@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from veneer.core.quantised import Quantised
 from veneer.errors import BaseError, ConfigError, ResourceError
 from veneer.models.fingerprint import fingerprint
 from veneer.models.gguf_base import load_gguf
+from veneer.models.quantise import check_kind, load_quantised, quantised_bytes, saved_kind
 from veneer.models.quiet import quiet
 from veneer.models.sources import find, is_image
-from veneer.models.weights import stored_dtype, tensor_table
+from veneer.models.weights import StoredTensor, stored_dtype, tensor_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +67,8 @@ class TextBase:
     pad_id: int = 0
     context: int = 0
     notes: tuple[str, ...] = ()
+    quantised: str = ""
+    """nf4, fp4, int8 or gguf where the linear weights are kept in codes; "" in full."""
 
     @property
     def family(self) -> str:
@@ -81,23 +85,28 @@ def load_text(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    quantise: str = "none",
     say: Callable[[str], None] | None = None,
 ) -> TextBase:
     """Find and load a base: eval mode, `requires_grad` False everywhere.
 
-    `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `say` is told what takes time.
+    `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantise`: nf4, fp4 or int8
+    puts the linear weights in 4 or 8 bits while they are read; keep leaves those of a GGUF file in their blocks; none
+    is what the files have, with GGUF's dequantised. A checkpoint of bitsandbytes is kept as it is. `say` is told what
+    takes time.
     Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
-    ConfigError (an unknown dtype or device), ResourceError (not enough memory)."""
+    ConfigError (an unknown dtype, device or quantisation), ResourceError (not enough memory)."""
     path = find(name, say=say)
     if is_image(path):
         raise BaseError("this is an image base, and a language model is wanted", where=str(path))
     table = tensor_table(path)
     config, tokenizer = read_config(path), read_tokenizer(path)
     where = choose_device(device)
-    kind, reason = choose_dtype(dtype, where, stored_dtype(table))
-    check_memory(path, sum(t.elements for t in table) * kind.itemsize, kind, where)
+    codes = choose_quantisation(quantise, path, config)
+    kind, reason = choose_dtype(dtype, where, "BF16" if codes else stored_dtype(table))
+    check_memory(path, _bytes(table, kind, codes), kind, where)
     digest = fingerprint(path, config, table)
-    model, notes = _load_model(path, config, kind)
+    model, notes = _load_model(path, config, kind, table, codes, saved=quantise == "none")
     model.to(where)  # type: ignore[arg-type]
     model.eval()
     model.requires_grad_(False)
@@ -126,6 +135,7 @@ def load_text(
         pad_id=int(pad),
         context=int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30),
         notes=notes,
+        quantised=codes,
     )
 
 
@@ -242,13 +252,54 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_model(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def choose_quantisation(quantise: str, path: Path, config: PreTrainedConfig) -> str:
+    """What the linear weights will be kept in: nf4, fp4, int8, gguf, or "" for in full. Raises ConfigError."""
+    saved = "" if path.is_file() else saved_kind(config.to_dict(), str(path))
+    if quantise == "keep":
+        if not saved and not path.is_file():
+            raise ConfigError(
+                "the weights of this base are not quantised, so there is nothing to keep",
+                where=str(path),
+                fix="quantise=nf4 puts them in 4 bits while they are read",
+            )
+        return saved or "gguf"
+    if quantise == "none":
+        return saved
+    check_kind(quantise)
+    if saved or path.is_file():
+        raise ConfigError(
+            f"the weights are quantised already ({saved or 'GGUF'}); quantised a second time they would be worse",
+            where=str(path),
+            fix="quantise=keep, or the 16-bit weights of this base",
+        )
+    return quantise
+
+
+def _bytes(table: list[StoredTensor], dtype: torch.dtype, codes: str) -> int:
+    """About what the weights will take: matrices of embeddings and heads in full."""
+    if codes in ("nf4", "fp4", "int8") and all(t.dtype not in ("U8", "I8") for t in table):
+        full = ("embed", "lm_head", "wte", "wpe", "output")
+        return sum(
+            t.elements * dtype.itemsize if len(t.shape) < 2 or any(f in t.name for f in full)
+            else quantised_bytes(t.shape, codes) for t in table
+        )  # fmt: skip
+    return sum(t.size if codes else t.elements * dtype.itemsize for t in table)
+
+
+def _load_model(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype, table: list[StoredTensor], codes: str, saved: bool
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     from transformers import AutoModelForCausalLM
 
     with quiet():
         try:
+            if codes == "gguf":
+                return load_gguf(path, dtype, keep=True), ("the weights stay in the blocks of their GGUF file",)
             if path.is_file():
                 return load_gguf(path, dtype), ("the weights come from a GGUF file, dequantised",)
+            if codes:
+                quantised, found = load_quantised(path, config, table, "" if saved else codes, dtype)
+                return quantised, (*check_loaded(path, found), _in_codes(quantised, codes))
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -263,6 +314,12 @@ def _load_model(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> tup
                 raise
             raise _unreadable("model", path, error) from error
     return model, check_loaded(path, info)
+
+
+def _in_codes(model: PreTrainedModel, codes: str) -> str:
+    weights = [p for p in model.parameters() if isinstance(p, Quantised)]
+    count, size = sum(p.numel() for p in weights), sum(p.bytes for p in weights)
+    return f"{count:,} weights are {codes}: {size / 1e6:,.0f} MB, {8 * size / max(count, 1):.3f} bits each"
 
 
 def check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:

@@ -250,7 +250,8 @@ def _loaded(config: TrainConfig, base: TextBase | None, devices: Devices, tell: 
         find(config.base.name, say=say)
     devices.gather(None)
     return load_text(
-        config.base.name, dtype=config.base.dtype, device="cpu" if sharded else devices.device, say=say
+        config.base.name, dtype=config.base.dtype, device="cpu" if sharded else devices.device,
+        quantise=config.base.quantise, say=say,
     )  # fmt: skip
 
 

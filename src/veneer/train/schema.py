@@ -56,6 +56,11 @@ class BaseSection(Section):
         "auto", "precision of the frozen weights", "bfloat16 where the device computes it in hardware, else float32"
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "a GPU if there is one")
+    quantise: Literal["none", "nf4", "fp4", "int8", "keep"] = setting(
+        "none",
+        "frozen linear weights in 4 or 8 bits (QLoRA; nf4 with doubly quantised constants), or keep: GGUF's own blocks",
+        "16 bits where they fit: the same result as in full",
+    )
 
 
 class PairsSection(Section):
@@ -248,6 +253,12 @@ class MemorySection(Section):
         False,
         "with several devices: each keeps a part of the frozen weights (FSDP2) and gathers a layer for its turn",
         "slower; for bases that do not fit on one device",
+    )
+    keep_dequantised_gb: float | Literal["auto"] = setting(
+        "auto",
+        "memory for dequantised weights of a quantised base, kept between uses; 0 dequantises at each use",
+        "none: a product takes far longer than the dequantising before it",
+        ge=0,
     )
 
 

@@ -1,0 +1,261 @@
+"""A base in 4 or 8 bits, quantised while it is loaded: every weight is read, quantised and forgotten before the next
+one is read, so that the most memory ever held is the quantised model and one weight.
+
+What is quantised are linear layers and fused experts (3-d parameters). Embeddings, norms, routers and the output head
+stay as they are, as QLoRA leaves them (arXiv 2305.14314). Modules and names stay the family's own: a quantised weight
+is a tensor (core.quantised), so adapters, fast paths and merging find the base they know.
+
+Read too, as they were saved: bitsandbytes' 4-bit and 8-bit checkpoints. Families, renamings and merged experts are
+transformers' business: this is one of its quantisers, fed with tensors that are read when it asks for them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.quantised import KINDS, Blocks4, Quantised, Rows8, dynamic_map, quantise, table
+from veneer.core.targets import expert_parameters
+from veneer.errors import BaseError, ConfigError, nearest
+from veneer.models.weights import StoredTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = [
+    "LazyTensor", "check_kind", "forget_quantiser", "load_quantised", "load_state", "quantised_bytes",
+    "quantised_weights", "saved_kind",
+]  # fmt: skip
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def quantised_weights(model: nn.Module) -> list[str]:
+    """The parameters of `model` that a quantised load quantises, by name."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    found = []
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module is not head:
+            found.append(f"{name}.weight")
+        found += [f"{name}.{key}" for key in expert_parameters(module)]
+    return found
+
+
+def quantised_bytes(shape: Iterable[int], kind: str) -> int:
+    """What a weight of this shape takes: 4-bit kinds with doubly quantised constants 4.127 bits a weight."""
+    shape = tuple(shape)
+    n = math.prod(shape)
+    if kind == "int8":
+        return n + 4 * (n // shape[-1])
+    blocks = -(-n // 64)
+    return (n + 1) // 2 + blocks + 4 * -(-blocks // 256) + 4
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A stored tensor as transformers' loader wants it: read when it is indexed."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.read()
+
+
+def _read(stored: StoredTensor) -> Tensor:
+    """The tensor's own bytes, read and not mapped: a mapped file counts as memory for as long as it is open."""
+    if stored.dtype not in _DTYPES:
+        raise BaseError(f"the weights are stored in {stored.dtype}", where=f"{stored.file}: {stored.name}")
+    out = torch.empty(stored.size, dtype=torch.uint8)
+    with stored.file.open("rb") as f:
+        f.seek(stored.start)
+        view = memoryview(out.numpy())  # type: ignore[arg-type]
+        if f.readinto(view) != stored.size:
+            raise BaseError("the file became shorter while it was read", where=str(stored.file))
+    return out.view(_DTYPES[stored.dtype]).view(stored.shape)
+
+
+def load_quantised(
+    path: Path, config: PreTrainedConfig, table: list[StoredTensor], kind: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """(the model of a base directory with its linear weights as `kind`, computing in `dtype`; transformers' loading
+    info). `kind`: nf4, fp4, int8, or "" for a checkpoint that is quantised already and kept as it is."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    try:
+        cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        what = f"{config.model_type} is no causal language model that transformers knows"
+        raise BaseError(what, where=str(path)) from None
+    return load_state(cls, config, _state(table), kind, dtype)
+
+
+def load_state(
+    cls: Any, config: PreTrainedConfig, state: Mapping[str, LazyTensor], kind: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """(a model of transformers' class `cls` with these tensors, transformers' loading info). Those of
+    `quantised_weights` are quantised as `kind`; "": they come as they are to be, quantised or not."""
+    with _quantiser(kind) as asked:
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=dict(state), dtype=dtype, quantization_config=asked,
+            output_loading_info=True,
+        )  # fmt: skip
+    forget_quantiser(model)
+    # a loop over the experts that are asked for: batched products would dequantise all of them at once
+    if any(expert_parameters(m) for m in model.modules()):
+        model.set_experts_implementation("eager")
+    return model, info
+
+
+def forget_quantiser(model: Any) -> None:
+    """The model as one that nobody's quantiser has to know: it moves, casts and trains as any other."""
+    for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
+        model.config.__dict__.pop(name, None)
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions"):
+        model.__dict__.pop(name, None)
+
+
+@contextmanager
+def _quantiser(kind: str) -> Iterator[Any]:
+    """transformers' configuration object for our quantiser, which is registered while the block lasts."""
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Quantise(ConversionOps):
+        def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+            out = {}
+            for name, value in input_dict.items():
+                value = value[0] if isinstance(value, list) else value
+                if kind and not isinstance(value, Quantised):
+                    value = quantise(value, kind)
+                out[name] = nn.Parameter(value, requires_grad=False)
+            return out
+
+    class Quantiser(HfQuantizer):
+        names: frozenset[str] = frozenset()
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            self.names = frozenset(quantised_weights(model))
+            return model
+
+        def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+            return param_name in self.names
+
+        def get_quantize_ops(self) -> Any:
+            return Quantise()
+
+        def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return True
+
+    AUTO_QUANTIZER_MAPPING["veneer"] = Quantiser
+    AUTO_QUANTIZATION_CONFIG_MAPPING["veneer"] = QuantizationConfigMixin
+    try:
+        yield QuantizationConfigMixin(quant_method="veneer")
+    finally:
+        del AUTO_QUANTIZER_MAPPING["veneer"], AUTO_QUANTIZATION_CONFIG_MAPPING["veneer"]
+
+
+# -- bitsandbytes' checkpoints -----------------------------------------------------------------------------------------
+
+_STATE = ".quant_state.bitsandbytes__"
+
+
+def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
+    """What a config.json says its weights are quantised in: nf4, fp4, int8, or "" where they are not.
+
+    Raises BaseError for quantisations that veneer does not read."""
+    found = config.get("quantization_config")
+    if not found:
+        return ""
+    method = found.get("quant_method")
+    if method == "bitsandbytes":
+        return str(found.get("bnb_4bit_quant_type", "fp4")) if found.get("load_in_4bit") else "int8"
+    raise BaseError(
+        f"the weights are quantised by {method}, which veneer does not read",
+        where=where,
+        fix="use the 16-bit weights with base.quantise=nf4, or a bitsandbytes or GGUF file",
+    )
+
+
+def _state(table: list[StoredTensor]) -> dict[str, Any]:
+    """Every weight by name, each read when it is asked for; parts of a quantised one joined."""
+    by_name = {t.name: t for t in table}
+    extra: set[str] = set()
+    out: dict[str, Any] = {}
+    for name, stored in by_name.items():
+        states = [n for n in by_name if n.startswith(name + _STATE)] if stored.dtype == "U8" else []
+        scale = name.removesuffix("weight") + "SCB"
+        if states:
+            own = [n for n in by_name if n.startswith(f"{name}.")]
+            extra |= set(own)
+            out[name] = LazyTensor("BF16", stored.shape, _blocks_of(stored, states[0], [by_name[n] for n in own]))
+        elif stored.dtype == "I8" and scale in by_name:
+            extra |= {scale, f"{name}_format"}
+            out[name] = LazyTensor("BF16", stored.shape, _rows_of(stored, by_name[scale]))
+        else:
+            out[name] = LazyTensor(stored.dtype, stored.shape, lambda stored=stored: _read(stored))  # type: ignore[misc]
+    return {name: value for name, value in out.items() if name not in extra}
+
+
+def _rows_of(codes: StoredTensor, scale: StoredTensor) -> Callable[[], Tensor]:
+    return lambda: Quantised(Rows8(codes.shape, _read(codes), _read(scale).float().flatten()), torch.bfloat16)
+
+
+def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> Callable[[], Tensor]:
+    """A 4-bit weight of bitsandbytes: codes in `weight`, constants in weight.absmax and so on, and the rest of it, which
+    is no tensor, as JSON in the bytes of one."""
+    kind = state.rpartition("__")[2]
+
+    def read() -> Tensor:
+        found = {p.name.removeprefix(f"{packed.name}."): _read(p) for p in parts}
+        about = json.loads(bytes(found[state.removeprefix(f"{packed.name}.")].tolist()))
+        where = f"{packed.file}: {packed.name}"
+        if not torch.equal(found["quant_map"].float(), table(kind)):
+            raise BaseError(f"its table of values is not {kind}'s", where=where)
+        nested = found.get("nested_quant_map")
+        if nested is not None and not torch.equal(nested.float(), dynamic_map()):
+            raise BaseError("the constants are quantised with a map that is not bitsandbytes' own", where=where)
+        mean = torch.tensor(float(about["nested_offset"])) if nested is not None else None
+        code = Blocks4(
+            kind, tuple(about["shape"]), _read(packed).flatten(), found["absmax"], found.get("nested_absmax"), mean,
+            int(about["blocksize"]), int(about.get("nested_blocksize") or 256),
+        )  # fmt: skip
+        return Quantised(code, torch.bfloat16)
+
+    return read
+
+
+def check_kind(kind: str) -> None:
+    """Raises ConfigError for a kind that a base is not quantised in."""
+    if kind not in KINDS:
+        near = nearest(kind, [*KINDS, "none", "keep"])
+        raise ConfigError(
+            f"{kind!r} is no quantisation of a base" + (f"; nearest: {near[0]}" if near else ""),
+            fix=f"{', '.join(KINDS)}, keep or none",
+        )
