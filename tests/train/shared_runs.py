@@ -33,7 +33,10 @@ SHARDED: dict[str, dict[str, Any]] = {
         "adapter": {"rank": 4, "dropout": 0.0, "dora": True}, "batching": {"rows": 1}, "schedule": {"steps": 4},
         "memory": {"shard": True, "activation_checkpointing": "on"},
     },
-    "shard-nf4": {**NO_DROPOUT, "schedule": {"steps": 5}, "base_keys": {"quantise": "nf4", "dtype": "float32"}, "memory": {"shard": True}},
+    "shard-nf4": {
+        **NO_DROPOUT, "base_keys": {"quantise": "nf4", "dtype": "float32"}, "schedule": {"steps": 5},
+        "memory": {"shard": True},
+    },
     "shard-int8": {
         **NO_DROPOUT, "base_keys": {"quantise": "int8", "dtype": "float32"}, "schedule": {"steps": 3},
         "memory": {"shard": True, "activation_checkpointing": "on"},
