@@ -11,29 +11,36 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer import using
 from veneer.core.adapter import Adapter
 from veneer.core.merge import change_problem, exact_weights, parameter_changes
+from veneer.core.quantised import KINDS, Quantised, dequantised, quantise
 from veneer.core.rounding import DTYPES, Rounding, seeded, stochastic
 from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, nearest
 from veneer.formats.atomic import atomic_write, new_folder
 from veneer.formats.checkpoint import Checkpoint, components
 from veneer.formats.container import strict_json
+from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
 from veneer.models.quiet import quiet
 
 if TYPE_CHECKING:
     from veneer.models.text import TextBase
+    from veneer.train.encode import Example
 
-__all__ = ["MERGE_FILE", "Merged", "merge", "merge_shards", "merged_model"]
+__all__ = [
+    "MERGE_FILE", "Difference", "Merged", "compare", "merge", "merge_shards", "merged_model", "requantised",
+]  # fmt: skip
 
 MERGE_FILE = "merge.json"
 
@@ -45,7 +52,9 @@ class Merged:
     `changed`: of the weights whose exact delta is not zero, the share that differs from the base after rounding.
     `delta_error`: ‖(W'−W) − Δ‖/‖Δ‖ over all of them, W' and W as rounded to `dtype`: 0 is a delta kept whole, 1 about
     as wrong as no delta at all. `delta_kept`: ⟨W'−W, Δ⟩/‖Δ‖², 1 where all of it is there on the whole. `untied`: the
-    head no longer shares the embedding's weight, because the mix moves one and not the other. `rounding`: how."""
+    head no longer shares the embedding's weight, because the mix moves one and not the other. `rounding`: how.
+    `seen`: nf4, … where the base's weights are the dequantised ones.
+    `requantised`: nf4 or fp4 where the merged weights were put into 4 bits. `difference`: what `compare` found."""
 
     folder: str = ""
     base: str = ""
@@ -58,6 +67,9 @@ class Merged:
     delta_kept: float = 0.0
     untied: bool = False
     rounding: str = "nearest"
+    seen: str = ""
+    requantised: str = ""
+    difference: dict[str, Any] = field(default_factory=dict)
     bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,25 +83,39 @@ def merge(
     *,
     dtype: str | None = None,
     allow_other_base: bool = False,
+    requantise: str | None = None,
+    difference: Mapping[str, Difference] | None = None,
 ) -> Merged:
     """Write `base` with `adapters` folded in to a new `folder`, with its tokenizer and a report (`merge.json`).
 
-    `adapters`: as in `using.attach_adapters`, "NAME_OR_PATH[:strength]". `dtype`: float32, bfloat16 or float16; by
-    default the one the base is loaded in. The folder appears whole or not at all. Raises ConfigError for no adapters,
-    a folder that is not empty, or a base that was loaded in another 16-bit dtype; and what reading the adapters
-    raises."""
+    `adapters`: as in `using.attach_adapters`, "NAME_OR_PATH[:strength]". `base` may be quantised: what is written is
+    W' = W̃ + ΔW in full, W̃ the dequantised weight, which is what an adapter trained over that base has seen. `dtype`:
+    float32, bfloat16 or float16; by default the one the base is loaded in. `requantise`: nf4 or fp4 puts the merged
+    weights into 4 bits, as a checkpoint of bitsandbytes; most of a small ΔW is lost there (`compare` shows how much).
+    `difference`: what `compare` found, for the report. The folder appears whole or not at all. Raises ConfigError for
+    no adapters, a folder that is not empty, or a base that was loaded in another 16-bit dtype; and what reading the
+    adapters raises."""
     folder = Path(folder)
     target = _target(base, dtype)
     _check_request(adapters, folder)
-    report = Merged(str(folder), base.name, dtype=str(target).removeprefix("torch."))
+    report = Merged(str(folder), base.name, dtype=str(target).removeprefix("torch."), seen=base.quantised)
     with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
         mix = attachment.selection.mix
         strengths = [using.parse_spec(a) for a in adapters]
         report.adapters = [{"name": n, "strength": s, "digest": attachment.adapters[n].digest()} for n, s in strengths]
         model = merged_model(base.model, mix, target, report)
+    report.difference = {name: asdict(found) for name, found in (difference or {}).items()}
+    state = None
+    if requantise is not None:
+        report.requantised = requantise
+        state = saved_tensors(requantised(model, requantise).state_dict())
+        model.config.quantization_config = saved_config(requantise, target)
     try:
         with new_folder(folder) as temporary, quiet():
-            model.save_pretrained(temporary, max_shard_size="5GB")
+            if state is None:
+                model.save_pretrained(temporary, max_shard_size="5GB")
+            else:
+                _save_state(model, state, temporary)
             base.tokenizer.save_pretrained(temporary)
             report.bytes = sum(f.stat().st_size for f in temporary.glob("*.safetensors"))
             text = json.dumps(report.to_dict(), indent=2, sort_keys=True)
@@ -99,6 +125,127 @@ def merge(
             raise ResourceError("no room to write; nothing was changed", where=str(folder)) from error
         raise
     return report
+
+
+def requantised(model: Any, kind: str) -> Any:
+    """`model` with its linear weights in 4 bits again, in place."""
+    for name in quantised_weights(model):
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module._parameters[key] = nn.Parameter(quantise(module.get_parameter(key), kind), requires_grad=False)
+    return model
+
+
+def _save_state(model: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """A checkpoint of tensors that transformers' own save does not know: one file, tied weights once."""
+    from safetensors.torch import save_file
+
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    kept = {name: t.detach().contiguous().clone() for name, t in state.items() if name not in tied}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# -- what a merge loses ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A merged model against the adapters on the base they were trained over, on `tokens` trained tokens of held-out
+    rows. `kl`: mean KL(unmerged ‖ merged) in nats a token; `kl_most`: the largest; `agree`: share of tokens where both
+    find the same token likeliest; `loss`, `unmerged_loss`, `base_loss`: nats a token, of the base without adapters too.
+    """
+
+    tokens: int
+    kl: float
+    kl_most: float
+    agree: float
+    loss: float
+    unmerged_loss: float
+    base_loss: float
+
+    @property
+    def kept(self) -> float:
+        """The share of what the adapters gain over the base that the merged model still has."""
+        gain = self.base_loss - self.unmerged_loss
+        return (self.base_loss - self.loss) / gain if gain else math.nan
+
+
+@torch.no_grad()
+def compare(
+    base: TextBase,
+    adapters: Sequence[str | tuple[str, float]],
+    examples: Sequence[Example],
+    *,
+    original: TextBase | None = None,
+    requantise: Sequence[str] = (),
+    dtype: str | None = None,
+    allow_other_base: bool = False,
+) -> dict[str, Difference]:
+    """How each way to merge differs from not merging, on encoded held-out rows.
+
+    "seen": ΔW on the weights of `base` as it is loaded, dequantised where it is quantised. "original": on those of
+    `original`, the same base in 16 bits. And each of the kinds of `requantise`: "seen" put into 4 bits. Both models are
+    in memory, one row is computed at a time."""
+    found: dict[str, Difference] = {}
+    rows = [e for e in examples if any(e.trained)]
+    if not rows:
+        raise ConfigError("the held-out rows have no trained token", fix="give rows with answers")
+    device = base.device
+    with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
+        mix = attachment.selection.mix
+        exact: list[Tensor] = [_log_probabilities(base.model, row, device) for row in rows]
+        with attachment.off():
+            plain = [_nll(_log_probabilities(base.model, row, device), row) for row in rows]
+        target = _target(base, dtype)
+        merged: dict[str, Callable[[], Any]] = {"seen": partial(merged_model, base.model, mix, target)}
+        for kind in requantise:
+            merged[kind] = partial(_merged_and_quantised, base, mix, target, kind)
+        if original is not None:
+            merged["original"] = partial(_merged_on, original, adapters, target, allow_other_base)
+        for name, make in merged.items():
+            model = make().eval()
+            parts = [_apart(p, _log_probabilities(model, row, device), row) for p, row in zip(exact, rows, strict=True)]
+            del model
+            tokens = sum(len(kl) for kl, *_ in parts)
+            found[name] = Difference(
+                tokens,
+                kl=sum(float(kl.sum()) for kl, *_ in parts) / tokens,
+                kl_most=max(float(kl.max()) for kl, *_ in parts),
+                agree=sum(int(same.sum()) for _, same, _ in parts) / tokens,
+                loss=sum(nll for *_, nll in parts) / tokens,
+                unmerged_loss=sum(_nll(p, row) for p, row in zip(exact, rows, strict=True)) / tokens,
+                base_loss=sum(plain) / tokens,
+            )
+    return found
+
+
+def _merged_and_quantised(base: TextBase, mix: Any, target: torch.dtype, kind: str) -> Any:
+    return requantised(merged_model(base.model, mix, target), kind)
+
+
+def _merged_on(base: TextBase, adapters: Any, target: torch.dtype, allow_other_base: bool) -> Any:
+    with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
+        return merged_model(base.model, attachment.selection.mix, target)
+
+
+def _log_probabilities(model: Any, row: Example, device: torch.device) -> Tensor:
+    """log p of every token at the trained places of a row: (trained, vocabulary), float32."""
+    ids = torch.tensor(row.input_ids, device=device)[None]
+    at = [i - 1 for i, trained in enumerate(row.trained) if trained]
+    logits = model(input_ids=ids, use_cache=False).logits[0, at]
+    return torch.log_softmax(logits.float(), -1)
+
+
+def _nll(log_p: Tensor, row: Example) -> float:
+    wanted = torch.tensor([t for t, trained in zip(row.input_ids, row.trained, strict=True) if trained])
+    return float(-log_p.gather(1, wanted.to(log_p.device)[:, None]).sum())
+
+
+def _apart(p: Tensor, q: Tensor, row: Example) -> tuple[Tensor, Tensor, float]:
+    kl = (p.exp() * (p - q)).sum(-1)
+    return kl, p.argmax(-1) == q.argmax(-1), _nll(q, row)
 
 
 def _check_request(adapters: Sequence[str | tuple[str, float]], folder: Path) -> None:
@@ -117,19 +264,7 @@ def _target(base: TextBase, dtype: str | None) -> torch.dtype:
             f"the base is loaded in {base.dtype}, so its weights would be rounded twice on the way to {target}",
             fix="load it with dtype float32",
         )
-    quantised = getattr(base.model.config, "quantization_config", None)
-    if quantised is not None and _method(quantised) != "gguf":
-        raise BaseError(
-            f"the base is quantised ({_method(quantised)}): a merged weight does not fit its grid",
-            where=base.name,
-            fix="merge into the base it was quantised from",
-        )
     return target
-
-
-def _method(config: Any) -> str:
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", "")
-    return str(getattr(method, "value", method))
 
 
 def merged_model(
@@ -151,10 +286,11 @@ def merged_model(
             fix="use dtype bfloat16 or float32, or a smaller strength",
         )
     own = model.state_dict()
-    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in own.items()}
+    state = {n: dequantised(t).to(dtype) if t.is_floating_point() else t for n, t in own.items() if n not in new}
     places: dict[tuple[int, torch.Size], list[str]] = {}
     for name in new:
-        places.setdefault((own[name].data_ptr(), own[name].shape), []).append(name)
+        if not isinstance(own[name], Quantised):  # a tied weight is never quantised
+            places.setdefault((own[name].data_ptr(), own[name].shape), []).append(name)
     report.untied = any(not torch.equal(new[names[0]], new[n]) for names in places.values() for n in names[1:])
     report.tensors, report.weights = len(new), rounding.weights
     report.changed, report.delta_error, report.delta_kept = rounding.changed, rounding.error, rounding.kept
@@ -187,6 +323,7 @@ def merge_shards(
     *,
     seed: int | None = None,
     names: Callable[[str], str] | None = None,
+    seen: str = "",
 ) -> Merged:
     """Write the model folder `base` with `adapters` folded in to a new `folder`, without loading it.
 
@@ -194,7 +331,9 @@ def merge_shards(
     touch keeps its bytes; all other files are copied. One weight is in memory at a time, in float32. `base`: a folder
     of transformers' or diffusers' (where the first part of an adapter's name is a component's folder). `names`:
     parameter name of an adapter -> tensor name of a component, where they differ by more than a prefix. `seed`: round
-    by chance without bias (core.rounding), with this seed. The folder appears whole or not at all.
+    by chance without bias (core.rounding), with this seed. `seen`: nf4, fp4 or int8 for adapters trained over such
+    weights: all of those are written as they come out of quantising, with the mix folded in. The folder appears whole
+    or not at all.
 
     Raises ConfigError for the request; AdapterError listing every change that meets no weight, a weight of another
     shape or dtype, an embedding tied to the head; BaseError for a base that is no folder of safetensors."""
@@ -206,6 +345,7 @@ def merge_shards(
     mix = [(using.read_adapter(name).adapter, strength) for name, strength in chosen]
     parts = components(base)
     plan = _plan(parts, mix, names or (lambda name: name))
+    quantised = _seen_weights(base, parts, seen) if seen else frozenset()
     report = Merged(str(folder), str(base), rounding="nearest" if seed is None else f"stochastic, seed {seed}")
     report.adapters = [
         {"name": name, "strength": s, "digest": adapter.digest()}
@@ -221,7 +361,7 @@ def merge_shards(
                 shutil.copyfile(file, target)
         for component, part in parts.items():
             for file in part.files:
-                chunks = _folded(part, file, plan[component], rounding, seed, component)
+                chunks = _folded(part, file, plan[component], rounding, seed, component, (seen, quantised))
                 atomic_write(temporary / file.relative_to(base), chunks)
                 report.bytes += file.stat().st_size
         report.tensors, report.weights = sum(map(len, plan.values())), rounding.weights
@@ -232,6 +372,22 @@ def merge_shards(
         text = json.dumps(report.to_dict(), indent=2, sort_keys=True)
         atomic_write(temporary / MERGE_FILE, [text.encode() + b"\n"])
     return report
+
+
+def _seen_weights(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozenset[str]:
+    """The tensors of the files that a quantised load of this base quantises, one for one."""
+    from veneer.models.text import outline_text
+
+    if kind not in KINDS:
+        raise ConfigError(f"adapters trained over {kind} weights are not merged by shard", fix="leave out --by-shard")
+    names = quantised_weights(outline_text(str(base)).model)
+    if "" not in parts or (missing := [n for n in names if n not in parts[""].entries]):
+        joined = f" ({missing[0]})" if "" in parts else ""
+        raise BaseError(
+            f"the files keep quantised weights in parts{joined}, which were joined first", where=str(base),
+            fix="leave out --by-shard",
+        )  # fmt: skip
+    return frozenset(names)
 
 
 def _hidden(path: Path) -> bool:
@@ -293,13 +449,16 @@ def _folded(
     rounding: Rounding,
     seed: int | None,
     component: str,
+    seen: tuple[str, frozenset[str]],
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a shard with its changes, in the order of the file."""
+    """The bytes of a shard with its changes, in the order of the file. `seen`: (kind, what is quantised in it)."""
     header = part.files[file]
     with file.open("rb") as source:
         yield source.read(header.data_start)
     for name in sorted(header.entries, key=lambda n: (header.entries[n].begin, header.entries[n].end)):
         weight = part.tensor(name)
+        if name in seen[1]:
+            weight = quantise(weight, seen[0]).dense()
         after = weight
         if name in plan:
             exact = weight if weight.dtype == torch.float64 else weight.float()

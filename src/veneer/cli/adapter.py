@@ -1,19 +1,17 @@
-"""`veneer adapter inspect|verify|merge`; convert is in adapter_convert.py, mix|resize|extract|diff|strength in
-adapter_mix.py."""
+"""`veneer adapter inspect|verify`; convert is in adapter_convert.py, merge in adapter_merge.py,
+mix|resize|extract|diff|strength in adapter_mix.py."""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from veneer.cli import adapter_mix
 from veneer.cli.adapter_convert import convert
-
-if TYPE_CHECKING:
-    from veneer.merging import Merged
+from veneer.cli.adapter_merge import merge
 
 __all__ = ["app"]
 
@@ -151,78 +149,7 @@ def verify(
         raise typer.Exit(2)
 
 
-@app.command(epilog="Example: veneer adapter merge runs/tickets:0.8 --base smollm2-135m -o merged")
-def merge(
-    adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="One or more adapters.", show_default=False)
-    ],
-    base: Annotated[str, typer.Option("--base", help="The base to fold them into; it is not changed.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="A new folder for the merged model.")],
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default as the base is stored.")
-    ] = None,
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Go on although a card names another base, if all fits.")
-    ] = False,
-    by_shard: Annotated[
-        bool, typer.Option("--by-shard", help="BASE is a model folder, diffusers' too: one weight at a time, unloaded.")
-    ] = False,
-    seed: Annotated[
-        int | None, typer.Option("--stochastic", metavar="SEED", help="With --by-shard: round by chance, unbiased.")
-    ] = None,
-    as_json: _Json = False,
-) -> None:
-    """Write a new full model with adapters folded in: summed in float32, rounded once."""
-    if by_shard or seed is not None:
-        _merge_shards(adapters, base, output, dtype, by_shard, seed, as_json)
-        return
-    from veneer.core.rounding import DTYPES
-    from veneer.errors import ConfigError
-    from veneer.merging import merge as fold
-    from veneer.models.sources import find
-    from veneer.models.text import load_text
-    from veneer.models.weights import stored_dtype, tensor_table
-    from veneer.using import adapter_path, parse_spec
-
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))
-    for spec in adapters:
-        adapter_path(parse_spec(spec)[0])
-    stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(
-        stored_dtype(tensor_table(find(base, say=_say))), "float16"
-    )
-    want = dtype or stored
-    # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.
-    loaded = load_text(base, dtype=want if want == stored else "float32", say=_say)
-    _say_merged(fold(loaded, adapters, output, dtype=want, allow_other_base=allow_other_base), as_json)
-
-
-def _merge_shards(
-    adapters: list[str], base: str, output: str, dtype: str | None, by_shard: bool, seed: int | None, as_json: bool
-) -> None:
-    from veneer.errors import ConfigError
-    from veneer.merging import merge_shards
-
-    if dtype is not None or not by_shard:
-        raise ConfigError(
-            "--stochastic goes with --by-shard, which keeps the dtype that is stored", fix="--by-shard without --dtype"
-        )
-    _say_merged(merge_shards(base, adapters, output, seed=seed), as_json)
-
-
-def _say_merged(report: Merged, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
-        return
-    print(f"wrote {report.folder}: {report.bytes:,} bytes of {report.dtype} weights, {report.tensors} of them changed")
-    print(
-        f"rounding to {report.dtype}: {report.changed:.1%} of {report.weights:,} weights moved, "
-        f"the delta is {report.delta_error:.2%} off what was asked for, {report.delta_kept:.2%} of its size kept"
-    )
-    if report.untied:
-        print("note: the head no longer shares the embedding's weight, so the model is larger than its base")
-
-
+app.command(epilog="Example: veneer adapter merge runs/tickets:0.8 --base smollm2-135m -o merged")(merge)
 app.command(epilog="Example: veneer adapter convert style.safetensors --to diffusers -o style-diffusers.safetensors")(
     convert
 )

@@ -142,7 +142,8 @@ class LoraSpec:
 
     `targets`, `exclude`: see core.targets. `layers`: indices of the repeated blocks, None for all.
     `rank_pattern`, `alpha_pattern`: target pattern -> value, the first match wins.
-    `init`: "zero-b" (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/rank, B zero), "pissa", "olora".
+    `init`: "zero-b" (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/rank, B zero), "pissa", "olora",
+    "loftq" (from what quantising the base lost).
     `modules_to_save`: modules trained whole as copies. `token_rows`: embedding name -> token ids trained alone.
     """
 
@@ -156,7 +157,7 @@ class LoraSpec:
     rslora: bool = False
     dora: bool = False
     dropout: float = 0.0
-    init: Literal["zero-b", "gaussian", "pissa", "olora"] = "zero-b"
+    init: Literal["zero-b", "gaussian", "pissa", "olora", "loftq"] = "zero-b"
     modules_to_save: tuple[str, ...] = ()
     token_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 

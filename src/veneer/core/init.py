@@ -1,19 +1,23 @@
-"""How an adapter starts: delta zero, on every kind of module, without touching the base.
+"""How an adapter starts: on every kind of module, without touching the base, and but for loftq with delta zero.
 
     zero-b      A ~ U(−1/√in, 1/√in), B = 0           (embedding: A = 0, B ~ N(0, 1), as the first LoRA code has it)
     gaussian    A ~ N(0, 1/rank²), B = 0              (embedding: as above)
     pissa       W = U·S·Vᵀ: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s), origin = (A, B)         arXiv 2404.02948
     olora       W = Q·R: A = R_r, B = Q_r, origin = (A, B)                               arXiv 2406.01775
+    loftq       W − W̃ = U·S·Vᵀ, W̃ what is left of W in a quantised base: A = √(S_r/s)·V_rᵀ, B = U_r·√(S_r/s)
+                                                                                         arXiv 2310.08659
     DoRA        magnitude = ‖W + s·B·A‖, that is ‖W‖ at delta zero                       arXiv 2402.09353
 
 PiSSA and OLoRA as published subtract s·B·A from the base; here `origin` does it, so that the base stays what it is.
+LoftQ as published goes on to quantise W − s·B·A and fit again; here the base stays what it is and the first fit stands,
+which is what is best for that base. Its delta is what quantising lost, so an adapter of it is for that quantised base.
 Knows models by their modules; does not know how the adapter is attached, trained or written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Card, LoraSpec, Pair, TokenRows, scale_of
 from veneer.core.merge import adapted_norm, to_matrix, weight_of
+from veneer.core.quantised import Quantised, dequantised
 from veneer.core.targets import Target, base_modules, full_modules, matches, resolve, token_embeddings
 from veneer.errors import ConfigError, TargetError
 
@@ -29,9 +34,17 @@ __all__ = ["create", "rank_and_alpha"]
 T = TypeVar("T", int, float)
 
 
-def create(model: nn.Module, spec: LoraSpec, *, seed: int, dtype: torch.dtype = torch.float32) -> Adapter:
-    """The untrained adapter that `spec` describes: delta zero, deterministic in `seed`, on the modules' devices.
+def create(
+    model: nn.Module,
+    spec: LoraSpec,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    original: Callable[[str], Tensor] | None = None,
+) -> Adapter:
+    """The untrained adapter that `spec` describes: deterministic in `seed`, on the modules' devices.
 
+    `original`: parameter name -> the weight before it was quantised, which loftq starts from.
     Full copies and token rows start as the base's own values in `dtype`. Raises ConfigError for impossible numbers
     and TargetError for patterns without a match or modules that the chosen initialisation cannot do."""
     _check(spec)
@@ -42,11 +55,13 @@ def create(model: nn.Module, spec: LoraSpec, *, seed: int, dtype: torch.dtype = 
     card.targets = [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
     out = Adapter(card=card, rslora=spec.rslora, dropout=spec.dropout)
     for target in targets:
-        out.pairs[target.name] = _pair(modules[target.module_name], target, spec, generator, dtype)
+        pair = _pair(modules[target.module_name], target, spec, generator, dtype, original)
+        out.pairs[target.name] = pair
     for name in full_modules(model, spec):
         state = modules[name].state_dict()
         out.modules[name] = {
-            k: t.detach().to(dtype if t.is_floating_point() else t.dtype, copy=True) for k, t in state.items()
+            k: dequantised(t.detach()).to(dtype if t.is_floating_point() else t.dtype, copy=True)
+            for k, t in state.items()
         }
     for name, ids in token_embeddings(model, spec).items():
         rows = weight_of(modules[name])[list(ids)].to(dtype, copy=True)
@@ -63,8 +78,8 @@ def _check(spec: LoraSpec) -> None:
             raise ConfigError(f"alpha {alpha} is not possible", fix="give a positive alpha")
     if not 0.0 <= spec.dropout < 1.0:
         raise ConfigError(f"dropout {spec.dropout} is not possible", fix="give a share from 0 up to, not including, 1")
-    if spec.init not in ("zero-b", "gaussian", "pissa", "olora"):
-        raise ConfigError(f"no initialisation named {spec.init!r}", fix="choose zero-b, gaussian, pissa or olora")
+    if spec.init not in (known := ("zero-b", "gaussian", "pissa", "olora", "loftq")):
+        raise ConfigError(f"no initialisation named {spec.init!r}", fix=f"choose one of {', '.join(known)}")
     if not (spec.targets or spec.modules_to_save or spec.token_rows):
         raise TargetError("nothing to train: no targets, no modules_to_save, no token_rows", fix="try all-linear")
 
@@ -78,33 +93,54 @@ def rank_and_alpha(spec: LoraSpec, name: str) -> tuple[int, float]:
     return _first(spec.rank_pattern, name, spec.rank), float(_first(spec.alpha_pattern, name, spec.alpha))
 
 
-def _pair(module: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator, dtype: torch.dtype) -> Pair:
+def _pair(
+    module: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator, dtype: torch.dtype,
+    original: Callable[[str], Tensor] | None,
+) -> Pair:  # fmt: skip
     rank, alpha = rank_and_alpha(spec, target.name)
     scale = scale_of(alpha, rank, spec.rslora)
     weight = weight_of(module, target.parameter)
-    matrix = to_matrix(module, target.kind, weight).float()
+    matrix = to_matrix(module, target.kind, dequantised(weight)).float()
     if spec.dora and target.kind == "experts":
         raise TargetError(
             f"DoRA is not defined for the fused experts {target.name}",
             fix="exclude them (`exclude: ['*.experts']`) or train without DoRA",
         )
-    if spec.init in ("pissa", "olora"):
+    if spec.init in ("pissa", "olora", "loftq"):
         if rank > min(matrix.shape[-2:]):
             raise TargetError(
                 f"{spec.init} of rank {rank} on {target.name}, whose weight has rank {min(matrix.shape[-2:])} at most",
                 fix="lower the rank there with rank_pattern, or exclude it",
             )
-        A, B = (_pissa if spec.init == "pissa" else _olora)(matrix, rank, scale)
+        if spec.init == "loftq":
+            lost = _lost(module, target, weight, matrix, original)
+            A, B = _pissa(lost, rank, scale)
+        else:
+            A, B = (_pissa if spec.init == "pissa" else _olora)(matrix, rank, scale)
         if target.kind == "conv":
             A, B = A.reshape(rank, *weight.shape[1:]), B.reshape(*B.shape, *[1] * (weight.ndim - 2))
         A, B = A.to(dtype), B.to(dtype)
-        pair = Pair(A, B, scale, target.kind, origin=(A.clone(), B.clone()))
+        pair = Pair(A, B, scale, target.kind, origin=None if spec.init == "loftq" else (A.clone(), B.clone()))
     else:
         A, B = _random(matrix, weight, target, rank, spec.init, generator)
         pair = Pair(A.to(weight.device, dtype), B.to(weight.device, dtype), scale, target.kind)
     if spec.dora:
         pair.magnitude = adapted_norm(matrix, pair).to(dtype)
     return pair
+
+
+def _lost(
+    module: nn.Module, target: Target, weight: Tensor, matrix: Tensor, original: Callable[[str], Tensor] | None
+) -> Tensor:
+    """W − W̃ as a matrix."""
+    if not isinstance(weight, Quantised) or original is None:
+        raise ConfigError(
+            f"loftq starts from what quantising lost, and {target.name} lost nothing that is known",
+            where="adapter.init",
+            fix="use a base quantised from 16 bits (base.quantise=nf4), quantised targets, or another init",
+        )
+    before = original(f"{target.module_name}.{target.parameter or 'weight'}").to(matrix.device)
+    return to_matrix(module, target.kind, before).float() - matrix
 
 
 def _random(

@@ -254,7 +254,7 @@ def exact_weights(model: nn.Module, mix: Iterable[tuple[Adapter, float]]) -> Ite
     for name, parts in makers.items():
         owner, _, key = name.rpartition(".")
         plain = name in stored and key != "weight"
-        weight = stored[name].detach() if plain else weight_of(modules[owner], key)
+        weight = dequantised(stored[name].detach() if plain else weight_of(modules[owner], key))
         total = _wide(weight)
         for make, strength in parts:
             total = total + make() * strength

@@ -27,7 +27,18 @@ from torch import Tensor
 
 from veneer import kernels
 
-__all__ = ["KINDS", "Blocks4", "Code", "Quantised", "Rows8", "dequantised", "dynamic_map", "quantise", "stacked", "table"]
+__all__ = [
+    "KINDS",
+    "Blocks4",
+    "Code",
+    "Quantised",
+    "Rows8",
+    "dequantised",
+    "dynamic_map",
+    "quantise",
+    "stacked",
+    "table",
+]
 
 KINDS = ("nf4", "fp4", "int4", "int8")
 BLOCK, NESTED = 64, 256
@@ -43,8 +54,10 @@ class Code(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         """The dequantised rows first … last: (last − first, columns)."""
+
     def tensors(self) -> dict[str, Tensor]:
         """All that is kept."""
+
     def moved(self, change: Callable[[Tensor], Tensor]) -> Code:
         """The same with each of its tensors changed (copied, moved to a device)."""
 
@@ -54,9 +67,9 @@ class Code(Protocol):
 _TABLES = {
     # quantiles of the normal distribution, each bin as likely as the next, with an exact zero (QLoRA, appendix E)
     "nf4": (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ),
     # a sign, two bits of exponent, one of mantissa, over the largest
     "fp4": tuple(s * v / 12 for s in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
@@ -109,7 +122,8 @@ class Blocks4:
         return {name: t for name, t in named.items() if t is not None}
 
     def moved(self, change: Callable[[Tensor], Tensor]) -> Blocks4:
-        return replace(self, **{name: change(t) for name, t in self.tensors().items()})
+        changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items()}
+        return replace(self, **changed)
 
     def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         columns = self.shape[-1]
@@ -290,7 +304,7 @@ class Quantised(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Quantised({self.code.kind}, {tuple(self.shape)}, {self.dtype}, {self.bytes:,} bytes)"
 
     @property
@@ -348,7 +362,7 @@ class Quantised(torch.Tensor):
         return _restored, (self.code, self.dtype, self._stored, self.first, self.last, self.turned)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -415,6 +429,12 @@ def _split(w: Any, size: int | Sequence[int], dim: int = 0) -> Any:
     return [_slice(w, 0, end - n, end) for n, end in zip(sizes, ends, strict=True)]
 
 
+def _unbind(w: Any, dim: int = 0) -> Any:
+    if dim % w.ndim or w.turned or w.ndim < 3:
+        return NotImplemented
+    return [_select(w, 0, i) for i in range(w.shape[0])]
+
+
 def _to_copy(w: Any, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
@@ -438,6 +458,7 @@ _aten = torch.ops.aten
 _OWN: dict[Any, Callable[..., Any]] = {
     _aten.detach: _same, _aten.alias: _same, _aten.lift_fresh: _same, _aten.t: _turn, _aten.transpose: _turn,
     _aten.select: _select, _aten.slice: _slice, _aten.split: _split, _aten.split_with_sizes: _split,
+    _aten.unbind: _unbind,
     _aten._to_copy: _to_copy, _aten.clone: _clone, _aten.embedding: _embedding,
 }  # fmt: skip
 

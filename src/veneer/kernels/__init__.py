@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Pair", "attention", "kept_memory", "load", "page_out", "serving", "status", "strides", "thin", "usable"]
+__all__ = ["Pair", "attention", "kept_memory", "load", "page_out", "returned_memory", "serving", "status", "strides", "thin", "usable"]
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
@@ -231,7 +231,7 @@ def _has(library: ctypes.CDLL, what: str) -> bool:
     return bool(_int.in_dll(library, f"has_{what}").value)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h of glibc
 _DEFAULT_TRIM, _DEFAULT_MMAPS = 128 * 1024, 65536
 
 
@@ -255,6 +255,25 @@ def kept_memory() -> Iterator[None]:
         mallopt(_M_MMAP_MAX, _DEFAULT_MMAPS)
         mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM)
         gc.collect()
+        trim(0)
+
+
+@contextmanager
+def returned_memory() -> Iterator[None]:
+    """Give freed memory back at once for the length of a with-block: the opposite of `kept_memory`.
+
+    glibc takes larger and larger blocks from its heap once one has been freed, and what stays there between them keeps
+    the heap from shrinking: quantising weight after weight left a tenth of the model in holes."""
+    libc = ctypes.CDLL(None)
+    mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
+    if mallopt is None or trim is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, _DEFAULT_TRIM)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc's own rule ends
         trim(0)
 
 

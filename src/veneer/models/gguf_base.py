@@ -78,7 +78,9 @@ def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
         state[name] = LazyTensor("BF16", tuple(outline.get_parameter(name).shape), read)
     model, info = load_state(type(outline), config, state, "", dtype)
     if missing := sorted(info["missing_keys"]):
-        raise BaseError(f"{len(missing)} tensors of the model are not in the file, {missing[0]} among them", where=str(file))
+        raise BaseError(
+            f"{len(missing)} tensors of the model are not in the file, {missing[0]} among them", where=str(file)
+        )
     return model
 
 

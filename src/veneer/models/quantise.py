@@ -5,8 +5,9 @@ What is quantised are linear layers and fused experts (3-d parameters). Embeddin
 stay as they are, as QLoRA leaves them (arXiv 2305.14314). Modules and names stay the family's own: a quantised weight
 is a tensor (core.quantised), so adapters, fast paths and merging find the base they know.
 
-Read too, as they were saved: bitsandbytes' 4-bit and 8-bit checkpoints. Families, renamings and merged experts are
-transformers' business: this is one of its quantisers, fed with tensors that are read when it asks for them.
+Read too, as they were saved: bitsandbytes' 4-bit and 8-bit checkpoints; 4-bit ones are written as well. Families,
+renamings and merged experts are transformers' business: this is one of its quantisers, fed with tensors that are read
+when it asks for them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from veneer import kernels
 from veneer.core.quantised import KINDS, Blocks4, Quantised, Rows8, dynamic_map, quantise, table
 from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
-    "LazyTensor", "check_kind", "forget_quantiser", "load_quantised", "load_state", "quantised_bytes",
-    "quantised_weights", "saved_kind",
+    "LazyTensor", "check_kind", "forget_quantiser", "load_quantised", "load_state", "original_weight",
+    "quantised_bytes", "quantised_weights", "saved_config", "saved_kind", "saved_tensors",
 ]  # fmt: skip
 
 _DTYPES = {
@@ -115,7 +117,7 @@ def load_state(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(a model of transformers' class `cls` with these tensors, transformers' loading info). Those of
     `quantised_weights` are quantised as `kind`; "": they come as they are to be, quantised or not."""
-    with _quantiser(kind) as asked:
+    with _quantiser(kind) as asked, kernels.returned_memory():
         model, info = cls.from_pretrained(
             None, config=config, state_dict=dict(state), dtype=dtype, quantization_config=asked,
             output_loading_info=True,
@@ -145,7 +147,7 @@ def _quantiser(kind: str) -> Iterator[Any]:
 
     class Quantise(ConversionOps):
         def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
-            out = {}
+            out: dict[str, Tensor] = {}
             for name, value in input_dict.items():
                 value = value[0] if isinstance(value, list) else value
                 if kind and not isinstance(value, Quantised):
@@ -179,6 +181,15 @@ def _quantiser(kind: str) -> Iterator[Any]:
         yield QuantizationConfigMixin(quant_method="veneer")
     finally:
         del AUTO_QUANTIZER_MAPPING["veneer"], AUTO_QUANTIZATION_CONFIG_MAPPING["veneer"]
+
+
+def original_weight(path: Path, table: list[StoredTensor], name: str) -> Tensor:
+    """The stored weight `name` of a base that is quantised while it is read. Raises BaseError where the files keep it
+    under another name or in parts (transformers joins and renames the weights of some families)."""
+    found = next((t for t in table if t.name == name), None)
+    if found is None:
+        raise BaseError(f"the files have no weight {name}", where=str(path), fix="use another init than loftq")
+    return _read(found)
 
 
 # -- bitsandbytes' checkpoints -----------------------------------------------------------------------------------------
@@ -228,8 +239,8 @@ def _rows_of(codes: StoredTensor, scale: StoredTensor) -> Callable[[], Tensor]:
 
 
 def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> Callable[[], Tensor]:
-    """A 4-bit weight of bitsandbytes: codes in `weight`, constants in weight.absmax and so on, and the rest of it, which
-    is no tensor, as JSON in the bytes of one."""
+    """A 4-bit weight of bitsandbytes: codes in `weight`, constants in weight.absmax and so on, and what is no tensor as
+    JSON in the bytes of one."""
     kind = state.rpartition("__")[2]
 
     def read() -> Tensor:
@@ -251,11 +262,44 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
     return read
 
 
+def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as bitsandbytes would save it: the parts of 4-bit weights under its names, the rest as it is."""
+    out: dict[str, Tensor] = {}
+    for name, weight in state.items():
+        code = weight.code if isinstance(weight, Quantised) else None
+        if not isinstance(code, Blocks4) or code.absmax2 is None or code.mean is None:
+            out[name] = weight
+            continue
+        about = {
+            "quant_type": code.kind, "blocksize": code.block, "dtype": str(weight.dtype).removeprefix("torch."),
+            "shape": list(code.shape), "nested_blocksize": code.nested, "nested_dtype": "float32",
+            "nested_offset": float(code.mean),
+        }  # fmt: skip
+        out |= {
+            name: code.packed[:, None],
+            f"{name}.absmax": code.absmax,
+            f"{name}.quant_map": table(code.kind).clone(),
+            f"{name}.nested_absmax": code.absmax2,
+            f"{name}.nested_quant_map": dynamic_map().clone(),
+            f"{name}{_STATE}{code.kind}": torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8),
+        }
+    return out
+
+
+def saved_config(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The `quantization_config` that goes with `saved_tensors`."""
+    return {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+    }  # fmt: skip
+
+
 def check_kind(kind: str) -> None:
     """Raises ConfigError for a kind that a base is not quantised in."""
     if kind not in KINDS:
-        near = nearest(kind, [*KINDS, "none", "keep"])
+        near = nearest(kind, [*KINDS, "keep"])
         raise ConfigError(
             f"{kind!r} is no quantisation of a base" + (f"; nearest: {near[0]}" if near else ""),
-            fix=f"{', '.join(KINDS)}, keep or none",
+            fix=f"{', '.join(KINDS)}, or keep",
         )

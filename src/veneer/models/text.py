@@ -17,7 +17,7 @@ from veneer.core.quantised import Quantised
 from veneer.errors import BaseError, ConfigError, ResourceError
 from veneer.models.fingerprint import fingerprint
 from veneer.models.gguf_base import load_gguf
-from veneer.models.quantise import check_kind, load_quantised, quantised_bytes, saved_kind
+from veneer.models.quantise import check_kind, load_quantised, original_weight, quantised_bytes, saved_kind
 from veneer.models.quiet import quiet
 from veneer.models.sources import find, is_image
 from veneer.models.weights import StoredTensor, stored_dtype, tensor_table
@@ -75,6 +75,10 @@ class TextBase:
         """transformers' name of the architecture: llama, qwen3, …"""
         return str(self.model.config.model_type)
 
+    def original(self, name: str) -> torch.Tensor:
+        """The weight of a quantised base as its files have it, in 16 or 32 bits. Raises BaseError."""
+        return original_weight(self.directory, tensor_table(self.directory), name)
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self.tokenizer.chat_template)
@@ -85,13 +89,13 @@ def load_text(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
-    quantise: str = "none",
+    quantise: str | None = None,
     say: Callable[[str], None] | None = None,
 ) -> TextBase:
     """Find and load a base: eval mode, `requires_grad` False everywhere.
 
     `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantise`: nf4, fp4 or int8
-    puts the linear weights in 4 or 8 bits while they are read; keep leaves those of a GGUF file in their blocks; none
+    puts the linear weights in 4 or 8 bits while they are read; keep leaves those of a GGUF file in their blocks; None
     is what the files have, with GGUF's dequantised. A checkpoint of bitsandbytes is kept as it is. `say` is told what
     takes time.
     Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
@@ -106,7 +110,7 @@ def load_text(
     kind, reason = choose_dtype(dtype, where, "BF16" if codes else stored_dtype(table))
     check_memory(path, _bytes(table, kind, codes), kind, where)
     digest = fingerprint(path, config, table)
-    model, notes = _load_model(path, config, kind, table, codes, saved=quantise == "none")
+    model, notes = _load_model(path, config, kind, table, codes, saved=quantise is None)
     model.to(where)  # type: ignore[arg-type]
     model.eval()
     model.requires_grad_(False)
@@ -252,7 +256,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def choose_quantisation(quantise: str, path: Path, config: PreTrainedConfig) -> str:
+def choose_quantisation(quantise: str | None, path: Path, config: PreTrainedConfig) -> str:
     """What the linear weights will be kept in: nf4, fp4, int8, gguf, or "" for in full. Raises ConfigError."""
     saved = "" if path.is_file() else saved_kind(config.to_dict(), str(path))
     if quantise == "keep":
@@ -263,7 +267,7 @@ def choose_quantisation(quantise: str, path: Path, config: PreTrainedConfig) -> 
                 fix="quantise=nf4 puts them in 4 bits while they are read",
             )
         return saved or "gguf"
-    if quantise == "none":
+    if quantise is None:
         return saved
     check_kind(quantise)
     if saved or path.is_file():

@@ -12,6 +12,7 @@ not depend on how many devices share the work.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import sys
@@ -380,6 +381,9 @@ def peak_memory_bytes() -> int:
     """The most memory the process has held: on CUDA what torch allocated there, else resident memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(OSError, StopIteration):  # ru_maxrss begins at what the parent held when it started us
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     try:
         import resource
     except ImportError:  # Windows has no resource module

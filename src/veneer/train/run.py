@@ -349,7 +349,8 @@ def _attached(
     with ExitStack() as undo:
         attachment = undo.enter_context(attach(model))
         seed_all(config.seed)
-        attachment.add(NAME, create(model, config.adapter.spec(), seed=config.seed), trainable=True)
+        fresh = create(model, config.adapter.spec(), seed=config.seed, original=base.original)
+        attachment.add(NAME, fresh, trainable=True)
         attachment.use(NAME)
         undo.callback(model.train, model.training)
         model.train()

@@ -56,8 +56,8 @@ class BaseSection(Section):
         "auto", "precision of the frozen weights", "bfloat16 where the device computes it in hardware, else float32"
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N", "a GPU if there is one")
-    quantise: Literal["none", "nf4", "fp4", "int8", "keep"] = setting(
-        "none",
+    quantise: Literal["nf4", "fp4", "int8", "keep"] | None = setting(
+        None,
         "frozen linear weights in 4 or 8 bits (QLoRA; nf4 with doubly quantised constants), or keep: GGUF's own blocks",
         "16 bits where they fit: the same result as in full",
     )
@@ -92,8 +92,8 @@ class PairsSection(Section):
         ge=0,
         lt=1,
     )
-    init: Literal["zero-b", "gaussian", "pissa", "olora"] = setting(
-        "zero-b", "how pairs start", "the base as it is, at step 0"
+    init: Literal["zero-b", "gaussian", "pissa", "olora", "loftq"] = setting(
+        "zero-b", "how pairs start; loftq: with what quantising the base lost", "the base as it is, at step 0"
     )
 
     def spec(self) -> LoraSpec:

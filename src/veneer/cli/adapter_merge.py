@@ -1,0 +1,220 @@
+"""`veneer adapter merge`: adapters folded into the weights of a base, as a model of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from veneer.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from veneer.merging import Difference, Merged
+    from veneer.models.text import TextBase
+
+__all__ = ["merge"]
+
+
+def merge(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="One or more adapters.", show_default=False)
+    ],
+    base: Annotated[str, typer.Option("--base", help="The base to fold them into; it is not changed.")],
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="A new folder for the merged model.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default as the base is stored.")
+    ] = None,
+    into: Annotated[
+        str,
+        typer.Option(
+            "--into",
+            help="For adapters trained over a quantised base: seen folds them into the dequantised weights that they "
+            "were trained on, original into the weights before quantising.",
+        ),
+    ] = "seen",
+    check: Annotated[
+        list[str] | None,
+        typer.Option("--check", help="Held-out rows: show what each way to merge loses on them before writing."),
+    ] = None,
+    check_rows: Annotated[int, typer.Option(help="So many of the --check rows, from the first.", min=1)] = 64,
+    requantise: Annotated[
+        str | None,
+        typer.Option("--requantise", help="nf4 or fp4: the merged weights in 4 bits, which loses most of a tune."),
+    ] = None,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="Write the --requantise result; without it, it is only shown.")
+    ] = False,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Go on although a card names another base, if all fits.")
+    ] = False,
+    by_shard: Annotated[
+        bool, typer.Option("--by-shard", help="BASE is a model folder, diffusers' too: one weight at a time, unloaded.")
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option("--stochastic", metavar="SEED", help="With --by-shard: round by chance, unbiased.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a new full model with adapters folded in: summed in float32, rounded once.
+
+    With --check, first a table of how each way to merge differs from the unmerged adapters; without -o nothing more."""
+    if output is None and not check:
+        raise ConfigError("there is nothing to do", fix="a folder for the merged model with -o, or --check ROWS")
+    if into not in ("seen", "original"):
+        raise ConfigError(f"--into {into!r} is not possible", fix="seen or original")
+    seen = _seen(adapters)
+    if by_shard or seed is not None:
+        _merge_shards(
+            adapters,
+            base,
+            output,
+            dtype,
+            by_shard,
+            seed,
+            as_json,
+            bool(check or requantise),
+            seen if into == "seen" else "",
+        )
+        return
+    from veneer.core.rounding import DTYPES
+    from veneer.merging import merge as fold
+    from veneer.models.sources import find
+    from veneer.models.text import load_text
+    from veneer.models.weights import stored_dtype, tensor_table
+    from veneer.using import adapter_path, parse_spec
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))
+    if requantise is not None and requantise not in ("nf4", "fp4"):
+        raise ConfigError(f"{requantise!r} is not possible here", fix="--requantise nf4 or fp4")
+    if requantise is not None and not (accept_loss or check):
+        raise ConfigError(
+            "a merge into 4 bits loses most of what a small change of the weights is",
+            fix="see how much with --check ROWS, and write it with --accept-loss; or merge into 16 bits",
+        )
+    for spec in adapters:
+        adapter_path(parse_spec(spec)[0])
+    stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(
+        stored_dtype(tensor_table(find(base, say=_say))), "float16"
+    )
+    want = dtype or stored
+    # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.
+    exact = want if want == stored else "float32"
+    first = load_text(base, dtype=exact, quantise=seen or None, say=_say)
+    original = load_text(base, dtype=exact, say=_say) if seen and (into == "original" or check) else None
+    found: dict[str, Difference] = {}
+    if check:
+        found = _compared(first, original, adapters, check, check_rows, requantise, want, allow_other_base)
+        if not as_json:
+            _table(found, seen)
+    if output is None or (requantise is not None and not accept_loss):
+        if as_json:
+            print(json.dumps({name: d.__dict__ | {"kept": d.kept} for name, d in found.items()}, indent=2))
+        elif output is not None:
+            print(f"nothing was written: {requantise} loses what the table shows; --accept-loss writes it")
+        return
+    target = original if into == "original" and original is not None else first
+    _say_merged(
+        fold(
+            target, adapters, output, dtype=want, allow_other_base=allow_other_base, requantise=requantise,
+            difference=found,
+        ),
+        as_json,
+    )  # fmt: skip
+
+
+def _seen(adapters: list[str]) -> str:
+    """What the cards say the adapters' base was quantised in while they were trained; "" for in full."""
+    from veneer.formats.card import CARD_FILE, read_card
+    from veneer.using import adapter_path, parse_spec
+
+    kinds: dict[str, list[str]] = {}
+    for spec in adapters:
+        folder = adapter_path(parse_spec(spec)[0])
+        recipe: Any = read_card(folder).card.recipe if (folder / CARD_FILE).is_file() else {}
+        base = recipe.get("base") if isinstance(recipe, dict) else None
+        kind = base.get("quantise") if isinstance(base, dict) else None
+        kinds.setdefault(str(kind or ""), []).append(spec)
+    if len(kinds) > 1:
+        shown = "; ".join(f"{', '.join(names)}: {kind or '16 bits'}" for kind, names in kinds.items())
+        raise ConfigError(
+            f"these adapters were trained over one base in different precisions ({shown})",
+            fix="merge one after another, or all with --into original",
+        )
+    return next(iter(kinds))
+
+
+def _compared(
+    base: TextBase, original: TextBase | None, adapters: list[str], files: list[str], most: int,
+    requantise: str | None, dtype: str, allow_other_base: bool,
+) -> dict[str, Difference]:  # fmt: skip
+    from veneer.merging import compare
+    from veneer.train.encode import encode
+    from veneer.train.rows import read_rows
+    from veneer.train.schema import DataSection
+
+    rows, about = read_rows(files, limit=most)
+    if not rows:
+        raise DataError("there are no rows to check on", where=", ".join(files))
+    _say(f"{len(rows)} rows in `{about.format}` format: {about.why}")
+    data = DataSection(train="-", max_length=base.context, long_rows="cut")
+    examples = encode(rows, base.tokenizer, data).examples
+    kinds = [requantise] if requantise else []
+    return compare(
+        base, adapters, examples, original=original, requantise=kinds, dtype=dtype, allow_other_base=allow_other_base
+    )
+
+
+_WAYS = {"seen": "the weights it was trained on", "original": "the 16-bit weights"}
+
+
+def _table(found: Mapping[str, Difference], seen: str) -> None:
+    one = next(iter(found.values()))
+    print(f"{one.tokens:,} held-out tokens; loss of the base {one.base_loss:.4f}, unmerged {one.unmerged_loss:.4f}")
+    print(f"{'merged into':<32} {'KL (nats)':>10} {'largest':>9} {'same word':>10} {'loss':>8} {'gain kept':>10}")
+    for name, d in found.items():
+        way = _WAYS.get(name, f"{name}, quantised again")
+        way = f"{way} ({seen}, in full)" if name == "seen" and seen else way
+        numbers = f"{d.kl:>10.2e} {d.kl_most:>9.2e} {d.agree:>10.1%} {d.loss:>8.4f} {d.kept:>10.1%}"
+        print(f"{way:<32} {numbers}")
+
+
+def _merge_shards(
+    adapters: list[str], base: str, output: str | None, dtype: str | None, by_shard: bool, seed: int | None,
+    as_json: bool, loads: bool, seen: str,
+) -> None:  # fmt: skip
+    from veneer.merging import merge_shards
+
+    if dtype is not None or not by_shard:
+        raise ConfigError(
+            "--stochastic goes with --by-shard, which keeps the dtype that is stored", fix="--by-shard without --dtype"
+        )
+    if loads or output is None:
+        raise ConfigError("--check and --requantise load the model", fix="leave out --by-shard, and give -o")
+    _say_merged(merge_shards(base, adapters, output, seed=seed, seen=seen), as_json)
+
+
+def _say_merged(report: Merged, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        return
+    print(f"wrote {report.folder}: {report.bytes:,} bytes of {report.dtype} weights, {report.tensors} of them changed")
+    print(
+        f"rounding to {report.dtype}: {report.changed:.1%} of {report.weights:,} weights moved, "
+        f"the delta is {report.delta_error:.2%} off what was asked for, {report.delta_kept:.2%} of its size kept"
+    )
+    if report.requantised:
+        print(f"then quantised to {report.requantised}, a checkpoint of bitsandbytes")
+    if report.seen:
+        print(f"folded into the dequantised {report.seen} weights that it was trained on")
+    if report.untied:
+        print("note: the head no longer shares the embedding's weight, so the model is larger than its base")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
