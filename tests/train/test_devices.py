@@ -26,8 +26,11 @@ from tests.train.tiny_pictures import run as train_pictures
 from veneer.errors import ConfigError
 from veneer.formats.container import read_tensors
 from veneer.train import checkpoint, devices
+from veneer.train.check_run import shared_out
+from veneer.train.config import config_from
 from veneer.train.devices import ALONE, Devices, digest_of, launch, shares
 from veneer.train.events import Event
+from veneer.train.findings import RunSubject
 from veneer.train.report import read_log
 
 SIZES = st.lists(st.integers(1, 500), max_size=40)
@@ -76,6 +79,25 @@ def test_gradients_of_one_process_are_left_alone() -> None:
     p = nn.Parameter(torch.ones(3))
     ALONE.add_gradients([p], [0])
     assert p.grad is None
+
+
+@pytest.mark.parametrize(
+    ("count", "micros", "shard", "level", "said"),
+    [
+        (2, [2, 3, 4], False, "ok", "2 devices share each step, at most 1 to 2 micro-batches for one"),
+        (2, [2, 2], True, "ok", "each holds a part of the frozen weights"),
+        (4, [4] * 20 + [1], False, "ok", "4 devices share"),
+        (4, [2, 2, 4], False, "warn", "2 of 3 steps have fewer micro-batches than the 4 devices"),
+        (1, [2], True, "warn", "this run has one"),
+    ],
+)
+def test_the_preflight_says_how_the_work_falls(
+    count: int, micros: list[int], shard: bool, level: str, said: str
+) -> None:
+    values = {"base": "b", "data": {"train": "t"}, "output": "o", "memory": {"shard": shard}}
+    found = list(shared_out(RunSubject(base=None, config=config_from(values)[0], devices=count, micros=micros)))
+    assert found[0].level == level
+    assert any(said in finding.text for finding in found)
 
 
 # --- runs of two processes ----------------------------------------------------------------------------------------
