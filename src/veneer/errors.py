@@ -43,9 +43,11 @@ __all__ = [
 
 
 class VeneerError(Exception):
-    """Base of all errors. `what` is one sentence, `where` a file, line, key or module, `fix` the way out."""
+    """Base of all errors. `what` is one sentence, `where` a file, line, key or module, `fix` the way out.
+    `told`: another process of the same run has shown it to the person already."""
 
     exit_code = 2
+    told = False
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.fix = what, where, fix

@@ -125,3 +125,12 @@ def test_ctrl_c_exits_130_with_the_command_that_goes_on(config: Path, tmp_path: 
     assert re.search(r"veneer train \S+run\.yaml 'output=.*with space' .*--resume", err)
     assert list((output / "checkpoints").glob("step-*"))
     assert not (output / "adapter_model.safetensors").exists()
+
+
+def test_processes_that_were_started_by_another_are_not_started_again(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert call("train", str(config), "--devices", "2") == 2
+    assert "3 processes were started already" in capsys.readouterr().err

@@ -100,6 +100,20 @@ def test_similar_lengths_share_a_micro_batch() -> None:
     assert [{lengths[i] for i in micro} for micro in steps[0]] == [{100}, {10}]
 
 
+@given(LENGTHS.filter(bool), batchings(), st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_pieces_give_each_device_a_micro_batch_and_change_no_step(
+    lengths: list[int], batching: BatchingSection, pieces: int
+) -> None:
+    whole = plan_steps(lengths, batching, seed=0, epoch=1)
+    cut = plan_steps(lengths, batching, seed=0, epoch=1, pieces=pieces)
+    rows = [[sorted(i for micro in step for i in micro) for step in plan] for plan in (whole, cut)]
+    assert rows[0] == rows[1]
+    for step, own in zip(cut, rows[1], strict=True):
+        assert len(step) >= min(pieces, len(own))
+        assert all(sum(lengths[i] for i in micro) <= batching.micro_tokens or len(micro) == 1 for micro in step)
+
+
 def test_packing_fills_steps() -> None:
     lengths = [10 + i % 30 for i in range(500)]
     steps = plan_steps(lengths, BatchingSection(mode="pack", tokens=1000), seed=0, epoch=0)

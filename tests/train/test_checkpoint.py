@@ -212,7 +212,7 @@ def test_other_parameters_are_listed(tmp_path: Path) -> None:
 
 def test_another_environment_is_said_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "environment", lambda: {"torch": "9", "threads": 1, "device": "cpu"})
+    monkeypatch.setattr(checkpoint, "environment", lambda devices: {"torch": "9", "threads": 1, "device": "cpu"})
     parameters = _parameters()
     _, notes = checkpoint.restore(
         path, parameters=parameters, optimizer=make_optimizer(parameters, learning_rate=0.1), identity={}

@@ -62,7 +62,8 @@ def base(shared: Path) -> TextBase:
 
 def _values(shared: Path, output: Path, **sections: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "base": str(shared / "tiny-base"), "data": {"train": str(shared / "rows.jsonl"), "split": 8},
+        "base": {"name": str(shared / "tiny-base"), **sections.pop("base_keys", {})},
+        "data": {"train": str(shared / "rows.jsonl"), "split": 8},
         "output": str(output), "batching": {"rows": 4, "micro_rows": 2}, "optimizer": {"learning_rate": 3e-3},
         "schedule": {"steps": 10}, "adapter": {"rank": 4, "dropout": 0.2}, "evaluation": {"every": 4},
         "checkpoint": {"every": 3},

@@ -76,7 +76,8 @@ class LazyGroup(TyperGroup):
             known = error if isinstance(error, VeneerError) else _known(error)
             if known is None:
                 raise
-            _show(known)
+            if not known.told:
+                _show(known)
             raise SystemExit(known.exit_code) from None
 
 
@@ -169,3 +170,7 @@ def _show(error: VeneerError) -> None:
 def _close_pipe() -> None:
     """Whoever read stdout is gone; point it elsewhere, so that closing it at exit does not fail too."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

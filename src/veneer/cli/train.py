@@ -10,14 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from veneer.errors import Interrupted
+from veneer.errors import ConfigError, Interrupted
 
 __all__ = ["app"]
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog="Example: veneer train support.yaml optimizer.learning_rate=5e-4 output=runs/second")
+@app.command(epilog="Example: veneer train support.yaml optimizer.learning_rate=5e-4 output=runs/second --devices 2")
 def train(
     config: Annotated[
         Path,
@@ -37,6 +37,9 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write scalars to OUTPUT/tensorboard as well.")
     ] = False,
+    devices: Annotated[
+        int | None, typer.Option("--devices", min=1, help="Share the work of each step among so many, on this machine.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, on stdout.")] = False,
 ) -> None:
     """Train an adapter: check the data, train with checkpoints, save, and write a report.
@@ -45,6 +48,20 @@ def train(
     from veneer.train.config import ImageTrainConfig, load_config
 
     chosen, sources = load_config(config, overrides or [])
+    given = {"--tensorboard": tensorboard, "--json": as_json, f"--devices={devices}": devices is not None}
+    again = [str(config), *(overrides or []), *(flag for flag, on in given.items() if on)]
+
+    from veneer.train.devices import launch, leads, started
+
+    if devices is not None and started() != devices:
+        if started() > 1:
+            raise ConfigError(
+                f"--devices is {devices}, and {started()} processes were started already",
+                fix="leave --devices out: whoever starts the processes says how many there are",
+            )
+        given = {"--resume": resume, "--dry-run": dry_run}
+        again += [flag for flag, on in given.items() if on]
+        raise SystemExit(launch(devices, [sys.executable, "-m", "veneer.cli.main", "train", *again]))
 
     from veneer.models.quiet import quiet
     from veneer.train.events import fan_out
@@ -66,22 +83,20 @@ def train(
 
                 result = train_text(chosen, **options)
     except Interrupted as error:
-        command = _again(config, overrides or [], tensorboard=tensorboard, as_json=as_json)
-        raise Interrupted(error.what, where=error.where, fix=f"go on with: {command}") from None
+        command = shlex.join(["veneer", "train", *again, "--resume"])
+        stopped = Interrupted(error.what, where=error.where, fix=f"go on with: {command}")
+        stopped.told = error.told
+        raise stopped from None
     finally:
         view.close()
         if board is not None:
             board.close()
+    if not leads():  # of several processes one speaks
+        return
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
         _say(result, chosen)
-
-
-def _again(config: Path, overrides: list[str], *, tensorboard: bool, as_json: bool) -> str:
-    """The command that goes on where this one stopped."""
-    flags = ["--resume", *(["--tensorboard"] if tensorboard else []), *(["--json"] if as_json else [])]
-    return shlex.join(["veneer", "train", str(config), *overrides, *flags])
 
 
 def _say(result: Any, config: Any) -> None:

@@ -238,6 +238,15 @@ class Adapter:
         """The same effect without any `origin`: what is written to files and what `digest` is of."""
         return replace(self, pairs={name: pair.collapsed() for name, pair in self.pairs.items()})
 
+    def move(self, device: torch.device) -> None:
+        """Puts every tensor on `device`, in place: parameters stay the objects that an optimizer knows."""
+
+        def moved(t: Tensor) -> Tensor:
+            t.data = t.data.to(device)
+            return t
+
+        self.mapped(moved)
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Adapter:
         """A copy with `change` applied to every tensor."""
         pairs = {}

@@ -67,11 +67,12 @@ def report_of(model: nn.Module) -> FastReport:
 
 
 @contextmanager
-def fast(model: Any, *, keep: int = 0) -> Iterator[FastReport]:
+def fast(model: Any, *, keep: int = 0, hold: bool = True) -> Iterator[FastReport]:
     """Swap what can be swapped; see the module. Entering it again inside is harmless.
 
     `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are
-    dequantised at each use."""
+    dequantised at each use. `hold`: whether a path may keep hold of weights. Where they come and go (sharded ones) it
+    may not: then rows lie without padding, and norms, MLPs and projections are called as they are."""
     if getattr(model, _MARK, None) is not None:
         yield getattr(model, _MARK)
         return
@@ -79,9 +80,12 @@ def fast(model: Any, *, keep: int = 0) -> Iterator[FastReport]:
     with ExitStack() as undo:
         undo.enter_context(kernels.kept_memory())
         modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, LoraLinear)]
-        _swap_norms(modules, report, undo)
-        _swap_mlps(modules, report, undo)
-        _swap_attention(model, modules, report, undo)
+        if hold:
+            _swap_norms(modules, report, undo)
+            _swap_mlps(modules, report, undo)
+        else:
+            report.left["every module"] = "its weights come and go"
+        _swap_attention(model, modules if hold else [], report, undo)
         setattr(model, _MARK, report)
         undo.callback(delattr, model, _MARK)
         if keep:

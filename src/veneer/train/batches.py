@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from veneer.train.devices import shares
 from veneer.train.encode import Example
 from veneer.train.schema import BatchingSection
 
@@ -49,16 +50,17 @@ Steps = list[list[list[int]]]
 
 
 def plan_steps(
-    examples: Sequence[Example] | Sequence[int], batching: BatchingSection, *, seed: int, epoch: int
+    examples: Sequence[Example] | Sequence[int], batching: BatchingSection, *, seed: int, epoch: int, pieces: int = 1
 ) -> Steps:
     """One epoch: step -> micro-batch -> indices into `examples` (or lengths), each index exactly once.
 
     Pure: the same arguments give the same plan on every machine, so a resumed run recomputes it.
-    A micro-batch has at most `micro_rows` rows and `micro_tokens` tokens; a longer row is one of its own.
+    A micro-batch has at most `micro_rows` rows and `micro_tokens` tokens; a longer row is one of its own. `pieces`:
+    a step first falls into so many of about the same tokens, where it has the rows: one for each device.
     With `longest_first`, in epoch 0 the step with the longest row runs first."""
     lengths = [e if isinstance(e, int) else len(e.input_ids) for e in examples]
     steps = step_rows(lengths, batching, seed=seed, epoch=epoch)
-    return [_cut(step, lengths, batching) for step in steps]
+    return [_cut(step, lengths, batching, pieces) for step in steps]
 
 
 def step_rows(lengths: Sequence[int], batching: BatchingSection, *, seed: int, epoch: int) -> list[list[int]]:
@@ -107,16 +109,17 @@ def _fill(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[lis
     return steps
 
 
-def _cut(rows: Sequence[int], lengths: Sequence[int], batching: BatchingSection) -> list[list[int]]:
-    """Micro-batches of one step: rows sorted from long to short, cut where a bound would be passed.
+def _cut(rows: Sequence[int], lengths: Sequence[int], batching: BatchingSection, pieces: int) -> list[list[int]]:
+    """Micro-batches of one step: in each piece rows sorted from long to short, cut where a bound would be passed.
 
     The largest comes first, so that a step that does not fit fails in its first micro-batch."""
     micro: list[list[int]] = []
-    room = 0
-    for i in sorted(rows, key=lambda i: (-lengths[i], i)):
-        if not micro or lengths[i] > room or len(micro[-1]) == batching.micro_rows:
-            micro.append([])
-            room = batching.micro_tokens
-        micro[-1].append(i)
-        room -= lengths[i]
-    return micro
+    for piece in shares([lengths[i] for i in rows], pieces):
+        room = -1
+        for i in sorted((rows[at] for at in piece), key=lambda i: (-lengths[i], i)):
+            if lengths[i] > room or len(micro[-1]) == batching.micro_rows:
+                micro.append([])
+                room = batching.micro_tokens
+            micro[-1].append(i)
+            room -= lengths[i]
+    return sorted(micro, key=lambda own: (-lengths[own[0]], own[0]))

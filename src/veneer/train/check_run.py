@@ -13,7 +13,7 @@ from veneer.errors import TargetError
 from veneer.train.estimate import free_memory, memory, trainable_parameters
 from veneer.train.findings import Finding, RunSubject, Subject, gigabytes, share
 
-__all__ = ["CACHE", "RUN_CHECKS", "learning_rate", "precision", "recipe_changes", "where_it_goes"]
+__all__ = ["CACHE", "RUN_CHECKS", "learning_rate", "precision", "recipe_changes", "shared_out", "where_it_goes"]
 
 _WINDOW = (1e-5, 3e-3)  # below, LoRA barely moves; of 80 runs that diverged in a public sweep, 72 were at 3e-3
 _FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run may change
@@ -108,6 +108,27 @@ def learning_rate(s: RunSubject) -> Iterator[Finding]:
         passes = f"{total / s.steps_per_epoch:.3g} times over the data" if s.steps_per_epoch else ""
         largest = f"the largest micro-batch is {s.largest_micro:,} {s.unit}"
         yield Finding("ok", "schedule", f"{total:,} steps, {passes}; {largest}")
+
+
+def shared_out(s: RunSubject) -> Iterator[Finding]:
+    """How the work of a step falls to several devices."""
+    n = s.devices
+    sharded = getattr(s.config.memory, "shard", False)
+    if n == 1:
+        if sharded:
+            text = "memory.shard splits the weights over several devices, and this run has one"
+            yield Finding("warn", "devices", text, "start it with --devices N, or leave memory.shard out")
+        return
+    least, most = min(s.micros, default=0), max(s.micros, default=0)
+    s.numbers.update(devices=n, micro_batches=[least, most])
+    idle = sum(count < n for count in s.micros)
+    if 10 * idle > len(s.micros):  # the last step of an epoch may be a small one
+        text = f"{idle} of {len(s.micros)} steps have fewer micro-batches than the {n} devices: some of them wait"
+        yield Finding("warn", "devices", text, f"batching.rows of {n} or more, or fewer devices")
+    each = f"{-(-least // n)} to {-(-most // n)}" if -(-least // n) != -(-most // n) else f"{-(-most // n)}"
+    how = "each holds a part of the frozen weights" if sharded else "each holds the whole base"
+    text = f"{n} devices share each step, at most {each} micro-batches for one; {how}"
+    yield Finding("ok", "devices", text)
 
 
 def precision(s: RunSubject) -> Iterator[Finding]:
@@ -255,6 +276,7 @@ RUN_CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     what_is_trained,
     experts_are_reached,
     learning_rate,
+    shared_out,
     precision,
     vocabulary,
     it_fits,

@@ -44,6 +44,7 @@ __all__ = [
     "rng_restore",
     "rng_state",
     "save",
+    "seed_all",
     "write_atomically",
 ]
 
@@ -86,12 +87,13 @@ def save(
     identity: Mapping[str, Any],
     keep: int = 2,
     about: Mapping[str, Any] | None = None,
+    devices: int = 1,
 ) -> Path:
     """Writes the state after `progress.step` and removes all but the newest `keep` checkpoints and the best one.
 
     `parameters`: what is trained, and any other state of the adapter that is not the optimizer's (moving averages).
     `identity` is what a resumed run must have in common with this one (JSON values): data, base. `about` is kept
-    beside it and not compared.
+    beside it and not compared. `devices`: on how many the run is, which a resumed one may change.
     A checkpoint of this very step that is already there is left as it is: a run is a function of its step.
 
     Raises ResourceError on a full disk; the checkpoints that were there stay, and nothing half-written is left.
@@ -118,7 +120,7 @@ def save(
                 "optimizer": scalars,
                 "identity": dict(identity),
                 "about": dict(about or {}),
-                "environment": environment(),
+                "environment": environment(devices),
                 "files": digests,
             }
             _write(temporary / "state.json", [(json.dumps(state, indent=1, sort_keys=True) + "\n").encode()])
@@ -171,10 +173,11 @@ def restore(
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
+    devices: int = 1,
 ) -> tuple[Progress, list[str]]:
     """Puts parameters, optimizer and random generators into the state of `path`; nothing is changed on an error.
 
-    Returns the progress and one sentence for each difference of the environment (torch, threads, device) that
+    Returns the progress and one sentence for each difference of the environment (torch, threads, devices) that
     may cost bit-for-bit equality. Raises CheckpointError, listing the keys, when `identity` differs.
     """
     state = read_state(path)
@@ -190,10 +193,10 @@ def restore(
     rng_restore(_load(path / "random.safetensors"))
     saved = state["progress"]
     progress = Progress(**{**saved, "recent": [tuple(pair) for pair in saved["recent"]]})
-    here = environment()
+    here = environment(devices)
     notes = [
         f"{key} was {value!r} and is {here.get(key)!r}: the run goes on, but may differ in the last bits"
-        for key, value in state["environment"].items()
+        for key, value in ({"devices": 1} | state["environment"]).items()
         if here.get(key) != value
     ]
     return progress, notes
@@ -205,16 +208,24 @@ def read_parameters(path: Path, parameters: Mapping[str, Tensor]) -> None:
     _read_into(path, parameters)
 
 
-def environment() -> dict[str, Any]:
+def environment(devices: int = 1) -> dict[str, Any]:
     """What bit-for-bit equality depends on beside the run's own settings."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "devices": devices,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 
 
 # --- random generators ------------------------------------------------------------------------------------------
+
+
+def seed_all(*key: int | str) -> None:
+    """Seeds torch's and Python's generators by a digest of `key`: the same draws on every device."""
+    seed = int.from_bytes(hashlib.blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()) >> 1
+    torch.manual_seed(seed)
+    random.seed(seed)
 
 
 def rng_state() -> dict[str, Tensor]:

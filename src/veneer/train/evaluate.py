@@ -31,6 +31,7 @@ from veneer.models.generate import Prompt, complete
 from veneer.models.loss import text_loss
 from veneer.models.speed import fast
 from veneer.train.batches import collate
+from veneer.train.devices import ALONE, Devices
 from veneer.train.encode import Example, encode
 from veneer.train.loop import Score
 from veneer.train.render import Renderer
@@ -137,11 +138,14 @@ def score_examples(
     loss: Callable[..., Tensor] = text_loss,
     micro_tokens: int = _MICRO_TOKENS,
     interrupted: Callable[[], bool] = lambda: False,
+    devices: Devices = ALONE,
 ) -> Score | None:
     """Σ NLL over the trained tokens of `examples`, in eval mode and without gradient; None as soon as `interrupted()`.
 
-    The model is in its own mode again afterwards. A row longer than `micro_tokens` is a batch of its own."""
+    The model is in its own mode again afterwards. A row longer than `micro_tokens` is a batch of its own; one without a
+    trained token is left out. With several `devices`: of this process's share alone."""
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].input_ids), i))
+    order = [i for i in order if any(examples[i].trained)]
     groups: list[list[int]] = []
     room = 0
     for i in order:
@@ -151,21 +155,22 @@ def score_examples(
             room = micro_tokens
         groups[-1].append(i)
         room -= length
-    was_training, total, trained = model.training, 0.0, 0
+    was_training, total, trained, rows = model.training, 0.0, 0, 0
     model.eval()
     try:
         with torch.no_grad():
-            for group in groups:
+            for number, counts in devices.deal([sum(len(examples[i].input_ids) for i in group) for group in groups]):
                 if interrupted():
                     return None
-                batch = collate([examples[i] for i in group])
-                if batch.trained_tokens:
-                    value = loss(model, batch.input_ids.to(device), batch.lengths, batch.trained.to(device))
+                batch = collate([examples[i] for i in groups[number]])
+                value = loss(model, batch.input_ids.to(device), batch.lengths, batch.trained.to(device))
+                if counts:
                     total += float(value)
                     trained += batch.trained_tokens
+                    rows += len(batch.lengths)
     finally:
         model.train(was_training)
-    return Score(total, trained, len(examples))
+    return Score(total, trained, rows)
 
 
 def answers_of(

@@ -23,6 +23,7 @@ __all__ = [
     "Stepped",
     "Stopped",
     "fan_out",
+    "silent",
     "to_record",
 ]
 
@@ -69,7 +70,8 @@ class Probed(Event):
 @dataclass(frozen=True)
 class Stepped(Event):
     """One optimizer step is done. `loss`: nats per trained token. `tokens`, `trained_tokens`: of this step alone.
-    `seconds`: of this step alone. `gradient_norm`: global, before clipping. `memory_bytes`: the peak until now."""
+    `seconds`: of this step alone. `gradient_norm`: global, before clipping.
+    `memory_bytes`: the peak until now, of the first device."""
 
     step: int
     steps: int
@@ -128,6 +130,10 @@ class Stopped(Event):
 
 
 Listener = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """A listener that does nothing."""
 
 
 def to_record(event: Event) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class Finding:
 class RunSubject:
     """A run about to start, whatever its data. Checks read it, and leave what they measured in `numbers`.
 
-    `largest_micro`: in `unit`s (tokens, pictures)."""
+    `largest_micro`: in `unit`s (tokens, pictures). `devices`: how many share the run. `micros`: how many micro-batches
+    each step of an epoch has."""
 
     base: Any
     config: Config
@@ -52,6 +53,8 @@ class RunSubject:
     steps_per_epoch: int = 0
     largest_micro: int = 0
     unit: str = "tokens"
+    devices: int = 1
+    micros: Sequence[int] = ()
     numbers: dict[str, Any] = field(default_factory=dict)
 
 

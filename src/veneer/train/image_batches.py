@@ -84,10 +84,12 @@ def plan_image_steps(
     rows: Sequence[PictureRow],
     config: ImageTrainConfig,
     make: Callable[[Sequence[PlannedRow]], ImageBatch],
+    devices: int = 1,
 ) -> tuple[list[Step], list[int], list[PlannedRow]]:
     """All steps of the run in order, the numbers of the steps that end an epoch, and every row in them.
 
-    `rows`: of one epoch. `make`: rows of one shape -> their batch, called when its turn comes."""
+    `rows`: of one epoch. `make`: rows of one shape -> their batch, called when its turn comes. A step is cut into a
+    micro-batch for each of `devices` at least, where it has the pictures."""
     own = [row for row in rows if not row.picture.is_class]
     beside = _endless([row for row in rows if row.picture.is_class], config.seed)
     size, total = config.batching.rows, config.steps
@@ -101,7 +103,7 @@ def plan_image_steps(
         for i in range(parts):
             chosen = order[i * size : (i + 1) * size]
             drawn = _drawn([*chosen, *islice(beside, len(chosen))], len(chosen), config, epoch, len(steps) + 1)
-            steps.append(Step(tuple(_micros(drawn, config, make)), epoch + (i + 1) / parts))
+            steps.append(Step(tuple(_micros(drawn, config, make, devices)), epoch + (i + 1) / parts))
             planned += drawn
         ends.append(len(steps))
         epoch += 1
@@ -131,13 +133,16 @@ def _endless(classes: Sequence[PictureRow], seed: int) -> Iterator[PictureRow]:
 
 
 def _micros(
-    rows: Sequence[PlannedRow], config: ImageTrainConfig, make: Callable[[Sequence[PlannedRow]], ImageBatch]
+    rows: Sequence[PlannedRow],
+    config: ImageTrainConfig,
+    make: Callable[[Sequence[PlannedRow]], ImageBatch],
+    pieces: int,
 ) -> list[Micro]:
     """Rows of one shape together, the largest shape first, so that a step which does not fit fails at once."""
     shapes: dict[tuple[int, int], list[PlannedRow]] = {}
     for row in rows:
         shapes.setdefault((row.view.height, row.view.width), []).append(row)
-    most = config.batching.micro_rows or len(rows)
+    most = min(config.batching.micro_rows or len(rows), -(-len(rows) // pieces))
     out = []
     for (height, width), group in sorted(shapes.items(), key=lambda item: (-item[0][0] * item[0][1], item[0])):
         for i in range(0, len(group), most):

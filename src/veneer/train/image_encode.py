@@ -22,6 +22,7 @@ from torch import Tensor
 
 from veneer.models.image import text_length
 from veneer.models.image_predict import Conditioning, alphas_cumprod, encode_pictures, encode_prompts, predict
+from veneer.train.devices import ALONE, Devices
 from veneer.train.image_batches import ImageBatch, PlannedRow
 from veneer.train.image_loss import (
     Noise,
@@ -179,13 +180,19 @@ class ImageLoss:
         return row_losses(predicted, target, None if batch.masks is None else batch.masks.to(base.device))
 
     @torch.no_grad()
-    def score(self, rows: Sequence[PlannedRow], stopped: Callable[[], bool] = lambda: False) -> Score | None:
+    def score(
+        self, rows: Sequence[PlannedRow], stopped: Callable[[], bool] = lambda: False, devices: Devices = ALONE
+    ) -> Score | None:
         """The mean squared error of held-out rows, each at `evaluation.times` times in the middle of equal parts of the
         range, with noise that is of the picture and the time alone. Without min-SNR or any weight, so that runs with
-        other losses can be compared. `extra` has the loss at each time. None as soon as `stopped()`."""
+        other losses can be compared. `extra` has the loss at each time. None as soon as `stopped()`. With several
+        `devices`: of this process's share alone."""
         times = quantile_times(self.config.evaluation.times, self.base.prediction, self.times.steps)
         sums = torch.zeros(len(times), dtype=torch.float64)
-        for group in _same_shape(rows, self.config.batching.micro_rows or self.config.batching.rows):
+        groups = list(_same_shape(rows, self.config.batching.micro_rows or self.config.batching.rows))
+        own = [groups[index] for index, _ in devices.deal([len(group) for group in groups])]
+        count = sum(map(len, own))
+        for group in own:
             batch = self.encoders.batch(group)
             for k, time in enumerate(times):
                 if stopped():
@@ -193,8 +200,8 @@ class ImageLoss:
                 fixed = [generator("validation", *row.key, k) for row in group]
                 noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in fixed])
                 sums[k] += float(self._rows(batch, noise, time.expand(len(group))).double().sum())
-        extra = {f"loss at {time:g}": s / len(rows) for time, s in zip(times.tolist(), sums.tolist(), strict=True)}
-        return Score(float(sums.mean()), len(rows), len(rows), extra, likelihood=False)
+        extra = {f"loss at {time:g}": s / max(1, count) for time, s in zip(times.tolist(), sums.tolist(), strict=True)}
+        return Score(float(sums.mean()), count, count, extra, likelihood=False)
 
 
 def _same_shape(rows: Sequence[PlannedRow], most: int) -> Iterator[list[PlannedRow]]:

@@ -8,7 +8,7 @@ The data's checks are in picture_checks, those that text shares in check_run. Ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from veneer.core.targets import matches_per_pattern, resolve
 from veneer.errors import TargetError
-from veneer.train.check_run import learning_rate, precision, where_it_goes
+from veneer.train.check_run import learning_rate, precision, shared_out, where_it_goes
 from veneer.train.estimate import free_memory, trainable_parameters
 from veneer.train.findings import Finding, RunSubject, gigabytes, share
 from veneer.train.picture_checks import check_held_out, check_pictures
@@ -88,21 +88,24 @@ def image_preflight(
     resume: bool = False,
     previous: Mapping[str, Any] | None = None,
     sources: Mapping[str, Any] | None = None,
+    micros: Sequence[int] = (),
+    devices: int = 1,
 ) -> Report:
     """Everything that can be seen before training. `cut`: captions, sample prompts, class prompt -> each that is too
     long -> what the base does not read of it. `previous`: the recipe of the run that is resumed. `sources`: setting ->
-    where it came from. Raises nothing of its own: see `Report.raise_if_stopped`."""
+    where it came from. `micros`: of each step, shared by `devices`. Raises nothing of its own: see
+    `Report.raise_if_stopped`."""
     own = len([row for row in data.plan.rows if not row.picture.is_class])
     rows = config.batching.rows
     subject = RunSubject(
         base=base, config=config, resume=resume, previous=previous, steps_per_epoch=-(-own // rows),
         largest_micro=config.batching.micro_rows or min(rows, own) * (2 if config.data.class_prompt else 1),
-        unit="pictures",
+        unit="pictures", micros=micros, devices=devices,
     )  # fmt: skip
     findings = check_pictures(data.learned, data.about, data.plan, config.data)
     if data.held:
         findings += check_held_out(data.learned, data.held)
-    for check in (_targets, learning_rate, precision, _loss, _devices, where_it_goes):
+    for check in (_targets, learning_rate, shared_out, precision, _loss, _devices, where_it_goes):
         findings += check(subject)
     findings += _prompts(cut)
     findings += _preset(config, sources or {})

@@ -30,13 +30,15 @@ from veneer.core.init import create
 from veneer.models.image import ImageBase, load_image, release
 from veneer.models.image_memory import fetched, measured_activations, offloading, park, recomputing
 from veneer.models.image_predict import cut_of
+from veneer.models.sources import find
 from veneer.models.speed_image import fast_denoiser
 from veneer.train import checkpoint, loop
 from veneer.train.check_run import CACHE
-from veneer.train.checkpoint import Progress
+from veneer.train.checkpoint import Progress, seed_all
+from veneer.train.devices import Devices, joined
 from veneer.train.ema import Ema
 from veneer.train.estimate import free_memory
-from veneer.train.events import Checked, Event, Listener, Note, Resolved, Sampled
+from veneer.train.events import Checked, Event, Listener, Note, Resolved, Sampled, silent
 from veneer.train.image_batches import PlannedRow, hold_out, plan_image_steps, validation_rows
 from veneer.train.image_encode import Encoders, ImageLoss
 from veneer.train.image_facts import training_facts
@@ -57,7 +59,7 @@ from veneer.train.picture_sheet import contact_sheet
 from veneer.train.picture_views import plan_rows
 from veneer.train.pictures import pictures_digest, read_pictures
 from veneer.train.preflight import Report
-from veneer.train.running import NAME, Outcome, Running, due, newest_checkpoint, resolved, seed_all, watched
+from veneer.train.running import NAME, Outcome, Running, due, newest_checkpoint, resolved, watched
 
 __all__ = ["ImageResult", "train_image"]
 
@@ -90,22 +92,32 @@ def train_image(
     the run is shown in the terminal (stderr). `base`: one that is loaded already; its encoders are then not freed.
     `sources`: setting -> where it came from, as `load_config` gives it.
 
+    In processes that torchrun or the like started, each takes a device and a share of every step (train.devices); only
+    the first is heard, draws samples, and writes the adapter.
+
     Random generators, the base's modules and weights are as before afterwards, after any error too. Raises DataError
     for pictures that cannot be used, PreflightError before step one for what would go wrong, TrainingError for a loss
     that is not finite, Interrupted on Ctrl-C with the state saved, and what the base and checkpoints raise."""
     folder = Path(config.output.directory)
-    with watched(folder, on_event, "pictures") as (tell, early):
+    with (
+        joined(config.base.device) as devices,
+        watched(folder, on_event if devices.first else silent, "pictures") as (tell, early),
+    ):
         own = base is None
+        if own and devices.count > 1 and devices.local == 0:  # one process of a machine fetches what is not there yet
+            find(config.base.name, say=lambda line: tell(Note(line)))
+        devices.gather(None)
         base = base or load_image(
-            config.base.name, dtype=config.base.dtype, device=config.base.device, quantise=config.base.quantise,
+            config.base.name, dtype=config.base.dtype, device=devices.device, quantise=config.base.quantise,
             say=lambda line: tell(Note(line)),
         )  # fmt: skip
         for note in base.notes:
             tell(Note(note))
         newest = newest_checkpoint(folder, resume, tell)
-        setup = _Setup(config, base, folder, newest, resume, dry_run, sources, tell)
+        setup = _Setup(config, base, folder, newest, resume, dry_run, sources, tell, devices)
         setup.read()
         setup.check()
+        devices.gather(None)  # nobody writes before everybody has looked
         setup.draw_missing()
         setup.encode(free=own)
         with setup.attached() as attachment:
@@ -128,10 +140,10 @@ class _Setup:
 
     def __init__(
         self, config: ImageTrainConfig, base: ImageBase, folder: Path, newest: Path | None, resume: bool, dry: bool,
-        sources: Mapping[str, Any] | None, tell: Listener,
+        sources: Mapping[str, Any] | None, tell: Listener, devices: Devices,
     ) -> None:  # fmt: skip
         self.config, self.base, self.folder, self.newest = config, base, folder, newest
-        self.resume, self.dry_run, self.sources, self.tell = resume, dry, sources, tell
+        self.resume, self.dry_run, self.sources, self.tell, self.devices = resume, dry, sources, tell, devices
         self.cache = Path(config.data.cache) if config.data.cache else folder / CACHE
         self.recompute, self.because, self.sheet, self.freed = False, "", "", ""
         self.parked: list[str] = []
@@ -155,7 +167,9 @@ class _Setup:
         held_plan = plan_rows(held, settings, size=base.size, unit=base.unit) if held else None
         self.data = ImageData(pictures, held, about, plan, held_plan, missing)
         self.encoders = Encoders(base, config, None if self.dry_run else self.cache)
-        self.steps, self.ends, self.planned = plan_image_steps(plan.rows, config, self.encoders.batch)
+        self.steps, self.ends, self.planned = plan_image_steps(
+            plan.rows, config, self.encoders.batch, self.devices.count
+        )
         self.held = validation_rows(held_plan.rows, settings, config.evaluation.rows) if held_plan else []
 
     def check(self) -> None:
@@ -172,11 +186,12 @@ class _Setup:
         if self.newest is not None:
             previous = checkpoint.read_state(self.newest).get("about", {}).get("recipe")
         self.report = image_preflight(
-            self.base, self.config, self.data, cut=cut, resume=self.resume, previous=previous, sources=self.sources
+            self.base, self.config, self.data, cut=cut, resume=self.resume, previous=previous, sources=self.sources,
+            micros=[len(step.micros) for step in self.steps], devices=self.devices.count,
         )  # fmt: skip
         if self.report.stops:
             self.say()
-            if self.dry_run:
+            if self.dry_run and self.devices.first:
                 self.draw_sheet(self.tell)
             self.report.raise_if_stopped()
 
@@ -187,7 +202,9 @@ class _Setup:
             return
         place = class_folder(self.config, self.base, self.cache)
         began = time.perf_counter()
-        draw_class_pictures(self.base, self.config, place, missing)
+        if self.devices.first:
+            draw_class_pictures(self.base, self.config, place, missing)
+        self.devices.gather(None)
         self.tell(Note(f"drew {missing} class pictures into {place} in {time.perf_counter() - began:.0f} s"))
         report = self.report
         self.read()
@@ -198,7 +215,11 @@ class _Setup:
         if self.dry_run:
             return
         began = time.perf_counter()
-        views, captions = self.encoders.fill([*self.planned, *self.held])
+        rows = [*self.planned, *self.held]
+        if self.devices.count > 1:  # each encodes a share and reads the rest
+            self.encoders.fill(rows[self.devices.rank :: self.devices.count])
+            self.devices.gather(None)
+        views, captions = self.encoders.fill(rows)
         latents, texts = self.encoders.latents, self.encoders.texts
         damaged = latents.damaged + texts.damaged
         text = f"{views} views of pictures and {captions} captions ready: {latents.made + texts.made} encoded, "
@@ -349,13 +370,14 @@ class _ImageRun:
         self.running = Running(
             self.config, setup.folder, parameters, setup.steps, setup.ends, setup.loss, self._identity(), setup.tell,
             early, evaluate=self._score if setup.held else None, extra=self.ema.averages if self.ema else {},
-            after=self._after, begin=self._begin,
+            after=self._after, begin=self._begin, devices=setup.devices,
             rates={f"{name}.": text_rate for name in self.config.adapter.text_encoders},
         )  # fmt: skip
 
     def dry(self) -> ImageResult:
         self.running.probe()
-        self.setup.draw_sheet(self.setup.tell)
+        if self.setup.devices.first:
+            self.setup.draw_sheet(self.setup.tell)
         steps = self.running.steps
         return ImageResult(
             steps=len(steps), pictures=sum(s.tokens for s in steps), peak_memory_bytes=loop.peak_memory_bytes(),
@@ -377,12 +399,13 @@ class _ImageRun:
 
     def _score(self, interrupted: Callable[[], bool]) -> Score | None:
         with training_layers(self.base, False), self.ema.acting() if self.ema else nullcontext():
-            return self.setup.loss.score(self.setup.held, interrupted)
+            return self.setup.loss.score(self.setup.held, interrupted, self.setup.devices)
 
     def _begin(self, progress: Progress, tell: Listener) -> None:
         """Before the first step: what the model sees, and (not when resumed) what the base draws."""
         self.log = tell
-        self.setup.draw_sheet(tell)
+        if self.setup.devices.first:
+            self.setup.draw_sheet(tell)
         if progress.step == 0 and 0 in self.sample_at:
             self._sample(0)
 
@@ -393,6 +416,8 @@ class _ImageRun:
             self._sample(step)
 
     def _sample(self, step: int) -> None:
+        if not self.setup.devices.first:
+            return
         began = time.perf_counter()
         with fetched(self.base, self.setup.parked), self.ema.acting() if self.ema and step else nullcontext():
             cells = draw_samples(self.base, self.attachment, self.config)
@@ -404,7 +429,7 @@ class _ImageRun:
 
     def _finish(self, progress: Progress, tell: Listener) -> ImageResult:
         """Keeps the best state (of the average, where there is one), saves it, proves the file, writes the report."""
-        setup, base, config = self.setup, self.base, self.config
+        setup, config = self.setup, self.config
         kept, validation = self.running.keep_best(progress, tell)
         if self.ema is not None:
             self.ema.put()
@@ -416,6 +441,13 @@ class _ImageRun:
             validation_before=progress.first_loss, kept_step=kept, stopped=progress.stopped,
             preflight=setup.report.to_dict(), sheet=setup.sheet,
         )  # fmt: skip
+        if setup.devices.first:
+            self._keep(result, kept, progress, tell)
+        return setup.devices.gather(result)[0]
+
+    def _keep(self, result: ImageResult, kept: int, progress: Progress, tell: Listener) -> None:
+        """The file, proven, and the report; what they are goes into `result`."""
+        setup, base, config = self.setup, self.base, self.config
         with training_layers(base, False):
             picture = self._thumbnail(kept, progress.step, tell)
             trained = self.attachment.adapter(NAME)
@@ -439,7 +471,6 @@ class _ImageRun:
             tell(Note(prove(self.attachment, output_of(config), base, text, batch.latents, batch.sizes, config)))
         result.samples = [str(p) for p in sorted((setup.folder / "samples").glob("step-*.png"))]
         result.report = write_image_report(setup.folder, result, setup.settings, base, config, progress.seconds)
-        return result
 
     def _thumbnail(self, kept: int, last: int, tell: Listener) -> str:
         if not self.config.samples.prompts:

@@ -6,7 +6,8 @@ so k micro-batches equal one large batch, however the trained tokens fall. `loss
 tensor. For pictures a "token" is a picture, and Σ NLL is the sum of their squared errors. After the step: clip by the
 global norm, set the schedule's rate, step the optimizer, tell the listeners, evaluate and save when due. A run is a
 function of (parameters, steps, settings, random state), so that a state saved after step k and restored goes on bit for
-bit.
+bit. The generators are seeded anew for each micro-batch, from (seed, step, its place in the step), so that dropout does
+not depend on how many devices share the work.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
-from veneer.train.checkpoint import Progress, rng_restore, rng_state
+from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
+from veneer.train.devices import ALONE, Devices
 from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Stopped
 from veneer.train.optim import Schedule
 
@@ -76,8 +78,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Score:
-    """What an evaluation found: Σ NLL over `trained` tokens of `rows` rows. `extra`: further numbers for the log.
-    `likelihood`: false for a sum of squared errors, which has no perplexity."""
+    """What an evaluation found: Σ NLL over `trained` tokens of `rows` rows. `extra`: further means over the rows, for
+    the log. `likelihood`: false for a sum of squared errors, which has no perplexity."""
 
     nll: float
     trained: int
@@ -92,6 +94,17 @@ class Score:
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
+
+    @staticmethod
+    def total(parts: Sequence[Score]) -> Score:
+        """What several found, each on other rows."""
+        if len(parts) == 1:
+            return parts[0]
+        rows = sum(part.rows for part in parts)
+        keys = dict.fromkeys(key for part in parts for key in part.extra)
+        extra = {key: sum(p.extra.get(key, 0.0) * p.rows for p in parts) / max(1, rows) for key in keys}
+        nll, trained = sum(part.nll for part in parts), sum(part.trained for part in parts)
+        return Score(nll, trained, rows, extra, parts[0].likelihood)
 
 
 @dataclass
@@ -113,6 +126,8 @@ class _Run:
     interrupted: Callable[[], bool]
     steps: Sequence[Step]
     after: Callable[[int], None] | None
+    seed: int
+    devices: Devices
 
 
 def train(
@@ -131,6 +146,8 @@ def train(
     progress: Progress | None = None,
     on_event: Listener = lambda event: None,
     after: Callable[[int], None] | None = None,
+    seed: int = 0,
+    devices: Devices = ALONE,
 ) -> Progress:
     """Runs the steps after `progress.step` and returns how far the run is.
 
@@ -140,6 +157,9 @@ def train(
     steps in `save_at`, at each new lowest validation loss, and at the end. `after(step)`: called when a step is done,
     before it is evaluated or saved (moving averages, sample sheets).
 
+    `devices`: the processes that share the work. Each is given the same arguments and makes the same steps; `loss` runs
+    on its own micro-batches, `evaluate` scores its own share of the rows.
+
     Ctrl-C or SIGTERM (the first; a second one kills): the step that is under way is dropped, the random state put
     back to its beginning, the state saved, and Interrupted raised. Raises TrainingError naming step and rows when a
     loss or a gradient is not finite, before the optimizer moves: nothing is saved over the good checkpoint.
@@ -148,7 +168,7 @@ def train(
     with _signals() as interrupted:
         run = _Run(
             parameters, loss, optimizer, schedule, clip, evaluate, evaluate_at, patience, save, save_at, progress,
-            on_event, interrupted, steps, after,
+            on_event, interrupted, steps, after, seed, devices,
         )  # fmt: skip
         _evaluate_if_due(run)
         while progress.step < len(steps) and not progress.stopped:
@@ -172,21 +192,20 @@ def _one_step(run: _Run, step: Step) -> None:
     if step.trained == 0:
         raise TrainingError(f"step {number} has no trained token", where=f"rows {_some(step.rows)}")
     run.optimizer.zero_grad(set_to_none=True)
-    parts: list[Tensor] = []
     micros = [micro for micro in step.micros if micro.trained]
-    for micro in micros:
-        if run.interrupted():
-            run.optimizer.zero_grad(set_to_none=True)
-            rng_restore(before)
-            _stop(run)
-        with memory_errors(micro):
-            nll = run.loss(micro.make())
-            (nll / step.trained).backward()  # type: ignore[no-untyped-call]
-        parts.append(nll.detach())
+    parameters = list(run.parameters.values())
+    shares = run.devices.gather(_share(run, number, step.trained, micros))
+    done = [share for share in shares if share is not None]
+    if len(done) < len(shares):
+        run.optimizer.zero_grad(set_to_none=True)
+        rng_restore(before)
+        _stop(run)
+    run.devices.add_gradients(parameters, sorted(set().union(*(share.reached for share in done))))
     rate = run.schedule.apply(run.optimizer, number)
     limit = run.clip if run.clip else math.inf
-    norm = float(nn.utils.clip_grad_norm_(list(run.parameters.values()), limit))
-    nlls = torch.stack(parts).tolist()
+    norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+    found = {index: nll for share in done for index, nll in share.nlls.items()}
+    nlls = [found[index] for index in range(len(micros))]
     _check_finite(number, nlls, norm, micros, progress)
     run.optimizer.step()
     total, seconds = sum(nlls), time.perf_counter() - began
@@ -204,6 +223,36 @@ def _one_step(run: _Run, step: Step) -> None:
     )  # fmt: skip
     if run.after is not None:
         run.after(number)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a process has of a step: Σ NLL by micro-batch, and which of the parameters have a gradient."""
+
+    nlls: dict[int, float]
+    reached: list[int]
+
+
+def _share(run: _Run, number: int, trained: int, micros: Sequence[Micro]) -> _Share | None:
+    """Forward and backward of this process's micro-batches; None when a signal came."""
+    parts: dict[int, Tensor] = {}
+    stopped = run.interrupted()
+    for index, counts in run.devices.deal([micro.tokens for micro in micros]):
+        stopped = stopped or run.interrupted()
+        if stopped and not run.devices.lockstep:
+            return None
+        micro = micros[index]
+        seed_all(run.seed, number, index)
+        with memory_errors(micro):
+            nll = run.loss(micro.make())
+            (nll / trained if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
+        if counts:
+            parts[index] = nll.detach()
+    if stopped:
+        return None
+    reached = [i for i, parameter in enumerate(run.parameters.values()) if parameter.grad is not None]
+    values = torch.stack(list(parts.values())).tolist() if parts else []
+    return _Share(dict(zip(parts, values, strict=True)), reached)
 
 
 def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micro], progress: Progress) -> None:
@@ -227,10 +276,13 @@ def _evaluate_if_due(run: _Run) -> bool:
     if run.evaluate is None or not due or progress.evaluated == progress.step or progress.stopped:
         return False
     began = time.perf_counter()
-    score = run.evaluate(run.interrupted)
-    if score is None:
+    # In lockstep nobody may leave while others score; the step after it sees the signal.
+    scores = run.devices.gather(run.evaluate((lambda: False) if run.devices.lockstep else run.interrupted))
+    found = [score for score in scores if score is not None]
+    if len(found) < len(scores):
         _stop(run)
         return False
+    score = Score.total(found)
     if not math.isfinite(score.loss):
         raise TrainingError(
             f"the validation loss after step {progress.step} is not finite",

@@ -93,13 +93,15 @@ def preflight(
     previous: Mapping[str, Any] | None = None,
     free_memory: int | None = None,
     free_disk: int | None = None,
+    devices: int = 1,
 ) -> Report:
     """Check everything that can be seen before training.
 
     rows, encoded: the training rows and `encode` of them. previous: the recipe (`TrainConfig.recipe`) of the run that
-    is resumed. free_memory, free_disk: bytes; measured when None. Raises nothing of its own: see `raise_if_stopped`."""
+    is resumed. free_memory, free_disk: bytes; measured when None. devices: how many share the
+    run. Raises nothing of its own: see `raise_if_stopped`."""
     lengths = [len(e.input_ids) for e in encoded.examples]
-    plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=0)
+    plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=0, pieces=devices)
     subject = Subject(
         base=base,
         config=config,
@@ -115,6 +117,8 @@ def preflight(
         steps_per_epoch=len(plan),
         largest_micro=max((sum(lengths[i] for i in micro) for step in plan for micro in step), default=0),
         longest=max(lengths, default=0),
+        devices=devices,
+        micros=[len(step) for step in plan],
     )
     checks: Iterable[Callable[[Subject], Iterator[Finding]]] = (*DATA_CHECKS, *RUN_CHECKS)
     findings = [finding for check in checks for finding in check(subject)]

@@ -13,30 +13,37 @@ save → reload and compare logits → report. Everything before the loop happen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.errors import ConfigError
 from veneer.models.loss import text_loss
+from veneer.models.shard import Call, blocks, held_bytes, shard
+from veneer.models.sources import find
 from veneer.models.speed import fast
 from veneer.models.text import load_text
 from veneer.train import checkpoint, loop
 from veneer.train.batches import Batch, collate, plan_steps
-from veneer.train.checkpoint import Progress
+from veneer.train.checkpoint import Progress, seed_all
+from veneer.train.devices import Devices, joined
 from veneer.train.encode import Encoded, Example, encode
+from veneer.train.estimate import free_memory
 from veneer.train.evaluate import score_examples
-from veneer.train.events import Checked, Event, Listener, Note, Resolved
+from veneer.train.events import Checked, Event, Listener, Note, Resolved, silent
 from veneer.train.loop import Micro, Score, Step
 from veneer.train.preflight import Report, preflight
+from veneer.train.report import size
 from veneer.train.rows import About, Row, data_digest, read_rows, split_rows
-from veneer.train.running import NAME, Outcome, Running, newest_checkpoint, resolved, seed_all, watched
+from veneer.train.running import NAME, Outcome, Running, newest_checkpoint, resolved, watched
 from veneer.train.save import prove, save_adapter, write_report
 from veneer.train.schema import TrainConfig
 
@@ -84,29 +91,33 @@ def train_text(
     that happens; without it the run is shown in the terminal (stderr). `base`: one that is loaded already. `sources`:
     setting -> where it came from, as `load_config` gives it.
 
+    In processes that torchrun or the like started, each takes a device and a share of every step (train.devices); only
+    the first is heard, and writes. All return the same numbers.
+
     Random generators, the base's mode and its modules are as before afterwards, after any error too. Raises
     PreflightError before step one for what would go wrong, TrainingError for a loss that is not finite,
     Interrupted on Ctrl-C with the state saved, ResourceError for a full disk or memory, and what reading
     configuration, base, data and checkpoints raises.
     """
     folder = Path(config.output.directory)
-    with watched(folder, on_event, "tokens") as (tell, early):
-        base = base or load_text(
-            config.base.name, dtype=config.base.dtype, device=config.base.device, quantise=config.base.quantise,
-            say=lambda line: tell(Note(line)),
-        )  # fmt: skip
+    with (
+        joined(config.base.device, lockstep=config.memory.shard) as devices,
+        watched(folder, on_event if devices.first else silent, "tokens") as (tell, early),
+    ):
+        base = _loaded(config, base, devices, tell)
         for note in base.notes:
             tell(Note(note))
         data = _read(config, base)
         newest = newest_checkpoint(folder, resume, tell)
-        report = _preflight(config, base, data, resume, newest)
-        recompute, reason = _recompute(config, report)
-        settings = resolved(config, sources, _settled(config, base, data, recompute, reason))
+        report = _preflight(config, base, data, resume, newest, devices)
+        recompute, reason = devices.gather(_recompute(config, report))[0]
+        settings = resolved(config, sources, _settled(config, base, data, recompute, reason, devices))
         tell(settings)
         tell(Checked(report.text(), report.to_dict(), report.markup()))
         report.raise_if_stopped()
-        with _attached(config, base, recompute, tell) as attachment:
-            run = _Run(config, base, data, attachment, folder, report, settings, tell, early)
+        devices.gather(None)  # nobody writes before everybody has looked
+        with _attached(config, base, recompute, devices, tell) as (attachment, base, call):
+            run = _Run(config, base, data, attachment, call, folder, report, settings, tell, early, devices)
             return run.dry() if dry_run else run.train(newest)
 
 
@@ -118,15 +129,18 @@ class _Run:
     base: TextBase
     data: _Data
     attachment: Attachment
+    call: Call
     folder: Path
     report: Report
     settings: Resolved
     tell: Listener
     early: list[Event]
+    devices: Devices
 
     def loss(self, batch: Batch) -> Tensor:
         device = self.base.device
-        return text_loss(self.base.model, batch.input_ids.to(device), batch.lengths, batch.trained.to(device))
+        ids, trained = batch.input_ids.to(device), batch.trained.to(device)
+        return self.call(text_loss, self.base.model, ids, batch.lengths, trained)
 
     def dry(self) -> RunResult:
         running = self._running()
@@ -143,19 +157,19 @@ class _Run:
 
     def _running(self) -> Running:
         config = self.config
-        steps, ends = planned_steps(self.data.encoded.examples, config, self.data.rows)
+        steps, ends = planned_steps(self.data.encoded.examples, config, self.data.rows, self.devices.count)
         examples = self.data.held_out(config.evaluation.rows)
         return Running(
             config, self.folder, self.attachment.parameters(NAME), steps, ends, self.loss,
             _identity(config, self.base, self.data, len(steps)), self.tell, self.early,
-            evaluate=self._scorer(examples) if examples else None,
+            evaluate=self._scorer(examples) if examples else None, devices=self.devices,
         )  # fmt: skip
 
     def _scorer(self, examples: Sequence[Example]) -> Callable[[Callable[[], bool]], Score | None]:
         def score(interrupted: Callable[[], bool]) -> Score | None:
             return score_examples(
-                self.base.model, examples, self.base.device, loss=text_loss, interrupted=interrupted,
-                micro_tokens=self.config.batching.micro_tokens,
+                self.base.model, examples, self.base.device, loss=lambda *args: self.call(text_loss, *args),
+                interrupted=interrupted, micro_tokens=self.config.batching.micro_tokens, devices=self.devices,
             )  # fmt: skip
 
         return score
@@ -177,10 +191,15 @@ class _Run:
             data_digest=data_digest(self.data.rows), recipe=self.config.recipe(), metrics=_metrics(result),
         )  # fmt: skip
         self.base.model.eval()
-        result.digest = save_adapter(replace(trained, card=card), self.folder, self.base)
-        sentence = prove(self.attachment, NAME, self.folder, self.base, self.data.encoded.examples[0])
-        tell(Note(sentence))
-        result.report = write_report(self.folder, result, self.settings, self.base, progress.seconds)
+        if self.devices.first:
+            result.digest = save_adapter(replace(trained, card=card), self.folder, self.base)
+        result.digest = self.devices.gather(result.digest)[0]
+        if self.devices.first or self.devices.lockstep:
+            example = self.data.encoded.examples[0]
+            tell(Note(self.call(prove, self.attachment, NAME, self.folder, self.base, example)))
+        if self.devices.first:
+            result.report = write_report(self.folder, result, self.settings, self.base, progress.seconds)
+        result.report = self.devices.gather(result.report)[0]
         return result
 
 
@@ -188,9 +207,10 @@ class _Run:
 
 
 def planned_steps(
-    examples: Sequence[Example], config: TrainConfig, rows: Sequence[Row] = ()
+    examples: Sequence[Example], config: TrainConfig, rows: Sequence[Row] = (), devices: int = 1
 ) -> tuple[list[Step], list[int]]:
-    """All steps of the run in order, and the numbers of the steps that end an epoch. Batches are made when needed."""
+    """All steps of the run in order, and the numbers of the steps that end an epoch. Batches are made when needed. A
+    step is cut into a micro-batch for each of `devices` at least."""
 
     def micro(indices: list[int]) -> Micro:
         chosen = [examples[i] for i in indices]
@@ -203,7 +223,7 @@ def planned_steps(
     steps: list[Step] = []
     ends: list[int] = []
     while (epoch < config.epochs) if config.epochs is not None else (len(steps) < (total or 0)):
-        plan = plan_steps(examples, config.batching, seed=config.seed, epoch=epoch)
+        plan = plan_steps(examples, config.batching, seed=config.seed, epoch=epoch, pieces=devices)
         for i, micros in enumerate(plan):
             steps.append(Step(tuple(micro(m) for m in micros), epoch + (i + 1) / len(plan)))
         ends.append(len(steps))
@@ -211,6 +231,30 @@ def planned_steps(
     if total is not None:
         steps = steps[:total]
     return steps, [end for end in ends if end <= len(steps)]
+
+
+def _loaded(config: TrainConfig, base: TextBase | None, devices: Devices, tell: Listener) -> TextBase:
+    """The base, on this process's device; on the CPU where it is going to be sharded."""
+
+    def say(line: str) -> None:
+        tell(Note(line))
+
+    sharded = config.memory.shard and devices.count > 1
+    if base is not None:
+        if sharded:
+            raise ConfigError(
+                "a base that is sharded cannot be made whole again, and this one is the caller's",
+                where="memory.shard",
+                fix="let the run load it: leave base= out",
+            )
+        return base
+    if devices.count > 1 and devices.local == 0:  # one process of a machine fetches what is not there yet
+        find(config.base.name, say=say)
+    devices.gather(None)
+    return load_text(
+        config.base.name, dtype=config.base.dtype, device="cpu" if sharded else devices.device,
+        quantise=config.base.quantise, say=say,
+    )  # fmt: skip
 
 
 def _read(config: TrainConfig, base: TextBase) -> _Data:
@@ -225,11 +269,21 @@ def _read(config: TrainConfig, base: TextBase) -> _Data:
     return _Data(rows, held_rows, encoded, held, about)
 
 
-def _preflight(config: TrainConfig, base: TextBase, data: _Data, resume: bool, newest: Path | None) -> Report:
+def _preflight(
+    config: TrainConfig, base: TextBase, data: _Data, resume: bool, newest: Path | None, devices: Devices
+) -> Report:
     previous = checkpoint.read_state(newest).get("about", {}).get("recipe") if newest is not None else None
+    free = None
+    if devices.count > 1:
+        device = torch.device(devices.device)
+        free = free_memory(device)
+        if device.type == "cpu":  # whose memory the processes of a machine share
+            free //= int(os.environ.get("LOCAL_WORLD_SIZE", devices.count))
+        elif base.device != device:  # the base comes there later, in parts
+            free -= held_bytes(base.model) // devices.count
     return preflight(
         base, config, data.rows, data.encoded, held_out_rows=data.held_rows, held_out=data.held, about=data.about,
-        resume=resume, previous=previous,
+        resume=resume, previous=previous, free_memory=free, devices=devices.count,
     )  # fmt: skip
 
 
@@ -248,13 +302,13 @@ def _recompute(config: TrainConfig, report: Report) -> tuple[bool, str]:
 
 
 def _settled(
-    config: TrainConfig, base: TextBase, data: _Data, recompute: bool, reason: str
+    config: TrainConfig, base: TextBase, data: _Data, recompute: bool, reason: str, devices: Devices
 ) -> Iterator[tuple[str, Any, str]]:
     """What was `auto` or left open, as it is now, with the reason."""
     if config.base.dtype == "auto":
         yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
     if config.base.device == "auto":
-        yield "base.device", str(base.device), "a GPU if there is one"
+        yield "base.device", devices.device if devices.count > 1 else str(base.device), "a GPU if there is one"
     if config.data.format == "auto":
         yield "data.format", data.about.format, data.about.why
     if config.data.split is None and config.data.validation is None:
@@ -287,10 +341,13 @@ def _metrics(result: RunResult) -> dict[str, Any]:
 
 
 @contextmanager
-def _attached(config: TrainConfig, base: TextBase, recompute: bool, tell: Listener) -> Iterator[Attachment]:
-    """The fresh adapter on the base, selected and trainable, the base in training mode on its fast paths; and all of it
-    undone at the end."""
+def _attached(
+    config: TrainConfig, base: TextBase, recompute: bool, devices: Devices, tell: Listener
+) -> Iterator[tuple[Attachment, TextBase, Call]]:
+    """The fresh adapter on the base, selected and trainable, the base in training mode on its fast paths, and sharded
+    where that is asked for; then what the model is called through. All but the sharding is undone at the end."""
     model = base.model
+    sharded = config.memory.shard and devices.count > 1
     with ExitStack() as undo:
         attachment = undo.enter_context(attach(model))
         seed_all(config.seed)
@@ -309,5 +366,16 @@ def _attached(config: TrainConfig, base: TextBase, recompute: bool, tell: Listen
                     where="memory.activation_checkpointing",
                     fix="set it to off, and batching.micro_rows lower",
                 ) from error
-        tell(Note(undo.enter_context(fast(model)).summary()))
-        yield attachment
+        tell(Note(undo.enter_context(fast(model, hold=not sharded)).summary()))
+        if not sharded:
+            yield attachment, base, _call
+            return
+        whole, device = held_bytes(model), torch.device(devices.device)
+        call = shard(model, blocks(model), device)
+        attachment.adapters[NAME].move(device)
+        tell(Note(f"sharded over {devices.count} devices: this one holds {size(held_bytes(model))} of {size(whole)}"))
+        yield attachment, replace(base, device=device), call
+
+
+def _call(act: Callable[..., Any], /, *args: Any) -> Any:
+    return act(*args)

@@ -16,20 +16,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from veneer.errors import Interrupted
+from veneer.errors import ConfigError, Interrupted
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress
 from veneer.train.config import Config
+from veneer.train.devices import ALONE, Devices, digest_of
 from veneer.train.events import Event, Listener, Note, Resolved, fan_out
 from veneer.train.loop import Loss, Score, Step
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.report import ConsoleView, JsonLog
 from veneer.train.schema import keys, why
 
-__all__ = ["NAME", "Outcome", "Running", "due", "newest_checkpoint", "resolved", "seed_all", "watched"]
+__all__ = ["NAME", "Outcome", "Running", "due", "newest_checkpoint", "resolved", "watched"]
 
 NAME = "run"
 """The adapter's name on the base while it trains."""
@@ -97,7 +98,8 @@ class Running:
     `evaluate`: scores the held-out data, None where there are none. `extra`: further state that belongs to each
     checkpoint (moving averages). `begin(progress, tell)`: called when the log is open, before the loop; `after(step)`:
     after each optimizer step. `rates`: prefix of parameter names ->
-    a learning rate of their own. `early`: the events until now, for the log."""
+    a learning rate of their own. `early`: the events until now, for the log. `devices`: the processes that share the
+    run, of which the first writes."""
 
     config: Config
     folder: Path
@@ -113,6 +115,7 @@ class Running:
     begin: Callable[[Progress, Listener], None] | None = None
     after: Callable[[int], None] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
+    devices: Devices = ALONE
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -125,7 +128,7 @@ class Running:
 
     def train(self, newest: Path | None, finish: Callable[[Progress, Listener], R]) -> R:
         """Runs the loop from the checkpoint `newest` (or the beginning), then `finish` while the log is still open."""
-        config, folder = self.config, self.folder
+        config, devices = self.config, self.devices
         o = config.optimizer
         optimizer = make_optimizer(
             self.parameters, name=o.name, learning_rate=o.learning_rate, betas=o.betas, eps=o.eps, momentum=o.momentum,
@@ -134,18 +137,17 @@ class Running:
         progress = Progress()
         if newest is not None:
             progress, notes = checkpoint.restore(
-                newest, parameters=self.state, optimizer=optimizer, identity=self.identity
+                newest, parameters=self.state, optimizer=optimizer, identity=self.identity, devices=devices.count
             )  # fmt: skip
             self.tell(Note(f"resuming after step {progress.step} of {len(self.steps)}"))
             for note in notes:
                 self.tell(Note(note))
+        devices.agree("settings, data and base", digest_of({}, config.recipe(), self.identity, progress.step))
+        self._agree()
         self.probe()
-        folder.mkdir(parents=True, exist_ok=True)
-        log = JsonLog(folder / "log.jsonl", progress if newest is not None else None)
+        log = self._log(progress if newest is not None else None)
         tell = fan_out(self.tell, log)
         try:
-            for event in self.early:
-                log(event)
             if self.begin is not None:
                 self.begin(progress, tell)
             total = len(self.steps)
@@ -156,16 +158,47 @@ class Running:
                 evaluate=self.evaluate,
                 evaluate_at=due(config.evaluation.every, self.ends, total, start=config.evaluation.at_start),
                 patience=config.evaluation.patience or 0,
-                save=lambda p: checkpoint.save(
-                    folder / "checkpoints", parameters=self.state, optimizer=optimizer, progress=p,
-                    identity=self.identity, keep=config.checkpoint.keep, about={"recipe": config.recipe()},
-                ),
+                save=lambda p: self._save(p, optimizer),
                 save_at=due(config.checkpoint.every, self.ends, total, start=False),
-                progress=progress, on_event=tell, after=self.after,
+                progress=progress, on_event=tell, after=self.after, seed=config.seed, devices=devices,
             )  # fmt: skip
             return finish(progress, tell)
         finally:
-            log.close()
+            if log is not None:
+                log.close()
+
+    def _log(self, resumed: Progress | None) -> JsonLog | None:
+        """The output folder and the log in it, which the first process makes."""
+        log = None
+        if self.devices.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            log = JsonLog(self.folder / "log.jsonl", resumed)
+            for event in self.early:
+                log(event)
+        self.devices.gather(None)
+        if not self.folder.is_dir():
+            raise ConfigError(
+                "a process of this run does not see the output folder that the first one made",
+                where=str(self.folder),
+                fix="give an output.directory on a file system that all machines share",
+            )
+        return log
+
+    def _save(self, progress: Progress, optimizer: Optimizer) -> Path:
+        """The checkpoint of `progress`, there when this returns; what it holds is the same on all devices."""
+        self._agree()
+        place = self.folder / "checkpoints"
+        if self.devices.first:
+            checkpoint.save(
+                place, parameters=self.state, optimizer=optimizer, progress=progress, identity=self.identity,
+                keep=self.config.checkpoint.keep, about={"recipe": self.config.recipe()}, devices=self.devices.count,
+            )  # fmt: skip
+        self.devices.gather(None)
+        return checkpoint.at_step(place, progress.step)
+
+    def _agree(self) -> None:
+        if self.devices.count > 1:
+            self.devices.agree("adapter", digest_of(self.state))
 
     def keep_best(self, progress: Progress, tell: Listener) -> tuple[int, float | None]:
         """Puts the state with the lowest validation loss in place; (its step, its loss)."""
@@ -207,11 +240,3 @@ def resolved(
 
 def _origin(default: bool, reason: str) -> str:
     return ("default" + (f" ({reason})" if reason else "")) if default else "given"
-
-
-def seed_all(seed: int) -> None:
-    """torch's and Python's generators."""
-    import random
-
-    torch.manual_seed(seed)
-    random.seed(seed)

@@ -254,6 +254,11 @@ class MemorySection(Section):
         "off when memory allows",
     )
     limit_gb: float | None = setting(None, "memory this run may use, in GB; nothing means what is free", gt=0)
+    shard: bool = setting(
+        False,
+        "with several devices: each keeps a part of the frozen weights (FSDP2) and gathers a layer for its turn",
+        "slower; for bases that do not fit on one device",
+    )
     keep_dequantised_gb: float | None = setting(
         None,
         "memory for dequantised weights of a quantised base, kept between uses; 0 dequantises at each use",

@@ -1,0 +1,134 @@
+"""A frozen base split over the processes of a run: each keeps 1/N of every weight (FSDP2, torch's `fully_shard`).
+
+    call = shard(model, model.model.layers, device)
+    loss = call(text_loss, model, ids, lengths, trained)      on every process, the same number of times
+    loss.backward()
+
+The weights of a block are gathered for its forward pass and again for its backward pass, and let go of after each; what
+lies outside of the blocks (embedding, head) is there for the length of a `call`; between calls there are only parts.
+Parameters of any dtype can be split; of quantised weights the codes and constants are, and dequantised when used as
+ever. Buffers stay whole. Trained tensors that are no parameters of `model`, as an attachment's, are left whole too, and
+nothing is done to their gradients.
+
+There is no way back: the model is of use inside `call` alone from now on. Needs torch.distributed, initialised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from veneer.core.quantised import Quantised
+
+__all__ = ["Call", "blocks", "held_bytes", "shard"]
+
+T = TypeVar("T")
+
+
+class Call(Protocol):
+    """Calls a function while the weights are at hand."""
+
+    def __call__(self, act: Callable[..., T], /, *args: Any) -> T: ...
+
+
+class _Whole(nn.Module):
+    """A module whose forward is any function over `model`: FSDP gathers weights around a forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, act: Callable[..., Any], *args: Any) -> Any:
+        return act(*args)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that are gathered one after another: those of the longest list of modules, a decoder's layers."""
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda own: sum(p.numel() for m in own for p in m.parameters()), default=[])
+
+
+def shard(model: nn.Module, parts: Sequence[nn.Module], device: torch.device) -> Call:
+    """Splits every parameter of `model` along its first dimension and moves the parts to `device`, block by block, so
+    that no device ever holds the whole. Returns what everything that uses the model goes through."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    whole = _Whole(model)
+    inside: set[int] = set()
+    for group in [*parts, whole]:
+        owned = [m for m in group.modules() if id(m) not in inside]
+        inside.update(map(id, owned))
+        apart = _taken_apart(owned)
+        fully_shard(group, mesh=mesh, reshard_after_forward=True)
+        _put_together(group, apart)
+    return whole
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """A quantised weight whose codes are parameters of `owner`, so that they can be split; `absent`: the same weight on
+    the meta device, to be seen until codes are gathered. `places`: (module, name) of each that has it."""
+
+    absent: Quantised
+    owner: nn.Module
+    names: tuple[str, ...]
+    places: list[tuple[nn.Module, str]]
+
+    def whole(self) -> Quantised:
+        codes = [getattr(self.owner, name) for name in self.names]
+        shapes = [t.shape for t in self.absent.code.tensors().values()]
+        values = iter(code.detach().view(shape) for code, shape in zip(codes, shapes, strict=True))
+        return self.absent.like(self.absent.code.moved(lambda _: next(values)))
+
+    def put(self, weight: Quantised) -> None:
+        for module, name in self.places:
+            # Not by register_parameter: it is no parameter of its own, and changes with every forward pass.
+            module._parameters[name] = weight  # type: ignore[assignment]
+
+
+def _taken_apart(modules: Sequence[nn.Module]) -> list[_Apart]:
+    found: dict[int, _Apart] = {}
+    for module in modules:
+        for name, weight in list(module._parameters.items()):
+            if not isinstance(weight, Quantised):
+                continue
+            if id(weight) not in found:
+                tensors = weight.code.tensors()
+                names = tuple(f"{name}_{key.replace('.', '_')}" for key in tensors)
+                for own, tensor in zip(names, tensors.values(), strict=True):
+                    # A scalar cannot be split: it is one of a row.
+                    module.register_parameter(own, nn.Parameter(tensor.reshape(tensor.shape or 1), requires_grad=False))
+                absent = weight.like(weight.code.moved(lambda t: t.to("meta")))
+                found[id(weight)] = _Apart(absent, module, names, [])
+            del module._parameters[name]
+            found[id(weight)].places.append((module, name))
+    return list(found.values())
+
+
+def _put_together(group: nn.Module, apart: Sequence[_Apart]) -> None:
+    """At each forward of `group`, once its codes are gathered, its quantised weights are made of them. They stay: a
+    backward pass gathers the codes into the same place, for what autograd keeps of the weights and for a forward that
+    is recomputed there, without hooks. In between they are empty."""
+
+    def gathered(*_: Any) -> None:
+        for each in apart:
+            each.put(each.whole())
+
+    for each in apart:
+        each.put(each.absent)
+    if apart:
+        group.register_forward_pre_hook(gathered)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of the model's parameters and buffers that this process holds."""
+    tensors: list[Any] = [*model.parameters(), *model.buffers()]
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors if not t.is_meta]
+    return sum(t.bytes if isinstance(t, Quantised) else t.numel() * t.element_size() for t in local)

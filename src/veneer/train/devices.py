@@ -1,0 +1,286 @@
+"""The processes of one run, one a device: who each is, and the few things they do together.
+
+    with joined(base.device) as devices:      one process is ALONE, and nothing of torch.distributed is imported
+        devices.device                        where this process computes: "cuda:1"
+        devices.deal(sizes)                   which parts of the work are its own
+        devices.gather(value)                 what each process has, by rank
+        devices.add_gradients(parameters, …)  Σ over the processes, in place
+
+Each process holds the same adapter, optimizer and plan, computes its share of every step, and takes the same step:
+
+    gradient of a step = Σ over processes ∇ Σ NLL over their micro-batches / Σ trained tokens of the step
+
+so a sum of what each has is exact whatever the shares are. Only the first writes and speaks. `torchrun`, a Kubernetes
+job or Ray start such processes and say in the environment who each is (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+MASTER_PORT); `launch` starts them on one machine.
+
+When one fails, all end: it leaves its error in the store they share and goes; whoever waits for it finds the error
+there and raises the same one, marked as `told`, so that a person reads it once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer import errors
+from veneer.errors import ConfigError, TrainingError, VeneerError
+
+__all__ = ["ALONE", "Devices", "digest_of", "joined", "launch", "leads", "shares", "started"]
+
+T = TypeVar("T")
+_ERROR = "veneer/error"
+_TIMEOUT = timedelta(hours=3)
+"""How long one waits for the others, who may be drawing samples; a process that has ended is noticed at once."""
+_PATIENCE = 20.0
+"""Seconds in which the others notice by themselves that a process is gone, before `launch` ends them."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """One process among `count`. `local`: its number on its machine. `lockstep`: each holds a part of the weights, so
+    that all must run the same number of forward passes."""
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+    device: str = "auto"
+    lockstep: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """What each process gives, by rank; waits for all of them. Values are pickled: keep them small."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        out: list[Any] = [None] * self.count
+        dist.all_gather_object(out, value)
+        return out
+
+    def deal(self, sizes: Sequence[int]) -> list[tuple[int, bool]]:
+        """(index, counts) of the parts that are this process's, in order; see `shares`. In lockstep the smallest part
+        fills up what is missing, as one that does not count."""
+        hands = shares(sizes, self.count)
+        mine = [(index, True) for index in hands[self.rank]]
+        if self.lockstep and sizes:
+            smallest = min(range(len(sizes)), key=lambda i: (sizes[i], i))
+            mine += [(smallest, False)] * (max(map(len, hands)) - len(mine))
+        return mine
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter], reached: Sequence[int]) -> None:
+        """Σ over the processes of the gradients of `parameters[i]`, i in `reached`, in place; none counts as zero."""
+        if self.count == 1:
+            return
+        import torch.distributed as dist
+
+        kinds: dict[torch.dtype, list[nn.Parameter]] = {}
+        for index in reached:
+            kinds.setdefault(parameters[index].dtype, []).append(parameters[index])
+        for members in kinds.values():
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in members])
+            dist.all_reduce(flat)
+            for parameter, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
+                parameter.grad = part.view_as(parameter)
+
+    def agree(self, what: str, digest: str) -> None:
+        """Raises TrainingError on all when the processes do not have the same `digest`."""
+        found = self.gather(digest)
+        if len(set(found)) > 1:
+            other = next(rank for rank, d in enumerate(found) if d != found[0])
+            raise TrainingError(
+                f"the processes of this run do not have the same {what}",
+                where=f"process 0 has {found[0][:12]}, process {other} has {found[other][:12]}",
+                fix="give every machine the same files, versions and kind of device; no later state was saved",
+            )
+
+
+ALONE = Devices()
+
+
+def shares(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Indices of `sizes` in `count` parts of about the same sum: the largest first, each to whoever has the least.
+    Pure, so that all processes agree without a word."""
+    loads = [0] * count
+    hands: list[list[int]] = [[] for _ in loads]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        rank = min(range(count), key=lambda r: (loads[r], len(hands[r]), r))
+        loads[rank] += sizes[index]
+        hands[rank].append(index)
+    return [sorted(hand) for hand in hands]
+
+
+def digest_of(tensors: Mapping[str, Tensor], *more: Any) -> str:
+    """sha256 of named tensors, to the bit, and of JSON values."""
+    h = hashlib.sha256(json.dumps(more, sort_keys=True, default=str).encode())
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        h.update(f"|{name}|{t.dtype}|{tuple(t.shape)}|".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def started() -> int:
+    """How many processes this run has, as whoever started them says; 1 where nobody did."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return int(dist.get_world_size())
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def leads() -> bool:
+    """Whether this is the process that speaks: the only one, or the first of several."""
+    return started() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def joined(device: str = "auto", *, lockstep: bool = False) -> Iterator[Devices]:
+    """This process among those of its run, for the length of a with-block; ALONE where it is the only one.
+
+    `device`: as in the configuration; with several processes each takes its own, cuda:LOCAL_RANK, and nccl carries what
+    they add up; on the CPU gloo does. A process group that is there already (Ray's) is used and left as it is.
+    Raises ConfigError for a device that cannot be shared out, and on every process what one of them raised."""
+    if started() == 1:
+        yield Devices(device=device)
+        return
+    import torch.distributed as dist
+
+    own = not dist.is_initialized()
+    if own:
+        cuda = device != "cpu" and torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    rank, count, local = dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        yield Devices(rank, count, local, _own_device(device, local, count), lockstep)
+    except Exception as error:
+        raise _shared(error, store, rank) from error
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def _own_device(asked: str, local: int, count: int) -> str:
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    if asked not in ("auto", "cuda"):
+        raise ConfigError(
+            f"base.device is {asked}, and each of the {count} processes takes a device of its own",
+            where="base.device",
+            fix="set it to auto, cuda or cpu",
+        )
+    having = torch.cuda.device_count()
+    if not having:
+        raise ConfigError(
+            f"base.device is {asked}, and this machine has no CUDA device",
+            where="base.device",
+            fix="set it to auto or cpu",
+        )
+    if local >= having:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+        raise ConfigError(
+            f"{here} processes were started on a machine with {having} CUDA devices",
+            fix=f"start {having} (--devices, or torchrun's --nproc-per-node), or set base.device to cpu",
+        )
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
+
+
+def _shared(error: Exception, store: Any, rank: int) -> Exception:
+    """What to raise here when `error` ends the run here: itself if it is the first anywhere, else the first."""
+    mine = error
+    if not isinstance(error, VeneerError) and _is_lost(error):
+        mine = TrainingError(
+            "another process of this run has ended without a word: killed, or its machine went away",
+            fix="go on with the same command and --resume; the last checkpoint is intact",
+        )
+    own = {"rank": rank, "kind": type(mine).__name__, "what": str(mine)}
+    if isinstance(mine, VeneerError):
+        own |= {"what": mine.what, "where": mine.where, "fix": mine.fix}
+    try:
+        first = json.loads(store.compare_set(_ERROR, "", json.dumps(own)))
+    except RuntimeError:  # whoever kept the store is gone too
+        return mine
+    if first["rank"] == rank:
+        return mine
+    kind = getattr(errors, first["kind"], None)
+    if kind is None:
+        told = TrainingError(f"process {first['rank']} of this run stopped: {first['kind']}: {first['what']}")
+    else:
+        told = kind(first["what"], where=first["where"], fix=first["fix"])
+    told.told = True
+    return told
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether this is torch.distributed's way to say that another process is not there."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def launch(count: int, command: Sequence[str]) -> int:
+    """Runs `command` in `count` processes on this machine, one a device, and returns the exit code: 0, or that of the
+    first process that failed. Signals go on to all of them; when one fails and the others do not notice, they are
+    ended."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    settings = {
+        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    settings.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, frame: Any) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for rank in range(count):
+            own = settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # A session of its own: a Ctrl-C in the terminal reaches it through `forward`, once.
+            processes.append(subprocess.Popen(list(command), env=own, start_new_session=True))
+        _wait(processes)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    codes = [process.returncode for process in processes]
+    for rank, code in enumerate(codes):
+        if code < 0:
+            print(f"process {rank} of {count} was ended by {signal.Signals(-code).name}", file=sys.stderr)
+    return next((128 - code if code < 0 else code for code in sorted(codes, key=lambda c: c < 0) if code), 0)
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended. From the first failure on the others have their time, then SIGTERM, then SIGKILL."""
+    failed: float | None = None
+    ways = [(2 * _PATIENCE, signal.SIGKILL), (_PATIENCE, signal.SIGTERM)]
+    while None in (codes := [process.poll() for process in processes]):
+        if failed is None and any(codes):
+            failed = time.monotonic()
+        if failed is not None and ways and time.monotonic() - failed > ways[-1][0]:
+            number = ways.pop()[1]
+            for process in processes:
+                process.send_signal(number)
+        time.sleep(0.05)

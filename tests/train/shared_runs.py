@@ -1,0 +1,136 @@
+"""Runs of two processes, for test_devices: `python -m tests.train.shared_runs FOLDER` in each, as torchrun would.
+
+FOLDER holds the tiny base and its rows, and a run `one` of one process. What each process saw is left in
+FOLDER/seen-RANK.json. The process group is made here, as Ray makes one, and is the same for all runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from tests.train.test_run import _train
+from tests.train.tiny_pictures import run as train_pictures
+from veneer.errors import Interrupted, TrainingError
+from veneer.models import shard
+from veneer.train import run
+from veneer.train.events import Evaluated, Event, Note, Stepped
+
+ONE_ROW = {"batching": {"rows": 4, "micro_rows": 1}}
+"""Micro-batches of a row each are the same ones on any number of devices, and so are their dropout masks."""
+NO_DROPOUT = {"adapter": {"rank": 4, "dropout": 0.0}}
+SHARDED: dict[str, dict[str, Any]] = {
+    "shard": {**NO_DROPOUT, "schedule": {"steps": 5}, "memory": {"shard": True}},
+    "shard-dora": {
+        "adapter": {"rank": 4, "dropout": 0.0, "dora": True}, "batching": {"rows": 1}, "schedule": {"steps": 4},
+        "memory": {"shard": True, "activation_checkpointing": "on"},
+    },
+    "shard-nf4": {
+        **NO_DROPOUT, "base_keys": {"quantise": "nf4", "dtype": "float32"}, "schedule": {"steps": 5},
+        "memory": {"shard": True},
+    },
+    "shard-int8": {
+        **NO_DROPOUT, "base_keys": {"quantise": "int8", "dtype": "float32"}, "schedule": {"steps": 3},
+        "memory": {"shard": True, "activation_checkpointing": "on"},
+    },
+    "shard-whole": {
+        "adapter": {"rank": 2, "dropout": 0.0, "modules_to_save": ["lm_head"]}, "schedule": {"steps": 2},
+        "memory": {"shard": True},
+    },
+}  # fmt: skip
+PICTURES: dict[str, Any] = {"ema": {"decay": 0.6}, "samples": {"prompts": ["a cat"], "steps": 2}}
+
+
+def numbers(events: list[Event]) -> dict[str, Any]:
+    """What can be compared of a run's events."""
+    return {
+        "losses": [e.loss for e in events if isinstance(e, Stepped)],
+        "norms": [e.gradient_norm for e in events if isinstance(e, Stepped)],
+        "tokens": [e.tokens for e in events if isinstance(e, Stepped)],
+        "validation": [[e.loss, e.rows, e.trained_tokens, e.extra] for e in events if isinstance(e, Evaluated)],
+        "notes": [e.text for e in events if isinstance(e, Note)],
+    }
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    seen: dict[str, Any] = {}
+    held: list[int] = []
+
+    def measured(model: Any) -> int:
+        held.append(shard.held_bytes(model))
+        return held[-1]
+
+    run.held_bytes = measured
+
+    def one(name: str, act: Callable[..., Any], *args: Any, **sections: Any) -> None:
+        events: list[Event] = []
+        result = act(folder, folder / name, *args, on_event=events.append, **sections)
+        seen[name] = {**numbers(events), "digest": result.digest, "heard": len(events)}
+        dist.barrier()
+
+    def going_on(name: str, origin: str) -> None:
+        """A copy of a run as it was after its step 6."""
+        if rank == 0:
+            shutil.copytree(folder / origin, folder / name)
+            for path in (folder / name / "checkpoints").iterdir():
+                if int(path.name.removeprefix("step-")) > 6:
+                    shutil.rmtree(path)
+        dist.barrier()
+
+    keep = {"checkpoint": {"every": 3, "keep": 9}}
+    one("two", _train, **ONE_ROW, **keep)
+    for name, origin in (("one-then-two", "one"), ("two-then-two", "two")):
+        going_on(name, origin)
+        one(name, _train, resume=True, **ONE_ROW, **keep)
+    one("idle", _train, batching={"rows": 1}, schedule={"steps": 4})
+    for name, sections in SHARDED.items():
+        held.clear()
+        one(name, _train, **sections)
+        seen[name]["held"] = list(held)
+    one("pictures", train_pictures, **PICTURES)
+    seen["not-finite"] = broken(rank, folder, float("nan"))
+    dist.barrier()
+    dist.distributed_c10d._get_default_store().delete_key("veneer/error")
+    dist.barrier()
+    seen["stopped"] = broken(rank, folder, None)
+    (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+def broken(rank: int, folder: Path, factor: float | None) -> dict[str, Any]:
+    """A run in which something happens to the second process alone: a loss that is not finite, or a signal."""
+    real, calls = run.text_loss, 0
+
+    def loss(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls == 12:
+            if factor is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                return real(*args) * factor
+        return real(*args)
+
+    run.text_loss = loss
+    name = "stopped" if factor is None else "not-finite"
+    try:
+        _train(folder, folder / name, **ONE_ROW)
+    except (Interrupted, TrainingError) as error:
+        return {"kind": type(error).__name__, "what": error.what, "where": error.where, "told": error.told}
+    finally:
+        run.text_loss = real
+    return {}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

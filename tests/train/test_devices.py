@@ -1,0 +1,320 @@
+"""Several processes on one run: the same losses and the same adapter as one, whole or sharded, and one end for all.
+
+Two processes with gloo on the CPU. In float32 a sum over processes is added in another order than one process adds it:
+losses agree within 1e-5 of their size and adapters within 1e-5 of their largest entry over ten steps of AdamW.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.tiny_base import tiny_base_dir
+from tests.train.shared_runs import ONE_ROW, PICTURES, SHARDED, numbers
+from tests.train.test_run import ROOT, TENSORS, _train
+from tests.train.tiny_pictures import run as train_pictures
+from veneer.errors import ConfigError
+from veneer.formats.container import read_tensors
+from veneer.train import checkpoint, devices
+from veneer.train.check_run import shared_out
+from veneer.train.config import config_from
+from veneer.train.devices import ALONE, Devices, digest_of, launch, shares
+from veneer.train.events import Event
+from veneer.train.findings import RunSubject
+from veneer.train.report import read_log
+
+SIZES = st.lists(st.integers(1, 500), max_size=40)
+
+
+# --- who does what ------------------------------------------------------------------------------------------------
+
+
+@given(SIZES, st.integers(1, 9))
+def test_every_part_is_somebodys_once_and_nobody_has_much_more(sizes: list[int], count: int) -> None:
+    hands = shares(sizes, count)
+    assert sorted(index for hand in hands for index in hand) == list(range(len(sizes)))
+    loads = [sum(sizes[i] for i in hand) for hand in hands]
+    assert max(loads) - min(loads) <= max(sizes, default=0)  # Graham's bound for the longest first
+    dealt = [Devices(rank, count).deal(sizes) for rank in range(count)]
+    assert [[index for index, counts in hand if counts] for hand in dealt] == hands
+
+
+@given(SIZES, st.integers(1, 9))
+def test_in_lockstep_all_have_the_same_number_and_each_part_still_counts_once(sizes: list[int], count: int) -> None:
+    dealt = [Devices(rank, count, lockstep=True).deal(sizes) for rank in range(count)]
+    assert len({len(hand) for hand in dealt}) == 1
+    assert sorted(i for hand in dealt for i, counts in hand if counts) == list(range(len(sizes)))
+
+
+def test_one_process_keeps_the_order_and_needs_no_distributed_torch(tmp_path: Path) -> None:
+    assert ALONE.deal([3, 9, 9, 1]) == [(0, True), (1, True), (2, True), (3, True)]
+    assert ALONE.gather("x") == ["x"]
+    code = (
+        "import sys; from veneer.train.devices import joined\n"
+        "with joined('cpu') as d: d.agree('x', 'y'); d.gather(1); assert d.first and d.device == 'cpu'\n"
+        "assert not __import__('torch').distributed.is_initialized()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_digest_knows_names_bits_and_shapes() -> None:
+    a = {"x": torch.zeros(2, 3), "y": torch.ones(2)}
+    seen = {digest_of(a), digest_of({**a, "x": torch.zeros(3, 2)}), digest_of({**a, "y": torch.ones(2).double()})}
+    seen |= {digest_of({**a, "x": -torch.zeros(2, 3)}), digest_of({"x": a["x"], "z": a["y"]}), digest_of(a, 1)}
+    assert len(seen) == 6
+    assert digest_of(dict(reversed(a.items()))) == digest_of(a)
+
+
+def test_gradients_of_one_process_are_left_alone() -> None:
+    p = nn.Parameter(torch.ones(3))
+    ALONE.add_gradients([p], [0])
+    assert p.grad is None
+
+
+@pytest.mark.parametrize(
+    ("count", "micros", "shard", "level", "said"),
+    [
+        (2, [2, 3, 4], False, "ok", "2 devices share each step, at most 1 to 2 micro-batches for one"),
+        (2, [2, 2], True, "ok", "each holds a part of the frozen weights"),
+        (4, [4] * 20 + [1], False, "ok", "4 devices share"),
+        (4, [2, 2, 4], False, "warn", "2 of 3 steps have fewer micro-batches than the 4 devices"),
+        (1, [2], True, "warn", "this run has one"),
+    ],
+)
+def test_the_preflight_says_how_the_work_falls(
+    count: int, micros: list[int], shard: bool, level: str, said: str
+) -> None:
+    values = {"base": "b", "data": {"train": "t"}, "output": "o", "memory": {"shard": shard}}
+    found = list(shared_out(RunSubject(base=None, config=config_from(values)[0], devices=count, micros=micros)))
+    assert found[0].level == level
+    assert any(said in finding.text for finding in found)
+
+
+# --- runs of two processes ----------------------------------------------------------------------------------------
+
+
+class Runs:
+    """`one`: what a process alone saw, by run; `two`: what each of two saw."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.one: dict[str, dict[str, Any]] = {}
+        self.two: list[dict[str, Any]] = []
+
+    def alone(self, name: str, act: Any, output: str, **sections: Any) -> None:
+        events: list[Event] = []
+        result = act(self.folder, self.folder / output, on_event=events.append, **sections)
+        self.one[name] = {**numbers(events), "digest": result.digest, "output": output}
+
+    def tensors(self, output: str) -> dict[str, torch.Tensor]:
+        return read_tensors(next((self.folder / output).glob("*.safetensors")))[0]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("devices")
+    tiny_base_dir(folder)
+    write_rows(folder / "rows.jsonl")
+    runs = Runs(folder)
+    runs.alone("two", _train, "one", **ONE_ROW, checkpoint={"every": 3, "keep": 9})
+    runs.alone("idle", _train, "one-idle", batching={"rows": 1}, schedule={"steps": 4})
+    for name, sections in SHARDED.items():
+        memory = {"activation_checkpointing": "off"}
+        runs.alone(name, _train, f"one-{name}", **{**sections, "memory": memory})
+    runs.alone("pictures", train_pictures, "one-pictures", **PICTURES)
+    assert launch(2, [sys.executable, "-m", "tests.train.shared_runs", str(folder)]) == 0
+    runs.two = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(2)]
+    return runs
+
+
+def write_rows(path: Path) -> None:
+    with path.open("w") as file:
+        for i in range(20):
+            for thing, team in (("printer", "it"), ("invoice", "billing")):
+                asked = {"role": "user", "content": f"The {thing} number {i} {'still ' * (i % 4)}does not work."}
+                answer = {"role": "assistant", "content": json.dumps({"team": team})}
+                file.write(json.dumps({"messages": [asked, answer]}) + "\n")
+
+
+def same_adapter(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(tensor, b[name], rtol=0, atol=1e-5 * max(1.0, float(tensor.abs().max())))
+
+
+@pytest.mark.parametrize("name", ["two", "idle", *SHARDED, "pictures"])
+def test_two_processes_lose_and_learn_what_one_does(name: str, runs: Runs) -> None:
+    """With dropout, with a process that has nothing to do, sharded, with DoRA recomputed, full copies, pictures."""
+    one, two = runs.one[name], runs.two[0][name]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-4)
+    assert two["tokens"] == one["tokens"]
+    for (loss, rows, trained, extra), (l2, r2, t2, e2) in zip(one["validation"], two["validation"], strict=True):
+        assert (r2, t2) == (rows, trained)
+        assert l2 == pytest.approx(loss, rel=1e-5)
+        assert e2 == pytest.approx(extra, rel=1e-4)
+    same_adapter(runs.tensors(one["output"]), runs.tensors(name))
+
+
+def test_only_the_first_speaks_and_all_know_the_same_adapter(runs: Runs) -> None:
+    first, second = runs.two
+    for name in ("two", "idle", *SHARDED, "pictures"):
+        assert first[name]["heard"] > 5
+        assert second[name]["heard"] == 0
+        assert first[name]["digest"] == second[name]["digest"] != ""
+    assert any("logits equal bit for bit" in note for note in first["shard"]["notes"])
+
+
+def test_resumed_on_as_many_it_is_bit_for_bit_the_run_that_was_never_stopped(runs: Runs) -> None:
+    assert (runs.folder / "two-then-two" / TENSORS).read_bytes() == (runs.folder / "two" / TENSORS).read_bytes()
+    logged = [r["step"] for r in read_log(runs.folder / "two-then-two" / "log.jsonl") if r["event"] == "stepped"]
+    assert logged == list(range(1, 11))
+
+
+def test_resumed_on_another_number_it_is_that_run_but_for_rounding(runs: Runs, tmp_path: Path) -> None:
+    same_adapter(runs.tensors("two"), runs.tensors("one-then-two"))
+    notes = runs.two[0]["one-then-two"]["notes"]
+    assert any("devices was 1 and is 2" in note for note in notes)
+    assert any("resuming after step 6" in note for note in notes)
+    result = _train(runs.folder, runs.folder / "stopped", resume=True, **ONE_ROW)  # begun by two, ended by one
+    assert result.steps == 10
+    same_adapter(runs.tensors("one"), runs.tensors("stopped"))
+
+
+def test_each_process_holds_its_part_of_the_frozen_weights(runs: Runs) -> None:
+    for seen in runs.two:
+        whole, part = seen["shard"]["held"][:2]
+        assert part == pytest.approx(whole / 2, rel=0.02)
+
+
+def test_a_loss_that_is_not_finite_on_one_ends_both_and_is_told_once(runs: Runs) -> None:
+    found = [seen["not-finite"] for seen in runs.two]
+    assert {f["kind"] for f in found} == {"TrainingError"}
+    assert found[0]["what"] == found[1]["what"]
+    assert "rows.jsonl:" in found[0]["where"]
+    assert sorted(f["told"] for f in found) == [False, True]
+    assert not (runs.folder / "not-finite" / TENSORS).exists()
+
+
+def test_a_signal_to_one_stops_both_at_the_same_step_with_the_state_saved(runs: Runs) -> None:
+    found = [seen["stopped"] for seen in runs.two]
+    assert {f["kind"] for f in found} == {"Interrupted"}
+    assert found[0]["what"] == found[1]["what"]
+    assert sorted(f["told"] for f in found) == [False, True]
+    assert checkpoint.latest(runs.folder / "stopped" / "checkpoints") is not None
+    assert "after step" in found[0]["what"]
+
+
+# --- starting them ------------------------------------------------------------------------------------------------
+
+CHILD = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+def stop(number, frame):
+    print(f"{rank} was asked", flush=True)
+    sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+print(f"{rank} of {os.environ['WORLD_SIZE']} at {os.environ['LOCAL_RANK']}", flush=True)
+if sys.argv[1] == "wait":
+    if rank == 0:
+        time.sleep(0.5)
+        os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+sys.exit(int(sys.argv[1]) if rank == 1 else 0)
+"""
+
+
+def test_launch_starts_as_many_and_gives_the_first_failure(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(3, [sys.executable, "-c", CHILD, "0"]) == 0
+    said = capfd.readouterr().out
+    assert sorted(said.splitlines()) == [f"{rank} of 3 at {rank}" for rank in range(3)]
+    assert launch(2, [sys.executable, "-c", CHILD, "7"]) == 7
+
+
+def test_a_signal_to_the_launcher_reaches_each_once(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(2, [sys.executable, "-c", CHILD, "wait"]) == 130
+    said = capfd.readouterr().out
+    assert (said.count("0 was asked"), said.count("1 was asked")) == (1, 1)
+
+
+def test_those_that_do_not_notice_a_failure_are_ended(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devices, "_PATIENCE", 0.3)
+    code = "import os, sys, time; time.sleep(60) if os.environ['RANK'] == '0' else sys.exit(3)"
+    assert launch(2, [sys.executable, "-c", code]) == 3
+    assert "process 0 of 2 was ended by SIGTERM" in capfd.readouterr().err
+
+
+def test_devices_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices._own_device("cpu", 5, 6) == "cpu"
+    with pytest.raises(ConfigError, match="takes a device of its own"):
+        devices._own_device("cuda:1", 0, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        devices._own_device("cuda", 0, 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="4 processes were started on a machine with 2"):
+        devices._own_device("cuda", 3, 4)
+
+
+# --- one of them fails --------------------------------------------------------------------------------------------
+
+FAULT = """
+import os, signal, sys
+from pathlib import Path
+from tests.train.test_run import _values
+from veneer.cli import main
+from veneer.train import run
+real, calls = run.text_loss, 0
+def loss(*args):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls == 10:
+        if sys.argv[3] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("out of memory, said the allocator")
+    return real(*args)
+run.text_loss = loss
+import json
+config = Path(sys.argv[2]).with_suffix(".json")
+config.write_text(json.dumps(_values(Path(sys.argv[1]), Path(sys.argv[2]), batching={"rows": 4, "micro_rows": 1})))
+main.main(["train", str(config), *sys.argv[4:]])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize(
+    ("fault", "shard"),
+    [("error", False), ("kill", False), *(pytest.param(f, True, marks=pytest.mark.slow) for f in ("error", "kill"))],
+)
+def test_a_process_that_fails_ends_all_with_one_message(
+    fault: str, shard: bool, runs: Runs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / f"{fault}-{shard}"
+    command = [sys.executable, "-c", FAULT, str(runs.folder), str(output), fault]
+    code = launch(2, [*command, "memory.shard=true"] if shard else command)
+    said = capfd.readouterr().err
+    assert said.count("error:") == 1, said
+    assert "Traceback" not in said
+    if fault == "kill":
+        assert code == 2
+        assert "another process of this run has ended" in said
+        assert "process 1 of 2 was ended by SIGKILL" in said
+        assert "--resume" in said
+    else:
+        assert code == 2
+        assert "out of memory on a batch of" in said
+        assert "rows.jsonl:" in said
+    assert not (output / TENSORS).exists()
