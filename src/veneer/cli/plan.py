@@ -1,0 +1,148 @@
+"""`veneer plan`: memory, time and money of a run before it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.plan.plan import Plan
+
+__all__ = ["app"]
+
+app = typer.Typer(add_completion=False)
+
+_EXAMPLE = (
+    "Example: veneer plan --base meta-llama/Llama-3.1-70B --gpu h100-80gb --rows 5000 --tokens-per-row 600 --epochs 3"
+)
+
+
+@app.command(epilog=_EXAMPLE)
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="A training configuration to plan.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="A base by its hub id, or a folder or config.json of one.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="A GPU of the table (--list), cpu for this machine's.")
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many of them.")] = 1,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Rows (of pictures: pictures).")] = None,
+    tokens_per_row: Annotated[float | None, typer.Option("--tokens-per-row", min=2, help="Tokens of a row.")] = None,
+    longest: Annotated[int | None, typer.Option("--longest", min=2, help="Tokens of the longest row.")] = None,
+    trained: Annotated[float, typer.Option("--trained", min=0.001, max=1, help="Share of tokens learned.")] = 1.0,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Times over the data.")] = 3,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows in a step.")] = 16,
+    micro_tokens: Annotated[int, typer.Option("--micro-tokens", min=1, help="Tokens in memory at once.")] = 2048,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of every pair.")] = 16,
+    dtype: Annotated[str, typer.Option("--dtype", help="Precision of the base: bfloat16 or float32.")] = "bfloat16",
+    quantise: Annotated[str | None, typer.Option("--quantise", help="nf4, fp4 or int8.")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Activations are made again.")] = False,
+    price: Annotated[float | None, typer.Option("--price", min=0, help="US dollars an hour of one GPU.")] = None,
+    tenants: Annotated[int, typer.Option("--tenants", min=1, help="Adapters to serve.")] = 100,
+    prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Tokens a request reads.")] = None,
+    answer: Annotated[int, typer.Option("--answer", min=1, help="Tokens a request writes.")] = 100,
+    together: Annotated[int, typer.Option("--together", min=1, help="Requests served at once.")] = 32,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Take short real steps here first, and keep what they show.")
+    ] = False,
+    list_: Annotated[bool, typer.Option("--list", help="The bases and GPUs that are known, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What a run needs before it runs: memory by part, whether it fits, what makes it fit, hours and dollars.
+
+    Needs a base's configuration and never its weights."""
+    from veneer.plan.plan import Job, text_plan
+    from veneer.plan.render import plan_text
+    from veneer.plan.serving import Traffic
+
+    if list_:
+        _list(as_json)
+        return
+    if calibrate:
+        _calibrate(base or "smollm2-135m")
+        if config is None and base is None:
+            return
+    device, rates, process = _device(gpu, gpus, price)
+    made: Plan
+    if config is not None:
+        from veneer.train.planning import plan_of_config
+
+        made = plan_of_config(
+            config, overrides or [], device, rates, process=process, rows=rows, tokens_per_row=tokens_per_row,
+            longest=longest, trained=trained,
+        )  # fmt: skip
+    elif base is not None:
+        from veneer.plan.memory import Load
+        from veneer.plan.shape import text_shape
+        from veneer.plan.tables import base_config
+
+        if rows is None or tokens_per_row is None:
+            raise ConfigError("a plan needs --rows and --tokens-per-row", fix=_EXAMPLE.removeprefix("Example: "))
+        shape = text_shape(base_config(base))
+        load = Load.of(
+            longest or round(tokens_per_row), micro_tokens, rank=rank, dtype=dtype, quantise=quantise,
+            checkpointing=checkpointing, trained=trained,
+        )  # fmt: skip
+        micros = -(-batch // len(load.lengths))
+        load = _with(load, micros=micros)
+        traffic = Traffic(prompt or round(tokens_per_row), answer, together, tenants)
+        job = Job(rows, tokens_per_row, epochs, batch)
+        made = text_plan(base, shape, load, device, rates, job, process=process, traffic=traffic)
+    else:
+        raise ConfigError("nothing to plan", fix=f"give a CONFIG.yaml, or {_EXAMPLE.removeprefix('Example: ')}")
+    print(json.dumps(made.to_dict()) if as_json else plan_text(made))
+
+
+def _with(load: Any, **changes: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(load, **changes)
+
+
+def _device(gpu: str | None, count: int, price: float | None) -> tuple[Any, Any, int | None]:
+    """(device, its rates, the process's bytes as calibrated)."""
+    from veneer.plan.calibration import cpu_device, device_key, kept
+    from veneer.plan.tables import device_named
+    from veneer.plan.time import rates_of
+
+    device = cpu_device() if gpu is None or gpu == "cpu" else device_named(gpu, count=count, price=price)
+    record = kept(device_key(device))
+    if record is None:
+        return device, rates_of(device), None
+    return device, record.rates(), record.process
+
+
+def _calibrate(base: str) -> None:
+    from veneer.models.quiet import quiet
+    from veneer.plan.calibration import keep, measured
+
+    with quiet():
+        record = measured(base, say=lambda line: print(line, file=sys.stderr))
+    print(f"{record.rates().source}; process {record.process / 1e9:.2f} GB: kept in {keep(record)}", file=sys.stderr)
+
+
+def _list(as_json: bool) -> None:
+    from veneer.plan.tables import base_names, device_named, gpu_names
+
+    if as_json:
+        print(json.dumps({"bases": base_names(), "gpus": gpu_names()}))
+        return
+    for name in gpu_names():
+        d = device_named(name)
+        cost = "" if d.price is None else f"${d.price:g}/h"
+        print(f"{name:<18} {d.memory / 1e9:>6.1f} GB {d.bandwidth / 1e9:>6,.0f} GB/s {d.flops / 1e12:>6,.0f} TFLOP/s {cost:>8}")
+    print()
+    for name in base_names():
+        print(name)
