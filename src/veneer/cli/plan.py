@@ -142,7 +142,8 @@ def _list(as_json: bool) -> None:
     for name in gpu_names():
         d = device_named(name)
         cost = "" if d.price is None else f"${d.price:g}/h"
-        print(f"{name:<18} {d.memory / 1e9:>6.1f} GB {d.bandwidth / 1e9:>6,.0f} GB/s {d.flops / 1e12:>6,.0f} TFLOP/s {cost:>8}")
+        rates = f"{d.bandwidth / 1e9:>6,.0f} GB/s {d.flops / 1e12:>6,.0f} TFLOP/s"
+        print(f"{name:<18} {d.memory / 1e9:>6.1f} GB {rates} {cost:>8}")
     print()
     for name in base_names():
         print(name)

@@ -34,6 +34,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and run the longest batch; write nothing.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Try a run that does not fit by its plan, with a warning.")
+    ] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write scalars to OUTPUT/tensorboard as well.")
     ] = False,
@@ -52,7 +55,7 @@ def train(
 
     board = TensorBoardLog(Path(chosen.output.directory) / "tensorboard") if tensorboard and not dry_run else None
     view = ConsoleView(unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens")
-    options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "sources": sources}
+    options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "force": force, "sources": sources}
     options["on_event"] = fan_out(view, board)
     result: Any
     try:
@@ -66,7 +69,7 @@ def train(
 
                 result = train_text(chosen, **options)
     except Interrupted as error:
-        command = _again(config, overrides or [], tensorboard=tensorboard, as_json=as_json)
+        command = _again(config, overrides or [], force=force, tensorboard=tensorboard, as_json=as_json)
         raise Interrupted(error.what, where=error.where, fix=f"go on with: {command}") from None
     finally:
         view.close()
@@ -78,9 +81,14 @@ def train(
         _say(result, chosen)
 
 
-def _again(config: Path, overrides: list[str], *, tensorboard: bool, as_json: bool) -> str:
+def _again(config: Path, overrides: list[str], *, force: bool, tensorboard: bool, as_json: bool) -> str:
     """The command that goes on where this one stopped."""
-    flags = ["--resume", *(["--tensorboard"] if tensorboard else []), *(["--json"] if as_json else [])]
+    flags = [
+        "--resume",
+        *(["--force"] if force else []),
+        *(["--tensorboard"] if tensorboard else []),
+        *(["--json"] if as_json else []),
+    ]
     return shlex.join(["veneer", "train", str(config), *overrides, *flags])
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from veneer.errors import ConfigError, ResourceError
 from veneer.models.home import veneer_home
 from veneer.plan.memory import Load, text_memory
-from veneer.plan.shape import TextShape, module_shape
+from veneer.plan.shape import model_shape
 from veneer.plan.tables import Device
 from veneer.plan.time import Rates, Work, text_work
 
@@ -44,7 +44,7 @@ class Calibration:
     def rates(self) -> Rates:
         return Rates(
             self.operations, self.bandwidth,
-            f"{self.operations / 1e9:,.0f} GFLOP/s and {self.bandwidth / 1e9:,.1f} GB/s, measured here with {self.base}",
+            f"{self.operations / 1e9:,.0f} GFLOP/s, {self.bandwidth / 1e9:,.1f} GB/s, measured here with {self.base}",
         )  # fmt: skip
 
 
@@ -79,13 +79,15 @@ def keep(record: Calibration) -> Path:
     return file
 
 
-def cpu_device(memory: int | None = None) -> Device:
-    """This machine's CPU. Without a calibration its rate is a guess by its cores: 25 GFLOP/s each."""
+def cpu_device(*, native: bool = True) -> Device:
+    """This machine's CPU. Where it is not calibrated its rate is a guess: 1 TFLOP/s a core at best.
+
+    `native`: whether the compiled kernels run, which a plan that loads nothing takes for granted."""
     import psutil
 
-    total = int(psutil.virtual_memory().total) if memory is None else memory
     cores = _threads()
-    return Device("cpu", "cpu", total, cores * 60e9, 20e9, f"this CPU, {cores} threads", None, 1, native=True)
+    total = int(psutil.virtual_memory().total)
+    return Device("cpu", "cpu", total, cores * 1e12, 20e9, f"this CPU, {cores} threads", None, 1, native)
 
 
 def _threads() -> int:
@@ -124,7 +126,7 @@ def measured(
     from veneer.models.text import load_text
 
     base = base or load_text(name, say=say)
-    shape = module_shape(base.model)
+    shape = model_shape(base.model)
     dtype = str(base.dtype).removeprefix("torch.")
     cuda = base.device.type == "cuda"
     native = not cuda and kernels.load() is not None
@@ -205,5 +207,3 @@ def _peak(cuda: bool) -> int:
     import sys
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-

@@ -16,7 +16,7 @@ the pairs come as activations go, so they count only where they are more, or whe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from veneer.plan.shape import Layer, TextShape, layer_ranks, pair_parameters
@@ -25,7 +25,18 @@ from veneer.plan.tables import Device
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
-__all__ = ["Load", "Memory", "dtype_bytes", "kept_dequantised", "text_memory", "weight_bytes"]
+__all__ = [
+    "CPU_LATER",
+    "CPU_PROCESS",
+    "CUDA_CONTEXT",
+    "Load",
+    "Memory",
+    "dtype_bytes",
+    "kept_dequantised",
+    "seen_keys",
+    "text_memory",
+    "weight_bytes",
+]
 
 _BLOCK = 64  # queries that core.attention takes at once
 _CHUNK = 256  # positions whose logits core.fused.token_nll holds at once
@@ -39,6 +50,8 @@ CUDA_ROUNDING = 0.05
 """Share of activations that the caching allocator cannot place (blocks of 2 MB, and holes between them)."""
 CPU_PROCESS = 480_000_000
 """Resident memory of Python, torch, transformers and oneDNN beside everything counted, where it is not calibrated."""
+CPU_LATER = 130_000_000
+"""The part of that which comes with the first steps: oneDNN's compiled products and the heap around them."""
 CPU_ROUNDING = 0.04
 """Share of activations that the C library's heap cannot place."""
 
@@ -46,7 +59,9 @@ CPU_ROUNDING = 0.04
 @dataclass(frozen=True)
 class Load:
     """What a run puts through a base. `lengths`: tokens of each row in the largest micro-batch; `trained`: the share
-    of them with a loss. `micros`: micro-batches in a step. `dtype`: of the base. `quantise`: nf4, fp4, int8 or None."""
+    of them with a loss. `micros`: micro-batches in a step. `dtype`: of the base. `quantise`: nf4, fp4, int8 or None;
+    `double`: its constants are quantised too. `offload`: share of the weights that waits in the CPU's memory. `kept`:
+    bytes of layers that stay dequantised. `whole`: parameters trained beside the pairs (full copies, token rows)."""
 
     lengths: tuple[int, ...]
     trained: float = 1.0
@@ -60,6 +75,7 @@ class Load:
     optimizer: str = "adamw"
     offload: float = 0.0
     kept: int = 0
+    whole: int = 0
 
     @property
     def tokens(self) -> int:
@@ -105,7 +121,7 @@ class Memory:
 
     @property
     def beyond_base(self) -> int:
-        """What a process needs that has the base, and itself, in memory already."""
+        """What is still to come where the process and the base are in memory already."""
         return self.peak - self.weights - self.constants - self.context
 
 
@@ -134,7 +150,7 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
     """Bytes by part. `process`: what the process holds before the base is loaded, as calibrated (CPU)."""
     e = dtype_bytes(load.dtype)
     weights, constants = weight_bytes(shape, load.dtype, load.quantise, load.double)
-    trainable = pair_parameters(shape, load.spec, rank=load.rank)
+    trainable = pair_parameters(shape, load.spec, rank=load.rank) + load.whole
     ranks = layer_ranks(shape, load.spec, load.rank)
     trained = max(1, round(load.trained * load.tokens))
     last = len(shape.layers) - 1
@@ -221,8 +237,6 @@ class _Kept:
         values = n * (2 * d + heads) + m * (out + 2 * d) + n * d * (layer.norms - 2)
         if self.device.kind != "cpu":
             values += n * out  # what flash attention gave, before rows are laid flat again
-        elif m != n:
-            values += 0
         if layer.head_norms:
             values += n * (layer.heads + layer.kv_heads) * layer.head_dim
         values += m * self._mlp()
@@ -295,8 +309,3 @@ def seen_keys(lengths: Sequence[int], window: int | None = None) -> int:
             first = 0 if window is None else max(0, q - window + 1)
             total += (end - q) * (end - first)
     return total
-
-
-def with_process(memory: Memory, process: int) -> Memory:
-    """The same beside a process of another size."""
-    return replace(memory, context=process)

@@ -51,8 +51,8 @@ class Job:
 @dataclass(frozen=True)
 class Plan:
     """`memory`: of the run as given, on one device; `peak`: what each device holds of it. `planned`: the load and the
-    device of `seconds` and `cost`: as given, or with the first of `changes`. `keeps`: bytes of a quantised base's layers
-    that may stay dequantised in what is left over."""
+    device of `seconds` and `cost`: as given, or with the first of `changes`. `keeps`: bytes of a quantised base's
+    layers that may stay dequantised in what is left over."""
 
     base: str
     parameters: int
@@ -99,7 +99,8 @@ class Plan:
                 {"names": list(c.names), "settings": list(c.settings), "peak_bytes": c.peak,
                  "slower": round(c.slower, 3)} for c in self.changes
             ],
-            "kept_dequantised_bytes": self.keeps, "seconds": self.seconds, "cost": self.cost, "tokens": self.job.tokens, "steps": self.job.total_steps,
+            "kept_dequantised_bytes": self.keeps, "seconds": self.seconds, "cost": self.cost,
+            "tokens": self.job.tokens, "steps": self.job.total_steps,
             "device": {"name": self.device.name, "count": self.device.count, "price": self.device.price},
             "rates": {"operations": self.rates.operations, "bandwidth": self.rates.bandwidth,
                       "source": self.rates.source},

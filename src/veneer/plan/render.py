@@ -53,11 +53,14 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     load, job = plan.load, plan.job
     yield f"base      {plan.base}: {plan.parameters:,} parameters, {load.quantise or load.dtype}"
-    yield f"adapter   rank {load.spec.rank if load.spec is not None else load.rank}: {plan.trainable:,} parameters, a file of {_gb(plan.adapter_bytes)}"
+    rank = load.spec.rank if load.spec is not None else load.rank
+    yield f"adapter   rank {rank}: {plan.trainable:,} parameters, a file of {_gb(plan.adapter_bytes)}"
     steps = f"{job.total_steps:,} steps of {job.batch} rows"
-    yield f"data      {job.rows:,} rows of {job.tokens_per_row:,.0f} tokens, {job.passes:.3g} times: {job.tokens:,} tokens, {steps}"
+    times = f"{job.rows:,} rows of {job.tokens_per_row:,.0f} tokens, {job.passes:.3g} times"
+    yield f"data      {times}: {job.tokens:,} tokens, {steps}"
     share = f", {load.trained:.0%} of them learned" if load.trained < 1 else ""
-    yield f"at once   {load.tokens:,} tokens in {len(load.lengths)} rows{share}; activations {'made again' if load.checkpointing else 'kept'}"
+    kept = "made again" if load.checkpointing else "kept"
+    yield f"at once   {load.tokens:,} tokens in {len(load.lengths)} rows{share}; activations {kept}"
     yield f"device    {plan.device.count} × {plan.device.label or plan.device.name}; {plan.rates.source}"
     for note in plan.notes:
         yield f"note      {note}"
@@ -73,7 +76,8 @@ def _answer(plan: Plan) -> Iterator[str]:
         yield f"It does not fit as given: {_gb(plan.peak)}, and {_gb(plan.room)} may be taken on {where}."
         yield f"It fits with {change.text}."
     else:
-        yield f"It does not fit: {_gb(plan.peak)}, and {_gb(plan.room)} may be taken on {where}; no three changes together make it."
+        yield f"It does not fit: {_gb(plan.peak)}, and {_gb(plan.room)} may be taken on {where};"
+        yield "no three changes together make it fit."
     if plan.seconds is not None:
         money = "" if plan.cost is None else f", ${plan.cost:,.2f} at ${plan.device.price:g} an hour"
         yield f"{'Then it' if plan.changes else 'It'} takes {duration(plan.seconds)}{money}."
@@ -86,7 +90,8 @@ def _serving(plan: Plan) -> Iterator[str]:
     devices = "it" if s.devices == 1 else f"{s.devices} of them"
     yield ""
     yield f"served on {devices}, {t.together} requests at once of {t.prompt} + {t.answer} tokens"
-    yield f"  {s.adapters:,} adapters of {_gb(s.adapter_bytes)} fit beside the base and {_gb(s.cache_bytes)} of keys and values"
+    beside = f"the base and {_gb(s.cache_bytes)} of keys and values"
+    yield f"  {s.adapters:,} adapters of {_gb(s.adapter_bytes)} fit beside {beside}"
     yield f"  {s.tokens_per_second:,.0f} tokens/s, {s.requests_per_second:,.1f} requests/s at best"
     if s.cents is not None and s.shared is not None and s.dedicated is not None:
         yield f"  {s.cents:,.2f} cents per thousand requests at full load"

@@ -3,8 +3,8 @@
     text_shape(config)            a language model's config.json, as a dict
     module_shape(model)           the same read off a built model, on any device: for families not in the table here
 
-A layer's matrices are as transformers has them, so that targets mean what they mean to training. Loads neither torch nor
-transformers.
+A layer's matrices are as transformers has them, so that targets mean what they mean to training. Loads neither torch
+nor transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from veneer.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
-__all__ = ["FAMILIES", "Layer", "Linear", "TextShape", "module_shape", "pair_parameters", "text_shape"]
+__all__ = [
+    "FAMILIES",
+    "Layer",
+    "Linear",
+    "TextShape",
+    "layer_ranks",
+    "model_shape",
+    "module_shape",
+    "pair_parameters",
+    "text_shape",
+]
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,8 @@ class Linear:
 @dataclass(frozen=True)
 class Layer:
     """A decoder layer. `small`: parameters of norms, biases and routers, never quantised. `norms`: inputs of the
-    hidden size that norms keep. `head_norms`: whether q and k are normed too. `window`: keys a query sees, None: all."""
+    hidden size that norms keep. `head_norms`: whether q and k are normed too. `window`: keys a query sees, None for
+    all."""
 
     linears: tuple[Linear, ...]
     small: int
@@ -122,7 +133,7 @@ def _pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> Iterator[tuple
         for linear in layer.linears:
             name = f"model.layers.{i}.{linear.name}"
             own = rank if spec is None else _rank(spec, name, linear)
-            if own and (linear.pair or spec is not None and spec.targets != "all-linear"):
+            if own and (linear.pair or (spec is not None and spec.targets != "all-linear")):
                 magnitude = linear.outputs if spec is not None and spec.dora else 0
                 yield name, own, linear.times * (own * (linear.inputs + linear.outputs) + magnitude)
 
@@ -168,7 +179,9 @@ def text_shape(config: Config) -> TextShape:
     if family not in FAMILIES:
         near = nearest(family, FAMILIES) or sorted(FAMILIES)
         raise ConfigError(
-            f"a plan knows no language models of the family {family!r}", where="model_type", fix=f"known: {', '.join(near)}"
+            f"a plan knows no language models of the family {family!r}",
+            where="model_type",
+            fix=f"known: {', '.join(near)}",
         )
     values = {k: v for k, v in config.items() if v is not None}
     try:
@@ -179,7 +192,9 @@ def text_shape(config: Config) -> TextShape:
             values.get("max_position_embeddings"), keeps=family in _KEEPS,
         )  # fmt: skip
     except KeyError as error:
-        raise ConfigError(f"the config of this {family} has no {error.args[0]!r}", fix="give the whole config.json") from None
+        raise ConfigError(
+            f"the config of this {family} has no {error.args[0]!r}", fix="give the whole config.json"
+        ) from None
 
 
 _KEEPS = {"llama", "mistral", "qwen2"}
@@ -217,13 +232,15 @@ def _with_experts(layer: Layer, hidden: int, width: int, experts: int, active: i
 
 def _llama(c: Config) -> tuple[Layer, ...]:
     window = c.get("sliding_window") if c["model_type"] == "mistral" else None
-    layer = _attention(c, biases=c["model_type"] == "qwen2" or bool(c.get("attention_bias")), window=window)
-    return (_with_mlp(layer, c["hidden_size"], c["intermediate_size"]),) * c["num_hidden_layers"]
+    biased = bool(c.get("attention_bias"))
+    layer = _attention(c, biases=biased or c["model_type"] == "qwen2", window=window)
+    layer = replace(layer, small=layer.small + (c["hidden_size"] if biased else 0))  # o_proj's
+    return (_with_mlp(layer, c["hidden_size"], c["intermediate_size"]),) * int(c["num_hidden_layers"])
 
 
 def _qwen3(c: Config) -> tuple[Layer, ...]:
     layer = _attention({"head_dim": 128, **c}, head_norms=True)
-    return (_with_mlp(layer, c["hidden_size"], c["intermediate_size"]),) * c["num_hidden_layers"]
+    return (_with_mlp(layer, c["hidden_size"], c["intermediate_size"]),) * int(c["num_hidden_layers"])
 
 
 def _experts(c: Config) -> int:
@@ -237,14 +254,14 @@ def _qwen3_moe(c: Config) -> tuple[Layer, ...]:
     dense = _with_mlp(_attention({"head_dim": 128, **c}, head_norms=True), hidden, c["intermediate_size"])
     mixed = _with_experts(layer, hidden, c["moe_intermediate_size"], experts, c["num_experts_per_tok"])
     step, plain = c.get("decoder_sparse_step", 1), set(c.get("mlp_only_layers", ()))
-    return tuple(mixed if i not in plain and (i + 1) % step == 0 else dense for i in range(c["num_hidden_layers"]))
+    return tuple(mixed if i not in plain and (i + 1) % step == 0 else dense for i in range(int(c["num_hidden_layers"])))
 
 
 def _mixtral(c: Config) -> tuple[Layer, ...]:
     layer, hidden, experts = _attention(c, window=c.get("sliding_window")), c["hidden_size"], _experts(c)
     layer = replace(layer, small=layer.small + experts * hidden)
     layer = _with_experts(layer, hidden, c["intermediate_size"], experts, c["num_experts_per_tok"])
-    return (layer,) * c["num_hidden_layers"]
+    return (layer,) * int(c["num_hidden_layers"])
 
 
 _GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
@@ -255,7 +272,7 @@ def _gemma3(c: Config) -> tuple[Layer, ...]:
     c = {**_GEMMA, **c}
     hidden, every = c["hidden_size"], c.get("sliding_window_pattern", 6)
     kinds = c.get("layer_types") or [
-        "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(c["num_hidden_layers"])
+        "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(int(c["num_hidden_layers"]))
     ]
     layers = []
     for kind in kinds:
@@ -286,7 +303,7 @@ def _phi3(c: Config) -> tuple[Layer, ...]:
         Linear("self_attn.qkv_proj", hidden, joined, "qkv"), *layer.product("o"),
         Linear("mlp.gate_up_proj", hidden, 2 * width, "gate_up"), Linear("mlp.down_proj", width, hidden, "down"),
     )  # fmt: skip
-    return (replace(layer, linears=linears),) * c["num_hidden_layers"]
+    return (replace(layer, linears=linears),) * int(c["num_hidden_layers"])
 
 
 FAMILIES: dict[str, Callable[[Config], tuple[Layer, ...]]] = {
@@ -294,6 +311,12 @@ FAMILIES: dict[str, Callable[[Config], tuple[Layer, ...]]] = {
     "phi3": _phi3, "qwen2": _llama, "qwen3": _qwen3, "qwen3_moe": _qwen3_moe,
 }  # fmt: skip
 """transformers' model_type -> the layers of its config."""
+
+
+def model_shape(model: Any) -> TextShape:
+    """Of a model that is there: by its config where the family is in the table, which knows more; else by modules."""
+    config = model.config.get_text_config().to_dict()
+    return text_shape(config) if config.get("model_type") in FAMILIES else module_shape(model)
 
 
 # -- any model ---------------------------------------------------------------------------------------------------------
@@ -324,6 +347,7 @@ def module_shape(model: Any) -> TextShape:
         linears, small = layers.setdefault(index, ([], 0))
         leaf = name.split(f".{index}.", 1)[-1]
         fused = set(expert_parameters(module))
+        sizes: Any = module
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) in own:
                 continue
@@ -331,9 +355,9 @@ def module_shape(model: Any) -> TextShape:
                 times, a, b = (int(n) for n in parameter.shape)
                 linears.append(Linear(f"{leaf}.{key}", a, b, f"experts.{key}", times, min(active, times)))
             elif key == "weight" and hasattr(module, "in_features"):
-                sizes = int(module.in_features), int(module.out_features)
                 product = _PRODUCTS.get(leaf.rpartition(".")[2], leaf)
-                linears.append(Linear(leaf, *sizes, product, pair=kind_of(module) == "linear"))
+                inputs, outputs = int(sizes.in_features), int(sizes.out_features)
+                linears.append(Linear(leaf, inputs, outputs, product, pair=kind_of(module) == "linear"))
             else:
                 small += parameter.numel()
         layers[index] = linears, small

@@ -92,7 +92,9 @@ def _gpus() -> dict[str, Any]:
             table[name] = {"label": name, "price": None, **table.get(name, {}), **fields}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"the table of GPUs cannot be read: {error!r}", where=str(own), fix='{"gpus": {"h100-80gb": {"price": 1.99}}}'
+            f"the table of GPUs cannot be read: {error!r}",
+            where=str(own),
+            fix='{"gpus": {"h100-80gb": {"price": 1.99}}}',
         ) from None
     wanted = {"memory_mib", "bandwidth_gb", "bf16_tflops"}
     for name, fields in table.items():

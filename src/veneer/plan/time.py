@@ -1,14 +1,14 @@
 """How long a run takes: operations counted, over a rate that is stated or was measured on this device.
 
-    forward       2 operations a weight and token                          products with frozen weights
-    backward      2 more for the gradient of the input; frozen weights get none
-    attention     2 products forward, 4 backward, over the keys that are multiplied
-    thin          6·rank·(in + out) a token and pair: 2 forward, 4 backward
-    head          as a product, at trained tokens alone
-    checkpointing the layers' forward once more
-    dequantising  bytes written and read, forward and backward
+forward       2 operations a weight and token                          products with frozen weights
+backward      2 more for the gradient of the input; frozen weights get none
+attention     2 products forward, 4 backward, over the keys that are multiplied
+thin          6·rank·(in + out) a token and pair: 2 forward, 4 backward
+head          as a product, at trained tokens alone
+checkpointing the layers' forward once more
+dequantising  bytes written and read, forward and backward
 
-    seconds = operations / rate + bytes / bandwidth
+seconds = operations / rate + bytes / bandwidth
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Finding:
 class RunSubject:
     """A run about to start, whatever its data. Checks read it, and leave what they measured in `numbers`.
 
-    `largest_micro`: in `unit`s (tokens, pictures)."""
+    `largest_micro`: in `unit`s (tokens, pictures). `force`: what does not fit by the plan is tried all the same."""
 
     base: Any
     config: Config
@@ -52,6 +52,7 @@ class RunSubject:
     steps_per_epoch: int = 0
     largest_micro: int = 0
     unit: str = "tokens"
+    force: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
 
 

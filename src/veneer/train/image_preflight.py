@@ -213,10 +213,11 @@ def _preset(config: ImageTrainConfig, sources: Mapping[str, Any]) -> Iterator[Fi
 
 
 def with_memory(
-    report: Report, config: ImageTrainConfig, device: torch.device, *, measured: int, pictures: int, recompute: bool
-) -> Report:
+    report: Report, config: ImageTrainConfig, device: torch.device, *, measured: int, pictures: int, recompute: bool,
+    force: bool = False,
+) -> Report:  # fmt: skip
     """The report with what the run will need. `measured`: bytes that one picture of the largest shape keeps for its
-    backward pass, `pictures`: in the largest micro-batch."""
+    backward pass, `pictures`: in the largest micro-batch. `force`: what does not fit is a warning."""
     trained = 16 * int(report.numbers.get("trainable", 0))  # float32 weights, gradient, two moments
     trained += 4 * int(report.numbers.get("trainable", 0)) if config.ema.decay else 0
     need = trained + measured * pictures
@@ -227,10 +228,10 @@ def with_memory(
     count = "1 picture" if pictures == 1 else f"{pictures} pictures"
     how = "with activations recomputed" if recompute else "all activations kept"
     text = f"about {gigabytes(need)} beyond the base, {how}, {gigabytes(free)} free; at most {count} at once"
-    if need > 1.25 * free:
+    if need > free:
         less = "" if recompute else "memory.activation_checkpointing=on, "
         fix = f"{less}batching.micro_rows=1, or a lower data.resolution"
-        report.findings.append(Finding("stop", "memory", f"this run does not fit: {text}", fix))
+        report.findings.append(Finding("warn" if force else "stop", "memory", f"this run does not fit: {text}", fix))
     else:
         report.findings.append(Finding("ok", "memory", text))
     return _sorted(report)

@@ -79,6 +79,7 @@ def train_image(
     *,
     resume: bool = False,
     dry_run: bool = False,
+    force: bool = False,
     on_event: Listener | None = None,
     base: ImageBase | None = None,
     sources: Mapping[str, Any] | None = None,
@@ -86,7 +87,8 @@ def train_image(
     """Trains one adapter as `config` says and returns what came out.
 
     `resume` goes on from the newest checkpoint in the output folder, on the CPU bit for bit as if the run had never
-    stopped. `dry_run` stops after preflight and the largest batch. `on_event` hears everything that happens; without it
+    stopped. `dry_run` stops after preflight and the largest batch. `force`: a run that does not fit is tried with a
+    warning. `on_event` hears everything that happens; without it
     the run is shown in the terminal (stderr). `base`: one that is loaded already; its encoders are then not freed.
     `sources`: setting -> where it came from, as `load_config` gives it.
 
@@ -103,7 +105,7 @@ def train_image(
         for note in base.notes:
             tell(Note(note))
         newest = newest_checkpoint(folder, resume, tell)
-        setup = _Setup(config, base, folder, newest, resume, dry_run, sources, tell)
+        setup = _Setup(config, base, folder, newest, resume, dry_run, force, sources, tell)
         setup.read()
         setup.check()
         setup.draw_missing()
@@ -128,10 +130,10 @@ class _Setup:
 
     def __init__(
         self, config: ImageTrainConfig, base: ImageBase, folder: Path, newest: Path | None, resume: bool, dry: bool,
-        sources: Mapping[str, Any] | None, tell: Listener,
+        force: bool, sources: Mapping[str, Any] | None, tell: Listener,
     ) -> None:  # fmt: skip
         self.config, self.base, self.folder, self.newest = config, base, folder, newest
-        self.resume, self.dry_run, self.sources, self.tell = resume, dry, sources, tell
+        self.resume, self.dry_run, self.force, self.sources, self.tell = resume, dry, force, sources, tell
         self.cache = Path(config.data.cache) if config.data.cache else folder / CACHE
         self.recompute, self.because, self.sheet, self.freed = False, "", "", ""
         self.parked: list[str] = []
@@ -298,8 +300,9 @@ class _Setup:
                 self.recompute, kept = True, measure(True)
         checkpoint.rng_restore(before)
         self.report = with_memory(
-            self.report, config, base.device, measured=kept, pictures=largest.tokens, recompute=self.recompute
-        )
+            self.report, config, base.device, measured=kept, pictures=largest.tokens, recompute=self.recompute,
+            force=self.force,
+        )  # fmt: skip
 
     def say(self) -> None:
         """The settings and the preflight's findings, to whoever listens."""

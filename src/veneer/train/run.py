@@ -34,6 +34,7 @@ from veneer.train.encode import Encoded, Example, encode
 from veneer.train.evaluate import score_examples
 from veneer.train.events import Checked, Event, Listener, Note, Resolved
 from veneer.train.loop import Micro, Score, Step
+from veneer.train.planning import was_predicted
 from veneer.train.preflight import Report, preflight
 from veneer.train.rows import About, Row, data_digest, read_rows, split_rows
 from veneer.train.running import NAME, Outcome, Running, newest_checkpoint, resolved, seed_all, watched
@@ -73,6 +74,7 @@ def train_text(
     *,
     resume: bool = False,
     dry_run: bool = False,
+    force: bool = False,
     on_event: Listener | None = None,
     base: TextBase | None = None,
     sources: Mapping[str, Any] | None = None,
@@ -80,9 +82,10 @@ def train_text(
     """Trains one adapter as `config` says and returns what came out.
 
     `resume` goes on from the newest checkpoint in the output folder, on the CPU bit for bit as if the run had never
-    stopped. `dry_run` stops after preflight and the longest batch, with no file written. `on_event` hears everything
-    that happens; without it the run is shown in the terminal (stderr). `base`: one that is loaded already. `sources`:
-    setting -> where it came from, as `load_config` gives it.
+    stopped. `dry_run` stops after preflight and the longest batch, with no file written. `force`: a run that does not
+    fit by its plan is tried with a warning. `on_event` hears everything that happens; without it the run is shown in
+    the terminal (stderr). `base`: one that is loaded already. `sources`: setting -> where it came from, as
+    `load_config` gives it.
 
     Random generators, the base's mode and its modules are as before afterwards, after any error too. Raises
     PreflightError before step one for what would go wrong, TrainingError for a loss that is not finite,
@@ -96,7 +99,7 @@ def train_text(
         )
         data = _read(config, base)
         newest = newest_checkpoint(folder, resume, tell)
-        report = _preflight(config, base, data, resume, newest)
+        report = _preflight(config, base, data, resume, newest, force)
         recompute, reason = _recompute(config, report)
         settings = resolved(config, sources, _settled(config, base, data, recompute, reason))
         tell(settings)
@@ -177,6 +180,8 @@ class _Run:
         result.digest = save_adapter(replace(trained, card=card), self.folder, self.base)
         sentence = prove(self.attachment, NAME, self.folder, self.base, self.data.encoded.examples[0])
         tell(Note(sentence))
+        if predicted := was_predicted(self.report.numbers, result.peak_memory_bytes, progress.seconds):
+            tell(Note(predicted))
         result.report = write_report(self.folder, result, self.settings, self.base, progress.seconds)
         return result
 
@@ -222,18 +227,20 @@ def _read(config: TrainConfig, base: TextBase) -> _Data:
     return _Data(rows, held_rows, encoded, held, about)
 
 
-def _preflight(config: TrainConfig, base: TextBase, data: _Data, resume: bool, newest: Path | None) -> Report:
+def _preflight(
+    config: TrainConfig, base: TextBase, data: _Data, resume: bool, newest: Path | None, force: bool
+) -> Report:
     previous = checkpoint.read_state(newest).get("about", {}).get("recipe") if newest is not None else None
     return preflight(
         base, config, data.rows, data.encoded, held_out_rows=data.held_rows, held_out=data.held, about=data.about,
-        resume=resume, previous=previous,
+        resume=resume, previous=previous, force=force,
     )  # fmt: skip
 
 
 def _recompute(config: TrainConfig, report: Report) -> tuple[bool, str]:
     """Whether activations are recomputed in the backward pass, and why.
 
-    auto: on when the preflight's estimate with all activations kept is above 90% of the free memory."""
+    auto: on when what the plan counts with all activations kept is above 90% of the free memory."""
     mode = config.memory.activation_checkpointing
     if mode != "auto":
         return mode == "on", ""
