@@ -45,6 +45,9 @@ def plan(
     epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Times over the data.")] = 3,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Rows in a step.")] = 16,
     micro_tokens: Annotated[int, typer.Option("--micro-tokens", min=1, help="Tokens in memory at once.")] = 2048,
+    size: Annotated[int | None, typer.Option("--size", min=64, help="Side of a picture, in pixels.")] = None,
+    micro_pictures: Annotated[int, typer.Option("--micro-pictures", min=1, help="Pictures in memory at once.")] = 1,
+    targets: Annotated[str, typer.Option("--targets", help="Of pictures: attention or attention+ff.")] = "attention",
     rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of every pair.")] = 16,
     dtype: Annotated[str, typer.Option("--dtype", help="Precision of the base: bfloat16 or float32.")] = "bfloat16",
     quantise: Annotated[str | None, typer.Option("--quantise", help="nf4, fp4 or int8.")] = None,
@@ -63,18 +66,22 @@ def plan(
     """What a run needs before it runs: memory by part, whether it fits, what makes it fit, hours and dollars.
 
     Needs a base's configuration and never its weights."""
-    from veneer.plan.plan import Job, text_plan
+    from veneer.plan.image import ImageLoad, is_image
+    from veneer.plan.memory import Load
+    from veneer.plan.plan import Job, image_plan, text_plan
     from veneer.plan.render import plan_text
     from veneer.plan.serving import Traffic
+    from veneer.plan.shape import text_shape
+    from veneer.plan.tables import base_config
 
     if list_:
         _list(as_json)
         return
     if calibrate:
-        _calibrate(base or "smollm2-135m")
+        _calibrate(base or "smollm2-135m", dtype)
         if config is None and base is None:
             return
-    device, rates, process = _device(gpu, gpus, price)
+    device, rates, process = _device(gpu, gpus, price, dtype)
     made: Plan
     if config is not None:
         from veneer.train.planning import plan_of_config
@@ -84,52 +91,52 @@ def plan(
             longest=longest, trained=trained,
         )  # fmt: skip
     elif base is not None:
-        from veneer.plan.memory import Load
-        from veneer.plan.shape import text_shape
-        from veneer.plan.tables import base_config
-
-        if rows is None or tokens_per_row is None:
-            raise ConfigError("a plan needs --rows and --tokens-per-row", fix=_EXAMPLE.removeprefix("Example: "))
-        shape = text_shape(base_config(base))
-        load = Load.of(
-            longest or round(tokens_per_row), micro_tokens, rank=rank, dtype=dtype, quantise=quantise,
-            checkpointing=checkpointing, trained=trained,
-        )  # fmt: skip
-        micros = -(-batch // len(load.lengths))
-        load = _with(load, micros=micros)
-        traffic = Traffic(prompt or round(tokens_per_row), answer, together, tenants)
-        job = Job(rows, tokens_per_row, epochs, batch)
-        made = text_plan(base, shape, load, device, rates, job, process=process, traffic=traffic)
+        if rows is None:
+            raise ConfigError("a plan needs --rows", fix=_EXAMPLE.removeprefix("Example: "))
+        found = base_config(base)
+        if is_image(found):
+            side = size or int(found.get("picture", 1024))
+            load: Any = ImageLoad(
+                micro_pictures, side, side, -(-batch // micro_pictures), rank, dtype, quantise, checkpointing,
+                targets=targets,
+            )  # fmt: skip
+            job = Job(rows, 1.0, epochs, batch)
+            made = image_plan(base, found, load, device, rates, job, process=process)
+        elif tokens_per_row is None:
+            raise ConfigError("a plan of text needs --tokens-per-row", fix=_EXAMPLE.removeprefix("Example: "))
+        else:
+            load = Load.of(
+                longest or round(tokens_per_row), micro_tokens, batch, rank=rank, dtype=dtype, quantise=quantise,
+                checkpointing=checkpointing, trained=trained,
+            )  # fmt: skip
+            traffic = Traffic(prompt or round(tokens_per_row), answer, together, tenants)
+            job = Job(rows, tokens_per_row, epochs, batch)
+            shape = text_shape(found)
+            made = text_plan(base, shape, load, device, rates, job, process=process, traffic=traffic)
     else:
         raise ConfigError("nothing to plan", fix=f"give a CONFIG.yaml, or {_EXAMPLE.removeprefix('Example: ')}")
     print(json.dumps(made.to_dict()) if as_json else plan_text(made))
 
 
-def _with(load: Any, **changes: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(load, **changes)
-
-
-def _device(gpu: str | None, count: int, price: float | None) -> tuple[Any, Any, int | None]:
+def _device(gpu: str | None, count: int, price: float | None, dtype: str) -> tuple[Any, Any, int | None]:
     """(device, its rates, the process's bytes as calibrated)."""
     from veneer.plan.calibration import cpu_device, device_key, kept
     from veneer.plan.tables import device_named
     from veneer.plan.time import rates_of
 
     device = cpu_device() if gpu is None or gpu == "cpu" else device_named(gpu, count=count, price=price)
-    record = kept(device_key(device))
+    record = kept(device_key(device, dtype))
     if record is None:
         return device, rates_of(device), None
     return device, record.rates(), record.process
 
 
-def _calibrate(base: str) -> None:
+def _calibrate(base: str, dtype: str) -> None:
     from veneer.models.quiet import quiet
     from veneer.plan.calibration import keep, measured
 
     with quiet():
-        record = measured(base, say=lambda line: print(line, file=sys.stderr))
+        record = measured(base, dtype=dtype, say=lambda line: print(line, file=sys.stderr))
     print(f"{record.rates().source}; process {record.process / 1e9:.2f} GB: kept in {keep(record)}", file=sys.stderr)
 
 

@@ -95,8 +95,9 @@ def _threads() -> int:
     return int(given) if given.isdigit() and int(given) else len(os.sched_getaffinity(0))
 
 
-def device_key(device: Device) -> str:
-    return f"cpu/{_threads()}" if device.kind == "cpu" else device.name
+def device_key(device: Device, dtype: str) -> str:
+    """What a record is kept under: device and precision, and of a CPU how many threads."""
+    return f"{f'cpu/{_threads()}' if device.kind == 'cpu' else device.name}/{dtype}"
 
 
 def solved(first: tuple[Work, float], second: tuple[Work, float]) -> tuple[float, float]:
@@ -115,8 +116,8 @@ def solved(first: tuple[Work, float], second: tuple[Work, float]) -> tuple[float
 
 
 def measured(
-    name: str, *, rank: int = 16, say: Callable[[str], None] = lambda line: None, base: Any = None
-) -> Calibration:
+    name: str, *, dtype: str = "auto", rank: int = 16, say: Callable[[str], None] = lambda line: None,
+) -> Calibration:  # fmt: skip
     """Takes short training steps of two sizes on the device that training would choose, and measures them.
 
     Raises what loading the base raises, and ResourceError where there is no memory for 1,024 tokens."""
@@ -125,7 +126,7 @@ def measured(
     from veneer import kernels
     from veneer.models.text import load_text
 
-    base = base or load_text(name, say=say)
+    base = load_text(name, dtype=dtype, say=say)
     shape = model_shape(base.model)
     dtype = str(base.dtype).removeprefix("torch.")
     cuda = base.device.type == "cuda"
@@ -147,7 +148,7 @@ def measured(
         ) from None
     rate, bandwidth = solved(timed[0], timed[1])
     counted = text_memory(shape, loads[0], device, process=0).peak
-    return Calibration(device_key(device), rate, bandwidth, max(0, peak - counted), name, dtype)
+    return Calibration(device_key(device, dtype), rate, bandwidth, max(0, peak - counted), name, dtype)
 
 
 def _steps(base: Any, load: Load, rank: int, count: int = 4) -> float:

@@ -18,10 +18,12 @@ from veneer.plan.memory import CPU_PROCESS, CPU_ROUNDING, CUDA_CONTEXT, CUDA_ROU
 from veneer.plan.tables import Device
 from veneer.plan.time import Work
 
-__all__ = ["IMAGE_FAMILIES", "ImageCounts", "ImageLoad", "image_counts", "image_memory", "image_work"]
+__all__ = ["IMAGE_FAMILIES", "ImageCounts", "ImageLoad", "image_counts", "image_memory", "image_work", "is_image"]
 
-_ATTENTION = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",
-              "to_out"}  # fmt: skip
+_ATTENTION = {
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",
+    "to_out",
+}  # fmt: skip
 _FEED_FORWARD = {"net.0.proj", "net.2", "proj_mlp", "proj_out", "linear_in", "linear_out"}
 TARGETS = {"attention": _ATTENTION, "attention+ff": _ATTENTION | _FEED_FORWARD}
 """The words of `adapter.targets`, by the ends of the modules' names."""
@@ -29,14 +31,19 @@ TARGETS = {"attention": _ATTENTION, "attention+ff": _ATTENTION | _FEED_FORWARD}
 
 @dataclass(frozen=True)
 class ImageLoad:
-    """Pictures in a micro-batch, and how they are trained. `stays`: text encoders and VAE stay in memory."""
+    """Pictures in a micro-batch, and how they are trained. `targets`: attention or attention+ff. `offload`: share of
+    the weights that waits in the CPU's memory. `stays`: text encoders and VAE stay in memory."""
 
     pictures: int = 1
+    height: int = 1024
+    width: int = 1024
     micros: int = 1
     rank: int = 16
     dtype: str = "bfloat16"
     quantise: str | None = None
     checkpointing: bool = False
+    offload: float = 0.0
+    targets: str = "attention"
     stays: bool = False
 
 
@@ -111,6 +118,17 @@ class ImageCounts:
 Config = Mapping[str, Any]
 
 
+def kind_of(config: Config) -> str:
+    """The family of a denoiser's config: veneer's word for it, or diffusers' class where there is none."""
+    named = str(config.get("_class_name"))
+    return str(config.get("model_type") or _CLASSES.get(named, named))
+
+
+def is_image(config: Config) -> bool:
+    """Whether this is the config of a denoiser that can be planned."""
+    return kind_of(config) in IMAGE_FAMILIES
+
+
 def image_counts(
     config: Config, *, height: int = 1024, width: int = 1024, rank: int = 16, targets: str = "attention",
     text_tokens: int | None = None, cuda: bool = True,
@@ -118,7 +136,7 @@ def image_counts(
     """The counts of one picture. config: the denoiser's, with `model_type` sdxl, flux or flux2 or diffusers' class.
 
     Raises ConfigError for another denoiser and for other words for targets."""
-    kind = str(config.get("model_type") or _CLASSES.get(str(config.get("_class_name")), config.get("_class_name")))
+    kind = kind_of(config)
     if kind not in IMAGE_FAMILIES:
         raise ConfigError(f"a plan knows no denoiser {kind!r}", fix=f"known: {', '.join(sorted(IMAGE_FAMILIES))}")
     if targets not in TARGETS:
@@ -330,19 +348,17 @@ def image_memory(c: ImageCounts, load: ImageLoad, device: Device, *, process: in
     """Bytes by part, for training on cached latents and texts. As in plan.memory, the peak is where the backward pass
     begins."""
     e = dtype_bytes(load.dtype)
-    quantised = c.matrices if load.quantise else 0
-    weights = (c.parameters - quantised) * e + (c.encoders * e if load.stays else 0)
-    constants = 0
-    if load.quantise == "int8":
-        weights += quantised
-    elif load.quantise:
-        weights += quantised // 2
-        constants = round(quantised * (8 / 64 + 32 / (64 * 256)) / 8)
+    weights, constants = weight_bytes_of(c, load), 0
+    if load.quantise in ("nf4", "fp4"):
+        constants = round(c.matrices * (8 / 64 + 32 / (64 * 256)) / 8)
+    weights += c.encoders * e if load.stays else 0
     kept = load.pictures * (e * c.kept + c.kept32)
     working = load.pictures * e * 0.6 * c.block
     if load.checkpointing:
         kept, working = load.pictures * e * c.inputs, load.pictures * e * 1.6 * c.block
     moving = kept + working
+    host = round(load.offload * (weights + constants))
+    weights, constants = (round((1 - load.offload) * part) for part in (weights, constants))
     gradients = 4 * c.trainable if load.micros > 1 else max(0.0, 4 * c.trainable - moving)
     dequantised = c.largest * e if load.quantise else 0
     cuda = device.kind == "cuda"
@@ -350,8 +366,15 @@ def image_memory(c: ImageCounts, load: ImageLoad, device: Device, *, process: in
     share = CUDA_ROUNDING if cuda else CPU_ROUNDING
     return Memory(
         round(weights), constants, 4 * c.trainable, round(gradients), 8 * c.trainable, round(kept), 0, round(working),
-        dequantised, context, round(share * moving),
+        dequantised, context, round(share * moving), host=host,
     )  # fmt: skip
+
+
+def weight_bytes_of(c: ImageCounts, load: ImageLoad) -> int:
+    """The denoiser's weights in memory, without quantisation constants."""
+    quantised = c.matrices if load.quantise else 0
+    plain = (c.parameters - quantised) * dtype_bytes(load.dtype)
+    return plain + (quantised if load.quantise == "int8" else quantised // 2)
 
 
 def image_work(c: ImageCounts, load: ImageLoad, device: Device) -> Work:
@@ -363,5 +386,5 @@ def image_work(c: ImageCounts, load: ImageLoad, device: Device) -> Work:
     dequantised = reads * e * c.matrices if load.quantise else 0
     return Work(
         n * c.products * again, n * c.attention * (4 / 3 if load.checkpointing else 1), n * c.thin, 0.0, moved,
-        dequantised,
+        dequantised, reads * load.offload * weight_bytes_of(c, load),
     )  # fmt: skip

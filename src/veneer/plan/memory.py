@@ -86,9 +86,10 @@ class Load:
         return max(self.lengths, default=0)
 
     @classmethod
-    def of(cls, tokens_per_row: int, micro_tokens: int, **more: Any) -> Load:
-        """Rows of one length, as many as a micro-batch takes."""
-        return cls((tokens_per_row,) * max(1, micro_tokens // max(1, tokens_per_row)), **more)
+    def of(cls, tokens_per_row: int, micro_tokens: int, batch: int, **more: Any) -> Load:
+        """Rows of one length, as many as a micro-batch takes of a step of `batch` rows."""
+        rows = max(1, min(batch, micro_tokens // max(1, tokens_per_row)))
+        return cls((tokens_per_row,) * rows, micros=-(-batch // rows), **more)
 
 
 @dataclass(frozen=True)

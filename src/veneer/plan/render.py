@@ -51,19 +51,9 @@ def _lines(plan: Plan) -> Iterator[str]:
         for change in plan.changes[1:]:
             yield f"  {change.text}"
     yield ""
-    load, job = plan.load, plan.job
-    yield f"base      {plan.base}: {plan.parameters:,} parameters, {load.quantise or load.dtype}"
-    rank = load.spec.rank if load.spec is not None else load.rank
-    yield f"adapter   rank {rank}: {plan.trainable:,} parameters, a file of {_gb(plan.adapter_bytes)}"
-    steps = f"{job.total_steps:,} steps of {job.batch} rows"
-    times = f"{job.rows:,} rows of {job.tokens_per_row:,.0f} tokens, {job.passes:.3g} times"
-    yield f"data      {times}: {job.tokens:,} tokens, {steps}"
-    share = f", {load.trained:.0%} of them learned" if load.trained < 1 else ""
-    kept = "made again" if load.checkpointing else "kept"
-    yield f"at once   {load.tokens:,} tokens in {len(load.lengths)} rows{share}; activations {kept}"
+    for name, text in plan.facts:
+        yield f"{name:<9} {text}"
     yield f"device    {plan.device.count} × {plan.device.label or plan.device.name}; {plan.rates.source}"
-    for note in plan.notes:
-        yield f"note      {note}"
     yield from _serving(plan)
 
 

@@ -57,9 +57,11 @@ def base_names() -> list[str]:
 
 
 def base_config(name: str) -> dict[str, Any]:
-    """The config of a base: of the table, of a directory or of a config.json. Raises ConfigError with near names."""
+    """The config of a base (of an image base its denoiser's): of the table, a directory or a config.json.
+
+    Raises ConfigError with near names."""
     path = Path(name).expanduser()
-    for file in (path / "config.json", path):
+    for file in (path / "config.json", path / "transformer" / "config.json", path / "unet" / "config.json", path):
         if file.is_file() and file.suffix == ".json":
             try:
                 config = json.loads(file.read_text(encoding="utf-8"))
@@ -67,7 +69,7 @@ def base_config(name: str) -> dict[str, Any]:
                 raise ConfigError(f"this is not JSON: {error}", where=str(file)) from None
             if not isinstance(config, dict):
                 raise ConfigError("a config.json holds an object", where=str(file))
-            return config
+            return {**_picture_side(path, config), **config}
     table, names = _bases()
     known = names.get(name.lower())
     if known is None:
@@ -79,6 +81,17 @@ def base_config(name: str) -> dict[str, Any]:
             f"no base {name!r} is in the table", fix=f"{', '.join(near)}; or --base PATH/config.json of the base"
         )
     return dict(table[known]["config"])
+
+
+def _picture_side(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    """What a picture's side is where nobody says: the U-Net's own, else what the VAE's config states."""
+    own, vae = config.get("sample_size"), base / "vae" / "config.json"
+    if "_class_name" not in config:
+        return {}
+    if own:
+        return {"picture": 8 * int(own)}
+    stated = json.loads(vae.read_text(encoding="utf-8")).get("sample_size") if vae.is_file() else None
+    return {"picture": int(stated or 1024)}
 
 
 def _gpus() -> dict[str, Any]:

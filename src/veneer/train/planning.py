@@ -6,23 +6,24 @@ plan_of_config(file, …)                    neither: rows are counted, tokens g
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import ConfigError, DataError
+from veneer.errors import DataError
+from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, Load
-from veneer.plan.plan import Job, Plan, text_plan
+from veneer.plan.plan import Job, Plan, image_plan, text_plan
 from veneer.plan.render import duration
 from veneer.plan.serving import Traffic
-from veneer.plan.shape import TextShape, model_shape, pair_parameters, text_shape
+from veneer.plan.shape import model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config
 from veneer.plan.time import Rates, rates_of
 from veneer.train.schema import BaseSection, TrainConfig
 
 if TYPE_CHECKING:
     from veneer.train.findings import Subject
+    from veneer.train.image_schema import ImageTrainConfig
 
 __all__ = ["load_of", "plan_of_config", "plan_of_run", "still_needed", "to_be_set", "was_predicted"]
 
@@ -63,13 +64,14 @@ def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
     weight = next(s.base.model.parameters())
     native = weight.device.type == "cpu" and kernels.load() is not None
     device = cpu_device(native=native) if weight.device.type == "cpu" else _card(weight.device)
-    record = kept(device_key(device))
+    dtype = str(getattr(s.base, "dtype", weight.dtype)).removeprefix("torch.")
+    record = kept(device_key(device, dtype))
     shape = model_shape(s.base.model)
     a = s.config.adapter
     pairs = pair_parameters(shape, a.spec() if _special(s.config) else None, rank=a.rank)
     load = load_of(
         s.config, lengths, trained=sum(sum(e.trained) for e in examples) / max(1, tokens), checkpointing=checkpointing,
-        dtype=str(getattr(s.base, "dtype", weight.dtype)).removeprefix("torch."),
+        dtype=dtype,
         whole=max(0, int(s.numbers.get("trainable", 0)) - pairs),
     )  # fmt: skip
     held_out = len(s.held_out.examples) if s.held_out is not None else 0
@@ -142,19 +144,19 @@ def plan_of_config(
     """The plan of a configuration whose base need not be here. What is not given is counted in the data's files, four
     characters for a token.
 
-    Raises ConfigError for a configuration on pictures and for a base whose config is nowhere, DataError for data that
-    is not there while `rows` or `tokens_per_row` is not given."""
+    Raises ConfigError for a base whose config is nowhere, DataError for data that is not there and is to be counted."""
     from veneer.train.config import load_config
 
     config, _ = load_config(file, overrides)
+    found = _config_named(config.base.name)
     if not isinstance(config, TrainConfig):
-        raise ConfigError("this configuration is for pictures", where=str(file), fix="veneer plan --base flux.1-dev …")
-    shape = shape_named(config.base.name)
-    notes = []
+        return _plan_of_pictures(config, found, device, rates, process, rows)
+    shape = text_shape(found)
+    notes: tuple[str, ...] = ()
     lengths: list[int] = []
     if rows is None or tokens_per_row is None:
         lengths = _counted(config)
-        notes.append(f"tokens guessed from characters, {_CHARACTERS} to one; give --tokens-per-row to be exact")
+        notes = (f"tokens guessed from characters, {_CHARACTERS} to one; --tokens-per-row says it exactly",)
     rows = rows or len(lengths)
     mean = tokens_per_row or sum(lengths) / max(1, len(lengths))
     if tokens_per_row is not None:
@@ -166,19 +168,45 @@ def plan_of_config(
     load = load_of(
         config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.activation_checkpointing == "on"
     )
-    plan = text_plan(
-        config.base.name, shape, load, device, rates, _job(config, rows, mean, 0), process=process, traffic=traffic,
-        notes=tuple(notes),
+    job = _job(config, rows, mean, 0)
+    return text_plan(config.base.name, shape, load, device, rates, job, process=process, traffic=traffic, notes=notes)
+
+
+def _plan_of_pictures(
+    config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rates: Rates, process: int | None,
+    rows: int | None,
+) -> Plan:  # fmt: skip
+    from veneer.train.picture_files import SUFFIXES
+
+    if rows is None:
+        given = config.data.pictures
+        folders = [Path(folder) for folder in ((given,) if isinstance(given, str) else given)]
+        rows = sum(p.suffix.lower() in SUFFIXES for folder in folders for p in folder.rglob("*"))
+        if not rows:
+            raise DataError("no pictures to count", where=str(folders[0]), fix="or give --rows")
+    batch = min(config.batching.rows, rows)
+    at_once = config.batching.micro_rows or batch
+    asked = config.data.resolution or int(found.get("picture", 1024))
+    side = asked if isinstance(asked, int) else max(asked)
+    words = config.adapter.targets if isinstance(config.adapter.targets, str) else "attention"
+    load = ImageLoad(
+        at_once, side, side, -(-batch // at_once), config.adapter.rank,
+        config.base.dtype if config.base.dtype != "auto" else "bfloat16", config.base.quantise,
+        config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0, targets=words,
     )  # fmt: skip
-    return plan
+    job = Job(rows, 1.0, float(config.schedule.epochs or 1), batch, config.steps)
+    return image_plan(config.base.name, found, load, device, rates, job, process=process)
 
 
-def shape_named(name: str) -> TextShape:
-    """The shape of a base: of the table, a folder, or one that is in the veneer home."""
+def _config_named(name: str) -> dict[str, Any]:
+    """Of a base that comes along, one in the veneer home, a folder, or the table."""
+    from veneer.models.builtin import packaged_place
     from veneer.models.home import bases_home
 
-    here = bases_home() / name
-    return text_shape(base_config(str(here) if (here / "config.json").is_file() else os.path.expanduser(name)))
+    for place in (packaged_place(), bases_home()):
+        if name and (place / name).is_dir():
+            return base_config(str(place / name))
+    return base_config(name)
 
 
 def _counted(config: TrainConfig) -> list[int]:
