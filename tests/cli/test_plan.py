@@ -13,21 +13,8 @@ import pytest
 from tests.cli.run import run
 from tests.tiny_base import tiny_base_dir
 
-ONE_COMMAND = [
-    "plan",
-    "--base",
-    "meta-llama/Llama-3.1-70B",
-    "--gpu",
-    "h100-80gb",
-    "--rows",
-    "5000",
-    "--tokens-per-row",
-    "600",
-    "--epochs",
-    "3",
-    "--price",
-    "2.5",
-]
+ONE_COMMAND = ["plan", "--base", "meta-llama/Llama-3.1-70B", "--gpu", "h100-80gb", "--rows", "5000"]
+ONE_COMMAND += ["--tokens-per-row", "600", "--epochs", "3", "--price", "2.5"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +31,11 @@ def test_a_newcomer_gets_an_answer_with_one_command(capsys: pytest.CaptureFixtur
     assert "base.quantise=nf4" in first[1]
     assert "at $2.5 an hour" in first[2]
     assert "adapters of" in ran.out
+
+
+def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "how-to" / "plan.md").read_text(encoding="utf-8")
+    assert run(capsys, *ONE_COMMAND).out in page
 
 
 def test_json_and_text_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:

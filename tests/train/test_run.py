@@ -74,11 +74,11 @@ def _values(shared: Path, output: Path, **sections: Any) -> dict[str, Any]:
 
 def _train(
     shared: Path, output: Path, base: TextBase | None = None, *, resume: bool = False, dry_run: bool = False,
-    on_event: Any = None, **sections: Any,
+    force: bool = False, on_event: Any = None, **sections: Any,
 ) -> RunResult:  # fmt: skip
     config, sources = config_from(_values(shared, output, **sections))
     listen = on_event or (lambda event: None)
-    return train_text(config, resume=resume, dry_run=dry_run, on_event=listen, base=base, sources=sources)
+    return train_text(config, resume=resume, dry_run=dry_run, force=force, on_event=listen, base=base, sources=sources)
 
 
 @pytest.fixture(scope="module")
