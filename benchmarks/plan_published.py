@@ -2,8 +2,8 @@
 
     python benchmarks/plan_published.py [--markdown] [--json]
 
-Nothing runs: each row is arithmetic, with the assumptions that the source leaves open written out. A plan is of veneer's
-own step, so where a source keeps whole logits, adapters in 16 bits or optimizer states in 8, its figure differs by that,
+Nothing runs: each row is arithmetic, with the assumptions that a source leaves open written out. A plan is of veneer's
+own step: where a source keeps whole logits, adapters in 16 bits or optimizer states in 8, its figure differs by that,
 and the remark says so. "Agrees" is within a fifth, or below a stated limit.
 """
 
@@ -89,16 +89,17 @@ def figures() -> list[Figure]:
                "4,096 packed tokens, rank 8, recomputing"),
         Figure("LitGPT", "Llama 2 7B LoRA, batch 1", 21.3, text("meta-llama/Llama-2-7b-hf", (1024,), 8, QV),
                "1,024 tokens, rank 8 on q and v, all activations kept",
-               "its longest row is not stated; it keeps float32 logits of every position and what each norm, rotation "
-               "and activation function saves apart"),
+               "its longest row is not stated; it keeps float32 logits of every position and what each norm, "
+               "rotation and activation function saves apart"),
         Figure("LitGPT", "the same, NF4", 14.1, text("meta-llama/Llama-2-7b-hf", (1024,), 8, QV, quantise="nf4",
                double=False), "1,024 tokens, rank 8 on q and v, all activations kept", "as above"),
         Figure("LitGPT", "the same, NF4 and double quantisation", 13.8,
                text("meta-llama/Llama-2-7b-hf", (1024,), 8, QV, quantise="nf4"),
                "1,024 tokens, rank 8 on q and v, all activations kept", "as above"),
         Figure("PEFT's suite", "Llama 3.2 3B, rank 32, batch 4", 22.3,
-               text("meta-llama/Llama-3.2-3B", (768,) * 4, 32, QV), "4 × 768 tokens, rank 32 on q and v, activations kept",
-               "whole logits there, in 16 and 32 bits: 4 · 768 · 128,256 · 6 bytes = 2.4 GB, and as much of gradients"),
+               text("meta-llama/Llama-3.2-3B", (768,) * 4, 32, QV),
+               "4 × 768 tokens, rank 32 on q and v, activations kept",
+               "whole logits there, in 16 and 32 bits: 4 · 768 · 128,256 · 6 bytes = 2.4 GB, and gradients"),
         Figure("LLaMA-Factory's table", "70B QLoRA, 4 bits", 48, text(seventy, (1024,), 8, **nf4),
                "1,024 tokens, rank 8, recomputing", "an estimate there", limit=True),
         Figure("LLaMA-Factory's table", "7B LoRA, 16 bits", 16, text("mistralai/Mistral-7B-v0.3", (1024,), 8, **again),

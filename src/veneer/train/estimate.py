@@ -14,7 +14,7 @@ from torch import nn
 from veneer.core.adapter import LoraSpec
 from veneer.core.targets import Target, base_modules, full_modules, matches, token_embeddings
 
-__all__ = ["free_memory", "pair_parameters", "trainable_parameters"]
+__all__ = ["free_memory", "held_memory", "pair_parameters", "trainable_parameters"]
 
 
 def free_memory(device: torch.device) -> int:
@@ -36,6 +36,15 @@ def free_memory(device: torch.device) -> int:
         return free if limit == "max" else min(free, int(limit) - used + cached)
     except (OSError, ValueError, StopIteration):
         return free
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes that this process holds on the device now: what torch allocated on CUDA, else resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def pair_parameters(model: nn.Module, target: Target, spec: LoraSpec) -> int:

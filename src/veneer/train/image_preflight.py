@@ -18,8 +18,9 @@ from torch import nn
 from veneer.core.targets import matches_per_pattern, resolve
 from veneer.errors import TargetError
 from veneer.train.check_run import learning_rate, precision, where_it_goes
-from veneer.train.estimate import free_memory, trainable_parameters
+from veneer.train.estimate import free_memory, held_memory, trainable_parameters
 from veneer.train.findings import Finding, RunSubject, gigabytes, share
+from veneer.train.loop import peak_memory_bytes
 from veneer.train.picture_checks import check_held_out, check_pictures
 from veneer.train.picture_views import PicturePlan
 from veneer.train.pictures import AboutPictures, Picture
@@ -225,6 +226,7 @@ def with_memory(
     if config.memory.limit_gb is not None:
         free = min(free, int(config.memory.limit_gb * 1e9))
     report.numbers.update(memory_needed=need, memory_free=free, activations_of_one_picture=measured)
+    report.numbers.update(predicted_peak_bytes=max(peak_memory_bytes(), held_memory(device) + need))
     count = "1 picture" if pictures == 1 else f"{pictures} pictures"
     how = "with activations recomputed" if recompute else "all activations kept"
     text = f"about {gigabytes(need)} beyond the base, {how}, {gigabytes(free)} free; at most {count} at once"

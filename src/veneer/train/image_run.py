@@ -56,6 +56,7 @@ from veneer.train.picture_files import SUFFIXES
 from veneer.train.picture_sheet import contact_sheet
 from veneer.train.picture_views import plan_rows
 from veneer.train.pictures import pictures_digest, read_pictures
+from veneer.train.planning import was_predicted
 from veneer.train.preflight import Report
 from veneer.train.running import NAME, Outcome, Running, due, newest_checkpoint, resolved, seed_all, watched
 
@@ -436,6 +437,8 @@ class _ImageRun:
                 result.hashes = {"AutoV2": written.hashes.autov2, "AutoV3": written.hashes.autov3}
             for note in written.notes:
                 tell(Note(note))
+            if predicted := was_predicted(setup.report.numbers, result.peak_memory_bytes, progress.seconds):
+                tell(Note(predicted))
             row = setup.planned[0]
             batch = setup.encoders.batch([row])
             text = setup.encoders.text([row.caption])
