@@ -16,7 +16,7 @@ from veneer.plan.plan import Job, Plan, image_plan, text_plan
 from veneer.plan.render import brief, duration, plan_text
 from veneer.plan.serving import Traffic, serving
 from veneer.plan.shape import pair_parameters, text_shape
-from veneer.plan.tables import base_config, device_named, gpu_names
+from veneer.plan.tables import base_config, device_named, device_of_card, gpu_names
 from veneer.plan.time import Rates, Work, rates_of, run_seconds, text_work
 
 
@@ -159,6 +159,22 @@ def test_gpus_are_found_by_near_names_and_edited_in_the_home(tmp_path: Path, mon
     (tmp_path / "gpus.json").write_text(json.dumps({"gpus": {"mine": {}}}), encoding="utf-8")
     with pytest.raises(ConfigError, match="has no"):
         gpu_names()
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "found"),
+    [
+        ("NVIDIA H100 80GB HBM3", 81559, "h100-80gb"),
+        ("NVIDIA GeForce RTX 4090", 24564, "rtx-4090-24gb"),
+        ("NVIDIA A100-SXM4-40GB", 40960, "a100-40gb"),
+        ("NVIDIA L40S", 46068, "l40s-48gb"),
+        ("NVIDIA Something 9000", 10000, "NVIDIA Something 9000"),
+    ],
+)
+def test_a_card_is_known_by_what_cuda_calls_it(name: str, mib: int, found: str) -> None:
+    device = device_of_card(name, mib << 20)
+    assert device.name == found
+    assert device.memory == pytest.approx(mib << 20, rel=0.01)
 
 
 def test_adapters_fill_what_the_base_leaves() -> None:

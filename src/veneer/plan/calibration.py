@@ -21,7 +21,7 @@ from veneer.errors import ConfigError, ResourceError
 from veneer.models.home import veneer_home
 from veneer.plan.memory import Load, text_memory
 from veneer.plan.shape import model_shape
-from veneer.plan.tables import Device
+from veneer.plan.tables import Device, device_of_card
 from veneer.plan.time import Rates, Work, text_work
 
 __all__ = ["Calibration", "cpu_device", "device_key", "keep", "kept", "measured", "solved"]
@@ -66,7 +66,7 @@ def kept(device: str) -> Calibration | None:
 
 
 def keep(record: Calibration) -> Path:
-    """Writes a record beside those of other devices; returns the file."""
+    """Writes a record beside those of other devices; returns the file. One that cannot be read is replaced."""
     file = _file()
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
@@ -87,12 +87,18 @@ def cpu_device(*, native: bool = True) -> Device:
 
     cores = _threads()
     total = int(psutil.virtual_memory().total)
+    group = Path("/sys/fs/cgroup/memory.max")
+    limit = group.read_text(encoding="utf-8").strip() if group.is_file() else ""
+    total = min(total, int(limit)) if limit.isdigit() else total
     return Device("cpu", "cpu", total, cores * 1e12, 20e9, f"this CPU, {cores} threads", None, 1, native)
 
 
 def _threads() -> int:
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) else len(os.sched_getaffinity(0))
+    if given.isdigit() and int(given):
+        return int(given)
+    mine: Any = getattr(os, "sched_getaffinity", None)  # Linux alone
+    return len(mine(0)) if mine is not None else os.cpu_count() or 1
 
 
 def device_key(device: Device, dtype: str) -> str:
@@ -131,8 +137,10 @@ def measured(
     dtype = str(base.dtype).removeprefix("torch.")
     cuda = base.device.type == "cuda"
     native = not cuda and kernels.load() is not None
-    label = torch.cuda.get_device_name(base.device) if cuda else "cpu"
-    device = Device(label, base.device.type, 0, 0.0, 0.0, native=native)
+    device = Device("cpu", "cpu", 0, 0.0, 0.0, native=native)
+    if cuda:
+        total = torch.cuda.mem_get_info(base.device)[1]
+        device = device_of_card(torch.cuda.get_device_name(base.device), int(total))
     loads = [Load((512, 512), 0.25, rank=rank, dtype=dtype), Load((64, 64), 0.25, rank=rank, dtype=dtype)]
     timed: list[tuple[Work, float]] = []
     peak = 0

@@ -5,11 +5,13 @@
 What a layer keeps for its backward pass is what the autograd functions of core.fused and core.attention save; with N
 tokens in the micro-batch of which M are trained, hidden d, heads H and K of dim h, gated width f, e bytes a value:
 
-    N·e·(2·norms·d/2 …)     inputs of norms, their outputs d + d, turned q, k, v (H+2K)·h, attention's output H·h,
-                            gate and up 2f, thin products of the pairs Σ rank
-    e·H·Σ blocks            probabilities (CPU alone: on CUDA flash attention makes them again)
+    N·e·(2d + (H + 2K)·h)         the first norm's input and output, q, k and v as they are turned
+    M'·e·(H·h + 2d + 2f + …)      attention's output, the second norm's input and output, gate and up; M' is M in the
+                                  last layer where models.speed leaves the other tokens out, else N
+    e·Σ rank·(N + in + out)       x·Aᵀ of each pair, and its factors as they were cast and stacked
+    e·H·Σ blocks                  probabilities (on the CPU alone: flash attention makes them again)
 
-The peak is where the backward pass begins: everything is kept, and the first layer's gradients are made. Gradients of
+The peak is where the backward pass begins: everything is kept, and the last layer's gradients are made. Gradients of
 the pairs come as activations go, so they count only where they are more, or where a step has several micro-batches.
 """
 

@@ -20,7 +20,7 @@ from typing import Any
 from veneer.errors import ConfigError, nearest
 from veneer.models.home import veneer_home
 
-__all__ = ["Device", "base_config", "base_names", "device_named", "gpu_names"]
+__all__ = ["Device", "base_config", "base_names", "device_named", "device_of_card", "gpu_names"]
 
 _MIB = 1 << 20
 
@@ -130,6 +130,19 @@ def device_named(name: str, *, count: int = 1, price: float | None = None) -> De
         near = nearest(name, table) or list(table)
         raise ConfigError(f"no GPU {name!r} is in the table", where="--gpu", fix=f"one of {', '.join(near)}")
     return _device(found, table[found], count, price)
+
+
+def device_of_card(name: str, memory: int) -> Device:
+    """The device for a card as CUDA names it, with `memory` bytes: of the table where it is there, under the table's
+    name, else a guess of 100 TFLOP/s and 800 GB/s."""
+    for known in gpu_names():
+        row = device_named(known)
+        called = row.label.lower().split(" (")[0].removeprefix("nvidia ") in name.lower() or _key(known) in _key(name)
+        if called and abs(row.memory - memory) < 0.1 * memory:
+            return row
+    near = [device_named(n) for n in gpu_names() if n.split("-")[0] in name.lower()]
+    same = [row for row in near if abs(row.memory - memory) < 0.1 * memory]
+    return same[0] if same else Device(name, "cuda", memory, 100e12, 800e9, name)
 
 
 def _key(name: str) -> str:

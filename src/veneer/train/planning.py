@@ -1,7 +1,9 @@
 """A text run's configuration as what veneer.plan asks for, and the plan of the run.
 
-plan_of_run(base, config, lengths, …)      the base is loaded, the rows are encoded: exact lengths
-plan_of_config(file, …)                    neither: rows are counted, tokens guessed by their characters
+    plan_of_run(subject, …)      the base is loaded, the rows are encoded: exact lengths
+    plan_of_config(file, …)      neither: rows are counted, tokens guessed by their characters
+
+Also what preflight and report say of a plan.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from veneer.plan.plan import Job, Plan, image_plan, text_plan
 from veneer.plan.render import duration
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import model_shape, pair_parameters, text_shape
-from veneer.plan.tables import Device, base_config
+from veneer.plan.tables import Device, base_config, device_of_card
 from veneer.plan.time import Rates, rates_of
 from veneer.train.schema import BaseSection, TrainConfig
 
@@ -63,7 +65,13 @@ def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
     tokens = sum(lengths)
     weight = next(s.base.model.parameters())
     native = weight.device.type == "cpu" and kernels.load() is not None
-    device = cpu_device(native=native) if weight.device.type == "cpu" else _card(weight.device)
+    if weight.device.type == "cuda":
+        import torch
+
+        name, total = torch.cuda.get_device_name(weight.device), torch.cuda.mem_get_info(weight.device)[1]
+        device = device_of_card(name, int(total))
+    else:
+        device = cpu_device(native=native)
     dtype = str(getattr(s.base, "dtype", weight.dtype)).removeprefix("torch.")
     record = kept(device_key(device, dtype))
     shape = model_shape(s.base.model)
@@ -71,8 +79,7 @@ def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
     pairs = pair_parameters(shape, a.spec() if _special(s.config) else None, rank=a.rank)
     load = load_of(
         s.config, lengths, trained=sum(sum(e.trained) for e in examples) / max(1, tokens), checkpointing=checkpointing,
-        dtype=dtype,
-        whole=max(0, int(s.numbers.get("trainable", 0)) - pairs),
+        dtype=dtype, whole=max(0, int(s.numbers.get("trainable", 0)) - pairs),
     )  # fmt: skip
     held_out = len(s.held_out.examples) if s.held_out is not None else 0
     job = _job(s.config, len(examples), tokens / max(1, len(examples)), held_out)
@@ -85,20 +92,6 @@ def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
 def still_needed(memory: Any, device: Device) -> int:
     """Bytes to come where process and base are in memory already."""
     return int(memory.beyond_base + (CPU_LATER if device.kind == "cpu" else 0))
-
-
-def _card(device: Any) -> Device:
-    """The CUDA device a base is on: of the table if its name is there, else by its memory and a guess of its rates."""
-    import torch
-
-    from veneer.plan.tables import device_named, gpu_names
-
-    name, total = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
-    for known in gpu_names():
-        row = device_named(known)
-        if row.label.lower().split(" (")[0] in name.lower() and abs(row.memory - total) < 0.1 * total:
-            return Device(name, "cuda", total, row.flops, row.bandwidth, name, row.price)
-    return Device(name, "cuda", total, 100e12, 800e9, name)
 
 
 def _job(config: TrainConfig, rows: int, tokens: float, held_out: int) -> Job:
