@@ -81,6 +81,12 @@ def test_a_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
         (["plan", "--base", "smollm2-135m"], "a plan needs --rows"),
         (["plan", "--base", "smollm2-135m", "--rows", "5"], "needs --tokens-per-row"),
         (["plan", "--base", "meta-llama/Llama-3.1-7B", "--rows", "5"], "no base 'meta-llama/Llama-3.1-7B'"),
+        (["plan", "c.yaml", "--rank", "8", "--epochs", "2"], "--epochs, --rank: the configuration says it"),
+        (["plan", "--base", "sdxl", "--rows", "5", "--longest", "9"], "--longest: the base is for pictures"),
+        (
+            ["plan", "--base", "smollm2-135m", "--rows", "5", "--tokens-per-row", "9", "--size", "512"],
+            "--size: the base is for text",
+        ),
         (["plan", "--base", "sdxl", "--gpu", "rtx-4091", "--rows", "5"], "no GPU 'rtx-4091'"),
     ],
 )

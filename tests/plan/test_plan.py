@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from veneer.errors import ConfigError
-from veneer.plan.calibration import Calibration, keep, kept, solved
+from veneer.plan.calibration import Calibration, cpu_device, keep, kept, solved
 from veneer.plan.fit import usable_memory
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import Load, dtype_bytes
@@ -175,6 +175,11 @@ def test_a_card_is_known_by_what_cuda_calls_it(name: str, mib: int, found: str) 
     device = device_of_card(name, mib << 20)
     assert device.name == found
     assert device.memory == pytest.approx(mib << 20, rel=0.01)
+
+
+def test_float32_is_slower_than_bfloat16() -> None:
+    for device in (device_named("h100-80gb"), cpu_device()):
+        assert 3 * rates_of(device, "float32").operations < rates_of(device).operations
 
 
 def test_adapters_fill_what_the_base_leaves() -> None:

@@ -21,10 +21,16 @@ app = typer.Typer(add_completion=False)
 _EXAMPLE = (
     "Example: veneer plan --base meta-llama/Llama-3.1-70B --gpu h100-80gb --rows 5000 --tokens-per-row 600 --epochs 3"
 )
+_OF_DATA = {"tokens_per_row", "longest", "trained"}
+_OF_TEXT = _OF_DATA | {"micro_tokens"}
+_OF_PICTURES = {"size", "micro_pictures", "targets"}
+_OF_BOTH = {"epochs", "batch", "rank", "dtype", "quantise", "checkpointing"}
+_SERVED = {"tenants", "prompt", "answer", "together"}
 
 
 @app.command(epilog=_EXAMPLE)
 def plan(
+    context: typer.Context,
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="A training configuration to plan.")
     ] = None,
@@ -66,13 +72,14 @@ def plan(
     """What a run needs before it runs: memory by part, whether it fits, what makes it fit, hours and dollars.
 
     Needs a base's configuration and never its weights."""
+    from veneer.plan.calibration import cpu_device, rates_here
     from veneer.plan.image import ImageLoad, is_image
     from veneer.plan.memory import Load
     from veneer.plan.plan import Job, image_plan, text_plan
     from veneer.plan.render import plan_text
     from veneer.plan.serving import Traffic
     from veneer.plan.shape import text_shape
-    from veneer.plan.tables import base_config
+    from veneer.plan.tables import base_config, device_named
 
     if list_:
         _list(as_json)
@@ -81,20 +88,23 @@ def plan(
         _calibrate(base or "smollm2-135m", dtype)
         if config is None and base is None:
             return
-    device, rates, process = _device(gpu, gpus, price, dtype)
+    device = cpu_device() if gpu is None or gpu == "cpu" else device_named(gpu, count=gpus, price=price)
     made: Plan
     if config is not None:
+        _refuse(context, {"base", *_OF_TEXT - _OF_DATA, *_OF_PICTURES, *_OF_BOTH}, "the configuration says it")
         from veneer.train.planning import plan_of_config
 
         made = plan_of_config(
-            config, overrides or [], device, rates, process=process, rows=rows, tokens_per_row=tokens_per_row,
-            longest=longest, trained=trained,
+            config, overrides or [], device, rows=rows, tokens_per_row=tokens_per_row, longest=longest, trained=trained,
+            traffic=None if prompt is None else Traffic(prompt, answer, together, tenants),
         )  # fmt: skip
     elif base is not None:
         if rows is None:
             raise ConfigError("a plan needs --rows", fix=_EXAMPLE.removeprefix("Example: "))
         found = base_config(base)
+        rates, process = rates_here(device, dtype)
         if is_image(found):
+            _refuse(context, _OF_TEXT | _SERVED, "the base is for pictures")
             side = size or int(found.get("picture", 1024))
             load: Any = ImageLoad(
                 micro_pictures, side, side, -(-batch // micro_pictures), rank, dtype, quantise, checkpointing,
@@ -105,6 +115,7 @@ def plan(
         elif tokens_per_row is None:
             raise ConfigError("a plan of text needs --tokens-per-row", fix=_EXAMPLE.removeprefix("Example: "))
         else:
+            _refuse(context, _OF_PICTURES, "the base is for text")
             load = Load.of(
                 longest or round(tokens_per_row), micro_tokens, batch, rank=rank, dtype=dtype, quantise=quantise,
                 checkpointing=checkpointing, trained=trained,
@@ -118,17 +129,12 @@ def plan(
     print(json.dumps(made.to_dict()) if as_json else plan_text(made))
 
 
-def _device(gpu: str | None, count: int, price: float | None, dtype: str) -> tuple[Any, Any, int | None]:
-    """(device, its rates, the process's bytes as calibrated)."""
-    from veneer.plan.calibration import cpu_device, device_key, kept
-    from veneer.plan.tables import device_named
-    from veneer.plan.time import rates_of
-
-    device = cpu_device() if gpu is None or gpu == "cpu" else device_named(gpu, count=count, price=price)
-    record = kept(device_key(device, dtype))
-    if record is None:
-        return device, rates_of(device), None
-    return device, record.rates(), record.process
+def _refuse(context: typer.Context, names: set[str], why: str) -> None:
+    """ConfigError where one of these options was given, which would be without effect."""
+    given = [n for n in sorted(names) if str(context.get_parameter_source(n)).endswith("COMMANDLINE")]
+    if given:
+        said = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{said}: {why}", fix="leave it out, or say it as section.key=value of a configuration")
 
 
 def _calibrate(base: str, dtype: str) -> None:

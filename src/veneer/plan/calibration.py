@@ -22,9 +22,9 @@ from veneer.models.home import veneer_home
 from veneer.plan.memory import Load, text_memory
 from veneer.plan.shape import model_shape
 from veneer.plan.tables import Device, device_of_card
-from veneer.plan.time import Rates, Work, text_work
+from veneer.plan.time import Rates, Work, rates_of, text_work
 
-__all__ = ["Calibration", "cpu_device", "device_key", "keep", "kept", "measured", "solved"]
+__all__ = ["Calibration", "cpu_device", "device_key", "keep", "kept", "measured", "rates_here", "solved"]
 
 _FILE = "plan-calibration.json"
 
@@ -77,6 +77,12 @@ def keep(record: Calibration) -> Path:
     scratch.write_text(json.dumps({**records, record.device: asdict(record)}, indent=1) + "\n", encoding="utf-8")
     scratch.replace(file)
     return file
+
+
+def rates_here(device: Device, dtype: str) -> tuple[Rates, int | None]:
+    """(rates, bytes of the process): as calibrated where the device was, else as stated, and None."""
+    record = kept(device_key(device, dtype))
+    return (rates_of(device, dtype), None) if record is None else (record.rates(), record.process)
 
 
 def cpu_device(*, native: bool = True) -> Device:

@@ -170,7 +170,7 @@ def image_counts(
 def _flux(c: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
     heads, dim = config["num_attention_heads"], config["attention_head_dim"]
     d, channels = heads * dim, config["in_channels"]
-    places = (height // 16) * (width // 16)
+    places = _places(config, height, width, 2)
     n = text + places
     c.linear("x_embedder", places, channels, d)
     c.linear("context_embedder", text, config["joint_attention_dim"], d)
@@ -205,6 +205,12 @@ def _flux(c: ImageCounts, config: Config, height: int, width: int, text: int) ->
     c.keep(places * d)
 
 
+def _places(config: Config, height: int, width: int, patch: int) -> int:
+    """Places of a latent in patches; config.vae_scale: pixels of a latent's side, 8 where it is not given."""
+    step = int(config.get("vae_scale", 8)) * patch
+    return (height // step) * (width // step)
+
+
 def _qkv(c: ImageCounts, tokens: float, d: int, first: str, *, bias: bool = True) -> None:
     c.linear(first, tokens, d, d, bias=bias)
     for name in (first.replace("q", "k", 1), first.replace("q", "v", 1)):
@@ -223,7 +229,7 @@ def _flux2(c: ImageCounts, config: Config, height: int, width: int, text: int) -
     heads, dim = config["num_attention_heads"], config["attention_head_dim"]
     d, channels = heads * dim, config["in_channels"]
     wide = int(config.get("mlp_ratio", 3.0) * d)
-    places = (height // 16) * (width // 16)
+    places = _places(config, height, width, 2)
     n = text + places
     c.linear("x_embedder", places, channels, d, bias=False)
     c.linear("context_embedder", text, config["joint_attention_dim"], d, bias=False)
@@ -267,7 +273,7 @@ def _sdxl(c: ImageCounts, config: Config, height: int, width: int, text: int) ->
     cross, per = config["cross_attention_dim"], config["layers_per_block"]
     first, last = widths[0], len(widths) - 1
     time = 4 * first
-    place = [(height // 8 >> i) * (width // 8 >> i) for i in range(len(widths))]
+    place = [_places(config, height, width, 1 << i) for i in range(len(widths))]
     attends = ["CrossAttn" in kind for kind in config["down_block_types"]]
     c.conv(place[0], config["in_channels"], first)
     for inputs in (first, config["projection_class_embeddings_input_dim"]):

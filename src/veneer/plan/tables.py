@@ -69,7 +69,7 @@ def base_config(name: str) -> dict[str, Any]:
                 raise ConfigError(f"this is not JSON: {error}", where=str(file)) from None
             if not isinstance(config, dict):
                 raise ConfigError("a config.json holds an object", where=str(file))
-            return {**_picture_side(path, config), **config}
+            return {**_picture(path, config), **config}
     table, names = _bases()
     known = names.get(name.lower())
     if known is None:
@@ -83,15 +83,16 @@ def base_config(name: str) -> dict[str, Any]:
     return dict(table[known]["config"])
 
 
-def _picture_side(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
-    """What a picture's side is where nobody says: the U-Net's own, else what the VAE's config states."""
-    own, vae = config.get("sample_size"), base / "vae" / "config.json"
-    if "_class_name" not in config:
+def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    """Of an image base's folder: how much the VAE makes of a place, and a picture's side where nobody says one: the
+    U-Net's own, else what the VAE's config states."""
+    file = base / "vae" / "config.json"
+    if "_class_name" not in config or not file.is_file():
         return {}
-    if own:
-        return {"picture": 8 * int(own)}
-    stated = json.loads(vae.read_text(encoding="utf-8")).get("sample_size") if vae.is_file() else None
-    return {"picture": int(stated or 1024)}
+    vae = json.loads(file.read_text(encoding="utf-8"))
+    scale = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
+    own = config.get("sample_size")
+    return {"vae_scale": scale, "picture": scale * int(own) if own else int(vae.get("sample_size") or 1024)}
 
 
 def _gpus() -> dict[str, Any]:

@@ -20,7 +20,6 @@ from veneer.plan.render import duration
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config, device_of_card
-from veneer.plan.time import Rates, rates_of
 from veneer.train.schema import BaseSection, TrainConfig
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def _special(config: TrainConfig) -> bool:
 def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
     """The plan of a run about to start. `room`: bytes that are free beside what is in memory already."""
     from veneer import kernels
-    from veneer.plan.calibration import cpu_device, device_key, kept
+    from veneer.plan.calibration import cpu_device, rates_here
 
     examples = s.encoded.examples
     lengths = [len(e.input_ids) for e in examples]
@@ -73,7 +72,6 @@ def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
     else:
         device = cpu_device(native=native)
     dtype = str(getattr(s.base, "dtype", weight.dtype)).removeprefix("torch.")
-    record = kept(device_key(device, dtype))
     shape = model_shape(s.base.model)
     a = s.config.adapter
     pairs = pair_parameters(shape, a.spec() if _special(s.config) else None, rank=a.rank)
@@ -83,7 +81,7 @@ def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
     )  # fmt: skip
     held_out = len(s.held_out.examples) if s.held_out is not None else 0
     job = _job(s.config, len(examples), tokens / max(1, len(examples)), held_out)
-    rates, process = (rates_of(device), None) if record is None else (record.rates(), record.process)
+    rates, process = rates_here(device, dtype)
     held = text_plan("", shape, load, device, rates, job, process=process, room=1 << 62).memory
     limit = room + held.peak - still_needed(held, device)
     return text_plan(s.config.base.name, shape, load, device, rates, job, process=process, room=limit)
@@ -130,20 +128,21 @@ def was_predicted(numbers: Mapping[str, Any], peak: int, seconds: float) -> str:
 
 
 def plan_of_config(
-    file: Path, overrides: Iterable[str], device: Device, rates: Rates, *, process: int | None = None,
-    rows: int | None = None, tokens_per_row: float | None = None, longest: int | None = None, trained: float = 1.0,
+    file: Path, overrides: Iterable[str], device: Device, *, rows: int | None = None,
+    tokens_per_row: float | None = None, longest: int | None = None, trained: float = 1.0,
     traffic: Traffic | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a configuration whose base need not be here. What is not given is counted in the data's files, four
     characters for a token.
 
     Raises ConfigError for a base whose config is nowhere, DataError for data that is not there and is to be counted."""
+    from veneer.plan.calibration import rates_here
     from veneer.train.config import load_config
 
     config, _ = load_config(file, overrides)
     found = _config_named(config.base.name)
     if not isinstance(config, TrainConfig):
-        return _plan_of_pictures(config, found, device, rates, process, rows)
+        return _plan_of_pictures(config, found, device, rows)
     shape = text_shape(found)
     notes: tuple[str, ...] = ()
     lengths: list[int] = []
@@ -158,6 +157,7 @@ def plan_of_config(
         lengths = [longest, *lengths[1:]]
     lengths = [min(n, config.data.max_length) for n in lengths]
     dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
+    rates, process = rates_here(device, dtype)
     load = load_of(
         config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.activation_checkpointing == "on"
     )
@@ -165,10 +165,8 @@ def plan_of_config(
     return text_plan(config.base.name, shape, load, device, rates, job, process=process, traffic=traffic, notes=notes)
 
 
-def _plan_of_pictures(
-    config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rates: Rates, process: int | None,
-    rows: int | None,
-) -> Plan:  # fmt: skip
+def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rows: int | None) -> Plan:
+    from veneer.plan.calibration import rates_here
     from veneer.train.picture_files import SUFFIXES
 
     if rows is None:
@@ -181,10 +179,12 @@ def _plan_of_pictures(
     at_once = config.batching.micro_rows or batch
     asked = config.data.resolution or int(found.get("picture", 1024))
     side = asked if isinstance(asked, int) else max(asked)
+    dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
+    rates, process = rates_here(device, dtype)
     words = config.adapter.targets if isinstance(config.adapter.targets, str) else "attention"
     load = ImageLoad(
         at_once, side, side, -(-batch // at_once), config.adapter.rank,
-        config.base.dtype if config.base.dtype != "auto" else "bfloat16", config.base.quantise,
+        dtype, config.base.quantise,
         config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0, targets=words,
     )  # fmt: skip
     job = Job(rows, 1.0, float(config.schedule.epochs or 1), batch, config.steps)
