@@ -47,9 +47,9 @@ _STATES = {"adamw": 8, "adam": 8, "nadam": 8, "radam": 8, "adamax": 8, "rmsprop"
 """Bytes of an optimizer's state for each float32 parameter (Adafactor's are rows and columns: too few to count)."""
 
 CUDA_CONTEXT = 600_000_000
-"""What CUDA, cuBLAS and their kernels take before a tensor is there: 0.4 to 0.8 GB by card and driver."""
+"""What CUDA, cuBLAS and their kernels take before a tensor is there: 0.4 to 0.8 GB by card and driver: assumed."""
 CUDA_ROUNDING = 0.05
-"""Share of activations that the caching allocator cannot place (blocks of 2 MB, and holes between them)."""
+"""Share of activations that the caching allocator cannot place (blocks of 2 MB, and holes between them): assumed."""
 CPU_PROCESS = 480_000_000
 """Resident memory of Python, torch, transformers and oneDNN beside everything counted, where it is not calibrated."""
 CPU_LATER = 130_000_000
