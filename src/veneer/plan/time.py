@@ -23,8 +23,8 @@ from veneer.plan.tables import Device
 __all__ = ["EFFICIENCY", "Rates", "Work", "rates_of", "run_seconds", "text_work"]
 
 EFFICIENCY = 0.4
-"""Share of a device's bfloat16 rate that training products are taken to reach where nothing was measured: an assumption,
-which --calibrate replaces."""
+"""Share of a device's bfloat16 rate that training products are taken to reach where nothing was measured: an
+assumption, which --calibrate replaces."""
 _BANDWIDTH = 0.7
 _HOST_LINK = 20e9
 """Bytes a second between the CPU's memory and a card's: an assumption for PCIe 4.0 × 16."""
