@@ -62,6 +62,7 @@ def train_text(
     base: TextBase | None = None,
     resume: bool = False,
     dry_run: bool = False,
+    force: bool = False,
     on_event: Listener | None = None,
 ) -> RunResult:
     """Train one adapter; `veneer train` is this call. The result's `adapter` is its folder.
@@ -76,7 +77,9 @@ def train_text(
     chosen, sources = _config(config, overrides)
     if not isinstance(chosen, TrainConfig):
         raise ConfigError("this configuration is for pictures (it has data.pictures)", fix="veneer.train_image")
-    return run.train_text(chosen, resume=resume, dry_run=dry_run, on_event=on_event, base=base, sources=sources)
+    return run.train_text(
+        chosen, resume=resume, dry_run=dry_run, force=force, on_event=on_event, base=base, sources=sources
+    )
 
 
 def train_image(
@@ -85,6 +88,7 @@ def train_image(
     base: ImageBase | None = None,
     resume: bool = False,
     dry_run: bool = False,
+    force: bool = False,
     on_event: Listener | None = None,
 ) -> ImageResult:
     """Train one adapter on pictures; `veneer train` is this call. Its result's `adapter` is the file (peft: a folder).
@@ -98,7 +102,7 @@ def train_image(
     chosen, sources = _config(config, overrides)
     if not isinstance(chosen, ImageTrainConfig):
         raise ConfigError("this configuration is for text (it has no data.pictures)", fix="veneer.train_text")
-    return train(chosen, resume=resume, dry_run=dry_run, on_event=on_event, base=base, sources=sources)
+    return train(chosen, resume=resume, dry_run=dry_run, force=force, on_event=on_event, base=base, sources=sources)
 
 
 def _config(

@@ -22,7 +22,7 @@ from veneer.core.targets import resolve
 from veneer.errors import PreflightError
 from veneer.train.config import config_from
 from veneer.train.encode import encode
-from veneer.train.estimate import free_memory, memory, trainable_parameters
+from veneer.train.estimate import free_memory, trainable_parameters
 from veneer.train.preflight import Report, preflight
 from veneer.train.rows import About, Row
 
@@ -274,6 +274,27 @@ def test_a_run_that_cannot_fit(run: Run) -> None:
     assert "does not fit" in stopped(run("memory.limit_gb=0.05"), "memory")
 
 
+def test_force_makes_a_warning_of_what_does_not_fit(run: Run) -> None:
+    report = run(free_memory=100_000_000, force=True)
+    assert not report.stops
+    assert "this run does not fit" in warned(report, "memory")
+
+
+def test_a_run_that_does_not_fit_is_told_the_cheapest_change(run: Run) -> None:
+    rows = [talk("word " * 20, "yes", f"d.jsonl:{i}") for i in range(200)]
+    need = run("batching.rows=200", rows=rows).numbers
+    free = (need["memory_needed"] + need["memory_checkpointed"]) // 2
+    off = run("memory.activation_checkpointing=off", "batching.rows=200", rows=rows, free_memory=free)
+    assert next(f.fix for f in off.stops) == "memory.activation_checkpointing=on"
+    assert not run("batching.rows=200", rows=rows, free_memory=free).stops
+
+
+def test_what_is_predicted_is_in_the_numbers(run: Run) -> None:
+    numbers = run().numbers
+    assert numbers["predicted_peak_bytes"] == sum(numbers["predicted_parts"].values())
+    assert numbers["predicted_seconds"] > 0
+
+
 def test_recomputing_is_chosen_when_it_is_what_fits(run: Run) -> None:
     need = run().numbers
     free = (need["memory_needed"] + need["memory_checkpointed"]) // 2
@@ -434,15 +455,6 @@ def test_trainable_parameters_are_those_that_core_creates(family: str, extra: li
     attachment = attach(model)
     attachment.add("a", adapter, trainable=True)
     assert pairs + whole == sum(p.numel() for p in attachment.parameters("a").values())
-
-
-def test_the_memory_formula_grows_with_what_it_should() -> None:
-    model = tiny_model()
-    small = memory(model, trainable=1000, tokens=128, longest=64)
-    assert memory(model, trainable=1000, tokens=256, longest=64).activations == 2 * small.activations
-    assert memory(model, trainable=1000, tokens=128, longest=128).activations > small.activations
-    assert memory(model, trainable=2000, tokens=128, longest=64).trained == 2 * small.trained
-    assert small.checkpointed < small.plain
 
 
 def test_free_memory_is_no_more_than_the_machine_has() -> None:

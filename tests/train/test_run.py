@@ -75,11 +75,11 @@ def _values(shared: Path, output: Path, **sections: Any) -> dict[str, Any]:
 
 def _train(
     shared: Path, output: Path, base: TextBase | None = None, *, resume: bool = False, dry_run: bool = False,
-    on_event: Any = None, **sections: Any,
+    force: bool = False, on_event: Any = None, **sections: Any,
 ) -> RunResult:  # fmt: skip
     config, sources = config_from(_values(shared, output, **sections))
     listen = on_event or (lambda event: None)
-    return train_text(config, resume=resume, dry_run=dry_run, on_event=listen, base=base, sources=sources)
+    return train_text(config, resume=resume, dry_run=dry_run, force=force, on_event=listen, base=base, sources=sources)
 
 
 @pytest.fixture(scope="module")
@@ -328,13 +328,32 @@ def test_recomputing_activations_changes_nothing_but_memory(shared: Path, base: 
 
 
 def test_recomputation_is_chosen_by_the_stated_rule(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    needs = _train(shared, tmp_path / "out", base, dry_run=True).preflight["numbers"]
+    between = (needs["memory_needed"] + needs["memory_checkpointed"]) / 2e9
     seen: list[Event] = []
     _train(
-        shared, tmp_path / "out", base, dry_run=True, on_event=seen.append, memory={"limit_gb": 0.5027}
+        shared, tmp_path / "out", base, dry_run=True, on_event=seen.append, memory={"limit_gb": between}
     )  # fmt: skip
     resolved = next(e for e in seen if isinstance(e, Resolved))
     assert resolved.settings["memory.activation_checkpointing"] == "on"
     assert "above 90%" in resolved.sources["memory.activation_checkpointing"]
+
+
+def test_what_does_not_fit_is_refused_and_tried_with_force(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match="this run does not fit"):
+        _train(shared, tmp_path / "out", base, memory={"limit_gb": 0.01})
+    assert not (tmp_path / "out").exists()
+    assert _train(shared, tmp_path / "out", base, memory={"limit_gb": 0.01}, force=True).steps > 0
+
+
+def test_the_report_sets_what_came_beside_what_was_predicted(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    result = _train(shared, tmp_path / "out", base, on_event=seen.append)
+    said = next(e.text for e in seen if isinstance(e, Note) and "predicted" in e.text)
+    assert f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB" in said
+    page = Path(result.report).read_text(encoding="utf-8")
+    assert page.count(" predicted") >= 2
+    assert "predicted_peak_bytes" in (tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8")
 
 
 def test_the_loop_follows_the_plan_of_epochs(shared: Path, base: TextBase, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "base": ("veneer.cli.base", "Get, list and look at base models."),
     "train": ("veneer.cli.train", "Train an adapter from a configuration file."),
+    "plan": ("veneer.cli.plan", "Memory, time and money of a run, before it runs."),
     "eval": ("veneer.cli.eval", "Compare the base and adapters on held-out rows."),
     "generate": ("veneer.cli.generate", "Generate text, or chat, with a base and any adapters."),
     "image": ("veneer.cli.image", "Make pictures with an image base, adapters and ControlNets."),

@@ -34,6 +34,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and run the longest batch; write nothing.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Try a run that does not fit by its plan, with a warning.")
+    ] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write scalars to OUTPUT/tensorboard as well.")
     ] = False,
@@ -48,7 +51,8 @@ def train(
     from veneer.train.config import ImageTrainConfig, load_config
 
     chosen, sources = load_config(config, overrides or [])
-    given = {"--tensorboard": tensorboard, "--json": as_json, f"--devices={devices}": devices is not None}
+    given = {"--force": force, "--tensorboard": tensorboard, "--json": as_json}
+    given[f"--devices={devices}"] = devices is not None
     again = [str(config), *(overrides or []), *(flag for flag, on in given.items() if on)]
 
     from veneer.train.devices import launch, leads, started
@@ -69,7 +73,7 @@ def train(
 
     board = TensorBoardLog(Path(chosen.output.directory) / "tensorboard") if tensorboard and not dry_run else None
     view = ConsoleView(unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens")
-    options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "sources": sources}
+    options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "force": force, "sources": sources}
     options["on_event"] = fan_out(view, board)
     result: Any
     try:

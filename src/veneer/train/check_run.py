@@ -10,8 +10,11 @@ from typing import Any
 
 from veneer.core.targets import base_modules, expert_parameters, matches, matches_per_pattern, resolve
 from veneer.errors import TargetError
-from veneer.train.estimate import free_memory, memory, trainable_parameters
+from veneer.plan.plan import Plan
+from veneer.plan.render import duration
+from veneer.train.estimate import free_memory, trainable_parameters
 from veneer.train.findings import Finding, RunSubject, Subject, gigabytes, share
+from veneer.train.planning import plan_of_run, still_needed, to_be_set
 
 __all__ = ["CACHE", "RUN_CHECKS", "learning_rate", "precision", "recipe_changes", "shared_out", "where_it_goes"]
 
@@ -183,36 +186,45 @@ def it_fits(s: Subject) -> Iterator[Finding]:
     if context and s.longest > context:
         text = f"the longest row has {s.longest:,} tokens and the base reads {context:,}"
         yield Finding("stop", "memory", text, f"data.max_length={context} with data.long_rows=cut or drop")
-    trainable = int(s.numbers.get("trainable", 0))
-    need = memory(model, trainable=trainable, tokens=s.largest_micro, longest=s.longest)
     device = next(model.parameters()).device
     free = s.free_memory if s.free_memory is not None else free_memory(device)
     if config.memory.limit_gb is not None:
         free = min(free, int(config.memory.limit_gb * 1e9))
     mode = config.memory.activation_checkpointing
-    least = need.plain if mode == "off" else need.checkpointed
-    s.numbers.update(memory_needed=need.plain, memory_checkpointed=need.checkpointed, memory_free=free)
-    wanted = need.checkpointed if mode == "on" else need.plain
-    size = f"about {gigabytes(wanted)} beyond the base (formula, good to a third), {gigabytes(free)} free"
+    plain, again = (plan_of_run(s, checkpointing=c, room=free) for c in (False, True))
+    need, less = (still_needed(plan.memory, plan.device) for plan in (plain, again))
+    on = mode == "on" or (mode == "auto" and need > 0.9 * free)
+    chosen = again if on else plain
+    s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
+    s.numbers.update(predicted_peak_bytes=chosen.memory.peak, predicted_parts=chosen.memory.parts)
+    if not chosen.changes and chosen.seconds is not None:
+        s.numbers.update(predicted_seconds=round(chosen.seconds, 4))
+    wanted = less if on else need
+    size = f"about {gigabytes(wanted)} beyond the base, {gigabytes(free)} free"
     longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {s.longest:,}"
-    less = f"batching.micro_tokens={max(s.longest, s.largest_micro // 2)}" if s.largest_micro > s.longest else ""
-    less = less or f"data.max_length={max(2, s.longest // 2)} with data.long_rows=cut or drop"
-    if least > 1.25 * free:
-        also = "memory.activation_checkpointing=on, " if mode == "off" else ""
-        size = f"about {gigabytes(least)} beyond the base, and {gigabytes(free)} are free"
-        text = f"this run does not fit: it needs {size}; {longest}"
-        yield Finding("stop", "memory", text, f"{also}{less}")
-    elif wanted > 0.9 * free and mode == "off":
-        yield Finding(
-            "warn",
-            "memory",
-            f"this run may not fit: {size}; {longest}",
-            f"memory.activation_checkpointing=auto, {less}",
+    if wanted > free:
+        text = (
+            f"this run does not fit: it needs about {gigabytes(wanted)} beyond the base, and "
+            f"{gigabytes(free)} are free; {longest}"
         )
-    elif wanted > 0.9 * free and mode == "auto":
+        fix = to_be_set(chosen) or "a smaller base, or a machine with more memory (veneer plan shows what it takes)"
+        yield Finding("warn" if s.force else "stop", "memory", text, fix)
+    elif wanted > 0.9 * free and mode == "off":
+        text = f"this run may not fit: {size}; {longest}"
+        yield Finding("warn", "memory", text, "memory.activation_checkpointing=auto")
+    elif on and mode == "auto":
         yield Finding("ok", "memory", f"activations will be recomputed to save memory: {size}; {longest}")
     else:
         yield Finding("ok", "memory", f"{size}; {longest}")
+    yield from _predicted(chosen)
+
+
+def _predicted(plan: Plan) -> Iterator[Finding]:
+    """The plan in short: what the process will hold at its peak, and how long training takes."""
+    if plan.seconds is None or plan.changes:
+        return
+    text = f"plan: a peak of {gigabytes(plan.memory.peak)}, {duration(plan.seconds)} of training ({plan.rates.source})"
+    yield Finding("ok", "plan", text)
 
 
 def where_it_goes(s: RunSubject) -> Iterator[Finding]:

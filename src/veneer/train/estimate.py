@@ -1,17 +1,10 @@
-"""What a run holds in memory and on disk, by formula: good to about a third, to refuse what clearly does not fit.
+"""What can be counted on a base that is loaded: trainable parameters, and the memory that is free.
 
-    trained      (4 weights + 4 gradient + 8 moments) bytes for each trainable parameter, float32 under AdamW
-    activations  tokens · layers · (12·hidden + 4·mlp + 2·heads·longest row) · bytes of the base's dtype,
-                 with checkpointing one layer of that, and tokens · layers · hidden
-    logits       2 · 4 · vocabulary · 1024, the chunk of trained positions whose softmax is in memory
-    working      0.5 GB for torch and its buffers
-
-The weights of the base are in memory already when this is asked, so they are not counted.
+What a run holds in memory is counted in veneer.plan.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +14,7 @@ from torch import nn
 from veneer.core.adapter import LoraSpec
 from veneer.core.targets import Target, base_modules, full_modules, matches, token_embeddings
 
-__all__ = ["Estimate", "free_memory", "memory", "pair_parameters", "trainable_parameters"]
-
-_WORKING = 500_000_000
-_LOGIT_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes beyond the loaded base. `plain`: all activations kept. `checkpointed`: recomputed in the backward pass."""
-
-    trained: int
-    activations: int
-    checkpointed_activations: int
-    rest: int
-
-    @property
-    def plain(self) -> int:
-        return self.trained + self.activations + self.rest
-
-    @property
-    def checkpointed(self) -> int:
-        return self.trained + self.checkpointed_activations + self.rest
-
-
-def memory(model: nn.Module, *, trainable: int, tokens: int, longest: int) -> Estimate:
-    """For micro-batches of `tokens` tokens whose longest row has `longest`, and `trainable` parameters."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-
-    def size(name: str, default: int) -> int:
-        value = getattr(config, name, None)
-        return default if value is None else int(value)
-
-    hidden, layers = size("hidden_size", 1), size("num_hidden_layers", 1)
-    mlp = size("intermediate_size", 4 * hidden)
-    active = size("num_experts_per_tok", 0)
-    if active:
-        mlp = active * size("moe_intermediate_size", mlp) + size("shared_expert_intermediate_size", 0)
-    each = 12 * hidden + 4 * mlp + 2 * size("num_attention_heads", 1) * longest
-    bytes_each = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
-    layer = tokens * each * bytes_each
-    vocabulary = size("vocab_size", 1)
-    return Estimate(
-        trained=16 * trainable,
-        activations=layers * layer,
-        checkpointed_activations=layer + layers * tokens * hidden * bytes_each,
-        rest=_WORKING + 8 * vocabulary * min(tokens, _LOGIT_ROWS),
-    )
+__all__ = ["free_memory", "held_memory", "pair_parameters", "trainable_parameters"]
 
 
 def free_memory(device: torch.device) -> int:
@@ -90,6 +36,15 @@ def free_memory(device: torch.device) -> int:
         return free if limit == "max" else min(free, int(limit) - used + cached)
     except (OSError, ValueError, StopIteration):
         return free
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes that this process holds on the device now: what torch allocated on CUDA, else resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def pair_parameters(model: nn.Module, target: Target, spec: LoraSpec) -> int:

@@ -42,7 +42,7 @@ class RunSubject:
     """A run about to start, whatever its data. Checks read it, and leave what they measured in `numbers`.
 
     `largest_micro`: in `unit`s (tokens, pictures). `devices`: how many share the run. `micros`: how many micro-batches
-    each step of an epoch has."""
+    each step of an epoch has. `force`: what does not fit by the plan is tried all the same."""
 
     base: Any
     config: Config
@@ -55,6 +55,7 @@ class RunSubject:
     unit: str = "tokens"
     devices: int = 1
     micros: Sequence[int] = ()
+    force: bool = False
     numbers: dict[str, Any] = field(default_factory=dict)
 
 

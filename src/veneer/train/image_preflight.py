@@ -18,8 +18,9 @@ from torch import nn
 from veneer.core.targets import matches_per_pattern, resolve
 from veneer.errors import TargetError
 from veneer.train.check_run import learning_rate, precision, shared_out, where_it_goes
-from veneer.train.estimate import free_memory, trainable_parameters
+from veneer.train.estimate import free_memory, held_memory, trainable_parameters
 from veneer.train.findings import Finding, RunSubject, gigabytes, share
+from veneer.train.loop import peak_memory_bytes
 from veneer.train.picture_checks import check_held_out, check_pictures
 from veneer.train.picture_views import PicturePlan
 from veneer.train.pictures import AboutPictures, Picture
@@ -216,10 +217,11 @@ def _preset(config: ImageTrainConfig, sources: Mapping[str, Any]) -> Iterator[Fi
 
 
 def with_memory(
-    report: Report, config: ImageTrainConfig, device: torch.device, *, measured: int, pictures: int, recompute: bool
-) -> Report:
+    report: Report, config: ImageTrainConfig, device: torch.device, *, measured: int, pictures: int, recompute: bool,
+    force: bool = False,
+) -> Report:  # fmt: skip
     """The report with what the run will need. `measured`: bytes that one picture of the largest shape keeps for its
-    backward pass, `pictures`: in the largest micro-batch."""
+    backward pass, `pictures`: in the largest micro-batch. `force`: what does not fit is a warning."""
     trained = 16 * int(report.numbers.get("trainable", 0))  # float32 weights, gradient, two moments
     trained += 4 * int(report.numbers.get("trainable", 0)) if config.ema.decay else 0
     need = trained + measured * pictures
@@ -227,13 +229,14 @@ def with_memory(
     if config.memory.limit_gb is not None:
         free = min(free, int(config.memory.limit_gb * 1e9))
     report.numbers.update(memory_needed=need, memory_free=free, activations_of_one_picture=measured)
+    report.numbers.update(predicted_peak_bytes=max(peak_memory_bytes(), held_memory(device) + need))
     count = "1 picture" if pictures == 1 else f"{pictures} pictures"
     how = "with activations recomputed" if recompute else "all activations kept"
     text = f"about {gigabytes(need)} beyond the base, {how}, {gigabytes(free)} free; at most {count} at once"
-    if need > 1.25 * free:
+    if need > free:
         less = "" if recompute else "memory.activation_checkpointing=on, "
         fix = f"{less}batching.micro_rows=1, or a lower data.resolution"
-        report.findings.append(Finding("stop", "memory", f"this run does not fit: {text}", fix))
+        report.findings.append(Finding("warn" if force else "stop", "memory", f"this run does not fit: {text}", fix))
     else:
         report.findings.append(Finding("ok", "memory", text))
     return _sorted(report)

@@ -58,6 +58,7 @@ from veneer.train.picture_files import SUFFIXES
 from veneer.train.picture_sheet import contact_sheet
 from veneer.train.picture_views import plan_rows
 from veneer.train.pictures import pictures_digest, read_pictures
+from veneer.train.planning import was_predicted
 from veneer.train.preflight import Report
 from veneer.train.running import NAME, Outcome, Running, due, newest_checkpoint, resolved, watched
 
@@ -81,6 +82,7 @@ def train_image(
     *,
     resume: bool = False,
     dry_run: bool = False,
+    force: bool = False,
     on_event: Listener | None = None,
     base: ImageBase | None = None,
     sources: Mapping[str, Any] | None = None,
@@ -88,7 +90,8 @@ def train_image(
     """Trains one adapter as `config` says and returns what came out.
 
     `resume` goes on from the newest checkpoint in the output folder, on the CPU bit for bit as if the run had never
-    stopped. `dry_run` stops after preflight and the largest batch. `on_event` hears everything that happens; without it
+    stopped. `dry_run` stops after preflight and the largest batch. `force`: a run that does not fit is tried with a
+    warning. `on_event` hears everything that happens; without it
     the run is shown in the terminal (stderr). `base`: one that is loaded already; its encoders are then not freed.
     `sources`: setting -> where it came from, as `load_config` gives it.
 
@@ -114,7 +117,7 @@ def train_image(
         for note in base.notes:
             tell(Note(note))
         newest = newest_checkpoint(folder, resume, tell)
-        setup = _Setup(config, base, folder, newest, resume, dry_run, sources, tell, devices)
+        setup = _Setup(config, base, folder, newest, resume, dry_run, force, sources, tell, devices)
         setup.read()
         setup.check()
         devices.gather(None)  # nobody writes before everybody has looked
@@ -140,9 +143,9 @@ class _Setup:
 
     def __init__(
         self, config: ImageTrainConfig, base: ImageBase, folder: Path, newest: Path | None, resume: bool, dry: bool,
-        sources: Mapping[str, Any] | None, tell: Listener, devices: Devices,
+        force: bool, sources: Mapping[str, Any] | None, tell: Listener, devices: Devices,
     ) -> None:  # fmt: skip
-        self.config, self.base, self.folder, self.newest = config, base, folder, newest
+        self.config, self.base, self.folder, self.newest, self.force = config, base, folder, newest, force
         self.resume, self.dry_run, self.sources, self.tell, self.devices = resume, dry, sources, tell, devices
         self.cache = Path(config.data.cache) if config.data.cache else folder / CACHE
         self.recompute, self.because, self.sheet, self.freed = False, "", "", ""
@@ -319,8 +322,9 @@ class _Setup:
                 self.recompute, kept = True, measure(True)
         checkpoint.rng_restore(before)
         self.report = with_memory(
-            self.report, config, base.device, measured=kept, pictures=largest.tokens, recompute=self.recompute
-        )
+            self.report, config, base.device, measured=kept, pictures=largest.tokens, recompute=self.recompute,
+            force=self.force,
+        )  # fmt: skip
 
     def say(self) -> None:
         """The settings and the preflight's findings, to whoever listens."""
@@ -465,6 +469,8 @@ class _ImageRun:
                 result.hashes = {"AutoV2": written.hashes.autov2, "AutoV3": written.hashes.autov3}
             for note in written.notes:
                 tell(Note(note))
+            if predicted := was_predicted(setup.report.numbers, result.peak_memory_bytes, progress.seconds):
+                tell(Note(predicted))
             row = setup.planned[0]
             batch = setup.encoders.batch([row])
             text = setup.encoders.text([row.caption])

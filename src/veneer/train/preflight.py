@@ -94,12 +94,13 @@ def preflight(
     free_memory: int | None = None,
     free_disk: int | None = None,
     devices: int = 1,
+    force: bool = False,
 ) -> Report:
     """Check everything that can be seen before training.
 
     rows, encoded: the training rows and `encode` of them. previous: the recipe (`TrainConfig.recipe`) of the run that
-    is resumed. free_memory, free_disk: bytes; measured when None. devices: how many share the
-    run. Raises nothing of its own: see `raise_if_stopped`."""
+    is resumed. free_memory, free_disk: bytes; measured when None. devices: how many share the run. force: what does not
+    fit is a warning. Raises nothing of its own: see `raise_if_stopped`."""
     lengths = [len(e.input_ids) for e in encoded.examples]
     plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=0, pieces=devices)
     subject = Subject(
@@ -114,6 +115,7 @@ def preflight(
         previous=previous,
         free_memory=free_memory,
         free_disk=free_disk,
+        force=force,
         steps_per_epoch=len(plan),
         largest_micro=max((sum(lengths[i] for i in micro) for step in plan for micro in step), default=0),
         longest=max(lengths, default=0),

@@ -40,6 +40,7 @@ from veneer.train.estimate import free_memory
 from veneer.train.evaluate import score_examples
 from veneer.train.events import Checked, Event, Listener, Note, Resolved, silent
 from veneer.train.loop import Micro, Score, Step
+from veneer.train.planning import was_predicted
 from veneer.train.preflight import Report, preflight
 from veneer.train.report import size
 from veneer.train.rows import About, Row, data_digest, read_rows, split_rows
@@ -80,6 +81,7 @@ def train_text(
     *,
     resume: bool = False,
     dry_run: bool = False,
+    force: bool = False,
     on_event: Listener | None = None,
     base: TextBase | None = None,
     sources: Mapping[str, Any] | None = None,
@@ -87,9 +89,10 @@ def train_text(
     """Trains one adapter as `config` says and returns what came out.
 
     `resume` goes on from the newest checkpoint in the output folder, on the CPU bit for bit as if the run had never
-    stopped. `dry_run` stops after preflight and the longest batch, with no file written. `on_event` hears everything
-    that happens; without it the run is shown in the terminal (stderr). `base`: one that is loaded already. `sources`:
-    setting -> where it came from, as `load_config` gives it.
+    stopped. `dry_run` stops after preflight and the longest batch, with no file written. `force`: a run that does not
+    fit by its plan is tried with a warning. `on_event` hears everything that happens; without it the run is shown in
+    the terminal (stderr). `base`: one that is loaded already. `sources`: setting -> where it came from, as
+    `load_config` gives it.
 
     In processes that torchrun or the like started, each takes a device and a share of every step (train.devices); only
     the first is heard, and writes. All return the same numbers.
@@ -109,7 +112,7 @@ def train_text(
             tell(Note(note))
         data = _read(config, base)
         newest = newest_checkpoint(folder, resume, tell)
-        report = _preflight(config, base, data, resume, newest, devices)
+        report = _preflight(config, base, data, resume, newest, devices, force)
         recompute, reason = devices.gather(_recompute(config, report))[0]
         settings = resolved(config, sources, _settled(config, base, data, recompute, reason, devices))
         tell(settings)
@@ -197,6 +200,8 @@ class _Run:
         if self.devices.first or self.devices.lockstep:
             example = self.data.encoded.examples[0]
             tell(Note(self.call(prove, self.attachment, NAME, self.folder, self.base, example)))
+        if predicted := was_predicted(self.report.numbers, result.peak_memory_bytes, progress.seconds):
+            tell(Note(predicted))
         if self.devices.first:
             result.report = write_report(self.folder, result, self.settings, self.base, progress.seconds)
         result.report = self.devices.gather(result.report)[0]
@@ -270,7 +275,7 @@ def _read(config: TrainConfig, base: TextBase) -> _Data:
 
 
 def _preflight(
-    config: TrainConfig, base: TextBase, data: _Data, resume: bool, newest: Path | None, devices: Devices
+    config: TrainConfig, base: TextBase, data: _Data, resume: bool, newest: Path | None, devices: Devices, force: bool
 ) -> Report:
     previous = checkpoint.read_state(newest).get("about", {}).get("recipe") if newest is not None else None
     free = None
@@ -283,14 +288,14 @@ def _preflight(
             free -= held_bytes(base.model) // devices.count
     return preflight(
         base, config, data.rows, data.encoded, held_out_rows=data.held_rows, held_out=data.held, about=data.about,
-        resume=resume, previous=previous, free_memory=free, devices=devices.count,
+        resume=resume, previous=previous, free_memory=free, devices=devices.count, force=force,
     )  # fmt: skip
 
 
 def _recompute(config: TrainConfig, report: Report) -> tuple[bool, str]:
     """Whether activations are recomputed in the backward pass, and why.
 
-    auto: on when the preflight's estimate with all activations kept is above 90% of the free memory."""
+    auto: on when what the plan counts with all activations kept is above 90% of the free memory."""
     mode = config.memory.activation_checkpointing
     if mode != "auto":
         return mode == "on", ""

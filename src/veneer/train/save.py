@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,10 +97,16 @@ def write_report(folder: Path, result: RunResult, settings: Resolved, base: Text
 
 
 def _cards(result: RunResult, numbers: dict[str, Any], weights: int, seconds: float) -> list[tuple[str, str, str]]:
+    predicted = numbers.get("predicted_seconds")
+    said = "" if predicted is None else f" · {duration(predicted)} predicted"
     return [
         *loss_cards(result),
         ("Steps", f"{result.steps:,}", result.stopped),
-        ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", f"{result.tokens:,} tokens in {duration(seconds)}"),
+        (
+            "Speed",
+            f"{result.tokens_per_second:,.0f} tokens/s",
+            f"{result.tokens:,} tokens in {duration(seconds)}{said}",
+        ),
         ("Trained tokens", f"{result.trained_tokens:,}", f"{result.trained_tokens / max(1, result.tokens):.0%} of all"),
         *size_cards(result, numbers, weights),
     ]
@@ -118,13 +124,17 @@ def loss_cards(result: Outcome) -> list[tuple[str, str, str]]:
     return cards
 
 
+def _said(predicted: float | None, form: Callable[[float], str]) -> str:
+    return "the whole process, base included" + ("" if predicted is None else f" · {form(predicted)} predicted")
+
+
 def size_cards(result: Outcome, numbers: dict[str, Any], weights: int) -> list[tuple[str, str, str]]:
     """The same of memory and of the adapter, whose file of tensors has `weights` bytes."""
     share = ""
     if numbers.get("trainable") and numbers.get("base_parameters"):
         share = f"{numbers['trainable']:,} weights, {numbers['trainable'] / numbers['base_parameters']:.2%} of the base"
     return [
-        ("Peak memory", size(result.peak_memory_bytes), "the whole process, base included"),
+        ("Peak memory", size(result.peak_memory_bytes), _said(numbers.get("predicted_peak_bytes"), size)),
         ("Adapter", size(weights), share),
     ]
 

@@ -1,0 +1,311 @@
+"""What `veneer plan` predicts beside what runs take: peak memory and seconds a step, over a grid, in one go.
+
+    python benchmarks/plan.py [--quick] [--json] [--only PART] [--memory]
+
+First one calibration, as `veneer plan --calibrate` does it (kept nowhere here), then each run in a process of its own,
+one after another: random weights of real architectures, real training steps on the fast paths, AdamW. Measured: the
+process's peak resident memory, and the shortest step after the first. `--memory`: leaves time out of the bars, for a
+machine that does other things meanwhile.
+
+The text bases are Llamas of several widths and depths and the shape of SmolLM2-135M, the image bases emoji-sdxl and
+emoji-flux at several batches and sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from _report import bar, lines_of, peak_bytes, report, row
+
+ROOT = Path(__file__).resolve().parents[1]
+MEMORY, TIME = 0.10, 0.20
+SCALE = 4
+"""Pixels of a latent's side, of the VAE that both emoji bases have."""
+
+WIDTHS = {
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+                     "num_key_value_heads": 3, "vocab_size": 49152},
+    "llama-12m": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4,
+                  "num_key_value_heads": 2, "vocab_size": 8192},
+    "llama-50m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8,
+                  "num_key_value_heads": 4, "vocab_size": 32000},
+    "llama-110m": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+                   "num_key_value_heads": 12, "vocab_size": 32000},
+    "llama-100m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16,
+                   "num_key_value_heads": 4, "vocab_size": 32000},
+}  # fmt: skip
+
+
+def text(base: str, rows: int, length: int, rank: int = 16, trained: float = 0.25, **more: Any) -> dict[str, Any]:
+    """`more`: dtype, checkpointing, quantise."""
+    return {"kind": "text", "base": base, "rows": rows, "length": length, "rank": rank, "trained": trained, **more}
+
+
+def image(base: str, pictures: int, size: int, rank: int = 16, **more: Any) -> dict[str, Any]:
+    return {"kind": "image", "base": base, "pictures": pictures, "size": size, "rank": rank, **more}
+
+
+GRID: list[dict[str, Any]] = [
+    text("smollm2-135m", 4, 512), text("smollm2-135m", 4, 512, checkpointing=True), text("smollm2-135m", 4, 128, 64),
+    text("smollm2-135m", 1, 2048, 4), text("smollm2-135m", 2, 256, 32, 1.0), text("smollm2-135m", 8, 128, 8),
+    text("smollm2-135m", 2, 512, dtype="float32"), text("smollm2-135m", 1, 2048, 16, checkpointing=True),
+    text("llama-12m", 8, 512, 8), text("llama-12m", 16, 128, 16), text("llama-12m", 2, 2048, 16, 1.0),
+    text("llama-50m", 4, 512), text("llama-50m", 2, 512, dtype="float32"), text("llama-50m", 8, 256, 64),
+    text("llama-50m", 4, 1024, 16, checkpointing=True), text("llama-110m", 2, 512, 16, 1.0),
+    text("llama-110m", 1, 1024, 64), text("llama-110m", 4, 256, 4), text("llama-110m", 4, 256, 16, dtype="float32"),
+    text("llama-100m", 4, 256), text("llama-100m", 2, 1024, 32, checkpointing=True),
+    text("llama-100m", 2, 512, 16, 1.0, dtype="float32"), text("llama-100m", 1, 2048, 16),
+    image("emoji-sdxl", 32, 64), image("emoji-sdxl", 16, 128), image("emoji-sdxl", 64, 128),
+    image("emoji-flux", 32, 64), image("emoji-flux", 16, 128), image("emoji-flux", 64, 128),
+    image("emoji-flux", 32, 128, 64, checkpointing=True),
+]  # fmt: skip
+
+
+def name_of(run: dict[str, Any]) -> str:
+    if run["kind"] == "image":
+        shape = f"{run['pictures']} × {run['size']} px"
+    else:
+        shape = f"{run['rows']} × {run['length']}, {run['trained']:.0%} learned"
+    more = [run.get("quantise"), run.get("dtype"), "checkpointing" if run.get("checkpointing") else None]
+    return ", ".join([run["base"], shape, f"rank {run['rank']}", *(m for m in more if m)])
+
+
+# -- a run, in a process of its own ------------------------------------------------------------------------------------
+
+
+def measure(run: dict[str, Any]) -> dict[str, Any]:
+    return (_text if run["kind"] == "text" else _image)(run)
+
+
+def _text(run: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    import veneer
+    from veneer.models.loss import text_loss
+    from veneer.models.speed import fast
+
+    config = LlamaConfig(**WIDTHS[run["base"]], tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    dtype = getattr(torch, run.get("dtype", "bfloat16"))
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    attachment = veneer.attach(model)
+    spec = veneer.LoraSpec(rank=run["rank"])
+    attachment.add("a", veneer.create(model, spec, seed=0), trainable=True)
+    attachment.use("a")
+    model.train()
+    if run.get("checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    lengths = [run["length"]] * run["rows"]
+    trained = torch.zeros(run["rows"], run["length"], dtype=torch.bool)
+    trained[:, -max(1, round(run["trained"] * run["length"])) :] = True
+    trained[:, 0] = False
+    trained = trained.flatten()
+
+    def loss() -> Any:
+        ids = torch.randint(3, config.vocab_size, (sum(lengths),))
+        return text_loss(model, ids, lengths, trained) / trained.sum()
+
+    with fast(model):
+        return _steps(attachment, loss)
+
+
+def _image(run: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from _image_bases import ATTENTION, SHAPES, TEXT_TOKENS, adapter_tensors, as_adapter, denoiser, is_flux, predict
+
+    import veneer
+    from veneer.models.speed_image import fast_denoiser
+
+    name, n = run["base"], run["pictures"]
+    model = denoiser(name).bfloat16().train()
+    attachment = veneer.attach(model)
+    targets = [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    attachment.add("a", as_adapter(adapter_tensors(name, 0, run["rank"], targets)), trainable=True)
+    attachment.use("a")
+    if run.get("checkpointing"):
+        model.enable_gradient_checkpointing()
+    shape = SHAPES[name]
+    if is_flux(name):
+        side = run["size"] // (2 * SCALE)
+        ids = torch.zeros(side, side, 3)
+        ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
+        x = torch.randn(n, side * side, model.config.in_channels).bfloat16()
+        given = {
+            "encoder_hidden_states": torch.randn(n, TEXT_TOKENS, shape["joint"]).bfloat16(),
+            "pooled_projections": torch.randn(n, shape["pooled"]).bfloat16(), "img_ids": ids.view(-1, 3).bfloat16(),
+            "txt_ids": torch.zeros(TEXT_TOKENS, 3).bfloat16(), "guidance": torch.ones(n).bfloat16(),
+        }  # fmt: skip
+    else:
+        x = torch.randn(n, 4, run["size"] // SCALE, run["size"] // SCALE).bfloat16()
+        cond = {"text_embeds": torch.randn(n, shape["pooled"]).bfloat16(), "time_ids": torch.zeros(n, 6).bfloat16()}
+        given = {
+            "encoder_hidden_states": torch.randn(n, TEXT_TOKENS, shape["cross"]).bfloat16(),
+            "added_cond_kwargs": cond,
+        }
+
+    def loss() -> Any:
+        out = predict(name, model, given, x, torch.rand(n))
+        return (out.float() - torch.randn_like(out, dtype=torch.float32)).square().mean()
+
+    with fast_denoiser(model):
+        return _steps(attachment, loss)
+
+
+def _steps(attachment: Any, loss: Callable[[], Any], count: int = 4) -> dict[str, Any]:
+    import torch
+
+    parameters = list(attachment.parameters("a").values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    seconds = []
+    for _ in range(count):
+        began = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        seconds.append(time.perf_counter() - began)
+    return {"peak": peak_bytes(), "seconds": min(seconds[1:])}
+
+
+def calibrated(dtype: str) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from veneer.plan.calibration import measured
+
+    return asdict(measured("smollm2-135m", dtype=dtype))
+
+
+def in_process(argument: list[str]) -> dict[str, Any]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    with tempfile.TemporaryDirectory() as scratch:
+        ran = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, *argument], env=env, capture_output=True, text=True, cwd=scratch
+        )
+    if ran.returncode != 0:
+        raise SystemExit(f"{argument} failed:\n{ran.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
+    return found
+
+
+# -- what is predicted -------------------------------------------------------------------------------------------------
+
+
+def predicted(run: dict[str, Any], record: Any) -> tuple[int, float]:
+    """(peak bytes, seconds a step)."""
+    from veneer.plan.image import ImageLoad, image_counts, image_memory, image_work
+    from veneer.plan.memory import Load, text_memory
+    from veneer.plan.shape import text_shape
+    from veneer.plan.tables import Device
+    from veneer.plan.time import text_work
+
+    device = Device("cpu", "cpu", 0, 0.0, 0.0, native=True)
+    rates = record.rates()
+    if run["kind"] == "image":
+        part = "transformer" if run["base"] == "emoji-flux" else "unet"
+        file = ROOT / "src" / "veneer" / "bases" / run["base"] / part / "config.json"
+        config = {**json.loads(file.read_text(encoding="utf-8")), "vae_scale": SCALE}
+        counts = image_counts(
+            config, height=run["size"], width=run["size"], rank=run["rank"], text_tokens=20, cuda=False
+        )
+        load = ImageLoad(run["pictures"], rank=run["rank"], checkpointing=run.get("checkpointing", False))
+        memory = image_memory(counts, load, device, process=record.process)
+        return memory.peak, rates.seconds(image_work(counts, load, device))
+    shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **WIDTHS[run["base"]]})
+    one = Load(
+        (run["length"],) * run["rows"], run["trained"], rank=run["rank"], dtype=run.get("dtype", "bfloat16"),
+        quantise=run.get("quantise"), checkpointing=run.get("checkpointing", False),
+    )  # fmt: skip
+    memory = text_memory(shape, one, device, process=record.process)
+    return memory.peak, rates.seconds(text_work(shape, one, device))
+
+
+def compare(runs: list[dict[str, Any]], say: Callable[[str], None], memory_alone: bool) -> dict[str, Any]:
+    from dataclasses import replace
+
+    from veneer.plan.calibration import Calibration
+
+    records: dict[str, Calibration] = {}
+    for dtype in dict.fromkeys(run.get("dtype", "bfloat16") for run in runs):
+        records[dtype] = Calibration(**in_process(["--calibrate", dtype]))
+        # Random weights come from no file: what reading one leaves in the process is bfloat16's, the smaller one.
+        records[dtype] = replace(records[dtype], process=next(iter(records.values())).process)
+        say(f"{dtype}: {records[dtype].rates().source}, process {records[dtype].process / 1e9:.3f} GB")
+    rows, worst = [], {"peak": 0.0, "time": 0.0}
+    inside = {"peak": 0, "time": 0}
+    for run in runs:
+        name = name_of(run)
+        found = in_process(["--run", json.dumps(run)])
+        peak, seconds = predicted(run, records[run.get("dtype", "bfloat16")])
+        off = {"peak": peak / found["peak"] - 1, "time": seconds / found["seconds"] - 1}
+        rows += [
+            row(name, "peak, predicted", peak / 1e9, "GB"), row(name, "peak, measured", found["peak"] / 1e9, "GB"),
+            row(name, "peak, off by", 100 * off["peak"], "%"), row(name, "step, predicted", seconds, "s"),
+            row(name, "step, measured", found["seconds"], "s"), row(name, "step, off by", 100 * off["time"], "%"),
+        ]  # fmt: skip
+        worst = {k: max(worst[k], abs(v)) for k, v in off.items()}
+        inside = {k: inside[k] + (abs(off[k]) <= limit) for k, limit in (("peak", MEMORY), ("time", TIME))}
+        say(
+            f"{name}: {peak / 1e9:.2f} GB, {found['peak'] / 1e9:.2f} measured ({off['peak']:+.1%}); "
+            f"{seconds:.2f} s, {found['seconds']:.2f} measured ({off['time']:+.0%})"
+        )
+    count = len(runs)
+    bars = [bar(f"runs of {count} whose peak is within {MEMORY:.0%}", count, inside["peak"])]
+    bars.append(bar("furthest peak", MEMORY, worst["peak"], False))
+    if not memory_alone:
+        bars.append(bar(f"runs of {count} whose step is within {TIME:.0%}", count, inside["time"]))
+        bars.append(bar("furthest step", TIME, worst["time"], False))
+    return report(rows, bars, {"runs": count, "calibrated": {k: r.rates().source for k, r in records.items()}})
+
+
+def table(result: dict[str, Any]) -> Iterator[str]:
+    """The grid as a Markdown table, one run a line, for docs/reference/plan-accuracy.md."""
+    by_name: dict[str, dict[str, float]] = {}
+    for r in result["rows"]:
+        by_name.setdefault(r["name"], {})[r["metric"]] = r["value"]
+    yield "| run | peak, predicted | measured | off | step, predicted | measured | off |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for name, m in by_name.items():
+        yield (
+            f"| {name} | {m['peak, predicted']:.2f} GB | {m['peak, measured']:.2f} GB | {m['peak, off by']:+.1f}% "
+            f"| {m['step, predicted']:.2f} s | {m['step, measured']:.2f} s | {m['step, off by']:+.0f}% |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="every sixth run")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--markdown", action="store_true", help="the grid as a table for the documentation")
+    parser.add_argument("--memory", action="store_true", help="judge memory alone")
+    parser.add_argument("--only", default="", help="runs whose name contains this")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--calibrate", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "src"))
+    if given.run:
+        print(json.dumps(measure(json.loads(given.run))))
+        return
+    if given.calibrate:
+        print(json.dumps(calibrated(given.calibrate)))
+        return
+    runs = [run for run in GRID if given.only in name_of(run)]
+    result = compare(
+        runs[::6] if given.quick else runs, lambda line: print(line, file=sys.stderr, flush=True), given.memory
+    )
+    if given.json:
+        print(json.dumps(result))
+    else:
+        print("\n".join(table(result) if given.markdown else lines_of(result)))
+
+
+if __name__ == "__main__":
+    main()

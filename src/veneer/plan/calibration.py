@@ -1,0 +1,224 @@
+"""What this machine was measured to do, kept under the veneer home: one record a device.
+
+    record = measured("smollm2-135m")      short real steps of two sizes: achieved rate, bandwidth, process
+    keep(record) · kept(device_key)        plan-calibration.json
+
+Two steps of different sizes give two equations in 1/rate and 1/bandwidth; peak memory less what is counted gives the
+process itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import ConfigError, ResourceError
+from veneer.models.home import veneer_home
+from veneer.plan.memory import Load, text_memory
+from veneer.plan.shape import model_shape
+from veneer.plan.tables import Device, device_of_card
+from veneer.plan.time import Rates, Work, rates_of, text_work
+
+__all__ = ["Calibration", "cpu_device", "device_key", "keep", "kept", "measured", "rates_here", "solved"]
+
+_FILE = "plan-calibration.json"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`operations`, `bandwidth`: achieved, a second. `process`: bytes beside everything a plan counts. `device`: what
+    it was measured on, with how many threads. `base`: which base took the steps; `dtype`: in which precision."""
+
+    device: str
+    operations: float
+    bandwidth: float
+    process: int
+    base: str
+    dtype: str
+
+    def rates(self) -> Rates:
+        return Rates(
+            self.operations, self.bandwidth,
+            f"{self.operations / 1e9:,.0f} GFLOP/s, {self.bandwidth / 1e9:,.1f} GB/s, measured here with {self.base}",
+        )  # fmt: skip
+
+
+def _file() -> Path:
+    return veneer_home() / _FILE
+
+
+def kept(device: str) -> Calibration | None:
+    """The record of a device, or None. Raises ConfigError for a file that is not one."""
+    try:
+        records = json.loads(_file().read_text(encoding="utf-8"))
+        return Calibration(**records[device]) if device in records else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"the calibration cannot be read: {error}", where=str(_file()), fix="delete it, and veneer plan --calibrate"
+        ) from None
+
+
+def keep(record: Calibration) -> Path:
+    """Writes a record beside those of other devices; returns the file. One that cannot be read is replaced."""
+    file = _file()
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        records = {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(".new")
+    scratch.write_text(json.dumps({**records, record.device: asdict(record)}, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(file)
+    return file
+
+
+def rates_here(device: Device, dtype: str) -> tuple[Rates, int | None]:
+    """(rates, bytes of the process): as calibrated where the device was, else as stated, and None."""
+    record = kept(device_key(device, dtype))
+    return (rates_of(device, dtype), None) if record is None else (record.rates(), record.process)
+
+
+def cpu_device(*, native: bool = True) -> Device:
+    """This machine's CPU. Where it is not calibrated its rate is a guess: 1 TFLOP/s a core at best.
+
+    `native`: whether the compiled kernels run, which a plan that loads nothing takes for granted."""
+    import psutil
+
+    cores = _threads()
+    total = int(psutil.virtual_memory().total)
+    group = Path("/sys/fs/cgroup/memory.max")
+    limit = group.read_text(encoding="utf-8").strip() if group.is_file() else ""
+    total = min(total, int(limit)) if limit.isdigit() else total
+    return Device("cpu", "cpu", total, cores * 1e12, 20e9, f"this CPU, {cores} threads", None, 1, native)
+
+
+def _threads() -> int:
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    mine: Any = getattr(os, "sched_getaffinity", None)  # Linux alone
+    return len(mine(0)) if mine is not None else os.cpu_count() or 1
+
+
+def device_key(device: Device, dtype: str) -> str:
+    """What a record is kept under: device and precision, and of a CPU how many threads."""
+    return f"{f'cpu/{_threads()}' if device.kind == 'cpu' else device.name}/{dtype}"
+
+
+def solved(first: tuple[Work, float], second: tuple[Work, float]) -> tuple[float, float]:
+    """(operations a second, bytes a second) from two measured works; where the two equations have no positive
+    solution, all of the larger one's time goes to operations and bytes in the proportion of a typical machine."""
+    (a, t), (b, u) = first, second
+    determinant = a.operations * b.bytes - b.operations * a.bytes
+    if determinant:
+        x = (t * b.bytes - u * a.bytes) / determinant
+        y = (a.operations * u - b.operations * t) / determinant
+        if x > 0 and y > 0:
+            return 1 / x, 1 / y
+    work, seconds = max(first, second, key=lambda pair: pair[0].operations)
+    rate = 1.15 * work.operations / seconds
+    return rate, work.bytes / (seconds - work.operations / rate)
+
+
+def measured(
+    name: str, *, dtype: str = "auto", rank: int = 16, say: Callable[[str], None] = lambda line: None,
+) -> Calibration:  # fmt: skip
+    """Takes short training steps of two sizes on the device that training would choose, and measures them.
+
+    Raises what loading the base raises, and ResourceError where there is no memory for 1,024 tokens."""
+    import torch
+
+    from veneer import kernels
+    from veneer.models.text import load_text
+
+    base = load_text(name, dtype=dtype, say=say)
+    shape = model_shape(base.model)
+    dtype = str(base.dtype).removeprefix("torch.")
+    cuda = base.device.type == "cuda"
+    native = not cuda and kernels.load() is not None
+    device = Device("cpu", "cpu", 0, 0.0, 0.0, native=native)
+    if cuda:
+        total = torch.cuda.mem_get_info(base.device)[1]
+        device = device_of_card(torch.cuda.get_device_name(base.device), int(total))
+    loads = [Load((512, 512), 0.25, rank=rank, dtype=dtype), Load((64, 64), 0.25, rank=rank, dtype=dtype)]
+    timed: list[tuple[Work, float]] = []
+    peak = 0
+    try:
+        for load in loads:
+            seconds = _steps(base, load, rank)
+            say(f"{load.tokens:,} tokens: {seconds:.2f} s a step")
+            timed.append((text_work(shape, load, device), seconds))
+            peak = peak or _peak(cuda)
+    except (MemoryError, RuntimeError) as error:
+        raise ResourceError(
+            f"the calibration's step of {loads[0].tokens:,} tokens failed: {error}", fix="calibrate with a smaller base"
+        ) from None
+    rate, bandwidth = solved(timed[0], timed[1])
+    counted = text_memory(shape, loads[0], device, process=0).peak
+    return Calibration(device_key(device, dtype), rate, bandwidth, max(0, peak - counted), name, dtype)
+
+
+def _steps(base: Any, load: Load, rank: int, count: int = 4) -> float:
+    """The median of the steps after the first, in seconds."""
+    import statistics
+
+    import torch
+
+    from veneer.core.adapter import LoraSpec
+    from veneer.core.attach import attach
+    from veneer.core.init import create
+    from veneer.models.loss import text_loss
+    from veneer.models.speed import fast
+
+    model, generator = base.model, torch.Generator().manual_seed(0)
+    seconds: list[float] = []
+    training = model.training
+    with attach(model) as attachment:
+        attachment.add("plan", create(model, LoraSpec(rank=rank), seed=0), trainable=True)
+        attachment.use("plan")
+        parameters = list(attachment.parameters("plan").values())
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        model.train()
+        try:
+            with fast(model):
+                for _ in range(count):
+                    ids, trained = _random_rows(base, load, generator)
+                    began = time.perf_counter()
+                    loss = text_loss(model, ids, load.lengths, trained)
+                    (loss / trained.sum()).backward()
+                    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    float(loss.detach())
+                    seconds.append(time.perf_counter() - began)
+        finally:
+            model.train(training)
+    return statistics.median(seconds[1:])
+
+
+def _random_rows(base: Any, load: Load, generator: Any) -> tuple[Any, Any]:
+    import torch
+
+    vocabulary = base.model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(3, vocabulary, (load.tokens,), generator=generator).to(base.device)
+    trained = torch.zeros(len(load.lengths), load.longest, dtype=torch.bool)
+    trained[:, load.longest - max(1, round(load.trained * load.longest)) :] = True
+    return ids, trained.flatten().to(base.device)
+
+
+def _peak(cuda: bool) -> int:
+    if cuda:
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,150 @@
+"""The cheapest change that makes a run fit, and what each change costs in time.
+
+    cheapest(load, device, need, limit)      those that suffice, in the order of their kinds
+
+Kinds, in this order: recompute activations, one row (or picture) at a time, shorter rows (smaller pictures), a lower
+rank, a 4-bit base, weights on the CPU, more devices. One change is better than two: pairs and triples are looked at
+only where no single one suffices.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from veneer.plan.image import ImageLoad
+from veneer.plan.memory import Load, Memory
+from veneer.plan.tables import Device
+
+__all__ = ["AnyLoad", "Change", "cheapest", "each_holds", "usable_memory"]
+
+AnyLoad = Load | ImageLoad
+Need = Callable[[AnyLoad, Device], tuple[int, float]]
+"""(load, device) -> (bytes at the peak of each device, seconds of a token or picture)."""
+
+_MARGIN = 0.03
+"""Share of a device's memory that a plan leaves free: other processes, and what a plan cannot see."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What to change together. `slower`: seconds a token over those of the run as it was given. `settings`: as
+    `section.key=value` where a configuration can say it, else words."""
+
+    names: tuple[str, ...]
+    settings: tuple[str, ...]
+    load: AnyLoad
+    device: Device
+    peak: int
+    slower: float
+
+    @property
+    def text(self) -> str:
+        speed = "at the same speed" if abs(self.slower - 1) < 0.02 else f"{self.slower:.2f} times the time a token"
+        return f"{' and '.join(self.names)} ({', '.join(self.settings)}): {self.peak / 1e9:.1f} GB, {speed}"
+
+
+def usable_memory(device: Device) -> int:
+    """Bytes of one device that a run may take."""
+    return int(device.memory * (1 - _MARGIN))
+
+
+Step = tuple[str, str, AnyLoad, Device]
+
+
+def _checkpointing(load: AnyLoad, device: Device) -> Iterator[Step]:
+    if not load.checkpointing:
+        yield "recompute activations", "memory.activation_checkpointing=on", replace(load, checkpointing=True), device
+
+
+def _batch(load: AnyLoad, device: Device) -> Iterator[Step]:
+    if isinstance(load, ImageLoad):
+        if load.pictures > 1:
+            fewer: AnyLoad = replace(load, pictures=1, micros=load.micros * load.pictures)
+            yield "one picture at a time", "batching.micro_rows=1", fewer, device
+    elif len(load.lengths) > 1:
+        fewer = replace(load, lengths=(load.longest,), micros=load.micros * len(load.lengths))
+        yield "one row at a time", "batching.micro_rows=1", fewer, device
+
+
+def _length(load: AnyLoad, device: Device) -> Iterator[Step]:
+    for part in (2, 4, 8):
+        if isinstance(load, ImageLoad):
+            side = max(load.height, load.width) // part
+            if side >= 256:
+                smaller: AnyLoad = replace(load, height=load.height // part, width=load.width // part)
+                yield "smaller pictures", f"data.resolution={side}", smaller, device
+        elif (longest := load.longest // part) >= 64:
+            smaller = replace(load, lengths=tuple(min(n, longest) for n in load.lengths))
+            yield "shorter rows", f"data.max_length={longest}", smaller, device
+
+
+def _rank(load: AnyLoad, device: Device) -> Iterator[Step]:
+    spec = load.spec if isinstance(load, Load) else None
+    rank = load.rank if spec is None else spec.rank
+    for lower in (rank // 2, rank // 4, rank // 8):
+        if lower >= 4 and isinstance(load, Load):
+            own = None if spec is None else replace(spec, rank=lower)
+            yield "a lower rank", f"adapter.rank={lower}", replace(load, rank=lower, spec=own), device
+        elif lower >= 4:
+            yield "a lower rank", f"adapter.rank={lower}", replace(load, rank=lower), device
+
+
+def _four_bits(load: AnyLoad, device: Device) -> Iterator[Step]:
+    if load.quantise is None:
+        yield "a 4-bit base", "base.quantise=nf4", replace(load, quantise="nf4"), device
+
+
+def _offload(load: AnyLoad, device: Device) -> Iterator[Step]:
+    if device.kind == "cuda":
+        for share in (0.25, 0.5, 0.75, 0.9):
+            yield "weights on the CPU", f"{share:.0%} of them", replace(load, offload=share), device
+
+
+def _devices(load: AnyLoad, device: Device) -> Iterator[Step]:
+    if device.kind == "cuda":
+        for count in (2, 4, 8, 16):
+            if count > device.count:
+                yield "more devices", f"{count} × {device.name}", load, replace(device, count=count)
+
+
+_KINDS: Mapping[str, Callable[[AnyLoad, Device], Iterator[Step]]] = {
+    "checkpointing": _checkpointing, "batch": _batch, "length": _length, "rank": _rank, "4 bits": _four_bits,
+    "offload": _offload, "devices": _devices,
+}  # fmt: skip
+
+
+def cheapest(load: AnyLoad, device: Device, need: Need, limit: int) -> list[Change]:
+    """The changes that bring the peak of each device to `limit` bytes, in order of kind; each the smallest of its kind
+    that suffices. Empty where three of them together do not."""
+    _, before = need(load, device)
+
+    def tried(steps: list[Step]) -> Change | None:
+        own_load, own_device = steps[-1][2:]
+        peak, after = need(own_load, own_device)
+        if peak > limit:
+            return None
+        names, settings = tuple(s[0] for s in steps), tuple(s[1] for s in steps)
+        return Change(names, settings, own_load, own_device, peak, after / before)
+
+    def search(kinds: tuple[str, ...], done: list[Step]) -> Change | None:
+        """The smallest of each kind, the last one varied first, that together suffice."""
+        now = done[-1][2:] if done else (load, device)
+        for step in _KINDS[kinds[0]](*now):
+            found = search(kinds[1:], [*done, step]) if len(kinds) > 1 else tried([*done, step])
+            if found is not None:
+                return found
+        return None
+
+    for together in (1, 2, 3):
+        found = [c for kinds in itertools.combinations(_KINDS, together) if (c := search(kinds, [])) is not None]
+        if found:
+            return found
+    return []
+
+
+def each_holds(memory: Memory, device: Device) -> int:
+    """Bytes at the peak of each device: weights and what belongs to the adapter are divided, activations are not."""
+    held = memory.weights + memory.constants + memory.adapter + memory.gradients + memory.optimizer
+    return memory.peak - held + -(-held // device.count)

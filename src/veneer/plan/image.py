@@ -1,0 +1,411 @@
+"""An image base and a training step on pictures, counted by walking its denoiser as its forward pass does.
+
+    counts = image_counts(config, height=1024, width=1024, rank=16)      parameters, pairs, kept values, operations
+    image_memory(counts, load, device)                                   bytes by part
+
+SDXL's UNet, FLUX.1 and FLUX.2, from the fields of their config.json. What is kept for the backward pass is what the
+functions of core.denoise and core.fused save on the CPU, and torch's on CUDA; nothing is kept before the first pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.errors import ConfigError, nearest
+from veneer.plan.memory import CPU_PROCESS, CPU_ROUNDING, CUDA_CONTEXT, CUDA_ROUNDING, Memory, dtype_bytes
+from veneer.plan.tables import Device
+from veneer.plan.time import Work
+
+__all__ = [
+    "DIFFUSERS",
+    "IMAGE_FAMILIES",
+    "TARGETS",
+    "ImageCounts",
+    "ImageLoad",
+    "image_counts",
+    "image_memory",
+    "image_work",
+    "is_image",
+]
+
+_ATTENTION = {
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",
+    "to_out",
+}  # fmt: skip
+_FEED_FORWARD = {"net.0.proj", "net.2", "proj_mlp", "proj_out", "linear_in", "linear_out"}
+_WORKING = 2.0
+"""What a block's backward pass makes on its way, over what the block kept: measured on the emoji bases, where q and k
+in float32 and the gradients of a feed-forward's halves come to that."""
+DIFFUSERS = 45_000_000
+"""Resident memory of diffusers, on top of the process that a calibration with text finds."""
+TARGETS = {"attention": _ATTENTION, "attention+ff": _ATTENTION | _FEED_FORWARD}
+"""The words of `adapter.targets`, by the ends of the modules' names."""
+
+
+@dataclass(frozen=True)
+class ImageLoad:
+    """Pictures in a micro-batch, and how they are trained. `targets`: attention or attention+ff. `offload`: share of
+    the weights that waits in the CPU's memory. `stays`: text encoders and VAE stay in memory."""
+
+    pictures: int = 1
+    height: int = 1024
+    width: int = 1024
+    micros: int = 1
+    rank: int = 16
+    dtype: str = "bfloat16"
+    quantise: str | None = None
+    checkpointing: bool = False
+    offload: float = 0.0
+    targets: str = "attention"
+    stays: bool = False
+
+
+@dataclass
+class ImageCounts:
+    """Of one picture. `matrices`: parameters that a quantised base holds in 4 bits. `kept`: values of the base's dtype
+    kept for the backward pass, `kept32`: bytes of float32 beside them; `inputs`: values that recomputing keeps;
+    `block`: values of the largest block. `products`, `attention`, `thin`: operations, forward and backward.
+    `encoders`: parameters of text encoders and VAE."""
+
+    targets: frozenset[str]
+    rank: int
+    cuda: bool
+    parameters: int = 0
+    matrices: int = 0
+    largest: int = 0
+    trainable: int = 0
+    kept: float = 0.0
+    kept32: float = 0.0
+    inputs: float = 0.0
+    block: float = 0.0
+    products: float = 0.0
+    attention: float = 0.0
+    thin: float = 0.0
+    encoders: int = 0
+    _learned: bool = field(default=False, repr=False)
+    _before: float = field(default=0.0, repr=False)
+
+    def keep(self, values: float) -> None:
+        if self._learned:
+            self.kept += values
+
+    def small(self, parameters: int) -> None:
+        self.parameters += parameters
+
+    def linear(self, name: str, n: float, a: int, b: int, *, bias: bool = True, new: bool = True) -> None:
+        """n tokens through a matrix (b, a). `new`: whether its input, kept where it has a pair, is kept by no other."""
+        self.parameters += a * b + (b if bias else 0)
+        self.matrices += a * b
+        self.largest = max(self.largest, a * b)
+        pair = name in self.targets
+        self.products += (4 if self._learned else 2) * n * a * b
+        if pair:
+            self._learned = True
+            self.trainable += self.rank * (a + b)
+            self.thin += 6 * self.rank * n * (a + b)
+            self.keep(n * self.rank + (n * a if new else 0))
+
+    def conv(self, n: float, a: int, b: int, side: int = 3, *, new: bool = True) -> None:
+        """n places of output. torch keeps a convolution's input though its frozen weight needs no gradient."""
+        self.parameters += a * b * side * side + b
+        self.products += (4 if self._learned else 2) * n * a * b * side * side
+        if new:
+            self.keep(n * a)
+
+    def attend(self, n: float, m: float, width: int, heads: int) -> None:
+        """n queries over m keys, of heads that are `width` wide together."""
+        self.attention += (12 if self._learned else 4) * n * m * width
+        if self._learned:
+            self.kept32 += 4 * n * heads  # log Σ exp
+
+    def starts_block(self) -> None:
+        self._before = self.kept
+
+    def ends_block(self, entry: float) -> None:
+        """`entry`: values that recomputing keeps of this block."""
+        self.block = max(self.block, self.kept - self._before)
+        if self._learned:
+            self.inputs += entry
+
+
+Config = Mapping[str, Any]
+
+
+def kind_of(config: Config) -> str:
+    """The family of a denoiser's config: veneer's word for it, or diffusers' class where there is none."""
+    named = str(config.get("_class_name"))
+    return str(config.get("model_type") or _CLASSES.get(named, named))
+
+
+def is_image(config: Config) -> bool:
+    """Whether this is the config of a denoiser that can be planned."""
+    return kind_of(config) in IMAGE_FAMILIES
+
+
+def image_counts(
+    config: Config, *, height: int = 1024, width: int = 1024, rank: int = 16, targets: str = "attention",
+    text_tokens: int | None = None, cuda: bool = True,
+) -> ImageCounts:  # fmt: skip
+    """The counts of one picture. config: the denoiser's, with `model_type` sdxl, flux or flux2 or diffusers' class.
+
+    Raises ConfigError for another denoiser and for other words for targets."""
+    kind = kind_of(config)
+    if kind not in IMAGE_FAMILIES:
+        raise ConfigError(f"a plan knows no denoiser {kind!r}", fix=f"known: {', '.join(sorted(IMAGE_FAMILIES))}")
+    if targets not in TARGETS:
+        near = nearest(targets, TARGETS) or sorted(TARGETS)
+        raise ConfigError(f"a plan of pictures knows no targets {targets!r}", fix=f"use {' or '.join(near)}")
+    c = ImageCounts(frozenset(TARGETS[targets]), rank, cuda)
+    c.encoders = sum(config.get("encoders", {}).values()) + int(config.get("vae", 0))
+    tokens = text_tokens or int(config.get("text_tokens", 77 if kind == "sdxl" else 512))
+    IMAGE_FAMILIES[kind](c, config, height, width, tokens)
+    return c
+
+
+# -- FLUX --------------------------------------------------------------------------------------------------------------
+
+
+def _flux(c: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
+    heads, dim = config["num_attention_heads"], config["attention_head_dim"]
+    d, channels = heads * dim, config["in_channels"]
+    places = _places(config, height, width, 2)
+    n = text + places
+    c.linear("x_embedder", places, channels, d)
+    c.linear("context_embedder", text, config["joint_attention_dim"], d)
+    for inputs in (256, config["pooled_projection_dim"], *([256] if config.get("guidance_embeds") else [])):
+        c.linear("embedder", 1, inputs, d)
+        c.linear("embedder", 1, d, d)
+    for _ in range(config["num_layers"]):
+        c.starts_block()
+        for tokens, q, last in ((places, "to_q", "to_out.0"), (text, "add_q_proj", "to_add_out")):
+            c.linear("norm1.linear", 1, d, 6 * d)
+            _qkv(c, tokens, d, q)
+            c.small(2 * dim)
+            c.linear(last, tokens, d, d)
+            c.keep(tokens * 2 * d)  # inputs of the two layer norms
+            c.linear("net.0.proj", tokens, d, 4 * d)
+            c.keep(tokens * 4 * d)  # gelu's input
+            c.linear("net.2", tokens, 4 * d, d)
+        _joint(c, n, d, heads)
+        c.ends_block(n * d)
+    for _ in range(config["num_single_layers"]):
+        c.starts_block()
+        c.linear("norm.linear", 1, d, 3 * d)
+        _qkv(c, n, d, "to_q")
+        c.small(2 * dim)
+        c.linear("proj_mlp", n, d, 4 * d, new=False)
+        c.keep(n * (d + 4 * d))  # the layer norm's input, gelu's input
+        c.linear("proj_out", n, 5 * d, d)
+        _joint(c, n, d, heads)
+        c.ends_block(n * d)
+    c.linear("norm_out.linear", 1, d, 2 * d)
+    c.linear("final", places, d, channels)
+    c.keep(places * d)
+
+
+def _places(config: Config, height: int, width: int, patch: int) -> int:
+    """Places of a latent in patches; config.vae_scale: pixels of a latent's side, 8 where it is not given."""
+    step = int(config.get("vae_scale", 8)) * patch
+    return (height // step) * (width // step)
+
+
+def _qkv(c: ImageCounts, tokens: float, d: int, first: str, *, bias: bool = True) -> None:
+    c.linear(first, tokens, d, d, bias=bias)
+    for name in (first.replace("q", "k", 1), first.replace("q", "v", 1)):
+        c.linear(name, tokens, d, d, bias=bias, new=False)
+
+
+def _joint(c: ImageCounts, n: float, d: int, heads: int) -> None:
+    """Attention of all tokens with normed and turned q, k: q, k, v as they came, q and k turned, and what came out."""
+    c.attend(n, n, d, heads)
+    c.keep(n * 6 * d)
+    if c.cuda:
+        c.kept32 += 8 * n * d  # q and k in float32, for the norms' gradient
+
+
+def _flux2(c: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
+    heads, dim = config["num_attention_heads"], config["attention_head_dim"]
+    d, channels = heads * dim, config["in_channels"]
+    wide = int(config.get("mlp_ratio", 3.0) * d)
+    places = _places(config, height, width, 2)
+    n = text + places
+    c.linear("x_embedder", places, channels, d, bias=False)
+    c.linear("context_embedder", text, config["joint_attention_dim"], d, bias=False)
+    for _ in range(2 if config.get("guidance_embeds") else 1):
+        c.linear("embedder", 1, config.get("timestep_guidance_channels", 256), d, bias=False)
+        c.linear("embedder", 1, d, d, bias=False)
+    for width_of in (6, 6, 3):
+        c.linear("modulation", 1, d, width_of * d, bias=False)
+    for _ in range(config["num_layers"]):
+        c.starts_block()
+        for tokens, q, last in ((places, "to_q", "to_out.0"), (text, "add_q_proj", "to_add_out")):
+            _qkv(c, tokens, d, q, bias=False)
+            c.small(2 * dim)
+            c.linear(last, tokens, d, d, bias=False)
+            c.keep(tokens * 2 * d)
+            c.linear("linear_in", tokens, d, 2 * wide, bias=False)
+            c.keep(tokens * 3 * wide)  # both halves, and silu of one
+            c.linear("linear_out", tokens, wide, d, bias=False)
+        _joint(c, n, d, heads)
+        c.ends_block(n * d)
+    for _ in range(config["num_single_layers"]):
+        c.starts_block()
+        c.linear("to_qkv_mlp_proj", n, d, 3 * d + 2 * wide, bias=False)
+        c.small(2 * dim)
+        c.keep(n * (d + 3 * wide))
+        c.linear("to_out", n, d + wide, d, bias=False)
+        _joint(c, n, d, heads)
+        c.ends_block(n * d)
+    c.linear("norm_out.linear", 1, d, 2 * d, bias=False)
+    c.linear("final", places, d, channels, bias=False)
+    c.keep(places * d)
+
+
+# -- SDXL --------------------------------------------------------------------------------------------------------------
+
+
+def _sdxl(c: ImageCounts, config: Config, height: int, width: int, text: int) -> None:
+    widths = list(config["block_out_channels"])
+    depth = list(config["transformer_layers_per_block"])
+    heads = list(config["attention_head_dim"])  # SDXL's name for the number of heads
+    cross, per = config["cross_attention_dim"], config["layers_per_block"]
+    first, last = widths[0], len(widths) - 1
+    time = 4 * first
+    place = [_places(config, height, width, 1 << i) for i in range(len(widths))]
+    attends = ["CrossAttn" in kind for kind in config["down_block_types"]]
+    c.conv(place[0], config["in_channels"], first)
+    for inputs in (first, config["projection_class_embeddings_input_dim"]):
+        c.linear("embedder", 1, inputs, time)
+        c.linear("embedder", 1, time, time)
+
+    def transformer(level: int) -> None:
+        _transformer(c, place[level], widths[level], cross, heads[level], depth[level], text)
+
+    skips = [first]
+    at = first
+    for i, out in enumerate(widths):
+        for _ in range(per):
+            _resnet(c, place[i], at, out, time)
+            at = out
+            if attends[i]:
+                transformer(i)
+            skips.append(out)
+        if i < last:
+            c.conv(place[i + 1], out, out, new=False)
+            c.keep(place[i] * out)
+            skips.append(out)
+    _resnet(c, place[last], at, at, time)
+    transformer(last)
+    _resnet(c, place[last], at, at, time)
+    for i in reversed(range(len(widths))):
+        out = widths[i]
+        for _ in range(per + 1):
+            skip = skips.pop()
+            _resnet(c, place[i], at + skip, out, time)
+            at = out
+            if attends[i]:
+                transformer(i)
+        if i > 0:
+            c.conv(place[i - 1], out, out)
+    c.small(2 * first)
+    c.keep(place[0] * 2 * first)
+    c.conv(place[0], first, config["in_channels"], new=False)
+
+
+def _resnet(c: ImageCounts, n: int, a: int, b: int, time: int) -> None:
+    """norm-silu, convolution, norm-silu, convolution: each keeps its input."""
+    c.starts_block()
+    c.small(2 * a + 2 * b)
+    c.keep(n * (a + b))
+    c.conv(n, a, b)
+    c.linear("time_emb_proj", 1, time, b)
+    c.conv(n, b, b)
+    if a != b:
+        c.conv(n, a, b, 1, new=False)
+    c.ends_block(n * a)
+
+
+def _transformer(c: ImageCounts, n: int, d: int, cross: int, heads: int, depth: int, text: int) -> None:
+    c.small(2 * d)
+    c.keep(n * d)
+    c.linear("proj_in", n, d, d)
+    for _ in range(depth):
+        c.starts_block()
+        c.small(6 * d)
+        c.keep(n * d)
+        _qkv(c, n, d, "to_q", bias=False)
+        c.keep(n * 4 * d)
+        c.attend(n, n, d, heads)
+        c.linear("to_out.0", n, d, d, new=False)
+        c.keep(n * d)
+        c.linear("to_q", n, d, d, bias=False)
+        c.linear("to_k", text, cross, d, bias=False, new=False)
+        c.linear("to_v", text, cross, d, bias=False, new=False)
+        c.keep(n * 2 * d + text * 2 * d)
+        c.attend(n, text, d, heads)
+        c.linear("to_out.0", n, d, d, new=False)
+        c.keep(n * d)
+        c.linear("net.0.proj", n, d, 8 * d)
+        c.keep(n * 8 * d)
+        c.linear("net.2", n, 4 * d, d)
+        if c.cuda:
+            c.keep(n * 8 * d)  # torch's GEGLU keeps gelu's input and output apart
+        c.ends_block(n * d)
+    c.linear("proj_out_of_transformer", n, d, d)
+
+
+IMAGE_FAMILIES: dict[str, Callable[[ImageCounts, Config, int, int, int], None]] = {
+    "flux": _flux, "flux2": _flux2, "sdxl": _sdxl
+}  # fmt: skip
+_CLASSES = {"UNet2DConditionModel": "sdxl", "FluxTransformer2DModel": "flux", "Flux2Transformer2DModel": "flux2"}
+
+
+# -- memory and time ---------------------------------------------------------------------------------------------------
+
+
+def image_memory(c: ImageCounts, load: ImageLoad, device: Device, *, process: int | None = None) -> Memory:
+    """Bytes by part, for training on cached latents and texts. As in plan.memory, the peak is where the backward pass
+    begins."""
+    e = dtype_bytes(load.dtype)
+    weights, constants = weight_bytes_of(c, load), 0
+    if load.quantise in ("nf4", "fp4"):
+        constants = round(c.matrices * (8 / 64 + 32 / (64 * 256)) / 8)
+    weights += c.encoders * e if load.stays else 0
+    kept = load.pictures * (e * c.kept + c.kept32)
+    working = load.pictures * e * _WORKING * c.block
+    if load.checkpointing:
+        kept, working = load.pictures * e * c.inputs, load.pictures * e * (1 + _WORKING) * c.block
+    moving = kept + working
+    host = round(load.offload * (weights + constants))
+    weights, constants = (round((1 - load.offload) * part) for part in (weights, constants))
+    gradients = 4 * c.trainable if load.micros > 1 else max(0.0, 4 * c.trainable - moving)
+    dequantised = c.largest * e if load.quantise else 0
+    cuda = device.kind == "cuda"
+    context = CUDA_CONTEXT if cuda else DIFFUSERS + (CPU_PROCESS if process is None else process)
+    share = CUDA_ROUNDING if cuda else CPU_ROUNDING
+    return Memory(
+        round(weights), constants, 4 * c.trainable, round(gradients), 8 * c.trainable, round(kept), 0, round(working),
+        dequantised, context, round(share * moving), host=host,
+    )  # fmt: skip
+
+
+def weight_bytes_of(c: ImageCounts, load: ImageLoad) -> int:
+    """The denoiser's weights in memory, without quantisation constants."""
+    quantised = c.matrices if load.quantise else 0
+    plain = (c.parameters - quantised) * dtype_bytes(load.dtype)
+    return plain + (quantised if load.quantise == "int8" else quantised // 2)
+
+
+def image_work(c: ImageCounts, load: ImageLoad, device: Device) -> Work:
+    """Operations and bytes of a micro-batch, forward and backward."""
+    e, again = dtype_bytes(load.dtype), 1.5 if load.checkpointing else 1.0
+    n = load.pictures
+    reads = 3 if load.checkpointing else 2
+    moved = 4.0 * n * (e * c.kept + c.kept32) + reads * e * c.parameters
+    dequantised = reads * e * c.matrices if load.quantise else 0
+    return Work(
+        n * c.products * again, n * c.attention * (4 / 3 if load.checkpointing else 1), n * c.thin, 0.0, moved,
+        dequantised, reads * load.offload * weight_bytes_of(c, load),
+    )  # fmt: skip

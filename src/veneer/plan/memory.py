@@ -1,0 +1,314 @@
+"""What a training run on a language model holds in memory at its peak, part by part, counted and not measured.
+
+    text_memory(shape, load, device)        bytes by part
+
+What a layer keeps for its backward pass is what the autograd functions of core.fused and core.attention save; with N
+tokens in the micro-batch of which M are trained, hidden d, heads H and K of dim h, gated width f, e bytes a value:
+
+    N·e·(2d + (H + 2K)·h)         the first norm's input and output, q, k and v as they are turned
+    M'·e·(H·h + 2d + 2f + …)      attention's output, the second norm's input and output, gate and up; M' is M in the
+                                  last layer where models.speed leaves the other tokens out, else N
+    e·Σ rank·(N + in + out)       x·Aᵀ of each pair, and its factors as they were cast and stacked
+    e·H·Σ blocks                  probabilities (on the CPU alone: flash attention makes them again)
+
+The peak is where the backward pass begins: everything is kept, and the last layer's gradients are made. Gradients of
+the pairs come as activations go, so they count only where they are more, or where a step has several micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from veneer.plan.shape import Layer, TextShape, layer_ranks, pair_parameters
+from veneer.plan.tables import Device
+
+if TYPE_CHECKING:
+    from veneer.core.adapter import LoraSpec
+
+__all__ = [
+    "CPU_LATER",
+    "CPU_PROCESS",
+    "CUDA_CONTEXT",
+    "Load",
+    "Memory",
+    "dtype_bytes",
+    "kept_dequantised",
+    "seen_keys",
+    "text_memory",
+    "weight_bytes",
+]
+
+_BLOCK = 64  # queries that core.attention takes at once
+_CHUNK = 256  # positions whose logits core.fused.token_nll holds at once
+_SMALL = 1 << 18  # elements of an input up to which thin products are compiled calls that keep no factors
+_STATES = {"adamw": 8, "adam": 8, "nadam": 8, "radam": 8, "adamax": 8, "rmsprop": 4, "adafactor": 0, "sgd": 0}
+"""Bytes of an optimizer's state for each float32 parameter (Adafactor's are rows and columns: too few to count)."""
+
+CUDA_CONTEXT = 600_000_000
+"""What CUDA, cuBLAS and their kernels take before a tensor is there: 0.4 to 0.8 GB by card and driver: assumed."""
+CUDA_ROUNDING = 0.05
+"""Share of activations that the caching allocator cannot place (blocks of 2 MB, and holes between them): assumed."""
+CPU_PROCESS = 480_000_000
+"""Resident memory of Python, torch, transformers and oneDNN beside everything counted, where it is not calibrated."""
+CPU_LATER = 130_000_000
+"""The part of that which comes with the first steps: oneDNN's compiled products and the heap around them."""
+CPU_ROUNDING = 0.04
+"""Share of activations that the C library's heap cannot place."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a run puts through a base. `lengths`: tokens of each row in the largest micro-batch; `trained`: the share
+    of them with a loss. `micros`: micro-batches in a step. `dtype`: of the base. `quantise`: nf4, fp4, int8 or None;
+    `double`: its constants are quantised too. `offload`: share of the weights that waits in the CPU's memory. `kept`:
+    bytes of layers that stay dequantised. `whole`: parameters trained beside the pairs (full copies, token rows)."""
+
+    lengths: tuple[int, ...]
+    trained: float = 1.0
+    micros: int = 1
+    rank: int = 16
+    spec: LoraSpec | None = None
+    dtype: str = "bfloat16"
+    quantise: str | None = None
+    double: bool = True
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+    offload: float = 0.0
+    kept: int = 0
+    whole: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @classmethod
+    def of(cls, tokens_per_row: int, micro_tokens: int, batch: int, **more: Any) -> Load:
+        """Rows of one length, as many as a micro-batch takes of a step of `batch` rows."""
+        rows = max(1, min(batch, micro_tokens // max(1, tokens_per_row)))
+        return cls((tokens_per_row,) * rows, micros=-(-batch // rows), **more)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of one device. `constants`: of quantisation. `dequantised`: the one weight that is in full
+    precision at a time, and those kept so. `working`: gradients of activations on their way. `context`: the process
+    (CPU) or CUDA itself. `rounding`: what the allocator cannot place. `host`: bytes in the CPU's memory, not in the
+    sum."""
+
+    weights: int = 0
+    constants: int = 0
+    adapter: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    working: int = 0
+    dequantised: int = 0
+    context: int = 0
+    rounding: int = 0
+    host: int = field(default=0, kw_only=True)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return {name: value for name, value in asdict(self).items() if name != "host"}
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def beyond_base(self) -> int:
+        """What is still to come where the process and the base are in memory already."""
+        return self.peak - self.weights - self.constants - self.context
+
+
+def dtype_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def weight_bytes(shape: TextShape, dtype: str, quantise: str | None, double: bool = True) -> tuple[int, int]:
+    """(weights, quantisation constants) of a base in memory.
+
+    nf4, fp4: 4 bits a weight and an absmax for each 64, as float32, or as 8 bits with a float32 for each 256 of them:
+    4 + 8/64 + 32/(64·256) = 4.127 bits (arXiv 2305.14314). int8: a byte a weight and a float32 a row. Embeddings, norms
+    and head stay in `dtype`."""
+    plain = shape.parameters - shape.matrices
+    each = dtype_bytes(dtype)
+    if quantise is None:
+        return shape.parameters * each, 0
+    if quantise == "int8":
+        rows = sum(linear.times * linear.outputs for layer in shape.layers for linear in layer.linears)
+        return plain * each + shape.matrices, 4 * rows
+    bits = 8 / 64 + 32 / (64 * 256) if double else 32 / 64
+    return plain * each + shape.matrices // 2, round(shape.matrices * bits / 8)
+
+
+def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | None = None) -> Memory:
+    """Bytes by part. `process`: what the process holds before the base is loaded, as calibrated (CPU)."""
+    e = dtype_bytes(load.dtype)
+    weights, constants = weight_bytes(shape, load.dtype, load.quantise, load.double)
+    trainable = pair_parameters(shape, load.spec, rank=load.rank) + load.whole
+    ranks = layer_ranks(shape, load.spec, load.rank)
+    trained = max(1, round(load.trained * load.tokens))
+    last = len(shape.layers) - 1
+
+    def meets(i: int) -> int:
+        """Tokens that a layer works on after its attention."""
+        return trained if i == last and shape.keeps else load.tokens
+
+    layers = [_Kept(layer, ranks[i], shape.hidden, load, device, meets(i)) for i, layer in enumerate(shape.layers)]
+    ends = e * shape.hidden * (2 * meets(last) + trained)  # the last norm's input and output, and the head's gradient
+    logits = _logits(shape, trained, e, device)
+    if load.checkpointing:
+        kept = e * shape.hidden * load.tokens * len(layers) + ends
+        largest = max(layers, key=lambda one: one.kept + one.working, default=None)
+        working = 0 if largest is None else largest.kept + largest.working
+        working = max(logits, working) - logits
+    else:
+        kept = sum(one.kept for one in layers) + ends
+        # The last layer's backward comes first; when another one's needs more, the last one's is gone already.
+        most = layers[-1].working
+        if len(layers) > 1:
+            most = max(most, max(one.working for one in layers[:-1]) - layers[-1].kept)
+        working = max(0, most - logits)
+    adapter, states = 4 * trainable, _STATES.get(load.optimizer, 8) * trainable
+    moving = kept + logits + working
+    gradients = 4 * trainable if load.micros > 1 else max(0, 4 * trainable - moving)
+    dequantised = _dequantised(shape, load)
+    host = 0
+    if load.offload:
+        host = round(load.offload * (weights + constants))
+        share = 1 - load.offload
+        weights, constants = round(weights * share), round(constants * share)
+        dequantised += max((layer.matrices for layer in shape.layers), default=0) * e // 4
+    if device.kind == "cpu":
+        context, share = (CPU_PROCESS if process is None else process), CPU_ROUNDING
+    else:
+        context, share = CUDA_CONTEXT, CUDA_ROUNDING
+    return Memory(
+        weights, constants, adapter, gradients, states, kept, logits, working, dequantised, context,
+        round(share * (moving + dequantised)), host=host,
+    )  # fmt: skip
+
+
+def _dequantised(shape: TextShape, load: Load) -> int:
+    """The largest joined weight in the base's dtype, and what is kept dequantised."""
+    if load.quantise is None:
+        return 0
+    products = (parts for layer in set(shape.layers) for parts in layer.products.values())
+    most = max((sum(part.inputs * part.outputs for part in parts) for parts in products), default=0)
+    return dtype_bytes(load.dtype) * most + load.kept
+
+
+def kept_dequantised(shape: TextShape, memory: Memory, room: int) -> int:
+    """Bytes of layers that may stay dequantised in `room` bytes of memory: whole layers, from the first on."""
+    spare = room - memory.peak
+    each = 2 * max((layer.matrices for layer in shape.layers), default=0)
+    return 0 if each == 0 or spare <= 0 else min(spare // each, len(shape.layers)) * each
+
+
+def _logits(shape: TextShape, trained: int, e: int, device: Device) -> int:
+    """A chunk's logits, and beside them the float32 softmax where no kernel makes it in place."""
+    each = e if device.native and e == 2 else 8 if e == 4 else 12
+    return each * min(trained, _CHUNK) * shape.vocabulary
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What one layer keeps between its forward and its backward pass, and what its backward pass makes on the way."""
+
+    layer: Layer
+    ranks: dict[str, int]
+    hidden: int
+    load: Load
+    device: Device
+    after: int
+
+    @property
+    def kept(self) -> int:
+        """Bytes for the backward pass."""
+        layer, d, n, m = self.layer, self.hidden, self.load.tokens, self.after
+        e = dtype_bytes(self.load.dtype)
+        heads = (layer.heads + 2 * layer.kv_heads) * layer.head_dim
+        out = layer.heads * layer.head_dim
+        values = n * (2 * d + heads) + m * (out + 2 * d) + n * d * (layer.norms - 2)
+        if self.device.kind != "cpu":
+            values += n * out  # what flash attention gave, before rows are laid flat again
+        if layer.head_norms:
+            values += n * (layer.heads + layer.kv_heads) * layer.head_dim
+        values += m * self._mlp()
+        values += self._thin()
+        return e * values + self._probabilities()
+
+    def _mlp(self) -> int:
+        """Values a token of the gated MLP and of the experts."""
+        values = 0.0
+        for name, parts in self.layer.products.items():
+            width = sum(part.active * part.outputs for part in parts)
+            if name == "gate_up":
+                values += width
+            elif name == "experts.gate_up":  # gathered inputs, both halves, act(gate), their product, outputs
+                values += 2 * width + 2 * sum(part.active * part.inputs for part in parts)
+        return round(values)
+
+    def _thin(self) -> int:
+        """Values of x·Aᵀ for each pair, and of the pairs' factors as they were cast and stacked."""
+        values = 0
+        for name, parts in self.layer.products.items():
+            n = self.load.tokens if name == "qkv" else self.after
+            own = [(part, self.ranks[part.name]) for part in parts if part.name in self.ranks]
+            if not own:
+                continue
+            if any(part.times > 1 for part, _ in own):
+                values += round(sum(n * part.active * (r + part.outputs) for part, r in own))
+                continue
+            total = sum(r for _, r in own)
+            if self.device.native and self.load.dtype != "float32" and n * own[0][0].inputs <= _SMALL:
+                values += n * sum(-(-r // 16) * 16 for _, r in own)
+                continue
+            values += n * total
+            rows = sum(part.outputs for part in parts)
+            if self.load.dtype != "float32" or len(parts) > 1:
+                values += total * own[0][0].inputs
+            values += total * rows
+        return values
+
+    def _probabilities(self) -> int:
+        if self.device.kind != "cpu":
+            return 0
+        return dtype_bytes(self.load.dtype) * self.layer.heads * seen_keys(self.load.lengths, self.layer.window)
+
+    @property
+    def working(self) -> int:
+        """Bytes of the backward pass of the MLP, where the most is in memory: the gradients of its output and input,
+        d_h, d_gate, d_up and act(gate) ⊙ up."""
+        m, d, e = self.after, self.hidden, dtype_bytes(self.load.dtype)
+        widest = max(
+            (sum(p.outputs * max(p.active, 1) for p in parts) for name, parts in self.layer.products.items()
+             if name.endswith("gate_up")),
+            default=0,
+        )  # fmt: skip
+        copies = 2.0 if self.device.native and e == 2 else 3.0
+        mlp = m * (copies * widest + 3 * d)
+        heads = (self.layer.heads + 2 * self.layer.kv_heads) * self.layer.head_dim
+        attention = self.load.tokens * (2 * heads + 2 * self.layer.heads * self.layer.head_dim + 2 * d)
+        freed = m * self._mlp()
+        return round(e * max(mlp, attention - freed))
+
+
+def seen_keys(lengths: Sequence[int], window: int | None = None) -> int:
+    """Σ over queries of the keys that core.attention multiplies them with: blocks of 64 queries see all keys up to the
+    block's end, no further back than the window."""
+    total = 0
+    for length in lengths:
+        for q in range(0, length, _BLOCK):
+            end = min(q + _BLOCK, length)
+            first = 0 if window is None else max(0, q - window + 1)
+            total += (end - q) * (end - first)
+    return total

@@ -1,0 +1,235 @@
+"""A plan: memory, time and money of a run before it runs, from a base's config and a few numbers.
+
+    plan = text_plan("meta-llama/Llama-3.1-70B", shape, load, device, rates, job)
+    plan = image_plan("flux.1-dev", config, load, device, rates, job)
+    plan.fits · plan.changes[0] · plan.seconds · plan.cost
+
+Where the run does not fit, its time and price are those of the first change that makes it fit.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from veneer.plan.fit import AnyLoad, Change, cheapest, each_holds, usable_memory
+from veneer.plan.image import ImageCounts, ImageLoad, image_counts, image_memory, image_work
+from veneer.plan.memory import Load, Memory, dtype_bytes, kept_dequantised, text_memory
+from veneer.plan.serving import Serving, Traffic, serving
+from veneer.plan.shape import TextShape, pair_parameters
+from veneer.plan.tables import Device
+from veneer.plan.time import Rates, Work, run_seconds, text_work
+
+__all__ = ["Job", "Plan", "image_plan", "text_plan"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """How much is trained on. `batch`: rows in an optimizer step. `held_out` rows are scored `evaluations` times."""
+
+    rows: int
+    tokens_per_row: float = 1.0
+    epochs: float = 1.0
+    batch: int = 16
+    steps: int | None = None
+    held_out: int = 0
+    evaluations: int = 0
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps or math.ceil(math.ceil(self.rows / self.batch) * self.epochs)
+
+    @property
+    def passes(self) -> float:
+        """Times over the data."""
+        return self.epochs if self.steps is None else self.steps * self.batch / max(1, self.rows)
+
+    @property
+    def tokens(self) -> int:
+        return round(self.rows * self.tokens_per_row * self.passes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`memory`: of the run as given, on one device; `peak`: what each device holds of it, of `room` that it may take.
+
+    `changes`: what makes it fit, where it does not; `planned`, `planned_memory`: the load and device of `seconds` and
+    `cost`, which are as given or with the first of `changes`, None where nothing helps. `keeps`: bytes of a quantised
+    base's layers that may stay dequantised in what is left over. `facts`: what was planned, for a person."""
+
+    base: str
+    parameters: int
+    trainable: int
+    device: Device
+    job: Job
+    memory: Memory
+    peak: int
+    room: int
+    changes: tuple[Change, ...]
+    planned: tuple[AnyLoad, Device] | None
+    planned_memory: Memory | None
+    seconds: float | None
+    rates: Rates
+    facts: tuple[tuple[str, str], ...] = ()
+    keeps: int = 0
+    serving: Serving | None = None
+    traffic: Traffic | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.room
+
+    @property
+    def cost(self) -> float | None:
+        """US dollars, None without a price or where nothing fits."""
+        if self.seconds is None or self.planned is None or self.planned[1].price is None:
+            return None
+        return self.seconds / 3600 * self.planned[1].price * self.planned[1].count
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of the file, in float32 as veneer writes it."""
+        return 4 * self.trainable
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; bytes, seconds and dollars."""
+        return {
+            "base": self.base, "parameters": self.parameters, "fits": self.fits, "peak_bytes": self.peak,
+            "room_bytes": self.room, "memory": {**self.memory.parts, "host": self.memory.host},
+            "planned_memory": None if self.planned_memory is None else self.planned_memory.parts,
+            "changes": [
+                {"names": list(c.names), "settings": list(c.settings), "peak_bytes": c.peak,
+                 "slower": round(c.slower, 3)} for c in self.changes
+            ],
+            "kept_dequantised_bytes": self.keeps, "seconds": self.seconds, "cost": self.cost,
+            "tokens": self.job.tokens, "steps": self.job.total_steps,
+            "device": {"name": self.device.name, "count": self.device.count, "price": self.device.price},
+            "rates": {"operations": self.rates.operations, "bandwidth": self.rates.bandwidth,
+                      "source": self.rates.source},
+            "trainable": self.trainable, "adapter_bytes": self.adapter_bytes,
+            "serving": None if self.serving is None else asdict(self.serving), "facts": dict(self.facts),
+        }  # fmt: skip
+
+
+MemoryOf = Callable[[Any, Device], Memory]
+WorkOf = Callable[[Any, Device], Work]
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    memory: Memory
+    peak: int
+    changes: tuple[Change, ...]
+    planned: tuple[Any, Device] | None
+    planned_memory: Memory | None
+
+
+def _fitted(
+    load: AnyLoad, device: Device, rates: Rates, limit: int, memory_of: MemoryOf, work_of: WorkOf,
+    units: Callable[[Any], int],
+) -> _Fitted:  # fmt: skip
+    """Whether it fits, and what makes it. `units`: tokens or pictures of a load."""
+    memory = memory_of(load, device)
+    peak = each_holds(memory, device)
+    if peak <= limit:
+        return _Fitted(memory, peak, (), (load, device), memory)
+
+    def need(load: AnyLoad, device: Device) -> tuple[int, float]:
+        seconds = rates.seconds(work_of(load, device), device.count)
+        return each_holds(memory_of(load, device), device), seconds / max(1, units(load))
+
+    changes = tuple(cheapest(load, device, need, limit))
+    if not changes:
+        return _Fitted(memory, peak, (), None, None)
+    planned = changes[0].load, changes[0].device
+    return _Fitted(memory, peak, changes, planned, memory_of(*planned))
+
+
+def text_plan(
+    base: str, shape: TextShape, load: Load, device: Device, rates: Rates, job: Job, *, process: int | None = None,
+    room: int | None = None, traffic: Traffic | None = None, notes: tuple[str, ...] = (),
+) -> Plan:  # fmt: skip
+    """`room`: bytes that may be taken of each device, by default what is usable of it. `process`: as calibrated."""
+    limit = usable_memory(device) if room is None else room
+    found = _fitted(
+        load, device, rates, limit, lambda load, device: text_memory(shape, load, device, process=process),
+        lambda load, device: text_work(shape, load, device), lambda load: load.tokens,
+    )  # fmt: skip
+    rank = load.spec.rank if load.spec is not None else load.rank
+    seconds = served = None
+    keeps = 0
+    if found.planned is not None and found.planned_memory is not None:
+        seconds = run_seconds(
+            shape, *found.planned, rates, rows=job.rows, epochs=job.passes, held_out=job.held_out,
+            tokens_per_row=min(job.tokens_per_row, found.planned[0].longest), evaluations=job.evaluations,
+        )  # fmt: skip
+        if found.planned[0].quantise:
+            keeps = kept_dequantised(shape, found.planned_memory, limit)
+    if traffic is not None:
+        quantise = load.quantise if found.planned is None else found.planned[0].quantise
+        served = serving(shape, device, rates, traffic, rank=rank, dtype=load.dtype, quantise=quantise)
+    trainable = pair_parameters(shape, load.spec, rank=load.rank) + load.whole
+    times = f"{job.rows:,} rows of {job.tokens_per_row:,.0f} tokens, {job.passes:.3g} times"
+    share = "" if load.trained == 1 else f", {load.trained:.0%} of them learned"
+    facts = (
+        ("base", f"{base}: {shape.parameters:,} parameters, {load.quantise or load.dtype}"),
+        ("adapter", f"rank {rank}: {trainable:,} parameters, a file of {4 * trainable / 1e6:,.1f} MB"),
+        ("data", f"{times}: {job.tokens:,} tokens, {job.total_steps:,} steps of {job.batch} rows"),
+        ("at once", f"{load.tokens:,} tokens in {len(load.lengths)} rows{share}; activations {_kept(load)}"),
+        *(("note", note) for note in notes),
+    )
+    return Plan(
+        base, shape.parameters, trainable, device, job, found.memory, found.peak, limit, found.changes, found.planned,
+        found.planned_memory, seconds, rates, facts, keeps, served, traffic,
+    )  # fmt: skip
+
+
+def image_plan(
+    base: str, config: Mapping[str, Any], load: ImageLoad, device: Device, rates: Rates, job: Job, *,
+    process: int | None = None, room: int | None = None, text_tokens: int | None = None,
+) -> Plan:  # fmt: skip
+    """The same for pictures: `job.rows` of them. config: of the denoiser, see `image_counts`."""
+    limit = usable_memory(device) if room is None else room
+
+    @functools.cache
+    def counts(height: int, width: int, rank: int) -> ImageCounts:
+        return image_counts(
+            config, height=height, width=width, rank=rank, targets=load.targets, text_tokens=text_tokens,
+            cuda=device.kind == "cuda",
+        )  # fmt: skip
+
+    def of(load: ImageLoad) -> ImageCounts:
+        return counts(load.height, load.width, load.rank)
+
+    found = _fitted(
+        load, device, rates, limit, lambda load, device: image_memory(of(load), load, device, process=process),
+        lambda load, device: image_work(of(load), load, device), lambda load: load.pictures,
+    )  # fmt: skip
+    seconds = None
+    if found.planned is not None:
+        own, where = found.planned
+        one = rates.seconds(image_work(of(own), own, where), where.count)
+        seconds = one / own.pictures * job.rows * job.passes
+    c = of(load)
+    encoding = (c.parameters + c.encoders) * dtype_bytes(load.dtype)
+    facts = [
+        ("base", f"{base}: a denoiser of {c.parameters:,} parameters, {load.quantise or load.dtype}"),
+        ("adapter", f"rank {load.rank} on {load.targets}: {c.trainable:,} parameters"),
+        ("data", f"{job.rows:,} pictures, {job.passes:.3g} times: {job.total_steps:,} steps of {job.batch}"),
+        ("at once", f"{load.pictures} of {load.width} × {load.height}; activations {_kept(load)}"),
+    ]
+    if c.encoders:
+        text = f"text encoders and VAE take {c.encoders * dtype_bytes(load.dtype) / 1e9:.1f} GB while pictures and "
+        text += f"captions are encoded, before step one; with the whole denoiser beside them {encoding / 1e9:.1f} GB"
+        facts.append(("note", text))
+    return Plan(
+        base, c.parameters, c.trainable, device, job, found.memory, found.peak, limit, found.changes, found.planned,
+        found.planned_memory, seconds, rates, tuple(facts),
+    )  # fmt: skip
+
+
+def _kept(load: AnyLoad) -> str:
+    return "made again" if load.checkpointing else "kept"

@@ -1,0 +1,103 @@
+"""A plan as a person reads it: whether it fits, then hours and dollars, then the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from veneer.plan.memory import Memory
+from veneer.plan.plan import Plan
+
+__all__ = ["brief", "plan_text"]
+
+_WORDS = {
+    "weights": "weights", "constants": "quantisation constants", "adapter": "adapter", "gradients": "gradients",
+    "optimizer": "optimizer", "activations": "activations", "logits": "logits",
+    "working": "gradients of activations", "dequantised": "temporary dequantisation", "context": "process",
+    "rounding": "allocator",
+}  # fmt: skip
+
+
+def plan_text(plan: Plan) -> str:
+    return "\n".join(_lines(plan))
+
+
+def brief(plan: Plan) -> str:
+    """Two lines: whether it fits, and how long it takes."""
+    lines = list(_answer(plan))
+    return "\n".join(lines[:2])
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    yield from _answer(plan)
+    yield ""
+    given, planned = plan.memory, plan.planned_memory
+    columns: list[tuple[str, Memory]] = [("as given", given)]
+    if plan.changes and planned is not None:
+        columns.append(("changed", planned))
+    yield "memory of one device".ljust(28) + "".join(f"{title:>12}" for title, _ in columns)
+    for name in given.parts:
+        if any(memory.parts[name] for _, memory in columns):
+            word = "CUDA context" if name == "context" and plan.device.kind == "cuda" else _WORDS[name]
+            yield f"  {word:<26}" + "".join(f"{_gb(memory.parts[name]):>12}" for _, memory in columns)
+    yield f"  {'peak':<26}" + "".join(f"{_gb(memory.peak):>12}" for _, memory in columns)
+    if plan.device.count > 1:
+        yield f"  {'of each device':<26}{_gb(plan.peak):>12}"
+    yield f"  {'may be taken':<26}{_gb(plan.room):>12}"
+    if plan.keeps:
+        yield f"  {'may stay dequantised':<26}{_gb(plan.keeps):>12}   faster, in what is left over"
+    if len(plan.changes) > 1:
+        yield ""
+        yield "also makes it fit"
+        for change in plan.changes[1:]:
+            yield f"  {change.text}"
+    yield ""
+    for name, text in plan.facts:
+        yield f"{name:<9} {text}"
+    yield f"device    {plan.device.count} × {plan.device.label or plan.device.name}; {plan.rates.source}"
+    yield from _serving(plan)
+
+
+def _answer(plan: Plan) -> Iterator[str]:
+    where = plan.device.name if plan.device.count == 1 else f"{plan.device.count} × {plan.device.name}"
+    if plan.fits:
+        yield f"It fits: {_gb(plan.peak)} of the {_gb(plan.room)} that may be taken on {where}."
+    elif plan.changes:
+        change = plan.changes[0]
+        yield f"It does not fit as given: {_gb(plan.peak)}, and {_gb(plan.room)} may be taken on {where}."
+        yield f"It fits with {change.text}."
+    else:
+        yield f"It does not fit: {_gb(plan.peak)}, and {_gb(plan.room)} may be taken on {where};"
+        yield "no three changes together make it fit."
+    if plan.seconds is not None:
+        money = "" if plan.cost is None else f", ${plan.cost:,.2f} at ${plan.device.price:g} an hour"
+        yield f"{'Then it' if plan.changes else 'It'} takes {duration(plan.seconds)}{money}."
+
+
+def _serving(plan: Plan) -> Iterator[str]:
+    s, t = plan.serving, plan.traffic
+    if s is None or t is None:
+        return
+    devices = "it" if s.devices == 1 else f"{s.devices} of them"
+    yield ""
+    yield f"served on {devices}, {t.together} requests at once of {t.prompt} + {t.answer} tokens"
+    beside = f"the base and {_gb(s.cache_bytes)} of keys and values"
+    yield f"  {s.adapters:,} adapters of {_gb(s.adapter_bytes)} fit beside {beside}"
+    yield f"  {s.tokens_per_second:,.0f} tokens/s, {s.requests_per_second:,.1f} requests/s at best"
+    if s.cents is not None and s.shared is not None and s.dedicated is not None:
+        yield f"  {s.cents:,.2f} cents per thousand requests at full load"
+        yield (
+            f"  {t.tenants} tenants: ${s.shared:,.2f} an hour on one shared base, "
+            f"${s.dedicated:,.2f} with a model of their own each"
+        )
+
+
+def duration(seconds: float) -> str:
+    """`3 h 20 min`, `12 min`, `40 s`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

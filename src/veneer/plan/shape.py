@@ -1,0 +1,375 @@
+"""A base as the numbers that a plan needs: its layers' matrices, heads and vocabulary, from its config alone.
+
+    text_shape(config)            a language model's config.json, as a dict
+    module_shape(model)           the same read off a built model, on any device: for families not in the table here
+
+A layer's matrices are as transformers has them, so that targets mean what they mean to training. Loads neither torch
+nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from veneer.core.adapter import LoraSpec
+
+__all__ = [
+    "FAMILIES",
+    "Layer",
+    "Linear",
+    "TextShape",
+    "layer_ranks",
+    "model_shape",
+    "module_shape",
+    "pair_parameters",
+    "text_shape",
+]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix of a layer, or `times` of one shape, of which a token passes `active` (experts).
+
+    `product`: matrices of one name share their input and are multiplied as one. `pair`: whether all-linear means it."""
+
+    name: str
+    inputs: int
+    outputs: int
+    product: str
+    times: int = 1
+    active: float = 1.0
+    pair: bool = True
+
+    @property
+    def parameters(self) -> int:
+        return self.times * self.inputs * self.outputs
+
+    @property
+    def multiplied(self) -> float:
+        """Weights that one token is multiplied with."""
+        return self.active * self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer. `small`: parameters of norms, biases and routers, never quantised. `norms`: inputs of the
+    hidden size that norms keep. `head_norms`: whether q and k are normed too. `window`: keys a query sees, None for
+    all."""
+
+    linears: tuple[Linear, ...]
+    small: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norms: int = 2
+    head_norms: bool = False
+    window: int | None = None
+
+    @property
+    def matrices(self) -> int:
+        return sum(linear.parameters for linear in self.linears)
+
+    @property
+    def experts(self) -> int:
+        return max((linear.times for linear in self.linears), default=1)
+
+    def product(self, name: str) -> tuple[Linear, ...]:
+        return tuple(linear for linear in self.linears if linear.product == name)
+
+    @property
+    def products(self) -> dict[str, tuple[Linear, ...]]:
+        return {name: self.product(name) for name in dict.fromkeys(linear.product for linear in self.linears)}
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """A decoder-only language model. `keeps`: whether its last layer works on trained tokens alone (models.speed)."""
+
+    family: str
+    hidden: int
+    vocabulary: int
+    layers: tuple[Layer, ...]
+    tied: bool
+    context: int | None = None
+    keeps: bool = False
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the embedding, and of the head where it is another matrix."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def parameters(self) -> int:
+        return self.embedding + self.hidden + sum(layer.matrices + layer.small for layer in self.layers)
+
+    @property
+    def active_parameters(self) -> int:
+        """What one token is multiplied with, the head included and the embedding not."""
+        each = sum(linear.multiplied for layer in self.layers for linear in layer.linears)
+        return int(each) + self.vocabulary * self.hidden
+
+    @property
+    def matrices(self) -> int:
+        """Parameters that a 4-bit or 8-bit base holds quantised: every matrix of the layers."""
+        return sum(layer.matrices for layer in self.layers)
+
+
+def pair_parameters(shape: TextShape, spec: LoraSpec | None = None, *, rank: int = 16) -> int:
+    """Trainable parameters of the pairs that `spec` (all-linear of `rank` where there is none) puts on the base.
+
+    Raises TargetError where a pattern matches nothing."""
+    return sum(count for _, _, count in _pairs(shape, spec, rank))
+
+
+def _pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> Iterator[tuple[str, int, int]]:
+    for i, layer in enumerate(shape.layers):
+        if spec is not None and spec.layers is not None and i not in spec.layers:
+            continue
+        for linear in layer.linears:
+            name = f"model.layers.{i}.{linear.name}"
+            own = rank if spec is None else _rank(spec, name, linear)
+            if own and (linear.pair or (spec is not None and spec.targets != "all-linear")):
+                magnitude = linear.outputs if spec is not None and spec.dora else 0
+                yield name, own, linear.times * (own * (linear.inputs + linear.outputs) + magnitude)
+
+
+def _rank(spec: LoraSpec, name: str, linear: Linear) -> int:
+    """The rank of the pair on a module, 0 where it has none."""
+    if spec.targets != "all-linear" or spec.exclude or spec.rank_pattern:
+        from veneer.core.targets import matches  # needs torch, which a plan with default targets does not
+
+        patterns = (spec.targets,) if isinstance(spec.targets, str) else tuple(spec.targets)
+        if any(matches(p, name) for p in spec.exclude):
+            return 0
+        if not any(linear.pair if p == "all-linear" else matches(p, name) for p in patterns):
+            return 0
+        return next((r for p, r in spec.rank_pattern.items() if matches(p, name)), spec.rank)
+    return spec.rank if linear.pair else 0
+
+
+def layer_ranks(shape: TextShape, spec: LoraSpec | None, rank: int) -> list[dict[str, int]]:
+    """For each layer: name of a matrix -> rank of its pair; matrices without one are left out."""
+    out: list[dict[str, int]] = [{} for _ in shape.layers]
+    for name, own, _ in _pairs(shape, spec, rank):
+        _, _, index, leaf = name.split(".", 3)
+        out[int(index)][leaf] = own
+    return out
+
+
+# -- families ----------------------------------------------------------------------------------------------------------
+
+Config = Mapping[str, Any]
+
+
+def text_shape(config: Config) -> TextShape:
+    """The shape of a language model (of its language part, where it also sees pictures). config: as in config.json.
+
+    Raises ConfigError for a family that is not in the table."""
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        own = {**inner, "tie_word_embeddings": inner.get("tie_word_embeddings", config.get("tie_word_embeddings"))}
+        kind = str(own.get("model_type") or f"{config.get('model_type')}_text")
+        return text_shape({**own, "model_type": kind})
+    family = str(config.get("model_type"))
+    if family not in FAMILIES:
+        near = nearest(family, FAMILIES) or sorted(FAMILIES)
+        raise ConfigError(
+            f"a plan knows no language models of the family {family!r}",
+            where="model_type",
+            fix=f"known: {', '.join(near)}",
+        )
+    values = {k: v for k, v in config.items() if v is not None}
+    try:
+        layers = FAMILIES[family](values)
+        tied = bool(values.get("tie_word_embeddings", family.startswith("gemma")))
+        return TextShape(
+            family, values["hidden_size"], values.get("vocab_size", _GEMMA["vocab_size"]), layers, tied,
+            values.get("max_position_embeddings"), keeps=family in _KEEPS,
+        )  # fmt: skip
+    except KeyError as error:
+        raise ConfigError(
+            f"the config of this {family} has no {error.args[0]!r}", fix="give the whole config.json"
+        ) from None
+
+
+_KEEPS = {"llama", "mistral", "qwen2"}
+"""Families whose last layer models.speed runs on trained tokens alone."""
+
+
+def _attention(c: Config, *, biases: bool = False, head_norms: bool = False, window: int | None = None) -> Layer:
+    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    kv, dim = c.get("num_key_value_heads", heads), c.get("head_dim") or c["hidden_size"] // heads
+    q, k = heads * dim, kv * dim
+    linears = (
+        Linear("self_attn.q_proj", hidden, q, "qkv"), Linear("self_attn.k_proj", hidden, k, "qkv"),
+        Linear("self_attn.v_proj", hidden, k, "qkv"), Linear("self_attn.o_proj", q, hidden, "o"),
+    )  # fmt: skip
+    small = 2 * hidden + (q + 2 * k if biases else 0) + (2 * dim if head_norms else 0)
+    return Layer(linears, small, heads, kv, dim, head_norms=head_norms, window=window)
+
+
+def _with_mlp(layer: Layer, hidden: int, width: int, at: str = "mlp") -> Layer:
+    mlp = (
+        Linear(f"{at}.gate_proj", hidden, width, "gate_up"), Linear(f"{at}.up_proj", hidden, width, "gate_up"),
+        Linear(f"{at}.down_proj", width, hidden, "down"),
+    )  # fmt: skip
+    return replace(layer, linears=(*layer.linears, *mlp))
+
+
+def _with_experts(layer: Layer, hidden: int, width: int, experts: int, active: int, at: str = "mlp") -> Layer:
+    """Experts as transformers holds them: two 3-d parameters, gate and up joined. The router is a plain parameter."""
+    mlp = (
+        Linear(f"{at}.experts.gate_up_proj", hidden, 2 * width, "experts.gate_up", experts, active),
+        Linear(f"{at}.experts.down_proj", width, hidden, "experts.down", experts, active),
+    )
+    return replace(layer, linears=(*layer.linears, *mlp))
+
+
+def _llama(c: Config) -> tuple[Layer, ...]:
+    window = c.get("sliding_window") if c["model_type"] == "mistral" else None
+    biased = bool(c.get("attention_bias"))
+    layer = _attention(c, biases=biased or c["model_type"] == "qwen2", window=window)
+    layer = replace(layer, small=layer.small + (c["hidden_size"] if biased else 0))  # o_proj's
+    return (_with_mlp(layer, c["hidden_size"], c["intermediate_size"]),) * int(c["num_hidden_layers"])
+
+
+def _qwen3(c: Config) -> tuple[Layer, ...]:
+    layer = _attention({"head_dim": 128, **c}, head_norms=True)
+    return (_with_mlp(layer, c["hidden_size"], c["intermediate_size"]),) * int(c["num_hidden_layers"])
+
+
+def _experts(c: Config) -> int:
+    """transformers has called their number by two names."""
+    return int(c["num_local_experts"] if "num_local_experts" in c else c["num_experts"])
+
+
+def _qwen3_moe(c: Config) -> tuple[Layer, ...]:
+    layer, hidden, experts = _attention({"head_dim": 128, **c}, head_norms=True), c["hidden_size"], _experts(c)
+    layer = replace(layer, small=layer.small + experts * hidden)
+    dense = _with_mlp(_attention({"head_dim": 128, **c}, head_norms=True), hidden, c["intermediate_size"])
+    mixed = _with_experts(layer, hidden, c["moe_intermediate_size"], experts, c["num_experts_per_tok"])
+    step, plain = c.get("decoder_sparse_step", 1), set(c.get("mlp_only_layers", ()))
+    return tuple(mixed if i not in plain and (i + 1) % step == 0 else dense for i in range(int(c["num_hidden_layers"])))
+
+
+def _mixtral(c: Config) -> tuple[Layer, ...]:
+    layer, hidden, experts = _attention(c, window=c.get("sliding_window")), c["hidden_size"], _experts(c)
+    layer = replace(layer, small=layer.small + experts * hidden)
+    layer = _with_experts(layer, hidden, c["intermediate_size"], experts, c["num_experts_per_tok"])
+    return (layer,) * int(c["num_hidden_layers"])
+
+
+_GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208}
+"""What Gemma 3's files leave to transformers' defaults."""
+
+
+def _gemma3(c: Config) -> tuple[Layer, ...]:
+    c = {**_GEMMA, **c}
+    hidden, every = c["hidden_size"], c.get("sliding_window_pattern", 6)
+    kinds = c.get("layer_types") or [
+        "full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(int(c["num_hidden_layers"]))
+    ]
+    layers = []
+    for kind in kinds:
+        window = c.get("sliding_window", 4096) if kind == "sliding_attention" else None
+        layer = _attention(c, head_norms=True, window=window)
+        layer = replace(layer, small=layer.small + 2 * hidden, norms=4)
+        layers.append(_with_mlp(layer, hidden, c["intermediate_size"]))
+    return tuple(layers)
+
+
+def _llama4(c: Config) -> tuple[Layer, ...]:
+    hidden, experts, count = c["hidden_size"], c["num_local_experts"], c["num_hidden_layers"]
+    step = c.get("interleave_moe_layer_step", 1)
+    mixed_at = set(c.get("moe_layers") or range(step - 1, count, step))
+    width = c["intermediate_size"]
+    dense = _with_mlp(_attention(c), hidden, c["intermediate_size_mlp"], "feed_forward")
+    mixed = _with_experts(_attention(c), hidden, width, experts, c["num_experts_per_tok"], "feed_forward")
+    mixed = _with_mlp(mixed, hidden, width, "feed_forward.shared_expert")
+    router = Linear("feed_forward.router", hidden, experts, "router", pair=False)
+    mixed = replace(mixed, linears=(*mixed.linears, router))
+    return tuple(mixed if i in mixed_at else dense for i in range(count))
+
+
+def _phi3(c: Config) -> tuple[Layer, ...]:
+    layer, hidden, width = _attention(c), c["hidden_size"], c["intermediate_size"]
+    joined = sum(linear.outputs for linear in layer.product("qkv"))
+    linears = (
+        Linear("self_attn.qkv_proj", hidden, joined, "qkv"), *layer.product("o"),
+        Linear("mlp.gate_up_proj", hidden, 2 * width, "gate_up"), Linear("mlp.down_proj", width, hidden, "down"),
+    )  # fmt: skip
+    return (replace(layer, linears=linears),) * int(c["num_hidden_layers"])
+
+
+FAMILIES: dict[str, Callable[[Config], tuple[Layer, ...]]] = {
+    "gemma3_text": _gemma3, "llama": _llama, "llama4_text": _llama4, "mistral": _llama, "mixtral": _mixtral,
+    "phi3": _phi3, "qwen2": _llama, "qwen3": _qwen3, "qwen3_moe": _qwen3_moe,
+}  # fmt: skip
+"""transformers' model_type -> the layers of its config."""
+
+
+def model_shape(model: Any) -> TextShape:
+    """Of a model that is there: by its config where the family is in the table, which knows more; else by modules."""
+    config = model.config.get_text_config().to_dict()
+    return text_shape(config) if config.get("model_type") in FAMILIES else module_shape(model)
+
+
+# -- any model ---------------------------------------------------------------------------------------------------------
+
+_PRODUCTS = {
+    "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up",
+    "up_proj": "gate_up", "gate_up_proj": "gate_up", "down_proj": "down",
+}  # fmt: skip
+
+
+def module_shape(model: Any) -> TextShape:
+    """The shape of a built language model, attached or not: exact in its parameters, whatever its family.
+
+    How it attends is read off its config; a layer that names its matrices unlike Llama has each as its own product."""
+    from veneer.core.targets import base_modules, expert_parameters, kind_of
+
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    rows, hidden = (int(n) for n in embedding.weight.shape[:2])
+    own = {id(embedding.weight), *([id(head.weight)] if head is not None else [])}
+    layers: dict[int, tuple[list[Linear], int]] = {}
+    active = int(getattr(config, "num_experts_per_tok", 1) or 1)
+    for name, module in base_modules(model):
+        index = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        if index is None:
+            continue
+        linears, small = layers.setdefault(index, ([], 0))
+        leaf = name.split(f".{index}.", 1)[-1]
+        fused = set(expert_parameters(module))
+        sizes: Any = module
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in own:
+                continue
+            if key in fused:
+                times, a, b = (int(n) for n in parameter.shape)
+                linears.append(Linear(f"{leaf}.{key}", a, b, f"experts.{key}", times, min(active, times)))
+            elif key == "weight" and hasattr(module, "in_features"):
+                product = _PRODUCTS.get(leaf.rpartition(".")[2], leaf)
+                inputs, outputs = int(sizes.in_features), int(sizes.out_features)
+                linears.append(Linear(leaf, inputs, outputs, product, pair=kind_of(module) == "linear"))
+            else:
+                small += parameter.numel()
+        layers[index] = linears, small
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    dim = int(getattr(config, "head_dim", None) or hidden // heads)
+    kv = int(getattr(config, "num_key_value_heads", None) or heads)
+    built = tuple(
+        Layer(tuple(linears), small, heads, kv, dim, norms=2, window=getattr(config, "sliding_window", None))
+        for linears, small in layers.values()
+    )
+    tied = head is None or head.weight is embedding.weight
+    return TextShape(
+        str(config.model_type), hidden, rows, built, tied, getattr(config, "max_position_embeddings", None),
+        keeps=str(config.model_type) in _KEEPS,
+    )  # fmt: skip

@@ -1,0 +1,157 @@
+"""The tables that ship: bases by name and GPUs by name, each figure's source in the file itself.
+
+    base_config("meta-llama/Llama-3.1-70B")      fields of its config.json
+    device_named("h100-80gb")                    what a plan needs of a GPU
+
+Both are data files beside this module. `$VENEER_HOME/gpus.json` adds GPUs and changes fields of known ones, as
+{"gpus": {"h100-80gb": {"price": 1.99}}}.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import ConfigError, nearest
+from veneer.models.home import veneer_home
+
+__all__ = ["Device", "base_config", "base_names", "device_named", "device_of_card", "gpu_names"]
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run is planned for. `memory`: bytes in all. `flops`: bfloat16 products a second at best. `bandwidth`:
+    bytes a second. `price`: US dollars an hour of one device, None where nobody said. `count`: how many of them.
+    `native`: whether the compiled CPU kernels run."""
+
+    name: str
+    kind: str
+    memory: int
+    flops: float
+    bandwidth: float
+    label: str = ""
+    price: float | None = None
+    count: int = 1
+    native: bool = False
+
+
+@functools.cache
+def _bases() -> tuple[dict[str, Any], dict[str, str]]:
+    table = json.loads(Path(__file__).with_name("bases.json").read_text(encoding="utf-8"))["bases"]
+    names = {name.lower(): name for name in table}
+    for name, entry in table.items():
+        names.update({alias.lower(): name for alias in entry.get("aliases", ())})
+    return table, names
+
+
+def base_names() -> list[str]:
+    """The bases in the table, by the name they have on the hub."""
+    return list(_bases()[0])
+
+
+def base_config(name: str) -> dict[str, Any]:
+    """The config of a base (of an image base its denoiser's): of the table, a directory or a config.json.
+
+    Raises ConfigError with near names."""
+    path = Path(name).expanduser()
+    for file in (path / "config.json", path / "transformer" / "config.json", path / "unet" / "config.json", path):
+        if file.is_file() and file.suffix == ".json":
+            try:
+                config = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(f"this is not JSON: {error}", where=str(file)) from None
+            if not isinstance(config, dict):
+                raise ConfigError("a config.json holds an object", where=str(file))
+            return {**_picture(path, config), **config}
+    table, names = _bases()
+    known = names.get(name.lower())
+    if known is None:
+        ends = {n.rpartition("/")[2]: n for n in names}
+        known = names.get(ends.get(name.lower(), ""))
+    if known is None:
+        near = nearest(name, [*table, *(n.rpartition("/")[2] for n in table)]) or ["a folder that has a config.json"]
+        raise ConfigError(
+            f"no base {name!r} is in the table", fix=f"{', '.join(near)}; or --base PATH/config.json of the base"
+        )
+    return dict(table[known]["config"])
+
+
+def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    """Of an image base's folder: how much the VAE makes of a place, and a picture's side where nobody says one: the
+    U-Net's own, else what the VAE's config states."""
+    file = base / "vae" / "config.json"
+    if "_class_name" not in config or not file.is_file():
+        return {}
+    vae = json.loads(file.read_text(encoding="utf-8"))
+    scale = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
+    own = config.get("sample_size")
+    return {"vae_scale": scale, "picture": scale * int(own) if own else int(vae.get("sample_size") or 1024)}
+
+
+def _gpus() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(Path(__file__).with_name("gpus.json").read_text(encoding="utf-8"))["gpus"]
+    own = veneer_home() / "gpus.json"
+    if not own.is_file():
+        return table
+    try:
+        given = json.loads(own.read_text(encoding="utf-8"))["gpus"]
+        for name, fields in given.items():
+            table[name] = {"label": name, "price": None, **table.get(name, {}), **fields}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"the table of GPUs cannot be read: {error!r}",
+            where=str(own),
+            fix='{"gpus": {"h100-80gb": {"price": 1.99}}}',
+        ) from None
+    wanted = {"memory_mib", "bandwidth_gb", "bf16_tflops"}
+    for name, fields in table.items():
+        if missing := wanted - set(fields):
+            raise ConfigError(f"{name} has no {', '.join(sorted(missing))}", where=str(own))
+    return table
+
+
+def gpu_names() -> list[str]:
+    return list(_gpus())
+
+
+def device_named(name: str, *, count: int = 1, price: float | None = None) -> Device:
+    """A GPU of the table. `price` replaces the table's. Raises ConfigError with near names."""
+    table = _gpus()
+    key = _key(name)
+    found = next((n for n in table if _key(n) == key), None)
+    found = found or next((n for n in table if _key(n).startswith(key)), None)
+    if found is None:
+        near = nearest(name, table) or list(table)
+        raise ConfigError(f"no GPU {name!r} is in the table", where="--gpu", fix=f"one of {', '.join(near)}")
+    return _device(found, table[found], count, price)
+
+
+def device_of_card(name: str, memory: int) -> Device:
+    """The device for a card as CUDA names it, with `memory` bytes: of the table where it is there, under the table's
+    name, else a guess of 100 TFLOP/s and 800 GB/s."""
+    for known in gpu_names():
+        row = device_named(known)
+        called = row.label.lower().split(" (")[0].removeprefix("nvidia ") in name.lower() or _key(known) in _key(name)
+        if called and abs(row.memory - memory) < 0.1 * memory:
+            return row
+    near = [device_named(n) for n in gpu_names() if n.split("-")[0] in name.lower()]
+    same = [row for row in near if abs(row.memory - memory) < 0.1 * memory]
+    return same[0] if same else Device(name, "cuda", memory, 100e12, 800e9, name)
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _device(name: str, row: Mapping[str, Any], count: int, price: float | None) -> Device:
+    return Device(
+        name, "cuda", int(row["memory_mib"] * _MIB), row["bf16_tflops"] * 1e12, row["bandwidth_gb"] * 1e9,
+        row.get("label", name), row.get("price") if price is None else price, count,
+    )  # fmt: skip

@@ -1,0 +1,113 @@
+"""How long a run takes: operations counted, over a rate that is stated or was measured on this device.
+
+forward       2 operations a weight and token                          products with frozen weights
+backward      2 more for the gradient of the input; frozen weights get none
+attention     2 products forward, 4 backward, over the keys that are multiplied
+thin          6·rank·(in + out) a token and pair: 2 forward, 4 backward
+head          as a product, at trained tokens alone
+checkpointing the layers' forward once more
+dequantising  bytes written and read, forward and backward
+
+seconds = operations / rate + bytes / bandwidth
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from veneer.plan.memory import Load, dtype_bytes, seen_keys, text_memory, weight_bytes
+from veneer.plan.shape import TextShape, layer_ranks
+from veneer.plan.tables import Device
+
+__all__ = ["EFFICIENCY", "Rates", "Work", "rates_of", "run_seconds", "text_work"]
+
+EFFICIENCY = 0.4
+"""Share of a device's bfloat16 rate that training products are taken to reach where nothing was measured: an
+assumption, which --calibrate replaces."""
+_BANDWIDTH = 0.7
+_HOST_LINK = 20e9
+"""Bytes a second between the CPU's memory and a card's: an assumption for PCIe 4.0 × 16."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one micro-batch, forward and backward. `products`, `attention`, `thin`, `head`: operations. `moved`: bytes of
+    activations and weights that are read and written; `dequantised`: bytes written to dequantise; `fetched`: bytes
+    brought from the CPU's memory."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    thin: float = 0.0
+    head: float = 0.0
+    moved: float = 0.0
+    dequantised: float = 0.0
+    fetched: float = 0.0
+
+    @property
+    def operations(self) -> float:
+        return self.products + self.attention + self.thin + self.head
+
+    @property
+    def bytes(self) -> float:
+        return self.moved + 2 * self.dequantised
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does: operations and bytes a second. `source`: where that comes from, for a person."""
+
+    operations: float
+    bandwidth: float
+    source: str
+
+    def seconds(self, work: Work, count: int = 1) -> float:
+        """Of `work` spread over `count` devices."""
+        return (work.operations / self.operations + work.bytes / self.bandwidth) / count + work.fetched / _HOST_LINK
+
+
+def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
+    """Without a calibration: a stated share of what the data sheet says, of which float32 gets a quarter on a CPU and a
+    fourteenth on a card (H100: 67 of 989 TFLOP/s)."""
+    best = device.flops / (1 if dtype != "float32" else 4 if device.kind == "cpu" else 14)
+    said = f"{EFFICIENCY:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
+    how = "a guess; veneer plan --calibrate measures it" if device.kind == "cpu" else "not measured"
+    return Rates(EFFICIENCY * best, _BANDWIDTH * device.bandwidth, f"{said}, {how}")
+
+
+def text_work(shape: TextShape, load: Load, device: Device) -> Work:
+    """Operations and bytes of a micro-batch of `load`."""
+    tokens, trained = load.tokens, max(1, round(load.trained * load.tokens))
+    again = 1 if load.checkpointing else 0
+    ranks = layer_ranks(shape, load.spec, load.rank)
+    products = attention = thin = 0.0
+    for i, layer in enumerate(shape.layers):
+        after = trained if shape.keeps and i == len(shape.layers) - 1 else tokens
+        for linear in layer.linears:
+            n = tokens if linear.product == "qkv" else after
+            first = i == 0 and linear.product == "qkv"  # nothing below it learns: no gradient of its input
+            products += (2 * (1 + again) + (0 if first else 2)) * n * linear.multiplied
+            rank = ranks[i].get(linear.name, 0)
+            thin += (6 + 2 * again) * rank * n * linear.active * (linear.inputs + linear.outputs)
+        keys = seen_keys(load.lengths, layer.window)
+        attention += (12 + 4 * again) * layer.heads * layer.head_dim * keys
+    head = 4.0 * trained * shape.vocabulary * shape.hidden
+    kept = text_memory(shape, replace(load, checkpointing=False), device)
+    weights, constants = weight_bytes(shape, load.dtype, load.quantise, load.double)
+    reads = 2 + again
+    moved = 4.0 * (kept.activations + kept.logits) + reads * (weights + constants)
+    dequantised = reads * shape.matrices * dtype_bytes(load.dtype) if load.quantise else 0
+    fetched = reads * load.offload * (weights + constants)
+    return Work(products, attention, thin, head, moved, dequantised, fetched)
+
+
+def run_seconds(
+    shape: TextShape, load: Load, device: Device, rates: Rates, *, rows: int, tokens_per_row: float, epochs: float,
+    held_out: int = 0, evaluations: int = 0,
+) -> float:  # fmt: skip
+    """Seconds of a whole run: its micro-batches, and the forward passes that score held-out rows."""
+    one = rates.seconds(text_work(shape, load, device), device.count)
+    micros = math.ceil(rows * tokens_per_row / max(1, load.tokens)) * epochs
+    forward = one * (2 / 6 if load.checkpointing else 1 / 2)
+    scored = held_out * tokens_per_row / max(1, load.tokens) * evaluations
+    return micros * one + scored * forward

@@ -1,0 +1,218 @@
+"""A text run's configuration as what veneer.plan asks for, and the plan of the run.
+
+    plan_of_run(subject, …)      the base is loaded, the rows are encoded: exact lengths
+    plan_of_config(file, …)      neither: rows are counted, tokens guessed by their characters
+
+Also what preflight and report say of a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import DataError
+from veneer.plan.image import ImageLoad
+from veneer.plan.memory import CPU_LATER, Load
+from veneer.plan.plan import Job, Plan, image_plan, text_plan
+from veneer.plan.render import duration
+from veneer.plan.serving import Traffic
+from veneer.plan.shape import model_shape, pair_parameters, text_shape
+from veneer.plan.tables import Device, base_config, device_of_card
+from veneer.train.schema import BaseSection, TrainConfig
+
+if TYPE_CHECKING:
+    from veneer.train.findings import Subject
+    from veneer.train.image_schema import ImageTrainConfig
+
+__all__ = ["load_of", "plan_of_config", "plan_of_run", "still_needed", "to_be_set", "was_predicted"]
+
+_CHARACTERS = 4
+"""Characters a token, where nothing is tokenised: about right for English."""
+
+
+def load_of(
+    config: TrainConfig, lengths: Sequence[int], *, trained: float, dtype: str, checkpointing: bool, whole: int = 0
+) -> Load:
+    """The largest micro-batch of the run. `lengths`: tokens of every row."""
+    from veneer.train.batches import plan_steps
+
+    steps = plan_steps(list(lengths), config.batching, seed=config.seed, epoch=0)
+    micros = [[lengths[i] for i in micro] for step in steps for micro in step]
+    return Load(
+        tuple(max(micros, key=sum, default=[1])), trained, max((len(step) for step in steps), default=1),
+        config.adapter.rank, config.adapter.spec() if _special(config) else None, dtype,
+        getattr(config.base, "quantise", None), checkpointing=checkpointing, optimizer=config.optimizer.name,
+        whole=whole,
+    )  # fmt: skip
+
+
+def _special(config: TrainConfig) -> bool:
+    """Whether the pairs are others than one of the same rank on every linear."""
+    a = config.adapter
+    return a.targets != "all-linear" or bool(a.exclude or a.rank_pattern or a.layers is not None or a.dora)
+
+
+def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
+    """The plan of a run about to start. `room`: bytes that are free beside what is in memory already."""
+    from veneer import kernels
+    from veneer.plan.calibration import cpu_device, rates_here
+
+    examples = s.encoded.examples
+    lengths = [len(e.input_ids) for e in examples]
+    tokens = sum(lengths)
+    weight = next(s.base.model.parameters())
+    native = weight.device.type == "cpu" and kernels.load() is not None
+    if weight.device.type == "cuda":
+        import torch
+
+        name, total = torch.cuda.get_device_name(weight.device), torch.cuda.mem_get_info(weight.device)[1]
+        device = device_of_card(name, int(total))
+    else:
+        device = cpu_device(native=native)
+    dtype = str(getattr(s.base, "dtype", weight.dtype)).removeprefix("torch.")
+    shape = model_shape(s.base.model)
+    a = s.config.adapter
+    pairs = pair_parameters(shape, a.spec() if _special(s.config) else None, rank=a.rank)
+    load = load_of(
+        s.config, lengths, trained=sum(sum(e.trained) for e in examples) / max(1, tokens), checkpointing=checkpointing,
+        dtype=dtype, whole=max(0, int(s.numbers.get("trainable", 0)) - pairs),
+    )  # fmt: skip
+    held_out = len(s.held_out.examples) if s.held_out is not None else 0
+    job = _job(s.config, len(examples), tokens / max(1, len(examples)), held_out)
+    rates, process = rates_here(device, dtype)
+    held = text_plan("", shape, load, device, rates, job, process=process, room=1 << 62).memory
+    limit = room + held.peak - still_needed(held, device)
+    return text_plan(s.config.base.name, shape, load, device, rates, job, process=process, room=limit)
+
+
+def still_needed(memory: Any, device: Device) -> int:
+    """Bytes to come where process and base are in memory already."""
+    return int(memory.beyond_base + (CPU_LATER if device.kind == "cpu" else 0))
+
+
+def _job(config: TrainConfig, rows: int, tokens: float, held_out: int) -> Job:
+    batching = config.batching
+    batch = batching.rows if batching.mode == "bucket" else max(1, round((batching.tokens or 1) / max(1.0, tokens)))
+    scored = min(held_out, config.evaluation.rows or held_out)
+    epochs = float(config.epochs or 1)
+    job = Job(rows, tokens, epochs, batch, config.steps)
+    every = config.evaluation.every
+    times = job.passes if every == "epoch" else job.total_steps / int(every)
+    return Job(rows, tokens, epochs, batch, config.steps, scored, int(times) + config.evaluation.at_start)
+
+
+def to_be_set(plan: Plan) -> str:
+    """The first change that a text configuration can say, as settings; nothing where there is none."""
+    known = {"memory.activation_checkpointing", "batching.micro_rows", "data.max_length", "adapter.rank"}
+    known |= {"base.quantise"} if "quantise" in BaseSection.model_fields else set()
+    for change in plan.changes:
+        if all(setting.partition("=")[0] in known for setting in change.settings):
+            cut = any(setting.startswith("data.max_length=") for setting in change.settings)
+            return ", ".join(change.settings) + (" with data.long_rows=cut or drop" if cut else "")
+    return ""
+
+
+def was_predicted(numbers: Mapping[str, Any], peak: int, seconds: float) -> str:
+    """What the plan said beside what came, as a sentence; nothing for a run without a plan."""
+    parts = []
+    if said := numbers.get("predicted_peak_bytes"):
+        parts.append(f"peak memory {peak / 1e9:.2f} GB, {said / 1e9:.2f} predicted ({peak / said - 1:+.0%})")
+    if (said := numbers.get("predicted_seconds")) and seconds:
+        parts.append(f"training {duration(seconds)}, {duration(said)} predicted ({seconds / said - 1:+.0%})")
+    return "; ".join(parts)
+
+
+# -- from the configuration alone --------------------------------------------------------------------------------------
+
+
+def plan_of_config(
+    file: Path, overrides: Iterable[str], device: Device, *, rows: int | None = None,
+    tokens_per_row: float | None = None, longest: int | None = None, trained: float = 1.0,
+    traffic: Traffic | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of a configuration whose base need not be here. What is not given is counted in the data's files, four
+    characters for a token.
+
+    Raises ConfigError for a base whose config is nowhere, DataError for data that is not there and is to be counted."""
+    from veneer.plan.calibration import rates_here
+    from veneer.train.config import load_config
+
+    config, _ = load_config(file, overrides)
+    found = _config_named(config.base.name)
+    if not isinstance(config, TrainConfig):
+        return _plan_of_pictures(config, found, device, rows)
+    shape = text_shape(found)
+    notes: tuple[str, ...] = ()
+    lengths: list[int] = []
+    if rows is None or tokens_per_row is None:
+        lengths = _counted(config)
+        notes = (f"tokens guessed from characters, {_CHARACTERS} to one; --tokens-per-row says it exactly",)
+    rows = rows or len(lengths)
+    mean = tokens_per_row or sum(lengths) / max(1, len(lengths))
+    if tokens_per_row is not None:
+        lengths = [round(tokens_per_row)] * min(rows, 1024)
+    if longest is not None:
+        lengths = [longest, *lengths[1:]]
+    lengths = [min(n, config.data.max_length) for n in lengths]
+    dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
+    rates, process = rates_here(device, dtype)
+    load = load_of(
+        config, lengths, trained=trained, dtype=dtype, checkpointing=config.memory.activation_checkpointing == "on"
+    )
+    job = _job(config, rows, mean, 0)
+    return text_plan(config.base.name, shape, load, device, rates, job, process=process, traffic=traffic, notes=notes)
+
+
+def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rows: int | None) -> Plan:
+    from veneer.plan.calibration import rates_here
+    from veneer.train.picture_files import SUFFIXES
+
+    if rows is None:
+        given = config.data.pictures
+        folders = [Path(folder) for folder in ((given,) if isinstance(given, str) else given)]
+        rows = sum(p.suffix.lower() in SUFFIXES for folder in folders for p in folder.rglob("*"))
+        if not rows:
+            raise DataError("no pictures to count", where=str(folders[0]), fix="or give --rows")
+    batch = min(config.batching.rows, rows)
+    at_once = config.batching.micro_rows or batch
+    asked = config.data.resolution or int(found.get("picture", 1024))
+    side = asked if isinstance(asked, int) else max(asked)
+    dtype = config.base.dtype if config.base.dtype != "auto" else "bfloat16"
+    rates, process = rates_here(device, dtype)
+    words = config.adapter.targets if isinstance(config.adapter.targets, str) else "attention"
+    load = ImageLoad(
+        at_once, side, side, -(-batch // at_once), config.adapter.rank,
+        dtype, config.base.quantise,
+        config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0, targets=words,
+    )  # fmt: skip
+    job = Job(rows, 1.0, float(config.schedule.epochs or 1), batch, config.steps)
+    return image_plan(config.base.name, found, load, device, rates, job, process=process)
+
+
+def _config_named(name: str) -> dict[str, Any]:
+    """Of a base that comes along, one in the veneer home, a folder, or the table."""
+    from veneer.models.builtin import packaged_place
+    from veneer.models.home import bases_home
+
+    for place in (packaged_place(), bases_home()):
+        if name and (place / name).is_dir():
+            return base_config(str(place / name))
+    return base_config(name)
+
+
+def _counted(config: TrainConfig) -> list[int]:
+    from veneer.train.rows import read_rows
+
+    try:
+        rows, _ = read_rows(
+            config.data.files("train"), format=config.data.format, columns=config.data.columns, limit=config.data.limit
+        )
+    except DataError as error:
+        raise DataError(error.what, where=error.where, fix="or give --rows and --tokens-per-row") from None
+
+    def characters(row: Any) -> int:
+        return len(row.text) + sum(len(str(m.get("content", ""))) + 20 for m in row.messages)
+
+    return [max(2, characters(row) // _CHARACTERS) for row in rows]

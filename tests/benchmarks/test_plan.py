@@ -1,0 +1,67 @@
+"""The plan's benchmarks: the grid is what was promised, and both report in the shape that every benchmark has."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(name: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments, "--json"]
+    home = os.environ.get("VENEER_BENCH_HOME", str(Path.home() / ".veneer"))
+    env = {**os.environ, "VENEER_HOME": home, "PYTHONPATH": str(ROOT / "src")}
+    ran = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, Any] = json.loads(ran.stdout)
+    assert set(found) == {"machine", "rows", "bars"}
+    return found
+
+
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("plan_benchmark", ROOT / "benchmarks" / "plan.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_grid_covers_what_a_run_can_vary(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark(monkeypatch)
+    names = [module.name_of(one) for one in module.GRID]
+    assert len(set(names)) == len(names) >= 24
+    for key in ("checkpointing", "dtype", "rank", "base", "length", "rows", "size", "pictures"):
+        assert len({one.get(key) for one in module.GRID}) > 1, key
+
+
+def test_every_run_of_the_grid_has_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    from veneer.plan.calibration import Calibration
+
+    module = benchmark(monkeypatch)
+    record = Calibration("cpu/1/bfloat16", 1e11, 1e10, 480_000_000, "smollm2-135m", "bfloat16")
+    for one in module.GRID:
+        peak, seconds = module.predicted(one, record)
+        assert 480_000_000 < peak < 16e9
+        assert seconds > 0
+
+
+def test_published_figures_are_set_beside_the_plan() -> None:
+    found = run("plan_published.py")
+    assert len(found["rows"]) >= 40
+    assert found["bars"][0]["ok"]
+
+
+@pytest.mark.slow
+def test_a_run_takes_the_memory_that_was_predicted() -> None:
+    found = run("plan.py", "--only", "llama-12m, 16 × 128", "--memory")
+    assert all(one["ok"] for one in found["bars"]), found

@@ -1,0 +1,78 @@
+"""What a denoiser keeps for its backward pass is what was counted, on the bases that come along."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from veneer import kernels
+from veneer.core.adapter import LoraSpec
+from veneer.core.attach import attach
+from veneer.core.init import create
+from veneer.errors import ConfigError
+from veneer.models.builtin import packaged_place
+from veneer.models.image_memory import measured_activations
+from veneer.models.speed_image import fast_denoiser
+from veneer.plan.image import image_counts, is_image
+from veneer.plan.tables import base_config
+
+TEXT = 20
+PICTURES = 2
+
+
+def given(name: str, size: int) -> dict[str, Any]:
+    """Inputs of a forward pass, with the widths of the bases' text encoders."""
+    n = PICTURES
+    if name == "emoji-sdxl":
+        cond = {"text_embeds": torch.randn(n, 96).bfloat16(), "time_ids": torch.zeros(n, 6).bfloat16()}
+        x = torch.randn(n, 4, size // 8, size // 8).bfloat16()
+        text = torch.randn(n, TEXT, 192).bfloat16()
+        return {"sample": x, "timestep": torch.ones(n), "encoder_hidden_states": text, "added_cond_kwargs": cond}
+    places = (size // 16) ** 2
+    return {
+        "hidden_states": torch.randn(n, places, 16).bfloat16(), "timestep": torch.rand(n).bfloat16(),
+        "encoder_hidden_states": torch.randn(n, TEXT, 128).bfloat16(),
+        "pooled_projections": torch.randn(n, 96).bfloat16(), "img_ids": torch.zeros(places, 3),
+        "txt_ids": torch.zeros(TEXT, 3), "guidance": torch.ones(n).bfloat16(),
+    }  # fmt: skip
+
+
+def denoiser(name: str) -> tuple[Any, dict[str, Any]]:
+    import diffusers
+
+    kind, part = ("UNet2DConditionModel", "unet") if "sdxl" in name else ("FluxTransformer2DModel", "transformer")
+    folder = packaged_place() / name / part
+    model = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=torch.bfloat16).train().requires_grad_(False)
+    return model, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="counted for the compiled kernels")
+@pytest.mark.parametrize("size", [128, 256])
+@pytest.mark.parametrize("name", ["emoji-sdxl", "emoji-flux"])
+def test_what_is_kept_is_what_was_counted(name: str, size: int) -> None:
+    torch.manual_seed(0)
+    model, config = denoiser(name)
+    inputs = given(name, size)
+    spec = LoraSpec(rank=16, targets=(r"re:.*transformer_blocks\.\d+\.attn\w*\..*",))
+    with attach(model) as attachment:
+        attachment.add("a", create(model, spec, seed=0), trainable=True)
+        attachment.use("a")
+        known = [*model.parameters(), *attachment.parameters("a").values()]
+        with fast_denoiser(model):
+            kept = measured_activations(lambda: model(**inputs, return_dict=False)[0].float().sum(), known)
+        trainable = sum(p.numel() for p in attachment.parameters("a").values())
+    counts = image_counts(config, height=size, width=size, text_tokens=TEXT, cuda=False)
+    assert counts.trainable == trainable
+    counted = PICTURES * (2 * counts.kept + counts.kept32)
+    assert kept == pytest.approx(counted, rel=0.05, abs=700_000)  # and weights of norms, positions, modulations
+
+
+def test_other_denoisers_and_targets_are_refused() -> None:
+    assert not is_image({"_class_name": "SD3Transformer2DModel"})
+    with pytest.raises(ConfigError, match="no denoiser 'SD3Transformer2DModel'"):
+        image_counts({"_class_name": "SD3Transformer2DModel"})
+    with pytest.raises(ConfigError, match="no targets 'atention'"):
+        image_counts(base_config("sdxl"), targets="atention")

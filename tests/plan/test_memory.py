@@ -1,0 +1,177 @@
+"""Memory by part: laws, the published bits of NF4, and what autograd really keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from veneer import kernels
+from veneer.core.adapter import LoraSpec
+from veneer.core.attach import attach
+from veneer.core.attention import _blocks
+from veneer.core.init import create
+from veneer.models.loss import text_loss
+from veneer.models.speed import fast
+from veneer.plan.image import ImageLoad, image_counts, image_memory
+from veneer.plan.memory import Load, dtype_bytes, kept_dequantised, seen_keys, text_memory, weight_bytes
+from veneer.plan.shape import text_shape
+from veneer.plan.tables import Device, base_config, device_named
+
+CPU = Device("cpu", "cpu", 16 << 30, 1e12, 2e10)
+LLAMA = text_shape(base_config("meta-llama/Llama-3.1-8B"))
+SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 256}  # fmt: skip
+loads = st.builds(
+    Load,
+    st.lists(st.integers(2, 700), min_size=1, max_size=4).map(tuple),
+    st.floats(0.01, 1.0),
+    st.integers(1, 4),
+    st.sampled_from([4, 16, 64]),
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+    quantise=st.sampled_from([None, "nf4", "int8"]),
+    checkpointing=st.booleans(),
+)
+
+
+@given(loads)
+@settings(max_examples=30, deadline=None)
+def test_parts_are_never_negative_and_add_up(load: Load) -> None:
+    for device in (CPU, device_named("h100-80gb")):
+        memory = text_memory(LLAMA, load, device)
+        assert all(value >= 0 for value in memory.parts.values())
+        assert memory.peak == sum(memory.parts.values())
+        assert memory.weights + memory.constants == sum(weight_bytes(LLAMA, load.dtype, load.quantise))
+
+
+@given(loads)
+@settings(max_examples=20, deadline=None)
+def test_more_of_anything_never_takes_less(load: Load) -> None:
+    before = text_memory(LLAMA, load, CPU).peak
+    for more in (
+        replace(load, lengths=(*load.lengths, 100)),
+        replace(load, rank=2 * load.rank),
+        replace(load, lengths=tuple(2 * n for n in load.lengths)),
+    ):
+        assert text_memory(LLAMA, more, CPU).peak >= before
+    if load.checkpointing and load.tokens > 64:
+        assert text_memory(LLAMA, replace(load, checkpointing=False), CPU).activations > 0
+
+
+def test_nf4_takes_the_bits_of_the_paper() -> None:
+    """arXiv 2305.14314: double quantisation takes 0.127 bits a parameter for constants, 0.5 without it."""
+    for double, bits in ((True, 0.127), (False, 0.5)):
+        _, constants = weight_bytes(LLAMA, "bfloat16", "nf4", double)
+        assert 8 * constants / LLAMA.matrices == pytest.approx(bits, abs=5e-4)
+    weights, _ = weight_bytes(LLAMA, "bfloat16", "nf4")
+    assert weights == LLAMA.matrices // 2 + 2 * (LLAMA.parameters - LLAMA.matrices)
+
+
+def test_a_quantised_base_dequantises_one_joined_weight_at_a_time() -> None:
+    load = Load((512,), quantise="nf4")
+    assert text_memory(LLAMA, load, CPU).dequantised == 2 * 4096 * 2 * 14336  # gate and up
+    assert text_memory(LLAMA, replace(load, quantise=None), CPU).dequantised == 0
+
+
+def test_what_is_kept_dequantised_fills_whole_layers_and_no_more_than_there_is() -> None:
+    memory = text_memory(LLAMA, Load((512,), quantise="nf4"), CPU)
+    layer = 2 * LLAMA.layers[0].matrices
+    assert kept_dequantised(LLAMA, memory, memory.peak) == 0
+    assert kept_dequantised(LLAMA, memory, memory.peak + 3 * layer + 5) == 3 * layer
+    assert kept_dequantised(LLAMA, memory, memory.peak + 1000 * layer) == 32 * layer
+
+
+@given(st.integers(1, 300), st.none() | st.integers(1, 200))
+def test_seen_keys_are_those_of_the_attention_kernel(length: int, window: int | None) -> None:
+    assert seen_keys([length], window) == sum((q1 - q0) * (q1 - k0) for q0, q1, k0 in _blocks(length, window))
+
+
+def kept_bytes(dtype: torch.dtype, lengths: list[int], share: float, rank: int) -> int:
+    """All that autograd holds after the forward pass of a small Llama on the fast paths, the base's weights and the
+    pairs apart. Functions of our own keep more than saved tensors: their cast factors are counted too."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    kept: dict[int, int] = {}
+    with attach(model) as attachment:
+        attachment.add("a", create(model, LoraSpec(rank=rank), seed=0), trainable=True)
+        attachment.use("a")
+        model.train()
+        ids = torch.randint(3, 256, (sum(lengths),))
+        trained = torch.zeros(sum(lengths), dtype=torch.bool)
+        at = 0
+        for n in lengths:
+            trained[at + n - round(share * n) : at + n] = True
+            trained[at] = False  # nothing predicts a row's first token
+            at += n
+        with fast(model):
+            # The weights are joined by now: their storages are those of the joined tensors.
+            known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+            known |= {p.untyped_storage().data_ptr() for p in attachment.parameters("a").values()}
+
+            def pack(t: torch.Tensor) -> torch.Tensor:
+                if t.untyped_storage().data_ptr() not in known and t.is_floating_point():
+                    kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                loss = text_loss(model, ids, lengths, trained)
+            total = sum(kept.values())
+            del loss
+    return total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("lengths", "share"), [([128, 128], 0.25), ([200], 1.0), ([64, 64, 64, 64], 0.5)])
+def test_activations_are_what_autograd_keeps(dtype: str, lengths: list[int], share: float) -> None:
+    rank, native = 8, kernels.load() is not None
+    shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **SMALL})
+    device = replace(CPU, native=native)
+    counted = text_memory(shape, Load(tuple(lengths), share, rank=rank, dtype=dtype), device).activations
+    if dtype == "float32" or not native:
+        # What the functions hold beside saved tensors: cast and stacked A where there is something to cast or stack, B.
+        products = [parts for layer in shape.layers for parts in layer.products.values()]
+        stacked = [parts for parts in products if dtype != "float32" or len(parts) > 1]
+        counted -= dtype_bytes(dtype) * rank * sum(len(parts) * parts[0].inputs for parts in stacked)
+        counted -= dtype_bytes(dtype) * rank * sum(len(parts) * sum(p.outputs for p in parts) for parts in products)
+    # What is left uncounted: rotary tables, the loss's index of trained tokens.
+    assert kept_bytes(getattr(torch, dtype), lengths, share, rank) == pytest.approx(counted, rel=0.03)
+
+
+def test_recomputing_keeps_a_small_part() -> None:
+    plain = text_memory(LLAMA, Load((2048,)), CPU)
+    again = text_memory(LLAMA, Load((2048,), checkpointing=True), CPU)
+    assert again.activations < plain.activations / 10
+    assert again.peak < plain.peak
+
+
+def test_several_micro_batches_hold_gradients_beside_activations() -> None:
+    one, four = (text_memory(LLAMA, Load((512,), micros=n), CPU) for n in (1, 4))
+    assert one.gradients == 0
+    assert four.gradients == four.adapter
+
+
+def test_offloading_moves_weights_and_nothing_else() -> None:
+    card = device_named("h100-80gb")
+    plain = text_memory(LLAMA, Load((512,)), card)
+    moved = text_memory(LLAMA, Load((512,), offload=0.5), card)
+    assert moved.host == pytest.approx(plain.weights / 2)
+    assert moved.weights + moved.host == pytest.approx(plain.weights)
+    assert moved.activations == plain.activations
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux.1-dev", "black-forest-labs/FLUX.2-klein-4B"])
+def test_pictures_take_memory_by_their_number_and_area(name: str) -> None:
+    card, config = device_named("h100-80gb"), base_config(name)
+    counts = image_counts(config)
+    one, two = (image_memory(counts, ImageLoad(n), card) for n in (1, 2))
+    assert two.activations == pytest.approx(2 * one.activations)
+    assert two.weights == one.weights
+    assert image_memory(counts, ImageLoad(1, checkpointing=True), card).peak < one.peak
+    assert image_memory(counts, ImageLoad(1, quantise="nf4"), card).weights < 0.6 * one.weights
+    assert image_counts(config, height=512, width=512).kept < counts.kept / 2

@@ -1,0 +1,221 @@
+"""Whether it fits, what makes it fit, for how much; GPUs, calibration, serving."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from veneer.errors import ConfigError
+from veneer.plan.calibration import Calibration, cpu_device, keep, kept, solved
+from veneer.plan.fit import usable_memory
+from veneer.plan.image import ImageLoad
+from veneer.plan.memory import Load, dtype_bytes
+from veneer.plan.plan import Job, Plan, image_plan, text_plan
+from veneer.plan.render import brief, duration, plan_text
+from veneer.plan.serving import Traffic, serving
+from veneer.plan.shape import pair_parameters, text_shape
+from veneer.plan.tables import base_config, device_named, device_of_card, gpu_names
+from veneer.plan.time import Rates, Work, rates_of, run_seconds, text_work
+
+
+def plan(base: str, gpu: str, load: Load, *, count: int = 1, **more: object) -> Plan:
+    device = device_named(gpu, count=count, price=2.5)
+    return text_plan(base, text_shape(base_config(base)), load, device, rates_of(device), Job(5000, 600, 3), **more)  # type: ignore[arg-type]
+
+
+TICKETS = Load((600,) * 3, micros=6)
+
+
+def test_70b_in_16_bits_does_not_fit_80_gb_and_in_4_bits_does() -> None:
+    found = plan("meta-llama/Llama-3.1-70B", "h100-80gb", TICKETS)
+    assert not found.fits
+    assert found.changes[0].settings[-1] == "base.quantise=nf4"
+    assert found.changes[0].peak <= found.room
+    assert found.cost == pytest.approx(found.seconds / 3600 * 2.5)  # type: ignore[operator]
+    text = plan_text(found)
+    assert text.splitlines()[0].startswith("It does not fit as given")
+    assert "$" in text.splitlines()[2]
+    assert brief(found) == "\n".join(text.splitlines()[:2])
+
+
+def test_8b_fits_and_changes_nothing() -> None:
+    found = plan("meta-llama/Llama-3.1-8B", "h100-80gb", TICKETS)
+    assert found.fits
+    assert not found.changes
+    assert plan_text(found).startswith("It fits: ")
+
+
+def test_every_change_fits_and_is_of_another_kind() -> None:
+    found = plan("meta-llama/Llama-3.1-8B", "rtx-4090", TICKETS)
+    assert not found.fits
+    kinds = [change.names for change in found.changes]
+    assert len(set(kinds)) == len(kinds) > 3
+    assert all(change.peak <= found.room < found.peak for change in found.changes)
+    assert kinds[0] == ("recompute activations",)
+    assert found.changes[0].slower > 1
+
+
+def test_what_cannot_fit_says_so_and_has_no_price() -> None:
+    found = plan("meta-llama/Llama-3.1-405B", "rtx-3060-12gb", Load((2048,) * 4))
+    assert not found.changes
+    assert found.seconds is None
+    assert found.cost is None
+    assert "no three changes together make it fit" in plan_text(found)
+
+
+def test_more_devices_divide_the_weights() -> None:
+    one = plan("meta-llama/Llama-3.1-70B", "h100-80gb", TICKETS)
+    four = plan("meta-llama/Llama-3.1-70B", "h100-80gb", TICKETS, count=4)
+    assert not one.fits
+    assert four.fits
+    assert four.memory == one.memory
+    assert four.peak < one.peak / 2
+
+
+def test_a_plan_is_json() -> None:
+    found = plan("meta-llama/Llama-3.1-70B", "h100-80gb", TICKETS, traffic=Traffic())
+    again = json.loads(json.dumps(found.to_dict()))
+    assert again["fits"] is False
+    assert sum(v for k, v in again["memory"].items() if k != "host") == found.memory.peak
+
+
+def test_flux_fits_24_gb_with_what_people_do() -> None:
+    device = device_named("rtx-4090")
+    found = image_plan(
+        "flux.1-dev", base_config("flux.1-dev"), ImageLoad(), device, rates_of(device), Job(20, 1, 35, 1)
+    )
+    assert set(found.changes[0].settings) == {"memory.activation_checkpointing=on", "base.quantise=nf4"}
+    assert "text encoders and VAE" in plan_text(found)
+
+
+def test_operations_are_six_or_four_times_the_weights() -> None:
+    """Frozen weights get no gradient: 2 operations a weight and token forward, 2 backward; 2 more to recompute."""
+    shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb")
+    work = text_work(shape, Load((1,) * 64, 1.0), device)
+    assert work.products == pytest.approx(4 * 64 * shape.matrices, rel=0.01)
+    assert work.head == 4 * 64 * 128256 * 4096
+    again = text_work(shape, Load((1,) * 64, 1.0, checkpointing=True), device)
+    assert again.products == pytest.approx(6 * 64 * shape.matrices, rel=0.01)
+    assert work.thin == pytest.approx(6 * 64 * pair_parameters(shape))
+
+
+def test_experts_work_for_the_tokens_that_pick_them() -> None:
+    shape, device = text_shape(base_config("Qwen/Qwen3-30B-A3B")), device_named("h100-80gb")
+    work = text_work(shape, Load((64,), 1.0), device)
+    assert work.products < 4 * 64 * 3.4e9
+
+
+def test_time_grows_with_rows_and_with_recomputing() -> None:
+    shape, device = text_shape(base_config("smollm2-135m")), device_named("rtx-4090")
+    rates = rates_of(device)
+
+    def seconds(load: Load, rows: int = 100) -> float:
+        return run_seconds(shape, load, device, rates, rows=rows, tokens_per_row=512, epochs=1)
+
+    assert seconds(Load((512,)), 200) == pytest.approx(2 * seconds(Load((512,))))
+    assert seconds(Load((512,), checkpointing=True)) > 1.2 * seconds(Load((512,)))
+
+
+def test_two_measurements_give_both_rates() -> None:
+    true = Rates(3e11, 1e10, "")
+    works = [Work(products=4e12, moved=3e9), Work(products=2e11, moved=1e9)]
+    rate, bandwidth = solved(*((w, true.seconds(w)) for w in works))
+    assert (rate, bandwidth) == (pytest.approx(3e11), pytest.approx(1e10))
+
+
+def test_rates_stay_positive_where_measurements_disagree() -> None:
+    works = [Work(products=4e12, moved=3e9), Work(products=2e11, moved=1e9)]
+    rate, bandwidth = solved((works[0], 1.0), (works[1], 5.0))
+    assert rate > 0
+    assert bandwidth > 0
+    assert Rates(rate, bandwidth, "").seconds(works[0]) == pytest.approx(1.0)
+
+
+def test_a_calibration_is_kept_by_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    assert kept("cpu/2/bfloat16") is None
+    records = [Calibration(f"cpu/{n}/bfloat16", 1e11, 1e10, 5, "smollm2-135m", "bfloat16") for n in (1, 2)]
+    for record in records:
+        file = keep(record)
+    assert [kept(record.device) for record in records] == records
+    file.write_text("[", encoding="utf-8")
+    with pytest.raises(ConfigError, match="the calibration cannot be read"):
+        kept("cpu/2/bfloat16")
+
+
+def test_gpus_are_found_by_near_names_and_edited_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    assert device_named("RTX 4090").name == device_named("rtx4090").name == "rtx-4090-24gb"
+    assert device_named("h100-80gb", price=1.0).price == 1.0
+    with pytest.raises(ConfigError, match="no GPU 'h900'"):
+        device_named("h900")
+    own = {"h100-80gb": {"price": 1.99}, "mine": {"memory_mib": 1000, "bandwidth_gb": 10, "bf16_tflops": 1}}
+    (tmp_path / "gpus.json").write_text(json.dumps({"gpus": own}), encoding="utf-8")
+    assert device_named("h100-80gb").price == 1.99
+    assert device_named("mine").memory == 1000 << 20
+    assert "mine" in gpu_names()
+    (tmp_path / "gpus.json").write_text(json.dumps({"gpus": {"mine": {}}}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="has no"):
+        gpu_names()
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "found"),
+    [
+        ("NVIDIA H100 80GB HBM3", 81559, "h100-80gb"),
+        ("NVIDIA GeForce RTX 4090", 24564, "rtx-4090-24gb"),
+        ("NVIDIA A100-SXM4-40GB", 40960, "a100-40gb"),
+        ("NVIDIA L40S", 46068, "l40s-48gb"),
+        ("NVIDIA Something 9000", 10000, "NVIDIA Something 9000"),
+    ],
+)
+def test_a_card_is_known_by_what_cuda_calls_it(name: str, mib: int, found: str) -> None:
+    device = device_of_card(name, mib << 20)
+    assert device.name == found
+    assert device.memory == pytest.approx(mib << 20, rel=0.01)
+
+
+def test_float32_is_slower_than_bfloat16() -> None:
+    for device in (device_named("h100-80gb"), cpu_device()):
+        assert 3 * rates_of(device, "float32").operations < rates_of(device).operations
+
+
+def test_adapters_fill_what_the_base_leaves() -> None:
+    shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb", price=2.5)
+    found = serving(shape, device, rates_of(device), Traffic())
+    assert found.adapter_bytes == dtype_bytes("bfloat16") * pair_parameters(shape)
+    assert found.cache_bytes == 2 * 32 * 8 * 128 * 2 * 700 * 32  # keys and values of every layer, context and request
+    held = 2 * shape.parameters + found.cache_bytes + found.adapters * found.adapter_bytes
+    assert held <= device.memory < held + 0.1 * device.memory
+    assert found.dedicated == 100 * found.shared  # type: ignore[operator]
+    quantised = serving(shape, device, rates_of(device), Traffic(), quantise="nf4")
+    assert quantised.adapters > found.adapters
+
+
+def test_serving_is_bound_by_bandwidth_with_one_request_and_by_operations_with_many() -> None:
+    shape, device = text_shape(base_config("meta-llama/Llama-3.1-8B")), device_named("h100-80gb")
+    rates = rates_of(device)
+    alone = serving(shape, device, rates, Traffic(prompt=1, answer=1000, together=1))
+    weights = 2 * (shape.parameters - 128256 * 4096)  # of the embedding one row is read
+    assert alone.tokens_per_second == pytest.approx(rates.bandwidth / weights, rel=0.1)
+    many = serving(shape, device, rates, Traffic(prompt=1, answer=1000, together=64))
+    assert 10 * alone.tokens_per_second < many.tokens_per_second < 64 * alone.tokens_per_second
+
+
+def test_a_base_that_one_device_cannot_hold_is_served_by_several() -> None:
+    device = device_named("h100-80gb", price=2.5)
+    found = serving(text_shape(base_config("meta-llama/Llama-3.1-70B")), device, rates_of(device), Traffic())
+    assert found.devices == 2
+    assert found.shared == 5.0
+
+
+def test_what_is_usable_leaves_a_margin() -> None:
+    device = device_named("h100-80gb")
+    assert 0.9 * device.memory < usable_memory(device) < device.memory
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(40, "40 s"), (720, "12 min"), (12000, "3 h 20 min")])
+def test_durations_are_for_people(seconds: float, said: str) -> None:
+    assert duration(seconds) == said

@@ -1,0 +1,146 @@
+"""A base's shape from its config is what transformers and diffusers build from that config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import families
+from veneer.core.adapter import LoraSpec
+from veneer.core.targets import resolve
+from veneer.errors import ConfigError
+from veneer.plan.image import IMAGE_FAMILIES, image_counts
+from veneer.plan.shape import FAMILIES, TextShape, layer_ranks, module_shape, pair_parameters, text_shape
+from veneer.plan.tables import base_config, base_names
+from veneer.train.estimate import trainable_parameters
+
+TEXT = [name for name in base_names() if base_config(name)["model_type"] in FAMILIES]
+IMAGE = [name for name in base_names() if base_config(name)["model_type"] in IMAGE_FAMILIES]
+PUBLISHED = {
+    "meta-llama/Llama-3.1-8B": 8_030_261_248, "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "meta-llama/Llama-3.1-405B": 405_853_388_800, "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552, "mistralai/Mistral-Large-Instruct-2407": 122_610_069_504,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704, "mistralai/Mixtral-8x22B-v0.1": 140_620_634_112,
+    "Qwen/Qwen3-8B": 8_190_735_360, "Qwen/Qwen3-30B-A3B": 30_532_122_624, "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "google/gemma-3-1b-it": 999_885_952, "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "stabilityai/stable-diffusion-xl-base-1.0": 2_567_463_684, "black-forest-labs/FLUX.1-dev": 11_901_408_320,
+}  # fmt: skip
+"""Parameters as the hub shows them."""
+
+
+def on_meta(config: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    own = dict(config)
+    built = CONFIG_MAPPING[own.pop("model_type")](**own)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(built)
+
+
+@pytest.mark.parametrize("name", [n for n in TEXT if "405B" not in n and "Maverick" not in n and "235B" not in n])
+def test_every_text_base_of_the_table_counts_what_transformers_builds(name: str) -> None:
+    config = base_config(name)
+    shape, model, spec = text_shape(config), on_meta(config), LoraSpec(rank=16)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert pair_parameters(shape, spec) == trainable_parameters(model, resolve(model, spec), spec)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in TEXT if "405B" in n or "Maverick" in n or "235B" in n])
+def test_so_do_the_largest(name: str) -> None:
+    shape = text_shape(base_config(name))
+    assert shape.parameters == sum(p.numel() for p in on_meta(base_config(name)).parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_counts_are_the_published_ones(name: str) -> None:
+    config = base_config(name)
+    counted = image_counts(config).parameters if name in IMAGE else text_shape(config).parameters
+    assert counted == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", IMAGE)
+def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str) -> None:
+    import diffusers
+
+    config = base_config(name)
+    classes = {"sdxl": "UNet2DConditionModel", "flux": "FluxTransformer2DModel", "flux2": "Flux2Transformer2DModel"}
+    own = {k: v for k, v in config.items() if k not in ("model_type", "encoders", "vae", "text_tokens")}
+    if config["model_type"] == "sdxl":
+        own |= {"use_linear_projection": True, "addition_embed_type": "text_time"}
+    with torch.device("meta"):
+        model = getattr(diffusers, classes[config["model_type"]])(**own)
+    counts = image_counts(config, rank=4)
+    assert counts.parameters == sum(p.numel() for p in model.parameters())
+    pattern = r"re:.*transformer_blocks\.\d+\.attn\w*\..*"
+    spec = LoraSpec(rank=4, targets=(pattern,))
+    assert counts.trainable == trainable_parameters(model, resolve(model, spec), spec)[0]
+
+
+@pytest.mark.parametrize("name", ["emoji-sdxl/unet", "emoji-flux/transformer"])
+def test_the_bases_that_come_along_are_counted_from_their_folders(name: str) -> None:
+    from veneer.models.builtin import packaged_place
+
+    folder = packaged_place() / name
+    size = next(folder.glob("*.safetensors")).stat().st_size
+    counts = image_counts(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    assert 2 * counts.parameters <= size <= 2 * counts.parameters + 300_000  # bfloat16, and the file's header
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama4", "mistral", "mixtral", "qwen3", "qwen3_moe", "gemma3", "phi3"])
+@pytest.mark.parametrize("shape_of", [module_shape, lambda model: text_shape(model.config.to_dict())])
+def test_a_model_has_its_own_parameters_and_pairs(family: str, shape_of: Any) -> None:
+    model, spec = getattr(families, family)(), LoraSpec(rank=4)
+    shape: TextShape = shape_of(model)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert pair_parameters(shape, spec) == trainable_parameters(model, resolve(model, spec), spec)[0]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LoraSpec(rank=4, targets=("q_proj", "v_proj")),
+        LoraSpec(rank=4, exclude=("*down_proj",)),
+        LoraSpec(rank=4, layers=(1,)),
+        LoraSpec(rank=4, rank_pattern={"q_proj": 2}),
+        LoraSpec(rank=4, dora=True),
+        LoraSpec(rank=4, targets=("re:.*mlp.*",)),
+    ],
+    ids=["targets", "exclude", "layers", "pattern", "dora", "regex"],
+)
+def test_pairs_are_counted_as_training_makes_them(spec: LoraSpec) -> None:
+    model = families.llama3()
+    assert pair_parameters(module_shape(model), spec) == trainable_parameters(model, resolve(model, spec), spec)[0]
+
+
+def test_ranks_are_told_by_layer_and_matrix() -> None:
+    shape = text_shape(families.llama3().config.to_dict())
+    ranks = layer_ranks(shape, LoraSpec(rank=4, layers=(1,), targets=("q_proj",)), 4)
+    assert ranks == [{}, {"self_attn.q_proj": 4}]
+
+
+def test_the_language_part_of_a_base_that_sees() -> None:
+    inner = {k: v for k, v in base_config("google/gemma-3-4b-it").items() if k != "model_type"}
+    whole = {"model_type": "gemma3", "text_config": {**inner, "model_type": "gemma3_text"}, "vision_config": {}}
+    assert text_shape(whole) == text_shape(base_config("google/gemma-3-4b-it"))
+
+
+def test_an_unknown_family_is_refused_with_near_ones() -> None:
+    with pytest.raises(ConfigError, match="no language models of the family 'lama'") as caught:
+        text_shape({"model_type": "lama"})
+    assert "llama" in str(caught.value.fix)
+
+
+def test_a_config_without_what_is_needed_says_so() -> None:
+    with pytest.raises(ConfigError, match="has no 'hidden_size'"):
+        text_shape({"model_type": "llama"})
+
+
+def test_a_folder_and_a_file_are_read_as_well(tmp_path: Path) -> None:
+    config = base_config("smollm2-135m")
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert base_config(str(tmp_path)) == base_config(str(tmp_path / "config.json")) == config

@@ -1,0 +1,92 @@
+"""From a configuration to a plan: which micro-batch counts, and what a person is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from veneer.errors import ConfigError, DataError
+from veneer.plan.calibration import cpu_device
+from veneer.plan.memory import Load
+from veneer.plan.plan import Job, Plan, text_plan
+from veneer.plan.shape import text_shape
+from veneer.plan.tables import Device, base_config, device_named
+from veneer.plan.time import rates_of
+from veneer.train.config import TrainConfig, config_from
+from veneer.train.planning import load_of, plan_of_config, to_be_set, was_predicted
+
+VALUES = {"base": "smollm2-135m", "data": {"train": "d.jsonl"}, "output": "o"}
+
+
+def config(*overrides: str) -> TrainConfig:
+    made, _ = config_from(VALUES, overrides)
+    assert isinstance(made, TrainConfig)
+    return made
+
+
+def test_the_largest_micro_batch_counts() -> None:
+    lengths = [100] * 30 + [900, 1000]
+    load = load_of(config("batching.rows=32"), lengths, trained=0.5, dtype="bfloat16", checkpointing=False)
+    assert load.tokens == max(load.tokens, 1900)
+    assert load.tokens <= 2048
+    assert load.longest == 1000
+    assert load.micros == 3  # 4,900 tokens of a step, 2,048 at most at once
+    alone = load_of(config("batching.micro_rows=1"), lengths, trained=0.5, dtype="bfloat16", checkpointing=False)
+    assert alone.lengths == (1000,)
+    assert alone.micros == 16
+
+
+def test_pairs_of_their_own_are_planned_as_they_are() -> None:
+    plain = load_of(config(), [10], trained=1.0, dtype="bfloat16", checkpointing=False)
+    assert plain.spec is None
+    own = load_of(config("adapter.targets=[q_proj]"), [10], trained=1.0, dtype="bfloat16", checkpointing=False)
+    assert own.spec is not None
+    assert own.spec.targets == ("q_proj",)
+
+
+def plan(load: Load, device: Device, room: int) -> Plan:
+    shape = text_shape(base_config("meta-llama/Llama-3.1-8B"))
+    return text_plan("b", shape, load, device, rates_of(device), Job(100, 500, 1), room=room)
+
+
+def test_what_is_to_be_set_is_what_a_configuration_can_say() -> None:
+    card = device_named("h100-80gb")
+    load = Load((500,) * 4)
+    peak = plan(load, card, 1 << 62).peak
+    assert to_be_set(plan(load, card, peak - 1)) == "memory.activation_checkpointing=on"
+    again = replace(load, lengths=(500,), checkpointing=True)
+    peak = plan(again, card, 1 << 62).peak
+    assert "data.long_rows=cut or drop" in to_be_set(plan(again, card, peak - 1))
+    assert to_be_set(plan(load, card, 1 << 62)) == ""
+
+
+def test_what_came_is_set_beside_what_was_said() -> None:
+    numbers = {"predicted_peak_bytes": 2_000_000_000, "predicted_seconds": 100.0}
+    said = was_predicted(numbers, 2_200_000_000, 80.0)
+    assert said == "peak memory 2.20 GB, 2.00 predicted (+10%); training 80 s, 2 min predicted (-20%)"
+    assert was_predicted({}, 1, 1.0) == ""
+
+
+def test_a_configuration_without_its_data_is_planned_by_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("base: smollm2-135m\ndata: {train: nowhere.jsonl}\noutput: o\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        plan_of_config(file, (), cpu_device())
+    assert "--rows and --tokens-per-row" in str(caught.value.fix)
+    found = plan_of_config(file, ("schedule.epochs=2",), cpu_device(), rows=64, tokens_per_row=100)
+    assert (found.job.total_steps, found.job.tokens) == (8, 12800)
+    with pytest.raises(ConfigError, match="no base 'smolm'"):
+        plan_of_config(file, ("base.name=smolm",), cpu_device(), rows=64, tokens_per_row=100)
+
+
+def test_pictures_are_counted_in_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    for i in range(3):
+        (tmp_path / "p" / f"{i}.png").write_bytes(b"")
+    file = tmp_path / "c.yaml"
+    file.write_text("base: emoji-flux\ndata: {pictures: p}\noutput: o\nadapter: {rank: 8}\n", encoding="utf-8")
+    found = plan_of_config(file, ("schedule.epochs=4",), cpu_device())
+    assert found.job.rows == 3
+    assert dict(found.facts)["at once"].startswith("3 of 64 × 64")
