@@ -30,7 +30,7 @@ from veneer.errors import DataError
 from veneer.models.generate import Prompt, complete
 from veneer.models.loss import text_loss
 from veneer.models.speed import fast
-from veneer.train.batches import collate
+from veneer.train.batches import collate, grouped
 from veneer.train.encode import Example, encode
 from veneer.train.loop import Score
 from veneer.train.render import Renderer
@@ -141,21 +141,11 @@ def score_examples(
     """Σ NLL over the trained tokens of `examples`, in eval mode and without gradient; None as soon as `interrupted()`.
 
     The model is in its own mode again afterwards. A row longer than `micro_tokens` is a batch of its own."""
-    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].input_ids), i))
-    groups: list[list[int]] = []
-    room = 0
-    for i in order:
-        length = len(examples[i].input_ids)
-        if not groups or length > room:
-            groups.append([])
-            room = micro_tokens
-        groups[-1].append(i)
-        room -= length
     was_training, total, trained = model.training, 0.0, 0
     model.eval()
     try:
         with torch.no_grad():
-            for group in groups:
+            for group in grouped([e.tokens for e in examples], micro_tokens):
                 if interrupted():
                     return None
                 batch = collate([examples[i] for i in group])

@@ -3,7 +3,8 @@
     gradient of a step = ∇ Σ NLL over all its micro-batches / Σ trained tokens of the step
 
 so k micro-batches equal one large batch, however the trained tokens fall. `loss(batch)` returns Σ NLL as a scalar
-tensor. For pictures a "token" is a picture, and Σ NLL is the sum of their squared errors. After the step: clip by the
+tensor. For pictures a "token" is a picture, and Σ NLL is the sum of their squared errors; preferences are counted in
+pairs (`Micro.units`), and Σ NLL is the sum of the pairs' losses. After the step: clip by the
 global norm, set the schedule's rate, step the optimizer, tell the listeners, evaluate and save when due. A run is a
 function of (parameters, steps, settings, random state), so that a state saved after step k and restored goes on bit for
 bit.
@@ -43,7 +44,8 @@ _LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
 @dataclass(frozen=True)
 class Micro:
     """A micro-batch that is made when its turn comes. `rows`: where it comes from, for messages. `size`: what it needs
-    of memory, in any unit that is the same for the whole run; its tokens where it is not given."""
+    of memory, in any unit that is the same for the whole run; its tokens where it is not given. `units`: how many
+    losses its loss is the sum of, where that is not its trained tokens."""
 
     tokens: int
     trained: int
@@ -51,6 +53,12 @@ class Micro:
     make: Callable[[], Any]
     unit: str = "tokens"
     size: int | None = None
+    units: int | None = None
+
+    @property
+    def counted(self) -> int:
+        """What a mean loss divides by."""
+        return self.trained if self.units is None else self.units
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,10 @@ class Step:
         return sum(micro.trained for micro in self.micros)
 
     @property
+    def counted(self) -> int:
+        return sum(micro.counted for micro in self.micros)
+
+    @property
     def tokens(self) -> int:
         return sum(micro.tokens for micro in self.micros)
 
@@ -76,17 +88,19 @@ class Step:
 @dataclass(frozen=True)
 class Score:
     """What an evaluation found: Σ NLL over `trained` tokens of `rows` rows. `extra`: further numbers for the log.
-    `likelihood`: false for a sum of squared errors, which has no perplexity."""
+    `likelihood`: false for what has no perplexity: squared errors, preferences. `units`: as Micro's."""
 
     nll: float
     trained: int
     rows: int
     extra: dict[str, float] = field(default_factory=dict)
     likelihood: bool = True
+    units: int | None = None
 
     @property
     def loss(self) -> float:
-        return self.nll / self.trained if self.trained else math.nan
+        counted = self.trained if self.units is None else self.units
+        return self.nll / counted if counted else math.nan
 
     @property
     def perplexity(self) -> float:
@@ -112,6 +126,8 @@ class _Run:
     interrupted: Callable[[], bool]
     steps: Sequence[Step]
     after: Callable[[int], None] | None
+    before: Callable[[Step], None] | None
+    numbers: Callable[[], dict[str, float]] | None
 
 
 def train(
@@ -130,6 +146,8 @@ def train(
     progress: Progress | None = None,
     on_event: Listener = lambda event: None,
     after: Callable[[int], None] | None = None,
+    before: Callable[[Step], None] | None = None,
+    numbers: Callable[[], dict[str, float]] | None = None,
 ) -> Progress:
     """Runs the steps after `progress.step` and returns how far the run is.
 
@@ -137,7 +155,8 @@ def train(
     called after the steps in `evaluate_at` (0: before the first one) and after the last one. `patience`: stop after so
     many evaluations in a row without a new lowest loss; 0 never. `save(progress)` writes a checkpoint: after the
     steps in `save_at`, at each new lowest validation loss, and at the end. `after(step)`: called when a step is done,
-    before it is evaluated or saved (moving averages, sample sheets).
+    before it is evaluated or saved (moving averages, sample sheets). `before(step)`: called when a step begins, for a
+    loss that needs something of the whole step; `numbers()`: what else the loss has measured in it, for the log.
 
     Ctrl-C or SIGTERM (the first; a second one kills): the step that is under way is dropped, the random state put
     back to its beginning, the state saved, and Interrupted raised. Raises TrainingError naming step and rows when a
@@ -147,7 +166,7 @@ def train(
     with _signals() as interrupted:
         run = _Run(
             parameters, loss, optimizer, schedule, clip, evaluate, evaluate_at, patience, save, save_at, progress,
-            on_event, interrupted, steps, after,
+            on_event, interrupted, steps, after, before, numbers,
         )  # fmt: skip
         _evaluate_if_due(run)
         while progress.step < len(steps) and not progress.stopped:
@@ -171,6 +190,8 @@ def _one_step(run: _Run, step: Step) -> None:
     if step.trained == 0:
         raise TrainingError(f"step {number} has no trained token", where=f"rows {_some(step.rows)}")
     run.optimizer.zero_grad(set_to_none=True)
+    if run.before is not None:
+        run.before(step)
     parts: list[Tensor] = []
     micros = [micro for micro in step.micros if micro.trained]
     for micro in micros:
@@ -180,7 +201,7 @@ def _one_step(run: _Run, step: Step) -> None:
             _stop(run)
         with memory_errors(micro):
             nll = run.loss(micro.make())
-            (nll / step.trained).backward()  # type: ignore[no-untyped-call]
+            (nll / step.counted).backward()  # type: ignore[no-untyped-call]
         parts.append(nll.detach())
     rate = run.schedule.apply(run.optimizer, number)
     limit = run.clip if run.clip else math.inf
@@ -193,12 +214,12 @@ def _one_step(run: _Run, step: Step) -> None:
     progress.tokens += step.tokens
     progress.trained_tokens += step.trained
     progress.seconds += seconds
-    progress.recent = [*progress.recent, (total, step.trained)][-_RECENT:]
+    progress.recent = [*progress.recent, (total, step.counted)][-_RECENT:]
     run.tell(
         Stepped(
-            step=number, steps=len(run.steps), epoch=step.epoch, loss=total / step.trained, learning_rate=rate,
+            step=number, steps=len(run.steps), epoch=step.epoch, loss=total / step.counted, learning_rate=rate,
             gradient_norm=norm, tokens=step.tokens, trained_tokens=step.trained, seconds=seconds,
-            memory_bytes=peak_memory_bytes(),
+            memory_bytes=peak_memory_bytes(), extra=run.numbers() if run.numbers is not None else {},
         )
     )  # fmt: skip
     if run.after is not None:

@@ -4,68 +4,88 @@
 
 load the base → rows → tokens → settings with their sources → preflight → attach → longest batch first → loop →
 save → reload and compare logits → report. Everything before the loop happens on a dry run too, and leaves no file.
+Where answers are compared with a reference, its log-probabilities are computed, or found, before step one.
 
     output/
       adapter_config.json, adapter_model.safetensors, veneer.json, README.md      the adapter
       report.html, log.jsonl                                                      how it came to be
       checkpoints/                                                                to resume from; may be deleted after
+      cache/                                                                      preferences: the reference; as well
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, DataError, Interrupted
 from veneer.models.loss import text_loss
 from veneer.models.speed import fast
 from veneer.models.text import load_text
 from veneer.train import checkpoint, loop
 from veneer.train.batches import Batch, collate, plan_steps
+from veneer.train.check_run import CACHE
 from veneer.train.checkpoint import Progress
 from veneer.train.encode import Encoded, Example, encode
 from veneer.train.evaluate import score_examples
 from veneer.train.events import Checked, Event, Listener, Note, Resolved
 from veneer.train.loop import Micro, Score, Step
+from veneer.train.pairs import Item, answer_rows, collate_items, items_of
+from veneer.train.preference import Preference
 from veneer.train.preflight import Report, preflight
+from veneer.train.report import read_log
 from veneer.train.rows import About, Row, data_digest, read_rows, split_rows
 from veneer.train.running import NAME, Outcome, Running, newest_checkpoint, resolved, seed_all, watched
 from veneer.train.save import prove, save_adapter, write_report
 from veneer.train.schema import TrainConfig
+from veneer.using import load_adapter
 
 if TYPE_CHECKING:
     from veneer.models.text import TextBase
 
 __all__ = ["RunResult", "planned_steps", "train_text"]
 
+_REFERENCE = "reference"
+"""Beside the trained adapter: what it began as, where preferences are compared with that."""
+
 
 @dataclass
 class RunResult(Outcome):
-    """What a run on text came to. `loss`, `validation`: nats per trained token. `tokens_per_second`: training alone."""
+    """What a run on text came to. `loss`, `validation`: nats per trained token, or of preferences the mean over pairs.
+    `tokens_per_second`: training alone. `measured`: rewards and the rest (train.preference) on the held-out pairs, of
+    the adapter that was kept; `measured_before`: before the first step."""
 
     tokens: int = 0
     trained_tokens: int = 0
     tokens_per_second: float = 0.0
+    measured: dict[str, float] = field(default_factory=dict)
+    measured_before: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Part:
+    """Rows as they were read, and as tokens. `texts`: the rows that `encoded` is of: those, or of preferences each
+    answer. `items`: what a step is made of: examples, or pairs of them."""
+
+    rows: list[Row]
+    texts: list[Row]
+    encoded: Encoded
+    items: Sequence[Example] | Sequence[Item]
 
 
 @dataclass
 class _Data:
-    rows: list[Row]
-    held_rows: list[Row]
-    encoded: Encoded
-    held: Encoded | None
+    train: _Part
+    held: _Part
     about: About
-
-    def held_out(self, most: int | None) -> list[Example]:
-        examples = self.held.examples if self.held is not None else []
-        return examples[:most] if most is not None else examples
 
 
 def train_text(
@@ -95,15 +115,17 @@ def train_text(
             config.base.name, dtype=config.base.dtype, device=config.base.device, say=lambda line: tell(Note(line))
         )
         data = _read(config, base)
+        start = _start(config, base)
         newest = newest_checkpoint(folder, resume, tell)
-        report = _preflight(config, base, data, resume, newest)
+        report = _preflight(config, base, data, start, resume, newest)
         recompute, reason = _recompute(config, report)
         settings = resolved(config, sources, _settled(config, base, data, recompute, reason))
         tell(settings)
         tell(Checked(report.text(), report.to_dict(), report.markup()))
         report.raise_if_stopped()
-        with _attached(config, base, recompute, tell) as attachment:
-            run = _Run(config, base, data, attachment, folder, report, settings, tell, early)
+        with _attached(config, base, start, recompute, tell) as attachment:
+            preference = _preference(config, base, attachment, start)
+            run = _Run(config, base, data, start, attachment, preference, folder, report, settings, tell, early)
             return run.dry() if dry_run else run.train(newest)
 
 
@@ -114,7 +136,9 @@ class _Run:
     config: TrainConfig
     base: TextBase
     data: _Data
+    start: Adapter | None
     attachment: Attachment
+    preference: Preference | None
     folder: Path
     report: Report
     settings: Resolved
@@ -139,17 +163,30 @@ class _Run:
         return running.train(newest, lambda progress, tell: self._finish(running, progress, tell))
 
     def _running(self) -> Running:
-        config = self.config
-        steps, ends = planned_steps(self.data.encoded.examples, config, self.data.rows)
-        examples = self.data.held_out(config.evaluation.rows)
-        return Running(
+        config, preference = self.config, self.preference
+        steps, ends = planned_steps(self.data.train.items, config, self.data.train.rows)
+        held = self.data.held.items[: config.evaluation.rows]
+        running = Running(
             config, self.folder, self.attachment.parameters(NAME), steps, ends, self.loss,
-            _identity(config, self.base, self.data, len(steps)), self.tell, self.early,
-            evaluate=self._scorer(examples) if examples else None,
+            _identity(config, self.base, self.data, self.start, len(steps)), self.tell, self.early,
+            evaluate=self._scorer(held) if held else None,
         )  # fmt: skip
+        if preference is not None:
+            running.loss, running.before, running.numbers = preference.loss, preference.begin, preference.numbers
+            running.begin = lambda progress, tell: self._know(preference, [*self.data.train.items, *held], tell)
+        return running
 
-    def _scorer(self, examples: Sequence[Example]) -> Callable[[Callable[[], bool]], Score | None]:
+    def _know(self, preference: Preference, items: Sequence[Any], tell: Listener) -> None:
+        """The reference's log-probabilities of every pair; a stop on the way keeps what is done."""
+        try:
+            preference.know(items, self.folder / CACHE / "reference.jsonl", lambda line: tell(Note(line)))
+        except KeyboardInterrupt:
+            raise Interrupted("stopped before step 1; what was computed of the reference is kept") from None
+
+    def _scorer(self, examples: Sequence[Any]) -> Callable[[Callable[[], bool]], Score | None]:
         def score(interrupted: Callable[[], bool]) -> Score | None:
+            if self.preference is not None:
+                return self.preference.score(examples, interrupted=interrupted)
             return score_examples(
                 self.base.model, examples, self.base.device, loss=text_loss, interrupted=interrupted,
                 micro_tokens=self.config.batching.micro_tokens,
@@ -167,15 +204,17 @@ class _Run:
             peak_memory_bytes=loop.peak_memory_bytes(), loss=progress.loss,
             validation=validation, validation_before=progress.first_loss, kept_step=kept,
             stopped=progress.stopped, preflight=self.report.to_dict(),
+            measured=_measured(self.folder, kept), measured_before=_measured(self.folder, 0),
         )  # fmt: skip
         trained = self.attachment.adapter(NAME)
         card = replace(
             trained.card, base=self.base.name, base_fingerprint=self.base.fingerprint, kind="text",
-            data_digest=data_digest(self.data.rows), recipe=self.config.recipe(), metrics=_metrics(result),
+            data_digest=data_digest(self.data.train.rows), recipe=self.config.recipe(), metrics=_metrics(result),
+            parents=[self.start.digest()] if self.start is not None else [],
         )  # fmt: skip
         self.base.model.eval()
         result.digest = save_adapter(replace(trained, card=card), self.folder, self.base)
-        sentence = prove(self.attachment, NAME, self.folder, self.base, self.data.encoded.examples[0])
+        sentence = prove(self.attachment, NAME, self.folder, self.base, self.data.train.encoded.examples[0])
         tell(Note(sentence))
         result.report = write_report(self.folder, result, self.settings, self.base, progress.seconds)
         return result
@@ -185,22 +224,24 @@ class _Run:
 
 
 def planned_steps(
-    examples: Sequence[Example], config: TrainConfig, rows: Sequence[Row] = ()
+    items: Sequence[Example] | Sequence[Item], config: TrainConfig, rows: Sequence[Row] = ()
 ) -> tuple[list[Step], list[int]]:
     """All steps of the run in order, and the numbers of the steps that end an epoch. Batches are made when needed."""
+    make: Callable[[Any], Batch] = collate if config.preference.loss is None else collate_items
 
     def micro(indices: list[int]) -> Micro:
-        chosen = [examples[i] for i in indices]
+        chosen = [items[i] for i in indices]
         return Micro(
-            tokens=sum(len(e.input_ids) for e in chosen), trained=sum(sum(e.trained) for e in chosen),
-            rows=tuple(rows[e.row].where if rows else e.row for e in chosen), make=lambda: collate(chosen),
+            tokens=sum(e.tokens for e in chosen), trained=sum(e.learned for e in chosen),
+            rows=tuple(rows[e.row].where if rows else e.row for e in chosen), make=lambda: make(chosen),
+            units=None if config.preference.loss is None else len(chosen),
         )  # fmt: skip
 
     total, epoch = config.schedule.steps, 0
     steps: list[Step] = []
     ends: list[int] = []
     while (epoch < config.epochs) if config.epochs is not None else (len(steps) < (total or 0)):
-        plan = plan_steps(examples, config.batching, seed=config.seed, epoch=epoch)
+        plan = plan_steps([e.tokens for e in items], config.batching, seed=config.seed, epoch=epoch)
         for i, micros in enumerate(plan):
             steps.append(Step(tuple(micro(m) for m in micros), epoch + (i + 1) / len(plan)))
         ends.append(len(steps))
@@ -211,22 +252,68 @@ def planned_steps(
 
 
 def _read(config: TrainConfig, base: TextBase) -> _Data:
-    options: dict[str, Any] = {"format": config.data.format, "columns": config.data.columns}
+    loss = config.preference.loss
+    formats = {"preference", "unpaired-preference"} if loss == "kto" else {"preference"} if loss else None
+    options: dict[str, Any] = {"format": config.data.format, "columns": config.data.columns, "formats": formats}
     rows, about = read_rows(config.data.files("train"), limit=config.data.limit, **options)
     if config.data.validation is not None:
         held_rows, _ = read_rows(config.data.files("validation"), **options)
     else:
         rows, held_rows = split_rows(rows, config.data.split, seed=config.seed)
-    encoded = encode(rows, base.tokenizer, config.data)
-    held = encode(held_rows, base.tokenizer, config.data) if held_rows else None
-    return _Data(rows, held_rows, encoded, held, about)
+    if loss is None and about.format == "preference":
+        raise DataError(
+            "these rows have a chosen and a rejected answer, and the run would learn only from the chosen ones",
+            where=rows[0].where,
+            fix="preference.loss=dpo learns from both; for the chosen ones alone give rows with prompt and completion",
+        )
+    return _Data(_part(rows, config, base), _part(held_rows, config, base), about)
 
 
-def _preflight(config: TrainConfig, base: TextBase, data: _Data, resume: bool, newest: Path | None) -> Report:
+def _part(rows: list[Row], config: TrainConfig, base: TextBase) -> _Part:
+    if config.preference.loss is None:
+        encoded = encode(rows, base.tokenizer, config.data)
+        return _Part(rows, rows, encoded, encoded.examples)
+    texts, owners = answer_rows(rows)
+    encoded = encode(texts, base.tokenizer, config.data)
+    items, encoded = items_of(encoded, rows, owners, paired=config.preference.loss != "kto")
+    return _Part(rows, texts, encoded, items)
+
+
+def _start(config: TrainConfig, base: TextBase) -> Adapter | None:
+    """The adapter that the run goes on from, in the precision that pairs are trained in."""
+    if config.adapter.start is None:
+        return None
+    loaded = load_adapter(base, config.adapter.start)
+    wide = loaded.collapsed().mapped(lambda t: t.float() if t.is_floating_point() else t)
+    return replace(wide, dropout=config.adapter.dropout)
+
+
+def _preference(
+    config: TrainConfig, base: TextBase, attachment: Attachment, start: Adapter | None
+) -> Preference | None:  # fmt: skip
+    """What compares answers, with its reference: the base alone, or beside the trained adapter the one it began as."""
+    if config.preference.loss is None:
+        return None
+    whose = f"{base.fingerprint}|{base.dtype}|{start.digest() if start is not None else 'base'}"
+    preference = Preference(
+        config.preference, base, attachment, whose=whose, micro_tokens=config.batching.micro_tokens,
+        max_length=config.data.max_length,
+    )  # fmt: skip
+    if start is not None and preference.needs_reference:
+        attachment.add(_REFERENCE, start)
+        preference.reference = (_REFERENCE,)
+    return preference
+
+
+def _preflight(
+    config: TrainConfig, base: TextBase, data: _Data, start: Adapter | None, resume: bool, newest: Path | None
+) -> Report:
     previous = checkpoint.read_state(newest).get("about", {}).get("recipe") if newest is not None else None
+    train, held = data.train, data.held
     return preflight(
-        base, config, data.rows, data.encoded, held_out_rows=data.held_rows, held_out=data.held, about=data.about,
-        resume=resume, previous=previous,
+        base, config, train.texts, train.encoded, held_out_rows=held.texts,
+        held_out=held.encoded if held.rows else None,
+        about=data.about, items=train.items, start=start, resume=resume, previous=previous,
     )  # fmt: skip
 
 
@@ -255,22 +342,36 @@ def _settled(
     if config.data.format == "auto":
         yield "data.format", data.about.format, data.about.why
     if config.data.split is None and config.data.validation is None:
-        yield "data.split", len(data.held_rows), "5% of the rows, at most 500; none below 20 rows"
+        yield "data.split", len(data.held.rows), "5% of the rows, at most 500; none below 20 rows"
     if config.schedule.epochs is None and config.schedule.steps is None:
         because = "3 when neither epochs nor steps are given; the best one is kept"
         yield "schedule.epochs", config.epochs, because
     if config.memory.activation_checkpointing == "auto":
         yield "memory.activation_checkpointing", "on" if recompute else "off", reason
+    if config.preference.loss is not None:
+        settled = config.preference.settled()
+        for key in ("beta", "gamma", "length_normalized", "nll"):
+            if getattr(config.preference, key) is None:
+                yield f"preference.{key}", getattr(settled, key), f"what {config.preference.loss} takes"
 
 
-def _identity(config: TrainConfig, base: TextBase, data: _Data, steps: int) -> dict[str, Any]:
+def _identity(
+    config: TrainConfig, base: TextBase, data: _Data, start: Adapter | None, steps: int
+) -> dict[str, Any]:  # fmt: skip
     """What must be the same when the run is resumed, beside the settings, which the preflight compares."""
     return {
         "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype)},
-        "data": {"training rows": data_digest(data.rows), "held-out rows": data_digest(data.held_rows)},
+        "data": {"training rows": data_digest(data.train.rows), "held-out rows": data_digest(data.held.rows)},
         "seed": config.seed,
         "steps": steps,
-    }
+    } | ({"start": start.digest()} if start is not None else {})
+
+
+def _measured(folder: Path, step: int) -> dict[str, float]:
+    """What the evaluation after `step` measured beside the loss."""
+    records = read_log(folder / "log.jsonl")
+    found = [r["extra"] for r in records if r.get("event") == "evaluated" and r.get("step") == step]
+    return dict(found[-1]) if found else {}
 
 
 def _metrics(result: RunResult) -> dict[str, Any]:
@@ -279,19 +380,23 @@ def _metrics(result: RunResult) -> dict[str, Any]:
         "validation_loss_before": result.validation_before, "kept_step": result.kept_step, "steps": result.steps,
         "tokens": result.tokens, "trained_tokens": result.trained_tokens,
         "tokens_per_second": round(result.tokens_per_second, 1), "peak_memory_bytes": result.peak_memory_bytes,
+        "measured": result.measured or None,
     }  # fmt: skip
     return {key: value for key, value in kept.items() if value is not None}
 
 
 @contextmanager
-def _attached(config: TrainConfig, base: TextBase, recompute: bool, tell: Listener) -> Iterator[Attachment]:
-    """The fresh adapter on the base, selected and trainable, the base in training mode on its fast paths; and all of it
-    undone at the end."""
+def _attached(
+    config: TrainConfig, base: TextBase, start: Adapter | None, recompute: bool, tell: Listener
+) -> Iterator[Attachment]:
+    """The fresh adapter (or `start`) on the base, selected and trainable, the base in training mode on its fast paths;
+    and all of it undone at the end."""
     model = base.model
     with ExitStack() as undo:
         attachment = undo.enter_context(attach(model))
         seed_all(config.seed)
-        attachment.add(NAME, create(model, config.adapter.spec(), seed=config.seed), trainable=True)
+        fresh = start if start is not None else create(model, config.adapter.spec(), seed=config.seed)
+        attachment.add(NAME, fresh, trainable=True)
         attachment.use(NAME)
         undo.callback(model.train, model.training)
         model.train()

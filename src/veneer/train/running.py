@@ -96,8 +96,8 @@ class Running:
 
     `evaluate`: scores the held-out data, None where there are none. `extra`: further state that belongs to each
     checkpoint (moving averages). `begin(progress, tell)`: called when the log is open, before the loop; `after(step)`:
-    after each optimizer step. `rates`: prefix of parameter names ->
-    a learning rate of their own. `early`: the events until now, for the log."""
+    after each optimizer step; `before(step)`, `numbers()`: as `loop.train` has them. `rates`: prefix of parameter
+    names -> a learning rate of their own. `early`: the events until now, for the log."""
 
     config: Config
     folder: Path
@@ -112,6 +112,8 @@ class Running:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     begin: Callable[[Progress, Listener], None] | None = None
     after: Callable[[int], None] | None = None
+    before: Callable[[Step], None] | None = None
+    numbers: Callable[[], dict[str, float]] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -161,7 +163,7 @@ class Running:
                     identity=self.identity, keep=config.checkpoint.keep, about={"recipe": config.recipe()},
                 ),
                 save_at=due(config.checkpoint.every, self.ends, total, start=False),
-                progress=progress, on_event=tell, after=self.after,
+                progress=progress, on_event=tell, after=self.after, before=self.before, numbers=self.numbers,
             )  # fmt: skip
             return finish(progress, tell)
         finally:

@@ -92,6 +92,8 @@ def write_report(folder: Path, result: RunResult, settings: Resolved, base: Text
         cards=_cards(result, numbers, weights, seconds), settings=settings.settings, sources=settings.sources,
         checks=result.preflight, facts=_facts(result, folder, base), usage=_usage(folder, base), files=_files(folder),
     )  # fmt: skip
+    if preference := settings.settings.get("preference.loss"):
+        page.loss = f"Loss, {preference}, mean over {'answers' if preference == 'kto' else 'pairs'}"
     write_page(path, page)
     return str(path)
 
@@ -99,11 +101,23 @@ def write_report(folder: Path, result: RunResult, settings: Resolved, base: Text
 def _cards(result: RunResult, numbers: dict[str, Any], weights: int, seconds: float) -> list[tuple[str, str, str]]:
     return [
         *loss_cards(result),
+        *_preference_cards(result),
         ("Steps", f"{result.steps:,}", result.stopped),
         ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", f"{result.tokens:,} tokens in {duration(seconds)}"),
         ("Trained tokens", f"{result.trained_tokens:,}", f"{result.trained_tokens / max(1, result.tokens):.0%} of all"),
         *size_cards(result, numbers, weights),
     ]
+
+
+def _preference_cards(result: RunResult) -> list[tuple[str, str, str]]:
+    now, before = result.measured, result.measured_before
+    if "reward_accuracy" not in now:
+        return []
+    likely = f"{before['logp_chosen']:.1f} before training" if "logp_chosen" in before else ""
+    cards = [("Pairs ranked right", f"{now['reward_accuracy']:.1%}", "held-out; by reward over the reference")]
+    if "logp_chosen" in now:
+        cards.append(("Log p of chosen answers", f"{now['logp_chosen']:.1f}", likely))
+    return cards
 
 
 def loss_cards(result: Outcome) -> list[tuple[str, str, str]]:
