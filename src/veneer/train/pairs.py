@@ -84,7 +84,9 @@ def items_of(
         elif len(answers) < 2:
             counts.note("partners", row.where)
         else:
-            chosen, rejected = _one_prompt(answers[0], answers[1])
+            chosen, rejected = answers
+            if {chosen.row, rejected.row} & encoded.cut_rows:
+                chosen, rejected = _one_prompt(chosen, rejected)
             if chosen.prompt != rejected.prompt:
                 counts.note("other_prompts", row.where)
             items.append(Item((chosen, rejected), i))
