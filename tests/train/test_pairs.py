@@ -1,4 +1,4 @@
-"""Pairs as tokens: both answers follow the same prompt, which is never learned, and no answer stays without its partner."""
+"""Pairs as tokens: both answers follow one prompt, which is never learned, and no answer stays without its partner."""
 
 from __future__ import annotations
 
