@@ -1,5 +1,4 @@
-"""Write preferences-train.jsonl and preferences-test.jsonl: two replies to each of some tickets, the short and polite one
-chosen.
+"""Write preferences-train.jsonl and preferences-test.jsonl: two replies to a ticket each, the short and polite one chosen.
 
     python examples/tickets/make_preferences.py [--check]
 
