@@ -2,8 +2,8 @@
 
     python examples/preferences.py [--output runs/preferences] [--base smollm2-135m] [--tickets 40]
 
-It learns from pairs of replies (examples/tickets/preferences.yaml) and is measured on tickets and sentences that were in
-none of them: what it prefers there, and how long and polite its own replies are.
+It learns from pairs of replies (examples/tickets/preferences.yaml) and is measured on tickets and sentences of others:
+what it prefers there, and how long and polite its own replies are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write preferences-train.jsonl and preferences-test.jsonl: two replies to a ticket each, the short and polite one chosen.
+"""Write preferences-train.jsonl and preferences-test.jsonl: pairs of replies to tickets, the short, polite one chosen.
 
     python examples/tickets/make_preferences.py [--check]
 

@@ -406,6 +406,19 @@ def test_kto_takes_judged_answers_and_wants_both_kinds(shared: Path, base: TextB
         train(shared, tmp_path / "no", "kto", base, data=data | {"train": str(tmp_path / "one.jsonl")})
 
 
+def test_what_is_left_out_and_what_does_not_match_is_said(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(20)]
+    rows[3]["rejected"] = ""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    seen: list[Event] = []
+    data = {"train": str(tmp_path / "rows.jsonl"), "split": 0}
+    train(shared, tmp_path / "out", "dpo", base, data=data, dry_run=True, on_event=seen.append)
+    text = next(e.text for e in seen if isinstance(e, Checked))
+    assert "19 pairs" in text
+    assert "1 of 40 (2%) answers are left out because the other one of their pair is" in text
+    assert "rows.jsonl:4" in text
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

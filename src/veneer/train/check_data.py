@@ -193,12 +193,13 @@ def answers_compare(s: Subject) -> Iterator[Finding]:
         yield Finding("ok", "preferences", text)
     if c.partners:
         where = ", ".join(c.places["partners"])
-        yield Finding("warn", "preferences", f"{c.partners:,} answers are left out with the other one: {where}")
+        text = f"{share(c.partners, c.rows)} answers are left out because the other one of their pair is: {where}"
+        yield Finding("warn", "preferences", text)
     if c.other_prompts:
-        where, total = ", ".join(c.places["other_prompts"]), c.other_prompts + len(items)
+        where = ", ".join(c.places["other_prompts"])
         text = f"the two prompts of {share(c.other_prompts, len(items))} pairs are not the same tokens: {where}"
         fix = "end prompts without a space and begin answers with it, so that no token spans both"
-        yield Finding("stop" if c.other_prompts > total / 3 else "warn", "preferences", text, fix)
+        yield Finding("stop" if c.other_prompts > len(items) / 2 else "warn", "preferences", text, fix)
     reference = "the base with the adapter off" if s.start is None else f"{s.config.adapter.start} as it is now"
     if loss in ("orpo", "simpo"):
         reference = f"none, {loss} has none"
