@@ -306,7 +306,7 @@ def test_a_stop_while_the_reference_is_computed_keeps_what_is_done(
     with pytest.raises(Interrupted, match="before step 1"):
         train(shared, tmp_path / "out", "dpo", base, on_event=press)
     seen: list[Event] = []
-    train(shared, tmp_path / "out", "dpo", base, resume=True, on_event=seen.append, schedule={"steps": 1})
+    train(shared, tmp_path / "out", "dpo", base, resume=True, on_event=seen.append)
     assert any(isinstance(e, Note) and "48 answers, 20 of them known" in e.text for e in seen)
 
 
@@ -381,7 +381,7 @@ def test_a_supervised_run_goes_on_too_and_can_be_resumed(
 
 
 def test_pairs_without_a_loss_are_refused(shared: Path, base: TextBase, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="only from the chosen"):
+    with pytest.raises(DataError, match="only at the chosen"):
         train(shared, tmp_path / "out", None, base)
 
 

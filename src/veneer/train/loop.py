@@ -4,10 +4,9 @@
 
 so k micro-batches equal one large batch, however the trained tokens fall. `loss(batch)` returns Σ NLL as a scalar
 tensor. For pictures a "token" is a picture, and Σ NLL is the sum of their squared errors; preferences are counted in
-pairs (`Micro.units`), and Σ NLL is the sum of the pairs' losses. After the step: clip by the
-global norm, set the schedule's rate, step the optimizer, tell the listeners, evaluate and save when due. A run is a
-function of (parameters, steps, settings, random state), so that a state saved after step k and restored goes on bit for
-bit.
+pairs (`Micro.units`), and Σ NLL is the sum of the pairs' losses. After the step: clip by the global norm, set the
+schedule's rate, step the optimizer, tell the listeners, evaluate and save when due. A run is a function of (parameters,
+steps, settings, random state), so that a state saved after step k and restored goes on bit for bit.
 """
 
 from __future__ import annotations

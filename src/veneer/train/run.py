@@ -173,7 +173,9 @@ class _Run:
         )  # fmt: skip
         if preference is not None:
             running.loss, running.before, running.numbers = preference.loss, preference.begin, preference.numbers
-            running.begin = lambda progress, tell: self._know(preference, [*self.data.train.items, *held], tell)
+            # A run of few steps does not come to every pair.
+            used = {id(item): item for step in steps for micro in step.micros for item in micro.make().items}
+            running.begin = lambda progress, tell: self._know(preference, [*used.values(), *held], tell)
         return running
 
     def _know(self, preference: Preference, items: Sequence[Any], tell: Listener) -> None:
@@ -260,10 +262,10 @@ def _read(config: TrainConfig, base: TextBase) -> _Data:
         held_rows, _ = read_rows(config.data.files("validation"), **options)
     else:
         rows, held_rows = split_rows(rows, config.data.split, seed=config.seed)
-    if loss is None and about.format == "preference":
+    if loss is None and (pairs := [row for row in (*rows, *held_rows) if row.rejected]):
         raise DataError(
-            "these rows have a chosen and a rejected answer, and the run would learn only from the chosen ones",
-            where=rows[0].where,
+            "these rows have a chosen and a rejected answer, and the run would look only at the chosen ones",
+            where=pairs[0].where,
             fix="preference.loss=dpo learns from both; for the chosen ones alone give rows with prompt and completion",
         )
     return _Data(_part(rows, config, base), _part(held_rows, config, base), about)
