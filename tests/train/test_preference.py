@@ -443,8 +443,8 @@ def test_what_cannot_be_meant_is_refused(
 
 def test_what_is_left_open_is_settled_and_said(shared: Path, base: TextBase, tmp_path: Path) -> None:
     for loss, beta, gamma, normalized, nll in (
-        ("dpo", 0.1, 0.0, False, 0.0), ("ipo", 0.1, 0.0, True, 0.0), ("orpo", 0.1, 0.0, False, 1.0),
-        ("simpo", 2.0, 1.0, False, 0.0),
+        ("dpo", 0.1, None, False, 0.0), ("ipo", 0.1, None, True, 0.0), ("orpo", 0.1, None, None, 1.0),
+        ("simpo", 2.0, 1.0, None, 0.0), ("kto", 0.1, None, None, None),
     ):  # fmt: skip
         seen: list[Event] = []
         train(shared, tmp_path / loss, loss, base, dry_run=True, on_event=seen.append)

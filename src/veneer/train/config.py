@@ -29,7 +29,17 @@ from veneer.errors import ConfigError, nearest
 from veneer.train.image_checks import IMAGE_PATHS, image_checks
 from veneer.train.image_schema import ImageTrainConfig
 from veneer.train.presets import PRESETS
-from veneer.train.schema import PairsSection, ScheduleSection, Section, TrainConfig, keys, layer_indices, sections, why
+from veneer.train.schema import (
+    PREFERENCE_KEYS,
+    PairsSection,
+    ScheduleSection,
+    Section,
+    TrainConfig,
+    keys,
+    layer_indices,
+    sections,
+    why,
+)
 from veneer.train.yaml_lines import parse, parse_value
 
 __all__ = ["Config", "ImageTrainConfig", "Source", "TrainConfig", "config_from", "load_config"]
@@ -319,17 +329,6 @@ def _batching_checks(config: TrainConfig, given: Mapping[str, Source]) -> list[t
     ]
 
 
-_TAKEN_BY = {
-    "gamma": ("simpo",),
-    "label_smoothing": ("dpo", "simpo"),
-    "length_normalized": ("dpo", "ipo"),
-    "nll": ("dpo", "ipo", "orpo", "simpo"),
-    "desirable": ("kto",),
-    "undesirable": ("kto",),
-}
-"""Keys of `preference` that not every loss has."""
-
-
 def _preference_checks(config: TrainConfig) -> list[tuple[bool, str]]:
     loss, data = config.preference.loss, config.data
     keys = _changed(config.preference)
@@ -344,9 +343,9 @@ def _preference_checks(config: TrainConfig) -> list[tuple[bool, str]]:
         ]
     return [
         *(
-            (True, f"`preference.{key}` is not used by {loss}; it belongs to {', '.join(_TAKEN_BY[key])}")
+            (True, f"`preference.{key}` is not used by {loss}; it belongs to {', '.join(PREFERENCE_KEYS[key])}")
             for key in keys
-            if loss not in _TAKEN_BY.get(key, (loss,))
+            if key != "loss" and loss not in PREFERENCE_KEYS[key]
         ),
         (
             data.format not in ("auto", "preference") and (loss != "kto" or data.format != "unpaired-preference"),

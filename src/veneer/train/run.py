@@ -45,7 +45,7 @@ from veneer.train.report import read_log
 from veneer.train.rows import About, Row, data_digest, read_rows, split_rows
 from veneer.train.running import NAME, Outcome, Running, newest_checkpoint, resolved, seed_all, watched
 from veneer.train.save import prove, save_adapter, write_report
-from veneer.train.schema import TrainConfig
+from veneer.train.schema import PREFERENCE_KEYS, TrainConfig
 from veneer.using import load_adapter
 
 if TYPE_CHECKING:
@@ -352,8 +352,8 @@ def _settled(
         yield "memory.activation_checkpointing", "on" if recompute else "off", reason
     if config.preference.loss is not None:
         settled = config.preference.settled()
-        for key in ("beta", "gamma", "length_normalized", "nll"):
-            if getattr(config.preference, key) is None:
+        for key, losses in PREFERENCE_KEYS.items():
+            if getattr(config.preference, key) is None and config.preference.loss in losses:
                 yield f"preference.{key}", getattr(settled, key), f"what {config.preference.loss} takes"
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "PREFERENCE_KEYS",
     "SECTIONS",
     "AdapterSection",
     "BaseSection",
@@ -203,6 +204,18 @@ class PreferenceSection(Section):
                 "nll": self.nll if self.nll is not None else 1.0 if self.loss == "orpo" else 0.0,
             }
         )
+
+
+PREFERENCE_KEYS = {
+    "beta": ("dpo", "ipo", "orpo", "kto", "simpo"),
+    "gamma": ("simpo",),
+    "label_smoothing": ("dpo", "simpo"),
+    "length_normalized": ("dpo", "ipo"),
+    "nll": ("dpo", "ipo", "orpo", "simpo"),
+    "desirable": ("kto",),
+    "undesirable": ("kto",),
+}
+"""Which losses each key of `preference` belongs to."""
 
 
 class BatchingSection(Section):
