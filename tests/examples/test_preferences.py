@@ -70,7 +70,7 @@ def test_it_trains_measures_and_shows(
         ("train: preferences-train.jsonl", f"limit: 12\n  train: {folder / 'preferences-train.jsonl'}"),
         ("validation: preferences-test.jsonl", f"validation: {folder / 'preferences-test.jsonl'}"),
         ("max_length: 512", "max_length: 1024"),
-        ("every: 15", "every: 15\n  rows: 4"),
+        ("rows: 40", "rows: 4"),
     ):
         assert old in config
         config = config.replace(old, new)
