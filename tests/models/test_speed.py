@@ -12,7 +12,7 @@ from tests.families import FAMILIES, VOCAB
 from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.models.loss import padded_loss, text_loss
+from veneer.models.loss import padded_loss, row_logps, text_loss
 from veneer.models.speed import fast, report_of
 
 LENGTHS = [20, 3, 37]
@@ -60,6 +60,29 @@ def test_loss_and_gradients_are_the_padded_reference_s(family: str, spec: dict[s
         quick = gradients(model, attachment)
     for a, b in zip(quick, slow, strict=True):
         assert (a - b).norm() <= 3e-5 * b.norm() + 1e-7
+
+
+@FAMILY
+def test_the_likelihood_of_each_row_is_the_row_s_alone(family: str) -> None:
+    """With a weight of its own for each row, as preferences have: values and gradients."""
+    model = FAMILIES[family]()
+    attachment = attached(model)
+    model.eval()
+    parameters = list(attachment.parameters("a").values())
+    ids, lengths, trained = rows()
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    each = [-text_loss(model, i, [len(i)], t) for i, t in zip(ids.split(lengths), trained.split(lengths), strict=True)]
+    wanted = [torch.stack(each), *torch.autograd.grad(torch.stack(each) @ weights, parameters)]
+    for together in (False, True):
+        with ExitStack() as stack:
+            if together:
+                stack.enter_context(fast(model))
+            got = row_logps(model, ids, lengths, trained)
+            found = [got, *torch.autograd.grad(got @ weights, parameters)]
+        assert got.shape == (3,)
+        for a, b in zip(found, wanted, strict=True):
+            assert (a - b).norm() <= 3e-5 * b.norm() + 1e-7
+    assert row_logps(model, ids, lengths, torch.zeros_like(trained)).tolist() == [0.0] * 3
 
 
 @FAMILY

@@ -191,3 +191,28 @@ def test_without_the_extra_they_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
     scores = Scores(1, answers=["a"])
     compare(scores, ["a"])
     assert (scores.rouge_l, scores.bleu) == (None, None)
+
+
+def test_pairs_are_scored_by_what_the_base_and_the_adapter_prefer(base: TextBase, adapter: Path) -> None:
+    texts = [("It is in the mail.", "No."), ("Soon.", "Never, and do not ask again."), ("Here", "There it is")]
+    pairs = []
+    for chosen, rejected in texts:
+        a, b = row("Where is it?", chosen), row("Where is it?", rejected)
+        pairs.append(Row("messages", a.messages, rejected=b.messages, where="test:1"))
+    scores = evaluate(base, pairs, {"base": [], "mine": [str(adapter)]}, max_new_tokens=2)
+    margins = {}
+    for mix in ([], [str(adapter)]):
+        sides = [
+            [evaluate(base, [row("Where is it?", t)], {"x": mix}, generate=False)["x"] for t in pair] for pair in texts
+        ]
+        logps = [[-(s.loss or 0) * s.trained_tokens for s in side] for side in sides]
+        margins["mine" if mix else "base"] = [w - l for w, l in logps]
+    for name, found in scores.items():
+        assert found.likelier == pytest.approx(sum(m > 0 for m in margins[name]) / 3)
+    gained = [m - b for m, b in zip(margins["mine"], margins["base"], strict=True)]
+    assert scores["mine"].reward_margin == pytest.approx(sum(gained) / 3, rel=1e-3, abs=1e-3)
+    assert scores["mine"].reward_accuracy == pytest.approx(sum(g > 0 for g in gained) / 3)
+    assert scores["base"].reward_accuracy is None
+    alone = evaluate(base, [row("Where is it?", chosen) for chosen, _ in texts], {"base": []}, generate=False)
+    assert scores["base"].loss == pytest.approx(alone["base"].loss, rel=1e-5)
+    assert len(scores["mine"].answers) == 3

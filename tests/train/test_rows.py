@@ -309,3 +309,89 @@ def test_a_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("org/set", "en", "test[:5]")]
     assert (len(rows), about.format) == (3, "messages")
     assert rows[0].where == "hub:org/set:en@test[:5] row 1"
+
+
+# --- preferences ------------------------------------------------------------------------------------------------------
+
+PREFERENCES = {"preference", "unpaired-preference"}
+BYE = {"role": "assistant", "content": "Bye"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"},
+        {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [BYE]},
+        {"prompt": TURNS[:1], "chosen": "Hello", "rejected": "Bye"},
+        {"prompt": "Hi", "chosen": TURNS[1:], "rejected": [BYE]},
+        {"chosen": TURNS, "rejected": [TURNS[0], BYE]},
+        {"prompt": "Hi", "chosen": TURNS, "rejected": [TURNS[0], BYE]},
+        {"prompt": json.dumps(TURNS[:1]), "chosen": json.dumps(TURNS[1:]), "rejected": json.dumps([BYE])},
+    ],
+    ids=str,
+)
+def test_pairs_in_all_their_shapes(tmp_path: Path, row: dict[str, Any]) -> None:
+    for formats in (None, PREFERENCES):
+        (found,), about = read_rows(jsonl(tmp_path, [row]), formats=formats)
+        assert about.format == "preference"
+        assert about.unused == []
+        assert list(found.messages) == TURNS
+        assert list(found.rejected) == [TURNS[0], BYE]
+        assert found.shared() == 1
+        assert found.format == (
+            "prompt-completion" if isinstance(row.get("chosen"), str) and row["prompt"] == "Hi" else "messages"
+        )
+
+
+def test_pairs_under_other_names_and_among_other_columns(tmp_path: Path) -> None:
+    source = jsonl(tmp_path, [{"q": "Hi", "good": "Hello", "bad": "Bye", "messages": TURNS, "score": 3}])
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    (row,), about = read_rows(source, columns=columns, formats=PREFERENCES)
+    assert row.rejected[-1] == BYE
+    assert about.unused == ["messages", "score"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"}, "are the same"),
+        ({"chosen": "Hello", "rejected": "Bye"}, "no `prompt`"),
+        ({"chosen": [BYE], "rejected": TURNS}, "do not begin with the same prompt"),
+        ({"chosen": TURNS, "rejected": [*TURNS, *TURNS]}, "is how the other begins"),
+        ({"prompt": "", "chosen": "Hello", "rejected": "Bye"}, "`prompt` is empty"),
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": {"a": 1}}, "`rejected` should be text"),
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": None}, "no `rejected`"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_pair_that_compares_nothing_is_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    good = {"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"}
+    text = wrong(jsonl(tmp_path, [good, row]), formats=PREFERENCES)
+    assert message in text
+    assert "rows.jsonl:2" in text
+
+
+def test_judged_answers(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Hi", "completion": "Hello", "label": True},
+        {"prompt": [*TURNS, TURNS[0]], "completion": [BYE], "label": False},
+    ]
+    found, about = read_rows(jsonl(tmp_path, rows), formats=PREFERENCES)
+    assert about.format == "unpaired-preference"
+    assert [r.label for r in found] == [True, False]
+    assert [m.get("weight") for m in found[1].messages] == [None, 0, None, None]  # what was said before is given
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\nHi,Hello,TRUE\nHi,Bye,false\n")
+    found, _ = read_rows(str(tmp_path / "rows.csv"), formats=PREFERENCES)
+    assert [r.label for r in found] == [True, False]
+    assert "`label` should be true" in wrong(jsonl(tmp_path, [rows[0] | {"label": 3}]), formats=PREFERENCES)
+    # another run learns them, and says that it does not look at the label
+    _, about = read_rows(jsonl(tmp_path, rows[:1]))
+    assert (about.format, about.unused) == ("prompt-completion", ["label"])
+
+
+def test_a_row_s_key_is_of_both_answers_and_of_the_judgement(tmp_path: Path) -> None:
+    row = Row("messages", tuple(TURNS), rejected=(TURNS[0], BYE))
+    other = Row("messages", tuple(TURNS), rejected=(TURNS[0], {**BYE, "content": "No"}))
+    plain = Row("messages", tuple(TURNS))
+    judged = [Row("messages", tuple(TURNS), label=value) for value in (True, False)]
+    assert len({r.key for r in (row, other, plain, *judged)}) == 5

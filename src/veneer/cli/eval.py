@@ -55,7 +55,8 @@ def evaluate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: base and each mix.")] = False,
 ) -> None:
-    """Score the base and each adapter on held-out rows: exact match, valid JSON, loss, perplexity, ROUGE-L, BLEU."""
+    """Score the base and each adapter on held-out rows: exact match, valid JSON, loss, perplexity, ROUGE-L, BLEU; of
+    pairs, how often the chosen answer is preferred."""
     specs = adapter or []
     mixes = {"base": [], **{spec: [spec] for spec in specs}, **{m: m.split("+") for m in mix or []}}
     files = [*(data or []), *(data_argument or [])]
@@ -116,6 +117,8 @@ def _table(results: dict[str, Scores]) -> None:
     measures: list[tuple[str, str, Callable[[Any], str]]] = [
         ("rows", "rows", str), ("exact match", "exact_match", share), ("valid JSON", "valid_json", share),
         ("loss", "loss", "{:.4f}".format), ("perplexity", "perplexity", "{:.3f}".format),
+        ("chosen is likelier", "likelier", share), ("chosen gained on rejected", "reward_accuracy", share),
+        ("by, in nats", "reward_margin", "{:.2f}".format),
         ("ROUGE-L", "rouge_l", "{:.3f}".format), ("BLEU", "bleu", "{:.1f}".format),
         ("seconds", "seconds", "{:.1f}".format),
     ]  # fmt: skip

@@ -4,7 +4,7 @@
     gated_mlp    y = down(act(gate(x)) ⊙ up(x))
     rms_norm     y = w ⊙ x / √(mean x² + ε)
     norm_silu    y = silu(w ⊙ x̂ + b), x̂ over groups of channels of x plus a shift of each channel
-    token_nll    Σ −log softmax(h·Wᵀ)[target], never holding more than a chunk of logits
+    token_nll    −log softmax(h·Wᵀ)[target] of each token, never holding more than a chunk of logits
 
 Each has its slow reference, named in its docstring and compared in tests/core/test_fused.py; attention is next door in
 core/attention.py. None knows of modules, adapters by name, or models. The frozen weights never get a gradient.
@@ -449,22 +449,21 @@ def norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, gro
 class _TokenNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for i in range(0, len(hidden), chunk):
             part = slice(i, i + chunk)
             logits = hidden[part] @ weight.t()
-            nll = _row_nll_(logits, targets[part], grad is not None)
-            total += nll.sum()
+            nll[part] = _row_nll_(logits, targets[part], grad is not None)
             if grad is not None:
                 torch.mm(logits, weight, out=grad[part])
         ctx.save_for_backward(grad)
-        return total
+        return nll
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * g.to(grad.dtype), None, None, None
+        return grad * g.to(grad.dtype)[:, None], None, None, None
 
 
 def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
@@ -486,9 +485,10 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
 
 
 def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
-    """Σ_i −log softmax(hidden_i·Wᵀ)[target_i], float32. hidden: (M, d), weight: (vocabulary, d) frozen, targets: (M,).
+    """−log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32. hidden: (M, d), weight: (vocabulary, d) frozen.
 
-    The gradient is made in the forward pass, chunk by chunk, so that no more than chunk × vocabulary logits exist.
-    Reference: F.cross_entropy((hidden @ W.T).float(), targets, reduction="sum")."""
+    The gradient is made in the forward pass, chunk by chunk, so that no more than chunk × vocabulary logits exist: that
+    of token i is a row of its own, which the backward pass only has to scale by what it is given for i.
+    Reference: F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""
     out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk)
     return out

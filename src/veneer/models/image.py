@@ -145,7 +145,7 @@ def load_image(
 ) -> ImageBase:
     """Find and load an image base: eval mode, `requires_grad` False everywhere.
 
-    `quantise`: the denoiser's linears and those of large text encoders in 4 bits (nf4) or 8 (int8), by bitsandbytes.
+    `quantise`: the denoiser's linears and those of large text encoders in 4 bits (nf4) or 8 (int8).
     `config`: for a single file, the diffusers directory that has its model_index.json and configs.
     Raises BaseError (not found, not whole, not of a known family, weights that do not match the configs), ConfigError
     (an unknown dtype, device or quantisation), ResourceError (not enough memory), MissingExtraError."""

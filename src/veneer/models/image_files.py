@@ -21,6 +21,7 @@ from torch import nn
 from veneer.errors import BaseError, MissingExtraError
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
 from veneer.models.image_families import FAMILIES, ImageFamily, family_label, family_of
+from veneer.models.quantise import lazy_state, load_part, load_state, saved_kind
 from veneer.models.quiet import quiet
 from veneer.models.sources import find
 from veneer.models.text import check_loaded, check_memory, choose_device, choose_dtype
@@ -267,15 +268,13 @@ def load_component(
         options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
         if not any((folder / f"{s}.safetensors{i}").exists() for s in _WRITTEN for i in ("", ".index.json")):
             options["variant"] = "fp16"
-        if quantise:
-            options["quantization_config"] = quantisation(library, quantise, dtype, device)
-        if device.type == "cuda" and (quantise or config_of(folder).get("quantization_config")):
-            # Quantised weights are put where they belong while they are read; unasked, that is the current device.
-            index = torch.cuda.current_device() if device.index is None else device.index
-            options["device_map"] = {"": f"cuda:{index}"}
+    saved = saved_kind(config_of(folder), str(folder)) if weights else ""
     with quiet():
         try:
-            made = cls.from_pretrained(folder, **options)
+            if saved or (quantise and weights):
+                made = _in_codes(cls, folder, library, quantise or "", dtype)
+            else:
+                made = cls.from_pretrained(folder, **options)
         except Exception as error:
             if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
                 raise
@@ -284,35 +283,26 @@ def load_component(
         return made, ()
     model, info = made
     notes = check_loaded(folder, info)
-    return (model if quantise or getattr(model, "hf_quantizer", None) else model.to(device)), notes
+    return model.to(device), notes
+
+
+def _in_codes(cls: Any, folder: Path, library: str, kind: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A component with its linear weights as `kind`, or as a checkpoint of bitsandbytes has them."""
+    from transformers import AutoConfig
+
+    table, _ = table_of(folder)
+    if library == "diffusers":
+        return load_part(cls, folder, table, kind, dtype)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    model, info = load_state(cls, config, lazy_state(table), kind, dtype)
+    return model.eval(), info
 
 
 def unreadable(where: Path, error: Exception) -> BaseError:
     said = " ".join(str(error).split())[:300] or type(error).__name__
     return BaseError(f"this component of the base cannot be read: {said}", where=str(where))
-
-
-def quantisation(library: str, kind: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """The BitsAndBytesConfig of `library` for 4 bits (nf4) or 8 (int8).
-
-    Raises MissingExtraError without bitsandbytes, BaseError on a device that it does not serve through diffusers."""
-    import importlib
-    import importlib.util
-
-    if device.type != "cuda":
-        raise BaseError(
-            f"diffusers quantises with bitsandbytes on CUDA alone, and this is {device}",
-            fix="leave quantise out, or use dtype bfloat16, which halves the memory",
-        )
-    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(
-            f"a 4-bit or 8-bit base needs {' and '.join(missing)}", fix="pip install 'veneer[quant]'"
-        )
-    cls = importlib.import_module(library).BitsAndBytesConfig
-    if kind == "int8":
-        return cls(load_in_8bit=True)
-    return cls(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def digest_of(parts: Mapping[str, Any], tables: Mapping[str, list[StoredTensor]]) -> str:

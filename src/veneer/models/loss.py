@@ -1,9 +1,12 @@
-"""The training loss of a language model over rows that lie one after another.
+"""The log-likelihood of rows that lie one after another, and with it the training loss of a language model.
 
-    Σ −log p(token i | the tokens before it in its own row)      over the tokens with trained[i]
+    nll_i = −log p(token i | the tokens before it in its own row)      for each token with trained[i]
 
-`text_loss` is what training and evaluation call. Inside `speed.fast` it runs rows without padding; elsewhere, and for
-families that do not take such rows, it pads: the slow reference, and what the fast one is checked against.
+    text_loss    Σ nll over all rows                 what supervised training and evaluation call
+    row_logps    −Σ nll of each row                  what preferences are made of
+
+Inside `speed.fast` rows run without padding; elsewhere, and for families that do not take such rows, they are padded:
+the slow reference, and what the fast one is checked against.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from veneer.core.attention import RowLayout
 from veneer.core.fused import token_nll
 from veneer.models.speed import projection_of, report_of
 
-__all__ = ["padded_loss", "rows_loss", "text_loss"]
+__all__ = ["padded_loss", "row_logps", "rows_loss", "text_loss"]
 
 HEAD_CHUNK = 128
 """Positions whose logits exist at once where the head has to be called."""
@@ -29,18 +32,39 @@ def text_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
     """Summed negative log-likelihood, float32. input_ids: (N,) with N = Σ lengths, trained: (N,) bool.
 
     Raises ValueError if the lengths do not add up, or a row's first token is to be trained: nothing predicts it."""
+    return _text_nll(model, input_ids, lengths, trained).sum()
+
+
+def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """Σ log p of each row's trained tokens: (rows,), float32, 0 for a row without any. Otherwise as `text_loss`."""
+    nll = _text_nll(model, input_ids, lengths, trained)
+    counts = torch.stack([part.sum() for part in trained.split(list(lengths))]).tolist()
+    return -torch.stack([part.sum() for part in nll.split(counts)])
+
+
+def rows_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """The fast one: no padding, logits of trained positions alone. Needs `speed.fast`."""
+    return _rows_nll(model, input_ids, lengths, trained).sum()
+
+
+def padded_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """The reference: rows padded at their end, the model's own forward, float32 cross-entropy of trained positions."""
+    return _padded_nll(model, input_ids, lengths, trained).sum()
+
+
+def _text_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """(M,): one for each trained token, in order."""
     if sum(lengths) != len(input_ids) or len(trained) != len(input_ids):
         raise ValueError(f"lengths add up to {sum(lengths)}, input_ids {len(input_ids)}, trained {len(trained)}")
     starts = torch.tensor([0, *lengths[:-1]], device=trained.device).cumsum(0)
     if trained[starts].any():
         raise ValueError("the first token of a row is marked as trained, but no token before it predicts it")
     if report_of(model).rows and not _chunked_beyond(model, max(lengths)):
-        return rows_loss(model, input_ids, lengths, trained)
-    return padded_loss(model, input_ids, lengths, trained)
+        return _rows_nll(model, input_ids, lengths, trained)
+    return _padded_nll(model, input_ids, lengths, trained)
 
 
-def rows_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """The fast one: no padding, logits of trained positions alone. Needs `speed.fast`."""
+def _rows_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
     device = input_ids.device
     at = trained.nonzero()[:, 0]
     layout = RowLayout(lengths, device)
@@ -57,7 +81,7 @@ def rows_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
     )
     hidden = out.last_hidden_state[0]
     # A last layer that an adapter replaces whole gives all positions: always more, as first tokens are not trained.
-    return head_loss(model, hidden if len(hidden) == len(at) else hidden[at - 1], input_ids[at])
+    return _head_nll(model, hidden if len(hidden) == len(at) else hidden[at - 1], input_ids[at])
 
 
 def _decoder(model: Any) -> Any:
@@ -66,39 +90,38 @@ def _decoder(model: Any) -> Any:
     return model.model if decoder is model else decoder
 
 
-def padded_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """The reference: rows padded at their end, the model's own forward, float32 cross-entropy of trained positions."""
+def _padded_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
     wanted = nn.utils.rnn.pad_sequence(list(trained.split(list(lengths))), batch_first=True)
     place = torch.arange(rows.shape[1], device=rows.device)
     mask = place[None] < torch.tensor(list(lengths), device=rows.device)[:, None]
     logits = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits
     at = wanted[:, 1:]
-    return F.cross_entropy(logits[:, :-1][at].float(), rows[:, 1:][at], reduction="sum")
+    return F.cross_entropy(logits[:, :-1][at].float(), rows[:, 1:][at], reduction="none")
 
 
-def head_loss(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Σ −log softmax(head(hidden))[target]. hidden: (M, d), targets: (M,)."""
+def _head_nll(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """−log softmax(head(hidden))[target]: (M,). hidden: (M, d), targets: (M,)."""
     head = model.get_output_embeddings()
     plain = projection_of(head)
     weight = plain.weight if plain is not None and plain.A is None and plain.bias is None else None
     if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype:
         return token_nll(hidden, weight, targets)
-    total = hidden.new_zeros((), dtype=torch.float32)
+    out = []
     for part, y in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
         if torch.is_grad_enabled():
-            total = total + torch.utils.checkpoint.checkpoint(_chunk_loss, model, head, part, y, use_reentrant=False)
+            out.append(torch.utils.checkpoint.checkpoint(_chunk_nll, model, head, part, y, use_reentrant=False))
         else:
-            total = total + _chunk_loss(model, head, part, y)
-    return total
+            out.append(_chunk_nll(model, head, part, y))
+    return torch.cat(out)
 
 
-def _chunk_loss(model: Any, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def _chunk_nll(model: Any, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     logits = head(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def _head_is_more(config: Any) -> bool:

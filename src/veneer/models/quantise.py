@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
-    "LazyTensor", "check_kind", "forget_quantiser", "load_quantised", "load_state", "original_weight",
-    "quantised_bytes", "quantised_weights", "saved_config", "saved_kind", "saved_tensors",
+    "LazyTensor", "check_kind", "forget_quantiser", "lazy_state", "load_part", "load_quantised", "load_state",
+    "original_weight", "quantised_bytes", "quantised_weights", "saved_config", "saved_kind", "saved_tensors",
 ]  # fmt: skip
 
 _DTYPES = {
@@ -110,7 +110,7 @@ def load_quantised(
     except KeyError:
         what = f"{config.model_type} is no causal language model that transformers knows"
         raise BaseError(what, where=str(path)) from None
-    return load_state(cls, config, _state(table), kind, dtype)
+    return load_state(cls, config, lazy_state(table), kind, dtype)
 
 
 def load_state(
@@ -128,6 +128,41 @@ def load_state(
     if any(expert_parameters(m) for m in model.modules()):
         model.set_experts_implementation("eager")
     return model, info
+
+
+def load_part(
+    cls: Any, folder: Path, table: list[StoredTensor], kind: str, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """The same for a model of diffusers' class `cls`, whose names are those of its files: (model, loading info)."""
+    from accelerate import init_empty_weights
+
+    config = {k: v for k, v in cls.load_config(folder).items() if k != "quantization_config"}
+    with init_empty_weights(include_buffers=False):
+        model = cls.from_config(config)
+    wide = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
+    names, places = set(quantised_weights(model)), {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    info: dict[str, Any] = {"missing_keys": set(model.state_dict()), "unexpected_keys": set(), "mismatched_keys": set()}
+    with kernels.returned_memory():
+        for name, lazy in lazy_state(table).items():
+            if name not in places:
+                info["unexpected_keys"].add(name)
+                continue
+            info["missing_keys"].discard(name)
+            owner, _, key = name.rpartition(".")
+            value = lazy[...]
+            if value.shape != places[name].shape:
+                info["mismatched_keys"].add((name, tuple(value.shape), tuple(places[name].shape)))
+                continue
+            if value.is_floating_point():
+                value = value.to(torch.float32 if any(part in name.split(".") for part in wide) else dtype)
+            if name in names and kind and not isinstance(value, Quantised):
+                value = quantise(value, kind)
+            module = model.get_submodule(owner)
+            if key in module._buffers:
+                module._buffers[key] = value
+            else:
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+    return model.eval(), info
 
 
 def forget_quantiser(model: Any) -> None:
@@ -215,7 +250,7 @@ def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
     )
 
 
-def _state(table: list[StoredTensor]) -> dict[str, Any]:
+def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
     """Every weight by name, each read when it is asked for; parts of a quantised one joined."""
     by_name = {t.name: t for t in table}
     extra: set[str] = set()

@@ -23,7 +23,7 @@ from veneer.train.devices import shares
 from veneer.train.encode import Example
 from veneer.train.schema import BatchingSection
 
-__all__ = ["Batch", "collate", "plan_steps", "step_rows"]
+__all__ = ["Batch", "collate", "grouped", "plan_steps", "step_rows"]
 
 
 @dataclass
@@ -88,6 +88,12 @@ def collate(examples: Sequence[Example]) -> Batch:
         [len(e.input_ids) for e in examples],
         torch.tensor(trained, dtype=torch.bool),
     )
+
+
+def grouped(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """All indices from long to short, cut before `micro_tokens` tokens: batches for what needs no steps."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return _fill(order, lengths, micro_tokens)
 
 
 def _shuffled(n: int, seed: int, epoch: int) -> list[int]:

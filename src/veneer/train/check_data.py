@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from veneer.train.findings import Finding, Level, Subject, share
+from veneer.train.pairs import Item
 from veneer.train.rows import leakage
 
 __all__ = ["DATA_CHECKS"]
@@ -175,6 +176,58 @@ def turns_and_control_tokens(s: Subject) -> Iterator[Finding]:
         yield Finding("warn", "boundary", text, "end prompts without a space and begin completions with it")
 
 
+def answers_compare(s: Subject) -> Iterator[Finding]:
+    """What a preference run compares, and with which reference."""
+    loss, c = s.config.preference.loss, s.encoded.counts
+    items = [item for item in s.items if isinstance(item, Item)]
+    if loss is None or not items:
+        return
+    if loss == "kto":
+        yield from _judged(s, items)
+    else:
+        good, bad = (sum(i.answers[k].learned for i in items) / len(items) for k in (0, 1))
+        s.numbers.update(preference_pairs=len(items), chosen_tokens=good, rejected_tokens=bad)
+        text = (
+            f"{len(items):,} pairs, two rows each; chosen answers have {good:.1f} tokens on average, rejected {bad:.1f}"
+        )
+        yield Finding("ok", "preferences", text)
+    if c.partners:
+        where = ", ".join(c.places["partners"])
+        text = f"{share(c.partners, c.rows)} answers are left out because the other one of their pair is: {where}"
+        yield Finding("warn", "preferences", text)
+    if c.other_prompts:
+        where = ", ".join(c.places["other_prompts"])
+        text = f"the two prompts of {share(c.other_prompts, len(items))} pairs are not the same tokens: {where}"
+        fix = "end prompts without a space and begin answers with it, so that no token spans both"
+        yield Finding("stop" if c.other_prompts > len(items) / 2 else "warn", "preferences", text, fix)
+    reference = "the base with the adapter off" if s.start is None else f"{s.config.adapter.start} as it is now"
+    if loss in ("orpo", "simpo"):
+        reference = f"none, {loss} has none"
+    yield Finding("ok", "reference", f"compared with: {reference}")
+
+
+def _judged(s: Subject, items: Sequence[Item]) -> Iterator[Finding]:
+    """KTO's weights should make up for unequal numbers: λ_D·n_D from 1 to 4/3 of λ_U·n_U (arXiv 2402.01306)."""
+    good = sum(bool(item.desirable) for item in items)
+    bad = len(items) - good
+    weights = s.config.preference
+    s.numbers.update(desirable=good, undesirable=bad)
+    text = f"{len(items):,} answers, {good:,} desirable and {bad:,} not"
+    if not good or not bad:
+        yield Finding("stop", "preferences", f"{text}: there is nothing to tell apart", "give answers of both kinds")
+        return
+    ratio = weights.desirable * good / (weights.undesirable * bad)
+    if 0.95 <= ratio <= 1.4:
+        yield Finding("ok", "preferences", text)
+        return
+    raised = (
+        f"preference.desirable={weights.undesirable * bad / good:.2g}"
+        if ratio < 1
+        else f"preference.undesirable={0.75 * weights.desirable * good / bad:.2g}"
+    )
+    yield Finding("warn", "preferences", f"{text}: weighted {ratio:.2f} to 1, where 1 to 1.33 is advised", raised)
+
+
 def rows_are_apart(s: Subject) -> Iterator[Finding]:
     """Held-out rows that are also trained on make the validation loss a lie."""
     about = s.about
@@ -219,5 +272,6 @@ DATA_CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     begins_once,
     inference_agrees,
     turns_and_control_tokens,
+    answers_compare,
     rows_are_apart,
 )

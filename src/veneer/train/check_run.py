@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from veneer.core.adapter import Adapter
 from veneer.core.targets import base_modules, expert_parameters, matches, matches_per_pattern, resolve
 from veneer.errors import TargetError
 from veneer.plan.plan import Plan
@@ -15,10 +16,12 @@ from veneer.plan.render import duration
 from veneer.train.estimate import free_memory, trainable_parameters
 from veneer.train.findings import Finding, RunSubject, Subject, gigabytes, share
 from veneer.train.planning import plan_of_run, still_needed, to_be_set
+from veneer.train.schema import TrainConfig
 
 __all__ = ["CACHE", "RUN_CHECKS", "learning_rate", "precision", "recipe_changes", "shared_out", "where_it_goes"]
 
 _WINDOW = (1e-5, 3e-3)  # below, LoRA barely moves; of 80 runs that diverged in a public sweep, 72 were at 3e-3
+_PREFERENCE_WINDOW = (1e-6, 5e-4)  # around what published preference runs with LoRA took, 5e-6 to 5e-5
 _FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run may change
 _FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "data.train", "data.validation"}
 _FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # where they are; what is in them is compared
@@ -29,6 +32,9 @@ CACHE = "cache"
 def what_is_trained(s: Subject) -> Iterator[Finding]:
     """Failure classes 3 and 12: an adapter that reaches nothing, and one that is huge because it holds full copies."""
     model, spec = s.base.model, s.config.adapter.spec()
+    if s.start is not None:
+        yield from _going_on(s, s.start)
+        return
     try:
         found = matches_per_pattern(model, spec)
         targets = resolve(model, spec)
@@ -54,8 +60,24 @@ def what_is_trained(s: Subject) -> Iterator[Finding]:
         )
 
 
+def _going_on(s: Subject, start: Adapter) -> Iterator[Finding]:
+    count, size = sum(t.numel() for _, t in start.tensors()), start.size_bytes()
+    total = sum(p.numel() for p in s.base.model.parameters())
+    s.numbers.update(pairs=len(start.pairs), base_parameters=total, trainable=count, adapter_bytes=size)
+    if start.deltas:
+        kinds = ", ".join(sorted({d.form for d in start.deltas.values()}))
+        text = f"adapter.start holds deltas that are no pairs ({kinds}), which cannot be trained"
+        yield Finding("stop", "targets", text, "go on from a LoRA adapter")
+    text = (
+        f"goes on from {s.config.adapter.start}: {len(start.pairs)} pairs; trainable: {share(count, total)} parameters"
+    )
+    yield Finding("ok", "targets", f"{text}, a file of {gigabytes(size)}")
+
+
 def experts_are_reached(s: Subject) -> Iterator[Finding]:
     """Failure class 4: experts, most of a mixture model's weights, silently frozen."""
+    if s.start is not None:
+        return  # it trains what it was made for
     model, spec = s.base.model, s.config.adapter.spec()
     experts: dict[str, int] = {}
     for name, module in base_modules(model):
@@ -92,11 +114,14 @@ def experts_are_reached(s: Subject) -> Iterator[Finding]:
 def learning_rate(s: RunSubject) -> Iterator[Finding]:
     """The rate, the warm-up and the length of the run."""
     rate, steps = s.config.optimizer.learning_rate, s.config.steps
-    low, high = _WINDOW
+    preference = isinstance(s.config, TrainConfig) and s.config.preference.loss is not None
+    low, high = _PREFERENCE_WINDOW if preference else _WINDOW
     if s.config.optimizer.name in ("adamw", "adam", "nadam", "radam", "adamax") and not low <= rate <= high:
         side = "below" if rate < low else "above"
-        text = f"learning rate {rate:g} is {side} the window {low:g} to {high:g} in which LoRA learns"
-        yield Finding("warn", "learning rate", text, "1e-4 to 1e-3 is where sweeps over 27 models found their best")
+        what = "preferences are learned" if preference else "LoRA learns"
+        text = f"learning rate {rate:g} is {side} the window {low:g} to {high:g} in which {what}"
+        fix = "1e-4 to 1e-3 is where sweeps over 27 models found their best"
+        yield Finding("warn", "learning rate", text, "5e-6 to 5e-5 is usual" if preference else fix)
     total = steps if steps is not None else s.steps_per_epoch * (s.config.epochs or 0)
     s.numbers.update(steps=total, steps_per_epoch=s.steps_per_epoch, largest_micro_batch=s.largest_micro)
     warm = s.config.schedule.warmup
@@ -196,7 +221,9 @@ def it_fits(s: Subject) -> Iterator[Finding]:
     on = mode == "on" or (mode == "auto" and need > 0.9 * free)
     chosen = again if on else plain
     s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
-    s.numbers.update(predicted_peak_bytes=chosen.memory.peak, predicted_parts=chosen.memory.parts)
+    keeps = _keeps(s, chosen, device.type)
+    s.numbers.update(predicted_peak_bytes=chosen.memory.peak + keeps, predicted_parts=chosen.memory.parts)
+    s.numbers.update(kept_dequantised=keeps)
     if not chosen.changes and chosen.seconds is not None:
         s.numbers.update(predicted_seconds=round(chosen.seconds, 4))
     wanted = less if on else need
@@ -217,6 +244,16 @@ def it_fits(s: Subject) -> Iterator[Finding]:
     else:
         yield Finding("ok", "memory", f"{size}; {longest}")
     yield from _predicted(chosen)
+
+
+def _keeps(s: Subject, plan: Plan, device: str) -> int:
+    """Bytes of a quantised base's weights that stay dequantised: as asked for; else on a GPU most of what the plan
+    finds room for, and on a CPU none, where it gives 4% (docs/notes/qlora.md)."""
+    if not getattr(s.base, "quantised", ""):
+        return 0
+    if s.config.memory.keep_dequantised_gb is not None:
+        return int(s.config.memory.keep_dequantised_gb * 1e9)
+    return 8 * plan.keeps // 10 if device == "cuda" else 0
 
 
 def _predicted(plan: Plan) -> Iterator[Finding]:

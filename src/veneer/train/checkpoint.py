@@ -54,9 +54,9 @@ _VERSION = 1
 
 @dataclass
 class Progress:
-    """How far a run is. `recent`: (Σ NLL, trained tokens) of the last steps. `evaluated`: the last step after which
-    the validation rows were scored, −1 for never. `waited`: evaluations since the best one. `first_loss`: validation
-    before the first step, that is of the base; `last_loss`: at the last evaluation."""
+    """How far a run is. `recent`: (Σ NLL, trained tokens or pairs) of the last steps. `evaluated`: the last step after
+    which the validation rows were scored, −1 for never. `waited`: evaluations since the best one. `first_loss`:
+    validation before the first step, that is of the base; `last_loss`: at the last evaluation."""
 
     step: int = 0
     tokens: int = 0

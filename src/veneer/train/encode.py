@@ -36,6 +36,20 @@ class Example:
     trained: list[bool]
     row: int
 
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def learned(self) -> int:
+        """How many of its tokens are targets."""
+        return sum(self.trained)
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the first target."""
+        return self.input_ids[: self.trained.index(True)]
+
 
 @dataclass
 class Counts:
@@ -43,7 +57,9 @@ class Counts:
 
     `cut_ends`: cut rows that lost their end, and with it the end-of-turn token. `merged`: rows where one token
     straddles prompt and answer. `changed_turns`: turns that render differently once later turns follow.
-    `control`: rows whose own text holds the base's control tokens. `longest`: before cutting, in tokens."""
+    `control`: rows whose own text holds the base's control tokens. `longest`: before cutting, in tokens. Of
+    preferences, where each answer is such a row: `partners`, answers left out with the other one of their pair;
+    `other_prompts`, pairs whose two prompts are not the same tokens."""
 
     rows: int = 0
     kept: int = 0
@@ -55,6 +71,8 @@ class Counts:
     changed_turns: int = 0
     control: int = 0
     doubled_bos: int = 0
+    partners: int = 0
+    other_prompts: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0

@@ -8,9 +8,12 @@
                  JSON answers are compared as values, whatever the order of their keys
     valid_json   share of rows whose answer is a JSON object or array
     json_fields  for each key of the wanted JSON objects: share of rows where the answer has an equal value there
+    likelier     of pairs: share whose chosen answer has a higher log p than the rejected one
+    reward_…     of pairs: accuracy, the share whose log p(chosen) − log p(rejected) is above the base's; margin, by how
+                 many nats on average: dpo's reward with β = 1
     rouge_l      mean F1 of rouge-score's rougeL;   bleu: sacrebleu's corpus BLEU, 0 to 100   (extra `metrics`)
 
-Rows of plain text have no answer: they get loss and perplexity only.
+Rows of plain text have no answer: they get loss and perplexity only. Of pairs, loss and answers are of the chosen side.
 """
 
 from __future__ import annotations
@@ -30,10 +33,12 @@ from veneer.errors import DataError
 from veneer.models.generate import Prompt, complete
 from veneer.models.loss import text_loss
 from veneer.models.speed import fast
-from veneer.train.batches import collate
+from veneer.train.batches import collate, grouped
 from veneer.train.devices import ALONE, Devices
 from veneer.train.encode import Example, encode
 from veneer.train.loop import Score
+from veneer.train.pairs import Item, answer_rows, items_of
+from veneer.train.preference import answer_logps
 from veneer.train.render import Renderer
 from veneer.train.rows import Row
 from veneer.train.schema import DataSection
@@ -62,6 +67,9 @@ class Scores:
     json_fields: dict[str, float] = field(default_factory=dict)
     rouge_l: float | None = None
     bleu: float | None = None
+    likelier: float | None = None
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
     trained_tokens: int = 0
     seconds: float = 0.0
     answers: list[str] = field(default_factory=list)
@@ -96,7 +104,12 @@ def evaluate(
     if not rows:
         raise DataError("there are no rows to evaluate on", fix="give a file that has some")
     data = data or DataSection(train="-", max_length=base.context, long_rows="cut")
-    encoded = encode(rows, base.tokenizer, data)
+    texts, owners = answer_rows(rows) if any(row.rejected for row in rows) else (list(rows), [])
+    encoded = encode(texts, base.tokenizer, data)
+    examples, pairs = encoded.examples, list[Item]()
+    if owners:
+        pairs, _ = items_of(encoded, rows, owners, paired=True)
+        examples = [item.answers[0] for item in pairs]
     asked = [row for row in rows if row.last_assistant() < len(row.messages)] if generate else []
     prompts = [_prompt(base, row, encoded.renderer) for row in asked]
     wanted = [str(row.messages[row.last_assistant()]["content"]) for row in asked]
@@ -106,15 +119,23 @@ def evaluate(
     out: dict[str, Scores] = {}
     before = own.selection
     try:
+        with own.off():
+            bare = _margins(base, pairs)
         for mix, spec in specs.items():
             began = time.perf_counter()
             own.use(*spec)
             with fast(base.model):
-                score = score_examples(base.model, encoded.examples, base.device)
+                score = score_examples(base.model, examples, base.device)
             assert score is not None
             scores = Scores(len(rows), trained_tokens=score.trained)
             if score.trained:
                 scores.loss, scores.perplexity = score.loss, score.perplexity
+            if pairs:
+                margins = _margins(base, pairs) if spec else bare
+                scores.likelier = _mean(m > 0 for m in margins)
+                if spec:
+                    scores.reward_accuracy = _mean(m > b for m, b in zip(margins, bare, strict=True))
+                    scores.reward_margin = _mean(m - b for m, b in zip(margins, bare, strict=True))
             if asked:
                 scores.answers = answers_of(
                     base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
@@ -128,6 +149,16 @@ def evaluate(
         if attachment is None:
             own.detach()
     return out
+
+
+def _margins(base: TextBase, pairs: Sequence[Item]) -> list[float]:
+    """log p(chosen) − log p(rejected) of each pair under what is selected."""
+    if not pairs:
+        return []
+    with fast(base.model):
+        logps = answer_logps(base, [e for item in pairs for e in item.answers], _MICRO_TOKENS)
+    assert logps is not None
+    return [chosen - rejected for chosen, rejected in zip(logps[::2], logps[1::2], strict=True)]
 
 
 def score_examples(
@@ -144,22 +175,13 @@ def score_examples(
 
     The model is in its own mode again afterwards. A row longer than `micro_tokens` is a batch of its own; one without a
     trained token is left out. With several `devices`: of this process's share alone."""
-    order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].input_ids), i))
-    order = [i for i in order if any(examples[i].trained)]
-    groups: list[list[int]] = []
-    room = 0
-    for i in order:
-        length = len(examples[i].input_ids)
-        if not groups or length > room:
-            groups.append([])
-            room = micro_tokens
-        groups[-1].append(i)
-        room -= length
+    examples = [e for e in examples if e.learned]
+    groups = grouped([e.tokens for e in examples], micro_tokens)
     was_training, total, trained, rows = model.training, 0.0, 0, 0
     model.eval()
     try:
         with torch.no_grad():
-            for number, counts in devices.deal([sum(len(examples[i].input_ids) for i in group) for group in groups]):
+            for number, counts in devices.deal([sum(examples[i].tokens for i in group) for group in groups]):
                 if interrupted():
                     return None
                 batch = collate([examples[i] for i in groups[number]])

@@ -70,8 +70,9 @@ class Probed(Event):
 @dataclass(frozen=True)
 class Stepped(Event):
     """One optimizer step is done. `loss`: nats per trained token. `tokens`, `trained_tokens`: of this step alone.
-    `seconds`: of this step alone. `gradient_norm`: global, before clipping.
-    `memory_bytes`: the peak until now, of the first device."""
+    `seconds`: of this step alone. `gradient_norm`: global, before clipping. `memory_bytes`: the peak until now, of the
+    first device. `extra`: what else the loss has measured, such as the rewards of preferences, whose `loss` is a mean
+    over pairs."""
 
     step: int
     steps: int
@@ -83,6 +84,7 @@ class Stepped(Event):
     trained_tokens: int
     seconds: float
     memory_bytes: int
+    extra: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -91,8 +93,8 @@ class Stepped(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """The validation rows were scored after `step`. `loss`: nats per trained token, or pictures' mean squared error,
-    which has no perplexity. `best`: the lowest until now."""
+    """The validation rows were scored after `step`. `loss`: nats per trained token, or pictures' mean squared error or
+    the mean over pairs, which have no perplexity. `best`: the lowest until now. `extra`: as Stepped's."""
 
     step: int
     loss: float

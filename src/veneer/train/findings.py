@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from veneer.core.adapter import Adapter
 from veneer.train.config import Config
-from veneer.train.encode import Encoded
+from veneer.train.encode import Encoded, Example
+from veneer.train.pairs import Item
 from veneer.train.rows import About, Row
 from veneer.train.schema import TrainConfig
 
@@ -61,7 +63,8 @@ class RunSubject:
 
 @dataclass(kw_only=True)
 class Subject(RunSubject):
-    """A run on text."""
+    """A run on text. `rows`: those that `encoded` is of, of preferences each answer. `items`: what a step is made of.
+    `start`: the adapter it goes on from."""
 
     base: Base
     config: TrainConfig
@@ -71,6 +74,8 @@ class Subject(RunSubject):
     held_out: Encoded | None = None
     about: About | None = None
     longest: int = 0
+    items: Sequence[Example] | Sequence[Item] = ()
+    start: Adapter | None = None
 
     @property
     def stop_ids(self) -> set[int]:

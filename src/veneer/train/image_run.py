@@ -91,9 +91,8 @@ def train_image(
 
     `resume` goes on from the newest checkpoint in the output folder, on the CPU bit for bit as if the run had never
     stopped. `dry_run` stops after preflight and the largest batch. `force`: a run that does not fit is tried with a
-    warning. `on_event` hears everything that happens; without it
-    the run is shown in the terminal (stderr). `base`: one that is loaded already; its encoders are then not freed.
-    `sources`: setting -> where it came from, as `load_config` gives it.
+    warning. `on_event` hears everything that happens; without it the run is shown in the terminal (stderr). `base`: one
+    that is loaded already; its encoders are then not freed. `sources`: setting -> where it came from (`load_config`).
 
     In processes that torchrun or the like started, each takes a device and a share of every step (train.devices); only
     the first is heard, draws samples, and writes the adapter.
@@ -112,8 +111,7 @@ def train_image(
         devices.gather(None)
         base = base or load_image(
             config.base.name, dtype=config.base.dtype, device=devices.device, quantise=config.base.quantise,
-            say=lambda line: tell(Note(line)),
-        )  # fmt: skip
+            say=lambda line: tell(Note(line)))  # fmt: skip
         for note in base.notes:
             tell(Note(note))
         newest = newest_checkpoint(folder, resume, tell)

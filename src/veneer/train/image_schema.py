@@ -40,7 +40,7 @@ class ImageBaseSection(BaseSection):
         ..., "built-in name (emoji-sdxl, emoji-flux), hub id, diffusers directory or .safetensors checkpoint"
     )
     quantise: Literal["nf4", "int8"] | None = setting(
-        None, "hold the frozen denoiser in 4 or 8 bits (bitsandbytes; needs a GPU)", "only where memory is short"
+        None, "hold the frozen denoiser and large text encoders in 4 or 8 bits", "only where memory is short"
     )
 
 

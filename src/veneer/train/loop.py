@@ -3,11 +3,12 @@
     gradient of a step = ∇ Σ NLL over all its micro-batches / Σ trained tokens of the step
 
 so k micro-batches equal one large batch, however the trained tokens fall. `loss(batch)` returns Σ NLL as a scalar
-tensor. For pictures a "token" is a picture, and Σ NLL is the sum of their squared errors. After the step: clip by the
-global norm, set the schedule's rate, step the optimizer, tell the listeners, evaluate and save when due. A run is a
-function of (parameters, steps, settings, random state), so that a state saved after step k and restored goes on bit for
-bit. The generators are seeded anew for each micro-batch, from (seed, step, its place in the step), so that dropout does
-not depend on how many devices share the work.
+tensor. For pictures a "token" is a picture, and Σ NLL is the sum of their squared errors; preferences are counted in
+pairs (`Micro.units`), and Σ NLL is the sum of the pairs' losses. After the step: clip by the global norm, set the
+schedule's rate, step the optimizer, tell the listeners, evaluate and save when due. A run is a function of (parameters,
+steps, settings, random state), so that a state saved after step k and restored goes on bit for bit. The generators are
+seeded anew for each micro-batch, from (seed, step, its place in the step), so that dropout does not depend on how many
+devices share the work.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,7 +35,7 @@ from veneer.train.devices import ALONE, Devices
 from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Stopped
 from veneer.train.optim import Schedule
 
-__all__ = ["Loss", "Micro", "Score", "Step", "memory_errors", "peak_memory_bytes", "probe", "train"]
+__all__ = ["Loss", "Means", "Micro", "Score", "Step", "memory_errors", "peak_memory_bytes", "probe", "train"]
 
 Loss = Callable[[Any], Tensor]
 """batch -> Σ NLL in nats over the batch's trained tokens, a scalar with a graph."""
@@ -46,7 +47,8 @@ _LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
 @dataclass(frozen=True)
 class Micro:
     """A micro-batch that is made when its turn comes. `rows`: where it comes from, for messages. `size`: what it needs
-    of memory, in any unit that is the same for the whole run; its tokens where it is not given."""
+    of memory, in any unit that is the same for the whole run; its tokens where it is not given. `units`: how many
+    losses its loss is the sum of, where that is not its trained tokens."""
 
     tokens: int
     trained: int
@@ -54,6 +56,12 @@ class Micro:
     make: Callable[[], Any]
     unit: str = "tokens"
     size: int | None = None
+    units: int | None = None
+
+    @property
+    def counted(self) -> int:
+        """What a mean loss divides by."""
+        return self.trained if self.units is None else self.units
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,10 @@ class Step:
         return sum(micro.trained for micro in self.micros)
 
     @property
+    def counted(self) -> int:
+        return sum(micro.counted for micro in self.micros)
+
+    @property
     def tokens(self) -> int:
         return sum(micro.tokens for micro in self.micros)
 
@@ -79,17 +91,19 @@ class Step:
 @dataclass(frozen=True)
 class Score:
     """What an evaluation found: Σ NLL over `trained` tokens of `rows` rows. `extra`: further means over the rows, for
-    the log. `likelihood`: false for a sum of squared errors, which has no perplexity."""
+    the log. `likelihood`: false for what has no perplexity: squared errors, preferences. `units`: as Micro's."""
 
     nll: float
     trained: int
     rows: int
     extra: dict[str, float] = field(default_factory=dict)
     likelihood: bool = True
+    units: int | None = None
 
     @property
     def loss(self) -> float:
-        return self.nll / self.trained if self.trained else math.nan
+        counted = self.trained if self.units is None else self.units
+        return self.nll / counted if counted else math.nan
 
     @property
     def perplexity(self) -> float:
@@ -104,7 +118,39 @@ class Score:
         keys = dict.fromkeys(key for part in parts for key in part.extra)
         extra = {key: sum(p.extra.get(key, 0.0) * p.rows for p in parts) / max(1, rows) for key in keys}
         nll, trained = sum(part.nll for part in parts), sum(part.trained for part in parts)
-        return Score(nll, trained, rows, extra, parts[0].likelihood)
+        units = None if parts[0].units is None else sum(part.units or 0 for part in parts)
+        return Score(nll, trained, rows, extra, parts[0].likelihood, units)
+
+
+@dataclass
+class Means:
+    """Running means by name; what nothing was added to is not there."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            if value.numel():
+                self.sums[name] = self.sums.get(name, 0.0) + float(value.detach().double().sum())
+                self.counts[name] = self.counts.get(name, 0) + value.numel()
+
+    def values(self) -> dict[str, float]:
+        """The means; the difference of two rewards as `reward_margin`."""
+        out = {name: total / self.counts[name] for name, total in self.sums.items()}
+        if "reward_chosen" in out and "reward_rejected" in out:
+            out["reward_margin"] = out["reward_chosen"] - out["reward_rejected"]
+        return dict(sorted(out.items()))
+
+    @staticmethod
+    def total(parts: Sequence[Means]) -> Means:
+        """Over what several have added."""
+        out = Means()
+        for part in parts:
+            for name, value in part.sums.items():
+                out.sums[name] = out.sums.get(name, 0.0) + value
+                out.counts[name] = out.counts.get(name, 0) + part.counts[name]
+        return out
 
 
 @dataclass
@@ -128,6 +174,8 @@ class _Run:
     after: Callable[[int], None] | None
     seed: int
     devices: Devices
+    before: Callable[[Step], None] | None
+    measured: Callable[[], Means] | None
 
 
 def train(
@@ -148,6 +196,8 @@ def train(
     after: Callable[[int], None] | None = None,
     seed: int = 0,
     devices: Devices = ALONE,
+    before: Callable[[Step], None] | None = None,
+    measured: Callable[[], Means] | None = None,
 ) -> Progress:
     """Runs the steps after `progress.step` and returns how far the run is.
 
@@ -155,7 +205,8 @@ def train(
     called after the steps in `evaluate_at` (0: before the first one) and after the last one. `patience`: stop after so
     many evaluations in a row without a new lowest loss; 0 never. `save(progress)` writes a checkpoint: after the
     steps in `save_at`, at each new lowest validation loss, and at the end. `after(step)`: called when a step is done,
-    before it is evaluated or saved (moving averages, sample sheets).
+    before it is evaluated or saved (moving averages, sample sheets). `before(step)`: called when a step begins, for a
+    loss that needs something of the whole step; `measured()`: what else the loss has measured since, for the log.
 
     `devices`: the processes that share the work. Each is given the same arguments and makes the same steps; `loss` runs
     on its own micro-batches, `evaluate` scores its own share of the rows.
@@ -168,7 +219,7 @@ def train(
     with _signals() as interrupted:
         run = _Run(
             parameters, loss, optimizer, schedule, clip, evaluate, evaluate_at, patience, save, save_at, progress,
-            on_event, interrupted, steps, after, seed, devices,
+            on_event, interrupted, steps, after, seed, devices, before, measured,
         )  # fmt: skip
         _evaluate_if_due(run)
         while progress.step < len(steps) and not progress.stopped:
@@ -192,9 +243,11 @@ def _one_step(run: _Run, step: Step) -> None:
     if step.trained == 0:
         raise TrainingError(f"step {number} has no trained token", where=f"rows {_some(step.rows)}")
     run.optimizer.zero_grad(set_to_none=True)
+    if run.before is not None:
+        run.before(step)
     micros = [micro for micro in step.micros if micro.trained]
     parameters = list(run.parameters.values())
-    shares = run.devices.gather(_share(run, number, step.trained, micros))
+    shares = run.devices.gather(_share(run, number, step.counted, micros))
     done = [share for share in shares if share is not None]
     if len(done) < len(shares):
         run.optimizer.zero_grad(set_to_none=True)
@@ -213,12 +266,12 @@ def _one_step(run: _Run, step: Step) -> None:
     progress.tokens += step.tokens
     progress.trained_tokens += step.trained
     progress.seconds += seconds
-    progress.recent = [*progress.recent, (total, step.trained)][-_RECENT:]
+    progress.recent = [*progress.recent, (total, step.counted)][-_RECENT:]
     run.tell(
         Stepped(
-            step=number, steps=len(run.steps), epoch=step.epoch, loss=total / step.trained, learning_rate=rate,
+            step=number, steps=len(run.steps), epoch=step.epoch, loss=total / step.counted, learning_rate=rate,
             gradient_norm=norm, tokens=step.tokens, trained_tokens=step.trained, seconds=seconds,
-            memory_bytes=peak_memory_bytes(),
+            memory_bytes=peak_memory_bytes(), extra=Means.total([share.means for share in done]).values(),
         )
     )  # fmt: skip
     if run.after is not None:
@@ -227,32 +280,41 @@ def _one_step(run: _Run, step: Step) -> None:
 
 @dataclass(frozen=True)
 class _Share:
-    """What a process has of a step: Σ NLL by micro-batch, and which of the parameters have a gradient."""
+    """What a process has of a step: Σ NLL by micro-batch, which of the parameters have a gradient, and what else the
+    loss has measured."""
 
     nlls: dict[int, float]
     reached: list[int]
+    means: Means
 
 
-def _share(run: _Run, number: int, trained: int, micros: Sequence[Micro]) -> _Share | None:
+def _share(run: _Run, number: int, counted: int, micros: Sequence[Micro]) -> _Share | None:
     """Forward and backward of this process's micro-batches; None when a signal came."""
     parts: dict[int, Tensor] = {}
+    means: Means | None = None
     stopped = run.interrupted()
     for index, counts in run.devices.deal([micro.tokens for micro in micros]):
         stopped = stopped or run.interrupted()
         if stopped and not run.devices.lockstep:
             return None
         micro = micros[index]
+        if not counts and means is None:  # those that do not count come last
+            means = _measured(run)
         seed_all(run.seed, number, index)
         with memory_errors(micro):
             nll = run.loss(micro.make())
-            (nll / trained if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
+            (nll / counted if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
         if counts:
             parts[index] = nll.detach()
     if stopped:
         return None
     reached = [i for i, parameter in enumerate(run.parameters.values()) if parameter.grad is not None]
     values = torch.stack(list(parts.values())).tolist() if parts else []
-    return _Share(dict(zip(parts, values, strict=True)), reached)
+    return _Share(dict(zip(parts, values, strict=True)), reached, _measured(run) if means is None else means)
+
+
+def _measured(run: _Run) -> Means:
+    return replace(run.measured()) if run.measured is not None else Means()
 
 
 def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micro], progress: Progress) -> None:

@@ -59,8 +59,8 @@ def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
     from veneer import kernels
     from veneer.plan.calibration import cpu_device, rates_here
 
-    examples = s.encoded.examples
-    lengths = [len(e.input_ids) for e in examples]
+    examples = s.items or s.encoded.examples
+    lengths = [e.tokens for e in examples]
     tokens = sum(lengths)
     weight = next(s.base.model.parameters())
     native = weight.device.type == "cpu" and kernels.load() is not None
@@ -76,7 +76,7 @@ def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
     a = s.config.adapter
     pairs = pair_parameters(shape, a.spec() if _special(s.config) else None, rank=a.rank)
     load = load_of(
-        s.config, lengths, trained=sum(sum(e.trained) for e in examples) / max(1, tokens), checkpointing=checkpointing,
+        s.config, lengths, trained=sum(e.learned for e in examples) / max(1, tokens), checkpointing=checkpointing,
         dtype=dtype, whole=max(0, int(s.numbers.get("trainable", 0)) - pairs),
     )  # fmt: skip
     held_out = len(s.held_out.examples) if s.held_out is not None else 0

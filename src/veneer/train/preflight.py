@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from veneer.core.adapter import Adapter
 from veneer.errors import PreflightError
 from veneer.train.batches import plan_steps
 from veneer.train.check_data import DATA_CHECKS
 from veneer.train.check_run import RUN_CHECKS
 from veneer.train.encode import Encoded, Example
 from veneer.train.findings import Base, Finding, Subject
+from veneer.train.pairs import Item
 from veneer.train.rows import About, Row
 from veneer.train.schema import TrainConfig
 
@@ -89,6 +91,8 @@ def preflight(
     held_out_rows: Sequence[Row] = (),
     held_out: Encoded | None = None,
     about: About | None = None,
+    items: Sequence[Example] | Sequence[Item] | None = None,
+    start: Adapter | None = None,
     resume: bool = False,
     previous: Mapping[str, Any] | None = None,
     free_memory: int | None = None,
@@ -98,10 +102,12 @@ def preflight(
 ) -> Report:
     """Check everything that can be seen before training.
 
-    rows, encoded: the training rows and `encode` of them. previous: the recipe (`TrainConfig.recipe`) of the run that
+    rows, encoded: the training rows and `encode` of them. items: what steps are made of, the examples themselves by
+    default. start: the adapter that the run goes on from. previous: the recipe (`TrainConfig.recipe`) of the run that
     is resumed. free_memory, free_disk: bytes; measured when None. devices: how many share the run. force: what does not
     fit is a warning. Raises nothing of its own: see `raise_if_stopped`."""
-    lengths = [len(e.input_ids) for e in encoded.examples]
+    items = encoded.examples if items is None else items
+    lengths = [item.tokens for item in items]
     plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=0, pieces=devices)
     subject = Subject(
         base=base,
@@ -118,9 +124,11 @@ def preflight(
         force=force,
         steps_per_epoch=len(plan),
         largest_micro=max((sum(lengths[i] for i in micro) for step in plan for micro in step), default=0),
-        longest=max(lengths, default=0),
+        longest=max((e.tokens for e in encoded.examples), default=0),
         devices=devices,
         micros=[len(step) for step in plan],
+        items=items,
+        start=start,
     )
     checks: Iterable[Callable[[Subject], Iterator[Finding]]] = (*DATA_CHECKS, *RUN_CHECKS)
     findings = [finding for check in checks for finding in check(subject)]

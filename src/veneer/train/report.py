@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["ConsoleView", "JsonLog", "TensorBoardLog", "duration", "read_log", "short", "size"]
 
 
+_TOLD = ("reward_accuracy", "reward_margin", "logp_chosen")
+"""What of an evaluation's further numbers is worth a person's line; the log has them all."""
+
+
 class JsonLog:
     """Writes each event as one line, flushed, so that a killed run has everything until then.
 
@@ -106,12 +110,14 @@ class TensorBoardLog:
                     "train/gradient_norm": event.gradient_norm,
                     "speed/tokens_per_second": event.tokens_per_second,
                     "memory/peak_bytes": event.memory_bytes,
+                    **{f"train/{name}": value for name, value in event.extra.items()},
                 },
             )
         elif isinstance(event, Evaluated):
             values = {"validation/loss": event.loss}
             if event.perplexity is not None:
                 values["validation/perplexity"] = event.perplexity
+            values |= {f"validation/{name}": value for name, value in event.extra.items()}
             self._add(event.step, values)
 
     def _add(self, step: int, values: dict[str, float]) -> None:
@@ -166,9 +172,11 @@ class ConsoleView:
             case Evaluated():
                 mark = "  (best so far)" if event.best else "  (before training)" if event.step == 0 else ""
                 perplexity = "" if event.perplexity is None else f", perplexity {event.perplexity:.3f}"
-                rows = "rows" if event.perplexity is not None else "pictures"
+                rows = "pictures" if self.unit == "pictures" else "rows"
+                told = "".join(f", {n.replace('_', ' ')} {event.extra[n]:.3f}" for n in _TOLD if n in event.extra)
+                told = perplexity + told
                 self.console.print(
-                    f"step {event.step}: validation loss {event.loss:.4f}{perplexity} on {event.rows} {rows}{mark}",
+                    f"step {event.step}: validation loss {event.loss:.4f}{told} on {event.rows} {rows}{mark}",
                     markup=False,
                     soft_wrap=True,
                 )

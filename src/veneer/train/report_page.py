@@ -101,6 +101,11 @@ def _charts(
     ):
         scale = 1e-9 if key == "memory_bytes" else 1.0
         out.append((title, [Series(title, [(float(r["step"]), float(r[key]) * scale) for r in steps])], None))
+    for name in _MEASURED:
+        points = [(float(r["step"]), float(r["extra"][name])) for r in steps if name in r.get("extra", {})]
+        if points:
+            title = _MEASURED[name]
+            out.append((title, [Series(title, smooth(points, [1.0] * len(points)))], None))
     return [
         (
             title,
@@ -109,6 +114,15 @@ def _charts(
         )
         for i, (title, lines, mark) in enumerate(out)
     ]
+
+
+_MEASURED = {
+    "reward_margin": "Reward of chosen over rejected",
+    "reward_accuracy": "Share of pairs ranked right",
+    "logp_chosen": "Log-probability of chosen answers, nats",
+    "logp_rejected": "Log-probability of rejected answers, nats",
+}
+"""What preferences measure in each step, beside the loss."""
 
 
 def smooth(points: Sequence[Point], weights: Sequence[float]) -> list[Point]:

@@ -3,12 +3,14 @@
     rows, about = read_rows(["tickets.jsonl"])
     about.format, about.why          "messages", "a `messages` column of role and content"
 
-| format            | columns                                         | becomes                                     |
-| messages          | messages: [{role, content, weight?}], tools?    | a conversation                              |
-| sharegpt          | conversations: [{from, value}], system?, tools? | a conversation                              |
-| prompt-completion | prompt, completion (texts or message lists)     | a user turn and an assistant turn           |
-| instruction       | instruction, input?, output, system?            | a user turn and an assistant turn (alpaca)  |
-| text              | text                                            | plain text, all of it learned               |
+| format              | columns                                         | becomes                                    |
+| messages            | messages: [{role, content, weight?}], tools?    | a conversation                             |
+| sharegpt            | conversations: [{from, value}], system?, tools? | a conversation                             |
+| prompt-completion   | prompt, completion (texts or message lists)     | a user turn and an assistant turn          |
+| instruction         | instruction, input?, output, system?            | a user turn and an assistant turn (alpaca) |
+| text                | text                                            | plain text, all of it learned              |
+| preference          | prompt?, chosen, rejected (texts or lists)      | a conversation that ends in either way     |
+| unpaired-preference | prompt, completion, label (true or false)       | a conversation with a judgement            |
 
 Every row that cannot be used is reported with its file, line and reason. Does not know tokenizers or models.
 """
@@ -17,14 +19,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from veneer.errors import DataError, nearest
 from veneer.train.read_files import Record, read_records
 
-__all__ = ["About", "Leak", "Row", "data_digest", "leakage", "read_rows", "split_rows"]
+__all__ = ["About", "Leak", "Row", "data_digest", "leakage", "read_rows", "split_rows", "unlearned"]
 
 MOST_SHOWN = 20
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -55,7 +57,14 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {  # needed,
     "prompt-completion": (("prompt", "completion"), (), "`prompt` and `completion` columns"),
     "instruction": (("instruction", "output"), ("input", "system"), "`instruction` and `output` columns (alpaca)"),
     "text": (("text",), (), "a `text` column alone"),
+    "preference": (("chosen", "rejected"), ("prompt", "tools"), "`chosen` and `rejected` columns"),
+    "unpaired-preference": (
+        ("prompt", "completion", "label"),
+        ("tools",),
+        "`prompt`, `completion` and `label` columns",
+    ),
 }
+_UNASKED = _FORMATS.keys() - {"unpaired-preference"}  # prompt-completion's columns, and one that may mean anything
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,9 @@ class Row:
     """One training row. `messages` is empty for plain text, `text` is empty for everything else.
 
     `instruction`: (system, instruction, input, output), kept so that a base without a chat template gets alpaca's
-    prompt. `where`: file and line. Messages are dicts with role and content, as chat templates take them."""
+    prompt. `where`: file and line. Messages are dicts with role and content, as chat templates take them. Of a
+    preference row `messages` ends in the chosen answer, and `rejected` is the same conversation with the other one.
+    `label`: whether the answer of an unpaired row is a desirable one."""
 
     format: str
     messages: tuple[dict[str, Any], ...] = ()
@@ -71,11 +82,15 @@ class Row:
     instruction: tuple[str, str, str, str] | None = None
     tools: tuple[Any, ...] = ()
     where: str = ""
+    rejected: tuple[dict[str, Any], ...] = ()
+    label: bool | None = None
 
     @property
     def key(self) -> str:
         """sha256 of everything the row teaches; equal for rows that differ only in where they stand."""
-        parts = [self.format, self.messages, self.text, self.instruction, self.tools]
+        parts: list[Any] = [self.format, self.messages, self.text, self.instruction, self.tools]
+        if self.rejected or self.label is not None:
+            parts += [self.rejected, self.label]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str).encode()).hexdigest()
 
     @property
@@ -88,6 +103,13 @@ class Row:
         """Index of the last assistant message, or the number of messages when there is none."""
         turns = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
         return turns[-1] if turns else len(self.messages)
+
+    def shared(self) -> int:
+        """How many messages the two conversations of a preference row begin with in common: its prompt."""
+        return next(
+            (i for i, (a, b) in enumerate(zip(self.messages, self.rejected, strict=False)) if a != b),
+            min(len(self.messages), len(self.rejected)),
+        )
 
 
 @dataclass
@@ -117,8 +139,12 @@ def read_rows(
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
+    formats: Collection[str] | None = None,
 ) -> tuple[list[Row], About]:
     """Rows of files, globs or hub data sets (`hub:ID@SPLIT`), in the order given; names sorted within a glob.
+
+    `formats`: those that `auto` may find; by default all but unpaired-preference, whose prompt and completion another
+    run would learn whatever their label.
 
     Raises DataError for a missing or empty file, for a row that cannot be read (all of them, up to 20, with line
     numbers), and when the format cannot be told from the columns."""
@@ -128,7 +154,7 @@ def read_rows(
     seen: dict[str, None] = {}
     for record in records:
         seen.update(dict.fromkeys(record.values))
-    chosen, mapping, why = _choose(list(seen), format, columns, records)
+    chosen, mapping, why = _choose(list(seen), format, columns, records, _UNASKED if formats is None else formats)
     needed, optional, _ = _FORMATS[chosen]
     used = {mapping.get(c, c) for c in (*needed, *optional)}
     rows: list[Row] = []
@@ -215,7 +241,7 @@ def data_digest(rows: Iterable[Row]) -> str:
 
 
 def _choose(
-    seen: list[str], format: str, columns: dict[str, str], records: Sequence[Record]
+    seen: list[str], format: str, columns: dict[str, str], records: Sequence[Record], formats: Collection[str]
 ) -> tuple[str, dict[str, str], str]:
     """(format, our column -> theirs, why). Raises DataError when the columns fit nothing."""
     known = {c for needed, optional, _ in _FORMATS.values() for c in (*needed, *optional)}
@@ -237,7 +263,8 @@ def _choose(
     fits = []
     for name, (needed, _, words) in _FORMATS.items():
         mapping = {c: columns.get(c) or _present(c, seen, set(columns.values())) for c in needed}
-        if all(mapping.values()) and (format in ("auto", name)) and set(columns) <= {*needed, *_FORMATS[name][1]}:
+        wanted = name in formats if format == "auto" else name == format
+        if all(mapping.values()) and wanted and set(columns) <= {*needed, *_FORMATS[name][1]}:
             fits.append((name, {**columns, **{k: v for k, v in mapping.items() if v}}, words))
     if fits and format == "auto":
         fits = [f for f in fits if not (f[0] == "messages" and _is_sharegpt(records, f[1]["messages"]))] or fits
@@ -251,12 +278,12 @@ def _choose(
                 where=records[0].where,
                 fix=f"name yours: data.columns: {{{missing[0] if missing else needed[0]}: YOUR_COLUMN}}",
             )
-        raise DataError(
-            f"the format cannot be told: {have}",
-            where=records[0].where,
-            fix="name the format and columns, as data.format: prompt-completion, "
-            "data.columns: {prompt: question, completion: label}",
-        )
+        fix = "name the format and columns, as data.format: prompt-completion, "
+        fix += "data.columns: {prompt: question, completion: label}"
+        if "preference" in formats and "text" not in formats:
+            also = " (kto: or prompt, completion and label)" if "unpaired-preference" in formats else ""
+            fix = f"this run needs columns prompt, chosen and rejected{also}; data.columns names yours"
+        raise DataError(f"the format cannot be told: {have}", where=records[0].where, fix=fix)
     name, mapping, words = fits[0]
     renamed = [f"`{theirs}` as {ours}" for ours, theirs in mapping.items() if ours != theirs]
     why = (words if format == "auto" else "set by data.format") + (f" ({', '.join(renamed)})" if renamed else "")
@@ -302,11 +329,63 @@ def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
         turns = [("system", system)] if system else []
         messages = tuple({"role": r, "content": c} for r, c in [*turns, ("user", user), ("assistant", output)])
         return Row(format, messages, instruction=(system, instruction, inp, output), where=where)
+    if format == "preference":
+        return _preference(values, tuple(tools), where)
     prompt, completion = _decoded(values["prompt"]), _decoded(values["completion"])
+    if format == "unpaired-preference":
+        kind, messages = _conversation(prompt, completion, "completion")
+        return Row(kind, messages, tools=tuple(tools), where=where, label=_label(values["label"]))
     if isinstance(prompt, list) and isinstance(completion, list):
         return Row("messages", _messages([*prompt, *completion], "prompt and completion"), where=where)
     user, answer = _text(prompt, "prompt"), _text(completion, "completion", empty=True)
     return Row(format, ({"role": "user", "content": user}, {"role": "assistant", "content": answer}), where=where)
+
+
+def _preference(values: Mapping[str, Any], tools: tuple[Any, ...], where: str) -> Row:
+    """A conversation with its chosen end and its rejected one. Where no prompt is given it is what both begin with."""
+    prompt = _decoded(values.get("prompt"))
+    (kind, chosen), (other, rejected) = (_conversation(prompt, _decoded(values[c]), c) for c in ("chosen", "rejected"))
+    row = Row(kind if kind == other else "messages", chosen, tools=tools, where=where, rejected=rejected)
+    shared = row.shared()
+    if chosen == rejected:
+        raise ValueError("`chosen` and `rejected` are the same")
+    if shared == 0:
+        raise ValueError("`chosen` and `rejected` do not begin with the same prompt; give it as `prompt`")
+    if shared in (len(chosen), len(rejected)):
+        raise ValueError("one of `chosen` and `rejected` is how the other begins: it has no answer of its own")
+    return row
+
+
+def _conversation(prompt: Any, answer: Any, name: str) -> tuple[str, tuple[dict[str, Any], ...]]:
+    """(format, messages) of a prompt and an answer, texts or message lists each.
+
+    Many data sets give the prompt as text and again as the first message of the answers: that is one prompt."""
+    if isinstance(answer, list):
+        messages = _messages(answer, name)
+        if prompt is None or (isinstance(prompt, str) and messages[0] == {"role": "user", "content": prompt}):
+            return "messages", messages
+    elif prompt is None:
+        raise ValueError(f"no `prompt`, which rows whose `{name}` is text need")
+    else:
+        messages = ({"role": "assistant", "content": _text(answer, name, empty=True)},)
+    if isinstance(prompt, list):
+        return "messages", (*unlearned(_messages(prompt, "prompt")), *messages)
+    kind = "messages" if isinstance(answer, list) else "prompt-completion"
+    return kind, ({"role": "user", "content": _text(prompt, "prompt")}, *messages)
+
+
+def unlearned(messages: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The same messages, read and not learned: what the model said in a prompt is given, whoever said it."""
+    return tuple({**m, "weight": 0} if m["role"] == "assistant" else m for m in messages)
+
+
+def _label(value: Any) -> bool:
+    """true or false, also as the text that CSV has for it."""
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    if not isinstance(value, bool):
+        raise ValueError(f"`label` should be true (desirable) or false, found {value!r}")
+    return value
 
 
 def _decoded(value: Any) -> Any:

@@ -4,11 +4,13 @@
 
 load the base → rows → tokens → settings with their sources → preflight → attach → longest batch first → loop →
 save → reload and compare logits → report. Everything before the loop happens on a dry run too, and leaves no file.
+Where answers are compared with a reference, its log-probabilities are computed, or found, before step one.
 
     output/
       adapter_config.json, adapter_model.safetensors, veneer.json, README.md      the adapter
       report.html, log.jsonl                                                      how it came to be
       checkpoints/                                                                to resume from; may be deleted after
+      cache/                                                                      preferences: the reference; as well
 """
 
 from __future__ import annotations
@@ -16,64 +18,62 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, Interrupted
 from veneer.models.loss import text_loss
 from veneer.models.shard import Call, blocks, held_bytes, shard
 from veneer.models.sources import find
 from veneer.models.speed import fast
 from veneer.models.text import load_text
 from veneer.train import checkpoint, loop
-from veneer.train.batches import Batch, collate, plan_steps
+from veneer.train.batches import Batch
+from veneer.train.check_run import CACHE
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.devices import Devices, joined
-from veneer.train.encode import Encoded, Example, encode
 from veneer.train.estimate import free_memory
 from veneer.train.evaluate import score_examples
 from veneer.train.events import Checked, Event, Listener, Note, Resolved, silent
-from veneer.train.loop import Micro, Score, Step
+from veneer.train.loop import Score
 from veneer.train.planning import was_predicted
+from veneer.train.preference import Preference
 from veneer.train.preflight import Report, preflight
-from veneer.train.report import size
-from veneer.train.rows import About, Row, data_digest, read_rows, split_rows
+from veneer.train.report import read_log, size
+from veneer.train.rows import data_digest
+from veneer.train.run_data import Data, planned_steps, read_data
 from veneer.train.running import NAME, Outcome, Running, newest_checkpoint, resolved, watched
 from veneer.train.save import prove, save_adapter, write_report
-from veneer.train.schema import TrainConfig
+from veneer.train.schema import PREFERENCE_KEYS, TrainConfig
+from veneer.using import load_adapter
 
 if TYPE_CHECKING:
     from veneer.models.text import TextBase
 
-__all__ = ["RunResult", "planned_steps", "train_text"]
+__all__ = ["RunResult", "train_text"]
+
+_REFERENCE = "reference"
+"""Beside the trained adapter: what it began as, where preferences are compared with that."""
 
 
 @dataclass
 class RunResult(Outcome):
-    """What a run on text came to. `loss`, `validation`: nats per trained token. `tokens_per_second`: training alone."""
+    """What a run on text came to. `loss`, `validation`: nats per trained token, or of preferences the mean over pairs.
+    `tokens_per_second`: training alone. `measured`: rewards and the rest (train.preference) on the held-out pairs, of
+    the adapter that was kept; `measured_before`: before the first step."""
 
     tokens: int = 0
     trained_tokens: int = 0
     tokens_per_second: float = 0.0
-
-
-@dataclass
-class _Data:
-    rows: list[Row]
-    held_rows: list[Row]
-    encoded: Encoded
-    held: Encoded | None
-    about: About
-
-    def held_out(self, most: int | None) -> list[Example]:
-        examples = self.held.examples if self.held is not None else []
-        return examples[:most] if most is not None else examples
+    measured: dict[str, float] = field(default_factory=dict)
+    measured_before: dict[str, float] = field(default_factory=dict)
 
 
 def train_text(
@@ -110,17 +110,22 @@ def train_text(
         base = _loaded(config, base, devices, tell)
         for note in base.notes:
             tell(Note(note))
-        data = _read(config, base)
+        data = read_data(config, base)
+        start = _start(config, base)
         newest = newest_checkpoint(folder, resume, tell)
-        report = _preflight(config, base, data, resume, newest, devices, force)
+        report = _preflight(config, base, data, start, resume, newest, devices, force)
         recompute, reason = devices.gather(_recompute(config, report))[0]
-        settings = resolved(config, sources, _settled(config, base, data, recompute, reason, devices))
+        keep = int(report.numbers.get("kept_dequantised", 0))
+        settings = resolved(config, sources, _settled(config, base, data, recompute, reason, keep, devices))
         tell(settings)
         tell(Checked(report.text(), report.to_dict(), report.markup()))
         report.raise_if_stopped()
         devices.gather(None)  # nobody writes before everybody has looked
-        with _attached(config, base, recompute, devices, tell) as (attachment, base, call):
-            run = _Run(config, base, data, attachment, call, folder, report, settings, tell, early, devices)
+        with _attached(config, base, start, recompute, keep, devices, tell) as (attachment, base, call):
+            preference = _preference(config, base, attachment, start, call, devices)
+            run = _Run(
+                config, base, data, start, attachment, call, preference, folder, report, settings, tell, early, devices
+            )
             return run.dry() if dry_run else run.train(newest)
 
 
@@ -130,9 +135,11 @@ class _Run:
 
     config: TrainConfig
     base: TextBase
-    data: _Data
+    data: Data
+    start: Adapter | None
     attachment: Attachment
     call: Call
+    preference: Preference | None
     folder: Path
     report: Report
     settings: Resolved
@@ -159,23 +166,42 @@ class _Run:
         return running.train(newest, lambda progress, tell: self._finish(running, progress, tell))
 
     def _running(self) -> Running:
-        config = self.config
-        steps, ends = planned_steps(self.data.encoded.examples, config, self.data.rows, self.devices.count)
-        examples = self.data.held_out(config.evaluation.rows)
-        return Running(
+        config, preference = self.config, self.preference
+        steps, ends = planned_steps(self.data.train.items, config, self.data.train.rows, self.devices.count)
+        held = self.data.held.items[: config.evaluation.rows]
+        running = Running(
             config, self.folder, self.attachment.parameters(NAME), steps, ends, self.loss,
-            _identity(config, self.base, self.data, len(steps)), self.tell, self.early,
-            evaluate=self._scorer(examples) if examples else None, devices=self.devices,
+            _identity(config, self.base, self.data, self.start, len(steps)), self.tell, self.early,
+            evaluate=self._scorer(held) if held else None, devices=self.devices,
         )  # fmt: skip
+        if preference is not None:
+            running.loss, running.before, running.measured = preference.loss, preference.begin, preference.measured
+            # A run of few steps does not come to every pair.
+            used = {id(item): item for step in steps for micro in step.micros for item in micro.make().items}
+            running.begin = lambda progress, tell: self._know(preference, [*used.values(), *held], tell)
+        return running
 
-    def _scorer(self, examples: Sequence[Example]) -> Callable[[Callable[[], bool]], Score | None]:
+    def _know(self, preference: Preference, items: Sequence[Any], tell: Listener) -> None:
+        """The reference's log-probabilities of every pair; a stop on the way keeps what is done."""
+        try:
+            preference.know(items, self.folder / CACHE / "reference.jsonl", lambda line: tell(Note(line)))
+        except KeyboardInterrupt:
+            raise Interrupted("stopped before step 1; what was computed of the reference is kept") from None
+
+    def _scorer(self, examples: Sequence[Any]) -> Callable[[Callable[[], bool]], Score | None]:
         def score(interrupted: Callable[[], bool]) -> Score | None:
+            if self.preference is not None:
+                return self.preference.score(examples, interrupted=interrupted)
             return score_examples(
                 self.base.model, examples, self.base.device, loss=lambda *args: self.call(text_loss, *args),
                 interrupted=interrupted, micro_tokens=self.config.batching.micro_tokens, devices=self.devices,
             )  # fmt: skip
 
         return score
+
+    def _measured(self, step: int) -> dict[str, float]:
+        """What the log has of an evaluation, which the first process alone has written."""
+        return self.devices.gather(_measured(self.folder, step) if self.devices.first else {})[0]
 
     def _finish(self, running: Running, progress: Progress, tell: Listener) -> RunResult:
         """Keeps the best state, saves it, proves the file, and writes the report."""
@@ -187,18 +213,20 @@ class _Run:
             peak_memory_bytes=loop.peak_memory_bytes(), loss=progress.loss,
             validation=validation, validation_before=progress.first_loss, kept_step=kept,
             stopped=progress.stopped, preflight=self.report.to_dict(),
+            measured=self._measured(kept), measured_before=self._measured(0),
         )  # fmt: skip
         trained = self.attachment.adapter(NAME)
         card = replace(
             trained.card, base=self.base.name, base_fingerprint=self.base.fingerprint, kind="text",
-            data_digest=data_digest(self.data.rows), recipe=self.config.recipe(), metrics=_metrics(result),
+            data_digest=data_digest(self.data.train.rows), recipe=self.config.recipe(), metrics=_metrics(result),
+            parents=[self.start.digest()] if self.start is not None else [],
         )  # fmt: skip
         self.base.model.eval()
         if self.devices.first:
             result.digest = save_adapter(replace(trained, card=card), self.folder, self.base)
         result.digest = self.devices.gather(result.digest)[0]
         if self.devices.first or self.devices.lockstep:
-            example = self.data.encoded.examples[0]
+            example = self.data.train.encoded.examples[0]
             tell(Note(self.call(prove, self.attachment, NAME, self.folder, self.base, example)))
         if predicted := was_predicted(self.report.numbers, result.peak_memory_bytes, progress.seconds):
             tell(Note(predicted))
@@ -209,33 +237,6 @@ class _Run:
 
 
 # --- before the loop --------------------------------------------------------------------------------------------
-
-
-def planned_steps(
-    examples: Sequence[Example], config: TrainConfig, rows: Sequence[Row] = (), devices: int = 1
-) -> tuple[list[Step], list[int]]:
-    """All steps of the run in order, and the numbers of the steps that end an epoch. Batches are made when needed. A
-    step is cut into a micro-batch for each of `devices` at least."""
-
-    def micro(indices: list[int]) -> Micro:
-        chosen = [examples[i] for i in indices]
-        return Micro(
-            tokens=sum(len(e.input_ids) for e in chosen), trained=sum(sum(e.trained) for e in chosen),
-            rows=tuple(rows[e.row].where if rows else e.row for e in chosen), make=lambda: collate(chosen),
-        )  # fmt: skip
-
-    total, epoch = config.schedule.steps, 0
-    steps: list[Step] = []
-    ends: list[int] = []
-    while (epoch < config.epochs) if config.epochs is not None else (len(steps) < (total or 0)):
-        plan = plan_steps(examples, config.batching, seed=config.seed, epoch=epoch, pieces=devices)
-        for i, micros in enumerate(plan):
-            steps.append(Step(tuple(micro(m) for m in micros), epoch + (i + 1) / len(plan)))
-        ends.append(len(steps))
-        epoch += 1
-    if total is not None:
-        steps = steps[:total]
-    return steps, [end for end in ends if end <= len(steps)]
 
 
 def _loaded(config: TrainConfig, base: TextBase | None, devices: Devices, tell: Listener) -> TextBase:
@@ -262,23 +263,38 @@ def _loaded(config: TrainConfig, base: TextBase | None, devices: Devices, tell: 
     )  # fmt: skip
 
 
-def _read(config: TrainConfig, base: TextBase) -> _Data:
-    options: dict[str, Any] = {"format": config.data.format, "columns": config.data.columns}
-    rows, about = read_rows(config.data.files("train"), limit=config.data.limit, **options)
-    if config.data.validation is not None:
-        held_rows, _ = read_rows(config.data.files("validation"), **options)
-    else:
-        rows, held_rows = split_rows(rows, config.data.split, seed=config.seed)
-    encoded = encode(rows, base.tokenizer, config.data)
-    held = encode(held_rows, base.tokenizer, config.data) if held_rows else None
-    return _Data(rows, held_rows, encoded, held, about)
+def _start(config: TrainConfig, base: TextBase) -> Adapter | None:
+    """The adapter that the run goes on from, in the precision that pairs are trained in."""
+    if config.adapter.start is None:
+        return None
+    loaded = load_adapter(base, config.adapter.start)
+    wide = loaded.collapsed().mapped(lambda t: t.float() if t.is_floating_point() else t)
+    return replace(wide, dropout=config.adapter.dropout)
+
+
+def _preference(
+    config: TrainConfig, base: TextBase, attachment: Attachment, start: Adapter | None, call: Call, devices: Devices
+) -> Preference | None:
+    """What compares answers, with its reference: the base alone, or beside the trained adapter the one it began as."""
+    if config.preference.loss is None:
+        return None
+    whose = f"{base.fingerprint}|{base.quantised}|{base.dtype}|{start.digest() if start is not None else 'base'}"
+    preference = Preference(
+        config.preference, base, attachment, whose=whose, micro_tokens=config.batching.micro_tokens,
+        max_length=config.data.max_length, call=call, devices=devices,
+    )  # fmt: skip
+    if start is not None and preference.needs_reference:
+        attachment.add(_REFERENCE, start)
+        preference.reference = (_REFERENCE,)
+    return preference
 
 
 def _preflight(
-    config: TrainConfig, base: TextBase, data: _Data, resume: bool, newest: Path | None, devices: Devices, force: bool
-) -> Report:
+    config: TrainConfig, base: TextBase, data: Data, start: Adapter | None, resume: bool, newest: Path | None,
+    devices: Devices, force: bool,
+) -> Report:  # fmt: skip
     previous = checkpoint.read_state(newest).get("about", {}).get("recipe") if newest is not None else None
-    free = None
+    train, held, free = data.train, data.held, None
     if devices.count > 1:
         device = torch.device(devices.device)
         free = free_memory(device)
@@ -287,8 +303,10 @@ def _preflight(
         elif base.device != device:  # the base comes there later, in parts
             free -= held_bytes(base.model) // devices.count
     return preflight(
-        base, config, data.rows, data.encoded, held_out_rows=data.held_rows, held_out=data.held, about=data.about,
-        resume=resume, previous=previous, free_memory=free, devices=devices.count, force=force,
+        base, config, train.texts, train.encoded, held_out_rows=held.texts,
+        held_out=held.encoded if held.rows else None,
+        about=data.about, items=train.items, start=start, resume=resume, previous=previous, free_memory=free,
+        devices=devices.count, force=force,
     )  # fmt: skip
 
 
@@ -307,7 +325,7 @@ def _recompute(config: TrainConfig, report: Report) -> tuple[bool, str]:
 
 
 def _settled(
-    config: TrainConfig, base: TextBase, data: _Data, recompute: bool, reason: str, devices: Devices
+    config: TrainConfig, base: TextBase, data: Data, recompute: bool, reason: str, keep: int, devices: Devices
 ) -> Iterator[tuple[str, Any, str]]:
     """What was `auto` or left open, as it is now, with the reason."""
     if config.base.dtype == "auto":
@@ -317,22 +335,39 @@ def _settled(
     if config.data.format == "auto":
         yield "data.format", data.about.format, data.about.why
     if config.data.split is None and config.data.validation is None:
-        yield "data.split", len(data.held_rows), "5% of the rows, at most 500; none below 20 rows"
+        yield "data.split", len(data.held.rows), "5% of the rows, at most 500; none below 20 rows"
     if config.schedule.epochs is None and config.schedule.steps is None:
         because = "3 when neither epochs nor steps are given; the best one is kept"
         yield "schedule.epochs", config.epochs, because
+    if base.quantised and config.memory.keep_dequantised_gb is None:
+        because = "what the plan finds room for on a GPU; on a CPU dequantising costs next to nothing"
+        yield "memory.keep_dequantised_gb", keep / 1e9, because
     if config.memory.activation_checkpointing == "auto":
         yield "memory.activation_checkpointing", "on" if recompute else "off", reason
+    if config.preference.loss is not None:
+        settled = config.preference.settled()
+        for key, losses in PREFERENCE_KEYS.items():
+            if getattr(config.preference, key) is None and config.preference.loss in losses:
+                yield f"preference.{key}", getattr(settled, key), f"what {config.preference.loss} takes"
 
 
-def _identity(config: TrainConfig, base: TextBase, data: _Data, steps: int) -> dict[str, Any]:
+def _identity(
+    config: TrainConfig, base: TextBase, data: Data, start: Adapter | None, steps: int
+) -> dict[str, Any]:  # fmt: skip
     """What must be the same when the run is resumed, beside the settings, which the preflight compares."""
     return {
         "base": {"fingerprint": base.fingerprint, "dtype": str(base.dtype)},
-        "data": {"training rows": data_digest(data.rows), "held-out rows": data_digest(data.held_rows)},
+        "data": {"training rows": data_digest(data.train.rows), "held-out rows": data_digest(data.held.rows)},
         "seed": config.seed,
         "steps": steps,
-    }
+    } | ({"start": start.digest()} if start is not None else {})
+
+
+def _measured(folder: Path, step: int) -> dict[str, float]:
+    """What the evaluation after `step` measured beside the loss."""
+    records = read_log(folder / "log.jsonl")
+    found = [r["extra"] for r in records if r.get("event") == "evaluated" and r.get("step") == step]
+    return dict(found[-1]) if found else {}
 
 
 def _metrics(result: RunResult) -> dict[str, Any]:
@@ -341,22 +376,32 @@ def _metrics(result: RunResult) -> dict[str, Any]:
         "validation_loss_before": result.validation_before, "kept_step": result.kept_step, "steps": result.steps,
         "tokens": result.tokens, "trained_tokens": result.trained_tokens,
         "tokens_per_second": round(result.tokens_per_second, 1), "peak_memory_bytes": result.peak_memory_bytes,
+        "measured": result.measured or None,
     }  # fmt: skip
     return {key: value for key, value in kept.items() if value is not None}
 
 
 @contextmanager
 def _attached(
-    config: TrainConfig, base: TextBase, recompute: bool, devices: Devices, tell: Listener
+    config: TrainConfig,
+    base: TextBase,
+    start: Adapter | None,
+    recompute: bool,
+    keep: int,
+    devices: Devices,
+    tell: Listener,
 ) -> Iterator[tuple[Attachment, TextBase, Call]]:
-    """The fresh adapter on the base, selected and trainable, the base in training mode on its fast paths, and sharded
-    where that is asked for; then what the model is called through. All but the sharding is undone at the end."""
+    """The fresh adapter (or `start`) on the base, selected and trainable, the base in training mode on its fast paths,
+    and sharded where that is asked for; then what the model is called through. All but the sharding is undone at the
+    end."""
     model = base.model
     sharded = config.memory.shard and devices.count > 1
     with ExitStack() as undo:
         attachment = undo.enter_context(attach(model))
         seed_all(config.seed)
-        fresh = create(model, config.adapter.spec(), seed=config.seed, original=base.original)
+        fresh = start
+        if fresh is None:
+            fresh = create(model, config.adapter.spec(), seed=config.seed, original=base.original)
         attachment.add(NAME, fresh, trainable=True)
         attachment.use(NAME)
         undo.callback(model.train, model.training)
@@ -371,7 +416,7 @@ def _attached(
                     where="memory.activation_checkpointing",
                     fix="set it to off, and batching.micro_rows lower",
                 ) from error
-        tell(Note(undo.enter_context(fast(model, hold=not sharded)).summary()))
+        tell(Note(undo.enter_context(fast(model, hold=not sharded, keep=0 if sharded else keep)).summary()))
         if not sharded:
             yield attachment, base, _call
             return

@@ -25,7 +25,7 @@ from veneer.train.checkpoint import Progress
 from veneer.train.config import Config
 from veneer.train.devices import ALONE, Devices, digest_of
 from veneer.train.events import Event, Listener, Note, Resolved, fan_out
-from veneer.train.loop import Loss, Score, Step
+from veneer.train.loop import Loss, Means, Score, Step
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.report import ConsoleView, JsonLog
 from veneer.train.schema import keys, why
@@ -97,9 +97,9 @@ class Running:
 
     `evaluate`: scores the held-out data, None where there are none. `extra`: further state that belongs to each
     checkpoint (moving averages). `begin(progress, tell)`: called when the log is open, before the loop; `after(step)`:
-    after each optimizer step. `rates`: prefix of parameter names ->
-    a learning rate of their own. `early`: the events until now, for the log. `devices`: the processes that share the
-    run, of which the first writes."""
+    after each optimizer step; `before(step)`, `measured()`: as `loop.train` has them. `rates`: prefix of parameter
+    names -> a learning rate of their own. `early`: the events until now, for the log. `devices`: the processes that
+    share the run, of which the first writes."""
 
     config: Config
     folder: Path
@@ -114,6 +114,8 @@ class Running:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     begin: Callable[[Progress, Listener], None] | None = None
     after: Callable[[int], None] | None = None
+    before: Callable[[Step], None] | None = None
+    measured: Callable[[], Means] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
     devices: Devices = ALONE
 
@@ -160,7 +162,8 @@ class Running:
                 patience=config.evaluation.patience or 0,
                 save=lambda p: self._save(p, optimizer),
                 save_at=due(config.checkpoint.every, self.ends, total, start=False),
-                progress=progress, on_event=tell, after=self.after, seed=config.seed, devices=devices,
+                progress=progress, on_event=tell, after=self.after, before=self.before, measured=self.measured,
+                seed=config.seed, devices=devices,
             )  # fmt: skip
             return finish(progress, tell)
         finally:

@@ -92,6 +92,8 @@ def write_report(folder: Path, result: RunResult, settings: Resolved, base: Text
         cards=_cards(result, numbers, weights, seconds), settings=settings.settings, sources=settings.sources,
         checks=result.preflight, facts=_facts(result, folder, base), usage=_usage(folder, base), files=_files(folder),
     )  # fmt: skip
+    if preference := settings.settings.get("preference.loss"):
+        page.loss = f"Loss, {preference}, mean over {'answers' if preference == 'kto' else 'pairs'}"
     write_page(path, page)
     return str(path)
 
@@ -101,6 +103,7 @@ def _cards(result: RunResult, numbers: dict[str, Any], weights: int, seconds: fl
     said = "" if predicted is None else f" · {duration(predicted)} predicted"
     return [
         *loss_cards(result),
+        *_preference_cards(result),
         ("Steps", f"{result.steps:,}", result.stopped),
         (
             "Speed",
@@ -110,6 +113,17 @@ def _cards(result: RunResult, numbers: dict[str, Any], weights: int, seconds: fl
         ("Trained tokens", f"{result.trained_tokens:,}", f"{result.trained_tokens / max(1, result.tokens):.0%} of all"),
         *size_cards(result, numbers, weights),
     ]
+
+
+def _preference_cards(result: RunResult) -> list[tuple[str, str, str]]:
+    now, before = result.measured, result.measured_before
+    if "reward_accuracy" not in now:
+        return []
+    likely = f"{before['logp_chosen']:.1f} before training" if "logp_chosen" in before else ""
+    cards = [("Pairs ranked right", f"{now['reward_accuracy']:.1%}", "held-out; by reward over the reference")]
+    if "logp_chosen" in now:
+        cards.append(("Log p of chosen answers", f"{now['logp_chosen']:.1f}", likely))
+    return cards
 
 
 def loss_cards(result: Outcome) -> list[tuple[str, str, str]]:

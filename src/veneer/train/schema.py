@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "PREFERENCE_KEYS",
     "SECTIONS",
     "AdapterSection",
     "BaseSection",
@@ -26,6 +27,7 @@ __all__ = [
     "OptimizerSection",
     "OutputSection",
     "PairsSection",
+    "PreferenceSection",
     "ScheduleSection",
     "Section",
     "TrainConfig",
@@ -109,6 +111,11 @@ class PairsSection(Section):
 class AdapterSection(PairsSection):
     """What is trained: which modules get a pair, of which rank, and how it starts."""
 
+    start: str | None = setting(
+        None,
+        "adapter to go on training: folder, file or library name, with its own ranks, targets and scales",
+        "a new one, as the keys here say",
+    )
     modules_to_save: tuple[str, ...] = setting((), "modules trained whole, as copies in the adapter (large files)")
     token_rows: dict[str, tuple[int, ...]] = setting({}, "embedding module: token ids whose rows are trained alone")
 
@@ -126,9 +133,9 @@ class DataSection(Section):
         "5% of the rows, at most 500, when no `validation` is given: without it over-fitting cannot be seen",
         ge=0,
     )
-    format: Literal["auto", "messages", "prompt-completion", "instruction", "sharegpt", "text"] = setting(
-        "auto", "what a row looks like", "told by the columns, and said before the run starts"
-    )
+    format: Literal[
+        "auto", "messages", "prompt-completion", "instruction", "sharegpt", "text", "preference", "unpaired-preference"
+    ] = setting("auto", "what a row looks like", "told by the columns, and said before the run starts")
     columns: dict[str, str] = setting({}, "our column name: yours, as {prompt: question, completion: answer}")
     limit: int | None = setting(None, "use only so many rows, from the first", gt=0)
     chat_template: str = setting(
@@ -152,6 +159,68 @@ class DataSection(Section):
     def files(self, which: Literal["train", "validation"]) -> tuple[str, ...]:
         value = getattr(self, which)
         return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+class PreferenceSection(Section):
+    """Learning from answers that are better and worse than others; without a `loss` an ordinary, supervised run.
+
+    A step counts pairs (kto: answers) for rows. The reference is the base, or `adapter.start` as it was."""
+
+    loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] | None = setting(
+        None, "what chosen and rejected answers are compared by; kto also takes answers that are judged alone"
+    )
+    beta: float | None = setting(
+        None,
+        "how dearly moving away from the reference is paid (dpo, ipo, kto); weight of the odds ratio (orpo); scale of "
+        "mean log-probabilities (simpo)",
+        "0.1, as the papers and TRL; simpo 2, its paper's",
+        gt=0,
+    )
+    gamma: float | None = setting(
+        None, "margin that a pair should have (simpo)", "half of beta: its paper's search over gamma / beta", ge=0
+    )
+    label_smoothing: float = setting(
+        0.0, "share of pairs believed to be the wrong way round (dpo, simpo)", "labels are trusted", ge=0, lt=0.5
+    )
+    length_normalized: bool | None = setting(
+        None,
+        "compare log-ratios for each token instead of whole answers (dpo, ipo)",
+        "ipo yes, as its authors' results; dpo no, as its paper",
+    )
+    nll: float | None = setting(
+        None,
+        "weight of −log p of the chosen answer, for each token, added to the loss (dpo, ipo, orpo, simpo)",
+        "orpo 1, which is its paper's; else 0. 1 keeps dpo's chosen answers likely (arXiv 2404.19733)",
+        ge=0,
+    )
+    desirable: float = setting(1.0, "weight of desirable answers (kto)", "as TRL", gt=0)
+    undesirable: float = setting(
+        1.0, "weight of undesirable answers (kto)", "as TRL; for unequal numbers see the preflight", gt=0
+    )
+
+    def settled(self) -> PreferenceSection:
+        """The same with nothing left open: what `loss` makes of each None."""
+        beta = self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
+        return self.model_copy(
+            update={
+                "beta": beta,
+                "gamma": self.gamma if self.gamma is not None else beta / 2 if self.loss == "simpo" else 0.0,
+                "length_normalized": (self.loss == "ipo" if self.length_normalized is None else self.length_normalized),
+                "nll": self.nll if self.nll is not None else 1.0 if self.loss == "orpo" else 0.0,
+            }
+        )
+
+
+PREFERENCE_KEYS = {
+    "beta": ("dpo", "ipo", "orpo", "kto", "simpo"),
+    "gamma": ("simpo",),
+    "label_smoothing": ("dpo", "simpo"),
+    "length_normalized": ("dpo", "ipo"),
+    "nll": ("dpo", "ipo", "orpo", "simpo"),
+    "desirable": ("kto",),
+    "undesirable": ("kto",),
+}
+"""Which losses each key of `preference` belongs to."""
 
 
 class BatchingSection(Section):
@@ -280,6 +349,7 @@ class TrainConfig(Section):
     data: DataSection
     output: OutputSection
     adapter: AdapterSection = AdapterSection()
+    preference: PreferenceSection = PreferenceSection()
     batching: BatchingSection = BatchingSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -305,6 +375,9 @@ class TrainConfig(Section):
             value = recipe["data"][key]
             recipe["data"][key] = [file_name(v) for v in value] if isinstance(value, list) else file_name(value)
         recipe["base"]["name"] = file_name(recipe["base"]["name"])
+        recipe["adapter"]["start"] = file_name(recipe["adapter"]["start"])
+        if self.preference.loss is None:
+            del recipe["preference"]
         return recipe
 
 

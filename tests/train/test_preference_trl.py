@@ -1,0 +1,133 @@
+"""The whole way from rows to gradients beside TRL's own trainers, on the same tiny base with the same adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_base import tiny_base_dir
+from veneer.core.attach import attach
+from veneer.core.init import create
+from veneer.formats import peft as peft_folder
+from veneer.models.text import load_text
+from veneer.train.config import TrainConfig, config_from
+from veneer.train.devices import ALONE
+from veneer.train.rows import read_rows
+from veneer.train.run import _call, _preference
+from veneer.train.run_data import part_of, planned_steps
+
+pytestmark = pytest.mark.peers
+
+PAIRS = [
+    {"prompt": f"The printer {i} does not", "chosen": f" answer. Sorry{' again' * i}.", "rejected": f" work, {i}!"}
+    for i in range(4)
+]
+JUDGED = [
+    {"prompt": "The printer does not", "completion": " answer. Sorry.", "label": True},
+    {"prompt": "I was charged", "completion": " twice, so what?", "label": False},
+]
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, TRL's
+    "dpo": ({}, {"loss_type": "sigmoid"}),
+    "dpo, normalized": ({"length_normalized": True}, {"loss_type": "sigmoid_norm"}),
+    "ipo": ({}, {"loss_type": "ipo"}),
+    "kto": ({"desirable": 1.2}, {"desirable_weight": 1.2}),
+    "orpo": ({"nll": 0.0}, {}),
+    "simpo": ({}, {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0, "beta": 2.0}),
+}
+
+
+def trainer_of(name: str, folder: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> Any:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    common: dict[str, Any] = {
+        "output_dir": str(folder / "trl"), "use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.1,
+        "per_device_train_batch_size": len(rows), "gradient_checkpointing": False, "disable_tqdm": True,
+        "dataloader_pin_memory": False, **settings,
+    }  # fmt: skip
+    if name == "kto":
+        from trl import KTOConfig as Config
+        from trl import KTOTrainer as Trainer
+
+        common["train_sampling_strategy"] = "sequential"
+    elif name == "simpo":
+        from trl.experimental.cpo import CPOConfig as Config
+        from trl.experimental.cpo import CPOTrainer as Trainer
+    elif name == "orpo":
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+    else:
+        from trl import DPOConfig as Config
+        from trl import DPOTrainer as Trainer
+    model = AutoModelForCausalLM.from_pretrained(folder / "tiny-base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tiny-base")
+    if name in ("orpo", "simpo"):
+        tokenizer.bos_token = None  # these two put one first, also where the tokenizer puts none
+    return Trainer(
+        model=model, args=Config(**common), train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_are_trl_s(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    name = case.partition(",")[0]
+    ours, theirs = CASES[case]
+    rows = JUDGED if name == "kto" else PAIRS
+    tiny_base_dir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config, _ = config_from(
+        {
+            "base": "x", "data": {"train": str(tmp_path / "rows.jsonl"), "chat_template": "none"}, "output": "x",
+            "preference": {"loss": name, **ours}, "adapter": {"rank": 4}, "schedule": {"steps": 1},
+        }
+    )  # fmt: skip
+    assert isinstance(config, TrainConfig)
+    base = load_text(str(tmp_path / "tiny-base"), dtype="float32")
+    found, _ = read_rows(config.data.files("train"), formats={"preference", "unpaired-preference"})
+    part = part_of(found, config, base)
+    adapter = create(base.model, config.adapter.spec(), seed=0)
+    gen = torch.Generator().manual_seed(1)
+    for p in adapter.pairs.values():
+        p.B = torch.randn(p.B.shape, generator=gen) * 0.05
+    peft_folder.write(adapter, tmp_path / "adapter", base_name="x", base=base.model)
+    with attach(base.model) as attachment:
+        attachment.add("run", adapter, trainable=True)
+        attachment.use("run")
+        preference = _preference(config, base, attachment, None, _call, ALONE)
+        assert preference is not None
+        preference.know(part.items, tmp_path / "reference.jsonl")
+        (step,), _ = planned_steps(part.items, config, part.rows)
+        preference.begin(step)
+        loss = sum(preference.loss(m.make()) for m in step.micros) / step.counted
+        torch.as_tensor(loss).backward()
+        got = {n: p.grad for n, p in attachment.parameters("run").items() if p.grad is not None}
+
+    trainer = trainer_of(name, tmp_path, rows, theirs)
+    set_peft_model_state_dict(trainer.model, load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    trainer.model.eval()  # no dropout; what is compared is one loss and its gradient
+    batch = next(iter(trainer.get_train_dataloader()))
+    wanted = trainer.compute_loss(trainer.model, batch)
+    if name == "orpo":  # TRL's likelihood term is over prompts too and averaged over the batch: the odds ratio alone
+        wanted = -trainer.odds_ratio_loss(*trainer.concatenated_forward(trainer.model, batch)[:2])[0].mean()
+    wanted.backward()
+    assert float(torch.as_tensor(loss).detach()) == pytest.approx(float(wanted.detach()), rel=1e-4)
+    grads = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    for full, grad in grads.items():
+        key = full.removeprefix("base_model.model.").replace(".lora_A.default.weight", ".A")
+        key = key.replace(".lora_B.default.weight", ".B")
+        if key in got:
+            assert (got[key] - grad).norm() <= 2e-3 * grad.norm() + 1e-7, key
+    assert {k.rpartition(".")[0] for k in got} == {
+        n.removeprefix("base_model.model.").partition(".lora_")[0] for n in grads
+    }
