@@ -46,6 +46,20 @@ SHARDED: dict[str, dict[str, Any]] = {
         "memory": {"shard": True},
     },
 }  # fmt: skip
+
+
+def preferences(folder: Path) -> dict[str, dict[str, Any]]:
+    """Answers compared, whole and sharded: kto's reference point is of the whole step."""
+    common = {
+        **NO_DROPOUT, "data": {"train": str(folder / "pairs.jsonl"), "split": 6}, "schedule": {"steps": 3},
+        "optimizer": {"learning_rate": 1e-3},
+    }  # fmt: skip
+    return {
+        "dpo": {**common, "preference": {"loss": "dpo", "nll": 0.5}},
+        "kto-shard": {**common, "preference": {"loss": "kto"}, "memory": {"shard": True}},
+    }
+
+
 PICTURES: dict[str, Any] = {"ema": {"decay": 0.6}, "samples": {"prompts": ["a cat"], "steps": 2}}
 
 
@@ -55,6 +69,7 @@ def numbers(events: list[Event]) -> dict[str, Any]:
         "losses": [e.loss for e in events if isinstance(e, Stepped)],
         "norms": [e.gradient_norm for e in events if isinstance(e, Stepped)],
         "tokens": [e.tokens for e in events if isinstance(e, Stepped)],
+        "extra": [e.extra for e in events if isinstance(e, Stepped)],
         "validation": [[e.loss, e.rows, e.trained_tokens, e.extra] for e in events if isinstance(e, Evaluated)],
         "notes": [e.text for e in events if isinstance(e, Note)],
     }
@@ -97,6 +112,8 @@ def main(folder: Path) -> None:
         held.clear()
         one(name, _train, **sections)
         seen[name]["held"] = list(held)
+    for name, sections in preferences(folder).items():
+        one(name, _train, **sections)
     one("pictures", train_pictures, **PICTURES)
     seen["not-finite"] = broken(rank, folder, float("nan"))
     dist.barrier()

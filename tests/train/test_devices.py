@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.tiny_base import tiny_base_dir
-from tests.train.shared_runs import ONE_ROW, PICTURES, SHARDED, numbers
+from tests.train.shared_runs import ONE_ROW, PICTURES, SHARDED, numbers, preferences
 from tests.train.test_run import ROOT, TENSORS, _train
 from tests.train.tiny_pictures import run as train_pictures
 from veneer.errors import ConfigError
@@ -131,6 +131,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for name, sections in SHARDED.items():
         memory = {"activation_checkpointing": "off"}
         runs.alone(name, _train, f"one-{name}", **{**sections, "memory": memory})
+    write_pairs(folder / "pairs.jsonl")
+    for name, sections in preferences(folder).items():
+        runs.alone(name, _train, f"one-{name}", **{**sections, "memory": {"activation_checkpointing": "off"}})
     runs.alone("pictures", train_pictures, "one-pictures", **PICTURES)
     assert launch(2, [sys.executable, "-m", "tests.train.shared_runs", str(folder)]) == 0
     runs.two = [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(2)]
@@ -146,16 +149,31 @@ def write_rows(path: Path) -> None:
                 file.write(json.dumps({"messages": [asked, answer]}) + "\n")
 
 
+def write_pairs(path: Path) -> None:
+    with path.open("w") as file:
+        for i in range(20):
+            prompt = f"The printer number {i} {'still ' * (i % 4)}does not work."
+            pair = {
+                "prompt": prompt,
+                "chosen": "Thank you, we look at it.",
+                "rejected": f"Try again{' later' * (i % 3)}.",
+            }
+            file.write(json.dumps(pair) + "\n")
+
+
 def same_adapter(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     for name, tensor in a.items():
         torch.testing.assert_close(tensor, b[name], rtol=0, atol=1e-5 * max(1.0, float(tensor.abs().max())))
 
 
-@pytest.mark.parametrize("name", ["two", "idle", *SHARDED, "pictures"])
+@pytest.mark.parametrize("name", ["two", "idle", *SHARDED, "dpo", "kto-shard", "pictures"])
 def test_two_processes_lose_and_learn_what_one_does(name: str, runs: Runs) -> None:
-    """With dropout, with a process that has nothing to do, sharded, with DoRA recomputed, full copies, pictures."""
+    """With dropout, with a process that has nothing to do, sharded, with DoRA recomputed, full copies, preferences,
+    pictures."""
     one, two = runs.one[name], runs.two[0][name]
+    for mine, other in zip(one["extra"], two["extra"], strict=True):
+        assert other == pytest.approx(mine, rel=1e-4, abs=1e-5)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert two["norms"] == pytest.approx(one["norms"], rel=1e-4)
     assert two["tokens"] == one["tokens"]

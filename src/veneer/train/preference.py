@@ -82,10 +82,11 @@ class Preference:
             item.reference = tuple(next(found) for _ in item.answers)
 
     def begin(self, step: Step) -> None:
-        """Before each step: z₀ of all its items, in their order, which no cut into micro-batches changes."""
+        """Before each step: z₀ of all its items, in the rows' order: how the step is cut does not change it."""
         self.seen = Means()
         if self.settings.loss == "kto":
-            self.point = self._point([item for micro in step.micros for item in micro.make().items])
+            items = [item for micro in step.micros for item in micro.make().items]
+            self.point = self._point(sorted(items, key=lambda item: (item.row, not item.desirable)))
 
     def measured(self) -> Means:
         """Of this process's pairs since `begin`."""
