@@ -209,7 +209,7 @@ def test_loss_and_gradient_are_the_formula_s_on_the_model_in_float64(loss: str, 
     z = torch.tensor(0.0, dtype=torch.float64)
     if loss == "kto":
         ratios = []
-        for e in mismatched(items, 2048):
+        for e in mismatched(sorted(items, key=lambda i: (i.row, not i.desirable)), 2048):
             ids, at = torch.tensor([e.input_ids]), [i for i, t in enumerate(e.trained) if t]
             both = [F.log_softmax(model(input_ids=ids).logits[0], -1) for model in (called, wide)]
             ratios.append(sum((a - b).detach()[i - 1, e.input_ids[i]] for i in at for a, b in [both]))
