@@ -64,6 +64,10 @@ GRID: list[dict[str, Any]] = [
     text("llama-110m", 1, 1024, 64), text("llama-110m", 4, 256, 4), text("llama-110m", 4, 256, 16, dtype="float32"),
     text("llama-100m", 4, 256), text("llama-100m", 2, 1024, 32, checkpointing=True),
     text("llama-100m", 2, 512, 16, 1.0, dtype="float32"), text("llama-100m", 1, 2048, 16),
+    text("smollm2-135m", 4, 512, quantise="nf4"), text("smollm2-135m", 1, 2048, 8, quantise="nf4"),
+    text("smollm2-135m", 4, 256, 16, checkpointing=True, quantise="nf4"),
+    text("llama-110m", 2, 512, 16, 1.0, quantise="nf4"), text("llama-100m", 2, 1024, 32, quantise="nf4"),
+    text("llama-100m", 4, 256, 16, quantise="int8"),
     image("emoji-sdxl", 32, 64), image("emoji-sdxl", 16, 128), image("emoji-sdxl", 64, 128),
     image("emoji-flux", 32, 64), image("emoji-flux", 16, 128), image("emoji-flux", 64, 128),
     image("emoji-flux", 32, 128, 64, checkpointing=True),
@@ -96,7 +100,10 @@ def _text(run: dict[str, Any]) -> dict[str, Any]:
 
     config = LlamaConfig(**WIDTHS[run["base"]], tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
     dtype = getattr(torch, run.get("dtype", "bfloat16"))
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    if "quantise" in run:
+        model: Any = _quantised(config, run["quantise"])
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     attachment = veneer.attach(model)
     spec = veneer.LoraSpec(rank=run["rank"])
     attachment.add("a", veneer.create(model, spec, seed=0), trainable=True)
@@ -116,6 +123,24 @@ def _text(run: dict[str, Any]) -> dict[str, Any]:
 
     with fast(model):
         return _steps(attachment, loss)
+
+
+def _quantised(config: Any, kind: str) -> Any:
+    """Read from a checkpoint that another process has written: the weights in full were never in this one."""
+    import torch
+
+    from veneer.models.quantise import load_quantised
+    from veneer.models.weights import tensor_table
+
+    folder = Path("base").absolute()
+    config.save_pretrained(folder)
+    code = (
+        "import sys, torch; from transformers import AutoConfig, AutoModelForCausalLM as M; "
+        "M.from_config(AutoConfig.from_pretrained(sys.argv[1]), dtype=torch.bfloat16).save_pretrained(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folder)], check=True, capture_output=True)
+    model, _ = load_quantised(folder, config, tensor_table(folder), kind, torch.bfloat16)
+    return model.eval().requires_grad_(False)
 
 
 def _image(run: dict[str, Any]) -> dict[str, Any]:
