@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.models.test_quantise import dequantised_twin
 from tests.tiny_base import tiny_base_dir
+from tests.tiny_gguf import tiny_gguf
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
@@ -169,3 +170,15 @@ def test_modules_trained_whole_start_as_what_the_codes_stand_for(shared: Path) -
     weight = adapter.modules["model.layers.0.mlp.up_proj"]["weight"]
     assert not isinstance(weight, Quantised)
     assert torch.equal(weight, base.model.get_parameter("model.layers.0.mlp.up_proj.weight").dense())  # type: ignore[attr-defined]
+
+
+def test_a_run_over_the_blocks_of_a_gguf_file_is_the_run_over_their_values(shared: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    tiny_gguf(file, quantised=True)
+    losses = []
+    for quantise in ("keep", None):
+        base = load_text(str(file), dtype="float32", quantise=quantise)
+        seen: list[Event] = []
+        _run(shared, tmp_path / f"run-{quantise}", base, on_event=seen.append, base={"quantise": quantise})
+        losses.append(_losses(seen))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
