@@ -307,7 +307,7 @@ def side_quality(kind: str, tokens: int) -> dict[str, Any]:
 def quality(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     import math
 
-    kinds = ["as stored", "nf4 dq", "nf4", "fp4", "int4", "int8"]
+    kinds = ["as stored", "nf4 dq", "nf4", "e2m1", "fp4", "int4", "int8"]
     found = {}
     for kind in kinds:
         found[kind] = _side("quality", json.dumps([kind, 8192 if quick else 32768]), Path())
@@ -315,8 +315,9 @@ def quality(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     rows = [row(k, "perplexity", math.exp(f["nll"]), "") for k, f in found.items()]
     nll = {k: f["nll"] for k, f in found.items()}
     bars = [
-        bar("nats by which nf4 with double quantisation is better than fp4", 0.0, nll["fp4"] - nll["nf4 dq"]),
-        bar("nats by which fp4 is better than int4", 0.0, nll["int4"] - nll["fp4"]),
+        bar("nats by which nf4 with double quantisation is better than e2m1", 0.0, nll["e2m1"] - nll["nf4 dq"]),
+        bar("nats by which e2m1 is better than int4", 0.0, nll["int4"] - nll["e2m1"]),
+        bar("nats by which bitsandbytes' fp4 is better than int4", 0.0, nll["int4"] - nll["fp4"]),
         bar("nats that double quantisation costs", 0.005, nll["nf4 dq"] - nll["nf4"], False),
     ]
     return report(rows, bars, {"tokens": found["nf4"]["tokens"]})

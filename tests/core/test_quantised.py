@@ -19,7 +19,7 @@ from veneer.core import codes as blocks
 from veneer.core.codes import KINDS, Blocks4, Rows8, dynamic_map, table
 from veneer.core.quantised import Quantised, dequantised, quantise, stacked
 
-FOUR = ("nf4", "fp4", "int4")
+FOUR = ("nf4", "fp4", "e2m1", "int4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

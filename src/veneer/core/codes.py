@@ -1,6 +1,6 @@
 """How frozen weights are kept in 4 and 8 bits: codes and constants, in bitsandbytes' layouts and arithmetic.
 
-    nf4, fp4, int4    w = table[code]·absmax                 a block of 64 weights has one absmax
+    nf4, fp4, …       w = table[code]·absmax                 a block of 64 weights has one absmax
     doubly            absmax = map[code₈]·absmax₂ + mean     a block of 256 absmax has one absmax₂; 4.127 bits a weight
     int8              w = code·absmax / 127                  one absmax a row
 
@@ -27,7 +27,7 @@ __all__ = [
     "BLOCK", "KINDS", "Blocks4", "Code", "Rows8", "Stacked", "code_of", "dynamic_map", "row_count", "table",
 ]  # fmt: skip
 
-KINDS = ("nf4", "fp4", "int4", "int8")
+KINDS = ("nf4", "fp4", "e2m1", "int4", "int8")
 BLOCK, NESTED = 64, 256
 _CHUNK = 1 << 20  # weights that the reference works on at once: its temporaries are several times as large
 
@@ -58,8 +58,10 @@ _TABLES = {
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
         0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ),
-    # a sign, two bits of exponent, one of mantissa, over the largest
+    # bitsandbytes' float: a sign, two bits of exponent, one of mantissa, over the largest, but for its one subnormal
     "fp4": tuple(s * v / 12 for s in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+    # the same with the subnormal that the format has, and whole numbers: the others of QLoRA's table 2
+    "e2m1": tuple(s * v / 6 for s in (1, -1) for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)),
     "int4": tuple(v / 7 for v in (*range(-7, 0), 0, *range(8))),
 }  # fmt: skip
 
