@@ -45,10 +45,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(
     shared: Path, output: Path, base: TextBase | None = None, *, resume: bool = False, on_event: Any = None,
-    **sections: Any,
+    quantise: str | None = "nf4", **sections: Any,
 ) -> RunResult:  # fmt: skip
     values: dict[str, Any] = {
-        "base": {"name": str(shared / "tiny-base"), "quantise": "nf4", "dtype": "float32"},
+        "base": {"name": str(shared / "tiny-base"), "quantise": quantise, "dtype": "float32"},
         "data": {"train": str(shared / "rows.jsonl"), "split": 4}, "output": str(output),
         "batching": {"rows": 4, "micro_rows": 2}, "optimizer": {"learning_rate": 3e-3}, "schedule": {"steps": 6},
         "adapter": {"rank": 4}, "checkpoint": {"every": 2},
@@ -179,6 +179,6 @@ def test_a_run_over_the_blocks_of_a_gguf_file_is_the_run_over_their_values(share
     for quantise in ("keep", None):
         base = load_text(str(file), dtype="float32", quantise=quantise)
         seen: list[Event] = []
-        _run(shared, tmp_path / f"run-{quantise}", base, on_event=seen.append, base={"quantise": quantise})
+        _run(shared, tmp_path / f"run-{quantise}", base, on_event=seen.append, quantise=quantise)
         losses.append(_losses(seen))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
