@@ -26,6 +26,8 @@ from typing import Any
 from _report import bar, lines_of, peak_bytes, report, row
 from text_training import ALPHA, LENGTH, LINEARS, RANK, RATE, ROWS, banking_rows, timed_steps, workload, write_workload
 
+from plan import in_process
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -182,9 +184,8 @@ def side_large(folder: Path, quantise: str, checkpointing: bool) -> dict[str, An
     from veneer.models.speed import fast
     from veneer.models.weights import tensor_table
 
-    start = time.perf_counter()
-    before = peak_bytes()
     config = AutoConfig.from_pretrained(folder)
+    before, start = peak_bytes(), time.perf_counter()
     if quantise:
         model, _ = load_quantised(folder, config, tensor_table(folder), quantise, torch.bfloat16)
     else:
@@ -209,11 +210,14 @@ def side_large(folder: Path, quantise: str, checkpointing: bool) -> dict[str, An
         times = []
         for _ in range(2):
             start = time.perf_counter()
-            loss = text_loss(model, ids, [TOKENS], trained) / trained.sum()
-            loss.backward()
+            nll = text_loss(model, ids, [TOKENS], trained) / trained.sum()
+            nll.backward()
             optimizer.step()
             optimizer.zero_grad()
             times.append(time.perf_counter() - start)
+            loss = float(nll.detach())
+            del nll  # its graph knows the joined weights
+        peak = peak_bytes()
     adapter = sum(p.nbytes for p in parameters)
     return {
         "parameters": sum(p.numel() for p in model.parameters() if not p.requires_grad),
@@ -225,15 +229,15 @@ def side_large(folder: Path, quantise: str, checkpointing: bool) -> dict[str, An
         "optimizer_bytes": 2 * adapter,
         "before_bytes": before,
         "loaded_bytes": loaded,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak,
         "load_seconds": seconds,
         "step_seconds": times[-1],
-        "loss": float(loss.detach()),
+        "loss": loss,
     }
 
 
 def _parts(size: str, kind: str, process: int) -> Any:
-    """What `veneer plan` counts for this step, part by part. `process`: Python and its libraries, as measured."""
+    """What `veneer plan` counts for this step, part by part. `process`: Python and its libraries, as calibrated."""
     from veneer.plan.memory import Load, text_memory
     from veneer.plan.shape import text_shape
     from veneer.plan.tables import Device
@@ -249,6 +253,7 @@ def _parts(size: str, kind: str, process: int) -> Any:
 
 def large(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     rows, bars = [], []
+    process = int(in_process(["--calibrate", "bfloat16"])["process"])
     for size in ["1B"] if quick else list(LARGE):
         with tempfile.TemporaryDirectory() as name:
             write_large(size, Path(name))
@@ -270,7 +275,7 @@ def large(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
                     "optimizer": "optimizer_bytes", "peak after loading": "loaded_bytes", "peak": "peak_bytes",
                 }.items()
             ]  # fmt: skip
-            parts = _parts(size, kind, got["before_bytes"])
+            parts = _parts(size, kind, process)
             rows += [row(label, f"part: {part}", value / 1e9, "GB") for part, value in parts.parts.items() if value]
             rows.append(row(label, "sum of the parts", parts.peak / 1e9, "GB"))
             rows.append(row(label, "a step", got["step_seconds"], "s"))

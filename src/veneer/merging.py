@@ -209,10 +209,10 @@ def compare(
             plain = [_nll(_log_probabilities(base.model, row, device), row) for row in rows]
         target = _target(base, dtype)
         merged: dict[str, Callable[[], Any]] = {"seen": partial(merged_model, base.model, mix, target)}
-        for kind in requantise:
-            merged[kind] = partial(_merged_and_quantised, base, mix, target, kind)
         if original is not None:
             merged["original"] = partial(_merged_on, original, adapters, target, allow_other_base)
+        for kind in requantise:
+            merged[kind] = partial(_merged_and_quantised, base, mix, target, kind)
         for name, make in merged.items():
             model = make().eval()
             parts = [_apart(p, _log_probabilities(model, row, device), row) for p, row in zip(exact, rows, strict=True)]

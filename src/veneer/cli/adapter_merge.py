@@ -175,13 +175,14 @@ _WAYS = {"seen": "the weights it was trained on", "original": "the 16-bit weight
 
 def _table(found: Mapping[str, Difference], seen: str) -> None:
     one = next(iter(found.values()))
+    ways = {name: _WAYS.get(name, f"{name}, quantised again") for name in found}
+    ways |= {"seen": f"{_WAYS['seen']} ({seen}, in full)"} if seen else {}
+    width = max(map(len, ways.values()))
     print(f"{one.tokens:,} held-out tokens; loss of the base {one.base_loss:.4f}, unmerged {one.unmerged_loss:.4f}")
-    print(f"{'merged into':<32} {'KL (nats)':>10} {'largest':>9} {'same word':>10} {'loss':>8} {'gain kept':>10}")
+    print(f"{'merged into':<{width}} {'KL (nats)':>10} {'largest':>9} {'same word':>10} {'loss':>8} {'gain kept':>10}")
     for name, d in found.items():
-        way = _WAYS.get(name, f"{name}, quantised again")
-        way = f"{way} ({seen}, in full)" if name == "seen" and seen else way
         numbers = f"{d.kl:>10.2e} {d.kl_most:>9.2e} {d.agree:>10.1%} {d.loss:>8.4f} {d.kept:>10.1%}"
-        print(f"{way:<32} {numbers}")
+        print(f"{ways[name]:<{width}} {numbers}")
 
 
 def _merge_shards(
