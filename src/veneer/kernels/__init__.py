@@ -8,6 +8,7 @@ Knows raw tensors; imports torch and nothing of veneer.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -32,6 +33,7 @@ __all__ = [
     "kept_memory",
     "load",
     "page_out",
+    "peak_resident",
     "returned_memory",
     "serving",
     "status",
@@ -287,6 +289,22 @@ def returned_memory() -> Iterator[None]:
     finally:
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc's own rule ends
         trim(0)
+
+
+def peak_resident() -> int:
+    """The most memory this process has held, in bytes. On Linux not ru_maxrss, which begins at what the parent held
+    when it started us."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    try:
+        import resource
+    except ImportError:  # Windows has no resource module
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 _MADV_PAGEOUT = 21  # Linux 5.4

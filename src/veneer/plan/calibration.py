@@ -212,11 +212,10 @@ def _random_rows(base: Any, load: Load, generator: Any) -> tuple[Any, Any]:
 
 
 def _peak(cuda: bool) -> int:
+    from veneer import kernels
+
     if cuda:
         import torch
 
         return int(torch.cuda.max_memory_allocated())
-    import resource
-    import sys
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return kernels.peak_resident()

@@ -13,10 +13,8 @@ devices share the work.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -30,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
+from veneer.kernels import peak_resident
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices
 from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Stopped
@@ -443,17 +442,7 @@ def peak_memory_bytes() -> int:
     """The most memory the process has held: on CUDA what torch allocated there, else resident memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
-    with contextlib.suppress(OSError, StopIteration):  # ru_maxrss begins at what the parent held when it started us
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    try:
-        import resource
-    except ImportError:  # Windows has no resource module
-        import psutil
-
-        return int(psutil.Process().memory_info().rss)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    return peak_resident()
 
 
 @contextmanager
