@@ -19,8 +19,11 @@ def pair(seed: str = "", rank: int = 2, scale: float = 0.5) -> Pair:
     return Pair(numbers((rank, 6), f"A{seed}", torch.float64), numbers((8, rank), f"B{seed}", torch.float64), scale)
 
 
+SCALES = st.floats(-3, 3).filter(lambda s: s == 0 or abs(s) > 1e-100)  # a square of less is below float64's numbers
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 4), st.floats(-3, 3), st.floats(-3, 3))
+@given(st.integers(1, 4), st.integers(1, 4), SCALES, SCALES)
 def test_the_error_is_that_of_the_dense_difference(r1, r2, s1, s2):
     a, b = pair("a", r1, s1), pair("b", r2, s2)
     whole, off = by_hand(a).norm(), (by_hand(a) - by_hand(b)).norm()
