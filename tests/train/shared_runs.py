@@ -56,6 +56,13 @@ def preferences(folder: Path) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
     return {
         "dpo": {**common, "preference": {"loss": "dpo", "nll": 0.5}},
+        # three micro-batches for two: one is run a second time and must not be counted
+        "dpo-shard": {
+            **common,
+            "preference": {"loss": "dpo"},
+            "batching": {"rows": 3, "micro_rows": 1},
+            "memory": {"shard": True},
+        },
         "kto-shard": {**common, "preference": {"loss": "kto"}, "memory": {"shard": True}},
     }
 

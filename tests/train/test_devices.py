@@ -21,7 +21,7 @@ from torch import nn
 
 from tests.tiny_base import tiny_base_dir
 from tests.train.shared_runs import ONE_ROW, PICTURES, SHARDED, numbers, preferences
-from tests.train.test_run import ROOT, TENSORS, _train
+from tests.train.test_run import ROOT, TENSORS, _train, write_rows
 from tests.train.tiny_pictures import run as train_pictures
 from veneer.errors import ConfigError
 from veneer.formats.container import read_tensors
@@ -140,15 +140,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return runs
 
 
-def write_rows(path: Path) -> None:
-    with path.open("w") as file:
-        for i in range(20):
-            for thing, team in (("printer", "it"), ("invoice", "billing")):
-                asked = {"role": "user", "content": f"The {thing} number {i} {'still ' * (i % 4)}does not work."}
-                answer = {"role": "assistant", "content": json.dumps({"team": team})}
-                file.write(json.dumps({"messages": [asked, answer]}) + "\n")
-
-
 def write_pairs(path: Path) -> None:
     with path.open("w") as file:
         for i in range(20):
@@ -167,7 +158,7 @@ def same_adapter(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
         torch.testing.assert_close(tensor, b[name], rtol=0, atol=1e-5 * max(1.0, float(tensor.abs().max())))
 
 
-@pytest.mark.parametrize("name", ["two", "idle", *SHARDED, "dpo", "kto-shard", "pictures"])
+@pytest.mark.parametrize("name", ["two", "idle", *SHARDED, "dpo", "dpo-shard", "kto-shard", "pictures"])
 def test_two_processes_lose_and_learn_what_one_does(name: str, runs: Runs) -> None:
     """With dropout, with a process that has nothing to do, sharded, with DoRA recomputed, full copies, preferences,
     pictures."""

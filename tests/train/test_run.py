@@ -46,13 +46,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base and forty tickets."""
     folder = tmp_path_factory.mktemp("run")
     tiny_base_dir(folder)
-    with (folder / "rows.jsonl").open("w") as file:
+    write_rows(folder / "rows.jsonl")
+    return folder
+
+
+def write_rows(path: Path) -> None:
+    with path.open("w") as file:
         for i in range(20):
             for thing, team in (("printer", "it"), ("invoice", "billing")):
                 asked = {"role": "user", "content": f"The {thing} number {i} {'still ' * (i % 4)}does not work."}
                 answer = {"role": "assistant", "content": json.dumps({"team": team})}
                 file.write(json.dumps({"messages": [asked, answer]}) + "\n")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -313,7 +313,7 @@ def _share(run: _Run, number: int, counted: int, micros: Sequence[Micro]) -> _Sh
 
 
 def _measured(run: _Run) -> Means:
-    return replace(run.measured()) if run.measured is not None else Means()
+    return Means.total([run.measured()] if run.measured is not None else [])  # a copy: what follows may not count
 
 
 def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micro], progress: Progress) -> None:
