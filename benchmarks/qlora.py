@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from _report import bar, lines_of, peak_bytes, report, row
-from text_training import ALPHA, LENGTH, LINEARS, RANK, RATE, ROWS, banking_rows, timed_steps, workload, write_workload
+from text_training import ALPHA, LINEARS, RANK, RATE, banking_rows, side_peft, side_veneer, write_workload
 
 from plan import in_process
 
@@ -34,71 +34,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 
-def side_veneer(work: Path, quantise: str | None, keep: int = 0) -> dict[str, Any]:
-    import torch
-
-    import veneer
-    from veneer.models.loss import text_loss
-    from veneer.models.speed import fast
-
-    base_path, ids = workload(work)
-    base = veneer.load_base(base_path, dtype="bfloat16", device="cpu", quantise=quantise)
-    attachment = veneer.attach(base.model)
-    attachment.add("a", veneer.load_adapter(base, work / "start"), trainable=True)
-    attachment.use("a")
-    optimizer = torch.optim.AdamW(list(attachment.parameters("a").values()), lr=RATE, weight_decay=0.0, fused=True)
-    trained = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
-    trained[:, int(LENGTH * 0.75) :] = True
-
-    def step(rows: Any) -> float:
-        loss = text_loss(base.model, rows.flatten(), [LENGTH] * ROWS, trained.flatten()) / trained.sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    base.model.train()
-    with fast(base.model, keep=keep) as how:
-        return timed_steps(ids, step) | {"how": how.summary(), "notes": base.notes}
-
-
-def side_peft(work: Path, four_bits: bool) -> dict[str, Any]:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    base_path, ids = workload(work)
-    options: dict[str, Any] = {}
-    if four_bits:
-        options["device_map"] = {"": "cpu"}
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
-    model: Any = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.bfloat16, **options)
-    model = PeftModel.from_pretrained(model, str(work / "start"), is_trainable=True)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
-    model.train()
-
-    def step(rows: Any) -> float:
-        labels = rows.clone()
-        labels[:, : int(LENGTH * 0.75)] = -100
-        loss = model(input_ids=rows, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return timed_steps(ids, step)
-
-
 SPEED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "veneer nf4": lambda work: side_veneer(work, "nf4"),
-    "bitsandbytes nf4 + peft": lambda work: side_peft(work, True),
+    "bitsandbytes nf4 + peft": lambda work: side_peft(work, "nf4"),
     "veneer nf4, all kept dequantised": lambda work: side_veneer(work, "nf4", 1 << 40),
     "veneer int8": lambda work: side_veneer(work, "int8"),
     "veneer bf16": lambda work: side_veneer(work, None),
-    "peft bf16": lambda work: side_peft(work, False),
+    "peft bf16": lambda work: side_peft(work, "bf16"),
 }
 
 

@@ -76,7 +76,8 @@ def timed_steps(ids: Any, step: Callable[[Any], float]) -> dict[str, Any]:
 # -- the sides ---------------------------------------------------------------------------------------------------------
 
 
-def side_veneer(work: Path, native: bool = True) -> dict[str, Any]:
+def side_veneer(work: Path, quantise: str | None = None, keep: int = 0) -> dict[str, Any]:
+    """`quantise`, `keep`: as `load_text` and `fast` have them."""
     import torch
 
     import veneer
@@ -84,7 +85,7 @@ def side_veneer(work: Path, native: bool = True) -> dict[str, Any]:
     from veneer.models.speed import fast
 
     base_path, ids = workload(work)
-    base = veneer.load_base(base_path, dtype="bfloat16", device="cpu")
+    base = veneer.load_base(base_path, dtype="bfloat16", device="cpu", quantise=quantise)
     attachment = veneer.attach(base.model)
     attachment.add("a", veneer.load_adapter(base, work / "start"), trainable=True)
     attachment.use("a")
@@ -101,19 +102,26 @@ def side_veneer(work: Path, native: bool = True) -> dict[str, Any]:
         return float(loss.detach())
 
     base.model.train()
-    with fast(base.model) as how:
-        return timed_steps(ids, step) | {"how": how.summary()}
+    with fast(base.model, keep=keep) as how:
+        return timed_steps(ids, step) | {"how": how.summary(), "notes": base.notes}
 
 
 def side_peft(work: Path, mode: str) -> dict[str, Any]:
-    """PEFT and transformers with a loop by hand. mode: bf16, fp32-autocast, bf16-checkpointing."""
+    """PEFT and transformers with a loop by hand. mode: bf16, fp32-autocast, bf16-checkpointing, nf4."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     base_path, ids = workload(work)
     dtype = torch.float32 if mode.startswith("fp32") else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(base_path, dtype=dtype, attn_implementation="sdpa")
+    options: dict[str, Any] = {}
+    if mode == "nf4":
+        options["device_map"] = {"": "cpu"}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_pretrained(base_path, dtype=dtype, attn_implementation="sdpa", **options)
     model = PeftModel.from_pretrained(model, str(work / "start"), is_trainable=True)
     if mode.endswith("checkpointing"):
         model.gradient_checkpointing_enable()

@@ -25,6 +25,7 @@ from veneer.core.init import create
 from veneer.errors import ConfigError, DataError, Interrupted, PreflightError
 from veneer.formats import peft
 from veneer.formats.card import read_card
+from veneer.models.shard import call_whole
 from veneer.models.speed import fast
 from veneer.models.text import TextBase, load_text
 from veneer.train.config import TrainConfig, config_from
@@ -33,7 +34,7 @@ from veneer.train.events import Checked, Evaluated, Event, Note, Resolved, Stepp
 from veneer.train.pairs import mismatched
 from veneer.train.report import read_log
 from veneer.train.rows import read_rows
-from veneer.train.run import RunResult, _call, _preference, train_text
+from veneer.train.run import RunResult, _preference, train_text
 from veneer.train.run_data import part_of, planned_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,7 +180,7 @@ def test_loss_and_gradient_are_the_formula_s_on_the_model_in_float64(loss: str, 
         attachment.add("run", adapter, trainable=True)
         attachment.use("run")
         stack.enter_context(fast(base.model))
-        preference = _preference(config, base, attachment, None, _call, ALONE)
+        preference = _preference(config, base, attachment, None, call_whole, ALONE)
         assert preference is not None
         preference.know(part.items, tmp_path / "reference.jsonl")
         (step,), _ = planned_steps(part.items, config, part.rows)

@@ -13,11 +13,12 @@ from tests.tiny_base import tiny_base_dir
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.formats import peft as peft_folder
+from veneer.models.shard import call_whole
 from veneer.models.text import load_text
 from veneer.train.config import TrainConfig, config_from
 from veneer.train.devices import ALONE
 from veneer.train.rows import read_rows
-from veneer.train.run import _call, _preference
+from veneer.train.run import _preference
 from veneer.train.run_data import part_of, planned_steps
 
 pytestmark = pytest.mark.peers
@@ -104,7 +105,7 @@ def test_loss_and_gradient_are_trl_s(case: str, tmp_path: Path, monkeypatch: pyt
     with attach(base.model) as attachment:
         attachment.add("run", adapter, trainable=True)
         attachment.use("run")
-        preference = _preference(config, base, attachment, None, _call, ALONE)
+        preference = _preference(config, base, attachment, None, call_whole, ALONE)
         assert preference is not None
         preference.know(part.items, tmp_path / "reference.jsonl")
         (step,), _ = planned_steps(part.items, config, part.rows)

@@ -105,8 +105,9 @@ def merge(
     want = dtype or stored
     # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.
     exact = want if want == stored else "float32"
-    first = load_text(base, dtype=exact, quantise=seen or None, say=_say)
     original = load_text(base, dtype=exact, say=_say) if seen and (into == "original" or check) else None
+    alone = original if into == "original" and not check else None  # then nothing asks for what was seen
+    first = alone or load_text(base, dtype=exact, quantise=seen or None, say=_say)
     found: dict[str, Difference] = {}
     if check:
         found = _compared(first, original, adapters, check, check_rows, requantise, want, allow_other_base)
@@ -144,7 +145,7 @@ def _seen(adapters: list[str]) -> str:
         shown = "; ".join(f"{', '.join(names)}: {kind or '16 bits'}" for kind, names in kinds.items())
         raise ConfigError(
             f"these adapters were trained over one base in different precisions ({shown})",
-            fix="merge one after another, or all with --into original",
+            fix="merge those of one precision together, the others into a model of their own",
         )
     return next(iter(kinds))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from veneer import kernels
 
 __all__ = [
     "BLOCK", "KINDS", "Blocks4", "Code", "Rows8", "Stacked", "code_of", "dynamic_map", "row_count", "table",
+    "with_tensors",
 ]  # fmt: skip
 
 KINDS = ("nf4", "fp4", "e2m1", "int4", "int8")
@@ -141,21 +142,26 @@ class Blocks4:
         at = torch.arange(start // 2, (start + count + 1) // 2, device=self.packed.device)
         both = self.packed[at]
         codes = torch.stack([both >> 4, both & 15], 1).flatten()[start % 2 :][:count]
-        blocks = torch.arange(start, start + count, device=self.packed.device) // self.block
-        return table(self.kind, self.packed.device)[codes.int()] * self._absmax()[blocks]
+        first, last = self._blocks(start, count)
+        blocks = torch.arange(start, start + count, device=self.packed.device) // self.block - first
+        return table(self.kind, self.packed.device)[codes.int()] * self._absmax(first, last)[blocks]
 
     def _by_bitsandbytes(self, library: Any, dtype: torch.dtype, start: int, count: int) -> Tensor:
         """The same by its kernels for GPUs."""
-        blocks = slice(start // self.block, -(-(start + count) // self.block))
-        absmax, packed = self._absmax()[blocks].contiguous(), self.packed[start // 2 : (start + count + 1) // 2]
+        absmax, packed = self._absmax(*self._blocks(start, count)), self.packed[start // 2 : (start + count + 1) // 2]
         out: Tensor = library.dequantize_4bit(packed[:, None], absmax, self.block, self.kind, (1, count), dtype)
         return out.flatten()
 
-    def _absmax(self) -> Tensor:
+    def _blocks(self, start: int, count: int) -> tuple[int, int]:
+        return start // self.block, -(-(start + count) // self.block)
+
+    def _absmax(self, first: int, last: int) -> Tensor:
+        """Of blocks first … last, float32."""
+        own = self.absmax[first:last]
         if self.absmax2 is None or self.mean is None:
-            return self.absmax
-        by = self.absmax2.repeat_interleave(self.nested)[: len(self.absmax)]
-        return dynamic_map(self.absmax.device)[self.absmax.int()] * by + self.mean
+            return own
+        by = self.absmax2[torch.arange(first, last, device=own.device) // self.nested]
+        return dynamic_map(own.device)[own.int()] * by + self.mean
 
 
 def _blocks4(weight: Tensor, kind: str, double: bool) -> Blocks4:
@@ -273,6 +279,12 @@ class Stacked:
                 found.append(part.dense(dtype, low, high))
             at += row_count(part)
         return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def with_tensors(code: Code, tensors: Iterable[Tensor]) -> Code:
+    """The same code over other tensors, given in the order of `code.tensors()`."""
+    values = iter(tensors)
+    return code.moved(lambda _: next(values))
 
 
 def row_count(code: Code) -> int:

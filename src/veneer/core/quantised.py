@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from veneer.core.codes import KINDS, Code, Stacked, code_of, row_count
+from veneer.core.codes import KINDS, Code, Stacked, code_of, row_count, with_tensors
 
 __all__ = ["Quantised", "dequantised", "quantise", "stacked"]
 
@@ -98,8 +98,7 @@ class Quantised(torch.Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], rest: Any, size: Any, stride: Any) -> Quantised:
         code, *view = rest
-        values = iter(inner.values())
-        return Quantised(code.moved(lambda _: next(values)), *view)
+        return Quantised(with_tensors(code, inner.values()), *view)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Quantised:
         out = self.like(self.code.moved(Tensor.clone))

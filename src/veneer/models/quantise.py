@@ -219,10 +219,10 @@ def _quantiser(kind: str) -> Iterator[Any]:
         del AUTO_QUANTIZER_MAPPING["veneer"], AUTO_QUANTIZATION_CONFIG_MAPPING["veneer"]
 
 
-def original_weight(path: Path, table: list[StoredTensor], name: str) -> Tensor:
+def original_weight(path: Path, stored: Mapping[str, StoredTensor], name: str) -> Tensor:
     """The stored weight `name` of a base that is quantised while it is read. Raises BaseError where the files keep it
     under another name or in parts (transformers joins and renames the weights of some families)."""
-    found = next((t for t in table if t.name == name), None)
+    found = stored.get(name)
     if found is None:
         raise BaseError(f"the files have no weight {name}", where=str(path), fix="use another init than loftq")
     return _read(found)

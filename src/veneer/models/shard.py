@@ -22,9 +22,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
+from veneer.core.codes import with_tensors
 from veneer.core.quantised import Quantised
 
-__all__ = ["Call", "blocks", "held_bytes", "shard"]
+__all__ = ["Call", "blocks", "call_whole", "held_bytes", "shard"]
 
 T = TypeVar("T")
 
@@ -33,6 +34,11 @@ class Call(Protocol):
     """Calls a function while the weights are at hand."""
 
     def __call__(self, act: Callable[..., T], /, *args: Any) -> T: ...
+
+
+def call_whole(act: Callable[..., T], /, *args: Any) -> T:
+    """The `Call` of a model that is not sharded: its weights are at hand anyway."""
+    return act(*args)
 
 
 class _Whole(nn.Module):
@@ -84,8 +90,8 @@ class _Apart:
     def whole(self) -> Quantised:
         codes = [getattr(self.owner, name) for name in self.names]
         shapes = [t.shape for t in self.absent.code.tensors().values()]
-        values = iter(code.detach().view(shape) for code, shape in zip(codes, shapes, strict=True))
-        return self.absent.like(self.absent.code.moved(lambda _: next(values)))
+        values = (code.detach().view(shape) for code, shape in zip(codes, shapes, strict=True))
+        return self.absent.like(with_tensors(self.absent.code, values))
 
     def put(self, weight: Quantised) -> None:
         for module, name in self.places:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,11 @@ class TextBase:
 
     def original(self, name: str) -> torch.Tensor:
         """The weight of a quantised base as its files have it, in 16 or 32 bits. Raises BaseError."""
-        return original_weight(self.directory, tensor_table(self.directory), name)
+        return original_weight(self.directory, self._stored, name)
+
+    @cached_property
+    def _stored(self) -> dict[str, StoredTensor]:
+        return {t.name: t for t in tensor_table(self.directory)}
 
     @property
     def has_chat_template(self) -> bool:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from veneer.core import preference as formulas
 from veneer.models.loss import row_logps
-from veneer.models.shard import Call
+from veneer.models.shard import Call, call_whole
 from veneer.train.batches import collate, grouped
 from veneer.train.devices import ALONE, Devices
 from veneer.train.encode import Example
@@ -59,7 +59,7 @@ class Preference:
     whose: str = ""
     micro_tokens: int = 2048
     max_length: int = 2048
-    call: Call = lambda act, *args: act(*args)
+    call: Call = call_whole
     devices: Devices = ALONE
     point: float = 0.0
     """kto's z₀ in the step that is under way."""
@@ -190,7 +190,7 @@ def answer_logps(
     micro_tokens: int,
     *,
     interrupted: Callable[[], bool] = lambda: False,
-    call: Call = lambda act, *args: act(*args),
+    call: Call = call_whole,
     devices: Devices = ALONE,
 ) -> list[float] | None:
     """Σ log p of the trained tokens of each example, in eval mode and without gradient; None when `interrupted()` on

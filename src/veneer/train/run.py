@@ -30,7 +30,7 @@ from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.errors import ConfigError, Interrupted
 from veneer.models.loss import text_loss
-from veneer.models.shard import Call, blocks, held_bytes, shard
+from veneer.models.shard import Call, blocks, call_whole, held_bytes, shard
 from veneer.models.sources import find
 from veneer.models.speed import fast
 from veneer.models.text import load_text
@@ -418,14 +418,10 @@ def _attached(
                 ) from error
         tell(Note(undo.enter_context(fast(model, hold=not sharded, keep=0 if sharded else keep)).summary()))
         if not sharded:
-            yield attachment, base, _call
+            yield attachment, base, call_whole
             return
         whole, device = held_bytes(model), torch.device(devices.device)
         call = shard(model, blocks(model), device)
         attachment.adapters[NAME].move(device)
         tell(Note(f"sharded over {devices.count} devices: this one holds {size(held_bytes(model))} of {size(whole)}"))
         yield attachment, replace(base, device=device), call
-
-
-def _call(act: Callable[..., Any], /, *args: Any) -> Any:
-    return act(*args)
