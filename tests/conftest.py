@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,6 +14,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process each core: more threads wou
         os.environ.setdefault(name, "1")
 
 
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VENEER_HOME", str(tmp_path_factory.getbasetemp() / "veneer-home"))
+@pytest.fixture(autouse=True, scope="module")
+def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A file's own, so that what one publishes changes no message in another, in whatever order they run. Compiled
+    kernels are shared: they are named by what they were compiled from."""
+    home = tmp_path_factory.mktemp("veneer-home")
+    kernels = tmp_path_factory.getbasetemp() / "kernels"
+    kernels.mkdir(exist_ok=True)
+    (home / "kernels").symlink_to(kernels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VENEER_HOME", str(home))
+        yield

@@ -64,7 +64,6 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """The first block's commands up to the server's start, and the server."""
-    os.environ["VENEER_HOME"] = str(tmp_path_factory.getbasetemp() / "veneer-home")
     made = Place(tmp_path_factory.mktemp("serve"))
     first = blocks(PAGE, "")[0].splitlines()
     assert len(first) == 5
