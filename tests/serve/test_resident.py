@@ -190,6 +190,19 @@ def test_twice_as_many_as_fit_take_turns() -> None:
     assert len(shop.reads) < sum(served.values()) / 4
 
 
+def test_pinned_after_it_was_dropped_in_use_stays() -> None:
+    shop = Shop(LETTERS)
+    residents = shop.residents(2)
+    one = Asked(residents, "a")
+    shop.run()
+    residents.drop("a")
+    residents.pin("a")
+    one.end()
+    assert list(residents.resident()) == ["a"]
+    residents.drop("a")
+    assert not residents.resident()
+
+
 def test_pinned_stays() -> None:
     shop = Shop(LETTERS)
     residents = shop.residents(2)

@@ -209,9 +209,11 @@ class Residents(Generic[T]):
         result.release()
 
     def pin(self, digest: str) -> None:
-        """Never evict an adapter that is in memory, until `unpin` or `drop`. Raises KeyError where it is not there."""
+        """Never evict an adapter that is in memory, until `unpin` or `drop`; one that was dropped and is still in use
+        stays after all. Raises KeyError where it is not there."""
         with self._changing():
-            self._slots[digest].pinned = True
+            slot = self._slots[digest]
+            slot.pinned, slot.doomed = True, False
 
     def unpin(self, digest: str) -> None:
         self._let_go(digest, drop=False)
