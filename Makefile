@@ -16,7 +16,7 @@ AT_ONCE := -n 2 --dist loadfile
 BENCH ?= text_training
 BENCH_FLAGS ?=
 
-.PHONY: help quickstart image-quickstart test test-slow test-peers test-gpu check format bench clean distclean
+.PHONY: help quickstart image-quickstart test test-slow test-random test-peers test-gpu check format bench clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test: $(VENV)/.ready-dev ## the default tests: CPU, no network, two files at a t
 
 test-slow: $(VENV)/.ready-dev ## tests that take longer, the wheel among them
 	@$(RUN) -m pytest -m slow $(TEST_FLAGS)
+
+test-random: $(VENV)/.ready-dev ## the default tests with new examples of every property
+	@$(RUN) -m pytest $(AT_ONCE) --hypothesis-profile=fresh $(TEST_FLAGS)
 
 test-peers: $(VENV)/.ready-peers $(VLLM_VENV)/.ready ## comparisons with other tools
 	@$(RUN) -m pytest -m peers $(TEST_FLAGS)

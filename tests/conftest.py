@@ -1,4 +1,5 @@
-"""For every test: no hub, and a veneer home of its own, so that cached bases are neither used nor changed."""
+"""For every test: no hub, a veneer home of its own, so that cached bases are neither used nor changed, and the same
+examples of a property at every run; `make test-random` draws new ones."""
 
 from __future__ import annotations
 
@@ -6,12 +7,16 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when first imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process each core: more threads would only wait for one another
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # read when torch is first imported, here and in subprocesses
         os.environ.setdefault(name, "1")
+
+settings.register_profile("same", max_examples=60, deadline=None, derandomize=True)
+settings.register_profile("fresh", max_examples=60, deadline=None)
 
 
 @pytest.fixture(autouse=True, scope="module")

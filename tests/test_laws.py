@@ -7,16 +7,13 @@ import math
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from veneer.core import Adapter, LoraSpec, Pair, attach, create, delta, merged_state
 from veneer.core.adapter import alpha_of, scale_of
 from veneer.core.forms import Delta
-
-settings.register_profile("laws", max_examples=60, deadline=None, derandomize=True)
-settings.load_profile("laws")
 
 strengths = st.floats(-2, 2).filter(lambda s: abs(s) > 1e-3)
 
