@@ -36,7 +36,7 @@ from _report import bar, lines_of, report, row  # noqa: E402
 from drawings import draw, load_drawings  # noqa: E402
 from edges import edges  # noqa: E402
 from fidelity import image_of, sheet  # noqa: E402
-from image_quickstart import HERE, openmoji, table_of_names, write_pictures  # noqa: E402
+from image_quickstart import BASE_STYLE, HERE, LATER, openmoji, table_of_names, write_pictures  # noqa: E402
 from judge import STYLES, judge, load_judge  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -47,7 +47,7 @@ from veneer.mixing import mix as mix_adapters  # noqa: E402
 
 STRENGTHS = (0.0, 0.5, 1.0)
 STYLE, CONTENT = ("pixel", "histogram", "features"), ("top 1", "top 5")
-Mix = list[tuple[str, float]]
+Mix = Sequence[str | tuple[str, float]]
 
 
 def main() -> None:
@@ -133,7 +133,7 @@ class Proof:
         made = []
         for seed in self.seeds:
             drawn = veneer.image(
-                self.base, list(prompts), adapters=[a for a in mix if a[1]], seed=seed * 1000, batch_size=32, **options
+                self.base, list(prompts), adapters=list(mix), seed=seed * 1000, batch_size=32, **options
             )
             made += [tensor(each.image) for each in drawn]
         return torch.stack(made)
@@ -155,10 +155,10 @@ class Proof:
     def style_and_content(self, style: str) -> None:
         for group, names in (("known to the base", self.known), ("new to the base", self.new)):
             found = {}
-            prompts = [f"{n}, openmoji style" for n in names]
+            prompts = [f"{n}, {BASE_STYLE} style" for n in names]
             kept = {}
             for strength in STRENGTHS:
-                kept[strength] = self.pictures(prompts, [(style, strength)])
+                kept[strength] = self.pictures(prompts, [f"{style}:{strength:g}{LATER}"] if strength else [])
                 found[strength] = self.compared(kept[strength], names)
                 self.add(f"{group}, adapter at {strength:g}" if strength else f"{group}, base", found[strength])
             real = torch.stack([self.real[n] for n in names] * len(self.seeds))
@@ -204,11 +204,11 @@ class Proof:
         self.bars.append(bar("subject: prior preservation keeps the class nearer", 0, kept[0] - kept[1]))
 
     def stack(self, style: str, subject: str) -> None:
-        prompts = [f"{face} zibbo cat, openmoji style" for face in FACES]
+        prompts = [f"{face} zibbo cat" for face in FACES]
         reference = self.features(torch.stack([tensor(Image.fromarray(draw(svg(f)))) for f in FACES])).mean(0)
         mixes: dict[str, Mix] = {
             "base": [], "style alone": [(style, 1.0)], "subject alone": [(subject, 1.0)],
-            "both, plain sum": [(style, 1.0), (subject, 1.0)],
+            "both, plain sum": [(style, 1.0), (subject, 1.0)], "both, subject at 0.6": [(style, 1.0), (subject, 0.6)],
         }  # fmt: skip
         for method in ("orthogonal", "ties"):
             out = self.runs / self.given.base / f"both-{method}.safetensors"
@@ -254,7 +254,7 @@ class Proof:
                 path = self.runs / "control.png"
                 image_of(line).save(path)
                 controls = [f"edges={path}:1"] if controlled else []
-                pictures.append(self.pictures([f"{name}, openmoji style"], mix, controls=controls)[0])
+                pictures.append(self.pictures([f"{name}, {BASE_STYLE} style"], mix, controls=controls)[0])
             got = torch.stack(pictures)
             agreement = sum(f1(edges(p[None])[0], line) for p, line in zip(got, lines, strict=True)) / len(names)
             self.add(f"composition, {label}", {"edges": agreement})

@@ -29,6 +29,10 @@ from veneer.models.image_grid import sheet
 
 HERE = Path(__file__).resolve().parent / "openmoji"
 STRENGTHS = (0.0, 0.5, 1.0)
+BASE_STYLE = "noto"
+"""A word that the base knows: what it draws well, the adapter then gives OpenMoji's look."""
+LATER = "@steps=0.25-1"
+"""The first quarter of the steps decides what is drawn and where; it is the base's."""
 console = Console(highlight=False)
 
 
@@ -53,12 +57,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     step(4, f"Drawing: {len(names['held out'][: args.names])} names that were not among the 50")
     shown = names["held out"][: args.names]
-    prompts = [f"{name}, openmoji style" for _, name in shown]
+    prompts = [f"{name}, {BASE_STYLE} style" for _, name in shown]
     drawn = {
         strength: [
             made.image
             for made in veneer.image(
-                base, prompts, adapters=[(run.adapter, strength)] if strength else [], seed=1, batch_size=len(prompts)
+                base,
+                prompts,
+                adapters=[f"{run.adapter}:{strength:g}{LATER}"] if strength else [],
+                seed=1,
+                batch_size=len(prompts),
             )
         ]
         for strength in STRENGTHS
@@ -70,10 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(distances(drawn, real))
     console.print(f"\n  the sheet   {path}\n  time        {time.perf_counter() - started:.0f} s from first to last\n")
     console.print("Draw something yourself:", style="bold")
-    console.print(
-        f'  veneer image --base {args.base} --adapter {run.adapter}:0.8 "rocket, openmoji style" -o rocket.png',
-        soft_wrap=True,
-    )
+    use, prompt = f"{run.adapter}:1{LATER}", f"rocket, {BASE_STYLE} style"
+    console.print(f'  veneer image --base {args.base} --adapter {use} "{prompt}" -o rocket.png', soft_wrap=True)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -111,7 +117,7 @@ def write_pictures(folder: Path, rows: list[tuple[str, str]], size: int = 64) ->
     folder.mkdir(parents=True)
     for file, name in rows:
         openmoji(file, size).save(folder / f"{file}.png")
-        (folder / f"{file}.txt").write_text(f"{name}, openmoji style\n", encoding="utf-8")
+        (folder / f"{file}.txt").write_text(f"{name}\n", encoding="utf-8")
 
 
 # -- what came out

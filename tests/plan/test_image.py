@@ -18,6 +18,7 @@ from veneer.models.image_memory import measured_activations
 from veneer.models.speed_image import fast_denoiser
 from veneer.plan.image import image_counts, is_image
 from veneer.plan.tables import base_config
+from veneer.train.image_schema import TARGETS
 
 TEXT = 20
 PICTURES = 2
@@ -52,11 +53,12 @@ def denoiser(name: str) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.skipif(kernels.load() is None, reason="counted for the compiled kernels")
 @pytest.mark.parametrize("size", [128, 256])
 @pytest.mark.parametrize("name", ["emoji-sdxl", "emoji-flux"])
-def test_what_is_kept_is_what_was_counted(name: str, size: int) -> None:
+@pytest.mark.parametrize("word", ["attention", "attention+ff+conv"])
+def test_what_is_kept_is_what_was_counted(word: str, name: str, size: int) -> None:
     torch.manual_seed(0)
     model, config = denoiser(name)
     inputs = given(name, size)
-    spec = LoraSpec(rank=16, targets=(r"re:.*transformer_blocks\.\d+\.attn\w*\..*",))
+    spec = LoraSpec(rank=16, targets=(TARGETS[word],))
     with attach(model) as attachment:
         attachment.add("a", create(model, spec, seed=0), trainable=True)
         attachment.use("a")
@@ -64,7 +66,7 @@ def test_what_is_kept_is_what_was_counted(name: str, size: int) -> None:
         with fast_denoiser(model):
             kept = measured_activations(lambda: model(**inputs, return_dict=False)[0].float().sum(), known)
         trainable = sum(p.numel() for p in attachment.parameters("a").values())
-    counts = image_counts(config, height=size, width=size, text_tokens=TEXT, cuda=False)
+    counts = image_counts(config, height=size, width=size, text_tokens=TEXT, targets=word, cuda=False)
     assert counts.trainable == trainable
     counted = PICTURES * (2 * counts.kept + counts.kept32)
     assert kept == pytest.approx(counted, rel=0.05, abs=700_000)  # and weights of norms, positions, modulations

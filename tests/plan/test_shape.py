@@ -17,6 +17,7 @@ from veneer.plan.image import IMAGE_FAMILIES, image_counts
 from veneer.plan.shape import FAMILIES, TextShape, layer_ranks, module_shape, pair_parameters, text_shape
 from veneer.plan.tables import base_config, base_names
 from veneer.train.estimate import trainable_parameters
+from veneer.train.image_schema import TARGETS
 
 TEXT = [name for name in base_names() if base_config(name)["model_type"] in FAMILIES]
 IMAGE = [name for name in base_names() if base_config(name)["model_type"] in IMAGE_FAMILIES]
@@ -63,8 +64,9 @@ def test_the_counts_are_the_published_ones(name: str) -> None:
     assert counted == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("word", TARGETS)
 @pytest.mark.parametrize("name", IMAGE)
-def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str) -> None:
+def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str, word: str) -> None:
     import diffusers
 
     config = base_config(name)
@@ -74,10 +76,9 @@ def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str) -
         own |= {"use_linear_projection": True, "addition_embed_type": "text_time"}
     with torch.device("meta"):
         model = getattr(diffusers, classes[config["model_type"]])(**own)
-    counts = image_counts(config, rank=4)
+    counts = image_counts(config, rank=4, targets=word)
     assert counts.parameters == sum(p.numel() for p in model.parameters())
-    pattern = r"re:.*transformer_blocks\.\d+\.attn\w*\..*"
-    spec = LoraSpec(rank=4, targets=(pattern,))
+    spec = LoraSpec(rank=4, targets=(TARGETS[word],))
     assert counts.trainable == trainable_parameters(model, resolve(model, spec), spec)[0]
 
 

@@ -127,6 +127,10 @@ def test_the_words_for_targets_reach_every_block_of_every_family() -> None:
         attention = [m for m in linear if matches(TARGETS["attention"], m)]
         assert set(attention) <= set(chosen)
         assert all(".attn" in m for m in attention)
+        convolutions = [m for m, kind in family.modules.items() if kind == "conv" and m.startswith(family.denoiser)]
+        with_convolutions = {m for m in (*linear, *convolutions) if matches(TARGETS["attention+ff+conv"], m)}
+        one_place = {m for m in convolutions if m.endswith(("conv_shortcut", "proj_in", "proj_out", "pos_embed.proj"))}
+        assert with_convolutions == set(chosen) | (set(convolutions) - one_place), name
 
 
 def test_every_key_says_what_it_means_and_the_reference_page_is_fresh() -> None:

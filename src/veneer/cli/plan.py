@@ -53,7 +53,9 @@ def plan(
     micro_tokens: Annotated[int, typer.Option("--micro-tokens", min=1, help="Tokens in memory at once.")] = 2048,
     size: Annotated[int | None, typer.Option("--size", min=64, help="Side of a picture, in pixels.")] = None,
     micro_pictures: Annotated[int, typer.Option("--micro-pictures", min=1, help="Pictures in memory at once.")] = 1,
-    targets: Annotated[str, typer.Option("--targets", help="Of pictures: attention or attention+ff.")] = "attention",
+    targets: Annotated[
+        str, typer.Option("--targets", help="Of pictures: attention, attention+ff or attention+ff+conv.")
+    ] = "attention",
     rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of every pair.")] = 16,
     dtype: Annotated[str, typer.Option("--dtype", help="Precision of the base: bfloat16 or float32.")] = "bfloat16",
     quantise: Annotated[str | None, typer.Option("--quantise", help="nf4, fp4 or int8.")] = None,

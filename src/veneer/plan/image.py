@@ -40,13 +40,18 @@ _WORKING = 2.0
 in float32 and the gradients of a feed-forward's halves come to that."""
 DIFFUSERS = 45_000_000
 """Resident memory of diffusers, on top of the process that a calibration with text finds."""
-TARGETS = {"attention": _ATTENTION, "attention+ff": _ATTENTION | _FEED_FORWARD}
-"""The words of `adapter.targets`, by the ends of the modules' names."""
+_CONV = "conv"
+TARGETS = {
+    "attention": _ATTENTION,
+    "attention+ff": _ATTENTION | _FEED_FORWARD,
+    "attention+ff+conv": _ATTENTION | _FEED_FORWARD | {_CONV},
+}
+"""The words of `adapter.targets`, by the ends of the modules' names; "conv" for all 3 × 3 convolutions."""
 
 
 @dataclass(frozen=True)
 class ImageLoad:
-    """Pictures in a micro-batch, and how they are trained. `targets`: attention or attention+ff. `offload`: share of
+    """Pictures in a micro-batch, and how they are trained. `targets`: a word of TARGETS. `offload`: share of
     the weights that waits in the CPU's memory. `stays`: text encoders and VAE stay in memory."""
 
     pictures: int = 1
@@ -110,6 +115,11 @@ class ImageCounts:
     def conv(self, n: float, a: int, b: int, side: int = 3, *, new: bool = True) -> None:
         """n places of output. torch keeps a convolution's input though its frozen weight needs no gradient."""
         self.parameters += a * b * side * side + b
+        if side > 1 and _CONV in self.targets:
+            self._learned = True
+            self.trainable += self.rank * (a * side * side + b)
+            self.thin += 6 * self.rank * n * (a * side * side + b)
+            self.kept32 += 4 * n * (a + self.rank)  # a pair's convolutions are in float32, their inputs copies
         self.products += (4 if self._learned else 2) * n * a * b * side * side
         if new:
             self.keep(n * a)

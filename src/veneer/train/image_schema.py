@@ -25,12 +25,16 @@ from veneer.train.schema import (
 __all__ = ["TARGETS", "ImageTrainConfig", "image_reference"]
 
 _BLOCK = r"re:.*transformer_blocks\.\d+\."
+_FEED_FORWARD = r"(attn\w*|ff\w*|img_mlp|txt_mlp|proj_mlp|proj_out)(\..*)?"
+_CONV = r"re:.*(resnets\.\d+\.conv\d|samplers\.0\.conv|\bconv_in|\bconv_out)"
 TARGETS: dict[str, str] = {
     "attention": _BLOCK + r"attn\w*\..*",
-    "attention+ff": _BLOCK + r"(attn\w*|ff\w*|img_mlp|txt_mlp|proj_mlp|proj_out)(\..*)?",
+    "attention+ff": _BLOCK + _FEED_FORWARD,
+    "attention+ff+conv": f"{_BLOCK}{_FEED_FORWARD}|{_CONV.removeprefix('re:')}",
 }
 """Words for `adapter.targets` -> what they select in a denoiser of any family: inside the transformer blocks of a UNet,
-of FLUX, SD3 and Qwen-Image, the attention's projections, and with them the feed-forward's."""
+of FLUX, SD3 and Qwen-Image, the attention's projections, with them the feed-forward's, and with these the 3 × 3
+convolutions of a UNet (LoCon, arXiv 2309.14859)."""
 
 
 class ImageBaseSection(BaseSection):
@@ -67,7 +71,7 @@ class ImageAdapterSection(PairsSection):
     )
     targets: str | tuple[str, ...] = setting(
         "attention+ff",
-        "modules of the denoiser: attention, attention+ff, all-linear, or names, .suffixes, globs, re:REGEX",
+        "of the denoiser: attention, attention+ff, attention+ff+conv, all-linear, or names, .suffixes, globs, re:REGEX",
         "the transformer blocks whole; what lies outside them sets time and size",
     )
     text_encoders: tuple[str, ...] = setting(
