@@ -48,6 +48,7 @@ FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-f
 _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _HEADS = [_pointer, _int64, *[_pointer] * 4, *[_int64] * 5, _float, _pointer, _int]
 _SIGNATURES: dict[str, list[Any]] = {
+    "use_threads": [_int],
     "rms_norm": [_pointer, _pointer, _pointer, _int64, _int64, _float, _int],
     "rms_norm_backward": [_pointer, _pointer, _pointer, _pointer, _int64, _int64, _float, _int],
     "norm_silu": [*[_pointer] * 5, *[_int64] * 4, _float, _int],

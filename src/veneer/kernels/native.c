@@ -6,6 +6,10 @@
    (uint16_t) unless it says otherwise; `ld` is the distance between rows in elements. */
 
 #include "bf16.h"
+#include <omp.h>
+
+/* For parallel regions that the calling thread begins, torch's too: both use one OpenMP. */
+void use_threads(int n) { omp_set_num_threads(n); }
 
 static int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 

@@ -34,6 +34,7 @@ from veneer.models.hook import How, attending, hook_attention, new_cache
 from veneer.models.speed import Join
 from veneer.models.text import TextBase
 from veneer.serve.matrix import Dense, Int4, Int8, Matrix, Reordered, can_pack
+from veneer.serve.pace import Pace
 from veneer.serve.paged import BLOCK, PackedRows, Pages
 from veneer.serve.plan import Plan, layout_of, plan_of, static_positions
 from veneer.serve.thin import Group, Layout, Segments, Thin, thin, thin_problems
@@ -109,6 +110,8 @@ class Runner:
         self._plan: Plan | None = None
         self._merged: _Merged | None = None
         self._pasts: dict[int, Any] = {}
+        same_bits = base.device.type == "cpu" and base.dtype == torch.bfloat16 and kernels.load() is not None
+        self._pace = Pace(_use_threads if same_bits else None, torch.get_num_threads())
         self.how, self.why = self._choose()
         self.shares = self.how != "alone"
         if weights != "dense":
@@ -183,6 +186,10 @@ class Runner:
     @torch.no_grad()
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Logits (rows that want them, vocabulary), in the order of the rows."""
+        with self._pace.step(sum(len(row.tokens) for row in rows)):
+            return self._run(rows)
+
+    def _run(self, rows: Sequence[Row]) -> Tensor:
         if self.how == "alone":
             return torch.stack([logits for row in rows if (logits := self._alone(row)) is not None] or [torch.empty(0)])
         thick = [any(p.thin is None for p, _ in row.mix) for row in rows]
@@ -425,6 +432,13 @@ def _part(matrix: Int8 | Int4, columns: list[tuple[int, int]], i: int) -> Tensor
 
 def _has_experts(adapter: Adapter) -> bool:
     return any(p.kind == "experts" for p in adapter.pairs.values())
+
+
+def _use_threads(n: int) -> None:
+    native = kernels.load()
+    assert native is not None
+    torch.get_num_threads()  # a thread's first call sets torch's own number
+    native.use_threads(n)
 
 
 def _key(mix: Sequence[tuple[Prepared, float]]) -> tuple[tuple[str, float], ...]:
