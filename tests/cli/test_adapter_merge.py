@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli.run import Ran, run
 from tests.qlora import qlora_run
+from veneer.formats.card import CARD_FILE
 from veneer.models.text import load_text
 
 Qlora = tuple[Path, str, Path]
@@ -44,3 +48,33 @@ def test_it_merges_into_what_the_card_says_and_asks_before_4_bits(
     assert original.code == 0
     assert "dequantised" not in original.out
     assert merge().code == 2
+
+
+def test_adapters_of_different_precisions_merge_into_the_weights_before_quantising_alone(
+    qlora: Qlora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, adapter, rows = qlora
+    plain = tmp_path / "plain"
+    shutil.copytree(adapter, plain)
+    card = json.loads((plain / CARD_FILE).read_text(encoding="utf-8"))
+    del card["recipe"]["base"]["quantise"]
+    (plain / CARD_FILE).write_text(json.dumps(card), encoding="utf-8")
+
+    def merge(*more: str) -> Ran:
+        return run(capsys, "adapter", "merge", adapter, f"{plain}:0.5", "--base", str(folder), *more)
+
+    refused = merge("-o", str(tmp_path / "m"))
+    assert refused.code == 2
+    assert "different precisions" in refused.err
+    assert "--into original" in refused.err
+    assert merge("--into", "original", "--check", str(rows)).code == 2
+    merged = merge("--into", "original", "-o", str(tmp_path / "m"), "--dtype", "float32")
+    assert merged.code == 0, merged.err
+    twice = run(
+        capsys, "adapter", "merge", f"{adapter}:1.5", "--base", str(folder), "--into", "original", "-o",
+        str(tmp_path / "t"), "--dtype", "float32",
+    )  # fmt: skip
+    assert twice.code == 0, twice.err
+    one, other = (load_text(str(tmp_path / name), dtype="float32").model.state_dict() for name in "mt")
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-6)

@@ -67,7 +67,7 @@ def merge(
         raise ConfigError("there is nothing to do", fix="a folder for the merged model with -o, or --check ROWS")
     if into not in ("seen", "original"):
         raise ConfigError(f"--into {into!r} is not possible", fix="seen or original")
-    seen = _seen(adapters)
+    seen = _seen(adapters, one=into == "seen" or check is not None)
     if by_shard or seed is not None:
         _merge_shards(
             adapters,
@@ -129,8 +129,9 @@ def merge(
     )  # fmt: skip
 
 
-def _seen(adapters: list[str]) -> str:
-    """What the cards say the adapters' base was quantised in while they were trained; "" for in full."""
+def _seen(adapters: list[str], *, one: bool) -> str:
+    """What the cards say the adapters' base was quantised in while they were trained; "" for in full, or where it
+    differs and it does not matter: `one` says that it must not differ."""
     from veneer.formats.card import CARD_FILE, read_card
     from veneer.using import adapter_path, parse_spec
 
@@ -141,11 +142,13 @@ def _seen(adapters: list[str]) -> str:
         base = recipe.get("base") if isinstance(recipe, dict) else None
         kind = base.get("quantise") if isinstance(base, dict) else None
         kinds.setdefault(str(kind or ""), []).append(spec)
+    if len(kinds) > 1 and not one:
+        return ""
     if len(kinds) > 1:
         shown = "; ".join(f"{', '.join(names)}: {kind or '16 bits'}" for kind, names in kinds.items())
         raise ConfigError(
             f"these adapters were trained over one base in different precisions ({shown})",
-            fix="merge those of one precision together, the others into a model of their own",
+            fix="merge those of one precision together, or all with --into original and no --check",
         )
     return next(iter(kinds))
 
