@@ -1,6 +1,7 @@
 """Serving: generated tokens per second with and without adapters, beside vLLM, PEFT and transformers.
 
     python benchmarks/serving.py [--quick] [--rounds 2] [--peers vllm,peft,transformers] [--vllm-python PATH] [--json]
+    python benchmarks/serving.py --large [--quick] [--rounds 2] [--json]      a Llama of 1B with random weights, alone
 
 smollm2-135m in bfloat16; 32 requests of 64 prompt and 64 generated tokens, greedy, ends ignored; adapters of rank 16 on
 all seven projections, request i under adapter i modulo their number. Every side is a process of its own with all cores,
@@ -26,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from _large import write_large
 from _report import bar, lines_of, report, row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,6 +153,54 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
             out[f"base, {kind}"] = best(engine, [BASE] * n)
     out["cold loads"] = loads
     out["threads"] = torch.get_num_threads()
+    return out
+
+
+def side_large(work: Path, quick: bool) -> dict[str, Any]:
+    """Tokens per second of a base of 1B, where eight adapters of rank 16 are a much smaller share of its bytes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from veneer.models.text import load_text
+    from veneer.serve.engine import EngineSettings, TextEngine
+    from veneer.serve.request import BASE, Request, Sampling, Token
+
+    folder = work / "1B"
+    if not folder.is_dir():
+        folder.mkdir()
+        write_large("1B", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().requires_grad_(False)
+    small = load_text("smollm2-135m", dtype="bfloat16")
+    base = replace(small, name="1B", model=model, directory=folder, fingerprint="", stop_ids=(), context=1024)
+    adapters = [some_adapter(base, i) for i in range(ADAPTERS)]
+    shelf = {a.digest(): a for a in adapters}
+    n, new = (4, 4) if quick else (REQUESTS, 32)
+
+    async def answer(engine: TextEngine, prompt: tuple[int, ...], mix: Any) -> list[float]:
+        asked = Request(prompt, Sampling(max_tokens=new, temperature=0.0, ignore_eos=True), mix)
+        return [time.perf_counter() async for event in engine.events(asked) if isinstance(event, Token)]
+
+    def speed(engine: TextEngine, mixes: Sequence[Any]) -> float:
+        """Tokens per second from the moment when all rows decode: prompts, which are all product, are left out."""
+
+        async def all_of_them() -> list[list[float]]:
+            return await asyncio.gather(
+                *(answer(engine, p, m) for p, m in zip(prompts(len(mixes)), mixes, strict=True))
+            )
+
+        engine.cache.forget()
+        times = asyncio.run(all_of_them())
+        start, end = max(t[0] for t in times), min(t[-1] for t in times)
+        return sum(start < at <= end for t in times for at in t) / (end - start)
+
+    out: dict[str, Any] = {}
+    settings = EngineSettings(cache_bytes=1 << 30, merge_after=0)
+    under = [((digest, 1.0),) for digest in shelf]
+    with TextEngine(base, shelf.__getitem__, settings) as engine:
+        speed(engine, [BASE] * min(n, 2))
+        for _ in range(1 if quick else 2):
+            for name, mixes in (("base", [BASE] * n), ("8 adapters", [under[i % len(under)] for i in range(n)])):
+                out[name] = max(speed(engine, mixes), out.get(name, 0.0))
     return out
 
 
@@ -313,7 +363,8 @@ def run_vllm(python: Path, work: Path, adapters: int, quick: bool) -> dict[str, 
 
 
 SIDES: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
-    "veneer": side_veneer, "peft": side_peft, "continuous": side_continuous
+    "veneer": side_veneer, "peft": side_peft, "continuous": side_continuous,
+    "large": side_large,
 }  # fmt: skip
 
 
@@ -394,10 +445,20 @@ def run(quick: bool, rounds: int, peers: Sequence[str], vllm: Path, say: Callabl
     return report(rows, bars, {"rounds": rounds, "threads": mine["threads"], "how": mine["how"]})
 
 
+def run_large(quick: bool, rounds: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        found = [run_side("large", Path(folder), quick) for _ in range(rounds)]
+    best = {name: max(each[name] for each in found) for name in found[0]}
+    rows = [row("veneer, 1B", name, value, "tokens/s") for name, value in best.items()]
+    bars = [bar("1B: 8 adapters over base alone", 0.92, best["8 adapters"] / best["base"])]
+    return report(rows, bars, {"rounds": rounds})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few requests, one round: does it run, not how fast")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--large", action="store_true", help="a base of 1B with random weights, without peers")
     parser.add_argument("--peers", default="vllm,peft,transformers")
     parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm/bin/python")
     parser.add_argument("--json", action="store_true")
@@ -408,9 +469,11 @@ def main() -> None:
         print(json.dumps(SIDES[side](Path(work), quick)))
         return
     peers = [p for p in args.peers.split(",") if p]
-    result = run(
-        args.quick, 1 if args.quick else args.rounds, peers, args.vllm_python, lambda x: print(x, file=sys.stderr)
-    )
+    rounds = 1 if args.quick else args.rounds
+    if args.large:
+        result = run_large(args.quick, rounds)
+    else:
+        result = run(args.quick, rounds, peers, args.vllm_python, lambda x: print(x, file=sys.stderr))
     print(json.dumps(result) if args.json else "\n".join(lines_of(result)))
 
 

@@ -54,3 +54,11 @@ def test_the_engines_benchmark_runs() -> None:
     home = os.environ.get("VENEER_BENCH_HOME", str(Path.home() / ".veneer"))
     result = report_of(run("serving.py", "--quick", "--peers", "", "--json", VENEER_HOME=home))
     assert len(result["bars"]) >= 6
+
+
+@pytest.mark.peers
+def test_the_benchmark_of_a_large_base_runs() -> None:
+    home = os.environ.get("VENEER_BENCH_HOME", str(Path.home() / ".veneer"))
+    result = report_of(run("serving.py", "--large", "--quick", "--json", VENEER_HOME=home))
+    assert {r["metric"] for r in result["rows"]} == {"base", "8 adapters"}
+    assert all(r["value"] > 0 for r in result["rows"])
