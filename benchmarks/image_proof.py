@@ -161,6 +161,7 @@ class Proof:
                 kept[strength] = self.pictures(prompts, [f"{style}:{strength:g}{LATER}"] if strength else [])
                 found[strength] = self.compared(kept[strength], names)
                 self.add(f"{group}, adapter at {strength:g}" if strength else f"{group}, base", found[strength])
+            self.in_all_steps(style, group, names, prompts)
             real = torch.stack([self.real[n] for n in names] * len(self.seeds))
             self.add(f"{group}, OpenMoji itself", self.compared(real, names))
             for metric in STYLE:
@@ -174,6 +175,12 @@ class Proof:
             rows = {("base" if not s else f"adapter at {s:g}"): p[at] for s, p in kept.items()}
             rows["OpenMoji"] = torch.stack([self.real[n] for n in shown])
             self.sheet(f"style-{group.split()[0]}", rows, shown)
+
+    def in_all_steps(self, style: str, group: str, names: list[str], prompts: list[str]) -> None:
+        """The same adapter from the first step on: more of the look, where things lie and how large they are too."""
+        for strength in STRENGTHS[1:]:
+            pictures = self.pictures(prompts, [(style, strength)])
+            self.add(f"{group}, adapter at {strength:g} in all steps", self.compared(pictures, names))
 
     def subject(self, subject: str, without: str) -> None:
         faces = list(HELD_OUT)
