@@ -209,7 +209,7 @@ class Residents(Generic[T]):
         result.release()
 
     def pin(self, digest: str) -> None:
-        """Keep what is in memory until `unpin` or `drop`, also after a `drop`. Raises KeyError where it is not there."""
+        """Keep what is in memory until `unpin` or a later `drop`. Raises KeyError for what is not there."""
         with self._changing():
             slot = self._slots[digest]
             slot.pinned, slot.doomed = True, False
