@@ -54,12 +54,35 @@ def some_adapter(base: Any, seed: int, rank: int = 16, targets: Any = "all-linea
     return adapter.mapped(lambda t: t.bfloat16())
 
 
+def token_times(engine: Any, mixes: Sequence[Any], new: int) -> list[list[float]]:
+    """A request under each mix, all at once, with nothing of them in the cache: when each token came, in seconds from
+    the start."""
+    from veneer.serve.request import Finished, Request, Sampling, Token
+
+    async def answer(prompt: tuple[int, ...], mix: Any) -> list[float]:
+        times = []
+        asked = Request(prompt, Sampling(max_tokens=new, temperature=0.0, ignore_eos=True), mix)
+        async for event in engine.events(asked):
+            if isinstance(event, Token):
+                times.append(time.perf_counter() - start)
+            elif isinstance(event, Finished) and event.reason != "length":
+                raise SystemExit(f"a request ended with {event.reason}: {event.error}")
+        return times
+
+    async def all_of_them() -> list[list[float]]:
+        return await asyncio.gather(*(answer(p, m) for p, m in zip(prompts(len(mixes)), mixes, strict=True)))
+
+    engine.cache.forget()
+    start = time.perf_counter()
+    return asyncio.run(all_of_them())
+
+
 def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
     import torch
 
     from veneer.models.text import load_text
     from veneer.serve.engine import EngineSettings, TextEngine
-    from veneer.serve.request import BASE, Finished, Request, Sampling, Token
+    from veneer.serve.request import BASE
 
     base = load_text("smollm2-135m", dtype="bfloat16")
     shelf: dict[str, Any] = {}
@@ -71,29 +94,11 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
             shelf[digests[-1]] = adapter
         return digests
 
-    async def answer(engine: TextEngine, prompt: tuple[int, ...], mix: Any, new: int) -> tuple[float, float, list[int]]:
-        """(seconds to the first token, seconds in all, the tokens)"""
-        start, first, ids = time.perf_counter(), 0.0, []
-        async for event in engine.events(
-            Request(prompt, Sampling(max_tokens=new, temperature=0.0, ignore_eos=True), mix)
-        ):
-            if isinstance(event, Token):
-                first = first or time.perf_counter() - start
-                ids.append(event.id)
-            elif isinstance(event, Finished) and event.reason != "length":
-                raise SystemExit(f"a request ended with {event.reason}: {event.error}")
-        return first, time.perf_counter() - start, ids
-
     def run(engine: TextEngine, mixes: Sequence[Any], new: int = NEW) -> dict[str, float]:
-        async def all_of_them() -> list[tuple[float, float, list[int]]]:
-            work = zip(prompts(len(mixes)), mixes, strict=True)
-            return await asyncio.gather(*(answer(engine, p, m, new) for p, m in work))
-
-        engine.cache.forget()
         start = time.perf_counter()
-        done = asyncio.run(all_of_them())
+        times = token_times(engine, mixes, new)
         seconds = time.perf_counter() - start
-        firsts = sorted(d[0] for d in done)
+        firsts = sorted(t[0] for t in times)
         return {"tokens/s": len(mixes) * new / seconds, "first": statistics.median(firsts), "slowest first": firsts[-1]}
 
     def best(engine: TextEngine, mixes: Sequence[Any], times: int = 2, new: int = NEW) -> dict[str, float]:
@@ -163,7 +168,7 @@ def side_large(work: Path, quick: bool) -> dict[str, Any]:
 
     from veneer.models.text import load_text
     from veneer.serve.engine import EngineSettings, TextEngine
-    from veneer.serve.request import BASE, Request, Sampling, Token
+    from veneer.serve.request import BASE
 
     folder = work / "1B"
     if not folder.is_dir():
@@ -176,20 +181,9 @@ def side_large(work: Path, quick: bool) -> dict[str, Any]:
     shelf = {a.digest(): a for a in adapters}
     n, new = (4, 4) if quick else (REQUESTS, 32)
 
-    async def answer(engine: TextEngine, prompt: tuple[int, ...], mix: Any) -> list[float]:
-        asked = Request(prompt, Sampling(max_tokens=new, temperature=0.0, ignore_eos=True), mix)
-        return [time.perf_counter() async for event in engine.events(asked) if isinstance(event, Token)]
-
     def speed(engine: TextEngine, mixes: Sequence[Any]) -> float:
         """Tokens per second from the moment when all rows decode: prompts, which are all product, are left out."""
-
-        async def all_of_them() -> list[list[float]]:
-            return await asyncio.gather(
-                *(answer(engine, p, m) for p, m in zip(prompts(len(mixes)), mixes, strict=True))
-            )
-
-        engine.cache.forget()
-        times = asyncio.run(all_of_them())
+        times = token_times(engine, mixes, new)
         start, end = max(t[0] for t in times), min(t[-1] for t in times)
         return sum(start < at <= end for t in times for at in t) / (end - start)
 
@@ -363,8 +357,7 @@ def run_vllm(python: Path, work: Path, adapters: int, quick: bool) -> dict[str, 
 
 
 SIDES: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
-    "veneer": side_veneer, "peft": side_peft, "continuous": side_continuous,
-    "large": side_large,
+    "veneer": side_veneer, "peft": side_peft, "continuous": side_continuous, "large": side_large,
 }  # fmt: skip
 
 

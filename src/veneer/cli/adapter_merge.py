@@ -67,7 +67,7 @@ def merge(
         raise ConfigError("there is nothing to do", fix="a folder for the merged model with -o, or --check ROWS")
     if into not in ("seen", "original"):
         raise ConfigError(f"--into {into!r} is not possible", fix="seen or original")
-    seen = _seen(adapters, one=into == "seen" or check is not None)
+    seen = _seen(adapters) if into == "seen" or check else ""  # else nothing asks for what was seen
     if by_shard or seed is not None:
         _merge_shards(
             adapters,
@@ -78,7 +78,7 @@ def merge(
             seed,
             as_json,
             bool(check or requantise),
-            seen if into == "seen" else "",
+            seen,
         )
         return
     from veneer.core.rounding import DTYPES
@@ -105,9 +105,8 @@ def merge(
     want = dtype or stored
     # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.
     exact = want if want == stored else "float32"
-    original = load_text(base, dtype=exact, say=_say) if seen and (into == "original" or check) else None
-    alone = original if into == "original" and not check else None  # then nothing asks for what was seen
-    first = alone or load_text(base, dtype=exact, quantise=seen or None, say=_say)
+    original = load_text(base, dtype=exact, say=_say) if seen and check else None
+    first = load_text(base, dtype=exact, quantise=seen or None, say=_say)
     found: dict[str, Difference] = {}
     if check:
         found = _compared(first, original, adapters, check, check_rows, requantise, want, allow_other_base)
@@ -129,9 +128,8 @@ def merge(
     )  # fmt: skip
 
 
-def _seen(adapters: list[str], *, one: bool) -> str:
-    """What the cards say the adapters' base was quantised in while they were trained; "" for in full, or where it
-    differs and it does not matter: `one` says that it must not differ."""
+def _seen(adapters: list[str]) -> str:
+    """What the cards say the adapters' base was quantised in while they were trained; "" for in full."""
     from veneer.formats.card import CARD_FILE, read_card
     from veneer.using import adapter_path, parse_spec
 
@@ -142,8 +140,6 @@ def _seen(adapters: list[str], *, one: bool) -> str:
         base = recipe.get("base") if isinstance(recipe, dict) else None
         kind = base.get("quantise") if isinstance(base, dict) else None
         kinds.setdefault(str(kind or ""), []).append(spec)
-    if len(kinds) > 1 and not one:
-        return ""
     if len(kinds) > 1:
         shown = "; ".join(f"{', '.join(names)}: {kind or '16 bits'}" for kind, names in kinds.items())
         raise ConfigError(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 __all__ = ["LARGE", "Pace"]
@@ -29,7 +29,7 @@ _TRIALS, _AGAIN = 4, 2000
 class _Size:
     """Seconds of the steps of one size that were tried, by threads; `steps`: those since then."""
 
-    tried: dict[int, list[float]] = field(default_factory=dict)
+    tried: dict[int, list[float]]
     steps: int = 0
 
 

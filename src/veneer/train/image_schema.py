@@ -26,11 +26,11 @@ __all__ = ["TARGETS", "ImageTrainConfig", "image_reference"]
 
 _BLOCK = r"re:.*transformer_blocks\.\d+\."
 _FEED_FORWARD = r"(attn\w*|ff\w*|img_mlp|txt_mlp|proj_mlp|proj_out)(\..*)?"
-_CONV = r"re:.*(resnets\.\d+\.conv\d|samplers\.0\.conv|\bconv_in|\bconv_out)"
+_CONV = r".*(resnets\.\d+\.conv\d|samplers\.0\.conv|\bconv_in|\bconv_out)"
 TARGETS: dict[str, str] = {
     "attention": _BLOCK + r"attn\w*\..*",
     "attention+ff": _BLOCK + _FEED_FORWARD,
-    "attention+ff+conv": f"{_BLOCK}{_FEED_FORWARD}|{_CONV.removeprefix('re:')}",
+    "attention+ff+conv": f"{_BLOCK}{_FEED_FORWARD}|{_CONV}",
 }
 """Words for `adapter.targets` -> what they select in a denoiser of any family: inside the transformer blocks of a UNet,
 of FLUX, SD3 and Qwen-Image, the attention's projections, with them the feed-forward's, and with these the 3 × 3
