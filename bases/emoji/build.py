@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from autoencoder import encode_all, train_autoencoder
 from cards import write_cards
@@ -91,8 +92,16 @@ def _t5(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> No
     _save({"t5": model}, work / "text")
 
 
+def _and_outlined(work: Path, drawings: Drawings) -> Drawings:
+    """All drawings, then all of them in the same order with lines."""
+    lines = load_drawings(work, outlined=True).select(held_out=False)
+    return Drawings(
+        np.concatenate([drawings.pixels, lines.pixels]), drawings.names + lines.names, drawings.styles + lines.styles
+    )
+
+
 def _flux(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
-    parts = new_flux(tokenizers)
+    parts, drawings = new_flux(tokenizers), _and_outlined(work, drawings)
     if (work / "flux").is_dir():
         _load(parts, work / "flux")
     else:
@@ -102,7 +111,7 @@ def _flux(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> 
 
 
 def _sdxl(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
-    vae, parts = _autoencoder(work), new_sdxl(tokenizers)
+    vae, parts, drawings = _autoencoder(work), new_sdxl(tokenizers), _and_outlined(work, drawings)
     if (work / "sdxl").is_dir():
         _load(parts, work / "sdxl")
     else:

@@ -123,7 +123,7 @@ def train_flux(
     packed = pack(latents)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(packed), (batch,), generator=generator)
+        rows = _some(len(packed), batch, generator)
         with torch.autocast("cpu", torch.bfloat16):
             ids = captions.batch(rows, generator)
             return flow_loss(parts, packed[rows], ids, captions.empty, step > 0.7 * steps, generator)
@@ -193,7 +193,7 @@ def train_sdxl(
     whole = torch.tensor([64, 64, 0, 0, 64, 64])
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (batch,), generator=generator)
+        rows = _some(len(latents), batch, generator)
         crop = torch.rand(batch, generator=generator) < 0.15
         x = torch.where(crop[:, None, None, None], cropped[0][rows], latents[rows])
         sizes = torch.where(crop[:, None], cropped[1][rows], whole)
@@ -207,6 +207,12 @@ def train_sdxl(
 
 
 # -- both ------------------------------------------------------------------------------------------------------------
+
+
+def _some(n: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Rows of n drawings of which the second half are the first with lines: one in three with lines."""
+    rows = torch.randint(n // 2, (batch,), generator=generator)
+    return rows + n // 2 * (torch.rand(batch, generator=generator) < 1 / 3)
 
 
 def _clip(tokenizer: Any, width: int, layers: int) -> CLIPTextConfig:
@@ -248,7 +254,10 @@ class Captions:
             }
 
         self.styled = ids([caption(n, s) for n, s in zip(drawings.names, drawings.styles, strict=True)])
-        self.plain = ids([caption(n) for n in drawings.names])
+        self.plain = ids([
+            f"{n}, outlined" if s.startswith("outlined") else n
+            for n, s in zip(drawings.names, drawings.styles, strict=True)
+        ])
         self.empty = ids([""])
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:

@@ -2,6 +2,10 @@
 
     drawings = load_drawings("work")        fetches the npm packages once (`npm pack`), draws them, caches the result
     drawings.select(held_out=False)         the rows that training may see
+    load_drawings("work", outlined=True)    the same drawings with a black line along the edge of every shape
+
+Large bases have seen line drawings of everything. The outlined drawings, in styles `outlined noto` and so on, give these small
+ones that much: that lines are a matter of style, and go around any thing.
 
 A name is kept when at least three sets draw it, so that style and thing can be told apart. Flags and skin tones are
 left out: they are hundreds of near-copies that a model of this size can only memorise. One name in ten is held out of
@@ -13,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import subprocess
 import tarfile
 from dataclasses import dataclass
@@ -71,9 +76,9 @@ def draw(svg: str, size: int = SIZE) -> NDArray[np.uint8]:
     return np.asarray(Image.alpha_composite(white, picture).convert("RGB").resize((size, size), Image.Resampling.BOX))
 
 
-def load_drawings(work: str | Path) -> Drawings:
-    """All four sets, from the cache under `work` or drawn now (about a minute)."""
-    cache = Path(work) / "drawings.npz"
+def load_drawings(work: str | Path, *, outlined: bool = False) -> Drawings:
+    """All four sets, from the cache under `work` or drawn now (about a minute). `outlined`: the same rows, with lines."""
+    cache = Path(work) / ("outlined.npz" if outlined else "drawings.npz")
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
         sets = {style: _icons(package, cache.parent) for style, (package, _) in SETS.items()}
@@ -82,14 +87,26 @@ def load_drawings(work: str | Path) -> Drawings:
             for name in icons:
                 counts[name] = counts.get(name, 0) + 1
         rows = [(n, style) for style, icons in sets.items() for n in sorted(icons) if counts[n] >= 3]
+        svgs = [sets[style][name] for name, style in rows]
         np.savez_compressed(
             cache,
-            pixels=np.stack([draw(sets[style][name]) for name, style in rows]),
+            pixels=np.stack([draw(_outlined(svg) if outlined else svg) for svg in svgs]),
             names=[name.replace("-", " ") for name, _ in rows],
-            styles=[style for _, style in rows],
+            styles=[f"outlined {style}" if outlined else style for _, style in rows],
         )
     held = np.load(cache)
     return Drawings(held["pixels"], held["names"].tolist(), held["styles"].tolist())
+
+
+def _outlined(svg: str, width: float = 1.6) -> str:
+    """The SVG with a black line of `width` pixels (of 64) along every shape that has no line of its own."""
+    found = re.search(r'viewBox="(\S+) (\S+) (\S+) (\S+)">', svg)
+    assert found is not None
+    left, top, w, h = map(float, found.groups())
+    line = width * w / SIZE
+    box = f'viewBox="{left - line} {top - line} {w + 2 * line} {h + 2 * line}">'
+    style = f'<g stroke="#000" stroke-width="{line}" stroke-linejoin="round" stroke-linecap="round">'
+    return svg[: found.start()] + box + style + svg[found.end() :].replace("</svg>", "</g></svg>")
 
 
 def _icons(package: str, work: Path) -> dict[str, str]:

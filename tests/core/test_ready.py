@@ -88,6 +88,55 @@ def test_in_bf16_copies_and_stacks_are_as_near_to_exact_as_the_reference(wide: b
     assert error[""] < 0.004
 
 
+@settings(max_examples=30, deadline=None)
+@given(strengths=st.lists(STRENGTHS, min_size=2, max_size=2), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_copies_made_together_are_those_made_one_by_one(strengths: list[float], dtype: torch.dtype) -> None:
+    """Modules of one shape: other scales and ranks, with and without biases, with one adapter or two, one with DoRA."""
+    torch.manual_seed(0)
+    model = (
+        nn.ModuleDict(
+            {
+                f"{kind}{i}": nn.Linear(24, 20, bias=i % 2 == 0) if kind == "l" else nn.Conv2d(3, 7, 3)
+                for kind in "lc"
+                for i in range(5)
+            }
+        )
+        .requires_grad_(False)
+        .to(dtype)
+    )
+
+    def pair(name: str, rank: int) -> Pair:
+        into = (24,) if name[0] == "l" else (3, 3, 3)
+        A, B = (
+            torch.randn(rank, *into),
+            torch.randn(20 if name[0] == "l" else 7, rank, *([] if len(into) == 1 else [1, 1])),
+        )
+        kind = "linear" if name[0] == "l" else "conv"
+        magnitude = torch.rand(20) + 1 if name == "l4" else None
+        return Pair(A.to(dtype), B.to(dtype), 0.1 * (1 + int(name[1])), kind, magnitude)
+
+    one = Adapter(pairs={name: pair(name, 4) for name in model})
+    two = Adapter(pairs={name: pair(name, 3 if name == "l1" else 2) for name in model if name not in ("l2", "c1")})
+    with attach(model) as attachment:
+        attachment.add("one", one)
+        attachment.add("two", two)
+        attachment.use(*zip(("one", "two"), strengths, strict=True))
+        x = {"l": torch.randn(6, 24).to(dtype), "c": torch.randn(2, 3, 8, 8).to(dtype)}
+
+        def run() -> list[Tensor]:
+            with torch.no_grad():
+                return [model[name](x[name[0]]) for name in model]
+
+        together = run()
+        attachment.ready.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("veneer.core.ready._copied_together", lambda *given: {})
+            apart = run()
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-7
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
 def test_the_base_is_not_written_to(net: Attachment) -> None:
     before = copy.deepcopy(net.model.state_dict())
     net.use("everything", ("forms", 0.5), "dora")
