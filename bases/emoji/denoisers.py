@@ -254,10 +254,12 @@ class Captions:
             }
 
         self.styled = ids([caption(n, s) for n, s in zip(drawings.names, drawings.styles, strict=True)])
-        self.plain = ids([
-            f"{n}, outlined" if s.startswith("outlined") else n
-            for n, s in zip(drawings.names, drawings.styles, strict=True)
-        ])
+        self.plain = ids(
+            [
+                f"{n}, outlined" if s.startswith("outlined") else n
+                for n, s in zip(drawings.names, drawings.styles, strict=True)
+            ]
+        )
         self.empty = ids([""])
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Batch:

@@ -4,8 +4,8 @@
     drawings.select(held_out=False)         the rows that training may see
     load_drawings("work", outlined=True)    the same drawings with a black line along the edge of every shape
 
-Large bases have seen line drawings of everything. The outlined drawings, in styles `outlined noto` and so on, give these small
-ones that much: that lines are a matter of style, and go around any thing.
+Large bases have seen line drawings of everything. The outlined drawings, in styles `outlined noto` and so on, give
+these small ones that much: that lines are a matter of style, and go around any thing.
 
 A name is kept when at least three sets draw it, so that style and thing can be told apart. Flags and skin tones are
 left out: they are hundreds of near-copies that a model of this size can only memorise. One name in ten is held out of
@@ -77,7 +77,7 @@ def draw(svg: str, size: int = SIZE) -> NDArray[np.uint8]:
 
 
 def load_drawings(work: str | Path, *, outlined: bool = False) -> Drawings:
-    """All four sets, from the cache under `work` or drawn now (about a minute). `outlined`: the same rows, with lines."""
+    """All four sets, from the cache under `work` or drawn now (a minute). `outlined`: the same rows, with lines."""
     cache = Path(work) / ("outlined.npz" if outlined else "drawings.npz")
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)

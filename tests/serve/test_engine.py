@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from veneer.core.adapter import Adapter
 from veneer.core.attach import attach
 from veneer.errors import AdapterError
 from veneer.serve.engine import EngineSettings, TextEngine
+from veneer.serve.paged import Pages
 from veneer.serve.request import BASE, Event, Finished, Mix, Refused, Request, Sampling, Started, Token
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -143,6 +145,49 @@ def test_prefixes_are_shared_under_one_mix_and_never_under_another() -> None:
     with engine_of(model, shelf) as engine:
         got = run(turns(engine))
     assert [cached for _, cached in got] == [0, 0, 48, 0, 0, 48, 48]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral"])
+def test_the_logprobs_of_a_prompt_are_the_models_own(family: str) -> None:
+    """In chunks, beside others, though the cache knows the same prompt, and computed again after a pre-emption."""
+    model = fresh(family)
+    adapter = trained(model, 1)
+    shelf = Shelf(adapter)
+    mix: Mix = ((adapter.digest(), 0.7),)
+    long, short = prompt(70), prompt(1)
+    with attach(model) as attachment, torch.no_grad():
+        attachment.add("a", adapter)
+        attachment.use(("a", 0.7))
+        want = model(input_ids=torch.tensor([long])).logits[0].double().log_softmax(-1)
+    many = Sampling(max_tokens=24, temperature=0.0, ignore_eos=True)
+    scoring = replace(many, logprobs=2, prompt_logprobs=True)
+
+    async def first(engine: TextEngine, request: Request) -> Token:
+        tokens = [event async for event in engine.events(request) if isinstance(event, Token)]
+        assert [bool(t.prompt) for t in tokens] == [True] + [False] * 23
+        return tokens[0]
+
+    async def work(engine: TextEngine) -> list[Any]:
+        await answer(engine, Request(long, GREEDY, mix))
+        others = [answer(engine, Request(prompt(30, seed), many, mix if seed % 2 else BASE)) for seed in range(3)]
+        asked = [first(engine, Request(p, scoring, mix)) for p in (long, short)]
+        return (await asyncio.gather(*others, *asked))[3:]
+
+    config = model.config.get_text_config()
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    block = Pages.bytes_of_a_block(config.num_hidden_layers, config.num_key_value_heads, d, torch.float32)
+    for budget, blocks in ((16, 200), (64, 14)):
+        with engine_of(model, shelf, budget=budget, rows=8, cache_bytes=blocks * block) as engine:
+            scored, alone = run(work(engine))
+            assert bool(engine.stats().preemptions) == (blocks == 14)
+        assert [t.id for t in scored.prompt] == list(long)
+        assert scored.prompt[0].logprob is None
+        for k, token in enumerate(scored.prompt[1:], 1):
+            assert token.logprob == pytest.approx(float(want[k - 1, token.id]), abs=1e-4)
+            best = want[k - 1].topk(2)
+            assert [i for i, _, _ in token.top] == best.indices.tolist()
+            assert [p for _, _, p in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert [(t.id, t.logprob) for t in alone.prompt] == [(short[0], None)]
 
 
 def test_an_adapter_that_cannot_be_read_fails_its_own_request_alone() -> None:

@@ -17,9 +17,12 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.models.text import TextBase
@@ -29,13 +32,16 @@ from veneer.serve.paged import BLOCK
 from veneer.serve.request import BASE, EngineStats, Event, Finished, Mix, Refused, Request, Started, Token, Usage
 from veneer.serve.resident import Lease, Residents
 from veneer.serve.runner import Prepared, Row, Runner, WeightKind
-from veneer.serve.sampler import Choice, Constraint, sample
+from veneer.serve.sampler import Choice, Constraint, sample, scored
 from veneer.serve.sampler import Row as Draws
 from veneer.serve.scheduler import Chunk, Scheduler, Sequence
 
 __all__ = ["EngineSettings", "TextEngine"]
 
 log = logging.getLogger(__name__)
+
+SCORED = 64
+"""Tokens of a prompt whose logprobs are taken at once: each holds its row of logits in float32."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class _Live:
     began: float | None = None
     first: float | None = None
     last: float | None = None
+    prompt: dict[int, Choice] = field(default_factory=dict)
+    """Place in the prompt -> its token's logprobs, where they are asked for."""
 
 
 @dataclass
@@ -292,7 +300,7 @@ class TextEngine:
         """The next token of each chunk in `wanted`. Where the step fails, each row by itself."""
         rows = [self._row(c) for c in chunks]
         try:
-            logits = self.runner.run(rows)
+            logits = self._scored(chunks, rows, self.runner.run(rows))
             return list(sample(logits, [self._live[c.sequence].draws for c in wanted])) if wanted else []
         except Exception:
             log.exception("a step over %d rows failed; each is run by itself", len(rows))
@@ -300,7 +308,7 @@ class TextEngine:
         for chunk, row in zip(chunks, rows, strict=True):
             live = self._live[chunk.sequence]
             try:
-                logits = self.runner.run([row])
+                logits = self._scored([chunk], [row], self.runner.run([row]))
                 if chunk.last:
                     out[id(chunk)] = sample(logits, [live.draws])[0]
             except Exception as error:
@@ -313,7 +321,26 @@ class TextEngine:
         assert sequence.table is not None
         mix = live.lease.parts if live.lease is not None else ()
         tokens = sequence.tokens[chunk.start : chunk.end]
-        return Row(tokens, chunk.start, sequence.table.blocks, mix, chunk.last, id(sequence))
+        scored = live.request.sampling.prompt_logprobs and chunk.start < sequence.prompt
+        wants = len(tokens) if scored else int(chunk.last)
+        return Row(tokens, chunk.start, sequence.table.blocks, mix, wants, id(sequence))
+
+    def _scored(self, chunks: list[Chunk], rows: list[Row], logits: Tensor) -> Tensor:
+        """The logits that are drawn from, one row for each last chunk; those of prompts are kept as their logprobs."""
+        if sum(row.wants for row in rows) == sum(chunk.last for chunk in chunks):
+            return logits
+        ends, at = [], 0
+        for chunk, row in zip(chunks, rows, strict=True):
+            live = self._live[chunk.sequence]
+            following = live.request.prompt[chunk.start + 1 : chunk.end + 1]
+            count = live.request.sampling.logprobs or 0
+            for k in range(0, len(following), SCORED) if live.request.sampling.prompt_logprobs else ():
+                ids = torch.tensor(following[k : k + SCORED], device=logits.device)
+                found = scored(logits[at + k : at + k + len(ids)], ids, [count] * len(ids))
+                live.prompt |= dict(enumerate(found, chunk.start + 1 + k))
+            at += row.wants
+            ends += [at - 1] if chunk.last else []
+        return logits[ends]
 
     def _take(self, live: _Live, choice: Choice | Refused | None, now: float) -> None:
         sequence = live.sequence
@@ -323,11 +350,12 @@ class TextEngine:
             return
         assert choice is not None
         self._counts.generated += 1
+        prompt = self._prompt(live) if live.first is None else ()
         live.first, live.last = live.first or now, now
         self.scheduler.appended(sequence, choice.id)
         piece = live.answer.add(choice.id)
-        top = tuple((i, self._text(i), p) for i, p in choice.top)
-        self._tell(live, Token(choice.id, piece.text, choice.logprob, top, choice.id in self.base.stop_ids))
+        special = choice.id in self.base.stop_ids
+        self._tell(live, Token(choice.id, piece.text, choice.logprob, self._top(choice), special, prompt))
         if piece.reason is not None:
             self._end(live, piece.reason, stop=piece.stop)
 
@@ -371,6 +399,16 @@ class TextEngine:
             with suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(_deliver, events)
         self._outbox.clear()
+
+    def _prompt(self, live: _Live) -> tuple[Token, ...]:
+        if not live.request.sampling.prompt_logprobs:
+            return ()
+        told = [live.prompt.get(k, Choice(token)) for k, token in enumerate(live.request.prompt)]
+        live.prompt = {}
+        return tuple(Token(c.id, self._text(c.id), c.logprob, self._top(c)) for c in told)
+
+    def _top(self, choice: Choice) -> tuple[tuple[int, str, float], ...]:
+        return tuple((i, self._text(i), p) for i, p in choice.top)
 
     def _text(self, token: int) -> str:
         text = self._texts.get(token)

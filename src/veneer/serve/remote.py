@@ -156,7 +156,7 @@ class Completions:
         await _ask(self.client, "POST", f"{self.url}/v1/unload_lora_adapter", body, accept=range(500))
 
     def refusal(self, sampling: Sampling) -> list[str]:
-        return [] if self.vllm else _asked(sampling, _VLLM_ONLY)
+        return _asked(sampling, ("prompt_logprobs",) if self.vllm else ("prompt_logprobs", *_VLLM_ONLY))
 
     def body(self, request: Request, model: str) -> dict[str, Any]:
         """The request as /v1/completions takes it."""
@@ -279,6 +279,7 @@ class TextGeneration:
 
     def refusal(self, sampling: Sampling) -> list[str]:
         out = _asked(sampling, ("presence_penalty", "min_p", "logit_bias", "min_tokens", "ignore_eos", "stop_ids"))
+        out += _asked(sampling, ("prompt_logprobs",))
         shaped = sampling.temperature not in (0, 1) or _asked(
             sampling, ("top_k", "top_p", "repetition_penalty", "frequency_penalty", "grammar")
         )

@@ -59,14 +59,14 @@ class Prepared:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Some tokens of one sequence: from position `first` on, into `blocks`. `wants`: the logits after the last of them.
-    `sequence`: which one, for bases that keep each sequence's state by itself."""
+    """Some tokens of one sequence: from position `first` on, into `blocks`. `wants`: after how many of them, the last
+    ones, the logits are wanted. `sequence`: which one, for bases that keep each sequence's state by itself."""
 
     tokens: Sequence[int]
     first: int
     blocks: Sequence[int]
     mix: Sequence[tuple[Prepared, float]] = ()
-    wants: bool = True
+    wants: int = 1
     sequence: int = 0
 
 
@@ -185,13 +185,13 @@ class Runner:
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row]) -> Tensor:
-        """Logits (rows that want them, vocabulary), in the order of the rows."""
+        """Logits (Σ wants, vocabulary), in the order of the rows and their tokens."""
         with self._pace.step(sum(len(row.tokens) for row in rows)):
             return self._run(rows)
 
     def _run(self, rows: Sequence[Row]) -> Tensor:
         if self.how == "alone":
-            return torch.stack([logits for row in rows if (logits := self._alone(row)) is not None] or [torch.empty(0)])
+            return torch.cat([self._alone(row) for row in rows])
         thick = [any(p.thin is None for p, _ in row.mix) for row in rows]
         if self._plan is None or all(thick):
             return self._packed(rows)
@@ -199,9 +199,8 @@ class Runner:
             return self._fused(rows)
         ways = {False: self._fused, True: self._packed}
         parts = {t: iter(way([r for r, own in zip(rows, thick, strict=True) if own == t])) for t, way in ways.items()}
-        return torch.stack(
-            [next(parts[t]) for row, t in zip(rows, thick, strict=True) if row.wants] or [torch.empty(0)]
-        )
+        wanted = [next(parts[t]) for row, t in zip(rows, thick, strict=True) for _ in range(row.wants)]
+        return torch.stack(wanted) if wanted else torch.empty(0)
 
     def forget(self, sequence: int) -> None:
         """A sequence has ended, or begins again."""
@@ -221,8 +220,8 @@ class Runner:
         segments = Segments.of(self.layout, spans, self._segments) if spans else None  # type: ignore[arg-type]
         self._segments = segments or self._segments
         hidden = plan.hidden(ids, batch, segments, self.pages)
-        kept = [i for i, row in enumerate(rows) if row.wants]
-        x = hidden[torch.tensor([batch.bounds[i + 1] - 1 for i in kept], dtype=torch.int64, device=ids.device)]
+        kept = [i for i, row in enumerate(rows) for _ in range(row.wants)]
+        x = hidden[_wanted(rows, batch)]
         head = len(self.layout.groups) - 1
         if segments is not None and any(head in a.groups for a in segments.adapters):
             last = [(j, j + 1, [(p.thin, s) for p, s in mixes[i]]) for j, i in enumerate(kept)]
@@ -244,12 +243,12 @@ class Runner:
             return self._packed_together(rows)
         for i, row in enumerate(rows):
             apart.setdefault(_key(row.mix) if _key(row.mix) in apart else (), []).append(i)
-        out: list[Tensor | None] = [None] * len(rows)
+        out: list[list[Tensor]] = [[] for _ in rows]
         for own in apart.values():
             logits = iter(self._packed_together([rows[i] for i in own]))
             for i in own:
-                out[i] = next(logits) if rows[i].wants else None
-        wanted = [o for o in out if o is not None]
+                out[i] = [next(logits) for _ in range(rows[i].wants)]
+        wanted = [each for part in out for each in part]
         return torch.stack(wanted) if wanted else torch.empty(0)
 
     def _packed_together(self, rows: Sequence[Row]) -> Tensor:
@@ -257,10 +256,9 @@ class Runner:
         with self._using([(row.mix, len(row.tokens)) for row in rows]), attending(partial(self._attend, batch)):
             out = self.model(input_ids=ids[:, None], position_ids=batch.positions[:, None], use_cache=False)
         logits: Tensor = out.logits[:, 0]
-        kept = [batch.bounds[i + 1] - 1 for i, row in enumerate(rows) if row.wants]
-        return logits[torch.tensor(kept, dtype=torch.int64, device=ids.device)]
+        return logits[_wanted(rows, batch)]
 
-    def _alone(self, row: Row) -> Tensor | None:
+    def _alone(self, row: Row) -> Tensor:
         if row.first == 0:
             self._pasts[row.sequence] = new_cache(self.model)
         ids = torch.tensor([list(row.tokens)], device=self.base.device)
@@ -268,9 +266,10 @@ class Runner:
         with self._using([(row.mix, 1)]):
             out = self.model(
                 input_ids=ids, position_ids=positions, cache=self._pasts[row.sequence], use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=max(row.wants, 1),  # 0 keeps all
             )  # fmt: skip
-        return out.logits[0, -1] if row.wants else None
+        logits: Tensor = out.logits[0]
+        return logits[len(logits) - row.wants :]
 
     @contextmanager
     def _using(self, mixes: Sequence[tuple[Sequence[tuple[Prepared, float]], int]]) -> Iterator[None]:
@@ -428,6 +427,12 @@ def _part(matrix: Int8 | Int4, columns: list[tuple[int, int]], i: int) -> Tensor
     """The i-th module's own rows of a quantised group, as they are multiplied by."""
     first, size = columns[i]
     return matrix.dense()[first : first + size]
+
+
+def _wanted(rows: Sequence[Row], batch: PackedRows) -> Tensor:
+    """The places in a batch after which logits are wanted."""
+    places = [k for i, row in enumerate(rows) for k in range(batch.bounds[i + 1] - row.wants, batch.bounds[i + 1])]
+    return torch.tensor(places, dtype=torch.int64, device=batch.positions.device)
 
 
 def _has_experts(adapter: Adapter) -> bool:

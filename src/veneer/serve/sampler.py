@@ -27,7 +27,7 @@ from torch import Tensor
 
 from veneer.serve.request import Refused, Sampling
 
-__all__ = ["Choice", "Constraint", "Row", "sample"]
+__all__ = ["Choice", "Constraint", "Row", "sample", "scored"]
 
 NUCLEUS = 1024
 """Best tokens that top-p looks at first; where they do not hold its share, it looks at all."""
@@ -139,9 +139,9 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice | Refused]:
     changed = [i for i, row in enumerate(rows) if not row.plain]
     if changed:
         scores = logits[changed].float()
-        for scored, i in zip(scores, changed, strict=True):
+        for own, i in zip(scores, changed, strict=True):
             try:
-                rows[i].adjust(scored)
+                rows[i].adjust(own)
             except Refused as error:
                 failed[i] = error
         best[changed], ids[changed] = (t.to(u.dtype) for t, u in zip(scores.max(-1), (best, ids), strict=True))
@@ -149,7 +149,9 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice | Refused]:
         if warm:
             drawing = [rows[changed[k]] for k in warm]
             ids[[changed[k] for k in warm]] = _draw(scores if len(warm) == len(changed) else scores[warm], drawing)
-    told = _logprobs(logits, ids, [i for i, row in enumerate(rows) if row.sampling.logprobs is not None], rows)
+    asking = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+    counts = [rows[i].sampling.logprobs or 0 for i in asking]
+    told = dict(zip(asking, scored(logits[asking], ids[asking], counts), strict=True)) if asking else {}
     out: list[Choice | Refused] = []
     for i, (row, token, top) in enumerate(zip(rows, ids.tolist(), best.tolist(), strict=True)):
         try:
@@ -218,19 +220,15 @@ def _nucleus(order: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tupl
     return lowest, ~stays[:, -1] | (order[:, -1] == -math.inf) | all_of_it[:, 0]
 
 
-def _logprobs(logits: Tensor, ids: Tensor, asking: list[int], rows: Sequence[Row]) -> dict[int, Choice]:
-    if not asking:
-        return {}
-    wanted = [rows[i].sampling.logprobs or 0 for i in asking]
-    p = logits[asking].float().log_softmax(-1)
-    chosen = ids[asking]
-    own = p.gather(-1, chosen[:, None])[:, 0].tolist()
-    most = min(max(wanted), p.shape[-1])
-    values, tokens = (t.tolist() for t in p.topk(most))
-    return {
-        i: Choice(token, logprob, tuple(zip(t[:n], v[:n], strict=True)))
-        for i, token, logprob, n, t, v in zip(asking, chosen.tolist(), own, wanted, tokens, values, strict=True)
-    }
+def scored(logits: Tensor, ids: Tensor, counts: Sequence[int]) -> list[Choice]:
+    """The logprobs of given tokens, each with its count of alternatives. logits: (n, vocabulary), n > 0; ids: (n,)."""
+    p = logits.float().log_softmax(-1)
+    own = p.gather(-1, ids[:, None])[:, 0].tolist()
+    values, tokens = (t.tolist() for t in p.topk(min(max(counts), p.shape[-1])))
+    return [
+        Choice(token, logprob, tuple(zip(t[:n], v[:n], strict=True)))
+        for token, logprob, n, t, v in zip(ids.tolist(), own, counts, tokens, values, strict=True)
+    ]
 
 
 # -- randomness: a hash of (seed, position, token) -------------------------------------------------------------------

@@ -173,7 +173,8 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> bool:
         """Open its table and let it run, if its tokens fit beside what runs: one that starts pre-empts nobody."""
-        if self.shares:
+        whole = sequence.request.sampling.prompt_logprobs  # what the cache knows has no logits
+        if self.shares and not whole:
             table = self.cache.open(mix_digest(sequence.request.mix), sequence.tokens)
         else:
             table = BlockTable(f"sequence {sequence.order}".encode())
@@ -184,7 +185,7 @@ class Scheduler:
         sequence.table, sequence.computed = table, len(table.blocks) * self.cache.block
         if not sequence.ran:
             sequence.ran, sequence.cached = True, sequence.computed
-            self.looked_for += sequence.prompt if self.shares else 0
+            self.looked_for += sequence.prompt if self.shares and not whole else 0
             self.found += sequence.cached
         tenant = self._tenants[sequence.request.tenant]
         tenant.waiting.remove(sequence)

@@ -311,8 +311,30 @@ def test_echo_n_and_logprobs(client: openai.OpenAI) -> None:
     assert (found.text_offset or [])[:2] == [0, len((found.tokens or [""])[0])]
     assert (found.token_logprobs or [])[0] == -0.5
     assert all(len(top) >= 1 for top in found.top_logprobs or [])
-    with pytest.raises(openai.BadRequestError, match="echo with logprobs"):
-        client.completions.create(model="toy", prompt="Hi", logprobs=2, echo=True)
+
+
+@pytest.mark.parametrize("words", ["Hi", "Good morning to you"])
+def test_echo_with_logprobs_are_the_prompts_too(client: openai.OpenAI, words: str) -> None:
+    """In the shape that evaluation harnesses read: all the prompt's tokens, then one for each that was made."""
+    one = client.completions.create(model="toy", prompt=words, logprobs=2, echo=True, max_tokens=1)
+    choice, usage = one.choices[0], one.usage
+    found = choice.logprobs
+    assert found is not None
+    assert usage is not None
+    lists = (found.tokens, found.token_logprobs, found.top_logprobs, found.text_offset)
+    assert [len(each or []) for each in lists] == [usage.prompt_tokens + 1] * 4
+    assert "".join(found.tokens or []) == choice.text
+    assert (found.token_logprobs or []) == [None, *[-0.5] * usage.prompt_tokens]
+    assert [top is None for top in found.top_logprobs or []] == [True, *[False] * usage.prompt_tokens]
+    starts = found.text_offset or []
+    assert starts == [len("".join((found.tokens or [])[:k])) for k in range(len(starts))]
+
+    text, chosen = "", []
+    for chunk in client.completions.create(model="toy", prompt=words, logprobs=2, echo=True, max_tokens=1, stream=True):
+        for piece in chunk.choices:
+            text += piece.text
+            chosen += (piece.logprobs.tokens or []) if piece.logprobs else []
+    assert (text, chosen) == (choice.text, found.tokens)
 
 
 def test_completions_stream_with_several_prompts(client: openai.OpenAI) -> None:

@@ -89,10 +89,19 @@ def test_errors_in_mid_stream(server: Live) -> None:
     assert events[-1] == {"error": "the GPU fell off the bus", "error_type": "generation"}
 
 
+def test_details_of_the_prompt(server: Live) -> None:
+    details = generate(server, decoder_input_details=True).json()["details"]
+    assert [t["logprob"] for t in details["prefill"]] == [None, *[-0.5] * (len(details["prefill"]) - 1)]
+    assert [set(t) for t in details["prefill"]] == [{"id", "text", "logprob"}] * len(details["prefill"])
+    assert generate(server).json()["details"]["prefill"] == []
+    body = {"inputs": "Hi", "parameters": {"decoder_input_details": True}}
+    assert server.post("/generate_stream", body).status_code == 422
+
+
 def test_statuses(server: Live) -> None:
     for parameters in (
         {"temperature": 0}, {"top_p": 0}, {"top_k": 0}, {"max_new_tokens": 0}, {"max_new_tokens": 5000},
-        {"typical_p": 0.5}, {"watermark": True}, {"decoder_input_details": True}, {"truncate": 10}, {"best_of": 9},
+        {"typical_p": 0.5}, {"watermark": True}, {"truncate": 10}, {"best_of": 9},
         {"best_of": 2}, {"stop": ["x"] * 20}, {"adapter_source": "s3"}, {"adapter_source": "hub"},
         {"api_token": "secret"}, {"tempature": 1}, {"grammar": {"type": "json", "value": 5}},
     ):  # fmt: skip

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -83,6 +83,10 @@ class ToyEngine:
             self.prompt_tokens += len(request.prompt)
             count = 0
             async for event in self._tokens(request, last):
+                if isinstance(event, Token) and not count and request.sampling.prompt_logprobs:
+                    first, *rest = request.prompt
+                    told = (self._token(i, "", request.sampling.logprobs) for i in rest)
+                    event = replace(event, prompt=(Token(first, ""), *told))
                 count += isinstance(event, Token)
                 if isinstance(event, Finished):
                     usage = Usage(len(request.prompt), cached, count, 0.001, 0.01, 0.02 * count)

@@ -89,9 +89,6 @@ async def completions(request: HttpRequest, body: Completion) -> Response:
         raise invalid(
             f"{len(texts)} prompts with {n} answers each", "n", f"at most {house.settings.max_prompts} answers"
         )
-    if body.echo and body.logprobs is not None:
-        what = "echo with logprobs wants those of the prompt, and the engine keeps logprobs of answers alone"
-        raise invalid(what, "echo", "leave one of them out")
     chosen = house.choose(caller, **body.adapters())
     prompts, echoes = [], []
     for text in texts:
@@ -102,7 +99,10 @@ async def completions(request: HttpRequest, body: Completion) -> Response:
             prompts.append(house.prompts.of_ids(text))
             echoes.append(await house.prompts.decode(text) if body.echo else "")
     room = min(house.prompts.fits(prompt) for prompt in prompts)
-    settings = body.sampling(house, room=room, max_tokens=body.max_tokens, default=room, logprobs=body.logprobs)
+    scored = bool(body.echo) and body.logprobs is not None
+    settings = body.sampling(
+        house, room=room, max_tokens=body.max_tokens, default=room, logprobs=body.logprobs, prompt_logprobs=scored
+    )
     ask = Ask(caller, chosen, prompts, settings, n, f"cmpl-{request.scope['veneer.id']}")
     return await _answered(request, house, ask, body, _TextForm(house.prompts, ask, echoes if body.echo else []))
 
@@ -270,13 +270,14 @@ class _TextForm(_Form):
     def __init__(self, prompts: Prompts, ask: Ask, echoes: list[str]) -> None:
         super().__init__(prompts, ask)
         self.echoes = echoes
-        self.at = [len(self.echo(i)) for i in range(self.count)]
+        self.scored = ask.sampling.prompt_logprobs  # then a prompt is told with its logprobs, by the first token
+        self.at = [0 if self.scored else len(self.echo(i)) for i in range(self.count)]
 
     def echo(self, i: int) -> str:
         return self.echoes[i // self.ask.choices] if self.echoes else ""
 
     def choice(self, i: int, answer: Answer) -> dict[str, Any]:
-        logprobs = self.logprobs(i, [t for t in answer.tokens if shown(t)])
+        logprobs = self.logprobs(i, [each for token in answer.tokens for each in self.told(token)])
         text = self.echo(i) + answer.text
         return {"index": i, "text": text, "logprobs": logprobs, **self.ending(answer.finished)}
 
@@ -285,15 +286,22 @@ class _TextForm(_Form):
 
     def first(self, i: int) -> list[dict[str, Any]]:
         echo = self.echo(i)
-        return [self.piece(i, echo, None)] if echo else []
+        return [self.piece(i, echo, None)] if echo and not self.scored else []
 
     def pieces(self, i: int, event: Started | Token | Finished) -> list[dict[str, Any]]:
         if isinstance(event, Started):
             return []
         if isinstance(event, Finished):
             return [self.piece(i, event.text, None) | self.ending(event)]
-        logprobs = self.logprobs(i, [event]) if shown(event) else None
-        return [self.piece(i, event.text, logprobs)] if event.text or logprobs else []
+        told = self.told(event)
+        logprobs = self.logprobs(i, told) if told else None
+        text = (self.echo(i) if event.prompt else "") + event.text
+        return [self.piece(i, text, logprobs)] if text or logprobs else []
+
+    def told(self, token: Token) -> list[Token]:
+        """The tokens whose logprobs come with this one: the prompt's before the first. Whoever asks for the prompt's
+        counts tokens, so that one that ends the answer is among them there."""
+        return [*token.prompt, token] if self.scored or shown(token) else []
 
     def piece(self, i: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": None}
@@ -304,14 +312,14 @@ class _TextForm(_Form):
             return None
         texts = [self.prompts.piece(token.id)[0] for token in tokens]
         offsets = []
-        for text in texts:
+        for token, text in zip(tokens, texts, strict=True):
             offsets.append(self.at[i])
-            self.at[i] += len(text)
-        tops = []
+            self.at[i] += 0 if self.prompts.special(token.id) else len(text)
+        tops: list[dict[str, float] | None] = []
         for token, text in zip(tokens, texts, strict=True):
             best = {self.prompts.piece(id)[0]: _finite(logprob) for id, logprob in self.best(token)}
-            tops.append(best | {text: _finite(token.logprob)})
-        chosen = [_finite(token.logprob) for token in tokens]
+            tops.append(None if token.logprob is None else best | {text: _finite(token.logprob)})
+        chosen = [None if token.logprob is None else _finite(token.logprob) for token in tokens]
         return {"text_offset": offsets, "token_logprobs": chosen, "tokens": texts, "top_logprobs": tops}
 
 

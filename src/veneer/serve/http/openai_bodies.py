@@ -53,7 +53,7 @@ class Shared(Body):
         "use_beam_search": ((False,), _NO_BEAMS),
         "length_penalty": ((1.0,), _NO_BEAMS),
         "early_stopping": ((False,), _NO_BEAMS),
-        "prompt_logprobs": ((), "the engine keeps logprobs of answers alone"),
+        "prompt_logprobs": ((), "use echo with logprobs on /v1/completions"),
         "guided_grammar": ((), "grammars in EBNF are not read; use a JSON schema or a regular expression"),
         "bad_words": (([],), "use logit_bias"),
         "allowed_token_ids": (([],), "use logit_bias, or a grammar"),
@@ -128,7 +128,7 @@ class Shared(Body):
 
     def sampling(
         self, house: House, *, room: int, max_tokens: int | None, default: int, logprobs: int | None,
-        grammar: Grammar | None = None,
+        prompt_logprobs: bool = False, grammar: Grammar | None = None,
     ) -> Sampling:  # fmt: skip
         """`room`: tokens that the context leaves; `default`: for a request that does not say how many it wants."""
         wanted = min(default, room) if max_tokens is None else max_tokens
@@ -148,6 +148,7 @@ class Shared(Body):
             stop_ids=house.prompts.of_ids(self.stop_token_ids or [], "stop_token_ids"),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             grammar=one_grammar([grammar, grammar_of(self)]),
         )
 

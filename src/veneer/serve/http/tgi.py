@@ -71,7 +71,6 @@ class Parameters(Body):
     refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {
         "typical_p": ((1.0,), "answers are drawn with top_k, top_p and min_p"),
         "watermark": ((False,), "answers are not watermarked"),
-        "decoder_input_details": ((False,), "the engine keeps logprobs of answers alone"),
         "truncate": ((), "nothing is cut unasked; send a shorter prompt"),
         "apply_chat_template": ((False,), "use /v1/chat/completions"),
         "return_k_alternatives": ((0,), "use top_n_tokens"),
@@ -93,6 +92,7 @@ class Parameters(Body):
     return_full_text: bool | None = None
     stop: list[str] | None = None
     details: bool | None = True
+    decoder_input_details: bool = False
     seed: Seed | None = None
     top_n_tokens: int | None = Field(default=None, ge=0, le=20)
     grammar: Form | None = None
@@ -121,6 +121,8 @@ async def generate_stream(request: HttpRequest, body: Generate) -> Response:
     house = house_of(request)
     if (body.parameters.best_of or 1) > 1:
         raise invalid("best_of with a stream", "best_of", "the best is known when all have ended; use /generate")
+    if body.parameters.decoder_input_details:
+        raise invalid("decoder_input_details with a stream", "decoder_input_details", "use /generate")
     ask = await _ask(request, house, body)
     events = await opened(request, house, ask)
 
@@ -184,6 +186,7 @@ async def _ask(request: HttpRequest, house: House, body: Generate) -> Ask:
         stop=stops_of(given.stop, house.settings.max_stops),
         ignore_eos=given.ignore_eos_token,
         logprobs=given.top_n_tokens or 0,
+        prompt_logprobs=given.decoder_input_details,
         grammar=form.grammar() if form is not None else None,
     )
     return Ask(caller, chosen, [prompt], settings, best, f"gen-{request.scope['veneer.id']}")
@@ -221,6 +224,12 @@ def _token(house: House, token: Token, text: str | None = None) -> dict[str, Any
     return {"id": token.id, "text": text, "logprob": _finite(token.logprob), "special": token.special}
 
 
+def _prefill(house: House, token: Token) -> dict[str, Any]:
+    """A token of the prompt; nothing stands before the first, so it has no logprob."""
+    logprob = None if token.logprob is None else _finite(token.logprob)
+    return {"id": token.id, "text": house.prompts.piece(token.id)[0], "logprob": logprob}
+
+
 def _tops(house: House, token: Token, wanted: int | None) -> list[dict[str, Any]]:
     best = sorted(token.top, key=lambda t: -t[2])[: wanted or 0]
     return [
@@ -239,9 +248,9 @@ def _whole(house: House, ask: Ask, body: Generate, answers: list[Answer]) -> dic
     best, *others = [(answers[i], seed_of(ask.sampling.seed, i)) for i in order]
     found: dict[str, Any] = {"generated_text": _text(body, best[0])}
     if given.details is not False:
-        found["details"] = _details(house, given, *best) | {"prefill": []}
+        found["details"] = _details(house, given, *best)
         if others:
-            rest = [_details(house, given, *o) | {"prefill": [], "generated_text": _text(body, o[0])} for o in others]
+            rest = [_details(house, given, *o) | {"generated_text": _text(body, o[0])} for o in others]
             found["details"]["best_of_sequences"] = rest
     return found
 
@@ -255,6 +264,7 @@ def _details(house: House, given: Parameters, answer: Answer, seed: int | None) 
     end = answer.finished
     found: dict[str, Any] = {
         "finish_reason": _reason(end), "generated_tokens": end.usage.completion, "seed": seed,
+        "prefill": [_prefill(house, token) for token in (answer.tokens[0].prompt if answer.tokens else ())],
         "tokens": [_token(house, token) for token in answer.tokens],
     }  # fmt: skip
     if given.top_n_tokens:
