@@ -77,7 +77,7 @@ def judge(model: Judge, pictures: Tensor, names: list[str]) -> Verdict:
 
 
 def train_judge(
-    drawings: Drawings, outlined: Drawings, work: Path, *, steps: int = 1500, batch: int = 128
+    drawings: Drawings, outlined: Drawings, work: Path, *, steps: int = 1200, batch: int = 128
 ) -> dict[str, float]:
     """Trains on all `drawings` but one in twenty; returns the accuracy on those. `outlined`: the first, with lines."""
     torch.manual_seed(0)

@@ -29,6 +29,7 @@ from veneer.serve.http.house import House, HttpSettings, ShadowAnswer
 from veneer.serve.request import EngineStats, Event, Refused, Request
 
 if TYPE_CHECKING:
+    from veneer.serve.pictures import PictureEngine
     from veneer.serve.upstream import Fleet
 
 __all__ = [
@@ -186,7 +187,10 @@ def _build_text(settings: ServeSettings, say: Callable[[str], None]) -> Built:
 
 
 class _NoText:
-    """The engine of a server that draws: text is refused, by name."""
+    """The text engine of a server that draws: text is refused, by name; its counts are those of the one that draws."""
+
+    def __init__(self, pictures: PictureEngine) -> None:
+        self.pictures = pictures
 
     async def events(self, request: Request) -> AsyncIterator[Event]:
         raise Refused(
@@ -195,7 +199,8 @@ class _NoText:
         yield  # an iterator, as the protocol has it
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0.0, 0, 0, 0, 0, 0, 0)
+        s = self.pictures.stats()
+        return EngineStats(s.running, s.waiting, 0.0, 0, 0, 0, s.steps, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,7 @@ def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Buil
     caption = _Caption(base.name, getattr(tokenizer, "tokenizer", tokenizer), limit)
     limits = replace(settings.http, max_body=max(settings.http.max_body, 64 << 20))
     images = router(engine, catalog, tenancy, max_body=limits.max_body)
-    app = create_app(_NoText(), catalog, tenancy, caption, images, limits, **_operator(tenancy, routers))
+    app = create_app(_NoText(engine), catalog, tenancy, caption, images, limits, **_operator(tenancy, routers))
     _preload(settings, app.state.house, say)
 
     async def stop() -> None:

@@ -21,6 +21,8 @@ from fastapi import FastAPI
 from PIL import Image
 
 from tests.image_twins import levels, random_adapter
+from tests.serve.http.test_app import samples
+from tests.serve.http.toy import ToyText
 from tests.serve.pictures_here import Names, Shelf, served, shelf_of
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
@@ -28,9 +30,12 @@ from veneer.formats.convert import write
 from veneer.formats.infotext import read_picture
 from veneer.models.image import ImageBase, load_image
 from veneer.serve.access import ANYBODY, Caller, OpenAccess, Served
+from veneer.serve.http.app import create_app
+from veneer.serve.http.house import HttpSettings
 from veneer.serve.http.images import router
 from veneer.serve.pictures import PictureEngine
 from veneer.serve.request import Refused, Usage
+from veneer.serve.server import _NoText
 
 
 @pytest.fixture(scope="module")
@@ -439,6 +444,27 @@ def test_tenants_see_their_own_are_limited_and_pay(base: ImageBase, engine: Pict
         assert (tenant, usage.prompt, usage.completion) == ("acme", prompt, most) == ("acme", usage.prompt, 32)
         assert usage.decode > 0
     assert ANYBODY.sees("look")
+
+
+def test_metrics_count_pictures_by_adapter(engine: PictureEngine, names: Names) -> None:
+    """As answers are counted, a picture for each; refused ones leave nothing behind."""
+    app = create_app(
+        _NoText(engine), names, OpenAccess(), ToyText(), router(engine, names, OpenAccess()), HttpSettings()
+    )
+    with served(app) as at:
+
+        def ask(**body: Any) -> int:
+            body = FEW | {"prompt": "a cat"} | body
+            return httpx.post(f"{at}/v1/images/generations", json=body).status_code
+
+        assert [ask(n=2), ask(model="look"), ask(mix=[])] == [200] * 3
+        assert ask(mix=["nobody"]) == 404
+        found = samples(httpx.get(f"{at}/metrics").text)
+    assert found["veneer:adapter_requests_total", "look,stop"] == 1
+    assert found["veneer:adapter_requests_total", f"{names.base},stop"] == 3
+    assert found["vllm:e2e_request_latency_seconds_count", ""] == 4
+    assert found["vllm:num_requests_running", ""] == found["vllm:num_requests_waiting", ""] == 0
+    assert found["veneer:engine_steps_total", ""] == engine.stats().steps > 0
 
 
 def test_a_full_queue_says_when_to_come_back(base: ImageBase, shelf: Shelf, names: Names) -> None:

@@ -27,6 +27,7 @@ from starlette.types import Receive, Scope, Send
 from veneer.formats.infotext import encoded, png_bytes
 from veneer.serve.access import Caller, Catalog, Served, Tenancy
 from veneer.serve.http.images_asked import EditAsked, ImageAsked, Planned, asked_of, fields_of, invalid, planned
+from veneer.serve.http.metrics import Meter, Metrics
 from veneer.serve.pictures import Drawn, PictureEngine, PictureEvent, Preview, Step
 from veneer.serve.request import Refused, Usage
 
@@ -81,7 +82,9 @@ class _Surface:
             caller = replace(caller, user=asked.user or asked.safety_identifier or caller.user)
             served, labels = _named(self.catalog, asked, caller)
             plan = await asyncio.to_thread(planned, self.engine, asked, caller, served, labels, self.max_pixels)
-            events = self._run(plan, caller, served, request.scope.get("veneer.id") or plan.requests[0].id)
+            house = getattr(request.app.state, "house", None)
+            number = request.scope.get("veneer.id") or plan.requests[0].id
+            events = self._run(plan, caller, served, number, house.metrics if house is not None else None)
             if not asked.stream:
                 return JSONResponse(await _unless_left(request, self._collected(events, asked, plan)))
             first = await _unless_left(request, _next(events))
@@ -93,23 +96,35 @@ class _Surface:
             retry = {} if refused.retry_after is None else {"retry-after": str(max(1, round(refused.retry_after)))}
             return JSONResponse(_error(refused), refused.status, retry)
 
-    async def _run(self, plan: Planned, caller: Caller, served: Served, number: str) -> AsyncGenerator[Told, None]:
+    async def _run(
+        self, plan: Planned, caller: Caller, served: Served, number: str, metrics: Metrics | None
+    ) -> AsyncGenerator[Told, None]:
         """The engine's events, under the caller's limits; what was drawn is billed however it ends, in part too."""
+        label = self.catalog.base if not served.mix else "mix" if len(served.mix) > 1 else served.target
         places = self.engine.places(plan.requests[0].settings)
         usages = [Usage(0, 0, 0) for _ in plan.requests]
         admitted = self.tenancy.admitted(
             caller, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=places * len(usages)
         )  # fmt: skip
         async with admitted as bill:
+            meters = [Meter(metrics, label) for _ in usages] if metrics is not None else []
+            reasons = ["abort"] * len(usages)
             try:
                 async with aclosing(self.engine.events(plan.requests)) as events:
                     async for i, event in events:
                         if isinstance(event, Step):
                             usages[i] = replace(usages[i], completion=round(places * event.done / event.of))
+                            for meter in meters[i : i + 1]:
+                                meter.started()
                         elif isinstance(event, Drawn):
-                            usages[i] = event.usage
+                            usages[i], reasons[i] = event.usage, "stop"
                         yield i, event
+            except Exception:
+                reasons = ["error" if reason == "abort" else reason for reason in reasons]
+                raise
             finally:
+                for meter, reason, usage in zip(meters, reasons, usages, strict=False):
+                    meter.end(reason, usage)
                 bill.used(
                     Usage(
                         plan.text_tokens if any(usage.completion for usage in usages) else 0,
