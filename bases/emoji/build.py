@@ -39,7 +39,7 @@ from words import kept_tokenizers
 from veneer.models.builtin import packaged_place
 
 STAGES = {
-    "vae": 2000, "clip": 600, "t5": 600, "flux": 2400, "sdxl": 2800, "flux-canny": 500, "sdxl-canny": 500, "export": 0
+    "vae": 2000, "clip": 600, "t5": 600, "flux": 1800, "sdxl": 2200, "flux-canny": 500, "sdxl-canny": 500, "export": 0
 }  # fmt: skip
 """Stage -> steps."""
 

@@ -9,7 +9,7 @@ from drawings import SETS
 
 __all__ = ["write_cards"]
 
-EARLIER = {"flux": (2600, 2400), "sdxl": (3400, 2400)}
+EARLIER = {"flux": (2600, 2400, 2400), "sdxl": (3400, 2400, 2800)}
 """Stage -> steps of the legs before the last (`build.py WORK adopt`): the first with AdamW, the others with Muon."""
 
 _NAMES = {
@@ -49,7 +49,8 @@ def _card(name: str, parts: dict[str, float], steps: dict[str, int], stage: str)
         f"pipeline_tag: {'image-to-image' if control else 'text-to-image'}", "---", f"# {name}", "", _WHAT[name], "",
         f"| part | parameters |\n| --- | --- |\n{rows}\n| together | {size:.2f} M |", "",
         "bfloat16, 64 × 64 pixels, prompts of at most 20 tokens, in lower case: the thing's name, then the style, as "
-        "`grinning face, noto style`. Styles: noto, twemoji, fluent, emojione.", "",
+        "`grinning face, noto style`. Styles: noto, twemoji, fluent, emojione; each also with lines around its shapes, "
+        "as `grinning face, outlined noto style`.", "",
         "```", _example(name), "```", "",
     ]  # fmt: skip
     if control:
@@ -83,8 +84,11 @@ def _legs(stage: str, steps: dict[str, int]) -> str:
     if stage not in EARLIER:
         return f"{steps[stage]:,} steps with Muon"
     first, *others = EARLIER[stage]
-    muon = " and ".join(f"{n:,}" for n in (*others, steps[stage]))
-    return f"{first:,} steps with AdamW, then {muon} with Muon, each leg with a warm-up of its own,"
+    muon = ", ".join(f"{n:,}" for n in others)
+    return (
+        f"{first:,} steps with AdamW, then {muon} and {steps[stage]:,} with Muon, each leg with a warm-up of its own, "
+        "and one drawing in three of the last with a black line along the edge of every shape,"
+    )
 
 
 def _example(name: str) -> str:

@@ -232,7 +232,7 @@ def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Buil
     (tokenizer, limit), *_ = readers(base)
     caption = _Caption(base.name, getattr(tokenizer, "tokenizer", tokenizer), limit)
     limits = replace(settings.http, max_body=max(settings.http.max_body, 64 << 20))
-    images = router(engine, catalog, tenancy, max_body=limits.max_body)
+    images = router(engine, catalog, tenancy, max_body=limits.max_body, stall=limits.stall)
     app = create_app(_NoText(engine), catalog, tenancy, caption, images, limits, **_operator(tenancy, routers))
     _preload(settings, app.state.house, say)
 

@@ -12,35 +12,31 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from veneer.formats.infotext import encoded, png_bytes
 from veneer.serve.access import Caller, Catalog, Served, Tenancy
-from veneer.serve.http.images_asked import EditAsked, ImageAsked, Planned, asked_of, fields_of, invalid, planned
+from veneer.serve.http.errors import Json, answer_error, as_refused, error_body, invalid
+from veneer.serve.http.images_asked import EditAsked, ImageAsked, Planned, asked_of, fields_of, planned
 from veneer.serve.http.metrics import Meter, Metrics
+from veneer.serve.http.running import ClientLeft, unless_left
+from veneer.serve.http.sse import EventStream
 from veneer.serve.pictures import Drawn, PictureEngine, PictureEvent, Preview, Step
-from veneer.serve.request import Refused, Usage
+from veneer.serve.request import Usage
 
 __all__ = ["router"]
 
-T = TypeVar("T")
 Told = tuple[int, PictureEvent]
 
-_log = logging.getLogger("veneer.serve")
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_CODES = {"rate_limited": "rate_limit_exceeded", "unauthorized": "invalid_api_key"}
 _QUALITY = {"auto": "medium", "standard": "medium", "hd": "high"}
-_INTERNAL = "the server made an error; its log says more"
 
 
 def router(
@@ -51,10 +47,11 @@ def router(
     max_body: int = 64 << 20,
     max_pixels: int = 1 << 24,
     max_n: int = 10,
+    stall: float = 60.0,
 ) -> APIRouter:
-    """The two routes. `max_pixels`: of a picture that is sent. Who asks is what the application has found out
-    (`veneer.caller` in the scope), else asked of `tenancy`."""
-    surface = _Surface(engine, catalog, tenancy, max_body, max_pixels, max_n)
+    """The two routes. `max_pixels`: of a picture that is sent; `stall`: seconds a client may leave a stream unread.
+    Who asks is what the application has found out (`veneer.caller` in the scope), else asked of `tenancy`."""
+    surface = _Surface(engine, catalog, tenancy, max_body, max_pixels, max_n, stall)
     made = APIRouter(tags=["OpenAI"])
 
     @made.post("/v1/images/generations", summary="Draw pictures of a prompt.")
@@ -70,10 +67,11 @@ def router(
 
 class _Surface:
     def __init__(
-        self, engine: PictureEngine, catalog: Catalog, tenancy: Tenancy, max_body: int, max_pixels: int, max_n: int
-    ) -> None:
+        self, engine: PictureEngine, catalog: Catalog, tenancy: Tenancy, max_body: int, max_pixels: int, max_n: int,
+        stall: float,
+    ) -> None:  # fmt: skip
         self.engine, self.catalog, self.tenancy = engine, catalog, tenancy
-        self.max_body, self.max_pixels, self.max_n = max_body, max_pixels, max_n
+        self.max_body, self.max_pixels, self.max_n, self.stall = max_body, max_pixels, max_n, stall
 
     async def answer(self, request: Request, kind: type[ImageAsked], event: str) -> Response:
         try:
@@ -86,15 +84,13 @@ class _Surface:
             number = request.scope.get("veneer.id") or plan.requests[0].id
             events = self._run(plan, caller, served, number, house.metrics if house is not None else None)
             if not asked.stream:
-                return JSONResponse(await _unless_left(request, self._collected(events, asked, plan)))
-            first = await _unless_left(request, _next(events))
-            return _Stream(_lines(first, events, asked, plan, event), events)
-        except _ClientLeft:
+                return Json(await unless_left(request, self._collected(events, asked, plan)))
+            first = await unless_left(request, _next(events))
+            return EventStream(_lines(first, events, asked, plan, event), events, _told, self.stall)
+        except ClientLeft:
             return Response(status_code=499)
         except Exception as error:
-            refused = _as_refused(error)
-            retry = {} if refused.retry_after is None else {"retry-after": str(max(1, round(refused.retry_after)))}
-            return JSONResponse(_error(refused), refused.status, retry)
+            return answer_error(as_refused(error), "OpenAI")
 
     async def _run(
         self, plan: Planned, caller: Caller, served: Served, number: str, metrics: Metrics | None
@@ -213,7 +209,7 @@ def _notes(plan: Planned, drawn: Drawn) -> dict[str, Any]:
 async def _lines(
     first: Told, rest: AsyncGenerator[Told, None], asked: ImageAsked, plan: Planned, event: str
 ) -> AsyncGenerator[bytes, None]:
-    """Server-sent events. What fails after the first is an event too; its status was sent long ago."""
+    """Server-sent events. What fails after the first is an event too (`_told`); its status was sent long ago."""
     created = int(time.time())
 
     async def line(i: int, told: PictureEvent) -> bytes | None:
@@ -230,14 +226,15 @@ async def _lines(
             return _sse(own | common | {"usage": _usage(plan, told.usage.completion)} | _notes(plan, told))
         return None
 
-    try:
-        if (made := await line(*first)) is not None:
+    if (made := await line(*first)) is not None:
+        yield made
+    async for told in rest:
+        if (made := await line(*told)) is not None:
             yield made
-        async for told in rest:
-            if (made := await line(*told)) is not None:
-                yield made
-    except Exception as error:
-        yield _sse({"type": "error"} | _error(_as_refused(error)))
+
+
+def _told(error: Exception) -> bytes:
+    return _sse({"type": "error"} | error_body(as_refused(error), "OpenAI")[1])
 
 
 def _preview(preview: Preview, asked: ImageAsked) -> str:
@@ -250,20 +247,6 @@ def _sse(data: dict[str, Any]) -> bytes:
     return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode()
 
 
-def _as_refused(error: Exception) -> Refused:
-    if isinstance(error, Refused):
-        return error
-    _log.error("a request for pictures failed", exc_info=error)
-    return Refused(_INTERNAL, status=500, code="internal")
-
-
-def _error(error: Refused) -> dict[str, Any]:
-    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    said = {"message": error.what + (f": {error.fix}" if error.fix else ""), "type": kind, "param": error.param}
-    told = {key: value and value.encode(errors="replace").decode() for key, value in said.items()}  # half a surrogate
-    return {"error": told | {"code": _CODES.get(error.code, error.code)}}
-
-
 # -- who asks, and whether they are still there ------------------------------------------------------------------------
 
 
@@ -272,44 +255,5 @@ def _key(request: Request) -> str | None:
     return key.strip() if kind.lower() == "bearer" and key.strip() else request.headers.get("x-api-key")
 
 
-class _ClientLeft(Exception):
-    """The connection is closed; what was asked for over it is cancelled."""
-
-
-async def _unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; _ClientLeft, with the work cancelled, when the client leaves before."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise _ClientLeft
-        return task.result()
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _next(events: AsyncGenerator[Told, None]) -> Told:
     return await anext(events)
-
-
-class _Stream(StreamingResponse):
-    """Closes what stands behind it however it ends: a generator that was never begun has no end of its own."""
-
-    def __init__(self, lines: AsyncGenerator[bytes, None], events: AsyncGenerator[Told, None]) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(lines, media_type="text/event-stream", headers=headers)
-        self.lines, self.events = lines, events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self.lines.aclose()
-            await self.events.aclose()

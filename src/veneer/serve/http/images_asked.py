@@ -28,6 +28,7 @@ from veneer.errors import VeneerError, nearest
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.make import size_for
 from veneer.models.image_generate import SEEDS, Control, Settings, default_settings, fitted
+from veneer.serve.http.errors import invalid
 from veneer.serve.pictures import PictureEngine, PictureRequest
 from veneer.serve.request import Refused
 
@@ -37,15 +38,11 @@ if TYPE_CHECKING:
     from veneer.models.image import ImageBase
     from veneer.serve.access import Caller, Served
 
-__all__ = ["EditAsked", "ImageAsked", "Planned", "asked_of", "fields_of", "invalid", "planned"]
+__all__ = ["EditAsked", "ImageAsked", "Planned", "asked_of", "fields_of", "planned"]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 _STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}
 """Quality -> its share of the base's own number of steps."""
-
-
-def invalid(what: str, param: str | None = None, fix: str | None = None) -> Refused:
-    return Refused(what, status=400, code="invalid_request", param=param, fix=fix)
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------------
