@@ -19,7 +19,8 @@ from veneer.errors import MismatchError
 from veneer.models.image import ImageBase
 from veneer.models.image_generate import Settings
 from veneer.serve.access import Caller, ModelCard, Served
-from veneer.serve.pictures import Drawn, PictureEngine, PictureEvent, PictureRequest
+from veneer.serve.picture_request import Drawn, PictureEvent, PictureRequest
+from veneer.serve.pictures import PictureEngine
 from veneer.serve.request import Refused, make_mix
 from veneer.using import load_adapter
 

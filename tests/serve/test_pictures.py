@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -24,7 +24,8 @@ from veneer.imaging.adapters import Mixer
 from veneer.imaging.remake import remake, remembered
 from veneer.library.library import open_library
 from veneer.models.image import ImageBase, load_image
-from veneer.serve.pictures import Drawn, PictureEngine, Preview, Queued, Step, _Turns
+from veneer.serve.picture_request import Drawn, Preview, Queued, Step
+from veneer.serve.pictures import PictureEngine, _Turns
 from veneer.serve.request import Refused
 from veneer.using import load_adapter
 
@@ -263,13 +264,46 @@ def test_adapters_stay_as_long_as_there_is_room(base: ImageBase) -> None:
         assert settled() == {a, c}, "the longest unused goes first"
         assert levels(first, drawn(engine, ask(1, (a, 1.0)))[0].made.image) == 0
         assert shelf.read_of == [a, b, c]
-        engine.forget(a)
+        engine.residents.drop(a)
         while a in engine.attachment.adapters:
             time.sleep(0.005)
         assert levels(first, drawn(engine, ask(1, (a, 1.0)))[0].made.image) == 0
         assert shelf.read_of == [a, b, c, a]
-        both = drawn(engine, ask(1, (a, 0.5), (b, 0.5), (c, 0.5)))
-        assert math.isfinite(both[0].usage.decode), "what is in use stays, whatever the limit"
+        engine.residents.load(b, pinned=True)
+        for digest in (c, a, c):
+            drawn(engine, ask(1, (digest, 1.0)))
+        assert set(engine.residents.resident()) == {b, c}, "what is pinned stays"
+        engine.residents.unpin(b)
+        with pytest.raises(Refused, match="too_large"):
+            drawn(engine, ask(1, (a, 0.5), (b, 0.5), (c, 0.5)))
+
+
+def test_who_leaves_while_an_adapter_is_read_holds_nothing(base: ImageBase) -> None:
+    shelf, gate = shelf_of(base), threading.Event()
+
+    def read(digest: str) -> Adapter:
+        assert gate.wait(20)
+        return shelf.read(digest)
+
+    a = next(iter(shelf.digest.values()))
+    with PictureEngine(base, read, window=0.0) as engine:
+
+        async def leave() -> None:
+            task = asyncio.create_task(collect(engine, ask(1, (a, 1.0))))
+            while not engine.residents.stats().waiting:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        asyncio.run(leave())
+        gate.set()
+        assert engine.residents.stats().waiting == 0
+        drawn(engine, ask(1, (a, 1.0)))
+        engine.residents.drop(a)
+        until = time.monotonic() + 20
+        while engine.residents.resident() or engine.attachment.adapters:
+            assert time.monotonic() < until, "a lease was not given back"
+            time.sleep(0.005)
 
 
 def test_a_record_is_of_one_caller_alone(engine: PictureEngine, shelf: Shelf) -> None:

@@ -1,6 +1,6 @@
 """Pictures for many callers from one image base: requests in, batches through the denoiser, pictures out.
 
-    events([request, …]) -> check, read their adapters -> queue -> the fairest batch -> attach, draw, watch
+    events([request, …]) -> check, lease their adapters -> queue -> the fairest batch -> attach, draw, watch
                          -> Queued, Step, Preview …, Drawn for each
 
 Pictures with the same settings are drawn together, each under its own mix and from its own noise, so that none depends
@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import itertools
 import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,101 +24,43 @@ from veneer.errors import VeneerError
 from veneer.formats.strengths import Strength
 from veneer.imaging.adapters import Source
 from veneer.imaging.controls import ControlSpec, control_model_of
-from veneer.imaging.make import Ask, Made, shared_record, told
+from veneer.imaging.make import Ask, shared_record, told
 from veneer.models.image import load_control, readers
-from veneer.models.image_generate import MixPlan, Moment, Row, Settings, check, generate_images
-from veneer.serve.picture_adapters import Adapters, refused
-from veneer.serve.request import BASE, Mix, Refused, Usage
+from veneer.models.image_generate import MixPlan, Moment, Settings, check, generate_images
+from veneer.serve.picture_request import (
+    Drawn,
+    PictureEvent,
+    PictureRequest,
+    PictureStats,
+    Preview,
+    Queued,
+    Step,
+    refused,
+)
+from veneer.serve.request import Mix, Refused, Usage, make_mix
+from veneer.serve.resident import Lease, Residents
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.models.image import ImageBase
     from veneer.models.image_generate import Picture
 
-__all__ = ["Drawn", "PictureEngine", "PictureEvent", "PictureRequest", "PictureStats", "Preview", "Queued", "Step"]
+__all__ = ["PictureEngine"]
 
 _log = logging.getLogger(__name__)
-_numbers = itertools.count()
 MAX_STEPS = 150
 
 
-@dataclass(eq=False)
-class PictureRequest:
-    """One picture. `settings`: sizes and numbers, all stated but the scheduler, and its own `image`, `mask` and
-    controls' pictures. `labels`: what the client called the adapters, by digest, for the infotext alone; `inputs`: what
-    the record is to say of the pictures that went in. `previews`: how often to show it on its way; the rest is as in
-    `Request`."""
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """An adapter in memory, as `Residents` keeps it."""
 
-    prompt: str
-    settings: Settings
-    negative: str = ""
-    seed: int = 0
-    mix: Mix = BASE
-    labels: Mapping[str, str] = field(default_factory=dict)
-    inputs: Mapping[str, Any] = field(default_factory=lambda: {"image": None, "mask": None, "controls": []})
-    previews: int = 0
-    tenant: str = ""
-    weight: float = 1.0
-    id: str = field(default_factory=lambda: f"p{next(_numbers)}")
+    key: str
+    adapter: Adapter
 
-    def row(self) -> Row:
-        mix = tuple(self.mix)
-        controls = tuple(control.picture for control in self.settings.controls)
-        image, mask = self.settings.image, self.settings.mask
-        return Row(self.prompt, self.negative, self.seed, MixPlan(mix, ((0.0, mix),)), image, mask, controls)
-
-    def kind(self) -> tuple[Any, ...]:
-        """Equal where pictures can be drawn in one batch."""
-        s = self.settings
-        numbers = (s.width, s.height, s.steps, s.guidance, s.true_guidance, s.scheduler, s.denoise)
-        controls = tuple((id(c.model), c.weight, c.begin, c.end) for c in s.controls)
-        return (*numbers, s.image is None, s.mask is None, controls)
-
-
-@dataclass(frozen=True)
-class Queued:
-    """`ahead`: pictures that wait or are being drawn."""
-
-    ahead: int
-
-
-@dataclass(frozen=True)
-class Step:
-    done: int
-    of: int
-
-
-@dataclass(frozen=True)
-class Preview:
-    """The picture as far as it is; `index` counts a picture's previews."""
-
-    index: int
-    image: Any
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The picture. Of `usage`, `prompt` is its prompts' tokens, `completion` the places of its latents that the
-    denoiser works on, `decode` the seconds of its batch, of which it was one of `batch`. `notes`: what was cut."""
-
-    made: Made
-    usage: Usage
-    batch: int
-    notes: tuple[str, ...] = ()
-
-
-PictureEvent = Queued | Step | Preview | Drawn
-
-
-@dataclass(frozen=True)
-class PictureStats:
-    running: int
-    waiting: int
-    drawn: int
-    batches: int
-    steps: int
-    adapters: int
-    adapter_bytes: int
+    @property
+    def bytes(self) -> int:
+        return self.adapter.size_bytes()
 
 
 class PictureEngine:
@@ -127,7 +68,7 @@ class PictureEngine:
 
     `read`: digest -> adapter, checked against the base; `source`: digest -> the hashes of its file, for the infotext.
     `controls`: kind -> name or folder of a ControlNet; canny and edges have the base's own. `window`: seconds that a
-    first picture waits for company. `adapter_bytes`: what adapters that nobody uses may take up."""
+    first picture waits for company. `adapter_bytes`: what adapters in memory may take up."""
 
     def __init__(
         self,
@@ -147,7 +88,10 @@ class PictureEngine:
         self.max_batch, self.window, self.max_waiting, self.max_steps = max_batch, window, max_waiting, max_steps
         self.max_pixels = max_pixels or 4 * base.size**2
         self.attachment = attach(base.model)
-        self.adapters = Adapters(read, self.attachment, adapter_bytes)
+        self.residents: Residents[_Held] = Residents(
+            read, lambda adapter, digest: _Held(digest, adapter), limit_bytes=adapter_bytes, freed=self._freed
+        )
+        self._gone: list[str] = []
         self._source = source or (lambda digest: Source(digest, "", digest, "", "", ""))
         self._control_names = dict(controls or {})
         self._controls: dict[str, tuple[str, Any]] = {}
@@ -177,6 +121,7 @@ class PictureEngine:
             self._closing, self._dropping = True, self._dropping or not drain
             self._wake.notify_all()
         self._thread.join()
+        self.residents.close()
         self.attachment.detach()
 
     # -- what surfaces call --------------------------------------------------------------------------------------------
@@ -188,16 +133,12 @@ class PictureEngine:
 
         Raises Refused, before the first event for what can be known at once; the first failure ends all."""
         self._refuse_beyond(len(requests))
-        digests = [digest for request in requests for digest, _ in request.mix]
-        hold = asyncio.ensure_future(asyncio.to_thread(self._prepare, requests, digests))
-        try:
-            await asyncio.shield(hold)
-        except asyncio.CancelledError:  # the thread goes on, and what it holds at its end is given back
-            hold.add_done_callback(lambda done: None if done.exception() else self.adapters.release(digests))
-            raise
+        await asyncio.to_thread(self._check, requests)
+        lease = await self._leased(make_mix((digest, 1.0) for request in requests for digest, _ in request.mix))
         inbox: asyncio.Queue[tuple[int, PictureEvent | Refused]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        jobs = [_Job(request, i, loop, inbox) for i, request in enumerate(requests)]
+        held = {thing.key: thing.adapter for thing, _ in lease.parts}
+        jobs = [_Job(request, i, held, loop, inbox) for i, request in enumerate(requests)]
         try:
             ahead = self._submit(jobs)
             for job in jobs:
@@ -211,7 +152,7 @@ class PictureEngine:
                 yield index, event
         finally:
             self._leave(jobs)
-            self.adapters.release(digests)
+            lease.release()
 
     def control(self, kind: str) -> tuple[str, Any]:
         """(name, model) of the ControlNet for a kind of control picture, loaded once. Blocks. Raises Refused for a kind
@@ -240,21 +181,55 @@ class PictureEngine:
         unit = self.base.unit
         return ((settings.width or self.base.size) // unit) * ((settings.height or self.base.size) // unit)
 
-    def forget(self, digest: str) -> None:
-        """Free an adapter as soon as no request uses it."""
-        self.adapters.forget(digest)
-        with self._wake:
-            self._wake.notify_all()
-
     def stats(self) -> PictureStats:
         with self._wake:
             counts = len(self._running), len(self._waiting), self._drawn, self._batches, self._steps
-        return PictureStats(*counts, *self.adapters.size())
+        memory = self.residents.stats()
+        return PictureStats(*counts, memory.adapters, memory.bytes)
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    async def _leased(self, mix: Mix) -> Lease[_Held]:
+        """Waits until all of the mix is in memory. Raises Refused where it cannot be."""
+        loop = asyncio.get_running_loop()
+        told: asyncio.Future[Lease[_Held] | Refused] = loop.create_future()
+
+        def tell(result: Lease[_Held] | Refused) -> None:
+            if not told.done():
+                told.set_result(result)
+            elif isinstance(result, Lease):  # nobody waits any more
+                result.release()
+
+        def ready(result: Lease[_Held] | Refused) -> None:
+            loop.call_soon_threadsafe(tell, result)
+
+        lease = self.residents.acquire(mix, ready)
+        if lease is not None:
+            return lease
+        try:
+            result = await told
+        finally:
+            self.residents.withdraw(ready)
+        if isinstance(result, Refused):
+            raise result
+        return result
+
+    def _freed(self, thing: _Held) -> None:
+        with self._wake:
+            self._gone.append(thing.key)
+            self._wake.notify_all()
+
+    def _tidy(self) -> None:
+        """Detach what has left the memory; under `_wake`, on the thread that draws."""
+        for key in self._gone:
+            if key in self.attachment.adapters:
+                self.attachment.remove(key)
+        self._gone.clear()
 
     # -- the queue -----------------------------------------------------------------------------------------------------
 
-    def _prepare(self, requests: Sequence[PictureRequest], digests: Sequence[str]) -> None:
-        """Everything that can be refused before it waits; at the end the adapters are held."""
+    def _check(self, requests: Sequence[PictureRequest]) -> None:
+        """Everything that can be refused before it waits."""
         for request in requests:
             s = request.settings
             if (s.width or 0) * (s.height or 0) > self.max_pixels:
@@ -266,7 +241,6 @@ class PictureEngine:
                     check(self.base, [replace(request.row(), plan=MixPlan())], s)
             except VeneerError as error:
                 raise refused(error) from error
-        self.adapters.hold(digests)
 
     def _refuse_beyond(self, number: int) -> None:
         if self._closing:
@@ -300,9 +274,10 @@ class PictureEngine:
         while True:
             with self._wake:
                 self._running = []
+                self._tidy()
                 while not self._waiting and not self._closing:
-                    self.adapters.tidy()
                     self._wake.wait()
+                    self._tidy()
                 if self._dropping:
                     for job in self._waiting:
                         job.tell(_shutting_down())
@@ -313,7 +288,6 @@ class PictureEngine:
                     self._wake.wait(left)
                     continue
                 self._running = self._next()
-            self.adapters.tidy()
             self._draw(self._running)
 
     def _patience(self) -> float:
@@ -376,7 +350,9 @@ class PictureEngine:
 
     def _attached(self, job: _Job) -> bool:
         try:
-            self.adapters.attach(digest for digest, _ in job.request.mix)
+            for digest, _ in job.request.mix:
+                if digest not in self.attachment.adapters:
+                    self.attachment.add(digest, job.held[digest])
         except Exception as error:
             job.tell(refused(error))
             return False
@@ -426,10 +402,11 @@ class _Job:
         self,
         request: PictureRequest,
         index: int,
+        held: Mapping[str, Adapter],
         loop: asyncio.AbstractEventLoop,
         inbox: asyncio.Queue[tuple[int, PictureEvent | Refused]],
     ) -> None:
-        self.request, self.index, self._loop, self._inbox = request, index, loop, inbox
+        self.request, self.index, self.held, self._loop, self._inbox = request, index, held, loop, inbox
         self.kind = request.kind()
         self.arrived = time.monotonic()
         self.gone = False

@@ -228,7 +228,7 @@ def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Buil
         base, lambda adapter: [], library=library, allowed_folders=settings.folders, rollouts=rollouts
     )
     engine = PictureEngine(base, catalog.read, max_batch=min(settings.rows, 8), adapter_bytes=settings.adapter_bytes)
-    catalog.residents = _Forgetful(engine.forget)
+    catalog.residents = engine.residents
     (tokenizer, limit), *_ = readers(base)
     caption = _Caption(base.name, getattr(tokenizer, "tokenizer", tokenizer), limit)
     limits = replace(settings.http, max_body=max(settings.http.max_body, 64 << 20))
@@ -276,30 +276,22 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     return Built(app, start, stop)
 
 
-class _Forgetful:
-    """Residents of an engine that reads what it needs when it is asked for it: only told what to let go of."""
+class _Replicas:
+    """Residents of a fleet: on its replicas."""
 
-    def __init__(self, forget: Callable[[str], None]) -> None:
-        self.drop = forget
+    def __init__(self, fleet: Fleet, loop: asyncio.AbstractEventLoop) -> None:
+        self.fleet, self.loop = fleet, loop
 
     def load(self, digest: str, adapter: Any = None, *, pinned: bool = False) -> None:
         if pinned:
             raise Refused("adapters cannot be pinned here", status=400, code="invalid_request", param="pinned")
+        self._wait(self.fleet.load(((digest, 1.0),)))
+
+    def drop(self, digest: str) -> None:
+        self._wait(self.fleet.unload(((digest, 1.0),)))
 
     def unpin(self, digest: str) -> None:
         pass
-
-
-class _Replicas(_Forgetful):
-    """Residents of a fleet: on its replicas."""
-
-    def __init__(self, fleet: Fleet, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(lambda digest: self._wait(fleet.unload(((digest, 1.0),))))
-        self.fleet, self.loop = fleet, loop
-
-    def load(self, digest: str, adapter: Any = None, *, pinned: bool = False) -> None:
-        super().load(digest, adapter, pinned=pinned)
-        self._wait(self.fleet.load(((digest, 1.0),)))
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> None:
         asyncio.run_coroutine_threadsafe(work, self.loop).result()

@@ -29,7 +29,8 @@ from veneer.serve.http.images_asked import EditAsked, ImageAsked, Planned, asked
 from veneer.serve.http.metrics import Meter, Metrics
 from veneer.serve.http.running import ClientLeft, unless_left
 from veneer.serve.http.sse import EventStream
-from veneer.serve.pictures import Drawn, PictureEngine, PictureEvent, Preview, Step
+from veneer.serve.picture_request import Drawn, PictureEvent, Preview, Step
+from veneer.serve.pictures import PictureEngine
 from veneer.serve.request import Usage
 
 __all__ = ["router"]

@@ -29,7 +29,8 @@ from veneer.imaging.controls import ControlSpec, control_picture, decoded, flatt
 from veneer.imaging.make import size_for
 from veneer.models.image_generate import SEEDS, Control, Settings, default_settings, fitted
 from veneer.serve.http.errors import invalid
-from veneer.serve.pictures import PictureEngine, PictureRequest
+from veneer.serve.picture_request import PictureRequest
+from veneer.serve.pictures import PictureEngine
 from veneer.serve.request import Refused
 
 if TYPE_CHECKING:
