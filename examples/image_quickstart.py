@@ -29,8 +29,9 @@ from veneer.models.image_grid import sheet
 
 HERE = Path(__file__).resolve().parent / "openmoji"
 STRENGTHS = (0.0, 0.5, 1.0)
-BASE_STYLE = "noto"
-"""A word that the base knows: what it draws well, the adapter then gives OpenMoji's look."""
+BASE_STYLE = "outlined noto"
+"""Of the looks that the base has words for the nearest to OpenMoji's. Captions say it too, so that the adapter learns
+only what is left between the two."""
 LATER = "@steps=0.25-1"
 """The first quarter of the steps decides what is drawn and where; it is the base's."""
 console = Console(highlight=False)
@@ -117,7 +118,7 @@ def write_pictures(folder: Path, rows: list[tuple[str, str]], size: int = 64) ->
     folder.mkdir(parents=True)
     for file, name in rows:
         openmoji(file, size).save(folder / f"{file}.png")
-        (folder / f"{file}.txt").write_text(f"{name}\n", encoding="utf-8")
+        (folder / f"{file}.txt").write_text(f"{name}, {BASE_STYLE} style\n", encoding="utf-8")
 
 
 # -- what came out
@@ -130,7 +131,7 @@ def write_sheet(path: Path, names: list[str], drawn: dict[float, list[Image.Imag
 
 
 def distances(drawn: dict[float, list[Image.Image]], real: list[Image.Image]) -> Table:
-    """Squared error to the real drawings, and how much of a picture is nearly black: OpenMoji's outlines."""
+    """Squared error to the real drawings, and how much of a picture is nearly black: the lines."""
     table = Table(box=box.SIMPLE_HEAD, title="beside the real drawings", title_justify="left")
     for name in ("", "squared error", "dark pixels"):
         table.add_column(name, justify="left" if not name else "right")

@@ -39,7 +39,7 @@ from words import kept_tokenizers
 from veneer.models.builtin import packaged_place
 
 STAGES = {
-    "vae": 2000, "clip": 600, "t5": 600, "flux": 1800, "sdxl": 2200, "flux-canny": 500, "sdxl-canny": 500, "export": 0
+    "vae": 2000, "clip": 600, "t5": 600, "flux": 1800, "sdxl": 2200, "flux-canny": 250, "sdxl-canny": 250, "export": 0
 }  # fmt: skip
 """Stage -> steps."""
 
@@ -143,7 +143,7 @@ def _crops(drawings: Drawings) -> tuple[Tensor, Tensor]:
 
 def _flux_canny(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
     vae, parts = _autoencoder(work), _load(new_flux(tokenizers), work / "flux")
-    control = new_flux_control(parts["transformer"])
+    control = _control(work, "flux-canny", new_flux_control(parts["transformer"]))
     lines = encode_all(vae, edges(drawings.pixels))
     train_flux_control(control, parts, tokenizers, encode_all(vae, drawings), lines, drawings, work, steps)
     _save({"control": control}, work / "flux-canny")
@@ -151,10 +151,17 @@ def _flux_canny(work: Path, drawings: Drawings, tokenizers: list[Any], steps: in
 
 def _sdxl_canny(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:
     parts = _load(new_sdxl(tokenizers), work / "sdxl")
-    control = new_sdxl_control(parts["unet"])
+    control = _control(work, "sdxl-canny", new_sdxl_control(parts["unet"]))
     latents = encode_all(_autoencoder(work), drawings)
     train_sdxl_control(control, parts, tokenizers, latents, edges(drawings.pixels), drawings, work, steps)
     _save({"control": control}, work / "sdxl-canny")
+
+
+def _control(work: Path, stage: str, control: nn.Module) -> nn.Module:
+    """What is there already is trained on, beside the base's new weights."""
+    if (work / stage).is_dir():
+        _load({"control": control}, work / stage)
+    return control
 
 
 def _export(work: Path, drawings: Drawings, tokenizers: list[Any], steps: int) -> None:

@@ -82,7 +82,7 @@ def _card(name: str, parts: dict[str, float], steps: dict[str, int], stage: str)
 
 def _legs(stage: str, steps: dict[str, int]) -> str:
     if stage not in EARLIER:
-        return f"{steps[stage]:,} steps with Muon"
+        return f"500 steps with Muon, and {steps[stage]:,} beside its base's last leg,"
     first, *others = EARLIER[stage]
     muon = ", ".join(f"{n:,}" for n in others)
     return (

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["SETS", "SIZE", "Drawings", "caption", "draw", "is_held_out", "load_drawings"]
+__all__ = ["SETS", "SIZE", "Drawings", "caption", "draw", "is_held_out", "lined", "load_drawings"]
 
 SIZE = 64
 SETS = {  # style: (npm package, licence)
@@ -90,7 +90,7 @@ def load_drawings(work: str | Path, *, outlined: bool = False) -> Drawings:
         svgs = [sets[style][name] for name, style in rows]
         np.savez_compressed(
             cache,
-            pixels=np.stack([draw(_outlined(svg) if outlined else svg) for svg in svgs]),
+            pixels=np.stack([draw(lined(svg) if outlined else svg) for svg in svgs]),
             names=[name.replace("-", " ") for name, _ in rows],
             styles=[f"outlined {style}" if outlined else style for _, style in rows],
         )
@@ -98,7 +98,7 @@ def load_drawings(work: str | Path, *, outlined: bool = False) -> Drawings:
     return Drawings(held["pixels"], held["names"].tolist(), held["styles"].tolist())
 
 
-def _outlined(svg: str, width: float = 1.6) -> str:
+def lined(svg: str, width: float = 1.6) -> str:
     """The SVG with a black line of `width` pixels (of 64) along every shape that has no line of its own."""
     found = re.search(r'viewBox="(\S+) (\S+) (\S+) (\S+)">', svg)
     assert found is not None
