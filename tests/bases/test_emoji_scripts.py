@@ -47,6 +47,21 @@ def test_a_drawing_is_on_white_and_of_the_size_asked_for() -> None:
     assert (picture[:, 8:] == 255).all()
 
 
+def test_lines_go_around_shapes_and_change_nothing_else() -> None:
+    """A line is 1.6 of 64 pixels and fits on the picture; a shape that has a line of its own keeps it."""
+    from drawings import draw, lined
+
+    box = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{}</svg>'
+    red = box.format('<rect width="32" height="32" fill="#f00"/>')
+    with_lines = draw(lined(red)).astype(int)
+    black = 1 - with_lines.max(axis=-1).mean() / 255
+    assert 0.08 < black < 0.11  # a frame: 4 x 61 x 1.6 of 4,096 pixels are 9.5%
+    assert with_lines[32, 32].tolist() == draw(red)[32, 32].tolist() == [255, 0, 0]
+    assert with_lines[1, 32].max() < 100  # at the edge of the picture too, none of it cut off
+    blue = box.format('<circle cx="16" cy="16" r="8" fill="#fff" stroke="#00f" stroke-width="2"/>')
+    assert (draw(lined(blue)).max(axis=-1) < 100).sum() == 0
+
+
 def test_edges_are_white_lines_on_black_where_colours_meet() -> None:
     from edges import edges
 
