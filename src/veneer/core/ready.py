@@ -220,7 +220,8 @@ def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, Re
     for group in alike.values():
         if len(group) == 1:
             continue
-        weight = torch.stack([base.weight.detach() for _, base, _, _ in group])
+        # Flat before they are stacked: flattened after, a weight in another order (channels last) would be a copy.
+        weight = torch.stack([base.weight.detach().flatten(1) for _, base, _, _ in group])
         precise = torch.promote_types(weight.dtype, torch.float32)
         each = range(len(group[0][2]))
         A = torch.cat([torch.stack([pairs[k][0].A for _, _, pairs, _ in group]) for k in each], dim=1).flatten(2)
@@ -228,9 +229,10 @@ def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, Re
         scales = [[p.scale * s for p, s in pairs for _ in range(p.rank)] for _, _, pairs, _ in group]
         A = A * torch.tensor(scales, dtype=precise, device=A.device)[:, :, None]
         # As in `_copied`: the product sums in float32 and rounds once. In place, so nothing is held twice.
-        weight.flatten(2).baddbmm_(B.to(weight.dtype), A.to(weight.dtype))
+        weight.baddbmm_(B.to(weight.dtype), A.to(weight.dtype))
         for copy, (name, base, _, sources) in zip(weight, group, strict=True):
-            made[name] = _ready(mix, sources, weight=copy, bias=None if base.bias is None else base.bias.detach())
+            bias = None if base.bias is None else base.bias.detach()
+            made[name] = _ready(mix, sources, weight=copy.view(base.weight.shape), bias=bias)
     return made
 
 

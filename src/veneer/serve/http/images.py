@@ -111,8 +111,8 @@ class _Surface:
                     async for i, event in events:
                         if isinstance(event, Step):
                             usages[i] = replace(usages[i], completion=round(places * event.done / event.of))
-                            for meter in meters[i : i + 1]:
-                                meter.started()
+                            if meters:
+                                meters[i].started()
                         elif isinstance(event, Drawn):
                             usages[i], reasons[i] = event.usage, "stop"
                         yield i, event
