@@ -89,8 +89,14 @@ def test_in_bf16_copies_and_stacks_are_as_near_to_exact_as_the_reference(wide: b
 
 
 @settings(max_examples=30, deadline=None)
-@given(strengths=st.lists(STRENGTHS, min_size=2, max_size=2), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_copies_made_together_are_those_made_one_by_one(strengths: list[float], dtype: torch.dtype) -> None:
+@given(
+    strengths=st.lists(STRENGTHS, min_size=2, max_size=2),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    order=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+)
+def test_copies_made_together_are_those_made_one_by_one(
+    strengths: list[float], dtype: torch.dtype, order: torch.memory_format
+) -> None:
     """Modules of one shape: other scales and ranks, with and without biases, with one adapter or two, one with DoRA."""
     torch.manual_seed(0)
     model = (
@@ -104,6 +110,8 @@ def test_copies_made_together_are_those_made_one_by_one(strengths: list[float], 
         .requires_grad_(False)
         .to(dtype)
     )
+    for i in range(5):
+        model[f"c{i}"].to(memory_format=order)
 
     def pair(name: str, rank: int) -> Pair:
         into = (24,) if name[0] == "l" else (3, 3, 3)
