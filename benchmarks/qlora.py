@@ -1,7 +1,7 @@
 """QLoRA: training over a base in 4 bits, veneer beside bitsandbytes with PEFT, in one run.
 
     python benchmarks/qlora.py [--quick] [--rounds 3] [--json]       speed and memory on SmolLM2-135M, loss curves
-    python benchmarks/qlora.py --large [--quick] [--json]            random-weight Llamas of 1B and 3B: peaks by part
+    python benchmarks/qlora.py --large [SIZE ...] [--json]           random-weight Llamas of 1B, 3B and 7B: peaks by part
     python benchmarks/qlora.py --quality [--quick] [--json]          perplexity of nf4, fp4, int4 (QLoRA's table 2)
     python benchmarks/qlora.py --banking77 DIR [--seeds 0] [--json]  adapters trained over nf4 against bf16
 
@@ -113,7 +113,7 @@ def side_large(folder: Path, quantise: str, checkpointing: bool) -> dict[str, An
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.randint(0, 128256, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0))
     trained = torch.ones(TOKENS, dtype=torch.bool)
     trained[: TOKENS * 3 // 4] = False
     with fast(model):
@@ -152,19 +152,18 @@ def _parts(size: str, kind: str, process: int) -> Any:
     from veneer.plan.shape import text_shape
     from veneer.plan.tables import Device
 
-    config = {"model_type": "llama", **LARGE[size], "num_key_value_heads": 8, "vocab_size": 128256}
     load = Load(
         (TOKENS,), 0.25, rank=RANK, dtype="bfloat16", quantise="nf4" if kind.startswith("nf4") else None,
         checkpointing=kind.endswith("checkpointing"),
     )  # fmt: skip
-    shape = text_shape({**config, "tie_word_embeddings": True})
+    shape = text_shape({"model_type": "llama", **LARGE[size]})
     return text_memory(shape, load, Device("cpu", "cpu", 0, 0.0, 0.0, native=True), process=process)
 
 
-def large(quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def large(sizes: list[str], say: Callable[[str], None]) -> dict[str, Any]:
     rows, bars = [], []
     process = int(in_process(["--calibrate", "bfloat16"])["process"])
-    for size in ["1B"] if quick else list(LARGE):
+    for size in sizes:
         with tempfile.TemporaryDirectory() as name:
             write_large(size, Path(name))
             found: dict[str, dict[str, Any]] = {}
@@ -331,7 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="QLoRA against its peers")
     parser.add_argument("--quick", action="store_true", help="fewer sides, steps and rows")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--large", nargs="*", choices=list(LARGE), metavar="SIZE", help=f"all of {', '.join(LARGE)}")
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--banking77", type=Path, metavar="DIR")
     parser.add_argument("--seeds", default="0")
@@ -345,8 +344,8 @@ def main() -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    if args.large:
-        result = large(args.quick, say)
+    if args.large is not None:
+        result = large(["1B"] if args.quick else args.large or list(LARGE), say)
     elif args.quality:
         result = quality(args.quick, say)
     elif args.banking77:

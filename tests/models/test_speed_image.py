@@ -102,9 +102,11 @@ def test_outputs_and_gradients(make: Callable[[], nn.Module]) -> None:
 
 def counted(model: nn.Module) -> dict[str, int]:
     kinds = Counter(type(m).__name__ for m in model.modules())
-    swapped = ("Attention", "Dropout", "FluxAttention", "GEGLU", "GELU", "ResnetBlock2D")
+    swapped = (
+        "Attention", "CrossAttnUpBlock2D", "Dropout", "FluxAttention", "GEGLU", "GELU", "ResnetBlock2D", "UpBlock2D",
+    )  # fmt: skip
     found = {k: kinds[k] for k in swapped if k in kinds}
-    assert len(found) == (4 if "Attention" in found else 3), "at least an attention, an activation and dropouts of 0"
+    assert len(found) == (6 if "Attention" in found else 3), "at least an attention, an activation and dropouts of 0"
     return found
 
 
@@ -163,7 +165,7 @@ def test_what_is_not_plain_is_left_and_said() -> None:
     model = sdxl().requires_grad_(False)
     model.set_attn_processor(AttnProcessor())
     with fast_denoiser(model) as how:
-        assert set(how.swapped) == {"Dropout", "GEGLU", "ResnetBlock2D"}
+        assert set(how.swapped) == {"CrossAttnUpBlock2D", "Dropout", "GEGLU", "ResnetBlock2D", "UpBlock2D"}
         assert "its processor is AttnProcessor" in how.summary()
 
 
@@ -199,3 +201,32 @@ def test_residual_blocks_of_another_kind(changed: str) -> None:
     with fast_denoiser(block) as how:
         assert same(run(), want, 2e-2)
         assert ("ResnetBlock2D" in how.left) == (changed in ("dropout", "output_scale_factor"))
+
+
+def test_skip_connections_that_nothing_trained_comes_before_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way up of this UNet the skips of the first level, before any adapter, are 3 of 4. With an adapter on the
+    first convolution every skip wants one."""
+    from veneer.models import speed_image
+
+    asked: list[tuple[int, int]] = []
+    real = speed_image.live_conv
+
+    def counting(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], live: int) -> Tensor:
+        asked.append((x.shape[1], live))
+        return real(x, weight, bias, padding, live)
+
+    monkeypatch.setattr(speed_image, "live_conv", counting)
+    torch.manual_seed(0)
+    model = sdxl()
+    for targets, expected in ((TARGETS, {(24, 18), (24, 16), (16, 8)}), ((*TARGETS, "conv_in"), set())):
+        asked.clear()
+        with attach(model.requires_grad_(False).train()) as attachment:
+            adapter = create(model, LoraSpec(rank=2, targets=targets), seed=0)
+            attachment.add("a", adapter.mapped(lambda t: t + 0.1), trainable=True)
+            attachment.use("a")
+            attachment.add("b", adapter, trainable=True)
+            want = step(attachment)
+            with fast_denoiser(model):
+                asked.clear()
+                assert same(step(attachment), want, 1e-3)
+        assert set(asked) == expected

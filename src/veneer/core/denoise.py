@@ -1,4 +1,5 @@
-"""Attention of denoisers, where every token sees every other, as one autograd function that keeps little.
+"""Attention of denoisers, where every token sees every other, as one autograd function that keeps little; and
+`live_conv`, a convolution whose later input channels nothing trained comes before.
 
     q̂ = rope(w_q ⊙ q/rms(q))      k̂ = rope(w_k ⊙ k/rms(k))      o = softmax(q̂·k̂ᵀ/√d)·v      (norms, rotation: optional)
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from veneer import kernels
 from veneer.core.attention import softmax_backward
 
-__all__ = ["MOST", "attention", "joint_attention", "joint_attention_reference"]
+__all__ = ["MOST", "attention", "joint_attention", "joint_attention_reference", "live_conv"]
 
 MOST = 64 << 20
 """Bytes of probabilities that one call of `attention` may keep."""
@@ -216,3 +217,26 @@ def joint_attention_reference(
     q, k = x.to(qkv.dtype).unbind(0)
     out = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
     return out.transpose(1, 2).reshape(n, S, heads * d)
+
+
+class _LiveConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], live: int
+    ) -> Tensor:
+        ctx.how = x.shape, weight[:, :live], padding, live
+        return F.conv2d(x, weight, bias, padding=padding)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        shape, weight, padding, live = ctx.how
+        dx = g.new_zeros(shape)
+        dx[:, :live] = torch.nn.grad.conv2d_input((shape[0], live, *shape[2:]), weight, g, padding=padding)
+        return dx, None, None, None, None
+
+
+def live_conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], live: int) -> Tensor:
+    """F.conv2d(x, weight, bias, padding=padding) with frozen weights. The gradient of x is right for the first `live`
+    of its channels and zero for the others, of which none is wanted: those products are not made."""
+    out: Tensor = _LiveConv.apply(x, weight, bias, padding, live)
+    return out

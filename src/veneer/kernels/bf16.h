@@ -59,6 +59,18 @@ static inline __m512 exp512(__m512 x) { /* exp32, and what is far below is 0 */
     p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
     return _mm512_scalef_ps(p, n);
 }
+
+/* 2^x to 3e-6 of it, for what is rounded to bfloat16 (2e-3) next: scalef takes the whole part, a polynomial the rest, 0 ... 1. */
+#if defined(__AVX512DQ__)
+static inline __m512 exp2_near(__m512 x) {
+    __m512 f = _mm512_reduce_ps(x, 1), p = _mm512_set1_ps(1.353407211e-2f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.201120538e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.414432610e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.930036264e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.000002612f));
+    return _mm512_scalef_ps(p, x);
+}
+#endif
 #endif
 
 #endif

@@ -407,7 +407,8 @@ void token_nll(bf16 *logits, const int64_t *targets, float *nll, int64_t n, int6
    layout whose d lies together: `at` has the other three strides of each, in elements and in the order of the pointers.
    d is even; what tiles need beyond it is zeros. */
 #if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-enum { TILE = 4, ROWS = 48, PANEL = 64, KEYS = 256 };
+enum { TILE = 4, ROWS = 192, PANEL = 64, KEYS = 256 };
+#define LOG2E 1.44269504088896341f
 
 const int has_products = 1;
 
@@ -479,12 +480,8 @@ static void pack_rows(const bf16 *x, int64_t ld, int64_t n, int64_t padded, int6
     }
 }
 
-static inline __m512i narrow(__m512 x) { /* to bf16, one a 32-bit lane */
-    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
-}
-
-static inline void store_pairs(uint32_t *out, __m512 even, __m512 odd) {
-    _mm512_storeu_si512(out, _mm512_or_si512(narrow(even), _mm512_slli_epi32(narrow(odd), 16)));
+static inline __m512i narrow_two(__m512 even, __m512 odd) { /* to bf16: all of even, then all of odd */
+    return (__m512i)_mm512_cvtne2ps_pbh(odd, even);
 }
 
 static void hide(float *s, int64_t rows, int64_t ld, int64_t from, int64_t to) { /* columns without a key */
@@ -539,15 +536,15 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, 
                         float *x = s + r * KEYS;
                         __m512 most = _mm512_set1_ps(-__builtin_inff());
                         for (int64_t j = 0; j < wide; j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(x + j));
-                        float high = _mm512_reduce_max_ps(most) * scale;
+                        float high = _mm512_reduce_max_ps(most) * scale * LOG2E;
                         float was = top[r], now = high > was ? high : was;
-                        __m512 shift = _mm512_set1_ps(now), by = _mm512_set1_ps(scale), total = _mm512_setzero_ps();
+                        __m512 shift = _mm512_set1_ps(now), by = _mm512_set1_ps(scale * LOG2E), total = _mm512_setzero_ps();
                         for (int64_t j = 0; j < wide; j += 16) {
-                            __m512 e = exp512(_mm512_fmsub_ps(_mm512_loadu_ps(x + j), by, shift));
+                            __m512 e = exp2_near(_mm512_fmsub_ps(_mm512_loadu_ps(x + j), by, shift));
                             total = _mm512_add_ps(total, e);
                             _mm256_storeu_si256((__m256i *)(p + r * KEYS + j), (__m256i)_mm512_cvtneps_pbh(e));
                         }
-                        float less = was == now ? 1.0f : exp32(was - now);
+                        float less = was == now ? 1.0f : exp32((was - now) / LOG2E);
                         sum[r] = sum[r] * less + _mm512_reduce_add_ps(total);
                         top[r] = now;
                         if (less != 1.0f && key > 0)
@@ -557,7 +554,7 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, 
                 }
                 for (int64_t r = 0; r < real; r++) {
                     rows_to(o + r * D, D, 1.0f / sum[r], 1, d, oh + (first + r) * at[10], 0);
-                    lse[i * S + first + r] = top[r] + __builtin_logf(sum[r]);
+                    lse[i * S + first + r] = top[r] / LOG2E + __builtin_logf(sum[r]);
                 }
             }
         }
@@ -575,8 +572,11 @@ void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *ou
         uint32_t *kd = room(P * D * 2), *vd = room(P * D * 2), *kk = room(P * D * 2), *qq = room(Q * D * 2), *gg = room(Q * D * 2);
         uint32_t *pt = room(ROWS * KEYS * 2), *st = room(ROWS * KEYS * 2);
         bf16 *x = room(ROWS * D * 2), *y = room(ROWS * D * 2), *ds = room(ROWS * KEYS * 2);
-        float *s = room(ROWS * KEYS * 4), *t = room(ROWS * KEYS * 4), *dot = room(Q * 4);
+        float *s = room(TILE * PANEL * 4), *t = room(TILE * PANEL * 4), *dot = room(Q * 4);
         float *sq = room(Q * D * 4), *sk = room(KEYS * D * 4), *sv = room(KEYS * D * 4);
+        uint16_t order[32]; /* what narrow_two has side by side, as pairs */
+        for (int e = 0; e < 32; e++) order[e] = (uint16_t)(e / 2 + e % 2 * 16);
+        __m512i pairs = _mm512_loadu_si512(order);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n * heads; i++) {
             int64_t b = i / heads, h = i % heads;
@@ -603,30 +603,37 @@ void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *ou
                     int64_t real = least(ROWS, S - first), padded = padded_to(real, TILE);
                     rows_of(qh + first * at[1], at[1], real, padded, d, D, x);
                     rows_of(gh + first * at[13], at[13], real, padded, d, D, y);
-                    for (int64_t j = 0; j < wide; j += PANEL) {
-                        int64_t panel = (key + j) * (D / 2), some = least(PANEL, wide - j);
-                        product((const uint32_t *)x, D / 2, 1, kd + panel, PANEL, D / 2, s + j, KEYS, padded, some, 0);
-                        product((const uint32_t *)y, D / 2, 1, vd + panel, PANEL, D / 2, t + j, KEYS, padded, some, 0);
-                    }
-                    hide(s, padded, KEYS, keys, wide);
-                    __m512 by = _mm512_set1_ps(scale);
-                    for (int r = 0; r < padded; r += 2) {
-                        float shift[2], mean[2];
-                        for (int e = 0; e < 2; e++) { /* a row past the last has no probability */
-                            shift[e] = r + e < real ? lse[i * S + first + r + e] : __builtin_inff();
-                            mean[e] = r + e < real ? dot[first + r + e] : 0.0f;
-                        }
-                        for (int64_t j = 0; j < wide; j += 16) {
-                            __m512 pr[2], dr[2];
-                            for (int e = 0; e < 2; e++) {
-                                int64_t c = (r + e) * KEYS + j;
-                                pr[e] = exp512(_mm512_fmsub_ps(_mm512_loadu_ps(s + c), by, _mm512_set1_ps(shift[e])));
-                                dr[e] = _mm512_sub_ps(_mm512_loadu_ps(t + c), _mm512_set1_ps(mean[e]));
-                                dr[e] = _mm512_mul_ps(dr[e], pr[e]);
-                                _mm256_storeu_si256((__m256i *)(ds + c), (__m256i)_mm512_cvtneps_pbh(dr[e]));
+                    __m512 by = _mm512_set1_ps(scale * LOG2E);
+                    for (int64_t from = 0; from < wide; from += PANEL) {
+                        int64_t panel = (key + from) * (D / 2), some = least(PANEL, wide - from);
+                        for (int r = 0; r < padded; r += TILE) {
+                            const uint32_t *xr = (const uint32_t *)(x + r * D), *yr = (const uint32_t *)(y + r * D);
+                            product(xr, D / 2, 1, kd + panel, PANEL, D / 2, s, PANEL, TILE, some, 0);
+                            product(yr, D / 2, 1, vd + panel, PANEL, D / 2, t, PANEL, TILE, some, 0);
+                            hide(s, TILE, PANEL, least(PANEL, keys - from), some);
+                            for (int two = 0; two < TILE; two += 2) {
+                                __m512 shift[2], mean[2];
+                                for (int e = 0; e < 2; e++) { /* a row past the last has no probability */
+                                    int64_t at = r + two + e, real_row = at < real;
+                                    shift[e] = _mm512_set1_ps(real_row ? lse[i * S + first + at] * LOG2E : __builtin_inff());
+                                    mean[e] = _mm512_set1_ps(real_row ? dot[first + at] : 0.0f);
+                                }
+                                int64_t row = (r + two) * KEYS + from, pair = (r + two) / 2 * KEYS + from;
+                                for (int64_t j = 0; j < some; j += 16) {
+                                    __m512 pr[2], dr[2];
+                                    for (int e = 0; e < 2; e++) {
+                                        int64_t c = (two + e) * PANEL + j;
+                                        pr[e] = exp2_near(_mm512_fmsub_ps(_mm512_load_ps(s + c), by, shift[e]));
+                                        dr[e] = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(t + c), mean[e]), pr[e]);
+                                    }
+                                    __m512i both = narrow_two(dr[0], dr[1]);
+                                    _mm256_storeu_si256((__m256i *)(ds + row + j), _mm512_castsi512_si256(both));
+                                    _mm256_storeu_si256((__m256i *)(ds + row + KEYS + j), _mm512_extracti64x4_epi64(both, 1));
+                                    _mm512_storeu_si512(st + pair + j, _mm512_permutexvar_epi16(pairs, both));
+                                    both = _mm512_permutexvar_epi16(pairs, narrow_two(pr[0], pr[1]));
+                                    _mm512_storeu_si512(pt + pair + j, both);
+                                }
                             }
-                            store_pairs(pt + r / 2 * KEYS + j, pr[0], pr[1]);
-                            store_pairs(st + r / 2 * KEYS + j, dr[0], dr[1]);
                         }
                     }
                     product(pt, 1, KEYS, gg + first / 2 * D, D, padded / 2, sv, D, wide, D, 1);

@@ -5,7 +5,8 @@
 
 Swapped: the attention of FLUX.1's blocks (projections that share an input joined to one product, norms, rotation and
 attention one function) and of the UNets' transformers; GEGLU, and gelu with the tanh; in a UNet's
-residual blocks group norms with silu and with what time adds; dropout that drops nothing. As in models.speed, every
+residual blocks group norms with silu and with what time adds; dropout that drops nothing; on a UNet's way up, the
+gradient of skip connections that nothing trained comes before, which torch makes and throws away. As in models.speed, every
 module is first run both ways on a small random input and swapped only where the two agree, and everything is put back
 bit for bit at the end. What a family does differently is left as diffusers has it.
 """
@@ -15,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from veneer import kernels
-from veneer.core.denoise import attention, joint_attention
+from veneer.core.denoise import attention, joint_attention, live_conv
 from veneer.core.fused import geglu, gelu_tanh, linears, norm_silu
 from veneer.core.targets import base_of
 from veneer.models.speed import FastReport, Join, agree, probe, put, same_dtype
@@ -220,12 +222,15 @@ def _residual(module: Any, undo: ExitStack) -> str:
     def forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or any(type(n) is not nn.GroupNorm or n._forward_hooks for n in (self.norm1, self.norm2)):
             return original(self, input_tensor, temb, *args, **kwargs)
-        hidden = self.conv1(_normed(self.norm1, input_tensor))
+        live = _LIVE.get(self, input_tensor.shape[1])
+        group = input_tensor.shape[1] // self.norm1.num_groups  # the norm's gradient mixes the channels of a group
+        hidden = _convolved(self.conv1, _normed(self.norm1, input_tensor), -(-live // group) * group)
         shift = None
         if self.time_emb_proj is not None and temb is not None:
             shift = self.time_emb_proj(self.nonlinearity(temb))
         hidden = self.conv2(_normed(self.norm2, hidden, shift))
-        return hidden + (input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
+        shortcut = self.conv_shortcut
+        return hidden + (input_tensor if shortcut is None else _convolved(shortcut, input_tensor, live))
 
     like = module.norm1.weight
     time = None if module.time_emb_proj is None else probe(2, module.time_emb_proj.in_features, like=like)
@@ -234,6 +239,37 @@ def _residual(module: Any, undo: ExitStack) -> str:
 
 def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
     return norm_silu(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+_LIVE: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Residual blocks whose input ends in a skip connection without a gradient -> the channels before it."""
+
+
+def _up(module: Any, undo: ExitStack) -> str:
+    """Have the residual blocks of a level on the way up know which of their skip connections want a gradient."""
+
+    def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        skips = kwargs.get("res_hidden_states_tuple") or (args[1] if len(args) > 1 else ())
+        for block, skip in zip(module.resnets, reversed(skips), strict=False):
+            if skip.requires_grad:
+                _LIVE.pop(block, None)
+            else:
+                _LIVE[block] = block.in_channels - skip.shape[1]
+
+    undo.callback(lambda: [_LIVE.pop(block, None) for block in module.resnets])
+    undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+    return ""
+
+
+def _convolved(conv: nn.Module, x: Tensor, live: int) -> Tensor:
+    """conv(x), whose gradient is wanted for the first `live` channels of x."""
+    weight = conv.weight
+    plain = type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
+    plain = plain and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+    if live >= x.shape[1] or not plain or not x.requires_grad or weight.requires_grad:
+        out: Tensor = conv(x)
+        return out
+    return live_conv(x, weight, conv.bias, conv.padding, live)
 
 
 def _unet_attention(module: Any, undo: ExitStack) -> str:
@@ -289,9 +325,11 @@ def _unet_forward(original: Callable[..., Any], joins: list[Join], last: Join) -
 
 _SWAPS: dict[str, Callable[[Any, ExitStack], str]] = {
     "Attention": _unet_attention,
+    "CrossAttnUpBlock2D": _up,
     "Dropout": _dropout,
     "FluxAttention": _flux_attention,
     "GEGLU": _geglu,
     "GELU": _gelu,
     "ResnetBlock2D": _residual,
+    "UpBlock2D": _up,
 }

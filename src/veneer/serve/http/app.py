@@ -26,7 +26,7 @@ from veneer.serve.access import Catalog, OpenAccess, Tenancy
 from veneer.serve.http import llama_cpp, openai, tgi, vllm
 from veneer.serve.http.errors import Json, answer_error, as_refused, from_validation
 from veneer.serve.http.fields import Body
-from veneer.serve.http.house import House, HttpSettings, ShadowAnswer, house_of, need_admin
+from veneer.serve.http.house import House, HttpSettings, ShadowAnswer, client_key, house_of, need_admin
 from veneer.serve.http.prompts import Prompts, Text
 from veneer.serve.http.running import ClientLeft
 from veneer.serve.request import Engine, Refused
@@ -132,7 +132,7 @@ class Door:
             raise _too_large(house.settings.max_body)
         if path in OPEN or path.startswith(tuple(f"{prefix}/" for prefix in self.unguarded)) or path in self.unguarded:
             return
-        request.scope["veneer.caller"] = await house.tenancy.caller(_key(request))
+        request.scope["veneer.caller"] = await house.tenancy.caller(client_key(request))
         if house.phase != "ready" and request.method == "POST":
             raise Refused(f"the server is {house.phase}", status=503, code="shutting_down", retry_after=5.0)
 
@@ -152,14 +152,6 @@ class Door:
 
 def _too_large(most: int) -> Refused:
     return Refused(f"the body has more than {most:,} bytes", status=413, code="too_large")
-
-
-def _key(request: HttpRequest) -> str | None:
-    """The client's key: a bearer token, or what Azure's and some older clients send."""
-    kind, _, key = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() == "bearer" and key.strip():
-        return key.strip()
-    return request.headers.get("x-api-key") or request.headers.get("api-key")
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

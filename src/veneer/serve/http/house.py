@@ -21,7 +21,9 @@ from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.prompts import Prompts, Text
 from veneer.serve.request import Engine, Refused, Usage
 
-__all__ = ["Chosen", "House", "HttpSettings", "ShadowAnswer", "caller_of", "house_of", "load_adapter", "need_admin"]
+__all__ = [
+    "Chosen", "House", "HttpSettings", "ShadowAnswer", "caller_of", "client_key", "house_of", "load_adapter", "need_admin",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,14 @@ class House:
 def house_of(request: HttpRequest) -> House:
     house: House = request.app.state.house
     return house
+
+
+def client_key(request: HttpRequest) -> str | None:
+    """The client's key: a bearer token, or what Azure's and some older clients send."""
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and key.strip():
+        return key.strip()
+    return request.headers.get("x-api-key") or request.headers.get("api-key")
 
 
 def caller_of(request: HttpRequest, user: str | None = None) -> Caller:

@@ -25,6 +25,7 @@ from starlette.responses import Response
 from veneer.formats.infotext import encoded, png_bytes
 from veneer.serve.access import Caller, Catalog, Served, Tenancy
 from veneer.serve.http.errors import Json, answer_error, as_refused, error_body, invalid
+from veneer.serve.http.house import client_key
 from veneer.serve.http.images_asked import EditAsked, ImageAsked, Planned, asked_of, fields_of, planned
 from veneer.serve.http.metrics import Meter, Metrics
 from veneer.serve.http.running import ClientLeft, unless_left
@@ -76,7 +77,7 @@ class _Surface:
 
     async def answer(self, request: Request, kind: type[ImageAsked], event: str) -> Response:
         try:
-            caller = request.scope.get("veneer.caller") or await self.tenancy.caller(_key(request))
+            caller = request.scope.get("veneer.caller") or await self.tenancy.caller(client_key(request))
             asked = asked_of(kind, await fields_of(request, self.max_body), self.max_n)
             caller = replace(caller, user=asked.user or asked.safety_identifier or caller.user)
             served, labels = _named(self.catalog, asked, caller)
@@ -249,11 +250,6 @@ def _sse(data: dict[str, Any]) -> bytes:
 
 
 # -- who asks, and whether they are still there ------------------------------------------------------------------------
-
-
-def _key(request: Request) -> str | None:
-    kind, _, key = request.headers.get("authorization", "").partition(" ")
-    return key.strip() if kind.lower() == "bearer" and key.strip() else request.headers.get("x-api-key")
 
 
 async def _next(events: AsyncGenerator[Told, None]) -> Told:
