@@ -7,8 +7,12 @@ from pathlib import Path
 
 _LLAMA_32 = {"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True}
 LARGE: dict[str, dict[str, int | bool]] = {
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, **_LLAMA_32},
-    "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, **_LLAMA_32},
+    "1B": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, **_LLAMA_32,
+    },
+    "3B": {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, **_LLAMA_32,
+    },
     "7B": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 32768, "tie_word_embeddings": False,

@@ -1,7 +1,7 @@
 """QLoRA: training over a base in 4 bits, veneer beside bitsandbytes with PEFT, in one run.
 
     python benchmarks/qlora.py [--quick] [--rounds 3] [--json]       speed and memory on SmolLM2-135M, loss curves
-    python benchmarks/qlora.py --large [SIZE ...] [--json]           random-weight Llamas of 1B, 3B and 7B: peaks by part
+    python benchmarks/qlora.py --large [SIZE ...] [--json]           random-weight Llamas to 7B: peaks by part
     python benchmarks/qlora.py --quality [--quick] [--json]          perplexity of nf4, fp4, int4 (QLoRA's table 2)
     python benchmarks/qlora.py --banking77 DIR [--seeds 0] [--json]  adapters trained over nf4 against bf16
 

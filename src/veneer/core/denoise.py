@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from veneer import kernels
 from veneer.core.attention import softmax_backward
@@ -231,7 +232,7 @@ class _LiveConv(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         shape, weight, padding, live = ctx.how
         dx = g.new_zeros(shape)
-        dx[:, :live] = torch.nn.grad.conv2d_input((shape[0], live, *shape[2:]), weight, g, padding=padding)
+        dx[:, :live] = conv2d_input((shape[0], live, *shape[2:]), weight, g, padding=padding)
         return dx, None, None, None, None
 
 

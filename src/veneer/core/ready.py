@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from veneer.errors import AdapterError
 __all__ = ["Ready", "ReadyMixes"]
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_VERSION = attrgetter("_version")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class Ready:
     dtype: torch.dtype
     drops: bool
     sources: list[Tensor]
-    versions: list[int]
+    versions: int
     place: int
 
     def bytes(self) -> int:
@@ -55,7 +57,7 @@ class Ready:
 
     def current(self) -> bool:
         """Whether everything this was made of is as it was: the base's weight comes first in `sources`."""
-        return [t._version for t in self.sources] == self.versions and self.sources[0].data_ptr() == self.place
+        return _changes(self.sources) == self.versions and self.sources[0].data_ptr() == self.place
 
 
 @dataclass(eq=False)
@@ -281,5 +283,9 @@ def _ready(
     B: Tensor | None = None,
 ) -> Ready:
     drops = any(a.dropout for a, _ in mix)
-    versions, place = [t._version for t in sources], sources[0].data_ptr()
-    return Ready(weight, bias, A, B, sources[0].dtype, drops, sources, versions, place)
+    return Ready(weight, bias, A, B, sources[0].dtype, drops, sources, _changes(sources), sources[0].data_ptr())
+
+
+def _changes(tensors: list[Tensor]) -> int:
+    """How often they were written to, all together: a count that only grows."""
+    return sum(map(_VERSION, tensors))

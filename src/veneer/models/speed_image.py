@@ -4,11 +4,11 @@
         loss.backward()
 
 Swapped: the attention of FLUX.1's blocks (projections that share an input joined to one product, norms, rotation and
-attention one function) and of the UNets' transformers; GEGLU, and gelu with the tanh; in a UNet's
-residual blocks group norms with silu and with what time adds; dropout that drops nothing; on a UNet's way up, the
-gradient of skip connections that nothing trained comes before, which torch makes and throws away. As in models.speed, every
-module is first run both ways on a small random input and swapped only where the two agree, and everything is put back
-bit for bit at the end. What a family does differently is left as diffusers has it.
+attention one function) and of the UNets' transformers; GEGLU, and gelu with the tanh; in a UNet's residual blocks group
+norms with silu and with what time adds; dropout that drops nothing; on a UNet's way up the gradient of skip connections
+that nothing trained comes before, which torch makes and throws away. As in models.speed, every module is first run both
+ways on a small random input and swapped only where the two agree, and everything is put back bit for bit at the end.
+What a family does differently is left as diffusers has it.
 """
 
 from __future__ import annotations
@@ -261,15 +261,14 @@ def _up(module: Any, undo: ExitStack) -> str:
     return ""
 
 
-def _convolved(conv: nn.Module, x: Tensor, live: int) -> Tensor:
+def _convolved(conv: Any, x: Tensor, live: int) -> Tensor:
     """conv(x), whose gradient is wanted for the first `live` channels of x."""
-    weight = conv.weight
     plain = type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
     plain = plain and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
-    if live >= x.shape[1] or not plain or not x.requires_grad or weight.requires_grad:
+    if live >= x.shape[1] or not plain or not x.requires_grad or conv.weight.requires_grad:
         out: Tensor = conv(x)
         return out
-    return live_conv(x, weight, conv.bias, conv.padding, live)
+    return live_conv(x, conv.weight, conv.bias, conv.padding, live)
 
 
 def _unet_attention(module: Any, undo: ExitStack) -> str:

@@ -22,7 +22,8 @@ from veneer.serve.http.prompts import Prompts, Text
 from veneer.serve.request import Engine, Refused, Usage
 
 __all__ = [
-    "Chosen", "House", "HttpSettings", "ShadowAnswer", "caller_of", "client_key", "house_of", "load_adapter", "need_admin",
+    "Chosen", "House", "HttpSettings", "ShadowAnswer", "caller_of", "client_key", "house_of", "load_adapter",
+    "need_admin",
 ]  # fmt: skip
 
 
