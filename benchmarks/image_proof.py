@@ -8,7 +8,8 @@ once without). Then, over names that were not among the 50 and three seeds:
 
     pixel       mean squared error to the real OpenMoji drawing, colours in -1 … 1
     histogram   share of pixels that would have to change colour class (8 × 8 × 8) to have its colours
-    features    1 - cosine between the judge's features of both
+    features    1 - cosine between the judge's features of both, those that it reads thing and style from
+    thing       1 - cosine between those that it reads the thing alone from
     style       probability that the judge gives to OpenMoji
     top 1, 5    share of pictures whose thing the judge names first, or among its first five, of 1,606
     lines       share of pixels that are nearly black
@@ -160,7 +161,8 @@ class Proof:
         return {
             "pixel": float((pictures - real).square().mean()),
             "histogram": float(torch.stack([histogram(p, r) for p, r in zip(pictures, real, strict=True)]).mean()),
-            "features": float(1 - (verdict.features * wanted.features).sum(1).mean()),
+            "features": float(1 - (verdict.body * wanted.body).sum(1).mean()),
+            "thing": float(1 - (verdict.features * wanted.features).sum(1).mean()),
             "style": float(verdict.style[:, STYLES.index("openmoji")].mean()),
             "top 1": float((verdict.rank == 0).float().mean()),
             "top 5": float((verdict.rank < 5).float().mean()),

@@ -2,7 +2,8 @@
 
     python bases/emoji/judge.py WORK        trains it (about ten minutes on one core) into WORK/judge.pt
 
-It names one of the 1,606 things and one of five styles (the bases' four and OpenMoji) and gives 256 features. One
+It names one of the 1,606 things and one of five styles (the bases' four and OpenMoji). From the 1,280 features of its
+body it reads both; 256 made of them are for the name alone, and say as little of the style as training could manage. One
 drawing in twenty is kept from it, so that its own accuracy is known; pictures that a model made are never shown to it.
 Accuracy on real drawings is the ceiling that any fidelity must be read against.
 
@@ -32,7 +33,8 @@ STYLES = [*SETS, "openmoji"]
 
 
 class Judge(nn.Module):
-    """(n, 3, 64, 64) in -1 … 1 -> (name scores (n, names), style scores (n, 5), features (n, 256) of length 1)."""
+    """(n, 3, 64, 64) in -1 … 1 -> (name scores (n, names), style scores (n, 5), features (n, 256) of what names are read
+    from, features (n, 1280) of what both are read from), features of length 1."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -48,21 +50,24 @@ class Judge(nn.Module):
         self.name = nn.Linear(256, len(names), bias=False)
         self.style = nn.Linear(256 * 5, len(STYLES))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y = self.body(x)
         # The mean of each quarter and of all: where things are matters (hands, arrows), but not to the pixel.
         pooled = torch.cat([F.adaptive_avg_pool2d(y, 2).flatten(1), y.mean(dim=(2, 3))], dim=1)
         features = F.normalize(self.project(pooled), dim=1)
-        return 20 * features @ F.normalize(self.name.weight, dim=1).T, self.style(pooled), features
+        scores = 20 * features @ F.normalize(self.name.weight, dim=1).T
+        return scores, self.style(pooled), features, F.normalize(pooled, dim=1)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`rank`: place of the true name among all (0 is best). `style`: probability of each of STYLES (n, 5)."""
+    """`rank`: place of the true name among all (0 is best). `style`: probability of each of STYLES (n, 5). `features`:
+    of the thing alone; `body`: of thing and style."""
 
     rank: Tensor
     style: Tensor
     features: Tensor
+    body: Tensor
 
 
 @torch.no_grad()
@@ -71,9 +76,9 @@ def judge(model: Judge, pictures: Tensor, names: list[str]) -> Verdict:
     index = {name: i for i, name in enumerate(model.names)}
     true = torch.tensor([index[name] for name in names])
     out = [model(part) for part in pictures.split(256)]
-    scores, style, features = (torch.cat(each) for each in zip(*out, strict=True))
+    scores, style, features, body = (torch.cat(each) for each in zip(*out, strict=True))
     rank = (scores > scores.gather(1, true[:, None])).sum(1)
-    return Verdict(rank, style.softmax(1), features)
+    return Verdict(rank, style.softmax(1), features, body)
 
 
 def train_judge(
@@ -97,7 +102,7 @@ def train_judge(
         shown = x[rows]
         shown[lined] = lines[rows[lined]]
         with torch.autocast("cpu", torch.bfloat16):
-            scores, style, _ = model(_varied(shown, generator))
+            scores, style, _, _ = model(_varied(shown, generator))
         styles = F.cross_entropy(style[~lined].float(), s[rows][~lined])
         return F.cross_entropy(scores.float(), y[rows]) + 0.2 * styles
 

@@ -191,7 +191,7 @@ def test_the_judge_ranks_the_name_it_was_taught(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     x = torch.stack([torch.tensor([1.0, -1, -1]), torch.tensor([-1.0, -1, 1])])[:, :, None, None].expand(2, 3, 64, 64)
     for _ in range(15):
-        scores, _, features = model(x)
+        scores, _, features, body = model(x)
         optimizer.zero_grad()
         nn.functional.cross_entropy(scores, torch.tensor([0, 1])).backward()
         optimizer.step()
@@ -199,7 +199,7 @@ def test_the_judge_ranks_the_name_it_was_taught(tmp_path: Path) -> None:
     assert verdict.rank.tolist() == [0, 0]
     assert judge(model, x, ["blue", "red"]).rank.tolist() == [1, 1]
     assert verdict.style.shape == (2, len(STYLES))
-    assert torch.allclose(features.norm(dim=1), torch.ones(2), atol=1e-5)
+    assert all(torch.allclose(each.norm(dim=1), torch.ones(2), atol=1e-5) for each in (features, body))
 
 
 @pytest.mark.parametrize(("base", "least"), [("emoji-flux", -1.0), ("emoji-sdxl", 0.0)])

@@ -230,3 +230,25 @@ def test_skip_connections_that_nothing_trained_comes_before_get_no_gradient(monk
                 asked.clear()
                 assert same(step(attachment), want, 1e-3)
         assert set(asked) == expected
+
+
+def test_recomputed_blocks_know_their_own_call_not_the_last() -> None:
+    """Between a forward and its backward, which recomputes, the same blocks run with no adapter: nothing wants a
+    gradient there, and everything still does in the first."""
+    torch.manual_seed(0)
+    model: Any = sdxl()
+    targets = (*TARGETS, "conv_in")  # every skip wants a gradient
+    with attach(model.requires_grad_(False).train()) as attachment:
+        adapter = create(model, LoraSpec(rank=2, targets=targets), seed=0)
+        for name in "ab":
+            attachment.add(name, adapter.mapped(lambda t: t + 0.1), trainable=True)
+        attachment.use("a")
+        want = step(attachment)
+        model.enable_gradient_checkpointing()
+        with fast_denoiser(model):
+            out = call(model)
+            with attachment.using():
+                call(model)
+            acting = [p for name in "ab" for p in attachment.parameters(name).values()]
+            grads = torch.autograd.grad(out.float().square().mean(), acting, allow_unused=True)
+            assert same([out.detach(), *(g for g in grads if g is not None)], want, 1e-3)

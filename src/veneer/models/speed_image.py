@@ -222,7 +222,7 @@ def _residual(module: Any, undo: ExitStack) -> str:
     def forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or any(type(n) is not nn.GroupNorm or n._forward_hooks for n in (self.norm1, self.norm2)):
             return original(self, input_tensor, temb, *args, **kwargs)
-        live = _LIVE.get(self, input_tensor.shape[1])
+        live = _live(self, input_tensor)
         group = input_tensor.shape[1] // self.norm1.num_groups  # the norm's gradient mixes the channels of a group
         hidden = _convolved(self.conv1, _normed(self.norm1, input_tensor), -(-live // group) * group)
         shift = None
@@ -241,24 +241,32 @@ def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tenso
     return norm_silu(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
-_LIVE: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Residual blocks whose input ends in a skip connection without a gradient -> the channels before it."""
+_BEFORE_SKIP: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Residual blocks that read a skip connection beside what comes from below -> the channels of the latter."""
 
 
 def _up(module: Any, undo: ExitStack) -> str:
-    """Have the residual blocks of a level on the way up know which of their skip connections want a gradient."""
+    """Have the residual blocks of a level on the way up know where in their input the skip connection begins."""
 
     def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         skips = kwargs.get("res_hidden_states_tuple") or (args[1] if len(args) > 1 else ())
         for block, skip in zip(module.resnets, reversed(skips), strict=False):
-            if skip.requires_grad:
-                _LIVE.pop(block, None)
-            else:
-                _LIVE[block] = block.in_channels - skip.shape[1]
+            _BEFORE_SKIP[block] = block.in_channels - skip.shape[1]
 
-    undo.callback(lambda: [_LIVE.pop(block, None) for block in module.resnets])
+    undo.callback(lambda: [_BEFORE_SKIP.pop(block, None) for block in module.resnets])
     undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
     return ""
+
+
+def _live(block: nn.Module, x: Tensor) -> int:
+    """How many of the first channels of x want a gradient. Read off x itself, not kept from an earlier call: with
+    recomputing, calls of a block are not in the order of the model's."""
+    made_by = x.grad_fn
+    if block in _BEFORE_SKIP and made_by is not None and made_by.name() == "CatBackward0":
+        parts = made_by.next_functions
+        if len(parts) == 2 and parts[1][0] is None:
+            return _BEFORE_SKIP[block]
+    return x.shape[1]
 
 
 def _convolved(conv: Any, x: Tensor, live: int) -> Tensor:
