@@ -3,8 +3,8 @@
     python bases/emoji/judge.py WORK        trains it (about ten minutes on one core) into WORK/judge.pt
 
 It names one of the 1,606 things and one of five styles (the bases' four and OpenMoji). From the 1,280 features of its
-body it reads both; 256 made of them are for the name alone, and say as little of the style as training could manage. One
-drawing in twenty is kept from it, so that its own accuracy is known; pictures that a model made are never shown to it.
+body it reads both; 256 made of them are for the name alone, and say as little of the style as training could manage.
+One drawing in twenty is kept from it, so that its own accuracy is known; what a model made is never shown to it.
 Accuracy on real drawings is the ceiling that any fidelity must be read against.
 
 A quarter of the drawings of the bases' four sets it sees with lines around every shape (`load_drawings(outlined=True)`)
@@ -33,8 +33,8 @@ STYLES = [*SETS, "openmoji"]
 
 
 class Judge(nn.Module):
-    """(n, 3, 64, 64) in -1 … 1 -> (name scores (n, names), style scores (n, 5), features (n, 256) of what names are read
-    from, features (n, 1280) of what both are read from), features of length 1."""
+    """(n, 3, 64, 64) in -1 … 1 -> (name scores (n, names), style scores (n, 5), features (n, 256) that names are read
+    from, features (n, 1280) that both are read from), features of length 1."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ import torch
 from tests.families import FAMILIES
 from tests.serve.test_runner import base_of, prompts, serve, trained
 from veneer.errors import ConfigError
-from veneer.serve.matrix import Dense, Int4, Int8, Reordered, can_pack
+from veneer.serve.matrix import Dense, Int4, Int8, Panels, Reordered, packed, packing
 from veneer.serve.runner import Runner
 
 CPU = torch.device("cpu")
@@ -19,9 +19,11 @@ def weight(rows: int = 48, n: int = 96) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 15, 16, 17, 200])
-@pytest.mark.parametrize("kind", [Dense, Reordered, Int8, Int4])
+@pytest.mark.parametrize("kind", [Dense, Panels, Reordered, Int8, Int4])
 def test_products_are_those_of_the_dense_weight(kind: type, rows: int) -> None:
-    if kind is Reordered and not can_pack(torch.bfloat16, CPU):
+    if kind is Panels and packing(torch.bfloat16, CPU) is not Panels:
+        pytest.skip("no kernels for products here")
+    if kind is Reordered and packing(torch.bfloat16, CPU) is None:
         pytest.skip("this torch packs no weights")
     w = weight()
     matrix = Dense(w) if kind is Dense else kind.of(w)
@@ -35,6 +37,31 @@ def test_products_are_those_of_the_dense_weight(kind: type, rows: int) -> None:
     y = bias.repeat(rows, 1)
     matrix.add_onto(y, x)
     assert (y.double() - (want + bias.double())).abs().max() <= 0.015 * size
+
+
+@pytest.mark.skipif(packing(torch.bfloat16, CPU) is not Panels, reason="no kernels for products here")
+@pytest.mark.parametrize(("out", "n"), [(16, 2), (80, 4200), (208, 2050)])
+def test_panels_of_any_size(out: int, n: int) -> None:
+    """Last panels that are not full, sums longer than a block, rows in several blocks; each row by itself as well."""
+    g = torch.Generator().manual_seed(0)
+    w, x, bias = torch.randn(out, n, generator=g), torch.randn(131, n, generator=g), torch.randn(out, generator=g)
+    w, x, bias = w.bfloat16(), x.bfloat16(), bias.bfloat16()
+    matrix = Panels.of(w)
+    want = x.double() @ w.double().t()
+    got = matrix(x, bias)
+    assert (got.double() - want - bias.double()).abs().max() <= 0.006 * want.abs().max()
+    assert all(torch.equal(matrix(x[i : i + k], bias), got[i : i + k]) for i, k in ((0, 1), (1, 2), (5, 3), (60, 71)))
+    y = x[:, :1].repeat(1, out)
+    before = y.clone()
+    matrix.add_onto(y, x, bias)
+    assert torch.equal(y, before + got)
+
+
+def test_weights_without_panels_are_kept_as_they_can_be() -> None:
+    with pytest.raises(ValueError, match="no panels"):
+        Panels.of(weight(41, 96))
+    w, x = weight(41, 96), torch.ones(3, 96).bfloat16()
+    assert (packed(w)(x).double() - x.double() @ w.double().t()).abs().max() <= 0.05
 
 
 def test_rounding_is_as_fine_as_the_bits_allow() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from veneer import kernels
-from veneer.serve.matrix import Reordered, can_pack
+from veneer.serve.matrix import packed, packing
 from veneer.serve.pace import LARGE, Pace
 from veneer.serve.runner import _use_threads
 
@@ -93,7 +93,7 @@ def test_threads_are_set_for_the_calling_thread_alone() -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.skipif(not can_pack(torch.bfloat16, torch.device("cpu")), reason="no products in bfloat16 here")
+@pytest.mark.skipif(packing(torch.bfloat16, torch.device("cpu")) is None, reason="no products in bfloat16 here")
 def test_products_have_the_same_bits_with_any_number_of_threads() -> None:
     found: dict[int, list[torch.Tensor]] = {1: [], 3: []}
 
@@ -102,10 +102,10 @@ def test_products_have_the_same_bits_with_any_number_of_threads() -> None:
         g = torch.Generator().manual_seed(0)
         for out, into in ((768, 576), (192, 1536), (1000, 64)):
             weight = torch.randn(out, into, generator=g).bfloat16()
-            packed = Reordered.of(weight)
+            made = packed(weight)
             for rows in (1, 2, 5, 17, 40):
                 x = torch.randn(rows, into, generator=g).bfloat16()
-                found[threads] += [packed(x), torch.nn.functional.linear(x, weight)]
+                found[threads] += [made(x), torch.nn.functional.linear(x, weight)]
 
     for n in found:
         thread = threading.Thread(target=run, args=(n,))

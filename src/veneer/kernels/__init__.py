@@ -88,9 +88,15 @@ _SERVING: dict[str, list[Any]] = {
         _pointer, _int64, _pointer, *[_int64] * 3, _pointer, _pointer, _int64, _pointer, _int64, _pointer, _pointer,
         _float, _float, _int64, _int64, _int
     ],
+    "panel_product": [_pointer, _int64, _int64, _pointer, _pointer, _pointer, _int64, _int, _int],
+    "decode": [
+        _pointer, _int64, _pointer, _int64, *[_pointer] * 7, _int64, _pointer, _int64, _int64, _pointer, _int64,
+        *[_pointer] * 4, _int64, _pointer, _int
+    ],
 }  # fmt: skip
 """What only a processor with AVX512-BF16 has."""
-SOURCES = ("native.c", "quantised.c", "serving.c")
+SOURCES = ("native.c", "quantised.c", "serving.c", "decoder.c")
+HEADERS = ("bf16.h", "serving.h")
 _reason = "not looked for yet"
 
 
@@ -104,7 +110,7 @@ def _build(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     cpu = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0] if sys.platform == "linux" else ""
     here = Path(__file__).parent
-    texts = [(here / name).read_text() for name in (*SOURCES, "bf16.h")]
+    texts = [(here / name).read_text() for name in (*SOURCES, *HEADERS)]
     key = hashlib.sha256("\0".join([*texts, version, cpu, platform.machine(), *FLAGS]).encode()).hexdigest()
     target = _cache() / f"native-{key[:16]}.so"
     if not target.exists():

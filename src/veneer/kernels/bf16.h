@@ -43,6 +43,25 @@ static inline float exp32(float x) {
     return x < -87.0f ? 0.0f : (x == x ? y : x);
 }
 
+/* y = w x / sqrt(mean x^2 + eps) of one row */
+static inline void norm_row(const bf16 *x, const bf16 *w, bf16 *y, int64_t d, float eps) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < d; j++) sum += up(x[j]) * up(x[j]);
+    float r = 1.0f / __builtin_sqrtf(sum / (float)d + eps);
+#pragma omp simd
+    for (int64_t j = 0; j < d; j++) y[j] = down(up(x[j]) * r * up(w[j]));
+}
+
+/* h = silu(gate) up of one row */
+static inline void silu_gate_row(const bf16 *gate, const bf16 *value, bf16 *h, int64_t f) {
+#pragma omp simd
+    for (int64_t j = 0; j < f; j++) {
+        float g = up(gate[j]);
+        h[j] = down(g / (1.0f + exp32(-g)) * up(value[j]));
+    }
+}
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
 

@@ -18,16 +18,7 @@ static void *room(int64_t bytes) { return aligned_alloc(64, (size_t)padded_to(by
 /* y = w x / sqrt(mean x^2 + eps), row by row */
 void rms_norm(const bf16 *x, const bf16 *w, bf16 *y, int64_t n, int64_t d, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < n; i++) {
-        const bf16 *xi = x + i * d;
-        bf16 *yi = y + i * d;
-        float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < d; j++) sum += up(xi[j]) * up(xi[j]);
-        float r = 1.0f / __builtin_sqrtf(sum / (float)d + eps);
-#pragma omp simd
-        for (int64_t j = 0; j < d; j++) yi[j] = down(up(xi[j]) * r * up(w[j]));
-    }
+    for (int64_t i = 0; i < n; i++) norm_row(x + i * d, w, y + i * d, d, eps);
 }
 
 /* dx = r (w g) - x r^3 mean(w g x) */
@@ -180,15 +171,7 @@ void norm_silu_backward(const bf16 *g, const bf16 *x, const bf16 *shift, const b
 /* h = silu(gate) up, from gate_up = [gate | up] of 2f columns */
 void silu_gate(const bf16 *gate_up, bf16 *h, int64_t n, int64_t f, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < n; i++) {
-        const bf16 *gi = gate_up + i * 2 * f, *ui = gi + f;
-        bf16 *hi = h + i * f;
-#pragma omp simd
-        for (int64_t j = 0; j < f; j++) {
-            float g = up(gi[j]);
-            hi[j] = down(g / (1.0f + exp32(-g)) * up(ui[j]));
-        }
-    }
+    for (int64_t i = 0; i < n; i++) silu_gate_row(gate_up + i * 2 * f, gate_up + i * 2 * f + f, h + i * f, f);
 }
 
 /* From dh: d = [d_gate | d_up], and h = silu(gate) up once more. */

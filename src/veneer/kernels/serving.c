@@ -2,26 +2,13 @@
    elsewhere torch's own operations run (serve/thin.py, serve/paged.py), which are also the reference. Arithmetic is
    float32 inside. Work is shared out statically, and a row's result does not depend on which others are there. */
 
-#include "bf16.h"
+#include "serving.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <omp.h>
 
 const int has_serving = 1;
 
-typedef int64_t i64;
-
-enum { BLOCK = 16, TILE = 12, PARTS = 3, RECORD = 2 + 5 * PARTS };
-
-static inline __m512bh pairs(const void *p) { return (__m512bh)_mm512_loadu_si512(p); }
-
-static inline __m512bh both(uint32_t pair) { return (__m512bh)_mm512_set1_epi32((int)pair); }
-
-static inline void share(i64 n, i64 step, int t, int threads, i64 *from, i64 *to) { /* a thread's part of 0 … n */
-    i64 steps = (n + step - 1) / step, per = (steps + threads - 1) / threads;
-    *from = t * per * step < n ? t * per * step : n;
-    *to = (t + 1) * per * step < n ? (t + 1) * per * step : n;
-}
+enum { BLOCK = 16, TILE = 12, PARTS = 3, RECORD = THIN_RECORD };
 
 #define FEW static inline __attribute__((always_inline)) void
 
@@ -73,46 +60,49 @@ FEW second(const int n, const bf16 *B, i64 columns, i64 rank, const uint32_t **u
    table: for each segment RECORD numbers: A, its rank, then up to PARTS of { B, first column of y, columns, first of the
    rank, how many of it }. A (rank / 16, in / 2, 16, 2), B (rank / 2, columns, 2). A part whose B is 0 is not there.
    u: room for starts[nseg] rows of ldu; `in` and parts' ranks even, a whole rank a multiple of 16. */
-void thin_rows(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts, const i64 *rows,
-               const float *strengths, bf16 *u, i64 ldu, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        int me = omp_get_thread_num(), all = omp_get_num_threads();
-        i64 turn = 0;
-        for (i64 s = 0; s < nseg; s++) {
-            const i64 *rec = table + s * RECORD;
-            if (!rec[0]) continue;
-            for (i64 k = 0; k < rec[1]; k += 16)
-                for (i64 i0 = starts[s]; i0 < starts[s + 1]; i0 += 4) {
-                    if (turn++ % all != me) continue;
-                    i64 m = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
-                    const uint32_t *xs[4];
-                    for (i64 i = 0; i < m; i++) xs[i] = (const uint32_t *)(x + rows[i0 + i] * in);
-                    BY_FEW(first, m, (const bf16 *)rec[0] + k * in, in / 2, xs, strengths + i0, u + i0 * ldu + k, ldu)
-                }
-        }
+void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts,
+                      const i64 *rows, const float *strengths, bf16 *u, i64 ldu) {
+    int me = omp_get_thread_num(), all = omp_get_num_threads();
+    i64 turn = 0;
+    for (i64 s = 0; s < nseg; s++) {
+        const i64 *rec = table + s * RECORD;
+        if (!rec[0]) continue;
+        for (i64 k = 0; k < rec[1]; k += 16)
+            for (i64 i0 = starts[s]; i0 < starts[s + 1]; i0 += 4) {
+                if (turn++ % all != me) continue;
+                i64 m = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
+                const uint32_t *xs[4];
+                for (i64 i = 0; i < m; i++) xs[i] = (const uint32_t *)(x + rows[i0 + i] * in);
+                BY_FEW(first, m, (const bf16 *)rec[0] + k * in, in / 2, xs, strengths + i0, u + i0 * ldu + k, ldu)
+            }
+    }
 #pragma omp barrier
-        for (i64 s = 0; s < nseg; s++) {
-            const i64 *rec = table + s * RECORD;
-            if (!rec[0]) continue;
-            for (i64 p = 0; p < PARTS; p++) {
-                const i64 *part = rec + 2 + 5 * p;
-                i64 columns = part[2], from, to;
-                if (!part[0]) continue;
-                share(columns, 16, me, all, &from, &to); /* the same columns for every segment: no two threads meet */
-                for (i64 i0 = starts[s]; i0 < starts[s + 1]; i0 += 4) {
-                    i64 m = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
-                    const uint32_t *us[4];
-                    bf16 *ys[4];
-                    for (i64 i = 0; i < m; i++) {
-                        us[i] = (const uint32_t *)(u + (i0 + i) * ldu + part[3]);
-                        ys[i] = y + rows[i0 + i] * ldy + part[1];
-                    }
-                    BY_FEW(second, m, (const bf16 *)part[0], columns, part[4], us, ys, from, to)
+    for (i64 s = 0; s < nseg; s++) {
+        const i64 *rec = table + s * RECORD;
+        if (!rec[0]) continue;
+        for (i64 p = 0; p < PARTS; p++) {
+            const i64 *part = rec + 2 + 5 * p;
+            i64 columns = part[2], from, to;
+            if (!part[0]) continue;
+            share(columns, 16, me, all, &from, &to); /* the same columns for every segment: no two threads meet */
+            for (i64 i0 = starts[s]; i0 < starts[s + 1]; i0 += 4) {
+                i64 m = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
+                const uint32_t *us[4];
+                bf16 *ys[4];
+                for (i64 i = 0; i < m; i++) {
+                    us[i] = (const uint32_t *)(u + (i0 + i) * ldu + part[3]);
+                    ys[i] = y + rows[i0 + i] * ldy + part[1];
                 }
+                BY_FEW(second, m, (const bf16 *)part[0], columns, part[4], us, ys, from, to)
             }
         }
     }
+}
+
+void thin_rows(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts, const i64 *rows,
+               const float *strengths, bf16 *u, i64 ldu, int threads) {
+#pragma omp parallel num_threads(threads)
+    thin_rows_inside(x, in, y, ldy, table, nseg, starts, rows, strengths, u, ldu);
 }
 
 /* The cache of one layer: K as (blocks, kv, d / 2, BLOCK, 2), so that sixteen scores are made at once; V as
@@ -128,12 +118,18 @@ static void store_token(const bf16 *k, const bf16 *v, bf16 *K, bf16 *V, i64 slot
     }
 }
 
+static void store_rows_inside(const bf16 *k, i64 ldk, const bf16 *v, i64 ldv, const i64 *slots, const i64 *starts, i64 nseq,
+                              i64 kv, i64 d, bf16 *K, bf16 *V) {
+#pragma omp for schedule(static)
+    for (i64 s = 0; s < nseq; s++)
+        for (i64 t = starts[s]; t < starts[s + 1]; t++) store_token(k + t * ldk, v + t * ldv, K, V, slots[t], kv, d);
+}
+
 /* Keys and values of all tokens into the cache; sequence s has tokens starts[s] … starts[s + 1], in order. */
 void store_rows(const bf16 *k, i64 ldk, const bf16 *v, i64 ldv, const i64 *slots, const i64 *starts, i64 nseq, i64 kv, i64 d,
                 bf16 *K, bf16 *V, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 s = 0; s < nseq; s++)
-        for (i64 t = starts[s]; t < starts[s + 1]; t++) store_token(k + t * ldk, v + t * ldv, K, V, slots[t], kv, d);
+#pragma omp parallel num_threads(threads)
+    store_rows_inside(k, ldk, v, ldv, slots, starts, nseq, kv, d, K, V);
 }
 
 /* x ← w x / sqrt(mean x² + eps), if there is a w; then turned: (a, b) ← (a cos - b sin, b cos + a sin), b half of d on. */
@@ -155,15 +151,22 @@ static void turn(bf16 *x, const bf16 *w, float eps, const float *cs, const float
 
 /* qkv (n, (heads + 2 kv) d): queries and keys normed by qn and kn where given and turned to their positions, in place; keys
    and values into the cache. cs, sn: float32 (positions, d / 2). */
-void turn_and_store(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs, const float *sn, const bf16 *qn, const bf16 *kn,
-                    float eps, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq, bf16 *K, bf16 *V,
-                    int threads) {
+void turn_and_store_inside(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs, const float *sn, const bf16 *qn,
+                           const bf16 *kn, float eps, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq,
+                           bf16 *K, bf16 *V) {
     i64 ld = (heads + 2 * kv) * d, n = starts[nseq];
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp for schedule(static)
     for (i64 t = 0; t < n; t++)
         for (i64 h = 0; h < heads + kv; h++)
             turn(qkv + t * ld + h * d, h < heads ? qn : kn, eps, cs + positions[t] * (d / 2), sn + positions[t] * (d / 2), d);
-    store_rows(qkv + heads * d, ld, qkv + (heads + kv) * d, ld, slots, starts, nseq, kv, d, K, V, threads);
+    store_rows_inside(qkv + heads * d, ld, qkv + (heads + kv) * d, ld, slots, starts, nseq, kv, d, K, V);
+}
+
+void turn_and_store(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs, const float *sn, const bf16 *qn, const bf16 *kn,
+                    float eps, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq, bf16 *K, bf16 *V,
+                    int threads) {
+#pragma omp parallel num_threads(threads)
+    turn_and_store_inside(qkv, heads, kv, d, cs, sn, qn, kn, eps, positions, slots, starts, nseq, K, V);
 }
 
 #define SCORES(N)                                                                                    \
@@ -202,14 +205,13 @@ SCORES(12)
 /* out (n, heads d) = attention of each token over the keys of its sequence up to itself, and no further back than window
    where that is above 0; scores capped as cap tanh(s / cap) where cap is above 0. positions[t]: how many came before. tables:
    (nseq, ldt) block numbers. longest: the largest position + 1. */
-void paged_attend(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i64 d, const i64 *positions, const i64 *starts,
-                  i64 nseq, const i64 *tables, i64 ldt, const bf16 *K, const bf16 *V, float scale, float cap, i64 window,
-                  i64 longest, int threads) {
+void paged_attend_inside(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i64 d, const i64 *positions,
+                         const i64 *starts, i64 nseq, const i64 *tables, i64 ldt, const bf16 *K, const bf16 *V, float scale,
+                         float cap, i64 window, i64 longest) {
     i64 group = heads / kv, d2 = d / 2, room = (longest + BLOCK - 1) / BLOCK * BLOCK;
     i64 *first = malloc((size_t)(nseq + 1) * sizeof *first); /* the tiles before each sequence */
     first[0] = 0;
     for (i64 s = 0; s < nseq; s++) first[s + 1] = first[s] + ((starts[s + 1] - starts[s]) * group + TILE - 1) / TILE * kv;
-#pragma omp parallel num_threads(threads)
     {
         uint32_t *qs = aligned_alloc(64, (size_t)((TILE * d2 * 4 + 63) / 64 * 64));
         float *sc = aligned_alloc(64, (size_t)(TILE * room * 4)), *o = aligned_alloc(64, (size_t)((TILE * d * 4 + 63) / 64 * 64));
@@ -274,6 +276,13 @@ void paged_attend(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i64 d, c
         free(qs), free(sc), free(o), free(pr);
     }
     free(first);
+}
+
+void paged_attend(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i64 d, const i64 *positions, const i64 *starts,
+                  i64 nseq, const i64 *tables, i64 ldt, const bf16 *K, const bf16 *V, float scale, float cap, i64 window,
+                  i64 longest, int threads) {
+#pragma omp parallel num_threads(threads)
+    paged_attend_inside(q, ldq, out, heads, kv, d, positions, starts, nseq, tables, ldt, K, V, scale, cap, window, longest);
 }
 
 #else

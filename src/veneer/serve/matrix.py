@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Dense", "Int4", "Int8", "Matrix", "Reordered", "can_pack"]
+from veneer import kernels
+
+__all__ = ["Dense", "Int4", "Int8", "Matrix", "Panels", "Reordered", "packed", "packing"]
 
 
 class Matrix(Protocol):
@@ -18,8 +20,8 @@ class Matrix(Protocol):
         """x (rows, in) -> (rows, out)"""
         ...
 
-    def add_onto(self, y: Tensor, x: Tensor) -> None:
-        """y (rows, out) += x·Wᵀ, in place."""
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        """y (rows, out) += x·Wᵀ + b, in place."""
         ...
 
 
@@ -32,8 +34,44 @@ class Dense:
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, self.weight, bias)
 
-    def add_onto(self, y: Tensor, x: Tensor) -> None:
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
         y.addmm_(x, self.weight.t())
+        if bias is not None:
+            y.add_(bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """A copy in the order in which kernels/decoder.c multiplies by it, 64 rows of W side by side:
+    (⌈out/64⌉, in/2, 64, 2), zeros where W has no row. Beside `Reordered` a row takes half as long, 512 the same."""
+
+    weight: Tensor
+    out: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Panels:
+        """Raises ValueError where `out` is no multiple of 16 or `in` is odd."""
+        out, n = weight.shape
+        if out % 16 or n % 2:
+            raise ValueError(f"a weight {tuple(weight.shape)} has no panels")
+        whole = F.pad(weight, (0, 0, 0, -out % 64)).view(-1, 64, n // 2, 2)
+        return cls(whole.permute(0, 2, 1, 3).contiguous(), out)
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = x.new_empty(len(x), self.out)
+        self._into(y, x, bias, onto=False)
+        return y
+
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        self._into(y, x, bias, onto=True)
+
+    def _into(self, y: Tensor, x: Tensor, bias: Tensor | None, onto: bool) -> None:
+        library = kernels.serving(x, y)
+        assert library is not None
+        library.panel_product(
+            x.data_ptr(), *x.shape, self.weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+            self.out, int(onto), torch.get_num_threads(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,18 +89,35 @@ class Reordered:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
         return out
 
-    def add_onto(self, y: Tensor, x: Tensor) -> None:
-        y.add_(self(x))
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        y.add_(self(x, bias))
 
 
 def _mkldnn() -> Any:
     return torch.ops.mkldnn
 
 
-def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this torch packs weights of `dtype`, found out by doing it: the operations are torch's compiler's own."""
+def packing(dtype: torch.dtype, device: torch.device) -> type[Panels] | type[Reordered] | None:
+    """How weights of `dtype` are best kept for many small products here: None, as they are.
+
+    oneDNN's order where the processor has AMX, which our kernels do not use, or where we have none; whether this torch
+    has it is found out by doing it, as the operations are its compiler's own."""
     if device.type != "cpu" or dtype != torch.bfloat16:
-        return False
+        return None
+    if kernels.serving(torch.empty(0, dtype=dtype)) is not None and not torch.cpu._is_amx_tile_supported():
+        return Panels
+    return Reordered if _reorders(dtype) else None
+
+
+def packed(weight: Tensor) -> Matrix:
+    """A weight as `packing` says; one whose shape has no panels (a vocabulary of 50,257) as it can be."""
+    kind = packing(weight.dtype, weight.device)
+    if kind is Panels and weight.shape[0] % 16 == 0 == weight.shape[1] % 2:
+        return Panels.of(weight)
+    return Reordered.of(weight) if kind is not None and _reorders(weight.dtype) else Dense(weight)
+
+
+def _reorders(dtype: torch.dtype) -> bool:
     x, w = torch.ones(3, 32, dtype=dtype), torch.eye(48, 32, dtype=dtype)
     try:
         with warnings.catch_warnings():
@@ -98,8 +153,8 @@ class Int8:
         out: Tensor = torch.ops.aten._weight_int8pack_mm(x, self.q, self.scale)
         return out if bias is None else out.add_(bias)
 
-    def add_onto(self, y: Tensor, x: Tensor) -> None:
-        y.add_(self(x))
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        y.add_(self(x, bias))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,5 +191,5 @@ class Int4:
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.packed, self.GROUP, self.scales)
         return out if bias is None else out.add_(bias)
 
-    def add_onto(self, y: Tensor, x: Tensor) -> None:
-        y.add_(self(x))
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        y.add_(self(x, bias))

@@ -3,22 +3,25 @@
     x ← x + o(attention(qkv(norm(x))))        x ← x + down(silu(gate(h)) ⊙ up(h)), h = norm(x)
 
 Llama, Mistral, Qwen2, Qwen3, Phi-3 and whoever is built as they are; the runner finds out by a probe whether a base is.
+All layers are one call of kernels/decoder.c where it runs, and else, or under a DoRA, line by line: to the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer import kernels
 from veneer.core.fused import gated, normed
 from veneer.core.targets import base_modules
 from veneer.models.text import TextBase
-from veneer.serve.matrix import Matrix
+from veneer.serve.matrix import Matrix, Panels
 from veneer.serve.paged import PackedRows, Pages, Rotary
 from veneer.serve.thin import Group, Layout, Segments
 
@@ -46,6 +49,16 @@ class Block:
     window: int
 
 
+class _Table(NamedTuple):
+    """`layers`: of each what decoder.c's FIELDS name. `room`: elements of scratch a token."""
+
+    run: Callable[..., None]
+    layers: Tensor
+    sizes: Tensor
+    numbers: Tensor
+    room: int
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A base of Llama's kind as tensors. Its layout's groups: qkv, o, gate-up, down of each layer, then the head."""
@@ -57,12 +70,57 @@ class Plan:
     head_bias: Tensor | None
     eps: float
     scale: float
+    pages: Pages
 
-    def hidden(self, ids: Tensor, batch: PackedRows, segments: Segments | None, pages: Pages) -> Tensor:
+    def hidden(self, ids: Tensor, batch: PackedRows, segments: Segments | None) -> Tensor:
         """The normed output of the last layer, (tokens, dim)."""
         x = F.embedding(ids, self.embedding)
         if segments is not None:
             segments.embed(ids, x)
+        if self._table is not None and not (segments is not None and segments.gains):
+            self._decode(x, self._table, batch, segments)
+        else:
+            self._layer_by_layer(x, batch, segments)
+        return normed(x, self.norm, self.eps)
+
+    @cached_property
+    def _table(self) -> _Table | None:
+        """What kernels/decoder.c reads of every layer; None where it does not run."""
+        library, pages = kernels.serving(self.embedding), self.pages
+        matrices = [(b.qkv, b.out, b.gate_up, b.down) for b in self.blocks]
+        panels = [[m for m in own if isinstance(m, Panels)] for own in matrices]
+        if library is None or pages.native is None or any(len(own) < 4 for own in panels):
+            return None
+        qkv, out, gate_up, _ = panels[0]
+        ffn = gate_up.out // 2
+        if ffn % 16 or qkv.out != (pages.heads + 2 * pages.kv) * pages.d:
+            return None
+        rows = []
+        for i, (b, own) in enumerate(zip(self.blocks, panels, strict=True)):
+            qkv_w, out_w, gate_up_w, down_w = (m.weight for m in own)
+            fields = [
+                b.norm, qkv_w, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, out_w, b.out_bias, b.norm_after, gate_up_w,
+                down_w, b.window, pages.K[i], pages.V[i],
+            ]  # fmt: skip
+            if any(isinstance(f, Tensor) and kernels.usable(f) is None for f in fields):
+                return None
+            rows.append([f.data_ptr() if isinstance(f, Tensor) else f or 0 for f in fields])
+        sizes = torch.tensor([out.out, pages.heads, pages.kv, pages.d, ffn])
+        wide = out.out + (2 * pages.heads + 2 * pages.kv) * pages.d + 3 * ffn
+        return _Table(library.decode, torch.tensor(rows), sizes, torch.tensor([self.eps, self.scale]), wide)
+
+    def _decode(self, x: Tensor, table: _Table, batch: PackedRows, segments: Segments | None) -> None:
+        rotary, room = self.blocks[0].rotary, x.new_empty(len(x) * table.room)
+        table.run(
+            x.data_ptr(), len(x), table.layers.data_ptr(), len(self.blocks), table.sizes.data_ptr(),
+            table.numbers.data_ptr(), rotary.cos.data_ptr(), rotary.sin.data_ptr(), batch.positions.data_ptr(),
+            batch.slots.data_ptr(), batch.starts.data_ptr(), len(batch.lengths), batch.tables.data_ptr(),
+            batch.tables.shape[1], max(batch.lengths), *((0,) * 7 if segments is None else segments.pointers(x)),
+            room.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _layer_by_layer(self, x: Tensor, batch: PackedRows, segments: Segments | None) -> None:
+        pages = self.pages
         for i, block in enumerate(self.blocks):
             h = normed(x, block.norm, self.eps)
             qkv = block.qkv(h, block.qkv_bias)
@@ -76,7 +134,6 @@ class Plan:
             if segments is not None:
                 segments.add(4 * i + 2, h, both)
             _add_onto(x, gated(both, "silu"), block.down, None, segments, 4 * i + 3)
-        return normed(x, self.norm, self.eps)
 
     def logits(self, x: Tensor, segments: Segments | None) -> Tensor:
         out = self.head(x, self.head_bias)
@@ -113,7 +170,7 @@ def layout_of(base: TextBase) -> Layout:
     return Layout(tuple(groups), embedding, base.dtype, base.device)
 
 
-def plan_of(base: TextBase, layout: Layout, weights: Weights, embedding: Tensor, context: int) -> Plan:
+def plan_of(base: TextBase, layout: Layout, weights: Weights, embedding: Tensor, context: int, pages: Pages) -> Plan:
     """Raises NotImplementedError where the base is of another kind; whether it is of this one, a probe tells."""
     root: Any = base.model.model
     config: Any = base.model.config.get_text_config()
@@ -143,21 +200,20 @@ def plan_of(base: TextBase, layout: Layout, weights: Weights, embedding: Tensor,
         )  # fmt: skip
     head, norm = layout.groups[-1], root.norm.weight.detach()
     scale = root.layers[0].self_attn.scaling
-    return Plan(embedding, blocks, norm, weights(head.modules), head.biases[0], config.rms_norm_eps, scale)
+    head_matrix = weights(head.modules)
+    return Plan(embedding, blocks, norm, head_matrix, head.biases[0], config.rms_norm_eps, scale, pages)
 
 
 def _add_onto(x: Tensor, h: Tensor, matrix: Matrix, bias: Tensor | None, segments: Segments | None, g: int) -> None:
     """x += h·Wᵀ + b and its thin products, in place."""
+    y = None
     if segments is not None and segments.gained(g):  # DoRA needs the base's product by itself
         y = matrix(h, bias)
-        segments.add(g, h, y)
         x.add_(y)
-        return
-    matrix.add_onto(x, h)
-    if bias is not None:
-        x.add_(bias)
+    else:
+        matrix.add_onto(x, h, bias)
     if segments is not None:
-        segments.add(g, h, x)
+        segments.add(g, h, x, y)
 
 
 def static_positions(config: Any) -> None:

@@ -33,7 +33,7 @@ from veneer.errors import ConfigError, ResourceError
 from veneer.models.hook import How, attending, hook_attention, new_cache
 from veneer.models.speed import Join
 from veneer.models.text import TextBase
-from veneer.serve.matrix import Dense, Int4, Int8, Matrix, Reordered, can_pack
+from veneer.serve.matrix import Dense, Int4, Int8, Matrix, packed, packing
 from veneer.serve.pace import Pace
 from veneer.serve.paged import BLOCK, PackedRows, Pages
 from veneer.serve.plan import Plan, layout_of, plan_of, static_positions
@@ -164,14 +164,11 @@ class Runner:
             new = made.get(f"{name}.weight")
             return own[name].weight.detach() if new is None else new.to(self.base.dtype)
 
-        packs = can_pack(self.base.dtype, self.base.device)
-
         def joined(names: tuple[str, ...]) -> Matrix:
-            whole = torch.cat([weight(n) for n in names])
-            return Reordered.of(whole) if packs else Dense(whole)
+            return packed(torch.cat([weight(n) for n in names]))
 
         embedding = weight(self.layout.embedding)
-        plan = plan_of(self.base, self.layout, joined, embedding, self.context)
+        plan = plan_of(self.base, self.layout, joined, embedding, self.context, self.pages)
         self._merged = _Merged(_key(mix), plan)
 
     def unmerge(self) -> None:
@@ -219,7 +216,7 @@ class Runner:
         ]
         segments = Segments.of(self.layout, spans, self._segments) if spans else None  # type: ignore[arg-type]
         self._segments = segments or self._segments
-        hidden = plan.hidden(ids, batch, segments, self.pages)
+        hidden = plan.hidden(ids, batch, segments)
         kept = [i for i, row in enumerate(rows) for _ in range(row.wants)]
         x = hidden[_wanted(rows, batch)]
         head = len(self.layout.groups) - 1
@@ -351,12 +348,12 @@ class Runner:
 
     def _make_fused(self) -> None:
         modules: dict[str, Any] = dict(base_modules(self.model))
-        packs = can_pack(self.base.dtype, self.base.device) and self._projection_bytes() <= self.pack_bytes
+        packs = packing(self.base.dtype, self.base.device) is not None and self._projection_bytes() <= self.pack_bytes
 
         def joined(names: tuple[str, ...]) -> Matrix:
             parts = [modules[n] for n in names]
             if packs:
-                made = Reordered.of(torch.cat([m.weight.detach() for m in parts]))
+                made = packed(torch.cat([m.weight.detach() for m in parts]))
                 for module in parts:  # they are read again only by adapters with no thin form
                     kernels.page_out(module.weight.detach())
                 return made
@@ -365,9 +362,8 @@ class Runner:
                 raise NotImplementedError(f"{', '.join(names)} cannot be joined")
             return Dense(weight)
 
-        self._plan = plan_of(
-            self.base, self.layout, joined, self.model.get_input_embeddings().weight.detach(), self.context
-        )
+        embedding = self.model.get_input_embeddings().weight.detach()
+        self._plan = plan_of(self.base, self.layout, joined, embedding, self.context, self.pages)
 
     def _projection_bytes(self) -> int:
         return sum(group.weight(i).nbytes for group in self.layout.groups for i in range(len(group.modules)))
@@ -401,7 +397,7 @@ class Runner:
             groups.append(Group(group.modules, group.sizes, group.biases, weight))
         self.layout = Layout(tuple(groups), self.layout.embedding, self.layout.dtype, self.layout.device)
         embedding = self.model.get_input_embeddings().weight.detach()
-        self._plan = plan_of(base, self.layout, made.__getitem__, embedding, self.context)
+        self._plan = plan_of(base, self.layout, made.__getitem__, embedding, self.context, self.pages)
 
     def _make_packed(self) -> None:
         static_positions(self.model.config.get_text_config())

@@ -243,29 +243,39 @@ class Segments:
             out.tables = tables
         return out
 
-    def add(self, g: int, x: Tensor, y: Tensor) -> None:
-        """Group g's thin products onto y (rows, columns), in place; x (rows, in), both contiguous."""
-        before = self._before_gains(g, y)
+    def add(self, g: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
+        """Group g's thin products onto y (rows, columns), in place; x (rows, in), both contiguous. `own`: the base's
+        product, where y is more than that."""
+        before = self._before_gains(g, y) if own is None else own
         native = kernels.serving(x, y) if x.shape[1] % 2 == 0 else None
         if native is None:
             self._add_reference(g, x, y)
         else:
-            if self.tables is None:
-                self.tables = _Tables(self.adapters, torch.stack([a.records for a in self.adapters], 1).contiguous())
-            if self.scratch is None:
-                self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
-            native.thin_rows(
-                x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1], self.tables.records[g].data_ptr(),
-                len(self.adapters), self.starts.data_ptr(), self.rows.data_ptr(), self.strengths.data_ptr(),
-                self.scratch.data_ptr(), self.scratch.shape[1], torch.get_num_threads(),
-            )  # fmt: skip
+            at = (x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1])
+            native.thin_rows(*at, *self.pointers(x, g), torch.get_num_threads())
         self._add_gains(g, before, y)
+
+    def pointers(self, x: Tensor, g: int = 0) -> tuple[int, ...]:
+        """What kernels/serving.c reads of these rows from group g on, scratch with it, for an x of that dtype."""
+        if self.tables is None:
+            self.tables = _Tables(self.adapters, torch.stack([a.records for a in self.adapters], 1).contiguous())
+        if self.scratch is None:
+            self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
+        return (
+            self.tables.records[g].data_ptr(), len(self.adapters), self.starts.data_ptr(), self.rows.data_ptr(),
+            self.strengths.data_ptr(), self.scratch.data_ptr(), self.scratch.shape[1],
+        )  # fmt: skip
 
     def add_reference(self, g: int, x: Tensor, y: Tensor) -> None:
         """What `add` does, in torch's own operations."""
         before = self._before_gains(g, y)
         self._add_reference(g, x, y)
         self._add_gains(g, before, y)
+
+    @property
+    def gains(self) -> bool:
+        """Whether some adapter here is a DoRA."""
+        return any(a.gains for a in self.adapters)
 
     def gained(self, g: int) -> bool:
         """Whether some adapter here is a DoRA in group g, whose `add` needs the base's own output."""
