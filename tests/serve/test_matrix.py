@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.families import FAMILIES
 from tests.serve.test_runner import base_of, prompts, serve, trained
 from veneer.errors import ConfigError
-from veneer.serve.matrix import Dense, Int4, Int8, Panels, Reordered, packed, packing
+from veneer.serve.matrix import Dense, Int4, Int4Panels, Int8, Int8Panels, Panels, Reordered, packed, packing
 from veneer.serve.runner import Runner
 
 CPU = torch.device("cpu")
@@ -19,15 +21,15 @@ def weight(rows: int = 48, n: int = 96) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 15, 16, 17, 200])
-@pytest.mark.parametrize("kind", [Dense, Panels, Reordered, Int8, Int4])
+@pytest.mark.parametrize("kind", [Dense, Panels, Int8Panels, Int4Panels, Reordered, Int8, Int4])
 def test_products_are_those_of_the_dense_weight(kind: type, rows: int) -> None:
-    if kind is Panels and packing(torch.bfloat16, CPU) is not Panels:
+    if issubclass(kind, Panels) and packing(torch.bfloat16, CPU) is not Panels:
         pytest.skip("no kernels for products here")
     if kind is Reordered and packing(torch.bfloat16, CPU) is None:
         pytest.skip("this torch packs no weights")
     w = weight()
     matrix = Dense(w) if kind is Dense else kind.of(w)
-    own = matrix.dense().double() if kind in (Int8, Int4) else w.double()
+    own = matrix.dense().double() if hasattr(matrix, "dense") else w.double()
     x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
     bias = torch.randn(48, generator=torch.Generator().manual_seed(2)).bfloat16()
     want = x.double() @ own.t()
@@ -40,13 +42,15 @@ def test_products_are_those_of_the_dense_weight(kind: type, rows: int) -> None:
 
 
 @pytest.mark.skipif(packing(torch.bfloat16, CPU) is not Panels, reason="no kernels for products here")
-@pytest.mark.parametrize(("out", "n"), [(16, 2), (80, 4200), (208, 2050)])
-def test_panels_of_any_size(out: int, n: int) -> None:
+@pytest.mark.parametrize(("out", "n"), [(16, 32), (80, 4224), (208, 2080)])
+@pytest.mark.parametrize("kind", [Panels, Int8Panels, Int4Panels])
+def test_panels_of_any_size(kind: type[Panels], out: int, n: int) -> None:
     """Last panels that are not full, sums longer than a block, rows in several blocks; each row by itself as well."""
     g = torch.Generator().manual_seed(0)
     w, x, bias = torch.randn(out, n, generator=g), torch.randn(131, n, generator=g), torch.randn(out, generator=g)
     w, x, bias = w.bfloat16(), x.bfloat16(), bias.bfloat16()
-    matrix = Panels.of(w)
+    matrix = kind.of(w)
+    w = matrix.dense() if isinstance(matrix, Int8Panels | Int4Panels) else w
     want = x.double() @ w.double().t()
     got = matrix(x, bias)
     assert (got.double() - want - bias.double()).abs().max() <= 0.006 * want.abs().max()
@@ -64,16 +68,17 @@ def test_weights_without_panels_are_kept_as_they_can_be() -> None:
     assert (packed(w)(x).double() - x.double() @ w.double().t()).abs().max() <= 0.05
 
 
-def test_rounding_is_as_fine_as_the_bits_allow() -> None:
+@pytest.mark.parametrize(("of8", "of4"), [(Int8, Int4), (Int8Panels, Int4Panels)])
+def test_rounding_is_as_fine_as_the_bits_allow(of8: Any, of4: Any) -> None:
     w = weight()
-    eight = (Int8.of(w).dense().float() - w.float()).abs()
+    eight = (of8.of(w).dense().float() - w.float()).abs()
     assert (eight <= 0.55 * w.float().abs().amax(1, keepdim=True) / 127 + 0.005 * w.float().abs()).all()
     groups = w.float().view(48, 3, 32)
     step = (groups.amax(-1) - groups.amin(-1)) / 15
-    four = (Int4.of(w).dense().float() - w.float()).abs().view(48, 3, 32)
+    four = (of4.of(w).dense().float() - w.float()).abs().view(48, 3, 32)
     assert (four <= 0.6 * step[..., None] + 0.01 * groups.abs().amax(-1, keepdim=True)).all()
     with pytest.raises(ValueError, match="no int4 form"):
-        Int4.of(weight(48, 40))
+        of4.of(weight(48, 40))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

@@ -13,7 +13,7 @@ from tests.families import FAMILIES
 from tests.serve.test_runner import base_of, prompts, serve, trained
 from veneer.serve.matrix import Panels, packing
 from veneer.serve.plan import Plan
-from veneer.serve.runner import Prepared, Runner, _use_threads
+from veneer.serve.runner import Prepared, Runner, WeightKind, _use_threads
 
 pytestmark = pytest.mark.skipif(
     packing(torch.bfloat16, torch.device("cpu")) is not Panels, reason="no kernels for a decoder on this processor"
@@ -30,17 +30,19 @@ BASES: dict[str, Any] = {
 }
 
 
-def runner_of(name: str) -> tuple[Runner, Plan, Any]:
+def runner_of(name: str, weights: WeightKind = "dense") -> tuple[Runner, Plan, dict[str, Prepared]]:
     model = BASES[name]().bfloat16()
     for part in model.modules():  # biases and norms that do something
         for key in ("bias", "weight"):
             own = getattr(part, key, None)
             if isinstance(own, Tensor) and own.ndim == 1:
                 own.data += 0.3 * torch.randn(own.shape, generator=torch.Generator().manual_seed(5)).bfloat16()
-    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    adapters = {n: trained(model, i, rank=3 + 14 * i) for i, n in enumerate("ab")}
+    adapters["dora"] = trained(model, 7, dora=True)
+    runner = Runner(base_of(model), cache_bytes=1 << 20, weights=weights)
     assert runner.how == "fused", runner.why
     assert runner._plan is not None
-    return runner, runner._plan, model
+    return runner, runner._plan, {n: runner.prepare(a, n) for n, a in adapters.items()}
 
 
 def answers(runner: Runner, adapters: dict[str, Prepared], lengths: tuple[int, ...] = (1, 20, 33, 70)) -> list[Tensor]:
@@ -49,11 +51,12 @@ def answers(runner: Runner, adapters: dict[str, Prepared], lengths: tuple[int, .
     return serve(runner, work, [7, 40, 1, 30])
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_the_same_bits_as_layer_by_layer(name: str) -> None:
-    runner, plan, model = runner_of(name)
+@pytest.mark.parametrize(
+    ("name", "weights"), [*((name, "dense") for name in BASES), ("llama", "int8"), ("norms of q and k", "int4")]
+)
+def test_the_same_bits_as_layer_by_layer(name: str, weights: WeightKind) -> None:
+    runner, plan, adapters = runner_of(name, weights)
     assert plan._table is not None
-    adapters = {n: runner.prepare(trained(model, i, rank=3 + 14 * i), n) for i, n in enumerate("ab")}
     together = answers(runner, adapters)
     plan.__dict__["_table"] = None
     apart = answers(runner, adapters)
@@ -62,19 +65,21 @@ def test_the_same_bits_as_layer_by_layer(name: str) -> None:
 
 def test_a_dora_in_the_batch_changes_nobody_elses_bits() -> None:
     """With one the layers go line by line."""
-    runner, _, model = runner_of("llama")
-    adapters = {n: runner.prepare(trained(model, i), n) for i, n in enumerate("ab")}
-    dora = runner.prepare(trained(model, 7, dora=True), "dora")
+    runner, _, adapters = runner_of("llama")
     alone = answers(runner, adapters)
     ids = prompts((1, 20, 33, 70))
-    work: list[Any] = [(ids[0], []), (ids[1], [(adapters["a"], 1.0)]), (ids[2], [(dora, 1.0)]), (ids[3], [])]
+    work: list[Any] = [
+        (ids[0], []),
+        (ids[1], [(adapters["a"], 1.0)]),
+        (ids[2], [(adapters["dora"], 1.0)]),
+        (ids[3], []),
+    ]
     mixed = serve(runner, work, [7, 40, 1, 30])
     assert all(torch.equal(alone[i], mixed[i]) for i in (0, 1, 3))
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
-    runner, _, model = runner_of("llama")
-    adapters = {n: runner.prepare(trained(model, i), n) for i, n in enumerate("ab")}
+    runner, _, adapters = runner_of("llama")
     found: dict[int, list[Tensor]] = {}
 
     def run(threads: int) -> None:

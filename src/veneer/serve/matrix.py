@@ -12,7 +12,10 @@ from torch import Tensor
 
 from veneer import kernels
 
-__all__ = ["Dense", "Int4", "Int8", "Matrix", "Panels", "Reordered", "packed", "packing"]
+__all__ = [
+    "Dense", "Int4", "Int4Panels", "Int8", "Int8Panels", "Matrix", "Panels", "Quantised",
+    "Reordered", "packed", "packing", "quantised",
+]  # fmt: skip
 
 
 class Matrix(Protocol):
@@ -45,17 +48,16 @@ class Panels:
     """A copy in the order in which kernels/decoder.c multiplies by it, 64 rows of W side by side:
     (⌈out/64⌉, in/2, 64, 2), zeros where W has no row. Beside `Reordered` a row takes half as long, 512 the same."""
 
-    weight: Tensor
+    codes: Tensor
     out: int
+    scales: Tensor | None = None
+
+    KIND = 0  # of kernels/decoder.c
 
     @classmethod
     def of(cls, weight: Tensor) -> Panels:
         """Raises ValueError where `out` is no multiple of 16 or `in` is odd."""
-        out, n = weight.shape
-        if out % 16 or n % 2:
-            raise ValueError(f"a weight {tuple(weight.shape)} has no panels")
-        whole = F.pad(weight, (0, 0, 0, -out % 64)).view(-1, 64, n // 2, 2)
-        return cls(whole.permute(0, 2, 1, 3).contiguous(), out)
+        return cls(_panels(weight), len(weight))
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = x.new_empty(len(x), self.out)
@@ -68,10 +70,23 @@ class Panels:
     def _into(self, y: Tensor, x: Tensor, bias: Tensor | None, onto: bool) -> None:
         library = kernels.serving(x, y)
         assert library is not None
+        scales, bias_at = (None if t is None else t.data_ptr() for t in (self.scales, bias))
         library.panel_product(
-            x.data_ptr(), *x.shape, self.weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-            self.out, int(onto), torch.get_num_threads(),
+            x.data_ptr(), *x.shape, self.KIND, self.codes.data_ptr(), scales, bias_at, y.data_ptr(), self.out,
+            int(onto), torch.get_num_threads(),
         )  # fmt: skip
+
+
+def _panels(weight: Tensor) -> Tensor:
+    out, n = weight.shape
+    if out % 16 or n % 2:
+        raise ValueError(f"a weight {tuple(weight.shape)} has no panels")
+    return F.pad(weight, (0, 0, 0, -out % 64)).view(-1, 64, n // 2, 2).permute(0, 2, 1, 3).contiguous()
+
+
+def _rows(panels: Tensor, out: int) -> Tensor:
+    """The inverse of `_panels`."""
+    return panels.permute(0, 2, 1, 3).reshape(-1, 2 * panels.shape[1])[:out]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +155,14 @@ class Int8:
 
     @classmethod
     def of(cls, weight: Tensor) -> Int8:
+        return cls(*cls.rounded(weight))
+
+    @staticmethod
+    def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """q and scale."""
         scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(weight.dtype)
         q = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)
-        return cls(q.to(torch.int8), scale)
+        return q.to(torch.int8), scale
 
     def dense(self) -> Tensor:
         return self.q.to(self.scale.dtype).mul_(self.scale[:, None])
@@ -169,7 +189,15 @@ class Int4:
 
     @classmethod
     def of(cls, weight: Tensor) -> Int4:
-        """Raises ValueError where `in` is no multiple of GROUP or `out` none of 16."""
+        """Raises what `rounded` does."""
+        q, scales = cls.rounded(weight)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
+        return cls(packed, scales.transpose(0, 1).contiguous())
+
+    @classmethod
+    def rounded(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """q (out, in) and scale and zero (out, in / GROUP, 2). Raises ValueError where `in` is no multiple of GROUP or
+        `out` none of 16."""
         rows, n = weight.shape
         if n % cls.GROUP or rows % 16:
             raise ValueError(f"a weight {tuple(weight.shape)} has no int4 form")
@@ -177,10 +205,8 @@ class Int4:
         low, high = grouped.aminmax(dim=-1)
         scale = ((high - low) / 15).clamp_min(1e-8).to(weight.dtype).float()
         zero = (low + 8 * scale).to(weight.dtype).float()
-        q = ((grouped - zero[..., None]) / scale[..., None] + 8).round_().clamp_(0, 15).to(torch.int32).view(rows, n)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-        scales = torch.stack([scale, zero], -1).transpose(0, 1).to(weight.dtype).contiguous()
-        return cls(packed, scales)
+        q = ((grouped - zero[..., None]) / scale[..., None] + 8).round_().clamp_(0, 15).to(torch.uint8).view(rows, n)
+        return q, torch.stack([scale, zero], -1).to(weight.dtype)
 
     def dense(self) -> Tensor:
         """What the kernel multiplies by: its answers to the rows of the identity."""
@@ -193,3 +219,51 @@ class Int4:
 
     def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
         y.add_(self(x, bias))
+
+
+class Int8Panels(Panels):
+    """Int8's q in panels, its scales as float32: codes become numbers a few at a time, in the first cache."""
+
+    KIND = 1
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Int8Panels:
+        """Raises what Panels.of does."""
+        q, scale = Int8.rounded(weight)
+        return cls(_panels(q), len(weight), F.pad(scale.float(), (0, -len(weight) % 64)))
+
+    def dense(self) -> Tensor:
+        assert self.scales is not None
+        return (_rows(self.codes, self.out).float() * self.scales[: self.out, None]).bfloat16()
+
+
+class Int4Panels(Panels):
+    """Int4's q in panels, two to a byte: (⌈out/64⌉, in/2, 4, 16), sixteen columns' 32 codes one half low, one high."""
+
+    KIND = 2
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Int4Panels:
+        """Raises what Int4.rounded does."""
+        q, scales = Int4.rounded(weight)
+        low, high = _panels(q).unflatten(2, (4, 2, 8)).flatten(4).unbind(3)
+        padded = F.pad(scales, (0, 0, 0, 0, 0, -len(weight) % 64))
+        return cls(low | high << 4, len(weight), padded.unflatten(0, (-1, 64)).transpose(1, 2).contiguous())
+
+    def dense(self) -> Tensor:
+        assert self.scales is not None
+        halves = torch.stack([self.codes & 15, self.codes >> 4], 3).unflatten(4, (8, 2)).flatten(2, 4)
+        scale, zero = self.scales.transpose(1, 2).flatten(0, 1).float().unbind(-1)
+        q = _rows(halves, len(scale)).unflatten(1, (-1, Int4.GROUP)).float()
+        whole: Tensor = ((q - 8) * scale[..., None] + zero[..., None]).flatten(1)[: self.out]
+        return whole.bfloat16()
+
+
+Quantised = Int8 | Int4 | Int8Panels | Int4Panels
+
+
+def quantised(kind: str) -> type[Quantised]:
+    """How "int8" and "int4" weights are best kept here."""
+    if packing(torch.bfloat16, torch.device("cpu")) is Panels:
+        return Int8Panels if kind == "int8" else Int4Panels
+    return Int8 if kind == "int8" else Int4

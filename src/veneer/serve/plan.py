@@ -97,15 +97,16 @@ class Plan:
             return None
         rows = []
         for i, (b, own) in enumerate(zip(self.blocks, panels, strict=True)):
-            qkv_w, out_w, gate_up_w, down_w = (m.weight for m in own)
-            fields = [
-                b.norm, qkv_w, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, out_w, b.out_bias, b.norm_after, gate_up_w,
-                down_w, b.window, pages.K[i], pages.V[i],
-            ]  # fmt: skip
-            if any(isinstance(f, Tensor) and kernels.usable(f) is None for f in fields):
+            qkv_w, out_w, gate_up_w, down_w = ((m.codes, m.scales) for m in own)
+            given = [b.norm, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, b.out_bias, b.norm_after]
+            if any(t is not None and kernels.usable(t) is None for t in given):
                 return None
+            fields = [
+                b.norm, *qkv_w, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, *out_w, b.out_bias, b.norm_after,
+                *gate_up_w, *down_w, b.window, pages.K[i], pages.V[i],
+            ]  # fmt: skip
             rows.append([f.data_ptr() if isinstance(f, Tensor) else f or 0 for f in fields])
-        sizes = torch.tensor([out.out, pages.heads, pages.kv, pages.d, ffn])
+        sizes = torch.tensor([out.out, pages.heads, pages.kv, pages.d, ffn, qkv.KIND])
         wide = out.out + (2 * pages.heads + 2 * pages.kv) * pages.d + 3 * ffn
         return _Table(library.decode, torch.tensor(rows), sizes, torch.tensor([self.eps, self.scale]), wide)
 

@@ -33,7 +33,7 @@ from veneer.errors import ConfigError, ResourceError
 from veneer.models.hook import How, attending, hook_attention, new_cache
 from veneer.models.speed import Join
 from veneer.models.text import TextBase
-from veneer.serve.matrix import Dense, Int4, Int8, Matrix, packed, packing
+from veneer.serve.matrix import Dense, Matrix, Quantised, packed, packing, quantised
 from veneer.serve.pace import Pace
 from veneer.serve.paged import BLOCK, PackedRows, Pages
 from veneer.serve.plan import Plan, layout_of, plan_of, static_positions
@@ -115,7 +115,7 @@ class Runner:
         self.how, self.why = self._choose()
         self.shares = self.how != "alone"
         if weights != "dense":
-            self._quantise(Int8 if weights == "int8" else Int4)
+            self._quantise(quantised(weights))
 
     def close(self) -> None:
         if self._attachment is not None:
@@ -369,7 +369,7 @@ class Runner:
         return sum(group.weight(i).nbytes for group in self.layout.groups for i in range(len(group.modules)))
 
     @torch.no_grad()
-    def _quantise(self, kind: type[Int8] | type[Int4]) -> None:
+    def _quantise(self, kind: type[Quantised]) -> None:
         """Once the base has shown that it is of Llama's kind: group by group, so that never both copies are whole."""
         base, modules = self.base, dict(base_modules(self.model))
         if self.how != "fused" or base.dtype != torch.bfloat16 or base.device.type != "cpu":
@@ -380,7 +380,7 @@ class Runner:
             )
         self._plan = None
         self._undo.close()
-        made: dict[tuple[str, ...], Int8 | Int4] = {}
+        made: dict[tuple[str, ...], Quantised] = {}
         groups = []
         for group in self.layout.groups:
             whole = torch.cat([group.weight(i) for i in range(len(group.modules))])
@@ -419,7 +419,7 @@ class _Merged:
     plan: Plan
 
 
-def _part(matrix: Int8 | Int4, columns: list[tuple[int, int]], i: int) -> Tensor:
+def _part(matrix: Quantised, columns: list[tuple[int, int]], i: int) -> Tensor:
     """The i-th module's own rows of a quantised group, as they are multiplied by."""
     first, size = columns[i]
     return matrix.dense()[first : first + size]
