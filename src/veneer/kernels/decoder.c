@@ -161,9 +161,10 @@ void panel_product(const bf16 *x, i64 n, i64 in, i64 kind, const void *codes, co
     product_inside(x, n, in, (matrix){kind, codes, scales}, bias, y, out, onto);
 }
 
-static void norm_inside(const bf16 *x, const bf16 *w, bf16 *y, i64 n, i64 dim, float eps) { /* all are done at its end */
-#pragma omp for schedule(static)
-    for (i64 i = 0; i < n; i++) norm_row(x + i * dim, w, y + i * dim, dim, eps);
+static void norm_inside(const bf16 *x, const bf16 *w, bf16 *y, i64 n, i64 dim, float eps) {
+    i64 from, to;
+    share(n, 1, omp_get_thread_num(), omp_get_num_threads(), &from, &to);
+    for (i64 i = from; i < to; i++) norm_row(x + i * dim, w, y + i * dim, dim, eps);
 }
 
 enum {
@@ -183,6 +184,7 @@ void decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, cons
     float eps = numbers[0], scale = numbers[1];
     bf16 *h = room, *qkv = h + n * dim, *seen = qkv + n * wide_qkv, *gates = seen + n * heads * d, *act = gates + n * 2 * ffn;
     i64 record = THIN_RECORD * nseg;
+    meeting m = {0};
 #pragma omp parallel num_threads(threads)
     for (i64 i = 0; i < count; i++) {
         const i64 *of = layers + i * FIELDS;
@@ -190,31 +192,35 @@ void decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, cons
 #define MATRIX(field) ((matrix){kind, (const void *)of[field], (const void *)of[field##_SCALES]})
 #define THIN(group, from, in, onto, out) \
     if (thin) { \
-        thin_rows_inside(from, in, onto, out, thin + (4 * i + group) * record, nseg, segments, rows, strengths, u, ldu); \
-        _Pragma("omp barrier") \
+        thin_rows_inside(from, in, onto, out, thin + (4 * i + group) * record, nseg, segments, rows, strengths, u, ldu, &m); \
+        meet(&m); \
     }
         norm_inside(x, AT(NORM), h, n, dim, eps);
+        meet(&m);
         product_inside(h, n, dim, MATRIX(QKV), AT(QKV_BIAS), qkv, wide_qkv, 0);
-#pragma omp barrier
+        meet(&m);
         THIN(0, h, dim, qkv, wide_qkv)
         turn_and_store_inside(qkv, heads, kv, d, cs, sn, AT(Q_NORM), AT(K_NORM), eps, positions, slots, starts, nseq,
-                              (bf16 *)of[KEYS], (bf16 *)of[VALUES]);
+                              (bf16 *)of[KEYS], (bf16 *)of[VALUES], &m);
+        meet(&m);
         paged_attend_inside(qkv, wide_qkv, seen, heads, kv, d, positions, starts, nseq, tables, ldt, AT(KEYS), AT(VALUES),
                             scale, 0.0f, of[WINDOW], longest);
+        meet(&m);
         product_inside(seen, n, heads * d, MATRIX(OUT), AT(OUT_BIAS), x, dim, 1);
-#pragma omp barrier
+        meet(&m);
         THIN(1, seen, heads * d, x, dim)
         norm_inside(x, AT(NORM_AFTER), h, n, dim, eps);
+        meet(&m);
         product_inside(h, n, dim, MATRIX(GATE_UP), NULL, gates, 2 * ffn, 0);
-#pragma omp barrier
+        meet(&m);
         THIN(2, h, dim, gates, 2 * ffn)
         i64 from, to;
         share(ffn, 16, omp_get_thread_num(), omp_get_num_threads(), &from, &to);
         for (i64 r = 0; r < n; r++)
             silu_gate_row(gates + r * 2 * ffn + from, gates + r * 2 * ffn + ffn + from, act + r * ffn + from, to - from);
-#pragma omp barrier
+        meet(&m);
         product_inside(act, n, ffn, MATRIX(DOWN), NULL, x, dim, 1);
-#pragma omp barrier
+        meet(&m);
         THIN(3, act, ffn, x, dim)
 #undef AT
 #undef MATRIX

@@ -61,7 +61,7 @@ FEW second(const int n, const bf16 *B, i64 columns, i64 rank, const uint32_t **u
    rank, how many of it }. A (rank / 16, in / 2, 16, 2), B (rank / 2, columns, 2). A part whose B is 0 is not there.
    u: room for starts[nseg] rows of ldu; `in` and parts' ranks even, a whole rank a multiple of 16. */
 void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts,
-                      const i64 *rows, const float *strengths, bf16 *u, i64 ldu) {
+                      const i64 *rows, const float *strengths, bf16 *u, i64 ldu, meeting *m) {
     int me = omp_get_thread_num(), all = omp_get_num_threads();
     i64 turn = 0;
     for (i64 s = 0; s < nseg; s++) {
@@ -70,13 +70,13 @@ void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table,
         for (i64 k = 0; k < rec[1]; k += 16)
             for (i64 i0 = starts[s]; i0 < starts[s + 1]; i0 += 4) {
                 if (turn++ % all != me) continue;
-                i64 m = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
+                i64 few = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
                 const uint32_t *xs[4];
-                for (i64 i = 0; i < m; i++) xs[i] = (const uint32_t *)(x + rows[i0 + i] * in);
-                BY_FEW(first, m, (const bf16 *)rec[0] + k * in, in / 2, xs, strengths + i0, u + i0 * ldu + k, ldu)
+                for (i64 i = 0; i < few; i++) xs[i] = (const uint32_t *)(x + rows[i0 + i] * in);
+                BY_FEW(first, few, (const bf16 *)rec[0] + k * in, in / 2, xs, strengths + i0, u + i0 * ldu + k, ldu)
             }
     }
-#pragma omp barrier
+    meet(m);
     for (i64 s = 0; s < nseg; s++) {
         const i64 *rec = table + s * RECORD;
         if (!rec[0]) continue;
@@ -86,14 +86,14 @@ void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table,
             if (!part[0]) continue;
             share(columns, 16, me, all, &from, &to); /* the same columns for every segment: no two threads meet */
             for (i64 i0 = starts[s]; i0 < starts[s + 1]; i0 += 4) {
-                i64 m = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
+                i64 few = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
                 const uint32_t *us[4];
                 bf16 *ys[4];
-                for (i64 i = 0; i < m; i++) {
+                for (i64 i = 0; i < few; i++) {
                     us[i] = (const uint32_t *)(u + (i0 + i) * ldu + part[3]);
                     ys[i] = y + rows[i0 + i] * ldy + part[1];
                 }
-                BY_FEW(second, m, (const bf16 *)part[0], columns, part[4], us, ys, from, to)
+                BY_FEW(second, few, (const bf16 *)part[0], columns, part[4], us, ys, from, to)
             }
         }
     }
@@ -101,8 +101,9 @@ void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table,
 
 void thin_rows(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts, const i64 *rows,
                const float *strengths, bf16 *u, i64 ldu, int threads) {
+    meeting m = {0};
 #pragma omp parallel num_threads(threads)
-    thin_rows_inside(x, in, y, ldy, table, nseg, starts, rows, strengths, u, ldu);
+    thin_rows_inside(x, in, y, ldy, table, nseg, starts, rows, strengths, u, ldu, &m);
 }
 
 /* The cache of one layer: K as (blocks, kv, d / 2, BLOCK, 2), so that sixteen scores are made at once; V as
@@ -120,8 +121,9 @@ static void store_token(const bf16 *k, const bf16 *v, bf16 *K, bf16 *V, i64 slot
 
 static void store_rows_inside(const bf16 *k, i64 ldk, const bf16 *v, i64 ldv, const i64 *slots, const i64 *starts, i64 nseq,
                               i64 kv, i64 d, bf16 *K, bf16 *V) {
-#pragma omp for schedule(static)
-    for (i64 s = 0; s < nseq; s++)
+    i64 from, to;
+    share(nseq, 1, omp_get_thread_num(), omp_get_num_threads(), &from, &to);
+    for (i64 s = from; s < to; s++)
         for (i64 t = starts[s]; t < starts[s + 1]; t++) store_token(k + t * ldk, v + t * ldv, K, V, slots[t], kv, d);
 }
 
@@ -153,20 +155,22 @@ static void turn(bf16 *x, const bf16 *w, float eps, const float *cs, const float
    and values into the cache. cs, sn: float32 (positions, d / 2). */
 void turn_and_store_inside(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs, const float *sn, const bf16 *qn,
                            const bf16 *kn, float eps, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq,
-                           bf16 *K, bf16 *V) {
-    i64 ld = (heads + 2 * kv) * d, n = starts[nseq];
-#pragma omp for schedule(static)
-    for (i64 t = 0; t < n; t++)
+                           bf16 *K, bf16 *V, meeting *m) {
+    i64 ld = (heads + 2 * kv) * d, from, to;
+    share(starts[nseq], 1, omp_get_thread_num(), omp_get_num_threads(), &from, &to);
+    for (i64 t = from; t < to; t++)
         for (i64 h = 0; h < heads + kv; h++)
             turn(qkv + t * ld + h * d, h < heads ? qn : kn, eps, cs + positions[t] * (d / 2), sn + positions[t] * (d / 2), d);
+    meet(m);
     store_rows_inside(qkv + heads * d, ld, qkv + (heads + kv) * d, ld, slots, starts, nseq, kv, d, K, V);
 }
 
 void turn_and_store(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs, const float *sn, const bf16 *qn, const bf16 *kn,
                     float eps, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq, bf16 *K, bf16 *V,
                     int threads) {
+    meeting m = {0};
 #pragma omp parallel num_threads(threads)
-    turn_and_store_inside(qkv, heads, kv, d, cs, sn, qn, kn, eps, positions, slots, starts, nseq, K, V);
+    turn_and_store_inside(qkv, heads, kv, d, cs, sn, qn, kn, eps, positions, slots, starts, nseq, K, V, &m);
 }
 
 #define SCORES(N)                                                                                    \
@@ -216,8 +220,7 @@ void paged_attend_inside(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i
         uint32_t *qs = aligned_alloc(64, (size_t)((TILE * d2 * 4 + 63) / 64 * 64));
         float *sc = aligned_alloc(64, (size_t)(TILE * room * 4)), *o = aligned_alloc(64, (size_t)((TILE * d * 4 + 63) / 64 * 64));
         bf16 *pr = aligned_alloc(64, (size_t)((TILE * room * 2 + 63) / 64 * 64));
-#pragma omp for schedule(dynamic, 1)
-        for (i64 w = 0; w < first[nseq]; w++) {
+        for (i64 w = omp_get_thread_num(); w < first[nseq]; w += omp_get_num_threads()) {
             i64 s = 0;
             while (first[s + 1] <= w) s++;
             i64 all = (starts[s + 1] - starts[s]) * group, h = (w - first[s]) % kv, r0 = (w - first[s]) / kv * TILE;

@@ -1,5 +1,5 @@
 /* What serving.c and decoder.c share. Functions named …_inside are called by every thread of a parallel region that the
-   caller has begun; unless it says so, one ends before all threads are done with it. */
+   caller has begun; one ends before all threads are done with it. */
 
 #ifndef VENEER_SERVING_H
 #define VENEER_SERVING_H
@@ -8,8 +8,30 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
 
 typedef int64_t i64;
+
+/* Where the threads of a region wait for one another; all zeros at first. Not OpenMP's barrier: libgomp lets a thread sleep
+   at once where a process has more threads in its pools than there are processors, as one with a pool for the engine and
+   one for whoever loaded the base has, and waking it takes longer than the work between two barriers. */
+typedef struct {
+    atomic_int here, turn;
+} meeting;
+
+static inline void meet(meeting *m) {
+    int all = omp_get_num_threads(), turn = atomic_load_explicit(&m->turn, memory_order_relaxed);
+    if (all == 1) return;
+    if (atomic_fetch_add_explicit(&m->here, 1, memory_order_acq_rel) == all - 1) {
+        atomic_store_explicit(&m->here, 0, memory_order_relaxed);
+        atomic_store_explicit(&m->turn, turn + 1, memory_order_release);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&m->turn, memory_order_acquire) == turn; spins++)
+        if (spins < 10000) _mm_pause();
+        else sched_yield(); /* somebody else has the processor that the others need */
+}
 
 enum { THIN_RECORD = 17 }; /* numbers that thin_rows has of a segment */
 
@@ -24,14 +46,12 @@ static inline void share(i64 n, i64 step, int t, int threads, i64 *from, i64 *to
 }
 
 void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts,
-                      const i64 *rows, const float *strengths, bf16 *u, i64 ldu);
+                      const i64 *rows, const float *strengths, bf16 *u, i64 ldu, meeting *m);
 
-/* All threads are done when it ends. */
 void turn_and_store_inside(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs, const float *sn, const bf16 *qn,
                            const bf16 *kn, float eps, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq,
-                           bf16 *K, bf16 *V);
+                           bf16 *K, bf16 *V, meeting *m);
 
-/* All threads are done when it ends. */
 void paged_attend_inside(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i64 d, const i64 *positions,
                          const i64 *starts, i64 nseq, const i64 *tables, i64 ldt, const bf16 *K, const bf16 *V, float scale,
                          float cap, i64 window, i64 longest);

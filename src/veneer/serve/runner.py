@@ -4,7 +4,7 @@ Three ways, tried in this order when a base is loaded; each is believed only aft
 forward on a probe:
 
     fused     families of Llama's kind (Llama, Mistral, Qwen2, Qwen3 …): a forward of our own over the base's weights,
-              q, k, v and gate, up joined, norm, rotation and gate one kernel each; thin products by serve/thin.py
+              q, k, v and gate, up joined, all layers one compiled call where it runs; thin products by serve/thin.py
     packed    any family whose attention goes through transformers' interface: its own modules, every token a row,
               attention over pages; core's attachment gives each row its mix
     alone     what is left (recurrent layers, other caches): each sequence by itself with transformers' own cache
