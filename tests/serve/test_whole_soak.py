@@ -165,7 +165,8 @@ def left_over(whole: Whole) -> dict[str, int]:
     wait_for(lambda: engine.residents.stats().waiting == 0)
     assert not house.behind
     assert not engine.runner._pasts
-    assert set(engine.runner._attached) <= set(engine.residents.resident())
+    attached = engine.runner._attachment.adapters if engine.runner._attachment is not None else ()
+    assert set(attached) <= set(engine.residents.resident())
     assert engine.residents.stats().bytes == sum(engine.residents.resident().values()) <= engine.residents.limit
     process = psutil.Process()
     time.sleep(2)  # connections that were closed, threads of pools
@@ -188,7 +189,7 @@ def test_soak(tmp_path_factory: pytest.TempPathFactory) -> None:
         for name in ("tiny", *KINDS)
         for k in range(3)
     }
-    settings = {"rows": 8, "cache_bytes": 128 << 10, "adapter_bytes": 90_000, "http": HttpSettings(stall=1.0)}
+    settings = {"rows": 8, "cache_bytes": 128 << 10, "adapter_bytes": 110_000, "http": HttpSettings(stall=1.0)}
     with served(shop, **settings) as whole:
         asyncio.run(Soak(whole, right).burst())
         asyncio.run(Soak(whole, right).run(WARM_UP, 0))
