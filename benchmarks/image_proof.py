@@ -61,6 +61,10 @@ def main() -> None:
     options.add_argument("work", type=Path)
     options.add_argument("--base", default="emoji-flux")
     options.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of what is measured")
+    options.add_argument(
+        "--keep-guidance", action="store_true",
+        help="train the style with loss.keep_guidance 3 for 120 steps, and use it in all steps (emoji-flux)",
+    )  # fmt: skip
     options.add_argument("--quick", action="store_true", help="12 names, one seed, a few steps: does it run")
     options.add_argument("--json", action="store_true")
     options.add_argument("--sheets", type=Path, help="write the pictures there")
@@ -76,6 +80,7 @@ class Proof:
 
     def __init__(self, given: argparse.Namespace, runs: Path) -> None:
         self.given, self.runs, self.began = given, runs, time.perf_counter()
+        self.later = "" if given.keep_guidance else LATER
         self.judge = load_judge(given.work)
         self.base = veneer.load_image_base(given.base)
         self.seeds = (1,) if given.quick else (1, 2, 3)
@@ -130,12 +135,15 @@ class Proof:
                 }  # fmt: skip
                 if self.base.prediction == "flow":  # where noise is predicted, times are drawn evenly
                     config["loss"] = {"logit_mean": 1.0}
+            keeps = (
+                ["loss.keep_guidance=3", "schedule.steps=120"] if name == "style" and self.given.keep_guidance else []
+            )
             if prior:
                 config["data"] |= {"class_prompt": f"cat face, {LINED}", "class_count": 8 if quick else 64}
             places = [f"base={self.given.base}", f"data.pictures={out / 'pictures'}", f"output={out / 'adapter'}"]
             started = time.perf_counter()
             veneer.train_image(
-                config, *places, *(["schedule.steps=4"] if quick else []),
+                config, *places, *keeps, *(["schedule.steps=4"] if quick else []),
                 base=veneer.load_image_base(self.given.base), on_event=lambda event: None,
             )  # fmt: skip
             self.rows.append(row(f"training {name}", "seconds", time.perf_counter() - started, "s"))
@@ -176,10 +184,10 @@ class Proof:
             plain = self.pictures([f"{n}, {PLAIN}" for n in names], [])
             self.add(f"{group}, base without lines", self.compared(plain, names))
             for strength in STRENGTHS:
-                kept[strength] = self.pictures(prompts, [f"{style}:{strength:g}{LATER}"] if strength else [])
+                kept[strength] = self.pictures(prompts, [f"{style}:{strength:g}{self.later}"] if strength else [])
                 found[strength] = self.compared(kept[strength], names)
                 self.add(f"{group}, adapter at {strength:g}" if strength else f"{group}, base", found[strength])
-            if names is self.known:
+            if names is self.known and self.later:
                 self.in_all_steps(style, group, names, prompts)
             real = torch.stack([self.real[n] for n in names] * len(self.seeds))
             self.add(f"{group}, OpenMoji itself", self.compared(real, names))
@@ -194,7 +202,7 @@ class Proof:
             rows = {PLAIN: plain[at]}
             rows |= {(f"{BASE_STYLE} style" if not s else f"adapter at {s:g}"): p[at] for s, p in kept.items()}
             rows["OpenMoji"] = torch.stack([self.real[n] for n in shown])
-            self.sheet(f"style-{group.split()[0]}", rows, shown)
+            self.sheet(f"style-{group.split()[0]}{'-kept' if self.given.keep_guidance else ''}", rows, shown)
 
     def in_all_steps(self, style: str, group: str, names: list[str], prompts: list[str]) -> None:
         """The same adapter from the first step on: more of the look, where things lie and how large they are too."""
@@ -235,9 +243,9 @@ class Proof:
         reference = self.features(torch.stack([tensor(Image.fromarray(draw(svg(f)))) for f in FACES])).mean(0)
         with_lines = torch.stack([tensor(Image.fromarray(draw(lined(svg(f))))) for f in FACES])
         mixes: dict[str, Mix] = {
-            "base": [], "style alone": [f"{style}:1{LATER}"], "subject alone": [(subject, 1.0)],
+            "base": [], "style alone": [f"{style}:1{self.later}"], "subject alone": [(subject, 1.0)],
             "both, plain sum": [(style, 1.0), (subject, 1.0)], "both, subject at 0.6": [(style, 1.0), (subject, 0.6)],
-            f"both, {SPLIT}": [f"{style}:1{LATER}", f"{subject}:1@steps=0-0.6"],
+            f"both, {SPLIT}": [f"{style}:1{self.later}", f"{subject}:1@steps=0-0.6"],
         }  # fmt: skip
         for method in ("orthogonal", "ties"):
             out = self.runs / self.given.base / f"both-{method}.safetensors"
@@ -278,7 +286,7 @@ class Proof:
         where = {(n, s): i for i, (n, s) in enumerate(zip(drawings.names, drawings.styles, strict=True))}
         names = [n for n in names if (n, "noto") in where]
         lines = edges(np.stack([drawings.pixels[where[n, "noto"]] for n in names]))
-        both: Mix = [f"{style}:1{LATER}", (subject, 0.5)]
+        both: Mix = [f"{style}:1{self.later}", (subject, 0.5)]
         rows = {"control": lines[:10]}
         seeds, self.seeds = self.seeds, self.seeds[:1]
         for label, mix, controlled in (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,3 +292,43 @@ def test_held_out_pictures_are_chosen_by_content_and_scored_alike_in_every_run(s
                 noise = torch.randn(batch.latents.shape[1:], generator=generator("validation", *row.key, k))[None]
                 errors.append(float(loss._rows(batch, noise, torch.tensor([sigma]))))
     assert scores[0].loss == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+def test_guidance_that_is_kept(shared: Path, base: ImageBase) -> None:
+    """The base alone is as far from the pictures as at guidance 1, whatever is kept; told that guidance without keeping
+    it, it is not. An adapter that moves every prediction by d is held to d against the base's own error at 1."""
+    config = _config(shared)
+    kept, told = (_config(shared, loss={key: 4.0}) for key in ("keep_guidance", "guidance"))
+    encoders = Encoders(base, config, None)
+    _, _, planned = _steps(config)
+    batch = encoders.batch(planned[:2])
+    plain = ImageLoss(base, config, encoders)
+    noise, sigma = draw(batch.latents.shape[1:], [r.key for r in planned[:2]], "flow", plain.times, plain.noise)
+    moves: list[float] = []
+
+    @contextmanager
+    def bare() -> Iterator[None]:
+        moves.append(moved.pop())
+        yield
+        moved.append(moves[-1])
+
+    moved = [0.0]
+    forward = base.denoiser.forward
+
+    def adapted(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        return (out[0] + sum(moved),)
+
+    base.denoiser.forward = adapted
+    try:
+        with torch.no_grad():
+            want = plain._rows(batch, noise, sigma)
+            loss = ImageLoss(base, kept, encoders, bare=bare)
+            assert torch.allclose(loss._rows(batch, noise, sigma), want, rtol=1e-4)
+            assert not torch.allclose(ImageLoss(base, told, encoders)._rows(batch, noise, sigma), want, rtol=1e-3)
+            moved[0] = 0.5
+            assert torch.allclose(loss._rows(batch, noise, sigma), plain._rows(batch, noise, sigma), rtol=1e-4)
+        assert loss.guidance == 4.0
+        assert moves == [0.0, 0.5]
+    finally:
+        base.denoiser.forward = forward

@@ -277,6 +277,7 @@ def test_preflight_stops_before_anything_is_trained(
         ({"timesteps": "logit-normal", "shift": "resolution"}, r"noise: loss\.timesteps and loss\.shift are for flow"),
         ({"logit_mean": 0.5}, r"noise: loss\.logit_mean is for flow"),
         ({"guidance": 3.5}, r"takes no guidance as an input: loss\.guidance 3\.5 would do nothing"),
+        ({"keep_guidance": 3.0}, r"takes no guidance as an input: loss\.keep_guidance 3 would do nothing"),
     ],
 )
 def test_a_noise_base_refuses_what_is_for_flow(loss: dict[str, Any], says: str, shared: Path, tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ TARGETS = {
 @dataclass(frozen=True)
 class ImageLoad:
     """Pictures in a micro-batch, and how they are trained. `targets`: a word of TARGETS. `offload`: share of
-    the weights that waits in the CPU's memory. `stays`: text encoders and VAE stay in memory."""
+    the weights that waits in the CPU's memory. `stays`: text encoders and VAE stay in memory. `references`: forwards
+    of the base alone in a step, beside the one that learns."""
 
     pictures: int = 1
     height: int = 1024
@@ -65,6 +66,7 @@ class ImageLoad:
     offload: float = 0.0
     targets: str = "attention"
     stays: bool = False
+    references: int = 0
 
 
 @dataclass
@@ -410,12 +412,12 @@ def weight_bytes_of(c: ImageCounts, load: ImageLoad) -> int:
 
 def image_work(c: ImageCounts, load: ImageLoad, device: Device) -> Work:
     """Operations and bytes of a micro-batch, forward and backward."""
-    e, again = dtype_bytes(load.dtype), 1.5 if load.checkpointing else 1.0
-    n = load.pictures
-    reads = 3 if load.checkpointing else 2
+    e, n = dtype_bytes(load.dtype), load.pictures
+    forwards = load.references + bool(load.checkpointing)  # more than one; a forward is half of the products' work
+    again, reads = 1 + forwards / 2, 2 + forwards
     moved = 4.0 * n * (e * c.kept + c.kept32) + reads * e * c.parameters
     dequantised = reads * e * c.matrices if load.quantise else 0
     return Work(
-        n * c.products * again, n * c.attention * (4 / 3 if load.checkpointing else 1), n * c.thin, 0.0, moved,
+        n * c.products * again, n * c.attention * (1 + forwards / 3), n * c.thin, 0.0, moved,
         dequantised, reads * load.offload * weight_bytes_of(c, load),
     )  # fmt: skip

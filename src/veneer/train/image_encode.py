@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -148,16 +149,20 @@ def noise_of(config: ImageTrainConfig) -> Noise:
 
 @dataclass
 class ImageLoss:
-    """The loss of a run: `loss(batch)` for the loop, `score` for the held-out pictures."""
+    """The loss of a run: `loss(batch)` for the loop, `score` for the held-out pictures. `bare`: the base without the
+    adapter, for the length of a with-block; what `keep_guidance` asks."""
 
     base: ImageBase
     config: ImageTrainConfig
     encoders: Encoders
+    bare: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __post_init__(self) -> None:
         self.times, self.noise = times_of(self.base, self.config), noise_of(self.config)
         self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base)
-        self.guidance = self.config.loss.guidance if self.base.denoiser.config.get("guidance_embeds") else None
+        kept = self.config.loss.keep_guidance
+        distilled = self.base.denoiser.config.get("guidance_embeds")
+        self.guidance = (self.config.loss.guidance if kept is None else kept) if distilled else None
 
     def __call__(self, batch: ImageBatch) -> Tensor:
         shape = batch.latents.shape[1:]
@@ -177,6 +182,13 @@ class ImageLoss:
         text = self.encoders.text([row.caption for row in batch.rows])
         sizes = batch.sizes.to(base.device) if base.family == "sdxl" else None
         predicted = predict(base, noisy, times, text, sizes=sizes, guidance=self.guidance)
+        if self.config.loss.keep_guidance is not None:
+            # Pictures have no guidance in them: at g > 1 a distilled base predicts past what they say, and an adapter
+            # that is held to them there learns to take guidance back. So they are held to the base's own step past.
+            with torch.no_grad(), self.bare():
+                for guidance, sign in ((self.guidance, 1), (1.0, -1)):
+                    own = predict(base, noisy, times, text, sizes=sizes, guidance=guidance)
+                    target = target + sign * own.to(target.dtype)
         return row_losses(predicted, target, None if batch.masks is None else batch.masks.to(base.device))
 
     @torch.no_grad()

@@ -166,9 +166,14 @@ def _loss(s: RunSubject) -> Iterator[Finding]:
             "stop", "loss", f"{label}: {named} {'is' if len(wrong) == 1 else 'are'} for {kind} alone", "leave it out"
         )
         return
-    if loss.guidance != 1.0 and not s.base.denoiser.config.get("guidance_embeds"):
-        text = f"{s.base.name} takes no guidance as an input: loss.guidance {loss.guidance:g} would do nothing"
+    told = {"guidance": None if loss.guidance == 1.0 else loss.guidance, "keep_guidance": loss.keep_guidance}
+    given = [f"loss.{key} {value:g}" for key, value in told.items() if value is not None]
+    if given and not s.base.denoiser.config.get("guidance_embeds"):
+        text = f"{s.base.name} takes no guidance as an input: {' and '.join(given)} would do nothing"
         yield Finding("stop", "loss", text, "leave it out")
+        return
+    if len(given) == 2:
+        yield Finding("stop", "loss", f"{' and '.join(given)}: the base is told one of them", "leave one out")
         return
     weights = f", min-SNR {loss.snr_gamma:g}" if loss.snr_gamma else ""
     yield Finding("ok", "loss", f"{label}: mean squared error{weights}")

@@ -270,7 +270,7 @@ class _Setup:
             undo.enter_context(training_layers(base, True))
             if not config.memory.offload_blocks:  # the fast paths hold on to weights
                 self.tell(Note(undo.enter_context(fast_denoiser(base.denoiser)).summary()))
-            self.loss = ImageLoss(base, config, self.encoders)
+            self.loss = ImageLoss(base, config, self.encoders, bare=attachment.using)
             self._settle_memory(attachment)
             self.say()
             self.report.raise_if_stopped()

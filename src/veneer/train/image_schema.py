@@ -112,6 +112,12 @@ class LossSection(Section):
         "sd-scripts' and diffusers' advice",
         ge=0,
     )
+    keep_guidance: float | None = setting(
+        None,
+        "of a distilled base: train at this guidance, and leave what it adds to the base's prediction as it is",
+        "two more forwards a step; the guidance that pictures are made with, and the words keep their say",
+        ge=0,
+    )
 
 
 class ImageBatchingSection(Section):

@@ -186,6 +186,7 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
         at_once, side, side, -(-batch // at_once), config.adapter.rank,
         dtype, config.base.quantise,
         config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0, targets=words,
+        references=0 if config.loss.keep_guidance is None else 2,
     )  # fmt: skip
     job = Job(rows, 1.0, float(config.schedule.epochs or 1), batch, config.steps)
     return image_plan(config.base.name, found, load, device, rates, job, process=process)
