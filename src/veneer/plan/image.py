@@ -114,16 +114,18 @@ class ImageCounts:
             self.thin += 6 * self.rank * n * (a + b)
             self.keep(n * self.rank + (n * a if new else 0))
 
-    def conv(self, n: float, a: int, b: int, side: int = 3, *, new: bool = True) -> None:
-        """n places of output. torch keeps a convolution's input though its frozen weight needs no gradient."""
+    def conv(self, n: float, a: int, b: int, side: int = 3, *, new: bool = True, dead: int = 0) -> None:
+        """n places of output. torch keeps a convolution's input though its frozen weight needs no gradient. `dead`:
+        channels of a whose gradient nobody wants; then core.denoise.live_conv runs, which keeps nothing."""
         self.parameters += a * b * side * side + b
         if side > 1 and _CONV in self.targets:
             self._learned = True
             self.trainable += self.rank * (a * side * side + b)
             self.thin += 6 * self.rank * n * (a * side * side + b)
             self.kept32 += 4 * n * (a + self.rank)  # a pair's convolutions are in float32, their inputs copies
-        self.products += (4 if self._learned else 2) * n * a * b * side * side
-        if new:
+        back = a - dead if self._learned else 0
+        self.products += 2 * n * (a + back) * b * side * side
+        if new and not dead:
             self.keep(n * a)
 
     def attend(self, n: float, m: float, width: int, heads: int) -> None:
@@ -131,6 +133,11 @@ class ImageCounts:
         self.attention += (12 if self._learned else 4) * n * m * width
         if self._learned:
             self.kept32 += 4 * n * heads  # log Σ exp
+
+    @property
+    def learned(self) -> bool:
+        """Whether something is trained before here."""
+        return self._learned
 
     def starts_block(self) -> None:
         self._before = self.kept
@@ -295,7 +302,7 @@ def _sdxl(c: ImageCounts, config: Config, height: int, width: int, text: int) ->
     def transformer(level: int) -> None:
         _transformer(c, place[level], widths[level], cross, heads[level], depth[level], text)
 
-    skips = [first]
+    skips = [(first, c.learned)]
     at = first
     for i, out in enumerate(widths):
         for _ in range(per):
@@ -303,19 +310,19 @@ def _sdxl(c: ImageCounts, config: Config, height: int, width: int, text: int) ->
             at = out
             if attends[i]:
                 transformer(i)
-            skips.append(out)
+            skips.append((out, c.learned))
         if i < last:
             c.conv(place[i + 1], out, out, new=False)
             c.keep(place[i] * out)
-            skips.append(out)
+            skips.append((out, c.learned))
     _resnet(c, place[last], at, at, time)
     transformer(last)
     _resnet(c, place[last], at, at, time)
     for i in reversed(range(len(widths))):
         out = widths[i]
         for _ in range(per + 1):
-            skip = skips.pop()
-            _resnet(c, place[i], at + skip, out, time)
+            skip, learned = skips.pop()
+            _resnet(c, place[i], at + skip, out, time, dead=0 if learned else skip)
             at = out
             if attends[i]:
                 transformer(i)
@@ -326,16 +333,16 @@ def _sdxl(c: ImageCounts, config: Config, height: int, width: int, text: int) ->
     c.conv(place[0], first, config["in_channels"], new=False)
 
 
-def _resnet(c: ImageCounts, n: int, a: int, b: int, time: int) -> None:
-    """norm-silu, convolution, norm-silu, convolution: each keeps its input."""
+def _resnet(c: ImageCounts, n: int, a: int, b: int, time: int, dead: int = 0) -> None:
+    """norm-silu, convolution, norm-silu, convolution: each keeps its input. `dead`: as of `conv`, of the a channels."""
     c.starts_block()
     c.small(2 * a + 2 * b)
     c.keep(n * (a + b))
-    c.conv(n, a, b)
+    c.conv(n, a, b, dead=dead)
     c.linear("time_emb_proj", 1, time, b)
     c.conv(n, b, b)
     if a != b:
-        c.conv(n, a, b, 1, new=False)
+        c.conv(n, a, b, 1, new=False, dead=dead)
     c.ends_block(n * a)
 
 
