@@ -90,6 +90,11 @@ static inline __m512 exp2_near(__m512 x) {
     return _mm512_scalef_ps(p, x);
 }
 #endif
+#if defined(__AVX512BF16__)
+static inline __m512i narrow_two(__m512 low, __m512 high) { /* to bf16: all of low, then all of high */
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+#endif
 #endif
 
 #endif

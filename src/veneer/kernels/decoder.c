@@ -60,8 +60,6 @@ static inline __m512 wide(const bf16 *x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
 }
 
-static inline __m512i narrow_two(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
 /* `count` pairs of codes from pair k on, 16 J columns of a panel, as bf16: out (count, 64, 2). */
 static void widen_codes(const matrix *w, i64 panel, i64 half, i64 k, i64 count, i64 within, int J, uint32_t *out) {
     if (w->kind == INT8) {

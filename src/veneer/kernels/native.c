@@ -463,10 +463,6 @@ static void pack_rows(const bf16 *x, int64_t ld, int64_t n, int64_t padded, int6
     }
 }
 
-static inline __m512i narrow_two(__m512 even, __m512 odd) { /* to bf16: all of even, then all of odd */
-    return (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-}
-
 static void hide(float *s, int64_t rows, int64_t ld, int64_t from, int64_t to) { /* columns without a key */
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = from; j < to; j++) s[r * ld + j] = -__builtin_inff();
