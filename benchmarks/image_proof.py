@@ -38,7 +38,15 @@ from _report import bar, lines_of, report, row  # noqa: E402
 from drawings import draw, lined, load_drawings  # noqa: E402
 from edges import edges  # noqa: E402
 from fidelity import image_of, sheet  # noqa: E402
-from image_quickstart import BASE_STYLE, HERE, LATER, openmoji, table_of_names, write_pictures  # noqa: E402
+from image_quickstart import (  # noqa: E402
+    BASE_STYLE,
+    GUIDED,
+    HERE,
+    openmoji,
+    table_of_names,
+    use_of,
+    write_pictures,
+)
 from judge import STYLES, judge, load_judge  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -52,7 +60,7 @@ STYLE, CONTENT = ("pixel", "histogram", "features"), ("top 1", "top 5")
 PLAIN, FLAT, LINED = "noto style", "fluent style", "outlined fluent style"
 """What the base is asked without lines; what the character's drawings look like to it; the same with lines."""
 PARTS = ("style", "subject", "stack", "composition")
-SPLIT = "subject to 0.6 of the steps, style from 0.25"
+SPLIT = "subject to 0.6 of the steps"
 Mix = Sequence[str | tuple[str, float]]
 
 
@@ -62,9 +70,8 @@ def main() -> None:
     options.add_argument("--base", default="emoji-flux")
     options.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some of what is measured")
     options.add_argument(
-        "--keep-guidance", action="store_true",
-        help="train the style with loss.keep_guidance 3 for 120 steps, and use it in all steps (emoji-flux)",
-    )  # fmt: skip
+        "--plain", action="store_true", help="emoji-flux's style without loss.keep_guidance, used as emoji-sdxl's is"
+    )
     options.add_argument("--quick", action="store_true", help="12 names, one seed, a few steps: does it run")
     options.add_argument("--json", action="store_true")
     options.add_argument("--sheets", type=Path, help="write the pictures there")
@@ -80,9 +87,9 @@ class Proof:
 
     def __init__(self, given: argparse.Namespace, runs: Path) -> None:
         self.given, self.runs, self.began = given, runs, time.perf_counter()
-        self.later = "" if given.keep_guidance else LATER
         self.judge = load_judge(given.work)
         self.base = veneer.load_image_base(given.base)
+        self.use = GUIDED if given.plain else use_of(self.base)
         self.seeds = (1,) if given.quick else (1, 2, 3)
         self.rows: list[dict[str, Any]] = []
         self.bars: list[dict[str, Any]] = []
@@ -135,15 +142,13 @@ class Proof:
                 }  # fmt: skip
                 if self.base.prediction == "flow":  # where noise is predicted, times are drawn evenly
                     config["loss"] = {"logit_mean": 1.0}
-            keeps = (
-                ["loss.keep_guidance=3", "schedule.steps=120"] if name == "style" and self.given.keep_guidance else []
-            )
+            asked = self.use.training if name == "style" else ()
             if prior:
                 config["data"] |= {"class_prompt": f"cat face, {LINED}", "class_count": 8 if quick else 64}
             places = [f"base={self.given.base}", f"data.pictures={out / 'pictures'}", f"output={out / 'adapter'}"]
             started = time.perf_counter()
             veneer.train_image(
-                config, *places, *keeps, *(["schedule.steps=4"] if quick else []),
+                config, *places, *asked, *(["schedule.steps=4"] if quick else []),
                 base=veneer.load_image_base(self.given.base), on_event=lambda event: None,
             )  # fmt: skip
             self.rows.append(row(f"training {name}", "seconds", time.perf_counter() - started, "s"))
@@ -181,13 +186,14 @@ class Proof:
             found = {}
             prompts = [f"{n}, {BASE_STYLE} style" for n in names]
             kept = {}
-            plain = self.pictures([f"{n}, {PLAIN}" for n in names], [])
+            plain = self.pictures([f"{n}, {PLAIN}" for n in names], [], **self.use.drawing)
             self.add(f"{group}, base without lines", self.compared(plain, names))
             for strength in STRENGTHS:
-                kept[strength] = self.pictures(prompts, [f"{style}:{strength:g}{self.later}"] if strength else [])
+                mix = [f"{style}:{strength:g}{self.use.steps}"] if strength else []
+                kept[strength] = self.pictures(prompts, mix, **self.use.drawing)
                 found[strength] = self.compared(kept[strength], names)
                 self.add(f"{group}, adapter at {strength:g}" if strength else f"{group}, base", found[strength])
-            if names is self.known and self.later:
+            if names is self.known and self.use.steps:
                 self.in_all_steps(style, group, names, prompts)
             real = torch.stack([self.real[n] for n in names] * len(self.seeds))
             self.add(f"{group}, OpenMoji itself", self.compared(real, names))
@@ -202,7 +208,7 @@ class Proof:
             rows = {PLAIN: plain[at]}
             rows |= {(f"{BASE_STYLE} style" if not s else f"adapter at {s:g}"): p[at] for s, p in kept.items()}
             rows["OpenMoji"] = torch.stack([self.real[n] for n in shown])
-            self.sheet(f"style-{group.split()[0]}{'-kept' if self.given.keep_guidance else ''}", rows, shown)
+            self.sheet(f"style-{group.split()[0]}{'-plain' if self.given.plain else ''}", rows, shown)
 
     def in_all_steps(self, style: str, group: str, names: list[str], prompts: list[str]) -> None:
         """The same adapter from the first step on: more of the look, where things lie and how large they are too."""
@@ -243,9 +249,9 @@ class Proof:
         reference = self.features(torch.stack([tensor(Image.fromarray(draw(svg(f)))) for f in FACES])).mean(0)
         with_lines = torch.stack([tensor(Image.fromarray(draw(lined(svg(f))))) for f in FACES])
         mixes: dict[str, Mix] = {
-            "base": [], "style alone": [f"{style}:1{self.later}"], "subject alone": [(subject, 1.0)],
+            "base": [], "style alone": [f"{style}:1{self.use.steps}"], "subject alone": [(subject, 1.0)],
             "both, plain sum": [(style, 1.0), (subject, 1.0)], "both, subject at 0.6": [(style, 1.0), (subject, 0.6)],
-            f"both, {SPLIT}": [f"{style}:1{self.later}", f"{subject}:1@steps=0-0.6"],
+            f"both, {SPLIT}": [f"{style}:1{self.use.steps}", f"{subject}:1@steps=0-0.6"],
         }  # fmt: skip
         for method in ("orthogonal", "ties"):
             out = self.runs / self.given.base / f"both-{method}.safetensors"
@@ -253,9 +259,8 @@ class Proof:
                 mix_adapters([(style, 1.0), (subject, 1.0)], out, method=method, rank=32)
             mixes[f"both, {method}"] = [(str(out), 1.0)]
         found, rows = {}, {}
-        drawn = {label: self.pictures(prompts, mix) for label, mix in mixes.items()} | {
-            "the drawing with lines": with_lines
-        }
+        drawn = {label: self.pictures(prompts, mix, **self.use.drawing) for label, mix in mixes.items()}
+        drawn["the drawing with lines"] = with_lines
         for label, pictures in drawn.items():
             verdict = judge(self.judge, pictures, ["cat face"] * len(pictures))
             found[label] = {
@@ -286,7 +291,7 @@ class Proof:
         where = {(n, s): i for i, (n, s) in enumerate(zip(drawings.names, drawings.styles, strict=True))}
         names = [n for n in names if (n, "noto") in where]
         lines = edges(np.stack([drawings.pixels[where[n, "noto"]] for n in names]))
-        both: Mix = [f"{style}:1{self.later}", (subject, 0.5)]
+        both: Mix = [f"{style}:1{self.use.steps}", (subject, 0.5)]
         rows = {"control": lines[:10]}
         seeds, self.seeds = self.seeds, self.seeds[:1]
         for label, mix, controlled in (
@@ -299,20 +304,30 @@ class Proof:
                 path = self.runs / "control.png"
                 image_of(line).save(path)
                 controls = [f"edges={path}:1"] if controlled else []
-                pictures.append(self.pictures([f"{name}, {look}"], mix, controls=controls)[0])
+                pictures.append(self.pictures([f"{name}, {look}"], mix, controls=controls, **self.use.drawing)[0])
             got = torch.stack(pictures)
             agreement = sum(f1(edges(p[None])[0], line) for p, line in zip(got, lines, strict=True)) / len(names)
             self.add(f"composition, {label}", {"edges": agreement})
             rows[label] = got[:10]
         self.seeds = seeds
+        # The most that there is to have: the drawing itself, drawn by the base's autoencoder.
+        drawn = torch.from_numpy(np.stack([drawings.pixels[where[n, "noto"]] for n in names]))
+        through = self.through_autoencoder(drawn.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        most = sum(f1(edges(p[None])[0], line) for p, line in zip(through, lines, strict=True)) / len(names)
+        self.add("composition, the drawing through the autoencoder", {"edges": most})
         for label in ("base", "two adapters"):
-            gain = self.value(f"composition, {label}", "edges") / self.value(
-                f"composition, {label}, no control", "edges"
-            )
-            self.bars.append(bar(f"composition: edges, controlled over not, {label}", 1.3, gain))
+            without, got_with = (self.value(f"composition, {label}{x}", "edges") for x in (", no control", ""))
+            share = (got_with - without) / (most - without)
+            self.bars.append(bar(f"composition: of what is missing without control it brings, {label}", 0.4, share))
         self.sheet("composition", rows, names[:10])
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def through_autoencoder(self, pictures: Tensor) -> Tensor:
+        vae = self.base.parts["vae"]
+        latents = vae.encode(pictures.to(vae.dtype)).latent_dist.mode()
+        return vae.decode(latents).sample.float().clamp(-1, 1)
 
     def features(self, pictures: Tensor) -> Tensor:
         return judge(self.judge, pictures, ["cat face"] * len(pictures)).features

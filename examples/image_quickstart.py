@@ -12,7 +12,8 @@ import csv
 import io
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import veneer
+from veneer.models.image import ImageBase
 from veneer.models.image_grid import sheet
 
 HERE = Path(__file__).resolve().parent / "openmoji"
@@ -32,8 +34,31 @@ STRENGTHS = (0.0, 0.5, 1.0)
 BASE_STYLE = "outlined noto"
 """Of the looks that the base has words for the nearest to OpenMoji's. Captions say it too, so that the adapter learns
 only what is left between the two."""
-LATER = "@steps=0.25-1"
-"""The first quarter of the steps decides what is drawn and where; it is the base's."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a base is trained and drawn with: overrides of config.yaml, options of `veneer.image`, and what stands
+    behind an adapter's strength."""
+
+    training: tuple[str, ...] = ()
+    drawing: Mapping[str, Any] = field(default_factory=dict)
+    steps: str = ""
+
+
+DISTILLED = Use(drawing={"guidance": 5.0})
+"""A base that is told guidance: config.yaml trains at 3 and keeps what it adds; a little more makes lines crisp."""
+GUIDED = Use(
+    training=("loss.keep_guidance=null", "evaluation.keep=best", "optimizer.learning_rate=0.001"),
+    steps="@steps=0.25-1",
+)
+"""A base that is guided from outside: the first quarter of the steps decides what is drawn, and stays the base's."""
+
+
+def use_of(base: ImageBase) -> Use:
+    return DISTILLED if base.denoiser.config.get("guidance_embeds") else GUIDED
+
+
 console = Console(highlight=False)
 
 
@@ -53,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     step(3, "Training: a thin layer on it")
     overrides = [f"base={args.base}", f"data.pictures={args.output / 'pictures'}", f"output={args.output / 'adapter'}"]
-    run = veneer.train_image(HERE / "config.yaml", *overrides, *args.set, base=base)
+    use = use_of(base)
+    run = veneer.train_image(HERE / "config.yaml", *overrides, *use.training, *args.set, base=base)
     line(f"{run.steps} steps, {run.adapter}")
 
     step(4, f"Drawing: {len(names['held out'][: args.names])} names that were not among the 50")
@@ -65,9 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for made in veneer.image(
                 base,
                 prompts,
-                adapters=[f"{run.adapter}:{strength:g}{LATER}"] if strength else [],
+                adapters=[f"{run.adapter}:{strength:g}{use.steps}"] if strength else [],
                 seed=1,
                 batch_size=len(prompts),
+                **use.drawing,
             )
         ]
         for strength in STRENGTHS
@@ -79,8 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(distances(drawn, real))
     console.print(f"\n  the sheet   {path}\n  time        {time.perf_counter() - started:.0f} s from first to last\n")
     console.print("Draw something yourself:", style="bold")
-    use, prompt = f"{run.adapter}:1{LATER}", f"rocket, {BASE_STYLE} style"
-    console.print(f'  veneer image --base {args.base} --adapter {use} "{prompt}" -o rocket.png', soft_wrap=True)
+    asked = [f"--base {args.base}", f"--adapter {run.adapter}:1{use.steps}"]
+    asked += [f"--{option} {value:g}" for option, value in use.drawing.items()]
+    console.print(f'  veneer image {" ".join(asked)} "rocket, {BASE_STYLE} style" -o rocket.png', soft_wrap=True)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

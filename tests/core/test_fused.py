@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from veneer.core import fused
+from veneer.core.dropout import Dropout
 from veneer.core.fused import (
     Linears,
     PairRows,
@@ -18,8 +20,6 @@ from veneer.core.fused import (
     joined,
     linears,
     lora_linear,
-    norm_silu,
-    rms_norm,
     token_nll,
 )
 
@@ -71,6 +71,78 @@ def test_joined_projections_are_the_projections_one_by_one(dtype: torch.dtype, b
     yd = yd + torch.cat([2.0 * (xd @ A1.T) @ B1.T, nothing, 0.3 * (xd @ A2.T) @ B2.T], -1)
     same(got, [yd, *torch.autograd.grad(yd, [xd, *abd], g.double())], TOLERANCE[dtype])
     assert all(t.dtype == p.dtype for t, p in zip(got[2:], ab, strict=True))
+
+
+def mask_of_next(p: float, *shape: int, dtype: torch.dtype) -> Tensor:
+    """What the next dropout of that shape multiplies by, drawn without moving torch's generator on."""
+    state = torch.random.get_rng_state()
+    drop = Dropout.drawn(p)
+    torch.random.set_rng_state(state)
+    return (drop(torch.ones(*shape, dtype=dtype)) != 0).double() / (1 - p)
+
+
+@DTYPES
+def test_pairs_see_what_dropout_leaves_of_x_and_the_frozen_weight_sees_all_of_it(dtype: torch.dtype) -> None:
+    x = draw(3, 5, 32, dtype=dtype).requires_grad_()
+    W = draw(24 + 16, 32, dtype=dtype)
+    A1, B1, A2, B2 = ab = factors(dtype, (4, 32), (24, 4), (2, 32), (16, 2))
+    pairs = (PairRows(0, 24, 2.0, A1, B1), PairRows(24, 40, 0.3, A2, B2))
+    mask = mask_of_next(0.4, 3, 5, 32, dtype=dtype)
+    y = linears(x, Linears(W, None, pairs, 0.4))
+    torch.randint(9, ())  # whatever else draws meanwhile
+    g = draw(*y.shape, dtype=dtype)
+    got = [y, *torch.autograd.grad(y, [x, *ab], g)]
+
+    xd, (A1, B1, A2, B2) = wide(x), (abd := [wide(t) for t in ab])
+    left = xd * mask
+    yd = F.linear(xd, W.double()) + torch.cat([2.0 * (left @ A1.T) @ B1.T, 0.3 * (left @ A2.T) @ B2.T], -1)
+    same(got, [yd, *torch.autograd.grad(yd, [xd, *abd], g.double())], TOLERANCE[dtype])
+    with torch.no_grad():
+        assert not torch.equal(linears(x, Linears(W, None, pairs, 0.4)), y), "each call draws anew"
+
+
+@DTYPES
+def test_gated_mlp_with_dropout_before_each_of_its_products(dtype: torch.dtype) -> None:
+    x = draw(9, 32, dtype=dtype).requires_grad_()
+    W, D = draw(96, 32, dtype=dtype, scale=0.2), draw(32, 48, dtype=dtype, scale=0.2)
+    A1, B1, A3, B3 = ab = factors(dtype, (4, 32), (48, 4), (3, 48), (32, 3))
+    first, last = (PairRows(0, 48, 2.0, A1, B1),), (PairRows(0, 32, 1.5, A3, B3),)
+    mask = mask_of_next(0.2, 9, 32, dtype=dtype)
+    state = torch.random.get_rng_state()
+    torch.randint(1 << 62, ())
+    mask_down = mask_of_next(0.2, 9, 48, dtype=dtype)
+    torch.random.set_rng_state(state)
+    y = gated_mlp(x, Linears(W, None, first, 0.2), Linears(D, None, last, 0.2))
+    g = draw(*y.shape, dtype=dtype)
+    got = [y, *torch.autograd.grad(y, [x, *ab], g)]
+
+    xd, (A1, B1, A3, B3) = wide(x), (abd := [wide(t) for t in ab])
+    h = F.silu(xd @ W[:48].double().T + 2.0 * ((xd * mask) @ A1.T) @ B1.T) * (xd @ W[48:].double().T)
+    yd = h @ D.double().T + 1.5 * ((h * mask_down) @ A3.T) @ B3.T
+    same(got, [yd, *torch.autograd.grad(yd, [xd, *abd], g.double())], TOLERANCE[dtype])
+
+
+def test_recomputing_drops_what_was_dropped() -> None:
+    x = draw(6, 32, dtype=torch.bfloat16).requires_grad_()
+    W, (A, B) = draw(16, 32, dtype=torch.bfloat16), factors(torch.bfloat16, (4, 32), (16, 4))
+
+    def layer(x: Tensor) -> Tensor:
+        return lora_linear(x, W, None, A, B, 2.0, 0.3)
+
+    state = torch.random.get_rng_state()
+    plain = torch.autograd.grad(layer(x).float().square().sum(), [x, A, B])
+    torch.random.set_rng_state(state)
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    torch.randint(9, ())
+    again = torch.autograd.grad(y.float().square().sum(), [x, A, B])
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_pairs_with_different_dropouts_are_no_one_product() -> None:
+    one = Projection(torch.ones(2, 3), None, torch.ones(1, 3), torch.ones(2, 1), 0.5, 0.1)
+    with pytest.raises(ValueError, match="dropouts"):
+        joined([one, one._replace(dropout=0.2)])
+    assert joined([one, Projection(torch.ones(2, 3))]).dropout == 0.1
 
 
 def test_joined_lays_parts_below_one_another() -> None:
@@ -128,42 +200,6 @@ def test_gated_mlp(dtype: torch.dtype, act: str) -> None:
     h = h * over
     yd = h @ D.double().T + 1.5 * (h @ A3.T) @ B3.T
     same(got, [yd, *torch.autograd.grad(yd, [xd, *abd], g.double())], TOLERANCE[dtype])
-
-
-@DTYPES
-def test_rms_norm(dtype: torch.dtype) -> None:
-    x, w = draw(2, 7, 72, dtype=dtype).requires_grad_(), draw(72, dtype=dtype)
-    y = rms_norm(x, w, 1e-5)
-    g = draw(2, 7, 72, dtype=dtype)
-    xd = wide(x)
-    yd = F.rms_norm(xd, (72,), w.double(), 1e-5)
-    wanted = [yd, *torch.autograd.grad(yd, xd, g.double())]
-    same([y, *torch.autograd.grad(y, x, g)], wanted, TOLERANCE[dtype])
-
-
-@DTYPES
-@pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("places", [(3, 3), (4, 8), (40,)])
-def test_norm_silu(dtype: torch.dtype, shifted: bool, places: tuple[int, ...]) -> None:
-    x, (w, b) = draw(3, 12, *places, dtype=dtype).requires_grad_(), draw(2, 12, dtype=dtype)
-    shift = draw(3, 12, dtype=dtype) if shifted else None
-    y = norm_silu(x, shift, w, b, 4, 1e-5)
-    g = draw(*y.shape, dtype=dtype)
-    xd = wide(x)
-    moved = xd if shift is None else xd + shift.double().view(3, 12, *[1] * len(places))
-    yd = F.silu(F.group_norm(moved, 4, w.double(), b.double(), 1e-5))
-    wanted = [yd, *torch.autograd.grad(yd, xd, g.double())]
-    same([y, *torch.autograd.grad(y, x, g)], wanted, TOLERANCE[dtype])
-
-
-def test_norm_silu_of_far_values_and_of_a_trained_norm() -> None:
-    """Where e^-z leaves float32; and a norm's own gradients, which the kernel does not make."""
-    x = torch.linspace(-1, 1, 128).view(1, 2, 64).bfloat16().requires_grad_()
-    w, b = torch.tensor([400.0, -400.0]).bfloat16().requires_grad_(), torch.zeros(2).bfloat16()
-    want = F.silu(F.group_norm(x.double(), 1, w.double(), b.double(), 1e-5))
-    with torch.no_grad():
-        same([norm_silu(x, None, w.detach(), b, 1, 1e-5)], [want], 1e-2)
-    assert torch.autograd.grad(norm_silu(x, None, w, b, 1, 1e-5).sum(), w)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [1, 47, 50, 130])

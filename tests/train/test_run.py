@@ -272,21 +272,23 @@ def test_a_dry_run_checks_everything_and_writes_nothing(shared: Path, base: Text
     assert result.to_dict()["preflight"]["findings"]
 
 
-def test_the_best_state_is_what_is_kept(
-    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("keep", "kept", "loss"), [("best", 3, 3.0), ("last", 6, 3.1)])
+def test_the_state_that_is_asked_for_is_what_is_kept(
+    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str, kept: int, loss: float
 ) -> None:
-    """The validation loss is lowest after step 3; three worse ones later the run stops, and step 3 is what is saved."""
+    """The validation loss is lowest after step 3, and three worse ones later the run stops: step 3 is what is saved, or
+    the last one, step 6."""
     losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, 3.25, 3.1, 1.0])
     monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.Score(next(losses), 1, 1))
     seen: list[Event] = []
     result = _train(
-        shared, tmp_path / "out", base, on_event=seen.append, evaluation={"every": 1, "patience": 3}
+        shared, tmp_path / "out", base, on_event=seen.append, evaluation={"every": 1, "patience": 3, "keep": keep}
     )  # fmt: skip
     assert (result.stopped, result.steps) == ("early stopping", 6)
-    assert (result.kept_step, result.validation, result.validation_before) == (3, 3.0, 9.0)
-    assert any(isinstance(e, Note) and "kept the adapter of step 3" in e.text for e in seen)
+    assert (result.kept_step, result.validation, result.validation_before) == (kept, loss, 9.0)
+    assert any(isinstance(e, Note) and "kept the adapter of step 3" in e.text for e in seen) == (keep == "best")
     saved = peft.read(tmp_path / "out", base.model)
-    state = checkpoint._load(tmp_path / "out" / "checkpoints" / "step-00000003" / "adapter.safetensors")
+    state = checkpoint._load(tmp_path / "out" / "checkpoints" / f"step-{kept:08d}" / "adapter.safetensors")
     assert all(torch.equal(pair.A, state[f"{name}.A"]) for name, pair in saved.pairs.items())
 
 

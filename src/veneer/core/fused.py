@@ -2,12 +2,10 @@
 
     linears      y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ        one product for projections that share x, each with its own pair
     gated_mlp    y = down(act(gate(x)) ⊙ up(x))
-    rms_norm     y = w ⊙ x / √(mean x² + ε)
-    norm_silu    y = silu(w ⊙ x̂ + b), x̂ over groups of channels of x plus a shift of each channel
     token_nll    −log softmax(h·Wᵀ)[target] of each token, never holding more than a chunk of logits
 
-Each has its slow reference, named in its docstring and compared in tests/core/test_fused.py; attention is next door in
-core/attention.py. None knows of modules, adapters by name, or models. The frozen weights never get a gradient.
+Each has its slow reference, named in its docstring and compared in tests/core/test_fused.py; attention and
+norms are next door in core/attention.py and core/norms.py. None knows of modules, adapters by name, or models. The frozen weights never get a gradient.
 A, B may be float32 beside 16-bit x and W: they are cast for the products, their gradients come back in float32.
 On the CPU in bfloat16 the element-wise parts go through veneer.kernels where those could be compiled.
 """
@@ -23,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer import kernels
+from veneer.core.dropout import Dropout
 
 __all__ = [
     "Linears", "PairRows", "Projection", "gated", "gated_mlp", "geglu", "gelu_tanh", "joined", "linears", "lora_linear",
-    "norm_silu", "normed", "rms_norm", "token_nll",
+    "token_nll",
 ]  # fmt: skip
 
 
@@ -41,11 +40,13 @@ class PairRows(NamedTuple):
 
 
 class Linears(NamedTuple):
-    """Projections of one x joined into one frozen weight (Σ out, in), with the pairs on their rows."""
+    """Projections of one x joined into one frozen weight (Σ out, in), with the pairs on their rows. `dropout`: of the x
+    that the pairs see, one for all of them, as loralib's MergedLinear has it."""
 
     weight: Tensor
     bias: Tensor | None = None
     pairs: tuple[PairRows, ...] = ()
+    dropout: float = 0.0
 
 
 class Projection(NamedTuple):
@@ -56,10 +57,16 @@ class Projection(NamedTuple):
     A: Tensor | None = None
     B: Tensor | None = None
     scale: float = 1.0
+    dropout: float = 0.0
 
 
 def joined(parts: Sequence[Projection], weight: Tensor | None = None) -> Linears:
-    """Projections of one x as one product. `weight`: their weights below one another, if they lie so already."""
+    """Projections of one x as one product. `weight`: their weights below one another, if they lie so already.
+
+    Raises ValueError for pairs with different dropouts, which cannot share what they see of x."""
+    dropouts = {p.dropout for p in parts if p.A is not None} or {0.0}
+    if len(dropouts) > 1:
+        raise ValueError(f"pairs with dropouts {sorted(dropouts)} in one product")
     if weight is None:
         weight = parts[0].weight if len(parts) == 1 else torch.cat([p.weight for p in parts])
     bias = None
@@ -71,7 +78,7 @@ def joined(parts: Sequence[Projection], weight: Tensor | None = None) -> Linears
         if p.A is not None and p.B is not None:
             pairs.append(PairRows(at, end, p.scale, p.A, p.B))
         at = end
-    return Linears(weight, bias, tuple(pairs))
+    return Linears(weight, bias, tuple(pairs), *dropouts)
 
 
 class _Thin:
@@ -160,21 +167,45 @@ SMALL = 1 << 18
 of rank 16; 4,096 × 640: 16.7 instead of 14.9)."""
 
 
-def _thin(linears: Linears, x: Tensor, y: Tensor) -> _Thin | _NativeThin:
+class _Dropped:
+    """Thin products that see x with some of its values dropped: the same ones in forward and backward."""
+
+    def __init__(self, thin: _Thin | _NativeThin, p: float) -> None:
+        self.thin, self.drop = thin, Dropout.drawn(p)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.thin.add(self.drop(x), y)
+
+    def through(self, g: Tensor, dx: Tensor | None) -> Tensor:
+        back = None if dx is None else torch.zeros_like(dx)
+        du = self.thin.through(g, back)
+        if dx is not None and back is not None:
+            dx.add_(self.drop(back))
+        return du
+
+    def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
+        return self.thin.gradients(g, self.drop(x), u, du)
+
+
+_AnyThin = _Thin | _NativeThin | _Dropped
+
+
+def _thin(linears: Linears, x: Tensor, y: Tensor) -> _AnyThin:
     library = kernels.thin(x, y) if x.numel() <= SMALL else None
     fits = library is not None and all(
         t.dtype == torch.float32 and t.is_contiguous() and t.device == x.device and not p.first % 16 and not p.last % 16
         for p in linears.pairs
         for t in (p.A, p.B)
     )
-    return _NativeThin(linears, library) if library is not None and fits else _Thin(linears, x.dtype)
+    thin = _NativeThin(linears, library) if library is not None and fits else _Thin(linears, x.dtype)
+    return _Dropped(thin, linears.dropout) if linears.dropout else thin
 
 
 def _flat(linears: Linears) -> list[Tensor]:
     return [t for p in linears.pairs for t in (p.A, p.B)]
 
 
-def _forward(x: Tensor, linears: Linears) -> tuple[Tensor, Tensor | None, _Thin | _NativeThin | None]:
+def _forward(x: Tensor, linears: Linears) -> tuple[Tensor, Tensor | None, _AnyThin | None]:
     """y, and for backward u = x·Aᵀ and the thin factors, which small layers pay more to make again than to keep."""
     y = F.linear(x, linears.weight, linears.bias)
     if not linears.pairs:
@@ -184,7 +215,7 @@ def _forward(x: Tensor, linears: Linears) -> tuple[Tensor, Tensor | None, _Thin 
 
 
 def _input_gradient(
-    g: Tensor, weight: Tensor, thin: _Thin | _NativeThin | None, need_dx: bool
+    g: Tensor, weight: Tensor, thin: _AnyThin | None, need_dx: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx, and du = g·s·B for the pairs' own gradients."""
     dx = g @ weight if need_dx else None
@@ -211,14 +242,17 @@ class _Linears(torch.autograd.Function):
 def linears(x: Tensor, joined: Linears) -> Tensor:
     """y = x·Wᵀ + b, plus s·(x·Aᵀ)·Bᵀ on each pair's columns of y. x: (…, in) → (…, Σ out).
 
-    Keeps x and the thin x·Aᵀ. Reference: F.linear(x, W, b) with s·F.linear(F.linear(x, A), B) added to its columns."""
+    Keeps x and the thin x·Aᵀ. Reference: F.linear(x, W, b) with s·F.linear(F.linear(x, A), B) added to its columns, for
+    a dropout of what the pairs see of x with Dropout's own mask."""
     y: Tensor = _Linears.apply(x.reshape(-1, x.shape[-1]), joined, *_flat(joined))
     return y.view(*x.shape[:-1], y.shape[-1])  # outside of the Function: callers may write into what they get
 
 
-def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
     """One projection: y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ. x: (…, in) → (…, out)."""
-    return linears(x, Linears(weight, bias, (PairRows(0, weight.shape[0], scale, A, B),)))
+    return linears(x, Linears(weight, bias, (PairRows(0, weight.shape[0], scale, A, B),), dropout))
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -358,92 +392,6 @@ def gelu_tanh(x: Tensor) -> Tensor:
     """F.gelu(x, approximate="tanh"), keeping x."""
     y: Tensor = _GeluTanh.apply(x.contiguous())
     return y
-
-
-def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm` where no gradient is wanted; x contiguous."""
-    d = x.shape[-1]
-    native = kernels.usable(x, weight)
-    if native is None:
-        return F.rms_norm(x, (d,), weight, eps)
-    y = torch.empty_like(x)
-    native.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // d, d, eps, torch.get_num_threads())
-    return y
-
-
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return normed(x, weight, eps)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        x, weight = ctx.saved_tensors
-        d = x.shape[-1]
-        g = g.contiguous()
-        native = kernels.usable(g, x, weight)
-        if native is not None:
-            dx = torch.empty_like(x)
-            pointers = (t.data_ptr() for t in (g, x, weight, dx))
-            native.rms_norm_backward(*pointers, x.numel() // d, d, ctx.eps, torch.get_num_threads())
-            return dx, None, None
-        # dx = r·(w⊙g) − x·r³·mean(w⊙g⊙x) in at least float32
-        wide = torch.promote_types(x.dtype, torch.float32)
-        xf, gw = x.to(wide), (g * weight).to(wide)
-        r = (xf.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
-        c = torch.linalg.vecdot(gw, xf).unsqueeze(-1).mul_(r.square()).div_(d)
-        return gw.addcmul_(xf, c, value=-1).mul_(r).to(x.dtype), None, None
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = w ⊙ x / √(mean x² + ε) over the last dimension, keeping x alone; the frozen w gets no gradient.
-
-    Reference: F.rms_norm."""
-    out: Tensor = _RmsNorm.apply(x.contiguous(), weight, eps)
-    return out
-
-
-class _NormSilu(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
-    ) -> Tensor:
-        native = kernels.usable(x)
-        assert native is not None
-        ctx.save_for_backward(x, shift, weight, bias)
-        n, channels = x.shape[:2]
-        ctx.how = n, groups, channels // groups, x[0, 0].numel(), eps, torch.get_num_threads()
-        y = torch.empty_like(x)
-        native.norm_silu(*(_pointer(t) for t in (x, shift, weight, bias, y)), *ctx.how)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, shift, weight, bias = ctx.saved_tensors
-        g, dx = g.contiguous(), torch.empty_like(x)
-        native = kernels.usable(g)
-        assert native is not None
-        native.norm_silu_backward(*(_pointer(t) for t in (g, x, shift, weight, bias, dx)), *ctx.how)
-        return dx, *[None] * 5
-
-
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
-def norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """silu(F.group_norm(x + shift)). x: (n, channels, …), shift: (n, channels) or None.
-
-    Reads x once and keeps it alone. Reference, and what runs where anything but x is trained or there is no kernel: the
-    same line by line."""
-    given = [t for t in (shift, weight, bias) if t is not None]
-    if any(t.requires_grad for t in given) or not x.numel() or kernels.usable(x, *given) is None:
-        x = x if shift is None else x + shift.view(*shift.shape, *[1] * (x.ndim - 2))
-        return F.silu(F.group_norm(x, groups, weight, bias, eps))
-    out: Tensor = _NormSilu.apply(x, shift, weight, bias, groups, eps)
-    return out
 
 
 class _TokenNll(torch.autograd.Function):

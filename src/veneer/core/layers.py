@@ -321,7 +321,7 @@ def _added(y: Tensor, at: Tensor, change: Tensor, own: bool) -> Tensor:
 class LoraLinear(_Lora):
     def projection(self) -> Projection | None:
         """What this layer is now as one product with a frozen weight and at most one pair, or None if it is more:
-        several pairs, a mix for each row, DoRA, dropout, an origin, a full copy, replaced rows, a quantised or hooked
+        several pairs, a mix for each row, DoRA, an origin, a full copy, replaced rows, a quantised or hooked
         or trained base."""
         base, selection = self.base, self.owner.selection
         mix: Sequence[tuple[Adapter, float]] = selection.mix
@@ -342,16 +342,16 @@ class LoraLinear(_Lora):
         if not terms:
             return Projection(base.weight, base.bias)
         pair, strength, dropout = terms[0]
-        if dropout or pair.origin is not None or pair.magnitude is not None:
+        if pair.origin is not None or pair.magnitude is not None:
             return None
-        return Projection(base.weight, base.bias, pair.A, pair.B, pair.scale * strength)
+        return Projection(base.weight, base.bias, pair.A, pair.B, pair.scale * strength, dropout)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = self.projection()
         if plain is None or plain.A is None or plain.B is None:
             return super().adapted(mix, x, *args, **kwargs)
         if x.dtype == plain.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return lora_linear(x, plain.weight, plain.bias, plain.A, plain.B, plain.scale)
+            return lora_linear(x, plain.weight, plain.bias, plain.A, plain.B, plain.scale, plain.dropout)
         return super().adapted(mix, x, *args, **kwargs)
 
     def with_ready(self, ready: Ready, x: Tensor) -> Tensor:

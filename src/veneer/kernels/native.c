@@ -168,6 +168,19 @@ void norm_silu_backward(const bf16 *g, const bf16 *x, const bf16 *shift, const b
     }
 }
 
+/* y = x scale where hash(seed, place) >= least, else 0. The hash is Wellons' lowbias32 with the seed's words before its two
+   products: two seeds' masks are no rearrangement of each other. */
+void dropped(const bf16 *x, bf16 *y, int64_t n, uint32_t low, uint32_t high, uint32_t least, float scale, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t h = (uint32_t)i ^ low;
+        h = (h ^ (h >> 16)) * 0x7feb352dU + high;
+        h = (h ^ (h >> 15)) * 0x846ca68bU;
+        h ^= h >> 16;
+        y[i] = h >= least ? down(up(x[i]) * scale) : 0;
+    }
+}
+
 /* h = silu(gate) up, from gate_up = [gate | up] of 2f columns */
 void silu_gate(const bf16 *gate_up, bf16 *h, int64_t n, int64_t f, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

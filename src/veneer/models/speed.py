@@ -25,12 +25,16 @@ from torch import Tensor, nn
 
 from veneer import kernels
 from veneer.core.attention import RowLayout, attention, rotary_attention
-from veneer.core.fused import Projection, gated_mlp, joined, linears, rms_norm
+from veneer.core.fused import Projection, gated_mlp, joined, linears
 from veneer.core.layers import LoraLinear
+from veneer.core.norms import rms_norm
 from veneer.core.quantised import Quantised, stacked
 from veneer.core.targets import base_of
 
-__all__ = ["FastReport", "Join", "agree", "fast", "probe", "projection_of", "put", "report_of", "same_dtype"]
+__all__ = [
+    "FastReport", "Join", "agree", "fast", "probe", "projection_of", "put", "report_of", "same_dtype",
+    "without_dropout",
+]  # fmt: skip
 
 _ATTENTION = "veneer_rows"
 _MARK = "_veneer_fast"
@@ -80,20 +84,33 @@ def fast(model: Any, *, keep: int = 0, hold: bool = True) -> Iterator[FastReport
     with ExitStack() as undo:
         undo.enter_context(kernels.kept_memory())
         modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, LoraLinear)]
-        if hold:
-            _swap_norms(modules, report, undo)
-            _swap_mlps(modules, report, undo)
-        else:
-            report.left["every module"] = "its weights come and go"
-        _swap_attention(model, modules if hold else [], report, undo)
-        setattr(model, _MARK, report)
-        undo.callback(delattr, model, _MARK)
-        if keep:
-            _keep_dequantised(report, keep, undo)
-        report.rows = _rows_agree(model, report)
-        if report.rows:
-            _swap_last_layer(model, report, undo)
+        with without_dropout(model):
+            if hold:
+                _swap_norms(modules, report, undo)
+                _swap_mlps(modules, report, undo)
+            else:
+                report.left["every module"] = "its weights come and go"
+            _swap_attention(model, modules if hold else [], report, undo)
+            setattr(model, _MARK, report)
+            undo.callback(delattr, model, _MARK)
+            if keep:
+                _keep_dequantised(report, keep, undo)
+            report.rows = _rows_agree(model, report)
+            if report.rows:
+                _swap_last_layer(model, report, undo)
         yield report
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Two ways can only be compared where neither draws."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 # -- putting a forward on an instance ----------------------------------------------------------------------------------
@@ -167,7 +184,7 @@ class Join:
         """The joined projections with the pairs that act now, or None if some module has to be called."""
         parts = [projection_of(m) for m in self.modules]
         known = [p for p in parts if p is not None]
-        if len(known) != len(parts):
+        if len(known) != len(parts) or len({p.dropout for p in known if p.A is not None}) > 1:
             return None
         if len(known) > 1 and not isinstance(self.weight, Quantised):
             if self.weight is None:
@@ -413,16 +430,12 @@ def _rows_agree(model: Any, report: FastReport) -> bool:
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (sum(lengths),), generator=generator).to(device)
     trained = torch.ones(len(ids), dtype=torch.bool, device=device)
     trained[[0, 5, 14]] = False
-    training = model.training
-    model.eval()
     try:
         with torch.no_grad():
             flat, padded = rows_loss(model, ids, lengths, trained), padded_loss(model, ids, lengths, trained)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         report.left["rows"] = f"it does not take them: {type(error).__name__}"
         return False
-    finally:
-        model.train(training)
     eps = torch.finfo(next(model.parameters()).dtype).eps
     if abs(float(flat) - float(padded)) <= 4 * eps * abs(float(padded)):
         return True

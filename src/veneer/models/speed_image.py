@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from veneer import kernels
 from veneer.core.denoise import attention, joint_attention, live_conv
-from veneer.core.fused import geglu, gelu_tanh, linears, norm_silu
+from veneer.core.fused import geglu, gelu_tanh, linears
+from veneer.core.norms import norm_silu
 from veneer.core.targets import base_of
-from veneer.models.speed import FastReport, Join, agree, probe, put, same_dtype
+from veneer.models.speed import FastReport, Join, agree, probe, put, same_dtype, without_dropout
 
 __all__ = ["DenoiserReport", "fast_denoiser"]
 
@@ -43,18 +44,23 @@ def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
     report = DenoiserReport()
     with ExitStack() as undo:
         undo.enter_context(kernels.kept_memory())
-        for _, module in list(denoiser.named_modules()):
-            kind = type(module).__name__
-            make = _SWAPS.get(kind)
-            if make is None:
-                continue
-            with ExitStack() as attempt:
-                if why := make(module, attempt):
-                    report.left[kind] = why
-                    continue
-                undo.push(attempt.pop_all())
-            report.swapped[kind] = report.swapped.get(kind, 0) + 1
+        with without_dropout(denoiser):
+            _swap(denoiser, report, undo)
         yield report
+
+
+def _swap(denoiser: nn.Module, report: DenoiserReport, undo: ExitStack) -> None:
+    for _, module in list(denoiser.named_modules()):
+        kind = type(module).__name__
+        make = _SWAPS.get(kind)
+        if make is None:
+            continue
+        with ExitStack() as attempt:
+            if why := make(module, attempt):
+                report.left[kind] = why
+                continue
+            undo.push(attempt.pop_all())
+        report.swapped[kind] = report.swapped.get(kind, 0) + 1
 
 
 def _parts(module: Any, *names: str) -> list[nn.Module] | None:

@@ -430,9 +430,9 @@ class _ImageRun:
         self.log(Sampled(step, name, time.perf_counter() - began))
 
     def _finish(self, progress: Progress, tell: Listener) -> ImageResult:
-        """Keeps the best state (of the average, where there is one), saves it, proves the file, writes the report."""
+        """Puts the state that is kept in place (of the average, where there is one), saves it, proves the file, writes the report."""
         setup, config = self.setup, self.config
-        kept, validation = self.running.keep_best(progress, tell)
+        kept, validation = self.running.put_kept(progress, tell)
         if self.ema is not None:
             self.ema.put()
             tell(Note(f"saved is the moving average (decay {self.ema.decay:g}), which is what was scored"))

@@ -157,6 +157,9 @@ class ImageEvaluationSection(Section):
     rows: int | None = setting(None, "score at most so many held-out pictures; nothing means all", gt=0)
     times: int = setting(4, "times at which each picture is scored, in the middle of equal parts of the range", gt=0)
     at_start: bool = setting(True, "score the base before step one", "the number every later one is compared with")
+    keep: Literal["best", "last"] = setting(
+        "best", "save the adapter of the lowest held-out loss, or the last one; a look grows after that loss has turned"
+    )
 
 
 class SamplesSection(Section):

@@ -204,8 +204,8 @@ class _Run:
         return self.devices.gather(_measured(self.folder, step) if self.devices.first else {})[0]
 
     def _finish(self, running: Running, progress: Progress, tell: Listener) -> RunResult:
-        """Keeps the best state, saves it, proves the file, and writes the report."""
-        kept, validation = running.keep_best(progress, tell)
+        """Puts the state that is kept in place, saves it, proves the file, and writes the report."""
+        kept, validation = running.put_kept(progress, tell)
         result = RunResult(
             adapter=str(self.folder), steps=progress.step, tokens=progress.tokens,
             trained_tokens=progress.trained_tokens,

@@ -3,7 +3,7 @@
     around    watched: who is told, and everything back as it was
     before    newest_checkpoint · resolved: every setting with where it came from
     during    Running.train: restore, probe, log, loop, checkpoints
-    after     Running.keep_best · Outcome, what every run comes to
+    after     Running.put_kept · Outcome, what every run comes to
 
 Knows configurations, parameters and steps; no rows, no pictures, no bases by kind.
 """
@@ -203,10 +203,10 @@ class Running:
         if self.devices.count > 1:
             self.devices.agree("adapter", digest_of(self.state))
 
-    def keep_best(self, progress: Progress, tell: Listener) -> tuple[int, float | None]:
-        """Puts the state with the lowest validation loss in place; (its step, its loss)."""
+    def put_kept(self, progress: Progress, tell: Listener) -> tuple[int, float | None]:
+        """Puts the state that is to be saved in place, by `evaluation.keep`; (its step, its validation loss)."""
         best = progress.best_step
-        if best is None or best == progress.step:
+        if best is None or best == progress.step or self.config.evaluation.keep == "last":
             return progress.step, progress.last_loss
         checkpoint.read_parameters(checkpoint.at_step(self.folder / "checkpoints", best), self.state)
         tell(Note(f"kept the adapter of step {best}, whose validation loss {progress.best_loss:.4f} is the lowest"))

@@ -303,6 +303,7 @@ class EvaluationSection(Section):
     )
     rows: int | None = setting(None, "score at most so many held-out rows; nothing means all", gt=0)
     at_start: bool = setting(True, "score the base before step one", "the number every later one is compared with")
+    keep: Literal["best", "last"] = setting("best", "save the adapter of the lowest held-out loss, or the last one")
 
 
 class CheckpointSection(Section):
