@@ -8,11 +8,12 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.core.peft_twin import gradients, twin
 from tests.families import FAMILIES
-from veneer.core import Adapter, LoraSpec, Pair, attach, create, merged_state, resolve
+from veneer.core import Adapter, LoraSpec, Pair, attach, create, fused, merged_state, resolve
 
 RTOL = 1e-5
 # PEFT asks transformers a question under its old name
@@ -99,9 +100,24 @@ def test_embedding_and_head(family: str, dora: bool) -> None:
     compare(model, noisy(create(model, spec, seed=0)), logits, use_dora=dora)
 
 
+class TorchsDropout:
+    """core.dropout's, with the mask that F.dropout draws."""
+
+    def __init__(self, p: float) -> None:
+        self.p, self.mask = p, torch.empty(0)
+
+    drawn = classmethod(lambda cls, p: cls(p))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.mask.numel():
+            self.mask = F.dropout(torch.ones_like(x), self.p)
+        return x * self.mask
+
+
 @pytest.mark.parametrize("dora", [False, True])
-def test_dropout_while_training(dora: bool) -> None:
-    """The same random state drops the same entries, and DoRA's norm part sees the dropped input as PEFT's does."""
+def test_dropout_while_training(dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries that PEFT drops, when both take torch's mask; DoRA's norm part sees the dropped input as PEFT's does."""
+    monkeypatch.setattr(fused, "Dropout", TorchsDropout)
     model = FAMILIES["mistral"]().train()
     adapter = noisy(create(model, LoraSpec(rank=3, dropout=0.3, dora=dora), seed=0))
     compare(model, adapter, logits, use_dora=dora, lora_dropout=0.3)

@@ -1,4 +1,4 @@
-"""Dropout by seed: the share that is dropped, what is left, and that masks of different seeds have nothing in common."""
+"""Dropout by seed: the share that is dropped, what is left, and that masks of two seeds have nothing in common."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from veneer.core.fused import (
     gated_mlp,
     joined,
     linears,
-    lora_linear,
     token_nll,
 )
 
@@ -127,7 +126,7 @@ def test_recomputing_drops_what_was_dropped() -> None:
     W, (A, B) = draw(16, 32, dtype=torch.bfloat16), factors(torch.bfloat16, (4, 32), (16, 4))
 
     def layer(x: Tensor) -> Tensor:
-        return lora_linear(x, W, None, A, B, 2.0, 0.3)
+        return linears(x, Linears(W, None, (PairRows(0, 16, 2.0, A, B),), 0.3))
 
     state = torch.random.get_rng_state()
     plain = torch.autograd.grad(layer(x).float().square().sum(), [x, A, B])
@@ -145,6 +144,48 @@ def test_pairs_with_different_dropouts_are_no_one_product() -> None:
     assert joined([one, Projection(torch.ones(2, 3))]).dropout == 0.1
 
 
+@DTYPES
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gain_multiplies_all_but_the_bias(dtype: torch.dtype, bias: bool) -> None:
+    """DoRA's m/‖W + s·B·A‖ on the first projection of two, the second has none."""
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    x = draw(7, 32, dtype=dtype).requires_grad_()
+    A1, B1, A2, B2 = ab = factors(dtype, (4, 32), (24, 4), (2, 32), (16, 2))
+    m = (1 + draw(24, dtype=kept, scale=0.1)).requires_grad_()
+    parts = [
+        Projection(draw(24, 32, dtype=dtype), draw(24, dtype=dtype) if bias else None, A1, B1, 2.0, gain=m),
+        Projection(draw(16, 32, dtype=dtype), None, A2, B2, 0.3),
+    ]
+    y = linears(x, joined(parts))
+    g = draw(*y.shape, dtype=dtype)
+    got = [y, *torch.autograd.grad(y, [x, *ab, m], g)]
+
+    xd, md, (A1, B1, A2, B2) = wide(x), wide(m), (abd := [wide(t) for t in ab])
+    one = md * (xd @ parts[0].weight.double().T + 2.0 * (xd @ A1.T) @ B1.T)
+    one = one if parts[0].bias is None else one + parts[0].bias.double()
+    yd = torch.cat([one, xd @ parts[1].weight.double().T + 0.3 * (xd @ A2.T) @ B2.T], -1)
+    same(got, [yd, *torch.autograd.grad(yd, [xd, *abd, md], g.double())], TOLERANCE[dtype])
+
+
+@DTYPES
+def test_gated_mlp_with_gains(dtype: torch.dtype) -> None:
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    x = draw(9, 32, dtype=dtype).requires_grad_()
+    W, D = draw(96, 32, dtype=dtype, scale=0.2), draw(32, 48, dtype=dtype, scale=0.2)
+    A1, B1, A3, B3 = ab = factors(dtype, (4, 32), (96, 4), (3, 48), (32, 3))
+    m, n = ms = [(1 + draw(size, dtype=kept, scale=0.1)).requires_grad_() for size in (96, 32)]
+    first = Linears(W, None, (PairRows(0, 96, 2.0, A1, B1),), gain=m)
+    y = gated_mlp(x, first, Linears(D, None, (PairRows(0, 32, 1.5, A3, B3),), gain=n))
+    g = draw(*y.shape, dtype=dtype)
+    got = [y, *torch.autograd.grad(y, [x, *ab, *ms], g)]
+
+    xd, (m, n), (A1, B1, A3, B3) = wide(x), (msd := [wide(t) for t in ms]), (abd := [wide(t) for t in ab])
+    gate, up = (m * (xd @ W.double().T + 2.0 * (xd @ A1.T) @ B1.T)).chunk(2, -1)
+    h = F.silu(gate) * up
+    yd = n * (h @ D.double().T + 1.5 * (h @ A3.T) @ B3.T)
+    same(got, [yd, *torch.autograd.grad(yd, [xd, *abd, *msd], g.double())], TOLERANCE[dtype])
+
+
 def test_joined_lays_parts_below_one_another() -> None:
     a = Projection(torch.ones(2, 3), None, torch.ones(1, 3), torch.ones(2, 1), 0.5)
     b = Projection(torch.zeros(4, 3), torch.ones(4))
@@ -158,7 +199,7 @@ def test_joined_lays_parts_below_one_another() -> None:
 def test_a_frozen_input_gets_no_gradient_and_costs_no_product() -> None:
     x = draw(4, 8, dtype=torch.float32)
     A, B = factors(torch.float32, (2, 8), (6, 2))
-    y = lora_linear(x, draw(6, 8, dtype=torch.float32), None, A, B, 1.0)
+    y = linears(x, Linears(draw(6, 8, dtype=torch.float32), None, (PairRows(0, 6, 1.0, A, B),)))
     products = 0
 
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
@@ -175,7 +216,7 @@ def test_a_frozen_input_gets_no_gradient_and_costs_no_product() -> None:
 def test_what_linears_returns_may_be_written_into() -> None:
     x = draw(4, 8, dtype=torch.float32)
     A, B = factors(torch.float32, (2, 8), (6, 2))
-    y = lora_linear(x, draw(6, 8, dtype=torch.float32), None, A, B, 1.0)
+    y = linears(x, Linears(draw(6, 8, dtype=torch.float32), None, (PairRows(0, 6, 1.0, A, B),)))
     y.add_(1.0).mul_(2.0)  # Llama 4 adds its routed experts in place
     y.sum().backward()
     assert B.grad is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -36,19 +37,20 @@ def test_zero_b_is_the_identity_bit_for_bit(family: str, dtype: torch.dtype) -> 
         assert torch.equal(model(IDS).logits, base)
 
 
+@pytest.mark.parametrize(("more", "strength"), [({}, 0.7), ({"dora": True}, 1.0), ({"init": "pissa"}, 0.7)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6), (6,)])
 def test_the_fast_path_equals_the_reference(
-    shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], bias: bool, more: dict[str, Any], strength: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4, bias=bias)).requires_grad_(False)
-    adapter = trained(model, LoraSpec(rank=2, targets=("0",)), amount=0.5)
+    adapter = trained(model, LoraSpec(rank=2, targets=("0",), **more), amount=0.5)
     x = torch.randn(shape, requires_grad=True)
     results = []
     with attach(model) as attachment:
         attachment.add("a", adapter, trainable=True)
-        attachment.use(("a", 0.7))
+        attachment.use(("a", strength))
         assert model[0].projection() is not None
         for fast in (True, False):
             if not fast:
@@ -61,15 +63,30 @@ def test_the_fast_path_equals_the_reference(
         torch.testing.assert_close(fast_value, reference, rtol=1e-5, atol=1e-5 * reference.abs().max().item())
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_pair_that_begins_as_a_part_of_a_16_bit_base_changes_no_bit_before_it_has_moved(init: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48)).requires_grad_(False).to(torch.bfloat16)
+    x = torch.randn(9, 64).bfloat16()
+    wanted = model(x)
+    with attach(model) as attachment:
+        attachment.add("a", create(model, LoraSpec(rank=8, targets=("0",), init=init), seed=0), trainable=True)  # type: ignore[arg-type]
+        attachment.use("a")
+        assert model[0].projection().origin is not None
+        assert torch.equal(model(x), wanted)
+
+
 def test_what_is_more_than_one_plain_pair_is_no_projection() -> None:
     model = nn.Sequential(nn.Linear(6, 4)).requires_grad_(False).train()
-    plain, other, dropped, dora, pissa = (
-        trained(model, LoraSpec(rank=2, targets=("0",), **more))  # type: ignore[arg-type]
-        for more in ({}, {}, {"dropout": 0.5}, {"dora": True}, {"init": "pissa"})
-    )
+    specs = {
+        "plain": {}, "other": {}, "dropped": {"dropout": 0.5}, "dora": {"dora": True},
+        "dropped dora": {"dora": True, "dropout": 0.5}, "pissa": {"init": "pissa"},
+        "dropped pissa": {"init": "pissa", "dropout": 0.5},
+    }  # fmt: skip
+    adapters = {name: trained(model, LoraSpec(rank=2, targets=("0",), **more)) for name, more in specs.items()}  # type: ignore[arg-type]
+    plain = adapters["plain"]
     with attach(model) as attachment:
-        names = {"plain": plain, "other": other, "dropped": dropped, "dora": dora, "pissa": pissa}
-        for name, adapter in names.items():
+        for name, adapter in adapters.items():
             attachment.add(name, adapter)
         layer: LoraLinear = model[0]
         base = layer.projection()
@@ -80,12 +97,27 @@ def test_what_is_more_than_one_plain_pair_is_no_projection() -> None:
         assert found is not None
         assert found.scale == 2.0 * plain.pairs["0"].scale
         assert found.weight is layer.base.weight
-        for mix in (("plain", "other"), ("dropped",), ("dora",), ("pissa",)):
+        for mix in (("plain", "other"), ("dropped dora",), (("dora", 0.5),), ("dropped pissa",)):
             attachment.use(*mix)
             assert layer.projection() is None
+        attachment.use("dropped")
+        found = layer.projection()
+        assert found is not None
+        assert found.dropout == 0.5
+        attachment.use("pissa")
+        found = layer.projection()
+        assert found is not None
+        assert found.origin is not None
         model.eval()
         attachment.use("dropped")
-        assert layer.projection() is not None
+        found = layer.projection()
+        assert found is not None
+        assert found.dropout == 0
+        for name in ("dora", "dropped dora"):
+            attachment.use(name)
+            found = layer.projection()
+            assert found is not None
+            assert found.gain is not None
         layer.base.weight.requires_grad_(True)
         assert layer.projection() is None
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from tests.families import FAMILIES
 from veneer.core import Adapter, LoraSpec, Pair, attach, create, delta, merged_state
+from veneer.core.merge import adapted_norm, thin_norm
+from veneer.core.quantised import quantise
 from veneer.errors import AdapterError
 
 IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
@@ -138,3 +140,18 @@ def test_delta_of_each_kind_by_hand() -> None:
     module.is_transposed = True
     module.down_proj = nn.Parameter(torch.randn(7, 5, 3))
     torch.testing.assert_close(delta(module, Pair(A, B, 0.5, "experts"), "down_proj"), 0.5 * (B @ A).mT)
+
+
+@pytest.mark.parametrize(("kind", "within"), [(None, 1e-4), ("nf4", 1e-4), ("float64", 1e-12)])
+def test_the_norm_that_makes_no_matrix_is_the_norm(kind: str | None, within: float) -> None:
+    """Beside a float32 pair with a 16-bit W, quantised too; and exact where nothing is rounded."""
+    g = torch.Generator().manual_seed(0)
+    dtype = torch.float64 if kind == "float64" else torch.float32
+    W = (0.05 * torch.randn(96, 256, generator=g)).to(torch.float64 if kind == "float64" else torch.bfloat16)
+    W = quantise(W, kind) if kind == "nf4" else W
+    A, B = (0.02 * torch.randn(*shape, generator=g) for shape in ((16, 256), (96, 16)))
+    pair = Pair(A.to(dtype), B.to(dtype), 4.0)
+    wanted = adapted_norm(W, pair)
+    torch.testing.assert_close(thin_norm(W, pair), wanted, rtol=within, atol=0)
+    plain = adapted_norm(W, Pair(A.to(dtype), torch.zeros(96, 16, dtype=dtype), 1.0))
+    assert (wanted / plain - 1).abs().max() > 10 * within, "the pair changes it"

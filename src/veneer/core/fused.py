@@ -4,9 +4,10 @@
     gated_mlp    y = down(act(gate(x)) ⊙ up(x))
     token_nll    −log softmax(h·Wᵀ)[target] of each token, never holding more than a chunk of logits
 
-Each has its slow reference, named in its docstring and compared in tests/core/test_fused.py; attention and
-norms are next door in core/attention.py and core/norms.py. None knows of modules, adapters by name, or models. The frozen weights never get a gradient.
-A, B may be float32 beside 16-bit x and W: they are cast for the products, their gradients come back in float32.
+Each has its slow reference, named in its docstring and compared in tests/core/test_fused.py; attention and norms are
+next door in core/attention.py and core/norms.py. None knows of modules, adapters by name, or models. The frozen weights
+never get a gradient. A, B may be float32 beside 16-bit x and W: they are cast for the products, their gradients come
+back in float32.
 On the CPU in bfloat16 the element-wise parts go through veneer.kernels where those could be compiled.
 """
 
@@ -24,7 +25,7 @@ from veneer import kernels
 from veneer.core.dropout import Dropout
 
 __all__ = [
-    "Linears", "PairRows", "Projection", "gated", "gated_mlp", "geglu", "gelu_tanh", "joined", "linears", "lora_linear",
+    "Linears", "PairRows", "Projection", "gated", "gated_mlp", "geglu", "gelu_tanh", "joined", "linears",
     "token_nll",
 ]  # fmt: skip
 
@@ -41,16 +42,19 @@ class PairRows(NamedTuple):
 
 class Linears(NamedTuple):
     """Projections of one x joined into one frozen weight (Σ out, in), with the pairs on their rows. `dropout`: of the x
-    that the pairs see, one for all of them, as loralib's MergedLinear has it."""
+    that the pairs see, one for all of them, as loralib's MergedLinear has it. `gain`: (Σ out,) float32, what DoRA
+    multiplies each output by before the bias."""
 
     weight: Tensor
     bias: Tensor | None = None
     pairs: tuple[PairRows, ...] = ()
     dropout: float = 0.0
+    gain: Tensor | None = None
 
 
 class Projection(NamedTuple):
-    """One frozen linear map with at most one pair. weight: (out, in), bias: (out,), A: (rank, in), B: (out, rank)."""
+    """One frozen linear map with at most one pair. weight: (out, in), bias and gain: (out,), A: (rank, in), B: (out,
+    rank). `origin`: A and B as they began, where what they began as is the base's own and is taken off again."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -58,15 +62,17 @@ class Projection(NamedTuple):
     B: Tensor | None = None
     scale: float = 1.0
     dropout: float = 0.0
+    gain: Tensor | None = None
+    origin: tuple[Tensor, Tensor] | None = None
 
 
 def joined(parts: Sequence[Projection], weight: Tensor | None = None) -> Linears:
     """Projections of one x as one product. `weight`: their weights below one another, if they lie so already.
 
     Raises ValueError for pairs with different dropouts, which cannot share what they see of x."""
-    dropouts = {p.dropout for p in parts if p.A is not None} or {0.0}
+    dropouts = sorted({p.dropout for p in parts if p.A is not None}) or [0.0]
     if len(dropouts) > 1:
-        raise ValueError(f"pairs with dropouts {sorted(dropouts)} in one product")
+        raise ValueError(f"pairs with dropouts {dropouts} in one product")
     if weight is None:
         weight = parts[0].weight if len(parts) == 1 else torch.cat([p.weight for p in parts])
     bias = None
@@ -76,9 +82,16 @@ def joined(parts: Sequence[Projection], weight: Tensor | None = None) -> Linears
     for p in parts:
         end = at + p.weight.shape[0]
         if p.A is not None and p.B is not None:
-            pairs.append(PairRows(at, end, p.scale, p.A, p.B))
+            A, B = p.A, p.B
+            if p.origin is not None:  # in one product, where what is alike in both cancels before it is rounded
+                A, B = torch.cat([A, p.origin[0]]), torch.cat([B, -p.origin[1]], 1)
+            pairs.append(PairRows(at, end, p.scale, A, B))
         at = end
-    return Linears(weight, bias, tuple(pairs), *dropouts)
+    gain = None
+    if any(p.gain is not None for p in parts):
+        ones = torch.ones(1, device=weight.device)
+        gain = torch.cat([ones.expand(len(p.weight)) if p.gain is None else p.gain for p in parts])
+    return Linears(weight, bias, tuple(pairs), dropouts[0], gain)
 
 
 class _Thin:
@@ -206,12 +219,46 @@ def _flat(linears: Linears) -> list[Tensor]:
 
 
 def _forward(x: Tensor, linears: Linears) -> tuple[Tensor, Tensor | None, _AnyThin | None]:
-    """y, and for backward u = x·Aᵀ and the thin factors, which small layers pay more to make again than to keep."""
-    y = F.linear(x, linears.weight, linears.bias)
+    """y before gain and its bias, and for backward u = x·Aᵀ and the thin factors, which small layers pay more to make
+    again than to keep."""
+    y = F.linear(x, linears.weight, linears.bias if linears.gain is None else None)
     if not linears.pairs:
         return y, None, None
     thin = _thin(linears, x, y)
     return y, thin.add(x, y), thin
+
+
+def _gained(y: Tensor, linears: Linears) -> Tensor:
+    """gain ⊙ y + b, rounded once: gains are near 1, where 16 bits are 1/256 apart."""
+    gain, bias = linears.gain, linears.bias
+    if gain is None:
+        return y
+    native = _gain_kernel(gain, y) if bias is None else _gain_kernel(gain, y, bias)
+    if native is None:
+        out = y * gain
+        return (out if bias is None else out.add_(bias)).to(y.dtype)
+    made = torch.empty_like(y)
+    pointers = y.data_ptr(), gain.data_ptr(), None if bias is None else bias.data_ptr(), made.data_ptr()
+    native.gained(*pointers, *y.shape, torch.get_num_threads())
+    return made
+
+
+def _gain_kernel(gain: Tensor, *tensors: Tensor) -> ctypes.CDLL | None:
+    fits = gain.dtype == torch.float32 and gain.is_contiguous() and gain.device.type == "cpu"
+    return kernels.usable(*tensors) if fits else None
+
+
+def _gain_gradient(g: Tensor, y: Tensor | None, gain: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of what the gain multiplied, y, and of the gain."""
+    if gain is None or y is None:
+        return g, None
+    native = _gain_kernel(gain, g, y)
+    if native is None:
+        return (g * gain).to(g.dtype), (g.to(gain.dtype) * y).sum(0)
+    dy, d_gain = torch.empty_like(g), torch.empty_like(gain)
+    pointers = (t.data_ptr() for t in (g, y, gain, dy, d_gain))
+    native.gained_backward(*pointers, *g.shape, torch.get_num_threads())
+    return dy, d_gain
 
 
 def _input_gradient(
@@ -224,59 +271,61 @@ def _input_gradient(
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, joined: Linears, *flat: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, joined: Linears, gain: Tensor | None, *flat: Tensor) -> Tensor:
         y, u, ctx.thin = _forward(x, joined)
-        ctx.save_for_backward(x, u, *flat)  # A and B too: autograd then notices if they change before backward
+        # A and B too: autograd then notices if they change before backward
+        ctx.save_for_backward(x, u, None if gain is None else y, gain, *flat)
         ctx.weight = joined.weight
-        return y
+        return _gained(y, joined)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, u, *_ = ctx.saved_tensors
-        g, thin = g.contiguous(), ctx.thin
+        x, u, y, gain, *_ = ctx.saved_tensors
+        g, d_gain = _gain_gradient(g.contiguous(), y, gain)
+        thin = ctx.thin
         dx, du = _input_gradient(g, ctx.weight, thin, ctx.needs_input_grad[0])
         pairs = thin.gradients(g, x, u, du) if thin is not None and du is not None else []
-        return (dx, None, *pairs)
+        return (dx, None, d_gain, *pairs)
 
 
 def linears(x: Tensor, joined: Linears) -> Tensor:
-    """y = x·Wᵀ + b, plus s·(x·Aᵀ)·Bᵀ on each pair's columns of y. x: (…, in) → (…, Σ out).
+    """y = x·Wᵀ + b, plus s·(x·Aᵀ)·Bᵀ on each pair's columns of y; with a gain, all but b times it.
+    x: (…, in) → (…, Σ out).
 
-    Keeps x and the thin x·Aᵀ. Reference: F.linear(x, W, b) with s·F.linear(F.linear(x, A), B) added to its columns, for
-    a dropout of what the pairs see of x with Dropout's own mask."""
-    y: Tensor = _Linears.apply(x.reshape(-1, x.shape[-1]), joined, *_flat(joined))
+    Keeps x and the thin x·Aᵀ, and where there is a gain what it multiplies. Reference: F.linear(x, W, b) with
+    s·F.linear(F.linear(x, A), B) added to its columns, for a dropout of what the pairs see with Dropout's own mask."""
+    y: Tensor = _Linears.apply(x.reshape(-1, x.shape[-1]), joined, joined.gain, *_flat(joined))
     return y.view(*x.shape[:-1], y.shape[-1])  # outside of the Function: callers may write into what they get
-
-
-def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
-) -> Tensor:
-    """One projection: y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ. x: (…, in) → (…, out)."""
-    return linears(x, Linears(weight, bias, (PairRows(0, weight.shape[0], scale, A, B),), dropout))
 
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_up: Linears, down: Linears, act: str, *flat: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gate_up: Linears, down: Linears, act: str, gain: Tensor | None, gain_down: Tensor | None,
+        *flat: Tensor,
+    ) -> Tensor:  # fmt: skip
         both, u, ctx.thin = _forward(x, gate_up)
-        y, u_down, ctx.thin_down = _forward(gated(both, act), down)
-        ctx.save_for_backward(x, both, u, u_down, *flat)
-        ctx.weights, ctx.act = (gate_up.weight, down.weight), act
-        return y
+        y, u_down, ctx.thin_down = _forward(gated(_gained(both, gate_up), act), down)
+        ctx.save_for_backward(x, both, u, u_down, None if gain_down is None else y, gain, gain_down, *flat)
+        ctx.gate_up, ctx.down, ctx.act = gate_up._replace(gain=None), down.weight, act
+        return _gained(y, down)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, both, u, u_down, *_ = ctx.saved_tensors
-        g, thin = g.contiguous(), ctx.thin_down
-        dh, du = _input_gradient(g, ctx.weights[1], thin, True)
+        x, plain, u, u_down, y, gain, gain_down, *_ = ctx.saved_tensors
+        g, d_gain_down = _gain_gradient(g.contiguous(), y, gain_down)
+        thin = ctx.thin_down
+        dh, du = _input_gradient(g, ctx.down, thin, True)
         assert dh is not None
+        both = _gained(plain, ctx.gate_up._replace(gain=gain))
         d_both, h = _gated_backward(dh, both, ctx.act)
         down_pairs = thin.gradients(g, h, u_down, du) if thin is not None and du is not None else []
-        del h, dh
+        del h, dh, both
+        d_both, d_gain = _gain_gradient(d_both, plain, gain)
         thin = ctx.thin
-        dx, du = _input_gradient(d_both, ctx.weights[0], thin, ctx.needs_input_grad[0])
+        dx, du = _input_gradient(d_both, ctx.gate_up.weight, thin, ctx.needs_input_grad[0])
         pairs = thin.gradients(d_both, x, u, du) if thin is not None and du is not None else []
-        return (dx, None, None, None, *pairs, *down_pairs)
+        return (dx, None, None, None, d_gain, d_gain_down, *pairs, *down_pairs)
 
 
 def _activate(x: Tensor, act: str) -> Tensor:
@@ -324,8 +373,8 @@ def gated_mlp(x: Tensor, gate_up: Linears, down: Linears, act: str = "silu") -> 
 
     `gate_up` is [gate; up] joined by rows. Keeps x, gate(x) and up(x); their product is made again in backward.
     Reference: the same line with `linears`."""
-    flat = (*_flat(gate_up), *_flat(down))
-    y: Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), gate_up, down, act, *flat)
+    given = gate_up, down, act, gate_up.gain, down.gain, *_flat(gate_up), *_flat(down)
+    y: Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), *given)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

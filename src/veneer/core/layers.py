@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Pair, TokenRows
 from veneer.core.forms import Delta, norm_along
-from veneer.core.fused import Projection, lora_linear
+from veneer.core.fused import Projection, joined, linears
 from veneer.core.lowrank import Factor, LowRank
-from veneer.core.merge import adapted_norm, pair_matrix, parameter_delta, to_matrix, weight_of
+from veneer.core.merge import adapted_norm, pair_matrix, parameter_delta, thin_norm, to_matrix, weight_of
 from veneer.core.ready import Ready, ReadyMixes
 from veneer.core.selection import Acting, RowMixes, Selection, run_apart
 from veneer.errors import AdapterError
@@ -321,8 +321,8 @@ def _added(y: Tensor, at: Tensor, change: Tensor, own: bool) -> Tensor:
 class LoraLinear(_Lora):
     def projection(self) -> Projection | None:
         """What this layer is now as one product with a frozen weight and at most one pair, or None if it is more:
-        several pairs, a mix for each row, DoRA, an origin, a full copy, replaced rows, a quantised or hooked
-        or trained base."""
+        several pairs, a mix for each row, DoRA with dropout, an origin or another strength than 1, an origin with
+        dropout, a full copy, replaced rows, a hooked or trained base."""
         base, selection = self.base, self.owner.selection
         mix: Sequence[tuple[Adapter, float]] = selection.mix
         if selection.rows is not None:
@@ -342,16 +342,24 @@ class LoraLinear(_Lora):
         if not terms:
             return Projection(base.weight, base.bias)
         pair, strength, dropout = terms[0]
-        if pair.origin is not None or pair.magnitude is not None:
+        if pair.origin is not None and (dropout or pair.magnitude is not None):
+            return None  # what is taken off sees all of x
+        factors = pair.A, pair.B, pair.scale * strength, dropout
+        if pair.magnitude is None:
+            return Projection(base.weight, base.bias, *factors, origin=pair.origin)
+        # y = x·Wᵀ + strength·ΔW·x: at another strength than 1 that is no gain times one product
+        if dropout or strength != 1.0 or pair.magnitude.ndim > 1:
             return None
-        return Projection(base.weight, base.bias, pair.A, pair.B, pair.scale * strength, dropout)
+        norm = adapted_norm if base.weight.dtype == pair.magnitude.dtype else thin_norm
+        gain = pair.magnitude / norm(weight_of(base), pair).to(pair.magnitude.dtype)
+        return Projection(base.weight, base.bias, *factors, gain)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = self.projection()
         if plain is None or plain.A is None or plain.B is None:
             return super().adapted(mix, x, *args, **kwargs)
         if x.dtype == plain.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return lora_linear(x, plain.weight, plain.bias, plain.A, plain.B, plain.scale, plain.dropout)
+            return linears(x, joined([plain]))
         return super().adapted(mix, x, *args, **kwargs)
 
     def with_ready(self, ready: Ready, x: Tensor) -> Tensor:

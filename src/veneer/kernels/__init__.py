@@ -54,6 +54,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "norm_silu": [*[_pointer] * 5, *[_int64] * 4, _float, _int],
     "norm_silu_backward": [*[_pointer] * 6, *[_int64] * 4, _float, _int],
     "dropped": [_pointer, _pointer, _int64, *[ctypes.c_uint32] * 3, _float, _int],
+    "gained": [*[_pointer] * 4, _int64, _int64, _int],
+    "gained_backward": [*[_pointer] * 5, _int64, _int64, _int],
     "silu_gate": [_pointer, _pointer, _int64, _int64, _int],
     "silu_gate_backward": [_pointer, _pointer, _pointer, _pointer, _int64, _int64, _int],
     "geglu": [_pointer, _pointer, _int64, _int64, _int],

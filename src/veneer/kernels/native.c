@@ -181,6 +181,40 @@ void dropped(const bf16 *x, bf16 *y, int64_t n, uint32_t low, uint32_t high, uin
     }
 }
 
+/* y = gain x + b, row by row; b may be missing */
+void gained(const bf16 *x, const float *gain, const bf16 *b, bf16 *y, int64_t n, int64_t d, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        const bf16 *xi = x + i * d;
+        bf16 *yi = y + i * d;
+#pragma omp simd
+        for (int64_t j = 0; j < d; j++) yi[j] = down(up(xi[j]) * gain[j] + (b ? up(b[j]) : 0.0f));
+    }
+}
+
+/* dx = gain g, and d_gain = the sum of g x over the rows: a few columns at a time, so that the order is always the same. */
+void gained_backward(
+    const bf16 *g, const bf16 *x, const float *gain, bf16 *dx, float *d_gain, int64_t n, int64_t d, int threads
+) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < d; first += 128) {
+        int64_t width = d - first < 128 ? d - first : 128;
+        const float *a = gain + first;
+        float sum[128] = {0.0f};
+        for (int64_t i = 0; i < n; i++) {
+            const bf16 *gi = g + i * d + first, *xi = x + i * d + first;
+            bf16 *di = dx + i * d + first;
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) {
+                float gj = up(gi[j]);
+                sum[j] += gj * up(xi[j]);
+                di[j] = down(gj * a[j]);
+            }
+        }
+        for (int64_t j = 0; j < width; j++) d_gain[first + j] = sum[j];
+    }
+}
+
 /* h = silu(gate) up, from gate_up = [gate | up] of 2f columns */
 void silu_gate(const bf16 *gate_up, bf16 *h, int64_t n, int64_t f, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -430,7 +430,7 @@ class _ImageRun:
         self.log(Sampled(step, name, time.perf_counter() - began))
 
     def _finish(self, progress: Progress, tell: Listener) -> ImageResult:
-        """Puts the state that is kept in place (of the average, where there is one), saves it, proves the file, writes the report."""
+        """Puts the state that is kept in place (of the average, where there is one), saves and proves it, reports."""
         setup, config = self.setup, self.config
         kept, validation = self.running.put_kept(progress, tell)
         if self.ema is not None:
