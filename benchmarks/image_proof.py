@@ -60,7 +60,6 @@ STYLE, CONTENT = ("pixel", "histogram", "features"), ("top 1", "top 5")
 PLAIN, FLAT, LINED = "noto style", "fluent style", "outlined fluent style"
 """What the base is asked without lines; what the character's drawings look like to it; the same with lines."""
 PARTS = ("style", "subject", "stack", "composition")
-SPLIT = "subject to 0.6 of the steps"
 Mix = Sequence[str | tuple[str, float]]
 
 
@@ -90,6 +89,7 @@ class Proof:
         self.judge = load_judge(given.work)
         self.base = veneer.load_image_base(given.base)
         self.use = GUIDED if given.plain else use_of(self.base)
+        self.apart = (0.6, 0.25) if self.use.steps else (0.55, 0.55)
         self.seeds = (1,) if given.quick else (1, 2, 3)
         self.rows: list[dict[str, Any]] = []
         self.bars: list[dict[str, Any]] = []
@@ -248,10 +248,12 @@ class Proof:
         prompts = [f"{face} zibbo cat, {LINED}" for face in FACES]
         reference = self.features(torch.stack([tensor(Image.fromarray(draw(svg(f)))) for f in FACES])).mean(0)
         with_lines = torch.stack([tensor(Image.fromarray(draw(lined(svg(f))))) for f in FACES])
+        end, start = self.apart
+        in_time = f"subject to {end:g} of the steps, style from {start:g}"
         mixes: dict[str, Mix] = {
             "base": [], "style alone": [f"{style}:1{self.use.steps}"], "subject alone": [(subject, 1.0)],
             "both, plain sum": [(style, 1.0), (subject, 1.0)], "both, subject at 0.6": [(style, 1.0), (subject, 0.6)],
-            f"both, {SPLIT}": [f"{style}:1{self.use.steps}", f"{subject}:1@steps=0-0.6"],
+            f"both, {in_time}": [f"{style}:1@steps={start:g}-1", f"{subject}:1@steps=0-{end:g}"],
         }  # fmt: skip
         for method in ("orthogonal", "ties"):
             out = self.runs / self.given.base / f"both-{method}.safetensors"
@@ -281,8 +283,8 @@ class Proof:
             for metric, (none, all_of_it) in effects.items() if label.startswith("both") else ():
                 share = (found[label][metric] - none) / (all_of_it - none)
                 self.add(f"stack, {label}", {f"{metric} kept": share})
-                if SPLIT in label:
-                    self.bars.append(bar(f"stack: share of {metric} kept, {SPLIT}", 0.5, share))
+                if in_time in label:
+                    self.bars.append(bar(f"stack: share of {metric} kept, {in_time}", 0.5, share))
         self.sheet("stack", rows, [f"{face} zibbo cat" for face in FACES][:8])
 
     def composition(self, style: str, subject: str) -> None:

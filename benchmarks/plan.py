@@ -46,7 +46,7 @@ WIDTHS = {
 
 
 def text(base: str, rows: int, length: int, rank: int = 16, trained: float = 0.25, **more: Any) -> dict[str, Any]:
-    """`more`: dtype, checkpointing, quantise."""
+    """`more`: dtype, checkpointing, quantise, dora, dropout, init."""
     return {"kind": "text", "base": base, "rows": rows, "length": length, "rank": rank, "trained": trained, **more}
 
 
@@ -68,6 +68,10 @@ GRID: list[dict[str, Any]] = [
     text("smollm2-135m", 4, 256, 16, checkpointing=True, quantise="nf4"),
     text("llama-110m", 2, 512, 16, 1.0, quantise="nf4"), text("llama-100m", 2, 1024, 32, quantise="nf4"),
     text("llama-100m", 4, 256, 16, quantise="int8"),
+    text("smollm2-135m", 4, 512, dropout=0.05), text("smollm2-135m", 4, 512, dora=True),
+    text("llama-100m", 2, 1024, 32, dora=True), text("llama-110m", 2, 512, 16, 1.0, quantise="nf4", dora=True),
+    text("smollm2-135m", 4, 256, dora=True, dropout=0.05), text("llama-50m", 4, 512, dora=True, dropout=0.05),
+    text("llama-50m", 4, 512, 64, init="pissa"),
     image("emoji-sdxl", 32, 64), image("emoji-sdxl", 16, 128), image("emoji-sdxl", 64, 128),
     image("emoji-flux", 32, 64), image("emoji-flux", 16, 128), image("emoji-flux", 64, 128),
     image("emoji-flux", 32, 128, 64, checkpointing=True),
@@ -79,8 +83,15 @@ def name_of(run: dict[str, Any]) -> str:
         shape = f"{run['pictures']} × {run['size']} px"
     else:
         shape = f"{run['rows']} × {run['length']}, {run['trained']:.0%} learned"
-    more = [run.get("quantise"), run.get("dtype"), "checkpointing" if run.get("checkpointing") else None]
+    more = [run.get(key) for key in ("quantise", "dtype", "init")]
+    more += [key for key in ("checkpointing", "dora", "dropout") if run.get(key)]
     return ", ".join([run["base"], shape, f"rank {run['rank']}", *(m for m in more if m)])
+
+
+def spec_of(run: dict[str, Any]) -> Any:
+    from veneer.core.adapter import LoraSpec
+
+    return LoraSpec(**{key: run[key] for key in ("rank", "dora", "dropout", "init") if key in run})
 
 
 # -- a run, in a process of its own ------------------------------------------------------------------------------------
@@ -105,8 +116,7 @@ def _text(run: dict[str, Any]) -> dict[str, Any]:
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     attachment = veneer.attach(model)
-    spec = veneer.LoraSpec(rank=run["rank"])
-    attachment.add("a", veneer.create(model, spec, seed=0), trainable=True)
+    attachment.add("a", veneer.create(model, spec_of(run), seed=0), trainable=True)
     attachment.use("a")
     model.train()
     if run.get("checkpointing"):
@@ -247,7 +257,7 @@ def predicted(run: dict[str, Any], record: Any) -> tuple[int, float]:
     shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **WIDTHS[run["base"]]})
     one = Load(
         (run["length"],) * run["rows"], run["trained"], rank=run["rank"], dtype=run.get("dtype", "bfloat16"),
-        quantise=run.get("quantise"), checkpointing=run.get("checkpointing", False),
+        quantise=run.get("quantise"), checkpointing=run.get("checkpointing", False), spec=spec_of(run),
     )  # fmt: skip
     memory = text_memory(shape, one, device, process=record.process)
     return memory.peak, rates.seconds(text_work(shape, one, device))

@@ -9,6 +9,7 @@ tokens in the micro-batch of which M are trained, hidden d, heads H and K of dim
     M'·e·(H·h + 2d + 2f + …)      attention's output, the second norm's input and output, gate and up; M' is M in the
                                   last layer where models.speed leaves the other tokens out, else N
     e·Σ rank·(N + in + out)       x·Aᵀ of each pair, and its factors as they were cast and stacked
+    e·N·(2d + (H + 2K)·h)         with DoRA, what its gains multiply
     e·H·Σ blocks                  probabilities (on the CPU alone: flash attention makes them again)
 
 The peak is where the backward pass begins: everything is kept, and the last layer's gradients are made. Gradients of
@@ -82,6 +83,11 @@ class Load:
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def begins_in_base(self) -> bool:
+        """Whether pairs keep what they began as, to take it off again."""
+        return self.spec is not None and self.spec.init in ("pissa", "olora")
 
     @property
     def longest(self) -> int:
@@ -177,7 +183,7 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
         if len(layers) > 1:
             most = max(most, max(one.working for one in layers[:-1]) - layers[-1].kept)
         working = max(0, most - logits)
-    adapter, states = 4 * trainable, _STATES.get(load.optimizer, 8) * trainable
+    adapter, states = 4 * trainable * (1 + load.begins_in_base), _STATES.get(load.optimizer, 8) * trainable
     moving = kept + logits + working
     gradients = 4 * trainable if load.micros > 1 else max(0, 4 * trainable - moving)
     dequantised = _dequantised(shape, load)
@@ -244,7 +250,25 @@ class _Kept:
             values += n * (layer.heads + layer.kv_heads) * layer.head_dim
         values += m * self._mlp()
         values += self._thin()
-        return e * values + self._probabilities()
+        return e * values + self._probabilities() + self._dora()
+
+    def _dora(self) -> int:
+        """Bytes that DoRA keeps beside: what its gains multiply, where that is not kept anyway. With dropout it goes
+        the plain way in float32: of each module the input as dropped and the mask, two changes of the output, the
+        weight; and the MLP's activations."""
+        spec, e, total = self.load.spec, dtype_bytes(self.load.dtype), 0
+        if spec is None or not spec.dora:
+            return 0
+        for name, parts in self.layer.products.items():
+            n = self.load.tokens if name == "qkv" else self.after
+            own = [part for part in parts if part.name in self.ranks]
+            if spec.dropout:
+                total += sum(n * (5 * part.inputs + 8 * part.outputs) for part in own)
+                total += sum(4 * part.inputs * part.outputs for part in own) if e < 4 else 0
+                total += e * n * sum(part.outputs for part in own) if name == "gate_up" else 0
+            elif own and name != "gate_up":
+                total += e * n * sum(part.outputs for part in parts)
+        return total
 
     def _mlp(self) -> int:
         """Values a token of the gated MLP and of the experts."""
@@ -262,7 +286,8 @@ class _Kept:
         values = 0
         for name, parts in self.layer.products.items():
             n = self.load.tokens if name == "qkv" else self.after
-            own = [(part, self.ranks[part.name]) for part in parts if part.name in self.ranks]
+            twice = 1 + self.load.begins_in_base
+            own = [(part, twice * self.ranks[part.name]) for part in parts if part.name in self.ranks]
             if not own:
                 continue
             if any(part.times > 1 for part, _ in own):
@@ -295,6 +320,8 @@ class _Kept:
             default=0,
         )  # fmt: skip
         copies = 2.0 if self.device.native and e == 2 else 3.0
+        if self.load.spec is not None and self.load.spec.dora:  # outputs with their gains, and gradients without
+            copies += 2
         mlp = m * (copies * widest + 3 * d)
         heads = (self.layer.heads + 2 * self.layer.kv_heads) * self.layer.head_dim
         attention = self.load.tokens * (2 * heads + 2 * self.layer.heads * self.layer.head_dim + 2 * d)

@@ -49,9 +49,10 @@ def load_of(
 
 
 def _special(config: TrainConfig) -> bool:
-    """Whether the pairs are others than one of the same rank on every linear."""
+    """Whether the pairs are others than one of the same rank on every linear, or begin as a part of the base."""
     a = config.adapter
-    return a.targets != "all-linear" or bool(a.exclude or a.rank_pattern or a.layers is not None or a.dora)
+    other = a.exclude or a.rank_pattern or a.layers is not None or a.dora or a.init in ("pissa", "olora")
+    return a.targets != "all-linear" or bool(other)
 
 
 def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
