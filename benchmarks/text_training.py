@@ -1,6 +1,7 @@
 """Training a text adapter: veneer beside PEFT + transformers and TRL, the same data, in one run.
 
     python benchmarks/text_training.py [--quick] [--rounds 3] [--json]    speed, memory, loss curves, share of the floor
+    python benchmarks/text_training.py --kinds [--rounds 3] [--json]      dropout and DoRA beside plain adapters
     python benchmarks/text_training.py --banking77 DIR [--seeds 0,1,2] [--peer-seeds 0] [--quick] [--json]
 
 Each side is a process of its own, one after another and never two at once, in rounds, so that a machine whose speed
@@ -38,14 +39,20 @@ RATE = 2e-4
 # -- the workload ------------------------------------------------------------------------------------------------------
 
 
-def write_workload(work: Path, steps: int) -> None:
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {}, "dropout 0.05": {"dropout": 0.05}, "DoRA": {"dora": True},
+    "DoRA, dropout 0.05": {"dora": True, "dropout": 0.05},
+}  # fmt: skip
+
+
+def write_workload(work: Path, steps: int, kind: str = "plain") -> None:
     """The base, a first adapter in PEFT's format, and the steps' tokens, for every side to read."""
     import torch
 
     import veneer
 
     base = veneer.load_base("smollm2-135m", dtype="bfloat16", device="cpu")
-    spec = veneer.LoraSpec(rank=RANK, alpha=ALPHA, targets=tuple(LINEARS))
+    spec = veneer.LoraSpec(rank=RANK, alpha=ALPHA, targets=tuple(LINEARS), **KINDS[kind])
     veneer.save_adapter(veneer.create(base.model, spec, seed=0), work / "start", base)
     text = (ROOT / "examples" / "tickets" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(text)
@@ -289,6 +296,28 @@ def speed(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any
     return report(rows, bars, {"how": results["veneer"][0]["how"], "rounds": rounds, "steps": steps})
 
 
+def kinds(rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Adapters that are more than one product: what each costs beside the plain one, here and in PEFT."""
+    rows, bars, plain = [], [], 0.0
+    for kind in KINDS:
+        with tempfile.TemporaryDirectory() as folder:
+            write_workload(Path(folder), 6, kind)
+            found: dict[str, list[dict[str, Any]]] = {"veneer": [], "peft bf16": []}
+            for _ in range(rounds):
+                for name, sides in found.items():
+                    sides.append(run_side(name, Path(folder)))
+        speeds = {n: statistics.median(r["tokens_per_second"] for r in sides) for n, sides in found.items()}
+        plain = plain or speeds["veneer"]
+        for n, sides in found.items():
+            peak = statistics.median(r["peak_bytes"] for r in sides)
+            rows.append(row(f"{kind}: {n}", "tokens_per_second", speeds[n], "tokens/s"))
+            rows.append(row(f"{kind}: {n}", "peak_memory", peak / 1e9, "GB"))
+            say(f"{kind}: {n}: {speeds[n]:.0f} tokens/s")
+        bars.append(bar(f"{kind}: tokens/s over PEFT's", 1.5, speeds["veneer"] / speeds["peft bf16"]))
+        bars.append(bar(f"{kind}: of the plain adapter's", 0.9, speeds["veneer"] / plain))
+    return report(rows, bars, {"rounds": rounds})
+
+
 # -- banking77 ---------------------------------------------------------------------------------------------------------
 
 
@@ -434,6 +463,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short round: does it run, not how fast")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs; medians are reported")
+    parser.add_argument("--kinds", action="store_true", help="dropout and DoRA beside plain adapters instead")
     parser.add_argument("--banking77", type=Path, metavar="DIR", help="accuracy, time and memory on these rows instead")
     parser.add_argument("--seeds", default="0,1,2", help="veneer's seeds on banking77")
     parser.add_argument("--peer-seeds", default="0", help="PEFT's; each takes about half an hour on two cores")
@@ -455,6 +485,8 @@ def main() -> None:
     if arguments.banking77:
         seeds, peers = ([int(s) for s in text.split(",") if s] for text in (arguments.seeds, arguments.peer_seeds))
         result = banking(arguments.banking77, seeds, peers, arguments.quick, say)
+    elif arguments.kinds:
+        result = kinds(arguments.rounds, say)
     else:
         result = speed(arguments.quick, arguments.rounds, say)
     print(json.dumps(result) if arguments.json else "\n".join(lines_of(result)))
