@@ -298,7 +298,7 @@ def speed(quick: bool, rounds: int, say: Callable[[str], None]) -> dict[str, Any
 
 def kinds(rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
     """Adapters that are more than one product: what each costs beside the plain one, here and in PEFT."""
-    rows, bars, plain = [], [], 0.0
+    rows, bars = [], []
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
             write_workload(Path(folder), 6, kind)
@@ -307,14 +307,12 @@ def kinds(rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
                 for name, sides in found.items():
                     sides.append(run_side(name, Path(folder)))
         speeds = {n: statistics.median(r["tokens_per_second"] for r in sides) for n, sides in found.items()}
-        plain = plain or speeds["veneer"]
         for n, sides in found.items():
             peak = statistics.median(r["peak_bytes"] for r in sides)
             rows.append(row(f"{kind}: {n}", "tokens_per_second", speeds[n], "tokens/s"))
             rows.append(row(f"{kind}: {n}", "peak_memory", peak / 1e9, "GB"))
             say(f"{kind}: {n}: {speeds[n]:.0f} tokens/s")
         bars.append(bar(f"{kind}: tokens/s over PEFT's", 1.5, speeds["veneer"] / speeds["peft bf16"]))
-        bars.append(bar(f"{kind}: of the plain adapter's", 0.9, speeds["veneer"] / plain))
     return report(rows, bars, {"rounds": rounds})
 
 

@@ -97,7 +97,7 @@ def test_what_is_more_than_one_plain_pair_is_no_projection() -> None:
         assert found is not None
         assert found.scale == 2.0 * plain.pairs["0"].scale
         assert found.weight is layer.base.weight
-        for mix in (("plain", "other"), ("dropped dora",), (("dora", 0.5),), ("dropped pissa",)):
+        for mix in (("plain", "other"), (("dora", 0.5),), ("dropped pissa",)):
             attachment.use(*mix)
             assert layer.projection() is None
         attachment.use("dropped")

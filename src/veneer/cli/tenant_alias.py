@@ -115,9 +115,15 @@ def alias_shadows(
     rows = [
         (
             day(r["at"]), r["alias"], r["target"], r["shadow"],
-            "same" if r["same"] else f"from character {r['first_difference']}",
+            _difference(r),
             f"{r['target_tokens']}/{r['shadow_tokens']}", f"{r['target_seconds']:.2f}/{r['shadow_seconds']:.2f}",
         )
         for r in found
     ]  # fmt: skip
-    table(("when", "alias", "target", "shadow", "texts", "tokens", "seconds"), rows, "no comparisons")
+    table(("when", "alias", "target", "shadow", "answers", "tokens", "seconds"), rows, "no comparisons")
+
+
+def _difference(r: dict[str, Any]) -> str:
+    if r["same"]:
+        return "same"
+    return f"from character {r['first_difference']}" if r["distance"] is None else f"pixels {r['distance']:.1%} apart"

@@ -22,12 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer import kernels
+from veneer.core.activations import gated, gated_backward
 from veneer.core.dropout import Dropout
 
 __all__ = [
-    "Linears", "PairRows", "Projection", "gated", "gated_mlp", "geglu", "gelu_tanh", "joined", "linears",
+    "Linears",
+    "PairRows",
+    "Projection",
+    "gated_mlp",
+    "joined",
+    "linears",
     "token_nll",
-]  # fmt: skip
+]
 
 
 class PairRows(NamedTuple):
@@ -218,21 +224,59 @@ def _flat(linears: Linears) -> list[Tensor]:
     return [t for p in linears.pairs for t in (p.A, p.B)]
 
 
-def _forward(x: Tensor, linears: Linears) -> tuple[Tensor, Tensor | None, _AnyThin | None]:
-    """y before gain and its bias, and for backward u = x·Aᵀ and the thin factors, which small layers pay more to make
-    again than to keep."""
-    y = F.linear(x, linears.weight, linears.bias if linears.gain is None else None)
-    if not linears.pairs:
-        return y, None, None
-    thin = _thin(linears, x, y)
-    return y, thin.add(x, y), thin
+class _Made(NamedTuple):
+    """`y`, and what its backward pass needs: u = x·Aᵀ, `plain`, what the gain multiplied, and the thin factors, which
+    small layers pay more to make again than to keep."""
+
+    y: Tensor
+    u: Tensor | None = None
+    plain: Tensor | None = None
+    thin: _AnyThin | None = None
 
 
-def _gained(y: Tensor, linears: Linears) -> Tensor:
-    """gain ⊙ y + b, rounded once: gains are near 1, where 16 bits are 1/256 apart."""
-    gain, bias = linears.gain, linears.bias
+def _forward(x: Tensor, linears: Linears) -> _Made:
+    W, b, gain = linears.weight, linears.bias, linears.gain
     if gain is None:
-        return y
+        y = F.linear(x, W, b)
+        thin = _thin(linears, x, y) if linears.pairs else None
+        return _Made(y, None if thin is None else thin.add(x, y), None, thin)
+    if not linears.dropout:
+        plain = F.linear(x, W)
+        thin = _thin(linears, x, plain)
+        u = thin.add(x, plain)
+        return _Made(_gained(plain, gain, b), u, plain, thin)
+    # PEFT's DoRA with dropout: x·Wᵀ + b + (gain − 1) ⊙ d·Wᵀ + gain ⊙ s·(d·Aᵀ)·Bᵀ, d what dropout leaves of x
+    y = F.linear(x, W, b)
+    thin = _thin(linears, x, y)
+    assert isinstance(thin, _Dropped)
+    left = thin.drop(x)
+    plain, own = F.linear(left, W), torch.zeros_like(y)
+    u = thin.thin.add(left, own)
+    y = (plain * (gain - 1)).add_(own * gain).add_(y).to(y.dtype)
+    return _Made(y, u, plain.add_(own), thin)
+
+
+def _input_gradient(
+    g: Tensor, weight: Tensor, made: _Made, gain: Tensor | None, need_dx: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """dx, and for the pairs' own gradients that of what they are added to, du = that·s·B, and the gain's."""
+    thin, plain = made.thin, made.plain
+    if gain is None or plain is None or thin is None:
+        dx = g @ weight if need_dx else None
+        return dx, g, None if thin is None else thin.through(g, dx), None
+    inner, d_gain = _gain_gradient(g, plain, gain)
+    if not isinstance(thin, _Dropped):
+        dx = inner @ weight if need_dx else None
+        return dx, inner, thin.through(inner, dx), d_gain
+    dx, back = (g @ weight, (inner - g) @ weight) if need_dx else (None, None)
+    du = thin.thin.through(inner, back)
+    if dx is not None and back is not None:
+        dx.add_(thin.drop(back))
+    return dx, inner, du, d_gain
+
+
+def _gained(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """gain ⊙ y + b, rounded once: gains are near 1, where 16 bits are 1/256 apart."""
     native = _gain_kernel(gain, y) if bias is None else _gain_kernel(gain, y, bias)
     if native is None:
         out = y * gain
@@ -243,15 +287,8 @@ def _gained(y: Tensor, linears: Linears) -> Tensor:
     return made
 
 
-def _gain_kernel(gain: Tensor, *tensors: Tensor) -> ctypes.CDLL | None:
-    fits = gain.dtype == torch.float32 and gain.is_contiguous() and gain.device.type == "cpu"
-    return kernels.usable(*tensors) if fits else None
-
-
-def _gain_gradient(g: Tensor, y: Tensor | None, gain: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _gain_gradient(g: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of what the gain multiplied, y, and of the gain."""
-    if gain is None or y is None:
-        return g, None
     native = _gain_kernel(gain, g, y)
     if native is None:
         return (g * gain).to(g.dtype), (g.to(gain.dtype) * y).sum(0)
@@ -261,31 +298,32 @@ def _gain_gradient(g: Tensor, y: Tensor | None, gain: Tensor | None) -> tuple[Te
     return dy, d_gain
 
 
-def _input_gradient(
-    g: Tensor, weight: Tensor, thin: _AnyThin | None, need_dx: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx, and du = g·s·B for the pairs' own gradients."""
-    dx = g @ weight if need_dx else None
-    return dx, None if thin is None else thin.through(g, dx)
+def _gain_kernel(gain: Tensor, *tensors: Tensor) -> ctypes.CDLL | None:
+    fits = gain.dtype == torch.float32 and gain.is_contiguous() and gain.device.type == "cpu"
+    return kernels.usable(*tensors) if fits else None
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, joined: Linears, gain: Tensor | None, *flat: Tensor) -> Tensor:
-        y, u, ctx.thin = _forward(x, joined)
+        made = _forward(x, joined)
         # A and B too: autograd then notices if they change before backward
-        ctx.save_for_backward(x, u, None if gain is None else y, gain, *flat)
-        ctx.weight = joined.weight
-        return _gained(y, joined)
+        ctx.save_for_backward(x, made.u, made.plain, gain, *flat)
+        ctx.thin, ctx.weight = made.thin, joined.weight
+        return made.y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, u, y, gain, *_ = ctx.saved_tensors
-        g, d_gain = _gain_gradient(g.contiguous(), y, gain)
-        thin = ctx.thin
-        dx, du = _input_gradient(g, ctx.weight, thin, ctx.needs_input_grad[0])
-        pairs = thin.gradients(g, x, u, du) if thin is not None and du is not None else []
-        return (dx, None, d_gain, *pairs)
+        x, u, plain, gain, *_ = ctx.saved_tensors
+        made, g = _Made(g, u, plain, ctx.thin), g.contiguous()
+        dx, inner, du, d_gain = _input_gradient(g, ctx.weight, made, gain, ctx.needs_input_grad[0])
+        return (dx, None, d_gain, *_pair_gradients(made, inner, x, du))
+
+
+def _pair_gradients(made: _Made, g: Tensor, x: Tensor, du: Tensor | None) -> list[Tensor]:
+    if made.thin is None or made.u is None or du is None:
+        return []
+    return made.thin.gradients(g, x, made.u, du)
 
 
 def linears(x: Tensor, joined: Linears) -> Tensor:
@@ -304,68 +342,30 @@ class _GatedMlp(torch.autograd.Function):
         ctx: Any, x: Tensor, gate_up: Linears, down: Linears, act: str, gain: Tensor | None, gain_down: Tensor | None,
         *flat: Tensor,
     ) -> Tensor:  # fmt: skip
-        both, u, ctx.thin = _forward(x, gate_up)
-        y, u_down, ctx.thin_down = _forward(gated(_gained(both, gate_up), act), down)
-        ctx.save_for_backward(x, both, u, u_down, None if gain_down is None else y, gain, gain_down, *flat)
-        ctx.gate_up, ctx.down, ctx.act = gate_up._replace(gain=None), down.weight, act
-        return _gained(y, down)
+        one = _forward(x, gate_up)
+        two = _forward(gated(one.y, act), down)
+        again = gain is not None and not gate_up.dropout  # [gate | up] is then a gain and a bias away from `plain`
+        both = None if again else one.y
+        ctx.save_for_backward(x, both, one.u, one.plain, gain, two.u, two.plain, gain_down, *flat)
+        ctx.thin, ctx.weights, ctx.bias, ctx.act = (
+            (one.thin, two.thin),
+            (gate_up.weight, down.weight),
+            gate_up.bias,
+            act,
+        )
+        return two.y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, plain, u, u_down, y, gain, gain_down, *_ = ctx.saved_tensors
-        g, d_gain_down = _gain_gradient(g.contiguous(), y, gain_down)
-        thin = ctx.thin_down
-        dh, du = _input_gradient(g, ctx.down, thin, True)
+        x, both, u, plain, gain, u_down, plain_down, gain_down, *_ = ctx.saved_tensors
+        one, two = _Made(g, u, plain, ctx.thin[0]), _Made(g, u_down, plain_down, ctx.thin[1])
+        dh, inner, du, d_gain_down = _input_gradient(g.contiguous(), ctx.weights[1], two, gain_down, True)
         assert dh is not None
-        both = _gained(plain, ctx.gate_up._replace(gain=gain))
-        d_both, h = _gated_backward(dh, both, ctx.act)
-        down_pairs = thin.gradients(g, h, u_down, du) if thin is not None and du is not None else []
-        del h, dh, both
-        d_both, d_gain = _gain_gradient(d_both, plain, gain)
-        thin = ctx.thin
-        dx, du = _input_gradient(d_both, ctx.gate_up.weight, thin, ctx.needs_input_grad[0])
-        pairs = thin.gradients(d_both, x, u, du) if thin is not None and du is not None else []
-        return (dx, None, None, None, d_gain, d_gain_down, *pairs, *down_pairs)
-
-
-def _activate(x: Tensor, act: str) -> Tensor:
-    return F.silu(x) if act == "silu" else F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
-
-
-def gated(both: Tensor, act: str) -> Tensor:
-    """act(gate) ⊙ up from [gate | up]: (N, 2f) → (N, f)."""
-    native = kernels.usable(both) if act == "silu" else None
-    if native is not None:
-        h = both.new_empty(both.shape[0], both.shape[1] // 2)
-        native.silu_gate(both.data_ptr(), h.data_ptr(), *h.shape, torch.get_num_threads())
-        return h
-    gate, up = both.chunk(2, dim=1)
-    return _activate(gate, act).mul_(up)
-
-
-def _gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """[d_gate | d_up] and act(gate) ⊙ up again."""
-    native = kernels.usable(dh, both) if act == "silu" else None
-    d = torch.empty_like(both)
-    if native is not None:
-        h = torch.empty_like(dh)
-        threads = torch.get_num_threads()
-        native.silu_gate_backward(dh.data_ptr(), both.data_ptr(), d.data_ptr(), h.data_ptr(), *h.shape, threads)
-        return d, h
-    gate, up = both.chunk(2, dim=1)
-    d_gate, d_up = d.chunk(2, dim=1)
-    return d, _gate_gradients(dh, gate, up, d_gate, d_up, act).mul_(up)
-
-
-def _gate_gradients(dh: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, act: str) -> Tensor:
-    """The gradients of act(gate) ⊙ up into d_gate and d_up; act(gate) again."""
-    a = _activate(gate, act)
-    torch.mul(a, dh, out=d_up)
-    if act == "silu":
-        d_gate.copy_(torch.ops.aten.silu_backward(dh * up, gate))
-    else:
-        d_gate.copy_(torch.ops.aten.gelu_backward(dh * up, gate, approximate="tanh" if act == "gelu_tanh" else "none"))
-    return a
+        d_both, h = gated_backward(dh, _gained(plain, gain, ctx.bias) if both is None else both, ctx.act)
+        down_pairs = _pair_gradients(two, inner, h, du)
+        del h, dh, inner
+        dx, inner, du, d_gain = _input_gradient(d_both, ctx.weights[0], one, gain, ctx.needs_input_grad[0])
+        return (dx, None, None, None, d_gain, d_gain_down, *_pair_gradients(one, inner, x, du), *down_pairs)
 
 
 def gated_mlp(x: Tensor, gate_up: Linears, down: Linears, act: str = "silu") -> Tensor:
@@ -376,71 +376,6 @@ def gated_mlp(x: Tensor, gate_up: Linears, down: Linears, act: str = "silu") -> 
     given = gate_up, down, act, gate_up.gain, down.gain, *_flat(gate_up), *_flat(down)
     y: Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), *given)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-class _Geglu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
-        native = kernels.usable(both)
-        if native is None:
-            up, gate = both.to(torch.promote_types(both.dtype, torch.float32)).chunk(2, dim=-1)
-            return _activate(gate, "gelu").mul_(up).to(both.dtype)  # rounded once, as the compiled one is
-        h = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
-        f = h.shape[-1]
-        native.geglu(both.data_ptr(), h.data_ptr(), h.numel() // f, f, torch.get_num_threads())
-        return h
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
-        dh = dh.contiguous()
-        d = torch.empty_like(both)
-        native = kernels.usable(dh, both)
-        if native is None:
-            wide = torch.promote_types(both.dtype, torch.float32)
-            (up, gate), (d_up, d_gate) = both.to(wide).chunk(2, dim=-1), d.chunk(2, dim=-1)
-            _gate_gradients(dh.to(wide), gate, up, d_gate, d_up, "gelu")
-            return d
-        f = dh.shape[-1]
-        native.geglu_backward(dh.data_ptr(), both.data_ptr(), d.data_ptr(), dh.numel() // f, f, torch.get_num_threads())
-        return d
-
-
-def geglu(both: Tensor) -> Tensor:
-    """up ⊙ gelu(gate) from [up | gate], as diffusers' GEGLU lays them. (…, 2f) → (…, f). Keeps what it is given."""
-    h: Tensor = _Geglu.apply(both.contiguous())
-    return h
-
-
-class _GeluTanh(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        native = kernels.usable(x)
-        if native is None:
-            return F.gelu(x, approximate="tanh")
-        y = torch.empty_like(x)
-        native.gelu_tanh(x.data_ptr(), y.data_ptr(), x.numel(), torch.get_num_threads())
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        g = g.contiguous()
-        native = kernels.usable(g, x)
-        if native is None:
-            out: Tensor = torch.ops.aten.gelu_backward(g, x, approximate="tanh")
-            return out
-        dx = torch.empty_like(x)
-        native.gelu_tanh_backward(g.data_ptr(), x.data_ptr(), dx.data_ptr(), x.numel(), torch.get_num_threads())
-        return dx
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """F.gelu(x, approximate="tanh"), keeping x."""
-    y: Tensor = _GeluTanh.apply(x.contiguous())
-    return y
 
 
 class _TokenNll(torch.autograd.Function):

@@ -321,8 +321,8 @@ def _added(y: Tensor, at: Tensor, change: Tensor, own: bool) -> Tensor:
 class LoraLinear(_Lora):
     def projection(self) -> Projection | None:
         """What this layer is now as one product with a frozen weight and at most one pair, or None if it is more:
-        several pairs, a mix for each row, DoRA with dropout, an origin or another strength than 1, an origin with
-        dropout, a full copy, replaced rows, a hooked or trained base."""
+        several pairs, a mix for each row, DoRA with an origin or at another strength than 1, an origin with dropout, a
+        full copy, replaced rows, a hooked or trained base."""
         base, selection = self.base, self.owner.selection
         mix: Sequence[tuple[Adapter, float]] = selection.mix
         if selection.rows is not None:
@@ -348,7 +348,7 @@ class LoraLinear(_Lora):
         if pair.magnitude is None:
             return Projection(base.weight, base.bias, *factors, origin=pair.origin)
         # y = x·Wᵀ + strength·ΔW·x: at another strength than 1 that is no gain times one product
-        if dropout or strength != 1.0 or pair.magnitude.ndim > 1:
+        if strength != 1.0 or pair.magnitude.ndim > 1:
             return None
         norm = adapted_norm if base.weight.dtype == pair.magnitude.dtype else thin_norm
         gain = pair.magnitude / norm(weight_of(base), pair).to(pair.magnitude.dtype)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer import kernels
+from veneer.core.activations import geglu, gelu_tanh
 from veneer.core.denoise import attention, joint_attention, live_conv
-from veneer.core.fused import geglu, gelu_tanh, linears
+from veneer.core.fused import linears
 from veneer.core.norms import norm_silu
 from veneer.core.targets import base_of
 from veneer.models.speed import FastReport, Join, agree, probe, put, same_dtype, without_dropout

@@ -249,26 +249,20 @@ class _Kept:
         if layer.head_norms:
             values += n * (layer.heads + layer.kv_heads) * layer.head_dim
         values += m * self._mlp()
-        values += self._thin()
-        return e * values + self._probabilities() + self._dora()
+        values += self._thin() + self._dora()
+        return e * values + self._probabilities()
 
     def _dora(self) -> int:
-        """Bytes that DoRA keeps beside: what its gains multiply, where that is not kept anyway. With dropout it goes
-        the plain way in float32: of each module the input as dropped and the mask, two changes of the output, the
-        weight; and the MLP's activations."""
-        spec, e, total = self.load.spec, dtype_bytes(self.load.dtype), 0
+        """Values that DoRA keeps beside: what its gains multiply. Of gate and up it stands in for the output, which is
+        made of it again; with dropout that is made of more."""
+        spec, values = self.load.spec, 0
         if spec is None or not spec.dora:
             return 0
         for name, parts in self.layer.products.items():
-            n = self.load.tokens if name == "qkv" else self.after
-            own = [part for part in parts if part.name in self.ranks]
-            if spec.dropout:
-                total += sum(n * (5 * part.inputs + 8 * part.outputs) for part in own)
-                total += sum(4 * part.inputs * part.outputs for part in own) if e < 4 else 0
-                total += e * n * sum(part.outputs for part in own) if name == "gate_up" else 0
-            elif own and name != "gate_up":
-                total += e * n * sum(part.outputs for part in parts)
-        return total
+            own = any(part.name in self.ranks for part in parts)
+            if own and (name != "gate_up" or spec.dropout):
+                values += (self.load.tokens if name == "qkv" else self.after) * sum(part.outputs for part in parts)
+        return values
 
     def _mlp(self) -> int:
         """Values a token of the gated MLP and of the experts."""

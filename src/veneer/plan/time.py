@@ -80,7 +80,7 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
     tokens, trained = load.tokens, max(1, round(load.trained * load.tokens))
     again = 1 if load.checkpointing else 0
     ranks = layer_ranks(shape, load.spec, load.rank)
-    apart = load.spec is not None and load.spec.dora and load.spec.dropout > 0
+    twice = load.spec is not None and load.spec.dora and load.spec.dropout > 0
     products = attention = thin = 0.0
     for i, layer in enumerate(shape.layers):
         after = trained if shape.keeps and i == len(shape.layers) - 1 else tokens
@@ -89,9 +89,8 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
             first = i == 0 and linear.product == "qkv"  # nothing below it learns: no gradient of its input
             products += (2 * (1 + again) + (0 if first else 2)) * n * linear.multiplied
             rank = ranks[i].get(linear.name, 0)
-            if apart and rank:  # the dropped input's product with W as well, in float32: what two models took here
-                products += 1.5 * (4 + 2 * again) * n * linear.multiplied
-            thin += (6 + 2 * again) * rank * n * linear.active * (linear.inputs + linear.outputs)
+            if twice and rank:  # the dropped input meets the weight too
+                products += (4 + 2 * again) * n * linear.multiplied
         keys = seen_keys(load.lengths, layer.window)
         attention += (12 + 4 * again) * layer.heads * layer.head_dim * keys
     head = 4.0 * trained * shape.vocabulary * shape.hidden

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer import kernels
-from veneer.core.fused import gated
+from veneer.core.activations import gated
 from veneer.core.norms import normed
 from veneer.core.targets import base_modules
 from veneer.models.text import TextBase

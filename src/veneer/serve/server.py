@@ -307,7 +307,10 @@ def _operator(tenancy: Tenancy, routers: list[Any]) -> dict[str, Any]:
         def keep(answer: ShadowAnswer) -> None:
             sides = [(answer.target, answer.sent, answer.sent_usage), (answer.shadow, answer.answer, answer.usage)]
             target, shadow = ((name, text, u.completion, u.prefill + u.decode) for name, text, u in sides)
-            rollouts.log_shadow(answer.name, request=answer.request, tenant=answer.tenant, target=target, shadow=shadow)
+            rollouts.log_shadow(
+                answer.name, request=answer.request, tenant=answer.tenant, target=target, shadow=shadow,
+                distance=answer.distance,
+            )  # fmt: skip
 
         more["on_shadow"] = keep
     return more

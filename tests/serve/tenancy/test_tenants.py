@@ -406,3 +406,18 @@ def test_a_database_that_is_none_is_said(quick: Path) -> None:
     store.close()
     with pytest.raises(ConfigError, match="version 0"):
         Store(str(quick / "t.sqlite"))
+
+
+def test_a_database_from_before_pictures_had_shadows_gets_their_column(where: str) -> None:
+    store = Store(where)
+    with store.change() as c:
+        c.exec_driver_sql("ALTER TABLE tenant_shadows DROP COLUMN distance")
+    store.close()
+    opened = Tenants(where, watch=False)
+    try:
+        log = rollouts.Rollouts(opened.store, opened.ledger.writer.put).log_shadow
+        log("a", request="r", target=("v1", "x", 1, 0.1), shadow=("v2", "y", 1, 0.1), distance=0.5).result(10)
+        with reading(opened.store.engine) as c:
+            assert rollouts.shadow_log(c)[0]["distance"] == 0.5
+    finally:
+        opened.close()

@@ -83,11 +83,14 @@ def create_app(
 
 
 def _log_shadow(answer: ShadowAnswer) -> None:
-    record = {
+    record: dict[str, Any] = {
         "request": answer.request, "tenant": answer.tenant, "name": answer.name, "shadow": answer.shadow,
-        "same": answer.sent == answer.answer,
-        "sent_characters": len(answer.sent), "shadow_characters": len(answer.answer), "error": answer.error,
+        "same": answer.sent == answer.answer, "error": answer.error,
     }  # fmt: skip
+    if answer.distance is None:
+        record |= {"sent_characters": len(answer.sent), "shadow_characters": len(answer.answer)}
+    else:
+        record["distance"] = answer.distance
     _SHADOWS.info(json.dumps(record))
 
 

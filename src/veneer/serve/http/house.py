@@ -47,7 +47,8 @@ class HttpSettings:
 
 @dataclass(frozen=True)
 class ShadowAnswer:
-    """What a shadow's answer was beside the one that was sent by `target`; for the log. `name`: the alias."""
+    """What a shadow's answer was beside the one that was sent by `target`; for the log. `name`: the alias. Of pictures
+    `sent` and `answer` are the digests of their pixels, and `distance` is how far these are apart on average, 0 … 1."""
 
     request: str
     tenant: str
@@ -59,6 +60,7 @@ class ShadowAnswer:
     sent_usage: Usage
     usage: Usage
     error: str = ""
+    distance: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,28 +11,34 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from fastapi import APIRouter
+from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
 
 from veneer.formats.infotext import encoded, png_bytes
 from veneer.serve.access import Caller, Catalog, Served, Tenancy
-from veneer.serve.http.errors import Json, answer_error, as_refused, error_body, invalid
-from veneer.serve.http.house import client_key
+from veneer.serve.http.errors import Json, answer_error, as_refused, error_body, invalid, message_of
+from veneer.serve.http.house import House, ShadowAnswer, client_key
 from veneer.serve.http.images_asked import EditAsked, ImageAsked, Planned, asked_of, fields_of, planned
-from veneer.serve.http.metrics import Meter, Metrics
+from veneer.serve.http.metrics import Meter
 from veneer.serve.http.running import ClientLeft, unless_left
 from veneer.serve.http.sse import EventStream
-from veneer.serve.picture_request import Drawn, PictureEvent, Preview, Step
+from veneer.serve.picture_request import Drawn, PictureEvent, PictureRequest, Preview, Step
 from veneer.serve.pictures import PictureEngine
-from veneer.serve.request import Usage
+from veneer.serve.request import Refused, Usage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["router"]
 
@@ -84,7 +90,7 @@ class _Surface:
             plan = await asyncio.to_thread(planned, self.engine, asked, caller, served, labels, self.max_pixels)
             house = getattr(request.app.state, "house", None)
             number = request.scope.get("veneer.id") or plan.requests[0].id
-            events = self._run(plan, caller, served, number, house.metrics if house is not None else None)
+            events = self._run(plan, caller, served, number, house)
             if not asked.stream:
                 return Json(await unless_left(request, self._collected(events, asked, plan)))
             first = await unless_left(request, _next(events))
@@ -95,9 +101,11 @@ class _Surface:
             return answer_error(as_refused(error), "OpenAI")
 
     async def _run(
-        self, plan: Planned, caller: Caller, served: Served, number: str, metrics: Metrics | None
+        self, plan: Planned, caller: Caller, served: Served, number: str, house: House | None
     ) -> AsyncGenerator[Told, None]:
-        """The engine's events, under the caller's limits; what was drawn is billed however it ends, in part too."""
+        """The engine's events, under the caller's limits; what was drawn is billed however it ends, in part too. Once
+        the first picture is there, an alias's shadow draws it as well."""
+        metrics = None if house is None else house.metrics
         label = self.catalog.base if not served.mix else "mix" if len(served.mix) > 1 else served.target
         places = self.engine.places(plan.requests[0].settings)
         usages = [Usage(0, 0, 0) for _ in plan.requests]
@@ -116,6 +124,8 @@ class _Surface:
                                 meters[i].started()
                         elif isinstance(event, Drawn):
                             usages[i], reasons[i] = event.usage, "stop"
+                            if i == 0 and house is not None and served.shadow is not None:
+                                self._shadow(house, plan.requests[0], caller, served, number, event)
                         yield i, event
             except Exception:
                 reasons = ["error" if reason == "abort" else reason for reason in reasons]
@@ -132,6 +142,42 @@ class _Surface:
                         decode=max(usage.decode for usage in usages),
                     )
                 )
+
+    def _shadow(
+        self, house: House, request: PictureRequest, caller: Caller, served: Served, number: str, sent: Drawn
+    ) -> None:
+        """Starts the shadow's picture behind the request."""
+        assert served.shadow is not None
+        if len(house.behind) >= house.settings.shadows:
+            return
+        name, mix = served.shadow
+        labels = {digest: name for digest, _ in mix} if len(mix) == 1 else {}
+        behind = replace(request, mix=mix, labels=labels, previews=0, id=f"{request.id}-shadow")
+
+        async def follow() -> None:
+            drawn, error = sent, ""
+            try:
+                async with aclosing(self.engine.events([behind])) as events:
+                    async for _, event in events:
+                        drawn = event if isinstance(event, Drawn) else drawn
+            except Exception as problem:  # a shadow never disturbs what it follows
+                error = message_of(problem) if isinstance(problem, Refused) else repr(problem)
+            one, other = [await asyncio.to_thread(_pixels, each.made.image) for each in (sent, drawn)]
+            apart = 1.0 if error else float(np.abs(one.astype(float) - other).mean() / 255)
+            own = Usage(0, 0, 0) if error else drawn.usage
+            answers = (
+                hashlib.sha256(one.tobytes()).hexdigest(),
+                "" if error else hashlib.sha256(other.tobytes()).hexdigest(),
+            )
+            house.on_shadow(
+                ShadowAnswer(
+                    number, caller.tenant, served.name, name, served.target, *answers, sent.usage, own, error, apart
+                )
+            )
+
+        task = asyncio.create_task(follow())
+        house.behind.add(task)
+        task.add_done_callback(house.behind.discard)
 
     async def _collected(self, events: AsyncGenerator[Told, None], asked: ImageAsked, plan: Planned) -> dict[str, Any]:
         found: dict[int, Drawn] = {}
@@ -176,6 +222,10 @@ def _named(catalog: Catalog, asked: ImageAsked, caller: Caller) -> tuple[Served,
     served = catalog.resolve_mix(parts, caller) if parts else catalog.resolve("", caller)
     labels = {digest: name for name, _ in parts for digest, _ in catalog.resolve(name, caller).mix}
     return served, labels
+
+
+def _pixels(picture: Image) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(picture.convert("RGB"))
 
 
 def _file(drawn: Drawn, asked: ImageAsked) -> str:

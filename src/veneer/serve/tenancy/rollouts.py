@@ -109,14 +109,18 @@ class Rollouts:
         tenant: str = "",
         target: tuple[str, str, int, float],
         shadow: tuple[str, str, int, float],
+        distance: float | None = None,
     ) -> Future[None]:
-        """Keep how two answers differ, without the answers. `target`, `shadow`: (adapter, text, tokens, seconds)."""
+        """Keep how two answers differ, without the answers. `target`, `shadow`: (adapter, text, tokens, seconds). Of
+        pictures the texts are the digests of their pixels, and `distance` is how far apart these are."""
         row: dict[str, Any] = {"at": time.time(), "tenant": tenant, "alias": alias, "request": request}
         for side, (adapter, text, tokens, seconds) in (("target", target), ("shadow", shadow)):
-            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+            digest = text
+            if distance is None:
+                digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
             row |= {side: adapter, f"{side}_sha256": digest, f"{side}_tokens": tokens, f"{side}_seconds": seconds}
-        row["first_difference"] = _first_difference(target[1], shadow[1])
-        row["same"] = row["first_difference"] is None
+        row["first_difference"] = _first_difference(target[1], shadow[1]) if distance is None else None
+        row |= {"same": target[1] == shadow[1], "distance": distance}
         keep = self._keep
 
         def write(c: Connection) -> None:

@@ -31,6 +31,7 @@ from sqlalchemy import (
     Table,
     Text,
     insert,
+    inspect,
     select,
     text,
     update,
@@ -152,7 +153,8 @@ shadows = Table(
     Column("target", Key(), nullable=False),
     Column("shadow", Key(), nullable=False),
     Column("same", Boolean, nullable=False),
-    Column("first_difference", Integer),  # in characters; NULL where the texts are equal
+    Column("first_difference", Integer),  # in characters; NULL where the texts are equal, and of pictures
+    Column("distance", Float),  # mean difference of pixels, 0 to 1; NULL of texts
     *(Column(f"{side}_sha256", Text, nullable=False) for side in ("target", "shadow")),
     *(Column(f"{side}_tokens", Integer, nullable=False) for side in ("target", "shadow")),
     *(Column(f"{side}_seconds", Float, nullable=False) for side in ("target", "shadow")),
@@ -332,6 +334,9 @@ class Store:
                     for statement in _APPEND_ONLY[c.dialect.name]:
                         c.exec_driver_sql(statement)
             found = SCHEMA
+        elif found == SCHEMA and "distance" not in {c["name"] for c in inspect(self.engine).get_columns(shadows.name)}:
+            with writing(self.engine, _LOCK) as c:  # databases from before pictures had shadows
+                c.exec_driver_sql(f"ALTER TABLE {shadows.name} ADD COLUMN distance FLOAT")
         if found != SCHEMA:
             self.engine.dispose()
             raise ConfigError(
