@@ -129,13 +129,15 @@ def evaluate(
 
     `data`: files as for training. `mixes`: a name -> adapters acting together; by default {"base": []}. `limit`: the
     first so many rows. `settings`: max_new_tokens, batch_size, generate, on_progress (train.evaluate.evaluate)."""
+    from veneer.serve.offline import answering
     from veneer.train.evaluate import evaluate as score
     from veneer.train.rows import read_rows
 
     files = [os.fspath(data)] if isinstance(data, str | os.PathLike) else list(data)
     rows, _ = read_rows(files, limit=limit)
     named = {"base": ()} if mixes is None else mixes
-    return score(base, rows, {name: [_spec(a) for a in mix] for name, mix in named.items()}, **settings)
+    specs = {name: [_spec(a) for a in mix] for name, mix in named.items()}
+    return score(base, rows, specs, **{"answering": answering, **settings})
 
 
 def load_adapter(base: TextBase, name: str | os.PathLike[str], *, allow_other_base: bool = False) -> Adapter:

@@ -70,6 +70,7 @@ def evaluate(
 
     from veneer.models.quiet import quiet
     from veneer.models.text import load_text
+    from veneer.serve.offline import answering
     from veneer.train.evaluate import evaluate as score
     from veneer.train.rows import read_rows
     from veneer.using import adapter_path, parse_spec
@@ -84,7 +85,7 @@ def evaluate(
         )
         results = score(
             found, rows, mixes, max_new_tokens=max_new_tokens, batch_size=batch_size, generate=not loss_only,
-            allow_other_base=allow_other_base, on_progress=_progress,
+            allow_other_base=allow_other_base, on_progress=_progress, answering=answering,
         )  # fmt: skip
     if as_json:
         print(json.dumps({mix: s.to_dict(answers=answers) for mix, s in results.items()}))

@@ -25,7 +25,7 @@ from veneer.models.text import TextBase
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Completion", "Prompt", "complete", "encode_prompt", "generate"]
+__all__ = ["Completion", "Prompt", "complete", "completion_of", "encode_prompt", "encode_prompts", "generate"]
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text to go on from, taken as it is, or the messages of a conversation, put through the chat template."""
@@ -68,14 +68,8 @@ def complete(
 
     Raises ConfigError for a setting out of range, DataError for an empty prompt or one longer than the base's context,
     BaseError for messages on a base without a chat template."""
-    if isinstance(prompts, str):
-        raise ConfigError("prompts is a list, and this is one text", fix="[prompt]")
     _check(max_new_tokens, temperature, top_p, top_k, batch_size)
-    encoded = [encode_prompt(base, prompt) for prompt in prompts]
-    for i, ids in enumerate(encoded):
-        if not 0 < len(ids) < base.context:
-            many = f"has {len(ids):,} tokens; this base takes {base.context:,}" if ids else "is empty"
-            raise DataError(f"prompt {i + 1} of {len(prompts)} {many}", fix="shorten it" if ids else "write something")
+    encoded = encode_prompts(base, prompts)
     out: dict[int, Completion] = {}
     with _settled(base.model):
         for batch, budget in _batches([len(ids) for ids in encoded], base.context, max_new_tokens, batch_size):
@@ -83,6 +77,18 @@ def complete(
             sampler = _RowSampler(batch, temperature, top_p, top_k, seed) if temperature > 0 else None
             out.update(_run(base, rows, budget, sampler, on_token))
     return [out[i] for i in range(len(prompts))]
+
+
+def encode_prompts(base: TextBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt. Raises as `complete`."""
+    if isinstance(prompts, str):
+        raise ConfigError("prompts is a list, and this is one text", fix="[prompt]")
+    encoded = [encode_prompt(base, prompt) for prompt in prompts]
+    for i, ids in enumerate(encoded):
+        if not 0 < len(ids) < base.context:
+            many = f"has {len(ids):,} tokens; this base takes {base.context:,}" if ids else "is empty"
+            raise DataError(f"prompt {i + 1} of {len(prompts)} {many}", fix="shorten it" if ids else "write something")
+    return encoded
 
 
 def encode_prompt(base: TextBase, prompt: Prompt, **variables: Any) -> list[int]:
@@ -178,10 +184,11 @@ def _run(
             streamer=stream if on_token else None,
         )
     new = made[:, width:].tolist()
-    return {i: _completion(base, new[r], len(rows[i])) for r, i in enumerate(rows)}
+    return {i: completion_of(base, new[r], len(rows[i])) for r, i in enumerate(rows)}
 
 
-def _completion(base: TextBase, new: list[int], prompt_tokens: int) -> Completion:
+def completion_of(base: TextBase, new: list[int], prompt_tokens: int) -> Completion:
+    """What the tokens that came after a prompt say, up to and without the one that stops it."""
     end = next((k for k, token in enumerate(new) if token in base.stop_ids), None)
     ids = new if end is None else new[: end + 1]
     body = new if end is None else new[:end]

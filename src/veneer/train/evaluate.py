@@ -23,6 +23,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import DataError
-from veneer.models.generate import Prompt, complete
+from veneer.models.generate import Completion, Prompt, complete
 from veneer.models.loss import text_loss
 from veneer.models.speed import fast
 from veneer.train.batches import collate, grouped
@@ -44,6 +45,7 @@ from veneer.train.rows import Row
 from veneer.train.schema import DataSection
 
 if TYPE_CHECKING:
+    from veneer.core.adapter import Adapter
     from veneer.core.attach import Attachment
     from veneer.models.text import TextBase
 
@@ -51,6 +53,10 @@ __all__ = ["Scores", "answers_of", "compare", "evaluate", "score_examples"]
 
 Mixes = Mapping[str, Sequence[str | tuple[str, float]]]
 """A name for the table -> adapters acting together: "NAME_OR_PATH[:strength]" or (name, strength); none: the base."""
+
+Answering = Callable[["TextBase", Mapping[str, "Adapter"]], AbstractContextManager[Callable[..., list[Completion]]]]
+"""(base, adapters by name) -> for a with-block who answers: (prompts, mix=, max_new_tokens=) -> completions. The mix
+acts on the model meanwhile, for whom that helps. `veneer.serve.offline.answering` is one."""
 
 _MICRO_TOKENS = 4096
 
@@ -92,12 +98,14 @@ def evaluate(
     generate: bool = True,
     attachment: Attachment | None = None,
     allow_other_base: bool = False,
+    answering: Answering | None = None,
     on_progress: Callable[[str, int, int], None] = lambda mix, done, rows: None,
 ) -> dict[str, Scores]:
     """Scores of each mix on `rows`. All adapters are attached once; a mix is then one assignment.
 
     `data`: how rows become tokens (max_length, train_on, chat_template); by default as in training, rows that are too
     long for the base cut. `generate=False`: loss and perplexity alone. `attachment`: the one the base has already.
+    `answering`: who answers, instead of models.generate.complete; see `Answering`.
     `on_progress(mix, done, rows)` counts answered rows. Raises DataError when no row can be scored."""
     from veneer.using import attach_adapters, parse_spec
 
@@ -121,13 +129,27 @@ def evaluate(
     try:
         with own.off():
             bare = _margins(base, pairs)
+            who = answering(base, own.adapters) if answering is not None and asked else nullcontext()
+            with who as answer:  # before anything is scored: it may have its own way with the model
+                for mix, spec in specs.items() if asked else ():
+                    began = time.perf_counter()
+                    own.use(*spec)
+                    out[mix] = Scores(len(rows))
+                    out[mix].answers = answers_of(
+                        base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                        on_progress=functools.partial(on_progress, mix),
+                        answer=None if answer is None else functools.partial(answer, mix=spec),
+                    )  # fmt: skip
+                    compare(out[mix], wanted)
+                    out[mix].seconds = time.perf_counter() - began
         for mix, spec in specs.items():
             began = time.perf_counter()
             own.use(*spec)
             with fast(base.model):
                 score = score_examples(base.model, examples, base.device)
             assert score is not None
-            scores = Scores(len(rows), trained_tokens=score.trained)
+            scores = out.setdefault(mix, Scores(len(rows)))
+            scores.trained_tokens = score.trained
             if score.trained:
                 scores.loss, scores.perplexity = score.loss, score.perplexity
             if pairs:
@@ -136,14 +158,7 @@ def evaluate(
                 if spec:
                     scores.reward_accuracy = _mean(m > b for m, b in zip(margins, bare, strict=True))
                     scores.reward_margin = _mean(m - b for m, b in zip(margins, bare, strict=True))
-            if asked:
-                scores.answers = answers_of(
-                    base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
-                    on_progress=functools.partial(on_progress, mix),
-                )  # fmt: skip
-                compare(scores, wanted)
-            scores.seconds = time.perf_counter() - began
-            out[mix] = scores
+            scores.seconds += time.perf_counter() - began
     finally:
         own.selection = before
         if attachment is None:
@@ -202,8 +217,11 @@ def answers_of(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     on_progress: Callable[[int, int], None] = lambda done, rows: None,
+    answer: Callable[..., list[Completion]] | None = None,
 ) -> list[str]:
-    """Greedy answers, in the order of the prompts; equal prompts are answered once."""
+    """Greedy answers, in the order of the prompts; equal prompts are answered once. `answer(prompts, max_new_tokens=)`:
+    who answers, instead of models.generate.complete."""
+    answer = answer or functools.partial(complete, base, batch_size=batch_size)
     keys = [json.dumps(prompt, sort_keys=True, default=str) for prompt in prompts]
     first: dict[str, int] = {}
     for i, key in enumerate(keys):
@@ -213,7 +231,7 @@ def answers_of(
     said: dict[str, str] = {}
     for at in range(0, len(order), 4 * batch_size):
         chunk = order[at : at + 4 * batch_size]
-        done = complete(base, [prompts[i] for i in chunk], max_new_tokens=max_new_tokens, batch_size=batch_size)
+        done = answer([prompts[i] for i in chunk], max_new_tokens=max_new_tokens)
         said |= {keys[i]: completion.text for i, completion in zip(chunk, done, strict=True)}
         on_progress(round(len(said) * len(prompts) / len(first)), len(prompts))
     return [said[key] for key in keys]
