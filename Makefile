@@ -21,7 +21,7 @@ BENCH_FLAGS ?=
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
-quickstart: $(VENV)/.ready-use ## train an adapter on support tickets, end to end (under five minutes on two cores)
+quickstart: $(VENV)/.ready-use ## train an adapter on support tickets, end to end (three to six minutes on two cores)
 	@$(RUN) examples/quickstart.py
 
 image-quickstart: $(VENV)/.ready-image ## train a style on 50 drawings and draw with it (under ten minutes on two cores)

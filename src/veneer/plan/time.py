@@ -88,7 +88,7 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
             n = tokens if linear.product == "qkv" else after
             first = i == 0 and linear.product == "qkv"  # nothing below it learns: no gradient of its input
             products += (2 * (1 + again) + (0 if first else 2)) * n * linear.multiplied
-            rank = ranks[i].get(linear.name, 0)
+            rank = ranks[i].get(linear.name, 0) * (1 + load.begins_in_base)
             if twice and rank:  # the dropped input meets the weight too
                 products += (4 + 2 * again) * n * linear.multiplied
         keys = seen_keys(load.lengths, layer.window)
