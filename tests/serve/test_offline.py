@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests import families
 from tests.serve.test_runner import base_of, trained
 from tests.tiny_base import VOCAB_SIZE
 from veneer.core.attach import attach
 from veneer.core.forms import Delta
+from veneer.core.quantised import quantise
 from veneer.errors import DataError
 from veneer.models.generate import Completion, complete
 from veneer.serve.offline import _Engine, answering
@@ -66,6 +68,16 @@ def test_the_engine_is_taken_where_it_has_a_forward_of_its_own() -> None:
     ):  # fmt: skip
         with answering(base_of(model_of(family)), adapters) as answer:
             assert isinstance(answer, _Engine) == engine
+
+
+def test_a_quantised_base_answers_by_itself() -> None:
+    """The engine's own copy of its weights would be dense."""
+    model = model_of("llama3")
+    module = model.model.layers[0].mlp.down_proj
+    module.weight = nn.Parameter(quantise(module.weight.detach(), "int8"), requires_grad=False)
+    with answering(base_of(model), {}) as answer:
+        assert not isinstance(answer, _Engine)
+        assert answer(PROMPTS, [], max_new_tokens=3) == complete(base_of(model), PROMPTS, max_new_tokens=3)
 
 
 def test_a_caller_may_have_an_event_loop_of_its_own() -> None:

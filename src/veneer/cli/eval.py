@@ -42,7 +42,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many rows, from the first.", min=1)] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens an answer may have.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Answers at once.", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Answers at once.", min=1)] = 32,
     loss_only: Annotated[bool, typer.Option("--loss-only", help="Loss and perplexity alone: no answers.")] = False,
     answers: Annotated[bool, typer.Option("--answers", help="With --json: every answer as well.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",

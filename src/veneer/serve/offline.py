@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from veneer.core.adapter import Adapter
+from veneer.core.quantised import Quantised
 from veneer.models.generate import Completion, Prompt, complete, completion_of, encode_prompts
 from veneer.models.text import TextBase
 from veneer.serve.engine import EngineSettings, TextEngine
@@ -40,7 +41,8 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
     def plain(prompts: Sequence[Prompt], mix: Sequence[tuple[str, float]], *, max_new_tokens: int) -> list[Completion]:
         return complete(base, prompts, max_new_tokens=max_new_tokens, batch_size=rows)
 
-    if base.device.type != "cpu":
+    quantised = any(isinstance(weight, Quantised) for weight in base.model.parameters())
+    if base.device.type != "cpu" or quantised:  # the engine would make its own, dense copy
         yield plain
         return
     training = base.model.training

@@ -45,7 +45,6 @@ from veneer.train.rows import Row
 from veneer.train.schema import DataSection
 
 if TYPE_CHECKING:
-    from veneer.core.adapter import Adapter
     from veneer.core.attach import Attachment
     from veneer.models.text import TextBase
 
@@ -54,9 +53,9 @@ __all__ = ["Scores", "answers_of", "compare", "evaluate", "score_examples"]
 Mixes = Mapping[str, Sequence[str | tuple[str, float]]]
 """A name for the table -> adapters acting together: "NAME_OR_PATH[:strength]" or (name, strength); none: the base."""
 
-Answering = Callable[["TextBase", Mapping[str, "Adapter"]], AbstractContextManager[Callable[..., list[Completion]]]]
-"""(base, adapters by name) -> for a with-block who answers: (prompts, mix=, max_new_tokens=) -> completions. The mix
-acts on the model meanwhile, for whom that helps. `veneer.serve.offline.answering` is one."""
+Answering = Callable[..., AbstractContextManager[Callable[..., list[Completion]]]]
+"""(base, adapters by name, rows=) -> for a with-block who answers: (prompts, mix=, max_new_tokens=) -> completions. The
+mix acts on the model meanwhile, for whom that helps. `veneer.serve.offline.answering` is one."""
 
 _MICRO_TOKENS = 4096
 
@@ -94,7 +93,7 @@ def evaluate(
     *,
     data: DataSection | None = None,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int = 32,
     generate: bool = True,
     attachment: Attachment | None = None,
     allow_other_base: bool = False,
@@ -129,7 +128,7 @@ def evaluate(
     try:
         with own.off():
             bare = _margins(base, pairs)
-            who = answering(base, own.adapters) if answering is not None and asked else nullcontext()
+            who = answering(base, own.adapters, rows=batch_size) if answering and asked else nullcontext()
             with who as answer:  # before anything is scored: it may have its own way with the model
                 for mix, spec in specs.items() if asked else ():
                     began = time.perf_counter()
@@ -215,7 +214,7 @@ def answers_of(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 256,
-    batch_size: int = 16,
+    batch_size: int = 32,
     on_progress: Callable[[int, int], None] = lambda done, rows: None,
     answer: Callable[..., list[Completion]] | None = None,
 ) -> list[str]:

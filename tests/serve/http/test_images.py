@@ -31,7 +31,7 @@ from veneer.formats.infotext import read_picture
 from veneer.models.image import ImageBase, load_image
 from veneer.serve.access import ANYBODY, Caller, OpenAccess, Served
 from veneer.serve.http.app import create_app
-from veneer.serve.http.house import HttpSettings, ShadowAnswer
+from veneer.serve.http.house import HttpSettings
 from veneer.serve.http.images import router
 from veneer.serve.pictures import PictureEngine
 from veneer.serve.request import Refused, Usage
@@ -479,46 +479,3 @@ def test_a_full_queue_says_when_to_come_back(base: ImageBase, shelf: Shelf, name
             full = httpx.post(f"{at}/v1/images/generations", json={"prompt": "a"})
     assert (full.status_code, full.headers["retry-after"]) == (429, "5")
     assert full.json()["error"]["code"] == "overloaded"
-
-
-class Shadowed(Names):
-    """`stable` is look, with a shadow."""
-
-    def __init__(self, names: Names, shadow: tuple[str, str]) -> None:
-        super().__init__(names.of, names.shelf)
-        self.shadow = shadow
-
-    def resolve(self, model: str, caller: Caller) -> Served:
-        if model != "stable":
-            return super().resolve(model, caller)
-        name, digest = self.shadow
-        return Served(((self.shelf.digest["look"], 1.0),), model, "look", (name, ((digest, 1.0),)))
-
-
-@pytest.mark.parametrize("shadow", ["brand", "look", "gone"])
-def test_a_shadow_draws_too_and_is_never_sent(engine: PictureEngine, names: Names, shadow: str) -> None:
-    """Another adapter is some way apart, the same one is the same, and one that fails disturbs nobody."""
-    answers: list[ShadowAnswer] = []
-    shadowed = Shadowed(names, (shadow, names.shelf.digest.get(shadow, "gone")))
-    images = router(engine, shadowed, OpenAccess())
-    app = create_app(
-        _NoText(engine), shadowed, OpenAccess(), ToyText(), images, HttpSettings(), on_shadow=answers.append
-    )
-    with served(app) as at:
-
-        def ask(model: str) -> str:
-            body = FEW | {"prompt": "a cat", "model": model}
-            return str(httpx.post(f"{at}/v1/images/generations", json=body).json()["data"][0]["b64_json"])
-
-        sent, plain = ask("stable"), ask("look")
-        assert picture(sent).tobytes() == picture(plain).tobytes()
-        until = time.monotonic() + 60
-        while not answers and time.monotonic() < until:
-            time.sleep(0.02)
-    (answer,) = answers
-    assert (answer.name, answer.target, answer.shadow) == ("stable", "look", shadow)
-    assert bool(answer.error) == (shadow == "gone")
-    assert (answer.sent == answer.answer) == (shadow == "look")
-    assert answer.distance is not None
-    assert (answer.distance == 0) == (shadow == "look")
-    assert 0 <= answer.distance <= 1

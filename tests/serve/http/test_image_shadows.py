@@ -1,0 +1,78 @@
+"""An alias's shadow on an image base: it draws too, what it drew is compared, and nobody is sent it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.serve.http.toy import ToyText
+from tests.serve.pictures_here import Names, served, shelf_of
+from tests.tiny_image_base import tiny_image_base
+from veneer.models.image import load_image
+from veneer.serve.access import Caller, OpenAccess, Served
+from veneer.serve.http.app import create_app
+from veneer.serve.http.house import HttpSettings, ShadowAnswer
+from veneer.serve.http.images import router
+from veneer.serve.pictures import PictureEngine
+from veneer.serve.server import _NoText
+
+
+class Shadowed(Names):
+    """`stable` is look, with a shadow."""
+
+    shadow = ("", "")
+
+    def resolve(self, model: str, caller: Caller) -> Served:
+        if model != "stable":
+            return super().resolve(model, caller)
+        name, digest = self.shadow
+        return Served(((self.shelf.digest["look"], 1.0),), model, "look", (name, ((digest, 1.0),)))
+
+
+def pixels(b64: str) -> bytes:
+    return Image.open(io.BytesIO(base64.b64decode(b64))).tobytes()
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> Shadowed:
+    base = load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), "flux1")))
+    return Shadowed(base, shelf_of(base))
+
+
+@pytest.fixture(scope="module")
+def engine(names: Shadowed) -> Iterator[PictureEngine]:
+    with PictureEngine(names.of, names.shelf.read, window=0.01) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("shadow", ["brand", "look", "gone"])
+def test_a_shadow_draws_too_and_is_never_sent(engine: PictureEngine, names: Shadowed, shadow: str) -> None:
+    """Another adapter is some way apart, the same one is the same, and one that fails disturbs nobody."""
+    answers: list[ShadowAnswer] = []
+    names.shadow = shadow, names.shelf.digest.get(shadow, "gone")
+    images = router(engine, names, OpenAccess())
+    app = create_app(_NoText(engine), names, OpenAccess(), ToyText(), images, HttpSettings(), on_shadow=answers.append)
+    with served(app) as at:
+
+        def ask(model: str) -> str:
+            body = {"prompt": "a cat", "model": model, "num_inference_steps": 2, "seed": 7}
+            return str(httpx.post(f"{at}/v1/images/generations", json=body).json()["data"][0]["b64_json"])
+
+        sent, plain = ask("stable"), ask("look")
+        assert pixels(sent) == pixels(plain)
+        until = time.monotonic() + 60
+        while not answers and time.monotonic() < until:
+            time.sleep(0.02)
+    (answer,) = answers
+    assert (answer.name, answer.target, answer.shadow) == ("stable", "look", shadow)
+    assert bool(answer.error) == (shadow == "gone")
+    assert (answer.sent == answer.answer) == (shadow == "look")
+    assert answer.distance is not None
+    assert (answer.distance == 0) == (shadow == "look")
+    assert 0 <= answer.distance <= 1
