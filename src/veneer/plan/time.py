@@ -91,6 +91,7 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
             rank = ranks[i].get(linear.name, 0) * (1 + load.begins_in_base)
             if twice and rank:  # the dropped input meets the weight too
                 products += (4 + 2 * again) * n * linear.multiplied
+            thin += (6 + 2 * again) * rank * n * linear.active * (linear.inputs + linear.outputs)
         keys = seen_keys(load.lengths, layer.window)
         attention += (12 + 4 * again) * layer.heads * layer.head_dim * keys
     head = 4.0 * trained * shape.vocabulary * shape.hidden
