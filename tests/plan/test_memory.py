@@ -91,7 +91,7 @@ def test_seen_keys_are_those_of_the_attention_kernel(length: int, window: int | 
     assert seen_keys([length], window) == sum((q1 - q0) * (q1 - k0) for q0, q1, k0 in _blocks(length, window))
 
 
-def kept_bytes(dtype: torch.dtype, lengths: list[int], share: float, rank: int) -> int:
+def kept_bytes(dtype: torch.dtype, lengths: list[int], share: float, spec: LoraSpec) -> int:
     """All that autograd holds after the forward pass of a small Llama on the fast paths, the base's weights and the
     pairs apart. Functions of our own keep more than saved tensors: their cast factors are counted too."""
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def kept_bytes(dtype: torch.dtype, lengths: list[int], share: float, rank: int) 
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     kept: dict[int, int] = {}
     with attach(model) as attachment:
-        attachment.add("a", create(model, LoraSpec(rank=rank), seed=0), trainable=True)
+        attachment.add("a", create(model, spec, seed=0), trainable=True)
         attachment.use("a")
         model.train()
         ids = torch.randint(3, 256, (sum(lengths),))
@@ -127,12 +127,16 @@ def kept_bytes(dtype: torch.dtype, lengths: list[int], share: float, rank: int) 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("more", [{}, {"dropout": 0.1}, {"dora": True}, {"dora": True, "dropout": 0.1}])
 @pytest.mark.parametrize(("lengths", "share"), [([128, 128], 0.25), ([200], 1.0), ([64, 64, 64, 64], 0.5)])
-def test_activations_are_what_autograd_keeps(dtype: str, lengths: list[int], share: float) -> None:
+def test_activations_are_what_autograd_keeps(
+    dtype: str, more: dict[str, Any], lengths: list[int], share: float
+) -> None:
     rank, native = 8, kernels.load() is not None
+    spec = LoraSpec(rank=rank, **more)
     shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **SMALL})
     device = replace(CPU, native=native)
-    counted = text_memory(shape, Load(tuple(lengths), share, rank=rank, dtype=dtype), device).activations
+    counted = text_memory(shape, Load(tuple(lengths), share, rank=rank, spec=spec, dtype=dtype), device).activations
     if dtype == "float32" or not native:
         # What the functions hold beside saved tensors: cast and stacked A where there is something to cast or stack, B.
         products = [parts for layer in shape.layers for parts in layer.products.values()]
@@ -140,7 +144,7 @@ def test_activations_are_what_autograd_keeps(dtype: str, lengths: list[int], sha
         counted -= dtype_bytes(dtype) * rank * sum(len(parts) * parts[0].inputs for parts in stacked)
         counted -= dtype_bytes(dtype) * rank * sum(len(parts) * sum(p.outputs for p in parts) for parts in products)
     # What is left uncounted: rotary tables, the loss's index of trained tokens.
-    assert kept_bytes(getattr(torch, dtype), lengths, share, rank) == pytest.approx(counted, rel=0.03)
+    assert kept_bytes(getattr(torch, dtype), lengths, share, spec) == pytest.approx(counted, rel=0.03)
 
 
 def test_recomputing_keeps_a_small_part() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from veneer.core.adapter import LoraSpec
 from veneer.errors import ConfigError
 from veneer.plan.calibration import Calibration, cpu_device, keep, kept, solved
 from veneer.plan.fit import usable_memory
@@ -99,6 +100,10 @@ def test_operations_are_six_or_four_times_the_weights() -> None:
     again = text_work(shape, Load((1,) * 64, 1.0, checkpointing=True), device)
     assert again.products == pytest.approx(6 * 64 * shape.matrices, rel=0.01)
     assert work.thin == pytest.approx(6 * 64 * pair_parameters(shape))
+    for more, times in (({"dropout": 0.1}, 1), ({"dora": True}, 1), ({"dora": True, "dropout": 0.1}, 2)):
+        found = text_work(shape, Load((1,) * 64, 1.0, spec=LoraSpec(**more)), device)
+        assert found.products == pytest.approx(times * work.products, rel=0.01), "DoRA's dropped input meets W too"
+    assert text_work(shape, Load((1,) * 64, 1.0, spec=LoraSpec(init="pissa")), device).thin == 2 * work.thin
 
 
 def test_experts_work_for_the_tokens_that_pick_them() -> None:
