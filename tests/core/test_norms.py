@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from tests.core.exact import DTYPES, TOLERANCE, draw, same, seeded, wide  # noqa: F401, seeded acts by itself
 from veneer.core.norms import norm_silu, rms_norm
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
-"""Relative to the norm of the float64 result; bfloat16 keeps 8 bits of each intermediate."""
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
-
-
-def wide(t: Tensor) -> Tensor:
-    return t.detach().double().requires_grad_(t.requires_grad)
-
-
-def same(got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> None:
-    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
-        assert (a.double() - b).norm() <= tolerance * b.norm(), f"result {i}"
 
 
 @DTYPES
