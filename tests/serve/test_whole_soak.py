@@ -181,7 +181,7 @@ def left_over(whole: Whole) -> dict[str, int]:
 @pytest.mark.slow
 # httpx's, of the clients that left: whichever thread collects it may find it in use
 @pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <async_generator object Response:pytest.PytestUnraisableExceptionWarning"
+    "ignore:Exception ignored in. <async_generator object Response.aiter_raw:pytest.PytestUnraisableExceptionWarning"
 )
 def test_soak(tmp_path_factory: pytest.TempPathFactory) -> None:
     shop = make_shop(tmp_path_factory.mktemp("shop"))

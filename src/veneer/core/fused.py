@@ -4,10 +4,10 @@
     gated_mlp    y = down(act(gate(x)) ⊙ up(x))
     token_nll    −log softmax(h·Wᵀ)[target] of each token, never holding more than a chunk of logits
 
-Each has its slow reference, named in its docstring and compared in tests/core/test_fused.py; attention and norms are
-next door in core/attention.py and core/norms.py. None knows of modules, adapters by name, or models. The frozen weights
-never get a gradient. A, B may be float32 beside 16-bit x and W: they are cast for the products, their gradients come
-back in float32.
+Each has its slow reference, named in its docstring and compared in tests/core/test_fused.py; attention, norms and
+activations are next door, each in a file of its name. None knows of modules, adapters by name, or models. The frozen
+weights never get a gradient. A, B may be float32 beside 16-bit x and W: they are cast for the products, their gradients
+come back in float32.
 On the CPU in bfloat16 the element-wise parts go through veneer.kernels where those could be compiled.
 """
 

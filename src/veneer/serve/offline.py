@@ -18,6 +18,7 @@ from typing import Protocol
 from veneer.core.adapter import Adapter
 from veneer.core.quantised import Quantised
 from veneer.models.generate import Completion, Prompt, complete, completion_of, encode_prompts
+from veneer.models.speed import without_dropout
 from veneer.models.text import TextBase
 from veneer.serve.engine import EngineSettings, TextEngine
 from veneer.serve.request import Finished, Request, Sampling, Token, make_mix
@@ -45,18 +46,13 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
     if base.device.type != "cpu" or quantised:  # the engine would make its own, dense copy
         yield plain
         return
-    training = base.model.training
-    base.model.eval()
     settings = EngineSettings(rows=rows, queue=1 << 30, merge_bytes=0, merge_after=0)
-    try:
-        with TextEngine(base, adapters.__getitem__, settings) as engine:
-            whole = engine.runner.how == "fused"
-            if whole and not any(thin_problems(adapter, engine.runner.layout) for adapter in adapters.values()):
-                with ThreadPoolExecutor(1, thread_name_prefix="answers") as thread:
-                    yield _Engine(base, engine, thread)
-                return
-    finally:
-        base.model.train(training)
+    with without_dropout(base.model), TextEngine(base, adapters.__getitem__, settings) as engine:
+        whole = engine.runner.how == "fused"
+        if whole and not any(thin_problems(adapter, engine.runner.layout) for adapter in adapters.values()):
+            with ThreadPoolExecutor(1, thread_name_prefix="answers") as thread:
+                yield _Engine(base, engine, thread)
+            return
     yield plain
 
 

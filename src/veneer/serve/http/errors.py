@@ -44,6 +44,11 @@ def message_of(error: VeneerError) -> str:
     return error.what + (f": {error.fix}" if error.fix else "")
 
 
+def problem_of(error: Exception) -> str:
+    """Any error in one line, for a log."""
+    return message_of(error) if isinstance(error, Refused) else repr(error)
+
+
 def as_refused(error: Exception) -> Refused:
     """What a client is told of an error that no surface expected; the log has the rest."""
     if isinstance(error, Refused):

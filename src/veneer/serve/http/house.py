@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -112,6 +112,15 @@ class House:
     @property
     def text(self) -> Text:
         return self.prompts.text
+
+    def follow(self, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+        """Whether `work` now runs behind a request: it does unless as many do already as may."""
+        if len(self.behind) >= self.settings.shadows:
+            return False
+        task = asyncio.create_task(work())
+        self.behind.add(task)
+        task.add_done_callback(self.behind.discard)
+        return True
 
     def adapters(self, caller: Caller) -> list[ModelCard]:
         return [card for card in self.catalog.models(caller) if card.parent is not None]

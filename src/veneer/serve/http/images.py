@@ -17,17 +17,16 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
-from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
 
 from veneer.formats.infotext import encoded, png_bytes
 from veneer.serve.access import Caller, Catalog, Served, Tenancy
-from veneer.serve.http.errors import Json, answer_error, as_refused, error_body, invalid, message_of
+from veneer.serve.http.errors import Json, answer_error, as_refused, error_body, invalid, problem_of
 from veneer.serve.http.house import House, ShadowAnswer, client_key
 from veneer.serve.http.images_asked import EditAsked, ImageAsked, Planned, asked_of, fields_of, planned
 from veneer.serve.http.metrics import Meter
@@ -35,10 +34,7 @@ from veneer.serve.http.running import ClientLeft, unless_left
 from veneer.serve.http.sse import EventStream
 from veneer.serve.picture_request import Drawn, PictureEvent, PictureRequest, Preview, Step
 from veneer.serve.pictures import PictureEngine
-from veneer.serve.request import Refused, Usage
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from veneer.serve.request import Usage
 
 __all__ = ["router"]
 
@@ -148,36 +144,27 @@ class _Surface:
     ) -> None:
         """Starts the shadow's picture behind the request."""
         assert served.shadow is not None
-        if len(house.behind) >= house.settings.shadows:
-            return
         name, mix = served.shadow
         labels = {digest: name for digest, _ in mix} if len(mix) == 1 else {}
         behind = replace(request, mix=mix, labels=labels, previews=0, id=f"{request.id}-shadow")
 
         async def follow() -> None:
-            drawn, error = sent, ""
+            drawn, error = None, ""
             try:
                 async with aclosing(self.engine.events([behind])) as events:
                     async for _, event in events:
                         drawn = event if isinstance(event, Drawn) else drawn
             except Exception as problem:  # a shadow never disturbs what it follows
-                error = message_of(problem) if isinstance(problem, Refused) else repr(problem)
-            one, other = [await asyncio.to_thread(_pixels, each.made.image) for each in (sent, drawn)]
-            apart = 1.0 if error else float(np.abs(one.astype(float) - other).mean() / 255)
-            own = Usage(0, 0, 0) if error else drawn.usage
-            answers = (
-                hashlib.sha256(one.tobytes()).hexdigest(),
-                "" if error else hashlib.sha256(other.tobytes()).hexdigest(),
-            )
+                drawn, error = None, problem_of(problem)
+            one, other, apart = await asyncio.to_thread(_compared, sent, drawn)
+            own = Usage(0, 0, 0) if drawn is None else drawn.usage
             house.on_shadow(
                 ShadowAnswer(
-                    number, caller.tenant, served.name, name, served.target, *answers, sent.usage, own, error, apart
+                    number, caller.tenant, served.name, name, served.target, one, other, sent.usage, own, error, apart
                 )
             )
 
-        task = asyncio.create_task(follow())
-        house.behind.add(task)
-        task.add_done_callback(house.behind.discard)
+        house.follow(follow)
 
     async def _collected(self, events: AsyncGenerator[Told, None], asked: ImageAsked, plan: Planned) -> dict[str, Any]:
         found: dict[int, Drawn] = {}
@@ -224,8 +211,12 @@ def _named(catalog: Catalog, asked: ImageAsked, caller: Caller) -> tuple[Served,
     return served, labels
 
 
-def _pixels(picture: Image) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(picture.convert("RGB"))
+def _compared(sent: Drawn, other: Drawn | None) -> tuple[str, str, float]:
+    """The digests of both pictures' pixels ("" of one that is not there), and their mean difference, 0 … 1."""
+    one, two = (None if drawn is None else np.asarray(drawn.made.image.convert("RGB")) for drawn in (sent, other))
+    digests = ["" if pixels is None else hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in (one, two)]
+    apart = 1.0 if one is None or two is None else float(np.abs(one.astype(float) - two).mean() / 255)
+    return digests[0], digests[1], apart
 
 
 def _file(drawn: Drawn, asked: ImageAsked) -> str:

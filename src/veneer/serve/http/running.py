@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from veneer.serve.access import Caller
-from veneer.serve.http.errors import as_refused, message_of
+from veneer.serve.http.errors import as_refused, message_of, problem_of
 from veneer.serve.http.house import Chosen, House, ShadowAnswer
 from veneer.serve.http.metrics import Meter
 from veneer.serve.request import Finished, Refused, Request, Sampling, Started, Token, Usage
@@ -242,15 +242,12 @@ Sent = tuple[str, Usage]
 
 def _shadow(house: House, ask: Ask, request: Request) -> asyncio.Future[Sent] | None:
     """Starts the shadow's answer to the first prompt behind the request; told the sent text, it reports both."""
-    if ask.chosen.served.shadow is None or len(house.behind) >= house.settings.shadows:
+    if ask.chosen.served.shadow is None:
         return None
     name, mix = ask.chosen.served.shadow
     sent: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
     behind = replace(request, mix=mix, id=f"{request.id}-shadow")
-    task = asyncio.create_task(_follow(house, ask, behind, name, sent))
-    house.behind.add(task)
-    task.add_done_callback(house.behind.discard)
-    return sent
+    return sent if house.follow(lambda: _follow(house, ask, behind, name, sent)) else None
 
 
 async def _follow(house: House, ask: Ask, request: Request, shadow: str, sent: asyncio.Future[Sent]) -> None:
@@ -263,7 +260,7 @@ async def _follow(house: House, ask: Ask, request: Request, shadow: str, sent: a
         if answer.end is not None and answer.end.error is not None:
             error = message_of(answer.end.error)
     except Exception as problem:  # a shadow never disturbs what it follows
-        error = message_of(problem) if isinstance(problem, Refused) else repr(problem)
+        error = problem_of(problem)
     with suppress(asyncio.CancelledError):
         text, usage = await sent
         own = answer.end.usage if answer.end is not None else Usage(0, 0, len(answer.tokens))
