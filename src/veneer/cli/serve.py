@@ -62,6 +62,12 @@ def serve(
     upstream_key: Annotated[
         str | None, typer.Option("--upstream-key", envvar="VENEER_UPSTREAM_KEY", help="Their bearer token.")
     ] = None,
+    mix_disk: Annotated[
+        str, typer.Option("--mix-disk", help="With --upstream: for mixes that clients make of strengths, as 16G.")
+    ] = "16G",
+    tenant_mixes: Annotated[
+        int, typer.Option("--tenant-mixes", min=1, help="With --upstream: such mixes of one tenant at a time.")
+    ] = 64,
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests computed at once.")] = 32,
     cache_memory: Annotated[str, typer.Option("--cache-memory", help="For keys and values, as 512M or 4G.")] = "1G",
     adapter_memory: Annotated[str, typer.Option("--adapter-memory", help="For adapters, as 512M or 4G.")] = "1G",
@@ -110,6 +116,8 @@ def serve(
         tenants=tenants,
         upstreams=tuple(upstream or []),
         upstream_key=upstream_key,
+        mixes=tenant_mixes,
+        mix_bytes=server.bytes_of(mix_disk, "--mix-disk"),
         rows=max_batch,
         cache_bytes=server.bytes_of(cache_memory, "--cache-memory"),
         adapter_bytes=server.bytes_of(adapter_memory, "--adapter-memory"),

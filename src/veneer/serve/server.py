@@ -62,7 +62,8 @@ class ServeSettings:
     """`rows`: requests at once; `cache_bytes`: of keys and values; `adapter_bytes`: of adapters in memory, which is the
     only limit to how many are loaded. `folders`: where load requests may name files. `tenants`: a database of tenants;
     without it `keys` are all the server's keys, and without these nobody needs one. `upstreams`: servers that do the
-    work, with `upstream_key` as their bearer token; the base is then read for its names and its tokenizer alone.
+    work, with `upstream_key` as their bearer token; the base is then read for its names and its tokenizer alone, and
+    of the mixes that clients make of strengths each tenant has at most `mixes` there, all together `mix_bytes` on disk.
     `drain`: seconds."""
 
     base: str
@@ -83,6 +84,8 @@ class ServeSettings:
     device: str = "auto"
     upstreams: tuple[str, ...] = ()
     upstream_key: str | None = None
+    mixes: int = 64
+    mix_bytes: int = 16 << 30
     drain: float = 30.0
     http: HttpSettings = field(default_factory=HttpSettings)
 
@@ -259,6 +262,7 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     base, library = outline_text(settings.base, say=say), open_library(settings.library)
     fleet = Fleet(
         settings.upstreams, files=library.resolve, cache=veneer_home() / "cache" / "served", key=settings.upstream_key,
+        mixes=settings.mixes, cache_bytes=settings.mix_bytes,
         decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
     )  # fmt: skip
     catalog = LocalCatalog(base, problems, library=library, rollouts=rollouts)
@@ -340,7 +344,7 @@ def _preload(settings: ServeSettings, house: House, say: Callable[[str], None]) 
         card = house.catalog.load(each.name, each.reference, pinned=settings.pin)
         say(f"adapter {card.id} from {card.root}")
         if each.strength is not None:
-            house.loras.scales[card.id] = each.strength
+            house.default[card.id] = house.loras.scales[card.id] = each.strength
             say(f"requests that name no adapter get {card.id} at strength {each.strength:g}")
 
 

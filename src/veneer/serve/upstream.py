@@ -17,6 +17,11 @@ adapter's name.
 | refuses an adapter                   | its reason goes to the client, and is remembered for `REFUSED_FOR` seconds    |
 | has more than `capacity` adapters    | those longest unused are unloaded, never one with a request running           |
 
+An adapter as it is goes to all replicas, or to `copies` of them; a mix that a client made up of strengths to
+`mix_copies`. Which these are follows from the names alone (rendezvous hashing: the replicas whose hash with the mix is
+highest), so that every front door says the same, and a replica that leaves or comes moves only what was on it. What is
+kept of such mixes is bounded (`folders`).
+
 Knows replicas, residency and routes; how to talk to one server is `remote`'s.
 """
 
@@ -36,6 +41,7 @@ from typing import Any
 import httpx
 
 from veneer.errors import ConfigError, VeneerError
+from veneer.serve.folders import Folders, is_made, weight
 from veneer.serve.remote import Decode, Failed, NotThere, Remote, parse_upstream, recognise
 from veneer.serve.request import EngineStats, Event, Finished, Mix, Refused, Request, Started, Token, Usage
 from veneer.serve.servable import servable, served_name
@@ -91,8 +97,9 @@ class Replica:
 class Fleet:
     """`files`: digest -> the path of that adapter's files, as the library resolves it. `decode`: the base's tokenizer,
     special tokens included. `cache`: where folders for replicas are made; replicas read them by the same path, so it
-    and the library are on a disk that they share. `copies`: on how many replicas an adapter is loaded, None for all.
-    `capacity`: adapters kept on one replica. `key`: sent to the replicas as a bearer token."""
+    and the library are on a disk that they share. `copies`: on how many replicas an adapter is loaded, None for all;
+    `mix_copies`: the same of a mix that a client made. `capacity`: adapters kept on one replica. `mixes`: of one tenant
+    at a time; `cache_bytes`: of all folders. `key`: sent to the replicas as a bearer token."""
 
     def __init__(
         self,
@@ -102,7 +109,10 @@ class Fleet:
         decode: Decode,
         cache: Path,
         copies: int | None = None,
+        mix_copies: int = 2,
         capacity: int = 256,
+        mixes: int = 64,
+        cache_bytes: int = 16 << 30,
         key: str | None = None,
         timeout: float = 300.0,
         client: httpx.AsyncClient | None = None,
@@ -112,19 +122,24 @@ class Fleet:
         for place in upstreams:
             parse_upstream(place)
         self.replicas = [Replica(place) for place in upstreams]
-        self.files, self.decode, self.cache = files, decode, cache
-        self.copies, self.capacity = copies, capacity
+        self.files, self.decode = files, decode
+        self.copies, self.mix_copies, self.capacity = copies, mix_copies, capacity
+        self.folders = Folders(cache, limit_bytes=cache_bytes, each=mixes)
         self.client = client or httpx.AsyncClient(
             timeout=httpx.Timeout(timeout, connect=5.0),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=None),
         )
-        self.folders: dict[str, asyncio.Task[Path]] = {}
+        self.making: dict[str, asyncio.Task[Path]] = {}
+        """Name of a mix -> its folder, under way or made."""
         self.refused: dict[tuple[str, str], tuple[float, Refused]] = {}
         self.closing = False
         self.prompt_tokens = self.generated_tokens = 0
         self._watch: asyncio.Task[None] | None = None
         self._spreading: set[asyncio.Task[Any]] = set()
+        self._collecting: asyncio.Task[None] | None = None
+        self._unwanted: list[str] = []
+        self._going: set[str] = set()
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -132,6 +147,7 @@ class Fleet:
         """Ask every replica once, and keep watching them."""
         await asyncio.gather(*(self._check(r) for r in self.replicas))
         self._watch = asyncio.create_task(self._watching())
+        self._collect()
         return self
 
     async def __aexit__(
@@ -139,7 +155,7 @@ class Fleet:
     ) -> None:
         self.closing = True
         tasks: list[asyncio.Task[Any]] = [t for r in self.replicas for t in (*r.loading.values(), r.check) if t]
-        tasks += [*self.folders.values(), *self._spreading, *([self._watch] if self._watch else [])]
+        tasks += [*self.making.values(), *self._spreading, *(t for t in (self._watch, self._collecting) if t)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -213,7 +229,7 @@ class Fleet:
     async def unload(self, mix: Mix) -> None:
         """Take a mix off every replica that has it. Requests that run with it go on: vLLM keeps what they need."""
         name = served_name(mix)
-        self.folders.pop(name, None)
+        self.making.pop(name, None)
         await asyncio.gather(*(self._unload(r, name) for r in self.replicas))
 
     async def _unload(self, replica: Replica, name: str) -> None:
@@ -224,40 +240,69 @@ class Fleet:
     async def _folder(self, mix: Mix) -> Path:
         """The mix as one folder, made once. Raises Refused with the reason where it cannot be."""
         name = served_name(mix)
-        if name not in self.folders:
-            self.folders[name] = asyncio.create_task(asyncio.to_thread(self._make, mix, name))
+        if name in self._going and self._collecting is not None:
+            await asyncio.wait([self._collecting])
+        if name not in self.making or not await _is_there(self.making[name]):
+            self.making[name] = asyncio.create_task(asyncio.to_thread(self._make, mix, name))
         try:
-            return await asyncio.shield(self.folders[name])
+            folder = await asyncio.shield(self.making[name])
         except (VeneerError, OSError) as error:
-            self.folders.pop(name, None)
+            self.making.pop(name, None)
             if isinstance(error, Refused):
                 raise
             fix = error.fix if isinstance(error, VeneerError) else None
             raise Refused(str(error), status=422, code="adapter_unusable", fix=fix) from error
+        self._collect()
+        return folder
 
     def _make(self, mix: Mix, name: str) -> Path:
         parts = [(self.files(digest), strength) for digest, strength in mix]
-        return servable(parts, name, self.cache).folder.absolute()
+        return servable(parts, name, self.folders.cache).folder.absolute()
 
-    def _missing(self, name: str, up: Sequence[Replica]) -> list[Replica]:
-        """The replicas that should have an adapter and have not: the emptiest, where not all should."""
+    def _use(self, mix: Mix, tenant: str) -> None:
+        """Note who asks for a mix that was made, and let go of what that tenant has for it. Raises Refused(429)."""
+        if is_made(mix) and (names := self.folders.use(served_name(mix), tenant, self._busy)):
+            self._collect(names)
+
+    def _busy(self, name: str) -> bool:
+        here = [r.resident[name] for r in self.replicas if name in r.resident]
+        return any(a.running for a in here) or any(name in r.loading for r in self.replicas)
+
+    def _collect(self, names: Sequence[str] = ()) -> None:
+        """Let go of `names`, and of folders beyond the limit, behind the requests."""
+        self._unwanted += names
+        if self._collecting is None or self._collecting.done():
+            self._collecting = asyncio.create_task(self._let_go())
+
+    async def _let_go(self) -> None:
+        while True:
+            names, self._unwanted = [n for n in self._unwanted if not self.folders.used(n)], []
+            names += await asyncio.to_thread(self.folders.excess, self._busy)
+            self._going = {n for n in names if not self._busy(n)}
+            for name in self._going:
+                self.making.pop(name, None)
+                await asyncio.gather(*(self._unload(r, name) for r in self.replicas))
+            await asyncio.to_thread(self.folders.delete, self._going)
+            self._going = set()
+            if not self._unwanted:
+                return
+
+    def _missing(self, mix: Mix, up: Sequence[Replica]) -> list[Replica]:
+        """The replicas that should have a mix and have not."""
+        name = served_name(mix)
         able = [r for r in up if r.server is not None and r.server.loads]
-
-        def order(r: Replica) -> tuple[bool, bool, int, int]:
-            return name not in r.resident, name not in r.loading, len(r.resident) + len(r.loading), r.running
-
-        chosen = sorted(able, key=order)
-        return [r for r in chosen[: self.copies] if name not in r.resident]
+        able.sort(key=lambda r: weight(name, r.place), reverse=True)
+        return [r for r in able[: self.mix_copies if is_made(mix) else self.copies] if name not in r.resident]
 
     async def _bring(self, mix: Mix, up: Sequence[Replica]) -> dict[Replica, asyncio.Task[Refused | None]]:
         """The loads of a mix on those of `up` that should have it, those under way included. Raises Refused where it
         has no folder."""
         name, now = served_name(mix), time.monotonic()
         tasks: dict[Replica, asyncio.Task[Refused | None]] = {}
-        if not self._missing(name, up):
+        if not self._missing(mix, up):
             return tasks
         folder = str(await self._folder(mix))
-        for replica in self._missing(name, up):  # others may have been placed meanwhile
+        for replica in self._missing(mix, up):  # others may have been placed meanwhile
             until, refusal = self.refused.get((replica.place, name), (0.0, None))
             if refusal is not None and now < until:
                 tasks[replica] = asyncio.create_task(_answer(refusal))
@@ -270,7 +315,7 @@ class Fleet:
     def _spread(self, mix: Mix, up: Sequence[Replica]) -> None:
         """Bring a mix in the background to replicas that should have it too: they came later, or were restarted."""
         name, now = served_name(mix), time.monotonic()
-        to = [r for r in self._missing(name, up) if name not in r.loading]
+        to = [r for r in self._missing(mix, up) if name not in r.loading]
         to = [r for r in to if self.refused.get((r.place, name), (0.0, None))[0] <= now]
         if to and not self._spreading:
             task: asyncio.Task[Any] = asyncio.create_task(self._bring(mix, up))
@@ -286,7 +331,7 @@ class Fleet:
             await server.load(name, folder)
         except Refused as refusal:
             self.refused[replica.place, name] = (time.monotonic() + REFUSED_FOR, refusal)
-            self.folders.pop(name, None)  # the files may have moved: looked up again the next time
+            self.making.pop(name, None)  # the files may have moved: looked up again the next time
             log.warning("%s", refusal.what)
             return refusal
         except Failed as error:
@@ -346,6 +391,7 @@ class Fleet:
         another replica may have to answer."""
         if self.closing:
             raise Refused("the server is shutting down", status=503, code="shutting_down")
+        self._use(request.mix, request.tenant)
         began = time.monotonic()
         tried: set[Replica] = set()
         forgot, why = 0, ""
@@ -400,6 +446,10 @@ class Fleet:
 
     # -- what is known -------------------------------------------------------------------------------------------------
 
+    def trouble(self) -> str:
+        """Why no request can be answered now; "" where one can."""
+        return "" if any(r.up for r in self.replicas) else "no replica answers"
+
     def residency(self) -> list[dict[str, Any]]:
         """Every replica with the adapters on it, by `served_name`."""
         return [replica.state() for replica in self.replicas]
@@ -433,14 +483,17 @@ def _fitted(request: Request, server: Remote) -> Request:
         )  # fmt: skip
     if request.sampling.max_tokens <= left:
         return request
-    sampling = request.sampling
-    return replace(
-        request, sampling=replace(sampling, max_tokens=left, min_tokens=min(sampling.min_tokens, left))
-    )  # fmt: skip
+    fitted = replace(request.sampling, max_tokens=left, min_tokens=min(request.sampling.min_tokens, left))
+    return replace(request, sampling=fitted)
 
 
 def _freest(replicas: Iterable[Replica]) -> Replica:
     return min(replicas, key=lambda r: (r.running, r.last))
+
+
+async def _is_there(made: asyncio.Task[Path]) -> bool:
+    """Whether a folder is there still: another front door may have collected it. One under way will be."""
+    return not made.done() or await asyncio.to_thread(made.result().is_dir)
 
 
 async def _answer(refusal: Refused) -> Refused | None:

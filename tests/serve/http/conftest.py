@@ -26,6 +26,6 @@ def server(_served: Live) -> Live:
     house = _served.house
     _served.engine = house.engine = ToyEngine(_served.engine.text)
     _served.catalog = house.catalog = ToyCatalog()
-    house.loras, house.phase = LoraNumbers(), "ready"
+    house.loras, house.default, house.phase = LoraNumbers(), {}, "ready"
     house.__post_init__()  # metrics from zero
     return _served

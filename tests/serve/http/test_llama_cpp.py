@@ -60,9 +60,10 @@ def test_lora(server: Live, scale: float) -> None:
     assert answer.json() == {"success": True}
     wanted = "[d-sql*1] Hi" if scale else "[base] Hi"
     assert complete(server).json()["content"] == wanted
+    # No other surface's request changes for it.
     chat = {"messages": [{"role": "user", "content": "Hi"}]}
-    assert server.post("/v1/chat/completions", chat).json()["choices"][0]["message"]["content"] == wanted
-    assert server.post("/generate", {"inputs": "Hi"}).json()["generated_text"] == wanted
+    assert server.post("/v1/chat/completions", chat).json()["choices"][0]["message"]["content"] == "[base] Hi"
+    assert server.post("/generate", {"inputs": "Hi"}).json()["generated_text"] == "[base] Hi"
     # A request that names its adapters has just those.
     assert complete(server, lora=[]).json()["content"] == "[base] Hi"
     assert complete(server, model="polite").json()["content"] == "[d-polite*1] Hi"
@@ -115,6 +116,27 @@ def test_a_tenant_sees_its_own_numbers_alone(text: ToyText) -> None:
         body = {"prompt": "Hi", "n_predict": 20, "lora": [{"id": everything["polite"], "scale": 1}]}
         assert server.post("/completion", body, "acme").status_code == 404
         assert server.post("/lora-adapters", [], "acme").status_code == 403
+
+
+def test_a_global_scale_acts_for_those_who_may_see_the_adapter(text: ToyText) -> None:
+    with live(ToyEngine(text), ToyCatalog(), ToyTenancy()) as server:
+        numbers = {r["name"]: r["id"] for r in server.get("/lora-adapters", "admin").json()}
+        both = [{"id": numbers["sql"], "scale": 1}, {"id": numbers["polite"], "scale": 0.5}]
+        assert server.post("/lora-adapters", both, "admin").status_code == 200
+        body = {"prompt": "Hi", "n_predict": 40}
+        assert server.post("/completion", body, "admin").json()["content"] == "[d-polite*0.5+d-sql*1] Hi"
+        answer = server.post("/completion", body, "acme")
+        assert answer.json()["content"] == "[d-sql*1] Hi"
+        assert "polite" not in answer.text + str(answer.headers)
+
+
+def test_the_servers_own_default_acts_on_every_surface(server: Live) -> None:
+    server.house.default["sql"] = 0.5
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert server.post("/v1/chat/completions", chat).json()["choices"][0]["message"]["content"] == "[d-sql*0.5] Hi"
+    assert server.post("/generate", {"inputs": "Hi"}).json()["generated_text"] == "[d-sql*0.5] Hi"
+    server.post("/v1/unload_lora_adapter", {"lora_name": "sql"})
+    assert server.post("/generate", {"inputs": "Hi"}).json()["generated_text"] == "[base] Hi"
 
 
 def test_what_cannot_be_honoured(server: Live) -> None:

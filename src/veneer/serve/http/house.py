@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from starlette.requests import Request as HttpRequest
 
-from veneer.serve.access import ANYBODY, Caller, Catalog, ModelCard, Served, Tenancy
+from veneer.serve.access import Caller, Catalog, ModelCard, Served, Tenancy
 from veneer.serve.http.errors import as_refused, invalid, log, message_of
 from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.prompts import Prompts, Text
@@ -72,7 +72,8 @@ class Chosen:
 
 
 class LoraNumbers:
-    """llama.cpp's numbers for adapters, and its global scales. A number is given once and never to another name."""
+    """llama.cpp's numbers for adapters, and its global scales, which act on its own routes alone. A number is given
+    once and never to another name."""
 
     def __init__(self) -> None:
         self._of: dict[str, int] = {}
@@ -104,6 +105,8 @@ class House:
     phase: Literal["loading", "ready", "draining"] = "ready"
     inside: int = 0
     loras: LoraNumbers = field(default_factory=LoraNumbers)
+    default: dict[str, float] = field(default_factory=dict)
+    """Adapter -> strength for requests that name none, on every surface; the operator's, at the start."""
     behind: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -133,8 +136,10 @@ class House:
         mix: Sequence[tuple[str, float]] | None = None,
         lora: Sequence[tuple[int, float]] | None = None,
         lora_path: str | None = None,
+        default: Mapping[str, float] | None = None,
     ) -> Chosen:
-        """The one mix that a body asks for. An empty `mix` or `lora` is the base, whatever the global scales.
+        """The one mix that a body asks for. One that names nothing gets `default` (the house's own where it is None),
+        as far as the caller may see it; an empty `mix` or `lora` is the base.
 
         `lora_path` yields to a `model` that names an adapter itself, as SGLang has it."""
         named = model if model and model != self.catalog.base else None
@@ -143,13 +148,15 @@ class House:
             ways = [*(["model"] if named else []), *several, *(["lora_path"] if lora_path else [])]
             raise invalid(f"adapters are named in {len(ways)} ways: {', '.join(ways)}", several[0], "keep one")
         if lora is not None:
-            visible = self.adapters(caller)
-            mix = [(self.loras.name(number, visible), scale) for number, scale in lora]
+            cards = self.adapters(caller)
+            mix = [(self.loras.name(number, cards), scale) for number, scale in lora]
         if mix is not None:
             return self._mixed(mix, caller)
         named = named or lora_path
-        if named is None and (scales := self.loras.scales):
-            return self._mixed(list(scales.items()), ANYBODY)  # the operator's own setting, for everybody
+        default = self.default if default is None else default
+        if named is None and default:
+            visible = {card.id for card in self.adapters(caller)}
+            return self._mixed([part for part in default.items() if part[0] in visible], caller)
         served = self.catalog.resolve(named or model or "", caller)
         return Chosen(served, served.target if served.mix else self.catalog.base)
 

@@ -1,7 +1,8 @@
 """llama.cpp's routes: /completion, /lora-adapters, /props. An adapter is a number here, given once and never again.
 
-Global scales (POST /lora-adapters) act on requests that name no adapter on any surface; they start at nothing, as with
-llama.cpp's --lora-init-without-apply. A request's own `lora` replaces them.
+Global scales (POST /lora-adapters) act on this surface's requests that name no adapter, as far as the caller may see the
+adapters; they start at nothing, as with llama.cpp's --lora-init-without-apply, or at what the server gives every request
+that names none. A request's own `lora` replaces them.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ async def completion(request: HttpRequest, body: Completion) -> Response:
     house, caller = house_of(request), caller_of(request)
     lora = None if body.lora is None else [(part.id, part.scale) for part in body.lora]
     mix = None if body.mix is None else [(part.adapter, part.strength) for part in body.mix]
-    chosen = house.choose(caller, model=body.model, mix=mix, lora=lora)
+    chosen = house.choose(caller, model=body.model, mix=mix, lora=lora, default=house.loras.scales)
     prompt = await _prompt(house, body.prompt)
     settings = body.sampling(house, house.prompts.fits(prompt))
     ask = Ask(caller, chosen, [prompt], settings, 1, f"cmpl-{request.scope['veneer.id']}")

@@ -98,7 +98,8 @@ async def unload_sglang(request: HttpRequest, body: Unload) -> Response:
 async def _forget(house: House, name: str) -> None:
     await asyncio.to_thread(house.catalog.unload, name)
     await asyncio.to_thread(house.on_change, "adapter.unload", name, None)
-    house.loras.scales.pop(name, None)
+    for scales in (house.loras.scales, house.default):
+        scales.pop(name, None)
 
 
 def _loaded(request: HttpRequest, house: House) -> Response:

@@ -1,0 +1,111 @@
+"""The folders of mixes that replicas read: which there are, who uses them, and which go first.
+
+    CACHE/veneer-3fa9…    a mix as one adapter (`servable` writes it), named by the mix's digest
+
+Every distinct vector of strengths is a mix of its own, so a client that sends another one with each request makes a
+folder, and an adapter on replicas, with each. Two bounds keep that: a tenant has at most `each` mixes at a time, and all
+folders together take at most `limit_bytes`. Over the first goes what that tenant itself used longest ago, over the
+second what anybody did; never what a request runs with. What goes is unloaded from the replicas before its folder is
+deleted, because servers read it again when their own memory was short.
+
+Several front doors may share the cache: a folder is moved aside before it is deleted, and whoever still asks for its
+mix makes it anew. Each door counts its own tenants. Knows folders and names; what is on which replica is the fleet's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from veneer.serve.request import Mix, Refused
+
+__all__ = ["Folders", "is_made", "weight"]
+
+def is_made(mix: Mix) -> bool:
+    """Whether a mix is more than one adapter as it is: a client chose it, and there is no end to how many it may."""
+    return len(mix) > 1 or any(strength != 1 for _, strength in mix)
+
+
+def weight(name: str, place: str) -> bytes:
+    """A mix goes to the replicas with the highest of these (rendezvous hashing, Thaler and Ravishankar 1998): every
+    front door finds the same ones, and a replica that comes or goes moves nothing but its own."""
+    return hashlib.sha256(f"{place}\0{name}".encode()).digest()
+
+
+class Folders:
+    """`each`: mixes of one tenant; `limit_bytes`: of all folders in `cache`; `grace`: seconds for which a new folder is
+    left alone, as another front door may be about to load it."""
+
+    def __init__(self, cache: Path, *, limit_bytes: int = 16 << 30, each: int = 64, grace: float = 60.0) -> None:
+        self.cache, self.limit_bytes, self.each, self.grace = cache, limit_bytes, each, grace
+        self._used: dict[str, dict[str, float]] = {}
+        """Name of a mix -> tenant -> when it last asked for it, in seconds since the epoch."""
+
+    def use(self, name: str, tenant: str, busy: Callable[[str], bool]) -> list[str]:
+        """Note that a tenant asks for a mix. Returns what the tenant gives up for it and nobody else uses.
+
+        Raises Refused(429) where requests are running with as many mixes as a tenant may have."""
+        own = {n: by[tenant] for n, by in self._used.items() if tenant in by and n != name}
+        over = max(0, len(own) + 1 - self.each)
+        idle = sorted((n for n in own if not busy(n)), key=lambda n: own[n])
+        if over > len(idle):
+            raise Refused(
+                f"requests are running with {self.each} different mixes, as many as a tenant may have",
+                status=429, code="overloaded", fix="wait for one of them, or ask for a mix that is there",
+            )  # fmt: skip
+        given_up = []
+        for old in idle[:over]:
+            del self._used[old][tenant]
+            if not self._used[old]:
+                del self._used[old]
+                given_up.append(old)
+        self._used.setdefault(name, {})[tenant] = time.time()
+        return given_up
+
+    def used(self, name: str) -> bool:
+        return name in self._used
+
+    def excess(self, busy: Callable[[str], bool]) -> list[str]:
+        """The names that go for all folders to take at most the limit, the longest unused first, and none that is busy
+        or was made a moment ago. Reads the disk: call it in a thread."""
+        there = self._there()
+        size, now, names = sum(of for _, _, of in there), time.time(), []
+        for name, used, of in sorted(there, key=lambda found: found[1]):
+            if size <= self.limit_bytes:
+                break
+            if not busy(name) and used < now - self.grace:
+                size -= of
+                names.append(name)
+        return names
+
+    def delete(self, names: Iterable[str]) -> None:
+        """What nobody loads any more. Call it in a thread."""
+        for name in names:
+            self._used.pop(name, None)
+            self._delete(self.cache / name)
+
+    def _there(self) -> list[tuple[str, float, int]]:
+        """(name, when it was last used, bytes) of each folder."""
+        found = []
+        for folder in self.cache.glob("veneer-*"):
+            try:
+                size = sum(f.stat().st_size for f in folder.iterdir())
+                made = folder.stat().st_mtime
+            except OSError:  # deleted by another front door meanwhile
+                continue
+            used = self._used.get(folder.name)
+            found.append((folder.name, max([made, *(used.values() if used else ())]), size))
+        return found
+
+    def _delete(self, folder: Path) -> None:
+        """Aside first, in one step: nobody can find half of it."""
+        aside = folder.with_name(f".gone-{secrets.token_hex(8)}")
+        with contextlib.suppress(OSError):
+            os.rename(folder, aside)
+            shutil.rmtree(aside, ignore_errors=True)
