@@ -44,7 +44,11 @@ def test_a_server_loads_serves_drains_and_ends() -> None:
         port = free.getsockname()[1]
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     process = subprocess.Popen(
-        [sys.executable, "-c", TOY, str(port), "1.5"], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", TOY, str(port), "1.5"],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
@@ -78,12 +82,15 @@ def test_a_server_loads_serves_drains_and_ends() -> None:
                 assert [line for line in lines if line][-1] == "data: [DONE]"  # what ran goes on to its end
         assert process.wait(60) == 0
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.read().strip().endswith("ended")
+        assert "INFO veneer.serve: draining: 1 requests" in process.stderr.read()
     finally:
         process.kill()
         process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def test_a_server_that_cannot_be_built_says_why() -> None:

@@ -149,7 +149,7 @@ class TextEngine:
         return self.runner.problems(adapter)
 
     def stats(self) -> EngineStats:
-        c = self._counts
+        c, memory = self._counts, self.residents.stats()
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=self.scheduler.waiting,
@@ -160,6 +160,9 @@ class TextEngine:
             steps=c.steps,
             prompt_tokens=c.prompt,
             generated_tokens=c.generated,
+            adapters=memory.adapters,
+            adapter_bytes=memory.bytes,
+            evictions=memory.evictions,
         )
 
     # -- the async side ------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from veneer.serve.request import Mix, Refused
 
 __all__ = ["Folders", "is_made", "weight"]
 
+
 def is_made(mix: Mix) -> bool:
     """Whether a mix is more than one adapter as it is: a client chose it, and there is no end to how many it may."""
     return len(mix) > 1 or any(strength != 1 for _, strength in mix)

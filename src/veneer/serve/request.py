@@ -180,6 +180,9 @@ Event = Started | Token | Finished
 
 @dataclass(frozen=True)
 class EngineStats:
+    """`adapters`, `adapter_bytes`: in memory now (of a fleet: on replicas, each once); `evictions`: adapters that made
+    room."""
+
     running: int
     waiting: int
     cache_used: float
@@ -189,6 +192,9 @@ class EngineStats:
     steps: int
     prompt_tokens: int
     generated_tokens: int
+    adapters: int = 0
+    adapter_bytes: int = 0
+    evictions: int = 0
 
 
 class Engine(Protocol):

@@ -202,8 +202,10 @@ class _NoText:
         yield  # an iterator, as the protocol has it
 
     def stats(self) -> EngineStats:
-        s = self.pictures.stats()
-        return EngineStats(s.running, s.waiting, 0.0, 0, 0, 0, s.steps, 0, 0)
+        s, memory = self.pictures.stats(), self.pictures.residents.stats()
+        return EngineStats(
+            s.running, s.waiting, 0.0, 0, 0, 0, s.steps, 0, 0, memory.adapters, memory.bytes, memory.evictions
+        )
 
 
 @dataclass(frozen=True)
@@ -452,6 +454,9 @@ def serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[]
         front, host=settings.host, port=settings.port, log_level="warning", ws="none", lifespan="on",
         timeout_graceful_shutdown=2, timeout_keep_alive=30,
     )  # fmt: skip
+    if not logging.getLogger().handlers:  # else the process that serves has its own way to log
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("veneer").setLevel(logging.INFO)
     server = _Server(config, settings.drain)
     server.front = front
     say(f"listening on http://{settings.host}:{settings.port}; /ready says when the base is loaded")

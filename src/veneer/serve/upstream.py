@@ -457,7 +457,8 @@ class Fleet:
     def stats(self) -> EngineStats:
         """What the front door sees. The replicas' caches and steps are told by their own /metrics."""
         running = sum(r.running for r in self.replicas)
-        return EngineStats(running, 0, 0.0, 0, 0, 0, 0, self.prompt_tokens, self.generated_tokens)
+        resident = len({name for r in self.replicas for name in r.resident})
+        return EngineStats(running, 0, 0.0, 0, 0, 0, 0, self.prompt_tokens, self.generated_tokens, resident)
 
 
 def _able(up: Sequence[Replica], request: Request) -> list[Replica]:

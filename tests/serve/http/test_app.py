@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live, wait_for
-from veneer.serve.access import ModelCard
+from veneer.serve.access import Caller, ModelCard
 from veneer.serve.http.app import create_app
 from veneer.serve.http.house import HttpSettings, ShadowAnswer
 
@@ -80,6 +81,26 @@ def test_adapters_beyond_the_cap_are_counted_as_other(text: ToyText) -> None:
     names = {labels.split(",")[0] for name, labels in found if name == "veneer:adapter_requests_total"}
     assert names == {"a0", "a1", "a2", "a3", "a4", "other"}
     assert found["veneer:adapter_requests_total", "other,stop"] == 18
+
+
+@dataclass
+class Crowd(ToyTenancy):
+    """Every key is a tenant of its own; `admin` is the operator's."""
+
+    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+        return Caller(admin=True) if key == "admin" else Caller(key or "", lambda name: True, user)
+
+
+def test_tenants_have_series_up_to_the_cap(text: ToyText) -> None:
+    with live(ToyEngine(text), ToyCatalog(), Crowd(), settings=HttpSettings(metric_adapters=3)) as server:
+        for n in range(7):
+            assert server.post("/v1/chat/completions", {**CHAT, "max_tokens": 9}, f"t{n}").status_code == 200
+        found = samples(server.get("/metrics", "admin").text)
+    assert {labels for name, labels in found if name == "veneer:tenant_requests_total"} == {
+        f"length,{t}" for t in ("t0", "t1", "t2", "other")
+    }
+    assert found["veneer:tenant_requests_total", "length,other"] == 4
+    assert found["veneer:tenant_generation_tokens_total", "t0"] == 9
 
 
 def test_routers_can_see_which_adapters_are_at_work(server: Live) -> None:

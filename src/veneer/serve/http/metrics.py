@@ -1,7 +1,8 @@
 """What Prometheus reads: vLLM's names where the meaning is the same, and a few of each adapter.
 
-An adapter's name is a label only for the first `adapters` of them; the rest are counted together as "other", and
-requests that mix several as "mix": however many adapters a server has, the number of series stays bounded.
+An adapter's name is a label only for the first `adapters` of them, and a tenant's for as many tenants; the rest are
+counted together as "other", and requests that mix several as "mix": however many there are, the number of series stays
+bounded.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Metrics:
 
     def __init__(self, model: str, stats: Callable[[], EngineStats], adapters: int = 100) -> None:
         self.registry = CollectorRegistry()
-        self.limit, self._named = adapters, set[str]()
+        self.limit, self._named, self._tenants = adapters, set[str](), set[str]()
         self.labels = (model, "0")
         self.running, self.waiting = Tally[str](), Tally[str]()
         self.registry.register(_Engine(self, stats))
@@ -71,12 +72,19 @@ class Metrics:
         for reason in ("stop", "length", "abort", "error"):
             self.ended.labels(*self.labels, reason)
 
-        def counter(name: str, what: str, *more: str) -> Counter:
-            return Counter(name, what, ("adapter", *more), registry=self.registry)
+        def counters(of: str) -> tuple[Counter, Counter, Counter]:
+            """Answers by how they ended, prompt tokens and made tokens, of each adapter or tenant."""
+            kinds = {"requests": "Answers", "prompt_tokens": "Prompt tokens", "generation_tokens": "Tokens made"}
+            made = [
+                Counter(
+                    f"veneer:{of}_{kind}", f"{what}, by {of}.", (of, *(["reason"] if kind == "requests" else [])),
+                    registry=self.registry,
+                )
+                for kind, what in kinds.items()
+            ]  # fmt: skip
+            return made[0], made[1], made[2]
 
-        self.by_adapter = counter("veneer:adapter_requests", "Answers of each adapter, by how they ended.", "reason")
-        self.prompt_by_adapter = counter("veneer:adapter_prompt_tokens", "Prompt tokens of each adapter.")
-        self.made_by_adapter = counter("veneer:adapter_generation_tokens", "Tokens each adapter made.")
+        self.by_adapter, self.by_tenant = counters("adapter"), counters("tenant")
         self.first_by_adapter = Histogram(
             "veneer:adapter_time_to_first_token_seconds", "Seconds to the first token, of each adapter.", ("adapter",),
             registry=self.registry, buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
@@ -87,11 +95,18 @@ class Metrics:
 
     def label(self, adapter: str) -> str:
         """The adapter's own name while there is room for it, else "other"."""
-        if adapter not in self._named:
-            if len(self._named) >= self.limit:
+        return self._within(adapter, self._named)
+
+    def tenant(self, tenant: str) -> str:
+        """The tenant's own name while there is room for it, else "other"."""
+        return self._within(tenant, self._tenants)
+
+    def _within(self, name: str, known: set[str]) -> str:
+        if name not in known:
+            if len(known) >= self.limit:
                 return "other"
-            self._named.add(adapter)
-        return adapter
+            known.add(name)
+        return name
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -100,8 +115,12 @@ class Metrics:
 class Meter:
     """One answer's times and counts, told as they happen; `end` once, however it ended."""
 
-    def __init__(self, metrics: Metrics, adapter: str) -> None:
+    def __init__(self, metrics: Metrics, adapter: str, tenant: str = "") -> None:
+        """`tenant` "": a server without tenants, which has no series of them."""
         self.metrics, self.adapter = metrics, metrics.label(adapter)
+        self.counters = [(self.adapter, metrics.by_adapter)]
+        if tenant:
+            self.counters.append((metrics.tenant(tenant), metrics.by_tenant))
         self.arrived = self.last = time.perf_counter()
         self.first: float | None = None
         self.tokens = 0
@@ -126,9 +145,10 @@ class Meter:
         m, now = self.metrics, time.perf_counter()
         self._move(None)
         m.ended.labels(*m.labels, reason).inc()
-        m.by_adapter.labels(self.adapter, reason).inc()
-        m.prompt_by_adapter.labels(self.adapter).inc(usage.prompt)
-        m.made_by_adapter.labels(self.adapter).inc(usage.completion)
+        for name, (requests, prompt, made) in self.counters:
+            requests.labels(name, reason).inc()
+            prompt.labels(name).inc(usage.prompt)
+            made.labels(name).inc(usage.completion)
         if reason not in ("stop", "length"):
             return
         m.whole.labels(*m.labels).observe(now - self.arrived)
@@ -165,6 +185,8 @@ class _Engine(Collector):
             "vllm:num_requests_running": ("Requests in the engine's batch.", now.running),
             "vllm:num_requests_waiting": ("Requests that wait for the engine.", now.waiting),
             "vllm:kv_cache_usage_perc": ("Share of the cache's blocks in use; 1 is all.", now.cache_used),
+            "veneer:adapters_resident": ("Adapters in memory.", now.adapters),
+            "veneer:adapters_resident_bytes": ("Bytes that they take.", now.adapter_bytes),
         }
         counters = {
             "vllm:prefix_cache_queries": ("Looked up in the prefix cache.", now.prefix_lookups),
@@ -173,6 +195,7 @@ class _Engine(Collector):
             "vllm:prompt_tokens": ("Prompt tokens computed.", now.prompt_tokens),
             "vllm:generation_tokens": ("Tokens made.", now.generated_tokens),
             "veneer:engine_steps": ("Forward passes.", now.steps),
+            "veneer:adapter_evictions": ("Adapters that went out of memory to make room.", now.evictions),
         }
         for name, (what, value) in gauges.items():
             gauge = GaugeMetricFamily(name, what, labels=("model_name", "engine"))

@@ -156,7 +156,7 @@ async def _pump(
     house: House, ask: Ask, request: Request, i: int, queue: asyncio.Queue[Any], usages: list[Usage]
 ) -> None:
     """One engine request's events into the queue; its usage into `usages`, whole or as far as it came."""
-    meter, reason = Meter(house.metrics, ask.chosen.label), "abort"
+    meter, reason = Meter(house.metrics, ask.chosen.label, ask.caller.tenant), "abort"
     try:
         events: Any = house.engine.events(request)
         async with aclosing(events):

@@ -1,0 +1,100 @@
+"""`veneer serve --weights int8|int4`: the answers of a base whose projections are rounded as the page says, and no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.families import llama3
+from tests.serve.whole import CONTEXT, Shop, prompt, served
+from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
+from veneer.core.attach import attach
+from veneer.formats import peft
+from veneer.models.text import load_text
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    shop = Shop(tmp_path_factory.mktemp("weights"))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": VOCAB_SIZE, "max_position_embeddings": CONTEXT}
+    llama3(**sizes, bos_token_id=1, eos_token_id=2, pad_token_id=2).bfloat16().save_pretrained(shop.base_dir)
+    tiny_tokenizer().save_pretrained(shop.base_dir)
+    shop.make("plain", 1)
+    shop.library.add(shop.adapters / "plain", "plain")
+    return shop
+
+
+def int8(w: Tensor) -> Tensor:
+    """A row's largest number is 127 steps, and a step is a bfloat16."""
+    step = (w.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12).bfloat16().double()
+    return (w / step).round().clamp(-127, 127) * step
+
+
+def int4(w: Tensor) -> Tensor:
+    """32 inputs of a row share a step and a middle, both bfloat16: 16 values from the smallest to the largest."""
+    groups = w.view(len(w), -1, 32)
+    low, high = groups.aminmax(dim=2, keepdim=True)
+    step = ((high - low) / 15).clamp_min(1e-8).bfloat16().double()
+    middle = (low + 8 * step).bfloat16().double()
+    return (((groups - middle) / step).round().clamp(-8, 7) * step + middle).view_as(w)
+
+
+@torch.no_grad()
+def wanted(shop: Shop, ids: list[int], rounded: Any) -> dict[str, Tensor]:
+    """Log-probabilities of the prompt's own tokens, of the base and of the adapter, in float64."""
+    model = load_text(str(shop.base_dir), dtype="float32").model.double()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (name.endswith("_proj") or name == "lm_head"):
+            module.weight = nn.Parameter(rounded(module.weight), requires_grad=False)  # a tied embedding keeps its own
+
+    def score() -> Tensor:
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        return logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+    out = {"tiny": score()}
+    with attach(model) as attachment:
+        attachment.add("plain", peft.load(shop.adapters / "plain", model).adapter)
+        attachment.use(("plain", 1.0))
+        out["plain"] = score()
+    return out
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_server_with_rounded_weights_answers_by_them_and_adapters_act_whole(shop: Shop, kind: str) -> None:
+    ids = prompt(40)
+    own = wanted(shop, ids, {"int8": int8, "int4": int4}[kind])
+    plain = wanted(shop, ids, lambda w: w)
+    with served(shop, weights=kind, dtype="bfloat16") as server:
+        for name, want in own.items():
+            answer = server.client.completions.create(model=name, prompt=ids, max_tokens=1, echo=True, logprobs=0)
+            got = torch.tensor(answer.choices[0].logprobs.token_logprobs[1:40], dtype=torch.float64)
+            off = (got - want).norm()
+            assert off <= 0.7 * (got - plain[name]).norm(), name
+            assert off <= 0.005 * want.norm(), name  # the products are in bfloat16
+    assert (own["tiny"] - own["plain"]).abs().max() > 0.1  # the adapter has its effect
+
+
+def test_what_is_in_memory_and_what_went_out_of_it_is_in_the_metrics(shop: Shop) -> None:
+    for seed in (2, 3):
+        shop.make(f"more{seed}", seed)
+        shop.library.add(shop.adapters / f"more{seed}", f"more{seed}")
+    with served(shop, dtype="bfloat16") as server:
+
+        def series() -> dict[str, float]:
+            lines = [line.split() for line in server.http.get("/metrics").text.splitlines() if line.startswith("veneer")]
+            return {name.partition("{")[0]: float(value) for name, value in lines}
+
+        server.ask("plain", prompt(4), 2)
+        first = series()
+        assert first["veneer:adapters_resident"] == 1
+        one = first["veneer:adapters_resident_bytes"]
+        assert one >= sum(t.nbytes for _, t in peft.read(shop.adapters / "plain").tensors()) / 2  # kept in bfloat16
+        server.engine.residents.limit = int(one * 2)
+        for name in ("more2", "more3"):
+            server.ask(name, prompt(4), 2)
+        last = series()
+        assert (last["veneer:adapters_resident"], last["veneer:adapter_evictions_total"]) == (2, 1)
+        assert last["veneer:adapters_resident_bytes"] == 2 * one
