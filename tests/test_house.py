@@ -184,13 +184,6 @@ def test_scale_is_computed_in_one_place() -> None:
     assert [o.split(":")[0] for o in offenders] == ["core/adapter.py"] * 2, offenders
 
 
-@pytest.mark.parametrize("folder", ["src", "tests", "examples", "benchmarks", "bases"])
-def test_files_are_small(folder: str) -> None:
-    for path in (ROOT / folder).rglob("*.py"):
-        lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert lines <= 500, f"{path.relative_to(ROOT)} has {lines} lines: split it"
-
-
 def test_tests_mirror_the_package() -> None:
     """Every folder of tests belongs to a room of the house, and every room has tests."""
     rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}

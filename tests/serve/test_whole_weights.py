@@ -1,4 +1,4 @@
-"""`veneer serve --weights int8|int4`: the answers of a base whose projections are rounded as the page says, and no others."""
+"""`veneer serve --weights int8|int4`: the answers of a base whose projections are rounded as the page says."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def test_what_is_in_memory_and_what_went_out_of_it_is_in_the_metrics(shop: Shop)
     with served(shop, dtype="bfloat16") as server:
 
         def series() -> dict[str, float]:
-            lines = [line.split() for line in server.http.get("/metrics").text.splitlines() if line.startswith("veneer")]
+            text = server.http.get("/metrics").text
+            lines = [line.split() for line in text.splitlines() if line.startswith("veneer")]
             return {name.partition("{")[0]: float(value) for name, value in lines}
 
         server.ask("plain", prompt(4), 2)

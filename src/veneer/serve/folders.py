@@ -3,8 +3,8 @@
     CACHE/veneer-3fa9…    a mix as one adapter (`servable` writes it), named by the mix's digest
 
 Every distinct vector of strengths is a mix of its own, so a client that sends another one with each request makes a
-folder, and an adapter on replicas, with each. Two bounds keep that: a tenant has at most `each` mixes at a time, and all
-folders together take at most `limit_bytes`. Over the first goes what that tenant itself used longest ago, over the
+folder, and an adapter on replicas, with each. Two bounds keep that: a tenant has at most `each` mixes at a time, and
+all folders together take at most `limit_bytes`. Over the first goes what that tenant itself used longest ago, over the
 second what anybody did; never what a request runs with. What goes is unloaded from the replicas before its folder is
 deleted, because servers read it again when their own memory was short.
 

@@ -1,8 +1,8 @@
 """llama.cpp's routes: /completion, /lora-adapters, /props. An adapter is a number here, given once and never again.
 
-Global scales (POST /lora-adapters) act on this surface's requests that name no adapter, as far as the caller may see the
-adapters; they start at nothing, as with llama.cpp's --lora-init-without-apply, or at what the server gives every request
-that names none. A request's own `lora` replaces them.
+Global scales (POST /lora-adapters) act on this surface's requests that name no adapter, as far as the caller may see
+the adapters; they start at nothing, as with llama.cpp's --lora-init-without-apply, or at what the server gives every
+request that names none. A request's own `lora` replaces them.
 """
 
 from __future__ import annotations
