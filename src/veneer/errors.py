@@ -10,6 +10,7 @@
     ├── MismatchError           an adapter that belongs to another base
     ├── PreflightError          a training run that would go wrong, seen before step one
     ├── TrainingError           a run that went wrong after step one: a loss or gradient that is not finite
+    │   └── NoGain              a run that ended worse than it began: there is no adapter to keep (exit code 3)
     ├── Interrupted             Ctrl-C or SIGTERM during training, after the state was saved (exit code 130)
     ├── CheckpointError         a checkpoint that cannot be written, read or resumed from
     ├── ResourceError           out of disk or memory
@@ -32,6 +33,7 @@ __all__ = [
     "Interrupted",
     "MismatchError",
     "MissingExtraError",
+    "NoGain",
     "PreflightError",
     "ResourceError",
     "TargetError",
@@ -92,7 +94,13 @@ class PreflightError(VeneerError):
 
 
 class TrainingError(VeneerError):
-    """Raised when a run goes wrong after step one; names the step and the rows. The last checkpoint is intact."""
+    """Raised when a run goes wrong after step one; names the step and the rows. No checkpoint is harmed."""
+
+
+class NoGain(TrainingError):
+    """Raised at the end of a run whose held-out loss was never below that of before step one; its checkpoints stay."""
+
+    exit_code = 3
 
 
 class Interrupted(VeneerError):

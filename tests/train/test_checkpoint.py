@@ -103,6 +103,17 @@ def test_killed_at_random_points_also_inside_a_write_it_ends_in_the_same_bytes(t
     assert not list(killed.glob(".*"))
 
 
+def test_a_full_disk_before_the_first_checkpoint_promises_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(ResourceError, match="disk is full") as error:
+        _save(tmp_path / "checkpoints", 1)
+    assert "no checkpoint" in str(error.value.fix)
+    assert "--resume" not in str(error.value.fix)
+
+
 @pytest.mark.parametrize("function", ["fsync", "rename", "mkdir", "write"])
 def test_a_full_disk_is_one_clear_error_and_the_last_checkpoint_stays(
     function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -102,6 +102,25 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, line: str, says: s
     assert says in error(tmp_path, MINIMAL + line + "\n")
 
 
+@pytest.mark.parametrize(("text", "line"), [("data:\n\ttrain: x\n", 2), ("data:\n  train:\tx\n", 2)])
+def test_a_tab_is_called_a_tab(tmp_path: Path, text: str, line: int) -> None:
+    file = tmp_path / "tab.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="a tab") as error:
+        load_config(file)
+    assert str(error.value.where).endswith(f"tab.yaml:{line}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there it is a path")
+@pytest.mark.parametrize("key", ["output", "data.train"])
+def test_a_path_of_windows_makes_no_folder_of_that_name(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match="as Windows has it") as error:
+        load_config(file, [rf"{key}='C:\Users\ann\rows.jsonl'"])
+    assert "/mnt/c/Users/ann/rows.jsonl" in str(error.value.fix)
+
+
 def test_places_of_unknown_keys(tmp_path: Path) -> None:
     text = error(tmp_path, MINIMAL + "adapter:\n  rank: 8\n  rnak: 4\n", "adapter.aplha=3")
     assert "did you mean `adapter.rank`? (" in text

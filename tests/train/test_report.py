@@ -69,9 +69,9 @@ def test_a_new_run_begins_a_new_log(tmp_path: Path) -> None:
     assert len(read_log(tmp_path / "log.jsonl")) == 1
 
 
-def _shown(events: list[Event], *, terminal: bool) -> str:
+def _shown(events: list[Event], *, terminal: bool, verbose: bool = False) -> str:
     out = io.StringIO()
-    view = ConsoleView(Console(file=out, force_terminal=terminal, width=100, highlight=False))
+    view = ConsoleView(Console(file=out, force_terminal=terminal, width=100, highlight=False), verbose=verbose)
     for event in events:
         view(event)
     view.close()
@@ -94,12 +94,23 @@ def test_the_terminal_shows_settings_with_sources_and_what_was_checked() -> None
     )
     long = "one line " * 30
     checked = Checked("  ok  all ⟦good⟧", {}, "[green]  ok[/]  all [bold]good[/]")
-    text = _shown([settings, checked, Note(long)], terminal=False)
+    few = _shown([settings, checked, Note(long)], terminal=False)
+    assert "adapter.rank" not in few
+    assert "1 more by default" in few
+    assert re.search(r"learning_rate +0\.0005 +support\.yaml:9", few)
+    text = _shown([settings, checked, Note(long)], terminal=False, verbose=True)
     assert re.search(r"adapter\.rank +16 +default \(enough \[for thousands\] of rows\)", text)
     assert re.search(r"learning_rate +0\.0005 +support\.yaml:9", text)
     assert "ok  all ⟦good⟧" in text
     assert "ok  all good" in _shown([checked], terminal=True)
     assert long.strip() in text, "long lines reach a pipe whole"
+
+
+def test_an_evaluation_above_the_first_one_is_called_worse_and_never_best() -> None:
+    worse = Evaluated(step=4, loss=20.4, perplexity=None, rows=8, trained_tokens=9, seconds=0.1, best=False, worse=True)
+    text = _shown([worse], terminal=False)
+    assert "worse than before training" in text
+    assert "best" not in text
 
 
 def test_many_steps_are_few_lines_in_a_pipe() -> None:

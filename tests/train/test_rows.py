@@ -216,6 +216,35 @@ def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
     assert "git lfs pull" in wrong(str(pointer))
 
 
+@pytest.mark.parametrize("mark", [";", "\t", ","])
+def test_a_csv_is_read_whatever_stands_between_its_cells(tmp_path: Path, mark: str) -> None:
+    """Spreadsheets write semicolons where the comma is for decimals."""
+    table = tmp_path / "rows.csv"
+    table.write_text(
+        f'prompt{mark}completion\n"1{mark}5 kg"{mark}2,5 EUR\n'.replace("2,5", "2.5" if mark == "," else "2,5")
+    )
+    (row,), _ = read_rows(str(table))
+    assert [m["content"] for m in row.messages] == [f"1{mark}5 kg", "2.5 EUR" if mark == "," else "2,5 EUR"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_texts_with_a_byte_order_mark_are_read(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    bom = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    file.write_bytes(bom + '{"text": "Grüße"}\n{"text": "日本"}\n'.encode(encoding))
+    assert [row.text for row in read_rows(str(file))[0]] == ["Grüße", "日本"]
+
+
+def test_utf16_that_is_cut_or_has_no_mark_names_the_line_and_what_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    text = '{"text": "a"}\n' * 3
+    file.write_bytes((text + '{"text": "').encode("utf-16") + b"\x00\xd8")  # half of a pair
+    assert "rows.jsonl:4" in wrong(str(file))
+    assert "not UTF-16" in wrong(str(file))
+    file.write_bytes(('{"text": "é"}\n').encode("utf-16-le"))
+    assert "looks like UTF-16 without its mark" in wrong(str(file))
+
+
 def test_columns_that_fit_nothing(tmp_path: Path) -> None:
     file = jsonl(tmp_path, [{"frage": "a", "antwort": "b"}])
     assert "the format cannot be told: the columns are frage, antwort" in wrong(file)

@@ -24,6 +24,7 @@ from veneer.errors import (
     CheckpointError,
     DataError,
     Interrupted,
+    NoGain,
     PreflightError,
     ResourceError,
     TrainingError,
@@ -487,3 +488,43 @@ def test_the_same_code_trains_saves_and_resumes_on_cuda(shared: Path, tmp_path: 
     assert result.steps == 10
     assert result.loss == pytest.approx(on_cpu.loss, rel=1e-3)
     assert 0 < result.peak_memory_bytes < torch.cuda.get_device_properties(0).total_memory
+
+
+def test_a_run_that_ends_worse_than_it_began_saves_no_adapter_and_says_so(
+    shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    seen: list[Event] = []
+    wild = {"optimizer": {"learning_rate": 5.0}, "evaluation": {"every": 10}}
+    with pytest.raises(NoGain, match="before step one") as error:
+        _train(shared, tmp_path / "wild", base, on_event=seen.append, **wild)
+    assert error.value.exit_code == 3
+    scored = [e for e in seen if isinstance(e, Evaluated)]
+    assert not any(e.best for e in scored)
+    assert all(e.worse for e in scored[1:])
+    assert not (tmp_path / "wild" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "wild" / "checkpoints").is_dir()
+    # The way out that the error names.
+    wild["evaluation"] |= {"keep": "last"}
+    notes: list[Event] = []
+    result = _train(shared, tmp_path / "wild", base, resume=True, on_event=notes.append, **wild)
+    assert result.validation is not None
+    assert result.validation_before is not None
+    assert result.validation > result.validation_before
+    assert any(isinstance(e, Note) and "warning: validation loss" in e.text for e in notes)
+    assert (tmp_path / "wild" / "adapter_model.safetensors").exists()
+
+
+def test_a_base_that_predicts_worse_than_chance_is_not_trained(shared: Path, tmp_path: Path) -> None:
+    """Its head is turned round and made loud, so that it bets against every row."""
+    broken = load_text(str(shared / "tiny-base"))
+    with torch.no_grad():
+        broken.model.get_output_embeddings().weight *= -40
+    with pytest.raises(PreflightError, match="worse than chance"):
+        _train(shared, tmp_path / "broken", broken)
+    with pytest.raises(PreflightError, match="worse than chance"):
+        _train(shared, tmp_path / "broken", broken, dry_run=True)
+    assert not (tmp_path / "broken").exists()
+    notes: list[Event] = []
+    _train(shared, tmp_path / "forced", broken, force=True, on_event=notes.append, schedule={"steps": 1},
+           evaluation={"keep": "last"})  # fmt: skip
+    assert any(isinstance(e, Note) and "worse than chance" in e.text for e in notes)

@@ -43,6 +43,9 @@ def train(
     devices: Annotated[
         int | None, typer.Option("--devices", min=1, help="Share the work of each step among so many, on this machine.")
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the settings that nobody gave, with the reason for each.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, on stdout.")] = False,
 ) -> None:
     """Train an adapter: check the data, train with checkpoints, save, and write a report.
@@ -51,7 +54,7 @@ def train(
     from veneer.train.config import ImageTrainConfig, load_config
 
     chosen, sources = load_config(config, overrides or [])
-    given = {"--force": force, "--tensorboard": tensorboard, "--json": as_json}
+    given = {"--force": force, "--tensorboard": tensorboard, "--verbose": verbose, "--json": as_json}
     given[f"--devices={devices}"] = devices is not None
     again = [str(config), *(overrides or []), *(flag for flag, on in given.items() if on)]
 
@@ -72,7 +75,7 @@ def train(
     from veneer.train.report import ConsoleView, TensorBoardLog
 
     board = TensorBoardLog(Path(chosen.output.directory) / "tensorboard") if tensorboard and not dry_run else None
-    view = ConsoleView(unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens")
+    view = ConsoleView(unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens", verbose=verbose)
     options: dict[str, Any] = {"resume": resume, "dry_run": dry_run, "force": force, "sources": sources}
     options["on_event"] = fan_out(view, board)
     result: Any

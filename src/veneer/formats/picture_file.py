@@ -36,6 +36,11 @@ def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
         raise DataError("there is no such picture", where=str(path), fix=fix) from None
     except IsADirectoryError:
         raise DataError("this is a folder, not a picture", where=str(path)) from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise DataError(
+            f"this picture has more pixels than are opened, {2 * (Image.MAX_IMAGE_PIXELS or 0):,}", where=str(path),
+            fix="make it smaller",
+        ) from None  # fmt: skip
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         said = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"this is no picture: {said}", where=str(path)) from error

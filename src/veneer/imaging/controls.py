@@ -121,9 +121,12 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
     except UnidentifiedImageError as error:
         known = f", in none of {', '.join(formats)}" if formats else ""
         raise DataError(f"this is no picture{known}: cannot identify image file", where=where) from error
-    except (
-        OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning,
-    ) as error:  # fmt: skip
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(
+            f"this picture has more pixels than are opened, {2 * (Image.MAX_IMAGE_PIXELS or 0):,}", where=where,
+            fix="make it smaller",
+        ) from error  # fmt: skip
+    except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"this is no picture: {error}", where=where) from error
     return picture
 

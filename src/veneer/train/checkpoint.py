@@ -275,14 +275,19 @@ def disk_errors(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise ResourceError(
-                "the disk is full",
-                where=str(where),
-                fix="free some space, then run the same command with --resume; the last checkpoint is intact",
-            ) from error
+            raise ResourceError("the disk is full", where=str(where), fix=_after_space(where)) from error
         raise CheckpointError(
             f"cannot write: {error}", where=str(where), fix="check the path and its rights"
         ) from error
+
+
+def _after_space(where: Path) -> str:
+    """What to do once there is space: go on from the newest checkpoint, if there is one."""
+    folders = [place for p in list(where.parents)[:2] for place in (p, p / "checkpoints")]
+    newest = next((found for folder in folders if (found := latest(folder)) is not None), None)
+    if newest is None:
+        return "free some space, then run the same command again; no checkpoint had been written yet"
+    return f"free some space, then run the same command with --resume; {newest.name} is intact"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

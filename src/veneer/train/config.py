@@ -422,6 +422,7 @@ def _bad_layers(layers: str | tuple[int, ...] | None) -> bool:
 
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(@[\w\[\]:%+-]+)?")
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
@@ -431,6 +432,12 @@ def _absolute(form: _Form, name: str, value: Any, folder: Path) -> Any:
         return [_absolute(form, name, v, folder) for v in value]
     if not isinstance(value, str) or value.startswith("hub:"):
         return value
+    if os.name != "nt" and _WINDOWS.match(value):
+        drive, rest = value[0].lower(), value[3:].replace("\\", "/")
+        raise ConfigError(
+            f"`{name}` is a path as Windows has it, {value!r}, and this is another system",
+            fix=f"a path of this machine (in WSL: /mnt/{drive}/{rest})",
+        )
     path = os.path.expanduser(value)
     resolved = os.path.normpath(folder.resolve() / path)
     if form is _TEXT and name in form.paths:

@@ -209,7 +209,7 @@ def _shared(error: Exception, store: Any, rank: int) -> Exception:
     if not isinstance(error, VeneerError) and _is_lost(error):
         mine = TrainingError(
             "another process of this run has ended without a word: killed, or its machine went away",
-            fix="go on with the same command and --resume; the last checkpoint is intact",
+            fix="go on with the same command and --resume; it says if there is no checkpoint to go on from",
         )
     own = {"rank": rank, "kind": type(mine).__name__, "what": str(mine)}
     if isinstance(mine, VeneerError):

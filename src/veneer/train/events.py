@@ -94,7 +94,8 @@ class Stepped(Event):
 @dataclass(frozen=True)
 class Evaluated(Event):
     """The validation rows were scored after `step`. `loss`: nats per trained token, or pictures' mean squared error or
-    the mean over pairs, which have no perplexity. `best`: the lowest until now. `extra`: as Stepped's."""
+    the mean over pairs, which have no perplexity. `best`: the lowest until now, that of before step one
+    among them; `worse`: above that one. `extra`: as Stepped's."""
 
     step: int
     loss: float
@@ -103,6 +104,7 @@ class Evaluated(Event):
     trained_tokens: int
     seconds: float
     best: bool
+    worse: bool = False
     extra: dict[str, float] = field(default_factory=dict)
 
 

@@ -203,9 +203,10 @@ def train(
     `evaluate(interrupted)` scores the validation rows; it may return None as soon as `interrupted()` is true. It is
     called after the steps in `evaluate_at` (0: before the first one) and after the last one. `patience`: stop after so
     many evaluations in a row without a new lowest loss; 0 never. `save(progress)` writes a checkpoint: after the
-    steps in `save_at`, at each new lowest validation loss, and at the end. `after(step)`: called when a step is done,
-    before it is evaluated or saved (moving averages, sample sheets). `before(step)`: called when a step begins, for a
-    loss that needs something of the whole step; `measured()`: what else the loss has measured since, for the log.
+    steps in `save_at`, at each validation loss below all before it (that of step 0 among them), and at the end.
+    `after(step)`: called when a step is done, before it is evaluated or saved (moving averages, sample sheets).
+    `before(step)`: called when a step begins, for a loss that needs something of the whole step; `measured()`: what
+    else the loss has measured since, for the log.
 
     `devices`: the processes that share the work. Each is given the same arguments and makes the same steps; `loss` runs
     on its own micro-batches, `evaluate` scores its own share of the rows.
@@ -349,11 +350,12 @@ def _evaluate_if_due(run: _Run) -> bool:
             f"the validation loss after step {progress.step} is not finite",
             fix="lower optimizer.learning_rate, or look at the validation rows; no later state was saved",
         )
-    # The untouched base is scored for comparison; it is not an adapter that could be kept.
-    improved = progress.step > 0 and (progress.best_loss is None or score.loss < progress.best_loss)
-    progress.evaluated, progress.last_loss = progress.step, score.loss
+    # What the run began with is in the contest: an adapter that is no better than that is not the best of anything.
     if progress.step == 0:
         progress.first_loss = score.loss
+    to_beat = [loss for loss in (progress.first_loss, progress.best_loss) if loss is not None]
+    improved = progress.step > 0 and score.loss < min(to_beat, default=math.inf)
+    progress.evaluated, progress.last_loss = progress.step, score.loss
     if improved:
         progress.best_step, progress.best_loss, progress.waited = progress.step, score.loss, 0
     elif progress.step > 0:
@@ -362,7 +364,7 @@ def _evaluate_if_due(run: _Run) -> bool:
         Evaluated(
             step=progress.step, loss=score.loss, perplexity=score.perplexity if score.likelihood else None,
             rows=score.rows, trained_tokens=score.trained, seconds=time.perf_counter() - began, best=improved,
-            extra=score.extra,
+            worse=progress.first_loss is not None and score.loss > progress.first_loss, extra=score.extra,
         )
     )  # fmt: skip
     return improved

@@ -54,11 +54,15 @@ class Report:
             raise PreflightError(f"{len(stops)} things would make this run fail or teach nothing:\n{lines}")
 
     def text(self) -> str:
-        """Plain text: findings, then the sample with its learned tokens between ⟦ and ⟧."""
+        """Plain text: the sample with its learned tokens between ⟦ and ⟧, then the findings, the gravest last: nothing
+        follows that would push them out of sight."""
         signs = {"stop": "STOP", "warn": "warn", "ok": "ok"}
-        lines = [f"{signs[f.level]:>4}  {f.text}" + (f"\n      fix: {f.fix}" if f.fix else "") for f in self.findings]
+        lines = [
+            f"{signs[f.level]:>4}  {f.text}" + (f"\n      fix: {f.fix}" if f.fix else "")
+            for f in reversed(self.findings)
+        ]
         shown = "".join(f"⟦{piece}⟧" if learned else piece for piece, learned in self.sample)
-        return "\n".join([*lines, "", "one row, learned tokens between ⟦ and ⟧:", shown] if shown else lines)
+        return "\n".join(["one row, learned tokens between ⟦ and ⟧:", shown, "", *lines] if shown else lines)
 
     def markup(self) -> str:
         """The same for rich: colours for levels, learned tokens in bold green."""
@@ -66,12 +70,12 @@ class Report:
 
         styles = {"stop": "bold red", "warn": "yellow", "ok": "green"}
         lines = []
-        for f in self.findings:
+        for f in reversed(self.findings):
             lines.append(f"[{styles[f.level]}]{f.level:>4}[/]  {escape(f.text)}")
             if f.fix:
                 lines.append(f"      fix: {escape(f.fix)}")
         shown = "".join(f"[bold green]{escape(p)}[/]" if learned else escape(p) for p, learned in self.sample)
-        return "\n".join([*lines, "", "one row, [bold green]learned tokens[/] marked:", shown] if shown else lines)
+        return "\n".join(["one row, [bold green]learned tokens[/] marked:", shown, "", *lines] if shown else lines)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -1,10 +1,12 @@
 """Data files to records with their file and line: JSONL, JSON, CSV, TSV, Parquet, and hub data sets.
 
-Byte-order marks, CRLF and blank lines are fine. Does not know what the columns mean.
+Byte-order marks (UTF-16's too, as Excel and Notepad write it), CRLF and blank lines are fine, and so are semicolons and
+tabs between the cells of a CSV file. Does not know what the columns mean.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import io
@@ -83,18 +85,41 @@ def _file(path: Path) -> list[Record]:
         raise DataError(f"the data file cannot be read: {error.strerror}", where=str(path)) from None
     if raw.startswith(b"version https://git-lfs"):
         raise DataError("this is a Git LFS pointer, not the data", where=str(path), fix="run `git lfs pull`")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError("not UTF-8 text", where=f"{path}:{line}", fix="save the file as UTF-8") from None
+    text = _decoded(raw, path)
     if not text.strip():
         raise DataError("the data file is empty", where=str(path), fix="remove it from data.train, or fill it")
     if suffix in (".csv", ".tsv"):
-        return _csv(text, path, "\t" if suffix == ".tsv" else ",")
+        return _csv(text, path, "\t" if suffix == ".tsv" else _delimiter(text))
     if suffix == ".json" and text.lstrip().startswith("["):
         return _json_array(text, path)
     return _json_lines(text, path)
+
+
+def _decoded(raw: bytes, path: Path) -> str:
+    """UTF-8, or UTF-16 that says so by its byte-order mark."""
+    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    fix = "save the file as UTF-8"
+    if not wide and b"\0" in raw[:4]:
+        raise DataError("not UTF-8 text; it looks like UTF-16 without its mark", where=str(path), fix=fix)
+    encoding = "utf-16" if wide else "utf-8-sig"
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].decode(encoding, "ignore").count("\n") + 1
+        what = f"not {'UTF-16' if wide else 'UTF-8'} text: bytes {raw[error.start : error.end].hex(' ')}"
+        raise DataError(what, where=f"{path}:{line}", fix=fix) from None
+
+
+def _delimiter(text: str) -> str:
+    """What stands between a CSV's cells: the comma, or what the header has and the comma is not in. Programs write
+    semicolons where the comma is for decimals."""
+    header = next(line for line in text.splitlines() if line.strip())
+    counts = {mark: _outside_quotes(header).count(mark) for mark in ",;\t"}
+    return "," if counts[","] or not max(counts.values()) else max(counts, key=lambda mark: counts[mark])
+
+
+def _outside_quotes(line: str) -> str:
+    return "".join(line.split('"')[::2])
 
 
 def _json_lines(text: str, path: Path) -> list[Record]:

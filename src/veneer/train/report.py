@@ -135,12 +135,12 @@ class TensorBoardLog:
 class ConsoleView:
     """Shows a run in a terminal; elsewhere (a pipe, a CI log) prints a line every so often instead of a bar.
 
-    `unit`: what is counted, tokens or pictures."""
+    `unit`: what is counted, tokens or pictures. `verbose`: settings that nobody gave too."""
 
-    def __init__(self, console: Console | None = None, *, unit: str = "tokens") -> None:
+    def __init__(self, console: Console | None = None, *, unit: str = "tokens", verbose: bool = False) -> None:
         from rich.console import Console
 
-        self.unit = unit
+        self.unit, self.verbose = unit, verbose
         self.console = console if console is not None else Console(stderr=True, highlight=False)
         self._bar: Bar | None = None
         self._task: Any = None
@@ -170,7 +170,8 @@ class ConsoleView:
             case Stepped():
                 self._step(event)
             case Evaluated():
-                mark = "  (best so far)" if event.best else "  (before training)" if event.step == 0 else ""
+                mark = "  (before training)" if event.step == 0 else "  (best so far)" if event.best else ""
+                mark = "  (worse than before training)" if event.worse else mark
                 perplexity = "" if event.perplexity is None else f", perplexity {event.perplexity:.3f}"
                 rows = "pictures" if self.unit == "pictures" else "rows"
                 told = "".join(f", {n.replace('_', ' ')} {event.extra[n]:.3f}" for n in _TOLD if n in event.extra)
@@ -198,11 +199,19 @@ class ConsoleView:
     def _settings(self, event: Resolved) -> None:
         from rich.text import Text
 
-        self._line(Text("Settings and where each came from", style="bold"))
-        values = {key: short(value) for key, value in event.settings.items()}
-        left = max(map(len, values), default=0)
-        middle = min(28, max(map(len, values.values()), default=0))
-        for key, value in values.items():
+        shown = {
+            key: short(value)
+            for key, value in event.settings.items()
+            if self.verbose or not event.sources.get(key, "").startswith("default")
+        }
+        more = len(event.settings) - len(shown)
+        head = "Settings and where each came from" + (
+            f" ({more} more by default: --verbose, or the report)" * bool(more)
+        )
+        self._line(Text(head, style="bold"))
+        left = max(map(len, shown), default=0)
+        middle = min(28, max(map(len, shown.values()), default=0))
+        for key, value in shown.items():
             source = event.sources.get(key, "")
             style = "" if source.startswith("default") else "cyan"
             self._line(Text.assemble(f"  {key:<{left}}  ", (f"{value:<{middle}}  ", style), (source, "dim")))

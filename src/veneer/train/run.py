@@ -15,6 +15,7 @@ Where answers are compared with a reference, its log-probabilities are computed,
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,11 +29,11 @@ from torch import Tensor
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.errors import ConfigError, Interrupted
+from veneer.errors import ConfigError, Interrupted, PreflightError
 from veneer.models.loss import text_loss
 from veneer.models.shard import Call, blocks, call_whole, held_bytes, shard
 from veneer.models.sources import find
-from veneer.models.speed import fast
+from veneer.models.speed import fast, without_dropout
 from veneer.models.text import load_text
 from veneer.train import checkpoint, loop
 from veneer.train.batches import Batch
@@ -59,6 +60,10 @@ if TYPE_CHECKING:
 
 __all__ = ["RunResult", "train_text"]
 
+_LOOKED_AT = 1024
+"""Tokens of the first rows by which a base is told from one that is broken."""
+_OVER_CHANCE = 0.5
+"""Nats a token: a base with random weights is a little worse than a uniform guess, and may be trained."""
 _REFERENCE = "reference"
 """Beside the trained adapter: what it began as, where preferences are compared with that."""
 
@@ -126,6 +131,7 @@ def train_text(
             run = _Run(
                 config, base, data, start, attachment, call, preference, folder, report, settings, tell, early, devices
             )
+            run.check_base(force)
             return run.dry() if dry_run else run.train(newest)
 
 
@@ -151,6 +157,39 @@ class _Run:
         device = self.base.device
         ids, trained = batch.input_ids.to(device), batch.trained.to(device)
         return self.call(text_loss, self.base.model, ids, batch.lengths, trained)
+
+    def check_base(self, force: bool) -> None:
+        """PreflightError where what the run begins with predicts its rows worse than chance, all their tokens counted:
+        whatever is wrong then, training against it teaches nothing. A warning with `force`."""
+        rows, left = [], _LOOKED_AT
+        for example in self.data.train.encoded.examples:
+            rows.append(torch.tensor(example.input_ids[:left]))
+            left -= len(rows[-1])
+            if left < 2:
+                break
+        rows = [row for row in rows if len(row) > 1]
+        lengths = [len(row) for row in rows]
+        known = torch.cat([torch.arange(n) > 0 for n in lengths]) if rows else torch.tensor([])
+        if not len(known):
+            return
+        device, vocabulary = self.base.device, self.base.model.get_input_embeddings().weight.shape[0]
+        looked_at = loop.Micro(len(known), 0, tuple(range(len(rows))), lambda: None)
+        with torch.no_grad(), without_dropout(self.base.model), loop.memory_errors(looked_at):
+            nll = self.call(text_loss, self.base.model, torch.cat(rows).to(device), lengths, known.to(device))
+        mean, chance = float(nll) / int(known.sum()), math.log(vocabulary)
+        if mean <= chance + _OVER_CHANCE:
+            return
+        what = (
+            f"the base predicts the rows worse than chance: {mean:.2f} nats a token, a uniform guess has {chance:.2f}"
+        )
+        if force:
+            self.tell(Note(f"warning: {what}"))
+            return
+        raise PreflightError(
+            what, where=self.base.name,
+            fix="its weights or its tokenizer may be damaged or another base's, or veneer runs it wrongly (then "
+            "`veneer eval` without adapters shows it too, and it is worth a report); --force trains all the same",
+        )  # fmt: skip
 
     def dry(self) -> RunResult:
         running = self._running()

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from veneer.errors import ConfigError, Interrupted
+from veneer.errors import ConfigError, Interrupted, NoGain
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress
 from veneer.train.config import Config
@@ -204,10 +204,25 @@ class Running:
             self.devices.agree("adapter", digest_of(self.state))
 
     def put_kept(self, progress: Progress, tell: Listener) -> tuple[int, float | None]:
-        """Puts the state that is to be saved in place, by `evaluation.keep`; (its step, its validation loss)."""
-        best = progress.best_step
-        if best is None or best == progress.step or self.config.evaluation.keep == "last":
-            return progress.step, progress.last_loss
+        """Puts the state that is to be saved in place, by `evaluation.keep`; (its step, its validation loss).
+
+        Raises NoGain where nothing that was scored is better than what the run began with."""
+        best, first, last = progress.best_step, progress.first_loss, progress.last_loss
+        worse = ""
+        if first is not None and last is not None and last > first:
+            worse = f"validation loss {last:.4f} after step {progress.step}, {first:.4f} before step one"
+        if self.config.evaluation.keep == "last":
+            if worse:
+                tell(Note(f"warning: {worse}"))
+            return progress.step, last
+        if best is None and worse:
+            raise NoGain(
+                f"nothing was learned that holds: {worse}, and never below that", where=str(self.folder),
+                fix=f"lower optimizer.learning_rate ({self.config.optimizer.learning_rate:g} here), or look at the "
+                "data; to have the last adapter all the same: --resume evaluation.keep=last",
+            )  # fmt: skip
+        if best is None or best == progress.step:
+            return progress.step, last
         checkpoint.read_parameters(checkpoint.at_step(self.folder / "checkpoints", best), self.state)
         tell(Note(f"kept the adapter of step {best}, whose validation loss {progress.best_loss:.4f} is the lowest"))
         return best, progress.best_loss

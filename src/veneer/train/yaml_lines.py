@@ -51,6 +51,12 @@ def parse(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f"{where}:{mark.line + 1}" if mark else where
+        if (tab := _tab(text, error)) is not None:
+            raise ConfigError(
+                "not valid YAML: a tab, where YAML takes spaces alone",
+                where=f"{where}:{tab}",
+                fix="write spaces for it",
+            ) from None
         raise ConfigError(
             f"not valid YAML: {error.problem}", where=at, fix="check the indentation and quotes"
         ) from None
@@ -58,6 +64,16 @@ def parse(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
         raise ConfigError(f"not valid YAML: {error}", where=where) from None
     finally:
         loader.dispose()
+
+
+def _tab(text: str, error: yaml.MarkedYAMLError) -> int | None:
+    """The 1-based line of the tab that an error is about; None where it is about something else."""
+    if error.problem_mark is None:
+        return None
+    line = error.problem_mark.line
+    found = text.splitlines()[line : line + 1]
+    indented = any("\t" in each[: len(each) - len(each.lstrip())] for each in found)
+    return line + 1 if indented or "'\\t'" in str(error.problem) else None
 
 
 def parse_value(text: str, where: str) -> Any:
