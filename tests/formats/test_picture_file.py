@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,3 +60,20 @@ def test_what_the_body_finds_wrong_is_said_too(folder: Path) -> None:
 
     with pytest.raises(DataError, match=r"this is no picture: bad Exif[\s\S]*fox"):
         read()
+
+
+def test_a_picture_of_too_many_pixels_is_a_picture(tmp_path: Path) -> None:
+    """20,000 x 20,000 in one colour is a small file; its header alone says how large it is."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    white = tmp_path / "white.png"
+    pixels = zlib.compress((b"\0" + b"\xff" * 2_500) * 20_000)
+    white.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    for read in (read_picture, open_picture):
+        with pytest.raises(DataError, match="more pixels than are opened, 178,956,970") as error:
+            read(white)
+        assert "no picture" not in str(error.value)
+        assert "bomb" not in str(error.value)
