@@ -17,7 +17,7 @@ from typing import Protocol
 
 from veneer.serve.request import Mix, Usage
 
-__all__ = ["ANYBODY", "Bill", "Caller", "Catalog", "ModelCard", "OpenAccess", "Served", "Tenancy"]
+__all__ = ["ANYBODY", "Bill", "Caller", "Catalog", "Kept", "ModelCard", "OpenAccess", "Served", "Tenancy"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +118,10 @@ class Tenancy(Protocol):
 
 class _Free:
     def used(self, usage: Usage) -> Awaitable[None]:
-        return _Kept()
+        return Kept()
 
 
-class _Kept:
+class Kept:
     """Nothing to wait for, whether it is awaited or not."""
 
     def __await__(self) -> Generator[None, None, None]:
