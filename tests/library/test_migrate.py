@@ -101,7 +101,7 @@ def test_a_database_of_a_later_veneer_is_left_alone(where: str) -> None:
     with writing(engine) as c:
         c.exec_driver_sql("UPDATE tenant_version SET version_num = '0999'")
     engine.dispose()
-    with pytest.raises(ConfigError, match="has version 0999; this veneer knows 0001 to .*\n.*\n.*update this one"):
+    with pytest.raises(ConfigError, match=r"has version 0999; this veneer knows 0001 to .*\n.*\n.*update this one"):
         store.Store(where)
 
 

@@ -20,7 +20,8 @@ from veneer.serve.tenancy.usage import usage
 LEDGER = (
     "INSERT INTO tenant_ledger (server, request, tenant, name, adapter, opened, closed, day, state, asked_prompt, "
     "asked_completion, prompt, cached, completion, queued, prefill, decode, price_prompt, price_cached, "
-    "price_completion, cost) VALUES ('{server}', '{request}', '{tenant}', 'word', '{adapter}', {opened}, NULL, '{day}', "
+    "price_completion, cost) "
+    "VALUES ('{server}', '{request}', '{tenant}', 'word', '{adapter}', {opened}, NULL, '{day}', "
     "'{state}', 10, 20, {prompt}, 0, {completion}, 0.5, 0.25, 1.5, 1000000, 0, 2000000, {cost})"
 )
 SERVER = "00112233aabbccdd"

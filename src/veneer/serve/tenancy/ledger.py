@@ -244,7 +244,7 @@ class Ledger:
         while True:
             with writing(self.store.engine) as c:
                 last = c.scalar(select(lines.c.opened).where(old).order_by(lines.c.opened).offset(most).limit(1))
-                here = old if last is None else old & (lines.c.opened < last)
+                here = old if last is None else old & (lines.c.opened <= last)
                 gone += c.execute(delete(lines).where(here)).rowcount
                 for width, window in SLOT_WIDTHS.items():
                     late = int((self.wall() - window) // width) - 1
