@@ -20,7 +20,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,9 +252,11 @@ class Ledger:
             if last is None:
                 return gone
 
-    def seen_elsewhere(self, window: float) -> list[tuple[str, str, float, int, int]]:
+    def seen_elsewhere(
+        self, window: float, adapters: Iterable[str] | None = None
+    ) -> list[tuple[str, str, float, int, int]]:
         """What other servers, and this one's earlier runs, admitted in the last `window` seconds, in sixty slots:
-        (tenant, adapter or "" for whole requests, seconds ago, requests, tokens)."""
+        (tenant, adapter or "" for whole requests, seconds ago, requests, tokens). `adapters`: of these alone."""
         now, s = self.wall(), slots.c
         (width,) = (w for w, seconds in SLOT_WIDTHS.items() if seconds == window)
         query = (
@@ -262,6 +264,8 @@ class Ledger:
             .where(s.width == width, s.slot >= int((now - window) // width), s.server != self.server)
             .group_by(s.tenant, s.adapter, s.slot)
         )
+        if adapters is not None:
+            query = query.where(s.adapter.in_(sorted(adapters)))
         with reading(self.store.engine) as c:
             # A slot is as young as its youngest: it counts a little longer, never shorter.
             return [

@@ -93,6 +93,11 @@ class Limit:
     tokens_per_day: int | None = None
     concurrency: int | None = None
 
+    def in_window(self, seconds: float) -> bool:
+        """Whether anything is limited in a window so long."""
+        word = "minute" if seconds == 60 else "day"
+        return getattr(self, f"requests_per_{word}") is not None or getattr(self, f"tokens_per_{word}") is not None
+
 
 @dataclass(frozen=True)
 class Price:

@@ -216,8 +216,9 @@ class Tenants:
 
     def _look_elsewhere(self, window: float) -> None:
         limits = self.store.settings.limits
-        if limits:
-            self.limits.elsewhere(limits, window, self.ledger.seen_elsewhere(window))
+        named = {adapter for (_, adapter), limit in limits.items() if limit.in_window(window)}
+        if named or self.limits.counters:
+            self.limits.elsewhere(limits, window, self.ledger.seen_elsewhere(window, named) if named else ())
 
     def ledger_state(self) -> LedgerState:
         """For metrics."""
