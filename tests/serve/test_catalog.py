@@ -117,14 +117,36 @@ def test_a_mix(make: Make, base: TextBase, folder: Path) -> None:
     catalog.load("b", "b")
     served = catalog.resolve_mix([("a", 0.5), ("b", -1.0), ("tiny:a", 0.25), ("tiny", 3.0)], ANYBODY)
     assert served.mix == tuple(sorted({one: 0.75, two: -1.0}.items()))
-    assert served.adapters == ("a", "b")
+    assert served.adapters == tuple("a" if digest == one else "b" for digest, _ in served.mix)
     assert served.target == served.name == "a:0.5+b:-1+tiny:a:0.25+tiny:3"
     single = catalog.resolve_mix([("a", 2.0)], ANYBODY)
-    assert (single.mix, single.target, single.adapters) == (((one, 2.0),), "a", ())
+    assert (single.mix, single.target, single.adapters) == (((one, 2.0),), "a", ("a",))
     assert catalog.resolve_mix([("a", 1.0), ("a", -1.0)], ANYBODY).mix == ()
     assert refused(lambda: catalog.resolve_mix([("a", 1.0), ("nowhere", 1.0)], ANYBODY)).status == 404
     assert refused(lambda: catalog.resolve_mix([("a", float("nan"))], ANYBODY)).status == 400
     assert refused(lambda: catalog.resolve_mix([("a", 1.0)] * 65, ANYBODY)).status == 400
+
+
+def test_a_part_is_called_what_the_operator_calls_it(
+    make: Make, base: TextBase, folder: Path, library: Library
+) -> None:
+    """Limits, prices and the ledger read these names, so a client's spelling must not be among them."""
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    for source, name in (("a", "big"), ("b", "small")):
+        library.add(folder / source, name)
+    library.alias("big@1", "prod")
+    catalog = make()
+    for word in ("big", "big@1", "big@prod", "big@latest", one, one[:20], "tiny:big"):
+        assert catalog.resolve(word, ANYBODY).parts() == [(one, "big@1", 1.0)]
+    asked = {
+        (("big", 1.0), ("small", 0.0)): [(one, "big@1", 1.0)],
+        (("big", 1.0), ("small", 1.0), ("small@1", -1.0)): [(one, "big@1", 1.0)],
+        (("big", 0.5), (one, 0.5)): [(one, "big@1", 1.0)],
+        (("big", 1.0), ("small", 1e-9)): sorted([(one, "big@1", 1.0), (two, "small@1", 1e-9)]),
+        (("big", 1.0), ("big@1", -1.0), ("tiny", 3.0)): [("", "tiny", 1.0)],
+    }
+    for parts, expected in asked.items():
+        assert catalog.resolve_mix(parts, ANYBODY).parts() == expected
 
 
 class Split:

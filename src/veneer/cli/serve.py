@@ -52,6 +52,23 @@ def serve(
             help="A database of tenants (SQLite file or postgresql://…) instead of --api-keys; see `veneer tenant`.",
         ),
     ] = None,
+    ledger_days: Annotated[
+        float, typer.Option("--ledger-days", min=1, help="With --tenants: lines are kept so long; sums by day stay.")
+    ] = 400.0,
+    ledger_owed: Annotated[
+        int,
+        typer.Option(
+            "--ledger-owed", min=1, help="Requests kept on the local disk while the tenants' database is away, at most."
+        ),
+    ] = 100_000,
+    ledger_folder: Annotated[
+        Path | None,
+        typer.Option("--ledger-folder", help="Where that is, on a local disk. Default: beside the SQLite file."),
+    ] = None,
+    ledger_sync: Annotated[
+        bool,
+        typer.Option("--ledger-sync", help="A bill waits for the disk: it outlives a loss of power, not a kill alone."),
+    ] = False,
     engine: Annotated[
         str, typer.Option("--engine", help="embedded: this process computes; openai: the servers of --upstream do.")
     ] = "embedded",
@@ -114,6 +131,10 @@ def serve(
         keys=tuple(server.keys_of(api_keys)) if api_keys else (),
         admin_key=admin_key,
         tenants=tenants,
+        ledger_days=ledger_days,
+        ledger_owed=ledger_owed,
+        ledger_folder=None if ledger_folder is None else str(ledger_folder),
+        ledger_synced=ledger_sync,
         upstreams=tuple(upstream or []),
         upstream_key=upstream_key,
         mixes=tenant_mixes,

@@ -2,6 +2,9 @@
 
 The library's index and the server's tenants are both kept like this. Committed means on the disk. Whoever writes says
 at the start of the transaction that it will write, so that SQLite waits for the lock there and never in between.
+Nobody waits for ever: PostgreSQL that does not answer, be it stopped, full or behind a dead wire, is an
+OperationalError after `patience` seconds, and the connection is closed. (Its own statement_timeout could not say so:
+it is not there to.)
 Knows no tables.
 """
 
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,13 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from veneer.errors import ConfigError, MissingExtraError, ResourceError
 
-__all__ = ["URL_FIX", "Key", "open_engine", "reading", "shown_url", "writing"]
+__all__ = ["PATIENCE", "URL_FIX", "Key", "open_engine", "reading", "shown_url", "writing"]
 
 URL_FIX = "a path for SQLite, or postgresql://user:password@host/database"
+PATIENCE = 30.0
+"""Seconds for a statement, unless a program says otherwise."""
 _BUSY_SECONDS = 120
+_CONNECT_SECONDS = 5
 
 
 def Key() -> Any:
@@ -29,14 +35,15 @@ def Key() -> Any:
     return String().with_variant(String(collation="C"), "postgresql")
 
 
-def open_engine(where: str, what: str) -> Engine:
+def open_engine(where: str, what: str, patience: float = PATIENCE) -> Engine:
     """The database in a SQLite file, or behind a URL such as postgresql://user@host/database; it is not touched yet.
-    `what` is kept there, for errors. Raises ConfigError for no such address, MissingExtraError without psycopg."""
+    `what` is kept there, for errors. `patience`: seconds after which PostgreSQL that has not answered is away. Raises
+    ConfigError for no such address, MissingExtraError without psycopg."""
     url = where if "://" in where else f"sqlite:///{where}"
     if url.startswith(("postgresql://", "postgres://")):
         url = "postgresql+psycopg://" + url.partition("://")[2]
     try:
-        return _sqlite(url) if url.startswith("sqlite:") else create_engine(url, pool_pre_ping=True)
+        return _sqlite(url) if url.startswith("sqlite:") else _postgresql(url, patience)
     except ImportError as error:
         raise MissingExtraError(
             f"{what} needs {error.name or 'a database driver'}",
@@ -71,6 +78,57 @@ def _sqlite(url: str) -> Engine:
     return engine
 
 
+def _postgresql(url: str, patience: float) -> Engine:
+    engine = create_engine(url, pool_pre_ping=True, pool_timeout=patience)
+    if engine.dialect.driver != "psycopg":
+        return engine
+    kind = _patient_connection()
+
+    @event.listens_for(engine, "do_connect")
+    def connect(dialect: Any, record: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        named.setdefault("connect_timeout", max(2, min(_CONNECT_SECONDS, int(patience))))
+        made = kind.connect(*arguments, **named)
+        made.patience = patience
+        return made
+
+    return engine
+
+
+def _patient_connection() -> Any:
+    """psycopg's connection with a bound on how long it waits for an answer."""
+    import psycopg
+
+    class Patient(psycopg.Connection[Any]):
+        patience = PATIENCE
+
+        def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:
+            try:
+                return super().wait(_until(gen, time.monotonic() + self.patience), *arguments, **named)
+            except _Late:
+                self.pgconn.finish()  # its answer, should it come, is nobody's
+                what = f"the database did not answer within {self.patience:g} seconds"
+                raise psycopg.OperationalError(what) from None
+
+    return Patient
+
+
+class _Late(Exception):
+    pass
+
+
+def _until(gen: Any, deadline: float) -> Generator[Any, Any, Any]:
+    """What psycopg waits with, which is asked again every tenth of a second."""
+    try:
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            if not ready and time.monotonic() > deadline:
+                raise _Late
+            wanted = gen.send(ready)
+    except StopIteration as end:
+        return end.value
+
+
 def _wal(connection: Any) -> None:
     """Switching to WAL does not wait for others who do the same, so it is tried again here."""
     import sqlite3
@@ -98,18 +156,36 @@ def writing(engine: Engine, lock: int | None = None) -> Iterator[Connection]:
     """A transaction: committed at the end, or not at all. In SQLite it holds the one write lock from its start; in
     PostgreSQL the advisory lock `lock`, if there is one.
 
-    Raises ResourceError where the lock is not to be had for two minutes."""
+    Raises ResourceError where the lock is not to be had for two minutes; in PostgreSQL, for the engine's patience where
+    that is less than the default."""
     with engine.connect().execution_options(write=True) as c:
         try:
             c.begin()
             if lock is not None and c.dialect.name == "postgresql":
-                c.execute(text(f"SELECT pg_advisory_xact_lock({lock})"))
+                _take(c, lock)
         except DBAPIError as error:
-            if "locked" not in str(error.orig):
+            if "locked" not in str(error.orig) and getattr(error.orig, "sqlstate", None) != _LOCK_TIMEOUT:
                 raise
             raise ResourceError(
-                f"another process has been writing to the database for {_BUSY_SECONDS} seconds",
+                "another process has been writing to the database for too long",
                 fix="try again; with many writers, use PostgreSQL",
             ) from error
         yield c
         c.commit()
+
+
+_LOCK_TIMEOUT = "55P03"
+
+
+def _take(c: Connection, lock: int) -> None:
+    """The advisory lock, for which others may be waiting as well."""
+    connection: Any = c.connection.driver_connection
+    own = connection.patience
+    seconds = own if own < PATIENCE else _BUSY_SECONDS
+    c.execute(text(f"SET LOCAL lock_timeout = {int(seconds * 1000)}"))
+    connection.patience = seconds + own
+    try:
+        c.execute(text(f"SELECT pg_advisory_xact_lock({lock})"))
+    finally:
+        connection.patience = own
+    c.execute(text("SET LOCAL lock_timeout = 0"))

@@ -15,6 +15,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -33,21 +34,21 @@ from sqlalchemy import (
     Text,
     delete,
     insert,
+    inspect,
     select,
     update,
 )
-from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 
-from veneer.errors import ConfigError
 from veneer.library import database
-from veneer.library.database import URL_FIX, Key, open_engine, reading, shown_url
+from veneer.library.database import Key, open_engine, reading, shown_url
+from veneer.library.migrate import Schema, bring_up
 
 __all__ = [
-    "CONDEMNED", "TABLES", "Key", "aliases", "claim", "clear", "connect", "entries", "files", "identify", "identity",
-    "many", "names", "objects", "parents", "reading", "shown_url", "tags", "triggers", "versions", "writing",
+    "CONDEMNED", "SCHEMA", "TABLES", "Key", "aliases", "claim", "clear", "connect", "entries", "files",
+    "identify", "identity", "many", "names", "objects", "parents", "reading", "shown_url", "tags", "triggers",
+    "versions", "writing",
 ]  # fmt: skip
 
-SCHEMA = "1"
 CONDEMNED = ""
 """The generation of an object that garbage collection is about to delete."""
 
@@ -143,38 +144,23 @@ def connect(where: str) -> Engine:
     """The index in a SQLite file, or behind a URL such as postgresql://user@host/database; its tables are made if they
     are not there. Raises ConfigError for a URL that leads nowhere, MissingExtraError without psycopg."""
     engine = open_engine(where, "an index")
-    try:
-        found = _schema(engine)
-        if found is None:
-            with writing(engine) as c:
-                TABLES.create_all(c)
-                if c.scalar(_SCHEMA_ROW) is None:
-                    c.execute(insert(_meta), {"key": "schema", "value": SCHEMA})
-            found = SCHEMA
-    except DBAPIError as error:
-        engine.dispose()
-        raise ConfigError(
-            f"the index cannot be opened: {str(error.orig).strip()}", where=shown_url(where), fix=URL_FIX
-        ) from error
-    if found != SCHEMA:
-        engine.dispose()
-        raise ConfigError(f"the index has version {found}, this veneer knows {SCHEMA}", where=shown_url(where))
+    bring_up(engine, SCHEMA, where)
     return engine
 
 
-def _schema(engine: Engine) -> str | None:
-    """The version of the tables; None where there are none yet."""
-    try:
-        with reading(engine) as c:
-            found: str | None = c.scalar(_SCHEMA_ROW)
-            return found
-    except (OperationalError, ProgrammingError) as error:
-        if "library_meta" in str(error.orig):
-            return None
-        raise
+def _before(c: Connection) -> str | None:
+    """The revision of tables from before it was held beside them."""
+    if not inspect(c).has_table(_meta.name):
+        return None
+    said = c.scalar(select(_meta.c.value).where(_meta.c.key == "schema"))
+    return "0001" if said == "1" else str(said)
 
 
-_SCHEMA_ROW = select(_meta.c.value).where(_meta.c.key == "schema")
+def _first(c: Connection) -> None:
+    c.execute(insert(_meta), {"key": "schema", "value": "1"})  # what veneers from before revisions were held read
+
+
+SCHEMA = Schema("the index", TABLES, Path(__file__).parent / "versions", "library_version", _LOCK, _before, _first)
 
 
 @contextlib.contextmanager

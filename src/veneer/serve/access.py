@@ -10,14 +10,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from veneer.serve.request import Mix, Usage
 
-__all__ = ["ANYBODY", "Bill", "Caller", "Catalog", "ModelCard", "OpenAccess", "Served", "Tenancy"]
+__all__ = ["ANYBODY", "Bill", "Caller", "Catalog", "Kept", "ModelCard", "OpenAccess", "Served", "Tenancy"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +39,21 @@ ANYBODY = Caller(admin=True)
 class Served:
     """What a name meant when it was asked. `name`: the client's own word, given back as `model`. `target`: the adapter
     that an alias chose, else `name`. `shadow`: a mix whose answer is computed too, and logged, never sent. `adapters`:
-    the names in a mix of several, each of which has its own limits; () for `target` alone."""
+    what the operator calls each part of `mix`, in its order, whatever the client called it: the name that was loaded,
+    or the library's with its version. Limits, prices and the ledger know a request by these."""
 
     mix: Mix
     name: str
     target: str
     shadow: tuple[str, Mix] | None = None
     adapters: tuple[str, ...] = ()
+
+    def parts(self) -> list[tuple[str, str, float]]:
+        """(digest, the operator's name, strength) of each part; of the base alone ("", its name, 1)."""
+        if not self.mix:
+            return [("", self.target, 1.0)]
+        names = dict(zip((digest for digest, _ in self.mix), self.adapters, strict=False))
+        return [(digest, names.get(digest, digest), strength) for digest, strength in self.mix]
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,9 @@ class Catalog(Protocol):
 
 
 class Bill(Protocol):
-    def used(self, usage: Usage) -> None:
-        """What the request took, also of one that failed or was cancelled; called once."""
+    def used(self, usage: Usage) -> Awaitable[None]:
+        """What the request took, also of one that failed or was cancelled; called once. It holds from the call on; what
+        comes back is awaited before the last word goes out, and is there when the bill outlives this process."""
         ...
 
 
@@ -108,8 +117,15 @@ class Tenancy(Protocol):
 
 
 class _Free:
-    def used(self, usage: Usage) -> None:
-        pass
+    def used(self, usage: Usage) -> Awaitable[None]:
+        return Kept()
+
+
+class Kept:
+    """Nothing to wait for, whether it is awaited or not."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
 
 
 class OpenAccess:

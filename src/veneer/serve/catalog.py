@@ -42,6 +42,9 @@ MAX_MIX = 64
 
 _log = logging.getLogger(__name__)
 
+Part = tuple[str, str]
+"""(digest, the operator's name) of one adapter."""
+
 
 class Rollouts(Protocol):
     """Aliases with weighted targets."""
@@ -102,16 +105,16 @@ class LocalCatalog:
     # -- what names mean ----------------------------------------------------------------------------------------------
 
     def resolve(self, model: str, caller: Caller) -> Served:
-        target, mix, aliased = self._mean(model, caller)
+        target, part, aliased = self._mean(model, caller)
         shadow = None
         if self.rollouts is not None and aliased:
             word = self._word(model)
             other = self.rollouts.shadow(word, caller)
             try:
-                shadow = (other, self._mix_of(other, other)) if other is not None else None
+                shadow = (other, _alone(self._part(other, other))) if other is not None else None
             except Refused as error:
                 _log.warning("the shadow %r of %r cannot be served: %s", other, word, error.what)
-        return Served(mix, model or self.base, target, shadow)
+        return Served(_alone(part), model or self.base, target, shadow, () if part is None else (part[1],))
 
     def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
         """A name that means several things, or one twice, counts with the sum. `name`: the parts in words."""
@@ -119,41 +122,47 @@ class LocalCatalog:
             what = f"a mix of {len(parts)} adapters; at most {MAX_MIX}"
             raise Refused(what, status=400, code="invalid_request", param="mix")
         pairs: list[tuple[str, float]] = []
-        names: list[str] = []
+        called: dict[str, str] = {}
+        targets: dict[str, str] = {}
         for word, strength in parts:
             if not math.isfinite(strength):
                 what = f"the strength of {_shown(word)} is {strength}"
                 raise Refused(what, status=400, code="invalid_request", param="mix")
-            target, mix, _ = self._mean(word, caller)
-            names += [target] if mix else []
-            pairs += [(digest, own * strength) for digest, own in mix]
+            target, part, _ = self._mean(word, caller)
+            if part is None:
+                continue
+            digest, own = part
+            pairs.append((digest, strength))
+            called[digest] = min(own, called.get(digest, own))  # of two names of one adapter always the same
+            targets.setdefault(digest, target)
+        mix = make_mix(pairs)
         name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
-        adapters = tuple(dict.fromkeys(names))
-        target = adapters[0] if len(adapters) == 1 else name if adapters else self.base
-        return Served(make_mix(pairs), name, target, adapters=adapters if len(adapters) > 1 else ())
+        adapters = tuple(called[digest] for digest, _ in mix)
+        target = self.base if not mix else targets[mix[0][0]] if len(mix) == 1 else name
+        return Served(mix, name, target, adapters=adapters)
 
     def _word(self, model: str) -> str:
         return model.removeprefix(f"{self.base}:") or self.base
 
-    def _mean(self, model: str, caller: Caller) -> tuple[str, Mix, bool]:
-        """(the adapter's name, its mix, whether an alias chose it) of a client's word."""
+    def _mean(self, model: str, caller: Caller) -> tuple[str, Part | None, bool]:
+        """(the adapter's name, what it is, whether an alias chose it) of a client's word."""
         word = self._word(model)
         if word == self.base:
-            return self.base, (), False
+            return self.base, None, False
         if len(word) > MAX_NAME or not word.isprintable():
             raise _missing(model)
         target = self.rollouts.choose(word, caller) if self.rollouts is not None else None
         if target is None and not caller.sees(word) and not caller.sees(word.partition("@")[0]):
             raise _missing(model)
-        return target or word, self._mix_of(target or word, model), target is not None
+        return target or word, self._part(target or word, model), target is not None
 
-    def _mix_of(self, name: str, model: str) -> Mix:
-        """Raises Refused: `model` is not there."""
+    def _part(self, name: str, model: str) -> Part | None:
+        """None for the base. Raises Refused: `model` is not there."""
         if name == self.base:
-            return ()
+            return None
         loaded = self._loaded.get(name)
         if loaded is not None:
-            return ((loaded.card.digest, 1.0),)
+            return loaded.card.digest, name
         found = self.sources.look(name)
         if found is None:
             raise _missing(model)
@@ -162,7 +171,7 @@ class LocalCatalog:
         if found.fingerprint not in ("", self._fingerprint):
             raise unusable("wrong_base", f"{_shown(name)} belongs to {found.base or found.fingerprint}")
         self._places.setdefault(found.digest, found.place)
-        return ((found.digest, 1.0),)
+        return found.digest, found.place.root
 
     def models(self, caller: Caller) -> list[ModelCard]:
         """The base, then everything that the caller sees: what was loaded, aliases, what the library has for this
@@ -258,6 +267,10 @@ class LocalCatalog:
         if place is None:
             raise unusable("not_found", f"nothing here has the digest {digest}", status=404)
         return self.sources.read(place, digest)
+
+
+def _alone(part: Part | None) -> Mix:
+    return () if part is None else ((part[0], 1.0),)
 
 
 def _missing(model: str) -> Refused:

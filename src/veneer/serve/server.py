@@ -60,7 +60,8 @@ class Preload:
 @dataclass(frozen=True)
 class ServeSettings:
     """`rows`: requests at once; `cache_bytes`: of keys and values; `adapter_bytes`: of adapters in memory, which is the
-    only limit to how many are loaded. `folders`: where load requests may name files. `tenants`: a database of tenants;
+    only limit to how many are loaded. `folders`: where load requests may name files. `ledger_…`: see
+    `tenancy.tenants.LedgerSettings`. `tenants`: a database of tenants;
     without it `keys` are all the server's keys, and without these nobody needs one. `upstreams`: servers that do the
     work, with `upstream_key` as their bearer token; the base is then read for its names and its tokenizer alone, and
     of the mixes that clients make of strengths each tenant has at most `mixes` there, all together `mix_bytes` on disk.
@@ -76,6 +77,10 @@ class ServeSettings:
     keys: tuple[str, ...] = ()
     admin_key: str | None = None
     tenants: str | None = None
+    ledger_days: float = 400.0
+    ledger_owed: int = 100_000
+    ledger_folder: str | None = None
+    ledger_synced: bool = False
     rows: int = 32
     cache_bytes: int = 1 << 30
     adapter_bytes: int = 1 << 30
@@ -335,9 +340,11 @@ def _tenancy(settings: ServeSettings) -> tuple[Tenancy, list[Any], Any]:
             return OpenAccess(), [], None
         return Keys(settings.keys, settings.admin_key), [], None
     from veneer.serve.tenancy.admin import admin_router
-    from veneer.serve.tenancy.tenants import Tenants
+    from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
 
-    tenants = Tenants(settings.tenants, admin_key=settings.admin_key)
+    folder = None if settings.ledger_folder is None else Path(settings.ledger_folder)
+    kept = LedgerSettings(settings.ledger_days, folder, settings.ledger_owed, settings.ledger_synced)
+    tenants = Tenants(settings.tenants, admin_key=settings.admin_key, ledger=kept)
     return tenants, [admin_router(tenants)] if settings.admin_key else [], tenants.rollouts
 
 

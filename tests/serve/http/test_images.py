@@ -29,7 +29,7 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.formats.convert import write
 from veneer.formats.infotext import read_picture
 from veneer.models.image import ImageBase, load_image
-from veneer.serve.access import ANYBODY, Caller, OpenAccess, Served
+from veneer.serve.access import ANYBODY, Caller, Kept, OpenAccess, Served
 from veneer.serve.http.app import create_app
 from veneer.serve.http.house import HttpSettings
 from veneer.serve.http.images import router
@@ -416,8 +416,9 @@ class Tenants:
 
         class Bill:
             @staticmethod
-            def used(usage: Usage) -> None:
+            def used(usage: Usage) -> Kept:
                 self.bills.append((caller.tenant, prompt_tokens, max_tokens, usage))
+                return Kept()
 
         yield Bill()
 

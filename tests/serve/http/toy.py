@@ -21,7 +21,7 @@ import httpx
 import uvicorn
 
 from tests.tiny_base import tiny_tokenizer
-from veneer.serve.access import Caller, ModelCard, Served
+from veneer.serve.access import Caller, Kept, ModelCard, Served
 from veneer.serve.request import (
     EngineStats,
     Event,
@@ -275,8 +275,9 @@ class ToyBill:
     tenancy: ToyTenancy
     tenant: str
 
-    def used(self, usage: Usage) -> None:
+    def used(self, usage: Usage) -> Kept:
         self.tenancy.bills.append((self.tenant, usage))
+        return Kept()
 
 
 # -- a live server -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 from tests.library.conftest import postgres, quick  # noqa: F401
 from veneer.serve.tenancy.store import Store
-from veneer.serve.tenancy.tenants import Tenants
+from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
 
 
 @dataclass
@@ -41,6 +41,7 @@ def store(where: str) -> Iterator[Store]:
 
 @pytest.fixture
 def tenants(where: str, quick: Path, clock: Clock) -> Iterator[Tenants]:  # noqa: F811
-    opened = Tenants(where, journal=quick / "journal", clock=clock, wall=lambda: 1_800_000_000.0 + clock(), watch=False)
+    kept = LedgerSettings(folder=quick / "outbox")
+    opened = Tenants(where, ledger=kept, clock=clock, wall=lambda: 1_800_000_000.0 + clock(), watch=False)
     yield opened
     opened.close()

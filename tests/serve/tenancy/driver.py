@@ -27,9 +27,11 @@ from sqlalchemy import select
 from veneer.library.database import reading
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Usage
+from veneer.serve.tenancy import ledger as ledger_module
 from veneer.serve.tenancy import manage
-from veneer.serve.tenancy.store import Price, ledger
-from veneer.serve.tenancy.tenants import Tenants
+from veneer.serve.tenancy.store import Price
+from veneer.serve.tenancy.tables import lines as ledger
+from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
 from veneer.serve.tenancy.usage import usage
 
 CLIENTS = 16
@@ -46,6 +48,10 @@ def tenant_of(request: str) -> str:
     return f"t{sum(request.encode()) % 3}"
 
 
+def opened(url: str, folder: Path, *, watch: bool = False) -> Tenants:
+    return Tenants(url, ledger=LedgerSettings(folder=folder / "outbox"), watch=watch)
+
+
 async def serve_one(tenants: Tenants, request: str, say: Callable[[dict[str, Any]], Any], pause: float) -> None:
     """What a surface does: admit, send words, bill, send the last."""
     took, pick = answer(request), random.Random(f"{request}-")
@@ -56,7 +62,7 @@ async def serve_one(tenants: Tenants, request: str, say: Callable[[dict[str, Any
         for _ in range(pick.randrange(1, 4)):
             await say({"request": request, "word": "…"})
             await asyncio.sleep(pick.random() * pause)
-        bill.used(took)
+        await bill.used(took)
         await say({"request": request, "used": [took.prompt, took.cached, took.completion]})
 
 
@@ -65,16 +71,16 @@ async def serve_one(tenants: Tenants, request: str, say: Callable[[dict[str, Any
 
 def server(url: str, folder: Path, socket: str) -> None:
     async def run() -> None:
-        tenants = Tenants(url, journal=folder / "journal")
+        tenants = opened(url, folder, watch=True)
         with (folder / "recovered").open("a") as file:
             file.write(f"{tenants.ledger.recovered['done']}\n")
-        together = tenants.ledger.writer._together
+        post = ledger_module.post
 
-        def slowly(batch: Any) -> None:  # a slow disk: many a last word is out before its row is done
+        def slowly(*arguments: Any) -> int:  # a slow database: many a last word is out before its row is done
             time.sleep(random.random() * 0.05)
-            together(batch)
+            return post(*arguments)
 
-        tenants.ledger.writer._together = slowly  # type: ignore[method-assign]
+        ledger_module.post = slowly
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             async def say(line: dict[str, Any]) -> None:
@@ -131,7 +137,7 @@ async def clients(
 
 def run_load(url: str, folder: Path, kills: int, seed: int) -> dict[str, int]:
     pick, saw = random.Random(seed), {}
-    prepare(url)
+    prepare(url, folder)
     for n in range(kills + 1):
         socket = str(folder / f"{n}.sock")
         child = fork(lambda socket=socket: server(url, folder, socket))
@@ -139,34 +145,42 @@ def run_load(url: str, folder: Path, kills: int, seed: int) -> dict[str, int]:
         end = signal.SIGTERM if last else signal.SIGKILL
         asyncio.run(clients(socket, f"{seed}-{n}", lambda: os.kill(child, end), pick.uniform(0.05, 0.6), saw))  # noqa: B023
         expect(child, killed=not last)
-    from_notes = sum(map(int, (folder / "recovered").read_text().split()))
-    return {"kills": kills, "from_notes": from_notes, **balance(url, folder, saw)}
+    from_outbox = sum(map(int, (folder / "recovered").read_text().split()))
+    return {"kills": kills, "from_outbox": from_outbox, **balance(url, folder, saw)}
 
 
 # -- every step of one scenario ----------------------------------------------------------------------------------------
 
 
 def scenario(url: str, folder: Path, told: int, step: int) -> None:
-    """Three requests, in a process that dies before its `step`th write, commit or unlink."""
-    tenants = Tenants(url, journal=folder / "journal", watch=False)
+    """Three requests, in a process that dies before its `step`th statement to the outbox, commit of the database, word
+    to a client or unlink."""
+    tenants = opened(url, folder)
     left = [step]
 
-    def hook(owner: Any, name: str) -> None:
-        function = getattr(owner, name)
-
+    def stepping(function: Any) -> Any:
         def stepped(*arguments: Any, **named: Any) -> Any:
             left[0] -= 1
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **named)
 
-        setattr(owner, name, stepped)
+        return stepped
 
     from sqlalchemy import Connection
 
-    hook(Connection, "commit")
-    for name in ("write", "unlink", "close", "ftruncate"):
-        hook(os, name)
+    class Statements:
+        def __init__(self, c: Any) -> None:
+            self.c, self.execute, self.executemany = c, stepping(c.execute), stepping(c.executemany)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.c, name)
+
+    outbox: Any = tenants.ledger.outbox
+    outbox._c = Statements(outbox._c)
+    Connection.commit = stepping(Connection.commit)  # type: ignore[method-assign]
+    for name in ("write", "unlink"):
+        setattr(os, name, stepping(getattr(os, name)))
 
     async def say(line: dict[str, Any]) -> None:
         os.write(told, (json.dumps(line) + "\n").encode())
@@ -187,7 +201,7 @@ def scenario(url: str, folder: Path, told: int, step: int) -> None:
 
 
 def run_points(url: str, folder: Path, stride: int) -> dict[str, int]:
-    prepare(url)
+    prepare(url, folder)
     saw: dict[str, list[Any]] = {}
     for step in range(0, 10_000, stride):
         here, there = os.pipe()
@@ -209,9 +223,9 @@ def run_points(url: str, folder: Path, stride: int) -> dict[str, int]:
 # -- what has to hold --------------------------------------------------------------------------------------------------
 
 
-def prepare(url: str) -> None:
+def prepare(url: str, folder: Path) -> None:
     def make() -> None:
-        tenants = Tenants(url, watch=False)
+        tenants = opened(url, folder)
         for n in range(3):
             manage.add_tenant(tenants.store, f"t{n}", who="driver")
         manage.set_price(tenants.store, "", "", PRICE, who="driver")
@@ -224,7 +238,7 @@ def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]
     """The ledger beside what clients saw, after one more start has settled what was left."""
     deadline = time.monotonic() + 10
     while True:  # PostgreSQL may take a moment to see that the killed are gone
-        tenants = Tenants(url, journal=folder / "journal", watch=False)
+        tenants = opened(url, folder)
         with reading(tenants.store.engine) as c:
             rows = c.execute(select(ledger)).all()
             totals = usage(c, by=())
@@ -259,7 +273,7 @@ def balance(url: str, folder: Path, saw: dict[str, list[Any]]) -> dict[str, int]
     assert totals[0]["completion"] == sum(t.completion for t in done)
     assert totals[0]["cost"] == sum(PRICE.cost(t.prompt, t.cached, t.completion) for t in done)
     assert sum(r["cost"] for r in by_tenant) == totals[0]["cost"]
-    assert not list((folder / "journal").iterdir()), "debris"
+    assert not [path for path in (folder / "outbox").iterdir() if path.stat().st_size], "debris"
     interrupted = sum(r.state == "interrupted" for r in rows)
     return {"answered": finals, "done": len(done), "interrupted": interrupted}
 

@@ -100,7 +100,7 @@ def test_limits_prices_aliases_usage_and_audit(call: Call, tenants: Tenants) -> 
             bill.used(Usage(2, 0, 3))
 
     asyncio.run(one())
-    tenants.ledger.writer.put(lambda c: None).result(10)
+    assert tenants.ledger.flush()
     assert call("GET", "/usage", by="tenant").json()["usage"][0]["cost"] == 8
     table = call("GET", "/usage", by="tenant,day", format="csv", tenant="acme")
     assert table.headers["content-type"].startswith("text/csv")

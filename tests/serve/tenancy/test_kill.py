@@ -29,7 +29,7 @@ def test_a_server_killed_under_load_and_what_its_clients_saw(
     where: str, quick: Path, request: pytest.FixtureRequest
 ) -> None:
     """Every run is checked whole by the driver. Where kills fall is chance: runs go on until both kinds were seen."""
-    seen = {"interrupted": 0, "from_notes": 0}  # the latter: answered, and the kill came before the commit
+    seen = {"interrupted": 0, "from_outbox": 0}  # the latter: answered, and the kill came before the commit
     for seed in range(1, 7):
         folder = quick / str(seed)  # an empty database and an empty journal for each run
         folder.mkdir()

@@ -161,8 +161,9 @@ def test_what_other_servers_admitted_counts_here() -> None:
     clock.now = 500.0
     limits = Limits(clock)
     rules = {("acme", ALL): Limit(tokens_per_minute=100, requests_per_day=10)}
-    limits.elsewhere(rules, MINUTE, [("acme", "x@2", 10.0, 2, 60), ("globex", "x", 1.0, 1, 1000)])
-    limits.elsewhere(rules, DAY, [("acme", "x", 10.0, 7, 60)])
+    minute = [("acme", ALL, 10.0, 2, 60), ("acme", "x", 10.0, 2, 60), ("globex", ALL, 1.0, 1, 1000)]
+    limits.elsewhere(rules, MINUTE, minute)
+    limits.elsewhere(rules, DAY, [("acme", ALL, 10.0, 7, 60), ("acme", "x", 10.0, 7, 60)])
     limits.take(rules, "acme", ["x"], 20, 20)
     with pytest.raises(Refused, match="tokens a minute") as refused:
         limits.take(rules, "acme", ["x"], 5, 5)

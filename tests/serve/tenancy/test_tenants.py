@@ -19,8 +19,9 @@ from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy import manage, rollouts
 from veneer.serve.tenancy.keys import hash_key, make_key
 from veneer.serve.tenancy.names import seeing
-from veneer.serve.tenancy.store import EACH, NotThere, Price, Store, ledger
-from veneer.serve.tenancy.tenants import Tenants
+from veneer.serve.tenancy.store import EACH, NotThere, Price, Store
+from veneer.serve.tenancy.tables import lines
+from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
 from veneer.serve.tenancy.usage import as_csv, usage
 
 ADMIN = "an admin key of some length"
@@ -40,7 +41,7 @@ async def ask(
     tenants: Tenants, caller: Caller, request: str, took: Usage | None, *, prompt: int = 10, most: int = 10,
     target: str = "v1", adapters: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
-    served = Served((), "support", target, adapters=adapters)
+    served = Served(tuple((f"d-{name}", 0.5) for name in adapters), "support", target, adapters=adapters)
     async with tenants.admitted(caller, served, request=request, prompt_tokens=prompt, max_tokens=most) as bill:
         if took is not None:
             bill.used(took)
@@ -48,9 +49,9 @@ async def ask(
 
 def rows(tenants: Tenants) -> dict[str, Any]:
     """What is in the ledger once everything that came is written."""
-    tenants.ledger.writer.put(lambda c: None).result(10)
+    assert tenants.ledger.flush()
     with reading(tenants.store.engine) as c:
-        return {r.request: r for r in c.execute(select(ledger))}
+        return {r.request: r for r in c.execute(select(lines).order_by(lines.c.part.desc()))}
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def test_limits_change_under_way_and_hold_for_mixes_and_for_each_tenant(tenants:
 
 
 def test_two_servers_share_windows_and_a_restart_forgets_nothing(where: str, quick: Path) -> None:
-    first, second = (Tenants(where, journal=quick / f"j{n}", watch=False) for n in (1, 2))
+    first, second = (Tenants(where, ledger=LedgerSettings(folder=quick / f"j{n}"), watch=False) for n in (1, 2))
     manage.add_tenant(first.store, "acme", who="me")
     manage.set_limit(first.store, "acme", "", {"requests_per_day": 5, "tokens_per_minute": 1000}, who="me")
     for server in (first, second):
@@ -270,7 +271,7 @@ def test_two_servers_share_windows_and_a_restart_forgets_nothing(where: str, qui
     assert "requests a day" in refused(ask(second, Caller("acme"), "y", None)).what
     for server in (first, second):
         server.close()
-    third = Tenants(where, journal=quick / "j3", watch=False)
+    third = Tenants(where, ledger=LedgerSettings(folder=quick / "j3"), watch=False)
     assert "requests a day" in refused(ask(third, Caller("acme"), "z", None)).what
     third.close()
 
@@ -322,7 +323,7 @@ def test_an_id_is_admitted_once_and_billed_once(tenants: Tenants, caplog: pytest
             assert again[0].status == 400
             bill.used(Usage(5, 0, 5))
             bill.used(Usage(500, 0, 500))
-        tenants.ledger.settle("a", Usage(6, 0, 6), Price())
+        tenants.ledger.settle("a", Usage(6, 0, 6))
 
     run(work())
     found = rows(tenants)
@@ -331,7 +332,7 @@ def test_an_id_is_admitted_once_and_billed_once(tenants: Tenants, caplog: pytest
 
 
 def test_a_client_that_leaves_while_being_admitted_leaves_no_open_row(tenants: Tenants) -> None:
-    slow = tenants.ledger.writer.put(lambda c: time.sleep(0.2))
+    slow = tenants.ledger.outbox._writer.put(lambda c: time.sleep(0.2))
 
     async def work() -> None:
         asking = asyncio.create_task(ask(tenants, Caller("acme"), "a", None))
@@ -346,14 +347,15 @@ def test_a_client_that_leaves_while_being_admitted_leaves_no_open_row(tenants: T
 
 
 def test_writes_go_in_groups_and_the_loop_runs_on(tenants: Tenants) -> None:
-    commits, together = [], tenants.ledger.writer._together
+    writer = tenants.ledger.outbox._writer
+    commits, together = [], writer._together
 
     def slowly(batch: Any) -> None:
         commits.append(len(batch))
         time.sleep(0.05)
         together(batch)
 
-    tenants.ledger.writer._together = slowly  # type: ignore[method-assign]
+    writer._together = slowly  # type: ignore[method-assign]
 
     async def work() -> float:
         longest, asking = (
@@ -371,53 +373,8 @@ def test_writes_go_in_groups_and_the_loop_runs_on(tenants: Tenants) -> None:
     assert len(commits) < 20
 
 
-def test_while_the_database_is_away_nothing_is_served_and_nothing_is_lost(tenants: Tenants) -> None:
-    from sqlalchemy.exc import OperationalError
-
-    away, together = [True], tenants.ledger.writer._together
-
-    def broken(batch: Any) -> None:
-        if away[0]:
-            raise OperationalError("", {}, Exception("the database is away"))
-        together(batch)
-
-    async def work() -> None:
-        served = Served((), "support", "v1")
-        async with tenants.admitted(Caller("t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
-            tenants.ledger.writer._together = broken  # type: ignore[method-assign]
-            bill.used(Usage(1, 0, 1))
-
-    run(work())
-    time.sleep(0.3)  # the writer waits for the database with the first row; who comes then is told all the same
-    error = refused(ask(tenants, Caller("t"), "b", None))
-    assert (error.status, error.code) == (503, "overloaded")
-    away[0] = False
-    assert {name: row.state for name, row in rows(tenants).items()} == {"a": "done"}
-
-
 def test_a_database_that_is_none_is_said(quick: Path) -> None:
     for where in ("sqlite://", "nonsense://x", f"sqlite:///{quick}"):
         with pytest.raises(ConfigError):
             Store(where)
     Store(str(quick / "t.sqlite")).close()
-    store = Store(str(quick / "t.sqlite"))
-    with store.change() as c:
-        c.exec_driver_sql("UPDATE tenant_meta SET value = '0' WHERE key = 'schema'")
-    store.close()
-    with pytest.raises(ConfigError, match="version 0"):
-        Store(str(quick / "t.sqlite"))
-
-
-def test_a_database_from_before_pictures_had_shadows_gets_their_column(where: str) -> None:
-    store = Store(where)
-    with store.change() as c:
-        c.exec_driver_sql("ALTER TABLE tenant_shadows DROP COLUMN distance")
-    store.close()
-    opened = Tenants(where, watch=False)
-    try:
-        log = rollouts.Rollouts(opened.store, opened.ledger.writer.put).log_shadow
-        log("a", request="r", target=("v1", "x", 1, 0.1), shadow=("v2", "y", 1, 0.1), distance=0.5).result(10)
-        with reading(opened.store.engine) as c:
-            assert rollouts.shadow_log(c)[0]["distance"] == 0.5
-    finally:
-        opened.close()

@@ -110,7 +110,8 @@ class House:
     behind: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.catalog.base, self.engine.stats, self.settings.metric_adapters)
+        ledger = getattr(self.tenancy, "ledger_state", None)
+        self.metrics = Metrics(self.catalog.base, self.engine.stats, self.settings.metric_adapters, ledger)
 
     @property
     def text(self) -> Text:

@@ -111,6 +111,7 @@ class _Surface:
         async with admitted as bill:
             meters = [Meter(metrics, label) for _ in usages] if metrics is not None else []
             reasons = ["abort"] * len(usages)
+            billed = False
             try:
                 async with aclosing(self.engine.events(plan.requests)) as events:
                     async for i, event in events:
@@ -122,6 +123,9 @@ class _Surface:
                             usages[i], reasons[i] = event.usage, "stop"
                             if i == 0 and house is not None and served.shadow is not None:
                                 self._shadow(house, plan.requests[0], caller, served, number, event)
+                            if reasons.count("stop") == len(reasons):  # before the last picture goes out
+                                billed = True
+                                await bill.used(_total(plan, usages))
                         yield i, event
             except Exception:
                 reasons = ["error" if reason == "abort" else reason for reason in reasons]
@@ -129,15 +133,8 @@ class _Surface:
             finally:
                 for meter, reason, usage in zip(meters, reasons, usages, strict=False):
                     meter.end(reason, usage)
-                bill.used(
-                    Usage(
-                        plan.text_tokens if any(usage.completion for usage in usages) else 0,
-                        0,
-                        sum(usage.completion for usage in usages),
-                        max(usage.queued for usage in usages),
-                        decode=max(usage.decode for usage in usages),
-                    )
-                )
+                if not billed:
+                    bill.used(_total(plan, usages))
 
     def _shadow(
         self, house: House, request: PictureRequest, caller: Caller, served: Served, number: str, sent: Drawn
@@ -186,6 +183,16 @@ class _Surface:
             "data": data,
             "usage": _usage(plan, sum(drawn.usage.completion for drawn in found.values())),
         }
+
+
+def _total(plan: Planned, usages: list[Usage]) -> Usage:
+    return Usage(
+        plan.text_tokens if any(usage.completion for usage in usages) else 0,
+        0,
+        sum(usage.completion for usage in usages),
+        max(usage.queued for usage in usages),
+        decode=max(usage.decode for usage in usages),
+    )
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -46,12 +47,15 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 class Metrics:
     """All series of one application, in a registry of its own."""
 
-    def __init__(self, model: str, stats: Callable[[], EngineStats], adapters: int = 100) -> None:
+    def __init__(
+        self, model: str, stats: Callable[[], EngineStats], adapters: int = 100, ledger: Callable[[], Any] | None = None
+    ) -> None:
+        """`ledger`: asked for a `LedgerState`, on a server with tenants."""
         self.registry = CollectorRegistry()
         self.limit, self._named, self._tenants = adapters, set[str](), set[str]()
         self.labels = (model, "0")
         self.running, self.waiting = Tally[str](), Tally[str]()
-        self.registry.register(_Engine(self, stats))
+        self.registry.register(_Engine(self, stats, ledger))
 
         def histogram(name: str, what: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
             made = Histogram(name, what, ("model_name", "engine"), registry=self.registry, buckets=buckets)
@@ -171,10 +175,12 @@ class Meter:
 
 
 class _Engine(Collector):
-    """The engine's own counts, read when they are asked for."""
+    """The engine's own counts, and the ledger's, read when they are asked for."""
 
-    def __init__(self, metrics: Metrics, stats: Callable[[], EngineStats]) -> None:
-        self.metrics, self.stats = metrics, stats
+    def __init__(
+        self, metrics: Metrics, stats: Callable[[], EngineStats], ledger: Callable[[], Any] | None = None
+    ) -> None:
+        self.metrics, self.stats, self.ledger = metrics, stats, ledger
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -197,6 +203,13 @@ class _Engine(Collector):
             "veneer:engine_steps": ("Forward passes.", now.steps),
             "veneer:adapter_evictions": ("Adapters that went out of memory to make room.", now.evictions),
         }
+        if self.ledger is not None:
+            state = self.ledger()
+            gauges |= {
+                "veneer:ledger_owed": ("Requests that the ledger's database does not have yet.", state.owed),
+                "veneer:ledger_lag_seconds": ("Since the oldest of them that has ended did so.", state.lag),
+                "veneer:ledger_away": ("1 while the ledger's database does not answer.", int(state.away)),
+            }
         for name, (what, value) in gauges.items():
             gauge = GaugeMetricFamily(name, what, labels=("model_name", "engine"))
             gauge.add_metric(self.metrics.labels, float(value))

@@ -133,8 +133,8 @@ async def run(house: House, ask: Ask) -> AsyncGenerator[Told, None]:
                 if i == 0 and not isinstance(event, Started):
                     sent += event.text
                 if not going:  # before the last event goes out: an answer that a client has is in the ledger
-                    bill.used(total(usages, ask.choices))
                     billed = True
+                    await bill.used(total(usages, ask.choices))
                 yield i, event
         finally:
             for task in tasks:

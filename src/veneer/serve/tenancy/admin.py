@@ -8,6 +8,7 @@ bodies and queries as well as in paths, for an alias may have a slash in it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
@@ -18,8 +19,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import SQLAlchemyError
 
-from veneer.errors import ConfigError, VeneerError, nearest
+from veneer.errors import ConfigError, ResourceError, VeneerError, nearest
 from veneer.library.database import reading
 from veneer.serve.tenancy import audit, manage, rollouts
 from veneer.serve.tenancy.store import ALL, Limit, NotThere, Price, Store
@@ -29,6 +31,7 @@ from veneer.serve.tenancy.usage import BY, as_csv, usage
 __all__ = ["admin_router"]
 
 _WHO = "admin"
+_log = logging.getLogger("veneer.serve.tenancy")
 
 
 class _Body(BaseModel):
@@ -289,6 +292,11 @@ class _Route(APIRoute):
                 found = error.errors()
                 lines = [_line(e, self._fields()) for e in found]
                 return _error(400, "; ".join(lines), "invalid_request", str(found[0]["loc"][-1]))
+            except (SQLAlchemyError, ResourceError):
+                _log.exception("the tenants' database does not answer")
+                answer = _error(503, "the tenants' database does not answer", "overloaded", None)
+                answer.headers["Retry-After"] = "5"
+                return answer
             except VeneerError as error:
                 lost = isinstance(error, NotThere)
                 message = f"{error.what} ({error.fix})" if error.fix else error.what
@@ -315,5 +323,5 @@ def _unknown(place: str, known: set[str]) -> str:
 
 
 def _error(status: int, message: str, code: str, param: str | None) -> JSONResponse:
-    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    kind = {401: "authentication_error", 503: "server_error"}.get(status, "invalid_request_error")
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)

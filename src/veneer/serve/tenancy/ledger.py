@@ -1,203 +1,301 @@
-"""The ledger: one row for each request that was admitted, settled once.
+"""The ledger: a line for each part of each request that was admitted, settled once.
 
-    admitted      a row `open`, in the database before the request is served
-    used          a note in the journal before `used` returns, so before the last word goes to the client;
-                  then the row is `done`, with its tokens, times and cost
-    died          whoever starts next reads the journals of the dead (their rows are `done`), and what is then still
-                  open is `interrupted`: no tokens, no cost, only what was asked for
+    admitted      kept in the outbox, on this machine's disk, before the request is served
+    used          its end is in the outbox before the last word goes to the client
+    posted        a thread puts what the outbox owes into the ledger's database, and only then forgets it there
+    died          whoever starts next on the same folder settles what the outbox of the dead has; what has no end there
+                  is `interrupted`: no tokens, no cost, only what was asked for
 
-What "exactly once" means: a row is known by (server, request), where a server is one run of one process. Opening it
-twice is refused. Settling sets figures, never adds any, and a row that is done stays as it is: notes may be read any
-number of times. So a request whose last word went out is in the ledger with what it took, and none is there twice. A
-server that another took for dead (its link to PostgreSQL was cut) still has the last word on its own rows: done
-replaces interrupted. With a journal on a disk that is gone, requests that had ended in the last moments before a kill,
-and were not yet in the database, are interrupted.
+So requests wait for the local disk alone, never for the ledger's database: while that is away the outbox keeps what is
+owed, up to its bound, and beyond that nobody is admitted. What "exactly once" means: a request is known by (server,
+request), where a server is one run of one process. Posting sets how far it has come, never adds it a second time, so it
+may be repeated at any point. Outboxes on a disk that is gone: their servers are not seen any more, and what they had
+open is interrupted after ten minutes. Should such a server come back, its word is the last: done replaces interrupted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
+import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import Connection, Integer, case, cast, func, select, text, update
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, literal_column, select
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 
+from veneer.errors import ResourceError
 from veneer.library.database import reading, writing
 from veneer.serve.request import Refused, Usage
-from veneer.serve.tenancy.journal import Journal, left_behind, lock_file
-from veneer.serve.tenancy.store import Price, Store, ledger
+from veneer.serve.tenancy.entries import Entry, Line, Owed, end_text
+from veneer.serve.tenancy.old_journals import settle_old_journals
+from veneer.serve.tenancy.outbox import Outbox, left_behind
+from veneer.serve.tenancy.posting import SLOT_WIDTHS, open_entries, post
+from veneer.serve.tenancy.store import Store
+from veneer.serve.tenancy.tables import lines, servers, slots
 from veneer.serve.tenancy.writer import Writer
 
-__all__ = ["Entry", "Ledger"]
+__all__ = ["Entry", "Ledger", "LedgerState", "Line"]
 
+_MOST = 1000  # requests in one transaction
+_GONE_SECONDS = 600.0
 _log = logging.getLogger("veneer.serve.tenancy")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What is known of a request when it is admitted."""
+class LedgerState:
+    """`owed`: requests in the outbox, those that run among them. `lag`: seconds since the oldest that ended and is not
+    in the database ended. `away`: the database did not answer last."""
 
-    request: str
-    tenant: str
-    name: str
-    adapter: str
-    opened: float
-    asked_prompt: int
-    asked_completion: int
-    price: Price
+    owed: int
+    lag: float
+    away: bool
 
 
 class Ledger:
     """The ledger of one run of one process. Thread-safe."""
 
-    def __init__(self, store: Store, folder: Path, wall: Callable[[], float]) -> None:
-        """`folder`: where journals are, on a disk of this machine. Settles what the dead left there."""
+    def __init__(
+        self, store: Store, folder: Path, wall: Callable[[], float], *, synced: bool = False, most: int = 100_000
+    ) -> None:
+        """`folder`: where outboxes are, on a disk of this machine. `synced`, `most`: see `Outbox`. Settles what the
+        dead left there. Raises ResourceError where the disk is full."""
         self.store, self.wall = store, wall
         self.server = secrets.token_hex(8)
         self._folder = folder
-        self._presence = contextlib.ExitStack()
-        if (
-            store.engine.dialect.name == "postgresql"
-        ):  # a lock that falls with the process; beside SQLite, the journal's
-            c = self._presence.enter_context(store.engine.connect().execution_options(isolation_level="AUTOCOMMIT"))
-            c.execute(text(f"SELECT pg_advisory_lock({_number(self.server)})"))
-        self.recovered = self.recover()
-        self.journal = Journal(folder, self.server)
-        self.writer = Writer(store.engine)
+        self.outbox = Outbox(folder, self.server, synced=synced, most=most)
+        self._wake, self._closing = threading.Event(), False
+        self._oldest: float | None = None
+        self._away = False
+        try:
+            self.beat()
+            self.recovered = self.recover()
+        except BaseException:
+            self.outbox.close()
+            raise
+        self.writer: Writer[Connection] = Writer(lambda: writing(store.engine), "veneer-shadows")
+        self._sender = threading.Thread(target=self._send, name="veneer-ledger", daemon=True)
+        self._sender.start()
 
     def open(self, entry: Entry) -> Future[None]:
-        """The row; the future's result comes when it is in the database. Its exception is Refused where this server
-        had a request of that id before."""
-        row = {
-            **{k: v for k, v in asdict(entry).items() if k != "price"},
-            **{f"price_{k}": v for k, v in asdict(entry.price).items()},
-            "server": self.server,
-            "day": datetime.fromtimestamp(entry.opened, UTC).strftime("%Y-%m-%d"),
-            "state": "open",
-            "cost": 0,
-            **dict.fromkeys(("prompt", "cached", "completion"), 0),
-            **dict.fromkeys(("queued", "prefill", "decode"), 0.0),
-        }
+        """The future's result comes when the outbox has it. Its exception is Refused: 400 where a request of that id is
+        there, 503 where no more can be kept."""
+        opened: Future[None] = Future()
 
-        def write(c: Connection) -> None:
-            make = postgresql_insert if c.dialect.name == "postgresql" else sqlite_insert
-            if c.scalar(make(ledger).on_conflict_do_nothing().returning(ledger.c.request), row) is None:
-                raise Refused(
-                    f"there was a request {entry.request} before", status=400, code="invalid_request",
-                    fix="an id of its own for each request",
+        def kept(future: Future[None]) -> None:
+            error = future.exception()
+            if error is None:
+                self._wake.set()
+                opened.set_result(None)
+            elif isinstance(error, sqlite3.IntegrityError):
+                opened.set_exception(
+                    Refused(
+                        f"there was a request {entry.request} before", status=400, code="invalid_request",
+                        fix="an id of its own for each request",
+                    )
                 )  # fmt: skip
+            else:
+                _log.error("request %s cannot be kept for the ledger: %s", entry.request, error)
+                opened.set_exception(
+                    Refused("what requests take cannot be recorded now", status=503, code="overloaded", retry_after=5.0)
+                )
 
-        return self.writer.put(write, patient=False)
+        self.outbox.open(entry).add_done_callback(kept)
+        return opened
 
-    def settle(self, request: str, usage: Usage, price: Price) -> Future[None]:
-        """When this returns, the usage outlives a SIGKILL; the future's result comes when it is in the database."""
-        line = {"request": request, "closed": self.wall(), "usage": asdict(usage), "price": asdict(price)}
-        try:
-            part = self.journal.write(line)
-        except OSError:  # a full disk, say: the database has its own
-            _log.exception("no note of request %s; its row will be done with the next commit", request)
-            part = 0
-
-        def write(c: Connection) -> None:
-            _settle(c, self.server, [line])
-
-        done = self.writer.put(write)
-        done.add_done_callback(lambda future: None if future.exception() else self.journal.settled(part))
-        return done
+    def settle(self, request: str, usage: Usage) -> Future[None]:
+        """The future's result comes when the usage outlives this process; it has no exception."""
+        return self._end(request, end_text("done", self.wall(), usage))
 
     def interrupt(self, request: str) -> Future[None]:
         """The request ended, and nobody said what it took."""
-        closed = self.wall()
+        return self._end(request, end_text("interrupted", self.wall(), Usage(0, 0, 0)))
 
-        def write(c: Connection) -> None:
-            _interrupt(c, self.server, closed, request)
+    def _end(self, request: str, end: str) -> Future[None]:
+        kept = self.outbox.settle(request, end)
+        kept.add_done_callback(lambda future: self._wake.set())
+        return kept
 
-        return self.writer.put(write)
+    # -- into the database ---------------------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        pause = 0.0
+        while not (self._closing and pause == 0.0):
+            self._wake.wait(pause or None)
+            self._wake.clear()
+            try:
+                while self._post_some():
+                    pass
+                pause, self._away = 0.0, False
+            except Exception as error:  # whatever it is, what is owed stays owed
+                if not self._away:
+                    _log.warning("the ledger keeps what it owes until its database answers: %s", error)
+                self._away = isinstance(error, SQLAlchemyError | ResourceError)
+                if self._closing:
+                    return
+                pause = min(5.0, pause * 2 or 0.2)
+                time.sleep(pause)
+
+    def _post_some(self) -> bool:
+        owed = self.outbox.take(_MOST)
+        self._oldest = min((each.closed for each in owed if each.closed is not None), default=None)
+        if not owed:
+            return False
+        self._post(self.server, owed)
+        self.outbox.told(owed)
+        return True
+
+    def _post(self, server: str, owed: list[Owed]) -> int:
+        """All in one transaction; where one of them cannot be posted, the others without it."""
+        try:
+            with writing(self.store.engine) as c:
+                return post(c, server, owed, self.wall())
+        except (OperationalError, InterfaceError, ResourceError):  # away, or locked
+            raise
+        except Exception as error:
+            if len(owed) == 1:
+                _log.error("the database refuses a request, which is in this log alone: %s: %s", owed[0], error)
+                return 0
+            return sum(self._post(server, [each]) for each in owed)
+
+    def flush(self, seconds: float = 10.0) -> bool:
+        """Wait until the database has whatever has come; whether it does."""
+        deadline = time.monotonic() + seconds
+        self.outbox.flush(seconds)
+        while self.outbox.take(1):
+            if time.monotonic() > deadline:
+                return False
+            self._wake.set()
+            time.sleep(0.005)
+        return True
+
+    def state(self) -> LedgerState:
+        """For metrics; waits for nothing."""
+        lag = 0.0 if self._oldest is None else max(0.0, self.wall() - self._oldest)
+        return LedgerState(self.outbox.owed, lag, self._away)
+
+    # -- what the dead left --------------------------------------------------------------------------------------------
 
     def recover(self) -> dict[str, int]:
-        """Settle what dead servers left: {"done": from their journals, "interrupted": the rest}."""
+        """Settle what dead servers left: {"done": as their outboxes say, "interrupted": the rest}."""
         counts = {"done": 0, "interrupted": 0}
-        for server, lines in left_behind(self._folder):
+        for path in sorted(self._folder.glob("*.sqlite")):
+            if path != self.outbox.path:
+                self._recover_outbox(path, counts)
+        for server, notes in settle_old_journals(self._folder):
             with writing(self.store.engine) as c:
-                counts["done"] += _settle(c, server, lines)
-                counts["interrupted"] += _interrupt(c, server, self.wall())
+                entries = {entry.request: entry for entry in open_entries(c, server, notes)}
+                owed = [Owed(entries[r], "done", closed, usage) for r, (closed, usage) in notes.items() if r in entries]
+                counts["done"] += post(c, server, owed, self.wall())
+            counts["interrupted"] += self._interrupt_all(server)
+        seen = select(servers.c.server).where(servers.c.seen > _now(self.store) - _GONE_SECONDS)
         with reading(self.store.engine) as c:
-            query = select(ledger.c.server).where(ledger.c.state == "open", ledger.c.server != self.server).distinct()
-            servers = list(c.scalars(query))
-        for server in servers:
-            with writing(self.store.engine) as c:
-                if self._dead(c, server):
-                    counts["interrupted"] += _interrupt(c, server, self.wall())
+            gone = list(
+                c.scalars(
+                    select(lines.c.server)
+                    .where(lines.c.state == "open", lines.c.server != self.server, lines.c.server.not_in(seen))
+                    .distinct()
+                )
+            )
+        for server in gone:
+            counts["interrupted"] += self._interrupt_all(server)
         return counts
 
-    def _dead(self, c: Connection, server: str) -> bool:
-        """PostgreSQL knows who is there, on any machine. Beside a SQLite file all are on this one, and whoever died has
-        just lost its lock file in `left_behind`."""
-        if c.dialect.name == "postgresql":
-            return bool(c.scalar(text(f"SELECT pg_try_advisory_xact_lock({_number(server)})")))
-        return not lock_file(self._folder, server).exists()
+    def _recover_outbox(self, path: Path, counts: dict[str, int]) -> None:
+        try:
+            with left_behind(path) as found:
+                for owed in found:
+                    ended = [each if each.state != "open" else self._interrupted(each.entry) for each in owed]
+                    counts["done"] += self._post(path.stem, ended)
+                    counts["interrupted"] += sum(each.state == "interrupted" for each in ended)
+        except (BlockingIOError, FileNotFoundError):
+            return  # its process lives, or another has just settled it
+        except sqlite3.DatabaseError as error:
+            _log.error("%s cannot be read: %s; its requests that are open are interrupted", path, error)
+            path.replace(path.with_suffix(".damaged"))
+        counts["interrupted"] += self._interrupt_all(path.stem)
 
-    def seen_elsewhere(self, window: float) -> list[tuple[str, str, float, int, int]]:
-        """What other servers, and this one's earlier runs, admitted in the last `window` seconds:
-        (tenant, adapter, seconds ago, requests, tokens), in sixty slots."""
-        now, width, t = self.wall(), window / 60, ledger.c
-        floor = func.floor if self.store.engine.dialect.name == "postgresql" else lambda x: cast(x, Integer)
-        slot = floor(t.opened / width)
-        tokens = case((t.state == "done", t.prompt + t.completion), (t.state == "open", _ASKED), else_=0)
+    def _interrupt_all(self, server: str) -> int:
+        with writing(self.store.engine) as c:
+            owed = [self._interrupted(entry) for entry in open_entries(c, server)]
+            post(c, server, owed, self.wall())
+            c.execute(delete(servers).where(servers.c.server == server))
+        return len(owed)
+
+    def _interrupted(self, entry: Entry) -> Owed:
+        return Owed(entry, "interrupted", self.wall())
+
+    # -- upkeep --------------------------------------------------------------------------------------------------------
+
+    def beat(self) -> None:
+        """This server is there. To be called more often than every ten minutes."""
+        with writing(self.store.engine) as c:
+            c.execute(delete(servers).where(servers.c.server == self.server))
+            c.execute(insert(servers), {"server": self.server, "seen": c.scalar(select(_now(self.store)))})
+
+    def prune(self, days: float, most: int = 10_000) -> int:
+        """Delete lines that are older, and slots that no window needs; sums stay. Returns how many lines went."""
+        before, gone = self.wall() - days * 86400, 0
+        old = (lines.c.opened < before) & (lines.c.state != "open")
+        while True:
+            with writing(self.store.engine) as c:
+                last = c.scalar(select(lines.c.opened).where(old).order_by(lines.c.opened).offset(most).limit(1))
+                here = old if last is None else old & (lines.c.opened <= last)
+                gone += c.execute(delete(lines).where(here)).rowcount
+                for width, window in SLOT_WIDTHS.items():
+                    late = int((self.wall() - window) // width) - 1
+                    c.execute(delete(slots).where(slots.c.width == width, slots.c.slot < late))
+            if last is None:
+                return gone
+
+    def seen_elsewhere(
+        self, window: float, adapters: Iterable[str] | None = None
+    ) -> list[tuple[str, str, float, int, int]]:
+        """What other servers, and this one's earlier runs, admitted in the last `window` seconds, in sixty slots:
+        (tenant, adapter or "" for whole requests, seconds ago, requests, tokens). `adapters`: of these alone."""
+        now, s = self.wall(), slots.c
+        (width,) = (w for w, seconds in SLOT_WIDTHS.items() if seconds == window)
         query = (
-            select(t.tenant, t.adapter, slot.label("slot"), func.count().label("n"), func.sum(tokens).label("tokens"))
-            .where(t.opened > now - window - width, t.server != self.server)
-            .group_by(t.tenant, t.adapter, slot)
+            select(s.tenant, s.adapter, s.slot, func.sum(s.requests).label("n"), func.sum(s.tokens).label("tokens"))
+            .where(s.width == width, s.slot >= int((now - window) // width), s.server != self.server)
+            .group_by(s.tenant, s.adapter, s.slot)
         )
+        if adapters is not None:
+            query = query.where(s.adapter.in_(sorted(adapters)))
         with reading(self.store.engine) as c:
             # A slot is as young as its youngest: it counts a little longer, never shorter.
             return [
-                (r.tenant, r.adapter, max(0.0, now - (float(r.slot) + 1) * width), int(r.n), int(r.tokens))
+                (r.tenant, r.adapter, max(0.0, now - (r.slot + 1) * width), int(r.n), int(r.tokens))
                 for r in c.execute(query)
             ]
 
     def close(self) -> None:
-        """Write what has come; what is still open is interrupted."""
+        """Post what has come; what is still open is interrupted. What cannot be posted waits for the next start."""
+        self.outbox.flush()
+        self.outbox.end_all(end_text("interrupted", self.wall(), Usage(0, 0, 0)))
+        self.writer.close()
+        self._closing = True
+        self._wake.set()
+        self._sender.join(15)
+        if self._sender.is_alive() or not self._leave():
+            _log.error("%d requests wait in the outbox for the next start", self.outbox.owed)
+        self.outbox.close()
 
-        def end(c: Connection) -> None:
-            _interrupt(c, self.server, self.wall())
-
-        self.writer.put(end)
-        complete = self.writer.close()
-        self.journal.close(keep=not complete)
-        self._presence.close()
-
-
-_ASKED = ledger.c.asked_prompt + ledger.c.asked_completion
-
-
-def _settle(c: Connection, server: str, lines: Iterable[dict[str, Any]]) -> int:
-    """Rows become done; those that are done stay as they are. Returns how many became so."""
-    changed = 0
-    for line in lines:
-        usage = line["usage"]
-        row = {**usage, "closed": line["closed"]}
-        row["cost"] = Price(**line["price"]).cost(usage["prompt"], usage["cached"], usage["completion"])
-        here = (ledger.c.server == server) & (ledger.c.request == line["request"]) & (ledger.c.state != "done")
-        changed += c.execute(update(ledger).where(here).values(state="done", **row)).rowcount
-    return changed
+    def _leave(self) -> bool:
+        try:
+            with writing(self.store.engine) as c:
+                c.execute(delete(servers).where(servers.c.server == self.server))
+        except (SQLAlchemyError, ResourceError):
+            return False
+        return not self.outbox.take(1)
 
 
-def _interrupt(c: Connection, server: str, closed: float, request: str | None = None) -> int:
-    here = (ledger.c.server == server) & (ledger.c.state == "open")
-    if request is not None:
-        here &= ledger.c.request == request
-    return c.execute(update(ledger).where(here).values(state="interrupted", closed=closed)).rowcount
-
-
-def _number(server: str) -> int:
-    """A server as the key of an advisory lock."""
-    return int.from_bytes(bytes.fromhex(server), "big", signed=True)
+def _now(store: Store) -> ColumnElement[float]:
+    """Seconds since 1970 by the database's clock."""
+    if store.engine.dialect.name == "postgresql":
+        return literal_column("EXTRACT(EPOCH FROM clock_timestamp())::float")
+    return literal_column("(julianday('now') - 2440587.5) * 86400.0")

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from veneer.serve.request import Refused
-from veneer.serve.tenancy.names import adapter_of
 from veneer.serve.tenancy.store import ALL, EACH, Limit
 
 __all__ = ["DAY", "MINUTE", "Counter", "Held", "Limits", "Scope", "Window", "scopes"]
@@ -149,12 +148,12 @@ class Limits:
     def elsewhere(
         self, limits: Mapping[Scope, Limit], window: float, seen: Iterable[tuple[str, str, float, int, int]]
     ) -> None:
-        """What other servers used, anew, for the windows that are so long: (tenant, adapter, seconds ago, requests,
-        tokens)."""
+        """What other servers used, anew, for the windows that are so long: (tenant, adapter or ALL for whole requests,
+        seconds ago, requests, tokens)."""
         found: dict[Scope, dict[str, Window]] = {}
         now = self.clock()
         for tenant, adapter, ago, requests, tokens in sorted(seen, key=lambda row: -row[2]):
-            for scope in scopes(tenant, [adapter_of(adapter)]):
+            for scope in [(ALL, adapter)] if tenant == ALL else [(ALL, adapter), (tenant, adapter)]:
                 windows = found.setdefault(scope, {n: Window(s) for n, s, _ in _WINDOWS if s == window})
                 for name, kept in windows.items():
                     kept.add(now - ago, tokens if name.startswith("tokens") else requests)

@@ -128,7 +128,7 @@ class Rollouts:
             last = c.scalar(select(func.max(shadows.c.id))) or 0
             c.execute(delete(shadows).where(shadows.c.id <= last - keep))
 
-        return self._put(write, patient=False)
+        return self._put(write)
 
 
 def bucket(alias: str, who: str) -> int:

@@ -1,12 +1,10 @@
-"""The tables of tenants, and the settings that a server holds of them in memory.
-
-    tenants 1─n keys, grants            aliases ─1 moves (current)          limits, prices: (tenant, adapter)
-    ledger: a row a request             shadows: the newest comparisons     audit: a row a change, chained
+"""The database of tenants, and the settings that a server holds of it in memory.
 
 Whatever changes settings raises the revision in the same transaction. A server asks for the revision before each
 request, one number, and reads the settings again when it moved: a revoked key, a moved alias or a lower limit holds
-from the next request on, in every process on the database.
-Knows tables and connections; changes are in `manage` and `rollouts`, what was used in `ledger`.
+from the next request on, in every process on the database. While the database is away, what was read last holds.
+Knows tables (`tables` has them, `versions` how they came to be so) and connections; changes are in `manage` and
+`rollouts`, what was used in `ledger`.
 """
 
 from __future__ import annotations
@@ -16,175 +14,43 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    Boolean,
-    Column,
-    Connection,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    Table,
-    Text,
-    insert,
-    inspect,
-    select,
-    text,
-    update,
-)
-from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
+from sqlalchemy import Connection, insert, inspect, select, update
 
 from veneer.errors import ConfigError, nearest
-from veneer.library.database import URL_FIX, Key, open_engine, reading, shown_url, writing
+from veneer.library.database import PATIENCE, URL_FIX, open_engine, reading, writing
+from veneer.library.migrate import Schema, bring_up
 from veneer.serve.tenancy.names import seeing
+from veneer.serve.tenancy.tables import (
+    APPEND_ONLY,
+    LIMITS,
+    TABLES,
+    aliases,
+    audit,
+    grants,
+    keys,
+    limits,
+    meta,
+    moves,
+    prices,
+    shadows,
+    tenants,
+)
 
 __all__ = [
-    "ALL", "EACH", "LIMITS", "Alias", "KeyRow", "Limit", "NotThere", "Price", "Settings", "Store", "Tenant", "alias_of",
-    "aliases", "audit", "grants", "keys", "ledger", "limits", "meta", "missing", "moves", "prices", "shadows",
+    "ALL", "EACH", "LIMITS", "SCHEMA", "Alias", "KeyRow", "Limit", "NotThere", "Price", "Settings", "Store", "Tenant",
+    "alias_of", "aliases", "audit", "grants", "keys", "limits", "meta", "missing", "moves", "prices", "shadows",
     "tenant_row", "tenants",
 ]  # fmt: skip
 
-SCHEMA = "1"
 ALL = ""
 """In a limit: all tenants, or all adapters, together. In a price: any of them. In an alias: it is everybody's."""
 EACH = "*"
 """In a limit: each tenant for itself, unless it has its own limit."""
-LIMITS = ("requests_per_minute", "requests_per_day", "tokens_per_minute", "tokens_per_day", "concurrency")
 
 _LOCK = 0x74656E616E74  # "tenant": the key of PostgreSQL's advisory lock for changes of settings
-_TABLES = MetaData()
-
-
-def _tenant() -> Column[Any]:
-    return Column("tenant", Key(), primary_key=True)
-
-
-meta = Table("tenant_meta", _TABLES, Column("key", Key(), primary_key=True), Column("value", Text, nullable=False))
-tenants = Table(
-    "tenants",
-    _TABLES,
-    Column("name", Key(), primary_key=True),
-    Column("weight", Float, nullable=False),
-    Column("enabled", Boolean, nullable=False),
-    Column("created", Float, nullable=False),  # seconds since 1970, as all times here
-)
-keys = Table(
-    "tenant_keys",
-    _TABLES,
-    Column("id", Key(), primary_key=True),
-    Column("tenant", Key(), ForeignKey(tenants.c.name, ondelete="CASCADE"), nullable=False, index=True),
-    Column("hash", Text, nullable=False),
-    Column("label", Text, nullable=False),
-    Column("created", Float, nullable=False),
-    Column("expires", Float),
-    Column("revoked", Float),
-)
-grants = Table(
-    "tenant_grants",
-    _TABLES,
-    _tenant(),  # ALL: shared with everybody
-    Column("pattern", Key(), primary_key=True),
-)
-limits = Table(
-    "tenant_limits",
-    _TABLES,
-    _tenant(),
-    Column("adapter", Key(), primary_key=True),
-    *(Column(name, BigInteger) for name in LIMITS),
-)
-prices = Table(
-    "tenant_prices",
-    _TABLES,
-    _tenant(),
-    Column("adapter", Key(), primary_key=True),
-    *(Column(name, BigInteger, nullable=False) for name in ("prompt", "cached", "completion")),
-)
-moves = Table(
-    "tenant_moves",
-    _TABLES,
-    _tenant(),
-    Column("alias", Key(), primary_key=True),
-    Column("move", Integer, primary_key=True),
-    Column("before", Integer),  # the move that was current when this was made: where a rollback leads
-    Column("at", Float, nullable=False),
-    Column("who", Text, nullable=False),
-    Column("spec", Text, nullable=False),  # JSON of targets, runs, shadow, fraction; no targets: the alias is gone
-)
-aliases = Table(
-    "tenant_aliases",
-    _TABLES,
-    _tenant(),
-    Column("alias", Key(), primary_key=True),
-    Column("current", Integer, nullable=False),
-)
-ledger = Table(
-    "tenant_ledger",
-    _TABLES,
-    Column("server", Key(), primary_key=True),  # one run of one process
-    Column("request", Key(), primary_key=True),
-    Column("tenant", Key(), nullable=False),
-    Column("name", Key(), nullable=False),  # the client's word
-    Column("adapter", Key(), nullable=False),  # what answered
-    Column("opened", Float, nullable=False, index=True),
-    Column("closed", Float),
-    Column("day", Key(), nullable=False),  # of `opened`, in UTC: 2026-11-25
-    Column("state", Key(), nullable=False),  # open, done, interrupted
-    Column("asked_prompt", BigInteger, nullable=False),
-    Column("asked_completion", BigInteger, nullable=False),
-    *(Column(name, BigInteger, nullable=False) for name in ("prompt", "cached", "completion")),
-    *(Column(name, Float, nullable=False) for name in ("queued", "prefill", "decode")),
-    *(Column(f"price_{name}", BigInteger, nullable=False) for name in ("prompt", "cached", "completion")),
-    Column("cost", BigInteger, nullable=False),  # millionths
-    Index("tenant_ledger_day", "day", "tenant", "adapter"),
-    Index("tenant_ledger_open", "server", sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
-)
-shadows = Table(
-    "tenant_shadows",
-    _TABLES,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("at", Float, nullable=False),
-    Column("tenant", Key(), nullable=False),
-    Column("alias", Key(), nullable=False, index=True),
-    Column("request", Key(), nullable=False),
-    Column("target", Key(), nullable=False),
-    Column("shadow", Key(), nullable=False),
-    Column("same", Boolean, nullable=False),
-    Column("first_difference", Integer),  # in characters; NULL where the texts are equal, and of pictures
-    Column("distance", Float),  # mean difference of pixels, 0 to 1; NULL of texts
-    *(Column(f"{side}_sha256", Text, nullable=False) for side in ("target", "shadow")),
-    *(Column(f"{side}_tokens", Integer, nullable=False) for side in ("target", "shadow")),
-    *(Column(f"{side}_seconds", Float, nullable=False) for side in ("target", "shadow")),
-)
-audit = Table(
-    "tenant_audit",
-    _TABLES,
-    Column("number", Integer, primary_key=True, autoincrement=False),
-    Column("at", Text, nullable=False),
-    Column("who", Text, nullable=False),
-    Column("what", Key(), nullable=False),
-    Column("subject", Key(), nullable=False),
-    Column("before", Text, nullable=False),  # JSON
-    Column("after", Text, nullable=False),  # JSON
-    Column("previous", Text, nullable=False),
-    Column("hash", Text, nullable=False),
-)
-_APPEND_ONLY = {
-    "sqlite": [
-        f"CREATE TRIGGER tenant_audit_no_{verb.lower()} BEFORE {verb} ON tenant_audit "
-        "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
-        for verb in ("UPDATE", "DELETE")
-    ],
-    "postgresql": [
-        "CREATE FUNCTION tenant_audit_fixed() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN RAISE EXCEPTION 'the audit log is append-only'; END $$",
-        "CREATE TRIGGER tenant_audit_fixed BEFORE UPDATE OR DELETE ON tenant_audit "
-        "FOR EACH ROW EXECUTE FUNCTION tenant_audit_fixed()",
-    ],
-}
 
 
 # -- what a server holds -----------------------------------------------------------------------------------------------
@@ -226,6 +92,11 @@ class Limit:
     tokens_per_minute: int | None = None
     tokens_per_day: int | None = None
     concurrency: int | None = None
+
+    def in_window(self, seconds: float) -> bool:
+        """Whether anything is limited in a window so long."""
+        word = "minute" if seconds == 60 else "day"
+        return getattr(self, f"requests_per_{word}") is not None or getattr(self, f"tokens_per_{word}") is not None
 
 
 @dataclass(frozen=True)
@@ -306,52 +177,16 @@ def tenant_row(c: Connection, name: str) -> dict[str, Any]:
 class Store:
     """The database of one server, or of several. Thread-safe."""
 
-    def __init__(self, where: str) -> None:
-        """A SQLite file or a postgresql:// URL; tables are made where there are none. Raises ConfigError."""
+    def __init__(self, where: str, *, patience: float = PATIENCE) -> None:
+        """A SQLite file or a postgresql:// URL; tables are made where there are none, and brought up where an earlier
+        veneer made them. `patience`: see `open_engine`. Raises ConfigError."""
         if ":memory:" in where or where == "sqlite://":
             raise ConfigError("tenants need a database that stays", where=where, fix=URL_FIX)
         self.where = where
-        self.engine = open_engine(where, "the tenants' database")
-        try:
-            self._make()
-        except DBAPIError as error:
-            self.engine.dispose()
-            raise ConfigError(
-                f"the tenants' database cannot be opened: {str(error.orig).strip()}",
-                where=shown_url(where),
-                fix=URL_FIX,
-            ) from error
+        self.engine = open_engine(where, SCHEMA.what, patience)
+        bring_up(self.engine, SCHEMA, where)
         self._settings = Settings(revision=-1)
         self.look()
-
-    def _make(self) -> None:
-        found = self._schema()
-        if found is None:
-            with writing(self.engine, _LOCK) as c:
-                _TABLES.create_all(c)
-                if c.scalar(_SCHEMA_ROW) is None:
-                    c.execute(insert(meta), [{"key": "schema", "value": SCHEMA}, {"key": "revision", "value": "0"}])
-                    for statement in _APPEND_ONLY[c.dialect.name]:
-                        c.exec_driver_sql(statement)
-            found = SCHEMA
-        elif found == SCHEMA and "distance" not in {c["name"] for c in inspect(self.engine).get_columns(shadows.name)}:
-            with writing(self.engine, _LOCK) as c:  # databases from before pictures had shadows
-                c.exec_driver_sql(f"ALTER TABLE {shadows.name} ADD COLUMN distance FLOAT")
-        if found != SCHEMA:
-            self.engine.dispose()
-            raise ConfigError(
-                f"the tenants' database has version {found}, this veneer knows {SCHEMA}", where=shown_url(self.where)
-            )
-
-    def _schema(self) -> str | None:
-        try:
-            with reading(self.engine) as c:
-                found: str | None = c.scalar(_SCHEMA_ROW)
-                return found
-        except (OperationalError, ProgrammingError) as error:
-            if "tenant_meta" in str(error.orig):
-                return None
-            raise
 
     @property
     def settings(self) -> Settings:
@@ -384,8 +219,29 @@ class Store:
         self.engine.dispose()
 
 
-_SCHEMA_ROW = select(meta.c.value).where(meta.c.key == "schema")
 _REVISION = select(meta.c.value).where(meta.c.key == "revision")
+
+
+def _before(c: Connection) -> str | None:
+    """The revision of tables from before it was held beside them: all of these called themselves version 1."""
+    if not inspect(c).has_table(meta.name):
+        return None
+    said = c.scalar(select(meta.c.value).where(meta.c.key == "schema"))
+    if said != "1":
+        return str(said)
+    return "0002" if "distance" in {column["name"] for column in inspect(c).get_columns(shadows.name)} else "0001"
+
+
+def _first(c: Connection) -> None:
+    # veneers from before revisions were held read `schema`, and refuse what they read
+    c.execute(insert(meta), [{"key": "schema", "value": "3"}, {"key": "revision", "value": "0"}])
+    for statement in APPEND_ONLY[c.dialect.name]:
+        c.exec_driver_sql(statement)
+
+
+SCHEMA = Schema(
+    "the tenants' database", TABLES, Path(__file__).parent / "versions", "tenant_version", _LOCK, _before, _first
+)
 
 
 def _read(c: Connection) -> Settings:

@@ -1,12 +1,15 @@
 """`Tenants`: the tenancy of a server that has tenants.
 
     caller      key -> who asks, what they see, their share; settings as they are in the database at this moment
-    admitted    limits (memory) -> a row in the ledger (database) -> served -> bill (journal, at once) -> row done
+    admitted    limits (memory) -> outbox (local disk) -> served -> bill (outbox) -> ledger (database, by a thread)
 
 Limits are counted in this process. Processes that share a database tell each other through it: every second this one
 reads what the others admitted in the last minute, every minute what they (and its own earlier runs) admitted in the
 last day. So a window holds across processes but for what the others admit within one such look; a restart forgets
 nothing. `concurrency` is of each process.
+
+While the database is away, requests go on: keys, names and limits are what was read last, windows know this process
+alone, and the outbox keeps what the ledger is owed. What is changed meanwhile holds when the database is back.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import logging
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -30,15 +34,19 @@ from veneer.models.home import veneer_home
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy.keys import hash_key, key_id, same
-from veneer.serve.tenancy.ledger import Entry, Ledger
+from veneer.serve.tenancy.ledger import Entry, Ledger, LedgerState, Line
 from veneer.serve.tenancy.limits import DAY, MINUTE, Held, Limits
 from veneer.serve.tenancy.names import adapter_of
 from veneer.serve.tenancy.rollouts import Rollouts
-from veneer.serve.tenancy.store import Price, Settings, Store
+from veneer.serve.tenancy.store import Settings, Store
 
-__all__ = ["Tenants", "admin_hash", "default_database"]
+__all__ = ["LedgerSettings", "Tenants", "admin_hash", "default_database"]
 
 _log = logging.getLogger("veneer.serve.tenancy")
+_PATIENCE = 5.0
+"""Seconds after which a server takes a statement for lost."""
+_FRESH_SECONDS = 0.5
+"""How long a request waits for the settings of this moment before it takes those that were read last."""
 _NOBODY = hash_key("")  # compared with where there is no such key, so that this takes as long
 
 
@@ -58,6 +66,18 @@ def admin_hash(key: str) -> str:
     return hash_key(key)
 
 
+@dataclass(frozen=True)
+class LedgerSettings:
+    """`days`: for which lines are kept; sums by day stay. `folder`: of the outbox, on a local disk; None: beside the
+    SQLite file, or in the veneer home. `owed`: requests that the outbox holds at most. `synced`: each waits for the
+    disk (it outlives a loss of power), not for the system alone (it outlives a kill)."""
+
+    days: float = 400.0
+    folder: Path | None = None
+    owed: int = 100_000
+    synced: bool = False
+
+
 class Tenants:
     """Implements `Tenancy`. One for a process; close it when the server has drained."""
 
@@ -66,22 +86,27 @@ class Tenants:
         where: str,
         *,
         admin_key: str | None = None,
-        journal: Path | None = None,
+        ledger: LedgerSettings = LedgerSettings(),
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         watch: bool = True,
     ) -> None:
-        """`where`: a SQLite file or postgresql:// URL. `admin_key`: see `admin_hash`; None: nobody is admin. `journal`:
-        a folder on a local disk, by default beside the SQLite file, or in the veneer home. `watch`: look at what other
-        servers did, and at who died, in a thread."""
+        """`where`: a SQLite file or postgresql:// URL. `admin_key`: see `admin_hash`; None: nobody is admin. `watch`:
+        look at what other servers did, and at who died, in a thread. Raises ConfigError, ResourceError."""
         self.admin_hash = None if admin_key is None else admin_hash(admin_key)
-        self.store = Store(where)
-        self._wall = wall
+        self.store = Store(where, patience=_PATIENCE)
+        self._wall, self._keep_days = wall, ledger.days
         self.limits = Limits(clock)
-        self.ledger = Ledger(self.store, journal or _journal_folder(where), wall)
+        folder = ledger.folder or _outbox_folder(where)
+        try:
+            self.ledger = Ledger(self.store, folder, wall, synced=ledger.synced, most=ledger.owed)
+        except BaseException:
+            self.store.close()
+            raise
         self.rollouts = Rollouts(self.store, self.ledger.writer.put)
         self._looker = ThreadPoolExecutor(1, "veneer-tenants")
         self._next_look: Future[Settings] | None = None
+        self._away = False
         self._mutex, self._stop = threading.Lock(), threading.Event()
         self._look_elsewhere(MINUTE)
         self._look_elsewhere(DAY)
@@ -92,7 +117,7 @@ class Tenants:
     # -- who asks ------------------------------------------------------------------------------------------------------
 
     async def caller(self, key: str | None, user: str | None = None) -> Caller:
-        """Raises Refused: unauthorized (401), overloaded (503) while the database is away."""
+        """Raises Refused: unauthorized (401)."""
         settings = await self._fresh()
         if key and self.is_admin(key):
             return Caller(user=user, admin=True)
@@ -113,20 +138,32 @@ class Tenants:
         return self.admin_hash is not None and same(key, self.admin_hash)
 
     async def _fresh(self) -> Settings:
-        """The settings, looked at after this was called. Who comes before a look begins shares it."""
+        """The settings, looked at after this was called; who comes before a look begins shares it. Those of the last
+        look where the database does not answer at once: then nobody waits until it answers again."""
         with self._mutex:
             if self._next_look is None:
                 self._next_look = self._looker.submit(self._look)
             look = self._next_look
+        if self._away:
+            return self.store.settings
         try:
-            return await asyncio.shield(asyncio.wrap_future(look))
-        except SQLAlchemyError as error:
-            raise _away(error) from error
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(look)), _FRESH_SECONDS)
+        except (SQLAlchemyError, TimeoutError) as error:
+            if not self._away:
+                _log.warning("the tenants' database is away, what was read last holds: %s", error or "no answer")
+            self._away = True
+            return self.store.settings
 
     def _look(self) -> Settings:
         with self._mutex:
             self._next_look = None
-        return self.store.look()
+        try:
+            found = self.store.look()
+        except SQLAlchemyError:
+            self._away = True
+            raise
+        self._away = False
+        return found
 
     # -- what they use -------------------------------------------------------------------------------------------------
 
@@ -135,21 +172,19 @@ class Tenants:
         self, caller: Caller, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[_Bill]:
         """Raises Refused: rate_limited (429, with retry_after), invalid_request (400) for what no limit will ever let
-        through or for an id that was there before, overloaded (503) while the database is away."""
-        settings, adapter = self.store.settings, adapter_of(served.target)
-        mixed = [adapter_of(name) for name in served.adapters] or [adapter]
-        price = settings.price(caller.tenant, adapter)
-        held = self.limits.take(settings.limits, caller.tenant, mixed, prompt_tokens, max_tokens)
-        bill = _Bill(self.ledger, held, request, price)
-        entry = Entry(
-            request, caller.tenant, served.name, served.target, self._wall(), prompt_tokens, max_tokens, price
+        through or for an id that was there before, overloaded (503) where the ledger can keep no more."""
+        settings = self.store.settings
+        lines = tuple(
+            Line(digest, name, strength, settings.price(caller.tenant, adapter_of(name)))
+            for digest, name, strength in served.parts()
         )
+        names = [adapter_of(line.adapter) for line in lines]
+        held = self.limits.take(settings.limits, caller.tenant, names, prompt_tokens, max_tokens)
+        entry = Entry(request, caller.tenant, served.name, self._wall(), prompt_tokens, max_tokens, lines)
         opened = self.ledger.open(entry)
+        bill = _Bill(self.ledger, held, request)
         try:
-            try:
-                await asyncio.shield(asyncio.wrap_future(opened))
-            except (SQLAlchemyError, ResourceError) as error:
-                raise _away(error) from error
+            await asyncio.shield(asyncio.wrap_future(opened))
             yield bill
         finally:
             bill.end(opened)
@@ -169,15 +204,25 @@ class Tenants:
             try:
                 self._look_elsewhere(MINUTE)
                 if rounds % 60 == 0:
+                    self.ledger.beat()
                     self._look_elsewhere(DAY)
                     self.ledger.recover()
+                if rounds % 3600 == 60:
+                    self.ledger.prune(self._keep_days)
             except (SQLAlchemyError, ResourceError) as error:
-                _log.warning("the tenants' database is away: %s", error)
+                if not self._away:
+                    _log.warning("the tenants' database is away: %s", error)
+                self._away = True
 
     def _look_elsewhere(self, window: float) -> None:
         limits = self.store.settings.limits
-        if limits:
-            self.limits.elsewhere(limits, window, self.ledger.seen_elsewhere(window))
+        named = {adapter for (_, adapter), limit in limits.items() if limit.in_window(window)}
+        if named or self.limits.counters:
+            self.limits.elsewhere(limits, window, self.ledger.seen_elsewhere(window, named) if named else ())
+
+    def ledger_state(self) -> LedgerState:
+        """For metrics."""
+        return self.ledger.state()
 
     def close(self) -> None:
         """Write what has come and stop; requests that are still running are interrupted in the ledger."""
@@ -190,17 +235,18 @@ class Tenants:
 
 
 class _Bill:
-    def __init__(self, ledger: Ledger, held: Held, request: str, price: Price) -> None:
-        self._ledger, self._held, self._request, self._price = ledger, held, request, price
+    def __init__(self, ledger: Ledger, held: Held, request: str) -> None:
+        self._ledger, self._held, self._request = ledger, held, request
         self._settled: Future[None] | None = None
 
-    def used(self, usage: Usage) -> None:
-        """When this returns, the usage outlives a SIGKILL of this process. The first word holds."""
+    def used(self, usage: Usage) -> Awaitable[None]:
+        """When what comes back is there, the usage outlives this process. The first word holds."""
         if self._settled is not None:
             _log.warning("request %s was billed twice; the first bill holds", self._request)
-            return
-        self._held.used(usage.prompt + usage.completion)
-        self._settled = self._ledger.settle(self._request, usage, self._price)
+        else:
+            self._held.used(usage.prompt + usage.completion)
+            self._settled = self._ledger.settle(self._request, usage)
+        return asyncio.shield(asyncio.wrap_future(self._settled))
 
     def end(self, opened: Future[None]) -> None:
         """Give back what was not used."""
@@ -211,14 +257,8 @@ class _Bill:
                 self._settled = self._ledger.interrupt(self._request)
 
 
-def _away(error: Exception) -> Refused:
-    return Refused(
-        f"the ledger cannot be written: {str(error).splitlines()[0]}", status=503, code="overloaded", retry_after=1.0
-    )
-
-
-def _journal_folder(where: str) -> Path:
+def _outbox_folder(where: str) -> Path:
     if where.startswith(("postgresql:", "postgres:")):
         return veneer_home() / "ledger" / hashlib.sha256(shown_url(where).encode()).hexdigest()[:16]
     path = Path(where.removeprefix("sqlite:///")).expanduser()
-    return path.with_name(f"{path.name}-journals")
+    return path.with_name(f"{path.name}-journals")  # as it was called when journals were in it

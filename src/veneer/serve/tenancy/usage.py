@@ -8,10 +8,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, case, cast, func, select
+from sqlalchemy import Connection, Table, func, select
 
 from veneer.errors import ConfigError, nearest
-from veneer.serve.tenancy.store import ledger
+from veneer.serve.tenancy.store import ALL
+from veneer.serve.tenancy.tables import lines, sums
 
 __all__ = ["BY", "FIGURES", "as_csv", "usage"]
 
@@ -19,7 +20,10 @@ BY = ("tenant", "adapter", "day")
 FIGURES = (
     "requests", "done", "interrupted", "open", "prompt", "cached", "completion", "queued", "prefill", "decode", "cost",
 )  # fmt: skip
-"""`requests` is done + interrupted + open; tokens, seconds and cost (in millionths) are of those that are done."""
+"""`requests` is done + interrupted + open; tokens, seconds and cost (in millionths) are of those that are done. Where
+adapters are told apart, a request counts for each adapter of its mix, with all of its tokens and with that adapter's
+own cost; so costs add up to the whole, in whole millionths, and the others do where nothing was mixed."""
+_SECONDS = ("queued", "prefill", "decode")
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
 
@@ -39,27 +43,37 @@ def usage(
             near = nearest(name, BY)
             fix = f"did you mean {near[0]}?" if near else f"of {', '.join(BY)}"
             raise ConfigError(f"usage cannot be counted by {name!r}", where="by", fix=fix)
-    t = ledger.c
-    states = [cast(func.sum(case((t.state == s, 1), else_=0)), BigInteger) for s in ("done", "interrupted", "open")]
+    apart = "adapter" in by or adapter is not None
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def ask(table: Table, columns: dict[str, Any], *also: Any) -> None:
+        t = table.c
+        kept = [t[name] for name in by]
+        query = select(*kept, *columns.values()).where(*also).group_by(*kept)
+        if tenant is not None:
+            query = query.where(t.tenant == tenant)
+        if adapter is not None:  # a name stands for all its versions
+            query = query.where((t.adapter == adapter) | t.adapter.startswith(f"{adapter}@", autoescape=True))
+        for name, value in (("since", since), ("until", until)):
+            if value:
+                if not _DAY.fullmatch(value):
+                    raise ConfigError(f"{value!r} is no day", where=name, fix="as in 2026-11-25, in UTC")
+                query = query.where(t.day >= value if name == "since" else t.day <= value)
+        for row in c.execute(query):
+            kind = found.setdefault(tuple(row[: len(by)]), dict.fromkeys(FIGURES, 0))
+            for name, value in zip(columns, row[len(by) :], strict=True):
+                kind[name] += float(value or 0) if name in _SECONDS else int(value or 0)
+
     # PostgreSQL sums bigint as numeric, exactly; SQLite as 64-bit integers, or it raises.
-    sums = [func.sum(t[name]) for name in FIGURES[4:]]
-    columns = [t[name] for name in by]
-    query = select(*columns, func.count(), *states, *sums).group_by(*columns).order_by(*columns)
-    if tenant is not None:
-        query = query.where(t.tenant == tenant)
-    if adapter is not None:  # a name stands for all its versions
-        query = query.where((t.adapter == adapter) | t.adapter.startswith(f"{adapter}@", autoescape=True))
-    for name, value in (("since", since), ("until", until)):
-        if value:
-            if not _DAY.fullmatch(value):
-                raise ConfigError(f"{value!r} is no day", where=name, fix="as in 2026-11-25, in UTC")
-            query = query.where(t.day >= value if name == "since" else t.day <= value)
+    summed = {name: func.sum(sums.c[name]) for name in FIGURES if name not in ("requests", "open")}
+    ask(sums, summed, sums.c.adapter != ALL if apart else sums.c.adapter == ALL)
+    ask(lines, {"open": func.count()}, lines.c.state == "open", *(() if apart else (lines.c.part == 0,)))
     out = []
-    for row in c.execute(query):
-        figures: dict[str, Any] = dict(zip(FIGURES, row[len(columns) :], strict=True))
-        for name, value in figures.items():
-            figures[name] = float(value or 0) if name in ("queued", "prefill", "decode") else int(value or 0)
-        out.append({**dict(zip(by, row, strict=False)), **figures})
+    for key in sorted(found) if by or found else [()]:
+        figures = found.get(key) or dict.fromkeys(FIGURES, 0)
+        figures["requests"] = figures["done"] + figures["interrupted"] + figures["open"]
+        figures |= {name: float(figures[name]) for name in _SECONDS}
+        out.append({**dict(zip(by, key, strict=True)), **figures})
     return out
 
 

@@ -1,8 +1,7 @@
 """One thread that writes: what comes while a transaction is being committed goes together into the next one.
 
-A commit waits for the disk; hundreds of rows in one cost as much as one row. The event loop never waits for the
-database, only coroutines that need to know that their row is there, and those wait for the end of one commit, or of
-two.
+A commit waits for the disk; hundreds of rows in one cost as much as one row. The event loop never waits for a database,
+only coroutines that need to know that their row is there, and those wait for the end of one commit, or of two.
 """
 
 from __future__ import annotations
@@ -10,47 +9,47 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from veneer.errors import ResourceError
-from veneer.library.database import writing
 
 __all__ = ["Job", "Writer"]
 
 _MOST = 1000  # jobs in one transaction
 _log = logging.getLogger("veneer.serve.tenancy")
 
+C = TypeVar("C")
+
 
 @dataclass(eq=False)
-class Job:
+class Job(Generic[C]):
     """`write` is called in a transaction, perhaps several times, of which one is committed; so it must be idempotent.
-    `patient`: where the database is away, wait for it; else fail at once. `done`: after the commit."""
+    `done`: after the commit; or with the error that kept it from being committed."""
 
-    write: Callable[[Connection], None]
-    patient: bool
-    done: Future[None] = field(default_factory=Future)
+    write: Callable[[C], Any]
+    done: Future[Any] = field(default_factory=Future)
 
 
-class Writer:
-    """Call `put` from any thread; jobs are committed in the order they came."""
+class Writer(Generic[C]):
+    """Call `put` from any thread; jobs are committed in the order they came. `transaction`: gives what they write with,
+    and commits at its end."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    def __init__(self, transaction: Callable[[], AbstractContextManager[C]], name: str) -> None:
+        self._transaction = transaction
+        self._jobs: queue.SimpleQueue[Job[C] | None] = queue.SimpleQueue()
         self._closing = False
-        self._give_up = float("inf")
-        self._thread = threading.Thread(target=self._run, name="veneer-ledger", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, write: Callable[[Connection], None], *, patient: bool = True) -> Future[None]:
-        """The future's result comes when the job is committed."""
-        job = Job(write, patient)
+    def put(self, write: Callable[[C], Any]) -> Future[Any]:
+        """The future's result, that of `write`, comes when the job is committed."""
+        job = Job(write)
         job.done.set_running_or_notify_cancel()  # from here on nobody can cancel it
         if self._closing:
             job.done.set_exception(ResourceError("the ledger is closed"))
@@ -58,20 +57,23 @@ class Writer:
             self._jobs.put(job)
         return job.done
 
-    def close(self, seconds: float = 10.0) -> bool:
-        """Write what has come so far and stop; True if all of it is committed."""
-        self._closing, self._give_up = True, time.monotonic() + seconds
+    def close(self, seconds: float = 10.0) -> None:
+        """Write what has come so far and stop."""
+        self._closing = True
         self._jobs.put(None)
-        self._thread.join(seconds + 5)
-        return not self._thread.is_alive() and self._jobs.empty()
+        self._thread.join(seconds)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             self._commit([job, *self._more(_MOST - 1)])
+        while not self._jobs.empty():  # came while it closed
+            late = self._jobs.get()
+            if late is not None:
+                late.done.set_exception(ResourceError("the ledger is closed"))
 
-    def _more(self, most: int) -> list[Job]:
+    def _more(self, most: int) -> list[Job[C]]:
         """What else has come, in its order."""
-        found: list[Job] = []
+        found: list[Job[C]] = []
         while len(found) < most:
             try:
                 more = self._jobs.get_nowait()
@@ -83,39 +85,22 @@ class Writer:
             found.append(more)
         return found
 
-    def _commit(self, batch: list[Job]) -> None:
+    def _commit(self, batch: list[Job[C]]) -> None:
         """All of it in one transaction; where that cannot be, one by one, so that a job fails for itself alone."""
-        while batch:
-            try:
-                self._together(batch)
-                return
-            except (OperationalError, InterfaceError, ResourceError) as error:  # the database is away, or locked
-                for job in batch:
-                    if not job.patient:
-                        job.done.set_exception(error)
-                batch = [job for job in batch if job.patient]
-                if batch and time.monotonic() > self._give_up:
-                    _log.error("%d rows of the ledger wait for the next start: %s", len(batch), error)
-                    for job in batch:
-                        job.done.set_exception(error)
-                    return
-                if batch:
-                    _log.warning("the ledger waits for its database: %s", error)
-                    time.sleep(0.2)
-                    batch += self._more(_MOST)  # those who will not wait are told with the next attempt
-            except Exception as error:
-                if len(batch) == 1:
-                    if batch[0].patient:  # nobody waits for it, so it is said here
-                        _log.exception("a row of the ledger was refused")
-                    batch[0].done.set_exception(error)
-                    return
-                for job in batch:
-                    self._commit([job])
-                return
-
-    def _together(self, batch: list[Job]) -> None:
-        with writing(self._engine) as c:
+        try:
+            self._together(batch)
+        except (OperationalError, InterfaceError, ResourceError) as error:  # the database is away: for all of them
             for job in batch:
-                job.write(c)
-        for job in batch:
-            job.done.set_result(None)
+                job.done.set_exception(error)
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].done.set_exception(error)
+                return
+            for job in batch:
+                self._commit([job])
+
+    def _together(self, batch: list[Job[C]]) -> None:
+        with self._transaction() as c:
+            results = [job.write(c) for job in batch]
+        for job, result in zip(batch, results, strict=True):
+            job.done.set_result(result)

@@ -1,0 +1,24 @@
+"""What Alembic runs for each command of `veneer.library.migrate`: on the connection, and in the transaction, it is
+given."""
+
+from __future__ import annotations
+
+from alembic import context
+
+__all__: list[str] = []
+
+
+def _run() -> None:
+    given = context.config.attributes
+    context.configure(
+        connection=given["connection"], version_table=given["version_table"], transaction_per_migration=False
+    )
+    context.run_migrations()
+
+
+try:
+    context.config  # noqa: B018
+except (AttributeError, NameError):  # imported by itself: no command runs
+    pass
+else:
+    _run()

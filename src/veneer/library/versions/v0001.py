@@ -1,0 +1,12 @@
+"""The index's first tables, which its first versions made by themselves and called version 1."""
+
+from __future__ import annotations
+
+__all__ = ["down_revision", "revision", "upgrade"]
+
+revision = "0001"
+down_revision = None
+
+
+def upgrade() -> None:
+    """Nothing is before it."""

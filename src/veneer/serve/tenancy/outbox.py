@@ -1,0 +1,224 @@
+"""What a server owes to the ledger, on a disk of its own machine: it outlives a kill, a full disk, and a ledger that is
+away.
+
+    FOLDER/SERVER.sqlite     a row for each request from its admission until the ledger's database has its end
+
+SQLite keeps it (a write-ahead log, one file for one run of one process), and SQLite's own lock says whether that
+process lives: it is held from the first statement to the last, and falls with the process at any death. What is
+unlocked there was left behind; whoever starts next on the folder settles it.
+
+Committed means in the system's hands: it outlives the process, killed in any way. `synced`: on the disk: it outlives a
+loss of power too, for the time of one fsync a group of requests.
+
+A full disk: the file claims room when it is made, and a row has from the start the place that its end will need. So the
+end of a request that was admitted can be written when nothing else can; who asks then is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import ResourceError
+from veneer.serve.tenancy.entries import Entry, Owed, entry_of, entry_text, owed_of
+from veneer.serve.tenancy.writer import Writer
+
+__all__ = ["Outbox", "left_behind"]
+
+_TABLE = """CREATE TABLE owed (
+    number INTEGER PRIMARY KEY,
+    request TEXT NOT NULL UNIQUE,
+    entry TEXT NOT NULL,
+    ending TEXT NOT NULL,  -- blanks while the request is open, so many that its end takes no more room
+    closed INTEGER NOT NULL,
+    told INTEGER NOT NULL  -- whether the ledger knows that it was admitted
+)"""
+_END_CHARACTERS = 240
+_ROOM = 4 << 20
+"""Bytes claimed at the start, in the file and again in its log: some 4,000 requests."""
+_CHECKPOINT_PAGES = 256
+_EMPTY_SECONDS = 3600.0
+_log = logging.getLogger("veneer.serve.tenancy")
+
+
+class Outbox:
+    """The outbox of this process. Thread-safe; nothing here waits for the ledger's database."""
+
+    def __init__(self, folder: Path, server: str, *, synced: bool = False, most: int = 100_000) -> None:
+        """`most`: requests owed at once; beyond that, and where the disk has no room, `open` fails. Raises
+        ResourceError where there is no room to begin with."""
+        self.path, self.most = folder / f"{server}.sqlite", most
+        self._mutex = threading.RLock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._c = _connect(self.path, wait=5.0)
+            self._make(synced)
+        except (OSError, sqlite3.Error) as error:
+            for path in _files(self.path):
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+            raise ResourceError(
+                f"the ledger has no room for what it owes: {error}", where=str(folder),
+                fix=f"{2 * _ROOM >> 20} MiB of free space on a local disk, or another folder",
+            ) from error  # fmt: skip
+        self.owed = 0
+        self._unwritten: dict[str, str] = {}
+        self._writer = Writer(self._transaction, "veneer-outbox")
+
+    def open(self, entry: Entry) -> Future[None]:
+        """The future's result comes when it is kept. Its exception is sqlite3.IntegrityError where a request of that id
+        is owed already, ResourceError or sqlite3's where nothing more can be kept."""
+
+        def write(c: sqlite3.Connection) -> None:
+            if self.owed >= self.most:
+                raise ResourceError(f"the ledger is owed {self.owed:,} requests, and {self.most:,} are the most")
+            if self._unwritten:
+                raise ResourceError("the ends of requests cannot be written")
+            row = (entry.request, entry_text(entry), " " * _END_CHARACTERS)
+            c.execute("INSERT INTO owed (request, entry, ending, closed, told) VALUES (?, ?, ?, 0, 0)", row)
+
+        opened = self._writer.put(write)
+        opened.add_done_callback(lambda future: self._count(0 if future.exception() else 1))
+        return opened
+
+    def settle(self, request: str, end: str) -> Future[None]:
+        """`end`: of `entries.end_text`. The first end of a request holds. The future's result comes when it is kept,
+        and has no exception: what cannot be written is kept in memory, said, and goes to the ledger from there."""
+        kept: Future[None] = Future()
+
+        def write(c: sqlite3.Connection) -> None:
+            row = (end.ljust(_END_CHARACTERS), request)
+            c.execute("UPDATE owed SET ending = ?, closed = 1 WHERE request = ? AND closed = 0", row)
+
+        def written(future: Future[Any]) -> None:
+            if error := future.exception():
+                _log.error("the end of request %s is in memory alone: %s", request, error)
+                with self._mutex:
+                    self._unwritten.setdefault(request, end)
+            kept.set_result(None)
+
+        self._writer.put(write).add_done_callback(written)
+        return kept
+
+    def take(self, most: int) -> list[Owed]:
+        """The oldest that the ledger has to be told of."""
+        with self._mutex:
+            late = dict(self._unwritten)
+            marks = ", ".join("?" * len(late))
+            query = f"SELECT request, entry, ending FROM owed WHERE told = 0 OR closed = 1 OR request IN ({marks})"
+            rows = self._c.execute(f"{query} ORDER BY number LIMIT ?", (*late, most)).fetchall()
+        return [owed_of(entry_of(entry), late.get(request, end)) for request, entry, end in rows]
+
+    def told(self, owed: Iterable[Owed]) -> None:
+        """The ledger has these: those that ended are forgotten."""
+        ended = [(each.entry.request,) for each in owed if each.state != "open"]
+        opened = [(each.entry.request,) for each in owed if each.state == "open"]
+        with self._transaction() as c:
+            c.executemany("DELETE FROM owed WHERE request = ?", ended)
+            c.executemany("UPDATE owed SET told = 1 WHERE request = ?", opened)
+        with self._mutex:
+            for (request,) in ended:
+                self._unwritten.pop(request, None)
+        self._count(-len(ended))
+
+    def end_all(self, end: str) -> None:
+        """Whatever is open ends so."""
+        with self._transaction() as c:
+            c.execute("UPDATE owed SET ending = ?, closed = 1 WHERE closed = 0", (end.ljust(_END_CHARACTERS),))
+
+    def flush(self, seconds: float = 10.0) -> None:
+        """Wait until what has come is written."""
+        self._writer.put(lambda c: None).result(seconds)
+
+    def close(self) -> None:
+        """What is still owed stays in its file."""
+        self._writer.close()
+        with self._mutex:
+            empty = not self._unwritten and not self._c.execute("SELECT 1 FROM owed LIMIT 1").fetchone()
+            self._c.close()
+        if empty:
+            for path in _files(self.path):
+                path.unlink(missing_ok=True)
+
+    def _make(self, synced: bool) -> None:
+        c = self._c
+        c.execute("PRAGMA journal_mode = WAL")
+        c.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
+        c.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+        c.execute("BEGIN IMMEDIATE")
+        c.execute(_TABLE)
+        c.execute("CREATE TABLE room (bytes BLOB NOT NULL)")
+        c.execute("INSERT INTO room VALUES (randomblob(?))", (_ROOM,))
+        c.execute("COMMIT")
+        c.execute("DROP TABLE room")  # its pages stay in the file, free
+        c.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._mutex:
+            self._c.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._c
+                self._c.execute("COMMIT")
+            except BaseException:
+                if self._c.in_transaction:
+                    self._c.execute("ROLLBACK")
+                raise
+
+    def _count(self, change: int) -> None:
+        with self._mutex:
+            self.owed += change
+
+
+@contextlib.contextmanager
+def left_behind(path: Path) -> Iterator[Iterator[list[Owed]]]:
+    """What a dead process owed, some at a time; its files go when the caller comes to the end of the block, and stay
+    where the block raises. Raises BlockingIOError where the process lives, FileNotFoundError where there is nothing."""
+    try:
+        c = _connect(path, wait=0.0)
+    except sqlite3.OperationalError as error:
+        raise (BlockingIOError if path.exists() else FileNotFoundError)(str(path)) from error
+    try:
+        if c.execute("SELECT 1 FROM sqlite_master WHERE name = 'owed'").fetchone() is None:
+            if time.time() - os.stat(path).st_mtime < _EMPTY_SECONDS:
+                raise BlockingIOError(str(path))  # it may be about to be made
+            yield iter(())
+        else:
+            yield _batches(c)
+        for each in _files(path):  # while the lock is held: nobody else finds them
+            each.unlink(missing_ok=True)
+    finally:
+        c.close()
+
+
+def _batches(c: sqlite3.Connection) -> Iterator[list[Owed]]:
+    cursor = c.execute("SELECT entry, ending FROM owed ORDER BY number")
+    while rows := cursor.fetchmany(500):
+        yield [owed_of(entry_of(entry), end) for entry, end in rows]
+
+
+def _connect(path: Path, wait: float) -> sqlite3.Connection:
+    """A connection that holds the file's one lock until it is closed."""
+    if wait == 0.0 and not path.exists():
+        raise sqlite3.OperationalError("no such file")
+    c = sqlite3.connect(path, timeout=wait, isolation_level=None, check_same_thread=False)
+    try:
+        c.execute("PRAGMA locking_mode = EXCLUSIVE")
+        c.execute("BEGIN EXCLUSIVE")
+        c.execute("COMMIT")
+    except BaseException:
+        c.close()
+        raise
+    return c
+
+
+def _files(path: Path) -> list[Path]:
+    return [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))]

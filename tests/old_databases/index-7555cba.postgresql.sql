@@ -1,0 +1,114 @@
+CREATE TABLE library_meta (
+	key VARCHAR COLLATE "C" NOT NULL, 
+	value TEXT NOT NULL, 
+	PRIMARY KEY (key)
+)
+;;
+CREATE TABLE library_names (
+	name VARCHAR COLLATE "C" NOT NULL, 
+	latest INTEGER, 
+	next INTEGER NOT NULL, 
+	PRIMARY KEY (name)
+)
+;;
+CREATE TABLE library_objects (
+	path VARCHAR COLLATE "C" NOT NULL, 
+	size BIGINT NOT NULL, 
+	touched FLOAT NOT NULL, 
+	generation VARCHAR NOT NULL, 
+	PRIMARY KEY (path)
+)
+;;
+CREATE TABLE library_entries (
+	id VARCHAR COLLATE "C" NOT NULL, 
+	manifest VARCHAR COLLATE "C" NOT NULL, 
+	digest VARCHAR COLLATE "C" NOT NULL, 
+	format VARCHAR NOT NULL, 
+	kind VARCHAR NOT NULL, 
+	base VARCHAR COLLATE "C" NOT NULL, 
+	base_name VARCHAR COLLATE "C" NOT NULL, 
+	fingerprint VARCHAR COLLATE "C" NOT NULL, 
+	licence VARCHAR NOT NULL, 
+	created VARCHAR NOT NULL, 
+	size BIGINT NOT NULL, 
+	card TEXT NOT NULL, 
+	words TEXT NOT NULL, 
+	PRIMARY KEY (id), 
+	FOREIGN KEY(manifest) REFERENCES library_objects (path)
+)
+;;
+CREATE INDEX ix_library_entries_base ON library_entries (base)
+;;
+CREATE INDEX ix_library_entries_base_name ON library_entries (base_name)
+;;
+CREATE INDEX ix_library_entries_digest ON library_entries (digest)
+;;
+CREATE INDEX ix_library_entries_fingerprint ON library_entries (fingerprint)
+;;
+CREATE INDEX ix_library_entries_manifest ON library_entries (manifest)
+;;
+CREATE TABLE library_files (
+	entry VARCHAR COLLATE "C" NOT NULL, 
+	name VARCHAR COLLATE "C" NOT NULL, 
+	object VARCHAR COLLATE "C" NOT NULL, 
+	sha256 VARCHAR NOT NULL, 
+	size BIGINT NOT NULL, 
+	PRIMARY KEY (entry, name), 
+	FOREIGN KEY(entry) REFERENCES library_entries (id) ON DELETE CASCADE, 
+	FOREIGN KEY(object) REFERENCES library_objects (path)
+)
+;;
+CREATE INDEX ix_library_files_object ON library_files (object)
+;;
+CREATE TABLE library_parents (
+	entry VARCHAR COLLATE "C" NOT NULL, 
+	parent VARCHAR COLLATE "C" NOT NULL, 
+	PRIMARY KEY (entry, parent), 
+	FOREIGN KEY(entry) REFERENCES library_entries (id) ON DELETE CASCADE
+)
+;;
+CREATE INDEX ix_library_parents_parent ON library_parents (parent)
+;;
+CREATE TABLE library_triggers (
+	entry VARCHAR COLLATE "C" NOT NULL, 
+	word VARCHAR COLLATE "C" NOT NULL, 
+	lower VARCHAR COLLATE "C" NOT NULL, 
+	PRIMARY KEY (entry, word), 
+	FOREIGN KEY(entry) REFERENCES library_entries (id) ON DELETE CASCADE
+)
+;;
+CREATE INDEX ix_library_triggers_lower ON library_triggers (lower)
+;;
+CREATE TABLE library_versions (
+	name VARCHAR COLLATE "C" NOT NULL, 
+	version INTEGER NOT NULL, 
+	entry VARCHAR COLLATE "C" NOT NULL, 
+	added VARCHAR NOT NULL, 
+	source VARCHAR NOT NULL, 
+	PRIMARY KEY (name, version), 
+	FOREIGN KEY(name) REFERENCES library_names (name), 
+	FOREIGN KEY(entry) REFERENCES library_entries (id)
+)
+;;
+CREATE INDEX ix_library_versions_entry ON library_versions (entry)
+;;
+CREATE TABLE library_aliases (
+	name VARCHAR COLLATE "C" NOT NULL, 
+	alias VARCHAR COLLATE "C" NOT NULL, 
+	version INTEGER NOT NULL, 
+	PRIMARY KEY (name, alias), 
+	FOREIGN KEY(name, version) REFERENCES library_versions (name, version)
+)
+;;
+CREATE INDEX library_aliases_version ON library_aliases (name, version)
+;;
+CREATE TABLE library_tags (
+	name VARCHAR COLLATE "C" NOT NULL, 
+	version INTEGER NOT NULL, 
+	tag VARCHAR COLLATE "C" NOT NULL, 
+	PRIMARY KEY (name, version, tag), 
+	FOREIGN KEY(name, version) REFERENCES library_versions (name, version) ON DELETE CASCADE
+)
+;;
+CREATE INDEX library_tags_tag ON library_tags (tag)
+;;

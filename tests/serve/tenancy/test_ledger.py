@@ -1,0 +1,397 @@
+"""The ledger: what a mix costs, sums that are exact, what is owed while the database is away or the disk is full."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import delete, func, select, update
+
+from tests.library.conftest import postgres_server
+from tests.serve.tenancy.conftest import Clock
+from tests.serve.tenancy.test_tenants import ask, refused, rows, run
+from veneer.errors import ResourceError
+from veneer.library.database import reading, writing
+from veneer.serve.access import Caller, Served
+from veneer.serve.request import Usage
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.admin import admin_router
+from veneer.serve.tenancy.store import Price
+from veneer.serve.tenancy.tables import lines, servers
+from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
+from veneer.serve.tenancy.usage import usage
+
+ADMIN = "an admin key of some length"
+
+# -- what a mix costs --------------------------------------------------------------------------------------------------
+
+
+async def mixed(tenants: Tenants, request: str, took: Usage, *parts: tuple[str, float]) -> None:
+    mix = tuple((f"d-{name.partition('@')[0]}", strength) for name, strength in parts)
+    served = Served(mix, "the client's text", "the client's text", adapters=tuple(name for name, _ in parts))
+    async with tenants.admitted(Caller("acme"), served, request=request, prompt_tokens=1, max_tokens=1) as bill:
+        await bill.used(took)
+
+
+def test_a_part_of_a_mix_costs_its_own_price_whatever_stands_beside_it(tenants: Tenants) -> None:
+    manage.set_price(tenants.store, "", "", Price(1_000_000, 0, 1_000_000), who="me")
+    manage.set_price(tenants.store, "", "big", Price(1_000_000_000, 0, 1_000_000_000), who="me")
+    tenants.store.look()
+    took = Usage(5, 0, 3)
+    run(mixed(tenants, "alone", took, ("big@1", 1.0)))
+    run(mixed(tenants, "beside", took, ("big@1", 1.0), ("small@2", 1e-9)))
+    run(ask(tenants, Caller("acme"), "base", took, target="tiny"))
+    rows(tenants)
+    with reading(tenants.store.engine) as c:
+        kept = {(r.request, r.adapter): (r.digest, r.strength, r.cost) for r in c.execute(select(lines))}
+        whole = {r["tenant"]: (r["requests"], r["prompt"], r["cost"]) for r in usage(c, by=("tenant",))}
+        apart = {r["adapter"]: (r["requests"], r["prompt"], r["cost"]) for r in usage(c, by=("adapter",))}
+    assert kept == {
+        ("alone", "big@1"): ("d-big", 1.0, 8000),
+        ("beside", "big@1"): ("d-big", 1.0, 8000),
+        ("beside", "small@2"): ("d-small", 1e-9, 8),
+        ("base", "tiny"): ("", 1.0, 8),
+    }
+    assert whole == {"acme": (3, 15, 16016)}
+    assert apart == {"big@1": (2, 10, 16000), "small@2": (1, 5, 8), "tiny": (1, 5, 8)}
+
+
+def test_limits_of_an_adapter_count_it_in_a_mix_by_the_operators_name(tenants: Tenants) -> None:
+    manage.set_limit(tenants.store, "", "big", {"requests_per_minute": 2}, who="me")
+    tenants.store.look()
+    for n, parts in enumerate([(("big@1", 1.0),), (("big@1", 1.0), ("small", 1e-9))]):
+        run(mixed(tenants, str(n), Usage(1, 0, 1), *parts))
+    assert "adapter big" in refused(mixed(tenants, "x", Usage(1, 0, 1), ("small", 1.0), ("big@2", 1e-9))).what
+
+
+def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenants, clock: Clock) -> None:
+    """Against the lines themselves, added up in Python."""
+    pick = random.Random(3)
+    manage.set_price(tenants.store, "", "", Price(333_333, 33_333, 777_777), who="me")
+    manage.set_price(tenants.store, "", "a", Price(1, 999_999, 123_457), who="me")
+    tenants.store.look()
+
+    async def work() -> None:
+        for n in range(120):
+            parts = pick.sample([("a@1", 0.5), ("b", 1.0), ("c@3", -1.0)], pick.randrange(0, 4))
+            mix = tuple((f"d-{name}", strength) for name, strength in parts)
+            served = Served(mix, "x", "tiny", adapters=tuple(name for name, _ in parts))
+            clock.now += 40_000 * (pick.random() < 0.1)
+            tenant = Caller(pick.choice(["acme", "globex"]))
+            async with tenants.admitted(tenant, served, request=f"r{n}", prompt_tokens=9, max_tokens=9) as bill:
+                if pick.random() < 0.8:
+                    prompt = pick.randrange(1, 10**6)
+                    await bill.used(Usage(prompt, pick.randrange(prompt), pick.randrange(10**6)))
+
+    run(work())
+    rows(tenants)
+    with reading(tenants.store.engine) as c:
+        every = c.execute(select(lines)).all()
+        by_day, by_adapter = usage(c, by=("day", "tenant")), usage(c, by=("adapter", "day"))
+        (total,) = usage(c, by=())
+    firsts = [r for r in every if r.part == 0]
+    for found, source, keys in ((by_day, firsts, ("day", "tenant")), (by_adapter, every, ("adapter", "day"))):
+        assert len(found) == len({tuple(getattr(r, k) for k in keys) for r in source}) > 3
+        for group in found:
+            same = [r for r in source if all(getattr(r, k) == group[k] for k in keys)]
+            assert group["requests"] == len(same)
+            assert group["interrupted"] == sum(r.state == "interrupted" for r in same)
+            assert [group[k] for k in ("prompt", "cached", "completion")] == [
+                sum(getattr(r, k) for r in same) for k in ("prompt", "cached", "completion")
+            ]
+    costs = sum(r.cost for r in every)
+    assert total["cost"] == sum(r["cost"] for r in by_day) == sum(r["cost"] for r in by_adapter) == costs
+    exact = sum(
+        (
+            (r.prompt - r.cached) * r.price_prompt
+            + r.cached * r.price_cached
+            + r.completion * r.price_completion
+            + 500_000
+        )
+        // 1_000_000
+        for r in every
+    )
+    assert costs == exact
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+def test_lines_go_after_their_time_and_their_sums_and_windows_stay(tenants: Tenants, clock: Clock) -> None:
+    manage.set_price(tenants.store, "", "", Price(1_000_000, 0, 1_000_000), who="me")
+    tenants.store.look()
+    for n in range(25):
+        run(ask(tenants, Caller("acme"), f"old{n}", Usage(1, 0, 1)))
+    clock.now += 40 * 86400
+    for n in range(3):
+        run(ask(tenants, Caller("acme"), f"new{n}", Usage(1, 0, 1)))
+    rows(tenants)
+    with reading(tenants.store.engine) as c:
+        before = usage(c)
+    assert tenants.ledger.prune(30, most=10) == 25
+    assert set(rows(tenants)) == {"new0", "new1", "new2"}
+    with reading(tenants.store.engine) as c:
+        assert usage(c) == before
+    tenants.ledger.server = "0" * 16  # as another server sees it
+    with writing(tenants.store.engine) as c:
+        c.execute(delete(lines))  # a window is never added up from lines
+    seen = tenants.ledger.seen_elsewhere(86400.0)
+    assert [(tenant, adapter, n, tokens) for tenant, adapter, _, n, tokens in seen] == [
+        ("acme", "", 3, 6), ("acme", "v1", 3, 6)
+    ]  # fmt: skip
+
+
+def test_a_server_whose_disk_is_gone_is_interrupted_and_has_the_last_word_if_it_comes_back(
+    where: str, quick: Path
+) -> None:
+    lost = Tenants(where, ledger=LedgerSettings(folder=quick / "lost"), watch=False)
+    other = Tenants(where, ledger=LedgerSettings(folder=quick / "other"), watch=False)
+
+    async def work() -> None:
+        served = Served((), "tiny", "tiny")
+        async with lost.admitted(Caller("t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
+            assert lost.ledger.flush()
+            assert other.ledger.recover() == {"done": 0, "interrupted": 0}  # it was seen a moment ago
+            with writing(other.store.engine) as c:
+                c.execute(update(servers).values(seen=servers.c.seen - 601))
+            assert other.ledger.recover() == {"done": 0, "interrupted": 1}
+            assert rows(other)["a"].state == "interrupted"
+            await bill.used(Usage(4, 0, 2))
+
+    run(work())
+    assert (rows(lost)["a"].state, rows(lost)["a"].prompt) == ("done", 4)
+    with reading(other.store.engine) as c:
+        (total,) = usage(c, by=())
+    assert (total["requests"], total["done"], total["interrupted"], total["prompt"]) == (1, 1, 0, 4)
+    for server in (lost, other):
+        server.close()
+
+
+@pytest.mark.parametrize(("synced", "expected"), [(False, 1), (True, 2)])  # SQLite's NORMAL and FULL
+def test_in_the_systems_hands_or_on_the_disk_is_a_setting(quick: Path, synced: bool, expected: int) -> None:
+    kept = LedgerSettings(folder=quick / "outbox", synced=synced)
+    tenants = Tenants(str(quick / "t.sqlite"), ledger=kept, watch=False)
+    assert tenants.ledger.outbox._c.execute("PRAGMA synchronous").fetchone() == (expected,)
+    assert tenants.ledger.outbox._c.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    tenants.close()
+
+
+def test_two_servers_on_one_folder_leave_each_other_alone(quick: Path) -> None:
+    where, kept = str(quick / "t.sqlite"), LedgerSettings(folder=quick / "outbox")
+    first, second = Tenants(where, ledger=kept, watch=False), Tenants(where, ledger=kept, watch=False)
+
+    async def work() -> None:
+        served = Served((), "tiny", "tiny")
+        async with first.admitted(Caller("t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
+            assert first.ledger.flush()
+            assert second.ledger.recover() == {"done": 0, "interrupted": 0}
+            await bill.used(Usage(1, 0, 1))
+
+    run(work())
+    assert rows(second)["a"].state == "open" or first.ledger.flush()
+    assert rows(second)["a"].state == "done"
+    for server in (first, second):
+        server.close()
+    assert list((quick / "outbox").iterdir()) == []
+
+
+# -- a full disk -------------------------------------------------------------------------------------------------------
+
+FILLS = """
+import asyncio, json, os, resource, signal, sys
+from pathlib import Path
+from veneer.serve.access import Caller, Served
+from veneer.serve.request import Refused, Usage
+from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
+
+where, folder, how = sys.argv[1:]
+tenants = Tenants(where, ledger=LedgerSettings(folder=Path(folder)), watch=False)
+tenants.ledger._post_some = lambda: False  # the database is away: what is owed stays owed
+if how == "limit":  # no file grows any more
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    size = max(path.stat().st_size for path in Path(folder).iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+async def one(name, admitted, gate):
+    served = Served((("d" * 64, 1.0),), "x" * 500, "x", adapters=("big@1",))
+    try:
+        async with tenants.admitted(Caller("t"), served, request=name, prompt_tokens=1, max_tokens=1) as bill:
+            admitted.append(name)
+            await gate.wait()
+            await bill.used(Usage(7, 0, 5))
+            print(name, flush=True)
+    except Refused as error:
+        assert (error.status, error.code) == (503, "overloaded"), error
+        assert "disk" not in error.what and "/" not in error.what
+        refused.append(name)
+
+refused = []
+async def run():
+    admitted, gate, running = [], asyncio.Event(), []
+    for n in range(100):  # until the disk has no room for one more
+        running += [asyncio.create_task(one(f"r{n}-{i}", admitted, gate)) for i in range(200)]
+        while len(admitted) + len(refused) < len(running):
+            await asyncio.sleep(0.005)
+        if refused:
+            break
+    gate.set()
+    await asyncio.gather(*running)
+    print(json.dumps([len(admitted), len(refused)]), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(run())
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 14 MB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("how", ["limit", "disk"])
+def test_a_full_disk_refuses_who_comes_and_loses_nothing_of_who_is_there(
+    quick: Path, how: str, request: pytest.FixtureRequest
+) -> None:
+    """Requests are admitted until the disk is full; those get their last word, the process is killed, and the next
+    start has every one of them."""
+    folder = quick / "outbox" if how == "limit" else request.getfixturevalue("small_disk") / "outbox"
+    where = str(quick / "t.sqlite")
+    ran = subprocess.run([sys.executable, "-c", FILLS, where, str(folder), how], capture_output=True, text=True)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr[-3000:]
+    *answered, counts = ran.stdout.splitlines()
+    admitted, refused_ = json.loads(counts)
+    assert refused_ > 0
+    assert len(answered) == admitted > 1000
+    tenants = Tenants(where, ledger=LedgerSettings(folder=quick / "next"), watch=False)
+    with reading(tenants.store.engine) as c:
+        assert c.scalar(select(func.count()).select_from(lines)) == 0  # nothing had come so far
+    tenants.ledger._folder = folder
+    assert tenants.ledger.recover() == {"done": admitted, "interrupted": 0}
+    with reading(tenants.store.engine) as c:
+        kept = c.execute(select(lines.c.request, lines.c.state, lines.c.prompt, lines.c.completion)).all()
+    assert sorted(r.request for r in kept) == sorted(answered)
+    assert {(r.state, r.prompt, r.completion) for r in kept} == {("done", 7, 5)}
+    tenants.close()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_disk_that_is_full_at_the_start_is_said(quick: Path, small_disk: Path) -> None:
+    with contextlib.suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
+        while file.write(b"x" * 100_000):
+            pass
+    with pytest.raises(
+        ResourceError, match=r"the ledger has no room for what it owes.*\n.*\n.*fix: 8 MiB of free space"
+    ):
+        Tenants(str(quick / "t.sqlite"), ledger=LedgerSettings(folder=small_disk / "outbox"), watch=False)
+    (small_disk / "ballast").unlink()
+    Tenants(str(quick / "t.sqlite"), ledger=LedgerSettings(folder=small_disk / "outbox"), watch=False).close()
+
+
+# -- the database is away ----------------------------------------------------------------------------------------------
+
+
+def processes(url: str) -> list[int]:
+    """PostgreSQL's, the postmaster first."""
+    folder = url.partition("host=")[2].partition("&")[0]
+    first = int((Path(folder) / "data" / "postmaster.pid").read_text().split()[0])
+    found = [first]
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == first:
+                found.append(int(stat.parent.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def test_a_stopped_postgresql_holds_up_nobody_whose_key_is_known(quick: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with postgres_server() as schema:
+        url = schema()
+        tenants = Tenants(url, admin_key=ADMIN, ledger=LedgerSettings(folder=quick / "outbox", owed=30), watch=True)
+        manage.add_tenant(tenants.store, "acme", who="me")
+        _, key = manage.make_tenant_key(tenants.store, "acme", who="me")
+        served = Served((), "tiny", "tiny")
+
+        async def one(name: str) -> float:
+            began = time.monotonic()
+            caller = await tenants.caller(key)
+            async with tenants.admitted(caller, served, request=name, prompt_tokens=1, max_tokens=1) as bill:
+                await bill.used(Usage(2, 0, 3))
+            return time.monotonic() - began
+
+        async def work() -> None:
+            await one("before")
+            assert tenants.ledger.flush()
+            stopped = processes(url)
+            for process in stopped:
+                os.kill(process, signal.SIGSTOP)
+            try:
+                assert await one("first") < 2.0  # waits half a second for the settings of this moment
+                for n in range(20):
+                    assert await one(f"r{n}") < 0.25
+                assert (await tenants.caller(ADMIN)).admin
+                await asyncio.sleep(0.3)
+                state = tenants.ledger_state()
+                assert state.owed == 21
+                assert state.lag > 0
+                refusals = [r for r in await asyncio.gather(*(_told(one(f"s{n}")) for n in range(20))) if r]
+                late = [await _told(one(f"t{n}")) for n in range(20)]
+                assert late[-1] == (503, "overloaded", "what requests take cannot be recorded now")
+                assert set(refusals) <= {late[-1]}
+                app = FastAPI()
+                app.include_router(admin_router(tenants))
+                async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+                    answer = await client.get(
+                        "/admin/tenants", headers={"authorization": f"Bearer {ADMIN}"}, timeout=30
+                    )
+                assert answer.status_code == 503
+                assert answer.headers["retry-after"]
+                assert answer.json()["error"]["message"] == "the tenants' database does not answer"
+            finally:
+                for process in reversed(stopped):
+                    os.kill(process, signal.SIGCONT)
+
+        with caplog.at_level(logging.WARNING):
+            asyncio.run(work())
+        assert tenants.ledger.flush(20)
+        assert tenants.ledger_state().owed == 0
+        found = rows(tenants)
+        assert {"before", "first", *(f"r{n}" for n in range(20))} <= set(found)
+        assert len(found) < 62  # the bound, and what came with the group that reached it
+        assert {(r.state, r.prompt, r.completion) for r in found.values()} == {("done", 2, 3)}
+        with reading(tenants.store.engine) as c:
+            assert c.scalar(select(func.count()).select_from(lines)) == len(found)
+            assert usage(c, by=())[0]["done"] == len(found)
+        assert caplog.text.count("keeps what it owes until its database answers") == 1
+        tenants.close()
+
+
+async def _told(work: Any) -> tuple[int, str, str] | None:
+    from veneer.serve.request import Refused
+
+    try:
+        await work
+    except Refused as error:
+        return error.status, error.code, error.what
+    return None
