@@ -11,8 +11,8 @@
 | gguf      | one llama.cpp LoRA                         | llama.cpp's             | the same                      |
 
 Fused projections are joined at the same rank where their parts share A, block-diagonally elsewhere, with zero rows for
-a part that nothing changes. What is written is read back and compared by ΔW (formats/write_check.py) before it reaches
-the disk. All that cannot be expressed is one AdapterError: every module, why, and the nearest way.
+a part that nothing changes. Before anything reaches the disk it is read back and compared by ΔW
+(formats/write_check.py), and its names are looked up as the target's own loader does (formats/loader_names.py). All that cannot be expressed is one AdapterError: every module, why, and the nearest way.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from veneer.formats.fused import trimmed
 from veneer.formats.gguf import read_gguf, write_gguf
 from veneer.formats.gguf_file import read_gguf_file
 from veneer.formats.leaves import Leaf, write_leaf
+from veneer.formats.loader_names import own_names, unreachable
 from veneer.formats.metadata import family_of, metadata_of, pack_configs
 from veneer.formats.names import choose_family
 from veneer.formats.placing import leaves_of
@@ -211,6 +212,7 @@ def _encode(
     config, tensors = peft.encode(written, base_name=written.card.base)
     back = peft.interpret(config, tensors).adapter
     _compare(written if to == "peft" else meant, back, to)
+    _reach(meant, tensors, to)
     return _Done(Encoded(tensors, {"format": "pt"}, config, notes), written, back, None, list(written.pairs.values()))
 
 
@@ -292,6 +294,14 @@ def _compare(meant: Adapter, back: Adapter, to: str) -> None:
         raise AdapterError(f"written as {to}, the adapter would not come back the same; nothing was written:\n{shown}")
 
 
+def _reach(meant: Adapter, tensors: Mapping[str, Tensor], to: str, family: Family | None = None) -> None:
+    modules = {*leaves_of(meant), *meant.token_rows}
+    owners = {n.rpartition(".")[0] if n in meant.pairs and meant.pairs[n].kind == "experts" else n for n in modules}
+    if problems := unreachable(owners, tensors, to, family):
+        shown = "\n".join(f"  - {p}" for p in problems)
+        raise AdapterError(f"written as {to}, it would not be loaded whole; nothing was written:\n{shown}")
+
+
 def _for_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
     """The adapter under the names that its model itself has, without the component: the denoiser, or a text model."""
     for module, pair in adapter.pairs.items():
@@ -369,6 +379,7 @@ def _for_pipelines(
     described = sealed(tensors, described | dict(metadata))
     back = read_state(tensors, described, where=to).adapter
     _compare(meant, back, to)
+    _reach(meant, tensors, to, family)
     return _Done(Encoded(tensors, described, {}, notes), meant, back, family.name, pairs)
 
 
