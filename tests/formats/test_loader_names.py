@@ -67,7 +67,10 @@ def test_a_level_that_was_lost_on_the_way_is_seen_before_anything_is_written(tmp
 
 
 IMAGE = {
-    "sd15": ["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"],
+    "sd15": [
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+    ],
     "sdxl": ["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "text_encoder_2.text_projection"],
     "flux1": ["transformer.transformer_blocks.0.attn.to_q", "text_encoder.text_model.encoder.layers.0.mlp.fc1"],
     "sd3": ["transformer.transformer_blocks.0.attn.to_q", "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"],

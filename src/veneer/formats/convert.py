@@ -12,7 +12,8 @@
 
 Fused projections are joined at the same rank where their parts share A, block-diagonally elsewhere, with zero rows for
 a part that nothing changes. Before anything reaches the disk it is read back and compared by ΔW
-(formats/write_check.py), and its names are looked up as the target's own loader does (formats/loader_names.py). All that cannot be expressed is one AdapterError: every module, why, and the nearest way.
+(formats/write_check.py), and its names are looked up as the target's own loader does (formats/loader_names.py). All that
+cannot be expressed is one AdapterError: every module, why, and the nearest way.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from veneer.formats.fused import trimmed
 from veneer.formats.gguf import read_gguf, write_gguf
 from veneer.formats.gguf_file import read_gguf_file
 from veneer.formats.leaves import Leaf, write_leaf
-from veneer.formats.loader_names import own_names, unreachable
+from veneer.formats.loader_names import unreachable
 from veneer.formats.metadata import family_of, metadata_of, pack_configs
 from veneer.formats.names import choose_family
 from veneer.formats.placing import leaves_of

@@ -4,13 +4,13 @@ A loader walks the model that it loads into, makes of each module's name the tex
 what it finds there. What no module asks for is dropped, by most of them without a word: so a name that has lost or
 gained a level has no effect, however well veneer's own reader, which knows many spellings, would read it back.
 
-| target     | whose rule                                                  | asked for, for module m of its model        |
-| peft       | PeftModel.load_adapter (load_state_dict, not strict)        | base_model.model.m                          |
-| vllm       | parse_fine_tuned_lora_name, get_lora(m) for each m          | base_model.model.m                          |
-| tgi        | adapters/lora.py, map_weights_for_model                     | base_model.model.m                          |
-| diffusers  | load_lora_weights: keys by a component's prefix, then PEFT  | unet.m, transformer.m, text_encoder(_2).m   |
-| kohya      | LoRANetwork.create_modules of sd-scripts and musubi-tuner   | lora_unet_, lora_te(1, 2, 3)_ + m, _ for .  |
-| comfyui    | comfy/lora.py, model_lora_keys_unet and _clip               | diffusion_model.m, text_encoders.NAME.m     |
+| target    | whose rule                                                 | asked for, for module m of its model       |
+| peft      | PeftModel.load_adapter (load_state_dict, not strict)       | base_model.model.m                         |
+| vllm      | parse_fine_tuned_lora_name, get_lora(m) for each m         | base_model.model.m                         |
+| tgi       | adapters/lora.py, map_weights_for_model                    | base_model.model.m                         |
+| diffusers | load_lora_weights: keys by a component's prefix, then PEFT | unet.m, transformer.m, text_encoder(_2).m  |
+| kohya     | LoRANetwork.create_modules of sd-scripts and musubi-tuner  | lora_unet_, lora_te(1, 2, 3)_ + m, _ for . |
+| comfyui   | comfy/lora.py, model_lora_keys_unet and _clip              | diffusion_model.m, text_encoders.NAME.m    |
 
 m is the name in that tool's own class: a language model's as it is; a denoiser's without the component, under the names
 of the original code (kohya, ComfyUI) or of diffusers' class. llama.cpp's names are in formats/gguf.py, from its own

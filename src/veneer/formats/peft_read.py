@@ -17,6 +17,7 @@ from veneer.core.adapter import Adapter, Card, Kind, Pair, TokenRows, scale_of
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError, nearest
 from veneer.formats import peft_config as cfg
+from veneer.formats.peft_bias import trained_biases
 from veneer.formats.structure import Structure, describe
 
 __all__ = ["EXPERT_ORDER", "PREFIX", "Base", "Loaded", "interpret"]
@@ -118,6 +119,7 @@ class _Reader:
                 self._experts(name, parameters, depths)
             else:
                 self._pair(name, depths[0])
+        self._trained_biases(copies, rest)
         self._full_modules(rest)
         self._tokens(tokens)
         self._copies(copies)
@@ -319,12 +321,18 @@ class _Reader:
             )
         return old and (not transposed or version >= (0, 19, 0))  # type: ignore[operator]
 
-    # -- full copies, token rows, copies of embeddings ---------------------------------------------------------------
+    # -- biases, full copies, token rows, copies of embeddings ---------------------------------------------------------
+
+    def _trained_biases(self, copies: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
+        found = trained_biases(self.config, copies, rest, self.pairs, self.problems)
+        if self.config.bias != "none" and not found:
+            self.notes.append(f"bias = {self.config.bias!r}, but there are no biases in the file: it has no effect")
+        self.problems += [f"{n}: lora_bias and a trained bias at once" for n in sorted(set(found) & set(self.deltas))]
+        self.deltas |= found
 
     def _full_modules(self, rest: dict[str, Tensor]) -> None:
         entries = self.config.modules_to_save
         used: set[str] = set()
-        biases: list[str] = []
         for path, tensor in rest.items():
             parts = path.split(".")
             owners = [".".join(parts[:n]) for n in range(1, len(parts))]
@@ -340,19 +348,10 @@ class _Reader:
                 )
             if owner is not None:
                 self.modules.setdefault(owner, {})[path.removeprefix(f"{owner}.")] = tensor
-            elif path.endswith(".bias") and self.config.bias != "none":
-                biases.append(path)
             else:
                 self.problems.append(
                     f"{PREFIX}{path} {tuple(tensor.shape)}: nothing in the config accounts for this tensor"
                 )
-        if biases:
-            self.problems.append(
-                f"bias = {self.config.bias!r} trained {len(biases)} biases of the base itself, which are no pairs: "
-                f"{', '.join(biases[:3])}, …. Merge it with PEFT (`merge_and_unload`) and use the result as a base"
-            )
-        elif self.config.bias != "none":
-            self.notes.append(f"bias = {self.config.bias!r}, but there are no biases in the file: it has no effect")
         for entry in sorted(set(entries) - used):
             self.problems.append(f"modules_to_save names {entry!r}, and there are no tensors for it")
         for name in sorted(set(self.modules) & set(self.pairs)):
