@@ -130,15 +130,13 @@ def test_a_share_of_a_whole_bias_has_no_place_in_a_peft_folder(tmp_path):
 def test_a_bias_of_another_size_and_one_that_the_base_has_not_are_refused(tmp_path):
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj"], bias="lora_only")
     found = peft.load(tmp_path / "in")
-    name = next(iter(found.adapter.deltas))
     tensors = dict(peft.encode(found.adapter)[1])
     key = next(k for k in tensors if k.endswith(".base_layer.bias"))
     with pytest.raises(AdapterError, match="one value for each of 16 outputs is expected"):
         peft.interpret(found.config, tensors | {key: tensors[key][:-1]})
     none = Adapter(deltas={"model.norm.bias": Delta("replacement", {"value": torch.ones(16)}, (16,))})
-    with pytest.raises(AdapterError, match="has no 'bias'"), attach(net := qwen2()) as attachment:
+    with pytest.raises(AdapterError, match="has no 'bias'"), attach(qwen2()) as attachment:
         attachment.add("a", none)
-    assert name.startswith("model.layers.0") and net is not None
 
 
 def test_peft_takes_the_switch_that_was_written(tmp_path):

@@ -12,8 +12,8 @@
 
 Fused projections are joined at the same rank where their parts share A, block-diagonally elsewhere, with zero rows for
 a part that nothing changes. Before anything reaches the disk it is read back and compared by ΔW
-(formats/write_check.py), and its names are looked up as the target's own loader does (formats/loader_names.py). All that
-cannot be expressed is one AdapterError: every module, why, and the nearest way.
+(formats/write_check.py), and its names are looked up as the target's own loader does (formats/loader_names.py). All
+that cannot be expressed is one AdapterError: every module, why, and the nearest way.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from veneer.core.adapter import Kind, Pair, scale_of
 from veneer.core.forms import Delta, part_problems
 from veneer.errors import AdapterError
 
-__all__ = ["MAX_RANK", "Leaf", "fitted", "read_leaf", "split_key"]
+__all__ = ["MAX_RANK", "Leaf", "fitted", "read_leaf", "split_key", "widened"]
 
 MAX_RANK = 1 << 16
 
@@ -74,6 +74,15 @@ def split_key(key: str) -> tuple[str, str] | None:
     if match is None or (match["suffix"] in ("up", "down") and ":" not in key):
         return None
     return match["module"], match["suffix"]
+
+
+def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """8-bit floats as bfloat16, which holds every value of both kinds exactly and can be computed with, and a note;
+    all else as it is."""
+    narrow = {key for key, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize == 1}
+    out = {key: t.to(torch.bfloat16) if key in narrow else t for key, t in tensors.items()}
+    said = f"{len(narrow)} tensors are stored in 8 bits: they are read as bfloat16, which holds the same values"
+    return out, [said] if narrow else []
 
 
 def read_leaf(

@@ -280,12 +280,13 @@ class _Reader:
         shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
         stored = self.base.shapes.get(full)
         experts, left = divmod(A.shape[0], rank)
-        known = stored is None or (len(stored) == 3 and stored[0] == experts) or (len(stored) == 2 and experts == 1)
+        plain = parameter == "weight" and experts == 1 and len(stored or (0, 0)) == 2
+        known = stored is None or plain or (len(stored) == 3 and stored[0] == experts)
         if left or A.shape[0] != B.shape[1] or not known:
             of = f" and the base has {stored}" if stored else ""
             self.problems.append(f"{full}: {shapes} do not fit rank {rank} (the config's {source}) per expert{of}")
             return
-        if parameter == "weight" and experts == 1 and (stored is None or len(stored) == 2):
+        if plain:
             self.pairs[name] = Pair(A, B, scale)  # a weight named as a parameter is a linear pair
             return
         A3, B3 = A.view(experts, rank, -1), B.view(B.shape[0], rank, experts).permute(2, 0, 1)

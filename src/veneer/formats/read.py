@@ -24,7 +24,7 @@ from veneer.formats import peft
 from veneer.formats import peft_config as cfg
 from veneer.formats.container import PICKLE_SUFFIXES, read_tensors
 from veneer.formats.detect import format_of
-from veneer.formats.leaves import read_leaf, split_key
+from veneer.formats.leaves import read_leaf, split_key, widened
 from veneer.formats.metadata import card_of, family_of, unpack_configs
 from veneer.formats.names import Choice, choose_family, lookup, near
 from veneer.formats.placing import Placer, alphas_of_blocks, leaves_of, outline
@@ -175,7 +175,7 @@ def read_state(
 ) -> Reading:
     """The adapter that tensors by name and metadata are, of any layout but a PEFT folder and GGUF. Raises as `read`."""
     fmt, reasons = format_of(tensors, metadata)
-    notes: list[str] = []
+    tensors, notes = widened(tensors)
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     unused: list[str] = []
     problems: list[str] = []
@@ -301,11 +301,13 @@ def _settings(
     if block is not None or config is None:
         return block, False
     alpha = cfg.alpha_of_module(config, name)
-    if (stored := suffixes.get("alpha")) is not None and float(stored) != alpha:
+    if (stored := suffixes.get("alpha")) is not None and stored.numel() != 1:
+        raise AdapterError(f"alpha {tuple(stored.shape)}: one number is expected")
+    if stored is not None and float(stored) != alpha:
         raise AdapterError(f"alpha is {float(stored):g} in the tensors and {alpha:g} in lora_adapter_metadata")
     rank, source = cfg.rank_of_module(config, name)
     A = next((t for s, t in suffixes.items() if s.startswith("lora_A") or s.endswith("down.weight")), None)
-    if A is not None and A.shape[0] != rank:
+    if A is not None and A.shape[:1] != (rank,):
         raise AdapterError(f"{source} of lora_adapter_metadata says rank {rank}, A is {tuple(A.shape)}")
     if config.dora and not any(s.startswith(("lora_magnitude", "dora_scale")) for s in suffixes):
         raise AdapterError("use_dora is set in lora_adapter_metadata, and there is no magnitude")

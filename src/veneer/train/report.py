@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from veneer.errors import MissingExtraError
+from veneer.errors import MissingExtraError, shown
 from veneer.train.checkpoint import Progress, disk_errors, write_atomically
 from veneer.train.events import (
     Checked,
@@ -155,11 +155,11 @@ class ConsoleView:
             case Checked():
                 self.console.print("\n[bold]Checked before step one[/]")
                 coloured = bool(event.markup) and self.console.is_terminal  # without colours the text has brackets
-                shown = event.markup if coloured else event.text
-                self.console.print(shown, markup=coloured, soft_wrap=True)
+                told = event.markup if coloured else event.text
+                self.console.print(shown(told, lines=True), markup=coloured, soft_wrap=True)
                 self.console.print()
             case Note():
-                self.console.print(event.text, markup=False, soft_wrap=True)
+                self.console.print(shown(event.text, lines=True), markup=False, soft_wrap=True)
             case Probed():
                 self.console.print(
                     f"longest batch, {event.tokens:,} {self.unit}, run first: {event.seconds:.1f} s, "
@@ -181,13 +181,13 @@ class ConsoleView:
                     soft_wrap=True,
                 )
             case Sampled():
-                self.console.print(f"step {event.step}: samples in {event.path}", markup=False, soft_wrap=True)
+                self.console.print(f"step {event.step}: samples in {shown(event.path)}", markup=False, soft_wrap=True)
             case Saved():
                 pass
             case Stopped():
                 self.close()
                 if event.reason != "finished":
-                    self.console.print(f"stopped after step {event.step}: {event.reason}", markup=False)
+                    self.console.print(f"stopped after step {event.step}: {shown(event.reason)}", markup=False)
 
     def close(self) -> None:
         """Takes the bar off; to be called on every way out."""
@@ -199,11 +199,11 @@ class ConsoleView:
         from rich.text import Text
 
         self._line(Text("Settings and where each came from", style="bold"))
-        values = {key: short(value) for key, value in event.settings.items()}
+        values = {shown(key): shown(short(value)) for key, value in event.settings.items()}
         left = max(map(len, values), default=0)
         middle = min(28, max(map(len, values.values()), default=0))
         for key, value in values.items():
-            source = event.sources.get(key, "")
+            source = shown(event.sources.get(key, ""))
             style = "" if source.startswith("default") else "cyan"
             self._line(Text.assemble(f"  {key:<{left}}  ", (f"{value:<{middle}}  ", style), (source, "dim")))
 
