@@ -19,7 +19,7 @@ from veneer import using
 from veneer.core.adapter import Adapter, Pair, alpha_of
 from veneer.core.attach import attach
 from veneer.core.truncate import distance, factors
-from veneer.errors import VeneerError
+from veneer.errors import AdapterError, UnsafeFileError, VeneerError
 from veneer.formats import metadata, peft
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
@@ -43,14 +43,15 @@ class Check:
 def inspect(name: str, *, from_pickle: bool = False) -> dict[str, Any]:
     """What is in the adapter `name` (a folder, a file or a name in the library), ready for JSON.
 
-    `format`, `reasons`: which format it is and why. `coverage`: tensors of the file that are used, that nothing
-    understands, and that lack their partner; where there are any of the last two, reading it for use is refused.
-    `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes and ‖ΔW‖ (Frobenius, over
-    all of them; without DoRA's magnitude, which needs the base). `deltas`: what is no pair, by form, with the bytes it
-    takes and those of the ΔW that it stands for, one at a time of which is made in use. `hashes`: of the file with the
-    tensors. Raises what reading raises for a file that is no adapter at all."""
+    `verdict`: whether it is read for use, and if not, why and what to do. What reading for use refuses in part is
+    shown as far as it can be read. `format`, `reasons`: which format it is and why. `coverage`: tensors of the file
+    that are used, that nothing understands, and that lack their partner; where there are any of the last two, reading
+    it for use is refused. `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes
+    and ‖ΔW‖ (Frobenius, over all of them; without DoRA's magnitude, which needs the base). `deltas`: what is no pair,
+    by form, with the bytes it takes and those of the ΔW that it stands for, one at a time of which is made in use.
+    `hashes`: of the file with the tensors. Raises what reading raises for a file that is no adapter at all."""
     path = using.adapter_path(name)
-    reading = reader.read(path, allow_partial=True, from_pickle=from_pickle)
+    reading, refusal = _read(path, from_pickle)
     adapter = reading.adapter
     file = read_card(path) if (path / CARD_FILE).is_file() else CardFile(adapter.card)
     groups: dict[str, list[Pair]] = defaultdict(list)
@@ -61,6 +62,11 @@ def inspect(name: str, *, from_pickle: bool = False) -> dict[str, Any]:
     used = {key for keys in reading.used.values() for key in keys}
     return {
         "adapter": str(path),
+        "verdict": {
+            "use": refusal is None,
+            "why": refusal.what if refusal else "",
+            "fix": (refusal.fix or "") if refusal else "",
+        },
         "format": reading.format,
         "reasons": reading.reasons,
         "family": reading.family or "",
@@ -74,6 +80,7 @@ def inspect(name: str, *, from_pickle: bool = False) -> dict[str, Any]:
         "ranks": _counted(p.rank for p in adapter.pairs.values()),
         "alphas": _counted(alpha_of(p.scale, p.rank, adapter.rslora) for p in adapter.pairs.values()),
         "scales": _counted(p.scale for p in adapter.pairs.values()),
+        "variants": _variants(adapter),
         "rslora": adapter.rslora,
         "dora": any(m is not None for m in _magnitudes(adapter)),
         "dropout": adapter.dropout,
@@ -93,6 +100,32 @@ def inspect(name: str, *, from_pickle: bool = False) -> dict[str, Any]:
             *(f"{CARD_FILE}: the key {k!r} is not understood, kept in extra" for k in file.unknown),
         ],
     }
+
+
+def _read(path: Path, from_pickle: bool) -> tuple[reader.Reading, AdapterError | None]:
+    """As it is read for use; or what can be read of it, and why it is refused. Raises the refusal where that is
+    nothing."""
+    try:
+        return reader.read(path, from_pickle=from_pickle), None
+    except UnsafeFileError:
+        raise
+    except AdapterError as error:
+        try:
+            return reader.read(path, allow_partial=True, from_pickle=from_pickle), error
+        except AdapterError:
+            raise error from None
+
+
+_FORMS = {"hadamard": "LoHa", "kronecker": "LoKr", "gain": "(IA)³", "dense": "differences", "replacement": "new biases"}
+
+
+def _variants(adapter: Adapter) -> list[str]:
+    """What kinds of change it holds, as people call them."""
+    out = ["rsLoRA" if adapter.rslora else "LoRA"] if adapter.pairs else []
+    out += list(dict.fromkeys(_FORMS[d.form] for d in adapter.deltas.values()))
+    out += ["DoRA"] if any(m is not None for m in _magnitudes(adapter)) else []
+    others = {"full copies": adapter.modules, "token rows": adapter.token_rows, "learned words": adapter.new_tokens}
+    return out + [what for what, own in others.items() if own]
 
 
 def _leaf(module: str) -> str:

@@ -75,7 +75,8 @@ MADE: dict[str, Callable[[], tuple[dict[str, Tensor], dict[str, str]]]] = {
 deep = "[" * 100_000
 texts = st.sampled_from(
     ["", "{", "null", "[]", "{}", "1e999", "NaN", "None", "-1", "0", deep, '{"a":' * 50_000, '{"split_qkv": "True"}',
-     "\x1b]0;x\x07", "\u202e", '"\\ud800"', "9" * 5000, '{"unet.r": {}}', '{".": 1}', '{"unet.r": "x"}', "true", "[[1]]",
+     "\x1b]0;x\x07", "\u202e", '"\\ud800"', "9" * 5000,
+    '{"unet.r": {}}', '{".": 1}', '{"unet.r": "x"}', "true", "[[1]]",
      '["a"]', '[{"subsets": 3}]']
 ) | st.text(max_size=12)  # fmt: skip
 KEYS = st.sampled_from(

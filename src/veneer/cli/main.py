@@ -32,7 +32,7 @@ from typer.core import TyperGroup
 
 from veneer import __version__
 from veneer.cli import fault
-from veneer.cli.output import guard, own
+from veneer.cli.output import error_text, guard, own
 from veneer.errors import ResourceError, VeneerError
 
 __all__ = ["COMMANDS", "main"]
@@ -170,9 +170,9 @@ def _known(error: Exception) -> VeneerError | None:
 def _show(error: VeneerError) -> None:
     if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
         print("\033[1;31merror:\033[0m", end=" ", file=own(sys.stderr))
-        print(error, file=sys.stderr)
+        print(error_text(error), file=sys.stderr)
     else:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
 
 
 def _close_pipe() -> None:

@@ -9,13 +9,13 @@ progress line pass. What makes its own sequences and has escaped its texts, as r
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-from veneer.errors import shown
+from veneer.errors import VeneerError, shown
 
-__all__ = ["Guarded", "field", "guard", "listed", "own"]
+__all__ = ["Guarded", "error_text", "everything", "field", "guard", "listed", "own"]
 
 
 class Guarded:
@@ -62,10 +62,24 @@ def field(value: object) -> str:
 
 MOST = 20
 """How many of a list are shown without `--all`."""
+_shown: dict[str, bool] = {"everything": False}
 
 
-def listed(items: list[str], everything: bool = False, most: int = MOST) -> list[str]:
-    """The items as fields, the first `most` and how many more there are, or everything."""
-    few = items if everything or len(items) <= most + 1 else items[:most]
+def everything(on: bool) -> None:
+    """Whether lists are shown whole from here on (`--all`)."""
+    _shown["everything"] = on
+
+
+def listed(items: Sequence[str], most: int = MOST) -> list[str]:
+    """The items as fields: the first `most` and how many more there are, or all of them with `--all`."""
+    few = items if _shown["everything"] or len(items) <= most + 1 else items[:most]
     out = [field(item) for item in few]
     return out if len(few) == len(items) else [*out, f"and {len(items) - len(few):,} more (--all shows them)"]
+
+
+def error_text(error: VeneerError) -> str:
+    """An error as it is printed: what, where and fix, a long list in it cut as every other."""
+    first, *lines = error.what.splitlines() or [""]
+    out = [first, *listed(lines, 2 * MOST)]
+    out += [f"  {name}: {text}" for name, text in (("where", error.where), ("fix", error.fix)) if text]
+    return "\n".join(shown(line, lines=True) for line in out)

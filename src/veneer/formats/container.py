@@ -39,8 +39,14 @@ __all__ = [
 ]
 
 MAX_HEADER_BYTES = 100 << 20
+MAX_TENSORS = 500_000
+"""Twice what a pair for every expert of the largest mixtures there are comes to (384 experts, 61 layers, alphas)."""
+MAX_METADATA, MAX_METADATA_BYTES = 10_000, 32 << 20
+"""Entries, and bytes of the JSON: training statistics and a thumbnail come to a few MB."""
 MAX_NAME_LENGTH = 1024
 MAX_DIMENSIONS = 16
+_LONGEST_ENTRY = MAX_NAME_LENGTH + 512
+"""Bytes of JSON, about, that one tensor needs at most."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -163,11 +169,37 @@ def _header(fd: int, path: Path) -> Header:
     raw = os.pread(fd, length, 8)
     if not raw.startswith(b"{"):
         raise UnsafeFileError("the header does not start with '{': not a safetensors file", where=where)
+    _check_counts(raw, where)
     try:
         table = strict_json(raw, where=where)
     except AdapterError as error:
         raise UnsafeFileError(f"the header is {error.what}", where=where) from None
     return _check_table(table, data_start=8 + length, size=size, where=where)
+
+
+def _check_counts(raw: bytes, where: str) -> None:
+    """Before anything is parsed, which would take minutes and gigabytes of a header made for that. Keys are counted as
+    quotes followed by a colon; those within a text (JSON in metadata) are escaped there."""
+    keys = raw.count(b'":') - raw.count(b'\\":')
+    tensors = raw.count(b'"data_offsets"')
+    if tensors > MAX_TENSORS:
+        raise UnsafeFileError(
+            f"the header lists {tensors:,} tensors; at most {MAX_TENSORS:,} are read",
+            where=where,
+            fix="no adapter has so many; give the adapter's own file",
+        )
+    if keys - 4 * tensors > MAX_METADATA + 1:
+        raise UnsafeFileError(
+            f"the header has {keys - 4 * tensors:,} entries that are no tensor's; at most {MAX_METADATA:,} are read",
+            where=where,
+            fix="write the file again without them",
+        )
+    if len(raw) - tensors * _LONGEST_ENTRY > MAX_METADATA_BYTES:
+        raise UnsafeFileError(
+            f"the header has {len(raw):,} bytes for {tensors:,} tensors; at most {MAX_METADATA_BYTES:,} bytes of "
+            "metadata are read",
+            where=where,
+        )
 
 
 def _refuse_other_formats(start: bytes, size: int, where: str) -> None:
@@ -216,6 +248,8 @@ def _check_table(table: Any, *, data_start: int, size: int, where: str) -> Heade
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         problems.append("__metadata__ must map strings to strings")
         metadata = {}
+    if len(metadata) > MAX_METADATA or sum(map(len, metadata.values())) > MAX_METADATA_BYTES:
+        problems.append(f"__metadata__ has more than {MAX_METADATA:,} entries, or {MAX_METADATA_BYTES:,} characters")
     entries: dict[str, Entry] = {}
     for name, value in table.items():
         problem = name_problem(name)

@@ -29,7 +29,12 @@ _WITHIN = re.compile(r"(.+)\.(modules_to_save|original_module)\.((?:.+\.)?bias)"
 
 
 def trained_biases(
-    config: Config, copies: dict[str, Tensor], rest: dict[str, Tensor], pairs: Mapping[str, Pair], problems: list[str]
+    config: Config,
+    copies: dict[str, Tensor],
+    rest: dict[str, Tensor],
+    pairs: Mapping[str, Pair],
+    problems: list[str],
+    notes: list[str],
 ) -> dict[str, Delta]:
     """The changes of biases by name (`….bias`); what is one is taken out of `copies` and `rest` (paths in the file
     without PEFT's prefix). Those inside of a module that is saved whole are part of it."""
@@ -48,6 +53,8 @@ def trained_biases(
     for path in [p for p in rest if p.endswith(".bias") and not any(s in f".{p}" for s in saved)]:
         if config.bias == "all" or path.removesuffix(".bias") in pairs:  # PEFT before 0.7 had no base_layer in the name
             found[path] = rest.pop(path)
+    if not found:
+        notes.append(f"bias = {config.bias!r}, but there are no biases in the file: it has no effect")
     for path, value in found.items():
         pair = pairs.get(path.removesuffix(".bias"))
         out = None if pair is None or pair.kind not in ("linear", "conv") else pair.B.shape[0]

@@ -202,6 +202,7 @@ class _Reader:
         if A.shape[0] != rank:
             self.problems.append(
                 f"{name}: the config's {source} says rank {rank}, the tensors have {A.shape[0]} ({shapes})"
+                + (": A and B have changed places" if (A.shape[1], B.shape[0]) == (rank, rank) else "")
             )
             return
         scale = scale_of(cfg.alpha_of_module(self.config, name), rank, self.config.rslora)
@@ -325,9 +326,7 @@ class _Reader:
     # -- biases, full copies, token rows, copies of embeddings ---------------------------------------------------------
 
     def _trained_biases(self, copies: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
-        found = trained_biases(self.config, copies, rest, self.pairs, self.problems)
-        if self.config.bias != "none" and not found:
-            self.notes.append(f"bias = {self.config.bias!r}, but there are no biases in the file: it has no effect")
+        found = trained_biases(self.config, copies, rest, self.pairs, self.problems, self.notes)
         self.problems += [f"{n}: lora_bias and a trained bias at once" for n in sorted(set(found) & set(self.deltas))]
         self.deltas |= found
 

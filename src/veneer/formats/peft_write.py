@@ -160,7 +160,8 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
         out.append("it is empty")
     out += _delta_problems(adapter)
     out += [
-        f"{n}: the learned words {', '.join(sorted(w)[:3])} have no token ids" for n, w in adapter.new_tokens.items()
+        f"{n}: the learned words {', '.join(sorted(w)[:3])} have no token ids; --without-words leaves them out"
+        for n, w in adapter.new_tokens.items()
     ]
     with_dora = {n for n, p in adapter.pairs.items() if p.magnitude is not None}
     if with_dora and len(with_dora) != len(adapter.pairs):

@@ -99,7 +99,7 @@ def foreign_leaves(
         elif component in DENOISERS:
             denoiser[module] = leaf
         elif component not in text:
-            refused[f"{to} has no names for this part of {family.label}; --to diffusers may"].append(module)
+            refused[f"{to} has no names for this part of {family.label}"].append(module)
         elif to == "kohya":
             out[text[component] + flat(rest)] = leaf, (module,)
         else:
@@ -128,7 +128,7 @@ def _originals(
     out: dict[str, tuple[Leaf, tuple[str, ...]]] = {}
     for module in leaves:
         if module not in owner:
-            refused[f"the original {family.label} has no such module; --to diffusers"].append(module)
+            refused[f"the original {family.label} has no such module"].append(module)
     for name in sorted({owner[m] for m in leaves if m in owner}):
         places = family.originals[name]
         parts = [leaves.get(place.module) for place in places]
@@ -136,7 +136,7 @@ def _originals(
         try:
             out[name] = _fused(parts, places), used
         except AdapterError as error:
-            refused[f"one projection of the original, {name}, but {error.what}; --to diffusers"] += used
+            refused[f"one projection of the original, {name}, but {error.what}"] += used
     return out
 
 
