@@ -5,25 +5,22 @@ Stands above formats and models, beside `using`. Nothing here changes a file or 
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sized
-from dataclasses import asdict, dataclass
+from collections.abc import Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from veneer import using
-from veneer.core.adapter import Adapter, Pair, alpha_of
+from veneer.core.adapter import Adapter, Pair
 from veneer.core.attach import attach
 from veneer.core.truncate import distance, factors
 from veneer.errors import AdapterError, UnsafeFileError, VeneerError
-from veneer.formats import metadata, peft
+from veneer.formats import metadata
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
-from veneer.formats.write_names import component_of
+from veneer.formats.facts import facts
 
 if TYPE_CHECKING:
     from veneer.models.text import TextBase
@@ -52,54 +49,7 @@ def inspect(name: str, *, from_pickle: bool = False) -> dict[str, Any]:
     `hashes`: of the file with the tensors. Raises what reading raises for a file that is no adapter at all."""
     path = using.adapter_path(name)
     reading, refusal = _read(path, from_pickle)
-    adapter = reading.adapter
-    file = read_card(path) if (path / CARD_FILE).is_file() else CardFile(adapter.card)
-    groups: dict[str, list[Pair]] = defaultdict(list)
-    for module, pair in sorted(adapter.pairs.items()):
-        groups[_leaf(module)].append(pair)
-    tensors = [t for _, t in adapter.tensors()]
-    tensor_file = path / peft.TENSOR_FILE if path.is_dir() else path
-    used = {key for keys in reading.used.values() for key in keys}
-    return {
-        "adapter": str(path),
-        "verdict": {
-            "use": refusal is None,
-            "why": refusal.what if refusal else "",
-            "fix": (refusal.fix or "") if refusal else "",
-        },
-        "format": reading.format,
-        "reasons": reading.reasons,
-        "family": reading.family or "",
-        "digest": adapter.digest(),
-        "base": file.card.base,
-        "base_fingerprint": file.card.base_fingerprint,
-        "pairs": len(adapter.pairs),
-        "parameters": sum(t.numel() for t in tensors),
-        "bytes": adapter.size_bytes(),
-        "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors)),
-        "ranks": _counted(p.rank for p in adapter.pairs.values()),
-        "alphas": _counted(alpha_of(p.scale, p.rank, adapter.rslora) for p in adapter.pairs.values()),
-        "scales": _counted(p.scale for p in adapter.pairs.values()),
-        "variants": _variants(adapter),
-        "rslora": adapter.rslora,
-        "dora": any(m is not None for m in _magnitudes(adapter)),
-        "dropout": adapter.dropout,
-        "components": _counted(component_of(n) for n in [*adapter.pairs, *adapter.deltas, *adapter.modules]),
-        "targets": {leaf: _group(pairs, adapter.rslora) for leaf, pairs in sorted(groups.items())},
-        "deltas": _deltas(adapter),
-        "full_copies": {n: {k: list(t.shape) for k, t in own.items()} for n, own in sorted(adapter.modules.items())},
-        "token_rows": {n: list(r.indices) for n, r in sorted(adapter.token_rows.items())},
-        "new_tokens": {n: sorted(words) for n, words in sorted(adapter.new_tokens.items())},
-        "trigger_words": file.card.trigger_words,
-        "card": file.card.to_dict(),
-        "coverage": {"used": len(used), "unused": reading.unused, "unpaired": reading.unpaired},
-        "hashes": asdict(metadata.hashes(tensor_file)),
-        "files": _files(path),
-        "notes": [
-            *reading.notes,
-            *(f"{CARD_FILE}: the key {k!r} is not understood, kept in extra" for k in file.unknown),
-        ],
-    }
+    return facts(path, reading, refusal, digest=reading.adapter.digest(), norm=delta_norm)
 
 
 def _read(path: Path, from_pickle: bool) -> tuple[reader.Reading, AdapterError | None]:
@@ -114,64 +64,6 @@ def _read(path: Path, from_pickle: bool) -> tuple[reader.Reading, AdapterError |
             return reader.read(path, allow_partial=True, from_pickle=from_pickle), error
         except AdapterError:
             raise error from None
-
-
-_FORMS = {"hadamard": "LoHa", "kronecker": "LoKr", "gain": "(IA)³", "dense": "differences", "replacement": "new biases"}
-
-
-def _variants(adapter: Adapter) -> list[str]:
-    """What kinds of change it holds, as people call them."""
-    out = ["rsLoRA" if adapter.rslora else "LoRA"] if adapter.pairs else []
-    out += list(dict.fromkeys(_FORMS[d.form] for d in adapter.deltas.values()))
-    out += ["DoRA"] if any(m is not None for m in _magnitudes(adapter)) else []
-    others = {"full copies": adapter.modules, "token rows": adapter.token_rows, "learned words": adapter.new_tokens}
-    return out + [what for what, own in others.items() if own]
-
-
-def _leaf(module: str) -> str:
-    """The last part of a name that is no number, and what follows it: `to_out.0`."""
-    parts = module.split(".")
-    at = next((i for i in range(len(parts) - 1, -1, -1) if not parts[i].isdigit()), 0)
-    return ".".join(parts[at:])
-
-
-def _files(path: Path) -> dict[str, int]:
-    return {p.name: p.stat().st_size for p in (sorted(path.iterdir()) if path.is_dir() else [path]) if p.is_file()}
-
-
-def _counted(values: Iterable[Any]) -> dict[str, int]:
-    """Value -> how often, in order of the values; numbers to six digits."""
-    shown = Counter(values)
-    return {f"{v:g}" if isinstance(v, float) else str(v): n for v, n in sorted(shown.items())}
-
-
-def _magnitudes(adapter: Adapter) -> Iterable[Tensor | None]:
-    yield from (p.magnitude for p in adapter.pairs.values())
-    yield from (d.magnitude for d in adapter.deltas.values())
-
-
-def _deltas(adapter: Adapter) -> dict[str, dict[str, int]]:
-    out: dict[str, dict[str, int]] = {}
-    for _, d in sorted(adapter.deltas.items()):
-        row = out.setdefault(d.form, {"count": 0, "bytes": 0, "dense_bytes": 0})
-        row["count"] += 1
-        row["bytes"] += sum(t.numel() * t.element_size() for _, t in d.tensors())
-        row["dense_bytes"] += 4 * math.prod(d.shape) if d.shape else 0
-    return out
-
-
-def _group(pairs: Iterable[Pair], rslora: bool) -> dict[str, Any]:
-    pairs = list(pairs)
-    return {
-        "kind": pairs[0].kind,
-        "count": len(pairs),
-        "ranks": sorted({p.rank for p in pairs}),
-        "alphas": sorted({alpha_of(p.scale, p.rank, rslora) for p in pairs}),
-        "scales": sorted({p.scale for p in pairs}),
-        "A": [list(s) for s in sorted({tuple(p.A.shape) for p in pairs})],
-        "B": [list(s) for s in sorted({tuple(p.B.shape) for p in pairs})],
-        "delta_norm": float(sum(delta_norm(p) ** 2 for p in pairs) ** 0.5),
-    }
 
 
 def delta_norm(pair: Pair) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -38,10 +39,14 @@ def inspect(
     words. Needs no base.
 
     Exit code 0 if it is read for use, 2 if it is refused."""
-    from veneer.inspecting import inspect as look
+    from veneer.formats.glance import glance
 
     everything(show_all)
-    found = look(name, from_pickle=from_pickle)
+    found = glance(Path(name))
+    if found is None:
+        from veneer.inspecting import inspect as look
+
+        found = look(name, from_pickle=from_pickle)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:

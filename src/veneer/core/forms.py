@@ -20,10 +20,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["BASED", "Delta", "Form", "change_of", "delta_of", "norm_along", "part_problems", "product_of", "tucker"]
 
@@ -63,11 +63,15 @@ class Delta:
 
 def tucker(a: Tensor, core: Tensor, b: Tensor) -> Tensor:
     """Σ_pq a[o,p]·core[p,q,k…]·b[q,i] as (out, in, k…)."""
+    import torch
+
     return torch.einsum("op,pq...,qi->oi...", a, core, b)
 
 
 def product_of(delta: Delta) -> Tensor:
     """s·P in `delta.shape`, float32 (float64 for float64 parts). Not for `BASED` forms, which have none without W."""
+    import torch
+
     p = {name: t if t.dtype == torch.float64 else t.float() for name, t in delta.parts.items()}
     whole = delta.whole or delta.shape
     if delta.form == "dense":
@@ -96,6 +100,8 @@ def _factor(p: Mapping[str, Tensor], n: str, shape: tuple[int, ...] | None = Non
 def norm_along(weight: Tensor, magnitude: Tensor) -> Tensor:
     """‖weight‖ for each output where the magnitude is (out,), for each input where it is (1, in, …); shaped so that it
     divides the weight."""
+    import torch
+
     axis = 0 if magnitude.ndim == 1 else 1
     others = [d for d in range(weight.ndim) if d != axis]
     norm: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
@@ -115,6 +121,8 @@ def change_of(weight: Tensor, product: Tensor, magnitude: Tensor | None) -> Tens
 
 def delta_of(weight: Tensor, delta: Delta) -> Tensor:
     """ΔW of `delta` on W, in W's shape, float32."""
+    import torch
+
     if delta.form == "gain":
         W, g = weight if weight.dtype == torch.float64 else weight.float(), delta.parts["value"]
         g = g.reshape(-1, *[1] * (W.ndim - 1)) if g.ndim == 1 else g.reshape(1, -1, *[1] * (W.ndim - 2))

@@ -122,7 +122,8 @@ def encode(
     meant, notes = _meant(adapter, to, dtype)
     if to == "gguf":
         with TemporaryDirectory() as folder:
-            return _gguf(meant, Path(folder) / "adapter.gguf", family, head_dim, "adapter", notes).encoded
+            path = Path(folder) / "adapter.gguf"
+            return _advised(meant, to, None, lambda: _gguf(meant, path, family, head_dim, "adapter", notes)).encoded
     return _encode(meant, to, family, metadata or {}, "adapter", notes, layers).encoded
 
 
@@ -147,7 +148,8 @@ def write(
     if to == "gguf":
         staged = Staged(path.with_name(f".{path.name}.{secrets.token_hex(6)}.gguf"), path)
         try:
-            done = _gguf(meant, staged.temporary, family, head_dim, name, notes)
+            at = staged.temporary
+            done = _advised(meant, to, None, lambda: _gguf(meant, at, family, head_dim, name, notes))
             staged.commit()
         finally:
             staged.discard()
@@ -204,8 +206,13 @@ def _encode(
     meant: Adapter, to: str, family: str | None, metadata: Mapping[str, str], name: str, notes: list[str],
     layers: int | None,
 ) -> _Done:  # fmt: skip
+    return _advised(meant, to, family, lambda: _encoded(meant, to, family, metadata, name, notes, layers))
+
+
+def _advised(meant: Adapter, to: str, family: str | None, make: Callable[[], _Done]) -> _Done:
+    """What `make` gives. A refusal of it that says no way out is given one."""
     try:
-        return _encoded(meant, to, family, metadata, name, notes, layers)
+        return make()
     except AdapterError as error:
         if error.fix is None:
             error = AdapterError(error.what, where=error.where, fix=_elsewhere(meant, to, family))

@@ -94,6 +94,8 @@ class Config:
 def way_of(kind: Any) -> str:
     """What PEFT itself can make of an adapter of another type."""
     merge = "merge it with PEFT (`merge_and_unload`) and use the merged model as a base"
+    if not isinstance(kind, str):
+        return "Give the folder that PEFT's `save_pretrained` wrote"
     if kind in CONVERTIBLE:
         return f"Convert it with PEFT (`peft.convert_to_lora`), or {merge}"
     if kind in NO_WEIGHTS:
@@ -106,7 +108,7 @@ def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
     problems: list[str] = []
     kind = raw.get("peft_type")
     if kind != "LORA":
-        return Config(usable=False), [f"peft_type is {str(kind)[:40]!r}, and only 'LORA' is read. {way_of(kind)}"]
+        return Config(usable=False), [f"peft_type is {shown(repr(kind)[:40])}, and only 'LORA' is read. {way_of(kind)}"]
     known = set(FIELDS) | IGNORED | set(REFUSED) | {"peft_type", "init_lora_weights"}
     for i, key in enumerate(sorted(set(raw) - known)):
         near = nearest(key, known, 1) if i < 20 else []

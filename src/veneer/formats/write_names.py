@@ -18,10 +18,8 @@ Knows names and rows; not how a tool calls the tensors of one module.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TypeVar
 
 from veneer.core.adapter import Pair
@@ -29,7 +27,8 @@ from veneer.core.forms import Delta
 from veneer.errors import AdapterError, nearest
 from veneer.formats.fused import join, swap_halves
 from veneer.formats.leaves import Leaf
-from veneer.formats.topology import DENOISERS, Family, Place, families, flat
+from veneer.formats.names import component_of
+from veneer.formats.topology import DENOISERS, Family, Place, flat
 
 __all__ = ["Refusals", "component_of", "foreign_leaves"]
 
@@ -58,29 +57,6 @@ _COMFY_TEXT: dict[str, dict[str, str]] = {
     "sd3-large": {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
     "flux1": {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
 }
-
-
-def component_of(module: str) -> str:
-    """The part of the pipeline that a canonical name (of a module, or of its parameter) begins with; "" for a text
-    adapter's bare name.
-
-    GPT-2, Falcon, MPT, Bloom and others call their decoder `transformer` as well: that is a component only where some
-    family's denoiser has such a module, whatever its block's number."""
-    first = module.partition(".")[0]
-    if first == "transformer":
-        name = _numberless(module)
-        return first if {name, name.rpartition(".")[0]} & _transformers() else ""
-    return first if first in DENOISERS or first.startswith("text_encoder") else ""
-
-
-def _numberless(module: str) -> str:
-    return re.sub(r"\d+", "#", module)
-
-
-@cache
-def _transformers() -> frozenset[str]:
-    """The modules of every family's transformer, without the numbers of their blocks."""
-    return frozenset(_numberless(m) for f in families().values() for m in f.modules if m.startswith("transformer."))
 
 
 def foreign_leaves(
