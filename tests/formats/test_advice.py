@@ -181,7 +181,7 @@ def test_convert_to_lora_is_advised_where_peft_has_it():
         can = any(getattr(layer, "supports_lora_conversion", default) is not default for layer in layers)
         if kind.value in CONVERTIBLE:
             assert can, kind
-        assert ("`peft.convert_to_lora`, or" in told) == (kind.value in CONVERTIBLE)
+        assert ("(`peft.convert_to_lora`), or" in told) == (kind.value in CONVERTIBLE)
         if kind.value in NO_WEIGHTS:
             assert "merge_and_unload" not in told
 

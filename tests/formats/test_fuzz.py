@@ -113,6 +113,11 @@ CHANGES = st.lists(
 )
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another kind; complex numbers with an imaginary part."""
+    return (tensor.real if tensor.is_complex() else tensor).to(dtype) * (1j if dtype.is_complex else 1)
+
+
 def changed(tensors: dict[str, Tensor], how: list[tuple[str, int, Any]]) -> dict[str, Tensor]:
     out = dict(tensors)
     for kind, at, value in how:
@@ -123,7 +128,7 @@ def changed(tensors: dict[str, Tensor], how: list[tuple[str, int, Any]]) -> dict
         if kind == "shape":
             out[key] = torch.ones(value, dtype=out[key].dtype)
         elif kind == "dtype":
-            out[key] = out[key].to(value)
+            out[key] = cast(out[key], value)
         elif kind == "drop":
             del out[key]
         elif kind == "suffix":
@@ -133,7 +138,7 @@ def changed(tensors: dict[str, Tensor], how: list[tuple[str, int, Any]]) -> dict
         elif kind == "name":
             out[value] = out.pop(key)
         else:
-            out = {k: t.to(value) for k, t in out.items()}
+            out = {k: cast(t, value) for k, t in out.items()}
     return out
 
 

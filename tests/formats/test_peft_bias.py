@@ -82,6 +82,7 @@ def test_a_strength_moves_the_bias_by_its_share(tmp_path):
     """W + s·(value − W), as of every other change; PEFT has no such number, so by hand."""
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj", "v_proj"], bias="lora_only")
     adapter, net = peft.read(tmp_path / "in"), qwen2()
+    assert len(adapter.deltas) == 4
     with attach(net) as attachment:
         attachment.add("a", adapter)
         attachment.use(("a", 0.25))
@@ -100,6 +101,7 @@ def test_a_mix_is_exact_without_the_base(tmp_path):
     for seed, name in enumerate("ab"):
         peft_folder(qwen2(), tmp_path / name, target_modules=["q_proj"], bias="lora_only", r=seed + 2)
     a, b = (peft.read(tmp_path / n) for n in "ab")
+    assert len(a.deltas) == len(b.deltas) == 2
     for delta in b.deltas.values():
         delta.parts["value"] = delta.parts["value"] * 3
     peft.write(b, tmp_path / "b")

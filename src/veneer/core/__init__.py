@@ -6,6 +6,8 @@ load torch where they compute: what looks at a file's header alone does without.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +32,20 @@ __all__ = [
 ]
 __all__ += ["merged_state", "resolve", "scale_of"]
 
+
+class _Core(ModuleType):
+    """`attach` is the function, also after its file of the same name has been imported, which puts itself here."""
+
+    @property
+    def attach(self) -> Any:
+        return importlib.import_module("veneer.core.attach").attach
+
+    @attach.setter
+    def attach(self, module: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Core
 _HOMES = {"Attachment": "attach", "create": "init", "delta": "merge", "merged_state": "merge", "Target": "targets"}
 _HOMES |= {"resolve": "targets"}
 
@@ -37,7 +53,6 @@ _HOMES |= {"resolve": "targets"}
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'veneer.core' has no attribute {name!r}")
-    home = _HOMES.get(name, "attach" if name == "attach" else "adapter")
-    value = getattr(importlib.import_module(f"veneer.core.{home}"), name)
+    value = getattr(importlib.import_module(f"veneer.core.{_HOMES.get(name, 'adapter')}"), name)
     globals()[name] = value
     return value

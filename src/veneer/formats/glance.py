@@ -125,7 +125,9 @@ def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> _Reading | N
         groups[parts[0]][role] = key
     if metadata.get("lora_adapter_metadata") or not all({"A", "B"} <= set(own) for own in groups.values()):
         return None
-    shapes = {text: (stored[own["B"]].shape[0], (*stored[own["A"]].shape, 0, 0)[1]) for text, own in groups.items()}
+    if any(stored[own[ab]].ndim < 2 for own in groups.values() for ab in "AB"):
+        return None
+    shapes = {text: (stored[own["B"]].shape[0], stored[own["A"]].shape[1]) for text, own in groups.items()}
     choice = choose_family(shapes, family_of(metadata), None)
     if (family := choice.family) is None:
         return None

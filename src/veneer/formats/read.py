@@ -180,6 +180,8 @@ def read_state(
     """The adapter that tensors by name and metadata are, of any layout but a PEFT folder and GGUF. Raises as `read`."""
     fmt, reasons = format_of(tensors, metadata)
     tensors, notes = widened(tensors)
+    if unreal := sorted(key for key, t in tensors.items() if t.is_complex()):
+        raise AdapterError(f"{len(unreal)} tensors hold complex numbers, {unreal[0]} among them", where=where)
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     unused: list[str] = []
     problems: list[str] = []
