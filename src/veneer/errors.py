@@ -16,12 +16,13 @@
     ├── ResourceError           out of disk or memory
     └── MissingExtraError       an optional dependency that is not installed
 
-Imports nothing of veneer.
+And `shown`, through which every text of a file goes before a person sees it. Imports nothing of veneer.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -41,7 +42,22 @@ __all__ = [
     "UnsafeFileError",
     "VeneerError",
     "nearest",
+    "shown",
 ]
+
+# C0 and C1 controls and DEL; the overrides, embeddings and isolates of direction; the line and paragraph separators;
+# halves of surrogate pairs, which no terminal can print. The marks that right-to-left text needs (U+200E, 200F, 061C)
+# change nothing beside them and stay.
+_UNSHOWABLE = r"\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff"
+_ALL = re.compile(f"[{_UNSHOWABLE}]")
+_BUT_LINES = re.compile(f"(?![\n\t])[{_UNSHOWABLE}]")
+
+
+def shown(text: object, *, lines: bool = False) -> str:
+    """`text` as a terminal may have it: what would move its cursor, set its title, recolour, hide or reorder what is
+    beside it is written out as JSON does, `\\u001b`. `lines`: line ends and tabs stay, for text that we laid out."""
+    pattern = _BUT_LINES if lines else _ALL
+    return pattern.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
 
 
 class VeneerError(Exception):
@@ -58,7 +74,7 @@ class VeneerError(Exception):
             lines.append(f"  where: {where}")
         if fix:
             lines.append(f"  fix: {fix}")
-        super().__init__("\n".join(lines))
+        super().__init__(shown("\n".join(lines), lines=True))
 
 
 class ConfigError(VeneerError):

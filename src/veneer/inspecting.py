@@ -5,25 +5,22 @@ Stands above formats and models, beside `using`. Nothing here changes a file or 
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sized
-from dataclasses import asdict, dataclass
+from collections.abc import Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from veneer import using
-from veneer.core.adapter import Adapter, Pair, alpha_of
+from veneer.core.adapter import Adapter, Pair
 from veneer.core.attach import attach
 from veneer.core.truncate import distance, factors
-from veneer.errors import VeneerError
-from veneer.formats import metadata, peft
+from veneer.errors import AdapterError, UnsafeFileError, VeneerError
+from veneer.formats import metadata
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
-from veneer.formats.write_names import component_of
+from veneer.formats.facts import facts
 
 if TYPE_CHECKING:
     from veneer.models.text import TextBase
@@ -43,102 +40,30 @@ class Check:
 def inspect(name: str, *, from_pickle: bool = False) -> dict[str, Any]:
     """What is in the adapter `name` (a folder, a file or a name in the library), ready for JSON.
 
-    `format`, `reasons`: which format it is and why. `coverage`: tensors of the file that are used, that nothing
-    understands, and that lack their partner; where there are any of the last two, reading it for use is refused.
-    `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes and ‖ΔW‖ (Frobenius, over
-    all of them; without DoRA's magnitude, which needs the base). `deltas`: what is no pair, by form, with the bytes it
-    takes and those of the ΔW that it stands for, one at a time of which is made in use. `hashes`: of the file with the
-    tensors. Raises what reading raises for a file that is no adapter at all."""
+    `verdict`: whether it is read for use, and if not, why and what to do. What reading for use refuses in part is
+    shown as far as it can be read. `format`, `reasons`: which format it is and why. `coverage`: tensors of the file
+    that are used, that nothing understands, and that lack their partner; where there are any of the last two, reading
+    it for use is refused. `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes
+    and ‖ΔW‖ (Frobenius, over all of them; without DoRA's magnitude, which needs the base). `deltas`: what is no pair,
+    by form, with the bytes it takes and those of the ΔW that it stands for, one at a time of which is made in use.
+    `hashes`: of the file with the tensors. Raises what reading raises for a file that is no adapter at all."""
     path = using.adapter_path(name)
-    reading = reader.read(path, allow_partial=True, from_pickle=from_pickle)
-    adapter = reading.adapter
-    file = read_card(path) if (path / CARD_FILE).is_file() else CardFile(adapter.card)
-    groups: dict[str, list[Pair]] = defaultdict(list)
-    for module, pair in sorted(adapter.pairs.items()):
-        groups[_leaf(module)].append(pair)
-    tensors = [t for _, t in adapter.tensors()]
-    tensor_file = path / peft.TENSOR_FILE if path.is_dir() else path
-    used = {key for keys in reading.used.values() for key in keys}
-    return {
-        "adapter": str(path),
-        "format": reading.format,
-        "reasons": reading.reasons,
-        "family": reading.family or "",
-        "digest": adapter.digest(),
-        "base": file.card.base,
-        "base_fingerprint": file.card.base_fingerprint,
-        "pairs": len(adapter.pairs),
-        "parameters": sum(t.numel() for t in tensors),
-        "bytes": adapter.size_bytes(),
-        "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors)),
-        "ranks": _counted(p.rank for p in adapter.pairs.values()),
-        "alphas": _counted(alpha_of(p.scale, p.rank, adapter.rslora) for p in adapter.pairs.values()),
-        "scales": _counted(p.scale for p in adapter.pairs.values()),
-        "rslora": adapter.rslora,
-        "dora": any(m is not None for m in _magnitudes(adapter)),
-        "dropout": adapter.dropout,
-        "components": _counted(component_of(n) for n in [*adapter.pairs, *adapter.deltas, *adapter.modules]),
-        "targets": {leaf: _group(pairs, adapter.rslora) for leaf, pairs in sorted(groups.items())},
-        "deltas": _deltas(adapter),
-        "full_copies": {n: {k: list(t.shape) for k, t in own.items()} for n, own in sorted(adapter.modules.items())},
-        "token_rows": {n: list(r.indices) for n, r in sorted(adapter.token_rows.items())},
-        "new_tokens": {n: sorted(words) for n, words in sorted(adapter.new_tokens.items())},
-        "trigger_words": file.card.trigger_words,
-        "card": file.card.to_dict(),
-        "coverage": {"used": len(used), "unused": reading.unused, "unpaired": reading.unpaired},
-        "hashes": asdict(metadata.hashes(tensor_file)),
-        "files": _files(path),
-        "notes": [
-            *reading.notes,
-            *(f"{CARD_FILE}: the key {k!r} is not understood, kept in extra" for k in file.unknown),
-        ],
-    }
+    reading, refusal = _read(path, from_pickle)
+    return facts(path, reading, refusal, digest=reading.adapter.digest(), norm=delta_norm)
 
 
-def _leaf(module: str) -> str:
-    """The last part of a name that is no number, and what follows it: `to_out.0`."""
-    parts = module.split(".")
-    at = next((i for i in range(len(parts) - 1, -1, -1) if not parts[i].isdigit()), 0)
-    return ".".join(parts[at:])
-
-
-def _files(path: Path) -> dict[str, int]:
-    return {p.name: p.stat().st_size for p in (sorted(path.iterdir()) if path.is_dir() else [path]) if p.is_file()}
-
-
-def _counted(values: Iterable[Any]) -> dict[str, int]:
-    """Value -> how often, in order of the values; numbers to six digits."""
-    shown = Counter(values)
-    return {f"{v:g}" if isinstance(v, float) else str(v): n for v, n in sorted(shown.items())}
-
-
-def _magnitudes(adapter: Adapter) -> Iterable[Tensor | None]:
-    yield from (p.magnitude for p in adapter.pairs.values())
-    yield from (d.magnitude for d in adapter.deltas.values())
-
-
-def _deltas(adapter: Adapter) -> dict[str, dict[str, int]]:
-    out: dict[str, dict[str, int]] = {}
-    for _, d in sorted(adapter.deltas.items()):
-        row = out.setdefault(d.form, {"count": 0, "bytes": 0, "dense_bytes": 0})
-        row["count"] += 1
-        row["bytes"] += sum(t.numel() * t.element_size() for _, t in d.tensors())
-        row["dense_bytes"] += 4 * math.prod(d.shape) if d.shape else 0
-    return out
-
-
-def _group(pairs: Iterable[Pair], rslora: bool) -> dict[str, Any]:
-    pairs = list(pairs)
-    return {
-        "kind": pairs[0].kind,
-        "count": len(pairs),
-        "ranks": sorted({p.rank for p in pairs}),
-        "alphas": sorted({alpha_of(p.scale, p.rank, rslora) for p in pairs}),
-        "scales": sorted({p.scale for p in pairs}),
-        "A": [list(s) for s in sorted({tuple(p.A.shape) for p in pairs})],
-        "B": [list(s) for s in sorted({tuple(p.B.shape) for p in pairs})],
-        "delta_norm": float(sum(delta_norm(p) ** 2 for p in pairs) ** 0.5),
-    }
+def _read(path: Path, from_pickle: bool) -> tuple[reader.Reading, AdapterError | None]:
+    """As it is read for use; or what can be read of it, and why it is refused. Raises the refusal where that is
+    nothing."""
+    try:
+        return reader.read(path, from_pickle=from_pickle), None
+    except UnsafeFileError:
+        raise
+    except AdapterError as error:
+        try:
+            return reader.read(path, allow_partial=True, from_pickle=from_pickle), error
+        except AdapterError:
+            raise error from None
 
 
 def delta_norm(pair: Pair) -> float:

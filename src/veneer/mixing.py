@@ -24,7 +24,7 @@ from torch import Tensor
 
 from veneer import using
 from veneer.core.adapter import Adapter, Card
-from veneer.core.forms import product_of
+from veneer.core.forms import BASED, product_of
 from veneer.core.mix import Mixed, Part, Weights, strengthened
 from veneer.core.mix import mix as mix_adapters
 from veneer.core.rounding import DTYPES
@@ -245,7 +245,7 @@ def _change_of(adapter: Adapter, name: str) -> Change:
     for key, delta in adapter.deltas.items():
         if key.rpartition(".")[0] != name:
             continue
-        if delta.form == "gain" or delta.magnitude is not None or not key.endswith(".weight") or out:
+        if delta.form in BASED or delta.magnitude is not None or not key.endswith(".weight") or out:
             raise AdapterError(f"a {delta.form} delta that is not compared without the base")
         dense = product_of(delta).double()
         dense = dense.flatten(1) if dense.ndim > 1 else dense[:, None]

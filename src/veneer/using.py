@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -77,6 +78,12 @@ def adapter_path(name: str) -> Path:
             return folder
     if here.exists():
         return here  # the reader says best what is wrong with it
+    if here.is_symlink():
+        raise AdapterError(
+            f"{name!r} is a link that leads nowhere, or to itself",
+            where=f"{here.absolute()} -> {os.readlink(here)}",
+            fix="mend the link, or give the folder or file itself",
+        )
     if behind := _no_strength(name):
         raise AdapterError(
             f"there is no adapter {name!r}, and {behind[1]!r} is no strength",

@@ -65,7 +65,7 @@ def test_inspect_needs_no_base_and_says_what_is_in_it(capsys, made):
     assert target["delta_norm"] == pytest.approx(norm, rel=1e-9)
     assert (target["count"], target["kind"]) == (2, "linear")
     text = run(capsys, "inspect", made / "a")
-    for words in ("rslora", "q_proj", "down_proj", found["digest"], '{"loss": 0.5}', "4 pairs"):
+    for words in ("rsLoRA", "q_proj", "down_proj", found["digest"], '{"loss": 0.5}', "4 pairs"):
         assert words in text
 
 

@@ -53,7 +53,7 @@ def test_what_cannot_be_said_ends_with_two_and_no_file(tmp_path, capsys):
     ran = run(capsys, "adapter", "convert", str(source), "--to", "vllm", "-o", str(out))
     assert ran.code == 2
     assert "unet.mid_block" in ran.err
-    assert "--to diffusers" in ran.err
+    assert "--to peft, kohya, diffusers or comfyui" in ran.err
     assert not out.exists()
     assert run(capsys, "adapter", "convert", str(source), "--to", "onnx", "-o", str(out)).code == 2
 

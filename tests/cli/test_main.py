@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 import veneer
 from tests.cli.run import run
+from veneer.cli import fault
 from veneer.cli import main as module
 from veneer.errors import Interrupted, VeneerError
 
@@ -68,12 +71,33 @@ def test_every_end_has_its_code_and_words(capsys: Any, command: Any, error: Any,
     assert ran.err.count("stopped") <= 1
 
 
-def test_a_bug_keeps_its_traceback(capsys: Any, command: Any) -> None:
-    command.error = ZeroDivisionError("oh")
+def test_what_nobody_foresaw_is_said_to_be_veneers_fault(capsys: Any, command: Any, monkeypatch: Any) -> None:
+    command.error = ZeroDivisionError("oh \x1b[2J")
     ran = run(capsys, "probe")
-    assert ran.code == 1
-    assert "ZeroDivisionError: oh" in ran.err
-    assert "bug in veneer" in ran.err
+    assert ran.code == 70
+    assert "error: ZeroDivisionError: oh \\u001b[2J" in ran.err
+    assert "a fault in veneer" in ran.err
+    assert f"veneer {veneer.__version__}, Python" in ran.err
+    assert "veneer probe" in ran.err
+    assert "in act" in ran.err  # the innermost frame
+    assert "Traceback" not in ran.err
+    kept = Path(re.search(r"the whole traceback is in (.+);", ran.err)[1])  # type: ignore[index]
+    assert "Traceback (most recent call last)" in kept.read_text()
+    assert kept.stat().st_mode & 0o077 == 0
+    kept.unlink()
+    monkeypatch.setenv("VENEER_TRACEBACK", "1")
+    assert "Traceback (most recent call last)" in run(capsys, "probe").err
+
+
+def test_the_command_that_is_reported_has_no_values() -> None:
+    import veneer.cli.tenant
+
+    commands = {"tenant": veneer.cli.tenant.__name__}
+    secret = ["sk-12345", "postgresql://me:pw@db/x", "/home/me/adapter", "--admin-key=hunter2"]
+    given = ["tenant", "alias", "set", secret[0], "--database", *secret[1:]]
+    assert fault.command_line(given, commands) == "veneer tenant alias set … --database … … --admin-key"
+    assert fault.command_line(["hunter"], commands) == "veneer …"
+    assert fault.command_line(["tenant", "hunter", "set"], commands) == "veneer tenant … …"
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ FILES: dict[str, tuple[bytes, str]] = {
     "half.safetensors": (safetensors(ONE, DATA)[:-3], "truncated"),
     "cut-header.safetensors": (safetensors(ONE)[:30], "a truncated or damaged file"),
     "not-json.safetensors": (safetensors(b"{" + b"\xff" * 40), "not valid JSON"),
-    "deep.safetensors": (safetensors(b'{"a":' * 60_000), "not valid JSON"),
+    "deep.safetensors": (safetensors(b'{"a":' * 9_000), "not valid JSON"),
+    "deeper.safetensors": (safetensors(b'{"a":' * 60_000), "60,000 entries that are no tensor's"),
     "duplicate.safetensors": (
         safetensors(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{}}', DATA),
         "'a' appears twice",

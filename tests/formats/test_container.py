@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -313,3 +314,38 @@ def test_written_files_have_ordinary_permissions(tmp_path):
     write_tensors(tmp_path / "x", {"a": torch.ones(1)})
     (tmp_path / "y").write_bytes(b"")
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
+
+
+def _header_of(table: dict[str, object] | bytes) -> bytes:
+    text = table if isinstance(table, bytes) else json.dumps(table, separators=(",", ":")).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+EMPTY = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"{" + b",".join(b'"t%d":' % i + EMPTY for i in range(1_000_000)) + b"}", "lists 1,000,000 tensors"),
+        (b"{" + b",".join(b'"k%d":0' % i for i in range(600_000)) + b"}", "600,000 entries that are no tensor's"),
+        (b'{"__metadata__":{' + b",".join(b'"k%d":"v"' % i for i in range(600_000)) + b"}}", "entries that are no"),
+        (b'{"__metadata__":{"a":"' + b"x" * (64 << 20) + b'"}}', "bytes of metadata"),
+    ],
+    ids=["a million empty tensors", "keys", "entries of metadata", "one long text"],
+)
+def test_what_no_adapter_has_so_many_of_is_refused_unparsed(tmp_path, raw, says):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(_header_of(raw))
+    began = time.process_time()
+    with pytest.raises(UnsafeFileError, match=says):
+        read_header(path)
+    assert time.process_time() - began < 1.0
+
+
+def test_quotes_and_colons_within_metadata_are_no_keys(tmp_path):
+    """sd-scripts' tag counts are JSON in a text, a key for each tag."""
+    tags = json.dumps({f"tag {i}": i for i in range(50_000)})
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"a": torch.ones(2)}, {"ss_tag_frequency": tags})
+    assert read_header(path).metadata["ss_tag_frequency"] == tags

@@ -210,7 +210,7 @@ def test_several_components_are_no_peft_folder():
             **Adapter({(m := "text_encoder.text_model.encoder.layers.0.mlp.fc1"): pair_for(SDXL, m)}).pairs,
         }
     )
-    with pytest.raises(AdapterError, match=r"a PEFT folder is of one model.*--to diffusers"):
+    with pytest.raises(AdapterError, match=r"(?s)a PEFT folder is of one model.*--to kohya or comfyui"):
         encode(adapter, "peft")
 
 

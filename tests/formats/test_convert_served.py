@@ -104,7 +104,7 @@ def test_what_needs_a_merge_is_refused(to, change, why):
     with pytest.raises(AdapterError, match=why) as refusal:
         encode(adapter, to, family="llama")
     assert name.removesuffix(".bias") in refusal.value.what
-    assert "merge it" in refusal.value.what or "--to diffusers" in refusal.value.what
+    assert "merge it" in str(refusal.value)
     assert K not in refusal.value.what
 
 

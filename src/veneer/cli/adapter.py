@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,12 +13,14 @@ import typer
 from veneer.cli import adapter_mix
 from veneer.cli.adapter_convert import convert
 from veneer.cli.adapter_merge import merge
+from veneer.cli.output import everything, field, listed
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify, convert, mix and merge adapters.")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_All = Annotated[bool, typer.Option("--all", help="Show lists whole, however long.")]
 _Name = Annotated[
     str, typer.Argument(help="An adapter's folder or file, or its name in the library.", show_default=False)
 ]
@@ -29,15 +32,41 @@ def inspect(
     from_pickle: Annotated[
         bool, typer.Option("--from-pickle", help="Read a .bin or .pt too, through torch's weights-only loader.")
     ] = False,
+    show_all: _All = False,
     as_json: _Json = False,
 ) -> None:
-    """What is in an adapter of any format: what it is and why, ranks, scales, hashes, trigger words. Needs no base."""
-    from veneer.inspecting import inspect as look
+    """What is in an adapter of any format: whether it can be used, what it is and why, ranks, scales, hashes, trigger
+    words. Needs no base.
 
-    found = look(name, from_pickle=from_pickle)
+    Exit code 0 if it is read for use, 2 if it is refused."""
+    from veneer.formats.glance import glance
+
+    everything(show_all)
+    found = glance(Path(name))
+    if found is None:
+        from veneer.inspecting import inspect as look
+
+        found = look(name, from_pickle=from_pickle)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
-        return
+    else:
+        _show(found)
+    if not found["verdict"]["use"]:
+        raise typer.Exit(2)
+
+
+def _show(found: dict[str, Any]) -> None:
+    verdict = found["verdict"]
+    if verdict["use"]:
+        print("read for use")
+    else:
+        first, *lines = verdict["why"].splitlines()
+        print(f"refused: {field(first)}")
+        for line in listed(lines):
+            print(line)
+        if verdict["fix"]:
+            print(f"  fix: {field(verdict['fix'])}")
+        print("what can be read of it:")
     card, hashes, coverage = found["card"], found["hashes"], found["coverage"]
     facts = {
         "adapter": found["adapter"],
@@ -52,12 +81,12 @@ def inspect(
         "dtypes": ", ".join(found["dtypes"]),
         "ranks": _several(found["ranks"]),
         "alphas": _several(found["alphas"]),
-        "variant": ", ".join(v for v in ("rslora", "dora") if found[v]) or "LoRA",
+        "variant": ", ".join(found["variants"]),
         "dropout": f"{found['dropout']:g}" if found["dropout"] else "",
-        "full copies": ", ".join(found["full_copies"]),
-        "token rows": ", ".join(f"{n}: {len(ids)}" for n, ids in found["token_rows"].items()),
-        "new tokens": ", ".join(w for words in found["new_tokens"].values() for w in words),
-        "triggers": ", ".join(found["trigger_words"]),
+        "full copies": ", ".join(listed(list(found["full_copies"]))),
+        "token rows": ", ".join(listed([f"{n}: {len(ids)}" for n, ids in found["token_rows"].items()])),
+        "new tokens": ", ".join(listed([w for words in found["new_tokens"].values() for w in words])),
+        "triggers": ", ".join(listed(found["trigger_words"])),
         "sha256": hashes["sha256"],
         "AutoV1/2/3": f"{hashes['autov1']} / {hashes['autov2']} / {hashes['autov3'] or '-'}",
         "data": card["data_digest"],
@@ -67,7 +96,7 @@ def inspect(
     }
     for key, value in facts.items():
         if value:
-            print(f"{key:<12} {value}")
+            print(f"{key:<12} {field(value)}")
     for title in ("metrics", "recipe"):
         if card[title]:
             print(f"{title:<12} {json.dumps(card[title], sort_keys=True)}")
@@ -78,14 +107,13 @@ def inspect(
         print()
         _table(
             ("target", "kind", "pairs", "rank", "scale", "A", "B", "‖ΔW‖"),
-            [_row(leaf, group) for leaf, group in found["targets"].items()],
+            [_row(field(leaf), group) for leaf, group in found["targets"].items()],
         )
     for what in ("unused", "unpaired"):
-        for key in coverage[what]:
+        for key in listed(coverage[what]):
             print(f"{what}: {key}")
-    if coverage["unused"] or coverage["unpaired"]:
-        print("note: read for use, this file is refused for those tensors, unless with --allow-partial")
-    for note in found["notes"]:
+    told = set(verdict["why"].splitlines())
+    for note in listed([n for n in found["notes"] if f"    {n}" not in told]):
         print(f"note: {note}")
 
 
@@ -119,6 +147,7 @@ def verify(
     base: Annotated[
         str | None, typer.Option("--base", help="Also check that it fits this base and has an effect on it.")
     ] = None,
+    show_all: _All = False,
     as_json: _Json = False,
 ) -> None:
     """Check an adapter's files against its card, its configuration against its tensors, and both against a base.
@@ -127,6 +156,7 @@ def verify(
     from veneer.inspecting import verify as check
     from veneer.using import adapter_path
 
+    everything(show_all)
     adapter_path(name)  # a name that does not exist should not wait for a base to load
     loaded = None
     if base is not None:
@@ -142,8 +172,8 @@ def verify(
         for c in checks:
             mark = {True: "ok", False: "FAILED", None: "-"}[c.ok]
             first, *more = c.detail.splitlines() or [""]
-            print(f"{mark:<7} {c.name:<10} {first}")
-            for line in more:
+            print(f"{mark:<7} {c.name:<10} {field(first)}")
+            for line in listed(more):
                 print(f"{'':<18} {line}")
     if not good:
         raise typer.Exit(2)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from veneer.cli.output import everything, listed
 
 if TYPE_CHECKING:
     from veneer.formats.convert import Written
@@ -47,6 +49,11 @@ def convert(
     from_pickle: Annotated[
         bool, typer.Option("--from-pickle", help="Read .bin and .pt files, through torch's weights-only loader.")
     ] = False,
+    without_words: Annotated[
+        bool,
+        typer.Option("--without-words", help="Leave learned words (textual inversion) out, which few layouts hold."),
+    ] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="Show lists whole, however long.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write an adapter in another tool's layout: exactly, or not at all.
@@ -57,14 +64,17 @@ def convert(
     from veneer.formats.read import read
     from veneer.using import adapter_path
 
+    everything(show_all)
     reading = read(adapter_path(name), allow_partial=allow_partial, from_pickle=from_pickle)
+    words = [word for own in reading.adapter.new_tokens.values() for word in own] if without_words else []
+    adapter = replace(reading.adapter, new_tokens={}) if words else reading.adapter
     head_dim = layers = None
     if to in ("gguf", "tgi") and base is not None:
         architecture, head_dim, layers = _of_base(base)
         family = family or architecture
     if to != "gguf":
         family = family or reading.family
-    done = write(reading.adapter, output, to, family=family, dtype=dtype, head_dim=head_dim, layers=layers)
+    done = write(adapter, output, to, family=family, dtype=dtype, head_dim=head_dim, layers=layers)
     left = [*reading.unused, *reading.unpaired]
     if as_json:
         print(json.dumps(_facts(name, reading, done), indent=2, ensure_ascii=False))
@@ -78,10 +88,12 @@ def convert(
     if done.hashes is not None:
         kinds = {"AutoV1": done.hashes.autov1, "AutoV2": done.hashes.autov2, "AutoV3": done.hashes.autov3}
         print(f"{'hashes':<8} " + ", ".join(f"{kind} {value}" for kind, value in kinds.items() if value))
-    for note in [*reading.notes, *done.notes]:
+    for note in listed([*reading.notes, *done.notes]):
         print(f"note: {note}")
     if left:
-        print(f"left out: {len(left)} tensors of {name}: {', '.join(left)}", file=sys.stderr)
+        print(f"left out: {len(left)} tensors of {name}: {', '.join(listed(left))}", file=sys.stderr)
+    if words:
+        print(f"left out: {len(words)} learned words: {', '.join(listed(words))}", file=sys.stderr)
 
 
 def _of_base(name: str) -> tuple[str, int, int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.cli.output import field
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def _table(results: dict[str, Scores]) -> None:
     """One column a mix, one row a measure; measures that no mix has are left out."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     def share(value: float) -> str:
@@ -126,7 +128,7 @@ def _table(results: dict[str, Scores]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     for mix in results:
-        table.add_column(Path(mix).name if mix != "base" else "base", justify="right", overflow="fold")
+        table.add_column(escape(field(Path(mix).name)) if mix != "base" else "base", justify="right", overflow="fold")
     fields = list(dict.fromkeys(key for s in results.values() for key in s.json_fields))
     for label, name, shown in measures:
         values = [getattr(s, name) for s in results.values()]
@@ -134,7 +136,9 @@ def _table(results: dict[str, Scores]) -> None:
             table.add_row(label, *(shown(value) if value is not None else "–" for value in values))
         if name == "valid_json":
             for key in fields:
-                table.add_row(f"  {key} right", *(share(s.json_fields.get(key, 0.0)) for s in results.values()))
+                table.add_row(
+                    f"  {escape(field(key))} right", *(share(s.json_fields.get(key, 0.0)) for s in results.values())
+                )
     Console().print(table)
     if all(s.rouge_l is None and s.answers for s in results.values()):
         print("ROUGE-L and BLEU are there with: pip install 'veneer[metrics]'", file=sys.stderr)

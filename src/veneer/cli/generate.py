@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.cli.output import own
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -191,7 +192,8 @@ def _streamed(base: TextBase, framed: list[Prompt], settings: dict[str, Any]) ->
     """One answer, printed as it comes."""
     from veneer.models.generate import complete
 
-    done = complete(base, framed, on_token=lambda _i, piece: print(piece, end="", flush=True), **settings)[0]
+    out = sys.stdout if sys.stdout.isatty() else own(sys.stdout)  # a pipe gets what the model said, byte by byte
+    done = complete(base, framed, on_token=lambda _i, piece: print(piece, end="", flush=True, file=out), **settings)[0]
     print(flush=True)
     _say_cut(done)
     return done

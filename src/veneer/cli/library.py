@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.cli.output import field, listed
+
 if TYPE_CHECKING:
     from veneer.library.library import Added, Library
     from veneer.library.queries import Version
@@ -85,7 +87,7 @@ def _added(added: Added, as_json: bool) -> None:
     if not added.new:
         print("note: the name had this content already; there is no new version")
     if added.left_out:
-        print(f"note: not part of the adapter, left out: {', '.join(added.left_out)}")
+        print(f"note: not part of the adapter, left out: {', '.join(listed(added.left_out))}")
 
 
 @app.command("list", epilog="Example: veneer library list --limit 20")
@@ -142,7 +144,7 @@ def _listing(as_json: bool, limit: int, after: int, text: str, **filters: Any) -
     head = ("adapter", "aliases", "base", "format", "size", "tags")
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print("  ".join(field(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if more:
         print(f"… and more: --skip {after + limit}")
 
@@ -165,7 +167,7 @@ def _show(version: Version, more: dict[str, Any]) -> None:
     for key, value in (known | more).items():
         if value:
             shown = ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else value
-            print(f"{key:<14} {shown}")
+            print(f"{field(key):<14} {field(shown)}")
 
 
 @app.command(epilog="Example: veneer library tag support@2 routing customer-a")

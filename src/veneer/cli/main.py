@@ -13,7 +13,9 @@ and imports torch, transformers and the rest of veneer inside its functions, so 
 | Ctrl-C                          | "stopped"                                   | 130 |
 | a full disk, no memory, no rights | what ran out and the way out              | 2 |
 | a closed pipe                   | nothing                                     | 141 |
-| anything else: a bug            | traceback                                   | 1 |
+| anything else: a fault of ours  | that it is, what to report (cli/fault.py)   | 70 |
+
+stdout and stderr are guarded on the way (cli/output.py): no text of a file reaches the terminal as an escape sequence.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import errno
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -30,6 +31,8 @@ import typer
 from typer.core import TyperGroup
 
 from veneer import __version__
+from veneer.cli import fault
+from veneer.cli.output import error_text, guard, own
 from veneer.errors import ResourceError, VeneerError
 
 __all__ = ["COMMANDS", "main"]
@@ -84,12 +87,13 @@ class LazyGroup(TyperGroup):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; always ends with SystemExit. `argv`: the arguments after the program's name."""
-    try:
-        _program()(args=None if argv is None else list(argv), prog_name="veneer")
-    except Exception:
-        traceback.print_exc()
-        print(f"\nThis is a bug in veneer {__version__}: please report it with the lines above.", file=sys.stderr)
-        raise SystemExit(1) from None
+    given = sys.argv[1:] if argv is None else list(argv)
+    with guard():
+        try:
+            _program()(args=given, prog_name="veneer")
+        except Exception as error:
+            print(fault.report(error, given, {name: module for name, (module, _) in COMMANDS.items()}), file=sys.stderr)
+            raise SystemExit(fault.EXIT_CODE) from None
 
 
 def _program() -> Any:
@@ -164,8 +168,11 @@ def _known(error: Exception) -> VeneerError | None:
 
 
 def _show(error: VeneerError) -> None:
-    head = "\033[1;31merror:\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "error:"
-    print(f"{head} {error}", file=sys.stderr)
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        print("\033[1;31merror:\033[0m", end=" ", file=own(sys.stderr))
+        print(error_text(error), file=sys.stderr)
+    else:
+        print(f"error: {error_text(error)}", file=sys.stderr)
 
 
 def _close_pipe() -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from veneer.cli.output import field
+
 if TYPE_CHECKING:
     from veneer.serve.tenancy.store import Store
 
@@ -56,7 +58,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> Non
     if not rows:
         print(empty)
         return
-    cells = [list(head), *([str(cell) for cell in row] for row in rows)]
+    cells = [list(head), *([field(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,12 +1,21 @@
 """The maths of adapters on torch alone: pairs, layers, targets, initialisation, attach and detach, merge.
 
-Read adapter.py, layers.py and attach.py in that order."""
+Read adapter.py, layers.py and attach.py in that order. Names are imported when first used, and adapter.py and forms.py
+load torch where they compute: what looks at a file's header alone does without."""
 
-from veneer.core.adapter import Adapter, Card, LoraSpec, Mix, Pair, TokenRows, scale_of
-from veneer.core.attach import Attachment, attach
-from veneer.core.init import create
-from veneer.core.merge import delta, merged_state
-from veneer.core.targets import Target, resolve
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from veneer.core.adapter import Adapter, Card, LoraSpec, Mix, Pair, TokenRows, scale_of
+    from veneer.core.attach import Attachment, attach
+    from veneer.core.init import create
+    from veneer.core.merge import delta, merged_state
+    from veneer.core.targets import Target, resolve
 
 __all__ = [
     "Adapter",
@@ -22,3 +31,28 @@ __all__ = [
     "delta",
 ]
 __all__ += ["merged_state", "resolve", "scale_of"]
+
+
+class _Core(ModuleType):
+    """`attach` is the function, also after its file of the same name has been imported, which puts itself here."""
+
+    @property
+    def attach(self) -> Any:
+        return importlib.import_module("veneer.core.attach").attach
+
+    @attach.setter
+    def attach(self, module: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Core
+_HOMES = {"Attachment": "attach", "create": "init", "delta": "merge", "merged_state": "merge", "Target": "targets"}
+_HOMES |= {"resolve": "targets"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'veneer.core' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"veneer.core.{_HOMES.get(name, 'adapter')}"), name)
+    globals()[name] = value
+    return value

@@ -11,12 +11,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.core.forms import Delta
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "Adapter",
@@ -51,6 +52,8 @@ def alpha_of(scale: float, rank: int, rslora: bool = False) -> float:
 
 def all_finite(t: Tensor) -> bool:
     """Whether no entry is NaN or infinite: by the extremes, which either shows in, in one pass that makes no tensor."""
+    import torch
+
     if not t.numel() or t.is_complex() or t.dtype.itemsize == 1:
         return bool(torch.isfinite(t if t.dtype.itemsize > 1 else t.float()).all())
     low, high = torch.aminmax(t.detach())
@@ -92,6 +95,8 @@ class Pair:
         """The same delta without `origin`: A' = [A; A₀], B' = [B, −B₀], the same scale."""
         if self.origin is None:
             return self
+        import torch
+
         A0, B0 = self.origin
         along = 1 if self.kind == "experts" else 0
         A = torch.cat([self.A, A0], dim=along)
@@ -270,15 +275,16 @@ class Adapter:
     def size_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for _, t in self.tensors())
 
-    def digest(self) -> str:
+    def digest(self, values: Callable[[Tensor], bytes] | None = None) -> str:
         """sha256 over names, shapes, dtypes, values and scales: equal digests have equal effect on equal bases.
 
-        Taken of the collapsed adapter, so that one with an `origin` has the digest of the file it is written to."""
+        Taken of the collapsed adapter, so that one with an `origin` has the digest of the file it is written to.
+        `values`: a tensor's bytes, by default `tensor_bytes`."""
+        values = values or tensor_bytes
         h = hashlib.sha256()
         for name, tensor in self.collapsed().tensors():
-            t = tensor.detach().cpu().contiguous()
-            h.update(f"{name}|{t.dtype!s}|{tuple(t.shape)}\0".encode())
-            h.update(t.flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+            h.update(f"{name}|{tensor.dtype!s}|{tuple(tensor.shape)}\0".encode())
+            h.update(values(tensor))
         for name in sorted(self.pairs):
             h.update(f"{name}|scale|{float(self.pairs[name].scale)!r}\0".encode())
         for name in sorted(self.token_rows):
@@ -289,10 +295,21 @@ class Adapter:
         return "sha256:" + h.hexdigest()
 
 
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Its values as they lie in a file."""
+    if not tensor.numel():
+        return b""
+    import torch
+
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def with_token_ids(adapter: Adapter, ids: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Adapter:
     """The adapter with its learned words as token rows: `ids`, embedding name -> {word: its token ids}, one id for each
     of the word's vectors. The base's embedding must have those rows. Raises KeyError for a word without ids,
     ValueError for another number of ids than vectors."""
+    import torch
+
     rows = dict(adapter.token_rows)
     for name, words in adapter.new_tokens.items():
         have = rows.get(name)

@@ -355,6 +355,8 @@ def _delta_problems(modules: Mapping[str, nn.Module], name: str, delta: Delta) -
         return [f"{name}: a {delta.form} delta on fused experts"]
     if key not in module._parameters:
         return [f"{name}: {type(module).__name__} has no {key!r}"]
+    if delta.form == "replacement" and module._parameters[key] is None:
+        return [f"{name}: a new value for what this {type(module).__name__} does not have"]
     shape = parameter_shape(module, key)
     if problems := part_problems(delta):
         return [f"{name}: {p}" for p in problems]

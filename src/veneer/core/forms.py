@@ -1,11 +1,12 @@
 """Changes of one parameter that are no pair, kept in the exact form they were made in.
 
-| form      | parts                                                          | product P                              |
-| dense     | value                                                          | value                                  |
-| hadamard  | a1 (out, r) b1 (r, n) a2 (out, r) b2 (r, n)                    | (a1·b1) ⊙ (a2·b2)         LoHa         |
-|           | the same with cores t1, t2 (r, r, k…), n = in                  | each factor aᵢ, tᵢ, bᵢ as below        |
-| kronecker | w1, or a1·b1; w2, or a2·b2, or a2, b2 with the core t2         | w1 ⊗ w2                   LoKr         |
-| gain      | value (out,) or (1, in)                                        | W ⊙ value                 (IA)³        |
+| form        | parts                                                        | product P                              |
+| dense       | value                                                        | value                                  |
+| hadamard    | a1 (out, r) b1 (r, n) a2 (out, r) b2 (r, n)                  | (a1·b1) ⊙ (a2·b2)         LoHa         |
+|             | the same with cores t1, t2 (r, r, k…), n = in                | each factor aᵢ, tᵢ, bᵢ as below        |
+| kronecker   | w1, or a1·b1; w2, or a2·b2, or a2, b2 with the core t2       | w1 ⊗ w2                   LoKr         |
+| gain        | value (out,) or (1, in)                                      | W ⊙ value                 (IA)³        |
+| replacement | value                                                        | value − W                 a new value  |
 
     ΔW = s·P        with a magnitude m:  ΔW = m/‖W + s·P‖ · (W + s·P) − W
 
@@ -19,18 +20,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-__all__ = ["Delta", "Form", "change_of", "delta_of", "norm_along", "part_problems", "product_of", "tucker"]
+__all__ = ["BASED", "Delta", "Form", "change_of", "delta_of", "norm_along", "part_problems", "product_of", "tucker"]
 
-Form = Literal["dense", "hadamard", "kronecker", "gain"]
+Form = Literal["dense", "hadamard", "kronecker", "gain", "replacement"]
+BASED: frozenset[Form] = frozenset({"gain", "replacement"})
+"""Forms that have no product without W."""
 
 _PARTS: Mapping[Form, list[set[str]]] = {
     "dense": [{"value"}],
     "gain": [{"value"}],
+    "replacement": [{"value"}],
     "hadamard": [{"a1", "b1", "a2", "b2"}, {"a1", "b1", "a2", "b2", "t1", "t2"}],
     "kronecker": [one | two for one in ({"w1"}, {"a1", "b1"}) for two in ({"w2"}, {"a2", "b2"}, {"a2", "b2", "t2"})],
 }
@@ -59,11 +63,15 @@ class Delta:
 
 def tucker(a: Tensor, core: Tensor, b: Tensor) -> Tensor:
     """Σ_pq a[o,p]·core[p,q,k…]·b[q,i] as (out, in, k…)."""
+    import torch
+
     return torch.einsum("op,pq...,qi->oi...", a, core, b)
 
 
 def product_of(delta: Delta) -> Tensor:
-    """s·P in `delta.shape`, float32 (float64 for float64 parts). Not for a gain, which has no product without W."""
+    """s·P in `delta.shape`, float32 (float64 for float64 parts). Not for `BASED` forms, which have none without W."""
+    import torch
+
     p = {name: t if t.dtype == torch.float64 else t.float() for name, t in delta.parts.items()}
     whole = delta.whole or delta.shape
     if delta.form == "dense":
@@ -74,7 +82,7 @@ def product_of(delta: Delta) -> Tensor:
         w1, w2 = _factor(p, "1"), _factor(p, "2")
         out = torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - w1.ndim)), w2.contiguous())
     else:
-        raise ValueError("a gain has no product without W")
+        raise ValueError(f"a {delta.form} has no product without W")
     out = out.reshape(whole)
     if delta.rows is not None:
         out = out[delta.rows[0] : delta.rows[1]]
@@ -92,6 +100,8 @@ def _factor(p: Mapping[str, Tensor], n: str, shape: tuple[int, ...] | None = Non
 def norm_along(weight: Tensor, magnitude: Tensor) -> Tensor:
     """‖weight‖ for each output where the magnitude is (out,), for each input where it is (1, in, …); shaped so that it
     divides the weight."""
+    import torch
+
     axis = 0 if magnitude.ndim == 1 else 1
     others = [d for d in range(weight.ndim) if d != axis]
     norm: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
@@ -111,10 +121,16 @@ def change_of(weight: Tensor, product: Tensor, magnitude: Tensor | None) -> Tens
 
 def delta_of(weight: Tensor, delta: Delta) -> Tensor:
     """ΔW of `delta` on W, in W's shape, float32."""
+    import torch
+
     if delta.form == "gain":
         W, g = weight if weight.dtype == torch.float64 else weight.float(), delta.parts["value"]
         g = g.reshape(-1, *[1] * (W.ndim - 1)) if g.ndim == 1 else g.reshape(1, -1, *[1] * (W.ndim - 2))
         return W * g.to(W.dtype) * delta.scale
+    if delta.form == "replacement":
+        value = delta.parts["value"]
+        wide = torch.float64 if torch.float64 in (weight.dtype, value.dtype) else torch.float32
+        return (value.to(wide) - weight.to(wide)) * delta.scale
     return change_of(weight, product_of(delta), delta.magnitude)
 
 
@@ -124,8 +140,10 @@ def part_problems(delta: Delta) -> list[str]:
     if have not in _PARTS[delta.form]:
         want = " or ".join(", ".join(sorted(p)) for p in _PARTS[delta.form])
         return [f"{delta.form} of {', '.join(sorted(have)) or 'nothing'}, expected {want}"]
+    if delta.form in BASED and (delta.rows or delta.magnitude is not None):
+        return [f"a {delta.form} with rows or a magnitude"]
     if delta.form == "gain":
-        return [] if not delta.rows and delta.magnitude is None else ["a gain with rows or a magnitude"]
+        return []
     try:
         shape = _shape_of(delta)
     except ValueError as error:
@@ -139,7 +157,7 @@ def _shape_of(delta: Delta) -> tuple[int, ...]:
     """The shape of `product_of`, by arithmetic: torch's tensors without memory take two seconds when first used."""
     p = {name: tuple(t.shape) for name, t in delta.parts.items()}
     whole = tuple(delta.whole or delta.shape)
-    if delta.form == "dense":
+    if delta.form in ("dense", "replacement"):
         found = [p["value"]]
     elif delta.form == "hadamard":
         found = [_factor_shape(p, "1"), _factor_shape(p, "2")]

@@ -167,7 +167,8 @@ class FullModule(Layer):
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
         sums: dict[str, Tensor] = {}
         for key, change, strength in self.deltas(mix):
-            start = sums[key] if key in sums else self.base.get_parameter(key).float()
+            own = self.base.get_parameter(key)
+            start = sums.get(key, own if own.dtype == torch.float64 else own.float())
             sums[key] = start + parameter_delta(self.base, key, change) * strength
         return _stand_in(self.base, sums)(*args, **kwargs) if sums else self.base(*args, **kwargs)
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair, TokenRows
-from veneer.core.forms import Delta, change_of, delta_of, product_of
+from veneer.core.forms import BASED, Delta, change_of, delta_of, product_of
 from veneer.core.rounding import seeded
 from veneer.core.truncate import (
     Bound,
@@ -357,8 +357,8 @@ class _Mix:
     def _delta(self, name: str, delta: Delta) -> Tensor:
         """ΔW of a delta in the parameter's shape, float64."""
         wide = replace(delta, parts={n: t.double() for n, t in delta.parts.items()})
-        if delta.form == "gain" or delta.magnitude is not None:
-            why = "a gain" if delta.form == "gain" else "a delta with a magnitude (DoRA)"
+        if delta.form in BASED or delta.magnitude is not None:
+            why = f"a {delta.form}" if delta.form in BASED else "a delta with a magnitude (DoRA)"
             return delta_of(self._weight(name, why), wide)
         return product_of(wide)
 
@@ -373,7 +373,7 @@ class _Mix:
         as_is = self.method not in _ENTRYWISE and (strength == 1 or first.magnitude is None)
         if len(deltas) == 1 and as_is:
             out = replace(first, scale=first.scale * strength)
-            based = out.form == "gain" or out.magnitude is not None
+            based = out.form in BASED or out.magnitude is not None
             norm = 0.0 if based else float(product_of(out).double().norm())
             self.out.adapter.deltas[name], self.out.parts[name] = out, Part(0, norm, 0.0)
             return
@@ -382,6 +382,9 @@ class _Mix:
             value = torch.stack([d.parts["value"].double() * (d.scale * s) for d, s in deltas]).sum(0)
             self.out.adapter.deltas[name] = Delta("gain", {"value": value.to(self.dtype)}, first.shape)
             self.out.parts[name] = Part(0, 0.0, 0.0)
+            return
+        if all(d.form == "replacement" for d, _ in deltas) and self.method not in _ENTRYWISE:
+            self._replacements(name, [(d, d.scale * s) for d, s in deltas])
             return
         parts = [self._delta(name, d) * s for d, s in deltas]
         truth = _total(parts)
@@ -392,6 +395,18 @@ class _Mix:
         value = answer.to(self.dtype)
         self.out.adapter.deltas[name] = Delta("dense", {"value": value}, tuple(value.shape))
         self.out.parts[name] = Part(0, float(truth.norm()), float((value.double() - truth).norm()))
+
+    def _replacements(self, name: str, given: list[tuple[Delta, float]]) -> None:
+        """Σ sᵢ·(vᵢ − W) = s·(Σ sᵢ·vᵢ/s − W) with s = Σ sᵢ; where the sᵢ add up to nothing, Σ sᵢ·vᵢ."""
+        whole = sum(s for _, s in given)
+        exact = torch.stack([d.parts["value"].double() * s for d, s in given]).sum(0)
+        out = Delta("dense" if abs(whole) < 1e-12 else "replacement", {}, given[0][0].shape)
+        if out.form == "replacement":
+            out.scale, exact = whole, exact / whole
+        out.parts["value"] = exact.to(self.dtype)
+        self.out.adapter.deltas[name] = out
+        off = float((out.parts["value"].double() - exact).norm()) * abs(out.scale)
+        self.out.parts[name] = Part(0, 0.0, off)
 
     def _modules(self, name: str, copies: list[tuple[Mapping[str, Tensor], float]]) -> None:
         if len(copies) == 1 and copies[0][1] == 1:

@@ -11,8 +11,9 @@
 | gguf      | one llama.cpp LoRA                         | llama.cpp's             | the same                      |
 
 Fused projections are joined at the same rank where their parts share A, block-diagonally elsewhere, with zero rows for
-a part that nothing changes. What is written is read back and compared by ΔW (formats/write_check.py) before it reaches
-the disk. All that cannot be expressed is one AdapterError: every module, why, and the nearest way.
+a part that nothing changes. Before anything reaches the disk it is read back and compared by ΔW
+(formats/write_check.py), and its names are looked up as the target's own loader does (formats/loader_names.py). All
+that cannot be expressed is one AdapterError: every module, why, and the nearest way.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from veneer.formats.fused import trimmed
 from veneer.formats.gguf import read_gguf, write_gguf
 from veneer.formats.gguf_file import read_gguf_file
 from veneer.formats.leaves import Leaf, write_leaf
+from veneer.formats.loader_names import unreachable
 from veneer.formats.metadata import family_of, metadata_of, pack_configs
 from veneer.formats.names import choose_family
 from veneer.formats.placing import leaves_of
@@ -45,13 +47,22 @@ from veneer.formats.read import read_state
 from veneer.formats.topology import Family, families
 from veneer.formats.write_check import differences, relative_error
 from veneer.formats.write_diffusers import diffusers_tensors
-from veneer.formats.write_folded import TGI_RANK, folded, in_every_layer, refuse_unservable, tgi_notes, vllm_notes
+from veneer.formats.write_folded import (
+    MERGE,
+    TGI_RANK,
+    folded,
+    in_every_layer,
+    refuse_unservable,
+    tgi_notes,
+    vllm_notes,
+)
 from veneer.formats.write_names import Refusals, component_of, foreign_leaves
 
 __all__ = ["TARGETS", "Encoded", "Written", "encode", "target_of", "write"]
 
 TARGETS = ("peft", "kohya", "diffusers", "comfyui", "gguf", "vllm", "tgi")
 
+WORDS = "a list of numbered pairs (unet:0:up) holds them; --without-words writes all else"
 FOLDERS = ("peft", "vllm", "tgi")
 PIPELINES = ("kohya", "diffusers", "comfyui")
 
@@ -111,7 +122,8 @@ def encode(
     meant, notes = _meant(adapter, to, dtype)
     if to == "gguf":
         with TemporaryDirectory() as folder:
-            return _gguf(meant, Path(folder) / "adapter.gguf", family, head_dim, "adapter", notes).encoded
+            path = Path(folder) / "adapter.gguf"
+            return _advised(meant, to, None, lambda: _gguf(meant, path, family, head_dim, "adapter", notes)).encoded
     return _encode(meant, to, family, metadata or {}, "adapter", notes, layers).encoded
 
 
@@ -136,7 +148,8 @@ def write(
     if to == "gguf":
         staged = Staged(path.with_name(f".{path.name}.{secrets.token_hex(6)}.gguf"), path)
         try:
-            done = _gguf(meant, staged.temporary, family, head_dim, name, notes)
+            at = staged.temporary
+            done = _advised(meant, to, None, lambda: _gguf(meant, at, family, head_dim, name, notes))
             staged.commit()
         finally:
             staged.discard()
@@ -193,6 +206,40 @@ def _encode(
     meant: Adapter, to: str, family: str | None, metadata: Mapping[str, str], name: str, notes: list[str],
     layers: int | None,
 ) -> _Done:  # fmt: skip
+    return _advised(meant, to, family, lambda: _encoded(meant, to, family, metadata, name, notes, layers))
+
+
+def _advised(meant: Adapter, to: str, family: str | None, make: Callable[[], _Done]) -> _Done:
+    """What `make` gives. A refusal of it that says no way out is given one."""
+    try:
+        return make()
+    except AdapterError as error:
+        if error.fix is None:
+            error = AdapterError(error.what, where=error.where, fix=_elsewhere(meant, to, family))
+        raise error from None
+
+
+def _elsewhere(meant: Adapter, to: str, family: str | None) -> str:
+    """Which other layouts hold the adapter whole: those are advised that were tried."""
+    held = []
+    for other in ("peft", *PIPELINES, "vllm"):
+        try:
+            if other != to:
+                _encoded(meant, other, family, {}, "adapter", [], None)
+                held.append(other)
+        except AdapterError:
+            continue
+    return (
+        f"--to {' or '.join([', '.join(held[:-1]), held[-1]] if held[1:] else held)}"
+        if held
+        else f"no other layout here holds it whole; {MERGE}"
+    )
+
+
+def _encoded(
+    meant: Adapter, to: str, family: str | None, metadata: Mapping[str, str], name: str, notes: list[str],
+    layers: int | None,
+) -> _Done:  # fmt: skip
     if to in PIPELINES:
         return _for_pipelines(meant, to, _family(meant, family, to), metadata, name, notes)
     if to == "peft":
@@ -211,6 +258,7 @@ def _encode(
     config, tensors = peft.encode(written, base_name=written.card.base)
     back = peft.interpret(config, tensors).adapter
     _compare(written if to == "peft" else meant, back, to)
+    _reach(meant, tensors, to)
     return _Done(Encoded(tensors, {"format": "pt"}, config, notes), written, back, None, list(written.pairs.values()))
 
 
@@ -292,18 +340,26 @@ def _compare(meant: Adapter, back: Adapter, to: str) -> None:
         raise AdapterError(f"written as {to}, the adapter would not come back the same; nothing was written:\n{shown}")
 
 
+def _reach(meant: Adapter, tensors: Mapping[str, Tensor], to: str, family: Family | None = None) -> None:
+    modules = {*leaves_of(meant), *meant.token_rows}
+    owners = {n.rpartition(".")[0] if n in meant.pairs and meant.pairs[n].kind == "experts" else n for n in modules}
+    if problems := unreachable(owners, tensors, to, family):
+        shown = "\n".join(f"  - {p}" for p in problems)
+        raise AdapterError(f"written as {to}, it would not be loaded whole; nothing was written:\n{shown}")
+
+
 def _for_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
     """The adapter under the names that its model itself has, without the component: the denoiser, or a text model."""
     for module, pair in adapter.pairs.items():
         if pair.magnitude is not None and pair.magnitude.ndim > 1:
-            refused["PEFT knows no magnitude of the inputs; --to kohya, or merge it into the base"].append(module)
+            refused["PEFT knows no magnitude of the inputs; merge it into the base"].append(module)
     modules = [*leaves_of(adapter), *adapter.token_rows, *adapter.new_tokens]
     parts = {component_of(m) for m in modules}
     for module in modules:
         if len(parts) > 1:
-            refused["a PEFT folder is of one model, and this has several; --to diffusers"].append(module)
+            refused["a PEFT folder is of one model, and this has several"].append(module)
         elif component_of(module).startswith("text_encoder"):
-            refused["a PEFT folder does not say which text encoder it is of; --to diffusers"].append(module)
+            refused["a PEFT folder does not say which text encoder it is of"].append(module)
     part = parts.pop()
     return _renamed(adapter, lambda name: name.removeprefix(f"{part}.")) if part else adapter
 
@@ -319,7 +375,6 @@ def _family(adapter: Adapter, name: str | None, to: str) -> Family:
     if not any(component_of(m) for m in modules):
         raise AdapterError(
             f"{to} is for adapters of image models, and no module here begins with unet, transformer or text_encoder",
-            fix="--to peft, vllm or gguf",
         )
     claim = family_of({key: str(adapter.card.extra.get(own, "")) for key, own in _CLAIMS.items()})
     chosen = choose_family({m: _shape(adapter, m) for m in modules}, claim).family
@@ -342,8 +397,10 @@ def _for_pipelines(
     """kohya, comfyui, diffusers: one safetensors file with the card in its metadata."""
     refused: Refusals = defaultdict(list)
     leaves = leaves_of(meant)
-    for module in (*meant.token_rows, *meant.new_tokens):
-        refused["learned words and rows of embeddings have no place in such a file; --to peft"].append(module)
+    for module in meant.token_rows:
+        refused["rows of embeddings have no place in such a file; merge it into the base"].append(module)
+    for module in meant.new_tokens:
+        refused[f"learned words have no place in such a file; {WORDS}"].append(module)
     extra: dict[str, str] = {}
     if to == "diffusers":
         leaves = _own_ranks(leaves, family)
@@ -369,6 +426,7 @@ def _for_pipelines(
     described = sealed(tensors, described | dict(metadata))
     back = read_state(tensors, described, where=to).adapter
     _compare(meant, back, to)
+    _reach(meant, tensors, to, family)
     return _Done(Encoded(tensors, described, {}, notes), meant, back, family.name, pairs)
 
 
@@ -416,11 +474,11 @@ def _unread(name: str, leaf: Leaf, family: Family, to: str) -> list[str]:
         return out
     held = [h for h in (leaf.pair, leaf.deltas.get("weight")) if h is not None]
     if any(h.magnitude is not None and h.magnitude.ndim == 1 for h in held):
-        out.append("ComfyUI divides DoRA's outputs by ‖W‖ and not by ‖W + ΔW‖; merge it into the base, or --to kohya")
+        out.append("ComfyUI divides DoRA's outputs by ‖W‖ and not by ‖W + ΔW‖; merge it into the base")
     if any(delta.form == "gain" for delta in leaf.deltas.values()):
-        out.append("ComfyUI knows no (IA)³; merge it into the base, or --to kohya")
+        out.append("ComfyUI knows no (IA)³; merge it into the base")
     if family.name.startswith("flux") and name.endswith(("query_norm", "key_norm")):
-        out.append("ComfyUI's patches reach parameters called weight, and this one is called scale; --to kohya")
+        out.append("ComfyUI's patches reach parameters called weight, and this one is called scale")
     return out
 
 

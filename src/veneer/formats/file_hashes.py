@@ -25,12 +25,13 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterError
-from veneer.formats.container import NAMES, Header, encode_tensors, read_header
+from veneer.formats.header import Header, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Check", "Hashes", "hashes", "sealed", "short_hash", "verify"]
 
@@ -104,6 +105,8 @@ def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     """The metadata with every hash that is stored in a header, for a file of these tensors as `write_tensors` has them.
 
     The last step before writing: a later change of an `ss_` key makes the legacy hash untrue."""
+    from veneer.formats.container import encode_tensors
+
     data = encode_tensors(tensors)[2:]
     model = hashlib.sha256()
     for chunk in data:
@@ -190,10 +193,7 @@ def _legacy_of(file: Any, header: Header) -> tuple[str, bool]:
     by_place = sorted(header.entries.items(), key=lambda item: (item[1].begin, item[1].end))
     table: dict[str, Any] = {
         "__metadata__": {k: v for k, v in sorted(header.metadata.items()) if k.startswith("ss_")},
-        **{
-            name: {"dtype": NAMES[e.dtype], "shape": list(e.shape), "data_offsets": [e.begin, e.end]}
-            for name, e in by_place
-        },
+        **{name: {"dtype": e.kind, "shape": list(e.shape), "data_offsets": [e.begin, e.end]} for name, e in by_place},
     }
     text = _padded(table)
     data_at = 8 + len(text)

@@ -104,7 +104,7 @@ def _on_rows(item: Pair | Delta, take: Callable[[Tensor], Tensor]) -> Pair | Del
         return replace(item, B=take(item.B), magnitude=m, origin=origin)
     if _rows(item) is None:
         return item
-    on = {"dense": ("value",), "gain": ("value",), "hadamard": ("a1", "a2")}[item.form]
+    on = {"dense": ("value",), "gain": ("value",), "replacement": ("value",), "hadamard": ("a1", "a2")}[item.form]
     parts = {name: take(t) if name in on else t for name, t in item.parts.items()}
     shape = item.shape and (parts[on[0]].shape[0], *item.shape[1:])
     return replace(item, parts=parts, shape=shape, magnitude=m)
@@ -218,6 +218,8 @@ def _join_deltas(
     have = [p for p in parts if p is not None]
     if len({p.shape[1:] for p in have}) > 1:
         raise _apart(have, "their inputs differ")
+    if first.form == "replacement":
+        raise _apart(have, "they are new values, not changes")
     if first.form == "kronecker":
         return _join_rows(have, len(have) == len(parts), magnitude)
     if first.form == "gain" and _rows(first) is None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, UnsafeFileError
 from veneer.formats.atomic import atomic_write
-from veneer.formats.container import name_problem
+from veneer.formats.container import MAX_TENSORS, name_problem
 
 __all__ = ["GgufFile", "Stored", "read_gguf_file", "write_gguf_file"]
 
@@ -167,6 +167,8 @@ def read_gguf_file(path: str | Path) -> GgufFile:
     cursor.at = 8
     tensors = cursor.count(24, "tensors")
     fields: dict[str, Any] = {}
+    if tensors > MAX_TENSORS:
+        raise cursor.fail(f"{tensors:,} tensors are claimed; at most {MAX_TENSORS:,} are read")
     for _ in range(cursor.count(13, "fields")):
         key = cursor.text()
         if key in fields:

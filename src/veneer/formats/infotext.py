@@ -104,7 +104,7 @@ def unquote(text: str) -> str:
         return text
     try:
         return str(json.loads(text))
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -217,7 +217,7 @@ def read_picture(path: str | Path) -> tuple[Infotext | None, dict[str, Any] | No
         return (parse(text) if text else None), None
     try:
         record = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"the picture's veneer record is no JSON: {error}", where=str(path)) from error
     if not isinstance(record, dict):
         raise DataError("the picture's veneer record is no object", where=str(path))

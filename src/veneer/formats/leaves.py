@@ -21,7 +21,7 @@ that this module does not see. Reading is in `leaves_read`, writing in `leaves_w
 
 from __future__ import annotations
 
-from veneer.formats.leaves_read import MAX_RANK, Leaf, fitted, read_leaf, split_key
+from veneer.formats.leaves_read import MAX_RANK, Leaf, fitted, read_leaf, split_key, widened
 from veneer.formats.leaves_write import write_leaf
 
-__all__ = ["MAX_RANK", "Leaf", "fitted", "read_leaf", "split_key", "write_leaf"]
+__all__ = ["MAX_RANK", "Leaf", "fitted", "read_leaf", "split_key", "widened", "write_leaf"]

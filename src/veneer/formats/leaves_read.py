@@ -13,46 +13,14 @@ from torch import Tensor
 from veneer.core.adapter import Kind, Pair, scale_of
 from veneer.core.forms import Delta, part_problems
 from veneer.errors import AdapterError
+from veneer.formats.leaf_names import REFUSED, ROLES, split_key
 
-__all__ = ["MAX_RANK", "Leaf", "fitted", "read_leaf", "split_key"]
+__all__ = ["MAX_RANK", "Leaf", "fitted", "read_leaf", "split_key", "widened"]
 
 MAX_RANK = 1 << 16
 
-_ROLES: dict[str, str] = {
-    "A": r"lora_A(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?down\.weight|down",
-    "B": r"lora_B(?:\.[^.]+)?\.weight|(?:lora_|lora\.|lora_linear_layer\.)?up\.weight|up",
-    "mid": r"lora_mid\.weight",
-    "rows A": r"lora_embedding_A(?:\.[^.]+)?",
-    "rows B": r"lora_embedding_B(?:\.[^.]+)?",
-    "bias of B": r"lora_B(?:\.[^.]+)?\.bias",
-    "magnitude of outputs": r"lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?",
-    **{
-        name: name
-        for name in (
-            *("alpha", "dora_scale", "scalar", "bias_indices", "bias_values", "bias_size"),
-            *(f"hada_w{n}_{ab}" for n in "12" for ab in "ab"),
-            *("hada_t1", "hada_t2", "lokr_w1", "lokr_w2", "lokr_t2"),
-            *(f"lokr_w{n}_{ab}" for n in "12" for ab in "ab"),
-            *("diff", "diff_b", "w_norm", "b_norm", "on_input", "set_weight", "reshape_weight"),
-        )
-    },
-}
-_REFUSED: dict[str, str] = {
-    r"oft_blocks|oft_diag|oft_R(?:\.[^.]+)?(?:\.weight)?|rescale": "OFT (or BOFT), which turns the weight",
-    r"boft_R(?:\.[^.]+)?|boft_s(?:\.[^.]+)?": "BOFT, which turns the weight",
-    r"[ab][12]\.weight|bm\.weight": "GLoRA, whose change depends on the weight",
-    r"[qp]_layer\.weight|lambda_layer": "T-LoRA, whose rank depends on the timestep",
-    r"ia3_l(?:\.[^.]+)?": "PEFT's (IA)³, which scales the bias too",
-    r"lokr_t1": "a LoKr with a core on its first factor, which LyCORIS itself never reads",
-}
-_ANY = "|".join(f"(?:{p})" for p in (*_ROLES.values(), *_REFUSED, "weight|scale"))
-# The shortest module text that leaves a whole suffix. `_lora_down` is how one mistaken converter joined the two;
-# a colon is how lists of pairs (`unet:0:up`) do.
-_KEY = re.compile(
-    rf"(?P<module>.+?)(?:\.|_(?=lora_(?:up|down|mid)\.weight$)|(?<=\d):(?=(?:up|down)$))(?P<suffix>{_ANY})"
-)
-_ROLE = [(role, re.compile(pattern)) for role, pattern in _ROLES.items()]
-_REFUSE = [(re.compile(pattern), why) for pattern, why in _REFUSED.items()]
+_ROLE = [(role, re.compile(pattern)) for role, pattern in ROLES.items()]
+_REFUSE = [(re.compile(pattern), why) for pattern, why in REFUSED.items()]
 
 
 @dataclass
@@ -64,16 +32,13 @@ class Leaf:
     full: dict[str, Tensor] = field(default_factory=dict)
 
 
-def split_key(key: str) -> tuple[str, str] | None:
-    """(module text, suffix) of a tensor's name, or None for a name that no adapter format ends like this.
-
-    The module text is as the file has it: `x.processor.to_q_lora.down.weight` gives `x.processor.to_q_lora` and
-    `down.weight`, XLabs' `double_blocks.0.processor.qkv_lora1.up.weight` the text up to `qkv_lora1`, and `unet:0:up`
-    gives `unet:0` and `up`."""
-    match = _KEY.fullmatch(key)
-    if match is None or (match["suffix"] in ("up", "down") and ":" not in key):
-        return None
-    return match["module"], match["suffix"]
+def widened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """8-bit floats as bfloat16, which holds every value of both kinds exactly and can be computed with, and a note;
+    all else as it is."""
+    narrow = {key for key, t in tensors.items() if t.is_floating_point() and t.dtype.itemsize == 1}
+    out = {key: t.to(torch.bfloat16) if key in narrow else t for key, t in tensors.items()}
+    said = f"{len(narrow)} tensors are stored in 8 bits: they are read as bfloat16, which holds the same values"
+    return out, [said] if narrow else []
 
 
 def read_leaf(

@@ -28,6 +28,7 @@ __all__ = [
     "card_of",
     "family_of",
     "hashes",
+    "json_value",
     "metadata_of",
     "pack_configs",
     "sealed",
@@ -79,7 +80,7 @@ _TEXTS = ("title", "author", "description", "usage_hint", "tags", "prediction_ty
 MAX_JSON = 32 << 20
 
 
-def _json(metadata: Mapping[str, str], key: str) -> Any:
+def json_value(metadata: Mapping[str, str], key: str) -> Any:
     """The value of a key that holds JSON, or None where it does not; sd-scripts' statistics may hold NaN."""
     text = metadata.get(key, "")
     if not text or len(text) > MAX_JSON:
@@ -106,16 +107,16 @@ def trigger_words(metadata: Mapping[str, str]) -> dict[str, str]:
     for key in _SAID:
         for word in _words(metadata, key):
             out.setdefault(word, key)
-    datasets = _json(metadata, "ss_datasets")
+    datasets = json_value(metadata, "ss_datasets")
     for entry in datasets if isinstance(datasets, list) else []:
         subsets = entry.get("subsets") if isinstance(entry, dict) else None
         for subset in subsets if isinstance(subsets, list) else []:
             tokens = subset.get("class_tokens") if isinstance(subset, dict) and not subset.get("is_reg") else None
             if isinstance(tokens, str) and tokens.strip():
                 out.setdefault(tokens.strip(), "ss_datasets")
-    folders = _json(metadata, "ss_dataset_dirs")
+    folders = json_value(metadata, "ss_dataset_dirs")
     folders = folders if isinstance(folders, dict) else {}
-    tags = _json(metadata, "ss_tag_frequency")
+    tags = json_value(metadata, "ss_tag_frequency")
     for folder, counts in (tags if isinstance(tags, dict) else {}).items():
         if not isinstance(counts, dict) or not all(isinstance(n, int | float) for n in counts.values()):
             continue
@@ -134,7 +135,7 @@ def trigger_words(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _words(metadata: Mapping[str, str], key: str) -> list[str]:
-    value = _json(metadata, key)
+    value = json_value(metadata, key)
     texts = value if isinstance(value, list) else [value if isinstance(value, str) else metadata.get(key, "")]
     return [w.strip() for t in texts if isinstance(t, str) for w in t.split(",") if w.strip()]
 
@@ -171,7 +172,7 @@ def card_of(metadata: Mapping[str, str]) -> Card:
         for key, value in sorted(metadata.items())
         if key.startswith("ss_") and key not in _BULKY and _known(value)
     }
-    own = _json(metadata, "veneer.card")
+    own = json_value(metadata, "veneer.card")
     if isinstance(own, dict):
         card = replace(
             card, **{f.name: own[f.name] for f in fields(Card) if own.get(f.name) and _alike(card, f.name, own)}
@@ -270,7 +271,7 @@ def unpack_configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     AdapterError for a value that is no JSON object with `component.setting` keys."""
     if not metadata.get("lora_adapter_metadata"):
         return {}
-    flat = _json(metadata, "lora_adapter_metadata")
+    flat = json_value(metadata, "lora_adapter_metadata")
     if not isinstance(flat, dict) or not all("." in key.strip(".") for key in flat):
         raise AdapterError("lora_adapter_metadata is no JSON object of component.setting", where="metadata")
     out: dict[str, dict[str, Any]] = {}

@@ -22,9 +22,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from veneer.formats.topology import Family, Place, families, flat
+from veneer.formats.topology import DENOISERS, Family, Place, families, flat
 
-__all__ = ["Choice", "choose_family", "lookup", "near"]
+__all__ = ["Choice", "choose_family", "component_of", "lookup", "near"]
 
 _DENOISER_FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
 _DENOISER_DOTTED = ("model.diffusion_model.", "diffusion_model.")
@@ -118,6 +118,29 @@ def lookup(family: Family, text: str) -> tuple[Place, ...] | None:
         if text.startswith(prefix):
             return table.get(text.removeprefix(prefix))
     return None
+
+
+def component_of(module: str) -> str:
+    """The part of the pipeline that a canonical name (of a module, or of its parameter) begins with; "" for a text
+    adapter's bare name.
+
+    GPT-2, Falcon, MPT, Bloom and others call their decoder `transformer` as well: that is a component only where some
+    family's denoiser has such a module, whatever its block's number."""
+    first = module.partition(".")[0]
+    if first == "transformer":
+        name = _numberless(module)
+        return first if {name, name.rpartition(".")[0]} & _transformers() else ""
+    return first if first in DENOISERS or first.startswith("text_encoder") else ""
+
+
+def _numberless(module: str) -> str:
+    return re.sub(r"\d+", "#", module)
+
+
+@cache
+def _transformers() -> frozenset[str]:
+    """The modules of every family's transformer, without the numbers of their blocks."""
+    return frozenset(_numberless(m) for f in families().values() for m in f.modules if m.startswith("transformer."))
 
 
 def near(family: Family | None, text: str) -> str | None:

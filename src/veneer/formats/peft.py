@@ -35,7 +35,7 @@ from veneer.formats.peft_write import CONFIG_FILE, TENSOR_FILE, Written, encode,
 
 __all__ = ["CONFIG_FILE", "TENSOR_FILE", "Base", "Loaded", "Written", "encode", "interpret", "load", "read", "write"]
 
-MAX_CONFIG_BYTES = 16 << 20
+MAX_CONFIG_BYTES, MAX_ENTRIES = 16 << 20, 100_000
 
 
 def read(folder: str | Path, base: Base = None) -> Adapter:
@@ -74,6 +74,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config = strict_json(path.read_bytes(), where=str(path))
     if not isinstance(config, dict):
         raise AdapterError("the configuration is not a JSON object", where=str(path))
+    if (count := max(len(config), *(len(v) for v in config.values() if isinstance(v, dict | list)), 0)) > MAX_ENTRIES:
+        raise UnsafeFileError(
+            f"{count:,} entries in the configuration; at most {MAX_ENTRIES:,} are read", where=str(path)
+        )
     return config
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.errors import nearest
+from veneer.errors import nearest, shown
 
 __all__ = [
     "Config",
@@ -51,6 +51,18 @@ MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 
+CONVERTIBLE = frozenset(
+    {"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA"}
+    | {"VBLORA", "VERA", "WAVEFT"}
+)
+"""Types whose layers PEFT 0.21 can convert: their `supports_lora_conversion` is not False."""
+NO_WEIGHTS = frozenset(
+    {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "PREFIX_TUNING"}
+    | {"PROMPT_TUNING", "SHADOW", "XLORA"}
+)
+"""Types that act on activations or route between adapters."""
+
+
 @dataclass
 class Config:
     """The parts of adapter_config.json that decide what the tensors mean."""
@@ -79,23 +91,32 @@ class Config:
     """False where a pattern does not compile, so that nothing can be matched."""
 
 
+def way_of(kind: Any) -> str:
+    """What PEFT itself can make of an adapter of another type."""
+    merge = "merge it with PEFT (`merge_and_unload`) and use the merged model as a base"
+    if not isinstance(kind, str):
+        return "Give the folder that PEFT's `save_pretrained` wrote"
+    if kind in CONVERTIBLE:
+        return f"Convert it with PEFT (`peft.convert_to_lora`), or {merge}"
+    if kind in NO_WEIGHTS:
+        return "It changes no weights that a pair or a merge could hold: serve it with PEFT, or train a LoRA instead"
+    return f"It is no sum with the weights, so `convert_to_lora` does not take it: {merge}"
+
+
 def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
     """The configuration and everything wrong with it, each as one line."""
     problems: list[str] = []
     kind = raw.get("peft_type")
     if kind != "LORA":
-        return Config(usable=False), [
-            f"peft_type is {kind!r}, and only 'LORA' is read. Convert it with PEFT (`peft.convert_to_lora`, or "
-            "`merge_and_unload` and use the merged model as a base)"
-        ]
+        return Config(usable=False), [f"peft_type is {shown(repr(kind)[:40])}, and only 'LORA' is read. {way_of(kind)}"]
     known = set(FIELDS) | IGNORED | set(REFUSED) | {"peft_type", "init_lora_weights"}
-    for key in sorted(set(raw) - known):
-        near = nearest(key, known, 1)
+    for i, key in enumerate(sorted(set(raw) - known)):
+        near = nearest(key, known, 1) if i < 20 else []
         hint = f", did you mean {near[0]!r}?" if near else ""
-        problems.append(f"unknown key {key!r} = {str(raw[key])[:60]}{hint} (it may change the adapter's effect)")
+        problems.append(f"unknown key {key!r} = {shown(str(raw[key])[:60])}{hint} (it may change the adapter's effect)")
     for key, reason in REFUSED.items():
         if raw.get(key):
-            problems.append(f"{key} = {str(raw[key])[:60]}: {reason}")
+            problems.append(f"{key} = {shown(str(raw[key])[:60])}: {reason}")
     problems += _init_problems(raw.get("init_lora_weights", True))
     config = Config()
     for key, (attribute, check) in FIELDS.items():

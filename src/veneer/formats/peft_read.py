@@ -17,6 +17,7 @@ from veneer.core.adapter import Adapter, Card, Kind, Pair, TokenRows, scale_of
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError, nearest
 from veneer.formats import peft_config as cfg
+from veneer.formats.peft_bias import trained_biases
 from veneer.formats.structure import Structure, describe
 
 __all__ = ["EXPERT_ORDER", "PREFIX", "Base", "Loaded", "interpret"]
@@ -118,6 +119,7 @@ class _Reader:
                 self._experts(name, parameters, depths)
             else:
                 self._pair(name, depths[0])
+        self._trained_biases(copies, rest)
         self._full_modules(rest)
         self._tokens(tokens)
         self._copies(copies)
@@ -200,6 +202,7 @@ class _Reader:
         if A.shape[0] != rank:
             self.problems.append(
                 f"{name}: the config's {source} says rank {rank}, the tensors have {A.shape[0]} ({shapes})"
+                + (": A and B have changed places" if (A.shape[1], B.shape[0]) == (rank, rank) else "")
             )
             return
         scale = scale_of(cfg.alpha_of_module(self.config, name), rank, self.config.rslora)
@@ -278,12 +281,13 @@ class _Reader:
         shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
         stored = self.base.shapes.get(full)
         experts, left = divmod(A.shape[0], rank)
-        known = stored is None or (len(stored) == 3 and stored[0] == experts) or (len(stored) == 2 and experts == 1)
+        plain = parameter == "weight" and experts == 1 and len(stored or (0, 0)) == 2
+        known = stored is None or plain or (len(stored) == 3 and stored[0] == experts)
         if left or A.shape[0] != B.shape[1] or not known:
             of = f" and the base has {stored}" if stored else ""
             self.problems.append(f"{full}: {shapes} do not fit rank {rank} (the config's {source}) per expert{of}")
             return
-        if parameter == "weight" and experts == 1 and (stored is None or len(stored) == 2):
+        if plain:
             self.pairs[name] = Pair(A, B, scale)  # a weight named as a parameter is a linear pair
             return
         A3, B3 = A.view(experts, rank, -1), B.view(B.shape[0], rank, experts).permute(2, 0, 1)
@@ -319,12 +323,16 @@ class _Reader:
             )
         return old and (not transposed or version >= (0, 19, 0))  # type: ignore[operator]
 
-    # -- full copies, token rows, copies of embeddings ---------------------------------------------------------------
+    # -- biases, full copies, token rows, copies of embeddings ---------------------------------------------------------
+
+    def _trained_biases(self, copies: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
+        found = trained_biases(self.config, copies, rest, self.pairs, self.problems, self.notes)
+        self.problems += [f"{n}: lora_bias and a trained bias at once" for n in sorted(set(found) & set(self.deltas))]
+        self.deltas |= found
 
     def _full_modules(self, rest: dict[str, Tensor]) -> None:
         entries = self.config.modules_to_save
         used: set[str] = set()
-        biases: list[str] = []
         for path, tensor in rest.items():
             parts = path.split(".")
             owners = [".".join(parts[:n]) for n in range(1, len(parts))]
@@ -340,19 +348,10 @@ class _Reader:
                 )
             if owner is not None:
                 self.modules.setdefault(owner, {})[path.removeprefix(f"{owner}.")] = tensor
-            elif path.endswith(".bias") and self.config.bias != "none":
-                biases.append(path)
             else:
                 self.problems.append(
                     f"{PREFIX}{path} {tuple(tensor.shape)}: nothing in the config accounts for this tensor"
                 )
-        if biases:
-            self.problems.append(
-                f"bias = {self.config.bias!r} trained {len(biases)} biases of the base itself, which are no pairs: "
-                f"{', '.join(biases[:3])}, …. Merge it with PEFT (`merge_and_unload`) and use the result as a base"
-            )
-        elif self.config.bias != "none":
-            self.notes.append(f"bias = {self.config.bias!r}, but there are no biases in the file: it has no effect")
         for entry in sorted(set(entries) - used):
             self.problems.append(f"modules_to_save names {entry!r}, and there are no tensors for it")
         for name in sorted(set(self.modules) & set(self.pairs)):

@@ -23,6 +23,7 @@ from veneer.errors import AdapterError
 from veneer.formats import card as cards
 from veneer.formats.atomic import put_folder
 from veneer.formats.container import check_finite, encode_tensors
+from veneer.formats.peft_bias import bias_problems, bias_switch, bias_tensors
 from veneer.formats.peft_config import DUMMY_TARGETS
 from veneer.formats.peft_read import EXPERT_ORDER, PREFIX, Base, interpret
 from veneer.formats.structure import Structure, describe
@@ -159,7 +160,8 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
         out.append("it is empty")
     out += _delta_problems(adapter)
     out += [
-        f"{n}: the learned words {', '.join(sorted(w)[:3])} have no token ids" for n, w in adapter.new_tokens.items()
+        f"{n}: the learned words {', '.join(sorted(w)[:3])} have no token ids; --without-words leaves them out"
+        for n, w in adapter.new_tokens.items()
     ]
     with_dora = {n for n, p in adapter.pairs.items() if p.magnitude is not None}
     if with_dora and len(with_dora) != len(adapter.pairs):
@@ -189,9 +191,13 @@ def _problems(adapter: Adapter, base: Structure) -> list[str]:
 
 
 def _delta_problems(adapter: Adapter) -> list[str]:
-    """Of deltas PEFT has one kind: lora_bias, a bias beside every pair, of the pair's scale."""
+    """Of deltas PEFT has two kinds: trained biases, whole; and lora_bias, a bias beside every pair, of the pair's
+    scale."""
     out, biased = [], set()
     for name, delta in sorted(adapter.deltas.items()):
+        if delta.form == "replacement":
+            out += bias_problems(name, delta)
+            continue
         pair = adapter.pairs.get(name.removesuffix(".bias"))
         if delta.form != "dense" or pair is None or delta.scale != pair.scale or delta.magnitude is not None:
             out.append(f"{name}: a {delta.form} delta; make pairs of it, or merge it into the base")
@@ -232,7 +238,7 @@ def _by_module(adapter: Adapter) -> dict[str, list[str]]:
 
 def _tensors(adapter: Adapter, base: Structure) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
-    biases = {name.removesuffix(".bias"): delta.parts["value"] for name, delta in adapter.deltas.items()}
+    biases = {n.removesuffix(".bias"): d.parts["value"] for n, d in adapter.deltas.items() if d.form == "dense"}
     for name, pair in adapter.pairs.items():
         if pair.kind == "experts":
             continue
@@ -256,6 +262,7 @@ def _tensors(adapter: Adapter, base: Structure) -> dict[str, Tensor]:
         out |= {f"{name}.{key}": tensor for key, tensor in own.items()}
     for name, rows in adapter.token_rows.items():
         out[f"{name}.token_adapter.trainable_tokens_delta"] = rows.rows
+    out |= bias_tensors(adapter)
     return {PREFIX + key: tensor.contiguous() for key, tensor in out.items()}
 
 
@@ -279,7 +286,7 @@ def _config(
     config: dict[str, Any] = {
         "alpha_pattern": {k: _plain(v) for k, v in _patterns(alphas, alpha).items()},
         "base_model_name_or_path": base_name or None,
-        "bias": "none",
+        "bias": bias_switch(adapter),
         "fan_in_fan_out": bool(linear) and linear <= base.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -295,7 +302,7 @@ def _config(
         "use_dora": any(p.magnitude is not None for p in pairs.values()),
         "use_rslora": rslora,
     }
-    if adapter.deltas:
+    if any(d.form == "dense" for d in adapter.deltas.values()):
         config["lora_bias"] = True
     if fused:
         every = {f"{m}.{p}" for m, ps in base.experts.items() for p in ps}

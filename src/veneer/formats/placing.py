@@ -8,7 +8,6 @@ that of the modules that are not fused. Knows leaves and places; no files.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from veneer.core.forms import Delta
 from veneer.errors import AdapterError
 from veneer.formats.fused import split, swap_halves
 from veneer.formats.leaves import Leaf, fitted
+from veneer.formats.metadata import json_value
 from veneer.formats.structure import Structure, describe
 from veneer.formats.topology import Family, Place
 
@@ -179,6 +179,7 @@ def alphas_of_blocks(
         (float(own["alpha"]), own["lora_down.weight"].shape[0])
         for text, own in known.items()
         if {"alpha", "lora_down.weight"} <= set(own) and len(places[text] or ()) == 1
+        if own["alpha"].numel() == 1 and own["lora_down.weight"].ndim  # what is not is said where it is read
     }
     out: dict[str, float] = {}
     unclear: list[str] = []
@@ -190,6 +191,8 @@ def alphas_of_blocks(
             or down is None
             or up is None
             or alpha is None
+            or alpha.numel() != 1
+            or not down.ndim
             or not _is_blocks(up, [p.part for p in places[text] or ()])
         ):
             continue
@@ -214,10 +217,7 @@ def alphas_of_blocks(
 
 def _said_split(metadata: Mapping[str, str]) -> bool | None:
     """What ss_network_args says of split_qkv; None where it says nothing."""
-    try:
-        arguments = json.loads(metadata.get("ss_network_args", "{}"))
-    except ValueError:
-        return None
+    arguments = json_value(metadata, "ss_network_args")
     said = str(arguments.get("split_qkv", "")).lower() if isinstance(arguments, dict) else ""
     return {"true": True, "1": True, "false": False, "0": False}.get(said)
 

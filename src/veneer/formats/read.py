@@ -24,7 +24,7 @@ from veneer.formats import peft
 from veneer.formats import peft_config as cfg
 from veneer.formats.container import PICKLE_SUFFIXES, read_tensors
 from veneer.formats.detect import format_of
-from veneer.formats.leaves import read_leaf, split_key
+from veneer.formats.leaves import Leaf, read_leaf, split_key, widened
 from veneer.formats.metadata import card_of, family_of, unpack_configs
 from veneer.formats.names import Choice, choose_family, lookup, near
 from veneer.formats.placing import Placer, alphas_of_blocks, leaves_of, outline
@@ -156,11 +156,15 @@ def _keys_of(folder: Path) -> list[str]:
     return sorted(read_header(path).entries) if path.is_file() else []
 
 
-def _refusal(problems: list[str], where: str) -> AdapterError:
+def _refusal(problems: list[str], where: str, some: bool = True) -> AdapterError:
+    """One error with all of it. `some`: there is a rest to go on with."""
+    if not problems:
+        return AdapterError("no tensor of the file is an adapter's", where=where)
+    partial = "`veneer adapter convert --allow-partial` (allow_partial=True) goes on with the rest and lists the others"
     return AdapterError(
         f"the adapter cannot be read whole ({len(problems)} problem(s)):\n" + "\n".join(f"    {p}" for p in problems),
         where=where,
-        fix="`veneer adapter convert --allow-partial` (allow_partial=True) goes on with the rest and lists the others",
+        fix=partial if some else None,
     )
 
 
@@ -175,7 +179,9 @@ def read_state(
 ) -> Reading:
     """The adapter that tensors by name and metadata are, of any layout but a PEFT folder and GGUF. Raises as `read`."""
     fmt, reasons = format_of(tensors, metadata)
-    notes: list[str] = []
+    tensors, notes = widened(tensors)
+    if unreal := sorted(key for key, t in tensors.items() if t.is_complex()):
+        raise AdapterError(f"{len(unreal)} tensors hold complex numbers, {unreal[0]} among them", where=where)
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     unused: list[str] = []
     problems: list[str] = []
@@ -222,6 +228,8 @@ def read_state(
         try:
             alpha, rslora = _settings(configs, found[0].module, suffixes, blocks.get(text))
             leaf = read_leaf(suffixes, alpha=alpha, rslora=rslora, where=text)
+            if base is None and not configs and (swapped := _swapped(leaf, metadata)):
+                raise AdapterError(swapped)
             wrong = placer.place(text, leaf, found, keys, blocks=text in blocks)
         except AdapterError as error:
             wrong = [f"{text}: {error.what}"]
@@ -231,18 +239,33 @@ def read_state(
     if misfits := placer.misfits():
         raise _refusal(misfits, where)
     if problems and not allow_partial:
-        raise _refusal(problems, where)
+        raise _refusal(problems, where, some=bool(placer.used or words))
     adapter = replace(placer.adapter(), card=card_of(metadata))
     if words:
         adapter = replace(adapter, new_tokens={TOKEN_EMBEDDING: words})
         placer.used[TOKEN_EMBEDDING] = sorted(words)
     if not placer.used:
-        raise AdapterError("no tensor of the file is an adapter's", where=where)
+        raise _refusal(problems, where, some=False)
     _fill_card(adapter, choice.family)
     reasons = [*reasons, *choice.reasons]
     name = choice.family.name if choice.family else None
     notes += problems
     return Reading(adapter, fmt, reasons, name, placer.used, sorted(unused), unpaired, notes, dict(metadata))
+
+
+def _swapped(leaf: Leaf, metadata: Mapping[str, str]) -> str | None:
+    """What is wrong with a pair of more ranks than its weight has rows and columns, both the same: that is what A and B
+    that have changed places look like. Where the file names its rank, or is ours, it is taken at its word."""
+    pair = leaf.pair
+    if pair is None or pair.kind != "linear" or "veneer.card" in metadata:
+        return None
+    (rank, into), out = pair.A.shape, pair.B.shape[0]
+    if into != out or rank <= out or metadata.get("ss_network_dim") == str(rank):
+        return None
+    return (
+        f"A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)}: rank {rank} on a weight of {out} × {into}: A and B have "
+        "changed places, or the file does not say its rank (ss_network_dim)"
+    )
 
 
 def _fill_card(adapter: Adapter, family: Family | None) -> None:
@@ -301,11 +324,13 @@ def _settings(
     if block is not None or config is None:
         return block, False
     alpha = cfg.alpha_of_module(config, name)
-    if (stored := suffixes.get("alpha")) is not None and float(stored) != alpha:
+    if (stored := suffixes.get("alpha")) is not None and stored.numel() != 1:
+        raise AdapterError(f"alpha {tuple(stored.shape)}: one number is expected")
+    if stored is not None and float(stored) != alpha:
         raise AdapterError(f"alpha is {float(stored):g} in the tensors and {alpha:g} in lora_adapter_metadata")
     rank, source = cfg.rank_of_module(config, name)
     A = next((t for s, t in suffixes.items() if s.startswith("lora_A") or s.endswith("down.weight")), None)
-    if A is not None and A.shape[0] != rank:
+    if A is not None and A.shape[:1] != (rank,):
         raise AdapterError(f"{source} of lora_adapter_metadata says rank {rank}, A is {tuple(A.shape)}")
     if config.dora and not any(s.startswith(("lora_magnitude", "dora_scale")) for s in suffixes):
         raise AdapterError("use_dora is set in lora_adapter_metadata, and there is no magnitude")

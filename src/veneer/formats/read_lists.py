@@ -10,13 +10,13 @@ Knows names and shapes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from veneer.errors import AdapterError
+from veneer.formats.metadata import json_value
 from veneer.formats.topology import Family, families
 
 __all__ = ["TOKEN_EMBEDDING", "is_list", "list_modules", "list_words"]
@@ -101,10 +101,7 @@ def _orders(family: Family, component: str, metadata: Mapping[str, str], where: 
 
 def _classes(metadata: Mapping[str, str], where: str) -> set[str]:
     """The classes whose linears (and convolutions) were trained, where the file says so."""
-    try:
-        named = json.loads(metadata.get("unet", "[]"))
-    except ValueError:
-        named = None
+    named = json_value(metadata, "unet") if "unet" in metadata else []
     if not isinstance(named, list) or not all(isinstance(n, str) for n in named):
         raise AdapterError(
             f"unet = {metadata['unet'][:80]!r}: a list of classes is expected", where=f"{where}, metadata"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
-from veneer.core.forms import Delta, product_of
+from veneer.core.forms import BASED, Delta, product_of
 from veneer.core.truncate import distance, factors
 
 __all__ = ["TOLERANCE", "differences", "relative_error"]
@@ -38,7 +38,7 @@ def differences(meant: Adapter, got: Adapter) -> list[str]:
     for name in sorted({*meant.deltas, *got.deltas}):
         c, d = meant.deltas.get(name), got.deltas.get(name)
         if c is None or d is None:
-            if d is None or d.form == "gain" or bool(product_of(d).any()):
+            if d is None or d.form in BASED or bool(product_of(d).any()):
                 out.append(f"{name}: {'lost' if d is None else 'a change that nobody wrote'}")
         elif (problem := _delta_problem(c, d)) is not None:
             out.append(f"{name}: {problem}")
@@ -99,8 +99,11 @@ def _same(a: Pair, b: Pair) -> bool:
 def _delta_problem(a: Delta, b: Delta) -> str | None:
     if not _same_magnitude(a.magnitude, b.magnitude):
         return "the magnitude is not the same"
-    if (a.form == "gain") != (b.form == "gain"):
+    if a.form != b.form and not {a.form, b.form}.isdisjoint(BASED):
         return f"a {a.form} change would come back as a {b.form} one"
+    if a.form == "replacement":
+        same = math.isclose(a.scale, b.scale, rel_tol=TOLERANCE) and _same_parts(a, b)
+        return None if same else "the new value is not the same"
     if a.form == "gain":
         x, y = (d.parts["value"].double() * d.scale for d in (a, b))
     elif _same_parts(a, b):

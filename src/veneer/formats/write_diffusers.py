@@ -48,7 +48,7 @@ LOADABLE: dict[str, tuple[str, ...]] = {
 SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 ATTENTION = (".q_proj", ".k_proj", ".v_proj", ".out_proj")
-ELSEWHERE = "--to kohya or comfyui, or merge it into the base"
+ELSEWHERE = "merge it into the base"
 
 
 def diffusers_tensors(
@@ -60,11 +60,11 @@ def diffusers_tensors(
     for module, leaf in leaves.items():
         component = component_of(module)
         if not component:
-            refused["its name begins with no component (unet, transformer, text_encoder …); --to peft"].append(module)
+            refused["its name begins with no component (unet, transformer, text_encoder …)"].append(module)
         elif module not in family.modules:
             refused[f"{family.label} has no such module"].append(module)
         elif component not in LOADABLE.get(family.name, ("transformer",)):
-            refused[f"diffusers loads nothing into the {component} of {family.label}; --to kohya"].append(module)
+            refused[f"diffusers loads nothing into the {component} of {family.label}"].append(module)
         elif _is_norm(module, leaf, family):
             tensors[f"{module}.weight"] = leaf.full["weight"]
         else:

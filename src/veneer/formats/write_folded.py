@@ -48,7 +48,7 @@ def refuse_unservable(adapter: Adapter, leaves: Mapping[str, Leaf], server: str,
     """Put into `refused` what `server`, "vLLM", "TGI" or "llama.cpp", cannot hold."""
     for module, leaf in leaves.items():
         if component_of(module):
-            refused[f"{server} serves language models, and this is of an image model; --to diffusers"].append(module)
+            refused[f"{server} serves language models, and this is of an image model"].append(module)
         for parameter, delta in leaf.deltas.items():
             refused[f"{server} knows no {delta.form} change of the {parameter}; {MERGE}"].append(module)
         if leaf.full:

@@ -27,6 +27,7 @@ from veneer.core.forms import Delta
 from veneer.errors import AdapterError, nearest
 from veneer.formats.fused import join, swap_halves
 from veneer.formats.leaves import Leaf
+from veneer.formats.names import component_of
 from veneer.formats.topology import DENOISERS, Family, Place, flat
 
 __all__ = ["Refusals", "component_of", "foreign_leaves"]
@@ -58,12 +59,6 @@ _COMFY_TEXT: dict[str, dict[str, str]] = {
 }
 
 
-def component_of(module: str) -> str:
-    """The part of the pipeline that a canonical name begins with; "" for a text adapter's bare name."""
-    first = module.partition(".")[0]
-    return first if first in DENOISERS or first.startswith("text_encoder") else ""
-
-
 def foreign_leaves(
     leaves: Mapping[str, Leaf], family: Family, to: str, refused: Refusals
 ) -> dict[str, tuple[Leaf, tuple[str, ...]]]:
@@ -80,7 +75,7 @@ def foreign_leaves(
         elif component in DENOISERS:
             denoiser[module] = leaf
         elif component not in text:
-            refused[f"{to} has no names for this part of {family.label}; --to diffusers may"].append(module)
+            refused[f"{to} has no names for this part of {family.label}"].append(module)
         elif to == "kohya":
             out[text[component] + flat(rest)] = leaf, (module,)
         else:
@@ -109,7 +104,7 @@ def _originals(
     out: dict[str, tuple[Leaf, tuple[str, ...]]] = {}
     for module in leaves:
         if module not in owner:
-            refused[f"the original {family.label} has no such module; --to diffusers"].append(module)
+            refused[f"the original {family.label} has no such module"].append(module)
     for name in sorted({owner[m] for m in leaves if m in owner}):
         places = family.originals[name]
         parts = [leaves.get(place.module) for place in places]
@@ -117,7 +112,7 @@ def _originals(
         try:
             out[name] = _fused(parts, places), used
         except AdapterError as error:
-            refused[f"one projection of the original, {name}, but {error.what}; --to diffusers"] += used
+            refused[f"one projection of the original, {name}, but {error.what}"] += used
     return out
 
 

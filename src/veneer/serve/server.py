@@ -459,7 +459,7 @@ def serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[]
     front = Front(make or (lambda: build(settings, say)), failed)
     config = uvicorn.Config(
         front, host=settings.host, port=settings.port, log_level="warning", ws="none", lifespan="on",
-        timeout_graceful_shutdown=2, timeout_keep_alive=30,
+        timeout_graceful_shutdown=2, timeout_keep_alive=30, use_colors=False,
     )  # fmt: skip
     if not logging.getLogger().handlers:  # else the process that serves has its own way to log
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from veneer.errors import MissingExtraError
+from veneer.errors import MissingExtraError, shown
 from veneer.train.checkpoint import Progress, disk_errors, write_atomically
 from veneer.train.events import (
     Checked,
@@ -155,11 +155,11 @@ class ConsoleView:
             case Checked():
                 self.console.print("\n[bold]Checked before step one[/]")
                 coloured = bool(event.markup) and self.console.is_terminal  # without colours the text has brackets
-                shown = event.markup if coloured else event.text
-                self.console.print(shown, markup=coloured, soft_wrap=True)
+                told = event.markup if coloured else event.text
+                self.console.print(shown(told, lines=True), markup=coloured, soft_wrap=True)
                 self.console.print()
             case Note():
-                self.console.print(event.text, markup=False, soft_wrap=True)
+                self.console.print(shown(event.text, lines=True), markup=False, soft_wrap=True)
             case Probed():
                 self.console.print(
                     f"longest batch, {event.tokens:,} {self.unit}, run first: {event.seconds:.1f} s, "
@@ -182,13 +182,13 @@ class ConsoleView:
                     soft_wrap=True,
                 )
             case Sampled():
-                self.console.print(f"step {event.step}: samples in {event.path}", markup=False, soft_wrap=True)
+                self.console.print(f"step {event.step}: samples in {shown(event.path)}", markup=False, soft_wrap=True)
             case Saved():
                 pass
             case Stopped():
                 self.close()
                 if event.reason != "finished":
-                    self.console.print(f"stopped after step {event.step}: {event.reason}", markup=False)
+                    self.console.print(f"stopped after step {event.step}: {shown(event.reason)}", markup=False)
 
     def close(self) -> None:
         """Takes the bar off; to be called on every way out."""
@@ -199,22 +199,20 @@ class ConsoleView:
     def _settings(self, event: Resolved) -> None:
         from rich.text import Text
 
-        shown = {
-            key: short(value)
+        values = {
+            key: shown(short(value))
             for key, value in event.settings.items()
             if self.verbose or not event.sources.get(key, "").startswith("default")
         }
-        more = len(event.settings) - len(shown)
-        head = "Settings and where each came from" + (
-            f" ({more} more by default: --verbose, or the report)" * bool(more)
-        )
-        self._line(Text(head, style="bold"))
-        left = max(map(len, shown), default=0)
-        middle = min(28, max(map(len, shown.values()), default=0))
-        for key, value in shown.items():
-            source = event.sources.get(key, "")
+        more = len(event.settings) - len(values)
+        head = "Settings and where each came from"
+        self._line(Text(head + f" ({more} more by default: --verbose, or the report)" * bool(more), style="bold"))
+        left = max(map(len, values), default=0)
+        middle = min(28, max(map(len, values.values()), default=0))
+        for key, value in values.items():
+            source = shown(event.sources.get(key, ""))
             style = "" if source.startswith("default") else "cyan"
-            self._line(Text.assemble(f"  {key:<{left}}  ", (f"{value:<{middle}}  ", style), (source, "dim")))
+            self._line(Text.assemble(f"  {shown(key):<{left}}  ", (f"{value:<{middle}}  ", style), (source, "dim")))
 
     def _line(self, what: Any) -> None:
         """One line, however long: a terminal wraps it, a pipe gets it whole."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from veneer.errors import shown
 from veneer.train.checkpoint import write_atomically
 from veneer.train.report import duration, short, size
 
@@ -60,13 +61,18 @@ def write_page(path: Path, page: Page) -> None:
     write_atomically(path, render_page(page).encode())
 
 
+def _plain(value: Any, markup: type) -> Any:
+    """Texts without what would reorder or hide those beside them; what is made here, and numbers, as they are."""
+    return shown(value, lines=True) if isinstance(value, str) and not isinstance(value, markup) else value
+
+
 def render_page(page: Page) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     env = Environment(
         loader=PackageLoader("veneer.train", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: _plain(value, Markup),
     )  # fmt: skip
     env.filters |= {"size": size, "duration": duration}
     steps = [r for r in page.records if r.get("event") == "stepped"]

@@ -1,0 +1,174 @@
+"""An adapter file looked at without torch, which takes longer to load than a small file takes to be looked at.
+
+Only what is plain: one safetensors file of a known image family, of nothing but pairs of linears and convolutions with
+their alphas, each on a module of its own. `glance` gives what `veneer.inspecting.inspect` gives of such a file, by the
+header and numpy; and None of every other, also of one in which anything is wrong: that is read whole, and its reader
+says what it is. Reference: `inspect`; a test compares the two over every layout.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from veneer.core.adapter import Adapter, Pair, scale_of
+from veneer.errors import AdapterError
+from veneer.formats.detect import format_of
+from veneer.formats.facts import facts
+from veneer.formats.header import Entry, read_header
+from veneer.formats.leaf_names import ROLES, split_key
+from veneer.formats.metadata import card_of, family_of
+from veneer.formats.names import choose_family, lookup
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+__all__ = ["glance"]
+
+MAX_BYTES = 64 << 20
+"""Beyond it torch, which computes norms on all cores, is the faster for all that it takes to load."""
+_KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_AB = {role: re.compile(ROLES[role]) for role in "AB"}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor that is only looked at: what a torch tensor would say of itself, and its bytes."""
+
+    entry: Entry
+    raw: bytes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.entry.shape)
+
+    @property
+    def dtype(self) -> str:
+        return f"torch.{_KINDS[self.entry.kind]}"
+
+    def numel(self) -> int:
+        return math.prod(self.entry.shape)
+
+    def element_size(self) -> int:
+        return len(self.raw) // self.numel()
+
+    def values(self) -> ndarray:
+        """In float64."""
+        import numpy as np
+
+        if self.entry.kind == "BF16":  # the upper half of a float32
+            wide = np.frombuffer(self.raw, np.uint16).astype(np.uint32) << 16
+            return wide.view(np.float32).astype(np.float64).reshape(self.shape)
+        return np.frombuffer(self.raw, _KINDS[self.entry.kind]).astype(np.float64).reshape(self.shape)
+
+
+@dataclass
+class _Reading:
+    adapter: Adapter
+    format: str
+    reasons: list[str]
+    family: str
+    used: dict[str, list[str]]
+    unused: list[str] = field(default_factory=list)
+    unpaired: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def glance(path: Path) -> dict[str, Any] | None:
+    """What is in the file, as `inspect` says it, or None where only reading it whole can say."""
+    if path.suffix.lower() != ".safetensors" or not path.is_file() or path.stat().st_size > MAX_BYTES:
+        return None
+    if (path.parent / "adapter_config.json").is_file():
+        return None
+    try:
+        stored, metadata = _stored(path)
+    except (AdapterError, OSError):
+        return None
+    reading = _plain(stored, metadata) if stored is not None else None
+    if reading is None:
+        return None
+
+    def raw(tensor: Any) -> bytes:
+        return bytes(tensor.raw)
+
+    return facts(path, reading, None, digest=reading.adapter.digest(raw), norm=_norm)
+
+
+def _stored(path: Path) -> tuple[dict[str, _Stored] | None, dict[str, str]]:
+    """Every tensor, if all are finite floats, and the metadata."""
+    import numpy as np
+
+    header = read_header(path)
+    if any(e.kind not in _KINDS or not math.prod(e.shape) for e in header.entries.values()):
+        return None, {}
+    data = path.read_bytes()[header.data_start :]
+    out = {name: _Stored(e, data[e.begin : e.end]) for name, e in header.entries.items()}
+    return (out if all(np.isfinite(t.values()).all() for t in out.values()) else None), header.metadata
+
+
+def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> _Reading | None:
+    """The adapter, under canonical names, or None where it is not plain."""
+    groups: dict[str, dict[str, str]] = defaultdict(dict)
+    for key in sorted(stored):
+        parts = split_key(key)
+        role = next((r for r, p in _AB.items() if parts and p.fullmatch(parts[1])), parts[1] if parts else "")
+        if parts is None or role not in ("A", "B", "alpha") or role in groups[parts[0]] or ":" in key:
+            return None
+        groups[parts[0]][role] = key
+    if metadata.get("lora_adapter_metadata") or not all({"A", "B"} <= set(own) for own in groups.values()):
+        return None
+    if any(stored[own[ab]].ndim < 2 for own in groups.values() for ab in "AB"):
+        return None
+    shapes = {text: (stored[own["B"]].shape[0], stored[own["A"]].shape[1]) for text, own in groups.items()}
+    choice = choose_family(shapes, family_of(metadata), None)
+    if (family := choice.family) is None:
+        return None
+    pairs: dict[str, Pair] = {}
+    used: dict[str, list[str]] = {}
+    for text, own in groups.items():
+        places = lookup(family, text) or ()
+        if len(places) != 1 or places[0].part is not None or places[0].swap or places[0].module in pairs:
+            return None
+        module = places[0].module
+        pair = _pair(stored, own, family.modules.get(module, ""))
+        if pair is None:
+            return None
+        pairs[module], used[module] = pair, sorted(own.values())
+    card = card_of(metadata)
+    ranks = {pair.rank for pair in pairs.values()}
+    if card.rank not in ranks:
+        card.rank = ranks.pop() if len(ranks) == 1 else 0
+    format_, reasons = format_of(stored, metadata)
+    return _Reading(Adapter(pairs, card=card), format_, [*reasons, *choice.reasons], family.name, used)
+
+
+def _pair(stored: dict[str, _Stored], own: dict[str, str], kind: str) -> Pair | None:
+    A, B = stored[own["A"]], stored[own["B"]]
+    rank, out = A.shape[0] if A.ndim else 0, B.shape[0] if B.ndim else 0
+    dims = {"linear": 2, "conv": 4}.get(kind)
+    if A.ndim != dims or B.ndim != dims or B.shape[1] != rank or any(n != 1 for n in B.shape[2:]):
+        return None
+    if (dims == 2 and rank > out == A.shape[1]) or rank > 1 << 12:
+        return None
+    alpha = float(rank)
+    if "alpha" in own:
+        held = stored[own["alpha"]]
+        alpha = float(held.values().reshape(-1)[0])
+        if held.numel() != 1 or alpha == 0:
+            return None
+    return Pair(cast(Any, A), cast(Any, B), scale_of(alpha, rank), "linear" if dims == 2 else "conv")
+
+
+def _norm(pair: Pair) -> float:
+    """‖s·B·A‖ from the Gram matrices: ‖B·A‖² = Σ (BᵀB) ⊙ (AAᵀ)."""
+    A, B = (cast(_Stored, t).values().reshape(len(cast(_Stored, t).values()), -1) for t in (pair.A, pair.B))
+    square = float(((B.T @ B) * (A @ A.T)).sum())
+    return abs(pair.scale) * math.sqrt(max(square, 0.0))

@@ -1,0 +1,106 @@
+"""Under which names the loaders of other tools look for a module: what is written is checked by their rules, not ours.
+
+A loader walks the model that it loads into, makes of each module's name the text that it expects in a file, and takes
+what it finds there. What no module asks for is dropped, by most of them without a word: so a name that has lost or
+gained a level has no effect, however well veneer's own reader, which knows many spellings, would read it back.
+
+| target    | whose rule                                                 | asked for, for module m of its model       |
+| peft      | PeftModel.load_adapter (load_state_dict, not strict)       | base_model.model.m                         |
+| vllm      | parse_fine_tuned_lora_name, get_lora(m) for each m         | base_model.model.m                         |
+| tgi       | adapters/lora.py, map_weights_for_model                    | base_model.model.m                         |
+| diffusers | load_lora_weights: keys by a component's prefix, then PEFT | unet.m, transformer.m, text_encoder(_2).m  |
+| kohya     | LoRANetwork.create_modules of sd-scripts and musubi-tuner  | lora_unet_, lora_te(1, 2, 3)_ + m, _ for . |
+| comfyui   | comfy/lora.py, model_lora_keys_unet and _clip              | diffusion_model.m, text_encoders.NAME.m    |
+
+m is the name in that tool's own class: a language model's as it is; a denoiser's without the component, under the names
+of the original code (kohya, ComfyUI) or of diffusers' class. llama.cpp's names are in formats/gguf.py, from its own
+table. Knows names; no tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+from veneer.formats.leaves import split_key
+from veneer.formats.names import choose_family
+from veneer.formats.topology import Family, flat
+
+__all__ = ["own_names", "unreachable"]
+
+_LOADERS = {"peft": "PEFT", "vllm": "vLLM", "tgi": "TGI", "kohya": "sd-scripts", "comfyui": "ComfyUI"}
+_PEFT_KEY = re.compile(
+    r"(?P<module>.+?)(\.base_layer)*\.(lora_[AB]\.(weight|bias)|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?"
+    r"|token_adapter\.trainable_tokens_delta|base_layer\.(weight|bias)|bias)"
+)
+_FLAT = {"sd15", "sd2", "qwen-image", "z-image"}
+"""Families whose network sd-scripts and musubi-tuner build under diffusers' names."""
+_T5 = {"flux1": "text_encoder_2", "sd3": "text_encoder_3", "sd3-large": "text_encoder_3"}
+
+
+def own_names(modules: Iterable[str]) -> dict[str, str]:
+    """Canonical name -> the name in its own class, to which PEFT would attach it. Only where one image family has every
+    module is a component taken off: the same condition under which the reader puts it on. (No language model calls
+    anything `unet`.)"""
+    modules = list(modules)
+    choice = choose_family(dict.fromkeys(modules))
+    whole = choice.family is not None and all(m in choice.family.modules for m in modules)
+    whole = whole or all(m.startswith("unet.") for m in modules)
+    return {m: m.partition(".")[2] if whole else m for m in modules}
+
+
+def unreachable(modules: Collection[str], keys: Iterable[str], to: str, family: Family | None = None) -> list[str]:
+    """One line for each name in `keys` that no module of the target's model asks for, and each of the canonical
+    `modules` that is meant and that its loader finds nothing for. `family`: of an image model's targets."""
+    loader = _LOADERS.get(to, to)
+    if family is None:
+        asked: Mapping[str, Collection[str]] = {f"base_model.model.{own}": [m] for m, own in own_names(modules).items()}
+        texts = {_module_of(key, asked) for key in keys}
+    else:
+        asked = _asked(family, to)
+        texts = {parts[0] if (parts := split_key(key)) else key for key in keys}
+    found = {module for text in texts for module in asked.get(text, ())}
+    out = [f"{text}: {loader} asks for no such module" for text in sorted(texts - set(asked))]
+    return out + [f"{module}: {loader} would find nothing for it" for module in sorted(set(modules) - found)]
+
+
+def _module_of(key: str, asked: Mapping[str, Collection[str]]) -> str:
+    """The module of a key of a PEFT file: in front of PEFT's suffix, or, of a full copy, the longest that is asked
+    for."""
+    if (match := _PEFT_KEY.fullmatch(key)) is not None:
+        return match["module"]
+    parts = key.split(".")
+    owners = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
+    return next((owner for owner in owners if owner in asked), key)
+
+
+def _asked(family: Family, to: str) -> Mapping[str, Collection[str]]:
+    """Text -> the canonical modules that what is found under it changes."""
+    out: dict[str, list[str]] = defaultdict(list)
+    encoders = [c for c in family.components if c != family.denoiser]
+    for module in family.modules:
+        component, _, own = module.partition(".")
+        if to == "diffusers":
+            out[module].append(module)
+        elif component != family.denoiser and to == "kohya":
+            number = "" if len(encoders) == 1 else "3" if component == _T5.get(family.name) else component[13:] or "1"
+            out[f"lora_te{number}_{flat(own)}"].append(module)
+        elif component != family.denoiser:
+            out[f"text_encoders.{_clip_name(family, component)}.transformer.{own}"].append(module)
+        elif to == "kohya" and family.name in _FLAT:
+            out[f"lora_unet_{flat(own)}"].append(module)
+    if to != "diffusers" and not (to == "kohya" and family.name in _FLAT):
+        for original, places in family.originals.items():
+            text = f"lora_unet_{flat(original)}" if to == "kohya" else f"diffusion_model.{original}"
+            out[text] += [place.module for place in places]
+    return out
+
+
+def _clip_name(family: Family, component: str) -> str:
+    """What ComfyUI's text encoders of a family are called in its model."""
+    if component == _T5.get(family.name):
+        return "t5xxl"
+    if component == "text_encoder_2":
+        return "clip_g"
+    return "clip_h" if family.name == "sd2" else "clip_l"

@@ -1,0 +1,116 @@
+"""No text of a file reaches a terminal or a page as anything but text."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.run import run
+from tests.formats.twins import linear_pairs
+from veneer.cli import output
+from veneer.errors import AdapterError, VeneerError, shown
+from veneer.formats import peft
+from veneer.formats.container import encode_tensors
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\x7f\nok      contents   all is well\r[bold red]x[/]"
+ACTING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
+TO_Q = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> list[Path]:
+    """A file that is read, one that is refused, and a folder, each with texts that act on a terminal."""
+    metadata = {
+        "modelspec.title": EVIL, "modelspec.trigger_phrase": EVIL, "modelspec.license": EVIL, "ss_output_name": EVIL,
+        "ss_base_model_version": EVIL, "ss_network_module": EVIL, "modelspec.architecture": EVIL,
+        "veneer.card": json.dumps({"base": EVIL, "trigger_words": [EVIL], "licence": EVIL, "created": EVIL}),
+    }  # fmt: skip
+    pair = {f"{TO_Q}.lora_down.weight": torch.ones(2, 6), f"{TO_Q}.lora_up.weight": torch.ones(4, 2)}
+    stray = {f"\u202e\x9b31m{i}.lora_down.weight": torch.ones(2, 6) for i in range(40)}
+    good, bad, folder = tmp_path / "good.safetensors", tmp_path / "bad.safetensors", tmp_path / "folder"
+    good.write_bytes(b"".join(encode_tensors(pair, metadata)))
+    bad.write_bytes(b"".join(encode_tensors(pair | stray, metadata)))
+    peft.write(linear_pairs(["a.q_proj"]), folder)
+    config = json.loads((folder / peft.CONFIG_FILE).read_text())
+    (folder / peft.CONFIG_FILE).write_text(json.dumps(config | {EVIL: EVIL, "base_model_name_or_path": EVIL}))
+    return [good, bad, folder]
+
+
+def test_a_hostile_file_through_the_real_command_line(hostile, tmp_path):
+    home = os.environ | {"VENEER_HOME": str(tmp_path / "home"), "NO_COLOR": "1"}
+    for path in hostile:
+        for command in (
+            ["adapter", "inspect"], ["adapter", "inspect", "--json"], ["adapter", "verify"],
+            ["adapter", "convert", "--to", "comfyui", "-o", str(tmp_path / "out.safetensors")], ["library", "add"],
+        ):  # fmt: skip
+            asked = [sys.executable, "-m", "veneer.cli.main", *command, str(path)]
+            ran = subprocess.run(asked, capture_output=True, text=True, env=home)
+            said = ran.stdout + ran.stderr
+            assert ran.returncode in (0, 2), said
+            assert ACTING.search(said) is None, (command, path, ACTING.search(said), said)
+            assert not re.search(r"^ok +contents +all is well", said, re.M), said
+            if "--json" in command and ran.stdout:
+                assert json.loads(ran.stdout)["card"]["trigger_words"][0].startswith("\x1b]0;owned")
+
+
+def test_what_it_says_can_be_read(hostile, capsys):
+    text = run(capsys, "adapter", "inspect", str(hostile[0])).out
+    assert text.splitlines()[0] == "read for use"
+    assert r"licence      \u001b]0;owned\u0007" in text
+
+
+def test_a_long_list_is_cut_and_shown_whole_when_asked(hostile, capsys):
+    ran = run(capsys, "adapter", "inspect", str(hostile[1]))
+    assert ran.code == 2
+    assert ran.out.startswith("refused: the adapter cannot be read whole (40 problem(s)):")
+    assert "and 20 more (--all shows them)" in ran.out
+    whole = run(capsys, "adapter", "inspect", "--all", str(hostile[1]))
+    assert len(re.findall("^unused: ", whole.out, re.M)) == 40
+    assert "more (--all" not in whole.out
+    refused = run(capsys, "adapter", "convert", "--to", "peft", "-o", str(hostile[1].with_name("o")), str(hostile[1]))
+    assert refused.code == 2
+    assert "where: " in refused.err
+    assert "fix: " in refused.err
+    assert len(refused.err.splitlines()) < 60
+
+
+@pytest.mark.parametrize("text", ["plain", "ünï 漢字 🙂", "عربي\u200f", "a\tb"])
+def test_what_is_only_text_stays(text):
+    assert shown(text, lines=True) == text
+
+
+def test_a_stream_passes_progress_lines_and_writes_all_else_out():
+    inner = io.StringIO()
+    stream = output.Guarded(inner)
+    print("\rstep 1\rstep 2\n\x1b[31mred", file=stream, end="")
+    assert inner.getvalue() == "\rstep 1\rstep 2\n\\u001b[31mred"
+    assert output.own(stream) is inner  # type: ignore[arg-type]
+
+
+def test_errors_and_their_parts_are_escaped():
+    assert "\x1b" not in str(VeneerError("a\x1b", where="b\x9b", fix="c\u202e"))
+    assert "\x1b" not in output.error_text(AdapterError("a\x1b\nb", where="w\x1b", fix="f\x1b"))
+
+
+def test_runs_and_reports_show_texts_as_texts():
+    from rich.console import Console
+
+    from veneer.train.events import Note
+    from veneer.train.report import ConsoleView
+    from veneer.train.report_page import Page, render_page
+
+    seen = io.StringIO()
+    ConsoleView(Console(file=seen, force_terminal=True, color_system=None, width=300))(Note(text=EVIL))
+    assert ACTING.search(seen.getvalue()) is None
+    assert "[bold red]x[/]" in seen.getvalue()
+    page = render_page(Page(title=EVIL, facts=[(EVIL, "<script>")], records=[{"event": "note", "text": EVIL}]))
+    assert ACTING.search(page) is None
+    assert "<script>" not in page

@@ -1,0 +1,209 @@
+"""Reasons and advice: what inspect says is what convert says, what is advised works, and what is swapped is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from tests.cli.run import run
+from tests.formats.image_adapters import pair_for
+from tests.formats.twins import linear_pairs
+from veneer.core.adapter import Adapter
+from veneer.core.forms import Delta
+from veneer.errors import AdapterError
+from veneer.formats import peft
+from veneer.formats.container import write_tensors
+from veneer.formats.convert import encode, write
+from veneer.formats.peft_config import CONVERTIBLE, NO_WEIGHTS, way_of
+from veneer.formats.read import read, read_state
+from veneer.formats.topology import families
+from veneer.inspecting import inspect
+
+SD15 = families()["sd15"]
+TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+
+
+KOHYA_Q = f"lora_unet_{TO_Q.removeprefix('unet.').replace('.', '_')}"
+
+
+def pairs(*modules: str) -> Adapter:
+    return Adapter({m: pair_for(SD15, m, rank=2) for m in modules})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ({f"{KOHYA_Q}.lora_down.weight": torch.ones(2, 4)}, "without its partner"),
+        ({"lora_unet_nowhere.lora_down.weight": torch.ones(2, 4), "lora_unet_nowhere.lora_up.weight": torch.ones(4, 2)},
+         "no module of"),
+        ({f"{KOHYA_Q}.oft_blocks": torch.ones(2, 2, 2)}, "OFT"),
+    ],
+)  # fmt: skip
+def test_inspect_says_what_convert_knows(tmp_path, capsys, tensors, why):
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    told = []
+    for command in (["inspect"], ["convert", "--to", "kohya", "-o", str(tmp_path / "y.safetensors")]):
+        ran = run(capsys, "adapter", *command, str(tmp_path / "x.safetensors"))
+        assert ran.code == 2
+        told.append(ran.err or ran.out)
+    assert all(why in text for text in told), told
+    assert "no tensor of the file is an adapter's" not in told[0]
+
+
+def test_the_verdict_comes_first_and_the_exit_code_is_its(tmp_path, capsys):
+    write(pairs(TO_Q), tmp_path / "good.safetensors", "kohya")
+    good = run(capsys, "adapter", "inspect", str(tmp_path / "good.safetensors"))
+    assert (good.code, good.out.splitlines()[0]) == (0, "read for use")
+    tensors = {**encode(pairs(TO_Q), "kohya", family="sd15").tensors, "lora_unet_nowhere.diff": torch.ones(2)}
+    write_tensors(tmp_path / "bad.safetensors", tensors)
+    bad = run(capsys, "adapter", "inspect", str(tmp_path / "bad.safetensors"))
+    assert bad.code == 2
+    assert bad.out.startswith("refused: the adapter cannot be read whole (1 problem(s)):\n    lora_unet_nowhere.diff")
+    assert "--allow-partial" in bad.out
+    found = inspect(str(tmp_path / "bad.safetensors"))
+    assert found["verdict"]["use"] is False
+    assert "lora_unet_nowhere.diff" in found["verdict"]["why"]
+    assert inspect(str(tmp_path / "good.safetensors"))["verdict"] == {"use": True, "why": "", "fix": ""}
+
+
+def test_partial_is_advised_only_where_something_is_left():
+    with pytest.raises(AdapterError) as refusal:
+        read_state({"x.lora_down.weight": torch.ones(2, 4)}, {})
+    assert refusal.value.fix is None
+
+
+SWAPPED = {f"{TO_Q}.lora_A.weight": torch.ones(320, 4), f"{TO_Q}.lora_B.weight": torch.ones(4, 320)}
+
+
+def test_swapped_factors_are_named():
+    with pytest.raises(AdapterError, match=r"rank 320 on a weight of 4 × 4: A and B have changed places"):
+        read_state(SWAPPED, {})
+    right = {f"{TO_Q}.lora_A.weight": torch.ones(4, 320), f"{TO_Q}.lora_B.weight": torch.ones(320, 4)}
+    assert read_state(right, {}).adapter.pairs[TO_Q].rank == 4
+
+
+def test_a_rank_that_the_file_says_is_taken_at_its_word(tmp_path):
+    assert read_state(SWAPPED, {"ss_network_dim": "320"}).adapter.pairs[TO_Q].rank == 320
+    tiny = linear_pairs(["a.q_proj"], rank=9, width=4)
+    peft.write(tiny, tmp_path / "a")
+    assert read(tmp_path / "a").adapter.digest() == tiny.digest()
+
+
+def test_swapped_factors_of_a_peft_folder_are_named(tmp_path):
+    peft.write(linear_pairs(["a.q_proj"], rank=2, width=6), tmp_path / "a")
+    swapped = {
+        "base_model.model.a.q_proj.lora_A.weight": torch.ones(6, 2),
+        "base_model.model.a.q_proj.lora_B.weight": torch.ones(2, 6),
+    }
+    write_tensors(tmp_path / "a" / peft.TENSOR_FILE, swapped)
+    with pytest.raises(AdapterError, match=r"says rank 2, the tensors have 6 .*: A and B have changed places"):
+        read(tmp_path / "a")
+
+
+def gain(adapter: Adapter) -> Adapter:
+    adapter.deltas["unet.conv_in.weight"] = Delta("gain", {"value": torch.ones(4)})
+    return adapter
+
+
+def words(adapter: Adapter) -> Adapter:
+    adapter.new_tokens["text_encoder.text_model.embeddings.token_embedding"] = {"<cat>": torch.ones(1, 6)}
+    return adapter
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya", "diffusers", "comfyui", "vllm"])
+@pytest.mark.parametrize(
+    "adapter",
+    [pairs(TO_Q), pairs(TO_Q, TEXT), gain(pairs(TO_Q)), gain(pairs(TO_Q, TEXT)), words(pairs(TO_Q)),
+     words(pairs(TO_Q, TEXT)), linear_pairs(["a.q_proj"])],
+    ids=["one model", "two models", "a gain", "a gain and two models", "words", "words and two models", "text"],
+)  # fmt: skip
+def test_what_is_advised_holds_the_adapter(adapter, to):
+    """Every `--to` that a refusal names is one that writes; where it names none, none does."""
+    try:
+        encode(adapter, to)
+        return
+    except AdapterError as error:
+        refusal = error
+    advised = re.findall(r"\b(peft|kohya|diffusers|comfyui|vllm)\b", refusal.fix or "")
+    assert ("no other layout" in (refusal.fix or "")) == (not advised)
+    assert "--to" not in refusal.what
+    for other in ("peft", "kohya", "diffusers", "comfyui", "vllm"):
+        if other in advised:
+            encode(adapter, other)
+        elif other != to:
+            with pytest.raises(AdapterError):
+                encode(adapter, other)
+
+
+def test_a_list_with_learned_words_is_written_without_them(tmp_path, capsys):
+    layers = {
+        f"text_encoder:{i}:{ud}": torch.ones((6, 2) if ud == "up" else (2, 6))
+        for i in range(48)
+        for ud in ("up", "down")
+    }
+    write_tensors(tmp_path / "x.safetensors", {**layers, "<cat>": torch.ones(6)}, {"<cat>": "<embed>"})
+    asked = [
+        "adapter",
+        "convert",
+        "--to",
+        "kohya",
+        "-o",
+        str(tmp_path / "y.safetensors"),
+        str(tmp_path / "x.safetensors"),
+    ]
+    refused = run(capsys, *asked)
+    assert refused.code == 2
+    assert "a list of numbered pairs (unet:0:up) holds them; --without-words writes all else" in refused.err
+    written = run(capsys, *asked, "--without-words")
+    assert written.code == 0, written.err
+    assert "left out: 1 learned words: <cat>" in written.err
+    assert len(read(tmp_path / "y.safetensors").adapter.pairs) == 48
+
+
+def test_convert_to_lora_is_advised_where_peft_has_it():
+    from peft import PeftType
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    default = BaseTunerLayer.supports_lora_conversion
+    for kind in PeftType:
+        told = way_of(kind.value)
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+        place = tuner.__module__.replace(".model", ".layer") if tuner else ""
+        layers = vars(import_module(place)).values() if place and find_spec(place) else ()
+        can = any(getattr(layer, "supports_lora_conversion", default) is not default for layer in layers)
+        if kind.value in CONVERTIBLE:
+            assert can, kind
+        assert ("(`peft.convert_to_lora`), or" in told) == (kind.value in CONVERTIBLE)
+        if kind.value in NO_WEIGHTS:
+            assert "merge_and_unload" not in told
+
+
+def test_a_link_to_itself_does_not_suggest_itself(tmp_path, capsys):
+    os.symlink("a", tmp_path / "a")
+    ran = run(capsys, "adapter", "inspect", str(tmp_path / "a"))
+    assert ran.code == 2
+    assert "a link that leads nowhere, or to itself" in ran.err
+    assert "did you mean" not in ran.err
+
+
+def test_what_kind_it_is_is_called_by_its_name(tmp_path, capsys):
+    lokr = Delta("kronecker", {"w1": torch.ones(2, 2), "w2": torch.ones(2, 3)}, (4, 6))
+    write(Adapter(deltas={f"{TO_Q}.weight": lokr}), tmp_path / "x.safetensors", "kohya", family="sd15")
+    assert inspect(str(tmp_path / "x.safetensors"))["variants"] == ["LoKr"]
+    assert re.search(r"^variant +LoKr$", run(capsys, "adapter", "inspect", str(tmp_path / "x.safetensors")).out, re.M)
+
+
+def test_a_configuration_of_a_million_entries_is_refused(tmp_path):
+    peft.write(linear_pairs(["a.q_proj"]), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / peft.CONFIG_FILE).read_text())
+    (tmp_path / "a" / peft.CONFIG_FILE).write_text(json.dumps(config | {f"k{i}": 0 for i in range(200_000)}))
+    with pytest.raises(AdapterError, match=r"200,0\d\d entries in the configuration"):
+        read(tmp_path / "a")

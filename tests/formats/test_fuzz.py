@@ -1,0 +1,282 @@
+"""Whatever a file holds, reading it ends in an adapter or in a VeneerError: every reader, over files of real layouts
+whose names, shapes, dtypes, values, metadata and configuration are changed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.families import llama3
+from tests.formats import layouts
+from tests.formats.twins import peft_folder
+from veneer.core.adapter import Adapter, Pair
+from veneer.errors import VeneerError
+from veneer.formats import convert, peft
+from veneer.formats.card import CARD_FILE
+from veneer.formats.container import encode_tensors
+from veneer.formats.gguf import write_gguf
+from veneer.formats.read import read
+from veneer.formats.structure import describe
+from veneer.formats.topology import families
+from veneer.inspecting import inspect, verify
+
+LONG = int(os.environ.get("VENEER_FUZZ", "1"))
+SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+fuzzing = settings(max_examples=40 * LONG, deadline=None, suppress_health_check=SLOW)
+
+
+def few(layout: layouts.Layout, n: int = 8) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """So many modules of a layout are enough."""
+    return dict(list(layout.tensors.items())[: 3 * n]), layout.metadata
+
+
+def loha() -> tuple[dict[str, Tensor], dict[str, str]]:
+    name = "lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    parts = {f"{name}.hada_w{n}_{ab}": torch.ones((4, 2) if ab == "a" else (2, 4)) for n in "12" for ab in "ab"}
+    other = {f"{name[:-1]}k.lokr_w1": torch.ones(2, 2), f"{name[:-1]}k.lokr_w2": torch.ones(2, 2)}
+    return parts | other | {f"{name}.alpha": torch.tensor(1.0)}, {}
+
+
+def numbered() -> tuple[dict[str, Tensor], dict[str, str]]:
+    shapes = {"up": (4, 2), "down": (2, 4)}
+    pairs = {f"text_encoder:{i}:{ud}": torch.ones(shape) for i in range(8) for ud, shape in shapes.items()}
+    return pairs | {"<word>": torch.ones(4)}, {"<word>": "<embed>", "unet": '["CrossAttention"]'}
+
+
+def configured() -> tuple[dict[str, Tensor], dict[str, str]]:
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    pair = {f"{name}.lora_A.weight": torch.ones(2, 6), f"{name}.lora_B.weight": torch.ones(4, 2)}
+    return pair, {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 4, "unet.rank_pattern": {}})}
+
+
+SPLIT = {"ss_network_args": '{"split_qkv": "True"}'}
+TEXT = {f"model.layers.0.q_proj.lora_{ab}.weight": torch.ones(s) for ab, s in (("A", (2, 4)), ("B", (4, 2)))}
+MADE: dict[str, Callable[[], tuple[dict[str, Tensor], dict[str, str]]]] = {
+    "kohya sdxl": lambda: few(layouts.kohya("sdxl", original=True)),
+    "kohya flux, split": lambda: (few(layouts.kohya("flux1", original=True))[0], SPLIT),
+    "diffusers sd3": lambda: few(layouts.dotted("sd3", "transformer.", original=False, naming="peft")),
+    "comfyui qwen": lambda: few(layouts.dotted("qwen-image", "diffusion_model.", original=True, naming="peft")),
+    "text": lambda: (TEXT, {}),
+    "lycoris": loha,
+    "cloneofsimo": numbered,
+    "diffusers with settings": configured,
+}
+
+deep = "[" * 100_000
+texts = st.sampled_from(
+    ["", "{", "null", "[]", "{}", "1e999", "NaN", "None", "-1", "0", deep, '{"a":' * 50_000, '{"split_qkv": "True"}',
+     "\x1b]0;x\x07", "\u202e", '"\\ud800"', "9" * 5000,
+    '{"unet.r": {}}', '{".": 1}', '{"unet.r": "x"}', "true", "[[1]]",
+     '["a"]', '[{"subsets": 3}]']
+) | st.text(max_size=12)  # fmt: skip
+KEYS = st.sampled_from(
+    ["ss_network_args", "ss_network_dim", "ss_network_alpha", "lora_adapter_metadata", "modelspec.architecture",
+     "ss_v2",
+     "ss_datasets", "ss_tag_frequency", "ss_dataset_dirs", "veneer.card", "ss_training_finished_at", "unet", "<word>",
+     "modelspec.trigger_phrase", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256",
+     "ss_base_model_version"]
+)  # fmt: skip
+SHAPES = st.sampled_from(
+    [(), (1,), (2,), (0,), (1, 1), (2, 4), (4, 2), (2, 2, 1, 1), (2, 4, 3, 3), (0, 4), (1, 2, 3, 4, 5)]
+)
+DTYPES = st.sampled_from(
+    [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool,
+     torch.complex64, torch.uint8]
+)  # fmt: skip
+SUFFIXES = st.sampled_from(
+    ["alpha", "lora_down.weight", "lora_up.weight", "lora_mid.weight", "lora_A.weight", "lora_B.weight", "lora_B.bias",
+     "dora_scale", "lora_magnitude_vector", "hada_w1_a", "hada_t1", "lokr_w1", "lokr_w2_a", "lokr_t2", "diff", "diff_b",
+     "w_norm", "weight", "on_input", "scale", "bias_indices", "bias_values", "bias_size", "lora_embedding_A", "scalar",
+     "reshape_weight", "set_weight", "lora_A.default.weight", "token_adapter.trainable_tokens_delta", "base_layer.bias"]
+)  # fmt: skip
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.just("shape"), st.integers(0, 99), SHAPES),
+        st.tuples(st.just("dtype"), st.integers(0, 99), DTYPES),
+        st.tuples(st.just("drop"), st.integers(0, 99), st.none()),
+        st.tuples(st.just("suffix"), st.integers(0, 99), SUFFIXES),
+        st.tuples(st.just("add"), st.integers(0, 99), st.tuples(SUFFIXES, SHAPES)),
+        st.tuples(st.just("name"), st.integers(0, 99), st.text("abc._:0<>", min_size=1, max_size=9)),
+        st.tuples(st.just("all dtypes"), st.just(0), DTYPES),
+    ),
+    max_size=4,
+)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another kind; complex numbers with an imaginary part."""
+    return (tensor.real if tensor.is_complex() else tensor).to(dtype) * (1j if dtype.is_complex else 1)
+
+
+def changed(tensors: dict[str, Tensor], how: list[tuple[str, int, Any]]) -> dict[str, Tensor]:
+    out = dict(tensors)
+    for kind, at, value in how:
+        if not out:
+            return out
+        key = sorted(out)[at % len(out)]
+        module = key.rpartition(".")[0] if key.endswith("alpha") else key.rsplit(".", 2)[0]
+        if kind == "shape":
+            out[key] = torch.ones(value, dtype=out[key].dtype)
+        elif kind == "dtype":
+            out[key] = cast(out[key], value)
+        elif kind == "drop":
+            del out[key]
+        elif kind == "suffix":
+            out[f"{module}.{value}"] = out.pop(key)
+        elif kind == "add":
+            out[f"{module}.{value[0]}"] = torch.ones(value[1])
+        elif kind == "name":
+            out[value] = out.pop(key)
+        else:
+            out = {k: cast(t, value) for k, t in out.items()}
+    return out
+
+
+def used(path: Path, **how: Any) -> None:
+    """Read, looked at, checked, and written in every layout that is one file, and as PEFT's folder."""
+    for action in (inspect, verify):
+        with contextlib.suppress(VeneerError):
+            action(str(path))
+    for partial in (False, True):
+        try:
+            reading = read(path, allow_partial=partial, **how)
+        except VeneerError:
+            continue
+        for to in ("peft", "kohya", "comfyui", "diffusers"):
+            with contextlib.suppress(VeneerError):
+                convert.encode(reading.adapter, to, family=reading.family if to != "peft" else None)
+
+
+@fuzzing
+@given(st.sampled_from(sorted(MADE)), CHANGES, st.dictionaries(KEYS, texts, max_size=2))
+def test_a_file(tmp_path, made, how, metadata):
+    tensors, own = MADE[made]()
+    try:
+        chunks = encode_tensors(changed(tensors, how), own | metadata)
+    except (VeneerError, UnicodeEncodeError):  # names that no file can have
+        return
+    (tmp_path / "x.safetensors").write_bytes(b"".join(chunks))
+    used(tmp_path / "x.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("peft") / "a"
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["norm"], "trainable_token_indices": [1, 2]}
+    peft_folder(llama3(), path, **config)
+    return path
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 99), st.floats(), st.text("qv_proj.*(+[", max_size=9),
+    st.lists(st.text("qv_proj.", max_size=7) | st.integers(-1, 4), max_size=3),
+    st.dictionaries(st.text("qv_proj.*(", max_size=7), st.integers(-1, 9) | st.text(max_size=3), max_size=2),
+)  # fmt: skip
+
+
+@fuzzing
+@given(CHANGES, st.dictionaries(st.integers(0, 60), VALUES, max_size=3), st.booleans(), texts)
+def test_a_peft_folder(tmp_path, folder, how, settings_, with_base, card):
+    from veneer.formats.container import read_tensors
+
+    tensors, metadata = read_tensors(folder / peft.TENSOR_FILE)
+    config = json.loads((folder / peft.CONFIG_FILE).read_text())
+    names = sorted(config)
+    config |= {names[i % len(names)]: value for i, value in settings_.items()}
+    try:
+        chunks = encode_tensors(changed(tensors, how), metadata)
+    except VeneerError:
+        return
+    (tmp_path / peft.TENSOR_FILE).write_bytes(b"".join(chunks))
+    (tmp_path / peft.CONFIG_FILE).write_text(json.dumps(config))
+    (tmp_path / CARD_FILE).write_text(card.encode("utf-8", "replace").decode())
+    used(tmp_path)
+    if with_base:
+        with contextlib.suppress(VeneerError):
+            read(tmp_path, base=OUTLINE)
+
+
+OUTLINE = describe(llama3())
+
+
+def test_two_dimensional_target_parameters(tmp_path):
+    """A parameter of a module that is no expert's and not called weight."""
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "target_modules": [],
+        "target_parameters": ["mlp.router"],
+        "peft_version": "0.21.0",
+    }
+    tensors = {f"base_model.model.mlp.lora_{ab}.weight": torch.ones(s) for ab, s in (("A", (2, 4)), ("B", (8, 2)))}
+    (tmp_path / peft.TENSOR_FILE).write_bytes(b"".join(encode_tensors(tensors)))
+    (tmp_path / peft.CONFIG_FILE).write_text(json.dumps(config))
+
+    class Router(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = torch.nn.Parameter(torch.ones(8, 4))
+
+    with pytest.raises(VeneerError, match=r"mlp\.router: .* the base has \(8, 4\)"):
+        peft.read(tmp_path, torch.nn.ModuleDict({"mlp": Router()}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("to", ["kohya", "comfyui", "diffusers"])
+def test_pairs_in_eight_bits_are_converted_exactly(tmp_path, dtype, to):
+    family = families()["sdxl"]
+    tensors = {
+        k: t.to(dtype) if t.ndim else t for k, t in few(layouts.kohya("sdxl", original=True, alpha=1.0))[0].items()
+    }
+    (tmp_path / "x.safetensors").write_bytes(b"".join(encode_tensors(tensors)))
+    reading = read(tmp_path / "x.safetensors")
+    assert any("stored in 8 bits" in note for note in reading.notes)
+    convert.write(reading.adapter, tmp_path / "y.safetensors", to, family=family.name)
+    back = read(tmp_path / "y.safetensors").adapter
+    for name, pair in reading.adapter.pairs.items():
+        assert torch.equal(pair.A, back.pairs[name].A)
+        assert torch.equal(pair.B, back.pairs[name].B)
+    narrow = next(k for k in tensors if k.endswith("lora_down.weight"))
+    assert any(torch.equal(p.A.double(), tensors[narrow].double()) for p in reading.adapter.pairs.values())
+
+
+@fuzzing
+@given(
+    st.lists(st.tuples(st.integers(0, 1 << 12), st.integers(0, 255)), min_size=1, max_size=6),
+    st.sampled_from(["gguf", "pt"]),
+)
+def test_bytes_of_other_containers(tmp_path, how, kind):
+    path = tmp_path / f"x.{kind}"
+    if kind == "gguf":
+        pair = Pair(torch.ones(2, 4), torch.ones(4, 2), 0.5)
+        write_gguf(Adapter({"model.layers.0.self_attn.v_proj": pair}), path, architecture="qwen2", name="n")
+    else:
+        torch.save({"unet:0:up": torch.ones(4, 2), "a": {"b": 1}}, path)
+    raw = bytearray(path.read_bytes())
+    for at, value in how:
+        raw[at % len(raw)] = value
+    path.write_bytes(raw)
+    used(path, from_pickle=True)
+
+
+@pytest.mark.slow
+def test_long(tmp_path):
+    """The same, 40 times as many examples, in a process of its own."""
+    import subprocess
+    import sys
+
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:randomly", "--hypothesis-profile=fresh"],
+        env=os.environ | {"VENEER_FUZZ": "40"}, capture_output=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-4000:]
