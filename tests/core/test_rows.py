@@ -264,7 +264,9 @@ def test_a_shared_expert_that_is_given_the_tokens_of_all_rows_together(tokens: i
                     want.append(model(row[None]).logits)
             close(got, torch.cat(want))
         else:
-            with pytest.raises(AdapterError, match=f"a batch of {2 * tokens} in this module, where the model has 2 row"):
+            with pytest.raises(
+                AdapterError, match=f"a batch of {2 * tokens} in this module, where the model has 2 row"
+            ):
                 model(input_ids=ids)
     assert not model._forward_pre_hooks
 

@@ -136,7 +136,9 @@ class Attachment:
         if not mixes:
             raise AdapterError("no rows", fix="give a mix for each row of the batch, () for the base")
         if not self._watched:
-            self._watched = [m.register_forward_pre_hook(self._called, with_kwargs=True) for m in _entrances(self.model)]
+            self._watched = [
+                m.register_forward_pre_hook(self._called, with_kwargs=True) for m in _entrances(self.model)
+            ]
         self.selection = Selection(rows=RowMixes(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
 
     @contextmanager

@@ -24,11 +24,13 @@ from torch import Tensor
 from veneer import kernels
 
 __all__ = [
-    "BLOCK", "KINDS", "Blocks4", "Code", "Rows8", "Stacked", "code_of", "dynamic_map", "row_count", "table",
-    "with_tensors",
+    "BLOCK", "KINDS", "SAVED_KINDS", "Blocks4", "Code", "Rows8", "Stacked", "code_of", "dynamic_map", "row_count",
+    "table", "with_tensors",
 ]  # fmt: skip
 
 KINDS = ("nf4", "fp4", "e2m1", "int4", "int8")
+SAVED_KINDS = ("nf4", "fp4")
+"""The 4-bit kinds that bitsandbytes has: those of its kernels and of its checkpoints."""
 BLOCK, NESTED = 64, 256
 _CHUNK = 1 << 20  # weights that the reference works on at once: its temporaries are several times as large
 
@@ -118,7 +120,8 @@ class Blocks4:
     def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         columns = self.shape[-1]
         start, count = first * columns, (last - first) * columns
-        if self.packed.device.type == "cuda" and (library := _bitsandbytes()) is not None and not start % self.block:
+        library = _gpu_library(self.kind, self.block, self.packed.device.type)
+        if library is not None and not start % self.block:
             return self._by_bitsandbytes(library, dtype, start, count).view(-1, columns)
         native = _native(self.packed, dtype)
         if native is None:
@@ -290,6 +293,13 @@ def with_tensors(code: Code, tensors: Iterable[Tensor]) -> Code:
 def row_count(code: Code) -> int:
     """Rows of a weight, seen as rows of its last dimension."""
     return math.prod(code.shape[:-1])
+
+
+def _gpu_library(kind: str, block: int, device: str) -> Any:
+    """bitsandbytes' operators where they decode this: on CUDA, nf4 and fp4 alone (it takes every other 4-bit kind for
+    nf4), in blocks that its kernels have."""
+    theirs = device == "cuda" and kind in SAVED_KINDS and block in (64, 128, 256, 512, 1024, 2048, 4096)
+    return _bitsandbytes() if theirs else None
 
 
 @functools.cache
