@@ -123,7 +123,7 @@ class Blocks4:
         library = _gpu_library(self.kind, self.block, self.packed.device.type)
         if library is not None and not start % self.block:
             return self._by_bitsandbytes(library, dtype, start, count).view(-1, columns)
-        native = _native(self.packed, dtype)
+        native = _native("blocks4_dense", self.packed, dtype)
         if native is None:
             parts = [
                 self._reference(at, min(_CHUNK, start + count - at)).to(dtype)
@@ -173,7 +173,7 @@ def _blocks4(weight: Tensor, kind: str, double: bool) -> Blocks4:
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=flat.device)
     bounds, order = _places(kind, flat.device)
-    native = _native(packed, flat.dtype)
+    native = _native("blocks4_quantise", packed, flat.dtype)
     if native is not None:
         native.blocks4_quantise(
             flat.data_ptr(), int(flat.dtype == torch.float32), bounds.data_ptr(), order.data_ptr(), n, BLOCK,
@@ -224,7 +224,7 @@ class Rows8:
 
     def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         codes, absmax = self.codes[first:last], self.absmax[first:last]
-        native = _native(codes, dtype)
+        native = _native("rows8_dense", codes, dtype)
         if native is None:
             return (codes.float() * absmax[:, None] * 7.874015718698502e-3).to(dtype)
         out = torch.empty(codes.shape, dtype=dtype)
@@ -312,8 +312,8 @@ def _bitsandbytes() -> Any:
     return torch.ops.bitsandbytes
 
 
-def _native(codes: Tensor, dtype: torch.dtype) -> Any:
-    """The compiled kernels, if there are any for these."""
+def _native(kernel: str, codes: Tensor, dtype: torch.dtype) -> Any:
+    """The compiled kernels, if they have this one and it takes these."""
     if codes.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32) or not codes.is_contiguous():
         return None
-    return kernels.load()
+    return kernels.usable(kernel)
