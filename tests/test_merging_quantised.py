@@ -11,6 +11,7 @@ import torch
 from tests.qlora import qlora_run
 from veneer import using
 from veneer.core.quantised import quantise
+from veneer.errors import ConfigError
 from veneer.merging import compare, merge, merge_shards, merged_model
 from veneer.models.text import TextBase, load_text
 from veneer.train.encode import Example, encode
@@ -89,6 +90,14 @@ def test_merged_and_quantised_again_it_is_a_checkpoint_of_4_bits(qlora: Qlora, t
     with using.attach_adapters(base, [adapter]) as attachment:
         exact = attachment.merged(*attachment.adapters)[name]
     assert torch.equal(again.model.get_parameter(name).dense(), quantise(exact, "nf4").dense())
+
+
+@pytest.mark.parametrize("kind", ["int4", "e2m1", "int8"])
+def test_a_kind_that_bitsandbytes_would_read_as_another_is_not_written(qlora: Qlora, tmp_path: Path, kind: str) -> None:
+    folder, adapter, _ = qlora
+    with pytest.raises(ConfigError, match=f"'{kind}' cannot be saved"):
+        merge(load_text(str(folder), dtype="float32"), [adapter], tmp_path / "m", requantise=kind)
+    assert not (tmp_path / "m").exists()
 
 
 def test_by_shard_it_is_the_same_model(qlora: Qlora, tmp_path: Path) -> None:

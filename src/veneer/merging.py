@@ -108,8 +108,8 @@ def merge(
     state = None
     if requantise is not None:
         report.requantised = requantise
-        state = saved_tensors(requantised(model, requantise).state_dict())
         model.config.quantization_config = saved_config(requantise, target)
+        state = saved_tensors(requantised(model, requantise).state_dict())
     try:
         with new_folder(folder) as temporary, quiet():
             if state is None:

@@ -280,3 +280,22 @@ def test_no_gradient_is_made_where_none_is_asked_for() -> None:
     with torch.no_grad():
         out = token_nll(draw(4, 8, dtype=torch.float32), draw(20, 8, dtype=torch.float32), torch.arange(4))
     assert not out.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_target_of_minus_a_hundred_is_none_and_any_other_that_is_no_token_an_error(dtype: torch.dtype) -> None:
+    """By the compiled kernel and by torch's own operations; int32 targets are targets too."""
+    hidden = torch.randn(6, 16).to(dtype).requires_grad_()
+    weight = torch.randn(40, 16).to(dtype)
+    targets = torch.tensor([3, -100, 0, 39, -100, 7], dtype=torch.int32)
+    nll = token_nll(hidden, weight, targets, chunk=4)
+    want = F.cross_entropy((hidden @ weight.t()).float(), targets.long(), reduction="none")
+    torch.testing.assert_close(nll, want, rtol=1e-2, atol=1e-2)
+    assert nll[1] == nll[4] == 0
+    nll.sum().backward()
+    assert hidden.grad is not None
+    assert not hidden.grad[[1, 4]].any()
+    assert hidden.grad[[0, 2, 3, 5]].any(1).all()
+    for wrong in (40, -1, -101):
+        with pytest.raises(IndexError, match="no token of the vocabulary"):
+            token_nll(hidden, weight, torch.tensor([1, wrong, 2, 3, 4, 5]))

@@ -18,6 +18,7 @@ from veneer import kernels
 from veneer.core import codes as blocks
 from veneer.core.codes import KINDS, Blocks4, Rows8, dynamic_map, table
 from veneer.core.quantised import Quantised, dequantised, quantise, stacked
+from veneer.errors import BaseError
 
 FOUR = ("nf4", "fp4", "e2m1", "int4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -328,3 +329,58 @@ def test_a_kept_weight_is_the_same_weight() -> None:
     assert torch.equal(q.dense(), want)
     assert torch.equal(q.t().dense(), want.t())
     assert torch.equal(q[3:5].dense(), want[3:5])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_weight_is_not_written_to(kind: str, kept: bool) -> None:
+    """An in-place operation would change a temporary, and be lost, or the kept copy, and change the base."""
+    q = quantise(weight(4, 32, 64, dtype=torch.bfloat16), kind)
+    if kept:
+        q.keep()
+    want = q.dense().clone()
+    other = torch.zeros(4, 32, 64, dtype=torch.bfloat16)
+    writes: list[Any] = [
+        lambda: q.add_(1), lambda: q.zero_(), lambda: q.copy_(other), lambda: q[1].fill_(2), lambda: q[1:3].mul_(2),
+        lambda: q.__setitem__(0, 1.0), lambda: q.mT.add_(1), lambda: nn.init.normal_(q), lambda: q.clamp_(max=0),
+        lambda: torch.add(other, 1, out=q), lambda: torch._foreach_mul_([other, q], 2.0),
+        lambda: q.index_fill_(0, torch.tensor([1]), 3.0), lambda: q.detach().sub_(1),
+    ]  # fmt: skip
+    with torch.no_grad():
+        for write in writes:
+            with pytest.raises(BaseError, match=f"write to a weight in {kind}"):
+                write()
+        for view in (q.view(-1), q.flatten(), q[:, :, :5], q.unsqueeze(0), q.permute(2, 1, 0)):
+            view.add_(1)  # a tensor of its own
+    assert torch.equal(q.dense(), want)
+    other.copy_(q)
+    assert torch.equal(other, want), "it is read by operations that write elsewhere"
+    product = torch.zeros(32, 32, dtype=torch.bfloat16)
+    torch.mm(q[0], q[1].t(), out=product)
+    assert torch.equal(product, want[0] @ want[1].t())
+
+
+def test_a_state_dict_is_not_copied_over_a_quantised_weight_in_silence() -> None:
+    layer = nn.Linear(64, 32)
+    state = {name: t.detach().clone() for name, t in layer.state_dict().items()}
+    layer.weight = nn.Parameter(quantise(layer.weight, "nf4"), requires_grad=False)
+    with pytest.raises(RuntimeError, match="write to a weight in nf4"):
+        layer.load_state_dict(state)
+    layer.load_state_dict(state, assign=True)
+    assert torch.equal(layer.weight, state["weight"])
+
+
+def test_only_what_bitsandbytes_has_is_left_to_its_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dequantize_4bit on CUDA takes whatever is not fp4 for nf4."""
+    monkeypatch.setattr(blocks, "_bitsandbytes", lambda: "bitsandbytes")
+    asked = {kind: blocks._gpu_library(kind, 64, "cuda") for kind in FOUR}
+    assert asked == {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "e2m1": None, "int4": None}
+    assert blocks._gpu_library("nf4", 48, "cuda") is None
+    assert blocks._gpu_library("nf4", 64, "cpu") is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_decodes_every_kind_as_the_cpu_does(kind: str) -> None:
+    q = quantise(weight(96, 128), kind)
+    assert torch.equal(q.to("cuda").dense().cpu(), q.dense())

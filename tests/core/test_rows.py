@@ -238,6 +238,53 @@ def test_modules_without_rows_are_errors_and_not_guesses() -> None:
         assert model["linear"](torch.ones(6)).shape == (6,), "where all rows have the same mix, rows do not matter"
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_a_shared_expert_that_is_given_the_tokens_of_all_rows_together(tokens: int) -> None:
+    """It sees (rows · tokens, dim): as many entries as rows that are repeated, in another order."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=160, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=1,
+        shared_expert_intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, num_experts=4,
+    )  # fmt: skip
+    model = Qwen2MoeForCausalLM(config).eval().requires_grad_(False)
+    ids = torch.randint(3, 160, (2, tokens), generator=torch.Generator().manual_seed(0))
+    mixes: list[Mix] = [(("a", 1.0),), (("b", 1.0),)]
+    with attach(model) as attachment, torch.no_grad():
+        for seed, name in enumerate("ab"):
+            spec = LoraSpec(rank=2, targets=("shared_expert.down_proj",))
+            attachment.add(name, _noise(create(model, spec, seed=seed), seed, 0.5))
+        attachment.use_rows(mixes)
+        if tokens == 1:
+            got = model(input_ids=ids).logits
+            want = []
+            for row, mix in zip(ids, mixes, strict=True):
+                with attachment.using(*mix):
+                    want.append(model(row[None]).logits)
+            close(got, torch.cat(want))
+        else:
+            with pytest.raises(
+                AdapterError, match=f"a batch of {2 * tokens} in this module, where the model has 2 row"
+            ):
+                model(input_ids=ids)
+    assert not model._forward_pre_hooks
+
+
+def test_a_holder_of_models_has_the_rows_of_the_one_that_is_called() -> None:
+    """An image base's parts hang on a module that is never called."""
+    torch.manual_seed(0)
+    parts = nn.ModuleDict({"unet": nn.Sequential(nn.Linear(6, 6)), "text": nn.Sequential(nn.Linear(6, 6))})
+    parts.requires_grad_(False)
+    with attach(parts) as attachment, torch.no_grad():
+        attachment.add("a", _noise(create(parts, LoraSpec(targets=("0",)), seed=0), 0))
+        attachment.use_rows([["a"], []])
+        for name, x in (("text", torch.randn(2, 3, 6)), ("unet", torch.randn(4, 3, 6)), ("text", torch.randn(2, 3, 6))):
+            plain, changed = parts[name][0].base(x), parts[name](x)
+            same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, changed, strict=True)]
+            assert same == [False, True] * (len(x) // 2)
+
+
 def test_experts_refuse_and_say_so() -> None:
     model = FAMILIES["mixtral"]()
     with attach(model) as attachment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -50,10 +51,11 @@ def library() -> object:
 
 def test_only_contiguous_bfloat16_on_the_cpu(library: object) -> None:
     x = torch.zeros(4, 6, dtype=torch.bfloat16)
-    assert kernels.usable(x) is library
-    assert kernels.usable(x.float()) is None
-    assert kernels.usable(x.t()) is None
-    assert kernels.usable(x.to("meta")) is None
+    assert kernels.usable("rms_norm", x) is library
+    assert kernels.usable("rms_norm", x.float()) is None
+    assert kernels.usable("rms_norm", x.t()) is None
+    assert kernels.usable("rms_norm", x.to("meta")) is None
+    assert kernels.usable(("rms_norm", "there is none"), x) is None
 
 
 def test_results_do_not_depend_on_the_number_of_threads(library: object) -> None:
@@ -84,10 +86,48 @@ def test_nan_and_infinity_stay_visible(library: object) -> None:
     assert not y.isfinite().any()
 
 
-def test_kept_memory_nests_and_ends() -> None:
-    with kernels.kept_memory(), kernels.kept_memory():
-        assert torch.ones(10_000_000).sum() == 10_000_000
-    assert torch.ones(10_000_000).sum() == 10_000_000
+MAPPED = """
+import ctypes
+from veneer import kernels
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+
+def mapped(size):
+    block = libc.malloc(size)  # glibc: the second bit of the word before it
+    found = bool(ctypes.c_size_t.from_address(block - 8).value & 2)
+    libc.free(ctypes.c_void_p(block))
+    return found
+
+with kernels.kept_memory():
+    inside = [mapped(40 << 20)]
+    with kernels.kept_memory():
+        pass
+    inside.append(mapped(80 << 20))  # each larger than what lies free
+    with kernels.returned_memory():
+        inside.append(mapped(160 << 20))
+        with kernels.kept_memory():
+            inside.append(mapped(240 << 20))
+        inside.append(mapped(320 << 20))
+    inside.append(mapped(400 << 20))
+print(inside, [mapped(40 << 20), mapped(24 << 20)])
+before = libc.sbrk(0)
+blocks = [libc.malloc(16 << 20) for _ in range(3)]
+for block in reversed(blocks):
+    libc.free(ctypes.c_void_p(block))
+print(libc.sbrk(0) > before)
+"""
+
+
+def test_memory_is_kept_until_the_last_block_ends_and_then_as_glibc_has_it() -> None:
+    """Afterwards: blocks above 32 MB are mapped, and 64 MB may lie free, where glibc's own rule ends."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("mallopt is glibc's")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", MAPPED]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split("\n")[:2] == ["[False, False, True, False, True, False] [True, False]", "True"]
 
 
 def test_paged_out_memory_reads_as_before(tmp_path: Path) -> None:

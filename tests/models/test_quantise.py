@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.families import FAMILIES, VOCAB, llama3
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from tests.tiny_gguf import tiny_gguf
-from veneer.core.codes import Blocks4
+from veneer.core.codes import KINDS, Blocks4
 from veneer.core.quantised import Quantised
 from veneer.errors import BaseError, ConfigError
 from veneer.models.quantise import load_quantised, quantised_bytes, quantised_weights, saved_config, saved_tensors
@@ -46,8 +46,9 @@ def quantised(model: Any, folder: Path, kind: str, dtype: torch.dtype = torch.fl
     return loaded.eval()
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind"), [*((f, k) for f in FAMILIES for k in ("nf4", "int8")), *(("llama3", k) for k in KINDS[1:4])]
+)
 def test_every_family_computes_what_its_dequantised_weights_do(family: str, kind: str, tmp_path: Path) -> None:
     source = FAMILIES[family]()
     model = quantised(source, tmp_path / "m", kind)
@@ -62,7 +63,7 @@ def test_every_family_computes_what_its_dequantised_weights_do(family: str, kind
         if isinstance(parameter, Quantised):
             assert parameter.bytes == quantised_bytes(parameter.shape, kind), name
             got, want = parameter.dense().double(), source.get_parameter(name).detach().double()
-            assert float((got - want).norm() / want.norm()) < (0.12 if kind == "nf4" else 0.01), name
+            assert float((got - want).norm() / want.norm()) < (0.01 if kind == "int8" else 0.15), name
 
 
 def test_fused_experts_are_quantised_and_one_is_dequantised_at_a_time(

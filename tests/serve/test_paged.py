@@ -9,7 +9,7 @@ from torch import Tensor
 from veneer import kernels
 from veneer.serve.paged import BLOCK, PackedRows, Pages, Rotary
 
-NATIVE = kernels.serving(torch.empty(0, dtype=torch.bfloat16)) is not None
+NATIVE = kernels.usable("paged_attend") is not None
 CASES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 
 

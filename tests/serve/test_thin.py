@@ -11,7 +11,7 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import delta
 from veneer.serve.thin import Group, Layout, Segments, Thin, thin, thin_problems
 
-NATIVE = kernels.serving(torch.empty(0, dtype=torch.bfloat16)) is not None
+NATIVE = kernels.usable("thin_rows") is not None
 INPUTS, COLUMNS = 70, (24, 33, 16)
 
 

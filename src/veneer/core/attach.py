@@ -17,6 +17,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from veneer.core.adapter import Adapter, Pair, TokenRows, all_finite
 from veneer.core.forms import Delta, part_problems
@@ -32,6 +33,8 @@ __all__ = ["Attachment", "attach", "fit_problems"]
 _LAYERS: dict[str | None, type[Layer]] = {"linear": LoraLinear, "embedding": LoraEmbedding, "conv": LoraConv}
 SPARE_BYTES = 256 << 20
 """What may be kept beside a base at least; larger bases get a 32nd of their size."""
+_BATCHES = ("input_ids", "inputs_embeds", "hidden_states", "sample", "pixel_values")
+"""What models call their batch by; beside it they may be given positions or masks that have no rows."""
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -64,6 +67,7 @@ class Attachment:
         self._base_modules = dict(base_modules(model))
         stored = sum(t.nbytes for t in {id(p): p for p in model.parameters()}.values())
         self._wrapped: dict[str, nn.Module] = {}
+        self._watched: list[RemovableHandle] = []
         self.ready = ReadyMixes(self._wrapped, max(SPARE_BYTES, stored // 32))
         self._open = True
 
@@ -125,11 +129,16 @@ class Attachment:
     def use_rows(self, mixes: Sequence[Sequence[str | tuple[str, float]]]) -> None:
         """Select a mix for each row of a batch: row i, along the first dimension, gets mixes[i], () the base.
 
-        A batch of k·n rows repeats the list, as guidance doubles it: [negative…, positive…]. Rows are told apart in
-        every module that an adapter changes; one whose first dimension is not k·n there raises AdapterError when it is
-        called, as do fused experts. Otherwise as `use`. Reference: each row alone with `use`."""
+        A batch of k·n rows repeats the list, as guidance doubles it: [negative…, positive…]. The rows are those along
+        the first dimension of what the model is called with; a module that an adapter changes and that is given another
+        number of them raises AdapterError when it is called, as do fused experts. A module that is called by itself has
+        n. Otherwise as `use`. Reference: each row alone with `use`."""
         if not mixes:
             raise AdapterError("no rows", fix="give a mix for each row of the batch, () for the base")
+        if not self._watched:
+            self._watched = [
+                m.register_forward_pre_hook(self._called, with_kwargs=True) for m in _entrances(self.model)
+            ]
         self.selection = Selection(rows=RowMixes(tuple(self._selection(tuple(mix)).mix for mix in mixes)))
 
     @contextmanager
@@ -157,6 +166,8 @@ class Attachment:
         self.ready.clear()
         self.adapters.clear()
         self._prune()
+        while self._watched:
+            self._watched.pop().remove()
         _ATTACHED.discard(self.model)
         self._open = False
 
@@ -167,6 +178,13 @@ class Attachment:
         self.detach()
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _called(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Before the model runs: how many rows it runs on."""
+        if self.selection.rows is not None:
+            named = [kwargs[key] for key in _BATCHES if isinstance(kwargs.get(key), Tensor)]
+            given = (t for t in (*args, *named, *kwargs.values()) if isinstance(t, Tensor) and t.ndim)
+            self.selection.rows.batch = next((len(t) for t in given), None)
 
     def _known(self, name: str) -> Adapter:
         if name not in self.adapters:
@@ -225,6 +243,13 @@ class Attachment:
             del self._wrapped[name]
             for parent, key in slots.get(id(layer), []):
                 parent._modules[key] = layer.base
+
+
+def _entrances(model: nn.Module) -> list[nn.Module]:
+    """What is called with a batch: the model, or the parts of one that is a mere holder of them."""
+    if type(model).forward is not nn.Module.forward:
+        return [model] if model._modules else []
+    return [entrance for part in model.children() for entrance in _entrances(part)]
 
 
 def _slots(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

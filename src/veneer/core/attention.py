@@ -88,7 +88,7 @@ def _gather(x: Tensor, group: _Group, kv: int, scale: float, cos: Tensor | None,
     heads, dim = x.shape[1], x.shape[2]
     per = heads // kv
     shape = (group.rows * kv, group.length * per, dim)
-    native = _native(x, cos, sin)
+    native = _native("gather_heads", x, cos, sin)
     if native is not None:
         out = x.new_zeros(shape) if group.padded else x.new_empty(shape)
         _heads(native.gather_heads, x, x, cos, sin, group, kv, scale, out)
@@ -105,7 +105,7 @@ def _scatter(
 ) -> None:
     """The transpose of `_gather`, into the group's tokens of out: (N, heads, dim)."""
     heads, dim = out.shape[1], out.shape[2]
-    native = _native(out, cos, sin)
+    native = _native("scatter_heads", out, cos, sin)
     if native is not None:
         _heads(native.scatter_heads, g, out, cos, sin, group, kv, scale, out)
         return
@@ -116,11 +116,12 @@ def _scatter(
     out[group.tokens] = part
 
 
-def _native(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Any:
-    """The kernels, if x is bfloat16 with contiguous heads (its tokens may be strided) and the tables are contiguous."""
+def _native(kernel: str, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Any:
+    """The kernels, if they have this one, x is bfloat16 with contiguous heads (its tokens may be strided) and the
+    tables are contiguous."""
     tables = [t for t in (cos, sin) if t is not None]
     heads_lie_flat = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.dtype == torch.bfloat16
-    return kernels.usable(*tables, x[:1].contiguous()) if heads_lie_flat and x.device.type == "cpu" else None
+    return kernels.usable(kernel, *tables, x[:1].contiguous()) if heads_lie_flat and x.device.type == "cpu" else None
 
 
 def _heads(
@@ -164,7 +165,7 @@ def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int |
     """Softmax over those of the keys k0 … q1 that each of the queries q0 … q1 may see.
 
     scores: (b, (q1−q0)·per, q1−k0), spent."""
-    native = kernels.usable(scores)
+    native = kernels.usable("causal_softmax", scores)
     if native is not None:
         native.causal_softmax(
             scores.data_ptr(), scores.shape[0], q1 - q0, per, q1 - k0, q0, k0, window or 0, torch.get_num_threads()
@@ -179,7 +180,7 @@ def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int |
 
 def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
     """p ⊙ (dp − Σ p⊙dp); dp is spent."""
-    native = kernels.usable(p, dp)
+    native = kernels.usable("softmax_backward", p, dp)
     if native is not None:
         rows = p.shape[0] * p.shape[1]
         native.softmax_backward(p.data_ptr(), dp.data_ptr(), rows, p.shape[2], torch.get_num_threads())

@@ -24,11 +24,13 @@ from torch import Tensor
 from veneer import kernels
 
 __all__ = [
-    "BLOCK", "KINDS", "Blocks4", "Code", "Rows8", "Stacked", "code_of", "dynamic_map", "row_count", "table",
-    "with_tensors",
+    "BLOCK", "KINDS", "SAVED_KINDS", "Blocks4", "Code", "Rows8", "Stacked", "code_of", "dynamic_map", "row_count",
+    "table", "with_tensors",
 ]  # fmt: skip
 
 KINDS = ("nf4", "fp4", "e2m1", "int4", "int8")
+SAVED_KINDS = ("nf4", "fp4")
+"""The 4-bit kinds that bitsandbytes has: those of its kernels and of its checkpoints."""
 BLOCK, NESTED = 64, 256
 _CHUNK = 1 << 20  # weights that the reference works on at once: its temporaries are several times as large
 
@@ -118,9 +120,10 @@ class Blocks4:
     def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         columns = self.shape[-1]
         start, count = first * columns, (last - first) * columns
-        if self.packed.device.type == "cuda" and (library := _bitsandbytes()) is not None and not start % self.block:
+        library = _gpu_library(self.kind, self.block, self.packed.device.type)
+        if library is not None and not start % self.block:
             return self._by_bitsandbytes(library, dtype, start, count).view(-1, columns)
-        native = _native(self.packed, dtype)
+        native = _native("blocks4_dense", self.packed, dtype)
         if native is None:
             parts = [
                 self._reference(at, min(_CHUNK, start + count - at)).to(dtype)
@@ -170,7 +173,7 @@ def _blocks4(weight: Tensor, kind: str, double: bool) -> Blocks4:
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=flat.device)
     bounds, order = _places(kind, flat.device)
-    native = _native(packed, flat.dtype)
+    native = _native("blocks4_quantise", packed, flat.dtype)
     if native is not None:
         native.blocks4_quantise(
             flat.data_ptr(), int(flat.dtype == torch.float32), bounds.data_ptr(), order.data_ptr(), n, BLOCK,
@@ -221,7 +224,7 @@ class Rows8:
 
     def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         codes, absmax = self.codes[first:last], self.absmax[first:last]
-        native = _native(codes, dtype)
+        native = _native("rows8_dense", codes, dtype)
         if native is None:
             return (codes.float() * absmax[:, None] * 7.874015718698502e-3).to(dtype)
         out = torch.empty(codes.shape, dtype=dtype)
@@ -292,6 +295,13 @@ def row_count(code: Code) -> int:
     return math.prod(code.shape[:-1])
 
 
+def _gpu_library(kind: str, block: int, device: str) -> Any:
+    """bitsandbytes' operators where they decode this: on CUDA, nf4 and fp4 alone (it takes every other 4-bit kind for
+    nf4), in blocks that its kernels have."""
+    theirs = device == "cuda" and kind in SAVED_KINDS and block in (64, 128, 256, 512, 1024, 2048, 4096)
+    return _bitsandbytes() if theirs else None
+
+
 @functools.cache
 def _bitsandbytes() -> Any:
     """Its operators, or None where it is not installed."""
@@ -302,8 +312,8 @@ def _bitsandbytes() -> Any:
     return torch.ops.bitsandbytes
 
 
-def _native(codes: Tensor, dtype: torch.dtype) -> Any:
-    """The compiled kernels, if there are any for these."""
+def _native(kernel: str, codes: Tensor, dtype: torch.dtype) -> Any:
+    """The compiled kernels, if they have this one and it takes these."""
     if codes.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32) or not codes.is_contiguous():
         return None
-    return kernels.load()
+    return kernels.usable(kernel)

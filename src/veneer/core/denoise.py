@@ -54,7 +54,7 @@ def _scaled(a: Tensor, b: Tensor, by: float, out: Tensor | None = None) -> Tenso
 
 def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     scores = _scaled(q, k.transpose(1, 2), q.shape[-1] ** -0.5)
-    native = kernels.usable(scores)
+    native = kernels.usable("causal_softmax", scores)
     if native is None:
         return torch.softmax(scores, -1)
     keys = scores.shape[-1]  # as queries that are all the last of a causal row, they see every key

@@ -151,7 +151,7 @@ class _NativeThin:
     """The same in three compiled calls, which cast and stack for themselves; u and du have ranks padded to 16. On the
     few hundred tokens of a small picture dispatch of a dozen operations takes several times as long as they do."""
 
-    def __init__(self, linears: Linears, library: ctypes.CDLL) -> None:
+    def __init__(self, linears: Linears, library: kernels.Library) -> None:
         pairs = linears.pairs
         self.library, self.count, self.factors = library, len(pairs), [(p.A, p.B) for p in pairs]
         self.table = (kernels.Pair * len(pairs))(
@@ -181,6 +181,7 @@ class _NativeThin:
         return out
 
 
+IGNORED = -100
 SMALL = 1 << 18
 """Elements of x up to which thin products are worth compiled calls (1,024 × 80: 0.37 ms instead of 0.61 for three pairs
 of rank 16; 4,096 × 640: 16.7 instead of 14.9)."""
@@ -277,7 +278,7 @@ def _input_gradient(
 
 def _gained(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     """gain ⊙ y + b, rounded once: gains are near 1, where 16 bits are 1/256 apart."""
-    native = _gain_kernel(gain, y) if bias is None else _gain_kernel(gain, y, bias)
+    native = _gain_kernel("gained", gain, y, *([] if bias is None else [bias]))
     if native is None:
         out = y * gain
         return (out if bias is None else out.add_(bias)).to(y.dtype)
@@ -289,7 +290,7 @@ def _gained(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
 
 def _gain_gradient(g: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of what the gain multiplied, y, and of the gain."""
-    native = _gain_kernel(gain, g, y)
+    native = _gain_kernel("gained_backward", gain, g, y)
     if native is None:
         return (g * gain).to(g.dtype), (g.to(gain.dtype) * y).sum(0)
     dy, d_gain = torch.empty_like(g), torch.empty_like(gain)
@@ -298,9 +299,9 @@ def _gain_gradient(g: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     return dy, d_gain
 
 
-def _gain_kernel(gain: Tensor, *tensors: Tensor) -> ctypes.CDLL | None:
+def _gain_kernel(kernel: str, gain: Tensor, *tensors: Tensor) -> kernels.Library | None:
     fits = gain.dtype == torch.float32 and gain.is_contiguous() and gain.device.type == "cpu"
-    return kernels.usable(*tensors) if fits else None
+    return kernels.usable(kernel, *tensors) if fits else None
 
 
 class _Linears(torch.autograd.Function):
@@ -399,28 +400,34 @@ class _TokenNll(torch.autograd.Function):
 
 
 def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
-    """−log softmax at the targets, at least float32; with `gradient`, logits become softmax − onehot in place."""
-    native = kernels.usable(logits)
+    """−log softmax at the targets, at least float32; with `gradient`, logits become softmax − onehot in place. A target
+    of −100 is none, as for F.cross_entropy: 0, and no gradient. Raises IndexError for any other that is no token."""
+    targets = targets.to(torch.int64).contiguous()
+    native = kernels.usable("token_nll", logits)
     if native is not None:
         nll = torch.empty(len(logits), dtype=torch.float32)
-        targets = targets.contiguous()
         pointers = (t.data_ptr() for t in (logits, targets, nll))
         native.token_nll(*pointers, *logits.shape, int(gradient), torch.get_num_threads())
         return nll
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    y = targets[:, None]
+    ignored = targets == IGNORED
+    y = targets.masked_fill(ignored, 0)[:, None]
+    if y.device.type == "cpu" and bool(((y < 0) | (y >= logits.shape[1])).any()):  # a GPU says so itself, later
+        raise IndexError("token_nll: a target is no token of the vocabulary")
     nll = torch.logsumexp(wide, 1, keepdim=True) - wide.gather(1, y)
     if gradient:
         # the target's p − 1 comes from the wide value: rounding p near 1 to 16 bits first would lose all of it
-        logits.copy_(torch.softmax(wide, 1).scatter_(1, y, torch.expm1(-nll)))
-    return nll[:, 0]
+        slope = torch.softmax(wide, 1).scatter_(1, y, torch.expm1(-nll))
+        logits.copy_(slope.masked_fill_(ignored[:, None], 0))
+    return nll[:, 0].masked_fill_(ignored, 0)
 
 
 def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
     """−log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32. hidden: (M, d), weight: (vocabulary, d) frozen.
 
-    The gradient is made in the forward pass, chunk by chunk, so that no more than chunk × vocabulary logits exist: that
-    of token i is a row of its own, which the backward pass only has to scale by what it is given for i.
-    Reference: F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""
+    A target of −100 is none: 0, and no gradient. Raises IndexError for any other that is no token (on a GPU, an error
+    of its own). The gradient is made in the forward pass, chunk by chunk, so that no more than chunk × vocabulary
+    logits exist: that of token i is a row of its own, which the backward pass only has to scale by what it is given
+    for i. Reference: F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""
     out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk)
     return out

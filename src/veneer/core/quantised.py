@@ -4,7 +4,8 @@
 a `Quantised` is a frozen weight of `dtype` whose values are the dequantised ones, rounded once to that dtype: every
 operation gives what it would give with that weight. Products make the dequantised weight for their own length and drop
 it; a product under autograd keeps the codes for backward and dequantises again. Views by rows, a transpose and a move
-to another device stay quantised; whatever else is asked of it is computed on the dequantised weight.
+to another device stay quantised; whatever else is asked of it is computed on the dequantised weight, and is a tensor of
+its own. It cannot be written to.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.codes import KINDS, Code, Stacked, code_of, row_count, with_tensors
+from veneer.errors import BaseError
 
 __all__ = ["Quantised", "dequantised", "quantise", "stacked"]
 
@@ -118,7 +120,11 @@ class Quantised(torch.Tensor):
             out = own(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        return func(*_dense(args), **_dense(kwargs))
+        _refuse_writing(func, args, kwargs)
+        made = func(*_dense(args), **_dense(kwargs))
+        # a view of the kept weight would be a way to write to it; of another it is a view of what nobody else has
+        kept = any(isinstance(t, Quantised) and t.kept is not None for t in args)
+        return _mapped(made, Tensor.clone) if kept and _is_view(func) else made
 
 
 def _as_parameter(weight: Quantised) -> Quantised:
@@ -129,13 +135,37 @@ def _restored(code: Code, dtype: torch.dtype, shape: tuple[int, ...], first: int
     return Quantised(code, dtype, shape, first, last, turned)
 
 
+def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises BaseError where an operation would write to a quantised weight: what it wrote would be lost, or would
+    change the frozen base."""
+    for i, formal in enumerate(func._schema.arguments):
+        if formal.alias_info is None or not formal.alias_info.is_write:
+            continue
+        given = args[i] if i < len(args) else kwargs.get(formal.name)
+        for weight in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(weight, Quantised):
+                raise BaseError(
+                    f"{func} would write to a weight in {weight.code.kind}, {tuple(weight.shape)}: it is frozen",
+                    fix="work on a copy (veneer.core.quantised.dequantised(weight).clone()), or put a new weight in "
+                    "its place: load_state_dict(…, assign=True)",
+                )
+
+
+def _is_view(func: Any) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
 def _dense(value: Any) -> Any:
-    if isinstance(value, Quantised):
-        return value.dense()
+    return _mapped(value, lambda t: t.dense() if isinstance(t, Quantised) else t)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
     if isinstance(value, list | tuple):
-        return type(value)(_dense(v) for v in value)
+        return type(value)(_mapped(v, change) for v in value)
     if isinstance(value, dict):
-        return {key: _dense(v) for key, v in value.items()}
+        return {key: _mapped(v, change) for key, v in value.items()}
     return value
 
 
@@ -211,7 +241,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
 
 
 def quantise(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dtype | None = None) -> Quantised:
-    """`weight` (…, columns), float32, bfloat16 or float16, as `kind`: nf4, fp4, int4 or int8. `double`: the absmax of
+    """`weight` (…, columns), float32, bfloat16 or float16, as `kind`: one of KINDS. `double`: the absmax of
     4-bit kinds in 8 bits. `dtype`: what the result computes in, the weight's own where it is not given.
 
     Raises ValueError for another kind and for weights that are not finite, which no code stands for."""

@@ -1,7 +1,9 @@
 """What acts now: nothing, one mix for all rows, or a mix for each row of a batch.
 
 Rows lie along the first dimension of what a module is called with. A batch of k·n rows under n mixes repeats them k
-times, as guidance lays them out: [negative…, positive…]. Knows adapters; does not know about modules.
+times, as guidance lays them out: [negative…, positive…]. How many rows a batch has is said by the call of the model
+itself: a module inside that is given another number along its first dimension (a shared expert, fed with the tokens of
+all rows together) has no rows. Knows adapters; does not know about modules.
 """
 
 from __future__ import annotations
@@ -23,8 +25,7 @@ Acting = tuple[tuple[Adapter, float], ...]
 """(adapter, strength) in order; the adapters are the attachment's own."""
 
 MAX_REPEATS = 4
-"""How many times a batch may repeat the list of mixes. Guidance doubles a batch, and its kin triple it; more is a
-module whose first dimension holds tokens, where the n-th entry is no row."""
+"""How many times a batch may repeat the list of mixes. Guidance doubles a batch, and its kin triple it."""
 
 
 class Segment(NamedTuple):
@@ -42,11 +43,14 @@ class Share(NamedTuple):
     strengths: tuple[float, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class RowMixes:
-    """Row i of a batch, and row i + n, i + 2n, … where it is repeated, is under mixes[i]; n = len(mixes)."""
+    """Row i of a batch, and row i + n, i + 2n, … where it is repeated, is under mixes[i]; n = len(mixes).
+
+    `batch`: the rows that the model was last called with; n where a module was called by itself."""
 
     mixes: tuple[Acting, ...]
+    batch: int | None = None
     _indices: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
     _segments: dict[frozenset[int], list[Segment]] = field(default_factory=dict, repr=False)
 
@@ -75,17 +79,25 @@ class RowMixes:
         return [Segment(mix, tuple(rows)) for mix, rows in found.values()]
 
     def without(self, gone: Adapter) -> RowMixes:
-        return RowMixes(tuple(tuple((a, s) for a, s in mix if a is not gone) for mix in self.mixes))
+        return RowMixes(tuple(tuple((a, s) for a, s in mix if a is not gone) for mix in self.mixes), self.batch)
 
     def repeats(self, batch: int, where: str) -> int:
-        """k of a batch of k·n rows. Raises AdapterError for any other number of rows."""
+        """k of a batch of k·n rows. Raises AdapterError for any other number of rows, and for one that the model itself
+        was not called with: the tokens of k-token rows, flattened, are k·n too."""
         n = len(self.mixes)
-        if batch % n or not 1 <= batch // n <= MAX_REPEATS:
+        rows = n if self.batch is None else self.batch
+        if rows % n or not 1 <= rows // n <= MAX_REPEATS:
             raise AdapterError(
-                f"{n} mixes, one a row, and a batch of {batch}",
+                f"{n} mixes, one a row, and a batch of {rows}",
                 where=where,
-                fix=f"a mix for each row: {n} rows, or that list 2 to {MAX_REPEATS} times over as guidance has it; a "
-                "module whose first dimension is not the batch cannot have a mix for each row",
+                fix=f"a mix for each row: {n} rows, or that list 2 to {MAX_REPEATS} times over as guidance has it",
+            )
+        if batch != rows:
+            raise AdapterError(
+                f"{n} mixes, one a row, and a batch of {batch} in this module, where the model has {rows} rows",
+                where=where,
+                fix="a module whose first dimension is not the batch cannot have a mix for each row: run each mix by "
+                "itself, or use adapters that leave this module alone",
             )
         return batch // n
 

@@ -2,6 +2,8 @@
 
 Optional: without a C compiler everything runs on torch's own operations, slower and with the same results within
 bfloat16 rounding. `status()` says which of the two it is and why; VENEER_NATIVE=0 turns the compiled kernels off.
+Every kernel is tried beside its formula once a build (selftest.py); one that fails is left out and named, and torch
+does its work. Whoever calls a kernel asks for it by name first: `usable("rms_norm", x, w)`.
 
 Knows raw tensors; imports torch and nothing of veneer.
 """
@@ -12,38 +14,37 @@ import contextlib
 import ctypes
 import functools
 import gc
-import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from veneer.kernels.build import built
+
 __all__ = [
+    "PAGED",
+    "Library",
     "Pair",
     "attention",
+    "bound",
     "kept_memory",
     "load",
     "page_out",
     "peak_resident",
     "returned_memory",
-    "serving",
     "status",
     "strides",
     "thin",
     "usable",
 ]
-
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
-"""No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
 
 _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _HEADS = [_pointer, _int64, *[_pointer] * 4, *[_int64] * 5, _float, _pointer, _int]
@@ -103,36 +104,49 @@ HEADERS = ("bf16.h", "serving.h")
 _reason = "not looked for yet"
 
 
-def _cache() -> Path:
-    home = os.environ.get("VENEER_HOME")
-    return Path(home) / "kernels" if home else Path.home() / ".veneer" / "kernels"
+class Library:
+    """The kernels that are to be used, each an attribute. A kernel that fails raises MemoryError, where it has no room,
+    or IndexError, where a target is none."""
+
+    def has(self, *names: str) -> bool:
+        return all(hasattr(self, name) for name in names)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"there is no kernel {name} here")
 
 
-def _build(compiler: str) -> Path:
-    """Compile into the cache, named by what was compiled, for which processor and by which compiler."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    cpu = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0] if sys.platform == "linux" else ""
-    here = Path(__file__).parent
-    texts = [(here / name).read_text() for name in (*SOURCES, *HEADERS)]
-    key = hashlib.sha256("\0".join([*texts, version, cpu, platform.machine(), *FLAGS]).encode()).hexdigest()
-    target = _cache() / f"native-{key[:16]}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            built = Path(scratch) / target.name
-            subprocess.run(
-                [compiler, *FLAGS, *(str(here / name) for name in SOURCES), "-o", str(built), "-lm"],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=120,
-            )
-            built.replace(target)
-    return target
+_FALLIBLE = frozenset({
+    "norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "thin_add",
+    "thin_through", "thin_gradients", "paged_attend", "decode",
+})  # fmt: skip
+"""Those that say whether they could do their work (bf16.h)."""
+
+
+def bound(path: str | Path, without: Iterable[str] = ()) -> Library:
+    """The kernels of a compiled library but those named. Raises OSError for what is none."""
+    compiled, library = ctypes.CDLL(str(path)), Library()
+    for name, arguments in (_SIGNATURES | _PRODUCTS | _SERVING).items():
+        function = getattr(compiled, name, None)
+        if function is None and name in _SIGNATURES:
+            raise OSError(f"{path} has no {name}")
+        if function is not None and name not in without:
+            function.argtypes, function.restype = arguments, None
+            if name in _FALLIBLE:
+                function.restype, function.errcheck = _int, _checked
+            setattr(library, name, function)
+    return library
+
+
+def _checked(result: int, function: Any, arguments: Any) -> int:
+    if result == 1:
+        raise MemoryError(f"{function.__name__}: no memory for what it works with")
+    if result == 2:
+        raise IndexError(f"{function.__name__}: a target is no token of the vocabulary")
+    return result
 
 
 @functools.cache
-def load() -> ctypes.CDLL | None:
+def load() -> Library | None:
     """The compiled kernels, or None. Looked for once a process."""
     global _reason
     if os.environ.get("VENEER_NATIVE", "1") == "0":
@@ -142,50 +156,17 @@ def load() -> ctypes.CDLL | None:
     if compiler is None:
         _reason = "no C compiler (cc, gcc or clang) on the path"
         return None
+    here = Path(__file__).parent
     try:
-        library = ctypes.CDLL(str(_build(compiler)))
-        more = (_PRODUCTS if _has(library, "products") else {}) | (_SERVING if _has(library, "serving") else {})
-        for name, arguments in (_SIGNATURES | more).items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
-        wrong = _self_test(library)
-    except (OSError, AttributeError, ValueError, subprocess.SubprocessError) as error:
+        made = built(compiler, [here / name for name in SOURCES], [here / name for name in HEADERS])
+        library = bound(made.library, made.wrong)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
         _reason = f"{compiler} could not build them: {lines[-1]}"
         return None
-    if wrong:
-        _reason = f"built by {compiler}, but {wrong} disagrees with torch on this machine"
-        return None
-    _reason = f"compiled by {compiler}"
+    wrong = [f"{name} {why}" for name, why in made.wrong.items()]
+    _reason = "; ".join([f"compiled by {compiler}", *(["left out: " + ", ".join(wrong)] if wrong else []), *made.notes])
     return library
-
-
-def _self_test(library: ctypes.CDLL) -> str:
-    """The name of the first kernel whose result is not torch's; cheap, and run before anything trusts the library."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(7, 72, generator=generator).bfloat16()
-    w = torch.randn(72, generator=generator).bfloat16()
-    y = torch.empty_like(x)
-    library.rms_norm(x.data_ptr(), w.data_ptr(), y.data_ptr(), 7, 72, 1e-5, 1)
-    if not torch.allclose(
-        y.float(), torch.nn.functional.rms_norm(x.float(), (72,), w.float(), 1e-5), rtol=1e-2, atol=1e-3
-    ):
-        return "rms_norm"
-    s = x.clone()
-    library.causal_softmax(s.data_ptr(), 1, 7, 1, 72, 65, 0, 0, 1)
-    future = torch.arange(72)[None] > torch.arange(65, 72)[:, None]
-    if not torch.allclose(s.float(), x.float().masked_fill(future, -torch.inf).softmax(1), rtol=1e-2, atol=1e-5):
-        return "causal_softmax"
-    if _has(library, "products"):
-        q, k, v = (torch.randn(1, 70, 2, 40, generator=generator).bfloat16() for _ in range(3))
-        out, lse = torch.empty_like(q), torch.empty(1, 2, 70)
-        pointers = [t.data_ptr() for t in (q, k, v, out, lse)]
-        library.attend(*pointers, strides(q, k, v, out), 1, 2, 70, 70, 40, 0.25, 1)
-        q, k, v = (t.float().transpose(1, 2) for t in (q, k, v))
-        want = torch.softmax(0.25 * q @ k.mT, -1) @ v
-        if not torch.allclose(out.float().transpose(1, 2), want, rtol=2e-2, atol=2e-2):
-            return "attend"
-    return ""
 
 
 def status() -> str:
@@ -197,28 +178,38 @@ def status() -> str:
     )
 
 
-def usable(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The library if every tensor is a contiguous bfloat16 one on the CPU, else None."""
+def usable(kernels: str | tuple[str, ...], *tensors: Tensor) -> Library | None:
+    """The library if it has these kernels and every tensor is a contiguous bfloat16 one on the CPU, else None."""
     if all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
-        return load()
+        return _with(kernels)
     return None
 
 
-def attention(*tensors: Tensor) -> ctypes.CDLL | None:
+def attention(*tensors: Tensor) -> Library | None:
     """The library if it has the attention kernels (a processor with AVX512-BF16) and they take these: bfloat16 on the
     CPU, the last dimension even and lying together."""
     if all(
         t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.shape[-1] % 2 == 0 and t.stride(-1) == 1
         for t in tensors
     ):
-        return _with_products()
+        return _with(("attend", "attend_backward"))
     return None
 
 
-def thin(*tensors: Tensor) -> ctypes.CDLL | None:
+def thin(*tensors: Tensor) -> Library | None:
     """The library if it has the kernels of thin products (as `attention`) and they take these as x or y: as `usable`,
     and the last dimension a multiple of 16."""
-    return _with_products() if usable(*tensors) is not None and all(t.shape[-1] % 16 == 0 for t in tensors) else None
+    needed = ("thin_add", "thin_through", "thin_gradients")
+    return usable(needed, *tensors) if all(t.shape[-1] % 16 == 0 for t in tensors) else None
+
+
+PAGED = ("store_rows", "turn_and_store", "paged_attend")
+"""The kernels that read and write pages in their own layout: all of them or none."""
+
+
+def _with(names: str | tuple[str, ...]) -> Library | None:
+    library = load()
+    return library if library is not None and library.has(*([names] if isinstance(names, str) else names)) else None
 
 
 class Pair(ctypes.Structure):
@@ -240,65 +231,61 @@ def strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
     return (_int64 * len(flat))(*flat)
 
 
-def serving(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The library if it has the kernels for serving (as `attention`) and they take these: as `usable`."""
-    library = usable(*tensors)
-    return library if library is not None and _has(library, "serving") else None
-
-
-def _with_products() -> ctypes.CDLL | None:
-    library = load()
-    return library if library is not None and _has(library, "products") else None
-
-
-def _has(library: ctypes.CDLL, what: str) -> bool:
-    return bool(_int.in_dll(library, f"has_{what}").value)
-
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h of glibc
-_DEFAULT_TRIM, _DEFAULT_MMAPS = 128 * 1024, 65536
+_KEPT = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
+_RETURNED = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 1 << 17, _M_TRIM_THRESHOLD: 1 << 17}
+_AFTER = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 1 << 25, _M_TRIM_THRESHOLD: 1 << 26}
+"""mallopt has no getter, and after its first call glibc's thresholds no longer follow what is freed. Left to itself,
+glibc raises them with every larger block that is freed, up to these, and never lowers them: a process that has trained
+or loaded a model is where it would be without us."""
+_settings: list[dict[int, int]] = []
+_settings_lock = threading.Lock()
 
 
 @contextmanager
-def kept_memory() -> Iterator[None]:
+def _allocator(setting: dict[int, int]) -> Iterator[None]:
+    """glibc's malloc set so for the length of a with-block, in which another may lie: the latest still open holds. Does
+    nothing where the C library has no mallopt."""
+    libc = ctypes.CDLL(None)
+    mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
+    if mallopt is None or trim is None:
+        yield
+        return
+
+    def put() -> None:
+        for option, value in (_settings[-1] if _settings else _AFTER).items():
+            mallopt(option, value)
+
+    with _settings_lock:
+        _settings.append(setting)
+        put()
+    try:
+        yield
+    finally:
+        with _settings_lock:
+            del _settings[len(_settings) - 1 - _settings[::-1].index(setting)]
+            put()
+            last = not _settings
+        if last:
+            gc.collect()
+            trim(0)
+
+
+def kept_memory() -> AbstractContextManager[None]:
     """Keep freed memory in the process for the length of a with-block, then give it back.
 
     glibc maps every block above 32 MB (and many above 128 kB) afresh and unmaps it when freed; the kernel zeroes the
     pages again each time. A training step frees and takes the same activations over and over: keeping them measured
-    8% of a step. Does nothing where the C library has no mallopt."""
-    libc = ctypes.CDLL(None)
-    mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
-    if mallopt is None or trim is None:
-        yield
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        mallopt(_M_MMAP_MAX, _DEFAULT_MMAPS)
-        mallopt(_M_TRIM_THRESHOLD, _DEFAULT_TRIM)
-        gc.collect()
-        trim(0)
+    8% of a step."""
+    return _allocator(_KEPT)
 
 
-@contextmanager
-def returned_memory() -> Iterator[None]:
+def returned_memory() -> AbstractContextManager[None]:
     """Give freed memory back at once for the length of a with-block: the opposite of `kept_memory`.
 
     glibc takes larger and larger blocks from its heap once one has been freed, and what stays there between them keeps
     the heap from shrinking: quantising weight after weight left a tenth of the model in holes."""
-    libc = ctypes.CDLL(None)
-    mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
-    if mallopt is None or trim is None:
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, _DEFAULT_TRIM)
-    try:
-        yield
-    finally:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc's own rule ends
-        trim(0)
+    return _allocator(_RETURNED)
 
 
 def peak_resident() -> int:

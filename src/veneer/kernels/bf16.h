@@ -9,6 +9,20 @@
 
 typedef uint16_t bf16;
 
+/* What a kernel that can fail returns; kernels/__init__.py makes exceptions of it. */
+enum { DONE, NO_ROOM, BAD_TARGET };
+
+static inline void *aligned_room(int64_t bytes) { return aligned_alloc(64, bytes > 0 ? (size_t)((bytes + 63) / 64 * 64) : 64); }
+
+/* A thread that has no room says so, and leaves out its part of the loop: it must still meet the others at the end. */
+static inline int all_there(int there, int *failed) {
+    if (!there) {
+#pragma omp atomic write
+        *failed = NO_ROOM;
+    }
+    return there;
+}
+
 static inline float up(bf16 h) {
     uint32_t u = (uint32_t)h << 16;
     float f;

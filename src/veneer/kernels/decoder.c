@@ -174,7 +174,7 @@ enum {
    layers: FIELDS numbers each, pointers in the main; sizes: dim, heads, kv, d, ffn, the kind of all matrices; numbers: eps, scale. positions … longest:
    as paged_attend has them. thin: thin_rows' tables of groups 4 layer … 4 layer + 3 one after another, or none; nseg … ldu: as
    there. room: n (dim + (heads + 2 kv) d + heads d + 3 ffn) elements. */
-void decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, const float *numbers, const float *cs,
+int decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, const float *numbers, const float *cs,
             const float *sn, const i64 *positions, const i64 *slots, const i64 *starts, i64 nseq, const i64 *tables, i64 ldt,
             i64 longest, const i64 *thin, i64 nseg, const i64 *segments, const i64 *rows, const float *strengths, bf16 *u,
             i64 ldu, bf16 *room, int threads) {
@@ -182,6 +182,7 @@ void decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, cons
     float eps = numbers[0], scale = numbers[1];
     bf16 *h = room, *qkv = h + n * dim, *seen = qkv + n * wide_qkv, *gates = seen + n * heads * d, *act = gates + n * 2 * ffn;
     i64 record = THIN_RECORD * nseg;
+    int failed = DONE;
     meeting m = {0};
 #pragma omp parallel num_threads(threads)
     for (i64 i = 0; i < count; i++) {
@@ -202,7 +203,7 @@ void decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, cons
                               (bf16 *)of[KEYS], (bf16 *)of[VALUES], &m);
         meet(&m);
         paged_attend_inside(qkv, wide_qkv, seen, heads, kv, d, positions, starts, nseq, tables, ldt, AT(KEYS), AT(VALUES),
-                            scale, 0.0f, of[WINDOW], longest);
+                            scale, 0.0f, of[WINDOW], longest, &failed);
         meet(&m);
         product_inside(seen, n, heads * d, MATRIX(OUT), AT(OUT_BIAS), x, dim, 1);
         meet(&m);
@@ -224,6 +225,7 @@ void decode(bf16 *x, i64 n, const i64 *layers, i64 count, const i64 *sizes, cons
 #undef MATRIX
 #undef THIN
     }
+    return failed;
 }
 
 #else

@@ -11,9 +11,9 @@
 /* For parallel regions that the calling thread begins, torch's too: both use one OpenMP. */
 void use_threads(int n) { omp_set_num_threads(n); }
 
-static int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+static inline int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-static void *room(int64_t bytes) { return aligned_alloc(64, (size_t)padded_to(bytes, 64)); }
+static void *room(int64_t bytes) { return aligned_room(bytes); }
 
 /* y = w x / sqrt(mean x^2 + eps), row by row */
 void rms_norm(const bf16 *x, const bf16 *w, bf16 *y, int64_t n, int64_t d, float eps, int threads) {
@@ -108,14 +108,17 @@ static inline float centre(float *x, int64_t n, float mean, float eps) {
 
 /* x (n, groups, per, places), shift (n, groups, per) or NULL, w and b (groups, per). y = silu(z), with z the norm of x + shift
    over per and places, times w, plus b. */
-void norm_silu(const bf16 *x, const bf16 *shift, const bf16 *w, const bf16 *b, bf16 *y, int64_t n, int64_t groups, int64_t per,
+int norm_silu(const bf16 *x, const bf16 *shift, const bf16 *w, const bf16 *b, bf16 *y, int64_t n, int64_t groups, int64_t per,
                int64_t places, float eps, int threads) {
+    int failed = DONE;
 #pragma omp parallel num_threads(threads)
     {
         int64_t all = per * places;
         float *z = room(all * 4), *t = room(places * 4);
+        int there = all_there(z && t, &failed);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n * groups; i++) {
+            if (!there) continue;
             for (int64_t c = 0; c < per; c++)
                 widen(x + i * all + c * places, shift ? up(shift[i * per + c]) : 0.0f, z + c * places, places);
             float r = centre(z, all, mean_of(z, all), eps);
@@ -131,17 +134,21 @@ void norm_silu(const bf16 *x, const bf16 *shift, const bf16 *w, const bf16 *b, b
         }
         free(z), free(t);
     }
+    return failed;
 }
 
 /* With e the gradient of the norm itself and z that norm: dx = r (e - mean e - z mean(e z)) */
-void norm_silu_backward(const bf16 *g, const bf16 *x, const bf16 *shift, const bf16 *w, const bf16 *b, bf16 *dx, int64_t n,
+int norm_silu_backward(const bf16 *g, const bf16 *x, const bf16 *shift, const bf16 *w, const bf16 *b, bf16 *dx, int64_t n,
                         int64_t groups, int64_t per, int64_t places, float eps, int threads) {
+    int failed = DONE;
 #pragma omp parallel num_threads(threads)
     {
         int64_t all = per * places;
         float *e = room(all * 4), *c = room(all * 4), *v = room(places * 4), *t = room(places * 4);
+        int there = all_there(e && c && v && t, &failed);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n * groups; i++) {
+            if (!there) continue;
             widen(g + i * all, 0.0f, e, all);
             for (int64_t k = 0; k < per; k++)
                 widen(x + i * all + k * places, shift ? up(shift[i * per + k]) : 0.0f, c + k * places, places);
@@ -166,6 +173,7 @@ void norm_silu_backward(const bf16 *g, const bf16 *x, const bf16 *shift, const b
         }
         free(e), free(c), free(v), free(t);
     }
+    return failed;
 }
 
 /* y = x scale where hash(seed, place) >= least, else 0. The hash is Wellons' lowbias32 with the seed's words before its two
@@ -354,14 +362,17 @@ void scatter_heads(const bf16 *g, int64_t ld, const bf16 *cs, const bf16 *sn, co
 
 /* In place, scores to probabilities: scores (b, queries * per, keys), query t = q0 + row / per, key k0 + column. A query
    sees keys max(0, t - window + 1) ... t; elsewhere the probability is 0. window <= 0: no window. */
-void causal_softmax(bf16 *scores, int64_t b, int64_t queries, int64_t per, int64_t keys, int64_t q0, int64_t k0, int64_t window,
+int causal_softmax(bf16 *scores, int64_t b, int64_t queries, int64_t per, int64_t keys, int64_t q0, int64_t k0, int64_t window,
                     int threads) {
     int64_t rows = queries * per;
+    int failed = DONE;
 #pragma omp parallel num_threads(threads)
     {
-        float *e = malloc(sizeof(float) * (size_t)keys);
+        float *e = room(keys * 4);
+        int there = all_there(e != NULL, &failed);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < b * rows; i++) {
+            if (!there) continue;
             bf16 *s = scores + i * keys;
             int64_t t = q0 + (i % rows) / per;
             int64_t lo = window > 0 && t - window + 1 > k0 ? t - window + 1 - k0 : 0, hi = t - k0 + 1;
@@ -384,6 +395,7 @@ void causal_softmax(bf16 *scores, int64_t b, int64_t queries, int64_t per, int64
         }
         free(e);
     }
+    return failed;
 }
 
 /* In place, ds = p (dp - sum p dp), over rows of `keys` */
@@ -400,14 +412,26 @@ void softmax_backward(const bf16 *p, bf16 *dp, int64_t rows, int64_t keys, int t
     }
 }
 
-/* nll[i] = logsumexp(logits[i]) - logits[i][target] (float32); if grad, logits become softmax - onehot in place. */
-void token_nll(bf16 *logits, const int64_t *targets, float *nll, int64_t n, int64_t v, int grad, int threads) {
+/* nll[i] = logsumexp(logits[i]) - logits[i][target] (float32); if grad, logits become softmax - onehot in place. A row whose
+   target is IGNORED has nll 0 and no gradient. Any other target outside 0 ... v - 1 is an error, and nothing is written. */
+enum { IGNORED = -100 };
+int token_nll(bf16 *logits, const int64_t *targets, float *nll, int64_t n, int64_t v, int grad, int threads) {
+    int failed = DONE;
+    for (int64_t i = 0; i < n; i++)
+        if (targets[i] != IGNORED && (targets[i] < 0 || targets[i] >= v)) return BAD_TARGET;
 #pragma omp parallel num_threads(threads)
     {
-        float *e = malloc(sizeof(float) * (size_t)v);
+        float *e = room(v * 4);
+        int there = all_there(e != NULL, &failed);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n; i++) {
+            if (!there) continue;
             bf16 *x = logits + i * v;
+            if (targets[i] == IGNORED) {
+                nll[i] = 0.0f;
+                if (grad) memset(x, 0, (size_t)v * sizeof *x);
+                continue;
+            }
             float top = -__builtin_inff(), sum = 0.0f, hit = up(x[targets[i]]);
 #pragma omp simd reduction(max : top)
             for (int64_t j = 0; j < v; j++) {
@@ -428,6 +452,7 @@ void token_nll(bf16 *logits, const int64_t *targets, float *nll, int64_t n, int6
         }
         free(e);
     }
+    return failed;
 }
 
 /* Attention where every query sees every key: o = softmax(scale q k^T) v, lse = log sum exp(scale q k^T). Neither scores nor
@@ -532,16 +557,19 @@ static void rows_to(const float *x, int64_t D, float by, int64_t n, int64_t d, b
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* q (n, S, heads, d), k, v (n, T, heads, d) -> out like q, lse (n, heads, S) float32 */
-void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, const int64_t *at, int64_t n, int64_t heads,
+int attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, const int64_t *at, int64_t n, int64_t heads,
             int64_t S, int64_t T, int64_t d, float scale, int threads) {
     int64_t D = padded_to(d, 16), P = padded_to(T, PANEL);
+    int failed = DONE;
 #pragma omp parallel num_threads(threads)
     {
         uint32_t *kd = room(P * D * 2), *vk = room(P * D * 2);
         bf16 *rows = room(ROWS * D * 2), *p = room(ROWS * KEYS * 2);
         float *s = room(ROWS * KEYS * 4), *o = room(ROWS * D * 4), top[ROWS], sum[ROWS];
+        int there = all_there(kd && vk && rows && p && s && o, &failed);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n * heads; i++) {
+            if (!there) continue;
             int64_t b = i / heads, h = i % heads;
             const bf16 *qh = q + b * at[0] + h * at[2], *kh = k + b * at[3] + h * at[5], *vh = v + b * at[6] + h * at[8];
             bf16 *oh = out + b * at[9] + h * at[11];
@@ -586,13 +614,15 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse, 
         }
         free(kd), free(vk), free(rows), free(p), free(s), free(o);
     }
+    return failed;
 }
 
 /* With g the gradient of out: dv = p^T g, ds = scale p (g v^T - sum over d of g out), dq = ds k, dk = ds^T q. */
-void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const bf16 *g, bf16 *dq, bf16 *dk, bf16 *dv,
+int attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const bf16 *g, bf16 *dq, bf16 *dk, bf16 *dv,
                      const float *lse, const int64_t *at, int64_t n, int64_t heads, int64_t S, int64_t T, int64_t d, float scale,
                      int threads) {
     int64_t D = padded_to(d, 16), P = padded_to(T, PANEL), Q = padded_to(S, TILE);
+    int failed = DONE;
 #pragma omp parallel num_threads(threads)
     {
         uint32_t *kd = room(P * D * 2), *vd = room(P * D * 2), *kk = room(P * D * 2), *qq = room(Q * D * 2), *gg = room(Q * D * 2);
@@ -600,11 +630,14 @@ void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *ou
         bf16 *x = room(ROWS * D * 2), *y = room(ROWS * D * 2), *ds = room(ROWS * KEYS * 2);
         float *s = room(TILE * PANEL * 4), *t = room(TILE * PANEL * 4), *dot = room(Q * 4);
         float *sq = room(Q * D * 4), *sk = room(KEYS * D * 4), *sv = room(KEYS * D * 4);
+        int there = kd && vd && kk && qq && gg && pt && st && x && y && ds && s && t && dot && sq && sk && sv;
+        all_there(there, &failed);
         uint16_t order[32]; /* what narrow_two has side by side, as pairs */
         for (int e = 0; e < 32; e++) order[e] = (uint16_t)(e / 2 + e % 2 * 16);
         __m512i pairs = _mm512_loadu_si512(order);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n * heads; i++) {
+            if (!there) continue;
             int64_t b = i / heads, h = i % heads;
             const bf16 *qh = q + b * at[0] + h * at[2], *kh = k + b * at[3] + h * at[5], *vh = v + b * at[6] + h * at[8];
             const bf16 *oh = out + b * at[9] + h * at[11], *gh = g + b * at[12] + h * at[14];
@@ -674,6 +707,7 @@ void attend_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *ou
         free(kd), free(vd), free(kk), free(qq), free(gg), free(pt), free(st), free(x), free(y), free(ds);
         free(s), free(t), free(dot), free(sq), free(sk), free(sv);
     }
+    return failed;
 }
 
 /* The thin half of joined projections with their pairs. Each pair has columns first ... last - 1 of the output for its own,
@@ -734,9 +768,11 @@ static const uint32_t *tile_rows(const bf16 *x, int64_t first, int64_t real, int
 }
 
 /* u = x A^T, and y += s u B^T on each pair's columns. x (n, in), y (n, out), u (n, R). */
-void thin_add(const pair *pairs, int count, const bf16 *x, bf16 *y, bf16 *u, int64_t n, int64_t in, int64_t out, int threads) {
+int thin_add(const pair *pairs, int count, const bf16 *x, bf16 *y, bf16 *u, int64_t n, int64_t in, int64_t out, int threads) {
     int64_t R = padded_ranks(pairs, count), at = 0, cells = 0;
     uint32_t *A = room(in * R * 2), *B = room(R * out * 2); /* more than B needs where pairs have columns of their own */
+    int failed = DONE;
+    if (!all_there(A && B, &failed)) return free(A), free(B), failed;
     for (int i = 0; i < count; i++) {
         const pair *p = pairs + i;
         int64_t padded = padded_to(p->rank, 16), wide = p->last - p->first;
@@ -748,8 +784,10 @@ void thin_add(const pair *pairs, int count, const bf16 *x, bf16 *y, bf16 *u, int
     {
         bf16 *copy = room(TILE * in * 2), *thin = room(ROWS * R * 2);
         float *c = room(ROWS * (R > KEYS ? R : KEYS) * 4);
+        int there = all_there(copy && thin && c, &failed);
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < n; first += ROWS) {
+            if (!there) continue;
             int64_t real = least(ROWS, n - first), whole = real / TILE * TILE, padded = padded_to(real, TILE);
             product((const uint32_t *)(x + first * in), in / 2, 1, A, R, in / 2, c, R, whole, R, 0);
             if (whole < real) {
@@ -773,13 +811,16 @@ void thin_add(const pair *pairs, int count, const bf16 *x, bf16 *y, bf16 *u, int
         free(copy), free(thin), free(c);
     }
     free(A), free(B);
+    return failed;
 }
 
 /* du = s g B, and dx += du A unless dx is NULL. g (n, out), du (n, R), dx (n, in). */
-void thin_through(const pair *pairs, int count, const bf16 *g, bf16 *du, bf16 *dx, int64_t n, int64_t in, int64_t out,
+int thin_through(const pair *pairs, int count, const bf16 *g, bf16 *du, bf16 *dx, int64_t n, int64_t in, int64_t out,
                   int threads) {
     int64_t R = padded_ranks(pairs, count), at = 0, cells = 0;
     uint32_t *A = room(in * R * 2), *B = room(R * out * 2);
+    int failed = DONE;
+    if (!all_there(A && B, &failed)) return free(A), free(B), failed;
     for (int i = 0; i < count; i++) {
         const pair *p = pairs + i;
         int64_t padded = padded_to(p->rank, 16), wide = p->last - p->first;
@@ -791,8 +832,10 @@ void thin_through(const pair *pairs, int count, const bf16 *g, bf16 *du, bf16 *d
     {
         bf16 *copy = room(ROWS * out * 2), *thin = room(ROWS * R * 2);
         float *c = room(ROWS * (R > KEYS ? R : KEYS) * 4);
+        int there = all_there(copy && thin && c, &failed);
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < n; first += ROWS) {
+            if (!there) continue;
             int64_t real = least(ROWS, n - first), padded = padded_to(real, TILE), start = 0;
             const uint32_t *rows = tile_rows(g, first, real, padded, out, copy), *b = B;
             for (int i = 0; i < count; i++) {
@@ -811,15 +854,18 @@ void thin_through(const pair *pairs, int count, const bf16 *g, bf16 *du, bf16 *d
         free(copy), free(thin), free(c);
     }
     free(A), free(B);
+    return failed;
 }
 
 /* dA[i] = du^T x and dB[i] = s g^T u on each pair's rows and columns, float32. Shared out by columns of x and g, so that no
    sum depends on the number of threads. */
-void thin_gradients(const pair *pairs, int count, const bf16 *g, const bf16 *x, const bf16 *u, const bf16 *du, float **dA,
+int thin_gradients(const pair *pairs, int count, const bf16 *g, const bf16 *x, const bf16 *u, const bf16 *du, float **dA,
                     float **dB, int64_t n, int64_t in, int64_t out, int threads) {
     enum { DEEP = 128 };
     int64_t R = padded_ranks(pairs, count), even = padded_to(n, 2), of_x = padded_to(in, PANEL) / PANEL, panels = of_x;
     uint32_t *pu = room(even * R * 2), *pdu = room(even * R * 2);
+    int failed = DONE;
+    if (!all_there(pu && pdu, &failed)) return free(pu), free(pdu), failed;
     pack_rows(u, R, n, even, R, R, pu);
     pack_rows(du, R, n, even, R, R, pdu);
     for (int i = 0; i < count; i++) panels += padded_to(pairs[i].last - pairs[i].first, PANEL) / PANEL;
@@ -827,8 +873,10 @@ void thin_gradients(const pair *pairs, int count, const bf16 *g, const bf16 *x, 
     {
         uint32_t *packed = room(DEEP / 2 * PANEL * 4);
         float *c = room((R > PANEL ? R : PANEL) * PANEL * 4);
+        int there = all_there(packed && c, &failed);
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < panels; item++) {
+            if (!there) continue;
             int i = 0;
             int64_t start = 0, panel = item - of_x;
             if (item >= of_x) /* the pair whose columns of g these are, and where its rank starts in u */
@@ -860,6 +908,7 @@ void thin_gradients(const pair *pairs, int count, const bf16 *g, const bf16 *x, 
         free(packed), free(c);
     }
     free(pu), free(pdu);
+    return failed;
 }
 #else
 const int has_products = 0;

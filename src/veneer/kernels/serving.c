@@ -211,16 +211,18 @@ SCORES(12)
    (nseq, ldt) block numbers. longest: the largest position + 1. */
 void paged_attend_inside(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i64 d, const i64 *positions,
                          const i64 *starts, i64 nseq, const i64 *tables, i64 ldt, const bf16 *K, const bf16 *V, float scale,
-                         float cap, i64 window, i64 longest) {
+                         float cap, i64 window, i64 longest, int *failed) {
     i64 group = heads / kv, d2 = d / 2, room = (longest + BLOCK - 1) / BLOCK * BLOCK;
-    i64 *first = malloc((size_t)(nseq + 1) * sizeof *first); /* the tiles before each sequence */
+    i64 *first = aligned_room((nseq + 1) * 8); /* the tiles before each sequence */
+    if (!all_there(first != NULL, failed)) return;
     first[0] = 0;
     for (i64 s = 0; s < nseq; s++) first[s + 1] = first[s] + ((starts[s + 1] - starts[s]) * group + TILE - 1) / TILE * kv;
     {
-        uint32_t *qs = aligned_alloc(64, (size_t)((TILE * d2 * 4 + 63) / 64 * 64));
-        float *sc = aligned_alloc(64, (size_t)(TILE * room * 4)), *o = aligned_alloc(64, (size_t)((TILE * d * 4 + 63) / 64 * 64));
-        bf16 *pr = aligned_alloc(64, (size_t)((TILE * room * 2 + 63) / 64 * 64));
-        for (i64 w = omp_get_thread_num(); w < first[nseq]; w += omp_get_num_threads()) {
+        uint32_t *qs = aligned_room(TILE * d2 * 4);
+        float *sc = aligned_room(TILE * room * 4), *o = aligned_room(TILE * d * 4);
+        bf16 *pr = aligned_room(TILE * room * 2);
+        int there = all_there(qs && sc && o && pr, failed);
+        for (i64 w = omp_get_thread_num(); there && w < first[nseq]; w += omp_get_num_threads()) {
             i64 s = 0;
             while (first[s + 1] <= w) s++;
             i64 all = (starts[s + 1] - starts[s]) * group, h = (w - first[s]) % kv, r0 = (w - first[s]) / kv * TILE;
@@ -281,11 +283,14 @@ void paged_attend_inside(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i
     free(first);
 }
 
-void paged_attend(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i64 d, const i64 *positions, const i64 *starts,
+int paged_attend(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i64 d, const i64 *positions, const i64 *starts,
                   i64 nseq, const i64 *tables, i64 ldt, const bf16 *K, const bf16 *V, float scale, float cap, i64 window,
                   i64 longest, int threads) {
+    int failed = DONE;
 #pragma omp parallel num_threads(threads)
-    paged_attend_inside(q, ldq, out, heads, kv, d, positions, starts, nseq, tables, ldt, K, V, scale, cap, window, longest);
+    paged_attend_inside(q, ldq, out, heads, kv, d, positions, starts, nseq, tables, ldt, K, V, scale, cap, window, longest,
+                        &failed);
+    return failed;
 }
 
 #else

@@ -54,6 +54,6 @@ void turn_and_store_inside(bf16 *qkv, i64 heads, i64 kv, i64 d, const float *cs,
 
 void paged_attend_inside(const bf16 *q, i64 ldq, bf16 *out, i64 heads, i64 kv, i64 d, const i64 *positions,
                          const i64 *starts, i64 nseq, const i64 *tables, i64 ldt, const bf16 *K, const bf16 *V, float scale,
-                         float cap, i64 window, i64 longest);
+                         float cap, i64 window, i64 longest, int *failed);
 #endif
 #endif

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ class Ggml:
 
     def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         rows = self.raw[first:last]
-        library: Any = kernels.load() if rows.device.type == "cpu" and rows.is_contiguous() else None
+        library = kernels.usable("ggml_dense") if rows.device.type == "cpu" and rows.is_contiguous() else None
         if library is None or self.type not in _COMPILED or dtype not in (torch.bfloat16, torch.float32):
             return self._reference(rows).to(rows.device, dtype)
         out = torch.empty(last - first, self.shape[-1], dtype=dtype)

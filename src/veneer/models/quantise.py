@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import kernels
-from veneer.core.codes import KINDS, Blocks4, Rows8, dynamic_map, table
+from veneer.core.codes import KINDS, SAVED_KINDS, Blocks4, Rows8, dynamic_map, table
 from veneer.core.quantised import Quantised, quantise
 from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
@@ -101,7 +101,7 @@ def load_quantised(
     path: Path, config: PreTrainedConfig, table: list[StoredTensor], kind: str, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(the model of a base directory with its linear weights as `kind`, computing in `dtype`; transformers' loading
-    info). `kind`: nf4, fp4, int8, or "" for a checkpoint that is quantised already and kept as it is."""
+    info). `kind`: one of core.codes.KINDS, or "" for a checkpoint that is quantised already and kept as it is."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
@@ -283,6 +283,8 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
         found = {p.name.removeprefix(f"{packed.name}."): _read(p) for p in parts}
         about = json.loads(bytes(found[state.removeprefix(f"{packed.name}.")].tolist()))
         where = f"{packed.file}: {packed.name}"
+        if kind not in SAVED_KINDS:
+            raise BaseError(f"a 4-bit weight in {kind!r}, which bitsandbytes has no table of", where=where)
         if not torch.equal(found["quant_map"].float(), table(kind)):
             raise BaseError(f"its table of values is not {kind}'s", where=where)
         nested = found.get("nested_quant_map")
@@ -323,7 +325,10 @@ def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def saved_config(kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The `quantization_config` that goes with `saved_tensors`."""
+    """The `quantization_config` that goes with `saved_tensors`. Raises ConfigError for a kind that bitsandbytes, whose
+    checkpoint it is, would read as another."""
+    if kind not in SAVED_KINDS:
+        raise ConfigError(f"{kind!r} cannot be saved as a checkpoint of bitsandbytes", fix=" or ".join(SAVED_KINDS))
     return {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kind,
         "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from veneer.core.codes import KINDS
 from veneer.core.quantised import Quantised
 from veneer.errors import BaseError, ConfigError, ResourceError
 from veneer.models.fingerprint import fingerprint
@@ -100,9 +101,9 @@ def load_text(
     """Find and load a base: eval mode, `requires_grad` False everywhere.
 
     `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantise`: nf4, fp4 or int8
-    puts the linear weights in 4 or 8 bits while they are read; keep leaves those of a GGUF file in their blocks; None
-    is what the files have, with GGUF's dequantised. A checkpoint of bitsandbytes is kept as it is. `say` is told what
-    takes time.
+    (or e2m1, int4, which no checkpoint has) puts the linear weights in 4 or 8 bits while they are read; keep leaves
+    those of a GGUF file in their blocks; None is what the files have, with GGUF's dequantised. A checkpoint of
+    bitsandbytes is kept as it is. `say` is told what takes time.
     Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
     ConfigError (an unknown dtype, device or quantisation), ResourceError (not enough memory)."""
     path = find(name, say=say)
@@ -286,7 +287,7 @@ def choose_quantisation(quantise: str | None, path: Path, config: PreTrainedConf
 
 def _bytes(table: list[StoredTensor], dtype: torch.dtype, codes: str) -> int:
     """About what the weights will take: matrices of embeddings and heads in full."""
-    if codes in ("nf4", "fp4", "int8") and all(t.dtype not in ("U8", "I8") for t in table):
+    if codes in KINDS and all(t.dtype not in ("U8", "I8") for t in table):
         full = ("embed", "lm_head", "wte", "wpe", "output")
         return sum(
             t.elements * dtype.itemsize if len(t.shape) < 2 or any(f in t.name for f in full)

@@ -68,7 +68,7 @@ class Panels:
         self._into(y, x, bias, onto=True)
 
     def _into(self, y: Tensor, x: Tensor, bias: Tensor | None, onto: bool) -> None:
-        library = kernels.serving(x, y)
+        library = kernels.usable("panel_product", x, y)
         assert library is not None
         scales, bias_at = (None if t is None else t.data_ptr() for t in (self.scales, bias))
         library.panel_product(
@@ -119,7 +119,7 @@ def packing(dtype: torch.dtype, device: torch.device) -> type[Panels] | type[Reo
     has it is found out by doing it, as the operations are its compiler's own."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return None
-    if kernels.serving(torch.empty(0, dtype=dtype)) is not None and not torch.cpu._is_amx_tile_supported():
+    if kernels.usable("panel_product") is not None and not torch.cpu._is_amx_tile_supported():
         return Panels
     return Reordered if _reorders(dtype) else None
 

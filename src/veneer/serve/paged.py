@@ -78,7 +78,7 @@ class Pages:
     ) -> None:
         self.heads, self.kv, self.d = heads, kv, d
         probe = torch.empty(0, d, dtype=dtype, device=device)
-        self.native = kernels.serving(probe) if d % 16 == 0 else None
+        self.native = kernels.usable(kernels.PAGED, probe) if d % 16 == 0 else None
         shape = (layers, blocks, kv, BLOCK * d) if self.native is not None else (layers, blocks * BLOCK, kv, d)
         self.K, self.V = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 

@@ -87,7 +87,7 @@ class Plan:
     @cached_property
     def _table(self) -> _Table | None:
         """What kernels/decoder.c reads of every layer; None where it does not run."""
-        library, pages = kernels.serving(self.embedding), self.pages
+        library, pages = kernels.usable("decode", self.embedding), self.pages
         matrices = [(b.qkv, b.out, b.gate_up, b.down) for b in self.blocks]
         panels = [[m for m in own if isinstance(m, Panels)] for own in matrices]
         if library is None or pages.native is None or any(len(own) < 4 for own in panels):
@@ -100,7 +100,7 @@ class Plan:
         for i, (b, own) in enumerate(zip(self.blocks, panels, strict=True)):
             qkv_w, out_w, gate_up_w, down_w = ((m.codes, m.scales) for m in own)
             given = [b.norm, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, b.out_bias, b.norm_after]
-            if any(t is not None and kernels.usable(t) is None for t in given):
+            if any(t is not None and kernels.usable("decode", t) is None for t in given):
                 return None
             fields = [
                 b.norm, *qkv_w, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, *out_w, b.out_bias, b.norm_after,

@@ -110,7 +110,9 @@ class Runner:
         self._plan: Plan | None = None
         self._merged: _Merged | None = None
         self._pasts: dict[int, Any] = {}
-        same_bits = base.device.type == "cpu" and base.dtype == torch.bfloat16 and kernels.load() is not None
+        same_bits = (
+            base.device.type == "cpu" and base.dtype == torch.bfloat16 and kernels.usable("use_threads") is not None
+        )
         self._pace = Pace(_use_threads if same_bits else None, torch.get_num_threads())
         self.how, self.why = self._choose()
         self.shares = self.how != "alone"
@@ -436,7 +438,7 @@ def _has_experts(adapter: Adapter) -> bool:
 
 
 def _use_threads(n: int) -> None:
-    native = kernels.load()
+    native = kernels.usable("use_threads")
     assert native is not None
     torch.get_num_threads()  # a thread's first call sets torch's own number
     native.use_threads(n)

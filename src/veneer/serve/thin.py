@@ -247,7 +247,7 @@ class Segments:
         """Group g's thin products onto y (rows, columns), in place; x (rows, in), both contiguous. `own`: the base's
         product, where y is more than that."""
         before = self._before_gains(g, y) if own is None else own
-        native = kernels.serving(x, y) if x.shape[1] % 2 == 0 else None
+        native = kernels.usable("thin_rows", x, y) if x.shape[1] % 2 == 0 else None
         if native is None:
             self._add_reference(g, x, y)
         else:
