@@ -58,7 +58,7 @@ def text_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return roomy(tiny_base_dir(tmp_path_factory.mktemp("text")))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_quickstart(text_base: Path, tmp_path: Path, number: int) -> None:
     (tmp_path / "config.yaml").write_text(endless(), encoding="utf-8")
     command = [str(ROOT / "examples" / "quickstart.py"), "--base", str(text_base), "--config", "config.yaml"]
@@ -66,7 +66,7 @@ def test_the_quickstart(text_base: Path, tmp_path: Path, number: int) -> None:
     check(*stopped_after([*command, "--output", str(out)], out / "log.jsonl", number, tmp_path), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_the_image_quickstart(tmp_path: Path, number: int) -> None:
     base, out = tiny_image_base(tmp_path / "base", "flux1"), tmp_path / "run"
     command = [str(ROOT / "examples" / "image_quickstart.py"), "--base", str(base), "--output", str(out)]
