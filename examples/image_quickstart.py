@@ -26,6 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import veneer
+from veneer.cli.main import ended
 from veneer.models.image import ImageBase
 from veneer.models.image_grid import sheet
 
@@ -182,4 +183,5 @@ def line(text: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ended():
+        main()

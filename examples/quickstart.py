@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 import veneer
+from veneer.cli.main import ended
 
 ROOT = Path(__file__).resolve().parents[1]
 TICKETS = ROOT / "examples" / "tickets"
@@ -186,10 +187,5 @@ def shown(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with ended():
         main()
-    except veneer.VeneerError as error:
-        Console(stderr=True, highlight=False).print(f"[red]error[/] {escape(str(error))}")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)

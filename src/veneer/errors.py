@@ -11,7 +11,7 @@
     ├── PreflightError          a training run that would go wrong, seen before step one
     ├── TrainingError           a run that went wrong after step one: a loss or gradient that is not finite
     │   └── NoGain              a run that ended worse than it began: there is no adapter to keep (exit code 3)
-    ├── Interrupted             Ctrl-C or SIGTERM during training, after the state was saved (exit code 130)
+    ├── Interrupted             Ctrl-C or SIGTERM during training, after the state was saved (exit code 130 or 143)
     ├── CheckpointError         a checkpoint that cannot be written, read or resumed from
     ├── ResourceError           out of disk or memory
     └── MissingExtraError       an optional dependency that is not installed
@@ -120,9 +120,13 @@ class NoGain(TrainingError):
 
 
 class Interrupted(VeneerError):
-    """Raised when a person or the machine asks a run to stop; the state is saved, `fix` says how to go on."""
+    """Raised when a person or the machine asks a run to stop; the state is saved, `fix` says how to go on. `signal`: by
+    which signal's number; 2 is Ctrl-C's, 15 SIGTERM's. The exit code is 128 more, as a shell has it."""
 
-    exit_code = 130
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, signal: int = 2) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.signal = signal
+        self.exit_code = 128 + signal
 
 
 class CheckpointError(VeneerError):

@@ -8,7 +8,7 @@ A command NAME lives in a file of its own, `cli/NAME.py`, which defines either
 and imports torch, transformers and the rest of veneer inside its functions, so that its `--help` is immediate.
 
 | what ends a command             | on stderr                                   | exit code |
-| a VeneerError                   | error, where, fix                           | its own, 2 (Interrupted: 130) |
+| a VeneerError                   | error, where, fix                           | its own, 2 (Interrupted: 130, 143) |
 | a wrong option or argument      | typer's usage message                       | 2 |
 | Ctrl-C                          | "stopped"                                   | 130 |
 | a full disk, no memory, no rights | what ran out and the way out              | 2 |
@@ -24,7 +24,8 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -35,7 +36,7 @@ from veneer.cli import fault
 from veneer.cli.output import error_text, guard, own
 from veneer.errors import ResourceError, VeneerError
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "ended", "main"]
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "base": ("veneer.cli.base", "Get, list and look at base models."),
@@ -68,21 +69,28 @@ class LazyGroup(TyperGroup):
         return name, _imported(str(name)) if command is not None else None, rest
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with ended():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            raise SystemExit(130) from None
-        except BrokenPipeError:
-            _close_pipe()
-            raise SystemExit(141) from None
-        except Exception as error:
-            known = error if isinstance(error, VeneerError) else _known(error)
-            if known is None:
-                raise
-            if not known.told:
-                _show(known)
-            raise SystemExit(known.exit_code) from None
+
+
+@contextmanager
+def ended() -> Iterator[None]:
+    """What is expected to end a command ends in one message and SystemExit; a bug goes on as it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        _close_pipe()
+        raise SystemExit(141) from None
+    except Exception as error:
+        known = error if isinstance(error, VeneerError) else _known(error)
+        if known is None:
+            raise
+        if not known.told:
+            _show(known)
+        raise SystemExit(known.exit_code) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -91,7 +91,7 @@ def train(
                 result = train_text(chosen, **options)
     except Interrupted as error:
         command = shlex.join(["veneer", "train", *again, "--resume"])
-        stopped = Interrupted(error.what, where=error.where, fix=f"go on with: {command}")
+        stopped = Interrupted(error.what, where=error.where, fix=f"go on with: {command}", signal=error.signal)
         stopped.told = error.told
         raise stopped from None
     finally:

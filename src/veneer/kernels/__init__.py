@@ -50,6 +50,8 @@ _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _HEADS = [_pointer, _int64, *[_pointer] * 4, *[_int64] * 5, _float, _pointer, _int]
 _SIGNATURES: dict[str, list[Any]] = {
     "use_threads": [_int],
+    "stay": [_pointer, _int, _int],
+    "meet_asleep": [_int],
     "rms_norm": [_pointer, _pointer, _pointer, _int64, _int64, _float, _int],
     "rms_norm_backward": [_pointer, _pointer, _pointer, _pointer, _int64, _int64, _float, _int],
     "norm_silu": [*[_pointer] * 5, *[_int64] * 4, _float, _int],
@@ -99,7 +101,7 @@ _SERVING: dict[str, list[Any]] = {
     ],
 }  # fmt: skip
 """What only a processor with AVX512-BF16 has."""
-SOURCES = ("native.c", "quantised.c", "serving.c", "decoder.c")
+SOURCES = ("native.c", "quantised.c", "serving.c", "decoder.c", "threads.c")
 HEADERS = ("bf16.h", "serving.h")
 _reason = "not looked for yet"
 

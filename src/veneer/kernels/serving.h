@@ -20,6 +20,8 @@ typedef struct {
     atomic_int here, turn;
 } meeting;
 
+extern int meeting_spins;
+
 static inline void meet(meeting *m) {
     int all = omp_get_num_threads(), turn = atomic_load_explicit(&m->turn, memory_order_relaxed);
     if (all == 1) return;
@@ -29,7 +31,7 @@ static inline void meet(meeting *m) {
         return;
     }
     for (int spins = 0; atomic_load_explicit(&m->turn, memory_order_acquire) == turn; spins++)
-        if (spins < 10000) _mm_pause();
+        if (spins < meeting_spins) _mm_pause();
         else sched_yield(); /* somebody else has the processor that the others need */
 }
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import BaseError, ConfigError, DataError
+from veneer.kernels.sharing import forwards
 from veneer.models.text import TextBase
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def _run(
     )
     texts = [_Pieces(base.tokenizer) for _ in rows]
     stream = _Stream(list(rows), texts, set(base.stop_ids), on_token)
-    with torch.no_grad():
+    with torch.no_grad(), forwards(base.model):
         made = base.model.generate(
             ids.to(base.device),
             attention_mask=mask.to(base.device),

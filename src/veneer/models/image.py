@@ -26,6 +26,7 @@ from veneer.models.builtin import BUILTIN, PACKAGED
 from veneer.models.image_families import FAMILIES, ImageFamily, topology_name
 from veneer.models.image_files import Loaded, control_of, read_directory
 from veneer.models.image_single_file import read_single_file
+from veneer.models.processors import settle
 from veneer.models.quiet import quiet
 from veneer.models.sources import find
 
@@ -157,6 +158,7 @@ def load_image(
     if name in BUILTIN:
         raise BaseError(f"{name} is a text base", fix=f"an image base: {', '.join(PACKAGED)}, a directory, a hub id, …")
     path = find(name, say=say)
+    settle()
     if path.is_file():
         read = read_single_file(path, config, dtype, device, quantise)
     elif config is not None:

@@ -20,6 +20,7 @@ import torch
 
 from veneer.core.adapter import Mix
 from veneer.errors import BaseError, ConfigError
+from veneer.kernels.sharing import forwards
 from veneer.models.image import pipeline
 from veneer.models.image_predict import encode_prompts
 from veneer.models.image_preview import Preview
@@ -284,7 +285,7 @@ class _Run:
         self.select([row.plan.at(0.0) for row in rows])
         generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
         try:
-            with quiet():
+            with quiet(), forwards(base.denoiser):
                 images = self.pipe(**given, generator=generators, callback_on_step_end=self.at_end_of_step(rows)).images
         except (ValueError, OverflowError) as error:
             said = " ".join(str(error).split())[:300]

@@ -19,6 +19,7 @@ from veneer.core.quantised import Quantised
 from veneer.errors import BaseError, ConfigError, ResourceError
 from veneer.models.fingerprint import fingerprint
 from veneer.models.gguf_base import load_gguf
+from veneer.models.processors import settle
 from veneer.models.quantise import check_kind, load_quantised, original_weight, quantised_bytes, saved_kind
 from veneer.models.quiet import quiet
 from veneer.models.sources import find, is_image
@@ -112,6 +113,7 @@ def load_text(
     table = tensor_table(path)
     config, tokenizer = read_config(path), read_tokenizer(path)
     where = choose_device(device)
+    settle()
     codes = choose_quantisation(quantise, path, config)
     kind, reason = choose_dtype(dtype, where, "BF16" if codes else stored_dtype(table))
     check_memory(path, _bytes(table, kind, codes), kind, where)

@@ -10,7 +10,6 @@ process itself.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 from veneer.errors import ConfigError, ResourceError
 from veneer.models.home import veneer_home
+from veneer.models.processors import count
 from veneer.plan.memory import Load, text_memory
 from veneer.plan.shape import model_shape
 from veneer.plan.tables import Device, device_of_card
@@ -91,7 +91,7 @@ def cpu_device(*, native: bool = True) -> Device:
     `native`: whether the compiled kernels run, which a plan that loads nothing takes for granted."""
     import psutil
 
-    cores = _threads()
+    cores = count()
     total = int(psutil.virtual_memory().total)
     group = Path("/sys/fs/cgroup/memory.max")
     limit = group.read_text(encoding="utf-8").strip() if group.is_file() else ""
@@ -99,17 +99,9 @@ def cpu_device(*, native: bool = True) -> Device:
     return Device("cpu", "cpu", total, cores * 1e12, 20e9, f"this CPU, {cores} threads", None, 1, native)
 
 
-def _threads() -> int:
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given):
-        return int(given)
-    mine: Any = getattr(os, "sched_getaffinity", None)  # Linux alone
-    return len(mine(0)) if mine is not None else os.cpu_count() or 1
-
-
 def device_key(device: Device, dtype: str) -> str:
     """What a record is kept under: device and precision, and of a CPU how many threads."""
-    return f"{f'cpu/{_threads()}' if device.kind == 'cpu' else device.name}/{dtype}"
+    return f"{f'cpu/{count()}' if device.kind == 'cpu' else device.name}/{dtype}"
 
 
 def solved(first: tuple[Work, float], second: tuple[Work, float]) -> tuple[float, float]:

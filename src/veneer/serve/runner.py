@@ -30,6 +30,7 @@ from veneer.core.attach import Attachment, attach, fit_problems
 from veneer.core.merge import merged_state
 from veneer.core.targets import base_modules
 from veneer.errors import ConfigError, ResourceError
+from veneer.kernels.sharing import shared
 from veneer.models.hook import How, attending, hook_attention, new_cache
 from veneer.models.speed import Join
 from veneer.models.text import TextBase
@@ -185,7 +186,7 @@ class Runner:
     @torch.no_grad()
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Logits (Σ wants, vocabulary), in the order of the rows and their tokens."""
-        with self._pace.step(sum(len(row.tokens) for row in rows)):
+        with shared(), self._pace.step(sum(len(row.tokens) for row in rows)):
             return self._run(rows)
 
     def _run(self, rows: Sequence[Row]) -> Tensor:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from veneer import errors
 from veneer.errors import ConfigError, TrainingError, VeneerError
+from veneer.models import processors
 
 __all__ = ["ALONE", "Devices", "digest_of", "joined", "launch", "leads", "shares", "started"]
 
@@ -248,7 +249,7 @@ def launch(count: int, command: Sequence[str]) -> int:
         "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
-    settings.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    settings.setdefault("OMP_NUM_THREADS", str(max(1, processors.count() // count)))
     processes: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: Any) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
 from veneer.kernels import peak_resident
+from veneer.kernels.sharing import shared
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices
 from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Stopped
@@ -168,7 +169,7 @@ class _Run:
     save_at: Collection[int]
     progress: Progress
     tell: Listener
-    interrupted: Callable[[], bool]
+    interrupted: _Asked
     steps: Sequence[Step]
     after: Callable[[int], None] | None
     seed: int
@@ -301,7 +302,7 @@ def _share(run: _Run, number: int, counted: int, micros: Sequence[Micro]) -> _Sh
         if not counts and means is None:  # those that do not count come last
             means = _measured(run)
         seed_all(run.seed, number, index)
-        with memory_errors(micro):
+        with shared(), memory_errors(micro):
             nll = run.loss(micro.make())
             (nll / counted if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
         if counts:
@@ -339,7 +340,9 @@ def _evaluate_if_due(run: _Run) -> bool:
         return False
     began = time.perf_counter()
     # In lockstep nobody may leave while others score; the step after it sees the signal.
-    scores = run.devices.gather(run.evaluate((lambda: False) if run.devices.lockstep else run.interrupted))
+    with shared():
+        own = run.evaluate((lambda: False) if run.devices.lockstep else run.interrupted)
+    scores = run.devices.gather(own)
     found = [score for score in scores if score is not None]
     if len(found) < len(scores):
         _stop(run)
@@ -381,7 +384,8 @@ def _stop(run: _Run) -> None:
     run.tell(Stopped(run.progress.step, "interrupted"))
     raise Interrupted(
         f"stopped after step {run.progress.step} of {len(run.steps)}"
-        + ("; the state is saved" if run.save is not None else "; nothing was asked to be saved")
+        + ("; the state is saved" if run.save is not None else "; nothing was asked to be saved"),
+        signal=run.interrupted.signal or signal.SIGINT,
     )
 
 
@@ -397,7 +401,7 @@ def probe(
     longest = max(step_micros, key=lambda m: (m.tokens if m.size is None else m.size, m.trained))
     before, began = rng_state(), time.perf_counter()
     try:
-        with memory_errors(longest):
+        with shared(), memory_errors(longest):
             value = loss(longest.make())
             if not math.isfinite(value.item()):
                 raise PreflightError(
@@ -447,24 +451,34 @@ def peak_memory_bytes() -> int:
     return peak_resident()
 
 
+@dataclass
+class _Asked:
+    """True when called once a signal asked the run to stop; `signal`: which."""
+
+    signal: int = 0
+
+    def __call__(self) -> bool:
+        return self.signal != 0
+
+
 @contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
+def _signals() -> Iterator[_Asked]:
     """While inside, the first SIGINT or SIGTERM only makes the yielded function true; the second acts as usual."""
-    asked = threading.Event()
+    asked = _Asked()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield asked
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: FrameType | None) -> None:
-        asked.set()
+        asked.signal = number
         for each, handler in before.items():
             signal.signal(each, handler)
 
     for number in before:
         signal.signal(number, ask)
     try:
-        yield asked.is_set
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -76,7 +76,7 @@ def watched(folder: Path, on_event: Listener | None, unit: str) -> Iterator[tupl
         yield fan_out(view or on_event, early.append), early
     except Interrupted as error:
         fix = "go on with the same command and --resume (in Python: resume=True)"
-        raise Interrupted(error.what, where=str(folder / "checkpoints"), fix=fix) from None
+        raise Interrupted(error.what, where=str(folder / "checkpoints"), fix=fix, signal=error.signal) from None
     finally:
         if view is not None:
             view.close()

@@ -1,0 +1,85 @@
+"""Both quickstarts and `veneer train` stopped by Ctrl-C or SIGTERM while they train: one message, a shell's exit code.
+
+Real processes, and real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import roomy, small_config
+from tests.tiny_base import tiny_base_dir
+from tests.tiny_image_base import tiny_image_base
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def endless() -> str:
+    config = small_config()
+    assert "epochs: 1 " in config
+    return config.replace("epochs: 1 ", "epochs: 10000 ")
+
+
+def stopped_after(command: list[str], first: Path, number: int, folder: Path) -> tuple[int, str]:
+    """(exit code, stderr) of a command that is sent the signal when `first` has a step."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *command], env=env, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    given_up = threading.Timer(180, process.kill)
+    given_up.start()
+    try:
+        while process.poll() is None and '"gradient_norm"' not in (first.read_text() if first.is_file() else ""):
+            threading.Event().wait(0.05)
+        process.send_signal(number)
+        _, said = process.communicate()
+    finally:
+        given_up.cancel()
+    return process.returncode, said
+
+
+def check(code: int, said: str, number: int) -> None:
+    assert code == 128 + number, said
+    assert "stopped after step" in said
+    assert "the state is saved" in said
+    assert "--resume" in said
+    assert "Traceback" not in said
+    assert len(said.partition("error: ")[2].splitlines()) == 3, said  # what, where, fix; nothing below
+
+
+@pytest.fixture(scope="module")
+def text_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return roomy(tiny_base_dir(tmp_path_factory.mktemp("text")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_the_quickstart(text_base: Path, tmp_path: Path, number: int) -> None:
+    (tmp_path / "config.yaml").write_text(endless(), encoding="utf-8")
+    command = [str(ROOT / "examples" / "quickstart.py"), "--base", str(text_base), "--config", "config.yaml"]
+    out = tmp_path / "run"
+    check(*stopped_after([*command, "--output", str(out)], out / "log.jsonl", number, tmp_path), number)
+
+
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+def test_the_image_quickstart(tmp_path: Path, number: int) -> None:
+    base, out = tiny_image_base(tmp_path / "base", "flux1"), tmp_path / "run"
+    command = [str(ROOT / "examples" / "image_quickstart.py"), "--base", str(base), "--output", str(out)]
+    settings = ["schedule.steps=100000", "batching.rows=2", "evaluation.at_start=false"]
+    command += [a for s in settings for a in ("--set", s)]
+    check(*stopped_after(command, out / "adapter" / "log.jsonl", number, tmp_path), number)
+
+
+def test_train_from_the_command_line_says_sigterm_by_its_exit_code(text_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(endless(), encoding="utf-8")
+    settings = ["config.yaml", f"base={text_base}", "output=run"]
+    command = ["-m", "veneer.cli.main", "train", *settings]
+    code, said = stopped_after(command, tmp_path / "run" / "log.jsonl", signal.SIGTERM, tmp_path)
+    assert code == 143, said
+    assert "go on with: veneer train" in said
+    assert "Traceback" not in said
