@@ -1,9 +1,12 @@
 """A tiny random model of every supported family, made from its real config class.
 
 Each builder is deterministic: float32, eval mode, two layers, vocabulary `VOCAB`, at most 64 wide. Weights are drawn
-wider than the families' own initialisation, and norms are moved off one, so that every module matters to the output.
-The mixes are on purpose: sliding and full attention, rope and no-rope layers, dense and expert layers where the
-family has both.
+wider than the families' own initialisation, so that every module matters to the output, and have the statistics of real
+ones: norms off one, a few channels of norms and embeddings far larger than the rest, embeddings tied where the family
+ties them. `large_norms` goes as far as Gemma 3 does. The mixes are on purpose: sliding and full attention, rope and
+no-rope layers, dense and expert layers where the family has both.
+
+FAMILIES take every fast path; OTHERS are those that the fast paths have a part of, or none.
 """
 
 from __future__ import annotations
@@ -14,16 +17,22 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 VOCAB = 160
@@ -53,7 +62,22 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
             for name, parameter in model.named_parameters():
                 if "norm" in name:
                     parameter.add_(0.1 * torch.randn_like(parameter))
+                    if parameter.numel() >= 16:  # those of queries and keys are tame in real ones, too
+                        parameter[::9].mul_(2.0).add_(1.0)
+                elif "embed_tokens" in name:
+                    parameter[:, ::11].mul_(2.0)
     return model.eval()
+
+
+def large_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """Every norm of a hidden state as Gemma 3 270M has them: w around 30, 450 in a few channels, -0.9 in others."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.numel() >= 16:
+                parameter.copy_(30 + 10 * torch.randn(len(parameter), generator=generator))
+                parameter[::9], parameter[1::9] = 450.0, -0.9
+    return model
 
 
 def llama3(**changes: Any) -> PreTrainedModel:
@@ -116,6 +140,69 @@ def phi3(**changes: Any) -> PreTrainedModel:
     """Fused qkv_proj and gate_up_proj."""
     return build(Phi3Config(**(_COMMON | {"original_max_position_embeddings": 256} | changes)))
 
+
+def gemma2(**changes: Any) -> PreTrainedModel:
+    """Scores and logits are capped: c·tanh(s/c)."""
+    own = {
+        "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0, "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    return build(Gemma2Config(**(_COMMON | own | changes)))
+
+
+def gpt_oss(**changes: Any) -> PreTrainedModel:
+    """Attention sinks, biases, experts with a clipped gate."""
+    own = {
+        "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    return build(GptOssConfig(**(_COMMON | own | changes)))
+
+
+def qwen3_next(**changes: Any) -> PreTrainedModel:
+    """Layer 0: a gated delta rule, with a state that runs through the row. Layer 1: gated attention. Norms 1 + w."""
+    own = {
+        "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+    }  # fmt: skip
+    return build(Qwen3NextConfig(**(_COMMON | own | changes)))
+
+
+def phi(**changes: Any) -> PreTrainedModel:
+    """Layer norms with biases, rotary positions in half of each head, an MLP without a gate."""
+    return build(PhiConfig(**(_COMMON | {"partial_rotary_factor": 0.5} | changes)))
+
+
+def ministral3(**changes: Any) -> PreTrainedModel:
+    """Mistral Small's text model: heads wider than hidden / heads, queries scaled by their place from 16 tokens on."""
+    rope = {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+        "llama_4_scaling_beta": 0.5,
+    }  # fmt: skip
+    return build(
+        Ministral3Config(**(_COMMON | {"head_dim": 16, "sliding_window": None, "rope_parameters": rope} | changes))
+    )
+
+
+def deepseek_v3(**changes: Any) -> PreTrainedModel:
+    """Latent attention, keys wider than values. Layer 0: dense. Layer 1: experts beside a shared one."""
+    own = {
+        "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+        "moe_intermediate_size": 24, "first_k_dense_replace": 1,
+    }  # fmt: skip
+    return build(DeepseekV3Config(**(_COMMON | own | changes)))
+
+
+OTHERS: dict[str, Callable[..., PreTrainedModel]] = {
+    "gemma2": gemma2,
+    "gpt_oss": gpt_oss,
+    "qwen3_next": qwen3_next,
+    "phi": phi,
+    "ministral3": ministral3,
+    "deepseek_v3": deepseek_v3,
+}
 
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama3": llama3,

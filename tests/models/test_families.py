@@ -5,25 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.families import FAMILIES, MOE_FAMILIES, VOCAB
+from tests.families import FAMILIES, MOE_FAMILIES, OTHERS, VOCAB
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | OTHERS)
 def test_same_weights_each_time_and_global_random_state_untouched(family: str) -> None:
     torch.manual_seed(5)
     expected_next = torch.rand(3)
     torch.manual_seed(5)
-    one, two = FAMILIES[family](), FAMILIES[family]()
+    one, two = (FAMILIES | OTHERS)[family](), (FAMILIES | OTHERS)[family]()
     assert torch.equal(torch.rand(3), expected_next)
     left, right = one.state_dict(), two.state_dict()
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | OTHERS)
 def test_forward_is_finite_and_every_parameter_matters(family: str) -> None:
-    model = FAMILIES[family]()
+    model = (FAMILIES | OTHERS)[family]()
     assert not model.training
     ids = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
     logits = model(ids).logits

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 
-from tests.families import FAMILIES, VOCAB
+from tests.families import FAMILIES, OTHERS, VOCAB, large_norms
 from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.models.loss import padded_loss, row_logps, text_loss
+from veneer.models.loss import padded_loss, padded_nll, row_logps, text_loss
 from veneer.models.speed import fast, report_of
 
 LENGTHS = [20, 3, 37]
+IDS = torch.tensor([[4, 8, 6, 3, 9]])
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -213,7 +215,118 @@ def test_llama4_rows_longer_than_a_chunk_go_the_padded_way() -> None:
     model.config.attention_chunk_size = 16
     wanted = padded_loss(model, *rows())
     with fast(model):
-        assert torch.equal(text_loss(model, *rows()), wanted)
+        torch.testing.assert_close(text_loss(model, *rows()), wanted, rtol=1e-6, atol=0.0)
+
+
+def test_llama4_batches_longer_than_its_floor_go_the_padded_way() -> None:
+    """Its layers without positions scale queries by the place in the row as transformers counts it: in the batch."""
+    model = FAMILIES["llama4"](floor_scale=30).requires_grad_(False)
+    wanted = padded_loss(model, *rows())
+    with fast(model) as how:
+        assert how.rows
+        torch.testing.assert_close(text_loss(model, *rows()), wanted, rtol=1e-6, atol=0.0)
+
+
+LEFT = {
+    "gemma2": "asks for softcap",
+    "gpt_oss": "asks for s_aux",
+    "qwen3_next": "1 of 2 layers mix tokens in a way of their own",
+    "deepseek_v3": "keys and values of different widths",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", OTHERS)
+def test_what_a_family_has_of_its_own_stays_and_is_said(family: str, dtype: torch.dtype) -> None:
+    """Sinks, capped scores, states that run through a row: exact on the fast path, or the model's own."""
+    model = OTHERS[family]().to(dtype)
+    attachment = attached(model, targets=(r"re:.*self_attn\.(q_proj|q_b_proj|o_proj|dense)",))
+    model.eval()
+    wanted, each = gradients(model, attachment), padded_nll(model, *rows())
+    with fast(model) as how:
+        assert how.rows == (family not in LEFT)
+        assert LEFT.get(family, "rows without padding") in how.summary()
+        got = gradients(model, attachment)
+        nll = -row_logps(model, *rows())
+        assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)[:, :5], IDS)
+    tolerance = 3e-5 if dtype == torch.float32 else 0.3
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm() + 1e-6
+    counts = torch.stack([t.sum() for t in rows()[2].split(LENGTHS)]).tolist()
+    for a, b in zip(nll, each.split(counts), strict=True):
+        assert (a - b.sum()).abs() <= tolerance * b.sum()
+
+
+def test_sinks_and_caps_matter_here() -> None:
+    """So that the test above can fail."""
+    for family, change in (("gemma2", {"attn_logit_softcapping": None}), ("gpt_oss", {})):
+        model, other = OTHERS[family](), OTHERS[family](**change)
+        for name, parameter in other.named_parameters():
+            if name.endswith("sinks"):
+                parameter.data.fill_(-100.0)
+        with torch.no_grad():
+            assert abs(padded_loss(model, *rows()) / padded_loss(other, *rows()) - 1) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "gemma2", "qwen3_next"])
+def test_norms_as_large_as_gemma_s_are_swapped_exactly_or_left(family: str, dtype: torch.dtype) -> None:
+    """Channel by channel and token by token: w and 1 + w are all but equal over a whole output where w reaches 450."""
+    model = large_norms((FAMILIES | OTHERS)[family]()).to(dtype).requires_grad_(False)
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    inputs = [torch.randn(6, len(m.weight), generator=torch.Generator().manual_seed(1)).to(dtype) for m in norms]
+    wanted = [m(x) for m, x in zip(norms, inputs, strict=True)]
+    with fast(model) as how:
+        swapped = sum(n for kind, n in how.swapped.items() if kind.endswith("RMSNorm"))
+        assert swapped == sum("forward" in m.__dict__ for m in norms)
+        assert swapped or "1 + w does not fit torch.bfloat16" in how.summary()
+        for norm, x, want in zip(norms, inputs, wanted, strict=True):
+            torch.testing.assert_close(norm(x), want, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+
+
+def test_attention_that_drops_in_training_stays_its_own() -> None:
+    model = FAMILIES["llama3"](attention_dropout=0.5).requires_grad_(False)
+    with fast(model) as how:
+        assert not how.rows
+        assert "drops attention in training" in how.summary()
+
+
+def test_a_window_that_only_the_mask_knows_is_found() -> None:
+    """A family that does not tell its window to the attention interface: short rows alone would never reach it."""
+    model = FAMILIES["mistral"](sliding_window=64).requires_grad_(False)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        original = type(attention).forward
+
+        def forward(self: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            config, self.config = self.config, copy.copy(self.config)
+            self.config.sliding_window = None
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                self.config = config
+
+        attention.__class__ = type("OwnAttention", (type(attention),), {"forward": forward})
+    with fast(model) as how:
+        assert not how.rows
+        assert "off, where rounding explains" in how.summary()
+
+
+def test_a_leak_from_row_to_row_is_found() -> None:
+    """A layer that adds to each token the one before it in the batch, whosever row that is."""
+    model = FAMILIES["llama3"]().requires_grad_(False)
+    mlp = model.model.layers[0].mlp
+    original = type(mlp).forward
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return original(self, x + 0.05 * torch.nn.functional.pad(x[:, :-1], (0, 0, 1, 0)))
+
+    mlp.__class__ = type("LeakyMLP", (type(mlp),), {"forward": forward})
+    wanted = padded_loss(model, *rows())
+    with fast(model) as how:
+        assert not how.rows
+        assert "LeakyMLP" in how.left
+        torch.testing.assert_close(text_loss(model, *rows()), wanted, rtol=1e-6, atol=0.0)
 
 
 def test_a_first_token_cannot_be_trained() -> None:

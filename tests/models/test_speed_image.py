@@ -252,3 +252,24 @@ def test_recomputed_blocks_know_their_own_call_not_the_last() -> None:
             acting = [p for name in "ab" for p in attachment.parameters(name).values()]
             grads = torch.autograd.grad(out.float().square().mean(), acting, allow_unused=True)
             assert same([out.detach(), *(g for g in grads if g is not None)], want, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_channels_beside_large_ones_are_compared_too(dtype: torch.dtype) -> None:
+    """An activation that is another one in most channels; the few that are right are a hundred times as large."""
+    from diffusers.models.activations import GEGLU
+
+    class Other(GEGLU):
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            out = super().forward(hidden_states)
+            return torch.cat([out[..., :2], 2.0 * out[..., 2:]], -1)
+
+    Other.__name__ = "GEGLU"
+    torch.manual_seed(0)
+    block = Other(8, 16).to(dtype).requires_grad_(False)
+    block.proj.weight[:2] *= 300.0
+    x = torch.randn(2, 5, 8).to(dtype)
+    want = block(x)
+    with fast_denoiser(block) as how:
+        assert how.left == {"GEGLU": "its result differs"}
+        assert torch.equal(block(x), want)

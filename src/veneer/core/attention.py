@@ -48,12 +48,14 @@ class RowLayout:
 
     Rows of similar length go through together (a row is at most `waste` shorter than its group's longest); padding at a
     row's end is harmless under causality, since no real token looks at a later one, and its output is dropped.
-    `keep`: the tokens whose output is wanted at the end of a model, None for all; for whoever can use it."""
+    `keep`: the tokens whose output is wanted at the end of a model, None for all; for whoever can use it.
+    `attended`: which layers went by it so far."""
 
     keep: Tensor | None = None
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25) -> None:
         self.lengths = list(lengths)
+        self.attended: set[int] = set()
         starts = [0]
         for n in self.lengths:
             starts.append(starts[-1] + n)

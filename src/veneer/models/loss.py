@@ -22,7 +22,7 @@ from veneer.core.attention import RowLayout
 from veneer.core.fused import token_nll
 from veneer.models.speed import projection_of, report_of
 
-__all__ = ["padded_loss", "row_logps", "rows_loss", "text_loss"]
+__all__ = ["padded_loss", "padded_nll", "row_logps", "rows_loss", "rows_nll", "text_loss"]
 
 HEAD_CHUNK = 128
 """Positions whose logits exist at once where the head has to be called."""
@@ -44,12 +44,12 @@ def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
 
 def rows_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
     """The fast one: no padding, logits of trained positions alone. Needs `speed.fast`."""
-    return _rows_nll(model, input_ids, lengths, trained).sum()
+    return rows_nll(model, input_ids, lengths, trained).sum()
 
 
 def padded_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
     """The reference: rows padded at their end, the model's own forward, float32 cross-entropy of trained positions."""
-    return _padded_nll(model, input_ids, lengths, trained).sum()
+    return padded_nll(model, input_ids, lengths, trained).sum()
 
 
 def _text_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
@@ -59,15 +59,18 @@ def _text_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
     starts = torch.tensor([0, *lengths[:-1]], device=trained.device).cumsum(0)
     if trained[starts].any():
         raise ValueError("the first token of a row is marked as trained, but no token before it predicts it")
-    if report_of(model).rows and not _chunked_beyond(model, max(lengths)):
-        return _rows_nll(model, input_ids, lengths, trained)
-    return _padded_nll(model, input_ids, lengths, trained)
+    if report_of(model).rows and not _beyond(model, lengths):
+        return rows_nll(model, input_ids, lengths, trained)
+    return padded_nll(model, input_ids, lengths, trained)
 
 
-def _rows_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+def rows_nll(
+    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, layout: RowLayout | None = None
+) -> Tensor:
+    """`rows_loss` of each trained token: (M,). `layout`: of those lengths, for whoever wants to see who attended."""
     device = input_ids.device
     at = trained.nonzero()[:, 0]
-    layout = RowLayout(lengths, device)
+    layout = RowLayout(lengths, device) if layout is None else layout
     layout.keep = at - 1 if report_of(model).keeps else None
     # A 4-d mask is passed on untouched by transformers; it keeps an N × N one from being made. The attention interface
     # of speed.py goes by the layout and does not read it.
@@ -90,7 +93,8 @@ def _decoder(model: Any) -> Any:
     return model.model if decoder is model else decoder
 
 
-def _padded_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+def padded_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """`padded_loss` of each trained token: (M,)."""
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
     wanted = nn.utils.rnn.pad_sequence(list(trained.split(list(lengths))), batch_first=True)
     place = torch.arange(rows.shape[1], device=rows.device)
@@ -129,7 +133,11 @@ def _head_is_more(config: Any) -> bool:
     return bool(getattr(config, "final_logit_softcapping", None))
 
 
-def _chunked_beyond(model: Any, length: int) -> bool:
-    """Llama 4's chunked attention is plain causal attention only within one chunk."""
-    chunk = getattr(model.config, "attention_chunk_size", None)
-    return chunk is not None and length > chunk
+def _beyond(model: Any, lengths: Sequence[int]) -> bool:
+    """Whether rows beside one another are more than Llama 4 takes: its chunked attention is plain causal attention only
+    within one chunk, and its layers without positions scale by the place in the whole batch from `floor_scale` on."""
+    config = model.config.get_text_config()
+    chunk, floor = getattr(config, "attention_chunk_size", None), getattr(config, "floor_scale", None)
+    if chunk is not None and max(lengths) > chunk:
+        return True
+    return floor is not None and bool(getattr(config, "attn_temperature_tuning", False)) and sum(lengths) >= floor

@@ -3,9 +3,11 @@
     with fast(model) as how:        how.summary() says what was swapped, and what was left as it is and why
         text_loss(model, …)
 
-Nothing here is believed because of a class name: every module is first run both ways on a small random input, and
-swapped only where the two agree; then the whole model is, over rows of different lengths lying one after another
-against the same rows padded. What a family does differently therefore costs speed and never correctness.
+Nothing here is believed because of a class name. The model is run as it came, before anything is replaced; each norm
+and MLP is swapped only where its formula is the one that runs instead of it (models.formulas); attention, only where
+every layer's goes through transformers' interface and asks for nothing that ours does not have; and then the whole
+model has to give what it gave by itself, token by token, over rows that lie beside one another (models.alike). What a
+family does differently therefore costs speed and never correctness, and `summary` says what was left.
 
 Swapped, on instances, and put back bit for bit at the end: norms, gated MLPs, Llama-like attention, and through
 transformers' attention interface the attention of every other family. While the block lasts, the weights of projections
@@ -14,6 +16,7 @@ that share an input lie in one tensor, of which each is a view: same parameters,
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,9 +33,11 @@ from veneer.core.layers import LoraLinear
 from veneer.core.norms import rms_norm
 from veneer.core.quantised import Quantised, stacked
 from veneer.core.targets import base_of
+from veneer.models.alike import LENGTHS, Reference, short_windows
+from veneer.models.formulas import NotThis, gate_of, gate_parts, norm_of
 
 __all__ = [
-    "FastReport", "Join", "agree", "fast", "probe", "projection_of", "put", "report_of", "same_dtype",
+    "FastReport", "Join", "fast", "probe", "projection_of", "put", "report_of", "same_dtype",
     "without_dropout",
 ]  # fmt: skip
 
@@ -83,22 +88,44 @@ def fast(model: Any, *, keep: int = 0, hold: bool = True) -> Iterator[FastReport
     report = FastReport()
     with ExitStack() as undo:
         undo.enter_context(kernels.kept_memory())
-        modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, LoraLinear)]
         with without_dropout(model):
-            if hold:
-                _swap_norms(modules, report, undo)
-                _swap_mlps(modules, report, undo)
-            else:
-                report.left["every module"] = "its weights come and go"
-            _swap_attention(model, modules if hold else [], report, undo)
             setattr(model, _MARK, report)
             undo.callback(delattr, model, _MARK)
+            try:
+                own = Reference.of(model)
+            except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+                report.left["model"] = f"its own forward over padded rows fails: {type(error).__name__}: {error}"
+            else:
+                _swap(model, own, hold, report, undo)
             if keep:
                 _keep_dequantised(report, keep, undo)
-            report.rows = _rows_agree(model, report)
-            if report.rows:
-                _swap_last_layer(model, report, undo)
         yield report
+
+
+def _swap(model: Any, own: Reference, hold: bool, report: FastReport, undo: ExitStack) -> None:
+    """Modules and rows; or modules alone where rows are not the model's own; or nothing."""
+    modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, LoraLinear)]
+    if not hold:
+        report.left["every module"] = "its weights come and go"
+        modules = []
+    with ExitStack() as swapped:
+        _swap_norms(modules, report, swapped)
+        _swap_mlps(modules, report, swapped)
+        with ExitStack() as attempt:
+            before = dict(report.swapped), len(report.joins)
+            problem = _swap_attention(model, modules, report, attempt) or _rows_problem(model, own)
+            if not problem:
+                report.rows = True
+                swapped.push(attempt.pop_all())
+                _swap_last_layer(model, own, report, swapped)
+        if problem:
+            report.left["rows"] = problem
+            report.swapped, report.joins = before[0], report.joins[: before[1]]
+            if report.swapped and (problem := own.nll_problem(_nll(model, own))):
+                report.left["every module"] = problem
+                report.swapped, report.joins = {}, []
+                return
+        undo.push(swapped.pop_all())
 
 
 @contextmanager
@@ -119,15 +146,6 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 def put(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
     module.forward = types.MethodType(forward, module)
     undo.callback(module.__dict__.pop, "forward", None)
-
-
-def agree(a: Tensor, b: Tensor) -> bool:
-    """Equal within what rounding in their dtype explains."""
-    if a.shape != b.shape or not torch.isfinite(b).all():
-        return False
-    wide_a, wide_b = a.double(), b.double()
-    tolerance = 8 * torch.finfo(a.dtype).eps
-    return bool((wide_a - wide_b).norm() <= tolerance * wide_b.norm() + torch.finfo(a.dtype).tiny)
 
 
 def probe(*shape: int, like: Tensor) -> Tensor:
@@ -212,25 +230,19 @@ def _keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:
 
 
 def _swap_norms(modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> None:
-    """RMSNorm classes of both conventions, w ⊙ x̂ and (1 + w) ⊙ x̂, told apart by running them."""
     for _, module in modules:
         kind = type(module).__name__
-        weight = getattr(module, "weight", None)
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not kind.endswith("RMSNorm") or not isinstance(weight, Tensor) or not isinstance(eps, float):
+        if not kind.endswith("RMSNorm"):
             continue
-        x = probe(4, weight.shape[0], like=weight)
-        scaled = [weight.detach(), (weight.detach().double() + 1).to(weight.dtype)]
-        with torch.no_grad():
-            wanted = module(x)
-            convention = next((i for i, w in enumerate(scaled) if agree(rms_norm(x, w, eps), wanted)), None)
-        if convention is None or weight.requires_grad:
-            report.left[kind] = "it is trained" if weight.requires_grad else "its result differs from both conventions"
+        try:
+            weight, eps = norm_of(module)
+        except NotThis as why:
+            report.left[kind] = str(why)
             continue
-        if convention == 1 and not torch.equal(scaled[1].double(), weight.detach().double() + 1):
-            report.left[kind] = f"1 + w does not fit {weight.dtype}"
+        if any(p.requires_grad for p in module.parameters()):
+            report.left[kind] = "it is trained"
             continue
-        put(module, _norm_forward(scaled[convention], eps), undo)
+        put(module, _norm_forward(weight, eps), undo)
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
 
 
@@ -244,46 +256,22 @@ def _norm_forward(weight: Tensor, eps: float) -> Callable[..., Tensor]:
 # -- gated MLPs --------------------------------------------------------------------------------------------------------
 
 
-def _activation(module: nn.Module) -> str | None:
-    function = getattr(module, "act_fn", getattr(module, "activation_fn", None))
-    if not callable(function):
-        return None
-    x = torch.linspace(-4, 4, 101)
-    with torch.no_grad():
-        y = function(x)
-        known = {
-            "silu": torch.nn.functional.silu(x),
-            "gelu": torch.nn.functional.gelu(x),
-            "gelu_tanh": torch.nn.functional.gelu(x, approximate="tanh"),
-        }
-        return next((name for name, value in known.items() if torch.allclose(y, value, atol=1e-6)), None)
-
-
 def _swap_mlps(modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> None:
     """down(act(gate(x)) ⊙ up(x)) with gate_proj and up_proj apart, or joined in gate_up_proj."""
     for _, module in modules:
-        children = dict(module.named_children())
-        parts = [children[n] for n in ("gate_proj", "up_proj", "gate_up_proj") if n in children]
-        if "down_proj" not in children or not parts or not all(_is_linear(m) for m in (*parts, children["down_proj"])):
+        found = gate_parts(module)
+        if found is None:
             continue
-        kind, act = type(module).__name__, _activation(module)
-        if act is None:
-            report.left[kind] = "its activation is not silu or gelu"
+        kind, (parts, last) = type(module).__name__, found
+        try:
+            act = gate_of(module)
+        except NotThis as why:
+            report.left[kind] = str(why)
             continue
-        with ExitStack() as attempt:
-            join, down = Join(parts, attempt), Join([children["down_proj"]], attempt)
-            weight = _weight(parts[0])
-            x = probe(1, 4, weight.shape[1], like=weight)
-            with torch.no_grad():
-                wanted = module(x)
-                put(module, _mlp_forward(type(module).forward, join, down, act), attempt)
-                same = agree(module(x), wanted)
-            if same:
-                undo.push(attempt.pop_all())
-                report.swapped[kind] = report.swapped.get(kind, 0) + 1
-                report.joins += [join, down]
-            else:
-                report.left[kind] = "its result differs from a gated MLP's"
+        join, down = Join(parts, undo), Join([last], undo)
+        put(module, _mlp_forward(type(module).forward, join, down, act), undo)
+        report.swapped[kind] = report.swapped.get(kind, 0) + 1
+        report.joins += [join, down]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -315,7 +303,19 @@ def _mlp_forward(original: Callable[..., Any], join: Join, down: Join, act: str)
 
 _LLAMA_LIKE = ("LlamaAttention", "MistralAttention", "MixtralAttention", "Qwen2Attention")
 """Attention whose forward is q, k, v projections, rotary positions in halves, causal softmax, o projection, and nothing
-else; `_rows_agree` checks the claim on the model at hand."""
+else; `_rows_problem` checks the claim on the model at hand."""
+
+
+_KNOWN = {
+    "scaling", "dropout", "sliding_window", "is_causal", "position_ids", "kept_alone",
+    "use_cache", "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
+}  # fmt: skip
+"""What a layer may ask of attention and get from ours; the last line is not for attention, which gets whatever a model
+is called with. Anything else that is not None (softcap, s_aux, position_bias …) would be lost."""
+
+
+class _OwnAttention(Exception):
+    """What a layer asks of its attention that ours does not do."""
 
 
 def _interface(
@@ -323,29 +323,57 @@ def _interface(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: rows where a layout is passed down, torch's own attention elsewhere."""
     layout: RowLayout | None = kwargs.pop("row_layout", None)
+    asked = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
+    if asked:
+        raise _OwnAttention(f"{type(module).__name__} asks for {', '.join(asked)}")
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return out, None
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise _OwnAttention(f"{type(module).__name__} looks ahead")
+    if query.shape[-1] != value.shape[-1]:
+        raise _OwnAttention(f"{type(module).__name__} has keys and values of different widths")
+    if kwargs.get("dropout") or _drops(module):
+        raise _OwnAttention(f"{type(module).__name__} drops attention in training")
+    layout.attended.add(id(module))
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     return attention(q, k, v, layout, scale, kwargs.get("sliding_window"))[None], None
 
 
-def _swap_attention(model: Any, modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> None:
+def _drops(module: nn.Module) -> bool:
+    """Whether it has dropout of attention for training, which no kernel of ours has."""
+    found = [getattr(module, name, None) for name in ("attention_dropout", "attn_dropout", "dropout")]
+    return any(p > 0 for p in (getattr(f, "p", f) for f in found) if isinstance(p, float | int))
+
+
+_register_lock = threading.Lock()
+
+
+def _register() -> None:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    with _register_lock:
+        if _ATTENTION not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _interface)
+            ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, sdpa_mask)
+
+
+def _swap_attention(model: Any, modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> str:
+    """Why it cannot be swapped, or "" and it is, on trust: `_rows_problem` tells."""
     before = getattr(model.config, "_attn_implementation", None)
     if before not in ("sdpa", "eager"):
-        report.left["attention"] = f"it runs on {before}"
-        return
-    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _interface)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, sdpa_mask)
+        return f"its attention runs on {before}"
+    _register()
     model.set_attn_implementation(_ATTENTION)
     undo.callback(model.set_attn_implementation, before)
+    if model.config._attn_implementation != _ATTENTION:
+        return "its attention does not go through transformers' interface"
     for _, module in modules:
         kind = type(module).__name__
         if kind not in _LLAMA_LIKE:
@@ -357,21 +385,26 @@ def _swap_attention(model: Any, modules: list[tuple[str, nn.Module]], report: Fa
             put(module, _attention_forward(type(module).forward, join, out), undo)
             report.swapped[kind] = report.swapped.get(kind, 0) + 1
             report.joins += [join, out]
+    return ""
 
 
 def _attention_forward(original: Callable[..., Any], join: Join, out: Join) -> Callable[..., Any]:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout: RowLayout | None = kwargs.get("row_layout")
+        kept_alone = kwargs.pop("kept_alone", False)
         first, last = (None, None) if layout is None or args else (join.linears(), out.linears())
         if first is None or last is None or layout is None or not same_dtype(hidden_states, first.weight):
             return original(self, hidden_states, *args, **kwargs)
+        if _drops(self):
+            raise _OwnAttention(f"{type(self).__name__} drops attention in training")
+        layout.attended.add(id(self))
         cos, sin = layout.tables(kwargs["position_embeddings"])
         n = hidden_states.shape[1]
         kv = len(_weight(join.modules[1])) // self.head_dim
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         qkv = linears(hidden_states, first).view(n, -1, self.head_dim)
         heads = rotary_attention(qkv, cos, sin, kv, layout, self.scaling, window)
-        if kwargs.get("kept_alone"):
+        if kept_alone:
             heads = heads[layout.keep]
         return linears(heads.view(1, len(heads), -1), last), None
 
@@ -382,7 +415,7 @@ _PRE_NORM_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLay
 """h + attention(norm(h)), then h + mlp(norm(h)), and nothing else; checked on the model at hand."""
 
 
-def _swap_last_layer(model: Any, report: FastReport, undo: ExitStack) -> None:
+def _swap_last_layer(model: Any, own: Reference, report: FastReport, undo: ExitStack) -> None:
     """Of the last layer's output only the tokens that predict a trained one are read: with a quarter of the tokens
     trained, 63% of one layer's work falls away."""
     layers = getattr(getattr(model, "model", None), "layers", None)
@@ -395,7 +428,7 @@ def _swap_last_layer(model: Any, report: FastReport, undo: ExitStack) -> None:
         put(layer, _kept_forward(type(layer).forward), attempt)
         report.keeps = True
         attempt.callback(setattr, report, "keeps", False)
-        if _rows_agree(model, report):
+        if not _rows_problem(model, own):
             undo.push(attempt.pop_all())
 
 
@@ -417,27 +450,26 @@ def _kept_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 # -- the whole model ---------------------------------------------------------------------------------------------------
 
 
-def _rows_agree(model: Any, report: FastReport) -> bool:
-    """Whether rows without padding give the loss that padded rows give, on this model as it is now."""
-    from veneer.models.loss import padded_loss, rows_loss
+def _nll(model: Any, own: Reference, layout: RowLayout | None = None) -> Tensor:
+    """Of the probe's tokens: of rows beside one another as `layout` has them, else of padded ones."""
+    from veneer.models.loss import padded_nll, rows_nll
 
-    if "attention" in report.left:
-        return False
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    lengths = [5, 9, 2]
-    generator = torch.Generator().manual_seed(0)
-    device = model.get_input_embeddings().weight.device
-    ids = torch.randint(min(3, vocabulary - 1), vocabulary, (sum(lengths),), generator=generator).to(device)
-    trained = torch.ones(len(ids), dtype=torch.bool, device=device)
-    trained[[0, 5, 14]] = False
+    with torch.no_grad(), short_windows(model):
+        if layout is not None:
+            return rows_nll(model, own.ids, LENGTHS, own.trained, layout)
+        return padded_nll(model, own.ids, LENGTHS, own.trained)
+
+
+def _rows_problem(model: Any, own: Reference) -> str:
+    """Why rows without padding are not what this model gives by itself; "" where they are."""
+    layout = RowLayout(LENGTHS, own.ids.device)
     try:
-        with torch.no_grad():
-            flat, padded = rows_loss(model, ids, lengths, trained), padded_loss(model, ids, lengths, trained)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        report.left["rows"] = f"it does not take them: {type(error).__name__}"
-        return False
-    eps = torch.finfo(next(model.parameters()).dtype).eps
-    if abs(float(flat) - float(padded)) <= 4 * eps * abs(float(padded)):
-        return True
-    report.left["rows"] = f"losses differ: {float(flat):.6f} against {float(padded):.6f} padded"
-    return False
+        nll = _nll(model, own, layout)
+    except _OwnAttention as asked:
+        return str(asked)
+    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        return f"it does not take them: {type(error).__name__}"
+    layers = model.config.get_text_config().num_hidden_layers
+    if len(layout.attended) != layers:
+        return f"{layers - len(layout.attended)} of {layers} layers mix tokens in a way of their own"
+    return own.nll_problem(nll)
