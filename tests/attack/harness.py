@@ -226,7 +226,7 @@ def asked(ids: Sequence[int], n: int, **more: Any) -> dict[str, Any]:
     """A completion of exactly `n` tokens, each with a text."""
     bias = {str(i): -100 for i in range(3)}
     return {
-        "model": "tiny", "prompt": list(ids), "max_tokens": n, "temperature": 0, "logprobs": 0, "logit_bias": bias,
+        "model": "", "prompt": list(ids), "max_tokens": n, "temperature": 0, "logprobs": 0, "logit_bias": bias,
         "ignore_eos": True, **more,
     }  # fmt: skip
 

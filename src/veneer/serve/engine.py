@@ -43,12 +43,16 @@ log = logging.getLogger(__name__)
 SCORED = 64
 """Tokens of a prompt whose logprobs are taken at once: each holds its row of logits in float32."""
 
+PIECE = 32
+"""Tokens of prompts that a step takes in any case, and from which it says how fast prompts are."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
     """`rows`: sequences at once; `budget`: tokens in a step; `cache_bytes`: of keys and values; `adapter_bytes`: of
     adapters in memory; `queue`: requests that may wait; `merge_bytes`: what a second set of weights may take, for a mix
-    that every row of `merge_after` steps in a row had, 0 for never. `weights`: see Runner."""
+    that every row of `merge_after` steps in a row had, 0 for never. `weights`: see Runner. `step_seconds`: how long a
+    step with prompts may take beside sequences that wait for their next token."""
 
     rows: int = 32
     budget: int = 512
@@ -58,6 +62,7 @@ class EngineSettings:
     merge_bytes: int = 512 << 20
     merge_after: int = 256
     weights: WeightKind = "dense"
+    step_seconds: float = 0.15
 
 
 @dataclass(eq=False)
@@ -110,6 +115,7 @@ class TextEngine:
         self._state: Literal["new", "open", "draining", "closed"] = "new"
         self._counts = _Counts()
         self._texts: dict[int, str] = {}
+        self._rate = 0.0
         self._same: tuple[Mix, int] = (BASE, 0)
         self._merger = ThreadPoolExecutor(1, thread_name_prefix="merge")
         self._merging = False
@@ -286,15 +292,25 @@ class TextEngine:
                 self._counts.prompt += len(live.request.prompt)
                 self._tell(live, Started(chunk.sequence.cached))
         self._counts.steps += 1
+        began = time.monotonic()
         wanted = [c for c in chunks if c.last]
         choices = dict(zip(map(id, wanted), self._choose(chunks, wanted), strict=True))
         now = time.monotonic()
+        self._measure(sum(c.end - c.start for c in chunks), now - began)
         for chunk in chunks:
             if (still := self._live.get(chunk.sequence)) is not None:  # else it failed by itself
                 self.scheduler.computed(chunk)
                 if chunk.last:
                     self._take(still, choices[id(chunk)], now)
         self._heat(chunks)
+
+    def _measure(self, tokens: int, seconds: float) -> None:
+        """How many tokens of prompts a step takes beside others, from how long such steps took."""
+        if tokens < PIECE:
+            return
+        rate = tokens / max(seconds, 1e-6)
+        self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
+        self.scheduler.beside = min(self.settings.budget, max(PIECE, int(self._rate * self.settings.step_seconds)))
 
     def _choose(self, chunks: list[Chunk], wanted: list[Chunk]) -> list[Choice | Refused | None]:
         """The next token of each chunk in `wanted`. Where the step fails, each row by itself."""
