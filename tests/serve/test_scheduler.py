@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from veneer.serve.cache import Cache
 from veneer.serve.request import Request, Sampling
-from veneer.serve.scheduler import Scheduler, Sequence
+from veneer.serve.scheduler import Pace, Scheduler, Sequence
 
 
 def request(prompt: int, new: int, tenant: str = "", weight: float = 1.0, salt: int = 0) -> Request:
@@ -125,7 +125,7 @@ def test_blocks_that_one_tenant_holds_are_given_up_too() -> None:
         scheduler.add(request(80, 19, "flood", salt=i))
     for _ in range(8):
         advance(scheduler)
-    assert scheduler.cache.available < 60 // 4
+    assert scheduler.cache.available < 60 // 4 + 4
     assert steps_to_first(scheduler, scheduler.add(request(60, 5, "calm", salt=100))) == 1
 
 
@@ -152,13 +152,42 @@ def test_long_prompts_of_one_tenant_come_after_anothers_first_token() -> None:
     assert steps(31) == (1, 200)
 
 
-def test_beside_others_a_prompt_comes_in_small_pieces() -> None:
-    scheduler = Scheduler(Cache(4000, 4), rows=8, budget=256)
-    scheduler.beside = 32
-    scheduler.add(request(4, 400))
-    advance(scheduler)
-    scheduler.add(request(1000, 1, salt=1))
-    assert sum(c.end - c.start for c in scheduler.step()) == 33
+def test_where_there_are_tenants_a_step_ends_by_time() -> None:
+    """Rows that decode take turns; who was given least goes first, and nobody is left out for long."""
+    scheduler = Scheduler(Cache(40_000, 4), rows=32, budget=512)
+    pace = scheduler.pace = Pace(fixed=0.02, row=0.02, token=0.001, step=0.2)
+
+    def timed() -> Counter[str]:
+        chunks = scheduler.step()
+        rows = [c for c in chunks if c.end - c.start == 1]
+        tokens = sum(c.end - c.start for c in chunks) - len(rows)
+        assert pace.fixed + pace.row * len(rows) + pace.token * tokens <= pace.step + 1e-9
+        for chunk in chunks:
+            scheduler.computed(chunk)
+            if chunk.last:
+                scheduler.appended(chunk.sequence, 7)
+        return Counter(c.sequence.request.tenant for c in chunks)
+
+    flood = [scheduler.add(request(20, 3000, "flood", salt=i)) for i in range(32)]
+    for _ in range(40):
+        timed()
+    before = [s.generated for s in flood]
+    for _ in range(100):
+        timed()
+    more = [s.generated - n for s, n in zip(flood, before, strict=True)]
+    assert max(more) - min(more) <= 1
+    calm = scheduler.add(request(150, 1000, "calm", salt=100))
+    timed()
+    assert calm.generated == 1
+    for _ in range(30):
+        assert timed()["flood"] >= 7
+    assert calm.generated >= 29
+    nobody = Scheduler(Cache(4000, 4), rows=32, budget=512)  # one that has no tenants
+    nobody.pace = pace
+    for i in range(32):
+        nobody.add(request(20, 10, salt=i))
+    advance(nobody)
+    assert len(advance(nobody)) == 32
 
 
 def test_tokens_are_shared_by_weight() -> None:

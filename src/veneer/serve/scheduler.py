@@ -1,15 +1,16 @@
 """Who runs next, and how many tokens of each: continuous batching with prompts in chunks beside decoding.
 
 Every step takes at most `budget` tokens: one for each sequence that is decoding, the rest for prompts, which are
-computed in chunks. So a long prompt never stops others from getting their next token; beside sequences that decode a
-step has at most `beside` tokens of prompts, so that the next token is not long in coming either.
+computed in chunks. So a long prompt never stops others from getting their next token. Where there are tenants, a step
+also ends by time: `pace` says what a step, a row and a token of a prompt take, and what does not fit waits for the next
+step, in the order of the tenants' counters, and within a tenant of who waited longest.
 
 Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of what it was given,
-prompt tokens computed and two for each generated one, divided by its weight. The next place, and the next tokens of
-prompts, go to the tenant with the lowest counter. A tenant that comes back after a pause is lifted to the lowest
-counter of those at work: idle time earns nothing. Within a tenant: first come, first served; one whose adapter is still
-being read is passed over. A step that brings somebody's first token is made at most twice as long by other tenants'
-prompts.
+prompt tokens computed and two or more for each generated one (by the time it takes), divided by its weight. The next
+place, and the next tokens of prompts, go to the tenant with the lowest counter. A tenant that comes back after a pause
+is lifted to the lowest counter of those at work: idle time earns nothing. Within a tenant: first come, first served;
+one whose adapter is still being read is passed over. A step that brings somebody's first token is made at most twice as
+long by other tenants' prompts.
 
 Places: whoever has the lowest counter, and less than its share (by weight, of those at work) of places and blocks, does
 not wait until others end: of the tenant that has most above its share the youngest is pre-empted.
@@ -25,24 +26,30 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import inf
 
 from veneer.serve.cache import BlockTable, Cache
 from veneer.serve.request import Request, mix_digest
 
-__all__ = ["Chunk", "Scheduler", "Sequence"]
+__all__ = ["Chunk", "Pace", "Scheduler", "Sequence"]
 
 LOOK_AHEAD = 64
 """How many of a tenant's waiting requests are asked whether they can run."""
+PIECE = 32
+"""Tokens below which it is not worth while to begin with a prompt."""
 SHORT = 64
 """Tokens of other tenants' prompts that a step may always have beside one whose first token it brings."""
 GENERATED = 2.0
-"""What a generated token counts beside one of a prompt: a step of its own, nearly (the paper's weights are 1 and 2)."""
+DEAREST = 32.0
+"""What a generated token counts beside one of a prompt, at least and at most: a step of its own, nearly (the paper's
+weights are 1 and 2; on a processor a row of a step may take as long as a dozen tokens of a prompt)."""
 
 
 @dataclass(eq=False)
 class Sequence:
     """A request under way. `tokens`: the prompt and what was generated; `computed`: how many of them have keys and
-    values in the cache; `cached`: how many it found there when it first ran; `charged`: prompt tokens counted."""
+    values in the cache; `cached`: how many it found there when it first ran; `charged`: prompt tokens counted;
+    `served`: the number of its last chunk, of all."""
 
     request: Request
     tokens: list[int]
@@ -51,6 +58,7 @@ class Sequence:
     cached: int = 0
     charged: int = 0
     order: int = 0
+    served: int = -1
     ran: bool = False
 
     @property
@@ -80,6 +88,27 @@ class Chunk:
         return self.end == len(self.sequence.tokens)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What a step takes, in seconds: `fixed` + `row` for each that decodes + `token` for each of a prompt. `step`: what
+    it may take; 0: as long as it likes."""
+
+    fixed: float = 0.0
+    row: float = 0.0
+    token: float = 0.0
+    step: float = 0.0
+
+    @property
+    def spare(self) -> float:
+        """What rows and tokens may take together: as long as what is fixed, at least."""
+        return max(self.step - self.fixed, self.fixed) if self.step else inf
+
+    @property
+    def generated(self) -> float:
+        """What a generated token counts beside one of a prompt: by the time it takes, from GENERATED to DEAREST."""
+        return min(max(GENERATED, self.row / self.token), DEAREST) if self.token else GENERATED
+
+
 @dataclass
 class _Tenant:
     weight: float = 1.0
@@ -91,7 +120,7 @@ class _Tenant:
 class Scheduler:
     """`rows`: sequences at once. `budget`: tokens in a step, at least `rows`. `ready(sequence)`: whether its adapters
     are in memory; it is asked for those next in line, so it may start to read them. `shares`: whether sequences can
-    share blocks. `beside`: see above; whoever measures steps sets it."""
+    share blocks. `pace`: set by whoever measures steps."""
 
     def __init__(
         self,
@@ -103,7 +132,8 @@ class Scheduler:
         shares: bool = True,
     ) -> None:
         self.cache, self.rows, self.budget, self.ready, self.shares = cache, rows, budget, ready, shares
-        self.beside = budget
+        self.pace = Pace()
+        self._chunks = 0
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.looked_for = self.found = 0
@@ -143,35 +173,42 @@ class Scheduler:
         """What to compute now, each sequence at most once. Every chunk's table has room for its tokens."""
         self._make_room()
         chunks: list[Chunk] = []
-        left = self.budget
-        for sequence in sorted(self.running, key=lambda s: s.order):
-            if sequence.decodes and left and sequence in self.running:  # it may have been pre-empted by one before it
-                left -= self._chunk(sequence, left, chunks)
-        if chunks:
-            left = min(left, self.beside)
-        begun = sorted((s for s in self.running if not s.decodes), key=self._turn)
+        left = self.budget - sum(s.decodes for s in self.running)
+        spare = self.pace.spare if any(name and (t.waiting or t.running) for name, t in self._tenants.items()) else inf
+        begun = sorted(self.running, key=self._turn)
         first, used, full = "", 0, False
-        while left > 0:
-            following = None if full or len(self.running) >= self.rows else self._next()
+        while True:
+            following = None
+            if left > 0 and spare > 0 and not full and len(self.running) < self.rows:
+                following = self._next()
             if begun and (following is None or self._turn(begun[0]) <= self._turn(following)):
                 following = begun.pop(0)
-                if following not in self.running:
+                if following not in self.running:  # pre-empted by one before it
                     continue
             elif following is None:
-                break
+                return chunks
             elif not self._start(following):
                 full = True
                 continue
             else:  # one that was pre-empted a moment ago is among those that had begun
                 begun = [s for s in begun if s is not following]
+            if following.decodes:
+                if not chunks or spare >= self.pace.row:
+                    spare -= self.pace.row
+                    self._chunk(following, 1, chunks)
+                continue
             if first and following.request.tenant != first:
                 left = min(left, max(SHORT, used))
                 first = ""
-            size = self._chunk(following, left, chunks)
-            left, used = left - size, used + size
+            room = left if spare == inf or not self.pace.token else min(left, int(spare / self.pace.token))
+            if room < max(1, min(PIECE, left, len(following.tokens) - following.computed)):
+                if chunks or left <= 0:
+                    continue
+                room = min(PIECE, left)
+            size = self._chunk(following, room, chunks)
+            left, used, spare = left - size, used + size, spare - size * self.pace.token
             if size and chunks[-1].last and following.generated == 0:
                 first = following.request.tenant
-        return chunks
 
     def computed(self, chunk: Chunk) -> None:
         """The chunk's keys and values are in the cache."""
@@ -186,7 +223,7 @@ class Scheduler:
 
     def appended(self, sequence: Sequence, token: int) -> None:
         sequence.tokens.append(token)
-        self._charge(sequence, GENERATED)
+        self._charge(sequence, self.pace.generated)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -199,10 +236,10 @@ class Scheduler:
     def _charge(self, sequence: Sequence, tokens: float) -> None:
         self._tenants[sequence.request.tenant].counter += tokens / sequence.request.weight
 
-    def _turn(self, sequence: Sequence) -> tuple[float, int, int]:
-        """Whose prompt is computed before whose."""
+    def _turn(self, sequence: Sequence) -> tuple[float, int, int, int]:
+        """Who is computed before whom."""
         tenant = self._tenants[sequence.request.tenant]
-        return tenant.counter, tenant.running, sequence.order
+        return tenant.counter, tenant.running, sequence.served, sequence.order
 
     def _make_room(self) -> None:
         """Pre-empt what keeps the next in line from its tenant's share."""
@@ -276,6 +313,8 @@ class Scheduler:
             chunks[:] = [c for c in chunks if c.sequence is not victim]
             if victim is sequence:
                 return 0
+        self._chunks += 1
+        sequence.served = self._chunks
         chunks.append(Chunk(sequence, sequence.computed, end))
         return end - sequence.computed
 
