@@ -16,7 +16,7 @@ AT_ONCE := -n 2 --dist loadfile
 BENCH ?= text_training
 BENCH_FLAGS ?=
 
-.PHONY: help quickstart image-quickstart test test-slow test-random test-peers test-gpu check format bench clean distclean
+.PHONY: help quickstart image-quickstart test test-slow test-random test-peers test-gpu attack check format bench clean distclean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ test-random: $(VENV)/.ready-dev ## the default tests with new examples of every 
 
 test-peers: $(VENV)/.ready-peers $(VLLM_VENV)/.ready ## comparisons with other tools
 	@$(RUN) -m pytest -m peers $(TEST_FLAGS)
+
+attack: $(VENV)/.ready-dev ## every attack of tests/attack on a real server process, the long ones too
+	@$(RUN) -m pytest tests/attack -m "not gpu and not peers and not network" $(TEST_FLAGS)
 
 test-gpu: $(VENV)/.ready-dev ## the same laws on a CUDA device
 	@$(RUN) -m pytest -m gpu $(TEST_FLAGS)

@@ -189,7 +189,7 @@ def test_tests_mirror_the_package() -> None:
     rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     folders = {p.name for p in (ROOT / "tests").iterdir() if p.is_dir() and any(p.rglob("test_*.py"))}
     assert rooms <= folders, f"no tests for {sorted(rooms - folders)}"
-    assert folders <= rooms | {"examples", "benchmarks", "bases"}, sorted(folders - rooms)
+    assert folders <= rooms | {"attack", "examples", "benchmarks", "bases"}, sorted(folders - rooms)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=ids)

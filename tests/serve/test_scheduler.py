@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from veneer.serve.cache import Cache
 from veneer.serve.request import Request, Sampling
-from veneer.serve.scheduler import Scheduler, Sequence
+from veneer.serve.scheduler import Pace, Scheduler, Sequence
 
 
 def request(prompt: int, new: int, tenant: str = "", weight: float = 1.0, salt: int = 0) -> Request:
@@ -76,6 +76,118 @@ def test_a_tenants_flood_does_not_slow_another() -> None:
 
     assert steps_of_the_other(400) <= 1.1 * steps_of_the_other(40)
     assert steps_of_the_other(400) <= 3 * steps_of_the_other(0)
+
+
+def steps_to_first(scheduler: Scheduler, sequence: Sequence) -> int:
+    steps = 0
+    while not sequence.generated:
+        advance(scheduler)
+        steps += 1
+    return steps
+
+
+def test_long_rows_of_one_tenant_make_room_for_another_at_once() -> None:
+    scheduler = Scheduler(Cache(8000, 4), rows=32, budget=64)
+    flood = [scheduler.add(request(20, 2000, "flood", salt=i)) for i in range(40)]
+    for _ in range(60):
+        advance(scheduler)
+    assert len(scheduler.running) == 32
+    assert steps_to_first(scheduler, scheduler.add(request(20, 50, "calm", salt=100))) == 1
+    assert scheduler.preemptions == 1
+    for i in range(40):
+        scheduler.add(request(20, 100, "calm", salt=200 + i))
+    for _ in range(20):
+        advance(scheduler)
+    assert Counter(s.request.tenant for s in scheduler.running) == {"flood": 16, "calm": 16}
+    for _ in range(40):  # each has its share, and keeps it
+        advance(scheduler)
+    assert scheduler.preemptions == 16
+    for _ in range(20_000):
+        advance(scheduler)
+    assert all(s.generated == 2000 for s in flood)
+
+
+def test_weight_is_a_share_of_places() -> None:
+    scheduler = Scheduler(Cache(8000, 4), rows=8, budget=64)
+    for i in range(20):
+        scheduler.add(request(8, 500, "three", 3.0, i))
+    advance(scheduler)
+    for i in range(20):
+        scheduler.add(request(8, 500, "one", 1.0, 100 + i))
+    for _ in range(10):
+        advance(scheduler)
+    assert Counter(s.request.tenant for s in scheduler.running) == {"three": 6, "one": 2}
+
+
+def test_blocks_that_one_tenant_holds_are_given_up_too() -> None:
+    scheduler = Scheduler(Cache(100, 4), rows=32, budget=64)
+    for i in range(4):
+        scheduler.add(request(80, 19, "flood", salt=i))
+    for _ in range(8):
+        advance(scheduler)
+    assert scheduler.cache.available < 60 // 4 + 4
+    assert steps_to_first(scheduler, scheduler.add(request(60, 5, "calm", salt=100))) == 1
+
+
+def test_long_prompts_of_one_tenant_come_after_anothers_first_token() -> None:
+    def steps(flood: int) -> tuple[int, int]:
+        """Until the other's first token; and tokens of the step that brought it."""
+        scheduler = Scheduler(Cache(40_000, 4), rows=32, budget=512)
+        for i in range(flood):
+            scheduler.add(request(4000, 10, "flood", salt=i))
+        for _ in range(3):
+            advance(scheduler)
+        mine, n = scheduler.add(request(100, 10, "calm", salt=1000)), 0
+        while True:
+            n += 1
+            chunks = scheduler.step()
+            for chunk in chunks:
+                scheduler.computed(chunk)
+                if chunk.last:
+                    scheduler.appended(chunk.sequence, 7)
+            if mine.generated:
+                return n, sum(c.end - c.start for c in chunks)
+
+    assert steps(0) == (1, 100)
+    assert steps(31) == (1, 200)
+
+
+def test_where_there_are_tenants_a_step_ends_by_time() -> None:
+    """Rows that decode take turns; who was given least goes first, and nobody is left out for long."""
+    scheduler = Scheduler(Cache(40_000, 4), rows=32, budget=512)
+    pace = scheduler.pace = Pace(fixed=0.02, row=0.02, token=0.001, step=0.2)
+
+    def timed() -> Counter[str]:
+        chunks = scheduler.step()
+        rows = [c for c in chunks if c.end - c.start == 1]
+        tokens = sum(c.end - c.start for c in chunks) - len(rows)
+        assert pace.fixed + pace.row * len(rows) + pace.token * tokens <= pace.step + 1e-9
+        for chunk in chunks:
+            scheduler.computed(chunk)
+            if chunk.last:
+                scheduler.appended(chunk.sequence, 7)
+        return Counter(c.sequence.request.tenant for c in chunks)
+
+    flood = [scheduler.add(request(20, 3000, "flood", salt=i)) for i in range(32)]
+    for _ in range(40):
+        timed()
+    before = [s.generated for s in flood]
+    for _ in range(100):
+        timed()
+    more = [s.generated - n for s, n in zip(flood, before, strict=True)]
+    assert max(more) - min(more) <= 1
+    calm = scheduler.add(request(150, 1000, "calm", salt=100))
+    timed()
+    assert calm.generated == 1
+    for _ in range(30):
+        assert timed()["flood"] >= 7
+    assert calm.generated >= 29
+    nobody = Scheduler(Cache(4000, 4), rows=32, budget=512)  # one that has no tenants
+    nobody.pace = pace
+    for i in range(32):
+        nobody.add(request(10, 10, salt=i))
+    advance(nobody)
+    assert len(nobody.step()) == 32
 
 
 def test_tokens_are_shared_by_weight() -> None:

@@ -26,7 +26,16 @@ from veneer.models.text import TextBase
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Completion", "Prompt", "complete", "completion_of", "encode_prompt", "encode_prompts", "generate"]
+__all__ = [
+    "Completion",
+    "Prompt",
+    "complete",
+    "completion_of",
+    "encode_prompt",
+    "encode_prompts",
+    "generate",
+    "rendered",
+]
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text to go on from, taken as it is, or the messages of a conversation, put through the chat template."""
@@ -99,18 +108,25 @@ def encode_prompt(base: TextBase, prompt: Prompt, **variables: Any) -> list[int]
     tokenizer = base.tokenizer
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer(rendered(base, prompt, **variables), add_special_tokens=False)["input_ids"])
+
+
+def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    """Messages as the chat template writes them, special tokens and all; `variables` as for `encode_prompt`."""
     if not base.has_chat_template:
         raise BaseError(
             f"{base.name} has no chat template, so it takes texts, not messages", fix="give the prompt as plain text"
         )
-    messages = [dict(m) for m in prompt]
+    turns = [dict(m) for m in messages]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **{"add_generation_prompt": True, **variables})
+        made: str = base.tokenizer.apply_chat_template(
+            turns, tokenize=False, **{"add_generation_prompt": True, **variables}
+        )
     except (
         Exception
     ) as error:  # templates refuse what they do not take (a system turn, say) with exceptions of any kind
         raise DataError(f"the chat template of {base.name} refuses these messages: {error}") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return made
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, batch_size: int) -> None:

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from veneer.serve.resident import Lease, Residents
 from veneer.serve.runner import Prepared, Row, Runner, WeightKind
 from veneer.serve.sampler import Choice, Constraint, sample, scored
 from veneer.serve.sampler import Row as Draws
-from veneer.serve.scheduler import Chunk, Scheduler, Sequence
+from veneer.serve.scheduler import Chunk, Pace, Scheduler, Sequence
 
 __all__ = ["EngineSettings", "TextEngine"]
 
@@ -43,12 +44,16 @@ log = logging.getLogger(__name__)
 SCORED = 64
 """Tokens of a prompt whose logprobs are taken at once: each holds its row of logits in float32."""
 
+STEPS = 64
+"""Steps from which the engine learns how long steps take."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
     """`rows`: sequences at once; `budget`: tokens in a step; `cache_bytes`: of keys and values; `adapter_bytes`: of
     adapters in memory; `queue`: requests that may wait; `merge_bytes`: what a second set of weights may take, for a mix
-    that every row of `merge_after` steps in a row had, 0 for never. `weights`: see Runner."""
+    that every row of `merge_after` steps in a row had, 0 for never. `weights`: see Runner. `step_seconds`: how long a
+    step may take where there are tenants, so that whoever comes need not wait long for it to end."""
 
     rows: int = 32
     budget: int = 512
@@ -58,6 +63,7 @@ class EngineSettings:
     merge_bytes: int = 512 << 20
     merge_after: int = 256
     weights: WeightKind = "dense"
+    step_seconds: float = 0.15
 
 
 @dataclass(eq=False)
@@ -110,6 +116,7 @@ class TextEngine:
         self._state: Literal["new", "open", "draining", "closed"] = "new"
         self._counts = _Counts()
         self._texts: dict[int, str] = {}
+        self._took: deque[tuple[float, float, float, float]] = deque(maxlen=STEPS)
         self._same: tuple[Mix, int] = (BASE, 0)
         self._merger = ThreadPoolExecutor(1, thread_name_prefix="merge")
         self._merging = False
@@ -289,15 +296,26 @@ class TextEngine:
                 self._counts.prompt += len(live.request.prompt)
                 self._tell(live, Started(chunk.sequence.cached))
         self._counts.steps += 1
+        began = time.monotonic()
         wanted = [c for c in chunks if c.last]
         choices = dict(zip(map(id, wanted), self._choose(chunks, wanted), strict=True))
         now = time.monotonic()
+        self._measure(chunks, now - began)
         for chunk in chunks:
             if (still := self._live.get(chunk.sequence)) is not None:  # else it failed by itself
                 self.scheduler.computed(chunk)
                 if chunk.last:
                     self._take(still, choices[id(chunk)], now)
         self._heat(chunks)
+
+    def _measure(self, chunks: list[Chunk], seconds: float) -> None:
+        """Learn the pace by least squares over the last steps: seconds = fixed + row · rows + token · tokens."""
+        rows = sum(chunk.end - chunk.start == 1 for chunk in chunks)
+        self._took.append((1.0, rows, sum(chunk.end - chunk.start for chunk in chunks) - rows, seconds))
+        if self._counts.steps % 8 == 0:
+            table = np.array(self._took)
+            fixed, row, token = np.linalg.lstsq(table[:, :3], table[:, 3], rcond=None)[0].clip(min=0.0).tolist()
+            self.scheduler.pace = Pace(fixed, row, token, self.settings.step_seconds)
 
     def _choose(self, chunks: list[Chunk], wanted: list[Chunk]) -> list[Choice | Refused | None]:
         """The next token of each chunk in `wanted`. Where the step fails, each row by itself."""

@@ -1,16 +1,19 @@
 """The application: one door for all requests, errors in each surface's own form, and the routes of every surface.
 
-The door comes before everything: it numbers the request, limits its body, establishes who asks (401), and turns new
-work away while the server is loading or draining (503).
+The door comes before everything: it numbers the request, establishes who asks (401), turns new work away while the
+server is loading or draining (503), and takes the body in: no more of it than there is room for (413, 429), and no
+slower than it may come (408). What the request holds of the server's room it gives back at the end.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import typing
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -23,7 +26,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer import __version__
 from veneer.serve.access import Catalog, OpenAccess, Tenancy
+from veneer.serve.admission import Place
 from veneer.serve.http import llama_cpp, openai, tgi, vllm
+from veneer.serve.http.bodies import LARGE
 from veneer.serve.http.errors import Json, answer_error, as_refused, from_validation
 from veneer.serve.http.fields import Body
 from veneer.serve.http.house import House, HttpSettings, ShadowAnswer, client_key, house_of, need_admin
@@ -33,6 +38,10 @@ from veneer.serve.request import Engine, Refused
 
 __all__ = ["create_app"]
 
+STRANGERS = "?"
+"""Whose the requests are that need no key, where room is shared out; no tenant can have this name."""
+DROPPED = 2.0
+"""Seconds that the rest of a body may take whose request was refused."""
 OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/redoc")
 """Paths that need no key."""
 
@@ -119,38 +128,73 @@ class Door:
         except Exception as error:
             surface = self.surfaces.get(request.url.path, "OpenAI")
             refused = as_refused(error)
+            if (place := scope.get("veneer.place")) is not None:
+                place.leave()
             self.house.metrics.refused.labels(refused.code).inc()
+            await _dropped(receive)
             return await answer_error(refused, surface)(scope, receive, numbered)
         working = request.method not in ("GET", "HEAD", "OPTIONS")
         self.house.inside += working
+        incoming = _Body(receive, request.scope["veneer.place"], self.house.settings)
         try:
-            await self.app(scope, self._limited(receive), numbered)
+            await self.app(scope, incoming.receive, numbered)
         finally:
             self.house.inside -= working
+            incoming.place.leave()
+            if incoming.seen >= LARGE:
+                self.house.tidy()
 
     async def _enter(self, request: HttpRequest) -> None:
         path, house = request.url.path, self.house
         length = request.headers.get("content-length", "0")
-        if length.isdigit() and (len(length) > 15 or int(length) > house.settings.max_body):
+        size = int(length) if length.isdigit() and len(length) < 16 else 0
+        if size > house.settings.max_body or len(length) >= 16:
             raise _too_large(house.settings.max_body)
+        request.scope["veneer.place"] = place = house.admission.enter(STRANGERS)
         if path in OPEN or path.startswith(tuple(f"{prefix}/" for prefix in self.unguarded)) or path in self.unguarded:
+            place.take("bodies", size)
             return
-        request.scope["veneer.caller"] = await house.tenancy.caller(client_key(request))
+        request.scope["veneer.caller"] = caller = await house.tenancy.caller(client_key(request))
+        place.tenant, place.weight = caller.tenant, caller.weight
+        place.take("bodies", size)
         if house.phase != "ready" and request.method == "POST":
             raise Refused(f"the server is {house.phase}", status=503, code="shutting_down", retry_after=5.0)
 
-    def _limited(self, receive: Receive) -> Receive:
-        most, seen = self.house.settings.max_body, 0
 
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > most:
-                raise HTTPException(413, _too_large(most).what)
-            return message
+async def _dropped(receive: Receive) -> None:
+    """Take in a body that is not wanted: a connection that is closed while its client still writes is reset, and the
+    answer with it. One that does not end soon is reset."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DROPPED):
+            while (await receive()).get("more_body", False):
+                pass
 
-        return counted
+
+class _Body:
+    """A body as it comes: counted, and in time. What its head did not announce is taken when it is here."""
+
+    def __init__(self, receive: Receive, place: Place, settings: HttpSettings) -> None:
+        self.read, self.place, self.settings = receive, place, settings
+        self.seen, self.whole, self.end = 0, False, 0.0
+
+    async def receive(self) -> Message:
+        if self.whole:  # what comes now is that the client has left
+            return await self.read()
+        now = asyncio.get_running_loop().time()
+        self.end = self.end or now + self.settings.body_time
+        try:
+            message = await asyncio.wait_for(self.read(), max(0.0, self.end - now))
+        except TimeoutError:
+            raise Refused(
+                f"the body did not come within {self.settings.body_time:g} s", status=408, code="too_slow"
+            ) from None
+        self.seen += len(message.get("body", b""))
+        if self.seen > self.settings.max_body:
+            raise _too_large(self.settings.max_body)
+        if (more := self.seen - self.place.held["bodies"]) > 0:
+            self.place.take("bodies", more)
+        self.whole = not message.get("more_body", False)
+        return message
 
 
 def _too_large(most: int) -> Refused:
@@ -159,7 +203,7 @@ def _too_large(most: int) -> Refused:
 
 # -- errors ------------------------------------------------------------------------------------------------------------
 
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 400: "invalid_request"}
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_request"}
 
 
 def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:

@@ -2,6 +2,9 @@
 
 A key is a field, and honoured; or in `ignored`, harmless, and named in the answer's `x-veneer-ignored` header; or in
 `refused`, where any value but its neutral ones is an error with the reason; or unknown, an error with the nearest name.
+
+Whatever is wrong with a body, little is said of it: an object has at most `KEYS` keys, a list has a bound (`at_most`)
+and ends at its first error, and of several kinds of value the one is checked that the value looks like.
 """
 
 from __future__ import annotations
@@ -12,7 +15,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from veneer.errors import ConfigError
@@ -21,14 +34,21 @@ from veneer.serve.http.prompts import Prompts
 from veneer.serve.request import Sampling
 
 __all__ = [
+    "FIRST",
+    "ITEMS",
     "Bias",
     "Body",
     "Grammar",
+    "Ids",
     "Lora",
     "MixField",
+    "Objects",
     "Seed",
     "Stop",
+    "Strict",
+    "Texts",
     "TokenId",
+    "at_most",
     "bias_of",
     "checked",
     "choices_regex",
@@ -42,12 +62,45 @@ Grammar = tuple[Literal["json_schema", "json_object", "regex"], str]
 Neutral = tuple[Any, ...]
 
 _LONGEST_GRAMMAR = 200_000
+KEYS = 256
+"""Keys that an object of a body may have, where they have names."""
+ITEMS = 4096
+"""What a list of a body may hold that has no bound of its own."""
 
 
-class Body(BaseModel):
-    """A request's body. `refused`: key -> (neutral values, why any other cannot be honoured)."""
+FIRST = Field(fail_fast=True)
+"""A list that ends at its first error."""
+
+
+def at_most(n: int) -> BeforeValidator:
+    """A list or an object is counted before anything in it is looked at."""
+
+    def counted(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > n:
+            raise PydanticCustomError("too_long", "there are {have} of them, and at most {most} may be", {
+                "have": len(value), "most": n
+            })  # fmt: skip
+        return value
+
+    return BeforeValidator(counted)
+
+
+class Strict(BaseModel):
+    """An object with known keys, and no more of them than can be told apart."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > KEYS:
+            raise PydanticCustomError("too_long", "an object has more than {most} keys", {"most": KEYS})
+        return data
+
+
+class Body(Strict):
+    """A request's body. `refused`: key -> (neutral values, why any other cannot be honoured)."""
+
     ignored: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {}
     _ignored: list[str] = PrivateAttr(default_factory=list)
@@ -55,7 +108,7 @@ class Body(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _sort_keys(cls, data: Any, build: Callable[[Any], Any]) -> Any:
-        if not isinstance(data, dict):
+        if not isinstance(data, dict) or len(data) > KEYS:
             return build(data)
         for key in sorted(set(data) & set(cls.refused)):
             neutral, why = cls.refused[key]
@@ -76,20 +129,39 @@ class Body(BaseModel):
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Stop = str | list[str]
-Bias = dict[str, float]
+Stop = str | Annotated[list[str], FIRST, at_most(KEYS)]
+Bias = Annotated[dict[str, float], at_most(1024)]
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+def _kind(value: Any) -> str:
+    """Which of the four forms of a prompt this is meant to be."""
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else ""
+    return "ids" if isinstance(first, int | float) else "texts" if isinstance(first, str) else "lists"
+
+
+Object = dict[str, Any]
+Objects = Annotated[list[Object], FIRST, at_most(ITEMS)]
+Ids = Annotated[list[TokenId], FIRST]
+Texts = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[Ids, Tag("ids")]
+    | Annotated[list[str], FIRST, at_most(ITEMS), Tag("texts")]
+    | Annotated[list[Ids], FIRST, at_most(ITEMS), Tag("lists")],
+    Discriminator(_kind),
+]
+"""OpenAI's prompts: a text or token ids, or a list of either."""
+
+
+class Part(Strict):
     adapter: str = Field(min_length=1, max_length=512)
     strength: float = 1.0
 
 
-class Lora(BaseModel):
+class Lora(Strict):
     """llama.cpp's way to name an adapter: its number in GET /lora-adapters, and a scale."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     id: int
     scale: float = 1.0
 
@@ -113,8 +185,10 @@ def _part(text: str) -> dict[str, Any]:
 
 MixField = Annotated[
     list[Part],
+    FIRST,
     Field(max_length=64, description='[{"adapter": name, "strength": 0.8}], ["name:0.8"] or {"name": 0.8}'),
     BeforeValidator(_parts),
+    at_most(64),
 ]
 
 
@@ -182,6 +256,6 @@ def checked(model: type[BaseModel], value: Any, param: str) -> Any:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join([param, *map(str, first["loc"])])
         raise invalid(f"{where}: {first['msg']}", param) from error

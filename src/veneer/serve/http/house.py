@@ -7,15 +7,18 @@ ways at once that mean different things are refused, and a name that is not ther
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from starlette.requests import Request as HttpRequest
 
 from veneer.serve.access import Caller, Catalog, ModelCard, Served, Tenancy
+from veneer.serve.admission import Admission, Place
 from veneer.serve.http.errors import as_refused, invalid, log, message_of
 from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.prompts import Prompts, Text
@@ -23,13 +26,14 @@ from veneer.serve.request import Engine, Refused, Usage
 
 __all__ = [
     "Chosen", "House", "HttpSettings", "ShadowAnswer", "caller_of", "client_key", "house_of", "load_adapter",
-    "need_admin",
+    "need_admin", "place_of",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class HttpSettings:
-    """Limits of one server. `max_tokens` 0: up to the context. `stall`: seconds a stream may be unread before it ends.
+    """Limits of one server. `max_tokens` 0: up to the context. `queue`: answers that may run or wait at once, of all
+    tenants. `body_time`: seconds in which a body has to come; `stall`: seconds an answer may be unread before it ends.
     `metric_adapters`: adapters with series of their own. `cors`: origins whose pages may ask from a browser."""
 
     max_body: int = 8 << 20
@@ -38,7 +42,9 @@ class HttpSettings:
     max_choices: int = 64
     max_stops: int = 16
     max_best_of: int = 8
-    stall: float = 120.0
+    queue: int = 1024
+    body_time: float = 60.0
+    stall: float = 60.0
     metric_adapters: int = 100
     shadows: int = 16
     slots: int = 256
@@ -108,10 +114,13 @@ class House:
     default: dict[str, float] = field(default_factory=dict)
     """Adapter -> strength for requests that name none, on every surface; the operator's, at the start."""
     behind: set[asyncio.Task[None]] = field(default_factory=set)
+    _tidies: bool = False
 
     def __post_init__(self) -> None:
         ledger = getattr(self.tenancy, "ledger_state", None)
         self.metrics = Metrics(self.catalog.base, self.engine.stats, self.settings.metric_adapters, ledger)
+        s = self.settings
+        self.admission = Admission(bodies=8 * s.max_body, answers=s.queue, texts=4 * s.max_body)
 
     @property
     def text(self) -> Text:
@@ -125,6 +134,17 @@ class House:
         self.behind.add(task)
         task.add_done_callback(self.behind.discard)
         return True
+
+    def tidy(self) -> None:
+        """Soon, and once for all who ask meanwhile, give the memory back that large bodies took: the C library keeps
+        what was freed between things that were not."""
+        if not self._tidies:
+            self._tidies = True
+            asyncio.get_running_loop().call_later(1.0, self._tidy)
+
+    def _tidy(self) -> None:
+        self._tidies = False
+        asyncio.get_running_loop().run_in_executor(None, trim)
 
     def adapters(self, caller: Caller) -> list[ModelCard]:
         return [card for card in self.catalog.models(caller) if card.parent is not None]
@@ -171,6 +191,13 @@ class House:
         return Chosen(served, "mix" if len(served.mix) > 1 else parts[0][0] if served.mix else self.catalog.base)
 
 
+def trim() -> None:
+    """Freed memory goes back to the system, where the C library can do that."""
+    with suppress(OSError):
+        if (give := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            give(0)
+
+
 def house_of(request: HttpRequest) -> House:
     house: House = request.app.state.house
     return house
@@ -188,6 +215,12 @@ def caller_of(request: HttpRequest, user: str | None = None) -> Caller:
     """Who asks, as the door established it, with the body's `user`."""
     caller: Caller = request.scope["veneer.caller"]
     return replace(caller, user=user) if user else caller
+
+
+def place_of(request: HttpRequest) -> Place:
+    """What the request holds of the server, to which the surface adds what it is about to do."""
+    place: Place = request.scope["veneer.place"]
+    return place
 
 
 def need_admin(request: HttpRequest) -> Caller:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 import re
 import secrets
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -28,7 +27,9 @@ from veneer.errors import VeneerError, nearest
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.make import size_for
 from veneer.models.image_generate import SEEDS, Control, Settings, default_settings, fitted
+from veneer.serve.http.bodies import read_body, read_json
 from veneer.serve.http.errors import invalid
+from veneer.serve.http.fields import FIRST, Strict, at_most
 from veneer.serve.picture_request import PictureRequest
 from veneer.serve.pictures import PictureEngine
 from veneer.serve.request import Refused
@@ -49,16 +50,12 @@ _STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}
 # -- bodies ------------------------------------------------------------------------------------------------------------
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-
-class Part(_Strict):
+class Part(Strict):
     adapter: str = Field(min_length=1, max_length=512)
     strength: float = Field(1.0, ge=-10_000, le=10_000)
 
 
-class Lora(_Strict):
+class Lora(Strict):
     """vLLM-Omni's way to name an adapter. It never is a path here."""
 
     name: str = Field(min_length=1, max_length=512)
@@ -69,11 +66,11 @@ Data = bytes | str
 """A picture: an uploaded file's bytes; in JSON base64 or a data: URL."""
 
 
-class Reference(_Strict):
+class Reference(Strict):
     image_url: str
 
 
-class ControlAsked(_Strict):
+class ControlAsked(Strict):
     """`begin`, `end`: shares of the steps in which it acts."""
 
     type: str = Field(max_length=64)
@@ -87,8 +84,8 @@ def _json(value: Any) -> Any:
     """A form has lists and objects as JSON text."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except ValueError:
+            return read_json(value.encode())
+        except (Refused, ValueError):
             raise ValueError("this is not JSON") from None
     return value
 
@@ -114,7 +111,7 @@ def _part(text: str) -> dict[str, Any]:
         return {"adapter": text}
 
 
-class ImageAsked(_Strict):
+class ImageAsked(Strict):
     prompt: str = Field(min_length=1, max_length=32_000)
     model: str = Field("", max_length=512)
     n: int = Field(1, ge=1)
@@ -135,9 +132,9 @@ class ImageAsked(_Strict):
     true_cfg_scale: float | None = Field(None, ge=1, le=1000)
     scheduler: str | None = Field(None, max_length=64)
     seed: int | None = Field(None, ge=0, lt=SEEDS)
-    lora: Annotated[list[Lora] | None, Field(max_length=64), BeforeValidator(_listed)] = None
-    mix: Annotated[list[Part] | None, Field(max_length=64), BeforeValidator(_parts)] = None
-    control: Annotated[list[ControlAsked], Field(max_length=4), BeforeValidator(_listed)] = Field(default_factory=list)
+    lora: Annotated[list[Lora] | None, at_most(64), BeforeValidator(_listed)] = None
+    mix: Annotated[list[Part] | None, at_most(64), BeforeValidator(_parts)] = None
+    control: Annotated[list[ControlAsked], at_most(4), BeforeValidator(_listed)] = Field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -148,8 +145,8 @@ class ImageAsked(_Strict):
 class EditAsked(ImageAsked):
     """`image`, or OpenAI's JSON form of it, `images`. `denoise`: how far from it, the share of the steps taken."""
 
-    image: Annotated[list[Data], BeforeValidator(_listed)] = Field(default_factory=list)
-    images: list[Reference] = Field(default_factory=list)
+    image: Annotated[list[Data], FIRST, at_most(64), BeforeValidator(_listed)] = Field(default_factory=list)
+    images: Annotated[list[Reference], FIRST, at_most(64)] = Field(default_factory=list)
     mask: Annotated[Data | Reference | None, BeforeValidator(_json)] = None
     denoise: float | None = Field(None, gt=0, le=1)
 
@@ -203,10 +200,7 @@ async def fields_of(request: Request, limit: int) -> dict[str, Any]:
 
     inner = Request(request.scope, counted)
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        try:
-            found = json.loads(await inner.body())
-        except (ValueError, RecursionError) as error:
-            raise invalid(f"the body is no JSON: {error}") from error
+        found = await read_body(inner)
         if not isinstance(found, dict):
             raise invalid("the body is no JSON object")
         return found

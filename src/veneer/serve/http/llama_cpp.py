@@ -8,6 +8,7 @@ request that names none. A request's own `lora` replaces them.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from itertools import chain
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter
@@ -16,8 +17,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer import __version__
+from veneer.serve.admission import Place
+from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.errors import Json, error_body, invalid
 from veneer.serve.http.fields import (
+    FIRST,
     Bias,
     Body,
     Grammar,
@@ -27,13 +31,14 @@ from veneer.serve.http.fields import (
     Seed,
     Stop,
     TokenId,
+    at_most,
     bias_of,
     one_grammar,
     sampling,
     schema_text,
     stops_of,
 )
-from veneer.serve.http.house import House, caller_of, house_of, need_admin
+from veneer.serve.http.house import House, caller_of, house_of, need_admin, place_of
 from veneer.serve.http.openai_bodies import limited
 from veneer.serve.http.running import Answer, Ask, Opened, collect, opened, unless_left
 from veneer.serve.http.sse import EventStream, data
@@ -41,7 +46,7 @@ from veneer.serve.request import Finished, Refused, Sampling, Token
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["llama.cpp"])
+router = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
 
 _ANOTHER = "it would draw from another distribution; temperature, top_k, top_p, min_p and the penalties are there"
 
@@ -78,10 +83,10 @@ class Completion(Body):
         "timings_per_token": ((False,), "timings come with the last event"),
         "n_cmpl": ((1,), "one answer a request; /v1/completions takes n"),
     }
-    prompt: str | list[TokenId | str]
+    prompt: str | Annotated[list[TokenId | str], FIRST]
     model: str = Field(default="", max_length=512)
     mix: MixField | None = None
-    lora: Annotated[list[Lora], Field(max_length=64)] | None = None
+    lora: Annotated[list[Lora], FIRST, at_most(64)] | None = None
     n_predict: int | None = Field(default=None, ge=-1, lt=1 << 31)
     max_tokens: int | None = Field(default=None, ge=-1, lt=1 << 31)
     temperature: float = 0.8
@@ -94,7 +99,7 @@ class Completion(Body):
     seed: Seed | None = None
     ignore_eos: bool = False
     stop: Stop | None = None
-    logit_bias: Bias | list[tuple[int | str, float | bool]] | None = Field(default=None, max_length=1024)
+    logit_bias: Bias | Annotated[list[tuple[int | str, float | bool]], FIRST, at_most(1024)] | None = None
     n_probs: int = Field(default=0, ge=0, le=20)
     json_schema: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
@@ -154,7 +159,9 @@ async def completion(request: HttpRequest, body: Completion) -> Response:
     lora = None if body.lora is None else [(part.id, part.scale) for part in body.lora]
     mix = None if body.mix is None else [(part.adapter, part.strength) for part in body.mix]
     chosen = house.choose(caller, model=body.model, mix=mix, lora=lora, default=house.loras.scales)
-    prompt = await _prompt(house, body.prompt)
+    place = place_of(request)
+    place.take("answers", 1)
+    prompt = await _prompt(house, body.prompt, place)
     settings = body.sampling(house, house.prompts.fits(prompt))
     ask = Ask(caller, chosen, [prompt], settings, 1, f"cmpl-{request.scope['veneer.id']}")
     if not body.stream:
@@ -171,16 +178,18 @@ async def completion(request: HttpRequest, body: Completion) -> Response:
     return stream
 
 
-async def _prompt(house: House, given: str | list[int | str]) -> tuple[int, ...]:
+async def _prompt(house: House, given: str | list[int | str], place: Place) -> tuple[int, ...]:
     """A text, or texts and token ids one after another; the tokenizer's own beginning (bos) where text comes first."""
     parts = [given] if isinstance(given, str) else given
-    ids: list[int] = []
-    for i, part in enumerate(parts):
-        if isinstance(part, str):
-            ids += await house.prompts.of_text(part, special=i == 0)
-        else:
-            ids += house.prompts.of_ids([part])
-    return tuple(ids)
+    house.prompts.of_ids([part for part in parts if isinstance(part, int)])
+    texts = {i: part for i, part in enumerate(parts) if isinstance(part, str)}
+    if len(texts) > house.settings.max_prompts:
+        raise invalid(f"the prompt is made of {len(texts):,} texts", "prompt", f"at most {house.settings.max_prompts}")
+    house.prompts.measure(sum(map(len, texts.values())))
+    made = await house.prompts.of_parts(list(texts.values()), special=[i == 0 for i in texts], place=place)
+    read = dict(zip(texts, made, strict=True))
+    in_order = ((part,) if isinstance(part, int) else read[i] for i, part in enumerate(parts))
+    return tuple(chain.from_iterable(in_order))
 
 
 async def _lines(house: House, ask: Ask, body: Completion, events: Opened) -> AsyncIterator[bytes]:
@@ -265,7 +274,7 @@ async def lora_adapters(request: HttpRequest) -> Response:
 
 
 @router.post("/lora-adapters", summary="Set all global scales; an adapter that is not in the list gets 0.")
-async def set_lora_adapters(request: HttpRequest, body: Annotated[list[Lora], Field(max_length=1024)]) -> Response:
+async def set_lora_adapters(request: HttpRequest, body: Annotated[list[Lora], FIRST, at_most(1024)]) -> Response:
     house, caller = house_of(request), need_admin(request)
     visible = house.adapters(caller)
     scales = {house.loras.name(part.id, visible): part.scale for part in body}

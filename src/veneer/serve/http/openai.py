@@ -15,8 +15,9 @@ from starlette.responses import Response
 
 from veneer import __version__
 from veneer.serve.access import ModelCard
+from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.errors import Json, error_body, invalid
-from veneer.serve.http.house import House, caller_of, house_of
+from veneer.serve.http.house import House, caller_of, house_of, place_of
 from veneer.serve.http.openai_bodies import Chat, Completion, Shared
 from veneer.serve.http.prompts import Prompts
 from veneer.serve.http.running import Answer, Ask, Opened, collect, opened, total, unless_left
@@ -26,7 +27,7 @@ from veneer.serve.request import Finished, Refused, Started, Token, Usage
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -70,8 +71,10 @@ async def chat(request: HttpRequest, body: Chat) -> Response:
     n = body.choices(house)
     chosen = house.choose(caller, **body.adapters())
     use = tool_use(body.tools, body.tool_choice, house.prompts.takes_tools)
+    place = place_of(request)
+    place.take("answers", n)
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
-    prompt = await house.prompts.of_messages(messages, use.shown, **body.variables())
+    prompt = await house.prompts.of_messages(messages, use.shown, place, **body.variables())
     room = house.prompts.fits(prompt, "messages")
     settings = body.sampling(
         house, room=room, max_tokens=body.limit(), default=room, logprobs=body.alternatives(), grammar=use.grammar
@@ -90,14 +93,15 @@ async def completions(request: HttpRequest, body: Completion) -> Response:
             f"{len(texts)} prompts with {n} answers each", "n", f"at most {house.settings.max_prompts} answers"
         )
     chosen = house.choose(caller, **body.adapters())
-    prompts, echoes = [], []
-    for text in texts:
-        if isinstance(text, str):
-            prompts.append(await house.prompts.of_text(text, special=body.add_special_tokens))
-            echoes.append(text)
-        else:
-            prompts.append(house.prompts.of_ids(text))
-            echoes.append(await house.prompts.decode(text) if body.echo else "")
+    place = place_of(request)
+    place.take("answers", len(texts) * n)
+    written = [text for text in texts if isinstance(text, str)]
+    if written:
+        prompts = await house.prompts.of_parts(written, special=[body.add_special_tokens] * len(written), place=place)
+        echoes = written
+    else:
+        prompts = [house.prompts.of_ids(ids) for ids in texts if not isinstance(ids, str)]
+        echoes = [await house.prompts.decode(ids, place=place) for ids in prompts] if body.echo else []
     room = min(house.prompts.fits(prompt) for prompt in prompts)
     scored = bool(body.echo) and body.logprobs is not None
     settings = body.sampling(

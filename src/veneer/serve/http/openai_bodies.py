@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from veneer.serve.http.errors import invalid
 from veneer.serve.http.fields import (
+    FIRST,
+    ITEMS,
     Bias,
     Body,
     Grammar,
+    Ids,
     Lora,
     MixField,
     Neutral,
+    Objects,
     Seed,
     Stop,
-    TokenId,
+    Strict,
+    Texts,
+    at_most,
     bias_of,
     checked,
     choices_regex,
@@ -33,10 +39,10 @@ __all__ = ["Chat", "Completion", "Message", "StreamOptions", "grammar_of"]
 
 _NO_BEAMS = "answers are sampled, not searched in beams"
 _GREEDY_OR_NOT = "the answer would be another one"
+Choices = Annotated[list[str], FIRST, at_most(1000)]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
@@ -74,8 +80,8 @@ class Shared(Body):
 
     model: str = Field(default="", max_length=512, description="the base, an adapter, an alias, or base:adapter")
     mix: MixField | None = None
-    lora: Annotated[list[Lora], Field(max_length=64)] | None = None
-    lora_path: str | list[str | None] | None = None
+    lora: Annotated[list[Lora], FIRST, at_most(64)] | None = None
+    lora_path: str | Annotated[list[str | None], FIRST, at_most(ITEMS)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = Field(default=None, ge=-1, lt=1 << 31)
@@ -85,10 +91,10 @@ class Shared(Body):
     repetition_penalty: float | None = None
     seed: Seed | None = None
     stop: Stop | None = None
-    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
+    stop_token_ids: Annotated[Ids, at_most(64)] | None = None
     min_tokens: int = Field(default=0, ge=0, lt=1 << 31)
     ignore_eos: bool = False
-    logit_bias: Bias | None = Field(default=None, max_length=1024)
+    logit_bias: Bias | None = None
     n: int | None = Field(default=None, ge=1)
     best_of: int | None = None
     stream: bool | None = False
@@ -97,7 +103,7 @@ class Shared(Body):
     response_format: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = Field(default=None, max_length=20_000)
-    guided_choice: list[str] | None = Field(default=None, max_length=1000)
+    guided_choice: Choices | None = None
     structured_outputs: dict[str, Any] | None = None
 
     def choices(self, house: House) -> int:
@@ -166,25 +172,22 @@ def limited(wanted: int, room: int, house: House, *, asked: bool) -> int:
     return wanted
 
 
-class _JsonSchema(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _JsonSchema(Strict):
     name: str = "answer"
     description: str | None = None
     strict: bool | None = None
     wanted: dict[str, Any] = Field(alias="schema")
 
 
-class _Format(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Format(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: _JsonSchema | None = None
 
 
-class _Structured(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Structured(Strict):
     wanted: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = Field(default=None, max_length=20_000)
-    choice: list[str] | None = Field(default=None, max_length=1000)
+    choice: Choices | None = None
     json_object: bool | None = None
 
 
@@ -210,12 +213,11 @@ def grammar_of(body: Shared) -> Grammar | None:
     return one_grammar(found)
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Objects | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Objects | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     # What OpenAI's client gives back with an assistant's turn, always empty here.
@@ -240,12 +242,12 @@ class Chat(Shared):
         "documents": (([],), "write them into a message"),
         "add_special_tokens": ((False,), "the chat template writes them"),
     }
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: Annotated[list[Message], FIRST, at_most(ITEMS)] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1, lt=1 << 31)
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=1 << 31)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = Field(default=None, max_length=128)
+    tools: Annotated[Objects, at_most(128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -277,7 +279,7 @@ class Completion(Shared):
         **Shared.refused,
         "suffix": (("",), "this base continues a text, and does not fill gaps"),
     }
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: Texts
     max_tokens: int | None = Field(default=16, ge=1, lt=1 << 31)
     echo: bool | None = False
     logprobs: int | None = Field(default=None, ge=0, le=20)

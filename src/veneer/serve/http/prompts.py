@@ -1,12 +1,13 @@
 """Texts, messages and token ids -> prompts; tokens -> texts and bytes. All that a surface asks of a tokenizer.
 
-A tokenizer encodes in one thread at a time (the fast ones keep settings inside), and never on the event loop: a prompt
-of a megabyte takes a second, and nobody else should wait for it.
+A text is measured before it is tokenised: one with more characters than a whole context of the longest tokens is
+refused at once. The rest is tokenised in the threads of admission, never on the event loop, and by a copy of the
+tokenizer that nobody changes, so that threads need not wait for one another. A tokenizer without such a copy (a slow
+one, or one whose class adds to it) encodes in one thread at a time.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import re
 import threading
@@ -15,6 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from veneer.errors import VeneerError
+from veneer.serve.admission import Admission, Place
 from veneer.serve.http.errors import invalid
 from veneer.serve.request import Refused
 
@@ -49,29 +51,50 @@ class Prompts:
         self._special = frozenset(map(int, text.tokenizer.all_special_ids))
         self._lock = threading.Lock()
         self._piece = cache(self._make_piece)
-
-    async def _alone(self, work: Callable[[], T]) -> T:
-        def locked() -> T:
-            with self._lock:
-                return work()
-
-        return await asyncio.to_thread(locked)
+        self._reader = _reader(text.tokenizer)
+        self.most = self.context * max(map(len, text.tokenizer.get_vocab()))
+        """Characters that a context could hold, were each of its tokens the longest of all."""
 
     # -- in
 
-    async def of_text(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+    async def of_text(self, text: str, *, special: bool = True, place: Place | None = None) -> tuple[int, ...]:
         """Token ids of a text as it is. `special`: with what the tokenizer puts around texts (bos, say)."""
-        ids = await self._alone(lambda: self.text.tokenizer(_clean(text), add_special_tokens=special)["input_ids"])
-        return tuple(map(int, ids))
+        return (await self.of_parts([text], special=[special], place=place))[0]
 
-    async def spans(self, text: str, *, special: bool = True) -> list[tuple[int, int, int]]:
-        """(token id, start, stop) in characters of the text."""
-        tokenizer, text = self.text.tokenizer, _clean(text)
-        if not tokenizer.is_fast:
+    async def of_parts(
+        self, texts: Sequence[str], *, special: Sequence[bool], place: Place | None = None, param: str = "prompt"
+    ) -> list[tuple[int, ...]]:
+        """Token ids of each of some texts. Raises Refused (400, context_exceeded) for one that cannot fit."""
+        for text in texts:
+            self.measure(len(text), param)
+        pairs = list(zip(texts, special, strict=True))
+        return await self.work(sum(map(len, texts)), lambda: [self.encode(t, special=s) for t, s in pairs], place)
+
+    def measure(self, characters: int, param: str = "prompt") -> None:
+        """Raises Refused (400, context_exceeded) for a text that is longer than `most`, before it is tokenised."""
+        if characters > self.most:
+            what = f"the prompt has {characters:,} characters; for a context of {self.context:,} tokens at most "
+            what += f"{self.most:,} are read"
+            raise Refused(what, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
+
+    async def work(self, size: int, do: Callable[[], T], place: Place | None) -> T:
+        """What `do` makes of so many characters, in a thread of admission's; the tenant's of `place`."""
+        return await (place or _anybody()).work(size, do)
+
+    def encode(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Blocks: for a thread of admission's."""
+        text = _clean(text)
+        if self._reader is not None:
+            return tuple(self._reader.encode(text, add_special_tokens=special).ids)
+        with self._lock:
+            return tuple(map(int, self.text.tokenizer(text, add_special_tokens=special)["input_ids"]))
+
+    def spans(self, text: str, *, special: bool = True) -> list[tuple[int, int, int]]:
+        """(token id, start, stop) in characters of the text. Blocks, as `encode`."""
+        if self._reader is None:
             raise invalid("this base's tokenizer does not say which characters a token covers", "inputs")
-        settings = {"add_special_tokens": special, "return_offsets_mapping": True}
-        made = await self._alone(lambda: tokenizer(text, **settings))
-        return [(int(i), *span) for i, span in zip(made["input_ids"], made["offset_mapping"], strict=True)]
+        made = self._reader.encode(_clean(text), add_special_tokens=special)
+        return [(i, *span) for i, span in zip(made.ids, made.offsets, strict=True)]
 
     def of_ids(self, ids: Sequence[int], param: str = "prompt") -> tuple[int, ...]:
         """Token ids that a client gave. Raises Refused(400) for one that is not in the vocabulary."""
@@ -81,12 +104,16 @@ class Prompts:
         return tuple(ids)
 
     async def of_messages(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        place: Place | None = None,
+        **variables: Any,
     ) -> tuple[int, ...]:
         """A conversation through the chat template. `variables`: what the client gives the template.
 
         Raises Refused(400) where there is no template, or it refuses."""
-        from veneer.models.generate import encode_prompt  # late: a server listens before torch is there
+        from veneer.models.generate import rendered  # late: a server listens before torch is there
 
         settings = set(inspect.signature(self.text.tokenizer.apply_chat_template).parameters) | {"base", "prompt"}
         reserved = sorted(set(variables) & (settings - {"add_generation_prompt", "continue_final_message"}))
@@ -96,8 +123,18 @@ class Prompts:
             variables["tools"] = [dict(tool) for tool in tools]
         turns = [_turn(i, message) for i, message in enumerate(messages)]
         base = cast("TextBase", self.text)
+        size = sum(len(turn["content"]) for turn in turns)
+        self.measure(size, "messages")
+
+        def read() -> tuple[int, ...]:
+            text = rendered(base, turns, **variables)
+            self.measure(len(text), "messages")
+            return self.encode(text, special=False)
+
         try:
-            return tuple(await self._alone(lambda: encode_prompt(base, turns, **variables)))
+            return await self.work(size, read, place)
+        except Refused:
+            raise
         except VeneerError as error:
             raise invalid(error.what, "messages", error.fix) from error
 
@@ -119,10 +156,10 @@ class Prompts:
 
     # -- out
 
-    async def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    async def decode(self, ids: Sequence[int], *, skip_special: bool = False, place: Place | None = None) -> str:
         read = self.text.tokenizer.decode
         settings = {"skip_special_tokens": skip_special, "clean_up_tokenization_spaces": False}
-        return str(await self._alone(lambda: read(list(ids), **settings)))
+        return str(await self.work(len(ids), lambda: read(list(ids), **settings), place))
 
     def piece(self, token: int) -> tuple[str, tuple[int, ...]]:
         """(text, bytes) of one token by itself; the text of half a character is "�", its bytes are right."""
@@ -143,6 +180,39 @@ class Prompts:
         if raw and all(c in table for c in raw):  # byte-level BPE's alphabet
             return text, tuple(table[c] for c in raw)
         return text, tuple(text.encode("utf-8", "replace"))
+
+
+@cache
+def _anybody() -> Place:
+    """For texts that no request brings: nothing is counted against anybody."""
+    return Admission(bodies=0, answers=0, texts=1 << 40, threads=1).enter()
+
+
+_PROBES = (
+    "",
+    " Hello  there,\n\tworld! ",
+    "ﬁne — naïve 東京 🙂 e\u0301",
+    "<s>[INST] x </s><|im_end|>\n<|endoftext|>a",
+    "01234 __a",
+)
+
+
+def _reader(tokenizer: Any) -> Any:
+    """A copy of a fast tokenizer's machine that neither pads nor cuts, whose `encode` any number of threads may use at
+    once; None where it does not give what the tokenizer gives."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not tokenizer.is_fast:
+        return None
+    made = type(backend).from_str(backend.to_str())
+    made.no_padding()
+    made.no_truncation()
+    for text in _PROBES:
+        for special in (False, True):
+            if made.encode(text, add_special_tokens=special).ids != list(
+                tokenizer(text, add_special_tokens=special)["input_ids"]
+            ):
+                return None
+    return made
 
 
 def _clean(text: str) -> str:

@@ -6,17 +6,30 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer import __version__
+from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.http.errors import Json, error_body, invalid
-from veneer.serve.http.fields import Body, Grammar, Neutral, Seed, sampling, schema_text, stops_of
-from veneer.serve.http.house import Chosen, House, caller_of, house_of
+from veneer.serve.http.fields import (
+    FIRST,
+    ITEMS,
+    Body,
+    Grammar,
+    Neutral,
+    Seed,
+    Strict,
+    at_most,
+    sampling,
+    schema_text,
+    stops_of,
+)
+from veneer.serve.http.house import Chosen, House, caller_of, house_of, place_of
 from veneer.serve.http.openai_bodies import limited
 from veneer.serve.http.running import Answer, Ask, Opened, collect, opened, seed_of, unless_left
 from veneer.serve.http.sse import EventStream, data
@@ -24,15 +37,14 @@ from veneer.serve.request import Finished, Refused, Token
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["TGI"])
+router = APIRouter(tags=["TGI"], route_class=BodyRoute)
 
 
-class Merged(BaseModel):
+class Merged(Strict):
     """LoRAX: the sum of weight · adapter, weights as they are. Exactly a mix, so it shares batches with everything."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    ids: list[str] = Field(min_length=1, max_length=64)
-    weights: list[float]
+    ids: Annotated[list[str], FIRST, at_most(64)] = Field(min_length=1)
+    weights: Annotated[list[float], FIRST, at_most(64)]
     merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] | None = None
     density: float | None = None
     majority_sign_method: Literal["total", "frequency"] | None = None
@@ -49,8 +61,7 @@ class Merged(BaseModel):
         return list(zip(self.ids, self.weights, strict=True))
 
 
-class Form(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Form(Strict):
     type: Literal["json", "regex", "json_schema", "json_object"]
     value: Any = None
 
@@ -90,7 +101,7 @@ class Parameters(Body):
     max_new_tokens: int | None = Field(default=None, ge=1, lt=1 << 31)
     ignore_eos_token: bool = False
     return_full_text: bool | None = None
-    stop: list[str] | None = None
+    stop: Annotated[list[str], FIRST, at_most(ITEMS)] | None = None
     details: bool | None = True
     decoder_input_details: bool = False
     seed: Seed | None = None
@@ -170,7 +181,9 @@ async def _ask(request: HttpRequest, house: House, body: Generate) -> Ask:
     )
     if best > 1 and not sampled:
         raise invalid("best_of without sampling gives the same answer each time", "best_of", "do_sample: true")
-    prompt = await house.prompts.of_text(body.inputs)
+    place = place_of(request)
+    place.take("answers", best)
+    prompt = await house.prompts.of_text(body.inputs, place=place)
     room = house.prompts.fits(prompt, "inputs")
     if given.grammar is not None and given.response_format is not None:
         raise invalid("grammar and response_format are the same thing", "grammar", "keep one")

@@ -6,8 +6,8 @@ A source that a client names is the catalog's to judge: a library reference, or 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter
 from pydantic import Field
@@ -15,16 +15,18 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
 from veneer import __version__
-from veneer.serve.http.errors import Json, invalid
-from veneer.serve.http.fields import Body, Neutral, TokenId
-from veneer.serve.http.house import House, caller_of, house_of, load_adapter, need_admin
+from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.errors import Json, invalid, json_bytes
+from veneer.serve.http.fields import FIRST, ITEMS, Body, Ids, Neutral, Objects, at_most
+from veneer.serve.http.house import House, caller_of, house_of, load_adapter, need_admin, place_of
 from veneer.serve.http.openai_bodies import Message
+from veneer.serve.http.prompts import Prompts
 from veneer.serve.request import Refused
 
 __all__ = ["router", "sglang"]
 
-router = APIRouter(tags=["vLLM"])
-sglang = APIRouter(tags=["SGLang"])
+router = APIRouter(tags=["vLLM"], route_class=BodyRoute)
+sglang = APIRouter(tags=["SGLang"], route_class=BodyRoute)
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
@@ -114,7 +116,7 @@ class Tokenize(Body):
     """vLLM's `prompt` or `messages`, llama.cpp's `content`, or TGI's `inputs`: the answer has that surface's form."""
 
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1, max_length=4096)
+    messages: Annotated[list[Message], FIRST, at_most(ITEMS)] | None = Field(default=None, min_length=1)
     content: str | None = None
     inputs: str | None = None
     model: str = Field(default="", max_length=512)
@@ -125,12 +127,12 @@ class Tokenize(Body):
     return_token_strs: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[Objects, at_most(128)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
 class Detokenize(Body):
-    tokens: list[TokenId] = Field(max_length=1 << 20)
+    tokens: Ids
     model: str = Field(default="", max_length=512)
 
 
@@ -141,31 +143,47 @@ async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
     if len(ways) != 1:
         raise invalid("one of prompt, messages, content and inputs is needed", ways[0] if ways else "prompt")
     house.choose(caller_of(request), model=body.model)  # a model that is not there is an error here too
-    if body.content is not None:
-        ids = await prompts.of_text(body.content, special=body.add_special)
-        if not body.with_pieces:
-            return Json({"tokens": ids})
-        return Json({"tokens": [{"id": i, "piece": _piece(*prompts.piece(i))} for i in ids]})
-    if body.inputs is not None:
-        return Json(await _spans(house, body.inputs, body.add_special_tokens))
+    place = place_of(request)
+    place.take("answers", 1)
     if body.messages is not None:
         variables = dict(body.chat_template_kwargs or {})
         variables["add_generation_prompt"] = body.add_generation_prompt and not body.continue_final_message
         if body.continue_final_message:
             variables["continue_final_message"] = True
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        ids = await prompts.of_messages(messages, body.tools, **variables)
-    else:
-        ids = await prompts.of_text(body.prompt or "", special=body.add_special_tokens)
+        ids = await prompts.of_messages(messages, body.tools, place, **variables)
+        return _json(await prompts.work(len(ids), lambda: json_bytes(_counted(prompts, ids, body)), place))
+    text = body.content or body.inputs or body.prompt or ""
+    prompts.measure(len(text), ways[0])
+
+    def written() -> bytes:
+        if body.content is not None:
+            ids = prompts.encode(text, special=body.add_special)
+            pieces = [{"id": i, "piece": _piece(*prompts.piece(i))} for i in ids] if body.with_pieces else ids
+            return json_bytes({"tokens": pieces})
+        if body.inputs is not None:
+            return json_bytes(_spans(prompts, text, body.add_special_tokens))
+        return json_bytes(_counted(prompts, prompts.encode(text, special=body.add_special_tokens), body))
+
+    return _json(await prompts.work(len(text), written, place))
+
+
+def _json(written: bytes) -> Response:
+    return Response(written, media_type="application/json")
+
+
+def _counted(prompts: Prompts, ids: Sequence[int], body: Tokenize) -> dict[str, Any]:
     texts = [prompts.piece(i)[0] for i in ids] if body.return_token_strs else None
-    return Json({"count": len(ids), "max_model_len": prompts.context, "tokens": ids, "token_strs": texts})
+    return {"count": len(ids), "max_model_len": prompts.context, "tokens": ids, "token_strs": texts}
 
 
 @router.post("/detokenize", summary="Tokens as text, under vLLM's key and llama.cpp's.")
 async def detokenize(request: HttpRequest, body: Detokenize) -> Response:
     house = house_of(request)
     house.choose(caller_of(request), model=body.model)
-    text = await house.prompts.decode(house.prompts.of_ids(body.tokens, "tokens"))
+    place = place_of(request)
+    place.take("answers", 1)
+    text = await house.prompts.decode(house.prompts.of_ids(body.tokens, "tokens"), place=place)
     return Json({"prompt": text, "content": text})
 
 
@@ -174,9 +192,9 @@ def _piece(text: str, raw: tuple[int, ...]) -> str | list[int]:
     return list(raw) if "�" in text else text
 
 
-async def _spans(house: House, text: str, special: bool) -> list[dict[str, Any]]:
+def _spans(prompts: Prompts, text: str, special: bool) -> list[dict[str, Any]]:
     """TGI's tokens: each with the characters of the text that it covers."""
-    found = await house.prompts.spans(text, special=special)
+    found = prompts.spans(text, special=special)
     return [{"id": i, "text": text[start:stop], "start": start, "stop": stop} for i, start, stop in found]
 
 

@@ -17,12 +17,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ConfigError, ResourceError, VeneerError, nearest
 from veneer.library.database import reading
+from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.tenancy import audit, manage, rollouts
 from veneer.serve.tenancy.store import ALL, Limit, NotThere, Price, Store
 from veneer.serve.tenancy.tenants import Tenants
@@ -270,7 +270,7 @@ def _records(router: APIRouter, store: Store) -> None:
         return {"ok": not wrong, "head": head, "lines": count, "faults": wrong}
 
 
-class _Route(APIRoute):
+class _Route(BodyRoute):
     """The key comes first, then the rest; errors end here, in one shape, whatever app the router is part of."""
 
     is_admin: Callable[[str], bool]

@@ -1,0 +1,174 @@
+"""Admission: how much one server takes on at once, and how much of that may be one tenant's, before any work is done.
+
+    place = admission.enter(tenant, weight)      a request is at the door
+    place.take("bodies", bytes)                  before its body is read
+    place.take("answers", prompts · n)           before anything is made of it
+    await place.work(size, tokenise)             in threads of their own, the tenant that was given least next
+    place.leave()                                it has ended: all of it is given back
+
+A tenant may hold as much of each as is still free, times its weight (dynamic thresholds: Choudhury and Hahne, IEEE/ACM
+Transactions on Networking 6, 1998). Alone it gets half, two that flood get a third each, n of them 1/(n + 1), and what
+is left then is for whoever comes next: nobody fills a queue. Where there are no tenants, everything is for everybody.
+All of it runs on one event loop; nothing here waits but `work`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from veneer.serve.request import Refused
+
+__all__ = ["Admission", "FairPool", "Place", "Share"]
+
+T = TypeVar("T")
+
+LONG = 64 << 10
+"""Size from which work counts as long: long work has a thread of its own, so that short never waits for it."""
+LEAST, MOST = 0.5, 4.0
+"""A weight counts as one of these at least and at most here: a small share is still room for a whole request."""
+
+
+class Share:
+    """`total` of something, of which each tenant may hold a part. `what`: its name in the words of an error."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.held = what, total, 0
+        self.by: dict[str, int] = {}
+
+    def take(self, tenant: str, weight: float, amount: int) -> None:
+        """Raises Refused (overloaded, 429)."""
+        own, free = self.by.get(tenant, 0), self.total - self.held - amount
+        alpha = min(max(weight, LEAST), MOST)
+        if free < 0 or (tenant and own + amount > alpha * free):
+            what = f"too many {self.what} at once" + (" from this tenant" if free >= 0 else "")
+            raise Refused(what, status=429, code="overloaded", retry_after=1.0)
+        self.held += amount
+        self.by[tenant] = own + amount
+
+    def give(self, tenant: str, amount: int) -> None:
+        self.held -= amount
+        self.by[tenant] -= amount
+        if not self.by[tenant]:
+            del self.by[tenant]
+
+
+@dataclass
+class _Work:
+    weight: float
+    size: int
+    do: Callable[[], Any]
+    result: asyncio.Future[Any]
+
+
+class FairPool:
+    """Threads of its own. When one is free, the tenant goes next whose work was smallest so far, by weight; while a
+    tenant waits for nothing it earns nothing."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self.threads, self._busy = threads, 0
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._waiting: dict[str, deque[_Work]] = {}
+        self._given: dict[str, float] = {}
+        self._doing: set[asyncio.Task[None]] = set()
+
+    async def run(self, tenant: str, weight: float, size: int, do: Callable[[], T]) -> T:
+        """What `do` returns, or raises."""
+        work = _Work(weight, max(1, size), do, asyncio.get_running_loop().create_future())
+        if tenant not in self._given:
+            self._given[tenant] = min(self._given.values(), default=0.0)
+        self._waiting.setdefault(tenant, deque()).append(work)
+        self._next()
+        result: T = await work.result
+        return result
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _next(self) -> None:
+        while self._busy < self.threads and self._waiting:
+            tenant = min(self._waiting, key=self._given.__getitem__)
+            queue = self._waiting[tenant]
+            work = queue.popleft()
+            if not queue:
+                del self._waiting[tenant]
+            if work.result.done():  # whoever asked has left
+                continue
+            self._given[tenant] += work.size / work.weight
+            self._busy += 1
+            task = asyncio.ensure_future(self._do(work))
+            self._doing.add(task)
+            task.add_done_callback(self._doing.discard)
+        if not self._busy:
+            self._given.clear()
+
+    async def _do(self, work: _Work) -> None:
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(self._pool, work.do)
+            if not work.result.done():
+                work.result.set_result(result)
+        except BaseException as error:
+            if not work.result.done():
+                work.result.set_exception(error)
+        finally:
+            self._busy -= 1
+            self._next()
+
+
+class Admission:
+    """`bodies`: bytes of bodies in memory; `answers`: those that run or wait; `texts`: characters to be tokenised."""
+
+    def __init__(self, *, bodies: int, answers: int, texts: int, threads: int = 2) -> None:
+        self.shares: Mapping[str, Share] = {
+            "bodies": Share("bytes of requests", bodies),
+            "answers": Share("requests", answers),
+            "texts": Share("characters to be tokenised", texts),
+        }
+        self._short, self._long = FairPool(threads, "short"), FairPool(1, "long")
+
+    def enter(self, tenant: str = "", weight: float = 1.0) -> Place:
+        return Place(self, tenant, weight)
+
+    def pool(self, size: int) -> FairPool:
+        return self._short if size < LONG else self._long
+
+    def close(self) -> None:
+        self._short.close()
+        self._long.close()
+
+
+@dataclass(eq=False)
+class Place:
+    """What one request holds."""
+
+    admission: Admission
+    tenant: str = ""
+    weight: float = 1.0
+    held: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def take(self, what: str, amount: int) -> None:
+        """Raises Refused (overloaded, 429) where there is no room for it."""
+        self.admission.shares[what].take(self.tenant, self.weight, amount)
+        self.held[what] += amount
+
+    def give(self, what: str, amount: int) -> None:
+        self.admission.shares[what].give(self.tenant, amount)
+        self.held[what] -= amount
+
+    async def work(self, size: int, do: Callable[[], T]) -> T:
+        """What `do` makes of so many characters or bytes, in a thread; they count among the texts meanwhile."""
+        self.take("texts", size)
+        try:
+            return await self.admission.pool(size).run(self.tenant, self.weight, size, do)
+        finally:
+            self.give("texts", size)
+
+    def leave(self) -> None:
+        for what, amount in self.held.items():
+            if amount:
+                self.admission.shares[what].give(self.tenant, amount)
+        self.held.clear()

@@ -1,0 +1,280 @@
+"""A server process on a tiny base with two tenants, and what watches it while it is attacked.
+
+    with target(shop, home) as server:                     `veneer serve`, ready; tenants "a" attacks, "b" is watched
+        with server.watched() as b:                        a stream of b's, always one under way
+            server.post("/v1/completions", body, "a")      bytes as they are, or anything that becomes JSON
+        b.worst                                            seconds between two of its events, at most
+        server.memory()                                    bytes the process has in memory
+
+Everything goes over sockets to a process of its own: what is measured is what a client of another tenant sees.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.serve.http.toy import wait_for
+from tests.serve.whole import Shop, prompt
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.tenants import Tenants
+
+ROOT = Path(__file__).resolve().parents[2]
+GAP = 0.25
+"""Seconds that an attack may hold up another tenant's stream."""
+SOON = 1.0
+"""Seconds within which what cannot be served is refused."""
+MEMORY = 64 << 20
+"""Bytes that a process may have more after an attack than before: allocators keep some."""
+ADMIN = "an-admin-key-of-some-length"
+
+
+@dataclass
+class Answer:
+    status: int
+    body: bytes
+    seconds: float
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        """The error's own word, on the surfaces that tell it as OpenAI does."""
+        return str(self.json["error"]["code"])
+
+
+@dataclass
+class Server:
+    """`keys`: tenant -> API key. `log`: what the process said, also on its standard error."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    keys: dict[str, str]
+    home: Path
+    shop: Shop
+    database: str
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return (self.home / "log").read_text(errors="replace")
+
+    def memory(self) -> int:
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+    def settled(self, before: int, seconds: float = 10.0) -> int:
+        """Bytes more than `before`, once they are few, or after so many seconds."""
+        end = time.monotonic() + seconds
+        while (more := self.memory() - before) > MEMORY and time.monotonic() < end:
+            time.sleep(0.1)
+        return more
+
+    def headers(self, tenant: str | None) -> dict[str, str]:
+        key = ADMIN if tenant == "admin" else self.keys[tenant] if tenant else ""
+        return {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+
+    def send(self, method: str, path: str, body: Any = None, tenant: str | None = "a", timeout: float = 120) -> Answer:
+        """One request on a connection of its own. `body`: bytes go as they are."""
+        raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        began = time.monotonic()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # refused before all was sent: the answer is there
+                connection.request(method, path, raw, self.headers(tenant))
+            answer = connection.getresponse()
+            said = answer.read()
+            headers = {k.lower(): v for k, v in answer.getheaders()}
+            return Answer(answer.status, said, time.monotonic() - began, headers)
+        finally:
+            connection.close()
+
+    def post(self, path: str, body: Any, tenant: str | None = "a", timeout: float = 120) -> Answer:
+        return self.send("POST", path, body, tenant, timeout)
+
+    def get(self, path: str, tenant: str | None = "a", timeout: float = 120) -> Answer:
+        return self.send("GET", path, None, tenant, timeout)
+
+    def together(self, asked: Sequence[Callable[[], Any]]) -> list[Any]:
+        """All of them at once, each in a thread."""
+        with ThreadPoolExecutor(max(1, len(asked))) as pool:
+            return [each.result() for each in [pool.submit(work) for work in asked]]
+
+    def raw(self, data: bytes = b"", timeout: float = 30) -> socket.socket:
+        """A connection on which `data` was sent."""
+        made = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
+        made.sendall(data)
+        return made
+
+    def head(self, path: str, length: int, tenant: str = "a") -> bytes:
+        """The beginning of a POST with a body of so many bytes, as sent on a raw socket."""
+        lines = [f"{k}: {v}" for k, v in {**self.headers(tenant), "content-length": str(length)}.items()]
+        return "\r\n".join([f"POST {path} HTTP/1.1", "host: here", *lines, "", ""]).encode()
+
+    def stream(self, tenant: str = "b", ids: Sequence[int] = (), n: int = 8, **more: Any) -> Iterator[float]:
+        """The moments at which the events of a stream came, the first being when it was asked for."""
+        body = asked(ids or prompt(9), n, stream=True, **more)
+        yield time.monotonic()
+        with (
+            httpx.Client(base_url=self.url, timeout=120) as client,
+            client.stream("POST", "/v1/completions", json=body, headers=self.headers(tenant)) as answer,
+        ):
+            if answer.status_code != 200:
+                raise AssertionError(f"{tenant}'s stream: {answer.status_code} {answer.read()[:500]!r}")
+            for line in answer.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield time.monotonic()
+
+    def first_token(self, tenant: str = "b", ids: Sequence[int] = (), **more: Any) -> float:
+        """Seconds from asking to the first word."""
+        moments = self.stream(tenant, ids, 2, **more)
+        began = next(moments)
+        first = next(moments) - began
+        for _ in moments:
+            pass
+        return first
+
+    @contextmanager
+    def watched(self, tenant: str = "b") -> Iterator[Watch]:
+        """Streams of a tenant, one after another, for as long as the block runs."""
+        watch = Watch(self, tenant)
+        watch.start()
+        try:
+            yield watch
+        finally:
+            watch.end()
+
+
+class Watch:
+    """One tenant's stream, begun again whenever it ends; and /health, asked all the time. What went wrong is raised at
+    the end. `worst`: the longest time without a word of the stream; `health`: the longest that /health took."""
+
+    def __init__(self, server: Server, tenant: str) -> None:
+        self.server, self.tenant = server, tenant
+        self.gaps: list[float] = []
+        self.health_took: list[float] = []
+        self.events = 0
+        self._ends = threading.Event()
+        self._wrong: list[BaseException] = []
+        self._threads = [threading.Thread(target=self._run, args=(w,)) for w in (self._stream, self._health)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+        wait_for(lambda: self.events > 3 or self._wrong, 60)
+
+    def end(self) -> None:
+        self._ends.set()
+        for thread in self._threads:
+            thread.join(120)
+        if self._wrong:
+            raise self._wrong[0]
+
+    @property
+    def worst(self) -> float:
+        return max(self.gaps)
+
+    @property
+    def health(self) -> float:
+        return max(self.health_took)
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            while not self._ends.is_set():
+                work()
+        except BaseException as error:
+            self._wrong.append(error)
+
+    def _stream(self) -> None:
+        last = None
+        for moment in self.server.stream(self.tenant, n=2000):
+            if last is not None:
+                self.gaps.append(moment - last)
+            last = moment
+            self.events += 1
+            if self._ends.is_set():
+                return
+
+    def _health(self) -> None:
+        answer = self.server.get("/health", None, timeout=60)
+        assert answer.status == 200, answer.body
+        self.health_took.append(answer.seconds)
+        self._ends.wait(0.05)
+
+
+def asked(ids: Sequence[int], n: int, **more: Any) -> dict[str, Any]:
+    """A completion of exactly `n` tokens, each with a text."""
+    bias = {str(i): -100 for i in range(3)}
+    return {
+        "model": "", "prompt": list(ids), "max_tokens": n, "temperature": 0, "logprobs": 0, "logit_bias": bias,
+        "ignore_eos": True, **more,
+    }  # fmt: skip
+
+
+def tenants_of(url: str, weights: dict[str, float]) -> dict[str, str]:
+    """Tenants in a new database; tenant -> key."""
+    tenants = Tenants(url, watch=False)
+    keys = {}
+    for name, weight in weights.items():
+        manage.add_tenant(tenants.store, name, adapters=["*"], weight=weight, who="test")
+        keys[name] = manage.make_tenant_key(tenants.store, name, who="test")[1]
+    tenants.close()
+    return keys
+
+
+@contextmanager
+def target(
+    shop: Shop, home: Path, *options: str, tenants: dict[str, float] | None = None, threads: int = 1
+) -> Iterator[Server]:
+    """A server that is ready. `options`: further ones of `veneer serve`; `tenants`: name -> weight."""
+    database = str(home / "tenants.sqlite")
+    keys = tenants_of(database, tenants or {"a": 1.0, "b": 1.0})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {
+        **os.environ, "PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home), "OMP_NUM_THREADS": str(threads),
+        "VENEER_ADMIN_KEY": ADMIN, "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-c", "from veneer.cli.main import main; main()", "serve",
+        "--base", str(shop.base_dir), "--port", str(port), "--library", shop.library.location, "--tenants", database,
+        "--cache-memory", "64M", "--dtype", "float32", "--device", "cpu", *options,
+    ]  # fmt: skip
+    with (home / "log").open("ab") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    server = Server(process, port, keys, home, shop, database)
+    try:
+        wait_for(lambda: process.poll() is not None or is_ready(server), 120)
+        assert process.poll() is None, server.log[-3000:]
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_ready(server: Server) -> bool:
+    try:
+        return server.get("/ready", None, timeout=5).status == 200
+    except OSError:
+        return False

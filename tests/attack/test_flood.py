@@ -1,0 +1,51 @@
+"""One tenant asks for more than its share: it is told so, and the others are served as if it were not there."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tests.attack.harness import GAP, MEMORY, SOON, Server, asked
+from tests.serve.whole import prompt
+
+SIZE = 8 << 20
+
+
+def test_six_long_texts_to_tokenize_harm_nobody(server: Server) -> None:
+    body = b'{"model":"tiny","prompt":"' + b"The printer. " * ((SIZE - 40) // 13) + b'"}'
+    before = server.memory()
+    with server.watched() as b:
+        answers = server.together([lambda: server.post("/tokenize", body)] * 6)
+        assert server.first_token() < SOON
+    assert all(400 <= answer.status < 500 and answer.seconds < 3 * SOON for answer in answers)
+    assert b.worst < GAP
+    assert b.health < GAP
+    assert server.settled(before) < MEMORY
+
+
+def test_as_much_text_as_may_be_tokenised_at_once_harms_nobody(server: Server) -> None:
+    """Six as long as one may be, and thirty-two more: each is answered in its turn, or refused."""
+    body = {"model": "tiny", "prompt": "The printer. " * 4000, "return_token_strs": True}
+    assert server.post("/tokenize", body).status == 200
+    with server.watched() as b:
+        answers = server.together([lambda: server.post("/tokenize", body)] * 38)
+    assert {answer.status for answer in answers} <= {200, 429}
+    assert b.worst < GAP
+    assert b.health < GAP
+
+
+def test_a_queue_that_one_tenant_fills_is_open_to_others(server: Server) -> None:
+    """The five requests for 4 · 64 answers that took all of 1,024 places."""
+    many = asked(prompt(9), 400) | {"prompt": [prompt(9, k) for k in range(4)], "n": 64, "temperature": 1.0}
+
+    def ask_b() -> list[int]:
+        return [server.post("/v1/completions", asked(prompt(9, k), 4), "b").status for k in range(8)]
+
+    def ask_a() -> int:
+        try:
+            return server.post("/v1/completions", many, timeout=8).status
+        except TimeoutError:  # it waits for its answers, as it may, and leaves
+            return 0
+
+    *a, b = server.together([*[ask_a] * 5, ask_b])
+    assert b == [200] * 8
+    assert Counter(a)[429] >= 3

@@ -1,0 +1,19 @@
+"""What attacks are measured against: a server that nobody attacks."""
+
+from __future__ import annotations
+
+from tests.attack.harness import GAP, SOON, Server
+
+
+def test_a_quiet_server_answers_at_once(server: Server) -> None:
+    with server.watched() as b:
+        assert server.first_token("a") < SOON
+        assert server.get("/ready", None).status == 200
+    assert b.events > 10
+    assert b.worst < GAP
+    assert b.health < GAP
+
+
+def test_a_key_that_is_none_gets_nothing(server: Server) -> None:
+    for path in ("/v1/completions", "/tokenize", "/generate", "/completion"):
+        assert server.post(path, {"prompt": "Hi"}, None).status == 401

@@ -1,0 +1,145 @@
+"""Bodies are counted before they are read, and read strictly, on every surface."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live
+from veneer.serve.http.bodies import CHUNK, DEPTH, VALUES, count, read_json
+from veneer.serve.http.house import HttpSettings
+from veneer.serve.request import Refused
+
+SURFACES = {
+    "/v1/completions": "prompt", "/v1/chat/completions": "messages", "/generate": "inputs", "/completion": "prompt",
+    "/tokenize": "prompt",
+}  # fmt: skip
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text('"\\[{,:a', max_size=6), inner, max_size=5),
+    max_leaves=30,
+)
+
+
+def counted(value: Any) -> tuple[int, int]:
+    """(at least so many values and keys, depth), by walking."""
+    inner = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    below = [counted(each) for each in inner]
+    own = len(value) if isinstance(value, dict) else 0
+    depth = 1 + max([d for _, d in below], default=0) if isinstance(value, dict | list) else 0
+    return 1 + own + sum(n for n, _ in below), depth
+
+
+@given(VALUE, st.booleans(), st.sampled_from([None, 1]))
+def test_what_is_counted_is_what_json_holds(value: Any, ascii: bool, indent: int | None) -> None:
+    data = json.dumps(value, ensure_ascii=ascii, indent=indent).encode("utf-8", "replace")
+    values, depth = count(data)
+    wanted, deep = counted(json.loads(data))
+    assert depth == deep
+    assert wanted <= values <= 2 * wanted + 1
+    assert read_json(data) == json.loads(data)
+
+
+def test_a_text_that_spans_pieces_is_one_value() -> None:
+    for n in range(4):  # a backslash, or what it escapes, at the edge of a piece
+        text = "x" * (CHUNK - 3 + n) + '\\" [[[, \\\\' * 3
+        assert count(json.dumps({"a": text}).encode()) == (3, 1)
+        assert read_json(json.dumps({"a": text}).encode()) == {"a": text}
+    assert count(b'"' + b"\\" * (2 * CHUNK) + b'",[') == (3, 1)
+    assert count(b'"' + b"\\" * (2 * CHUNK + 1) + b'",[') == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"[" + b"1," * VALUES + b"1]", "more than"),
+        (b"[" * (DEPTH + 1) + b"]" * (DEPTH + 1), "deep"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice"),
+        (b'{"a": NaN}', "NaN"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "too long"),
+        (b'{"a": "\xff"}', "UTF-8"),
+        (b'{"a": ', "not JSON"),
+    ],
+)
+def test_what_cannot_be_read_says_why(data: bytes, says: str) -> None:
+    with pytest.raises(Refused, match=says) as caught:
+        read_json(data)
+    assert caught.value.status == 400
+
+
+@pytest.fixture(scope="module")
+def small() -> Any:
+    with live(ToyEngine(ToyText()), ToyCatalog(), settings=HttpSettings(max_body=1 << 20)) as served:
+        yield served
+
+
+def sent(server: Live, path: str, raw: bytes) -> Any:
+    return server.client.post(path, content=raw, headers={"content-type": "application/json"})
+
+
+@pytest.mark.parametrize("path", SURFACES)
+def test_a_key_that_is_there_twice_is_an_error(small: Live, path: str) -> None:
+    key = SURFACES[path]
+    value = b'[{"role": "user", "content": "Hi"}]' if key == "messages" else b'"Hi"'
+    answer = sent(small, path, b'{"%s": %s, "stream": false, "%s": %s}' % (key.encode(), value, key.encode(), value))
+    assert answer.status_code in (400, 422)
+    assert f"the key '{key}' is there twice" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [-1] * 60_000}),
+        ("/v1/completions", {"prompt": [[]] * 60_000}),
+        ("/v1/completions", {"prompt": [["x"]] * 3_000}),
+        ("/v1/completions", {"prompt": "Hi", **{f"key{i}": 0 for i in range(30_000)}}),
+        ("/v1/completions", {"prompt": "Hi", "logit_bias": {f"{i}": "x" for i in range(30_000)}}),
+        ("/v1/completions", {"prompt": "Hi", "lora_path": [1] * 60_000}),
+        ("/v1/completions", {"prompt": "Hi", "stop": [1] * 60_000}),
+        ("/v1/completions", {"prompt": "Hi", "mix": [{"adapter": 1}] * 20_000}),
+        ("/v1/completions", {"prompt": "Hi", "mix": {f"{i}": "x" for i in range(30_000)}}),
+        ("/v1/chat/completions", {"messages": [{"role": "x"}] * 20_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", **{f"key{i}": 0 for i in range(30_000)}}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [1] * 60_000}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "tools": [1] * 60_000}),
+        ("/generate", {"inputs": "Hi", "parameters": {"stop": [1] * 60_000}}),
+        ("/generate", {"inputs": "Hi", "parameters": {"merged_adapters": {"ids": [1], "weights": ["x"] * 60_000}}}),
+        ("/completion", {"prompt": [-1] * 60_000}),
+        ("/completion", {"prompt": ["x"] * 60_000}),
+        ("/completion", {"prompt": "Hi", "logit_bias": [[1, "x"]] * 20_000}),
+        ("/lora-adapters", [{"id": "x"}] * 20_000),
+        ("/tokenize", {"messages": [{"role": "x"}] * 20_000}),
+        ("/detokenize", {"tokens": [-1] * 60_000}),
+    ],
+)
+def test_a_body_with_many_faults_is_told_few(small: Live, path: str, body: Any) -> None:
+    answer = small.post(path, body)
+    assert answer.status_code in (400, 422)
+    assert len(answer.content) < 1000
+    assert " and " not in answer.text.partition("more")[0] or "and at most" in answer.text or "more than" in answer.text
+
+
+def test_a_prompt_that_no_context_could_hold_is_not_tokenised(small: Live) -> None:
+    text = "x" * (small.house.prompts.most + 1)
+    before = len(small.engine.seen)
+    for path, key in SURFACES.items():
+        value = [{"role": "user", "content": text}] if key == "messages" else text
+        answer = small.post(path, {key: value})
+        assert answer.status_code in (400, 422)
+        assert "at most" in answer.text
+        assert len(answer.content) < 1000
+    assert len(small.engine.seen) == before
+
+
+def test_tokens_are_the_tokenizers_own(small: Live) -> None:
+    prompts, tokenizer = small.house.prompts, small.house.text.tokenizer
+    assert prompts._reader is not None  # the copy that threads share
+    for text in ("", "Hello, the printer!", "<|im_start|>user\nHi<|im_end|>", "naïve 東京 🙂", " a  b\t\n"):
+        for special in (True, False):
+            assert (
+                list(prompts.encode(text, special=special)) == tokenizer(text, add_special_tokens=special)["input_ids"]
+            )
