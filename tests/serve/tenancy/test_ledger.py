@@ -191,7 +191,7 @@ def test_in_the_systems_hands_or_on_the_disk_is_a_setting(quick: Path, synced: b
 
 
 def test_two_servers_on_one_folder_leave_each_other_alone(quick: Path) -> None:
-    where, kept = str(quick / "t.sqlite"), LedgerSettings(folder=quick / "outbox")
+    where, kept = str(quick / "t.sqlite"), LedgerSettings(folder=quick / "outbox", room=1 << 20)
     first, second = Tenants(where, ledger=kept, watch=False), Tenants(where, ledger=kept, watch=False)
 
     async def work() -> None:
@@ -207,6 +207,18 @@ def test_two_servers_on_one_folder_leave_each_other_alone(quick: Path) -> None:
     for server in (first, second):
         server.close()
     assert list((quick / "outbox").iterdir()) == []
+
+
+def test_what_else_lies_in_the_folder_is_left_alone(quick: Path) -> None:
+    where, old = str(quick / "t.sqlite"), time.time() - 7200
+    for name in ("t.sqlite", "notes.sqlite", "some.lock"):
+        (quick / name).touch()
+        os.utime(quick / name, (old, old))
+    Tenants(where, ledger=LedgerSettings(folder=quick, room=1 << 20), watch=False).close()
+    Tenants(where, ledger=LedgerSettings(folder=quick, room=1 << 20), watch=False).close()
+    assert {path.name for path in quick.iterdir()} - {"t.sqlite-wal", "t.sqlite-shm"} == {
+        "t.sqlite", "notes.sqlite", "some.lock"
+    }  # fmt: skip
 
 
 # -- a full disk -------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from veneer.library.database import reading, writing
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy.entries import Entry, Line, Owed, State, end_text
 from veneer.serve.tenancy.old_journals import settle_old_journals
-from veneer.serve.tenancy.outbox import Outbox, left_behind
+from veneer.serve.tenancy.outbox import Outbox, left_behind, outboxes
 from veneer.serve.tenancy.posting import SLOT_WIDTHS, open_entries, post
 from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tables import lines, servers, slots
@@ -192,7 +192,7 @@ class Ledger:
     def recover(self) -> dict[str, int]:
         """Settle what dead servers left: {"done": as their outboxes say, "interrupted": the rest}."""
         counts = {"done": 0, "interrupted": 0}
-        for path in sorted(self._folder.glob("*.sqlite")):
+        for path in outboxes(self._folder):
             if path != self.outbox.path:
                 self._recover_outbox(path, counts)
         for server, notes in settle_old_journals(self._folder):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -32,7 +33,7 @@ from veneer.errors import ResourceError
 from veneer.serve.tenancy.entries import Entry, Owed, entry_of, entry_text, owed_of
 from veneer.serve.tenancy.writer import Writer
 
-__all__ = ["Outbox", "left_behind"]
+__all__ = ["Outbox", "left_behind", "outboxes"]
 
 _TABLE = """CREATE TABLE owed (
     number INTEGER PRIMARY KEY,
@@ -47,6 +48,7 @@ _LOG_BYTES = 8 << 20
 _CHECKPOINT_PAGES = 256  # after which the log begins again
 _SPARE_PAGES = 16  # for what SQLite may want where rows are deleted
 _EMPTY_SECONDS = 3600.0
+_SERVER = re.compile(r"[0-9a-f]{16}")
 _log = logging.getLogger("veneer.serve.tenancy")
 
 
@@ -184,6 +186,11 @@ class Outbox:
     def _count(self, change: int) -> None:
         with self._mutex:
             self.owed += change
+
+
+def outboxes(folder: Path) -> list[Path]:
+    """Files that are named like one; whatever else lies in the folder is nobody's business here."""
+    return sorted(path for path in folder.glob("*.sqlite") if _SERVER.fullmatch(path.stem))
 
 
 @contextlib.contextmanager
