@@ -48,9 +48,7 @@ def fill(store: Store, rows: int) -> None:
     )
     sums = "SUM(1), 0, SUM(prompt), SUM(cached), SUM(completion), SUM(queued), SUM(prefill), SUM(decode), SUM(cost)"
     with writing(store.engine) as c:
-        c.exec_driver_sql(f"INSERT INTO tenant_lines ({columns}) {numbers} SELECT {values} FROM n".replace(
-            f"INSERT INTO tenant_lines ({columns}) {numbers}", f"{numbers} INSERT INTO tenant_lines ({columns})"
-        ))  # fmt: skip
+        c.exec_driver_sql(f"{numbers} INSERT INTO tenant_lines ({columns}) SELECT {values} FROM n")
         for adapter, more, plain in (("''", "", "''"), ("adapter", ", adapter", "REPLACE(adapter, '@1', '')")):
             c.exec_driver_sql(
                 f"INSERT INTO tenant_sums SELECT day, tenant, {adapter}, {sums} FROM tenant_lines "
