@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +28,10 @@ from tests.serve.tenancy.test_tenants import ask, refused, rows, run
 from veneer.errors import ResourceError
 from veneer.library.database import reading, writing
 from veneer.serve.access import Caller, Served
-from veneer.serve.request import Usage
+from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.admin import admin_router
+from veneer.serve.tenancy.entries import Entry, Line
 from veneer.serve.tenancy.store import Price
 from veneer.serve.tenancy.tables import lines, servers
 from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
@@ -327,6 +329,32 @@ def test_a_disk_that_is_full_at_the_start_is_said(quick: Path, small_disk: Path)
     Tenants(str(quick / "t.sqlite"), ledger=kept, watch=False).close()
 
 
+def test_a_request_for_which_there_is_no_room_takes_none_of_its_group_with_it(quick: Path) -> None:
+    """Ends and admissions are written together; who is refused must not keep another's end off the disk."""
+    kept = LedgerSettings(folder=quick / "outbox", room=128 << 10)
+    tenants = Tenants(str(quick / "t.sqlite"), ledger=kept, watch=False)
+    tenants.ledger._post_some = lambda: False  # type: ignore[method-assign] # the database is away
+    outbox, gate = tenants.ledger.outbox, threading.Event()
+
+    def entry(n: int) -> Entry:
+        return Entry(f"r{n}", "t", "x" * 2000, 0.0, 1, 1, (Line("", "tiny", 1.0, Price()),))
+
+    n = 0
+    while tenants.ledger.open(entry(n)).exception(10) is None:
+        n += 1
+    assert n > 3
+    outbox._writer.put(lambda c: gate.wait(10))  # all of these in one group
+    asked = [tenants.ledger.open(entry(1000 + i)) for i in range(3)]
+    ends = [tenants.ledger.settle(f"r{i}", Usage(1, 0, 1)) for i in range(n)]
+    asked += [tenants.ledger.open(entry(2000 + i)) for i in range(3)]
+    gate.set()
+    assert all(isinstance(future.exception(10), Refused) for future in asked)
+    assert all(future.exception(10) is None for future in ends)
+    assert outbox._unwritten == {}
+    assert [owed.state for owed in outbox.take(1000)] == ["done"] * n
+    tenants.close()
+
+
 # -- the database is away ----------------------------------------------------------------------------------------------
 
 
@@ -410,8 +438,6 @@ def test_a_stopped_postgresql_holds_up_nobody_whose_key_is_known(quick: Path, ca
 
 
 async def _told(work: Any) -> tuple[int, str, str] | None:
-    from veneer.serve.request import Refused
-
     try:
         await work
     except Refused as error:

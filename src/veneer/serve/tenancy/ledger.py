@@ -71,7 +71,7 @@ class Ledger:
         self.outbox = Outbox(folder, self.server, synced=synced, room=room)
         self._wake, self._closing = threading.Event(), False
         self._ended: dict[str, float] = {}  # when requests ended that the database does not have, the oldest first
-        self._away, self._asked = False, 0.0
+        self._away, self._asked, self._said = False, 0.0, -10.0
         try:
             self.beat()
             self.recovered = self.recover()
@@ -100,13 +100,19 @@ class Ledger:
                     )
                 )  # fmt: skip
             else:
-                _log.error("request %s cannot be kept for the ledger: %s", entry.request, error)
+                self._refuse(error)
                 opened.set_exception(
                     Refused("what requests take cannot be recorded now", status=503, code="overloaded", retry_after=5.0)
                 )
 
         self.outbox.open(entry).add_done_callback(kept)
         return opened
+
+    def _refuse(self, error: BaseException) -> None:
+        """Say so, once in ten seconds."""
+        if time.monotonic() - self._said > 10.0:
+            self._said = time.monotonic()
+            _log.error("requests are refused, for the ledger cannot keep them: %s (%d owed)", error, self.outbox.owed)
 
     def settle(self, request: str, usage: Usage) -> Future[None]:
         """The future's result comes when the usage outlives this process; it has no exception."""

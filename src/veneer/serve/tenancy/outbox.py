@@ -33,7 +33,7 @@ from veneer.errors import ResourceError
 from veneer.serve.tenancy.entries import Entry, Owed, entry_of, entry_text, owed_of
 from veneer.serve.tenancy.writer import Writer
 
-__all__ = ["Outbox", "left_behind", "outboxes"]
+__all__ = ["NoRoom", "Outbox", "left_behind", "outboxes"]
 
 _TABLE = """CREATE TABLE owed (
     number INTEGER PRIMARY KEY,
@@ -50,6 +50,10 @@ _SPARE_PAGES = 16  # for what SQLite may want where rows are deleted
 _EMPTY_SECONDS = 3600.0
 _SERVER = re.compile(r"[0-9a-f]{16}")
 _log = logging.getLogger("veneer.serve.tenancy")
+
+
+class NoRoom(Exception):
+    """Raised for one request, and for it alone: the others of its group are written."""
 
 
 class Outbox:
@@ -78,13 +82,13 @@ class Outbox:
 
     def open(self, entry: Entry) -> Future[None]:
         """The future's result comes when it is kept. Its exception is sqlite3.IntegrityError where a request of that id
-        is owed already, ResourceError or sqlite3's where nothing more can be kept."""
+        is owed already, NoRoom or sqlite3's where nothing more can be kept."""
 
         def write(c: sqlite3.Connection) -> None:
             if self._unwritten:
-                raise ResourceError("the ends of requests cannot be written")
+                raise NoRoom("the ends of requests cannot be written")
             if c.execute("PRAGMA freelist_count").fetchone()[0] < _SPARE_PAGES:
-                raise ResourceError(f"the ledger is owed {self.owed:,} requests, and there is no room for more")
+                raise NoRoom("there is no room for one more")
             row = (entry.request, entry_text(entry), " " * _END_CHARACTERS)
             c.execute("INSERT INTO owed (request, entry, ending, closed, told) VALUES (?, ?, ?, 0, 0)", row)
 
