@@ -133,9 +133,10 @@ class Ledger:
 
     def _send(self) -> None:
         pause = 0.0
-        while not (self._closing and pause == 0.0):
+        while True:
             self._wake.wait(pause or None)
             self._wake.clear()
+            last = self._closing  # what was owed when it was set is taken below
             try:
                 while self._post_some():
                     pass
@@ -144,10 +145,11 @@ class Ledger:
                 if not self._away:
                     _log.warning("the ledger keeps what it owes until its database answers: %s", error)
                 self._away, self._asked = isinstance(error, SQLAlchemyError | ResourceError), 0.0
-                if self._closing:
-                    return
                 pause = min(5.0, pause * 2 or 0.2)
-                time.sleep(pause)
+                if not last:
+                    time.sleep(pause)
+            if last:
+                return
 
     def _post_some(self) -> bool:
         owed = self.outbox.take(_MOST)
