@@ -41,15 +41,14 @@ def fill(store: Store, rows: int) -> None:
         "price_completion, cost"
     )
     values = (
-        f"'{SERVER}', 'request' || i, 0, 'tenant' || (i % 100), 'a' || (i % 7 + i % 3), 'sha256:d' || (i % 10), "
+        f"'{SERVER}', 'request' || (100000000 + i), 0, 'tenant' || (i % 100), 'a' || (i % 7 + i % 3), "
+        "'sha256:d' || (i % 10), "
         f"'adapter' || (i % 10) || '@1', 1.0, {NOW} - 86400.0 * (1 - i * 1.0 / {rows}), {NOW}, '2027-01-15', 'done', "
         "200, 100, 200, 0, 80, 0.1, 0.2, 0.3, 1000000, 0, 2000000, 360"
     )
     sums = "SUM(1), 0, SUM(prompt), SUM(cached), SUM(completion), SUM(queued), SUM(prefill), SUM(decode), SUM(cost)"
     with writing(store.engine) as c:
-        c.exec_driver_sql(f"INSERT INTO tenant_lines ({columns}) {numbers} SELECT {values} FROM n".replace(
-            f"INSERT INTO tenant_lines ({columns}) {numbers}", f"{numbers} INSERT INTO tenant_lines ({columns})"
-        ))  # fmt: skip
+        c.exec_driver_sql(f"{numbers} INSERT INTO tenant_lines ({columns}) SELECT {values} FROM n")
         for adapter, more, plain in (("''", "", "''"), ("adapter", ", adapter", "REPLACE(adapter, '@1', '')")):
             c.exec_driver_sql(
                 f"INSERT INTO tenant_sums SELECT day, tenant, {adapter}, {sums} FROM tenant_lines "
@@ -86,11 +85,17 @@ def from_lines(store: Store) -> list[Any]:
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--rows", type=int, default=10_000_000)
-    arguments.add_argument("--at")
+    arguments.add_argument("--at", help="a database, which stays as it was filled")
+    arguments.add_argument("--fill", action="store_true", help="fill it and measure nothing")
     asked = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(asked.at or str(Path(folder) / "t.sqlite"), patience=600)
-        fill(store, asked.rows)
+        store = Store(asked.at or str(Path(folder) / "t.sqlite"), patience=3600)
+        with reading(store.engine) as c:
+            full = c.scalar(select(lines.c.server).limit(1)) is not None
+        if not full:
+            fill(store, asked.rows)
+        if asked.fill:
+            return
         ledger = Ledger(store, Path(folder) / "outbox", lambda: NOW)
         print(f"{store.engine.dialect.name}, {asked.rows:,} lines of one day, 100 tenants, 10 adapters")
         for what, named in (("tenants", [""]), ("tenants and one adapter", ["", "adapter1"])):

@@ -27,7 +27,8 @@ from tests.serve.http.toy import wait_for
 from tests.serve.whole import Shop, asking, make_shop, prompt, said
 from veneer.library.database import reading
 from veneer.serve.tenancy import manage
-from veneer.serve.tenancy.store import Price, ledger
+from veneer.serve.tenancy.store import Price
+from veneer.serve.tenancy.tables import lines
 from veneer.serve.tenancy.tenants import Tenants
 from veneer.serve.tenancy.usage import usage
 
@@ -135,8 +136,16 @@ def under_load(address: str, key: str, seen: Seen, seed: int, server: subprocess
 def balance(url: str, seen: Seen) -> dict[str, int]:
     """The ledger beside what clients saw; how many rows there are in each state."""
     tenants = Tenants(url, watch=False)
+    rows: list[Any] = []
+
+    def settled() -> bool:  # a server that runs has told its database in a moment
+        with reading(tenants.store.engine) as c:
+            rows[:] = c.execute(select(lines)).all()
+        done = {row.request for row in rows if row.state == "done"}
+        return set(seen.answered) <= done and all(row.state != "open" for row in rows)
+
+    wait_for(settled, 10)
     with reading(tenants.store.engine) as c:
-        rows = c.execute(select(ledger)).all()
         (total,) = usage(c, by=())
     tenants.close()
     found = {row.request: row for row in rows}

@@ -55,12 +55,12 @@ def serve(
     ledger_days: Annotated[
         float, typer.Option("--ledger-days", min=1, help="With --tenants: lines are kept so long; sums by day stay.")
     ] = 400.0,
-    ledger_owed: Annotated[
-        int,
+    ledger_room: Annotated[
+        str,
         typer.Option(
-            "--ledger-owed", min=1, help="Requests kept on the local disk while the tenants' database is away, at most."
+            "--ledger-room", help="Of the local disk, for what the tenants' database is owed while it is away, as 64M."
         ),
-    ] = 100_000,
+    ] = "32M",
     ledger_folder: Annotated[
         Path | None,
         typer.Option("--ledger-folder", help="Where that is, on a local disk. Default: beside the SQLite file."),
@@ -132,7 +132,7 @@ def serve(
         admin_key=admin_key,
         tenants=tenants,
         ledger_days=ledger_days,
-        ledger_owed=ledger_owed,
+        ledger_bytes=server.bytes_of(ledger_room, "--ledger-room"),
         ledger_folder=None if ledger_folder is None else str(ledger_folder),
         ledger_synced=ledger_sync,
         upstreams=tuple(upstream or []),

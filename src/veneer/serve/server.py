@@ -78,7 +78,7 @@ class ServeSettings:
     admin_key: str | None = None
     tenants: str | None = None
     ledger_days: float = 400.0
-    ledger_owed: int = 100_000
+    ledger_bytes: int = 32 << 20
     ledger_folder: str | None = None
     ledger_synced: bool = False
     rows: int = 32
@@ -343,7 +343,7 @@ def _tenancy(settings: ServeSettings) -> tuple[Tenancy, list[Any], Any]:
     from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
 
     folder = None if settings.ledger_folder is None else Path(settings.ledger_folder)
-    kept = LedgerSettings(settings.ledger_days, folder, settings.ledger_owed, settings.ledger_synced)
+    kept = LedgerSettings(settings.ledger_days, folder, settings.ledger_bytes, settings.ledger_synced)
     tenants = Tenants(settings.tenants, admin_key=settings.admin_key, ledger=kept)
     return tenants, [admin_router(tenants)] if settings.admin_key else [], tenants.rollouts
 

@@ -49,7 +49,7 @@ def tenant_of(request: str) -> str:
 
 
 def opened(url: str, folder: Path, *, watch: bool = False) -> Tenants:
-    return Tenants(url, ledger=LedgerSettings(folder=folder / "outbox"), watch=watch)
+    return Tenants(url, ledger=LedgerSettings(folder=folder / "outbox", room=1 << 20), watch=watch)
 
 
 async def serve_one(tenants: Tenants, request: str, say: Callable[[dict[str, Any]], Any], pause: float) -> None:

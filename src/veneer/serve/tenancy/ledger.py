@@ -31,9 +31,9 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from veneer.errors import ResourceError
 from veneer.library.database import reading, writing
 from veneer.serve.request import Refused, Usage
-from veneer.serve.tenancy.entries import Entry, Line, Owed, end_text
+from veneer.serve.tenancy.entries import Entry, Line, Owed, State, end_text
 from veneer.serve.tenancy.old_journals import settle_old_journals
-from veneer.serve.tenancy.outbox import Outbox, left_behind
+from veneer.serve.tenancy.outbox import Outbox, left_behind, outboxes
 from veneer.serve.tenancy.posting import SLOT_WIDTHS, open_entries, post
 from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tables import lines, servers, slots
@@ -43,13 +43,14 @@ __all__ = ["Entry", "Ledger", "LedgerState", "Line"]
 
 _MOST = 1000  # requests in one transaction
 _GONE_SECONDS = 600.0
+_LATE_SECONDS = 2.0
 _log = logging.getLogger("veneer.serve.tenancy")
 
 
 @dataclass(frozen=True)
 class LedgerState:
     """`owed`: requests in the outbox, those that run among them. `lag`: seconds since the oldest that ended and is not
-    in the database ended. `away`: the database did not answer last."""
+    in the database ended. `away`: the database did not answer last, or takes long to."""
 
     owed: int
     lag: float
@@ -60,17 +61,17 @@ class Ledger:
     """The ledger of one run of one process. Thread-safe."""
 
     def __init__(
-        self, store: Store, folder: Path, wall: Callable[[], float], *, synced: bool = False, most: int = 100_000
+        self, store: Store, folder: Path, wall: Callable[[], float], *, synced: bool = False, room: int = 32 << 20
     ) -> None:
-        """`folder`: where outboxes are, on a disk of this machine. `synced`, `most`: see `Outbox`. Settles what the
+        """`folder`: where outboxes are, on a disk of this machine. `synced`, `room`: see `Outbox`. Settles what the
         dead left there. Raises ResourceError where the disk is full."""
         self.store, self.wall = store, wall
         self.server = secrets.token_hex(8)
         self._folder = folder
-        self.outbox = Outbox(folder, self.server, synced=synced, most=most)
+        self.outbox = Outbox(folder, self.server, synced=synced, room=room)
         self._wake, self._closing = threading.Event(), False
-        self._oldest: float | None = None
-        self._away = False
+        self._ended: dict[str, float] = {}  # when requests ended that the database does not have, the oldest first
+        self._away, self._asked, self._said = False, 0.0, -10.0
         try:
             self.beat()
             self.recovered = self.recover()
@@ -99,7 +100,7 @@ class Ledger:
                     )
                 )  # fmt: skip
             else:
-                _log.error("request %s cannot be kept for the ledger: %s", entry.request, error)
+                self._refuse(error)
                 opened.set_exception(
                     Refused("what requests take cannot be recorded now", status=503, code="overloaded", retry_after=5.0)
                 )
@@ -107,16 +108,24 @@ class Ledger:
         self.outbox.open(entry).add_done_callback(kept)
         return opened
 
+    def _refuse(self, error: BaseException) -> None:
+        """Say so, once in ten seconds."""
+        if time.monotonic() - self._said > 10.0:
+            self._said = time.monotonic()
+            _log.error("requests are refused, for the ledger cannot keep them: %s (%d owed)", error, self.outbox.owed)
+
     def settle(self, request: str, usage: Usage) -> Future[None]:
         """The future's result comes when the usage outlives this process; it has no exception."""
-        return self._end(request, end_text("done", self.wall(), usage))
+        return self._end(request, "done", usage)
 
     def interrupt(self, request: str) -> Future[None]:
         """The request ended, and nobody said what it took."""
-        return self._end(request, end_text("interrupted", self.wall(), Usage(0, 0, 0)))
+        return self._end(request, "interrupted", Usage(0, 0, 0))
 
-    def _end(self, request: str, end: str) -> Future[None]:
-        kept = self.outbox.settle(request, end)
+    def _end(self, request: str, state: State, usage: Usage) -> Future[None]:
+        now = self.wall()
+        self._ended.setdefault(request, now)
+        kept = self.outbox.settle(request, end_text(state, now, usage))
         kept.add_done_callback(lambda future: self._wake.set())
         return kept
 
@@ -124,9 +133,10 @@ class Ledger:
 
     def _send(self) -> None:
         pause = 0.0
-        while not (self._closing and pause == 0.0):
+        while True:
             self._wake.wait(pause or None)
             self._wake.clear()
+            last = self._closing  # what was owed when it was set is taken below
             try:
                 while self._post_some():
                     pass
@@ -134,19 +144,24 @@ class Ledger:
             except Exception as error:  # whatever it is, what is owed stays owed
                 if not self._away:
                     _log.warning("the ledger keeps what it owes until its database answers: %s", error)
-                self._away = isinstance(error, SQLAlchemyError | ResourceError)
-                if self._closing:
-                    return
+                self._away, self._asked = isinstance(error, SQLAlchemyError | ResourceError), 0.0
                 pause = min(5.0, pause * 2 or 0.2)
-                time.sleep(pause)
+                if not last:
+                    time.sleep(pause)
+            if last:
+                return
 
     def _post_some(self) -> bool:
         owed = self.outbox.take(_MOST)
-        self._oldest = min((each.closed for each in owed if each.closed is not None), default=None)
         if not owed:
             return False
+        self._asked = time.monotonic()
         self._post(self.server, owed)
+        self._asked = 0.0
         self.outbox.told(owed)
+        for each in owed:
+            if each.state != "open":
+                self._ended.pop(each.entry.request, None)
         return True
 
     def _post(self, server: str, owed: list[Owed]) -> int:
@@ -175,15 +190,17 @@ class Ledger:
 
     def state(self) -> LedgerState:
         """For metrics; waits for nothing."""
-        lag = 0.0 if self._oldest is None else max(0.0, self.wall() - self._oldest)
-        return LedgerState(self.outbox.owed, lag, self._away)
+        oldest = next(iter(self._ended.copy().values()), None)
+        lag = 0.0 if oldest is None else max(0.0, self.wall() - oldest)
+        late = self._asked != 0.0 and time.monotonic() - self._asked > _LATE_SECONDS
+        return LedgerState(self.outbox.owed, lag, self._away or late)
 
     # -- what the dead left --------------------------------------------------------------------------------------------
 
     def recover(self) -> dict[str, int]:
         """Settle what dead servers left: {"done": as their outboxes say, "interrupted": the rest}."""
         counts = {"done": 0, "interrupted": 0}
-        for path in sorted(self._folder.glob("*.sqlite")):
+        for path in outboxes(self._folder):
             if path != self.outbox.path:
                 self._recover_outbox(path, counts)
         for server, notes in settle_old_journals(self._folder):

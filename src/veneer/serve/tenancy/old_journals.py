@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def settle_old_journals(folder: Path) -> Iterator[tuple[str, dict[str, tuple[flo
     back for the next."""
     for lock in sorted(folder.glob("*.lock")):
         server = lock.stem
+        if not re.fullmatch(r"[0-9a-f]{16}", server):
+            continue
         held = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

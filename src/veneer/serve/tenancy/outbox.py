@@ -10,8 +10,9 @@ unlocked there was left behind; whoever starts next on the folder settles it.
 Committed means in the system's hands: it outlives the process, killed in any way. `synced`: on the disk: it outlives a
 loss of power too, for the time of one fsync a group of requests.
 
-A full disk: the file claims room when it is made, and a row has from the start the place that its end will need. So the
-end of a request that was admitted can be written when nothing else can; who asks then is refused.
+A full disk, and a database that is away for long: the file has its whole size from the start, its log has what a group
+of requests needs, and neither grows. A row has the place that its end will need. So whatever happens to the disk, the
+end of a request that was admitted can be written; where there is no room for one more, it is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -31,7 +33,7 @@ from veneer.errors import ResourceError
 from veneer.serve.tenancy.entries import Entry, Owed, entry_of, entry_text, owed_of
 from veneer.serve.tenancy.writer import Writer
 
-__all__ = ["Outbox", "left_behind"]
+__all__ = ["NoRoom", "Outbox", "left_behind", "outboxes"]
 
 _TABLE = """CREATE TABLE owed (
     number INTEGER PRIMARY KEY,
@@ -42,32 +44,37 @@ _TABLE = """CREATE TABLE owed (
     told INTEGER NOT NULL  -- whether the ledger knows that it was admitted
 )"""
 _END_CHARACTERS = 240
-_ROOM = 4 << 20
-"""Bytes claimed at the start, in the file and again in its log: some 4,000 requests."""
-_CHECKPOINT_PAGES = 256
+_LOG_BYTES = 8 << 20
+_CHECKPOINT_PAGES = 256  # after which the log begins again
+_SPARE_PAGES = 16  # for what SQLite may want where rows are deleted
 _EMPTY_SECONDS = 3600.0
+_SERVER = re.compile(r"[0-9a-f]{16}")
 _log = logging.getLogger("veneer.serve.tenancy")
+
+
+class NoRoom(Exception):
+    """Raised for one request, and for it alone: the others of its group are written."""
 
 
 class Outbox:
     """The outbox of this process. Thread-safe; nothing here waits for the ledger's database."""
 
-    def __init__(self, folder: Path, server: str, *, synced: bool = False, most: int = 100_000) -> None:
-        """`most`: requests owed at once; beyond that, and where the disk has no room, `open` fails. Raises
-        ResourceError where there is no room to begin with."""
-        self.path, self.most = folder / f"{server}.sqlite", most
+    def __init__(self, folder: Path, server: str, *, synced: bool = False, room: int = 32 << 20) -> None:
+        """`room`: bytes for what is owed, claimed at once; beyond that `open` fails. Raises ResourceError where the
+        disk does not have them."""
+        self.path = folder / f"{server}.sqlite"
         self._mutex = threading.RLock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._c = _connect(self.path, wait=5.0)
-            self._make(synced)
+            self._make(synced, room)
         except (OSError, sqlite3.Error) as error:
             for path in _files(self.path):
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
             raise ResourceError(
                 f"the ledger has no room for what it owes: {error}", where=str(folder),
-                fix=f"{2 * _ROOM >> 20} MiB of free space on a local disk, or another folder",
+                fix=f"{room + min(room, _LOG_BYTES) >> 20} MiB of free space on a local disk, or less room",
             ) from error  # fmt: skip
         self.owed = 0
         self._unwritten: dict[str, str] = {}
@@ -75,13 +82,13 @@ class Outbox:
 
     def open(self, entry: Entry) -> Future[None]:
         """The future's result comes when it is kept. Its exception is sqlite3.IntegrityError where a request of that id
-        is owed already, ResourceError or sqlite3's where nothing more can be kept."""
+        is owed already, NoRoom or sqlite3's where nothing more can be kept."""
 
         def write(c: sqlite3.Connection) -> None:
-            if self.owed >= self.most:
-                raise ResourceError(f"the ledger is owed {self.owed:,} requests, and {self.most:,} are the most")
             if self._unwritten:
-                raise ResourceError("the ends of requests cannot be written")
+                raise NoRoom("the ends of requests cannot be written")
+            if c.execute("PRAGMA freelist_count").fetchone()[0] < _SPARE_PAGES:
+                raise NoRoom("there is no room for one more")
             row = (entry.request, entry_text(entry), " " * _END_CHARACTERS)
             c.execute("INSERT INTO owed (request, entry, ending, closed, told) VALUES (?, ?, ?, 0, 0)", row)
 
@@ -148,18 +155,25 @@ class Outbox:
             for path in _files(self.path):
                 path.unlink(missing_ok=True)
 
-    def _make(self, synced: bool) -> None:
+    def _make(self, synced: bool, room: int) -> None:
+        """The table, and pages that are free in it; its log is as long as the first step of these."""
         c = self._c
         c.execute("PRAGMA journal_mode = WAL")
         c.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
         c.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
+        c.execute("PRAGMA secure_delete = OFF")
         c.execute("BEGIN IMMEDIATE")
         c.execute(_TABLE)
         c.execute("CREATE TABLE room (bytes BLOB NOT NULL)")
-        c.execute("INSERT INTO room VALUES (randomblob(?))", (_ROOM,))
         c.execute("COMMIT")
-        c.execute("DROP TABLE room")  # its pages stay in the file, free
+        step = min(room, _LOG_BYTES)
+        for _ in range(-(-room // step)):
+            c.execute("INSERT INTO room VALUES (randomblob(?))", (step,))
+            c.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        c.execute("DROP TABLE room")
         c.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        (pages,) = c.execute("PRAGMA page_count").fetchone()
+        c.execute(f"PRAGMA max_page_count = {pages}")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -176,6 +190,11 @@ class Outbox:
     def _count(self, change: int) -> None:
         with self._mutex:
             self.owed += change
+
+
+def outboxes(folder: Path) -> list[Path]:
+    """Files that are named like one; whatever else lies in the folder is nobody's business here."""
+    return sorted(path for path in folder.glob("*.sqlite") if _SERVER.fullmatch(path.stem))
 
 
 @contextlib.contextmanager

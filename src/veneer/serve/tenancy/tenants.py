@@ -69,12 +69,12 @@ def admin_hash(key: str) -> str:
 @dataclass(frozen=True)
 class LedgerSettings:
     """`days`: for which lines are kept; sums by day stay. `folder`: of the outbox, on a local disk; None: beside the
-    SQLite file, or in the veneer home. `owed`: requests that the outbox holds at most. `synced`: each waits for the
-    disk (it outlives a loss of power), not for the system alone (it outlives a kill)."""
+    SQLite file, or in the veneer home. `room`: bytes of the outbox, which claims them at once. `synced`: each waits
+    for the disk (it outlives a loss of power), not for the system alone (it outlives a kill)."""
 
     days: float = 400.0
     folder: Path | None = None
-    owed: int = 100_000
+    room: int = 32 << 20
     synced: bool = False
 
 
@@ -99,7 +99,7 @@ class Tenants:
         self.limits = Limits(clock)
         folder = ledger.folder or _outbox_folder(where)
         try:
-            self.ledger = Ledger(self.store, folder, wall, synced=ledger.synced, most=ledger.owed)
+            self.ledger = Ledger(self.store, folder, wall, synced=ledger.synced, room=ledger.room)
         except BaseException:
             self.store.close()
             raise

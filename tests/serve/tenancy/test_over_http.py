@@ -1,0 +1,91 @@
+"""A whole server with tenants: what its ledger says of requests that try to be billed as something else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from tests.serve.whole import make_shop, served
+from veneer.library.database import reading
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.store import Price, Store
+from veneer.serve.tenancy.tables import lines
+from veneer.serve.tenancy.usage import usage
+
+ADMIN = "an-admin-key-of-some-length"
+
+
+def test_no_spelling_of_a_mix_evades_the_price_of_its_parts(tmp_path: Path) -> None:
+    """`plain` costs a thousand times what the general price is. Each way of asking costs what its adapters cost, with
+    names in the ledger that the operator knows."""
+    shop, where = make_shop(tmp_path, ["plain", "rs"]), str(tmp_path / "tenants.sqlite")
+    shop.library.alias("plain@1", "prod")
+    digest = shop.library.find("plain").digest
+    store = Store(where)
+    manage.add_tenant(store, "acme", adapters=["plain", "rs", "sha256:*"], who="test")
+    _, key = manage.make_tenant_key(store, "acme", who="test")
+    manage.set_price(store, "", "", Price(1_000_000, 1_000_000, 1_000_000), who="test")
+    manage.set_price(store, "", "plain", Price(1_000_000_000, 1_000_000_000, 1_000_000_000), who="test")
+    both, dear, cheap = 8008, 8000, 8  # of 5 + 3 tokens
+    asked: list[tuple[dict[str, Any], int]] = [
+        ({"model": "plain"}, dear),
+        ({"model": "plain@prod"}, dear),
+        ({"model": digest}, dear),
+        ({"model": "rs"}, cheap),
+        ({"model": ""}, cheap),
+        ({"mix": {"plain": 1, "rs": 0}}, dear),
+        ({"mix": {"plain": 1, "rs": 1e-9}}, both),
+        (
+            {
+                "mix": [
+                    {"adapter": "plain", "strength": 1},
+                    {"adapter": "rs", "strength": 1},
+                    {"adapter": "rs", "strength": -1},
+                ]
+            },
+            dear,
+        ),
+        ({"mix": [{"adapter": "plain", "strength": 0.5}, {"adapter": "plain@1", "strength": 0.5}]}, dear),
+        ({"mix": [{"adapter": "rs", "strength": 0.5}, {"adapter": digest, "strength": 0.5}]}, both),
+        ({"mix": {"plain": 1, "plain@prod": -1}}, cheap),  # the base
+    ]
+    with served(shop, tenants=where, admin_key=ADMIN) as server:
+        costs = []
+        for body, _ in asked:
+            ask = {"model": "", "prompt": [5, 6, 7, 8, 9], "max_tokens": 3, "ignore_eos": True} | body
+            answer = server.http.post("/v1/completions", json=ask, headers={"authorization": f"Bearer {key}"})
+            assert answer.status_code == 200, answer.text
+            assert server.built.house.tenancy.ledger.flush()  # type: ignore[attr-defined]
+            with reading(store.engine) as c:
+                total = usage(c, by=())[0]["cost"]
+            costs.append(total - sum(costs))
+        with reading(store.engine) as c:
+            names = set(c.scalars(select(lines.c.adapter)))
+            apart = usage(c, by=("adapter",))
+        series = server.http.get("/metrics", headers={"authorization": f"Bearer {ADMIN}"}).text
+    assert costs == [cost for _, cost in asked]
+    assert names == {"plain@1", "rs@1", server.built.house.catalog.base}
+    assert sum(r["cost"] for r in apart) == sum(costs)
+    for name in ("owed", "lag_seconds", "away"):
+        (line,) = (line for line in series.splitlines() if line.startswith(f"veneer:ledger_{name}{{"))
+        assert line.endswith(" 0.0")
+    store.close()
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_the_ledgers_settings_reach_it(tmp_path: Path, sync: bool) -> None:
+    shop, where = make_shop(tmp_path, ["plain"]), str(tmp_path / "tenants.sqlite")
+    settings = {
+        "ledger_synced": sync,
+        "ledger_bytes": 1 << 20,
+        "ledger_folder": str(tmp_path / "here"),
+        "ledger_days": 3.0,
+    }
+    with served(shop, tenants=where, **settings) as server:
+        tenants: Any = server.built.house.tenancy
+        assert tenants._keep_days == 3.0
+        (file,) = (tmp_path / "here").glob("*.sqlite")
+        assert 1 << 20 <= file.stat().st_size < 3 << 19
