@@ -115,7 +115,8 @@ CHANGES = st.lists(
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In another kind; complex numbers with an imaginary part."""
-    return (tensor.real if tensor.is_complex() else tensor).to(dtype) * (1j if dtype.is_complex else 1)
+    out = (tensor.real if tensor.is_complex() else tensor).to(dtype)
+    return out * 1j if dtype.is_complex else out
 
 
 def changed(tensors: dict[str, Tensor], how: list[tuple[str, int, Any]]) -> dict[str, Tensor]:
