@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -37,7 +37,7 @@ class Check:
     detail: str = ""
 
 
-def inspect(name: str, *, from_pickle: bool = False) -> dict[str, Any]:
+def inspect(name: str, **how: Unpack[reader.How]) -> dict[str, Any]:
     """What is in the adapter `name` (a folder, a file or a name in the library), ready for JSON.
 
     `verdict`: whether it is read for use, and if not, why and what to do. What reading for use refuses in part is
@@ -46,22 +46,23 @@ def inspect(name: str, *, from_pickle: bool = False) -> dict[str, Any]:
     it for use is refused. `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes
     and ‖ΔW‖ (Frobenius, over all of them; without DoRA's magnitude, which needs the base). `deltas`: what is no pair,
     by form, with the bytes it takes and those of the ΔW that it stands for, one at a time of which is made in use.
-    `hashes`: of the file with the tensors. Raises what reading raises for a file that is no adapter at all."""
+    `hashes`: of the file with the tensors. `how`: what `formats.read.read` has to be told. Raises what reading raises
+    for a file that is no adapter at all."""
     path = using.adapter_path(name)
-    reading, refusal = _read(path, from_pickle)
+    reading, refusal = _read(path, how)
     return facts(path, reading, refusal, digest=reading.adapter.digest(), norm=delta_norm)
 
 
-def _read(path: Path, from_pickle: bool) -> tuple[reader.Reading, AdapterError | None]:
+def _read(path: Path, how: reader.How) -> tuple[reader.Reading, AdapterError | None]:
     """As it is read for use; or what can be read of it, and why it is refused. Raises the refusal where that is
     nothing."""
     try:
-        return reader.read(path, from_pickle=from_pickle), None
+        return reader.read(path, **how), None
     except UnsafeFileError:
         raise
     except AdapterError as error:
         try:
-            return reader.read(path, allow_partial=True, from_pickle=from_pickle), error
+            return reader.read(path, allow_partial=True, **how), error
         except AdapterError:
             raise error from None
 
@@ -71,7 +72,7 @@ def delta_norm(pair: Pair) -> float:
     return distance(factors(pair))
 
 
-def verify(name: str, base: TextBase | None = None) -> list[Check]:
+def verify(name: str, base: TextBase | None = None, **how: Unpack[reader.How]) -> list[Check]:
     """Check the adapter `name`: the files' hashes and the digest against the card, hashes in a header against the
     tensors, every tensor used and paired, values finite; with a base its fingerprint, every name and shape, and that
     the adapter changes what the base says. Failures are Checks with `ok` False. Raises AdapterError only where there is
@@ -89,7 +90,7 @@ def verify(name: str, base: TextBase | None = None) -> list[Check]:
         out.append(Check("card", None, f"there is no {CARD_FILE}: hashes and digest cannot be compared"))
     out += _hashes(path, card) + _header_hashes(path)
     try:
-        reading = reader.read(path)
+        reading = reader.read(path, **how)
     except VeneerError as error:
         return [*out, Check("contents", False, str(error))]
     adapter = reading.adapter
@@ -103,7 +104,7 @@ def verify(name: str, base: TextBase | None = None) -> list[Check]:
         same = digest == card.digest
         out.append(Check("digest", same, digest if same else f"the card says {card.digest}, the tensors give {digest}"))
     out.append(_not_zero(adapter))
-    return out if base is None else out + _against(base, name, adapter, card)
+    return out if base is None else out + _against(base, name, adapter, card, how)
 
 
 def _header_hashes(path: Path) -> list[Check]:
@@ -145,7 +146,7 @@ def _not_zero(adapter: Adapter) -> Check:
     return Check("not zero", True, f"‖ΔW‖ = {sum(n**2 for n in norms.values()) ** 0.5:.4g} in all{said}")
 
 
-def _against(base: TextBase, name: str, adapter: Adapter, card: CardFile | None) -> list[Check]:
+def _against(base: TextBase, name: str, adapter: Adapter, card: CardFile | None, how: reader.How) -> list[Check]:
     want = card.card.base_fingerprint if card else ""
     same = want == base.fingerprint
     told = (
@@ -155,7 +156,7 @@ def _against(base: TextBase, name: str, adapter: Adapter, card: CardFile | None)
     )
     out = [Check("base", same, told) if want else Check("base", None, "the card names no base's fingerprint")]
     try:
-        fitted = using.load_adapter(base, name, allow_other_base=True)
+        fitted = using.load_adapter(base, name, allow_other_base=True, **how)
     except VeneerError as error:
         return [*out, Check("fits", False, str(error))]
     out.append(Check("fits", True, "every name, kind and shape is the base's"))

@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Unpack
 
 from veneer.core.attach import Attachment, attach
 from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, nearest
@@ -152,15 +152,15 @@ def base_of(name: str) -> str:
     return stated if isinstance(stated, str) else ""
 
 
-def load_adapter(base: Base, name: str, *, allow_other_base: bool = False) -> Adapter:
-    """Read the adapter `name` and make sure that it belongs to `base`.
+def load_adapter(base: Base, name: str, *, allow_other_base: bool = False, **how: Unpack[reader.How]) -> Adapter:
+    """Read the adapter `name` and make sure that it belongs to `base`. `how`: what `formats.read.read` has to be told.
 
     Raises MismatchError where it is another family's, which it names; and, with both fingerprints, where its card names
     another base: with the first names and shapes that do not fit. Where every name and shape fits, `allow_other_base`
     takes it all the same. Raises AdapterError for anything else wrong."""
     path = adapter_path(name)
     try:
-        found = _read_for(base, path)
+        found = _read_for(base, path, how)
     except UnsafeFileError:
         raise
     except AdapterError as error:
@@ -179,11 +179,10 @@ def load_adapter(base: Base, name: str, *, allow_other_base: bool = False) -> Ad
     return adapter
 
 
-def _read_for(base: Base, path: Path) -> reader.Reading:
-    if path.is_dir() and not is_image(base.family):
-        loaded = peft.load(path, base.model)
-        return reader.Reading(loaded.adapter, "peft", [], None, notes=loaded.notes)
-    return reader.read(path, base=base.model, family=base.family)
+def _read_for(base: Base, path: Path, how: reader.How) -> reader.Reading:
+    if path.is_dir() and not is_image(base.family) and not (path / peft.CONFIG_FILE).is_file():
+        peft.load(path)  # says best what a folder for a language model lacks
+    return reader.read(path, base=base.model, family=base.family, **how)
 
 
 def _refuse_other_family(

@@ -98,11 +98,11 @@ def test_sdxl_in_both_styles_mixed_in_one_file() -> None:
 
 
 def test_a_tie_of_families_is_told_with_its_reason() -> None:
-    """q, k, v and out of 24 joint blocks are FLUX.1's, SD3's and Qwen-Image's names alike; the file fills SD3's."""
+    """q, k, v and out of 24 joint blocks are FLUX.1's, SD3's and Qwen-Image's names alike; the depth is SD3's."""
     layout = dotted("sd3", "transformer.", original=False, naming="peft", only=("attn.to_q", "attn.to_out"))
     found = check(layout, "diffusers", "sd3")
     assert any("sd3-large" in r and "qwen-image" in r for r in found.reasons)
-    assert any("like modules" in r for r in found.reasons)
+    assert any("by its shapes and depth" in r for r in found.reasons)
 
 
 # -- dotted names ----------------------------------------------------------------------------------------------------

@@ -210,10 +210,12 @@ def test_flux_1_and_2_are_told_apart_by_proportions(name: str, shape: tuple[int,
         assert choice.family is families()[family], choice.reasons
 
 
-def test_the_metadata_decides_a_tie_and_never_against_the_names() -> None:
-    qkv = {f"diffusion_model.double_blocks.{i}.img_attn.qkv": None for i in range(5)}
-    assert choose_family(qkv).family is families()["flux2"]  # 5 of 8, and of 19
-    assert choose_family(qkv, "flux1").family is families()["flux1"]
+def test_the_metadata_decides_a_tie_and_never_against_the_names_or_the_depth() -> None:
+    qkv = {f"diffusion_model.double_blocks.{i}.img_attn.qkv": None for i in (1, 3)}
+    assert choose_family(qkv).family is families()["flux1"]  # of no width that is known: the more common
+    assert choose_family(qkv, "flux2").family is families()["flux2"]
+    choice = choose_family({f"diffusion_model.double_blocks.{i}.img_attn.qkv": None for i in range(5)}, "flux1")
+    assert choice.family is families()["flux2"]  # klein has 5
     choice = choose_family({**qkv, "diffusion_model.double_blocks.18.img_attn.qkv": None}, "flux2")
     assert choice.family is families()["flux1"]
     assert "the metadata says flux2" in choice.reasons[-1]

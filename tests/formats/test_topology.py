@@ -41,6 +41,11 @@ TRANSFORMERS = {
     "flux2": ("Flux2Transformer2DModel", {}),
     "qwen-image": ("QwenImageTransformer2DModel", {}),
     "z-image": ("ZImageTransformer2DModel", {}),
+    "krea2": ("Krea2Transformer2DModel", {}),
+    "anima": (
+        "CosmosTransformer3DModel",
+        {"num_attention_heads": 16, "extra_pos_embed_type": None, "concat_padding_mask": True},
+    ),
 }
 
 
@@ -48,7 +53,8 @@ def kinds(model: nn.Module, component: str) -> dict[str, str]:
     """Every module that has parameters of its own."""
     out = {}
     for name, module in model.named_modules():
-        if name and next(module.parameters(recurse=False), None) is not None:
+        own = {key for key, _ in module.named_parameters(recurse=False)} - {"scale_shift_table"}  # Krea 2's modulation
+        if name and own:
             kind = {nn.Linear: "linear", nn.Conv2d: "conv", nn.Embedding: "embedding"}.get(type(module))
             assert kind or "Norm" in type(module).__name__, f"{name}: {type(module)}"
             out[f"{component}.{name}"] = kind or "norm"
@@ -104,11 +110,21 @@ def test_text_encoders_are_the_real_classes() -> None:
     assert table(list(t5("te", 24))) == kinds(t5_xxl, "te")
 
 
+def test_animas_text_conditioner_is_the_real_class_and_the_originals_llm_adapter() -> None:
+    with torch.device("meta"):
+        real = kinds(diffusers.AnimaTextConditioner(), "text_conditioner")
+    family = families()["anima"]
+    assert of(family, "text_conditioner") == real
+    for module in real:
+        assert family.originals["llm_adapter." + module.partition(".")[2]] == (Place(module),)
+
+
 @pytest.mark.parametrize("name", list(families()))
 def test_a_real_weight_has_one_original_name_for_every_row(name: str) -> None:
     """Every module of the denoiser is in one original module; its rows' places tile it, in order, without overlap."""
     family = families()[name]
     homes = Counter(place.module for places in family.originals.values() for place in places)
+    homes = Counter({n: c for n, c in homes.items() if n.startswith(f"{family.denoiser}.")})
     assert dict(homes) == dict.fromkeys(of(family, family.denoiser), 1)
     for original, places in family.originals.items():
         if places == (Place(places[0].module, None, places[0].swap),):

@@ -20,6 +20,14 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Inspect, verify, convert, mix and merge adapters.")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_Pickle = Annotated[
+    bool, typer.Option("--from-pickle", help="Read a .bin or .pt too, through torch's weights-only loader.")
+]
+_Layout = Annotated[
+    str,
+    typer.Option("--moe-layout", help="rank_major or grouped_by_expert: of experts' B, where Unsloth's file asks."),
+]
+_Named = Annotated[str, typer.Option("--adapter-name", help="The one to take of several adapters in one file.")]
 _All = Annotated[bool, typer.Option("--all", help="Show lists whole, however long.")]
 _Name = Annotated[
     str, typer.Argument(help="An adapter's folder or file, or its name in the library.", show_default=False)
@@ -29,9 +37,9 @@ _Name = Annotated[
 @app.command(epilog="Example: veneer adapter inspect style.safetensors")
 def inspect(
     name: _Name,
-    from_pickle: Annotated[
-        bool, typer.Option("--from-pickle", help="Read a .bin or .pt too, through torch's weights-only loader.")
-    ] = False,
+    from_pickle: _Pickle = False,
+    moe_layout: _Layout = "",
+    adapter_name: _Named = "",
     show_all: _All = False,
     as_json: _Json = False,
 ) -> None:
@@ -42,11 +50,11 @@ def inspect(
     from veneer.formats.glance import glance
 
     everything(show_all)
-    found = glance(Path(name))
+    found = glance(Path(name)) if not adapter_name else None
     if found is None:
         from veneer.inspecting import inspect as look
 
-        found = look(name, from_pickle=from_pickle)
+        found = look(name, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
@@ -147,6 +155,9 @@ def verify(
     base: Annotated[
         str | None, typer.Option("--base", help="Also check that it fits this base and has an effect on it.")
     ] = None,
+    from_pickle: _Pickle = False,
+    moe_layout: _Layout = "",
+    adapter_name: _Named = "",
     show_all: _All = False,
     as_json: _Json = False,
 ) -> None:
@@ -163,7 +174,7 @@ def verify(
         from veneer.models.text import load_text
 
         loaded = load_text(base, say=_say)
-    checks = check(name, loaded)
+    checks = check(name, loaded, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name)
     good = all(c.ok is not False for c in checks)
     if as_json:
         rows = [{"check": c.name, "ok": c.ok, "detail": c.detail} for c in checks]

@@ -13,7 +13,7 @@ from veneer.cli.output import everything, listed
 
 if TYPE_CHECKING:
     from veneer.formats.convert import Written
-    from veneer.formats.read import Reading
+    from veneer.formats.read import How, Reading
 
 __all__ = ["convert"]
 
@@ -49,6 +49,13 @@ def convert(
     from_pickle: Annotated[
         bool, typer.Option("--from-pickle", help="Read .bin and .pt files, through torch's weights-only loader.")
     ] = False,
+    moe_layout: Annotated[
+        str,
+        typer.Option("--moe-layout", help="rank_major or grouped_by_expert: of experts' B, where Unsloth's file asks."),
+    ] = "",
+    adapter_name: Annotated[
+        str, typer.Option("--adapter-name", help="The one to take of several adapters in one file.")
+    ] = "",
     without_words: Annotated[
         bool,
         typer.Option("--without-words", help="Leave learned words (textual inversion) out, which few layouts hold."),
@@ -65,7 +72,8 @@ def convert(
     from veneer.using import adapter_path
 
     everything(show_all)
-    reading = read(adapter_path(name), allow_partial=allow_partial, from_pickle=from_pickle)
+    how: How = {"from_pickle": from_pickle, "moe_layout": moe_layout, "adapter_name": adapter_name}
+    reading = read(adapter_path(name), allow_partial=allow_partial, family=family if to != "gguf" else None, **how)
     words = [word for own in reading.adapter.new_tokens.values() for word in own] if without_words else []
     adapter = replace(reading.adapter, new_tokens={}) if words else reading.adapter
     head_dim = layers = None

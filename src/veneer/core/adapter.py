@@ -222,6 +222,11 @@ class Adapter:
             new_tokens=own(self.new_tokens),
         )
 
+    def renamed(self, change: Callable[[str], str]) -> Adapter:
+        """The same adapter under other module names; `change` is one to one."""
+        named = {kind: {change(n): thing for n, thing in getattr(self, kind).items()} for kind in _TABLES}
+        return replace(self, **named)  # type: ignore[arg-type]
+
     def divided(self, by: Callable[[str], float]) -> dict[float, Adapter]:
         """The adapter in parts, by the number that `by` gives for a module's name; a part of 0 is left out.
 

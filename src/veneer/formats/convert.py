@@ -268,15 +268,9 @@ def _folder_digest(meant: Adapter, done: _Done) -> str | None:
     part = component_of(next(iter(leaves_of(meant)), ""))
     names = dict.fromkeys(leaves_of(done.back))
     choice = choose_family(names)
-    if not part or choice.family is None or choice.covered < len(names):
+    if not part or any(choice.lookup(name) is None for name in names):
         return None
-    return _renamed(done.back, lambda name: f"{part}.{name}").digest()
-
-
-def _renamed(adapter: Adapter, change: Callable[[str], str]) -> Adapter:
-    named = ("pairs", "modules", "token_rows", "deltas", "new_tokens")
-    renamed: dict[str, Any] = {w: {change(n): v for n, v in getattr(adapter, w).items()} for w in named}
-    return replace(adapter, **renamed)
+    return done.back.renamed(lambda name: f"{part}.{name}").digest()
 
 
 def _servable(meant: Adapter, to: str) -> Adapter:
@@ -361,7 +355,7 @@ def _for_one_model(adapter: Adapter, refused: Refusals) -> Adapter:
         elif component_of(module).startswith("text_encoder"):
             refused["a PEFT folder does not say which text encoder it is of"].append(module)
     part = parts.pop()
-    return _renamed(adapter, lambda name: name.removeprefix(f"{part}.")) if part else adapter
+    return adapter.renamed(lambda name: name.removeprefix(f"{part}.")) if part else adapter
 
 
 def _family(adapter: Adapter, name: str | None, to: str) -> Family:
@@ -377,10 +371,12 @@ def _family(adapter: Adapter, name: str | None, to: str) -> Family:
             f"{to} is for adapters of image models, and no module here begins with unet, transformer or text_encoder",
         )
     claim = family_of({key: str(adapter.card.extra.get(own, "")) for key, own in _CLAIMS.items()})
-    chosen = choose_family({m: _shape(adapter, m) for m in modules}, claim).family
-    if chosen is None:
+    choice = choose_family({m: _shape(adapter, m) for m in modules}, claim)
+    if choice.family is None and choice.near:
+        raise AdapterError(choice.reasons[-1], fix=f"--family {choice.near[0]}, if it is that one")
+    if choice.family is None:
         raise AdapterError("no known image model has any of these modules", where=", ".join(modules[:3]))
-    return chosen
+    return choice.family
 
 
 _CLAIMS = {"modelspec.architecture": "architecture", "ss_base_model_version": "base_version"}

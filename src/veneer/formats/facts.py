@@ -46,6 +46,13 @@ class Read(Protocol):
     def notes(self) -> list[str]: ...
 
 
+def _tensors_of(folder: Path) -> Path:
+    """The file with the tensors, as `formats.read` chooses it."""
+    names = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
+    files = sorted(folder.glob("*.safetensors"))
+    return next((folder / n for n in names if (folder / n).is_file()), files[0] if files else folder / names[0])
+
+
 def facts(
     path: Path, reading: Read, refusal: AdapterError | None, *, digest: str, norm: Callable[[Pair], float]
 ) -> dict[str, Any]:
@@ -56,7 +63,7 @@ def facts(
     for module, pair in sorted(adapter.pairs.items()):
         groups[_leaf(module)].append(pair)
     tensors = [t for _, t in adapter.tensors()]
-    tensor_file = path / "adapter_model.safetensors" if path.is_dir() else path
+    tensor_file = _tensors_of(path) if path.is_dir() else path
     used = {key for keys in reading.used.values() for key in keys}
     return {
         "adapter": str(path),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from veneer.core.adapter import Adapter, Pair, scale_of
 from veneer.errors import AdapterError
+from veneer.formats.adapter_names import named_adapters
 from veneer.formats.detect import format_of
 from veneer.formats.facts import facts
 from veneer.formats.header import Entry, read_header
@@ -126,6 +127,8 @@ def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> _Reading | N
     if metadata.get("lora_adapter_metadata") or not all({"A", "B"} <= set(own) for own in groups.values()):
         return None
     if any(stored[own[ab]].ndim < 2 for own in groups.values() for ab in "AB"):
+        return None
+    if len(named_adapters(stored)) > 1:
         return None
     shapes = {text: (stored[own["B"]].shape[0], stored[own["A"]].shape[1]) for text, own in groups.items()}
     choice = choose_family(shapes, family_of(metadata), None)

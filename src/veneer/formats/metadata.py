@@ -49,6 +49,8 @@ ARCHITECTURES: dict[str, tuple[str, str, str]] = {
     "flux2": ("Flux.2-dev", "https://github.com/black-forest-labs/flux2", "flux2"),
     "qwen-image": ("Qwen-Image", "https://github.com/QwenLM/Qwen-Image", "qwen_image"),
     "z-image": ("Z-Image", "https://github.com/Tongyi-MAI/Z-Image", "zimage"),
+    "krea2": ("Krea-2", "https://github.com/krea-ai/krea-2", "krea2"),
+    "anima": ("anima-preview", "https://huggingface.co/circlestone-labs/Anima", "anima"),
 }
 """Family -> modelspec.architecture without `/lora`, modelspec.implementation, ss_base_model_version, as sd-scripts and
 musubi-tuner write them."""
@@ -67,7 +69,7 @@ _FAMILIES = [
         ("3medium", "sd3"),
     ),
     *(("flux2", "flux2"), ("flux1", "flux1"), ("fluxkontext", "flux1")),
-    *(("qwenimage", "qwen-image"), ("zimage", "z-image")),
+    *(("qwenimage", "qwen-image"), ("zimage", "z-image"), ("krea2", "krea2"), ("anima", "anima")),
 ]
 
 # Where somebody wrote the words down as such; JSON lists and texts with commas both occur.

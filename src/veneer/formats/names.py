@@ -4,7 +4,8 @@
 | unet.… transformer.… text_encoder(_2, _3).…                      | canonical names                                   |
 | (model.)diffusion_model.… and no prefix                          | the denoiser's own names and its original ones    |
 | text_encoders.clip_l/clip_g/clip_h/t5xxl.transformer.…           | the text encoders, as ComfyUI calls them          |
-| lora_unet_… lora_transformer_… lycoris_…                         | the denoiser's names of both kinds, flattened     |
+| lora_unet_… lora_unet__… lora_transformer_… lycoris_…            | the denoiser's names of both kinds, flattened     |
+| double_blocks.0.img_attn.qkv.0 (OneTrainer's split)              | part 0 of the fused original                      |
 | lora_te_… lora_te1_… lora_te2_… lora_te3_…                       | the text encoders' names, flattened               |
 | base_model.model. in front of any dotted one                     | the same                                          |
 | ….attn1.processor.to_q_lora, ….self_attn.to_out_lora             | aliases, of diffusers before PEFT                 |
@@ -18,15 +19,16 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from veneer.formats.topology import DENOISERS, Family, Place, families, flat
+from veneer.formats.topology import DENOISERS, Family, Place, families, flat, strangers
 
-__all__ = ["Choice", "choose_family", "component_of", "lookup", "near"]
+__all__ = ["Choice", "choose_family", "component_of", "is_image", "lookup", "near"]
 
-_DENOISER_FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
+_DENOISER_FLAT = ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_")
 _DENOISER_DOTTED = ("model.diffusion_model.", "diffusion_model.")
 _XLABS = {
     **{f"double_blocks.#.processor.qkv_lora{n}": f"double_blocks.#.{s}_attn.qkv" for n, s in ((1, "img"), (2, "txt"))},
@@ -37,10 +39,15 @@ _XLABS = {
 }
 
 
+def _all() -> Mapping[str, Family]:
+    """The families, and those whose names are like theirs and are never claimed."""
+    return {**families(), **strangers()}
+
+
 @cache
 def _table(name: str) -> Mapping[str, tuple[Place, ...]]:
     """Every text without the prefixes that `lookup` takes off -> where it lands."""
-    family = families()[name]
+    family = _all()[name]
     out: dict[str, tuple[Place, ...]] = {}
     denoiser = family.denoiser
     prefixes = {c: tuple(_encoder_prefixes(family, c)) for c in family.components if c != denoiser}
@@ -63,6 +70,11 @@ def _table(name: str) -> Mapping[str, tuple[Place, ...]]:
             out.setdefault(prefix + original, places)
         for prefix in _DENOISER_FLAT:
             out.setdefault(prefix + flat(original), places)
+        for i, place in enumerate(places if len(places) > 1 else ()):
+            for prefix in ("", f"{denoiser}."):
+                out.setdefault(f"{prefix}{original}.{i}", (Place(place.module),))
+            for prefix in _DENOISER_FLAT:
+                out.setdefault(f"{prefix}{flat(original)}_{i}", (Place(place.module),))
     if name == "flux1":
         out.update(_xlabs(family))
     return out
@@ -81,6 +93,8 @@ def _old(name: str) -> Iterator[str]:
 
 def _encoder_prefixes(family: Family, component: str) -> Iterator[str]:
     """The flat prefixes kohya and OneTrainer give a text encoder, and ComfyUI's dotted one."""
+    if not component.startswith("text_encoder"):
+        return
     encoders = [c for c in family.components if c != family.denoiser]
     if len(encoders) == 1:
         yield "lora_te_"
@@ -128,19 +142,15 @@ def component_of(module: str) -> str:
     family's denoiser has such a module, whatever its block's number."""
     first = module.partition(".")[0]
     if first == "transformer":
-        name = _numberless(module)
+        name = _kind(module)
         return first if {name, name.rpartition(".")[0]} & _transformers() else ""
-    return first if first in DENOISERS or first.startswith("text_encoder") else ""
-
-
-def _numberless(module: str) -> str:
-    return re.sub(r"\d+", "#", module)
+    return first if first in DENOISERS or first.startswith(("text_encoder", "text_conditioner")) else ""
 
 
 @cache
 def _transformers() -> frozenset[str]:
     """The modules of every family's transformer, without the numbers of their blocks."""
-    return frozenset(_numberless(m) for f in families().values() for m in f.modules if m.startswith("transformer."))
+    return frozenset(_kind(m) for f in _all().values() for m in f.modules if m.startswith("transformer."))
 
 
 def near(family: Family | None, text: str) -> str | None:
@@ -169,54 +179,150 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Choice:
-    """The family whose tables cover the most names, how many, and why it and no other that covers as many."""
+    """The family that is claimed, how many of the names its tables cover, and why it and no other.
+
+    `near`: where none is claimed, the families that have these names; where all of them mean the same modules by them,
+    the names can be read all the same."""
 
     family: Family | None
     covered: int
     reasons: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
+
+    def lookup(self, text: str) -> tuple[Place, ...] | None:
+        """Where a module lands: in the family; with none, where all that are near agree."""
+        if self.family is not None:
+            return lookup(self.family, text)
+        found = {lookup(_all()[name], text) for name in self.near}
+        return found.pop() if len(found) == 1 else None
 
 
 _CONTEXT = {"sd15": 768, "sd2": 1024, "sdxl": 2048}
-_HIDDEN = {"flux1": {3072}, "flux2": {3072, 4096, 6144}, "qwen-image": {3072}, "sd3": {1536}, "sd3-large": {2432}}
+_CLIP = {"sd15": 768, "sd2": 1024, "sdxl": 768}
+_HIDDEN = {
+    **{"flux1": {3072}, "flux2": {3072, 4096, 6144}, "qwen-image": {3072}, "z-image": {3840}, "krea2": {6144}},
+    **{"sd3": {1536}, "sd3-large": {2432}, "anima": {2048}},
+    **{"hunyuan-video": {3072}, "ltx-video": {2048}},
+}
+_CROSS = {"anima": 1024, "ltx-video": 2048}
+_TOY = 512
+"""Widths that no real model is below."""
+
+_OTHER_DEPTHS = {"flux2": {"transformer_blocks": {5}, "single_transformer_blocks": {20, 24}}}
+"""Of smaller models of the same family: FLUX.2 klein."""
 
 
 def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None, wanted: str | None = None) -> Choice:
     """`shapes`: module text -> (out, in) of its weight where known. `claim`: what the metadata says. `wanted`: the
     family of the base that the adapter is to act on.
 
-    Most names covered; then, of those that cover as many, the families whose proportions are the file's, whose official
-    widths are, the one the metadata claims, the one that is wanted, the one whose like modules the file fills most and
-    at least half, and the most common. Shapes only decide between names that are alike: an unusual width excludes
-    nothing."""
+    A family whose names no other has is known by them. Names that several have are of the one family whose shapes and
+    depth alone are the file's; else of the one that the metadata claims, or the base is; else no family is claimed, and
+    the result says which are near. A toy, whose widths are no model's, is of the family that it fills most, or the more
+    common one."""
     found = {
         name: {text: places for text in shapes if (places := lookup(family, text)) is not None}
-        for name, family in families().items()
+        for name, family in _all().items()
     }
     most = max(len(f) for f in found.values())
     if not most:
-        return Choice(None, 0)
+        return Choice(None, 0, (f"unknown family, of these shapes: {_shown(shapes)}",) if is_image(shapes) else ())
     tied = [name for name, f in found.items() if len(f) == most]
-    reasons = [f"{most} of {len(shapes)} module names are {families()[tied[0]].label}'s"]
-    if len(tied) > 1:
-        reasons = [f"{most} of {len(shapes)} module names are known to {', '.join(tied)} alike"]
-        shares = {n: _share(families()[n], found[n].values()) for n in tied}
+    kinds = {_kind(text.removeprefix("base_model.model.")) for text in shapes}
+    alike = {name: len(kinds & _kinds(name)) for name in _all()}
+    known = [name for name in tied if alike[name] == max(alike.values())] or tied
+    others = [name for name in _all() if alike[name] == max(alike.values()) and name not in known]
+    reasons = [f"{most} of {len(shapes)} module names are {_all()[known[0]].label}'s"]
+    if len(known) + len(others) > 1:
+        reasons = [f"{most} of {len(shapes)} module names are known to {', '.join([*known, *others])} alike"]
+        toy = all(max(shape) < _TOY for shape in shapes.values() if shape)
+        fit = [n for n in known if _fits(n, found[n], {} if toy else shapes, shapes)]
+        shares = {n: _share(_all()[n], found[n].values()) for n in known}
+        fullest = [n for n in fit if toy and shares[n] == max(shares[f] for f in fit) >= 0.5]
         for why, keep in (
-            ("by its proportions", [n for n in tied if _proportions(n, shapes)]),
-            ("by its widths", [n for n in tied if _widths(n, found[n], shapes)]),
-            ("by its metadata", [n for n in tied if n == claim or (claim == "sd3" and n == "sd3-large")]),
-            ("by its base", [n for n in tied if n == wanted]),
-            ("by its share of the like modules", [n for n in tied if shares[n] == max(shares.values()) >= 0.5]),
+            ("by its shapes and depth", fit),
+            ("by its metadata", [n for n in fit or known if n == claim or (claim == "sd3" and n == "sd3-large")]),
+            ("by its base", [n for n in fit or known if n == wanted]),
+            ("a toy, by its share of the like modules", fullest),
+            ("a toy, and the more common", (fullest or fit or known)[:1] if toy else []),
         ):
-            keep = [n for n in keep if n in tied]
-            if keep and len(keep) < len(tied):
-                tied = keep
-                reasons.append(f"{why}: {', '.join(tied)}")
-        if len(tied) > 1:
-            reasons.append(f"still a tie of {', '.join(tied)}: {tied[0]} is the more common")
-    family = families()[tied[0]]
+            if len(keep) == 1 and keep[0] in families():
+                known = keep
+                reasons.append(f"{why}: {keep[0]}")
+                break
+        else:
+            near = tuple(fit or known)
+            said = f"unknown family, of these shapes: {_shown(shapes)}; near: " + ", ".join(near)
+            return Choice(None, most, (*reasons, said), near)
+    family = _all()[known[0]]
     if claim and claim != family.name and not family.name.startswith(f"{claim}-"):
         reasons.append(f"the metadata says {claim}, the tensors do not")
     return Choice(family, most, tuple(reasons))
+
+
+def _kind(text: str) -> str:
+    return re.sub(r"\d+", "#", text)
+
+
+@cache
+def _kinds(name: str) -> frozenset[str]:
+    """The texts of a family without their numbers."""
+    texts = {_kind(text) for text in _table(name)}
+    own = {t for t in texts if not t.startswith(_DENOISER_FLAT)}
+    return frozenset(texts | {prefix + t for prefix in _DENOISER_DOTTED for t in own})
+
+
+def is_image(texts: Iterable[str]) -> bool:
+    """Whether names have the prefixes of an image model's parts, or call projections as diffusers does."""
+    parts = r"(unet|transformer(?!\.h\.)|text_encoder(_\d)?|diffusion_model)\..*|lora_(unet|te\d?|transformer)_.*"
+    ours = re.compile(rf"{parts}|(unet|text_encoder):\d+|.*\.(to_[qkv]|add_[qkv]_proj)")
+    return any(ours.fullmatch(text) for text in texts)
+
+
+def _shown(shapes: Mapping[str, Shape | None], most: int = 4) -> str:
+    """Each kind of name with its weights' shapes, and how many there are."""
+    by: dict[str, list[Shape | None]] = defaultdict(list)
+    for text, shape in shapes.items():
+        by[_kind(text)].append(shape)
+    told = [f"{len(own)} {kind} {next((s for s in own if s), '')}".strip() for kind, own in sorted(by.items())]
+    return ", ".join(told[:most]) + (f" and {len(told) - most} kinds more" if len(told) > most else "")
+
+
+def _share(family: Family, found: Collection[tuple[Place, ...]]) -> float:
+    """Of the family's modules that have the file's names but for their numbers, how many the file has."""
+    have = {place.module for places in found for place in places}
+    kinds = {_kind(module) for module in have}
+    return len(have) / sum(_kind(module) in kinds for module in family.modules)
+
+
+def _fits(
+    name: str,
+    found: Mapping[str, tuple[Place, ...]],
+    wide: Mapping[str, Shape | None],
+    shapes: Mapping[str, Shape | None],
+) -> bool:
+    """Whether nothing that is known of the family's shapes and depth speaks against it. `wide`: those of `shapes` whose
+    widths may count."""
+    known = [_width(name, places[0].module, wide.get(text)) for text, places in found.items()]
+    widths = [ok for ok in known if ok is not None]
+    ratios = [ok for text, shape in shapes.items() if (ok := _ratio(name, text, shape)) is not None]
+    shaped = any(ratios) if ratios else all(widths)
+    return shaped and _depth(_all()[name], found.values())
+
+
+def _width(name: str, module: str, shape: Shape | None) -> bool | None:
+    """Whether a weight's inputs are as many as the official model's; None where they are not known."""
+    if shape is None:
+        return None
+    if re.search(r"^unet\..*\.attn2\.to_[kv]$", module):
+        return shape[1] == _CONTEXT.get(name)
+    if re.search(r"^text_encoder\..*\.self_attn\.._proj$", module) and name in _CLIP:
+        return shape[1] == _CLIP[name]
+    if name in _CROSS and re.search(r"^transformer\..*\.attn2\.to_[kv]$", module):
+        return shape[1] == _CROSS[name]
+    if re.search(r"^transformer\..*(blocks|layers)\.\d+\.(attn\d?|attention)\.(to_[qkv]|add_[qkv]_proj)$", module):
+        return name in _HIDDEN and shape[1] in _HIDDEN[name]
+    return None
 
 
 _PROPORTIONS = {
@@ -226,28 +332,28 @@ _PROPORTIONS = {
 """out : in of the modules that have BFL's names in both families."""
 
 
-def _proportions(name: str, shapes: Mapping[str, Shape | None]) -> bool:
-    for text, shape in shapes.items():
-        match = re.search(r"(linear[12]|mlp[._][02])$", text)
-        want = _PROPORTIONS.get(name, {}).get(match[1].replace("_", ".")) if match else None
-        if want and shape and shape[0] * want[1] == shape[1] * want[0]:
-            return True
-    return False
+def _ratio(name: str, text: str, shape: Shape | None) -> bool | None:
+    """Whether a weight's proportions are the family's; None where they are not known."""
+    match = re.search(r"(linear[12]|mlp[._][02])$", text)
+    want = _PROPORTIONS.get(name, {}).get(match[1].replace("_", ".")) if match else None
+    return None if want is None or shape is None else shape[0] * want[1] == shape[1] * want[0]
 
 
-def _widths(name: str, found: Mapping[str, tuple[Place, ...]], shapes: Mapping[str, Shape | None]) -> bool:
-    """Whether some known width is the official model's."""
-    for text, places in found.items():
-        module, shape = places[0].module, shapes[text]
-        if shape and re.search(r"^unet\..*\.attn2\.to_[kv]$", module) and shape[1] == _CONTEXT.get(name):
-            return True
-        if shape and re.search(r"^transformer\..*\.attn\.to_[qkv]$", module) and shape[1] in _HIDDEN.get(name, ()):
-            return True
-    return False
+def _depth(family: Family, found: Iterable[tuple[Place, ...]]) -> bool:
+    """Whether every run of blocks from the first one on is as long as the family's. Some blocks alone are any's."""
+    ours, theirs = (_blocks(names) for names in (family.modules, [p.module for places in found for p in places]))
+    for group, have in theirs.items():
+        count = len(ours.get(group, ()))
+        depths = {count, *_OTHER_DEPTHS.get(family.name, {}).get(group.partition(".")[2], ())}
+        if len(have) > 1 and have == set(range(len(have))) and len(have) not in depths:
+            return False
+    return True
 
 
-def _share(family: Family, found: Collection[tuple[Place, ...]]) -> float:
-    """Of the family's modules that have the file's names but for their numbers, how many the file has."""
-    have = {place.module for places in found for place in places}
-    kinds = {re.sub(r"\d+", "#", module) for module in have}
-    return len(have) / sum(re.sub(r"\d+", "#", module) in kinds for module in family.modules)
+def _blocks(modules: Iterable[str]) -> dict[str, set[int]]:
+    """Name up to the first number, of what is no U-Net -> the numbers."""
+    out: dict[str, set[int]] = defaultdict(set)
+    for module in modules:
+        if not module.startswith("unet.") and (match := re.match(r"(.+?)\.(\d+)\.", module)):
+            out[match[1]].add(int(match[2]))
+    return out

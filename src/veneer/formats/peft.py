@@ -23,18 +23,35 @@ reason; everything wrong with a folder is one AdapterError. Knows files and name
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.core.adapter import Adapter
+from torch import Tensor
+
+from veneer.core.adapter import Adapter, Card
 from veneer.errors import AdapterError, UnsafeFileError, nearest
 from veneer.formats.card import CARD_FILE, read_card
-from veneer.formats.container import PICKLE_FIX, read_tensors, strict_json
+from veneer.formats.container import PICKLE_SUFFIXES, read_tensors, strict_json
 from veneer.formats.peft_read import Base, Loaded, interpret
 from veneer.formats.peft_write import CONFIG_FILE, TENSOR_FILE, Written, encode, write
 
-__all__ = ["CONFIG_FILE", "TENSOR_FILE", "Base", "Loaded", "Written", "encode", "interpret", "load", "read", "write"]
+__all__ = [
+    "CONFIG_FILE",
+    "TENSOR_FILE",
+    "Base",
+    "Loaded",
+    "Opened",
+    "Written",
+    "encode",
+    "interpret",
+    "load",
+    "open_folder",
+    "read",
+    "write",
+]
 
+PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES, MAX_ENTRIES = 16 << 20, 100_000
 
 
@@ -49,11 +66,33 @@ def read(folder: str | Path, base: Base = None) -> Adapter:
 
 def load(folder: str | Path, base: Base = None) -> Loaded:
     """`read`, with the configuration and the notes."""
+    opened = open_folder(folder)
+    return interpret(opened.config, opened.tensors, base, where=str(folder), card=opened.card)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is in a PEFT folder, uninterpreted."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    card: Card | None
+
+
+def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bool = False) -> Opened:
+    """The configuration, the tensors and the card of a folder; `file`: the one with the tensors, where it is not called
+    adapter_model. A pickle is read only with `from_pickle`. Raises as `read`."""
     folder = Path(folder)
     config = _read_config(folder)
-    tensors, _ = read_tensors(_tensor_file(folder))
+    file = file or _tensor_file(folder, from_pickle)
+    if from_pickle and file.suffix.lower() in PICKLE_SUFFIXES:
+        from veneer.formats.pickles import read_pickle
+
+        tensors, _ = read_pickle(file)
+    else:
+        tensors, _ = read_tensors(file)
     card = read_card(folder).card if (folder / CARD_FILE).is_file() else None
-    return interpret(config, tensors, base, where=str(folder), card=card)
+    return Opened(config, dict(tensors), card)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -81,14 +120,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _tensor_file(folder: Path) -> Path:
-    path = folder / TENSOR_FILE
+def _tensor_file(folder: Path, from_pickle: bool) -> Path:
+    path, pickled = folder / TENSOR_FILE, folder / PICKLE_FILE
     if path.is_file():
         return path
-    if (folder / "adapter_model.bin").exists():
+    if pickled.exists():
+        if from_pickle:
+            return pickled
         raise UnsafeFileError(
             "the adapter is stored as a pickle, and loading a pickle runs whatever code is in it",
-            where=str(folder / "adapter_model.bin"),
-            fix=PICKLE_FIX,
+            where=str(pickled),
+            fix="--from-pickle (from_pickle=True) reads it through torch's weights-only loader, which runs nothing",
         )
     raise AdapterError(f"the folder has no {TENSOR_FILE}", where=str(folder))

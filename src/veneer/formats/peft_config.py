@@ -1,4 +1,4 @@
-"""`adapter_config.json`: every key PEFT 0.21 knows, what veneer does with it, and PEFT's own rules of matching.
+"""`adapter_config.json`: the keys of PEFT 0.21 and of others, what veneer does with each, and PEFT's rules of matching.
 
 Knows the configuration; nothing of tensors. `parse` never raises: it returns what it could read, and all problems.
 """
@@ -21,6 +21,7 @@ __all__ = [
     "parse",
     "rank_of_module",
     "regex_match",
+    "unsloth_marks",
 ]
 
 DUMMY_TARGETS = "dummy-target-modules"
@@ -30,24 +31,39 @@ PATTERN_SECONDS = 2.0
 IGNORED = {  # do not touch what the adapter does to the base
     "auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_ga_config", "megatron_core",
     "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "base_model_name_or_path",
-    "fan_in_fan_out", "velora_config",
+    "fan_in_fan_out", "velora_config", "astra_config", "merge_weights",
 }  # fmt: skip
+
+STAMP = re.compile(r"(.+_)?(version|commit|date|time|timestamp|created_at|saved_at|license|author|notes?|description)")
+"""Keys that say where a file comes from: kept in the card and shown."""
+
+GROUPED, RANK_MAJOR = "grouped_by_expert", "rank_major"
+"""The two layouts of expert pairs' B (formats/peft_experts.py), as Unsloth's `lora_B_layout` has them."""
 
 REFUSED: dict[str, str] = {  # a value that is neither null nor false changes what the adapter does
     "alora_invocation_tokens": "aLoRA switches the adapter on in the middle of a text, at its invocation tokens; "
     "no fixed change of weights does that. Train it as plain LoRA",
     "arrow_config": "Arrow routes between several adapters by token. Use its adapters one by one, or as a mix",
+    "enable_lora": "a MergedLinear of PEFT before 0.3 trains some of a fused projection's parts. Load and save it with "
+    "that PEFT's `merge_and_unload`, and use the result as a base",
     "kasa_config": "KaSA cuts the smallest singular values out of the base, so the adapter does not fit the untouched "
     "base. Merge it with PEFT (`merge_and_unload`) and use the result as a base",
     "layer_replication": "the adapter expects a base whose layers are repeated. Build that base first, save it, and "
     "save the adapter without layer_replication",
     "megatron_config": "Megatron's parallel layers are not supported. Save the adapter from the unsharded model",
     "monteclora_config": "MonteCLoRA samples the weights at random. Save its mean as plain LoRA",
+    "nvfp4_merge_aware": "it was trained on the base rounded to NVFP4 after every merge, Q(W + s·B·A), so beside an "
+    "unrounded base it is another model. Merge it with Axolotl (`axolotl merge-lora`) and use the result as a base",
+    "nvfp4_merge_aware_latent_mix": "see nvfp4_merge_aware",
+    "paca_config": "PaCA trains columns of the base's own weights, and which is not in the pairs. Merge it with PEFT",
+    "use_paca": "PaCA trains columns of the base's own weights, and which is not in the pairs. Merge it with PEFT",
+    "nora_config": "NoRA normalises A anew in every forward, so the pairs are not B·A. Merge it with PEFT",
+    "use_nora": "NoRA normalises A anew in every forward, so the pairs are not B·A. Merge it with PEFT",
     "use_bdlora": "BD-LoRA stores blocks of A and B. Convert it to plain LoRA with PEFT (`convert_to_lora`)",
     "use_qalora": "QA-LoRA pools the inputs in front of A. Merge it with PEFT (`merge_and_unload`)",
 }
 
-MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq", "astra")
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
 
@@ -61,6 +77,10 @@ NO_WEIGHTS = frozenset(
     | {"PROMPT_TUNING", "SHADOW", "XLORA"}
 )
 """Types that act on activations or route between adapters."""
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""What PEFT adds to modules_to_save for a task; of a pair of names a model has one."""
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *HEADS)
+"""PEFT's tasks, all of them of text."""
 
 
 @dataclass
@@ -78,6 +98,8 @@ class Config:
     exclude_modules: list[str] | str | None = None
     target_parameters: list[str] = field(default_factory=list)
     modules_to_save: list[str] = field(default_factory=list)
+    heads: tuple[str, ...] = ()
+    """Those of `modules_to_save` that PEFT adds for the task."""
     token_indices: list[int] | dict[str, list[int]] | None = None
     layers: list[int] | None = None
     layers_pattern: list[str] = field(default_factory=list)
@@ -87,6 +109,11 @@ class Config:
     base_name: str = ""
     task_type: str | None = None
     version: tuple[int, ...] | None = None
+    b_layout: str = ""
+    """How expert pairs' B is laid out, where the file says so: RANK_MAJOR or GROUPED."""
+    unsloth: str = ""
+    """What in the configuration shows that Unsloth wrote it."""
+    stamps: dict[str, Any] = field(default_factory=dict)
     usable: bool = True
     """False where a pattern does not compile, so that nothing can be matched."""
 
@@ -110,7 +137,8 @@ def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
     if kind != "LORA":
         return Config(usable=False), [f"peft_type is {shown(repr(kind)[:40])}, and only 'LORA' is read. {way_of(kind)}"]
     known = set(FIELDS) | IGNORED | set(REFUSED) | {"peft_type", "init_lora_weights"}
-    for i, key in enumerate(sorted(set(raw) - known)):
+    stamps = {key: raw[key] for key in sorted(set(raw) - known) if STAMP.fullmatch(key)}
+    for i, key in enumerate(sorted(set(raw) - known - set(stamps))):
         near = nearest(key, known, 1) if i < 20 else []
         hint = f", did you mean {near[0]!r}?" if near else ""
         problems.append(f"unknown key {key!r} = {shown(str(raw[key])[:60])}{hint} (it may change the adapter's effect)")
@@ -118,7 +146,7 @@ def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
         if raw.get(key):
             problems.append(f"{key} = {shown(str(raw[key])[:60])}: {reason}")
     problems += _init_problems(raw.get("init_lora_weights", True))
-    config = Config()
+    config = Config(stamps=stamps, unsloth=unsloth_marks(raw))
     for key, (attribute, check) in FIELDS.items():
         if key not in raw or (raw[key] is None and key not in ("r", "lora_alpha")):
             continue
@@ -128,10 +156,22 @@ def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
             problems.append(f"{key} = {str(raw[key])[:60]!r}: {error}")
     config.base_name = str(raw.get("base_model_name_or_path") or "")
     config.task_type = str(raw["task_type"]) if raw.get("task_type") else None
+    config.heads = HEADS.get(config.task_type or "", ())
+    config.modules_to_save = sorted({*config.modules_to_save, *config.heads})
     config.version = _version(raw.get("peft_version"))
     broken = _pattern_problems(config)
     config.usable = not broken
     return config, problems + broken + _combination_problems(config)
+
+
+def unsloth_marks(raw: Mapping[str, Any]) -> str:
+    """What in a configuration shows that Unsloth wrote it, or ""."""
+    mapping, base, targets = (raw.get(k) for k in ("auto_mapping", "base_model_name_or_path", "target_modules"))
+    if isinstance(mapping, dict) and "unsloth_fixed" in mapping:
+        return "unsloth_fixed in auto_mapping"
+    if isinstance(base, str) and base.lower().startswith("unsloth/"):
+        return f"the base is {base[:60]}"
+    return "Unsloth's expression as target_modules" if isinstance(targets, str) and targets[:9] == "(?:.*?(?:" else ""
 
 
 def _init_problems(value: Any) -> list[str]:
@@ -216,6 +256,12 @@ def _bias(value: Any) -> str:
     return str(value)
 
 
+def _b_layout(value: Any) -> str:
+    if value not in (GROUPED, RANK_MAJOR):
+        raise ValueError(f"{GROUPED} or {RANK_MAJOR} is expected")
+    return str(value)
+
+
 FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "r": ("r", _int),
     "lora_alpha": ("alpha", _number),
@@ -234,6 +280,7 @@ FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "bias": ("bias", _bias),
     "lora_bias": ("lora_bias", _bool),
     "ensure_weight_tying": ("tie", _bool),
+    "lora_B_layout": ("b_layout", _b_layout),
 }
 
 
@@ -266,8 +313,6 @@ def _combination_problems(config: Config) -> list[str]:
         problems.append("layers_to_transform and layers_pattern only go with a list of target_modules, not a string")
     if config.layers_pattern and config.layers is None:
         problems.append("layers_pattern needs layers_to_transform")
-    if config.target_modules is None and not config.target_parameters:
-        problems.append("target_modules is missing, so PEFT would guess the modules from the architecture; list them")
     if config.dora and config.target_parameters:
         problems.append("use_dora does not go with target_parameters")
     if config.lora_bias and (config.dora or config.target_parameters):
@@ -312,8 +357,11 @@ def excluded(config: Config, name: str) -> bool:
 def matches(config: Config, name: str, entries: Iterable[str] | None = None) -> bool:
     """Whether PEFT puts a pair on the module `name`; with `entries`, as if those were the target_modules.
 
-    "all-linear" depends on the model and is the caller's to decide: here it matches every name."""
+    "all-linear" depends on the model and is the caller's to decide: here it matches every name; so do no targets and no
+    target_parameters at all, for which PEFT has a default by architecture."""
     targets = config.target_modules if entries is None else list(entries)
+    if targets is None and not config.target_parameters:
+        return not excluded(config, name)
     if targets is None or targets == DUMMY_TARGETS or excluded(config, name):
         return False
     if isinstance(targets, str):

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from veneer.core.adapter import Adapter, Card, Kind, Pair, TokenRows, scale_of
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError, nearest
+from veneer.formats import moe
 from veneer.formats import peft_config as cfg
 from veneer.formats.peft_bias import trained_biases
+from veneer.formats.peft_experts import ExpertReader
 from veneer.formats.structure import Structure, describe
+from veneer.formats.wrappers import Renaming, renaming
 
-__all__ = ["EXPERT_ORDER", "PREFIX", "Base", "Loaded", "interpret"]
+__all__ = ["PREFIX", "Base", "Loaded", "interpret"]
 
 PREFIX = "base_model.model."
-EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 EMBEDDINGS = ("embed_tokens", "lm_head")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-SWAPPED_SINCE = (0, 19, 1)
-"""The first PEFT that lays out 3-d parameters as above."""
 
 SUFFIXES = {
     ".lora_A.weight": "A",
@@ -62,10 +62,17 @@ def interpret(
     *,
     where: str | None = None,
     card: Card | None = None,
+    moe_layout: str = "",
 ) -> Loaded:
-    """What a configuration and tensors mean together. Raises as `read` does."""
+    """What a configuration and tensors mean together. `moe_layout`: how expert pairs' B is laid out, where the file
+    does not say (formats/peft_experts.py). Raises as `read` does."""
     parsed, problems = cfg.parse(config)
-    reader = _Reader(parsed, describe(base) if base is not None else Structure({}), problems)
+    if moe_layout and parsed.b_layout not in ("", moe_layout):
+        problems.append(f"the file says lora_B_layout = {parsed.b_layout}, and the caller {moe_layout}")
+    outline = describe(base) if base is not None else Structure({})
+    other = renaming((key.removeprefix(PREFIX) for key in tensors), outline.kinds)
+    seen = outline.under(other.to_file, other.to_base) if other else outline
+    reader = _Reader(parsed, seen, problems, layout=moe_layout, other=other)
     if parsed.usable:
         try:
             reader.run(tensors)
@@ -83,12 +90,18 @@ def interpret(
         dropout=parsed.dropout,
         deltas=reader.deltas,
     )
+    if other:
+        adapter = adapter.renamed(other.to_base)
+        reader.notes.append(other.note())
+    if parsed.stamps:
+        adapter.card.extra = {**adapter.card.extra, "adapter_config": parsed.stamps}
+        reader.notes += [f"{key} = {str(value)[:60]}: a stamp, kept" for key, value in parsed.stamps.items()]
     return Loaded(adapter, dict(config), reader.notes)
 
 
 def _card_of(config: cfg.Config, pairs: Mapping[str, Pair]) -> Card:
     targets = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules or ""]
-    kind = "text" if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS") else ""
+    kind = "text" if config.task_type in cfg.TASKS else ""
     targets = sorted({t for t in [*targets, *config.target_parameters] if t})
     return Card(base=config.base_name, kind=kind, rank=config.r, alpha=config.alpha, targets=targets)
 
@@ -100,31 +113,46 @@ class _Reader:
     config: cfg.Config
     base: Structure
     problems: list[str]
+    layout: str = ""
+    other: Renaming | None = None
+    """The file's names, where they are those of another class than the base's."""
     notes: list[str] = field(default_factory=list)
     pairs: dict[str, Pair] = field(default_factory=dict)
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
     deltas: dict[str, Delta] = field(default_factory=dict)
+    packed: set[str] = field(default_factory=set)
+    """Modules that the file has in another tool's packing, so that its target_modules may not name them."""
 
     def run(self, tensors: Mapping[str, Tensor]) -> None:
+        given = set(tensors)
+        tensors, notes, wrong = moe.unpacked(tensors)
+        self.packed = {k.removeprefix(PREFIX).rpartition(".lora_")[0] for k in set(tensors) - given}
+        self.notes += notes
+        self.problems += wrong
         sites, rest, tokens, copies = self._sort(tensors)
         modules: dict[str, dict[int, dict[str, Tensor]]] = defaultdict(dict)
         for site, parts in sites.items():
             name = site.replace(".base_layer", "")
             modules[name][site.count(".base_layer")] = parts
+        experts = ExpertReader(self.config, self.base, self.problems, self.layout)
         for name in sorted(modules):
             depths = modules[name]
-            parameters = [] if self._is_plain(name, depths) else self._parameters(name)
+            parameters = [] if self._is_plain(name, depths) else experts.parameters(name)
             if parameters or len(depths) > 1 or 0 not in depths:
-                self._experts(name, parameters, depths)
+                self.pairs |= experts.read(name, parameters, depths)
             else:
                 self._pair(name, depths[0])
+        experts.ask()
         self._trained_biases(copies, rest)
         self._full_modules(rest)
         self._tokens(tokens)
         self._copies(copies)
         self._check_targets()
         self._check_patterns()
+        self.pairs, notes, wrong = moe.fuse(self.pairs, self.base)
+        self.notes += notes
+        self.problems += wrong
         self._check_base()
 
     def _sort(
@@ -240,89 +268,6 @@ class _Reader:
         ranked = A is None or A.shape[:1] == (cfg.rank_of_module(self.config, name)[0],)
         return list(depths) == [0] and not self.base.detailed and ranked and cfg.matches(self.config, name)
 
-    # -- experts -----------------------------------------------------------------------------------------------------
-
-    def _parameters(self, name: str) -> list[str]:
-        """The parameters of module `name` that target_parameters names, in the order PEFT wraps them."""
-        leaves = {t.rpartition(".")[2] for t in self.config.target_parameters}
-        found = {leaf for leaf in leaves if cfg.names_parameter(self.config, f"{name}.{leaf}")}
-        if self.base.detailed:
-            own = [key[len(name) + 1 :] for key in self.base.shapes if key.startswith(f"{name}.")]
-            return [p for p in own if p in found]
-        known = [p for p in EXPERT_ORDER if p in found]
-        return known + sorted(found - set(known))
-
-    def _experts(self, name: str, parameters: list[str], depths: dict[int, dict[str, Tensor]]) -> None:
-        listed = ", ".join(
-            f"{'base_layer ' * d}{part} {tuple(t.shape)}"
-            for d, parts in sorted(depths.items())
-            for part, t in parts.items()
-        )
-        if sorted(depths) != list(range(len(parameters))):
-            self.problems.append(
-                f"{name}: tensors for {len(depths)} parameter(s) ({listed}), "
-                f"target_parameters names {len(parameters)} of this module: {', '.join(parameters) or 'none'}"
-            )
-            return
-        if len(parameters) > 1 and not self.base.detailed and not set(parameters) <= set(EXPERT_ORDER):
-            self.problems.append(f"{name}: which tensors belong to which of {parameters} depends on the base; give it")
-            return
-        for depth, parts in depths.items():
-            parameter = parameters[len(parameters) - 1 - depth]
-            if set(parts) != {"A", "B"} or any(t.ndim != 2 or 0 in t.shape for t in parts.values()):
-                self.problems.append(f"{name}.{parameter}: A and B, both 2-d, are expected, there is {listed}")
-            else:
-                self._expert_pair(name, parameter, parts["A"], parts["B"])
-
-    def _expert_pair(self, name: str, parameter: str, A: Tensor, B: Tensor) -> None:
-        full = f"{name}.{parameter}"
-        rank, source = cfg.rank_of_module(self.config, full)
-        scale = scale_of(cfg.alpha_of_module(self.config, full), rank, self.config.rslora)
-        shapes = f"A {tuple(A.shape)}, B {tuple(B.shape)}"
-        stored = self.base.shapes.get(full)
-        experts, left = divmod(A.shape[0], rank)
-        plain = parameter == "weight" and experts == 1 and len(stored or (0, 0)) == 2
-        known = stored is None or plain or (len(stored) == 3 and stored[0] == experts)
-        if left or A.shape[0] != B.shape[1] or not known:
-            of = f" and the base has {stored}" if stored else ""
-            self.problems.append(f"{full}: {shapes} do not fit rank {rank} (the config's {source}) per expert{of}")
-            return
-        if plain:
-            self.pairs[name] = Pair(A, B, scale)  # a weight named as a parameter is a linear pair
-            return
-        A3, B3 = A.view(experts, rank, -1), B.view(B.shape[0], rank, experts).permute(2, 0, 1)
-        flip = self._is_flipped(name, full, shapes, (A.shape[1], B.shape[0]), stored)
-        if flip:
-            A3, B3 = B3.transpose(1, 2), A3.transpose(1, 2)
-        self.pairs[full] = Pair(A3.contiguous(), B3.contiguous(), scale, "experts")
-
-    def _is_flipped(
-        self, name: str, full: str, shapes: str, got: tuple[int, int], stored: tuple[int, ...] | None
-    ) -> bool:
-        """Whether the file holds the pair of the transposed parameter, as PEFT before 0.19.1 wrote it: shapes decide,
-        and where a square parameter lets both pass, the version that wrote the file."""
-        version = self.config.version
-        old = version is not None and version < SWAPPED_SINCE
-        if stored is None:
-            if version is None or old:
-                wrote = "PEFT " + ".".join(map(str, version)) if version else "an unnamed version of PEFT"
-                self.problems.append(
-                    f"{full}: written by {wrote}, and versions before 0.19.1 laid out expert weights differently "
-                    f"({shapes}): only the base's shapes can tell; give the base"
-                )
-            return False
-        transposed = name in self.base.transposed
-        want = stored[1:] if transposed else stored[:0:-1]
-        if got not in (want, want[::-1]):
-            self.problems.append(f"{full}: {shapes} fit neither way round on the base's {stored}")
-        if want[0] != want[1]:
-            return got != want
-        if version is None:
-            self.problems.append(
-                f"{full}: {shapes} on a square {stored}: which layout it is cannot be told without peft_version"
-            )
-        return old and (not transposed or version >= (0, 19, 0))  # type: ignore[operator]
-
     # -- biases, full copies, token rows, copies of embeddings ---------------------------------------------------------
 
     def _trained_biases(self, copies: dict[str, Tensor], rest: dict[str, Tensor]) -> None:
@@ -352,8 +297,11 @@ class _Reader:
                 self.problems.append(
                     f"{PREFIX}{path} {tuple(tensor.shape)}: nothing in the config accounts for this tensor"
                 )
-        for entry in sorted(set(entries) - used):
-            self.problems.append(f"modules_to_save names {entry!r}, and there are no tensors for it")
+        for entry in sorted(set(entries) - used - set(self.config.heads)):
+            if not self.base.detailed or any(name.endswith(entry) for name in self.base.kinds):
+                self.problems.append(f"modules_to_save names {entry!r}, and there are no tensors for it")
+            else:
+                self.notes.append(f"modules_to_save names {entry!r}, which this base does not have: it has no effect")
         for name in sorted(set(self.modules) & set(self.pairs)):
             self.problems.append(f"{name}: a pair and a full copy at once")
 
@@ -420,8 +368,12 @@ class _Reader:
         parameters = {
             n for n in self.pairs if cfg.names_parameter(config, n) or cfg.names_parameter(config, f"{n}.weight")
         }
-        omitted = [n for n in plain if n not in parameters and not cfg.matches(config, n) and not self._is_tied_pair(n)]
-        for name in omitted:
+        omitted = [
+            n
+            for n in set(plain) - self.packed
+            if n not in parameters and not cfg.matches(config, n) and not self._is_tied_pair(n)
+        ]
+        for name in sorted(omitted):
             pair = plain[name]
             self.problems.append(
                 f"{name}: A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)} are in the file, but target_modules "
@@ -436,13 +388,24 @@ class _Reader:
             parts = name.split(".")
             for at in range(len(parts)):
                 ending.setdefault(".".join(parts[at:]), []).append(name)
+        without = []
         for entry in entries:
             one = [entry] if isinstance(targets, list) else None
             if not any(cfg.matches(config, n, one) for n in (ending.get(entry, []) if one else plain)):
-                self.problems.append(f"target_modules names {entry!r}, and there are no tensors for it")
+                without.append(entry)
+        if without and len(without) == len(entries):
+            self.problems.append(
+                f"target_modules names {', '.join(map(repr, entries))}, and there are no tensors for any"
+            )
+        for entry in without if len(without) < len(entries) else ():
+            # PEFT keeps names that matched nothing, as long as another did; what one of them selects in a base that is
+            # given must be there (`_check_expected`).
+            self.notes.append(f"target_modules names {entry!r}, and there are no tensors for it: it has no effect")
         for entry in config.target_parameters:
             if not any(n == entry or n.endswith(f".{entry}") for n in [*self.pairs, *(f"{p}.weight" for p in plain)]):
-                self.problems.append(f"target_parameters names {entry!r}, and there are no tensors for it")
+                here = not self.base.detailed or any(n == entry or n.endswith(f".{entry}") for n in self.base.shapes)
+                told = self.problems if here or len(config.target_parameters) == 1 else self.notes
+                told.append(f"target_parameters names {entry!r}, and there are no tensors for it")
         if self.base.detailed:
             self._check_expected()
 
@@ -457,8 +420,11 @@ class _Reader:
     def _check_expected(self) -> None:
         """What the configuration selects in this base must all be in the file."""
         everything = self.config.target_modules == cfg.ALL_LINEAR
+        guessed = self.config.target_modules is None and not self.config.target_parameters
         for name, kind in self.base.kinds.items():
-            if kind == "other" or name in self.pairs or name in self.modules:
+            if guessed or kind == "other" or name in self.pairs or name in self.modules:
+                continue
+            if self.other and not self.other.concerns(name):
                 continue
             if everything and (kind != "linear" or name == self.base.output_embedding):
                 continue
@@ -473,7 +439,7 @@ class _Reader:
                     self.problems.append(
                         f"{full}: target_parameters selects this parameter, and there are no tensors for it"
                     )
-        for entry in self.config.modules_to_save:
+        for entry in set(self.config.modules_to_save) - set(self.config.heads):
             for name in self.base.kinds:
                 inside = any(name == m or name.startswith(f"{m}.") for m in self.modules)
                 if name.endswith(entry) and not inside and any(k.startswith(f"{name}.") for k in self.base.shapes):

@@ -24,8 +24,9 @@ from veneer.formats import card as cards
 from veneer.formats.atomic import put_folder
 from veneer.formats.container import check_finite, encode_tensors
 from veneer.formats.peft_bias import bias_problems, bias_switch, bias_tensors
-from veneer.formats.peft_config import DUMMY_TARGETS
-from veneer.formats.peft_read import EXPERT_ORDER, PREFIX, Base, interpret
+from veneer.formats.peft_config import DUMMY_TARGETS, RANK_MAJOR, unsloth_marks
+from veneer.formats.peft_experts import EXPERT_ORDER
+from veneer.formats.peft_read import PREFIX, Base, interpret
 from veneer.formats.structure import Structure, describe
 
 __all__ = ["CONFIG_FILE", "TENSOR_FILE", "Written", "encode", "write"]
@@ -307,6 +308,8 @@ def _config(
     if fused:
         every = {f"{m}.{p}" for m, ps in base.experts.items() for p in ps}
         config["target_parameters"] = _targets(fused, every, parts=2)
+        if unsloth_marks(config):  # a reader would have to ask
+            config["lora_B_layout"] = RANK_MAJOR
     if adapter.token_rows:
         config["trainable_token_indices"] = {n: list(r.indices) for n, r in sorted(adapter.token_rows.items())}
     return config, notes

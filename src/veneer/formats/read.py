@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -22,18 +22,27 @@ from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
 from veneer.formats import peft
 from veneer.formats import peft_config as cfg
+from veneer.formats.adapter_names import one_adapter
 from veneer.formats.container import PICKLE_SUFFIXES, read_tensors
 from veneer.formats.detect import format_of
 from veneer.formats.leaves import Leaf, read_leaf, split_key, widened
 from veneer.formats.metadata import card_of, family_of, unpack_configs
-from veneer.formats.names import Choice, choose_family, lookup, near
+from veneer.formats.names import Choice, choose_family, is_image, near
 from veneer.formats.placing import Placer, alphas_of_blocks, leaves_of, outline
 from veneer.formats.read_lists import TOKEN_EMBEDDING, is_list, list_modules, list_words
-from veneer.formats.topology import Family, Place
+from veneer.formats.topology import Place, families
 
-__all__ = ["Reading", "read", "read_state", "tensor_file"]
+__all__ = ["How", "Reading", "read", "read_state", "tensor_file"]
 
 _PREFERRED = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+
+
+class How(TypedDict, total=False):
+    """What a caller may say of a file that the file does not: see `read`."""
+
+    from_pickle: bool
+    moe_layout: str
+    adapter_name: str
 
 
 @dataclass
@@ -59,27 +68,35 @@ def read(
     from_pickle: bool = False,
     base: peft.Base = None,
     family: str | None = None,
+    moe_layout: str = "",
+    adapter_name: str = "",
 ) -> Reading:
     """The adapter in a file or folder, whatever wrote it.
 
     `base` (a model, its outline, or module names) is checked against, and gives flat LoHa and LoKr their shapes.
-    `family`: the base's, taken where the names are those of several families alike.
+    `family`: the base's, taken where the names are those of several families alike. `moe_layout`: how expert pairs' B
+    is laid out, where a file does not say (formats/peft_experts.py). `adapter_name`: the one to take of several in one
+    file. A file in PEFT's names with an adapter_config.json beside it is read by that.
     Pickles are read only with `from_pickle`. Raises one AdapterError listing every tensor that is unused, unpaired, not
     understood, or lands where another has; UnsafeFileError for pickles and headers that lie."""
     path = Path(path)
-    if path.is_file() and path.name == peft.TENSOR_FILE and (path.parent / peft.CONFIG_FILE).is_file():
-        path = path.parent
     if path.is_dir() and (path / peft.CONFIG_FILE).is_file():
-        return _from_peft(path, base, family)
+        opened = peft.open_folder(path, from_pickle=from_pickle)
+        return _from_peft(opened, path, base, family, moe_layout, adapter_name)
     path = tensor_file(path, from_pickle)
     if path.suffix.lower() == ".gguf":
         return _from_gguf(path, base)
+    if (path.parent / peft.CONFIG_FILE).is_file():
+        opened = peft.open_folder(path.parent, file=path, from_pickle=from_pickle)
+        if any(key.startswith("base_model.model.") for key in opened.tensors):
+            return _from_peft(opened, path, base, family, moe_layout, adapter_name)
     if from_pickle and path.suffix.lower() in PICKLE_SUFFIXES:
         from veneer.formats.pickles import read_pickle
 
         tensors, metadata = read_pickle(path)
     else:
         tensors, metadata = read_tensors(path)
+    tensors = one_adapter(tensors, adapter_name, where=str(path))
     return read_state(tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family)
 
 
@@ -116,44 +133,48 @@ def _from_gguf(path: Path, base: peft.Base) -> Reading:
     return Reading(found.adapter, "gguf", reasons, None, used, found.unused, [], notes, metadata)
 
 
-def _from_peft(folder: Path, base: peft.Base, wanted: str | None) -> Reading:
+def _from_peft(
+    opened: peft.Opened, path: Path, base: peft.Base, wanted: str | None, moe_layout: str, adapter_name: str
+) -> Reading:
     """A PEFT folder: by PEFT's rules; and, where its names are those of an image family's denoiser, under canonical
     names."""
-    keys = _keys_of(folder)
-    texts = {text: None for key in keys if (parts := split_key(key)) for text in [parts[0]]}
-    choice = choose_family(texts, wanted=wanted) if texts else Choice(None, 0)
-    family = choice.family
-    if family is None or choice.covered < len(texts):
-        loaded = peft.load(folder, base)
+    where = str(path)
+    tensors = one_adapter(opened.tensors, adapter_name, where=where)
+    texts: dict[str, dict[str, str]] = defaultdict(dict)
+    for key in sorted(tensors):
+        if parts := split_key(key):
+            texts[parts[0]][parts[1]] = key
+    shapes = {text: _shape(tensors, own) for text, own in texts.items()}
+    of_text = wanted is not None and wanted not in families()  # the base is a language model
+    choice = choose_family(shapes, wanted=wanted) if texts and not of_text else Choice(None, 0)
+    places = {text: choice.lookup(text) for text in texts}
+    placed = bool(texts) and all(found is not None for found in places.values())
+    own_base = None if placed else base
+    loaded = peft.interpret(opened.config, tensors, own_base, where=where, card=opened.card, moe_layout=moe_layout)
+    beside = "a folder with" if path.is_dir() else "a file in PEFT's names beside"
+    reasons = [f"{beside} {peft.CONFIG_FILE}"]
+    if not placed:
         used: dict[str, list[str]] = defaultdict(list)
-        for key in keys:
+        for key in sorted(tensors):
             used[(split_key(key) or (key, ""))[0].removeprefix("base_model.model.")].append(key)
-        reasons = [f"a folder with {peft.CONFIG_FILE}"]
-        return Reading(loaded.adapter, "peft", reasons, None, dict(used), notes=loaded.notes)
-    loaded = peft.load(folder)
+        loaded.adapter.card.kind = loaded.adapter.card.kind or ("image" if is_image(texts) else "")
+        return Reading(loaded.adapter, "peft", [*reasons, *choice.reasons], None, dict(used), notes=loaded.notes)
     adapter = loaded.adapter
-    placer = Placer(family, outline(base, family))
+    placer = Placer(choice.family, outline(base, choice.family))
     leaves = leaves_of(adapter)
-    own = {name: [k for k in keys if k.startswith(f"base_model.model.{name}.")] for name in leaves}
+    own = {name: [k for k in tensors if k.startswith(f"base_model.model.{name}.")] for name in leaves}
     problems = []
     for name, leaf in leaves.items():
-        places = lookup(family, name)
-        assert places is not None  # every module was covered
-        problems += placer.place(name, leaf, places, own[name])
+        found = choice.lookup(name)
+        assert found is not None  # every module was covered
+        problems += placer.place(name, leaf, found, own[name])
     problems += placer.misfits()
     adapter.card.kind = adapter.card.kind or "image"
     out = replace(placer.adapter(), card=adapter.card, rslora=adapter.rslora, dropout=adapter.dropout)
     if problems:
-        raise _refusal(problems, str(folder))
-    reasons = [f"a folder with {peft.CONFIG_FILE}", *choice.reasons]
-    return Reading(out, "peft", reasons, family.name, placer.used, notes=loaded.notes)
-
-
-def _keys_of(folder: Path) -> list[str]:
-    from veneer.formats.container import read_header
-
-    path = folder / peft.TENSOR_FILE
-    return sorted(read_header(path).entries) if path.is_file() else []
+        raise _refusal(problems, where)
+    family = choice.family.name if choice.family else None
+    return Reading(out, "peft", [*reasons, *choice.reasons], family, placer.used, notes=loaded.notes)
 
 
 def _refusal(problems: list[str], where: str, some: bool = True) -> AdapterError:
@@ -209,15 +230,14 @@ def read_state(
         places = {text: (Place(numbered[text]),) if text in numbered else None for text in groups}
     else:
         choice = choose_family(shapes, family_of(metadata), family)
-        chosen = choice.family
-        places = {text: lookup(chosen, text) if chosen else None for text in groups}
-        if choice.family is None and fmt in ("peft", "diffusers"):
+        places = {text: choice.lookup(text) for text in groups}
+        if choice.family is None and not choice.near and fmt in ("peft", "diffusers"):
             places = {text: (Place(text.removeprefix("base_model.model.")),) for text in groups}
             notes.append("no adapter_config.json: alpha is taken for the rank, as nothing says another")
     placer = Placer(choice.family, outline(base, choice.family))
     unknown = {text for text, found in places.items() if found is None}
     unused += [key for text in sorted(unknown) for key in groups[text].values()]
-    problems += [_unknown(key, tensors[key], choice.family) for key in sorted(unused)]
+    problems += [_unknown(key, tensors[key], choice) for key in sorted(unused)]
     configs = _configs(metadata, problems)
     known = {text: {s: tensors[k] for s, k in own.items()} for text, own in groups.items() if text not in unknown}
     blocks = alphas_of_blocks(known, places, metadata, notes)
@@ -246,7 +266,7 @@ def read_state(
         placer.used[TOKEN_EMBEDDING] = sorted(words)
     if not placer.used:
         raise _refusal(problems, where, some=False)
-    _fill_card(adapter, choice.family)
+    _fill_card(adapter, text=choice.family is None and not is_image(groups))
     reasons = [*reasons, *choice.reasons]
     name = choice.family.name if choice.family else None
     notes += problems
@@ -268,20 +288,24 @@ def _swapped(leaf: Leaf, metadata: Mapping[str, str]) -> str | None:
     )
 
 
-def _fill_card(adapter: Adapter, family: Family | None) -> None:
+def _fill_card(adapter: Adapter, *, text: bool) -> None:
     """What the tensors say of themselves goes before what the metadata claims."""
     ranks = {pair.rank for pair in adapter.pairs.values()}
     if adapter.card.rank not in ranks:
         adapter.card.rank = ranks.pop() if len(ranks) == 1 else 0
-    if family is None:
+    if text:
         adapter.card.kind = "text"
 
 
-def _unknown(key: str, tensor: Tensor, family: Family | None) -> str:
-    parts = split_key(key)
+def _unknown(key: str, tensor: Tensor, choice: Choice) -> str:
+    parts, family = split_key(key), choice.family
     hint = near(family, parts[0]) if parts else None
     if parts is None:
         return f"{key} {tuple(tensor.shape)}: its ending is no adapter's"
+    if choice.near:
+        return (
+            f"{key} {tuple(tensor.shape)}: unknown family; {', '.join(choice.near)} are near, and differ in this name"
+        )
     label = family.label if family else "any family known here"
     return f"{key} {tuple(tensor.shape)}: no module of {label}" + (f"; nearest: {hint}" if hint else "")
 

@@ -7,7 +7,7 @@ any torch model, attached or not, also with its parameters on the meta device. K
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,13 +25,16 @@ class Structure:
 
     `kinds`: every module name -> linear, embedding, conv, other, or unknown where only names were given.
     `shapes`: state-dict name -> shape. `experts`: module -> its 3-d parameters in the order they were declared.
-    `transposed`: modules that set `is_transposed`. `grouped`: convolution -> its number of groups, where more than one.
+    `transposed`: modules that set `is_transposed`. `interleaved`: expert modules whose gate_up_proj has gate and up in
+    turn instead of one after the other (`is_concatenated` is false). `grouped`: convolution -> its number of groups,
+    where more than one.
     `fan_in_fan_out`: linears stored (in, out). `tied`: modules that use the input embedding's weight."""
 
     kinds: dict[str, str]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     experts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    interleaved: frozenset[str] = frozenset()
     grouped: dict[str, int] = field(default_factory=dict)
     fan_in_fan_out: frozenset[str] = frozenset()
     tied: frozenset[str] = frozenset()
@@ -46,6 +49,26 @@ class Structure:
     def detailed(self) -> bool:
         """Kinds and shapes are known, not names alone."""
         return bool(self.shapes)
+
+    def under(self, rename: Callable[[str], str], back: Callable[[str], str]) -> Structure:
+        """The same outline under other names: `rename` is one to one, and `back` its inverse."""
+        named = {n: rename(n) for n in {*self.kinds, *self.experts, *self.shapes}}
+        one = lambda name: None if name is None else rename(name)  # noqa: E731
+        return replace(
+            self,
+            kinds={named[n]: kind for n, kind in self.kinds.items()},
+            shapes={named[n]: shape for n, shape in self.shapes.items()},
+            experts={named[n]: own for n, own in self.experts.items()},
+            transposed=frozenset(map(rename, self.transposed)),
+            interleaved=frozenset(map(rename, self.interleaved)),
+            grouped={rename(n): groups for n, groups in self.grouped.items()},
+            fan_in_fan_out=frozenset(map(rename, self.fan_in_fan_out)),
+            tied=frozenset(map(rename, self.tied)),
+            input_embedding=one(self.input_embedding),
+            output_embedding=one(self.output_embedding),
+            weight=lambda name: self.weight(back(name)),
+            problems=lambda adapter: self.problems(adapter.renamed(back)),
+        )
 
 
 def describe(model: nn.Module | Structure | Iterable[str] | Callable[[], Any]) -> Structure:
@@ -64,6 +87,7 @@ def describe(model: nn.Module | Structure | Iterable[str] | Callable[[], Any]) -
         shapes={n: tuple(t.shape) for n, t in _tensors(modules)},
         experts={n: tuple(found) for n, m in modules.items() if (found := expert_parameters(m))},
         transposed=frozenset(n for n, m in modules.items() if getattr(m, "is_transposed", False) is True),
+        interleaved=frozenset(n for n, m in modules.items() if getattr(m, "is_concatenated", True) is False),
         grouped={n: m.groups for n, m in modules.items() if kind_of(m) == "conv" and m.groups > 1},  # type: ignore
         fan_in_fan_out=frozenset(n for n, m in modules.items() if type(m).__name__ == "Conv1D"),
         tied=frozenset(

@@ -11,6 +11,8 @@ modules of the original code (LDM, sgm, BFL, …) land among them.
 | flux2      | transformer (dev; klein has fewer blocks of the same)     | BFL                                       |
 | qwen-image | transformer                                               | the same                                  |
 | z-image    | transformer                                               | fused qkv                                 |
+| krea2      | transformer                                               | krea-ai/krea-2                            |
+| anima      | transformer (Cosmos Predict 2), text_conditioner          | blocks, llm_adapter                       |
 
 Canonical name = component + "." + the name in the class. SD3's two sizes are two families: their last blocks differ,
 and so does where the last context modulation lands. Counts are the official ones, widths appear nowhere: a file of any
@@ -31,7 +33,7 @@ from veneer.formats import topology_dit as dit
 from veneer.formats.topology_rows import Part, Row, clip, t5
 from veneer.formats.topology_unet import unet
 
-__all__ = ["DENOISERS", "Family", "Place", "families", "flat"]
+__all__ = ["DENOISERS", "Family", "Place", "families", "flat", "strangers"]
 
 DENOISERS = ("unet", "transformer")
 
@@ -92,6 +94,8 @@ def families() -> Mapping[str, Family]:
         _family("flux2", "FLUX.2", dit.flux2(8, 48, True)),
         _family("qwen-image", "Qwen-Image", dit.qwen_image(60)),
         _family("z-image", "Z-Image", dit.z_image(30, 2)),
+        _family("krea2", "Krea 2", dit.krea2(28, 2, 2)),
+        _family("anima", "Anima", dit.anima(28, 6)),
         _family("sd3", "Stable Diffusion 3 and 3.5 medium", dit.sd3(24, range(13)), l_g_t5),
         _family("sd3-large", "Stable Diffusion 3.5 large", dit.sd3(38, ()), l_g_t5),
         _family(
@@ -104,13 +108,23 @@ def families() -> Mapping[str, Family]:
     return MappingProxyType({family.name: family for family in made})
 
 
+@cache
+def strangers() -> Mapping[str, Family]:
+    """Models whose names in diffusers are some family's too, and whose adapters are not read as that family's."""
+    made = [
+        _family("hunyuan-video", "Hunyuan Video", dit.attention_blocks(20, 40, joint=True)),
+        _family("ltx-video", "LTX Video", dit.attention_blocks(28, 0, joint=False)),
+    ]
+    return MappingProxyType({family.name: family for family in made})
+
+
 def _family(name: str, label: str, *components: Iterable[Row]) -> Family:
     modules: dict[str, str] = {}
     originals: dict[str, list[Place]] = defaultdict(list)
     for row in chain(*components):
         modules[row.module] = row.kind
         component, _, own = row.module.partition(".")
-        if component in DENOISERS:
+        if component in DENOISERS or row.original:
             originals[row.original or own].append(Place(row.module, row.part, row.swap))
     return Family(
         name,

@@ -1,4 +1,4 @@
-"""The diffusion transformers: SD3, FLUX.1, FLUX.2, Qwen-Image, Z-Image; diffusers' names and the original ones.
+"""The diffusion transformers: SD3, FLUX, Qwen-Image, Z-Image, Krea 2, Anima; diffusers' names and the original ones.
 
 Where the original has q, k and v in one projection and diffusers has three, each of the three is a part of its rows. In
 the last modulation the original has (shift, scale) and diffusers (scale, shift). Knows names alone.
@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 
 from veneer.formats.topology_rows import Row
 
-__all__ = ["flux1", "flux2", "qwen_image", "sd3", "z_image"]
+__all__ = ["anima", "attention_blocks", "flux1", "flux2", "krea2", "qwen_image", "sd3", "z_image"]
 
 _TOP = "transformer"
 _SAMPLE = ("to_q", "to_k", "to_v")
@@ -158,3 +158,78 @@ def z_image(layers: int, refiners: int) -> Iterator[Row]:
                 yield Row(f"{block}.{name}", "norm")
             if group != "context_refiner":
                 yield Row(f"{block}.adaLN_modulation.0")
+
+
+def krea2(layers: int, layerwise: int, refiners: int) -> Iterator[Row]:
+    """Krea2Transformer2DModel. Its modulations are no modules but tables."""
+    yield Row(f"{_TOP}.txt_in.norm", "norm", "txtmlp.0")
+    yield Row(f"{_TOP}.final_layer.norm", "norm", "last.norm")
+    for name, its in (
+        *(("img_in", "first"), ("final_layer.linear", "last.linear"), ("text_fusion.projector", "txtfusion.projector")),
+        *(("time_embed.linear_1", "tmlp.0"), ("time_embed.linear_2", "tmlp.2"), ("time_mod_proj", "tproj.1")),
+        *(("txt_in.linear_1", "txtmlp.1"), ("txt_in.linear_2", "txtmlp.3")),
+    ):
+        yield Row(f"{_TOP}.{name}", "linear", its)
+    groups = (
+        ("transformer_blocks", "blocks", layers),
+        ("text_fusion.layerwise_blocks", "txtfusion.layerwise_blocks", layerwise),
+        ("text_fusion.refiner_blocks", "txtfusion.refiner_blocks", refiners),
+    )
+    for group, its, count in groups:
+        for i in range(count):
+            for name, own in (("to_q", "wq"), ("to_k", "wk"), ("to_v", "wv"), ("to_out.0", "wo"), ("to_gate", "gate")):
+                yield Row(f"{_TOP}.{group}.{i}.attn.{name}", "linear", f"{its}.{i}.attn.{own}")
+            for name in ("gate", "up", "down"):
+                yield Row(f"{_TOP}.{group}.{i}.ff.{name}", "linear", f"{its}.{i}.mlp.{name}")
+            yield from _norms(f"{_TOP}.{group}.{i}.attn", "norm", f"{its}.{i}.attn.qknorm", "qnorm", "knorm")
+            for name, own in (("norm1", "prenorm"), ("norm2", "postnorm")):
+                yield Row(f"{_TOP}.{group}.{i}.{name}", "norm", f"{its}.{i}.{own}")
+
+
+def anima(layers: int, adapter: int) -> Iterator[Row]:
+    """CosmosTransformer3DModel as Anima has it, and AnimaTextConditioner, which the original calls llm_adapter."""
+    yield Row(f"{_TOP}.patch_embed.proj", "linear", "x_embedder.proj.1")
+    for n in "12":
+        yield Row(f"{_TOP}.time_embed.t_embedder.linear_{n}", "linear", f"t_embedder.1.linear_{n}")
+        yield Row(f"{_TOP}.norm_out.linear_{n}", "linear", f"final_layer.adaln_modulation.{n}")
+    yield Row(f"{_TOP}.time_embed.norm", "norm", "t_embedding_norm")
+    yield Row(f"{_TOP}.proj_out", "linear", "final_layer.linear")
+    for i in range(layers):
+        block, its = f"{_TOP}.transformer_blocks.{i}", f"blocks.{i}"
+        for k, part in (("1", "self_attn"), ("2", "cross_attn"), ("3", "mlp")):
+            for n in "12":
+                yield Row(f"{block}.norm{k}.linear_{n}", "linear", f"{its}.adaln_modulation_{part}.{n}")
+        for attn, own in (("attn1", "self_attn"), ("attn2", "cross_attn")):
+            for name, old in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "output")):
+                yield Row(f"{block}.{attn}.{name}", "linear", f"{its}.{own}.{old}_proj")
+            yield from _norms(f"{block}.{attn}", "norm", f"{its}.{own}", "q_norm", "k_norm")
+        yield Row(f"{block}.ff.net.0.proj", "linear", f"{its}.mlp.layer1")
+        yield Row(f"{block}.ff.net.2", "linear", f"{its}.mlp.layer2")
+    top, own = "text_conditioner", "llm_adapter"
+    for name, kind in (("embed", "embedding"), ("out_proj", "linear"), ("norm", "norm")):
+        yield Row(f"{top}.{name}", kind, f"{own}.{name}")
+    for i in range(adapter):
+        for attn in ("self_attn", "cross_attn"):
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                yield Row(f"{top}.blocks.{i}.{attn}.{name}", "linear", f"{own}.blocks.{i}.{attn}.{name}")
+            for name in ("q_norm", "k_norm"):
+                yield Row(f"{top}.blocks.{i}.{attn}.{name}", "norm", f"{own}.blocks.{i}.{attn}.{name}")
+        for name in ("norm_self_attn", "norm_cross_attn", "norm_mlp"):
+            yield Row(f"{top}.blocks.{i}.{name}", "norm", f"{own}.blocks.{i}.{name}")
+        for name in ("mlp.0", "mlp.2"):
+            yield Row(f"{top}.blocks.{i}.{name}", "linear", f"{own}.blocks.{i}.{name}")
+
+
+def attention_blocks(double: int, single: int, *, joint: bool) -> Iterator[Row]:
+    """Attention and feed-forward as diffusers calls them: `joint` with the text's projections, else attn1, attn2."""
+    for i in range(double):
+        block = f"{_TOP}.transformer_blocks.{i}"
+        for attn in ("attn",) if joint else ("attn1", "attn2"):
+            for name in (*_SAMPLE, "to_out.0", *((*_CONTEXT, "to_add_out") if joint else ())):
+                yield Row(f"{block}.{attn}.{name}")
+        for feed in ("ff", "ff_context") if joint else ("ff",):
+            yield Row(f"{block}.{feed}.net.0.proj")
+            yield Row(f"{block}.{feed}.net.2")
+    for i in range(single):
+        for name in (*(f"attn.{p}" for p in _SAMPLE), "proj_mlp", "proj_out"):
+            yield Row(f"{_TOP}.single_transformer_blocks.{i}.{name}")

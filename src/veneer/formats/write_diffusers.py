@@ -36,6 +36,7 @@ from veneer.formats.write_names import Refusals, component_of
 __all__ = ["LOADABLE", "diffusers_tensors"]
 
 LOADABLE: dict[str, tuple[str, ...]] = {
+    "anima": ("transformer", "text_conditioner"),
     "sd15": ("unet", "text_encoder"),
     "sd2": ("unet", "text_encoder"),
     "sdxl": ("unet", "text_encoder", "text_encoder_2"),

@@ -9,6 +9,7 @@
 | kohya: FLUX.1          | lora_unet_ + BFL's name, flat                     | lora_te1_ (CLIP-L), lora_te3_ (T5)|
 | kohya: FLUX.2          | lora_unet_ + BFL's name, flat (musubi-tuner)      | none                              |
 | kohya: Qwen-, Z-Image  | lora_unet_ + diffusers' name, flat (musubi-tuner) | none                              |
+| kohya: Krea 2, Anima   | lora_unet_ + original name, flat                  | none; Anima's llm_adapter as well |
 | ComfyUI: all           | diffusion_model. + original name                  | text_encoders.NAME.transformer. + |
 |                        |                                                   | transformers' name                |
 
@@ -72,7 +73,7 @@ def foreign_leaves(
         component, _, rest = module.partition(".")
         if module not in family.modules:
             refused[f"{family.label} has no such module{_hint(module, family)}"].append(module)
-        elif component in DENOISERS:
+        elif component in DENOISERS or component == "text_conditioner":
             denoiser[module] = leaf
         elif component not in text:
             refused[f"{to} has no names for this part of {family.label}"].append(module)

@@ -1,0 +1,209 @@
+"""Mixtures of experts, laid out otherwise than PEFT does: read into PEFT's names, and onto fused expert weights.
+
+| layout, of a module X = ….experts                                         | who                                     |
+| X.N.gate_proj.lora_A (r, in), X.N.gate_proj.lora_B (out, r)               | transformers 4, Megatron, Tinker        |
+| X.gate_proj.lora_A (E or 1, r, in), X.gate_proj.lora_B (E or 1, out, r)   | Megatron Bridge, Tinker                 |
+| X.gate_proj.lora_A (1, r, in) beside X.N.gate_proj.lora_B (out, r)        | Megatron Bridge's shared outer          |
+| X.lora_gate_and_up_A (E, in, r), X.lora_gate_and_up_B (E, r, out)         | NeMo AutoModel before it wrote X.N      |
+
+gate_proj, up_proj and down_proj are w1, w3 and w2 in Mixtral. On a base that fuses its experts,
+
+    gate_up_proj[e] = [gate_e; up_e]      A = [A_gate; A_up], B = diag(B_gate, B_up), or one A where the two share it
+
+with gpt-oss' rows gate_0, up_0, gate_1, up_1, …: its module says `is_concatenated = False`. Nothing is rounded where an
+adapter's scales are all the same. Knows names, pairs and a base's outline; no files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Pair
+from veneer.errors import AdapterError
+from veneer.formats.structure import Structure
+
+__all__ = ["fuse", "unpacked"]
+
+_LEAF = "gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3"
+_ONE = re.compile(rf"(?P<module>.+\.experts)\.(?P<index>\d{{1,6}})\.(?P<leaf>{_LEAF})")
+_PACKED = re.compile(rf"(?P<module>.+\.experts)\.(?P<leaf>{_LEAF})\.lora_(?P<half>[AB])\.weight")
+_NEMO = re.compile(r"(?P<module>.+)\.lora_(?P<what>gate_and_up|down)_(?P<half>[AB])")
+_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The tensors with every packed expert tensor as one 2-d tensor for each expert (views), what was so read, and what
+    cannot be. Tensors of other layouts are as they were."""
+    out, notes, problems = dict(tensors), [], []
+    for kind, label in ((_nemo, "NeMo AutoModel's grouped experts"), (_packed, "experts packed in three dimensions")):
+        before = set(out)
+        try:
+            kind(out)
+        except AdapterError as error:
+            problems.append(f"{label}: {error.what}")
+        if made := len(before - set(out)):
+            notes.append(f"{made} tensors in the layout of {label}, read as a pair for each expert")
+    return out, notes, problems
+
+
+def _nemo(tensors: dict[str, Tensor]) -> None:
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key in tensors:
+        if match := _NEMO.fullmatch(key):
+            found[match["module"]][f"{match['what']} {match['half']}"] = tensors[key]
+    for module, own in found.items():
+        shapes = ", ".join(f"{part} {tuple(t.shape)}" for part, t in sorted(own.items()))
+        if any(t.ndim != 3 for t in own.values()) or len({len(t) for t in own.values()}) > 1:
+            raise AdapterError(f"{module}: (experts, in, rank), (experts, rank, out) are expected, there is {shapes}")
+        for what in ("gate_and_up", "down"):
+            halves = [own.get(f"{what} {half}") for half in "AB"]
+            if halves == [None, None]:
+                continue
+            A, B = halves
+            if A is None or B is None or A.shape[2] != B.shape[1]:
+                raise AdapterError(f"{module}: lora_{what}_A and _B do not go together: {shapes}")
+            leaf = "down_proj"
+            if what == "gate_and_up":
+                inner = own["down A"].shape[1] if "down A" in own else None
+                if inner is not None and B.shape[2] not in (inner, 2 * inner):
+                    raise AdapterError(f"{module}: {B.shape[2]} outputs before {inner} inputs: {shapes}")
+                leaf = "up_proj" if B.shape[2] == inner else "gate_up_proj"
+            for e in range(len(A)):
+                tensors[f"{module}.{e}.{leaf}.lora_A.weight"] = A[e].t()
+                tensors[f"{module}.{e}.{leaf}.lora_B.weight"] = B[e].t()
+            del tensors[f"{module}.lora_{what}_A"], tensors[f"{module}.lora_{what}_B"]
+
+
+def _packed(tensors: dict[str, Tensor]) -> None:
+    found: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        if (match := _PACKED.fullmatch(key)) and tensor.ndim == 3:
+            found[match["module"], match["leaf"]][match["half"]] = tensor
+    numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for key in tensors if found else ():
+        if match := _ONE.match(key):
+            numbers[match["module"], match["leaf"]].add(int(match["index"]))
+    for (module, leaf), own in found.items():
+        shapes = ", ".join(f"{half} {tuple(t.shape)}" for half, t in sorted(own.items()))
+        indices = numbers.get((module, leaf), set())
+        count = max([len(t) for t in own.values()] + [i + 1 for i in indices])
+        alone = count == 1 and not indices
+        if alone or any(len(t) not in (1, count) for t in own.values()) or (len(own) == 2 and indices):
+            raise AdapterError(f"{module}.{leaf}: how many experts there are cannot be told: {shapes}")
+        for half, tensor in own.items():
+            for e in range(count):
+                tensors[f"{module}.{e}.{leaf}.lora_{half}.weight"] = tensor[0 if len(tensor) == 1 else e]
+            del tensors[f"{module}.{leaf}.lora_{half}.weight"]
+
+
+def fuse(pairs: Mapping[str, Pair], base: Structure) -> tuple[dict[str, Pair], list[str], list[str]]:
+    """The pairs with those of single experts put onto the fused parameters that the base has; notes; and what keeps
+    some from there. A base with a module for each expert, or none given, leaves them as they are; without a base they
+    are fused where the file's own names are of fused projections (gate_up_proj)."""
+    found: dict[str, dict[str, dict[int, Pair]]] = defaultdict(lambda: defaultdict(dict))
+    names: dict[str, list[str]] = defaultdict(list)
+    for name, pair in pairs.items():
+        if (match := _ONE.fullmatch(name)) and pair.kind == "linear" and name not in base.kinds:
+            found[match["module"]][_MIXTRAL.get(match["leaf"], match["leaf"])][int(match["index"])] = pair
+            names[match["module"]].append(name)
+    out, problems, count = dict(pairs), [], 0
+    for module, leaves in found.items():
+        parameters = base.experts.get(module, ())
+        if not base.detailed and "gate_up_proj" in leaves:
+            parameters = ("gate_up_proj", "down_proj")
+        if not parameters:
+            continue
+        try:
+            made = _module(module, leaves, parameters, base)
+        except AdapterError as error:
+            problems.append(f"{module}: {error.what}")
+            continue
+        count += len(names[module])
+        for name in names[module]:
+            del out[name]
+        out |= {f"{module}.{parameter}": pair for parameter, pair in made.items()}
+    left = sum(bool(_ONE.fullmatch(name)) for name in out) if not base.kinds else 0
+    notes = [f"{count} pairs of single experts are read onto fused expert weights"] if count else []
+    if left:
+        notes.append(f"{left} pairs of single experts: on a base that fuses its experts they are fused in reading")
+    return out, notes, problems
+
+
+def _module(
+    module: str, leaves: Mapping[str, Mapping[int, Pair]], parameters: Sequence[str], base: Structure
+) -> dict[str, Pair]:
+    """The fused pairs of one module by parameter."""
+    if dora := [leaf for leaf, own in leaves.items() if any(p.magnitude is not None for p in own.values())]:
+        raise AdapterError(f"DoRA on single experts ({', '.join(dora)}): fused expert weights have none")
+    out: dict[str, Pair] = {}
+    sources = {leaf: [leaf] for leaf in leaves if leaf in parameters}
+    if "gate_up_proj" in parameters and (halves := [h for h in ("gate_proj", "up_proj") if h in leaves]):
+        if "gate_up_proj" in leaves:
+            raise AdapterError(f"pairs for gate_up_proj and for {' and '.join(halves)} at once")
+        sources["gate_up_proj"] = ["gate_proj", "up_proj"]
+    if homeless := sorted(set(leaves) - {leaf for own in sources.values() for leaf in own}):
+        raise AdapterError(f"the base has {', '.join(parameters)}, and no place for {', '.join(homeless)}")
+    for parameter, parts in sources.items():
+        stored = base.shapes.get(f"{module}.{parameter}")
+        indices = {i for leaf in parts for i in leaves.get(leaf, {})}
+        experts = stored[0] if stored else max(indices) + 1
+        if max(indices) >= experts or (stored is None and len(indices) < experts):
+            raise AdapterError(f"pairs of experts {min(indices)} to {max(indices)}, and there are {experts} experts")
+        held = [[leaves.get(leaf, {}).get(e) for leaf in parts] for e in range(experts)]
+        pair = _stacked(held, interleaved=module in base.interleaved and len(parts) > 1)
+        if stored is not None and _is_reversed(module, parameters, base):
+            pair = Pair(pair.B.transpose(1, 2).contiguous(), pair.A.transpose(1, 2).contiguous(), pair.scale, "experts")
+        out[parameter] = pair
+    return out
+
+
+def _stacked(held: Sequence[Sequence[Pair | None]], *, interleaved: bool) -> Pair:
+    """One pair of all experts: `held` has for each expert the pair of each part of the rows; None is no change."""
+    have = [p for own in held for p in own if p is not None]
+    scale = max((p.scale for p in have), key=abs)
+    folded = any(p.scale != scale for p in have)
+    dtype = have[0].B.dtype
+    for t in [t for p in have for t in (p.A, p.B)]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    if folded and dtype != torch.float64:
+        dtype = torch.float32
+    sizes = {(p.B.shape[0], p.A.shape[1]) for p in have}
+    if len(sizes) > 1:
+        raise AdapterError(f"pairs of unlike shapes (out, in): {', '.join(map(str, sorted(sizes)))}")
+    (rows, into), parts = sizes.pop(), len(held[0])
+    shared = parts > 1 and all(_share(own) for own in held)
+    ranks = [[p.rank if p is not None else 0 for p in own] for own in held]
+    rank = max(own[0] if shared else sum(own) for own in ranks)
+    A = torch.zeros(len(held), rank, into, dtype=dtype)
+    B = torch.zeros(len(held), parts * rows, rank, dtype=dtype)
+    for e, own in enumerate(held):
+        at = 0
+        for part, pair in enumerate(own):
+            if pair is None:
+                continue
+            to = slice(part, None, parts) if interleaved else slice(part * rows, (part + 1) * rows)
+            A[e, at : at + pair.rank] = pair.A
+            B[e, to, at : at + pair.rank] = pair.B if pair.scale == scale else pair.B.double() * (pair.scale / scale)
+            at += 0 if shared else pair.rank
+    return Pair(A, B, scale, "experts")
+
+
+def _share(own: Sequence[Pair | None]) -> bool:
+    """Whether all parts are changed, and by way of the same A."""
+    As = [p.A for p in own if p is not None]
+    return len(As) == len(own) and all(A.shape == As[0].shape and torch.equal(A, As[0]) for A in As[1:])
+
+
+def _is_reversed(module: str, parameters: Sequence[str], base: Structure) -> bool:
+    """Whether the base stores (experts, in, out) without saying so, as Llama 4 does: gate_up_proj and down_proj are of
+    the widths (2·inner, hidden) and (hidden, inner), one way round or the other."""
+    if module in base.transposed or not {"gate_up_proj", "down_proj"} <= set(parameters):
+        return False
+    _, a, b = base.shapes[f"{module}.gate_up_proj"]
+    _, c, d = base.shapes[f"{module}.down_proj"]
+    return a == d and b == 2 * c

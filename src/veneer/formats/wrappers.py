@@ -1,0 +1,89 @@
+"""The same module under the name that a base has for it: a language model by itself, or inside a vision-language one.
+
+| the text model's layers        | where                                                                       |
+| model.layers.N                 | a text model by itself; Qwen2-VL before transformers 4.52                   |
+| model.language_model.layers.N  | Qwen-VL, Qwen 3.5, Gemma 3 and 4, Mistral 3, … since transformers 4.52      |
+| language_model.model.layers.N  | Gemma 3, Mistral 3, Llava, … before; Llama 4                                |
+
+Towers, projectors and the head go along, and Mixtral's `block_sparse_moe`, which is `mlp` since transformers 5. A file
+and a base that agree are left alone; where either has several names for one part nothing is renamed, and what does not
+fit is said by name. Knows names alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+__all__ = ["Renaming", "renaming"]
+
+_INNER = ("model.language_model.model.", "model.language_model.", "language_model.model.", "language_model.")
+_TEXT = (*_INNER, "model.", "")
+_OF_TEXT = re.compile(r"(layers\.\d+|embed_tokens(_per_layer)?|norm|per_layer_\w+)(\.|$)")
+_ANY, _WHOLE = re.compile(""), re.compile(r"(\.|$)")
+_PARTS: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = (
+    (_TEXT, _OF_TEXT),
+    (("model.visual.", "visual."), _ANY),
+    (("model.vision_tower.vision_model.", "vision_tower.vision_model.", "model.vision_tower.", "vision_tower."), _ANY),
+    (("model.vision_model.", "vision_model."), _ANY),
+    (("model.multi_modal_projector.", "multi_modal_projector."), _ANY),
+    (("model.audio_tower.", "audio_tower."), _ANY),
+    (("model.embed_vision.", "embed_vision."), _ANY),
+    (("model.embed_audio.", "embed_audio."), _ANY),
+    (("language_model.lm_head", "lm_head"), _WHOLE),
+)
+"""The names that one part has had, longer ones before those they begin with, and what follows them."""
+
+_MIXTRAL = (re.compile(r"(layers\.\d+)\.block_sparse_moe\."), re.compile(r"(layers\.\d+)\.mlp\."))
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """`rules`: (the file's start, the base's, what follows). `mixtral`: the file says block_sparse_moe for mlp.
+    `parts`: (start, what follows) of the parts of a model that the file has anything of."""
+
+    rules: tuple[tuple[str, str, re.Pattern[str]], ...]
+    mixtral: bool = False
+    parts: tuple[tuple[str, re.Pattern[str]], ...] = ()
+
+    def concerns(self, name: str) -> bool:
+        """Whether the file's model has the part of a module, under the file's name: a text model has no tower."""
+        return any(_is(name, start, rest) for start, rest in self.parts)
+
+    def to_base(self, name: str) -> str:
+        name = _MIXTRAL[0].sub(r"\1.mlp.", name) if self.mixtral else name
+        return next((new + name[len(old) :] for old, new, rest in self.rules if _is(name, old, rest)), name)
+
+    def to_file(self, name: str) -> str:
+        name = _MIXTRAL[1].sub(r"\1.block_sparse_moe.", name) if self.mixtral else name
+        return next((old + name[len(new) :] for old, new, rest in self.rules if _is(name, new, rest)), name)
+
+    def note(self) -> str:
+        said = [f"{old or '(no prefix)'} is {new or '(no prefix)'}" for old, new, _ in self.rules]
+        said += ["block_sparse_moe is mlp"] if self.mixtral else []
+        return f"names of another class of the same model, read under the base's: {', '.join(said)}"
+
+
+def renaming(file: Iterable[str], base: Collection[str]) -> Renaming | None:
+    """How names in a file become a base's; None where nothing does. `file`, `base`: names of modules or parameters."""
+    file = list(file)
+    rules, parts = [], []
+    for starts, rest in _PARTS if base else ():
+        theirs, ours = (_start(names, starts, rest) for names in (file, base))
+        parts += [] if theirs is None else [(theirs, rest)]
+        if theirs is not None and ours is not None and theirs != ours:
+            rules.append((theirs, ours, rest))
+    mixtral = any(_MIXTRAL[0].search(n) for n in file) and not any(_MIXTRAL[0].search(n) for n in base)
+    mixtral = mixtral and any(".mlp.experts" in n for n in base)
+    return Renaming(tuple(rules), mixtral, tuple(parts)) if rules or mixtral else None
+
+
+def _is(name: str, start: str, rest: re.Pattern[str]) -> bool:
+    return name.startswith(start) and rest.match(name, len(start)) is not None
+
+
+def _start(names: Iterable[str], starts: tuple[str, ...], rest: re.Pattern[str]) -> str | None:
+    """The one start that names have; None where they have none, or several."""
+    found = {s for n in names if (s := next((s for s in starts if _is(n, s, rest)), None)) is not None}
+    return found.pop() if len(found) == 1 else None

@@ -1,0 +1,199 @@
+"""Which family a file is said to be of: one that names, shapes and depth fit alone; else none, with the reasons.
+
+The names are those of diffusers' classes and converters, of OneTrainer, musubi-tuner and sd-scripts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from veneer.core.adapter import Adapter
+from veneer.formats.convert import encode
+from veneer.formats.read import Reading, read, read_state
+from veneer.formats.topology import families
+
+R = 2
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def pairs(shapes: dict[str, tuple[int, int]], kind: str = "peft") -> dict[str, Tensor]:
+    """Zeros are read like anything: what is looked at is names and shapes."""
+    a, b = {"peft": ("lora_A", "lora_B"), "kohya": ("lora_down", "lora_up")}[kind]
+    out = {}
+    for name, (rows, into) in shapes.items():
+        out |= {f"{name}.{a}.weight": torch.zeros(R, into), f"{name}.{b}.weight": torch.zeros(rows, R)}
+        if kind == "kohya":
+            out[f"{name}.alpha"] = torch.tensor(1.0)
+    return out
+
+
+def attention(blocks: range, width: int, prefix: str = "transformer.transformer_blocks.{}.attn.") -> dict:
+    return {prefix.format(i) + leaf: (width, width) for i in blocks for leaf in ATTENTION}
+
+
+def look(tensors: dict[str, Tensor], **metadata: str) -> Reading:
+    return read_state(tensors, metadata)
+
+
+def unknown(found: Reading, *near: str) -> None:
+    assert found.family is None
+    told = next(r for r in found.reasons if r.startswith("unknown family, of these shapes"))
+    assert all(n in told for n in near)
+    assert found.adapter.card.kind == "image"
+
+
+def test_hunyuan_videos_double_blocks_are_no_qwen_image() -> None:
+    """20 blocks of width 3,072: the width of FLUX.1 and Qwen-Image, the depth of none."""
+    shapes = attention(range(20), 3072)
+    for i in range(20):
+        shapes |= {f"transformer.transformer_blocks.{i}.attn.add_{p}_proj": (3072, 3072) for p in "qkv"}
+    unknown(look(pairs(shapes)), "near: hunyuan-video")
+    assert look(pairs(attention(range(60), 3072))).family == "qwen-image"
+
+
+def test_an_attention_only_krea_2_is_no_sd3_large() -> None:
+    assert look(pairs(attention(range(28), 6144))).family == "krea2"
+    unknown(look(pairs(attention(range(30), 6144))), "sd3-large")
+    assert look(pairs(attention(range(38), 2432))).family == "sd3-large"
+
+
+def test_wan_and_ltx_in_diffusers_names_are_no_text_adapters() -> None:
+    """They are read under their own names, of no family, and nothing calls them text."""
+    wan = {f"transformer.blocks.{i}.attn{k}.{p}": (1536, 1536) for i in range(30) for k in "12" for p in ATTENTION}
+    ltx = {f"transformer.transformer_blocks.{i}.attn1.{p}": (2048, 2048) for i in range(28) for p in ATTENTION}
+    for shapes in (wan, ltx):
+        found = look(pairs(shapes))
+        unknown(found)
+        assert set(found.adapter.pairs) == set(shapes)
+
+
+def test_ltx_and_anima_are_one_in_depth_and_width_and_told_apart_by_their_contexts() -> None:
+    own = {f"transformer.transformer_blocks.{i}.attn1.to_q": (2048, 2048) for i in range(28)}
+    unknown(look(pairs(own)), "anima", "ltx-video")
+    for context, family in ((1024, "anima"), (2048, None)):
+        cross = {f"transformer.transformer_blocks.{i}.attn2.to_k": (2048, context) for i in range(28)}
+        assert look(pairs(own | cross)).family == family
+    assert look(pairs(own), ss_base_model_version="anima").family == "anima"
+
+
+def folder(path: Path, shapes: dict[str, tuple[int, int]]) -> Path:
+    path.mkdir()
+    tensors = pairs({f"base_model.model.{n}": s for n, s in shapes.items()})
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": R, "lora_alpha": R, "target_modules": sorted(set(shapes))}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(("context", "family"), [(768, "sd15"), (1024, "sd2")])
+def test_a_peft_folder_of_a_unet_is_told_by_its_context(tmp_path, context, family) -> None:
+    at = "down_blocks.0.attentions.0.transformer_blocks.0"
+    shapes = {f"{at}.attn1.to_q": (320, 320), f"{at}.attn2.to_k": (320, context), f"{at}.attn2.to_v": (320, context)}
+    assert read(folder(tmp_path / "a", shapes)).family == family
+
+
+def test_what_two_families_name_and_nothing_tells_apart_is_read_without_a_claim(tmp_path) -> None:
+    shapes = {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (640, 640)}
+    found = read(folder(tmp_path / "a", shapes))
+    told = next(r for r in found.reasons if r.startswith("unknown family, of these shapes"))
+    assert "sd15" in told
+    assert "sd2" in told
+    assert set(found.adapter.pairs) == {f"unet.{n}" for n in shapes}
+    assert read(tmp_path / "a", family="sd2").family == "sd2"  # the base's word
+
+
+# -- layouts of known families -----------------------------------------------------------------------------------------
+
+
+def random_pairs(
+    names: list[str], shape: tuple[int, int], kind: str = "kohya", alpha: float = 1.0
+) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(5)
+    out = pairs(dict.fromkeys(names, shape), kind)
+    out = {k: torch.randn(t.shape, generator=g) if t.ndim == 2 else torch.tensor(alpha) for k, t in out.items()}
+    return out
+
+
+def delta(adapter: Adapter, name: str) -> Tensor:
+    pair = adapter.pairs[name]
+    return pair.scale * pair.B.double() @ pair.A.double()
+
+
+def by_hand(tensors: dict[str, Tensor], name: str) -> Tensor:
+    up, down = (tensors[f"{name}.lora_{k}.weight"].double() for k in ("up", "down"))
+    return float(tensors[f"{name}.alpha"]) / len(down) * up @ down
+
+
+def test_onetrainers_split_of_bfls_projections() -> None:
+    """transformer.double_blocks.0.img_attn.qkv.0 is q alone."""
+    places = {}
+    for i in range(19):
+        for side, names in (("img", ("to_q", "to_k", "to_v")), ("txt", ("add_q_proj", "add_k_proj", "add_v_proj"))):
+            for n, name in enumerate(names):
+                places[f"double_blocks.{i}.{side}_attn.qkv.{n}"] = f"transformer_blocks.{i}.attn.{name}"
+    for i in range(38):
+        for n, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")):
+            places[f"single_blocks.{i}.linear1.{n}"] = f"single_transformer_blocks.{i}.{name}"
+    for start in ("transformer.", "lora_transformer_", "lora_unet_"):
+        name = lambda own: start + (own if start.endswith(".") else own.replace(".", "_"))  # noqa: B023, E731
+        tensors = random_pairs([name(own) for own in places], (8, 8))
+        found = look(tensors, ss_base_model_version="flux1")
+        assert found.family == "flux1"
+        assert len(found.adapter.pairs) == len(places)
+        for own, module in places.items():
+            got = delta(found.adapter, f"transformer.{module}")
+            torch.testing.assert_close(got, by_hand(tensors, name(own)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("start", ["lora_unet_", "lora_unet__", "lora_transformer_", "transformer."])
+@pytest.mark.parametrize("family", ["z-image", "qwen-image"])
+def test_z_image_and_qwen_image_in_kohyas_and_onetrainers_names(start, family) -> None:
+    if family == "z-image":
+        modules = [f"layers.{i}.attention.{p}" for i in range(30) for p in ATTENTION]
+    else:
+        modules = [f"transformer_blocks.{i}.img_mlp.net.{n}" for i in range(60) for n in ("0.proj", "2")]
+        modules += [f"transformer_blocks.{i}.attn.add_q_proj" for i in range(60)]
+    name = lambda own: start + (own if start.endswith(".") else own.replace(".", "_"))  # noqa: E731
+    tensors = random_pairs([name(m) for m in modules], (8, 8))
+    found = look(tensors)
+    assert found.family == family
+    for module in modules:
+        got = delta(found.adapter, f"transformer.{module}")
+        torch.testing.assert_close(got, by_hand(tensors, name(module)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model."])
+@pytest.mark.parametrize("name", ["krea2", "anima"])
+def test_krea_2_and_anima_land_where_diffusers_puts_them(name, prefix) -> None:
+    conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    if (name, prefix) == ("anima", "base_model.model."):
+        pytest.skip("diffusers' converter knows Anima under diffusion_model. alone")
+    family = families()[name]
+    linears = {o: p[0].module for o, p in family.originals.items() if family.modules[p[0].module] == "linear"}
+    tensors = random_pairs([prefix + o for o in linears], (8, 8), "peft")
+    want = getattr(conversion, f"_convert_non_diffusers_{name}_lora_to_diffusers")(dict(tensors))
+    found = look(tensors)
+    assert found.family == name
+    assert set(found.adapter.pairs) == set(linears.values())
+    for module, pair in found.adapter.pairs.items():
+        assert torch.equal(pair.A, want[f"{module}.lora_A.weight"]), module
+        assert torch.equal(pair.B, want[f"{module}.lora_B.weight"]), module
+
+
+@pytest.mark.parametrize("name", ["krea2", "anima"])
+@pytest.mark.parametrize("to", ["kohya", "comfyui", "diffusers"])
+def test_krea_2_and_anima_are_written_and_come_back(name, to) -> None:
+    family = families()[name]
+    modules = [m for m, kind in family.modules.items() if kind == "linear"]
+    adapter = look(random_pairs(modules, (8, 8), "peft")).adapter
+    done = encode(adapter, to, family=name)
+    back = read_state(done.tensors, done.metadata)
+    assert back.family == name
+    for module in modules:
+        torch.testing.assert_close(delta(back.adapter, module), delta(adapter, module), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,296 @@
+"""Mixtures of experts in the layouts of other tools, read onto fused expert weights.
+
+The truth is transformers' own forward of a base whose fused weights were changed by hand, in float64, and PEFT's where
+PEFT loads the file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GptOssConfig
+
+from tests import families
+from tests.formats import twins
+from tests.formats.twins import our_outputs, outputs, peft_folder, peft_outputs
+from veneer.errors import AdapterError
+from veneer.formats import peft
+from veneer.formats.read import read
+
+HEAD = "base_model.model."
+EXPERTS = {
+    "mixtral": [f"model.layers.{n}.mlp.experts" for n in range(2)],
+    "qwen3_moe": ["model.layers.1.mlp.experts"],
+    "llama4": ["model.layers.1.feed_forward.experts"],
+    "gpt_oss": [f"model.layers.{n}.mlp.experts" for n in range(2)],
+}
+R, SCALE = 3, 2.0
+TARGETS = r".*\.experts\.(\d+\.)?(gate_proj|up_proj|down_proj)"
+
+
+def model(name: str) -> nn.Module:
+    """As `twins.model`; gpt_oss has gate and up in turn, transposed."""
+    if name != "gpt_oss":
+        return twins.model(name)
+    own = {"intermediate_size": 24, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    net = families.build(GptOssConfig(**(families._COMMON | own))).double().eval()
+    net.config._experts_implementation = "eager"
+    return net
+
+
+def single_pairs(net: nn.Module, name: str, *, share: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every expert's projections, of the widths that `net` has. `share`: gate and up have one A."""
+    g = torch.Generator().manual_seed(3)
+    hidden, inner = net.config.hidden_size, net.config.intermediate_size
+    inner = getattr(net.config, "moe_intermediate_size", inner) if name == "qwen3_moe" else inner
+    out = {}
+    for module in EXPERTS[name]:
+        for e in range(4):
+            first = None
+            for leaf, (rows, into) in {
+                "gate_proj": (inner, hidden),
+                "up_proj": (inner, hidden),
+                "down_proj": (hidden, inner),
+            }.items():
+                A = torch.randn(R, into, generator=g, dtype=torch.float64) / 4
+                B = torch.randn(rows, R, generator=g, dtype=torch.float64) / 4
+                if leaf == "gate_proj":
+                    first = A
+                elif leaf == "up_proj" and share:
+                    A = first
+                out[f"{module}.{e}.{leaf}"] = A, B
+    return out
+
+
+def by_hand(name: str, pairs: dict[str, tuple[Tensor, Tensor]], scale: float = SCALE) -> Tensor:
+    """The outputs of a base whose fused weights have each expert's s·B·A added where that expert's projection is."""
+    net = model(name)
+    weights = dict(net.named_parameters())
+    with torch.no_grad():
+        for at, (A, B) in pairs.items():
+            module, e, leaf = at.rsplit(".", 2)
+            fused = weights[f"{module}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"][int(e)]
+            across = fused if name in ("mixtral", "qwen3_moe") else fused.t()  # (out, in)
+            if leaf != "down_proj":
+                part = 0 if leaf == "gate_proj" else 1
+                half = len(across) // 2
+                across = across[part::2] if name == "gpt_oss" else across[part * half : (part + 1) * half]
+            across += scale * B @ A
+    return outputs(net)
+
+
+def folder(path: Path, tensors: dict[str, Tensor], **config: object) -> Path:
+    path.mkdir()
+    save_file(
+        {HEAD + k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()},
+        path / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": R, "lora_alpha": SCALE * R, "peft_version": "0.18.0", **config}
+    settings.setdefault("target_modules", TARGETS)
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def flat(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    return {f"{n}.lora_{half}.weight": t for n, own in pairs.items() for half, t in zip("AB", own, strict=True)}
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_pair_for_each_expert_acts_on_fused_experts(tmp_path, name, share):
+    """Transformers 4, Megatron and Tinker: experts.N.gate_proj."""
+    net = model(name)
+    pairs = single_pairs(net, name, share=share)
+    got = peft.load(folder(tmp_path / "a", flat(pairs)), net)
+    torch.testing.assert_close(our_outputs(net, got.adapter), by_hand(name, pairs), rtol=1e-9, atol=1e-9)
+    assert {p.rank for n, p in got.adapter.pairs.items() if n.endswith("gate_up_proj")} == {R if share else 2 * R}
+    assert any("single experts" in note for note in got.notes)
+    peft.write(got.adapter, tmp_path / "b", base=net)
+    torch.testing.assert_close(
+        our_outputs(net, peft.read(tmp_path / "b", net)), by_hand(name, pairs), rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_peft_loads_the_same_file_to_the_same_outputs(tmp_path, name):
+    pairs = single_pairs(model(name), name)
+    targets, tensors = TARGETS, flat(pairs)
+    if name == "mixtral":
+        to = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+        targets = list(to.values())
+        tensors = {}
+        for key, tensor in flat(pairs).items():
+            for new, old in to.items():
+                key = key.replace(f".{new}.", f".{old}.")
+            tensors[key.replace(".mlp.", ".block_sparse_moe.")] = tensor
+    path = folder(tmp_path / "a", tensors, target_modules=targets)
+    net = model(name)
+    got = our_outputs(net, peft.read(path, net))
+    torch.testing.assert_close(got, by_hand(name, pairs), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got, peft_outputs(model(name), path), rtol=1e-9, atol=1e-9)
+
+
+def packed(pairs: dict[str, tuple[Tensor, Tensor]], layout: str) -> dict[str, Tensor]:
+    """The same pairs in another tool's names; for "shared" A of gate and up, and B of down, must be one for all."""
+    out: dict[str, Tensor] = {}
+    for module in dict.fromkeys(n.rsplit(".", 2)[0] for n in pairs):
+        own = {
+            leaf: [torch.stack([pairs[f"{module}.{e}.{leaf}"][half] for e in range(4)]) for half in (0, 1)]
+            for leaf in ("gate_proj", "up_proj", "down_proj")
+        }
+        if layout == "nemo":
+            out[f"{module}.lora_gate_and_up_A"] = own["gate_proj"][0].transpose(1, 2)
+            both = torch.cat([own["gate_proj"][1], own["up_proj"][1]], 1)
+            out[f"{module}.lora_gate_and_up_B"] = both.transpose(1, 2)
+            out[f"{module}.lora_down_A"], out[f"{module}.lora_down_B"] = (t.transpose(1, 2) for t in own["down_proj"])
+        for leaf, (A, B) in own.items() if layout != "nemo" else ():
+            for half, stack in (("A", A), ("B", B)):
+                one = layout == "shared" and (half == "B") == (leaf == "down_proj")
+                if layout == "packed" or one:
+                    out[f"{module}.{leaf}.lora_{half}.weight"] = stack[:1] if one else stack
+                else:
+                    for e in range(4):
+                        out[f"{module}.{e}.{leaf}.lora_{half}.weight"] = stack[e]
+    return out
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("layout", ["nemo", "packed", "shared"])
+def test_packed_layouts_are_a_pair_for_each_expert(tmp_path, name, layout):
+    """NeMo AutoModel's grouped tensors, and Megatron Bridge's: in three dimensions, and with one shared outer half."""
+    net = model(name)
+    pairs = single_pairs(net, name, share=layout == "nemo")
+    if layout == "shared":
+        for module in EXPERTS[name]:
+            first = {leaf: pairs[f"{module}.0.{leaf}"] for leaf in ("gate_proj", "down_proj")}
+            for e in range(4):
+                for leaf in ("gate_proj", "up_proj"):
+                    pairs[f"{module}.{e}.{leaf}"] = first["gate_proj"][0], pairs[f"{module}.{e}.{leaf}"][1]
+                at = f"{module}.{e}.down_proj"
+                pairs[at] = pairs[at][0], first["down_proj"][1]
+    path = folder(tmp_path / "a", packed(pairs, layout))
+    got = peft.load(path, net)
+    torch.testing.assert_close(our_outputs(net, got.adapter), by_hand(name, pairs), rtol=1e-9, atol=1e-9)
+    assert any("read as a pair for each expert" in note for note in got.notes)
+
+
+def test_gpt_oss_in_nemos_layout_keeps_the_order_of_the_base(tmp_path):
+    """Its gate_and_up has the base's own order of rows, gate and up in turn."""
+    net = model("gpt_oss")
+    pairs = single_pairs(net, "gpt_oss", share=True)
+    tensors = packed(pairs, "nemo")
+    for key in [k for k in tensors if k.endswith("gate_and_up_B")]:
+        half = tensors[key].shape[2] // 2
+        tensors[key] = torch.stack([tensors[key][..., :half], tensors[key][..., half:]], 3).flatten(2)
+    got = peft.read(folder(tmp_path / "a", tensors), net)
+    torch.testing.assert_close(our_outputs(net, got), by_hand("gpt_oss", pairs), rtol=1e-9, atol=1e-9)
+
+
+def test_some_experts_and_unlike_scales_are_exact_too(tmp_path):
+    """Experts without a pair do not change, and a rank_pattern gives some another rank and scale."""
+    net = model("mixtral")
+    pairs = {n: p for n, p in single_pairs(net, "mixtral").items() if ".2." not in n and not n.endswith("3.gate_proj")}
+    odd = "model.layers.0.mlp.experts.1.up_proj"
+    pairs[odd] = pairs[odd][0][:1], pairs[odd][1][:, :1]
+    path = folder(tmp_path / "a", flat(pairs), rank_pattern={odd: 1})
+    # scale is alpha/rank: 6 for the odd one, and B with it
+    by = {n: (A, B * 3 if n == odd else B) for n, (A, B) in pairs.items()}
+    got = our_outputs(net, peft.read(path, net))
+    torch.testing.assert_close(got, by_hand("mixtral", by), rtol=1e-9, atol=1e-9)
+
+
+def test_what_no_fused_weight_can_hold_is_refused(tmp_path):
+    net = model("mixtral")
+    pairs = single_pairs(net, "mixtral")
+    at = "model.layers.0.mlp.experts"
+    with pytest.raises(AdapterError, match="pairs of experts 0 to 9, and there are 4"):
+        peft.read(folder(tmp_path / "a", flat({**pairs, f"{at}.9.up_proj": pairs[f"{at}.0.up_proj"]})), net)
+    dora = flat(pairs) | {f"{n}.lora_magnitude_vector": torch.ones(len(B)) for n, (_, B) in pairs.items()}
+    with pytest.raises(AdapterError, match="DoRA on single experts"):
+        peft.read(folder(tmp_path / "b", dora, use_dora=True), net)
+    tensors = packed(pairs, "packed")
+    tensors[f"{at}.up_proj.lora_A.weight"] = tensors[f"{at}.up_proj.lora_A.weight"][:3]
+    with pytest.raises(AdapterError, match="how many experts there are cannot be told"):
+        peft.read(folder(tmp_path / "c", tensors), net)
+
+
+def test_without_a_base_single_experts_stay_and_say_so(tmp_path):
+    pairs = single_pairs(model("mixtral"), "mixtral")
+    found = peft.load(folder(tmp_path / "a", flat(pairs)))
+    assert set(found.adapter.pairs) == set(pairs)
+    assert any("on a base that fuses its experts they are fused" in note for note in found.notes)
+
+
+# -- Unsloth -----------------------------------------------------------------------------------------------------------
+
+MARKS = {
+    "fixed": {"auto_mapping": {"unsloth_fixed": True, "base_model_class": "MixtralForCausalLM"}},
+    "base": {"base_model_name_or_path": "unsloth/Mixtral-8x7B"},
+}
+
+
+def grouped(path: Path, **config: object) -> Path:
+    """A folder of PEFT's as Unsloth before 2026-09-17 has it: B's columns expert by expert."""
+    tensors = load_file(path / "adapter_model.safetensors")
+    for key in [k for k in tensors if ".experts." in k and k.endswith("lora_B.weight")]:
+        tensors[key] = tensors[key].unflatten(1, (R, 4)).transpose(1, 2).flatten(1).contiguous()
+    save_file(tensors, path / "adapter_model.safetensors")
+    settings = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(settings | config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, Tensor]:
+    path = tmp_path_factory.mktemp("unsloth") / "a"
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    want = peft_folder(model("mixtral"), path, target_modules=["q_proj"], target_parameters=parameters, r=R)
+    return path, want
+
+
+def copy(made: tuple[Path, Tensor], to: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(made[0], to))
+
+
+def test_unsloths_stamp_is_obeyed(made, tmp_path):
+    net = model("mixtral")
+    old = grouped(copy(made, tmp_path / "a"), lora_B_layout="grouped_by_expert", **MARKS["fixed"])
+    torch.testing.assert_close(our_outputs(net, peft.read(old, net)), made[1], rtol=1e-9, atol=1e-9)
+    new = copy(made, tmp_path / "b")
+    settings = json.loads((new / "adapter_config.json").read_text())
+    settings |= {"lora_B_layout": "rank_major", **MARKS["fixed"]}
+    (new / "adapter_config.json").write_text(json.dumps(settings))
+    torch.testing.assert_close(our_outputs(net, peft.read(new, net)), made[1], rtol=1e-9, atol=1e-9)
+    with pytest.raises(AdapterError, match="grouped_by_expert or rank_major is expected"):
+        peft.read(grouped(copy(made, tmp_path / "c"), lora_B_layout="columns"), net)
+
+
+@pytest.mark.parametrize("marks", MARKS)
+def test_unsloths_marks_without_its_stamp_ask_for_the_layout(made, tmp_path, marks):
+    net = model("mixtral")
+    path = grouped(copy(made, tmp_path / "a"), **MARKS[marks])
+    with pytest.raises(AdapterError, match="--moe-layout grouped_by_expert if that Unsloth trained it"):
+        peft.read(path, net)
+    told = read(path, base=net, moe_layout="grouped_by_expert").adapter
+    torch.testing.assert_close(our_outputs(net, told), made[1], rtol=1e-9, atol=1e-9)
+    other = read(path, base=net, moe_layout="rank_major").adapter
+    assert not torch.allclose(our_outputs(net, other), made[1], atol=1e-3)
+    peft.write(told, tmp_path / "b", base=net)  # needs no word, and PEFT reads it right
+    torch.testing.assert_close(our_outputs(net, peft.read(tmp_path / "b", net)), made[1], rtol=1e-9, atol=1e-9)
+    settings = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert settings.pop("lora_B_layout", None) == ("rank_major" if marks == "base" else None)
+    (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(settings))  # PEFT warns of a key it does not know
+    torch.testing.assert_close(peft_outputs(model("mixtral"), tmp_path / "b"), made[1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_word_against_the_files_stamp_is_refused(made, tmp_path):
+    path = grouped(copy(made, tmp_path / "a"), lora_B_layout="grouped_by_expert")
+    with pytest.raises(AdapterError, match="the file says lora_B_layout = grouped_by_expert"):
+        read(path, base=model("mixtral"), moe_layout="rank_major")

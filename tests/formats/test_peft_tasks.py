@@ -1,0 +1,137 @@
+"""Adapters of every task that PEFT knows, made by PEFT on tiny models of that task's class: same outputs here."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForTokenClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tests.formats.twins import randomise
+from veneer.core.attach import attach
+from veneer.errors import AdapterError
+from veneer.formats import peft
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"vocab_size": 60, "max_position_embeddings": 64}
+DECODER = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0, "num_labels": 3}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "pad_token_id": 0, "num_labels": 3}
+T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 60}
+
+TASKS = {
+    "SEQ_CLS Llama": ("SEQ_CLS", LlamaForSequenceClassification, LlamaConfig(**DECODER)),
+    "SEQ_CLS BERT": ("SEQ_CLS", BertForSequenceClassification, BertConfig(**SMALL, num_labels=3)),
+    "SEQ_CLS RoBERTa": ("SEQ_CLS", RobertaForSequenceClassification, RobertaConfig(**SMALL, num_labels=3)),
+    "SEQ_CLS GPT-2": ("SEQ_CLS", GPT2ForSequenceClassification, GPT2Config(**GPT2)),
+    "TOKEN_CLS BERT": ("TOKEN_CLS", BertForTokenClassification, BertConfig(**SMALL, num_labels=3)),
+    "TOKEN_CLS Qwen 3": ("TOKEN_CLS", Qwen3ForTokenClassification, Qwen3Config(**DECODER, head_dim=8)),
+    "QUESTION_ANS BERT": ("QUESTION_ANS", BertForQuestionAnswering, BertConfig(**SMALL)),
+    "SEQ_2_SEQ_LM T5": ("SEQ_2_SEQ_LM", T5ForConditionalGeneration, T5Config(**T5)),
+    "FEATURE_EXTRACTION BERT": ("FEATURE_EXTRACTION", BertModel, BertConfig(**SMALL)),
+    "CAUSAL_LM GPT-2": ("CAUSAL_LM", GPT2LMHeadModel, GPT2Config(**GPT2)),
+    "no task, Llama": (None, LlamaForSequenceClassification, LlamaConfig(**DECODER)),
+}
+
+
+def build(case: str) -> nn.Module:
+    _, kind, config = TASKS[case]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return kind(config).double().eval()
+
+
+def outputs(net: nn.Module) -> Tensor:
+    ids = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(5))
+    more = {"decoder_input_ids": ids[:, :4]} if "T5" in type(getattr(net, "base_model", net)).__name__ else {}
+    if hasattr(net, "peft_config"):
+        more = {"decoder_input_ids": ids[:, :4]} if net.config.model_type == "t5" else {}
+    with torch.no_grad():
+        out = net(input_ids=ids, **more)
+    for name in ("logits", "start_logits", "last_hidden_state"):
+        if getattr(out, name, None) is not None:
+            return getattr(out, name)
+    raise AssertionError(out)
+
+
+def made(case: str, path: Path, **config: object) -> Tensor:
+    """A folder that PEFT writes, with PEFT's own choice of targets and heads, and its outputs."""
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(1)
+        net = get_peft_model(build(case), LoraConfig(**{"task_type": TASKS[case][0], "r": 4, **config}))
+        randomise(net)
+        net.eval()
+        net.save_pretrained(str(path))
+        return outputs(net)
+
+
+def ours(case: str, path: Path) -> Tensor:
+    net = build(case)
+    adapter = peft.read(path, net)
+    with attach(net) as attachment:
+        attachment.add("a", adapter)
+        attachment.use("a")
+        return outputs(net)
+
+
+@pytest.mark.parametrize("case", TASKS)
+def test_every_task_has_pefts_outputs(tmp_path, case):
+    """The targets are PEFT's default for the architecture; heads are those it adds for the task."""
+    want = made(case, tmp_path / "a")
+    torch.testing.assert_close(ours(case, tmp_path / "a"), want, rtol=1e-9, atol=1e-9)
+    peft.read(tmp_path / "a")  # and without the base
+
+
+@pytest.mark.parametrize("case", ["SEQ_CLS Llama", "SEQ_CLS GPT-2"])
+def test_all_linear_leaves_the_head_out(tmp_path, case):
+    want = made(case, tmp_path / "a", target_modules="all-linear")
+    torch.testing.assert_close(ours(case, tmp_path / "a"), want, rtol=1e-9, atol=1e-9)
+
+
+def test_names_that_match_nothing_on_this_base_are_no_fault(tmp_path):
+    """A list made for several architectures, as many scripts have it."""
+    targets = ["q_proj", "v_proj", "query", "value", "c_attn"]
+    want = made("SEQ_CLS Llama", tmp_path / "a", target_modules=targets)
+    torch.testing.assert_close(ours("SEQ_CLS Llama", tmp_path / "a"), want, rtol=1e-9, atol=1e-9)
+    notes = peft.load(tmp_path / "a", build("SEQ_CLS Llama")).notes
+    assert sum("it has no effect" in note for note in notes) == 3
+
+
+def test_what_such_a_name_selects_here_must_still_be_there(tmp_path):
+    made("SEQ_CLS Llama", tmp_path / "a", target_modules=["q_proj", "v_proj"])
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({k: t for k, t in load_file(path).items() if "v_proj" not in k}, path)
+    with pytest.raises(AdapterError, match="v_proj: target_modules selects this linear module"):
+        peft.read(tmp_path / "a", build("SEQ_CLS Llama"))
+
+
+def test_a_configuration_without_targets_is_pefts_default_for_the_architecture(tmp_path):
+    want = made("CAUSAL_LM GPT-2", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config.pop("target_modules")
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(ours("CAUSAL_LM GPT-2", tmp_path / "a"), want, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,113 @@
+"""Several adapters in one file; a pickle in a PEFT folder; a file beside its configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from veneer.errors import AdapterError, UnsafeFileError
+from veneer.formats.read import read
+
+AT = "base_model.model.model.layers.{}.self_attn.q_proj"
+R, ALPHA = 8, 32
+
+
+def pair(layer: int, name: str = "", seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    own = f".{name}" if name else ""
+    return {
+        f"{AT.format(layer)}.lora_A{own}.weight": torch.randn(R, 16, generator=g),
+        f"{AT.format(layer)}.lora_B{own}.weight": torch.randn(16, R, generator=g),
+    }
+
+
+def folder(path: Path, tensors: dict[str, Tensor], file: str = "adapter_model.safetensors") -> Path:
+    path.mkdir()
+    if file.endswith(".bin"):
+        torch.save(tensors, path / file)
+    else:
+        save_file(tensors, path / file)
+    config = {"peft_type": "LORA", "r": R, "lora_alpha": ALPHA, "target_modules": ["q_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+SEVERAL = {
+    "two on one module": {**pair(0, "a", 1), **pair(0, "b", 2)},
+    "two on disjoint modules": {**pair(0, "a", 1), **pair(1, "b", 2)},
+    "A of one and B of another": {
+        **{k: t for k, t in pair(0, "a", 1).items() if "lora_A" in k},
+        **{k: t for k, t in pair(0, "b", 2).items() if "lora_B" in k},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("case", SEVERAL)
+def test_two_adapters_in_one_file_are_refused_with_both_names(tmp_path, case, kind):
+    if kind == "file":
+        path = tmp_path / "both.safetensors"
+        save_file(SEVERAL[case], path)
+    else:
+        path = folder(tmp_path / "a", SEVERAL[case])
+    with pytest.raises(AdapterError) as caught:
+        read(path)
+    assert "holds 2 adapters: a (" in str(caught.value)
+    assert "--adapter-name" in str(caught.value)
+    if case.startswith("A of one"):
+        with pytest.raises(AdapterError, match=r"missing|without its partner"):
+            read(path, adapter_name="a")
+        return
+    found = read(path, adapter_name="b")
+    (name,) = found.adapter.pairs
+    layer = 0 if "one module" in case else 1
+    want = pair(layer, seed=2)
+    assert name == AT.format(layer).removeprefix("base_model.model.")
+    assert torch.equal(found.adapter.pairs[name].A, want[f"{AT.format(layer)}.lora_A.weight"])
+    assert torch.equal(found.adapter.pairs[name].B, want[f"{AT.format(layer)}.lora_B.weight"])
+    assert found.adapter.pairs[name].scale == (1 if kind == "file" else ALPHA / R)
+
+
+def test_an_adapter_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    path = tmp_path / "both.safetensors"
+    save_file(SEVERAL["two on one module"], path)
+    with pytest.raises(AdapterError, match=r"called 'c'; there are a \(2 tensors\), b \(2 tensors\)"):
+        read(path, adapter_name="c")
+    save_file(pair(0), path)
+    with pytest.raises(AdapterError, match="no names in its keys"):
+        read(path, adapter_name="c")
+
+
+def test_a_named_adapter_beside_one_without_a_name_is_two(tmp_path):
+    path = tmp_path / "both.safetensors"
+    save_file({**pair(0), **pair(1, "b")}, path)
+    with pytest.raises(AdapterError, match=r"\(no name\) \(2 tensors\), b \(2 tensors\)"):
+        read(path)
+
+
+def test_a_pickled_peft_folder_is_read_by_its_configuration_where_asked(tmp_path):
+    """r 8 and alpha 32 are a scale of 4."""
+    path = folder(tmp_path / "a", pair(0), "adapter_model.bin")
+    with pytest.raises(UnsafeFileError) as caught:
+        read(path)
+    assert "--from-pickle" in str(caught.value)
+    for given in (path, path / "adapter_model.bin"):
+        found = read(given, from_pickle=True)
+        assert [p.scale for p in found.adapter.pairs.values()] == [ALPHA / R]
+        assert not any("alpha is taken for the rank" in note for note in found.notes)
+
+
+def test_a_renamed_file_beside_its_configuration_is_read_by_it(tmp_path):
+    path = folder(tmp_path / "a", pair(0), "tickets-v2.safetensors") / "tickets-v2.safetensors"
+    found = read(path)
+    assert [p.scale for p in found.adapter.pairs.values()] == [ALPHA / R]
+    assert any("beside adapter_config.json" in reason for reason in found.reasons)
+    wrong = path.with_name("other.safetensors")
+    save_file({k: t[:4] if "lora_A" in k else t[:, :4].contiguous() for k, t in pair(0).items()}, wrong)
+    with pytest.raises(AdapterError, match="r says rank 8, the tensors have 4"):  # another file's configuration
+        read(wrong)
