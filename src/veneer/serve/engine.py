@@ -63,7 +63,7 @@ class EngineSettings:
     merge_bytes: int = 512 << 20
     merge_after: int = 256
     weights: WeightKind = "dense"
-    step_seconds: float = 0.15
+    step_seconds: float = 0.2
 
 
 @dataclass(eq=False)

@@ -13,7 +13,6 @@ import logging
 import typing
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -40,8 +39,6 @@ __all__ = ["create_app"]
 
 STRANGERS = "?"
 """Whose the requests are that need no key, where room is shared out; no tenant can have this name."""
-DROPPED = 2.0
-"""Seconds that the rest of a body may take whose request was refused."""
 OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/redoc")
 """Paths that need no key."""
 
@@ -131,7 +128,6 @@ class Door:
             if (place := scope.get("veneer.place")) is not None:
                 place.leave()
             self.house.metrics.refused.labels(refused.code).inc()
-            await _dropped(receive)
             return await answer_error(refused, surface)(scope, receive, numbered)
         working = request.method not in ("GET", "HEAD", "OPTIONS")
         self.house.inside += working
@@ -159,15 +155,6 @@ class Door:
         place.take("bodies", size)
         if house.phase != "ready" and request.method == "POST":
             raise Refused(f"the server is {house.phase}", status=503, code="shutting_down", retry_after=5.0)
-
-
-async def _dropped(receive: Receive) -> None:
-    """Take in a body that is not wanted: a connection that is closed while its client still writes is reset, and the
-    answer with it. One that does not end soon is reset."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(DROPPED):
-            while (await receive()).get("more_body", False):
-                pass
 
 
 class _Body:

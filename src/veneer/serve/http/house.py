@@ -33,8 +33,10 @@ __all__ = [
 @dataclass(frozen=True)
 class HttpSettings:
     """Limits of one server. `max_tokens` 0: up to the context. `queue`: answers that may run or wait at once, of all
-    tenants. `body_time`: seconds in which a body has to come; `stall`: seconds an answer may be unread before it ends.
-    `metric_adapters`: adapters with series of their own. `cors`: origins whose pages may ask from a browser."""
+    tenants. In seconds: `head_time` and `body_time`, in which a request's head and its body have to come; `idle`, how
+    long a connection is kept for the next one; `stall`, how long an answer may be unread before it ends. `connections`:
+    how many there may be before the one that was idle longest is closed for another. `metric_adapters`: adapters with
+    series of their own. `cors`: origins whose pages may ask from a browser."""
 
     max_body: int = 8 << 20
     max_tokens: int = 0
@@ -43,7 +45,10 @@ class HttpSettings:
     max_stops: int = 16
     max_best_of: int = 8
     queue: int = 1024
+    connections: int = 2000
+    head_time: float = 20.0
     body_time: float = 60.0
+    idle: float = 30.0
     stall: float = 60.0
     metric_adapters: int = 100
     shadows: int = 16
