@@ -15,6 +15,7 @@ Knows torch and the words of `request`; no tokenizer, no model.
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 from collections import Counter
@@ -28,6 +29,8 @@ from torch import Tensor
 from veneer.serve.request import Refused, Sampling
 
 __all__ = ["Choice", "Constraint", "Row", "sample", "scored"]
+
+log = logging.getLogger(__name__)
 
 NUCLEUS = 1024
 """Best tokens that top-p looks at first; where they do not hold its share, it looks at all."""
@@ -142,8 +145,8 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice | Refused]:
         for own, i in zip(scores, changed, strict=True):
             try:
                 rows[i].adjust(own)
-            except Refused as error:
-                failed[i] = error
+            except Exception as error:
+                failed[i] = _told(error)
         best[changed], ids[changed] = (t.to(u.dtype) for t, u in zip(scores.max(-1), (best, ids), strict=True))
         warm = [k for k, i in enumerate(changed) if rows[i].sampling.temperature]
         if warm:
@@ -161,9 +164,16 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice | Refused]:
                 raise Refused("no token has a finite score", status=500, code="internal")
             row.take(token)
             out.append(told[i] if i in told else Choice(token))
-        except Refused as error:
-            out.append(error)
+        except Exception as error:  # its own row's alone: the others have taken their tokens
+            out.append(_told(error))
     return out
+
+
+def _told(error: Exception) -> Refused:
+    if isinstance(error, Refused):
+        return error
+    log.error("a row could not be sampled", exc_info=error)
+    return Refused(f"internal error: {type(error).__name__}", status=500, code="internal")
 
 
 def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:

@@ -91,7 +91,7 @@ def create_app(
 def _log_shadow(answer: ShadowAnswer) -> None:
     record: dict[str, Any] = {
         "request": answer.request, "tenant": answer.tenant, "name": answer.name, "shadow": answer.shadow,
-        "same": answer.sent == answer.answer, "error": answer.error,
+        "same": None if answer.error else answer.sent == answer.answer, "error": answer.error,
     }  # fmt: skip
     if answer.distance is None:
         record |= {"sent_characters": len(answer.sent), "shadow_characters": len(answer.answer)}
@@ -252,15 +252,18 @@ def _keys(models: Iterable[type[BaseModel]]) -> Iterable[str]:
 def _service() -> APIRouter:
     router = APIRouter(tags=["service"])
 
-    @router.get("/health", summary="The process is alive.")
+    @router.get("/health", summary="The engine works; 503 where it is stuck, has ended, or fails at everything.")
     @router.get("/ping", include_in_schema=False)
-    async def health() -> Response:
-        return Json({"status": "ok"})
+    async def health(request: HttpRequest) -> Response:
+        wrong = house_of(request).problem()
+        return Json({"status": "failing", "reason": wrong} if wrong else {"status": "ok"}, 503 if wrong else 200)
 
     @router.get("/ready", summary="Requests are taken; 503 while loading or draining.")
     async def ready(request: HttpRequest) -> Response:
-        phase = house_of(request).phase
-        return Json({"status": phase}, status_code=200 if phase == "ready" else 503)
+        house = house_of(request)
+        if house.phase == "ready" and (wrong := house.problem()):
+            return Json({"status": "failing", "reason": wrong}, status_code=503)
+        return Json({"status": house.phase}, status_code=200 if house.phase == "ready" else 503)
 
     @router.get("/metrics", summary="For Prometheus; with tenants, an operator's key is needed.")
     async def metrics(request: HttpRequest) -> Response:

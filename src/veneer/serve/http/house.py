@@ -140,6 +140,11 @@ class House:
         task.add_done_callback(self.behind.discard)
         return True
 
+    def problem(self) -> str:
+        """Why the engine serves nobody; "" while it does."""
+        problem: Callable[[], str] | None = getattr(self.engine, "problem", None)
+        return problem() if problem is not None else ""
+
     def tidy(self) -> None:
         """Soon, and once for all who ask meanwhile, give the memory back that large bodies took: the C library keeps
         what was freed between things that were not."""
