@@ -488,3 +488,42 @@ def test_a_grammar_that_breaks_ends_its_own_row_and_the_others_take_their_tokens
         assert (bad.reason, bad.error.code) == ("error", "internal")
         alone = run(answer(engine, Request(prompt(9), replace(GREEDY, seed=3, temperature=1.0))))
         assert good[0] == alone[0]
+
+
+def test_masks_are_made_while_the_model_computes() -> None:
+    with engine_of(fresh(), Shelf()) as engine:
+        own: Callable[..., Any] = engine.runner.run
+        computing, masked = threading.Event(), threading.Event()
+        beside: list[bool] = []
+
+        def run_slowly(rows: Any) -> Any:
+            computing.set()
+            assert masked.wait(10)
+            computing.clear()
+            masked.clear()
+            return own(rows)
+
+        class Watched:
+            def mask(self) -> Any:
+                beside.append(computing.wait(10) and threading.current_thread() is not engine._thread)
+                masked.set()
+                allowed = torch.zeros(engine.vocabulary, dtype=torch.bool)
+                allowed[7] = True
+                return allowed
+
+            def advance(self, token: int) -> None:
+                assert token == 7
+
+        engine.runner.run = run_slowly  # type: ignore[method-assign]
+
+        async def ask() -> Finished:
+            inbox = asyncio.Queue[Event]()
+            request = Request(prompt(9), Sampling(max_tokens=3, temperature=0.0, ignore_eos=True))
+            engine._admit(request, Watched(), inbox.put_nowait, asyncio.get_running_loop())
+            while not isinstance(event := await inbox.get(), Finished):
+                pass
+            return event
+
+        end = run(ask())
+        assert (end.reason, end.usage.completion) == ("length", 3)
+        assert beside == [True] * 3

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.models.text import TextBase
+from veneer.serve.admission import FairPool
 from veneer.serve.cache import Cache
 from veneer.serve.detokenize import Answer
 from veneer.serve.paged import BLOCK
@@ -124,6 +125,7 @@ class TextEngine:
         self._same: tuple[Mix, int] = (BASE, 0)
         self._merger = ThreadPoolExecutor(1, thread_name_prefix="merge")
         self._merging = False
+        self._compiles, self._masks = FairPool(2, "grammar"), ThreadPoolExecutor(2, thread_name_prefix="mask")
         self._beat, self._lost = time.monotonic(), 0
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
@@ -148,6 +150,8 @@ class TextEngine:
             self._thread.join()
         self.residents.close()
         self._merger.shutdown(wait=True)
+        self._masks.shutdown(wait=True)
+        self._compiles.close()
         self.runner.close()
 
     def __enter__(self) -> TextEngine:
@@ -197,9 +201,11 @@ class TextEngine:
         if request.sampling.grammar is not None:
             from veneer.serve.grammar import matcher
 
-            grammar = await asyncio.to_thread(
-                matcher, request.sampling.grammar, self.base.tokenizer, self.vocabulary, self.base.stop_ids
-            )
+            asked, base = request.sampling.grammar, self.base
+            grammar = await self._compiles.run(
+                request.tenant, request.weight, len(asked[1]),
+                lambda: matcher(asked, base.tokenizer, self.vocabulary, base.stop_ids),
+            )  # fmt: skip
         live = self._admit(request, grammar, inbox.put_nowait, loop)
         try:
             while True:
@@ -338,6 +344,8 @@ class TextEngine:
     def _choose(self, chunks: list[Chunk], wanted: list[Chunk]) -> list[Choice | Refused | None]:
         """The next token of each chunk in `wanted`. Where the step fails, each row by itself, from the state before."""
         rows = [self._row(c) for c in chunks]
+        for chunk in wanted:
+            self._live[chunk.sequence].draws.ahead(self._masks.submit)
         try:
             logits = self._scored(chunks, rows, self.runner.run(rows))
             made = list(sample(logits, [self._live[c.sequence].draws for c in wanted])) if wanted else []

@@ -19,7 +19,8 @@ import logging
 import math
 import secrets
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,6 +88,7 @@ class Row:
         self._repeats = sampling.repetition_penalty != 1
         self._seen = dict.fromkeys(prompt) if self._repeats else {}
         self._changes = bool(grammar or sampling.logit_bias or self._counted or self._repeats)
+        self._mask: Future[Tensor] | None = None
         for token in made:
             self.take(token)
 
@@ -94,6 +96,11 @@ class Row:
     def plain(self) -> bool:
         """Whether the best of the model's own scores is the answer."""
         return not (self.sampling.temperature or self._changes or self.made < self.sampling.min_tokens)
+
+    def ahead(self, submit: Callable[[Callable[[], Tensor]], Future[Tensor]]) -> None:
+        """Begin with the grammar's mask for the next token, while the model computes the scores."""
+        if self.grammar is not None and self._mask is None:
+            self._mask = submit(self.grammar.mask)
 
     def take(self, token: int) -> None:
         """Count a token as made. `sample` does it for what it chooses."""
@@ -109,7 +116,9 @@ class Row:
         """Everything before the temperature, in place. scores: (vocabulary,), float32."""
         s = self.sampling
         if self.grammar is not None:
-            scores.masked_fill_(~self.grammar.mask().to(scores.device), -math.inf)
+            begun, self._mask = self._mask, None
+            mask = self.grammar.mask() if begun is None else begun.result()
+            scores.masked_fill_(~mask.to(scores.device), -math.inf)
         if self._ends and self.made < s.min_tokens:
             kept = scores[self._ends]
             scores[self._ends] = -math.inf
