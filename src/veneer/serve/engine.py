@@ -348,7 +348,9 @@ class TextEngine:
             self._live[chunk.sequence].draws.ahead(self._masks.submit)
         try:
             logits = self._scored(chunks, rows, self.runner.run(rows))
-            made = list(sample(logits, [self._live[c.sequence].draws for c in wanted])) if wanted else []
+            made: list[Choice | Refused | None] = (
+                list(sample(logits, [self._live[c.sequence].draws for c in wanted])) if wanted else []
+            )
             self._lost = 0
             return made
         except Exception:

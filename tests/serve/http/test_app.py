@@ -313,3 +313,7 @@ def test_health_is_the_engines(server: Live) -> None:
         answer = server.get(path)
         assert (answer.status_code, answer.json()["status"]) == (503, "failing")
         assert answer.json()["reason"] == "the engine's thread has ended"
+    server.engine.problem = lambda: ""  # type: ignore[attr-defined]
+    server.engine.trouble = lambda: "no replica answers"  # type: ignore[attr-defined]
+    assert server.get("/health").status_code == 200
+    assert (server.get("/ready").status_code, server.get("/ready").json()["reason"]) == (503, "no replica answers")

@@ -261,7 +261,7 @@ def _service() -> APIRouter:
     @router.get("/ready", summary="Requests are taken; 503 while loading or draining.")
     async def ready(request: HttpRequest) -> Response:
         house = house_of(request)
-        if house.phase == "ready" and (wrong := house.problem()):
+        if house.phase == "ready" and (wrong := house.trouble()):
             return Json({"status": "failing", "reason": wrong}, status_code=503)
         return Json({"status": house.phase}, status_code=200 if house.phase == "ready" else 503)
 

@@ -145,6 +145,11 @@ class House:
         problem: Callable[[], str] | None = getattr(self.engine, "problem", None)
         return problem() if problem is not None else ""
 
+    def trouble(self) -> str:
+        """Why requests had better go elsewhere for now: the engine's problem, or a fleet without a replica."""
+        trouble: Callable[[], str] | None = getattr(self.engine, "trouble", None)
+        return self.problem() or (trouble() if trouble is not None else "")
+
     def tidy(self) -> None:
         """Soon, and once for all who ask meanwhile, give the memory back that large bodies took: the C library keeps
         what was freed between things that were not."""
