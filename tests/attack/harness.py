@@ -126,6 +126,22 @@ class Server:
         made.sendall(data)
         return made
 
+    def sockets(self) -> list[Any]:
+        """Connections that clients have to it."""
+        return [c for c in psutil.Process(self.process.pid).net_connections("tcp") if c.status == "ESTABLISHED"]
+
+    def series(self, name: str) -> float:
+        """The sum of what /metrics says under a name."""
+        lines = self.get("/metrics", "admin").body.decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0] == name)
+
+    def wait(self, ready: Callable[[], bool], seconds: float = 30) -> None:
+        wait_for(ready, seconds)
+
+    @staticmethod
+    def body(content: Any) -> bytes:
+        return json.dumps(content).encode()
+
     def head(self, path: str, length: int, tenant: str = "a") -> bytes:
         """The beginning of a POST with a body of so many bytes, as sent on a raw socket."""
         lines = [f"{k}: {v}" for k, v in {**self.headers(tenant), "content-length": str(length)}.items()]
@@ -153,6 +169,30 @@ class Server:
         for _ in moments:
             pass
         return first
+
+    @contextmanager
+    def flooding(self, bodies: Sequence[Any], tenant: str = "a") -> Iterator[None]:
+        """Streams of completions that are read until the block ends, and then left."""
+        ends = threading.Event()
+
+        def read(body: Any) -> None:
+            with (
+                httpx.Client(base_url=self.url, timeout=120) as client,
+                client.stream("POST", "/v1/completions", json=body, headers=self.headers(tenant)) as answer,
+            ):
+                assert answer.status_code == 200, answer.read()
+                for _ in answer.iter_raw():
+                    if ends.is_set():
+                        return
+
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            running = [pool.submit(read, body) for body in bodies]
+            try:
+                yield
+            finally:
+                ends.set()
+            for each in running:
+                each.result()
 
     @contextmanager
     def watched(self, tenant: str = "b") -> Iterator[Watch]:

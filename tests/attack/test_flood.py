@@ -49,3 +49,15 @@ def test_a_queue_that_one_tenant_fills_is_open_to_others(server: Server) -> None
     *a, b = server.together([*[ask_a] * 5, ask_b])
     assert b == [200] * 8
     assert Counter(a)[429] >= 3
+
+
+def test_long_rows_of_one_tenant_make_room_for_anothers_first_token(server: Server) -> None:
+    """Thirty-two places, all of them A's, and as many of A's wait: B gets one at once."""
+    rows = asked(prompt(9), 3000) | {"n": 32, "temperature": 1.0, "stream": True}
+    quiet = sorted(server.first_token(ids=prompt(200, k)) for k in range(5))[2]
+    with server.flooding([rows, rows]):
+        server.wait(lambda: server.series("vllm:num_requests_running") == 32)
+        before = server.series("vllm:num_preemptions_total")
+        under = sorted(server.first_token(ids=prompt(200, 100 + k)) for k in range(5))[2]
+        assert server.series("vllm:num_preemptions_total") > before
+    assert under < 1.5 * quiet + 0.25  # a step that is under way, on a machine that does other things too

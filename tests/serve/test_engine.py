@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -380,3 +381,149 @@ def test_sampled_answers_depend_on_their_seed_alone() -> None:
         many = run(several(12))
         assert run(several(3)) == many[:3]
         assert len({tuple(ids) for ids in many}) > 6
+
+
+def recurrent() -> Any:
+    """A base whose layers carry a state on."""
+    from transformers import AutoModelForCausalLM, Lfm2Config
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Lfm2Config(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], max_position_embeddings=256,
+        )  # fmt: skip
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("make", [recurrent, fresh])
+def test_a_step_that_is_run_again_starts_from_where_it_was(make: Callable[[], Any]) -> None:
+    """The first rows of a step have been computed, the last one fails: the others' answers are as if it had not."""
+    model = make()
+    with engine_of(model, Shelf(), budget=16) as engine:
+        own: Callable[..., Any] = engine.runner.run
+        steps = 0
+
+        def broken(rows: Any) -> Any:
+            nonlocal steps
+            if len(rows) == 1:
+                return own(rows)
+            steps += 1
+            made = own(rows)
+            if steps % 2:
+                raise RuntimeError("after all of it was computed")
+            return made
+
+        engine.runner.run = broken  # type: ignore[method-assign]
+        prompts = [prompt(n, n) for n in (5, 20, 33)]
+
+        async def together() -> list[Any]:
+            return await asyncio.gather(*(answer(engine, Request(p, GREEDY)) for p in prompts))
+
+        got = run(together())
+        assert steps > 4
+        assert [ids for ids, _, _ in got] == [greedy(model, Shelf(), BASE, p, 12) for p in prompts]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_says_when_it_serves_nobody() -> None:
+    model = fresh()
+    with engine_of(model, Shelf(), stuck_seconds=0.2) as engine:
+        own: Callable[..., Any] = engine.runner.run
+        gate = threading.Event()
+        assert engine.problem() == ""
+
+        def fails(rows: Any) -> Any:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        def waits(rows: Any) -> Any:
+            gate.wait(20)
+            return own(rows)
+
+        async def ask() -> str:
+            return (await answer(engine, Request(prompt(9), GREEDY)))[2].reason
+
+        engine.runner.run = fails  # type: ignore[method-assign]
+        assert [run(ask()) for _ in range(3)] == ["error"] * 3
+        assert "failed for everybody" in engine.problem()
+        engine.runner.run = own  # type: ignore[method-assign]
+        assert run(ask()) == "length"
+        assert engine.problem() == ""
+        engine.runner.run = waits  # type: ignore[method-assign]
+
+        async def stuck() -> None:
+            asked = asyncio.create_task(ask())
+            await asyncio.sleep(0.5)
+            assert "has not ended" in engine.problem()
+            gate.set()
+            assert await asked == "length"
+
+        run(stuck())
+        assert engine.problem() == ""
+        engine._box.put(sys.exit)  # whatever ends it
+        engine._thread.join(10)
+        assert "has ended" in engine.problem()
+
+
+def test_a_grammar_that_breaks_ends_its_own_row_and_the_others_take_their_tokens_once() -> None:
+    model = fresh()
+    with engine_of(model, Shelf()) as engine:
+
+        class Broken:
+            def mask(self) -> Any:
+                return torch.ones(engine.vocabulary, dtype=torch.bool)
+
+            def advance(self, token: int) -> None:
+                raise RuntimeError("a bug")
+
+        async def both() -> list[Any]:
+            loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Event]()
+            engine._admit(Request(prompt(9, 1), GREEDY), Broken(), inbox.put_nowait, loop)
+            good = await answer(engine, Request(prompt(9), replace(GREEDY, seed=3, temperature=1.0)))
+            while not isinstance(event := await inbox.get(), Finished):
+                pass
+            return [good, event]
+
+        good, bad = run(both())
+        assert (bad.reason, bad.error.code) == ("error", "internal")
+        alone = run(answer(engine, Request(prompt(9), replace(GREEDY, seed=3, temperature=1.0))))
+        assert good[0] == alone[0]
+
+
+def test_masks_are_made_while_the_model_computes() -> None:
+    with engine_of(fresh(), Shelf()) as engine:
+        own: Callable[..., Any] = engine.runner.run
+        computing, masked = threading.Event(), threading.Event()
+        beside: list[bool] = []
+
+        def run_slowly(rows: Any) -> Any:
+            computing.set()
+            assert masked.wait(10)
+            computing.clear()
+            masked.clear()
+            return own(rows)
+
+        class Watched:
+            def mask(self) -> Any:
+                beside.append(computing.wait(10) and threading.current_thread() is not engine._thread)
+                masked.set()
+                allowed = torch.zeros(engine.vocabulary, dtype=torch.bool)
+                allowed[7] = True
+                return allowed
+
+            def advance(self, token: int) -> None:
+                assert token == 7
+
+        engine.runner.run = run_slowly  # type: ignore[method-assign]
+
+        async def ask() -> Finished:
+            inbox = asyncio.Queue[Event]()
+            request = Request(prompt(9), Sampling(max_tokens=3, temperature=0.0, ignore_eos=True))
+            engine._admit(request, Watched(), inbox.put_nowait, asyncio.get_running_loop())
+            while not isinstance(event := await inbox.get(), Finished):
+                pass
+            return event
+
+        end = run(ask())
+        assert (end.reason, end.usage.completion) == ("length", 3)
+        assert beside == [True] * 3

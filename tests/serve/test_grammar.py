@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -239,3 +240,22 @@ def test_without_a_fast_tokenizer() -> None:
 
     with pytest.raises(Refused, match="fast tokenizer"):
         compile_grammar("regex", "a", Slow())
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(4500)}}, "at most 2,000"),
+        ({"$ref": "#"}, "does it refer to itself"),
+        ({"anyOf": []}, "anyOf is empty"),
+    ],
+)
+def test_what_cannot_be_followed_is_told_in_our_words_and_at_once(schema: Any, says: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(Refused, match=says) as caught:
+        compiled("json_schema", json.dumps(schema))
+    assert time.monotonic() - began < 2
+    assert caught.value.status == 400
+    for inside in ("<state>", "<grammar>", "NoExtensionBias", "lexer_cost", "\n"):
+        assert inside not in caught.value.what
+    assert len(caught.value.what) < 400

@@ -100,6 +100,24 @@ def serve(
     cors: Annotated[
         list[str] | None, typer.Option("--cors", help="An origin whose pages may ask; any number of times.")
     ] = None,
+    queue: Annotated[
+        int, typer.Option("--queue", min=2, help="Answers that may run or wait at once; a tenant may have half.")
+    ] = 1024,
+    max_connections: Annotated[
+        int, typer.Option("--max-connections", min=2, help="Beyond so many the one that was idle longest is closed.")
+    ] = 2000,
+    head_seconds: Annotated[
+        float, typer.Option("--head-seconds", min=0.1, help="How long a request's first lines may take to come.")
+    ] = 20.0,
+    body_seconds: Annotated[
+        float, typer.Option("--body-seconds", min=0.1, help="How long a request's body may take to come.")
+    ] = 60.0,
+    idle_seconds: Annotated[
+        float, typer.Option("--idle-seconds", min=1, help="How long a connection is kept for its next request.")
+    ] = 30.0,
+    stall_seconds: Annotated[
+        float, typer.Option("--stall-seconds", min=0.1, help="How long a client may read nothing of its answer.")
+    ] = 60.0,
     drain_seconds: Annotated[
         float, typer.Option("--drain-seconds", min=0, help="How long running answers may go on after SIGTERM.")
     ] = 30.0,
@@ -146,7 +164,17 @@ def serve(
         dtype=dtype,
         device=device,
         drain=drain_seconds,
-        http=HttpSettings(max_tokens=max_tokens, slots=max_batch, cors=tuple(cors or [])),
+        http=HttpSettings(
+            max_tokens=max_tokens,
+            slots=max_batch,
+            cors=tuple(cors or []),
+            queue=queue,
+            connections=max_connections,
+            head_time=head_seconds,
+            body_time=body_seconds,
+            idle=idle_seconds,
+            stall=stall_seconds,
+        ),
     )
     if host not in ("127.0.0.1", "localhost", "::1") and not (api_keys or tenants or admin_key):
         _say(f"note: whoever reaches {host}:{port} may ask, and load adapters; --api-keys or --tenants closes that")

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.models.text import TextBase
+from veneer.serve.admission import FairPool
 from veneer.serve.cache import Cache
 from veneer.serve.detokenize import Answer
 from veneer.serve.paged import BLOCK
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 SCORED = 64
 """Tokens of a prompt whose logprobs are taken at once: each holds its row of logits in float32."""
 
+LOST = 3
+"""Steps in a row that failed for everybody in them, after which the engine says so."""
 STEPS = 64
 """Steps from which the engine learns how long steps take."""
 
@@ -53,7 +56,8 @@ class EngineSettings:
     """`rows`: sequences at once; `budget`: tokens in a step; `cache_bytes`: of keys and values; `adapter_bytes`: of
     adapters in memory; `queue`: requests that may wait; `merge_bytes`: what a second set of weights may take, for a mix
     that every row of `merge_after` steps in a row had, 0 for never. `weights`: see Runner. `step_seconds`: how long a
-    step may take where there are tenants, so that whoever comes need not wait long for it to end."""
+    step may take where there are tenants, so that whoever comes need not wait long for it to end; `stuck_seconds`: how
+    long it takes until one that does not end is a fault."""
 
     rows: int = 32
     budget: int = 512
@@ -63,7 +67,8 @@ class EngineSettings:
     merge_bytes: int = 512 << 20
     merge_after: int = 256
     weights: WeightKind = "dense"
-    step_seconds: float = 0.15
+    step_seconds: float = 0.2
+    stuck_seconds: float = 120.0
 
 
 @dataclass(eq=False)
@@ -120,6 +125,8 @@ class TextEngine:
         self._same: tuple[Mix, int] = (BASE, 0)
         self._merger = ThreadPoolExecutor(1, thread_name_prefix="merge")
         self._merging = False
+        self._compiles, self._masks = FairPool(2, "grammar"), ThreadPoolExecutor(2, thread_name_prefix="mask")
+        self._beat, self._lost = time.monotonic(), 0
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     # -- for whoever runs it -------------------------------------------------------------------------------------------
@@ -143,6 +150,8 @@ class TextEngine:
             self._thread.join()
         self.residents.close()
         self._merger.shutdown(wait=True)
+        self._masks.shutdown(wait=True)
+        self._compiles.close()
         self.runner.close()
 
     def __enter__(self) -> TextEngine:
@@ -154,6 +163,16 @@ class TextEngine:
     def problems(self, adapter: Adapter) -> list[str]:
         """Why an adapter cannot be served here with full effect, one line each."""
         return self.runner.problems(adapter)
+
+    def problem(self) -> str:
+        """Why nobody is served, if nobody is: a step that does not end, a thread that has, a device that fails."""
+        if self._state not in ("open", "draining"):
+            return ""
+        if not self._thread.is_alive():
+            return "the engine's thread has ended"
+        if (seconds := time.monotonic() - self._beat) > self.settings.stuck_seconds:
+            return f"the engine's step has not ended for {seconds:.0f} s"
+        return f"the last {self._lost} steps failed for everybody in them" if self._lost >= LOST else ""
 
     def stats(self) -> EngineStats:
         c, memory = self._counts, self.residents.stats()
@@ -182,9 +201,11 @@ class TextEngine:
         if request.sampling.grammar is not None:
             from veneer.serve.grammar import matcher
 
-            grammar = await asyncio.to_thread(
-                matcher, request.sampling.grammar, self.base.tokenizer, self.vocabulary, self.base.stop_ids
-            )
+            asked, base = request.sampling.grammar, self.base
+            grammar = await self._compiles.run(
+                request.tenant, request.weight, len(asked[1]),
+                lambda: matcher(asked, base.tokenizer, self.vocabulary, base.stop_ids),
+            )  # fmt: skip
         live = self._admit(request, grammar, inbox.put_nowait, loop)
         try:
             while True:
@@ -234,11 +255,14 @@ class TextEngine:
 
     def _work(self) -> None:
         while self._state != "closed":
+            self._beat = time.monotonic()
             try:
                 self._read_notes(wait=not self.scheduler.running and not self._startable())
+                self._beat = time.monotonic()
                 self._step()
             except Exception:  # a fault of ours: whoever is here is told, and the next are served
                 log.exception("the engine's step failed")
+                self._lost += 1
                 for live in list(self._by_id.values()):
                     self._end(live, "error", error=Refused("internal error", status=500, code="internal"))
             self._send()
@@ -318,18 +342,27 @@ class TextEngine:
             self.scheduler.pace = Pace(fixed, row, token, self.settings.step_seconds)
 
     def _choose(self, chunks: list[Chunk], wanted: list[Chunk]) -> list[Choice | Refused | None]:
-        """The next token of each chunk in `wanted`. Where the step fails, each row by itself."""
+        """The next token of each chunk in `wanted`. Where the step fails, each row by itself, from the state before."""
         rows = [self._row(c) for c in chunks]
+        for chunk in wanted:
+            self._live[chunk.sequence].draws.ahead(self._masks.submit)
         try:
             logits = self._scored(chunks, rows, self.runner.run(rows))
-            return list(sample(logits, [self._live[c.sequence].draws for c in wanted])) if wanted else []
+            made: list[Choice | Refused | None] = (
+                list(sample(logits, [self._live[c.sequence].draws for c in wanted])) if wanted else []
+            )
+            self._lost = 0
+            return made
         except Exception:
             log.exception("a step over %d rows failed; each is run by itself", len(rows))
         out: dict[int, Choice | Refused | None] = {id(c): None for c in wanted}
-        for chunk, row in zip(chunks, rows, strict=True):
+        self._lost += 1
+        for chunk in chunks:
             live = self._live[chunk.sequence]
             try:
+                row = self._row(chunk, again=not self.runner.shares)
                 logits = self._scored([chunk], [row], self.runner.run([row]))
+                self._lost = 0
                 if chunk.last:
                     out[id(chunk)] = sample(logits, [live.draws])[0]
             except Exception as error:
@@ -337,13 +370,17 @@ class TextEngine:
                 self._end(live, "error", error=refused)
         return list(out.values())
 
-    def _row(self, chunk: Chunk) -> Row:
+    def _row(self, chunk: Chunk, *, again: bool = False) -> Row:
+        """`again`: from the sequence's beginning. Keys and values in pages are written as often as one likes; a state
+        that layers carry on has moved by some of the step or all of it, so it is made anew."""
         sequence, live = chunk.sequence, self._live[chunk.sequence]
         assert sequence.table is not None
         mix = live.lease.parts if live.lease is not None else ()
         tokens = sequence.tokens[chunk.start : chunk.end]
         scored = live.request.sampling.prompt_logprobs and chunk.start < sequence.prompt
         wants = len(tokens) if scored else int(chunk.last)
+        if again:
+            return Row(sequence.tokens[: chunk.end], 0, sequence.table.blocks, mix, wants, id(sequence))
         return Row(tokens, chunk.start, sequence.table.blocks, mix, wants, id(sequence))
 
     def _scored(self, chunks: list[Chunk], rows: list[Row], logits: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ Knows torch and the words of `request`; no tokenizer, no model.
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +30,8 @@ from torch import Tensor
 from veneer.serve.request import Refused, Sampling
 
 __all__ = ["Choice", "Constraint", "Row", "sample", "scored"]
+
+log = logging.getLogger(__name__)
 
 NUCLEUS = 1024
 """Best tokens that top-p looks at first; where they do not hold its share, it looks at all."""
@@ -84,6 +88,7 @@ class Row:
         self._repeats = sampling.repetition_penalty != 1
         self._seen = dict.fromkeys(prompt) if self._repeats else {}
         self._changes = bool(grammar or sampling.logit_bias or self._counted or self._repeats)
+        self._mask: Future[Tensor] | None = None
         for token in made:
             self.take(token)
 
@@ -91,6 +96,11 @@ class Row:
     def plain(self) -> bool:
         """Whether the best of the model's own scores is the answer."""
         return not (self.sampling.temperature or self._changes or self.made < self.sampling.min_tokens)
+
+    def ahead(self, submit: Callable[[Callable[[], Tensor]], Future[Tensor]]) -> None:
+        """Begin with the grammar's mask for the next token, while the model computes the scores."""
+        if self.grammar is not None and self._mask is None:
+            self._mask = submit(self.grammar.mask)
 
     def take(self, token: int) -> None:
         """Count a token as made. `sample` does it for what it chooses."""
@@ -106,7 +116,9 @@ class Row:
         """Everything before the temperature, in place. scores: (vocabulary,), float32."""
         s = self.sampling
         if self.grammar is not None:
-            scores.masked_fill_(~self.grammar.mask().to(scores.device), -math.inf)
+            begun, self._mask = self._mask, None
+            mask = self.grammar.mask() if begun is None else begun.result()
+            scores.masked_fill_(~mask.to(scores.device), -math.inf)
         if self._ends and self.made < s.min_tokens:
             kept = scores[self._ends]
             scores[self._ends] = -math.inf
@@ -142,8 +154,8 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice | Refused]:
         for own, i in zip(scores, changed, strict=True):
             try:
                 rows[i].adjust(own)
-            except Refused as error:
-                failed[i] = error
+            except Exception as error:
+                failed[i] = _told(error)
         best[changed], ids[changed] = (t.to(u.dtype) for t, u in zip(scores.max(-1), (best, ids), strict=True))
         warm = [k for k, i in enumerate(changed) if rows[i].sampling.temperature]
         if warm:
@@ -161,9 +173,16 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice | Refused]:
                 raise Refused("no token has a finite score", status=500, code="internal")
             row.take(token)
             out.append(told[i] if i in told else Choice(token))
-        except Refused as error:
-            out.append(error)
+        except Exception as error:  # its own row's alone: the others have taken their tokens
+            out.append(_told(error))
     return out
+
+
+def _told(error: Exception) -> Refused:
+    if isinstance(error, Refused):
+        return error
+    log.error("a row could not be sampled", exc_info=error)
+    return Refused(f"internal error: {type(error).__name__}", status=500, code="internal")
 
 
 def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:

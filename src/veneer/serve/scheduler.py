@@ -8,9 +8,10 @@ step, in the order of the tenants' counters, and within a tenant of who waited l
 Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of what it was given,
 prompt tokens computed and two or more for each generated one (by the time it takes), divided by its weight. The next
 place, and the next tokens of prompts, go to the tenant with the lowest counter. A tenant that comes back after a pause
-is lifted to the lowest counter of those at work: idle time earns nothing. Within a tenant: first come, first served;
-one whose adapter is still being read is passed over. A step that brings somebody's first token is made at most twice as
-long by other tenants' prompts.
+is lifted to the lowest counter of those at work: idle time earns nothing. A prompt of ordinary length is counted when
+it has brought its first token, so that whoever comes to a busy server is not made to wait half-way. Within a tenant:
+first come, first served; one whose adapter is still being read is passed over. A step that brings somebody's first
+token is made at most twice as long by other tenants' prompts.
 
 Places: whoever has the lowest counter, and less than its share (by weight, of those at work) of places and blocks, does
 not wait until others end: of the tenant that has most above its share the youngest is pre-empted.
@@ -40,6 +41,8 @@ PIECE = 32
 SHORT = 64
 """Tokens of other tenants' prompts that a step may always have beside one whose first token it brings."""
 GENERATED = 2.0
+CREDIT = 512
+"""Tokens of prompts that a tenant is charged for when they have brought a first token, and not before."""
 DEAREST = 32.0
 """What a generated token counts beside one of a prompt, at least and at most: a step of its own, nearly (the paper's
 weights are 1 and 2; on a processor a row of a step may take as long as a dozen tokens of a prompt)."""
@@ -113,6 +116,7 @@ class Pace:
 class _Tenant:
     weight: float = 1.0
     counter: float = 0.0
+    owed: float = 0.0
     waiting: deque[Sequence] = field(default_factory=deque)
     running: int = 0
 
@@ -217,9 +221,12 @@ class Scheduler:
         sequence.computed = chunk.end
         self.cache.computed(sequence.table, sequence.tokens[: chunk.end])
         new = min(chunk.end, sequence.prompt) - max(sequence.charged, sequence.cached)
+        tenant = self._tenants[sequence.request.tenant]
         if new > 0:  # not for what is computed again after a pre-emption
-            self._charge(sequence, new)
+            tenant.owed += new
             sequence.charged = max(sequence.charged, sequence.cached) + new
+        if chunk.last or tenant.owed > CREDIT:
+            self._settle(tenant)
 
     def appended(self, sequence: Sequence, token: int) -> None:
         sequence.tokens.append(token)
@@ -232,6 +239,10 @@ class Scheduler:
         at_work = [t.counter for t in self._tenants.values() if t.waiting or t.running]
         self._floor = min(at_work, default=self._floor)
         return self._floor
+
+    def _settle(self, tenant: _Tenant) -> None:
+        tenant.counter += tenant.owed / tenant.weight
+        tenant.owed = 0.0
 
     def _charge(self, sequence: Sequence, tokens: float) -> None:
         self._tenants[sequence.request.tenant].counter += tokens / sequence.request.weight
@@ -332,3 +343,4 @@ class Scheduler:
         sequence.table, sequence.computed = None, 0
         self.running.remove(sequence)
         self._tenants[sequence.request.tenant].running -= 1
+        self._settle(self._tenants[sequence.request.tenant])

@@ -14,8 +14,10 @@ import asyncio
 import hmac
 import logging
 import re
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from veneer.errors import ConfigError
 from veneer.serve.access import Caller, OpenAccess, Tenancy
+from veneer.serve.http.connection import connection_of, many_files
 from veneer.serve.http.errors import Json, answer_error
 from veneer.serve.http.house import House, HttpSettings, ShadowAnswer
 from veneer.serve.request import EngineStats, Event, Refused, Request
@@ -46,6 +49,10 @@ __all__ = [
 ]
 
 log = logging.getLogger("veneer.serve")
+
+SWITCH = 0.001
+"""Seconds after which a thread that computes in Python gives the interpreter to one that waits for it. A step gives it
+up and takes it back at each of its operations; at the usual 5 ms it would wait for a second beside one such thread."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +323,11 @@ def _operator(tenancy: Tenancy, routers: list[Any]) -> dict[str, Any]:
         more["on_change"] = lambda what, name, after: note("operator", what, name, None, after)
 
         def keep(answer: ShadowAnswer) -> None:
+            if answer.error:  # nothing was compared
+                log.warning(
+                    "the shadow %s of %s failed (%s): %s", answer.shadow, answer.name, answer.request, answer.error
+                )
+                return
             sides = [(answer.target, answer.sent, answer.sent_usage), (answer.shadow, answer.answer, answer.usage)]
             target, shadow = ((name, text, u.completion, u.prefill + u.decode) for name, text, u in sides)
             rollouts.log_shadow(
@@ -459,13 +471,16 @@ def serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[]
     front = Front(make or (lambda: build(settings, say)), failed)
     config = uvicorn.Config(
         front, host=settings.host, port=settings.port, log_level="warning", ws="none", lifespan="on",
-        timeout_graceful_shutdown=2, timeout_keep_alive=30, use_colors=False,
+        timeout_graceful_shutdown=2, timeout_keep_alive=ceil(settings.http.idle), http=connection_of(settings.http),
+        backlog=1024, use_colors=False,
     )  # fmt: skip
     if not logging.getLogger().handlers:  # else the process that serves has its own way to log
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("veneer").setLevel(logging.INFO)
     server = _Server(config, settings.drain)
     server.front = front
+    many_files(settings.http.connections)
+    sys.setswitchinterval(SWITCH)
     say(f"listening on http://{settings.host}:{settings.port}; /ready says when the base is loaded")
     server.run()
     if errors:

@@ -304,3 +304,16 @@ def test_the_description_is_whole(server: Live) -> None:
 )
 def test_names_reach_no_file_system(server: Live, path: str) -> None:
     assert server.get(path).status_code == 404
+
+
+def test_health_is_the_engines(server: Live) -> None:
+    assert server.get("/health").json() == {"status": "ok"}
+    server.engine.problem = lambda: "the engine's thread has ended"  # type: ignore[attr-defined]
+    for path in ("/health", "/ready"):
+        answer = server.get(path)
+        assert (answer.status_code, answer.json()["status"]) == (503, "failing")
+        assert answer.json()["reason"] == "the engine's thread has ended"
+    server.engine.problem = lambda: ""  # type: ignore[attr-defined]
+    server.engine.trouble = lambda: "no replica answers"  # type: ignore[attr-defined]
+    assert server.get("/health").status_code == 200
+    assert (server.get("/ready").status_code, server.get("/ready").json()["reason"]) == (503, "no replica answers")

@@ -13,7 +13,6 @@ import logging
 import typing
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -40,8 +39,6 @@ __all__ = ["create_app"]
 
 STRANGERS = "?"
 """Whose the requests are that need no key, where room is shared out; no tenant can have this name."""
-DROPPED = 2.0
-"""Seconds that the rest of a body may take whose request was refused."""
 OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/redoc")
 """Paths that need no key."""
 
@@ -94,7 +91,7 @@ def create_app(
 def _log_shadow(answer: ShadowAnswer) -> None:
     record: dict[str, Any] = {
         "request": answer.request, "tenant": answer.tenant, "name": answer.name, "shadow": answer.shadow,
-        "same": answer.sent == answer.answer, "error": answer.error,
+        "same": None if answer.error else answer.sent == answer.answer, "error": answer.error,
     }  # fmt: skip
     if answer.distance is None:
         record |= {"sent_characters": len(answer.sent), "shadow_characters": len(answer.answer)}
@@ -131,7 +128,6 @@ class Door:
             if (place := scope.get("veneer.place")) is not None:
                 place.leave()
             self.house.metrics.refused.labels(refused.code).inc()
-            await _dropped(receive)
             return await answer_error(refused, surface)(scope, receive, numbered)
         working = request.method not in ("GET", "HEAD", "OPTIONS")
         self.house.inside += working
@@ -159,15 +155,6 @@ class Door:
         place.take("bodies", size)
         if house.phase != "ready" and request.method == "POST":
             raise Refused(f"the server is {house.phase}", status=503, code="shutting_down", retry_after=5.0)
-
-
-async def _dropped(receive: Receive) -> None:
-    """Take in a body that is not wanted: a connection that is closed while its client still writes is reset, and the
-    answer with it. One that does not end soon is reset."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(DROPPED):
-            while (await receive()).get("more_body", False):
-                pass
 
 
 class _Body:
@@ -265,15 +252,18 @@ def _keys(models: Iterable[type[BaseModel]]) -> Iterable[str]:
 def _service() -> APIRouter:
     router = APIRouter(tags=["service"])
 
-    @router.get("/health", summary="The process is alive.")
+    @router.get("/health", summary="The engine works; 503 where it is stuck, has ended, or fails at everything.")
     @router.get("/ping", include_in_schema=False)
-    async def health() -> Response:
-        return Json({"status": "ok"})
+    async def health(request: HttpRequest) -> Response:
+        wrong = house_of(request).problem()
+        return Json({"status": "failing", "reason": wrong} if wrong else {"status": "ok"}, 503 if wrong else 200)
 
     @router.get("/ready", summary="Requests are taken; 503 while loading or draining.")
     async def ready(request: HttpRequest) -> Response:
-        phase = house_of(request).phase
-        return Json({"status": phase}, status_code=200 if phase == "ready" else 503)
+        house = house_of(request)
+        if house.phase == "ready" and (wrong := house.trouble()):
+            return Json({"status": "failing", "reason": wrong}, status_code=503)
+        return Json({"status": house.phase}, status_code=200 if house.phase == "ready" else 503)
 
     @router.get("/metrics", summary="For Prometheus; with tenants, an operator's key is needed.")
     async def metrics(request: HttpRequest) -> Response:

@@ -33,8 +33,10 @@ __all__ = [
 @dataclass(frozen=True)
 class HttpSettings:
     """Limits of one server. `max_tokens` 0: up to the context. `queue`: answers that may run or wait at once, of all
-    tenants. `body_time`: seconds in which a body has to come; `stall`: seconds an answer may be unread before it ends.
-    `metric_adapters`: adapters with series of their own. `cors`: origins whose pages may ask from a browser."""
+    tenants. In seconds: `head_time` and `body_time`, in which a request's head and its body have to come; `idle`, how
+    long a connection is kept for the next one; `stall`, how long an answer may be unread before it ends. `connections`:
+    how many there may be before the one that was idle longest is closed for another. `metric_adapters`: adapters with
+    series of their own. `cors`: origins whose pages may ask from a browser."""
 
     max_body: int = 8 << 20
     max_tokens: int = 0
@@ -43,7 +45,10 @@ class HttpSettings:
     max_stops: int = 16
     max_best_of: int = 8
     queue: int = 1024
+    connections: int = 2000
+    head_time: float = 20.0
     body_time: float = 60.0
+    idle: float = 30.0
     stall: float = 60.0
     metric_adapters: int = 100
     shadows: int = 16
@@ -134,6 +139,16 @@ class House:
         self.behind.add(task)
         task.add_done_callback(self.behind.discard)
         return True
+
+    def problem(self) -> str:
+        """Why the engine serves nobody; "" while it does."""
+        problem: Callable[[], str] | None = getattr(self.engine, "problem", None)
+        return problem() if problem is not None else ""
+
+    def trouble(self) -> str:
+        """Why requests had better go elsewhere for now: the engine's problem, or a fleet without a replica."""
+        trouble: Callable[[], str] | None = getattr(self.engine, "trouble", None)
+        return self.problem() or (trouble() if trouble is not None else "")
 
     def tidy(self) -> None:
         """Soon, and once for all who ask meanwhile, give the memory back that large bodies took: the C library keeps

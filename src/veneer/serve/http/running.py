@@ -27,6 +27,8 @@ from veneer.serve.request import Finished, Refused, Request, Sampling, Started, 
 __all__ = ["Answer", "Ask", "ClientLeft", "Opened", "collect", "opened", "run", "seed_of", "total", "unless_left"]
 
 T = TypeVar("T")
+SHADOWS = "~shadows"
+"""Whose the answers of shadows are where the engine is shared out: nobody's who asked."""
 Told = tuple[int, Started | Token | Finished]
 
 
@@ -246,7 +248,7 @@ def _shadow(house: House, ask: Ask, request: Request) -> asyncio.Future[Sent] | 
         return None
     name, mix = ask.chosen.served.shadow
     sent: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
-    behind = replace(request, mix=mix, id=f"{request.id}-shadow")
+    behind = replace(request, mix=mix, id=f"{request.id}-shadow", tenant=SHADOWS, weight=0.1)
     return sent if house.follow(lambda: _follow(house, ask, behind, name, sent)) else None
 
 
@@ -257,8 +259,9 @@ async def _follow(house: House, ask: Ask, request: Request, shadow: str, sent: a
         async with aclosing(events):
             async for event in events:
                 answer.add(event)
-        if answer.end is not None and answer.end.error is not None:
-            error = message_of(answer.end.error)
+        if answer.end is None or answer.end.reason in ("error", "cancelled"):
+            why = answer.end.error if answer.end is not None else None
+            error = message_of(why) if why is not None else "its answer was broken off"
     except Exception as problem:  # a shadow never disturbs what it follows
         error = problem_of(problem)
     with suppress(asyncio.CancelledError):

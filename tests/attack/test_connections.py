@@ -1,0 +1,105 @@
+"""Connections that are slow, idle or not read: each is closed in its time, and nobody else notices."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from tests.attack.harness import GAP, SOON, Server, asked, target
+from tests.serve.whole import Shop, prompt
+
+MOST = 60
+LIMITS = [
+    "--head-seconds", "1", "--body-seconds", "2", "--idle-seconds", "1", "--stall-seconds", "2",
+    "--max-connections", str(MOST),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with target(shop, tmp_path_factory.mktemp("home"), *LIMITS) as made:
+        yield made
+
+
+def closed_after(connection: socket.socket, send: bytes = b"", every: float = 0.2, most: float = 8.0) -> float:
+    """Seconds until the server closes; `send` is written to it again and again meanwhile."""
+    began = time.monotonic()
+    connection.settimeout(every)
+    while time.monotonic() - began < most:
+        try:
+            if send:
+                connection.sendall(send)
+            if not connection.recv(1 << 16):
+                return time.monotonic() - began
+        except TimeoutError:
+            continue
+        except OSError:
+            return time.monotonic() - began
+    raise AssertionError("it stays open")
+
+
+def test_a_connection_that_says_nothing_is_closed(server: Server) -> None:
+    with server.raw() as idle:
+        assert 0.5 < closed_after(idle) < 3
+
+
+def test_a_head_that_comes_by_the_letter_is_closed(server: Server) -> None:
+    with server.raw(b"POST /v1/completions HTTP/1.1\r\nx-long: ") as slow:
+        assert 0.5 < closed_after(slow, b"x") < 3
+
+
+def test_a_kept_connection_is_closed_when_it_is_idle_and_when_its_next_head_is_slow(server: Server) -> None:
+    for send in (b"", b"x"):
+        with server.raw(b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n") as kept:
+            assert b"200 OK" in kept.recv(1 << 16)
+            assert 0.5 < closed_after(kept, send) < 4
+
+
+def test_a_body_that_comes_by_the_letter_is_refused(server: Server) -> None:
+    with server.watched() as b, server.raw(server.head("/v1/completions", 4000)) as slow:
+        assert 1 < closed_after(slow, b" ") < 7
+    assert b.worst < GAP
+    answer = b""
+    with server.raw(server.head("/v1/completions", 4000)) as slow:
+        while b"\r\n\r\n" not in answer:
+            answer += slow.recv(1 << 16)
+    assert b" 408 " in answer
+
+
+def test_a_body_that_goes_on_after_its_answer_is_cut_off(server: Server) -> None:
+    with server.raw(server.head("/nowhere", 9 << 20)) as late:  # too large: refused at its head
+        assert b" 413 " in late.recv(1 << 16)
+        assert 1 < closed_after(late, b" ") < 7
+
+
+def test_thousands_of_idle_connections_shut_nobody_out(server: Server) -> None:
+    with server.watched() as b, ExitStack() as idle:
+        for _ in range(5 * MOST):
+            idle.enter_context(server.raw())
+        for _ in range(5):
+            assert server.get("/health", None).seconds < SOON
+        assert server.first_token() < SOON
+        assert len(server.sockets()) <= MOST + 5
+    assert b.worst < GAP
+
+
+def test_a_client_that_does_not_read_loses_its_rows(server: Server) -> None:
+    """Its answer would take a minute and fills every buffer; then its rows are free again."""
+    body = asked(prompt(9), 3000) | {"stream": True, "n": 16, "temperature": 1.0, "logprobs": 20}
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", server.port))
+        raw = server.body(body)
+        deaf.sendall(server.head("/v1/completions", len(raw)) + raw)
+        began = time.monotonic()
+        server.wait(lambda: server.series("vllm:num_requests_running") > 0)
+        with server.watched() as b:
+            server.wait(lambda: server.series("vllm:num_requests_running") <= 1, 40)
+        assert time.monotonic() - began < 30
+    assert b.worst < 2 * GAP
+    made = server.series("vllm:generation_tokens_total")
+    assert made < 16 * 3000

@@ -1,0 +1,52 @@
+"""Grammars that cost much to compile or to follow: refused in time and in our words, beside a stream that goes on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.attack.harness import GAP, Server
+
+SCHEMAS: dict[str, Any] = {
+    "4,500 properties": {"type": "object", "properties": {f"property_{i}": {"type": "string"} for i in range(4500)}},
+    "itself": {"$ref": "#"},
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_that_cannot_be_followed(server: Server, name: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMAS[name]}}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20, "response_format": form}
+    with server.watched() as b:
+        answers = server.together([lambda: server.post("/v1/chat/completions", body)] * 4)
+    for answer in answers:
+        assert answer.status == 400
+        assert answer.json["error"]["message"].startswith("the grammar cannot be used: ")
+        assert len(answer.body) < 600
+        assert answer.seconds < 2
+    assert b.worst < GAP
+
+
+def test_hostile_regular_expressions(server: Server) -> None:
+    """They held before; each is answered or refused, and the worst gap stays far below what it was."""
+    patterns = [
+        "(a+)+$",
+        "(a|aa)*b",
+        "(.*a){20}",
+        "[a-z]{1,1000}([0-9]{1,1000})?",
+        "((a{1,50}){1,50}){1,50}",
+        "(" * 200 + "a" + ")" * 200,
+    ]
+    with server.watched() as b:
+        answers = server.together(
+            [
+                lambda p=p: server.post("/v1/completions", {"prompt": "Hi", "max_tokens": 40, "guided_regex": p})
+                for p in patterns
+            ]
+        )
+    for answer in answers:
+        assert answer.status in (200, 400), answer.body[:500]
+        assert "<state>" not in json.dumps(answer.json)
+    assert b.worst < 2 * GAP
