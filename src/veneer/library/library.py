@@ -36,12 +36,25 @@ from veneer.library import index as ix
 from veneer.library.describe import Described, content_of, describe
 from veneer.library.names import Reference, check_alias, check_file_name, check_name, check_tag, parse_reference
 from veneer.library.queries import Version, find, record, search
-from veneer.library.store import Directory, Remote, blob_path, canonical, hash_file, manifest_path, open_store
+from veneer.library.store import (
+    Directory,
+    Remote,
+    answering,
+    blob_path,
+    canonical,
+    hash_file,
+    manifest_path,
+    open_store,
+)
 from veneer.models.home import veneer_home
 
-__all__ = ["Added", "Library", "library_place", "open_library"]
+__all__ = ["Added", "Library", "NotKept", "library_place", "open_library"]
 
 MARK = "library.json"
+
+
+class NotKept(AdapterError):
+    """Raised for a reference that means nothing in the library; `fix` names the nearest that does."""
 
 
 @dataclass
@@ -77,7 +90,7 @@ class Library:
     def find(self, reference: str) -> Version:
         """The version that a reference means.
 
-        Raises AdapterError, with the nearest names, where there is none, or where a digest's prefix fits several
+        Raises NotKept, with the nearest names, where there is none; AdapterError where a digest's prefix fits several
         adapters; ConfigError for text that is no reference."""
         wanted = parse_reference(reference)
         with ix.reading(self.engine) as c:
@@ -89,16 +102,16 @@ class Library:
                 raise AdapterError(f"{reference} fits several adapters:\n{shown}", where=self.location)
             raise self._unknown(c, reference, wanted.name)
 
-    def _unknown(self, c: Connection, reference: str, name: str) -> AdapterError:
+    def _unknown(self, c: Connection, reference: str, name: str) -> NotKept:
         kept = c.scalars(select(ix.versions.c.version).where(ix.versions.c.name == name)).all()
         if kept:
             pointers = c.scalars(select(ix.aliases.c.alias).where(ix.aliases.c.name == name)).all()
             has = ", ".join([f"{name}@{w}" for w in [*sorted(kept)[-5:], *sorted(pointers)]])
-            return AdapterError(f"the library has no {reference}", where=self.location, fix=f"it has {has}")
+            return NotKept(f"the library has no {reference}", where=self.location, fix=f"it has {has}")
         every = c.scalars(select(ix.names.c.name).where(ix.names.c.latest.is_not(None))).all() if name else []
         near = nearest(name, every, 3)
         fix = f"did you mean {' or '.join(near)}?" if near else "see `veneer library list`"
-        return AdapterError(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
+        return NotKept(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
 
     def search(self, text: str = "", **filters: Any) -> list[Version]:
         """The versions that fit, by name; `queries.search` has the filters. Without any: the latest of each name."""
@@ -110,7 +123,8 @@ class Library:
 
         A local store links, so nothing is copied. A remote one is fetched into this machine's cache, each file checked
         against its sha256. The path stays good until garbage collection after the last name of the content went.
-        Raises AdapterError where there is no such adapter, or its files are missing or damaged."""
+        Raises NotKept where there is no such adapter, AdapterError where its files are missing or damaged,
+        UnavailableError where the store does not answer."""
         version = self.find(reference)
         kept = self.files(version.entry)
         local = self.store if isinstance(self.store, Directory) else self.cache
@@ -130,7 +144,7 @@ class Library:
     def _fetch(self, store: Remote, kept: Mapping[str, tuple[str, int]]) -> None:
         for sha256, size in kept.values():
             if self.cache.size(blob_path(sha256)) != size:
-                with store.open(blob_path(sha256)) as source:
+                with answering(self.location), store.open(blob_path(sha256)) as source:
                     self.cache.fill(blob_path(sha256), source, sha256)
 
     def files(self, entry: str) -> dict[str, tuple[str, int]]:

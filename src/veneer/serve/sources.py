@@ -16,6 +16,9 @@ What cannot be served is Refused(adapter_unusable) whose message begins with a r
     | new_tokens_unsupported       | 400    | words that the tokenizer does not have                                   |
     | form_unsupported             | 400    | anything else that the runner cannot serve with its full effect          |
     | changed                      | 409    | the file was replaced since it was loaded: load it again                 |
+    | damaged                      | 503    | what the library keeps of it is missing or not what was put there        |
+
+A store, a database or a disk that does not answer is no fault of the adapter's: 503 `unavailable`, to be tried again.
 
 Knows the library, files and one base; no names of a server, no requests.
 """
@@ -31,12 +34,13 @@ from itertools import islice
 from pathlib import Path
 
 from veneer.core.adapter import Adapter
-from veneer.errors import AdapterError, ConfigError, MismatchError, ResourceError, UnsafeFileError, VeneerError
+from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, VeneerError
 from veneer.formats import read as reader
 from veneer.library import index
-from veneer.library.library import Library
+from veneer.library.library import Library, NotKept
 from veneer.library.names import parse_reference
 from veneer.library.queries import find
+from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import Refused
 from veneer.using import Base, load_adapter
 
@@ -209,17 +213,25 @@ class Sources:
         return adapter
 
     def _from_library(self, place: Place) -> Path:
+        """The files, fetched where they are elsewhere. What fails here is no fault of the adapter's."""
         assert self.library is not None
         try:
             return self.library.resolve(place.reference)
+        except NotKept as error:
+            raise unusable("not_found", f"the library has {place.root} no more", status=404) from error
         except AdapterError as error:
-            raise unusable("not_found", error.what, status=404) from error
+            refused = outage(f"the library's copy of {place.root}", error)
+            raise unusable("damaged", refused.what, status=503, fix=refused.fix) from error
+        except Exception as error:
+            raise fault(f"the library's copy of {place.root}", error) from error
 
     def _reads_as(self, path: Path, digest: str) -> bool:
         """Whether it is the same without a base to read it by, as the library's index has it."""
         return reader.read(path).adapter.digest() == digest
 
     def _refusal(self, place: Place, error: Exception) -> Refused:
+        if is_outage(error):
+            return outage(place.root, error)
         what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
         for hidden, shown in self._paths(place).items():
             what = what.replace(hidden, shown)
@@ -227,8 +239,6 @@ class Sources:
             reason = "unsafe_file"
         elif isinstance(error, MismatchError):
             reason = "wrong_base"
-        elif isinstance(error, ResourceError | MemoryError):
-            reason = "too_large"
         elif "NaN" in what or "not finite" in what:
             reason = "not_finite"
         else:
@@ -248,7 +258,7 @@ class Sources:
         """Whether the files are an adapter, if not this base's."""
         try:
             reader.read(place.path or self._from_library(place))
-        except Exception:
+        except Exception:  # whatever a reader meets: the files are at hand, so it is theirs
             return False
         return True
 

@@ -230,7 +230,7 @@ def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
         return Response(status_code=499)
 
     async def unexpected(request: HttpRequest, error: Exception) -> Response:
-        return tell(request, Refused("the server made an error; its log says more", status=500, code="internal"))
+        return tell(request, as_refused(error))
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid_body)

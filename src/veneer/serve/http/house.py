@@ -22,6 +22,7 @@ from veneer.serve.admission import Admission, Place
 from veneer.serve.http.errors import as_refused, invalid, log, message_of
 from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.prompts import Prompts, Text
+from veneer.serve.outage import is_outage
 from veneer.serve.request import Engine, Refused, Usage
 
 __all__ = [
@@ -243,8 +244,8 @@ async def load_adapter(house: House, name: str, source: str, **options: Any) -> 
         return card
     except Refused:
         raise
-    except VeneerError as error:
+    except Exception as error:
+        if not isinstance(error, VeneerError) or is_outage(error):
+            raise as_refused(error) from error
         log.warning("adapter %r was not loaded: %s", name, error)
         raise Refused(message_of(error), status=422, code="adapter_unusable", param="lora_path") from error
-    except (OSError, ValueError) as error:
-        raise as_refused(error) from error

@@ -8,7 +8,6 @@ bodies and queries as well as in paths, for an alias may have a slash in it.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
@@ -18,11 +17,11 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy.exc import SQLAlchemyError
 
-from veneer.errors import ConfigError, ResourceError, VeneerError, nearest
+from veneer.errors import ConfigError, VeneerError, nearest
 from veneer.library.database import reading
 from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.outage import fault, is_outage
 from veneer.serve.tenancy import audit, manage, rollouts
 from veneer.serve.tenancy.store import ALL, Limit, NotThere, Price, Store
 from veneer.serve.tenancy.tenants import Tenants
@@ -31,7 +30,6 @@ from veneer.serve.tenancy.usage import BY, as_csv, usage
 __all__ = ["admin_router"]
 
 _WHO = "admin"
-_log = logging.getLogger("veneer.serve.tenancy")
 
 
 class _Body(BaseModel):
@@ -292,12 +290,10 @@ class _Route(BodyRoute):
                 found = error.errors()
                 lines = [_line(e, self._fields()) for e in found]
                 return _error(400, "; ".join(lines), "invalid_request", str(found[0]["loc"][-1]))
-            except (SQLAlchemyError, ResourceError):
-                _log.exception("the tenants' database does not answer")
-                answer = _error(503, "the tenants' database does not answer", "overloaded", None)
-                answer.headers["Retry-After"] = "5"
-                return answer
-            except VeneerError as error:
+            except Exception as error:
+                if not isinstance(error, VeneerError) or is_outage(error):
+                    told = fault("the tenants' database", error)
+                    return _error(told.status, f"{told.what} ({told.fix})", told.code, None)
                 lost = isinstance(error, NotThere)
                 message = f"{error.what} ({error.fix})" if error.fix else error.what
                 return _error(404 if lost else 400, message, "not_found" if lost else "invalid_request", error.where)
@@ -323,5 +319,6 @@ def _unknown(place: str, known: set[str]) -> str:
 
 
 def _error(status: int, message: str, code: str, param: str | None) -> JSONResponse:
-    kind = {401: "authentication_error", 503: "server_error"}.get(status, "invalid_request_error")
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+    kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "server_error"
+    headers = {"Retry-After": "2"} if status == 503 else None
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, headers)
