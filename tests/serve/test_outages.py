@@ -1,4 +1,4 @@
-"""A database, a store or a disk that does not answer: 503 to be tried again, and not a word of its own to the caller."""
+"""A database, a store or a disk that does not answer: 503, to be tried again, and not a word of its own."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_what_is_an_outage() -> None:
         assert (fault("it", other).status, fault("it", other).code) == (500, "internal")
 
 
-# -- over HTTP -----------------------------------------------------------------------------------------------------------
+# -- over HTTP ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

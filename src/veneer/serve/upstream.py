@@ -42,8 +42,8 @@ import httpx
 
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.folders import Folders, is_made, weight
-from veneer.serve.remote import Decode, Failed, NotThere, Remote, parse_upstream, recognise
 from veneer.serve.outage import fault, is_outage, outage
+from veneer.serve.remote import Decode, Failed, NotThere, Remote, parse_upstream, recognise
 from veneer.serve.request import EngineStats, Event, Finished, Mix, Refused, Request, Started, Token, Usage
 from veneer.serve.servable import servable, served_name
 
@@ -464,7 +464,7 @@ def _able(up: Sequence[Replica], request: Request) -> list[Replica]:
     wrong = {r: r.server.refusal(request.sampling) for r in up if r.server is not None}
     if able := [r for r, names in wrong.items() if not names]:
         return able
-    replica, names = min(wrong.items(), key=lambda found: len(found[1]))
+    names = min(wrong.values(), key=len)
     raise Refused(
         f"the servers behind this one have no way to honour {', '.join(names)}",
         status=400,
