@@ -19,6 +19,7 @@ from veneer.models.text import TextBase
 from veneer.serve.access import ANYBODY, Caller
 from veneer.serve.request import Refused
 from veneer.serve.resident import Lease
+from veneer.serve.tenancy.names import seeing
 
 # -- names -----------------------------------------------------------------------------------------------------------
 
@@ -226,6 +227,24 @@ def test_a_grant_of_a_name_is_one_of_its_versions(make: Make, base: TextBase, fo
     assert make().resolve("support@1", caller).mix == of(digest)
 
 
+def test_a_namespace_of_the_library_on_every_way_to_name_an_adapter(
+    make: Make, base: TextBase, folder: Path, library: Library
+) -> None:
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    library.add(folder / "a", "acme/support")
+    library.add(folder / "b", "acme/support")
+    library.alias("acme/support@1", "prod")
+    catalog, acme = make(), Caller(tenant="acme", sees=seeing(["acme/*"]))
+    meant = {"acme/support": two, "acme/support@1": one, "acme/support@prod": one, "tiny:acme/support@2": two}
+    assert {word: catalog.resolve(word, acme).mix for word in meant} == {word: of(d) for word, d in meant.items()}
+    assert catalog.resolve_mix([("acme/support@1", 0.5)], acme).mix == ((one, 0.5),)
+    assert [c.id for c in catalog.models(acme)] == ["tiny", "acme/support"]
+    assert refused(lambda: catalog.resolve("support", acme)).status == 404
+    assert refused(lambda: catalog.resolve("acme/support", Caller(sees=seeing(["globex/*"])))).status == 404
+    assert catalog.load("acme/Fast.Support", "acme/support@1").digest == one
+    assert catalog.resolve("acme/Fast.Support", acme).mix == of(one)
+
+
 HOSTILE_WORDS = [
     "../../etc/passwd", "/etc/passwd", "a/../../b", "a\0b", "\x1b[31m", "..", ".", "~root", "x" * 100_000, "tiny:../x",
     "sha256:zz", "sha256:", "a@b@c", "%2e%2e/", "C:\\x", "a b", "\ud800", "s3://bucket/x", "file:///etc/passwd", "é",
@@ -243,7 +262,9 @@ def test_words_from_clients_never_reach_the_file_system(make: Make, word: str, m
     assert all(c.isprintable() for c in error.what)
 
 
-@pytest.mark.parametrize("name", [*HOSTILE_WORDS, "", "tiny", "a..b", "a:b", "a@2", "/a", "a/", "a//b", "a/b/c", "-a"])
+@pytest.mark.parametrize(
+    "name", [*HOSTILE_WORDS, "", "tiny", "a..b", "a:b", "a@2", "a+b", "/a", "a/", "a//b", "a/b/c", "-a"]
+)
 def test_names_that_cannot_be_given(make: Make, base: TextBase, folder: Path, name: str) -> None:
     saved(base, folder / "a")
     catalog = make()

@@ -19,7 +19,6 @@ from __future__ import annotations
 import calendar
 import logging
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,9 @@ from pathlib import Path
 from typing import Protocol
 
 from veneer.core.adapter import Adapter
+from veneer.errors import ConfigError
 from veneer.library.library import Library
+from veneer.library.names import check_name, name_of
 from veneer.serve.access import Caller, ModelCard, Served
 from veneer.serve.request import Mix, Refused, make_mix
 from veneer.serve.sources import Place, Sources, unusable
@@ -36,7 +37,6 @@ from veneer.using import Base
 
 __all__ = ["LocalCatalog", "Memory", "Rollouts"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9][A-Za-z0-9._+-]*)?")
 MAX_NAME = 200
 MAX_MIX = 64
 
@@ -152,7 +152,7 @@ class LocalCatalog:
         if len(word) > MAX_NAME or not word.isprintable():
             raise _missing(model)
         target = self.rollouts.choose(word, caller) if self.rollouts is not None else None
-        if target is None and not caller.sees(word) and not caller.sees(word.partition("@")[0]):
+        if target is None and not caller.sees(word) and not caller.sees(name_of(word)):
             raise _missing(model)
         return target or word, self._part(target or word, model), target is not None
 
@@ -204,14 +204,12 @@ class LocalCatalog:
     def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
         """As `access.Catalog` says; what is refused leaves no trace. With `replace` the name means the new weights from
         one request to the next; requests that run keep the old ones, whose memory goes with the last of them."""
-        if not _NAME.fullmatch(name) or len(name) > MAX_NAME or ".." in name or name == self.base:
-            raise Refused(
-                f"{_shown(name)} cannot name an adapter here",
-                status=400,
-                code="invalid_request",
-                param="lora_name",
-                fix=f"letters, digits and . _ - +, at most {MAX_NAME}, and not the base's name",
-            )
+        try:
+            check_name(name, cased=True)
+            if name == self.base:
+                raise ConfigError(f"{_shown(name)} is the base", fix="another name")
+        except ConfigError as error:
+            raise Refused(error.what, status=400, code="invalid_request", param="lora_name", fix=error.fix) from None
         self._check_free(name, replace)
         place = self.sources.locate(source)
         with self._reading:

@@ -19,7 +19,7 @@ from veneer.errors import ConfigError
 from veneer.serve.tenancy import audit
 from veneer.serve.tenancy import store as st
 from veneer.serve.tenancy.keys import hash_key, make_key
-from veneer.serve.tenancy.names import adapter_of, check_name, check_pattern, check_tenant
+from veneer.serve.tenancy.names import adapter_of, check_pattern, check_reference, check_tenant
 from veneer.serve.tenancy.store import (
     ALL,
     EACH,
@@ -231,7 +231,7 @@ def _scope(tenant: str, adapter: str, *special: str) -> dict[str, str]:
     if tenant not in (ALL, *special):
         check_tenant(tenant)
     if adapter != ALL:
-        check_name(adapter)
+        check_reference(adapter)
         if adapter != adapter_of(adapter):
             raise ConfigError(
                 f"{adapter} is one version", where="adapter", fix=f"{adapter_of(adapter)}: of all its versions"

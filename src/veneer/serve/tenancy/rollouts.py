@@ -26,7 +26,7 @@ from sqlalchemy import Connection, delete, func, insert, select
 from veneer.errors import ConfigError
 from veneer.serve.access import Caller
 from veneer.serve.tenancy import audit
-from veneer.serve.tenancy.names import check_name
+from veneer.serve.tenancy.names import check_name, check_reference
 from veneer.serve.tenancy.store import (
     ALL,
     Alias,
@@ -195,8 +195,8 @@ def set_alias(
 ) -> Alias:
     """Point an alias to its targets, (adapter, weight), from the next request on. `fraction` of requests are also
     answered by `shadow`, unseen."""
-    wanted = [(check_name(name), int(weight)) for name, weight in targets if weight]
-    check_name(alias, "alias")
+    wanted = [(check_reference(name), int(weight)) for name, weight in targets if weight]
+    check_name(alias, "route")
     if not wanted or len({name for name, _ in wanted}) != len(wanted) or len(wanted) > 100:
         raise ConfigError(f"{alias} needs targets, each once", where="targets", fix="as in support@1=90 support@2=10")
     for name, weight in wanted:
@@ -205,7 +205,7 @@ def set_alias(
         if name == alias:
             raise ConfigError(f"{alias} would lead to itself", where="targets")
     if shadow is not None:
-        check_name(shadow)
+        check_reference(shadow)
     if not (math.isfinite(fraction) and 0 <= fraction <= 1):
         raise ConfigError(f"the fraction is {fraction}", where="fraction", fix="from 0 to 1")
     with store.change() as c:
