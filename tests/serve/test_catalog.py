@@ -156,19 +156,19 @@ class Split:
     def __init__(self, shadow: str | None = "b") -> None:
         self.under = shadow
 
-    def choose(self, alias: str, caller: Caller) -> str | None:
-        known = alias == "live" and caller.tenant == "t"
+    def choose(self, route: str, caller: Caller) -> str | None:
+        known = route == "live" and caller.tenant == "t"
         return ("a" if caller.user == "ann" else "b") if known else None
 
-    def shadow(self, alias: str, caller: Caller) -> str | None:
-        assert alias == "live"
+    def shadow(self, route: str, caller: Caller) -> str | None:
+        assert route == "live"
         return self.under
 
     def names(self, caller: Caller) -> list[str]:
         return ["live"] if caller.tenant == "t" else []
 
 
-def test_an_alias_with_weights(make: Make, base: TextBase, folder: Path) -> None:
+def test_a_route_with_weights(make: Make, base: TextBase, folder: Path) -> None:
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     catalog = make(rollouts=Split())
     catalog.load("a", "a")
@@ -179,16 +179,42 @@ def test_an_alias_with_weights(make: Make, base: TextBase, folder: Path) -> None
     assert catalog.resolve("tiny:live", replace(ann, user="bob")).target == "b"
     assert catalog.resolve("a", ANYBODY).shadow is None
     assert refused(lambda: catalog.resolve("live", ANYBODY)).status == 404
-    assert refused(lambda: catalog.resolve("a", ann)).status == 404, "the alias lends no name"
+    assert refused(lambda: catalog.resolve("a", ann)).status == 404, "the route lends no name"
     assert [c.id for c in catalog.models(ann)] == ["tiny", "live"]
 
 
-def test_a_shadow_that_is_gone_hurts_nobody(make: Make, base: TextBase, folder: Path) -> None:
+def test_a_shadow_that_is_gone_hurts_nobody_and_is_told(make: Make, base: TextBase, folder: Path) -> None:
     saved(base, folder / "a", 1)
     catalog = make(rollouts=Split("gone"))
     catalog.load("a", "a")
-    assert catalog.resolve("live", Caller(tenant="t", user="ann")).shadow is None
+    served = catalog.resolve("live", Caller(tenant="t", user="ann"))
+    assert served.target == "a"
+    assert served.shadow is not None
+    name, why = served.shadow
+    assert name == "gone"
+    assert isinstance(why, Refused)
+    assert why.status == 404
     assert refused(lambda: catalog.resolve("live", Caller(tenant="t", user="bob"))).status == 404
+
+
+def test_a_name_is_checked_as_a_request_for_it_would_be(
+    make: Make, base: TextBase, folder: Path, library: Library, tmp_path: Path
+) -> None:
+    saved(base, folder / "a", 1)
+    saved(base, folder / "b", 2)
+    saved(base, folder / "o", 3, base_fingerprint="sha256:" + "0" * 64)
+    for name, place in (("good", "a"), ("broken", "b"), ("other", "o")):
+        library.add(folder / place, name)
+    catalog = make()
+    catalog.load("loaded", "a")
+    for fine in ("good", "good@1", "loaded", "tiny"):
+        catalog.check(fine)
+    for files in library.files(library.find("broken").entry).values():
+        blob = Path(library.location) / "blobs" / files[0][:2] / files[0]
+        blob.chmod(0o644)
+        blob.write_bytes(b"half a file")
+    answers = {name: refused(lambda n=name: catalog.check(n)).status for name in ("gone", "good@7", "broken", "other")}
+    assert answers == {"gone": 404, "good@7": 404, "broken": 503, "other": 400}
 
 
 # -- who sees what -----------------------------------------------------------------------------------------------------

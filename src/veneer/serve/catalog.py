@@ -4,7 +4,7 @@
     catalog.residents = Residents(catalog.read, runner.prepare, limit_bytes=…)
     served = catalog.resolve("support@prod", caller)
 
-A word is looked up in this order: the base's name; an alias with weights (`rollouts`); a name that was loaded; a
+A word is looked up in this order: the base's name; a route (`rollouts`); a name that was loaded; a
 reference of the library (`support`, `support@2`, `support@prod`, `sha256:…`). Any of them may follow `base:`. What is
 not there and what the caller does not see are the same 404, told before anything is looked up for who does not see it.
 Words from clients never reach the file system: they are compared with names, and the library looks in its index.
@@ -47,13 +47,13 @@ Part = tuple[str, str]
 
 
 class Rollouts(Protocol):
-    """Aliases with weighted targets."""
+    """Routes: names with weighted targets."""
 
-    def choose(self, alias: str, caller: Caller) -> str | None:
-        """The name that answers this caller; None where there is no such alias for them."""
+    def choose(self, route: str, caller: Caller) -> str | None:
+        """The name that answers this caller; None where there is no such route for them."""
         ...
 
-    def shadow(self, alias: str, caller: Caller) -> str | None:
+    def shadow(self, route: str, caller: Caller) -> str | None:
         """The name whose answer is computed too."""
         ...
 
@@ -105,14 +105,15 @@ class LocalCatalog:
     # -- what names mean ----------------------------------------------------------------------------------------------
 
     def resolve(self, model: str, caller: Caller) -> Served:
-        target, part, aliased = self._mean(model, caller)
-        shadow = None
-        if self.rollouts is not None and aliased:
+        target, part, routed = self._mean(model, caller)
+        shadow: tuple[str, Mix | Refused] | None = None
+        if self.rollouts is not None and routed:
             word = self._word(model)
             other = self.rollouts.shadow(word, caller)
             try:
                 shadow = (other, _alone(self._part(other, other))) if other is not None else None
             except Refused as error:
+                shadow = (other, error)
                 _log.warning("the shadow %r of %r cannot be served: %s", other, word, error.what)
         return Served(_alone(part), model or self.base, target, shadow, () if part is None else (part[1],))
 
@@ -145,7 +146,7 @@ class LocalCatalog:
         return model.removeprefix(f"{self.base}:") or self.base
 
     def _mean(self, model: str, caller: Caller) -> tuple[str, Part | None, bool]:
-        """(the adapter's name, what it is, whether an alias chose it) of a client's word."""
+        """(the adapter's name, what it is, whether a route chose it) of a client's word."""
         word = self._word(model)
         if word == self.base:
             return self.base, None, False
@@ -173,17 +174,23 @@ class LocalCatalog:
         self._places.setdefault(found.digest, found.place)
         return found.digest, found.place.root
 
+    def check(self, name: str) -> None:
+        """Read what a name means, unless it is in use, as a request for it would. Raises Refused where it would be."""
+        part = self._part(name, name)
+        if part is not None and name not in self._loaded:
+            self.read(part[0])
+
     def models(self, caller: Caller) -> list[ModelCard]:
-        """The base, then everything that the caller sees: what was loaded, aliases, what the library has for this
+        """The base, then everything that the caller sees: what was loaded, routes, what the library has for this
         base."""
         cards = {card.id: card for card in self._library_cards()}
         cards |= {name: loaded.card for name, loaded in dict(self._loaded).items()}
         out = [ModelCard(self.base, self.base, None, self._started)]
         out += [card for name, card in sorted(cards.items()) if caller.sees(name)]
         names: Callable[[Caller], list[str]] | None = getattr(self.rollouts, "names", None)
-        for alias in names(caller) if names is not None else []:
-            if alias not in cards:
-                out.append(ModelCard(alias, alias, self.base, self._started))
+        for route in names(caller) if names is not None else []:
+            if route not in cards:
+                out.append(ModelCard(route, route, self.base, self._started))
         return out
 
     def _library_cards(self) -> list[ModelCard]:

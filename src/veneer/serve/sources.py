@@ -92,7 +92,7 @@ class Sources:
     ) -> None:
         self.base, self.library, self.max_bytes, self.patience = base, library, max_bytes, patience
         self._servable = servable
-        self._folders = [Path(folder).expanduser().resolve(strict=True) for folder in folders]
+        self._folders = [_folder(folder) for folder in folders]
         self._seen: OrderedDict[str, tuple[Found | None, int, object]] = OrderedDict()
 
     # -- what a reference means --------------------------------------------------------------------------------------
@@ -261,6 +261,17 @@ class Sources:
         except Exception:  # whatever a reader meets: the files are at hand, so it is theirs
             return False
         return True
+
+
+def _folder(folder: str | Path) -> Path:
+    """Raises ConfigError where there is no such folder."""
+    try:
+        found = Path(folder).expanduser().resolve(strict=True)
+    except (OSError, RuntimeError):
+        found = None
+    if found is None or not found.is_dir():
+        raise ConfigError(f"there is no folder {folder}", where="--allow-folder", fix="make it first, or leave it out")
+    return found
 
 
 def _unservable(place: Place, problems: list[str]) -> Refused:

@@ -185,7 +185,7 @@ def _instance(schema: Any) -> Any:
 
 @dataclass
 class ToyCatalog:
-    """Adapters by name; an alias with a shadow; loads that fail as their source says."""
+    """Adapters by name; a route with a shadow; loads that fail as their source says."""
 
     base: str = "toy"
     adapters: dict[str, ModelCard] = field(default_factory=dict)

@@ -11,13 +11,13 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from starlette.requests import Request as HttpRequest
 
-from veneer.serve.access import Caller, Catalog, ModelCard, Served, Tenancy
+from veneer.serve.access import SHADOWS, Bill, Caller, Catalog, ModelCard, Served, Tenancy
 from veneer.serve.admission import Admission, Place
 from veneer.serve.http.errors import as_refused, invalid, log, message_of
 from veneer.serve.http.metrics import Metrics
@@ -54,7 +54,7 @@ class HttpSettings:
 
 @dataclass(frozen=True)
 class ShadowAnswer:
-    """What a shadow's answer was beside the one that was sent by `target`; for the log. `name`: the alias. Of pictures
+    """What a shadow's answer was beside the one that was sent by `target`; for the log. `name`: the route. Of pictures
     `sent` and `answer` are the digests of their pixels, and `distance` is how far these are apart on average, 0 … 1."""
 
     request: str
@@ -68,6 +68,10 @@ class ShadowAnswer:
     usage: Usage
     error: str = ""
     distance: float | None = None
+
+    @property
+    def outcome(self) -> Literal["same", "different", "failed"]:
+        return "failed" if self.error else "same" if self.sent == self.answer else "different"
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,20 @@ class House:
     def _tidy(self) -> None:
         self._tidies = False
         asyncio.get_running_loop().run_in_executor(None, trim)
+
+    def shadow_bill(self, served: Served, *, request: str, prompt: int, most: int) -> AbstractAsyncContextManager[Bill]:
+        """A line of the ledger for the answer of a route's shadow: the operator's, under the shadow's name."""
+        assert served.shadow is not None
+        name, mix = served.shadow
+        if isinstance(mix, Refused):
+            raise mix
+        own = Served(mix, served.name, name, adapters=(name,) if mix else ())
+        return self.tenancy.admitted(SHADOWS, own, request=request, prompt_tokens=prompt, max_tokens=most)
+
+    def shadowed(self, answer: ShadowAnswer) -> None:
+        """A shadow has answered, or failed: it is counted and logged."""
+        self.metrics.shadow(answer.name, answer.shadow, answer.outcome)
+        self.on_shadow(answer)
 
     def adapters(self, caller: Caller) -> list[ModelCard]:
         return [card for card in self.catalog.models(caller) if card.parent is not None]

@@ -78,7 +78,7 @@ class Shared(Body):
         "structural_tag": ((), "use tools, or response_format"),
     }
 
-    model: str = Field(default="", max_length=512, description="the base, an adapter, an alias, or base:adapter")
+    model: str = Field(default="", max_length=512, description="the base, an adapter, a route, or base:adapter")
     mix: MixField | None = None
     lora: Annotated[list[Lora], FIRST, at_most(64)] | None = None
     lora_path: str | Annotated[list[str | None], FIRST, at_most(ITEMS)] | None = None

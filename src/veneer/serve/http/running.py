@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from veneer.serve.access import Caller
+from veneer.serve.access import SHADOWS, Caller
 from veneer.serve.http.errors import as_refused, message_of, problem_of
 from veneer.serve.http.house import Chosen, House, ShadowAnswer
 from veneer.serve.http.metrics import Meter
@@ -83,6 +83,10 @@ class Answer:
     def finished(self) -> Finished:
         assert self.end is not None
         return self.end
+
+    def took(self, prompt: int) -> Usage:
+        """What it took, as far as it came."""
+        return self.end.usage if self.end is not None else Usage(prompt, self.cached, len(self.tokens))
 
 
 def seed_of(seed: int | None, k: int) -> int | None:
@@ -246,27 +250,32 @@ def _shadow(house: House, ask: Ask, request: Request) -> asyncio.Future[Sent] | 
         return None
     name, mix = ask.chosen.served.shadow
     sent: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
-    behind = replace(request, mix=mix, id=f"{request.id}-shadow")
+    own: dict[str, Any] = {"tenant": SHADOWS.tenant, "weight": SHADOWS.weight, "name": name}
+    behind = replace(request, mix=() if isinstance(mix, Refused) else mix, id=f"{request.id}-shadow", **own)
     return sent if house.follow(lambda: _follow(house, ask, behind, name, sent)) else None
 
 
 async def _follow(house: House, ask: Ask, request: Request, shadow: str, sent: asyncio.Future[Sent]) -> None:
     answer, error = Answer(), ""
+    counts = {"request": request.id, "prompt": len(request.prompt), "most": request.sampling.max_tokens}
     try:
-        events: Any = house.engine.events(request)
-        async with aclosing(events):
-            async for event in events:
-                answer.add(event)
+        async with house.shadow_bill(ask.chosen.served, **counts) as bill:  # type: ignore[arg-type]
+            try:
+                events: Any = house.engine.events(request)
+                async with aclosing(events):
+                    async for event in events:
+                        answer.add(event)
+            finally:
+                await bill.used(answer.took(len(request.prompt)))
         if answer.end is not None and answer.end.error is not None:
             error = message_of(answer.end.error)
     except Exception as problem:  # a shadow never disturbs what it follows
         error = problem_of(problem)
     with suppress(asyncio.CancelledError):
         text, usage = await sent
-        own = answer.end.usage if answer.end is not None else Usage(0, 0, len(answer.tokens))
-        house.on_shadow(
+        house.shadowed(
             ShadowAnswer(
                 ask.id, ask.caller.tenant, ask.chosen.served.name, shadow, ask.chosen.served.target, text, answer.text,
-                usage, own, error,
+                usage, answer.took(len(request.prompt)), error,
             )
         )  # fmt: skip

@@ -86,7 +86,7 @@ def change_tenant(
 
 
 def remove_tenant(store: Store, name: str, *, who: str) -> None:
-    """Its keys, grants, limits, prices and aliases go with it; what it used stays in the ledger, its past in the audit
+    """Its keys, grants, limits, prices and routes go with it; what it used stays in the ledger, its past in the audit
     log."""
     with store.change() as c:
         before = tenant_row(c, name)
