@@ -133,6 +133,24 @@ def _let_see(tenant: str, patterns: list[str], remove: bool, as_json: bool) -> N
         print(f"{tenant or 'everybody'} sees: {' '.join(after) or 'nothing'}")
 
 
+@app.command(epilog="Example: veneer tenant cache support")
+def cache(
+    patterns: Annotated[list[str] | None, typer.Argument(help="Adapters, or the base; by default show them.")] = None,
+    remove: _Remove = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let tenants share what was computed of prompts that begin alike, under these adapters; else each has its own.
+    It is faster, and whoever may use them can find out by a prompt of its own what others have asked."""
+    from veneer.serve.tenancy import manage
+
+    with opened() as store:
+        after = store.settings.common
+        if patterns:
+            more = {"remove": patterns} if remove else {"add": patterns}
+            after = manage.share_prefixes(store, **more, who=who())
+    print_json({"shared": after}) if as_json else print(f"shared between tenants: {' '.join(after) or 'nothing'}")
+
+
 @app.command("admin-key", epilog="Example: veneer tenant admin-key")
 def admin_key(as_json: AsJson = False) -> None:
     """Make a key for what is under /admin, and its hash, which is all that the server needs to know."""

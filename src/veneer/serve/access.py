@@ -111,6 +111,10 @@ class Tenancy(Protocol):
         """Raises Refused(unauthorized, 401)."""
         ...
 
+    def shares(self, caller: Caller, served: Served) -> str:
+        """With whom the caller's prompts share what was computed: "" with everybody, else with those of this word."""
+        ...
+
     def admitted(
         self, caller: Caller, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AbstractAsyncContextManager[Bill]:
@@ -135,6 +139,9 @@ class OpenAccess:
 
     async def caller(self, key: str | None, user: str | None = None) -> Caller:
         return Caller(user=user, admin=True)
+
+    def shares(self, caller: Caller, served: Served) -> str:
+        return ""
 
     @asynccontextmanager
     async def admitted(

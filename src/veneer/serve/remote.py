@@ -14,6 +14,7 @@ Knows HTTP and one server; which server gets a request is `upstream`'s to say.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -182,6 +183,8 @@ class Completions:
             "stop_token_ids": list(s.stop_ids), "ignore_eos": s.ignore_eos, "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }  # fmt: skip
+        if request.salt:  # as a digest: what tenants are called is nobody's business there
+            body["cache_salt"] = hashlib.sha256(request.salt.encode("utf-8", "surrogatepass")).hexdigest()
         if s.grammar is not None:
             kind, text = s.grammar
             key, value = {

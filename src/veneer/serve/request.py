@@ -29,6 +29,7 @@ __all__ = [
     "Started",
     "Token",
     "Usage",
+    "cache_root",
     "make_mix",
     "mix_digest",
 ]
@@ -50,6 +51,15 @@ def make_mix(parts: Iterable[tuple[str, float]]) -> Mix:
 def mix_digest(mix: Mix) -> bytes:
     """What keys of caches carry: equal exactly where the mixes are equal; b"" for the base."""
     return hashlib.sha256(repr(mix).encode()).digest() if mix else b""
+
+
+def cache_root(mix: Mix, salt: str = "") -> bytes:
+    """The key before a prompt's first block: equal exactly where two requests may share what was computed, which is
+    under equal mixes and with equal salts."""
+    if not salt:
+        return mix_digest(mix)
+    # The word in front and the fixed width keep what a client writes from ever being another mix's digest.
+    return hashlib.sha256(b"salted" + mix_digest(mix).rjust(32, b"\0") + salt.encode("utf-8", "surrogatepass")).digest()
 
 
 class Refused(VeneerError):
@@ -118,7 +128,8 @@ _numbers = itertools.count()
 @dataclass(eq=False)
 class Request:
     """One answer to one prompt. `prompt`: token ids, at least one. `tenant` and `weight`: whose it is and its share,
-    for fair queueing; `name`: what the client called the mix, for metrics alone, never for a cache."""
+    for fair queueing; `name`: what the client called the mix, for metrics alone, never for a cache. `salt`: prompts
+    that begin alike share what was computed where it is equal too."""
 
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
@@ -126,6 +137,7 @@ class Request:
     tenant: str = ""
     weight: float = 1.0
     name: str = ""
+    salt: str = ""
     id: str = field(default_factory=lambda: f"r{next(_numbers)}")
 
 

@@ -12,7 +12,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -256,6 +256,9 @@ class ToyTenancy:
         if key == "acme":
             return Caller("acme", lambda name: name in ("sql", "stable"), user)
         raise Refused("this key is not known", status=401, code="unauthorized")
+
+    def shares(self, caller: Caller, served: Served) -> str:
+        return caller.tenant
 
     @asynccontextmanager
     async def admitted(

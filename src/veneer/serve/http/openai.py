@@ -79,7 +79,7 @@ async def chat(request: HttpRequest, body: Chat) -> Response:
     settings = body.sampling(
         house, room=room, max_tokens=body.limit(), default=room, logprobs=body.alternatives(), grammar=use.grammar
     )
-    ask = Ask(caller, chosen, [prompt], settings, n, f"chatcmpl-{request.scope['veneer.id']}")
+    ask = Ask(caller, chosen, [prompt], settings, n, body.cache_salt or "", f"chatcmpl-{request.scope['veneer.id']}")
     return await _answered(request, house, ask, body, _ChatForm(house.prompts, ask, use))
 
 
@@ -107,7 +107,7 @@ async def completions(request: HttpRequest, body: Completion) -> Response:
     settings = body.sampling(
         house, room=room, max_tokens=body.max_tokens, default=room, logprobs=body.logprobs, prompt_logprobs=scored
     )
-    ask = Ask(caller, chosen, prompts, settings, n, f"cmpl-{request.scope['veneer.id']}")
+    ask = Ask(caller, chosen, prompts, settings, n, body.cache_salt or "", f"cmpl-{request.scope['veneer.id']}")
     return await _answered(request, house, ask, body, _TextForm(house.prompts, ask, echoes if body.echo else []))
 
 

@@ -10,6 +10,7 @@ slowly holds nobody up; the queue holds at most the answers' own tokens. Closing
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
@@ -38,16 +39,20 @@ class ClientLeft(Exception):
 class Ask:
     """What one HTTP request wants of the engine: answers = one of each (prompt, sampling), in this order.
 
-    `choices`: answers to each prompt, so that answer i belongs to prompt i // choices."""
+    `choices`: answers to each prompt, so that answer i belongs to prompt i // choices. `cache_salt`: the client's own
+    word for those of its prompts that may share what was computed."""
 
     caller: Caller
     chosen: Chosen
     prompts: Sequence[tuple[int, ...]]
     sampling: Sampling
     choices: int = 1
+    cache_salt: str = ""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def requests(self) -> list[Request]:
+    def requests(self, whose: str = "") -> list[Request]:
+        """`whose`: with whom prompts share what was computed, as the tenancy says."""
+        salt = json.dumps([whose, self.cache_salt]) if whose or self.cache_salt else ""
         made = []
         for i in range(len(self.prompts) * self.choices):
             prompt, k = self.prompts[i // self.choices], i % self.choices
@@ -55,7 +60,7 @@ class Ask:
             made.append(
                 Request(
                     prompt, sampling, self.chosen.served.mix, tenant=self.caller.tenant, weight=self.caller.weight,
-                    name=self.chosen.served.name, id=f"{self.id}-{i}",
+                    name=self.chosen.served.name, salt=salt, id=f"{self.id}-{i}",
                 )
             )  # fmt: skip
         return made
@@ -109,7 +114,7 @@ def total(usages: Sequence[Usage], choices: int) -> Usage:
 
 async def run(house: House, ask: Ask) -> AsyncGenerator[Told, None]:
     """(index, event) until every answer has finished. Raises Refused for anything that goes wrong in any of them."""
-    requests = ask.requests()
+    requests = ask.requests(house.tenancy.shares(ask.caller, ask.chosen.served))
     usages = [Usage(0, 0, 0) for _ in requests]
     admitted = house.tenancy.admitted(
         ask.caller,

@@ -152,6 +152,14 @@ def _tenants(router: APIRouter, store: Store) -> None:
     def share(body: Seen) -> dict[str, Any]:
         return {"adapters": manage.let_see(store, ALL, add=body.add, remove=body.remove, who=_WHO)}
 
+    @router.get("/cache")
+    def list_cache() -> dict[str, Any]:
+        return {"shared": store.look().common}
+
+    @router.patch("/cache")
+    def share_prefixes(body: Seen) -> dict[str, Any]:
+        return {"shared": manage.share_prefixes(store, add=body.add, remove=body.remove, who=_WHO)}
+
 
 def _keys(router: APIRouter, store: Store) -> None:
     @router.get("/tenants/{tenant}/keys")

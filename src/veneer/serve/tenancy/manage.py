@@ -6,6 +6,7 @@ Each function checks, changes, and writes the audit line, in one transaction. `w
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -36,7 +37,7 @@ from veneer.serve.tenancy.store import (
 
 __all__ = [
     "add_tenant", "change_tenant", "get_tenant", "let_see", "list_keys", "make_tenant_key", "note", "remove_tenant",
-    "revoke_key", "rotate_key", "set_limit", "set_price", "show_key", "when",
+    "revoke_key", "rotate_key", "set_limit", "set_price", "share_prefixes", "show_key", "when",
 ]  # fmt: skip
 
 
@@ -113,6 +114,23 @@ def let_see(
         for pattern in after:
             c.execute(insert(st.grants), {"tenant": tenant, "pattern": pattern})
         audit.append(c, who, "adapters.change", tenant or "everybody", sorted(before), after)
+    return tuple(after)
+
+
+def share_prefixes(store: Store, *, add: Iterable[str] = (), remove: Iterable[str] = (), who: str) -> tuple[str, ...]:
+    """Change the patterns of the adapters, and of the base, under which tenants share what was computed of prompts that
+    begin alike. Whoever shares it can find out by a prompt of its own what others have asked. Returns them."""
+    more, fewer = sorted({check_pattern(p) for p in add}), sorted(set(remove))
+    with store.change() as c:
+        row = c.scalar(select(st.meta.c.value).where(st.meta.c.key == st.COMMON))
+        before: list[str] = json.loads(row or "[]")
+        for pattern in fewer:
+            if pattern not in before:
+                raise missing("pattern", pattern, before)
+        after = sorted({*before, *more} - set(fewer))
+        c.execute(delete(st.meta).where(st.meta.c.key == st.COMMON))
+        c.execute(insert(st.meta), {"key": st.COMMON, "value": json.dumps(after)})
+        audit.append(c, who, "cache.change", "everybody", before, after)
     return tuple(after)
 
 

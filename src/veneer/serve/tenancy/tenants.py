@@ -148,6 +148,12 @@ class Tenants:
         self._away = False
         return found
 
+    def shares(self, caller: Caller, served: Served) -> str:
+        """A tenant's prompts are its own, unless all that is in the mix is common to tenants: whether a prompt was
+        there tells what others asked."""
+        common = self.store.settings.in_common
+        return "" if all(common(name) for _, name, _ in served.parts()) else caller.tenant
+
     # -- what they use -------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
