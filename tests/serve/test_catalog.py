@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import event
 
 from tests.serve.shelf import Make, of, reason, refused, saved
 from veneer.formats import peft
@@ -75,19 +76,47 @@ def test_an_alias_that_moves_is_seen_by_the_next_request(
     assert refused(lambda: catalog.resolve("support@prod", ANYBODY)).status == 404
 
 
-def test_an_answer_of_the_index_stands_while_it_does_not_change(
+def test_names_are_resolved_without_a_database(
     make: Make, base: TextBase, folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved(base, folder / "a")
-    library.add(folder / "a", "support")
-    catalog, asked = make(), list[str]()
-    find = catalog.sources._find
-    monkeypatch.setattr(catalog.sources, "_find", lambda lib, ref: (asked.append(ref), find(lib, ref))[1])
-    time.sleep(0.1)
+    """Known, unknown and listed names, and an adapter's files when they are first used."""
+    digest = saved(base, folder / "a")
+    library.add(folder / "a", "acme/support")
+    library.alias("acme/support@1", "prod")
+    catalog = make()
+    assert catalog.sources.names is not None
+    catalog.sources.names.looked()
+    monkeypatch.setattr(catalog.sources.names, "looked", lambda: None)  # as surfaces leave it to a thread
+
+    asked: list[str] = []
+    event.listen(library.engine, "before_cursor_execute", lambda c, cursor, statement, *more: asked.append(statement))
     for _ in range(50):
-        catalog.resolve("support", ANYBODY)
-        refused(lambda: catalog.resolve("nothing", ANYBODY))
-    assert sorted(asked) == ["nothing", "support"]
+        for word in ("acme/support", "acme/support@1", "acme/support@prod", digest, digest[:20]):
+            assert catalog.resolve(word, ANYBODY).mix == of(digest)
+        for word in ("nothing", "acme/support@2", "acme/support@stable", "sha256:0000"):
+            assert refused(lambda w=word: catalog.resolve(w, ANYBODY)).status == 404
+        assert [c.id for c in catalog.models(ANYBODY)] == ["tiny", "acme/support"]
+    assert catalog.read(digest).digest() == digest
+    assert asked == []
+
+
+def test_a_load_under_a_name_of_the_librarys_is_refused_unless_it_says_so(
+    make: Make, base: TextBase, folder: Path, library: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    library.add(folder / "a", "support")
+    catalog = make()
+    error = refused(lambda: catalog.load("support", "b"))
+    assert (error.status, error.code) == (400, "adapter_exists")
+    assert catalog.resolve("support", ANYBODY).mix == of(one)
+    assert catalog.residents is not None
+    assert catalog.residents.stats().bytes == 0
+    assert catalog.load("support", "support").digest == one, "the same thing by its own name"
+    catalog.unload("support")
+    assert catalog.load("support", "a").digest == one, "or by its files"
+    catalog.load("support", "b", replace=True)
+    assert "no longer the library's support@1" in caplog.text
+    assert catalog.resolve("support", ANYBODY).mix == of(two)
 
 
 def test_another_bases_adapter_is_known_by_the_index(
@@ -103,7 +132,7 @@ def test_a_loaded_name_goes_before_the_library(make: Make, base: TextBase, folde
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     library.add(folder / "a", "support")
     catalog = make()
-    catalog.load("support", "b")
+    catalog.load("support", "b", replace=True)
     assert catalog.resolve("support", ANYBODY).mix == of(two)
     catalog.unload("support")
     assert catalog.resolve("support", ANYBODY).mix == of(one)

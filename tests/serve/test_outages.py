@@ -19,6 +19,7 @@ from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText
 from tests.serve.shelf import Make, of, reason, refused, saved
 from veneer.errors import AdapterError, ResourceError, UnavailableError
 from veneer.library.library import open_library
+from veneer.library.upkeep import gc
 from veneer.models.text import TextBase
 from veneer.serve.access import ANYBODY
 from veneer.serve.http.app import create_app
@@ -92,10 +93,14 @@ def test_a_store_that_lost_or_changed_its_files_is_no_fault_of_who_asks(
 
 
 def test_what_was_removed_is_not_there_and_no_outage(make: Make, elsewhere: Any) -> None:
+    """A request keeps what its name meant as long as the files are there; nobody else can name it."""
     library, digest = elsewhere
     catalog = make(library=library)
     catalog.resolve("support", ANYBODY)
     library.remove("support")
+    assert refused(lambda: catalog.resolve("support", ANYBODY)).status == 404
+    assert catalog.read(digest).digest() == digest
+    gc(library, grace=-1)
     error = refused(lambda: catalog.read(digest))
     assert (reason(error), error.status) == ("not_found", 404)
 
@@ -173,7 +178,11 @@ def test_the_unauthenticated_learn_nothing_of_a_database_that_is_down(
     app = served(tenants)
     assert ask(app, "/v1/models").status_code == 401
     monkeypatch.setattr(tenants.store, "look", away)
-    told(ask(app, "/v1/models", key="vnr-aaaaaaaaaa-never-seen-before"), caplog.text)
+    for path in ("/v1/models", "/metrics"):
+        answer = ask(app, path, key="vnr-aaaaaaaaaa-never-seen-before")  # what was read last holds
+        assert answer.status_code == 401
+        assert not any(word in answer.text for word in ("secret-host", "PGSQL", "SELECT", "tenant_meta"))
+    assert "secret-host" in caplog.text
 
 
 @pytest.mark.parametrize("error", [away, None])

@@ -126,20 +126,41 @@ class Library:
         Raises NotKept where there is no such adapter, AdapterError where its files are missing or damaged,
         UnavailableError where the store does not answer."""
         version = self.find(reference)
-        kept = self.files(version.entry)
+        return self.place(version.reference, version.entry, version.format, self.files(version.entry))
+
+    def place(self, reference: str, entry: str, format: str, kept: Mapping[str, tuple[str, int]] | None = None) -> Path:
+        """As `resolve`, for who knows what the reference means: without `kept` the store's own manifest says which
+        files there are, so that no database is asked."""
+        kept = self._manifest(entry) if kept is None else kept
         local = self.store if isinstance(self.store, Directory) else self.cache
         try:
             if isinstance(self.store, Remote):
                 self._fetch(self.store, kept)
-            folder = local.folder(version.entry, kept)
+            folder = local.folder(entry, kept)
         except FileNotFoundError as error:
             raise AdapterError(
-                f"files of {version.reference} are missing in the store: {error}",
+                f"files of {reference} are missing in the store: {error}",
                 where=self.location,
                 fix="`veneer library verify` lists what is missing; add the adapter again to restore it",
             ) from error
         only = next(iter(kept))
-        return folder if len(kept) > 1 or version.format == "peft" else folder / only
+        return folder if len(kept) > 1 or format == "peft" else folder / only
+
+    def _manifest(self, entry: str) -> dict[str, tuple[str, int]]:
+        """name -> (sha256, size), of the manifest in the store. Raises AdapterError where it is not what it was."""
+        path = manifest_path(entry)
+        try:
+            raw = self.cache.read(path) if isinstance(self.store, Remote) else self.store.read(path)
+        except FileNotFoundError:
+            try:
+                raw = self.store.read(path)
+            except FileNotFoundError as error:
+                raise AdapterError(f"the manifest {path} is missing in the store", where=self.location) from error
+        if hashlib.sha256(raw).hexdigest() != entry:
+            raise AdapterError(f"the manifest {path} is damaged in the store", where=self.location)
+        if isinstance(self.store, Remote):
+            self.cache.put(path, raw, entry)
+        return {name: (file["sha256"], file["size"]) for name, file in json.loads(raw)["files"].items()}
 
     def _fetch(self, store: Remote, kept: Mapping[str, tuple[str, int]]) -> None:
         for sha256, size in kept.values():
@@ -205,6 +226,7 @@ class Library:
             number, new = self._number(c, name, entry, source, number)
             self._put_tags(c, name, number, tags)
             self.store.replace(f"names/{name}.json", canonical(record(c, name)))
+            ix.changed(c)
             version = find(c, Reference(name, version=number))[0]
         return Added(version, new, found.left_out)
 
@@ -294,6 +316,7 @@ class Library:
             change(c, found[0])
             after = find(c, parse_reference(found[0].reference))[0]
             self.store.replace(f"names/{after.name}.json", canonical(record(c, after.name)))
+            ix.changed(c)
         return after
 
     def remove(self, reference: str, *, with_aliases: bool = False) -> list[str]:
@@ -317,6 +340,7 @@ class Library:
                 doomed = c.scalars(select(v.version).where(v.name == name)).all() if whole else [found[0].version]
                 gone = self._remove_versions(c, name, list(doomed), with_aliases)
             self.store.replace(f"names/{name}.json", canonical(record(c, name)))
+            ix.changed(c)
         return gone
 
     def _remove_versions(self, c: Connection, name: str, doomed: list[int], with_aliases: bool) -> list[str]:

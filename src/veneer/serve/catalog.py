@@ -176,6 +176,7 @@ class LocalCatalog:
 
     def check(self, name: str) -> None:
         """Read what a name means, unless it is in use, as a request for it would. Raises Refused where it would be."""
+        self.sources.look(name, sure=True)
         part = self._part(name, name)
         if part is not None and name not in self._loaded:
             self.read(part[0])
@@ -194,17 +195,20 @@ class LocalCatalog:
         return out
 
     def _library_cards(self) -> list[ModelCard]:
-        library = self.sources.library
-        if library is None:
-            return []
-        mark = self.sources.mark()
-        if self._kept[0] is None or self._kept[0] != mark:
-            versions = library.search(base=self._fingerprint)
-            cards = [
-                ModelCard(v.name, v.reference, self.base, _seconds(v.added), v.digest) for v in versions if v.digest
-            ]
-            self._kept = (mark, cards)
+        kept = self.sources.listed(self._fingerprint)
+        if self._kept[0] is not kept:
+            cards = [ModelCard(k.name, k.reference, self.base, _seconds(k.added), k.digest) for k in kept]
+            self._kept = (kept, cards)
         return self._kept[1]
+
+    async def fresh(self) -> None:
+        """What names mean now is known when this returns: surfaces wait for it once, before they ask. Not for long:
+        while the library's index does not answer, what it said last holds."""
+        await self.sources.fresh()
+
+    def close(self) -> None:
+        """The thread that reads the library's names ends."""
+        self.sources.close()
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -222,6 +226,7 @@ class LocalCatalog:
         with self._reading:
             adapter = self.sources.read(place)
             digest = adapter.digest()
+            self._check_library(name, digest, replace)
             if place.reference or not self._places.get(digest, place).reference:
                 self._places[digest] = place
             try:
@@ -254,6 +259,18 @@ class LocalCatalog:
         if name in self._loaded and not replace:
             what = f"an adapter named {_shown(name)} has already been loaded"
             raise Refused(what, status=400, code="adapter_exists", param="lora_name", fix="replace it, or unload it")
+
+    def _check_library(self, name: str, digest: str, replace: bool) -> None:
+        """A name of the library's means what the library has, unless somebody says that it shall not."""
+        kept = self.sources.look(name, sure=True)
+        if kept is None or kept.digest == digest:
+            return
+        if not replace:
+            raise Refused(
+                f"the library has another adapter named {_shown(name)}, which requests could no longer reach",
+                status=400, code="adapter_exists", param="lora_name", fix="another name, or replace it",
+            )  # fmt: skip
+        _log.warning("%r now means what was loaded, and no longer the library's %s", name, kept.place.root)
 
     def _forget(self, digest: str) -> None:
         """A name means this no more: free it, unless another name does, and unpin it, unless another pins it."""

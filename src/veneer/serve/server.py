@@ -30,6 +30,8 @@ from veneer.serve.request import EngineStats, Event, Refused, Request
 from veneer.serve.tenancy.keys import admin_hash, default_database, same
 
 if TYPE_CHECKING:
+    from veneer.library.library import Library
+    from veneer.serve.catalog import LocalCatalog
     from veneer.serve.pictures import PictureEngine
     from veneer.serve.upstream import Fleet
 
@@ -193,7 +195,7 @@ def _build_text(settings: ServeSettings, say: Callable[[str], None]) -> Built:
 
     async def stop() -> None:
         await asyncio.to_thread(engine.stop)
-        await asyncio.to_thread(_close, library, tenancy)
+        await asyncio.to_thread(_close, catalog, library, tenancy)
 
     return Built(app, stop=stop)
 
@@ -252,7 +254,7 @@ def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Buil
 
     async def stop() -> None:
         await asyncio.to_thread(engine.close)
-        await asyncio.to_thread(_close, library, tenancy)
+        await asyncio.to_thread(_close, catalog, library, tenancy)
 
     return Built(app, stop=stop)
 
@@ -286,7 +288,7 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Built:
 
     async def stop() -> None:
         await fleet.__aexit__(None, None, None)
-        await asyncio.to_thread(_close, library, tenancy)
+        await asyncio.to_thread(_close, catalog, library, tenancy)
 
     return Built(app, start, stop)
 
@@ -331,7 +333,8 @@ def _operator(tenancy: Tenancy, routers: list[Any]) -> dict[str, Any]:
     return more
 
 
-def _close(library: Any, tenancy: Tenancy) -> None:
+def _close(catalog: LocalCatalog, library: Library, tenancy: Tenancy) -> None:
+    catalog.close()
     library.close()
     if (close := getattr(tenancy, "close", None)) is not None:
         close()

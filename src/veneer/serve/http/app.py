@@ -157,6 +157,7 @@ class Door:
         request.scope["veneer.caller"] = caller = await house.tenancy.caller(client_key(request))
         place.tenant, place.weight = caller.tenant, caller.weight
         place.take("bodies", size)
+        await house.fresh()
         if house.phase != "ready" and request.method == "POST":
             raise Refused(f"the server is {house.phase}", status=503, code="shutting_down", retry_after=5.0)
 

@@ -127,6 +127,11 @@ class House:
         s = self.settings
         self.admission = Admission(bodies=8 * s.max_body, answers=s.queue, texts=4 * s.max_body)
 
+    async def fresh(self) -> None:
+        """What names mean at this moment is known when it returns; before each request, once."""
+        if (fresh := getattr(self.catalog, "fresh", None)) is not None:
+            await fresh()
+
     @property
     def text(self) -> Text:
         return self.prompts.text
