@@ -274,7 +274,8 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     tenancy, routers, rollouts = _tenancy(settings, say)
     base, library = outline_text(settings.base, say=say), open_library(settings.library)
     fleet = Fleet(
-        settings.upstreams, files=library.resolve, cache=veneer_home() / "cache" / "served", key=settings.upstream_key,
+        settings.upstreams, files=lambda digest: catalog.files(digest), cache=veneer_home() / "cache" / "served",
+        key=settings.upstream_key,
         mixes=settings.mixes, cache_bytes=settings.mix_bytes,
         decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
     )  # fmt: skip

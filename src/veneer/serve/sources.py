@@ -178,7 +178,7 @@ class Sources:
         if place.path is not None and not place.path.exists():
             raise unusable("not_found", f"{place.root} is no longer there", status=404)
         try:
-            path = place.path or self._from_library(place)
+            path = self.files(place)
             adapter = load_adapter(self.base, str(path))
             if place.path is not None:
                 adapter = adapter.mapped(lambda t: t.clone())
@@ -193,6 +193,10 @@ class Sources:
         if problems := self._servable(adapter):
             raise _unservable(place, problems)
         return adapter
+
+    def files(self, place: Place) -> Path:
+        """The files of a place, here. Raises Refused."""
+        return place.path or self._from_library(place)
 
     def _from_library(self, place: Place) -> Path:
         """The files, fetched where they are elsewhere. What fails here is no fault of the adapter's."""
@@ -239,7 +243,7 @@ class Sources:
     def _sound(self, place: Place) -> bool:
         """Whether the files are an adapter, if not this base's."""
         try:
-            reader.read(place.path or self._from_library(place))
+            reader.read(self.files(place))
         except Exception:  # whatever a reader meets: the files are at hand, so it is theirs
             return False
         return True

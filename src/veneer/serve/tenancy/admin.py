@@ -17,6 +17,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ConfigError, VeneerError, nearest
 from veneer.library.database import reading
@@ -309,7 +310,7 @@ class _Route(BodyRoute):
                 found = error.errors()
                 lines = [_line(e, self._fields()) for e in found]
                 return _error(400, "; ".join(lines), "invalid_request", str(found[0]["loc"][-1]))
-            except Exception as error:
+            except (VeneerError, SQLAlchemyError, OSError) as error:
                 if not isinstance(error, VeneerError) or is_outage(error) or isinstance(error, Refused):
                     told = error if isinstance(error, Refused) else fault("the tenants' database", error)
                     return _error(told.status, f"{told.what} ({told.fix})", told.code, None)

@@ -41,8 +41,8 @@ from veneer.serve.tenancy.tables import (
 
 __all__ = [
     "ALL", "COMMON", "EACH", "LIMITS", "SCHEMA", "Alias", "KeyRow", "Limit", "NotThere", "Price", "Settings", "Store",
-    "Tenant", "alias_of", "aliases", "audit", "grants", "keys", "limits", "meta", "missing", "moves", "prices", "shadows",
-    "tenant_row", "tenants",
+    "Tenant", "alias_of", "aliases", "audit", "grants", "keys", "limits", "meta", "missing", "moves", "prices",
+    "shadows", "tenant_row", "tenants",
 ]  # fmt: skip
 
 ALL = ""
