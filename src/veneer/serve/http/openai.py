@@ -33,7 +33,7 @@ router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-@router.get("/v1/models", summary="The base, adapters and aliases that exist for this caller.")
+@router.get("/v1/models", summary="The base, adapters and routes that exist for this caller.")
 async def models(request: HttpRequest) -> Response:
     house = house_of(request)
     return Json({"object": "list", "data": [_card(house, c) for c in house.catalog.models(caller_of(request))]})
