@@ -268,7 +268,8 @@ class LocalCatalog:
         if not replace:
             raise Refused(
                 f"the library has another adapter named {_shown(name)}, which requests could no longer reach",
-                status=400, code="adapter_exists", param="lora_name", fix="another name, or replace it",
+                status=400, code="adapter_exists", param="lora_name", where="library",
+                fix="another name, or load it in place of the library's",
             )  # fmt: skip
         _log.warning("%r now means what was loaded, and no longer the library's %s", name, kept.place.root)
 
@@ -289,7 +290,6 @@ class LocalCatalog:
         if place is None:
             raise unusable("not_found", f"nothing here has the digest {digest}", status=404)
         return self.sources.read(place, digest)
-
 
     def files(self, digest: str) -> Path:
         """Where the files are of an adapter that a name meant, for servers that read them by themselves."""
