@@ -110,11 +110,12 @@ class LocalCatalog:
         if self.rollouts is not None and routed:
             word = self._word(model)
             other = self.rollouts.shadow(word, caller)
-            try:
-                shadow = (other, _alone(self._part(other, other))) if other is not None else None
-            except Refused as error:
-                shadow = (other, error)
-                _log.warning("the shadow %r of %r cannot be served: %s", other, word, error.what)
+            if other is not None:
+                try:
+                    shadow = (other, _alone(self._part(other, other)))
+                except Refused as error:
+                    shadow = (other, error)
+                    _log.warning("the shadow %r of %r cannot be served: %s", other, word, error.what)
         return Served(_alone(part), model or self.base, target, shadow, () if part is None else (part[1],))
 
     def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:

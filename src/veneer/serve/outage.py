@@ -24,7 +24,8 @@ __all__ = ["fault", "is_outage", "outage"]
 log = logging.getLogger("veneer.serve")
 
 RETRY_AFTER = 2.0
-_KINDS = (UnavailableError, ResourceError, MemoryError, OperationalError, InterfaceError, PoolTimeout)
+_KINDS: tuple[type[BaseException], ...] = (UnavailableError, ResourceError, MemoryError)
+_KINDS += (OperationalError, InterfaceError, PoolTimeout)
 _KINDS += (ConnectionError, TimeoutError, PermissionError)
 _ERRNO = {
     errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE,

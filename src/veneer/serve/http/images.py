@@ -144,12 +144,12 @@ class _Surface:
         name, mix = served.shadow[0], () if isinstance(served.shadow[1], Refused) else served.shadow[1]
         labels = {digest: name for digest, _ in mix} if len(mix) == 1 else {}
         behind = replace(request, mix=mix, labels=labels, previews=0, id=f"{request.id}-shadow")
-        counts = {"request": behind.id, "prompt": sent.usage.prompt, "most": self.engine.places(request.settings)}
+        most = self.engine.places(request.settings)
 
         async def follow() -> None:
             drawn, error = None, ""
             try:
-                async with house.shadow_bill(served, **counts) as bill:
+                async with house.shadow_bill(served, request=behind.id, prompt=sent.usage.prompt, most=most) as bill:
                     try:
                         async with aclosing(self.engine.events([behind])) as events:
                             async for _, event in events:

@@ -262,9 +262,9 @@ def _shadow(house: House, ask: Ask, request: Request) -> asyncio.Future[Sent] | 
 
 async def _follow(house: House, ask: Ask, request: Request, shadow: str, sent: asyncio.Future[Sent]) -> None:
     answer, error = Answer(), ""
-    counts = {"request": request.id, "prompt": len(request.prompt), "most": request.sampling.max_tokens}
+    prompt, most = len(request.prompt), request.sampling.max_tokens
     try:
-        async with house.shadow_bill(ask.chosen.served, **counts) as bill:  # type: ignore[arg-type]
+        async with house.shadow_bill(ask.chosen.served, request=request.id, prompt=prompt, most=most) as bill:
             try:
                 events: Any = house.engine.events(request)
                 async with aclosing(events):

@@ -131,10 +131,10 @@ class Tenants:
             return self.store.settings
         try:
             return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(look)), _FRESH_SECONDS)
-        except (SQLAlchemyError, TimeoutError) as error:
-            if not self._away:
-                _log.warning("the tenants' database is away, what was read last holds: %s", error or "no answer")
-            self._away = True
+        except SQLAlchemyError:
+            return self.store.settings
+        except TimeoutError:
+            self._lost("no answer")
             return self.store.settings
 
     def _look(self) -> Settings:
@@ -142,11 +142,16 @@ class Tenants:
             self._next_look = None
         try:
             found = self.store.look()
-        except SQLAlchemyError:
-            self._away = True
+        except SQLAlchemyError as error:
+            self._lost(error)
             raise
         self._away = False
         return found
+
+    def _lost(self, error: object) -> None:
+        if not self._away:
+            _log.warning("the tenants' database is away, what was read last holds: %s", error)
+        self._away = True
 
     def shares(self, caller: Caller, served: Served) -> str:
         """A tenant's prompts are its own, unless all that is in the mix is common to tenants: whether a prompt was
