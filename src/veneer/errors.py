@@ -14,6 +14,7 @@
     ├── Interrupted             Ctrl-C or SIGTERM during training, after the state was saved (exit code 130 or 143)
     ├── CheckpointError         a checkpoint that cannot be written, read or resumed from
     ├── ResourceError           out of disk or memory
+    ├── UnavailableError        a store or a database that does not answer now, whatever was asked of it
     └── MissingExtraError       an optional dependency that is not installed
 
 And `shown`, through which every text of a file goes before a person sees it. Imports nothing of veneer.
@@ -39,6 +40,7 @@ __all__ = [
     "ResourceError",
     "TargetError",
     "TrainingError",
+    "UnavailableError",
     "UnsafeFileError",
     "VeneerError",
     "nearest",
@@ -135,6 +137,10 @@ class CheckpointError(VeneerError):
 
 class ResourceError(VeneerError):
     """Raised when the disk or the memory is exhausted."""
+
+
+class UnavailableError(VeneerError):
+    """Raised when a store or a database does not answer now: trying again later may do."""
 
 
 class MissingExtraError(VeneerError):

@@ -7,7 +7,7 @@ commands: find an adapter, read it, make sure that it belongs to the base, attac
     runs/first             a folder with adapter_config.json, or a run's folder with one in `adapter/`
     style.safetensors      a file in any format that `formats` reads
     support, support@2,    nothing of that name here: the library's latest version, its version 2, what its alias
-    support@prod             points to,
+    acme/support@prod        points to, a namespace in front or not,
     sha256:3fa9c1            the adapter whose digest begins so
 """
 
@@ -96,7 +96,7 @@ def adapter_path(name: str) -> Path:
     )
     if not _may_be_kept(name):
         raise AdapterError(f"there is no adapter {name!r}", where=str(here.absolute()), fix=fix)
-    from veneer.library.library import library_place, open_library
+    from veneer.library.library import NotKept, library_place, open_library
 
     place = library_place()
     if "://" not in place and not Path(place).is_dir():  # asking does not make one
@@ -105,6 +105,9 @@ def adapter_path(name: str) -> Path:
         try:
             return library.resolve(name)
         except AdapterError as error:
+            if isinstance(error, NotKept) and "/" in name:  # a path more likely than a namespace
+                where = f"{here.absolute()}, {error.where}"
+                raise AdapterError(f"there is no adapter {name!r}", where=where, fix=error.fix) from error
             if hints:
                 raise AdapterError(error.what, where=f"{here.absolute()}, {error.where}", fix=fix) from error
             raise

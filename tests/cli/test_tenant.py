@@ -1,24 +1,19 @@
-"""`veneer tenant …` as a user types it, and the page of the docs as it stands: its commands and its HTTP."""
+"""`veneer tenant …` as a user types it; the page of the docs is in tests/test_tenants_page.py."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.cli.run import run
 from tests.library.conftest import quick  # noqa: F401
-
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "how-to" / "tenants.md").read_text(encoding="utf-8")
+from tests.library.made import made, read_made
+from veneer.library.library import open_library
 
 
 @pytest.fixture(autouse=True)
@@ -49,18 +44,18 @@ def test_every_subcommand_gives_json(capsys: Any) -> None:
     price = result(capsys, "price", "all", "--prompt", "0.15", "--completion", "0.6")["prices"][0]
     assert (price["prompt"], price["cached"], price["completion"]) == (150_000, 150_000, 600_000)
     assert result(capsys, "price", "all", "--remove")["prices"] == []
-    assert result(capsys, "alias", "set", "support", "a=3", "b=1")["targets"] == {"a": 3, "b": 1}
-    assert result(capsys, "alias", "set", "support", "c", "--shadow", "a")["targets"] == {"c": 1}
-    assert result(capsys, "alias", "rollback", "support")["targets"] == {"a": 3, "b": 1}
-    assert len(result(capsys, "alias", "history", "support")["moves"]) == 2
-    assert len(result(capsys, "alias", "list")["aliases"]) == 1
-    assert result(capsys, "alias", "shadows")["comparisons"] == []
-    assert result(capsys, "alias", "remove", "support") == {"removed": "support"}
+    assert result(capsys, "route", "set", "support", "a=3", "b=1", "--force")["targets"] == {"a": 3, "b": 1}
+    assert result(capsys, "route", "set", "support", "c", "--shadow", "a", "--force")["targets"] == {"c": 1}
+    assert result(capsys, "route", "rollback", "support", "--force")["targets"] == {"a": 3, "b": 1}
+    assert len(result(capsys, "route", "history", "support")["moves"]) == 2
+    assert len(result(capsys, "route", "list")["routes"]) == 1
+    assert result(capsys, "route", "shadows")["comparisons"] == []
+    assert result(capsys, "route", "remove", "support") == {"removed": "support"}
     assert result(capsys, "usage") == {"usage": []}
-    assert result(capsys, "audit", "--what", "alias")["lines"][0]["what"] == "alias.remove"
+    assert result(capsys, "audit", "--what", "route")["lines"][0]["what"] == "route.remove"
     assert result(capsys, "audit", "--verify")["ok"] is True
-    made = result(capsys, "admin-key")
-    assert (made["key"][:10], made["hash"][:7]) == ("vnr-admin-", "sha256:")
+    keys = result(capsys, "admin-key")
+    assert (keys["key"][:10], keys["hash"][:7]) == ("vnr-admin-", "sha256:")
     assert result(capsys, "remove", "acme") == {"removed": "acme"}
 
 
@@ -73,78 +68,41 @@ def test_words_for_people_and_errors_that_help(capsys: Any, tmp_path: Path) -> N
     listed = run(capsys, "tenant", "key", "list").out
     assert key[4:14] in listed
     assert key not in listed
-    run(capsys, "tenant", "alias", "set", "support", "a=3", "b=1", "--shadow", "c", "--fraction", "0.1")
-    assert run(capsys, "tenant", "alias", "list").out.strip() == "support -> a 75 %, b 25 %; shadow c for 10 %"
+    run(capsys, "tenant", "route", "set", "support", "a=3", "b=1", "--shadow", "c", "--fraction", "0.1", "--force")
+    assert run(capsys, "tenant", "route", "list").out.strip() == "support -> a 75 %, b 25 %; shadow c for 10 %"
     lost = run(capsys, "tenant", "change", "acne", "--weight", "2")
     assert (lost.code, "did you mean acme?" in lost.err) == (2, True)
     assert run(capsys, "tenant", "add", "../acme").code == 2
     assert run(capsys, "tenant", "limit", "--concurrency", "1").code == 2
     assert "millionth" in run(capsys, "tenant", "price", "all", "--prompt", "1e-7", "--completion", "1").err
     assert run(capsys, "tenant", "price", "all", "--prompt", "x", "--completion", "1").code == 2
-    assert run(capsys, "tenant", "alias", "set", "s", "a=x").code == 2
+    assert run(capsys, "tenant", "route", "set", "s", "a=x").code == 2
     assert run(capsys, "tenant", "audit", "--expect", "0" * 63 + "1").code == 2
     other = str(tmp_path / "other.sqlite")
     assert "no tenants" in run(capsys, "tenant", "--at", other, "list").out
     assert run(capsys, "tenant", "usage").out.strip() == "nothing was used"
 
 
-def lines_of(page: str) -> list[str]:
-    bodies = re.findall(r"```\n(.*?)```", page, flags=re.S)
-    return [re.sub(r"\s#.*$", "", line).strip() for body in bodies for line in body.splitlines()]
-
-
-def test_the_page_of_the_docs_runs_as_it_stands(capsys: Any, tmp_path: Path) -> None:
-    """Every command in its order, then every call to a server on the same database."""
-    from fastapi import FastAPI
-
-    from veneer.serve.tenancy.admin import admin_router
-    from veneer.serve.tenancy.keys import make_admin_key
-    from veneer.serve.tenancy.tenants import Tenants, default_database
-
-    key, ran, identity = make_admin_key(), 0, ""
-    for line in lines_of(PAGE):
-        if line.startswith("veneer tenant "):
-            done = run(capsys, *shlex.split(line.replace("3f9a0c21d4", identity))[1:])
-            assert done.code == 0, f"{line}\n{done.err}"
-            found = re.match(r"vnr-(\w{10})-", done.out)
-            identity = found[1] if found else identity
-            ran += 1
-    assert ran > 25
-    tenants = Tenants(default_database(), admin_key=key, watch=False)
-    app = FastAPI()
-    app.include_router(admin_router(tenants))
-
-    async def call(line: str) -> httpx.Response:
-        words = shlex.split(line.replace("$VENEER_ADMIN_KEY", key))[1:]
-        method, url, headers, body = "GET", "", {}, None
-        while words:
-            word = words.pop(0)
-            if word == "-X":
-                method = words.pop(0)
-            elif word == "-H":
-                name, _, value = words.pop(0).partition(": ")
-                headers[name] = value
-            elif word == "--json":
-                body, method = words.pop(0), "POST" if method == "GET" else method
-                headers["Content-Type"] = "application/json"
-            else:
-                url = word
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as client:
-            return await client.request(method, f"http://{url}", content=body, headers=headers)
-
-    called = 0
-    for line in lines_of(PAGE):
-        if line.startswith("curl "):
-            answer = asyncio.run(call(line))
-            assert answer.is_success, f"{line}\n{answer.text}"
-            called += 1
-    assert called >= 8
-    listed = {r.path for r in app.routes if str(getattr(r, "path", "")).startswith("/admin")}
-    listed |= {r.path for r in admin_router(tenants).routes}  # type: ignore[attr-defined]
-    for path in listed:
-        last = path.rsplit("/", 1)[-1].strip("{}")
-        assert last in PAGE or last in ("tenant", "key"), f"{path} is not on the page"
-    tenants.close()
+def test_a_route_moves_to_what_the_library_has_and_nowhere_else(capsys: Any, tmp_path: Path) -> None:
+    lost = run(capsys, "tenant", "route", "set", "support", "support@1")
+    assert lost.code == 2
+    assert "there is no library" in lost.err
+    assert not (tmp_path / "home" / "library").exists()
+    with open_library() as library:
+        library.add(made(tmp_path, 1), "support", describe=read_made)
+        library.add(made(tmp_path, 2), "support", describe=read_made)
+    assert run(capsys, "tenant", "route", "set", "support", "support@1").code == 0
+    for wrong in (["suport@1"], ["support@3"], ["support@1=9", "support@7=1"], ["support@1", "--shadow", "support@9"]):
+        refused = run(capsys, "tenant", "route", "set", "support", *wrong)
+        assert refused.code == 2
+        assert "cannot be served" in refused.err
+        assert run(capsys, "tenant", "route", "list").out.strip() == "support -> support@1 100 %"
+    assert "support@2" in run(capsys, "tenant", "route", "set", "support", "support@3").err, "it says what there is"
+    assert run(capsys, "tenant", "route", "set", "support", "support@2").code == 0
+    with open_library() as library:
+        library.remove("support@1")
+    assert run(capsys, "tenant", "route", "rollback", "support").code == 2
+    assert run(capsys, "tenant", "route", "rollback", "support", "--force").code == 0
 
 
 def test_help_loads_no_database_and_shows_an_example(capsys: Any) -> None:
@@ -155,6 +113,6 @@ def test_help_loads_no_database_and_shows_an_example(capsys: Any) -> None:
     assert ran.returncode == 0, ran.stderr
     names = ["add", "list", "change", "remove", "see", "share", "limit", "price", "usage", "audit", "admin-key"]
     names += [f"key {n}" for n in ("add", "list", "revoke", "rotate")]
-    names += [f"alias {n}" for n in ("set", "list", "rollback", "remove", "history", "shadows")]
+    names += [f"route {n}" for n in ("set", "list", "rollback", "remove", "history", "shadows")]
     for name in names:
         assert f"Example: veneer tenant {name}" in run(capsys, "tenant", *name.split(), "--help").out

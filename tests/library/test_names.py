@@ -7,11 +7,38 @@ from pathlib import Path
 import pytest
 
 from tests.library.made import made, read_made
-from veneer.errors import ConfigError
-from veneer.library.library import open_library
+from veneer.errors import AdapterError, ConfigError
+from veneer.library.library import Library, open_library
 from veneer.library.names import Reference, check_file_name, check_tag, parse_reference
+from veneer.library.transfer import export_to, import_from
+from veneer.library.upkeep import rebuild, verify
 
-NOT_NAMES = ["", "A", "../x", "a/b", "a..b", ".a", "a.", "-a", "a:1", "con", "ü", "a" * 101, "a\n", "a b", "~"]
+NOT_NAMES = [
+    "",
+    "A",
+    "../x",
+    "a/b/c",
+    "/a",
+    "a/",
+    "a//b",
+    "./a",
+    "a/.b",
+    "A/b",
+    "x.json/a",
+    "con/a",
+    "a..b/c",
+    "a..b",
+    ".a",
+    "a.",
+    "-a",
+    "a:1",
+    "con",
+    "ü",
+    "a" * 101,
+    "a\n",
+    "a b",
+    "~",
+]
 
 
 @pytest.mark.parametrize("name", NOT_NAMES)
@@ -28,10 +55,21 @@ def test_names_that_are_no_names(name: str) -> None:
         ("a@12", Reference("a", version=12)),
         ("a@prod", Reference("a", alias="prod")),
         ("sha256:00ff", Reference(prefix="sha256:00ff")),
+        ("acme/support", Reference("acme/support")),
+        ("acme/support@4", Reference("acme/support", version=4)),
+        ("acme.eu/support@prod", Reference("acme.eu/support", alias="prod")),
     ],
 )
 def test_references(text: str, means: Reference) -> None:
     assert parse_reference(text) == means
+
+
+def test_names_that_are_only_loaded_may_have_capitals_and_nothing_else_that_others_may_not() -> None:
+    assert parse_reference("Acme/SQL-Lora@2", cased=True) == Reference("Acme/SQL-Lora", version=2)
+    for name in (*NOT_NAMES, "Ünit", "A..b", "CON"):
+        if name not in ("A", "A/b"):
+            with pytest.raises(ConfigError, match="cannot name an adapter"):
+                parse_reference(name, cased=True)
 
 
 @pytest.mark.parametrize("text", ["a@-1", "a@Prod", "a@1x", "a@b@c", "a@٣", "sha256:xyz0", "sha256:00FF"])
@@ -57,3 +95,32 @@ def test_a_bad_name_leaves_nothing_and_a_likely_one_is_offered(tmp_path: Path) -
         with pytest.raises(ConfigError, match="for example studio-style-v2"):
             library.add(made(tmp_path, 1), "Studio Style v2", describe=read_made)
         assert list(library.store.walk("names")) == list(library.store.walk("blobs")) == []
+
+
+def test_a_name_in_a_namespace_is_another_name_and_lives_as_any(library: Library, tmp_path: Path) -> None:
+    """Added, moved, exported, found again from the files alone, removed; beside the same name without one."""
+    for number, name in enumerate(("support", "acme/support", "acme/support", "globex/support")):
+        library.add(made(tmp_path, number), name, describe=read_made)
+    library.alias("acme/support@1", "prod")
+    assert [v.reference for v in library.search()] == ["acme/support@2", "globex/support@1", "support@1"]
+    assert [v.reference for v in library.search(name="acme/")] == ["acme/support@2"]
+    entries = {r: library.find(r).entry for r in ("support", "acme/support", "acme/support@prod", "globex/support@1")}
+    assert len(set(entries.values())) == 4
+    assert library.resolve("acme/support@prod").exists()
+    with pytest.raises(AdapterError, match="no acme/support@9") as lost:
+        library.find("acme/support@9")
+    assert "acme/support@prod" in str(lost.value.fix)
+    with pytest.raises(AdapterError, match="no adapter 'acne/support'") as near:
+        library.find("acne/support")
+    assert "acme/support" in str(near.value.fix)
+    assert verify(library).ok
+    export_to(library, tmp_path / "out.tar", ["acme/support"])
+    with open_library(tmp_path / "other") as other:
+        assert import_from(other, tmp_path / "out.tar", describe=read_made).new == ["acme/support@1", "acme/support@2"]
+        assert other.find("acme/support@prod").entry == entries["acme/support@prod"]
+    rebuild(library.location, str(library.engine.url.render_as_string(hide_password=False)))
+    assert {r: library.find(r).entry for r in entries} == entries
+    assert library.remove("acme/support", with_aliases=True) == [
+        "acme/support@prod", "acme/support@1", "acme/support@2"
+    ]  # fmt: skip
+    assert library.find("support").entry == entries["support"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tests.tiny_base import tiny_base_dir
 from veneer.core.attach import fit_problems
 from veneer.library.library import Library, open_library
 from veneer.models.text import TextBase, load_text
+from veneer.serve.access import Caller, ModelCard, Served
 from veneer.serve.catalog import LocalCatalog
 from veneer.serve.resident import Residents
 
@@ -34,13 +35,35 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "adapters"
 
 
+class Prompt(LocalCatalog):
+    """A catalog whose names are those of this moment, as surfaces see to before each request."""
+
+    def resolve(self, model: str, caller: Caller) -> Served:
+        self._look()
+        return super().resolve(model, caller)
+
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
+        self._look()
+        return super().resolve_mix(parts, caller)
+
+    def models(self, caller: Caller) -> list[ModelCard]:
+        self._look()
+        return super().models(caller)
+
+    def _look(self) -> None:
+        if self.sources.names is not None:
+            self.sources.names.looked()
+
+
 @pytest.fixture
 def make(base: TextBase, library: Library, folder: Path) -> Iterator[Make]:
     made: list[Residents[Ready]] = []
+    catalogs: list[LocalCatalog] = []
 
     def build(limit: int = 1 << 30, servable: Any = None, **options: Any) -> LocalCatalog:
         options = {"name": "tiny", "library": library, "allowed_folders": [folder], **options}
-        catalog = LocalCatalog(base, servable or (lambda a: fit_problems(base.model, a)), **options)
+        catalog = Prompt(base, servable or (lambda a: fit_problems(base.model, a)), **options)
+        catalogs.append(catalog)
         catalog.residents = Residents(
             catalog.read, lambda a, digest: Ready(a, a.size_bytes()), limit_bytes=limit, threads=1
         )
@@ -50,3 +73,5 @@ def make(base: TextBase, library: Library, folder: Path) -> Iterator[Make]:
     yield build
     for residents in made:
         residents.close()
+    for catalog in catalogs:
+        catalog.close()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import event
 
 from tests.serve.shelf import Make, of, reason, refused, saved
 from veneer.formats import peft
@@ -19,6 +20,7 @@ from veneer.models.text import TextBase
 from veneer.serve.access import ANYBODY, Caller
 from veneer.serve.request import Refused
 from veneer.serve.resident import Lease
+from veneer.serve.tenancy.names import seeing
 
 # -- names -----------------------------------------------------------------------------------------------------------
 
@@ -74,19 +76,47 @@ def test_an_alias_that_moves_is_seen_by_the_next_request(
     assert refused(lambda: catalog.resolve("support@prod", ANYBODY)).status == 404
 
 
-def test_an_answer_of_the_index_stands_while_it_does_not_change(
+def test_names_are_resolved_without_a_database(
     make: Make, base: TextBase, folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved(base, folder / "a")
-    library.add(folder / "a", "support")
-    catalog, asked = make(), list[str]()
-    find = catalog.sources._find
-    monkeypatch.setattr(catalog.sources, "_find", lambda lib, ref: (asked.append(ref), find(lib, ref))[1])
-    time.sleep(0.1)
+    """Known, unknown and listed names, and an adapter's files when they are first used."""
+    digest = saved(base, folder / "a")
+    library.add(folder / "a", "acme/support")
+    library.alias("acme/support@1", "prod")
+    catalog = make()
+    assert catalog.sources.names is not None
+    catalog.sources.names.looked()
+    monkeypatch.setattr(catalog.sources.names, "looked", lambda: None)  # as surfaces leave it to a thread
+
+    asked: list[str] = []
+    event.listen(library.engine, "before_cursor_execute", lambda c, cursor, statement, *more: asked.append(statement))
     for _ in range(50):
-        catalog.resolve("support", ANYBODY)
-        refused(lambda: catalog.resolve("nothing", ANYBODY))
-    assert sorted(asked) == ["nothing", "support"]
+        for word in ("acme/support", "acme/support@1", "acme/support@prod", digest, digest[:20]):
+            assert catalog.resolve(word, ANYBODY).mix == of(digest)
+        for word in ("nothing", "acme/support@2", "acme/support@stable", "sha256:0000"):
+            assert refused(lambda w=word: catalog.resolve(w, ANYBODY)).status == 404
+        assert [c.id for c in catalog.models(ANYBODY)] == ["tiny", "acme/support"]
+    assert catalog.read(digest).digest() == digest
+    assert asked == []
+
+
+def test_a_load_under_a_name_of_the_librarys_is_refused_unless_it_says_so(
+    make: Make, base: TextBase, folder: Path, library: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    library.add(folder / "a", "support")
+    catalog = make()
+    error = refused(lambda: catalog.load("support", "b"))
+    assert (error.status, error.code) == (400, "adapter_exists")
+    assert catalog.resolve("support", ANYBODY).mix == of(one)
+    assert catalog.residents is not None
+    assert catalog.residents.stats().bytes == 0
+    assert catalog.load("support", "support").digest == one, "the same thing by its own name"
+    catalog.unload("support")
+    assert catalog.load("support", "a").digest == one, "or by its files"
+    catalog.load("support", "b", replace=True)
+    assert "no longer the library's support@1" in caplog.text
+    assert catalog.resolve("support", ANYBODY).mix == of(two)
 
 
 def test_another_bases_adapter_is_known_by_the_index(
@@ -102,7 +132,7 @@ def test_a_loaded_name_goes_before_the_library(make: Make, base: TextBase, folde
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     library.add(folder / "a", "support")
     catalog = make()
-    catalog.load("support", "b")
+    catalog.load("support", "b", replace=True)
     assert catalog.resolve("support", ANYBODY).mix == of(two)
     catalog.unload("support")
     assert catalog.resolve("support", ANYBODY).mix == of(one)
@@ -155,19 +185,19 @@ class Split:
     def __init__(self, shadow: str | None = "b") -> None:
         self.under = shadow
 
-    def choose(self, alias: str, caller: Caller) -> str | None:
-        known = alias == "live" and caller.tenant == "t"
+    def choose(self, route: str, caller: Caller) -> str | None:
+        known = route == "live" and caller.tenant == "t"
         return ("a" if caller.user == "ann" else "b") if known else None
 
-    def shadow(self, alias: str, caller: Caller) -> str | None:
-        assert alias == "live"
+    def shadow(self, route: str, caller: Caller) -> str | None:
+        assert route == "live"
         return self.under
 
     def names(self, caller: Caller) -> list[str]:
         return ["live"] if caller.tenant == "t" else []
 
 
-def test_an_alias_with_weights(make: Make, base: TextBase, folder: Path) -> None:
+def test_a_route_with_weights(make: Make, base: TextBase, folder: Path) -> None:
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
     catalog = make(rollouts=Split())
     catalog.load("a", "a")
@@ -178,16 +208,42 @@ def test_an_alias_with_weights(make: Make, base: TextBase, folder: Path) -> None
     assert catalog.resolve("tiny:live", replace(ann, user="bob")).target == "b"
     assert catalog.resolve("a", ANYBODY).shadow is None
     assert refused(lambda: catalog.resolve("live", ANYBODY)).status == 404
-    assert refused(lambda: catalog.resolve("a", ann)).status == 404, "the alias lends no name"
+    assert refused(lambda: catalog.resolve("a", ann)).status == 404, "the route lends no name"
     assert [c.id for c in catalog.models(ann)] == ["tiny", "live"]
 
 
-def test_a_shadow_that_is_gone_hurts_nobody(make: Make, base: TextBase, folder: Path) -> None:
+def test_a_shadow_that_is_gone_hurts_nobody_and_is_told(make: Make, base: TextBase, folder: Path) -> None:
     saved(base, folder / "a", 1)
     catalog = make(rollouts=Split("gone"))
     catalog.load("a", "a")
-    assert catalog.resolve("live", Caller(tenant="t", user="ann")).shadow is None
+    served = catalog.resolve("live", Caller(tenant="t", user="ann"))
+    assert served.target == "a"
+    assert served.shadow is not None
+    name, why = served.shadow
+    assert name == "gone"
+    assert isinstance(why, Refused)
+    assert why.status == 404
     assert refused(lambda: catalog.resolve("live", Caller(tenant="t", user="bob"))).status == 404
+
+
+def test_a_name_is_checked_as_a_request_for_it_would_be(
+    make: Make, base: TextBase, folder: Path, library: Library, tmp_path: Path
+) -> None:
+    saved(base, folder / "a", 1)
+    saved(base, folder / "b", 2)
+    saved(base, folder / "o", 3, base_fingerprint="sha256:" + "0" * 64)
+    for name, place in (("good", "a"), ("broken", "b"), ("other", "o")):
+        library.add(folder / place, name)
+    catalog = make()
+    catalog.load("loaded", "a")
+    for fine in ("good", "good@1", "loaded", "tiny"):
+        catalog.check(fine)
+    for files in library.files(library.find("broken").entry).values():
+        blob = Path(library.location) / "blobs" / files[0][:2] / files[0]
+        blob.chmod(0o644)
+        blob.write_bytes(b"half a file")
+    answers = {name: refused(lambda n=name: catalog.check(n)).status for name in ("gone", "good@7", "broken", "other")}
+    assert answers == {"gone": 404, "good@7": 404, "broken": 503, "other": 400}
 
 
 # -- who sees what -----------------------------------------------------------------------------------------------------
@@ -226,6 +282,24 @@ def test_a_grant_of_a_name_is_one_of_its_versions(make: Make, base: TextBase, fo
     assert make().resolve("support@1", caller).mix == of(digest)
 
 
+def test_a_namespace_of_the_library_on_every_way_to_name_an_adapter(
+    make: Make, base: TextBase, folder: Path, library: Library
+) -> None:
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    library.add(folder / "a", "acme/support")
+    library.add(folder / "b", "acme/support")
+    library.alias("acme/support@1", "prod")
+    catalog, acme = make(), Caller(tenant="acme", sees=seeing(["acme/*"]))
+    meant = {"acme/support": two, "acme/support@1": one, "acme/support@prod": one, "tiny:acme/support@2": two}
+    assert {word: catalog.resolve(word, acme).mix for word in meant} == {word: of(d) for word, d in meant.items()}
+    assert catalog.resolve_mix([("acme/support@1", 0.5)], acme).mix == ((one, 0.5),)
+    assert [c.id for c in catalog.models(acme)] == ["tiny", "acme/support"]
+    assert refused(lambda: catalog.resolve("support", acme)).status == 404
+    assert refused(lambda: catalog.resolve("acme/support", Caller(sees=seeing(["globex/*"])))).status == 404
+    assert catalog.load("acme/Fast.Support", "acme/support@1").digest == one
+    assert catalog.resolve("acme/Fast.Support", acme).mix == of(one)
+
+
 HOSTILE_WORDS = [
     "../../etc/passwd", "/etc/passwd", "a/../../b", "a\0b", "\x1b[31m", "..", ".", "~root", "x" * 100_000, "tiny:../x",
     "sha256:zz", "sha256:", "a@b@c", "%2e%2e/", "C:\\x", "a b", "\ud800", "s3://bucket/x", "file:///etc/passwd", "é",
@@ -243,7 +317,9 @@ def test_words_from_clients_never_reach_the_file_system(make: Make, word: str, m
     assert all(c.isprintable() for c in error.what)
 
 
-@pytest.mark.parametrize("name", [*HOSTILE_WORDS, "", "tiny", "a..b", "a:b", "a@2", "/a", "a/", "a//b", "a/b/c", "-a"])
+@pytest.mark.parametrize(
+    "name", [*HOSTILE_WORDS, "", "tiny", "a..b", "a:b", "a@2", "a+b", "/a", "a/", "a//b", "a/b/c", "-a"]
+)
 def test_names_that_cannot_be_given(make: Make, base: TextBase, folder: Path, name: str) -> None:
     saved(base, folder / "a")
     catalog = make()

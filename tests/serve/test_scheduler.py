@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.serve.cache import Cache
-from veneer.serve.request import Request, Sampling
+from veneer.serve.request import Mix, Request, Sampling
 from veneer.serve.scheduler import Pace, Scheduler, Sequence
 
 
@@ -266,3 +266,20 @@ def test_everything_finishes_or_was_removed(
     assert scheduler.cache.in_use == 0
     assert not scheduler.running
     assert scheduler.waiting == 0
+
+
+def test_prompts_share_what_was_computed_under_equal_mixes_with_equal_salts_alone() -> None:
+    """In steps of a block, what was there tells what others asked: another salt finds nothing, whatever the mix."""
+    scheduler = Scheduler(Cache(1000, 4), rows=8, budget=64)
+    tokens = tuple(range(17))
+    mixes: list[Mix] = [(), (("sha256:a", 1.0),), (("sha256:b", 1.0),)]
+    found = {}
+    for turn in range(2):
+        for mix in mixes:
+            for salt in ("", "acme", "globex", "b", str(mixes[2])):
+                sequence = scheduler.add(Request(tokens, Sampling(max_tokens=1), mix, salt=salt))
+                while not sequence.generated:
+                    advance(scheduler)
+                found[turn, mix, salt] = sequence.cached
+    assert {cached for (turn, _, _), cached in found.items() if turn == 0} == {0}
+    assert {cached for (turn, _, _), cached in found.items() if turn == 1} == {16}

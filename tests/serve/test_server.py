@@ -10,13 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from tests.cli.run import run
 from veneer.errors import ConfigError
 from veneer.serve.request import Refused
-from veneer.serve.server import Keys, Preload, bytes_of, keys_of, parse_preload
+from veneer.serve.server import Keys, Preload, ServeSettings, _tenancy, bytes_of, keys_of, parse_preload
+from veneer.serve.tenancy.keys import hash_key
+from veneer.serve.tenancy.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = """
@@ -138,3 +142,57 @@ def test_keys() -> None:
     for wrong in (None, "", "sk-", "ключ"):
         with pytest.raises(Refused, match="no valid API key"):
             asyncio.run(keys.caller(wrong))
+
+
+# -- who may ask -------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    said: list[str] = []
+
+    def kind(**settings: Any) -> str:
+        tenancy, routers, _ = _tenancy(ServeSettings("toy", **settings), said.append)
+        if (close := getattr(tenancy, "close", None)) is not None:
+            close()
+        return type(tenancy).__name__ + ("+admin" if routers else "")
+
+    assert kind() == "OpenAccess"
+    assert not said
+    assert kind(host="0.0.0.0") == "OpenAccess"
+    assert "whoever reaches 0.0.0.0:8000" in said.pop()
+    Store(str(tmp_path / "tenants.sqlite")).close()
+    assert kind() == "Tenants"
+    assert f"{tmp_path / 'tenants.sqlite'}, so requests need a key; --open" in said.pop()
+    assert kind(admin_key="an-admin-key-of-some-length") == "Tenants+admin"
+    assert kind(keys=("sk-0123456789abcdef",)) == "Keys"
+    assert kind(open=True) == "OpenAccess"
+
+
+def test_the_hash_of_an_admin_key_is_enough_for_a_server_without_tenants() -> None:
+    key = "admin-0123456789abcdef"
+    keys = Keys([], f"sha256:{hash_key(key)}")
+    assert asyncio.run(keys.caller(key)).admin
+    for wrong in (f"sha256:{hash_key(key)}", hash_key(key), key[:-1]):
+        with pytest.raises(Refused) as refused:
+            asyncio.run(keys.caller(wrong))
+        assert refused.value.status == 401
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--allow-folder", "nowhere"], "there is no folder nowhere"),
+        (["--open", "--tenants", "t.sqlite"], "--open serves whoever asks"),
+        (["--open", "--api-keys", "keys"], "--open serves whoever asks"),
+    ],
+)
+def test_options_that_cannot_be_are_said_without_a_traceback(
+    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").write_text("sk-0123456789abcdef\n")
+    ran = run(capsys, "serve", "--base", "smollm2-135m", *options)
+    assert ran.code == 2
+    assert words in ran.err
+    assert "Traceback" not in ran.err

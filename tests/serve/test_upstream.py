@@ -152,7 +152,7 @@ def test_only_replicas_that_could_load_it_get_the_request(shelf, tmp_path):
 
     async def work(urls: list[str]) -> None:
         async with fleet(urls, shelf, tmp_path) as it:
-            assert await it.load(ONE) == {urls[0]: "", urls[1]: f"{urls[1]} cannot load it: no room"}
+            assert await it.load(ONE) == {urls[0]: "", urls[1]: "a replica cannot load it: no room"}
             for _ in range(4):
                 assert "adapter1" in said(await answer(it, ONE))
             assert len(able.asked("complete")) == 4
@@ -188,7 +188,8 @@ def test_another_replica_is_tried_before_the_first_token_and_none_after_it(shelf
             events = await answer(it)
             assert [type(e) for e in events] == [Started, Token, Token, Finished]
             assert events[-1].reason == "error"
-            assert events[-1].error.code == "internal"
+            assert events[-1].error.code == "unavailable"
+            assert "127.0.0.1" not in str(events[-1].error)
 
     with running(ill, well) as urls:
         run(work(urls))
@@ -202,21 +203,24 @@ def test_nobody_there_is_a_503_and_comes_back(shelf, tmp_path, monkeypatch):
         with running(fake) as urls:
             place = urls[0]
         async with fleet([place], shelf, tmp_path) as it:
-            with pytest.raises(Refused, match="no replica answers") as refusal:
+            with pytest.raises(Refused, match="cannot be used") as refusal:
                 await answer(it)
-            assert refusal.value.status == 503
+            assert (refusal.value.status, refusal.value.code) == (503, "unavailable")
+            assert "127.0.0.1" not in str(refusal.value)
             assert refusal.value.retry_after >= 1
 
     run(work())
 
 
-def test_a_poisonous_request_does_not_take_the_fleet_down(shelf, tmp_path):
+def test_a_poisonous_request_does_not_take_the_fleet_down(shelf, tmp_path, caplog):
     fakes = [FakeVLLM(wrong=[(500, "bad prompt")]) for _ in range(2)]
 
     async def work(urls: list[str]) -> None:
         async with fleet(urls, shelf, tmp_path) as it:
-            with pytest.raises(Refused, match="bad prompt"):
+            with pytest.raises(Refused, match="cannot be used") as refusal:
                 await answer(it)
+            assert "bad prompt" not in str(refusal.value)
+            assert "bad prompt" in caplog.text
             assert all(r["up"] for r in it.residency())
             assert "base" in said(await answer(it))
 

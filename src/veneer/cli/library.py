@@ -22,10 +22,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Keep adapter
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Reference = Annotated[
     str,
-    typer.Argument(help="support, support@2, support@prod or the beginning of a sha256: digest.", show_default=False),
+    typer.Argument(
+        help="support, acme/support@2, support@prod or the beginning of a sha256: digest.", show_default=False
+    ),
 ]
 _Tags = Annotated[list[str] | None, typer.Option("--tag", help="A tag for it; repeat for several.")]
-_Name = Annotated[str, typer.Argument(help="The name to keep it under.", show_default=False)]
+_Name = Annotated[str, typer.Argument(help="The name to keep it under: support, acme/support.", show_default=False)]
 _place: dict[str, str | None] = {"location": None, "index": None}
 
 

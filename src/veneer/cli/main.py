@@ -48,7 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("veneer.cli.serve", "Serve a base and its adapters over HTTP."),
     "adapter": ("veneer.cli.adapter", "Inspect, verify, convert, mix and merge adapters."),
     "library": ("veneer.cli.library", "Keep adapters under names, share and check them."),
-    "tenant": ("veneer.cli.tenant", "Tenants of a server: keys, limits, prices, aliases, usage."),
+    "tenant": ("veneer.cli.tenant", "Tenants of a server: keys, limits, prices, routes, usage."),
     "export": ("veneer.cli.export", "Write an adapter as a directory that vLLM or TGI serves as it is."),
 }
 """Command -> (module, one line for `veneer --help`)."""

@@ -42,16 +42,24 @@ def serve(
     ] = None,
     admin_key: Annotated[
         str | None,
-        typer.Option("--admin-key", envvar="VENEER_ADMIN_KEY", help="The key that may load and unload adapters."),
+        typer.Option(
+            "--admin-key",
+            envvar=["VENEER_ADMIN_KEY_HASH", "VENEER_ADMIN_KEY"],
+            help="The key that may load and unload adapters, or sha256: and its hash; `veneer tenant admin-key`.",
+        ),
     ] = None,
     tenants: Annotated[
         str | None,
         typer.Option(
             "--tenants",
             envvar="VENEER_TENANTS",
-            help="A database of tenants (SQLite file or postgresql://…) instead of --api-keys; see `veneer tenant`.",
+            help="A database of tenants (SQLite file or postgresql://…) instead of --api-keys; see `veneer tenant`. "
+            "Without either it is tenants.sqlite in the veneer home, where there is one.",
         ),
     ] = None,
+    open_to_all: Annotated[
+        bool, typer.Option("--open", help="Serve whoever asks, although there are tenants in the veneer home.")
+    ] = False,
     ledger_days: Annotated[
         float, typer.Option("--ledger-days", min=1, help="With --tenants: lines are kept so long; sums by day stay.")
     ] = 400.0,
@@ -125,6 +133,11 @@ def serve(
     """Serve a base and its adapters over HTTP until Ctrl-C or SIGTERM."""
     if tenants is not None and api_keys is not None:
         raise ConfigError("--tenants and --api-keys both say who may ask", fix="keep one")
+    if open_to_all and (tenants is not None or api_keys is not None):
+        raise ConfigError("--open serves whoever asks, and --tenants or --api-keys say who may", fix="keep one")
+    for folder in allow_folder or []:
+        if not folder.expanduser().is_dir():
+            raise ConfigError(f"there is no folder {folder}", where="--allow-folder", fix="make it, or leave it out")
     if engine not in ("embedded", "openai") or (engine == "openai") != bool(upstream):
         raise ConfigError(
             f"--engine {engine} with {len(upstream or [])} upstreams", fix="--engine openai --upstream URL"
@@ -149,6 +162,7 @@ def serve(
         keys=tuple(server.keys_of(api_keys)) if api_keys else (),
         admin_key=admin_key,
         tenants=tenants,
+        open=open_to_all,
         ledger_days=ledger_days,
         ledger_bytes=server.bytes_of(ledger_room, "--ledger-room"),
         ledger_folder=None if ledger_folder is None else str(ledger_folder),
@@ -176,8 +190,6 @@ def serve(
             stall=stall_seconds,
         ),
     )
-    if host not in ("127.0.0.1", "localhost", "::1") and not (api_keys or tenants or admin_key):
-        _say(f"note: whoever reaches {host}:{port} may ask, and load adapters; --api-keys or --tenants closes that")
     server.serve(settings, _say)
 
 

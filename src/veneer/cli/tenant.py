@@ -12,16 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from veneer.cli import tenant_alias
+from veneer.cli import tenant_route
 from veneer.cli.tenant_common import AsJson, day, opened, print_json, set_place, table, who
 
 __all__ = ["app"]
 
 _PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False}
-app = typer.Typer(**_PLAIN, help="Tenants of a server: keys, adapters, limits, prices, aliases, usage.")
+app = typer.Typer(**_PLAIN, help="Tenants of a server: keys, adapters, limits, prices, routes, usage.")
 key_app = typer.Typer(**_PLAIN, help="API keys of tenants.")
 app.add_typer(key_app, name="key")
-app.add_typer(tenant_alias.app, name="alias")
+app.add_typer(tenant_route.app, name="route")
 
 _Tenant = Annotated[str, typer.Argument(help="The tenant.", show_default=False)]
 _KeyId = Annotated[str, typer.Argument(help="The key's id, the part after vnr-.", show_default=False)]
@@ -43,7 +43,7 @@ def _where(
         ),
     ] = None,
 ) -> None:
-    """Tenants of a server: keys, the adapters they see, limits, prices, aliases, usage and the audit log."""
+    """Tenants of a server: keys, the adapters they see, limits, prices, routes, usage and the audit log."""
     set_place(at)
 
 
@@ -101,7 +101,7 @@ def change(
 
 @app.command(epilog="Example: veneer tenant remove acme")
 def remove(tenant: _Tenant, as_json: AsJson = False) -> None:
-    """Remove a tenant with its keys, limits, prices and aliases. What it used stays in the ledger."""
+    """Remove a tenant with its keys, limits, prices and routes. What it used stays in the ledger."""
     from veneer.serve.tenancy import manage
 
     with opened() as store:
@@ -133,14 +133,34 @@ def _let_see(tenant: str, patterns: list[str], remove: bool, as_json: bool) -> N
         print(f"{tenant or 'everybody'} sees: {' '.join(after) or 'nothing'}")
 
 
+@app.command(epilog="Example: veneer tenant cache support")
+def cache(
+    patterns: Annotated[list[str] | None, typer.Argument(help="Adapters, or the base; by default show them.")] = None,
+    remove: _Remove = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let tenants share what was computed of prompts that begin alike, under these adapters; else each has its own.
+    It is faster, and whoever may use them can find out by a prompt of its own what others have asked."""
+    from veneer.serve.tenancy import manage
+
+    with opened() as store:
+        after = store.settings.common
+        if patterns:
+            more = {"remove": patterns} if remove else {"add": patterns}
+            after = manage.share_prefixes(store, **more, who=who())
+    print_json({"shared": after}) if as_json else print(f"shared between tenants: {' '.join(after) or 'nothing'}")
+
+
 @app.command("admin-key", epilog="Example: veneer tenant admin-key")
 def admin_key(as_json: AsJson = False) -> None:
-    """Make a key for the routes under /admin, and its hash, which is all that the server needs to know."""
+    """Make a key for what is under /admin, and its hash, which is all that the server needs to know."""
     from veneer.serve.tenancy.keys import hash_key, make_admin_key
 
     key = make_admin_key()
     kept = f"sha256:{hash_key(key)}"
-    print_json({"key": key, "hash": kept}) if as_json else print(f"{key}\nVENEER_ADMIN_KEY={kept}")
+    print_json({"key": key, "hash": kept}) if as_json else print(
+        f"VENEER_ADMIN_KEY={key}\nVENEER_ADMIN_KEY_HASH={kept}"
+    )
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
@@ -322,8 +342,8 @@ def usage_(
 
 @app.command("audit", epilog="Example: veneer tenant audit --what key --limit 20")
 def audit_(
-    what: Annotated[str, typer.Option("--what", help="These changes alone: key, alias, limit, adapter.load.")] = "",
-    subject: Annotated[str, typer.Option("--subject", help="Of this tenant, alias or adapter.")] = "",
+    what: Annotated[str, typer.Option("--what", help="These changes alone: key, route, limit, adapter.load.")] = "",
+    subject: Annotated[str, typer.Option("--subject", help="Of this tenant, route or adapter.")] = "",
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 50,
     verify: Annotated[bool, typer.Option("--verify", help="Check the chain of hashes; print its head.")] = False,
     expect: Annotated[str, typer.Option("--expect", help="With --verify: a head that was seen earlier.")] = "",

@@ -28,8 +28,8 @@ def set_place(at: str | None) -> None:
 
 @contextmanager
 def opened() -> Iterator[Store]:
+    from veneer.serve.tenancy.keys import default_database
     from veneer.serve.tenancy.store import Store
-    from veneer.serve.tenancy.tenants import default_database
 
     store = Store(_place["at"] or default_database())
     try:

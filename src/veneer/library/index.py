@@ -49,6 +49,8 @@ __all__ = [
     "versions", "writing",
 ]  # fmt: skip
 
+CHANNEL = "veneer_library_names"
+"""Where PostgreSQL is told that names have changed."""
 CONDEMNED = ""
 """The generation of an object that garbage collection is about to delete."""
 
@@ -182,6 +184,16 @@ def identify(c: Connection, store: str) -> None:
     """Tie the index to a store from now on."""
     c.execute(delete(_meta).where(_meta.c.key == "store"))
     c.execute(insert(_meta), {"key": "store", "value": store})
+
+
+def changed(c: Connection) -> None:
+    """Say that names have changed, in the transaction that changes them: a snapshot elsewhere reads them again."""
+    here = _meta.c.key == "revision"
+    revision = int(c.scalar(select(_meta.c.value).where(here)) or 0) + 1
+    c.execute(delete(_meta).where(here))
+    c.execute(insert(_meta), {"key": "revision", "value": str(revision)})
+    if c.dialect.name == "postgresql":
+        c.exec_driver_sql(f"NOTIFY {CHANNEL}")
 
 
 def claim(c: Connection, sizes: Mapping[str, int]) -> dict[str, str]:

@@ -36,12 +36,25 @@ from veneer.library import index as ix
 from veneer.library.describe import Described, content_of, describe
 from veneer.library.names import Reference, check_alias, check_file_name, check_name, check_tag, parse_reference
 from veneer.library.queries import Version, find, record, search
-from veneer.library.store import Directory, Remote, blob_path, canonical, hash_file, manifest_path, open_store
+from veneer.library.store import (
+    Directory,
+    Remote,
+    answering,
+    blob_path,
+    canonical,
+    hash_file,
+    manifest_path,
+    open_store,
+)
 from veneer.models.home import veneer_home
 
-__all__ = ["Added", "Library", "library_place", "open_library"]
+__all__ = ["Added", "Library", "NotKept", "library_place", "open_library"]
 
 MARK = "library.json"
+
+
+class NotKept(AdapterError):
+    """Raised for a reference that means nothing in the library; `fix` names the nearest that does."""
 
 
 @dataclass
@@ -77,7 +90,7 @@ class Library:
     def find(self, reference: str) -> Version:
         """The version that a reference means.
 
-        Raises AdapterError, with the nearest names, where there is none, or where a digest's prefix fits several
+        Raises NotKept, with the nearest names, where there is none; AdapterError where a digest's prefix fits several
         adapters; ConfigError for text that is no reference."""
         wanted = parse_reference(reference)
         with ix.reading(self.engine) as c:
@@ -89,16 +102,16 @@ class Library:
                 raise AdapterError(f"{reference} fits several adapters:\n{shown}", where=self.location)
             raise self._unknown(c, reference, wanted.name)
 
-    def _unknown(self, c: Connection, reference: str, name: str) -> AdapterError:
+    def _unknown(self, c: Connection, reference: str, name: str) -> NotKept:
         kept = c.scalars(select(ix.versions.c.version).where(ix.versions.c.name == name)).all()
         if kept:
             pointers = c.scalars(select(ix.aliases.c.alias).where(ix.aliases.c.name == name)).all()
             has = ", ".join([f"{name}@{w}" for w in [*sorted(kept)[-5:], *sorted(pointers)]])
-            return AdapterError(f"the library has no {reference}", where=self.location, fix=f"it has {has}")
+            return NotKept(f"the library has no {reference}", where=self.location, fix=f"it has {has}")
         every = c.scalars(select(ix.names.c.name).where(ix.names.c.latest.is_not(None))).all() if name else []
         near = nearest(name, every, 3)
         fix = f"did you mean {' or '.join(near)}?" if near else "see `veneer library list`"
-        return AdapterError(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
+        return NotKept(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
 
     def search(self, text: str = "", **filters: Any) -> list[Version]:
         """The versions that fit, by name; `queries.search` has the filters. Without any: the latest of each name."""
@@ -110,27 +123,49 @@ class Library:
 
         A local store links, so nothing is copied. A remote one is fetched into this machine's cache, each file checked
         against its sha256. The path stays good until garbage collection after the last name of the content went.
-        Raises AdapterError where there is no such adapter, or its files are missing or damaged."""
+        Raises NotKept where there is no such adapter, AdapterError where its files are missing or damaged,
+        UnavailableError where the store does not answer."""
         version = self.find(reference)
-        kept = self.files(version.entry)
+        return self.place(version.reference, version.entry, version.format, self.files(version.entry))
+
+    def place(self, reference: str, entry: str, format: str, kept: Mapping[str, tuple[str, int]] | None = None) -> Path:
+        """As `resolve`, for who knows what the reference means: without `kept` the store's own manifest says which
+        files there are, so that no database is asked."""
+        kept = self._manifest(entry) if kept is None else kept
         local = self.store if isinstance(self.store, Directory) else self.cache
         try:
             if isinstance(self.store, Remote):
                 self._fetch(self.store, kept)
-            folder = local.folder(version.entry, kept)
+            folder = local.folder(entry, kept)
         except FileNotFoundError as error:
             raise AdapterError(
-                f"files of {version.reference} are missing in the store: {error}",
+                f"files of {reference} are missing in the store: {error}",
                 where=self.location,
                 fix="`veneer library verify` lists what is missing; add the adapter again to restore it",
             ) from error
         only = next(iter(kept))
-        return folder if len(kept) > 1 or version.format == "peft" else folder / only
+        return folder if len(kept) > 1 or format == "peft" else folder / only
+
+    def _manifest(self, entry: str) -> dict[str, tuple[str, int]]:
+        """name -> (sha256, size), of the manifest in the store. Raises AdapterError where it is not what it was."""
+        path = manifest_path(entry)
+        try:
+            raw = self.cache.read(path) if isinstance(self.store, Remote) else self.store.read(path)
+        except FileNotFoundError:
+            try:
+                raw = self.store.read(path)
+            except FileNotFoundError as error:
+                raise AdapterError(f"the manifest {path} is missing in the store", where=self.location) from error
+        if hashlib.sha256(raw).hexdigest() != entry:
+            raise AdapterError(f"the manifest {path} is damaged in the store", where=self.location)
+        if isinstance(self.store, Remote):
+            self.cache.put(path, raw, entry)
+        return {name: (file["sha256"], file["size"]) for name, file in json.loads(raw)["files"].items()}
 
     def _fetch(self, store: Remote, kept: Mapping[str, tuple[str, int]]) -> None:
         for sha256, size in kept.values():
             if self.cache.size(blob_path(sha256)) != size:
-                with store.open(blob_path(sha256)) as source:
+                with answering(self.location), store.open(blob_path(sha256)) as source:
                     self.cache.fill(blob_path(sha256), source, sha256)
 
     def files(self, entry: str) -> dict[str, tuple[str, int]]:
@@ -191,6 +226,7 @@ class Library:
             number, new = self._number(c, name, entry, source, number)
             self._put_tags(c, name, number, tags)
             self.store.replace(f"names/{name}.json", canonical(record(c, name)))
+            ix.changed(c)
             version = find(c, Reference(name, version=number))[0]
         return Added(version, new, found.left_out)
 
@@ -280,6 +316,7 @@ class Library:
             change(c, found[0])
             after = find(c, parse_reference(found[0].reference))[0]
             self.store.replace(f"names/{after.name}.json", canonical(record(c, after.name)))
+            ix.changed(c)
         return after
 
     def remove(self, reference: str, *, with_aliases: bool = False) -> list[str]:
@@ -303,6 +340,7 @@ class Library:
                 doomed = c.scalars(select(v.version).where(v.name == name)).all() if whole else [found[0].version]
                 gone = self._remove_versions(c, name, list(doomed), with_aliases)
             self.store.replace(f"names/{name}.json", canonical(record(c, name)))
+            ix.changed(c)
         return gone
 
     def _remove_versions(self, c: Connection, name: str, doomed: list[int], with_aliases: bool) -> list[str]:

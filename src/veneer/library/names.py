@@ -1,12 +1,15 @@
-"""What names may look like, and what a reference means.
+"""The one grammar of names, `[namespace/]name[@version|@alias]`, and what a reference means.
 
     support            the latest version of the name `support`
     support@latest     the same
     support@2          its version 2
     support@prod       the version that its alias `prod` points to
+    acme/support@2     version 2 of `support` in the namespace `acme`, another name than `support`
     sha256:3fa9c1      the adapter (or the entry) whose digest begins so
 
-Names become file names, parts of URLs and words of a mix, so they are lower case and hold no separator of any of these.
+The library, the names that a server loads, routes, limits, prices and every body over HTTP have these and no others. In
+a library names become file names, so they are lower case there; a name that is only loaded never does, and may have
+capitals (`cased`), as clients of other servers give them. Parts hold no separator of paths, URLs or mixes.
 Knows text alone.
 """
 
@@ -17,9 +20,19 @@ from dataclasses import dataclass
 
 from veneer.errors import ConfigError
 
-__all__ = ["Reference", "check_alias", "check_file_name", "check_name", "check_tag", "parse_reference"]
+__all__ = [
+    "Reference",
+    "check_alias",
+    "check_file_name",
+    "check_name",
+    "check_namespace",
+    "check_tag",
+    "name_of",
+    "parse_reference",
+]
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9])?")
+_NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
 _ALIAS = re.compile(r"[a-z]([a-z0-9._-]{0,48}[a-z0-9])?")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/=+-]{0,99}")
 _PREFIX = re.compile(r"sha256:[0-9a-f]{4,64}")
@@ -28,7 +41,8 @@ _RESERVED = {"latest", "con", "prn", "aux", "nul"}
 
 @dataclass(frozen=True)
 class Reference:
-    """A parsed reference: a digest's prefix, or a name with a version or an alias (neither: the latest version)."""
+    """A parsed reference: a digest's prefix, or a name, its namespace in front, with a version or an alias (neither:
+    the latest version)."""
 
     name: str = ""
     version: int | None = None
@@ -36,14 +50,14 @@ class Reference:
     prefix: str = ""
 
 
-def parse_reference(text: str) -> Reference:
+def parse_reference(text: str, *, cased: bool = False) -> Reference:
     """Raises ConfigError for text that can be no reference."""
     if text.startswith("sha256:"):
         if not _PREFIX.fullmatch(text):
             raise ConfigError(f"{text!r} is no digest", fix="sha256: and 4 to 64 hexadecimal digits in lower case")
         return Reference(prefix=text)
     name, at, which = text.partition("@")
-    check_name(name)
+    check_name(name, cased=cased)
     if not at or which == "latest":
         return Reference(name)
     if which.isascii() and which.isdigit() and len(which) < 10:
@@ -52,15 +66,44 @@ def parse_reference(text: str) -> Reference:
     return Reference(name, alias=which)
 
 
-def check_name(name: str) -> None:
-    """Raises ConfigError for what cannot name an adapter."""
-    if not _NAME.fullmatch(name) or ".." in name or name in _RESERVED:
+def name_of(reference: str) -> str:
+    """A reference's name, whatever its version: what limits, prices and grants count it under."""
+    return reference.partition("@")[0]
+
+
+def check_name(name: str, *, cased: bool = False) -> None:
+    """Raises ConfigError for what cannot name an adapter: one name, or a namespace, a slash and a name."""
+    text = name.lower() if cased and name.isascii() else name
+    namespace, slash, last = text.rpartition("/")
+    if not _is_part(last, _NAME) or (slash and not _is_namespace(namespace)):
         likely = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:100]
+        letters = "letters" if cased else "lower-case letters"
         raise ConfigError(
-            f"{name!r} cannot name an adapter in a library",
-            fix="lower-case letters, digits and . _ - between them, at most 100"
-            + (f"; for example {likely}" if _NAME.fullmatch(likely) and likely not in _RESERVED else ""),
+            f"{_short(name)} cannot name an adapter" + ("" if cased else " in a library"),
+            fix=f"{letters}, digits and . _ - between them, at most 100; a namespace and / may stand in front"
+            + (f"; for example {likely}" if _is_part(likely, _NAME) else ""),
         )
+
+
+def check_namespace(namespace: str) -> None:
+    """Raises ConfigError for what cannot stand in front of a name's slash."""
+    if not _is_namespace(namespace):
+        raise ConfigError(
+            f"{_short(namespace)} cannot be a namespace",
+            fix="lower-case letters, digits and . _ - between them, at most 64",
+        )
+
+
+def _is_namespace(text: str) -> bool:
+    return _is_part(text, _NAMESPACE) and not text.endswith(".json")  # beside the records of names: names/support.json
+
+
+def _is_part(text: str, pattern: re.Pattern[str]) -> bool:
+    return pattern.fullmatch(text) is not None and ".." not in text and text not in _RESERVED
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 100 else text[:100] + "…")
 
 
 def check_alias(alias: str) -> None:

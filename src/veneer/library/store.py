@@ -15,6 +15,7 @@ Knows bytes and paths; nothing of names, versions or the index.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,10 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from veneer.errors import AdapterError, ConfigError, MissingExtraError
+from veneer.errors import AdapterError, ConfigError, MissingExtraError, UnavailableError, VeneerError
 from veneer.formats.atomic import flush_folder
 
-__all__ = ["Directory", "Remote", "blob_path", "canonical", "hash_file", "manifest_path", "open_store"]
+__all__ = ["Directory", "Remote", "answering", "blob_path", "canonical", "hash_file", "manifest_path", "open_store"]
 
 CHUNK = 1 << 20
 _WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
@@ -234,15 +235,19 @@ class Remote:
 
     def size(self, path: str) -> int | None:
         try:
-            return int(self.fs.info(self._at(path))["size"])
+            with answering(self.root):
+                return int(self.fs.info(self._at(path))["size"])
         except FileNotFoundError:
             return None
 
     def read(self, path: str) -> bytes:
-        return bytes(self.fs.cat_file(self._at(path)))
+        with answering(self.root):
+            return bytes(self.fs.cat_file(self._at(path)))
 
     def open(self, path: str) -> IO[bytes]:
-        opened: IO[bytes] = self.fs.open(self._at(path), "rb", cache_type="readahead", block_size=8 << 20)
+        """Reading it may fail too: whoever does is `answering`."""
+        with answering(self.root):
+            opened: IO[bytes] = self.fs.open(self._at(path), "rb", cache_type="readahead", block_size=8 << 20)
         return opened
 
     def put(self, path: str, source: Path | bytes, sha256: str) -> None:
@@ -262,30 +267,47 @@ class Remote:
     def _send(self, path: str, source: Path | bytes) -> None:
         target = self._at(path)
         first = target if self.whole else f"{self.root}/tmp/{secrets.token_hex(12)}"
-        for folder in {first.rpartition("/")[0], target.rpartition("/")[0]} - self._made:
-            if not self.whole:
-                self.fs.makedirs(folder, exist_ok=True)
-                self._made.add(folder)
-        if isinstance(source, bytes):
-            self.fs.pipe_file(first, source)
-        else:
-            self.fs.put_file(str(source), first)
-        if first != target:
-            self.fs.mv(first, target)
+        with answering(self.root):
+            for folder in {first.rpartition("/")[0], target.rpartition("/")[0]} - self._made:
+                if not self.whole:
+                    self.fs.makedirs(folder, exist_ok=True)
+                    self._made.add(folder)
+            if isinstance(source, bytes):
+                self.fs.pipe_file(first, source)
+            else:
+                self.fs.put_file(str(source), first)
+            if first != target:
+                self.fs.mv(first, target)
 
     def delete(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), answering(self.root):
             self.fs.rm_file(self._at(path))
 
     def walk(self, prefix: str) -> Iterator[tuple[str, int, float]]:
         try:
-            found = self.fs.find(self._at(prefix), detail=True)
+            with answering(self.root):
+                found = self.fs.find(self._at(prefix), detail=True)
         except FileNotFoundError:
             return
         for path, about in found.items():
             changed = about.get("LastModified") or about.get("mtime") or about.get("created") or 0.0
             when = changed.timestamp() if hasattr(changed, "timestamp") else float(changed)
             yield path[len(self.root) + 1 :], int(about["size"]), when
+
+
+@contextlib.contextmanager
+def answering(where: str) -> Iterator[None]:
+    """Around what is asked of a store elsewhere. Each client has its own errors: a file that is not there stays
+    FileNotFoundError, and anything else means that the store cannot be used now, which is UnavailableError."""
+    try:
+        yield
+    except (FileNotFoundError, VeneerError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # the disk here is full
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UnavailableError(f"the store cannot be used now: {reason}", where=where, fix="try again later") from error
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:

@@ -299,6 +299,7 @@ def rebuild(location: str | Path | None = None, index: str | None = None) -> Reb
                     out.lost.append(f"{path}: {error}")
                     continue
                 _restore(library, c, found, out)
+            ix.changed(c)
     return out
 
 

@@ -15,15 +15,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from veneer.serve.request import Mix, Usage
+from veneer.serve.request import Mix, Refused, Usage
 
-__all__ = ["ANYBODY", "Bill", "Caller", "Catalog", "Kept", "ModelCard", "OpenAccess", "Served", "Tenancy"]
+__all__ = ["ANYBODY", "SHADOWS", "Bill", "Caller", "Catalog", "Kept", "ModelCard", "OpenAccess", "Served", "Tenancy"]
 
 
 @dataclass(frozen=True, eq=False)
 class Caller:
-    """`tenant`: "" where there are none. `sees(name)`: whether an adapter or alias of that name exists for them.
-    `user`: the client's own word for its end user, to which weighted aliases stick. `weight`: share of the engine."""
+    """`tenant`: "" where there are none. `sees(name)`: whether an adapter or a route of that name exists for them.
+    `user`: the client's own word for its end user, to which routes stick. `weight`: share of the engine."""
 
     tenant: str = ""
     sees: Callable[[str], bool] = field(default=lambda name: True, repr=False)
@@ -33,19 +33,21 @@ class Caller:
 
 
 ANYBODY = Caller(admin=True)
+SHADOWS = Caller(admin=True, weight=0.1)
+"""Who asks for a shadow's answer: the operator, so that it is in the ledger as theirs and takes no tenant's turn."""
 
 
 @dataclass(frozen=True)
 class Served:
     """What a name meant when it was asked. `name`: the client's own word, given back as `model`. `target`: the adapter
-    that an alias chose, else `name`. `shadow`: a mix whose answer is computed too, and logged, never sent. `adapters`:
-    what the operator calls each part of `mix`, in its order, whatever the client called it: the name that was loaded,
-    or the library's with its version. Limits, prices and the ledger know a request by these."""
+    that a route chose, else `name`. `shadow`: a mix whose answer is computed too, and logged, never sent; or why it
+    cannot be. `adapters`: what the operator calls each part of `mix`, in its order, whatever the client called it: the
+    name that was loaded, or the library's with its version. Limits, prices and the ledger know a request by these."""
 
     mix: Mix
     name: str
     target: str
-    shadow: tuple[str, Mix] | None = None
+    shadow: tuple[str, Mix | Refused] | None = None
     adapters: tuple[str, ...] = ()
 
     def parts(self) -> list[tuple[str, str, float]]:
@@ -70,7 +72,7 @@ class ModelCard:
 
 
 class Catalog(Protocol):
-    """The names of one server: its base, adapters that were loaded, what the library has, aliases.
+    """The names of one server: its base, adapters that were loaded, what the library has, routes.
 
     Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (400 or 422, with a `reason` in the
     message) for one that cannot be served with full effect."""
@@ -78,7 +80,7 @@ class Catalog(Protocol):
     base: str
 
     def resolve(self, model: str, caller: Caller) -> Served:
-        """`model`: "" or the base's name; an adapter, an alias, a library reference; `base:adapter`."""
+        """`model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`."""
         ...
 
     def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
@@ -109,6 +111,10 @@ class Tenancy(Protocol):
         """Raises Refused(unauthorized, 401)."""
         ...
 
+    def shares(self, caller: Caller, served: Served) -> str:
+        """With whom the caller's prompts share what was computed: "" with everybody, else with those of this word."""
+        ...
+
     def admitted(
         self, caller: Caller, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AbstractAsyncContextManager[Bill]:
@@ -133,6 +139,9 @@ class OpenAccess:
 
     async def caller(self, key: str | None, user: str | None = None) -> Caller:
         return Caller(user=user, admin=True)
+
+    def shares(self, caller: Caller, served: Served) -> str:
+        return ""
 
     @asynccontextmanager
     async def admitted(

@@ -1,10 +1,11 @@
 """Which blocks of the key-value cache belong to whom: pages of `block` tokens, shared where prompts begin alike.
 
-    key of a full block = sha256(key of the block before it, its tokens);  key before the first = the mix's digest
+    key of a full block = sha256(key of the block before it, its tokens);  key before the first = `request.cache_root`
 
 Two sequences share a block exactly where everything that its keys and values were computed from is the same: all tokens
-up to its end, and the mix. The digest of a mix is of weights and strengths, so a renamed, reloaded or replaced adapter
-can never find what another left.
+up to its end, and the mix; and where the salts are the same, which is how tenants are kept apart: whether a prompt was
+there tells what others asked. The digest of a mix is of weights and strengths, so a renamed, reloaded or replaced
+adapter can never find what another left.
 
 A block is free (nothing in it), in use (one holder or more), or kept: nobody holds it, its key is still known. Kept
 blocks are taken again, the longest unused first, when free ones run out. Numbers only: no tensors.

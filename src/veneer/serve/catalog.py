@@ -4,7 +4,7 @@
     catalog.residents = Residents(catalog.read, runner.prepare, limit_bytes=…)
     served = catalog.resolve("support@prod", caller)
 
-A word is looked up in this order: the base's name; an alias with weights (`rollouts`); a name that was loaded; a
+A word is looked up in this order: the base's name; a route (`rollouts`); a name that was loaded; a
 reference of the library (`support`, `support@2`, `support@prod`, `sha256:…`). Any of them may follow `base:`. What is
 not there and what the caller does not see are the same 404, told before anything is looked up for who does not see it.
 Words from clients never reach the file system: they are compared with names, and the library looks in its index.
@@ -19,7 +19,6 @@ from __future__ import annotations
 import calendar
 import logging
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +27,9 @@ from pathlib import Path
 from typing import Protocol
 
 from veneer.core.adapter import Adapter
+from veneer.errors import ConfigError
 from veneer.library.library import Library
+from veneer.library.names import check_name, name_of
 from veneer.serve.access import Caller, ModelCard, Served
 from veneer.serve.request import Mix, Refused, make_mix
 from veneer.serve.sources import Place, Sources, unusable
@@ -36,7 +37,6 @@ from veneer.using import Base
 
 __all__ = ["LocalCatalog", "Memory", "Rollouts"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9][A-Za-z0-9._+-]*)?")
 MAX_NAME = 200
 MAX_MIX = 64
 
@@ -47,13 +47,13 @@ Part = tuple[str, str]
 
 
 class Rollouts(Protocol):
-    """Aliases with weighted targets."""
+    """Routes: names with weighted targets."""
 
-    def choose(self, alias: str, caller: Caller) -> str | None:
-        """The name that answers this caller; None where there is no such alias for them."""
+    def choose(self, route: str, caller: Caller) -> str | None:
+        """The name that answers this caller; None where there is no such route for them."""
         ...
 
-    def shadow(self, alias: str, caller: Caller) -> str | None:
+    def shadow(self, route: str, caller: Caller) -> str | None:
         """The name whose answer is computed too."""
         ...
 
@@ -105,15 +105,17 @@ class LocalCatalog:
     # -- what names mean ----------------------------------------------------------------------------------------------
 
     def resolve(self, model: str, caller: Caller) -> Served:
-        target, part, aliased = self._mean(model, caller)
-        shadow = None
-        if self.rollouts is not None and aliased:
+        target, part, routed = self._mean(model, caller)
+        shadow: tuple[str, Mix | Refused] | None = None
+        if self.rollouts is not None and routed:
             word = self._word(model)
             other = self.rollouts.shadow(word, caller)
-            try:
-                shadow = (other, _alone(self._part(other, other))) if other is not None else None
-            except Refused as error:
-                _log.warning("the shadow %r of %r cannot be served: %s", other, word, error.what)
+            if other is not None:
+                try:
+                    shadow = (other, _alone(self._part(other, other)))
+                except Refused as error:
+                    shadow = (other, error)
+                    _log.warning("the shadow %r of %r cannot be served: %s", other, word, error.what)
         return Served(_alone(part), model or self.base, target, shadow, () if part is None else (part[1],))
 
     def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
@@ -145,14 +147,14 @@ class LocalCatalog:
         return model.removeprefix(f"{self.base}:") or self.base
 
     def _mean(self, model: str, caller: Caller) -> tuple[str, Part | None, bool]:
-        """(the adapter's name, what it is, whether an alias chose it) of a client's word."""
+        """(the adapter's name, what it is, whether a route chose it) of a client's word."""
         word = self._word(model)
         if word == self.base:
             return self.base, None, False
         if len(word) > MAX_NAME or not word.isprintable():
             raise _missing(model)
         target = self.rollouts.choose(word, caller) if self.rollouts is not None else None
-        if target is None and not caller.sees(word) and not caller.sees(word.partition("@")[0]):
+        if target is None and not caller.sees(word) and not caller.sees(name_of(word)):
             raise _missing(model)
         return target or word, self._part(target or word, model), target is not None
 
@@ -173,50 +175,59 @@ class LocalCatalog:
         self._places.setdefault(found.digest, found.place)
         return found.digest, found.place.root
 
+    def check(self, name: str) -> None:
+        """Read what a name means, unless it is in use, as a request for it would. Raises Refused where it would be."""
+        self.sources.look(name, sure=True)
+        part = self._part(name, name)
+        if part is not None and name not in self._loaded:
+            self.read(part[0])
+
     def models(self, caller: Caller) -> list[ModelCard]:
-        """The base, then everything that the caller sees: what was loaded, aliases, what the library has for this
+        """The base, then everything that the caller sees: what was loaded, routes, what the library has for this
         base."""
         cards = {card.id: card for card in self._library_cards()}
         cards |= {name: loaded.card for name, loaded in dict(self._loaded).items()}
         out = [ModelCard(self.base, self.base, None, self._started)]
         out += [card for name, card in sorted(cards.items()) if caller.sees(name)]
         names: Callable[[Caller], list[str]] | None = getattr(self.rollouts, "names", None)
-        for alias in names(caller) if names is not None else []:
-            if alias not in cards:
-                out.append(ModelCard(alias, alias, self.base, self._started))
+        for route in names(caller) if names is not None else []:
+            if route not in cards:
+                out.append(ModelCard(route, route, self.base, self._started))
         return out
 
     def _library_cards(self) -> list[ModelCard]:
-        library = self.sources.library
-        if library is None:
-            return []
-        mark = self.sources.mark()
-        if self._kept[0] is None or self._kept[0] != mark:
-            versions = library.search(base=self._fingerprint)
-            cards = [
-                ModelCard(v.name, v.reference, self.base, _seconds(v.added), v.digest) for v in versions if v.digest
-            ]
-            self._kept = (mark, cards)
+        kept = self.sources.listed(self._fingerprint)
+        if self._kept[0] is not kept:
+            cards = [ModelCard(k.name, k.reference, self.base, _seconds(k.added), k.digest) for k in kept]
+            self._kept = (kept, cards)
         return self._kept[1]
+
+    async def fresh(self) -> None:
+        """What names mean now is known when this returns: surfaces wait for it once, before they ask. Not for long:
+        while the library's index does not answer, what it said last holds."""
+        await self.sources.fresh()
+
+    def close(self) -> None:
+        """The thread that reads the library's names ends."""
+        self.sources.close()
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
         """As `access.Catalog` says; what is refused leaves no trace. With `replace` the name means the new weights from
         one request to the next; requests that run keep the old ones, whose memory goes with the last of them."""
-        if not _NAME.fullmatch(name) or len(name) > MAX_NAME or ".." in name or name == self.base:
-            raise Refused(
-                f"{_shown(name)} cannot name an adapter here",
-                status=400,
-                code="invalid_request",
-                param="lora_name",
-                fix=f"letters, digits and . _ - +, at most {MAX_NAME}, and not the base's name",
-            )
+        try:
+            check_name(name, cased=True)
+            if name == self.base:
+                raise ConfigError(f"{_shown(name)} is the base", fix="another name")
+        except ConfigError as error:
+            raise Refused(error.what, status=400, code="invalid_request", param="lora_name", fix=error.fix) from None
         self._check_free(name, replace)
         place = self.sources.locate(source)
         with self._reading:
             adapter = self.sources.read(place)
             digest = adapter.digest()
+            self._check_library(name, digest, replace)
             if place.reference or not self._places.get(digest, place).reference:
                 self._places[digest] = place
             try:
@@ -250,6 +261,19 @@ class LocalCatalog:
             what = f"an adapter named {_shown(name)} has already been loaded"
             raise Refused(what, status=400, code="adapter_exists", param="lora_name", fix="replace it, or unload it")
 
+    def _check_library(self, name: str, digest: str, replace: bool) -> None:
+        """A name of the library's means what the library has, unless somebody says that it shall not."""
+        kept = self.sources.look(name, sure=True)
+        if kept is None or kept.digest == digest:
+            return
+        if not replace:
+            raise Refused(
+                f"the library has another adapter named {_shown(name)}, which requests could no longer reach",
+                status=400, code="adapter_exists", param="lora_name", where="library",
+                fix="another name, or load it in place of the library's",
+            )  # fmt: skip
+        _log.warning("%r now means what was loaded, and no longer the library's %s", name, kept.place.root)
+
     def _forget(self, digest: str) -> None:
         """A name means this no more: free it, unless another name does, and unpin it, unless another pins it."""
         with self._lock:
@@ -267,6 +291,13 @@ class LocalCatalog:
         if place is None:
             raise unusable("not_found", f"nothing here has the digest {digest}", status=404)
         return self.sources.read(place, digest)
+
+    def files(self, digest: str) -> Path:
+        """Where the files are of an adapter that a name meant, for servers that read them by themselves."""
+        place = self._places.get(digest)
+        if place is None:
+            raise unusable("not_found", f"nothing here has the digest {digest}", status=404)
+        return self.sources.files(place)
 
 
 def _alone(part: Part | None) -> Mix:

@@ -14,7 +14,9 @@ Knows HTTP and one server; which server gets a request is `upstream`'s to say.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -27,6 +29,8 @@ import httpx
 
 from veneer.errors import ConfigError
 from veneer.serve.request import Finished, Refused, Request, Sampling, Token, Usage
+
+log = logging.getLogger("veneer.serve.upstream")
 
 __all__ = ["Decode", "Failed", "NotThere", "Remote", "parse_upstream", "recognise"]
 
@@ -143,13 +147,15 @@ class Completions:
             return
         if answer.status_code in (404, 405) and "lora" not in answer.text.lower():
             raise Refused(
-                f"{self.url} has no route to load adapters", status=503, code="adapter_unusable",
+                "a replica has no route to load adapters", status=503, code="adapter_unusable",
                 fix="start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
             )  # fmt: skip
         if answer.status_code in (429, 502, 503, 504):
             raise Failed(f"{self.url}: {_message(answer)}")
         # vLLM's status is 500 also for what is wrong with the adapter: its rank, its kind, a missing file.
-        raise Refused(f"{self.url} cannot load it: {_message(answer)}", status=422, code="adapter_unusable")
+        said = _message(answer).replace(folder, name) if folder else _message(answer)
+        log.warning("%s cannot load %s: %s", self.url, name, said)
+        raise Refused(f"a replica cannot load it: {said}", status=422, code="adapter_unusable")
 
     async def unload(self, name: str) -> None:
         body = {"lora_name": name}
@@ -177,6 +183,8 @@ class Completions:
             "stop_token_ids": list(s.stop_ids), "ignore_eos": s.ignore_eos, "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }  # fmt: skip
+        if request.salt:  # as a digest: what tenants are called is nobody's business there
+            body["cache_salt"] = hashlib.sha256(request.salt.encode("utf-8", "surrogatepass")).hexdigest()
         if s.grammar is not None:
             kind, text = s.grammar
             key, value = {
@@ -212,7 +220,7 @@ class Completions:
             stop=stop,
             error=None
             if reason in ("length", "stop")
-            else Refused(f"{self.url} ended with {reason!r}", status=500, code="internal"),
+            else Refused(f"a replica ended with {reason!r}", status=500, code="internal"),
         )
 
     def _tokens(self, choice: dict[str, Any], sampling: Sampling) -> list[Token]:
@@ -269,9 +277,9 @@ class TextGeneration:
 
     async def load(self, name: str, folder: str) -> None:
         raise Refused(
-            f"{self.url} is TGI and was not started with this adapter", status=422, code="adapter_unusable",
+            "a replica is TGI and was not started with this adapter", status=422, code="adapter_unusable",
             fix=f"start it with LORA_ADAPTERS={name}=FOLDER (`veneer export --for tgi` makes the folder), and name it "
-            f"here: tgi+{self.url}?adapters={name}",
+            f"behind its --upstream: ?adapters={name}",
         )  # fmt: skip
 
     async def unload(self, name: str) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "Started",
     "Token",
     "Usage",
+    "cache_root",
     "make_mix",
     "mix_digest",
 ]
@@ -52,12 +53,21 @@ def mix_digest(mix: Mix) -> bytes:
     return hashlib.sha256(repr(mix).encode()).digest() if mix else b""
 
 
+def cache_root(mix: Mix, salt: str = "") -> bytes:
+    """The key before a prompt's first block: equal exactly where two requests may share what was computed, which is
+    under equal mixes and with equal salts."""
+    if not salt:
+        return mix_digest(mix)
+    # The word in front and the fixed width keep what a client writes from ever being another mix's digest.
+    return hashlib.sha256(b"salted" + mix_digest(mix).rjust(32, b"\0") + salt.encode("utf-8", "surrogatepass")).digest()
+
+
 class Refused(VeneerError):
     """A request that is answered with an error: `status` is HTTP's, `code` a word that programs test.
 
     Codes: model_not_found (404), adapter_unusable, adapter_exists, invalid_request (400), context_exceeded (400),
-    overloaded (429, 503), rate_limited (429, with `retry_after` seconds), unauthorized (401), too_large (413), too_slow
-    (408), shutting_down (503), internal (500)."""
+    overloaded (429, 503), unavailable (503: a store or a database does not answer), rate_limited (429, with
+    `retry_after` seconds), unauthorized (401), too_large (413), too_slow (408), shutting_down (503), internal (500)."""
 
     def __init__(
         self, what: str, *, status: int, code: str, param: str | None = None, retry_after: float | None = None,
@@ -118,7 +128,8 @@ _numbers = itertools.count()
 @dataclass(eq=False)
 class Request:
     """One answer to one prompt. `prompt`: token ids, at least one. `tenant` and `weight`: whose it is and its share,
-    for fair queueing; `name`: what the client called the mix, for metrics alone, never for a cache."""
+    for fair queueing; `name`: what the client called the mix, for metrics alone, never for a cache. `salt`: prompts
+    that begin alike share what was computed where it is equal too."""
 
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
@@ -126,6 +137,7 @@ class Request:
     tenant: str = ""
     weight: float = 1.0
     name: str = ""
+    salt: str = ""
     id: str = field(default_factory=lambda: f"r{next(_numbers)}")
 
 

@@ -32,7 +32,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from veneer.core.adapter import Adapter
-from veneer.errors import VeneerError
+from veneer.serve.outage import fault
 from veneer.serve.request import Mix, Refused
 
 __all__ = ["Lease", "Prepared", "ResidentStats", "Residents"]
@@ -485,9 +485,7 @@ class Residents(Generic[T]):
 
     def _fail(self, slot: _Slot[T], error: Exception) -> None:
         """A load that failed fails those who wanted it, and nobody else."""
-        said = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
-        what = f"adapter {slot.digest} can no longer be loaded: {said}"
-        refused = error if isinstance(error, Refused) else Refused(what, status=500, code="adapter_unusable")
+        refused = error if isinstance(error, Refused) else fault(f"adapter {slot.digest}", error)
         with self._changing():
             self._failures += 1
             if slot.job == "prepare":

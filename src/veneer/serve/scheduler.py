@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from veneer.serve.cache import BlockTable, Cache
-from veneer.serve.request import Request, mix_digest
+from veneer.serve.request import Request, cache_root
 
 __all__ = ["Chunk", "Pace", "Scheduler", "Sequence"]
 
@@ -297,7 +297,7 @@ class Scheduler:
         """Open its table and let it run, if its tokens fit beside what runs: one that starts pre-empts nobody."""
         whole = sequence.request.sampling.prompt_logprobs  # what the cache knows has no logits
         if self.shares and not whole:
-            table = self.cache.open(mix_digest(sequence.request.mix), sequence.tokens)
+            table = self.cache.open(cache_root(sequence.request.mix, sequence.request.salt), sequence.tokens)
         else:
             table = BlockTable(f"sequence {sequence.order}".encode())
         needed = -(-(len(sequence.tokens) + 1) // self.cache.block) - len(table.blocks)

@@ -30,8 +30,11 @@ from veneer.serve.http.connection import connection_of, many_files
 from veneer.serve.http.errors import Json, answer_error
 from veneer.serve.http.house import House, HttpSettings, ShadowAnswer
 from veneer.serve.request import EngineStats, Event, Refused, Request
+from veneer.serve.tenancy.keys import admin_hash, default_database, same
 
 if TYPE_CHECKING:
+    from veneer.library.library import Library
+    from veneer.serve.catalog import LocalCatalog
     from veneer.serve.pictures import PictureEngine
     from veneer.serve.upstream import Fleet
 
@@ -68,8 +71,9 @@ class Preload:
 class ServeSettings:
     """`rows`: requests at once; `cache_bytes`: of keys and values; `adapter_bytes`: of adapters in memory, which is the
     only limit to how many are loaded. `folders`: where load requests may name files. `ledger_…`: see
-    `tenancy.tenants.LedgerSettings`. `tenants`: a database of tenants;
-    without it `keys` are all the server's keys, and without these nobody needs one. `upstreams`: servers that do the
+    `tenancy.tenants.LedgerSettings`. `tenants`: a database of tenants; without it `keys` are all the server's keys;
+    without these it is the tenants.sqlite of the veneer home, if there is one, unless the server is to be `open`; and
+    else nobody needs a key. `upstreams`: servers that do the
     work, with `upstream_key` as their bearer token; the base is then read for its names and its tokenizer alone, and
     of the mixes that clients make of strengths each tenant has at most `mixes` there, all together `mix_bytes` on disk.
     `drain`: seconds."""
@@ -84,6 +88,7 @@ class ServeSettings:
     keys: tuple[str, ...] = ()
     admin_key: str | None = None
     tenants: str | None = None
+    open: bool = False
     ledger_days: float = 400.0
     ledger_bytes: int = 32 << 20
     ledger_folder: str | None = None
@@ -139,15 +144,16 @@ def parse_preload(text: str) -> Preload:
 
 
 class Keys(OpenAccess):
-    """Some keys that see everything, and one that may also change the server; no limits, no ledger."""
+    """Some keys that see everything, and one, given as itself or by its hash, that may also change the server; no
+    limits, no ledger."""
 
     def __init__(self, keys: Sequence[str], admin_key: str | None = None) -> None:
         self.keys = [key.encode() for key in keys]
-        self.admin_key = admin_key.encode() if admin_key else None
+        self.admin_hash = admin_hash(admin_key) if admin_key else None
 
     async def caller(self, key: str | None, user: str | None = None) -> Caller:
         given = (key or "").encode("utf-8", "replace")
-        admin = self.admin_key is not None and hmac.compare_digest(given, self.admin_key)
+        admin = self.admin_hash is not None and same(key or "", self.admin_hash)
         known = [hmac.compare_digest(given, each) for each in self.keys]
         if not key or not (admin or any(known)):
             raise Refused("no valid API key", status=401, code="unauthorized", fix="Authorization: Bearer KEY")
@@ -175,7 +181,7 @@ def _build_text(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     from veneer.serve.engine import EngineSettings, TextEngine
     from veneer.serve.http.app import create_app
 
-    tenancy, routers, rollouts = _tenancy(settings)
+    tenancy, routers, rollouts = _tenancy(settings, say)
     base = load_text(settings.base, dtype=settings.dtype, device=settings.device, say=say)
     say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     library = open_library(settings.library)
@@ -196,7 +202,7 @@ def _build_text(settings: ServeSettings, say: Callable[[str], None]) -> Built:
 
     async def stop() -> None:
         await asyncio.to_thread(engine.stop)
-        await asyncio.to_thread(_close, library, tenancy)
+        await asyncio.to_thread(_close, catalog, library, tenancy)
 
     return Built(app, stop=stop)
 
@@ -238,7 +244,7 @@ def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Buil
     from veneer.serve.http.images import router
     from veneer.serve.pictures import PictureEngine
 
-    tenancy, routers, rollouts = _tenancy(settings)
+    tenancy, routers, rollouts = _tenancy(settings, say)
     base = load_image(settings.base, dtype=settings.dtype, device=settings.device, say=say)
     library = open_library(settings.library)
     catalog = LocalCatalog(
@@ -255,7 +261,7 @@ def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Buil
 
     async def stop() -> None:
         await asyncio.to_thread(engine.close)
-        await asyncio.to_thread(_close, library, tenancy)
+        await asyncio.to_thread(_close, catalog, library, tenancy)
 
     return Built(app, stop=stop)
 
@@ -272,10 +278,11 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Built:
 
     if settings.folders:
         raise ConfigError("replicas read the library, not folders", where="--allow-folder", fix="veneer library add")
-    tenancy, routers, rollouts = _tenancy(settings)
+    tenancy, routers, rollouts = _tenancy(settings, say)
     base, library = outline_text(settings.base, say=say), open_library(settings.library)
     fleet = Fleet(
-        settings.upstreams, files=library.resolve, cache=veneer_home() / "cache" / "served", key=settings.upstream_key,
+        settings.upstreams, files=lambda digest: catalog.files(digest), cache=veneer_home() / "cache" / "served",
+        key=settings.upstream_key,
         mixes=settings.mixes, cache_bytes=settings.mix_bytes,
         decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
     )  # fmt: skip
@@ -289,7 +296,7 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Built:
 
     async def stop() -> None:
         await fleet.__aexit__(None, None, None)
-        await asyncio.to_thread(_close, library, tenancy)
+        await asyncio.to_thread(_close, catalog, library, tenancy)
 
     return Built(app, start, stop)
 
@@ -332,23 +339,32 @@ def _operator(tenancy: Tenancy, routers: list[Any]) -> dict[str, Any]:
             target, shadow = ((name, text, u.completion, u.prefill + u.decode) for name, text, u in sides)
             rollouts.log_shadow(
                 answer.name, request=answer.request, tenant=answer.tenant, target=target, shadow=shadow,
-                distance=answer.distance,
+                distance=answer.distance, failed=bool(answer.error),
             )  # fmt: skip
 
         more["on_shadow"] = keep
     return more
 
 
-def _close(library: Any, tenancy: Tenancy) -> None:
+def _close(catalog: LocalCatalog, library: Library, tenancy: Tenancy) -> None:
+    catalog.close()
     library.close()
     if (close := getattr(tenancy, "close", None)) is not None:
         close()
 
 
-def _tenancy(settings: ServeSettings) -> tuple[Tenancy, list[Any], Any]:
-    """(tenancy, routers for its operator, rollouts of aliases)."""
-    if settings.tenants is None:
-        if not settings.keys and settings.admin_key is None:
+def _tenancy(settings: ServeSettings, say: Callable[[str], None]) -> tuple[Tenancy, list[Any], Any]:
+    """(tenancy, routers for its operator, its routes)."""
+    place = settings.tenants
+    if place is None and not settings.keys and not settings.open:
+        place = default_database() if Path(default_database()).is_file() else None
+        if place is not None:
+            say(f"tenants: {place}, so requests need a key; --open serves whoever asks")
+    if place is None:
+        if not settings.keys and (settings.open or settings.admin_key is None):
+            if settings.host not in ("127.0.0.1", "localhost", "::1"):
+                at = f"{settings.host}:{settings.port}"
+                say(f"note: whoever reaches {at} may ask, and load adapters; --api-keys or --tenants closes that")
             return OpenAccess(), [], None
         return Keys(settings.keys, settings.admin_key), [], None
     from veneer.serve.tenancy.admin import admin_router
@@ -356,7 +372,7 @@ def _tenancy(settings: ServeSettings) -> tuple[Tenancy, list[Any], Any]:
 
     folder = None if settings.ledger_folder is None else Path(settings.ledger_folder)
     kept = LedgerSettings(settings.ledger_days, folder, settings.ledger_bytes, settings.ledger_synced)
-    tenants = Tenants(settings.tenants, admin_key=settings.admin_key, ledger=kept)
+    tenants = Tenants(place, admin_key=settings.admin_key, ledger=kept)
     return tenants, [admin_router(tenants)] if settings.admin_key else [], tenants.rollouts
 
 

@@ -16,6 +16,9 @@ What cannot be served is Refused(adapter_unusable) whose message begins with a r
     | new_tokens_unsupported       | 400    | words that the tokenizer does not have                                   |
     | form_unsupported             | 400    | anything else that the runner cannot serve with its full effect          |
     | changed                      | 409    | the file was replaced since it was loaded: load it again                 |
+    | damaged                      | 503    | what the library keeps of it is missing or not what was put there        |
+
+A store, a database or a disk that does not answer is no fault of the adapter's: 503 `unavailable`, to be tried again.
 
 Knows the library, files and one base; no names of a server, no requests.
 """
@@ -23,28 +26,22 @@ Knows the library, files and one base; no names of a server, no requests.
 from __future__ import annotations
 
 import os
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from veneer.core.adapter import Adapter
-from veneer.errors import AdapterError, ConfigError, MismatchError, ResourceError, UnsafeFileError, VeneerError
+from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, VeneerError
 from veneer.formats import read as reader
-from veneer.library import index
 from veneer.library.library import Library
 from veneer.library.names import parse_reference
-from veneer.library.queries import find
+from veneer.library.snapshot import Kept, Snapshot
+from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import Refused
 from veneer.using import Base, load_adapter
 
 __all__ = ["Found", "Place", "Sources", "unusable"]
-
-REMEMBERED = 20_000
-SETTLED = 50_000_000
-"""Nanoseconds after which a file's time of change tells whether it changed again: clocks of file systems are coarse."""
 
 
 def unusable(reason: str, what: str, *, status: int = 400, fix: str | None = None) -> Refused:
@@ -54,11 +51,13 @@ def unusable(reason: str, what: str, *, status: int = 400, fix: str | None = Non
 @dataclass(frozen=True)
 class Place:
     """Where an adapter's files are. `root`: as the operator named it; never a path. `reference`: of the library, by
-    content; "" for a `path`."""
+    content, with its `entry` and `format` there; "" for a `path`."""
 
     root: str
     reference: str = ""
     path: Path | None = None
+    entry: str = ""
+    format: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,15 @@ class Found:
     place: Place
 
 
+def _found(kept: Kept) -> Found:
+    reference = kept.digest or f"sha256:{kept.entry}"
+    place = Place(kept.reference, reference, entry=kept.entry, format=kept.format)
+    return Found(kept.digest, kept.fingerprint, kept.base, place)
+
+
 class Sources:
     """`servable`: why an adapter cannot be served with its full effect, one line each; the runner's. `folders`: from
-    which files may be loaded, with all that is in them. `patience`: seconds for which an answer of an index that is no
-    local file stands."""
+    which files may be loaded, with all that is in them."""
 
     def __init__(
         self,
@@ -84,68 +88,50 @@ class Sources:
         library: Library | None = None,
         folders: Sequence[str | Path] = (),
         max_bytes: int = 8 << 30,
-        patience: float = 0.25,
     ) -> None:
-        self.base, self.library, self.max_bytes, self.patience = base, library, max_bytes, patience
+        self.base, self.library, self.max_bytes = base, library, max_bytes
         self._servable = servable
-        self._folders = [Path(folder).expanduser().resolve(strict=True) for folder in folders]
-        self._seen: OrderedDict[str, tuple[Found | None, int, object]] = OrderedDict()
+        self._folders = [_folder(folder) for folder in folders]
+        self.names = None if library is None else Snapshot(library)
+        self._listed: tuple[object, list[Kept]] = (None, [])
 
     # -- what a reference means --------------------------------------------------------------------------------------
 
-    def look(self, reference: str) -> Found | None:
-        """What the library has under a reference; None where it has nothing, or it is no reference. Reads no adapter.
-
-        An answer stands while the index's files are unchanged, so a moved alias is seen at once."""
-        if self.library is None or len(reference) > 200:
+    def look(self, reference: str, *, sure: bool = False) -> Found | None:
+        """What the library has under a reference, from memory; None where it has nothing, or it is no reference. Reads
+        no adapter and asks no database. `sure`: waits for a look at the index that begins now, for who may wait."""
+        if self.names is None or len(reference) > 200:
             return None
-        now, mark = time.time_ns(), self.mark()
-        known = self._seen.get(reference)
-        if known is not None:
-            stands = now - known[1] < self.patience * 1e9 if mark is None else known[2] == mark
-            if stands:
-                return known[0]
-        found = self._find(self.library, reference)
-        self._seen[reference] = (found, now, mark)
-        while len(self._seen) > REMEMBERED:
-            self._seen.popitem(last=False)
-        return found
-
-    @staticmethod
-    def _find(library: Library, reference: str) -> Found | None:
-        """As `Library.find`, without its search for names that look alike."""
         try:
-            with index.reading(library.engine) as c:
-                versions = find(c, parse_reference(reference))
+            wanted = parse_reference(reference)
         except ConfigError:
             return None
-        if len(versions) != 1:
-            return None
-        (v,) = versions
-        return Found(v.digest, v.fingerprint, v.base, Place(v.reference, v.digest or f"sha256:{v.entry}"))
+        kept = (self.names.looked() if sure else self.names.now).find(wanted)
+        return None if kept is None else _found(kept)
 
-    def mark(self) -> object:
-        """What changes whenever the index does; None where that cannot be told from files."""
-        assert self.library is not None
-        url = self.library.engine.url
-        if not url.drivername.startswith("sqlite") or not url.database:
-            return None
-        times = []
-        for name in (url.database, f"{url.database}-wal"):
-            try:
-                stat = os.stat(name)
-            except OSError:
-                continue
-            times += [stat.st_mtime_ns, stat.st_size]
-            if abs(time.time_ns() - stat.st_mtime_ns) < SETTLED:
-                return object()  # may change again within the same tick: equal to no other mark
-        return tuple(times)
+    async def fresh(self) -> None:
+        """What was committed before this is known when it returns, unless the index does not answer."""
+        if self.names is not None:
+            await self.names.fresh()
+
+    def listed(self, fingerprint: str) -> list[Kept]:
+        """The latest version of each name that belongs to a base, of which somebody could read the files."""
+        if self.names is None:
+            return []
+        now = self.names.now
+        if self._listed[0] is not now:
+            self._listed = (now, [kept for kept in now.latest(fingerprint) if kept.digest])
+        return self._listed[1]
+
+    def close(self) -> None:
+        if self.names is not None:
+            self.names.close()
 
     # -- where files are ---------------------------------------------------------------------------------------------
 
     def locate(self, source: str) -> Place:
         """The place of a library reference, or of a path in an allowed folder. Raises Refused."""
-        found = self.look(source)
+        found = self.look(source, sure=True)
         if found is not None:
             return found.place
         path = self._path(source)
@@ -192,7 +178,7 @@ class Sources:
         if place.path is not None and not place.path.exists():
             raise unusable("not_found", f"{place.root} is no longer there", status=404)
         try:
-            path = place.path or self._from_library(place)
+            path = self.files(place)
             adapter = load_adapter(self.base, str(path))
             if place.path is not None:
                 adapter = adapter.mapped(lambda t: t.clone())
@@ -208,18 +194,30 @@ class Sources:
             raise _unservable(place, problems)
         return adapter
 
+    def files(self, place: Place) -> Path:
+        """The files of a place, here. Raises Refused."""
+        return place.path or self._from_library(place)
+
     def _from_library(self, place: Place) -> Path:
+        """The files, fetched where they are elsewhere. What fails here is no fault of the adapter's."""
         assert self.library is not None
         try:
-            return self.library.resolve(place.reference)
+            return self.library.place(place.root, place.entry, place.format)
         except AdapterError as error:
-            raise unusable("not_found", error.what, status=404) from error
+            if self.look(place.reference) is None:
+                raise unusable("not_found", f"the library has {place.root} no more", status=404) from error
+            refused = outage(f"the library's copy of {place.root}", error)
+            raise unusable("damaged", refused.what, status=503, fix=refused.fix) from error
+        except Exception as error:
+            raise fault(f"the library's copy of {place.root}", error) from error
 
     def _reads_as(self, path: Path, digest: str) -> bool:
         """Whether it is the same without a base to read it by, as the library's index has it."""
         return reader.read(path).adapter.digest() == digest
 
     def _refusal(self, place: Place, error: Exception) -> Refused:
+        if is_outage(error):
+            return outage(place.root, error)
         what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
         for hidden, shown in self._paths(place).items():
             what = what.replace(hidden, shown)
@@ -227,8 +225,6 @@ class Sources:
             reason = "unsafe_file"
         elif isinstance(error, MismatchError):
             reason = "wrong_base"
-        elif isinstance(error, ResourceError | MemoryError):
-            reason = "too_large"
         elif "NaN" in what or "not finite" in what:
             reason = "not_finite"
         else:
@@ -247,10 +243,21 @@ class Sources:
     def _sound(self, place: Place) -> bool:
         """Whether the files are an adapter, if not this base's."""
         try:
-            reader.read(place.path or self._from_library(place))
-        except Exception:
+            reader.read(self.files(place))
+        except Exception:  # whatever a reader meets: the files are at hand, so it is theirs
             return False
         return True
+
+
+def _folder(folder: str | Path) -> Path:
+    """Raises ConfigError where there is no such folder."""
+    try:
+        found = Path(folder).expanduser().resolve(strict=True)
+    except (OSError, RuntimeError):
+        found = None
+    if found is None or not found.is_dir():
+        raise ConfigError(f"there is no folder {folder}", where="--allow-folder", fix="make it first, or leave it out")
+    return found
 
 
 def _unservable(place: Place, problems: list[str]) -> Refused:

@@ -42,6 +42,7 @@ import httpx
 
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.folders import Folders, is_made, weight
+from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.remote import Decode, Failed, NotThere, Remote, parse_upstream, recognise
 from veneer.serve.request import EngineStats, Event, Finished, Mix, Refused, Request, Started, Token, Usage
 from veneer.serve.servable import servable, served_name
@@ -224,7 +225,7 @@ class Fleet:
                 await server.load(name, "")
             except Refused as refusal:
                 return refusal
-        return Refused("no replica answers", status=503, code="overloaded", retry_after=REST[0])
+        return outage("the model", "no replica answers", retry_after=REST[0])
 
     async def unload(self, mix: Mix) -> None:
         """Take a mix off every replica that has it. Requests that run with it go on: vLLM keeps what they need."""
@@ -250,8 +251,9 @@ class Fleet:
             self.making.pop(name, None)
             if isinstance(error, Refused):
                 raise
-            fix = error.fix if isinstance(error, VeneerError) else None
-            raise Refused(str(error), status=422, code="adapter_unusable", fix=fix) from error
+            if not isinstance(error, VeneerError) or is_outage(error):
+                raise fault("the adapter", error) from error
+            raise Refused(error.what, status=422, code="adapter_unusable", fix=error.fix) from error
         self._collect()
         return folder
 
@@ -336,7 +338,7 @@ class Fleet:
             return refusal
         except Failed as error:
             self._failed(replica, error)
-            return Refused(str(error), status=503, code="overloaded", retry_after=REST[0])
+            return outage("the model", error, retry_after=REST[0])
         finally:
             replica.loading.pop(name, None)
         replica.resident[name] = Resident(time.monotonic())
@@ -365,11 +367,7 @@ class Fleet:
         mix, up = request.mix, await self._up(tried)
         if not up:
             wait = max(0.0, min(r.rest_until for r in self.replicas) - time.monotonic())
-            raise Refused(
-                f"no replica answers{why and f': {why}'}", status=503, code="overloaded",
-                retry_after=max(1.0, round(wait, 1)),
-                where=", ".join(r.place for r in self.replicas),
-            )  # fmt: skip
+            raise outage("the model", why or "no replica answers", retry_after=max(1.0, round(wait, 1)))
         up = _able(up, request)
         if not mix:
             return _freest(up)
@@ -410,11 +408,11 @@ class Fleet:
                 replica.resident.pop(served_name(request.mix), None)
                 forgot += 1
                 if forgot > len(self.replicas):
-                    raise Refused(str(error), status=503, code="overloaded", retry_after=REST[0]) from error
+                    raise outage("the model", error, retry_after=REST[0]) from error
             except Failed as error:
                 self._failed(replica, error)
                 if tokens:
-                    wrong = Refused(str(error), status=502, code="internal")
+                    wrong = outage("the rest of the answer", error)
                     yield Finished("error", Usage(len(request.prompt), 0, tokens), error=wrong)
                     return
                 tried.add(replica)
@@ -466,9 +464,12 @@ def _able(up: Sequence[Replica], request: Request) -> list[Replica]:
     wrong = {r: r.server.refusal(request.sampling) for r in up if r.server is not None}
     if able := [r for r, names in wrong.items() if not names]:
         return able
-    replica, names = min(wrong.items(), key=lambda found: len(found[1]))
+    names = min(wrong.values(), key=len)
     raise Refused(
-        f"{replica.place} has no way to honour {', '.join(names)}", status=400, code="invalid_request", param=names[0]
+        f"the servers behind this one have no way to honour {', '.join(names)}",
+        status=400,
+        code="invalid_request",
+        param=names[0],
     )
 
 

@@ -149,6 +149,24 @@ def test_a_tenant_has_its_own_models_limits_and_bill(text: ToyText) -> None:
         assert (request.tenant, request.name) == ("acme", "sql")
 
 
+def test_prompts_are_kept_apart_by_tenant_and_by_the_clients_own_salt(text: ToyText) -> None:
+    """Equal salts of engine requests: the same tenant, and the same `cache_salt`."""
+    with live(ToyEngine(text), ToyCatalog(), ToyTenancy()) as server:
+
+        def salt(key: str, path: str = "/v1/chat/completions", **more: Any) -> str:
+            body = dict(CHAT) if "chat" in path else {"model": "sql", "prompt": "Hi", "max_tokens": 5}
+            assert server.post(path, {**body, **more}, key).status_code == 200
+            return server.engine.seen[-1].salt
+
+        assert salt("admin") == ""
+        assert salt("acme") == salt("acme", "/v1/completions") != ""
+        salts = [salt(key, cache_salt=own) for key in ("acme", "admin") for own in ("a", "b")]
+        assert len({*salts, salt("acme"), salt("admin")}) == 6
+        assert salt("acme", cache_salt="a") == salt("acme", "/v1/completions", cache_salt="a") == salts[0]
+        for wrong in ("", "x" * 600, 5):
+            assert server.post("/v1/chat/completions", {**CHAT, "cache_salt": wrong}, "acme").status_code == 400
+
+
 def test_everything_is_billed_once_also_what_failed_or_was_left(text: ToyText) -> None:
     tenancy = ToyTenancy()
     with live(ToyEngine(text), ToyCatalog(), tenancy) as server:

@@ -1,4 +1,4 @@
-"""An alias's shadow on an image base: it draws too, what it drew is compared, and nobody is sent it."""
+"""A route's shadow on an image base: it draws too, what it drew is compared, and nobody is sent it."""
 
 from __future__ import annotations
 

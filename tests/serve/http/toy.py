@@ -185,7 +185,7 @@ def _instance(schema: Any) -> Any:
 
 @dataclass
 class ToyCatalog:
-    """Adapters by name; an alias with a shadow; loads that fail as their source says."""
+    """Adapters by name; a route with a shadow; loads that fail as their source says."""
 
     base: str = "toy"
     adapters: dict[str, ModelCard] = field(default_factory=dict)
@@ -256,6 +256,9 @@ class ToyTenancy:
         if key == "acme":
             return Caller("acme", lambda name: name in ("sql", "stable"), user)
         raise Refused("this key is not known", status=401, code="unauthorized")
+
+    def shares(self, caller: Caller, served: Served) -> str:
+        return caller.tenant
 
     @asynccontextmanager
     async def admitted(

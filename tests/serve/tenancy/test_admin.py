@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from fastapi import FastAPI
 
 from veneer.errors import ConfigError
 from veneer.serve.access import Caller, Served
-from veneer.serve.request import Usage
+from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.tenants import Tenants
 
@@ -73,7 +74,7 @@ def test_the_life_of_a_tenant(call: Call, tenants: Tenants) -> None:
     assert call("GET", "/tenants/acme").status_code == 404
 
 
-def test_limits_prices_aliases_usage_and_audit(call: Call, tenants: Tenants) -> None:
+def test_limits_prices_routes_usage_and_audit(call: Call, tenants: Tenants) -> None:
     call("POST", "/tenants", {"name": "acme"})
     limit = call("PUT", "/limits", {"tenant": "acme", "requests_per_minute": 1, "tokens_per_day": 9}).json()
     assert (limit["requests_per_minute"], limit["concurrency"]) == (1, None)
@@ -83,16 +84,16 @@ def test_limits_prices_aliases_usage_and_audit(call: Call, tenants: Tenants) -> 
     call("PUT", "/prices", {"prompt": 1_000_000, "cached": 0, "completion": 2_000_000})
     assert call("GET", "/prices").json()["prices"][0]["completion"] == 2_000_000
 
-    alias = {"alias": "acme/support", "tenant": "acme", "targets": [{"adapter": "v1"}, {"adapter": "v2", "weight": 3}]}
-    assert call("PUT", "/aliases", alias).json()["targets"] == {"v1": 1, "v2": 3}
-    call("PUT", "/aliases", alias | {"targets": [{"adapter": "v3"}], "shadow": "v1", "fraction": 0.1})
-    assert call("GET", "/aliases").json()["aliases"][0]["shadow"] == "v1"
-    back = call("POST", "/aliases/rollback", {"alias": "acme/support", "tenant": "acme"}).json()
+    route = {"route": "acme/support", "tenant": "acme", "targets": [{"adapter": "v1"}, {"adapter": "v2", "weight": 3}]}
+    assert call("PUT", "/routes", route).json()["targets"] == {"v1": 1, "v2": 3}
+    call("PUT", "/routes", route | {"targets": [{"adapter": "v3"}], "shadow": "v1", "fraction": 0.1})
+    assert call("GET", "/routes").json()["routes"][0]["shadow"] == "v1"
+    back = call("POST", "/routes/rollback", {"route": "acme/support", "tenant": "acme"}).json()
     assert back["targets"] == {"v1": 1, "v2": 3}
-    moves = call("GET", "/aliases/history", alias="acme/support", tenant="acme").json()["moves"]
+    moves = call("GET", "/routes/history", route="acme/support", tenant="acme").json()["moves"]
     assert [m["current"] for m in moves] == [False, True]
-    assert call("DELETE", "/aliases", alias="acme/support", tenant="acme").status_code == 200
-    assert call("GET", "/shadows", alias="acme/support").json() == {"comparisons": []}
+    assert call("DELETE", "/routes", route="acme/support", tenant="acme").status_code == 200
+    assert call("GET", "/shadows", route="acme/support").json() == {"summary": [], "comparisons": []}
 
     async def one() -> None:
         served = Served((), "support", "v1")
@@ -106,7 +107,7 @@ def test_limits_prices_aliases_usage_and_audit(call: Call, tenants: Tenants) -> 
     assert table.headers["content-type"].startswith("text/csv")
     assert table.text.startswith("tenant,day,requests,done")
     assert call("DELETE", "/prices").status_code == 200
-    assert call("GET", "/audit", what="alias").json()["lines"][0]["who"] == "admin"
+    assert call("GET", "/audit", what="route").json()["lines"][0]["who"] == "admin"
     assert call("GET", "/audit/verify").json()["ok"] is True
 
 
@@ -133,9 +134,9 @@ def test_only_the_admin_key_opens_anything(call: Call, tenants: Tenants) -> None
         ("PUT", "/limits", {"tenant": "acme", "request_per_minute": 2}, {}, "did you mean requests_per_minute?"),
         ("PUT", "/limits", {"tenant": "acme", "concurrency": "2"}, {}, "concurrency: "),
         ("PUT", "/limits", {"tenant": "acme", "concurrency": 0}, {}, "1 or more"),
-        ("PUT", "/aliases", {"alias": "s", "targets": [{"adapter": "v", "wight": 1}]}, {}, "did you mean weight?"),
-        ("PUT", "/aliases", {"alias": "../s", "targets": [{"adapter": "v"}]}, {}, "cannot name"),
-        ("DELETE", "/aliases", None, {"alias": "s", "tennant": "acme"}, "unknown key tennant: did you mean tenant?"),
+        ("PUT", "/routes", {"route": "s", "targets": [{"adapter": "v", "wight": 1}]}, {}, "did you mean weight?"),
+        ("PUT", "/routes", {"route": "../s", "targets": [{"adapter": "v"}]}, {}, "cannot name"),
+        ("DELETE", "/routes", None, {"route": "s", "tennant": "acme"}, "unknown key tennant: did you mean tenant?"),
         ("GET", "/usage", None, {"by": "day,tenants"}, "did you mean tenant?"),
         ("GET", "/usage", None, {"format": "xml"}, "json or csv"),
         ("GET", "/usage", None, {"tennant": "acme"}, "did you mean tenant?"),
@@ -157,7 +158,7 @@ def test_what_is_wrong_is_said(call: Call, method: str, path: str, body: Any, qu
     [
         ("GET", "/tenants/acne", None, "did you mean acme?"),
         ("DELETE", "/tenants/acme/keys/0000000000", None, "no key"),
-        ("POST", "/aliases/rollback", {"alias": "support"}, "no alias"),
+        ("POST", "/routes/rollback", {"route": "support"}, "no route"),
         ("PUT", "/limits", {"tenant": "acne", "concurrency": 1}, "did you mean acme?"),
     ],
 )
@@ -174,3 +175,44 @@ def test_a_key_of_one_tenant_is_none_of_anothers(call: Call) -> None:
     key = call("POST", "/tenants/acme/keys", {}).json()["id"]
     assert call("DELETE", f"/tenants/globex/keys/{key}").status_code == 404
     assert call("POST", f"/tenants/globex/keys/{key}/rotate", {}).status_code == 404
+
+
+def test_a_route_is_checked_against_what_the_server_answers_by_before_it_moves(tenants: Tenants) -> None:
+    """A target or a shadow that is not there or cannot be served: 400 that says which, and nothing has moved."""
+    there = {"v1", "v2"}
+
+    class Catalog:
+        def check(self, name: str) -> None:
+            if name == "down":
+                raise Refused("the store cannot be used", status=503, code="unavailable")
+            if name not in there:
+                raise Refused(f"The model {name!r} does not exist.", status=404, code="model_not_found")
+
+    app = FastAPI()
+    app.include_router(admin_router(tenants))
+    app.state.house = SimpleNamespace(catalog=Catalog())
+
+    def call(method: str, path: str, body: Any) -> httpx.Response:
+        async def go() -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+                headers = {"Authorization": f"Bearer {ADMIN}"}
+                return await client.request(method, f"/admin{path}", json=body, headers=headers)
+
+        return asyncio.run(go())
+
+    def put(*names: str, shadow: str | None = None, **more: Any) -> httpx.Response:
+        targets = [{"adapter": name} for name in names]
+        return call("PUT", "/routes", {"route": "support", "targets": targets, "shadow": shadow, **more})
+
+    assert put("v1").status_code == 200
+    for wrong, role in ((put("v9"), "target"), (put("v1", "v9"), "target"), (put("v2", shadow="v9"), "shadow")):
+        assert wrong.status_code == 400
+        assert f"the {role} v9 cannot be served" in wrong.json()["error"]["message"]
+    assert put("down").status_code == 503
+    assert tenants.store.look().aliases["", "support"].targets == (("v1", 1),)
+    assert put("v2").status_code == 200
+    there.remove("v1")
+    back = call("POST", "/routes/rollback", {"route": "support"})
+    assert (back.status_code, "v1 cannot be served" in back.text) == (400, True)
+    assert put("v9", force=True).status_code == 200
+    assert call("POST", "/routes/rollback", {"route": "support"}).json()["targets"] == {"v2": 1}

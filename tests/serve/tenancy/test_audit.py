@@ -24,7 +24,7 @@ def change_everything(store: Store) -> None:
     manage.set_limit(store, "acme", "", {"concurrency": 5}, who="ana")
     manage.set_price(store, "acme", "", Price(1, 2, 3), who="ana")
     manage.set_price(store, "acme", "", None, who="ana")
-    rollouts.set_alias(store, "support", [("v1", 1)], who="ana")
+    rollouts.set_route(store, "support", [("v1", 1)], who="ana")
     manage.change_tenant(store, "acme", weight=2.0, who="ana")
     manage.note(store, "admin", "adapter.load", "v1", None, {"digest": "sha256:3f"})
     manage.remove_tenant(store, "acme", who="ana")
@@ -55,7 +55,7 @@ def test_every_change_has_its_line_with_before_and_after_and_no_secret(store: St
         assert [x["number"] for x in audit.lines(c, subject="acme/all", limit=2, skip=1)] == [8, 7]
     assert [x["what"] for x in reversed(lines)] == [
         "tenant.add", "key.add", "key.rotate", "key.revoke", "adapters.change", "limit.set", "limit.set", "price.set",
-        "price.set", "alias.set", "tenant.change", "adapter.load", "tenant.remove",
+        "price.set", "route.set", "tenant.change", "adapter.load", "tenant.remove",
     ]  # fmt: skip
     by_number = {x["number"]: x for x in lines}
     assert by_number[7]["before"]["concurrency"] == 2

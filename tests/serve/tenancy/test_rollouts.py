@@ -1,4 +1,4 @@
-"""Aliases: shares by weight, the same user the same version, as few moves as can be, and the way back."""
+"""Routes: shares by weight, the same user the same version, as few moves as can be, and the way back."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_users_are_spread_by_weight_and_stay() -> None:
     assert abs(len(moved) / 20_000 - 0.1) < 0.01
     other = [owner(runs, bucket("billing", f"user{n}")) for n in range(20_000)]
     both = sum(a == b == "v2" for a, b in zip(first, other, strict=True))
-    assert both < 300  # the ten percent of one alias are not those of another
+    assert both < 300  # the ten percent of one route are not those of another
 
 
-def test_an_alias_is_sticky_by_user_then_tenant_then_not_at_all(store: Store) -> None:
-    rollouts.set_alias(store, "support", [("v1", 1), ("v2", 1)], who="me")
+def test_a_route_is_sticky_by_user_then_tenant_then_not_at_all(store: Store) -> None:
+    rollouts.set_route(store, "support", [("v1", 1), ("v2", 1)], who="me")
     store.look()
     asked = Rollouts(store, lambda *a, **k: Future(), pick=random.Random(1))
     for user in ("ana", "bob", "cem"):
@@ -73,11 +73,11 @@ def test_an_alias_is_sticky_by_user_then_tenant_then_not_at_all(store: Store) ->
     assert asked.choose("suport", Caller()) is None
 
 
-def test_whose_alias_it_is(store: Store) -> None:
+def test_whose_route_it_is(store: Store) -> None:
     for tenant in ("acme", "globex"):
         manage.add_tenant(store, tenant, who="me")
-    rollouts.set_alias(store, "support", [("everybodys", 1)], who="me")
-    rollouts.set_alias(store, "support", [("acmes", 1)], tenant="acme", who="me")
+    rollouts.set_route(store, "support", [("everybodys", 1)], who="me")
+    rollouts.set_route(store, "support", [("acmes", 1)], tenant="acme", who="me")
     sight = store.look().sight
     asked = Rollouts(store, lambda *a, **k: Future())
     acme, globex = (Caller(t, sight[t]) for t in ("acme", "globex"))
@@ -90,27 +90,27 @@ def test_whose_alias_it_is(store: Store) -> None:
     globex = Caller("globex", store.look().sight["globex"])
     assert asked.choose("support", globex) == "everybodys"
     with pytest.raises(NotThere, match="no tenant acne") as lost:
-        rollouts.set_alias(store, "support", [("v1", 1)], tenant="acne", who="me")
+        rollouts.set_route(store, "support", [("v1", 1)], tenant="acne", who="me")
     assert "acme" in str(lost.value.fix)
 
 
 def test_rollback_puts_the_same_users_back_and_each_move_is_kept(store: Store) -> None:
-    first = rollouts.set_alias(store, "support", [("v1", 1)], who="ana")
-    second = rollouts.set_alias(store, "support", [("v1", 50), ("v2", 50)], who="ana")
-    third = rollouts.set_alias(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, who="bob")
+    first = rollouts.set_route(store, "support", [("v1", 1)], who="ana")
+    second = rollouts.set_route(store, "support", [("v1", 50), ("v2", 50)], who="ana")
+    third = rollouts.set_route(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, who="bob")
     assert rollouts.rollback(store, "support", who="ana") == second
     assert store.look().aliases["", "support"] == second  # at the next look: who owned what, too
     assert rollouts.rollback(store, "support", who="ana") == first
     with pytest.raises(ConfigError, match="no move before"):
         rollouts.rollback(store, "support", who="ana")
-    fourth = rollouts.set_alias(store, "support", [("v4", 1)], who="ana")
+    fourth = rollouts.set_route(store, "support", [("v4", 1)], who="ana")
     assert rollouts.rollback(store, "support", who="ana") == first  # what held before the fourth
     rollouts.remove(store, "support", who="ana")
     assert ("", "support") not in store.look().aliases
     assert rollouts.rollback(store, "support", who="ana") == first
     with reading(store.engine) as c:
         moves = rollouts.history(c, "support")
-        lines = audit.lines(c, what="alias", subject="all:support")
+        lines = audit.lines(c, what="route", subject="all:support")
     assert [m["move"] for m in moves] == [5, 4, 3, 2, 1]
     assert [m["move"] for m in moves if m["current"]] == [1]
     assert moves[2]["who"] == "bob"
@@ -129,20 +129,20 @@ def test_rollback_puts_the_same_users_back_and_each_move_is_kept(store: Store) -
         ([("../v1", 1)], "cannot name"), ([("v1", -1)], "weight"),
     ],
 )  # fmt: skip
-def test_what_an_alias_cannot_be(store: Store, targets: list, words: str) -> None:
+def test_what_a_route_cannot_be(store: Store, targets: list, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        rollouts.set_alias(store, "support", targets, who="me")
+        rollouts.set_route(store, "support", targets, who="me")
     with pytest.raises(ConfigError):
-        rollouts.set_alias(store, "../support", [("v1", 1)], who="me")
+        rollouts.set_route(store, "../support", [("v1", 1)], who="me")
     with pytest.raises(ConfigError, match="fraction"):
-        rollouts.set_alias(store, "support", [("v1", 1)], fraction=1.5, who="me")
-    with pytest.raises(NotThere, match="no alias"):
+        rollouts.set_route(store, "support", [("v1", 1)], fraction=1.5, who="me")
+    with pytest.raises(NotThere, match="no route"):
         rollouts.rollback(store, "support", who="me")
 
 
 def test_a_shadow_gets_its_fraction_and_the_log_keeps_the_newest_without_texts(tenants: Tenants) -> None:
     store = tenants.store
-    rollouts.set_alias(store, "support", [("v1", 1)], shadow="v2", fraction=0.25, who="me")
+    rollouts.set_route(store, "support", [("v1", 1)], shadow="v2", fraction=0.25, who="me")
     store.look()
     asked = Rollouts(store, tenants.ledger.writer.put, keep=5, pick=random.Random(0))
     drawn = [asked.shadow("support", Caller()) for _ in range(2000)]
@@ -155,7 +155,7 @@ def test_a_shadow_gets_its_fraction_and_the_log_keeps_the_newest_without_texts(t
             "support", request=f"r{n}", tenant="acme", target=("v1", one, 3, 0.5), shadow=("v2", other, 4, 0.7)
         ).result(10)
     with reading(store.engine) as c:
-        log = rollouts.shadow_log(c, alias="support")
+        log = rollouts.shadow_log(c, route="support")
     assert [row["request"] for row in log] == ["r7", "r6", "r5", "r4", "r3"]
     assert [(row["same"], row["first_difference"]) for row in log[:4]] == [
         (False, 0), (False, 3), (False, 3), (True, None),
@@ -171,6 +171,6 @@ def test_pictures_are_logged_by_how_far_their_pixels_are_apart(tenants: Tenants)
             "look", request="r", target=("v1", "aa", 16, 0.5), shadow=("v2", other, 16, 0.7), distance=apart
         ).result(10)
     with reading(tenants.store.engine) as c:
-        same, other_one = rollouts.shadow_log(c, alias="look")
+        same, other_one = rollouts.shadow_log(c, route="look")
     assert (other_one["distance"], other_one["same"], other_one["first_difference"]) == (0.125, False, None)
     assert (same["distance"], same["same"], same["target_sha256"]) == (0.0, True, "aa")

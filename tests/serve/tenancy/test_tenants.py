@@ -117,8 +117,8 @@ def test_another_process_changes_and_this_one_knows_at_the_next_request(tenants:
     other = Store(where)
     manage.add_tenant(other, "acme", who="cli")
     row, key = manage.make_tenant_key(other, "acme", who="cli")
-    rollouts.set_alias(other, "support", [("v1", 1)], tenant="acme", who="cli")
-    rollouts.set_alias(other, "support", [("v2", 1)], tenant="acme", who="cli")
+    rollouts.set_route(other, "support", [("v1", 1)], tenant="acme", who="cli")
+    rollouts.set_route(other, "support", [("v2", 1)], tenant="acme", who="cli")
     assert tenants.rollouts.choose("support", run(tenants.caller(key))) == "v2"
     rollouts.rollback(other, "support", tenant="acme", who="cli")
     assert tenants.rollouts.choose("support", run(tenants.caller(key))) == "v1"
@@ -188,7 +188,7 @@ def test_no_name_can_escape(quick: Path, name: str) -> None:
     for change in (
         lambda: manage.let_see(store, "", add=[name], who="me"),
         lambda: manage.set_limit(store, "", name or "..", {"concurrency": 1}, who="me"),
-        lambda: rollouts.set_alias(store, name, [("v1", 1)], who="me"),
+        lambda: rollouts.set_route(store, name, [("v1", 1)], who="me"),
     ):
         with pytest.raises(ConfigError):
             change()

@@ -153,6 +153,7 @@ class Door:
         request.scope["veneer.caller"] = caller = await house.tenancy.caller(client_key(request))
         place.tenant, place.weight = caller.tenant, caller.weight
         place.take("bodies", size)
+        await house.fresh()
         if house.phase != "ready" and request.method == "POST":
             raise Refused(f"the server is {house.phase}", status=503, code="shutting_down", retry_after=5.0)
 
@@ -217,7 +218,7 @@ def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
         return Response(status_code=499)
 
     async def unexpected(request: HttpRequest, error: Exception) -> Response:
-        return tell(request, Refused("the server made an error; its log says more", status=500, code="internal"))
+        return tell(request, as_refused(error))
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid_body)

@@ -15,6 +15,7 @@ from typing import Any
 from starlette.responses import Response
 
 from veneer.errors import VeneerError, nearest
+from veneer.serve.outage import fault
 from veneer.serve.request import Refused
 
 __all__ = ["Json", "answer_error", "as_refused", "error_body", "from_validation", "invalid", "message_of"]
@@ -50,11 +51,10 @@ def problem_of(error: Exception) -> str:
 
 
 def as_refused(error: Exception) -> Refused:
-    """What a client is told of an error that no surface expected; the log has the rest."""
+    """What a client is told of an error that no surface expected; the log has the rest, under the answer's id."""
     if isinstance(error, Refused):
         return error
-    log.error("a request failed", exc_info=error)
-    return Refused("the server made an error; its log says more", status=500, code="internal")
+    return fault("the server", error)
 
 
 def from_validation(errors: Iterable[Mapping[str, Any]], known: Iterable[str]) -> Refused:

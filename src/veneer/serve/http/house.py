@@ -11,17 +11,18 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from starlette.requests import Request as HttpRequest
 
-from veneer.serve.access import Caller, Catalog, ModelCard, Served, Tenancy
+from veneer.serve.access import SHADOWS, Bill, Caller, Catalog, ModelCard, Served, Tenancy
 from veneer.serve.admission import Admission, Place
 from veneer.serve.http.errors import as_refused, invalid, log, message_of
 from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.prompts import Prompts, Text
+from veneer.serve.outage import is_outage
 from veneer.serve.request import Engine, Refused, Usage
 
 __all__ = [
@@ -58,7 +59,7 @@ class HttpSettings:
 
 @dataclass(frozen=True)
 class ShadowAnswer:
-    """What a shadow's answer was beside the one that was sent by `target`; for the log. `name`: the alias. Of pictures
+    """What a shadow's answer was beside the one that was sent by `target`; for the log. `name`: the route. Of pictures
     `sent` and `answer` are the digests of their pixels, and `distance` is how far these are apart on average, 0 … 1."""
 
     request: str
@@ -72,6 +73,10 @@ class ShadowAnswer:
     usage: Usage
     error: str = ""
     distance: float | None = None
+
+    @property
+    def outcome(self) -> Literal["same", "different", "failed"]:
+        return "failed" if self.error else "same" if self.sent == self.answer else "different"
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,11 @@ class House:
         s = self.settings
         self.admission = Admission(bodies=8 * s.max_body, answers=s.queue, texts=4 * s.max_body)
 
+    async def fresh(self) -> None:
+        """What names mean at this moment is known when it returns; before each request, once."""
+        if (fresh := getattr(self.catalog, "fresh", None)) is not None:
+            await fresh()
+
     @property
     def text(self) -> Text:
         return self.prompts.text
@@ -160,6 +170,20 @@ class House:
     def _tidy(self) -> None:
         self._tidies = False
         asyncio.get_running_loop().run_in_executor(None, trim)
+
+    def shadow_bill(self, served: Served, *, request: str, prompt: int, most: int) -> AbstractAsyncContextManager[Bill]:
+        """A line of the ledger for the answer of a route's shadow: the operator's, under the shadow's name."""
+        assert served.shadow is not None
+        name, mix = served.shadow
+        if isinstance(mix, Refused):
+            raise mix
+        own = Served(mix, served.name, name, adapters=(name,) if mix else ())
+        return self.tenancy.admitted(SHADOWS, own, request=request, prompt_tokens=prompt, max_tokens=most)
+
+    def shadowed(self, answer: ShadowAnswer) -> None:
+        """A shadow has answered, or failed: it is counted and logged."""
+        self.metrics.shadow(answer.name, answer.shadow, answer.outcome)
+        self.on_shadow(answer)
 
     def adapters(self, caller: Caller) -> list[ModelCard]:
         return [card for card in self.catalog.models(caller) if card.parent is not None]
@@ -258,8 +282,8 @@ async def load_adapter(house: House, name: str, source: str, **options: Any) -> 
         return card
     except Refused:
         raise
-    except VeneerError as error:
+    except Exception as error:
+        if not isinstance(error, VeneerError) or is_outage(error):
+            raise as_refused(error) from error
         log.warning("adapter %r was not loaded: %s", name, error)
         raise Refused(message_of(error), status=422, code="adapter_unusable", param="lora_path") from error
-    except (OSError, ValueError) as error:
-        raise as_refused(error) from error

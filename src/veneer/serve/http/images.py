@@ -34,7 +34,7 @@ from veneer.serve.http.running import ClientLeft, unless_left
 from veneer.serve.http.sse import EventStream
 from veneer.serve.picture_request import Drawn, PictureEvent, PictureRequest, Preview, Step
 from veneer.serve.pictures import PictureEngine
-from veneer.serve.request import Usage
+from veneer.serve.request import Refused, Usage
 
 __all__ = ["router"]
 
@@ -100,7 +100,7 @@ class _Surface:
         self, plan: Planned, caller: Caller, served: Served, number: str, house: House | None
     ) -> AsyncGenerator[Told, None]:
         """The engine's events, under the caller's limits; what was drawn is billed however it ends, in part too. Once
-        the first picture is there, an alias's shadow draws it as well."""
+        the first picture is there, a route's shadow draws it as well."""
         metrics = None if house is None else house.metrics
         label = self.catalog.base if not served.mix else "mix" if len(served.mix) > 1 else served.target
         places = self.engine.places(plan.requests[0].settings)
@@ -141,21 +141,26 @@ class _Surface:
     ) -> None:
         """Starts the shadow's picture behind the request."""
         assert served.shadow is not None
-        name, mix = served.shadow
+        name, mix = served.shadow[0], () if isinstance(served.shadow[1], Refused) else served.shadow[1]
         labels = {digest: name for digest, _ in mix} if len(mix) == 1 else {}
         behind = replace(request, mix=mix, labels=labels, previews=0, id=f"{request.id}-shadow")
+        most = self.engine.places(request.settings)
 
         async def follow() -> None:
             drawn, error = None, ""
             try:
-                async with aclosing(self.engine.events([behind])) as events:
-                    async for _, event in events:
-                        drawn = event if isinstance(event, Drawn) else drawn
+                async with house.shadow_bill(served, request=behind.id, prompt=sent.usage.prompt, most=most) as bill:
+                    try:
+                        async with aclosing(self.engine.events([behind])) as events:
+                            async for _, event in events:
+                                drawn = event if isinstance(event, Drawn) else drawn
+                    finally:
+                        await bill.used(Usage(0, 0, 0) if drawn is None else drawn.usage)
             except Exception as problem:  # a shadow never disturbs what it follows
                 drawn, error = None, problem_of(problem)
             one, other, apart = await asyncio.to_thread(_compared, sent, drawn)
             own = Usage(0, 0, 0) if drawn is None else drawn.usage
-            house.on_shadow(
+            house.shadowed(
                 ShadowAnswer(
                     number, caller.tenant, served.name, name, served.target, one, other, sent.usage, own, error, apart
                 )

@@ -163,7 +163,7 @@ async def completion(request: HttpRequest, body: Completion) -> Response:
     place.take("answers", 1)
     prompt = await _prompt(house, body.prompt, place)
     settings = body.sampling(house, house.prompts.fits(prompt))
-    ask = Ask(caller, chosen, [prompt], settings, 1, f"cmpl-{request.scope['veneer.id']}")
+    ask = Ask(caller, chosen, [prompt], settings, id=f"cmpl-{request.scope['veneer.id']}")
     if not body.stream:
         answer = (await unless_left(request, collect(house, ask)))[0]
         return Json(await _last(house, ask, body, answer, answer.text, answer.tokens), headers=body.headers)

@@ -93,6 +93,10 @@ class Metrics:
             "veneer:adapter_time_to_first_token_seconds", "Seconds to the first token, of each adapter.", ("adapter",),
             registry=self.registry, buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
         )  # fmt: skip
+        self.shadows = Counter(
+            "veneer:shadow_answers", "Answers of shadows, by whether they were the one that was sent.",
+            ("route", "shadow", "outcome"), registry=self.registry,
+        )  # fmt: skip
         self.refused = Counter(
             "veneer:requests_refused", "Requests answered with an error.", ("code",), registry=self.registry
         )
@@ -111,6 +115,9 @@ class Metrics:
                 return "other"
             known.add(name)
         return name
+
+    def shadow(self, route: str, name: str, outcome: str) -> None:
+        self.shadows.labels(self.label(route), self.label(name), outcome).inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

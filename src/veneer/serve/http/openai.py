@@ -33,7 +33,7 @@ router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-@router.get("/v1/models", summary="The base, adapters and aliases that exist for this caller.")
+@router.get("/v1/models", summary="The base, adapters and routes that exist for this caller.")
 async def models(request: HttpRequest) -> Response:
     house = house_of(request)
     return Json({"object": "list", "data": [_card(house, c) for c in house.catalog.models(caller_of(request))]})
@@ -79,7 +79,7 @@ async def chat(request: HttpRequest, body: Chat) -> Response:
     settings = body.sampling(
         house, room=room, max_tokens=body.limit(), default=room, logprobs=body.alternatives(), grammar=use.grammar
     )
-    ask = Ask(caller, chosen, [prompt], settings, n, f"chatcmpl-{request.scope['veneer.id']}")
+    ask = Ask(caller, chosen, [prompt], settings, n, body.cache_salt or "", f"chatcmpl-{request.scope['veneer.id']}")
     return await _answered(request, house, ask, body, _ChatForm(house.prompts, ask, use))
 
 
@@ -107,7 +107,7 @@ async def completions(request: HttpRequest, body: Completion) -> Response:
     settings = body.sampling(
         house, room=room, max_tokens=body.max_tokens, default=room, logprobs=body.logprobs, prompt_logprobs=scored
     )
-    ask = Ask(caller, chosen, prompts, settings, n, f"cmpl-{request.scope['veneer.id']}")
+    ask = Ask(caller, chosen, prompts, settings, n, body.cache_salt or "", f"cmpl-{request.scope['veneer.id']}")
     return await _answered(request, house, ask, body, _TextForm(house.prompts, ask, echoes if body.echo else []))
 
 

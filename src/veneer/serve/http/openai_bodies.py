@@ -71,15 +71,20 @@ class Shared(Body):
         "return_tokens_as_token_ids": ((False,), "ask for logprobs, or use /tokenize"),
         "return_token_ids": ((False,), "ask for logprobs, or use /tokenize"),
         "priority": ((0,), "the operator sets each tenant's weight"),
-        "cache_salt": ((), "caches are already apart for each mix"),
         "kv_transfer_params": ((), "this server is one process"),
         "mm_processor_kwargs": (({},), "this base reads text alone"),
         "vllm_xargs": (({},), _GREEDY_OR_NOT),
         "structural_tag": ((), "use tools, or response_format"),
     }
 
-    model: str = Field(default="", max_length=512, description="the base, an adapter, an alias, or base:adapter")
+    model: str = Field(default="", max_length=512, description="the base, an adapter, a route, or base:adapter")
     mix: MixField | None = None
+    cache_salt: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=512,
+        description="prompts share what was computed under equal salts alone",
+    )
     lora: Annotated[list[Lora], FIRST, at_most(64)] | None = None
     lora_path: str | Annotated[list[str | None], FIRST, at_most(ITEMS)] | None = None
     temperature: float | None = None

@@ -10,6 +10,7 @@ slowly holds nobody up; the queue holds at most the answers' own tokens. Closing
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from veneer.serve.access import Caller
+from veneer.serve.access import SHADOWS, Caller
 from veneer.serve.http.errors import as_refused, message_of, problem_of
 from veneer.serve.http.house import Chosen, House, ShadowAnswer
 from veneer.serve.http.metrics import Meter
@@ -27,7 +28,7 @@ from veneer.serve.request import Finished, Refused, Request, Sampling, Started, 
 __all__ = ["Answer", "Ask", "ClientLeft", "Opened", "collect", "opened", "run", "seed_of", "total", "unless_left"]
 
 T = TypeVar("T")
-SHADOWS = "~shadows"
+_BEHIND = "~shadows"
 """Whose the answers of shadows are where the engine is shared out: nobody's who asked."""
 Told = tuple[int, Started | Token | Finished]
 
@@ -40,16 +41,20 @@ class ClientLeft(Exception):
 class Ask:
     """What one HTTP request wants of the engine: answers = one of each (prompt, sampling), in this order.
 
-    `choices`: answers to each prompt, so that answer i belongs to prompt i // choices."""
+    `choices`: answers to each prompt, so that answer i belongs to prompt i // choices. `cache_salt`: the client's own
+    word for those of its prompts that may share what was computed."""
 
     caller: Caller
     chosen: Chosen
     prompts: Sequence[tuple[int, ...]]
     sampling: Sampling
     choices: int = 1
+    cache_salt: str = ""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def requests(self) -> list[Request]:
+    def requests(self, whose: str = "") -> list[Request]:
+        """`whose`: with whom prompts share what was computed, as the tenancy says."""
+        salt = json.dumps([whose, self.cache_salt]) if whose or self.cache_salt else ""
         made = []
         for i in range(len(self.prompts) * self.choices):
             prompt, k = self.prompts[i // self.choices], i % self.choices
@@ -57,7 +62,7 @@ class Ask:
             made.append(
                 Request(
                     prompt, sampling, self.chosen.served.mix, tenant=self.caller.tenant, weight=self.caller.weight,
-                    name=self.chosen.served.name, id=f"{self.id}-{i}",
+                    name=self.chosen.served.name, salt=salt, id=f"{self.id}-{i}",
                 )
             )  # fmt: skip
         return made
@@ -86,6 +91,10 @@ class Answer:
         assert self.end is not None
         return self.end
 
+    def took(self, prompt: int) -> Usage:
+        """What it took, as far as it came."""
+        return self.end.usage if self.end is not None else Usage(prompt, self.cached, len(self.tokens))
+
 
 def seed_of(seed: int | None, k: int) -> int | None:
     """The seed of the k-th answer to one prompt: the client's own for the first."""
@@ -107,7 +116,7 @@ def total(usages: Sequence[Usage], choices: int) -> Usage:
 
 async def run(house: House, ask: Ask) -> AsyncGenerator[Told, None]:
     """(index, event) until every answer has finished. Raises Refused for anything that goes wrong in any of them."""
-    requests = ask.requests()
+    requests = ask.requests(house.tenancy.shares(ask.caller, ask.chosen.served))
     usages = [Usage(0, 0, 0) for _ in requests]
     admitted = house.tenancy.admitted(
         ask.caller,
@@ -248,17 +257,23 @@ def _shadow(house: House, ask: Ask, request: Request) -> asyncio.Future[Sent] | 
         return None
     name, mix = ask.chosen.served.shadow
     sent: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
-    behind = replace(request, mix=mix, id=f"{request.id}-shadow", tenant=SHADOWS, weight=0.1)
+    own: dict[str, Any] = {"tenant": _BEHIND, "weight": SHADOWS.weight, "name": name}
+    behind = replace(request, mix=() if isinstance(mix, Refused) else mix, id=f"{request.id}-shadow", **own)
     return sent if house.follow(lambda: _follow(house, ask, behind, name, sent)) else None
 
 
 async def _follow(house: House, ask: Ask, request: Request, shadow: str, sent: asyncio.Future[Sent]) -> None:
     answer, error = Answer(), ""
+    prompt, most = len(request.prompt), request.sampling.max_tokens
     try:
-        events: Any = house.engine.events(request)
-        async with aclosing(events):
-            async for event in events:
-                answer.add(event)
+        async with house.shadow_bill(ask.chosen.served, request=request.id, prompt=prompt, most=most) as bill:
+            try:
+                events: Any = house.engine.events(request)
+                async with aclosing(events):
+                    async for event in events:
+                        answer.add(event)
+            finally:
+                await bill.used(answer.took(len(request.prompt)))
         if answer.end is None or answer.end.reason in ("error", "cancelled"):
             why = answer.end.error if answer.end is not None else None
             error = message_of(why) if why is not None else "its answer was broken off"
@@ -266,10 +281,9 @@ async def _follow(house: House, ask: Ask, request: Request, shadow: str, sent: a
         error = problem_of(problem)
     with suppress(asyncio.CancelledError):
         text, usage = await sent
-        own = answer.end.usage if answer.end is not None else Usage(0, 0, len(answer.tokens))
-        house.on_shadow(
+        house.shadowed(
             ShadowAnswer(
                 ask.id, ask.caller.tenant, ask.chosen.served.name, shadow, ask.chosen.served.target, text, answer.text,
-                usage, own, error,
+                usage, answer.took(len(request.prompt)), error,
             )
         )  # fmt: skip

@@ -202,7 +202,7 @@ async def _ask(request: HttpRequest, house: House, body: Generate) -> Ask:
         prompt_logprobs=given.decoder_input_details,
         grammar=form.grammar() if form is not None else None,
     )
-    return Ask(caller, chosen, [prompt], settings, best, f"gen-{request.scope['veneer.id']}")
+    return Ask(caller, chosen, [prompt], settings, best, id=f"gen-{request.scope['veneer.id']}")
 
 
 def _chosen(house: House, caller: Any, given: Parameters) -> Chosen:

@@ -58,7 +58,7 @@ async def load(request: HttpRequest, body: Load) -> Response:
             house_of(request), body.lora_name, body.lora_path, replace=body.load_inplace, pinned=body.pinned
         )
     except Refused as error:
-        if error.code != "adapter_exists":
+        if error.code != "adapter_exists" or error.where:  # in vLLM's words, where it is what vLLM means
             raise
         what = f"The lora adapter '{body.lora_name}' has already been loaded. "
         what += "If you want to load the adapter in place, set 'load_inplace' to True."

@@ -2,7 +2,7 @@
 
     names       what names and patterns may look like            keys       API keys, hashed
     tables      the tables; `versions`: how they became so        store      the settings read from them
-    manage      every change of the settings, with its audit      rollouts   aliases with weighted versions and shadows
+    manage      every change of the settings, with its audit      rollouts   routes: weighted versions and shadows
     limits      windows and counters in memory                    audit      who changed what, in a chain of hashes
     entries     a request as the ledger knows it                  outbox     what the ledger is owed, on a local disk
     posting     from the one into the other, and the sums         ledger     a line a part of a request, settled once

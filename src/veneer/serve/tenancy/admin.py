@@ -1,14 +1,13 @@
-"""The routes under /admin, on a key of their own: tenants, keys, limits, prices, aliases, usage, audit.
+"""What is under /admin, on a key of its own: tenants, keys, limits, prices, routes, usage, audit.
 
     app.include_router(admin_router(tenants))
 
 Bodies are strict: a key that is not known is an error that names the nearest. Errors have OpenAI's shape. Names come in
-bodies and queries as well as in paths, for an alias may have a slash in it.
+bodies and queries as well as in paths, for a route may have a slash in it.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
@@ -20,9 +19,11 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
 
-from veneer.errors import ConfigError, ResourceError, VeneerError, nearest
+from veneer.errors import ConfigError, VeneerError, nearest
 from veneer.library.database import reading
 from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.outage import fault, is_outage
+from veneer.serve.request import Refused
 from veneer.serve.tenancy import audit, manage, rollouts
 from veneer.serve.tenancy.store import ALL, Limit, NotThere, Price, Store
 from veneer.serve.tenancy.tenants import Tenants
@@ -31,7 +32,6 @@ from veneer.serve.tenancy.usage import BY, as_csv, usage
 __all__ = ["admin_router"]
 
 _WHO = "admin"
-_log = logging.getLogger("veneer.serve.tenancy")
 
 
 class _Body(BaseModel):
@@ -90,17 +90,19 @@ class Target(_Body):
     weight: int = 1
 
 
-class AliasBody(_Body):
-    alias: str
+class RouteBody(_Body):
+    route: str
     tenant: str = ALL
     targets: list[Target]
     shadow: str | None = None
     fraction: float = 1.0
+    force: bool = Field(False, description="move it unchecked")
 
 
-class AliasName(_Body):
-    alias: str
+class RouteName(_Body):
+    route: str
     tenant: str = ALL
+    force: bool = False
 
 
 def admin_router(tenants: Tenants) -> APIRouter:
@@ -116,7 +118,7 @@ def admin_router(tenants: Tenants) -> APIRouter:
     _tenants(router, store)
     _keys(router, store)
     _limits(router, store)
-    _aliases(router, store)
+    _routes(router, store)
     _records(router, store)
     return router
 
@@ -150,6 +152,14 @@ def _tenants(router: APIRouter, store: Store) -> None:
     @router.patch("/shared")
     def share(body: Seen) -> dict[str, Any]:
         return {"adapters": manage.let_see(store, ALL, add=body.add, remove=body.remove, who=_WHO)}
+
+    @router.get("/cache")
+    def list_cache() -> dict[str, Any]:
+        return {"shared": store.look().common}
+
+    @router.patch("/cache")
+    def share_prefixes(body: Seen) -> dict[str, Any]:
+        return {"shared": manage.share_prefixes(store, add=body.add, remove=body.remove, who=_WHO)}
 
 
 def _keys(router: APIRouter, store: Store) -> None:
@@ -203,37 +213,45 @@ def _limits(router: APIRouter, store: Store) -> None:
         return {"tenant": tenant, "adapter": adapter}
 
 
-def _aliases(router: APIRouter, store: Store) -> None:
-    @router.get("/aliases")
-    def list_aliases() -> dict[str, Any]:
-        return {"aliases": [rollouts.shown(a) for a in store.look().aliases.values()]}
+def _routes(router: APIRouter, store: Store) -> None:
+    @router.get("/routes")
+    def list_routes() -> dict[str, Any]:
+        return {"routes": [rollouts.shown(route) for route in store.look().aliases.values()]}
 
-    @router.put("/aliases")
-    def set_alias(body: AliasBody) -> dict[str, Any]:
+    @router.put("/routes")
+    def set_route(body: RouteBody, request: Request) -> dict[str, Any]:
         targets = [(t.adapter, t.weight) for t in body.targets]
-        tenant, shadow, fraction = body.tenant, body.shadow, body.fraction
-        return rollouts.shown(
-            rollouts.set_alias(store, body.alias, targets, tenant=tenant, shadow=shadow, fraction=fraction, who=_WHO)
-        )
+        more: dict[str, Any] = {"tenant": body.tenant, "shadow": body.shadow, "fraction": body.fraction}
+        check = _checked(request, body.force)
+        return rollouts.shown(rollouts.set_route(store, body.route, targets, who=_WHO, check=check, **more))
 
-    @router.delete("/aliases")
-    def remove_alias(alias: str, tenant: str = ALL) -> dict[str, Any]:
-        rollouts.remove(store, alias, tenant=tenant, who=_WHO)
-        return {"removed": alias, "tenant": tenant}
+    @router.delete("/routes")
+    def remove_route(route: str, tenant: str = ALL) -> dict[str, Any]:
+        rollouts.remove(store, route, tenant=tenant, who=_WHO)
+        return {"removed": route, "tenant": tenant}
 
-    @router.post("/aliases/rollback")
-    def rollback(body: AliasName) -> dict[str, Any]:
-        return rollouts.shown(rollouts.rollback(store, body.alias, tenant=body.tenant, who=_WHO))
+    @router.post("/routes/rollback")
+    def rollback(body: RouteName, request: Request) -> dict[str, Any]:
+        check = _checked(request, body.force)
+        return rollouts.shown(rollouts.rollback(store, body.route, tenant=body.tenant, who=_WHO, check=check))
 
-    @router.get("/aliases/history")
-    def history(alias: str, tenant: str = ALL) -> dict[str, Any]:
+    @router.get("/routes/history")
+    def history(route: str, tenant: str = ALL) -> dict[str, Any]:
         with reading(store.engine) as c:
-            return {"moves": rollouts.history(c, alias, tenant=tenant)}
+            return {"moves": rollouts.history(c, route, tenant=tenant)}
 
     @router.get("/shadows")
-    def shadow_log(alias: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
+    def shadow_log(route: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
         with reading(store.engine) as c:
-            return {"comparisons": rollouts.shadow_log(c, alias=alias, limit=limit)}
+            summary = rollouts.shadow_summary(c, route=route)
+            return {"summary": summary, "comparisons": rollouts.shadow_log(c, route=route, limit=limit)}
+
+
+def _checked(request: Request, force: bool) -> Callable[[str], None] | None:
+    """What a route is checked by before it moves: the names of the server that was asked."""
+    house = getattr(request.app.state, "house", None)
+    check: Callable[[str], None] | None = getattr(getattr(house, "catalog", None), "check", None)
+    return None if force else check
 
 
 def _records(router: APIRouter, store: Store) -> None:
@@ -292,12 +310,10 @@ class _Route(BodyRoute):
                 found = error.errors()
                 lines = [_line(e, self._fields()) for e in found]
                 return _error(400, "; ".join(lines), "invalid_request", str(found[0]["loc"][-1]))
-            except (SQLAlchemyError, ResourceError):
-                _log.exception("the tenants' database does not answer")
-                answer = _error(503, "the tenants' database does not answer", "overloaded", None)
-                answer.headers["Retry-After"] = "5"
-                return answer
-            except VeneerError as error:
+            except (VeneerError, SQLAlchemyError, OSError) as error:
+                if not isinstance(error, VeneerError) or is_outage(error) or isinstance(error, Refused):
+                    told = error if isinstance(error, Refused) else fault("the tenants' database", error)
+                    return _error(told.status, f"{told.what} ({told.fix})", told.code, None)
                 lost = isinstance(error, NotThere)
                 message = f"{error.what} ({error.fix})" if error.fix else error.what
                 return _error(404 if lost else 400, message, "not_found" if lost else "invalid_request", error.where)
@@ -323,5 +339,6 @@ def _unknown(place: str, known: set[str]) -> str:
 
 
 def _error(status: int, message: str, code: str, param: str | None) -> JSONResponse:
-    kind = {401: "authentication_error", 503: "server_error"}.get(status, "invalid_request_error")
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+    kind = "authentication_error" if status == 401 else "invalid_request_error" if status < 500 else "server_error"
+    headers = {"Retry-After": "2"} if status == 503 else None
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, headers)

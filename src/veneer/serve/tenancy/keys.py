@@ -14,7 +14,10 @@ import hmac
 import re
 import secrets
 
-__all__ = ["hash_key", "key_id", "make_admin_key", "make_key", "same"]
+from veneer.errors import ConfigError
+from veneer.models.home import veneer_home
+
+__all__ = ["admin_hash", "default_database", "hash_key", "key_id", "make_admin_key", "make_key", "same"]
 
 _KEY = re.compile(r"vnr-([0-9a-f]{10})-[A-Za-z0-9_-]{43}")
 
@@ -44,3 +47,19 @@ def hash_key(key: str) -> str:
 def same(key: str, kept: str) -> bool:
     """Whether `kept` is the hash of `key`, in a time that says nothing of how much of it was right."""
     return hmac.compare_digest(hash_key(key), kept)
+
+
+def default_database() -> str:
+    """Where tenants are kept unless a command says otherwise."""
+    return str(veneer_home() / "tenants.sqlite")
+
+
+def admin_hash(key: str) -> str:
+    """The hash of an admin key that is given as itself or as `sha256:` and its hash. Raises ConfigError."""
+    if key.startswith("sha256:"):
+        if not re.fullmatch(r"sha256:[0-9a-f]{64}", key):
+            raise ConfigError("the admin key's hash is no sha256", fix="sha256: and 64 hexadecimal digits")
+        return key.removeprefix("sha256:")
+    if len(key) < 20:
+        raise ConfigError("the admin key is shorter than 20 characters", fix="openssl rand -base64 32")
+    return hash_key(key)

@@ -6,6 +6,7 @@ Each function checks, changes, and writes the audit line, in one transaction. `w
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +20,7 @@ from veneer.errors import ConfigError
 from veneer.serve.tenancy import audit
 from veneer.serve.tenancy import store as st
 from veneer.serve.tenancy.keys import hash_key, make_key
-from veneer.serve.tenancy.names import adapter_of, check_name, check_pattern, check_tenant
+from veneer.serve.tenancy.names import adapter_of, check_pattern, check_reference, check_tenant
 from veneer.serve.tenancy.store import (
     ALL,
     EACH,
@@ -36,7 +37,7 @@ from veneer.serve.tenancy.store import (
 
 __all__ = [
     "add_tenant", "change_tenant", "get_tenant", "let_see", "list_keys", "make_tenant_key", "note", "remove_tenant",
-    "revoke_key", "rotate_key", "set_limit", "set_price", "show_key", "when",
+    "revoke_key", "rotate_key", "set_limit", "set_price", "share_prefixes", "show_key", "when",
 ]  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def change_tenant(
 
 
 def remove_tenant(store: Store, name: str, *, who: str) -> None:
-    """Its keys, grants, limits, prices and aliases go with it; what it used stays in the ledger, its past in the audit
+    """Its keys, grants, limits, prices and routes go with it; what it used stays in the ledger, its past in the audit
     log."""
     with store.change() as c:
         before = tenant_row(c, name)
@@ -113,6 +114,23 @@ def let_see(
         for pattern in after:
             c.execute(insert(st.grants), {"tenant": tenant, "pattern": pattern})
         audit.append(c, who, "adapters.change", tenant or "everybody", sorted(before), after)
+    return tuple(after)
+
+
+def share_prefixes(store: Store, *, add: Iterable[str] = (), remove: Iterable[str] = (), who: str) -> tuple[str, ...]:
+    """Change the patterns of the adapters, and of the base, under which tenants share what was computed of prompts that
+    begin alike. Whoever shares it can find out by a prompt of its own what others have asked. Returns them."""
+    more, fewer = sorted({check_pattern(p) for p in add}), sorted(set(remove))
+    with store.change() as c:
+        row = c.scalar(select(st.meta.c.value).where(st.meta.c.key == st.COMMON))
+        before: list[str] = json.loads(row or "[]")
+        for pattern in fewer:
+            if pattern not in before:
+                raise missing("pattern", pattern, before)
+        after = sorted({*before, *more} - set(fewer))
+        c.execute(delete(st.meta).where(st.meta.c.key == st.COMMON))
+        c.execute(insert(st.meta), {"key": st.COMMON, "value": json.dumps(after)})
+        audit.append(c, who, "cache.change", "everybody", before, after)
     return tuple(after)
 
 
@@ -231,7 +249,7 @@ def _scope(tenant: str, adapter: str, *special: str) -> dict[str, str]:
     if tenant not in (ALL, *special):
         check_tenant(tenant)
     if adapter != ALL:
-        check_name(adapter)
+        check_reference(adapter)
         if adapter != adapter_of(adapter):
             raise ConfigError(
                 f"{adapter} is one version", where="adapter", fix=f"{adapter_of(adapter)}: of all its versions"

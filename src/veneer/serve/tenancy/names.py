@@ -1,11 +1,11 @@
-"""What names of tenants, adapters and aliases may look like here, and which names a pattern matches.
+"""Names of tenants, and which names a pattern matches. Names of adapters and routes are those of `library.names`.
 
     support      the adapter of that name, every version of it (support@2, support@prod)
     support@2    that version alone
     acme/*       every name that begins so; `*` stands for any text, and is the only sign with a meaning
     *            every name
 
-A name is text that is compared with other text. It never becomes a path; even so, nothing that could escape one is let
+A pattern is text that is compared with names. It never becomes a path; even so, nothing that could escape one is let
 in. Digests (sha256:…) are names of no tenant's own, so a pattern matches them only where it says `sha256:` itself.
 """
 
@@ -15,49 +15,57 @@ import re
 from collections.abc import Callable, Iterable
 
 from veneer.errors import ConfigError
+from veneer.library import names
+from veneer.library.names import name_of as adapter_of
+from veneer.library.names import parse_reference
 
-__all__ = ["adapter_of", "check_name", "check_pattern", "check_tenant", "seeing"]
+__all__ = ["adapter_of", "check_name", "check_pattern", "check_reference", "check_tenant", "seeing"]
 
-_TENANT = re.compile(r"[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:+-]{0,199}")
 _PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._/@:+*-]{0,199}")
 
 
 def check_tenant(name: str) -> str:
-    """Raises ConfigError for what cannot name a tenant."""
-    if not _TENANT.fullmatch(name) or ".." in name or name == "all":
+    """Raises ConfigError for what cannot name a tenant, which is what can be a namespace."""
+    try:
+        if name == "all":
+            raise ConfigError("'all' stands for every tenant", fix="another name")
+        names.check_namespace(name)
+    except ConfigError as error:
         raise ConfigError(
-            f"{name!r} cannot name a tenant",
-            where="tenant",
-            fix="lower-case letters, digits and . _ - between them, at most 64; not `all`",
-        )
+            f"{name[:100]!r} cannot name a tenant", where="tenant", fix=f"{error.fix}; not `all`"
+        ) from None
     return name
 
 
 def check_name(name: str, what: str = "adapter") -> str:
-    """Raises ConfigError for what cannot name an adapter or an alias."""
-    if not _NAME.fullmatch(name) or not _contained(name):
-        raise ConfigError(f"{name!r} cannot name an {what}", where=what, fix=_FIX)
+    """Raises ConfigError for what cannot name an adapter, or a route."""
+    try:
+        names.check_name(name, cased=True)
+    except ConfigError as error:
+        raise ConfigError(f"{name[:100]!r} cannot name a {what}", where=what, fix=error.fix) from None
     return name
+
+
+def check_reference(text: str, what: str = "adapter") -> str:
+    """Raises ConfigError for what names no adapter, with or without a version."""
+    try:
+        parse_reference(text, cased=True)
+    except ConfigError as error:
+        raise ConfigError(f"{text[:100]!r} cannot name an {what}", where=what, fix=error.fix) from None
+    return text
 
 
 def check_pattern(pattern: str) -> str:
     """Raises ConfigError for what cannot be a pattern of names."""
     if not _PATTERN.fullmatch(pattern) or not _contained(pattern):
-        raise ConfigError(f"{pattern!r} is no pattern of names", where="adapters", fix=f"{_FIX}; * for any text")
+        raise ConfigError(
+            f"{pattern[:100]!r} is no pattern of names", where="adapters", fix="a name, and * for any text"
+        )
     return pattern
-
-
-_FIX = "letters, digits and . _ / @ : + -, at most 200, not beginning with a sign, no empty or dotted parts"
 
 
 def _contained(name: str) -> bool:
     return not any(part in ("", ".", "..") for part in name.split("/"))
-
-
-def adapter_of(name: str) -> str:
-    """What limits and prices count a name under: the adapter, whatever its version."""
-    return name.partition("@")[0]
 
 
 def seeing(patterns: Iterable[str], also: Iterable[str] = ()) -> Callable[[str], bool]:

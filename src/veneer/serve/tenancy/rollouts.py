@@ -1,13 +1,16 @@
-"""Aliases with weighted versions: `support` answers with v1 for 90 % of users and with v2 for 10 %, always the same one
-for the same user; a shadow's answer is compared and never sent; the last move can be taken back at once.
+"""Routes, names that lead to versions by weight: `support` answers with v1 for 90 % of users and with v2 for 10 %,
+always the same one for the same user; a shadow's answer is compared and never sent; the last move can be taken back at
+once.
 
-An alias has 10,000 buckets, each owned by a target. A user falls into one by hash; where nobody says who the user is,
+A route has 10,000 buckets, each owned by a target. A user falls into one by hash; where nobody says who the user is,
 the tenant does; where there is no tenant, each request falls anew. When weights move, only so many buckets change
 hands as the shares differ, so a user that need not move stays. A move keeps who owned what, and a rollback makes the
 move before current again: the very same users are back where they were.
 
-An alias belongs to a tenant, or is everybody's (tenant ALL); a tenant's own comes first. Own aliases are visible
-without a grant, and so is what they lead to, for that is why an operator makes them.
+A route belongs to a tenant, or is everybody's (tenant ALL); a tenant's own comes first. Own routes are visible without
+a grant, and so is what they lead to, for that is why an operator makes them. What a route is to lead to is checked
+before it moves. A library's alias, `support@prod`, is another thing: one pointer to one version. (Tables are called
+after aliases still, as routes were at first.)
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, case, delete, func, insert, select
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, VeneerError
+from veneer.library.database import reading
 from veneer.serve.access import Caller
+from veneer.serve.outage import is_outage
 from veneer.serve.tenancy import audit
-from veneer.serve.tenancy.names import check_name
+from veneer.serve.tenancy.names import check_name, check_reference
 from veneer.serve.tenancy.store import (
     ALL,
     Alias,
@@ -48,8 +53,9 @@ __all__ = [
     "owner",
     "remove",
     "rollback",
-    "set_alias",
+    "set_route",
     "shadow_log",
+    "shadow_summary",
     "share_out",
     "shown",
 ]
@@ -72,55 +78,59 @@ class Rollouts:
         self._store, self._put, self._keep = store, put, keep
         self._pick = pick or random.Random()
 
-    def find(self, alias: str, caller: Caller) -> Alias | None:
-        """The alias of that name as the caller sees it."""
+    def find(self, route: str, caller: Caller) -> Alias | None:
+        """The route of that name as the caller sees it."""
         known = self._store.settings.aliases
-        own = known.get((caller.tenant, alias)) if caller.tenant else None
+        own = known.get((caller.tenant, route)) if caller.tenant else None
         if own is not None:
             return own
-        everybodys = known.get((ALL, alias))
-        return everybodys if everybodys is not None and caller.sees(alias) else None
+        everybodys = known.get((ALL, route))
+        return everybodys if everybodys is not None and caller.sees(route) else None
 
     def names(self, caller: Caller) -> list[str]:
-        """Every alias that the caller sees, for /v1/models."""
+        """Every route that the caller sees, for /v1/models."""
         known = {name for tenant, name in self._store.settings.aliases if tenant in (ALL, caller.tenant)}
         return sorted(name for name in known if self.find(name, caller))
 
-    def choose(self, alias: str, caller: Caller) -> str | None:
-        """The adapter that answers this caller; None where there is no such alias for them."""
-        found = self.find(alias, caller)
+    def choose(self, route: str, caller: Caller) -> str | None:
+        """The adapter that answers this caller; None where there is no such route for them."""
+        found = self.find(route, caller)
         if found is None:
             return None
         who = json.dumps([caller.tenant, caller.user]) if caller.user else caller.tenant
-        return owner(found.runs, bucket(alias, who) if who else self._pick.randrange(BUCKETS))
+        return owner(found.runs, bucket(route, who) if who else self._pick.randrange(BUCKETS))
 
-    def shadow(self, alias: str, caller: Caller | None = None) -> str | None:
+    def shadow(self, route: str, caller: Caller | None = None) -> str | None:
         """The adapter that answers this request too, unseen; None for most requests where the fraction is small."""
-        found = self.find(alias, caller or Caller())
+        found = self.find(route, caller or Caller())
         if found is None or found.shadow is None or self._pick.random() >= found.fraction:
             return None
         return found.shadow
 
     def log_shadow(
         self,
-        alias: str,
+        route: str,
         *,
         request: str,
         tenant: str = "",
         target: tuple[str, str, int, float],
         shadow: tuple[str, str, int, float],
         distance: float | None = None,
+        failed: bool = False,
     ) -> Future[None]:
         """Keep how two answers differ, without the answers. `target`, `shadow`: (adapter, text, tokens, seconds). Of
-        pictures the texts are the digests of their pixels, and `distance` is how far apart these are."""
-        row: dict[str, Any] = {"at": time.time(), "tenant": tenant, "alias": alias, "request": request}
+        pictures the texts are the digests of their pixels, and `distance` is how far apart these are. `failed`: the
+        shadow gave no answer to compare."""
+        row: dict[str, Any] = {"at": time.time(), "tenant": tenant, "alias": route, "request": request}
         for side, (adapter, text, tokens, seconds) in (("target", target), ("shadow", shadow)):
             digest = text
             if distance is None:
                 digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
             row |= {side: adapter, f"{side}_sha256": digest, f"{side}_tokens": tokens, f"{side}_seconds": seconds}
-        row["first_difference"] = _first_difference(target[1], shadow[1]) if distance is None else None
-        row |= {"same": target[1] == shadow[1], "distance": distance}
+        plain = distance is None and not failed
+        row["first_difference"] = _first_difference(target[1], shadow[1]) if plain else None
+        row |= {"same": target[1] == shadow[1] and not failed, "distance": distance}
+        row |= {"shadow_sha256": ""} if failed else {}
         keep = self._keep
 
         def write(c: Connection) -> None:
@@ -131,9 +141,9 @@ class Rollouts:
         return self._put(write)
 
 
-def bucket(alias: str, who: str) -> int:
-    """From 0 to BUCKETS - 1, evenly; another alias puts the same user elsewhere."""
-    digest = hashlib.sha256(json.dumps([alias, who]).encode()).digest()
+def bucket(route: str, who: str) -> int:
+    """From 0 to BUCKETS - 1, evenly; another route puts the same user elsewhere."""
+    digest = hashlib.sha256(json.dumps([route, who]).encode()).digest()
     return int.from_bytes(digest[:8], "big") % BUCKETS
 
 
@@ -183,82 +193,106 @@ def _first_difference(one: str, other: str) -> int | None:
 # -- moves -------------------------------------------------------------------------------------------------------------
 
 
-def set_alias(
+def set_route(
     store: Store,
-    alias: str,
+    route: str,
     targets: Iterable[tuple[str, int]],
     *,
     tenant: str = ALL,
     shadow: str | None = None,
     fraction: float = 1.0,
     who: str,
+    check: Callable[[str], None] | None = None,
 ) -> Alias:
-    """Point an alias to its targets, (adapter, weight), from the next request on. `fraction` of requests are also
-    answered by `shadow`, unseen."""
-    wanted = [(check_name(name), int(weight)) for name, weight in targets if weight]
-    check_name(alias, "alias")
+    """Point a route to its targets, (adapter, weight), from the next request on. `fraction` of requests are also
+    answered by `shadow`, unseen. `check`: raises for a name that nobody could answer; then nothing moves."""
+    wanted = [(check_reference(name), int(weight)) for name, weight in targets if weight]
+    check_name(route, "route")
     if not wanted or len({name for name, _ in wanted}) != len(wanted) or len(wanted) > 100:
-        raise ConfigError(f"{alias} needs targets, each once", where="targets", fix="as in support@1=90 support@2=10")
+        raise ConfigError(f"{route} needs targets, each once", where="targets", fix="as in support@1=90 support@2=10")
     for name, weight in wanted:
         if not 0 < weight <= 1_000_000:
             raise ConfigError(f"the weight of {name} is {weight}", where="targets", fix="a whole number, 1 or more")
-        if name == alias:
-            raise ConfigError(f"{alias} would lead to itself", where="targets")
+        if name == route:
+            raise ConfigError(f"{route} would lead to itself", where="targets")
     if shadow is not None:
-        check_name(shadow)
+        check_reference(shadow)
     if not (math.isfinite(fraction) and 0 <= fraction <= 1):
         raise ConfigError(f"the fraction is {fraction}", where="fraction", fix="from 0 to 1")
+    _check([name for name, _ in wanted], shadow, check)
     with store.change() as c:
         if tenant != ALL:
             tenant_row(c, tenant)
-        before = _current(c, tenant, alias)
+        before = _current(c, tenant, route)
         spec = {
             "targets": wanted,
             "runs": share_out(wanted, before.runs if before else ()),
             "shadow": shadow,
             "fraction": fraction,
         }
-        return _move(c, tenant, alias, spec, before, "alias.set", who)
+        return _move(c, tenant, route, spec, before, "route.set", who)
 
 
-def remove(store: Store, alias: str, *, tenant: str = ALL, who: str) -> None:
-    """The alias is gone; its moves stay, so a rollback brings it back."""
+def remove(store: Store, route: str, *, tenant: str = ALL, who: str) -> None:
+    """The route is gone; its moves stay, so a rollback brings it back."""
     with store.change() as c:
-        before = _current(c, tenant, alias)
+        before = _current(c, tenant, route)
         if before is None or not before.targets:
-            raise _lost(c, tenant, alias)
+            raise _lost(c, tenant, route)
         spec: dict[str, Any] = {"targets": [], "runs": [], "shadow": None, "fraction": 1.0}
-        _move(c, tenant, alias, spec, before, "alias.remove", who)
+        _move(c, tenant, route, spec, before, "route.remove", who)
 
 
-def rollback(store: Store, alias: str, *, tenant: str = ALL, who: str) -> Alias:
+def rollback(
+    store: Store, route: str, *, tenant: str = ALL, who: str, check: Callable[[str], None] | None = None
+) -> Alias:
     """Make the move before the current one current again: what it led to, for whom. Once more leads one further
-    back."""
+    back. `check`: as of `set_route`."""
+    with reading(store.engine) as c:
+        _, led = _before(c, tenant, route)
+    _check([name for name, _ in led.targets], led.shadow, check)
     with store.change() as c:
-        now = _current(c, tenant, alias)
-        if now is None:
-            raise _lost(c, tenant, alias)
-        here = (moves.c.tenant == tenant) & (moves.c.alias == alias)
-        back = c.scalar(select(moves.c.before).where(here, moves.c.move == now.move))
-        if back is None:
-            raise ConfigError(f"{alias} has no move before this", where="alias", fix="remove it, or set it")
-        _point(c, tenant, alias, back)
-        after = _current(c, tenant, alias)
-        assert after is not None
-        audit.append(c, who, "alias.rollback", _subject(tenant, alias), _shown(now), _shown(after))
-        return after
+        now, back = _before(c, tenant, route)
+        _point(c, tenant, route, back.move)
+        audit.append(c, who, "route.rollback", _subject(tenant, route), _shown(now), _shown(back))
+        return back
 
 
-def shown(alias: Alias) -> dict[str, Any]:
-    return {"alias": alias.name, "tenant": alias.tenant, "move": alias.move, **_shown(alias)}
-
-
-def history(c: Connection, alias: str, *, tenant: str = ALL) -> list[dict[str, Any]]:
-    """Every move, the newest first; `current`: the one that holds."""
-    now = _current(c, tenant, alias)
+def _before(c: Connection, tenant: str, route: str) -> tuple[Alias, Alias]:
+    """The move that holds, and the one before it."""
+    now = _current(c, tenant, route)
     if now is None:
-        raise _lost(c, tenant, alias)
-    here = (moves.c.tenant == tenant) & (moves.c.alias == alias)
+        raise _lost(c, tenant, route)
+    here = (moves.c.tenant == tenant) & (moves.c.alias == route)
+    number = select(moves.c.before).where(here, moves.c.move == now.move).scalar_subquery()
+    row = c.execute(select(moves).where(here, moves.c.move == number)).first()
+    if row is None:
+        raise ConfigError(f"{route} has no move before this", where="route", fix="remove it, or set it")
+    return now, alias_of(row)
+
+
+def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], None] | None) -> None:
+    """Raises ConfigError that names what cannot be served, before a route moves there."""
+    for role, name in [*(("target", name) for name in targets), *([("shadow", shadow)] if shadow else [])]:
+        try:
+            if check is not None:
+                check(name)
+        except VeneerError as error:
+            if is_outage(error) or getattr(error, "status", 0) >= 500:
+                raise
+            raise ConfigError(f"the {role} {name} cannot be served: {error.what}", where=role, fix=error.fix) from error
+
+
+def shown(route: Alias) -> dict[str, Any]:
+    return {"route": route.name, "tenant": route.tenant, "move": route.move, **_shown(route)}
+
+
+def history(c: Connection, route: str, *, tenant: str = ALL) -> list[dict[str, Any]]:
+    """Every move, the newest first; `current`: the one that holds."""
+    now = _current(c, tenant, route)
+    if now is None:
+        raise _lost(c, tenant, route)
+    here = (moves.c.tenant == tenant) & (moves.c.alias == route)
     rows = c.execute(select(moves).where(here).order_by(moves.c.move.desc())).all()
     return [
         {"move": r.move, "before": r.before, "current": r.move == now.move, "at": r.at, "who": r.who}
@@ -267,29 +301,56 @@ def history(c: Connection, alias: str, *, tenant: str = ALL) -> list[dict[str, A
     ]
 
 
-def shadow_log(c: Connection, *, alias: str = "", limit: int = 100) -> list[dict[str, Any]]:
-    """The newest comparisons first."""
+def shadow_log(c: Connection, *, route: str = "", limit: int = 100) -> list[dict[str, Any]]:
+    """The newest comparisons first. `failed`: the shadow gave no answer to compare."""
     query = select(shadows).order_by(shadows.c.id.desc()).limit(limit)
-    if alias:
-        query = query.where(shadows.c.alias == alias)
-    return [dict(row._mapping) for row in c.execute(query)]
+    if route:
+        query = query.where(shadows.c.alias == route)
+    rows = (dict(row._mapping) for row in c.execute(query))
+    return [{"route": row.pop("alias"), **row, "failed": row["shadow_sha256"] == ""} for row in rows]
 
 
-def _current(c: Connection, tenant: str, alias: str) -> Alias | None:
-    here = (aliases.c.tenant == tenant) & (aliases.c.alias == alias)
+def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
+    """What the comparisons that are kept come to, a row for each (route, target, shadow): how many there are, how many
+    were the same, differed and failed, and means of tokens, of seconds and, of pictures, of how far apart they are.
+    Means are over those that did not fail, None where there are none."""
+    s = shadows.c
+    fell = s.shadow_sha256 == ""
+
+    def count(which: Any) -> Any:
+        return func.sum(case((which, 1), else_=0))
+
+    figures = ("target_tokens", "shadow_tokens", "target_seconds", "shadow_seconds", "distance")
+    query = select(
+        s.alias.label("route"), s.target, s.shadow, func.count().label("compared"), count(s.same).label("same"),
+        count(~s.same & ~fell).label("different"), count(fell).label("failed"),
+        *(func.avg(case((~fell, s[name]))).label(name) for name in figures),
+    )  # fmt: skip
+    query = query.group_by(s.alias, s.target, s.shadow).order_by(s.alias, s.target, s.shadow)
+    if route:
+        query = query.where(s.alias == route)
+    out = [dict(row._mapping) for row in c.execute(query)]
+    for row in out:
+        row |= {k: int(row[k]) for k in ("same", "different", "failed")}
+        row |= {k: None if row[k] is None else float(row[k]) for k in figures}
+    return out
+
+
+def _current(c: Connection, tenant: str, route: str) -> Alias | None:
+    here = (aliases.c.tenant == tenant) & (aliases.c.alias == route)
     on = (moves.c.tenant == aliases.c.tenant) & (moves.c.alias == aliases.c.alias) & (moves.c.move == aliases.c.current)
     row = c.execute(select(moves).join(aliases, on).where(here)).first()
     return None if row is None else alias_of(row)
 
 
 def _move(
-    c: Connection, tenant: str, alias: str, spec: dict[str, Any], before: Alias | None, what: str, who: str
+    c: Connection, tenant: str, route: str, spec: dict[str, Any], before: Alias | None, what: str, who: str
 ) -> Alias:
-    here = (moves.c.tenant == tenant) & (moves.c.alias == alias)
+    here = (moves.c.tenant == tenant) & (moves.c.alias == route)
     number = (c.scalar(select(func.max(moves.c.move)).where(here)) or 0) + 1
     row = {
         "tenant": tenant,
-        "alias": alias,
+        "alias": route,
         "move": number,
         "before": before.move if before else None,
         "at": time.time(),
@@ -297,28 +358,28 @@ def _move(
         "spec": json.dumps(spec),
     }
     c.execute(insert(moves), row)
-    _point(c, tenant, alias, number)
-    after = _current(c, tenant, alias)
+    _point(c, tenant, route, number)
+    after = _current(c, tenant, route)
     assert after is not None
-    audit.append(c, who, what, _subject(tenant, alias), _shown(before), _shown(after))
+    audit.append(c, who, what, _subject(tenant, route), _shown(before), _shown(after))
     return after
 
 
-def _point(c: Connection, tenant: str, alias: str, move: int) -> None:
-    c.execute(delete(aliases).where((aliases.c.tenant == tenant) & (aliases.c.alias == alias)))
-    c.execute(insert(aliases), {"tenant": tenant, "alias": alias, "current": move})
+def _point(c: Connection, tenant: str, route: str, move: int) -> None:
+    c.execute(delete(aliases).where((aliases.c.tenant == tenant) & (aliases.c.alias == route)))
+    c.execute(insert(aliases), {"tenant": tenant, "alias": route, "current": move})
 
 
-def _shown(alias: Alias | None) -> dict[str, Any]:
-    if alias is None or not alias.targets:
+def _shown(route: Alias | None) -> dict[str, Any]:
+    if route is None or not route.targets:
         return {"targets": {}, "shadow": None, "fraction": 1.0}
-    return {"targets": dict(alias.targets), "shadow": alias.shadow, "fraction": alias.fraction}
+    return {"targets": dict(route.targets), "shadow": route.shadow, "fraction": route.fraction}
 
 
-def _subject(tenant: str, alias: str) -> str:
-    return f"{tenant or 'all'}:{alias}"
+def _subject(tenant: str, route: str) -> str:
+    return f"{tenant or 'all'}:{route}"
 
 
-def _lost(c: Connection, tenant: str, alias: str) -> NotThere:
+def _lost(c: Connection, tenant: str, route: str) -> NotThere:
     known = c.scalars(select(aliases.c.alias).where(aliases.c.tenant == tenant))
-    return missing(f"alias of tenant {tenant}" if tenant else "alias", alias, known)
+    return missing(f"route of tenant {tenant}" if tenant else "route", route, known)

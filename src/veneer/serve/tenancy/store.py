@@ -40,15 +40,17 @@ from veneer.serve.tenancy.tables import (
 )
 
 __all__ = [
-    "ALL", "EACH", "LIMITS", "SCHEMA", "Alias", "KeyRow", "Limit", "NotThere", "Price", "Settings", "Store", "Tenant",
-    "alias_of", "aliases", "audit", "grants", "keys", "limits", "meta", "missing", "moves", "prices", "shadows",
-    "tenant_row", "tenants",
+    "ALL", "COMMON", "EACH", "LIMITS", "SCHEMA", "Alias", "KeyRow", "Limit", "NotThere", "Price", "Settings", "Store",
+    "Tenant", "alias_of", "aliases", "audit", "grants", "keys", "limits", "meta", "missing", "moves", "prices",
+    "shadows", "tenant_row", "tenants",
 ]  # fmt: skip
 
 ALL = ""
 """In a limit: all tenants, or all adapters, together. In a price: any of them. In an alias: it is everybody's."""
 EACH = "*"
 """In a limit: each tenant for itself, unless it has its own limit."""
+COMMON = "common prefixes"
+"""The row of `meta` with the patterns of the adapters under which tenants share what was computed of prompts."""
 
 _LOCK = 0x74656E616E74  # "tenant": the key of PostgreSQL's advisory lock for changes of settings
 
@@ -139,6 +141,7 @@ class Settings:
     limits: Mapping[tuple[str, str], Limit] = field(default_factory=dict)
     prices: Mapping[tuple[str, str], Price] = field(default_factory=dict)
     aliases: Mapping[tuple[str, str], Alias] = field(default_factory=dict)
+    common: tuple[str, ...] = ()
 
     def price(self, tenant: str, adapter: str) -> Price:
         """The closest: of this tenant for this adapter, of the tenant, of the adapter, of the server; else nothing."""
@@ -146,6 +149,11 @@ class Settings:
             if scope in self.prices:
                 return self.prices[scope]
         return Price()
+
+    @cached_property
+    def in_common(self) -> Callable[[str], bool]:
+        """Whether tenants share what was computed of prompts under an adapter, or the base, of that name."""
+        return seeing(self.common)
 
     @cached_property
     def sight(self) -> dict[str, Callable[[str], bool]]:
@@ -266,6 +274,7 @@ def _read(c: Connection) -> Settings:
         {(r.tenant, r.adapter): Limit(*(r._mapping[name] for name in LIMITS)) for r in c.execute(select(limits))},
         {(r.tenant, r.adapter): Price(r.prompt, r.cached, r.completion) for r in c.execute(select(prices))},
         {(a.tenant, a.name): a for a in pointers if a.targets},
+        tuple(json.loads(c.scalar(select(meta.c.value).where(meta.c.key == COMMON)) or "[]")),
     )
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import re
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -28,19 +27,19 @@ from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from veneer.errors import ConfigError, ResourceError
+from veneer.errors import ResourceError
 from veneer.library.database import shown_url
 from veneer.models.home import veneer_home
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Refused, Usage
-from veneer.serve.tenancy.keys import hash_key, key_id, same
+from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, same
 from veneer.serve.tenancy.ledger import Entry, Ledger, LedgerState, Line
 from veneer.serve.tenancy.limits import DAY, MINUTE, Held, Limits
 from veneer.serve.tenancy.names import adapter_of
 from veneer.serve.tenancy.rollouts import Rollouts
 from veneer.serve.tenancy.store import Settings, Store
 
-__all__ = ["LedgerSettings", "Tenants", "admin_hash", "default_database"]
+__all__ = ["LedgerSettings", "Tenants"]
 
 _log = logging.getLogger("veneer.serve.tenancy")
 _PATIENCE = 5.0
@@ -48,22 +47,6 @@ _PATIENCE = 5.0
 _FRESH_SECONDS = 0.5
 """How long a request waits for the settings of this moment before it takes those that were read last."""
 _NOBODY = hash_key("")  # compared with where there is no such key, so that this takes as long
-
-
-def default_database() -> str:
-    """Where tenants are kept unless a command says otherwise."""
-    return str(veneer_home() / "tenants.sqlite")
-
-
-def admin_hash(key: str) -> str:
-    """The hash of an admin key that is given as itself or as `sha256:` and its hash. Raises ConfigError."""
-    if key.startswith("sha256:"):
-        if not re.fullmatch(r"sha256:[0-9a-f]{64}", key):
-            raise ConfigError("the admin key's hash is no sha256", fix="sha256: and 64 hexadecimal digits")
-        return key.removeprefix("sha256:")
-    if len(key) < 20:
-        raise ConfigError("the admin key is shorter than 20 characters", fix="openssl rand -base64 32")
-    return hash_key(key)
 
 
 @dataclass(frozen=True)
@@ -148,10 +131,10 @@ class Tenants:
             return self.store.settings
         try:
             return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(look)), _FRESH_SECONDS)
-        except (SQLAlchemyError, TimeoutError) as error:
-            if not self._away:
-                _log.warning("the tenants' database is away, what was read last holds: %s", error or "no answer")
-            self._away = True
+        except SQLAlchemyError:
+            return self.store.settings
+        except TimeoutError:
+            self._lost("no answer")
             return self.store.settings
 
     def _look(self) -> Settings:
@@ -159,11 +142,22 @@ class Tenants:
             self._next_look = None
         try:
             found = self.store.look()
-        except SQLAlchemyError:
-            self._away = True
+        except SQLAlchemyError as error:
+            self._lost(error)
             raise
         self._away = False
         return found
+
+    def _lost(self, error: object) -> None:
+        if not self._away:
+            _log.warning("the tenants' database is away, what was read last holds: %s", error)
+        self._away = True
+
+    def shares(self, caller: Caller, served: Served) -> str:
+        """A tenant's prompts are its own, unless all that is in the mix is common to tenants: whether a prompt was
+        there tells what others asked."""
+        common = self.store.settings.in_common
+        return "" if all(common(name) for _, name, _ in served.parts()) else caller.tenant
 
     # -- what they use -------------------------------------------------------------------------------------------------
 

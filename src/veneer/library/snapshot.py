@@ -1,0 +1,270 @@
+"""Every name of a library as it is now, in memory: for a server, which may not ask a database for each request.
+
+    with Snapshot(library) as names:
+        names.now.find(parse_reference("support@prod"))        at once, whatever the database does
+        await names.fresh()                                    what had been committed before this, as a rule
+
+A thread reads the names again when they changed. In SQLite it is asked by whoever wants to be sure, and looks at
+`data_version`, a number that a connection sees change when another commits. In PostgreSQL it listens: whoever changes
+names raises the index's revision and notifies, and the revision is looked at each second besides. While the database
+does not answer, what was read last holds, and nobody waits.
+
+A reading takes 0.5 s for 100,000 versions; a thread that has just read rests as long as that took. Cards are not read.
+Knows the index; nothing of the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from veneer.library import index as ix
+from veneer.library.library import Library
+from veneer.library.names import Reference
+
+__all__ = ["Kept", "Names", "Snapshot"]
+
+_log = logging.getLogger("veneer.library")
+
+PATIENCE = 0.5
+"""Seconds that `fresh` waits at most."""
+EVERY = 1.0
+AGAIN = 60.0
+"""Seconds after which names are read again though nobody said that they changed: an older veneer says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One version of a name. `digest`: the adapter's, "" where nobody could read it; `entry`: its manifest's."""
+
+    name: str
+    version: int
+    entry: str
+    added: str
+    digest: str
+    format: str
+    fingerprint: str
+    base: str
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class Names:
+    """The names of one moment. `find` means what `queries.find` does."""
+
+    def __init__(
+        self, kept: Iterable[Kept] = (), latest: Iterable[tuple[str, int]] = (), aliases: Iterable[Any] = ()
+    ) -> None:
+        self._kept = {(k.name, k.version): k for k in kept}
+        self._latest = dict(latest)
+        self._aliases: dict[tuple[str, str], int] = {(name, alias): version for name, alias, version in aliases}
+
+    def find(self, wanted: Reference) -> Kept | None:
+        """None where there is none, and where a digest's prefix fits several adapters."""
+        if wanted.prefix:
+            return self._by_digest(wanted.prefix)
+        if wanted.alias:
+            version = self._aliases.get((wanted.name, wanted.alias))
+        else:
+            version = self._latest.get(wanted.name) if wanted.version is None else wanted.version
+        return None if version is None else self._kept.get((wanted.name, version))
+
+    def latest(self, fingerprint: str) -> list[Kept]:
+        """The latest version of each name, of this base, by name."""
+        found = (self._kept.get(key) for key in self._latest.items())
+        return sorted((k for k in found if k is not None and k.fingerprint == fingerprint), key=lambda k: k.name)
+
+    def _by_digest(self, prefix: str) -> Kept | None:
+        fits: dict[str, Kept] = {}
+        for keys, wanted in ((self._digests, prefix), (self._entries, prefix.removeprefix("sha256:"))):
+            at = bisect_left(keys, (wanted,))
+            while at < len(keys) and keys[at][0].startswith(wanted):
+                k = keys[at][1]
+                fits.setdefault(k.digest or k.entry, k)
+                if len(fits) > 1:
+                    return None
+                at += 1
+        return next(iter(fits.values()), None)
+
+    @cached_property
+    def _newest(self) -> list[Kept]:
+        """The one that was added last stands for all of the same adapter."""
+        newest: dict[str, Kept] = {}
+        by_name = sorted(self._kept.values(), key=lambda k: (k.name, -k.version))
+        for k in sorted(by_name, key=lambda k: k.added, reverse=True):
+            newest.setdefault(k.digest or k.entry, k)
+        return list(newest.values())
+
+    @cached_property
+    def _digests(self) -> list[tuple[str, Kept]]:
+        return sorted(((k.digest, k) for k in self._newest if k.digest), key=lambda pair: pair[0])
+
+    @cached_property
+    def _entries(self) -> list[tuple[str, Kept]]:
+        newest = {k.digest or k.entry: k for k in self._newest}
+        by_entry = {k.entry: newest[k.digest or k.entry] for k in self._kept.values()}
+        return sorted(by_entry.items(), key=lambda pair: pair[0])
+
+
+def read(c: Connection) -> Names:
+    v, e, a, n = ix.versions.c, ix.entries.c, ix.aliases.c, ix.names.c
+    columns = (v.name, v.version, v.entry, v.added, e.digest, e.format, e.fingerprint, e.base)
+    kept = [Kept(*row) for row in c.execute(select(*columns).join_from(ix.versions, ix.entries, v.entry == e.id))]
+    latest = [(row.name, row.latest) for row in c.execute(select(n.name, n.latest).where(n.latest.is_not(None)))]
+    return Names(kept, latest, [tuple(row) for row in c.execute(select(a.name, a.alias, a.version))])
+
+
+class Snapshot:
+    """The names of one library, and the thread that reads them. Reads once before it returns; raises as the index."""
+
+    def __init__(self, library: Library, *, patience: float = PATIENCE) -> None:
+        self.engine, self.patience = library.engine, patience
+        self.listens = self.engine.dialect.name == "postgresql"
+        self.away = False
+        """Whether the database did not answer when it was last asked."""
+        self._mark: object = None
+        self._lock, self._stop, self._poke = threading.Lock(), threading.Event(), threading.Event()
+        self._waiting: list[Future[None]] = []
+        with ix.reading(self.engine) as c:
+            self._names = read(c)
+        self._read_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="veneer-names", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def now(self) -> Names:
+        """As they were last read."""
+        return self._names
+
+    async def fresh(self) -> Names:
+        """The names after a look that began after this call; those that were read last where the database does not
+        answer soon. In PostgreSQL, where changes announce themselves, at once."""
+        if (asked := self._ask()) is not None:
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(asked), self.patience)
+            except TimeoutError:
+                self.away = True
+        return self._names
+
+    def looked(self) -> Names:
+        """`fresh` for a thread that may wait; in PostgreSQL too, for it may just have been told of a new name."""
+        if (asked := self._ask(always=True)) is not None:
+            try:
+                asked.result(self.patience)
+            except TimeoutError:
+                self.away = True
+        return self._names
+
+    def _ask(self, always: bool = False) -> Future[None] | None:
+        if self.away or self._stop.is_set() or (self.listens and not always):
+            return None
+        asked: Future[None] = Future()
+        with self._lock:
+            self._waiting.append(asked)
+        self._poke.set()
+        return asked
+
+    def close(self) -> None:
+        self._stop.set()
+        self._poke.set()
+        self._thread.join(5)  # one that waits for a database that is away ends by itself
+
+    # -- the thread ----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        said = False
+        while not self._stop.is_set():
+            try:
+                with self._connected() as driver:
+                    while not self._stop.is_set():
+                        self._look(driver)
+                        if said:
+                            _log.warning("the library's index answers again")
+                        self.away = said = False
+                        self._wait(driver)
+            except Exception as error:  # whatever the driver says: what was read last holds
+                self.away = True
+                if not said and not self._stop.is_set():
+                    _log.warning("the library's index is away, what was read last holds: %s", error)
+                    said = True
+                self._told()
+                self._stop.wait(EVERY)
+        self._told()
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[Any]:
+        """The driver's own connection, out of the pool, in no transaction."""
+        raw = self.engine.raw_connection()
+        self._mark = None  # SQLite counts anew in each connection
+        driver: Any = raw.driver_connection
+        raw.detach()
+        try:
+            if self.listens:
+                driver.autocommit = True
+                driver.execute(f"LISTEN {ix.CHANNEL}")
+            yield driver
+        finally:
+            raw.close()
+
+    def _wait(self, driver: Any) -> None:
+        """Until somebody asks, or a notice comes, or a second has gone."""
+        if not self.listens:
+            self._poke.wait(EVERY)
+            return
+        until = time.monotonic() + EVERY
+        while time.monotonic() < until and not self._poke.is_set():
+            for _ in driver.notifies(timeout=0.05, stop_after=1):
+                return
+
+    def _look(self, driver: Any) -> None:
+        self._poke.clear()
+        with self._lock:
+            asked, self._waiting = self._waiting, []
+        try:
+            mark = self._version(driver)
+            if mark != self._mark or time.monotonic() > self._read_at + AGAIN:
+                began = time.monotonic()
+                with ix.reading(self.engine) as c:
+                    self._names = read(c)
+                self._mark, self._read_at = mark, time.monotonic()
+                self._told(asked)
+                self._stop.wait(min(self._read_at - began, 5.0))
+        finally:
+            self._told(asked)
+
+    def _version(self, driver: Any) -> object:
+        """What is another after names have changed."""
+        if self.listens:
+            row = driver.execute("SELECT value FROM library_meta WHERE key = 'revision'").fetchone()
+            return None if row is None else row[0]
+        return driver.execute("PRAGMA data_version").fetchone()[0]
+
+    def _told(self, asked: list[Future[None]] | None = None) -> None:
+        if asked is None:
+            with self._lock:
+                asked, self._waiting = self._waiting, []
+        for future in asked:
+            if not future.done() and future.set_running_or_notify_cancel():
+                future.set_result(None)

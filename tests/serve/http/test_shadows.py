@@ -1,0 +1,147 @@
+"""Shadows beside a server with tenants: counted, logged in sum and one by one, paid by the operator."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.library.conftest import quick  # noqa: F401
+from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live, wait_for
+from veneer.library.database import reading
+from veneer.serve.access import Caller, Served
+from veneer.serve.request import Refused, make_mix
+from veneer.serve.server import _operator
+from veneer.serve.tenancy import manage, rollouts
+from veneer.serve.tenancy.store import Price
+from veneer.serve.tenancy.tenants import Tenants
+from veneer.serve.tenancy.usage import usage
+
+
+class Shadowed(ToyCatalog):
+    """`stable` is sql with one shadow, `canary` with another that is the same, `risky` with one that is gone."""
+
+    def resolve(self, model: str, caller: Caller) -> Served:
+        shadows: dict[str, Any] = {
+            "stable": ("polite", make_mix([("d-polite", 1.0)])),
+            "canary": ("sql@2", make_mix([("d-sql", 1.0)])),
+            "risky": ("gone", Refused("there is no gone", status=404, code="model_not_found")),
+        }
+        if model not in shadows:
+            return super().resolve(model, caller)
+        return Served(make_mix([("d-sql", 1.0)]), model, "sql", shadows[model], ("sql",))
+
+
+@pytest.fixture
+def tenants(quick: Path) -> Iterator[Tenants]:  # noqa: F811
+    opened = Tenants(str(quick / "tenants.sqlite"), watch=False)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def server(tenants: Tenants) -> Iterator[tuple[Live, str]]:
+    manage.add_tenant(tenants.store, "acme", who="me")
+    _, key = manage.make_tenant_key(tenants.store, "acme", who="me")
+    manage.set_price(tenants.store, "", "", Price(10_000_000, 10_000_000, 10_000_000), who="me")
+    more = {k: v for k, v in _operator(tenants, []).items() if k == "on_shadow"}
+    with live(ToyEngine(ToyText(tools=True)), Shadowed(), tenants, **more) as served:
+        yield served, key
+
+
+def ask(server: Live, key: str, model: str, text: str = "Hi") -> dict[str, Any]:
+    body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 30}
+    answer = server.post("/v1/chat/completions", body, key)
+    assert answer.status_code == 200, answer.text
+    wait_for(lambda: not server.house.behind)
+    return dict(answer.json()["usage"])
+
+
+def test_shadows_are_counted_summed_up_and_in_the_ledger_as_the_operators(
+    server: tuple[Live, str], tenants: Tenants
+) -> None:
+    live_one, key = server
+    used = [ask(live_one, key, model) for model in ("stable", "stable", "canary", "risky")]
+    behind = [r for r in live_one.engine.seen if r.id.endswith("-shadow")]
+    assert {(r.tenant, r.weight) for r in behind} == {("", 0.1)}, "a shadow takes no tenant's turn"
+    assert len(behind) == 3
+
+    tenants.ledger.writer.put(lambda c: None).result(10)
+    with reading(tenants.store.engine) as c:
+        summary = {r["route"]: r for r in rollouts.shadow_summary(c)}
+        log = rollouts.shadow_log(c)
+    counts = {name: (r["compared"], r["same"], r["different"], r["failed"]) for name, r in summary.items()}
+    assert counts == {"stable": (2, 0, 2, 0), "canary": (1, 1, 0, 0), "risky": (1, 0, 0, 1)}
+    assert summary["stable"]["shadow_tokens"] == log[-1]["shadow_tokens"] > 0
+    assert summary["risky"]["shadow_tokens"] is None
+    assert [(r["route"], r["failed"]) for r in log] == [
+        ("risky", True), ("canary", False), ("stable", False), ("stable", False)
+    ]  # fmt: skip
+
+    lines: dict[tuple[str, str], Any] = {}
+
+    def settled() -> bool:
+        with reading(tenants.store.engine) as c:
+            found = usage(c, by=("tenant", "adapter"))
+        lines.clear()
+        lines.update({(r["tenant"], r["adapter"]): r for r in found})
+        return len(found) == 3 and not any(r["open"] for r in found)
+
+    wait_for(settled)
+    assert set(lines) == {("acme", "sql"), ("", "polite"), ("", "sql@2")}
+    own = lines["acme", "sql"]
+    assert (own["requests"], own["completion"]) == (4, sum(u["completion_tokens"] for u in used))
+    shadow = lines["", "polite"]
+    assert shadow["requests"] == 2
+    assert shadow["cost"] == 10 * (shadow["prompt"] + shadow["completion"]) > 0
+
+
+def test_metrics_have_series_of_shadows(server: tuple[Live, str]) -> None:
+    live_one, key = server
+    for model in ("stable", "canary", "risky"):
+        ask(live_one, key, model)
+    text = live_one.house.metrics.text().decode()
+    found = re.findall(r'shadow_answers_total\{outcome="(\w+)",route="(\w+)",shadow="([^"]+)"\} 1\.0', text)
+    assert sorted(found) == [
+        ("different", "stable", "polite"),
+        ("failed", "risky", "gone"),
+        ("same", "canary", "sql@2"),
+    ]
+
+
+def test_a_shadow_that_fails_half_way_is_failed_and_what_it_took_is_paid(
+    server: tuple[Live, str], tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live_one, key = server
+    own = live_one.engine.events
+
+    async def events(request: Any) -> Any:
+        count = 0
+        async for event in own(request):
+            yield event
+            count += 1
+            if request.id.endswith("-shadow") and count == 3:
+                raise RuntimeError("secret")
+
+    monkeypatch.setattr(live_one.engine, "events", events)
+    ask(live_one, key, "stable")
+    tenants.ledger.writer.put(lambda c: None).result(10)
+    with reading(tenants.store.engine) as c:
+        (row,) = rollouts.shadow_log(c)
+    assert (row["failed"], row["same"], row["first_difference"], row["shadow_tokens"]) == (True, False, None, 2)
+
+
+def test_a_server_that_may_not_answer_a_shadow_says_so(server: tuple[Live, str], tenants: Tenants) -> None:
+    live_one, key = server
+    manage.set_limit(tenants.store, "", "polite", {"requests_per_minute": 1}, who="me")
+    asyncio.run(tenants.caller(key))
+    for _ in range(2):
+        ask(live_one, key, "stable")
+    tenants.ledger.writer.put(lambda c: None).result(10)
+    with reading(tenants.store.engine) as c:
+        (r,) = rollouts.shadow_summary(c)
+    assert (r["compared"], r["different"], r["failed"]) == (2, 1, 1)

@@ -1,0 +1,216 @@
+"""A database, a store or a disk that does not answer: 503, to be tried again, and not a word of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import re
+from pathlib import Path
+from typing import Any
+
+import fsspec  # type: ignore[import-untyped]
+import httpx
+import pytest
+from fastapi import FastAPI
+from sqlalchemy.exc import OperationalError
+
+from tests.library.conftest import quick  # noqa: F401
+from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText
+from tests.serve.shelf import Make, of, reason, refused, saved
+from veneer.errors import AdapterError, ResourceError, UnavailableError
+from veneer.library.library import open_library
+from veneer.library.upkeep import gc
+from veneer.models.text import TextBase
+from veneer.serve.access import ANYBODY
+from veneer.serve.http.app import create_app
+from veneer.serve.outage import fault, is_outage
+from veneer.serve.request import Refused
+from veneer.serve.tenancy.admin import admin_router
+from veneer.serve.tenancy.tenants import Tenants
+
+SECRET = "s3.secret-host.internal:9000/bucket, /var/run/postgresql/.s.PGSQL.5432"
+ADMIN = "an-admin-key-of-some-length"
+
+
+def kept_back(refused: Refused, log: str) -> None:
+    """An outage in our words, under an id by which the log has the driver's."""
+    assert (refused.status, refused.code) == (503, "unavailable")
+    assert refused.retry_after
+    assert "secret-host" not in str(refused)
+    assert "PGSQL" not in str(refused)
+    (number,) = re.findall(r"\b[0-9a-f]{8}\b", str(refused.fix))
+    assert any(number in line and "secret-host" in line for line in log.splitlines())
+
+
+@pytest.fixture
+def elsewhere(base: TextBase, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A library in a store that is reached through a client, with one adapter in it."""
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    digest = saved(base, folder / "a")
+    with open_library(f"memory://{tmp_path.name}", str(tmp_path / "index.sqlite")) as library:
+        library.add(folder / "a", "support")
+        yield library, digest
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(SECRET), RuntimeError(SECRET), PermissionError(SECRET), TimeoutError(SECRET)]
+)
+def test_a_store_that_fails_on_an_adapters_first_use_is_tried_again(
+    make: Make, elsewhere: Any, error: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, digest = elsewhere
+    catalog = make(library=library)
+    assert catalog.resolve("support", ANYBODY).mix == of(digest)
+
+    def fails(*a: Any, **k: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(library.store.fs, "open", fails)
+        kept_back(refused(lambda: catalog.read(digest)), caplog.text)
+        kept_back(refused(lambda: catalog.load("mine", "support")), caplog.text)
+    assert catalog.read(digest).digest() == digest
+    assert catalog.load("mine", "support").digest == digest
+
+
+def test_a_store_that_lost_or_changed_its_files_is_no_fault_of_who_asks(
+    make: Make, elsewhere: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    library, digest = elsewhere
+    catalog = make(library=library)
+    catalog.resolve("support", ANYBODY)
+    files = library.store.fs.store
+    for path, change in [(p, c) for p in list(files) if "/blobs/" in p for c in ("other bytes", "gone")]:
+        data = files.pop(path) if change == "gone" else None
+        if data is None:
+            kept = library.store.fs.cat_file(path)
+            library.store.fs.pipe_file(path, bytes(len(kept)))
+        error = refused(lambda: catalog.read(digest))
+        assert (reason(error), error.status) == ("damaged", 503)
+        assert "memory" not in str(error)
+        assert "blobs" not in str(error)
+
+
+def test_what_was_removed_is_not_there_and_no_outage(make: Make, elsewhere: Any) -> None:
+    """A request keeps what its name meant as long as the files are there; nobody else can name it."""
+    library, digest = elsewhere
+    catalog = make(library=library)
+    catalog.resolve("support", ANYBODY)
+    library.remove("support")
+    assert refused(lambda: catalog.resolve("support", ANYBODY)).status == 404
+    assert catalog.read(digest).digest() == digest
+    gc(library, grace=-1)
+    error = refused(lambda: catalog.read(digest))
+    assert (reason(error), error.status) == ("not_found", 404)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.ENOMEM, errno.EACCES])
+def test_a_disk_that_fails_is_no_fault_of_the_adapters(
+    make: Make, base: TextBase, folder: Path, number: int, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    saved(base, folder / "a")
+    catalog = make()
+
+    def fails(*a: Any, **k: Any) -> Any:
+        try:
+            raise OSError(number, SECRET)
+        except OSError as error:  # as readers tell of a file that they cannot read
+            raise AdapterError(f"cannot be read: {error}") from error
+
+    monkeypatch.setattr("veneer.serve.sources.load_adapter", fails)
+    kept_back(refused(lambda: catalog.load("x", "a")), caplog.text)
+
+
+def test_what_is_an_outage() -> None:
+    for error in (UnavailableError("x"), ResourceError("x"), MemoryError(), ConnectionRefusedError(), TimeoutError()):
+        assert is_outage(error)
+        assert fault("it", error).status == 503
+    for other in (AdapterError("x"), FileNotFoundError("x"), ValueError("x"), KeyError("x")):
+        assert not is_outage(other)
+        assert (fault("it", other).status, fault("it", other).code) == (500, "internal")
+
+
+# -- over HTTP ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tenants(quick: Path) -> Any:  # noqa: F811
+    opened = Tenants(str(quick / "tenants.sqlite"), admin_key=ADMIN, watch=False)
+    yield opened
+    opened.close()
+
+
+def served(tenants: Tenants) -> FastAPI:
+    text = ToyText()
+    app = create_app(
+        ToyEngine(text), ToyCatalog(), tenants, text, routers=[admin_router(tenants)], unguarded=("/admin",)
+    )
+    return app
+
+
+def ask(app: FastAPI, path: str, key: str = "vnr-nobody", **more: Any) -> httpx.Response:
+    async def go() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            headers = {"Authorization": f"Bearer {key}"}
+            return await client.request(more.pop("method", "GET"), path, headers=headers, **more)
+
+    return asyncio.run(go())
+
+
+def away(*a: Any, **k: Any) -> Any:
+    raise OperationalError("SELECT value FROM tenant_meta", {}, Exception(SECRET))
+
+
+def told(answer: httpx.Response, log: str) -> None:
+    assert answer.status_code == 503, answer.text
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["code"] == "unavailable"
+    assert not any(word in answer.text for word in ("secret-host", "PGSQL", "SELECT", "tenant_meta"))
+    (number,) = re.findall(r"\b[0-9a-f]{8}\b", answer.json()["error"]["message"])
+    assert any(number in line and "secret-host" in line for line in log.splitlines())
+
+
+def test_the_unauthenticated_learn_nothing_of_a_database_that_is_down(
+    tenants: Tenants, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = served(tenants)
+    assert ask(app, "/v1/models").status_code == 401
+    monkeypatch.setattr(tenants.store, "look", away)
+    for path in ("/v1/models", "/metrics"):
+        answer = ask(app, path, key="vnr-aaaaaaaaaa-never-seen-before")  # what was read last holds
+        assert answer.status_code == 401
+        assert not any(word in answer.text for word in ("secret-host", "PGSQL", "SELECT", "tenant_meta"))
+    assert "secret-host" in caplog.text
+
+
+@pytest.mark.parametrize("error", [away, None])
+def test_the_operators_routes_are_503_too(
+    tenants: Tenants, error: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def locked(*a: Any, **k: Any) -> Any:
+        raise ResourceError(f"another process has been writing to {SECRET}", fix="use PostgreSQL")
+
+    app = served(tenants)
+    monkeypatch.setattr(tenants.store, "look", error or locked)
+    told(ask(app, "/admin/tenants", ADMIN), caplog.text)
+    assert ask(app, "/admin/tenants", "no key").status_code == 401
+
+
+def test_a_fault_of_ours_is_500_with_an_id_that_the_log_has(
+    tenants: Tenants, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = served(tenants)
+
+    def broken(*a: Any, **k: Any) -> Any:
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr(app.state.house.catalog, "models", broken)
+    monkeypatch.setattr(tenants.store, "look", broken)
+    for path in ("/v1/models", "/admin/tenants"):
+        answer = ask(app, path, ADMIN)
+        assert answer.status_code == 500
+        assert "secret-host" not in answer.text
+        (number,) = re.findall(r"\b[0-9a-f]{8}\b", answer.json()["error"]["message"])
+        assert number in caplog.text

@@ -1,0 +1,62 @@
+"""A server with tenants over the real engine: what one may learn of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.whole import Shop, Whole, make_shop, prompt, served
+from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.store import Store
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return make_shop(tmp_path_factory.mktemp("shop"), ("plain", "rs"))
+
+
+def asked(whole: Whole, key: str, model: str, ids: list[int], **more: Any) -> tuple[int, int]:
+    """(status, cached tokens) of a short answer."""
+    body = {"model": model, "prompt": ids, "max_tokens": 2, **more}
+    answer = httpx.post(
+        f"{whole.url}/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60
+    )
+    return answer.status_code, answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_whether_a_prompt_was_there_tells_a_tenant_nothing_of_another(shop: Shop, tmp_path: Path) -> None:
+    """Unless the operator lets tenants share, adapter by adapter; `cache_salt` keeps apart within a tenant too."""
+    place = str(tmp_path / "tenants.sqlite")
+    store = Store(place)
+    keys = {}
+    for name in ("acme", "globex"):
+        manage.add_tenant(store, name, adapters=["*"], who="me")
+        keys[name] = manage.make_tenant_key(store, name, who="me")[1]
+    for name in ("plain", "rs"):
+        shop.library.add(shop.adapters / name, name)
+    ids, most = prompt(100), 96
+    with served(shop, tenants=place) as whole:
+        for model in ("tiny", "plain", "rs"):
+            assert asked(whole, keys["acme"], model, ids) == (200, 0)
+            assert asked(whole, keys["globex"], model, ids) == (200, 0), "B repeats A's prompt"
+            assert asked(whole, keys["acme"], model, ids) == (200, most), "and A its own"
+            assert asked(whole, keys["acme"], model, ids, cache_salt="x") == (200, 0)
+            assert asked(whole, keys["acme"], model, ids, cache_salt="x") == (200, most)
+            assert asked(whole, keys["globex"], model, ids, cache_salt="x") == (200, 0)
+
+        manage.share_prefixes(store, add=["plain", "tiny"], who="me")
+        for model in ("plain", "tiny", "plain@1"):
+            asked(whole, keys["acme"], model, ids)
+            assert asked(whole, keys["globex"], model, ids) == (200, most)
+            assert asked(whole, keys["globex"], model, ids, cache_salt=f"y {model}") == (200, 0)
+        both = {"mix": {"plain": 1.0, "rs": 1.0}}
+        assert asked(whole, keys["acme"], "", ids, **both) == (200, 0)
+        assert asked(whole, keys["globex"], "", ids, **both) == (200, 0), "not all of the mix is shared"
+        manage.share_prefixes(store, remove=["plain"], who="me")
+        assert asked(whole, keys["globex"], "plain", ids) == (200, most), "its own, from before"
+        assert asked(whole, keys["acme"], "plain", prompt(100, 2)) == (200, 0)
+        assert asked(whole, keys["globex"], "plain", prompt(100, 2)) == (200, 0)
+    store.close()

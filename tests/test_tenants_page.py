@@ -1,0 +1,143 @@
+"""docs/how-to/tenants.md does what it says, from its first command to its last, against the server that it starts.
+
+Its commands run in this process, its calls by curl; the server is a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import run
+from tests.test_readme import ROOT, blocks, roomy
+from tests.test_using import adapter_for
+from tests.tiny_base import tiny_base_dir
+from veneer.formats import peft
+from veneer.models.text import load_text
+
+PAGE = (ROOT / "docs" / "how-to" / "tenants.md").read_text(encoding="utf-8")
+LINES = [re.sub(r"\s+#.*$", "", line) for body in blocks(PAGE, "") for line in body.splitlines()]
+
+pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="the page's calls are curl's")
+
+
+class Reader:
+    """Somebody at a terminal: variables that are exported hold for the lines after."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.patch, self.capsys = folder, monkeypatch, capsys
+        self.server: subprocess.Popen[bytes] | None = None
+        self.key = ""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+
+    def here(self, line: str) -> str:
+        line = line.replace("--base smollm2-135m", "--base ./smollm2-135m").replace("3f9a0c21d4", self.key)
+        return line.replace("--port 8000", f"--port {self.port}").replace("localhost:8000", f"127.0.0.1:{self.port}")
+
+    def does(self, line: str) -> str:
+        line = self.here(line)
+        name, inner = "", line
+        if line.startswith("export "):
+            name, inner = re.fullmatch(r"export (?:(\w+)=)?\$\((.*)\)", line).groups()  # type: ignore[union-attr]
+        if inner.startswith("veneer serve"):
+            command = [sys.executable, "-c", "from veneer.cli.main import main; main()", *shlex.split(inner)[1:]]
+            with (self.folder / "log").open("wb") as log:
+                self.server = subprocess.Popen([w for w in command if w != "&"], cwd=self.folder, stderr=log)
+            return ""
+        if inner.startswith("veneer "):
+            done = run(self.capsys, *shlex.split(inner)[1:])
+            assert done.code == 0, f"{line}\n{done.err}"
+            out = done.out
+        else:
+            called = (
+                inner if " -sf " in inner or " -w " in inner else inner.replace("curl ", "curl --fail-with-body ", 1)
+            )
+            ran = subprocess.run(["bash", "-c", called], cwd=self.folder, capture_output=True, text=True, timeout=120)
+            assert ran.returncode == 0, f"{line}\n{ran.stdout}{ran.stderr}\n{(self.folder / 'log').read_text()}"
+            out = ran.stdout
+        if line.startswith("export "):
+            pairs = [(name, out.strip())] if name else [tuple(word.split("=", 1)) for word in out.split()]
+            for key, value in pairs:
+                self.patch.setenv(key, value)
+        return out
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Reader]:
+    roomy(tiny_base_dir(tmp_path)).rename(tmp_path / "smollm2-135m")
+    base = load_text(str(tmp_path / "smollm2-135m"))
+    for seed, name in enumerate(("quickstart", "second", "third", "acme")):
+        peft.write(adapter_for(base, seed), tmp_path / "runs" / name)
+    for name in [n for n in os.environ if n.startswith("VENEER_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    made = Reader(tmp_path, monkeypatch, capsys)
+    yield made
+    if made.server is not None:
+        made.server.send_signal(signal.SIGTERM)
+        made.server.wait(60)
+
+
+def test_every_command_of_the_page_does_what_it_says(reader: Reader) -> None:
+    said: dict[str, str] = {}
+    for line in LINES:
+        if line:
+            said[line] = out = reader.does(line)
+            if line.startswith("export GLOBEX"):
+                reader.key = os.environ["GLOBEX"][4:14]
+                assert reader.key in out
+    assert len(said) > 45
+    assert "tenants.sqlite, so requests need a key" in (reader.folder / "log").read_text()
+
+    def of(start: str) -> str:
+        return next(out for line, out in said.items() if line.startswith(start))
+
+    models = json.loads(next(out for line, out in said.items() if "/v1/models" in line))["data"]
+    assert [m["id"] for m in models][1:] == ["acme/support"]
+    answers = {json.loads(out)["model"] for line, out in said.items() if "/v1/completions" in line}
+    assert answers == {"acme/support", "support@2", "chat"}
+    assert "VENEER_ADMIN_KEY=vnr-admin-" in of("export $(veneer tenant admin-key)")
+    usage = said["veneer tenant usage"]
+    assert "acme/support@1" in usage or "acme/support" in usage
+    assert "support@2" in usage
+    put = next(out for line, out in said.items() if "-X PUT" in line and "/admin/routes" in line)
+    assert json.loads(put)["targets"] == {"support@1": 70, "support@2": 30}
+
+    # What only a server that was told its hash lets in, and what nobody else gets in by.
+    url = f"http://127.0.0.1:{reader.port}"
+    codes = "curl -s -o /dev/null -w '%{http_code}' "
+    assert reader.does(f"{codes} {url}/v1/models") == "401"
+    hashed = os.environ["VENEER_ADMIN_KEY_HASH"]
+    asked = f'{codes} {url}/admin/tenants -H "Authorization: Bearer '
+    assert [reader.does(f'{asked}{key}"') for key in ("$VENEER_ADMIN_KEY", hashed, "$ACME")] == ["200", "401", "401"]
+
+
+def test_the_page_names_every_route_under_admin(tmp_path: Path) -> None:
+    from fastapi.routing import APIRoute
+
+    from veneer.serve.tenancy.admin import admin_router
+    from veneer.serve.tenancy.keys import make_admin_key
+    from veneer.serve.tenancy.tenants import Tenants
+
+    tenants = Tenants(str(tmp_path / "t.sqlite"), admin_key=make_admin_key(), watch=False)
+    routes = [route.path for route in admin_router(tenants).routes if isinstance(route, APIRoute)]
+    tenants.close()
+    assert len(routes) > 20
+    for path in routes:
+        last = path.rsplit("/", 1)[-1].strip("{}")
+        assert last in PAGE or last in ("tenant", "key"), f"{path} is not on the page"
