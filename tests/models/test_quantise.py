@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -274,3 +276,21 @@ def test_blocks_of_a_gguf_file_stay_and_compute_what_they_stand_for(tmp_path: Pa
     assert kept.fingerprint == full.fingerprint
     with pytest.raises(ConfigError, match="quantised already"):
         load_text(str(file), quantise="nf4")
+
+
+def test_two_kinds_loaded_at_a_time_do_not_mix(tmp_path: Path) -> None:
+    """transformers' registry of quantisers is the process's: one load neither lends another its kind nor takes the
+    entry from under it."""
+    source = FAMILIES["llama3"]()
+    source.save_pretrained(tmp_path / "m")
+    config, tensors = read_config(tmp_path / "m"), tensor_table(tmp_path / "m")
+    kinds = ["nf4", "int8", "fp4", "int4"] * 3
+    together = threading.Barrier(len(kinds))
+
+    def load(kind: str) -> set[str]:
+        together.wait(30)
+        loaded, _ = load_quantised(tmp_path / "m", config, tensors, kind, torch.float32)
+        return {p.code.kind for p in loaded.parameters() if isinstance(p, Quantised)}
+
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        assert list(pool.map(load, kinds)) == [{kind} for kind in kinds]

@@ -24,7 +24,7 @@ def test_the_last_to_end_puts_back_what_was() -> None:
     with quiet():
         thread.start()
         assert began.wait(10)
-    warnings.warn("still quiet", UserWarning, stacklevel=1)
+    warnings.warn_explicit("still quiet", UserWarning, "x.py", 1, module="transformers.utils")
     end.set()
     thread.join()
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled(), list(warnings.filters)) == before
@@ -33,3 +33,22 @@ def test_the_last_to_end_puts_back_what_was() -> None:
     with quiet(), quiet():
         assert logging.get_verbosity() == logging.ERROR
     assert logging.get_verbosity() == before[0]
+
+
+def test_only_the_libraries_own_lines_are_quiet() -> None:
+    """What anybody else says in that time is shown, and what he changes stays."""
+    mine = ("ignore", None, ResourceWarning, None, 0)
+    before = list(warnings.filters)
+    try:
+        with quiet():
+            with pytest.warns(UserWarning, match="mine"):
+                warnings.warn("mine", UserWarning, stacklevel=1)
+            warnings.warn_explicit("theirs", UserWarning, "x.py", 1, module="transformers.modeling_utils")
+            warnings.warn_explicit("theirs", FutureWarning, "x.py", 1, module="torch")
+            warnings.filters.append(mine)  # type: ignore[attr-defined]
+        assert mine in warnings.filters
+        assert len(warnings.filters) == len(before) + 1
+        with pytest.warns(UserWarning, match="theirs"):
+            warnings.warn_explicit("theirs", UserWarning, "x.py", 1, module="transformers.modeling_utils")
+    finally:
+        warnings.filters.remove(mine)  # type: ignore[attr-defined]

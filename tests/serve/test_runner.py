@@ -16,6 +16,7 @@ from veneer.core.adapter import Adapter, LoraSpec, TokenRows
 from veneer.core.attach import attach
 from veneer.core.forms import Delta
 from veneer.core.init import create
+from veneer.errors import ConfigError
 from veneer.models.text import TextBase
 from veneer.serve.paged import BLOCK
 from veneer.serve.runner import Prepared, Row, Runner
@@ -237,3 +238,48 @@ def test_recurrent_layers_run_each_sequence_alone() -> None:
 def test_a_cache_too_small_for_anything_is_refused() -> None:
     with pytest.raises(Exception, match="blocks of 16 tokens"):
         Runner(base_of(FAMILIES["llama3"]()), cache_bytes=1000)
+
+
+# -- batch-invariant ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["dense", "int8", "int4"])
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+def test_batch_invariant_a_request_has_the_bits_it_has_alone(family: str, weights: str) -> None:
+    """Whoever shares its steps, under whatever adapters, however its prompt is cut: DoRA and the head's pairs too."""
+    model = FAMILIES[family](hidden_size=64, intermediate_size=96).bfloat16()
+    lora = trained(model, 1, targets=("all-linear", "lm_head") if weights == "dense" else "all-linear")
+    dora = trained(model, 2, dora=True)
+    runner = Runner(base_of(model), cache_bytes=1 << 20, weights=weights, batch_invariant=True)  # type: ignore[arg-type]
+    a, b = runner.prepare(lora, "a"), runner.prepare(dora, "b")
+    ids = prompts([41, 5, 17, 64, 30, 1, 9, 77, 33])
+    mixes = [[(a, 1.0)], [], [(b, 0.5)], [(a, 1.0), (b, -1.0)], [(a, 0.3)], [(a, 1.0)], [], [(b, 1.0)], [(a, 1.0)]]
+    work = list(zip(ids, mixes, strict=True))
+    alone = [serve(runner, [one], [100])[0] for one in work]
+    for cuts in ([100], [1], [7, 3, 20, 1], [16]):
+        for got, want in zip(serve(runner, work, cuts), alone, strict=True):
+            assert torch.equal(got, want)
+    assert runner.merged_bytes() is None
+    runner.close()
+
+
+def test_without_it_the_answers_are_within_rounding_of_it() -> None:
+    model = FAMILIES["llama3"](hidden_size=64, intermediate_size=96).bfloat16()
+    work = [(ids, []) for ids in prompts([41, 5])]
+    both = []
+    for invariant in (False, True):
+        runner = Runner(base_of(model), cache_bytes=1 << 20, batch_invariant=invariant)
+        both.append(serve(runner, work, [9]))  # type: ignore[arg-type]
+        runner.close()
+    for plain, same in zip(*both, strict=True):
+        assert (plain.double() - same.double()).norm() <= 2**-4 * same.double().norm()
+
+
+def test_what_cannot_be_batch_invariant_is_refused() -> None:
+    with pytest.raises(ConfigError, match="for bases of Llama's kind; this one runs packed"):
+        Runner(base_of(FAMILIES["gemma3"]()), cache_bytes=1 << 20, batch_invariant=True)
+    model = FAMILIES["llama3"]()
+    runner = Runner(base_of(model), cache_bytes=1 << 20, batch_invariant=True)
+    whole = Adapter(modules={"model.norm": {"weight": torch.ones(model.config.hidden_size)}})
+    assert any("which a batch-invariant base cannot have" in p for p in runner.problems(whole))
+    runner.close()

@@ -100,6 +100,10 @@ def serve(
         str,
         typer.Option("--weights", help="dense; int8 or int4: projections in that alone, for small machines."),
     ] = "dense",
+    batch_invariant: Annotated[
+        bool,
+        typer.Option("--batch-invariant", help="An answer is bit for bit that of the request alone; slower."),
+    ] = False,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=0, help="Tokens an answer may have at most; 0: what the context leaves.")
     ] = 0,
@@ -175,6 +179,7 @@ def serve(
         cache_bytes=server.bytes_of(cache_memory, "--cache-memory"),
         adapter_bytes=server.bytes_of(adapter_memory, "--adapter-memory"),
         weights=_weights(weights),
+        batch_invariant=batch_invariant,
         dtype=dtype,
         device=device,
         drain=drain_seconds,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer import kernels
+from veneer.core.compat import TORCH
 
 __all__ = ["RowLayout", "attention", "rotary_attention", "rotate", "softmax_backward"]
 
@@ -187,7 +188,8 @@ def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
         rows = p.shape[0] * p.shape[1]
         native.softmax_backward(p.data_ptr(), dp.data_ptr(), rows, p.shape[2], torch.get_num_threads())
         return dp
-    return torch._softmax_backward_data(dp, p, -1, p.dtype)
+    out: Tensor = TORCH("torch._softmax_backward_data")(dp, p, -1, p.dtype)
+    return out
 
 
 def _attend(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from veneer import kernels
+from veneer.core.compat import BITSANDBYTES
 
 __all__ = [
     "BLOCK", "KINDS", "SAVED_KINDS", "Blocks4", "Code", "Rows8", "Stacked", "code_of", "dynamic_map", "row_count",
@@ -309,6 +310,7 @@ def _bitsandbytes() -> Any:
         import bitsandbytes  # noqa: F401
     except ImportError:
         return None
+    BITSANDBYTES.check()
     return torch.ops.bitsandbytes
 
 

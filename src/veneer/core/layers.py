@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.compat import TORCH
 from veneer.core.forms import Delta, norm_along
 from veneer.core.fused import Projection, joined, linears
 from veneer.core.lowrank import Factor, LowRank
@@ -139,7 +140,7 @@ def _selected(layer: Layer, *args: Any, **kwargs: Any) -> Any:
 
 # A compiled model calls layers as they are: what is selected must not be compiled in, or every switch would compile
 # again. (torch.compiler.disable is the public name, and imports the compiler at once.)
-_uncompiled = torch._disable_dynamo(_selected)  # type: ignore[attr-defined]
+_uncompiled = TORCH("torch._disable_dynamo")(_selected)
 
 
 def _stand_in(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -> nn.Module:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from veneer.core.codes import KINDS, Code, Stacked, code_of, row_count, with_tensors
+from veneer.core.compat import TORCH
 from veneer.errors import BaseError
 
 __all__ = ["Quantised", "dequantised", "quantise", "stacked"]
@@ -42,7 +43,7 @@ class Quantised(torch.Tensor):
         if turned:
             size[-2:] = size[:-3:-1]
         device = next(iter(code.tensors().values())).device
-        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make = TORCH("torch.Tensor._make_wrapper_subclass")
         return cast("Quantised", make(cls, size, dtype=dtype, device=device, requires_grad=False))
 
     def __init__(
@@ -52,7 +53,7 @@ class Quantised(torch.Tensor):
         self.code, self.first, self.turned, self.kept = code, first, turned, kept
         self.last = row_count(code) if last is None else last
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = TORCH("torch._C._disabled_torch_function_impl")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Quantised({self.code.kind}, {tuple(self.shape)}, {self.dtype}, {self.bytes:,} bytes)"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +104,8 @@ def at(*tensors: Tensor | None) -> list[int | None]:
     return [None if t is None else t.data_ptr() for t in tensors]
 
 
-def gradients(made: Tensor, given: list[Tensor], g: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(made, given, g.double())
+def gradient(made: Tensor, given: Tensor, g: Tensor) -> Tensor:
+    return torch.autograd.grad(made, given, g.double())[0]
 
 
 # -- a training step ---------------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def _rms_norm_backward(o: Bench) -> Iterator[Same]:
     g, x, w, dx = o.normal(7, 74), o.normal(7, 74), o.normal(74), o.room(7, 74)
     o.library.rms_norm_backward(*at(g, x, w, dx), 7, 74, 1e-5, THREADS)
     xd = x.double().requires_grad_()
-    yield Same(dx, *gradients(F.rms_norm(xd, (74,), w.double(), 1e-5), [xd], g))
+    yield Same(dx, gradient(F.rms_norm(xd, (74,), w.double(), 1e-5), xd, g))
 
 
 def _norm_silu(x: Tensor, shift: Tensor | None, w: Tensor, b: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ def _norm_silu_backward(o: Bench) -> Iterator[Same]:
     for shift in (None, o.normal(2, 6)):
         dx, xd = o.room(2, 6, 37), x.double().requires_grad_()
         o.library.norm_silu_backward(*at(g, x, shift, w, b, dx), 2, 3, 2, 37, 1e-5, THREADS)
-        yield Same(dx, *gradients(_norm_silu(xd, shift, w, b), [xd], g))
+        yield Same(dx, gradient(_norm_silu(xd, shift, w, b), xd, g))
 
 
 @check("dropped")
@@ -217,7 +218,7 @@ def _silu_gate_backward(o: Bench) -> Iterator[Same]:
     wide = both.double().requires_grad_()
     made = _silu_gate(wide)
     yield Same(h, made.detach())
-    yield Same(d, *gradients(made, [wide], dh))
+    yield Same(d, gradient(made, wide, dh))
 
 
 @check("geglu")
@@ -232,7 +233,7 @@ def _geglu_backward(o: Bench) -> Iterator[Same]:
     dh, both, d = o.normal(5, 37), 2 * o.normal(5, 2 * 37), o.room(5, 2 * 37)
     o.library.geglu_backward(*at(dh, both, d), 5, 37, THREADS)
     wide = both.double().requires_grad_()
-    yield Same(d, *gradients(_geglu(wide), [wide], dh))
+    yield Same(d, gradient(_geglu(wide), wide, dh))
 
 
 @check("gelu_tanh")
@@ -247,10 +248,11 @@ def _gelu_tanh_backward(o: Bench) -> Iterator[Same]:
     g, x, dx = o.normal(203), 3 * o.normal(203), o.room(203)
     o.library.gelu_tanh_backward(*at(g, x, dx), 203, THREADS)
     wide = x.double().requires_grad_()
-    yield Same(dx, *gradients(F.gelu(wide, approximate="tanh"), [wide], g))
+    yield Same(dx, gradient(F.gelu(wide, approximate="tanh"), wide, g))
 
 
-class _Heads(NamedTuple):
+@dataclass(frozen=True)
+class _Heads:
     """Five of six tokens in two rows of four places: 4 query heads of 18, two for each kv head."""
 
     x: Tensor  # (tokens, heads · dim and some more)
@@ -259,10 +261,10 @@ class _Heads(NamedTuple):
     tokens: Tensor
     slots: Tensor
 
-    LENGTH = 4
-    KV = 2
-    PER = 2
-    DIM = 18
+    LENGTH: ClassVar[int] = 4
+    KV: ClassVar[int] = 2
+    PER: ClassVar[int] = 2
+    DIM: ClassVar[int] = 18
 
     @classmethod
     def of(cls, o: Bench) -> _Heads:

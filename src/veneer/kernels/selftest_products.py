@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,16 +58,17 @@ def _attend_backward(o: Bench) -> Iterator[Same]:
         yield Same(got, slope, **SUM)
 
 
-class _Thin(NamedTuple):
+@dataclass(frozen=True)
+class _Thin:
     """Two pairs of ranks 5 and 16 on columns 0 … 32 and 32 … 112 of 112, over 48 inputs, and 197 rows."""
 
     pairs: list[tuple[Tensor, Tensor, int, int, float]]
     table: Any
 
-    ROWS = 197
-    IN = 48
-    OUT = 112
-    RANKS = 32  # padded to sixteens
+    ROWS: ClassVar[int] = 197
+    IN: ClassVar[int] = 48
+    OUT: ClassVar[int] = 112
+    RANKS: ClassVar[int] = 32  # padded to sixteens
 
     @classmethod
     def of(cls, o: Bench) -> _Thin:
@@ -119,7 +121,8 @@ def _thin_through(o: Bench) -> Iterator[Same]:
 def _thin_gradients(o: Bench) -> Iterator[Same]:
     t = _Thin.of(o)
     g, x, u, du = (o.normal(t.ROWS, n) for n in (t.OUT, t.IN, t.RANKS, t.RANKS))
-    made = [[o.room(*p[i].shape, dtype=torch.float32) for p in t.pairs] for i in (0, 1)]
+    factors = [A for A, *_ in t.pairs], [B for _, B, *_ in t.pairs]
+    made = [[o.room(*factor.shape, dtype=torch.float32) for factor in each] for each in factors]
     tables = [(ctypes.c_void_p * 2)(*at(*tensors)) for tensors in made]
     o.library.thin_gradients(t.table, 2, *at(g, x, u, du), *tables, t.ROWS, t.IN, t.OUT, THREADS)
     for i, _A, _B, columns, ranks, s in t.each():
@@ -194,17 +197,18 @@ def _thin_rows(o: Bench) -> Iterator[Same]:
     yield Same(got, a.onto(x, y), far=2**-7)
 
 
-class _Cache(NamedTuple):
+@dataclass(frozen=True)
+class _Cache:
     """Two sequences, of 35 and 20 tokens, in blocks 4, 1, 3 and 2, 5; 4 query heads, 2 of keys and values, of 32."""
 
     k: list[Tensor]  # (tokens, kv, d) of each
     v: list[Tensor]
 
-    HEADS = 4
-    KV = 2
-    D = 32
-    BLOCKS = ((4, 1, 3), (2, 5))
-    LENGTHS = (35, 20)
+    HEADS: ClassVar[int] = 4
+    KV: ClassVar[int] = 2
+    D: ClassVar[int] = 32
+    BLOCKS: ClassVar = ((4, 1, 3), (2, 5))
+    LENGTHS: ClassVar = (35, 20)
 
     @classmethod
     def of(cls, o: Bench) -> _Cache:

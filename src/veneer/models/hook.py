@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from veneer.models.compat_transformers import TRANSFORMERS, register_attention
+
 __all__ = ["Attend", "How", "attending", "hook_attention", "new_cache"]
 
 _NAME = "veneer_hook"
@@ -47,17 +49,14 @@ _now = _Now()
 
 def hook_attention(model: Any) -> Callable[[], None]:
     """Put the hook in; the result takes it out again."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        return None if _now.attend is not None else sdpa_mask(*args, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, mask)
+    register_attention(_NAME, _attention, _mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     return lambda: model.set_attn_implementation(before)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    return None if _now.attend is not None else TRANSFORMERS("transformers.masking_utils.sdpa_mask")(*args, **kwargs)
 
 
 @contextmanager
@@ -80,10 +79,9 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     if (attend := _now.attend) is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
+        sdpa = TRANSFORMERS("transformers.integrations.sdpa_attention.sdpa_attention_forward")
         own: Tensor
-        own, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        own, _ = sdpa(module, query, key, value, attention_mask, **kwargs)
         return own, None
     if query.shape[2] != 1:
         raise NotImplementedError(f"{query.shape[2]} queries in a row")

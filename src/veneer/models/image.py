@@ -23,6 +23,7 @@ from torch import nn
 
 from veneer.errors import BaseError, ConfigError
 from veneer.models.builtin import BUILTIN, PACKAGED
+from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.image_families import FAMILIES, ImageFamily, topology_name
 from veneer.models.image_files import Loaded, control_of, read_directory
 from veneer.models.image_single_file import read_single_file
@@ -280,9 +281,7 @@ def _several(base: ImageBase, controls: Sequence[ControlNet]) -> Any:
     own = type(controls[0]).__name__
     if own in names:
         return diffusers.MultiControlNetModel(list(controls))
-    from diffusers.models import controlnets
-
-    multi = getattr(controlnets, own.replace("ControlNetModel", "MultiControlNetModel"))
+    multi = getattr(DIFFUSERS("diffusers.models.controlnets"), own.replace("ControlNetModel", "MultiControlNetModel"))
     return multi(list(controls))
 
 

@@ -25,7 +25,6 @@ from veneer.models.image import pipeline
 from veneer.models.image_predict import encode_prompts
 from veneer.models.image_preview import Preview
 from veneer.models.image_schedulers import make_scheduler
-from veneer.models.quiet import quiet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -285,7 +284,7 @@ class _Run:
         self.select([row.plan.at(0.0) for row in rows])
         generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
         try:
-            with quiet(), forwards(base.denoiser):
+            with forwards(base.denoiser):
                 images = self.pipe(**given, generator=generators, callback_on_step_end=self.at_end_of_step(rows)).images
         except (ValueError, OverflowError) as error:
             said = " ".join(str(error).split())[:300]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.image_flux_file import flux_state
 from veneer.models.weights import StoredTensor
 
@@ -70,14 +71,13 @@ def _plain(name: str) -> str:
     return name.removeprefix("text_model.")  # a level that one of transformers' classes of CLIP has
 
 
+_SINGLE = "diffusers.loaders.single_file_utils"
 Converter = Callable[[dict[str, Tensor]], Mapping[str, Any]]
 
 
 def _converters(part: nn.Module) -> list[Converter]:
     """What diffusers may have used to read this component. Of text encoders, whose prefixes tell them apart, all."""
-    from diffusers.loaders import single_file_utils as single
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES as known
-
+    known = DIFFUSERS("diffusers.loaders.single_file_model.SINGLE_FILE_LOADABLE_CLASSES")
     kind = type(part).__name__
     if kind == "FluxTransformer2DModel":
         return [flux_state]
@@ -92,11 +92,12 @@ def _converters(part: nn.Module) -> list[Converter]:
 
         return [converted]
     if kind.startswith("T5"):
-        return [single.convert_sd3_t5_checkpoint_to_diffusers]
+        return [DIFFUSERS(f"{_SINGLE}.convert_sd3_t5_checkpoint_to_diffusers")]
+    ldm, open_clip = (DIFFUSERS(f"{_SINGLE}.convert_{kind}_clip_checkpoint") for kind in ("ldm", "open"))
     return [
-        single.convert_ldm_clip_checkpoint,
-        *(lambda state, p=p: single.convert_ldm_clip_checkpoint(state, p) for p in _CLIP),
-        *(lambda state, p=p: single.convert_open_clip_checkpoint(part, state, p) for p in _OPEN_CLIP),
+        ldm,
+        *(lambda state, p=p: ldm(state, p) for p in _CLIP),
+        *(lambda state, p=p: open_clip(part, state, p) for p in _OPEN_CLIP),
     ]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.errors import BaseError
+from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.image import ImageBase, pipeline, readers, text_settings
 from veneer.models.quiet import quiet
 
@@ -148,8 +149,7 @@ def _around(base: ImageBase) -> tuple[str, str, bool]:
         turns: list[dict[str, Any]] = [{"role": "user", "content": mark}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     else:
-        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
-
+        format_input = DIFFUSERS("diffusers.pipelines.flux2.pipeline_flux2.format_input")
         turns = format_input(prompts=[mark], system_message=pipe.system_message)[0]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
     before, _, after = str(text).partition(mark)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from veneer.errors import BaseError, MissingExtraError
+from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.fingerprint import fingerprint_parts
 from veneer.models.image_files import (
     Loaded,
@@ -207,14 +208,17 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
         if found.is_file():
             raise BaseError("config is a diffusers directory, and this is a file", where=str(found))
         return found
-    from diffusers.loaders import single_file_utils as single
     from huggingface_hub import snapshot_download
 
+    kind_of, paths = (
+        DIFFUSERS(f"diffusers.loaders.single_file_utils.{name}")
+        for name in ("infer_diffusers_model_type", "DIFFUSERS_DEFAULT_PIPELINE_PATHS")
+    )
     fix = "config= a diffusers directory of the same kind of model (its configs and tokenizers are enough)"
     try:
         shapes = {t.name: torch.empty(t.shape, device="meta") for t in table}
-        kind = single.infer_diffusers_model_type(shapes)
-        repo = single.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+        kind = kind_of(shapes)
+        repo = paths[kind]["pretrained_model_name_or_path"]
         if any(name.endswith("txt_norm.weight") for name in shapes):  # diffusers takes it for Stable Diffusion 1
             repo = "Qwen/Qwen-Image"
     except (KeyError, IndexError, RuntimeError, ValueError) as error:

@@ -12,10 +12,10 @@ when it asks for them.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from veneer.core.codes import KINDS, SAVED_KINDS, Blocks4, Rows8, dynamic_map, t
 from veneer.core.quantised import Quantised, quantise
 from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
+from veneer.models.compat_transformers import TRANSFORMERS, register_quantiser
 from veneer.models.weights import StoredTensor
 
 if TYPE_CHECKING:
@@ -118,9 +119,9 @@ def load_state(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(a model of transformers' class `cls` with these tensors, transformers' loading info). Those of
     `quantised_weights` are quantised as `kind`; "": they come as they are to be, quantised or not."""
-    with _quantiser(kind) as asked, kernels.returned_memory():
+    with kernels.returned_memory():
         model, info = cls.from_pretrained(
-            None, config=config, state_dict=dict(state), dtype=dtype, quantization_config=asked,
+            None, config=config, state_dict=dict(state), dtype=dtype, quantization_config=_quantiser(kind),
             output_loading_info=True,
         )  # fmt: skip
     forget_quantiser(model)
@@ -173,21 +174,41 @@ def forget_quantiser(model: Any) -> None:
         model.__dict__.pop(name, None)
 
 
-@contextmanager
-def _quantiser(kind: str) -> Iterator[Any]:
-    """transformers' configuration object for our quantiser, which is registered while the block lasts."""
-    from transformers.core_model_loading import ConversionOps
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
+def _quantiser(kind: str) -> Any:
+    """transformers' configuration object for our quantiser: what is read is quantised as `kind`, or kept for ""."""
+    config, quantiser = _quantiser_classes()
+    register_quantiser(_METHOD, quantiser, config)
+    asked = config(quant_method=_METHOD)
+    asked.kind = kind
+    return asked
 
-    class Quantise(ConversionOps):
+
+_METHOD = "veneer"
+
+
+@functools.cache
+def _quantiser_classes() -> tuple[Any, Any]:
+    """Our (configuration, quantiser) of transformers' classes. A load's own `kind` is in its configuration, for others
+    may go on beside it."""
+    operation: Any = TRANSFORMERS("transformers.core_model_loading.ConversionOps")
+    mixin: Any = TRANSFORMERS("transformers.utils.quantization_config.QuantizationConfigMixin")
+    for name in ("_process_model_before_weight_loading", "get_quantize_ops", "param_needs_quantization"):
+        TRANSFORMERS(f"transformers.quantizers.base.HfQuantizer.{name}")
+    from transformers.quantizers.base import HfQuantizer
+
+    class Config(mixin):  # type: ignore[misc]
+        kind = ""
+
+    class Quantise(operation):  # type: ignore[misc]
+        def __init__(self, kind: str) -> None:
+            self.kind = kind
+
         def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
             out: dict[str, Tensor] = {}
             for name, value in input_dict.items():
                 value = value[0] if isinstance(value, list) else value
-                if kind and not isinstance(value, Quantised):
-                    value = quantise(value, kind)
+                if self.kind and not isinstance(value, Quantised):
+                    value = quantise(value, self.kind)
                 out[name] = nn.Parameter(value, requires_grad=False)
             return out
 
@@ -202,7 +223,8 @@ def _quantiser(kind: str) -> Iterator[Any]:
             return param_name in self.names
 
         def get_quantize_ops(self) -> Any:
-            return Quantise()
+            config: Any = self.quantization_config
+            return Quantise(config.kind)
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
             return False
@@ -211,12 +233,7 @@ def _quantiser(kind: str) -> Iterator[Any]:
         def is_trainable(self) -> bool:
             return True
 
-    AUTO_QUANTIZER_MAPPING["veneer"] = Quantiser
-    AUTO_QUANTIZATION_CONFIG_MAPPING["veneer"] = QuantizationConfigMixin
-    try:
-        yield QuantizationConfigMixin(quant_method="veneer")
-    finally:
-        del AUTO_QUANTIZER_MAPPING["veneer"], AUTO_QUANTIZATION_CONFIG_MAPPING["veneer"]
+    return Config, Quantiser
 
 
 def original_weight(path: Path, stored: Mapping[str, StoredTensor], name: str) -> Tensor:

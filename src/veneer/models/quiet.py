@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 __all__ = ["quiet"]
 
@@ -18,13 +19,16 @@ _inside = 0
 _before = ExitStack()
 
 
+_LIBRARIES = r"(transformers|diffusers|accelerate|huggingface_hub|torch|bitsandbytes|gguf)(\.|$)"
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, no log lines under `error` and no Python warnings within the with-block: from transformers,
-    and from diffusers where it is imported already.
+    """No progress bars and no log lines under `error` within the with-block from transformers, and from diffusers where
+    it is imported already; and no Python warnings about those libraries' own lines. Anybody else's are shown.
 
-    All of that is the process's, so that of blocks in several threads the first to begin makes it quiet, and the last
-    to end puts it back."""
+    The first two are the process's, so that of blocks in several threads the first to begin makes it quiet, and the
+    last to end puts it back. For loading and converting, not for what goes on while others work."""
     global _inside
     with _lock:
         _inside += 1
@@ -49,5 +53,12 @@ def _hush(before: ExitStack) -> None:
             before.callback(each.set_verbosity, each.get_verbosity())
             each.set_verbosity_error()
             each.disable_progress_bar()
-    before.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore")
+    # not catch_warnings, which at its end would put away what others have changed meanwhile
+    had = list(warnings.filters)
+    warnings.filterwarnings("ignore", module=_LIBRARIES)
+    before.callback(_unfilter, next((f for f in warnings.filters if f not in had), None))
+
+
+def _unfilter(added: Any) -> None:
+    if added in warnings.filters:
+        warnings.filters.remove(added)  # type: ignore[attr-defined]

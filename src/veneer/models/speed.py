@@ -16,7 +16,6 @@ that share an input lie in one tensor, of which each is a view: same parameters,
 
 from __future__ import annotations
 
-import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,6 +33,7 @@ from veneer.core.norms import rms_norm
 from veneer.core.quantised import Quantised, stacked
 from veneer.core.targets import base_of
 from veneer.models.alike import LENGTHS, Reference, short_windows
+from veneer.models.compat_transformers import register_attention
 from veneer.models.formulas import NotThis, gate_of, gate_parts, norm_of
 
 __all__ = [
@@ -351,25 +351,12 @@ def _drops(module: nn.Module) -> bool:
     return any(p > 0 for p in (getattr(f, "p", f) for f in found) if isinstance(p, float | int))
 
 
-_register_lock = threading.Lock()
-
-
-def _register() -> None:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    with _register_lock:
-        if _ATTENTION not in ALL_ATTENTION_FUNCTIONS:
-            ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _interface)
-            ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, sdpa_mask)
-
-
 def _swap_attention(model: Any, modules: list[tuple[str, nn.Module]], report: FastReport, undo: ExitStack) -> str:
     """Why it cannot be swapped, or "" and it is, on trust: `_rows_problem` tells."""
     before = getattr(model.config, "_attn_implementation", None)
     if before not in ("sdpa", "eager"):
         return f"its attention runs on {before}"
-    _register()
+    register_attention(_ATTENTION, _interface)
     model.set_attn_implementation(_ATTENTION)
     undo.callback(model.set_attn_implementation, before)
     if model.config._attn_implementation != _ATTENTION:

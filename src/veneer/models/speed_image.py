@@ -27,6 +27,7 @@ from veneer.core.denoise import attention, joint_attention, live_conv
 from veneer.core.fused import linears
 from veneer.core.norms import norm_silu
 from veneer.core.targets import base_of
+from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.speed import FastReport, Join, probe, put, same_dtype, without_dropout
 
 __all__ = ["DenoiserReport", "fast_denoiser"]
@@ -152,9 +153,8 @@ def _dropout(module: Any, undo: ExitStack) -> str:
 
 
 def _flux_attention(module: Any, undo: ExitStack) -> str:
-    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-
-    if type(module.processor) is not FluxAttnProcessor or getattr(module, "fused_projections", False):
+    own_processor = DIFFUSERS("diffusers.models.transformers.transformer_flux.FluxAttnProcessor")
+    if type(module.processor) is not own_processor or getattr(module, "fused_projections", False):
         return f"its processor is {type(module.processor).__name__}"
     two = module.added_kv_proj_dim is not None
     own, added = _parts(module, "to_q", "to_k", "to_v"), None
@@ -305,9 +305,7 @@ def _convolved(conv: Any, x: Tensor, live: int) -> Tensor:
 
 
 def _unet_attention(module: Any, undo: ExitStack) -> str:
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
-    if type(module.processor) is not AttnProcessor2_0:
+    if type(module.processor) is not DIFFUSERS("diffusers.models.attention_processor.AttnProcessor2_0"):
         return f"its processor is {type(module.processor).__name__}"
     plain = (
         all(getattr(module, name, None) is None for name in ("spatial_norm", "group_norm", "norm_q", "norm_k"))

@@ -55,9 +55,9 @@ STEPS = 64
 class EngineSettings:
     """`rows`: sequences at once; `budget`: tokens in a step; `cache_bytes`: of keys and values; `adapter_bytes`: of
     adapters in memory; `queue`: requests that may wait; `merge_bytes`: what a second set of weights may take, for a mix
-    that every row of `merge_after` steps in a row had, 0 for never. `weights`: see Runner. `step_seconds`: how long a
-    step may take where there are tenants, so that whoever comes need not wait long for it to end; `stuck_seconds`: how
-    long it takes until one that does not end is a fault."""
+    that every row of `merge_after` steps in a row had, 0 for never. `weights`, `batch_invariant`: see Runner.
+    `step_seconds`: how long a step may take where there are tenants, so that whoever comes need not wait long for it to
+    end; `stuck_seconds`: how long it takes until one that does not end is a fault."""
 
     rows: int = 32
     budget: int = 512
@@ -67,6 +67,7 @@ class EngineSettings:
     merge_bytes: int = 512 << 20
     merge_after: int = 256
     weights: WeightKind = "dense"
+    batch_invariant: bool = False
     step_seconds: float = 0.2
     stuck_seconds: float = 120.0
 
@@ -104,7 +105,12 @@ class TextEngine:
     def __init__(self, base: TextBase, read: Callable[[str], Adapter], settings: EngineSettings | None = None) -> None:
         self.base, self.settings = base, settings or EngineSettings()
         settings = self.settings
-        self.runner = Runner(base, cache_bytes=settings.cache_bytes, weights=settings.weights)
+        self.runner = Runner(
+            base,
+            cache_bytes=settings.cache_bytes,
+            weights=settings.weights,
+            batch_invariant=settings.batch_invariant,
+        )
         self.residents: Residents[Prepared] = Residents(
             read, self.runner.prepare, limit_bytes=settings.adapter_bytes, freed=self._freed
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,8 +14,8 @@ from torch import Tensor
 from veneer import kernels
 
 __all__ = [
-    "Dense", "Int4", "Int4Panels", "Int8", "Int8Panels", "Matrix", "Panels", "Quantised",
-    "Reordered", "packed", "packing", "quantised",
+    "ROWS", "Blocks", "Dense", "Int4", "Int4Panels", "Int8", "Int8Panels", "Matrix", "Panels", "Quantised", "Reordered",
+    "in_blocks", "invariant", "packed", "packing", "quantised",
 ]  # fmt: skip
 
 
@@ -41,6 +42,38 @@ class Dense:
         y.addmm_(x, self.weight.t())
         if bias is not None:
             y.add_(bias)
+
+
+ROWS = 8
+"""Rows that a batch-invariant product is taken of at a time."""
+
+
+def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+    """product(x), a function of each row by itself, of `rows` rows at a time, the last ones beside rows of zeros: torch
+    and oneDNN choose how to add up by the shape, so that in one shape a row's bits are its own. 0 rows: all at once."""
+    if not rows or not len(x):
+        return product(x)
+    padded = F.pad(x, (0, 0, 0, -len(x) % rows))
+    return torch.cat([product(part) for part in padded.split(rows)])[: len(x)]
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Another matrix, multiplied by so many rows at a time; see `in_blocks`."""
+
+    matrix: Matrix
+    rows: int
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return in_blocks(lambda part: self.matrix(part, bias), x, self.rows)
+
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        y.add_(self(x, bias))
+
+
+def invariant(matrix: Matrix, rows: int) -> Matrix:
+    """A matrix by which a row's product has the same bits whoever shares its batch. Panels are so by themselves."""
+    return matrix if isinstance(matrix, Panels) or not rows else Blocks(matrix, rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ as its half of the work, all threads together are slower than one alone: on two 
 instead of 24 (docs/notes/serving.md). Where that ends is a matter of the machine and of the model, so it is measured:
 for each size of step (numbers of tokens between two powers of two) the first few steps are given one thread and all by
 turns, and those that follow what was faster; after some thousand steps it is tried again. For bases in bfloat16, whose
-products have the same bits either way; in float32 they have not.
+products by our kernels have the same bits either way; in float32 they have not.
 
 Knows numbers and the clock; no tensors.
 """

@@ -3,7 +3,8 @@
     out[t] = softmax(scale · q[t]·Kᵀ) · V      over the positions of t's own sequence up to its own, window at most
 
 On a CPU with AVX512-BF16 the pages are laid out for kernels/serving.c, elsewhere as (block, place, head, d) for torch.
-Both give a token the same result whoever shares its batch. A block is 16 tokens.
+Both give a token the same result whoever shares its batch: the first bit for bit, the second too with `tiles`, else
+within what rounding leaves, for torch adds up by the shape. A block is 16 tokens.
 """
 
 from __future__ import annotations
@@ -77,6 +78,9 @@ class Pages:
         self, layers: int, blocks: int, heads: int, kv: int, d: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.heads, self.kv, self.d = heads, kv, d
+        self.tiles = False
+        """Whether torch's operations take queries in tiles of BLOCK, in one shape whatever is asked beside them: a
+        token's attention then has the same bits however its prompt is cut. The compiled kernels' has by themselves."""
         probe = torch.empty(0, d, dtype=dtype, device=device)
         self.native = kernels.usable(kernels.PAGED, probe) if d % 16 == 0 else None
         shape = (layers, blocks, kv, BLOCK * d) if self.native is not None else (layers, blocks * BLOCK, kv, d)
@@ -121,6 +125,8 @@ class Pages:
         self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float = 0.0, window: int = 0
     ) -> Tensor:
         """q (tokens, ≥ heads·d), its rows may be longer -> (tokens, heads·d). `cap` c > 0: scores c·tanh(s/c)."""
+        if self.native is None and self.tiles:
+            return self._attend_tiles(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
         if self.native is None:
             return self._attend_reference(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
         out = q.new_empty(len(q), self.heads * self.d)
@@ -130,6 +136,32 @@ class Pages:
             self.K[layer].data_ptr(), self.V[layer].data_ptr(), scale, cap, window, max(batch.lengths),
             torch.get_num_threads(),
         )  # fmt: skip
+        return out
+
+    def _attend_tiles(self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float, window: int) -> Tensor:
+        """As `_attend_reference`, tile by tile: queries 16 i … 16 i + 15 of a sequence, zeros where one is not asked
+        for now, over keys 0 … 16 i + 15, zeros where there is none yet."""
+        out = torch.empty_like(q)
+        for s in range(len(batch.lengths)):
+            first, end = batch.bounds[s], batch.bounds[s + 1]
+            start = batch.lengths[s] - (end - first)  # the position of the first query
+            for tile in range(start // BLOCK, -(-batch.lengths[s] // BLOCK)):
+                low, high = max(start, tile * BLOCK), min(batch.lengths[s], (tile + 1) * BLOCK)
+                at, wide = slice(first + low - start, first + high - start), (tile + 1) * BLOCK
+                own = q.new_zeros(BLOCK, self.heads, self.d)
+                own[low - tile * BLOCK : high - tile * BLOCK] = q[at].view(-1, self.heads, self.d)
+                blocks = batch.tables[s, : tile + 1]
+                places = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten()
+                k, v = (t[layer][places] for t in (self.K, self.V))
+                if high < wide:  # what a block's last owner left there may be no number
+                    k[high:], v[high:] = 0, 0
+                k, v = (t.transpose(0, 1).repeat_interleave(self.heads // self.kv, dim=0) for t in (k, v))
+                back = torch.arange(tile * BLOCK, wide, device=q.device)[:, None] - torch.arange(wide, device=q.device)
+                seen = (back >= 0) & (back < window) if window else back >= 0
+                scores = (own.transpose(0, 1) @ k.mT).float() * scale
+                scores = cap * torch.tanh(scores / cap) if cap else scores
+                made = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
+                out[at] = made.transpose(0, 1).flatten(1)[low - tile * BLOCK : high - tile * BLOCK]
         return out
 
     def _attend_reference(

@@ -22,7 +22,7 @@ from veneer.core.activations import gated
 from veneer.core.norms import normed
 from veneer.core.targets import base_modules
 from veneer.models.text import TextBase
-from veneer.serve.matrix import Matrix, Panels
+from veneer.serve.matrix import Matrix, Panels, in_blocks, invariant
 from veneer.serve.paged import PackedRows, Pages, Rotary
 from veneer.serve.thin import Group, Layout, Segments
 
@@ -72,6 +72,8 @@ class Plan:
     eps: float
     scale: float
     pages: Pages
+    rows: int = 0
+    """That a function of single rows is taken of at a time (matrix.in_blocks); 0: of all at once."""
 
     def hidden(self, ids: Tensor, batch: PackedRows, segments: Segments | None) -> Tensor:
         """The normed output of the last layer, (tokens, dim)."""
@@ -82,7 +84,10 @@ class Plan:
             self._decode(x, self._table, batch, segments)
         else:
             self._layer_by_layer(x, batch, segments)
-        return normed(x, self.norm, self.eps)
+        return self._normed(x, self.norm)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return in_blocks(lambda part: normed(part, weight, self.eps), x, self.rows)
 
     @cached_property
     def _table(self) -> _Table | None:
@@ -124,18 +129,19 @@ class Plan:
     def _layer_by_layer(self, x: Tensor, batch: PackedRows, segments: Segments | None) -> None:
         pages = self.pages
         for i, block in enumerate(self.blocks):
-            h = normed(x, block.norm, self.eps)
+            h = self._normed(x, block.norm)
             qkv = block.qkv(h, block.qkv_bias)
             if segments is not None:
                 segments.add(4 * i, h, qkv)
             pages.turn_and_store(i, qkv, block.rotary, batch)
             attended = pages.attend(i, qkv, batch, self.scale, window=block.window)
             _add_onto(x, attended, block.out, block.out_bias, segments, 4 * i + 1)
-            h = normed(x, block.norm_after, self.eps)
+            h = self._normed(x, block.norm_after)
             both = block.gate_up(h)
             if segments is not None:
                 segments.add(4 * i + 2, h, both)
-            _add_onto(x, gated(both, "silu"), block.down, None, segments, 4 * i + 3)
+            h = in_blocks(lambda part: gated(part, "silu"), both, self.rows)
+            _add_onto(x, h, block.down, None, segments, 4 * i + 3)
 
     def logits(self, x: Tensor, segments: Segments | None) -> Tensor:
         out = self.head(x, self.head_bias)
@@ -172,8 +178,11 @@ def layout_of(base: TextBase) -> Layout:
     return Layout(tuple(groups), embedding, base.dtype, base.device)
 
 
-def plan_of(base: TextBase, layout: Layout, weights: Weights, embedding: Tensor, context: int, pages: Pages) -> Plan:
-    """Raises NotImplementedError where the base is of another kind; whether it is of this one, a probe tells."""
+def plan_of(
+    base: TextBase, layout: Layout, own_weights: Weights, embedding: Tensor, context: int, pages: Pages
+) -> Plan:
+    """Where `layout.rows` is above 0 its products are batch-invariant (matrix.in_blocks). Raises NotImplementedError
+    where the base is of another kind; whether it is of this one, a probe tells."""
     root: Any = base.model.model
     config: Any = base.model.config.get_text_config()
     if not layout.groups:
@@ -181,6 +190,10 @@ def plan_of(base: TextBase, layout: Layout, weights: Weights, embedding: Tensor,
     if config.hidden_act not in ("silu", "swish"):
         raise NotImplementedError(f"its gate is {config.hidden_act}")
     static_positions(config)
+
+    def weights(names: tuple[str, ...]) -> Matrix:
+        return invariant(own_weights(names), layout.rows)
+
     probe = torch.zeros(1, dtype=torch.float32, device=base.device)
     cos, sin = root.rotary_emb(probe, torch.arange(context, device=base.device)[None])
     cos, sin = (t[0, :, : t.shape[-1] // 2].float().contiguous() for t in (cos, sin))
@@ -203,7 +216,7 @@ def plan_of(base: TextBase, layout: Layout, weights: Weights, embedding: Tensor,
     head, norm = layout.groups[-1], root.norm.weight.detach()
     scale = root.layers[0].self_attn.scaling
     head_matrix = weights(head.modules)
-    return Plan(embedding, blocks, norm, head_matrix, head.biases[0], config.rms_norm_eps, scale, pages)
+    return Plan(embedding, blocks, norm, head_matrix, head.biases[0], config.rms_norm_eps, scale, pages, layout.rows)
 
 
 def _add_onto(x: Tensor, h: Tensor, matrix: Matrix, bias: Tensor | None, segments: Segments | None, g: int) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -34,11 +34,11 @@ from veneer.kernels.sharing import shared
 from veneer.models.hook import How, attending, hook_attention, new_cache
 from veneer.models.speed import Join
 from veneer.models.text import TextBase
-from veneer.serve.matrix import Dense, Matrix, Quantised, packed, packing, quantised
+from veneer.serve.matrix import ROWS, Dense, Matrix, Quantised, packed, packing, quantised
 from veneer.serve.pace import Pace
 from veneer.serve.paged import BLOCK, PackedRows, Pages
 from veneer.serve.plan import Plan, layout_of, plan_of, static_positions
-from veneer.serve.thin import Group, Layout, Segments, Thin, thin, thin_problems
+from veneer.serve.thin import Group, Segments, Thin, thin, thin_problems
 
 __all__ = ["Prepared", "Row", "Runner", "WeightKind"]
 
@@ -75,6 +75,9 @@ class Runner:
     """A base made ready to serve. `cache_bytes`: memory for keys and values; `pack_bytes`: what a second copy of the
     projections may take, in the order they are multiplied in. `context`: tokens a sequence may have.
 
+    `batch_invariant`: an answer's bits do not depend on who shares its steps, nor on how its prompt is cut, at a price;
+    for bases of Llama's kind, and adapters with a thin form. A mix is then never merged.
+
     `weights`: dense, or int8 or int4 for machines with little memory: projections and head are then kept in that alone,
     and the model is an outline of itself from then on. `how` and `why`: the way that was taken. `shares`: whether
     sequences can share blocks. Close it to put a base with dense weights back as it was."""
@@ -86,8 +89,9 @@ class Runner:
         cache_bytes: int = 1 << 30,
         pack_bytes: int = 4 << 30,
         weights: WeightKind = "dense",
+        batch_invariant: bool = False,
     ) -> None:
-        self.pack_bytes, self.weights = pack_bytes, weights
+        self.pack_bytes, self.weights, self.batch_invariant = pack_bytes, weights, batch_invariant
         self.base = base
         self.model: Any = base.model
         self._undo = ExitStack()
@@ -98,6 +102,8 @@ class Runner:
         d = getattr(config, "head_dim", None) or config.hidden_size // heads
         layers = config.num_hidden_layers
         self.layout = layout_of(base)
+        if batch_invariant:
+            self.layout = replace(self.layout, rows=ROWS)
         size = Pages.bytes_of_a_block(layers, kv, d, base.dtype)
         self.blocks = cache_bytes // size
         self.context = min(base.context, self.blocks * BLOCK)
@@ -107,6 +113,7 @@ class Runner:
                 fix="give it more memory",
             )
         self.pages = Pages(layers, self.blocks, heads, kv, d, base.dtype, base.device)
+        self.pages.tiles = batch_invariant
         self._segments: Segments | None = None
         self._plan: Plan | None = None
         self._merged: _Merged | None = None
@@ -114,9 +121,16 @@ class Runner:
         same_bits = (
             base.device.type == "cpu" and base.dtype == torch.bfloat16 and kernels.usable("use_threads") is not None
         )
+        same_bits = same_bits and not batch_invariant  # of oneDNN's products some have not
         self._pace = Pace(_use_threads if same_bits else None, torch.get_num_threads())
         self.how, self.why = self._choose()
         self.shares = self.how != "alone"
+        if batch_invariant and self.how != "fused":
+            self.close()
+            raise ConfigError(
+                f"batch-invariant answers are for bases of Llama's kind; this one runs {self.how}: {self.why}",
+                fix="serve it without --batch-invariant",
+            )
         if weights != "dense":
             self._quantise(quantised(weights))
 
@@ -131,8 +145,9 @@ class Runner:
     def problems(self, adapter: Adapter) -> list[str]:
         """Why an adapter cannot be served on this base with full effect, one line each."""
         out = fit_problems(self.model, adapter)
-        if not out and self.weights != "dense":
-            out = [f"{p}, which a base in {self.weights} cannot have" for p in thin_problems(adapter, self.layout)]
+        if not out and (self.weights != "dense" or self.batch_invariant):
+            what = f"a base in {self.weights}" if self.weights != "dense" else "a batch-invariant base"
+            out = [f"{p}, which {what} cannot have" for p in thin_problems(adapter, self.layout)]
         return out
 
     def prepare(self, adapter: Adapter, key: str) -> Prepared:
@@ -152,7 +167,8 @@ class Runner:
 
     def merged_bytes(self) -> int | None:
         """What a second set of weights takes; None where there can be none."""
-        return self._projection_bytes() if self._plan is not None and self.weights == "dense" else None
+        can = self._plan is not None and self.weights == "dense" and not self.batch_invariant
+        return self._projection_bytes() if can else None
 
     @torch.no_grad()
     def merge(self, mix: Sequence[tuple[Prepared, float]]) -> None:
@@ -398,7 +414,7 @@ class Runner:
             columns = group.columns
             weight = partial(_part, matrix, columns)
             groups.append(Group(group.modules, group.sizes, group.biases, weight))
-        self.layout = Layout(tuple(groups), self.layout.embedding, self.layout.dtype, self.layout.device)
+        self.layout = replace(self.layout, groups=tuple(groups))
         embedding = self.model.get_input_embeddings().weight.detach()
         self._plan = plan_of(base, self.layout, made.__getitem__, embedding, self.context, self.pages)
 

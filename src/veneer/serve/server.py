@@ -97,6 +97,7 @@ class ServeSettings:
     cache_bytes: int = 1 << 30
     adapter_bytes: int = 1 << 30
     weights: Literal["dense", "int8", "int4"] = "dense"
+    batch_invariant: bool = False
     dtype: str = "auto"
     device: str = "auto"
     upstreams: tuple[str, ...] = ()
@@ -190,6 +191,7 @@ def _build_text(settings: ServeSettings, say: Callable[[str], None]) -> Built:
         cache_bytes=settings.cache_bytes,
         adapter_bytes=settings.adapter_bytes,
         weights=settings.weights,
+        batch_invariant=settings.batch_invariant,
     )
     engine = TextEngine(base, lambda digest: catalog.read(digest), sizes)
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")

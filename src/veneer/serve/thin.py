@@ -6,7 +6,7 @@
 Projections that share an input (q, k, v; gate, up) are one *group*: their A lie below one another, so each adapter
 takes two thin products a group for all of its rows, whatever its ranks. Rows without an adapter are not touched. `add`
 is the fast form (kernels/serving.c) where it runs and `add_reference` everywhere else; a row's result depends on nobody
-in its batch.
+in its batch (bit for bit by the first; by the second where the layout has `rows`, else within rounding).
 
 What is no pair on a projection, the embedding or the head (full copies, token rows, LoHa …) has no thin form:
 `thin_problems` says so, and the runner then takes the base through its own modules with core's attachment.
@@ -23,6 +23,7 @@ from torch import Tensor
 from veneer import kernels
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import adapted_norm
+from veneer.serve.matrix import in_blocks
 
 __all__ = ["Group", "Layout", "Segments", "Thin", "thin", "thin_problems"]
 
@@ -59,12 +60,14 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Every group of a base, and the name of its embedding. At most three modules a group."""
+    """Every group of a base, and the name of its embedding. At most three modules a group. `rows`: see
+    matrix.in_blocks."""
 
     groups: tuple[Group, ...]
     embedding: str
     dtype: torch.dtype
     device: torch.device
+    rows: int = 0
 
     @property
     def names(self) -> set[str]:
@@ -286,7 +289,8 @@ class Segments:
         for adapter, rows, strengths in self._each():
             if adapter.embedding is not None:
                 A, B = adapter.embedding
-                x.index_add_(0, rows, (A[ids[rows]] * strengths[:, None]).to(x.dtype) @ B)
+                u = (A[ids[rows]] * strengths[:, None]).to(x.dtype)
+                x.index_add_(0, rows, in_blocks(lambda part, B=B: part @ B, u, self.layout.rows))  # type: ignore[misc]
 
     def _each(self) -> list[tuple[Thin, Tensor, Tensor]]:
         ends = zip(self.adapters, self._bounds, self._bounds[1:], strict=False)
@@ -296,10 +300,14 @@ class Segments:
         for adapter, rows, strengths in self._each():
             if g in adapter.groups:
                 A, parts = adapter.groups[g]
-                u = ((x[rows] @ _dense(A, x.shape[1]).t()) * strengths[:, None]).to(x.dtype)
+                u = self._product(x[rows], _dense(A, x.shape[1]))
+                u = (u * strengths[:, None]).to(x.dtype)
                 for part in parts:
-                    made = u[:, part.rank_from : part.rank_from + part.rank] @ part.dense().t()
+                    made = self._product(u[:, part.rank_from : part.rank_from + part.rank], part.dense())
                     y[:, part.column : part.column + part.B.shape[1]].index_add_(0, rows, made)
+
+    def _product(self, x: Tensor, W: Tensor) -> Tensor:
+        return in_blocks(lambda part: part @ W.t(), x, self.layout.rows)
 
     def _before_gains(self, g: int, y: Tensor) -> Tensor | None:
         return y.clone() if self.gained(g) else None

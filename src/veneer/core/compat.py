@@ -1,0 +1,89 @@
+"""What veneer relies on of other libraries beyond what they document: one list a library, looked up through it, so that
+a version that no longer has a name says so with both versions, and not by an AttributeError of somewhere.
+
+The lists of torch and bitsandbytes are here; those of transformers and diffusers are in models/compat_*.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from veneer.errors import MissingExtraError
+
+__all__ = ["BITSANDBYTES", "TORCH", "Internals", "MissingInternalError"]
+
+
+class MissingInternalError(MissingExtraError, AttributeError):
+    """Raised where the installed version of a library has no longer, or not yet, what veneer relies on."""
+
+
+@dataclass(frozen=True)
+class Internals:
+    """`names`: dotted, from the top of the library. `asked`: the versions in which they are known to be."""
+
+    library: str
+    asked: str
+    names: tuple[str, ...]
+    _found: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __call__(self, name: str) -> Any:
+        """What `name` stands for. Raises MissingInternalError where there is no such thing, and KeyError for a name
+        that the list does not have."""
+        if name not in self._found:
+            if name not in self.names:
+                raise KeyError(f"{name} is in no list of what is relied on of {self.library}")
+            self._found[name] = self._looked_up(name)
+        return self._found[name]
+
+    def check(self) -> None:
+        """Look up all of them. Raises as a call does."""
+        for name in self.names:
+            self(name)
+
+    def _looked_up(self, name: str) -> Any:
+        module, *rest = name.split(".")
+        found: Any = importlib.import_module(module)
+        for part in rest:
+            module = f"{module}.{part}"
+            try:
+                found = getattr(found, part)
+            except AttributeError:
+                try:
+                    found = importlib.import_module(module)
+                except ImportError as error:
+                    raise self._missing(name) from error
+        return found
+
+    def _missing(self, name: str) -> MissingInternalError:
+        have = {}
+        for package in (self.library, "veneer"):
+            try:
+                have[package] = version(package)
+            except PackageNotFoundError:
+                have[package] = "(version unknown)"
+        return MissingInternalError(
+            f"{self.library} {have[self.library]} has no {name}, on which veneer {have['veneer']} relies",
+            fix=f"pip install '{self.library}{self.asked}', or a newer veneer",
+        )
+
+
+TORCH = Internals(
+    "torch",
+    ">=2.9",
+    (
+        "torch._disable_dynamo",
+        "torch._softmax_backward_data",
+        "torch._C._disabled_torch_function_impl",
+        "torch.Tensor._make_wrapper_subclass",
+        "torch.ops.aten._convert_weight_to_int4pack_for_cpu",
+        "torch.ops.aten._weight_int4pack_mm_for_cpu",
+        "torch.ops.aten._weight_int8pack_mm",
+        "torch.ops.aten.gelu_backward",
+        "torch.ops.aten.silu_backward",
+        "torch.cpu._is_amx_tile_supported",
+    ),
+)
+BITSANDBYTES = Internals("bitsandbytes", ">=0.46", ("torch.ops.bitsandbytes.dequantize_4bit",))

@@ -1,0 +1,24 @@
+"""What veneer relies on of diffusers beyond its documentation."""
+
+from __future__ import annotations
+
+from veneer.core.compat import Internals
+
+__all__ = ["DIFFUSERS"]
+
+DIFFUSERS = Internals(
+    "diffusers",
+    ">=0.36,<0.43",
+    (
+        "diffusers.loaders.single_file_model.SINGLE_FILE_LOADABLE_CLASSES",
+        "diffusers.loaders.single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS",
+        "diffusers.loaders.single_file_utils.convert_ldm_clip_checkpoint",
+        "diffusers.loaders.single_file_utils.convert_open_clip_checkpoint",
+        "diffusers.loaders.single_file_utils.convert_sd3_t5_checkpoint_to_diffusers",
+        "diffusers.loaders.single_file_utils.infer_diffusers_model_type",
+        "diffusers.models.attention_processor.AttnProcessor2_0",
+        "diffusers.models.controlnets",
+        "diffusers.models.transformers.transformer_flux.FluxAttnProcessor",
+        "diffusers.pipelines.flux2.pipeline_flux2.format_input",
+    ),
+)

@@ -1,0 +1,69 @@
+"""What veneer relies on of transformers beyond its documentation, and its registries, which are the process's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from veneer.core.compat import Internals
+
+__all__ = ["TRANSFORMERS", "register_attention", "register_quantiser"]
+
+TRANSFORMERS = Internals(
+    "transformers",
+    ">=5.24,<6",
+    (
+        "transformers.MODEL_FOR_CAUSAL_LM_MAPPING",
+        "transformers.PreTrainedModel.set_attn_implementation",
+        "transformers.core_model_loading.ConversionOps",
+        "transformers.integrations.sdpa_attention.sdpa_attention_forward",
+        "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register",
+        "transformers.masking_utils.sdpa_mask",
+        "transformers.modeling_gguf_pytorch_utils.TENSOR_PROCESSORS",
+        "transformers.modeling_gguf_pytorch_utils.TensorProcessor",
+        "transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map",
+        "transformers.modeling_gguf_pytorch_utils.tqdm",
+        "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.register",
+        "transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING",
+        "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING",
+        "transformers.quantizers.base.HfQuantizer._process_model_before_weight_loading",
+        "transformers.quantizers.base.HfQuantizer.get_quantize_ops",
+        "transformers.quantizers.base.HfQuantizer.param_needs_quantization",
+        "transformers.utils.chat_template_utils.render_jinja_template",
+        "transformers.utils.quantization_config.QuantizationConfigMixin",
+    ),
+)
+
+_lock = threading.Lock()
+_registered: set[str] = set()
+
+
+def _once(name: str, register: Callable[[], None]) -> None:
+    """Two threads may load two bases at a time; what one has registered is never taken from under the other."""
+    with _lock:
+        if name not in _registered:
+            register()
+            _registered.add(name)
+
+
+def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None) -> None:
+    """An attention implementation for `model.set_attn_implementation(name)`, registered the first time; `mask`: what
+    makes its masks, SDPA's where none is given."""
+
+    def register() -> None:
+        own_mask = TRANSFORMERS("transformers.masking_utils.sdpa_mask") if mask is None else mask
+        TRANSFORMERS("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.register")(name, attention)
+        TRANSFORMERS("transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register")(name, own_mask)
+
+    _once(f"attention {name}", register)
+
+
+def register_quantiser(name: str, quantiser: type, config: type) -> None:
+    """A quantiser for configs whose `quant_method` is `name`, registered the first time."""
+
+    def register() -> None:
+        TRANSFORMERS("transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING")[name] = quantiser
+        TRANSFORMERS("transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING")[name] = config
+
+    _once(f"quantiser {name}", register)
