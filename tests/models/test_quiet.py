@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from logging import getLogger
 
 import pytest
 from transformers.utils import logging
@@ -52,3 +53,11 @@ def test_only_the_libraries_own_lines_are_quiet() -> None:
             warnings.warn_explicit("theirs", UserWarning, "x.py", 1, module="transformers.modeling_utils")
     finally:
         warnings.filters.remove(mine)  # type: ignore[attr-defined]
+
+
+def test_a_missing_kernel_of_bitsandbytes_that_nobody_asked_for_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    """The line as bitsandbytes 0.49 logs it on processors with AVX512-BF16 when it is imported."""
+    theirs = getLogger("bitsandbytes.backends.cpu.ops")
+    theirs.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure …", "no hub")
+    theirs.warning("another thing")
+    assert [record.message for record in caplog.records] == ["another thing"]

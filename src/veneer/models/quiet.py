@@ -4,6 +4,7 @@ What matters is checked and said by the caller."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import warnings
@@ -43,10 +44,19 @@ def quiet() -> Iterator[None]:
                 _before.close()
 
 
-def _hush(before: ExitStack) -> None:
-    from transformers.utils import logging
+def _is_news(record: logging.LogRecord) -> bool:
+    """bitsandbytes, which PEFT brings along wherever diffusers is imported, looks for faster kernels on a hub when it
+    is imported, and warns where there are none; veneer never multiplies by them."""
+    return "gemm_4bit_forward" not in str(record.msg)
 
-    for each in (logging, sys.modules.get("diffusers.utils.logging")):
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+
+
+def _hush(before: ExitStack) -> None:
+    from transformers.utils import logging as theirs
+
+    for each in (theirs, sys.modules.get("diffusers.utils.logging")):
         if each is not None:
             if each.is_progress_bar_enabled():
                 before.callback(each.enable_progress_bar)
