@@ -123,7 +123,7 @@ def main() -> None:
         print(f"posting one request                {timed(lambda: posted(1), 50)}")
         print(f"posting a thousand                 {timed(lambda: posted(1000))}")
         began = time.perf_counter()
-        gone = ledger.prune(0.9)
+        gone = ledger.prune(0.99)
         print(f"pruning {gone:,} lines, 10,000 at a time  {time.perf_counter() - began:.1f} s")
         ledger.close()
         store.close()
