@@ -107,8 +107,11 @@ _reason = "not looked for yet"
 
 
 class Library:
-    """The kernels that are to be used, each an attribute. A kernel that fails raises MemoryError, where it has no room,
-    or IndexError, where a target is none."""
+    """The kernels that are to be used, each an attribute; `compiled` has all there are. A kernel that fails raises
+    MemoryError, where it has no room, or IndexError, where a target is none."""
+
+    def __init__(self, compiled: ctypes.CDLL) -> None:
+        self.compiled = compiled
 
     def has(self, *names: str) -> bool:
         return all(hasattr(self, name) for name in names)
@@ -126,7 +129,8 @@ _FALLIBLE = frozenset({
 
 def bound(path: str | Path, without: Iterable[str] = ()) -> Library:
     """The kernels of a compiled library but those named. Raises OSError for what is none."""
-    compiled, library = ctypes.CDLL(str(path)), Library()
+    compiled = ctypes.CDLL(str(path))
+    library = Library(compiled)
     for name, arguments in (_SIGNATURES | _PRODUCTS | _SERVING).items():
         function = getattr(compiled, name, None)
         if function is None and name in _SIGNATURES:

@@ -7,8 +7,10 @@ formula element by element; results are made between two margins that must be as
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -34,7 +36,7 @@ class Same(NamedTuple):
 
     def holds(self) -> bool:
         got, want = self.got.double(), self.want.double()
-        return bool(((got - want).abs() <= self.far + self.near * want.abs()).all())
+        return got.shape == want.shape and bool(((got - want).abs() <= self.far + self.near * want.abs()).all())
 
 
 class Bench:
@@ -119,6 +121,26 @@ def _use_threads(o: Bench) -> Iterator[Same]:
     now = torch.get_num_threads()
     o.library.use_threads(before)
     yield Same(torch.tensor([now, torch.get_num_threads()]), torch.tensor([3, before]), 0, 0)
+
+
+@check("stay")
+def _stay(o: Bench) -> Iterator[Same]:
+    """Where the calling thread may run; both are let go again."""
+    if not hasattr(os, "sched_getaffinity"):  # nothing is done there
+        return
+    before = sorted(os.sched_getaffinity(0))
+    for processors in (before[-1:], before):
+        o.library.stay((ctypes.c_int * len(processors))(*processors), len(processors), THREADS)
+        yield Same(torch.tensor(sorted(os.sched_getaffinity(0)), dtype=torch.int64), torch.tensor(processors), 0, 0)
+
+
+@check("meet_asleep")
+def _meet_asleep(o: Bench) -> Iterator[Same]:
+    spins = ctypes.c_int.in_dll(o.library.compiled, "meeting_spins")
+    awake = spins.value
+    for asleep, want in ((1, 0), (0, awake)):
+        o.library.meet_asleep(asleep)
+        yield Same(torch.tensor(spins.value), torch.tensor(want), 0, 0)
 
 
 @check("rms_norm")

@@ -177,6 +177,6 @@ def forwards(model: nn.Module) -> Iterator[None]:
 def _sharing() -> _Sharing | None:
     if sys.platform != "linux" or os.environ.get("VENEER_SHARING") == "0" or any(os.environ.get(n) for n in _OWN):
         return None
-    native = kernels.load()
+    native = kernels.usable(("stay", "meet_asleep"))
     gnu = "libgomp" in Path("/proc/self/maps").read_text(encoding="utf-8")
     return _Sharing(native) if native is not None and gnu and len(os.sched_getaffinity(0)) > 1 else None
