@@ -7,8 +7,10 @@ formula element by element; results are made between two margins that must be as
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -119,6 +121,26 @@ def _use_threads(o: Bench) -> Iterator[Same]:
     now = torch.get_num_threads()
     o.library.use_threads(before)
     yield Same(torch.tensor([now, torch.get_num_threads()]), torch.tensor([3, before]), 0, 0)
+
+
+@check("stay")
+def _stay(o: Bench) -> Iterator[Same]:
+    if not hasattr(os, "sched_getaffinity"):  # does nothing off Linux
+        return
+    before = sorted(os.sched_getaffinity(0))
+    o.library.stay((ctypes.c_int * 1)(before[-1]), 1, 1)
+    now = sorted(os.sched_getaffinity(0))
+    o.library.stay((ctypes.c_int * len(before))(*before), len(before), 1)
+    after = sorted(os.sched_getaffinity(0))
+    yield Same(torch.tensor([sum(now), *after]), torch.tensor([before[-1], *before]), 0, 0)
+
+
+@check("meet_asleep")
+def _meet_asleep(o: Bench) -> Iterator[Same]:
+    before = torch.full((3,), -1, dtype=torch.int32)
+    for asleep, was in ((1, before[0:]), (1, before[1:]), (0, before[2:])):
+        o.library.meet_asleep(asleep, was.data_ptr())
+    yield Same(before[1:], torch.tensor([1, 1], dtype=torch.int32), 0, 0)
 
 
 @check("rms_norm")

@@ -4,7 +4,8 @@
 
 What a layer keeps for its backward pass is what the autograd functions of core.fused and core.attention save; with N
 tokens in the micro-batch of which M are trained (both as models.loss rounds them up for 16 bits on a CPU), P places
-of attention (shorter rows of a group are padded to its longest), hidden d, heads H and K of dim h, gated width f, e bytes a value:
+of attention (shorter rows of a group are padded to its longest), hidden d, heads H and K of dim h, gated width f, e
+bytes a value:
 
     e·(2N·d + P·(H + 2K)·h)       the first norm's input and output, q, k and v as they are turned
     M'·e·(H·h + 2d + 2f + …)      attention's output, the second norm's input and output, gate and up; M' is M in the
