@@ -54,7 +54,7 @@ def test_parts_are_never_negative_and_add_up(load: Load) -> None:
 def test_more_of_anything_never_takes_less(load: Load) -> None:
     before = text_memory(LLAMA, load, CPU).peak
     for more in (
-        replace(load, lengths=(*load.lengths, 100)),
+        replace(load, lengths=(*load.lengths, load.lengths[-1])),  # another length may pad rows beside it less
         replace(load, rank=2 * load.rank),
         replace(load, lengths=tuple(2 * n for n in load.lengths)),
     ):

@@ -49,12 +49,15 @@ class RowLayout:
 
     Rows of similar length go through together (a row is at most `waste` shorter than its group's longest); padding at a
     row's end is harmless under causality, since no real token looks at a later one, and its output is dropped.
+    `step`: a group's length is rounded up to a multiple of it: rows of many lengths then make products of few shapes.
     `keep`: the tokens whose output is wanted at the end of a model, None for all; for whoever can use it.
     `attended`: which layers went by it so far."""
 
     keep: Tensor | None = None
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25) -> None:
+    def __init__(
+        self, lengths: Sequence[int], device: torch.device | str = "cpu", waste: float = 0.25, step: int = 1
+    ) -> None:
         self.lengths = list(lengths)
         self.attended: set[int] = set()
         starts = [0]
@@ -68,6 +71,7 @@ class RowLayout:
         while order:
             length = self.lengths[order[0]]
             taken = sorted(i for i in order if self.lengths[i] >= length * (1 - waste))
+            length += -length % step
             order = [i for i in order if i not in set(taken)]
             tokens = torch.cat([torch.arange(starts[i], starts[i + 1], device=device) for i in taken])
             slots = torch.cat(

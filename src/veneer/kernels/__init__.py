@@ -51,7 +51,7 @@ _HEADS = [_pointer, _int64, *[_pointer] * 4, *[_int64] * 5, _float, _pointer, _i
 _SIGNATURES: dict[str, list[Any]] = {
     "use_threads": [_int],
     "stay": [_pointer, _int, _int],
-    "meet_asleep": [_int],
+    "meet_asleep": [_int, _pointer],
     "rms_norm": [_pointer, _pointer, _pointer, _int64, _int64, _float, _int],
     "rms_norm_backward": [_pointer, _pointer, _pointer, _pointer, _int64, _int64, _float, _int],
     "norm_silu": [*[_pointer] * 5, *[_int64] * 4, _float, _int],

@@ -136,11 +136,10 @@ def _stay(o: Bench) -> Iterator[Same]:
 
 @check("meet_asleep")
 def _meet_asleep(o: Bench) -> Iterator[Same]:
-    spins = ctypes.c_int.in_dll(o.library.compiled, "meeting_spins")
-    awake = spins.value
-    for asleep, want in ((1, 0), (0, awake)):
-        o.library.meet_asleep(asleep)
-        yield Same(torch.tensor(spins.value), torch.tensor(want), 0, 0)
+    before = torch.full((3,), -1, dtype=torch.int32)
+    for asleep, was in ((1, before[0:]), (1, before[1:]), (0, before[2:])):
+        o.library.meet_asleep(asleep, was.data_ptr())
+    yield Same(before[1:], torch.tensor([1, 1], dtype=torch.int32), 0, 0)
 
 
 @check("rms_norm")

@@ -129,11 +129,11 @@ class _Sharing:
             self.leave, begun = threading.Event(), threading.Event()
             threading.Thread(target=self._pool, args=(self.leave, begun), name="veneer-pool", daemon=True).start()
             begun.wait()
-            self.native.meet_asleep(1)
+            self.native.meet_asleep(1, None)
         elif self.leave is not None and not wanted:
             self.leave.set()
             self.leave = None
-            self.native.meet_asleep(0)
+            self.native.meet_asleep(0, None)
 
     def _pool(self, leave: threading.Event, begun: threading.Event) -> None:
         self.stay(self.processors, len(self.processors) + 1)

@@ -7,7 +7,11 @@
 enum { LOOKS = 10000 };
 int meeting_spins = LOOKS; /* looks of serving.h's meeting before it lets others have the processor */
 
-void meet_asleep(int asleep) { meeting_spins = asleep ? 0 : LOOKS; }
+/* Whether threads that meet let others have the processor at once; *before: whether they did. */
+void meet_asleep(int asleep, int *before) {
+    if (before) *before = meeting_spins == 0;
+    meeting_spins = asleep ? 0 : LOOKS;
+}
 
 /* Every thread of a region of so many may run on these processors from now on. Does nothing without Linux's affinity. */
 void stay(const int *processors, int n, int threads) {

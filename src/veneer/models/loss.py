@@ -24,6 +24,8 @@ from veneer.models.speed import projection_of, report_of
 
 __all__ = ["padded_loss", "padded_nll", "row_logps", "rows_loss", "rows_nll", "text_loss"]
 
+STEP = 16
+"""Rows are attended to as if their lengths were multiples of this; see `few_sizes`."""
 HEAD_CHUNK = 128
 """Positions whose logits exist at once where the head has to be called."""
 
@@ -64,12 +66,43 @@ def _text_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
     return padded_nll(model, input_ids, lengths, trained)
 
 
+def few_sizes(n: int) -> int:
+    """n rounded up to one of few sizes, no more than a sixteenth (or 15) above it: 16, 32, … 512, 544, … 1024, 1088, …
+
+    oneDNN compiles a product for each number of rows that it meets and keeps it with its scratch until there are 1,024
+    others. Rows of ever new lengths never come to an end of that, and tensors of ever new sizes leave holes in the
+    heap."""
+    step = max(STEP, 1 << max(0, (n - 1).bit_length() - 5))
+    return n + -n % step
+
+
+def _rounds(weight: Tensor) -> bool:
+    """Whether products of this weight are oneDNN's, in 16 bits on the CPU."""
+    return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+
+
 def rows_nll(
-    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, layout: RowLayout | None = None
-) -> Tensor:
-    """`rows_loss` of each trained token: (M,). `layout`: of those lengths, for whoever wants to see who attended."""
+    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, layout: RowLayout | None = None,
+    rounded: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """`rows_loss` of each trained token: (M,). `layout`: of those lengths, for whoever wants to see who attended.
+
+    `rounded`: padding makes the tokens, and those of them whose output is wanted, one of `few_sizes`; None: where that
+    pays. Real tokens come first, so neither their dropout nor anything else of them changes."""
     device = input_ids.device
     at = trained.nonzero()[:, 0]
+    count = len(at)
+    if rounded is None:
+        rounded = layout is None and _rounds(model.get_input_embeddings().weight)
+    if rounded:
+        size = few_sizes(len(input_ids))
+        if few_sizes(count) == size:  # there are always more tokens than wanted ones: see below
+            size = few_sizes(size + 1)
+        missing, longest = size - len(input_ids), max(lengths)
+        lengths = [*lengths, *[longest] * (missing // longest), *([missing % longest] if missing % longest else [])]
+        input_ids = torch.cat([input_ids, input_ids[:1].expand(missing)])
+        at = torch.cat([at, at[-1:].expand(few_sizes(count) - count)]) if count else at
+        layout = RowLayout(lengths, device, step=STEP)
     layout = RowLayout(lengths, device) if layout is None else layout
     layout.keep = at - 1 if report_of(model).keeps else None
     # A 4-d mask is passed on untouched by transformers; it keeps an N × N one from being made. The attention interface
@@ -84,7 +117,7 @@ def rows_nll(
     )
     hidden = out.last_hidden_state[0]
     # A last layer that an adapter replaces whole gives all positions: always more, as first tokens are not trained.
-    return _head_nll(model, hidden if len(hidden) == len(at) else hidden[at - 1], input_ids[at])
+    return _head_nll(model, hidden if len(hidden) == len(at) else hidden[at - 1], input_ids[at])[:count]
 
 
 def _decoder(model: Any) -> Any:

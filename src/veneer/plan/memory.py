@@ -3,9 +3,11 @@
     text_memory(shape, load, device)        bytes by part
 
 What a layer keeps for its backward pass is what the autograd functions of core.fused and core.attention save; with N
-tokens in the micro-batch of which M are trained, hidden d, heads H and K of dim h, gated width f, e bytes a value:
+tokens in the micro-batch of which M are trained (both as models.loss rounds them up for 16 bits on a CPU), P places
+of attention (shorter rows of a group are padded to its longest), hidden d, heads H and K of dim h, gated width f, e
+bytes a value:
 
-    N·e·(2d + (H + 2K)·h)         the first norm's input and output, q, k and v as they are turned
+    e·(2N·d + P·(H + 2K)·h)       the first norm's input and output, q, k and v as they are turned
     M'·e·(H·h + 2d + 2f + …)      attention's output, the second norm's input and output, gate and up; M' is M in the
                                   last layer where models.speed leaves the other tokens out, else N
     e·Σ rank·(N + in + out)       x·Aᵀ of each pair, and its factors as they were cast and stacked
@@ -43,6 +45,7 @@ __all__ = [
 
 _BLOCK = 64  # queries that core.attention takes at once
 _CHUNK = 256  # positions whose logits core.fused.token_nll holds at once
+_STEP, _WASTE = 16, 0.25  # of models.loss, of core.attention.RowLayout
 _SMALL = 1 << 18  # elements of an input up to which thin products are compiled calls that keep no factors
 _STATES = {"adamw": 8, "adam": 8, "nadam": 8, "radam": 8, "adamax": 8, "rmsprop": 4, "adafactor": 0, "sgd": 0}
 """Bytes of an optimizer's state for each float32 parameter (Adafactor's are rows and columns: too few to count)."""
@@ -83,6 +86,25 @@ class Load:
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
+
+    def rounds(self, device: Device) -> bool:
+        """Whether models.loss makes its products of few sizes."""
+        return device.kind == "cpu" and self.dtype != "float32"
+
+    def computed(self, device: Device) -> int:
+        """Tokens that layers work on, padding included."""
+        return few_sizes(self.tokens) if self.rounds(device) else self.tokens
+
+    def wanted(self, device: Device) -> int:
+        """Tokens that the head works on, padding included."""
+        trained = max(1, round(self.trained * self.tokens))
+        return few_sizes(trained) if self.rounds(device) else trained
+
+    def attended(self, device: Device) -> tuple[int, ...]:
+        """Places of each row in attention, its padding included."""
+        if device.kind != "cpu":
+            return self.lengths
+        return attended(self.lengths, _STEP if self.rounds(device) else 1)
 
     @property
     def begins_in_base(self) -> bool:
@@ -161,18 +183,18 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
     weights, constants = weight_bytes(shape, load.dtype, load.quantise, load.double)
     trainable = pair_parameters(shape, load.spec, rank=load.rank) + load.whole
     ranks = layer_ranks(shape, load.spec, load.rank)
-    trained = max(1, round(load.trained * load.tokens))
+    trained, tokens = load.wanted(device), load.computed(device)
     last = len(shape.layers) - 1
 
     def meets(i: int) -> int:
         """Tokens that a layer works on after its attention."""
-        return trained if i == last and shape.keeps else load.tokens
+        return trained if i == last and shape.keeps else tokens
 
     layers = [_Kept(layer, ranks[i], shape.hidden, load, device, meets(i)) for i, layer in enumerate(shape.layers)]
     ends = e * shape.hidden * (2 * meets(last) + trained)  # the last norm's input and output, and the head's gradient
     logits = _logits(shape, trained, e, device)
     if load.checkpointing:
-        kept = e * shape.hidden * load.tokens * len(layers) + ends
+        kept = e * shape.hidden * tokens * len(layers) + ends
         largest = max(layers, key=lambda one: one.kept + one.working, default=None)
         working = 0 if largest is None else largest.kept + largest.working
         working = max(logits, working) - logits
@@ -237,13 +259,21 @@ class _Kept:
     after: int
 
     @property
+    def tokens(self) -> int:
+        return self.load.computed(self.device)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        return self.load.attended(self.device)
+
+    @property
     def kept(self) -> int:
         """Bytes for the backward pass."""
-        layer, d, n, m = self.layer, self.hidden, self.load.tokens, self.after
+        layer, d, n, m = self.layer, self.hidden, self.tokens, self.after
         e = dtype_bytes(self.load.dtype)
         heads = (layer.heads + 2 * layer.kv_heads) * layer.head_dim
         out = layer.heads * layer.head_dim
-        values = n * (2 * d + heads) + m * (out + 2 * d) + n * d * (layer.norms - 2)
+        values = n * 2 * d + sum(self.places) * heads + m * (out + 2 * d) + n * d * (layer.norms - 2)
         if self.device.kind != "cpu":
             values += n * out  # what flash attention gave, before rows are laid flat again
         if layer.head_norms:
@@ -261,7 +291,7 @@ class _Kept:
         for name, parts in self.layer.products.items():
             own = any(part.name in self.ranks for part in parts)
             if own and (name != "gate_up" or spec.dropout):
-                values += (self.load.tokens if name == "qkv" else self.after) * sum(part.outputs for part in parts)
+                values += (self.tokens if name == "qkv" else self.after) * sum(part.outputs for part in parts)
         return values
 
     def _mlp(self) -> int:
@@ -279,7 +309,7 @@ class _Kept:
         """Values of x·Aᵀ for each pair, and of the pairs' factors as they were cast and stacked."""
         values = 0
         for name, parts in self.layer.products.items():
-            n = self.load.tokens if name == "qkv" else self.after
+            n = self.tokens if name == "qkv" else self.after
             twice = 1 + self.load.begins_in_base
             own = [(part, twice * self.ranks[part.name]) for part in parts if part.name in self.ranks]
             if not own:
@@ -301,7 +331,7 @@ class _Kept:
     def _probabilities(self) -> int:
         if self.device.kind != "cpu":
             return 0
-        return dtype_bytes(self.load.dtype) * self.layer.heads * seen_keys(self.load.lengths, self.layer.window)
+        return dtype_bytes(self.load.dtype) * self.layer.heads * seen_keys(self.places, self.layer.window)
 
     @property
     def working(self) -> int:
@@ -318,9 +348,26 @@ class _Kept:
             copies += 2
         mlp = m * (copies * widest + 3 * d)
         heads = (self.layer.heads + 2 * self.layer.kv_heads) * self.layer.head_dim
-        attention = self.load.tokens * (2 * heads + 2 * self.layer.heads * self.layer.head_dim + 2 * d)
+        attention = self.tokens * (2 * heads + 2 * self.layer.heads * self.layer.head_dim + 2 * d)
         freed = m * self._mlp()
         return round(e * max(mlp, attention - freed))
+
+
+def few_sizes(n: int) -> int:
+    """As models.loss has it, which imports torch."""
+    step = max(_STEP, 1 << max(0, (n - 1).bit_length() - 5))
+    return n + -n % step
+
+
+def attended(lengths: Sequence[int], step: int) -> tuple[int, ...]:
+    """Places of each row as core.attention.RowLayout groups and pads them, from long to short."""
+    left, places = sorted(lengths, reverse=True), []
+    while left:
+        longest = left[0]
+        taken = sum(n >= longest * (1 - _WASTE) for n in left)
+        places += [longest + -longest % step] * taken
+        left = left[taken:]
+    return tuple(places)
 
 
 def seen_keys(lengths: Sequence[int], window: int | None = None) -> int:

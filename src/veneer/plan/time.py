@@ -77,7 +77,7 @@ def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
 
 def text_work(shape: TextShape, load: Load, device: Device) -> Work:
     """Operations and bytes of a micro-batch of `load`."""
-    tokens, trained = load.tokens, max(1, round(load.trained * load.tokens))
+    tokens, trained = load.computed(device), load.wanted(device)
     again = 1 if load.checkpointing else 0
     ranks = layer_ranks(shape, load.spec, load.rank)
     twice = load.spec is not None and load.spec.dora and load.spec.dropout > 0
@@ -92,7 +92,7 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
             if twice and rank:  # the dropped input meets the weight too
                 products += (4 + 2 * again) * n * linear.multiplied
             thin += (6 + 2 * again) * rank * n * linear.active * (linear.inputs + linear.outputs)
-        keys = seen_keys(load.lengths, layer.window)
+        keys = seen_keys(load.attended(device), layer.window)
         attention += (12 + 4 * again) * layer.heads * layer.head_dim * keys
     head = 4.0 * trained * shape.vocabulary * shape.hidden
     kept = text_memory(shape, replace(load, checkpointing=False), device)
