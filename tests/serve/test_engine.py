@@ -417,12 +417,23 @@ def test_a_step_that_is_run_again_starts_from_where_it_was(make: Callable[[], An
         engine.runner.run = broken  # type: ignore[method-assign]
         prompts = [prompt(n, n) for n in (5, 20, 33)]
 
-        async def together() -> list[Any]:
-            return await asyncio.gather(*(answer(engine, Request(p, GREEDY)) for p in prompts))
+        async def told(p: tuple[int, ...]) -> list[Token]:
+            request = Request(p, replace(GREEDY, logprobs=0))
+            return [event async for event in engine.events(request) if isinstance(event, Token)]
+
+        async def together() -> list[list[Token]]:
+            return await asyncio.gather(*map(told, prompts))
 
         got = run(together())
         assert steps > 4
-        assert [ids for ids, _, _ in got] == [greedy(model, Shelf(), BASE, p, 12) for p in prompts]
+    for p, tokens in zip(prompts, got, strict=True):
+        ids = list(p)
+        for token in tokens:  # against the whole sequence computed again
+            with torch.no_grad():
+                scores = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            assert token.logprob == pytest.approx(float(scores[token.id]), abs=1e-4)
+            ids.append(token.id)
+        assert len(tokens) == 12
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

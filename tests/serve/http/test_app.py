@@ -15,6 +15,7 @@ from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyTex
 from veneer.serve.access import Caller, ModelCard
 from veneer.serve.http.app import create_app
 from veneer.serve.http.house import HttpSettings, ShadowAnswer
+from veneer.serve.request import Finished, Request, Usage
 
 CHAT: Any = {"model": "sql", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30}
 
@@ -214,6 +215,27 @@ def test_a_shadow_answers_and_is_never_sent(text: ToyText) -> None:
         wait_for(lambda: answers)
     assert (answers[0].name, answers[0].shadow) == ("stable", "polite")
     assert (answers[0].sent, answers[0].answer) == ("[d-sql*1] Hi", "[d-polite*1] Hi")
+
+
+def test_a_shadow_that_is_broken_off_is_a_failure_and_nobodys_share(text: ToyText) -> None:
+    class Breaks(ToyEngine):
+        async def events(self, request: Request) -> Any:
+            async for event in super().events(request):
+                if request.id.endswith("-shadow"):
+                    yield Finished("cancelled", Usage(1, 0, 0))
+                    return
+                yield event
+
+    answers: list[ShadowAnswer] = []
+    engine = Breaks(text)
+    with live(engine, ToyCatalog(), ToyTenancy(), on_shadow=answers.append) as server:
+        assert server.post("/v1/chat/completions", {**CHAT, "model": "stable", "max_tokens": 9}, "acme").is_success
+        wait_for(lambda: answers)
+    assert answers[0].error == "its answer was broken off"
+    by = {request.id.endswith("-shadow"): request for request in engine.seen}
+    assert (by[False].tenant, by[False].weight) == ("acme", 1.0)
+    assert by[True].tenant != "acme"
+    assert by[True].weight < 1
 
 
 def test_pages_of_other_origins(text: ToyText) -> None:
