@@ -1,8 +1,8 @@
 """Headers of GGUF files, read fast: the gguf package's reader takes 12 seconds for a vocabulary of 262,144.
 
-    Reader(path)           gguf's GGUFReader in all it offers; arrays are read in one pass each
-    with fast_headers():   transformers reads headers by it, too
-    read_gguf_tokenizer    the file's own tokenizer, without what transformers' classes add to it
+Reader(path)           gguf's GGUFReader in all it offers; arrays are read in one pass each
+with fast_headers():   transformers reads headers by it, too
+read_gguf_tokenizer    the file's own tokenizer, without what transformers' classes add to it
 """
 
 from __future__ import annotations
