@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,7 +17,10 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import BaseError
 from veneer.models.generate import complete
-from veneer.models.text import load_text
+from veneer.models.gguf_header import Reader
+from veneer.models.text import load_text, read_tokenizer
+from veneer.plan.shape import text_shape
+from veneer.plan.tables import base_config
 
 IDS = torch.randint(3, 384, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -92,3 +97,61 @@ def test_a_directory_and_a_gguf_of_one_model_share_their_shape(tmp_path: Path) -
     tiny_gguf(tmp_path / "tiny.gguf")
     one, other = read_config(tmp_path / "tiny.gguf"), read_config(tiny_base_dir(tmp_path))
     assert shaping_fields(one) == shaping_fields(other)
+
+
+def test_the_tokenizer_has_the_file_s_tokens_and_no_more(tmp_path: Path) -> None:
+    tiny_gguf(tmp_path / "tiny.gguf")
+    tokenizer, original = read_tokenizer(tmp_path / "tiny.gguf"), tiny_tokenizer()
+    assert len(tokenizer) == len(original)
+    assert tokenizer.get_vocab() == original.get_vocab()
+    for text in ("hello there 1234", "naïve 🙂 漢字\n\n\tx", "<|im_start|>user\nhi<|im_end|>\n"):
+        assert tokenizer(text).input_ids == original(text).input_ids
+    for kind in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
+        assert getattr(tokenizer, kind) == getattr(original, kind, None) or kind in ("bos_token_id", "pad_token_id")
+
+
+def test_headers_are_what_gguf_s_own_reader_finds(tmp_path: Path) -> None:
+    tiny_gguf(tmp_path / "tiny.gguf", quantised=True)
+    ours, theirs = Reader(str(tmp_path / "tiny.gguf")), gguf.GGUFReader(str(tmp_path / "tiny.gguf"))
+    assert list(ours.fields) == list(theirs.fields)
+    for name, field in theirs.fields.items():
+        assert ours.fields[name].contents() == field.contents()
+        assert ours.fields[name].types == field.types
+    for a, b in zip(ours.tensors, theirs.tensors, strict=True):
+        assert (a.name, a.data_offset, a.n_bytes) == (b.name, b.data_offset, b.n_bytes)
+
+
+def test_a_large_vocabulary_is_read_in_a_moment(tmp_path: Path) -> None:
+    """As Gemma's has: gguf's own reader takes 12 seconds for it."""
+    writer = gguf.GGUFWriter(str(tmp_path / "large.gguf"), "llama")
+    writer.add_token_list([f"token {i}" for i in range(262_144)])
+    writer.add_token_scores([0.0] * 262_144)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    start = time.process_time()
+    fields = Reader(str(tmp_path / "large.gguf")).fields
+    assert fields["tokenizer.ggml.tokens"].contents(-1) == "token 262143"
+    assert time.process_time() - start < 4
+
+
+def test_a_plan_needs_the_file_alone(tmp_path: Path) -> None:
+    model = tiny_gguf(tmp_path / "tiny.gguf")
+    for name in (tmp_path / "tiny.gguf", tmp_path):
+        shape = text_shape(base_config(str(name)))
+        assert shape.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_no_token_of_another_model_is_added(tmp_path: Path) -> None:
+    """GPT-2's end of text is no token of this file: with it there would be more tokens than the model has rows."""
+    file = tmp_path / "tiny.gguf"
+    tiny_gguf(file)
+    written = file.read_bytes()
+    assert written.count(b"<|endoftext|>") == 1
+    file.write_bytes(written.replace(b"<|endoftext|>", b"<|beginning|>"))
+    base = load_text(str(file))
+    assert len(base.tokenizer) == len(tiny_tokenizer()) == base.model.get_input_embeddings().weight.shape[0]
+    assert base.tokenizer.unk_token == "<|beginning|>"
+    assert base.tokenizer("hello there").input_ids == tiny_tokenizer()("hello there").input_ids
+    assert complete(base, [[{"role": "user", "content": "hi"}]], max_new_tokens=3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families import FAMILIES, MOE_FAMILIES, VOCAB
+from tests.families import FAMILIES, MOE_FAMILIES, OTHERS, VOCAB
 from tests.tiny_base import tiny_tokenizer
 from veneer.core.adapter import Adapter, LoraSpec, TokenRows
 from veneer.core.attach import attach
@@ -282,4 +282,34 @@ def test_what_cannot_be_batch_invariant_is_refused() -> None:
     runner = Runner(base_of(model), cache_bytes=1 << 20, batch_invariant=True)
     whole = Adapter(modules={"model.norm": {"weight": torch.ones(model.config.hidden_size)}})
     assert any("which a batch-invariant base cannot have" in p for p in runner.problems(whole))
+    runner.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", OTHERS)
+def test_sinks_caps_and_states_are_served_as_the_model_has_them(family: str, dtype: torch.dtype) -> None:
+    model = OTHERS[family]().to(dtype)
+    ids = prompts([1, 20, 33, 40])
+    want = [reference(model, {}, [], p) for p in ids]
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner.how == ("alone" if family in ("gpt_oss", "qwen3_next", "deepseek_v3") else "packed"), runner.why
+    got = serve(runner, [(p, []) for p in ids], [7, 16, 1, 30])
+    for g, w in zip(got, want, strict=True):
+        same(g, w, 2e-5 if dtype == torch.float32 else 0.05)
+    runner.close()
+
+
+def test_attention_that_asks_for_more_is_not_handed_over() -> None:
+    """A keyword that the hook does not know would be lost on the way to the pages."""
+    model = FAMILIES["gemma3"]()
+    for layer in model.model.layers:
+        original = type(layer.self_attn).forward
+
+        def forward(self: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            return original(self, *args, **kwargs, position_bias=torch.zeros(1))
+
+        layer.self_attn.__class__ = type("OwnAttention", (type(layer.self_attn),), {"forward": forward})
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner.how == "alone"
+    assert "position_bias" in runner.why
     runner.close()

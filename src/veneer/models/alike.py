@@ -6,8 +6,7 @@
 
 The probe is a few rows of random tokens, padded, through the model's own forward; the other way may lay them beside
 one another, so that a leak from row to row shows. Windows are made short for as long as that lasts, so that short rows
-reach past them and the price does not grow with a config's numbers. What is compared is one token at a time, in
-float32.
+reach past them and the price does not grow with the numbers of a config. Compared is token by token, in float32.
 
 What rounding explains is measured, not guessed: every row runs twice in that one batch, and the second time the output
 of each layer is moved by a unit of its last place, up or down by chance. On Gemma 3 270M that moves the loss of a token

@@ -32,9 +32,11 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
     and BaseError for tensors that are missing."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    from veneer.models.gguf_header import fast_headers
+
     if keep:
         return _kept(file, dtype)
-    with _no_progress_bar():
+    with _no_progress_bar(), fast_headers():
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
@@ -51,12 +53,14 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
 
 def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Tensors by transformers' table of names, each read when the loader asks for it."""
-    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    reader = GGUFReader(str(file))
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    from veneer.models.gguf_header import Reader, fast_headers
+
+    reader = Reader(str(file))
+    with fast_headers():
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(config)
     architecture = str(reader.get_field("general.architecture").contents())

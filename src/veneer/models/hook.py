@@ -36,6 +36,12 @@ class How:
     sinks: bool
 
 
+_KNOWN = {
+    "scaling", "softcap", "sliding_window", "s_aux", "dropout", "is_causal", "position_ids",
+    "use_cache", "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
+}  # fmt: skip
+"""What a layer may say of its attention and `How` carries, and what says nothing of it. Anything else would be lost."""
+
 Attend = Callable[[int, Tensor, Tensor, Tensor, How], Tensor]
 """(layer, q (tokens, heads, d), k, v (tokens, kv, d), how) -> (tokens, heads, d)"""
 
@@ -85,6 +91,9 @@ def _attention(
         return own, None
     if query.shape[2] != 1:
         raise NotImplementedError(f"{query.shape[2]} queries in a row")
+    asked = sorted(k for k, v in kwargs.items() if v is not None and k not in _KNOWN)
+    if asked:
+        raise NotImplementedError(f"{type(module).__name__} asks its attention for {', '.join(asked)}")
     window = kwargs.get("sliding_window") or 0
     how = How(kwargs.get("scaling"), kwargs.get("softcap") or 0.0, window, kwargs.get("s_aux") is not None)
     return attend(module.layer_idx, query[:, :, 0], key[:, :, 0], value[:, :, 0], how)[:, None], None

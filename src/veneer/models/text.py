@@ -236,7 +236,10 @@ def read_config(path: Path) -> PreTrainedConfig:
     with quiet():
         try:
             if path.is_file():
-                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+                from veneer.models.gguf_header import fast_headers
+
+                with fast_headers():
+                    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
             else:
                 config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:
@@ -256,7 +259,9 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     with quiet():
         try:
             if path.is_file():
-                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+                from veneer.models.gguf_header import read_gguf_tokenizer
+
+                tokenizer = read_gguf_tokenizer(path)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:

@@ -57,10 +57,12 @@ def base_names() -> list[str]:
 
 
 def base_config(name: str) -> dict[str, Any]:
-    """The config of a base (of an image base its denoiser's): of the table, a directory or a config.json.
+    """The config of a base (of an image base its denoiser's): of the table, a directory, a config.json or a GGUF file.
 
-    Raises ConfigError with near names."""
+    Raises ConfigError with near names, BaseError for a GGUF file that cannot be read."""
     path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _gguf_config(path)
     for file in (path / "config.json", path / "transformer" / "config.json", path / "unet" / "config.json", path):
         if file.is_file() and file.suffix == ".json":
             try:
@@ -70,6 +72,8 @@ def base_config(name: str) -> dict[str, Any]:
             if not isinstance(config, dict):
                 raise ConfigError("a config.json holds an object", where=str(file))
             return {**_picture(path, config), **config}
+    if len(inside := sorted(path.glob("*.gguf"))) == 1:
+        return _gguf_config(inside[0])
     table, names = _bases()
     known = names.get(name.lower())
     if known is None:
@@ -81,6 +85,13 @@ def base_config(name: str) -> dict[str, Any]:
             f"no base {name!r} is in the table", fix=f"{', '.join(near)}; or --base PATH/config.json of the base"
         )
     return dict(table[known]["config"])
+
+
+def _gguf_config(file: Path) -> dict[str, Any]:
+    from veneer.models.text import read_config
+
+    found: dict[str, Any] = read_config(file).to_dict()
+    return found
 
 
 def _picture(base: Path, config: Mapping[str, Any]) -> dict[str, int]:
