@@ -123,6 +123,10 @@ def test_unknown_config_keys_and_bad_values_are_all_listed(folder):
     [
         ("alora_invocation_tokens", [1, 2], "plain LoRA"),
         ("arrow_config", {"top_k": 3}, "mix"),
+        ("nvfp4_merge_aware", {"scale_mode": "fresh"}, "rounded to NVFP4 after every merge"),
+        ("use_nora", True, "NoRA normalises A anew in every forward"),
+        ("use_paca", True, "PaCA trains columns of the base's own weights"),
+        ("init_lora_weights", "astra", "path_initial_model_for_weight_conversion"),
         ("kasa_config", {"beta": 1e-4}, "merge_and_unload"),
         ("layer_replication", [[0, 2]], "repeated"),
         ("lora_bias", True, "lora_bias is set, but there is no lora_B.bias"),
@@ -380,6 +384,34 @@ def test_experts_with_one_parameter_too_few(tmp_path):
     peft_folder(model("mixtral"), tmp_path / "a", target_modules=["q_proj"], target_parameters=parameters)
     edit(tmp_path / "a", {"target_parameters": ["experts.down_proj"]})
     refused(tmp_path / "a", "tensors for 2 parameter(s)", "names 1 of this module: down_proj")
+
+
+def test_stamps_are_kept_and_shown(folder):
+    edit(folder, {"unsloth_version": "2026.9.6", "created_at": "2026-09-20", "astra_config": None})
+    found = peft.load(folder)
+    assert found.adapter.card.extra["adapter_config"] == {"unsloth_version": "2026.9.6", "created_at": "2026-09-20"}
+    assert any("unsloth_version = 2026.9.6: a stamp, kept" in note for note in found.notes)
+
+
+def test_velora_as_peft_saves_it_has_pefts_outputs(tmp_path):
+    """Its groups' means, which are saved beside the pairs, are read by the backward pass alone."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.config import VeloraConfig
+
+    from tests.formats.twins import outputs, randomise
+
+    ids = torch.randint(0, 160, (2, 8), generator=torch.Generator().manual_seed(1))
+    with torch.random.fork_rng(devices=[]):
+        config = LoraConfig(r=4, target_modules=["q_proj"], velora_config=VeloraConfig(num_groups=4))
+        wrapped = get_peft_model(model("llama3"), config).train()
+        wrapped(ids, labels=ids).loss.backward()
+    randomise(wrapped)
+    want = outputs(wrapped.eval())
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    net = model("llama3")
+    found = peft.load(tmp_path / "a", net)
+    torch.testing.assert_close(our_outputs(net, found.adapter), want, rtol=1e-9, atol=1e-9)
+    assert sum("lora_velora_embed" in note for note in found.notes) == 1
 
 
 # -- what the format cannot say ----------------------------------------------------------------------------------------

@@ -111,3 +111,27 @@ def test_a_renamed_file_beside_its_configuration_is_read_by_it(tmp_path):
     save_file({k: t[:4] if "lora_A" in k else t[:, :4].contiguous() for k, t in pair(0).items()}, wrong)
     with pytest.raises(AdapterError, match="r says rank 8, the tensors have 4"):  # another file's configuration
         read(wrong)
+
+
+def test_torchtunes_checkpoint_is_refused_by_name_with_the_folder_to_give(tmp_path):
+    path = tmp_path / "adapter_0.safetensors"
+    save_file({f"layers.0.attn.q_proj.lora_{half}.weight": torch.ones(2, 2) for half in "ab"}, path)
+    with pytest.raises(AdapterError, match="torchtune's own checkpoint of an adapter: it does not hold alpha"):
+        read(path)
+
+
+def test_the_options_reach_the_reader_from_the_command_line(tmp_path, capsys):
+    from tests.cli.run import run
+
+    path = tmp_path / "both.safetensors"
+    save_file(SEVERAL["two on disjoint modules"], path)
+    seen = run(capsys, "adapter", "inspect", str(path))
+    assert seen.code == 2
+    assert "holds 2 adapters" in seen.out + seen.err
+    for command in (("inspect",), ("verify",), ("convert", "--to", "peft", "-o", str(tmp_path / "out"))):
+        seen = run(capsys, "adapter", command[0], str(path), *command[1:], "--adapter-name", "a")
+        assert seen.code == 0, seen.out + seen.err
+    folder(tmp_path / "p", pair(0), "adapter_model.bin")
+    for name in ("inspect", "verify"):
+        assert run(capsys, "adapter", name, str(tmp_path / "p")).code == 2
+        assert run(capsys, "adapter", name, str(tmp_path / "p"), "--from-pickle").code == 0

@@ -113,6 +113,8 @@ class Config:
     """How expert pairs' B is laid out, where the file says so: RANK_MAJOR or GROUPED."""
     unsloth: str = ""
     """What in the configuration shows that Unsloth wrote it."""
+    velora: bool = False
+    """VeLoRA compressed what training kept for the backward pass; its groups' means are no part of the adapter."""
     stamps: dict[str, Any] = field(default_factory=dict)
     usable: bool = True
     """False where a pattern does not compile, so that nothing can be matched."""
@@ -146,7 +148,7 @@ def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
         if raw.get(key):
             problems.append(f"{key} = {shown(str(raw[key])[:60])}: {reason}")
     problems += _init_problems(raw.get("init_lora_weights", True))
-    config = Config(stamps=stamps, unsloth=unsloth_marks(raw))
+    config = Config(stamps=stamps, unsloth=unsloth_marks(raw), velora=bool(raw.get("velora_config")))
     for key, (attribute, check) in FIELDS.items():
         if key not in raw or (raw[key] is None and key not in ("r", "lora_alpha")):
             continue

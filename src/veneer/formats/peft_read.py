@@ -192,7 +192,10 @@ class _Reader:
 
     def _sort_other(self, key: str, path: str, tensor: Tensor, rest: dict[str, Tensor]) -> None:
         shape = tuple(tensor.shape)
-        if ".lora_" in path:
+        if self.config.velora and path.endswith(".lora_velora_embed"):
+            if not any(note.startswith("VeLoRA") for note in self.notes):
+                self.notes.append("VeLoRA's lora_velora_embed, which the backward pass alone reads, is left aside")
+        elif ".lora_" in path:
             after = path.rpartition(".lora_")[2].split(".")
             named = len(after) > 1 and after[1] not in ("weight", "bias")
             why = (

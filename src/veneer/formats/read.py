@@ -215,6 +215,13 @@ def read_state(
             groups[parts[0]][parts[1]] = key
         elif key not in words:
             unused.append(key)
+    if any(key.endswith((".lora_a.weight", ".lora_b.weight")) for key in tensors):
+        raise AdapterError(
+            "torchtune's own checkpoint of an adapter: it does not hold alpha, and its query and key rows are in "
+            "another order, by the base's heads",
+            where=where,
+            fix="give the PEFT folder that torchtune wrote beside it: adapter_config.json, adapter_model.safetensors",
+        )
     if tensors and not words and all(suffix in ("weight", "scale") for own in groups.values() for suffix in own):
         raise AdapterError(
             f"none of the {len(tensors):,} tensors is an adapter's: "
