@@ -132,12 +132,12 @@ def kept_bytes(dtype: torch.dtype, lengths: list[int], share: float, spec: LoraS
 def test_activations_are_what_autograd_keeps(
     dtype: str, more: dict[str, Any], lengths: list[int], share: float
 ) -> None:
-    rank, native = 8, kernels.load() is not None
+    rank, thin = 8, kernels.thin() is not None
     spec = LoraSpec(rank=rank, **more)
     shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **SMALL})
-    device = replace(CPU, native=native)
+    device = replace(CPU, native=kernels.load() is not None, thin=thin)
     counted = text_memory(shape, Load(tuple(lengths), share, rank=rank, spec=spec, dtype=dtype), device).activations
-    if dtype == "float32" or not native:
+    if dtype == "float32" or not thin:
         # What the functions hold beside saved tensors: cast and stacked A where there is something to cast or stack, B.
         products = [parts for layer in shape.layers for parts in layer.products.values()]
         stacked = [parts for parts in products if dtype != "float32" or len(parts) > 1]

@@ -85,10 +85,11 @@ def rates_here(device: Device, dtype: str) -> tuple[Rates, int | None]:
     return (rates_of(device, dtype), None) if record is None else (record.rates(), record.process)
 
 
-def cpu_device(*, native: bool = True) -> Device:
+def cpu_device(*, native: bool = True, thin: bool | None = None) -> Device:
     """This machine's CPU. Where it is not calibrated its rate is a guess: 1 TFLOP/s a core at best.
 
-    `native`: whether the compiled kernels run, which a plan that loads nothing takes for granted."""
+    `native`, `thin`: whether the compiled kernels run, and those of low-rank products; a plan that loads nothing takes
+    the first for granted, and the second where the processor has AVX512-BF16."""
     import psutil
 
     cores = count()
@@ -96,7 +97,25 @@ def cpu_device(*, native: bool = True) -> Device:
     group = Path("/sys/fs/cgroup/memory.max")
     limit = group.read_text(encoding="utf-8").strip() if group.is_file() else ""
     total = min(total, int(limit)) if limit.isdigit() else total
-    return Device("cpu", "cpu", total, cores * 1e12, 20e9, f"this CPU, {cores} threads", None, 1, native)
+    return Device(
+        "cpu",
+        "cpu",
+        total,
+        cores * 1e12,
+        20e9,
+        f"this CPU, {cores} threads",
+        None,
+        1,
+        native,
+        native and (_has_bf16() if thin is None else thin),
+    )
+
+
+def _has_bf16() -> bool:
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def device_key(device: Device, dtype: str) -> str:
@@ -135,7 +154,8 @@ def measured(
     dtype = str(base.dtype).removeprefix("torch.")
     cuda = base.device.type == "cuda"
     native = not cuda and kernels.load() is not None
-    device = Device("cpu", "cpu", 0, 0.0, 0.0, native=native)
+    thin = not cuda and kernels.thin() is not None
+    device = Device("cpu", "cpu", 0, 0.0, 0.0, native=native, thin=thin)
     if cuda:
         total = torch.cuda.mem_get_info(base.device)[1]
         device = device_of_card(torch.cuda.get_device_name(base.device), int(total))

@@ -318,7 +318,7 @@ class _Kept:
                 values += round(sum(n * part.active * (r + part.outputs) for part, r in own))
                 continue
             total = sum(r for _, r in own)
-            if self.device.native and self.load.dtype != "float32" and n * own[0][0].inputs <= _SMALL:
+            if self.device.thin and self.load.dtype != "float32" and n * own[0][0].inputs <= _SMALL:
                 values += n * sum(-(-r // 16) * 16 for _, r in own)
                 continue
             values += n * total

@@ -29,7 +29,7 @@ _MIB = 1 << 20
 class Device:
     """Where a run is planned for. `memory`: bytes in all. `flops`: bfloat16 products a second at best. `bandwidth`:
     bytes a second. `price`: US dollars an hour of one device, None where nobody said. `count`: how many of them.
-    `native`: whether the compiled CPU kernels run."""
+    `native`: whether the compiled CPU kernels run; `thin`: those of low-rank products too, which want AVX512-BF16."""
 
     name: str
     kind: str
@@ -40,6 +40,7 @@ class Device:
     price: float | None = None
     count: int = 1
     native: bool = False
+    thin: bool = False
 
 
 @functools.cache

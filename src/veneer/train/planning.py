@@ -64,14 +64,13 @@ def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
     lengths = [e.tokens for e in examples]
     tokens = sum(lengths)
     weight = next(s.base.model.parameters())
-    native = weight.device.type == "cpu" and kernels.load() is not None
     if weight.device.type == "cuda":
         import torch
 
         name, total = torch.cuda.get_device_name(weight.device), torch.cuda.mem_get_info(weight.device)[1]
         device = device_of_card(name, int(total))
     else:
-        device = cpu_device(native=native)
+        device = cpu_device(native=kernels.load() is not None, thin=kernels.thin() is not None)
     dtype = str(getattr(s.base, "dtype", weight.dtype)).removeprefix("torch.")
     shape = model_shape(s.base.model)
     a = s.config.adapter
