@@ -332,11 +332,10 @@ def _operator(tenancy: Tenancy, routers: list[Any]) -> dict[str, Any]:
         more["on_change"] = lambda what, name, after: note("operator", what, name, None, after)
 
         def keep(answer: ShadowAnswer) -> None:
-            if answer.error:  # nothing was compared
+            if answer.error:  # nothing was compared: the log of shadows has that it failed, this one why
                 log.warning(
                     "the shadow %s of %s failed (%s): %s", answer.shadow, answer.name, answer.request, answer.error
                 )
-                return
             sides = [(answer.target, answer.sent, answer.sent_usage), (answer.shadow, answer.answer, answer.usage)]
             target, shadow = ((name, text, u.completion, u.prefill + u.decode) for name, text, u in sides)
             rollouts.log_shadow(

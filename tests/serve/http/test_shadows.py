@@ -67,7 +67,7 @@ def test_shadows_are_counted_summed_up_and_in_the_ledger_as_the_operators(
     live_one, key = server
     used = [ask(live_one, key, model) for model in ("stable", "stable", "canary", "risky")]
     behind = [r for r in live_one.engine.seen if r.id.endswith("-shadow")]
-    assert {(r.tenant, r.weight) for r in behind} == {("", 0.1)}, "a shadow takes no tenant's turn"
+    assert {(r.tenant, r.weight) for r in behind} == {("~shadows", 0.1)}, "a shadow takes no tenant's turn"
     assert len(behind) == 3
 
     tenants.ledger.writer.put(lambda c: None).result(10)
