@@ -17,7 +17,7 @@ from veneer.kernels import build, selftest, selftest_products
 HERE = Path(kernels.__file__).parent
 SOURCES = [HERE / name for name in kernels.SOURCES]
 COMPILER = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), "")
-EMULATED = ["-include", str(Path(__file__).parent / "avx512_bf16.h")]
+EMULATED = ["-D_GNU_SOURCE", "-include", str(Path(__file__).parent / "avx512_bf16.h")]
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C compiler")
 
