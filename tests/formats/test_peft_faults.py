@@ -401,7 +401,8 @@ def test_velora_as_peft_saves_it_has_pefts_outputs(tmp_path):
     from tests.formats.twins import outputs, randomise
 
     ids = torch.randint(0, 160, (2, 8), generator=torch.Generator().manual_seed(1))
-    with torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # PEFT's words with transformers, not ours
         config = LoraConfig(r=4, target_modules=["q_proj"], velora_config=VeloraConfig(num_groups=4))
         wrapped = get_peft_model(model("llama3"), config).train()
         wrapped(ids, labels=ids).loss.backward()
