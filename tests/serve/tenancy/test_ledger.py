@@ -417,7 +417,9 @@ def test_a_stopped_postgresql_holds_up_nobody_whose_key_is_known(quick: Path, ca
                     )
                 assert answer.status_code == 503
                 assert answer.headers["retry-after"]
-                assert answer.json()["error"]["message"] == "the tenants' database does not answer"
+                told = answer.json()["error"]["message"]
+                assert told.startswith("the tenants' database ")
+                assert not [word for word in ("psycopg", "timeout", "host", "/tmp", "SELECT") if word in told]
             finally:
                 for process in reversed(stopped):
                     os.kill(process, signal.SIGCONT)
