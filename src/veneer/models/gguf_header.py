@@ -26,11 +26,11 @@ class Reader(gguf.GGUFReader):
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
         if int(raw_type) != GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
+            return self._one_by_one(orig_offs, raw_type)
         kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
         inner, n, at = GGUFValueType(int(kind[0])), int(count[0]), orig_offs + 12
         if inner == GGUFValueType.ARRAY or self.byte_order == "S":
-            return super()._get_field_parts(orig_offs, raw_type)
+            return self._one_by_one(orig_offs, raw_type)
         types = [GGUFValueType.ARRAY, inner] if n else [GGUFValueType.ARRAY]
         data = self.data.view(np.ndarray)  # slices of a memmap are ten times as slow to make
         left = len(data) - at
@@ -50,6 +50,10 @@ class Reader(gguf.GGUFReader):
             parts += (data[at : at + 8], data[at + 8 : at + 8 + length])
             at += 8 + length
         return at - orig_offs, parts, list(range(3, 2 * n + 3, 2)), types
+
+    def _one_by_one(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        size, parts, indices, types = super()._get_field_parts(orig_offs, raw_type)
+        return size, parts, indices, types
 
 
 _lock = threading.RLock()
