@@ -143,8 +143,10 @@ def test_activations_are_what_autograd_keeps(
         stacked = [parts for parts in products if dtype != "float32" or len(parts) > 1]
         counted -= dtype_bytes(dtype) * rank * sum(len(parts) * parts[0].inputs for parts in stacked)
         counted -= dtype_bytes(dtype) * rank * sum(len(parts) * sum(p.outputs for p in parts) for parts in products)
-    # What is left uncounted: rotary tables, the loss's index of trained tokens.
-    assert kept_bytes(getattr(torch, dtype), lengths, share, spec) == pytest.approx(counted, rel=0.03)
+    # What is left uncounted: rotary tables, the loss's index of trained tokens; beside torch's own low-rank products in
+    # 16 bits, DoRA's gains once more.
+    near = 0.05 if more.get("dora") and dtype != "float32" and not thin else 0.03
+    assert kept_bytes(getattr(torch, dtype), lengths, share, spec) == pytest.approx(counted, rel=near)
 
 
 def test_recomputing_keeps_a_small_part() -> None:

@@ -62,7 +62,7 @@ __all__ = ["RunResult", "train_text"]
 
 _LOOKED_AT = 1024
 """Tokens of the first rows by which a base is told from one that is broken."""
-_OVER_CHANCE = 0.5
+_OVER_CHANCE = 2.0
 """Nats a token: a base with random weights is a little worse than a uniform guess, and may be trained."""
 _REFERENCE = "reference"
 """Beside the trained adapter: what it began as, where preferences are compared with that."""
