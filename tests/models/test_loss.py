@@ -70,7 +70,7 @@ def test_padding_changes_neither_losses_nor_gradients(family: str, lengths: list
                 gradients = torch.autograd.grad(nll.sum(), parameters)
                 found.append([nll.detach(), *gradients])
     for plain, padded in zip(*found, strict=True):
-        assert (padded - plain).norm() <= 1e-6 * plain.norm()  # pairs are float32
+        assert (padded - plain).norm() <= 1e-5 * plain.norm()  # norms and pairs are float32
 
 
 class Shapes(TorchDispatchMode):

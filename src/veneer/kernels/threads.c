@@ -1,10 +1,10 @@
 /* Where the threads of a region run, and how long they wait awake. */
-#define _GNU_SOURCE
 #ifdef __linux__
-#include <sched.h>
+#include <sys/syscall.h>
+long syscall(long number, ...);
 #endif
 
-enum { LOOKS = 10000 };
+enum { LOOKS = 10000, WORD = 8 * sizeof(unsigned long), WORDS = 128 };
 int meeting_spins = LOOKS; /* looks of serving.h's meeting before it lets others have the processor */
 
 /* Whether threads that meet let others have the processor at once; *before: whether they did. */
@@ -16,11 +16,10 @@ void meet_asleep(int asleep, int *before) {
 /* Every thread of a region of so many may run on these processors from now on. Does nothing without Linux's affinity. */
 void stay(const int *processors, int n, int threads) {
 #ifdef __linux__
-    cpu_set_t set;
-    CPU_ZERO(&set);
+    unsigned long set[WORDS] = {0};
     for (int i = 0; i < n; i++)
-        if (processors[i] < CPU_SETSIZE) CPU_SET(processors[i], &set);
+        if (processors[i] < (int)(WORD * WORDS)) set[processors[i] / WORD] |= 1ul << processors[i] % WORD;
 #pragma omp parallel num_threads(threads)
-    sched_setaffinity(0, sizeof set, &set);
+    syscall(SYS_sched_setaffinity, 0, sizeof set, set);
 #endif
 }
