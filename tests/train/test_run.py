@@ -491,25 +491,26 @@ def test_the_same_code_trains_saves_and_resumes_on_cuda(shared: Path, tmp_path: 
 
 
 def test_a_run_that_ends_worse_than_it_began_saves_no_adapter_and_says_so(
-    shared: Path, base: TextBase, tmp_path: Path
+    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The losses of a run that diverged: 2.6 before, 9.1 at best after."""
+    losses = iter([2.6, 9.1, 20.4])
+    monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.Score(next(losses), 1, 1))
     seen: list[Event] = []
-    wild = {"optimizer": {"learning_rate": 5.0}, "evaluation": {"every": 10}}
-    with pytest.raises(NoGain, match="before step one") as error:
-        _train(shared, tmp_path / "wild", base, on_event=seen.append, **wild)
+    evaluation = {"every": 5}
+    with pytest.raises(NoGain, match="20.4000 after step 10, 2.6000 before step one") as error:
+        _train(shared, tmp_path / "wild", base, on_event=seen.append, evaluation=evaluation)
     assert error.value.exit_code == 3
     scored = [e for e in seen if isinstance(e, Evaluated)]
-    assert not any(e.best for e in scored)
-    assert all(e.worse for e in scored[1:])
+    assert [(e.best, e.worse) for e in scored] == [(False, False), (False, True), (False, True)]
     assert not (tmp_path / "wild" / "adapter_model.safetensors").exists()
     assert (tmp_path / "wild" / "checkpoints").is_dir()
     # The way out that the error names.
-    wild["evaluation"] |= {"keep": "last"}
     notes: list[Event] = []
-    result = _train(shared, tmp_path / "wild", base, resume=True, on_event=notes.append, **wild)
-    assert result.validation is not None
-    assert result.validation_before is not None
-    assert result.validation > result.validation_before
+    result = _train(
+        shared, tmp_path / "wild", base, resume=True, on_event=notes.append, evaluation=evaluation | {"keep": "last"}
+    )
+    assert (result.validation_before, result.validation, result.kept_step) == (2.6, 20.4, 10)
     assert any(isinstance(e, Note) and "warning: validation loss" in e.text for e in notes)
     assert (tmp_path / "wild" / "adapter_model.safetensors").exists()
 
