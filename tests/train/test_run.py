@@ -498,7 +498,7 @@ def test_a_run_that_ends_worse_than_it_began_saves_no_adapter_and_says_so(
     monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.Score(next(losses), 1, 1))
     seen: list[Event] = []
     evaluation = {"every": 5}
-    with pytest.raises(NoGain, match="20.4000 after step 10, 2.6000 before step one") as error:
+    with pytest.raises(NoGain, match=r"20\.4000 after step 10, 2\.6000 before step one") as error:
         _train(shared, tmp_path / "wild", base, on_event=seen.append, evaluation=evaluation)
     assert error.value.exit_code == 3
     scored = [e for e in seen if isinstance(e, Evaluated)]
