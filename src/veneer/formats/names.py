@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -241,7 +241,7 @@ def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None, 
         fullest = [n for n in fit if toy and shares[n] == max(shares[f] for f in fit) >= 0.5]
         for why, keep in (
             ("by its shapes and depth", fit),
-            ("by its metadata", [n for n in fit or known if n == claim or (claim == "sd3" and n == "sd3-large")]),
+            ("by its metadata", _claimed(fit or known, claim)),
             ("by its base", [n for n in fit or known if n == wanted]),
             ("a toy, by its share of the like modules", fullest),
             ("a toy, and the more common", (fullest or fit or known)[:1] if toy else []),
@@ -258,6 +258,11 @@ def choose_family(shapes: Mapping[str, Shape | None], claim: str | None = None, 
     if claim and claim != family.name and not family.name.startswith(f"{claim}-"):
         reasons.append(f"the metadata says {claim}, the tensors do not")
     return Choice(family, most, tuple(reasons))
+
+
+def _claimed(names: Sequence[str], claim: str | None) -> list[str]:
+    """The family that metadata name; those of SD3.5 Large say SD3 too."""
+    return [n for n in names if n == claim] or [n for n in names if claim == "sd3" and n == "sd3-large"]
 
 
 def _kind(text: str) -> str:

@@ -124,7 +124,7 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"this picture has more pixels than are opened, {2 * (Image.MAX_IMAGE_PIXELS or 0):,}", where=where,
-            fix="make it smaller",
+            fix="make it smaller" if max_pixels is None else f"at most {max_pixels} pixels",
         ) from error  # fmt: skip
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"this is no picture: {error}", where=where) from error
