@@ -204,9 +204,7 @@ class Tenants:
                 if rounds % 3600 == 60:
                     self.ledger.prune(self._keep_days)
             except (SQLAlchemyError, ResourceError) as error:
-                if not self._away:
-                    _log.warning("the tenants' database is away: %s", error)
-                self._away = True
+                self._lost(error)
 
     def _look_elsewhere(self, window: float) -> None:
         limits = self.store.settings.limits
