@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.serve.http.toy import free_port
 from tests.test_readme import ROOT, blocks, roomy
 from tests.test_using import adapter_for
 from tests.tiny_base import tiny_base_dir
@@ -43,9 +43,7 @@ class Place:
         program = folder / "bin" / "veneer"
         program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "from veneer.cli.main import main; main()" "$@"\n')
         program.chmod(0o755)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.env = {
             **os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(ROOT / "src"), "VENEER_LIBRARY": str(folder / "library"),

@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.run import run
+from tests.serve.http.toy import free_port
 from tests.test_readme import ROOT, blocks, roomy
 from tests.test_using import adapter_for
 from tests.tiny_base import tiny_base_dir
@@ -38,9 +38,7 @@ class Reader:
         self.folder, self.patch, self.capsys = folder, monkeypatch, capsys
         self.server: subprocess.Popen[bytes] | None = None
         self.key = ""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
 
     def here(self, line: str) -> str:
         line = line.replace("--base smollm2-135m", "--base ./smollm2-135m").replace("3f9a0c21d4", self.key)

@@ -44,6 +44,7 @@ __all__ = [
     "UnsafeFileError",
     "VeneerError",
     "nearest",
+    "quoted",
     "shown",
 ]
 
@@ -60,6 +61,11 @@ def shown(text: object, *, lines: bool = False) -> str:
     beside it is written out as JSON does, `\\u001b`. `lines`: line ends and tabs stay, for text that we laid out."""
     pattern = _BUT_LINES if lines else _ALL
     return pattern.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
+
+
+def quoted(text: str, most: int = 100) -> str:
+    """Somebody's own word in a message: in quotes, and no longer than a line has room for."""
+    return repr(text if len(text) <= most else text[:most] + "…")
 
 
 class VeneerError(Exception):

@@ -29,7 +29,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.serve.http.toy import wait_for
+from tests.serve.http.toy import free_port, wait_for
 from tests.serve.whole import Shop, prompt
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.tenants import Tenants
@@ -289,9 +289,7 @@ def target(
     """A server that is ready. `options`: further ones of `veneer serve`; `tenants`: name -> weight."""
     database = str(home / "tenants.sqlite")
     keys = tenants_of(database, tenants or {"a": 1.0, "b": 1.0})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = {
         **os.environ, "PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home), "OMP_NUM_THREADS": str(threads),
         "VENEER_ADMIN_KEY": ADMIN, "PYTHONUNBUFFERED": "1",

@@ -314,7 +314,7 @@ def test_what_is_known_at_once_is_refused_at_once() -> None:
     model = fresh()
     with engine_of(model, Shelf(), queue=0) as engine:
         for request, code in [
-            (Request(prompt(200), Sampling(max_tokens=100)), "context_length_exceeded"),
+            (Request(prompt(200), Sampling(max_tokens=100)), "context_exceeded"),
             (Request(()), "invalid_request"),
             (Request((5, VOCAB + 3), Sampling(max_tokens=3)), "invalid_request"),
             (Request(prompt(3), Sampling(max_tokens=3)), "overloaded"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import httpx
 import pytest
 
 from tests.cli.run import run
+from tests.serve.http.toy import free_port
 from veneer.errors import ConfigError
 from veneer.serve.request import Refused
 from veneer.serve.server import Keys, Preload, ServeSettings, _tenancy, bytes_of, keys_of, parse_preload
@@ -43,9 +43,7 @@ print("ended")
 
 
 def test_a_server_loads_serves_drains_and_ends() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     process = subprocess.Popen(
         [sys.executable, "-c", TOY, str(port), "1.5"],

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import httpx
 import pytest
 import torch
 
+from tests.serve.http.toy import free_port
 from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
@@ -109,12 +109,6 @@ def made(base: TextBase, spec: LoraSpec, seed: int) -> Adapter:
         pair.B = torch.randn(pair.B.shape, generator=generator) * 0.05
     adapter.card = replace(adapter.card, base=base.name, base_fingerprint=base.fingerprint)
     return adapter
-
-
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return int(place.getsockname()[1])
 
 
 def start(model: Path, port: int, core: int, log: Path, **more: str) -> subprocess.Popen[bytes]:

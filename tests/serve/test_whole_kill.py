@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ import openai
 import pytest
 from sqlalchemy import select
 
-from tests.serve.http.toy import wait_for
+from tests.serve.http.toy import free_port, wait_for
 from tests.serve.whole import Shop, asking, make_shop, prompt, said
 from veneer.library.database import reading
 from veneer.serve.tenancy import manage
@@ -66,9 +65,7 @@ def tenants_of(folder: Path) -> tuple[str, str]:
 @contextmanager
 def process(shop: Shop, url: str, home: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server that is ready, and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "VENEER_HOME": str(home), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable, "-c", "from veneer.cli.main import main; main()", "serve",

@@ -168,7 +168,7 @@ def serve(
         tenants=tenants,
         open=open_to_all,
         ledger_days=ledger_days,
-        ledger_bytes=server.bytes_of(ledger_room, "--ledger-room"),
+        ledger_room=server.bytes_of(ledger_room, "--ledger-room"),
         ledger_folder=None if ledger_folder is None else str(ledger_folder),
         ledger_synced=ledger_sync,
         upstreams=tuple(upstream or []),

@@ -91,7 +91,7 @@ def route_list(as_json: AsJson = False) -> None:
     from veneer.serve.tenancy import rollouts
 
     with opened() as store:
-        found = [rollouts.shown(route) for route in store.settings.aliases.values()]
+        found = [rollouts.shown(route) for route in store.settings.routes.values()]
     print_json({"routes": found}) if as_json else print("\n".join(map(_line, found)) or "no routes")
 
 

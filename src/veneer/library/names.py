@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, quoted
 
 __all__ = [
     "Reference",
@@ -79,7 +79,7 @@ def check_name(name: str, *, cased: bool = False) -> None:
         likely = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:100]
         letters = "letters" if cased else "lower-case letters"
         raise ConfigError(
-            f"{_short(name)} cannot name an adapter" + ("" if cased else " in a library"),
+            f"{quoted(name)} cannot name an adapter" + ("" if cased else " in a library"),
             fix=f"{letters}, digits and . _ - between them, at most 100; a namespace and / may stand in front"
             + (f"; for example {likely}" if _is_part(likely, _NAME) else ""),
         )
@@ -89,7 +89,7 @@ def check_namespace(namespace: str) -> None:
     """Raises ConfigError for what cannot stand in front of a name's slash."""
     if not _is_namespace(namespace):
         raise ConfigError(
-            f"{_short(namespace)} cannot be a namespace",
+            f"{quoted(namespace)} cannot be a namespace",
             fix="lower-case letters, digits and . _ - between them, at most 64",
         )
 
@@ -100,10 +100,6 @@ def _is_namespace(text: str) -> bool:
 
 def _is_part(text: str, pattern: re.Pattern[str]) -> bool:
     return pattern.fullmatch(text) is not None and ".." not in text and text not in _RESERVED
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 100 else text[:100] + "…")
 
 
 def check_alias(alias: str) -> None:

@@ -17,7 +17,9 @@ from typing import Protocol
 
 from veneer.serve.request import Mix, Refused, Usage
 
-__all__ = ["ANYBODY", "SHADOWS", "Bill", "Caller", "Catalog", "Kept", "ModelCard", "OpenAccess", "Served", "Tenancy"]
+__all__ = [
+    "ANYBODY", "BEHIND", "SHADOWS", "Bill", "Caller", "Catalog", "Kept", "ModelCard", "OpenAccess", "Served", "Tenancy",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,8 @@ class Caller:
 ANYBODY = Caller(admin=True)
 SHADOWS = Caller(admin=True, weight=0.1)
 """Who asks for a shadow's answer: the operator, so that it is in the ledger as theirs and takes no tenant's turn."""
+BEHIND = "~shadows"
+"""Whose the answers of shadows are where an engine is shared out: nobody's who asked; no tenant can have this name."""
 
 
 @dataclass(frozen=True)

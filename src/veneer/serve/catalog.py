@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Protocol
 
 from veneer.core.adapter import Adapter
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, quoted
 from veneer.library.library import Library
 from veneer.library.names import check_name, name_of
 from veneer.serve.access import Caller, ModelCard, Served
@@ -128,7 +128,7 @@ class LocalCatalog:
         targets: dict[str, str] = {}
         for word, strength in parts:
             if not math.isfinite(strength):
-                what = f"the strength of {_shown(word)} is {strength}"
+                what = f"the strength of {quoted(word)} is {strength}"
                 raise Refused(what, status=400, code="invalid_request", param="mix")
             target, part, _ = self._mean(word, caller)
             if part is None:
@@ -169,9 +169,9 @@ class LocalCatalog:
         if found is None:
             raise _missing(model)
         if not found.digest:
-            raise unusable("corrupt", f"nobody could read {_shown(name)} when it came into the library")
+            raise unusable("corrupt", f"nobody could read {quoted(name)} when it came into the library")
         if found.fingerprint not in ("", self._fingerprint):
-            raise unusable("wrong_base", f"{_shown(name)} belongs to {found.base or found.fingerprint}")
+            raise unusable("wrong_base", f"{quoted(name)} belongs to {found.base or found.fingerprint}")
         self._places.setdefault(found.digest, found.place)
         return found.digest, found.place.root
 
@@ -219,7 +219,7 @@ class LocalCatalog:
         try:
             check_name(name, cased=True)
             if name == self.base:
-                raise ConfigError(f"{_shown(name)} is the base", fix="another name")
+                raise ConfigError(f"{quoted(name)} is the base", fix="another name")
         except ConfigError as error:
             raise Refused(error.what, status=400, code="invalid_request", param="lora_name", fix=error.fix) from None
         self._check_free(name, replace)
@@ -258,7 +258,7 @@ class LocalCatalog:
 
     def _check_free(self, name: str, replace: bool) -> None:
         if name in self._loaded and not replace:
-            what = f"an adapter named {_shown(name)} has already been loaded"
+            what = f"an adapter named {quoted(name)} has already been loaded"
             raise Refused(what, status=400, code="adapter_exists", param="lora_name", fix="replace it, or unload it")
 
     def _check_library(self, name: str, digest: str, replace: bool) -> None:
@@ -268,7 +268,7 @@ class LocalCatalog:
             return
         if not replace:
             raise Refused(
-                f"the library has another adapter named {_shown(name)}, which requests could no longer reach",
+                f"the library has another adapter named {quoted(name)}, which requests could no longer reach",
                 status=400, code="adapter_exists", param="lora_name", where="library",
                 fix="another name, or load it in place of the library's",
             )  # fmt: skip
@@ -305,11 +305,7 @@ def _alone(part: Part | None) -> Mix:
 
 
 def _missing(model: str) -> Refused:
-    return Refused(f"The model {_shown(model)} does not exist.", status=404, code="model_not_found", param="model")
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 100 else text[:100] + "…")
+    return Refused(f"The model {quoted(model)} does not exist.", status=404, code="model_not_found", param="model")
 
 
 def _seconds(added: str) -> int:

@@ -30,6 +30,7 @@ from veneer.models.text import TextBase
 from veneer.serve.admission import FairPool
 from veneer.serve.cache import Cache
 from veneer.serve.detokenize import Answer
+from veneer.serve.outage import fault
 from veneer.serve.paged import BLOCK
 from veneer.serve.request import BASE, EngineStats, Event, Finished, Mix, Refused, Request, Started, Token, Usage
 from veneer.serve.resident import Lease, Residents
@@ -232,7 +233,7 @@ class TextEngine:
             raise Refused(
                 f"This model's maximum context length is {self.context} tokens. However, you requested "
                 f"{prompt + most} tokens ({prompt} in the messages, {most} in the completion).",
-                status=400, code="context_length_exceeded", param="messages", fix="shorten the prompt or max_tokens",
+                status=400, code="context_exceeded", param="messages", fix="shorten the prompt or max_tokens",
             )  # fmt: skip
         if wrong := [t for t in request.prompt if not 0 <= t < self.vocabulary]:
             what = f"token {wrong[0]} is none of this base's {self.vocabulary:,}"
@@ -266,11 +267,11 @@ class TextEngine:
                 self._read_notes(wait=not self.scheduler.running and not self._startable())
                 self._beat = time.monotonic()
                 self._step()
-            except Exception:  # a fault of ours: whoever is here is told, and the next are served
-                log.exception("the engine's step failed")
+            except Exception as error:  # a fault of ours: whoever is here is told, and the next are served
                 self._lost += 1
+                refused = fault("the answer", error)
                 for live in list(self._by_id.values()):
-                    self._end(live, "error", error=Refused("internal error", status=500, code="internal"))
+                    self._end(live, "error", error=refused)
             self._send()
         for live in list(self._by_id.values()):
             self._end(live, "cancelled")
@@ -372,8 +373,7 @@ class TextEngine:
                 if chunk.last:
                     out[id(chunk)] = sample(logits, [live.draws])[0]
             except Exception as error:
-                refused = Refused(f"internal error: {type(error).__name__}", status=500, code="internal")
-                self._end(live, "error", error=refused)
+                self._end(live, "error", error=fault("the answer", error))
         return list(out.values())
 
     def _row(self, chunk: Chunk, *, again: bool = False) -> Row:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from veneer.serve.request import Mix, Refused
 
-__all__ = ["Folders", "is_made", "weight"]
+__all__ = ["Folders", "is_made", "rendezvous"]
 
 
 def is_made(mix: Mix) -> bool:
@@ -33,7 +33,7 @@ def is_made(mix: Mix) -> bool:
     return len(mix) > 1 or any(strength != 1 for _, strength in mix)
 
 
-def weight(name: str, place: str) -> bytes:
+def rendezvous(name: str, place: str) -> bytes:
     """A mix goes to the replicas with the highest of these (rendezvous hashing, Thaler and Ravishankar 1998): every
     front door finds the same ones, and a replica that comes or goes moves nothing but its own."""
     return hashlib.sha256(f"{place}\0{name}".encode()).digest()

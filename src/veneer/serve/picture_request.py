@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from veneer.errors import AdapterError, BaseError, MismatchError, ResourceError, VeneerError
+from veneer.errors import AdapterError, BaseError, MismatchError, VeneerError
 from veneer.models.image_generate import MixPlan, Row, Settings
+from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import BASE, Mix, Refused, Usage
 
 if TYPE_CHECKING:
@@ -107,11 +106,9 @@ def refused(error: BaseException) -> Refused:
     """As an answer to the client. A picture that is not finite comes from what was asked for: not worth a retry."""
     if isinstance(error, Refused):
         return error
-    if isinstance(error, ResourceError | MemoryError | torch.OutOfMemoryError):
-        return Refused("there is no memory left for this picture", status=503, code="overloaded")
+    if is_outage(error) or not isinstance(error, VeneerError):
+        return fault("the picture", error)
     if isinstance(error, AdapterError | MismatchError):
         return Refused(error.what, status=400, code="adapter_unusable", fix=error.fix)
-    if isinstance(error, VeneerError):
-        where = None if isinstance(error, BaseError) else error.where
-        return Refused(error.what, status=400, code="invalid_request", where=where, fix=error.fix)
-    return Refused("something went wrong here", status=500, code="internal")
+    where = None if isinstance(error, BaseError) else error.where
+    return Refused(error.what, status=400, code="invalid_request", where=where, fix=error.fix)

@@ -335,8 +335,6 @@ class PictureEngine:
                 for job in jobs:
                     self._draw([job])
                 return
-            if not isinstance(error, VeneerError):
-                _log.exception("drawing %s failed", jobs[0].request.id)
             jobs[0].tell(refused(error))
             return
         self._batches += 1
@@ -345,7 +343,6 @@ class PictureEngine:
             try:
                 job.tell(self._told(job, picture, began))
             except Exception as error:  # the thread goes on, whatever one picture's record runs into
-                _log.exception("telling of %s failed", job.request.id)
                 job.tell(refused(error))
 
     def _attached(self, job: _Job) -> bool:

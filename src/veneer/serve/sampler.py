@@ -15,7 +15,6 @@ Knows torch and the words of `request`; no tokenizer, no model.
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
 from collections import Counter
@@ -27,11 +26,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from veneer.serve.outage import fault
 from veneer.serve.request import Refused, Sampling
 
 __all__ = ["Choice", "Constraint", "Row", "sample", "scored"]
-
-log = logging.getLogger(__name__)
 
 NUCLEUS = 1024
 """Best tokens that top-p looks at first; where they do not hold its share, it looks at all."""
@@ -147,7 +145,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice | Refused]:
     if not rows:
         return []
     best, ids = logits.max(-1)
-    failed: dict[int, Refused] = {}
+    failed: dict[int, Exception] = {}
     changed = [i for i, row in enumerate(rows) if not row.plain]
     if changed:
         scores = logits[changed].float()
@@ -155,7 +153,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice | Refused]:
             try:
                 rows[i].adjust(own)
             except Exception as error:
-                failed[i] = _told(error)
+                failed[i] = error
         best[changed], ids[changed] = (t.to(u.dtype) for t, u in zip(scores.max(-1), (best, ids), strict=True))
         warm = [k for k, i in enumerate(changed) if rows[i].sampling.temperature]
         if warm:
@@ -174,15 +172,8 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice | Refused]:
             row.take(token)
             out.append(told[i] if i in told else Choice(token))
         except Exception as error:  # its own row's alone: the others have taken their tokens
-            out.append(_told(error))
+            out.append(error if isinstance(error, Refused) else fault("the answer", error))
     return out
-
-
-def _told(error: Exception) -> Refused:
-    if isinstance(error, Refused):
-        return error
-    log.error("a row could not be sampled", exc_info=error)
-    return Refused(f"internal error: {type(error).__name__}", status=500, code="internal")
 
 
 def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:

@@ -73,10 +73,9 @@ class ServeSettings:
     only limit to how many are loaded. `folders`: where load requests may name files. `ledger_…`: see
     `tenancy.tenants.LedgerSettings`. `tenants`: a database of tenants; without it `keys` are all the server's keys;
     without these it is the tenants.sqlite of the veneer home, if there is one, unless the server is to be `open`; and
-    else nobody needs a key. `upstreams`: servers that do the
-    work, with `upstream_key` as their bearer token; the base is then read for its names and its tokenizer alone, and
-    of the mixes that clients make of strengths each tenant has at most `mixes` there, all together `mix_bytes` on disk.
-    `drain`: seconds."""
+    else nobody needs a key. `upstreams`: servers that do the work, with `upstream_key` as their bearer token; the base
+    is then read for its names and its tokenizer alone, and of the mixes that clients make of strengths each tenant has
+    at most `mixes` there, all together `mix_bytes` on disk. `drain`: seconds."""
 
     base: str
     host: str = "127.0.0.1"
@@ -90,7 +89,7 @@ class ServeSettings:
     tenants: str | None = None
     open: bool = False
     ledger_days: float = 400.0
-    ledger_bytes: int = 32 << 20
+    ledger_room: int = 32 << 20
     ledger_folder: str | None = None
     ledger_synced: bool = False
     rows: int = 32
@@ -192,6 +191,7 @@ def _build_text(settings: ServeSettings, say: Callable[[str], None]) -> Built:
         adapter_bytes=settings.adapter_bytes,
         weights=settings.weights,
         batch_invariant=settings.batch_invariant,
+        queue=settings.http.queue,
     )
     engine = TextEngine(base, lambda digest: catalog.read(digest), sizes)
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
@@ -372,7 +372,9 @@ def _tenancy(settings: ServeSettings, say: Callable[[str], None]) -> tuple[Tenan
     from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
 
     folder = None if settings.ledger_folder is None else Path(settings.ledger_folder)
-    kept = LedgerSettings(settings.ledger_days, folder, settings.ledger_bytes, settings.ledger_synced)
+    kept = LedgerSettings(
+        days=settings.ledger_days, folder=folder, room=settings.ledger_room, synced=settings.ledger_synced
+    )
     tenants = Tenants(place, admin_key=settings.admin_key, ledger=kept)
     return tenants, [admin_router(tenants)] if settings.admin_key else [], tenants.rollouts
 

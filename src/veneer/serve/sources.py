@@ -32,7 +32,7 @@ from itertools import islice
 from pathlib import Path
 
 from veneer.core.adapter import Adapter
-from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, VeneerError
+from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, VeneerError, quoted
 from veneer.formats import read as reader
 from veneer.library.library import Library
 from veneer.library.names import parse_reference
@@ -137,7 +137,7 @@ class Sources:
         path = self._path(source)
         if path is None:
             hint = "a library reference" + (", or a path in an allowed folder" if self._folders else "")
-            raise unusable("not_found", f"there is no adapter {_shown(source)}", status=404, fix=f"give {hint}")
+            raise unusable("not_found", f"there is no adapter {quoted(source)}", status=404, fix=f"give {hint}")
         return Place(path.name, path=path)
 
     def _path(self, source: str) -> Path | None:
@@ -269,8 +269,3 @@ def _unservable(place: Place, problems: list[str]) -> Refused:
     elif any(words in low for words in ("full cop", "modules_to_save", "token rows")):
         reason = "modules_to_save_unsupported"
     return unusable(reason, f"{place.root} cannot be served with its full effect: {said}")
-
-
-def _shown(text: str) -> str:
-    """A client's word in a message: short, and nothing that a terminal obeys."""
-    return repr(text if len(text) <= 100 else text[:100] + "…")

@@ -41,7 +41,7 @@ from typing import Any
 import httpx
 
 from veneer.errors import ConfigError, VeneerError
-from veneer.serve.folders import Folders, is_made, weight
+from veneer.serve.folders import Folders, is_made, rendezvous
 from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.remote import Decode, Failed, NotThere, Remote, parse_upstream, recognise
 from veneer.serve.request import EngineStats, Event, Finished, Mix, Refused, Request, Started, Token, Usage
@@ -293,7 +293,7 @@ class Fleet:
         """The replicas that should have a mix and have not."""
         name = served_name(mix)
         able = [r for r in up if r.server is not None and r.server.loads]
-        able.sort(key=lambda r: weight(name, r.place), reverse=True)
+        able.sort(key=lambda r: rendezvous(name, r.place), reverse=True)
         return [r for r in able[: self.mix_copies if is_made(mix) else self.copies] if name not in r.resident]
 
     async def _bring(self, mix: Mix, up: Sequence[Replica]) -> dict[Replica, asyncio.Task[Refused | None]]:

@@ -15,10 +15,11 @@ from tests.serve.http.toy import ToyText
 from tests.serve.pictures_here import Names, served, shelf_of
 from tests.tiny_image_base import tiny_image_base
 from veneer.models.image import load_image
-from veneer.serve.access import Caller, OpenAccess, Served
+from veneer.serve.access import BEHIND, Caller, OpenAccess, Served
 from veneer.serve.http.app import create_app
 from veneer.serve.http.house import HttpSettings, ShadowAnswer
 from veneer.serve.http.images import router
+from veneer.serve.picture_request import PictureRequest
 from veneer.serve.pictures import PictureEngine
 from veneer.serve.server import _NoText
 
@@ -52,9 +53,14 @@ def engine(names: Shadowed) -> Iterator[PictureEngine]:
 
 
 @pytest.mark.parametrize("shadow", ["brand", "look", "gone"])
-def test_a_shadow_draws_too_and_is_never_sent(engine: PictureEngine, names: Shadowed, shadow: str) -> None:
+def test_a_shadow_draws_too_and_is_never_sent(
+    engine: PictureEngine, names: Shadowed, shadow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another adapter is some way apart, the same one is the same, and one that fails disturbs nobody."""
     answers: list[ShadowAnswer] = []
+    drawn: list[PictureRequest] = []
+    own = engine.events
+    monkeypatch.setattr(engine, "events", lambda requests: drawn.extend(requests) or own(requests))
     names.shadow = shadow, names.shelf.digest.get(shadow, "gone")
     images = router(engine, names, OpenAccess())
     app = create_app(_NoText(engine), names, OpenAccess(), ToyText(), images, HttpSettings(), on_shadow=answers.append)
@@ -69,6 +75,7 @@ def test_a_shadow_draws_too_and_is_never_sent(engine: PictureEngine, names: Shad
         until = time.monotonic() + 60
         while not answers and time.monotonic() < until:
             time.sleep(0.02)
+    assert {r.tenant for r in drawn if r.id.endswith("-shadow")} == {BEHIND}, "a shadow takes no tenant's turn"
     (answer,) = answers
     assert (answer.name, answer.target, answer.shadow) == ("stable", "look", shadow)
     assert bool(answer.error) == (shadow == "gone")

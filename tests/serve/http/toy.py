@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -336,6 +337,13 @@ def live(engine: ToyEngine, catalog: ToyCatalog, tenancy: Any = None, **options:
         assert not thread.is_alive()
 
 
+def free_port() -> int:
+    """One that nobody listens on now."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
 def wait_for(ready: Any, seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
@@ -343,4 +351,4 @@ def wait_for(ready: Any, seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-__all__ = ["Live", "ToyCatalog", "ToyEngine", "ToyTenancy", "ToyText", "live", "mix_digest", "wait_for"]
+__all__ = ["Live", "ToyCatalog", "ToyEngine", "ToyTenancy", "ToyText", "free_port", "live", "mix_digest", "wait_for"]

@@ -209,7 +209,7 @@ def test_a_route_is_checked_against_what_the_server_answers_by_before_it_moves(t
         assert wrong.status_code == 400
         assert f"the {role} v9 cannot be served" in wrong.json()["error"]["message"]
     assert put("down").status_code == 503
-    assert tenants.store.look().aliases["", "support"].targets == (("v1", 1),)
+    assert tenants.store.look().routes["", "support"].targets == (("v1", 1),)
     assert put("v2").status_code == 200
     there.remove("v1")
     back = call("POST", "/routes/rollback", {"route": "support"})

@@ -80,7 +80,7 @@ def test_the_ledgers_settings_reach_it(tmp_path: Path, sync: bool) -> None:
     shop, where = make_shop(tmp_path, ["plain"]), str(tmp_path / "tenants.sqlite")
     settings = {
         "ledger_synced": sync,
-        "ledger_bytes": 1 << 20,
+        "ledger_room": 1 << 20,
         "ledger_folder": str(tmp_path / "here"),
         "ledger_days": 3.0,
     }

@@ -99,14 +99,14 @@ def test_rollback_puts_the_same_users_back_and_each_move_is_kept(store: Store) -
     second = rollouts.set_route(store, "support", [("v1", 50), ("v2", 50)], who="ana")
     third = rollouts.set_route(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, who="bob")
     assert rollouts.rollback(store, "support", who="ana") == second
-    assert store.look().aliases["", "support"] == second  # at the next look: who owned what, too
+    assert store.look().routes["", "support"] == second  # at the next look: who owned what, too
     assert rollouts.rollback(store, "support", who="ana") == first
     with pytest.raises(ConfigError, match="no move before"):
         rollouts.rollback(store, "support", who="ana")
     fourth = rollouts.set_route(store, "support", [("v4", 1)], who="ana")
     assert rollouts.rollback(store, "support", who="ana") == first  # what held before the fourth
     rollouts.remove(store, "support", who="ana")
-    assert ("", "support") not in store.look().aliases
+    assert ("", "support") not in store.look().routes
     assert rollouts.rollback(store, "support", who="ana") == first
     with reading(store.engine) as c:
         moves = rollouts.history(c, "support")

@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from veneer.formats.infotext import encoded, png_bytes
-from veneer.serve.access import Caller, Catalog, Served, Tenancy
+from veneer.serve.access import BEHIND, SHADOWS, Caller, Catalog, Served, Tenancy
 from veneer.serve.http.errors import Json, answer_error, as_refused, error_body, invalid, problem_of
 from veneer.serve.http.house import House, ShadowAnswer, client_key
 from veneer.serve.http.images_asked import EditAsked, ImageAsked, Planned, asked_of, fields_of, planned
@@ -109,7 +109,7 @@ class _Surface:
             caller, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=places * len(usages)
         )  # fmt: skip
         async with admitted as bill:
-            meters = [Meter(metrics, label) for _ in usages] if metrics is not None else []
+            meters = [Meter(metrics, label, caller.tenant) for _ in usages] if metrics is not None else []
             reasons = ["abort"] * len(usages)
             billed = False
             try:
@@ -143,7 +143,8 @@ class _Surface:
         assert served.shadow is not None
         name, mix = served.shadow[0], () if isinstance(served.shadow[1], Refused) else served.shadow[1]
         labels = {digest: name for digest, _ in mix} if len(mix) == 1 else {}
-        behind = replace(request, mix=mix, labels=labels, previews=0, id=f"{request.id}-shadow")
+        own: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight}
+        behind = replace(request, mix=mix, labels=labels, previews=0, id=f"{request.id}-shadow", **own)
         most = self.engine.places(request.settings)
 
         async def follow() -> None:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from veneer.serve.access import SHADOWS, Caller
+from veneer.serve.access import BEHIND, SHADOWS, Caller
 from veneer.serve.http.errors import as_refused, message_of, problem_of
 from veneer.serve.http.house import Chosen, House, ShadowAnswer
 from veneer.serve.http.metrics import Meter
@@ -28,8 +28,6 @@ from veneer.serve.request import Finished, Refused, Request, Sampling, Started, 
 __all__ = ["Answer", "Ask", "ClientLeft", "Opened", "collect", "opened", "run", "seed_of", "total", "unless_left"]
 
 T = TypeVar("T")
-_BEHIND = "~shadows"
-"""Whose the answers of shadows are where the engine is shared out: nobody's who asked."""
 Told = tuple[int, Started | Token | Finished]
 
 
@@ -257,7 +255,7 @@ def _shadow(house: House, ask: Ask, request: Request) -> asyncio.Future[Sent] | 
         return None
     name, mix = ask.chosen.served.shadow
     sent: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
-    own: dict[str, Any] = {"tenant": _BEHIND, "weight": SHADOWS.weight, "name": name}
+    own: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight, "name": name}
     behind = replace(request, mix=() if isinstance(mix, Refused) else mix, id=f"{request.id}-shadow", **own)
     return sent if house.follow(lambda: _follow(house, ask, behind, name, sent)) else None
 

@@ -216,7 +216,7 @@ def _limits(router: APIRouter, store: Store) -> None:
 def _routes(router: APIRouter, store: Store) -> None:
     @router.get("/routes")
     def list_routes() -> dict[str, Any]:
-        return {"routes": [rollouts.shown(route) for route in store.look().aliases.values()]}
+        return {"routes": [rollouts.shown(route) for route in store.look().routes.values()]}
 
     @router.put("/routes")
     def set_route(body: RouteBody, request: Request) -> dict[str, Any]:

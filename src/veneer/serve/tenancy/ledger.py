@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, literal_column, select
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ResourceError
 from veneer.library.database import reading, writing
+from veneer.serve.outage import is_outage
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy.entries import Entry, Line, Owed, State, end_text
 from veneer.serve.tenancy.old_journals import settle_old_journals
@@ -169,9 +170,9 @@ class Ledger:
         try:
             with writing(self.store.engine) as c:
                 return post(c, server, owed, self.wall())
-        except (OperationalError, InterfaceError, ResourceError):  # away, or locked
-            raise
         except Exception as error:
+            if is_outage(error):  # away, or locked: all of them stay owed
+                raise
             if len(owed) == 1:
                 _log.error("the database refuses a request, which is in this log alone: %s: %s", owed[0], error)
                 return 0

@@ -17,10 +17,11 @@ from typing import Any
 from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from veneer.errors import ConfigError
+from veneer.library.names import name_of
 from veneer.serve.tenancy import audit
 from veneer.serve.tenancy import store as st
 from veneer.serve.tenancy.keys import hash_key, make_key
-from veneer.serve.tenancy.names import adapter_of, check_pattern, check_reference, check_tenant
+from veneer.serve.tenancy.names import check_pattern, check_reference, check_tenant
 from veneer.serve.tenancy.store import (
     ALL,
     EACH,
@@ -250,9 +251,9 @@ def _scope(tenant: str, adapter: str, *special: str) -> dict[str, str]:
         check_tenant(tenant)
     if adapter != ALL:
         check_reference(adapter)
-        if adapter != adapter_of(adapter):
+        if adapter != name_of(adapter):
             raise ConfigError(
-                f"{adapter} is one version", where="adapter", fix=f"{adapter_of(adapter)}: of all its versions"
+                f"{adapter} is one version", where="adapter", fix=f"{name_of(adapter)}: of all its versions"
             )
     return {"tenant": tenant, "adapter": adapter}
 

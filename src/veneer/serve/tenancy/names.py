@@ -14,12 +14,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, quoted
 from veneer.library import names
-from veneer.library.names import name_of as adapter_of
-from veneer.library.names import parse_reference
+from veneer.library.names import name_of, parse_reference
 
-__all__ = ["adapter_of", "check_name", "check_pattern", "check_reference", "check_tenant", "seeing"]
+__all__ = ["check_name", "check_pattern", "check_reference", "check_tenant", "seeing"]
 
 _PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._/@:+*-]{0,199}")
 
@@ -32,7 +31,7 @@ def check_tenant(name: str) -> str:
         names.check_namespace(name)
     except ConfigError as error:
         raise ConfigError(
-            f"{name[:100]!r} cannot name a tenant", where="tenant", fix=f"{error.fix}; not `all`"
+            f"{quoted(name)} cannot name a tenant", where="tenant", fix=f"{error.fix}; not `all`"
         ) from None
     return name
 
@@ -42,7 +41,7 @@ def check_name(name: str, what: str = "adapter") -> str:
     try:
         names.check_name(name, cased=True)
     except ConfigError as error:
-        raise ConfigError(f"{name[:100]!r} cannot name a {what}", where=what, fix=error.fix) from None
+        raise ConfigError(f"{quoted(name)} cannot name a {what}", where=what, fix=error.fix) from None
     return name
 
 
@@ -51,7 +50,7 @@ def check_reference(text: str, what: str = "adapter") -> str:
     try:
         parse_reference(text, cased=True)
     except ConfigError as error:
-        raise ConfigError(f"{text[:100]!r} cannot name an {what}", where=what, fix=error.fix) from None
+        raise ConfigError(f"{quoted(text)} cannot name an {what}", where=what, fix=error.fix) from None
     return text
 
 
@@ -59,7 +58,7 @@ def check_pattern(pattern: str) -> str:
     """Raises ConfigError for what cannot be a pattern of names."""
     if not _PATTERN.fullmatch(pattern) or not _contained(pattern):
         raise ConfigError(
-            f"{pattern[:100]!r} is no pattern of names", where="adapters", fix="a name, and * for any text"
+            f"{quoted(pattern)} is no pattern of names", where="adapters", fix="a name, and * for any text"
         )
     return pattern
 
@@ -82,6 +81,6 @@ def seeing(patterns: Iterable[str], also: Iterable[str] = ()) -> Callable[[str],
             return True
         if name.startswith("sha256:"):
             return of_digests.fullmatch(name) is not None
-        return any(of_names.fullmatch(n) is not None for n in {name, adapter_of(name)})
+        return any(of_names.fullmatch(n) is not None for n in {name, name_of(name)})
 
     return sees

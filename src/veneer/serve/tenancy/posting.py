@@ -17,9 +17,9 @@ from sqlalchemy import Connection, Table, bindparam, insert, select, text, updat
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from veneer.library.names import name_of
 from veneer.serve.request import Usage
 from veneer.serve.tenancy.entries import Entry, Line, Owed, day_of
-from veneer.serve.tenancy.names import adapter_of
 from veneer.serve.tenancy.store import ALL, Price
 from veneer.serve.tenancy.tables import lines, slots, sums
 
@@ -157,7 +157,7 @@ def _count_slots(by_slot: Deltas, server: str, owed: Owed, before: str | None, n
     tokens = owed.tokens() - (Owed(entry).tokens() if before == "open" else 0)
     for width, window in SLOT_WIDTHS.items():
         if entry.opened > now - window - width:
-            for adapter in {ALL, *(adapter_of(line.adapter) for line in entry.lines)}:
+            for adapter in {ALL, *(name_of(line.adapter) for line in entry.lines)}:
                 row = by_slot[(width, int(entry.opened // width), server, entry.tenant, adapter)]
                 row[0] += before is None
                 row[1] += tokens

@@ -34,13 +34,13 @@ from veneer.serve.tenancy import audit
 from veneer.serve.tenancy.names import check_name, check_reference
 from veneer.serve.tenancy.store import (
     ALL,
-    Alias,
     NotThere,
+    Route,
     Store,
-    alias_of,
     aliases,
     missing,
     moves,
+    route_of,
     shadows,
     tenant_row,
 )
@@ -78,9 +78,9 @@ class Rollouts:
         self._store, self._put, self._keep = store, put, keep
         self._pick = pick or random.Random()
 
-    def find(self, route: str, caller: Caller) -> Alias | None:
+    def find(self, route: str, caller: Caller) -> Route | None:
         """The route of that name as the caller sees it."""
-        known = self._store.settings.aliases
+        known = self._store.settings.routes
         own = known.get((caller.tenant, route)) if caller.tenant else None
         if own is not None:
             return own
@@ -89,7 +89,7 @@ class Rollouts:
 
     def names(self, caller: Caller) -> list[str]:
         """Every route that the caller sees, for /v1/models."""
-        known = {name for tenant, name in self._store.settings.aliases if tenant in (ALL, caller.tenant)}
+        known = {name for tenant, name in self._store.settings.routes if tenant in (ALL, caller.tenant)}
         return sorted(name for name in known if self.find(name, caller))
 
     def choose(self, route: str, caller: Caller) -> str | None:
@@ -203,7 +203,7 @@ def set_route(
     fraction: float = 1.0,
     who: str,
     check: Callable[[str], None] | None = None,
-) -> Alias:
+) -> Route:
     """Point a route to its targets, (adapter, weight), from the next request on. `fraction` of requests are also
     answered by `shadow`, unseen. `check`: raises for a name that nobody could answer; then nothing moves."""
     wanted = [(check_reference(name), int(weight)) for name, weight in targets if weight]
@@ -245,7 +245,7 @@ def remove(store: Store, route: str, *, tenant: str = ALL, who: str) -> None:
 
 def rollback(
     store: Store, route: str, *, tenant: str = ALL, who: str, check: Callable[[str], None] | None = None
-) -> Alias:
+) -> Route:
     """Make the move before the current one current again: what it led to, for whom. Once more leads one further
     back. `check`: as of `set_route`."""
     with reading(store.engine) as c:
@@ -258,7 +258,7 @@ def rollback(
         return back
 
 
-def _before(c: Connection, tenant: str, route: str) -> tuple[Alias, Alias]:
+def _before(c: Connection, tenant: str, route: str) -> tuple[Route, Route]:
     """The move that holds, and the one before it."""
     now = _current(c, tenant, route)
     if now is None:
@@ -268,7 +268,7 @@ def _before(c: Connection, tenant: str, route: str) -> tuple[Alias, Alias]:
     row = c.execute(select(moves).where(here, moves.c.move == number)).first()
     if row is None:
         raise ConfigError(f"{route} has no move before this", where="route", fix="remove it, or set it")
-    return now, alias_of(row)
+    return now, route_of(row)
 
 
 def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], None] | None) -> None:
@@ -283,7 +283,7 @@ def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], No
             raise ConfigError(f"the {role} {name} cannot be served: {error.what}", where=role, fix=error.fix) from error
 
 
-def shown(route: Alias) -> dict[str, Any]:
+def shown(route: Route) -> dict[str, Any]:
     return {"route": route.name, "tenant": route.tenant, "move": route.move, **_shown(route)}
 
 
@@ -296,7 +296,7 @@ def history(c: Connection, route: str, *, tenant: str = ALL) -> list[dict[str, A
     rows = c.execute(select(moves).where(here).order_by(moves.c.move.desc())).all()
     return [
         {"move": r.move, "before": r.before, "current": r.move == now.move, "at": r.at, "who": r.who}
-        | _shown(alias_of(r))
+        | _shown(route_of(r))
         for r in rows
     ]
 
@@ -336,16 +336,16 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
     return out
 
 
-def _current(c: Connection, tenant: str, route: str) -> Alias | None:
+def _current(c: Connection, tenant: str, route: str) -> Route | None:
     here = (aliases.c.tenant == tenant) & (aliases.c.alias == route)
     on = (moves.c.tenant == aliases.c.tenant) & (moves.c.alias == aliases.c.alias) & (moves.c.move == aliases.c.current)
     row = c.execute(select(moves).join(aliases, on).where(here)).first()
-    return None if row is None else alias_of(row)
+    return None if row is None else route_of(row)
 
 
 def _move(
-    c: Connection, tenant: str, route: str, spec: dict[str, Any], before: Alias | None, what: str, who: str
-) -> Alias:
+    c: Connection, tenant: str, route: str, spec: dict[str, Any], before: Route | None, what: str, who: str
+) -> Route:
     here = (moves.c.tenant == tenant) & (moves.c.alias == route)
     number = (c.scalar(select(func.max(moves.c.move)).where(here)) or 0) + 1
     row = {
@@ -370,7 +370,7 @@ def _point(c: Connection, tenant: str, route: str, move: int) -> None:
     c.execute(insert(aliases), {"tenant": tenant, "alias": route, "current": move})
 
 
-def _shown(route: Alias | None) -> dict[str, Any]:
+def _shown(route: Route | None) -> dict[str, Any]:
     if route is None or not route.targets:
         return {"targets": {}, "shadow": None, "fraction": 1.0}
     return {"targets": dict(route.targets), "shadow": route.shadow, "fraction": route.fraction}

@@ -1,7 +1,7 @@
 """The database of tenants, and the settings that a server holds of it in memory.
 
 Whatever changes settings raises the revision in the same transaction. A server asks for the revision before each
-request, one number, and reads the settings again when it moved: a revoked key, a moved alias or a lower limit holds
+request, one number, and reads the settings again when it moved: a revoked key, a moved route or a lower limit holds
 from the next request on, in every process on the database. While the database is away, what was read last holds.
 Knows tables (`tables` has them, `versions` how they came to be so) and connections; changes are in `manage` and
 `rollouts`, what was used in `ledger`.
@@ -40,13 +40,13 @@ from veneer.serve.tenancy.tables import (
 )
 
 __all__ = [
-    "ALL", "COMMON", "EACH", "LIMITS", "SCHEMA", "Alias", "KeyRow", "Limit", "NotThere", "Price", "Settings", "Store",
-    "Tenant", "alias_of", "aliases", "audit", "grants", "keys", "limits", "meta", "missing", "moves", "prices",
+    "ALL", "COMMON", "EACH", "LIMITS", "SCHEMA", "KeyRow", "Limit", "NotThere", "Price", "Route", "Settings", "Store",
+    "Tenant", "aliases", "audit", "grants", "keys", "limits", "meta", "missing", "moves", "prices", "route_of",
     "shadows", "tenant_row", "tenants",
 ]  # fmt: skip
 
 ALL = ""
-"""In a limit: all tenants, or all adapters, together. In a price: any of them. In an alias: it is everybody's."""
+"""In a limit: all tenants, or all adapters, together. In a price: any of them. In a route: it is everybody's."""
 EACH = "*"
 """In a limit: each tenant for itself, unless it has its own limit."""
 COMMON = "common prefixes"
@@ -117,7 +117,7 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Alias:
+class Route:
     """`targets`: (name, weight). `runs`: who owns the buckets, as (name, how many follow). `fraction` of requests also
     go to `shadow`."""
 
@@ -140,7 +140,7 @@ class Settings:
     shared: tuple[str, ...] = ()
     limits: Mapping[tuple[str, str], Limit] = field(default_factory=dict)
     prices: Mapping[tuple[str, str], Price] = field(default_factory=dict)
-    aliases: Mapping[tuple[str, str], Alias] = field(default_factory=dict)
+    routes: Mapping[tuple[str, str], Route] = field(default_factory=dict)
     common: tuple[str, ...] = ()
 
     def price(self, tenant: str, adapter: str) -> Price:
@@ -157,15 +157,15 @@ class Settings:
 
     @cached_property
     def sight(self) -> dict[str, Callable[[str], bool]]:
-        """Tenant -> what it sees: what was granted to it, what is shared, and its own aliases."""
+        """Tenant -> what it sees: what was granted to it, what is shared, and its own routes."""
         own: dict[str, list[str]] = {}
-        for tenant, alias in self.aliases:
-            own.setdefault(tenant, []).append(alias)
+        for tenant, route in self.routes:
+            own.setdefault(tenant, []).append(route)
         return {t.name: seeing((*t.adapters, *self.shared), own.get(t.name, ())) for t in self.tenants.values()}
 
 
 class NotThere(ConfigError):
-    """Raised for a tenant, a key, a pattern or an alias that is not there; `fix` names the nearest that is."""
+    """Raised for a tenant, a key, a pattern or a route that is not there; `fix` names the nearest that is."""
 
 
 def missing(what: str, name: str, known: Iterable[str]) -> NotThere:
@@ -265,7 +265,7 @@ def _read(c: Connection) -> Settings:
         aliases,
         (aliases.c.tenant == moves.c.tenant) & (aliases.c.alias == moves.c.alias) & (aliases.c.current == moves.c.move),
     )
-    pointers = [alias_of(row) for row in c.execute(current.order_by(moves.c.tenant, moves.c.alias))]
+    pointers = [route_of(row) for row in c.execute(current.order_by(moves.c.tenant, moves.c.alias))]
     return Settings(
         revision,
         {t.name: t for t in found},
@@ -278,10 +278,10 @@ def _read(c: Connection) -> Settings:
     )
 
 
-def alias_of(row: Any) -> Alias:
-    """An alias as one of its moves left it."""
+def route_of(row: Any) -> Route:
+    """A route as one of its moves left it."""
     spec = json.loads(row.spec)
     pairs = {name: tuple((str(who), int(n)) for who, n in spec[name]) for name in ("targets", "runs")}
-    return Alias(
+    return Route(
         row.tenant, row.alias, row.move, pairs["targets"], pairs["runs"], spec["shadow"], float(spec["fraction"])
     )

@@ -89,7 +89,7 @@ moves = Table(
     Column("before", Integer),  # the move that was current when this was made: where a rollback leads
     Column("at", Float, nullable=False),
     Column("who", Text, nullable=False),
-    Column("spec", Text, nullable=False),  # JSON of targets, runs, shadow, fraction; no targets: the alias is gone
+    Column("spec", Text, nullable=False),  # JSON of targets, runs, shadow, fraction; no targets: the route is gone
 )
 aliases = Table(
     "tenant_aliases",

@@ -29,13 +29,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ResourceError
 from veneer.library.database import shown_url
+from veneer.library.names import name_of
 from veneer.models.home import veneer_home
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, same
 from veneer.serve.tenancy.ledger import Entry, Ledger, LedgerState, Line
 from veneer.serve.tenancy.limits import DAY, MINUTE, Held, Limits
-from veneer.serve.tenancy.names import adapter_of
 from veneer.serve.tenancy.rollouts import Rollouts
 from veneer.serve.tenancy.store import Settings, Store
 
@@ -169,10 +169,10 @@ class Tenants:
         through or for an id that was there before, overloaded (503) where the ledger can keep no more."""
         settings = self.store.settings
         lines = tuple(
-            Line(digest, name, strength, settings.price(caller.tenant, adapter_of(name)))
+            Line(digest, name, strength, settings.price(caller.tenant, name_of(name)))
             for digest, name, strength in served.parts()
         )
-        names = [adapter_of(line.adapter) for line in lines]
+        names = [name_of(line.adapter) for line in lines]
         held = self.limits.take(settings.limits, caller.tenant, names, prompt_tokens, max_tokens)
         entry = Entry(request, caller.tenant, served.name, self._wall(), prompt_tokens, max_tokens, lines)
         opened = self.ledger.open(entry)
@@ -204,9 +204,7 @@ class Tenants:
                 if rounds % 3600 == 60:
                     self.ledger.prune(self._keep_days)
             except (SQLAlchemyError, ResourceError) as error:
-                if not self._away:
-                    _log.warning("the tenants' database is away: %s", error)
-                self._away = True
+                self._lost(error)
 
     def _look_elsewhere(self, window: float) -> None:
         limits = self.store.settings.limits

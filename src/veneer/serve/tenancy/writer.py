@@ -15,9 +15,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-
 from veneer.errors import ResourceError
+from veneer.serve.outage import is_outage
 
 __all__ = ["Job", "Writer"]
 
@@ -89,15 +88,13 @@ class Writer(Generic[C]):
         """All of it in one transaction; where that cannot be, one by one, so that a job fails for itself alone."""
         try:
             self._together(batch)
-        except (OperationalError, InterfaceError, ResourceError) as error:  # the database is away: for all of them
-            for job in batch:
-                job.done.set_exception(error)
         except Exception as error:
-            if len(batch) == 1:
-                batch[0].done.set_exception(error)
+            if len(batch) > 1 and not is_outage(error):
+                for job in batch:
+                    self._commit([job])
                 return
-            for job in batch:
-                self._commit([job])
+            for job in batch:  # where the database is away, it is for all of them
+                job.done.set_exception(error)
 
     def _together(self, batch: list[Job[C]]) -> None:
         with self._transaction() as c:
