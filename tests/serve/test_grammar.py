@@ -259,3 +259,11 @@ def test_what_cannot_be_followed_is_told_in_our_words_and_at_once(schema: Any, s
     for inside in ("<state>", "<grammar>", "NoExtensionBias", "lexer_cost", "\n"):
         assert inside not in caught.value.what
     assert len(caught.value.what) < 400
+
+
+@pytest.mark.parametrize("kind", ["regex", "json_schema"])
+def test_a_wrong_regular_expression_is_told_with_its_reason(kind: Kind) -> None:
+    text = "(a" if kind == "regex" else json.dumps({"type": "string", "pattern": "(a"})
+    with pytest.raises(Refused) as caught:
+        compiled(kind, text)
+    assert caught.value.what.endswith("a regular expression in it cannot be read: unclosed group")

@@ -16,9 +16,9 @@ import pytest
 
 from tests.cli.run import run
 from tests.serve.http.toy import free_port
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, ResourceError
 from veneer.serve.request import Refused
-from veneer.serve.server import Keys, Preload, ServeSettings, _tenancy, bytes_of, keys_of, parse_preload
+from veneer.serve.server import Keys, Preload, ServeSettings, _tenancy, bytes_of, keys_of, listen, parse_preload
 from veneer.serve.tenancy.keys import hash_key
 from veneer.serve.tenancy.store import Store
 
@@ -102,6 +102,19 @@ def test_a_server_that_cannot_be_built_says_why() -> None:
     )
     assert ran.returncode == 1  # no command line around it here: a traceback
     assert "there is no such base" in ran.stderr
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run(capsys, "serve", "--base", "no-such-base", "--port", str(port))
+    assert result.code == 2
+    assert f"cannot listen at 127.0.0.1:{port}: Address already in use" in result.err
+    assert "listening on" not in result.err
+    with pytest.raises(ResourceError, match=r"cannot listen at nowhere\.invalid:80"):
+        listen("nowhere.invalid", 80)
 
 
 @pytest.mark.parametrize(

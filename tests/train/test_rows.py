@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,7 @@ def test_unusable_rows_say_why(tmp_path: Path, row: dict[str, Any], says: str) -
         ({"prompt": "a", "completion": ["x"]}, "`completion` should be text, found a list"),
         ({"prompt": "  ", "completion": "x"}, "`prompt` is empty"),
         ({"text": ""}, "`text` is empty"),
+        ({"prompt": "a", "completion": math.nan}, "`completion` is nan, as tables have it where a value is missing"),
     ],
 )
 def test_unusable_rows_of_other_formats(tmp_path: Path, row: dict[str, Any], says: str) -> None:

@@ -96,7 +96,9 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it names {named[1]}, which is no tensor" if named else str(error).strip().splitlines()[-1][:200]
+        what = (
+            f"it names {named[1]}, which is no tensor" if named else "it is not what torch.save writes of tensors alone"
+        )
         raise UnsafeFileError(
             f"the pickle is refused: {what}. Nothing of it was run",
             where=str(path),

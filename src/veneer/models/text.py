@@ -6,6 +6,7 @@ freezes every weight; and settles which token ends a turn, so that training, gen
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -367,6 +368,8 @@ def _unreadable(what: str, path: Path, error: Exception) -> BaseError:
             "it wants to run code that came with it, which veneer does not do",
             "use a base of a known architecture",
         )
+    elif path.suffix == ".gguf" and isinstance(error, struct.error | IndexError | OverflowError | ValueError):
+        said, fix = "its header does not add up; the file is cut short or damaged", "download or copy the file again"
     elif what == "tokenizer":
         fix = "put tokenizer.json and tokenizer_config.json of this base beside its config"
     return BaseError(f"cannot read the {what} of this base: {said}", where=str(path), fix=fix)

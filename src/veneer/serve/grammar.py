@@ -11,6 +11,7 @@ runs.
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 from collections import OrderedDict
@@ -187,6 +188,9 @@ _WORDS = {
 def _refused(what: str) -> Refused:
     """With llguidance's first line, or our word for it; never what it tells of its insides."""
     first = what.strip().splitlines()[0].strip()[:300] if what.strip() else "it cannot be followed"
+    if "regex parse error:" in first:
+        why = re.search(r"^error: (.+)$", what, re.MULTILINE)
+        first = f"a regular expression in it cannot be read{': ' + why[1][:200] if why else ''}"
     first = next((ours for theirs, ours in _WORDS.items() if theirs in what.partition("<grammar>")[0]), first)
     what = first.partition("<state>")[0].strip()
     return Refused(f"the grammar cannot be used: {what}", status=400, code="invalid_request", param="response_format")

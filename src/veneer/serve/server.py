@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import os
 import re
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, ResourceError
 from veneer.serve.access import Caller, OpenAccess, Tenancy
 from veneer.serve.http.connection import connection_of, many_files
 from veneer.serve.http.errors import Json, answer_error
@@ -47,6 +49,7 @@ __all__ = [
     "build",
     "bytes_of",
     "keys_of",
+    "listen",
     "parse_preload",
     "serve",
 ]
@@ -500,10 +503,36 @@ def serve(settings: ServeSettings, say: Callable[[str], None], make: Callable[[]
     server.front = front
     many_files(settings.http.connections)
     sys.setswitchinterval(SWITCH)
-    say(f"listening on http://{settings.host}:{settings.port}; /ready says when the base is loaded")
-    server.run()
+    sockets = listen(settings.host, settings.port)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    say(f"listening on http://{host}:{sockets[0].getsockname()[1]}; /ready says when the base is loaded")
+    server.run(sockets)
     if errors:
         raise errors[0]
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """A bound socket for each address that `host` stands for, before anything is loaded. Raises ResourceError."""
+    made: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            made.append(socket.socket(family, kind, protocol))
+            if os.name == "posix":
+                made[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                made[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            made[-1].bind(address)
+    except (OSError, UnicodeError) as error:
+        for each in made:
+            each.close()
+        why = getattr(error, "strerror", None) or str(error)
+        raise ResourceError(
+            f"cannot listen at {host}:{port}: {why}",
+            where="--host, --port",
+            fix="another port or address, or end what has it",
+        ) from error
+    return made
 
 
 def bytes_of(text: str, where: str) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -399,6 +400,8 @@ def _decoded(value: Any) -> Any:
 
 
 def _text(value: Any, name: str, *, empty: bool = False) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"`{name}` is {value}, as tables have it where a value is missing")
     if isinstance(value, bool | int | float):
         return str(value)
     if not isinstance(value, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -143,3 +144,41 @@ def test_tokens_are_the_tokenizers_own(small: Live) -> None:
             assert (
                 list(prompts.encode(text, special=special)) == tokenizer(text, add_special_tokens=special)["input_ids"]
             )
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        ("/v1/completions", {"prompt": "Hi", "stop": ["a"] * 1000}, "stop: there are 1000 of them"),
+        ("/v1/completions", {"prompt": "Hi", "stop": [None]}, "stop.0: Input should be a valid string"),
+        ("/v1/completions", {"prompt": [1, "a"]}, "prompt.1: Input should be a valid integer"),
+        ("/v1/completions", {"prompt": "Hi", "lora_path": [5]}, "lora_path.0: Input should be a valid string"),
+        ("/completion", {"prompt": [1, []]}, "prompt.1"),
+        ("/completion", {"prompt": "Hi", "logit_bias": {"1": "x"}}, "logit_bias.1: Input should be a valid number"),
+        ("/v1/completions", b"", "the request has no body: a JSON object is wanted"),
+        ("/v1/completions", b"null", "the body: a JSON object is wanted"),
+        ("/v1/completions", b"[]", "the body: a JSON object is wanted"),
+        ("/generate", {"inputs": "Hi", "parameters": None}, "parameters: a JSON object is wanted"),
+        ("/generate", {"inputs": "Hi", "adapter_id": "a"}, "unknown key 'adapter_id'"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content: a part of type 'text' has no text under 'text'",
+        ),
+    ],
+)
+def test_an_error_names_places_of_the_body_and_nothing_of_how_it_is_read(
+    small: Live, path: str, body: Any, says: str
+) -> None:
+    answer = sent(small, path, body if isinstance(body, bytes) else json.dumps(body).encode())
+    assert answer.status_code in (400, 422)
+    assert says in answer.text
+    assert not re.search(r"function-|list\[|=\w|did you mean 'adapter_id'", answer.text), answer.text
+
+
+def test_a_body_that_is_not_said_to_be_json_is_told_so(small: Live) -> None:
+    answer = small.client.post(
+        "/v1/completions", content=b'{"prompt": "Hi"}', headers={"content-type": "application/x-www-form-urlencoded"}
+    )
+    assert answer.status_code == 400
+    assert "send Content-Type: application/json" in answer.text

@@ -37,8 +37,11 @@ def call(tenants: Tenants) -> Call:
     def ask(method: str, path: str, body: Any = None, key: str | None = ADMIN, **query: Any) -> httpx.Response:
         async def go() -> httpx.Response:
             headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            sent: dict[str, Any] = {"json": body}
+            if isinstance(body, bytes):
+                sent, headers["content-type"] = {"content": body}, "application/json"
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
-                return await client.request(method, f"/admin{path}", json=body, params=query, headers=headers)
+                return await client.request(method, f"/admin{path}", params=query, headers=headers, **sent)
 
         return asyncio.run(go())
 
@@ -143,6 +146,7 @@ def test_only_the_admin_key_opens_anything(call: Call, tenants: Tenants) -> None
         ("GET", "/audit", None, {"limit": 0}, "limit: "),
         ("POST", "/tenants/acme/keys", {"expires": "soon"}, {}, "no time"),
         ("POST", "/tenants", {"name": "acme"}, {}, "already"),
+        ("POST", "/tenants", b'{"name": "b", "weight": Infinity}', {}, "Infinity is no number"),
     ],
 )
 def test_what_is_wrong_is_said(call: Call, method: str, path: str, body: Any, query: dict, words: str) -> None:
@@ -150,6 +154,7 @@ def test_what_is_wrong_is_said(call: Call, method: str, path: str, body: Any, qu
     answer = call(method, path, body, **query)
     assert answer.status_code == 400, answer.text
     assert words in answer.json()["error"]["message"]
+    assert "None" not in answer.json()["error"]["message"]
     assert answer.json()["error"]["code"] == "invalid_request"
 
 
@@ -182,6 +187,8 @@ def test_a_route_is_checked_against_what_the_server_answers_by_before_it_moves(t
     there = {"v1", "v2"}
 
     class Catalog:
+        base = "smol"
+
         def check(self, name: str) -> None:
             if name == "down":
                 raise Refused("the store cannot be used", status=503, code="unavailable")
@@ -204,6 +211,8 @@ def test_a_route_is_checked_against_what_the_server_answers_by_before_it_moves(t
         targets = [{"adapter": name} for name in names]
         return call("PUT", "/routes", {"route": "support", "targets": targets, "shadow": shadow, **more})
 
+    own = call("PUT", "/routes", {"route": "smol", "targets": [{"adapter": "v1"}], "force": True})
+    assert (own.status_code, "smol is the base" in own.text) == (400, True)
     assert put("v1").status_code == 200
     for wrong, role in ((put("v9"), "target"), (put("v1", "v9"), "target"), (put("v2", shadow="v9"), "shadow")):
         assert wrong.status_code == 400

@@ -63,10 +63,16 @@ def from_validation(errors: Iterable[Mapping[str, Any]], known: Iterable[str]) -
     told: list[str] = []
     names = list(known)
     for problem in problems[:5]:
-        where = ".".join(str(part) for part in problem["loc"] if part != "body")
+        where = ".".join(str(part) for part in problem["loc"] if part != "body" and not str(part).startswith("="))
         if problem["type"] == "extra_forbidden":
-            near = nearest(str(problem["loc"][-1]), names, n=1)
+            near = [name for name in nearest(str(problem["loc"][-1]), names, n=1) if name != where]
             told.append(f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        elif problem["type"] == "missing" and not where:
+            told.append("the request has no body: a JSON object is wanted")
+        elif not where and isinstance(problem.get("input"), bytes):
+            told.append("the body is not said to be JSON: send Content-Type: application/json")
+        elif problem["type"] in ("model_attributes_type", "dict_type", "model_type"):
+            told.append(f"{where or 'the body'}: a JSON object is wanted")
         elif problem["type"] == "json_invalid":
             told.append(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
         else:

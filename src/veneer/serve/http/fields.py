@@ -37,15 +37,18 @@ __all__ = [
     "FIRST",
     "ITEMS",
     "Bias",
+    "Biases",
     "Body",
     "Grammar",
     "Ids",
     "Lora",
     "MixField",
     "Objects",
+    "Paths",
     "Seed",
     "Stop",
     "Strict",
+    "TextOrIds",
     "Texts",
     "TokenId",
     "at_most",
@@ -129,29 +132,53 @@ class Body(Strict):
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Stop = str | Annotated[list[str], FIRST, at_most(KEYS)]
 Bias = Annotated[dict[str, float], at_most(1024)]
 
 
 def _kind(value: Any) -> str:
     """Which of the four forms of a prompt this is meant to be."""
     if not isinstance(value, list):
-        return "text"
+        return "=text"
     first = value[0] if value else ""
-    return "ids" if isinstance(first, int | float) else "texts" if isinstance(first, str) else "lists"
+    return "=ids" if isinstance(first, int | float) else "=texts" if isinstance(first, str) else "=lists"
+
+
+def _one_or_several(value: Any) -> str:
+    return "=several" if isinstance(value, list) else "=one"
 
 
 Object = dict[str, Any]
 Objects = Annotated[list[Object], FIRST, at_most(ITEMS)]
 Ids = Annotated[list[TokenId], FIRST]
 Texts = Annotated[
-    Annotated[str, Tag("text")]
-    | Annotated[Ids, Tag("ids")]
-    | Annotated[list[str], FIRST, at_most(ITEMS), Tag("texts")]
-    | Annotated[list[Ids], FIRST, at_most(ITEMS), Tag("lists")],
+    Annotated[str, Tag("=text")]
+    | Annotated[Ids, Tag("=ids")]
+    | Annotated[list[str], FIRST, at_most(ITEMS), Tag("=texts")]
+    | Annotated[list[Ids], FIRST, at_most(ITEMS), Tag("=lists")],
     Discriminator(_kind),
 ]
-"""OpenAI's prompts: a text or token ids, or a list of either."""
+"""OpenAI's prompts: a text or token ids, or a list of either. Tags begin with = as they are no part of a body: no error
+names one."""
+Stop = Annotated[
+    Annotated[str, Tag("=one")] | Annotated[list[str], FIRST, at_most(KEYS), Tag("=several")],
+    Discriminator(_one_or_several),
+]
+Paths = Annotated[
+    Annotated[str, Tag("=one")] | Annotated[list[str | None], FIRST, at_most(ITEMS), Tag("=several")],
+    Discriminator(_one_or_several),
+]
+"""SGLang's lora_path: one name, or one for each prompt."""
+TextOrIds = Annotated[
+    Annotated[str, Tag("=one")] | Annotated[list[TokenId | str], FIRST, Tag("=several")],
+    Discriminator(_one_or_several),
+]
+"""llama.cpp's prompt: a text, or ids and texts in a row."""
+Biases = Annotated[
+    Annotated[Bias, Tag("=one")]
+    | Annotated[list[tuple[int | str, float | bool]], FIRST, at_most(1024), Tag("=several")],
+    Discriminator(_one_or_several),
+]
+"""llama.cpp's logit_bias: an object as OpenAI's, or pairs."""
 
 
 class Part(Strict):

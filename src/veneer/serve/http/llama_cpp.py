@@ -23,6 +23,7 @@ from veneer.serve.http.errors import Json, error_body, invalid
 from veneer.serve.http.fields import (
     FIRST,
     Bias,
+    Biases,
     Body,
     Grammar,
     Lora,
@@ -30,7 +31,7 @@ from veneer.serve.http.fields import (
     Neutral,
     Seed,
     Stop,
-    TokenId,
+    TextOrIds,
     at_most,
     bias_of,
     one_grammar,
@@ -83,7 +84,7 @@ class Completion(Body):
         "timings_per_token": ((False,), "timings come with the last event"),
         "n_cmpl": ((1,), "one answer a request; /v1/completions takes n"),
     }
-    prompt: str | Annotated[list[TokenId | str], FIRST]
+    prompt: TextOrIds
     model: str = Field(default="", max_length=512)
     mix: MixField | None = None
     lora: Annotated[list[Lora], FIRST, at_most(64)] | None = None
@@ -99,7 +100,7 @@ class Completion(Body):
     seed: Seed | None = None
     ignore_eos: bool = False
     stop: Stop | None = None
-    logit_bias: Bias | Annotated[list[tuple[int | str, float | bool]], FIRST, at_most(1024)] | None = None
+    logit_bias: Biases | None = None
     n_probs: int = Field(default=0, ge=0, le=20)
     json_schema: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None

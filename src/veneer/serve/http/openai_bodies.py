@@ -19,6 +19,7 @@ from veneer.serve.http.fields import (
     MixField,
     Neutral,
     Objects,
+    Paths,
     Seed,
     Stop,
     Strict,
@@ -86,7 +87,7 @@ class Shared(Body):
         description="prompts share what was computed under equal salts alone",
     )
     lora: Annotated[list[Lora], FIRST, at_most(64)] | None = None
-    lora_path: str | Annotated[list[str | None], FIRST, at_most(ITEMS)] | None = None
+    lora_path: Paths | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = Field(default=None, ge=-1, lt=1 << 31)

@@ -236,6 +236,8 @@ def _part(i: int, part: Any) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if kind in ("text", "refusal") and isinstance(part.get(kind), str):
         return str(part[kind])
+    if kind in ("text", "refusal"):
+        raise invalid(f"messages.{i}.content: a part of type {kind!r} has no text under {kind!r}", "messages")
     raise invalid(
         f"messages.{i}.content: a part of type {str(kind)[:40]!r}, and this base reads text alone", "messages"
     )

@@ -222,6 +222,10 @@ def _routes(router: APIRouter, store: Store) -> None:
     def set_route(body: RouteBody, request: Request) -> dict[str, Any]:
         targets = [(t.adapter, t.weight) for t in body.targets]
         more: dict[str, Any] = {"tenant": body.tenant, "shadow": body.shadow, "fraction": body.fraction}
+        if body.route == _base(request):
+            raise ConfigError(
+                f"{body.route} is the base: no request for it comes to a route", where="route", fix="another name"
+            )
         check = _checked(request, body.force)
         return rollouts.shown(rollouts.set_route(store, body.route, targets, who=_WHO, check=check, **more))
 
@@ -245,6 +249,12 @@ def _routes(router: APIRouter, store: Store) -> None:
         with reading(store.engine) as c:
             summary = rollouts.shadow_summary(c, route=route)
             return {"summary": summary, "comparisons": rollouts.shadow_log(c, route=route, limit=limit)}
+
+
+def _base(request: Request) -> str | None:
+    """The base's name on the server that was asked."""
+    name: str | None = getattr(getattr(getattr(request.app.state, "house", None), "catalog", None), "base", None)
+    return name
 
 
 def _checked(request: Request, force: bool) -> Callable[[str], None] | None:
@@ -313,7 +323,9 @@ class _Route(BodyRoute):
             except (VeneerError, SQLAlchemyError, OSError) as error:
                 if not isinstance(error, VeneerError) or is_outage(error) or isinstance(error, Refused):
                     told = error if isinstance(error, Refused) else fault("the tenants' database", error)
-                    return _error(told.status, f"{told.what} ({told.fix})", told.code, None)
+                    return _error(
+                        told.status, f"{told.what} ({told.fix})" if told.fix else told.what, told.code, told.param
+                    )
                 lost = isinstance(error, NotThere)
                 message = f"{error.what} ({error.fix})" if error.fix else error.what
                 return _error(404 if lost else 400, message, "not_found" if lost else "invalid_request", error.where)
