@@ -7,8 +7,9 @@ one after another: random weights of real architectures, real training steps on 
 process's peak resident memory, and the shortest step after the first. `--memory`: leaves time out of the bars, for a
 machine that does other things meanwhile.
 
-The text bases are Llamas of several widths and depths and the shape of SmolLM2-135M, the image bases emoji-sdxl and
-emoji-flux at several batches and sizes.
+The text bases are Llamas of several widths and depths and the shape of SmolLM2-135M; `about` stands before the mean of
+rows of unlike lengths, others in each of sixteen steps. The image bases are emoji-sdxl and emoji-flux, at several
+batches and sizes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -46,7 +48,8 @@ WIDTHS = {
 
 
 def text(base: str, rows: int, length: int, rank: int = 16, trained: float = 0.25, **more: Any) -> dict[str, Any]:
-    """`more`: dtype, checkpointing, quantise, dora, dropout, init."""
+    """`more`: dtype, checkpointing, quantise, dora, dropout, init; `unlike`: rows of other lengths in each step, of
+    which `length` is the mean."""
     return {"kind": "text", "base": base, "rows": rows, "length": length, "rank": rank, "trained": trained, **more}
 
 
@@ -72,6 +75,8 @@ GRID: list[dict[str, Any]] = [
     text("llama-100m", 2, 1024, 32, dora=True), text("llama-110m", 2, 512, 16, 1.0, quantise="nf4", dora=True),
     text("smollm2-135m", 4, 256, dora=True, dropout=0.05), text("llama-50m", 4, 512, dora=True, dropout=0.05),
     text("llama-50m", 4, 512, 64, init="pissa"),
+    text("smollm2-135m", 6, 100, unlike=True), text("smollm2-135m", 6, 100, dtype="float32", unlike=True),
+    text("llama-50m", 8, 200, unlike=True), text("llama-50m", 8, 200, dtype="float32", unlike=True),
     image("emoji-sdxl", 32, 64), image("emoji-sdxl", 16, 128), image("emoji-sdxl", 64, 128),
     image("emoji-flux", 32, 64), image("emoji-flux", 16, 128), image("emoji-flux", 64, 128),
     image("emoji-flux", 32, 128, 64, checkpointing=True),
@@ -82,10 +87,21 @@ def name_of(run: dict[str, Any]) -> str:
     if run["kind"] == "image":
         shape = f"{run['pictures']} × {run['size']} px"
     else:
-        shape = f"{run['rows']} × {run['length']}, {run['trained']:.0%} learned"
+        about = "about " if run.get("unlike") else ""
+        shape = f"{run['rows']} × {about}{run['length']}, {run['trained']:.0%} learned"
     more = [run.get(key) for key in ("quantise", "dtype", "init")]
     more += [key for key in ("checkpointing", "dora", "dropout") if run.get(key)]
     return ", ".join([run["base"], shape, f"rank {run['rank']}", *(m for m in more if m)])
+
+
+def lengths_of(run: dict[str, Any], step: int = 0) -> list[int]:
+    """Tokens of each row. Unlike ones come in pairs whose sum is the same; the first step's are the furthest apart."""
+    rows, length = run["rows"], run["length"]
+    if not run.get("unlike"):
+        return [length] * rows
+    dice = random.Random(step)
+    apart = [length // 2 if step == 0 else dice.randint(0, length // 2) for _ in range(rows // 2)]
+    return [length + sign * d for d in apart for sign in (-1, 1)]
 
 
 def spec_of(run: dict[str, Any]) -> Any:
@@ -121,18 +137,16 @@ def _text(run: dict[str, Any]) -> dict[str, Any]:
     model.train()
     if run.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    lengths = [run["length"]] * run["rows"]
-    trained = torch.zeros(run["rows"], run["length"], dtype=torch.bool)
-    trained[:, -max(1, round(run["trained"] * run["length"])) :] = True
-    trained[:, 0] = False
-    trained = trained.flatten()
+    steps = iter(range(1_000))
 
     def loss() -> Any:
+        lengths = lengths_of(run, next(steps))
+        trained = torch.cat([torch.arange(n) >= max(1, n - max(1, round(run["trained"] * n))) for n in lengths])
         ids = torch.randint(3, config.vocab_size, (sum(lengths),))
         return text_loss(model, ids, lengths, trained) / trained.sum()
 
     with fast(model):
-        return _steps(attachment, loss)
+        return _steps(attachment, loss, 16 if run.get("unlike") else 4)
 
 
 def _quantised(config: Any, kind: str) -> Any:
@@ -236,13 +250,13 @@ def in_process(argument: list[str]) -> dict[str, Any]:
 
 def predicted(run: dict[str, Any], record: Any) -> tuple[int, float]:
     """(peak bytes, seconds a step)."""
+    from veneer.plan.calibration import cpu_device
     from veneer.plan.image import ImageLoad, image_counts, image_memory, image_work
     from veneer.plan.memory import Load, text_memory
     from veneer.plan.shape import text_shape
-    from veneer.plan.tables import Device
     from veneer.plan.time import text_work
 
-    device = Device("cpu", "cpu", 0, 0.0, 0.0, native=True)
+    device = cpu_device()
     rates = record.rates()
     if run["kind"] == "image":
         part = "transformer" if run["base"] == "emoji-flux" else "unet"
@@ -256,7 +270,7 @@ def predicted(run: dict[str, Any], record: Any) -> tuple[int, float]:
         return memory.peak, rates.seconds(image_work(counts, load, device))
     shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **WIDTHS[run["base"]]})
     one = Load(
-        (run["length"],) * run["rows"], run["trained"], rank=run["rank"], dtype=run.get("dtype", "bfloat16"),
+        tuple(lengths_of(run)), run["trained"], rank=run["rank"], dtype=run.get("dtype", "bfloat16"),
         quantise=run.get("quantise"), checkpointing=run.get("checkpointing", False), spec=spec_of(run),
     )  # fmt: skip
     memory = text_memory(shape, one, device, process=record.process)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -20,6 +21,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.core.targets import resolve
 from veneer.errors import PreflightError
+from veneer.plan.calibration import Calibration, cpu_device, device_key, keep
 from veneer.train.config import config_from
 from veneer.train.encode import encode
 from veneer.train.estimate import free_memory, trainable_parameters
@@ -293,6 +295,23 @@ def test_what_is_predicted_is_in_the_numbers(run: Run) -> None:
     numbers = run().numbers
     assert numbers["predicted_peak_bytes"] == sum(numbers["predicted_parts"].values())
     assert numbers["predicted_seconds"] > 0
+
+
+def test_what_is_predicted_begins_with_what_the_process_holds(run: Run) -> None:
+    libraries = b"x" * 600_000_000
+    held = psutil.Process().memory_info().rss
+    assert held > len(libraries)
+    assert run().numbers["predicted_peak_bytes"] > held
+
+
+def test_a_plan_by_guesses_says_so_and_how_far_off_they_were(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(run.folder))
+    plan = next(f.text for f in run().findings if f.text.startswith("plan:"))
+    assert "not calibrated here: elsewhere such guesses were right within a tenth of the peak" in plan
+    keep(Calibration(device_key(cpu_device(), "float32"), 1e11, 1e10, 480_000_000, "tiny", "float32"))
+    plan = next(f.text for f in run().findings if f.text.startswith("plan:"))
+    assert "100 GFLOP/s, 10.0 GB/s, measured here with tiny" in plan
+    assert "not calibrated" not in plan
 
 
 def test_recomputing_is_chosen_when_it_is_what_fits(run: Run) -> None:

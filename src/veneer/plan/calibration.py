@@ -45,6 +45,7 @@ class Calibration:
         return Rates(
             self.operations, self.bandwidth,
             f"{self.operations / 1e9:,.0f} GFLOP/s, {self.bandwidth / 1e9:,.1f} GB/s, measured here with {self.base}",
+            True,
         )  # fmt: skip
 
 

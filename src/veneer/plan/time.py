@@ -55,11 +55,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does: operations and bytes a second. `source`: where that comes from, for a person."""
+    """What a device does: operations and bytes a second. `source`: where that comes from, for a person. `measured`: on
+    this device, by a calibration."""
 
     operations: float
     bandwidth: float
     source: str
+    measured: bool = False
 
     def seconds(self, work: Work, count: int = 1) -> float:
         """Of `work` spread over `count` devices."""

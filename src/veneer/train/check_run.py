@@ -21,6 +21,11 @@ from veneer.train.schema import TrainConfig
 __all__ = ["CACHE", "RUN_CHECKS", "learning_rate", "precision", "recipe_changes", "shared_out", "where_it_goes"]
 
 _WINDOW = (1e-5, 3e-3)  # below, LoRA barely moves; of 80 runs that diverged in a public sweep, 72 were at 3e-3
+_GUESSED = (
+    "elsewhere such guesses were right within a tenth of the peak, and runs took 1.2 to 3.3 times as long "
+    "(docs/how-to/plan.md)"
+)
+"""The runs of benchmarks/plan.py beside what is planned without their calibration."""
 _PREFERENCE_WINDOW = (1e-6, 5e-4)  # around what published preference runs with LoRA took, 5e-6 to 5e-5
 _FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run may change
 _FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "data.train", "data.validation"}
@@ -261,6 +266,10 @@ def _predicted(plan: Plan) -> Iterator[Finding]:
     if plan.seconds is None or plan.changes:
         return
     text = f"plan: a peak of {gigabytes(plan.memory.peak)}, {duration(plan.seconds)} of training ({plan.rates.source})"
+    if not plan.rates.measured:
+        text += "; not calibrated here"
+        if plan.device.kind == "cpu":
+            text += f": {_GUESSED}"
     yield Finding("ok", "plan", text)
 
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import DataError
 from veneer.plan.image import ImageLoad
-from veneer.plan.memory import CPU_LATER, Load
+from veneer.plan.memory import CPU_LATER, CPU_PROCESS, Load, weight_bytes
 from veneer.plan.plan import Job, Plan, image_plan, text_plan
 from veneer.plan.render import duration
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config, device_of_card
+from veneer.train.estimate import held_memory
 from veneer.train.schema import BaseSection, TrainConfig
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
     held_out = len(s.held_out.examples) if s.held_out is not None else 0
     job = _job(s.config, len(examples), tokens / max(1, len(examples)), held_out)
     rates, process = rates_here(device, dtype)
+    if device.kind == "cpu":  # libraries and rows are in memory already: what they take is known
+        base = sum(weight_bytes(shape, dtype, load.quantise))
+        process = max(process or CPU_PROCESS, held_memory(weight.device) - base + CPU_LATER)
     held = text_plan("", shape, load, device, rates, job, process=process, room=1 << 62).memory
     limit = room + held.peak - still_needed(held, device)
     return text_plan(s.config.base.name, shape, load, device, rates, job, process=process, room=limit)
