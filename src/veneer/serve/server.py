@@ -171,10 +171,19 @@ def build(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     from veneer.models.sources import find, is_image
 
     if settings.upstreams:
+        _computed_here(settings, "the servers of --upstream compute")
         return _build_fleet(settings, say)
     if is_image(find(settings.base, say=say)):
+        _computed_here(settings, "this base draws pictures")
         return _build_pictures(settings, say)
     return _build_text(settings, say)
+
+
+def _computed_here(settings: ServeSettings, why: str) -> None:
+    """Raises ConfigError for what only the engine of texts can keep to."""
+    asked = {"--weights": settings.weights != "dense", "--batch-invariant": settings.batch_invariant}
+    for option in [option for option, given in asked.items() if given]:
+        raise ConfigError(f"{option} is for texts that are computed here, and {why}", where=option, fix="leave it out")
 
 
 def _build_text(settings: ServeSettings, say: Callable[[str], None]) -> Built:
