@@ -265,3 +265,10 @@ def test_the_default_place_is_the_veneer_home(tmp_path: Path, monkeypatch: pytes
     with open_library() as library:
         assert library.location == str(tmp_path / "other")
     assert (tmp_path / "i.sqlite").is_file()
+
+
+def test_a_place_that_is_a_file_or_below_one_is_said_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in ("file", "file/below"):
+        with pytest.raises(ConfigError, match="there can be no folder for an index here"):
+            open_library(tmp_path / place)

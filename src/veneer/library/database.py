@@ -52,6 +52,10 @@ def open_engine(where: str, what: str, patience: float = PATIENCE) -> Engine:
         ) from None
     except (ArgumentError, NoSuchModuleError) as error:
         raise ConfigError(f"this is no address of {what}: {error}", where=shown_url(where), fix=URL_FIX) from None
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        raise ConfigError(
+            f"there can be no folder for {what} here: {error.strerror}", where=str(error.filename), fix="another place"
+        ) from None
 
 
 def shown_url(where: str) -> str:
