@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.library.made import adapter_bytes, made, read_made
-from veneer.errors import AdapterError, ConfigError
+from veneer.errors import AdapterError, ConfigError, UnavailableError
 from veneer.library.library import Library, open_library
 from veneer.library.store import Directory, Remote
 
@@ -272,3 +272,10 @@ def test_a_place_that_is_a_file_or_below_one_is_said_in_words(tmp_path: Path) ->
     for place in ("file", "file/below"):
         with pytest.raises(ConfigError, match="there can be no folder for an index here"):
             open_library(tmp_path / place)
+
+
+def test_places_that_no_library_can_be_in_are_said_in_words(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError, match="the store cannot be used now"):
+        open_library("ftp://nowhere.invalid/x")
+    with pytest.raises(ConfigError, match="this is no address of an index"):
+        open_library(tmp_path, "mysql://nowhere.invalid/x")

@@ -45,6 +45,8 @@ def open_engine(where: str, what: str, patience: float = PATIENCE) -> Engine:
     try:
         return _sqlite(url) if url.startswith("sqlite:") else _postgresql(url, patience)
     except ImportError as error:
+        if not url.startswith("postgresql"):
+            raise ConfigError(f"this is no address of {what}", where=shown_url(where), fix=URL_FIX) from None
         raise MissingExtraError(
             f"{what} needs {error.name or 'a database driver'}",
             where=shown_url(where),

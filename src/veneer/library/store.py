@@ -71,6 +71,9 @@ def open_store(location: str) -> Directory | Remote:
         raise MissingExtraError(str(error), where=location, fix=extra.get(protocol, "install it with pip")) from None
     except ValueError as error:
         raise ConfigError(f"this is no place for a library: {error}", where=location) from None
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UnavailableError(f"the store cannot be used now: {why}", where=location, fix="try again later") from error
     return Remote(fs, root.rstrip("/"), protocol in _WHOLE)
 
 
