@@ -90,7 +90,6 @@ SEEN: dict[str, dict[str, Any]] = {
     "every projection": {"target_modules": "all-linear"},
     "some layers": {"layers_to_transform": [1]},
     "excluded": {"exclude_modules": r".*layers\.0.*"},
-    "head": {"target_modules": ["lm_head", "q_proj"]},
 }
 UNSEEN: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
@@ -98,6 +97,7 @@ UNSEEN: dict[str, dict[str, Any]] = {
     "full copies": {"modules_to_save": ["norm"]},
     "token rows": {"trainable_token_indices": [3, 5]},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head, with PEFT's copy of it": {"target_modules": ["lm_head", "q_proj"]},
     "idle target": {"target_modules": [*Q_V, "fc_in"]},
     "idle pattern": {"rank_pattern": {"fc_in": 3}},
 }
