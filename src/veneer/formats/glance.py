@@ -1,9 +1,10 @@
 """An adapter file looked at without torch, which takes longer to load than a small file takes to be looked at.
 
 Only what is plain: one safetensors file of a known image family, of nothing but pairs of linears and convolutions with
-their alphas, each on a module of its own. `glance` gives what `veneer.inspecting.inspect` gives of such a file, by the
-header and numpy; and None of every other, also of one in which anything is wrong: that is read whole, and its reader
-says what it is. Reference: `inspect`; a test compares the two over every layout.
+their alphas, each on a module of its own; or a PEFT folder of a language model, of nothing but pairs of linears, whose
+configuration and tensors agree to the last entry. `glance` gives what `veneer.inspecting.inspect` gives of such a one,
+by the header and numpy; and None of every other, also of one in which anything is wrong or worth a note: that is read
+whole, and its reader says what it is. Reference: `inspect`; tests compare the two over every layout.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from veneer.core.adapter import Adapter, Pair, scale_of
 from veneer.errors import AdapterError
+from veneer.formats import peft_config as cfg
 from veneer.formats.adapter_names import named_adapters
+from veneer.formats.card import CARD_FILE, read_card
 from veneer.formats.detect import format_of
 from veneer.formats.facts import facts
 from veneer.formats.header import Entry, read_header
 from veneer.formats.leaf_names import ROLES, split_key
 from veneer.formats.metadata import card_of, family_of
-from veneer.formats.names import choose_family, lookup
+from veneer.formats.names import choose_family, is_image, lookup
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -33,6 +36,11 @@ __all__ = ["glance"]
 MAX_BYTES = 64 << 20
 """Beyond it torch, which computes norms on all cores, is the faster for all that it takes to load."""
 _KINDS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LARGE = 1e60
+"""Whose products are far from float64's end."""
+LAYERS = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
+"""How names of most language models begin, and none of any image family, whose tables take a while to be made."""
+_PEFT = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 _AB = {role: re.compile(ROLES[role]) for role in "AB"}
 
 
@@ -84,27 +92,30 @@ class _Reading:
 
 
 def glance(path: Path) -> dict[str, Any] | None:
-    """What is in the file, as `inspect` says it, or None where only reading it whole can say."""
-    if path.suffix.lower() != ".safetensors" or not path.is_file() or path.stat().st_size > MAX_BYTES:
+    """What is in the file or folder, as `inspect` says it, or None where only reading it whole can say."""
+    if path.is_dir():  # as `using.adapter_path` looks for it
+        path = next((p for p in (path, path / "adapter") if (p / cfg.CONFIG_FILE).is_file()), path)
+    file = path / cfg.TENSOR_FILE if path.is_dir() else path
+    if file.suffix.lower() != ".safetensors" or not file.is_file() or file.stat().st_size > MAX_BYTES:
         return None
-    if (path.parent / "adapter_config.json").is_file():
-        return None
-    try:
-        stored, metadata = _stored(path)
-    except (AdapterError, OSError):
-        return None
-    reading = _plain(stored, metadata) if stored is not None else None
-    if reading is None:
+    configured = (file.parent / cfg.CONFIG_FILE).is_file()
+    if configured != path.is_dir():
         return None
 
     def raw(tensor: Any) -> bytes:
         return bytes(tensor.raw)
 
-    return facts(path, reading, None, digest=reading.adapter.digest(raw), norm=_norm)
+    try:
+        stored, metadata = _stored(file)
+        if stored is None or (reading := _folder(path, stored) if configured else _plain(stored, metadata)) is None:
+            return None
+        return facts(path, reading, None, digest=reading.adapter.digest(raw), norm=_norm)
+    except (AdapterError, OSError, cfg.PatternError):
+        return None
 
 
 def _stored(path: Path) -> tuple[dict[str, _Stored] | None, dict[str, str]]:
-    """Every tensor, if all are finite floats, and the metadata."""
+    """Every tensor, if all are floats of a size to compute with, and the metadata."""
     import numpy as np
 
     header = read_header(path)
@@ -112,7 +123,7 @@ def _stored(path: Path) -> tuple[dict[str, _Stored] | None, dict[str, str]]:
         return None, {}
     data = path.read_bytes()[header.data_start :]
     out = {name: _Stored(e, data[e.begin : e.end]) for name, e in header.entries.items()}
-    return (out if all(np.isfinite(t.values()).all() for t in out.values()) else None), header.metadata
+    return (out if all((np.abs(t.values()) < _LARGE).all() for t in out.values()) else None), header.metadata
 
 
 def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> _Reading | None:
@@ -153,6 +164,47 @@ def _plain(stored: dict[str, _Stored], metadata: dict[str, str]) -> _Reading | N
     return _Reading(Adapter(pairs, card=card), format_, [*reasons, *choice.reasons], family.name, used)
 
 
+def _folder(folder: Path, stored: dict[str, _Stored]) -> _Reading | None:
+    """The adapter of a PEFT folder, as `peft_read` has it of plain pairs, or None."""
+    config, problems = cfg.parse(cfg.read_config(folder))
+    more = (config.dora, config.lora_bias, config.bias != "none", config.modules_to_save, config.target_parameters)
+    if problems or any(more) or config.token_indices is not None or config.stamps or config.velora:
+        return None
+    halves: dict[str, dict[str, _Stored]] = defaultdict(dict)
+    used: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(stored):
+        match = _PEFT.fullmatch(key)
+        if match is None or split_key(key) != (key[: match.end("module")], key[match.end("module") + 1 :]):
+            return None
+        name = match["module"]
+        if "lora_" in name or ".base_layer" in name or ".experts." in name or stored[key].ndim != 2:
+            return None
+        halves[name][match["half"]] = stored[key]
+        used[name].append(key)
+    pairs: dict[str, Pair] = {}
+    for name, own in sorted(halves.items()):
+        rank, _ = cfg.rank_of_module(config, name)
+        if set(own) != {"A", "B"} or not own["A"].shape[0] == own["B"].shape[1] == rank:
+            return None
+        if not cfg.matches(config, name):
+            return None
+        scale = scale_of(cfg.alpha_of_module(config, name), rank, config.rslora)
+        pairs[name] = Pair(cast(Any, own["A"]), cast(Any, own["B"]), scale)
+    if not pairs or cfg.idle_targets(config, pairs)[0] or cfg.idle_patterns(config, pairs):
+        return None
+    texts = {f"base_model.model.{n}": (p.B.shape[0], p.A.shape[1]) for n, p in pairs.items()}
+    reasons = [f"a folder with {cfg.CONFIG_FILE}"]
+    if not all(LAYERS.match(name) for name in pairs):
+        choice = choose_family(texts)
+        reasons += choice.reasons
+        if all(choice.lookup(text) is not None for text in texts):
+            return None  # under canonical names of an image family
+    if is_image(texts):
+        return None
+    card = read_card(folder).card if (folder / CARD_FILE).is_file() else cfg.card_of(config)
+    return _Reading(Adapter(pairs, card=card, rslora=config.rslora, dropout=config.dropout), "peft", reasons, "", used)
+
+
 def _pair(stored: dict[str, _Stored], own: dict[str, str], kind: str) -> Pair | None:
     A, B = stored[own["A"]], stored[own["B"]]
     rank, out = A.shape[0] if A.ndim else 0, B.shape[0] if B.ndim else 0
@@ -171,7 +223,12 @@ def _pair(stored: dict[str, _Stored], own: dict[str, str], kind: str) -> Pair | 
 
 
 def _norm(pair: Pair) -> float:
-    """‖s·B·A‖ from the Gram matrices: ‖B·A‖² = Σ (BᵀB) ⊙ (AAᵀ)."""
-    A, B = (cast(_Stored, t).values().reshape(len(cast(_Stored, t).values()), -1) for t in (pair.A, pair.B))
-    square = float(((B.T @ B) * (A @ A.T)).sum())
-    return abs(pair.scale) * math.sqrt(max(square, 0.0))
+    """‖s·B·A‖ from the Gram matrices: ‖B·A‖² = Σ (BᵀB) ⊙ (AAᵀ); from the factors of B = QR where that cancels."""
+    import numpy as np
+
+    A, B = (cast(_Stored, t).values().reshape(t.shape[0], -1) for t in (pair.A, pair.B))
+    BB, AA = B.T @ B, A @ A.T
+    square = float((BB * AA).sum())
+    if square < 1e-6 * float(BB.trace() * AA.trace()):
+        square = float(np.linalg.norm(np.linalg.qr(B, "r") @ A)) ** 2
+    return abs(pair.scale) * math.sqrt(square)

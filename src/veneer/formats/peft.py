@@ -30,11 +30,12 @@ from typing import Any
 from torch import Tensor
 
 from veneer.core.adapter import Adapter, Card
-from veneer.errors import AdapterError, UnsafeFileError, nearest
+from veneer.errors import AdapterError, UnsafeFileError
 from veneer.formats.card import CARD_FILE, read_card
-from veneer.formats.container import PICKLE_SUFFIXES, read_tensors, strict_json
+from veneer.formats.container import PICKLE_SUFFIXES, read_tensors
+from veneer.formats.peft_config import CONFIG_FILE, TENSOR_FILE, read_config
 from veneer.formats.peft_read import Base, Loaded, interpret
-from veneer.formats.peft_write import CONFIG_FILE, TENSOR_FILE, Written, encode, write
+from veneer.formats.peft_write import Written, encode, write
 
 __all__ = [
     "CONFIG_FILE",
@@ -52,7 +53,6 @@ __all__ = [
 ]
 
 PICKLE_FILE = "adapter_model.bin"
-MAX_CONFIG_BYTES, MAX_ENTRIES = 16 << 20, 100_000
 
 
 def read(folder: str | Path, base: Base = None) -> Adapter:
@@ -83,7 +83,7 @@ def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bo
     """The configuration, the tensors and the card of a folder; `file`: the one with the tensors, where it is not called
     adapter_model. A pickle is read only with `from_pickle`. Raises as `read`."""
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     file = file or _tensor_file(folder, from_pickle)
     if from_pickle and file.suffix.lower() in PICKLE_SUFFIXES:
         from veneer.formats.pickles import read_pickle
@@ -93,31 +93,6 @@ def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bo
         tensors, _ = read_tensors(file)
     card = read_card(folder).card if (folder / CARD_FILE).is_file() else None
     return Opened(config, dict(tensors), card)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not folder.is_dir():
-        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-        near = nearest(folder.name, beside, 1)
-        raise AdapterError("no such adapter folder", where=str(folder), fix=f"nearest: {near[0]}" if near else None)
-    if not path.is_file():
-        inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))[:5]
-        raise AdapterError(
-            f"the folder has no {CONFIG_FILE}",
-            where=str(folder),
-            fix=f"it has adapters inside: give one of {', '.join(inside)}" if inside else None,
-        )
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise UnsafeFileError(f"{path.stat().st_size:,} bytes are too many for a configuration", where=str(path))
-    config = strict_json(path.read_bytes(), where=str(path))
-    if not isinstance(config, dict):
-        raise AdapterError("the configuration is not a JSON object", where=str(path))
-    if (count := max(len(config), *(len(v) for v in config.values() if isinstance(v, dict | list)), 0)) > MAX_ENTRIES:
-        raise UnsafeFileError(
-            f"{count:,} entries in the configuration; at most {MAX_ENTRIES:,} are read", where=str(path)
-        )
-    return config
 
 
 def _tensor_file(folder: Path, from_pickle: bool) -> Path:

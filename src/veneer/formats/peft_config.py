@@ -6,23 +6,35 @@ Knows the configuration; nothing of tensors. `parse` never raises: it returns wh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from veneer.errors import nearest, shown
+from veneer.core.adapter import Card
+from veneer.errors import AdapterError, UnsafeFileError, nearest, shown
+from veneer.formats.header import strict_json
 
 __all__ = [
+    "CONFIG_FILE",
+    "TENSOR_FILE",
     "Config",
     "alpha_of_module",
+    "card_of",
     "excluded",
+    "idle_patterns",
+    "idle_targets",
     "matches",
     "names_parameter",
     "parse",
     "rank_of_module",
+    "read_config",
     "regex_match",
     "unsloth_marks",
 ]
+
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+MAX_CONFIG_BYTES, MAX_ENTRIES = 16 << 20, 100_000
 
 DUMMY_TARGETS = "dummy-target-modules"
 ALL_LINEAR = "all-linear"
@@ -120,6 +132,32 @@ class Config:
     """False where a pattern does not compile, so that nothing can be matched."""
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration in a folder, uninterpreted. Raises AdapterError; UnsafeFileError for one that is too large."""
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        near = nearest(folder.name, beside, 1)
+        raise AdapterError("no such adapter folder", where=str(folder), fix=f"nearest: {near[0]}" if near else None)
+    if not path.is_file():
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))[:5]
+        raise AdapterError(
+            f"the folder has no {CONFIG_FILE}",
+            where=str(folder),
+            fix=f"it has adapters inside: give one of {', '.join(inside)}" if inside else None,
+        )
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise UnsafeFileError(f"{path.stat().st_size:,} bytes are too many for a configuration", where=str(path))
+    config = strict_json(path.read_bytes(), where=str(path))
+    if not isinstance(config, dict):
+        raise AdapterError("the configuration is not a JSON object", where=str(path))
+    if (count := max(len(config), *(len(v) for v in config.values() if isinstance(v, dict | list)), 0)) > MAX_ENTRIES:
+        raise UnsafeFileError(
+            f"{count:,} entries in the configuration; at most {MAX_ENTRIES:,} are read", where=str(path)
+        )
+    return config
+
+
 def way_of(kind: Any) -> str:
     """What PEFT itself can make of an adapter of another type."""
     merge = "merge it with PEFT (`merge_and_unload`) and use the merged model as a base"
@@ -164,6 +202,14 @@ def parse(raw: Mapping[str, Any]) -> tuple[Config, list[str]]:
     broken = _pattern_problems(config)
     config.usable = not broken
     return config, problems + broken + _combination_problems(config)
+
+
+def card_of(config: Config) -> Card:
+    """What a configuration says of an adapter that has no card of its own."""
+    targets = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules or ""]
+    kind = "text" if config.task_type in TASKS else ""
+    targets = sorted({t for t in [*targets, *config.target_parameters] if t})
+    return Card(base=config.base_name, kind=kind, rank=config.r, alpha=config.alpha, targets=targets)
 
 
 def unsloth_marks(raw: Mapping[str, Any]) -> str:
@@ -382,6 +428,29 @@ def matches(config: Config, name: str, entries: Iterable[str] | None = None) -> 
         if found:
             break
     return found is not None and int(found["idx"]) in config.layers
+
+
+def idle_targets(config: Config, names: Iterable[str]) -> tuple[list[str], bool]:
+    """The entries of target_modules (an expression is one) that select none of `names`; and whether those are all."""
+    targets, names = config.target_modules, list(names)
+    entries = targets if isinstance(targets, list) else [targets] if targets and targets != DUMMY_TARGETS else []
+    ending: dict[str, list[str]] = {}  # an entry of a list fits names that end in it: thousands of each are common
+    for name in names:
+        parts = name.split(".")
+        for at in range(len(parts)):
+            ending.setdefault(".".join(parts[at:]), []).append(name)
+    idle = []
+    for entry in entries:
+        one = [entry] if isinstance(targets, list) else None
+        if not any(matches(config, n, one) for n in (ending.get(entry, []) if one else names)):
+            idle.append(entry)
+    return idle, len(idle) == len(entries)
+
+
+def idle_patterns(config: Config, names: Collection[str]) -> list[tuple[str, str]]:
+    """(rank_pattern or alpha_pattern, its pattern) of those that match none of `names`."""
+    both = [("rank_pattern", p) for p in config.rank_pattern] + [("alpha_pattern", p) for p in config.alpha_pattern]
+    return [(key, p) for key, p in both if not any(regex_match(rf"(.*\.)?({p})$", name) for name in names)]
 
 
 def names_parameter(config: Config, name: str) -> bool:

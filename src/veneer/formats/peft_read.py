@@ -85,7 +85,7 @@ def interpret(
         reader.pairs,
         reader.modules,
         reader.token_rows,
-        card or _card_of(parsed, reader.pairs),
+        card or cfg.card_of(parsed),
         rslora=parsed.rslora,
         dropout=parsed.dropout,
         deltas=reader.deltas,
@@ -97,13 +97,6 @@ def interpret(
         adapter.card.extra = {**adapter.card.extra, "adapter_config": parsed.stamps}
         reader.notes += [f"{key} = {str(value)[:60]}: a stamp, kept" for key, value in parsed.stamps.items()]
     return Loaded(adapter, dict(config), reader.notes)
-
-
-def _card_of(config: cfg.Config, pairs: Mapping[str, Pair]) -> Card:
-    targets = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules or ""]
-    kind = "text" if config.task_type in cfg.TASKS else ""
-    targets = sorted({t for t in [*targets, *config.target_parameters] if t})
-    return Card(base=config.base_name, kind=kind, rank=config.r, alpha=config.alpha, targets=targets)
 
 
 @dataclass
@@ -382,25 +375,10 @@ class _Reader:
                 f"{name}: A {tuple(pair.A.shape)}, B {tuple(pair.B.shape)} are in the file, but target_modules "
                 "omits this module, so PEFT would leave them out without a word"
             )
-        targets = config.target_modules
-        entries = (
-            targets if isinstance(targets, list) else [targets] if targets and targets != cfg.DUMMY_TARGETS else []
-        )
-        ending: dict[str, list[str]] = {}  # an entry of a list fits names that end in it: thousands of each are common
-        for name in plain:
-            parts = name.split(".")
-            for at in range(len(parts)):
-                ending.setdefault(".".join(parts[at:]), []).append(name)
-        without = []
-        for entry in entries:
-            one = [entry] if isinstance(targets, list) else None
-            if not any(cfg.matches(config, n, one) for n in (ending.get(entry, []) if one else plain)):
-                without.append(entry)
-        if without and len(without) == len(entries):
-            self.problems.append(
-                f"target_modules names {', '.join(map(repr, entries))}, and there are no tensors for any"
-            )
-        for entry in without if len(without) < len(entries) else ():
+        idle, all_of_them = cfg.idle_targets(config, plain)
+        if idle and all_of_them:
+            self.problems.append(f"target_modules names {', '.join(map(repr, idle))}, and there are no tensors for any")
+        for entry in () if all_of_them else idle:
             # PEFT keeps names that matched nothing, as long as another did; what one of them selects in a base that is
             # given must be there (`_check_expected`).
             self.notes.append(f"target_modules names {entry!r}, and there are no tensors for it: it has no effect")
@@ -451,10 +429,8 @@ class _Reader:
                     )
 
     def _check_patterns(self) -> None:
-        for key in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self.config, key):
-                if not any(cfg.regex_match(rf"(.*\.)?({pattern})$", name) for name in self.pairs):
-                    self.notes.append(f"{key} {pattern!r} matches no module of the adapter: it has no effect")
+        for key, pattern in cfg.idle_patterns(self.config, self.pairs):
+            self.notes.append(f"{key} {pattern!r} matches no module of the adapter: it has no effect")
 
     def _check_base(self) -> None:
         """Names against a list of names; names, kinds and shapes against a model."""

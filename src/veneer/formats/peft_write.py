@@ -24,15 +24,13 @@ from veneer.formats import card as cards
 from veneer.formats.atomic import put_folder
 from veneer.formats.container import check_finite, encode_tensors
 from veneer.formats.peft_bias import bias_problems, bias_switch, bias_tensors
-from veneer.formats.peft_config import DUMMY_TARGETS, RANK_MAJOR, unsloth_marks
+from veneer.formats.peft_config import CONFIG_FILE, DUMMY_TARGETS, RANK_MAJOR, TENSOR_FILE, unsloth_marks
 from veneer.formats.peft_experts import EXPERT_ORDER
 from veneer.formats.peft_read import PREFIX, Base, interpret
 from veneer.formats.structure import Structure, describe
 
-__all__ = ["CONFIG_FILE", "TENSOR_FILE", "Written", "encode", "write"]
+__all__ = ["Written", "encode", "write"]
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
 LAYOUT = "0.21.2"
 """The PEFT whose layout of expert weights is written; readers need it where a parameter is square."""
 
