@@ -10,7 +10,7 @@ neighbour, 30% beside two.
 
 training   SmolLM2-135M, rank 16 on all seven projections, 4 rows of 64 tokens, the last quarter trained, AdamW
 serving    the embedded engine on it, 4 requests of 32 and 16 tokens under as many adapters of rank 16
-pictures   emoji-flux's denoiser, batches of 8, eight steps, three stacked adapters of rank 16
+pictures   emoji-flux's denoiser, batches of 2, eight steps, three stacked adapters of rank 16
 
 In the precision that `auto` takes on this processor. Run it alone: a neighbour of somebody else's counts too, and is to
 be seen in how many processors others had when it should have been quiet.
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WANTED = {"beside one": 0.55, "beside two": 0.30}
 STATES = {"quiet": 0, "beside one": 1, "beside two": 2}
 ROWS, LENGTH, RANK = 4, 64, 16
-PROMPT, NEW, PICTURES = 32, 16, 8
+PROMPT, NEW, PICTURES = 32, 16, 2
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WARM = 1.0
 LOOP = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for i in range(100_000):\n        pass"
