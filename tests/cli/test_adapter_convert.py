@@ -36,6 +36,16 @@ def test_a_person_sees_what_was_written(tmp_path, capsys):
     same_changes(read(out).adapter, read(source).adapter)
 
 
+def test_the_adapter_itself_is_not_written_over(tmp_path, capsys):
+    source = kohya(tmp_path)
+    before = source.read_bytes()
+    for out in (str(source), str(source.parent / "." / source.name)):
+        ran = run(capsys, "adapter", "convert", str(source), "--to", "comfyui", "-o", out)
+        assert ran.code == 2
+        assert "the adapter itself" in ran.err
+    assert source.read_bytes() == before
+
+
 def test_json_has_the_hashes(tmp_path, capsys):
     source, out = kohya(tmp_path), tmp_path / "style-diffusers.safetensors"
     arguments = ("--to", "diffusers", "-o", str(out), "--dtype", "bfloat16", "--json")

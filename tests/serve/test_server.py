@@ -175,6 +175,7 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
     assert "whoever reaches 0.0.0.0:8000" in said.pop()
     Store(str(tmp_path / "tenants.sqlite")).close()
     assert kind() == "Tenants"
+    assert "there are no tenants yet" in said.pop()
     assert f"{tmp_path / 'tenants.sqlite'}, so requests need a key; --open" in said.pop()
     assert kind(admin_key="an-admin-key-of-some-length") == "Tenants+admin"
     assert kind(keys=("sk-0123456789abcdef",)) == "Keys"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from veneer.cli.output import everything, listed
+from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.formats.convert import Written
@@ -73,7 +75,10 @@ def convert(
 
     everything(show_all)
     how: How = {"from_pickle": from_pickle, "moe_layout": moe_layout, "adapter_name": adapter_name}
-    reading = read(adapter_path(name), allow_partial=allow_partial, family=family if to != "gguf" else None, **how)
+    place = adapter_path(name)
+    if Path(output).exists() and Path(output).samefile(place):
+        raise ConfigError("the output is the adapter itself, which is not written over", where=output, fix="another -o")
+    reading = read(place, allow_partial=allow_partial, family=family if to != "gguf" else None, **how)
     words = [word for own in reading.adapter.new_tokens.values() for word in own] if without_words else []
     adapter = replace(reading.adapter, new_tokens={}) if words else reading.adapter
     head_dim = layers = None

@@ -388,6 +388,8 @@ def _tenancy(settings: ServeSettings, say: Callable[[str], None]) -> tuple[Tenan
         days=settings.ledger_days, folder=folder, room=settings.ledger_room, synced=settings.ledger_synced
     )
     tenants = Tenants(place, admin_key=settings.admin_key, ledger=kept)
+    if not tenants.store.settings.tenants:
+        say("there are no tenants yet, so nobody has a key: veneer tenant add NAME, then veneer tenant key add NAME")
     return tenants, [admin_router(tenants)] if settings.admin_key else [], tenants.rollouts
 
 
