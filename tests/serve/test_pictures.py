@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from tests.image_twins import levels, state_of
+from tests.serve.http.toy import wait_for
 from tests.serve.pictures_here import Shelf, ask, collect, drawn, shelf_of
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
@@ -24,6 +25,7 @@ from veneer.imaging.adapters import Mixer
 from veneer.imaging.remake import remake, remembered
 from veneer.library.library import open_library
 from veneer.models.image import ImageBase, load_image
+from veneer.serve import pictures
 from veneer.serve.picture_request import Drawn, Preview, Queued, Step
 from veneer.serve.pictures import PictureEngine, _Turns
 from veneer.serve.request import Refused
@@ -338,3 +340,34 @@ def test_a_picture_is_made_again_from_the_library(base: ImageBase, shelf: Shelf,
 def test_what_is_not_read_of_a_prompt_is_said(engine: PictureEngine) -> None:
     made = drawn(engine, ask(1, prompt="a red cat " * 30))[0]
     assert "does not read the end of the prompt" in made.notes[0]
+
+
+def refused_by(engine: PictureEngine) -> None:
+    with pytest.raises(Refused):
+        asyncio.run(collect(engine, ask(2)))
+
+
+def test_an_engine_says_when_it_draws_for_nobody(
+    base: ImageBase, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with PictureEngine(base, shelf.read, stuck_seconds=0.2) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, "generate_images", fails)
+            for i in range(3):
+                assert engine.problem() == ""
+                with pytest.raises(Refused):
+                    asyncio.run(collect(engine, ask(i)))
+            assert engine.problem() == "the last 3 pictures failed"
+        drawn(engine, ask(1))
+        assert engine.problem() == ""
+        gate = threading.Event()
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, "generate_images", lambda *args, **options: gate.wait(20) and fails())
+            waiting = threading.Thread(target=refused_by, args=(engine,))
+            waiting.start()
+            wait_for(lambda: "has not ended" in engine.problem())
+            gate.set()
+            waiting.join()

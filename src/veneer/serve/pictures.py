@@ -49,6 +49,8 @@ __all__ = ["PictureEngine"]
 
 _log = logging.getLogger(__name__)
 MAX_STEPS = 150
+_LOST = 3
+"""Pictures in a row that failed by a fault of ours, after which the engine says so."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,8 @@ class PictureEngine:
 
     `read`: digest -> adapter, checked against the base; `source`: digest -> the hashes of its file, for the infotext.
     `controls`: kind -> name or folder of a ControlNet; canny and edges have the base's own. `window`: seconds that a
-    first picture waits for company. `adapter_bytes`: what adapters in memory may take up."""
+    first picture waits for company. `adapter_bytes`: what adapters in memory may take up. `stuck_seconds`: how long it
+    takes until a step that does not end is a fault."""
 
     def __init__(
         self,
@@ -83,8 +86,9 @@ class PictureEngine:
         max_pixels: int | None = None,
         max_steps: int = MAX_STEPS,
         adapter_bytes: int = 1 << 30,
+        stuck_seconds: float = 600.0,
     ) -> None:
-        self.base = base
+        self.base, self.stuck_seconds = base, stuck_seconds
         self.max_batch, self.window, self.max_waiting, self.max_steps = max_batch, window, max_waiting, max_steps
         self.max_pixels = max_pixels or 4 * base.size**2
         self.attachment = attach(base.model)
@@ -104,7 +108,8 @@ class PictureEngine:
         self._running: list[_Job] = []
         self._turns = _Turns()
         self._closing = self._dropping = False
-        self._drawn = self._batches = self._steps = 0
+        self._drawn = self._batches = self._steps = self._lost = 0
+        self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="pictures", daemon=True)
         self._thread.start()
 
@@ -186,6 +191,16 @@ class PictureEngine:
             counts = len(self._running), len(self._waiting), self._drawn, self._batches, self._steps
         memory = self.residents.stats()
         return PictureStats(*counts, memory.adapters, memory.bytes)
+
+    def problem(self) -> str:
+        """Why nobody is served, if nobody is; as TextEngine's."""
+        if self._closing:
+            return ""
+        if not self._thread.is_alive():
+            return "the engine's thread has ended"
+        if self._running and (seconds := time.monotonic() - self._beat) > self.stuck_seconds:
+            return f"the engine's step has not ended for {seconds:.0f} s"
+        return f"the last {self._lost} pictures failed" if self._lost >= _LOST else ""
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
@@ -317,7 +332,7 @@ class PictureEngine:
         if not jobs:
             return
         settings = replace(jobs[0].request.settings, image=None, mask=None, batch_size=len(jobs))
-        began = time.monotonic()
+        began = self._beat = time.monotonic()
         try:
             pictures = generate_images(
                 self.base,
@@ -335,8 +350,11 @@ class PictureEngine:
                 for job in jobs:
                     self._draw([job])
                 return
-            jobs[0].tell(refused(error))
+            told = refused(error)
+            self._lost += told.status >= 500
+            jobs[0].tell(told)
             return
+        self._lost = 0
         self._batches += 1
         self._drawn += len(jobs)
         for job, picture in zip(jobs, pictures, strict=True):
@@ -359,6 +377,7 @@ class PictureEngine:
         if self._dropping or all(job.gone for job in jobs):
             raise _Left
         self._steps += 1
+        self._beat = time.monotonic()
         for i, job in enumerate(jobs):
             if job.gone:
                 continue

@@ -233,6 +233,9 @@ class _NoText:
         )
         yield  # an iterator, as the protocol has it
 
+    def problem(self) -> str:
+        return self.pictures.problem()
+
     def stats(self) -> EngineStats:
         s, memory = self.pictures.stats(), self.pictures.residents.stats()
         return EngineStats(
