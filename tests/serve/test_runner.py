@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from veneer.models.text import TextBase
 from veneer.serve.paged import BLOCK
 from veneer.serve.runner import Prepared, Row, Runner
 
-WAYS = {"gemma3": "packed", "llama4": "packed", "mixtral": "packed", "qwen3_moe": "packed"}
+WAYS = {"gemma3": "packed", "llama4": "alone", "mixtral": "packed", "qwen3_moe": "packed"}
 
 
 def base_of(model: Any) -> TextBase:
@@ -312,4 +313,60 @@ def test_attention_that_asks_for_more_is_not_handed_over() -> None:
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     assert runner.how == "alone"
     assert "position_bias" in runner.why
+    runner.close()
+
+
+# -- which way is believed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_in_the_middle_that_is_off_is_found(dtype: torch.dtype) -> None:
+    """In the last layer nothing of it comes to the tokens that follow: each one's logits are compared."""
+    model = FAMILIES["llama3"]().to(dtype)
+    mlp = model.model.layers[-1].mlp
+    original = type(mlp).forward
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        out = original(self, x)
+        if x.shape[1] > 4:
+            out[:, 3] += 0.5 * out.abs().amax()
+        return out
+
+    mlp.__class__ = type("OwnMLP", (type(mlp),), {"forward": forward})
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner.how == "alone"
+    assert "the largest logit of token" in runner.why
+    runner.close()
+
+
+def test_a_window_past_the_probe_is_found() -> None:
+    """A family that tells attention nothing of its window, which only its mask has."""
+    model = FAMILIES["gemma3"](sliding_window=64)
+    for layer in model.model.layers:
+        original = type(layer.self_attn).forward
+
+        def forward(self: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            window, self.sliding_window = self.sliding_window, None
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                self.sliding_window = window
+
+        layer.self_attn.__class__ = type("OwnAttention", (type(layer.self_attn),), {"forward": forward})
+    (ids,) = prompts([100])
+    want = reference(model, {}, [], ids)
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    same(serve(runner, [(ids, [])], [30, 1])[0], want)
+    assert runner.how == "alone"
+    runner.close()
+
+
+@pytest.mark.parametrize(("context", "how"), [(256, "alone"), (64, "packed")])
+def test_llama4_s_chunks_are_kept_where_a_sequence_can_pass_one(context: int, how: str) -> None:
+    model = FAMILIES["llama4"]()  # chunks of 64
+    (ids,) = prompts([min(context, 100)])
+    want = reference(model, {}, [], ids)
+    runner = Runner(replace(base_of(model), context=context), cache_bytes=1 << 20)
+    assert runner.how == how, runner.why
+    same(serve(runner, [(ids, [])], [30, 1])[0], want)
     runner.close()

@@ -9,7 +9,7 @@ All layers are one call of kernels/decoder.c where it runs, and else, or under a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -88,6 +88,10 @@ class Plan:
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return in_blocks(lambda part: normed(part, weight, self.eps), x, self.rows)
+
+    def with_windows(self, longest: int) -> Plan:
+        """The same weights with windows of `longest` tokens at most."""
+        return replace(self, blocks=[replace(b, window=min(b.window, longest)) for b in self.blocks])
 
     @cached_property
     def _table(self) -> _Table | None:
@@ -190,6 +194,8 @@ def plan_of(
     if config.hidden_act not in ("silu", "swish"):
         raise NotImplementedError(f"its gate is {config.hidden_act}")
     static_positions(config)
+    if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
+        raise NotImplementedError("its queries are scaled by their place")
 
     def weights(names: tuple[str, ...]) -> Matrix:
         return invariant(own_weights(names), layout.rows)
