@@ -343,10 +343,10 @@ class Runner:
     def _problem(self, own: Reference) -> str:
         """How the logits of any token differ from the base's own; "" where they do not. In pieces of different length,
         so that keys and values come from the pages, and the last token of each row by itself, as in serving."""
-        rows, blocks, at = own.ids.split(LENGTHS), [], 0
+        rows, blocks, used = own.ids.split(LENGTHS), [], 0
         for n in LENGTHS:
-            blocks.append(list(range(at, at := at - (-n // BLOCK))))
-        if self.blocks < at:
+            blocks.append(list(range(used, used := used - (-n // BLOCK))))
+        if self.blocks < used:
             return f"a cache of {self.blocks} blocks is too small to try it"
         starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
         parts, places, plan = [], [], self._plan
