@@ -94,8 +94,8 @@ def test_the_command_that_is_reported_has_no_values() -> None:
 
     commands = {"tenant": veneer.cli.tenant.__name__}
     secret = ["sk-12345", "postgresql://me:pw@db/x", "/home/me/adapter", "--admin-key=hunter2"]
-    given = ["tenant", "alias", "set", secret[0], "--database", *secret[1:]]
-    assert fault.command_line(given, commands) == "veneer tenant alias set … --database … … --admin-key"
+    given = ["tenant", "route", "set", secret[0], "--database", *secret[1:]]
+    assert fault.command_line(given, commands) == "veneer tenant route set … --database … … --admin-key"
     assert fault.command_line(["hunter"], commands) == "veneer …"
     assert fault.command_line(["tenant", "hunter", "set"], commands) == "veneer tenant … …"
 

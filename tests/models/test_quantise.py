@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tests.families import FAMILIES, VOCAB, llama3
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
@@ -292,5 +293,7 @@ def test_two_kinds_loaded_at_a_time_do_not_mix(tmp_path: Path) -> None:
         loaded, _ = load_quantised(tmp_path / "m", config, tensors, kind, torch.float32)
         return {p.code.kind for p in loaded.parameters() if isinstance(p, Quantised)}
 
+    tie = PreTrainedModel.tie_weights
     with ThreadPoolExecutor(len(kinds)) as pool:
         assert list(pool.map(load, kinds)) == [{kind} for kind in kinds]
+    assert PreTrainedModel.tie_weights is tie  # transformers takes it off while it loads

@@ -15,6 +15,7 @@ import torch
 
 from veneer.core.quantised import Quantised
 from veneer.errors import BaseError
+from veneer.models.compat_transformers import loading
 from veneer.models.ggml import Ggml
 from veneer.models.quantise import LazyTensor, forget_quantiser, load_state, quantised_weights
 
@@ -36,7 +37,7 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
 
     if keep:
         return _kept(file, dtype)
-    with _no_progress_bar(), fast_headers():
+    with loading(), _no_progress_bar(), fast_headers():
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
@@ -61,7 +62,7 @@ def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     reader = Reader(str(file))
     with fast_headers():
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    with torch.device("meta"):
+    with loading(), torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(config)
     architecture = str(reader.get_field("general.architecture").contents())
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.models.compat_transformers import loading
 from veneer.models.image import Components, default_size, prediction_of, vae_scale
 from veneer.models.image_families import topology_name
 from veneer.models.image_files import (
@@ -90,7 +91,7 @@ def _on_meta(folder: Path, library: str, classname: str) -> Any:
     cls: Any = getattr(importlib.import_module(library), classname, None)
     if cls is None:
         raise unreadable(folder, ImportError(f"the installed {library} has no {classname}"))
-    with quiet(), torch.device("cpu" if "Scheduler" in classname else "meta"):
+    with loading(), quiet(), torch.device("cpu" if "Scheduler" in classname else "meta"):
         try:
             if library == "transformers":
                 return cls(cls.config_class.from_pretrained(folder, local_files_only=True))

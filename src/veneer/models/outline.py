@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.models.compat_transformers import loading
 from veneer.models.fingerprint import fingerprint
 from veneer.models.quiet import quiet
 from veneer.models.sources import is_image
@@ -33,7 +34,7 @@ def outline(name: str, path: Path) -> dict[str, Any]:
     table, config, tokenizer = tensor_table(path), read_config(path), read_tokenizer(path)
     stored = stored_dtype(table)
     dtype, reason = choose_dtype("auto", choose_device("auto"), stored)
-    with quiet(), torch.device("meta"):
+    with loading(), quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
     turn = end_of_turn(tokenizer)

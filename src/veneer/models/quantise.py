@@ -28,7 +28,7 @@ from veneer.core.codes import KINDS, SAVED_KINDS, Blocks4, Rows8, dynamic_map, t
 from veneer.core.quantised import Quantised, quantise
 from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
-from veneer.models.compat_transformers import TRANSFORMERS, register_quantiser
+from veneer.models.compat_transformers import TRANSFORMERS, loading, register_quantiser
 from veneer.models.weights import StoredTensor
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def load_state(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(a model of transformers' class `cls` with these tensors, transformers' loading info). Those of
     `quantised_weights` are quantised as `kind`; "": they come as they are to be, quantised or not."""
-    with kernels.returned_memory():
+    with loading(), kernels.returned_memory():
         model, info = cls.from_pretrained(
             None, config=config, state_dict=dict(state), dtype=dtype, quantization_config=_quantiser(kind),
             output_loading_info=True,

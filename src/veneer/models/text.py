@@ -18,6 +18,7 @@ import torch
 from veneer.core.codes import KINDS
 from veneer.core.quantised import Quantised
 from veneer.errors import BaseError, ConfigError, ResourceError
+from veneer.models.compat_transformers import loading
 from veneer.models.fingerprint import fingerprint
 from veneer.models.gguf_base import load_gguf
 from veneer.models.processors import settle
@@ -162,7 +163,7 @@ def outline_text(name: str, *, say: Callable[[str], None] | None = None) -> Text
         raise BaseError("this is an image base, and a language model is wanted", where=str(path))
     table = tensor_table(path)
     config, tokenizer = read_config(path), read_tokenizer(path)
-    with quiet(), torch.device("meta"):
+    with loading(), quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     turn = end_of_turn(tokenizer)
     turn = tokenizer.eos_token_id if turn is None else turn
@@ -309,7 +310,7 @@ def _load_model(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     from transformers import AutoModelForCausalLM
 
-    with quiet():
+    with loading(), quiet():
         try:
             if codes == "gguf":
                 return load_gguf(path, dtype, keep=True), ("the weights stay in the blocks of their GGUF file",)

@@ -72,7 +72,7 @@ def export(
         written = write(reading.adapter, out, server, dtype=dtype, layers=layers)
     except AdapterError as error:
         way = f"veneer export {adapter} --for {server} --merge {out}"
-        raise AdapterError(error.what, where=error.where, fix=error.fix or f"as a full model: {way}") from error
+        raise AdapterError(error.what, where=error.where, fix=f"as a full model: {way}") from error
     digest = reading.adapter.digest()
     name = served_name(make_mix([(digest, 1.0)]))
     command = _command(server, base or "BASE", name, out, max(written.ranks))
