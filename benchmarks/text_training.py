@@ -1,7 +1,7 @@
 """Training a text adapter: veneer beside PEFT + transformers and TRL, the same data, in one run.
 
     python benchmarks/text_training.py [--quick] [--rounds 3] [--json]    speed, memory, loss curves, share of the floor
-    python benchmarks/text_training.py --kinds [--rounds 3] [--json]      dropout and DoRA beside plain adapters
+    python benchmarks/text_training.py --kinds | --real [--json]          dropout and DoRA beside plain; two real bases, exactly?
     python benchmarks/text_training.py --banking77 DIR [--seeds 0,1,2] [--peer-seeds 0] [--quick] [--json]
 
 Each side is a process of its own, one after another and never two at once, in rounds, so that a machine whose speed
@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from _real import real
 from _report import bar, lines_of, peak_bytes, report, row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -462,6 +463,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs; medians are reported")
     parser.add_argument("--kinds", action="store_true", help="dropout and DoRA beside plain adapters instead")
+    parser.add_argument(
+        "--real", action="store_true", help="loss and gradients of real bases against their own forward"
+    )
     parser.add_argument("--banking77", type=Path, metavar="DIR", help="accuracy, time and memory on these rows instead")
     parser.add_argument("--seeds", default="0,1,2", help="veneer's seeds on banking77")
     parser.add_argument("--peer-seeds", default="0", help="PEFT's; each takes about half an hour on two cores")
@@ -483,6 +487,8 @@ def main() -> None:
     if arguments.banking77:
         seeds, peers = ([int(s) for s in text.split(",") if s] for text in (arguments.seeds, arguments.peer_seeds))
         result = banking(arguments.banking77, seeds, peers, arguments.quick, say)
+    elif arguments.real:
+        result = real(say)
     elif arguments.kinds:
         result = kinds(arguments.rounds, say)
     else:

@@ -38,3 +38,10 @@ def test_quick_run_follows_peft_s_losses() -> None:
     assert set(result) == {"machine", "rows", "bars"}
     curve = next(b for b in result["bars"] if b["name"].startswith("furthest loss"))
     assert curve["ok"], curve
+
+
+@pytest.mark.network
+def test_real_bases_under_fast_are_as_they_are_by_themselves() -> None:
+    ran = run("--real", "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert all(b["ok"] for b in json.loads(ran.stdout)["bars"])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.tokenization_utils_base import generate_merges
 
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from tests.tiny_gguf import tiny_gguf
@@ -17,7 +21,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import BaseError
 from veneer.models.generate import complete
-from veneer.models.gguf_header import Reader
+from veneer.models.gguf_header import Outline, Reader, dequantise, fast_headers, merges_of
 from veneer.models.text import load_text, read_config, read_tokenizer
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import base_config
@@ -157,3 +161,48 @@ def test_no_token_of_another_model_is_added(tmp_path: Path) -> None:
     assert base.tokenizer.unk_token == "<|beginning|>"
     assert base.tokenizer("hello there").input_ids == tiny_tokenizer()("hello there").input_ids
     assert complete(base, [[{"role": "user", "content": "hi"}]], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_merges_are_transformers_in_its_order(ties: bool) -> None:
+    """Those of a vocabulary without merges, of which the order decides every token."""
+    g = random.Random(0)
+    tokens = [*"abc▁", *{"".join(g.choices("abc▁", k=g.randint(2, 7))) for _ in range(2000)}]
+    vocab = {t: i for i, t in enumerate(tokens)}
+    scores = {t: float(-(i // 50) if ties else -i) for t, i in vocab.items()}
+    found = merges_of(vocab, scores)
+    assert len(found) > 1000
+    assert found == generate_merges(vocab, scores)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "Q3_K", "IQ4_NL", "F16", "BF16", "F32"])
+def test_blocks_have_the_values_that_gguf_finds(kind: str) -> None:
+    of = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[of]
+    raw = np.random.default_rng(0).integers(0, 60, (3, 4, max(256 // block, 1) * size), dtype=np.uint8)
+    raw = raw if kind not in ("F16", "F32") else raw.view(np.float16 if kind == "F16" else np.float32)
+    wanted = gguf.quants.dequantize(raw, of)
+    found = dequantise(raw, of)
+    assert found.dtype == np.float32
+    assert found.shape == wanted.shape
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_an_outline_knows_how_many_and_other_threads_read_as_ever(tmp_path: Path) -> None:
+    file = tmp_path / "large.gguf"
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_token_list([f"t{i}" for i in range(5000)])
+    writer.add_token_scores([0.5] * 5000)
+    writer.add_array("llama.some", [1, 2, 3])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    fields = Outline(str(file)).fields
+    assert len(fields["tokenizer.ggml.tokens"].data) == 5000
+    assert not fields["tokenizer.ggml.scores"].data
+    assert fields["llama.some"].contents() == [1, 2, 3]
+    with fast_headers(), ThreadPoolExecutor(1) as other:
+        elsewhere = other.submit(lambda: gguf.GGUFReader(str(file)).fields).result()
+        assert isinstance(gguf.GGUFReader(str(file)), Outline)
+    assert elsewhere["tokenizer.ggml.tokens"].contents()[4999] == "t4999"
+    assert elsewhere["tokenizer.ggml.scores"].contents() == [0.5] * 5000

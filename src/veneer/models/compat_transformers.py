@@ -18,6 +18,8 @@ TRANSFORMERS = Internals(
         "transformers.MODEL_FOR_CAUSAL_LM_MAPPING",
         "transformers.PreTrainedModel.set_attn_implementation",
         "transformers.core_model_loading.ConversionOps",
+        "transformers.integrations.gguf.gguf_tokenizer_mapping.generate_merges",
+        "transformers.integrations.gguf.reader._mapped",
         "transformers.integrations.sdpa_attention.sdpa_attention_forward",
         "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register",
         "transformers.masking_utils.sdpa_mask",

@@ -57,9 +57,9 @@ def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    from veneer.models.gguf_header import Reader, fast_headers
+    from veneer.models.gguf_header import Outline, fast_headers
 
-    reader = Reader(str(file))
+    reader = Outline(str(file))
     with fast_headers():
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     with loading(), torch.device("meta"):

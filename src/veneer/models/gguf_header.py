@@ -1,16 +1,20 @@
 """Headers of GGUF files, read fast: the gguf package's reader takes 12 seconds for a vocabulary of 262,144.
 
 Reader(path)           gguf's GGUFReader in all it offers; arrays are read in one pass each
-with fast_headers():   transformers reads headers by it, too
+Outline(path)          the same without the tokenizer's arrays
+with fast_headers():   transformers reads headers and values of blocks by ours, too
 read_gguf_tokenizer    the file's own tokenizer, without what transformers' classes add to it
 """
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,9 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType
 
-__all__ = ["Reader", "fast_headers", "read_gguf_tokenizer"]
+from veneer.models.compat_transformers import TRANSFORMERS
+
+__all__ = ["Outline", "Reader", "dequantise", "fast_headers", "merges_of", "read_gguf_tokenizer"]
 
 
 class Reader(gguf.GGUFReader):
@@ -39,36 +45,103 @@ class Reader(gguf.GGUFReader):
             if n * dtype.itemsize > left:
                 raise ValueError(f"an array of {n:,} numbers and {left:,} bytes left")
             values = data[at : at + n * dtype.itemsize].view(dtype)
+            if not self._kept(n):
+                return 12 + values.nbytes, [kind, count], [], types
             return 12 + values.nbytes, [kind, count, *values.reshape(-1, 1)], list(range(2, n + 2)), types
         if 8 * n > left:
             raise ValueError(f"an array of {n:,} texts and {left:,} bytes left")
-        parts, end, view = [kind, count], len(data), memoryview(data)
+        parts, end, view, kept = [kind, count], len(data), memoryview(data), self._kept(n)
         for _ in range(n):
             length = int.from_bytes(view[at : at + 8], "little")
             if at + 8 + length > end:
                 raise ValueError(f"a text of {length:,} bytes at byte {at:,} of {end:,}")
-            parts += (data[at : at + 8], data[at + 8 : at + 8 + length])
+            if kept:
+                parts += (data[at : at + 8], data[at + 8 : at + 8 + length])
             at += 8 + length
-        return at - orig_offs, parts, list(range(3, 2 * n + 3, 2)), types
+        if kept:
+            return at - orig_offs, parts, list(range(3, 2 * n + 3, 2)), types
+        return at - orig_offs, parts, [0] * n, [GGUFValueType.ARRAY, GGUFValueType.BOOL]  # as many as there are
+
+    def _kept(self, n: int) -> bool:
+        return True
 
     def _one_by_one(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
         size, parts, indices, types = super()._get_field_parts(orig_offs, raw_type)
         return size, parts, indices, types
 
 
+class Outline(Reader):
+    """All of a header but what the tokenizer's arrays hold; of texts, how many there are is kept."""
+
+    def _kept(self, n: int) -> bool:
+        return n <= 4096  # more entries than any array of a config has
+
+
+def dequantise(data: np.ndarray, kind: Any) -> np.ndarray:
+    """gguf's `dequantize`: (…, bytes of a row) -> (…, values of a row) float32. By compiled kernels where they run."""
+    import torch
+
+    from veneer.models.ggml import Ggml
+
+    if kind.name in ("F64", "F32", "F16", "BF16"):
+        return np.asarray(_dequantize(data, kind))
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows = torch.from_numpy(np.array(data).reshape(-1, data.shape[-1]))
+    shape = (*data.shape[:-1], data.shape[-1] // size * block)
+    out: np.ndarray = Ggml(kind.name, shape, rows).dense(torch.float32, 0, len(rows)).numpy().reshape(shape)
+    return out
+
+
+def merges_of(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
+    """transformers' `generate_merges` in one pass: every token cut in two tokens, those of the highest score first, and
+    of one score those whose left part is longest, then right."""
+    found: list[tuple[str, str]] = []
+    ordered = sorted(scores.items(), key=lambda item: item[1], reverse=True)
+    for _, same in itertools.groupby(ordered, key=lambda item: item[1]):
+        cuts = [
+            (token[:i], token[i:])
+            for token, _ in same
+            for i in range(len(token) - 1, 0, -1)
+            if token[:i] in vocab and token[i:] in vocab
+        ]
+        found += sorted(cuts, key=lambda cut: (len(cut[0]), len(cut[1])), reverse=True)
+    return found
+
+
+def _mapped(path: str) -> np.ndarray:
+    return np.memmap(path, mode="r", dtype=np.uint8).view(np.ndarray)
+
+
 _lock = threading.RLock()
+_dequantize, _reader = gguf.dequantize, gguf.GGUFReader
 
 
 @contextmanager
-def fast_headers() -> Iterator[None]:
-    """transformers imports its reader from gguf whenever it reads a file. Ours is a subclass: whoever else gets it
-    meanwhile reads the same."""
-    with _lock:
-        before, gguf.GGUFReader = gguf.GGUFReader, Reader  # type: ignore[misc]
-        try:
-            yield
-        finally:
-            gguf.GGUFReader = before  # type: ignore[misc]
+def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
+    """transformers takes these from gguf and its own modules whenever it reads a file. Ours give the same, and other
+    threads get gguf's own reader meanwhile, since what is left out of ours they may need. `vocabulary`: for reading a
+    tokenizer."""
+    me, names = threading.get_ident(), lru_cache(2)(gguf.get_tensor_name_map)  # asked for each module of a model
+    swaps: list[tuple[Any, str, Any]] = [
+        (gguf, "GGUFReader", lambda path: (Outline if threading.get_ident() == me else _reader)(path)),
+        (gguf, "dequantize", dequantise),
+        (gguf, "get_tensor_name_map", names),
+    ]
+    for name, ours in _OF_A_VOCABULARY.items() if vocabulary else ():
+        TRANSFORMERS(name)  # says so where there is none
+        module, _, last = name.rpartition(".")
+        swaps.append((importlib.import_module(module), last, ours))
+    with _lock, ExitStack() as undo:
+        for holder, name, ours in swaps:
+            undo.callback(setattr, holder, name, getattr(holder, name))
+            setattr(holder, name, ours)
+        yield
+
+
+_OF_A_VOCABULARY = {
+    "transformers.integrations.gguf.gguf_tokenizer_mapping.generate_merges": merges_of,
+    "transformers.integrations.gguf.reader._mapped": _mapped,  # slices of a memmap are slow
+}
 
 
 _DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
@@ -84,7 +157,7 @@ def read_gguf_tokenizer(file: Path) -> Any:
     from tokenizers import Tokenizer, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    with fast_headers():
+    with fast_headers(vocabulary=True):
         made: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     fields = Reader(str(file)).fields
 

@@ -181,10 +181,10 @@ def _gguf_table(file: Path) -> list[StoredTensor]:
         magic = f.read(4)
     if magic != b"GGUF":
         raise BaseError(f"{file.name} is not a GGUF file: it starts with {magic!r}", where=str(file))
-    from veneer.models.gguf_header import Reader
+    from veneer.models.gguf_header import Outline
 
     try:
-        reader = Reader(str(file))
+        reader = Outline(str(file))
         table = [
             StoredTensor(t.name, t.tensor_type.name, tuple(map(int, t.shape)), file, int(t.data_offset), int(t.n_bytes))
             for t in reader.tensors
