@@ -88,7 +88,9 @@ def real(say: Callable[[str], None]) -> dict[str, Any]:
                     at, off = f"{title}, {dtype}, {way}", (nll - truth).abs()
                     rows.append(row(at, "furthest token off", float(off.max()), "nats"))
                     rows.append(row(at, "tokens off, mean", float(off.mean()), "nats"))
-                    rows.append(row(at, "gradient off", float((grad - gradient).norm() / gradient.norm()), "of it"))
+                    rows.append(
+                        row(at, "gradient off", float((grad - gradient).norm() / gradient.norm()), "of the norm")
+                    )
             nll, grad = exact["fast"]
             bars.append(bar(f"{title}, float32: furthest token", 5e-3, float((nll - truth).abs().max()), False))
             share = float((grad - gradient).norm() / gradient.norm())

@@ -1,7 +1,7 @@
 """Training a text adapter: veneer beside PEFT + transformers and TRL, the same data, in one run.
 
     python benchmarks/text_training.py [--quick] [--rounds 3] [--json]    speed, memory, loss curves, share of the floor
-    python benchmarks/text_training.py --kinds | --real [--json]          dropout and DoRA beside plain; two real bases, exactly?
+    python benchmarks/text_training.py --kinds | --real [--json]          dropout and DoRA; real bases by themselves
     python benchmarks/text_training.py --banking77 DIR [--seeds 0,1,2] [--peer-seeds 0] [--quick] [--json]
 
 Each side is a process of its own, one after another and never two at once, in rounds, so that a machine whose speed
