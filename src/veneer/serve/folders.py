@@ -20,7 +20,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from veneer.serve.request import Mix, Refused
@@ -72,10 +72,19 @@ class Folders:
     def used(self, name: str) -> bool:
         return name in self._used
 
-    def excess(self, busy: Callable[[str], bool]) -> list[str]:
+    def last_used(self) -> dict[str, float]:
+        """Name -> when anybody last asked for it. What changes as requests come is read where they come."""
+        return {name: max(by.values()) for name, by in self._used.items()}
+
+    def forget(self, names: Iterable[str]) -> None:
+        """What is about to be deleted."""
+        for name in names:
+            self._used.pop(name, None)
+
+    def excess(self, busy: Callable[[str], bool], last_used: Mapping[str, float]) -> list[str]:
         """The names that go for all folders to take at most the limit, the longest unused first, and none that is busy
-        or was made a moment ago. Reads the disk: call it in a thread."""
-        there = self._there()
+        or was made a moment ago. Reads the disk alone: call it in a thread."""
+        there = self._there(last_used)
         size, now, names = sum(of for _, _, of in there), time.time(), []
         for name, used, of in sorted(there, key=lambda found: found[1]):
             if size <= self.limit_bytes:
@@ -86,12 +95,11 @@ class Folders:
         return names
 
     def delete(self, names: Iterable[str]) -> None:
-        """What nobody loads any more. Call it in a thread."""
+        """What nobody loads any more, from the disk alone: call it in a thread."""
         for name in names:
-            self._used.pop(name, None)
             self._delete(self.cache / name)
 
-    def _there(self) -> list[tuple[str, float, int]]:
+    def _there(self, last_used: Mapping[str, float]) -> list[tuple[str, float, int]]:
         """(name, when it was last used, bytes) of each folder."""
         found = []
         for folder in self.cache.glob("veneer-*"):
@@ -100,8 +108,7 @@ class Folders:
                 made = folder.stat().st_mtime
             except OSError:  # deleted by another front door meanwhile
                 continue
-            used = self._used.get(folder.name)
-            found.append((folder.name, max([made, *(used.values() if used else ())]), size))
+            found.append((folder.name, max(made, last_used.get(folder.name, made)), size))
         return found
 
     def _delete(self, folder: Path) -> None:

@@ -279,8 +279,9 @@ class Fleet:
     async def _let_go(self) -> None:
         while True:
             names, self._unwanted = [n for n in self._unwanted if not self.folders.used(n)], []
-            names += await asyncio.to_thread(self.folders.excess, self._busy)
+            names += await asyncio.to_thread(self.folders.excess, self._busy, self.folders.last_used())
             self._going = {n for n in names if not self._busy(n)}
+            self.folders.forget(self._going)
             for name in self._going:
                 self.making.pop(name, None)
                 await asyncio.gather(*(self._unload(r, name) for r in self.replicas))
