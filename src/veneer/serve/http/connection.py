@@ -4,15 +4,19 @@
     body      see app.Door; what is still sent after an answer has to end within `body_time`
     idle      a connection is kept for `idle` seconds after an answer
     unread    a client that reads nothing for `stall` seconds is cut off, and what still runs for it is cancelled
-    many      beyond `connections` the one that has waited longest for a request is closed for the new one
+    many      beyond `connections` those that have waited longest for a request are closed for the new ones
 
 An event loop's timers are cheap: each connection has one, for whichever of these it is in.
+
+Of a flood that comes at once nobody knows who is about to ask. So whoever came within the last `_PATIENCE` seconds is
+let be, while there are no more than `_BEYOND` too many.
 """
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import cast
 
 import h11
@@ -22,10 +26,13 @@ from veneer.serve.http.house import HttpSettings
 
 __all__ = ["connection_of", "many_files"]
 
+_PATIENCE = 0.25
+_BEYOND = 256
+
 
 def connection_of(settings: HttpSettings) -> type[asyncio.Protocol]:
     """uvicorn's protocol with these limits, for its Config's `http`."""
-    return type("Connection", (_Connection,), {"settings": settings, "waiting": {}})
+    return type("Connection", (_Connection,), {"settings": settings, "all": _All()})
 
 
 def many_files(wanted: int) -> None:
@@ -34,29 +41,49 @@ def many_files(wanted: int) -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        need = wanted + 512
+        need = wanted + 2 * _BEYOND
         if soft != resource.RLIM_INFINITY and soft < need:
             most = need if hard == resource.RLIM_INFINITY else min(need, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+@dataclass
+class _All:
+    """`waiting`: the connections that wait for a request, with the time since when, the longest first. `look`: the
+    timer at whose end there is room to be made."""
+
+    waiting: dict[_Connection, float] = field(default_factory=dict)
+    look: asyncio.TimerHandle | None = None
+
+
 class _Connection(H11Protocol):
     settings: HttpSettings
-    waiting: dict[_Connection, None]
-    """Those that wait for a request, of all, the longest first."""
+    all: _All
     _timer: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
-        if len(self.connections) > self.settings.connections and self.waiting:
-            next(iter(self.waiting))._close()
         self._await_head()
+        if len(self.connections) > self.settings.connections + _BEYOND:
+            next(iter(self.all.waiting))._close()
+        elif len(self.connections) > self.settings.connections and self.all.look is None:
+            self.all.look = self.loop.call_later(_PATIENCE, self._make_room)
+
+    def _make_room(self) -> None:
+        """Close as many as there are too many, of those that have waited long enough; look again if some have not."""
+        self.all.look = None
+        too_many = len(self.connections) - self.settings.connections
+        for connection, since in list(self.all.waiting.items())[: max(0, too_many)]:
+            if (more := since + _PATIENCE - self.loop.time()) > 0:
+                self.all.look = self.loop.call_later(more, self._make_room)
+                return
+            connection._close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._rest(None)
         self._read()
-        self.waiting.pop(self, None)
+        self.all.waiting.pop(self, None)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -70,17 +97,21 @@ class _Connection(H11Protocol):
             if self._timer is None:  # its request is answered, and it still sends
                 self._rest(self.settings.body_time)
         else:
-            self.waiting.pop(self, None)
+            self.all.waiting.pop(self, None)
             self._rest(None)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-            self.waiting[self] = None
+            self._waits()
 
     def _await_head(self) -> None:
-        self.waiting[self] = None
+        self._waits()
         self._rest(self.settings.head_time)
+
+    def _waits(self) -> None:
+        self.all.waiting.pop(self, None)
+        self.all.waiting[self] = self.loop.time()
 
     def _rest(self, seconds: float | None) -> None:
         """Close in so many seconds, unless something else is said before."""
@@ -92,7 +123,7 @@ class _Connection(H11Protocol):
         self._close()
 
     def _close(self) -> None:
-        self.waiting.pop(self, None)
+        self.all.waiting.pop(self, None)
         super().timeout_keep_alive_handler()
         if self._unread is None:
             self.pause_writing()  # what was written before has to be read, too
