@@ -163,7 +163,8 @@ class Snapshot:
         answer soon. In PostgreSQL, where changes announce themselves, at once."""
         if (asked := self._ask()) is not None:
             try:
-                await asyncio.wait_for(asyncio.wrap_future(asked), self.patience)
+                async with asyncio.timeout(self.patience):
+                    await asyncio.wrap_future(asked)
             except TimeoutError:
                 self.away = True
         return self._names

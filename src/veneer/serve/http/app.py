@@ -171,7 +171,8 @@ class _Body:
         now = asyncio.get_running_loop().time()
         self.end = self.end or now + self.settings.body_time
         try:
-            message = await asyncio.wait_for(self.read(), max(0.0, self.end - now))
+            async with asyncio.timeout_at(self.end):
+                message = await self.read()
         except TimeoutError:
             raise Refused(
                 f"the body did not come within {self.settings.body_time:g} s", status=408, code="too_slow"

@@ -57,7 +57,8 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         async def put(message: dict[str, Any]) -> None:
-            await asyncio.wait_for(send(message), self.stall)
+            async with asyncio.timeout(self.stall):  # wait_for can lose that it was cancelled
+                await send(message)
 
         try:
             await put({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

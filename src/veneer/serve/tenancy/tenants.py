@@ -130,7 +130,8 @@ class Tenants:
         if self._away:
             return self.store.settings
         try:
-            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(look)), _FRESH_SECONDS)
+            async with asyncio.timeout(_FRESH_SECONDS):
+                return await asyncio.shield(asyncio.wrap_future(look))
         except SQLAlchemyError:
             return self.store.settings
         except TimeoutError:
