@@ -40,10 +40,7 @@ def test_every_exported_kernel_has_its_check() -> None:
     assert set(selftest.CHECKS) == set(kernels._SIGNATURES | kernels._PRODUCTS | kernels._SERVING)
 
 
-# `decode` is off now and then where its two threads share a processor with others, which is not understood yet.
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "decode" else n for n in sorted(selftest.CHECKS)]
-)
+@pytest.mark.parametrize("name", sorted(selftest.CHECKS))
 def test_a_kernel_does_what_its_formula_says(whole: Path, name: str) -> None:
     library = kernels.bound(whole)
     if not library.has(name):

@@ -144,8 +144,8 @@ def _turned(B: Tensor) -> Tensor:
 
 
 class _Adapters(NamedTuple):
-    """Two adapters: the first of rank 16 on all columns, the second of 16 in two parts; five rows under the first, two
-    under the second, row 2 under both."""
+    """Two adapters of rank 16 over columns in two parts: the first on both, the second on the other one alone; five rows
+    under the first, two under the second, row 2 under both."""
 
     A: list[Tensor]
     B: list[list[tuple[Tensor, int, int]]]  # (columns, rank), first column, first of the rank
@@ -159,8 +159,8 @@ class _Adapters(NamedTuple):
     def of(cls, o: Bench, inputs: int, columns: int) -> _Adapters:
         A = [o.normal(16, inputs) / 8 for _ in range(2)]
         B = [
-            [(o.normal(columns, 16) / 8, 0, 0)],
             [(o.normal(16, 6) / 8, 0, 0), (o.normal(columns - 16, 10) / 8, 16, 6)],
+            [(o.normal(columns - 16, 16) / 8, 16, 0)],
         ]
         held, table = [], torch.zeros(2, 17, dtype=torch.int64)
         for i in range(2):

@@ -59,6 +59,8 @@ FEW second(const int n, const bf16 *B, i64 columns, i64 rank, const uint32_t **u
 /* y[row] += strength_i B_s (A_s x[row]) for each i of segment s, row = rows[i], starts[s] <= i < starts[s + 1].
    table: for each segment RECORD numbers: A, its rank, then up to PARTS of { B, first column of y, columns, first of the
    rank, how many of it }. A (rank / 16, in / 2, 16, 2), B (rank / 2, columns, 2). A part whose B is 0 is not there.
+   Parts of two segments that share a row are of the same columns or of none in common: threads divide a part's columns, so
+   with others two threads would add to one number at once.
    u: room for starts[nseg] rows of ldu; `in` and parts' ranks even, a whole rank a multiple of 16. */
 void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table, i64 nseg, const i64 *starts,
                       const i64 *rows, const float *strengths, bf16 *u, i64 ldu, meeting *m) {
@@ -84,7 +86,7 @@ void thin_rows_inside(const bf16 *x, i64 in, bf16 *y, i64 ldy, const i64 *table,
             const i64 *part = rec + 2 + 5 * p;
             i64 columns = part[2], from, to;
             if (!part[0]) continue;
-            share(columns, 16, me, all, &from, &to); /* the same columns for every segment: no two threads meet */
+            share(columns, 16, me, all, &from, &to); /* the same for every segment */
             for (i64 i0 = starts[s]; i0 < starts[s + 1]; i0 += 4) {
                 i64 few = starts[s + 1] - i0 < 4 ? starts[s + 1] - i0 : 4;
                 const uint32_t *us[4];
