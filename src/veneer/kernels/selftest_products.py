@@ -144,7 +144,7 @@ def _turned(B: Tensor) -> Tensor:
 
 
 class _Adapters(NamedTuple):
-    """Two adapters of rank 16 over columns in two parts: the first on both, the second on the other one alone; five rows
+    """Two adapters of rank 16 over columns in two parts: the first on both, the second on the other alone; five rows
     under the first, two under the second, row 2 under both."""
 
     A: list[Tensor]
