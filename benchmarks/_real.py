@@ -43,8 +43,8 @@ def measured(name: str, dtype: str) -> dict[str, tuple[Any, Any]]:
     import torch
 
     import veneer
-    from veneer.models.loss import padded_nll, rows_nll
-    from veneer.models.speed import fast
+    from veneer.models.text.fast import fast
+    from veneer.models.text.loss import padded_nll, rows_nll
 
     base = veneer.load_base(name, dtype=dtype, device="cpu")
     rows = [torch.tensor(base.tokenizer(t).input_ids) for t in TEXTS]

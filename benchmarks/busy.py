@@ -72,9 +72,9 @@ def training_veneer(work: Path, inside: Inside) -> None:
     import torch
 
     import veneer
-    from veneer.kernels.sharing import shared
-    from veneer.models.loss import text_loss
-    from veneer.models.speed import fast
+    from veneer.models.text.fast import fast
+    from veneer.models.text.loss import text_loss
+    from veneer.ops.cpu.sharing import shared
 
     base = veneer.load_base((work / "base").read_text(encoding="utf-8"), device="cpu")
     ids, trained = token_ids(base.model, ROWS * LENGTH), torch.zeros(ROWS, LENGTH, dtype=torch.bool)
@@ -124,7 +124,7 @@ def training_peft(work: Path, inside: Inside) -> None:
 
 def serving_veneer(work: Path, inside: Inside) -> None:
     import veneer
-    from veneer.serve.engine import EngineSettings, TextEngine
+    from veneer.serve.engine.engine import EngineSettings, TextEngine
     from veneer.serve.request import Finished, Request, Sampling
 
     base = veneer.load_base((work / "base").read_text(encoding="utf-8"), device="cpu")
@@ -170,7 +170,7 @@ def pictures_veneer(work: Path, inside: Inside) -> None:
     from image_generation import sample
 
     import veneer
-    from veneer.kernels.sharing import forwards
+    from veneer.ops.cpu.sharing import forwards
 
     name, dtype, files, given, strengths = stacked(work)
     model = denoiser(name).to(dtype)
@@ -204,7 +204,7 @@ UNITS = {"training": "tokens/s", "serving": "tokens/s", "pictures": "pictures/s"
 def obey(piece: Callable[[], float], told: Any) -> None:
     """For each line of stdin, a number of seconds: pieces of work for so long, two at least, their rates, and the
     processors that others had meanwhile."""
-    from veneer.kernels.sharing import worked
+    from veneer.ops.cpu.sharing import worked
 
     piece()
     print("{}", file=told, flush=True)

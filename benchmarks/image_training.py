@@ -78,7 +78,7 @@ def side_veneer(name: str, steps: int, swap: bool = True) -> dict[str, Any]:
     import torch
 
     import veneer
-    from veneer.models.speed_image import fast_denoiser
+    from veneer.models.image.fast import fast_denoiser
 
     model = denoiser(name).bfloat16().train()
     attachment = veneer.attach(model)

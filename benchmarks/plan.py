@@ -122,8 +122,8 @@ def _text(run: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     import veneer
-    from veneer.models.loss import text_loss
-    from veneer.models.speed import fast
+    from veneer.models.text.fast import fast
+    from veneer.models.text.loss import text_loss
 
     config = LlamaConfig(**WIDTHS[run["base"]], tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
     dtype = getattr(torch, run.get("dtype", "bfloat16"))
@@ -172,7 +172,7 @@ def _image(run: dict[str, Any]) -> dict[str, Any]:
     from _image_bases import ATTENTION, SHAPES, TEXT_TOKENS, adapter_tensors, as_adapter, denoiser, is_flux, predict
 
     import veneer
-    from veneer.models.speed_image import fast_denoiser
+    from veneer.models.image.fast import fast_denoiser
 
     name, n = run["base"], run["pictures"]
     model = denoiser(name).bfloat16().train()

@@ -88,11 +88,11 @@ def side_large(folder: Path, quantise: str, checkpointing: bool) -> dict[str, An
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import veneer
-    from veneer.core.quantised import Quantised
-    from veneer.models.loss import text_loss
     from veneer.models.quantise import load_quantised
-    from veneer.models.speed import fast
+    from veneer.models.text.fast import fast
+    from veneer.models.text.loss import text_loss
     from veneer.models.weights import tensor_table
+    from veneer.ops.quantised import Quantised
 
     config = AutoConfig.from_pretrained(folder)
     before, start = peak_bytes(), time.perf_counter()
@@ -217,10 +217,10 @@ def side_quality(kind: str, tokens: int) -> dict[str, Any]:
     import torch
 
     import veneer
-    from veneer.core.quantised import quantise
-    from veneer.models.loss import text_loss
     from veneer.models.quantise import quantised_weights
-    from veneer.models.speed import fast
+    from veneer.models.text.fast import fast
+    from veneer.models.text.loss import text_loss
+    from veneer.ops.quantised import quantise
 
     base = veneer.load_base("smollm2-135m", dtype="float32")
     for name in quantised_weights(base.model) if kind != "as stored" else ():

@@ -80,8 +80,8 @@ def token_times(engine: Any, mixes: Sequence[Any], new: int) -> list[list[float]
 def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
     import torch
 
-    from veneer.models.text import load_text
-    from veneer.serve.engine import EngineSettings, TextEngine
+    from veneer.models.text.base import load_text
+    from veneer.serve.engine.engine import EngineSettings, TextEngine
     from veneer.serve.request import BASE
 
     base = load_text("smollm2-135m", dtype="bfloat16")
@@ -166,8 +166,8 @@ def side_large(work: Path, quick: bool) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from veneer.models.text import load_text
-    from veneer.serve.engine import EngineSettings, TextEngine
+    from veneer.models.text.base import load_text
+    from veneer.serve.engine.engine import EngineSettings, TextEngine
     from veneer.serve.request import BASE
 
     folder = work / "1B"
@@ -199,7 +199,7 @@ def side_large(work: Path, quick: bool) -> dict[str, Any]:
 
 
 def thin_bytes(base: Any, adapter: Any) -> int:
-    from veneer.serve.runner import Runner
+    from veneer.serve.forward.runner import Runner
 
     runner = Runner(base, cache_bytes=1 << 24)
     try:
@@ -230,7 +230,7 @@ def floors(engine: Any) -> dict[str, float]:
 def cold_loads(base: Any, work: Path, n: int) -> dict[str, float]:
     """Milliseconds from asking for an adapter to its being ready: its file read, and from what was read."""
     from veneer.formats import peft
-    from veneer.serve.runner import Runner
+    from veneer.serve.forward.runner import Runner
 
     runner = Runner(base, cache_bytes=1 << 24)
     disk, memory = [], []
@@ -260,7 +260,7 @@ def cold_loads(base: Any, work: Path, n: int) -> dict[str, float]:
 def export(work: Path) -> None:
     """The base and eight adapters as folders that everybody reads."""
     from veneer.formats import peft
-    from veneer.models.text import load_text
+    from veneer.models.text.base import load_text
 
     base = load_text("smollm2-135m", dtype="bfloat16")
     base.model.save_pretrained(work / "base")

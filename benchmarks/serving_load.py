@@ -71,7 +71,7 @@ def make_adapters(base_name: str, work: Path) -> None:
     from veneer.core.adapter import Card, LoraSpec
     from veneer.core.init import create
     from veneer.formats import peft
-    from veneer.models.text import load_text
+    from veneer.models.text.base import load_text
 
     base = load_text(base_name)
     for i in range(ADAPTERS):

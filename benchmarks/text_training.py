@@ -89,8 +89,8 @@ def side_veneer(work: Path, quantise: str | None = None, keep: int = 0) -> dict[
     import torch
 
     import veneer
-    from veneer.models.loss import text_loss
-    from veneer.models.speed import fast
+    from veneer.models.text.fast import fast
+    from veneer.models.text.loss import text_loss
 
     base_path, ids = workload(work)
     base = veneer.load_base(base_path, dtype="bfloat16", device="cpu", quantise=quantise)

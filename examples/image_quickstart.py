@@ -27,8 +27,8 @@ from rich.table import Table
 
 import veneer
 from veneer.cli.main import ended
-from veneer.models.image import ImageBase
-from veneer.models.image_grid import sheet
+from veneer.models.image.base import ImageBase
+from veneer.models.image.sheet import sheet
 
 HERE = Path(__file__).resolve().parent / "openmoji"
 STRENGTHS = (0.0, 0.5, 1.0)

@@ -20,7 +20,7 @@ from tests.tiny_image_base import LENGTH, SIZE
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.targets import base_modules
 from veneer.formats.topology import families
-from veneer.models.image import ImageBase
+from veneer.models.image.base import ImageBase
 from veneer.models.quiet import quiet
 
 Weights = dict[str, Tensor]

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from tests.tiny_base import tiny_base_dir
-from veneer.train.config import config_from
-from veneer.train.run import train_text
+from veneer.train.config.load import config_from
+from veneer.train.text.task import train_text
 
 
 def qlora_run(folder: Path) -> tuple[Path, str, Path]:

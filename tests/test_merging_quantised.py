@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tests.qlora import qlora_run
-from veneer import using
-from veneer.core.quantised import quantise
+from veneer.adapters import use as using
+from veneer.adapters.merge import compare, merge, merge_shards, merged_model
 from veneer.errors import ConfigError
-from veneer.merging import compare, merge, merge_shards, merged_model
-from veneer.models.text import TextBase, load_text
-from veneer.train.encode import Example, encode
-from veneer.train.rows import read_rows
-from veneer.train.schema import DataSection
+from veneer.models.text.base import TextBase, load_text
+from veneer.ops.quantised import quantise
+from veneer.train.config.text import DataSection
+from veneer.train.text.encode import Example, encode
+from veneer.train.text.rows import read_rows
 
 Qlora = tuple[Path, str, Path]
 

@@ -135,7 +135,7 @@ def test_no_figure_is_still_missing() -> None:
 
 
 def test_the_configuration_shown_to_newcomers_is_read_without_complaint() -> None:
-    from veneer.train.config import load_config
+    from veneer.train.config.load import load_config
 
     config, _ = load_config(ROOT / "examples" / "tickets" / "config.yaml")
     assert Path(config.data.files("train")[0]).is_file()

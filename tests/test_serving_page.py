@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.adapters.test_use import adapter_for
 from tests.serve.http.toy import free_port
 from tests.test_readme import ROOT, blocks, roomy
-from tests.test_using import adapter_for
 from tests.tiny_base import tiny_base_dir
 from veneer.formats import peft
-from veneer.models.text import load_text
+from veneer.models.text.base import load_text
 
 PAGE = (ROOT / "docs" / "how-to" / "serve.md").read_text(encoding="utf-8")
 SHELL = [line for body in blocks(PAGE, "") for line in body.splitlines()]
@@ -88,7 +88,7 @@ def test_every_command_answers(place: Place) -> None:
     for line in SHELL[4:]:
         command = line.partition("  #")[0]
         if not command or command.startswith("veneer serve") or "/v1/images/" in command:
-            continue  # pictures: tests/serve/http/test_images.py
+            continue  # pictures: tests/serve/http/surfaces/test_images.py
         out = place.run("bash", "-c", place.here(command).replace("curl -s ", "curl -s --fail-with-body "))
         ran += 1
         if "/v1/chat/completions" in command:
@@ -114,7 +114,7 @@ def test_every_program_runs(place: Place) -> None:
 
 
 def test_the_table_of_reasons_is_the_one_of_the_code() -> None:
-    from veneer.serve import sources
+    from veneer.serve.names import sources
 
     told = set(re.findall(r"\| (\w+) +\| (\d{3}) ", sources.__doc__ or ""))
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (\d{3}) \|", PAGE, flags=re.M)
@@ -123,9 +123,9 @@ def test_the_table_of_reasons_is_the_one_of_the_code() -> None:
 
 
 def test_the_numbers_are_the_codes_own() -> None:
-    from veneer.serve.catalog import MAX_MIX
-    from veneer.serve.engine import EngineSettings
+    from veneer.serve.engine.engine import EngineSettings
     from veneer.serve.http.house import HttpSettings
+    from veneer.serve.names.catalog import MAX_MIX
 
     settings = EngineSettings()
     assert f"`--max-batch`, {settings.rows} |" in PAGE

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.adapters.test_use import adapter_for
 from tests.cli.run import run
 from tests.serve.http.toy import free_port
 from tests.test_readme import ROOT, blocks, roomy
-from tests.test_using import adapter_for
 from tests.tiny_base import tiny_base_dir
 from veneer.formats import peft
-from veneer.models.text import load_text
+from veneer.models.text.base import load_text
 
 PAGE = (ROOT / "docs" / "how-to" / "tenants.md").read_text(encoding="utf-8")
 LINES = [re.sub(r"\s+#.*$", "", line) for body in blocks(PAGE, "") for line in body.splitlines()]

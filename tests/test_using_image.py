@@ -11,13 +11,13 @@ import torch
 
 from tests.tiny_base import tiny_base_dir
 from tests.tiny_image_base import tiny_image_base
+from veneer.adapters.use import attach_adapters, load_adapter
 from veneer.core.adapter import Adapter, Card, LoraSpec
 from veneer.core.init import create
 from veneer.errors import AdapterError, MismatchError
 from veneer.formats import convert, peft
-from veneer.models.image import ImageBase, load_image
-from veneer.models.text import load_text
-from veneer.using import attach_adapters, load_adapter
+from veneer.models.image.base import ImageBase, load_image
+from veneer.models.text.base import load_text
 
 pytest.importorskip("diffusers")
 

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 from words import LENGTH
 
-from veneer.models import image_grid
 from veneer.models.builtin import packaged_place
+from veneer.models.image import sheet as image_grid
 
 __all__ = ["generate", "image_of", "measure", "sheet"]
 

@@ -20,24 +20,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer import merging, using
+from veneer.adapters import merge as merging
+from veneer.adapters import use as using
+from veneer.adapters.merge import Merged
 from veneer.formats import peft
-from veneer.merging import Merged
-from veneer.models.generate import generate as complete_all
-from veneer.models.image import load_image as load_image_base
-from veneer.models.text import TextBase
-from veneer.models.text import load_text as load_base
+from veneer.models.image.base import load_image as load_image_base
+from veneer.models.text.base import TextBase
+from veneer.models.text.base import load_text as load_base
+from veneer.models.text.generate import generate as complete_all
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.formats.strengths import Strength
     from veneer.imaging.make import Made
-    from veneer.models.image import ImageBase
-    from veneer.train.config import Config, ImageTrainConfig, TrainConfig
-    from veneer.train.evaluate import Scores
+    from veneer.models.image.base import ImageBase
+    from veneer.train.config.load import Config, ImageTrainConfig, TrainConfig
     from veneer.train.events import Listener
-    from veneer.train.image_run import ImageResult
-    from veneer.train.run import RunResult
+    from veneer.train.image.task import ImageResult
+    from veneer.train.text.evaluate import Scores
+    from veneer.train.text.task import RunResult
 
 __all__ = [
     "evaluate",
@@ -71,8 +72,8 @@ def train_text(
     is loaded already. `on_event` hears what happens (train.events); without it the run is shown in the terminal.
     Raises ConfigError, DataError, PreflightError before the first step; Interrupted on Ctrl-C, with the state saved."""
     from veneer.errors import ConfigError
-    from veneer.train import run
-    from veneer.train.config import TrainConfig
+    from veneer.train.config.load import TrainConfig
+    from veneer.train.text import task as run
 
     chosen, sources = _config(config, overrides)
     if not isinstance(chosen, TrainConfig):
@@ -96,8 +97,8 @@ def train_image(
     As `train_text`, with a configuration that has `data.pictures` (docs/reference/image-config.md). A `base` that is
     given keeps its text encoders and VAE."""
     from veneer.errors import ConfigError
-    from veneer.train.config import ImageTrainConfig
-    from veneer.train.image_run import train_image as train
+    from veneer.train.config.load import ImageTrainConfig
+    from veneer.train.image.task import train_image as train
 
     chosen, sources = _config(config, overrides)
     if not isinstance(chosen, ImageTrainConfig):
@@ -108,7 +109,7 @@ def train_image(
 def _config(
     config: Config | Mapping[str, Any] | str | os.PathLike[str], overrides: Sequence[str]
 ) -> tuple[Config, Mapping[str, Any] | None]:
-    from veneer.train.config import config_from, load_config
+    from veneer.train.config.load import config_from, load_config
 
     if isinstance(config, Mapping):
         return config_from(config, overrides)
@@ -129,9 +130,9 @@ def evaluate(
 
     `data`: files as for training. `mixes`: a name -> adapters acting together; by default {"base": []}. `limit`: the
     first so many rows. `settings`: max_new_tokens, batch_size, generate, on_progress (train.evaluate.evaluate)."""
-    from veneer.serve.offline import answering
-    from veneer.train.evaluate import evaluate as score
-    from veneer.train.rows import read_rows
+    from veneer.serve.engine.offline import answering
+    from veneer.train.text.evaluate import evaluate as score
+    from veneer.train.text.rows import read_rows
 
     files = [os.fspath(data)] if isinstance(data, str | os.PathLike) else list(data)
     rows, _ = read_rows(files, limit=limit)

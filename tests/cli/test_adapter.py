@@ -18,7 +18,7 @@ from veneer.core.adapter import Adapter, Card, LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.formats import peft
-from veneer.models.text import load_text
+from veneer.models.text.base import load_text
 
 
 @pytest.fixture(scope="module")

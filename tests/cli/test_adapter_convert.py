@@ -11,8 +11,8 @@ from tests.cli.run import run
 from tests.formats.image_adapters import numbers, random_adapter, same_changes
 from tests.tiny_base import tiny_base_dir
 from veneer.core.adapter import Adapter, Pair
+from veneer.files.tensors import read_tensors, write_tensors
 from veneer.formats import peft
-from veneer.formats.container import read_tensors, write_tensors
 from veneer.formats.convert import write
 from veneer.formats.read import read
 from veneer.formats.topology import families

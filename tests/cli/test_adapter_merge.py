@@ -12,7 +12,7 @@ import torch
 from tests.cli.run import Ran, run
 from tests.qlora import qlora_run
 from veneer.formats.card import CARD_FILE
-from veneer.models.text import load_text
+from veneer.models.text.base import load_text
 
 Qlora = tuple[Path, str, Path]
 

@@ -55,7 +55,7 @@ def test_list_shows_the_image_bases_of_the_package(capsys: Any) -> None:
 @pytest.mark.parametrize("family", ["sdxl", "flux1", "klein", "qwen-image"])
 def test_show_tells_of_an_image_base_what_loading_it_finds(capsys: Any, tmp_path: Path, family: str) -> None:
     from tests.tiny_image_base import tiny_image_base
-    from veneer.models.image import load_image
+    from veneer.models.image.base import load_image
 
     folder = tiny_image_base(tmp_path, family)
     base = load_image(str(folder))

@@ -13,7 +13,7 @@ from veneer.cli.main import main
 from veneer.core.adapter import LoraSpec
 from veneer.core.init import create
 from veneer.formats import peft
-from veneer.models.text import load_text
+from veneer.models.text.base import load_text
 
 
 @pytest.fixture(scope="module")

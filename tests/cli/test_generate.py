@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
+from tests.adapters.test_use import adapter_for
 from tests.cli.run import run
-from tests.test_using import adapter_for
 from tests.tiny_base import tiny_base_dir
 from veneer.cli.generate import read_prompts
 from veneer.errors import DataError
 from veneer.formats import peft
-from veneer.models import generate as engine
-from veneer.models.text import TextBase, load_text
+from veneer.models.text import generate as engine
+from veneer.models.text.base import TextBase, load_text
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_pipe_alone_is_one_prompt(capsys: Any, folder: Path, base: TextBase, m
 def test_adapters_act_by_strength_and_bring_their_base(
     capsys: Any, folder: Path, base: TextBase, tmp_path: Path
 ) -> None:
-    from veneer.using import attach_adapters
+    from veneer.adapters.use import attach_adapters
 
     specs = [f"{tmp_path / 'a'}:0.5", str(tmp_path / "b")]
     for seed, name in enumerate("ab"):

@@ -15,7 +15,7 @@ from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer import api
 from veneer.formats.convert import write
 from veneer.formats.infotext import read_picture
-from veneer.models.image import ImageBase, load_image
+from veneer.models.image.base import ImageBase, load_image
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from tests.cli.run import run
 from tests.formats.twins import linear_pairs
 from veneer.cli import output
 from veneer.errors import AdapterError, VeneerError, shown
+from veneer.files.tensors import encode_tensors
 from veneer.formats import peft
-from veneer.formats.container import encode_tensors
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\x7f\nok      contents   all is well\r[bold red]x[/]"
 ACTING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
@@ -104,8 +104,8 @@ def test_runs_and_reports_show_texts_as_texts():
     from rich.console import Console
 
     from veneer.train.events import Note
-    from veneer.train.report import ConsoleView
-    from veneer.train.report_page import Page, render_page
+    from veneer.train.report.log import ConsoleView
+    from veneer.train.report.page import Page, render_page
 
     seen = io.StringIO()
     ConsoleView(Console(file=seen, force_terminal=True, color_system=None, width=300))(Note(text=EVIL))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tests.core.peft_twin import gradients, twin
 from tests.families import FAMILIES
-from veneer.core import Adapter, LoraSpec, Pair, attach, create, fused, merged_state, resolve
+from veneer.core import Adapter, LoraSpec, Pair, attach, create, merged_state, resolve
+from veneer.ops import fused
 
 RTOL = 1e-5
 # PEFT asks transformers a question under its old name

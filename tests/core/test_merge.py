@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tests.families import FAMILIES
 from veneer.core import Adapter, LoraSpec, Pair, attach, create, delta, merged_state
 from veneer.core.merge import adapted_norm, thin_norm
-from veneer.core.quantised import quantise
 from veneer.errors import AdapterError
+from veneer.ops.quantised import quantise
 
 IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
 

@@ -14,16 +14,16 @@ import torch
 from tests.cli.run import run
 from tests.formats.image_adapters import pair_for
 from tests.formats.twins import linear_pairs
+from veneer.adapters.inspect import inspect
 from veneer.core.adapter import Adapter
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError
+from veneer.files.tensors import write_tensors
 from veneer.formats import peft
-from veneer.formats.container import write_tensors
 from veneer.formats.convert import encode, write
 from veneer.formats.peft_config import CONVERTIBLE, NO_WEIGHTS, way_of
 from veneer.formats.read import read, read_state
 from veneer.formats.topology import families
-from veneer.inspecting import inspect
 
 SD15 = families()["sd15"]
 TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

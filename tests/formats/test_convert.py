@@ -11,9 +11,9 @@ import torch
 from tests.formats.image_adapters import IN, UNIT, by_hand, pair_for, random_adapter, same_changes
 from veneer.core.adapter import Adapter, Card
 from veneer.errors import AdapterError
-from veneer.formats.container import read_header, read_tensors
+from veneer.files.hashes import verify
+from veneer.files.tensors import read_header, read_tensors
 from veneer.formats.convert import TARGETS, encode, write
-from veneer.formats.file_hashes import verify
 from veneer.formats.read import read
 from veneer.formats.topology import families
 

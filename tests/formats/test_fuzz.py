@@ -19,16 +19,16 @@ from torch import Tensor
 from tests.families import llama3
 from tests.formats import layouts
 from tests.formats.twins import peft_folder
+from veneer.adapters.inspect import inspect, verify
 from veneer.core.adapter import Adapter, Pair
 from veneer.errors import VeneerError
+from veneer.files.tensors import encode_tensors
 from veneer.formats import convert, peft
 from veneer.formats.card import CARD_FILE
-from veneer.formats.container import encode_tensors
 from veneer.formats.gguf import write_gguf
 from veneer.formats.read import read
 from veneer.formats.structure import describe
 from veneer.formats.topology import families
-from veneer.inspecting import inspect, verify
 
 LONG = int(os.environ.get("VENEER_FUZZ", "1"))
 SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -188,7 +188,7 @@ VALUES = st.one_of(
 @fuzzing
 @given(CHANGES, st.dictionaries(st.integers(0, 60), VALUES, max_size=3), st.booleans(), texts)
 def test_a_peft_folder(tmp_path, folder, how, settings_, with_base, card):
-    from veneer.formats.container import read_tensors
+    from veneer.files.tensors import read_tensors
 
     tensors, metadata = read_tensors(folder / peft.TENSOR_FILE)
     config = json.loads((folder / peft.CONFIG_FILE).read_text())

@@ -17,8 +17,8 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta
 from veneer.core.merge import pair_matrix
 from veneer.errors import AdapterError
+from veneer.files.gguf import read_gguf_file
 from veneer.formats.gguf import ARCHITECTURES, read_gguf, write_gguf
-from veneer.formats.gguf_file import read_gguf_file
 
 HEAD = 4
 Q, K, V = (f"model.layers.11.self_attn.{p}_proj" for p in "qkv")
@@ -181,7 +181,7 @@ def fails(path: Path, words: str, **how: Any) -> None:
 
 
 def small(path: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
-    from veneer.formats.gguf_file import write_gguf_file
+    from veneer.files.gguf import write_gguf_file
 
     own = {
         "general.architecture": "qwen2",

@@ -18,11 +18,11 @@ from tests import families
 from tests.formats import layouts
 from tests.formats.test_fuzz import CHANGES, MADE, VALUES, changed, fuzzing
 from tests.formats.twins import linear_pairs, peft_folder
+from veneer.adapters.inspect import inspect
 from veneer.errors import VeneerError
+from veneer.files.tensors import encode_tensors, read_tensors
 from veneer.formats import names, peft
-from veneer.formats.container import encode_tensors, read_tensors
 from veneer.formats.glance import LAYERS, glance
-from veneer.inspecting import inspect
 
 LAYOUTS = {
     "kohya sd15": lambda: layouts.kohya("sd15", original=False, alpha=1.5, te={"text_encoder": "lora_te"}),

@@ -25,10 +25,10 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import product_of
 from veneer.core.merge import pair_matrix
 from veneer.errors import AdapterError
-from veneer.formats.container import encode_tensors, read_header, read_tensors
+from veneer.files.pickles import read_pickle
+from veneer.files.tensors import encode_tensors, read_header, read_tensors
 from veneer.formats.gguf import read_gguf, write_gguf
 from veneer.formats.leaves import read_leaf, split_key
-from veneer.formats.pickles import read_pickle
 
 MUCH = 16 << 20
 """More than any header here is worth."""

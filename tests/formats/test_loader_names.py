@@ -10,7 +10,7 @@ from transformers import BloomConfig, FalconConfig, GPT2Config, MptConfig, Pretr
 from tests.families import VOCAB, build
 from tests.formats.image_adapters import pair_for
 from tests.formats.twins import linear_pairs, our_outputs, outputs, peft_folder, peft_outputs
-from veneer import mixing
+from veneer.adapters import mix as mixing
 from veneer.core.adapter import Adapter, Pair
 from veneer.errors import AdapterError
 from veneer.formats import convert

@@ -12,8 +12,8 @@ import torch
 
 from veneer.core.adapter import Card
 from veneer.errors import AdapterError
-from veneer.formats.container import read_tensors, write_tensors
-from veneer.formats.file_hashes import short_hash
+from veneer.files.hashes import short_hash
+from veneer.files.tensors import read_tensors, write_tensors
 from veneer.formats.metadata import (
     ARCHITECTURES,
     card_of,

@@ -10,7 +10,7 @@ from transformers import GPT2Config, Qwen2Config
 
 from tests.families import VOCAB, build
 from tests.formats.twins import our_outputs, outputs, peft_folder, peft_outputs
-from veneer import mixing
+from veneer.adapters import mix as mixing
 from veneer.core.adapter import Adapter
 from veneer.core.attach import attach
 from veneer.core.forms import Delta

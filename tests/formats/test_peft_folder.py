@@ -18,7 +18,8 @@ from tests.formats.twins import linear_pairs, model, random_adapter
 from veneer.core.adapter import Card, LoraSpec, TokenRows
 from veneer.core.init import create
 from veneer.errors import AdapterError, ResourceError
-from veneer.formats import atomic, peft
+from veneer.files import atomic
+from veneer.formats import peft
 from veneer.formats.card import CARD_FILE, README_FILE, card_bytes, file_digest, read_card
 from veneer.formats.peft import CONFIG_FILE, TENSOR_FILE
 

@@ -10,7 +10,7 @@ from tests.image_twins import random_adapter
 from tests.tiny_image_base import tiny_image_base
 from veneer.core.adapter import Adapter
 from veneer.formats.convert import write
-from veneer.models.image import ImageBase, load_image
+from veneer.models.image.base import ImageBase, load_image
 
 
 @pytest.fixture(scope="session")

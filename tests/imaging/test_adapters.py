@@ -12,11 +12,11 @@ import pytest
 from tests.image_twins import diffusers_pipeline, fold, levels, picture
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError, ConfigError, MismatchError
-from veneer.formats.file_hashes import hashes
+from veneer.files.hashes import hashes
 from veneer.formats.strengths import Strength
 from veneer.imaging.adapters import Mixer, label_of, parse_use
 from veneer.imaging.make import Ask, Options, make
-from veneer.models.image import ImageBase
+from veneer.models.image.base import ImageBase
 
 
 @pytest.mark.parametrize(

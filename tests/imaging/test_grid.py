@@ -12,8 +12,8 @@ from veneer.errors import ConfigError
 from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.grid import draw, layout
 from veneer.imaging.make import Ask, Options, make
-from veneer.models.image import ImageBase
-from veneer.models.image_grid import sheet
+from veneer.models.image.base import ImageBase
+from veneer.models.image.sheet import sheet
 
 BRAND, LOOK = parse_use("brand.safetensors:0.8"), parse_use("look.safetensors")
 
@@ -76,7 +76,7 @@ def test_labels_are_broken_where_a_name_is_divided_and_readable_in_any_script(
     from PIL import ImageDraw, ImageFont
 
     if not machines:
-        monkeypatch.setattr("veneer.models.image_grid._WIDE_FONTS", ())
+        monkeypatch.setattr("veneer.models.image.sheet._WIDE_FONTS", ())
     drawn: list[str] = []
     real = ImageDraw.ImageDraw.text
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.image_twins import diffusers_pipeline, levels, parameter_of, picture
 from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.make import Ask, Options, make
-from veneer.models.image import ImageBase
+from veneer.models.image.base import ImageBase
 
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
 OTHER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"

@@ -17,8 +17,8 @@ from veneer import api
 from veneer.errors import DataError
 from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.make import Ask, Made, Options, make, size_for
-from veneer.models.image import ImageBase
-from veneer.models.image_generate import fitted
+from veneer.models.image.base import ImageBase
+from veneer.models.image.generate import fitted
 
 
 def one(base: ImageBase, ask: Ask, say: Any = None, **options: Any) -> Made:

@@ -13,7 +13,7 @@ from veneer.core.adapter import Adapter
 from veneer.formats.convert import write
 from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.make import Ask, Options, make
-from veneer.models.image import load_image
+from veneer.models.image.base import load_image
 from veneer.models.quiet import quiet
 
 pytestmark = pytest.mark.peers

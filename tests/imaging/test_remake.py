@@ -26,7 +26,7 @@ from veneer.imaging.controls import parse_control
 from veneer.imaging.make import Ask, Made, Options, asks_of, make
 from veneer.imaging.remake import remake, remembered
 from veneer.library.library import open_library
-from veneer.models.image import ImageBase, load_image
+from veneer.models.image.base import ImageBase, load_image
 
 
 def pictures(base: ImageBase, asks: list[Ask], **options: Any) -> list[Made]:

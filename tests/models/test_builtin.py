@@ -18,8 +18,8 @@ from tests.tiny_gguf import tiny_gguf
 from veneer.errors import BaseError, ResourceError
 from veneer.models import builtin as module
 from veneer.models.builtin import BUILTIN, Builtin, get, place_of
-from veneer.models.generate import generate
-from veneer.models.text import load_text
+from veneer.models.text.base import load_text
+from veneer.models.text.generate import generate
 
 USERS_HOME = os.environ.get("VENEER_HOME") or "~/.veneer"  # read before a test has a home of its own
 

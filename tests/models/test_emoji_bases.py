@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import veneer.models.image as image_models
+import veneer.models.image.base as image_models
 from veneer.imaging.adapters import Mixer
 from veneer.imaging.controls import parse_control
 from veneer.imaging.make import Ask, Options, make

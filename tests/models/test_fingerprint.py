@@ -19,7 +19,7 @@ from tests.tiny_base import tiny_base_dir
 from veneer.models import fingerprint as module
 from veneer.models.fingerprint import file_sha256, fingerprint, shaping_fields
 from veneer.models.home import veneer_home
-from veneer.models.text import read_config
+from veneer.models.text.base import read_config
 
 
 def print_of(base: Path) -> str:

@@ -20,9 +20,9 @@ from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import BaseError
-from veneer.models.generate import complete
-from veneer.models.gguf_header import Outline, Reader, dequantise, fast_headers, merges_of
-from veneer.models.text import load_text, read_config, read_tokenizer
+from veneer.files.gguf_header import Outline, Reader, dequantise, fast_headers, merges_of
+from veneer.models.text.base import load_text, read_config, read_tokenizer
+from veneer.models.text.generate import complete
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import base_config
 

@@ -15,9 +15,9 @@ from tests.image_twins import open_clip, original, original_vae
 from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer.core.targets import base_modules
 from veneer.errors import BaseError, ConfigError
-from veneer.models.image import load_image, pipeline
-from veneer.models.image_flux_file import flux_config
-from veneer.models.image_predict import encode_prompts, latent_shape, predict
+from veneer.models.image.base import load_image, pipeline
+from veneer.models.image.flux_file import flux_config
+from veneer.models.image.predict import encode_prompts, latent_shape, predict
 
 pytest.importorskip("diffusers")
 

@@ -10,8 +10,8 @@ import pytest
 from tests.image_twins import random_adapter
 from tests.tiny_image_base import tiny_image_base
 from veneer.core.attach import attach
-from veneer.models.image import load_image
-from veneer.models.image_generate import MixPlan, Row, Settings, generate_images
+from veneer.models.image.base import load_image
+from veneer.models.image.generate import MixPlan, Row, Settings, generate_images
 
 pytestmark = pytest.mark.gpu
 

@@ -12,9 +12,9 @@ from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
-from veneer.core.quantised import Quantised
-from veneer.models.image import load_image
-from veneer.models.image_predict import encode_prompts, latent_shape, predict
+from veneer.models.image.base import load_image
+from veneer.models.image.predict import encode_prompts, latent_shape, predict
+from veneer.ops.quantised import Quantised
 
 pytestmark = pytest.mark.gpu
 

@@ -15,9 +15,9 @@ from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.core.targets import base_modules
-from veneer.models.image import load_image
-from veneer.models.image_generate import MixPlan, Row, Settings, generate_images
-from veneer.models.image_predict import alphas_cumprod, encode_prompts, latent_shape, predict
+from veneer.models.image.base import load_image
+from veneer.models.image.generate import MixPlan, Row, Settings, generate_images
+from veneer.models.image.predict import alphas_cumprod, encode_prompts, latent_shape, predict
 
 pytest.importorskip("diffusers")
 

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from tests.families import FAMILIES, VOCAB, llama3
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from tests.tiny_gguf import tiny_gguf
-from veneer.core.codes import KINDS, Blocks4
-from veneer.core.quantised import Quantised
 from veneer.errors import BaseError, ConfigError
 from veneer.models.quantise import load_quantised, quantised_bytes, quantised_weights, saved_config, saved_tensors
-from veneer.models.text import load_text, read_config
+from veneer.models.text.base import load_text, read_config
 from veneer.models.weights import tensor_table
+from veneer.ops.codes import KINDS, Blocks4
+from veneer.ops.quantised import Quantised
 
 IDS = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -118,9 +118,9 @@ _LOADS = """
 import sys, json
 from pathlib import Path
 import torch
-from veneer.core.quantised import Quantised
+from veneer.ops.quantised import Quantised
 from veneer.models.quantise import load_quantised
-from veneer.models.text import read_config
+from veneer.models.text.base import read_config
 from veneer.models.weights import tensor_table
 from transformers import LlamaForCausalLM
 from veneer.train.loop import peak_memory_bytes
@@ -172,7 +172,7 @@ def test_loading_takes_the_quantised_model_and_one_weight(tmp_path: Path, folder
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose rows are whole blocks: bitsandbytes 0.50 dequantises narrower ones wrongly on a CPU (see
-    tests/core/test_quantised.py)."""
+    tests/ops/test_quantised.py)."""
     folder = tmp_path_factory.mktemp("wide")
     llama3(vocab_size=384, hidden_size=64, intermediate_size=128).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

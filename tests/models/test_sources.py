@@ -13,7 +13,7 @@ from tests.tiny_base import tiny_base_dir
 from veneer.errors import BaseError
 from veneer.models.home import bases_home, veneer_home
 from veneer.models.sources import find, known_bases
-from veneer.models.text import load_text
+from veneer.models.text.base import load_text
 
 WAYS = ("smollm2-135m", "directory", ".gguf")  # what works without a hub, in every error of a base not found
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.families import FAMILIES
-from tests.models.test_speed import attached, rows
-from veneer.models.loss import text_loss
-from veneer.models.speed import fast
+from tests.models.text.test_fast import attached, rows
+from veneer.models.text.fast import fast
+from veneer.models.text.loss import text_loss
 
 pytestmark = [
     pytest.mark.gpu,

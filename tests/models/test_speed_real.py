@@ -14,9 +14,9 @@ import torch
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
-from veneer.models.loss import padded_nll, rows_nll
-from veneer.models.speed import fast
-from veneer.models.text import load_text
+from veneer.models.text.base import load_text
+from veneer.models.text.fast import fast
+from veneer.models.text.loss import padded_nll, rows_nll
 
 pytestmark = pytest.mark.network
 

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from veneer import kernels
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import ConfigError
 from veneer.models.builtin import packaged_place
-from veneer.models.image_memory import measured_activations
-from veneer.models.speed_image import fast_denoiser
+from veneer.models.image.fast import fast_denoiser
+from veneer.models.image.memory import measured_activations
+from veneer.ops import cpu as kernels
 from veneer.plan.image import image_counts, is_image
 from veneer.plan.tables import base_config
-from veneer.train.image_schema import TARGETS
+from veneer.train.config.image import TARGETS
 
 TEXT = 20
 PICTURES = 2

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from veneer import kernels
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
-from veneer.core.attention import _blocks
 from veneer.core.init import create
-from veneer.models.loss import text_loss
-from veneer.models.speed import fast
+from veneer.models.text.fast import fast
+from veneer.models.text.loss import text_loss
+from veneer.ops import cpu as kernels
+from veneer.ops.attention import _blocks
 from veneer.plan.image import ImageLoad, image_counts, image_memory
 from veneer.plan.memory import Load, dtype_bytes, kept_dequantised, seen_keys, text_memory, weight_bytes
 from veneer.plan.shape import text_shape

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
-from veneer.models.loss import text_loss
-from veneer.models.speed import fast
+from veneer.models.text.fast import fast
+from veneer.models.text.loss import text_loss
 from veneer.plan.memory import Load, text_memory
 from veneer.plan.shape import model_shape
 from veneer.plan.tables import device_named

@@ -16,8 +16,8 @@ from veneer.errors import ConfigError
 from veneer.plan.image import IMAGE_FAMILIES, image_counts
 from veneer.plan.shape import FAMILIES, TextShape, layer_ranks, module_shape, pair_parameters, text_shape
 from veneer.plan.tables import base_config, base_names
+from veneer.train.config.image import TARGETS
 from veneer.train.estimate import trainable_parameters
-from veneer.train.image_schema import TARGETS
 
 TEXT = [name for name in base_names() if base_config(name)["model_type"] in FAMILIES]
 IMAGE = [name for name in base_names() if base_config(name)["model_type"] in IMAGE_FAMILIES]

@@ -12,10 +12,10 @@ from tests.serve.shelf import Make, Ready
 from tests.tiny_base import tiny_base_dir
 from veneer.core.attach import fit_problems
 from veneer.library.library import Library, open_library
-from veneer.models.text import TextBase, load_text
+from veneer.models.text.base import TextBase, load_text
 from veneer.serve.access import Caller, ModelCard, Served
-from veneer.serve.catalog import LocalCatalog
-from veneer.serve.resident import Residents
+from veneer.serve.names.catalog import LocalCatalog
+from veneer.serve.names.resident import Residents
 
 
 @pytest.fixture(scope="module")

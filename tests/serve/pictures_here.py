@@ -14,15 +14,15 @@ from fastapi import FastAPI
 
 from tests.image_twins import random_adapter
 from tests.tiny_image_base import SIZE
+from veneer.adapters.use import load_adapter
 from veneer.core.adapter import Adapter
 from veneer.errors import MismatchError
-from veneer.models.image import ImageBase
-from veneer.models.image_generate import Settings
+from veneer.models.image.base import ImageBase
+from veneer.models.image.generate import Settings
 from veneer.serve.access import Caller, ModelCard, Served
-from veneer.serve.picture_request import Drawn, PictureEvent, PictureRequest
-from veneer.serve.pictures import PictureEngine
+from veneer.serve.pictures.engine import PictureEngine
+from veneer.serve.pictures.request import Drawn, PictureEvent, PictureRequest
 from veneer.serve.request import Refused, make_mix
-from veneer.using import load_adapter
 
 
 class Shelf:

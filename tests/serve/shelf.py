@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.test_using import adapter_for
+from tests.adapters.test_use import adapter_for
 from veneer.core.adapter import Adapter
 from veneer.formats import peft
-from veneer.models.text import TextBase
-from veneer.serve.catalog import LocalCatalog
+from veneer.models.text.base import TextBase
+from veneer.serve.names.catalog import LocalCatalog
 from veneer.serve.request import Refused
 
 

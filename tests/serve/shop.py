@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from veneer.core.adapter import Adapter, Pair
+from veneer.serve.names.resident import Lease, Residents
 from veneer.serve.request import Mix, Refused, make_mix
-from veneer.serve.resident import Lease, Residents
 
 UNIT = 64
 

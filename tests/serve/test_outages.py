@@ -20,7 +20,7 @@ from tests.serve.shelf import Make, of, reason, refused, saved
 from veneer.errors import AdapterError, ResourceError, UnavailableError
 from veneer.library.library import open_library
 from veneer.library.upkeep import gc
-from veneer.models.text import TextBase
+from veneer.models.text.base import TextBase
 from veneer.serve.access import ANYBODY
 from veneer.serve.http.app import create_app
 from veneer.serve.outage import fault, is_outage
@@ -118,7 +118,7 @@ def test_a_disk_that_fails_is_no_fault_of_the_adapters(
         except OSError as error:  # as readers tell of a file that they cannot read
             raise AdapterError(f"cannot be read: {error}") from error
 
-    monkeypatch.setattr("veneer.serve.sources.load_adapter", fails)
+    monkeypatch.setattr("veneer.serve.names.sources.load_adapter", fails)
     kept_back(refused(lambda: catalog.load("x", "a")), caplog.text)
 
 

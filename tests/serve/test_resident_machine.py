@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.serve.shop import LETTERS, UNIT, Asked, Shop, Thing
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
+from veneer.serve.names.resident import Lease, Residents
 from veneer.serve.request import Refused, make_mix
-from veneer.serve.resident import Lease, Residents
 
 
 class Machine(RuleBasedStateMachine):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.families import FAMILIES
-from tests.serve.test_runner import base_of, prompts, reference, same, serve, trained
-from veneer.serve.runner import Runner
+from tests.serve.forward.test_runner import base_of, prompts, reference, same, serve, trained
+from veneer.serve.forward.runner import Runner
 
 pytestmark = [
     pytest.mark.gpu,

@@ -25,11 +25,11 @@ from veneer.core.init import create
 from veneer.formats import peft
 from veneer.library.library import open_library
 from veneer.models.sources import find
-from veneer.models.text import TextBase, load_text
-from veneer.serve.export import export
+from veneer.models.text.base import TextBase, load_text
+from veneer.serve.fleet.export import export
+from veneer.serve.fleet.fleet import Fleet
+from veneer.serve.fleet.servable import served_name
 from veneer.serve.request import Finished, Mix, Refused, Request, Sampling, Token, make_mix
-from veneer.serve.servable import served_name
-from veneer.serve.upstream import Fleet
 
 pytestmark = pytest.mark.peers
 

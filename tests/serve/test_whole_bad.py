@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.families import llama3
 from tests.formats import hostile
-from tests.serve.test_runner import trained
+from tests.serve.forward.test_runner import trained
 from tests.serve.whole import KINDS, Shop, asking, make_shop, prompt, served
 from tests.tiny_base import VOCAB_SIZE
 from veneer.core.adapter import Card

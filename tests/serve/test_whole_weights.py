@@ -14,7 +14,7 @@ from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.core.attach import attach
 from veneer.errors import ConfigError
 from veneer.formats import peft
-from veneer.models.text import load_text
+from veneer.models.text.base import load_text
 from veneer.serve.http.house import HttpSettings
 from veneer.serve.server import ServeSettings, build
 

@@ -28,15 +28,15 @@ import torch
 import uvicorn
 
 from tests.families import llama3
+from tests.serve.forward.test_runner import trained
 from tests.serve.http.toy import wait_for
-from tests.serve.test_runner import trained
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.core.adapter import Card
 from veneer.core.attach import attach
 from veneer.formats import peft
 from veneer.library.library import open_library
-from veneer.models.text import TextBase, load_text
-from veneer.serve.engine import TextEngine
+from veneer.models.text.base import TextBase, load_text
+from veneer.serve.engine.engine import TextEngine
 from veneer.serve.server import Built, ServeSettings, build
 
 TOLERANCE = 1e-4

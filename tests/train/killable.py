@@ -25,7 +25,7 @@ from veneer.train import checkpoint
 from veneer.train.events import Event, Stepped
 from veneer.train.loop import Micro, Score, Step, train
 from veneer.train.optim import Schedule, make_optimizer
-from veneer.train.report import JsonLog
+from veneer.train.report.log import JsonLog
 
 STEPS = 12
 

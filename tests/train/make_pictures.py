@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from veneer.train.picture_schema import PictureSettings
+from veneer.train.config.pictures import PictureSettings
 
 ADOBE_RGB = ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))  # chromaticities of red, green and blue; white is D65
 SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))

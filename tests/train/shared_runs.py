@@ -17,12 +17,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tests.train.test_run import _train
+from tests.train.text.test_task import _train
 from tests.train.tiny_pictures import run as train_pictures
 from veneer.errors import Interrupted, TrainingError
 from veneer.models import shard
-from veneer.train import run
 from veneer.train.events import Evaluated, Event, Note, Stepped
+from veneer.train.text import task as run
 
 ONE_ROW = {"batching": {"rows": 4, "micro_rows": 1}}
 """Micro-batches of a row each are the same ones on any number of devices, and so are their dropout masks."""

@@ -21,17 +21,17 @@ from torch import nn
 
 from tests.tiny_base import tiny_base_dir
 from tests.train.shared_runs import ONE_ROW, PICTURES, SHARDED, numbers, preferences
-from tests.train.test_run import ROOT, TENSORS, _train, write_rows
+from tests.train.text.test_task import ROOT, TENSORS, _train, write_rows
 from tests.train.tiny_pictures import run as train_pictures
 from veneer.errors import ConfigError
-from veneer.formats.container import read_tensors
+from veneer.files.tensors import read_tensors
 from veneer.train import checkpoint, devices
 from veneer.train.check_run import shared_out
-from veneer.train.config import config_from
+from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE, Devices, digest_of, launch, shares
 from veneer.train.events import Event
 from veneer.train.findings import RunSubject
-from veneer.train.report import read_log
+from veneer.train.report.log import read_log
 
 SIZES = st.lists(st.integers(1, 500), max_size=40)
 
@@ -283,7 +283,7 @@ def test_devices_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -
 FAULT = """
 import os, signal, sys
 from pathlib import Path
-from tests.train.test_run import _values
+from tests.train.text.test_task import _values
 from veneer.cli import main
 from veneer.train import run
 real, calls = run.text_loss, 0

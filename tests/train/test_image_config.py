@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from veneer.errors import ConfigError
-from veneer.train.config import ImageTrainConfig, TrainConfig, config_from, load_config
-from veneer.train.image_schema import TARGETS, image_reference
-from veneer.train.presets import PRESETS
-from veneer.train.schema import keys, sections
+from veneer.train.config.image import TARGETS, image_reference
+from veneer.train.config.load import ImageTrainConfig, TrainConfig, config_from, load_config
+from veneer.train.config.presets import PRESETS
+from veneer.train.config.text import keys, sections
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = "base: emoji-flux\ndata:\n  pictures: drawings\noutput: out\n"
@@ -139,7 +139,7 @@ def test_every_key_says_what_it_means_and_the_reference_page_is_fresh() -> None:
         for key, f in model.model_fields.items():
             assert f.description, key
     page = (ROOT / "docs" / "reference" / "image-config.md").read_text()
-    assert page == image_reference(), "run: python -m veneer.train.image_schema > docs/reference/image-config.md"
+    assert page == image_reference(), "run: python -m veneer.train.config.image > docs/reference/image-config.md"
 
 
 def test_values_already_in_hand() -> None:

@@ -14,7 +14,7 @@ from veneer.plan.plan import Job, Plan, text_plan
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import Device, base_config, device_named
 from veneer.plan.time import rates_of
-from veneer.train.config import TrainConfig, config_from
+from veneer.train.config.load import TrainConfig, config_from
 from veneer.train.planning import load_of, plan_of_config, to_be_set, was_predicted
 
 VALUES = {"base": "smollm2-135m", "data": {"train": "d.jsonl"}, "output": "o"}

@@ -14,12 +14,12 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.formats import peft as peft_folder
 from veneer.models.shard import call_whole
-from veneer.models.text import load_text
-from veneer.train.config import TrainConfig, config_from
+from veneer.models.text.base import load_text
+from veneer.train.config.load import TrainConfig, config_from
 from veneer.train.devices import ALONE
-from veneer.train.rows import read_rows
-from veneer.train.run import _preference
-from veneer.train.run_data import part_of, planned_steps
+from veneer.train.text.data import part_of, planned_steps
+from veneer.train.text.rows import read_rows
+from veneer.train.text.task import _preference
 
 pytestmark = pytest.mark.peers
 

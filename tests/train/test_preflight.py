@@ -22,11 +22,11 @@ from veneer.core.init import create
 from veneer.core.targets import resolve
 from veneer.errors import PreflightError
 from veneer.plan.calibration import Calibration, cpu_device, device_key, keep
-from veneer.train.config import config_from
-from veneer.train.encode import encode
+from veneer.train.config.load import config_from
 from veneer.train.estimate import free_memory, trainable_parameters
 from veneer.train.preflight import Report, preflight
-from veneer.train.rows import About, Row
+from veneer.train.text.encode import encode
+from veneer.train.text.rows import About, Row
 
 
 @dataclass

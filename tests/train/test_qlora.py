@@ -19,16 +19,16 @@ from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.core.merge import pair_matrix
-from veneer.core.quantised import Quantised
 from veneer.errors import ConfigError, Interrupted
 from veneer.formats.card import read_card
-from veneer.models.loss import text_loss
 from veneer.models.quantise import quantised_weights
-from veneer.models.speed import fast
-from veneer.models.text import TextBase, load_text
-from veneer.train.config import config_from
+from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.fast import fast
+from veneer.models.text.loss import text_loss
+from veneer.ops.quantised import Quantised
+from veneer.train.config.load import config_from
 from veneer.train.events import Event, Note, Stepped
-from veneer.train.run import RunResult, train_text
+from veneer.train.text.task import RunResult, train_text
 
 
 @pytest.fixture(scope="module")

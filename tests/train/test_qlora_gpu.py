@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.tiny_base import tiny_base_dir
-from veneer.core.codes import KINDS
-from veneer.core.quantised import quantise
-from veneer.train.config import config_from
+from veneer.ops.codes import KINDS
+from veneer.ops.quantised import quantise
+from veneer.train.config.load import config_from
 from veneer.train.events import Stepped
-from veneer.train.run import train_text
+from veneer.train.text.task import train_text
 
 pytestmark = pytest.mark.gpu
 

@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from tests.tiny_image_base import tiny_image_base
-from veneer.train.config import ImageTrainConfig, config_from
-from veneer.train.image_run import ImageResult, train_image
+from veneer.train.config.load import ImageTrainConfig, config_from
+from veneer.train.image.task import ImageResult, train_image
 
 
 def drawings(folder: Path, count: int = 6) -> Path:

@@ -52,7 +52,7 @@ def inspect(
     everything(show_all)
     found = glance(Path(name)) if not adapter_name else None
     if found is None:
-        from veneer.inspecting import inspect as look
+        from veneer.adapters.inspect import inspect as look
 
         found = look(name, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name)
     if as_json:
@@ -164,14 +164,14 @@ def verify(
     """Check an adapter's files against its card, its configuration against its tensors, and both against a base.
 
     Exit code 0 if everything that could be checked holds, 2 if anything does not."""
-    from veneer.inspecting import verify as check
-    from veneer.using import adapter_path
+    from veneer.adapters.inspect import verify as check
+    from veneer.adapters.use import adapter_path
 
     everything(show_all)
     adapter_path(name)  # a name that does not exist should not wait for a base to load
     loaded = None
     if base is not None:
-        from veneer.models.text import load_text
+        from veneer.models.text.base import load_text
 
         loaded = load_text(base, say=_say)
     checks = check(name, loaded, from_pickle=from_pickle, moe_layout=moe_layout, adapter_name=adapter_name)

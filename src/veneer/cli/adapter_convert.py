@@ -69,9 +69,9 @@ def convert(
 
     What the target cannot express is refused with every module, the reason and the nearest way. What is written is
     read back and compared before it reaches the disk."""
+    from veneer.adapters.use import adapter_path
     from veneer.formats.convert import write
     from veneer.formats.read import read
-    from veneer.using import adapter_path
 
     everything(show_all)
     how: How = {"from_pickle": from_pickle, "moe_layout": moe_layout, "adapter_name": adapter_name}
@@ -112,7 +112,7 @@ def convert(
 def _of_base(name: str) -> tuple[str, int, int]:
     """llama.cpp's architecture, the rows of a head, and the number of layers, of a base."""
     from veneer.models.sources import find
-    from veneer.models.text import read_config
+    from veneer.models.text.base import read_config
 
     config = read_config(find(name, say=lambda line: print(line, file=sys.stderr))).get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

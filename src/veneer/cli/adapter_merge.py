@@ -12,8 +12,8 @@ import typer
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from veneer.merging import Difference, Merged
-    from veneer.models.text import TextBase
+    from veneer.adapters.merge import Difference, Merged
+    from veneer.models.text.base import TextBase
 
 __all__ = ["merge"]
 
@@ -81,12 +81,12 @@ def merge(
             seen,
         )
         return
+    from veneer.adapters.merge import merge as fold
+    from veneer.adapters.use import adapter_path, parse_spec
     from veneer.core.rounding import DTYPES
-    from veneer.merging import merge as fold
     from veneer.models.sources import find
-    from veneer.models.text import load_text
+    from veneer.models.text.base import load_text
     from veneer.models.weights import stored_dtype, tensor_table
-    from veneer.using import adapter_path, parse_spec
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))
@@ -130,8 +130,8 @@ def merge(
 
 def _seen(adapters: list[str]) -> str:
     """What the cards say the adapters' base was quantised in while they were trained; "" for in full."""
+    from veneer.adapters.use import adapter_path, parse_spec
     from veneer.formats.card import CARD_FILE, read_card
-    from veneer.using import adapter_path, parse_spec
 
     kinds: dict[str, list[str]] = {}
     for spec in adapters:
@@ -153,10 +153,10 @@ def _compared(
     base: TextBase, original: TextBase | None, adapters: list[str], files: list[str], most: int,
     requantise: str | None, dtype: str, allow_other_base: bool,
 ) -> dict[str, Difference]:  # fmt: skip
-    from veneer.merging import compare
-    from veneer.train.encode import encode
-    from veneer.train.rows import read_rows
-    from veneer.train.schema import DataSection
+    from veneer.adapters.merge import compare
+    from veneer.train.config.text import DataSection
+    from veneer.train.text.encode import encode
+    from veneer.train.text.rows import read_rows
 
     rows, about = read_rows(files, limit=most)
     if not rows:
@@ -189,7 +189,7 @@ def _merge_shards(
     adapters: list[str], base: str, output: str | None, dtype: str | None, by_shard: bool, seed: int | None,
     as_json: bool, loads: bool, seen: str,
 ) -> None:  # fmt: skip
-    from veneer.merging import merge_shards
+    from veneer.adapters.merge import merge_shards
 
     if dtype is not None or not by_shard:
         raise ConfigError(

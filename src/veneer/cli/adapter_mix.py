@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from veneer.mixing import Made
+    from veneer.adapters.mix import Made
 
 __all__ = ["register"]
 
@@ -64,7 +64,7 @@ def mix(
     as_json: _Json = False,
 ) -> None:
     """Make one adapter of several: the exact sum of strength·ΔW, or another method and its distance from the sum."""
-    from veneer import mixing
+    from veneer.adapters import mix as mixing
 
     made = mixing.mix(
         adapters, output, method=method, rank=rank, energy=energy, error=error, density=density, seed=seed,
@@ -85,7 +85,7 @@ def resize(
     as_json: _Json = False,
 ) -> None:
     """Make the best adapter of a rank, a share of energy, or an error: give one of the three."""
-    from veneer import mixing
+    from veneer.adapters import mix as mixing
 
     made = mixing.resize(name, output, rank=rank, energy=energy, error=error, base=base, dtype=dtype, to=to)
     _say_made(made, as_json)
@@ -107,7 +107,7 @@ def extract(
     as_json: _Json = False,
 ) -> None:
     """Make an adapter of the difference between two full models, a weight at a time."""
-    from veneer import mixing
+    from veneer.adapters import mix as mixing
 
     made = mixing.extract(
         base, tuned, output, rank=rank, energy=energy, error=error, targets=targets, prefix=prefix, dtype=dtype, to=to
@@ -117,7 +117,7 @@ def extract(
 
 def diff(a: _Name, b: _Name, as_json: _Json = False) -> None:
     """Compare two adapters: for each module the norms of their changes and the cosine between them."""
-    from veneer import mixing
+    from veneer.adapters import mix as mixing
 
     found = mixing.diff(a, b)
     if as_json:
@@ -142,7 +142,7 @@ def strength(
     as_json: _Json = False,
 ) -> None:
     """Show ‖ΔW‖ of each block, and write the adapter with another strength for each."""
-    from veneer import mixing
+    from veneer.adapters import mix as mixing
 
     report: dict[str, Any] = mixing.strength(name, output, blocks=blocks, to=to)
     if as_json:

@@ -14,7 +14,7 @@ from veneer.cli.output import field
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from veneer.train.evaluate import Scores
+    from veneer.train.text.evaluate import Scores
 
 __all__ = ["app"]
 
@@ -69,12 +69,12 @@ def evaluate(
     if not files:
         raise ConfigError("there is nothing to evaluate on", fix="name held-out rows: --data test.jsonl")
 
+    from veneer.adapters.use import adapter_path, parse_spec
     from veneer.models.quiet import quiet
-    from veneer.models.text import load_text
-    from veneer.serve.offline import answering
-    from veneer.train.evaluate import evaluate as score
-    from veneer.train.rows import read_rows
-    from veneer.using import adapter_path, parse_spec
+    from veneer.models.text.base import load_text
+    from veneer.serve.engine.offline import answering
+    from veneer.train.text.evaluate import evaluate as score
+    from veneer.train.text.rows import read_rows
 
     for spec in named:
         adapter_path(parse_spec(spec)[0])  # a name that does not exist should not wait for a base to load
@@ -95,7 +95,7 @@ def evaluate(
 
 
 def _base_of(specs: list[str]) -> str:
-    from veneer.using import base_of, parse_spec
+    from veneer.adapters.use import base_of, parse_spec
 
     name = base_of(parse_spec(specs[0])[0]) if specs else ""
     if not name:

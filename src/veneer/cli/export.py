@@ -31,7 +31,7 @@ def command(
     Scales are folded into the weights and ranks padded to one, because TGI and older vLLM drop patterns silently.
 
     Example: veneer export support@prod --for vllm served/support"""
-    from veneer.serve.export import export
+    from veneer.serve.fleet.export import export
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)

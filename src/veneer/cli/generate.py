@@ -14,8 +14,8 @@ from veneer.cli.output import own
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from veneer.models.generate import Completion, Prompt
-    from veneer.models.text import TextBase
+    from veneer.models.text.base import TextBase
+    from veneer.models.text.generate import Completion, Prompt
 
 __all__ = ["app", "read_prompts"]
 
@@ -70,8 +70,8 @@ def generate(
         raise ConfigError("--chat takes no prompts, --file, --raw or --json", fix="start it and type")
     texts: list[Any] = [] if chat else _wanted(prompts or [], file)
 
-    from veneer.models.text import load_text
-    from veneer.using import adapter_path, attach_adapters, parse_spec
+    from veneer.adapters.use import adapter_path, attach_adapters, parse_spec
+    from veneer.models.text.base import load_text
 
     for spec in specs:
         adapter_path(parse_spec(spec)[0])  # a name that does not exist should not wait for a base to load
@@ -91,7 +91,7 @@ def generate(
         elif len(framed) == 1:
             _streamed(found, framed, settings)
         else:
-            from veneer.models.generate import complete
+            from veneer.models.text.generate import complete
 
             for text, done in zip(texts, complete(found, framed, batch_size=batch_size, **settings), strict=True):
                 print(f"> {text if isinstance(text, str) else text[-1]['content']}\n{done.text}\n", flush=True)
@@ -106,7 +106,7 @@ def _base_name(base: str | None, specs: list[str]) -> str:
     if base:
         return base
     if specs:
-        from veneer.using import base_of, parse_spec
+        from veneer.adapters.use import base_of, parse_spec
 
         name = parse_spec(specs[0])[0]
         stated = base_of(name)
@@ -190,7 +190,7 @@ def _framed(base: TextBase, prompt: Any, system: str | None, raw: bool) -> Promp
 
 def _streamed(base: TextBase, framed: list[Prompt], settings: dict[str, Any]) -> Completion:
     """One answer, printed as it comes."""
-    from veneer.models.generate import complete
+    from veneer.models.text.generate import complete
 
     out = sys.stdout if sys.stdout.isatty() else own(sys.stdout)  # a pipe gets what the model said, byte by byte
     done = complete(base, framed, on_token=lambda _i, piece: print(piece, end="", flush=True, file=out), **settings)[0]
@@ -207,8 +207,8 @@ def _say_cut(done: Completion) -> None:
 def _print_json(
     base: TextBase, attachment: Any, specs: list[str], texts: list[Any], framed: list[Prompt], settings: dict[str, Any]
 ) -> None:
-    from veneer.models.generate import complete
-    from veneer.using import parse_spec
+    from veneer.adapters.use import parse_spec
+    from veneer.models.text.generate import complete
 
     start = time.perf_counter()
     done = complete(base, framed, **settings)
@@ -261,7 +261,7 @@ def _answer(
     base: TextBase, opening: list[dict[str, str]], turns: list[dict[str, str]], said: str, settings: dict[str, Any]
 ) -> None:
     """Adds one exchange to `turns`. The oldest exchanges go, and that is said, when the context would overflow."""
-    from veneer.models.generate import encode_prompt
+    from veneer.models.text.generate import encode_prompt
 
     asked = {"role": "user", "content": said}
     dropped = 0

@@ -18,7 +18,7 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from veneer.imaging.adapters import Mixer
     from veneer.imaging.make import Ask, Made, Options
-    from veneer.models.image import ImageBase
+    from veneer.models.image.base import ImageBase
 
 __all__ = ["app"]
 
@@ -225,7 +225,7 @@ def grid(
     start = time.perf_counter()
     with _mixer(_base_name(base, tuple(uses)), {"device": device, "dtype": dtype or "auto"}) as mixer:
         drawn = draw(mixer, plan, options, on_step=_progress())
-        from veneer.formats.atomic import atomic_write
+        from veneer.files.atomic import atomic_write
         from veneer.formats.infotext import png_bytes
 
         record = {"version": 1, "sheet": sheet, "pictures": [m.record for m in drawn.made]}
@@ -292,8 +292,8 @@ def _files(out: Path, number: int) -> list[Path]:
 
 def _find(uses: tuple[Any, ...], options: Options) -> None:
     """A name that does not exist, or a file that is no picture, should not wait for a base to load."""
+    from veneer.adapters.use import adapter_path
     from veneer.imaging.controls import open_picture
-    from veneer.using import adapter_path
 
     for picture in (options.image, options.mask, *(control.path for control in options.controls)):
         if isinstance(picture, str | Path):
@@ -307,7 +307,7 @@ def _base_name(base: str | None, uses: tuple[Any, ...]) -> str:
     """What was asked for; else the base that the first adapter says it belongs to; else a built-in. Said, if chosen."""
     if base:
         return base
-    from veneer.using import base_of
+    from veneer.adapters.use import base_of
 
     if uses and (stated := base_of(uses[0][0])):
         _say(f"base {stated}: the adapter's own")
@@ -318,7 +318,7 @@ def _base_name(base: str | None, uses: tuple[Any, ...]) -> str:
 
 def _mixer(name: str, loading: dict[str, Any]) -> Mixer:
     from veneer.imaging.adapters import Mixer
-    from veneer.models.image import load_image
+    from veneer.models.image.base import load_image
 
     base: ImageBase = load_image(name, say=_say, **loading)
     _say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")

@@ -51,7 +51,7 @@ def train(
     """Train an adapter: check the data, train with checkpoints, save, and write a report.
 
     A configuration with data.train is for text, one with data.pictures for pictures."""
-    from veneer.train.config import ImageTrainConfig, load_config
+    from veneer.train.config.load import ImageTrainConfig, load_config
 
     chosen, sources = load_config(config, overrides or [])
     given = {"--force": force, "--tensorboard": tensorboard, "--verbose": verbose, "--json": as_json}
@@ -72,7 +72,7 @@ def train(
 
     from veneer.models.quiet import quiet
     from veneer.train.events import fan_out
-    from veneer.train.report import ConsoleView, TensorBoardLog
+    from veneer.train.report.log import ConsoleView, TensorBoardLog
 
     board = TensorBoardLog(Path(chosen.output.directory) / "tensorboard") if tensorboard and not dry_run else None
     view = ConsoleView(unit="pictures" if isinstance(chosen, ImageTrainConfig) else "tokens", verbose=verbose)
@@ -82,11 +82,11 @@ def train(
     try:
         with quiet():
             if isinstance(chosen, ImageTrainConfig):
-                from veneer.train.image_run import train_image
+                from veneer.train.image.task import train_image
 
                 result = train_image(chosen, **options)
             else:
-                from veneer.train.run import train_text
+                from veneer.train.text.task import train_text
 
                 result = train_text(chosen, **options)
     except Interrupted as error:

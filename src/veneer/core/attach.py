@@ -23,7 +23,7 @@ from veneer.core.adapter import Adapter, Pair, TokenRows, all_finite
 from veneer.core.forms import Delta, part_problems
 from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear
 from veneer.core.merge import merged_state, parameter_shape, to_matrix, weight_of
-from veneer.core.ready import ReadyMixes
+from veneer.core.mix_cache import ReadyMixes
 from veneer.core.selection import RowMixes, Selection
 from veneer.core.targets import base_modules, expert_parameters, kind_of
 from veneer.errors import AdapterError, nearest

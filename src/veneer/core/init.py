@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Card, LoraSpec, Pair, TokenRows, scale_of
 from veneer.core.merge import adapted_norm, to_matrix, weight_of
-from veneer.core.quantised import Quantised, dequantised
 from veneer.core.targets import Target, base_modules, full_modules, matches, resolve, token_embeddings
 from veneer.errors import ConfigError, TargetError
+from veneer.ops.quantised import Quantised, dequantised
 
 __all__ = ["create", "rank_and_alpha"]
 

@@ -25,15 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.compat import TORCH
 from veneer.core.adapter import Adapter, Pair, TokenRows
-from veneer.core.compat import TORCH
 from veneer.core.forms import Delta, norm_along
-from veneer.core.fused import Projection, joined, linears
 from veneer.core.lowrank import Factor, LowRank
 from veneer.core.merge import adapted_norm, pair_matrix, parameter_delta, thin_norm, to_matrix, weight_of
-from veneer.core.ready import Ready, ReadyMixes
+from veneer.core.mix_cache import Ready, ReadyMixes
 from veneer.core.selection import Acting, RowMixes, Selection, run_apart
 from veneer.errors import AdapterError
+from veneer.ops.fused import Projection, joined, linears
 
 __all__ = ["FullModule", "Layer", "LoraConv", "LoraEmbedding", "LoraExperts", "LoraLinear"]
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Kind, Pair, TokenRows
 from veneer.core.forms import Delta, change_of, delta_of, product_of
-from veneer.core.quantised import dequantised
 from veneer.core.targets import base_modules
 from veneer.errors import AdapterError
+from veneer.ops.quantised import dequantised
 
 __all__ = [
     "adapted_norm",

@@ -31,13 +31,13 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair, alpha_of
 from veneer.core.rounding import DTYPES
 from veneer.errors import AdapterError
+from veneer.files.atomic import Staged, atomic_write
+from veneer.files.gguf import read_gguf_file
+from veneer.files.hashes import Hashes, hashes, sealed
+from veneer.files.tensors import check_finite, encode_tensors
 from veneer.formats import peft
-from veneer.formats.atomic import Staged, atomic_write
-from veneer.formats.container import check_finite, encode_tensors
-from veneer.formats.file_hashes import Hashes, hashes, sealed
 from veneer.formats.fused import trimmed
 from veneer.formats.gguf import read_gguf, write_gguf
-from veneer.formats.gguf_file import read_gguf_file
 from veneer.formats.leaves import Leaf, write_leaf
 from veneer.formats.loader_names import unreachable
 from veneer.formats.metadata import family_of, metadata_of, pack_configs

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from veneer.core.adapter import Adapter, Pair, alpha_of
 from veneer.errors import AdapterError
-from veneer.formats import file_hashes
+from veneer.files import hashes as file_hashes
 from veneer.formats.card import CARD_FILE, CardFile, read_card
 from veneer.formats.names import component_of
 
@@ -56,7 +56,7 @@ def _tensors_of(folder: Path) -> Path:
 def facts(
     path: Path, reading: Read, refusal: AdapterError | None, *, digest: str, norm: Callable[[Pair], float]
 ) -> dict[str, Any]:
-    """What `veneer.inspecting.inspect` returns. `refusal`: why it is not read for use. `norm`: ‖ΔW‖ of a pair."""
+    """What `veneer.adapters.inspect.inspect` returns. `refusal`: why it is not read for use. `norm`: ‖ΔW‖ of a pair."""
     adapter = reading.adapter
     file = read_card(path) if (path / CARD_FILE).is_file() else CardFile(adapter.card)
     groups: dict[str, list[Pair]] = defaultdict(list)

@@ -2,7 +2,7 @@
 
 Only what is plain: one safetensors file of a known image family, of nothing but pairs of linears and convolutions with
 their alphas, each on a module of its own; or a PEFT folder of a language model, of nothing but pairs of linears, whose
-configuration and tensors agree to the last entry. `glance` gives what `veneer.inspecting.inspect` gives of such a one,
+configuration and tensors agree to the last entry. `glance` gives what `veneer.adapters.inspect.inspect` gives of such a one,
 by the header and numpy; and None of every other, also of one in which anything is wrong or worth a note: that is read
 whole, and its reader says what it is. Reference: `inspect`; tests compare the two over every layout.
 """
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from veneer.core.adapter import Adapter, Pair, scale_of
 from veneer.errors import AdapterError
+from veneer.files.header import Entry, read_header
 from veneer.formats import peft_config as cfg
 from veneer.formats.adapter_names import named_adapters
 from veneer.formats.card import CARD_FILE, read_card
 from veneer.formats.detect import format_of
 from veneer.formats.facts import facts
-from veneer.formats.header import Entry, read_header
 from veneer.formats.leaf_names import ROLES, split_key
 from veneer.formats.metadata import card_of, family_of
 from veneer.formats.names import choose_family, is_image, lookup

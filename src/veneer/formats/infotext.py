@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import DataError
-from veneer.formats.picture_file import opened_picture
+from veneer.files.pictures import opened_picture
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -19,7 +19,7 @@ from typing import Any
 
 from veneer.core.adapter import Card
 from veneer.errors import AdapterError
-from veneer.formats.file_hashes import Check, Hashes, hashes, sealed, verify
+from veneer.files.hashes import Check, Hashes, hashes, sealed, verify
 
 __all__ = [
     "ARCHITECTURES",

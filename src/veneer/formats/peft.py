@@ -31,8 +31,8 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Card
 from veneer.errors import AdapterError, UnsafeFileError
+from veneer.files.tensors import PICKLE_SUFFIXES, read_tensors
 from veneer.formats.card import CARD_FILE, read_card
-from veneer.formats.container import PICKLE_SUFFIXES, read_tensors
 from veneer.formats.peft_config import CONFIG_FILE, TENSOR_FILE, read_config
 from veneer.formats.peft_read import Base, Loaded, interpret
 from veneer.formats.peft_write import Written, encode, write
@@ -86,7 +86,7 @@ def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bo
     config = read_config(folder)
     file = file or _tensor_file(folder, from_pickle)
     if from_pickle and file.suffix.lower() in PICKLE_SUFFIXES:
-        from veneer.formats.pickles import read_pickle
+        from veneer.files.pickles import read_pickle
 
         tensors, _ = read_pickle(file)
     else:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
+from veneer.files.tensors import PICKLE_SUFFIXES, read_tensors
 from veneer.formats import peft
 from veneer.formats import peft_config as cfg
 from veneer.formats.adapter_names import one_adapter
-from veneer.formats.container import PICKLE_SUFFIXES, read_tensors
 from veneer.formats.detect import format_of
 from veneer.formats.leaves import Leaf, read_leaf, split_key, widened
 from veneer.formats.metadata import card_of, family_of, unpack_configs
@@ -91,7 +91,7 @@ def read(
         if any(key.startswith("base_model.model.") for key in opened.tensors):
             return _from_peft(opened, path, base, family, moe_layout, adapter_name)
     if from_pickle and path.suffix.lower() in PICKLE_SUFFIXES:
-        from veneer.formats.pickles import read_pickle
+        from veneer.files.pickles import read_pickle
 
         tensors, metadata = read_pickle(path)
     else:

@@ -17,20 +17,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from veneer import using
+from veneer.adapters import use as using
 from veneer.core.attach import Attachment, attach
 from veneer.core.targets import base_modules
 from veneer.errors import ConfigError
-from veneer.formats.file_hashes import hashes, short_hash
+from veneer.files.hashes import hashes, short_hash
 from veneer.formats.peft import CONFIG_FILE, TENSOR_FILE
 from veneer.formats.read import tensor_file
 from veneer.formats.strengths import Strength, factors_by_module, parse_strength
-from veneer.models.image import load_control
-from veneer.models.image_generate import MixPlan
+from veneer.models.image.base import load_control
+from veneer.models.image.generate import MixPlan
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Mix
-    from veneer.models.image import ImageBase
+    from veneer.models.image.base import ImageBase
 
 __all__ = ["Mixer", "Source", "Use", "label_of", "parse_use"]
 

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError, DataError, MissingExtraError
-from veneer.formats.picture_file import opened_picture
+from veneer.files.pictures import opened_picture
 from veneer.models.builtin import PACKAGED
-from veneer.models.image_generate import fitted
+from veneer.models.image.generate import fitted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from veneer.models.image import ImageBase
+    from veneer.models.image.base import ImageBase
 
 __all__ = [
     "CANNY", "ControlSpec", "canny", "control_model_of", "control_picture", "decoded", "flattened", "open_picture",

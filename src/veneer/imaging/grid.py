@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from veneer.errors import ConfigError, nearest
 from veneer.imaging.adapters import Mixer, Use, label_of
 from veneer.imaging.make import Ask, Made, Options, make
-from veneer.models.image_grid import sheet
+from veneer.models.image.sheet import sheet
 
 if TYPE_CHECKING:
     from PIL.Image import Image

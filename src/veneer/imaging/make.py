@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from veneer import __version__
 from veneer.errors import DataError
-from veneer.formats.atomic import atomic_write
+from veneer.files.atomic import atomic_write
 from veneer.formats.infotext import SAMPLERS, Infotext, png_bytes, render
 from veneer.imaging.adapters import Mixer, Source, Use
 from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, control_picture, flattened, open_picture
 from veneer.models.fingerprint import file_sha256
-from veneer.models.image_generate import (
+from veneer.models.image.generate import (
     Control,
     MixPlan,
     Picture,
@@ -35,12 +35,12 @@ from veneer.models.image_generate import (
     fitted,
     generate_images,
 )
-from veneer.models.image_schedulers import scheduler_name
+from veneer.models.image.schedulers import scheduler_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from veneer.models.image import ImageBase
+    from veneer.models.image.base import ImageBase
 
 __all__ = ["Ask", "Made", "Options", "asks_of", "make", "model_hash", "shared_record", "size_for", "told", "versions"]
 

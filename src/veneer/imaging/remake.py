@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer import using
+from veneer.adapters import use as using
 from veneer.errors import AdapterError, DataError, MismatchError
 from veneer.formats.infotext import Infotext, lora_hashes, lora_tags, read_picture, sampler_of
 from veneer.formats.strengths import Strength
@@ -24,7 +24,7 @@ from veneer.imaging.controls import ControlSpec, open_picture
 from veneer.imaging.make import Ask, Made, Options, make, model_hash, versions
 
 if TYPE_CHECKING:
-    from veneer.models.image import ImageBase
+    from veneer.models.image.base import ImageBase
 
 __all__ = ["Wanted", "remake", "remembered"]
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from veneer.errors import AdapterError, ConfigError, MissingExtraError, UnavailableError, VeneerError
-from veneer.formats.atomic import flush_folder
+from veneer.files.atomic import flush_folder
 
 __all__ = ["Directory", "Remote", "answering", "blob_path", "canonical", "hash_file", "manifest_path", "open_store"]
 

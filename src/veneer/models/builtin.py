@@ -188,7 +188,7 @@ def _convert(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoTokenizer, GenerationConfig
 
-    from veneer.models.gguf_base import load_gguf
+    from veneer.models.text.gguf import load_gguf
 
     with quiet():
         model = load_gguf(gguf, torch.bfloat16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from veneer.core.compat import Internals
+from veneer.compat import Internals
 
 __all__ = ["DIFFUSERS"]
 

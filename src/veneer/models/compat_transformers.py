@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from veneer.core.compat import Internals
+from veneer.compat import Internals
 
 __all__ = ["TRANSFORMERS", "loading", "register_attention", "register_quantiser"]
 

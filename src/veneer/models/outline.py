@@ -13,7 +13,7 @@ from veneer.models.compat_transformers import loading
 from veneer.models.fingerprint import fingerprint
 from veneer.models.quiet import quiet
 from veneer.models.sources import is_image
-from veneer.models.text import choose_device, choose_dtype, end_of_turn, read_config, read_tokenizer
+from veneer.models.text.base import choose_device, choose_dtype, end_of_turn, read_config, read_tokenizer
 from veneer.models.weights import stored_dtype, tensor_table
 
 __all__ = ["outline"]
@@ -26,7 +26,7 @@ def outline(name: str, path: Path) -> dict[str, Any]:
     the reason, fingerprint, the token that ends a turn, and every kind of linear module and expert parameter with its
     shape and count."""
     if is_image(path):
-        from veneer.models.image_outline import outline_image
+        from veneer.models.image.outline import outline_image
 
         return outline_image(name, path)
     from transformers import AutoModelForCausalLM

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from veneer import kernels
-from veneer.core.codes import KINDS, SAVED_KINDS, Blocks4, Rows8, dynamic_map, table
-from veneer.core.quantised import Quantised, quantise
 from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
 from veneer.models.compat_transformers import TRANSFORMERS, loading, register_quantiser
 from veneer.models.weights import StoredTensor
+from veneer.ops import cpu as kernels
+from veneer.ops.codes import KINDS, SAVED_KINDS, Blocks4, Rows8, dynamic_map, table
+from veneer.ops.quantised import Quantised, quantise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -22,8 +22,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from veneer.core.codes import with_tensors
-from veneer.core.quantised import Quantised
+from veneer.ops.codes import with_tensors
+from veneer.ops.quantised import Quantised
 
 __all__ = ["Call", "blocks", "call_whole", "held_bytes", "shard"]
 

@@ -181,7 +181,7 @@ def _gguf_table(file: Path) -> list[StoredTensor]:
         magic = f.read(4)
     if magic != b"GGUF":
         raise BaseError(f"{file.name} is not a GGUF file: it starts with {magic!r}", where=str(file))
-    from veneer.models.gguf_header import Outline
+    from veneer.files.gguf_header import Outline
 
     try:
         reader = Outline(str(file))

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError, ResourceError
+from veneer.models.device import count
 from veneer.models.home import veneer_home
-from veneer.models.processors import count
 from veneer.plan.memory import Load, text_memory
 from veneer.plan.shape import model_shape
 from veneer.plan.tables import Device, device_of_card
@@ -147,8 +147,8 @@ def measured(
     Raises what loading the base raises, and ResourceError where there is no memory for 1,024 tokens."""
     import torch
 
-    from veneer import kernels
-    from veneer.models.text import load_text
+    from veneer.models.text.base import load_text
+    from veneer.ops import cpu as kernels
 
     base = load_text(name, dtype=dtype, say=say)
     shape = model_shape(base.model)
@@ -185,8 +185,8 @@ def _steps(base: Any, load: Load, rank: int, count: int = 6) -> float:
     from veneer.core.adapter import LoraSpec
     from veneer.core.attach import attach
     from veneer.core.init import create
-    from veneer.models.loss import text_loss
-    from veneer.models.speed import fast
+    from veneer.models.text.fast import fast
+    from veneer.models.text.loss import text_loss
 
     model, generator = base.model, torch.Generator().manual_seed(0)
     seconds: list[float] = []
@@ -225,7 +225,7 @@ def _random_rows(base: Any, load: Load, generator: Any) -> tuple[Any, Any]:
 
 
 def _peak(cuda: bool) -> int:
-    from veneer import kernels
+    from veneer.ops import cpu as kernels
 
     if cuda:
         import torch

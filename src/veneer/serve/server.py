@@ -36,9 +36,9 @@ from veneer.serve.tenancy.keys import admin_hash, default_database, same
 
 if TYPE_CHECKING:
     from veneer.library.library import Library
-    from veneer.serve.catalog import LocalCatalog
-    from veneer.serve.pictures import PictureEngine
-    from veneer.serve.upstream import Fleet
+    from veneer.serve.fleet.fleet import Fleet
+    from veneer.serve.names.catalog import LocalCatalog
+    from veneer.serve.pictures.engine import PictureEngine
 
 __all__ = [
     "Built",
@@ -188,10 +188,10 @@ def _computed_here(settings: ServeSettings, why: str) -> None:
 
 def _build_text(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     from veneer.library.library import open_library
-    from veneer.models.text import load_text
-    from veneer.serve.catalog import LocalCatalog
-    from veneer.serve.engine import EngineSettings, TextEngine
+    from veneer.models.text.base import load_text
+    from veneer.serve.engine.engine import EngineSettings, TextEngine
     from veneer.serve.http.app import create_app
+    from veneer.serve.names.catalog import LocalCatalog
 
     tenancy, routers, rollouts = _tenancy(settings, say)
     base = load_text(settings.base, dtype=settings.dtype, device=settings.device, say=say)
@@ -255,11 +255,11 @@ class _Caption:
 
 def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     from veneer.library.library import open_library
-    from veneer.models.image import load_image, readers
-    from veneer.serve.catalog import LocalCatalog
+    from veneer.models.image.base import load_image, readers
     from veneer.serve.http.app import create_app
-    from veneer.serve.http.images import router
-    from veneer.serve.pictures import PictureEngine
+    from veneer.serve.http.surfaces.images import router
+    from veneer.serve.names.catalog import LocalCatalog
+    from veneer.serve.pictures.engine import PictureEngine
 
     tenancy, routers, rollouts = _tenancy(settings, say)
     base = load_image(settings.base, dtype=settings.dtype, device=settings.device, say=say)
@@ -287,11 +287,11 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     """The same front door before servers that run elsewhere. They read the library's files by the same paths."""
     from veneer.library.library import open_library
     from veneer.models.home import veneer_home
-    from veneer.models.text import outline_text
-    from veneer.serve.catalog import LocalCatalog
+    from veneer.models.text.base import outline_text
+    from veneer.serve.fleet.fleet import Fleet
+    from veneer.serve.fleet.servable import problems
     from veneer.serve.http.app import create_app
-    from veneer.serve.servable import problems
-    from veneer.serve.upstream import Fleet
+    from veneer.serve.names.catalog import LocalCatalog
 
     if settings.folders:
         raise ConfigError("replicas read the library, not folders", where="--allow-folder", fix="veneer library add")

@@ -13,10 +13,10 @@ from veneer.core.targets import base_modules, expert_parameters, matches, matche
 from veneer.errors import TargetError
 from veneer.plan.plan import Plan
 from veneer.plan.render import duration
+from veneer.train.config.text import TrainConfig
 from veneer.train.estimate import free_memory, trainable_parameters
 from veneer.train.findings import Finding, RunSubject, Subject, gigabytes, share
 from veneer.train.planning import plan_of_run, still_needed, to_be_set
-from veneer.train.schema import TrainConfig
 
 __all__ = ["CACHE", "RUN_CHECKS", "learning_rate", "precision", "recipe_changes", "shared_out", "where_it_goes"]
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, CheckpointError, ResourceError
-from veneer.formats.container import encode_tensors, read_tensors
+from veneer.files.tensors import encode_tensors, read_tensors
 
 __all__ = [
     "Progress",

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from veneer import errors
 from veneer.errors import ConfigError, TrainingError, VeneerError
-from veneer.models import processors
+from veneer.models import device as processors
 
 __all__ = ["ALONE", "Devices", "digest_of", "joined", "launch", "leads", "shares", "started"]
 

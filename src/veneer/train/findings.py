@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from veneer.core.adapter import Adapter
-from veneer.train.config import Config
-from veneer.train.encode import Encoded, Example
-from veneer.train.pairs import Item
-from veneer.train.rows import About, Row
-from veneer.train.schema import TrainConfig
+from veneer.train.config.load import Config
+from veneer.train.config.text import TrainConfig
+from veneer.train.text.encode import Encoded, Example
+from veneer.train.text.pairs import Item
+from veneer.train.text.rows import About, Row
 
 __all__ = ["Base", "Finding", "Level", "RunSubject", "Subject", "gigabytes", "share"]
 

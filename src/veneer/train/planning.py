@@ -20,12 +20,12 @@ from veneer.plan.render import duration
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config, device_of_card
+from veneer.train.config.text import BaseSection, TrainConfig
 from veneer.train.estimate import held_memory
-from veneer.train.schema import BaseSection, TrainConfig
 
 if TYPE_CHECKING:
+    from veneer.train.config.image import ImageTrainConfig
     from veneer.train.findings import Subject
-    from veneer.train.image_schema import ImageTrainConfig
 
 __all__ = ["load_of", "plan_of_config", "plan_of_run", "still_needed", "to_be_set", "was_predicted"]
 
@@ -37,7 +37,7 @@ def load_of(
     config: TrainConfig, lengths: Sequence[int], *, trained: float, dtype: str, checkpointing: bool, whole: int = 0
 ) -> Load:
     """The largest micro-batch of the run. `lengths`: tokens of every row."""
-    from veneer.train.batches import plan_steps
+    from veneer.train.text.batches import plan_steps
 
     steps = plan_steps(list(lengths), config.batching, seed=config.seed, epoch=0)
     micros = [[lengths[i] for i in micro] for step in steps for micro in step]
@@ -58,7 +58,7 @@ def _special(config: TrainConfig) -> bool:
 
 def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
     """The plan of a run about to start. `room`: bytes that are free beside what is in memory already."""
-    from veneer import kernels
+    from veneer.ops import cpu as kernels
     from veneer.plan.calibration import cpu_device, rates_here
 
     examples = s.items or s.encoded.examples
@@ -141,7 +141,7 @@ def plan_of_config(
 
     Raises ConfigError for a base whose config is nowhere, DataError for data that is not there and is to be counted."""
     from veneer.plan.calibration import rates_here
-    from veneer.train.config import load_config
+    from veneer.train.config.load import load_config
 
     config, _ = load_config(file, overrides)
     found = _config_named(config.base.name)
@@ -171,7 +171,7 @@ def plan_of_config(
 
 def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rows: int | None) -> Plan:
     from veneer.plan.calibration import rates_here
-    from veneer.train.picture_files import SUFFIXES
+    from veneer.train.image.picture_files import SUFFIXES
 
     if rows is None:
         given = config.data.pictures
@@ -208,7 +208,7 @@ def _config_named(name: str) -> dict[str, Any]:
 
 
 def _counted(config: TrainConfig) -> list[int]:
-    from veneer.train.rows import read_rows
+    from veneer.train.text.rows import read_rows
 
     try:
         rows, _ = read_rows(

@@ -16,14 +16,14 @@ from typing import Any
 
 from veneer.core.adapter import Adapter
 from veneer.errors import PreflightError
-from veneer.train.batches import plan_steps
-from veneer.train.check_data import DATA_CHECKS
 from veneer.train.check_run import RUN_CHECKS
-from veneer.train.encode import Encoded, Example
+from veneer.train.config.text import TrainConfig
 from veneer.train.findings import Base, Finding, Subject
-from veneer.train.pairs import Item
-from veneer.train.rows import About, Row
-from veneer.train.schema import TrainConfig
+from veneer.train.text.batches import plan_steps
+from veneer.train.text.check_data import DATA_CHECKS
+from veneer.train.text.encode import Encoded, Example
+from veneer.train.text.pairs import Item
+from veneer.train.text.rows import About, Row
 
 __all__ = ["Finding", "Report", "preflight"]
 

@@ -22,13 +22,13 @@ from torch.optim import Optimizer
 from veneer.errors import ConfigError, Interrupted, NoGain
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress
-from veneer.train.config import Config
+from veneer.train.config.load import Config
+from veneer.train.config.text import keys, why
 from veneer.train.devices import ALONE, Devices, digest_of
 from veneer.train.events import Event, Listener, Note, Resolved, fan_out
 from veneer.train.loop import Loss, Means, Score, Step
 from veneer.train.optim import Schedule, make_optimizer
-from veneer.train.report import ConsoleView, JsonLog
-from veneer.train.schema import keys, why
+from veneer.train.report.log import ConsoleView, JsonLog
 
 __all__ = ["NAME", "Outcome", "Running", "due", "newest_checkpoint", "resolved", "watched"]
 

@@ -15,16 +15,16 @@ from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.errors import AdapterError
 from veneer.formats import peft
-from veneer.train.encode import Example
 from veneer.train.events import Resolved
-from veneer.train.report import duration, read_log, size
-from veneer.train.report_page import Page, write_page
+from veneer.train.report.log import duration, read_log, size
+from veneer.train.report.page import Page, write_page
+from veneer.train.text.encode import Example
 
 if TYPE_CHECKING:
-    from veneer.models.image import ImageBase
-    from veneer.models.text import TextBase
-    from veneer.train.run import RunResult
+    from veneer.models.image.base import ImageBase
+    from veneer.models.text.base import TextBase
     from veneer.train.running import Outcome
+    from veneer.train.text.task import RunResult
 
 __all__ = [
     "base_facts",

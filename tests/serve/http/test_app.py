@@ -264,7 +264,7 @@ BODIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("path", BODIES)
 def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> None:
     """Every key of every body in turn with every nasty value, the other keys as they should be."""
-    from veneer.serve.http import llama_cpp, openai_bodies, tgi, vllm
+    from veneer.serve.http.surfaces import llama_cpp, openai_bodies, tgi, vllm
 
     models: dict[str, Any] = {
         "/v1/chat/completions": openai_bodies.Chat, "/v1/completions": openai_bodies.Completion,

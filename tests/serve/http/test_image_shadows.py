@@ -14,13 +14,13 @@ from PIL import Image
 from tests.serve.http.toy import ToyText
 from tests.serve.pictures_here import Names, served, shelf_of
 from tests.tiny_image_base import tiny_image_base
-from veneer.models.image import load_image
+from veneer.models.image.base import load_image
 from veneer.serve.access import BEHIND, Caller, OpenAccess, Served
 from veneer.serve.http.app import create_app
 from veneer.serve.http.house import HttpSettings, ShadowAnswer
-from veneer.serve.http.images import router
-from veneer.serve.picture_request import PictureRequest
-from veneer.serve.pictures import PictureEngine
+from veneer.serve.http.surfaces.images import router
+from veneer.serve.pictures.engine import PictureEngine
+from veneer.serve.pictures.request import PictureRequest
 from veneer.serve.server import _NoText
 
 

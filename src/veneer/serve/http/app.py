@@ -25,14 +25,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer import __version__
 from veneer.serve.access import Catalog, OpenAccess, Tenancy
-from veneer.serve.admission import Place
-from veneer.serve.http import llama_cpp, openai, tgi, vllm
+from veneer.serve.engine.admission import Place
 from veneer.serve.http.bodies import LARGE
 from veneer.serve.http.errors import Json, answer_error, as_refused, from_validation
 from veneer.serve.http.fields import Body
 from veneer.serve.http.house import House, HttpSettings, ShadowAnswer, client_key, house_of, need_admin
 from veneer.serve.http.prompts import Prompts, Text
 from veneer.serve.http.running import ClientLeft
+from veneer.serve.http.surfaces import llama_cpp, openai, tgi, vllm
 from veneer.serve.request import Engine, Refused
 
 __all__ = ["create_app"]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from starlette.requests import Request as HttpRequest
 
 from veneer.serve.access import SHADOWS, Bill, Caller, Catalog, ModelCard, Served, Tenancy
-from veneer.serve.admission import Admission, Place
+from veneer.serve.engine.admission import Admission, Place
 from veneer.serve.http.errors import as_refused, invalid, log, message_of
 from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.prompts import Prompts, Text

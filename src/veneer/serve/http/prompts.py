@@ -16,12 +16,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from veneer.errors import VeneerError
-from veneer.serve.admission import Admission, Place
+from veneer.serve.engine.admission import Admission, Place
 from veneer.serve.http.errors import invalid
 from veneer.serve.request import Refused
 
 if TYPE_CHECKING:
-    from veneer.models.text import TextBase
+    from veneer.models.text.base import TextBase
 
 __all__ = ["Prompts", "Text"]
 
@@ -113,7 +113,7 @@ class Prompts:
         """A conversation through the chat template. `variables`: what the client gives the template.
 
         Raises Refused(400) where there is no template, or it refuses."""
-        from veneer.models.generate import rendered  # late: a server listens before torch is there
+        from veneer.models.text.generate import rendered  # late: a server listens before torch is there
 
         settings = set(inspect.signature(self.text.tokenizer.apply_chat_template).parameters) | {"base", "prompt"}
         reserved = sorted(set(variables) & (settings - {"add_generation_prompt", "continue_final_message"}))

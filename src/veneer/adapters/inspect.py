@@ -1,0 +1,175 @@
+"""Looking at an adapter: what is in it (no base needed), in any format, and whether it is what it says it is.
+
+Stands above formats and models, beside `using`. Nothing here changes a file or a base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+import torch
+
+from veneer.adapters import use as using
+from veneer.core.adapter import Adapter, Pair
+from veneer.core.attach import attach
+from veneer.core.truncate import distance, factors
+from veneer.errors import AdapterError, UnsafeFileError, VeneerError
+from veneer.formats import metadata
+from veneer.formats import read as reader
+from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
+from veneer.formats.facts import facts
+
+if TYPE_CHECKING:
+    from veneer.models.text.base import TextBase
+
+__all__ = ["Check", "delta_norm", "inspect", "verify"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked. `ok` None: it could not be checked, and `detail` says why."""
+
+    name: str
+    ok: bool | None
+    detail: str = ""
+
+
+def inspect(name: str, **how: Unpack[reader.How]) -> dict[str, Any]:
+    """What is in the adapter `name` (a folder, a file or a name in the library), ready for JSON.
+
+    `verdict`: whether it is read for use, and if not, why and what to do. What reading for use refuses in part is
+    shown as far as it can be read. `format`, `reasons`: which format it is and why. `coverage`: tensors of the file
+    that are used, that nothing understands, and that lack their partner; where there are any of the last two, reading
+    it for use is refused. `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes
+    and ‖ΔW‖ (Frobenius, over all of them; without DoRA's magnitude, which needs the base). `deltas`: what is no pair,
+    by form, with the bytes it takes and those of the ΔW that it stands for, one at a time of which is made in use.
+    `hashes`: of the file with the tensors. `how`: what `formats.read.read` has to be told. Raises what reading raises
+    for a file that is no adapter at all."""
+    path = using.adapter_path(name)
+    reading, refusal = _read(path, how)
+    return facts(path, reading, refusal, digest=reading.adapter.digest(), norm=delta_norm)
+
+
+def _read(path: Path, how: reader.How) -> tuple[reader.Reading, AdapterError | None]:
+    """As it is read for use; or what can be read of it, and why it is refused. Raises the refusal where that is
+    nothing."""
+    try:
+        return reader.read(path, **how), None
+    except UnsafeFileError:
+        raise
+    except AdapterError as error:
+        try:
+            return reader.read(path, allow_partial=True, **how), error
+        except AdapterError:
+            raise error from None
+
+
+def delta_norm(pair: Pair) -> float:
+    """‖s·B·A‖ (Frobenius), without DoRA's magnitude, from the thin factors, in float64. Experts: over all of them."""
+    return distance(factors(pair))
+
+
+def verify(name: str, base: TextBase | None = None, **how: Unpack[reader.How]) -> list[Check]:
+    """Check the adapter `name`: the files' hashes and the digest against the card, hashes in a header against the
+    tensors, every tensor used and paired, values finite; with a base its fingerprint, every name and shape, and that
+    the adapter changes what the base says. Failures are Checks with `ok` False. Raises AdapterError only where there is
+    no such adapter."""
+    path = using.adapter_path(name)
+    out: list[Check] = []
+    card: CardFile | None = None
+    if (path / CARD_FILE).is_file():
+        try:
+            card = read_card(path)
+            out.append(Check("card", True, f"{CARD_FILE} is sound"))
+        except VeneerError as error:
+            out.append(Check("card", False, str(error)))
+    elif path.is_dir():
+        out.append(Check("card", None, f"there is no {CARD_FILE}: hashes and digest cannot be compared"))
+    out += _hashes(path, card) + _header_hashes(path)
+    try:
+        reading = reader.read(path, **how)
+    except VeneerError as error:
+        return [*out, Check("contents", False, str(error))]
+    adapter = reading.adapter
+    parts: dict[str, Sized] = {"pairs": adapter.pairs, "deltas": adapter.deltas, "full copies": adapter.modules}
+    parts |= {"sets of token rows": adapter.token_rows, "sets of learned words": adapter.new_tokens}
+    count = ", ".join(f"{len(own)} {what}" for what, own in parts.items() if own)
+    told = [f"{reading.format}; every tensor is understood and finite: {count}", *reading.notes]
+    out.append(Check("contents", True, "\n".join(told)))
+    if card is not None and card.digest:
+        digest = adapter.digest()
+        same = digest == card.digest
+        out.append(Check("digest", same, digest if same else f"the card says {card.digest}, the tensors give {digest}"))
+    out.append(_not_zero(adapter))
+    return out if base is None else out + _against(base, name, adapter, card, how)
+
+
+def _header_hashes(path: Path) -> list[Check]:
+    """The hashes that managers and hubs go by, where the header of a single file has them."""
+    if path.is_dir() or path.suffix != ".safetensors":
+        return []
+    try:
+        found = metadata.verify(path)
+    except VeneerError:
+        return []  # what is wrong with the file is said by reading it
+    if not found:
+        return [Check("header", None, "the header has no hashes of the tensors")]
+    wrong = [f"{c.key}: stored {c.stored}, found {c.found}; {c.note}" for c in found if c.holds is False]
+    unsure = [f"{c.key}: {c.note}" for c in found if c.holds is None]
+    said = "\n".join([*wrong, *unsure]) or ", ".join(c.key for c in found) + " hold"
+    return [Check("header", not wrong, said)]
+
+
+def _hashes(folder: Path, card: CardFile | None) -> list[Check]:
+    if card is None or not card.files:
+        return []
+    wrong = []
+    for file, want in sorted(card.files.items()):
+        path = folder / file
+        got = file_digest(path) if path.is_file() else "missing"
+        if got != want:
+            wrong.append(f"{file}: the card says {want}, the file is {got}")
+    return [Check("hashes", not wrong, "\n".join(wrong) or f"{len(card.files)} files are as the card says")]
+
+
+def _not_zero(adapter: Adapter) -> Check:
+    norms = {n: delta_norm(p) for n, p in adapter.pairs.items()}
+    alive = [n for n, norm in norms.items() if norm > 0 or adapter.pairs[n].magnitude is not None]
+    others = adapter.modules or adapter.token_rows or adapter.deltas or adapter.new_tokens
+    if adapter.pairs and not alive and not others:
+        return Check("not zero", False, "every B·A is zero: an adapter that was never trained")
+    zero = sorted(set(norms) - set(alive))
+    said = f"; {len(zero)} of {len(norms)} pairs are zero, {zero[0]} among them" if zero else ""
+    return Check("not zero", True, f"‖ΔW‖ = {sum(n**2 for n in norms.values()) ** 0.5:.4g} in all{said}")
+
+
+def _against(base: TextBase, name: str, adapter: Adapter, card: CardFile | None, how: reader.How) -> list[Check]:
+    want = card.card.base_fingerprint if card else ""
+    same = want == base.fingerprint
+    told = (
+        base.fingerprint
+        if same
+        else f"the card says {want} ({card.card.base if card else ''}), the base is {base.fingerprint}"
+    )
+    out = [Check("base", same, told) if want else Check("base", None, "the card names no base's fingerprint")]
+    try:
+        fitted = using.load_adapter(base, name, allow_other_base=True, **how)
+    except VeneerError as error:
+        return [*out, Check("fits", False, str(error))]
+    out.append(Check("fits", True, "every name, kind and shape is the base's"))
+    ids = torch.arange(min(64, base.model.config.get_text_config().vocab_size), device=base.device)[None]
+    if rows := [i for r in fitted.token_rows.values() for i in r.indices]:
+        ids = torch.cat([ids, torch.tensor([rows[:64]], device=base.device)], dim=1)
+    with torch.no_grad(), attach(base.model) as attachment:
+        before = base.model(ids).logits.float()
+        attachment.add("verified", fitted)
+        attachment.use("verified")
+        after = base.model(ids).logits.float()
+    if not torch.isfinite(after).all():
+        return [*out, Check("effect", False, "the base's logits under the adapter are not finite")]
+    moved = float((after - before).abs().max())
+    detail = f"logits move by up to {moved:.4g}" if moved else "no logit moves: the adapter has no effect on this base"
+    return [*out, Check("effect", moved > 0, detail)]

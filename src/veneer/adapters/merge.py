@@ -1,0 +1,490 @@
+"""A mix folded into a base: a new full model in a folder of its own. The base is not changed.
+
+    W' = round(W + Σ strengthᵢ·ΔWᵢ)          summed in float32, rounded once to the dtype that is written
+
+A 16-bit weight has about three digits, so part of a small delta rounds away: the report says how much is left.
+`merge` loads the model and knows its modules; `merge_shards` reads and writes its files, a weight at a time.
+Stands above formats and models, beside `using`; knows folders of models and of adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters import use as using
+from veneer.core.adapter import Adapter
+from veneer.core.merge import change_problem, exact_weights, parameter_changes
+from veneer.core.rounding import DTYPES, Rounding, seeded, stochastic
+from veneer.core.targets import base_modules
+from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, nearest
+from veneer.files.atomic import atomic_write, new_folder
+from veneer.files.checkpoint import Checkpoint, components
+from veneer.files.tensors import strict_json
+from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
+from veneer.models.quiet import quiet
+from veneer.ops.codes import KINDS
+from veneer.ops.quantised import Quantised, dequantised, quantise
+
+if TYPE_CHECKING:
+    from veneer.models.text.base import TextBase
+__all__ = [
+    "MERGE_FILE", "Difference", "Merged", "compare", "merge", "merge_shards", "merged_model", "requantised",
+]  # fmt: skip
+
+MERGE_FILE = "merge.json"
+
+
+@dataclass
+class Merged:
+    """What a merge did.
+
+    `changed`: of the weights whose exact delta is not zero, the share that differs from the base after rounding.
+    `delta_error`: ‖(W'−W) − Δ‖/‖Δ‖ over all of them, W' and W as rounded to `dtype`: 0 is a delta kept whole, 1 about
+    as wrong as no delta at all. `delta_kept`: ⟨W'−W, Δ⟩/‖Δ‖², 1 where all of it is there on the whole. `untied`: the
+    head no longer shares the embedding's weight, because the mix moves one and not the other. `rounding`: how.
+    `seen`: nf4, … where the base's weights are the dequantised ones.
+    `requantised`: nf4 or fp4 where the merged weights were put into 4 bits. `difference`: what `compare` found."""
+
+    folder: str = ""
+    base: str = ""
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+    dtype: str = ""
+    tensors: int = 0
+    weights: int = 0
+    changed: float = 0.0
+    delta_error: float = 0.0
+    delta_kept: float = 0.0
+    untied: bool = False
+    rounding: str = "nearest"
+    seen: str = ""
+    requantised: str = ""
+    difference: dict[str, Any] = field(default_factory=dict)
+    bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def merge(
+    base: TextBase,
+    adapters: Sequence[str | tuple[str, float]],
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    allow_other_base: bool = False,
+    requantise: str | None = None,
+    difference: Mapping[str, Difference] | None = None,
+) -> Merged:
+    """Write `base` with `adapters` folded in to a new `folder`, with its tokenizer and a report (`merge.json`).
+
+    `adapters`: as in `using.attach_adapters`, "NAME_OR_PATH[:strength]". `base` may be quantised: what is written is
+    W' = W̃ + ΔW in full, W̃ the dequantised weight, which is what an adapter trained over that base has seen. `dtype`:
+    float32, bfloat16 or float16; by default the one the base is loaded in. `requantise`: nf4 or fp4 puts the merged
+    weights into 4 bits, as a checkpoint of bitsandbytes; most of a small ΔW is lost there (`compare` shows how much).
+    `difference`: what `compare` found, for the report. The folder appears whole or not at all. Raises ConfigError for
+    no adapters, a folder that is not empty, or a base that was loaded in another 16-bit dtype; and what reading the
+    adapters raises."""
+    folder = Path(folder)
+    target = _target(base, dtype)
+    _check_request(adapters, folder)
+    report = Merged(str(folder), base.name, dtype=str(target).removeprefix("torch."), seen=base.quantised)
+    with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
+        mix = attachment.selection.mix
+        strengths = [using.parse_spec(a) for a in adapters]
+        report.adapters = [{"name": n, "strength": s, "digest": attachment.adapters[n].digest()} for n, s in strengths]
+        model = merged_model(base.model, mix, target, report)
+    report.difference = {name: asdict(found) for name, found in (difference or {}).items()}
+    state = None
+    if requantise is not None:
+        report.requantised = requantise
+        model.config.quantization_config = saved_config(requantise, target)
+        state = saved_tensors(requantised(model, requantise).state_dict())
+    try:
+        with new_folder(folder) as temporary, quiet():
+            if state is None:
+                model.save_pretrained(temporary, max_shard_size="5GB")
+            else:
+                _save_state(model, state, temporary)
+            base.tokenizer.save_pretrained(temporary)
+            report.bytes = sum(f.stat().st_size for f in temporary.glob("*.safetensors"))
+            text = json.dumps(report.to_dict(), indent=2, sort_keys=True)
+            atomic_write(temporary / MERGE_FILE, [text.encode() + b"\n"])
+    except Exception as error:
+        if "No space left" in str(error):  # safetensors has an error of its own
+            raise ResourceError("no room to write; nothing was changed", where=str(folder)) from error
+        raise
+    return report
+
+
+def requantised(model: Any, kind: str) -> Any:
+    """`model` with its linear weights in 4 bits again, in place."""
+    for name in quantised_weights(model):
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module._parameters[key] = nn.Parameter(quantise(module.get_parameter(key), kind), requires_grad=False)
+    return model
+
+
+def _save_state(model: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """A checkpoint of tensors that transformers' own save does not know: one file, tied weights once."""
+    from safetensors.torch import save_file
+
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    kept = {name: t.detach().contiguous().clone() for name, t in state.items() if name not in tied}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# -- what a merge loses ------------------------------------------------------------------------------------------------
+
+
+class Row(Protocol):
+    """A held-out row: its tokens, and which of them are answers."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...
+    @property
+    def trained(self) -> Sequence[bool]: ...
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A merged model against the adapters on the base they were trained over, on `tokens` trained tokens of held-out
+    rows. `kl`: mean KL(unmerged ‖ merged) in nats a token; `kl_most`: the largest; `agree`: share of tokens where both
+    find the same token likeliest; `loss`, `unmerged_loss`, `base_loss`: nats a token, of the base without adapters too.
+    """
+
+    tokens: int
+    kl: float
+    kl_most: float
+    agree: float
+    loss: float
+    unmerged_loss: float
+    base_loss: float
+
+    @property
+    def kept(self) -> float:
+        """The share of what the adapters gain over the base that the merged model still has."""
+        gain = self.base_loss - self.unmerged_loss
+        return (self.base_loss - self.loss) / gain if gain else math.nan
+
+
+@torch.no_grad()
+def compare(
+    base: TextBase,
+    adapters: Sequence[str | tuple[str, float]],
+    rows: Sequence[Row],
+    *,
+    original: TextBase | None = None,
+    requantise: Sequence[str] = (),
+    dtype: str | None = None,
+    allow_other_base: bool = False,
+) -> dict[str, Difference]:
+    """How each way to merge differs from not merging, on held-out rows as tokens.
+
+    "seen": ΔW on the weights of `base` as it is loaded, dequantised where it is quantised. "original": on those of
+    `original`, the same base in 16 bits. And each of the kinds of `requantise`: "seen" put into 4 bits. Both models are
+    in memory, one row is computed at a time."""
+    found: dict[str, Difference] = {}
+    rows = [row for row in rows if any(row.trained)]
+    if not rows:
+        raise ConfigError("the held-out rows have no trained token", fix="give rows with answers")
+    device = base.device
+    with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
+        mix = attachment.selection.mix
+        exact: list[Tensor] = [_log_probabilities(base.model, row, device) for row in rows]
+        with attachment.off():
+            plain = [_nll(_log_probabilities(base.model, row, device), row) for row in rows]
+        target = _target(base, dtype)
+        merged: dict[str, Callable[[], Any]] = {"seen": partial(merged_model, base.model, mix, target)}
+        if original is not None:
+            merged["original"] = partial(_merged_on, original, adapters, target, allow_other_base)
+        for kind in requantise:
+            merged[kind] = partial(_merged_and_quantised, base, mix, target, kind)
+        for name, make in merged.items():
+            model = make().eval()
+            parts = [_apart(p, _log_probabilities(model, row, device), row) for p, row in zip(exact, rows, strict=True)]
+            del model
+            tokens = sum(len(kl) for kl, *_ in parts)
+            found[name] = Difference(
+                tokens,
+                kl=sum(float(kl.sum()) for kl, *_ in parts) / tokens,
+                kl_most=max(float(kl.max()) for kl, *_ in parts),
+                agree=sum(int(same.sum()) for _, same, _ in parts) / tokens,
+                loss=sum(nll for *_, nll in parts) / tokens,
+                unmerged_loss=sum(_nll(p, row) for p, row in zip(exact, rows, strict=True)) / tokens,
+                base_loss=sum(plain) / tokens,
+            )
+    return found
+
+
+def _merged_and_quantised(base: TextBase, mix: Any, target: torch.dtype, kind: str) -> Any:
+    return requantised(merged_model(base.model, mix, target), kind)
+
+
+def _merged_on(base: TextBase, adapters: Any, target: torch.dtype, allow_other_base: bool) -> Any:
+    with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
+        return merged_model(base.model, attachment.selection.mix, target)
+
+
+def _log_probabilities(model: Any, row: Row, device: torch.device) -> Tensor:
+    """log p of every token at the trained places of a row: (trained, vocabulary), float32."""
+    ids = torch.tensor(row.input_ids, device=device)[None]
+    at = [i - 1 for i, trained in enumerate(row.trained) if trained]
+    logits = model(input_ids=ids, use_cache=False).logits[0, at]
+    return torch.log_softmax(logits.float(), -1)
+
+
+def _nll(log_p: Tensor, row: Row) -> float:
+    wanted = torch.tensor([t for t, trained in zip(row.input_ids, row.trained, strict=True) if trained])
+    return float(-log_p.gather(1, wanted.to(log_p.device)[:, None]).sum())
+
+
+def _apart(p: Tensor, q: Tensor, row: Row) -> tuple[Tensor, Tensor, float]:
+    kl = (p.exp() * (p - q)).sum(-1)
+    return kl, p.argmax(-1) == q.argmax(-1), _nll(q, row)
+
+
+def _check_request(adapters: Sequence[str | tuple[str, float]], folder: Path) -> None:
+    if not adapters:
+        raise ConfigError("there is nothing to merge", fix="name at least one adapter")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError("the folder is there already and not empty", where=str(folder), fix="give a new one with -o")
+
+
+def _target(base: TextBase, dtype: str | None) -> torch.dtype:
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))
+    target = base.dtype if dtype is None else DTYPES[dtype]
+    if target != base.dtype and base.dtype != torch.float32:
+        raise ConfigError(
+            f"the base is loaded in {base.dtype}, so its weights would be rounded twice on the way to {target}",
+            fix="load it with dtype float32",
+        )
+    return target
+
+
+def merged_model(
+    model: Any, mix: Iterable[tuple[Adapter, float]], dtype: torch.dtype, report: Merged | None = None
+) -> Any:
+    """A new model of `model`'s class with the mix folded in, in `dtype`. Shares every tensor that it can with `model`,
+    whose own weights stay as they are; fills in `report`. Raises AdapterError where a weight leaves `dtype`'s range."""
+    report = report or Merged()
+    rounding, new, bad = Rounding(), {}, []
+    for name, before, exact in exact_weights(model, mix):
+        after = exact.to(dtype)
+        if not torch.isfinite(after).all():
+            bad.append(name)
+        rounding.add(before, exact, after)
+        new[name] = after
+    if bad:
+        raise AdapterError(
+            f"{len(bad)} merged weights do not fit into {dtype}: {', '.join(bad[:3])}",
+            fix="use dtype bfloat16 or float32, or a smaller strength",
+        )
+    own = model.state_dict()
+    state = {n: dequantised(t).to(dtype) if t.is_floating_point() else t for n, t in own.items() if n not in new}
+    places: dict[tuple[int, torch.Size], list[str]] = {}
+    for name in new:
+        if not isinstance(own[name], Quantised):  # a tied weight is never quantised
+            places.setdefault((own[name].data_ptr(), own[name].shape), []).append(name)
+    report.untied = any(not torch.equal(new[names[0]], new[n]) for names in places.values() for n in names[1:])
+    report.tensors, report.weights = len(new), rounding.weights
+    report.changed, report.delta_error, report.delta_kept = rounding.changed, rounding.error, rounding.kept
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        if report.untied:
+            part.tie_word_embeddings = False
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    with quiet(), torch.device("meta"):
+        shell = type(model)(config)
+    shell.load_state_dict(state | new, strict=True, assign=True)
+    for name, module in base_modules(model):  # buffers that no state dict has, as rotary frequencies
+        for key, buffer in module.named_buffers(recurse=False):
+            if (own_buffers := shell.get_submodule(name)._buffers)[key].is_meta:
+                own_buffers[key] = buffer
+    if not report.untied:
+        shell.tie_weights()
+    shell.generation_config = copy.deepcopy(model.generation_config)
+    return shell
+
+
+# -- shard by shard ----------------------------------------------------------------------------------------------------
+
+_TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+"""Model types whose linear weights are stored as (in, out), which their shape does not always show."""
+
+
+def merge_shards(
+    base: str | Path,
+    adapters: Sequence[str | tuple[str, float]],
+    folder: str | Path,
+    *,
+    seed: int | None = None,
+    names: Callable[[str], str] | None = None,
+    seen: str = "",
+) -> Merged:
+    """Write the model folder `base` with `adapters` folded in to a new `folder`, without loading it.
+
+    Every safetensors file is rewritten with the same header, so that a weight keeps its dtype and what the mix does not
+    touch keeps its bytes; all other files are copied. One weight is in memory at a time, in float32. `base`: a folder
+    of transformers' or diffusers' (where the first part of an adapter's name is a component's folder). `names`:
+    parameter name of an adapter -> tensor name of a component, where they differ by more than a prefix. `seed`: round
+    by chance without bias (core.rounding), with this seed. `seen`: nf4, fp4 or int8 for adapters trained over such
+    weights: all of those are written as they come out of quantising, with the mix folded in. The folder appears whole
+    or not at all.
+
+    Raises ConfigError for the request; AdapterError listing every change that meets no weight, a weight of another
+    shape or dtype, an embedding tied to the head; BaseError for a base that is no folder of safetensors."""
+    base, folder = Path(base), Path(folder)
+    _check_request(adapters, folder)
+    if not base.is_dir():
+        raise BaseError("there is no such model folder", where=str(base))
+    chosen = [using.parse_spec(a) for a in adapters]
+    mix = [(using.read_adapter(name).adapter, strength) for name, strength in chosen]
+    parts = components(base)
+    plan = _plan(parts, mix, names or (lambda name: name))
+    quantised = _seen_weights(base, parts, seen) if seen else frozenset()
+    report = Merged(str(folder), str(base), seen=seen)
+    report.rounding = "nearest" if seed is None else f"stochastic, seed {seed}"
+    report.adapters = [
+        {"name": name, "strength": s, "digest": adapter.digest()}
+        for (name, s), (adapter, _) in zip(chosen, mix, strict=True)
+    ]
+    rounding = Rounding()
+    with new_folder(folder) as temporary:
+        shards = {file for part in parts.values() for file in part.files}
+        for file in sorted(p for p in base.rglob("*") if p.is_file() and not _hidden(p.relative_to(base))):
+            target = temporary / file.relative_to(base)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file not in shards:
+                shutil.copyfile(file, target)
+        for component, part in parts.items():
+            for file in part.files:
+                chunks = _folded(part, file, plan[component], rounding, seed, component, (seen, quantised))
+                atomic_write(temporary / file.relative_to(base), chunks)
+                report.bytes += file.stat().st_size
+        report.tensors, report.weights = sum(map(len, plan.values())), rounding.weights
+        report.changed, report.delta_error, report.delta_kept = rounding.changed, rounding.error, rounding.kept
+        report.dtype = ", ".join(
+            sorted({str(parts[c].entries[n].dtype).removeprefix("torch.") for c, own in plan.items() for n in own})
+        )
+        text = json.dumps(report.to_dict(), indent=2, sort_keys=True)
+        atomic_write(temporary / MERGE_FILE, [text.encode() + b"\n"])
+    return report
+
+
+def _seen_weights(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozenset[str]:
+    """The tensors of the files that a quantised load of this base quantises, one for one."""
+    from veneer.models.text.base import outline_text
+
+    if kind not in KINDS:
+        raise ConfigError(f"adapters trained over {kind} weights are not merged by shard", fix="leave out --by-shard")
+    names = quantised_weights(outline_text(str(base)).model)
+    if "" not in parts or (missing := [n for n in names if n not in parts[""].entries]):
+        joined = f" ({missing[0]})" if "" in parts else ""
+        raise BaseError(
+            f"the files keep quantised weights in parts{joined}, which were joined first", where=str(base),
+            fix="leave out --by-shard",
+        )  # fmt: skip
+    return frozenset(names)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+Plan = dict[str, dict[str, list[tuple[Callable[[Tensor], Tensor], float]]]]
+"""Component -> tensor -> (what makes its ΔW, strength)."""
+
+
+def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names: Callable[[str], str]) -> Plan:
+    """Where every change goes, all checked on the meta device before a byte is written."""
+    plan: Plan = {component: {} for component in parts}
+    problems: list[str] = []
+    configs = {component: _config(part.path) for component, part in parts.items()}
+    for adapter, strength in mix:
+        if adapter.new_tokens:
+            problems.append(f"{', '.join(adapter.new_tokens)}: learned words have no rows in the base yet")
+        outline = parameter_changes(adapter.mapped(lambda t: t.to("meta")))
+        for (name, make), (_, shape_only) in zip(parameter_changes(adapter), outline, strict=True):
+            component, rest = ("", name) if "" in parts else (name.partition(".")[0], name.partition(".")[2])
+            if component not in parts:
+                problems.append(f"{name}: the base has no component {component!r}, only {', '.join(parts)}")
+                continue
+            part, config = parts[component], configs[component]
+            tensor = part.find(names(rest))
+            if tensor is None:
+                near = nearest(rest, part.entries, 1)
+                problems.append(f"{name}: the base has no such weight" + (f"; nearest {near[0]}" if near else ""))
+                continue
+            entry = part.entries[tensor]
+            pair = adapter.pairs.get(name.removesuffix(".weight"))
+            if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
+                problems.append(f"{name}: stored as {entry.dtype}, a merged weight does not fit its grid")
+            elif config.get("model_type") in _TRANSPOSED and len(entry.shape) == 2:
+                problems.append(f"{name}: weights of {config['model_type']} are stored transposed; load it and merge")
+            elif config.get("tie_word_embeddings") and pair is not None and pair.kind == "embedding":
+                problems.append(f"{name}: the head shares this weight and the pair is not for it; load it and merge")
+            elif problem := change_problem(shape_only, entry.shape):
+                problems.append(f"{name}: {problem}")
+            else:
+                plan[component].setdefault(tensor, []).append((make, strength))
+    if problems:
+        shown = "\n".join(f"  - {p}" for p in problems)
+        raise AdapterError(f"the mix does not fit the files of this base ({len(problems)} problems):\n{shown}")
+    return plan
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    config = strict_json(path.read_bytes(), where=str(path)) if path.is_file() else {}
+    return config if isinstance(config, dict) else {}
+
+
+def _folded(
+    part: Checkpoint,
+    file: Path,
+    plan: dict[str, list[tuple[Callable[[Tensor], Tensor], float]]],
+    rounding: Rounding,
+    seed: int | None,
+    component: str,
+    seen: tuple[str, frozenset[str]],
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a shard with its changes, in the order of the file. `seen`: (kind, what is quantised in it)."""
+    header = part.files[file]
+    with file.open("rb") as source:
+        yield source.read(header.data_start)
+    for name in sorted(header.entries, key=lambda n: (header.entries[n].begin, header.entries[n].end)):
+        weight = part.tensor(name)
+        if name in seen[1]:
+            weight = quantise(weight, seen[0]).dense()
+        after = weight
+        if name in plan:
+            exact = weight if weight.dtype == torch.float64 else weight.float()
+            start = exact
+            for make, strength in plan[name]:
+                exact = exact + make(start) * strength
+            if seed is None:
+                after = exact.to(weight.dtype)
+            else:
+                after = stochastic(exact, weight.dtype, seeded(seed, f"{component}/{name}"))
+            if not torch.isfinite(after).all():
+                raise AdapterError(f"{name}: the merged weight does not fit into {weight.dtype}", where=str(file))
+            rounding.add(weight, exact, after)
+        if after.numel():
+            yield memoryview(after.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

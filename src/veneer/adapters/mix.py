@@ -1,0 +1,401 @@
+"""Adapters made from adapters, and from models: mix, resize, extract, compare, and strength by block.
+
+    mix("style:0.8", "product:0.5")      Σ strength·ΔW as one adapter, by a method of core.mix
+    resize                               the best adapter within a rank, a share of energy, or an error
+    extract                              an adapter from two full models, ΔW = W' − W, a tensor at a time
+    diff                                 cosine and norms of two adapters' changes, module by module
+    strength                             each block's change times a number, exactly
+
+What is written has a card with its parents' digests, the recipe and the errors. Every error is ‖result − truth‖/‖truth‖
+(Frobenius), from thin factors. Adapters of any format come in; out goes a layout of formats.convert, `to`, by default
+what the output's ending says (`target_of`). Stands above formats and models, beside `using`; files in, files out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.adapters import use as using
+from veneer.core.adapter import Adapter, Card
+from veneer.core.forms import BASED, product_of
+from veneer.core.mix import Mixed, Part, Weights, strengthened
+from veneer.core.mix import mix as mix_adapters
+from veneer.core.rounding import DTYPES
+from veneer.core.truncate import Bound, distance, factors, inner, like, low_rank, rebuilt
+from veneer.errors import AdapterError, BaseError, ConfigError
+from veneer.files.checkpoint import Checkpoint, components
+from veneer.formats import convert
+from veneer.formats.blocks import block_of, parse_blocks
+from veneer.formats.convert import target_of
+from veneer.formats.read import Reading
+
+__all__ = ["Made", "diff", "extract", "mix", "resize", "strength"]
+
+EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding", "position_embedding", "shared"}
+
+
+@dataclass
+class Made:
+    """What was written. `error`: over all modules; `worst`: the modules furthest off. `parts`: each module's rank,
+    norm, error and cut, see core.mix.Part. `left`: what of the inputs has no place in the result, with the reason."""
+
+    path: str = ""
+    layout: str = ""
+    digest: str = ""
+    method: str = ""
+    bytes: int = 0
+    norm: float = 0.0
+    error: float = 0.0
+    ranks: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def worst(self, count: int = 3) -> list[tuple[str, float]]:
+        """(module, relative error), the largest errors in absolute terms first."""
+        order = sorted(self.parts.items(), key=lambda item: -item[1]["error"])[:count]
+        return [(name, p["error"] / p["norm"] if p["norm"] else 0.0) for name, p in order if p["error"]]
+
+
+def mix(
+    specs: Sequence[str | tuple[str, float]],
+    out: str | Path,
+    *,
+    method: str = "sum",
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    dtype: str = "float32",
+    blocks: str = "",
+    base: str | Path | None = None,
+    to: str | None = None,
+) -> Made:
+    """Write adapters, "NAME_OR_PATH[:strength]", as one to the new `out`; see core.mix for methods and rules.
+
+    `rank`, `energy`, `error`: at most one, see core.truncate.Bound. `blocks`: strengths by block on top, for all of
+    them (`parse_blocks`). `base`: a folder of safetensors, for what needs its weights (DoRA, full copies). `dtype`:
+    what results of arithmetic are rounded to; tensors that are taken over keep theirs. Raises ConfigError for the
+    request, AdapterError listing all that does not mix."""
+    chosen = [using.parse_spec(s) for s in specs]
+    if not chosen:
+        raise ConfigError("there is nothing to mix", fix="name at least one adapter")
+    read = [using.read_adapter(name) for name, _ in chosen]
+    parts = [(_by_block(r.adapter, blocks), strength) for r, (_, strength) in zip(read, chosen, strict=True)]
+    mixed = mix_adapters(
+        parts, method, _bound(rank, energy, error), density=density, seed=seed, dtype=_dtype(dtype),
+        weights=_weights(base),
+    )  # fmt: skip
+    recipe: dict[str, Any] = {"made": "mix", "method": method, **_given(rank=rank, energy=energy, error_bound=error)}
+    if method not in ("sum", "svd", "orthogonal"):
+        recipe |= {"density": density} | ({"seed": seed} if method.startswith("dare") else {})
+    recipe |= {"blocks": blocks} if blocks else {}
+    recipe["strengths"] = dict(chosen)
+    return _write(mixed, out, read, recipe, to=to)
+
+
+def resize(
+    name: str,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    dtype: str = "float32",
+    base: str | Path | None = None,
+    to: str | None = None,
+) -> Made:
+    """Write the best adapter within `rank`, a share of `energy`, or a relative `error` (exactly one), per module.
+
+    An error bound holds for every module, so it holds for all together. A rank above a module's own leaves that module
+    exact. `base` is needed for DoRA, whose change is not low rank without it."""
+    if (bound := _bound(rank, energy, error)) is None:
+        raise ConfigError("resize to what?", fix="give one of rank, energy and error")
+    read = using.read_adapter(name)
+    mixed = mix_adapters([(read.adapter, 1.0)], "sum", bound, dtype=_dtype(dtype), weights=_weights(base))
+    recipe = {"made": "resize", **_given(rank=rank, energy=energy, error_bound=error)}
+    return _write(mixed, out, [read], recipe, to=to)
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    targets: str | None = None,
+    dtype: str = "float32",
+    prefix: str = "",
+    to: str | None = None,
+) -> Made:
+    """Write an adapter of `tuned` − `base`, two models in safetensors (files or folders of shards).
+
+    One weight of each is in memory at a time. `targets`: a regular expression that a module's name must contain; by
+    default all weights of two and more dimensions but embeddings. `prefix`: put before every name, such as "unet.".
+    What differs and has no place in the result (other shapes, vectors, what the targets leave out) is listed in `left`,
+    with its share of the change. Raises BaseError where nothing differs or the models share no names."""
+    if (bound := _bound(rank, energy, error)) is None:
+        raise ConfigError("extract at which size?", fix="give one of rank, energy and error")
+    kept_dtype = _dtype(dtype)
+    try:
+        wanted = re.compile(targets) if targets is not None else None
+    except re.error as problem:
+        raise ConfigError(f"{targets!r} is no regular expression: {problem}") from None
+    one, two = Checkpoint(base), Checkpoint(tuned)
+    if not set(one.entries) & set(two.entries):
+        raise BaseError("the two models share no tensor's name", where=f"{base}, {tuned}")
+    mixed = Mixed(Adapter())
+    left = [
+        f"{n}: only in {where}" for where, a, b in (("base", one, two), ("tuned", two, one)) for n in a if n not in b
+    ]
+    for name in two:
+        if name not in one:
+            continue
+        if one.entries[name].shape != two.entries[name].shape:
+            left.append(f"{name}: {one.entries[name].shape} and {two.entries[name].shape}")
+            continue
+        delta = _difference(one.tensor(name), two.tensor(name))
+        if delta is None:
+            continue
+        module, _, key = name.rpartition(".")
+        embedding = module.rpartition(".")[2] in EMBEDDINGS
+        fits = key == "weight" and delta.ndim >= 2 and (wanted.search(module) if wanted else not embedding)
+        if not fits:
+            left.append(f"{name}: ‖ΔW‖ {float(delta.double().norm()):.4g}, not among the targets")
+            continue
+        A, B, cut = low_rank(delta.mT if embedding else delta.flatten(1), bound)
+        pair = rebuilt(like(tuple(delta.shape), embedding), A, B, kept_dtype)
+        mixed.adapter.pairs[prefix + module] = pair
+        off = distance(factors(pair), (A, B))
+        mixed.parts[prefix + module] = Part(cut.rank, cut.norm, (cut.error**2 + off**2) ** 0.5, cut.error)
+    if not mixed.adapter.pairs:
+        raise BaseError("no target differs between the two models", where=f"{base}, {tuned}", fix="check the targets")
+    recipe = {"made": "extract", "base": Path(base).name, "tuned": Path(tuned).name}
+    recipe |= _given(rank=rank, energy=energy, error_bound=error, targets=targets)
+    return _write(mixed, out, [], recipe, left=left, to=to)
+
+
+def _difference(one: Tensor, two: Tensor) -> Tensor | None:
+    """W' − W, exact in float32 for 16-bit weights; None where it is zero or they are no numbers to subtract."""
+    if not (one.is_floating_point() and two.is_floating_point()) or (one.dtype == two.dtype and torch.equal(one, two)):
+        return None
+    wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
+    delta = two.to(wide) - one.to(wide)
+    return delta if delta.any() else None
+
+
+def diff(a: str, b: str) -> dict[str, Any]:
+    """Two adapters' changes compared, ready for JSON: for each module ‖ΔW_a‖, ‖ΔW_b‖, their cosine (Frobenius) and
+    ‖ΔW_a − ΔW_b‖/‖ΔW_a‖, and the same over all modules that can be compared. `only`: what one of them lacks; `skipped`:
+    what has no change of its own without a base, with the reason. Strengths multiply: "a:0.5" is half of a."""
+    sides = []
+    for spec in (a, b):
+        name, by = using.parse_spec(spec)
+        sides.append((using.read_adapter(name).adapter, by))
+    (one, s1), (two, s2) = sides
+    modules: dict[str, dict[str, float]] = {}
+    skipped: list[str] = []
+    names = {n for x in (one, two) for n in [*x.pairs, *(d.rpartition(".")[0] for d in x.deltas)]}
+    totals = [0.0, 0.0, 0.0]
+    for name in sorted(names):
+        try:
+            first, second = _change_of(one, name), _change_of(two, name)
+            values = _compare(first, second, s1, s2)
+        except AdapterError as error:
+            skipped.append(f"{name}: {error.what}")
+            continue
+        modules[name] = _row(*values)
+        totals = [t + v for t, v in zip(totals, values, strict=True)]
+    have = [set(x.pairs) | {d.rpartition(".")[0] for d in x.deltas} for x in (one, two)]
+    skipped += [f"{n}: full copies and token rows have no change without a base" for x in (one, two) for n in
+                [*x.modules, *x.token_rows, *x.new_tokens]]  # fmt: skip
+    return {
+        "a": a,
+        "b": b,
+        "all": _row(*totals),
+        "modules": modules,
+        "only": {"a": sorted(have[0] - have[1]), "b": sorted(have[1] - have[0])},
+        "skipped": sorted(set(skipped)),
+    }
+
+
+Change = tuple[Tensor, Tensor] | None
+
+
+def _change_of(adapter: Adapter, name: str) -> Change:
+    """A module's change as factors, a delta's with its dense product for B·A of A = identity; None: no change."""
+    out: list[tuple[Tensor, Tensor]] = []
+    if (pair := adapter.pairs.get(name)) is not None:
+        if pair.magnitude is not None:
+            raise AdapterError("DoRA needs the base")
+        out.append(factors(pair))
+    for key, delta in adapter.deltas.items():
+        if key.rpartition(".")[0] != name:
+            continue
+        if delta.form in BASED or delta.magnitude is not None or not key.endswith(".weight") or out:
+            raise AdapterError(f"a {delta.form} delta that is not compared without the base")
+        dense = product_of(delta).double()
+        dense = dense.flatten(1) if dense.ndim > 1 else dense[:, None]
+        out.append((torch.eye(dense.shape[1], dtype=torch.float64), dense))
+    return out[0] if out else None
+
+
+def _compare(one: Change, two: Change, s1: float, s2: float) -> tuple[float, float, float]:
+    """‖a‖², ‖b‖², ⟨a, b⟩."""
+    if (
+        one is not None
+        and two is not None
+        and (one[0].shape[-1], one[1].shape[-2]) != (two[0].shape[-1], two[1].shape[-2])
+    ):
+        raise AdapterError("changes of unlike shapes")
+    aa = s1 * s1 * inner(one, one) if one else 0.0
+    bb = s2 * s2 * inner(two, two) if two else 0.0
+    return aa, bb, s1 * s2 * inner(one, two) if one and two else 0.0
+
+
+def _row(aa: float, bb: float, ab: float) -> dict[str, float]:
+    a, b = max(aa, 0.0) ** 0.5, max(bb, 0.0) ** 0.5
+    off = max(aa + bb - 2 * ab, 0.0) ** 0.5
+    return {"norm_a": a, "norm_b": b, "cosine": ab / (a * b) if a and b else 0.0, "difference": off / a if a else 0.0}
+
+
+def strength(name: str, out: str | Path | None = None, *, blocks: str = "", to: str | None = None) -> dict[str, Any]:
+    """‖ΔW‖ of each block of an adapter, its share of the whole, and its strength under `blocks`; and, where `out` is
+    given, the adapter with them written there, exactly: scales change, tensors do not."""
+    read = using.read_adapter(name)
+    adapter = read.adapter
+    modules = _modules(adapter)
+    by = parse_blocks(blocks, modules) if blocks else dict.fromkeys(modules, 1.0)
+    found: dict[str, dict[str, Any]] = {}
+    skipped = []
+    for module in modules:
+        row = found.setdefault(block_of(module), {"modules": 0, "square": 0.0, "strengths": set()})
+        row["modules"] += 1
+        row["strengths"].add(by[module])
+        try:
+            row["square"] += _compare(_change_of(adapter, module), None, by[module], 0)[0]
+        except AdapterError as error:
+            skipped.append(f"{module}: {error.what}")
+    whole = sum(r["square"] for r in found.values())
+    report: dict[str, Any] = {
+        "adapter": name,
+        "blocks": {
+            block: {
+                "modules": r["modules"],
+                "strengths": sorted(r["strengths"]),
+                "norm": max(r["square"], 0.0) ** 0.5,
+                "share": r["square"] / whole if whole else 0.0,
+            }
+            for block, r in found.items()
+        },
+        "skipped": skipped,
+    }
+    if out is not None:
+        if not blocks:
+            raise ConfigError("there are no strengths to write", fix="give blocks, as in down_blocks.0=0.5")
+        scaled = strengthened(adapter, by.__getitem__)
+        made = _write(Mixed(scaled), out, [read], {"made": "strength", "blocks": blocks}, to=to)
+        report["written"] = {"path": made.path, "digest": made.digest, "bytes": made.bytes}
+    return report
+
+
+def _modules(adapter: Adapter) -> list[str]:
+    names = [*adapter.pairs, *(n.rpartition(".")[0] for n in adapter.deltas), *adapter.modules]
+    return list(dict.fromkeys([*sorted(names), *adapter.token_rows, *adapter.new_tokens]))
+
+
+def _by_block(adapter: Adapter, blocks: str) -> Adapter:
+    return strengthened(adapter, parse_blocks(blocks, _modules(adapter)).__getitem__) if blocks else adapter
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def _given(**settings: Any) -> dict[str, Any]:
+    return {n: v for n, v in settings.items() if v is not None}
+
+
+def _bound(rank: int | None, energy: float | None, error: float | None) -> Bound | None:
+    return None if rank is energy is error is None else Bound(rank, energy, error)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ConfigError(f"there is no dtype {name!r}", fix=", ".join(DTYPES))
+    return DTYPES[name]
+
+
+def _weights(base: str | Path | None) -> Weights | None:
+    """The base's weights by an adapter's names: of a pipeline's folder with the component in front."""
+    if base is None:
+        return None
+    parts = components(Path(base))
+
+    def weight(name: str) -> Tensor | None:
+        part, rest = (parts[""], name) if "" in parts else (parts.get(name.partition(".")[0]), name.partition(".")[2])
+        found = part.find(rest) if part is not None else None
+        return part.tensor(found) if part is not None and found is not None else None
+
+    return weight
+
+
+def _write(
+    mixed: Mixed,
+    out: str | Path,
+    parents: Sequence[Reading],
+    recipe: Mapping[str, Any],
+    *,
+    to: str | None,
+    left: Sequence[str] = (),
+) -> Made:
+    path = Path(out)
+    if path.is_file() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise ConfigError("there is something of that name already", where=str(path), fix="give a new one with -o")
+    cards = [r.adapter.card for r in parents]
+    bases = {(c.base, c.base_fingerprint) for c in cards if c.base_fingerprint or c.base}
+    prints = {f for _, f in bases if f}
+    if len(prints) > 1:
+        raise AdapterError(
+            "the adapters belong to different bases: " + "; ".join(sorted(f"{n or '?'} {f}" for n, f in bases)),
+            fix="mix adapters of one base",
+        )
+    worst = Made(parts={n: asdict(p) for n, p in mixed.parts.items()}).worst()
+    card = Card(
+        base=next(iter(sorted(bases)), ("", ""))[0],
+        base_fingerprint=next(iter(prints), ""),
+        kind=next((c.kind for c in cards), "text"),
+        recipe=dict(recipe),
+        metrics={"norm": mixed.norm, "error": mixed.error, "worst": dict(worst)} if mixed.parts else {},
+        trigger_words=list(dict.fromkeys(w for c in cards for w in c.trigger_words)),
+        licence=" AND ".join(dict.fromkeys(c.licence for c in cards if c.licence)),
+        parents=[r.adapter.digest() for r in parents],
+    )
+    layout = to or target_of(path, parents[0].format if parents else "")
+    family = next((r.family for r in parents if r.family), None) if layout not in ("peft", "vllm", "gguf") else None
+    written = convert.write(replace(mixed.adapter, card=card), path, layout, family=family)
+    return Made(
+        path=str(path),
+        layout=layout,
+        digest=written.digest,
+        method=str(recipe.get("method", recipe["made"])),
+        bytes=sum((path / f if path.is_dir() else path).stat().st_size for f in written.files),
+        norm=mixed.norm,
+        error=mixed.error,
+        ranks={str(rank): count for rank, count in written.ranks.items()},
+        parts={n: asdict(p) for n, p in mixed.parts.items()},
+        left=list(left),
+        notes=[*(n for r in parents for n in r.notes), *mixed.notes, *written.notes],
+    )

@@ -1,0 +1,257 @@
+"""Adapters by name, on a base: where formats, the library and models meet.
+
+`formats` and `models` do not know each other, so what needs both stands here, above them and below train and the
+commands: find an adapter, read it, make sure that it belongs to the base, attach it with its strength.
+
+    support:0.8            an adapter at strength 0.8; without `:number` the strength is 1
+    runs/first             a folder with adapter_config.json, or a run's folder with one in `adapter/`
+    style.safetensors      a file in any format that `formats` reads
+    support, support@2,    nothing of that name here: the library's latest version, its version 2, what its alias
+    acme/support@prod        points to, a namespace in front or not,
+    sha256:3fa9c1            the adapter whose digest begins so
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Unpack
+
+from veneer.core.attach import Attachment, attach
+from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, nearest
+from veneer.formats import peft
+from veneer.formats import read as reader
+from veneer.formats.card import CARD_FILE, read_card
+from veneer.models.image.families import family_label, is_image, same_family
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from veneer.core.adapter import Adapter
+
+__all__ = ["Base", "adapter_path", "attach_adapters", "base_of", "load_adapter", "parse_spec", "read_adapter"]
+
+
+class Base(Protocol):
+    """What an adapter needs to know of a base: a TextBase or an ImageBase. Adapters attach to `model`."""
+
+    name: str
+    fingerprint: str
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def family(self) -> str: ...
+
+
+def parse_spec(spec: str | tuple[str, float]) -> tuple[str, float]:
+    """(name or path, strength) of "NAME_OR_PATH[:strength]". A path that exists is a path, whatever is in its name."""
+    if isinstance(spec, tuple):
+        name, strength = spec
+    else:
+        name, colon, number = spec.rpartition(":")
+        colon = "" if name == "sha256" else colon  # a digest's prefix may look like a number
+        try:
+            strength = float(number) if colon and not Path(spec).expanduser().exists() else math.nan
+        except ValueError:
+            strength = math.nan
+        if math.isnan(strength) and number.strip().lower() != "nan":
+            name, strength = spec, 1.0
+    if not math.isfinite(strength) or not name:
+        raise ConfigError(
+            f"{spec!r} does not name an adapter", fix="NAME_OR_PATH or NAME_OR_PATH:strength, as in runs/a:0.8"
+        )
+    return name, float(strength)
+
+
+def adapter_path(name: str) -> Path:
+    """Where the adapter's files are: a folder in PEFT's layout, or one file. What is there by that path goes first,
+    then the library. Raises AdapterError that says where it looked."""
+    here = Path(name).expanduser()
+    for folder in (here, here / "adapter"):
+        if (folder / peft.CONFIG_FILE).is_file():
+            return folder
+    if here.exists():
+        return here  # the reader says best what is wrong with it
+    if here.is_symlink():
+        raise AdapterError(
+            f"{name!r} is a link that leads nowhere, or to itself",
+            where=f"{here.absolute()} -> {os.readlink(here)}",
+            fix="mend the link, or give the folder or file itself",
+        )
+    if behind := _no_strength(name):
+        raise AdapterError(
+            f"there is no adapter {name!r}, and {behind[1]!r} is no strength",
+            where=str(here.absolute()),
+            fix=f"{behind[0]}:0.8, and behind an @ factors by block: {behind[0]}:0.8@text=0.5",
+        )
+    hints = nearest(here.name, [f.name for f in here.parent.iterdir()], 1) if here.parent.is_dir() else []
+    fix = (
+        f"did you mean {hints[0]}?" if hints else "give its folder or file, or a name that `veneer library list` shows"
+    )
+    if not _may_be_kept(name):
+        raise AdapterError(f"there is no adapter {name!r}", where=str(here.absolute()), fix=fix)
+    from veneer.library.library import NotKept, library_place, open_library
+
+    place = library_place()
+    if "://" not in place and not Path(place).is_dir():  # asking does not make one
+        raise AdapterError(f"there is no adapter {name!r}", where=f"{here.absolute()}; no library at {place}", fix=fix)
+    with open_library() as library:
+        try:
+            return library.resolve(name)
+        except AdapterError as error:
+            if isinstance(error, NotKept) and "/" in name:  # a path more likely than a namespace
+                where = f"{here.absolute()}, {error.where}"
+                raise AdapterError(f"there is no adapter {name!r}", where=where, fix=error.fix) from error
+            if hints:
+                raise AdapterError(error.what, where=f"{here.absolute()}, {error.where}", fix=fix) from error
+            raise
+
+
+def _no_strength(name: str) -> tuple[str, str] | None:
+    """(what exists, what stands behind it) where a path is followed by something that is no strength. What may be a
+    version or an alias of the library is none of that."""
+    if _may_be_kept(name):
+        return None
+    for mark in (":", "@"):
+        head, found, behind = name.partition(mark)
+        if found and head and Path(head).expanduser().exists():
+            return head, behind
+    return None
+
+
+def _may_be_kept(name: str) -> bool:
+    """Whether the library could have it: anything else with a separator in it is a path."""
+    from veneer.library.names import parse_reference
+
+    try:
+        parse_reference(name)
+    except ConfigError:
+        return False
+    return True
+
+
+def read_adapter(name: str) -> reader.Reading:
+    """Read the adapter `name`, of any format, without a base. Raises as `adapter_path` and `formats.read.read`."""
+    return reader.read(adapter_path(name))
+
+
+def base_of(name: str) -> str:
+    """The base that an adapter says it belongs to, from its card or PEFT's config; "" where it does not say."""
+    folder = adapter_path(name)
+    if (folder / CARD_FILE).is_file():
+        card = read_card(folder).card
+        if card.base:
+            return card.base
+    try:
+        stated = json.loads((folder / peft.CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return stated if isinstance(stated, str) else ""
+
+
+def load_adapter(base: Base, name: str, *, allow_other_base: bool = False, **how: Unpack[reader.How]) -> Adapter:
+    """Read the adapter `name` and make sure that it belongs to `base`. `how`: what `formats.read.read` has to be told.
+
+    Raises MismatchError where it is another family's, which it names; and, with both fingerprints, where its card names
+    another base: with the first names and shapes that do not fit. Where every name and shape fits, `allow_other_base`
+    takes it all the same. Raises AdapterError for anything else wrong."""
+    path = adapter_path(name)
+    try:
+        found = _read_for(base, path, how)
+    except UnsafeFileError:
+        raise
+    except AdapterError as error:
+        with contextlib.suppress(AdapterError):  # what it is by itself, whatever the base
+            _refuse_other_family(base, name, path, reader.read(path), _first_lines(error.what, 3))
+        card = read_card(path).card if (path / CARD_FILE).is_file() else None
+        if card is None or card.base_fingerprint in ("", base.fingerprint):
+            raise
+        raise _mismatch(name, card.base, card.base_fingerprint, base, _first_lines(error.what)) from error
+    adapter = found.adapter
+    if not allow_other_base:
+        _refuse_other_family(base, name, path, found)
+    theirs = adapter.card.base_fingerprint
+    if theirs and theirs != base.fingerprint and not allow_other_base:
+        raise _mismatch(name, adapter.card.base, theirs, base, "every name and shape fits")
+    return adapter
+
+
+def _read_for(base: Base, path: Path, how: reader.How) -> reader.Reading:
+    if path.is_dir() and not is_image(base.family) and not (path / peft.CONFIG_FILE).is_file():
+        peft.load(path)  # says best what a folder for a language model lacks
+    return reader.read(path, base=base.model, family=base.family, **how)
+
+
+def _refuse_other_family(
+    base: Base, name: str, path: Path, found: reader.Reading, why: str = "its names and shapes fit all the same"
+) -> None:
+    """Raises MismatchError where what was read is not of the base's family."""
+    its = found.family
+    if its is None and (not is_image(base.family) or found.adapter.card.kind == "image"):
+        return  # one language model's names are like another's: the error says which do not fit
+    if its is not None and same_family(its, base.family):
+        return
+    label = family_label(its) if its else "text"
+    own = family_label(base.family) if is_image(base.family) else f"a language model ({base.family})"
+    raise MismatchError(
+        f"this is {'an' if label == 'SDXL' else 'a'} {label} adapter, the base is {own}\n"
+        f"  adapter: {name}\n"
+        f"  base:    {base.name}\n"
+        f"  {why}",
+        where=str(path),
+        fix="use it on a base of its own family",
+    )
+
+
+def attach_adapters(
+    base: Base,
+    specs: Sequence[str | tuple[str, float]],
+    *,
+    attachment: Attachment | None = None,
+    allow_other_base: bool = False,
+) -> Attachment:
+    """Attach adapters to a base and select them as one mix.
+
+    All are read and checked before the first is attached. `attachment`: the one that the base has already. With no
+    specs the result is the base alone. Raises what `load_adapter` raises, ConfigError for one adapter named twice."""
+    mix = [parse_spec(spec) for spec in specs]
+    names = [name for name, _ in mix]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise ConfigError(f"adapter {twice[0]!r} is named twice", fix="name it once, with the sum of the strengths")
+    have = attachment.adapters if attachment else {}
+    adapters = {n: load_adapter(base, n, allow_other_base=allow_other_base) for n in names if n not in have}
+    own = attachment or attach(base.model)
+    try:
+        for name, adapter in adapters.items():
+            own.add(name, adapter)
+        own.use(*mix)
+    except BaseException:
+        if attachment is None:
+            own.detach()
+        raise
+    return own
+
+
+def _mismatch(name: str, their_base: str, theirs: str, base: Base, detail: str) -> MismatchError:
+    named = f" ({their_base})" if their_base else ""
+    fits = detail.startswith("every")
+    return MismatchError(
+        f"adapter {name!r} belongs to another base\n"
+        f"  its base:  {theirs}{named}\n"
+        f"  this base: {base.fingerprint} ({base.name})\n"
+        f"  {detail}",
+        where=str(adapter_path(name)),
+        fix="use its own base" + (", or --allow-other-base if you know that this one will do" if fits else ""),
+    )
+
+
+def _first_lines(text: str, n: int = 6) -> str:
+    lines = text.splitlines()
+    return "\n  ".join(lines[:n] + ([f"… and {len(lines) - n} more"] if len(lines) > n else []))

@@ -1,0 +1,250 @@
+"""GGUF files: read without trust, written whole or not at all.
+
+    file   = "GGUF" | version u32 | tensors u64 | fields u64 | fields | tensor entries | padding | data
+    field  = key | type u32 | value       array = type u32 | count u64 | values       text = length u64 | UTF-8
+    entry  = name | dimensions u32 | sizes u64… (the innermost first) | type u32 | offset u64, in the data, aligned
+
+Little endian, versions 2 and 3. The gguf package's own reader follows counts past the end of a file without an error,
+for hours; here every count is held against the bytes that are left before it is believed. Knows bytes and tensors;
+nothing of adapters. Source: the GGUF specification of ggml.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veneer.errors import AdapterError, UnsafeFileError
+from veneer.files.atomic import atomic_write
+from veneer.files.tensors import MAX_TENSORS, name_problem
+
+__all__ = ["GgufFile", "Stored", "read_gguf_file", "write_gguf_file"]
+
+MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
+MAX_TEXT, MAX_TEXTS = 16 << 20, 1 << 22
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+TEXT, ARRAY = 8, 9
+DTYPES: dict[int, torch.dtype] = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
+NAMES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a header. `shape` is outermost first; [begin, end) counts from the start of the file."""
+
+    type: int
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass
+class GgufFile:
+    """A checked header, and the file behind it."""
+
+    fields: dict[str, Any]
+    entries: dict[str, Stored]
+    data: mmap.mmap
+    where: str
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as stored, float32, float16 or bfloat16; a quantised one dequantised to float32."""
+        entry = self.entries[name]
+        raw = np.frombuffer(self.data, dtype=np.uint8, count=entry.end - entry.begin, offset=entry.begin)
+        if not len(raw):
+            return torch.empty(entry.shape)
+        if entry.type in DTYPES:
+            return torch.from_numpy(raw.copy()).view(DTYPES[entry.type]).reshape(entry.shape)
+        import gguf
+
+        kind = gguf.GGMLQuantizationType(entry.type)
+        try:
+            return torch.from_numpy(gguf.quants.dequantize(raw.reshape(*entry.shape[:-1], -1), kind)).reshape(
+                entry.shape
+            )
+        except NotImplementedError:
+            raise AdapterError(f"{name} is {kind.name}, which cannot be dequantised here", where=self.where) from None
+
+
+class _Cursor:
+    """Reads forward through a file and never past its end."""
+
+    def __init__(self, data: mmap.mmap, where: str):
+        self.data, self.where, self.at = data, where, 0
+
+    def left(self) -> int:
+        return len(self.data) - self.at
+
+    def fail(self, what: str) -> UnsafeFileError:
+        return UnsafeFileError(
+            f"the GGUF header does not add up: {what} at byte {self.at:,}",
+            where=self.where,
+            fix="download or copy the file again; if that does not help, it was written wrongly",
+        )
+
+    def take(self, code: str) -> Any:
+        size = struct.calcsize("<" + code)
+        if size > self.left():
+            raise self.fail("it ends in the middle of a value: truncated")
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += size
+        return value
+
+    def count(self, each: int, what: str) -> int:
+        """A number of things that take at least `each` bytes."""
+        n: int = self.take("Q")
+        if n * each > self.left():
+            raise self.fail(f"{n:,} {what} are claimed, and {self.left():,} bytes are left")
+        return n
+
+    def text(self) -> str:
+        n = self.count(1, "bytes of text")
+        if n > MAX_TEXT:
+            raise self.fail(f"a text of {n:,} bytes")
+        raw = self.data[self.at : self.at + n]
+        self.at += n
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.fail("a text that is not UTF-8") from None
+
+    def value(self, kind: int) -> Any:
+        """A text, a number, an array of numbers (numpy's, in place) or of texts. Nobody writes arrays of arrays."""
+        if kind == TEXT:
+            return self.text()
+        if kind in SCALARS:
+            return self.take(SCALARS[kind])
+        if kind != ARRAY:
+            raise self.fail(f"a value of type {kind}")
+        inner = self.take("I")
+        if inner in SCALARS:
+            dtype = np.dtype("<" + SCALARS[inner])
+            n = self.count(dtype.itemsize, "numbers")
+            values = np.frombuffer(self.data, dtype=dtype, count=n, offset=self.at)
+            self.at += n * dtype.itemsize
+            return values
+        if inner == TEXT and (n := self.count(8, "texts")) <= MAX_TEXTS:
+            return [self.text() for _ in range(n)]
+        raise self.fail(f"an array of {'absurdly many texts' if inner == TEXT else f'type {inner}'}")
+
+
+def read_gguf_file(path: str | Path) -> GgufFile:
+    """The checked header of a GGUF file; tensors are read from it one by one.
+
+    AdapterError for a file that is something else or of another version; UnsafeFileError for a header that claims what
+    the file does not hold: counts, texts, names, shapes, types, offsets, overlaps."""
+    where = str(path)
+    try:
+        with Path(path).open("rb") as file:
+            start = file.read(8)
+            if start[:4] != MAGIC:
+                raise AdapterError("the file is not GGUF", where=where)
+            if len(start) < 8:
+                raise UnsafeFileError(f"only {len(start)} bytes: a truncated GGUF file", where=where)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise AdapterError(f"cannot read the file: {error.strerror or error}", where=where) from None
+    (version,) = struct.unpack("<I", start[4:])
+    if version not in VERSIONS:
+        swapped = struct.unpack(">I", start[4:])[0] in VERSIONS
+        raise AdapterError(
+            "the file is big endian"
+            if swapped
+            else f"GGUF version {version}: {', '.join(map(str, VERSIONS))} are read",
+            where=where,
+            fix="convert it again with today's llama.cpp",
+        )
+    cursor = _Cursor(data, where)
+    cursor.at = 8
+    tensors = cursor.count(24, "tensors")
+    fields: dict[str, Any] = {}
+    if tensors > MAX_TENSORS:
+        raise cursor.fail(f"{tensors:,} tensors are claimed; at most {MAX_TENSORS:,} are read")
+    for _ in range(cursor.count(13, "fields")):
+        key = cursor.text()
+        if key in fields:
+            raise cursor.fail(f"the field {key[:80]!r} appears twice")
+        fields[key] = cursor.value(cursor.take("I"))
+    alignment = fields.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
+        raise cursor.fail(f"general.alignment = {alignment!r}, which is no power of two")
+    raw = [_entry(cursor) for _ in range(tensors)]
+    start_of_data = -(-cursor.at // alignment) * alignment
+    return GgufFile(fields, _placed(raw, start_of_data, alignment, cursor), data, where)
+
+
+def _entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
+    name = cursor.text()
+    if problem := name_problem(name):
+        raise cursor.fail(f"{name[:80]!r}: {problem}")
+    dimensions = cursor.take("I")
+    if not 1 <= dimensions <= 4:
+        raise cursor.fail(f"{name!r} has {dimensions:,} dimensions")
+    shape = tuple(cursor.take("Q") for _ in range(dimensions))[::-1]
+    if math.prod(n for n in shape if n) >= 1 << 60:
+        raise cursor.fail(f"{name!r} has the absurd shape {shape}")
+    return name, cursor.take("I"), shape, cursor.take("Q")
+
+
+def _placed(
+    raw: list[tuple[str, int, tuple[int, ...], int]], start: int, alignment: int, cursor: _Cursor
+) -> dict[str, Stored]:
+    import gguf
+
+    sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    out: dict[str, Stored] = {}
+    for name, kind, shape, offset in raw:
+        if name in out:
+            raise cursor.fail(f"the tensor {name!r} appears twice")
+        if kind not in sizes:
+            raise cursor.fail(f"{name!r} is of the unknown type {kind}")
+        block, width = sizes[kind]
+        if shape[-1] % block or offset % alignment:
+            raise cursor.fail(f"{name!r} {shape} at {offset:,} is not whole blocks of {block}, or not aligned")
+        begin = start + offset
+        out[name] = Stored(kind, shape, begin, begin + math.prod(shape) * width // block)
+    at, last = start, "the header"
+    for name, entry in sorted(out.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin < at:
+            raise cursor.fail(f"{name!r} begins inside {last!r}")
+        if entry.end > len(cursor.data):
+            raise cursor.fail(f"{name!r} ends at {entry.end:,}, the file at {len(cursor.data):,}: truncated")
+        at, last = entry.end, name
+    return out
+
+
+def write_gguf_file(path: str | Path, fields: Mapping[str, str | float | int], tensors: Mapping[str, Tensor]) -> None:
+    """Write a GGUF file of version 3 atomically: texts, floats (as f32) and whole numbers (as u32), and float32,
+    float16 and bfloat16 tensors. Equal contents give equal bytes."""
+    head = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(fields))]
+    for key, value in fields.items():
+        head.append(_text(key))
+        if isinstance(value, str):
+            head.append(struct.pack("<I", TEXT) + _text(value))
+        else:
+            head.append(struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<II", 4, value))
+    data: list[bytes | memoryview] = []
+    at = 0
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sizes = tensor.shape[::-1]
+        head.append(_text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, NAMES[tensor.dtype], at))
+        size = flat.numel() * flat.element_size()
+        data += [memoryview(flat.view(torch.uint8).numpy()), b"\0" * (-size % ALIGNMENT)]  # type: ignore[arg-type]
+        at += size + -size % ALIGNMENT
+    header = b"".join(head)
+    atomic_write(path, [header + b"\0" * (-len(header) % ALIGNMENT), *data])
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode()
+    return struct.pack("<Q", len(raw)) + raw

@@ -1,0 +1,204 @@
+"""The hashes by which managers and hubs know an adapter file, those stored in its header, and whether they hold.
+
+| name    | of                                                       | kept as        | stored in the header as       |
+| sha256  | the whole file                                           | 64 hex digits  |                               |
+| AutoV2  | the same                                                 | the first 10   |                               |
+| AutoV1  | the 64 KiB from 1 MiB on                                 | the first 8    |                               |
+| AutoV3  | the bytes after the header: the tensors                  | the first 12   | sshs_model_hash, all 64       |
+|         |                                                          |                | modelspec.hash_sha256, `0x…`  |
+| legacy  | as AutoV1, of the file as it would be with ss_ keys only | the first 8    | sshs_legacy_hash              |
+| crc32   | the whole file                                           | 8 hex digits   |                               |
+| short   | what sshs_model_hash states, unverified, else AutoV3,    | the first 12   |                               |
+|         | else sha256: A1111's and Forge's name of an adapter      |                |                               |
+
+Editing the metadata changes sha256, AutoV1, AutoV2 and crc32, and leaves the stored ones true. Sources: sd-scripts'
+train_util, Stability's ModelSpec 1.0.1, CivitAI's open source. Knows bytes; nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import AdapterError
+from veneer.files.header import Header, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Check", "Hashes", "hashes", "sealed", "short_hash", "verify"]
+
+WINDOW = (0x100000, 0x110000)
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Lower-case hexadecimal; `autov3` is "" for a file that is not safetensors."""
+
+    sha256: str
+    autov1: str
+    autov2: str
+    autov3: str
+    crc32: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """A hash stored in a header and the one found. `holds` is None where it cannot be recomputed; `note` says why."""
+
+    key: str
+    stored: str
+    found: str
+    holds: bool | None
+    note: str = ""
+
+
+def hashes(path: str | Path) -> Hashes:
+    """All hashes of a file, read once. AdapterError if it cannot be read; any kind of file has all but AutoV3."""
+    path = Path(path)
+    try:
+        start = read_header(path).data_start
+    except AdapterError:
+        start = None
+    whole, old, tensors, crc, at = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(), 0, 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                whole.update(chunk)
+                crc = zlib.crc32(chunk, crc)
+                old.update(_between(chunk, at, *WINDOW))
+                if start is not None:
+                    tensors.update(chunk[max(0, start - at) :])
+                at += len(chunk)
+    except OSError as error:
+        raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
+    sha = whole.hexdigest()
+    return Hashes(
+        sha, old.hexdigest()[:8], sha[:10], tensors.hexdigest()[:12] if start is not None else "", f"{crc:08x}"
+    )
+
+
+def short_hash(path: str | Path, found: Hashes) -> str:
+    """What A1111 and Forge call an adapter file in `Lora hashes`, and look it up by (extensions-builtin/Lora,
+    NetworkOnDisk). `found`: its true hashes, which stand where the header states none that is one."""
+    try:
+        stated = read_header(path).metadata.get("sshs_model_hash", "")
+    except AdapterError:
+        stated = ""
+    return stated[:12] if re.fullmatch("[0-9a-f]{12,64}", stated) else found.autov3 or found.sha256[:12]
+
+
+def _between(chunk: bytes | memoryview, at: int, begin: int, end: int) -> bytes | memoryview:
+    """The bytes of a chunk at offset `at` that fall into [begin, end)."""
+    return chunk[max(0, begin - at) : max(0, end - at)]
+
+
+def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata with every hash that is stored in a header, for a file of these tensors as `write_tensors` has them.
+
+    The last step before writing: a later change of an `ss_` key makes the legacy hash untrue."""
+    from veneer.files.tensors import encode_tensors
+
+    data = encode_tensors(tensors)[2:]
+    model = hashlib.sha256()
+    for chunk in data:
+        model.update(chunk)
+    header = encode_tensors(tensors, metadata={k: v for k, v in metadata.items() if k.startswith("ss_")})
+    if not any(k.startswith("ss_") for k in metadata):
+        header[1] = _with_empty_metadata(header[1])
+    return {
+        **metadata,
+        "modelspec.hash_sha256": "0x" + model.hexdigest(),
+        "sshs_model_hash": model.hexdigest(),
+        "sshs_legacy_hash": _legacy([struct.pack("<Q", len(header[1])), header[1], *data]),
+    }
+
+
+def _with_empty_metadata(header: bytes | memoryview) -> bytes:
+    """As safetensors writes a file that has metadata, with none in it: `ss_` keys or not, the hash counts this."""
+    table = {"__metadata__": {}, **json.loads(bytes(header))}
+    return _padded(table)
+
+
+def _padded(table: Mapping[str, Any]) -> bytes:
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _legacy(chunks: Iterable[bytes | memoryview]) -> str:
+    digest, at = hashlib.sha256(), 0
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        digest.update(_between(view, at, *WINDOW))
+        at += len(view)
+    return digest.hexdigest()[:8]
+
+
+def verify(path: str | Path) -> list[Check]:
+    """Every hash stored in the header of a safetensors file, recomputed. Errors as `read_header`.
+
+    One that does not hold is no error here: the caller decides. OneTrainer's `hash_sha256` is of the tensors by name
+    rather than in the file's order; where it holds in that sense, the note says so."""
+    path = Path(path)
+    header = read_header(path)
+    keys = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+    stored = {key: header.metadata[key] for key in keys if header.metadata.get(key)}
+    if not stored:
+        return []
+    try:
+        with path.open("rb") as file:
+            file.seek(header.data_start)
+            digest = hashlib.sha256()
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+            model, checks = digest.hexdigest(), []
+            for key, value in stored.items():
+                plain = value.lower().removeprefix("0x")
+                if key != "sshs_legacy_hash":
+                    holds = plain == model or (
+                        key == "sshs_model_hash" and len(plain) == 12 and model.startswith(plain)
+                    )
+                    note = "" if holds else _other_order(file, header, plain)
+                    checks.append(Check(key, value, model, holds, note))
+                    continue
+                found, sure = _legacy_of(file, header)
+                holds = plain == found
+                note = "" if holds or sure else "the header reaches into the hashed bytes, and its order is lost"
+                checks.append(Check(key, value, found, holds if holds or sure else None, note))
+    except OSError as error:
+        raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
+    return checks
+
+
+def _other_order(file: Any, header: Header, plain: str) -> str:
+    digest = hashlib.sha256()
+    for _, entry in sorted(header.entries.items()):
+        file.seek(header.data_start + entry.begin)
+        digest.update(file.read(entry.end - entry.begin))
+    if digest.hexdigest() == plain:
+        return "it is the hash of the tensors in the order of their names, as OneTrainer writes it"
+    return "the tensors were changed after it was written, or it was never theirs"
+
+
+def _legacy_of(file: Any, header: Header) -> tuple[str, bool]:
+    """The legacy hash, and whether it is certain: the header with ss_ keys only ends before the hashed bytes begin."""
+    by_place = sorted(header.entries.items(), key=lambda item: (item[1].begin, item[1].end))
+    table: dict[str, Any] = {
+        "__metadata__": {k: v for k, v in sorted(header.metadata.items()) if k.startswith("ss_")},
+        **{name: {"dtype": e.kind, "shape": list(e.shape), "data_offsets": [e.begin, e.end]} for name, e in by_place},
+    }
+    text = _padded(table)
+    data_at = 8 + len(text)
+    begin, end = (max(0, edge - data_at) for edge in WINDOW)
+    file.seek(header.data_start + begin)
+    data = file.read(end - begin)
+    head = _between(struct.pack("<Q", len(text)) + text, 0, *WINDOW)
+    return hashlib.sha256(bytes(head) + data).hexdigest()[:8], data_at <= WINDOW[0]

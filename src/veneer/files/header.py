@@ -1,0 +1,306 @@
+"""The header of a safetensors file, read without trust and without torch.
+
+    file = header length (u64, little endian) | header (JSON, UTF-8) | data
+    header = {"__metadata__": {str: str}, name: {"dtype": str, "shape": [int…], "data_offsets": [begin, end)}, …}
+
+Everything in it is checked against the file's size before one byte of tensor data is touched, so a hostile file costs
+no more than its header, and of a header no more than stated limits. Knows bytes; no tensors, nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from veneer.errors import AdapterError, UnsafeFileError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MAX_TENSORS", "PICKLE_FIX", "PICKLE_SUFFIXES", "SIZES", "Entry", "Header", "checked_header", "name_problem"]
+__all__ += ["opened", "read_header", "strict_json"]
+
+MAX_HEADER_BYTES = 100 << 20
+MAX_TENSORS = 500_000
+"""Twice what a pair for every expert of the largest mixtures there are comes to (384 experts, 61 layers, alphas)."""
+MAX_METADATA, MAX_METADATA_BYTES = 10_000, 32 << 20
+"""Entries, and bytes of the JSON: training statistics and a thumbnail come to a few MB."""
+MAX_NAME_LENGTH = 1024
+MAX_DIMENSIONS = 16
+_LONGEST_ENTRY = MAX_NAME_LENGTH + 512
+"""Bytes of JSON, about, that one tensor needs at most."""
+
+SIZES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "BOOL": 1},
+    **{f"{sign}{8 * n}": n for sign in "IU" for n in (1, 2, 4, 8)},
+}
+"""Bytes of one value, by the name of its kind."""
+
+OTHER_MAGIC = {
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"RIFF": "a WebP picture, or other media",
+    b"\x1f\x8b": "a gzip archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"\x28\xb5\x2f\xfd": "a Zstandard archive",
+    b"\x89HDF": "an HDF5 file",
+}
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+PICKLE_FIX = (
+    "ask for the safetensors file; or, for an adapter file by itself, ask for `--from-pickle` (in Python "
+    "`from_pickle=True`): torch's weights-only loader builds its tensors and runs nothing of it"
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a header: [begin, end) counts from the start of the data."""
+
+    kind: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        from veneer.files.tensors import DTYPES
+
+        return DTYPES[self.kind]
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header. `data_start` is the byte of the file at which the data begins."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    data_start: int
+    size: int
+
+
+def strict_json(text: str | bytes, *, where: str) -> Any:
+    """JSON without its traps: no duplicate keys, no NaN or Infinity, no bottomless nesting. AdapterError otherwise."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in items:
+            if key in out:
+                raise ValueError(f"the key {key!r} appears twice")
+            out[key] = value
+        return out
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise AdapterError(f"not valid JSON: {error}", where=where) from None
+
+
+def read_header(path: str | Path) -> Header:
+    """The checked header of a safetensors file, without reading its data.
+
+    AdapterError for a file that is something else; UnsafeFileError for a pickle or a header that does not add up."""
+    path = Path(path)
+    try:
+        with opened(path) as file:
+            return checked_header(file.fileno(), path)
+    except OSError as error:
+        raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
+
+
+def opened(path: Path) -> BinaryIO:
+    """The file. A pipe would wait for ever, and a device never ends."""
+    if path.exists() and not path.is_file():
+        raise AdapterError("cannot read it: not a file, but a folder, a pipe or a device", where=str(path))
+    return path.open("rb")
+
+
+def checked_header(fd: int, path: Path) -> Header:
+    """`read_header` of an open file."""
+    where = str(path)
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise UnsafeFileError(
+            f"{path.suffix} files are pickles, and loading a pickle runs whatever code is in it",
+            where=where,
+            fix=PICKLE_FIX,
+        )
+    size = os.fstat(fd).st_size
+    start = os.pread(fd, 512, 0)
+    _refuse_other_formats(start, size, where)
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > size - 8:
+        raise UnsafeFileError(
+            f"the header claims {length:,} bytes, but only {size - 8:,} follow its length: a truncated or damaged file",
+            where=where,
+            fix="download or copy the file again",
+        )
+    if length > MAX_HEADER_BYTES:
+        raise UnsafeFileError(f"the header claims {length:,} bytes; the limit is {MAX_HEADER_BYTES:,}", where=where)
+    raw = os.pread(fd, length, 8)
+    if not raw.startswith(b"{"):
+        raise UnsafeFileError("the header does not start with '{': not a safetensors file", where=where)
+    _check_counts(raw, where)
+    try:
+        table = strict_json(raw, where=where)
+    except AdapterError as error:
+        raise UnsafeFileError(f"the header is {error.what}", where=where) from None
+    return _check_table(table, data_start=8 + length, size=size, where=where)
+
+
+def _check_counts(raw: bytes, where: str) -> None:
+    """Before anything is parsed, which would take minutes and gigabytes of a header made for that. Keys are counted as
+    quotes followed by a colon; those within a text (JSON in metadata) are escaped there."""
+    keys = raw.count(b'":') - raw.count(b'\\":')
+    tensors = raw.count(b'"data_offsets"')
+    if tensors > MAX_TENSORS:
+        raise UnsafeFileError(
+            f"the header lists {tensors:,} tensors; at most {MAX_TENSORS:,} are read",
+            where=where,
+            fix="no adapter has so many; give the adapter's own file",
+        )
+    if keys - 4 * tensors > MAX_METADATA + 1:
+        raise UnsafeFileError(
+            f"the header has {keys - 4 * tensors:,} entries that are no tensor's; at most {MAX_METADATA:,} are read",
+            where=where,
+            fix="write the file again without them",
+        )
+    if len(raw) - tensors * _LONGEST_ENTRY > MAX_METADATA_BYTES:
+        raise UnsafeFileError(
+            f"the header has {len(raw):,} bytes for {tensors:,} tensors; at most {MAX_METADATA_BYTES:,} bytes of "
+            "metadata are read",
+            where=where,
+        )
+
+
+def _refuse_other_formats(start: bytes, size: int, where: str) -> None:
+    """Say what the file is when it is a well-known something else."""
+    if size == 0:
+        raise AdapterError("the file is empty", where=where, fix="download or copy the file again")
+    head = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise AdapterError(
+            "the file is a Git LFS pointer, not the tensors it points to",
+            where=where,
+            fix="run `git lfs install` and `git lfs pull` in the repository, or download the file itself",
+        )
+    if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
+        raise AdapterError(
+            "the file is a web page, not tensors: the page about the file, or a log-in page, was downloaded instead",
+            where=where,
+            fix="download the raw file (on a hub: the `resolve` address, not `blob`) and check that you may access it",
+        )
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        raise UnsafeFileError(
+            "the file is a zip archive, as torch.save writes pickles; loading one runs whatever code is in it",
+            where=where,
+            fix=PICKLE_FIX,
+        )
+    if len(start) >= 2 and start[0] == 0x80 and start[1] in range(2, 6) and start[2:8] != b"\0" * 6:
+        raise UnsafeFileError(
+            "the file is a pickle, and loading a pickle runs whatever code is in it", where=where, fix=PICKLE_FIX
+        )
+    if start.startswith(b"GGUF"):
+        raise AdapterError("the file is GGUF, not safetensors", where=where, fix="give it its right name, with .gguf")
+    if other := next((what for magic, what in OTHER_MAGIC.items() if start.startswith(magic)), None):
+        raise AdapterError(f"the file is {other}, not tensors", where=where, fix="give the file of the adapter itself")
+    if size < 10:
+        raise UnsafeFileError(f"only {size} bytes: too short for a safetensors file", where=where)
+    if all(32 <= b < 127 for b in start[:8]):
+        shown = start[:60].decode("ascii", "replace")
+        raise AdapterError(f"the file is text, not tensors; it starts with {shown!r}", where=where)
+
+
+def _check_table(table: Any, *, data_start: int, size: int, where: str) -> Header:
+    if not isinstance(table, dict):
+        raise UnsafeFileError("the header is not a JSON object", where=where)
+    metadata = table.pop("__metadata__", {})
+    problems: list[str] = []
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        problems.append("__metadata__ must map strings to strings")
+        metadata = {}
+    if len(metadata) > MAX_METADATA or sum(map(len, metadata.values())) > MAX_METADATA_BYTES:
+        problems.append(f"__metadata__ has more than {MAX_METADATA:,} entries, or {MAX_METADATA_BYTES:,} characters")
+    entries: dict[str, Entry] = {}
+    for name, value in table.items():
+        problem = name_problem(name)
+        entry = None if problem else _entry(value)
+        if isinstance(entry, Entry):
+            entries[name] = entry
+        else:
+            problems.append(f"{name[:80]!r}: {problem or entry}")
+    problems += _coverage_problems(entries, size - data_start) if not problems else []
+    if problems:
+        shown = "\n".join(f"    {p}" for p in problems[:20])
+        more = f"\n    … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise UnsafeFileError(
+            f"the header does not add up, so nothing of it is trusted:\n{shown}{more}",
+            where=where,
+            fix="download or copy the file again; if that does not help, it was written wrongly",
+        )
+    return Header(entries, metadata, data_start, size)
+
+
+def name_problem(name: str) -> str | None:
+    """Why no tensor is called this, or None."""
+    if not name or len(name) > MAX_NAME_LENGTH:
+        return f"a tensor's name has 1 to {MAX_NAME_LENGTH} characters"
+    if any(ord(c) < 32 or ord(c) == 127 for c in name):
+        return "control characters in a name"
+    if "/" in name or "\\" in name or ".." in name or name.startswith(".") or name.endswith("."):
+        return "a name that looks like a path"
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return "a name that is not Unicode text"
+    return None
+
+
+def _entry(value: Any) -> Entry | str:
+    """The entry, or what is wrong with it."""
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        return "expected exactly dtype, shape and data_offsets"
+    kind = value["dtype"]
+    if not isinstance(kind, str) or kind not in SIZES:
+        return f"dtype {str(kind)[:40]!r} is not one of {', '.join(SIZES)}"
+    shape, offsets = value["shape"], value["data_offsets"]
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        return f"shape {str(shape)[:60]} is not a list of at most {MAX_DIMENSIONS} sizes"
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"data_offsets {str(offsets)[:60]} is not [begin, end]"
+    if math.prod(n for n in shape if n) >= 1 << 60:
+        return f"shape {str(shape)[:60]} is absurd"
+    want = math.prod(shape) * SIZES[kind]
+    if want != offsets[1] - offsets[0]:
+        return f"shape {shape} of {value['dtype']} needs {want:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
+    return Entry(kind, tuple(shape), offsets[0], offsets[1])
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 60 for n in value)
+
+
+def _coverage_problems(entries: Mapping[str, Entry], size: int) -> list[str]:
+    """The tensors must tile the data: no overlap, no hole, nothing past the end, nothing left over."""
+    at, last = 0, "the start"
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin < at:
+            return [f"{name!r} begins at byte {entry.begin:,}, inside {last!r} which ends at {at:,}"]
+        if entry.begin > at:
+            return [f"a hole of {entry.begin - at:,} bytes before {name!r}"]
+        at, last = entry.end, name
+    if at > size:
+        return [f"the tensors need {at:,} bytes of data, the file has {size:,}: truncated"]
+    if at < size:
+        return [f"{size - at:,} bytes after the last tensor that no tensor owns"]
+    return []

@@ -1,0 +1,152 @@
+"""Tensors out of `.bin`, `.pt`, `.pth` and `.ckpt` files, which are pickles: only where the caller asks for it.
+
+The file goes through torch's weights-only loader, which builds tensors, numbers, texts, lists and dicts and refuses
+all other names: nothing of the file is run. What comes out is held to the rules of a safetensors file: names, sizes
+that the file really holds, finite values. Layouts: a state dict, one under `state_dict`, nested dicts (joined by dots),
+and the list of cloneofsimo's `lora_weight.pt`: [up₀, down₀, up₁, …]. Knows pickles and tensors; nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import AdapterError, UnsafeFileError
+from veneer.files.tensors import check_finite, name_problem
+
+__all__ = ["read_pickle"]
+
+MAX_TENSORS, MAX_DEPTH = 100_000, 6
+_WRAPPERS = ("state_dict", "model_state_dict", "lora_state_dict")
+
+
+def read_pickle(path: str | Path, *, finite: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a pickle, sorted by name, and its texts and numbers as metadata, like `container.read_tensors`.
+
+    Raises UnsafeFileError for a pickle that names anything but tensors and plain values, or an archive that unpacks to
+    more than it holds; one AdapterError that lists everything of another kind, misnamed, or not finite."""
+    path, where = Path(path), str(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(2)
+    except OSError as error:
+        raise AdapterError(f"cannot read the file: {error.strerror or error}", where=where) from None
+    if start != b"PK" and start[:1] != b"\x80":
+        raise AdapterError(
+            "the file is no pickle of torch.save",
+            where=where,
+            fix="give it its right name: safetensors are read as such",
+        )
+    if start == b"PK":
+        _check_archive(path, size)
+    found: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    problems: list[str] = []
+    for name, value in _walk(_unwrapped(_load(path)), path.name):
+        if isinstance(value, Tensor):
+            tensor = value.detach()
+            if name in found:
+                problems.append(f"{name!r} {tuple(tensor.shape)}: a second tensor of this name")
+            elif problem := name_problem(name) or _tensor_problem(tensor, size):
+                problems.append(f"{name[:80]!r} {tuple(tensor.shape)}: {problem}")
+            else:
+                found[name] = tensor
+        elif value is None or isinstance(value, str | int | float | bool):
+            metadata[name] = str(value)
+        else:
+            problems.append(f"{name[:80]!r}: {type(value).__name__} is neither a tensor, a text nor a number")
+    if problems:
+        shown = "\n".join(f"    {p}" for p in problems[:20])
+        more = f"\n    … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise AdapterError(f"the pickle holds what no adapter does:\n{shown}{more}", where=where)
+    if not found:
+        raise AdapterError("the pickle holds no tensors", where=where)
+    tensors = {name: t.contiguous() for name, t in sorted(found.items())}
+    if finite:
+        check_finite(tensors, where=where)
+    return tensors, metadata
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """torch.save stores members as they are; a member that is packed could unpack to anything."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise AdapterError(
+            f"the archive is damaged: {error}", where=str(path), fix="download or copy the file again"
+        ) from None
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+        raise UnsafeFileError("the archive unpacks to more than it holds; torch.save writes none such", where=str(path))
+
+
+def _load(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = (
+            f"it names {named[1]}, which is no tensor" if named else "it is not what torch.save writes of tensors alone"
+        )
+        raise UnsafeFileError(
+            f"the pickle is refused: {what}. Nothing of it was run",
+            where=str(path),
+            fix="ask for the safetensors file",
+        ) from None
+    except Exception as error:  # torch and pickle raise nearly everything on a damaged file
+        raise AdapterError(
+            f"the pickle cannot be read: {type(error).__name__}: {str(error)[:200]}",
+            where=str(path),
+            fix="download or copy the file again",
+        ) from None
+
+
+def _unwrapped(value: Any) -> Any:
+    """A state dict out of its wrapper; what stood beside it (an epoch, a step) stays, as metadata."""
+    if isinstance(value, Mapping):
+        for key in _WRAPPERS:
+            if isinstance(value.get(key), Mapping):
+                rest = {k: v for k, v in value.items() if k != key and not isinstance(v, Tensor | Mapping | list)}
+                return {**rest, **value[key]}
+    return value
+
+
+def _walk(value: Any, file: str) -> Iterator[tuple[str, Any]]:
+    """(name, value) of everything in nested dicts. A list of tensors is cloneofsimo's, of the component in its name."""
+    if isinstance(value, list | tuple) and value and all(isinstance(t, Tensor) for t in value) and len(value) % 2 == 0:
+        component = "text_encoder" if "text_encoder" in file else "unet"
+        for i, tensor in enumerate(value[: 2 * MAX_TENSORS]):
+            yield f"{component}:{i // 2}:{('up', 'down')[i % 2]}", tensor
+        return
+    count = 0
+    stack: list[tuple[str, Any, int]] = [("", value, 0)]
+    while stack:
+        name, item, depth = stack.pop()
+        if isinstance(item, Mapping) and depth < MAX_DEPTH:
+            stack.extend((f"{name}.{k}" if name else str(k), v, depth + 1) for k, v in item.items())
+            count += len(item)
+            if count > MAX_TENSORS:
+                raise AdapterError(f"more than {MAX_TENSORS:,} entries in the pickle", where=file)
+        elif name.rpartition(".")[2] == "alpha" and type(item) in (int, float):
+            yield name, torch.tensor(float(item))
+        else:
+            yield name, item
+
+
+def _tensor_problem(tensor: Tensor, size: int) -> str | None:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return f"{tensor.layout}, {tensor.device.type}: a plain tensor is expected"
+    if tensor.numel() * tensor.element_size() > min(tensor.untyped_storage().nbytes(), size):
+        return "it claims more values than the file holds"
+    return None

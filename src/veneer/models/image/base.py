@@ -1,0 +1,345 @@
+"""An image base: diffusers' components, the pipelines over them, and what is decided once when it is loaded.
+
+    base = load_image("emoji-flux")              a built-in
+    base = load_image("org/name")                a hub id
+    base = load_image("./sdxl")                  a directory as diffusers saves it, with model_index.json
+    base = load_image("sdxl.safetensors", config="./sdxl")      original weights in one file
+
+The components are loaded once and shared: by every pipeline, and by `base.model`, the tree that adapters attach to.
+Its names are the canonical ones (`unet.…`, `transformer.…`, `text_encoder.text_model.…`), whatever transformers calls
+the modules inside. Weights are frozen. Device and dtype follow `models.text`'s rules.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from veneer.errors import BaseError, ConfigError
+from veneer.models.builtin import BUILTIN, PACKAGED
+from veneer.models.compat_diffusers import DIFFUSERS
+from veneer.models.device import settle
+from veneer.models.image.families import FAMILIES, ImageFamily, topology_name
+from veneer.models.image.files import Loaded, control_of, read_directory
+from veneer.models.image.single_file import read_single_file
+from veneer.models.quiet import quiet
+from veneer.models.sources import find
+
+__all__ = [
+    "Components",
+    "ControlNet",
+    "ImageBase",
+    "Kind",
+    "default_size",
+    "load_control",
+    "load_image",
+    "pipeline",
+    "prediction_of",
+    "readers",
+    "release",
+    "text_length",
+    "text_settings",
+    "vae_scale",
+]
+
+Kind = Literal["text", "image", "inpaint"]
+ControlNet = nn.Module
+"""A ControlNet of diffusers: ControlNetModel, FluxControlNetModel, SD3ControlNetModel or QwenImageControlNetModel."""
+
+
+@dataclass
+class ImageBase:
+    """A frozen image model.
+
+    `family`: as formats.topology calls it; `row` is its row of image_families. `model`: what adapters attach to, under
+    canonical names. `parts`: diffusers' components by their names there; `model` and every pipeline share them.
+    `prediction`: what the denoiser gives. `size`: default picture side in pixels. `notes`: what a person should know
+    about the loading, one sentence each."""
+
+    name: str
+    family: str
+    model: nn.Module
+    parts: dict[str, Any]
+    directory: Path
+    fingerprint: str
+    dtype: torch.dtype
+    device: torch.device
+    dtype_reason: str
+    prediction: Literal["epsilon", "v", "flow"]
+    size: int
+    pipelines: dict[str, str] = field(default_factory=dict)
+    """kind -> class of the pipelines that this base has: its family's, but for those its directory names itself."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Arguments of pipelines that the directory's index states."""
+    notes: tuple[str, ...] = ()
+    quantised: str | None = None
+    _scale: int = field(default=8, repr=False)
+    _made: dict[str, Any] = field(default_factory=dict, repr=False)
+    _released: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def row(self) -> ImageFamily:
+        return FAMILIES[self.family.removesuffix("-large")]
+
+    @property
+    def denoiser(self) -> Any:
+        """The unet or the transformer."""
+        return self.parts[self.row.denoiser]
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels a side of one latent."""
+        return self._scale
+
+    @property
+    def unit(self) -> int:
+        """Height and width of a picture are multiples of this many pixels."""
+        return self._scale * self.row.patch
+
+    def part(self, name: str) -> Any:
+        """The component of that name. Raises BaseError where it has been released."""
+        found = self.parts.get(name)
+        if found is None:
+            freed = name in self._released
+            raise BaseError(
+                f"the {name} of {self.name} was released to free memory" if freed else f"{self.name} has no {name}",
+                where=str(self.directory),
+                fix="load the base again" if freed else None,
+            )
+        return found
+
+
+class Components(nn.Module):
+    """The tree that adapters attach to: a child for each component, under its canonical name."""
+
+    def __init__(self, parts: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part if _canonical(part) else _Level(part))
+
+
+class _Level(nn.Module):
+    """The `text_model` level that files of CLIP adapters have and transformers 5 dropped from one of its classes."""
+
+    def __init__(self, text_model: nn.Module) -> None:
+        super().__init__()
+        self.text_model = text_model
+
+
+def _canonical(part: nn.Module) -> bool:
+    return type(part).__name__ != "CLIPTextModel" or hasattr(part, "text_model")
+
+
+def load_image(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    quantise: Literal["nf4", "int8"] | None = None,
+    config: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> ImageBase:
+    """Find and load an image base: eval mode, `requires_grad` False everywhere.
+
+    `quantise`: the denoiser's linears and those of large text encoders in 4 bits (nf4) or 8 (int8).
+    `config`: for a single file, the diffusers directory that has its model_index.json and configs.
+    Raises BaseError (not found, not whole, not of a known family, weights that do not match the configs), ConfigError
+    (an unknown dtype, device or quantisation), ResourceError (not enough memory), MissingExtraError."""
+    from veneer.models.image.files import require_diffusers
+
+    require_diffusers()
+    if quantise not in (None, "nf4", "int8"):
+        raise ConfigError(f"{quantise!r} is no quantisation of a base", fix="nf4 or int8")
+    if name in BUILTIN:
+        raise BaseError(f"{name} is a text base", fix=f"an image base: {', '.join(PACKAGED)}, a directory, a hub id, …")
+    path = find(name, say=say)
+    settle()
+    if path.is_file():
+        read = read_single_file(path, config, dtype, device, quantise)
+    elif config is not None:
+        raise ConfigError("config is for a single-file base; a directory has its own", where=str(path))
+    else:
+        read = read_directory(path, dtype, device, quantise)
+    return _base(name, path, read, quantise)
+
+
+def _base(name: str, path: Path, read: Loaded, quantise: str | None) -> ImageBase:
+    row = read.family
+    for part in read.parts.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+            part.requires_grad_(False)
+    trainable = {n: read.parts[n] for n in (row.denoiser, *row.encoders) if read.parts.get(n) is not None}
+    vae, denoiser = read.parts["vae"], read.parts[row.denoiser]
+    scale = vae_scale(vae)
+    return ImageBase(
+        name=name,
+        family=topology_name(row, denoiser.config),
+        model=Components(trainable).eval(),
+        parts=read.parts,
+        directory=path,
+        fingerprint=read.fingerprint,
+        dtype=read.dtype,
+        device=read.device,
+        dtype_reason=read.dtype_reason,
+        prediction=prediction_of(row, read.parts["scheduler"], path),
+        size=default_size(denoiser, vae, scale),
+        pipelines={**row.pipelines, **read.pipelines},
+        settings=read.settings,
+        notes=tuple(read.notes),
+        quantised=quantise,
+        _scale=scale,
+    )
+
+
+def vae_scale(vae: Any) -> int:
+    if hasattr(vae, "temperal_downsample"):  # Qwen-Image's, which spells it so
+        return int(2 ** len(vae.temperal_downsample))
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def default_size(denoiser: Any, vae: Any, scale: int) -> int:
+    """The denoiser's own side where it says one (U-Nets, SD3), else the VAE's, which FLUX' directories state; 1024."""
+    own = denoiser.config.get("sample_size")
+    if own:
+        return int(own if isinstance(own, int) else own[0]) * scale
+    return int(vae.config.get("sample_size") or 1024)
+
+
+def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsilon", "v", "flow"]:
+    if row.flow:
+        return "flow"
+    said = scheduler.config.get("prediction_type", "epsilon")
+    if said not in ("epsilon", "v_prediction"):
+        raise BaseError(
+            f"the scheduler says prediction_type {said!r}; epsilon and v_prediction are known",
+            where=str(path / "scheduler"),
+        )
+    return "v" if said == "v_prediction" else "epsilon"
+
+
+# -- pipelines -------------------------------------------------------------------------------------------------------
+
+
+def pipeline(base: ImageBase, kind: Kind = "text", controls: Sequence[ControlNet] = ()) -> Any:
+    """diffusers' pipeline of that kind over the base's parts, made once for each kind and list of ControlNets.
+
+    Nothing is copied: an adapter attached to `base.model` acts in every pipeline. They share one scheduler too, at
+    first; set `pipe.scheduler` to use another. Raises BaseError where diffusers has no such pipeline for the family, or
+    a part was released."""
+    import diffusers
+
+    key = "|".join([kind, *(str(id(c)) for c in controls)])
+    if key in base._made:
+        return base._made[key]
+    table = base.row.controlled if controls else base.pipelines
+    if kind not in table:
+        what = {"text": "text-to-image", "image": "image-to-image", "inpaint": "inpainting"}.get(kind, kind)
+        having = ", ".join(table) or "none"
+        raise BaseError(
+            f"diffusers has no {what} pipeline for {base.row.label}" + (" with a ControlNet" if controls else ""),
+            where=base.name,
+            fix=f"kinds it has{' with one' if controls else ''}: {having}",
+        )
+    for name in sorted(base._released):
+        base.part(name)  # says so
+    with quiet():  # its import says what it falls back to without torchvision
+        cls = getattr(diffusers, table[kind])
+    parts: dict[str, Any] = dict(base.parts)
+    if controls:
+        for control in controls:
+            _check_control(base, control)
+        parts["controlnet"] = controls[0] if len(controls) == 1 else _several(base, controls)
+    with quiet():
+        made = cls(**_arguments(cls, {**parts, **base.settings, **base.row.settings}))
+    made.set_progress_bar_config(disable=True)
+    base._made[key] = made
+    return made
+
+
+def _arguments(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of `given` that the class takes, and None for the models it wants and the base has not."""
+    import inspect
+
+    empty = inspect.Parameter.empty
+    wanted = inspect.signature(cls).parameters
+    missing = {n: None for n, p in wanted.items() if p.default is empty and n not in given}
+    return missing | {n: v for n, v in given.items() if n in wanted}
+
+
+def _several(base: ImageBase, controls: Sequence[ControlNet]) -> Any:
+    """ControlNets whose residuals are summed, in diffusers' own class."""
+    import diffusers
+
+    names = {"ControlNetModel": "MultiControlNetModel"}
+    own = type(controls[0]).__name__
+    if own in names:
+        return diffusers.MultiControlNetModel(list(controls))
+    multi = getattr(DIFFUSERS("diffusers.models.controlnets"), own.replace("ControlNetModel", "MultiControlNetModel"))
+    return multi(list(controls))
+
+
+def _check_control(base: ImageBase, control: ControlNet) -> None:
+    if type(control).__name__ != base.row.control:
+        raise BaseError(f"{type(control).__name__} is no ControlNet for {base.row.label}", where=base.name)
+
+
+def load_control(name: str | Path, base: ImageBase) -> ControlNet:
+    """A ControlNet by built-in name, directory or hub id, in the base's dtype and on its device, frozen.
+
+    Raises BaseError for one that belongs to another family, named, or whose sizes are not the base's."""
+    return control_of(str(name), base.row, base.parts[base.row.denoiser], base.dtype, base.device)
+
+
+def text_length(base: ImageBase) -> int:
+    """Tokens of a prompt that the denoiser attends to at most.
+
+    schnell was trained on 256 (black-forest-labs/flux, t5_embedder); a tokenizer that says fewer says so rightly."""
+    return _limit(base, next(iter(base.row.readers)))
+
+
+def text_settings(base: ImageBase) -> dict[str, int]:
+    """The argument that tells a pipeline of this family, and its `encode_prompt`, how much of a prompt to read."""
+    return {} if base.row.denoiser == "unet" else {"max_sequence_length": text_length(base)}
+
+
+def _limit(base: ImageBase, name: str) -> int:
+    length = base.row.readers[name]
+    if base.row.name == "flux1" and not base.denoiser.config.guidance_embeds:
+        length = 256
+    return int(min(length, getattr(base.parts.get(name), "model_max_length", None) or length))
+
+
+def readers(base: ImageBase) -> list[tuple[Any, int]]:
+    """The tokenizers whose tokens the denoiser attends to, and how many of each it reads at most."""
+    out = []
+    for name in base.row.readers:
+        encoder = name.replace("tokenizer", "text_encoder")
+        if base.parts.get(name) is not None and (base.parts.get(encoder) is not None or encoder in base._released):
+            out.append((base.parts[name], _limit(base, name)))  # SD3 may come without its T5
+    return out
+
+
+def release(base: ImageBase, *names: str) -> None:
+    """Drop text encoders or the VAE, whose outputs are cached, and free their memory. Pipelines say so afterwards.
+
+    Raises ConfigError for a part that the base has not, or that cannot be done without."""
+    for name in names:
+        if name == base.row.denoiser or not isinstance(base.parts.get(name), nn.Module):
+            known = [n for n, p in base.parts.items() if isinstance(p, nn.Module) and n != base.row.denoiser]
+            raise ConfigError(f"{name!r} cannot be released from {base.name}", fix=f"one of {', '.join(known)}")
+    for name in names:
+        base.parts[name] = None
+        if hasattr(base.model, name):
+            delattr(base.model, name)
+        base._released.add(name)
+    base._made.clear()
+    gc.collect()
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,365 @@
+"""A denoiser's training step on the fast paths, for the length of a with-block.
+
+    with fast_denoiser(base.denoiser) as how:        how.summary() says what was swapped, and what was left and why
+        loss.backward()
+
+Swapped: the attention of FLUX.1's blocks (projections that share an input joined to one product, norms, rotation and
+attention one function) and of the UNets' transformers; GEGLU, and gelu with the tanh; in a UNet's residual blocks group
+norms with silu and with what time adds; dropout that drops nothing; on a UNet's way up the gradient of skip connections
+that nothing trained comes before, which torch makes and throws away. As in models.speed, every module is first run both
+ways on a small random input and swapped only where the two agree, and everything is put back bit for bit at the end.
+What a family does differently is left as diffusers has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.targets import base_of
+from veneer.models.compat_diffusers import DIFFUSERS
+from veneer.models.text.fast import FastReport, Join, probe, put, same_dtype, without_dropout
+from veneer.ops import cpu as kernels
+from veneer.ops.activations import geglu, gelu_tanh
+from veneer.ops.denoise import attention, joint_attention, live_conv
+from veneer.ops.fused import linears
+from veneer.ops.norms import norm_silu
+
+__all__ = ["DenoiserReport", "fast_denoiser"]
+
+
+class DenoiserReport(FastReport):
+    def summary(self) -> str:
+        parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
+        left = [f"; {kind} as diffusers has it ({why})" for kind, why in sorted(self.left.items())]
+        return f"fast paths: {', '.join(parts) or 'none'}{''.join(left)}"
+
+
+@contextmanager
+def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
+    """Swap what can be swapped; see the module."""
+    report = DenoiserReport()
+    with ExitStack() as undo:
+        undo.enter_context(kernels.kept_memory())
+        with without_dropout(denoiser):
+            _swap(denoiser, report, undo)
+        yield report
+
+
+def _swap(denoiser: nn.Module, report: DenoiserReport, undo: ExitStack) -> None:
+    for _, module in list(denoiser.named_modules()):
+        kind = type(module).__name__
+        make = _SWAPS.get(kind)
+        if make is None:
+            continue
+        with ExitStack() as attempt:
+            if why := make(module, attempt):
+                report.left[kind] = why
+                continue
+            undo.push(attempt.pop_all())
+        report.swapped[kind] = report.swapped.get(kind, 0) + 1
+
+
+def _parts(module: Any, *names: str) -> list[nn.Module] | None:
+    """The linear modules of these names, attached or not; None where one is missing or something else."""
+    found = [getattr(module, name, None) for name in names]
+    kept = [m for m in found if isinstance(m, nn.Module) and type(base_of(m)) is nn.Linear]
+    return kept if len(kept) == len(names) else None
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Equal within what rounding in their dtype explains: each token (or place) by itself, and each channel by itself,
+    so that a few large channels do not hide the others. (n, tokens, channels) or (n, channels, height, width)."""
+    if a.shape != b.shape or not torch.isfinite(b).all():
+        return False
+    dim = 1 if a.ndim == 4 else -1
+    wide_a, wide_b = (t.double().movedim(dim, -1).flatten(0, -2) for t in (a, b))
+    tolerance, tiny = 12 * torch.finfo(a.dtype).eps, torch.finfo(a.dtype).tiny
+    off, size = wide_a - wide_b, wide_b.norm() / max(wide_b.numel(), 1) ** 0.5
+    for along in (0, 1):
+        least = (
+            1e-2 * size * wide_b.shape[along] ** 0.5
+        )  # what is all but nothing beside the rest may be rounding alone
+        if (off.norm(dim=along) > tolerance * wide_b.norm(dim=along).clamp_min(least) + tiny).any():
+            return False
+    return True
+
+
+def _differs(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *args: Any, **kwargs: Any) -> str:
+    """Put `forward` on the module if it gives what the module gives; else why not."""
+
+    def run() -> list[Tensor]:
+        # with gradients, so that both sides are what training runs
+        out = module(*args, **kwargs)
+        return list(out) if isinstance(out, tuple) else [out]
+
+    wanted = run()
+    put(module, forward, undo)
+    got = run()
+    same = len(got) == len(wanted) and all(_agree(a.detach(), b.detach()) for a, b in zip(got, wanted, strict=True))
+    return "" if same else "its result differs"
+
+
+def _product(join: Join, x: Tensor) -> Tensor | None:
+    """The joined projections of x, or None where a module has to be called or another dtype is asked for."""
+    joined = join.linears()
+    return None if joined is None or not same_dtype(x, joined.weight) else linears(x, joined)
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+
+
+def _geglu(module: Any, undo: ExitStack) -> str:
+    like = base_of(module.proj).weight
+    assert isinstance(like, Tensor)
+    original = type(module).forward
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return original(self, hidden_states, *args, **kwargs)
+        return geglu(self.proj(hidden_states))
+
+    return _differs(module, forward, undo, probe(2, 12, like.shape[1], like=like))
+
+
+def _gelu(module: Any, undo: ExitStack) -> str:
+    """torch's nn.GELU, which has no weights to know a dtype by, and diffusers' GELU, a projection before it."""
+    proj = getattr(module, "proj", None)
+    if module.approximate != "tanh":
+        return "it is another function"
+    like = torch.empty(0, 8) if proj is None else base_of(proj).weight
+    assert isinstance(like, Tensor)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return gelu_tanh(x if proj is None else self.proj(x))
+
+    return _differs(module, forward, undo, probe(2, 12, like.shape[1], like=like))
+
+
+def _dropout(module: Any, undo: ExitStack) -> str:
+    """torch copies what it drops nothing from, and the gradient too."""
+    if module.p:
+        return "it drops something"
+    put(module, lambda self, x: x, undo)
+    return ""
+
+
+# -- FLUX.1 ------------------------------------------------------------------------------------------------------------
+
+
+def _flux_attention(module: Any, undo: ExitStack) -> str:
+    own_processor = DIFFUSERS("diffusers.models.transformers.transformer_flux.FluxAttnProcessor")
+    if type(module.processor) is not own_processor or getattr(module, "fused_projections", False):
+        return f"its processor is {type(module.processor).__name__}"
+    two = module.added_kv_proj_dim is not None
+    own, added = _parts(module, "to_q", "to_k", "to_v"), None
+    norms = [module.norm_q, module.norm_k]
+    if two:
+        added = _parts(module, "add_q_proj", "add_k_proj", "add_v_proj")
+        norms += [module.norm_added_q, module.norm_added_k]
+    if own is None or (two and added is None):
+        return "its projections are not plain linears"
+    weights = [getattr(norm, "weight", None) for norm in norms]
+    if any(w is None or w.requires_grad for w in weights) or len({norm.eps for norm in norms}) != 1:
+        return "its norms are trained, without weights or of different ε"
+    joins = [Join(own, undo)] + ([Join(added, undo)] if added is not None else [])
+    like = base_of(own[0]).weight
+    assert isinstance(like, Tensor)
+    x = probe(2, 12, like.shape[1], like=like)
+    angles = probe(15 if two else 12, module.head_dim // 2, like=like).float().repeat_interleave(2, -1)
+    given: dict[str, Any] = {"image_rotary_emb": (angles.cos(), angles.sin())}
+    if added is not None:
+        other = base_of(added[0]).weight
+        assert isinstance(other, Tensor)
+        given["encoder_hidden_states"] = probe(2, 3, other.shape[1], like=other)
+    original = type(module).forward
+    return _differs(module, _flux_forward(original, joins, norms), undo, x, **given)
+
+
+def _flux_forward(original: Callable[..., Any], joins: list[Join], norms: list[Any]) -> Callable[..., Any]:
+    turns: dict[int, tuple[Tensor, Tensor]] = {}
+    eps = float(norms[0].eps)
+
+    def turn_of(cos: Tensor, sin: Tensor) -> Tensor:
+        found = turns.get(id(cos))
+        if found is None or found[0] is not cos:
+            turns.clear()
+            found = turns[id(cos)] = cos, torch.complex(cos[:, ::2].float(), sin[:, ::2].float()).contiguous()
+        return found[1]
+
+    def weight_of(tokens: list[int]) -> Tensor:
+        """w_q, w_k of every token: the text's first, as its queries and keys come first."""
+        rows = []
+        for which in (0, 1):
+            own = [norms[which]] if len(tokens) == 1 else [norms[2 + which], norms[which]]
+            rows.append(torch.cat([m.weight.float().expand(n, -1) for m, n in zip(own, tokens, strict=True)]))
+        return torch.stack(rows)[:, None, None]
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        streams = [hidden_states] if encoder_hidden_states is None else [encoder_hidden_states, hidden_states]
+        products: list[Tensor | None] = []
+        if attention_mask is None and not kwargs and len(streams) == len(joins):
+            products = [_product(join, x) for join, x in zip(reversed(joins), streams, strict=True)]
+        known = [p for p in products if p is not None]
+        if len(known) != len(streams):
+            return original(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs)
+        turn = None if image_rotary_emb is None else turn_of(*image_rotary_emb)
+        qkv = known[0] if len(known) == 1 else torch.cat(known, 1)
+        heads = qkv.view(*qkv.shape[:2], 3, -1, self.head_dim)
+        out = joint_attention(heads, weight_of([p.shape[1] for p in known]), eps, turn)
+        if encoder_hidden_states is None:
+            return out
+        text, picture = out.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+        return self.to_out[1](self.to_out[0](picture.contiguous())), self.to_add_out(text.contiguous())
+
+    return forward
+
+
+# -- UNets -------------------------------------------------------------------------------------------------------------
+
+
+def _residual(module: Any, undo: ExitStack) -> str:
+    usual = (
+        module.upsample is None
+        and module.downsample is None
+        and module.time_embedding_norm == "default"
+        and not module.skip_time_act
+        and module.output_scale_factor == 1
+        and not module.dropout.p
+    )
+    norms = [module.norm1, module.norm2]
+    if not usual or type(module.nonlinearity) is not nn.SiLU or any(type(n) is not nn.GroupNorm for n in norms):
+        return "it resamples, drops or norms in a way of its own"
+    original = type(module).forward
+
+    def forward(self: Any, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or any(type(n) is not nn.GroupNorm or n._forward_hooks for n in (self.norm1, self.norm2)):
+            return original(self, input_tensor, temb, *args, **kwargs)
+        live = _live(self, input_tensor)
+        group = input_tensor.shape[1] // self.norm1.num_groups  # the norm's gradient mixes the channels of a group
+        hidden = _convolved(self.conv1, _normed(self.norm1, input_tensor), -(-live // group) * group)
+        shift = None
+        if self.time_emb_proj is not None and temb is not None:
+            shift = self.time_emb_proj(self.nonlinearity(temb))
+        hidden = self.conv2(_normed(self.norm2, hidden, shift))
+        shortcut = self.conv_shortcut
+        return hidden + (input_tensor if shortcut is None else _convolved(shortcut, input_tensor, live))
+
+    like = module.norm1.weight
+    time = None if module.time_emb_proj is None else probe(2, module.time_emb_proj.in_features, like=like)
+    return _differs(module, forward, undo, probe(2, module.in_channels, 4, 4, like=like), time)
+
+
+def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    return norm_silu(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+_BEFORE_SKIP: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Residual blocks that read a skip connection beside what comes from below -> the channels of the latter."""
+
+
+def _up(module: Any, undo: ExitStack) -> str:
+    """Have the residual blocks of a level on the way up know where in their input the skip connection begins."""
+
+    def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        skips = kwargs.get("res_hidden_states_tuple") or (args[1] if len(args) > 1 else ())
+        for block, skip in zip(module.resnets, reversed(skips), strict=False):
+            _BEFORE_SKIP[block] = block.in_channels - skip.shape[1]
+
+    undo.callback(lambda: [_BEFORE_SKIP.pop(block, None) for block in module.resnets])
+    undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+    return ""
+
+
+def _live(block: nn.Module, x: Tensor) -> int:
+    """How many of the first channels of x want a gradient. Read off x itself, not kept from an earlier call: with
+    recomputing, calls of a block are not in the order of the model's."""
+    made_by = x.grad_fn
+    if block in _BEFORE_SKIP and made_by is not None and made_by.name() == "CatBackward0":
+        parts = made_by.next_functions
+        if len(parts) == 2 and parts[1][0] is None:
+            return _BEFORE_SKIP[block]
+    return x.shape[1]
+
+
+def _convolved(conv: Any, x: Tensor, live: int) -> Tensor:
+    """conv(x), whose gradient is wanted for the first `live` channels of x."""
+    plain = type(conv) is nn.Conv2d and not conv._forward_hooks and not conv._forward_pre_hooks
+    plain = plain and (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+    if live >= x.shape[1] or not plain or not x.requires_grad or conv.weight.requires_grad:
+        out: Tensor = conv(x)
+        return out
+    return live_conv(x, conv.weight, conv.bias, conv.padding, live)
+
+
+def _unet_attention(module: Any, undo: ExitStack) -> str:
+    if type(module.processor) is not DIFFUSERS("diffusers.models.attention_processor.AttnProcessor2_0"):
+        return f"its processor is {type(module.processor).__name__}"
+    plain = (
+        all(getattr(module, name, None) is None for name in ("spatial_norm", "group_norm", "norm_q", "norm_k"))
+        and not module.norm_cross
+        and not module.residual_connection
+        and module.rescale_output_factor == 1
+    )
+    q, kv, last = _parts(module, "to_q"), _parts(module, "to_k", "to_v"), _parts(module.to_out, "0")
+    if not plain or q is None or kv is None or last is None:
+        return "it has norms or projections of its own"
+    crossed = bool(module.is_cross_attention)
+    joins = [Join(q, undo), Join(kv, undo)] if crossed else [Join([*q, *kv], undo)]
+    like, other = base_of(q[0]).weight, base_of(kv[0]).weight
+    assert isinstance(like, Tensor)
+    assert isinstance(other, Tensor)
+    given = {"encoder_hidden_states": probe(2, 3, other.shape[1], like=other)} if crossed else {}
+    forward = _unet_forward(type(module).forward, joins, Join(last, undo))
+    return _differs(module, forward, undo, probe(2, 12, like.shape[1], like=like), **given)
+
+
+def _unet_forward(original: Callable[..., Any], joins: list[Join], last: Join) -> Callable[..., Any]:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        crossed = len(joins) == 2
+        fits = attention_mask is None and not kwargs and hidden_states.ndim == 3
+        fits = fits and crossed == (encoder_hidden_states is not None)
+        first = _product(joins[0], hidden_states) if fits else None
+        second = _product(joins[1], encoder_hidden_states) if fits and encoder_hidden_states is not None else None
+        if first is None or (crossed and second is None):
+            return original(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        n = len(first)
+        if second is None:
+            out = joint_attention(first.view(n, first.shape[1], 3, self.heads, -1))
+        else:
+            k, v = second.view(n, second.shape[1], 2, self.heads, -1).unbind(2)
+            out = attention(first.view(n, first.shape[1], self.heads, -1), k, v)
+        made = _product(last, out)
+        return self.to_out[1](self.to_out[0](out) if made is None else made)
+
+    return forward
+
+
+_SWAPS: dict[str, Callable[[Any, ExitStack], str]] = {
+    "Attention": _unet_attention,
+    "CrossAttnUpBlock2D": _up,
+    "Dropout": _dropout,
+    "FluxAttention": _flux_attention,
+    "GEGLU": _geglu,
+    "GELU": _gelu,
+    "ResnetBlock2D": _residual,
+    "UpBlock2D": _up,
+}

@@ -1,0 +1,443 @@
+"""Pictures from an image base: rows in, pictures out, through diffusers' own pipelines.
+
+    rows (prompt, seed, plan of mixes) -> prompts read, each under its own mix -> one batch through the denoiser
+                                       -> the mixes change at the ends of steps -> pictures
+
+A row's noise comes from its own generator on the CPU, so that it is the same whatever the batch and the device. Which
+mix acts is one assignment on the attachment: no weight of the base is touched, nothing is made or compiled for it.
+Knows adapters by the names they are attached under; no files.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from veneer.core.adapter import Mix
+from veneer.errors import BaseError, ConfigError
+from veneer.models.image.base import pipeline
+from veneer.models.image.predict import encode_prompts
+from veneer.models.image.preview import Preview
+from veneer.models.image.schedulers import make_scheduler
+from veneer.ops.cpu.sharing import forwards
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from veneer.core.attach import Attachment
+    from veneer.models.image.base import ImageBase, Kind
+    from veneer.models.image.predict import Conditioning
+
+__all__ = [
+    "Control", "MixPlan", "Moment", "Picture", "Row", "Settings", "check", "check_numbers", "check_seed",
+    "default_settings", "fitted", "generate_images",
+]  # fmt: skip
+
+SEEDS = 2**64
+"""Seeds are 0 … SEEDS - 1: what torch's generators take."""
+
+
+@dataclass(frozen=True)
+class MixPlan:
+    """What acts on one picture: `text` while its prompt is read; of `phases`, (share of the steps, mix), the last that
+    has begun: step i of n is in the phase with the largest share ≤ i/n. The first share is 0."""
+
+    text: Mix = ()
+    phases: tuple[tuple[float, Mix], ...] = ((0.0, ()),)
+
+    def at(self, share: float) -> Mix:
+        return next(mix for begin, mix in reversed(self.phases) if begin <= share)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture to make. `image`, `mask`, `controls` (a picture for each of the settings' controls): its own, where
+    it does not share the settings'."""
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    plan: MixPlan = MixPlan()
+    image: Image | None = field(default=None, compare=False, repr=False)
+    mask: Image | None = field(default=None, compare=False, repr=False)
+    controls: tuple[Image, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet of the base's family and the picture it holds to, of the pictures' size.
+
+    `begin`, `end`: shares of the steps in which it acts."""
+
+    model: Any
+    picture: Image
+    weight: float = 1.0
+    begin: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all rows share. None stands for the base's own (`default_settings`).
+
+    `guidance`: classifier-free guidance, for FLUX the number it was distilled with. `true_guidance`: classifier-free
+    guidance of a base that has its own; a negative prompt acts there from above 1. `image`: start from it instead of
+    noise, `denoise` (0, 1] is the share of the steps that are taken; with `mask` (white is made anew) black stays."""
+
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    true_guidance: float = 1.0
+    scheduler: str | None = None
+    batch_size: int = 4
+    image: Image | None = None
+    mask: Image | None = None
+    denoise: float = 1.0
+    controls: tuple[Control, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ConfigError for what is no seed."""
+    if not 0 <= seed < SEEDS:
+        raise ConfigError(f"seed {seed}", fix=f"a whole number from 0 to {SEEDS - 1}; the same one, the same picture")
+
+
+def check_numbers(settings: Any) -> None:
+    """The numbers of Settings, or of what has its fields, that can be wrong whatever the base. None is always right.
+    Raises ConfigError."""
+    for name in ("steps", "batch_size", "width", "height"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}", fix="at least 1")
+    for name, least in (("guidance", 0), ("true_guidance", 1)):
+        value = getattr(settings, name)
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"{name} is {value:g}", fix=f"a number from {least} on")
+    if settings.denoise is not None and not 0 < settings.denoise <= 1:
+        raise ConfigError(f"denoise is {settings.denoise:g}", fix="above 0, at most 1, as in 0.6")
+    if settings.mask is not None and settings.image is None:
+        raise ConfigError("a mask needs the picture it is of", fix="give image too (--image in.png)")
+
+
+@dataclass
+class Picture:
+    """`cut`, `negative_cut`: the ends of the prompts that the text encoder does not read, "" where it reads all.
+    `batch`, `index`: the rows it was made with, and its place there: the same batch, the same picture to the bit."""
+
+    image: Image
+    row: Row
+    cut: str = ""
+    negative_cut: str = ""
+    batch: tuple[Row, ...] = field(default=(), repr=False)
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A batch at the end of a step. `look(i)`: the picture of row i as far as it is; it costs a pass of the VAE."""
+
+    rows: tuple[Row, ...]
+    done: int
+    of: int
+    look: Callable[[int], Image]
+
+
+def default_settings(base: ImageBase) -> tuple[int, float]:
+    """(steps, guidance) where nobody says: diffusers' own for the family; 4 and 0 for a base distilled to few steps."""
+    if base.family == "flux1" and not base.denoiser.config.guidance_embeds:
+        return 4, 0.0
+    call = inspect.signature(type(pipeline(base)).__call__).parameters
+    own = "true_cfg_scale" if base.family == "qwen-image" else "guidance_scale"
+    return 28 if base.prediction == "flow" else 30, float(call[own].default)
+
+
+def fitted(picture: Image, width: int, height: int, what: str) -> tuple[Image, str]:
+    """The picture at this size, and a sentence if it had another. Raises ConfigError if its sides are in another
+    proportion, by more than a fifteenth (what small pictures in whole units need): nothing is cut off or stretched
+    further unasked."""
+    from PIL.Image import Resampling
+
+    if picture.size == (width, height):
+        return picture, ""
+    have, want = picture.width / picture.height, width / height
+    if abs(have / want - 1) > 1 / 15:
+        raise ConfigError(
+            f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}: another proportion",
+            fix=f"crop it, or ask for its own with width and height (--size {picture.width}x{picture.height})",
+        )
+    said = f"the {what} was resized from {picture.width}×{picture.height} to {width}×{height}"
+    return picture.resize((width, height), Resampling.LANCZOS), said
+
+
+def generate_images(
+    base: ImageBase,
+    rows: Sequence[Row],
+    settings: Settings | None = None,
+    *,
+    attachment: Attachment | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    on_picture: Callable[[int, Picture], None] | None = None,
+    watch: Callable[[Moment], None] | None = None,
+) -> list[Picture]:
+    """A picture for each row, in order. What was selected on `attachment` before is selected again after.
+
+    `on_step(done, of)`: steps over all batches. `on_picture(i, picture)`: as soon as it is there. `watch`: at the end
+    of each step; what it raises ends the call. Raises ConfigError for settings that do not go together or with the
+    base, BaseError for a picture that is not finite."""
+    settings = settings or Settings()
+    rows = check(base, rows, settings, attachment)
+    run = _Run(base, rows[0], settings, attachment, on_step, watch)
+    run.batches = -(-len(rows) // settings.batch_size)
+    before = attachment.selection if attachment is not None else None
+    out: list[Picture] = []
+    try:
+        with torch.no_grad():
+            for start in range(0, len(rows), settings.batch_size):
+                for picture in run.batch(tuple(rows[start : start + settings.batch_size])):
+                    out.append(picture)
+                    if on_picture is not None:
+                        on_picture(len(out) - 1, picture)
+    finally:
+        if attachment is not None and before is not None:
+            attachment.selection = before
+    return out
+
+
+class _Run:
+    """The batches of one call: the pipeline, its scheduler and what the settings come to."""
+
+    def __init__(
+        self,
+        base: ImageBase,
+        like: Row,
+        settings: Settings,
+        attachment: Attachment | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+        watch: Callable[[Moment], None] | None = None,
+    ) -> None:
+        self.base, self.settings, self.attachment = base, settings, attachment
+        self.on_step, self.watch = on_step, watch
+        kind: Kind = "text" if like.image is None else "image" if like.mask is None else "inpaint"
+        self.pipe: Any = pipeline(base, kind, [c.model for c in settings.controls])
+        self.pipe.set_progress_bar_config(disable=True)
+        self.accepts = inspect.signature(type(self.pipe).__call__).parameters
+        self.batches, self.done = 1, 0
+        steps, guidance = default_settings(base)
+        self.steps = steps if settings.steps is None else settings.steps
+        self.guidance = guidance if settings.guidance is None else settings.guidance
+        self.doubled, self.scales = self._guidance()
+
+    def _guidance(self) -> tuple[bool, dict[str, float]]:
+        """Whether negative prompts act, and the pipeline's arguments that say how strongly."""
+        guidance, true = self.guidance, self.settings.true_guidance
+        if self.base.family == "qwen-image":
+            return guidance > 1, {"true_cfg_scale": guidance}
+        if self.base.family == "flux1" and true > 1:
+            if "true_cfg_scale" not in self.accepts:
+                raise ConfigError(f"{type(self.pipe).__name__} has no true guidance", fix="leave it and negatives out")
+            return True, {"guidance_scale": guidance, "true_cfg_scale": true}
+        distilled = self.base.family == "flux1" or getattr(self.pipe.config, "is_distilled", False)
+        return guidance > 1 and "negative_prompt_embeds" in self.accepts and not distilled, {"guidance_scale": guidance}
+
+    def check_negatives(self, rows: Sequence[Row]) -> None:
+        if self.doubled or not any(row.negative for row in rows):
+            return
+        if self.base.family == "flux1":
+            fix = "true_guidance above 1 (--true-guidance 3), which takes twice the time"
+        elif "negative_prompt_embeds" in self.accepts:
+            fix = f"guidance above 1; it is {self.guidance:g}"
+        else:
+            fix = "leave it out: this family reads none"
+        raise ConfigError(f"a negative prompt has no effect on {self.base.name} as it is", fix=fix)
+
+    def batch(self, rows: tuple[Row, ...]) -> list[Picture]:
+        settings, base = self.settings, self.base
+        given: dict[str, Any] = {"num_inference_steps": self.steps, "output_type": "np", **self.scales}
+        self.select([row.plan.text for row in rows])
+        positive = encode_prompts(base, [row.prompt for row in rows])
+        given |= self.embeds(positive, "")
+        unread = [""] * len(rows)
+        if self.doubled:
+            negative = encode_prompts(base, [row.negative for row in rows])
+            unread = negative.cut
+            given |= self.embeds(self.emptied(negative, rows), "negative_")
+        size = {"width": settings.width or base.size, "height": settings.height or base.size}
+        if images := [row.image.convert("RGB") for row in rows if row.image is not None]:
+            given |= {"image": images, "strength": settings.denoise}
+        if masks := [row.mask.convert("L") for row in rows if row.mask is not None]:
+            given["mask_image"] = masks
+        given |= {key: value for key, value in size.items() if key in self.accepts}
+        given |= self.control_arguments(rows)
+        self.pipe.scheduler = make_scheduler(base, settings.scheduler)
+        self.select([row.plan.at(0.0) for row in rows])
+        generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
+        try:
+            with forwards(base.denoiser):
+                images = self.pipe(**given, generator=generators, callback_on_step_end=self.at_end_of_step(rows)).images
+        except (ValueError, OverflowError) as error:
+            said = " ".join(str(error).split())[:300]
+            raise ConfigError(f"{type(self.pipe).__name__} refuses these settings: {said}", where=base.name) from error
+        return [
+            Picture(self.finished(array, row), row, positive.cut[i], unread[i], rows, i)
+            for i, (array, row) in enumerate(zip(images, rows, strict=True))
+        ]
+
+    def embeds(self, text: Conditioning, prefix: str) -> dict[str, Any]:
+        found = {
+            f"{prefix}prompt_embeds": text.embeds,
+            f"{prefix}pooled_prompt_embeds": text.pooled,
+            f"{prefix}prompt_embeds_mask": text.mask,
+        }
+        return {key: value for key, value in found.items() if value is not None and key in self.accepts}
+
+    def emptied(self, text: Conditioning, rows: Sequence[Row]) -> Conditioning:
+        """SDXL was trained with zeros for no text, which is another thing than the text of no words."""
+        if getattr(self.pipe.config, "force_zeros_for_empty_prompt", False):
+            for i, row in enumerate(rows):
+                if not row.negative:
+                    text.embeds[i] = 0
+                    if text.pooled is not None:
+                        text.pooled[i] = 0
+        return text
+
+    def control_arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
+        controls = self.settings.controls
+        if not controls:
+            return {}
+        many = len(controls) > 1
+
+        def each(values: list[Any]) -> Any:
+            return values if many else values[0]
+
+        # One picture for all rows goes in as it is; of several ControlNets the pipelines take no lists of pictures.
+        shown = [
+            _batch([row.controls[i] for row in rows]) if any(row.controls for row in rows) else control.picture
+            for i, control in enumerate(controls)
+        ]
+        return {
+            "control_image" if "control_image" in self.accepts else "image": each(shown),
+            "controlnet_conditioning_scale": each([float(c.weight) for c in controls]),
+            "control_guidance_start": each([c.begin for c in controls]),
+            "control_guidance_end": each([c.end for c in controls]),
+        }
+
+    def select(self, mixes: list[Mix]) -> None:
+        if self.attachment is None:
+            return
+        if all(mix == mixes[0] for mix in mixes):
+            self.attachment.use(*mixes[0])
+        else:
+            self.attachment.use_rows(mixes)
+
+    def at_end_of_step(self, rows: tuple[Row, ...]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+        now = [row.plan.at(0.0) for row in rows]
+        size = self.settings.width or self.base.size, self.settings.height or self.base.size
+        preview = None if self.watch is None else Preview(self.base, *size)
+
+        def callback(pipe: Any, i: int, _t: Any, held: dict[str, Any]) -> dict[str, Any]:
+            nonlocal now
+            of = pipe.num_timesteps
+            after = [row.plan.at((i + 1) / of) for row in rows]
+            if after != now and i + 1 < of:
+                self.select(after)
+                now = after
+            self.done += 1
+            if self.on_step is not None:
+                self.on_step(self.done, of * self.batches)
+            if self.watch is not None and preview is not None:
+                preview.step(pipe.scheduler, held["latents"])
+                self.watch(Moment(rows, i + 1, of, preview.look))
+            return held
+
+        return callback
+
+    def finished(self, array: Any, row: Row) -> Image:
+        """(h, w, 3) in 0..1 as a picture; what the mask leaves black is the given picture's, pixel for pixel."""
+        import numpy as np
+        from PIL import Image as pil
+
+        if not np.isfinite(array).all():
+            dtype = str(self.base.dtype).removeprefix("torch.")
+            raise BaseError(
+                f"the picture of seed {row.seed} is not finite: {self.base.name} overflowed in {dtype}",
+                fix=("" if dtype == "float32" else "use --dtype float32, or ") + "lower strengths or guidance",
+            )
+        made = pil.fromarray((array * 255).round().astype("uint8"))
+        if row.image is None or row.mask is None:
+            return made
+        return pil.composite(made, row.image.convert("RGB"), row.mask.convert("L"))
+
+
+def _batch(pictures: Sequence[Image]) -> torch.Tensor:
+    """Pictures of one size as (n, 3, h, w) in 0..1, as the pipelines' own processors make it."""
+    import numpy as np
+
+    arrays = [np.array(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
+    return torch.from_numpy(np.stack(arrays).transpose(0, 3, 1, 2))
+
+
+def check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment: Attachment | None = None) -> list[Row]:
+    """The rows with the pictures that they start from, their own or the settings'. Raises ConfigError for what does not
+    go together or with the base, as `generate_images` would."""
+    rows = [replace(row, image=row.image or settings.image, mask=row.mask or settings.mask) for row in rows]
+    _check(base, rows, settings, attachment)
+    make_scheduler(base, settings.scheduler)
+    _Run(base, rows[0], settings).check_negatives(rows)
+    return rows
+
+
+def _check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment: Attachment | None) -> None:
+    if not rows:
+        raise ConfigError("there is no picture to make", fix="give a prompt")
+    if attachment is None and any(row.plan != MixPlan() for row in rows):
+        raise ConfigError("a mix was asked for, and nothing is attached", fix="give the attachment")
+    width, height = settings.width or base.size, settings.height or base.size
+    for name, value in (("width", width), ("height", height)):
+        if value < base.unit or value % base.unit:
+            low = max(base.unit, value // base.unit * base.unit)
+            raise ConfigError(
+                f"the {name} is {value}, and {base.name} makes sides in multiples of {base.unit}",
+                fix=f"{low} or {low + base.unit}",
+            )
+    steps = default_settings(base)[0] if settings.steps is None else settings.steps
+    if steps * settings.denoise < 1:
+        least = math.ceil(1 / settings.denoise)
+        raise ConfigError(
+            f"denoise {settings.denoise:g} takes none of {steps} steps",
+            fix=f"{least} steps, or denoise {math.ceil(1000 / steps) / 1000:g}",
+        )
+    if settings.denoise < 1 and any(row.image is None for row in rows):
+        raise ConfigError("denoise is a share of the steps on a given picture", fix="give image too (--image in.png)")
+    if any(row.mask is not None and row.image is None for row in rows):
+        raise ConfigError("a mask needs the picture it is of", fix="give image too (--image in.png)")
+    if len({(row.image is None, row.mask is None, len(row.controls)) for row in rows}) > 1:
+        raise ConfigError("some rows have a picture, a mask or controls of their own, and some have not")
+    if rows[0].controls and len(rows[0].controls) != len(settings.controls):
+        raise ConfigError(f"{len(settings.controls)} controls, and {len(rows[0].controls)} pictures for them a row")
+    given: list[tuple[str, Image | None]] = [("control picture", control.picture) for control in settings.controls]
+    for row in rows:
+        given += [("picture", row.image), ("mask", row.mask), *(("control picture", p) for p in row.controls)]
+    for what, picture in given:
+        if picture is not None and picture.size != (width, height):
+            raise ConfigError(
+                f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}",
+                fix="resize it (models.image_generate.fitted)",
+            )
+    if base.family == "flux1" and not base.denoiser.config.guidance_embeds and settings.guidance:
+        raise ConfigError(
+            f"{base.name} was distilled to go without guidance, and reads none", fix="guidance 0, or none"
+        )
+    if settings.true_guidance > 1 and base.family != "flux1":
+        raise ConfigError(f"{base.name} has no guidance of its own beside which true guidance could act")

@@ -1,0 +1,157 @@
+"""Memory of a frozen denoiser while an adapter on it trains: measured, recomputed, or kept on the CPU.
+
+    measured_activations(forward, parameters)    bytes that a forward pass keeps for its backward pass
+    recomputing(base)                            diffusers' own activation checkpointing, for a with-block
+    offloading(base, blocks, device)             so many transformer blocks' weights on the CPU, for a with-block
+    park(base, names), fetched(base, names)      whole components on the CPU, and back for a with-block
+
+Knows modules and tensors; no adapters, no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.models.image.base import ImageBase
+
+__all__ = ["blocks_of", "fetched", "measured_activations", "offloading", "park", "recomputing"]
+
+
+def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes of all storages that autograd keeps after `forward()`, those of `parameters` apart."""
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = forward()
+    total = sum(kept.values())
+    del result
+    return total
+
+
+@contextmanager
+def recomputing(base: ImageBase) -> Iterator[None]:
+    """The denoiser keeps only its blocks' inputs and computes the rest again in the backward pass.
+
+    Raises ConfigError for a denoiser that cannot."""
+    denoiser = base.denoiser
+    if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"{type(denoiser).__name__} cannot recompute activations",
+            where="memory.activation_checkpointing",
+            fix="set it to off, and batching.micro_rows lower",
+        )
+    denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        denoiser.disable_gradient_checkpointing()
+
+
+def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
+    """What diffusers recomputes as one, in the order of the modules: the blocks of a transformer; of a UNet the
+    residual and the transformer blocks inside its down, mid and up blocks."""
+    if hasattr(denoiser, "down_blocks"):
+        return [m for m in denoiser.modules() if type(m).__name__ in ("ResnetBlock2D", "BasicTransformerBlock")]
+    lists = [m for n, m in denoiser.named_children() if isinstance(m, nn.ModuleList) and "blocks" in n]
+    return [block for blocks in lists for block in blocks]
+
+
+@contextmanager
+def offloading(base: ImageBase, count: int, device: torch.device | None = None) -> Iterator[int]:
+    """Keeps the frozen weights of the last `count` blocks on the CPU; each comes to the base's device for its forward
+    pass. Yields the bytes that leave the device.
+
+    With recomputation a block's forward runs again in the backward pass, and then too its weights come: what autograd
+    holds of them is gone once the block's gradient is there. Weights are never written; afterwards the same tensors are
+    where they were. Trainable parameters stay on the device."""
+    target = device or base.device
+    chosen = blocks_of(base.denoiser)[-count:] if count else []
+    undo: list[Callable[[], None]] = []
+    moved = 0
+    try:
+        for block in chosen:
+            homes = []
+            for module in block.modules():
+                for name, p in module._parameters.items():
+                    if p is not None and not p.requires_grad:
+                        away = nn.Parameter(_to_cpu(p.data, target), requires_grad=False)
+                        homes.append((module, name, p, away))
+                        moved += p.numel() * p.element_size()
+            undo.append(_hook(block, homes, target))
+        yield moved
+    finally:
+        for put_back in undo:
+            put_back()
+
+
+def _to_cpu(tensor: Tensor, device: torch.device) -> Tensor:
+    held = tensor.to("cpu", copy=True)
+    return held.pin_memory() if device.type == "cuda" else held
+
+
+def _hook(block: nn.Module, homes: list[tuple[nn.Module, str, Any, Any]], device: torch.device) -> Callable[[], None]:
+    """A block whose frozen weights are on the CPU but during its forward pass."""
+    sizes = [(p.shape, p.dtype, p.device) for _, _, p, _ in homes]
+    for module, name, p, away in homes:
+        module._parameters[name] = away
+        p.data = torch.empty(0, dtype=p.dtype, device=p.device)  # lets go of the device's memory
+
+    def bring(_module: nn.Module, _args: Any, _kwargs: Any) -> None:
+        for module, name, _, away in homes:
+            module._parameters[name] = nn.Parameter(
+                away.data.to(device, non_blocking=True, copy=True), requires_grad=False
+            )  # fmt: skip
+
+    def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
+        for module, name, _, away in homes:
+            module._parameters[name] = away
+
+    handles = [
+        block.register_forward_pre_hook(bring, with_kwargs=True),
+        block.register_forward_hook(leave, always_call=True),
+    ]
+
+    def put_back() -> None:
+        for handle in handles:
+            handle.remove()
+        for (module, name, p, away), (_, _, home) in zip(homes, sizes, strict=True):
+            p.data = away.data.to(home, copy=True)
+            module._parameters[name] = p
+
+    return put_back
+
+
+def park(base: ImageBase, names: Sequence[str]) -> int:
+    """Moves components to the CPU's memory, where nothing runs; the bytes that left the base's device."""
+    parts = [base.part(name) for name in names]
+    for part in parts:
+        part.to("cpu")
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+
+
+@contextmanager
+def fetched(base: ImageBase, names: Sequence[str]) -> Iterator[None]:
+    """Parked components on the base's device for a with-block."""
+    for name in names:
+        base.part(name).to(base.device)
+    try:
+        yield
+    finally:
+        park(base, names)

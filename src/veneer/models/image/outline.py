@@ -1,0 +1,112 @@
+"""What an image base is, told without loading its weights: its classes are built on the meta device."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.models.compat_transformers import loading
+from veneer.models.image.base import Components, default_size, prediction_of, vae_scale
+from veneer.models.image.families import topology_name
+from veneer.models.image.files import (
+    components,
+    digest_of,
+    family_of_directory,
+    read_index,
+    require_diffusers,
+    table_of,
+    unreadable,
+)
+from veneer.models.image.single_file import held_by
+from veneer.models.quiet import quiet
+from veneer.models.text.base import choose_device, choose_dtype
+from veneer.models.weights import file_table, stored_dtype
+
+__all__ = ["outline_image"]
+
+
+def outline_image(name: str, path: Path) -> dict[str, Any]:
+    """JSON-ready facts of a diffusers directory: family, what it predicts, components with their parameters, picture's
+    side, stored and chosen dtype with the reason, fingerprint, and every kind of linear module that can carry a pair.
+    Of a single file what its header says."""
+    if path.is_file():
+        return _of_file(name, path)
+    require_diffusers()
+    classes = components(read_index(path), path)
+    family = family_of_directory(path, classes)
+    parts: dict[str, Any] = {}
+    tables = {}
+    for part, (library, classname) in classes.items():
+        if "Tokenizer" in classname or "Processor" in classname:
+            continue
+        parts[part] = _on_meta(path / part, library, classname)
+        if isinstance(parts[part], nn.Module):
+            tables[part], _ = table_of(path / part)
+    denoiser, vae = parts[family.denoiser], parts["vae"]
+    stored = stored_dtype(tables[family.denoiser])
+    dtype, reason = choose_dtype("auto", choose_device("auto"), stored)
+    scale = vae_scale(vae)
+    tree = Components({n: parts[n] for n in (family.denoiser, *family.encoders) if parts.get(n) is not None})
+    linear = Counter(
+        (n.partition(".")[0], _leaf(n), m.in_features, m.out_features)
+        for n, m in tree.named_modules()
+        if isinstance(m, nn.Linear)
+    )
+    return {
+        "name": name,
+        "path": str(path),
+        "family": topology_name(family, denoiser.config),
+        "kind": family.label,
+        "predicts": prediction_of(family, parts["scheduler"], path),
+        "parameters": sum(t.elements for table in tables.values() for t in table),
+        "components": [
+            {"name": n, "class": classes[n][1], "parameters": sum(t.elements for t in table)}
+            for n, table in tables.items()
+        ],
+        "picture": default_size(denoiser, vae, scale),
+        "multiple_of": scale * family.patch,
+        "stored_dtype": stored,
+        "stored_bytes": sum(t.size for table in tables.values() for t in table),
+        "runs_in": str(dtype).removeprefix("torch."),
+        "because": reason,
+        "fingerprint": digest_of(parts, tables),
+        "linear_modules": [
+            {"target": t, "component": c, "count": n, "in": i, "out": o} for (c, t, i, o), n in linear.items()
+        ],
+    }
+
+
+def _leaf(name: str) -> str:
+    """The last part of a name, and what a number is the number of."""
+    parts = name.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
+
+
+def _on_meta(folder: Path, library: str, classname: str) -> Any:
+    cls: Any = getattr(importlib.import_module(library), classname, None)
+    if cls is None:
+        raise unreadable(folder, ImportError(f"the installed {library} has no {classname}"))
+    with loading(), quiet(), torch.device("cpu" if "Scheduler" in classname else "meta"):
+        try:
+            if library == "transformers":
+                return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+            return cls.from_config(cls.load_config(folder, local_files_only=True))
+        except Exception as error:
+            raise unreadable(folder, error) from error
+
+
+def _of_file(name: str, path: Path) -> dict[str, Any]:
+    table = file_table([path])
+    return {
+        "name": name,
+        "path": str(path),
+        "holds": ", ".join(sorted(held_by(table))) or "nothing known here",
+        "parameters": sum(t.elements for t in table),
+        "stored_dtype": stored_dtype(table),
+        "stored_bytes": sum(t.size for t in table),
+    }

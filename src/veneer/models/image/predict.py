@@ -1,0 +1,380 @@
+"""What training needs of an image base: prompts and pictures encoded, latents decoded, and one prediction.
+
+    noise families   ε_θ(x_t, t, c)  or  v_θ,   t in 0..999,   x_t = √ᾱ_t x + √(1 - ᾱ_t) ε
+    flow families    v_θ(x_σ, σ, c),            σ in 0..1,     x_σ = (1 - σ) x + σ ε,   v = ε - x
+
+Each function gives what the family's diffusers pipeline computes at the same place, and prompts go through the
+pipeline's own `encode_prompt`; the tests hold a sampling loop over `predict` against the pipeline's pictures. Latents
+are always (n, c, h/f, w/f), shifted and scaled as the denoiser wants them; packing into tokens happens in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.errors import BaseError
+from veneer.models.compat_diffusers import DIFFUSERS
+from veneer.models.image.base import ImageBase, pipeline, readers, text_settings
+from veneer.models.quiet import quiet
+
+__all__ = [
+    "Conditioning", "alphas_cumprod", "decode_latents", "encode_pictures", "encode_prompts", "latent_shape", "predict",
+    "unpacked",
+]  # fmt: skip
+
+
+@dataclass
+class Conditioning:
+    """What the denoiser is told of n prompts. `embeds`: (n, L, d). `pooled`: (n, p), where the family has one. `mask`:
+    (n, L), 1 for tokens and 0 for padding, where the family reads one. `cut`: of each prompt what was not read."""
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+    cut: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def _each(self, change: Any) -> Conditioning:
+        pooled, mask = (None if t is None else change(t) for t in (self.pooled, self.mask))
+        return replace(self, embeds=change(self.embeds), pooled=pooled, mask=mask)
+
+    def rows(self, indices: Sequence[int] | Tensor) -> Conditioning:
+        """The conditioning of some prompts, in that order, also several times."""
+        index = torch.as_tensor(indices, device=self.embeds.device)
+        out = self._each(lambda t: t[index])
+        return replace(out, cut=[self.cut[i] for i in index.tolist()] if self.cut else [])
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """On another device, and of another dtype (the mask keeps its own)."""
+        mask = None if self.mask is None else self.mask.to(device=device)
+        return replace(self._each(lambda t: t.to(device=device, dtype=dtype)), mask=mask)
+
+    def detach(self) -> Conditioning:
+        return self._each(lambda t: t.detach())
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """One after the other; shorter ones are padded with zeros and masked."""
+        length = max(p.embeds.shape[1] for p in parts)
+        uneven = any(p.embeds.shape[1] != length for p in parts)
+        masked = uneven or any(p.mask is not None for p in parts)
+
+        def padded(p: Conditioning) -> Tensor:
+            return F.pad(p.embeds, (0, 0, 0, length - p.embeds.shape[1]))
+
+        def mask(p: Conditioning) -> Tensor:
+            own = p.mask if p.mask is not None else p.embeds.new_ones(p.embeds.shape[:2], dtype=torch.long)
+            return F.pad(own, (0, length - own.shape[1]))
+
+        pooled = [p.pooled for p in parts if p.pooled is not None]
+        return Conditioning(
+            torch.cat([padded(p) for p in parts]),
+            torch.cat(pooled) if pooled else None,
+            torch.cat([mask(p) for p in parts]) if masked else None,
+            [text for p in parts for text in p.cut],
+        )
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def encode_prompts(base: ImageBase, prompts: Sequence[str]) -> Conditioning:
+    """The text side of n prompts, as the pipeline encodes them; differentiable where adapters on encoders train.
+
+    Nothing is cut in silence: `cut` has of each prompt what the denoiser's tokens leave out. (FLUX' pooled vector is of
+    CLIP's 77 tokens whatever the prompt; that is no cut.) Raises BaseError where a text encoder was released."""
+    texts = list(prompts)
+    pipe = pipeline(base)
+    given: dict[str, Any] = {"prompt": texts, "device": base.device, **text_settings(base)}
+    if base.row.name in ("sd15", "sd2", "sdxl", "sd3"):
+        given |= {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
+    if base.row.name == "sd3":
+        given |= {"prompt_2": None, "prompt_3": None}
+    elif base.row.name == "flux1":
+        given |= {"prompt_2": None}
+    with quiet():
+        found = pipe.encode_prompt(**given)
+    cut = [cut_of(base, text) for text in texts]
+    if base.row.name in ("sdxl", "sd3"):
+        return Conditioning(found[0], found[2], None, cut)
+    if base.row.name == "flux1":
+        return Conditioning(found[0], found[1], None, cut)
+    if base.row.name == "qwen-image":
+        return Conditioning(found[0], None, found[1], cut)
+    return Conditioning(found[0], None, None, cut)
+
+
+def cut_of(base: ImageBase, prompt: str) -> str:
+    """The end of a prompt that no encoder whose tokens the denoiser attends to reads; "" where all is read."""
+    return min((_unread(base, prompt, tokenizer, limit) for tokenizer, limit in readers(base)), key=len)
+
+
+def _unread(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
+    before, after, special = _around(base)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2's is a processor
+    if base.row.name == "qwen-image":
+        limit += pipeline(base).prompt_template_encode_start_idx  # so many tokens of the template are dropped
+    with quiet():  # transformers warns of the length, which is what is asked here
+        read = tokenizer(before + prompt + after, return_offsets_mapping=True, add_special_tokens=special)
+    ids, offsets = read["input_ids"], read["offset_mapping"]
+    if len(ids) <= limit:
+        return ""
+    # Of a plain encoder's tokens the last is its end token, which stays; a template is cut with everything else.
+    ends = 0 if before else 1
+    kept = [end for start, end in offsets[: limit - ends] if end > start]
+    at = max(kept, default=0) - len(before)
+    return prompt[max(at, 0) :].strip()
+
+
+def _around(base: ImageBase) -> tuple[str, str, bool]:
+    """What the pipeline puts around a prompt, and whether the tokenizer adds its special tokens to that."""
+    pipe = pipeline(base)
+    mark = "\x00"
+    if base.row.name == "qwen-image":
+        before, _, after = pipe.prompt_template_encode.partition("{}")
+        return before, after, False
+    if base.row.name != "flux2":
+        return "", "", True
+    tokenizer = base.parts["tokenizer"]
+    if type(pipe).__name__ == "Flux2KleinPipeline":
+        turns: list[dict[str, Any]] = [{"role": "user", "content": mark}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    else:
+        format_input = DIFFUSERS("diffusers.pipelines.flux2.pipeline_flux2.format_input")
+        turns = format_input(prompts=[mark], system_message=pipe.system_message)[0]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
+    before, _, after = str(text).partition(mark)
+    return before, after, False
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _vae_of(base: ImageBase) -> Iterator[Any]:
+    """The VAE; one that overflows in float16 (its config says force_upcast) runs in float32, as in the pipelines."""
+    vae = base.part("vae")
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if upcast:
+        vae.float()
+    try:
+        yield vae
+    finally:
+        if upcast:
+            vae.half()
+
+
+@torch.no_grad()
+def encode_pictures(base: ImageBase, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """pixels (n, 3, h, w) in -1..1 -> latents (n, c, h/f, w/f), shifted and scaled, in the base's dtype.
+
+    The mean of the posterior; with a generator, a sample of it. h and w are multiples of `base.unit`."""
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or any(side % base.unit for side in pixels.shape[2:]):
+        raise BaseError(f"pictures of shape {tuple(pixels.shape)}: want (n, 3, h, w), sides multiples of {base.unit}")
+    with _vae_of(base) as vae:
+        x = pixels.to(base.device, vae.dtype)
+        if base.row.name == "qwen-image":
+            x = x[:, :, None]
+        posterior = vae.encode(x).latent_dist
+        z = posterior.mode() if generator is None else posterior.sample(generator)
+        return _normalise(base, vae, z).to(base.dtype)
+
+
+@torch.no_grad()
+def decode_latents(base: ImageBase, latents: Tensor) -> Tensor:
+    """latents as `encode_pictures` gives them -> pixels (n, 3, h, w), nominally in -1..1, not clamped."""
+    with _vae_of(base) as vae:
+        z = _denormalise(base, vae, latents.to(base.device, vae.dtype))
+        out: Tensor = vae.decode(z, return_dict=False)[0]
+        return out[:, :, 0] if base.row.name == "qwen-image" else out
+
+
+def _normalise(base: ImageBase, vae: Any, z: Tensor) -> Tensor:
+    if base.row.name == "flux2":
+        mean, std = _batch_norm(vae, z)
+        return (_patches(z) - mean) / std
+    if base.row.name == "qwen-image":
+        mean, std = _per_channel(vae, z)
+        return ((z - mean) / std)[:, :, 0]
+    if _has_mean(vae):
+        mean, std = _per_channel(vae, z)
+        return (z - mean) * _shift_and_scale(vae)[1] / std
+    shift, scale = _shift_and_scale(vae)
+    return (z - shift) * scale
+
+
+def _denormalise(base: ImageBase, vae: Any, x: Tensor) -> Tensor:
+    if base.row.name == "flux2":
+        mean, std = _batch_norm(vae, x)
+        return _whole(x * std + mean)
+    if base.row.name == "qwen-image":
+        x = x[:, :, None]
+        mean, std = _per_channel(vae, x)
+        return x * std + mean
+    if _has_mean(vae):
+        mean, std = _per_channel(vae, x)
+        return x * std / _shift_and_scale(vae)[1] + mean
+    shift, scale = _shift_and_scale(vae)
+    return x / scale + shift
+
+
+def _shift_and_scale(vae: Any) -> tuple[float, float]:
+    return float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
+
+
+def _has_mean(vae: Any) -> bool:
+    return vae.config.get("latents_mean") is not None and vae.config.get("latents_std") is not None
+
+
+def _per_channel(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (1, -1, *[1] * (like.ndim - 2))
+    mean, std = (
+        torch.tensor(vae.config[f"latents_{n}"]).view(shape).to(like.device, like.dtype) for n in ("mean", "std")
+    )
+    return mean, std
+
+
+def _batch_norm(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """FLUX.2 keeps mean and variance of its patched latents in a batch norm's buffers."""
+    mean = vae.bn.running_mean.view(1, -1, 1, 1).to(like.device, like.dtype)
+    std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(like.device, like.dtype)
+    return mean, std
+
+
+def _patches(x: Tensor) -> Tensor:
+    """(n, c, h, w) -> (n, 4c, h/2, w/2)."""
+    return F.pixel_unshuffle(x, 2)
+
+
+def _whole(x: Tensor) -> Tensor:
+    """(n, 4c, h, w) -> (n, c, 2h, 2w)."""
+    return F.pixel_shuffle(x, 2)
+
+
+def latent_shape(base: ImageBase, height: int, width: int) -> tuple[int, int, int]:
+    """(c, h, w) of the latents of a picture of that many pixels."""
+    scale = base.vae_scale
+    if base.row.name == "flux2":
+        return int(base.denoiser.config.in_channels), height // scale // 2, width // scale // 2
+    channels = base.denoiser.config.in_channels
+    if base.row.name in ("flux1", "qwen-image"):
+        channels //= 4
+    elif base.row.denoiser == "unet":
+        channels = base.denoiser.config.out_channels  # an inpainting U-Net takes a mask and a picture as well
+    return int(channels), height // scale, width // scale
+
+
+def unpacked(base: ImageBase, latents: Tensor, width: int, height: int) -> Tensor:
+    """A pipeline's latents of pictures of that many pixels, tokens where the family's denoiser has tokens, as
+    `decode_latents` wants them."""
+    if latents.ndim != 3:
+        return latents
+    side = 2 * base.vae_scale
+    x = latents.transpose(1, 2).unflatten(2, (height // side, width // side))
+    return x if base.row.name == "flux2" else _whole(x)
+
+
+# -- the denoiser ----------------------------------------------------------------------------------------------------
+
+
+def alphas_cumprod(base: ImageBase) -> Tensor:
+    """ᾱ_t, float32 (1000,), of a noise family. Raises BaseError for a flow family, which has none."""
+    if base.prediction == "flow":
+        raise BaseError(f"{base.row.label} learns a flow; it has no noise schedule", where=base.name)
+    from diffusers import DDPMScheduler
+
+    known = DDPMScheduler.from_config(base.parts["scheduler"].config)
+    cumulative: Tensor = known.alphas_cumprod
+    return cumulative.to(base.device)
+
+
+def predict(
+    base: ImageBase,
+    latents: Tensor,
+    timesteps: Tensor,
+    text: Conditioning,
+    *,
+    sizes: Tensor | None = None,
+    guidance: float | Tensor | None = None,
+    residuals: dict[str, Any] | None = None,
+) -> Tensor:
+    """The denoiser's prediction, of the latents' shape: ε or v, or for flow families ε - x.
+
+    `timesteps`: (n,) or a scalar; 0..999 for noise families, σ in 0..1 for flow. `sizes`: SDXL's time ids (n, 6):
+    original height and width, crop's top and left, target height and width. `guidance`: for the models that take it as
+    an input (FLUX.1 dev, FLUX.2 dev), 1.0 where it is not given. `residuals`: a ControlNet's outputs, as the denoiser
+    calls them. Raises BaseError for sizes that are missing or not wanted, and for guidance that is not wanted."""
+    denoiser, n = base.denoiser, len(latents)
+    dtype = base.dtype
+    x = latents.to(dtype)
+    text = text.to(latents.device, dtype)
+    t = timesteps.to(latents.device).expand(n)
+    if (sizes is None) == (base.row.name == "sdxl"):
+        raise BaseError(
+            "SDXL needs sizes, its time ids (n, 6)" if sizes is None else f"{base.row.label} takes no sizes"
+        )
+    takes = bool(denoiser.config.get("guidance_embeds"))
+    if guidance is not None and not takes:
+        raise BaseError(f"{base.name} does not take guidance as an input", fix="leave guidance out")
+    more: dict[str, Any] = {"return_dict": False, **(residuals or {})}
+    if base.row.denoiser == "unet":
+        if sizes is not None:
+            more["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": sizes.to(latents.device, dtype)}
+        out: Tensor = denoiser(x, t, encoder_hidden_states=text.embeds, **more)[0]
+        return out
+    # The pipelines carry the timestep σ·1000 in the latents' dtype, and so does this.
+    t = (t * 1000).to(dtype)
+    if base.row.name == "sd3":
+        given = {"encoder_hidden_states": text.embeds, "pooled_projections": text.pooled}
+        out = denoiser(hidden_states=x, timestep=t, **given, **more)[0]
+        return out
+    more |= {"timestep": t / 1000, "encoder_hidden_states": text.embeds}
+    if takes:
+        g = torch.as_tensor(1.0 if guidance is None else guidance, dtype=torch.float32, device=latents.device)
+        more["guidance"] = g.expand(n)
+    elif base.row.name in ("flux1", "qwen-image"):
+        more["guidance"] = None
+    if base.row.name == "flux2":
+        return _flux2(denoiser, x, text, more)
+    h, w = x.shape[2] // 2, x.shape[3] // 2
+    tokens = _patches(x).flatten(2).transpose(1, 2)
+    if base.row.name == "flux1":
+        ids = torch.stack(
+            [x.new_zeros(h, w), *torch.meshgrid(_range(x, h), _range(x, w), indexing="ij")], dim=-1
+        )  # fmt: skip
+        more |= {"pooled_projections": text.pooled, "img_ids": ids.view(-1, 3)}
+        more["txt_ids"] = x.new_zeros(text.embeds.shape[1], 3)
+    else:
+        mask = None if text.mask is None or bool(text.mask.all()) else text.mask
+        more |= {"img_shapes": [[(1, h, w)]] * n, "encoder_hidden_states_mask": mask}
+    out = denoiser(hidden_states=tokens, **more)[0]
+    return _whole(out.transpose(1, 2).unflatten(2, (h, w)))
+
+
+def _range(like: Tensor, n: int) -> Tensor:
+    return torch.arange(n, device=like.device, dtype=like.dtype)
+
+
+def _flux2(denoiser: Any, x: Tensor, text: Conditioning, more: dict[str, Any]) -> Tensor:
+    """FLUX.2's latents are patched already; positions are (frame, row, column, token)."""
+    n, _, h, w = x.shape
+    one = torch.arange(1)
+    image = torch.cartesian_prod(one, torch.arange(h), torch.arange(w), one).to(x.device)
+    words = torch.cartesian_prod(one, one, one, torch.arange(text.embeds.shape[1])).to(x.device)
+    more = {"guidance": None, **more}
+    out = denoiser(
+        hidden_states=x.flatten(2).transpose(1, 2),
+        img_ids=image.expand(n, -1, -1),
+        txt_ids=words.expand(n, -1, -1),
+        **more,
+    )[0]
+    return out.transpose(1, 2).unflatten(2, (h, w))  # type: ignore[no-any-return]

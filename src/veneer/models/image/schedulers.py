@@ -1,0 +1,103 @@
+"""Schedulers by name: the short names people know, and diffusers' classes and settings behind them.
+
+| epsilon and v bases (SD 1.5, SDXL)                          | flow matching bases (FLUX, SD3, …)   |
+| euler, euler-a, heun, dpm2, dpm2-a, dpm++2m, dpm++2m-sde,   | flow-euler, flow-heun, flow-dpm++2m, |
+| dpm++2s, ddim, ddpm, pndm, unipc, deis, lcm; -karras behind | flow-unipc                           |
+
+The base's own scheduler gives the settings that all share (betas, prediction, shift); a name changes the rest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import ConfigError, nearest
+from veneer.models.quiet import quiet
+
+if TYPE_CHECKING:
+    from veneer.models.image.base import ImageBase
+
+__all__ = ["NAMES", "make_scheduler", "scheduler_name", "scheduler_names"]
+
+_KARRAS = {"use_karras_sigmas": True}
+_MULTISTEP: dict[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}
+_SHIFTED = ("flux1", "flux2", "qwen-image")
+_FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
+    "euler-karras": ("EulerDiscreteScheduler", _KARRAS),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {"use_karras_sigmas": False}),
+    "dpm2": ("KDPM2DiscreteScheduler", {"use_karras_sigmas": False}),
+    "dpm2-a": ("KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": False}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", _MULTISTEP),
+    "dpm++2m-karras": ("DPMSolverMultistepScheduler", _MULTISTEP | _KARRAS),
+    "dpm++2m-sde": ("DPMSolverMultistepScheduler", _MULTISTEP | {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++2m-sde-karras": (
+        "DPMSolverMultistepScheduler",
+        _MULTISTEP | {"algorithm_type": "sde-dpmsolver++"} | _KARRAS,
+    ),
+    "dpm++2s": ("DPMSolverSinglestepScheduler", {"use_karras_sigmas": False}),
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
+    "unipc-karras": ("UniPCMultistepScheduler", _KARRAS),
+    "deis": ("DEISMultistepScheduler", {"use_karras_sigmas": False}),
+    "lcm": ("LCMScheduler", {}),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "flow-dpm++2m": ("DPMSolverMultistepScheduler", _MULTISTEP | _FLOW),
+    "flow-unipc": ("UniPCMultistepScheduler", _FLOW),
+}
+"""Name -> diffusers' class and what the name sets in it."""
+
+
+def scheduler_names(base: ImageBase) -> list[str]:
+    """Those that can sample this base: of the flow matching ones, those whose class takes what the family's pipeline
+    sets (FLUX' and Qwen-Image's give a shift by picture size, which not every class has)."""
+    names = [name for name in NAMES if name.startswith("flow-") == (base.prediction == "flow")]
+    if base.family in _SHIFTED:
+        names.remove("flow-heun")
+        if not base.parts["scheduler"].config.get("use_dynamic_shifting"):
+            names.remove("flow-dpm++2m")
+    return names
+
+
+def scheduler_name(base: ImageBase) -> str:
+    """The name of the base's own scheduler; its class where it has none."""
+    own = base.parts["scheduler"]
+    for name in scheduler_names(base):
+        kind, settings = NAMES[name]
+        if kind == type(own).__name__ and all(own.config.get(k) == v for k, v in settings.items()):
+            return name
+    return type(own).__name__
+
+
+def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
+    """A fresh scheduler for one run: the base's own for None. On a flow matching base `euler` is `flow-euler`, and so
+    on. Raises ConfigError for a name that is unknown, or whose class cannot sample this base."""
+    import diffusers
+
+    own = base.parts["scheduler"]
+    if name is None or name == scheduler_name(base):
+        with quiet():
+            return type(own).from_config(own.config)
+    fits = scheduler_names(base)
+    wanted = f"flow-{name}" if f"flow-{name}" in fits else name
+    if wanted not in fits:
+        near = nearest(name, fits)
+        why = f" for {base.name}, which predicts {base.prediction}" if name in NAMES else ""
+        raise ConfigError(
+            f"there is no scheduler {name!r}{why}",
+            fix=(f"did you mean {near[0]}? " if near and name not in NAMES else "") + f"known: {', '.join(fits)}",
+        )
+    kind, settings = NAMES[wanted]
+    shared = {k: v for k, v in own.config.items() if not k.startswith("_")}
+    if base.prediction != "flow":
+        shared["prediction_type"] = {"epsilon": "epsilon", "v": "v_prediction"}[base.prediction]
+    elif "shift" in shared and kind not in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):
+        shared["flow_shift"] = shared["shift"]
+    with quiet():
+        return getattr(diffusers, kind).from_config({**shared, **settings})

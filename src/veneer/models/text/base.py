@@ -1,0 +1,439 @@
+"""A text base: model, tokenizer, and what is decided once when it is loaded.
+
+`load_text` chooses device and dtype by the rules of `choose_device` and `choose_dtype` and keeps the reason in words;
+freezes every weight; and settles which token ends a turn, so that training, generation and evaluation mean the same.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from veneer.errors import BaseError, ConfigError, ResourceError
+from veneer.models.compat_transformers import loading
+from veneer.models.device import settle
+from veneer.models.fingerprint import fingerprint
+from veneer.models.quantise import check_kind, load_quantised, original_weight, quantised_bytes, saved_kind
+from veneer.models.quiet import quiet
+from veneer.models.sources import find, is_image
+from veneer.models.text.gguf import load_gguf
+from veneer.models.weights import StoredTensor, stored_dtype, tensor_table
+from veneer.ops.codes import KINDS
+from veneer.ops.quantised import Quantised
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "TextBase",
+    "check_loaded",
+    "check_memory",
+    "choose_device",
+    "choose_dtype",
+    "end_of_turn",
+    "load_text",
+    "outline_text",
+    "read_config",
+    "read_tokenizer",
+]
+
+_DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+@dataclass
+class TextBase:
+    """A frozen language model and its tokenizer.
+
+    `dtype_reason`: why this dtype, in words for a person. `end_of_turn_id`: the token that the chat template puts after
+    an answer (without a template, the tokenizer's eos): the last token a training example must train.
+    `stop_ids`: every token that ends a generation. `pad_id`: what fills shorter rows, always masked.
+    `context`: tokens the base takes at most. `notes`: what a person should know about the loading, one sentence each.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    directory: Path
+    fingerprint: str
+    dtype: torch.dtype
+    device: torch.device
+    dtype_reason: str
+    end_of_turn_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    context: int = 0
+    notes: tuple[str, ...] = ()
+    quantised: str = ""
+    """nf4, fp4, int8 or gguf where the linear weights are kept in codes; "" in full."""
+
+    @property
+    def family(self) -> str:
+        """transformers' name of the architecture: llama, qwen3, …"""
+        return str(self.model.config.model_type)
+
+    def original(self, name: str) -> torch.Tensor:
+        """The weight of a quantised base as its files have it, in 16 or 32 bits. Raises BaseError."""
+        return original_weight(self.directory, self._stored, name)
+
+    @cached_property
+    def _stored(self) -> dict[str, StoredTensor]:
+        return {t.name: t for t in tensor_table(self.directory)}
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+
+def load_text(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    quantise: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> TextBase:
+    """Find and load a base: eval mode, `requires_grad` False everywhere.
+
+    `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantise`: nf4, fp4 or int8
+    (or e2m1, int4, which no checkpoint has) puts the linear weights in 4 or 8 bits while they are read; keep leaves
+    those of a GGUF file in their blocks; None is what the files have, with GGUF's dequantised. A checkpoint of
+    bitsandbytes is kept as it is. `say` is told what takes time.
+    Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
+    ConfigError (an unknown dtype, device or quantisation), ResourceError (not enough memory)."""
+    path = find(name, say=say)
+    if is_image(path):
+        raise BaseError("this is an image base, and a language model is wanted", where=str(path))
+    table = tensor_table(path)
+    config, tokenizer = read_config(path), read_tokenizer(path)
+    where = choose_device(device)
+    settle()
+    codes = choose_quantisation(quantise, path, config)
+    kind, reason = choose_dtype(dtype, where, "BF16" if codes else stored_dtype(table))
+    check_memory(path, _bytes(table, kind, codes), kind, where)
+    digest = fingerprint(path, config, table)
+    model, notes = _load_model(path, config, kind, table, codes, saved=quantise is None)
+    model.to(where)  # type: ignore[arg-type]
+    model.eval()
+    model.requires_grad_(False)
+    _check_vocabulary(path, model, tokenizer)
+    turn = end_of_turn(tokenizer)
+    if turn is None and tokenizer.chat_template:
+        notes = (*notes, "the chat template puts no special token after an answer: an answer ends with the eos token")
+    turn = tokenizer.eos_token_id if turn is None else turn
+    stops = _stop_ids(model, tokenizer, turn)
+    if not stops:
+        notes = (*notes, "neither tokenizer nor config names a token that ends a text: generation runs to its limit")
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = stops[0] if stops else 0
+    return TextBase(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        directory=path,
+        fingerprint=digest,
+        dtype=kind,
+        device=where,
+        dtype_reason=reason,
+        end_of_turn_id=turn,
+        stop_ids=stops,
+        pad_id=int(pad),
+        context=int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30),
+        notes=notes,
+        quantised=codes,
+    )
+
+
+def outline_text(name: str, *, say: Callable[[str], None] | None = None) -> TextBase:
+    """A base without its weights, on the meta device: config, tokenizer, names, shapes, fingerprint. For whoever checks
+    adapters against a base that runs elsewhere. Raises BaseError."""
+    from transformers import AutoModelForCausalLM
+
+    path = find(name, say=say)
+    if is_image(path):
+        raise BaseError("this is an image base, and a language model is wanted", where=str(path))
+    table = tensor_table(path)
+    config, tokenizer = read_config(path), read_tokenizer(path)
+    with loading(), quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    turn = end_of_turn(tokenizer)
+    turn = tokenizer.eos_token_id if turn is None else turn
+    context = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+    kind, reason = torch.float32, "nothing is computed here"
+    return TextBase(
+        name, model, tokenizer, path, fingerprint(path, config, table), kind, torch.device("meta"), reason,
+        end_of_turn_id=turn, stop_ids=_stop_ids(model, tokenizer, turn), context=context,
+    )  # fmt: skip
+
+
+# -- device and dtype ------------------------------------------------------------------------------------------------
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """auto: the first CUDA device where there is one, else the CPU. Raises ConfigError for one that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"{device!r} is not a device", fix="auto, cpu, cuda, cuda:1 or mps") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"there is no CUDA device {device!s} ({torch.cuda.device_count()} found)", fix="use device auto or cpu"
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("there is no MPS device", fix="use device auto or cpu")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) -> tuple[torch.dtype, str]:
+    """The dtype a base runs in, and why. `stored`: the dtype of its weight files ("BF16", "F32", "Q4_1", …).
+
+    auto: bfloat16 where the weights are stored in 16 bits or fewer and the device multiplies bfloat16 in hardware
+    (CUDA from compute capability 8; CPUs with AVX512-BF16 or AMX-BF16), otherwise float32. Weights stored in float32
+    stay float32, because nobody asked for them to be rounded."""
+    if isinstance(dtype, torch.dtype):
+        return dtype, "as asked for"
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ConfigError(f"{dtype!r} is not a dtype", fix="auto, float32, bfloat16 or float16")
+        return _DTYPES[dtype], "as asked for"
+    if stored in ("F32", "F64"):
+        return torch.float32, "the weights are stored in float32 (bfloat16 would halve the memory and round them)"
+    hardware = _bf16_hardware(device)
+    if hardware:
+        return torch.bfloat16, f"{hardware} multiplies bfloat16 in hardware"
+    return torch.float32, f"this {device.type.upper()} does not multiply bfloat16 in hardware, so float32 is faster"
+
+
+def _bf16_hardware(device: torch.device) -> str:
+    """What multiplies bfloat16 in hardware on `device`, or "" where nothing does."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} (compute {major}.{minor})" if major >= 8 else ""
+    if device.type == "cpu":
+        for name, probe in {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}.items():
+            if getattr(torch.cpu, probe, lambda: False)():
+                return f"this CPU ({name})"
+    return ""
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_config(path: Path) -> PreTrainedConfig:
+    """The config of a base directory or GGUF file. Raises BaseError where transformers cannot make sense of it."""
+    from transformers import AutoConfig
+
+    config: Any
+    with quiet():
+        try:
+            if path.is_file():
+                from veneer.files.gguf_header import fast_headers
+
+                with fast_headers():
+                    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            else:
+                config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise _unreadable("config", path, error) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise BaseError(
+            f"{config.model_type} is an encoder-decoder model; veneer adapts causal language models", where=str(path)
+        )
+    return config
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base directory or GGUF file. Raises BaseError where there is none."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any
+    with quiet():
+        try:
+            if path.is_file():
+                from veneer.files.gguf_header import read_gguf_tokenizer
+
+                tokenizer = read_gguf_tokenizer(path)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise _unreadable("tokenizer", path, error) from error
+    return tokenizer
+
+
+def choose_quantisation(quantise: str | None, path: Path, config: PreTrainedConfig) -> str:
+    """What the linear weights will be kept in: nf4, fp4, int8, gguf, or "" for in full. Raises ConfigError."""
+    saved = "" if path.is_file() else saved_kind(config.to_dict(), str(path))
+    if quantise == "keep":
+        if not saved and not path.is_file():
+            raise ConfigError(
+                "the weights of this base are not quantised, so there is nothing to keep",
+                where=str(path),
+                fix="quantise=nf4 puts them in 4 bits while they are read",
+            )
+        return saved or "gguf"
+    if quantise is None:
+        return saved
+    check_kind(quantise)
+    if saved or path.is_file():
+        raise ConfigError(
+            f"the weights are quantised already ({saved or 'GGUF'}); quantised a second time they would be worse",
+            where=str(path),
+            fix="quantise=keep, or the 16-bit weights of this base",
+        )
+    return quantise
+
+
+def _bytes(table: list[StoredTensor], dtype: torch.dtype, codes: str) -> int:
+    """About what the weights will take: matrices of embeddings and heads in full."""
+    if codes in KINDS and all(t.dtype not in ("U8", "I8") for t in table):
+        full = ("embed", "lm_head", "wte", "wpe", "output")
+        return sum(
+            t.elements * dtype.itemsize if len(t.shape) < 2 or any(f in t.name for f in full)
+            else quantised_bytes(t.shape, codes) for t in table
+        )  # fmt: skip
+    return sum(t.size if codes else t.elements * dtype.itemsize for t in table)
+
+
+def _load_model(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype, table: list[StoredTensor], codes: str, saved: bool
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    from transformers import AutoModelForCausalLM
+
+    with loading(), quiet():
+        try:
+            if codes == "gguf":
+                return load_gguf(path, dtype, keep=True), ("the weights stay in the blocks of their GGUF file",)
+            if path.is_file():
+                return load_gguf(path, dtype), ("the weights come from a GGUF file, dequantised",)
+            if codes:
+                quantised, found = load_quantised(path, config, table, "" if saved else codes, dtype)
+                return quantised, (*check_loaded(path, found), _in_codes(quantised, codes))
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            if isinstance(error, MemoryError) or "memory" in str(error).lower():
+                raise
+            raise _unreadable("model", path, error) from error
+    return model, check_loaded(path, info)
+
+
+def _in_codes(model: PreTrainedModel, codes: str) -> str:
+    weights = [p for p in model.parameters() if isinstance(p, Quantised)]
+    count, size = sum(p.numel() for p in weights), sum(p.bytes for p in weights)
+    return f"{count:,} weights are {codes}: {size / 1e6:,.0f} MB, {8 * size / max(count, 1):.3f} bits each"
+
+
+def check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Notes on tensors that the model has no place for; BaseError for missing and misshapen ones.
+
+    `info`: what transformers and diffusers give with output_loading_info."""
+    problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
+    problems += [f"misshapen: {item}" for item in sorted(map(str, info.get("mismatched_keys", ())))]
+    if problems:
+        shown = "\n".join(f"  - {p}" for p in problems[:20])
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise BaseError(
+            f"the weights do not match the config ({len(problems)} problems):\n{shown}{more}",
+            where=str(path),
+            fix="use config and weights of one model; a text base is a causal language model, no encoder or classifier",
+        )
+    extra = sorted(info.get("unexpected_keys", ()))
+    return (f"{len(extra)} stored tensors have no place in the model, {extra[0]} among them",) if extra else ()
+
+
+def _unreadable(what: str, path: Path, error: Exception) -> BaseError:
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    fix = None
+    if "does not recognize this architecture" in said or "is not supported" in said:
+        fix = "a newer transformers may know it: pip install -U transformers"
+    elif "trust_remote_code" in said:
+        said, fix = (
+            "it wants to run code that came with it, which veneer does not do",
+            "use a base of a known architecture",
+        )
+    elif path.suffix == ".gguf" and isinstance(error, struct.error | IndexError | OverflowError | ValueError):
+        said, fix = "its header does not add up; the file is cut short or damaged", "download or copy the file again"
+    elif what == "tokenizer":
+        fix = "put tokenizer.json and tokenizer_config.json of this base beside its config"
+    return BaseError(f"cannot read the {what} of this base: {said}", where=str(path), fix=fix)
+
+
+def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ResourceError where `device` has fewer than `needs` bytes free."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu":
+        import psutil
+
+        free = psutil.virtual_memory().available
+    else:
+        return
+    if needs > free:
+        raise ResourceError(
+            f"this base needs {needs / 1e9:.1f} GB in {dtype!s:.20} and {free / 1e9:.1f} GB of memory are free",
+            where=f"{path} on {device}",
+            fix="use a smaller base, dtype bfloat16, or another machine",
+        )
+
+
+def _check_vocabulary(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise BaseError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model's embedding {rows:,} rows",
+            where=str(path),
+            fix="use tokenizer and model of one base",
+        )
+
+
+# -- where a text ends -----------------------------------------------------------------------------------------------
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts right after an assistant's answer; None where there is none.
+
+    Found by rendering a conversation and reading what follows the answer: <|im_end|>, <|eot_id|>, <end_of_turn>, …"""
+    if not tokenizer.chat_template:
+        return None
+    answer = "veneer answers"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # a template may refuse anything, in any way
+        return None
+    _, found, after = text.rpartition(answer)
+    ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if found else []
+    return int(ids[0]) if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: int | None) -> tuple[int, ...]:
+    """End of turn first, then the tokenizer's eos and whatever config and generation config call eos."""
+    found: list[int] = []
+    for source in (turn, tokenizer.eos_token_id, model.config.eos_token_id, _generation_eos(model)):
+        for token in source if isinstance(source, list | tuple) else [source]:
+            if token is not None and int(token) not in found:
+                found.append(int(token))
+    rows = model.get_input_embeddings().weight.shape[0]
+    return tuple(t for t in found if 0 <= t < rows)
+
+
+def _generation_eos(model: PreTrainedModel) -> Any:
+    return getattr(model.generation_config, "eos_token_id", None)

@@ -1,0 +1,306 @@
+"""Generation: prompts in, texts out; greedy or sampled, batched, streamed.
+
+Prompts of about one length go through the model together, left-padded, so that every row's last token is at the right
+and positions count real tokens only. The decoding loop is transformers' own `generate` with every setting given here:
+what a base's generation config says about sampling does not apply unasked. A mix that is active on the model's
+attachment acts, because it is the same model.
+
+Sampling is a property of (seed, index of the prompt): each row has its own random stream, so the same prompt gets the
+same answer whatever the batch size and whoever shares its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from veneer.errors import BaseError, ConfigError, DataError
+from veneer.models.text.base import TextBase
+from veneer.ops.cpu.sharing import forwards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "Completion",
+    "Prompt",
+    "complete",
+    "completion_of",
+    "encode_prompt",
+    "encode_prompts",
+    "generate",
+    "rendered",
+]
+
+Prompt = str | Sequence[Mapping[str, str]]
+"""A text to go on from, taken as it is, or the messages of a conversation, put through the chat template."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came out for one prompt. `ids` include the token that stopped it; `text` does not.
+
+    `finish`: "stop" at a stop token, "length" at the token limit or the end of the base's context."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish: Literal["stop", "length"]
+    prompt_tokens: int
+
+
+def generate(base: TextBase, prompts: Sequence[Prompt], **settings: Any) -> list[str]:
+    """The texts of `complete`, in the order of the prompts; the same keyword settings."""
+    return [c.text for c in complete(base, prompts, **settings)]
+
+
+def complete(
+    base: TextBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    batch_size: int = 8,
+    on_token: Callable[[int, str], None] | None = None,
+) -> list[Completion]:
+    """Complete every prompt.
+
+    `temperature` 0 is greedy; above, logits are divided by it, then cut to the `top_k` best (0: all) and to the
+    smallest set with probability `top_p`. `on_token(index, piece)` is called as text comes: the pieces of one index,
+    joined, are its text. The model is in eval mode during the call and in its own mode after it.
+
+    Raises ConfigError for a setting out of range, DataError for an empty prompt or one longer than the base's context,
+    BaseError for messages on a base without a chat template."""
+    _check(max_new_tokens, temperature, top_p, top_k, batch_size)
+    encoded = encode_prompts(base, prompts)
+    out: dict[int, Completion] = {}
+    with _settled(base.model):
+        for batch, budget in _batches([len(ids) for ids in encoded], base.context, max_new_tokens, batch_size):
+            rows = {i: encoded[i] for i in batch}
+            sampler = _RowSampler(batch, temperature, top_p, top_k, seed) if temperature > 0 else None
+            out.update(_run(base, rows, budget, sampler, on_token))
+    return [out[i] for i in range(len(prompts))]
+
+
+def encode_prompts(base: TextBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt. Raises as `complete`."""
+    if isinstance(prompts, str):
+        raise ConfigError("prompts is a list, and this is one text", fix="[prompt]")
+    encoded = [encode_prompt(base, prompt) for prompt in prompts]
+    for i, ids in enumerate(encoded):
+        if not 0 < len(ids) < base.context:
+            many = f"has {len(ids):,} tokens; this base takes {base.context:,}" if ids else "is empty"
+            raise DataError(f"prompt {i + 1} of {len(prompts)} {many}", fix="shorten it" if ids else "write something")
+    return encoded
+
+
+def encode_prompt(base: TextBase, prompt: Prompt, **variables: Any) -> list[int]:
+    """Token ids: a text with the tokenizer's own special tokens; messages by the chat template, to be answered next.
+
+    `variables`: what else the template gets (tools, add_generation_prompt=False, what a family knows of its own)."""
+    tokenizer = base.tokenizer
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer(rendered(base, prompt, **variables), add_special_tokens=False)["input_ids"])
+
+
+def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    """Messages as the chat template writes them, special tokens and all; `variables` as for `encode_prompt`."""
+    if not base.has_chat_template:
+        raise BaseError(
+            f"{base.name} has no chat template, so it takes texts, not messages", fix="give the prompt as plain text"
+        )
+    turns = [dict(m) for m in messages]
+    try:
+        made: str = base.tokenizer.apply_chat_template(
+            turns, tokenize=False, **{"add_generation_prompt": True, **variables}
+        )
+    except (
+        Exception
+    ) as error:  # templates refuse what they do not take (a system turn, say) with exceptions of any kind
+        raise DataError(f"the chat template of {base.name} refuses these messages: {error}") from error
+    return made
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float, top_k: int, batch_size: int) -> None:
+    wrong = {
+        "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        "temperature": (temperature, 0 <= temperature < float("inf"), "0 (greedy) or more"),
+        "top_p": (top_p, 0 < top_p <= 1, "above 0, at most 1"),
+        "top_k": (top_k, top_k >= 0, "0 (all) or more"),
+        "batch_size": (batch_size, batch_size >= 1, "1 or more"),
+    }
+    for name, (value, fine, wanted) in wrong.items():
+        if not fine:
+            raise ConfigError(f"{name} is {value}", fix=f"{name} must be {wanted}")
+
+
+def _batches(lengths: list[int], context: int, budget: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
+    """(prompt indices, new tokens each may have): longest first; those near the end of the context go alone."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    roomy = [i for i in order if context - lengths[i] >= budget]
+    for i in order[: len(order) - len(roomy)]:
+        yield [i], context - lengths[i]
+    for start in range(0, len(roomy), batch_size):
+        yield roomy[start : start + batch_size], budget
+
+
+@contextmanager
+def _settled(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode, and a bare generation config: transformers fills what a call leaves open from the model's own."""
+    from transformers import GenerationConfig
+
+    training, kept = model.training, model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+        model.train(training)
+
+
+def _run(
+    base: TextBase,
+    rows: dict[int, list[int]],
+    budget: int,
+    sampler: _RowSampler | None,
+    on_token: Callable[[int, str], None] | None,
+) -> dict[int, Completion]:
+    """One batch through the model. `rows`: prompt index -> token ids."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    width = max(map(len, rows.values()))
+    ids = torch.full((len(rows), width), base.pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for r, row in enumerate(rows.values()):
+        ids[r, width - len(row) :] = torch.tensor(row)
+        mask[r, width - len(row) :] = 1
+    settings = GenerationConfig(
+        max_new_tokens=budget,
+        do_sample=False,  # the sampler has drawn already: the best of its scores is the sample
+        eos_token_id=list(base.stop_ids) or None,
+        pad_token_id=base.pad_id,
+        use_cache=True,
+    )
+    texts = [_Pieces(base.tokenizer) for _ in rows]
+    stream = _Stream(list(rows), texts, set(base.stop_ids), on_token)
+    with torch.no_grad(), forwards(base.model):
+        made = base.model.generate(
+            ids.to(base.device),
+            attention_mask=mask.to(base.device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([sampler] if sampler else []),
+            streamer=stream if on_token else None,
+        )
+    new = made[:, width:].tolist()
+    return {i: completion_of(base, new[r], len(rows[i])) for r, i in enumerate(rows)}
+
+
+def completion_of(base: TextBase, new: list[int], prompt_tokens: int) -> Completion:
+    """What the tokens that came after a prompt say, up to and without the one that stops it."""
+    end = next((k for k, token in enumerate(new) if token in base.stop_ids), None)
+    ids = new if end is None else new[: end + 1]
+    body = new if end is None else new[:end]
+    return Completion(_decode(base.tokenizer, body), tuple(ids), "length" if end is None else "stop", prompt_tokens)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class _RowSampler:
+    """Sampling as a logits processor, by the Gumbel-max trick: argmax(log p + g) with g = −log(−log u) draws from p.
+
+    Each row has its own generator, on the CPU, so that a draw depends on neither batch nor device."""
+
+    def __init__(self, indices: list[int], temperature: float, top_p: float, top_k: int, seed: int) -> None:
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        self.warpers: list[Any] = [TemperatureLogitsWarper(float(temperature))]
+        if top_k:
+            self.warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            self.warpers.append(TopPLogitsWarper(top_p))
+        self.streams = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63) for i in indices]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores: (rows, vocabulary), logits in; perturbed log-probabilities out."""
+        scores = scores.float()
+        for warp in self.warpers:
+            scores = warp(input_ids, scores)
+        u = torch.stack([torch.rand(scores.shape[-1], generator=g, dtype=torch.float64) for g in self.streams])
+        gumbel = -torch.log(-torch.log(u.clamp_min(1e-300)))
+        return scores + gumbel.to(scores)
+
+
+@dataclass
+class _Pieces:
+    """Turns the tokens of one row into text as they come.
+
+    A token may end within a character, and its text may depend on the one before it, so what is new is read off a
+    window of the last tokens, and held back while it ends in a broken character."""
+
+    tokenizer: PreTrainedTokenizerBase
+    ids: list[int] = field(default_factory=list)
+    start: int = 0
+    told: int = 0
+
+    def add(self, token: int) -> str:
+        self.ids.append(token)
+        return self._new(hold=True)
+
+    def rest(self) -> str:
+        return self._new(hold=False)
+
+    def _new(self, hold: bool) -> str:
+        before = _decode(self.tokenizer, self.ids[self.start : self.told])
+        now = _decode(self.tokenizer, self.ids[self.start :])
+        if len(now) <= len(before) or (hold and now.endswith("�")):
+            return ""
+        self.start, self.told = self.told, len(self.ids)
+        return now[len(before) :]
+
+
+class _Stream:
+    """transformers' streamer protocol for a batch: `put` gets the prompts first, then one token a row."""
+
+    def __init__(
+        self,
+        indices: list[int],
+        texts: list[_Pieces],
+        stops: set[int],
+        on_token: Callable[[int, str], None] | None,
+    ) -> None:
+        self.indices, self.texts, self.stops = indices, texts, stops
+        self.tell = on_token or (lambda _i, _piece: None)
+        self.going = [True] * len(indices)
+        self.prompts_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if not self.prompts_seen:
+            self.prompts_seen = True
+            return
+        for r, token in enumerate(value.tolist()):
+            if self.going[r]:
+                if token in self.stops:
+                    self._close(r)
+                elif piece := self.texts[r].add(token):
+                    self.tell(self.indices[r], piece)
+
+    def end(self) -> None:
+        for r in range(len(self.indices)):
+            if self.going[r]:
+                self._close(r)
+
+    def _close(self, r: int) -> None:
+        self.going[r] = False
+        if piece := self.texts[r].rest():
+            self.tell(self.indices[r], piece)

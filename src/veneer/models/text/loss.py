@@ -1,0 +1,176 @@
+"""The log-likelihood of rows that lie one after another, and with it the training loss of a language model.
+
+    nll_i = −log p(token i | the tokens before it in its own row)      for each token with trained[i]
+
+    text_loss    Σ nll over all rows                 what supervised training and evaluation call
+    row_logps    −Σ nll of each row                  what preferences are made of
+
+Inside `speed.fast` rows run without padding; elsewhere, and for families that do not take such rows, they are padded:
+the slow reference, and what the fast one is checked against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.models.text.fast import projection_of, report_of
+from veneer.ops.attention import RowLayout
+from veneer.ops.fused import token_nll
+
+__all__ = ["padded_loss", "padded_nll", "row_logps", "rows_loss", "rows_nll", "text_loss"]
+
+STEP = 16
+"""Rows are attended to as if their lengths were multiples of this; see `few_sizes`."""
+HEAD_CHUNK = 128
+"""Positions whose logits exist at once where the head has to be called."""
+
+
+def text_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """Summed negative log-likelihood, float32. input_ids: (N,) with N = Σ lengths, trained: (N,) bool.
+
+    Raises ValueError if the lengths do not add up, or a row's first token is to be trained: nothing predicts it."""
+    return _text_nll(model, input_ids, lengths, trained).sum()
+
+
+def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """Σ log p of each row's trained tokens: (rows,), float32, 0 for a row without any. Otherwise as `text_loss`."""
+    nll = _text_nll(model, input_ids, lengths, trained)
+    counts = torch.stack([part.sum() for part in trained.split(list(lengths))]).tolist()
+    return -torch.stack([part.sum() for part in nll.split(counts)])
+
+
+def rows_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """The fast one: no padding, logits of trained positions alone. Needs `speed.fast`."""
+    return rows_nll(model, input_ids, lengths, trained).sum()
+
+
+def padded_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """The reference: rows padded at their end, the model's own forward, float32 cross-entropy of trained positions."""
+    return padded_nll(model, input_ids, lengths, trained).sum()
+
+
+def _text_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """(M,): one for each trained token, in order."""
+    if sum(lengths) != len(input_ids) or len(trained) != len(input_ids):
+        raise ValueError(f"lengths add up to {sum(lengths)}, input_ids {len(input_ids)}, trained {len(trained)}")
+    starts = torch.tensor([0, *lengths[:-1]], device=trained.device).cumsum(0)
+    if trained[starts].any():
+        raise ValueError("the first token of a row is marked as trained, but no token before it predicts it")
+    if report_of(model).rows and not _beyond(model, lengths):
+        return rows_nll(model, input_ids, lengths, trained)
+    return padded_nll(model, input_ids, lengths, trained)
+
+
+def few_sizes(n: int) -> int:
+    """n rounded up to one of few sizes, no more than a sixteenth (or 15) above it: 16, 32, … 512, 544, … 1024, 1088, …
+
+    oneDNN compiles a product for each number of rows that it meets and keeps it with its scratch until there are 1,024
+    others. Rows of ever new lengths never come to an end of that, and tensors of ever new sizes leave holes in the
+    heap."""
+    step = max(STEP, 1 << max(0, (n - 1).bit_length() - 5))
+    return n + -n % step
+
+
+def _rounds(weight: Tensor) -> bool:
+    """Whether products of this weight are oneDNN's, in 16 bits on the CPU."""
+    return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def rows_nll(
+    model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, layout: RowLayout | None = None,
+    rounded: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """`rows_loss` of each trained token: (M,). `layout`: of those lengths, for whoever wants to see who attended.
+
+    `rounded`: padding makes the tokens, and those of them whose output is wanted, one of `few_sizes`; None: where that
+    pays. Real tokens come first, so neither their dropout nor anything else of them changes."""
+    device = input_ids.device
+    at = trained.nonzero()[:, 0]
+    count = len(at)
+    if rounded is None:
+        rounded = layout is None and _rounds(model.get_input_embeddings().weight)
+    if rounded:
+        size = few_sizes(len(input_ids))
+        if few_sizes(count) == size:  # there are always more tokens than wanted ones: see below
+            size = few_sizes(size + 1)
+        missing, longest = size - len(input_ids), max(lengths)
+        lengths = [*lengths, *[longest] * (missing // longest), *([missing % longest] if missing % longest else [])]
+        input_ids = torch.cat([input_ids, input_ids[:1].expand(missing)])
+        at = torch.cat([at, at[-1:].expand(few_sizes(count) - count)]) if count else at
+        layout = RowLayout(lengths, device, step=STEP)
+    layout = RowLayout(lengths, device) if layout is None else layout
+    layout.keep = at - 1 if report_of(model).keeps else None
+    # A 4-d mask is passed on untouched by transformers; it keeps an N × N one from being made. The attention interface
+    # of speed.py goes by the layout and does not read it.
+    untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+    out = _decoder(model)(
+        input_ids=input_ids[None],
+        position_ids=layout.positions[None],
+        attention_mask=untouched,
+        use_cache=False,
+        row_layout=layout,
+    )
+    hidden = out.last_hidden_state[0]
+    # A last layer that an adapter replaces whole gives all positions: always more, as first tokens are not trained.
+    return _head_nll(model, hidden if len(hidden) == len(at) else hidden[at - 1], input_ids[at])[:count]
+
+
+def _decoder(model: Any) -> Any:
+    """The model below the head. Some families' get_decoder returns the whole model."""
+    decoder = model.get_decoder()
+    return model.model if decoder is model else decoder
+
+
+def padded_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
+    """`padded_loss` of each trained token: (M,)."""
+    rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
+    wanted = nn.utils.rnn.pad_sequence(list(trained.split(list(lengths))), batch_first=True)
+    place = torch.arange(rows.shape[1], device=rows.device)
+    mask = place[None] < torch.tensor(list(lengths), device=rows.device)[:, None]
+    logits = model(input_ids=rows, attention_mask=mask.long(), use_cache=False).logits
+    at = wanted[:, 1:]
+    return F.cross_entropy(logits[:, :-1][at].float(), rows[:, 1:][at], reduction="none")
+
+
+def _head_nll(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """−log softmax(head(hidden))[target]: (M,). hidden: (M, d), targets: (M,)."""
+    head = model.get_output_embeddings()
+    plain = projection_of(head)
+    weight = plain.weight if plain is not None and plain.A is None and plain.bias is None else None
+    if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype:
+        return token_nll(hidden, weight, targets)
+    out = []
+    for part, y in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+        if torch.is_grad_enabled():
+            out.append(torch.utils.checkpoint.checkpoint(_chunk_nll, model, head, part, y, use_reentrant=False))
+        else:
+            out.append(_chunk_nll(model, head, part, y))
+    return torch.cat(out)
+
+
+def _chunk_nll(model: Any, head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    logits = head(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _head_is_more(config: Any) -> bool:
+    """Whether the family does something to the logits after the head."""
+    return bool(getattr(config, "final_logit_softcapping", None))
+
+
+def _beyond(model: Any, lengths: Sequence[int]) -> bool:
+    """Whether rows beside one another are more than Llama 4 takes: its chunked attention is plain causal attention only
+    within one chunk, and its layers without positions scale by the place in the whole batch from `floor_scale` on."""
+    config = model.config.get_text_config()
+    chunk, floor = getattr(config, "attention_chunk_size", None), getattr(config, "floor_scale", None)
+    if chunk is not None and max(lengths) > chunk:
+        return True
+    return floor is not None and bool(getattr(config, "attn_temperature_tuning", False)) and sum(lengths) >= floor

@@ -1,0 +1,321 @@
+"""How frozen weights are kept in 4 and 8 bits: codes and constants, in bitsandbytes' layouts and arithmetic.
+
+    nf4, fp4, …       w = table[code]·absmax                 a block of 64 weights has one absmax
+    doubly            absmax = map[code₈]·absmax₂ + mean     a block of 256 absmax has one absmax₂; 4.127 bits a weight
+    int8              w = code·absmax / 127                  one absmax a row
+
+Products and sums in float32, each rounded by itself, and one rounding at the end: codes, constants and values are the
+same bits as bitsandbytes' (QLoRA, arXiv 2305.14314; blocks and the 8-bit map, arXiv 2110.02861). Compiled kernels on
+the CPU, bitsandbytes' own on CUDA where it is installed, torch's operations elsewhere, which are the reference.
+Other layouts may be brought as further classes of the kind of `Code` (ops/ggml.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from veneer.compat import BITSANDBYTES
+from veneer.ops import cpu as kernels
+
+__all__ = [
+    "BLOCK", "KINDS", "SAVED_KINDS", "Blocks4", "Code", "Rows8", "Stacked", "code_of", "dynamic_map", "row_count",
+    "table", "with_tensors",
+]  # fmt: skip
+
+KINDS = ("nf4", "fp4", "e2m1", "int4", "int8")
+SAVED_KINDS = ("nf4", "fp4")
+"""The 4-bit kinds that bitsandbytes has: those of its kernels and of its checkpoints."""
+BLOCK, NESTED = 64, 256
+_CHUNK = 1 << 20  # weights that the reference works on at once: its temporaries are several times as large
+
+
+class Code(Protocol):
+    """How the weights of a tensor are kept. `shape`: the weight's. A weight is seen as rows of its last dimension."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
+        """The dequantised rows first … last: (last − first, columns)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is kept."""
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> Code:
+        """The same with each of its tensors changed (copied, moved to a device)."""
+
+
+# -- 4 bits ------------------------------------------------------------------------------------------------------------
+
+_TABLES = {
+    # quantiles of the normal distribution, each bin as likely as the next, with an exact zero (QLoRA, appendix E)
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    # bitsandbytes' float: a sign, two bits of exponent, one of mantissa, over the largest, but for its one subnormal
+    "fp4": tuple(s * v / 12 for s in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+    # the same with the subnormal that the format has, and whole numbers: the others of QLoRA's table 2
+    "e2m1": tuple(s * v / 6 for s in (1, -1) for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)),
+    "int4": tuple(v / 7 for v in (*range(-7, 0), 0, *range(8))),
+}  # fmt: skip
+
+
+@functools.cache
+def table(kind: str, device: torch.device | None = None) -> Tensor:
+    """The sixteen values of a 4-bit kind in the order of their codes: (16,) float32 in −1 … 1."""
+    return torch.tensor(_TABLES[kind], dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _places(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(bounds, order): a value above k of the 15 bounds has the code order[k]."""
+    values, order = table(kind).sort(stable=True)
+    return ((values[:-1] + values[1:]) / 2).to(device), order.to(device, torch.int32)
+
+
+@functools.cache
+def dynamic_map(device: torch.device | None = None) -> Tensor:
+    """The 8-bit dynamic data type, signed: (256,) float32, sorted. A code has a decade and as many bits of a linear
+    fraction as the decade leaves (arXiv 1511.04561)."""
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        middles = (edges[:-1] + edges[1:]) / 2.0
+        for scale in (10.0 ** (decade - 6), -(10.0 ** (decade - 6))):
+            values += (middles * scale).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class Blocks4:
+    """packed: (⌈n/2⌉,) uint8, two codes a byte, the first in the high half. absmax: (⌈n/64⌉,) float32; or doubly
+    quantised: (⌈n/64⌉,) uint8 with absmax2 (⌈n/16384⌉,) and mean (), float32."""
+
+    kind: str
+    shape: tuple[int, ...]
+    packed: Tensor
+    absmax: Tensor
+    absmax2: Tensor | None = None
+    mean: Tensor | None = None
+    block: int = BLOCK
+    nested: int = NESTED
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"packed": self.packed, "absmax": self.absmax, "absmax2": self.absmax2, "mean": self.mean}
+        return {name: t for name, t in named.items() if t is not None}
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> Blocks4:
+        changed: dict[str, Any] = {name: change(t) for name, t in self.tensors().items()}
+        return replace(self, **changed)
+
+    def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
+        columns = self.shape[-1]
+        start, count = first * columns, (last - first) * columns
+        library = _gpu_library(self.kind, self.block, self.packed.device.type)
+        if library is not None and not start % self.block:
+            return self._by_bitsandbytes(library, dtype, start, count).view(-1, columns)
+        native = _native("blocks4_dense", self.packed, dtype)
+        if native is None:
+            parts = [
+                self._reference(at, min(_CHUNK, start + count - at)).to(dtype)
+                for at in range(start, start + count, _CHUNK)
+            ]
+            return torch.cat(parts).view(-1, columns)
+        out = torch.empty(last - first, columns, dtype=dtype)
+        doubly = self.absmax2 is not None and self.mean is not None
+        native.blocks4_dense(
+            self.packed.data_ptr(), (self.absmax2 if self.absmax2 is not None else self.absmax).data_ptr(),
+            self.absmax.data_ptr() if doubly else None, dynamic_map().data_ptr() if doubly else None,
+            float(self.mean) if self.mean is not None else 0.0, table(self.kind).data_ptr(), start, count, self.block,
+            self.nested, out.data_ptr(), int(dtype == torch.float32), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def _reference(self, start: int, count: int) -> Tensor:
+        """Weights start … start + count in float32, by torch's own operations."""
+        at = torch.arange(start // 2, (start + count + 1) // 2, device=self.packed.device)
+        both = self.packed[at]
+        codes = torch.stack([both >> 4, both & 15], 1).flatten()[start % 2 :][:count]
+        first, last = self._blocks(start, count)
+        blocks = torch.arange(start, start + count, device=self.packed.device) // self.block - first
+        return table(self.kind, self.packed.device)[codes.int()] * self._absmax(first, last)[blocks]
+
+    def _by_bitsandbytes(self, library: Any, dtype: torch.dtype, start: int, count: int) -> Tensor:
+        """The same by its kernels for GPUs."""
+        absmax, packed = self._absmax(*self._blocks(start, count)), self.packed[start // 2 : (start + count + 1) // 2]
+        out: Tensor = library.dequantize_4bit(packed[:, None], absmax, self.block, self.kind, (1, count), dtype)
+        return out.flatten()
+
+    def _blocks(self, start: int, count: int) -> tuple[int, int]:
+        return start // self.block, -(-(start + count) // self.block)
+
+    def _absmax(self, first: int, last: int) -> Tensor:
+        """Of blocks first … last, float32."""
+        own = self.absmax[first:last]
+        if self.absmax2 is None or self.mean is None:
+            return own
+        by = self.absmax2[torch.arange(first, last, device=own.device) // self.nested]
+        return dynamic_map(own.device)[own.int()] * by + self.mean
+
+
+def _blocks4(weight: Tensor, kind: str, double: bool) -> Blocks4:
+    flat = weight.contiguous().view(-1)
+    n = flat.numel()
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=flat.device)
+    bounds, order = _places(kind, flat.device)
+    native = _native("blocks4_quantise", packed, flat.dtype)
+    if native is not None:
+        native.blocks4_quantise(
+            flat.data_ptr(), int(flat.dtype == torch.float32), bounds.data_ptr(), order.data_ptr(), n, BLOCK,
+            packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    else:
+        for start in range(0, n, _CHUNK):
+            part = flat[start : start + _CHUNK].float()
+            blocks = torch.nn.functional.pad(part, (0, -len(part) % BLOCK)).view(-1, BLOCK)
+            most = blocks.abs().amax(1)
+            absmax[start // BLOCK :][: len(most)] = most
+            inside = (blocks * (1.0 / most.clamp(min=1e-38))[:, None]).flatten()[: len(part) + len(part) % 2]
+            codes = order[torch.bucketize(inside, bounds)].to(torch.uint8)
+            packed[start // 2 :][: len(codes) // 2] = codes[::2] << 4 | codes[1::2]
+    if not double:
+        return Blocks4(kind, tuple(weight.shape), packed, absmax)
+    mean = absmax.mean()
+    codes8, absmax2 = _blocks8(absmax - mean)
+    return Blocks4(kind, tuple(weight.shape), packed, codes8, absmax2, mean)
+
+
+def _blocks8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes of the dynamic map, absmax of each block of 256)."""
+    blocks = torch.nn.functional.pad(x, (0, -len(x) % NESTED)).view(-1, NESTED)
+    most = blocks.abs().amax(1)
+    values = dynamic_map(x.device)
+    inside = (blocks * (1.0 / most.clamp(min=1e-38))[:, None]).flatten()[: len(x)]
+    return torch.bucketize(inside, (values[:-1] + values[1:]) / 2, out_int32=True).to(torch.uint8), most
+
+
+# -- 8 bits ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows8:
+    """codes: (rows, columns) int8, absmax: (rows,) float32. bitsandbytes' "vector-wise" weights, its CB and SCB."""
+
+    shape: tuple[int, ...]
+    codes: Tensor
+    absmax: Tensor
+    kind: str = "int8"
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"codes": self.codes, "absmax": self.absmax}
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> Rows8:
+        return replace(self, codes=change(self.codes), absmax=change(self.absmax))
+
+    def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
+        codes, absmax = self.codes[first:last], self.absmax[first:last]
+        native = _native("rows8_dense", codes, dtype)
+        if native is None:
+            return (codes.float() * absmax[:, None] * 7.874015718698502e-3).to(dtype)
+        out = torch.empty(codes.shape, dtype=dtype)
+        native.rows8_dense(
+            codes.data_ptr(), absmax.data_ptr(), *codes.shape, out.data_ptr(), int(dtype == torch.float32),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+def _rows8(weight: Tensor) -> Rows8:
+    rows = weight.reshape(-1, weight.shape[-1])
+    absmax = rows.abs().amax(1).float()
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
+    step = max(1, _CHUNK // rows.shape[1])
+    for start in range(0, len(rows), step):
+        part, most = rows[start : start + step].float(), absmax[start : start + step]
+        codes[start : start + step] = (part * (127.0 / most.clamp(min=1e-38))[:, None]).round().to(torch.int8)
+    return Rows8(tuple(weight.shape), codes, absmax)
+
+
+def code_of(weight: Tensor, kind: str, double: bool) -> Code:
+    """Codes of a float32 or bfloat16 weight; see `quantised.quantise`."""
+    return _rows8(weight) if kind == "int8" else _blocks4(weight, kind, double)
+
+
+# -- several of one width below one another ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Weights (rows, columns) of one width as one."""
+
+    parts: tuple[Code, ...]
+
+    @property
+    def kind(self) -> str:
+        return self.parts[0].kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(row_count(p) for p in self.parts), self.parts[0].shape[-1])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{i}.{name}": t for i, p in enumerate(self.parts) for name, t in p.tensors().items()}
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> Stacked:
+        return Stacked(tuple(p.moved(change) for p in self.parts))
+
+    def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
+        found, at = [], 0
+        for part in self.parts:
+            low, high = max(first - at, 0), min(last - at, row_count(part))
+            if low < high:
+                found.append(part.dense(dtype, low, high))
+            at += row_count(part)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def with_tensors(code: Code, tensors: Iterable[Tensor]) -> Code:
+    """The same code over other tensors, given in the order of `code.tensors()`."""
+    values = iter(tensors)
+    return code.moved(lambda _: next(values))
+
+
+def row_count(code: Code) -> int:
+    """Rows of a weight, seen as rows of its last dimension."""
+    return math.prod(code.shape[:-1])
+
+
+def _gpu_library(kind: str, block: int, device: str) -> Any:
+    """bitsandbytes' operators where they decode this: on CUDA, nf4 and fp4 alone (it takes every other 4-bit kind for
+    nf4), in blocks that its kernels have."""
+    theirs = device == "cuda" and kind in SAVED_KINDS and block in (64, 128, 256, 512, 1024, 2048, 4096)
+    return _bitsandbytes() if theirs else None
+
+
+@functools.cache
+def _bitsandbytes() -> Any:
+    """Its operators, or None where it is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        return None
+    BITSANDBYTES.check()
+    return torch.ops.bitsandbytes
+
+
+def _native(kernel: str, codes: Tensor, dtype: torch.dtype) -> Any:
+    """The compiled kernels, if they have this one and it takes these."""
+    if codes.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32) or not codes.is_contiguous():
+        return None
+    return kernels.usable(kernel)

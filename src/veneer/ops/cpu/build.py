@@ -1,0 +1,133 @@
+"""The compiled kernels on disk: built once for a processor and a compiler, tried once, and loaded only from a folder
+that nobody else can write to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["Built", "built", "compile_kernels", "distrusted", "left_out"]
+
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
+"""No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
+
+
+class Built:
+    """`library`: the file. `wrong`: of each kernel that is not to be used, why. `notes`: what a person should know."""
+
+    def __init__(self, library: Path, wrong: dict[str, str], notes: list[str]) -> None:
+        self.library, self.wrong, self.notes = library, wrong, notes
+
+
+def built(compiler: str, sources: Sequence[Path], headers: Sequence[Path]) -> Built:
+    """The kernels, compiled and tried unless they have been. Raises OSError or subprocess.SubprocessError where they
+    cannot be, or where there is no folder to trust."""
+    here = Path(__file__).parent
+    tests = [here / "selftest.py", here / "selftest_products.py"]
+    texts = [path.read_text() for path in (*sources, *headers, *tests)]
+    key = hashlib.sha256("\0".join([*texts, *_machine(compiler), *FLAGS]).encode()).hexdigest()[:16]
+    notes: list[str] = []
+    for folder in _folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            notes.append(f"{folder} cannot be used ({error.strerror})")
+            continue
+        if why := distrusted(folder):
+            notes.append(f"{folder} is not used: {why}")
+            continue
+        library, record = folder / f"native-{key}.so", folder / f"native-{key}.json"
+        for path in (library, record):
+            if path.exists() and (why := distrusted(path)):
+                notes.append(f"{path.name} was made anew: {why}")
+                library.unlink(missing_ok=True)
+                record.unlink(missing_ok=True)
+        if not library.exists():
+            record.unlink(missing_ok=True)
+            compile_kernels(compiler, sources, library)
+        if not record.exists():
+            _write(record, json.dumps(left_out(library)))
+        return Built(library, json.loads(record.read_text()), notes)
+    raise OSError("; ".join(["there is no folder to keep them in that only you can write to", *notes]))
+
+
+def distrusted(path: Path) -> str:
+    """Why what lies there, or behind that link, may be another's work; "" where only we and root could have written it.
+    What is loaded runs with all our rights."""
+    if not hasattr(os, "geteuid"):  # Windows, where a profile's folders are its owner's
+        return ""
+    found = path.stat()
+    if found.st_uid not in (0, os.geteuid()):
+        return "it belongs to another user"
+    return "others may write to it" if found.st_mode & 0o022 else ""
+
+
+def compile_kernels(compiler: str, sources: Sequence[Path], target: Path, more: Sequence[str] = ()) -> None:
+    """Compile to `target`, which appears whole or not at all. `more`: further arguments."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / target.name
+        subprocess.run(
+            [compiler, *FLAGS, *more, *map(str, sources), "-o", str(made), "-lm"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        made.chmod(0o700)  # whatever the umask
+        made.replace(target)
+
+
+def left_out(library: Path) -> dict[str, str]:
+    """Kernels that do not do here what their formulas say, each with the reason. A process tries them, and a kernel
+    that ends it is left out of the next. Raises OSError where none could be tried."""
+    wrong: dict[str, str] = {}
+    code = "import sys; from veneer.ops.cpu.selftest import main; main(sys.argv[1:])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "VENEER_NATIVE": "0"}
+    while True:
+        command = [sys.executable, "-c", code, str(library), *wrong]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        said = [json.loads(line) for line in done.stdout.splitlines()]
+        wrong |= {line["ended"]: line["wrong"] for line in said if line.get("wrong")}
+        if done.returncode == 0:
+            return wrong
+        if not said or "begins" not in said[-1]:
+            last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+            raise OSError(f"they could not be tried: {last}")
+        wrong[said[-1]["begins"]] = f"ends its process ({done.returncode})"
+
+
+def _folders() -> list[Path]:
+    home = Path(os.environ.get("VENEER_HOME") or Path.home() / ".veneer")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [home / "kernels", cache / "veneer" / "kernels"]
+
+
+def _machine(compiler: str) -> list[str]:
+    """What decides which instructions are made: what the compiler itself takes -march=native for, and the processor's
+    own list. On one with unlike cores, the lists of all of them."""
+    resolve = [compiler, "-march=native"]
+    macros = subprocess.run(
+        [*resolve, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    options = subprocess.run([*resolve, "-Q", "--help=target"], capture_output=True, text=True, timeout=60).stdout
+    features = ("flags", "features", "isa", "cpu implementer", "cpu part")  # of x86, ARM, RISC-V, ARM
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    except OSError:
+        lines = []
+    own = sorted({line for line in lines if line.partition(":")[0].strip().lower() in features})
+    return [platform.machine(), macros, options, *own]
+
+
+def _write(path: Path, text: str) -> None:
+    handle, made = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w") as f:
+        f.write(text)
+    os.replace(made, path)

@@ -1,0 +1,269 @@
+"""Frozen weights in 4 and 8 bits: a tensor that holds codes and multiplies as the weight they stand for.
+
+`quantise` makes a `Quantised` of an ordinary weight; ops/codes.py has how its codes are laid out. To the rest of torch
+a `Quantised` is a frozen weight of `dtype` whose values are the dequantised ones, rounded once to that dtype: every
+operation gives what it would give with that weight. Products make the dequantised weight for their own length and drop
+it; a product under autograd keeps the codes for backward and dequantises again. Views by rows, a transpose and a move
+to another device stay quantised; whatever else is asked of it is computed on the dequantised weight, and is a tensor of
+its own. It cannot be written to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from veneer.compat import TORCH
+from veneer.errors import BaseError
+from veneer.ops.codes import KINDS, Code, Stacked, code_of, row_count, with_tensors
+
+__all__ = ["Quantised", "dequantised", "quantise", "stacked"]
+
+
+class Quantised(torch.Tensor):
+    """A weight that is kept as `code`; see the module. Rows first … last of the code's, (…, columns), or with `turned`
+    its last two dimensions the other way round. `kept`: the dequantised weight, where `keep` was called."""
+
+    code: Code
+    first: int
+    last: int
+    turned: bool
+    kept: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls: type[Quantised], code: Code, dtype: torch.dtype, shape: Sequence[int] | None = None, first: int = 0,
+        last: int | None = None, turned: bool = False, kept: Tensor | None = None,
+    ) -> Quantised:  # fmt: skip
+        size = list(code.shape if shape is None else shape)
+        if turned:
+            size[-2:] = size[:-3:-1]
+        device = next(iter(code.tensors().values())).device
+        make = TORCH("torch.Tensor._make_wrapper_subclass")
+        return cast("Quantised", make(cls, size, dtype=dtype, device=device, requires_grad=False))
+
+    def __init__(
+        self, code: Code, dtype: torch.dtype, shape: Sequence[int] | None = None, first: int = 0,
+        last: int | None = None, turned: bool = False, kept: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.code, self.first, self.turned, self.kept = code, first, turned, kept
+        self.last = row_count(code) if last is None else last
+
+    __torch_function__ = TORCH("torch._C._disabled_torch_function_impl")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Quantised({self.code.kind}, {tuple(self.shape)}, {self.dtype}, {self.bytes:,} bytes)"
+
+    @property
+    def bytes(self) -> int:
+        """What the codes and constants take, of the whole tensor that this may be a part of."""
+        return sum(t.numel() * t.element_size() for t in self.code.tensors().values())
+
+    def dense(self) -> Tensor:
+        """The dequantised weight. Not to be written to: it may be the kept one."""
+        if self.kept is not None:
+            return self.kept
+        out = self.code.dense(self.dtype, self.first, self.last)
+        if not self.turned:
+            return out.view(self.shape)
+        return out.view(*self.shape[:-2], self.shape[-1], self.shape[-2]).transpose(-1, -2)
+
+    def keep(self) -> None:
+        """Keep the dequantised weight from now on: twice or four times the memory of a 16-bit one's codes, and no
+        dequantising."""
+        self.kept = self.dense()
+
+    def part(self, first: int, last: int, shape: Sequence[int]) -> Quantised:
+        """Rows first … last of this one, as `shape`."""
+        at = self.first
+        kept = None if self.kept is None else self.kept.reshape(-1, self.shape[-1])[first:last].view(tuple(shape))
+        return Quantised(self.code, self.dtype, shape, at + first, at + last, False, kept)
+
+    def like(self, code: Code, dtype: torch.dtype | None = None) -> Quantised:
+        """The same view of another code."""
+        return Quantised(code, dtype or self.dtype, self._stored, self.first, self.last, self.turned)
+
+    @property
+    def _stored(self) -> tuple[int, ...]:
+        """The shape before `turned`."""
+        return tuple(self.shape) if not self.turned else (*self.shape[:-2], self.shape[-1], self.shape[-2])
+
+    # torch swaps what module.to(…) changes by these two; without them it would keep the old codes
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        inner = {f"code_{name.replace('.', '_')}": t for name, t in self.code.tensors().items()}
+        self.__dict__.update(inner)
+        return list(inner), (self.code, self.dtype, self._stored, self.first, self.last, self.turned)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], rest: Any, size: Any, stride: Any) -> Quantised:
+        code, *view = rest
+        return Quantised(with_tensors(code, inner.values()), *view)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Quantised:
+        out = self.like(self.code.moved(Tensor.clone))
+        memo[id(self)] = out
+        return _as_parameter(out) if isinstance(self, torch.nn.Parameter) else out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restored, (self.code, self.dtype, self._stored, self.first, self.last, self.turned)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        own = _OWN.get(func.overloadpacket)
+        if own is not None:
+            out = own(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        _refuse_writing(func, args, kwargs)
+        made = func(*_dense(args), **_dense(kwargs))
+        # a view of the kept weight would be a way to write to it; of another it is a view of what nobody else has
+        kept = any(isinstance(t, Quantised) and t.kept is not None for t in args)
+        return _mapped(made, Tensor.clone) if kept and _is_view(func) else made
+
+
+def _as_parameter(weight: Quantised) -> Quantised:
+    return cast("Quantised", torch.nn.Parameter(weight, requires_grad=False))
+
+
+def _restored(code: Code, dtype: torch.dtype, shape: tuple[int, ...], first: int, last: int, turned: bool) -> Quantised:
+    return Quantised(code, dtype, shape, first, last, turned)
+
+
+def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises BaseError where an operation would write to a quantised weight: what it wrote would be lost, or would
+    change the frozen base."""
+    for i, formal in enumerate(func._schema.arguments):
+        if formal.alias_info is None or not formal.alias_info.is_write:
+            continue
+        given = args[i] if i < len(args) else kwargs.get(formal.name)
+        for weight in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(weight, Quantised):
+                raise BaseError(
+                    f"{func} would write to a weight in {weight.code.kind}, {tuple(weight.shape)}: it is frozen",
+                    fix="work on a copy (veneer.ops.quantised.dequantised(weight).clone()), or put a new weight in "
+                    "its place: load_state_dict(…, assign=True)",
+                )
+
+
+def _is_view(func: Any) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def _dense(value: Any) -> Any:
+    return _mapped(value, lambda t: t.dense() if isinstance(t, Quantised) else t)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(v, change) for v in value)
+    if isinstance(value, dict):
+        return {key: _mapped(v, change) for key, v in value.items()}
+    return value
+
+
+def _same(w: Any, *args: Any, **kwargs: Any) -> Any:
+    out = w.like(w.code)
+    out.kept = w.kept
+    return out
+
+
+def _turn(w: Any, *dims: int, **kwargs: Any) -> Any:
+    if dims and {d % w.ndim for d in dims} != {w.ndim - 2, w.ndim - 1}:
+        return NotImplemented
+    kept = None if w.kept is None else w.kept.transpose(-1, -2)
+    return Quantised(w.code, w.dtype, w._stored, w.first, w.last, not w.turned, kept)
+
+
+def _select(w: Any, dim: int, index: int) -> Any:
+    if dim % w.ndim or w.ndim < 3 or w.turned:
+        return NotImplemented
+    rows, index = math.prod(w.shape[1:-1]), int(index) % w.shape[0]
+    return w.part(index * rows, (index + 1) * rows, w.shape[1:])
+
+
+def _slice(w: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    if dim % w.ndim or step != 1 or w.turned or w.ndim < 2:
+        return NotImplemented
+    start, end, _ = slice(start, end).indices(w.shape[0])
+    rows, end = math.prod(w.shape[1:-1]), max(start, end)
+    return w.part(start * rows, end * rows, (end - start, *w.shape[1:]))
+
+
+def _split(w: Any, size: int | Sequence[int], dim: int = 0) -> Any:
+    if dim % w.ndim or w.turned or w.ndim < 2:
+        return NotImplemented
+    whole = w.shape[0]
+    sizes = [min(size, whole - at) for at in range(0, whole, size)] if isinstance(size, int) else size
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [_slice(w, 0, end - n, end) for n, end in zip(sizes, ends, strict=True)]
+
+
+def _unbind(w: Any, dim: int = 0) -> Any:
+    if dim % w.ndim or w.turned or w.ndim < 3:
+        return NotImplemented
+    return [_select(w, 0, i) for i in range(w.shape[0])]
+
+
+def _to_copy(w: Any, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    return w.like(w.code.moved(lambda t: t.to(device, copy=True, non_blocking=non_blocking)), dtype)
+
+
+def _clone(w: Any, **kwargs: Any) -> Any:
+    return w.like(w.code.moved(Tensor.clone))
+
+
+def _embedding(w: Any, indices: Any, *args: Any) -> Any:
+    """Rows of a quantised table, dequantised one by one where that is less than the whole."""
+    if not isinstance(w, Quantised) or w.turned or w.ndim != 2 or w.kept is not None or indices.numel() > w.shape[0]:
+        return NotImplemented
+    used, place = torch.unique(indices, return_inverse=True)
+    rows = torch.cat([w.code.dense(w.dtype, w.first + int(i), w.first + int(i) + 1) for i in used])
+    return rows[place]
+
+
+_aten = torch.ops.aten
+_OWN: dict[Any, Callable[..., Any]] = {
+    _aten.detach: _same, _aten.alias: _same, _aten.lift_fresh: _same, _aten.t: _turn, _aten.transpose: _turn,
+    _aten.select: _select, _aten.slice: _slice, _aten.split: _split, _aten.split_with_sizes: _split,
+    _aten.unbind: _unbind,
+    _aten._to_copy: _to_copy, _aten.clone: _clone, _aten.embedding: _embedding,
+}  # fmt: skip
+
+
+def quantise(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dtype | None = None) -> Quantised:
+    """`weight` (…, columns), float32, bfloat16 or float16, as `kind`: one of KINDS. `double`: the absmax of
+    4-bit kinds in 8 bits. `dtype`: what the result computes in, the weight's own where it is not given.
+
+    Raises ValueError for another kind and for weights that are not finite, which no code stands for."""
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is not one of {', '.join(KINDS)}")
+    weight = weight.detach()
+    dtype = weight.dtype if dtype is None else dtype
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        weight = weight.float()
+    if not bool(torch.isfinite(weight.sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):
+        raise ValueError("the weight has values that are not finite")
+    return Quantised(code_of(weight, kind, double), dtype)
+
+
+def stacked(parts: Sequence[Quantised]) -> Quantised:
+    """Whole weights (rows, columns) of one width below one another, without copying a code."""
+    if len(parts) == 1:
+        return parts[0]
+    return Quantised(Stacked(tuple(p.code for p in parts)), parts[0].dtype)
+
+
+def dequantised(weight: Tensor) -> Tensor:
+    """The values of a weight: its own, or what its codes stand for."""
+    return weight.dense() if isinstance(weight, Quantised) else weight

@@ -1,0 +1,526 @@
+"""The embedded engine: one thread that steps, and the async side that surfaces talk to.
+
+    a step    what came in → scheduler (who, which tokens) → runner (one forward) → sampler → text → events
+
+Everything that changes lives in the step's thread; others leave notes in a box. A request's adapters are leased before
+it runs and given back when it ends, however it ends. What goes wrong with one request ends that one alone: a step that
+fails is run again row by row, and who fails then is told so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Adapter
+from veneer.models.text.base import TextBase
+from veneer.serve.engine.admission import FairPool
+from veneer.serve.engine.cache import Cache
+from veneer.serve.engine.detokenize import Answer
+from veneer.serve.engine.sampler import Choice, Constraint, sample, scored
+from veneer.serve.engine.sampler import Row as Draws
+from veneer.serve.engine.scheduler import Chunk, Pace, Scheduler, Sequence
+from veneer.serve.forward.paged import BLOCK
+from veneer.serve.forward.runner import Prepared, Row, Runner, WeightKind
+from veneer.serve.names.resident import Lease, Residents
+from veneer.serve.outage import fault
+from veneer.serve.request import BASE, EngineStats, Event, Finished, Mix, Refused, Request, Started, Token, Usage
+
+__all__ = ["EngineSettings", "TextEngine"]
+
+log = logging.getLogger(__name__)
+
+SCORED = 64
+"""Tokens of a prompt whose logprobs are taken at once: each holds its row of logits in float32."""
+
+LOST = 3
+"""Steps in a row that failed for everybody in them, after which the engine says so."""
+STEPS = 64
+"""Steps from which the engine learns how long steps take."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """`rows`: sequences at once; `budget`: tokens in a step; `cache_bytes`: of keys and values; `adapter_bytes`: of
+    adapters in memory; `queue`: requests that may wait; `merge_bytes`: what a second set of weights may take, for a mix
+    that every row of `merge_after` steps in a row had, 0 for never. `weights`, `batch_invariant`: see Runner.
+    `step_seconds`: how long a step may take where there are tenants, so that whoever comes need not wait long for it to
+    end; `stuck_seconds`: how long it takes until one that does not end is a fault."""
+
+    rows: int = 32
+    budget: int = 512
+    cache_bytes: int = 1 << 30
+    adapter_bytes: int = 1 << 30
+    queue: int = 1024
+    merge_bytes: int = 512 << 20
+    merge_after: int = 256
+    weights: WeightKind = "dense"
+    batch_invariant: bool = False
+    step_seconds: float = 0.2
+    stuck_seconds: float = 120.0
+
+
+@dataclass(eq=False)
+class _Live:
+    """A request in the engine."""
+
+    request: Request
+    draws: Draws
+    answer: Answer
+    tell: Callable[[Event], None]
+    loop: asyncio.AbstractEventLoop
+    came: float
+    sequence: Sequence | None = None
+    lease: Lease[Prepared] | None = None
+    waits: Callable[[Any], None] | None = None
+    began: float | None = None
+    first: float | None = None
+    last: float | None = None
+    prompt: dict[int, Choice] = field(default_factory=dict)
+    """Place in the prompt -> its token's logprobs, where they are asked for."""
+
+
+@dataclass
+class _Counts:
+    steps: int = 0
+    prompt: int = 0
+    generated: int = 0
+
+
+class TextEngine:
+    """Serves a text base. `read`: digest -> adapter, from disk. Start it before use and stop it at the end."""
+
+    def __init__(self, base: TextBase, read: Callable[[str], Adapter], settings: EngineSettings | None = None) -> None:
+        self.base, self.settings = base, settings or EngineSettings()
+        settings = self.settings
+        self.runner = Runner(
+            base,
+            cache_bytes=settings.cache_bytes,
+            weights=settings.weights,
+            batch_invariant=settings.batch_invariant,
+        )
+        self.residents: Residents[Prepared] = Residents(
+            read, self.runner.prepare, limit_bytes=settings.adapter_bytes, freed=self._freed
+        )
+        self.cache = Cache(self.runner.blocks, BLOCK)
+        self.scheduler = Scheduler(
+            self.cache, rows=settings.rows, budget=settings.budget, ready=self._ready, shares=self.runner.shares
+        )
+        self.context = self.runner.context
+        self.vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
+        self._live: dict[Sequence, _Live] = {}
+        self._by_id: dict[str, _Live] = {}
+        self._box: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Callable[[Event], None], Event]]] = defaultdict(list)
+        self._state: Literal["new", "open", "draining", "closed"] = "new"
+        self._counts = _Counts()
+        self._texts: dict[int, str] = {}
+        self._took: deque[tuple[float, float, float, float]] = deque(maxlen=STEPS)
+        self._same: tuple[Mix, int] = (BASE, 0)
+        self._merger = ThreadPoolExecutor(1, thread_name_prefix="merge")
+        self._merging = False
+        self._compiles, self._masks = FairPool(2, "grammar"), ThreadPoolExecutor(2, thread_name_prefix="mask")
+        self._beat, self._lost = time.monotonic(), 0
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    # -- for whoever runs it -------------------------------------------------------------------------------------------
+
+    def start(self) -> TextEngine:
+        self._state = "open"
+        self._thread.start()
+        return self
+
+    def stop(self, drain: float = 0.0) -> None:
+        """Take no more requests; let those that run go on for up to `drain` seconds, then cancel what is left."""
+        if self._state == "closed":
+            return
+        self._state = "draining"
+        end = time.monotonic() + drain
+        while self._by_id and time.monotonic() < end:
+            time.sleep(0.02)
+        self._state = "closed"
+        self._box.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+        self.residents.close()
+        self._merger.shutdown(wait=True)
+        self._masks.shutdown(wait=True)
+        self._compiles.close()
+        self.runner.close()
+
+    def __enter__(self) -> TextEngine:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def problems(self, adapter: Adapter) -> list[str]:
+        """Why an adapter cannot be served here with full effect, one line each."""
+        return self.runner.problems(adapter)
+
+    def problem(self) -> str:
+        """Why nobody is served, if nobody is: a step that does not end, a thread that has, a device that fails."""
+        if self._state not in ("open", "draining"):
+            return ""
+        if not self._thread.is_alive():
+            return "the engine's thread has ended"
+        if (seconds := time.monotonic() - self._beat) > self.settings.stuck_seconds:
+            return f"the engine's step has not ended for {seconds:.0f} s"
+        return f"the last {self._lost} steps failed for everybody in them" if self._lost >= LOST else ""
+
+    def stats(self) -> EngineStats:
+        c, memory = self._counts, self.residents.stats()
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.waiting,
+            cache_used=self.cache.in_use / self.cache.size,
+            prefix_hits=self.scheduler.found,
+            prefix_lookups=self.scheduler.looked_for,
+            preemptions=self.scheduler.preemptions,
+            steps=c.steps,
+            prompt_tokens=c.prompt,
+            generated_tokens=c.generated,
+            adapters=memory.adapters,
+            adapter_bytes=memory.bytes,
+            evictions=memory.evictions,
+        )
+
+    # -- the async side ------------------------------------------------------------------------------------------------
+
+    async def events(self, request: Request) -> AsyncIterator[Event]:
+        """See request.Engine."""
+        self._check(request)
+        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        grammar: Constraint | None = None
+        if request.sampling.grammar is not None:
+            from veneer.serve.engine.grammar import matcher
+
+            asked, base = request.sampling.grammar, self.base
+            grammar = await self._compiles.run(
+                request.tenant, request.weight, len(asked[1]),
+                lambda: matcher(asked, base.tokenizer, self.vocabulary, base.stop_ids),
+            )  # fmt: skip
+        live = self._admit(request, grammar, inbox.put_nowait, loop)
+        try:
+            while True:
+                event = await inbox.get()
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            self._box.put(lambda: self._end(live, "cancelled"))
+
+    def _check(self, request: Request) -> None:
+        if self._state != "open":
+            raise Refused("the server is shutting down", status=503, code="shutting_down")
+        prompt, most = len(request.prompt), request.sampling.max_tokens
+        if not prompt:
+            raise Refused("the prompt is empty", status=400, code="invalid_request", param="prompt")
+        if prompt + most > self.context:
+            raise Refused(
+                f"This model's maximum context length is {self.context} tokens. However, you requested "
+                f"{prompt + most} tokens ({prompt} in the messages, {most} in the completion).",
+                status=400, code="context_exceeded", param="messages", fix="shorten the prompt or max_tokens",
+            )  # fmt: skip
+        if wrong := [t for t in request.prompt if not 0 <= t < self.vocabulary]:
+            what = f"token {wrong[0]} is none of this base's {self.vocabulary:,}"
+            raise Refused(what, status=400, code="invalid_request", param="prompt")
+        if len(self._by_id) - len(self.scheduler.running) >= self.settings.queue:
+            raise Refused("too many requests are waiting", status=429, code="overloaded", retry_after=1.0)
+
+    def _admit(
+        self,
+        request: Request,
+        grammar: Constraint | None,
+        tell: Callable[[Event], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> _Live:
+        ends = () if request.sampling.ignore_eos else self.base.stop_ids
+        draws = Draws(request.sampling, request.prompt, vocabulary=self.vocabulary, ends=ends, grammar=grammar)
+        answer = Answer(self.base.tokenizer, request.sampling, self.base.stop_ids)
+        live = _Live(request, draws, answer, tell, loop, time.monotonic())
+        if request.id in self._by_id:
+            raise Refused(f"a request {request.id!r} is running", status=400, code="invalid_request")
+        self._by_id[request.id] = live
+        self._box.put(lambda: self._begin(live))
+        return live
+
+    # -- the step's thread ---------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while self._state != "closed":
+            self._beat = time.monotonic()
+            try:
+                self._read_notes(wait=not self.scheduler.running and not self._startable())
+                self._beat = time.monotonic()
+                self._step()
+            except Exception as error:  # a fault of ours: whoever is here is told, and the next are served
+                self._lost += 1
+                refused = fault("the answer", error)
+                for live in list(self._by_id.values()):
+                    self._end(live, "error", error=refused)
+            self._send()
+        for live in list(self._by_id.values()):
+            self._end(live, "cancelled")
+        self._send()
+
+    def _startable(self) -> bool:
+        return any(live.lease is not None or live.request.mix == BASE for live in self._live.values())
+
+    def _read_notes(self, wait: bool) -> None:
+        """All that others have left. `wait`: there is nothing else to do."""
+        try:
+            note = self._box.get(timeout=1.0) if wait else self._box.get_nowait()
+            while note is not None:
+                note()
+                note = self._box.get_nowait()
+        except Empty:
+            pass
+        self._send()
+
+    def _begin(self, live: _Live) -> None:
+        if self._by_id.get(live.request.id) is not live:
+            return
+        live.sequence = self.scheduler.add(live.request)
+        self._live[live.sequence] = live
+        self._ready(live.sequence)
+
+    def _ready(self, sequence: Sequence) -> bool:
+        """Whether its adapters are here; asks for them the first time."""
+        live = self._live[sequence]
+        if live.lease is not None or live.request.mix == BASE:
+            return True
+        if live.waits is None:
+            live.waits = lambda result: self._box.put(lambda: self._leased(live, result))
+            live.lease = self.residents.acquire(live.request.mix, live.waits)
+        return live.lease is not None
+
+    def _leased(self, live: _Live, result: Lease[Prepared] | Refused) -> None:
+        if isinstance(result, Refused):
+            self._end(live, "error", error=result)
+        elif live.sequence in self._live:
+            live.lease = result
+        else:
+            result.release()
+
+    def _step(self) -> None:
+        chunks = self.scheduler.step()
+        if not chunks:
+            return
+        for chunk in chunks:
+            live = self._live[chunk.sequence]
+            if live.began is None:
+                live.began = time.monotonic()
+                self._counts.prompt += len(live.request.prompt)
+                self._tell(live, Started(chunk.sequence.cached))
+        self._counts.steps += 1
+        began = time.monotonic()
+        wanted = [c for c in chunks if c.last]
+        choices = dict(zip(map(id, wanted), self._choose(chunks, wanted), strict=True))
+        now = time.monotonic()
+        self._measure(chunks, now - began)
+        for chunk in chunks:
+            if (still := self._live.get(chunk.sequence)) is not None:  # else it failed by itself
+                self.scheduler.computed(chunk)
+                if chunk.last:
+                    self._take(still, choices[id(chunk)], now)
+        self._heat(chunks)
+
+    def _measure(self, chunks: list[Chunk], seconds: float) -> None:
+        """Learn the pace by least squares over the last steps: seconds = fixed + row · rows + token · tokens."""
+        rows = sum(chunk.end - chunk.start == 1 for chunk in chunks)
+        self._took.append((1.0, rows, sum(chunk.end - chunk.start for chunk in chunks) - rows, seconds))
+        if self._counts.steps % 8 == 0:
+            table = np.array(self._took)
+            fixed, row, token = np.linalg.lstsq(table[:, :3], table[:, 3], rcond=None)[0].clip(min=0.0).tolist()
+            self.scheduler.pace = Pace(fixed, row, token, self.settings.step_seconds)
+
+    def _choose(self, chunks: list[Chunk], wanted: list[Chunk]) -> list[Choice | Refused | None]:
+        """The next token of each chunk in `wanted`. Where the step fails, each row by itself, from the state before."""
+        rows = [self._row(c) for c in chunks]
+        for chunk in wanted:
+            self._live[chunk.sequence].draws.ahead(self._masks.submit)
+        try:
+            logits = self._scored(chunks, rows, self.runner.run(rows))
+            made: list[Choice | Refused | None] = (
+                list(sample(logits, [self._live[c.sequence].draws for c in wanted])) if wanted else []
+            )
+            self._lost = 0
+            return made
+        except Exception:
+            log.exception("a step over %d rows failed; each is run by itself", len(rows))
+        out: dict[int, Choice | Refused | None] = {id(c): None for c in wanted}
+        self._lost += 1
+        for chunk in chunks:
+            live = self._live[chunk.sequence]
+            try:
+                row = self._row(chunk, again=not self.runner.shares)
+                logits = self._scored([chunk], [row], self.runner.run([row]))
+                self._lost = 0
+                if chunk.last:
+                    out[id(chunk)] = sample(logits, [live.draws])[0]
+            except Exception as error:
+                self._end(live, "error", error=fault("the answer", error))
+        return list(out.values())
+
+    def _row(self, chunk: Chunk, *, again: bool = False) -> Row:
+        """`again`: from the sequence's beginning. Keys and values in pages are written as often as one likes; a state
+        that layers carry on has moved by some of the step or all of it, so it is made anew."""
+        sequence, live = chunk.sequence, self._live[chunk.sequence]
+        assert sequence.table is not None
+        mix = live.lease.parts if live.lease is not None else ()
+        tokens = sequence.tokens[chunk.start : chunk.end]
+        scored = live.request.sampling.prompt_logprobs and chunk.start < sequence.prompt
+        wants = len(tokens) if scored else int(chunk.last)
+        if again:
+            return Row(sequence.tokens[: chunk.end], 0, sequence.table.blocks, mix, wants, id(sequence))
+        return Row(tokens, chunk.start, sequence.table.blocks, mix, wants, id(sequence))
+
+    def _scored(self, chunks: list[Chunk], rows: list[Row], logits: Tensor) -> Tensor:
+        """The logits that are drawn from, one row for each last chunk; those of prompts are kept as their logprobs."""
+        if sum(row.wants for row in rows) == sum(chunk.last for chunk in chunks):
+            return logits
+        ends, at = [], 0
+        for chunk, row in zip(chunks, rows, strict=True):
+            live = self._live[chunk.sequence]
+            following = live.request.prompt[chunk.start + 1 : chunk.end + 1]
+            count = live.request.sampling.logprobs or 0
+            for k in range(0, len(following), SCORED) if live.request.sampling.prompt_logprobs else ():
+                ids = torch.tensor(following[k : k + SCORED], device=logits.device)
+                found = scored(logits[at + k : at + k + len(ids)], ids, [count] * len(ids))
+                live.prompt |= dict(enumerate(found, chunk.start + 1 + k))
+            at += row.wants
+            ends += [at - 1] if chunk.last else []
+        return logits[ends]
+
+    def _take(self, live: _Live, choice: Choice | Refused | None, now: float) -> None:
+        sequence = live.sequence
+        assert sequence is not None
+        if isinstance(choice, Refused):
+            self._end(live, "error", error=choice)
+            return
+        assert choice is not None
+        self._counts.generated += 1
+        prompt = self._prompt(live) if live.first is None else ()
+        live.first, live.last = live.first or now, now
+        self.scheduler.appended(sequence, choice.id)
+        piece = live.answer.add(choice.id)
+        special = choice.id in self.base.stop_ids
+        self._tell(live, Token(choice.id, piece.text, choice.logprob, self._top(choice), special, prompt))
+        if piece.reason is not None:
+            self._end(live, piece.reason, stop=piece.stop)
+
+    def _end(
+        self,
+        live: _Live,
+        reason: Literal["stop", "length", "cancelled", "error"],
+        stop: str | int | None = None,
+        error: Refused | None = None,
+    ) -> None:
+        """Give back everything the request has, once; and say how it ended."""
+        if self._by_id.get(live.request.id) is not live:
+            return
+        del self._by_id[live.request.id]
+        sequence = live.sequence
+        completion = cached = 0
+        if sequence is not None:
+            completion, cached = sequence.generated, sequence.cached
+            self.scheduler.remove(sequence)
+            del self._live[sequence]
+            self.runner.forget(id(sequence))
+        if live.lease is not None:
+            live.lease.release()
+        elif live.waits is not None:
+            self.residents.withdraw(live.waits)
+        live.lease = None
+        began, first = live.began or time.monotonic(), live.first
+        usage = Usage(
+            prompt=len(live.request.prompt), cached=cached, completion=completion, queued=began - live.came,
+            prefill=(first - began) if first else 0.0, decode=(live.last - first) if first and live.last else 0.0,
+        )  # fmt: skip
+        text = live.answer.rest() if reason != "cancelled" else ""
+        self._tell(live, Finished(reason, usage, stop, text, error))
+
+    def _tell(self, live: _Live, event: Event) -> None:
+        self._outbox[live.loop].append((live.tell, event))
+
+    def _send(self) -> None:
+        """Hand over what a step has to say, one call for each event loop."""
+        for loop, events in self._outbox.items():
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(_deliver, events)
+        self._outbox.clear()
+
+    def _prompt(self, live: _Live) -> tuple[Token, ...]:
+        if not live.request.sampling.prompt_logprobs:
+            return ()
+        told = [live.prompt.get(k, Choice(token)) for k, token in enumerate(live.request.prompt)]
+        live.prompt = {}
+        return tuple(Token(c.id, self._text(c.id), c.logprob, self._top(c)) for c in told)
+
+    def _top(self, choice: Choice) -> tuple[tuple[int, str, float], ...]:
+        return tuple((i, self._text(i), p) for i, p in choice.top)
+
+    def _text(self, token: int) -> str:
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = str(self.base.tokenizer.decode([token]))
+        return text
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def _freed(self, thing: Prepared) -> None:
+        key = thing.key  # the note must not keep the thing itself
+        self._box.put(lambda: self.runner.let_go(key))
+
+    def _heat(self, chunks: list[Chunk]) -> None:
+        """Merge a mix that every row has had for long, and part with it when others have come for long."""
+        mixes = {c.sequence.request.mix for c in chunks}
+        mix = mixes.pop() if len(mixes) == 1 else BASE
+        self._same = (mix, self._same[1] + 1 if self._same[0] == mix else 1)
+        settings = self.settings
+        if not settings.merge_after or self._same[1] < settings.merge_after or self._merging:
+            return
+        if self.runner.merged is not None and mix != self.runner.merged:
+            self.runner.unmerge()
+        elif self.runner.merged is None and mix != BASE and self._may_merge():
+            lease = self.residents.acquire(mix, _give_back)
+            if lease is not None:
+                self._merging = True
+                self._merger.submit(self._merge, lease)
+
+    def _may_merge(self) -> bool:
+        needs = self.runner.merged_bytes()
+        return needs is not None and needs <= self.settings.merge_bytes
+
+    def _merge(self, lease: Lease[Prepared]) -> None:
+        try:
+            self.runner.merge(lease.parts)
+        except Exception:
+            log.exception("a mix could not be merged; it goes on unmerged")
+        finally:
+            lease.release()
+            self._merging = False
+
+
+def _give_back(result: Lease[Prepared] | Refused) -> None:
+    if not isinstance(result, Refused):
+        result.release()
+
+
+def _deliver(events: list[tuple[Callable[[Event], None], Event]]) -> None:
+    for tell, event in events:
+        tell(event)

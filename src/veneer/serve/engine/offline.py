@@ -1,0 +1,85 @@
+"""The engine without a server: greedy answers to many prompts at once, for whoever has a base in hand.
+
+    with answering(base, adapters) as answer:
+        answer(prompts, [("support", 1.0)], max_new_tokens=64)      as models.generate.complete, several times as fast
+
+Where the base or an adapter does not run on the engine's own forward, `answer` is `complete` itself: then whoever asks
+has the mix acting on the model, as `complete` wants it anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol
+
+from veneer.core.adapter import Adapter
+from veneer.models.text.base import TextBase
+from veneer.models.text.fast import without_dropout
+from veneer.models.text.generate import Completion, Prompt, complete, completion_of, encode_prompts
+from veneer.ops.quantised import Quantised
+from veneer.serve.engine.engine import EngineSettings, TextEngine
+from veneer.serve.forward.lowrank import thin_problems
+from veneer.serve.request import Finished, Request, Sampling, Token, make_mix
+
+__all__ = ["Answer", "answering"]
+
+
+class Answer(Protocol):
+    def __call__(
+        self, prompts: Sequence[Prompt], mix: Sequence[tuple[str, float]], *, max_new_tokens: int
+    ) -> list[Completion]: ...
+
+
+@contextmanager
+def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32) -> Iterator[Answer]:
+    """Whoever answers with `adapters`, by name. `rows`: how many at once. Nothing may act on the model while it begins.
+
+    Raises as `complete`."""
+
+    def plain(prompts: Sequence[Prompt], mix: Sequence[tuple[str, float]], *, max_new_tokens: int) -> list[Completion]:
+        return complete(base, prompts, max_new_tokens=max_new_tokens, batch_size=rows)
+
+    quantised = any(isinstance(weight, Quantised) for weight in base.model.parameters())
+    if base.device.type != "cpu" or quantised:  # the engine would make its own, dense copy
+        yield plain
+        return
+    settings = EngineSettings(rows=rows, queue=1 << 30, merge_bytes=0, merge_after=0)
+    with without_dropout(base.model), TextEngine(base, adapters.__getitem__, settings) as engine:
+        whole = engine.runner.how == "fused"
+        if whole and not any(thin_problems(adapter, engine.runner.layout) for adapter in adapters.values()):
+            with ThreadPoolExecutor(1, thread_name_prefix="answers") as thread:
+                yield _Engine(base, engine, thread)
+            return
+    yield plain
+
+
+class _Engine:
+    """Answers by the engine. In a thread of its own, for a caller may have an event loop."""
+
+    def __init__(self, base: TextBase, engine: TextEngine, thread: ThreadPoolExecutor) -> None:
+        self.base, self.engine, self.thread = base, engine, thread
+
+    def __call__(
+        self, prompts: Sequence[Prompt], mix: Sequence[tuple[str, float]], *, max_new_tokens: int
+    ) -> list[Completion]:
+        encoded = encode_prompts(self.base, prompts)
+        named = make_mix(mix)
+
+        async def one(ids: list[int]) -> Completion:
+            room = min(max_new_tokens, self.engine.context - len(ids))
+            request = Request(tuple(ids), Sampling(max_tokens=room, temperature=0.0), named)
+            new: list[int] = []
+            async for event in self.engine.events(request):
+                if isinstance(event, Token):
+                    new.append(event.id)
+                elif isinstance(event, Finished) and event.error is not None:
+                    raise event.error
+            return completion_of(self.base, new, len(ids))
+
+        async def all_of() -> list[Completion]:
+            return await asyncio.gather(*map(one, encoded))
+
+        return self.thread.submit(asyncio.run, all_of()).result()

@@ -1,0 +1,135 @@
+"""An adapter as a directory that vLLM or TGI serves as it is, with the line that serves it.
+
+What a server would load with less than its full effect is refused with the reason; `merge=True` is the way out: a full
+model with the adapter folded in, which any server loads. formats/write_folded.py says what each does silently wrong.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.adapters import use as using
+from veneer.errors import AdapterError, ConfigError
+from veneer.files.atomic import atomic_write
+from veneer.formats.card import README_FILE
+from veneer.formats.convert import write
+from veneer.formats.write_folded import MAX_VLLM_RANKS
+from veneer.serve.fleet.servable import served_name
+from veneer.serve.request import make_mix
+
+__all__ = ["SERVERS", "Exported", "export"]
+
+SERVERS = ("vllm", "tgi")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """`command`: serves the folder. `name`: what a request calls the adapter there, as a veneer front door does too.
+    `digest`: of the adapter that came in; `ranks`: rank -> modules, {} of a merged model."""
+
+    folder: Path
+    server: str
+    base: str
+    name: str
+    digest: str
+    command: str
+    ranks: dict[int, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "folder": str(self.folder), "ranks": {str(r): n for r, n in self.ranks.items()}}
+
+
+def export(
+    adapter: str,
+    server: str,
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    merge: bool = False,
+    dtype: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Exported:
+    """Write `adapter` (a name, folder or file) to `folder` for `server`.
+
+    base: by default what the adapter says it belongs to; TGI needs it here, to know its layers. With `merge` the folder
+    is a full model. dtype: rounds to it. Raises AdapterError for what the server cannot express, with every module and
+    the way out; ConfigError where the base is needed and nobody names it."""
+    if server not in SERVERS:
+        raise ConfigError(f"there is no export for {server!r}", fix=" or ".join(SERVERS))
+    out, base = Path(folder), base or using.base_of(adapter)
+    if (merge or server == "tgi") and not base:
+        raise ConfigError("the adapter does not say which base it belongs to", where=adapter, fix="--base NAME")
+    if merge:
+        return _merged(adapter, server, out, base, dtype, say)
+    reading = using.read_adapter(adapter)
+    layers = _layers(base, say) if server == "tgi" else None
+    try:
+        written = write(reading.adapter, out, server, dtype=dtype, layers=layers)
+    except AdapterError as error:
+        way = f"veneer export {adapter} --for {server} --merge {out}"
+        raise AdapterError(error.what, where=error.where, fix=f"as a full model: {way}") from error
+    digest = reading.adapter.digest()
+    name = served_name(make_mix([(digest, 1.0)]))
+    command = _command(server, base or "BASE", name, out, max(written.ranks))
+    done = Exported(out, server, base, name, digest, command, written.ranks, [*reading.notes, *written.notes])
+    _describe(done)
+    return done
+
+
+def _layers(base: str, say: Callable[[str], None] | None) -> int:
+    from veneer.models.sources import find
+    from veneer.models.text.base import read_config
+
+    return int(read_config(find(base, say=say)).get_text_config().num_hidden_layers)
+
+
+def _command(server: str, base: str, name: str, folder: Path, rank: int) -> str:
+    place = shlex.quote(str(folder.absolute()))
+    if server == "tgi":
+        return f"LORA_ADAPTERS={name}={place} text-generation-launcher --model-id {shlex.quote(base)}"
+    need = next(n for n in MAX_VLLM_RANKS if n >= rank)
+    return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {need} --lora-modules {name}={place}"
+
+
+def _merged(
+    adapter: str, server: str, out: Path, base: str, dtype: str | None, say: Callable[[str], None] | None
+) -> Exported:
+    from veneer.adapters.merge import merge
+    from veneer.models.sources import find
+    from veneer.models.text.base import load_text
+    from veneer.models.weights import stored_dtype, tensor_table
+
+    stored = {"F32": "float32", "BF16": "bfloat16"}.get(stored_dtype(tensor_table(find(base, say=say))), "float16")
+    want = dtype or stored
+    # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.
+    loaded = load_text(base, dtype=want if want == stored else "float32", say=say or (lambda line: None))
+    report = merge(loaded, [adapter], out, dtype=want)
+    place = shlex.quote(str(out.absolute()))
+    command = f"vllm serve {place}" if server == "vllm" else f"text-generation-launcher --model-id {place}"
+    notes = [f"{report.delta_kept:.1%} of the change is left after rounding to {report.dtype}"]
+    done = Exported(out, server, base, out.name, str(report.adapters[0]["digest"]), command, {}, notes)
+    _describe(done)
+    return done
+
+
+_TITLES = {"vllm": "vLLM", "tgi": "TGI"}
+
+
+def _describe(done: Exported) -> None:
+    """Put into the README how to serve what is beside it."""
+    path = done.folder / README_FILE
+    text = path.read_text(encoding="utf-8") if path.is_file() else f"# {done.folder.name}\n"
+    lines = [text.rstrip(), "", f"## Serve it with {_TITLES[done.server]}", "", "```bash", done.command, "```", ""]
+    if done.ranks:
+        parameter = '"model"' if done.server == "vllm" else '"parameters": {"adapter_id"}'
+        lines += [
+            f"Requests name it in {parameter}: `{done.name}`, made of its digest, as a veneer front door does.",
+            "",
+        ]
+    lines += [f"- {note}" for note in done.notes]
+    atomic_write(path, ["\n".join(lines).rstrip().encode() + b"\n"])

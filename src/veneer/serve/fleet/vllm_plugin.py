@@ -1,0 +1,156 @@
+"""vLLM's names from the veneer library: `vllm serve` finds adapters that nobody copied to it.
+
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enable-lora --max-lora-rank 64
+    POST /v1/chat/completions {"model": "support@prod", …}
+
+vLLM imports this through the entry point `vllm.general_plugins` in each of its processes and calls `register`. A name
+that it does not know is then asked of the library (VENEER_LIBRARY, VENEER_LIBRARY_INDEX), and answered with a folder if
+the adapter is the base's and vLLM gives it its full effect; else with None, which is a 404, and the reason in the log.
+
+vLLM keeps what a name meant until it is unloaded, and keys its prefix cache by the adapter's name. So an adapter asked
+for by a name that may move (`support`, `support@prod`) gets a name with its version in it, `support@prod=support@3`:
+after an unload and a move of the alias no prompt of the old version can be found under it.
+
+Runs in vLLM's environment: needs SQLAlchemy beside what vLLM has. Knows vLLM's resolver; the rest is `servable`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import AdapterError, ConfigError, VeneerError
+
+if TYPE_CHECKING:
+    from veneer.core.adapter import Adapter
+    from veneer.library.queries import Version
+
+__all__ = ["Found", "register", "resolve"]
+
+log = logging.getLogger("vllm.veneer")  # vLLM shows what is logged under its own name
+
+Found = tuple[str, Path]
+"""What to call the adapter in vLLM, and its folder."""
+
+
+def register() -> None:
+    """What vLLM calls, in every process and maybe more than once."""
+    from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
+    from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry  # type: ignore[import-not-found]
+
+    class VeneerResolver(LoRAResolver):
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+            found = await asyncio.to_thread(_resolve_or_say, base_model_name, lora_name)
+            # vLLM replaces the number by the next of its own.
+            return None if found is None else LoRARequest(found[0], 1, str(found[1]))
+
+    if "veneer" not in LoRAResolverRegistry.get_supported_resolvers():
+        LoRAResolverRegistry.register_resolver("veneer", VeneerResolver())
+
+
+def _resolve_or_say(base: str, name: str) -> Found | None:
+    try:
+        return resolve(base, name)
+    except (VeneerError, OSError) as error:
+        log.warning("veneer does not serve %r: %s", name[:200], error)
+        return None
+
+
+def resolve(base: str, name: str) -> Found:
+    """The adapter that `name` means in the library, for vLLM's `base` (a folder or a hub id).
+
+    Raises ConfigError for text that is no reference (a path, say), AdapterError for what the library has not, what is
+    another base's, and what vLLM would serve with less than its full effect."""
+    from veneer.formats.read import read
+    from veneer.library.library import library_place, open_library
+    from veneer.library.names import parse_reference
+    from veneer.models.home import veneer_home
+    from veneer.serve.fleet.servable import servable, served_name
+    from veneer.serve.request import make_mix
+
+    parse_reference(name)
+    place = library_place()
+    if "://" not in place and not Path(place).is_dir():  # asking does not make one
+        raise ConfigError(f"there is no library at {place}", fix="set VENEER_LIBRARY")
+    with open_library() as library:
+        version = library.find(name)
+        path = library.resolve(version.reference)
+    adapter = read(path).adapter
+    _check_base(base, version, adapter)
+    folder = Path(os.environ.get("VENEER_VLLM_CACHE") or veneer_home() / "cache" / "served")
+    mix = make_mix([(version.digest or f"sha256:{version.entry}", 1.0)])
+    made = servable([(path, 1.0)], served_name(mix), folder)
+    log.info("veneer: %s is %s, rank %d, from %s", name, version.reference, made.rank, made.folder)
+    return name if name == version.reference else f"{name}={version.reference}", made.folder
+
+
+def _check_base(base: str, version: Version, adapter: Adapter) -> None:
+    """Raises AdapterError for an adapter of another base, as far as that can be known: by its card's fingerprint, and
+    by every name and shape. Where the base's files are not at hand, or of a layout of their own, nothing is known."""
+    if version.kind == "image":
+        raise AdapterError(f"{version.reference} is of an image model, and vLLM serves language models")
+    files = _base_files(base)
+    if files is None:
+        log.warning("veneer: the files of %s are not here, so whether adapters fit it is not checked", base)
+        return
+    shapes = _shapes(files)
+    wrong = []
+    for module, pair in adapter.pairs.items():
+        shape = shapes.get(_tail(f"{module}.weight"))
+        if module == "lm_head" and shape is None:  # tied
+            shape = shapes.get("embed_tokens.weight")
+        own = (pair.A.shape[1], pair.B.shape[0]) if pair.kind == "embedding" else (pair.B.shape[0], pair.A.shape[1])
+        if shape is None and pair.kind in ("linear", "embedding"):
+            wrong.append(f"{module}: the base has no such module")
+        elif shape is not None and pair.kind in ("linear", "embedding") and shape not in (own, own[::-1]):
+            wrong.append(f"{module}: {own[0]}×{own[1]}, and the base's is {shape[0]}×{shape[1]}")
+    if wrong:
+        shown = "\n".join(f"  - {line}" for line in wrong[:6])
+        raise AdapterError(f"{version.reference} does not fit {base} in {len(wrong)} modules:\n{shown}")
+    if version.fingerprint and version.fingerprint != (own_print := _fingerprint(files)):
+        raise AdapterError(
+            f"{version.reference} belongs to another base\n"
+            f"  its base:  {version.fingerprint} ({version.base})\n"
+            f"  this base: {own_print} ({base})",
+            fix="serve its own base",
+        )
+
+
+@cache
+def _base_files(base: str) -> Path | None:
+    """The folder of vLLM's base where it is on this machine; no hub is asked."""
+    here = Path(base).expanduser()
+    if (here / "config.json").is_file():
+        return here
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(base, "config.json")
+    except ValueError:  # no hub id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+@cache
+def _shapes(files: Path) -> dict[str, tuple[int, ...]]:
+    from veneer.models.weights import tensor_table
+
+    return {_tail(tensor.name): tensor.shape for tensor in tensor_table(files)}
+
+
+def _tail(name: str) -> str:
+    """A parameter's name without what stands before the decoder: files and transformers do not agree on that part."""
+    at = name.find("layers.")
+    return name[at:] if at >= 0 else name.removeprefix("model.")
+
+
+@cache
+def _fingerprint(files: Path) -> str:
+    from veneer.models.fingerprint import fingerprint
+    from veneer.models.text.base import read_config
+
+    return fingerprint(files, read_config(files))

@@ -1,0 +1,243 @@
+"""The forward of a base of Llama's kind, as tensors: what the runner's first way runs.
+
+    x ← x + o(attention(qkv(norm(x))))        x ← x + down(silu(gate(h)) ⊙ up(h)), h = norm(x)
+
+Llama, Mistral, Qwen2, Qwen3, Phi-3 and whoever is built as they are; the runner finds out by a probe whether a base is.
+All layers are one call of ops/cpu/decoder.c where it runs, and else, or under a DoRA, line by line: to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.core.targets import base_modules
+from veneer.models.text.base import TextBase
+from veneer.ops import cpu as kernels
+from veneer.ops.activations import gated
+from veneer.ops.norms import normed
+from veneer.serve.forward.lowrank import Group, Layout, Segments
+from veneer.serve.forward.packed import Matrix, Panels, in_blocks, invariant
+from veneer.serve.forward.paged import PackedRows, Pages, Rotary
+
+__all__ = ["Block", "Plan", "Weights", "layout_of", "plan_of", "static_positions"]
+
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+Weights = Callable[[tuple[str, ...]], Matrix]
+"""The weights of some linear modules, below one another, by the modules' names."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One layer; `window` 0 for none."""
+
+    norm: Tensor
+    qkv: Matrix
+    qkv_bias: Tensor | None
+    rotary: Rotary
+    out: Matrix
+    out_bias: Tensor | None
+    norm_after: Tensor
+    gate_up: Matrix
+    down: Matrix
+    window: int
+
+
+class _Table(NamedTuple):
+    """`layers`: of each what decoder.c's FIELDS name. `room`: elements of scratch a token."""
+
+    run: Callable[..., None]
+    layers: Tensor
+    sizes: Tensor
+    numbers: Tensor
+    room: int
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A base of Llama's kind as tensors. Its layout's groups: qkv, o, gate-up, down of each layer, then the head."""
+
+    embedding: Tensor
+    blocks: list[Block]
+    norm: Tensor
+    head: Matrix
+    head_bias: Tensor | None
+    eps: float
+    scale: float
+    pages: Pages
+    rows: int = 0
+    """That a function of single rows is taken of at a time (matrix.in_blocks); 0: of all at once."""
+
+    def hidden(self, ids: Tensor, batch: PackedRows, segments: Segments | None) -> Tensor:
+        """The normed output of the last layer, (tokens, dim)."""
+        x = F.embedding(ids, self.embedding)
+        if segments is not None:
+            segments.embed(ids, x)
+        if self._table is not None and not (segments is not None and segments.gains):
+            self._decode(x, self._table, batch, segments)
+        else:
+            self._layer_by_layer(x, batch, segments)
+        return self._normed(x, self.norm)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return in_blocks(lambda part: normed(part, weight, self.eps), x, self.rows)
+
+    def with_windows(self, longest: int) -> Plan:
+        """The same weights with windows of `longest` tokens at most."""
+        return replace(self, blocks=[replace(b, window=min(b.window, longest)) for b in self.blocks])
+
+    @cached_property
+    def _table(self) -> _Table | None:
+        """What ops/cpu/decoder.c reads of every layer; None where it does not run."""
+        library, pages = kernels.usable("decode", self.embedding), self.pages
+        matrices = [(b.qkv, b.out, b.gate_up, b.down) for b in self.blocks]
+        panels = [[m for m in own if isinstance(m, Panels)] for own in matrices]
+        if library is None or pages.native is None or any(len(own) < 4 for own in panels):
+            return None
+        qkv, out, gate_up, _ = panels[0]
+        ffn = gate_up.out // 2
+        if ffn % 16 or qkv.out != (pages.heads + 2 * pages.kv) * pages.d:
+            return None
+        rows = []
+        for i, (b, own) in enumerate(zip(self.blocks, panels, strict=True)):
+            qkv_w, out_w, gate_up_w, down_w = ((m.codes, m.scales) for m in own)
+            given = [b.norm, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, b.out_bias, b.norm_after]
+            if any(t is not None and kernels.usable("decode", t) is None for t in given):
+                return None
+            fields = [
+                b.norm, *qkv_w, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, *out_w, b.out_bias, b.norm_after,
+                *gate_up_w, *down_w, b.window, pages.K[i], pages.V[i],
+            ]  # fmt: skip
+            rows.append([f.data_ptr() if isinstance(f, Tensor) else f or 0 for f in fields])
+        sizes = torch.tensor([out.out, pages.heads, pages.kv, pages.d, ffn, qkv.KIND])
+        wide = out.out + (2 * pages.heads + 2 * pages.kv) * pages.d + 3 * ffn
+        return _Table(library.decode, torch.tensor(rows), sizes, torch.tensor([self.eps, self.scale]), wide)
+
+    def _decode(self, x: Tensor, table: _Table, batch: PackedRows, segments: Segments | None) -> None:
+        rotary, room = self.blocks[0].rotary, x.new_empty(len(x) * table.room)
+        table.run(
+            x.data_ptr(), len(x), table.layers.data_ptr(), len(self.blocks), table.sizes.data_ptr(),
+            table.numbers.data_ptr(), rotary.cos.data_ptr(), rotary.sin.data_ptr(), batch.positions.data_ptr(),
+            batch.slots.data_ptr(), batch.starts.data_ptr(), len(batch.lengths), batch.tables.data_ptr(),
+            batch.tables.shape[1], max(batch.lengths), *((0,) * 7 if segments is None else segments.pointers(x)),
+            room.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _layer_by_layer(self, x: Tensor, batch: PackedRows, segments: Segments | None) -> None:
+        pages = self.pages
+        for i, block in enumerate(self.blocks):
+            h = self._normed(x, block.norm)
+            qkv = block.qkv(h, block.qkv_bias)
+            if segments is not None:
+                segments.add(4 * i, h, qkv)
+            pages.turn_and_store(i, qkv, block.rotary, batch)
+            attended = pages.attend(i, qkv, batch, self.scale, window=block.window)
+            _add_onto(x, attended, block.out, block.out_bias, segments, 4 * i + 1)
+            h = self._normed(x, block.norm_after)
+            both = block.gate_up(h)
+            if segments is not None:
+                segments.add(4 * i + 2, h, both)
+            h = in_blocks(lambda part: gated(part, "silu"), both, self.rows)
+            _add_onto(x, h, block.down, None, segments, 4 * i + 3)
+
+    def logits(self, x: Tensor, segments: Segments | None) -> Tensor:
+        out = self.head(x, self.head_bias)
+        if segments is not None:
+            segments.add(4 * len(self.blocks), x, out)
+        return out
+
+
+def layout_of(base: TextBase) -> Layout:
+    """The groups of a base of Llama's kind; none for another."""
+    model: Any = base.model
+    groups: list[Group] = []
+    modules: dict[str, Any] = dict(base_modules(model))
+    embedding = next((n for n, m in modules.items() if m is model.get_input_embeddings()), "")
+
+    def group(at: str, *choices: tuple[str, ...]) -> None:
+        names = next(c for c in choices if all(f"{at}{n}" in modules for n in c))
+        parts = [modules[f"{at}{n}"] for n in names]
+        if any(type(m) is not nn.Linear for m in parts):
+            raise StopIteration
+        sizes, biases = tuple(m.out_features for m in parts), tuple(m.bias for m in parts)
+        groups.append(Group(tuple(f"{at}{n}" for n in names), sizes, biases, lambda i: parts[i].weight.detach()))
+
+    try:
+        for i in range(model.config.get_text_config().num_hidden_layers):
+            at = f"model.layers.{i}."
+            group(f"{at}self_attn.", ("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
+            group(f"{at}self_attn.", ("o_proj",))
+            group(f"{at}mlp.", ("gate_proj", "up_proj"), ("gate_up_proj",))
+            group(f"{at}mlp.", ("down_proj",))
+        group("", ("lm_head",))
+    except StopIteration:
+        groups = []
+    return Layout(tuple(groups), embedding, base.dtype, base.device)
+
+
+def plan_of(
+    base: TextBase, layout: Layout, own_weights: Weights, embedding: Tensor, context: int, pages: Pages
+) -> Plan:
+    """Where `layout.rows` is above 0 its products are batch-invariant (matrix.in_blocks). Raises NotImplementedError
+    where the base is of another kind; whether it is of this one, a probe tells."""
+    root: Any = base.model.model
+    config: Any = base.model.config.get_text_config()
+    if not layout.groups:
+        raise NotImplementedError("its layers are not Llama's")
+    if config.hidden_act not in ("silu", "swish"):
+        raise NotImplementedError(f"its gate is {config.hidden_act}")
+    static_positions(config)
+    if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
+        raise NotImplementedError("its queries are scaled by their place")
+
+    def weights(names: tuple[str, ...]) -> Matrix:
+        return invariant(own_weights(names), layout.rows)
+
+    probe = torch.zeros(1, dtype=torch.float32, device=base.device)
+    cos, sin = root.rotary_emb(probe, torch.arange(context, device=base.device)[None])
+    cos, sin = (t[0, :, : t.shape[-1] // 2].float().contiguous() for t in (cos, sin))
+    blocks = []
+    for i, layer in enumerate(root.layers):
+        qkv, out, gate_up, down = layout.groups[4 * i : 4 * i + 4]
+        own = layer.self_attn
+        q_norm, k_norm = (getattr(own, n).weight.detach() if hasattr(own, n) else None for n in ("q_norm", "k_norm"))
+        rotary = Rotary(cos, sin, q_norm, k_norm, config.rms_norm_eps)
+        if any(b is not None for g in (gate_up, down) for b in g.biases):
+            raise NotImplementedError("its MLP has biases")
+        window = getattr(own, "sliding_window", getattr(config, "sliding_window", None)) or 0
+        blocks.append(
+            Block(
+                layer.input_layernorm.weight.detach(), weights(qkv.modules), qkv.bias, rotary, weights(out.modules),
+                out.biases[0], layer.post_attention_layernorm.weight.detach(), weights(gate_up.modules),
+                weights(down.modules), window,
+            )
+        )  # fmt: skip
+    head, norm = layout.groups[-1], root.norm.weight.detach()
+    scale = root.layers[0].self_attn.scaling
+    head_matrix = weights(head.modules)
+    return Plan(embedding, blocks, norm, head_matrix, head.biases[0], config.rms_norm_eps, scale, pages, layout.rows)
+
+
+def _add_onto(x: Tensor, h: Tensor, matrix: Matrix, bias: Tensor | None, segments: Segments | None, g: int) -> None:
+    """x += h·Wᵀ + b and its thin products, in place."""
+    y = None
+    if segments is not None and segments.gained(g):  # DoRA needs the base's product by itself
+        y = matrix(h, bias)
+        x.add_(y)
+    else:
+        matrix.add_onto(x, h, bias)
+    if segments is not None:
+        segments.add(g, h, x, y)
+
+
+def static_positions(config: Any) -> None:
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in _STATIC_ROPE:
+        raise NotImplementedError(f"{rope} positions depend on the longest sequence")

@@ -1,0 +1,324 @@
+"""Adapters as the runner uses them, and their thin products for a batch where every row has a mix of its own.
+
+    y[i] += Σ over the mix of row i:  strength · s·B·(A·x[i])           for each projection
+          +                           strength · (g - 1) ⊙ (y₀[i] - b)  DoRA: g = m / ‖W + s·B·A‖, y₀ the base's
+
+Projections that share an input (q, k, v; gate, up) are one *group*: their A lie below one another, so each adapter
+takes two thin products a group for all of its rows, whatever its ranks. Rows without an adapter are not touched. `add`
+is the fast form (ops/cpu/serving.c) where it runs and `add_reference` everywhere else; a row's result depends on nobody
+in its batch (bit for bit by the first; by the second where the layout has `rows`, else within rounding).
+
+What is no pair on a projection, the embedding or the head (full copies, token rows, LoHa …) has no thin form:
+`thin_problems` says so, and the runner then takes the base through its own modules with core's attachment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Adapter, Pair
+from veneer.core.merge import adapted_norm
+from veneer.ops import cpu as kernels
+from veneer.serve.forward.packed import in_blocks
+
+__all__ = ["Group", "Layout", "Segments", "Thin", "thin", "thin_problems"]
+
+_PARTS, _RECORD = 3, 17  # of ops/cpu/serving.c
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Linear modules with one input: names, sizes (out) and biases, in the order of the output's columns. `weight`: the
+    i-th one's (out, in), as it is served."""
+
+    modules: tuple[str, ...]
+    sizes: tuple[int, ...]
+    biases: tuple[Tensor | None, ...]
+    weight: Callable[[int], Tensor]
+
+    @property
+    def columns(self) -> list[tuple[int, int]]:
+        out, at = [], 0
+        for size in self.sizes:
+            out.append((at, size))
+            at += size
+        return out
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of all columns; None where no module has one."""
+        some = next((b for b in self.biases if b is not None), None)
+        if some is None:
+            return None
+        parts = zip(self.sizes, self.biases, strict=True)
+        return torch.cat([some.new_zeros(n) if b is None else b.detach() for n, b in parts])
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Every group of a base, and the name of its embedding. At most three modules a group. `rows`: see
+    matrix.in_blocks."""
+
+    groups: tuple[Group, ...]
+    embedding: str
+    dtype: torch.dtype
+    device: torch.device
+    rows: int = 0
+
+    @property
+    def names(self) -> set[str]:
+        return {name for group in self.groups for name in group.modules}
+
+
+@dataclass(eq=False)
+class _Part:
+    """One module's own B in a group: s·B as (rank/2, columns, 2), its first column in y, its first row in A."""
+
+    B: Tensor
+    column: int
+    rank_from: int
+
+    @property
+    def rank(self) -> int:
+        return 2 * len(self.B)
+
+    def dense(self) -> Tensor:
+        """(columns, rank)"""
+        return self.B.permute(1, 0, 2).flatten(1)
+
+
+@dataclass(eq=False)
+class Thin:
+    """An adapter made ready. `groups`: group -> (A, parts). `gains`: group -> (g - 1 (columns), bias or
+    None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank, dim)). `records`: the same for the kernel.
+    `key`: its digest; a row adds up its adapters in the order of their keys, whoever shares its batch."""
+
+    adapter: Adapter
+    key: str
+    groups: dict[int, tuple[Tensor, list[_Part]]]
+    gains: dict[int, tuple[Tensor, Tensor | None]]
+    embedding: tuple[Tensor, Tensor] | None
+    records: Tensor
+    rank: int
+    bytes: int = 0
+
+
+def thin_problems(adapter: Adapter, layout: Layout) -> list[str]:
+    """Why `adapter` has no thin form here, one line each."""
+    known = layout.names
+    out = [f"{n}: a full copy" for n in adapter.modules]
+    out += [f"{n}: token rows" for n in adapter.token_rows]
+    out += [f"{n}: a {d.form} delta" for n, d in adapter.deltas.items()]
+    for name, pair in adapter.pairs.items():
+        if name == layout.embedding and pair.kind == "embedding" and pair.magnitude is None:
+            continue
+        if name not in known or pair.kind != "linear":
+            out.append(f"{name}: a pair on something that is no projection of this base")
+        elif pair.magnitude is not None and pair.magnitude.ndim > 1:
+            out.append(f"{name}: DoRA with a norm for each input")
+    return out
+
+
+@torch.no_grad()
+def thin(adapter: Adapter, layout: Layout, key: str = "") -> Thin:
+    """Make an adapter without `thin_problems` ready: in the base's dtype, scales multiplied in and rounded once."""
+    groups: dict[int, tuple[Tensor, list[_Part]]] = {}
+    gains: dict[int, tuple[Tensor, Tensor | None]] = {}
+    records = torch.zeros(len(layout.groups), _RECORD, dtype=torch.int64)
+    device, dtype = layout.device, layout.dtype
+    widest, held = 2, 0
+    for g, group in enumerate(layout.groups):
+        rows: list[Tensor] = []
+        parts: list[_Part] = []
+        gain: Tensor | None = None
+        for i, (name, (column, n)) in enumerate(zip(group.modules, group.columns, strict=True)):
+            if name not in adapter.pairs:
+                continue
+            pair = adapter.pairs[name].collapsed()
+            A, B = pair.A.to(device), pair.B.to(device).float() * pair.scale
+            if pair.magnitude is not None:
+                own = _gain(pair, group.weight(i))
+                B = B * own[:, None]
+                gain = torch.zeros(sum(group.sizes), device=device) if gain is None else gain
+                gain[column : column + n] = own - 1
+            if pair.rank % 2:  # the kernel takes two ranks at a time
+                A, B = (torch.nn.functional.pad(t, p) for t, p in ((A, (0, 0, 0, 1)), (B, (0, 1))))
+            twos = B.to(device, dtype).unflatten(1, (-1, 2)).permute(1, 0, 2).contiguous()
+            parts.append(_Part(twos, column, sum(map(len, rows))))
+            rows.append(A.to(device, dtype))
+        if not rows:
+            continue
+        whole = _sixteens(torch.cat(rows))
+        groups[g] = whole, parts
+        widest = max(widest, 16 * len(whole))
+        held += whole.nbytes + sum(p.B.nbytes for p in parts)
+        flat = [whole.data_ptr(), 16 * len(whole)]
+        for part in parts:
+            flat += [part.B.data_ptr(), part.column, part.B.shape[1], part.rank_from, part.rank]
+        records[g, : len(flat)] = torch.tensor(flat)
+        if gain is not None:
+            gains[g] = gain, group.bias
+            held += gain.nbytes
+    embedding = None
+    if (pair_e := adapter.pairs.get(layout.embedding)) is not None and pair_e.kind == "embedding":
+        collapsed = pair_e.collapsed()
+        A, B = collapsed.A.to(device), collapsed.B.to(device).float() * collapsed.scale
+        embedding = A.t().to(device, dtype).contiguous(), B.t().to(device, dtype).contiguous()
+        held += embedding[0].nbytes + embedding[1].nbytes
+    return Thin(adapter, key, groups, gains, embedding, records, widest, held)
+
+
+def _sixteens(A: Tensor) -> Tensor:
+    """(rank, in) as the kernel reads it: (⌈rank/16⌉, ⌈in/2⌉, 16, 2), zeros where there is nothing."""
+    rank, n = A.shape
+    A = torch.nn.functional.pad(A, (0, n % 2, 0, -rank % 16))
+    return A.view(-1, 16, (n + 1) // 2, 2).permute(0, 2, 1, 3).contiguous()
+
+
+def _dense(A: Tensor, n: int) -> Tensor:
+    """The inverse of `_sixteens`, with its rows of zeros: (16·k, n)."""
+    return A.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:, :n]
+
+
+def _gain(pair: Pair, weight: Tensor) -> Tensor:
+    """g = m / ‖W + s·B·A‖ in float32: (out,)."""
+    assert pair.magnitude is not None
+    moved = Pair(pair.A.to(weight.device).float(), pair.B.to(weight.device).float(), pair.scale, pair.kind)
+    return pair.magnitude.to(weight.device).float() / adapted_norm(weight.float(), moved).float()
+
+
+@dataclass(eq=False)
+class _Tables:
+    """The records of some adapters side by side, for all groups; made again only when who takes part changes."""
+
+    adapters: tuple[Thin, ...]
+    records: Tensor  # (groups, adapters, RECORD)
+
+
+@dataclass(eq=False)
+class Segments:
+    """The rows of one batch by adapter. `spans`: (first row, end, mix) of each run of rows under one mix."""
+
+    layout: Layout
+    adapters: tuple[Thin, ...]
+    starts: Tensor  # (adapters + 1)
+    rows: Tensor
+    strengths: Tensor
+    tables: _Tables | None = None
+    scratch: Tensor | None = None
+    _bounds: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        spans: Sequence[tuple[int, int, Sequence[tuple[Thin, float]]]],
+        before: Segments | None = None,
+    ) -> Segments | None:
+        """None where no row has an adapter. `before`: the last step's; its tables are used again if they still fit."""
+        found: dict[int, tuple[Thin, list[int], list[float]]] = {}
+        for first, end, mix in spans:
+            for adapter, strength in mix:
+                own = found.setdefault(id(adapter), (adapter, [], []))
+                own[1].extend(range(first, end))
+                own[2].extend([strength] * (end - first))
+        if not found:
+            return None
+        entries = sorted(found.values(), key=lambda e: e[0].key)
+        adapters = tuple(e[0] for e in entries)
+        bounds = [0]
+        for _, rows, _ in entries:
+            bounds.append(bounds[-1] + len(rows))
+        tables = before.tables if before else None
+        out = cls(
+            layout,
+            adapters,
+            torch.tensor(bounds),
+            torch.tensor([r for e in entries for r in e[1]], device=layout.device),
+            torch.tensor([s for e in entries for s in e[2]], device=layout.device, dtype=torch.float32),
+            _bounds=bounds,
+        )
+        if tables is not None and tables.adapters == adapters:
+            out.tables = tables
+        return out
+
+    def add(self, g: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
+        """Group g's thin products onto y (rows, columns), in place; x (rows, in), both contiguous. `own`: the base's
+        product, where y is more than that."""
+        before = self._before_gains(g, y) if own is None else own
+        native = kernels.usable("thin_rows", x, y) if x.shape[1] % 2 == 0 else None
+        if native is None:
+            self._add_reference(g, x, y)
+        else:
+            at = (x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1])
+            native.thin_rows(*at, *self.pointers(x, g), torch.get_num_threads())
+        self._add_gains(g, before, y)
+
+    def pointers(self, x: Tensor, g: int = 0) -> tuple[int, ...]:
+        """What ops/cpu/serving.c reads of these rows from group g on, scratch with it, for an x of that dtype."""
+        if self.tables is None:
+            self.tables = _Tables(self.adapters, torch.stack([a.records for a in self.adapters], 1).contiguous())
+        if self.scratch is None:
+            self.scratch = x.new_empty(len(self.rows), max(a.rank for a in self.adapters))
+        return (
+            self.tables.records[g].data_ptr(), len(self.adapters), self.starts.data_ptr(), self.rows.data_ptr(),
+            self.strengths.data_ptr(), self.scratch.data_ptr(), self.scratch.shape[1],
+        )  # fmt: skip
+
+    def add_reference(self, g: int, x: Tensor, y: Tensor) -> None:
+        """What `add` does, in torch's own operations."""
+        before = self._before_gains(g, y)
+        self._add_reference(g, x, y)
+        self._add_gains(g, before, y)
+
+    @property
+    def gains(self) -> bool:
+        """Whether some adapter here is a DoRA."""
+        return any(a.gains for a in self.adapters)
+
+    def gained(self, g: int) -> bool:
+        """Whether some adapter here is a DoRA in group g, whose `add` needs the base's own output."""
+        return any(g in a.gains for a in self.adapters)
+
+    def embed(self, ids: Tensor, x: Tensor) -> None:
+        """The embedding's pairs onto x (rows, dim), in place; ids (rows,)."""
+        for adapter, rows, strengths in self._each():
+            if adapter.embedding is not None:
+                A, B = adapter.embedding
+                u = (A[ids[rows]] * strengths[:, None]).to(x.dtype)
+                x.index_add_(0, rows, in_blocks(lambda part, B=B: part @ B, u, self.layout.rows))  # type: ignore[misc]
+
+    def _each(self) -> list[tuple[Thin, Tensor, Tensor]]:
+        ends = zip(self.adapters, self._bounds, self._bounds[1:], strict=False)
+        return [(a, self.rows[i:j], self.strengths[i:j]) for a, i, j in ends]
+
+    def _add_reference(self, g: int, x: Tensor, y: Tensor) -> None:
+        for adapter, rows, strengths in self._each():
+            if g in adapter.groups:
+                A, parts = adapter.groups[g]
+                u = self._product(x[rows], _dense(A, x.shape[1]))
+                u = (u * strengths[:, None]).to(x.dtype)
+                for part in parts:
+                    made = self._product(u[:, part.rank_from : part.rank_from + part.rank], part.dense())
+                    y[:, part.column : part.column + part.B.shape[1]].index_add_(0, rows, made)
+
+    def _product(self, x: Tensor, W: Tensor) -> Tensor:
+        return in_blocks(lambda part: part @ W.t(), x, self.layout.rows)
+
+    def _before_gains(self, g: int, y: Tensor) -> Tensor | None:
+        return y.clone() if self.gained(g) else None
+
+    def _add_gains(self, g: int, before: Tensor | None, y: Tensor) -> None:
+        """DoRA's share that the base's own output has, of the output before any adapter."""
+        if before is None:
+            return
+        for adapter, rows, strengths in self._each():
+            if g in adapter.gains:
+                gain, bias = adapter.gains[g]
+                own = before[rows].float()
+                own = own if bias is None else own - bias.float()
+                y.index_add_(0, rows, (own * gain * strengths[:, None]).to(y.dtype))

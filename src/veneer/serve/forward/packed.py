@@ -1,0 +1,302 @@
+"""Weights of projections as serving multiplies by them: y = x·Wᵀ + b, W (out, in)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veneer.ops import cpu as kernels
+
+__all__ = [
+    "ROWS", "Blocks", "Dense", "Int4", "Int4Panels", "Int8", "Int8Panels", "Matrix", "Panels", "Quantised", "Reordered",
+    "in_blocks", "invariant", "packed", "packing", "quantised",
+]  # fmt: skip
+
+
+class Matrix(Protocol):
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (rows, in) -> (rows, out)"""
+        ...
+
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        """y (rows, out) += x·Wᵀ + b, in place."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """In the base's dtype."""
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, bias)
+
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        y.addmm_(x, self.weight.t())
+        if bias is not None:
+            y.add_(bias)
+
+
+ROWS = 8
+"""Rows that a batch-invariant product is taken of at a time."""
+
+
+def in_blocks(product: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+    """product(x), a function of each row by itself, of `rows` rows at a time, the last ones beside rows of zeros: torch
+    and oneDNN choose how to add up by the shape, so that in one shape a row's bits are its own. 0 rows: all at once."""
+    if not rows or not len(x):
+        return product(x)
+    padded = F.pad(x, (0, 0, 0, -len(x) % rows))
+    return torch.cat([product(part) for part in padded.split(rows)])[: len(x)]
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Another matrix, multiplied by so many rows at a time; see `in_blocks`."""
+
+    matrix: Matrix
+    rows: int
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return in_blocks(lambda part: self.matrix(part, bias), x, self.rows)
+
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        y.add_(self(x, bias))
+
+
+def invariant(matrix: Matrix, rows: int) -> Matrix:
+    """A matrix by which a row's product has the same bits whoever shares its batch. Panels are so by themselves."""
+    return matrix if isinstance(matrix, Panels) or not rows else Blocks(matrix, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """A copy in the order in which ops/cpu/decoder.c multiplies by it, 64 rows of W side by side:
+    (⌈out/64⌉, in/2, 64, 2), zeros where W has no row. Beside `Reordered` a row takes half as long, 512 the same."""
+
+    codes: Tensor
+    out: int
+    scales: Tensor | None = None
+
+    KIND = 0  # of ops/cpu/decoder.c
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Panels:
+        """Raises ValueError where `out` is no multiple of 16 or `in` is odd."""
+        return cls(_panels(weight), len(weight))
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = x.new_empty(len(x), self.out)
+        self._into(y, x, bias, onto=False)
+        return y
+
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        self._into(y, x, bias, onto=True)
+
+    def _into(self, y: Tensor, x: Tensor, bias: Tensor | None, onto: bool) -> None:
+        library = kernels.usable("panel_product", x, y)
+        assert library is not None
+        scales, bias_at = (None if t is None else t.data_ptr() for t in (self.scales, bias))
+        library.panel_product(
+            x.data_ptr(), *x.shape, self.KIND, self.codes.data_ptr(), scales, bias_at, y.data_ptr(), self.out,
+            int(onto), torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _panels(weight: Tensor) -> Tensor:
+    out, n = weight.shape
+    if out % 16 or n % 2:
+        raise ValueError(f"a weight {tuple(weight.shape)} has no panels")
+    return F.pad(weight, (0, 0, 0, -out % 64)).view(-1, 64, n // 2, 2).permute(0, 2, 1, 3).contiguous()
+
+
+def _rows(panels: Tensor, out: int) -> Tensor:
+    """The inverse of `_panels`."""
+    return panels.permute(0, 2, 1, 3).reshape(-1, 2 * panels.shape[1])[:out]
+
+
+@dataclass(frozen=True, eq=False)
+class Reordered:
+    """A copy in the order in which oneDNN multiplies by it. Plain weights are put into that order at every call, which
+    takes most of the time where few rows share it: one row takes half as long, 32 two thirds, 256 nearly the same."""
+
+    weight: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, rows: int = 8) -> Reordered:
+        return cls(_mkldnn()._reorder_linear_weight(weight.contiguous(), rows))
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")
+        return out
+
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        y.add_(self(x, bias))
+
+
+def _mkldnn() -> Any:
+    return torch.ops.mkldnn
+
+
+def packing(dtype: torch.dtype, device: torch.device) -> type[Panels] | type[Reordered] | None:
+    """How weights of `dtype` are best kept for many small products here: None, as they are.
+
+    oneDNN's order where the processor has AMX, which our kernels do not use, or where we have none; whether this torch
+    has it is found out by doing it, as the operations are its compiler's own."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return None
+    if kernels.usable("panel_product") is not None and not torch.cpu._is_amx_tile_supported():
+        return Panels
+    return Reordered if _reorders(dtype) else None
+
+
+def packed(weight: Tensor) -> Matrix:
+    """A weight as `packing` says; one whose shape has no panels (a vocabulary of 50,257) as it can be."""
+    kind = packing(weight.dtype, weight.device)
+    if kind is Panels and weight.shape[0] % 16 == 0 == weight.shape[1] % 2:
+        return Panels.of(weight)
+    return Reordered.of(weight) if kind is not None and _reorders(weight.dtype) else Dense(weight)
+
+
+def _reorders(dtype: torch.dtype) -> bool:
+    x, w = torch.ones(3, 32, dtype=dtype), torch.eye(48, 32, dtype=dtype)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return bool(torch.equal(Reordered.of(w)(x), F.linear(x, w)))
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError):
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class Int8:
+    """W ≈ scale ⊙ q, one scale a row: max|row| / 127. q (out, in) int8, scale (out,) in the base's dtype.
+
+    torch's own kernel multiplies by q as it is; from FEW rows on, making W again and multiplying by that is faster."""
+
+    q: Tensor
+    scale: Tensor
+
+    FEW = 16
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Int8:
+        return cls(*cls.rounded(weight))
+
+    @staticmethod
+    def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """q and scale."""
+        scale = (weight.float().abs().amax(1) / 127).clamp_min(1e-12).to(weight.dtype)
+        q = (weight.float() / scale.float()[:, None]).round_().clamp_(-127, 127)
+        return q.to(torch.int8), scale
+
+    def dense(self) -> Tensor:
+        return self.q.to(self.scale.dtype).mul_(self.scale[:, None])
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if len(x) >= self.FEW:
+            return F.linear(x, self.dense(), bias)
+        out: Tensor = torch.ops.aten._weight_int8pack_mm(x, self.q, self.scale)
+        return out if bias is None else out.add_(bias)
+
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        y.add_(self(x, bias))
+
+
+@dataclass(frozen=True, eq=False)
+class Int4:
+    """W ≈ scale·(q - 8) + zero over GROUP inputs of a row, q in 0 … 15; scale = (max - min)/15, zero = min + 8 scale.
+    `packed`: as torch's own kernel wants q; `scales`: (in / GROUP, out, 2), scale and zero."""
+
+    packed: Tensor
+    scales: Tensor
+
+    GROUP = 32
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Int4:
+        """Raises what `rounded` does."""
+        q, scales = cls.rounded(weight)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
+        return cls(packed, scales.transpose(0, 1).contiguous())
+
+    @classmethod
+    def rounded(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """q (out, in) and scale and zero (out, in / GROUP, 2). Raises ValueError where `in` is no multiple of GROUP or
+        `out` none of 16."""
+        rows, n = weight.shape
+        if n % cls.GROUP or rows % 16:
+            raise ValueError(f"a weight {tuple(weight.shape)} has no int4 form")
+        grouped = weight.float().view(rows, -1, cls.GROUP)
+        low, high = grouped.aminmax(dim=-1)
+        scale = ((high - low) / 15).clamp_min(1e-8).to(weight.dtype).float()
+        zero = (low + 8 * scale).to(weight.dtype).float()
+        q = ((grouped - zero[..., None]) / scale[..., None] + 8).round_().clamp_(0, 15).to(torch.uint8).view(rows, n)
+        return q, torch.stack([scale, zero], -1).to(weight.dtype)
+
+    def dense(self) -> Tensor:
+        """What the kernel multiplies by: its answers to the rows of the identity."""
+        n = len(self.scales) * self.GROUP
+        return self(torch.eye(n, dtype=self.scales.dtype)).t().contiguous()
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.packed, self.GROUP, self.scales)
+        return out if bias is None else out.add_(bias)
+
+    def add_onto(self, y: Tensor, x: Tensor, bias: Tensor | None = None) -> None:
+        y.add_(self(x, bias))
+
+
+class Int8Panels(Panels):
+    """Int8's q in panels, its scales as float32: codes become numbers a few at a time, in the first cache."""
+
+    KIND = 1
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Int8Panels:
+        """Raises what Panels.of does."""
+        q, scale = Int8.rounded(weight)
+        return cls(_panels(q), len(weight), F.pad(scale.float(), (0, -len(weight) % 64)))
+
+    def dense(self) -> Tensor:
+        assert self.scales is not None
+        return (_rows(self.codes, self.out).float() * self.scales[: self.out, None]).bfloat16()
+
+
+class Int4Panels(Panels):
+    """Int4's q in panels, two to a byte: (⌈out/64⌉, in/2, 4, 16), sixteen columns' 32 codes one half low, one high."""
+
+    KIND = 2
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Int4Panels:
+        """Raises what Int4.rounded does."""
+        q, scales = Int4.rounded(weight)
+        low, high = _panels(q).unflatten(2, (4, 2, 8)).flatten(4).unbind(3)
+        padded = F.pad(scales, (0, 0, 0, 0, 0, -len(weight) % 64))
+        return cls(low | high << 4, len(weight), padded.unflatten(0, (-1, 64)).transpose(1, 2).contiguous())
+
+    def dense(self) -> Tensor:
+        assert self.scales is not None
+        halves = torch.stack([self.codes & 15, self.codes >> 4], 3).unflatten(4, (8, 2)).flatten(2, 4)
+        scale, zero = self.scales.transpose(1, 2).flatten(0, 1).float().unbind(-1)
+        q = _rows(halves, len(scale)).unflatten(1, (-1, Int4.GROUP)).float()
+        whole: Tensor = ((q - 8) * scale[..., None] + zero[..., None]).flatten(1)[: self.out]
+        return whole.bfloat16()
+
+
+Quantised = Int8 | Int4 | Int8Panels | Int4Panels
+
+
+def quantised(kind: str) -> type[Quantised]:
+    """How "int8" and "int4" weights are best kept here."""
+    if packing(torch.bfloat16, torch.device("cpu")) is Panels:
+        return Int8Panels if kind == "int8" else Int4Panels
+    return Int8 if kind == "int8" else Int4

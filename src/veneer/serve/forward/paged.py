@@ -1,0 +1,186 @@
+"""Keys and values in pages, and attention over them. `Pages` holds the tensors; serve/engine/cache.py says what is whose.
+
+    out[t] = softmax(scale · q[t]·Kᵀ) · V      over the positions of t's own sequence up to its own, window at most
+
+On a CPU with AVX512-BF16 the pages are laid out for ops/cpu/serving.c, elsewhere as (block, place, head, d) for torch.
+Both give a token the same result whoever shares its batch: the first bit for bit, the second too with `tiles`, else
+within what rounding leaves, for torch adds up by the shape. A block is 16 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.ops import cpu as kernels
+
+__all__ = ["BLOCK", "PackedRows", "Pages", "Rotary"]
+
+BLOCK = 16
+
+
+@dataclass(eq=False)
+class PackedRows:
+    """Where the tokens of a batch belong, sequence after sequence: `positions`, `slots` (tokens,), `starts`
+    (sequences + 1), `tables` (sequences, longest) block numbers. All int64."""
+
+    positions: Tensor
+    slots: Tensor
+    starts: Tensor
+    tables: Tensor
+    bounds: list[int]
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int, Sequence[int]]], device: torch.device) -> PackedRows:
+        """`rows`: (first position, end, blocks) of each sequence's tokens in this step."""
+        positions: list[int] = []
+        slots: list[int] = []
+        bounds = [0]
+        widest = max(-(-end // BLOCK) for _, end, _ in rows)
+        tables = torch.zeros(len(rows), widest, dtype=torch.int64)
+        for r, (first, end, blocks) in enumerate(rows):
+            positions.extend(range(first, end))
+            slots.extend(blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(first, end))
+            used = -(-end // BLOCK)
+            tables[r, :used] = torch.tensor(blocks[:used])
+            bounds.append(bounds[-1] + end - first)
+        return cls(
+            torch.tensor(positions, device=device),
+            torch.tensor(slots, device=device),
+            torch.tensor(bounds, device=device),
+            tables.to(device),
+            bounds,
+            [end for _, end, _ in rows],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """Positions turned in halves: (a, b) -> (a cos - b sin, b cos + a sin). `cos`, `sin`: float32 (positions, d/2).
+    `q_norm`, `k_norm`: weights (d,) of the RMS norms before it, where the family has them."""
+
+    cos: Tensor
+    sin: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    eps: float = 0.0
+
+
+class Pages:
+    """The cache of every layer. `heads`: of queries, `kv`: of keys and values, `d`: their size."""
+
+    def __init__(
+        self, layers: int, blocks: int, heads: int, kv: int, d: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.heads, self.kv, self.d = heads, kv, d
+        self.tiles = False
+        """Whether torch's operations take queries in tiles of BLOCK, in one shape whatever is asked beside them: a
+        token's attention then has the same bits however its prompt is cut. The compiled kernels' has by themselves."""
+        probe = torch.empty(0, d, dtype=dtype, device=device)
+        self.native = kernels.usable(kernels.PAGED, probe) if d % 16 == 0 else None
+        shape = (layers, blocks, kv, BLOCK * d) if self.native is not None else (layers, blocks * BLOCK, kv, d)
+        self.K, self.V = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+
+    @staticmethod
+    def bytes_of_a_block(layers: int, kv: int, d: int, dtype: torch.dtype) -> int:
+        return 2 * layers * kv * d * BLOCK * dtype.itemsize
+
+    def turn_and_store(self, layer: int, qkv: Tensor, rotary: Rotary, batch: PackedRows) -> None:
+        """qkv (tokens, (heads + 2 kv) d): queries and keys normed and turned in place, keys and values stored."""
+        if self.native is not None:
+            weights = [0 if w is None else w.data_ptr() for w in (rotary.q_norm, rotary.k_norm)]
+            self.native.turn_and_store(
+                qkv.data_ptr(), self.heads, self.kv, self.d, rotary.cos.data_ptr(), rotary.sin.data_ptr(), *weights,
+                rotary.eps, batch.positions.data_ptr(), batch.slots.data_ptr(), batch.starts.data_ptr(),
+                len(batch.lengths), self.K[layer].data_ptr(), self.V[layer].data_ptr(), torch.get_num_threads(),
+            )  # fmt: skip
+            return
+        q, k, v = qkv.view(len(qkv), -1, self.d).split([self.heads, self.kv, self.kv], dim=1)
+        cos, sin = rotary.cos[batch.positions][:, None], rotary.sin[batch.positions][:, None]
+        for part, weight in ((q, rotary.q_norm), (k, rotary.k_norm)):
+            x = part.float() if weight is None else F.rms_norm(part.float(), (self.d,), weight.float(), rotary.eps)
+            a, b = x.chunk(2, dim=-1)
+            part.copy_(torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1))
+        self.store(layer, k, v, batch)
+
+    def store(self, layer: int, k: Tensor, v: Tensor, batch: PackedRows) -> None:
+        """k, v: (tokens, kv, d)."""
+        if self.native is None:
+            self.K[layer][batch.slots] = k
+            self.V[layer][batch.slots] = v
+            return
+        k, v = k.contiguous(), v.contiguous()
+        self.native.store_rows(
+            k.data_ptr(), self.kv * self.d, v.data_ptr(), self.kv * self.d, batch.slots.data_ptr(),
+            batch.starts.data_ptr(), len(batch.lengths), self.kv, self.d, self.K[layer].data_ptr(),
+            self.V[layer].data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def attend(
+        self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float = 0.0, window: int = 0
+    ) -> Tensor:
+        """q (tokens, ≥ heads·d), its rows may be longer -> (tokens, heads·d). `cap` c > 0: scores c·tanh(s/c)."""
+        if self.native is None and self.tiles:
+            return self._attend_tiles(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
+        if self.native is None:
+            return self._attend_reference(layer, q[:, : self.heads * self.d], batch, scale, cap, window)
+        out = q.new_empty(len(q), self.heads * self.d)
+        self.native.paged_attend(
+            q.data_ptr(), q.stride(0), out.data_ptr(), self.heads, self.kv, self.d, batch.positions.data_ptr(),
+            batch.starts.data_ptr(), len(batch.lengths), batch.tables.data_ptr(), batch.tables.shape[1],
+            self.K[layer].data_ptr(), self.V[layer].data_ptr(), scale, cap, window, max(batch.lengths),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def _attend_tiles(self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float, window: int) -> Tensor:
+        """As `_attend_reference`, tile by tile: queries 16 i … 16 i + 15 of a sequence, zeros where one is not asked
+        for now, over keys 0 … 16 i + 15, zeros where there is none yet."""
+        out = torch.empty_like(q)
+        for s in range(len(batch.lengths)):
+            first, end = batch.bounds[s], batch.bounds[s + 1]
+            start = batch.lengths[s] - (end - first)  # the position of the first query
+            for tile in range(start // BLOCK, -(-batch.lengths[s] // BLOCK)):
+                low, high = max(start, tile * BLOCK), min(batch.lengths[s], (tile + 1) * BLOCK)
+                at, wide = slice(first + low - start, first + high - start), (tile + 1) * BLOCK
+                own = q.new_zeros(BLOCK, self.heads, self.d)
+                own[low - tile * BLOCK : high - tile * BLOCK] = q[at].view(-1, self.heads, self.d)
+                blocks = batch.tables[s, : tile + 1]
+                places = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten()
+                k, v = (t[layer][places] for t in (self.K, self.V))
+                if high < wide:  # what a block's last owner left there may be no number
+                    k[high:], v[high:] = 0, 0
+                k, v = (t.transpose(0, 1).repeat_interleave(self.heads // self.kv, dim=0) for t in (k, v))
+                back = torch.arange(tile * BLOCK, wide, device=q.device)[:, None] - torch.arange(wide, device=q.device)
+                seen = (back >= 0) & (back < window) if window else back >= 0
+                scores = (own.transpose(0, 1) @ k.mT).float() * scale
+                scores = cap * torch.tanh(scores / cap) if cap else scores
+                made = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
+                out[at] = made.transpose(0, 1).flatten(1)[low - tile * BLOCK : high - tile * BLOCK]
+        return out
+
+    def _attend_reference(
+        self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float, window: int
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        places = (batch.tables[:, :, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten(1)
+        for s, length in enumerate(batch.lengths):
+            rows = slice(batch.bounds[s], batch.bounds[s + 1])
+            own = q[rows].view(-1, self.heads, self.d).transpose(0, 1)
+            k, v = (t[layer][places[s, :length]].transpose(0, 1) for t in (self.K, self.V))
+            k, v = (t.repeat_interleave(self.heads // self.kv, dim=0) for t in (k, v))
+            at = batch.positions[rows]
+            back = at[:, None] - torch.arange(length, device=q.device)
+            seen = (back >= 0) & (back < window) if window else back >= 0
+            if cap:
+                scores = cap * torch.tanh((own @ k.mT).float() * scale / cap)
+                made = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
+            else:
+                made = F.scaled_dot_product_attention(own[None], k[None], v[None], seen[None, None], scale=scale)[0]
+            out[rows] = made.transpose(0, 1).flatten(1)
+        return out

@@ -1,0 +1,484 @@
+"""One forward of the base over the tokens of many sequences, each with its mix: ids in, logits out.
+
+Three ways, tried in this order when a base is loaded; each is believed only after it gave the logits of the base's own
+forward on a probe, token by token (models/text/alike.py):
+
+    fused     families of Llama's kind (Llama, Mistral, Qwen2, Qwen3 …): a forward of our own over the base's weights,
+              q, k, v and gate, up joined, all layers one compiled call where it runs; thin products by serve/forward/lowrank.py
+    packed    any family whose attention goes through transformers' interface: its own modules, every token a row,
+              attention over pages; core's attachment gives each row its mix
+    alone     what is left (recurrent layers, other caches): each sequence by itself with transformers' own cache
+
+Adapters with no thin form (full copies, token rows, LoHa …) run on the second way beside the others, over the same
+pages. Knows nothing of scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter
+from veneer.core.attach import Attachment, attach, fit_problems
+from veneer.core.merge import merged_state
+from veneer.core.targets import base_modules
+from veneer.errors import ConfigError, ResourceError
+from veneer.models.text.alike import LENGTHS, WINDOW, Reference, short_windows
+from veneer.models.text.attention_hook import How, attending, hook_attention, new_cache
+from veneer.models.text.base import TextBase
+from veneer.models.text.fast import Join
+from veneer.ops import cpu as kernels
+from veneer.ops.cpu.sharing import shared
+from veneer.serve.engine.pace import Pace
+from veneer.serve.forward.llama import Plan, layout_of, plan_of, static_positions
+from veneer.serve.forward.lowrank import Group, Segments, Thin, thin, thin_problems
+from veneer.serve.forward.packed import ROWS, Dense, Matrix, Quantised, packed, packing, quantised
+from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
+
+__all__ = ["Prepared", "Row", "Runner", "WeightKind"]
+
+WeightKind = Literal["dense", "int8", "int4"]
+
+
+@dataclass(eq=False)
+class Prepared:
+    """An adapter as this runner uses it. `thin` is None where it has no thin form."""
+
+    key: str
+    adapter: Adapter
+    thin: Thin | None
+
+    @property
+    def bytes(self) -> int:
+        return self.adapter.size_bytes() + (0 if self.thin is None else self.thin.bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Some tokens of one sequence: from position `first` on, into `blocks`. `wants`: after how many of them, the last
+    ones, the logits are wanted. `sequence`: which one, for bases that keep each sequence's state by itself."""
+
+    tokens: Sequence[int]
+    first: int
+    blocks: Sequence[int]
+    mix: Sequence[tuple[Prepared, float]] = ()
+    wants: int = 1
+    sequence: int = 0
+
+
+class Runner:
+    """A base made ready to serve. `cache_bytes`: memory for keys and values; `pack_bytes`: what a second copy of the
+    projections may take, in the order they are multiplied in. `context`: tokens a sequence may have.
+
+    `batch_invariant`: an answer's bits do not depend on who shares its steps, nor on how its prompt is cut, at a price;
+    for bases of Llama's kind, and adapters with a thin form. A mix is then never merged.
+
+    `weights`: dense, or int8 or int4 for machines with little memory: projections and head are then kept in that alone,
+    and the model is an outline of itself from then on. `how` and `why`: the way that was taken. `shares`: whether
+    sequences can share blocks. Close it to put a base with dense weights back as it was."""
+
+    def __init__(
+        self,
+        base: TextBase,
+        *,
+        cache_bytes: int = 1 << 30,
+        pack_bytes: int = 4 << 30,
+        weights: WeightKind = "dense",
+        batch_invariant: bool = False,
+    ) -> None:
+        self.pack_bytes, self.weights, self.batch_invariant = pack_bytes, weights, batch_invariant
+        self.base = base
+        self.model: Any = base.model
+        self._undo = ExitStack()
+        self._attachment: Attachment | None = None
+        config: Any = self.model.config.get_text_config()
+        heads = config.num_attention_heads
+        kv = getattr(config, "num_key_value_heads", None) or heads
+        d = getattr(config, "head_dim", None) or config.hidden_size // heads
+        layers = config.num_hidden_layers
+        self.layout = layout_of(base)
+        if batch_invariant:
+            self.layout = replace(self.layout, rows=ROWS)
+        size = Pages.bytes_of_a_block(layers, kv, d, base.dtype)
+        self.blocks = cache_bytes // size
+        self.context = min(base.context, self.blocks * BLOCK)
+        if self.blocks < 2:
+            raise ResourceError(
+                f"a cache of {cache_bytes / 1e6:.1f} MB holds {self.blocks} blocks of {BLOCK} tokens ({size:,} bytes)",
+                fix="give it more memory",
+            )
+        self.pages = Pages(layers, self.blocks, heads, kv, d, base.dtype, base.device)
+        self.pages.tiles = batch_invariant
+        self._segments: Segments | None = None
+        self._plan: Plan | None = None
+        self._merged: _Merged | None = None
+        self._pasts: dict[int, Any] = {}
+        self._attended: set[int] = set()
+        same_bits = (
+            base.device.type == "cpu" and base.dtype == torch.bfloat16 and kernels.usable("use_threads") is not None
+        )
+        same_bits = same_bits and not batch_invariant  # of oneDNN's products some have not
+        self._pace = Pace(_use_threads if same_bits else None, torch.get_num_threads())
+        self.how, self.why = self._choose()
+        self.shares = self.how != "alone"
+        if batch_invariant and self.how != "fused":
+            self.close()
+            raise ConfigError(
+                f"batch-invariant answers are for bases of Llama's kind; this one runs {self.how}: {self.why}",
+                fix="serve it without --batch-invariant",
+            )
+        if weights != "dense":
+            self._quantise(quantised(weights))
+
+    def close(self) -> None:
+        if self._attachment is not None:
+            self._attachment.detach()
+        self._merged = None
+        self._undo.close()
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def problems(self, adapter: Adapter) -> list[str]:
+        """Why an adapter cannot be served on this base with full effect, one line each."""
+        out = fit_problems(self.model, adapter)
+        if not out and (self.weights != "dense" or self.batch_invariant):
+            what = f"a base in {self.weights}" if self.weights != "dense" else "a batch-invariant base"
+            out = [f"{p}, which {what} cannot have" for p in thin_problems(adapter, self.layout)]
+        return out
+
+    def prepare(self, adapter: Adapter, key: str) -> Prepared:
+        """Make an adapter without `problems` ready; may be called from any thread."""
+        fits = self._plan is not None and not thin_problems(adapter, self.layout)
+        return Prepared(key, adapter, thin(adapter, self.layout, key) if fits else None)
+
+    def let_go(self, key: str) -> None:
+        """An adapter has left the memory: keep nothing that was made of it. Between two steps."""
+        self._segments = None
+        if self._merged is not None and any(k == key for k, _ in self._merged.mix):
+            self._merged = None
+        if self._attachment is not None and key in self._attachment.adapters:
+            self._attachment.remove(key)
+
+    # -- merged --------------------------------------------------------------------------------------------------------
+
+    def merged_bytes(self) -> int | None:
+        """What a second set of weights takes; None where there can be none."""
+        can = self._plan is not None and self.weights == "dense" and not self.batch_invariant
+        return self._projection_bytes() if can else None
+
+    @torch.no_grad()
+    def merge(self, mix: Sequence[tuple[Prepared, float]]) -> None:
+        """Keep a second set of weights with `mix` folded in, used by steps in which every row has it. The base's own
+        are not touched. From any thread."""
+        if self.merged_bytes() is None or any(p.thin is None for p, _ in mix):
+            return
+        made = merged_state(self.model, tuple((p.adapter, s) for p, s in mix))
+        own: dict[str, Any] = dict(base_modules(self.model))
+
+        def weight(name: str) -> Tensor:
+            new = made.get(f"{name}.weight")
+            return own[name].weight.detach() if new is None else new.to(self.base.dtype)
+
+        def joined(names: tuple[str, ...]) -> Matrix:
+            return packed(torch.cat([weight(n) for n in names]))
+
+        embedding = weight(self.layout.embedding)
+        plan = plan_of(self.base, self.layout, joined, embedding, self.context, self.pages)
+        self._merged = _Merged(_key(mix), plan)
+
+    def unmerge(self) -> None:
+        self._merged = None
+
+    @property
+    def merged(self) -> tuple[tuple[str, float], ...] | None:
+        return None if self._merged is None else self._merged.mix
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self, rows: Sequence[Row]) -> Tensor:
+        """Logits (Σ wants, vocabulary), in the order of the rows and their tokens."""
+        with shared(), self._pace.step(sum(len(row.tokens) for row in rows)):
+            return self._run(rows)
+
+    def _run(self, rows: Sequence[Row]) -> Tensor:
+        if self.how == "alone":
+            return torch.cat([self._alone(row) for row in rows])
+        thick = [any(p.thin is None for p, _ in row.mix) for row in rows]
+        if self._plan is None or all(thick):
+            return self._packed(rows)
+        if not any(thick):
+            return self._fused(rows)
+        ways = {False: self._fused, True: self._packed}
+        parts = {t: iter(way([r for r, own in zip(rows, thick, strict=True) if own == t])) for t, way in ways.items()}
+        wanted = [next(parts[t]) for row, t in zip(rows, thick, strict=True) for _ in range(row.wants)]
+        return torch.stack(wanted) if wanted else torch.empty(0)
+
+    def forget(self, sequence: int) -> None:
+        """A sequence has ended, or begins again."""
+        self._pasts.pop(sequence, None)
+
+    def _fused(self, rows: Sequence[Row]) -> Tensor:
+        plan, mixes = self._plan, [row.mix for row in rows]
+        assert plan is not None
+        if (merged := self._merged) is not None and all(_key(mix) == merged.mix for mix in mixes):
+            plan, mixes = merged.plan, [() for _ in rows]
+        batch, ids = self._batch(rows)
+        spans = [
+            (a, b, [(p.thin, s) for p, s in mix])
+            for a, b, mix in zip(batch.bounds, batch.bounds[1:], mixes, strict=False)
+            if mix
+        ]
+        segments = Segments.of(self.layout, spans, self._segments) if spans else None  # type: ignore[arg-type]
+        self._segments = segments or self._segments
+        hidden = plan.hidden(ids, batch, segments)
+        kept = [i for i, row in enumerate(rows) for _ in range(row.wants)]
+        x = hidden[_wanted(rows, batch)]
+        head = len(self.layout.groups) - 1
+        if segments is not None and any(head in a.groups for a in segments.adapters):
+            last = [(j, j + 1, [(p.thin, s) for p, s in mixes[i]]) for j, i in enumerate(kept)]
+            segments = Segments.of(self.layout, last)  # type: ignore[arg-type]
+        else:
+            segments = None
+        return plan.logits(x, segments)
+
+    def _batch(self, rows: Sequence[Row]) -> tuple[PackedRows, Tensor]:
+        batch = PackedRows.of([(r.first, r.first + len(r.tokens), r.blocks) for r in rows], self.base.device)
+        return batch, torch.tensor([t for r in rows for t in r.tokens], device=self.base.device)
+
+    def _packed(self, rows: Sequence[Row]) -> Tensor:
+        """Fused experts see the tokens of all rows together: rows whose mixes differ there go one mix after another."""
+        apart: dict[tuple[tuple[str, float], ...], list[int]] = {
+            _key(row.mix): [] for row in rows if any(_has_experts(p.adapter) for p, _ in row.mix)
+        }
+        if not apart:
+            return self._packed_together(rows)
+        for i, row in enumerate(rows):
+            apart.setdefault(_key(row.mix) if _key(row.mix) in apart else (), []).append(i)
+        out: list[list[Tensor]] = [[] for _ in rows]
+        for own in apart.values():
+            logits = iter(self._packed_together([rows[i] for i in own]))
+            for i in own:
+                out[i] = [next(logits) for _ in range(rows[i].wants)]
+        wanted = [each for part in out for each in part]
+        return torch.stack(wanted) if wanted else torch.empty(0)
+
+    def _packed_together(self, rows: Sequence[Row]) -> Tensor:
+        batch, ids = self._batch(rows)
+        with self._using([(row.mix, len(row.tokens)) for row in rows]), attending(partial(self._attend, batch)):
+            out = self.model(input_ids=ids[:, None], position_ids=batch.positions[:, None], use_cache=False)
+        logits: Tensor = out.logits[:, 0]
+        return logits[_wanted(rows, batch)]
+
+    def _alone(self, row: Row) -> Tensor:
+        if row.first == 0:
+            self._pasts[row.sequence] = new_cache(self.model)
+        ids = torch.tensor([list(row.tokens)], device=self.base.device)
+        positions = torch.arange(row.first, row.first + len(row.tokens), device=self.base.device)[None]
+        with self._using([(row.mix, 1)]):
+            out = self.model(
+                input_ids=ids, position_ids=positions, cache=self._pasts[row.sequence], use_cache=True,
+                logits_to_keep=max(row.wants, 1),  # 0 keeps all
+            )  # fmt: skip
+        logits: Tensor = out.logits[0]
+        return logits[len(logits) - row.wants :]
+
+    @contextmanager
+    def _using(self, mixes: Sequence[tuple[Sequence[tuple[Prepared, float]], int]]) -> Iterator[None]:
+        """Core's attachment with a mix for each run of so many tokens, for the length of a call."""
+        acting = {p.key: p for mix, _ in mixes for p, _ in mix}
+        if not acting:
+            yield
+            return
+        if self._attachment is None:
+            self._attachment = attach(self.model)
+        for key, prepared in acting.items():
+            if key not in self._attachment.adapters:
+                self._attachment.add(key, prepared.adapter)
+        named = [([(p.key, s) for p, s in mix], n) for mix, n in mixes]
+        if all(mix == named[0][0] for mix, _ in named):
+            self._attachment.use(*named[0][0])
+        else:
+            self._attachment.use_rows([mix for mix, n in named for _ in range(n)])
+        try:
+            yield
+        finally:
+            self._attachment.use()
+
+    # -- which way -----------------------------------------------------------------------------------------------------
+
+    def _choose(self) -> tuple[str, str]:
+        ways: list[tuple[str, Callable[[], None]]] = [("fused", self._make_fused), ("packed", self._make_packed)]
+        why = ""
+        try:
+            own = Reference.of(self.model)
+        except _UNFIT as error:
+            return "alone", f"its own forward takes no rows beside one another ({_first_line(error)})"
+        for name, make in ways:
+            with ExitStack() as attempt:
+                self._undo, kept = attempt, self._undo
+                try:
+                    make()
+                    self.how = name
+                    problem = self._problem(own)
+                except _UNFIT as error:
+                    problem = _first_line(error)
+                finally:
+                    self._undo = kept
+                if not problem:
+                    self._undo.push(attempt.pop_all())
+                    if name == "fused":  # adapters with no thin form need the second way too
+                        self._make_packed()
+                    return name, why
+                self._plan = None
+                why += f"{'; ' if why else ''}not {name} ({problem})"
+        return "alone", why
+
+    def _problem(self, own: Reference) -> str:
+        """How the logits of any token differ from the base's own; "" where they do not. In pieces of different length,
+        so that keys and values come from the pages, and the last token of each row by itself, as in serving."""
+        rows, blocks, used = own.ids.split(LENGTHS), [], 0
+        for n in LENGTHS:
+            blocks.append(list(range(used, used := used - (-n // BLOCK))))
+        if self.blocks < used:
+            return f"a cache of {self.blocks} blocks is too small to try it"
+        starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
+        parts, places, plan = [], [], self._plan
+        if plan is not None:
+            self._plan = plan.with_windows(WINDOW)
+        with short_windows(self.model):
+            for step in range(3):
+                ends = [(0, n // 4, n - 1, n)[step : step + 2] for n in LENGTHS]
+                pieces = [(i, a, b) for i, (a, b) in enumerate(ends) if b > a]
+                parts.append(self.run([Row(rows[i][a:b].tolist(), a, blocks[i], (), b - a) for i, a, b in pieces]))
+                places += [starts[i] + t for i, a, b in pieces for t in range(a, b)]
+        self._plan = plan
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if plan is None and len(self._attended) < layers:  # the others keep a state of their own
+            return f"{layers - len(self._attended)} of its {layers} layers have no attention"
+        got, at = torch.cat(parts), torch.tensor(places, device=own.ids.device)
+        if problem := own.logits_problem(got, at):
+            return problem
+        # Experts chosen otherwise by a rounding explain much, token by token: the last ones are near as a whole too.
+        last = torch.isin(at, torch.tensor([*starts[1:], sum(LENGTHS)], device=at.device) - 1)
+        wanted = own.logits[at[last]].double()
+        far = (got[last].double() - wanted).norm(dim=1) > 16 * own.eps * wanted.norm(dim=1)
+        return "its logits differ from the base's own" if bool(far.any()) else ""
+
+    def _make_fused(self) -> None:
+        modules: dict[str, Any] = dict(base_modules(self.model))
+        packs = packing(self.base.dtype, self.base.device) is not None and self._projection_bytes() <= self.pack_bytes
+
+        def joined(names: tuple[str, ...]) -> Matrix:
+            parts = [modules[n] for n in names]
+            if packs:
+                made = packed(torch.cat([m.weight.detach() for m in parts]))
+                for module in parts:  # they are read again only by adapters with no thin form
+                    kernels.page_out(module.weight.detach())
+                return made
+            weight = Join(parts, self._undo).weight if len(parts) > 1 else parts[0].weight.detach()
+            if weight is None:
+                raise NotImplementedError(f"{', '.join(names)} cannot be joined")
+            return Dense(weight)
+
+        embedding = self.model.get_input_embeddings().weight.detach()
+        self._plan = plan_of(self.base, self.layout, joined, embedding, self.context, self.pages)
+
+    def _projection_bytes(self) -> int:
+        return sum(group.weight(i).nbytes for group in self.layout.groups for i in range(len(group.modules)))
+
+    @torch.no_grad()
+    def _quantise(self, kind: type[Quantised]) -> None:
+        """Once the base has shown that it is of Llama's kind: group by group, so that never both copies are whole."""
+        base, modules = self.base, dict(base_modules(self.model))
+        if self.how != "fused" or base.dtype != torch.bfloat16 or base.device.type != "cpu":
+            raise ConfigError(
+                f"{self.weights} weights are for bases of Llama's kind in bfloat16 on a CPU; this one runs "
+                f"{self.how} in {str(base.dtype).removeprefix('torch.')} on {base.device}",
+                fix="use dense weights",
+            )
+        self._plan = None
+        self._undo.close()
+        made: dict[tuple[str, ...], Quantised] = {}
+        groups = []
+        for group in self.layout.groups:
+            whole = torch.cat([group.weight(i) for i in range(len(group.modules))])
+            try:
+                matrix = made[group.modules] = kind.of(whole)
+            except ValueError as error:
+                where = ", ".join(group.modules)
+                raise ConfigError(str(error), where=where, fix="use int8 or dense weights") from error
+            for name in group.modules:
+                outline = modules[name].get_parameter("weight").detach().to("meta")
+                modules[name].weight = nn.Parameter(outline, requires_grad=False)
+            columns = group.columns
+            weight = partial(_part, matrix, columns)
+            groups.append(Group(group.modules, group.sizes, group.biases, weight))
+        self.layout = replace(self.layout, groups=tuple(groups))
+        embedding = self.model.get_input_embeddings().weight.detach()
+        self._plan = plan_of(base, self.layout, made.__getitem__, embedding, self.context, self.pages)
+
+    def _make_packed(self) -> None:
+        config = self.model.config.get_text_config()
+        static_positions(config)
+        chunk = getattr(config, "attention_chunk_size", None)
+        if chunk is not None and self.context > chunk:  # pages know windows, and no chunks
+            raise NotImplementedError(f"its attention goes by chunks of {chunk} tokens, and a sequence may have more")
+        self._undo.callback(hook_attention(self.model))
+
+    def _attend(self, batch: PackedRows, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        """Attention of one layer, every token a row: q (tokens, heads, d), k and v (tokens, kv, d)."""
+        pages = self.pages
+        if q.shape[1] != pages.heads or k.shape[1:] != (pages.kv, pages.d) or how.sinks:
+            raise NotImplementedError(f"attention over {tuple(q.shape)} and {tuple(k.shape)}, sinks {how.sinks}")
+        pages.store(layer, k, v, batch)
+        self._attended.add(layer)
+        scale = pages.d**-0.5 if how.scale is None else how.scale
+        return pages.attend(layer, q.flatten(1).contiguous(), batch, scale, how.cap, how.window).view(q.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class _Merged:
+    mix: tuple[tuple[str, float], ...]
+    plan: Plan
+
+
+_UNFIT = (AttributeError, TypeError, ValueError, RuntimeError, KeyError, NotImplementedError)
+"""What a way raises that is not for a base."""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _part(matrix: Quantised, columns: list[tuple[int, int]], i: int) -> Tensor:
+    """The i-th module's own rows of a quantised group, as they are multiplied by."""
+    first, size = columns[i]
+    return matrix.dense()[first : first + size]
+
+
+def _wanted(rows: Sequence[Row], batch: PackedRows) -> Tensor:
+    """The places in a batch after which logits are wanted."""
+    places = [k for i, row in enumerate(rows) for k in range(batch.bounds[i + 1] - row.wants, batch.bounds[i + 1])]
+    return torch.tensor(places, dtype=torch.int64, device=batch.positions.device)
+
+
+def _has_experts(adapter: Adapter) -> bool:
+    return any(p.kind == "experts" for p in adapter.pairs.values())
+
+
+def _use_threads(n: int) -> None:
+    native = kernels.usable("use_threads")
+    assert native is not None
+    torch.get_num_threads()  # a thread's first call sets torch's own number
+    native.use_threads(n)
+
+
+def _key(mix: Sequence[tuple[Prepared, float]]) -> tuple[tuple[str, float], ...]:
+    return tuple((p.key, s) for p, s in mix)

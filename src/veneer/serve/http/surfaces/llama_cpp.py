@@ -1,0 +1,302 @@
+"""llama.cpp's routes: /completion, /lora-adapters, /props. An adapter is a number here, given once and never again.
+
+Global scales (POST /lora-adapters) act on this surface's requests that name no adapter, as far as the caller may see
+the adapters; they start at nothing, as with llama.cpp's --lora-init-without-apply, or at what the server gives every
+request that names none. A request's own `lora` replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from itertools import chain
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from veneer import __version__
+from veneer.serve.engine.admission import Place
+from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.errors import Json, error_body, invalid
+from veneer.serve.http.fields import (
+    FIRST,
+    Bias,
+    Biases,
+    Body,
+    Grammar,
+    Lora,
+    MixField,
+    Neutral,
+    Seed,
+    Stop,
+    TextOrIds,
+    at_most,
+    bias_of,
+    one_grammar,
+    sampling,
+    schema_text,
+    stops_of,
+)
+from veneer.serve.http.house import House, caller_of, house_of, need_admin, place_of
+from veneer.serve.http.running import Answer, Ask, Opened, collect, opened, unless_left
+from veneer.serve.http.sse import EventStream, data
+from veneer.serve.http.surfaces.openai_bodies import limited
+from veneer.serve.request import Finished, Refused, Sampling, Token
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
+
+_ANOTHER = "it would draw from another distribution; temperature, top_k, top_p, min_p and the penalties are there"
+
+
+class Completion(Body):
+    """llama.cpp's keys with its defaults."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"cache_prompt", "id_slot", "n_keep", "n_indent", "samplers"})
+    refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {
+        "dynatemp_range": ((0.0,), _ANOTHER),
+        "dynatemp_exponent": ((1.0,), _ANOTHER),
+        "typical_p": ((1.0,), _ANOTHER),
+        "top_n_sigma": ((-1.0,), _ANOTHER),
+        "xtc_probability": ((0.0,), _ANOTHER),
+        "xtc_threshold": ((0.1,), _ANOTHER),
+        "dry_multiplier": ((0.0,), _ANOTHER),
+        "dry_base": ((1.75,), _ANOTHER),
+        "dry_allowed_length": ((2,), _ANOTHER),
+        "dry_penalty_last_n": ((-1, 0), _ANOTHER),
+        "dry_sequence_breakers": ((["\n", ":", '"', "*"], []), _ANOTHER),
+        "mirostat": ((0,), _ANOTHER),
+        "mirostat_tau": ((5.0,), _ANOTHER),
+        "mirostat_eta": ((0.1,), _ANOTHER),
+        "penalize_nl": ((True,), _ANOTHER),
+        "repeat_last_n": ((-1,), "penalties see the whole prompt and answer; -1 says so"),
+        "min_keep": ((0,), _ANOTHER),
+        "grammar": (("",), "GBNF is not read; use json_schema"),
+        "grammar_lazy": ((False,), "GBNF is not read"),
+        "t_max_predict_ms": ((0,), "an answer ends by tokens, not by time"),
+        "image_data": (([],), "this base reads text alone"),
+        "multimodal_data": (([],), "this base reads text alone"),
+        "post_sampling_probs": ((False,), "probabilities are the model's own"),
+        "response_fields": (([],), "the answer is whole"),
+        "timings_per_token": ((False,), "timings come with the last event"),
+        "n_cmpl": ((1,), "one answer a request; /v1/completions takes n"),
+    }
+    prompt: TextOrIds
+    model: str = Field(default="", max_length=512)
+    mix: MixField | None = None
+    lora: Annotated[list[Lora], FIRST, at_most(64)] | None = None
+    n_predict: int | None = Field(default=None, ge=-1, lt=1 << 31)
+    max_tokens: int | None = Field(default=None, ge=-1, lt=1 << 31)
+    temperature: float = 0.8
+    top_k: int = Field(default=40, ge=-1, lt=1 << 31)
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: Seed | None = None
+    ignore_eos: bool = False
+    stop: Stop | None = None
+    logit_bias: Biases | None = None
+    n_probs: int = Field(default=0, ge=0, le=20)
+    json_schema: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    return_tokens: bool = False
+    stream: bool = False
+
+    def sampling(self, house: House, room: int) -> Sampling:
+        wanted = self.n_predict if self.n_predict is not None else self.max_tokens
+        free = wanted is None or wanted == -1
+        if wanted == 0:
+            raise invalid("n_predict is 0", "n_predict", "-1 (as many as there is room for) or 1 and more")
+        return sampling(
+            max_tokens=limited(room if free or wanted is None else wanted, room, house, asked=not free),
+            temperature=max(self.temperature, 0.0),
+            top_k=max(self.top_k, 0),
+            top_p=self.top_p or 1e-9,  # llama.cpp's 0 keeps one token
+            min_p=self.min_p,
+            repetition_penalty=self.repeat_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=None if self.seed == -1 else self.seed,
+            ignore_eos=self.ignore_eos,
+            stop=stops_of(self.stop, house.settings.max_stops),
+            logit_bias=bias_of(self._bias(), house.prompts),
+            logprobs=self.n_probs or None,
+            grammar=one_grammar([self._schema(), self._format()]),
+        )
+
+    def _bias(self) -> Bias:
+        """llama.cpp's pairs too; false is "never"."""
+        if not isinstance(self.logit_bias, list):
+            return self.logit_bias or {}
+        if any(value is True for _, value in self.logit_bias):
+            raise invalid("a logit_bias is a number, or false for never", "logit_bias")
+        return {str(token): -100.0 if value is False else float(value) for token, value in self.logit_bias}
+
+    def _schema(self) -> Grammar | None:
+        return None if self.json_schema is None else ("json_schema", schema_text(self.json_schema, "json_schema"))
+
+    def _format(self) -> Grammar | None:
+        form = self.response_format or {"type": "text"}
+        if form.get("type") == "text":
+            return None
+        if form.get("type") not in ("json_object", "json_schema"):
+            raise invalid("response_format.type is text, json_object or json_schema", "response_format")
+        inner = form.get("json_schema")
+        schema = form.get("schema") or (inner.get("schema") if isinstance(inner, dict) else None)
+        return ("json_object", "") if schema is None else ("json_schema", schema_text(schema, "response_format"))
+
+
+# -- completion --------------------------------------------------------------------------------------------------------
+
+
+@router.post("/completion", summary="Continue a text.")
+async def completion(request: HttpRequest, body: Completion) -> Response:
+    house, caller = house_of(request), caller_of(request)
+    lora = None if body.lora is None else [(part.id, part.scale) for part in body.lora]
+    mix = None if body.mix is None else [(part.adapter, part.strength) for part in body.mix]
+    chosen = house.choose(caller, model=body.model, mix=mix, lora=lora, default=house.loras.scales)
+    place = place_of(request)
+    place.take("answers", 1)
+    prompt = await _prompt(house, body.prompt, place)
+    settings = body.sampling(house, house.prompts.fits(prompt))
+    ask = Ask(caller, chosen, [prompt], settings, id=f"cmpl-{request.scope['veneer.id']}")
+    if not body.stream:
+        answer = (await unless_left(request, collect(house, ask)))[0]
+        return Json(await _last(house, ask, body, answer, answer.text, answer.tokens), headers=body.headers)
+    events = await opened(request, house, ask)
+
+    def told(error: Exception) -> bytes:
+        assert isinstance(error, Refused)
+        return data(error_body(error, "llama.cpp")[1])
+
+    stream = EventStream(_lines(house, ask, body, events), events, told, house.settings.stall)
+    stream.headers.update(body.headers)
+    return stream
+
+
+async def _prompt(house: House, given: str | list[int | str], place: Place) -> tuple[int, ...]:
+    """A text, or texts and token ids one after another; the tokenizer's own beginning (bos) where text comes first."""
+    parts = [given] if isinstance(given, str) else given
+    house.prompts.of_ids([part for part in parts if isinstance(part, int)])
+    texts = {i: part for i, part in enumerate(parts) if isinstance(part, str)}
+    if len(texts) > house.settings.max_prompts:
+        raise invalid(f"the prompt is made of {len(texts):,} texts", "prompt", f"at most {house.settings.max_prompts}")
+    house.prompts.measure(sum(map(len, texts.values())))
+    made = await house.prompts.of_parts(list(texts.values()), special=[i == 0 for i in texts], place=place)
+    read = dict(zip(texts, made, strict=True))
+    in_order = ((part,) if isinstance(part, int) else read[i] for i, part in enumerate(parts))
+    return tuple(chain.from_iterable(in_order))
+
+
+async def _lines(house: House, ask: Ask, body: Completion, events: Opened) -> AsyncIterator[bytes]:
+    answer = Answer()
+    async for _, event in events:
+        answer.add(event)
+        if isinstance(event, Token):
+            piece: dict[str, Any] = {
+                "index": 0, "content": event.text, "tokens": [event.id] if body.return_tokens else [], "stop": False,
+                "id_slot": -1, "tokens_predicted": len(answer.tokens), "tokens_evaluated": len(ask.prompts[0]),
+            }  # fmt: skip
+            if body.n_probs:
+                piece["completion_probabilities"] = [_probabilities(house, event, body.n_probs)]
+            yield data(piece)
+        elif isinstance(event, Finished):
+            yield data(await _last(house, ask, body, answer, event.text, []))
+
+
+async def _last(
+    house: House, ask: Ask, body: Completion, answer: Answer, content: str, tokens: list[Token]
+) -> dict[str, Any]:
+    """The whole answer, or a stream's last event: `content` and `tokens` are what was not told before."""
+    end, usage, settings = answer.finished, answer.finished.usage, ask.sampling
+    word = end.stop if isinstance(end.stop, str) else ""
+    found: dict[str, Any] = {
+        "index": 0, "content": content, "tokens": [t.id for t in tokens] if body.return_tokens else [],
+        "id_slot": -1, "stop": True, "model": ask.chosen.served.name, "tokens_predicted": usage.completion,
+        "tokens_evaluated": usage.prompt, "generation_settings": _settings(settings),
+        "prompt": await house.prompts.decode(ask.prompts[0]), "has_new_line": "\n" in answer.text, "truncated": False,
+        "stop_type": "limit" if end.reason == "length" else "word" if word else "eos", "stopping_word": word,
+        "tokens_cached": usage.cached,
+        "timings": _timings(usage.prompt - usage.cached, usage.prefill, usage.completion, usage.decode),
+    }  # fmt: skip
+    if body.n_probs and tokens:
+        found["completion_probabilities"] = [_probabilities(house, token, body.n_probs) for token in tokens]
+    return found
+
+
+def _settings(s: Sampling) -> dict[str, Any]:
+    return {
+        "n_predict": s.max_tokens, "seed": -1 if s.seed is None else s.seed, "temperature": s.temperature,
+        "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p, "repeat_penalty": s.repetition_penalty,
+        "presence_penalty": s.presence_penalty, "frequency_penalty": s.frequency_penalty, "stop": list(s.stop),
+        "ignore_eos": s.ignore_eos, "n_probs": s.logprobs or 0,
+    }  # fmt: skip
+
+
+def _timings(prompt: int, prefill: float, made: int, decode: float) -> dict[str, Any]:
+    def rate(n: int, seconds: float, name: str) -> dict[str, Any]:
+        return {
+            f"{name}_n": n, f"{name}_ms": seconds * 1e3, f"{name}_per_token_ms": seconds * 1e3 / max(n, 1),
+            f"{name}_per_second": n / seconds if seconds > 0 else 0.0,
+        }  # fmt: skip
+
+    return rate(prompt, prefill, "prompt") | rate(made, decode, "predicted")
+
+
+def _probabilities(house: House, token: Token, wanted: int) -> dict[str, Any]:
+    def entry(id: int, logprob: float | None) -> dict[str, Any]:
+        text, raw = house.prompts.piece(id)
+        known = logprob is not None and logprob > -9999.0
+        return {"id": id, "token": text, "bytes": list(raw), "logprob": logprob if known else -9999.0}
+
+    best = sorted(token.top, key=lambda t: -t[2])[:wanted]
+    return entry(token.id, token.logprob) | {"top_logprobs": [entry(id, logprob) for id, _, logprob in best]}
+
+
+# -- adapters and the server -------------------------------------------------------------------------------------------
+
+
+@router.get("/lora-adapters", summary="Adapters with their numbers and global scales.")
+async def lora_adapters(request: HttpRequest) -> Response:
+    house = house_of(request)
+    scales = house.loras.scales
+    return Json([
+        {
+            "id": house.loras.of(card.id), "path": card.root, "scale": scales.get(card.id, 0.0), "name": card.id,
+            "task_name": "", "prompt_prefix": "",
+        }
+        for card in house.adapters(caller_of(request))
+    ])  # fmt: skip
+
+
+@router.post("/lora-adapters", summary="Set all global scales; an adapter that is not in the list gets 0.")
+async def set_lora_adapters(request: HttpRequest, body: Annotated[list[Lora], FIRST, at_most(1024)]) -> Response:
+    house, caller = house_of(request), need_admin(request)
+    visible = house.adapters(caller)
+    scales = {house.loras.name(part.id, visible): part.scale for part in body}
+    if len(scales) != len(body):
+        raise invalid("an adapter is in the list twice", "id")
+    if scales:
+        house.choose(caller, mix=list(scales.items()))  # what cannot be mixed is refused now, not by the next request
+    house.loras.scales = {name: scale for name, scale in scales.items() if scale}
+    return Json({"success": True})
+
+
+@router.get("/props", summary="What this server is.")
+async def props(request: HttpRequest) -> Response:
+    house = house_of(request)
+    template = house.text.tokenizer.chat_template
+    defaults = Completion(prompt="").sampling(house, house.prompts.context)
+    return Json(
+        {
+            "default_generation_settings": {"n_ctx": house.prompts.context, "params": _settings(defaults)},
+            "total_slots": house.settings.slots, "model_path": house.catalog.base, "model_alias": house.catalog.base,
+            "chat_template": template if isinstance(template, str) else "",
+            "modalities": {"vision": False, "audio": False}, "build_info": f"veneer-{__version__}",
+        }
+    )  # fmt: skip

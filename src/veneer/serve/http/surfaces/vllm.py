@@ -1,0 +1,203 @@
+"""vLLM's and SGLang's routes beside OpenAI's: loading and unloading adapters while the server runs, tokens, version.
+
+A source that a client names is the catalog's to judge: a library reference, or a path where the operator allowed one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+
+from veneer import __version__
+from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.errors import Json, invalid, json_bytes
+from veneer.serve.http.fields import FIRST, ITEMS, Body, Ids, Neutral, Objects, at_most
+from veneer.serve.http.house import House, caller_of, house_of, load_adapter, need_admin, place_of
+from veneer.serve.http.prompts import Prompts
+from veneer.serve.http.surfaces.openai_bodies import Message
+from veneer.serve.request import Refused
+
+__all__ = ["router", "sglang"]
+
+router = APIRouter(tags=["vLLM"], route_class=BodyRoute)
+sglang = APIRouter(tags=["SGLang"], route_class=BodyRoute)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+class Load(Body):
+    ignored: ClassVar[frozenset[str]] = frozenset({"base_model_name"})
+    refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {
+        "is_3d_lora_weight": ((False,), "the layout of experts is read from the file")
+    }
+    lora_name: str = Field(default="", max_length=512)
+    lora_path: str = Field(default="", max_length=4096)
+    load_inplace: bool = False
+    pinned: bool = False
+
+
+class Unload(Body):
+    ignored: ClassVar[frozenset[str]] = frozenset({"lora_int_id"})
+    lora_name: str = Field(default="", max_length=512)
+
+
+@router.post("/v1/load_lora_adapter", summary="Make an adapter of the library servable under a name.")
+async def load(request: HttpRequest, body: Load) -> Response:
+    need_admin(request)
+    if not body.lora_name or not body.lora_path:
+        raise invalid("Both 'lora_name' and 'lora_path' must be provided.")
+    try:
+        await load_adapter(
+            house_of(request), body.lora_name, body.lora_path, replace=body.load_inplace, pinned=body.pinned
+        )
+    except Refused as error:
+        if error.code != "adapter_exists" or error.where:  # in vLLM's words, where it is what vLLM means
+            raise
+        what = f"The lora adapter '{body.lora_name}' has already been loaded. "
+        what += "If you want to load the adapter in place, set 'load_inplace' to True."
+        raise Refused(what, status=400, code="adapter_exists", param="lora_name") from error
+    text = f"Success: LoRA adapter '{body.lora_name}' added successfully."
+    return PlainTextResponse(text, headers=body.headers)
+
+
+@router.post("/v1/unload_lora_adapter", summary="Forget a name; running requests end as they began.")
+async def unload(request: HttpRequest, body: Unload) -> Response:
+    need_admin(request)
+    if not body.lora_name:
+        raise invalid("'lora_name' must be provided.", "lora_name")
+    await _forget(house_of(request), body.lora_name)
+    text = f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+    return PlainTextResponse(text, headers=body.headers)
+
+
+@sglang.post("/load_lora_adapter", summary="The same in SGLang's words.")
+async def load_sglang(request: HttpRequest, body: Load) -> Response:
+    need_admin(request)
+    if not body.lora_name or not body.lora_path:
+        raise invalid("both lora_name and lora_path are needed")
+    house = house_of(request)
+    await load_adapter(house, body.lora_name, body.lora_path, replace=body.load_inplace, pinned=body.pinned)
+    return _loaded(request, house)
+
+
+@sglang.post("/unload_lora_adapter", summary="The same in SGLang's words.")
+async def unload_sglang(request: HttpRequest, body: Unload) -> Response:
+    need_admin(request)
+    if not body.lora_name:
+        raise invalid("lora_name is needed")
+    house = house_of(request)
+    await _forget(house, body.lora_name)
+    return _loaded(request, house)
+
+
+async def _forget(house: House, name: str) -> None:
+    await asyncio.to_thread(house.catalog.unload, name)
+    await asyncio.to_thread(house.on_change, "adapter.unload", name, None)
+    for scales in (house.loras.scales, house.default):
+        scales.pop(name, None)
+
+
+def _loaded(request: HttpRequest, house: House) -> Response:
+    loaded = {card.id: card.root for card in house.adapters(caller_of(request))}
+    return Json({"success": True, "error_message": None, "loaded_adapters": loaded})
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+class Tokenize(Body):
+    """vLLM's `prompt` or `messages`, llama.cpp's `content`, or TGI's `inputs`: the answer has that surface's form."""
+
+    prompt: str | None = None
+    messages: Annotated[list[Message], FIRST, at_most(ITEMS)] | None = Field(default=None, min_length=1)
+    content: str | None = None
+    inputs: str | None = None
+    model: str = Field(default="", max_length=512)
+    add_special_tokens: bool = True
+    add_special: bool = False
+    parse_special: bool = True
+    with_pieces: bool = False
+    return_token_strs: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: Annotated[Objects, at_most(128)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class Detokenize(Body):
+    tokens: Ids
+    model: str = Field(default="", max_length=512)
+
+
+@router.post("/tokenize", summary="Text or a conversation as tokens.")
+async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
+    house, prompts = house_of(request), house_of(request).prompts
+    ways = [key for key in ("prompt", "messages", "content", "inputs") if getattr(body, key) is not None]
+    if len(ways) != 1:
+        raise invalid("one of prompt, messages, content and inputs is needed", ways[0] if ways else "prompt")
+    house.choose(caller_of(request), model=body.model)  # a model that is not there is an error here too
+    place = place_of(request)
+    place.take("answers", 1)
+    if body.messages is not None:
+        variables = dict(body.chat_template_kwargs or {})
+        variables["add_generation_prompt"] = body.add_generation_prompt and not body.continue_final_message
+        if body.continue_final_message:
+            variables["continue_final_message"] = True
+        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        ids = await prompts.of_messages(messages, body.tools, place, **variables)
+        return _json(await prompts.work(len(ids), lambda: json_bytes(_counted(prompts, ids, body)), place))
+    text = body.content or body.inputs or body.prompt or ""
+    prompts.measure(len(text), ways[0])
+
+    def written() -> bytes:
+        if body.content is not None:
+            ids = prompts.encode(text, special=body.add_special)
+            pieces = [{"id": i, "piece": _piece(*prompts.piece(i))} for i in ids] if body.with_pieces else ids
+            return json_bytes({"tokens": pieces})
+        if body.inputs is not None:
+            return json_bytes(_spans(prompts, text, body.add_special_tokens))
+        return json_bytes(_counted(prompts, prompts.encode(text, special=body.add_special_tokens), body))
+
+    return _json(await prompts.work(len(text), written, place))
+
+
+def _json(written: bytes) -> Response:
+    return Response(written, media_type="application/json")
+
+
+def _counted(prompts: Prompts, ids: Sequence[int], body: Tokenize) -> dict[str, Any]:
+    texts = [prompts.piece(i)[0] for i in ids] if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": prompts.context, "tokens": ids, "token_strs": texts}
+
+
+@router.post("/detokenize", summary="Tokens as text, under vLLM's key and llama.cpp's.")
+async def detokenize(request: HttpRequest, body: Detokenize) -> Response:
+    house = house_of(request)
+    house.choose(caller_of(request), model=body.model)
+    place = place_of(request)
+    place.take("answers", 1)
+    text = await house.prompts.decode(house.prompts.of_ids(body.tokens, "tokens"), place=place)
+    return Json({"prompt": text, "content": text})
+
+
+def _piece(text: str, raw: tuple[int, ...]) -> str | list[int]:
+    """llama.cpp's pieces: text, or bytes where they are no text by themselves."""
+    return list(raw) if "�" in text else text
+
+
+def _spans(prompts: Prompts, text: str, special: bool) -> list[dict[str, Any]]:
+    """TGI's tokens: each with the characters of the text that it covers."""
+    found = prompts.spans(text, special=special)
+    return [{"id": i, "text": text[start:stop], "start": start, "stop": stop} for i, start, stop in found]
+
+
+@router.get("/version", summary="veneer's version.")
+async def version() -> Response:
+    return Json({"version": __version__})

@@ -1,0 +1,316 @@
+"""The names of one server, and which adapters they mean: the catalog of an embedded engine.
+
+    catalog = LocalCatalog(base, runner.problems, library=open_library(), rollouts=…)
+    catalog.residents = Residents(catalog.read, runner.prepare, limit_bytes=…)
+    served = catalog.resolve("support@prod", caller)
+
+A word is looked up in this order: the base's name; a route (`rollouts`); a name that was loaded; a
+reference of the library (`support`, `support@2`, `support@prod`, `sha256:…`). Any of them may follow `base:`. What is
+not there and what the caller does not see are the same 404, told before anything is looked up for who does not see it.
+Words from clients never reach the file system: they are compared with names, and the library looks in its index.
+
+A loaded adapter is checked whole before its name is known. One of the library that nobody loaded is checked when the
+first request for it comes, by the same rules, off the engine's thread; its index says beforehand if it is another
+base's.
+"""
+
+from __future__ import annotations
+
+import calendar
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from veneer.adapters.use import Base
+from veneer.core.adapter import Adapter
+from veneer.errors import ConfigError, quoted
+from veneer.library.library import Library
+from veneer.library.names import check_name, name_of
+from veneer.serve.access import Caller, ModelCard, Served
+from veneer.serve.names.sources import Place, Sources, unusable
+from veneer.serve.request import Mix, Refused, make_mix
+
+__all__ = ["LocalCatalog", "Memory", "Rollouts"]
+
+MAX_NAME = 200
+MAX_MIX = 64
+
+_log = logging.getLogger(__name__)
+
+Part = tuple[str, str]
+"""(digest, the operator's name) of one adapter."""
+
+
+class Rollouts(Protocol):
+    """Routes: names with weighted targets."""
+
+    def choose(self, route: str, caller: Caller) -> str | None:
+        """The name that answers this caller; None where there is no such route for them."""
+        ...
+
+    def shadow(self, route: str, caller: Caller) -> str | None:
+        """The name whose answer is computed too."""
+        ...
+
+
+class Memory(Protocol):
+    """Where loaded adapters are kept: `Residents`, or replicas elsewhere."""
+
+    def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None: ...
+
+    def drop(self, digest: str) -> None: ...
+
+    def unpin(self, digest: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    card: ModelCard
+    place: Place
+
+
+class LocalCatalog:
+    """Implements `access.Catalog`. `name`: what the base is called; by default the last part of its own name.
+    `residents`: where loaded adapters are kept; to be set before the first `load`. Everything may be called from any
+    thread; only `load` and `read` read files."""
+
+    def __init__(
+        self,
+        base: Base,
+        servable: Callable[[Adapter], list[str]],
+        *,
+        name: str = "",
+        library: Library | None = None,
+        allowed_folders: Sequence[str | Path] = (),
+        rollouts: Rollouts | None = None,
+        max_bytes: int = 8 << 30,
+    ) -> None:
+        self.base = name or base.name.rstrip("/").rpartition("/")[2]
+        self.sources = Sources(base, servable, library=library, folders=allowed_folders, max_bytes=max_bytes)
+        self.rollouts = rollouts
+        self.residents: Memory | None = None
+        self._fingerprint = base.fingerprint
+        self._started = int(time.time())
+        self._lock = threading.Lock()
+        self._reading = threading.Semaphore(2)  # loads at a time, so that many cannot fill the memory
+        self._loaded: dict[str, _Loaded] = {}
+        self._places: dict[str, Place] = {}
+        self._kept: tuple[object, list[ModelCard]] = (None, [])
+
+    # -- what names mean ----------------------------------------------------------------------------------------------
+
+    def resolve(self, model: str, caller: Caller) -> Served:
+        target, part, routed = self._mean(model, caller)
+        shadow: tuple[str, Mix | Refused] | None = None
+        if self.rollouts is not None and routed:
+            word = self._word(model)
+            other = self.rollouts.shadow(word, caller)
+            if other is not None:
+                try:
+                    shadow = (other, _alone(self._part(other, other)))
+                except Refused as error:
+                    shadow = (other, error)
+                    _log.warning("the shadow %r of %r cannot be served: %s", other, word, error.what)
+        return Served(_alone(part), model or self.base, target, shadow, () if part is None else (part[1],))
+
+    def resolve_mix(self, parts: Sequence[tuple[str, float]], caller: Caller) -> Served:
+        """A name that means several things, or one twice, counts with the sum. `name`: the parts in words."""
+        if len(parts) > MAX_MIX:
+            what = f"a mix of {len(parts)} adapters; at most {MAX_MIX}"
+            raise Refused(what, status=400, code="invalid_request", param="mix")
+        pairs: list[tuple[str, float]] = []
+        called: dict[str, str] = {}
+        targets: dict[str, str] = {}
+        for word, strength in parts:
+            if not math.isfinite(strength):
+                what = f"the strength of {quoted(word)} is {strength}"
+                raise Refused(what, status=400, code="invalid_request", param="mix")
+            target, part, _ = self._mean(word, caller)
+            if part is None:
+                continue
+            digest, own = part
+            pairs.append((digest, strength))
+            called[digest] = min(own, called.get(digest, own))  # of two names of one adapter always the same
+            targets.setdefault(digest, target)
+        mix = make_mix(pairs)
+        name = "+".join(f"{word}:{strength:g}" for word, strength in parts) or self.base
+        adapters = tuple(called[digest] for digest, _ in mix)
+        target = self.base if not mix else targets[mix[0][0]] if len(mix) == 1 else name
+        return Served(mix, name, target, adapters=adapters)
+
+    def _word(self, model: str) -> str:
+        return model.removeprefix(f"{self.base}:") or self.base
+
+    def _mean(self, model: str, caller: Caller) -> tuple[str, Part | None, bool]:
+        """(the adapter's name, what it is, whether a route chose it) of a client's word."""
+        word = self._word(model)
+        if word == self.base:
+            return self.base, None, False
+        if len(word) > MAX_NAME or not word.isprintable():
+            raise _missing(model)
+        target = self.rollouts.choose(word, caller) if self.rollouts is not None else None
+        if target is None and not caller.sees(word) and not caller.sees(name_of(word)):
+            raise _missing(model)
+        return target or word, self._part(target or word, model), target is not None
+
+    def _part(self, name: str, model: str) -> Part | None:
+        """None for the base. Raises Refused: `model` is not there."""
+        if name == self.base:
+            return None
+        loaded = self._loaded.get(name)
+        if loaded is not None:
+            return loaded.card.digest, name
+        found = self.sources.look(name)
+        if found is None:
+            raise _missing(model)
+        if not found.digest:
+            raise unusable("corrupt", f"nobody could read {quoted(name)} when it came into the library")
+        if found.fingerprint not in ("", self._fingerprint):
+            raise unusable("wrong_base", f"{quoted(name)} belongs to {found.base or found.fingerprint}")
+        self._places.setdefault(found.digest, found.place)
+        return found.digest, found.place.root
+
+    def check(self, name: str) -> None:
+        """Read what a name means, unless it is in use, as a request for it would. Raises Refused where it would be."""
+        self.sources.look(name, sure=True)
+        part = self._part(name, name)
+        if part is not None and name not in self._loaded:
+            self.read(part[0])
+
+    def models(self, caller: Caller) -> list[ModelCard]:
+        """The base, then everything that the caller sees: what was loaded, routes, what the library has for this
+        base."""
+        cards = {card.id: card for card in self._library_cards()}
+        cards |= {name: loaded.card for name, loaded in dict(self._loaded).items()}
+        out = [ModelCard(self.base, self.base, None, self._started)]
+        out += [card for name, card in sorted(cards.items()) if caller.sees(name)]
+        names: Callable[[Caller], list[str]] | None = getattr(self.rollouts, "names", None)
+        for route in names(caller) if names is not None else []:
+            if route not in cards:
+                out.append(ModelCard(route, route, self.base, self._started))
+        return out
+
+    def _library_cards(self) -> list[ModelCard]:
+        kept = self.sources.listed(self._fingerprint)
+        if self._kept[0] is not kept:
+            cards = [ModelCard(k.name, k.reference, self.base, _seconds(k.added), k.digest) for k in kept]
+            self._kept = (kept, cards)
+        return self._kept[1]
+
+    async def fresh(self) -> None:
+        """What names mean now is known when this returns: surfaces wait for it once, before they ask. Not for long:
+        while the library's index does not answer, what it said last holds."""
+        await self.sources.fresh()
+
+    def close(self) -> None:
+        """The thread that reads the library's names ends."""
+        self.sources.close()
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
+        """As `access.Catalog` says; what is refused leaves no trace. With `replace` the name means the new weights from
+        one request to the next; requests that run keep the old ones, whose memory goes with the last of them."""
+        try:
+            check_name(name, cased=True)
+            if name == self.base:
+                raise ConfigError(f"{quoted(name)} is the base", fix="another name")
+        except ConfigError as error:
+            raise Refused(error.what, status=400, code="invalid_request", param="lora_name", fix=error.fix) from None
+        self._check_free(name, replace)
+        place = self.sources.locate(source)
+        with self._reading:
+            adapter = self.sources.read(place)
+            digest = adapter.digest()
+            self._check_library(name, digest, replace)
+            if place.reference or not self._places.get(digest, place).reference:
+                self._places[digest] = place
+            try:
+                if self.residents is not None:
+                    self.residents.load(digest, adapter, pinned=pinned)
+            except BaseException:
+                self._forget(digest)
+                raise
+        card = ModelCard(name, place.root, self.base, int(time.time()), digest, pinned)
+        with self._lock:
+            old = self._loaded.get(name)
+            taken = old is not None and not replace
+            if not taken:
+                self._loaded[name] = _Loaded(card, place)
+        if taken:
+            self._forget(digest)
+            self._check_free(name, replace)
+        if old is not None:
+            self._forget(old.card.digest)
+        return card
+
+    def unload(self, name: str) -> None:
+        with self._lock:
+            gone = self._loaded.pop(name, None)
+        if gone is None:
+            raise _missing(name)
+        self._forget(gone.card.digest)
+
+    def _check_free(self, name: str, replace: bool) -> None:
+        if name in self._loaded and not replace:
+            what = f"an adapter named {quoted(name)} has already been loaded"
+            raise Refused(what, status=400, code="adapter_exists", param="lora_name", fix="replace it, or unload it")
+
+    def _check_library(self, name: str, digest: str, replace: bool) -> None:
+        """A name of the library's means what the library has, unless somebody says that it shall not."""
+        kept = self.sources.look(name, sure=True)
+        if kept is None or kept.digest == digest:
+            return
+        if not replace:
+            raise Refused(
+                f"the library has another adapter named {quoted(name)}, which requests could no longer reach",
+                status=400, code="adapter_exists", param="lora_name", where="library",
+                fix="another name, or load it in place of the library's",
+            )  # fmt: skip
+        _log.warning("%r now means what was loaded, and no longer the library's %s", name, kept.place.root)
+
+    def _forget(self, digest: str) -> None:
+        """A name means this no more: free it, unless another name does, and unpin it, unless another pins it."""
+        with self._lock:
+            others = [loaded.card for loaded in self._loaded.values() if loaded.card.digest == digest]
+        if self.residents is None:
+            return
+        if not others:
+            self.residents.drop(digest)
+        elif not any(card.pinned for card in others):
+            self.residents.unpin(digest)
+
+    def read(self, digest: str) -> Adapter:
+        """What `Residents` reads by: an adapter that a name meant, from where it was found. Raises Refused."""
+        place = self._places.get(digest)
+        if place is None:
+            raise unusable("not_found", f"nothing here has the digest {digest}", status=404)
+        return self.sources.read(place, digest)
+
+    def files(self, digest: str) -> Path:
+        """Where the files are of an adapter that a name meant, for servers that read them by themselves."""
+        place = self._places.get(digest)
+        if place is None:
+            raise unusable("not_found", f"nothing here has the digest {digest}", status=404)
+        return self.sources.files(place)
+
+
+def _alone(part: Part | None) -> Mix:
+    return () if part is None else ((part[0], 1.0),)
+
+
+def _missing(model: str) -> Refused:
+    return Refused(f"The model {quoted(model)} does not exist.", status=404, code="model_not_found", param="model")
+
+
+def _seconds(added: str) -> int:
+    """Of the library's times, as 2026-11-25T10:00:00Z."""
+    try:
+        return calendar.timegm(time.strptime(added, "%Y-%m-%dT%H:%M:%SZ"))
+    except ValueError:
+        return 0

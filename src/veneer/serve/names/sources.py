@@ -1,0 +1,271 @@
+"""Where a server's adapters come from, and whether it can serve them: library references, and files where the operator
+allows them.
+
+What cannot be served is Refused(adapter_unusable) whose message begins with a reason:
+
+    | reason                       | status |                                                                          |
+    | not_found                    | 404    | no such reference, no such file, or none in an allowed folder            |
+    | wrong_base                   | 400    | it belongs to another base                                               |
+    | shape_mismatch               | 400    | names or shapes that this base does not have                             |
+    | unsafe_file                  | 400    | a pickle, a header that lies, a link that leads out of its folder        |
+    | corrupt                      | 400    | half a file, no adapter, settings that contradict its tensors            |
+    | not_finite                   | 400    | NaN or infinity                                                          |
+    | too_large                    | 400    | more bytes than the limit                                                |
+    | dora_unsupported             | 400    | as the runner says, whose words follow                                   |
+    | modules_to_save_unsupported  | 400    | the same: full copies of modules, rows of tokens                         |
+    | new_tokens_unsupported       | 400    | words that the tokenizer does not have                                   |
+    | form_unsupported             | 400    | anything else that the runner cannot serve with its full effect          |
+    | changed                      | 409    | the file was replaced since it was loaded: load it again                 |
+    | damaged                      | 503    | what the library keeps of it is missing or not what was put there        |
+
+A store, a database or a disk that does not answer is no fault of the adapter's: 503 `unavailable`, to be tried again.
+
+Knows the library, files and one base; no names of a server, no requests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from veneer.adapters.use import Base, load_adapter
+from veneer.core.adapter import Adapter
+from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, VeneerError, quoted
+from veneer.formats import read as reader
+from veneer.library.library import Library
+from veneer.library.names import parse_reference
+from veneer.library.snapshot import Kept, Snapshot
+from veneer.serve.outage import fault, is_outage, outage
+from veneer.serve.request import Refused
+
+__all__ = ["Found", "Place", "Sources", "unusable"]
+
+
+def unusable(reason: str, what: str, *, status: int = 400, fix: str | None = None) -> Refused:
+    return Refused(f"{reason}: {what}", status=status, code="adapter_unusable", fix=fix)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter's files are. `root`: as the operator named it; never a path. `reference`: of the library, by
+    content, with its `entry` and `format` there; "" for a `path`."""
+
+    root: str
+    reference: str = ""
+    path: Path | None = None
+    entry: str = ""
+    format: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a library reference means now. `digest`: "" where nobody could read the files."""
+
+    digest: str
+    fingerprint: str
+    base: str
+    place: Place
+
+
+def _found(kept: Kept) -> Found:
+    reference = kept.digest or f"sha256:{kept.entry}"
+    place = Place(kept.reference, reference, entry=kept.entry, format=kept.format)
+    return Found(kept.digest, kept.fingerprint, kept.base, place)
+
+
+class Sources:
+    """`servable`: why an adapter cannot be served with its full effect, one line each; the runner's. `folders`: from
+    which files may be loaded, with all that is in them."""
+
+    def __init__(
+        self,
+        base: Base,
+        servable: Callable[[Adapter], list[str]],
+        *,
+        library: Library | None = None,
+        folders: Sequence[str | Path] = (),
+        max_bytes: int = 8 << 30,
+    ) -> None:
+        self.base, self.library, self.max_bytes = base, library, max_bytes
+        self._servable = servable
+        self._folders = [_folder(folder) for folder in folders]
+        self.names = None if library is None else Snapshot(library)
+        self._listed: tuple[object, list[Kept]] = (None, [])
+
+    # -- what a reference means --------------------------------------------------------------------------------------
+
+    def look(self, reference: str, *, sure: bool = False) -> Found | None:
+        """What the library has under a reference, from memory; None where it has nothing, or it is no reference. Reads
+        no adapter and asks no database. `sure`: waits for a look at the index that begins now, for who may wait."""
+        if self.names is None or len(reference) > 200:
+            return None
+        try:
+            wanted = parse_reference(reference)
+        except ConfigError:
+            return None
+        kept = (self.names.looked() if sure else self.names.now).find(wanted)
+        return None if kept is None else _found(kept)
+
+    async def fresh(self) -> None:
+        """What was committed before this is known when it returns, unless the index does not answer."""
+        if self.names is not None:
+            await self.names.fresh()
+
+    def listed(self, fingerprint: str) -> list[Kept]:
+        """The latest version of each name that belongs to a base, of which somebody could read the files."""
+        if self.names is None:
+            return []
+        now = self.names.now
+        if self._listed[0] is not now:
+            self._listed = (now, [kept for kept in now.latest(fingerprint) if kept.digest])
+        return self._listed[1]
+
+    def close(self) -> None:
+        if self.names is not None:
+            self.names.close()
+
+    # -- where files are ---------------------------------------------------------------------------------------------
+
+    def locate(self, source: str) -> Place:
+        """The place of a library reference, or of a path in an allowed folder. Raises Refused."""
+        found = self.look(source, sure=True)
+        if found is not None:
+            return found.place
+        path = self._path(source)
+        if path is None:
+            hint = "a library reference" + (", or a path in an allowed folder" if self._folders else "")
+            raise unusable("not_found", f"there is no adapter {quoted(source)}", status=404, fix=f"give {hint}")
+        return Place(path.name, path=path)
+
+    def _path(self, source: str) -> Path | None:
+        """The real path, inside an allowed folder. What lies outside is as if it were not there."""
+        given = Path(source)
+        if not source.isprintable() or len(source) > 4096 or ".." in given.parts:
+            return None
+        for folder in self._folders:
+            try:
+                real = (folder / given).resolve(strict=True)
+                if real.is_relative_to(folder) and (real.is_file() or real.is_dir()):
+                    self._check_inside(real, folder)
+                    return real
+            except (OSError, RuntimeError):
+                continue
+        return None
+
+    def _check_inside(self, real: Path, folder: Path) -> None:
+        """No link leads out of the allowed folder, and no more bytes than the limit."""
+        inner = real / "adapter"
+        parts = (
+            [real] if real.is_file() else [p for d in (real, inner) if d.is_dir() for p in islice(d.iterdir(), 5000)]
+        )
+        if any(not p.resolve().is_relative_to(folder) for p in parts):
+            raise unusable("unsafe_file", f"a link in {real.name} leads out of the allowed folder")
+        self._check_size(sum(p.stat().st_size for p in parts if p.is_file()))
+
+    def _check_size(self, size: int) -> None:
+        if size > self.max_bytes:
+            raise unusable("too_large", f"{size:,} bytes; the limit is {self.max_bytes:,}")
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, place: Place, digest: str = "") -> Adapter:
+        """Read an adapter, and make sure that this base serves it with its full effect. `digest`: what it must be.
+
+        From an allowed folder tensors are copied: a mapped file that somebody writes to would change under requests."""
+        if place.path is not None and not place.path.exists():
+            raise unusable("not_found", f"{place.root} is no longer there", status=404)
+        try:
+            path = self.files(place)
+            adapter = load_adapter(self.base, str(path))
+            if place.path is not None:
+                adapter = adapter.mapped(lambda t: t.clone())
+            if digest and adapter.digest() != digest and not self._reads_as(path, digest):
+                raise unusable("changed", f"{place.root} is not what it was when it was loaded", status=409)
+        except Refused:
+            raise
+        except Exception as error:  # readers meet anything in a hostile file
+            raise self._refusal(place, error) from error
+        if adapter.new_tokens:
+            raise unusable("new_tokens_unsupported", f"{place.root} brings tokens that this base does not have")
+        if problems := self._servable(adapter):
+            raise _unservable(place, problems)
+        return adapter
+
+    def files(self, place: Place) -> Path:
+        """The files of a place, here. Raises Refused."""
+        return place.path or self._from_library(place)
+
+    def _from_library(self, place: Place) -> Path:
+        """The files, fetched where they are elsewhere. What fails here is no fault of the adapter's."""
+        assert self.library is not None
+        try:
+            return self.library.place(place.root, place.entry, place.format)
+        except AdapterError as error:
+            if self.look(place.reference) is None:
+                raise unusable("not_found", f"the library has {place.root} no more", status=404) from error
+            refused = outage(f"the library's copy of {place.root}", error)
+            raise unusable("damaged", refused.what, status=503, fix=refused.fix) from error
+        except Exception as error:
+            raise fault(f"the library's copy of {place.root}", error) from error
+
+    def _reads_as(self, path: Path, digest: str) -> bool:
+        """Whether it is the same without a base to read it by, as the library's index has it."""
+        return reader.read(path).adapter.digest() == digest
+
+    def _refusal(self, place: Place, error: Exception) -> Refused:
+        if is_outage(error):
+            return outage(place.root, error)
+        what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
+        for hidden, shown in self._paths(place).items():
+            what = what.replace(hidden, shown)
+        if isinstance(error, UnsafeFileError):
+            reason = "unsafe_file"
+        elif isinstance(error, MismatchError):
+            reason = "wrong_base"
+        elif "NaN" in what or "not finite" in what:
+            reason = "not_finite"
+        else:
+            reason = "shape_mismatch" if self._sound(place) else "corrupt"
+        return unusable(reason, f"{place.root}: {what}")
+
+    def _paths(self, place: Place) -> dict[str, str]:
+        """What a message may have of this machine's folders, and what clients are told instead."""
+        paths = {} if place.path is None else {str(place.path): place.root}
+        if self.library is not None:
+            paths[self.library.location] = "the library"
+        if os.path.isabs(self.base.name):
+            paths[self.base.name] = os.path.basename(self.base.name.rstrip("/"))
+        return paths
+
+    def _sound(self, place: Place) -> bool:
+        """Whether the files are an adapter, if not this base's."""
+        try:
+            reader.read(self.files(place))
+        except Exception:  # whatever a reader meets: the files are at hand, so it is theirs
+            return False
+        return True
+
+
+def _folder(folder: str | Path) -> Path:
+    """Raises ConfigError where there is no such folder."""
+    try:
+        found = Path(folder).expanduser().resolve(strict=True)
+    except (OSError, RuntimeError):
+        found = None
+    if found is None or not found.is_dir():
+        raise ConfigError(f"there is no folder {folder}", where="--allow-folder", fix="make it first, or leave it out")
+    return found
+
+
+def _unservable(place: Place, problems: list[str]) -> Refused:
+    said = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    low = said.lower()
+    reason = "form_unsupported"
+    if "dora" in low:
+        reason = "dora_unsupported"
+    elif any(words in low for words in ("full cop", "modules_to_save", "token rows")):
+        reason = "modules_to_save_unsupported"
+    return unusable(reason, f"{place.root} cannot be served with its full effect: {said}")

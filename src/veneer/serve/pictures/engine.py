@@ -1,0 +1,469 @@
+"""Pictures for many callers from one image base: requests in, batches through the denoiser, pictures out.
+
+    events([request, …]) -> check, lease their adapters -> queue -> the fairest batch -> attach, draw, watch
+                         -> Queued, Step, Preview …, Drawn for each
+
+Pictures with the same settings are drawn together, each under its own mix and from its own noise, so that none depends
+on who shares its batch. One thread draws; nothing else touches the base or its attachment. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.core.attach import attach
+from veneer.errors import VeneerError
+from veneer.formats.strengths import Strength
+from veneer.imaging.adapters import Source
+from veneer.imaging.controls import ControlSpec, control_model_of
+from veneer.imaging.make import Ask, shared_record, told
+from veneer.models.image.base import load_control, readers
+from veneer.models.image.generate import MixPlan, Moment, Settings, check, generate_images
+from veneer.serve.names.resident import Lease, Residents
+from veneer.serve.pictures.request import (
+    Drawn,
+    PictureEvent,
+    PictureRequest,
+    PictureStats,
+    Preview,
+    Queued,
+    Step,
+    refused,
+)
+from veneer.serve.request import Mix, Refused, Usage, make_mix
+
+if TYPE_CHECKING:
+    from veneer.core.adapter import Adapter
+    from veneer.models.image.base import ImageBase
+    from veneer.models.image.generate import Picture
+
+__all__ = ["PictureEngine"]
+
+_log = logging.getLogger(__name__)
+MAX_STEPS = 150
+_LOST = 3
+"""Pictures in a row that failed by a fault of ours, after which the engine says so."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """An adapter in memory, as `Residents` keeps it."""
+
+    key: str
+    adapter: Adapter
+
+    @property
+    def bytes(self) -> int:
+        return self.adapter.size_bytes()
+
+
+class PictureEngine:
+    """Draws on one base until it is closed. A context manager.
+
+    `read`: digest -> adapter, checked against the base; `source`: digest -> the hashes of its file, for the infotext.
+    `controls`: kind -> name or folder of a ControlNet; canny and edges have the base's own. `window`: seconds that a
+    first picture waits for company. `adapter_bytes`: what adapters in memory may take up. `stuck_seconds`: how long it
+    takes until a step that does not end is a fault."""
+
+    def __init__(
+        self,
+        base: ImageBase,
+        read: Callable[[str], Adapter],
+        *,
+        source: Callable[[str], Source] | None = None,
+        controls: Mapping[str, str] | None = None,
+        max_batch: int = 4,
+        window: float = 0.03,
+        max_waiting: int = 64,
+        max_pixels: int | None = None,
+        max_steps: int = MAX_STEPS,
+        adapter_bytes: int = 1 << 30,
+        stuck_seconds: float = 600.0,
+    ) -> None:
+        self.base, self.stuck_seconds = base, stuck_seconds
+        self.max_batch, self.window, self.max_waiting, self.max_steps = max_batch, window, max_waiting, max_steps
+        self.max_pixels = max_pixels or 4 * base.size**2
+        self.attachment = attach(base.model)
+        self.residents: Residents[_Held] = Residents(
+            read, lambda adapter, digest: _Held(digest, adapter), limit_bytes=adapter_bytes, freed=self._freed
+        )
+        self._gone: list[str] = []
+        self._source = source or (lambda digest: Source(digest, "", digest, "", "", ""))
+        self._control_names = dict(controls or {})
+        self._controls: dict[str, tuple[str, Any]] = {}
+        (tokenizer, limit), *_ = readers(base)
+        # A copy: a tokenizer remembers how it was last called, and its own is called by the thread that draws.
+        self._counter = copy.deepcopy(getattr(tokenizer, "tokenizer", tokenizer)), limit
+        self._preparing, self._counting = threading.Lock(), threading.Lock()
+        self._wake = threading.Condition()
+        self._waiting: list[_Job] = []
+        self._running: list[_Job] = []
+        self._turns = _Turns()
+        self._closing = self._dropping = False
+        self._drawn = self._batches = self._steps = self._lost = 0
+        self._beat = time.monotonic()
+        self._thread = threading.Thread(target=self._loop, name="pictures", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> PictureEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self, *, drain: bool = False) -> None:
+        """Take no more; finish what waits (`drain`) or refuse it and stop after the step being taken. Then the base is
+        as it was. Blocks; safe to call again."""
+        with self._wake:
+            self._closing, self._dropping = True, self._dropping or not drain
+            self._wake.notify_all()
+        self._thread.join()
+        self.residents.close()
+        self.attachment.detach()
+
+    # -- what surfaces call --------------------------------------------------------------------------------------------
+
+    async def events(self, requests: Sequence[PictureRequest]) -> AsyncGenerator[tuple[int, PictureEvent], None]:
+        """(which request, event): Queued at once for each, then Steps and Previews, and Drawn as its last. All are
+        taken or none. A consumer that closes the iterator cancels them: what waits leaves the queue, and a batch that
+        everybody has left ends at its next step.
+
+        Raises Refused, before the first event for what can be known at once; the first failure ends all."""
+        self._refuse_beyond(len(requests))
+        await asyncio.to_thread(self._check, requests)
+        lease = await self._leased(make_mix((digest, 1.0) for request in requests for digest, _ in request.mix))
+        inbox: asyncio.Queue[tuple[int, PictureEvent | Refused]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        held = {thing.key: thing.adapter for thing, _ in lease.parts}
+        jobs = [_Job(request, i, held, loop, inbox) for i, request in enumerate(requests)]
+        try:
+            ahead = self._submit(jobs)
+            for job in jobs:
+                yield job.index, Queued(ahead + job.index)
+            left = len(jobs)
+            while left:
+                index, event = await inbox.get()
+                if isinstance(event, Refused):
+                    raise event
+                left -= isinstance(event, Drawn)
+                yield index, event
+        finally:
+            self._leave(jobs)
+            lease.release()
+
+    def control(self, kind: str) -> tuple[str, Any]:
+        """(name, model) of the ControlNet for a kind of control picture, loaded once. Blocks. Raises Refused for a kind
+        that there is none for."""
+        with self._preparing:
+            if kind not in self._controls:
+                if kind not in self._control_names and kind not in ("canny", "edges"):
+                    known = ", ".join(sorted({"canny", "edges", *self._control_names}))
+                    raise _invalid(f"there is no control of type {kind!r}; there are {known}", "control")
+                try:
+                    name = self._control_names.get(kind) or control_model_of(self.base, ControlSpec(kind, ""))
+                    same = next((model for known, model in self._controls.values() if known == name), None)
+                    self._controls[kind] = name, same if same is not None else load_control(name, self.base)
+                except VeneerError as error:
+                    raise _invalid(error.what, "control") from error
+            return self._controls[kind]
+
+    def tokens(self, *texts: str) -> int:
+        """How many tokens these prompts are."""
+        tokenizer, limit = self._counter
+        with self._counting:
+            return sum(min(limit, len(tokenizer(text)["input_ids"])) for text in texts)
+
+    def places(self, settings: Settings) -> int:
+        """How many places of latents the denoiser works on for a picture of that size."""
+        unit = self.base.unit
+        return ((settings.width or self.base.size) // unit) * ((settings.height or self.base.size) // unit)
+
+    def stats(self) -> PictureStats:
+        with self._wake:
+            counts = len(self._running), len(self._waiting), self._drawn, self._batches, self._steps
+        memory = self.residents.stats()
+        return PictureStats(*counts, memory.adapters, memory.bytes)
+
+    def problem(self) -> str:
+        """Why nobody is served, if nobody is; as TextEngine's."""
+        if self._closing:
+            return ""
+        if not self._thread.is_alive():
+            return "the engine's thread has ended"
+        if self._running and (seconds := time.monotonic() - self._beat) > self.stuck_seconds:
+            return f"the engine's step has not ended for {seconds:.0f} s"
+        return f"the last {self._lost} pictures failed" if self._lost >= _LOST else ""
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    async def _leased(self, mix: Mix) -> Lease[_Held]:
+        """Waits until all of the mix is in memory. Raises Refused where it cannot be."""
+        loop = asyncio.get_running_loop()
+        told: asyncio.Future[Lease[_Held] | Refused] = loop.create_future()
+
+        def tell(result: Lease[_Held] | Refused) -> None:
+            if not told.done():
+                told.set_result(result)
+            elif isinstance(result, Lease):  # nobody waits any more
+                result.release()
+
+        def ready(result: Lease[_Held] | Refused) -> None:
+            loop.call_soon_threadsafe(tell, result)
+
+        lease = self.residents.acquire(mix, ready)
+        if lease is not None:
+            return lease
+        try:
+            result = await told
+        finally:
+            self.residents.withdraw(ready)
+        if isinstance(result, Refused):
+            raise result
+        return result
+
+    def _freed(self, thing: _Held) -> None:
+        with self._wake:
+            self._gone.append(thing.key)
+            self._wake.notify_all()
+
+    def _tidy(self) -> None:
+        """Detach what has left the memory; under `_wake`, on the thread that draws."""
+        for key in self._gone:
+            if key in self.attachment.adapters:
+                self.attachment.remove(key)
+        self._gone.clear()
+
+    # -- the queue -----------------------------------------------------------------------------------------------------
+
+    def _check(self, requests: Sequence[PictureRequest]) -> None:
+        """Everything that can be refused before it waits."""
+        for request in requests:
+            s = request.settings
+            if (s.width or 0) * (s.height or 0) > self.max_pixels:
+                raise _invalid(f"{s.width}×{s.height}: at most {self.max_pixels} pixels are drawn here", "size")
+            if (s.steps or 0) > self.max_steps:
+                raise _invalid(f"{s.steps} steps: at most {self.max_steps} are taken here", "num_inference_steps")
+            try:
+                with self._preparing:
+                    check(self.base, [replace(request.row(), plan=MixPlan())], s)
+            except VeneerError as error:
+                raise refused(error) from error
+
+    def _refuse_beyond(self, number: int) -> None:
+        if self._closing:
+            raise _shutting_down()
+        if number > self.max_waiting:
+            raise _invalid(f"{number} pictures at once: at most {self.max_waiting} may wait here", "n")
+        if len(self._waiting) + number > self.max_waiting:
+            raise Refused(
+                f"{len(self._waiting)} pictures wait already, and {self.max_waiting} may",
+                status=429, code="overloaded", retry_after=5.0, fix="try again later",
+            )  # fmt: skip
+
+    def _submit(self, jobs: Sequence[_Job]) -> int:
+        """How many are ahead of them."""
+        with self._wake:
+            self._refuse_beyond(len(jobs))
+            ahead = len(self._waiting) + len(self._running)
+            for job in jobs:
+                self._turns.enter(job.request.tenant, {other.request.tenant for other in self._waiting})
+                self._waiting.append(job)
+            self._wake.notify_all()
+        return ahead
+
+    def _leave(self, jobs: Sequence[_Job]) -> None:
+        with self._wake:
+            for job in jobs:
+                job.gone = True
+            self._waiting = [job for job in self._waiting if not job.gone]
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                self._running = []
+                self._tidy()
+                while not self._waiting and not self._closing:
+                    self._wake.wait()
+                    self._tidy()
+                if self._dropping:
+                    for job in self._waiting:
+                        job.tell(_shutting_down())
+                    self._waiting.clear()
+                if not self._waiting:
+                    return
+                if (left := self._patience()) > 0:
+                    self._wake.wait(left)
+                    continue
+                self._running = self._next()
+            self._draw(self._running)
+
+    def _patience(self) -> float:
+        """Seconds that the oldest picture may still wait for company; none where its batch would be full."""
+        oldest = self._waiting[0]
+        if self._closing or sum(job.kind == oldest.kind for job in self._waiting) >= self.max_batch:
+            return 0.0
+        return oldest.arrived + self.window - time.monotonic()
+
+    def _next(self) -> list[_Job]:
+        """The oldest picture of whoever's turn it is, and what can be drawn with it, in turn."""
+        batch: list[_Job] = []
+        while len(batch) < self.max_batch:
+            fitting = [job for job in self._waiting if not batch or job.kind == batch[0].kind]
+            if not fitting:
+                break
+            job = min(fitting, key=lambda job: self._turns.at(job.request.tenant))
+            self._turns.take(job.request.tenant, job.request.weight)
+            self._waiting.remove(job)
+            batch.append(job)
+        return batch
+
+    # -- the thread that draws -----------------------------------------------------------------------------------------
+
+    def _draw(self, jobs: Sequence[_Job]) -> None:
+        jobs = [job for job in jobs if not job.gone and self._attached(job)]
+        if not jobs:
+            return
+        settings = replace(jobs[0].request.settings, image=None, mask=None, batch_size=len(jobs))
+        began = self._beat = time.monotonic()
+        try:
+            pictures = generate_images(
+                self.base,
+                [job.request.row() for job in jobs],
+                settings,
+                attachment=self.attachment,
+                watch=lambda moment: self._watch(jobs, moment),
+            )
+        except _Left:
+            for job in jobs:
+                job.tell(_shutting_down())
+            return
+        except Exception as error:
+            if len(jobs) > 1:  # one picture's fault is its own: each is drawn again by itself
+                for job in jobs:
+                    self._draw([job])
+                return
+            told = refused(error)
+            self._lost += told.status >= 500
+            jobs[0].tell(told)
+            return
+        self._lost = 0
+        self._batches += 1
+        self._drawn += len(jobs)
+        for job, picture in zip(jobs, pictures, strict=True):
+            try:
+                job.tell(self._told(job, picture, began))
+            except Exception as error:  # the thread goes on, whatever one picture's record runs into
+                job.tell(refused(error))
+
+    def _attached(self, job: _Job) -> bool:
+        try:
+            for digest, _ in job.request.mix:
+                if digest not in self.attachment.adapters:
+                    self.attachment.add(digest, job.held[digest])
+        except Exception as error:
+            job.tell(refused(error))
+            return False
+        return True
+
+    def _watch(self, jobs: Sequence[_Job], moment: Moment) -> None:
+        if self._dropping or all(job.gone for job in jobs):
+            raise _Left
+        self._steps += 1
+        self._beat = time.monotonic()
+        for i, job in enumerate(jobs):
+            if job.gone:
+                continue
+            job.tell(Step(moment.done, moment.of))
+            shown = _preview_steps(job.request.previews, moment.of)
+            if moment.done in shown:
+                job.tell(Preview(shown.index(moment.done), moment.look(i)))
+
+    def _told(self, job: _Job, picture: Picture, began: float) -> Drawn:
+        """The record is of this picture alone: what else was in its batch belongs to other callers."""
+        request, now = job.request, time.monotonic()
+        uses = tuple((digest, Strength(strength)) for digest, strength in request.mix)
+        sources = {
+            digest: replace(self._source(digest), name=digest, called=request.labels.get(digest, ""))
+            for digest, _ in request.mix
+        }
+        ask = Ask(request.prompt, request.negative, request.seed, uses)
+        shared = shared_record(self.base, request.settings) | dict(request.inputs)
+        shared["base"]["name"] = Path(self.base.name).name if Path(self.base.name).exists() else self.base.name
+        made = told(self.base, sources, picture, [ask], 0, shared)
+        cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
+        notes = tuple(f"the text encoder does not read the end of the {what}: …{cut}" for what, cut in cuts if cut)
+        prompts = [text for text in (request.prompt, request.negative) if text]
+        usage = Usage(
+            self.tokens(*prompts), 0, self.places(request.settings), began - job.arrived, decode=now - began
+        )  # fmt: skip
+        return Drawn(made, usage, len(picture.batch), notes)
+
+
+class _Left(Exception):
+    """Nobody waits for the batch any more."""
+
+
+class _Job:
+    """A picture in the queue, and the way back to whoever waits for it."""
+
+    def __init__(
+        self,
+        request: PictureRequest,
+        index: int,
+        held: Mapping[str, Adapter],
+        loop: asyncio.AbstractEventLoop,
+        inbox: asyncio.Queue[tuple[int, PictureEvent | Refused]],
+    ) -> None:
+        self.request, self.index, self.held, self._loop, self._inbox = request, index, held, loop, inbox
+        self.kind = request.kind()
+        self.arrived = time.monotonic()
+        self.gone = False
+
+    def tell(self, event: PictureEvent | Refused) -> None:
+        """From any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._inbox.put_nowait, (self.index, event))
+        except RuntimeError:  # the loop was closed: nobody hears it
+            self.gone = True
+
+
+class _Turns:
+    """Weighted round robin by pictures: each tenant has a clock that a picture moves on by 1/weight, and whose clock is
+    furthest behind is next. Who comes back from a pause takes up at the present, and has saved nothing."""
+
+    def __init__(self) -> None:
+        self._clocks: dict[str, float] = {}
+        self._present = 0.0
+
+    def enter(self, tenant: str, waiting: set[str]) -> None:
+        if tenant not in waiting:
+            self._clocks = {other: at for other, at in self._clocks.items() if other in waiting or at > self._present}
+            self._clocks[tenant] = max(self._clocks.get(tenant, 0.0), self._present)
+
+    def at(self, tenant: str) -> float:
+        return self._clocks[tenant]
+
+    def take(self, tenant: str, weight: float) -> None:
+        self._present = max(self._present, self._clocks[tenant])
+        self._clocks[tenant] += 1 / max(weight, 1e-6)
+
+
+def _preview_steps(previews: int, of: int) -> list[int]:
+    """The steps after which a picture is shown, evenly spread; fewer than asked where there are fewer steps."""
+    return sorted({min(of - 1, max(1, round(k * of / (previews + 1)))) for k in range(1, previews + 1)} - {0})
+
+
+def _invalid(what: str, param: str | None = None) -> Refused:
+    return Refused(what, status=400, code="invalid_request", param=param)
+
+
+def _shutting_down() -> Refused:
+    return Refused("the server is shutting down", status=503, code="shutting_down")

@@ -1,0 +1,281 @@
+"""What a training configuration for pictures holds, and the presets. A configuration with `data.pictures` is one.
+
+The sections that text has too are the same classes; what differs is below, with the reason for each default.
+`docs/reference/image-config.md` is made from this file. Does not know files, overrides, models or torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from veneer.train.config.pictures import PictureSettings
+from veneer.train.config.text import (
+    BaseSection,
+    CheckpointSection,
+    OptimizerSection,
+    OutputSection,
+    PairsSection,
+    ScheduleSection,
+    Section,
+    file_name,
+    reference,
+    setting,
+)
+
+__all__ = ["TARGETS", "ImageTrainConfig", "image_reference"]
+
+_BLOCK = r"re:.*transformer_blocks\.\d+\."
+_FEED_FORWARD = r"(attn\w*|ff\w*|img_mlp|txt_mlp|proj_mlp|proj_out)(\..*)?"
+_CONV = r".*(resnets\.\d+\.conv\d|samplers\.0\.conv|\bconv_in|\bconv_out)"
+TARGETS: dict[str, str] = {
+    "attention": _BLOCK + r"attn\w*\..*",
+    "attention+ff": _BLOCK + _FEED_FORWARD,
+    "attention+ff+conv": f"{_BLOCK}{_FEED_FORWARD}|{_CONV}",
+}
+"""Words for `adapter.targets` -> what they select in a denoiser of any family: inside the transformer blocks of a UNet,
+of FLUX, SD3 and Qwen-Image, the attention's projections, with them the feed-forward's, and with these the 3 × 3
+convolutions of a UNet (LoCon, arXiv 2309.14859)."""
+
+
+class ImageBaseSection(BaseSection):
+    """Which model is trained on. `base: NAME` is short for `base: {name: NAME}`."""
+
+    name: str = setting(
+        ..., "built-in name (emoji-sdxl, emoji-flux), hub id, diffusers directory or .safetensors checkpoint"
+    )
+    quantise: Literal["nf4", "int8"] | None = setting(
+        None, "hold the frozen denoiser and large text encoders in 4 or 8 bits", "only where memory is short"
+    )
+
+
+class ImageDataSection(PictureSettings):
+    """Which pictures are learned, what is said of each, how they are cut, and which are held out."""
+
+    split: int | float | None = setting(
+        None,
+        "pictures (whole number) or share (0 to 1) held out; 0 for none",
+        "a tenth from 20 pictures on, at most 50, when no `validation` is given; none below, where each one counts",
+        ge=0,
+    )
+    class_count: int = setting(
+        0, "class pictures wanted; missing ones are drawn by the base from `class_prompt`", "none", ge=0
+    )
+    class_steps: int = setting(20, "sampling steps of class pictures that are drawn", gt=0)
+
+
+class ImageAdapterSection(PairsSection):
+    """What is trained: which modules of the denoiser, and of the text encoders, get a pair, and how it starts."""
+
+    alpha: float = setting(
+        16.0, "scale is alpha / rank", "scale 1 at rank 16, as diffusers' and ai-toolkit's examples", gt=0
+    )
+    targets: str | tuple[str, ...] = setting(
+        "attention+ff",
+        "of the denoiser: attention, attention+ff, attention+ff+conv, all-linear, or names, .suffixes, globs, re:REGEX",
+        "the transformer blocks whole; what lies outside them sets time and size",
+    )
+    text_encoders: tuple[str, ...] = setting(
+        (),
+        "text encoders that get pairs as well, as [text_encoder, text_encoder_2]",
+        "style needs none, and without them every prompt is encoded once",
+    )
+    text_targets: str | tuple[str, ...] = setting("all-linear", "modules of those text encoders")
+
+    def denoiser_targets(self) -> tuple[str, ...]:
+        """The patterns that `targets` stands for."""
+        listed = (self.targets,) if isinstance(self.targets, str) else self.targets
+        return tuple(TARGETS.get(t, t) for t in listed)
+
+
+class LossSection(Section):
+    """What is minimised: the squared error of the base's own prediction (epsilon, v or flow), and how it is drawn."""
+
+    snr_gamma: float | None = setting(
+        None, "weights of min-SNR (arXiv 2303.09556), epsilon and v only; the paper's value is 5", gt=0
+    )
+    noise_offset: float = setting(0.0, "noise that moves whole channels, epsilon and v only; 0.03 to 0.1", ge=0)
+    pyramid_iterations: int = setting(0, "levels of multi-resolution noise, epsilon and v only; 6 to 10", ge=0)
+    pyramid_discount: float = setting(0.3, "strength of each coarser level over the one before", ge=0, lt=1)
+    timesteps: Literal["auto", "uniform", "logit-normal"] = setting(
+        "auto", "how times are drawn", "flow: logit-normal, as SD3 and FLUX were trained; epsilon and v: uniform"
+    )
+    logit_mean: float = setting(0.0, "logit-normal: mean before the sigmoid; above 0 draws more noise")
+    logit_std: float = setting(1.0, "logit-normal: spread before the sigmoid", gt=0)
+    shift: float | Literal["resolution"] = setting(
+        1.0,
+        "flow: moves times towards noise, s·u / (1 + (s − 1)·u); resolution: FLUX's exp(μ) of the picture's size",
+        "no shift, as diffusers' scripts",
+    )
+    guidance: float = setting(
+        1.0,
+        "guidance that a distilled base (FLUX.1 dev) is told while training",
+        "sd-scripts' and diffusers' advice",
+        ge=0,
+    )
+    keep_guidance: float | None = setting(
+        None,
+        "of a distilled base: train at this guidance, and leave what it adds to the base's prediction as it is",
+        "two more forwards a step; the guidance that pictures are made with, and the words keep their say",
+        ge=0,
+    )
+
+
+class ImageBatchingSection(Section):
+    """How pictures become steps (one optimizer update each) and micro-batches (what is in memory at once)."""
+
+    rows: int = setting(4, "pictures in a step", "the useful range is 1 to 8 for tens of pictures", gt=0)
+    micro_rows: int | None = setting(
+        None, "most pictures in a micro-batch, which has one shape; changes memory and speed, never the result", gt=0
+    )
+
+
+class ImageOptimizerSection(OptimizerSection):
+    """How weights move."""
+
+    learning_rate: float = setting(
+        1e-4, "peak learning rate of the denoiser's pairs", "diffusers', sd-scripts' and ai-toolkit's examples", gt=0
+    )
+    text_learning_rate: float = setting(
+        2e-5, "peak learning rate of the text encoders' pairs", "they over-fit first: a fifth of the denoiser's", gt=0
+    )
+
+
+class ImageScheduleSection(ScheduleSection):
+    """How the learning rate changes and when the run ends."""
+
+    epochs: int | None = setting(None, "times over the pictures", gt=0)
+    steps: int | None = setting(None, "optimizer steps, instead of epochs; 1000 when neither is given", gt=0)
+
+
+class ImageEvaluationSection(Section):
+    """When the held-out pictures are scored: at noise and times that are the same in every run."""
+
+    every: int | Literal["epoch"] = setting(100, "steps between evaluations, or `epoch`")
+    patience: int | None = setting(
+        None, "stop after so many evaluations without a better loss; nothing means never", gt=0
+    )
+    rows: int | None = setting(None, "score at most so many held-out pictures; nothing means all", gt=0)
+    times: int = setting(4, "times at which each picture is scored, in the middle of equal parts of the range", gt=0)
+    at_start: bool = setting(True, "score the base before step one", "the number every later one is compared with")
+    keep: Literal["best", "last"] = setting(
+        "best", "save the adapter of the lowest held-out loss, or the last one; a look grows after that loss has turned"
+    )
+
+
+class SamplesSection(Section):
+    """Pictures drawn while training, a sheet of prompts by seeds, shown in the report."""
+
+    every: int | Literal["epoch"] | None = setting(
+        None, "steps between sheets, or `epoch`; nothing means only at the end, when there are prompts", gt=0
+    )
+    prompts: tuple[str, ...] = setting((), "prompts to draw; with the trigger word where it is wanted")
+    negative: str = setting("", "negative prompt")
+    seeds: tuple[int, ...] = setting((0,), "a picture of each prompt for each seed")
+    steps: int = setting(20, "sampling steps", gt=0)
+    guidance: float | None = setting(None, "guidance scale; nothing means the pipeline's own", ge=0)
+    size: int | None = setting(None, "side in pixels; nothing means the base's own", gt=0)
+
+
+class EmaSection(Section):
+    """A moving average of the adapter, which is what is scored and saved when it is on."""
+
+    decay: float | None = setting(
+        None, "share of the average kept at each step, as 0.99; nothing means off", gt=0, lt=1
+    )
+
+
+class ImageMemorySection(Section):
+    """What may be used, and what is given up for it."""
+
+    activation_checkpointing: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "recompute activations in the backward pass: less memory, a fifth to a third slower",
+        "off when one picture's activations, measured, fit",
+    )
+    limit_gb: float | None = setting(None, "memory this run may use, in GB; nothing means what is free", gt=0)
+    free_encoders: bool = setting(
+        True, "drop text encoders and VAE once everything is cached", "half of SDXL's and FLUX's memory"
+    )
+    offload_blocks: int = setting(
+        0, "transformer blocks whose frozen weights stay on the CPU and come for their turn (GPU only)", ge=0
+    )
+
+
+class ImageOutputSection(OutputSection):
+    """Where the run writes and in which layout. `output: DIR` is short for `output: {directory: DIR}`."""
+
+    layout: Literal["diffusers", "kohya", "peft"] = setting(
+        "diffusers", "one .safetensors file for pipelines or for UIs, or a PEFT folder of the denoiser alone"
+    )
+    name: str | None = setting(None, "the file's name, without .safetensors; nothing means the folder's")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "precision of the saved tensors", "the file then is what was trained, bit for bit"
+    )
+    title: str = setting("", "title in the file's metadata; nothing means its name")
+    author: str = setting("", "author in the file's metadata")
+    description: str = setting("", "description in the file's metadata")
+    licence: str = setting("", "licence in the file's metadata, as an SPDX id")
+
+
+class ImageTrainConfig(Section):
+    """All of it. `base.name`, `data.pictures` and `output.directory` must be given."""
+
+    base: ImageBaseSection
+    data: ImageDataSection
+    output: ImageOutputSection
+    adapter: ImageAdapterSection = ImageAdapterSection()
+    loss: LossSection = LossSection()
+    batching: ImageBatchingSection = ImageBatchingSection()
+    optimizer: ImageOptimizerSection = ImageOptimizerSection()
+    schedule: ImageScheduleSection = ImageScheduleSection()
+    evaluation: ImageEvaluationSection = ImageEvaluationSection()
+    samples: SamplesSection = SamplesSection()
+    ema: EmaSection = EmaSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    memory: ImageMemorySection = ImageMemorySection()
+    preset: Literal["style", "subject", "product"] | None = setting(
+        None, "settings for a kind of adapter, with their evidence; keys that are given win"
+    )
+    seed: int = setting(0, "fixes initialisation, order, noise, times and dropout", ge=0)
+
+    @property
+    def epochs(self) -> int | None:
+        """Times over the pictures, or None when a number of steps decides."""
+        return None if self.schedule.steps is not None else self.schedule.epochs
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps, or None when `schedule.epochs` decides."""
+        return None if self.epochs is not None else self.schedule.steps or 1000
+
+    def recipe(self) -> dict[str, Any]:
+        """What to write into a card: everything but the output folder, with paths reduced to file names."""
+        recipe = self.model_dump(mode="json", exclude={"output"})
+        recipe["data"] = {k: file_name(v) if isinstance(v, str) else v for k, v in recipe["data"].items()}
+        recipe["base"]["name"] = file_name(recipe["base"]["name"])
+        return recipe
+
+
+def image_reference() -> str:
+    """docs/reference/image-config.md; a test compares them."""
+    command = "python -m veneer.train.config.image > docs/reference/image-config.md"
+    return reference(ImageTrainConfig, command, "Configuration for pictures") + _preset_tables()
+
+
+def _preset_tables() -> str:
+    from veneer.train.config.presets import PRESETS
+
+    out = ["", "### The presets", ""]
+    for name, preset in PRESETS.items():
+        out += [f"**{name}**: {preset.meaning}", "", "| key | value | evidence |", "| --- | --- | --- |"]
+        out += [f"| `{key}` | `{_yaml(value)}` | {because} |" for key, (value, because) in preset.settings.items()]
+        out.append("")
+    return "\n".join(out)
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    print(image_reference(), end="")

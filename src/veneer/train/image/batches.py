@@ -1,0 +1,179 @@
+"""Which pictures make a step, and the tensors of a micro-batch.
+
+    step         `rows` pictures of a seeded shuffle, and as many class pictures where there are some
+    micro-batch  part of a step: pictures of one shape, at most `micro_rows` of them
+
+A step may hold pictures of several shapes: its loss is a sum over pictures, so that how it is cut changes memory and
+speed, never the result. Every step is planned before the first one: a resumed run plans the same, and all that will be
+needed of the caches is known. With class pictures the loss of a step is DreamBooth's (arXiv 2208.12242),
+mean over its pictures + Σ weight · class picture's / number of its pictures. Knows neither models nor files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+
+import torch
+from torch import Tensor
+
+from veneer.train.config.image import ImageTrainConfig
+from veneer.train.config.pictures import PictureSettings
+from veneer.train.image.pictures import Picture
+from veneer.train.image.views import PictureRow, View, draw, place
+from veneer.train.loop import Micro, Step
+
+__all__ = ["ImageBatch", "PlannedRow", "hold_out", "plan_image_steps", "validation_rows"]
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A picture in a step: what is seen of it, what is said of it, what its loss counts, and what its draws are of."""
+
+    picture: Picture
+    view: View
+    caption: str
+    weight: float
+    key: tuple[int | str, ...]
+
+
+@dataclass
+class ImageBatch:
+    """latents: (n, c, h, w), masks: (n, 1, h, w) or None, sizes: (n, 6) time ids, weights: (n,); rows: the plan's."""
+
+    latents: Tensor
+    masks: Tensor | None
+    sizes: Tensor
+    weights: Tensor
+    rows: Sequence[PlannedRow]
+
+    @staticmethod
+    def of(rows: Sequence[PlannedRow], latents: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> ImageBatch:
+        """Rows of one shape and, for each, its (latents, mask, time ids). A row without a mask is learned whole."""
+        masks = [mask for _, mask, _ in latents]
+        joined = None
+        if any(mask is not None for mask in masks):
+            like = latents[0][0]
+            ones = torch.ones(1, *like.shape[-2:])
+            joined = torch.stack([ones if mask is None else mask for mask in masks])
+        return ImageBatch(
+            torch.stack([x for x, _, _ in latents]),
+            joined,
+            torch.stack([sizes for _, _, sizes in latents]),
+            torch.tensor([row.weight for row in rows]),
+            rows,
+        )
+
+
+def hold_out(pictures: Sequence[Picture], split: int | float | None, seed: int) -> tuple[list[Picture], list[Picture]]:
+    """(learned, held out): chosen by a hash of seed and content, so that neither names nor order decide.
+
+    None: a tenth from 20 pictures on, at most 50; none below. Class pictures are never held out."""
+    own = [p for p in pictures if not p.is_class]
+    if split is None:
+        held = min(50, len(own) // 10) if len(own) >= 20 else 0
+    else:
+        held = round(split * len(own)) if isinstance(split, float) else split
+    chosen = {id(p) for p in sorted(own, key=lambda p: _hash(seed, p.key))[: min(held, len(own) - 1)]}
+    return [p for p in pictures if id(p) not in chosen], [p for p in own if id(p) in chosen]
+
+
+def plan_image_steps(
+    rows: Sequence[PictureRow],
+    config: ImageTrainConfig,
+    make: Callable[[Sequence[PlannedRow]], ImageBatch],
+    devices: int = 1,
+) -> tuple[list[Step], list[int], list[PlannedRow]]:
+    """All steps of the run in order, the numbers of the steps that end an epoch, and every row in them.
+
+    `rows`: of one epoch. `make`: rows of one shape -> their batch, called when its turn comes. A step is cut into a
+    micro-batch for each of `devices` at least, where it has the pictures."""
+    own = [row for row in rows if not row.picture.is_class]
+    beside = _endless([row for row in rows if row.picture.is_class], config.seed)
+    size, total = config.batching.rows, config.steps
+    steps: list[Step] = []
+    ends: list[int] = []
+    planned: list[PlannedRow] = []
+    epoch = 0
+    while (epoch < config.epochs) if config.epochs is not None else (len(steps) < (total or 0)):
+        order = _shuffled(own, config.seed, epoch)
+        parts = -(-len(order) // size)
+        for i in range(parts):
+            chosen = order[i * size : (i + 1) * size]
+            drawn = _drawn([*chosen, *islice(beside, len(chosen))], len(chosen), config, epoch, len(steps) + 1)
+            steps.append(Step(tuple(_micros(drawn, config, make, devices)), epoch + (i + 1) / parts))
+            planned += drawn
+        ends.append(len(steps))
+        epoch += 1
+    if total is not None and len(steps) > total:
+        steps = steps[:total]
+        planned = [row for row in planned if int(row.key[1]) <= total]
+    return steps, [end for end in ends if end <= len(steps)], planned
+
+
+def _drawn(
+    rows: Sequence[PictureRow], instances: int, config: ImageTrainConfig, epoch: int, step: int
+) -> list[PlannedRow]:  # fmt: skip
+    """The rows of one step as they are seen. The loop divides by all pictures; DreamBooth's loss by the instances."""
+    factor = len(rows) / instances
+    out = []
+    for slot, row in enumerate(rows):
+        view, caption = draw(row, config.data, seed=config.seed, epoch=epoch)
+        key = (config.seed, step, slot)
+        out.append(PlannedRow(row.picture, view, caption, row.picture.weight * factor, key))
+    return out
+
+
+def _endless(classes: Sequence[PictureRow], seed: int) -> Iterator[PictureRow]:
+    """The class pictures that stand beside the others: all of them in a shuffled order, again and again; none without
+    any."""
+    return (row for cycle in count() for row in _shuffled(classes, seed, -1 - cycle)) if classes else iter(())
+
+
+def _micros(
+    rows: Sequence[PlannedRow],
+    config: ImageTrainConfig,
+    make: Callable[[Sequence[PlannedRow]], ImageBatch],
+    pieces: int,
+) -> list[Micro]:
+    """Rows of one shape together, the largest shape first, so that a step which does not fit fails at once."""
+    shapes: dict[tuple[int, int], list[PlannedRow]] = {}
+    for row in rows:
+        shapes.setdefault((row.view.height, row.view.width), []).append(row)
+    most = min(config.batching.micro_rows or len(rows), -(-len(rows) // pieces))
+    out = []
+    for (height, width), group in sorted(shapes.items(), key=lambda item: (-item[0][0] * item[0][1], item[0])):
+        for i in range(0, len(group), most):
+            part = tuple(group[i : i + most])
+            names = tuple(row.picture.name for row in part)
+            out.append(
+                Micro(len(part), len(part), names, _maker(part, make), "pictures", len(part) * height * width)
+            )  # fmt: skip
+    return out
+
+
+def _maker(
+    rows: Sequence[PlannedRow], make: Callable[[Sequence[PlannedRow]], ImageBatch]
+) -> Callable[[], ImageBatch]:  # fmt: skip
+    return lambda: make(rows)
+
+
+def validation_rows(rows: Sequence[PictureRow], settings: PictureSettings, most: int | None) -> list[PlannedRow]:
+    """Each held-out picture once at each bucket, its middle, unmirrored, with its own caption; nothing of them is drawn
+    at random, and their keys do not depend on the run, so that curves of different runs can be compared."""
+    once = {(row.picture.key, row.bucket): row for row in rows if row.repeat == 0}
+    return [
+        PlannedRow(row.picture, place(row.picture.size, row.bucket), row.picture.caption, 1.0, (row.picture.key,))
+        for row in list(once.values())[:most]
+    ]
+
+
+def _shuffled(rows: Sequence[PictureRow], seed: int, epoch: int) -> list[PictureRow]:
+    """Ordered by a hash of what each row is: the same in every version of every library, and for any order of files."""
+    return sorted(rows, key=lambda row: _hash(seed, epoch, row.picture.key, row.bucket, row.repeat))
+
+
+def _hash(*parts: object) -> bytes:
+    return hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()

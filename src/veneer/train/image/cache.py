@@ -1,0 +1,192 @@
+"""Latents and text embeddings on disk, computed once: a key is a hash of everything the value is made of.
+
+    latents = LatentCache(folder, fingerprint=base.fingerprint)
+    entry = latents.get(picture, view, settings, encode)      encode: (1, 3, h, w) pixels -> (1, c, h/f, w/f) latents
+    texts = TextCache(folder, fingerprint=base.fingerprint)
+    entry = texts.get("a red fox", encode)                    encode: prompt -> Entry
+
+A file's key is sha256 of the picture's and mask's bytes, the view, the settings that change pixels, the encoder's
+fingerprint and the version below: a changed picture, crop or base has another key, so nothing is ever stale and nothing
+has to be asked. Entries are safetensors files with a checksum; a damaged one is counted and made anew. Each entry is
+encoded alone: what it holds does not depend on which others were there already. Writes are atomic, so runs can share a
+folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import AdapterError, DataError, ResourceError
+from veneer.files.atomic import atomic_write
+from veneer.files.tensors import encode_tensors, read_tensors
+from veneer.train.config.pictures import PictureSettings
+from veneer.train.image.pictures import Picture
+from veneer.train.image.views import Seen, View, latent_mask, prepare
+
+__all__ = ["Entry", "LatentCache", "LatentRow", "TextCache"]
+
+VERSION = 1  # of what is stored and how pixels are made; a change makes every older entry unknown
+_CHECKSUM = "veneer.sha256"
+_TEXTS = "veneer.texts"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Named tensors, and named texts beside them (as what an encoder cut off)."""
+
+    tensors: Mapping[str, Tensor]
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LatentRow:
+    """latents: (c, h/f, w/f); mask: (1, h/f, w/f) float32 in 0..1 or None; sizes: (6,) float32 time ids."""
+
+    latents: Tensor
+    mask: Tensor | None
+    sizes: Tensor
+
+
+class _Store:
+    """Entries by key: in memory up to `memory` bytes, and in `folder` (nothing: in memory alone).
+
+    `found`, `made`, `damaged`: entries read, computed, and computed because what was there could not be trusted."""
+
+    def __init__(self, folder: str | Path | None, *, fingerprint: str, memory: int = 1 << 30) -> None:
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.fingerprint = fingerprint
+        self.found = self.made = self.damaged = 0
+        self._room = memory
+        self._held: dict[str, Entry] = {}
+
+    def _key(self, *parts: Any) -> str:
+        return hashlib.sha256(json.dumps([VERSION, self.fingerprint, *parts]).encode()).hexdigest()
+
+    def _path(self, key: str) -> Path | None:
+        return None if self.folder is None else self.folder / key[:2] / f"{key}.safetensors"
+
+    def _get(self, key: str, make: Callable[[], Entry]) -> Entry:
+        if key in self._held:
+            return self._held[key]
+        path = self._path(key)
+        entry = self._read(path, key) if path is not None and path.exists() else None
+        if entry is None:
+            entry = make()
+            entry = Entry({n: t.detach().to("cpu").contiguous() for n, t in entry.tensors.items()}, dict(entry.texts))
+            _refuse_not_finite(entry)
+            if path is not None:
+                _write(path, key, entry)
+            self.made += 1
+        else:
+            self.found += 1
+        size = sum(t.nbytes for t in entry.tensors.values())
+        if self.folder is None or size <= self._room:
+            self._room -= size
+            self._held[key] = entry
+        return entry
+
+    def _read(self, path: Path, key: str) -> Entry | None:
+        """The entry, or None (counted) when the file is cut short, altered, or another entry's."""
+        with contextlib.suppress(AdapterError, ValueError, OSError):
+            tensors, metadata = read_tensors(path)
+            entry = Entry({n: t.clone() for n, t in tensors.items()}, json.loads(metadata.get(_TEXTS, "{}")))
+            if metadata.get(_CHECKSUM) == _checksum(key, entry):
+                return entry
+        self.damaged += 1
+        return None
+
+
+class LatentCache(_Store):
+    """Latents of pictures. `fingerprint`: of what encodes them: the base's, with the dtype it encodes in."""
+
+    def get(
+        self, picture: Picture, view: View, settings: PictureSettings, encode: Callable[[Tensor], Tensor]
+    ) -> LatentRow:
+        """The latents of a view, its mask on their grid, and its time ids.
+
+        `encode`: (1, 3, h, w) float32 pixels in -1..1 -> (1, c, h/f, w/f). DataError when the picture changed on the
+        disk since it was read or its latents are not finite, ResourceError when the disk is full."""
+        masked = picture.alpha or picture.mask is not None
+        made_of: list[Any] = [picture.digest, settings.colour if picture.transparent else None]
+        made_of += [picture.mask_digest, picture.alpha, settings.mask_floor if masked else None]
+        key = self._key("latents", made_of, view.resized, view.top, view.left, view.width, view.height, view.flip)
+
+        def make() -> Entry:
+            seen = prepare(picture, view, settings)
+            return Entry(_encoded(seen, encode))
+
+        with _named(picture.path):
+            tensors = self._get(key, make).tensors
+        sizes = torch.tensor(view.time_ids, dtype=torch.float32)
+        return LatentRow(tensors["latents"], tensors.get("mask"), sizes)
+
+
+class TextCache(_Store):
+    """Text embeddings of prompts. `fingerprint`: the base's, with the dtype and length that prompts are encoded in."""
+
+    def get(self, prompt: str, encode: Callable[[str], Entry]) -> Entry:
+        """What `encode` makes of the prompt. Errors as LatentCache.get."""
+        with _named(f"the prompt {prompt!r}"):
+            return self._get(self._key("text", prompt), lambda: encode(prompt))
+
+
+def _encoded(seen: Seen, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        latents = encode(seen.pixels[None])[0]
+    tensors = {"latents": latents}
+    if seen.mask is not None:
+        tensors["mask"] = latent_mask(seen.mask, latents.shape[-2], latents.shape[-1])
+    return tensors
+
+
+class _NotFinite(Exception):
+    pass
+
+
+def _refuse_not_finite(entry: Entry) -> None:
+    for name, tensor in entry.tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise _NotFinite(name)
+
+
+@contextlib.contextmanager
+def _named(what: object) -> Iterator[None]:
+    try:
+        yield
+    except _NotFinite as error:
+        raise DataError(
+            f"the encoder's `{error}` are not finite numbers",
+            where=str(what),
+            fix="encode in bfloat16 or float32: SDXL's own VAE overflows in float16",
+        ) from None
+
+
+def _checksum(key: str, entry: Entry) -> str:
+    h = hashlib.sha256(json.dumps([key, dict(entry.texts)], sort_keys=True).encode())
+    for name in sorted(entry.tensors):
+        tensor = entry.tensors[name]
+        h.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        h.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def _write(path: Path, key: str, entry: Entry) -> None:
+    metadata = {_CHECKSUM: _checksum(key, entry), _TEXTS: json.dumps(dict(entry.texts), sort_keys=True)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, encode_tensors(entry.tensors, metadata))
+    except (OSError, AdapterError) as error:
+        raise ResourceError(
+            f"the cache cannot be written: {getattr(error, 'what', None) or getattr(error, 'strerror', error)}",
+            where=str(path),
+            fix="free some space, or set data.cache to a folder that can be written",
+        ) from None

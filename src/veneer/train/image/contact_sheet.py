@@ -1,0 +1,104 @@
+"""A contact sheet of what the model will see: each view at its bucket's shape, its mask shaded, its caption below.
+
+    contact_sheet(plan.rows, settings, seed=0, path="pictures.png")
+
+What a mask leaves out is shown in red hatching over the picture. Captions are drawn in Pillow's own font, which knows
+Latin letters; others appear as boxes on the sheet, and only there.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from veneer.files.atomic import atomic_write
+from veneer.train.config.pictures import PictureSettings
+from veneer.train.image.views import PictureRow, Seen, View, draw, prepare
+
+__all__ = ["contact_sheet", "shaded"]
+
+_FONT = 12
+_LINES = 4
+_RED = np.array([220.0, 30.0, 30.0])
+
+
+def contact_sheet(
+    rows: Sequence[PictureRow],
+    settings: PictureSettings,
+    *,
+    seed: int,
+    path: str | Path,
+    epoch: int = 0,
+    most: int = 24,
+    columns: int = 6,
+    cell: int = 192,
+) -> int:
+    """Write a PNG with at most `most` rows, evenly taken from all, as they are seen in `epoch`; returns how many.
+
+    Small pictures are enlarged by whole factors without smoothing, so that every pixel that is learned can be seen."""
+    chosen = [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else list(rows)
+    columns = max(1, min(columns, len(chosen)))
+    font = ImageFont.load_default(size=_FONT)
+    line = _FONT + 3
+    height, margin = cell + line * (_LINES + 2) + 8, 8
+    down = -(-len(chosen) // columns)
+    size = (columns * (cell + margin) + margin, down * (height + margin) + margin)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, row in enumerate(chosen):
+        x = margin + number % columns * (cell + margin)
+        y = margin + number // columns * (height + margin)
+        view, caption = draw(row, settings, seed=seed, epoch=epoch)
+        picture = _fitted(shaded(prepare(row.picture, view, settings)), cell)
+        at = (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2)
+        sheet.paste(picture, at)
+        pen.rectangle((at[0] - 1, at[1] - 1, at[0] + picture.width, at[1] + picture.height), outline="#888888")
+        wide = max(8, int(cell / (_FONT * 0.52)))
+        pen.text((x, y + cell + 4), _about(row, view), fill="#0044aa", font=font)
+        pen.text((x, y + cell + 4 + line), _last(row.picture.name, wide), fill="#888888", font=font)
+        words = textwrap.wrap(caption, wide, max_lines=_LINES, placeholder=" …") or [
+            "(caption dropped)" if row.picture.caption else "(no caption)"
+        ]
+        for n, words_of_line in enumerate(words):
+            pen.text((x, y + cell + 4 + line * (n + 2)), words_of_line, fill="black", font=font)
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    atomic_write(path, [buffer.getvalue()])
+    return len(chosen)
+
+
+def shaded(seen: Seen) -> Image.Image:
+    """The pixels as a picture; where the mask is below 1 they turn to red in stripes, fully where it is 0."""
+    pixels = ((seen.pixels.permute(1, 2, 0).double() + 1) * 127.5).round().clamp(0, 255).numpy()
+    if seen.mask is not None:
+        height, width = pixels.shape[:2]
+        stripes = (np.add.outer(np.arange(height), np.arange(width)) // max(2, min(height, width) // 32)) % 2
+        share = (1 - seen.mask[0].double().numpy()) * (0.35 + 0.4 * stripes)
+        pixels = pixels * (1 - share[..., None]) + _RED * share[..., None]
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _about(row: PictureRow, view: View) -> str:
+    text = f"{view.width} x {view.height}"
+    if view.cut >= 0.005:
+        text += f", {view.cut:.0%} cut"
+    return text + (", mirrored" if view.flip else "") + (", class" if row.picture.is_class else "")
+
+
+def _last(name: str, wide: int) -> str:
+    """The end of a path tells more than its beginning."""
+    return name if len(name) <= wide else "…" + name[-wide + 1 :]
+
+
+def _fitted(image: Image.Image, cell: int) -> Image.Image:
+    largest = max(image.size)
+    if largest <= cell:
+        factor = cell // largest
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    scale = cell / largest
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))

@@ -1,0 +1,225 @@
+"""The base's encoders behind caches, and the loss of a batch over its denoiser.
+
+    encoders.batch(rows)        rows of one shape -> ImageBatch, latents from the cache or made now
+    encoders.text(captions)     -> Conditioning, from the cache, or through text encoders whose adapters train
+    ImageLoss(…)(batch)         Σ over rows of weight · min-SNR weight · mean squared error
+    ImageLoss(…).score(…)       the same on held-out pictures at fixed noise and times
+
+Knows the base's functions (models.image_predict); no loop, no files but the caches'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from veneer.models.image.base import text_length
+from veneer.models.image.predict import Conditioning, alphas_cumprod, encode_pictures, encode_prompts, predict
+from veneer.train.devices import ALONE, Devices
+from veneer.train.image.batches import ImageBatch, PlannedRow
+from veneer.train.image.cache import Entry, LatentCache, TextCache
+from veneer.train.image.loss import (
+    Noise,
+    Times,
+    draw,
+    flux_shift,
+    generator,
+    min_snr_weight,
+    noised,
+    quantile_times,
+    row_losses,
+)
+from veneer.train.loop import Score
+
+if TYPE_CHECKING:
+    from veneer.models.image.base import ImageBase
+    from veneer.train.config.image import ImageTrainConfig
+
+__all__ = ["Encoders", "ImageLoss", "noise_of", "times_of"]
+
+
+class Encoders:
+    """Latents and conditionings of one base. `live`: prompts go through text encoders each time, for they learn."""
+
+    def __init__(self, base: ImageBase, config: ImageTrainConfig, folder: Path | None) -> None:
+        self.base, self.config = base, config
+        self.live = bool(config.adapter.text_encoders)
+        # SDXL's pipelines take zeros for no text, which is another thing than the text of no words; unless told not to.
+        self.zeros = base.row.name == "sdxl" and bool(base.settings.get("force_zeros_for_empty_prompt", True))
+        mark = f"{base.fingerprint}|{str(base.dtype).removeprefix('torch.')}"
+        self.latents = LatentCache(folder and folder / "latents", fingerprint=mark)
+        # Quantised text encoders say other things, and a tokenizer is no part of the base's fingerprint.
+        reads = f"{mark}|{base.quantised}|{text_length(base)}|{_tokenizers(base)}"
+        self.texts = TextCache(folder and folder / "texts", fingerprint=reads)
+
+    def batch(self, rows: Sequence[PlannedRow]) -> ImageBatch:
+        """The batch of rows of one shape."""
+        return ImageBatch.of(rows, [self._latents(row) for row in rows])
+
+    def text(self, captions: Sequence[str]) -> Conditioning:
+        """What the denoiser is told of these captions, on the base's device. Of an empty one (a dropped caption) what
+        the pipeline guides away from where there is no negative prompt: that is what dropping captions trains."""
+        if self.live:
+            found = encode_prompts(self.base, captions)
+        else:
+            found = Conditioning.cat([self._text(caption) for caption in captions]).to(self.base.device)
+        return _zeroed(found, [not caption for caption in captions]) if self.zeros and "" in captions else found
+
+    def fill(self, rows: Sequence[PlannedRow]) -> tuple[int, int]:
+        """Makes everything that these rows will need; (views of pictures, captions)."""
+        views = {(row.picture.key, row.view): row for row in rows}
+        captions = dict.fromkeys(row.caption for row in rows)
+        for row in views.values():
+            self._latents(row)
+        if not self.live:
+            for caption in captions:
+                self._text(caption)
+        return len(views), len(captions)
+
+    def _latents(self, row: PlannedRow) -> tuple[Tensor, Tensor | None, Tensor]:
+        made = self.latents.get(row.picture, row.view, self.config.data, lambda x: encode_pictures(self.base, x))
+        return made.latents.float(), made.mask, made.sizes
+
+    def _text(self, caption: str) -> Conditioning:
+        def encode(prompt: str) -> Entry:
+            with torch.no_grad():
+                made = encode_prompts(self.base, [prompt])
+            tensors = {"embeds": made.embeds, "pooled": made.pooled, "mask": made.mask}
+            return Entry({k: t for k, t in tensors.items() if t is not None}, {"cut": (made.cut or [""])[0]})
+
+        entry = self.texts.get(caption, encode)
+        t = entry.tensors
+        return Conditioning(t["embeds"], t.get("pooled"), t.get("mask"), [entry.texts.get("cut", "")])
+
+
+def _tokenizers(base: ImageBase) -> str:
+    """A digest of the base's tokenizers and of the template around a prompt."""
+    h = hashlib.sha256()
+    for name, part in sorted(base.parts.items()):
+        if name.startswith("tokenizer") and part is not None:
+            own = getattr(part, "tokenizer", part)  # FLUX.2's is a processor
+            backend = getattr(own, "backend_tokenizer", None)
+            said = json.loads(backend.to_str()) if backend is not None else own.get_vocab()
+            for state in ("truncation", "padding"):  # as its last call left them
+                said.pop(state, None)
+            h.update(f"{name}|{own.model_max_length}|{own.chat_template}|{json.dumps(said)}".encode())
+    return h.hexdigest()
+
+
+def _zeroed(text: Conditioning, empty: Sequence[bool]) -> Conditioning:
+    """Zeros in the place of the rows that are `empty`; nothing flows back from there."""
+    where = torch.tensor(empty, device=text.embeds.device)
+    pooled = None if text.pooled is None else text.pooled.masked_fill(where[:, None], 0)
+    return replace(text, embeds=text.embeds.masked_fill(where[:, None, None], 0), pooled=pooled)
+
+
+def times_of(base: ImageBase, config: ImageTrainConfig) -> Times:
+    """How the run draws its times: `auto` is logit-normal for flow, uniform elsewhere; FLUX's shift by the numbers in
+    the base's scheduler."""
+    loss = config.loss
+    kind = loss.timesteps
+    if kind == "auto":
+        kind = "logit-normal" if base.prediction == "flow" else "uniform"
+    shift: float | Callable[[int], float] = 1.0
+    if loss.shift == "resolution":
+        own = base.parts["scheduler"].config
+        shift = flux_shift(
+            int(own.get("base_image_seq_len", 256)), int(own.get("max_image_seq_len", 4096)),
+            float(own.get("base_shift", 0.5)), float(own.get("max_shift", 1.15)),
+        )  # fmt: skip
+    else:
+        shift = float(loss.shift)
+    steps = 1000 if base.prediction == "flow" else len(alphas_cumprod(base))
+    patch = 1 if base.row.name == "flux2" else base.row.patch  # FLUX.2's latents are patched before the denoiser
+    return Times(kind, loss.logit_mean, loss.logit_std, shift, steps, patch * patch)
+
+
+def noise_of(config: ImageTrainConfig) -> Noise:
+    """How the run draws its noise."""
+    return Noise(config.loss.noise_offset, config.loss.pyramid_iterations, config.loss.pyramid_discount)
+
+
+@dataclass
+class ImageLoss:
+    """The loss of a run: `loss(batch)` for the loop, `score` for the held-out pictures. `bare`: the base without the
+    adapter, for the length of a with-block; what `keep_guidance` asks."""
+
+    base: ImageBase
+    config: ImageTrainConfig
+    encoders: Encoders
+    bare: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def __post_init__(self) -> None:
+        self.times, self.noise = times_of(self.base, self.config), noise_of(self.config)
+        self.alphas = None if self.base.prediction == "flow" else alphas_cumprod(self.base)
+        kept = self.config.loss.keep_guidance
+        distilled = self.base.denoiser.config.get("guidance_embeds")
+        self.guidance = (self.config.loss.guidance if kept is None else kept) if distilled else None
+
+    def __call__(self, batch: ImageBatch) -> Tensor:
+        shape = batch.latents.shape[1:]
+        noise, times = draw(shape, [row.key for row in batch.rows], self.base.prediction, self.times, self.noise)
+        losses = self._rows(batch, noise, times)
+        weights = batch.weights.to(losses.device)
+        gamma = self.config.loss.snr_gamma
+        if gamma is not None and self.alphas is not None:
+            weights = weights * min_snr_weight(times.to(losses.device), self.base.prediction, self.alphas, gamma)
+        return (weights * losses).sum()
+
+    def _rows(self, batch: ImageBatch, noise: Tensor, times: Tensor) -> Tensor:
+        """The mean squared error of each row, (n,) in float32."""
+        base = self.base
+        x, noise, times = batch.latents.to(base.device), noise.to(base.device), times.to(base.device)
+        noisy, target = noised(x, noise, times, base.prediction, self.alphas)
+        text = self.encoders.text([row.caption for row in batch.rows])
+        sizes = batch.sizes.to(base.device) if base.family == "sdxl" else None
+        predicted = predict(base, noisy, times, text, sizes=sizes, guidance=self.guidance)
+        if self.config.loss.keep_guidance is not None:
+            # Pictures have no guidance in them: at g > 1 a distilled base predicts past what they say, and an adapter
+            # that is held to them there learns to take guidance back. So they are held to the base's own step past.
+            with torch.no_grad(), self.bare():
+                for guidance, sign in ((self.guidance, 1), (1.0, -1)):
+                    own = predict(base, noisy, times, text, sizes=sizes, guidance=guidance)
+                    target = target + sign * own.to(target.dtype)
+        return row_losses(predicted, target, None if batch.masks is None else batch.masks.to(base.device))
+
+    @torch.no_grad()
+    def score(
+        self, rows: Sequence[PlannedRow], stopped: Callable[[], bool] = lambda: False, devices: Devices = ALONE
+    ) -> Score | None:
+        """The mean squared error of held-out rows, each at `evaluation.times` times in the middle of equal parts of the
+        range, with noise that is of the picture and the time alone. Without min-SNR or any weight, so that runs with
+        other losses can be compared. `extra` has the loss at each time. None as soon as `stopped()`. With several
+        `devices`: of this process's share alone."""
+        times = quantile_times(self.config.evaluation.times, self.base.prediction, self.times.steps)
+        sums = torch.zeros(len(times), dtype=torch.float64)
+        groups = list(_same_shape(rows, self.config.batching.micro_rows or self.config.batching.rows))
+        own = [groups[index] for index, _ in devices.deal([len(group) for group in groups])]
+        count = sum(map(len, own))
+        for group in own:
+            batch = self.encoders.batch(group)
+            for k, time in enumerate(times):
+                if stopped():
+                    return None
+                fixed = [generator("validation", *row.key, k) for row in group]
+                noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=g) for g in fixed])
+                sums[k] += float(self._rows(batch, noise, time.expand(len(group))).double().sum())
+        extra = {f"loss at {time:g}": s / max(1, count) for time, s in zip(times.tolist(), sums.tolist(), strict=True)}
+        return Score(float(sums.mean()), count, count, extra, likelihood=False)
+
+
+def _same_shape(rows: Sequence[PlannedRow], most: int) -> Iterator[list[PlannedRow]]:
+    shapes: dict[tuple[int, int], list[PlannedRow]] = {}
+    for row in rows:
+        shapes.setdefault((row.view.height, row.view.width), []).append(row)
+    for group in shapes.values():
+        for i in range(0, len(group), most):
+            yield group[i : i + most]

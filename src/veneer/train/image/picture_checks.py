@@ -1,0 +1,189 @@
+"""Preflight of pictures: what was read and converted, what will be cut away, what looks alike, what is too small.
+
+    findings = check_pictures(pictures, about, plan, settings)
+    findings += check_held_out(pictures, held_out)
+
+Findings of the same kind as for text: `stop` ends the run, `warn` is shown, `ok` says what is well. Every count comes
+with names. Reads nothing from the disk but masks (are they empty where the crop is?).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from veneer.train.config.pictures import PictureSettings
+from veneer.train.findings import Finding, share
+from veneer.train.image.looks import near_pairs
+from veneer.train.image.pictures import AboutPictures, Picture
+from veneer.train.image.views import PicturePlan, place, prepare
+
+__all__ = ["check_held_out", "check_pictures"]
+
+_NAMED = 5
+_MUCH = 0.25  # share of a picture outside its bucket that is worth a warning
+_CONVERTED_BADLY = ("a colour profile that cannot be used", "EXIF that cannot be read", "first frame")
+
+
+def check_pictures(
+    pictures: Sequence[Picture], about: AboutPictures, plan: PicturePlan, settings: PictureSettings
+) -> list[Finding]:
+    """All findings about the pictures of a run, in the order they are shown."""
+    findings: list[Finding] = []
+    for check in _CHECKS:
+        findings += check(pictures, about, plan, settings)
+    return findings
+
+
+def check_held_out(train: Sequence[Picture], held_out: Sequence[Picture]) -> list[Finding]:
+    """Held-out pictures that are also trained on, as the same file or one that looks the same."""
+    learned = [p for p in train if not p.is_class]
+    pairs = near_pairs([p.look for p in held_out], [p.look for p in learned])
+    if not pairs:
+        return [Finding("ok", "held out", f"{len(held_out):,} held-out pictures, none of them trained on")]
+    count = len({i for i, _ in pairs})
+    text = f"{share(count, len(held_out))} held-out pictures are, or look like, ones that are trained on: " + _some(
+        f"{held_out[i].name} is {learned[j].name}" for i, j in pairs
+    )
+    fix = "put each on one side only: a loss on pictures that were learned says nothing"
+    return [Finding("stop" if count > len(held_out) / 2 else "warn", "held out", text, fix)]
+
+
+def _read(
+    pictures: Sequence[Picture], about: AboutPictures, plan: PicturePlan, settings: PictureSettings
+) -> Iterator[Finding]:
+    text = f"{about.pictures:,} pictures" + (
+        f" and {about.class_pictures:,} class pictures (weight {settings.class_weight:g})"
+        if about.class_pictures
+        else ""
+    )
+    if about.repeats:
+        text += ", repeated " + _some(f"{n} times in {folder}" for folder, n in sorted(about.repeats.items()))
+    yield Finding("ok", "pictures", f"{text}: {len(plan.rows):,} rows an epoch")
+    if about.broken:
+        total = about.pictures + about.class_pictures + len(about.broken)
+        text = f"{share(len(about.broken), total)} files cannot be read and are left out: {_some(about.broken)}"
+        yield Finding("warn", "broken", text, "repair or remove them")
+    if about.ignored:
+        kinds = ", ".join(f"{n:,} {suffix}" for suffix, n in sorted(about.ignored.items()))
+        yield Finding("warn", "ignored", f"files that are neither pictures, captions nor masks: {kinds}")
+    for level in ("warn", "ok"):
+        notes = {n: c for n, c in about.notes.items() if n.startswith(_CONVERTED_BADLY) == (level == "warn")}
+        if notes:
+            text = "; ".join(f"{count:,} {note}" for note, count in sorted(notes.items()))
+            yield Finding("warn" if level == "warn" else "ok", "decoding", text)
+
+
+def _captions(
+    pictures: Sequence[Picture], about: AboutPictures, plan: PicturePlan, settings: PictureSettings
+) -> Iterator[Finding]:
+    sources = ", ".join(f"{count:,} from {source}" for source, count in about.captions.most_common())
+    yield Finding("ok", "captions", sources)
+    if settings.trigger is not None:
+        did = ", ".join(f"{what} in {count:,}" for what, count in about.trigger.most_common())
+        yield Finding("ok", "trigger", f"`{settings.trigger}`: {did}")
+    if about.class_triggers:
+        text = f"{len(about.class_triggers):,} class pictures' captions hold the trigger: {_some(about.class_triggers)}"
+        yield Finding("warn", "trigger", text, "remove it there: class pictures keep the class as it is without it")
+    classes = {p.caption.lower() for p in pictures if p.is_class} | {(settings.class_prompt or "").lower()} - {""}
+    same = [p.name for p in pictures if not p.is_class and p.caption.lower() in classes]
+    if same:
+        text = f"{len(same):,} pictures have a class picture's caption, so both are learned by one name: {_some(same)}"
+        yield Finding("warn", "captions", text, "set data.trigger, or name in each caption what makes it yours")
+    if about.empty:
+        names = _some(p.name for p in pictures if not p.caption)
+        yield Finding(
+            "warn", "captions", f"{about.empty:,} captions are empty: {names}", "write them, or set a trigger"
+        )
+    if about.several_lines:
+        text = f"{about.several_lines:,} caption files have several lines, which are joined to one caption"
+        yield Finding("warn", "captions", text)
+    if about.shared:
+        text = f"{about.shared:,} caption files speak for several pictures, whose names differ in their ending alone"
+        yield Finding("warn", "captions", text)
+    if about.unused:
+        yield Finding("warn", "captions", f"metadata columns that nothing uses: {', '.join(about.unused)}")
+    if settings.shuffle_tags and not any("," in p.caption for p in pictures):
+        yield Finding(
+            "warn", "captions", "shuffle_tags is set, but no caption has a comma: there is nothing to shuffle"
+        )
+
+
+def _buckets(
+    pictures: Sequence[Picture], about: AboutPictures, plan: PicturePlan, settings: PictureSettings
+) -> Iterator[Finding]:
+    sizes = [f"{w} x {h}: {count:,}" for (w, h), count in plan.sizes.items()]
+    more = f" and {len(sizes) - 12} more" if len(sizes) > 12 else ""
+    text = f"{len(sizes):,} in steps of {plan.step} pixels (width x height: rows) {', '.join(sizes[:12])}{more}"
+    yield Finding("ok", "buckets", text)
+    if plan.small:
+        what = {"keep": "kept at their own size", "upscale": "enlarged", "drop": "left out"}[settings.small]
+        text = f"{share(len(plan.small), len(pictures))} pictures are smaller than a bucket and {what}: "
+        fix = "" if settings.small == "upscale" else "data.small: upscale enlarges them, or give larger files"
+        yield Finding("warn", "small", text + _some(plan.small), fix)
+    if plan.dropped and settings.small == "keep":
+        text = f"{len(plan.dropped):,} pictures are smaller than the step of {plan.step} pixels and left out: "
+        yield Finding("warn", "small", text + _some(plan.dropped))
+    cuts = {row.picture.name: place(row.picture.size, row.bucket).cut for row in plan.rows}
+    much = sorted((name for name, cut in cuts.items() if cut > _MUCH), key=lambda n: -cuts[n])
+    if much:
+        text = f"{share(len(much), len(cuts))} pictures lose more than a quarter to the crop: "
+        names = _some(f"{name} ({cuts[name]:.0%})" for name in much)
+        fix = "" if settings.buckets and settings.bucket_ratio >= 8 else "crop them by hand, or raise bucket_ratio"
+        yield Finding("warn", "crops", text + names, fix if settings.buckets else "data.buckets: true keeps more")
+
+
+def _masks(
+    pictures: Sequence[Picture], about: AboutPictures, plan: PicturePlan, settings: PictureSettings
+) -> Iterator[Finding]:
+    total = about.masks + about.alpha_masks
+    if settings.masks == "off":
+        return
+    if not total:
+        if settings.masks != "auto":
+            what = "has transparency" if settings.masks == "alpha" else f"has a mask in {settings.masks}"
+            yield Finding("stop", "masks", f"data.masks is `{settings.masks}`, but no picture {what}")
+        return
+    floor = f"; what they leave out counts {settings.mask_floor:g}" if settings.mask_floor else ""
+    yield Finding("ok", "masks", f"{share(total, len(pictures))} pictures have a loss mask{floor}")
+    if about.resized_masks:
+        yield Finding("warn", "masks", f"{about.resized_masks:,} masks have another size than their picture: resized")
+    empty = []
+    for row in {(r.picture.key, r.bucket): r for r in plan.rows if r.picture.mask or r.picture.alpha}.values():
+        seen = prepare(row.picture, place(row.picture.size, row.bucket), settings)
+        if seen.mask is not None and not bool((seen.mask > settings.mask_floor).any()):
+            empty.append(row.picture.name)
+    if empty:
+        text = f"{len(empty):,} masks are black all over their crop, so nothing is learned there: {_some(empty)}"
+        yield Finding("stop" if len(empty) > len(plan.rows) / 2 else "warn", "masks", text, "white is what is learned")
+
+
+def _alike(
+    pictures: Sequence[Picture], about: AboutPictures, plan: PicturePlan, settings: PictureSettings
+) -> Iterator[Finding]:
+    pairs = near_pairs([p.look for p in pictures])
+    if not pairs:
+        yield Finding("ok", "near-duplicates", "no two pictures look the same")
+        return
+    count = len({i for pair in pairs for i in pair})
+    named = _some(
+        f"{pictures[i].name} and {pictures[j].name}"
+        + (" (same file)" if pictures[i].digest == pictures[j].digest else "")
+        for i, j in pairs
+    )
+    text = f"{share(count, len(pictures))} pictures look like another one, in {len(pairs):,} pairs: {named}"
+    fix = "remove one of each, unless it should weigh more: what is there twice is learned twice as hard"
+    yield Finding("warn", "near-duplicates", text, fix)
+    crossing = [(i, j) for i, j in pairs if pictures[i].is_class != pictures[j].is_class]
+    if crossing:
+        text = f"{len(crossing):,} class pictures look like pictures of what is learned: prior preservation undoes it"
+        yield Finding("warn", "near-duplicates", text, "take other class pictures")
+
+
+_Check = Callable[[Sequence[Picture], AboutPictures, PicturePlan, PictureSettings], Iterator[Finding]]
+_CHECKS: tuple[_Check, ...] = (_read, _captions, _buckets, _masks, _alike)
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few, and how many more."""
+    names = list(names)
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else "")

@@ -1,0 +1,226 @@
+"""A picture file to upright 8-bit sRGB: what is in it, what was converted, and what is refused.
+
+    opened = open_picture(path, settings)    opened.colour: RGB, opened.alpha: L or None, opened.notes: what was done
+
+    EXIF orientation   turned upright, so that width and height are what a viewer shows
+    embedded profile   converted to sRGB (littleCMS, the profile's own intent); an unreadable one is noted
+    CMYK, grey, palette, YCbCr, Lab, 16 bit, 1 bit     to 8-bit RGB
+    animation          refused, or its first frame used and noted
+    transparency       composited on `settings.background`; the alpha is kept beside it
+
+Refused with its reason: not a picture, cut short, empty, a Git LFS pointer, floating point, more pixels than allowed
+(told from the header, before anything is unpacked). Knows Pillow; nothing of captions, buckets or tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import MissingExtraError
+from veneer.train.config.pictures import PictureSettings
+
+try:
+    from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+except ImportError as error:
+    raise MissingExtraError("pictures need Pillow", where=str(error), fix="pip install 'veneer[image]'") from None
+
+__all__ = ["FORMATS", "SUFFIXES", "Opened", "UnreadablePicture", "mask_of", "open_picture", "read_bytes"]
+
+Image.init()
+FORMATS = tuple(f for f in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF") if f in Image.OPEN)
+"""Decoders that may run. Others (EPS starts Ghostscript, PSD and ICO hold several pictures) are not asked."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+_ORIENTATION = 274
+_SRGB = ImageCms.createProfile("sRGB")
+_SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
+
+
+class UnreadablePicture(Exception):
+    """One file that cannot be used; its text is the reason. Callers collect them into one DataError or a count."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A decoded picture. `colour`: RGB on the background; `alpha`: L where something is transparent, else None.
+
+    `size`: (width, height), upright. `notes`: what was converted, as counted in the report."""
+
+    colour: Image.Image
+    alpha: Image.Image | None
+    notes: tuple[str, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.colour.size
+
+
+def read_bytes(path: Path) -> tuple[bytes, str]:
+    """The file's bytes and their sha256. UnreadablePicture when there are none."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnreadablePicture(f"cannot be read: {error.strerror or error}") from None
+    if not data:
+        raise UnreadablePicture("an empty file")
+    if data.startswith(b"version https://git-lfs"):
+        raise UnreadablePicture("a Git LFS pointer, not the picture: run `git lfs pull`")
+    return data, hashlib.sha256(data).hexdigest()
+
+
+def open_picture(data: bytes, settings: PictureSettings) -> Opened:
+    """Decode a file's bytes. UnreadablePicture says why not."""
+    notes: list[str] = []
+    image = _decoded(data, settings, notes)
+    image, alpha = _split_alpha(image)
+    colour = _to_srgb(image, notes)
+    if alpha is not None:
+        low, _ = alpha.getextrema()
+        if low == 255:
+            alpha = None
+        else:
+            notes.append("transparent pixels on " + settings.background)
+            colour = Image.composite(colour, Image.new("RGB", colour.size, settings.colour), alpha)
+    return Opened(colour, alpha, tuple(notes))
+
+
+def mask_of(data: bytes, settings: PictureSettings) -> Image.Image:
+    """A mask file as L, upright: white is learned. A transparent mask picture is its alpha; profiles are not applied,
+    since a mask's values are weights and not colours. UnreadablePicture says why not."""
+    image, alpha = _split_alpha(_decoded(data, settings, []))
+    if alpha is not None and alpha.getextrema() != (255, 255):
+        return alpha
+    image = _eight_bit(image, [])
+    return (image.convert("RGB") if image.mode == "LAB" else image).convert("L")
+
+
+def _decoded(data: bytes, settings: PictureSettings, notes: list[str]) -> Image.Image:
+    """The first frame, upright, every pixel read."""
+    most = int(settings.most_megapixels * 1e6)
+    with warnings.catch_warnings():
+        # Pillow's own limit warns at 89 and stops at 179 megapixels; ours is stated, and asked before unpacking.
+        warnings.simplefilter("ignore")
+        try:
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = image.size
+            if width * height > most:
+                raise UnreadablePicture(
+                    f"{width} x {height} pixels, more than data.most_megapixels = {settings.most_megapixels:g}"
+                )
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            if frames > 1:  # an MPO's further pictures are previews or the other eye
+                if settings.animated == "refuse":
+                    raise UnreadablePicture(f"holds {frames} frames; data.animated: first would use the first of them")
+                notes.append("first frame of several")
+                image.seek(0)
+            image.load()
+        except Image.DecompressionBombError:
+            raise UnreadablePicture(
+                f"more pixels than data.most_megapixels = {settings.most_megapixels:g} allows"
+            ) from None
+        except UnidentifiedImageError:
+            raise UnreadablePicture(_what_it_is(data)) from None
+        except UnreadablePicture:
+            raise
+        except MemoryError:
+            raise UnreadablePicture("does not fit into memory") from None
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, …
+            raise UnreadablePicture(f"damaged: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        try:
+            if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
+                image = ImageOps.exif_transpose(image)
+                notes.append("turned upright (EXIF)")
+        except Exception:  # damaged EXIF is common, and says nothing of the pixels
+            notes.append("EXIF that cannot be read")
+    return image
+
+
+def _what_it_is(data: bytes) -> str:
+    start = data.lstrip()[:15].lower()
+    if start.startswith((b"<!doctype", b"<html")):
+        return "a web page, not a picture"
+    if start.startswith((b"<svg", b"<?xml")):
+        return "a vector drawing (SVG), not pixels: render it to PNG"
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+        return "a HEIC picture, which is not read: save it as JPEG or PNG"
+    if data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")):
+        return "damaged: it begins like a picture, but its header does not go on like one"
+    if data[:4] == b"8BPS":
+        return "a Photoshop file, which is not read: save it as PNG"
+    return f"not a picture that can be read (it begins with {data[:8]!r})"
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """(picture without transparency, alpha as L or None)."""
+    profile = image.info.get("icc_profile")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    elif "transparency" in image.info and image.mode not in ("LA", "RGBA", "PA"):
+        image = image.convert("RGBA")  # one colour, or palette entries, marked as transparent
+    elif image.mode == "PA":
+        image = image.convert("RGBA")
+    if image.mode not in ("LA", "RGBA"):
+        return image, None
+    alpha = image.getchannel("A")
+    opaque = image.getchannel("L") if image.mode == "LA" else Image.merge("RGB", image.split()[:3])
+    if profile:
+        opaque.info["icc_profile"] = profile
+    return opaque, alpha
+
+
+def _to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
+    """8-bit sRGB. Without a profile grey and RGB are taken as sRGB, CMYK by Pillow's plain inversion."""
+    data = image.info.get("icc_profile")
+    image = _eight_bit(image, notes)
+    if data:
+        try:
+            converted = _by_profile(image, data)
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            notes.append("a colour profile that cannot be used, taken as sRGB")
+        else:
+            if converted is not None:
+                notes.append("colour profile converted to sRGB")
+                return converted
+    elif image.mode == "CMYK":
+        notes.append("CMYK without a profile, converted plainly")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bit(image: Image.Image, notes: list[str]) -> Image.Image:
+    """Modes that colour management and resizing understand: L, RGB, CMYK or LAB, 8 bits a channel."""
+    mode = image.mode
+    if mode.startswith("I"):
+        import numpy as np
+
+        values = np.asarray(image).astype(np.int64)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise UnreadablePicture("whole numbers outside 0 to 65535: save it with 8 or 16 bits a channel")
+        notes.append("16 bits to 8")
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if mode == "F":
+        raise UnreadablePicture("floating-point pixels, whose white is not known: save it with 8 or 16 bits a channel")
+    if mode in ("L", "RGB", "CMYK", "LAB"):
+        return image
+    return image.convert("L" if mode == "1" else "RGB")  # 1, P, YCbCr, HSV, RGBX
+
+
+def _by_profile(image: Image.Image, data: bytes) -> Image.Image | None:
+    """The picture by its embedded profile, or None when that is sRGB (a round trip would only move values by one)."""
+    profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(data))
+    wanted = _SPACES.get(profile.profile.xcolor_space)
+    if wanted is None:
+        raise ValueError(profile.profile.xcolor_space)
+    if (ImageCms.getProfileDescription(profile) or "").strip().lower().startswith("srgb"):
+        return None
+    if image.mode != wanted:
+        if "CMYK" in (image.mode, wanted) or image.mode == "LAB" or wanted == "LAB":
+            raise ValueError(f"a {wanted} profile in a {image.mode} picture")
+        if wanted == "L":  # a grey profile in a colour picture says nothing of its primaries
+            raise ValueError("a grey profile in a colour picture")
+        image = image.convert(wanted)
+    intent: Any = ImageCms.getDefaultIntent(profile)
+    return ImageCms.profileToProfile(image, profile, _SRGB, renderingIntent=intent, outputMode="RGB")

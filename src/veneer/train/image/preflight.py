@@ -1,0 +1,247 @@
+"""Preflight of a run on pictures: the data's findings, what is trained, what the loss can be, whether it fits.
+
+    report = image_preflight(base, config, data, …)      before anything is attached or encoded
+    report = with_memory(report, …)                      once one picture's activations have been measured
+
+The data's checks are in picture_checks, those that text shares in check_run. Changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from veneer.core.targets import matches_per_pattern, resolve
+from veneer.errors import TargetError
+from veneer.train.check_run import learning_rate, precision, shared_out, where_it_goes
+from veneer.train.config.presets import PRESETS
+from veneer.train.estimate import free_memory, held_memory, trainable_parameters
+from veneer.train.findings import Finding, RunSubject, gigabytes, share
+from veneer.train.image.picture_checks import check_held_out, check_pictures
+from veneer.train.image.pictures import AboutPictures, Picture
+from veneer.train.image.views import PicturePlan
+from veneer.train.loop import peak_memory_bytes
+from veneer.train.preflight import Report
+
+if TYPE_CHECKING:
+    from veneer.core.adapter import LoraSpec
+    from veneer.models.image.base import ImageBase
+    from veneer.train.config.image import ImageTrainConfig
+
+__all__ = ["ImageData", "image_preflight", "parts_of", "with_memory"]
+
+
+@dataclass
+class ImageData:
+    """What a run learns from. `learned` includes class pictures; `plan`: their rows of an epoch; `held_plan`: of those
+    held out."""
+
+    learned: list[Picture]
+    held: list[Picture]
+    about: AboutPictures
+    plan: PicturePlan
+    held_plan: PicturePlan | None = None
+    missing_classes: int = 0
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def own(self) -> list[Picture]:
+        """Those that are not class pictures."""
+        return [p for p in self.learned if not p.is_class]
+
+
+def parts_of(base: ImageBase, config: ImageTrainConfig) -> dict[str, tuple[nn.Module, LoraSpec]]:
+    """Component -> (its module in the tree, what to create on it): the denoiser, then the text encoders asked for.
+
+    Raises TargetError for a text encoder that the base has not, or whose adapters have no place in its files."""
+    spec = config.adapter.spec()
+    out = {
+        base.row.denoiser: (
+            base.model.get_submodule(base.row.denoiser),
+            replace(spec, targets=config.adapter.denoiser_targets()),
+        )
+    }
+    for name in config.adapter.text_encoders:
+        if name not in base.row.encoders or not hasattr(base.model, name):
+            having = ", ".join(n for n in base.row.encoders if hasattr(base.model, n)) or "none"
+            raise TargetError(
+                f"{base.row.label} has no text encoder {name!r} that adapters are for",
+                where="adapter.text_encoders",
+                fix=f"it has: {having}",
+            )
+        own = replace(
+            spec, targets=config.adapter.text_targets, exclude=(), layers=None, rank_pattern={}, alpha_pattern={}
+        )
+        out[name] = (base.model.get_submodule(name), own)
+    return out
+
+
+def image_preflight(
+    base: ImageBase,
+    config: ImageTrainConfig,
+    data: ImageData,
+    *,
+    cut: Mapping[str, Mapping[str, str]],
+    resume: bool = False,
+    previous: Mapping[str, Any] | None = None,
+    sources: Mapping[str, Any] | None = None,
+    micros: Sequence[int] = (),
+    devices: int = 1,
+) -> Report:
+    """Everything that can be seen before training. `cut`: captions, sample prompts, class prompt -> each that is too
+    long -> what the base does not read of it. `previous`: the recipe of the run that is resumed. `sources`: setting ->
+    where it came from. `micros`: of each step, shared by `devices`. Raises nothing of its own: see
+    `Report.raise_if_stopped`."""
+    own = len([row for row in data.plan.rows if not row.picture.is_class])
+    rows = config.batching.rows
+    subject = RunSubject(
+        base=base, config=config, resume=resume, previous=previous, steps_per_epoch=-(-own // rows),
+        largest_micro=config.batching.micro_rows or min(rows, own) * (2 if config.data.class_prompt else 1),
+        unit="pictures", micros=micros, devices=devices,
+    )  # fmt: skip
+    findings = check_pictures(data.learned, data.about, data.plan, config.data)
+    if data.held:
+        findings += check_held_out(data.learned, data.held)
+    for check in (_targets, learning_rate, shared_out, precision, _loss, _devices, where_it_goes):
+        findings += check(subject)
+    findings += _prompts(cut)
+    findings += _preset(config, sources or {})
+    if data.missing_classes:
+        text = (
+            f"{data.missing_classes} class pictures are missing; the base draws them from `{config.data.class_prompt}`"
+        )
+        findings.append(Finding("ok", "class pictures", text))
+    return _sorted(Report(findings, {**subject.numbers, **data.numbers}))
+
+
+def _sorted(report: Report) -> Report:
+    order = {"stop": 0, "warn": 1, "ok": 2}
+    report.findings.sort(key=lambda f: order[f.level])
+    return report
+
+
+def _targets(s: RunSubject) -> Iterator[Finding]:
+    """What gets a pair in each component."""
+    config: Any = s.config
+    pairs, total = 0, sum(p.numel() for p in s.base.model.parameters())
+    found: dict[str, int] = {}
+    name = s.base.row.denoiser
+    try:
+        for name, (module, spec) in parts_of(s.base, config).items():
+            matched = matches_per_pattern(module, spec)
+            targets = resolve(module, spec)
+            pairs += trainable_parameters(module, targets, spec)[0]
+            found[name] = len(targets)
+            s.numbers.setdefault("matched", {}).update({f"{name} {p}": len(n) for p, n in matched.items()})
+    except TargetError as error:
+        key = "adapter.targets" if name == s.base.row.denoiser else "adapter.text_targets"
+        yield Finding("stop", "targets", f"{error.what} ({error.where or key})", error.fix or "")
+        return
+    s.numbers.update(pairs=sum(found.values()), base_parameters=total, trainable=pairs, adapter_bytes=4 * pairs)
+    named = ", ".join(f"{count} modules of the {name}" for name, count in found.items())
+    size = gigabytes(4 * pairs if config.output.dtype == "float32" else 2 * pairs)
+    yield Finding("ok", "targets", f"{named}; trainable: {share(pairs, total)} parameters, a file of about {size}")
+
+
+def _loss(s: RunSubject) -> Iterator[Finding]:
+    """Settings of a loss that this base's prediction does not have."""
+    config: Any = s.config
+    loss, flow = config.loss, s.base.prediction == "flow"
+    label = f"{s.base.name} predicts {'a flow' if flow else 'noise' if s.base.prediction == 'epsilon' else 'v'}"
+    noise = ("snr_gamma", "noise_offset", "pyramid_iterations")
+    wrong = [key for key in noise if getattr(loss, key)] if flow else []
+    if not flow:
+        wrong += ["timesteps"] if loss.timesteps == "logit-normal" else []
+        wrong += ["shift"] if loss.shift != 1.0 else []
+        wrong += ["logit_mean"] if loss.logit_mean != 0.0 else []
+        wrong += ["logit_std"] if loss.logit_std != 1.0 else []
+    if wrong:
+        kind = "noise (epsilon, v)" if flow else "flow"
+        named = " and ".join(f"loss.{key}" for key in wrong)
+        yield Finding(
+            "stop", "loss", f"{label}: {named} {'is' if len(wrong) == 1 else 'are'} for {kind} alone", "leave it out"
+        )
+        return
+    told = {"guidance": None if loss.guidance == 1.0 else loss.guidance, "keep_guidance": loss.keep_guidance}
+    given = [f"loss.{key} {value:g}" for key, value in told.items() if value is not None]
+    if given and not s.base.denoiser.config.get("guidance_embeds"):
+        text = f"{s.base.name} takes no guidance as an input: {' and '.join(given)} would do nothing"
+        yield Finding("stop", "loss", text, "leave it out")
+        return
+    if len(given) == 2:
+        yield Finding("stop", "loss", f"{' and '.join(given)}: the base is told one of them", "leave one out")
+        return
+    weights = f", min-SNR {loss.snr_gamma:g}" if loss.snr_gamma else ""
+    yield Finding("ok", "loss", f"{label}: mean squared error{weights}")
+
+
+def _devices(s: RunSubject) -> Iterator[Finding]:
+    """What needs a GPU and has none."""
+    config: Any = s.config
+    if config.memory.offload_blocks and s.base.device.type == "cpu":
+        text = "memory.offload_blocks moves blocks between the CPU's memory and a GPU's, and this run is on the CPU"
+        yield Finding("stop", "offload", text, "leave it out: everything is in the CPU's memory already")
+    if getattr(s.base, "quantised", None):
+        yield Finding("ok", "quantised", f"the frozen denoiser is held in {s.base.quantised}; pairs are float32")
+
+
+def _prompts(cut: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
+    """What of captions and prompts no encoder reads: its beginning is enough to find it."""
+    for what, long in cut.items():
+        if long:
+            shown = "; ".join(
+                f"`{_short(caption)}` from `{_short(rest)}` on ({len(rest):,} characters)"
+                for caption, rest in list(long.items())[:3]
+            )
+            more = f" and {len(long) - 3} more" if len(long) > 3 else ""
+            text = f"{len(long)} {what} longer than the base reads; not read is of {shown}{more}"
+            fix = "shorten them: what is not read is not learned" if what == "captions" else "shorten them"
+            yield Finding("warn", what, text, fix)
+
+
+def _short(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _preset(config: ImageTrainConfig, sources: Mapping[str, Any]) -> Iterator[Finding]:
+    """What the preset is for, what it chose, and which of its keys were given another value."""
+    if config.preset is None:
+        return
+    preset = PRESETS[config.preset]
+    chosen = {
+        key: value for key, (value, _) in preset.settings.items() if str(sources.get(key, "")).startswith("from preset")
+    }
+    given = [key for key in preset.settings if key not in chosen]
+    said = ", ".join(f"{key}={str(value).lower()}" for key, value in chosen.items()) or "nothing"
+    text = f"`{config.preset}` ({preset.meaning}) chose {said}"
+    yield Finding("ok", "preset", text + (f"; given beside it: {', '.join(given)}" if given else ""))
+
+
+def with_memory(
+    report: Report, config: ImageTrainConfig, device: torch.device, *, measured: int, pictures: int, recompute: bool,
+    force: bool = False,
+) -> Report:  # fmt: skip
+    """The report with what the run will need. `measured`: bytes that one picture of the largest shape keeps for its
+    backward pass, `pictures`: in the largest micro-batch. `force`: what does not fit is a warning."""
+    trained = 16 * int(report.numbers.get("trainable", 0))  # float32 weights, gradient, two moments
+    trained += 4 * int(report.numbers.get("trainable", 0)) if config.ema.decay else 0
+    need = trained + measured * pictures
+    free = free_memory(device)
+    if config.memory.limit_gb is not None:
+        free = min(free, int(config.memory.limit_gb * 1e9))
+    report.numbers.update(memory_needed=need, memory_free=free, activations_of_one_picture=measured)
+    report.numbers.update(predicted_peak_bytes=max(peak_memory_bytes(), held_memory(device) + need))
+    count = "1 picture" if pictures == 1 else f"{pictures} pictures"
+    how = "with activations recomputed" if recompute else "all activations kept"
+    text = f"about {gigabytes(need)} beyond the base, {how}, {gigabytes(free)} free; at most {count} at once"
+    if need > free:
+        less = "" if recompute else "memory.activation_checkpointing=on, "
+        fix = f"{less}batching.micro_rows=1, or a lower data.resolution"
+        report.findings.append(Finding("warn" if force else "stop", "memory", f"this run does not fit: {text}", fix))
+    else:
+        report.findings.append(Finding("ok", "memory", text))
+    return _sorted(report)

@@ -1,0 +1,125 @@
+"""Pictures that a run draws itself: sheets of its prompts, class pictures that are missing, the file's thumbnail.
+
+All go through models.image_generate, which is what `veneer image` uses, so that a sheet shows what the adapter will do.
+Nothing of the training's state is touched: random generators, the selection and the layers' mode are as before.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.core.layers import Layer
+from veneer.files.atomic import atomic_write
+from veneer.models.image.generate import MixPlan, Row, Settings, generate_images
+from veneer.models.image.sheet import sheet
+from veneer.train import checkpoint
+from veneer.train.running import NAME
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from veneer.core.attach import Attachment
+    from veneer.models.image.base import ImageBase
+    from veneer.train.config.image import ImageTrainConfig
+
+__all__ = ["class_folder", "draw_class_pictures", "draw_samples", "sheet_of", "thumbnail", "training_layers"]
+
+_THUMBNAIL = 256
+_MOST_THUMBNAIL = 65_536  # bytes: it stands in every header that is read
+
+
+@contextmanager
+def training_layers(base: ImageBase, on: bool) -> Iterator[None]:
+    """The adapter's layers in training mode (their dropout acts) or not. The base's own modules stay as they are: their
+    dropout was for training them."""
+    layers = [m for m in base.model.modules() if isinstance(m, Layer)]
+    before = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = on
+    try:
+        yield
+    finally:
+        for layer, mode in zip(layers, before, strict=True):
+            layer.training = mode
+
+
+def draw_samples(base: ImageBase, attachment: Attachment, config: ImageTrainConfig) -> list[list[Image]]:
+    """prompts x seeds, with the adapter that trains."""
+    samples = config.samples
+    mix = ((NAME, 1.0),)
+    plan = MixPlan(mix, ((0.0, mix),))
+    rows = [Row(p, samples.negative, seed, plan) for p in samples.prompts for seed in samples.seeds]
+    return _drawn(base, attachment, config, rows, len(samples.seeds), samples.steps)
+
+
+def _drawn(
+    base: ImageBase, attachment: Attachment | None, config: ImageTrainConfig, rows: Sequence[Row], wide: int, steps: int
+) -> list[list[Image]]:
+    size = config.samples.size
+    settings = Settings(width=size, height=size, steps=steps, guidance=config.samples.guidance)
+    before = checkpoint.rng_state()
+    try:
+        with training_layers(base, False):
+            made = generate_images(base, rows, settings, attachment=attachment)
+    finally:
+        checkpoint.rng_restore(before)
+    images = [picture.image for picture in made]
+    return [images[i : i + wide] for i in range(0, len(images), wide)]
+
+
+def sheet_of(cells: Sequence[Sequence[Image]], config: ImageTrainConfig, path: Path, title: str) -> None:
+    """Writes the sheet of prompts by seeds."""
+    samples = config.samples
+    columns = [f"seed {seed}" for seed in samples.seeds]
+    made = sheet(cells, rows=list(samples.prompts), columns=columns, title=title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    made.save(buffer, format="PNG")
+    atomic_write(path, [buffer.getvalue()])
+
+
+def thumbnail(image: Image) -> str:
+    """The picture as a data address of at most 256 x 256 pixels, as modelspec wants it."""
+    small = image.convert("RGB")
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    for quality in (90, 75, 50, 25):
+        buffer = io.BytesIO()
+        small.save(buffer, format="JPEG", quality=quality)
+        if buffer.tell() <= _MOST_THUMBNAIL:
+            break
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def class_folder(config: ImageTrainConfig, base: ImageBase, cache: Path) -> Path:
+    """Where class pictures are, or will be drawn to: the configured folder, or one in the cache that is named by what
+    they are made of."""
+    if config.data.class_folder is not None:
+        return Path(config.data.class_folder)
+    made_of = [base.fingerprint, config.data.class_prompt, config.data.class_steps, config.samples.size, config.seed]
+    return cache / "class" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+
+
+def draw_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: Path, missing: int) -> None:
+    """Draws `missing` pictures of `data.class_prompt` by the base alone into `folder`, four at a time, each by a seed
+    of its own; a run that was stopped goes on with those that are not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prompt = config.data.class_prompt or ""
+    seed = 0
+    while missing > 0:
+        rows: list[Row] = []
+        while len(rows) < min(4, missing):
+            if not (folder / f"class-{seed:05d}.png").exists():
+                rows.append(Row(prompt, "", seed))
+            seed += 1
+        for row, cells in zip(rows, _drawn(base, None, config, rows, 1, config.data.class_steps), strict=True):
+            buffer = io.BytesIO()
+            cells[0].save(buffer, format="PNG")
+            atomic_write(folder / f"class-{row.seed:05d}.png", [buffer.getvalue()])
+        missing -= len(rows)

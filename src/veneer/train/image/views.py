@@ -1,0 +1,308 @@
+"""Which part of a picture is seen at which size: buckets, crops, flips, captions as drawn, and the tensors of a view.
+
+    plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)   plan.rows: picture x resolution x repeat
+    view, caption = draw(plan.rows[i], settings, seed=0, epoch=3)          pure: a resumed run draws the same
+    seen = prepare(row.picture, view, settings)                            pixels, mask, SDXL's time ids
+
+A bucket is a (width, height) in multiples of the step with width * height <= resolution² and the longer side at most
+`bucket_ratio` times the shorter; a picture takes the one of the nearest aspect ratio, is resized to cover it and loses
+what is outside. A picture that would have to be enlarged gets a bucket of its own size. Knows no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from veneer.errors import ConfigError, DataError
+from veneer.train.config.pictures import PictureSettings
+from veneer.train.image.picture_files import UnreadablePicture, mask_of, open_picture, read_bytes
+from veneer.train.image.pictures import Picture
+
+__all__ = [
+    "PicturePlan",
+    "PictureRow",
+    "Seen",
+    "View",
+    "bucket_for",
+    "buckets",
+    "draw",
+    "draw_caption",
+    "latent_mask",
+    "place",
+    "plan_rows",
+    "prepare",
+]
+
+Bucket = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """A picture at one bucket; `repeat` numbers the copies that repeats ask for, each drawn for itself."""
+
+    picture: Picture
+    bucket: Bucket
+    repeat: int = 0
+
+
+@dataclass
+class PicturePlan:
+    """`rows`: what an epoch shows, in the pictures' order. `small`: pictures below a bucket, kept at their own size,
+    enlarged, or left out; `dropped`: those left out at every resolution. `step`: of the buckets' sides."""
+
+    rows: list[PictureRow] = field(default_factory=list)
+    small: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    step: int = 1
+
+    @property
+    def sizes(self) -> dict[Bucket, int]:
+        """Rows in each bucket, the most used first."""
+        counts = Counter(row.bucket for row in self.rows)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+@dataclass(frozen=True)
+class View:
+    """A crop of a resized picture: pixels [top, top + height) x [left, left + width) of it, then mirrored if `flip`.
+
+    `original`, `resized`: (width, height) of the picture before and after resizing."""
+
+    width: int
+    height: int
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    top: int = 0
+    left: int = 0
+    flip: bool = False
+
+    @property
+    def time_ids(self) -> tuple[int, int, int, int, int, int]:
+        """SDXL's micro-conditioning (arXiv 2307.01952, 2.2): original height and width, crop top and left in the
+        resized picture, target height and width. A mirrored crop lies `resized width - left - width` from the
+        mirrored picture's left side."""
+        left = self.resized[0] - self.left - self.width if self.flip else self.left
+        return (self.original[1], self.original[0], self.top, left, self.height, self.width)
+
+    @property
+    def cut(self) -> float:
+        """Share of the picture that lies outside the crop."""
+        return 1 - self.width * self.height / (self.resized[0] * self.resized[1])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """pixels: (3, h, w) float32 in -1..1; mask: (1, h, w) float32 in 0..1 or None; sizes: (6,) float32 time ids."""
+
+    pixels: Tensor
+    mask: Tensor | None
+    sizes: Tensor
+
+
+@lru_cache(maxsize=64)
+def buckets(resolution: int, step: int, ratio: float) -> tuple[Bucket, ...]:
+    """All (width, height) that are as large as allowed: multiples of `step`, width * height <= resolution², the longer
+    side at most `ratio` times the shorter. The square is always there, the longest may be cut to the ratio if it keeps
+    three quarters of the area, and no other has room for one more step of its longer side.
+
+    ConfigError when there is none."""
+    area = resolution * resolution
+    side = resolution // step * step
+    found: set[Bucket] = {(side, side)} if side else set()
+    last = (side, side)
+    for short in range(side, 0, -step):
+        fits, allowed = area // short // step * step, int(ratio * short) // step * step
+        if fits <= allowed:
+            last = (short, fits)
+            found |= {last, last[::-1]}
+            continue
+        if allowed * last[0] > short * last[1] and 4 * short * allowed >= 3 * area:  # longer than the last one
+            found |= {(short, allowed), (allowed, short)}
+        break
+    if not found:
+        raise ConfigError(
+            f"a resolution of {resolution} pixels has no bucket in steps of {step}",
+            where="data.resolution",
+            fix=f"give at least {step}",
+        )
+    return tuple(sorted(found))
+
+
+def bucket_for(
+    size: tuple[int, int], resolution: int, step: int, settings: PictureSettings
+) -> tuple[Bucket | None, bool]:
+    """(bucket of a picture of (width, height), whether the picture is below it). None: it is left out.
+
+    Among all buckets the one whose aspect ratio is nearest in logarithm; of equal ones the larger."""
+    width, height = size
+    ratio = settings.bucket_ratio if settings.buckets else 1.0
+    choices = buckets(resolution, step, ratio)
+    aspect = math.log(width / height)
+    best = min(choices, key=lambda b: (abs(math.log(b[0] / b[1]) - aspect), -b[0] * b[1], b))
+    if best[0] <= width and best[1] <= height:
+        return best, False
+    if settings.small == "upscale":
+        return best, True
+    if settings.small == "drop":
+        return None, True
+    short = min(width, height, resolution) // step * step
+    if not short:
+        return None, True
+    most = min(int(ratio * short), resolution * resolution // short)
+    long = min(max(width, height), most) // step * step
+    return ((long, short) if width >= height else (short, long)), True
+
+
+def plan_rows(pictures: Sequence[Picture], settings: PictureSettings, *, size: int, unit: int) -> PicturePlan:
+    """The rows of an epoch: each picture at each resolution, as often as its repeats say. A small picture that has the
+    same bucket at several resolutions is there once. `size`, `unit`: of the base, in pixels.
+
+    ConfigError when `bucket_step` is not a multiple of `unit`; DataError when nothing is left."""
+    step = settings.step(unit, size)
+    if step % unit:
+        raise ConfigError(
+            f"data.bucket_step is {step}, but this base's sides are multiples of {unit}",
+            where="data.bucket_step",
+            fix=f"set a multiple of {unit}",
+        )
+    plan = PicturePlan(step=step)
+    for picture in pictures:
+        taken: set[Bucket] = set()
+        small = False
+        for resolution in settings.resolutions(size):
+            bucket, below = bucket_for(picture.size, resolution, step, settings)
+            small = small or below
+            if bucket is not None and bucket not in taken:
+                taken.add(bucket)
+                plan.rows += [PictureRow(picture, bucket, n) for n in range(picture.repeats)]
+        if small:
+            plan.small.append(picture.name)
+        if not taken:
+            plan.dropped.append(picture.name)
+    if not plan.rows:
+        keep = "set data.small to keep or upscale"
+        if settings.small == "keep":
+            keep = "set data.small to upscale" + (f", or data.bucket_step to {unit}" if step > unit else "")
+        raise DataError(
+            f"every picture is smaller than its bucket (in steps of {step} pixels) and left out",
+            where=", ".join(settings.folders),
+            fix=f"lower data.resolution, or {keep}",
+        )
+    return plan
+
+
+def draw(row: PictureRow, settings: PictureSettings, *, seed: int, epoch: int) -> tuple[View, str]:
+    """The view and the caption of a row in an epoch: a function of its arguments alone, and of no order or history.
+
+    A random crop is one of `settings.crops` that belong to the picture and bucket, so that latents can be cached."""
+    crop = 0
+    if settings.crop == "random":
+        crop = int(_chance(seed, epoch, row, "crop") * settings.crops) + 1
+    flip = settings.flip and _chance(seed, epoch, row, "flip") < 0.5
+    view = place(row.picture.size, row.bucket, flip=flip, at=_crop_place(row, seed, crop))
+    return view, draw_caption(row, settings, seed=seed, epoch=epoch)
+
+
+def place(size: tuple[int, int], bucket: Bucket, *, flip: bool = False, at: tuple[float, float] | None = None) -> View:
+    """The view of a picture of `size` in `bucket`: resized by max(bucket / size) so that it covers it, and cropped.
+
+    `at`: where the crop lies in what is left over, (vertical, horizontal), each in [0, 1); None for the middle."""
+    width, height = size
+    w, h = bucket
+    if w * height >= h * width:  # the width decides; the other side is at least h by construction
+        resized = (w, max(h, _rounded(height * w, width)))
+    else:
+        resized = (max(w, _rounded(width * h, height)), h)
+    over = (resized[1] - h, resized[0] - w)
+    top, left = (over[0] // 2, over[1] // 2) if at is None else (int(at[0] * (over[0] + 1)), int(at[1] * (over[1] + 1)))
+    return View(w, h, size, resized, top, left, flip)
+
+
+def draw_caption(row: PictureRow, settings: PictureSettings, *, seed: int, epoch: int) -> str:
+    """The caption of a row in an epoch: empty with probability `caption_dropout`, its tags shuffled if asked."""
+    if _chance(seed, epoch, row, "dropout") < settings.caption_dropout:
+        return ""
+    if not settings.shuffle_tags:
+        return row.picture.caption
+    tags = [tag for tag in (t.strip() for t in row.picture.caption.split(",")) if tag]
+    keep = settings.keep_tags
+    if keep is None:
+        keep = int(settings.trigger is not None and not row.picture.is_class)
+    order = sorted(range(keep, len(tags)), key=lambda i: _chance(seed, epoch, row, f"tag {i}"))
+    return ", ".join(tags[:keep] + [tags[i] for i in order])
+
+
+def prepare(picture: Picture, view: View, settings: PictureSettings) -> Seen:
+    """The tensors of a view. DataError when the file is gone, or is no longer the one that was read."""
+    opened = open_picture(_unchanged(picture.path, picture.digest), settings)
+    mask = opened.alpha if picture.alpha else None
+    if picture.mask is not None:
+        mask = mask_of(_unchanged(picture.mask, picture.mask_digest), settings)
+    pixels = torch.from_numpy(_cropped(opened.colour, view, Image.Resampling.LANCZOS)).permute(2, 0, 1) / 127.5 - 1
+    weights = None
+    if mask is not None:
+        values = torch.from_numpy(_cropped(mask, view, Image.Resampling.BOX))[None] / 255
+        weights = settings.mask_floor + (1 - settings.mask_floor) * values
+    return Seen(pixels.contiguous(), weights, torch.tensor(view.time_ids, dtype=torch.float32))
+
+
+def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """A mask (…, h, w) on the grid of the latents: each cell the mean of the pixels it stands for."""
+    return torch.nn.functional.adaptive_avg_pool2d(mask, (height, width))
+
+
+def _cropped(image: Image.Image, view: View, filter: Image.Resampling) -> np.ndarray:
+    if image.size != view.resized:
+        image = image.resize(view.resized, filter)
+    image = image.crop((view.left, view.top, view.left + view.width, view.top + view.height))
+    if view.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(image, dtype=np.float32)
+
+
+def _unchanged(path: Path, digest: str) -> bytes:
+    try:
+        data, now = read_bytes(path)
+    except UnreadablePicture as error:
+        raise DataError(f"a picture that was there when the run began {error}", where=str(path)) from None
+    if now != digest:
+        raise DataError(
+            "the picture changed while the run was going on",
+            where=str(path),
+            fix="start the run again: it reads the picture anew, and computes only its latents",
+        )
+    return data
+
+
+def _crop_place(row: PictureRow, seed: int, crop: int) -> tuple[float, float] | None:
+    """Where the crop of this number lies; the same in every epoch and for every repeat. Number 0 is the middle."""
+    if crop == 0:
+        return None
+    down, right = (_uniform(seed, row.picture.key, row.bucket, crop, axis) for axis in ("down", "right"))
+    return down, right
+
+
+def _chance(seed: int, epoch: int, row: PictureRow, what: str) -> float:
+    return _uniform(seed, epoch, row.picture.key, row.bucket, row.repeat, what)
+
+
+def _uniform(*parts: object) -> float:
+    """A number in [0, 1) made of its arguments by a hash: a generator's state would tie each row to those before it."""
+    digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
+
+
+def _rounded(above: int, below: int) -> int:
+    """above / below to the nearest whole number, halves up, in exact arithmetic."""
+    return (2 * above + below) // (2 * below)

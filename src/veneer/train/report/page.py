@@ -1,0 +1,246 @@
+"""The report beside each adapter: one HTML file with everything in it, for light and dark, with no scripts.
+
+    page = Page(title=…, records=read_log(…), …)
+    write_page(folder / "report.html", page)
+
+Curves are SVG made here; the layout is `report.html.j2`, rendered with escaping on. Knows records and numbers only.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import shown
+from veneer.train.checkpoint import write_atomically
+from veneer.train.report.log import duration, short, size
+
+__all__ = ["Page", "Series", "chart", "render_page", "write_page"]
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart. `kind`: "line", "faint" (thin and pale) or "dots" (with a mark at each point)."""
+
+    name: str
+    points: Sequence[Point]
+    kind: str = "line"
+    colour: str = "a"
+
+
+@dataclass
+class Page:
+    """What the page shows. `records`: the run's log. `cards`: headline numbers as (label, value, note).
+    `settings`: (section, [(key, value, source, is a default)]). `checks`: a preflight report as JSON values.
+    `usage`: (title, commands). `unit`: what is counted, tokens or pictures. `loss`: the loss in words. `sheets`:
+    (title, picture as a data address), in the order of the run."""
+
+    title: str
+    subtitle: str = ""
+    cards: list[tuple[str, str, str]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    usage: list[tuple[str, str]] = field(default_factory=list)
+    files: list[tuple[str, str, str]] = field(default_factory=list)
+    unit: str = "tokens"
+    loss: str = "Loss, nats per trained token"
+    sheets: list[tuple[str, str]] = field(default_factory=list)
+
+
+def write_page(path: Path, page: Page) -> None:
+    """Renders and writes atomically; ResourceError on a full disk."""
+    write_atomically(path, render_page(page).encode())
+
+
+def _plain(value: Any, markup: type) -> Any:
+    """Texts without what would reorder or hide those beside them; what is made here, and numbers, as they are."""
+    return shown(value, lines=True) if isinstance(value, str) and not isinstance(value, markup) else value
+
+
+def render_page(page: Page) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    env = Environment(
+        loader=PackageLoader("veneer.train", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: _plain(value, Markup),
+    )  # fmt: skip
+    env.filters |= {"size": size, "duration": duration}
+    steps = [r for r in page.records if r.get("event") == "stepped"]
+    scores = [r for r in page.records if r.get("event") == "evaluated"]
+    notes = [r["text"] for r in page.records if r.get("event") == "note"]
+    charts = [(title, Markup(svg), legend) for title, svg, legend in _charts(steps, scores, page)]
+    return env.get_template("report.html.j2").render(
+        page=page, charts=charts, scores=scores, notes=notes, sections=_sections(page), numbers=_numbers(page.checks)
+    )
+
+
+def _charts(
+    steps: list[dict[str, Any]], scores: list[dict[str, Any]], page: Page
+) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(title, SVG, legend) of each chart; the loss chart first."""
+    if not steps:
+        return []
+    loss = [(float(r["step"]), float(r["loss"])) for r in steps]
+    series = [
+        Series("training, each step", loss, "faint"),
+        Series("training, smoothed", smooth(loss, [r["trained_tokens"] for r in steps])),
+    ]
+    if scores:
+        series.append(Series("validation", [(float(r["step"]), float(r["loss"])) for r in scores], "dots", "b"))
+    best = [(float(r["step"]), float(r["loss"])) for r in scores if r.get("best")]
+    out = [(page.loss, series, best[-1] if best else None)]
+    for title, key in (
+        ("Learning rate", "learning_rate"),
+        ("Gradient norm, before clipping", "gradient_norm"),
+        (f"{page.unit.capitalize()} per second", "tokens_per_second"),
+        ("Peak memory, GB", "memory_bytes"),
+    ):
+        scale = 1e-9 if key == "memory_bytes" else 1.0
+        out.append((title, [Series(title, [(float(r["step"]), float(r[key]) * scale) for r in steps])], None))
+    for name in _MEASURED:
+        points = [(float(r["step"]), float(r["extra"][name])) for r in steps if name in r.get("extra", {})]
+        if points:
+            title = _MEASURED[name]
+            out.append((title, [Series(title, smooth(points, [1.0] * len(points)))], None))
+    return [
+        (
+            title,
+            chart(lines, wide=i == 0, mark=mark, label=title, from_zero=i > 1),
+            [(s.name, s.colour + ("-faint" if s.kind == "faint" else "")) for s in lines] if len(lines) > 1 else [],
+        )
+        for i, (title, lines, mark) in enumerate(out)
+    ]
+
+
+_MEASURED = {
+    "reward_margin": "Reward of chosen over rejected",
+    "reward_accuracy": "Share of pairs ranked right",
+    "logp_chosen": "Log-probability of chosen answers, nats",
+    "logp_rejected": "Log-probability of rejected answers, nats",
+}
+"""What preferences measure in each step, beside the loss."""
+
+
+def smooth(points: Sequence[Point], weights: Sequence[float]) -> list[Point]:
+    """The token-weighted mean over a window of about a fiftieth of the run that ends at each point."""
+    window = max(1, len(points) // 50)
+    out = []
+    for i in range(len(points)):
+        first = max(0, i - window + 1)
+        total = sum(weights[first : i + 1])
+        mean = sum(y * w for (_, y), w in zip(points[first : i + 1], weights[first : i + 1], strict=True))
+        out.append((points[i][0], mean / total if total else points[i][1]))
+    return out
+
+
+def chart(
+    series: Sequence[Series],
+    *,
+    wide: bool = True,
+    mark: Point | None = None,
+    label: str = "",
+    from_zero: bool = False,
+) -> str:
+    """An SVG of lines over steps, with axes, grid and a ring around `mark`. Colours come from the page's CSS."""
+    width, height, left, bottom, top, right = (900, 300, 58, 28, 12, 14) if wide else (430, 190, 54, 26, 10, 12)
+    points = [p for s in series for p in s.points if all(map(math.isfinite, p))]
+    if not points:
+        return ""
+    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
+    y0, y1 = min(y for _, y in points), max(y for _, y in points)
+    if from_zero:
+        y0 = min(0.0, y0)
+    ticks = nice_ticks(y0, y1, 5 if wide else 4)
+    y0, y1 = min(y0, ticks[0]), max(y1, ticks[-1])
+    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
+
+    def at(p: Point) -> Point:
+        return (
+            left + (p[0] - x0) / (x1 - x0) * (width - left - right),
+            top + (y1 - p[1]) / (y1 - y0) * (height - top - bottom),
+        )
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}">']
+    for tick in ticks:
+        y = at((x0, tick))[1]
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
+    for tick in nice_ticks(x0, x1, 8 if wide else 4):
+        if x0 <= tick <= x1 and tick == int(tick):
+            x = at((tick, y0))[0]
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{int(tick)}</text>')
+    for s in series:
+        drawn = [at(p) for p in _thin(s.points, 2 * width)]
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
+        faint = " faint" if s.kind == "faint" else ""
+        parts.append(f'<path class="line {s.colour}{faint}" d="{path}"/>')
+        if s.kind == "dots" or len(drawn) == 1:
+            for (x, y), (step, value) in zip(drawn, _thin(s.points, 2 * width), strict=True):
+                title = f"<title>step {step:.0f}: {value:.4f}</title>"
+                parts.append(f'<circle class="dot {s.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{title}</circle>')
+    if mark is not None:
+        x, y = at(mark)
+        title = f"<title>best: step {mark[0]:.0f}, {mark[1]:.4f}</title>"
+        parts.append(f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="7">{title}</circle>')
+    return "".join([*parts, "</svg>"])
+
+
+def nice_ticks(low: float, high: float, about: int) -> list[float]:
+    """Around `about` round numbers (1, 2, 2.5 or 5 times a power of ten apart) that cover [low, high]."""
+    largest = max(abs(low), abs(high))
+    if high - low <= 1e-9 * max(largest, 1e-3):  # all but flat: give it a band of its own height
+        half = max(largest / 2, 1e-6)
+        low, high = low - half, high + half
+    span = high - low
+    raw = span / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def _number(value: float) -> str:
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e-3:
+        return f"{value:,.4g}"
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
+
+
+def _thin(points: Sequence[Point], most: int) -> Sequence[Point]:
+    """At most about `most` points: a chart is no wider than that many pixels. The last one always stays."""
+    if len(points) <= most:
+        return points
+    every = math.ceil(len(points) / most)
+    return [*points[::every], *([points[-1]] if (len(points) - 1) % every else [])]
+
+
+def _sections(page: Page) -> list[tuple[str, list[tuple[str, str, str, bool]]]]:
+    """Settings by section: (section, [(key, value, source, default?)]), in the order of the configuration."""
+    out: dict[str, list[tuple[str, str, str, bool]]] = {}
+    for key, value in page.settings.items():
+        section, _, name = key.rpartition(".")
+        source = page.sources.get(key, "")
+        out.setdefault(section or "run", []).append((name, short(value), source, source.startswith("default")))
+    return list(out.items())
+
+
+def _numbers(checks: dict[str, Any]) -> list[tuple[str, str]]:
+    """The preflight's plain numbers, in words."""
+    out = []
+    for key, value in checks.get("numbers", {}).items():
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
+            out.append((str(key).replace("_", " "), text))
+    return out

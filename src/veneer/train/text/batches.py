@@ -1,0 +1,131 @@
+"""Which rows make a step, and how a step is cut into what is in memory at once.
+
+    step         one optimizer update; its rows depend on seed, epoch and `rows` or `tokens` alone
+    micro-batch  part of a step: rows of similar length laid end to end, with no padding between them
+
+    plan_steps(examples, batching, seed=0, epoch=0)[step][micro-batch] -> indices of examples
+
+Each row keeps its own bounds (`Batch.lengths`), so attention never crosses from one row to the next, packed or not.
+Since loss and gradients are sums over tokens, how a step is cut changes memory and speed, never the result.
+Does not know tokenizers, files or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer.train.config.text import BatchingSection
+from veneer.train.devices import shares
+from veneer.train.text.encode import Example
+
+__all__ = ["Batch", "collate", "grouped", "plan_steps", "step_rows"]
+
+
+@dataclass
+class Batch:
+    """Rows laid end to end, without padding.
+
+    input_ids: (N,) int64    lengths: of each row, summing to N    trained: (N,) bool, token i is a target
+    A row's first token has nothing before it and is never trained (`encode` sees to that)."""
+
+    input_ids: Tensor
+    lengths: list[int]
+    trained: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.trained.sum())
+
+
+Steps = list[list[list[int]]]
+
+
+def plan_steps(
+    examples: Sequence[Example] | Sequence[int], batching: BatchingSection, *, seed: int, epoch: int, pieces: int = 1
+) -> Steps:
+    """One epoch: step -> micro-batch -> indices into `examples` (or lengths), each index exactly once.
+
+    Pure: the same arguments give the same plan on every machine, so a resumed run recomputes it.
+    A micro-batch has at most `micro_rows` rows and `micro_tokens` tokens; a longer row is one of its own. `pieces`:
+    a step first falls into so many of about the same tokens, where it has the rows: one for each device.
+    With `longest_first`, in epoch 0 the step with the longest row runs first."""
+    lengths = [e if isinstance(e, int) else len(e.input_ids) for e in examples]
+    steps = step_rows(lengths, batching, seed=seed, epoch=epoch)
+    return [_cut(step, lengths, batching, pieces) for step in steps]
+
+
+def step_rows(lengths: Sequence[int], batching: BatchingSection, *, seed: int, epoch: int) -> list[list[int]]:
+    """Which rows each step holds: a seeded shuffle cut every `rows` rows (bucket) or before `tokens` tokens (pack).
+
+    Does not look at micro_rows and micro_tokens: those cannot change what a step learns."""
+    order = _shuffled(len(lengths), seed, epoch)
+    if batching.mode == "bucket":
+        steps = [order[i : i + batching.rows] for i in range(0, len(order), batching.rows)]
+    else:
+        steps = _fill(order, lengths, batching.tokens or 0)
+    if batching.longest_first and epoch == 0 and steps:
+        longest = max(range(len(lengths)), key=lambda i: (lengths[i], -i))
+        at = next(n for n, step in enumerate(steps) if longest in step)
+        steps.insert(0, steps.pop(at))
+    return steps
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """The batch of these rows, end to end in the order given."""
+    ids = [token for e in examples for token in e.input_ids]
+    trained = [t for e in examples for t in e.trained]
+    return Batch(
+        torch.tensor(ids, dtype=torch.long),
+        [len(e.input_ids) for e in examples],
+        torch.tensor(trained, dtype=torch.bool),
+    )
+
+
+def grouped(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """All indices from long to short, cut before `micro_tokens` tokens: batches for what needs no steps."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return _fill(order, lengths, micro_tokens)
+
+
+def _shuffled(n: int, seed: int, epoch: int) -> list[int]:
+    """0..n-1 ordered by a hash: unlike a generator's shuffle, the same in every version of every library."""
+    key = f"{seed}|{epoch}|".encode()
+    return sorted(range(n), key=lambda i: hashlib.blake2b(key + str(i).encode(), digest_size=8).digest())
+
+
+def _fill(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Cut `order` where the next row would pass the budget; a row longer than it is a step of its own."""
+    steps: list[list[int]] = []
+    room = 0
+    for i in order:
+        if not steps or lengths[i] > room:
+            steps.append([])
+            room = budget
+        steps[-1].append(i)
+        room -= lengths[i]
+    return steps
+
+
+def _cut(rows: Sequence[int], lengths: Sequence[int], batching: BatchingSection, pieces: int) -> list[list[int]]:
+    """Micro-batches of one step: in each piece rows sorted from long to short, cut where a bound would be passed.
+
+    The largest comes first, so that a step that does not fit fails in its first micro-batch."""
+    micro: list[list[int]] = []
+    for piece in shares([lengths[i] for i in rows], pieces):
+        room = -1
+        for i in sorted((rows[at] for at in piece), key=lambda i: (-lengths[i], i)):
+            if lengths[i] > room or len(micro[-1]) == batching.micro_rows:
+                micro.append([])
+                room = batching.micro_tokens
+            micro[-1].append(i)
+            room -= lengths[i]
+    return sorted(micro, key=lambda own: (-lengths[own[0]], own[0]))

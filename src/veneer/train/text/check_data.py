@@ -1,0 +1,277 @@
+"""Preflight of the data: is something learned, does the model learn to stop, will inference show the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from veneer.train.findings import Finding, Level, Subject, share
+from veneer.train.text.pairs import Item
+from veneer.train.text.rows import leakage
+
+__all__ = ["DATA_CHECKS"]
+
+_SAMPLED = 200  # rows whose prompts are tokenised again; templates err on all rows or on none
+
+
+def something_is_learned(s: Subject) -> Iterator[Finding]:
+    """Failure class 1 of the field: the loss is masked to nothing and the run "succeeds"."""
+    c = s.encoded.counts
+    s.numbers.update(rows=c.rows, rows_kept=c.kept, rows_untrained=c.untrained, tokens=c.tokens)
+    s.numbers.update(trained_tokens=c.trained_tokens, trained_share=c.trained_tokens / c.tokens if c.tokens else 0.0)
+    where = ", ".join(c.places.get("untrained", ()))
+    fix = "check roles, weights and data.train_on; the learned part is what assistant turns say"
+    if c.kept == 0 or c.trained_tokens == 0:
+        reasons = [
+            f"{n:,} {why}" for n, why in ((c.untrained, "with nothing to learn"), (c.long_dropped, "too long")) if n
+        ]
+        text = f"no row is left to train on: of {c.rows:,} rows {' and '.join(reasons) or 'none could be used'}"
+        yield Finding("stop", "learned", text, fix)
+        return
+    if c.untrained > c.rows / 2:
+        yield Finding("stop", "learned", f"{share(c.untrained, c.rows)} rows have no token to learn: {where}", fix)
+    elif c.untrained:
+        yield Finding(
+            "warn", "learned", f"{share(c.untrained, c.rows)} rows are left out, with no token to learn: {where}", fix
+        )
+    yield Finding("ok", "learned", f"{share(c.trained_tokens, c.tokens)} tokens are learned, in {c.kept:,} rows")
+
+
+def long_rows(s: Subject) -> Iterator[Finding]:
+    """Truncation surprise: rows that are dropped or cut are counted and named."""
+    c, data = s.encoded.counts, s.config.data
+    s.numbers.update(rows_dropped=c.long_dropped, rows_cut=c.cut, longest_row=c.longest, max_length=data.max_length)
+    fix = f"data.max_length={c.longest} keeps them whole"
+    if c.long_dropped:
+        where = ", ".join(c.places["long_dropped"])
+        text = f"{share(c.long_dropped, c.rows)} rows are longer than {data.max_length} tokens and dropped: {where}"
+        yield Finding("stop" if c.long_dropped > c.rows / 2 else "warn", "long rows", text, fix)
+    if c.cut:
+        where = ", ".join(c.places["cut"])
+        text = (
+            f"{share(c.cut, c.rows)} rows are cut to {data.max_length} tokens, the oldest prompt tokens first: {where}"
+        )
+        yield Finding("warn", "long rows", text, fix)
+    if c.cut_ends:
+        text = f"{share(c.cut_ends, c.rows)} cut rows lose the end of their answer, and with it the token that stops it"
+        yield Finding("stop" if c.cut_ends > c.rows / 2 else "warn", "long rows", text, fix)
+    if not c.long_dropped and not c.cut:
+        yield Finding(
+            "ok", "long rows", f"longest row: {c.longest:,} tokens of {data.max_length:,}; none dropped or cut"
+        )
+
+
+def the_end_is_learned(s: Subject) -> Iterator[Finding]:
+    """Failure class 2: a model that never stops, because its end-of-turn token is never a target."""
+    examples, ends = s.encoded.examples, s.encoded.end_ids
+    if not examples:
+        return
+    tokenizer = s.base.tokenizer
+    what = "end-of-turn" if s.encoded.chat else "end-of-text"
+    if not ends:
+        fix = (
+            "use a chat template that ends assistant turns with a special token (data.chat_template)"
+            if s.encoded.chat
+            else "give the tokenizer an eos_token"
+        )
+        text = f"no {what} token is written after an answer: the model would learn to never stop"
+        yield Finding("stop", "end", text, fix)
+        return
+    names = ", ".join(f"`{tokenizer.convert_ids_to_tokens(i)}`" for i in sorted(ends))
+    taught = sum(any(on and token in ends for token, on in zip(e.input_ids, e.trained, strict=True)) for e in examples)
+    s.numbers.update(rows_with_end=taught, end_tokens=sorted(ends), stop_tokens=sorted(s.stop_ids))
+    if taught == 0:
+        text = f"the {what} token {names} is learned in no row: the model would never stop"
+        yield Finding("stop", "end", text, "check the chat template, data.train_on and data.long_rows")
+    elif taught < 0.9 * len(examples):
+        text = f"the {what} token {names} is learned only in {share(taught, len(examples))} rows"
+        yield Finding("warn", "end", text, "see long rows: cut rows lose their end")
+    else:
+        yield Finding("ok", "end", f"the {what} token {names} is learned in {share(taught, len(examples))} rows")
+    if not ends & s.stop_ids:
+        stops = ", ".join(f"`{tokenizer.convert_ids_to_tokens(i)}`" for i in sorted(s.stop_ids)) or "nothing"
+        text = f"answers end with {names}, but generation stops at {stops}: answers would run on"
+        yield Finding("stop", "end", text, "use the chat template that belongs to this base, or set its eos_token")
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in ends:
+        text = f"padding and {what} are the same token, which is harmless here: rows are never padded"
+        yield Finding("ok", "padding", text)
+
+
+def begins_once(s: Subject) -> Iterator[Finding]:
+    """BOS twice, when text and tokenizer both write it; or never, when neither does."""
+    c, tokenizer, examples = s.encoded.counts, s.base.tokenizer, s.encoded.examples
+    bos = tokenizer.bos_token_id
+    if bos is None or not examples:
+        return
+    if c.doubled_bos:
+        where = ", ".join(c.places["doubled_bos"])
+        text = f"{share(c.doubled_bos, c.rows)} rows begin with {tokenizer.bos_token} twice: {where}"
+        level: Level = "stop" if c.doubled_bos > c.rows / 2 else "warn"
+        yield Finding(level, "begin", text, f"remove {tokenizer.bos_token} from the rows or from the chat template")
+    adds = list(tokenizer("a")["input_ids"][:1]) == [bos]
+    missing = sum(e.input_ids[0] != bos for e in examples) if adds else 0
+    if missing:
+        text = (
+            f"the base expects {tokenizer.bos_token} first, and {share(missing, len(examples))} rows begin without it"
+        )
+        yield Finding("warn", "begin", text, "begin the chat template with {{ bos_token }}")
+
+
+def inference_agrees(s: Subject) -> Iterator[Finding]:
+    """Failure class 6: the prompt that inference builds must be, token for token, how the training row begins."""
+    data, renderer = s.config.data, s.encoded.renderer
+    own = s.base.tokenizer.chat_template
+    if (
+        s.encoded.chat
+        and data.chat_template != "auto"
+        and own
+        and renderer.template != renderer.tokenizer.get_chat_template()
+    ):
+        text = f"rows use {renderer.source}, not the base's own: prompt the adapter with the same template"
+        yield Finding("warn", "template", text, "data.chat_template=auto uses the base's own")
+    if own and not s.encoded.chat and s.rows and s.rows[0].messages:
+        text = "the base has a chat template and rows do not use it: give the adapter plain prompts, not messages"
+        yield Finding("warn", "template", text, "data.chat_template=auto")
+    wrong: list[str] = []
+    seen = 0
+    for example in s.encoded.examples[:: max(1, len(s.encoded.examples) // _SAMPLED)]:
+        row = s.rows[example.row]
+        if row.format == "text" or data.train_on == "all" or row.last_assistant() in (0, len(row.messages)):
+            continue
+        prompt = s.base.tokenizer(renderer.prompt(row), add_special_tokens=not s.encoded.chat, verbose=False)[
+            "input_ids"
+        ]
+        if example.row in s.encoded.cut_rows or len(prompt) >= len(example.input_ids):
+            continue  # cut, or its last turn is not learned
+        seen += 1
+        if example.input_ids[: len(prompt)] != prompt:
+            wrong.append(row.where)
+    s.numbers.update(template_rows_checked=seen, template_rows_differ=len(wrong), chat=s.encoded.chat)
+    if wrong:
+        text = (
+            f"{share(len(wrong), seen)} prompts are other tokens in training than at inference: {', '.join(wrong[:3])}"
+        )
+        level: Level = "stop" if len(wrong) > seen / 2 else "warn"
+        fix = "end prompts without a space and begin completions with it, so that no token spans both"
+        yield Finding(level, "template", text, fix)
+    elif seen:
+        yield Finding(
+            "ok", "template", f"inference shows the same prompt as training, token for token ({seen} rows checked)"
+        )
+
+
+def turns_and_control_tokens(s: Subject) -> Iterator[Finding]:
+    c = s.encoded.counts
+    if c.changed_turns:
+        text = (
+            f"{c.changed_turns:,} earlier turns are trained without what the template shows only in a last turn "
+            f"(thinking, mostly): {', '.join(c.places['changed_turns'])}"
+        )
+        yield Finding("warn", "turns", text, "data.train_on=last learns only turns as inference writes them")
+    if c.control:
+        where = ", ".join(c.places["control"])
+        text = f"{share(c.control, c.rows)} rows hold the base's own control tokens as text: {where}"
+        yield Finding("warn", "control tokens", text, "remove them unless they are meant to act as such")
+    if c.merged and s.encoded.chat is False:
+        text = f"in {share(c.merged, c.rows)} rows one token spans prompt and answer: {', '.join(c.places['merged'])}"
+        yield Finding("warn", "boundary", text, "end prompts without a space and begin completions with it")
+
+
+def answers_compare(s: Subject) -> Iterator[Finding]:
+    """What a preference run compares, and with which reference."""
+    loss, c = s.config.preference.loss, s.encoded.counts
+    items = [item for item in s.items if isinstance(item, Item)]
+    if loss is None or not items:
+        return
+    if loss == "kto":
+        yield from _judged(s, items)
+    else:
+        good, bad = (sum(i.answers[k].learned for i in items) / len(items) for k in (0, 1))
+        s.numbers.update(preference_pairs=len(items), chosen_tokens=good, rejected_tokens=bad)
+        text = (
+            f"{len(items):,} pairs, two rows each; chosen answers have {good:.1f} tokens on average, rejected {bad:.1f}"
+        )
+        yield Finding("ok", "preferences", text)
+    if c.partners:
+        where = ", ".join(c.places["partners"])
+        text = f"{share(c.partners, c.rows)} answers are left out because the other one of their pair is: {where}"
+        yield Finding("warn", "preferences", text)
+    if c.other_prompts:
+        where = ", ".join(c.places["other_prompts"])
+        text = f"the two prompts of {share(c.other_prompts, len(items))} pairs are not the same tokens: {where}"
+        fix = "end prompts without a space and begin answers with it, so that no token spans both"
+        yield Finding("stop" if c.other_prompts > len(items) / 2 else "warn", "preferences", text, fix)
+    reference = "the base with the adapter off" if s.start is None else f"{s.config.adapter.start} as it is now"
+    if loss in ("orpo", "simpo"):
+        reference = f"none, {loss} has none"
+    yield Finding("ok", "reference", f"compared with: {reference}")
+
+
+def _judged(s: Subject, items: Sequence[Item]) -> Iterator[Finding]:
+    """KTO's weights should make up for unequal numbers: λ_D·n_D from 1 to 4/3 of λ_U·n_U (arXiv 2402.01306)."""
+    good = sum(bool(item.desirable) for item in items)
+    bad = len(items) - good
+    weights = s.config.preference
+    s.numbers.update(desirable=good, undesirable=bad)
+    text = f"{len(items):,} answers, {good:,} desirable and {bad:,} not"
+    if not good or not bad:
+        yield Finding("stop", "preferences", f"{text}: there is nothing to tell apart", "give answers of both kinds")
+        return
+    ratio = weights.desirable * good / (weights.undesirable * bad)
+    if 0.95 <= ratio <= 1.4:
+        yield Finding("ok", "preferences", text)
+        return
+    raised = (
+        f"preference.desirable={weights.undesirable * bad / good:.2g}"
+        if ratio < 1
+        else f"preference.undesirable={0.75 * weights.desirable * good / bad:.2g}"
+    )
+    yield Finding("warn", "preferences", f"{text}: weighted {ratio:.2f} to 1, where 1 to 1.33 is advised", raised)
+
+
+def rows_are_apart(s: Subject) -> Iterator[Finding]:
+    """Held-out rows that are also trained on make the validation loss a lie."""
+    about = s.about
+    if about is not None:
+        yield Finding("ok", "format", f"{about.rows:,} rows in `{about.format}` format: {about.why}")
+        if about.unused:
+            text = f"columns that nothing uses: {', '.join(about.unused)}"
+            yield Finding("warn", "columns", text, "data.columns names the ones to use, as {prompt: question}")
+        if about.duplicates:
+            yield Finding(
+                "warn", "duplicates", f"{share(about.duplicates, about.rows)} rows repeat an earlier one exactly"
+            )
+    s.numbers.update(held_out=len(s.held_out_rows))
+    if not s.held_out_rows:
+        if s.config.evaluation.patience is not None:
+            text = "`evaluation.patience` is set, but no row is held out to stop by"
+            yield Finding("stop", "held out", text, "give data.validation or data.split, or more rows")
+        else:
+            yield Finding("warn", "held out", "no rows are held out: over-fitting cannot be seen", "data.split=0.05")
+        return
+    if s.held_out is not None and s.held_out.counts.trained_tokens == 0:
+        yield Finding("stop", "held out", "the held-out rows have no token to score", "check data.validation's format")
+    leak = leakage(s.rows, s.held_out_rows)
+    s.numbers.update(leaked=leak.identical, same_prompt=leak.same_prompt)
+    total = len(s.held_out_rows)
+    pairs = "; ".join(f"{a} is {b}" for a, b in leak.examples)
+    if leak.identical:
+        text = f"{share(leak.identical, total)} held-out rows are also trained on: {pairs}"
+        fix = "remove them from one side; data.split never puts equal rows on both"
+        yield Finding("stop" if leak.identical > total / 2 else "warn", "held out", text, fix)
+    if leak.same_prompt:
+        text = f"{share(leak.same_prompt, total)} held-out prompts also occur in training, with other answers: {pairs}"
+        yield Finding("warn", "held out", text)
+    if not leak.identical and not leak.same_prompt:
+        yield Finding("ok", "held out", f"{total:,} held-out rows, none of them trained on")
+
+
+DATA_CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
+    something_is_learned,
+    long_rows,
+    the_end_is_learned,
+    begins_once,
+    inference_agrees,
+    turns_and_control_tokens,
+    answers_compare,
+    rows_are_apart,
+)

@@ -1,0 +1,101 @@
+"""The rows of a text run as what steps are made of.
+
+data = read_data(config, base)               rows as they were read, and as tokens: to train on, and held out
+steps, ends = planned_steps(data.train.items, config, …)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import DataError
+from veneer.train.config.text import TrainConfig
+from veneer.train.loop import Micro, Step
+from veneer.train.text.batches import Batch, collate, plan_steps
+from veneer.train.text.encode import Encoded, Example, encode
+from veneer.train.text.pairs import Item, answer_rows, collate_items, items_of
+from veneer.train.text.rows import About, Row, read_rows, split_rows
+
+if TYPE_CHECKING:
+    from veneer.models.text.base import TextBase
+
+__all__ = ["Data", "Part", "part_of", "planned_steps", "read_data"]
+
+
+@dataclass
+class Part:
+    """Rows as they were read, and as tokens. `texts`: the rows that `encoded` is of: those, or of preferences each
+    answer. `items`: what a step is made of: examples, or pairs of them."""
+
+    rows: list[Row]
+    texts: list[Row]
+    encoded: Encoded
+    items: Sequence[Example] | Sequence[Item]
+
+
+@dataclass
+class Data:
+    train: Part
+    held: Part
+    about: About
+
+
+def read_data(config: TrainConfig, base: TextBase) -> Data:
+    """Read, split and encoded. Raises DataError for rows that do not go with the loss, and what reading raises."""
+    loss = config.preference.loss
+    formats = {"preference", "unpaired-preference"} if loss == "kto" else {"preference"} if loss else None
+    options: dict[str, Any] = {"format": config.data.format, "columns": config.data.columns, "formats": formats}
+    rows, about = read_rows(config.data.files("train"), limit=config.data.limit, **options)
+    if config.data.validation is not None:
+        held_rows, _ = read_rows(config.data.files("validation"), **options)
+    else:
+        rows, held_rows = split_rows(rows, config.data.split, seed=config.seed)
+    if loss is None and (pairs := [row for row in (*rows, *held_rows) if row.rejected]):
+        raise DataError(
+            "these rows have a chosen and a rejected answer, and the run would look only at the chosen ones",
+            where=pairs[0].where,
+            fix="preference.loss=dpo learns from both; for the chosen ones alone give rows with prompt and completion",
+        )
+    return Data(part_of(rows, config, base), part_of(held_rows, config, base), about)
+
+
+def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> Part:
+    """Rows as tokens: each an example, or of preferences each an item of its answers."""
+    if config.preference.loss is None:
+        encoded = encode(rows, base.tokenizer, config.data)
+        return Part(rows, rows, encoded, encoded.examples)
+    texts, owners = answer_rows(rows)
+    encoded = encode(texts, base.tokenizer, config.data)
+    items, encoded = items_of(encoded, rows, owners, paired=config.preference.loss != "kto")
+    return Part(rows, texts, encoded, items)
+
+
+def planned_steps(
+    items: Sequence[Example] | Sequence[Item], config: TrainConfig, rows: Sequence[Row] = (), devices: int = 1
+) -> tuple[list[Step], list[int]]:
+    """All steps of the run in order, and the numbers of the steps that end an epoch. Batches are made when needed. A
+    step is cut into a micro-batch for each of `devices` at least."""
+    make: Callable[[Any], Batch] = collate if config.preference.loss is None else collate_items
+
+    def micro(indices: list[int]) -> Micro:
+        chosen = [items[i] for i in indices]
+        return Micro(
+            tokens=sum(e.tokens for e in chosen), trained=sum(e.learned for e in chosen),
+            rows=tuple(rows[e.row].where if rows else e.row for e in chosen), make=lambda: make(chosen),
+            units=None if config.preference.loss is None else len(chosen),
+        )  # fmt: skip
+
+    total, epoch = config.schedule.steps, 0
+    steps: list[Step] = []
+    ends: list[int] = []
+    while (epoch < config.epochs) if config.epochs is not None else (len(steps) < (total or 0)):
+        plan = plan_steps([e.tokens for e in items], config.batching, seed=config.seed, epoch=epoch, pieces=devices)
+        for i, micros in enumerate(plan):
+            steps.append(Step(tuple(micro(m) for m in micros), epoch + (i + 1) / len(plan)))
+        ends.append(len(steps))
+        epoch += 1
+    if total is not None:
+        steps = steps[:total]
+    return steps, [end for end in ends if end <= len(steps)]

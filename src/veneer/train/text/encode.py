@@ -1,0 +1,279 @@
+"""Rows to tokens with a trained-mask, and a count of everything that was left out on the way.
+
+    encoded = encode(rows, tokenizer, config.data)
+    encoded.examples[0].input_ids, .trained        same length; trained[i]: token i is a target
+
+The whole text is tokenised once and the mask follows from character positions, so tokens are those inference sees.
+Tokens after the last trained one are left off: nothing is predicted from them. Does not know models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import DataError
+from veneer.train.config.text import DataSection
+from veneer.train.text.render import Rendered, Renderer
+from veneer.train.text.rows import MOST_SHOWN, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Counts", "Encoded", "Example", "encode"]
+
+_CHUNK = 1024  # rows tokenised per call: keeps the tokenizer's own structures small
+
+
+@dataclass
+class Example:
+    """One row as tokens. trained[i]: token i is a target, predicted from the tokens before it in its own row.
+
+    `row` is the index in the rows given to `encode`. The two lists have the same length; trained[0] is False."""
+
+    input_ids: list[int]
+    trained: list[bool]
+    row: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def learned(self) -> int:
+        """How many of its tokens are targets."""
+        return sum(self.trained)
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the first target."""
+        return self.input_ids[: self.trained.index(True)]
+
+
+@dataclass
+class Counts:
+    """What happened to the rows. `places`: for each counted thing, the first few rows it happened to.
+
+    `cut_ends`: cut rows that lost their end, and with it the end-of-turn token. `merged`: rows where one token
+    straddles prompt and answer. `changed_turns`: turns that render differently once later turns follow.
+    `control`: rows whose own text holds the base's control tokens. `longest`: before cutting, in tokens. Of
+    preferences, where each answer is such a row: `partners`, answers left out with the other one of their pair;
+    `other_prompts`, pairs whose two prompts are not the same tokens."""
+
+    rows: int = 0
+    kept: int = 0
+    untrained: int = 0
+    long_dropped: int = 0
+    cut: int = 0
+    cut_ends: int = 0
+    merged: int = 0
+    changed_turns: int = 0
+    control: int = 0
+    doubled_bos: int = 0
+    partners: int = 0
+    other_prompts: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, what: str, where: str, n: int = 1) -> None:
+        setattr(self, what, getattr(self, what) + n)
+        self.places.setdefault(what, [])
+        if len(self.places[what]) < 5:
+            self.places[what].append(where)
+
+
+@dataclass
+class Encoded:
+    """`end_ids`: the token ids that end an answer in these rows (end-of-turn, or end-of-text for plain rows).
+
+    `cut_rows`: indices of the rows that were cut. `chat`: rendered by a chat template."""
+
+    examples: list[Example]
+    counts: Counts
+    renderer: Renderer
+    end_ids: set[int]
+    chat: bool
+    cut_rows: set[int]
+
+
+def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Encoded:
+    """Tokenise rows as `data` says (chat_template, train_on, max_length, long_rows, untrained_rows).
+
+    Raises DataError, listing rows, for rows that cannot be rendered without guessing, and for long or untrained ones
+    when they are to be refused; BaseError for conversations on a base without a chat template."""
+    renderer = Renderer(tokenizer, data.chat_template)
+    counts = Counts(rows=len(rows))
+    rendered: list[Rendered] = []
+    bad: list[str] = []
+    for row in rows:
+        try:
+            rendered.append(renderer.render(row, data.train_on))
+        except ValueError as error:
+            bad.append(f"{row.where}: {error}")
+    _refuse(bad, len(rows), "cannot be encoded", "correct those rows, or set data.train_on or data.chat_template")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    examples: list[Example] = []
+    long: list[str] = []
+    cut_rows: set[int] = set()
+    untrained: list[str] = []
+    for i, (ids, trained, merged) in enumerate(_tokens(tokenizer, rendered, eos)):
+        row, r = rows[i], rendered[i]
+        _notice(counts, row, r, merged, renderer)
+        if bos is not None and ids[:2] == [bos, bos]:
+            counts.note("doubled_bos", row.where)
+        if True not in trained:
+            counts.note("untrained", row.where)
+            untrained.append(f"{row.where}: no token to learn")
+            continue
+        ids, trained = _without_tail(ids, trained)
+        counts.longest = max(counts.longest, len(ids))
+        if len(ids) > data.max_length:
+            if data.long_rows == "cut":
+                counts.note("cut", row.where)
+                cut_rows.add(i)
+                ids, trained, lost = _cut(ids, trained, data.max_length, bos)
+                if lost:
+                    counts.note("cut_ends", row.where)
+            else:
+                long.append(f"{row.where}: {len(ids)} tokens")
+                counts.note("long_dropped", row.where)
+                continue
+        examples.append(Example(ids, trained, i))
+        counts.tokens += len(ids)
+        counts.trained_tokens += sum(trained)
+    if data.long_rows == "refuse":
+        _refuse(
+            long,
+            len(rows),
+            f"are longer than data.max_length, {data.max_length} tokens",
+            f"set data.max_length={counts.longest} (more memory), or data.long_rows=drop or cut",
+        )
+    if data.untrained_rows == "refuse":
+        _refuse(untrained, len(rows), "have nothing to learn", "correct those rows, or set data.untrained_rows=drop")
+    counts.kept = len(examples)
+    chat = any(r.chat for r in rendered)
+    return Encoded(examples, counts, renderer, _end_ids(renderer, rendered, eos), chat, cut_rows)
+
+
+def _notice(counts: Counts, row: Row, r: Rendered, merged: bool, renderer: Renderer) -> None:
+    if merged:
+        counts.note("merged", row.where)
+    if r.changed_turns:
+        counts.note("changed_turns", row.where, r.changed_turns)
+    if any(renderer.has_control(str(m["content"])) for m in row.messages) or renderer.has_control(row.text):
+        counts.note("control", row.where)
+
+
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered], eos: int | None
+) -> Iterable[tuple[list[int], list[bool], bool]]:
+    """(ids, trained, whether a token straddles the start of a learned part) of each text, in order.
+
+    A chat template writes BOS and EOS itself; plain text gets what the tokenizer adds to any prompt, and then EOS."""
+    for at in range(0, len(rendered), _CHUNK):
+        chunk = rendered[at : at + _CHUNK]
+        chats = {r.chat for r in chunk}
+        encodings: list[Any] = [None] * len(chunk)
+        for chat in chats:
+            some = [n for n, r in enumerate(chunk) if r.chat is chat]
+            batch = tokenizer([chunk[n].text for n in some], add_special_tokens=not chat, verbose=False)
+            for place, n in enumerate(some):
+                fast = batch.encodings[place] if batch.encodings else None
+                encodings[n] = (list(batch["input_ids"][place]), fast)
+        for r, (ids, fast) in zip(chunk, encodings, strict=True):
+            spans = _spans_fast(fast, r) if fast is not None else _spans_slow(tokenizer, ids, r)
+            trained = [False] * len(ids)
+            merged = False
+            for first, last, straddles in spans:
+                trained[first:last] = [True] * (last - first)
+                merged |= straddles
+            if r.append_eos and eos is not None:
+                if ids and ids[-1] == eos:
+                    trained[-1] = True
+                else:
+                    ids.append(eos)
+                    trained.append(True)
+            if trained:
+                trained[0] = False
+            yield ids, trained, merged
+
+
+def _spans_fast(encoding: Any, r: Rendered) -> list[tuple[int, int, bool]]:
+    """Token ranges of the learned character ranges, from the tokenizer's own offsets.
+
+    A token that straddles the start is learned, since it holds the answer's first letters, and reported."""
+    spans = []
+    count = len(encoding.ids)
+    for start, end in r.learned:
+        at = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
+        if at is None:
+            continue
+        # Some tokenizers trim spaces off offsets: a token of spaces over [a, b) says (b, b).
+        while at > 0 and (o := encoding.token_to_chars(at - 1)) is not None and o[0] == o[1] and o[0] > start:
+            at -= 1
+        last = next(t for c in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(c)) is not None) + 1
+        # A letter of several bytes may be several tokens with the same offsets; char_to_token names the first.
+        while last < count and (o := encoding.token_to_chars(last)) is not None and start < o[1] <= end:
+            last += 1
+        begins = encoding.token_to_chars(at)
+        spans.append((at, last, start > 0 and begins is not None and begins[0] < start))
+    return spans
+
+
+def _spans_slow(tokenizer: PreTrainedTokenizerBase, ids: list[int], r: Rendered) -> list[tuple[int, int, bool]]:
+    """The same for tokenizers without offsets: how many leading tokens the text up to the boundary shares."""
+    spans = []
+    for start, end in r.learned:
+        bounds = []
+        for at in (start, end):
+            part = tokenizer(r.text[:at], add_special_tokens=not r.chat, verbose=False)["input_ids"] if at else []
+            same = next(
+                (n for n, (a, b) in enumerate(zip(part, ids, strict=False)) if a != b), min(len(part), len(ids))
+            )
+            bounds.append((same, same < len(part)))
+        (first, straddles), (last, cut) = bounds
+        spans.append((first, len(ids) if end == len(r.text) else last + cut, straddles))
+    return spans
+
+
+def _without_tail(ids: list[int], trained: list[bool]) -> tuple[list[int], list[bool]]:
+    end = len(trained)
+    while end and not trained[end - 1]:
+        end -= 1
+    return ids[:end], trained[:end]
+
+
+def _cut(ids: list[int], trained: list[bool], limit: int, bos: int | None) -> tuple[list[int], list[bool], bool]:
+    """At most `limit` tokens: the oldest of what comes before the first trained token go first (a leading BOS and the
+    token just before the answer stay), then the row's end. Something trained always stays; says if the end went."""
+    first = trained.index(True)
+    head = 1 if bos is not None and ids[0] == bos and first > 1 and limit > 2 else 0
+    spare = max(0, first - 1 - head)
+    drop = min(spare, len(ids) - limit)
+    ids = ids[:head] + ids[head + drop :]
+    trained = trained[:head] + trained[head + drop :]
+    lost = len(ids) > limit
+    ids, trained = _without_tail(ids[:limit], trained[:limit])
+    return ids, trained, lost
+
+
+def _end_ids(renderer: Renderer, rendered: Sequence[Rendered], eos: int | None) -> set[int]:
+    """Ids that end an answer: the first token of the template's end marker, and EOS where plain rows append it."""
+    ends: set[int] = set()
+    if any(r.append_eos for r in rendered) and eos is not None:
+        ends.add(eos)
+    if any(r.chat for r in rendered) and renderer.end_marker:
+        marker = renderer.tokenizer(renderer.end_marker, add_special_tokens=False)["input_ids"]
+        if marker:
+            ends.add(marker[-1])
+    return ends
+
+
+def _refuse(lines: Sequence[str], rows: int, what: str, fix: str) -> None:
+    if lines:
+        shown = "\n".join(f"  - {line}" for line in lines[:MOST_SHOWN])
+        more = f"\n  and {len(lines) - MOST_SHOWN} more" if len(lines) > MOST_SHOWN else ""
+        raise DataError(f"{len(lines)} of {rows} rows {what}:\n{shown}{more}", fix=fix)

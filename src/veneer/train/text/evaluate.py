@@ -1,0 +1,306 @@
+"""Base against adapters on held-out rows: loss on the answers, and answers of their own compared with those wanted.
+
+    scores = evaluate(base, rows, {"base": [], "support": ["runs/support"]})
+    scores["support"].exact_match
+
+    loss         Σ −log p(trained token) / trained tokens, over the rows' trained tokens as in training
+    exact_match  share of rows whose greedy answer is the wanted one, white space at both ends aside;
+                 JSON answers are compared as values, whatever the order of their keys
+    valid_json   share of rows whose answer is a JSON object or array
+    json_fields  for each key of the wanted JSON objects: share of rows where the answer has an equal value there
+    likelier     of pairs: share whose chosen answer has a higher log p than the rejected one
+    reward_…     of pairs: accuracy, the share whose log p(chosen) − log p(rejected) is above the base's; margin, by how
+                 many nats on average: dpo's reward with β = 1
+    rouge_l      mean F1 of rouge-score's rougeL;   bleu: sacrebleu's corpus BLEU, 0 to 100   (extra `metrics`)
+
+Rows of plain text have no answer: they get loss and perplexity only. Of pairs, loss and answers are of the chosen side.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from veneer.errors import DataError
+from veneer.models.text.fast import fast
+from veneer.models.text.generate import Completion, Prompt, complete
+from veneer.models.text.loss import text_loss
+from veneer.train.config.text import DataSection
+from veneer.train.devices import ALONE, Devices
+from veneer.train.loop import Score
+from veneer.train.text.batches import collate, grouped
+from veneer.train.text.encode import Example, encode
+from veneer.train.text.pairs import Item, answer_rows, items_of
+from veneer.train.text.preference import answer_logps
+from veneer.train.text.render import Renderer
+from veneer.train.text.rows import Row
+
+if TYPE_CHECKING:
+    from veneer.core.attach import Attachment
+    from veneer.models.text.base import TextBase
+
+__all__ = ["Scores", "answers_of", "compare", "evaluate", "score_examples"]
+
+Mixes = Mapping[str, Sequence[str | tuple[str, float]]]
+"""A name for the table -> adapters acting together: "NAME_OR_PATH[:strength]" or (name, strength); none: the base."""
+
+Answering = Callable[..., AbstractContextManager[Callable[..., list[Completion]]]]
+"""(base, adapters by name, rows=) -> for a with-block who answers: (prompts, mix=, max_new_tokens=) -> completions. The
+mix acts on the model meanwhile, for whom that helps. `veneer.serve.engine.offline.answering` is one."""
+
+_MICRO_TOKENS = 4096
+
+
+@dataclass
+class Scores:
+    """What one mix reached. `answers`: one for each row that has an answer to give, in the rows' order."""
+
+    rows: int = 0
+    exact_match: float | None = None
+    valid_json: float | None = None
+    loss: float | None = None
+    perplexity: float | None = None
+    json_fields: dict[str, float] = field(default_factory=dict)
+    rouge_l: float | None = None
+    bleu: float | None = None
+    likelier: float | None = None
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    answers: list[str] = field(default_factory=list)
+
+    def to_dict(self, *, answers: bool = False) -> dict[str, Any]:
+        values = asdict(self)
+        if not answers:
+            del values["answers"]
+        return values
+
+
+def evaluate(
+    base: TextBase,
+    rows: Sequence[Row],
+    mixes: Mixes,
+    *,
+    data: DataSection | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    generate: bool = True,
+    attachment: Attachment | None = None,
+    allow_other_base: bool = False,
+    answering: Answering | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda mix, done, rows: None,
+) -> dict[str, Scores]:
+    """Scores of each mix on `rows`. All adapters are attached once; a mix is then one assignment.
+
+    `data`: how rows become tokens (max_length, train_on, chat_template); by default as in training, rows that are too
+    long for the base cut. `generate=False`: loss and perplexity alone. `attachment`: the one the base has already.
+    `answering`: who answers, instead of models.generate.complete; see `Answering`.
+    `on_progress(mix, done, rows)` counts answered rows. Raises DataError when no row can be scored."""
+    from veneer.adapters.use import attach_adapters, parse_spec
+
+    if not rows:
+        raise DataError("there are no rows to evaluate on", fix="give a file that has some")
+    data = data or DataSection(train="-", max_length=base.context, long_rows="cut")
+    texts, owners = answer_rows(rows) if any(row.rejected for row in rows) else (list(rows), [])
+    encoded = encode(texts, base.tokenizer, data)
+    examples, pairs = encoded.examples, list[Item]()
+    if owners:
+        pairs, _ = items_of(encoded, rows, owners, paired=True)
+        examples = [item.answers[0] for item in pairs]
+    asked = [row for row in rows if row.last_assistant() < len(row.messages)] if generate else []
+    prompts = [_prompt(base, row, encoded.renderer) for row in asked]
+    wanted = [str(row.messages[row.last_assistant()]["content"]) for row in asked]
+    specs = {name: [parse_spec(s) for s in mix] for name, mix in mixes.items()}
+    names = list(dict.fromkeys(name for mix in specs.values() for name, _ in mix))
+    own = attach_adapters(base, names, attachment=attachment, allow_other_base=allow_other_base)
+    out: dict[str, Scores] = {}
+    before = own.selection
+    try:
+        with own.off():
+            bare = _margins(base, pairs)
+            who = answering(base, own.adapters, rows=batch_size) if answering and asked else nullcontext()
+            with who as answer:  # before anything is scored: it may have its own way with the model
+                for mix, spec in specs.items() if asked else ():
+                    began = time.perf_counter()
+                    own.use(*spec)
+                    out[mix] = Scores(len(rows))
+                    out[mix].answers = answers_of(
+                        base, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                        on_progress=functools.partial(on_progress, mix),
+                        answer=None if answer is None else functools.partial(answer, mix=spec),
+                    )  # fmt: skip
+                    compare(out[mix], wanted)
+                    out[mix].seconds = time.perf_counter() - began
+        for mix, spec in specs.items():
+            began = time.perf_counter()
+            own.use(*spec)
+            with fast(base.model):
+                score = score_examples(base.model, examples, base.device)
+            assert score is not None
+            scores = out.setdefault(mix, Scores(len(rows)))
+            scores.trained_tokens = score.trained
+            if score.trained:
+                scores.loss, scores.perplexity = score.loss, score.perplexity
+            if pairs:
+                margins = _margins(base, pairs) if spec else bare
+                scores.likelier = _mean(m > 0 for m in margins)
+                if spec:
+                    scores.reward_accuracy = _mean(m > b for m, b in zip(margins, bare, strict=True))
+                    scores.reward_margin = _mean(m - b for m, b in zip(margins, bare, strict=True))
+            scores.seconds += time.perf_counter() - began
+    finally:
+        own.selection = before
+        if attachment is None:
+            own.detach()
+    return out
+
+
+def _margins(base: TextBase, pairs: Sequence[Item]) -> list[float]:
+    """log p(chosen) − log p(rejected) of each pair under what is selected."""
+    if not pairs:
+        return []
+    with fast(base.model):
+        logps = answer_logps(base, [e for item in pairs for e in item.answers], _MICRO_TOKENS)
+    assert logps is not None
+    return [chosen - rejected for chosen, rejected in zip(logps[::2], logps[1::2], strict=True)]
+
+
+def score_examples(
+    model: Any,
+    examples: Sequence[Example],
+    device: torch.device,
+    *,
+    loss: Callable[..., Tensor] = text_loss,
+    micro_tokens: int = _MICRO_TOKENS,
+    interrupted: Callable[[], bool] = lambda: False,
+    devices: Devices = ALONE,
+) -> Score | None:
+    """Σ NLL over the trained tokens of `examples`, in eval mode and without gradient; None as soon as `interrupted()`.
+
+    The model is in its own mode again afterwards. A row longer than `micro_tokens` is a batch of its own; one without a
+    trained token is left out. With several `devices`: of this process's share alone."""
+    examples = [e for e in examples if e.learned]
+    groups = grouped([e.tokens for e in examples], micro_tokens)
+    was_training, total, trained, rows = model.training, 0.0, 0, 0
+    model.eval()
+    try:
+        with torch.no_grad():
+            for number, counts in devices.deal([sum(examples[i].tokens for i in group) for group in groups]):
+                if interrupted():
+                    return None
+                batch = collate([examples[i] for i in groups[number]])
+                value = loss(model, batch.input_ids.to(device), batch.lengths, batch.trained.to(device))
+                if counts:
+                    total += float(value)
+                    trained += batch.trained_tokens
+                    rows += len(batch.lengths)
+    finally:
+        model.train(was_training)
+    return Score(total, trained, rows)
+
+
+def answers_of(
+    base: TextBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    on_progress: Callable[[int, int], None] = lambda done, rows: None,
+    answer: Callable[..., list[Completion]] | None = None,
+) -> list[str]:
+    """Greedy answers, in the order of the prompts; equal prompts are answered once. `answer(prompts, max_new_tokens=)`:
+    who answers, instead of models.generate.complete."""
+    answer = answer or functools.partial(complete, base, batch_size=batch_size)
+    keys = [json.dumps(prompt, sort_keys=True, default=str) for prompt in prompts]
+    first: dict[str, int] = {}
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    # Long ones first and like with like, so that a batch has little padding; chunks of batches for the progress.
+    order = sorted(first.values(), key=lambda i: (-len(keys[i]), i))
+    said: dict[str, str] = {}
+    for at in range(0, len(order), 4 * batch_size):
+        chunk = order[at : at + 4 * batch_size]
+        done = answer([prompts[i] for i in chunk], max_new_tokens=max_new_tokens)
+        said |= {keys[i]: completion.text for i, completion in zip(chunk, done, strict=True)}
+        on_progress(round(len(said) * len(prompts) / len(first)), len(prompts))
+    return [said[key] for key in keys]
+
+
+def compare(scores: Scores, wanted: Sequence[str]) -> None:
+    """Fills what can be said of `scores.answers` beside the `wanted` ones."""
+    pairs = list(zip(scores.answers, wanted, strict=True))
+    scores.exact_match = _mean(_same(answer, want) for answer, want in pairs)
+    scores.valid_json = _mean(isinstance(_json(answer), dict | list) for answer, _ in pairs)
+    right: dict[str, list[bool]] = {}
+    for answer, want in pairs:
+        value, expected = _json(answer), _json(want)
+        for key in expected if isinstance(expected, dict) else ():
+            has = isinstance(value, dict) and key in value and _equal(value[key], expected[key])
+            right.setdefault(key, []).append(has)
+    scores.json_fields = {key: _mean(values) for key, values in right.items()}
+    scores.rouge_l, scores.bleu = _rouge_l(pairs), _bleu(pairs)
+
+
+def _prompt(base: TextBase, row: Row, renderer: Renderer) -> Prompt:
+    """What inference shows the model before the row's last answer."""
+    before = row.messages[: row.last_assistant()]
+    if renderer.template is not None and not row.tools and renderer.template == base.tokenizer.chat_template:
+        return [{k: v for k, v in m.items() if k != "weight"} for m in before]
+    text = renderer.prompt(row)
+    bos = base.tokenizer.bos_token
+    if renderer.template is not None and bos and text.startswith(bos):
+        # A template writes BOS itself, and so does the tokenizer for a plain text: one is enough.
+        ids = base.tokenizer("x")["input_ids"]
+        text = text.removeprefix(bos) if ids and ids[0] == base.tokenizer.bos_token_id else text
+    return text
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Equal as JSON values: true is not 1."""
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
+def _same(answer: str, want: str) -> bool:
+    if answer.strip() == want.strip():
+        return True
+    value, expected = _json(answer), _json(want)
+    return isinstance(expected, dict | list) and _equal(value, expected)
+
+
+def _mean(values: Any) -> float:
+    listed = [float(v) for v in values]
+    return sum(listed) / len(listed) if listed else math.nan
+
+
+def _rouge_l(pairs: Sequence[tuple[str, str]]) -> float | None:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return None
+    scorer = RougeScorer(["rougeL"])
+    return _mean(scorer.score(want, answer)["rougeL"].fmeasure for answer, want in pairs)
+
+
+def _bleu(pairs: Sequence[tuple[str, str]]) -> float | None:
+    try:
+        from sacrebleu import corpus_bleu
+    except ImportError:
+        return None
+    return float(corpus_bleu([answer for answer, _ in pairs], [[want for _, want in pairs]]).score)

@@ -1,0 +1,254 @@
+"""A row as the exact text the model is trained on, and which of its characters are learned.
+
+    Rendered(text="<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n", learned=[(53, 68)])
+
+With a chat template, an assistant turn's learned part starts where the generation prompt ends (what inference shows
+the model) and ends after the end-of-turn marker. This is found by rendering the conversation up to the turn, so it
+works for templates without `{% generation %}`. Where that rendering is not a prefix of the whole conversation's, the
+template's own generation marks are used, or the row is refused: it is never guessed.
+
+Without one (`chat_template: none`, or a base that has none), prompt and completion are joined with nothing between
+them, instruction rows take alpaca's prompt, and the end-of-text token follows. Knows nothing of token ids.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import BaseError, ConfigError
+from veneer.train.text.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Rendered", "Renderer"]
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_MARK = "\ue000\ue001\ue002"  # private use: in no text, so that a common prefix or suffix stops exactly at it
+
+
+@dataclass
+class Rendered:
+    """`learned`: character ranges [start, end). `chat`: rendered by a template, which writes all special tokens itself.
+
+    `append_eos`: the end-of-text token follows and is learned. `changed_turns`: turns that the template renders
+    differently once later turns follow (as when it strips earlier thinking); trained as they stand in `text`."""
+
+    text: str
+    learned: list[tuple[int, int]] = field(default_factory=list)
+    chat: bool = False
+    append_eos: bool = False
+    changed_turns: int = 0
+
+
+class Renderer:
+    """Renders rows with one tokenizer's template. `chat_template`: auto, none, or the path of a .jinja file.
+
+    `template` is None when rows are plain text; `end_marker` is the text that ends an assistant turn (`<|im_end|>`),
+    empty when the template writes none."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str = "auto") -> None:
+        self.tokenizer = tokenizer
+        self.template, self.source = _template(tokenizer, chat_template)
+        added = {str(t): t.special for t in tokenizer.added_tokens_decoder.values()}
+        added |= dict.fromkeys(map(str, tokenizer.all_special_tokens), True)
+        self._control = _any_of(name for name, special in added.items() if special)
+        self._starts = {name[0] for name in added}
+        self._tail = self._turn_tail() if self.template else ""
+        match = _any_of(added).search(self._tail)
+        self.end_marker = self._tail[: match.end()] if match else self._tail.rstrip()
+
+    def has_control(self, text: str) -> bool:
+        """Whether the text holds one of the base's special tokens, which would be read as such."""
+        return any(c in text for c in self._starts) and self._control.search(text) is not None
+
+    def render(self, row: Row, train_on: str) -> Rendered:
+        """The whole row. ValueError says why this row cannot be rendered without guessing."""
+        if row.format == "text":
+            return Rendered(row.text, [(0, len(row.text))], append_eos=True)
+        if self.template is None:
+            prompt = self.plain_prompt(row)
+            text = prompt + str(row.messages[-1]["content"])
+            answered = text[len(prompt) :].strip() != ""
+            start = 0 if train_on == "all" else len(prompt)
+            return Rendered(text, [(start, len(text))] if answered else [], append_eos=answered)
+        return self._chat(row, train_on)
+
+    def prompt(self, row: Row) -> str:
+        """What inference shows the model before the last assistant turn: the text that must precede it in training."""
+        if row.format == "text":
+            return row.text
+        if self.template is None:
+            return self.plain_prompt(row)
+        return self._text(row.messages[: row.last_assistant()], row, generate=True)
+
+    def plain_prompt(self, row: Row) -> str:
+        """The prompt of a row without a chat template. Raises BaseError for conversations, which need one."""
+        if row.instruction is not None:
+            system, instruction, inp, _ = row.instruction
+            text = (ALPACA_INPUT if inp else ALPACA).format(instruction=instruction, input=inp)
+            return f"{system}\n\n{text}" if system else text
+        if row.format == "prompt-completion":
+            return str(row.messages[0]["content"])
+        raise BaseError(
+            f"rows in `{row.format}` format need a chat template, and "
+            + ("data.chat_template is none" if self.source == "none" else "this base has none"),
+            where=row.where,
+            fix="use the instruct variant of the base, set data.chat_template to a .jinja file, or give "
+            "prompt and completion columns",
+        )
+
+    def _chat(self, row: Row, train_on: str) -> Rendered:
+        text = self._text(row.messages, row)
+        out = Rendered(text, chat=True)
+        if train_on == "all":
+            out.learned = [(0, len(text))]
+            silenced = [i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("weight") == 0]
+            for start, end in self._turns(row, text, silenced, out):
+                at, last = out.learned.pop()
+                out.learned += [(at, start), (end, last)]
+            return out
+        out.learned = self._turns(row, text, _learned_turns(row, train_on), out)
+        return out
+
+    def _turns(self, row: Row, text: str, turns: Sequence[int], out: Rendered) -> list[tuple[int, int]]:
+        """The character range of each of these assistant turns in `text`, end-of-turn marker included."""
+        spans = []
+        for k in turns:
+            before = self._text(row.messages[:k], row, generate=True) if k else ""
+            if k and not text.startswith(before):
+                return self._marked_turns(row, text, turns, k)
+            start = len(before) if k else self._content(row, text, 0)[0]
+            end = len(text)
+            if k + 1 < len(row.messages):
+                upto = self._text(row.messages[: k + 1], row)
+                if text.startswith(upto) and len(upto) > start:
+                    end = len(upto)
+                else:  # something follows a last turn only, or this turn looks different when it is the last one
+                    end = self._content(row, text, k)[1]
+                    following = text[end:]
+                    space = len(following) - len(following.lstrip())
+                    if not self.end_marker or not following[space:].startswith(self.end_marker):
+                        raise ValueError(
+                            f"the chat template writes no end-of-turn after message {k}; use train_on: last"
+                        )
+                    end += space + len(self.end_marker)
+                    out.changed_turns += upto[start:end] != text[start:end]
+            if self._tail and text[start:end].endswith(self._tail):
+                end -= len(self._tail) - len(self.end_marker)  # the line break after the marker is not the model's
+            spans.append((start, end))
+        return spans
+
+    def _marked_turns(self, row: Row, text: str, turns: Sequence[int], k: int) -> list[tuple[int, int]]:
+        """Spans by the template's `{% generation %}` marks, for templates whose renderings are not prefixes."""
+        if "generation" in re.findall(r"{%-?\s*(\w+)", self.template or ""):
+            from transformers.utils.chat_template_utils import render_jinja_template
+
+            _, marks = render_jinja_template(
+                conversations=[list(row.messages)],
+                tools=list(row.tools) or None,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+            assistants = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+            if len(marks[0]) == len(assistants):
+                spans = [marks[0][assistants.index(i)] for i in turns]
+                marker = self.end_marker
+                return [(s, e + len(marker) if marker and text.startswith(marker, e) else e) for s, e in spans]
+        raise ValueError(
+            f"the chat template renders what comes before message {k} differently once later turns follow, so training "
+            "would show the model another prompt than inference does; use train_on: last, or end the row with that turn"
+        )
+
+    def _content(self, row: Row, text: str, k: int) -> tuple[int, int]:
+        """Where message k's content stands in `text`: what changes when the content is replaced."""
+        changed = [dict(m) for m in row.messages]
+        changed[k]["content"] = _MARK
+        other = self._text(changed, row)
+        if _MARK not in other:
+            raise ValueError(f"the chat template leaves out the content of message {k}")
+        start = _common(text, other)
+        end = len(text) - _common(text[start:][::-1], other[start:][::-1])
+        return start, end
+
+    def _text(self, messages: Sequence[dict[str, Any]], row: Row, *, generate: bool = False) -> str:
+        import jinja2
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{k: v for k, v in m.items() if k != "weight"} for m in messages],
+                tools=list(row.tools) or None,
+                chat_template=self.template,
+                add_generation_prompt=generate,
+                tokenize=False,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise ValueError(f"the chat template refuses it: {error}") from None
+        return str(text)
+
+    def _turn_tail(self) -> str:
+        """What the template writes after the content of a final assistant turn, as `<|im_end|>` and a line break."""
+        row = Row("messages", ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}))
+        try:
+            return self._text(row.messages, row).rpartition(_MARK)[2]
+        except ValueError as error:
+            raise BaseError(
+                f"{self.source} cannot render a plain question and answer: {error}",
+                fix="set data.chat_template to a .jinja file that can, or to none",
+            ) from None
+
+
+def _learned_turns(row: Row, train_on: str) -> list[int]:
+    """Assistant turns that are learned; turns of weight 0 and turns that say nothing are not."""
+    turns = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+    if train_on == "last":
+        turns = turns[-1:]
+    elif train_on == "completion":
+        users = [i for i, m in enumerate(row.messages) if m["role"] == "user"]
+        turns = [i for i in turns if not users or i > users[-1]]
+    said = (i for i in turns if str(row.messages[i]["content"]).strip() or row.messages[i].get("tool_calls"))
+    return [i for i in said if row.messages[i].get("weight") != 0]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> tuple[str | None, str]:
+    """(template text or None, where it is from)."""
+    if chat_template == "none":
+        return None, "none"
+    if chat_template == "auto":
+        if not tokenizer.chat_template:
+            return None, "the base has no chat template"
+        return str(tokenizer.get_chat_template()), "the tokenizer's chat template"
+    path = Path(chat_template)
+    try:
+        return path.read_text(encoding="utf-8"), f"the chat template {path.name}"
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.chat_template cannot be read: {error}", where=chat_template, fix="give a .jinja file, auto or none"
+        ) from None
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _common(a: str, b: str) -> int:
+    """Length of the common prefix."""
+    n = min(len(a), len(b))
+    low = 0
+    while low < n and a[low] == b[low]:
+        low += 1
+    return low

@@ -1,0 +1,487 @@
+"""Files or a hub data set to rows: what format they have, what is wrong with them, and which are held out.
+
+    rows, about = read_rows(["tickets.jsonl"])
+    about.format, about.why          "messages", "a `messages` column of role and content"
+
+| format              | columns                                         | becomes                                    |
+| messages            | messages: [{role, content, weight?}], tools?    | a conversation                             |
+| sharegpt            | conversations: [{from, value}], system?, tools? | a conversation                             |
+| prompt-completion   | prompt, completion (texts or message lists)     | a user turn and an assistant turn          |
+| instruction         | instruction, input?, output, system?            | a user turn and an assistant turn (alpaca) |
+| text                | text                                            | plain text, all of it learned              |
+| preference          | prompt?, chosen, rejected (texts or lists)      | a conversation that ends in either way     |
+| unpaired-preference | prompt, completion, label (true or false)       | a conversation with a judgement            |
+
+Every row that cannot be used is reported with its file, line and reason. Does not know tokenizers or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from veneer.errors import DataError, nearest
+from veneer.train.text.files import Record, read_records
+
+__all__ = ["About", "Leak", "Row", "data_digest", "leakage", "read_rows", "split_rows", "unlearned"]
+
+MOST_SHOWN = 20
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+# our column -> other names it is known by; only used when our own name is absent and nothing was configured
+_ALIASES = {
+    "messages": ("conversation", "dialog"),
+    "completion": ("response", "answer"),
+    "prompt": ("question",),
+    "output": ("response",),
+}
+_FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {  # needed, optional, in words
+    "messages": (("messages",), ("tools",), "a `messages` column of role and content"),
+    "sharegpt": (("conversations",), ("system", "tools"), "a `conversations` column of from and value"),
+    "prompt-completion": (("prompt", "completion"), (), "`prompt` and `completion` columns"),
+    "instruction": (("instruction", "output"), ("input", "system"), "`instruction` and `output` columns (alpaca)"),
+    "text": (("text",), (), "a `text` column alone"),
+    "preference": (("chosen", "rejected"), ("prompt", "tools"), "`chosen` and `rejected` columns"),
+    "unpaired-preference": (
+        ("prompt", "completion", "label"),
+        ("tools",),
+        "`prompt`, `completion` and `label` columns",
+    ),
+}
+_UNASKED = _FORMATS.keys() - {"unpaired-preference"}  # prompt-completion's columns, and one that may mean anything
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row. `messages` is empty for plain text, `text` is empty for everything else.
+
+    `instruction`: (system, instruction, input, output), kept so that a base without a chat template gets alpaca's
+    prompt. `where`: file and line. Messages are dicts with role and content, as chat templates take them. Of a
+    preference row `messages` ends in the chosen answer, and `rejected` is the same conversation with the other one.
+    `label`: whether the answer of an unpaired row is a desirable one."""
+
+    format: str
+    messages: tuple[dict[str, Any], ...] = ()
+    text: str = ""
+    instruction: tuple[str, str, str, str] | None = None
+    tools: tuple[Any, ...] = ()
+    where: str = ""
+    rejected: tuple[dict[str, Any], ...] = ()
+    label: bool | None = None
+
+    @property
+    def key(self) -> str:
+        """sha256 of everything the row teaches; equal for rows that differ only in where they stand."""
+        parts: list[Any] = [self.format, self.messages, self.text, self.instruction, self.tools]
+        if self.rejected or self.label is not None:
+            parts += [self.rejected, self.label]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str).encode()).hexdigest()
+
+    @property
+    def prompt_key(self) -> str:
+        """sha256 of what comes before the last assistant turn, or of the whole text."""
+        before: Sequence[Any] = self.messages[: self.last_assistant()]
+        return hashlib.sha256(json.dumps([before, self.text], sort_keys=True, default=str).encode()).hexdigest()
+
+    def last_assistant(self) -> int:
+        """Index of the last assistant message, or the number of messages when there is none."""
+        turns = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
+        return turns[-1] if turns else len(self.messages)
+
+    def shared(self) -> int:
+        """How many messages the two conversations of a preference row begin with in common: its prompt."""
+        return next(
+            (i for i, (a, b) in enumerate(zip(self.messages, self.rejected, strict=False)) if a != b),
+            min(len(self.messages), len(self.rejected)),
+        )
+
+
+@dataclass
+class About:
+    """What was read: the format and why it was taken to be that, and columns that nothing uses."""
+
+    format: str
+    why: str
+    rows: int
+    files: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    duplicates: int = 0
+
+
+@dataclass
+class Leak:
+    """How much the held-out rows share with the training rows. `examples`: (held-out, training) places."""
+
+    identical: int = 0
+    same_prompt: int = 0
+    examples: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_rows(
+    sources: str | Sequence[str],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    formats: Collection[str] | None = None,
+) -> tuple[list[Row], About]:
+    """Rows of files, globs or hub data sets (`hub:ID@SPLIT`), in the order given; names sorted within a glob.
+
+    `formats`: those that `auto` may find; by default all but unpaired-preference, whose prompt and completion another
+    run would learn whatever their label.
+
+    Raises DataError for a missing or empty file, for a row that cannot be read (all of them, up to 20, with line
+    numbers), and when the format cannot be told from the columns."""
+    names = [sources] if isinstance(sources, str) else list(sources)
+    records, files = read_records(names, limit)
+    columns = dict(columns or {})
+    seen: dict[str, None] = {}
+    for record in records:
+        seen.update(dict.fromkeys(record.values))
+    chosen, mapping, why = _choose(list(seen), format, columns, records, _UNASKED if formats is None else formats)
+    needed, optional, _ = _FORMATS[chosen]
+    used = {mapping.get(c, c) for c in (*needed, *optional)}
+    rows: list[Row] = []
+    bad: list[str] = []
+    for record in records:
+        try:
+            rows.append(_row(chosen, record, mapping))
+        except ValueError as error:
+            bad.append(f"{record.where}: {error}")
+    if bad:
+        shown = "\n".join(f"  - {line}" for line in bad[:MOST_SHOWN])
+        more = f"\n  and {len(bad) - MOST_SHOWN} more" if len(bad) > MOST_SHOWN else ""
+        raise DataError(
+            f"{len(bad)} of {len(records)} rows are not usable as `{chosen}`:\n{shown}{more}",
+            fix=f"correct or remove them; if they are not `{chosen}`, set data.format",
+        )
+    unused = [c for c in seen if c not in used]
+    return rows, About(chosen, why, len(rows), files, unused, len(rows) - len({r.key for r in rows}))
+
+
+class Keyed(Protocol):
+    """What can be held out: a row or a picture. `key` is a hash of all it teaches."""
+
+    @property
+    def key(self) -> str: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=Keyed)
+
+
+def split_rows(rows: Sequence[AnyRow], split: int | float | None, *, seed: int) -> tuple[list[AnyRow], list[AnyRow]]:
+    """(train, held out). `split`: rows (int), share (float), or None for 5% but at most 500 rows.
+
+    Chosen by a seeded hash of each row's content: the order of the file does not matter, and identical rows never
+    stand on both sides. Both sides keep the file's order. Raises DataError when nothing would be left to train on."""
+    if split is None:
+        split = min(500, max(1, round(0.05 * len(rows)))) if len(rows) >= 20 else 0
+    wanted = split if isinstance(split, int) else max(1, round(split * len(rows))) if split > 0 else 0
+    if wanted == 0:
+        return list(rows), []
+    if wanted >= len(rows):
+        raise DataError(
+            f"data.split: {split} holds out {wanted} rows of {len(rows)}: nothing is left to train on",
+            fix="hold out fewer, or give more data",
+        )
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.key, []).append(i)
+    held: set[int] = set()
+    for key in sorted(groups, key=lambda k: hashlib.sha256(f"{seed}|{k}".encode()).digest()):
+        if len(held) + len(groups[key]) <= wanted:
+            held.update(groups[key])
+        if len(held) == wanted:
+            break
+    train = [row for i, row in enumerate(rows) if i not in held]
+    return train, [rows[i] for i in sorted(held)]
+
+
+def leakage(train: Iterable[Row], held_out: Iterable[Row]) -> Leak:
+    """Held-out rows that are also training rows, and those whose prompt is a training row's prompt."""
+    keys: dict[str, str] = {}
+    prompts: dict[str, str] = {}
+    for row in train:
+        keys.setdefault(row.key, row.where)
+        prompts.setdefault(row.prompt_key, row.where)
+    leak = Leak()
+    for row in held_out:
+        same = keys.get(row.key)
+        if same is not None:
+            leak.identical += 1
+        elif row.prompt_key in prompts:
+            leak.same_prompt += 1
+        if (same or prompts.get(row.prompt_key)) is not None and len(leak.examples) < 3:
+            leak.examples.append((row.where, same or prompts[row.prompt_key]))
+    return leak
+
+
+def data_digest(rows: Iterable[Row]) -> str:
+    """sha256 over the rows' contents in order: the same data in other files or another file format is equal."""
+    h = hashlib.sha256()
+    for row in rows:
+        h.update(bytes.fromhex(row.key))
+    return "sha256:" + h.hexdigest()
+
+
+def _choose(
+    seen: list[str], format: str, columns: dict[str, str], records: Sequence[Record], formats: Collection[str]
+) -> tuple[str, dict[str, str], str]:
+    """(format, our column -> theirs, why). Raises DataError when the columns fit nothing."""
+    known = {c for needed, optional, _ in _FORMATS.values() for c in (*needed, *optional)}
+    for ours, theirs in columns.items():
+        if ours not in known:
+            near = nearest(ours, known, 1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise DataError(
+                f"data.columns names `{ours}`, which no format has{hint}",
+                fix=f"the names are {', '.join(sorted(known))}",
+            )
+        if theirs not in seen:
+            near = nearest(theirs, seen, 1)
+            raise DataError(
+                f"data.columns says `{ours}` is in column `{theirs}`, which the data does not have",
+                where=records[0].where,
+                fix=f"the columns are {', '.join(seen)}" + (f"; did you mean `{near[0]}`?" if near else ""),
+            )
+    fits = []
+    for name, (needed, _, words) in _FORMATS.items():
+        mapping = {c: columns.get(c) or _present(c, seen, set(columns.values())) for c in needed}
+        wanted = name in formats if format == "auto" else name == format
+        if all(mapping.values()) and wanted and set(columns) <= {*needed, *_FORMATS[name][1]}:
+            fits.append((name, {**columns, **{k: v for k, v in mapping.items() if v}}, words))
+    if fits and format == "auto":
+        fits = [f for f in fits if not (f[0] == "messages" and _is_sharegpt(records, f[1]["messages"]))] or fits
+    if not fits:
+        have = f"the columns are {', '.join(seen) or 'none'}"
+        if format != "auto":
+            needed = _FORMATS[format][0]
+            missing = [c for c in needed if c not in columns and c not in seen]
+            raise DataError(
+                f"data.format is `{format}`, but there is no column {' or '.join(f'`{c}`' for c in missing)}; {have}",
+                where=records[0].where,
+                fix=f"name yours: data.columns: {{{missing[0] if missing else needed[0]}: YOUR_COLUMN}}",
+            )
+        fix = "name the format and columns, as data.format: prompt-completion, "
+        fix += "data.columns: {prompt: question, completion: label}"
+        if "preference" in formats and "text" not in formats:
+            also = " (kto: or prompt, completion and label)" if "unpaired-preference" in formats else ""
+            fix = f"this run needs columns prompt, chosen and rejected{also}; data.columns names yours"
+        raise DataError(f"the format cannot be told: {have}", where=records[0].where, fix=fix)
+    name, mapping, words = fits[0]
+    renamed = [f"`{theirs}` as {ours}" for ours, theirs in mapping.items() if ours != theirs]
+    why = (words if format == "auto" else "set by data.format") + (f" ({', '.join(renamed)})" if renamed else "")
+    return name, mapping, why
+
+
+def _present(column: str, seen: Sequence[str], taken: set[str]) -> str:
+    for name in (column, *_ALIASES.get(column, ())):
+        if name in seen and name not in taken:
+            return name
+    return ""
+
+
+def _is_sharegpt(records: Sequence[Record], column: str) -> bool:
+    value = records[0].values.get(column)
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "from" in value[0]
+
+
+def _row(format: str, record: Record, mapping: Mapping[str, str]) -> Row:
+    """A Row of the record; ValueError says what is wrong with it."""
+    needed, optional, _ = _FORMATS[format]
+    values = {c: record.values.get(mapping.get(c, c)) for c in (*needed, *optional)}
+    for c in needed:
+        if values[c] is None:
+            theirs = mapping.get(c, c)
+            near = nearest(theirs, [k for k in record.values if k not in mapping.values()], 1)
+            raise ValueError(f"no `{theirs}`" + (f"; there is `{near[0]}`" if near else ""))
+    tools = _decoded(values.get("tools")) or ()
+    if not isinstance(tools, list | tuple):
+        raise ValueError("`tools` is not a list")
+    where = record.where
+    if format == "text":
+        return Row(format, text=_text(values["text"], "text"), where=where)
+    if format == "messages":
+        return Row(format, _messages(values["messages"], "messages"), tools=tuple(tools), where=where)
+    if format == "sharegpt":
+        messages = _sharegpt(values["conversations"], values.get("system"))
+        return Row(format, messages, tools=tuple(tools), where=where)
+    if format == "instruction":
+        system, inp = (_text(values.get(c) or "", c, empty=True) for c in ("system", "input"))
+        instruction, output = _text(values["instruction"], "instruction"), _text(values["output"], "output", empty=True)
+        user = f"{instruction}\n\n{inp}" if inp else instruction
+        turns = [("system", system)] if system else []
+        messages = tuple({"role": r, "content": c} for r, c in [*turns, ("user", user), ("assistant", output)])
+        return Row(format, messages, instruction=(system, instruction, inp, output), where=where)
+    if format == "preference":
+        return _preference(values, tuple(tools), where)
+    prompt, completion = _decoded(values["prompt"]), _decoded(values["completion"])
+    if format == "unpaired-preference":
+        kind, messages = _conversation(prompt, completion, "completion")
+        return Row(kind, messages, tools=tuple(tools), where=where, label=_label(values["label"]))
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return Row("messages", _messages([*prompt, *completion], "prompt and completion"), where=where)
+    user, answer = _text(prompt, "prompt"), _text(completion, "completion", empty=True)
+    return Row(format, ({"role": "user", "content": user}, {"role": "assistant", "content": answer}), where=where)
+
+
+def _preference(values: Mapping[str, Any], tools: tuple[Any, ...], where: str) -> Row:
+    """A conversation with its chosen end and its rejected one. Where no prompt is given it is what both begin with."""
+    prompt = _decoded(values.get("prompt"))
+    (kind, chosen), (other, rejected) = (_conversation(prompt, _decoded(values[c]), c) for c in ("chosen", "rejected"))
+    row = Row(kind if kind == other else "messages", chosen, tools=tools, where=where, rejected=rejected)
+    shared = row.shared()
+    if chosen == rejected:
+        raise ValueError("`chosen` and `rejected` are the same")
+    if shared == 0:
+        raise ValueError("`chosen` and `rejected` do not begin with the same prompt; give it as `prompt`")
+    if shared in (len(chosen), len(rejected)):
+        raise ValueError("one of `chosen` and `rejected` is how the other begins: it has no answer of its own")
+    return row
+
+
+def _conversation(prompt: Any, answer: Any, name: str) -> tuple[str, tuple[dict[str, Any], ...]]:
+    """(format, messages) of a prompt and an answer, texts or message lists each.
+
+    Many data sets give the prompt as text and again as the first message of the answers: that is one prompt."""
+    if isinstance(answer, list):
+        messages = _messages(answer, name)
+        if prompt is None or (isinstance(prompt, str) and messages[0] == {"role": "user", "content": prompt}):
+            return "messages", messages
+    elif prompt is None:
+        raise ValueError(f"no `prompt`, which rows whose `{name}` is text need")
+    else:
+        messages = ({"role": "assistant", "content": _text(answer, name, empty=True)},)
+    if isinstance(prompt, list):
+        return "messages", (*unlearned(_messages(prompt, "prompt")), *messages)
+    kind = "messages" if isinstance(answer, list) else "prompt-completion"
+    return kind, ({"role": "user", "content": _text(prompt, "prompt")}, *messages)
+
+
+def unlearned(messages: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The same messages, read and not learned: what the model said in a prompt is given, whoever said it."""
+    return tuple({**m, "weight": 0} if m["role"] == "assistant" else m for m in messages)
+
+
+def _label(value: Any) -> bool:
+    """true or false, also as the text that CSV has for it."""
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    if not isinstance(value, bool):
+        raise ValueError(f"`label` should be true (desirable) or false, found {value!r}")
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    """Lists that a CSV or Parquet file holds as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _text(value: Any, name: str, *, empty: bool = False) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"`{name}` is {value}, as tables have it where a value is missing")
+    if isinstance(value, bool | int | float):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` should be text, found {_kind(value)}")
+    if not value.strip() and not empty:
+        raise ValueError(f"`{name}` is empty")
+    return value
+
+
+def _messages(value: Any, name: str) -> tuple[dict[str, Any], ...]:
+    value = _decoded(value)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"`{name}` should be a list of messages, found {_kind(value)}")
+    if not value:
+        raise ValueError(f"`{name}` is an empty list")
+    return tuple(_message(m, f"{name}[{i}]") for i, m in enumerate(value))
+
+
+def _message(m: Any, name: str) -> dict[str, Any]:
+    if not isinstance(m, Mapping):
+        raise ValueError(f"`{name}` should be a mapping with role and content, found {_kind(m)}")
+    role, content = m.get("role"), m.get("content")
+    if role not in ROLES:
+        near = nearest(str(role), ROLES, 1)
+        hint = f" (did you mean `{near[0]}`?)" if near else ""
+        raise ValueError(
+            f"`{name}.role` is {role!r}{hint}; roles are {', '.join(ROLES)}" if role else f"`{name}` has no role"
+        )
+    kept = {k: v for k, v in m.items() if v is not None}  # Parquet fills the keys a message lacks with nothing
+    if isinstance(content, list):
+        content = "".join(_part(p, name) for p in content)
+    if content is None and m.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise ValueError(f"`{name}.content` should be text, found {_kind(content)}")
+    if "weight" in kept and (isinstance(kept["weight"], bool) or kept["weight"] not in (0, 1)):
+        raise ValueError(f"`{name}.weight` is {kept['weight']!r}; it can be 0 (not learned) or 1")
+    return {**kept, "role": role, "content": content}
+
+
+def _part(part: Any, name: str) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
+    raise ValueError(f"`{name}.content` has a part that is not text ({kind})")
+
+
+def _sharegpt(value: Any, system: Any) -> tuple[dict[str, Any], ...]:
+    value = _decoded(value)
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"`conversations` should be a list of from and value, found {_kind(value)}")
+    messages: list[dict[str, Any]] = [{"role": "system", "content": _text(system, "system")}] if system else []
+    for i, turn in enumerate(value):
+        name = f"conversations[{i}]"
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"`{name}` should be a mapping with from and value, found {_kind(turn)}")
+        if "from" not in turn and "role" in turn:
+            messages.append(_message(turn, name))
+            continue
+        role = _SHAREGPT.get(str(turn.get("from")))
+        if role is None:
+            raise ValueError(f"`{name}.from` is {turn.get('from')!r}; known are {', '.join(_SHAREGPT)}")
+        if not isinstance(turn.get("value"), str):
+            raise ValueError(f"`{name}.value` should be text, found {_kind(turn.get('value'))}")
+        weight = {"weight": turn["weight"]} if turn.get("weight") is not None else {}
+        messages.append(_message({"role": role, "content": turn["value"], **weight}, name))
+    return tuple(messages)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    names = {
+        "str": "text",
+        "int": "a number",
+        "float": "a number",
+        "bool": "true/false",
+        "list": "a list",
+        "dict": "a mapping",
+    }
+    return ("an empty " if value in ("", [], {}) else "") + names.get(
+        type(value).__name__, type(value).__name__
+    ).removeprefix("a " if value in ([], {}) else "")

@@ -1,0 +1,203 @@
+"""A mix folded into new weights computes what the attached mix does, and the base stays as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.formats.twins import model, our_outputs, outputs, random_adapter
+from veneer.adapters.merge import Merged, merge_shards, merged_model
+from veneer.core.adapter import Adapter, LoraSpec, Pair
+from veneer.core.init import create
+from veneer.errors import AdapterError, BaseError, ConfigError
+from veneer.files.checkpoint import Checkpoint
+from veneer.formats import peft
+
+SPECS = {
+    "llama": ("llama3", LoraSpec(rank=4, alpha=8)),
+    "dora": ("llama3", LoraSpec(rank=4, alpha=8, targets=("q_proj",), dora=True)),
+    "tied embedding": ("llama3", LoraSpec(rank=4, alpha=8, targets=("embed_tokens",))),
+    "tied head": ("llama3", LoraSpec(rank=4, alpha=8, targets=("lm_head",))),
+    "token rows, tied": ("llama3", LoraSpec(targets=(), token_rows={"embed_tokens": (1, 9)})),
+    "full copies": ("mistral", LoraSpec(rank=2, alpha=4, modules_to_save=("lm_head", "model.norm"))),
+    "mixtral": ("mixtral", LoraSpec(rank=2, alpha=4)),
+    "llama 4": ("llama4", LoraSpec(rank=2, alpha=4)),
+    "phi": ("phi3", LoraSpec(rank=2, alpha=4)),
+    "gemma": ("gemma3", LoraSpec(rank=2, alpha=4, targets=("embed_tokens", "q_proj"))),
+}
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_the_merged_model_saved_and_loaded_computes_what_the_attached_one_does(tmp_path, case):
+    name, spec = SPECS[case]
+    net = model(name)
+    before = copy.deepcopy(net.state_dict())
+    adapter = random_adapter(create(net, spec, seed=0, dtype=torch.float64))
+    want = our_outputs(net, adapter)
+    report = Merged()
+    merged = merged_model(net, [(adapter, 1.0)], torch.float64, report)
+    merged.save_pretrained(tmp_path / "m")
+    again = type(net).from_pretrained(tmp_path / "m", dtype=torch.float64, experts_implementation="eager").eval()
+    torch.testing.assert_close(outputs(again), want, rtol=1e-6, atol=1e-6)
+    assert report.delta_error < 1e-6
+    assert report.untied == (case in ("tied embedding", "tied head", "gemma"))
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+
+
+def test_a_mix_is_the_sum_of_its_parts():
+    net = model("llama3")
+    one, two = (random_adapter(create(net, LoraSpec(rank=2, alpha=4), seed=s, dtype=torch.float64), s) for s in (1, 2))
+    mixed = merged_model(net, [(one, 0.5), (two, -1.0)], torch.float64)
+    name = "model.layers.0.mlp.down_proj.weight"
+    base, pairs = net.state_dict()[name], [a.pairs[name.removesuffix(".weight")] for a in (one, two)]
+    want = base + 0.5 * pairs[0].scale * pairs[0].B @ pairs[0].A - pairs[1].scale * pairs[1].B @ pairs[1].A
+    torch.testing.assert_close(mixed.state_dict()[name], want, rtol=1e-12, atol=1e-12)
+
+
+def test_sixteen_bits_are_rounded_once_from_the_exact_sum():
+    net = model("llama3", torch.float32)
+    adapter = random_adapter(create(net, LoraSpec(rank=2, alpha=4, targets=("q_proj",)), seed=0))
+    merged = merged_model(net, [(adapter, 1.0)], torch.bfloat16)
+    for name, pair in adapter.pairs.items():
+        exact = net.get_submodule(name).weight + pair.scale * (pair.B @ pair.A)
+        assert torch.equal(merged.get_submodule(name).weight, exact.to(torch.bfloat16))
+    assert {t.dtype for t in merged.state_dict().values()} == {torch.bfloat16}
+
+
+def test_the_report_says_how_much_of_a_small_delta_is_left():
+    net = model("llama3", torch.bfloat16)
+    adapter = random_adapter(create(net, LoraSpec(rank=2, alpha=4, targets=("q_proj",)), seed=0))
+    reports = {}
+    for strength in (1.0, 1e-2, 1e-4, 1e-7):
+        merged_model(net, [(adapter, strength)], torch.bfloat16, reports.setdefault(strength, Merged()))
+    shares = [r.changed for r in reports.values()]
+    errors = [r.delta_error for r in reports.values()]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.9
+    assert shares[-1] < 0.01
+    assert errors[0] < 0.05
+    assert errors[-1] > 0.5
+    # by hand, for one of them
+    merged = merged_model(net, [(adapter, 1e-2)], torch.bfloat16)
+    error = size = 0.0
+    for name, pair in adapter.pairs.items():
+        delta = 1e-2 * pair.scale * (pair.B @ pair.A)
+        kept = (merged.get_submodule(name).weight.float() - net.get_submodule(name).weight.float()).detach()
+        error, size = error + float((kept - delta).square().sum()), size + float(delta.square().sum())
+    assert reports[1e-2].delta_error == pytest.approx((error / size) ** 0.5, rel=1e-3)
+
+
+def test_what_does_not_fit_into_float16_is_refused():
+    net = model("llama3", torch.float32)
+    adapter = create(net, LoraSpec(rank=2, alpha=4, targets=("q_proj",)), seed=0)
+    for pair in adapter.pairs.values():
+        pair.B += 1e6
+    with pytest.raises(AdapterError, match="do not fit into"):
+        merged_model(net, [(adapter, 1.0)], torch.float16)
+
+
+# -- shard by shard ----------------------------------------------------------------------------------------------------
+
+SHARDED = ["llama", "dora", "token rows, tied", "full copies", "phi"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def make(case, dtype=torch.bfloat16, shard="20KB"):
+        name, spec = SPECS[case]
+        net = model(name, dtype)
+        adapter = random_adapter(create(net, spec, seed=0))
+        net.save_pretrained(tmp_path / "base", max_shard_size=shard)
+        (tmp_path / "base" / "tokenizer.json").write_text("{}", encoding="utf-8")
+        peft.write(adapter, tmp_path / "a", base=net)
+        return net, adapter
+
+    return make
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_the_files_merged_one_weight_at_a_time_are_those_of_the_merged_model(saved, tmp_path, case):
+    net, adapter = saved(case)
+    wanted = Merged()
+    want = merged_model(net, [(adapter, 0.5)], torch.bfloat16, wanted) if "copies" not in case else None
+    report = merge_shards(tmp_path / "base", [f"{tmp_path / 'a'}:{0.5 if want else 1}"], tmp_path / "out")
+    want = want or merged_model(net, [(adapter, 1.0)], torch.bfloat16, wanted)
+    got, state = Checkpoint(tmp_path / "out"), want.state_dict()
+    assert len(got.files) > 1
+    for name in got:
+        assert torch.equal(got.tensor(name), state[name]), name
+    assert report.dtype == "bfloat16"
+    if "tied" not in case:
+        assert (report.changed, report.weights) == (wanted.changed, wanted.weights)
+        assert report.delta_error == pytest.approx(wanted.delta_error)
+    assert (tmp_path / "out/tokenizer.json").read_text(encoding="utf-8") == "{}"
+    assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "base/config.json").read_bytes()
+    again = type(net).from_pretrained(tmp_path / "out", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in again.items())
+
+
+def test_what_the_mix_does_not_touch_keeps_its_bytes(saved, tmp_path):
+    _, adapter = saved("dora")
+    merge_shards(tmp_path / "base", [str(tmp_path / "a")], tmp_path / "out")
+    old, new = Checkpoint(tmp_path / "base"), Checkpoint(tmp_path / "out")
+    changed = {n for n in old if not torch.equal(old.tensor(n), new.tensor(n))}
+    assert changed == {f"{n}.weight" for n in adapter.pairs}
+    assert {f.name: h for f, h in old.files.items()} == {f.name: h for f, h in new.files.items()}
+
+
+def test_stochastic_rounding_keeps_a_small_delta_on_the_whole_and_is_seeded(saved, tmp_path):
+    saved("llama")
+    spec = f"{tmp_path / 'a'}:1e-4"
+    near = merge_shards(tmp_path / "base", [spec], tmp_path / "near")
+    runs = [merge_shards(tmp_path / "base", [spec], tmp_path / str(i), seed=s) for i, s in enumerate((1, 1, 2))]
+    for run in runs:
+        # Its variance is at most Σ Δ²·step²/4 over ‖Δ‖⁴, and delta_error² is the mean of off² over ‖Δ‖²: about
+        # (error/√weights)² if Δ and step are independent.
+        assert abs(run.delta_kept - 1) < 5 * run.delta_error / run.weights**0.5
+        assert run.delta_error > near.delta_error
+    files = [sorted((tmp_path / str(i)).glob("*.safetensors")) for i in range(3)]
+    same = [[a.read_bytes() == b.read_bytes() for a, b in zip(files[0], f, strict=True)] for f in files]
+    assert all(same[1])
+    assert not all(same[2])
+
+
+def test_a_diffusers_folder_is_merged_by_component(tmp_path):
+    base = tmp_path / "base"
+    W = {"unet": torch.rand(6, 4), "text_encoder": torch.rand(5, 4)}
+    for part, weight in W.items():
+        (base / part).mkdir(parents=True)
+        key = "blocks.0.to_q.weight" if part == "unet" else "encoder.fc1.weight"
+        save_file({key: weight.half(), "other": torch.rand(3)}, base / part / "model.safetensors")
+    (base / "model_index.json").write_text("{}", encoding="utf-8")
+    pairs = {
+        "unet.blocks.0.to_q": Pair(torch.rand(2, 4), torch.rand(6, 2), 0.5),
+        "text_encoder.text_model.encoder.fc1": Pair(
+            torch.rand(2, 4), torch.rand(5, 2), 2.0
+        ),  # as transformers 4 has it
+    }
+    peft.write(Adapter(pairs), tmp_path / "a")
+    merge_shards(base, [str(tmp_path / "a")], tmp_path / "out")
+    for part, key, name in zip(W, ("blocks.0.to_q.weight", "encoder.fc1.weight"), pairs, strict=True):
+        got = Checkpoint(tmp_path / "out" / part).tensor(key)
+        exact = W[part].half().float() + pairs[name].scale * (pairs[name].B @ pairs[name].A)
+        assert torch.equal(got, exact.half())
+    assert (tmp_path / "out/model_index.json").is_file()
+
+
+def test_all_that_does_not_fit_the_files_is_listed_and_nothing_is_written(saved, tmp_path):
+    saved("tied embedding")
+    bad = Adapter({"model.layers.0.nope": Pair(torch.rand(2, 4), torch.rand(6, 2), 1.0),
+                   "model.layers.0.mlp.down_proj": Pair(torch.rand(2, 4), torch.rand(6, 2), 1.0)})  # fmt: skip
+    peft.write(bad, tmp_path / "bad")
+    with pytest.raises(AdapterError, match="3 problems") as error:
+        merge_shards(tmp_path / "base", [str(tmp_path / "a"), str(tmp_path / "bad")], tmp_path / "out")
+    for words in ("the head shares this weight", "no such weight", "it changes (6, 4)"):
+        assert words in str(error.value)
+    with pytest.raises(BaseError, match="no such model folder"):
+        merge_shards(tmp_path / "nowhere", [str(tmp_path / "a")], tmp_path / "out")
+    with pytest.raises(ConfigError, match="nothing to merge"):
+        merge_shards(tmp_path / "base", [], tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "bad", "base"]

@@ -1,0 +1,72 @@
+"""Whoever reads a picture, what is wrong with its file is said in the same words."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from veneer.errors import DataError
+from veneer.files.pictures import opened_picture
+from veneer.formats.infotext import read_picture
+from veneer.imaging.controls import open_picture
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Image.effect_noise((32, 32), 90).save(tmp_path / "fox.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "fox.png").read_bytes()[:300])
+    (tmp_path / "text.png").write_text("a fox")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("read", [read_picture, open_picture])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("fx.png", r"there is no such picture[\s\S]*where: .*fx\.png[\s\S]*did you mean .*fox\.png\?"),
+        ("no/fox.png", r"there is no such picture\s+where: .*fox\.png$"),
+        ("folder.png", "this is a folder, not a picture"),
+        ("text.png", "this is no picture: it is in no format that Pillow knows"),
+        ("empty.png", "this is no picture: it is in no format that Pillow knows"),
+        ("cut.png", "this is no picture: .*truncated"),
+    ],
+)
+def test_a_file_that_is_no_picture(read: Callable[[Path], Any], name: str, says: str, folder: Path) -> None:
+    with pytest.raises(DataError, match=says):
+        read(folder / name)
+
+
+def test_what_the_body_finds_wrong_is_said_too(folder: Path) -> None:
+    def read() -> None:
+        with opened_picture(folder / "fox.png") as (picture, data):
+            assert picture.size == (32, 32)
+            assert data == (folder / "fox.png").read_bytes()
+            raise SyntaxError("bad Exif")
+
+    with pytest.raises(DataError, match=r"this is no picture: bad Exif[\s\S]*fox"):
+        read()
+
+
+def test_a_picture_of_too_many_pixels_is_a_picture(tmp_path: Path) -> None:
+    """20,000 x 20,000 in one colour is a small file; its header alone says how large it is."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    white = tmp_path / "white.png"
+    pixels = zlib.compress((b"\0" + b"\xff" * 2_500) * 20_000)
+    white.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    for read in (read_picture, open_picture):
+        with pytest.raises(DataError, match="more pixels than are opened, 178,956,970") as error:
+            read(white)
+        assert "no picture" not in str(error.value)
+        assert "bomb" not in str(error.value)

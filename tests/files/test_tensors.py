@@ -1,0 +1,352 @@
+"""The container: what is not a sound safetensors file is refused unread; what is written is whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import pickle
+import struct
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from veneer.errors import AdapterError, ResourceError, UnsafeFileError
+from veneer.files import atomic
+from veneer.files import tensors as container
+from veneer.files.atomic import atomic_write
+from veneer.files.tensors import encode_tensors, read_header, read_tensors, strict_json, write_tensors
+
+
+def raw(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype: object = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
+    return {
+        "dtype": dtype,
+        "shape": list(shape) if isinstance(shape, tuple) else shape,
+        "data_offsets": list(offsets) if isinstance(offsets, tuple) else offsets,
+    }
+
+
+def refuse(path: Path, content: bytes, kind: type[AdapterError], *words: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(kind) as caught:
+        read_tensors(path)
+    for word in words:
+        assert word in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+ALL_DTYPES = sorted(container.NAMES, key=str)
+
+
+def test_reads_what_safetensors_writes_and_writes_what_it_reads(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"t.{str(d).removeprefix('torch.')}": (torch.randn(3, 5, generator=generator) * 3).abs().to(d)
+        for d in ALL_DTYPES
+    }
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "odd": torch.ones(3, dtype=torch.uint8)}
+    safetensors.torch.save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    write_tensors(tmp_path / "ours.safetensors", tensors, {"format": "pt"})
+    theirs, metadata = read_tensors(tmp_path / "theirs.safetensors")
+    assert metadata == {"format": "pt"}
+    assert list(theirs) == sorted(tensors)
+    ours = safetensors.torch.load_file(tmp_path / "ours.safetensors")
+    for name, tensor in tensors.items():
+        for other in (theirs[name], ours[name]):
+            assert other.dtype == tensor.dtype
+            assert other.shape == tensor.shape
+            assert torch.equal(other.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def test_views_cannot_reach_the_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"a": torch.ones(4)})
+    before = path.read_bytes()
+    tensors, _ = read_tensors(path)
+    tensors["a"].zero_()
+    assert path.read_bytes() == before
+
+
+def test_tensors_that_are_not_aligned_are_read(tmp_path):
+    value = torch.arange(3, dtype=torch.float32)
+    data = b"\x07" + bytes(value.view(torch.uint8).tolist())
+    header = {"a": entry("U8", (1,), (0, 1)), "b": entry("F32", (3,), (1, 13))}
+    (tmp_path / "a.safetensors").write_bytes(raw(header, data))
+    assert torch.equal(read_tensors(tmp_path / "a.safetensors")[0]["b"], value)
+
+
+def test_non_contiguous_and_order_make_no_difference():
+    a, b = torch.randn(4, 6), torch.randn(3)
+    one = b"".join(encode_tensors({"a": a.T, "b": b}))
+    two = b"".join(encode_tensors({"b": b, "a": a.T.contiguous()}))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "words"),
+    [
+        (b"", AdapterError, ["empty"]),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+            AdapterError,
+            ["Git LFS", "git lfs pull"],
+        ),
+        (b"  <!DOCTYPE html><html>", AdapterError, ["web page", "raw file"]),
+        (b"<html><body>404", AdapterError, ["web page"]),
+        (b"Entry not found\n", AdapterError, ["text", "Entry not found"]),
+        (b"GGUF\x03\0\0\0........", AdapterError, ["GGUF"]),
+        (pickle.dumps({"a": list(range(100))}), UnsafeFileError, ["pickle", "safetensors"]),
+        (b"\x01\x02", UnsafeFileError, ["too short"]),
+        (raw({}, length=1 << 62), UnsafeFileError, ["claims", "truncated"]),
+        (raw({}, length=200), UnsafeFileError, ["claims 200 bytes"]),
+        (raw(b"[]"), UnsafeFileError, ["does not start with"]),
+        (raw(b"{broken"), UnsafeFileError, ["not valid JSON"]),
+        (raw(b'{"a\xff": 1}'), UnsafeFileError, ["not valid JSON"]),
+        (raw(b'{"a":' + b"[" * 100_000), UnsafeFileError, ["not valid JSON"]),
+        (raw(b'{"a": NaN}'), UnsafeFileError, ["NaN is not JSON"]),
+        (raw(b'{"a": {}, "a": {}}'), UnsafeFileError, ["'a' appears twice"]),
+        (raw({"__metadata__": {"a": 1}}), UnsafeFileError, ["strings to strings"]),
+        (raw({"a": [1]}), UnsafeFileError, ["exactly dtype, shape and data_offsets"]),
+        (raw({"a": entry() | {"more": 1}}, b"\0" * 8), UnsafeFileError, ["exactly dtype"]),
+        (raw({"a": entry("F31")}, b"\0" * 8), UnsafeFileError, ["'F31'", "F32"]),
+        (raw({"a": entry(7)}, b"\0" * 8), UnsafeFileError, ["'7'"]),
+        (raw({"a": entry(shape=[-2])}, b"\0" * 8), UnsafeFileError, ["shape [-2]"]),
+        (raw({"a": entry(shape=[True, 2])}, b"\0" * 8), UnsafeFileError, ["shape"]),
+        (raw({"a": entry(shape=[2.0])}, b"\0" * 8), UnsafeFileError, ["shape"]),
+        (raw({"a": entry(shape=[1] * 60 + [2])}, b"\0" * 8), UnsafeFileError, ["at most 16"]),
+        (raw({"a": entry(shape=[1 << 59, 1 << 59])}, b"\0" * 8), UnsafeFileError, ["absurd"]),
+        (raw({"a": entry(shape=[0, 1 << 59, 1 << 59], offsets=[0, 0])}), UnsafeFileError, ["absurd"]),
+        (raw({"a": entry(shape=[3])}, b"\0" * 8), UnsafeFileError, ["needs 12 bytes", "give 8"]),
+        (raw({"a": entry(offsets=[8, 0])}, b"\0" * 8), UnsafeFileError, ["data_offsets"]),
+        (raw({"a": entry(offsets=[0, 8, 8])}, b"\0" * 8), UnsafeFileError, ["data_offsets"]),
+        (raw({"a": entry()}, b"\0" * 7), UnsafeFileError, ["truncated"]),
+        (raw({"a": entry()}, b"\0" * 9), UnsafeFileError, ["1 bytes after the last"]),
+        (
+            raw({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12),
+            UnsafeFileError,
+            ["'b' begins at byte 4, inside 'a'"],
+        ),
+        (
+            raw({"a": entry(), "b": entry(offsets=(10, 18))}, b"\0" * 18),
+            UnsafeFileError,
+            ["a hole of 2 bytes before 'b'"],
+        ),
+        (raw({"../../etc/passwd": entry()}, b"\0" * 8), UnsafeFileError, ["looks like a path"]),
+        (raw({"a\\b": entry()}, b"\0" * 8), UnsafeFileError, ["looks like a path"]),
+        (raw({"a\0b": entry()}, b"\0" * 8), UnsafeFileError, ["control characters"]),
+        (raw({"": entry()}, b"\0" * 8), UnsafeFileError, ["1 to 1024"]),
+        (raw({"n" * 2000: entry()}, b"\0" * 8), UnsafeFileError, ["1 to 1024"]),
+        (raw(b'{"\\ud800": ' + json.dumps(entry()).encode() + b"}", b"\0" * 8), UnsafeFileError, ["not Unicode"]),
+    ],
+)
+def test_what_is_not_a_sound_file_is_named_and_refused(tmp_path, content, kind, words):
+    refuse(tmp_path / "adapter_model.safetensors", content, kind, *words)
+
+
+def test_a_zip_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "z", "w") as archive:
+        archive.writestr("data.pkl", "x")
+    refuse(tmp_path / "adapter_model.safetensors", (tmp_path / "z").read_bytes(), UnsafeFileError, "zip", "torch.save")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "a.pt", "a.PTH", "a.ckpt", "a.pkl"])
+def test_pickle_suffixes_are_refused_whatever_is_in_them(tmp_path, name):
+    refuse(tmp_path / name, b"".join(encode_tensors({"a": torch.ones(2)})), UnsafeFileError, "pickle")
+
+
+def test_a_missing_file_and_a_folder_are_adapter_errors(tmp_path):
+    for path in (tmp_path / "nowhere.safetensors", tmp_path):
+        with pytest.raises(AdapterError, match="cannot read"):
+            read_header(path)
+
+
+def test_every_non_finite_tensor_is_listed(tmp_path):
+    tensors = {"good": torch.ones(3), "nan": torch.tensor([1.0, float("nan")]), "inf": torch.full((2, 2), float("inf"))}
+    tensors["half"] = torch.tensor([float("-inf")], dtype=torch.bfloat16)
+    write_tensors(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(AdapterError, match="3 tensor") as caught:
+        read_tensors(tmp_path / "a.safetensors")
+    for words in ("nan (2,): 1 of 2", "inf (2, 2): 4 of 4", "half (1,): 1 of 1"):
+        assert words in str(caught.value)
+    assert "good" not in str(caught.value)
+    assert set(read_tensors(tmp_path / "a.safetensors", finite=False)[0]) == set(tensors)
+
+
+def test_a_header_is_read_without_the_data(tmp_path):
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2, 3, dtype=torch.bfloat16)}, {"k": "v"})
+    header = read_header(tmp_path / "a.safetensors")
+    assert header.metadata == {"k": "v"}
+    assert (header.entries["a"].dtype, header.entries["a"].shape) == (torch.bfloat16, (2, 3))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+sizes = st.integers(-2, 5) | st.integers(2**58, 2**66) | json_values
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([*container.DTYPES, "F4", ""]) | json_values,
+        "shape": st.lists(sizes, max_size=4) | json_values,
+        "data_offsets": st.lists(sizes, min_size=2, max_size=2) | json_values,
+    }
+)
+headers = st.dictionaries(st.text(max_size=6) | st.just("__metadata__"), entries | json_values, max_size=4)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(header=headers, data=st.binary(max_size=40), lie=st.none() | st.integers(0, 2**64 - 1))
+def test_no_header_gets_past_the_reader_as_anything_but_tensors_or_an_adapter_error(tmp_path, header, data, lie):
+    path = tmp_path / "fuzz.safetensors"
+    path.write_bytes(raw(header, data, length=lie))
+    try:
+        tensors, _ = read_tensors(path)
+    except AdapterError:
+        return
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == len(data)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_flipped_bytes_get_past_the_reader(tmp_path, data):
+    good = bytearray(
+        b"".join(encode_tensors({"a.b": torch.ones(2, 3), "c": torch.zeros(4, dtype=torch.int64)}, {"k": "v"}))
+    )
+    for _ in range(data.draw(st.integers(1, 4))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.just(len(good)) | st.integers(0, len(good)))
+    path = tmp_path / "fuzz.safetensors"
+    path.write_bytes(bytes(good[:cut]))
+    with contextlib.suppress(AdapterError):
+        read_tensors(path)
+
+
+@given(st.binary(max_size=60) | st.text(max_size=60))
+def test_strict_json_raises_only_adapter_errors(text):
+    with contextlib.suppress(AdapterError):
+        strict_json(text, where="x")
+
+
+class Full:
+    """A disk that takes `room` bytes and is then full."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def write(self, fd: int, view: memoryview) -> int:
+        n = min(len(view), self.room)
+        if n == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= n
+        return os.write(fd, view[:n])
+
+
+def test_a_full_disk_at_any_byte_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"old": torch.ones(3)})
+    old = path.read_bytes()
+    new = {"new": torch.ones(5), "other": torch.zeros(2)}
+    total = sum(len(c) for c in encode_tensors(new))
+    for room in range(total):
+        monkeypatch.setattr(atomic, "_write", Full(room).write)
+        with pytest.raises(ResourceError, match="no room") as caught:
+            write_tensors(path, new)
+        assert "fix:" in str(caught.value)
+        assert path.read_bytes() == old
+        assert os.listdir(tmp_path) == ["a.safetensors"]
+    monkeypatch.setattr(atomic, "_write", Full(total).write)
+    write_tensors(path, new)
+    assert set(read_tensors(path)[0]) == {"new", "other"}
+
+
+@pytest.mark.parametrize("step", ["_fsync", "_rename"])
+@pytest.mark.parametrize(("code", "kind"), [(errno.EDQUOT, ResourceError), (errno.EIO, AdapterError)])
+def test_a_failure_after_the_last_byte_leaves_the_old_file_too(tmp_path, monkeypatch, step, code, kind):
+    path = tmp_path / "a.bin.safetensors"
+    write_tensors(path, {"old": torch.ones(3)})
+    old = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(atomic, step, fail)
+    with pytest.raises(kind):
+        write_tensors(path, {"new": torch.ones(3)})
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path):
+    def chunks():
+        yield b"abc"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(tmp_path / "x", chunks())
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_not_there_is_an_adapter_error(tmp_path):
+    with pytest.raises(AdapterError, match="cannot write"):
+        write_tensors(tmp_path / "no" / "x", {"a": torch.ones(1)})
+
+
+def test_names_a_reader_would_refuse_are_not_written(tmp_path):
+    for tensors in ({"../x": torch.ones(1)}, {"": torch.ones(1)}, {"q": torch.ones(1, dtype=torch.complex128)}):
+        with pytest.raises(AdapterError, match="cannot hold"):
+            write_tensors(tmp_path / "x", tensors)
+    assert os.listdir(tmp_path) == []
+
+
+def test_written_files_have_ordinary_permissions(tmp_path):
+    write_tensors(tmp_path / "x", {"a": torch.ones(1)})
+    (tmp_path / "y").write_bytes(b"")
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
+
+
+def _header_of(table: dict[str, object] | bytes) -> bytes:
+    text = table if isinstance(table, bytes) else json.dumps(table, separators=(",", ":")).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+EMPTY = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"{" + b",".join(b'"t%d":' % i + EMPTY for i in range(1_000_000)) + b"}", "lists 1,000,000 tensors"),
+        (b"{" + b",".join(b'"k%d":0' % i for i in range(600_000)) + b"}", "600,000 entries that are no tensor's"),
+        (b'{"__metadata__":{' + b",".join(b'"k%d":"v"' % i for i in range(600_000)) + b"}}", "entries that are no"),
+        (b'{"__metadata__":{"a":"' + b"x" * (64 << 20) + b'"}}', "bytes of metadata"),
+    ],
+    ids=["a million empty tensors", "keys", "entries of metadata", "one long text"],
+)
+def test_what_no_adapter_has_so_many_of_is_refused_unparsed(tmp_path, raw, says):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(_header_of(raw))
+    began = time.process_time()
+    with pytest.raises(UnsafeFileError, match=says):
+        read_header(path)
+    assert time.process_time() - began < 1.0
+
+
+def test_quotes_and_colons_within_metadata_are_no_keys(tmp_path):
+    """sd-scripts' tag counts are JSON in a text, a key for each tag."""
+    tags = json.dumps({f"tag {i}": i for i in range(50_000)})
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"a": torch.ones(2)}, {"ss_tag_frequency": tags})
+    assert read_header(path).metadata["ss_tag_frequency"] == tags

@@ -1,0 +1,432 @@
+"""Image bases of every family: loaded whole, under canonical names, shared by pipelines; and refused where wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.tiny_image_base import SIZE, TINY_FAMILIES, tiny_control, tiny_image_base
+from veneer.core.adapter import LoraSpec
+from veneer.core.attach import attach
+from veneer.core.init import create
+from veneer.core.targets import base_modules, kind_of
+from veneer.errors import BaseError, ConfigError, ResourceError
+from veneer.formats.topology import families
+from veneer.formats.topology_dit import flux2
+from veneer.models.image.base import ImageBase, load_control, load_image, pipeline, release, text_length, text_settings
+from veneer.models.image.families import FAMILIES, topology_name
+from veneer.models.image.predict import encode_prompts, latent_shape, predict
+from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
+from veneer.models.text.base import load_text
+from veneer.ops.quantised import Quantised
+
+diffusers = pytest.importorskip("diffusers")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*invalid value encountered in cast.*:RuntimeWarning"),
+]
+FAMILY = {"schnell": "flux1", "klein": "flux2"}
+CONTROLLED = ("sd15", "sdxl", "flux1", "sd3")
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.getbasetemp() / "image-bases"
+
+
+@pytest.fixture
+def load(bases: Path) -> Any:
+    return lambda family, full=False: load_image(str(tiny_image_base(bases, family, full)))
+
+
+def draw(pipe: Any, **more: Any) -> torch.Tensor:
+    given = {"prompt": "a red house", "num_inference_steps": 2, "output_type": "pt", "height": SIZE, "width": SIZE}
+    seeded = torch.Generator().manual_seed(3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)  # SD3's ControlNet pipeline samples its control picture without a generator
+        found: torch.Tensor = pipe(**(given | {"generator": seeded} | more)).images
+    return found
+
+
+# -- what a base is ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_a_loaded_base_draws_what_diffusers_own_loading_draws(family: str, bases: Path, load: Any) -> None:
+    base = load(family)
+    assert base.family == FAMILY.get(family, family)
+    assert base.prediction == ("epsilon" if family in ("sd15", "sdxl") else "flow")
+    assert not any(p.requires_grad for p in base.model.parameters())
+    assert not any(m.training for m in base.model.modules())
+    theirs = diffusers.DiffusionPipeline.from_pretrained(base.directory)
+    theirs.set_progress_bar_config(disable=True)
+    more = text_settings(base)
+    assert torch.equal(draw(pipeline(base), **more), draw(theirs, **more))
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_every_target_of_the_family_is_in_the_tree_under_its_canonical_name(family: str, load: Any) -> None:
+    """At the official number of blocks; widths are tiny."""
+    base = load(family, full=True)
+    known = families()[base.family]
+    if family == "klein":  # 5 and 20 blocks of FLUX.2's 8 and 48, no guidance
+        want = {row.module: row.kind for row in flux2(5, 20, False)}
+        assert want.items() <= known.modules.items()
+    elif family == "schnell":  # dev without guidance
+        want = {n: kind for n, kind in known.modules.items() if ".guidance_embedder." not in n}
+    else:
+        want = dict(known.modules)
+    have = dict(base_modules(base.model))
+    missing = [n for n in want if n not in have and not n.endswith("encoder.embed_tokens")]  # T5's is its shared one
+    assert missing == []
+    kinds = {n: kind_of(have[n]) for n, kind in want.items() if n in have and kind != "norm"}
+    assert kinds == {n: want[n] for n in kinds}
+    linears = {n for n, m in have.items() if kind_of(m) is not None}
+    assert linears - set(want) == set(), "a module that carries pairs and has no canonical name"
+
+
+def test_guidance_of_flux_1_is_devs_alone(load: Any) -> None:
+    dev, schnell = load("flux1"), load("schnell")
+    name = "transformer.time_text_embed.guidance_embedder.linear_1"
+    assert name in dict(base_modules(dev.model))
+    assert name not in dict(base_modules(schnell.model))
+
+
+def test_the_tree_shares_its_modules_with_every_pipeline(load: Any) -> None:
+    base: ImageBase = load("sdxl")
+    for kind in ("text", "image", "inpaint"):
+        pipe = pipeline(base, kind)  # type: ignore[arg-type]
+        assert pipe is pipeline(base, kind)  # type: ignore[arg-type]
+        assert pipe.unet is base.model.unet is base.denoiser
+        assert pipe.text_encoder is base.model.text_encoder.text_model
+        assert pipe.text_encoder_2 is base.model.text_encoder_2
+
+
+def test_sizes_are_the_directorys(load: Any, bases: Path, tmp_path: Path) -> None:
+    assert [(load(f).size, load(f).unit) for f in ("sdxl", "flux1", "sd3")] == [(SIZE, 4), (SIZE, 8), (SIZE, 8)]
+    assert load("qwen-image").size == 1024  # nothing says otherwise
+    copied = shutil.copytree(tiny_image_base(bases, "sdxl"), tmp_path / "v")
+    _edit(copied / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    assert load_image(str(copied)).prediction == "v"
+    _edit(copied / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    with pytest.raises(BaseError, match="prediction_type 'sample'"):
+        load_image(str(copied))
+
+
+def test_sd3_has_two_sizes_whose_last_blocks_differ() -> None:
+    row = FAMILIES["sd3"]
+    assert [topology_name(row, {"num_layers": n}) for n in (24, 38)] == ["sd3", "sd3-large"]
+    for n, name in ((24, "sd3"), (38, "sd3-large")):
+        blocks = {m.split(".")[2] for m in families()[name].modules if m.startswith("transformer.transformer_blocks")}
+        assert len(blocks) == n
+
+
+def test_schnell_reads_half_as_much_as_dev(load: Any) -> None:
+    dev, schnell = load("flux1"), load("schnell")
+    for base in (dev, schnell):
+        assert text_length(base) == 24  # what the tokenizer says
+        base.parts["tokenizer_2"].model_max_length = 10**30
+    assert (text_length(dev), text_length(schnell)) == (512, 256)
+
+
+def test_a_flag_of_the_index_reaches_the_pipelines(bases: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(tiny_image_base(bases, "sdxl"), tmp_path / "flag")
+    assert pipeline(load_image(str(copied))).config.force_zeros_for_empty_prompt
+    _edit(copied / "model_index.json", force_zeros_for_empty_prompt=False)
+    base = load_image(str(copied))
+    for kind in ("text", "image", "inpaint"):
+        assert not pipeline(base, kind).config.force_zeros_for_empty_prompt  # type: ignore[arg-type]
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# -- fingerprints ------------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_of_weights_and_what_shapes_them(bases: Path, tmp_path: Path, load: Any) -> None:
+    before = load("flux1").fingerprint
+    copied = shutil.copytree(tiny_image_base(bases, "flux1"), tmp_path / "copy")
+    assert load_image(str(copied)).fingerprint == before
+    _edit(copied / "vae" / "config.json", sample_size=64, _diffusers_version="0.1")
+    _edit(copied / "scheduler" / "scheduler_config.json", shift=2.0)
+    assert load_image(str(copied)).fingerprint == before
+    for part in ("transformer", "text_encoder_2", "vae"):
+        file = next((copied / part).glob("*.safetensors"))
+        tensors = load_file(file)
+        name = next(iter(tensors))
+        tensors[name] = tensors[name] + 1
+        save_file(tensors, file, {"format": "pt"})
+        after = load_image(str(copied)).fingerprint
+        assert after != before
+        before = after
+    _edit(copied / "vae" / "config.json", scaling_factor=0.5)
+    assert load_image(str(copied)).fingerprint != before
+
+
+def test_loading_writes_nothing_beside_the_base(bases: Path, load: Any) -> None:
+    folder = tiny_image_base(bases, "sdxl")
+    before = sorted(folder.rglob("*"))
+    load("sdxl")
+    assert sorted(folder.rglob("*")) == before
+
+
+# -- pipelines and ControlNets -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux1", "sd3", "qwen-image"])
+def test_every_kind_of_pipeline_draws(family: str, load: Any) -> None:
+    from PIL import Image
+
+    base = load(family)
+    picture, mask = Image.new("RGB", (SIZE, SIZE), (200, 30, 40)), Image.new("L", (SIZE, SIZE), 255)
+    more: dict[str, Any] = {**text_settings(base)}
+    image = draw(pipeline(base, "image"), image=picture, strength=0.6, num_inference_steps=4, **more)
+    whole = draw(pipeline(base, "inpaint"), image=picture, mask_image=mask, strength=1.0, **more)
+    for found in (image, whole):
+        assert found.shape == (1, 3, SIZE, SIZE)
+        assert torch.isfinite(found).all()
+        assert found.std() > 0
+
+
+@pytest.mark.parametrize("family", CONTROLLED)
+def test_a_controlnet_moves_the_picture_and_two_add_up(family: str, bases: Path, load: Any) -> None:
+    from PIL import Image
+
+    base = load(family)
+    control = load_control(tiny_control(bases, family), base)
+    assert not any(p.requires_grad for p in control.parameters())
+    sketch = Image.effect_noise((SIZE, SIZE), 200).convert("RGB")
+    name = "image" if family in ("sd15", "sdxl") else "control_image"
+    more: dict[str, Any] = {**text_settings(base)}
+    more["latents"] = torch.randn(1, *latent_shape(base, SIZE, SIZE), generator=torch.Generator().manual_seed(5))
+    if family == "flux1":  # the two pipelines have defaults of their own, and take latents packed
+        more["guidance_scale"] = 3.5
+        more["latents"] = torch.nn.functional.pixel_unshuffle(more["latents"], 2).flatten(2).transpose(1, 2)
+    plain = draw(pipeline(base), **more)
+    pipe = pipeline(base, controls=[control])
+    assert pipe.components[base.row.denoiser] is base.denoiser
+    off = draw(pipe, **{name: sketch}, controlnet_conditioning_scale=0.0, **more)
+    on = draw(pipe, **{name: sketch}, controlnet_conditioning_scale=1.0, **more)
+    assert torch.allclose(off, plain, atol=1e-5)
+    assert (on - plain).abs().max() > 1e-3
+    both = pipeline(base, controls=[control, control])
+    one = draw(both, **{name: [sketch, sketch]}, controlnet_conditioning_scale=[1.0, 0.0], **more)
+    two = draw(both, **{name: [sketch, sketch]}, controlnet_conditioning_scale=[1.0, 1.0], **more)
+    assert torch.allclose(one, on, atol=1e-5)
+    assert (two - on).abs().max() > 1e-3
+
+
+def test_a_controlnet_of_another_family_is_refused_by_name(bases: Path, load: Any) -> None:
+    with pytest.raises(BaseError, match=r"a ControlNet for SDXL, the base is FLUX\.1"):
+        load_control(tiny_control(bases, "sdxl"), load("flux1"))
+    with pytest.raises(BaseError, match=r"a ControlNet for FLUX\.1, the base is Stable Diffusion 1\.x"):
+        load_control(str(tiny_control(bases, "flux1")), load("sd15"))
+    with pytest.raises(BaseError, match="is no ControlNet"):
+        load_control(tiny_image_base(bases, "sdxl") / "unet", load("sdxl"))
+    with pytest.raises(BaseError, match=r"ControlNet './none'") as caught:
+        load_control("./none", load("sdxl"))
+    assert "the base's own" in (caught.value.fix or "")
+
+
+def test_a_controlnet_of_another_width_is_refused(bases: Path, load: Any, tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_control(bases, "sdxl"), tmp_path / "other")
+    _edit(other / "config.json", cross_attention_dim=64)
+    with pytest.raises(BaseError, match="its cross_attention_dim is 64, the base's 32"):
+        load_control(other, load("sdxl"))
+
+
+def test_a_kind_that_diffusers_has_not_is_refused(bases: Path, load: Any) -> None:
+    with pytest.raises(BaseError, match=r"no image-to-image pipeline for FLUX\.2"):
+        pipeline(load("flux2"), "image")
+    base = load("sd3")
+    with pytest.raises(BaseError, match="no image-to-image pipeline for Stable Diffusion 3 with a ControlNet"):
+        pipeline(base, "image", [load_control(tiny_control(bases, "sd3"), base)])
+
+
+def test_every_row_names_classes_that_diffusers_has() -> None:
+    for row in FAMILIES.values():
+        for name in [row.classname, *row.pipelines.values(), *row.controlled.values(), row.control]:
+            assert not name or hasattr(diffusers, name), name
+        assert bool(row.control) == bool(row.controlled)
+        assert row.name in families()
+
+
+def test_releasing_frees_and_is_said_afterwards(load: Any) -> None:
+    base = load("sdxl")
+    before = sum(p.numel() for p in base.model.parameters())
+    release(base, "text_encoder", "vae")
+    assert sum(p.numel() for p in base.model.parameters()) < before
+    assert not any(n.startswith("text_encoder.") for n, _ in base.model.named_modules())
+    with pytest.raises(BaseError, match=r"text_encoder of .* was released"):
+        pipeline(base)
+    with pytest.raises(BaseError, match=r"vae of .* was released"):
+        base.part("vae")
+    assert (base.unit, base.size) == (4, SIZE)
+    with pytest.raises(ConfigError, match="'unet' cannot be released"):
+        release(base, "unet")
+
+
+# -- what is wrong -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(bases: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_image_base(bases, "sd15"), tmp_path / "copy")
+
+
+def test_tensors_that_are_missing_are_named(copy: Path) -> None:
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["conv_in.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(BaseError, match=r"missing: conv_in\.weight"):
+        load_image(str(copy))
+
+
+def test_a_folder_that_is_missing_is_named(copy: Path) -> None:
+    shutil.rmtree(copy / "text_encoder")
+    with pytest.raises(BaseError, match="the folder of text_encoder is missing"):
+        load_image(str(copy))
+
+
+def test_cut_files_and_pickles_are_refused(copy: Path) -> None:
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(BaseError, match="cut short"):
+        load_image(str(copy))
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(BaseError, match="pickles"):
+        load_image(str(copy))
+
+
+def test_code_that_comes_with_a_base_is_not_run(copy: Path) -> None:
+    index = json.loads((copy / "model_index.json").read_text())
+    _edit(copy / "model_index.json", unet=["my_unet", "MyUNet"])
+    with pytest.raises(BaseError, match="code that came with the base is not run"):
+        load_image(str(copy))
+    _edit(copy / "model_index.json", unet=index["unet"], scheduler=["diffusers", "NoSuchScheduler"])
+    with pytest.raises(BaseError, match="has no NoSuchScheduler"):
+        load_image(str(copy))
+
+
+def test_a_denoiser_of_no_known_family_is_refused(copy: Path) -> None:
+    _edit(copy / "model_index.json", unet=["diffusers", "PixArtTransformer2DModel"])
+    with pytest.raises(BaseError, match="of no family that veneer knows"):
+        load_image(str(copy))
+
+
+def test_text_and_image_bases_are_not_taken_for_each_other(copy: Path) -> None:
+    from tests.tiny_base import tiny_base_dir
+
+    with pytest.raises(BaseError, match=r"no image base: it has no model_index\.json"):
+        load_image(str(tiny_base_dir(copy.parent)))
+    with pytest.raises(BaseError, match="it is ControlNetModel") as caught:
+        load_image(str(tiny_control(copy.parent, "sdxl")))
+    assert "--control canny@" in (caught.value.fix or "")
+    with pytest.raises(BaseError, match="it is UNet2DConditionModel") as caught:
+        load_image(str(copy / "unet"))
+    assert "the folder around it" in (caught.value.fix or "")
+    with pytest.raises(BaseError, match="an image base"):
+        load_text(str(copy))
+    with pytest.raises(BaseError, match="smollm2-135m is a text base"):  # before it is fetched
+        load_image("smollm2-135m")
+
+
+def test_only_the_fp16_variant_is_used_and_said(copy: Path) -> None:
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({n: t.half() for n, t in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
+    file.unlink()
+    base = load_image(str(copy), dtype="float32")
+    assert any("unet: only the fp16 weights" in note for note in base.notes)
+    assert base.denoiser.dtype == torch.float32
+
+
+@pytest.mark.parametrize("quantise", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["sdxl", "flux1"])
+def test_a_quantised_base_computes_what_its_dequantised_weights_do(family: str, quantise: Any, tmp_path: Path) -> None:
+    folder = str(tiny_image_base(tmp_path, family))
+    base, twin = (load_image(folder, dtype="float32", quantise=quantise) for _ in range(2))
+    names = quantised_weights(base.denoiser)
+    assert names
+    assert all(isinstance(base.denoiser.get_parameter(n), Quantised) for n in names)
+    assert base.fingerprint == load_image(folder).fingerprint
+    for part in twin.model.modules():
+        for key, weight in list(part._parameters.items()):
+            if isinstance(weight, Quantised):
+                part._parameters[key] = torch.nn.Parameter(weight.dense().clone(), requires_grad=False)
+    x = torch.randn(2, *latent_shape(base, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([300, 800]) if family == "sdxl" else torch.tensor([0.3, 0.8])
+    prompts = ["a red house", "a dog"]
+    sizes = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]] * 2) if family == "sdxl" else None
+    with torch.no_grad():
+        got, want = (predict(b, x, t, encode_prompts(b, prompts), sizes=sizes) for b in (base, twin))
+    assert torch.equal(got, want)
+    attachment = attach(base.model)
+    attachment.add("it", create(base.model, LoraSpec(rank=2, alpha=2, targets=("to_q",)), seed=0), trainable=True)
+    attachment.use("it")
+    predict(base, x, t, encode_prompts(base, prompts), sizes=sizes).square().mean().backward()
+    assert all(p.B.grad is not None and p.B.grad.any() for p in attachment.adapters["it"].pairs.values())
+
+
+def test_a_component_that_bitsandbytes_saved_is_read_on_any_device(copy: Path) -> None:
+    """Its constants beside the codes, as diffusers leaves them; no GPU is asked for."""
+    base = load_image(str(copy), dtype="bfloat16", quantise="nf4")
+    folder = copy / "unet"
+    state = saved_tensors({n: t.contiguous() for n, t in base.denoiser.state_dict().items()})
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    config = folder / "config.json"
+    found = json.loads(config.read_text()) | {"quantization_config": saved_config("nf4", torch.bfloat16)}
+    config.write_text(json.dumps(found))
+    again = load_image(str(copy), dtype="bfloat16")
+    for name in quantised_weights(base.denoiser):
+        one, two = base.denoiser.get_parameter(name), again.denoiser.get_parameter(name)
+        assert isinstance(two, Quantised)
+        assert torch.equal(one.dense(), two.dense())  # type: ignore[attr-defined]
+
+
+def test_dtype_device_and_quantisation_are_checked(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = load_image(str(copy), dtype="bfloat16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    assert half.dtype_reason == "as asked for"
+    with pytest.raises(ConfigError, match="is not a dtype"):
+        load_image(str(copy), dtype="int3")
+    with pytest.raises(ConfigError, match="is no quantisation"):
+        load_image(str(copy), quantise="q4")  # type: ignore[arg-type]
+
+    class Memory:
+        available = 1000
+
+    monkeypatch.setattr("psutil.virtual_memory", Memory)
+    with pytest.raises(ResourceError, match="memory are free"):
+        load_image(str(copy))
+
+
+def test_names_of_built_ins_are_known_even_where_they_did_not_come(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("veneer.models.builtin.packaged_place", lambda: tmp_path)
+    with pytest.raises(BaseError, match="came without emoji-flux"):
+        load_image("emoji-flux")
+
+
+def test_the_tree_adds_what_transformers_dropped_and_nothing_else(load: Any) -> None:
+    base = load("sdxl")
+    encoder = base.parts["text_encoder"]
+    q = "encoder.layers.0.self_attn.q_proj"
+    assert base.model.get_submodule(f"text_encoder.text_model.{q}") is _clip(encoder).get_submodule(q)
+    assert base.model.get_submodule(f"text_encoder_2.text_model.{q}")
+
+
+def _clip(encoder: nn.Module) -> nn.Module:
+    return getattr(encoder, "text_model", encoder)

@@ -1,0 +1,275 @@
+"""`fast_denoiser` changes the speed of a training step and nothing else: outputs, gradients, the base afterwards."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from veneer.core import Attachment, LoraSpec, attach, create
+from veneer.models.image.fast import fast_denoiser
+
+TARGETS = (r"re:.*attn.*\.(to_q|to_k|to_v|to_out\.0|add_q_proj)",)
+
+
+def flux() -> nn.Module:
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=8, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+
+
+def sdxl() -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=12, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=34,
+    )  # fmt: skip
+
+
+def call(model: Any) -> Tensor:
+    g = torch.Generator().manual_seed(1)
+    dtype = next(model.parameters()).dtype
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    t = torch.tensor([0.3, 0.8]).to(dtype)
+    out: Tensor
+    if isinstance(model, diffusers.FluxTransformer2DModel):
+        ids = torch.zeros(9, 3)
+        ids[:, 1:] = torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0))
+        out = model(
+            hidden_states=r(2, 9, 8), encoder_hidden_states=r(2, 5, 12), pooled_projections=r(2, 10), timestep=t,
+            img_ids=ids, txt_ids=torch.zeros(5, 3), guidance=t, return_dict=False,
+        )[0]  # fmt: skip
+    else:
+        added = {"text_embeds": r(2, 10), "time_ids": torch.ones(2, 6).to(dtype)}
+        out = model(r(2, 4, 8, 8), t * 999, r(2, 5, 12), added_cond_kwargs=added, return_dict=False)[0]
+    return out
+
+
+def attached(model: nn.Module, **spec: Any) -> Attachment:
+    attachment = attach(model.requires_grad_(False).train())
+    for seed, name in enumerate("ab"):
+        g = torch.Generator().manual_seed(seed)
+        made = create(model, LoraSpec(rank=2, targets=TARGETS, **spec), seed=seed)
+        attachment.add(name, made.mapped(lambda t, g=g: t + 0.1 * torch.randn(t.shape, generator=g)), trainable=True)
+    attachment.use("a")
+    return attachment
+
+
+def step(attachment: Attachment) -> list[Tensor]:
+    out = call(attachment.model)
+    acting = [p for name in "ab" for p in attachment.parameters(name).values()]
+    grads = torch.autograd.grad(out.float().square().mean(), acting, allow_unused=True)
+    return [out.detach(), *(g for g in grads if g is not None)]
+
+
+def same(got: list[Tensor], want: list[Tensor], tolerance: float) -> bool:
+    apart = [(a - b).double().norm() / b.double().norm().clamp_min(1e-6) for a, b in zip(got, want, strict=True)]
+    return max(apart) < tolerance
+
+
+MODELS = pytest.mark.parametrize("make", [flux, sdxl])
+
+
+@MODELS
+def test_outputs_and_gradients(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    with attached(model) as attachment:
+        want = step(attachment)
+        with fast_denoiser(model) as how:
+            assert how.swapped == counted(model)
+            assert how.left == {}
+            assert same(step(attachment), want, 1e-3)
+            with torch.no_grad():
+                assert same([call(model)], want[:1], 1e-4)
+            for mix in ((), ("a", "b"), (("a", -0.5),)):
+                attachment.use(*mix)
+                fast_out = call(model).detach()
+                with attachment.using(*mix):
+                    assert same([fast_out], [plain(model, attachment)], 1e-4)
+
+
+def counted(model: nn.Module) -> dict[str, int]:
+    kinds = Counter(type(m).__name__ for m in model.modules())
+    swapped = (
+        "Attention", "CrossAttnUpBlock2D", "Dropout", "FluxAttention", "GEGLU", "GELU", "ResnetBlock2D", "UpBlock2D",
+    )  # fmt: skip
+    found = {k: kinds[k] for k in swapped if k in kinds}
+    assert len(found) == (6 if "Attention" in found else 3), "at least an attention, an activation and dropouts of 0"
+    return found
+
+
+def plain(model: nn.Module, attachment: Attachment) -> Tensor:
+    """The output with every forward that was put on an instance set aside."""
+    put = {m: m.__dict__.pop("forward") for m in model.modules() if "forward" in m.__dict__}
+    assert put
+    try:
+        return call(model).detach()
+    finally:
+        for m, forward in put.items():
+            m.forward = forward
+
+
+@MODELS
+def test_in_bf16_gradients_are_as_near_to_exact_as_without(make: Callable[[], nn.Module]) -> None:
+    """Over five random models: for some of them bfloat16's gradients are several times off whoever takes them."""
+
+    def error(values: list[Tensor], exact: list[Tensor]) -> float:
+        joined, true = (torch.cat([t.float().flatten() for t in v[1:]]) for v in (values, exact))
+        return float((joined - true).norm() / true.norm())
+
+    ratios = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = make()
+        with attached(model) as attachment:
+            exact = step(attachment)
+        model.bfloat16()
+        with attached(model) as attachment:
+            usual = step(attachment)
+            with fast_denoiser(model):
+                got = step(attachment)
+        ratios.append(error(got, exact) / (error(usual, exact) + 1e-3))
+    assert statistics.median(ratios) < 1.2, ratios
+
+
+@MODELS
+def test_everything_is_put_back(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make().requires_grad_(False)
+    before = {n: (id(p), p.detach().clone()) for n, p in model.named_parameters()}
+    attributes = {n: sorted(m.__dict__) for n, m in model.named_modules()}
+    out = call(model)
+    with pytest.raises(ZeroDivisionError), fast_denoiser(model):
+        _ = 1 / 0
+    assert all(id(p) == before[n][0] and torch.equal(p, before[n][1]) for n, p in model.named_parameters())
+    assert {n: sorted(m.__dict__) for n, m in model.named_modules()} == attributes
+    assert torch.equal(call(model), out)
+
+
+def test_what_is_not_plain_is_left_and_said() -> None:
+    from diffusers.models.attention_processor import AttnProcessor
+
+    torch.manual_seed(0)
+    model = sdxl().requires_grad_(False)
+    model.set_attn_processor(AttnProcessor())
+    with fast_denoiser(model) as how:
+        assert set(how.swapped) == {"CrossAttnUpBlock2D", "Dropout", "GEGLU", "ResnetBlock2D", "UpBlock2D"}
+        assert "its processor is AttnProcessor" in how.summary()
+
+
+def test_pairs_that_do_not_join_are_called() -> None:
+    torch.manual_seed(0)
+    model = flux()
+    with attached(model, dora=True) as attachment:
+        want = step(attachment)
+        with fast_denoiser(model):
+            assert same(step(attachment), want, 1e-3)
+
+
+@pytest.mark.parametrize("changed", ["dropout", "output_scale_factor", "trained norm", "no time"])
+def test_residual_blocks_of_another_kind(changed: str) -> None:
+    from diffusers.models.resnet import ResnetBlock2D
+
+    torch.manual_seed(0)
+    block = ResnetBlock2D(
+        in_channels=8, out_channels=16, groups=4, temb_channels=None if changed == "no time" else 6,
+        dropout=0.5 if changed == "dropout" else 0.0, output_scale_factor=2.0 if changed.startswith("output") else 1.0,
+    )  # fmt: skip
+    block.bfloat16().requires_grad_(False).norm1.requires_grad_(changed == "trained norm")
+    x = torch.randn(2, 8, 5, 5).bfloat16().requires_grad_()
+    time = None if changed == "no time" else torch.randn(2, 6).bfloat16()
+    leaves = [x, *(p for p in block.parameters() if p.requires_grad)]
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(1)
+        out = block(x, time)
+        return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+    want = run()
+    with fast_denoiser(block) as how:
+        assert same(run(), want, 2e-2)
+        assert ("ResnetBlock2D" in how.left) == (changed in ("dropout", "output_scale_factor"))
+
+
+def test_skip_connections_that_nothing_trained_comes_before_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way up of this UNet the skips of the first level, before any adapter, are 3 of 4. With an adapter on the
+    first convolution every skip wants one."""
+    from veneer.models.image import fast as speed_image
+
+    asked: list[tuple[int, int]] = []
+    real = speed_image.live_conv
+
+    def counting(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int], live: int) -> Tensor:
+        asked.append((x.shape[1], live))
+        return real(x, weight, bias, padding, live)
+
+    monkeypatch.setattr(speed_image, "live_conv", counting)
+    torch.manual_seed(0)
+    model = sdxl()
+    for targets, expected in ((TARGETS, {(24, 18), (24, 16), (16, 8)}), ((*TARGETS, "conv_in"), set())):
+        asked.clear()
+        with attach(model.requires_grad_(False).train()) as attachment:
+            adapter = create(model, LoraSpec(rank=2, targets=targets), seed=0)
+            attachment.add("a", adapter.mapped(lambda t: t + 0.1), trainable=True)
+            attachment.use("a")
+            attachment.add("b", adapter, trainable=True)
+            want = step(attachment)
+            with fast_denoiser(model):
+                asked.clear()
+                assert same(step(attachment), want, 1e-3)
+        assert set(asked) == expected
+
+
+def test_recomputed_blocks_know_their_own_call_not_the_last() -> None:
+    """Between a forward and its backward, which recomputes, the same blocks run with no adapter: nothing wants a
+    gradient there, and everything still does in the first."""
+    torch.manual_seed(0)
+    model: Any = sdxl()
+    targets = (*TARGETS, "conv_in")  # every skip wants a gradient
+    with attach(model.requires_grad_(False).train()) as attachment:
+        adapter = create(model, LoraSpec(rank=2, targets=targets), seed=0)
+        for name in "ab":
+            attachment.add(name, adapter.mapped(lambda t: t + 0.1), trainable=True)
+        attachment.use("a")
+        want = step(attachment)
+        model.enable_gradient_checkpointing()
+        with fast_denoiser(model):
+            out = call(model)
+            with attachment.using():
+                call(model)
+            acting = [p for name in "ab" for p in attachment.parameters(name).values()]
+            grads = torch.autograd.grad(out.float().square().mean(), acting, allow_unused=True)
+            assert same([out.detach(), *(g for g in grads if g is not None)], want, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_channels_beside_large_ones_are_compared_too(dtype: torch.dtype) -> None:
+    """An activation that is another one in most channels; the few that are right are a hundred times as large."""
+    from diffusers.models.activations import GEGLU
+
+    class Other(GEGLU):
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            out = super().forward(hidden_states)
+            return torch.cat([out[..., :2], 2.0 * out[..., 2:]], -1)
+
+    Other.__name__ = "GEGLU"
+    torch.manual_seed(0)
+    block = Other(8, 16).to(dtype).requires_grad_(False)
+    block.proj.weight[:2] *= 300.0
+    x = torch.randn(2, 5, 8).to(dtype)
+    want = block(x)
+    with fast_denoiser(block) as how:
+        assert how.left == {"GEGLU": "its result differs"}
+        assert torch.equal(block(x), want)

@@ -1,0 +1,72 @@
+"""Schedulers by name: every one samples, is diffusers' own class, and has A1111's word for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.image_twins import diffusers_pipeline, levels, picture
+from tests.tiny_image_base import tiny_image_base
+from veneer.errors import ConfigError
+from veneer.formats.infotext import SAMPLERS
+from veneer.models.image.base import ImageBase, load_image
+from veneer.models.image.generate import Row, Settings, generate_images
+from veneer.models.image.schedulers import NAMES, make_scheduler, scheduler_name, scheduler_names
+from veneer.models.quiet import quiet
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl", "flux1", "schnell", "sd3"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageBase:
+    return load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), request.param)))
+
+
+def test_every_name_of_a_family_samples(base: ImageBase) -> None:
+    seen = set()
+    for name in scheduler_names(base):
+        (found,) = generate_images(base, [Row("a cat", seed=1)], Settings(steps=4, scheduler=name))
+        seen.add(np.asarray(found.image).tobytes())
+    assert len(seen) >= 0.7 * len(scheduler_names(base)), "they are not all one"
+
+
+def test_the_bases_own_has_its_name_and_is_fresh(base: ImageBase) -> None:
+    name = scheduler_name(base)
+    assert name in scheduler_names(base)
+    assert make_scheduler(base, name).config == make_scheduler(base).config == base.parts["scheduler"].config
+    assert make_scheduler(base) is not make_scheduler(base)
+
+
+def test_a_name_is_diffusers_class_with_the_bases_settings(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import diffusers
+
+    place: Path = tiny_image_base(tmp_path_factory.getbasetemp(), "sdxl")
+    base, pipe = load_image(str(place)), diffusers_pipeline(place)
+    for name, cls, more in [
+        ("euler-a", diffusers.EulerAncestralDiscreteScheduler, {}),
+        ("dpm++2m-karras", diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+        ("ddim", diffusers.DDIMScheduler, {}),
+    ]:
+        own = pipe.scheduler
+        with quiet():
+            pipe.scheduler = cls.from_config(own.config, **more)
+        (found,) = generate_images(base, [Row("a cat", seed=1)], Settings(steps=4, scheduler=name))
+        assert levels(found.image, picture(pipe, "a cat", 1)) == 0
+        pipe.scheduler = own
+
+
+def test_unknown_names_and_those_of_the_other_kind(base: ImageBase) -> None:
+    with pytest.raises(ConfigError, match="no scheduler 'eulr'") as caught:
+        make_scheduler(base, "eulr")
+    assert "did you mean" in (caught.value.fix or "")
+    if base.prediction == "flow":
+        assert type(make_scheduler(base, "euler")).__name__ == "FlowMatchEulerDiscreteScheduler"
+        with pytest.raises(ConfigError, match="predicts flow"):
+            make_scheduler(base, "ddim")
+    else:
+        with pytest.raises(ConfigError, match="predicts epsilon"):
+            make_scheduler(base, "flow-euler")
+
+
+def test_every_name_has_a_word_in_infotext() -> None:
+    assert set(SAMPLERS) >= set(NAMES)

@@ -1,0 +1,77 @@
+"""Threads follow what the process may use: its affinity, the cgroups' quotas, and whoever said a number."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from veneer.models.device import count, quota
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def machine(root: Path, groups: str, files: dict[str, str]) -> Path:
+    """A file tree as /proc and /sys have it."""
+    for name, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{n}": t for n, t in files.items()}}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n", encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "wanted"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/", {}, None),
+        ("0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2.0),
+        ("0::/a/b", {"a/cpu.max": "50000 100000", "a/b/cpu.max": "200000 100000"}, 0.5),
+        ("3:cpu,cpuacct:/", {"cpu,cpuacct/cpu.cfs_quota_us": "300000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 3.0),
+        ("3:cpu:/x", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, None),
+        # As Docker shows version 1: the path is the host's, the files are at the mount's top.
+        ("3:cpu:/docker/ab", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1.0),
+        ("5:memory:/\n0::/", {"memory/cpu.max": "1 100000", "cpu.max": "100000 100000"}, 1.0),
+        ("0::/", {"cpu.max": "nonsense"}, None),
+    ],
+)
+def test_the_quota_is_the_least_of_ours_and_of_those_above(
+    tmp_path: Path, groups: str, files: dict[str, str], wanted: float | None
+) -> None:
+    assert quota(machine(tmp_path, groups, files)) == wanted
+
+
+def test_threads_are_no_more_than_the_quota_pays_for(tmp_path: Path) -> None:
+    assert count({}, machine(tmp_path, "0::/", {"cpu.max": "30000 100000"})) == 1
+    assert count({}, machine(tmp_path, "0::/", {"cpu.max": "999900000 100000"})) == len(os.sched_getaffinity(0))
+
+
+def test_a_number_that_somebody_said_rules(tmp_path: Path) -> None:
+    limited = machine(tmp_path, "0::/", {"cpu.max": "30000 100000"})
+    assert count({"OMP_NUM_THREADS": "3"}, limited) == 3
+    assert count({"OMP_NUM_THREADS": "3,2"}, limited) == 3, "OpenMP's list is one number for each level"
+    assert count({"OMP_NUM_THREADS": "all"}, limited) == 1
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
+def test_threads_are_no_more_than_the_processors_of_the_affinity_mask() -> None:
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT / "src")}
+    program = "from veneer.models.device import count; import sys; print(count(), 'torch' in sys.modules)"
+    command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), sys.executable, "-c", program]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert ran.stdout.split() == ["1", "False"], ran.stderr
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
+@pytest.mark.parametrize(("said", "threads"), [("", 1), ("torch.set_num_threads(5);", 5)])
+def test_torch_computes_with_the_quotas_threads_unless_somebody_set_them(said: str, threads: int) -> None:
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    program = f"import torch; from veneer.models import processors; processors.quota = lambda root: 0.5; {said}"
+    program += "processors.settle(); print(torch.get_num_threads())"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=env | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True
+    )
+    assert ran.stdout.strip() == str(threads), ran.stderr

@@ -1,0 +1,209 @@
+"""Loading a text base: frozen, checked, with its dtype explained and its ends of text settled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.tiny_base import tiny_base_dir, tiny_tokenizer
+from veneer.errors import BaseError, ConfigError, ResourceError
+from veneer.models.outline import outline
+from veneer.models.text import base as module
+from veneer.models.text.base import choose_dtype, end_of_turn, load_text
+
+CPU = torch.device("cpu")
+
+
+def test_a_directory_loads_frozen_and_as_transformers_loads_it(tmp_path: Path) -> None:
+    folder = tiny_base_dir(tmp_path)
+    base = load_text(str(folder))
+    assert base.directory == folder
+    assert not base.model.training
+    assert not any(p.requires_grad for p in base.model.parameters())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(base.model(ids).logits, AutoModelForCausalLM.from_pretrained(folder)(ids).logits)
+    assert base.tokenizer.convert_ids_to_tokens(base.end_of_turn_id) == "<|im_end|>"
+    assert base.stop_ids == (base.end_of_turn_id,)
+    assert base.context == 256
+    assert base.notes == ()
+
+
+def test_loading_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_base_dir(tmp_path)
+    capfd.readouterr()
+    load_text(str(folder))
+    assert capfd.readouterr() == ("", "")
+
+
+# -- dtype -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stored", "hardware", "chosen"),
+    [
+        ("BF16", "this CPU (AMX)", torch.bfloat16),
+        ("F16", "this CPU (AMX)", torch.bfloat16),
+        ("Q4_1", "this CPU (AMX)", torch.bfloat16),
+        ("F32", "this CPU (AMX)", torch.float32),
+        ("BF16", "", torch.float32),
+        ("F32", "", torch.float32),
+    ],
+)
+def test_auto_takes_bf16_where_hardware_has_it_and_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch, stored: str, hardware: str, chosen: torch.dtype
+) -> None:
+    monkeypatch.setattr(module, "_bf16_hardware", lambda _: hardware)
+    dtype, reason = choose_dtype("auto", CPU, stored)
+    assert dtype == chosen
+    assert ("bfloat16" in reason) or ("float32" in reason)
+    assert choose_dtype("float16", CPU, stored) == (torch.float16, "as asked for")
+
+
+def test_an_asked_for_dtype_is_what_runs(tmp_path: Path) -> None:
+    base = load_text(str(tiny_base_dir(tmp_path)), dtype="bfloat16", device="cpu")
+    assert {p.dtype for p in base.model.parameters()} == {torch.bfloat16}
+    assert base.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("setting", [{"dtype": "float8"}, {"device": "abacus"}, {"device": "cuda:99"}])
+def test_an_impossible_dtype_or_device_is_a_config_error(tmp_path: Path, setting: dict[str, str]) -> None:
+    with pytest.raises(ConfigError):
+        load_text(str(tiny_base_dir(tmp_path)), **setting)
+
+
+# -- what must not pass ------------------------------------------------------------------------------------------------
+
+
+def _config(base: Path, **changes: Any) -> None:
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def _without(base: Path, name: str) -> None:
+    tensors = load_file(base / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (
+            lambda b: _without(b, "model.norm.weight"),
+            r"do not match the config \(1 problems\)[\s\S]*missing: model.norm",
+        ),
+        (lambda b: _config(b, intermediate_size=40), "model of this base|misshapen"),
+        (lambda b: _config(b, model_type="oracle9"), "transformers"),
+        (lambda b: _config(b, model_type="t5"), "encoder-decoder"),
+        (lambda b: (b / "config.json").write_text("{"), "config of this base"),
+        (lambda b: (b / "tokenizer.json").unlink(), "tokenizer of this base"),
+        (lambda b: _config(b, vocab_size=100), "."),
+    ],
+)
+def test_a_base_that_is_not_whole_is_refused_with_its_path(tmp_path: Path, spoil, says: str) -> None:
+    folder = tiny_base_dir(tmp_path)
+    spoil(folder)
+    with pytest.raises(BaseError, match=says) as caught:
+        load_text(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+def test_code_that_comes_with_a_base_is_not_run(tmp_path: Path) -> None:
+    folder = tiny_base_dir(tmp_path)
+    _config(folder, model_type="mine", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    (folder / "evil.py").write_text("raise SystemExit('this code ran')")
+    with pytest.raises(BaseError):
+        load_text(str(folder))
+
+
+def test_more_tokens_than_embedding_rows_is_refused(tmp_path: Path) -> None:
+    folder = tiny_base_dir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(200)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(BaseError, match="embedding"):
+        load_text(str(folder))
+
+
+def test_stored_tensors_without_a_place_are_noted(tmp_path: Path) -> None:
+    folder = tiny_base_dir(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors | {"vision.patch.weight": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    (note,) = load_text(str(folder)).notes
+    assert "vision.patch.weight" in note
+
+
+def test_too_little_memory_is_said_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    class Tiny:
+        available = 1000
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Tiny)
+    with pytest.raises(ResourceError, match=r"needs .* GB"):
+        load_text(str(tiny_base_dir(tmp_path)), device="cpu")
+
+
+# -- where a text ends -------------------------------------------------------------------------------------------------
+
+FRAMES = {
+    "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>"),
+    "gemma": ("<start_of_turn>{role}\n", "<end_of_turn>\n", "<end_of_turn>"),
+    "newline first": ("<|{role}|>\n", "\n<|end|>\n", "<|end|>"),
+    "no token": ("### {role}:\n", "\n\n", None),
+    "nothing": ("{role}: ", "", None),
+}
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_the_end_of_a_turn_is_what_the_template_puts_there(frame: str) -> None:
+    before, after, expected = FRAMES[frame]
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>", "<end_of_turn>", "<|end|>"]})
+    before = before.replace("{role}", "{{ m['role'] }}")
+    tokenizer.chat_template = "{% for m in messages %}" + before + "{{ m['content'] }}" + after + "{% endfor %}"
+    found = end_of_turn(tokenizer)
+    assert (None if found is None else tokenizer.convert_ids_to_tokens(found)) == expected
+
+
+def test_a_template_that_refuses_or_is_not_there_has_no_end_of_turn() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert end_of_turn(tokenizer) is None
+    tokenizer.chat_template = None
+    assert end_of_turn(tokenizer) is None
+
+
+def test_generation_config_and_config_add_their_stops(tmp_path: Path) -> None:
+    folder = tiny_base_dir(tmp_path)
+    _config(folder, eos_token_id=[2, 9])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [11, 2, 5000]}))
+    base = load_text(str(folder))
+    assert base.stop_ids == (2, 9, 11)  # end of turn first; 5000 is no token of this model
+
+
+def test_without_a_template_eos_ends_a_turn(tmp_path: Path) -> None:
+    folder = tiny_base_dir(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    base = load_text(str(folder))
+    assert not base.has_chat_template
+    assert base.end_of_turn_id == base.tokenizer.eos_token_id
+
+
+def test_outline_tells_what_loading_would_find(tmp_path: Path) -> None:
+    folder = tiny_base_dir(tmp_path)
+    base, told = load_text(str(folder)), outline("tiny", folder)
+    assert told["parameters"] == sum(p.numel() for p in base.model.parameters())
+    assert told["fingerprint"] == base.fingerprint
+    assert told["end_of_turn"] == "<|im_end|>"
+    assert {"target": "q_proj", "count": 2, "in": 32, "out": 32} in told["linear_modules"]
+    json.dumps(told)

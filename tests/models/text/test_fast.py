@@ -1,0 +1,339 @@
+"""`fast` changes the speed of a base and nothing else: loss and gradients of every family, and the base afterwards."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+
+from tests.families import FAMILIES, OTHERS, VOCAB, large_norms
+from veneer.core.adapter import Adapter, LoraSpec
+from veneer.core.attach import Attachment, attach
+from veneer.core.init import create
+from veneer.models.text.fast import fast, report_of
+from veneer.models.text.loss import padded_loss, padded_nll, row_logps, text_loss
+
+LENGTHS = [20, 3, 37]
+IDS = torch.tensor([[4, 8, 6, 3, 9]])
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def rows(seed: int = 0) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (sum(LENGTHS),), generator=gen)
+    trained = torch.rand(len(ids), generator=gen) > 0.5
+    trained[[0, 20, 23]] = False
+    return ids, LENGTHS, trained
+
+
+def attached(model: Any, **spec: Any) -> Attachment:
+    attachment = attach(model.requires_grad_(False))
+    adapter = create(model, LoraSpec(rank=4, **spec), seed=0)
+    gen = torch.Generator().manual_seed(1)
+    for pair in adapter.pairs.values():
+        pair.B = torch.randn(pair.B.shape, generator=gen) * 0.1
+    attachment.add("a", adapter, trainable=True)
+    attachment.use("a")
+    return attachment
+
+
+def gradients(model: Any, attachment: Attachment) -> list[torch.Tensor]:
+    parameters = list(attachment.parameters("a").values())
+    loss = text_loss(model, *rows())
+    return [loss, *torch.autograd.grad(loss, parameters)]
+
+
+@FAMILY
+@pytest.mark.parametrize("spec", [{}, {"dora": True}, {"dropout": 0.5}, {"init": "pissa"}], ids=str)
+def test_loss_and_gradients_are_the_padded_reference_s(family: str, spec: dict[str, Any]) -> None:
+    model = FAMILIES[family]()
+    if spec.get("dora") and any(p.ndim == 3 for p in model.parameters()):
+        spec = {**spec, "exclude": ("*experts*",)}
+    attachment = attached(model, **spec)
+    model.eval()  # dropout off: the two paths draw their masks over different shapes
+    slow = gradients(model, attachment)
+    with fast(model) as how:
+        assert how.rows, how.summary()
+        assert report_of(model) is how
+        assert how.keeps == (family in ("llama3", "mistral"))
+        quick = gradients(model, attachment)
+    for a, b in zip(quick, slow, strict=True):
+        assert (a - b).norm() <= 3e-5 * b.norm() + 1e-7
+
+
+@FAMILY
+def test_the_likelihood_of_each_row_is_the_row_s_alone(family: str) -> None:
+    """With a weight of its own for each row, as preferences have: values and gradients."""
+    model = FAMILIES[family]()
+    attachment = attached(model)
+    model.eval()
+    parameters = list(attachment.parameters("a").values())
+    ids, lengths, trained = rows()
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    each = [-text_loss(model, i, [len(i)], t) for i, t in zip(ids.split(lengths), trained.split(lengths), strict=True)]
+    wanted = [torch.stack(each), *torch.autograd.grad(torch.stack(each) @ weights, parameters)]
+    for together in (False, True):
+        with ExitStack() as stack:
+            if together:
+                stack.enter_context(fast(model))
+            got = row_logps(model, ids, lengths, trained)
+            found = [got, *torch.autograd.grad(got @ weights, parameters)]
+        assert got.shape == (3,)
+        for a, b in zip(found, wanted, strict=True):
+            assert (a - b).norm() <= 3e-5 * b.norm() + 1e-7
+    assert row_logps(model, ids, lengths, torch.zeros_like(trained)).tolist() == [0.0] * 3
+
+
+@FAMILY
+def test_the_base_is_bit_for_bit_itself_afterwards_even_after_an_error(family: str) -> None:
+    model = FAMILIES[family]().requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    ids = torch.arange(3, 15)[None]
+    wanted = model(input_ids=ids).logits
+    with pytest.raises(RuntimeError, match="in the middle"), fast(model):
+        raise RuntimeError("in the middle")
+    assert not report_of(model).rows
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert all(parameters[k] is p for k, p in model.named_parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    storages = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    assert len(set(storages)) == len(storages)
+    assert torch.equal(model(input_ids=ids).logits, wanted)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["norm", "layers.0.input_layernorm", "layers.1.mlp", "layers.1.self_attn", "layers.0", "layers.1"]
+)
+@pytest.mark.parametrize("first", ["attached", "fast"])
+def test_full_copies_act_and_train_whichever_came_first(family: str, name: str, first: str) -> None:
+    """A forward that `fast` put on an instance must not outlive the instance's tensors."""
+    model = FAMILIES[family]().requires_grad_(False).eval()
+    gen = torch.Generator().manual_seed(0)
+    own = model.get_submodule(f"model.{name}").state_dict()
+    copies = {k: t + 0.3 * torch.randn(t.shape, generator=gen) for k, t in own.items()}
+    adapter = Adapter(modules={f"model.{name}": copies})
+
+    def losses(attachment: Attachment, loss: Any) -> list[torch.Tensor]:
+        attachment.add("a", adapter, trainable=True)
+        attachment.use("a")
+        out = loss(model, *rows())
+        return [out, *torch.autograd.grad(out, list(attachment.parameters("a").values()))]
+
+    with attach(model) as attachment:
+        wanted = losses(attachment, padded_loss)
+    with ExitStack() as stack:
+        if first == "attached":
+            attachment = stack.enter_context(attach(model))
+            stack.enter_context(fast(model))
+        else:
+            stack.enter_context(fast(model))
+            attachment = stack.enter_context(attach(model))
+        got = losses(attachment, text_loss)
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6
+
+
+@FAMILY
+def test_generation_inside_fast_is_generation_outside(family: str) -> None:
+    model = FAMILIES[family]().requires_grad_(False)
+    ids = torch.tensor([[0, 0, 5, 9, 7], [4, 8, 6, 3, 9]])
+    arguments: dict[str, Any] = {
+        "attention_mask": (ids != 0).long(), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0,
+    }  # fmt: skip
+    wanted = model.generate(ids, **arguments)
+    with fast(model):
+        assert torch.equal(model.generate(ids, **arguments), wanted)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3_moe", "gemma3"])
+def test_activation_checkpointing_gives_the_same_gradients(family: str) -> None:
+    model = FAMILIES[family]()
+    attachment = attached(model)
+    with fast(model):
+        wanted = gradients(model, attachment)
+        model.train()
+        model.activation_checkpointing_enable()
+        got = gradients(model, attachment)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_acts_is_asked_at_every_call() -> None:
+    """A layer that turns from one plain pair into more, or into none, inside fast is still right."""
+    model = FAMILIES["llama3"]()
+    attachment = attached(model)
+    other = create(model, LoraSpec(rank=2, targets=("q_proj", "down_proj"), dora=True, init="gaussian"), seed=3)
+    attachment.add("b", other)
+    mixes: list[list[Any]] = [["a"], [], ["b"], [("a", 0.5), ("b", -1.0)], ["a"]]
+    wanted = []
+    for mix in mixes:
+        with attachment.using(*mix), torch.no_grad():
+            wanted.append(padded_loss(model, *rows()))
+    with fast(model), torch.no_grad():
+        for mix, value in zip(mixes, wanted, strict=True):
+            with attachment.using(*mix):
+                torch.testing.assert_close(text_loss(model, *rows()), value, rtol=1e-6, atol=0.0)
+
+
+def test_a_head_with_a_pair_is_called_not_read() -> None:
+    model = FAMILIES["qwen3"]()
+    spec = LoraSpec(rank=4, targets=("lm_head", "embed_tokens"))
+    attachment = attach(model.requires_grad_(False))
+    adapter = create(model, spec, seed=0)
+    gen = torch.Generator().manual_seed(1)
+    for pair in adapter.pairs.values():
+        pair.B = torch.randn(pair.B.shape, generator=gen) * 0.1
+    attachment.add("a", adapter, trainable=True)
+    attachment.use("a")
+    wanted = gradients(model, attachment)
+    with fast(model):
+        got = gradients(model, attachment)
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() <= 3e-5 * b.norm()
+
+
+def test_a_norm_that_only_looks_like_one_is_left_alone() -> None:
+    model = FAMILIES["llama3"]()
+    norm = model.model.norm
+    original = type(norm).forward
+    type_name = type(norm).__name__
+    norm.__class__ = type(type_name, (type(norm),), {"forward": lambda self, x: original(self, x).abs()})
+    wanted = padded_loss(model.requires_grad_(False), *rows())
+    with fast(model) as how:
+        assert type_name in how.left
+        assert how.swapped[type_name] == 4
+        torch.testing.assert_close(text_loss(model, *rows()), wanted, rtol=1e-6, atol=0.0)
+
+
+def test_llama4_rows_longer_than_a_chunk_go_the_padded_way() -> None:
+    model = FAMILIES["llama4"]().requires_grad_(False)
+    model.config.attention_chunk_size = 16
+    wanted = padded_loss(model, *rows())
+    with fast(model):
+        torch.testing.assert_close(text_loss(model, *rows()), wanted, rtol=1e-6, atol=0.0)
+
+
+def test_llama4_batches_longer_than_its_floor_go_the_padded_way() -> None:
+    """Its layers without positions scale queries by the place in the row as transformers counts it: in the batch."""
+    model = FAMILIES["llama4"](floor_scale=30).requires_grad_(False)
+    wanted = padded_loss(model, *rows())
+    with fast(model) as how:
+        assert how.rows
+        torch.testing.assert_close(text_loss(model, *rows()), wanted, rtol=1e-6, atol=0.0)
+
+
+LEFT = {
+    "gemma2": "asks for softcap",
+    "gpt_oss": "asks for s_aux",
+    "qwen3_next": "1 of 2 layers mix tokens in a way of their own",
+    "deepseek_v3": "keys and values of different widths",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", OTHERS)
+def test_what_a_family_has_of_its_own_stays_and_is_said(family: str, dtype: torch.dtype) -> None:
+    """Sinks, capped scores, states that run through a row: exact on the fast path, or the model's own."""
+    model = OTHERS[family]().to(dtype)
+    attachment = attached(model, targets=(r"re:.*self_attn\.(q_proj|q_b_proj|o_proj|dense)",))
+    model.eval()
+    wanted, each = gradients(model, attachment), padded_nll(model, *rows())
+    with fast(model) as how:
+        assert how.rows == (family not in LEFT)
+        assert LEFT.get(family, "rows without padding") in how.summary()
+        got = gradients(model, attachment)
+        nll = -row_logps(model, *rows())
+        assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)[:, :5], IDS)
+    tolerance = 3e-5 if dtype == torch.float32 else 0.3
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm() + 1e-6
+    counts = torch.stack([t.sum() for t in rows()[2].split(LENGTHS)]).tolist()
+    for a, b in zip(nll, each.split(counts), strict=True):
+        assert (a - b.sum()).abs() <= tolerance * b.sum()
+
+
+def test_sinks_and_caps_matter_here() -> None:
+    """So that the test above can fail."""
+    for family, change in (("gemma2", {"attn_logit_softcapping": None}), ("gpt_oss", {})):
+        model, other = OTHERS[family](), OTHERS[family](**change)
+        for name, parameter in other.named_parameters():
+            if name.endswith("sinks"):
+                parameter.data.fill_(-100.0)
+        with torch.no_grad():
+            assert abs(padded_loss(model, *rows()) / padded_loss(other, *rows()) - 1) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama3", "gemma3", "gemma2", "qwen3_next"])
+def test_norms_as_large_as_gemma_s_are_swapped_exactly_or_left(family: str, dtype: torch.dtype) -> None:
+    """Channel by channel and token by token: w and 1 + w are all but equal over a whole output where w reaches 450."""
+    model = large_norms((FAMILIES | OTHERS)[family]()).to(dtype).requires_grad_(False)
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    inputs = [torch.randn(6, len(m.weight), generator=torch.Generator().manual_seed(1)).to(dtype) for m in norms]
+    wanted = [m(x) for m, x in zip(norms, inputs, strict=True)]
+    with fast(model) as how:
+        swapped = sum(n for kind, n in how.swapped.items() if kind.endswith("RMSNorm"))
+        assert swapped == sum("forward" in m.__dict__ for m in norms)
+        assert swapped or "1 + w does not fit torch.bfloat16" in how.summary()
+        for norm, x, want in zip(norms, inputs, wanted, strict=True):
+            torch.testing.assert_close(norm(x), want, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
+
+
+def test_attention_that_drops_in_training_stays_its_own() -> None:
+    model = FAMILIES["llama3"](attention_dropout=0.5).requires_grad_(False)
+    with fast(model) as how:
+        assert not how.rows
+        assert "drops attention in training" in how.summary()
+
+
+def test_a_window_that_only_the_mask_knows_is_found() -> None:
+    """A family that does not tell its window to the attention interface: short rows alone would never reach it."""
+    model = FAMILIES["mistral"](sliding_window=64).requires_grad_(False)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        original = type(attention).forward
+
+        def forward(self: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            config, self.config = self.config, copy.copy(self.config)
+            self.config.sliding_window = None
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                self.config = config
+
+        attention.__class__ = type("OwnAttention", (type(attention),), {"forward": forward})
+    with fast(model) as how:
+        assert not how.rows
+        assert "off, where rounding explains" in how.summary()
+
+
+def test_a_leak_from_row_to_row_is_found() -> None:
+    """A layer that adds to each token the one before it in the batch, whosever row that is."""
+    model = FAMILIES["llama3"]().requires_grad_(False)
+    mlp = model.model.layers[0].mlp
+    original = type(mlp).forward
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return original(self, x + 0.05 * torch.nn.functional.pad(x[:, :-1], (0, 0, 1, 0)))
+
+    mlp.__class__ = type("LeakyMLP", (type(mlp),), {"forward": forward})
+    wanted = padded_loss(model, *rows())
+    with fast(model) as how:
+        assert not how.rows
+        assert "LeakyMLP" in how.left
+        torch.testing.assert_close(text_loss(model, *rows()), wanted, rtol=1e-6, atol=0.0)
+
+
+def test_a_first_token_cannot_be_trained() -> None:
+    model = FAMILIES["llama3"]()
+    ids, lengths, trained = rows()
+    trained[20] = True
+    with pytest.raises(ValueError, match="first token"):
+        text_loss(model, ids, lengths, trained)
+    with pytest.raises(ValueError, match="add up"):
+        text_loss(model, ids, [1], trained)

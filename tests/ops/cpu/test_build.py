@@ -1,0 +1,87 @@
+"""What is loaded as machine code was written by us, for this processor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from veneer.ops import cpu as kernels
+from veneer.ops.cpu import build
+
+COMPILER = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), "")
+SAY = "from veneer import kernels; print(kernels.status())"
+HERE = Path(kernels.__file__).parent
+
+pytestmark = pytest.mark.skipif(not COMPILER or not hasattr(os, "geteuid"), reason="no C compiler, or no owners")
+
+
+def said(home: Path, cache: Path) -> str:
+    env = {**os.environ, "VENEER_HOME": str(home), "XDG_CACHE_HOME": str(cache)}
+    return subprocess.run([sys.executable, "-c", SAY], env=env, capture_output=True, text=True, check=True).stdout
+
+
+def test_what_is_made_is_ours_alone_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert "native CPU kernels: compiled by" in said(tmp_path / "home", tmp_path / "cache")
+    finally:
+        os.umask(before)
+    made = [tmp_path / "home" / "kernels", *(tmp_path / "home" / "kernels").iterdir()]
+    assert {p.suffix for p in made} == {"", ".so", ".json"}
+    assert all(not p.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) for p in made)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+def test_a_folder_that_others_may_write_to_is_not_used_and_that_is_said(tmp_path: Path, mode: int) -> None:
+    open_to_all = tmp_path / "home" / "kernels"
+    open_to_all.mkdir(parents=True)
+    open_to_all.chmod(mode)
+    status = said(tmp_path / "home", tmp_path / "cache")
+    assert f"{open_to_all} is not used: others may write to it" in status
+    assert "compiled by" in status
+    assert not list(open_to_all.iterdir())
+    assert list((tmp_path / "cache" / "veneer" / "kernels").glob("*.so"))
+    (tmp_path / "cache" / "veneer" / "kernels").chmod(mode)
+    status = said(tmp_path / "home", tmp_path / "cache")
+    assert status.startswith("torch's own operations")
+    assert "no folder to keep them in that only you can write to" in status
+
+
+def test_a_library_that_is_not_ours_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    sources, headers = ([HERE / n for n in names] for names in (kernels.SOURCES, kernels.HEADERS))
+    monkeypatch.setattr(build, "left_out", lambda library: {})
+    first = build.built(COMPILER, sources, headers)
+    good = first.library.read_bytes()
+    first.library.write_bytes(b"somebody else's")
+    first.library.chmod(0o777)
+    again = build.built(COMPILER, sources, headers)
+    assert again.library.read_bytes()[:4] == good[:4]
+    assert any("made anew: others may write to it" in note for note in again.notes)
+    owner = os.stat_result((0o100700, 0, 0, 1, os.geteuid() + 1, 0, 0, 0, 0, 0))
+    monkeypatch.setattr(Path, "stat", lambda self, **more: owner)
+    assert build.distrusted(first.library) == "it belongs to another user"
+
+
+def test_each_kind_of_processor_has_a_library_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the compiler resolves -march=native to: ARM's /proc/cpuinfo has no line of flags."""
+    compiler = tmp_path / "cc"
+    found = []
+    monkeypatch.setattr(build, "left_out", lambda library: {})
+    monkeypatch.setattr(build, "compile_kernels", lambda compiler, sources, target: target.write_bytes(b"") or None)
+    monkeypatch.setattr(sys, "platform", "elsewhere")  # no /proc/cpuinfo
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    for feature in ("SVE", "SVE2", "SVE"):
+        compiler.write_text(
+            f'#!/bin/sh\ncase "$*" in *-dM*) echo "#define __ARM_FEATURE_{feature} 1";; *) exit 1;; esac\n'
+        )
+        compiler.chmod(0o755)
+        found.append(build.built(str(compiler), [HERE / "native.c"], []).library.name)
+    assert found[0] == found[2]
+    assert found[0] != found[1]

@@ -1,0 +1,140 @@
+"""The compiled kernels are optional, said aloud, and not trusted before they agree with torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from veneer.ops import cpu as kernels
+
+SAY = "from veneer import kernels; print(kernels.status())"
+
+
+def status(tmp_path: Path, **environment: str) -> str:
+    """What a fresh process says, with an empty cache."""
+    env = {**os.environ, "VENEER_HOME": str(tmp_path), **environment}
+    return subprocess.run([sys.executable, "-c", SAY], env=env, capture_output=True, text=True, check=True).stdout
+
+
+def test_without_a_compiler_torch_does_the_work_and_says_so(tmp_path: Path) -> None:
+    assert "no C compiler" in status(tmp_path, PATH=str(tmp_path), CC="")
+
+
+def test_turned_off_on_request(tmp_path: Path) -> None:
+    assert "VENEER_NATIVE=0" in status(tmp_path, VENEER_NATIVE="0")
+
+
+def test_a_compiler_that_fails_is_reported_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    bad = tmp_path / "bad-cc"
+    bad.write_text(
+        "#!/bin/sh\nif [ \"$1\" = --version ]; then echo bad 1.0; exit 0; fi\necho 'no such flag' >&2\nexit 1\n"
+    )
+    bad.chmod(0o755)
+    said = status(tmp_path / "home", CC=str(bad))
+    assert "could not build them: no such flag" in said
+    assert not list((tmp_path / "home").rglob("*.so"))
+
+
+@pytest.fixture
+def library() -> object:
+    found = kernels.load()
+    if found is None:
+        pytest.skip(kernels.status())
+    return found
+
+
+def test_only_contiguous_bfloat16_on_the_cpu(library: object) -> None:
+    x = torch.zeros(4, 6, dtype=torch.bfloat16)
+    assert kernels.usable("rms_norm", x) is library
+    assert kernels.usable("rms_norm", x.float()) is None
+    assert kernels.usable("rms_norm", x.t()) is None
+    assert kernels.usable("rms_norm", x.to("meta")) is None
+    assert kernels.usable(("rms_norm", "there is none"), x) is None
+
+
+def test_results_do_not_depend_on_the_number_of_threads(library: object) -> None:
+    x, w = torch.randn(33, 64).bfloat16(), torch.randn(64).bfloat16()
+    results = []
+    for threads in (1, 2, 5):
+        y = torch.empty_like(x)
+        library.rms_norm(x.data_ptr(), w.data_ptr(), y.data_ptr(), 33, 64, 1e-5, threads)  # type: ignore[attr-defined]
+        results.append(y)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_nan_and_infinity_stay_visible(library: object) -> None:
+    """The loop stops a run whose loss is not finite: no kernel may turn one into a number."""
+    logits = torch.zeros(3, 40, dtype=torch.bfloat16)
+    logits[0, 3], logits[1, 5] = float("nan"), float("inf")
+    nll = torch.empty(3)
+    targets = torch.tensor([0, 0, 0])
+    arguments = (t.data_ptr() for t in (logits, targets, nll))
+    library.token_nll(*arguments, 3, 40, 1, 1)  # type: ignore[attr-defined]
+    assert not nll[0].isfinite()
+    assert not nll[1].isfinite()
+    assert nll[2].isfinite()
+    x = torch.tensor([[1.0, float("nan")]], dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    library.rms_norm(x.data_ptr(), torch.ones_like(x).data_ptr(), y.data_ptr(), 1, 2, 1e-5, 1)  # type: ignore[attr-defined]
+    assert not y.isfinite().any()
+
+
+MAPPED = """
+import ctypes
+from veneer import kernels
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+
+def mapped(size):
+    block = libc.malloc(size)  # glibc: the second bit of the word before it
+    found = bool(ctypes.c_size_t.from_address(block - 8).value & 2)
+    libc.free(ctypes.c_void_p(block))
+    return found
+
+with kernels.kept_memory():
+    inside = [mapped(40 << 20)]
+    with kernels.kept_memory():
+        pass
+    inside.append(mapped(80 << 20))  # each larger than what lies free
+    with kernels.returned_memory():
+        inside.append(mapped(160 << 20))
+        with kernels.kept_memory():
+            inside.append(mapped(240 << 20))
+        inside.append(mapped(320 << 20))
+    inside.append(mapped(400 << 20))
+print(inside, [mapped(40 << 20), mapped(24 << 20)])
+before = libc.sbrk(0)
+blocks = [libc.malloc(16 << 20) for _ in range(3)]
+for block in reversed(blocks):
+    libc.free(ctypes.c_void_p(block))
+print(libc.sbrk(0) > before)
+"""
+
+
+def test_memory_is_kept_until_the_last_block_ends_and_then_as_glibc_has_it() -> None:
+    """Afterwards: blocks above 32 MB are mapped, and 64 MB may lie free, where glibc's own rule ends."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("mallopt is glibc's")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", MAPPED]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.split("\n")[:2] == ["[False, False, True, False, True, False] [True, False]", "True"]
+
+
+def test_paged_out_memory_reads_as_before(tmp_path: Path) -> None:
+    values = torch.arange(100_000, dtype=torch.float32)
+    (tmp_path / "file").write_bytes(values.numpy().tobytes())
+    mapped = torch.from_file(str(tmp_path / "file"), size=100_000)
+    for tensor in (values.clone(), mapped, values[:3].clone()):
+        wanted = tensor.tolist()
+        kernels.page_out(tensor)
+        assert tensor.tolist() == wanted

@@ -1,0 +1,164 @@
+"""Every compiled kernel has a formula, agrees with it, and is left out, named, where it does not."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from veneer.ops import cpu as kernels
+from veneer.ops.cpu import build, selftest, selftest_products
+
+HERE = Path(kernels.__file__).parent
+SOURCES = [HERE / name for name in kernels.SOURCES]
+COMPILER = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), "")
+EMULATED = ["-D_GNU_SOURCE", "-include", str(Path(__file__).parent / "avx512_bf16.h")]
+
+pytestmark = pytest.mark.skipif(not COMPILER, reason="no C compiler")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All kernels, AVX512-BF16's made of plain AVX-512 where the processor has no more; as many as there can be."""
+    target = tmp_path_factory.mktemp("whole") / "native.so"
+    build.compile_kernels(COMPILER, SOURCES, target, EMULATED if "AVX512BW" in torch_features() else [])
+    return target
+
+
+def torch_features() -> str:
+    found = build._machine(COMPILER)[1]
+    return " ".join(re.findall(r"__(AVX512\w+?)__", found))
+
+
+def test_every_exported_kernel_has_its_check() -> None:
+    assert selftest_products.SUM
+    assert set(selftest.CHECKS) == set(kernels._SIGNATURES | kernels._PRODUCTS | kernels._SERVING)
+
+
+@pytest.mark.parametrize("name", sorted(selftest.CHECKS))
+def test_a_kernel_does_what_its_formula_says(whole: Path, name: str) -> None:
+    library = kernels.bound(whole)
+    if not library.has(name):
+        pytest.skip("not compiled for this processor")
+    assert selftest.wrong(library, name) == ""
+
+
+@pytest.mark.parametrize("name", sorted(set(selftest.CHECKS)))
+def test_a_check_sees_a_kernel_that_does_nothing(whole: Path, name: str) -> None:
+    library = kernels.bound(whole)
+    if not library.has(name):
+        pytest.skip("not compiled for this processor")
+    setattr(library, name, lambda *arguments: 0)
+    assert selftest.wrong(library, name) == "disagrees with torch on this machine"
+
+
+def test_a_check_sees_a_kernel_that_writes_past_its_end(whole: Path) -> None:
+    library = kernels.bound(whole)
+    right = library.gelu_tanh
+
+    def too_far(x: int, y: int, n: int, threads: int) -> None:
+        right(x, y, n, threads)
+        right(x, y + 2 * n, 1, threads)
+
+    library.gelu_tanh = too_far  # type: ignore[attr-defined]
+    assert selftest.wrong(library, "gelu_tanh") == "writes outside of its result"
+
+
+BROKEN: dict[str, Callable[[str], str]] = {
+    "rms_norm disagrees with torch": lambda s: s.replace("norm_row(x + i * d, w, y + i * d, d, eps);", ";"),
+    "geglu ends its process": lambda s: s.replace("ui + f;\n        bf16 *hi", "ui + f;\n abort();\n bf16 *hi", 1),
+}
+
+
+def test_kernels_that_fail_are_left_out_and_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is wrong on this processor, and one that ends the process that tries it."""
+    source = (HERE / "native.c").read_text()
+    for change in BROKEN.values():
+        changed = change(source)
+        assert changed != source
+        source = changed
+    for path in (*SOURCES[1:], *(HERE / name for name in kernels.HEADERS)):
+        shutil.copy(path, tmp_path / path.name)
+    (tmp_path / "native.c").write_text(source)
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "__init__.py"))
+    kernels.load.cache_clear()
+    try:
+        x, w = torch.randn(3, 64).bfloat16(), torch.randn(64).bfloat16()
+        assert kernels.load() is not None, kernels.status()
+        for says in BROKEN:
+            assert says in kernels.status()
+            assert kernels.usable(says.split()[0], x) is None
+        assert kernels.usable("gelu_tanh", x) is not None
+        from veneer.ops.activations import geglu
+        from veneer.ops.norms import rms_norm
+
+        want = torch.nn.functional.rms_norm(x.float(), (64,), w.float(), 1e-5)
+        torch.testing.assert_close(rms_norm(x, w, 1e-5).float(), want, rtol=2**-7, atol=1e-3)
+        up, gate = x.float().chunk(2, -1)
+        torch.testing.assert_close(geglu(x).float(), up * torch.nn.functional.gelu(gate), rtol=2**-7, atol=1e-3)
+        # what was found is kept: no second process tries them
+        monkeypatch.setattr(build, "left_out", lambda library: pytest.fail("tried again"))
+        kernels.load.cache_clear()
+        assert all(says in kernels.status() for says in BROKEN)
+    finally:
+        kernels.load.cache_clear()
+
+
+# -- what cannot be done is an error -----------------------------------------------------------------------------------
+
+FAR = 1 << 48
+"""Elements that no machine has."""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("norm_silu", [*[None] * 5, 0, 1, 1, FAR, 1e-5, 2]),
+        ("norm_silu_backward", [*[None] * 6, 0, 1, 1, FAR, 1e-5, 2]),
+        ("causal_softmax", [None, 0, 0, 1, FAR, 0, 0, 0, 2]),
+        ("token_nll", [*[None] * 3, 0, FAR, 0, 2]),
+        ("attend", [*[None] * 6, 0, 1, 1, FAR, 16, 1.0, 2]),
+        ("attend_backward", [*[None] * 10, 0, 1, 1, FAR, 16, 1.0, 2]),
+        ("paged_attend", [None, 1, None, 2, 1, 16, *[None] * 2, 0, None, 1, *[None] * 2, 1.0, 0.0, 0, FAR, 2]),
+    ],
+)
+def test_no_memory_is_an_error_and_no_crash(whole: Path, name: str, arguments: list[Any]) -> None:
+    library = kernels.bound(whole)
+    if not library.has(name):
+        pytest.skip("not compiled for this processor")
+    with pytest.raises(MemoryError, match=name):
+        getattr(library, name)(*arguments)
+
+
+def test_no_memory_for_thin_products(whole: Path) -> None:
+    library = kernels.bound(whole)
+    if not library.has("thin_add"):
+        pytest.skip("not compiled for this processor")
+    table = (kernels.Pair * 1)(kernels.Pair(None, None, 0, 16, 16, 1.0))
+    with pytest.raises(MemoryError, match="thin_add"):
+        library.thin_add(table, 1, None, None, None, 0, FAR, 16, 2)
+    with pytest.raises(MemoryError, match="thin_through"):
+        library.thin_through(table, 1, None, None, None, 0, FAR, 16, 2)
+    with pytest.raises(MemoryError, match="thin_gradients"):
+        library.thin_gradients(table, 1, *[None] * 6, 2 * (FAR // 2), 16, 16, 2)
+
+
+@pytest.mark.parametrize("target", [40, -1, -99, 2**40, -(2**62)])
+def test_a_target_that_is_no_token_is_an_error_and_writes_nothing(whole: Path, target: int) -> None:
+    library = kernels.bound(whole)
+    around = torch.ones(5, 40, dtype=torch.bfloat16)
+    logits, nll = around[1:4], torch.full((3,), 7.0)
+    targets = torch.tensor([1, target, 2])
+    arguments = (t.data_ptr() for t in (logits, targets, nll))
+    with pytest.raises(IndexError, match="no token of the vocabulary"):
+        library.token_nll(*arguments, 3, 40, 1, 2)
+    assert bool((around == 1).all())
+    assert nll.tolist() == [7.0] * 3

@@ -1,0 +1,213 @@
+"""Threads beside other processes: when neighbours are seen, that waiting threads sleep then, and that no bit moves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from veneer.ops import cpu as kernels
+from veneer.ops.cpu.sharing import Neighbours, worked
+
+ROOT = Path(__file__).resolve().parents[2]
+OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "VENEER_SHARING")
+able = pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2 or kernels.load() is None,
+    reason="two processors, Linux and the compiled kernels are needed",
+)
+
+
+class Machine:
+    """Two processors on a clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now, self.busy, self.own = 0.0, [0.0, 0.0], 0.0
+        self.neighbours = Neighbours(lambda: list(self.busy), lambda: self.own, lambda: self.now)
+
+    def passes(self, seconds: float, busy: tuple[float, float], own: float, threads: int = 2) -> bool:
+        """Shares of the time that each processor worked, and processors' worth of our own work."""
+        self.now += seconds
+        self.busy = [b + seconds * share for b, share in zip(self.busy, busy, strict=True)]
+        self.own += seconds * own
+        return self.neighbours.look(threads)
+
+
+def test_who_works_alone_has_no_neighbours_however_busy_it_is_itself() -> None:
+    machine = Machine()
+    assert not any(machine.passes(1.0, (1.0, 1.0), 2.0) for _ in range(5))
+
+
+def test_a_busy_neighbour_is_seen_and_seen_to_leave() -> None:
+    machine = Machine()
+    machine.passes(1.0, (1.0, 1.0), 2.0)
+    assert machine.passes(1.0, (1.0, 1.0), 1.4)
+    assert machine.passes(1.0, (1.0, 0.8), 1.6), "one that rests a little is still there"
+    assert not machine.passes(1.0, (1.0, 1.0), 1.95)
+
+
+def test_a_neighbour_is_no_matter_where_a_processor_is_left_for_each_thread() -> None:
+    machine = Machine()
+    machine.passes(1.0, (0.0, 0.0), 0.0, threads=1)
+    assert not machine.passes(1.0, (1.0, 1.0), 1.0, threads=1)
+
+
+def test_the_files_are_not_read_at_every_step() -> None:
+    machine = Machine()
+    machine.passes(1.0, (1.0, 1.0), 2.0)
+    assert not machine.passes(0.01, (1.0, 1.0), 0.0), "a hundredth of a second says nothing"
+
+
+def test_the_processor_that_stands_idle_is_the_one_to_stay_on() -> None:
+    """Both threads stay on one; a neighbour that is bound to it too leaves the other idle."""
+    machine = Machine()
+    machine.passes(1.0, (1.0, 1.0), 2.0)
+    machine.passes(1.0, (1.0, 0.1), 0.5)
+    assert machine.neighbours.idle == 1
+    machine.passes(1.0, (0.1, 1.0), 0.5)
+    assert machine.neighbours.idle == 0
+
+
+def test_seconds_worked_are_read_for_our_processors_alone(tmp_path: Path) -> None:
+    tick = os.sysconf("SC_CLK_TCK")
+    stat = tmp_path / "stat"
+    stat.write_text(
+        "cpu  9 9 9 9 9 9 9 9 9 9\n"
+        f"cpu0 {tick} 0 {tick} 500 500 0 0 {tick} 0 0\n"
+        f"cpu2 {2 * tick} 0 0 500 500 0 0 0 0 0\n"
+        "intr 5 6\n"
+    )
+    assert worked([0, 2], stat) == [3.0, 2.0]
+
+
+PRELUDE = """
+import json, os, time, torch
+from veneer.ops.cpu import sharing
+torch.set_num_threads(2)
+x = torch.ones(1 << 18)
+def act(present):
+    there = sharing._sharing()
+    there.neighbours.look = lambda threads: present
+    return sharing.shared()
+"""
+
+
+def in_two_threads(program: str) -> dict[str, float]:
+    env = {k: v for k, v in os.environ.items() if k not in OWN} | {
+        "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2", "OMP_DYNAMIC": "false",
+    }  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-c", PRELUDE + program], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+@able
+def test_beside_a_neighbour_a_waiting_thread_sleeps_and_spins_again_when_it_has_left() -> None:
+    """What a process uses of the processor while it does nothing between two regions is its threads' waiting."""
+    found = in_two_threads("""
+def waiting():
+    used = time.process_time()
+    for _ in range(60):
+        x.add_(1)
+        time.sleep(0.002)
+    return time.process_time() - used
+out = {}
+for name, present in (("quiet", False), ("beside", True), ("quiet again", False)):
+    with act(present):
+        x.add_(1)
+        time.sleep(0.02)
+        out[name] = waiting()
+print(json.dumps(out))
+""")
+    assert found["beside"] < found["quiet"] / 2
+    assert found["beside"] < found["quiet again"] / 2
+
+
+@able
+def test_products_have_the_same_bits_beside_a_neighbour() -> None:
+    found = in_two_threads("""
+g = torch.Generator().manual_seed(0)
+a, b = torch.randn(300, 576, generator=g), torch.randn(576, 960, generator=g)
+def made():
+    return [a @ b, (a.bfloat16() @ b.bfloat16()).float(), a.t() @ a, a.sum()]
+results = []
+for present in (False, True, False):
+    with act(present):
+        results.append(made())
+same = all(torch.equal(p, q) for r in results[1:] for p, q in zip(results[0], r))
+print(json.dumps({"same": same, "threads": torch.get_num_threads()}))
+""")
+    assert found == {"same": True, "threads": 2}
+
+
+@able
+def test_a_thread_that_worked_beside_a_neighbour_may_run_anywhere_afterwards() -> None:
+    """So may every process that it starts."""
+    found = in_two_threads("""
+before = sorted(os.sched_getaffinity(0))
+with act(True):
+    x.add_(1)
+between = sorted(os.sched_getaffinity(0))
+with act(False):
+    x.add_(1)
+everyone = [sorted(os.sched_getaffinity(int(t))) for t in os.listdir("/proc/self/task")]
+print(json.dumps({"caller": between == before, "everyone": all(each == before for each in everyone)}))
+""")
+    assert found == {"caller": True, "everyone": True}
+
+
+@able
+@pytest.mark.parametrize("name", OWN)
+def test_somebodys_own_setting_rules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from veneer.ops.cpu import sharing
+
+    for other in OWN:
+        monkeypatch.delenv(other, raising=False)
+    sharing._sharing.cache_clear()
+    try:
+        assert sharing._sharing() is not None
+        sharing._sharing.cache_clear()
+        monkeypatch.setenv(name, "0")
+        assert sharing._sharing() is None
+    finally:
+        sharing._sharing.cache_clear()
+
+
+@able
+@pytest.mark.slow
+def test_beside_one_busy_process_products_keep_four_tenths_of_their_speed() -> None:
+    """A loop of regions of half a millisecond, as training is."""
+    program = """
+import subprocess, sys
+w = torch.randn(576, 960)
+a = torch.randn(256, 576)
+def rate():
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < 3:
+        with sharing.shared():
+            for _ in range(40):
+                a @ w
+        done += 40
+    return done / (time.perf_counter() - began)
+rate()
+quiet = rate()
+neighbour = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
+try:
+    rate()
+    beside = rate()
+finally:
+    neighbour.kill()
+    neighbour.wait()
+print(json.dumps({"share": beside / quiet}))
+"""
+    if len(os.sched_getaffinity(0)) != 2 or os.getloadavg()[0] > 1:
+        pytest.skip("a quiet machine of two processors is needed")
+    time.sleep(0.1)
+    assert in_two_threads(program)["share"] > 0.4

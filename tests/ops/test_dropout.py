@@ -1,0 +1,63 @@
+"""Dropout by seed: the share that is dropped, what is left, and that masks of two seeds have nothing in common."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from veneer.ops.dropout import Dropout
+
+SEEDS = st.integers(0, 2**62 - 1)
+N = 200_000
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+"""The compiled kernel's, where there is one, and torch's own."""
+
+
+def mask(p: float, seed: int, dtype: torch.dtype, n: int = N) -> torch.Tensor:
+    return Dropout(p, seed)(torch.ones(n, dtype=dtype)) != 0
+
+
+def near(share: float, wanted: float, n: int) -> bool:
+    """Within six standard deviations of n draws."""
+    return abs(share - wanted) <= 6 * math.sqrt(wanted * (1 - wanted) / n)
+
+
+@DTYPES
+@given(p=st.floats(0.01, 0.9), seed=SEEDS)
+def test_the_share_is_the_one_asked_for_and_what_is_left_grows_by_it(dtype: torch.dtype, p: float, seed: int) -> None:
+    x = torch.linspace(1, 2, N).to(dtype)
+    y = Dropout(p, seed)(x)
+    kept = y != 0
+    assert near(float((~kept).double().mean()), p, N)
+    torch.testing.assert_close(y[kept], (x.double() / (1 - p)).to(dtype)[kept])
+    assert torch.equal(y, Dropout(p, seed)(x))
+
+
+@DTYPES
+@given(seed=SEEDS, other=SEEDS, shift=st.integers(0, 1000))
+def test_masks_of_two_seeds_agree_by_chance_alone(dtype: torch.dtype, seed: int, other: int, shift: int) -> None:
+    """Also where one is shifted against the other, and a mask against itself shifted."""
+    p, n = 0.3, N - shift
+    a, b = mask(p, seed, dtype), mask(p, other, dtype)
+    if seed != other:
+        assert near(float((a[:n] == b[shift:]).double().mean()), p * p + (1 - p) ** 2, n)
+    if shift:
+        assert near(float((a[:n] == a[shift:]).double().mean()), p * p + (1 - p) ** 2, n)
+
+
+def test_drawn_comes_from_torchs_generator() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        one, two = Dropout.drawn(0.1), Dropout.drawn(0.1)
+        torch.manual_seed(3)
+        assert Dropout.drawn(0.1) == one != two
+
+
+def test_not_contiguous_and_contiguous_drop_the_same_places() -> None:
+    x = torch.ones(40, 24, dtype=torch.bfloat16)
+    drop = Dropout(0.5, 7)
+    assert torch.equal(drop(x), drop(torch.ones(24, 40, dtype=torch.bfloat16).t()))

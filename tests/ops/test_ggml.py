@@ -1,0 +1,44 @@
+"""Blocks of GGUF files: the compiled kernels and what is left to gguf-py give its values, bit for bit."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from veneer.ops import cpu as kernels
+from veneer.ops.ggml import Ggml
+
+HALVES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2),
+    "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,), "IQ4_NL": (0,),
+}  # fmt: skip
+"""Where a block's float16 scales are; the rest of its bytes may be anything."""
+
+
+def blocks(kind: str, rows: int, columns: int) -> np.ndarray:
+    count, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (rows * columns // count, size), dtype=np.uint8)
+    for at in HALVES[kind]:
+        scales = (rng.standard_normal(len(raw)) * 0.01).astype(np.float16)
+        scales[0] = np.float16(3e-7)  # a subnormal
+        raw[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return raw.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("kind", HALVES)
+def test_values_are_ggufs(kind: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr(kernels, "load", lambda: None)
+    raw = blocks(kind, 6, 512)
+    want = torch.from_numpy(dequantize(raw, GGMLQuantizationType[kind]))
+    code = Ggml(kind, (6, 512), torch.from_numpy(raw))
+    assert torch.equal(code.dense(torch.float32, 0, 6), want)
+    assert torch.equal(code.dense(torch.bfloat16, 0, 6), want.bfloat16())
+    assert torch.equal(code.dense(torch.float32, 2, 5), want[2:5])
+    assert torch.equal(code.dense(torch.float16, 1, 2), want[1:2].half())

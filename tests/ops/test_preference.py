@@ -1,0 +1,129 @@
+"""Preference losses against their papers' formulas, worked out otherwise and in float64; and against TRL's own code."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from veneer.ops.preference import dpo, ipo, kto, kto_reference, orpo, simpo
+
+ratio = st.floats(-20, 20)
+mean = st.floats(-12, -1e-3)
+LAW = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def one(*values: float) -> list[Tensor]:
+    return [torch.tensor([v], dtype=torch.float64) for v in values]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@LAW
+@given(ratio, ratio, st.floats(0.01, 1), st.floats(0, 0.4))
+def test_dpo_is_a_cross_entropy_with_the_labels_it_believes(w: float, l: float, beta: float, eps: float) -> None:
+    p = sigmoid(beta * (w - l))
+    wanted = -(1 - eps) * math.log(p) - eps * math.log(1 - p)
+    assert dpo(*one(w, l), beta=beta, smoothing=eps).item() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+@LAW
+@given(ratio, ratio, st.floats(0.05, 1))
+def test_ipo_is_least_where_the_margin_is_one_over_two_beta(w: float, l: float, beta: float) -> None:
+    assert ipo(*one(w, l), beta=beta).item() == pytest.approx((w - l - 0.5 / beta) ** 2, rel=1e-12, abs=1e-12)
+    assert ipo(*one(l + 0.5 / beta, l), beta=beta).item() == pytest.approx(0, abs=1e-18)
+
+
+@LAW
+@given(mean, mean, st.floats(0.05, 1))
+def test_orpo_compares_odds(w: float, l: float, beta: float) -> None:
+    odds = [math.exp(m) / -math.expm1(m) for m in (w, l)]
+    wanted = -beta * math.log(odds[0] / (odds[0] + odds[1]))  # σ(log a − log b) = a / (a + b)
+    assert orpo(*one(w, l), beta=beta).item() == pytest.approx(wanted, rel=1e-7, abs=1e-12)
+
+
+@LAW
+@given(mean, mean, st.floats(1, 3), st.floats(0, 2))
+def test_simpo_wants_a_margin(w: float, l: float, beta: float, gamma: float) -> None:
+    wanted = -math.log(sigmoid(beta * (w - l) - gamma))
+    assert simpo(*one(w, l), beta=beta, gamma=gamma).item() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+@LAW
+@given(ratio, ratio, st.floats(0.05, 1), st.floats(0.5, 2), st.floats(0.5, 2))
+def test_kto_values_gains_and_losses_from_its_reference_point(
+    r: float, z: float, beta: float, d: float, u: float
+) -> None:
+    both = torch.tensor([r, r], dtype=torch.float64)
+    got = kto(both, torch.tensor([True, False]), z, beta=beta, weights=(d, u)).tolist()
+    assert got == pytest.approx([d * (1 - sigmoid(beta * (r - z))), u * (1 - sigmoid(beta * (z - r)))], rel=1e-9)
+
+
+def test_kto_s_reference_point_is_never_negative_and_has_no_gradient() -> None:
+    ratios = torch.tensor([1.0, 4.0, -2.0], requires_grad=True)
+    assert kto_reference(ratios).item() == 1.0
+    assert not kto_reference(ratios).requires_grad
+    assert kto_reference(torch.tensor([-3.0])).item() == 0.0
+    assert kto_reference(torch.tensor([])).item() == 0.0
+
+
+LOSSES: dict[str, Any] = {
+    "dpo": lambda w, l: dpo(w, l, beta=0.1),
+    "cdpo": lambda w, l: dpo(w, l, beta=0.1, smoothing=0.2),
+    "ipo": lambda w, l: ipo(w, l, beta=0.1),
+    "orpo": lambda w, l: orpo(w, l, beta=0.1),
+    "simpo": lambda w, l: simpo(w, l, beta=2.0, gamma=1.0),
+    "kto": lambda w, l: kto(w, torch.tensor([True, False, True]), 0.3, beta=0.1, weights=(1.0, 1.3)) + 0 * l,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_finite_differences(name: str) -> None:
+    w = torch.tensor([-0.5, -2.0, -0.1], dtype=torch.float64, requires_grad=True)
+    l = torch.tensor([-1.5, -0.4, -0.11], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(LOSSES[name], (w, l))
+
+
+@pytest.mark.parametrize("name", ["orpo", "dpo", "simpo"])
+def test_certain_and_hopeless_answers_have_finite_losses_and_gradients(name: str) -> None:
+    w, l = torch.tensor([0.0, -1e-9, -300.0], requires_grad=True), torch.tensor([-300.0, 0.0, 0.0], requires_grad=True)
+    LOSSES[name](w, l).sum().backward()
+    assert torch.isfinite(LOSSES[name](w, l)).all()
+    for t in (w, l):
+        assert t.grad is not None
+        assert torch.isfinite(t.grad).all()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_simpo_is_trl_s(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.cpo import CPOTrainer
+
+    w, l = torch.tensor([-0.5, -2.0, -0.1]), torch.tensor([-1.5, -0.4, -0.11])
+    trainer = SimpleNamespace(
+        alpha=0.0, beta=2.0, loss_type="simpo", simpo_gamma=1.0, label_smoothing=smoothing,
+        accelerator=SimpleNamespace(device="cpu"),
+    )  # fmt: skip
+    wanted, reward, _ = CPOTrainer.cpo_loss(trainer, w, l)
+    torch.testing.assert_close(simpo(w, l, beta=2.0, gamma=1.0, smoothing=smoothing), wanted)
+    torch.testing.assert_close(2.0 * w, reward)
+
+
+@pytest.mark.peers
+def test_orpo_s_odds_ratio_is_trl_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.orpo import ORPOTrainer
+
+    w, l = torch.tensor([-0.5, -2.0, -0.1]), torch.tensor([-1.5, -0.4, -0.11])
+    trainer = SimpleNamespace(beta=0.1, accelerator=SimpleNamespace(device="cpu"))
+    wanted = ORPOTrainer.odds_ratio_loss(trainer, w, l)[0]  # TRL subtracts it
+    torch.testing.assert_close(orpo(w, l, beta=0.1), -wanted)

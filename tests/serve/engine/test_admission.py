@@ -1,0 +1,122 @@
+"""Room is shared out: whoever floods leaves some for others, and work in threads goes to who was given least."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from veneer.serve.engine.admission import Admission, FairPool, Share
+from veneer.serve.request import Refused
+
+
+def flood(share: Share, tenant: str, weight: float = 1.0, amount: int = 1) -> int:
+    """How much a tenant gets that takes until it is refused."""
+    got, said = 0, None
+    while said is None:
+        try:
+            share.take(tenant, weight, amount)
+            got += amount
+        except Refused as error:
+            said = error
+    assert (said.status, said.code) == (429, "overloaded")
+    assert said.retry_after
+    return got
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_tenants_that_flood_leave_as_much_as_each_of_them_has(n: int) -> None:
+    share = Share("things", 1200)
+    for _ in range(200):  # those that came first give some back until all have the same
+        for i in range(n):
+            flood(share, f"t{i}")
+        for i in range(n):
+            share.give(f"t{i}", share.by[f"t{i}"] // 20)
+    for i in range(n):
+        flood(share, f"t{i}")
+    free = share.total - share.held
+    assert 0.8 * 1200 / (n + 1) < free
+    assert all(abs(held - free) < 0.25 * free for held in share.by.values())
+    assert flood(share, "new") >= free // 2 - 1
+
+
+def test_one_that_floods_gets_half_and_a_heavier_one_more() -> None:
+    assert flood(Share("things", 1000), "a") == 500
+    assert 600 < flood(Share("things", 1000), "a", weight=2.0) < 700
+    assert flood(Share("things", 1000), "") == 1000  # where there are no tenants
+    light = Share("answers", 1024)
+    light.take("a", 0.01, 256)  # one whole request passes, whoever asks
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 40), st.booleans()), max_size=80))
+def test_what_is_given_back_is_there_again(steps: list[tuple[str, int, bool]]) -> None:
+    admission = Admission(bodies=100, answers=10, texts=10)
+    places = {name: admission.enter(name) for name in "abc"}
+    for name, amount, leaves in steps:
+        with suppress(Refused):
+            places[name].take("bodies", amount)
+        if leaves:
+            places[name].leave()
+        share = admission.shares["bodies"]
+        assert share.held == sum(p.held["bodies"] for p in places.values()) <= 100
+    for place in places.values():
+        place.leave()
+    assert share_is_empty(admission)
+
+
+def share_is_empty(admission: Admission) -> bool:
+    return all(share.held == 0 and not share.by for share in admission.shares.values())
+
+
+def test_a_thread_goes_to_the_tenant_that_was_given_least() -> None:
+    order: list[str] = []
+
+    async def everything() -> None:
+        pool, gate = FairPool(1, "test"), threading.Event()
+        first = asyncio.create_task(pool.run("a", 1.0, 1, gate.wait))
+        await asyncio.sleep(0.01)
+        work = [asyncio.create_task(pool.run("a", 1.0, 10, lambda: order.append("a"))) for _ in range(20)]
+        await asyncio.sleep(0)
+        work += [asyncio.create_task(pool.run("b", 1.0, 10, lambda: order.append("b"))) for _ in range(3)]
+        work += [asyncio.create_task(pool.run("c", 3.0, 10, lambda: order.append("c"))) for _ in range(9)]
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(first, *work)
+
+    asyncio.run(everything())
+    assert len(order) == 32
+    assert "b" in order[:3]  # not after the twenty that came before it
+    seen = Counter(order[:12])
+    assert seen["c"] >= 2 * seen["b"] >= 2  # by weight
+
+
+def test_short_work_never_waits_for_long_and_who_leaves_costs_nothing() -> None:
+    async def everything() -> float:
+        admission, gate = Admission(bodies=1, answers=1, texts=1 << 24), threading.Event()
+        place = admission.enter("a")
+        long = [asyncio.create_task(place.work(1 << 20, gate.wait)) for _ in range(4)]
+        await asyncio.sleep(0.01)
+        began = time.monotonic()
+        assert await admission.enter("b").work(100, lambda: 7) == 7
+        took = time.monotonic() - began
+        ran: list[int] = []
+        left = asyncio.create_task(place.work(1 << 20, lambda: ran.append(1)))
+        await asyncio.sleep(0.01)
+        left.cancel()
+        gate.set()
+        await asyncio.gather(*long)
+        await asyncio.sleep(0.01)
+        assert not ran
+        with pytest.raises(ZeroDivisionError):
+            await place.work(1, lambda: 1 // 0)
+        assert share_is_empty(admission)
+        admission.close()
+        return took
+
+    assert asyncio.run(everything()) < 1.0

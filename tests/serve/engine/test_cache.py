@@ -1,0 +1,112 @@
+"""Blocks of the cache: never lost, never shared wrongly, whatever the order of opening, growing and closing."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
+
+from veneer.serve.engine.cache import BlockTable, Cache, chain
+from veneer.serve.request import make_mix, mix_digest
+
+BLOCK = 4
+
+
+def filled(cache: Cache, root: bytes, tokens: list[int]) -> BlockTable:
+    table = cache.open(root, tokens)
+    assert cache.grow(table, len(tokens))
+    cache.computed(table, tokens)
+    return table
+
+
+def test_a_prompt_that_begins_alike_finds_full_blocks_under_the_same_mix_alone() -> None:
+    cache = Cache(16, BLOCK)
+    one = filled(cache, b"", list(range(10)))
+    again = cache.open(b"", [*range(10), 99])
+    assert again.blocks == one.blocks[:2]
+    assert cache.open(b"other mix", list(range(10))).blocks == []
+    assert cache.open(b"", [7, *range(1, 10)]).blocks == []
+
+
+def test_the_last_token_is_always_computed() -> None:
+    cache = Cache(16, BLOCK)
+    filled(cache, b"", list(range(8)))
+    assert len(cache.open(b"", list(range(8))).blocks) == 1
+    assert len(cache.open(b"", list(range(9))).blocks) == 2
+
+
+def test_kept_blocks_are_found_until_they_are_needed_the_longest_unused_first() -> None:
+    cache = Cache(4, BLOCK)
+    for start in (0, 100):
+        cache.close(filled(cache, b"", list(range(start, start + 8))))
+    assert cache.available == 4
+    assert len(cache.open(b"", [*range(100, 108), 1]).blocks) == 2
+    table = cache.open(b"", [50])
+    assert cache.grow(table, 8)
+    assert not cache.grow(table, 12)
+    assert cache.open(b"", [*range(8), 1]).blocks == []
+
+
+def test_a_mix_has_one_digest_however_it_is_written() -> None:
+    a, b = "sha256:aa", "sha256:bb"
+    assert make_mix([(b, 0.5), (a, 1.0), (b, 0.25), ("sha256:cc", 0)]) == ((a, 1.0), (b, 0.75))
+    assert mix_digest(make_mix([(b, 0.5), (a, 1.0)])) == mix_digest(make_mix([(a, 1), (b, 0.5)]))
+    assert mix_digest(make_mix([(a, 1.0)])) != mix_digest(make_mix([(a, 0.5)]))
+    assert mix_digest(()) == b""
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=8), st.lists(st.integers(0, 2**40), max_size=8))
+def test_keys_depend_on_every_token_and_their_order(tokens: list[int], other: list[int]) -> None:
+    assert (chain(b"x", tokens) == chain(b"x", other)) == (tokens == other)
+    assert chain(b"x", tokens) != chain(b"y", tokens)
+
+
+class Blocks(RuleBasedStateMachine):
+    """Against a model that remembers what was computed into each block."""
+
+    tables = Bundle("tables")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = Cache(12, BLOCK)
+        self.written: dict[int, tuple[bytes, tuple[int, ...]]] = {}
+        self.open_tables: list[tuple[BlockTable, list[int]]] = []
+
+    @rule(target=tables, root=st.sampled_from([b"", b"a"]), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20))
+    def open(self, root: bytes, tokens: list[int]) -> tuple[BlockTable, list[int]]:
+        table = self.cache.open(root, tokens)
+        for i, block in enumerate(table.blocks):  # what is found was computed from just these tokens under this mix
+            assert self.written[block] == (root, tuple(tokens[: (i + 1) * BLOCK]))
+        found = len(table.blocks)
+        if self.cache.grow(table, len(tokens)):
+            for i in range(found, len(table.blocks)):
+                self.written[table.blocks[i]] = (root, tuple(tokens[: (i + 1) * BLOCK]))
+            self.cache.computed(table, tokens)
+        entry = (table, tokens)
+        self.open_tables.append(entry)
+        return entry
+
+    @rule(entry=consumes(tables))
+    def close(self, entry: tuple[BlockTable, list[int]]) -> None:
+        self.cache.close(entry[0])
+        self.open_tables.remove(entry)
+
+    @rule()
+    def forget(self) -> None:
+        self.cache.forget()
+
+    @invariant()
+    def every_block_is_counted_once(self) -> None:
+        held = {b for table, _ in self.open_tables for b in table.blocks}
+        assert self.cache.in_use == len(held)
+        assert self.cache.available + len(held) == self.cache.size
+
+    @invariant()
+    def what_is_in_use_is_as_it_was_written(self) -> None:
+        for table, tokens in self.open_tables:
+            for i, block in enumerate(table.blocks):
+                assert self.written[block] == (table.root, tuple(tokens[: (i + 1) * BLOCK]))
+
+
+def test_any_order_of_opening_and_closing() -> None:
+    run_state_machine_as_test(Blocks, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))

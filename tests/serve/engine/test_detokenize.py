@@ -1,0 +1,179 @@
+"""Text as it comes: the pieces joined are the decoded answer, cut where the first stop text is complete."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
+from veneer.serve.engine.detokenize import Answer, Pieces
+from veneer.serve.request import Sampling
+
+TOKENIZER = tiny_tokenizer()
+
+
+def decoded(ids: list[int], tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As Llama 2's: ▁ for spaces, the first of which is dropped, and bytes for what has no token."""
+    words = ["▁the", "▁cat", "▁", "a", "b", "é", "s", "."]
+    vocab = {"<unk>": 0, "</s>": 1, **{f"<0x{i:02X}>": i + 2 for i in range(256)}}
+    vocab |= {w: 258 + i for i, w in enumerate(words)}
+    raw = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+
+
+SENTENCEPIECE = sentencepiece()
+tokens = st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=80)
+letters = st.text(alphabet="ab\n€😀 ", min_size=1, max_size=5)
+
+
+def told(answer: Answer, ids: list[int]) -> tuple[str, object]:
+    text, stop = "", None
+    for token in ids:
+        piece = answer.add(token)
+        text += piece.text
+        if piece.reason:
+            stop = piece.stop if piece.reason == "stop" else "length"
+            break
+    return text + answer.rest(), stop
+
+
+def cut(text: str, stops: tuple[str, ...]) -> str:
+    """By the definition: read on until some stop text is complete, take it off, of several the longest."""
+    for end in range(1, len(text) + 1):
+        if over := [s for s in stops if text[:end].endswith(s)]:
+            return text[: end - max(map(len, over))]
+    return text
+
+
+@given(tokens)
+@settings(max_examples=200, deadline=None)
+def test_pieces_joined_are_the_text_of_any_tokens(ids: list[int]) -> None:
+    pieces = Pieces(TOKENIZER)
+    assert "".join([*map(pieces.add, ids), pieces.rest()]) == decoded(ids)
+
+
+@given(st.text(alphabet="ab the cat.é€😀\n", max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_pieces_joined_are_the_text_with_bytes_as_a_fallback(text: str) -> None:
+    ids = SENTENCEPIECE(text)["input_ids"]
+    pieces = Pieces(SENTENCEPIECE)
+    assert "".join([*map(pieces.add, ids), pieces.rest()]) == decoded(ids, SENTENCEPIECE)
+
+
+def bytewise(data: bytes) -> list[int]:
+    """One token a byte."""
+    table = {}
+    n = 0
+    for b in range(256):
+        printable = 33 <= b <= 126 or 161 <= b <= 172 or b >= 174
+        table[b] = chr(b) if printable else chr(256 + n)
+        n += not printable
+    return [TOKENIZER.convert_tokens_to_ids(table[b]) for b in data]
+
+
+def test_a_character_waits_for_its_last_byte() -> None:
+    pieces = Pieces(TOKENIZER)
+    assert [pieces.add(t) for t in bytewise("a😀é".encode())] == ["a", "", "", "", "😀", "", "é"]
+
+
+@given(st.binary(max_size=120))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes(data: bytes) -> None:
+    pieces = Pieces(TOKENIZER)
+    out = [pieces.add(t) for t in bytewise(data)]
+    assert "".join([*out, pieces.rest()]) == data.decode(errors="replace")
+
+
+def test_the_window_stays_small() -> None:
+    """The cost of a token does not grow with the answer, not even with broken characters for ever."""
+    for ids in (bytewise(b"\xff" * 3000), bytewise("😀".encode() * 750), [2] * 3000, bytewise(b"ab" * 1500)):
+        pieces, widest = Pieces(TOKENIZER), 0
+        out = ""
+        for token in ids:
+            out += pieces.add(token)
+            widest = max(widest, len(pieces.window))
+        assert out + pieces.rest() == decoded(ids)
+        assert widest <= 64
+
+
+@given(tokens, st.lists(letters, max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_an_answer_is_the_decoded_text_up_to_the_first_stop(ids: list[int], stops: list[str]) -> None:
+    ids = [i for i in ids if i != 2]
+    answer = Answer(TOKENIZER, Sampling(max_tokens=1000, stop=tuple(stops)), ends=(2,))
+    text, stop = told(answer, ids)
+    assert text == cut(decoded(ids), tuple(stops))
+    assert (stop is not None) == (text != decoded(ids))
+    assert answer.rest() == ""
+
+
+@given(st.text(alphabet="ab", max_size=30), st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_stops_that_overlap(text: str, stops: list[str]) -> None:
+    """The outcome does not depend on how the text is cut into tokens."""
+    whole = told(Answer(TOKENIZER, Sampling(max_tokens=1000, stop=tuple(stops))), TOKENIZER(text)["input_ids"])
+    single = told(Answer(TOKENIZER, Sampling(max_tokens=1000, stop=tuple(stops))), bytewise(text.encode()))
+    assert whole == single
+    assert whole[0] == cut(text, tuple(stops))
+
+
+def test_nothing_goes_out_that_a_stop_takes_back() -> None:
+    answer = Answer(TOKENIZER, Sampling(stop=("<end>",)))
+    out = [answer.add(t).text for t in bytewise(b"a<en<end>")]
+    assert out == ["a", "", "", "", "<en", "", "", "", ""]
+    assert answer.rest() == ""
+
+
+def test_what_was_held_back_belongs_to_an_answer_that_ends_otherwise() -> None:
+    answer = Answer(TOKENIZER, Sampling(stop=("<end>",)), ends=(2,))
+    assert [answer.add(t).text for t in bytewise(b"a<e")] == ["a", "", ""]
+    end = answer.add(2)
+    assert (end.text, end.reason, end.stop) == ("", "stop", 2)
+    assert answer.rest() == "<e"
+    assert answer.rest() == ""
+
+
+def test_length() -> None:
+    answer = Answer(TOKENIZER, Sampling(max_tokens=3, stop=("zz",)))
+    pieces = [answer.add(t) for t in bytewise(b"abz")]
+    assert [p.reason for p in pieces] == [None, None, "length"]
+    assert "".join(p.text for p in pieces) + answer.rest() == "abz"
+
+
+def test_a_stop_at_the_last_token_is_a_stop() -> None:
+    answer = Answer(TOKENIZER, Sampling(max_tokens=2, stop=("b",)))
+    assert [answer.add(t).reason for t in bytewise(b"ab")] == [None, "stop"]
+    answer = Answer(TOKENIZER, Sampling(max_tokens=1), ends=(2,))
+    assert answer.add(2).reason == "stop"
+
+
+def test_ends_may_be_ignored_and_the_requests_own_may_not() -> None:
+    answer = Answer(TOKENIZER, Sampling(ignore_eos=True, stop_ids=(9,)), ends=(2,))
+    assert [answer.add(t).reason for t in (2, 5, 9)] == [None, None, "stop"]
+    answer = Answer(TOKENIZER, Sampling(ignore_eos=True, grammar=("regex", "a")), ends=(2,))
+    assert answer.add(2).reason == "stop", "nothing follows a grammar's end"
+
+
+def test_stops_count_behind_min_tokens() -> None:
+    answer = Answer(TOKENIZER, Sampling(min_tokens=3, stop=("a",)))
+    pieces = [answer.add(t) for t in bytewise(b"aaaba")]
+    assert [p.reason for p in pieces] == [None, None, None, None, "stop"]
+    assert "".join(p.text for p in pieces) == "aaab"
+
+
+@pytest.mark.parametrize("ids", [[], [2, 1, 0]])
+def test_special_tokens_have_no_text(ids: list[int]) -> None:
+    assert told(Answer(TOKENIZER, Sampling(stop=("<",))), ids) == ("", None)

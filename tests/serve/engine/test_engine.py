@@ -1,0 +1,540 @@
+"""The engine: everybody's answer is what they would get alone, whatever happens around them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.families import FAMILIES, VOCAB
+from tests.serve.forward.test_runner import base_of, trained
+from veneer.core.adapter import Adapter
+from veneer.core.attach import attach
+from veneer.errors import AdapterError
+from veneer.serve.engine.engine import EngineSettings, TextEngine
+from veneer.serve.forward.paged import Pages
+from veneer.serve.request import BASE, Event, Finished, Mix, Refused, Request, Sampling, Started, Token
+
+GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+class Shelf:
+    """Adapters by digest, as a library would give them; counts how often each is read."""
+
+    def __init__(self, *adapters: Adapter) -> None:
+        self.by_digest = {a.digest(): a for a in adapters}
+        self.reads: list[str] = []
+        self.gate: threading.Event | None = None
+
+    def __call__(self, digest: str) -> Adapter:
+        self.reads.append(digest)
+        if self.gate is not None:
+            self.gate.wait(10)
+        if digest not in self.by_digest:
+            raise AdapterError("its file is gone")
+        return self.by_digest[digest].mapped(lambda t: t.clone())
+
+
+def fresh(family: str = "qwen3") -> Any:
+    return FAMILIES[family]()
+
+
+def engine_of(model: Any, shelf: Shelf, **settings: Any) -> TextEngine:
+    small = {"cache_bytes": 1 << 20, "merge_after": 0} | settings
+    return TextEngine(base_of(model), shelf, EngineSettings(**small))
+
+
+async def answer(engine: TextEngine, request: Request) -> tuple[list[int], str, Finished]:
+    ids, text = [], ""
+    async for event in engine.events(request):
+        if isinstance(event, Token):
+            ids.append(event.id)
+            text += event.text
+        elif isinstance(event, Finished):
+            return ids, text + event.text, event
+    raise AssertionError("no end")
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(work, 120))
+
+
+def greedy(model: Any, shelf: Shelf, mix: Mix, prompt: tuple[int, ...], n: int) -> list[int]:
+    """By hand: the whole sequence again for every token, through core's attachment."""
+    with attach(model) as attachment, torch.no_grad():
+        for digest, _ in mix:
+            attachment.add(digest, shelf.by_digest[digest])
+        attachment.use(*mix)
+        ids = list(prompt)
+        for _ in range(n):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def prompt(n: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral"])
+def test_a_mixed_batch_answers_everybody_as_if_alone(family: str) -> None:
+    model = fresh(family)
+    exclude = ("*.experts",) if family == "mixtral" else ()
+    shelf = Shelf(
+        trained(model, 1), trained(model, 2, rslora=True, rank=5), trained(model, 3, dora=True, exclude=exclude)
+    )
+    a, b, c = shelf.by_digest
+    mixes: list[Mix] = [BASE, ((a, 1.0),), ((b, -0.5),), tuple(sorted([(a, 0.5), (c, 1.0)])), ((c, 1.0),), BASE]
+    prompts = [prompt(n, n) for n in (5, 40, 17, 23, 33, 1)]
+    want = [greedy(model, shelf, mix, p, 12) for mix, p in zip(mixes, prompts, strict=True)]
+    with engine_of(model, shelf, budget=16, rows=4) as engine:
+
+        async def all_of_them() -> list[Any]:
+            requests = [Request(p, GREEDY, mix) for p, mix in zip(prompts, mixes, strict=True)]
+            return await asyncio.gather(*(answer(engine, r) for r in requests))
+
+        got = run(all_of_them())
+        assert [ids for ids, _, _ in got] == want
+        for (_, _, end), p in zip(got, prompts, strict=True):
+            assert end.reason == "length"
+            assert (end.usage.prompt, end.usage.completion) == (len(p), 12)
+        assert engine.cache.in_use == 0
+        assert sorted(shelf.reads) == sorted([a, b, c])
+
+
+def test_memory_that_is_short_pre_empts_and_changes_no_answer() -> None:
+    model = fresh()
+    shelf = Shelf(trained(model, 1))
+    mix: Mix = ((next(iter(shelf.by_digest)), 1.0),)
+    prompts = [prompt(20, i) for i in range(6)]
+    many = Sampling(max_tokens=40, temperature=0.0, ignore_eos=True)
+    want = [greedy(model, shelf, mix, p, 40) for p in prompts]
+    size = 2 * 2 * 2 * 8 * 16 * 4  # layers, kv, d, block, float32
+    with engine_of(model, shelf, cache_bytes=11 * size) as engine:
+        assert engine.runner.blocks == 11
+
+        async def all_of_them() -> list[Any]:
+            return await asyncio.gather(*(answer(engine, Request(p, many, mix)) for p in prompts))
+
+        got = run(all_of_them())
+        assert engine.stats().preemptions > 0
+    assert [ids for ids, _, _ in got] == want
+
+
+def test_prefixes_are_shared_under_one_mix_and_never_under_another() -> None:
+    model = fresh()
+    one, two = trained(model, 1), trained(model, 2)
+    shelf = Shelf(one, two)
+    a, b = shelf.by_digest
+    p = prompt(50)
+
+    async def turns(engine: TextEngine) -> list[tuple[list[int], int]]:
+        out = []
+        for mix in [((a, 1.0),), ((b, 1.0),), ((a, 1.0),), BASE, ((a, 0.5),), ((b, 1.0),), BASE]:
+            ids, _, end = await answer(engine, Request(p, GREEDY, mix))
+            out.append((ids, end.usage.cached))
+            assert ids == greedy(model, shelf, mix, p, 12)
+        return out
+
+    with engine_of(model, shelf) as engine:
+        got = run(turns(engine))
+    assert [cached for _, cached in got] == [0, 0, 48, 0, 0, 48, 48]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mixtral"])
+def test_the_logprobs_of_a_prompt_are_the_models_own(family: str) -> None:
+    """In chunks, beside others, though the cache knows the same prompt, and computed again after a pre-emption."""
+    model = fresh(family)
+    adapter = trained(model, 1)
+    shelf = Shelf(adapter)
+    mix: Mix = ((adapter.digest(), 0.7),)
+    long, short = prompt(70), prompt(1)
+    with attach(model) as attachment, torch.no_grad():
+        attachment.add("a", adapter)
+        attachment.use(("a", 0.7))
+        want = model(input_ids=torch.tensor([long])).logits[0].double().log_softmax(-1)
+    many = Sampling(max_tokens=24, temperature=0.0, ignore_eos=True)
+    scoring = replace(many, logprobs=2, prompt_logprobs=True)
+
+    async def first(engine: TextEngine, request: Request) -> Token:
+        tokens = [event async for event in engine.events(request) if isinstance(event, Token)]
+        assert [bool(t.prompt) for t in tokens] == [True] + [False] * 23
+        return tokens[0]
+
+    async def work(engine: TextEngine) -> list[Any]:
+        await answer(engine, Request(long, GREEDY, mix))
+        others = [answer(engine, Request(prompt(30, seed), many, mix if seed % 2 else BASE)) for seed in range(3)]
+        asked = [first(engine, Request(p, scoring, mix)) for p in (long, short)]
+        return (await asyncio.gather(*others, *asked))[3:]
+
+    config = model.config.get_text_config()
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    block = Pages.bytes_of_a_block(config.num_hidden_layers, config.num_key_value_heads, d, torch.float32)
+    for budget, blocks in ((16, 200), (64, 14)):
+        with engine_of(model, shelf, budget=budget, rows=8, cache_bytes=blocks * block) as engine:
+            scored, alone = run(work(engine))
+            assert bool(engine.stats().preemptions) == (blocks == 14)
+        assert [t.id for t in scored.prompt] == list(long)
+        assert scored.prompt[0].logprob is None
+        for k, token in enumerate(scored.prompt[1:], 1):
+            assert token.logprob == pytest.approx(float(want[k - 1, token.id]), abs=1e-4)
+            best = want[k - 1].topk(2)
+            assert [i for i, _, _ in token.top] == best.indices.tolist()
+            assert [p for _, _, p in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert [(t.id, t.logprob) for t in alone.prompt] == [(short[0], None)]
+
+
+def test_an_adapter_that_cannot_be_read_fails_its_own_request_alone() -> None:
+    model = fresh()
+    shelf = Shelf(trained(model, 1))
+    good = next(iter(shelf.by_digest))
+
+    async def both(engine: TextEngine) -> list[Any]:
+        wanted = [((good, 1.0),), (("sha256:gone", 1.0),)] * 5
+        return await asyncio.gather(*(answer(engine, Request(prompt(9, i), GREEDY, m)) for i, m in enumerate(wanted)))
+
+    with engine_of(model, shelf) as engine:
+        got = run(both(engine))
+    for i, (ids, _, end) in enumerate(got):
+        if i % 2:
+            assert (end.reason, ids) == ("error", [])
+            assert isinstance(end.error, Refused)
+        else:
+            assert ids == greedy(model, shelf, ((good, 1.0),), prompt(9, i), 12)
+
+
+def test_reading_an_adapter_never_stops_the_others() -> None:
+    model = fresh()
+    shelf = Shelf(trained(model, 1))
+    shelf.gate = threading.Event()
+    slow = next(iter(shelf.by_digest))
+
+    async def both(engine: TextEngine) -> None:
+        waiting = asyncio.create_task(answer(engine, Request(prompt(9), GREEDY, ((slow, 1.0),))))
+        for i in range(5):
+            await answer(engine, Request(prompt(9, i), GREEDY))
+        assert not waiting.done()
+        assert shelf.gate is not None
+        shelf.gate.set()
+        ids, _, _ = await waiting
+        assert ids == greedy(model, shelf, ((slow, 1.0),), prompt(9), 12)
+
+    with engine_of(model, shelf) as engine:
+        run(both(engine))
+
+
+def test_a_client_that_leaves_gives_everything_back() -> None:
+    model = fresh()
+    shelf = Shelf(trained(model, 1))
+    mix: Mix = ((next(iter(shelf.by_digest)), 1.0),)
+    long = Sampling(max_tokens=200, temperature=0.0, ignore_eos=True)
+
+    async def leave(engine: TextEngine) -> None:
+        events: AsyncIterator[Event] = engine.events(Request(prompt(9), long, mix))
+        seen = 0
+        async for event in events:
+            seen += isinstance(event, Token)
+            if seen == 3:
+                break
+        await events.aclose()  # type: ignore[attr-defined]
+        never = asyncio.create_task(answer(engine, Request(prompt(9), long, mix)))
+        await asyncio.sleep(0)
+        never.cancel()
+        for _ in range(500):
+            if not engine._by_id and not engine._live:
+                break
+            await asyncio.sleep(0.01)
+        assert not engine._by_id
+        assert engine.cache.in_use == 0
+        assert engine.stats().running == engine.stats().waiting == 0
+
+    with engine_of(model, shelf) as engine:
+        run(leave(engine))
+        digest = mix[0][0]
+        thing = weakref.ref(engine.residents._slots[digest].thing)
+        engine.residents.drop(digest)
+        gc.collect()
+        assert thing() is None
+
+
+def test_a_step_that_fails_ends_only_who_fails_alone() -> None:
+    model = fresh()
+    shelf = Shelf()
+    with engine_of(model, shelf) as engine:
+        own: Callable[..., Any] = engine.runner.run
+
+        def broken(rows: Any) -> Any:
+            if any(row.tokens and 77 in row.tokens for row in rows):
+                raise RuntimeError("no")
+            return own(rows)
+
+        engine.runner.run = broken  # type: ignore[method-assign]
+
+        async def both() -> list[Any]:
+            bad, good = (77, 5, 6), tuple(t for t in prompt(9) if t != 77)
+            return await asyncio.gather(
+                *(answer(engine, Request(p, Sampling(max_tokens=1, temperature=0.0))) for p in [bad, good] * 3)
+            )
+
+        got = run(both())
+    assert [end.reason for _, _, end in got] == ["error", "length"] * 3
+    assert all(end.error.status == 500 for _, _, end in got[::2])
+
+
+def test_a_fault_of_the_step_itself_is_told_and_the_next_are_served() -> None:
+    model = fresh()
+    with engine_of(model, Shelf()) as engine:
+        own, faults = engine.scheduler.step, [1]
+
+        def broken() -> Any:
+            if faults and engine.scheduler.running:
+                faults.pop()
+                raise RuntimeError("no")
+            return own()
+
+        engine.scheduler.step = broken  # type: ignore[method-assign]
+
+        async def turns() -> None:
+            _, _, end = await answer(engine, Request(prompt(9), GREEDY))
+            assert end.reason == "error"
+            ids, _, _ = await answer(engine, Request(prompt(9), GREEDY))
+            assert ids == greedy(model, Shelf(), BASE, prompt(9), 12)
+
+        run(turns())
+
+
+def test_what_is_known_at_once_is_refused_at_once() -> None:
+    model = fresh()
+    with engine_of(model, Shelf(), queue=0) as engine:
+        for request, code in [
+            (Request(prompt(200), Sampling(max_tokens=100)), "context_exceeded"),
+            (Request(()), "invalid_request"),
+            (Request((5, VOCAB + 3), Sampling(max_tokens=3)), "invalid_request"),
+            (Request(prompt(3), Sampling(max_tokens=3)), "overloaded"),
+            (Request(prompt(3), Sampling(max_tokens=3, logit_bias={VOCAB + 9: 1.0})), "overloaded"),
+        ]:
+            with pytest.raises(Refused) as refused:
+                run(answer(engine, request))
+            assert refused.value.code == code
+    with pytest.raises(Refused) as refused:
+        run(answer(engine, Request(prompt(3), Sampling(max_tokens=3))))
+    assert refused.value.code == "shutting_down"
+
+
+def test_stopping_lets_what_runs_go_on() -> None:
+    model = fresh()
+    engine = engine_of(model, Shelf()).start()
+
+    async def late() -> Finished:
+        events = engine.events(Request(prompt(9), Sampling(max_tokens=100, temperature=0.0, ignore_eos=True)))
+        first = await anext(events)
+        assert isinstance(first, Started)
+        stopping = asyncio.create_task(asyncio.to_thread(engine.stop, 30.0))
+        last = [e async for e in events][-1]
+        await stopping
+        assert isinstance(last, Finished)
+        return last
+
+    assert run(late()).reason == "length"
+
+
+def test_a_hot_mix_is_merged_and_unmerged_and_changes_no_answer() -> None:
+    model = fresh()
+    shelf = Shelf(trained(model, 1))
+    mix: Mix = ((next(iter(shelf.by_digest)), 1.0),)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    many = Sampling(max_tokens=60, temperature=0.0, ignore_eos=True)
+    with engine_of(model, shelf, merge_after=10) as engine:
+
+        async def turns() -> None:
+            for p in (prompt(9), prompt(20, 2)):
+                assert (await answer(engine, Request(p, many, mix)))[0] == greedy(model, shelf, mix, p, 60)
+            for _ in range(200):
+                if engine.runner.merged:
+                    break
+                await answer(engine, Request(prompt(9), many, mix))
+            assert engine.runner.merged == mix
+            assert (await answer(engine, Request(prompt(9), many, mix)))[0] == greedy(model, shelf, mix, prompt(9), 60)
+            assert (await answer(engine, Request(prompt(9), many)))[0] == greedy(model, shelf, BASE, prompt(9), 60)
+            await answer(engine, Request(prompt(9), many))
+            assert engine.runner.merged is None
+
+        run(turns())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_sampled_answers_depend_on_their_seed_alone() -> None:
+    model = fresh()
+    with engine_of(model, Shelf()) as engine:
+
+        async def several(n: int) -> list[list[int]]:
+            requests = [Request(prompt(9), Sampling(max_tokens=10, seed=i, ignore_eos=True)) for i in range(n)]
+            return [ids for ids, _, _ in await asyncio.gather(*(answer(engine, r) for r in requests))]
+
+        many = run(several(12))
+        assert run(several(3)) == many[:3]
+        assert len({tuple(ids) for ids in many}) > 6
+
+
+def recurrent() -> Any:
+    """A base whose layers carry a state on."""
+    from transformers import AutoModelForCausalLM, Lfm2Config
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Lfm2Config(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], max_position_embeddings=256,
+        )  # fmt: skip
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("make", [recurrent, fresh])
+def test_a_step_that_is_run_again_starts_from_where_it_was(make: Callable[[], Any]) -> None:
+    """The first rows of a step have been computed, the last one fails: the others' answers are as if it had not."""
+    model = make()
+    with engine_of(model, Shelf(), budget=16) as engine:
+        own: Callable[..., Any] = engine.runner.run
+        steps = 0
+
+        def broken(rows: Any) -> Any:
+            nonlocal steps
+            if len(rows) == 1:
+                return own(rows)
+            steps += 1
+            made = own(rows)
+            if steps % 2:
+                raise RuntimeError("after all of it was computed")
+            return made
+
+        engine.runner.run = broken  # type: ignore[method-assign]
+        prompts = [prompt(n, n) for n in (5, 20, 33)]
+
+        async def told(p: tuple[int, ...]) -> list[Token]:
+            request = Request(p, replace(GREEDY, logprobs=0))
+            return [event async for event in engine.events(request) if isinstance(event, Token)]
+
+        async def together() -> list[list[Token]]:
+            return await asyncio.gather(*map(told, prompts))
+
+        got = run(together())
+        assert steps > 4
+    for p, tokens in zip(prompts, got, strict=True):
+        ids = list(p)
+        for token in tokens:  # against the whole sequence computed again
+            with torch.no_grad():
+                scores = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            assert token.logprob == pytest.approx(float(scores[token.id]), abs=1e-4)
+            ids.append(token.id)
+        assert len(tokens) == 12
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_says_when_it_serves_nobody() -> None:
+    model = fresh()
+    with engine_of(model, Shelf(), stuck_seconds=0.2) as engine:
+        own: Callable[..., Any] = engine.runner.run
+        gate = threading.Event()
+        assert engine.problem() == ""
+
+        def fails(rows: Any) -> Any:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        def waits(rows: Any) -> Any:
+            gate.wait(20)
+            return own(rows)
+
+        async def ask() -> str:
+            return (await answer(engine, Request(prompt(9), GREEDY)))[2].reason
+
+        engine.runner.run = fails  # type: ignore[method-assign]
+        assert [run(ask()) for _ in range(3)] == ["error"] * 3
+        assert "failed for everybody" in engine.problem()
+        engine.runner.run = own  # type: ignore[method-assign]
+        assert run(ask()) == "length"
+        assert engine.problem() == ""
+        engine.runner.run = waits  # type: ignore[method-assign]
+
+        async def stuck() -> None:
+            asked = asyncio.create_task(ask())
+            await asyncio.sleep(0.5)
+            assert "has not ended" in engine.problem()
+            gate.set()
+            assert await asked == "length"
+
+        run(stuck())
+        assert engine.problem() == ""
+        engine._box.put(sys.exit)  # whatever ends it
+        engine._thread.join(10)
+        assert "has ended" in engine.problem()
+
+
+def test_a_grammar_that_breaks_ends_its_own_row_and_the_others_take_their_tokens_once() -> None:
+    model = fresh()
+    with engine_of(model, Shelf()) as engine:
+
+        class Broken:
+            def mask(self) -> Any:
+                return torch.ones(engine.vocabulary, dtype=torch.bool)
+
+            def advance(self, token: int) -> None:
+                raise RuntimeError("a bug")
+
+        async def both() -> list[Any]:
+            loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Event]()
+            engine._admit(Request(prompt(9, 1), GREEDY), Broken(), inbox.put_nowait, loop)
+            good = await answer(engine, Request(prompt(9), replace(GREEDY, seed=3, temperature=1.0)))
+            while not isinstance(event := await inbox.get(), Finished):
+                pass
+            return [good, event]
+
+        good, bad = run(both())
+        assert (bad.reason, bad.error.code) == ("error", "internal")
+        alone = run(answer(engine, Request(prompt(9), replace(GREEDY, seed=3, temperature=1.0))))
+        assert good[0] == alone[0]
+
+
+def test_masks_are_made_while_the_model_computes() -> None:
+    with engine_of(fresh(), Shelf()) as engine:
+        own: Callable[..., Any] = engine.runner.run
+        computing, masked = threading.Event(), threading.Event()
+        beside: list[bool] = []
+
+        def run_slowly(rows: Any) -> Any:
+            computing.set()
+            assert masked.wait(10)
+            computing.clear()
+            masked.clear()
+            return own(rows)
+
+        class Watched:
+            def mask(self) -> Any:
+                beside.append(computing.wait(10) and threading.current_thread() is not engine._thread)
+                masked.set()
+                allowed = torch.zeros(engine.vocabulary, dtype=torch.bool)
+                allowed[7] = True
+                return allowed
+
+            def advance(self, token: int) -> None:
+                assert token == 7
+
+        engine.runner.run = run_slowly  # type: ignore[method-assign]
+
+        async def ask() -> Finished:
+            inbox = asyncio.Queue[Event]()
+            request = Request(prompt(9), Sampling(max_tokens=3, temperature=0.0, ignore_eos=True))
+            engine._admit(request, Watched(), inbox.put_nowait, asyncio.get_running_loop())
+            while not isinstance(event := await inbox.get(), Finished):
+                pass
+            return event
+
+        end = run(ask())
+        assert (end.reason, end.usage.completion) == ("length", 3)
+        assert beside == [True] * 3

@@ -1,0 +1,269 @@
+"""Grammars as masks: whatever the model prefers, what comes out validates; what cannot be compiled is a 400."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
+from veneer.serve.engine import grammar as grammars
+from veneer.serve.engine.detokenize import Answer
+from veneer.serve.engine.grammar import Grammar, Kind, compile_grammar
+from veneer.serve.engine.sampler import Choice, Row, sample
+from veneer.serve.request import Refused, Sampling
+
+jsonschema = pytest.importorskip("jsonschema")
+
+TOKENIZER = tiny_tokenizer()
+EOS = TOKENIZER.eos_token_id
+PADDED = VOCAB_SIZE + 64
+"""Logits of models are often more than their tokenizer has tokens."""
+
+
+def compiled(kind: Kind, text: str = "") -> Grammar:
+    return compile_grammar(kind, text, TOKENIZER, vocabulary=PADDED, ends=(EOS,))
+
+
+def answer(grammar: Grammar, seed: int = 0, heat: float = 1.0, steps: int = 400) -> tuple[str, bool]:
+    """(text, whether it came to its end) of a model that has no idea, but closes what it opened sooner or later."""
+    generator = torch.Generator().manual_seed(seed)
+    matcher = grammar.matcher()
+    row = Row(Sampling(seed=seed, temperature=heat), vocabulary=PADDED, ends=(EOS,), grammar=matcher)
+    told = Answer(TOKENIZER, Sampling(max_tokens=steps), ends=(EOS,))
+    text = ""
+    closing = TOKENIZER.convert_tokens_to_ids(['"', "}", "]"])
+    for step in range(steps):
+        logits = torch.randn(1, PADDED, generator=generator) * 2
+        logits[0, closing] += step / 4
+        logits[0, EOS] += 5
+        (choice,) = sample(logits, [row])
+        assert isinstance(choice, Choice)
+        assert choice.id < VOCAB_SIZE
+        complete = matcher.complete
+        piece = told.add(choice.id)
+        text += piece.text
+        if piece.reason == "stop":
+            assert complete
+            return text + told.rest(), True
+    return text + told.rest(), False
+
+
+SCHEMAS: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"team": {"enum": ["billing", "support"]}, "n": {"type": "integer"}},
+     "required": ["team", "n"], "additionalProperties": False},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 4},
+    {"type": "string", "maxLength": 5},
+    {"anyOf": [{"type": "null"}, {"type": "number"}]},
+    {"$ref": "#/$defs/node", "$defs": {"node": {"type": "object", "properties": {
+        "v": {"type": "integer", "minimum": 0, "maximum": 9}, "next": {"anyOf": [{"$ref": "#/$defs/node"},
+        {"type": "null"}]}}, "required": ["v", "next"], "additionalProperties": False}}},
+    {"type": "string", "pattern": "^[a-c]{2,4}$"},
+    {"const": {"a": [1, "x"]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
+@pytest.mark.parametrize("heat", [0.0, 1.0])
+def test_what_comes_out_validates(schema: dict[str, Any], heat: float) -> None:
+    ended = 0
+    for seed in range(6):
+        text, end = answer(compiled("json_schema", json.dumps(schema)), seed, heat)
+        ended += end
+        if end:
+            jsonschema.validate(json.loads(text), schema)
+    assert ended
+
+
+def schemas() -> st.SearchStrategy[dict[str, Any]]:
+    simple: st.SearchStrategy[dict[str, Any]] = st.one_of(
+        st.just({"type": "boolean"}),
+        st.just({"type": "null"}),
+        st.builds(lambda a, b: {"type": "integer", "minimum": min(a, b), "maximum": max(a, b)},
+                  st.integers(-999, 999), st.integers(-999, 999)),
+        st.builds(lambda n: {"type": "string", "maxLength": n}, st.integers(0, 6)),
+        st.lists(st.sampled_from(["a", 'q"', "é", 1, None, True]), min_size=1, max_size=3, unique_by=repr).map(
+            lambda values: {"enum": values}),
+    )  # fmt: skip
+
+    def larger(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+        arrays = st.builds(lambda s, n: {"type": "array", "items": s, "maxItems": n}, inner, st.integers(0, 3))
+        fields = st.dictionaries(st.sampled_from(["a", "b", "long name"]), inner, max_size=3)
+        objects = fields.map(
+            lambda p: {"type": "object", "properties": p, "required": sorted(p), "additionalProperties": False}
+        )
+        return st.one_of(arrays, objects, st.lists(inner, min_size=1, max_size=2).map(lambda a: {"anyOf": a}))
+
+    return st.recursive(simple, larger, max_leaves=5)
+
+
+@given(schema=schemas(), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_any_small_schema(schema: dict[str, Any], seed: int) -> None:
+    text, end = answer(compiled("json_schema", json.dumps(schema)), seed)
+    if end:
+        jsonschema.validate(json.loads(text), schema)
+
+
+def test_any_json_object() -> None:
+    ends = 0
+    for seed in range(8):
+        text, end = answer(compiled("json_object"), seed)
+        ends += end
+        if end:
+            assert isinstance(json.loads(text), dict)
+    assert ends
+
+
+@pytest.mark.parametrize("pattern", [r"(yes|no|maybe)", r"[a-z]{3}-\d{2}", r"a*b", r"€+x", r"(\d{1,3}\.){3}\d{1,3}"])
+def test_regular_expressions(pattern: str) -> None:
+    for seed in range(5):
+        text, end = answer(compiled("regex", pattern), seed)
+        assert not end or re.fullmatch(pattern, text), text
+
+
+def test_the_end_comes_only_where_the_answer_is_complete() -> None:
+    matcher = compiled("regex", "ab?").matcher()
+    a, b = TOKENIZER.convert_tokens_to_ids(["a", "b"])
+    assert not matcher.mask()[EOS]
+    assert not matcher.complete
+    matcher.advance(a)
+    assert matcher.mask()[EOS]
+    assert matcher.mask()[b]
+    assert (matcher.complete, matcher.done) == (True, False)
+    matcher.advance(b)
+    assert matcher.mask().nonzero().flatten().tolist() == [EOS]
+    assert (matcher.complete, matcher.done) == (True, True)
+    matcher.advance(EOS)
+    assert matcher.done
+
+
+def test_every_id_that_ends_an_answer_may_end_it() -> None:
+    grammar = compile_grammar("regex", "a", TOKENIZER, vocabulary=PADDED, ends=(0, EOS))
+    matcher = grammar.matcher()
+    assert not matcher.mask()[[0, EOS]].any()
+    matcher.advance(TOKENIZER.convert_tokens_to_ids("a"))
+    assert matcher.mask().nonzero().flatten().tolist() == sorted([0, EOS])
+    alone = compile_grammar("regex", "a", TOKENIZER).matcher()
+    assert alone.mask().shape == (VOCAB_SIZE,)
+    alone.advance(TOKENIZER.convert_tokens_to_ids("a"))
+    assert alone.mask().nonzero().flatten().tolist() == [EOS]
+
+
+def test_what_the_tokenizer_does_not_have_is_never_allowed() -> None:
+    mask = compiled("json_object").matcher().mask()
+    assert mask.shape == (PADDED,)
+    assert mask.dtype == torch.bool
+    assert not mask[VOCAB_SIZE:].any()
+    assert mask.any()
+
+
+def test_a_token_that_the_mask_forbids_is_refused() -> None:
+    matcher = compiled("regex", "a").matcher()
+    with pytest.raises(Refused):
+        matcher.advance(TOKENIZER.convert_tokens_to_ids("b"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("json_schema", "{"),
+        ("json_schema", "[1]"),
+        ("json_schema", '{"type": "objekt"}'),
+        ("json_schema", '{"$ref": "#/nowhere"}'),
+        ("json_schema", '{"type": "string", "minLength": 5, "maxLength": 2}'),
+        ("json_schema", '{"type": "string", "format": "no-such-format"}'),
+        ("json_schema", '{"$ref": "https://example.com/schema"}'),
+        ("regex", "(a"),
+        ("regex", "[z-a]"),
+        ("regex", "a" * (grammars.MAX_TEXT + 1)),
+    ],
+)
+def test_what_cannot_be_compiled_is_a_400_that_says_why(kind: Kind, text: str) -> None:
+    with pytest.raises(Refused) as caught:
+        compiled(kind, text)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_request")
+    assert len(caught.value.what) > len("the grammar cannot be used: ")
+
+
+def test_a_grammar_is_compiled_once() -> None:
+    text = '{"type": "object", "title": "once"}'
+    assert compiled("json_schema", text) is compiled("json_schema", text)
+    assert compiled("json_object", "x") is compiled("json_object", "y")
+    got: list[Grammar] = []
+    threads = [threading.Thread(target=lambda: got.append(compiled("regex", "(one|two)+"))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(got) == 6
+    assert len(set(map(id, got))) == 1
+
+
+def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "KEPT", 3)
+    for i in range(9):
+        compiled("regex", f"kept{i}")
+    assert len(grammars._kept) <= 3
+
+
+def test_matchers_do_not_know_each_other() -> None:
+    grammar = compiled("regex", "ab")
+    a, b = TOKENIZER.convert_tokens_to_ids(["a", "b"])
+    one, two = grammar.matcher(), grammar.matcher()
+    one.advance(a)
+    assert one.mask()[b]
+    assert two.mask()[a]
+    assert not two.mask()[b]
+
+
+def test_a_matcher_by_what_a_request_asks() -> None:
+    here = grammars.matcher(("regex", "a"), TOKENIZER, PADDED, (EOS,))
+    assert here.mask().shape == (PADDED,)
+    here.advance(TOKENIZER.convert_tokens_to_ids("a"))
+    assert here.done
+
+
+def test_without_a_fast_tokenizer() -> None:
+    class Slow:
+        eos_token_id = 0
+
+        def __len__(self) -> int:
+            return 10
+
+    with pytest.raises(Refused, match="fast tokenizer"):
+        compile_grammar("regex", "a", Slow())
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(4500)}}, "at most 2,000"),
+        ({"$ref": "#"}, "does it refer to itself"),
+        ({"anyOf": []}, "anyOf is empty"),
+    ],
+)
+def test_what_cannot_be_followed_is_told_in_our_words_and_at_once(schema: Any, says: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(Refused, match=says) as caught:
+        compiled("json_schema", json.dumps(schema))
+    assert time.monotonic() - began < 2
+    assert caught.value.status == 400
+    for inside in ("<state>", "<grammar>", "NoExtensionBias", "lexer_cost", "\n"):
+        assert inside not in caught.value.what
+    assert len(caught.value.what) < 400
+
+
+@pytest.mark.parametrize("kind", ["regex", "json_schema"])
+def test_a_wrong_regular_expression_is_told_with_its_reason(kind: Kind) -> None:
+    text = "(a" if kind == "regex" else json.dumps({"type": "string", "pattern": "(a"})
+    with pytest.raises(Refused) as caught:
+        compiled(kind, text)
+    assert caught.value.what.endswith("a regular expression in it cannot be read: unclosed group")

@@ -1,0 +1,100 @@
+"""Answers without a server: those of `complete`, by the engine where it can and by `complete` where it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests import families
+from tests.serve.forward.test_runner import base_of, trained
+from tests.tiny_base import VOCAB_SIZE
+from veneer.core.attach import attach
+from veneer.core.forms import Delta
+from veneer.errors import DataError
+from veneer.models.text.generate import Completion, complete
+from veneer.ops.quantised import quantise
+from veneer.serve.engine.offline import _Engine, answering
+
+PROMPTS = [
+    "The printer",
+    "a",
+    "I was charged twice for the same invoice; please",
+    "How do I reset my password? The link",
+]
+MIX = [("one", 1.0), ("two", -0.5)]
+
+
+def model_of(family: str) -> Any:
+    build: Any = getattr(families, family)
+    return build(vocab_size=VOCAB_SIZE)
+
+
+def both_ways(model: Any, adapters: dict[str, Any], mix: list[tuple[str, float]]) -> tuple[list[Completion], ...]:
+    """As `complete` has it and as `answering` has it, the mix acting on the model for both."""
+    base = base_of(model)
+    with attach(model) as attachment:
+        for name, adapter in adapters.items():
+            attachment.add(name, adapter)
+        with answering(base, adapters, rows=2) as answer:
+            attachment.use(*mix)
+            got = answer(PROMPTS, mix, max_new_tokens=9)
+        return complete(base, PROMPTS, max_new_tokens=9), got
+
+
+@pytest.mark.parametrize("mix", [[], [("one", 1.0)], MIX])
+@pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma3"])
+def test_answers_are_those_of_the_model_itself(family: str, mix: list[tuple[str, float]]) -> None:
+    model = model_of(family).train()
+    adapters = {"one": trained(model, 1), "two": trained(model, 2)}
+    wanted, got = both_ways(model, adapters, mix)
+    assert got == wanted
+    assert model.training
+    if mix:
+        assert [c.ids for c in got] != [c.ids for c in both_ways(model, adapters, [])[1]]
+
+
+def test_the_engine_is_taken_where_it_has_a_forward_of_its_own() -> None:
+    model = model_of("llama3")
+    plain = trained(model, 1)
+    other = trained(model, 2)
+    name, pair = next(iter(other.pairs.items()))
+    dense = type(other)(deltas={f"{name}.weight": Delta("dense", {"value": torch.zeros(len(pair.B), pair.A.shape[1])})})
+    for family, adapters, engine in (
+        ("llama3", {"a": plain}, True), ("llama3", {"a": plain, "b": dense}, False), ("gemma3", {}, False),
+    ):  # fmt: skip
+        with answering(base_of(model_of(family)), adapters) as answer:
+            assert isinstance(answer, _Engine) == engine
+
+
+def test_a_quantised_base_answers_by_itself() -> None:
+    """The engine's own copy of its weights would be dense."""
+    model = model_of("llama3")
+    module = model.model.layers[0].mlp.down_proj
+    module.weight = nn.Parameter(quantise(module.weight.detach(), "int8"), requires_grad=False)
+    with answering(base_of(model), {}) as answer:
+        assert not isinstance(answer, _Engine)
+        assert answer(PROMPTS, [], max_new_tokens=3) == complete(base_of(model), PROMPTS, max_new_tokens=3)
+
+
+def test_a_caller_may_have_an_event_loop_of_its_own() -> None:
+    base = base_of(model_of("llama3"))
+
+    async def inside() -> list[Completion]:
+        with answering(base, {}) as answer:
+            return answer(PROMPTS, [], max_new_tokens=5)
+
+    assert asyncio.run(inside()) == complete(base, PROMPTS, max_new_tokens=5)
+
+
+def test_what_is_no_prompt_is_said_and_the_end_of_the_context_is_kept_to() -> None:
+    base = base_of(model_of("llama3"))
+    with answering(base, {}) as answer:
+        with pytest.raises(DataError, match="is empty"):
+            answer(["a", ""], [], max_new_tokens=5)
+        (long,) = answer(["a" * 250], [], max_new_tokens=50)
+        assert long == complete(base, ["a" * 250], max_new_tokens=50)[0]
+        assert long.prompt_tokens + len(long.ids) <= base.context

@@ -1,0 +1,285 @@
+"""Who runs next: nothing is lost, nobody waits for ever, and one tenant's flood does not slow another."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veneer.serve.engine.cache import Cache
+from veneer.serve.engine.scheduler import Pace, Scheduler, Sequence
+from veneer.serve.request import Mix, Request, Sampling
+
+
+def request(prompt: int, new: int, tenant: str = "", weight: float = 1.0, salt: int = 0) -> Request:
+    tokens = tuple(salt * 1000 + i for i in range(prompt))
+    return Request(tokens, Sampling(max_tokens=new), tenant=tenant, weight=weight)
+
+
+def advance(scheduler: Scheduler) -> list[Sequence]:
+    """One step with a model that always says 7; the sequences that finished."""
+    chunks = scheduler.step()
+    assert sum(c.end - c.start for c in chunks) <= scheduler.budget
+    assert len({id(c.sequence) for c in chunks}) == len(chunks)
+    done = []
+    for chunk in chunks:
+        s = chunk.sequence
+        assert s in scheduler.running
+        assert s.table is not None
+        assert chunk.start == s.computed < chunk.end <= len(s.table.blocks) * scheduler.cache.block
+        scheduler.computed(chunk)
+        if chunk.last:
+            scheduler.appended(s, 7)
+            if s.generated == s.request.sampling.max_tokens:
+                scheduler.remove(s)
+                done.append(s)
+    return done
+
+
+def test_a_long_prompt_never_stops_the_others() -> None:
+    scheduler = Scheduler(Cache(1000, 4), rows=8, budget=16)
+    first = scheduler.add(request(4, 40))
+    advance(scheduler)
+    scheduler.add(request(200, 1, salt=1))
+    for step in range(2, 12):
+        advance(scheduler)
+        assert first.generated == step
+
+
+def test_a_prompt_that_waits_for_room_is_counted_once() -> None:
+    scheduler = Scheduler(Cache(6, 4), rows=4, budget=64)
+    prompts = [scheduler.add(request(12, 8)) for _ in range(3)]
+    steps = 0
+    while any(s.generated < 8 for s in prompts):
+        steps += 1
+        advance(scheduler)
+    assert steps > 16  # one after another
+    assert scheduler.looked_for == 36
+    assert scheduler.found == sum(s.cached for s in prompts) == 16
+
+
+def test_a_tenants_flood_does_not_slow_another() -> None:
+    def steps_of_the_other(flood: int) -> int:
+        scheduler = Scheduler(Cache(4000, 4), rows=4, budget=64)
+        for i in range(flood):
+            scheduler.add(request(20, 10, "flood", salt=i))
+        for _ in range(30):
+            advance(scheduler)
+        waiting = {id(scheduler.add(request(20, 10, "calm", salt=1000 + i))) for i in range(4)}
+        steps = 0
+        while waiting:
+            waiting -= {id(s) for s in advance(scheduler)}
+            steps += 1
+        return steps
+
+    assert steps_of_the_other(400) <= 1.1 * steps_of_the_other(40)
+    assert steps_of_the_other(400) <= 3 * steps_of_the_other(0)
+
+
+def steps_to_first(scheduler: Scheduler, sequence: Sequence) -> int:
+    steps = 0
+    while not sequence.generated:
+        advance(scheduler)
+        steps += 1
+    return steps
+
+
+def test_long_rows_of_one_tenant_make_room_for_another_at_once() -> None:
+    scheduler = Scheduler(Cache(8000, 4), rows=32, budget=64)
+    flood = [scheduler.add(request(20, 2000, "flood", salt=i)) for i in range(40)]
+    for _ in range(60):
+        advance(scheduler)
+    assert len(scheduler.running) == 32
+    assert steps_to_first(scheduler, scheduler.add(request(20, 50, "calm", salt=100))) == 1
+    assert scheduler.preemptions == 1
+    for i in range(40):
+        scheduler.add(request(20, 100, "calm", salt=200 + i))
+    for _ in range(20):
+        advance(scheduler)
+    assert Counter(s.request.tenant for s in scheduler.running) == {"flood": 16, "calm": 16}
+    for _ in range(40):  # each has its share, and keeps it
+        advance(scheduler)
+    assert scheduler.preemptions == 16
+    for _ in range(20_000):
+        advance(scheduler)
+    assert all(s.generated == 2000 for s in flood)
+
+
+def test_weight_is_a_share_of_places() -> None:
+    scheduler = Scheduler(Cache(8000, 4), rows=8, budget=64)
+    for i in range(20):
+        scheduler.add(request(8, 500, "three", 3.0, i))
+    advance(scheduler)
+    for i in range(20):
+        scheduler.add(request(8, 500, "one", 1.0, 100 + i))
+    for _ in range(10):
+        advance(scheduler)
+    assert Counter(s.request.tenant for s in scheduler.running) == {"three": 6, "one": 2}
+
+
+def test_blocks_that_one_tenant_holds_are_given_up_too() -> None:
+    scheduler = Scheduler(Cache(100, 4), rows=32, budget=64)
+    for i in range(4):
+        scheduler.add(request(80, 19, "flood", salt=i))
+    for _ in range(8):
+        advance(scheduler)
+    assert scheduler.cache.available < 60 // 4 + 4
+    assert steps_to_first(scheduler, scheduler.add(request(60, 5, "calm", salt=100))) == 1
+
+
+def test_long_prompts_of_one_tenant_come_after_anothers_first_token() -> None:
+    def steps(flood: int) -> tuple[int, int]:
+        """Until the other's first token; and tokens of the step that brought it."""
+        scheduler = Scheduler(Cache(40_000, 4), rows=32, budget=512)
+        for i in range(flood):
+            scheduler.add(request(4000, 10, "flood", salt=i))
+        for _ in range(3):
+            advance(scheduler)
+        mine, n = scheduler.add(request(100, 10, "calm", salt=1000)), 0
+        while True:
+            n += 1
+            chunks = scheduler.step()
+            for chunk in chunks:
+                scheduler.computed(chunk)
+                if chunk.last:
+                    scheduler.appended(chunk.sequence, 7)
+            if mine.generated:
+                return n, sum(c.end - c.start for c in chunks)
+
+    assert steps(0) == (1, 100)
+    assert steps(31) == (1, 200)
+
+
+def test_where_there_are_tenants_a_step_ends_by_time() -> None:
+    """Rows that decode take turns; who was given least goes first, and nobody is left out for long."""
+    scheduler = Scheduler(Cache(40_000, 4), rows=32, budget=512)
+    pace = scheduler.pace = Pace(fixed=0.02, row=0.02, token=0.001, step=0.2)
+
+    def timed() -> Counter[str]:
+        chunks = scheduler.step()
+        rows = [c for c in chunks if c.end - c.start == 1]
+        tokens = sum(c.end - c.start for c in chunks) - len(rows)
+        assert pace.fixed + pace.row * len(rows) + pace.token * tokens <= pace.step + 1e-9
+        for chunk in chunks:
+            scheduler.computed(chunk)
+            if chunk.last:
+                scheduler.appended(chunk.sequence, 7)
+        return Counter(c.sequence.request.tenant for c in chunks)
+
+    flood = [scheduler.add(request(20, 3000, "flood", salt=i)) for i in range(32)]
+    for _ in range(40):
+        timed()
+    before = [s.generated for s in flood]
+    for _ in range(100):
+        timed()
+    more = [s.generated - n for s, n in zip(flood, before, strict=True)]
+    assert max(more) - min(more) <= 1
+    calm = scheduler.add(request(150, 1000, "calm", salt=100))
+    timed()
+    assert calm.generated == 1
+    for _ in range(30):
+        assert timed()["flood"] >= 7
+    assert calm.generated >= 29
+    nobody = Scheduler(Cache(4000, 4), rows=32, budget=512)  # one that has no tenants
+    nobody.pace = pace
+    for i in range(32):
+        nobody.add(request(10, 10, salt=i))
+    advance(nobody)
+    assert len(nobody.step()) == 32
+
+
+def test_tokens_are_shared_by_weight() -> None:
+    scheduler = Scheduler(Cache(4000, 4), rows=6, budget=64)
+    for i in range(300):
+        scheduler.add(request(8, 8, "one", 1.0, i))
+        scheduler.add(request(8, 8, "three", 3.0, 1000 + i))
+    done: Counter[str] = Counter()
+    for _ in range(240):
+        done.update(s.request.tenant for s in advance(scheduler))
+    assert 2.5 < done["three"] / done["one"] < 3.5
+
+
+def test_idle_time_earns_nothing() -> None:
+    scheduler = Scheduler(Cache(4000, 4), rows=2, budget=64)
+    for i in range(100):
+        scheduler.add(request(8, 8, "busy", salt=i))
+    for _ in range(200):
+        advance(scheduler)
+    for i in range(50):
+        scheduler.add(request(8, 8, "late", salt=1000 + i))
+    done: Counter[str] = Counter()
+    for _ in range(100):
+        done.update(s.request.tenant for s in advance(scheduler))
+    assert abs(done["busy"] - done["late"]) <= 4
+
+
+def test_who_waits_for_an_adapter_is_passed_over() -> None:
+    slow = request(4, 2, salt=1)
+    scheduler = Scheduler(Cache(100, 4), rows=1, budget=16, ready=lambda s: s.request is not slow)
+    scheduler.add(slow)
+    scheduler.add(request(4, 2, salt=2))
+    done = advance(scheduler) + advance(scheduler)
+    assert [s.request.prompt[0] for s in done] == [2000]
+    assert scheduler.waiting == 1
+
+
+def test_memory_that_is_short_pre_empts_and_nothing_fails() -> None:
+    scheduler = Scheduler(Cache(12, 4), rows=8, budget=32)
+    all_of_them = [scheduler.add(request(4, 30, salt=i)) for i in range(8)]
+    done: list[Sequence] = []
+    for _ in range(2000):
+        done += advance(scheduler)
+    assert {id(s) for s in done} == {id(s) for s in all_of_them}
+    assert scheduler.preemptions > 0
+    assert scheduler.cache.in_use == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12), st.sampled_from("abc"), st.integers(0, 3)), max_size=25),
+    st.integers(11, 40),
+    st.integers(1, 6),
+    st.integers(0, 2**32),
+)
+def test_everything_finishes_or_was_removed(
+    wanted: list[tuple[int, int, str, int]], blocks: int, rows: int, seed: int
+) -> None:
+    dice = random.Random(seed)
+    scheduler = Scheduler(Cache(blocks, 4), rows=rows, budget=max(rows, 16))
+    open_ones = {}
+    left = list(wanted)
+    for _ in range(5000):
+        if left and dice.random() < 0.4:
+            prompt, new, tenant, salt = left.pop()
+            sequence = scheduler.add(request(prompt, new, tenant, salt=salt))
+            open_ones[id(sequence)] = sequence
+        for sequence in advance(scheduler):
+            del open_ones[id(sequence)]
+        if open_ones and dice.random() < 0.02:
+            scheduler.remove(open_ones.pop(dice.choice(list(open_ones))))
+        if not left and not open_ones:
+            break
+    assert not left
+    assert not open_ones
+    assert scheduler.cache.in_use == 0
+    assert not scheduler.running
+    assert scheduler.waiting == 0
+
+
+def test_prompts_share_what_was_computed_under_equal_mixes_with_equal_salts_alone() -> None:
+    """In steps of a block, what was there tells what others asked: another salt finds nothing, whatever the mix."""
+    scheduler = Scheduler(Cache(1000, 4), rows=8, budget=64)
+    tokens = tuple(range(17))
+    mixes: list[Mix] = [(), (("sha256:a", 1.0),), (("sha256:b", 1.0),)]
+    found = {}
+    for turn in range(2):
+        for mix in mixes:
+            for salt in ("", "acme", "globex", "b", str(mixes[2])):
+                sequence = scheduler.add(Request(tokens, Sampling(max_tokens=1), mix, salt=salt))
+                while not sequence.generated:
+                    advance(scheduler)
+                found[turn, mix, salt] = sequence.cached
+    assert {cached for (turn, _, _), cached in found.items() if turn == 0} == {0}
+    assert {cached for (turn, _, _), cached in found.items() if turn == 1} == {16}

@@ -1,0 +1,106 @@
+"""A decoder's layers in one call: the bits of the same layers line by line, whoever shares the batch."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.families import FAMILIES
+from tests.serve.forward.test_runner import base_of, prompts, serve, trained
+from veneer.serve.forward.llama import Plan
+from veneer.serve.forward.packed import Panels, packing
+from veneer.serve.forward.runner import Prepared, Runner, WeightKind, _use_threads
+
+pytestmark = pytest.mark.skipif(
+    packing(torch.bfloat16, torch.device("cpu")) is not Panels, reason="no kernels for a decoder on this processor"
+)
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+BASES: dict[str, Any] = {
+    "llama": lambda: FAMILIES["llama3"](**SHAPE),
+    "biases": lambda: FAMILIES["llama3"](**SHAPE, attention_bias=True),
+    "a window": lambda: FAMILIES["mistral"](**SHAPE, sliding_window=12),
+    "norms of q and k": lambda: FAMILIES["qwen3"](**SHAPE),
+    "joined": lambda: FAMILIES["phi3"](**{k: v for k, v in SHAPE.items() if k != "head_dim"}),
+}
+
+
+def runner_of(name: str, weights: WeightKind = "dense") -> tuple[Runner, Plan, dict[str, Prepared]]:
+    model = BASES[name]().bfloat16()
+    for part in model.modules():  # biases and norms that do something
+        for key in ("bias", "weight"):
+            own = getattr(part, key, None)
+            if isinstance(own, Tensor) and own.ndim == 1:
+                own.data += 0.3 * torch.randn(own.shape, generator=torch.Generator().manual_seed(5)).bfloat16()
+    adapters = {n: trained(model, i, rank=3 + 14 * i) for i, n in enumerate("ab")}
+    adapters["dora"] = trained(model, 7, dora=True)
+    runner = Runner(base_of(model), cache_bytes=1 << 20, weights=weights)
+    assert runner.how == "fused", runner.why
+    assert runner._plan is not None
+    return runner, runner._plan, {n: runner.prepare(a, n) for n, a in adapters.items()}
+
+
+def answers(runner: Runner, adapters: dict[str, Prepared], lengths: tuple[int, ...] = (1, 20, 33, 70)) -> list[Tensor]:
+    mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)], [("b", -0.5), ("a", 0.7)], []]
+    work = [(p, [(adapters[n], s) for n, s in mix]) for p, mix in zip(prompts(lengths), mixes, strict=True)]
+    return serve(runner, work, [7, 40, 1, 30])
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [*((name, "dense") for name in BASES), ("llama", "int8"), ("norms of q and k", "int4")]
+)
+def test_the_same_bits_as_layer_by_layer(name: str, weights: WeightKind) -> None:
+    runner, plan, adapters = runner_of(name, weights)
+    assert plan._table is not None
+    together = answers(runner, adapters)
+    plan.__dict__["_table"] = None
+    apart = answers(runner, adapters)
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+def test_a_dora_in_the_batch_changes_nobody_elses_bits() -> None:
+    """With one the layers go line by line."""
+    runner, _, adapters = runner_of("llama")
+    alone = answers(runner, adapters)
+    ids = prompts((1, 20, 33, 70))
+    work: list[Any] = [
+        (ids[0], []),
+        (ids[1], [(adapters["a"], 1.0)]),
+        (ids[2], [(adapters["dora"], 1.0)]),
+        (ids[3], []),
+    ]
+    mixed = serve(runner, work, [7, 40, 1, 30])
+    assert all(torch.equal(alone[i], mixed[i]) for i in (0, 1, 3))
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    runner, _, adapters = runner_of("llama")
+    found: dict[int, list[Tensor]] = {}
+
+    def run(threads: int) -> None:
+        _use_threads(threads)
+        found[threads] = answers(runner, adapters)
+
+    for n in (1, 2, 5):
+        thread = threading.Thread(target=run, args=(n,))
+        thread.start()
+        thread.join()
+    for n in (2, 5):
+        assert all(torch.equal(a, b) for a, b in zip(found[1], found[n], strict=True))
+
+
+def test_bases_whose_shapes_have_no_panels_go_layer_by_layer() -> None:
+    model = FAMILIES["llama3"](**(SHAPE | {"intermediate_size": 90})).bfloat16()
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner.how == "fused", runner.why
+    assert runner._plan is not None
+    assert runner._plan._table is None
+    (got,) = serve(runner, [(prompts((20,))[0], [])], [20])
+    with torch.no_grad():
+        want = model(input_ids=torch.tensor(prompts((20,)))).logits[0, -1]
+    assert (got - want).abs().max() <= 0.04 * want.abs().max()

@@ -1,0 +1,138 @@
+"""Thin products for rows with mixes of their own: against W + ΔW in float64, and each row alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import Adapter, Pair
+from veneer.core.merge import delta
+from veneer.ops import cpu as kernels
+from veneer.serve.forward.lowrank import Group, Layout, Segments, Thin, thin, thin_problems
+
+NATIVE = kernels.usable("thin_rows") is not None
+INPUTS, COLUMNS = 70, (24, 33, 16)
+
+
+def layout_of(dtype: torch.dtype, seed: int = 0) -> Layout:
+    g = torch.Generator().manual_seed(seed)
+    weights = tuple((torch.randn(n, INPUTS, generator=g) * 0.1).to(dtype) for n in COLUMNS)
+    biases = (None, torch.randn(COLUMNS[1], generator=g).to(dtype), None)
+    group = Group(("a", "b", "c"), COLUMNS, biases, weights.__getitem__)
+    return Layout((group,), "embed", dtype, torch.device("cpu"))
+
+
+def pair(rank: int, n: int, scale: float, seed: int, dora: bool) -> Pair:
+    g = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(rank, INPUTS, generator=g) * 0.1, torch.randn(n, rank, generator=g) * 0.1
+    return Pair(A, B, scale, magnitude=torch.rand(n, generator=g) + 0.5 if dora else None)
+
+
+def some_adapters(layout: Layout, dora: bool) -> list[Thin]:
+    made = [
+        {"a": pair(4, 24, 2.0, 1, dora), "b": pair(3, 33, 0.5, 2, dora), "c": pair(16, 16, 1.0, 3, False)},
+        {"b": pair(1, 33, 3.0, 4, False)},
+        {"c": pair(64, 16, 0.25, 5, dora)},
+    ]
+    return [thin(Adapter(pairs=p), layout, key=str(i)) for i, p in enumerate(made)]
+
+
+def exact(layout: Layout, mix: list[tuple[Thin, float]], x: Tensor) -> Tensor:
+    group, out = layout.groups[0], []
+    for i, (name, bias) in enumerate(zip(group.modules, group.biases, strict=True)):
+        weight = group.weight(i)
+        module = torch.nn.Linear(INPUTS, len(weight), bias=False, dtype=torch.float64)
+        module.weight.data = weight.double()
+        total = module.weight.data.clone()
+        for adapter, strength in mix:
+            if name in adapter.adapter.pairs:
+                p = adapter.adapter.pairs[name]
+                m = None if p.magnitude is None else p.magnitude.double()
+                total += strength * delta(module, Pair(p.A.double(), p.B.double(), p.scale, magnitude=m))
+        y = x.double() @ total.t()
+        out.append(y if bias is None else y + bias.double())
+    return torch.cat(out, dim=-1)
+
+
+def base_output(layout: Layout, x: Tensor) -> Tensor:
+    group = layout.groups[0]
+    return torch.cat([torch.nn.functional.linear(x, group.weight(i), b) for i, b in enumerate(group.biases)], 1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)], ids=["f32", "bf16"])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("reference", [False, True])
+def test_every_row_has_its_own_mix(dtype: torch.dtype, tolerance: float, dora: bool, reference: bool) -> None:
+    layout = layout_of(dtype)
+    one, two, three = some_adapters(layout, dora)
+    spans = [
+        (0, 3, []), (3, 4, [(one, 1.0)]), (4, 9, [(two, -0.5), (one, 0.75)]), (9, 10, []),
+        (10, 17, [(three, 1.0)]), (17, 19, [(one, 1.0), (two, 1.0), (three, 0.3)]),
+    ]  # fmt: skip
+    x = torch.randn(19, INPUTS, generator=torch.Generator().manual_seed(9)).to(dtype)
+    y = before = base_output(layout, x)
+    segments = Segments.of(layout, spans)
+    assert segments is not None
+    y = before.clone()
+    (segments.add_reference if reference else segments.add)(0, x, y)
+    for first, end, mix in spans:
+        want = exact(layout, mix, x[first:end])
+        assert (y[first:end].double() - want).abs().max() <= tolerance * want.abs().max()
+        if not mix:
+            assert torch.equal(y[first:end], before[first:end])
+
+
+@pytest.mark.skipif(not NATIVE, reason="needs the compiled kernels and AVX512-BF16")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_rows_result_does_not_depend_on_its_batch(threads: int) -> None:
+    layout = layout_of(torch.bfloat16)
+    adapters = some_adapters(layout, dora=False)
+    mixes = [[(adapters[i % 3], 1.0 + i / 8)] if i % 4 else [] for i in range(40)]
+    mixes[7] = [(adapters[0], 0.5), (adapters[2], 0.25)]
+    x = torch.randn(40, INPUTS, generator=torch.Generator().manual_seed(9)).bfloat16()
+    before = base_output(layout, x)
+    had = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = before.clone()
+        segments = Segments.of(layout, [(i, i + 1, mix) for i, mix in enumerate(mixes)])
+        assert segments is not None
+        segments.add(0, x, together)
+        for i, mix in enumerate(mixes):
+            alone = before[i : i + 1].clone()
+            own = Segments.of(layout, [(0, 1, mix)])
+            if own is not None:
+                own.add(0, x[i : i + 1].contiguous(), alone)
+            assert torch.equal(alone[0], together[i])
+    finally:
+        torch.set_num_threads(had)
+
+
+def test_tables_are_made_again_only_when_who_takes_part_changes() -> None:
+    layout = layout_of(torch.bfloat16)
+    one, two, _ = some_adapters(layout, dora=False)
+    x = torch.randn(3, INPUTS).bfloat16()
+
+    def step(mixes: list[list[tuple[Thin, float]]], before: Segments | None) -> tuple[Segments, Tensor]:
+        segments = Segments.of(layout, [(i, i + 1, m) for i, m in enumerate(mixes)], before)
+        assert segments is not None
+        y = base_output(layout, x)
+        segments.add(0, x, y)
+        return segments, y
+
+    first, _ = step([[(one, 1.0)], [(two, 1.0)], []], None)
+    second, y = step([[], [(one, 1.0)], [(two, 0.5)]], first)
+    assert second.tables is first.tables
+    third, _ = step([[(two, 1.0)], [], []], second)
+    assert (third.tables is None) or third.tables is not second.tables
+    assert torch.equal(y, step([[], [(one, 1.0)], [(two, 0.5)]], third)[1])
+
+
+def test_what_has_no_thin_form_is_named() -> None:
+    layout = layout_of(torch.float32)
+    adapter = Adapter(pairs={"x.y": pair(2, 24, 1.0, 0, False)}, modules={"norm": {"weight": torch.ones(3)}})
+    assert thin_problems(adapter, layout) == [
+        "norm: a full copy",
+        "x.y: a pair on something that is no projection of this base",
+    ]

@@ -1,0 +1,372 @@
+"""One forward over the tokens of many sequences: in every family, each row as if it were alone with its mix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.families import FAMILIES, MOE_FAMILIES, OTHERS, VOCAB
+from tests.tiny_base import tiny_tokenizer
+from veneer.core.adapter import Adapter, LoraSpec, TokenRows
+from veneer.core.attach import attach
+from veneer.core.forms import Delta
+from veneer.core.init import create
+from veneer.errors import ConfigError
+from veneer.models.text.base import TextBase
+from veneer.serve.forward.paged import BLOCK
+from veneer.serve.forward.runner import Prepared, Row, Runner
+
+WAYS = {"gemma3": "packed", "llama4": "alone", "mixtral": "packed", "qwen3_moe": "packed"}
+
+
+def base_of(model: Any) -> TextBase:
+    fields: dict[str, Any] = {"stop_ids": (), "pad_id": 2, "context": 256}
+    dtype = next(model.parameters()).dtype
+    return TextBase("tiny", model, tiny_tokenizer(), Path(), "", dtype, torch.device("cpu"), "", **fields)
+
+
+def trained(model: Any, seed: int, **spec: Any) -> Adapter:
+    """An adapter whose every tensor has an effect."""
+    adapter = create(model, LoraSpec(**{"rank": 3, "alpha": 6.0, "targets": "all-linear"} | spec), seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    for pair in adapter.pairs.values():
+        pair.B = torch.randn(pair.B.shape, generator=g) * 0.1
+        if pair.magnitude is not None:
+            pair.magnitude = pair.magnitude * (0.7 + 0.6 * torch.rand(pair.magnitude.shape, generator=g))
+    return adapter
+
+
+def reference(model: Any, adapters: dict[str, Adapter], mix: Sequence[tuple[str, float]], ids: list[int]) -> Tensor:
+    """The logits after the last token, computed whole, through core's attachment alone."""
+    with attach(model) as attachment, torch.no_grad():
+        for name, _ in mix:
+            attachment.add(name, adapters[name])
+        attachment.use(*mix)
+        out: Tensor = model(input_ids=torch.tensor([ids])).logits[0, -1]
+    return out
+
+
+def serve(runner: Runner, work: list[tuple[list[int], list[tuple[Prepared, float]]]], cuts: list[int]) -> list[Tensor]:
+    """Each sequence in pieces, all of them together in every step."""
+    blocks, rows_of, at = [], [], 0
+    for ids, _ in work:
+        need = -(-len(ids) // BLOCK)
+        blocks.append(list(range(at, at + need)))
+        at += need
+    done, out = [0] * len(work), [torch.empty(0)] * len(work)
+    step = 0
+    while any(d < len(ids) for d, (ids, _) in zip(done, work, strict=True)):
+        rows_of = []
+        for s, (ids, mix) in enumerate(work):
+            if done[s] < len(ids):
+                end = min(len(ids), done[s] + cuts[(step + s) % len(cuts)])
+                rows_of.append((s, Row(ids[done[s] : end], done[s], blocks[s], mix, end == len(ids), s)))
+                done[s] = end
+        logits = iter(runner.run([row for _, row in rows_of]))
+        for s, row in rows_of:
+            if row.wants:
+                out[s] = next(logits)
+        step += 1
+    return out
+
+
+def prompts(lengths: Sequence[int]) -> list[list[int]]:
+    g = torch.Generator().manual_seed(4)
+    return [torch.randint(3, VOCAB, (n,), generator=g).tolist() for n in lengths]
+
+
+def same(got: Tensor, want: Tensor, tolerance: float = 2e-5) -> None:
+    assert (got.double() - want.double()).abs().max() <= tolerance * want.double().abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_row_as_if_it_were_alone(family: str) -> None:
+    model = FAMILIES[family]()
+    adapters = {
+        "a": trained(model, 1, rank=3),
+        "b": trained(model, 2, rank=5, rslora=True),
+        "c": trained(model, 3, dora=True, exclude=("*.experts",) if family in MOE_FAMILIES else ()),
+    }
+    mixes: list[list[tuple[str, float]]] = [
+        [],
+        [("a", 1.0)],
+        [("b", -0.5)],
+        [("a", 0.7), ("b", 0.4)],
+        [("c", 1.0)],
+        [("c", 0.5), ("a", 1.0)],
+    ]
+    ids = prompts([1, 20, 33, 17, 40, 16])
+    want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner.how == WAYS.get(family, "fused"), runner.why
+    assert not any(runner.problems(a) for a in adapters.values())
+    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
+    got = serve(
+        runner, [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)], [7, 16, 1, 30]
+    )
+    for g, w in zip(got, want, strict=True):
+        same(g, w)
+    runner.close()
+    assert model.config._attn_implementation == "sdpa"
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def loha(module: Any, seed: int) -> Delta:
+    g = torch.Generator().manual_seed(seed)
+    out, into = module.weight.shape
+    shapes = {"a1": (out, 2), "b1": (2, into), "a2": (out, 2), "b2": (2, into)}
+    return Delta("hadamard", {k: torch.randn(s, generator=g) * 0.3 for k, s in shapes.items()}, (out, into), scale=0.5)
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma3"])
+def test_what_has_no_thin_form_runs_beside_what_has(family: str) -> None:
+    model = FAMILIES[family]()
+    g = torch.Generator().manual_seed(6)
+    q = "model.layers.1.self_attn.q_proj"
+    adapters = {
+        "plain": trained(model, 1),
+        "ends": trained(model, 2, targets=("embed_tokens", "lm_head")),
+        "norms": Adapter(modules={"model.norm": {"weight": model.model.norm.weight.detach() * 0.5 + 0.2}}),
+        "words": Adapter(token_rows={"model.embed_tokens": TokenRows((5, 9), torch.randn(2, 32, generator=g))}),
+        "loha": Adapter(deltas={f"{q}.weight": loha(model.get_submodule(q), 7)}),
+    }
+    if family == "llama3":  # its head is the embedding itself: a pair on it is for a head of its own
+        del adapters["ends"]
+    mixes = [[(n, s)] for n, s in zip(adapters, [1.0, 1.0, 1.0, 1.0, -0.8], strict=False)]
+    mixes += [[("plain", 0.5), ("loha", 0.5)], []]
+    ids = [[5, 9, *p] for p in prompts([3, 17, 20, 35, 8, 11, 30][: len(mixes)])]
+    want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
+    prepared_ones = [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)]
+    got = serve(runner, prepared_ones, [9, 2, 16])
+    for g_, w in zip(got, want, strict=True):
+        same(g_, w)
+    for name in ready:
+        runner.let_go(name)
+    assert runner._attachment is not None
+    assert not runner._attachment.adapters
+    runner.close()
+
+
+def test_embedding_and_head_have_thin_forms() -> None:
+    model = FAMILIES["qwen3"]()
+    adapters = {"ends": trained(model, 2, targets=("embed_tokens", "lm_head")), "plain": trained(model, 1)}
+    mixes = [[("ends", 0.5), ("plain", 1.0)], [("plain", 1.0)], [], [("ends", 1.0)]]
+    ids = prompts([19, 3, 18, 33])
+    want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
+    assert all(p.thin is not None for p in ready.values())
+    got = serve(runner, [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)], [9, 2, 16])
+    for g, w in zip(got, want, strict=True):
+        same(g, w)
+    runner.close()
+
+
+def test_a_merged_mix_is_used_when_every_row_has_it_and_leaves_no_trace() -> None:
+    model = FAMILIES["qwen3"]()
+    adapters = {"a": trained(model, 1), "b": trained(model, 2, dora=True)}
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
+    mix = [(ready["a"], 0.5), (ready["b"], 1.0)]
+    ids = prompts([19, 30])
+    want = [reference(model, adapters, [("a", 0.5), ("b", 1.0)], p) for p in ids]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    unmerged = serve(runner, [(ids[0], [])], [16])
+    runner.merge(mix)
+    assert runner.merged == (("a", 0.5), ("b", 1.0))
+    for g, w in zip(serve(runner, [(p, mix) for p in ids], [8]), want, strict=True):
+        same(g, w, 1e-4)
+    same(serve(runner, [(ids[0], []), (ids[1], mix)], [8])[0], unmerged[0], 1e-6)
+    runner.unmerge()
+    assert torch.equal(serve(runner, [(ids[0], [])], [16])[0], unmerged[0])
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    runner.close()
+
+
+def test_bfloat16_is_nearly_as_near_to_float32_as_the_attachment() -> None:
+    """Whose A and B stay float32: here they are rounded once, to the base's dtype."""
+    exact = FAMILIES["llama3"]()
+    adapters = {"a": trained(exact, 1), "b": trained(exact, 2, dora=True)}
+    mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)], [("a", 0.5), ("b", 1.0)]]
+    ids = prompts([20, 33, 17])
+    want = [reference(exact, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
+    model = FAMILIES["llama3"]().bfloat16()
+    own = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner.how == "fused", runner.why
+    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
+    got = serve(runner, [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)], [7, 16])
+    for g, o, w in zip(got, own, want, strict=True):
+        assert (g.double() - w.double()).norm() <= 2 * (o.double() - w.double()).norm()
+    runner.close()
+
+
+def test_recurrent_layers_run_each_sequence_alone() -> None:
+    from transformers import AutoModelForCausalLM, Lfm2Config
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Lfm2Config(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"], max_position_embeddings=256,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    adapters = {"a": trained(model, 1)}
+    mixes: list[list[tuple[str, float]]] = [[], [("a", 1.0)]]
+    ids = prompts([20, 33])
+    want = [reference(model, adapters, mix, p) for mix, p in zip(mixes, ids, strict=True)]
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner.how == "alone"
+    assert not runner.shares
+    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
+    got = serve(runner, [(p, [(ready[n], s) for n, s in mix]) for p, mix in zip(ids, mixes, strict=True)], [7, 16, 1])
+    for g, w in zip(got, want, strict=True):
+        same(g, w)
+    runner.close()
+
+
+def test_a_cache_too_small_for_anything_is_refused() -> None:
+    with pytest.raises(Exception, match="blocks of 16 tokens"):
+        Runner(base_of(FAMILIES["llama3"]()), cache_bytes=1000)
+
+
+# -- batch-invariant ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["dense", "int8", "int4"])
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+def test_batch_invariant_a_request_has_the_bits_it_has_alone(family: str, weights: str) -> None:
+    """Whoever shares its steps, under whatever adapters, however its prompt is cut: DoRA and the head's pairs too."""
+    model = FAMILIES[family](hidden_size=64, intermediate_size=96).bfloat16()
+    lora = trained(model, 1, targets=("all-linear", "lm_head") if weights == "dense" else "all-linear")
+    dora = trained(model, 2, dora=True)
+    runner = Runner(base_of(model), cache_bytes=1 << 20, weights=weights, batch_invariant=True)  # type: ignore[arg-type]
+    a, b = runner.prepare(lora, "a"), runner.prepare(dora, "b")
+    ids = prompts([41, 5, 17, 64, 30, 1, 9, 77, 33])
+    mixes = [[(a, 1.0)], [], [(b, 0.5)], [(a, 1.0), (b, -1.0)], [(a, 0.3)], [(a, 1.0)], [], [(b, 1.0)], [(a, 1.0)]]
+    work = list(zip(ids, mixes, strict=True))
+    alone = [serve(runner, [one], [100])[0] for one in work]
+    for cuts in ([100], [1], [7, 3, 20, 1], [16]):
+        for got, want in zip(serve(runner, work, cuts), alone, strict=True):
+            assert torch.equal(got, want)
+    assert runner.merged_bytes() is None
+    runner.close()
+
+
+def test_without_it_the_answers_are_within_rounding_of_it() -> None:
+    model = FAMILIES["llama3"](hidden_size=64, intermediate_size=96).bfloat16()
+    work = [(ids, []) for ids in prompts([41, 5])]
+    both = []
+    for invariant in (False, True):
+        runner = Runner(base_of(model), cache_bytes=1 << 20, batch_invariant=invariant)
+        both.append(serve(runner, work, [9]))  # type: ignore[arg-type]
+        runner.close()
+    for plain, same in zip(*both, strict=True):
+        assert (plain.double() - same.double()).norm() <= 2**-4 * same.double().norm()
+
+
+def test_what_cannot_be_batch_invariant_is_refused() -> None:
+    with pytest.raises(ConfigError, match="for bases of Llama's kind; this one runs packed"):
+        Runner(base_of(FAMILIES["gemma3"]()), cache_bytes=1 << 20, batch_invariant=True)
+    model = FAMILIES["llama3"]()
+    runner = Runner(base_of(model), cache_bytes=1 << 20, batch_invariant=True)
+    whole = Adapter(modules={"model.norm": {"weight": torch.ones(model.config.hidden_size)}})
+    assert any("which a batch-invariant base cannot have" in p for p in runner.problems(whole))
+    runner.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", OTHERS)
+def test_sinks_caps_and_states_are_served_as_the_model_has_them(family: str, dtype: torch.dtype) -> None:
+    model = OTHERS[family]().to(dtype)
+    ids = prompts([1, 20, 33, 40])
+    want = [reference(model, {}, [], p) for p in ids]
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner.how == ("alone" if family in ("gpt_oss", "qwen3_next", "deepseek_v3") else "packed"), runner.why
+    got = serve(runner, [(p, []) for p in ids], [7, 16, 1, 30])
+    for g, w in zip(got, want, strict=True):
+        same(g, w, 2e-5 if dtype == torch.float32 else 0.05)
+    runner.close()
+
+
+def test_attention_that_asks_for_more_is_not_handed_over() -> None:
+    """A keyword that the hook does not know would be lost on the way to the pages."""
+    model = FAMILIES["gemma3"]()
+    for layer in model.model.layers:
+        original = type(layer.self_attn).forward
+
+        def forward(self: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            return original(self, *args, **kwargs, position_bias=torch.zeros(1))
+
+        layer.self_attn.__class__ = type("OwnAttention", (type(layer.self_attn),), {"forward": forward})
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner.how == "alone"
+    assert "position_bias" in runner.why
+    runner.close()
+
+
+# -- which way is believed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_in_the_middle_that_is_off_is_found(dtype: torch.dtype) -> None:
+    """In the last layer nothing of it comes to the tokens that follow: each one's logits are compared."""
+    model = FAMILIES["llama3"]().to(dtype)
+    mlp = model.model.layers[-1].mlp
+    original = type(mlp).forward
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        out = original(self, x)
+        if x.shape[1] > 4:
+            out[:, 3] += 0.5 * out.abs().amax()
+        return out
+
+    mlp.__class__ = type("OwnMLP", (type(mlp),), {"forward": forward})
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    assert runner.how == "alone"
+    assert "the largest logit of token" in runner.why
+    runner.close()
+
+
+def test_a_window_past_the_probe_is_found() -> None:
+    """A family that tells attention nothing of its window, which only its mask has."""
+    model = FAMILIES["gemma3"](sliding_window=64)
+    for layer in model.model.layers:
+        original = type(layer.self_attn).forward
+
+        def forward(self: Any, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+            window, self.sliding_window = self.sliding_window, None
+            try:
+                return original(self, *args, **kwargs)
+            finally:
+                self.sliding_window = window
+
+        layer.self_attn.__class__ = type("OwnAttention", (type(layer.self_attn),), {"forward": forward})
+    (ids,) = prompts([100])
+    want = reference(model, {}, [], ids)
+    runner = Runner(base_of(model), cache_bytes=1 << 20)
+    same(serve(runner, [(ids, [])], [30, 1])[0], want)
+    assert runner.how == "alone"
+    runner.close()
+
+
+@pytest.mark.parametrize(("context", "how"), [(256, "alone"), (64, "packed")])
+def test_llama4_s_chunks_are_kept_where_a_sequence_can_pass_one(context: int, how: str) -> None:
+    model = FAMILIES["llama4"]()  # chunks of 64
+    (ids,) = prompts([min(context, 100)])
+    want = reference(model, {}, [], ids)
+    runner = Runner(replace(base_of(model), context=context), cache_bytes=1 << 20)
+    assert runner.how == how, runner.why
+    same(serve(runner, [(ids, [])], [30, 1])[0], want)
+    runner.close()

@@ -1,0 +1,482 @@
+"""The images surface, asked by OpenAI's own client and by hand, over a socket."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import struct
+import time
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from fastapi import FastAPI
+from PIL import Image
+
+from tests.image_twins import levels, random_adapter
+from tests.serve.http.test_app import samples
+from tests.serve.http.toy import ToyText
+from tests.serve.pictures_here import Names, Shelf, served, shelf_of
+from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
+from veneer.core.adapter import Adapter, Pair
+from veneer.formats.convert import write
+from veneer.formats.infotext import read_picture
+from veneer.models.image.base import ImageBase, load_image
+from veneer.serve.access import ANYBODY, Caller, Kept, OpenAccess, Served
+from veneer.serve.http.app import create_app
+from veneer.serve.http.house import HttpSettings
+from veneer.serve.http.surfaces.images import router
+from veneer.serve.pictures.engine import PictureEngine
+from veneer.serve.request import Refused, Usage
+from veneer.serve.server import _NoText
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ImageBase:
+    return load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), "flux1")))
+
+
+@pytest.fixture(scope="module")
+def shelf(base: ImageBase) -> Shelf:
+    return shelf_of(base)
+
+
+@pytest.fixture(scope="module")
+def engine(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PictureEngine]:
+    controls = {"edges": str(tiny_control(tmp_path_factory.getbasetemp(), "flux1"))}
+    with PictureEngine(base, shelf.read, controls=controls, window=0.01) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def names(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Names:
+    folder = tmp_path_factory.getbasetemp()
+    other = load_image(str(tiny_image_base(folder, "sdxl")))
+    write(random_adapter(other.model, 1), folder / "sdxl-look.safetensors", to="kohya", family="sdxl")
+    return Names(base, shelf, {"sdxl-look": str(folder / "sdxl-look.safetensors")})
+
+
+@pytest.fixture(scope="module")
+def url(engine: PictureEngine, names: Names) -> Iterator[str]:
+    app = FastAPI()
+    app.include_router(router(engine, names, OpenAccess(), max_body=1 << 20, max_pixels=1 << 20))
+    with served(app) as at:
+        yield at
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as opened:
+        yield opened
+
+
+FEW: dict[str, Any] = {"num_inference_steps": 2, "seed": 7}
+
+
+def picture(b64: str | None) -> Image.Image:
+    assert b64 is not None
+    return Image.open(io.BytesIO(base64.b64decode(b64)))
+
+
+def file_of(image: Image.Image, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def b64(image: Image.Image) -> str:
+    return base64.b64encode(file_of(image)).decode()
+
+
+def noise(width: int = SIZE, height: int = SIZE) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def left_open() -> Image.Image:
+    """OpenAI's mask: transparent where something new is wanted."""
+    mask = Image.new("RGBA", (SIZE, SIZE), "black")
+    mask.paste((0, 0, 0, 0), (0, 0, SIZE // 2, SIZE))
+    return mask
+
+
+def one(client: openai.OpenAI, **more: Any) -> Image.Image:
+    return picture(client.images.generate(prompt="a red cat", model="tiny", extra_body=FEW | more).data[0].b64_json)
+
+
+# -- generations -------------------------------------------------------------------------------------------------------
+
+
+def test_openais_client_gets_pictures_that_say_how_they_were_made(
+    client: openai.OpenAI, shelf: Shelf, tmp_path: Path
+) -> None:
+    found = client.images.generate(
+        prompt="a red cat", model="brand", n=2, size=f"{SIZE}x{2 * SIZE}", quality="low", extra_body={"seed": 7}
+    )
+    assert (found.size, found.output_format, found.background, found.quality) == ("32x64", "png", "opaque", "low")
+    assert abs(found.created - time.time()) < 60
+    first, second = (picture(data.b64_json) for data in found.data)
+    assert first.size == (SIZE, 2 * SIZE)
+    assert levels(first, second) > 0
+    assert [data.seed for data in found.data] == [7, 8]
+    kept = tmp_path / "found.png"
+    kept.write_bytes(base64.b64decode(found.data[1].b64_json))
+    text, record = read_picture(kept)
+    assert text is not None
+    assert record is not None
+    assert text.prompt == "a red cat <lora:brand:1>"
+    assert (text.fields["Seed"], text.fields["Steps"], text.fields["Size"]) == ("8", "14", "32x64"), "low: half of 28"
+    assert record["rows"][0]["adapters"] == [[shelf.digest["brand"], "1"]]
+    assert record["base"]["name"] == "tiny-flux1", "no path of the server"
+    usage = found.usage
+    assert usage.output_tokens == 2 * (SIZE // 8) * (2 * SIZE // 8)
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens
+    assert usage.input_tokens == usage.input_tokens_details.text_tokens > 3
+
+
+def test_an_adapter_is_named_in_every_way(client: openai.OpenAI) -> None:
+    named = picture(client.images.generate(prompt="a red cat", model="brand", extra_body=FEW).data[0].b64_json)
+    others = [
+        picture(client.images.generate(prompt="a red cat", model="tiny:brand", extra_body=FEW).data[0].b64_json),
+        one(client, mix=[{"adapter": "brand"}]),
+        one(client, mix={"brand": 1.0}),
+        one(client, mix=["brand:1"]),
+        one(client, lora={"name": "brand", "scale": 1.0}),
+        one(client, lora=[{"name": "brand", "scale": 0.4}, {"name": "brand", "scale": 0.6}]),
+    ]
+    assert [levels(named, other) for other in others] == [0] * 6
+    plain = one(client)
+    assert levels(plain, one(client, lora=[])) == 0
+    assert levels(plain, named) > 8
+    both = one(client, mix=[{"adapter": "brand", "strength": 0.5}, {"adapter": "dora", "strength": -0.5}])
+    assert min(levels(both, plain), levels(both, named)) > 3
+    assert "<lora:brand:0.5>" in both.info["parameters"]
+    assert "<lora:dora:-0.5>" in both.info["parameters"]
+    assert levels(plain, one(client)) == 0, "the base is as it was"
+
+
+def test_a_stream_shows_progress_previews_and_the_picture(client: openai.OpenAI) -> None:
+    more = {"num_inference_steps": 6, "seed": 7}
+    with client.images.generate(
+        prompt="a red cat", model="brand", stream=True, partial_images=2, n=2, extra_body=more
+    ) as stream:
+        events: list[Any] = list(stream)
+    mine = [event for event in events if event.index == 0]
+    steps = [event.step for event in mine if event.type == "image_generation.progress"]
+    assert steps == list(range(1, 7))
+    partial = [event for event in mine if event.type == "image_generation.partial_image"]
+    assert [event.partial_image_index for event in partial] == [0, 1]
+    assert picture(partial[0].b64_json).size == (SIZE, SIZE)
+    done = mine[-1]
+    assert done.type == "image_generation.completed"
+    assert (done.size, done.usage.output_tokens, done.seed) == ("32x32", 16, 7)
+    assert sum(event.type == "image_generation.completed" for event in events) == 2
+    whole = client.images.generate(prompt="a red cat", model="brand", extra_body=more)
+    assert levels(picture(done.b64_json), picture(whole.data[0].b64_json)) <= 1, "two in a batch, and alone"
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_other_formats_have_the_infotext_too(client: openai.OpenAI, kind: Any, tmp_path: Path) -> None:
+    found = client.images.generate(
+        prompt="a red cat", output_format=kind, output_compression=60, response_format="url", extra_body=FEW
+    )
+    head, _, rest = found.data[0].url.partition(",")
+    assert head == f"data:image/{kind};base64"
+    made = io.BytesIO(base64.b64decode(rest))
+    assert Image.open(made).format == kind.upper()
+    kept = tmp_path / f"made.{kind}"
+    kept.write_bytes(made.getvalue())
+    text, _ = read_picture(kept)
+    assert text is not None
+    assert text.prompt == "a red cat"
+
+
+def test_a_negative_prompt_acts_with_true_guidance(client: openai.OpenAI) -> None:
+    plain, guided = one(client, true_cfg_scale=4.0), one(client, true_cfg_scale=4.0, negative_prompt="a blue dog")
+    assert levels(plain, guided) > 0
+    assert "Negative prompt: a blue dog" in guided.info["parameters"]
+
+
+def test_what_is_cut_is_said(client: openai.OpenAI) -> None:
+    found = client.images.generate(prompt="a red cat " * 30, extra_body=FEW)
+    assert "does not read the end" in found.data[0].notes[0]
+
+
+# -- edits and controls ------------------------------------------------------------------------------------------------
+
+
+def test_an_edit_changes_what_the_mask_opens(client: openai.OpenAI, url: str) -> None:
+    given, mask = noise(), left_open()
+    more = FEW | {"mix": [{"adapter": "brand", "strength": 0.5}, {"adapter": "look", "strength": 0.5}]}
+    found = client.images.edit(
+        image=("in.png", file_of(given)), mask=("mask.png", file_of(mask)), prompt="a red cat", extra_body=more
+    )
+    made = picture(found.data[0].b64_json)
+    assert np.array_equal(np.asarray(made)[:, SIZE // 2 :], np.asarray(given)[:, SIZE // 2 :])
+    assert levels(made.crop((0, 0, SIZE // 2, SIZE)), given.crop((0, 0, SIZE // 2, SIZE))) > 8
+    assert "Denoising strength: 1" in made.info["parameters"]
+    assert found.usage.input_tokens_details.image_tokens == 16
+    body = more | {"prompt": "a red cat", "images": [{"image_url": f"data:image/png;base64,{b64(given)}"}]}
+    as_json = httpx.post(f"{url}/v1/images/edits", json=body | {"mask": b64(mask)}).json()
+    assert levels(picture(as_json["data"][0]["b64_json"]), made) == 0
+    white = mask.getchannel("A").point(lambda a: 255 - a)
+    by_white = httpx.post(f"{url}/v1/images/edits", json=body | {"mask": b64(white)}).json()
+    assert levels(picture(by_white["data"][0]["b64_json"]), made) == 0, "without transparency, white is open"
+
+
+def test_an_edit_without_a_mask_starts_from_the_picture(client: openai.OpenAI) -> None:
+    with client.images.edit(
+        image=[("in.jpg", file_of(noise(2 * SIZE, SIZE), "JPEG"))],
+        prompt="a cat",
+        stream=True,
+        extra_body={"denoise": 0.5, "seed": 1},
+    ) as stream:
+        events: list[Any] = list(stream)
+    assert [event.type for event in events[:-1]] == ["image_edit.progress"] * 14, "half of 28 steps"
+    assert events[-1].type == "image_edit.completed"
+    assert events[-1].size == "48x24", "in the picture's proportion"
+    assert "resized from 64×32" in events[-1].notes[0]
+
+
+def test_controls_come_in_json_and_in_forms(client: openai.OpenAI, url: str) -> None:
+    lines = noise()
+    control = {"type": "edges", "strength": 0.8}
+    held = one(client, control=[control | {"image": b64(lines)}])
+    assert levels(held, one(client)) > 0
+    fields = {"prompt": "a red cat", "num_inference_steps": "2", "seed": "7"}
+    form = httpx.post(
+        f"{url}/v1/images/generations",
+        data=fields | {"control": '{"type": "edges", "image": "lines", "strength": 0.8}'},
+        files={"lines": ("lines.png", file_of(lines))},
+    )
+    assert levels(picture(form.json()["data"][0]["b64_json"]), held) == 0
+    assert "ControlNet 0" in held.info["parameters"]
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def bomb(width: int, height: int) -> str:
+    """A PNG of few bytes whose header says many."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return base64.b64encode(data + b"\0\0\0\0IDAT").decode()
+
+
+GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
+    ({"model": "nobody"}, 404, "model_not_found", "nobody"),
+    ({"mix": [{"adapter": "nobody"}]}, 404, "model_not_found", "nobody"),
+    ({"model": "sdxl-look"}, 400, "adapter_unusable", "an SDXL adapter"),
+    ({"model": "brand", "mix": ["look"]}, 400, "invalid_request", "model and mix both"),
+    ({"lora": {"name": "brand"}, "mix": ["look"]}, 400, "invalid_request", "mix and lora both"),
+    ({"lora": {"name": "brand", "path": "/etc"}}, 400, "invalid_request", "unknown key 'lora.0.path'"),
+    ({"mix": [{"adapter": "brand", "strenght": 1}]}, 400, "invalid_request", "did you mean 'strength'"),
+    ({"guidence_scale": 1}, 400, "invalid_request", "did you mean 'guidance_scale'"),
+    ({"prompt": ""}, 400, "invalid_request", "prompt"),
+    ({"n": 11}, 400, "invalid_request", "at most 10"),
+    ({"size": "33x32"}, 400, "invalid_request", "multiples of"),
+    ({"size": "big"}, 400, "invalid_request", "size"),
+    ({"size": "99999x99999"}, 400, "invalid_request", "pixels"),
+    ({"num_inference_steps": 151}, 400, "invalid_request", "at most 150"),
+    ({"negative_prompt": "a dog"}, 400, "invalid_request", "no effect"),
+    ({"background": "transparent"}, 400, "invalid_request", "opaque"),
+    ({"moderation": "auto"}, 400, "invalid_request", "nothing is moderated"),
+    ({"output_compression": 50}, 400, "invalid_request", "PNG"),
+    ({"partial_images": 1}, 400, "invalid_request", "stream"),
+    ({"scheduler": "eulr"}, 400, "invalid_request", "eulr"),
+    ({"control": {"type": "pose", "image": b64(noise())}}, 400, "invalid_request", "canny, edges"),
+    ({"control": {"type": "edges", "image": b64(noise(64, 32))}, "size": "32x32"}, 400, "invalid_request", "another p"),
+    ({"control": {"type": "edges", "image": "bm90aGluZw=="}}, 400, "invalid_request", "no picture"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "status", "code", "said"), GENERATE, ids=[case[3] for case in GENERATE])
+def test_what_cannot_be_drawn_is_refused_as_openais_clients_expect(
+    client: openai.OpenAI, body: dict[str, Any], status: int, code: str, said: str
+) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.images.generate(prompt="a red cat", extra_body=body)
+    assert (caught.value.status_code, caught.value.code) == (status, code)
+    assert said in caught.value.message
+    assert caught.value.type == ("not_found_error" if status == 404 else "invalid_request_error")
+    assert isinstance(caught.value, openai.NotFoundError if status == 404 else openai.BadRequestError)
+
+
+EDIT: list[tuple[dict[str, Any], str]] = [
+    ({}, "no image to edit"),
+    ({"image": [b64(noise()), b64(noise())]}, "2 images"),
+    ({"image": "https://example.org/a.png"}, "not fetched"),
+    ({"image": "file:///etc/passwd"}, "no base64"),
+    ({"image": base64.b64encode(b"<svg/>").decode()}, "no picture"),
+    ({"image": b64(noise())[:200]}, "no picture"),
+    ({"image": bomb(3000, 3000)}, "at most 1048576 pixels"),
+    ({"image": bomb(60000, 60000)}, "more pixels than are opened, 178,956,970: at most 1048576 pixels"),
+    ({"image": b64(noise()), "mask": b64(Image.new("RGBA", (SIZE, SIZE), "black"))}, "opens nothing"),
+    ({"image": b64(noise()), "mask": b64(left_open().resize((SIZE, 2 * SIZE)))}, "another proportion"),
+    ({"image": b64(noise()), "denoise": 2}, "denoise"),
+    ({"image": b64(noise()), "size": "64x32"}, "another proportion"),
+]
+
+
+@pytest.mark.parametrize(("body", "said"), EDIT, ids=[case[1] for case in EDIT])
+def test_a_picture_that_is_none_is_refused(url: str, body: dict[str, Any], said: str) -> None:
+    found = httpx.post(f"{url}/v1/images/edits", json={"prompt": "a cat"} | body)
+    assert found.status_code == 400
+    assert said in found.json()["error"]["message"]
+
+
+def test_bodies_are_limited_and_must_be_what_they_say(url: str) -> None:
+    at = f"{url}/v1/images/edits"
+    large = httpx.post(at, json={"prompt": "a" * (1 << 20)})
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "invalid_request")
+    upload = httpx.post(at, data={"prompt": "a"}, files={"image": ("a.png", b"0" * (1 << 20))})
+    assert upload.status_code == 413
+    for kind, content in (("application/json", b"[]"), ("application/json", b"{"), ("multipart/form-data", b"x")):
+        assert httpx.post(at, content=content, headers={"content-type": kind}).status_code == 400
+    for odd in (
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "\\ud800": 1}',
+        b'{"prompt": "a", "seed": NaN}',
+        b"[" * 100000,
+    ):
+        found = httpx.post(f"{url}/v1/images/generations", content=odd)
+        assert (found.status_code, found.json()["error"]["code"]) == (400, "invalid_request")
+    nothing = {"n": None, "mix": None, "lora": None, "control": None, "size": None, "quality": None, "model": None}
+    assert httpx.post(f"{url}/v1/images/generations", json=FEW | nothing | {"prompt": "a"}).status_code == 200
+    unused = httpx.post(at, data={"prompt": "a"}, files={"image": ("a", file_of(noise())), "sketch": ("b", b"0")})
+    assert "unknown key 'sketch'" in unused.json()["error"]["message"]
+
+
+def test_what_fails_in_a_stream_is_an_event(client: openai.OpenAI, url: str, shelf: Shelf) -> None:
+    pairs = shelf.adapters[shelf.digest["brand"]].pairs
+    name = next(name for name in pairs if name.startswith("transformer"))
+    over = Adapter({name: Pair(pairs[name].A * 1e20, pairs[name].B * 1e20, 1.0)})
+    shelf.digest["over"] = over.digest()
+    shelf.adapters[over.digest()] = over
+    body = FEW | {"prompt": "a", "stream": True, "model": "over"}
+    events = httpx.post(f"{url}/v1/images/generations", json=body).text.strip().split("\n\n")
+    kind, data = events[-1].split("\n")
+    assert kind == "event: error"
+    told = json.loads(data.removeprefix("data: "))["error"]
+    assert (told["code"], told["type"]) == ("invalid_request", "invalid_request_error")
+    assert "not finite" in told["message"]
+    stream = client.images.generate(prompt="a", model="over", stream=True, extra_body=FEW)
+    with stream, pytest.raises(openai.APIError, match="not finite"):
+        list(stream)
+    with pytest.raises(openai.NotFoundError):
+        client.images.generate(prompt="a", model="nobody", stream=True)
+
+
+# -- who asks, and who leaves ------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_leaves_cancels_what_it_asked_for(url: str, engine: PictureEngine) -> None:
+    def idle() -> None:
+        until = time.monotonic() + 30
+        while engine.stats().running or engine.stats().waiting:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+    body = {"prompt": "a", "num_inference_steps": 150, "size": f"{2 * SIZE}x{2 * SIZE}"}
+    before = engine.stats().steps
+    with httpx.stream("POST", f"{url}/v1/images/generations", json=body | {"stream": True}) as stream:
+        next(stream.iter_lines())
+    idle()
+    after_stream = engine.stats().steps
+    assert after_stream < before + 100
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/images/generations", json=body, timeout=0.2)
+    idle()
+    assert engine.stats().steps < after_stream + 140
+
+
+class Tenants:
+    """Keys, a limit and a ledger."""
+
+    def __init__(self) -> None:
+        self.bills: list[tuple[str, int, int, Usage]] = []
+
+    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+        if key not in ("acme", "poor"):
+            raise Refused("this key is not known", status=401, code="unauthorized")
+        return Caller(key, lambda name: name != "look")
+
+    @asynccontextmanager
+    async def admitted(
+        self, caller: Caller, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
+    ) -> AsyncIterator[Any]:
+        if caller.tenant == "poor":
+            raise Refused("no budget", status=429, code="rate_limited", retry_after=7.0)
+
+        class Bill:
+            @staticmethod
+            def used(usage: Usage) -> Kept:
+                self.bills.append((caller.tenant, prompt_tokens, max_tokens, usage))
+                return Kept()
+
+        yield Bill()
+
+
+def test_tenants_see_their_own_are_limited_and_pay(base: ImageBase, engine: PictureEngine, names: Names) -> None:
+    tenants, app = Tenants(), FastAPI()
+    app.include_router(router(engine, names, tenants))
+    with served(app) as at:
+
+        def ask(key: str, **body: Any) -> httpx.Response:
+            return httpx.post(
+                f"{at}/v1/images/generations",
+                json=FEW | {"prompt": "a cat"} | body,
+                headers={"authorization": f"Bearer {key}"},
+            )
+
+        unknown, limited = ask("other"), ask("poor")
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert (limited.status_code, limited.headers["retry-after"]) == (429, "7")
+        assert ask("acme", mix=["look"]).status_code == 404
+        assert not tenants.bills
+        assert ask("acme", n=2).status_code == 200
+        ((tenant, prompt, most, usage),) = tenants.bills
+        assert (tenant, usage.prompt, usage.completion) == ("acme", prompt, most) == ("acme", usage.prompt, 32)
+        assert usage.decode > 0
+    assert ANYBODY.sees("look")
+
+
+def test_metrics_count_pictures_by_adapter(engine: PictureEngine, names: Names) -> None:
+    """As answers are counted, a picture for each; refused ones leave nothing behind."""
+    app = create_app(
+        _NoText(engine), names, OpenAccess(), ToyText(), router(engine, names, OpenAccess()), HttpSettings()
+    )
+    with served(app) as at:
+
+        def ask(**body: Any) -> int:
+            body = FEW | {"prompt": "a cat"} | body
+            return httpx.post(f"{at}/v1/images/generations", json=body).status_code
+
+        assert [ask(n=2), ask(model="look"), ask(mix=[])] == [200] * 3
+        assert ask(mix=["nobody"]) == 404
+        found = samples(httpx.get(f"{at}/metrics").text)
+    assert found["veneer:adapter_requests_total", "look,stop"] == 1
+    assert found["veneer:adapter_requests_total", f"{names.base},stop"] == 3
+    assert found["vllm:e2e_request_latency_seconds_count", ""] == 4
+    assert found["vllm:num_requests_running", ""] == found["vllm:num_requests_waiting", ""] == 0
+    assert found["veneer:engine_steps_total", ""] == engine.stats().steps > 0
+
+
+def test_a_full_queue_says_when_to_come_back(base: ImageBase, shelf: Shelf, names: Names) -> None:
+    app = FastAPI()
+    other = load_image(str(base.directory))
+    with PictureEngine(other, shelf.read, max_waiting=1, window=30.0) as busy:
+        app.include_router(router(busy, names, OpenAccess()))
+        with (
+            served(app) as at,
+            httpx.stream("POST", f"{at}/v1/images/generations", json={"prompt": "a", "stream": True}),
+        ):
+            full = httpx.post(f"{at}/v1/images/generations", json={"prompt": "a"})
+    assert (full.status_code, full.headers["retry-after"]) == (429, "5")
+    assert full.json()["error"]["code"] == "overloaded"

@@ -1,0 +1,463 @@
+"""Names on a server: what they mean, who sees them, what is refused before a name is known."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sqlalchemy import event
+
+from tests.serve.shelf import Make, of, reason, refused, saved
+from veneer.formats import peft
+from veneer.library.library import Library
+from veneer.models.text.base import TextBase
+from veneer.serve.access import ANYBODY, Caller
+from veneer.serve.names.resident import Lease
+from veneer.serve.request import Refused
+from veneer.serve.tenancy.names import seeing
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_base(make: Make) -> None:
+    catalog = make()
+    for word in ("", "tiny", "tiny:", "tiny:tiny"):
+        served = catalog.resolve(word, ANYBODY)
+        assert (served.mix, served.name, served.target) == ((), word or "tiny", "tiny")
+    assert [(c.id, c.parent) for c in catalog.models(ANYBODY)] == [("tiny", None)]
+    assert catalog.resolve_mix([], ANYBODY).mix == ()
+
+
+def test_a_loaded_name(make: Make, base: TextBase, folder: Path) -> None:
+    digest = saved(base, folder / "a")
+    catalog = make()
+    card = catalog.load("support", "a")
+    assert (card.id, card.root, card.parent, card.digest) == ("support", "a", "tiny", digest)
+    for word in ("support", "tiny:support"):
+        served = catalog.resolve(word, ANYBODY)
+        assert (served.mix, served.name, served.target) == (of(digest), word, "support")
+    assert catalog.models(ANYBODY)[1] == card
+    assert catalog.residents is not None
+    assert list(catalog.residents.resident()) == [digest]
+
+
+def test_what_the_library_has_needs_no_loading(make: Make, base: TextBase, folder: Path, library: Library) -> None:
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    library.add(folder / "a", "support")
+    library.add(folder / "b", "support")
+    library.alias("support@1", "prod")
+    catalog = make()
+    words = {"support": two, "support@1": one, "support@2": two, "support@prod": one, one: one, "tiny:support@1": one}
+    assert {word: catalog.resolve(word, ANYBODY).mix for word in words} == {w: of(d) for w, d in words.items()}
+    assert [c.id for c in catalog.models(ANYBODY)] == ["tiny", "support"]
+    assert torch.equal(
+        next(catalog.read(one).tensors())[1], next(peft.load(folder / "a", base.model).adapter.tensors())[1]
+    )
+
+
+def test_an_alias_that_moves_is_seen_by_the_next_request(
+    make: Make, base: TextBase, folder: Path, library: Library
+) -> None:
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    library.add(folder / "a", "support")
+    library.add(folder / "b", "support")
+    catalog = make()
+    for version, digest in [(1, one), (2, two)] * 10:
+        library.alias(f"support@{version}", "prod")
+        for _ in range(3):
+            assert catalog.resolve("support@prod", ANYBODY).mix == of(digest)
+    library.remove("support@prod")
+    assert refused(lambda: catalog.resolve("support@prod", ANYBODY)).status == 404
+
+
+def test_names_are_resolved_without_a_database(
+    make: Make, base: TextBase, folder: Path, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known, unknown and listed names, and an adapter's files when they are first used."""
+    digest = saved(base, folder / "a")
+    library.add(folder / "a", "acme/support")
+    library.alias("acme/support@1", "prod")
+    catalog = make()
+    assert catalog.sources.names is not None
+    catalog.sources.names.looked()
+    monkeypatch.setattr(catalog.sources.names, "looked", lambda: None)  # as surfaces leave it to a thread
+
+    asked: list[str] = []
+    event.listen(library.engine, "before_cursor_execute", lambda c, cursor, statement, *more: asked.append(statement))
+    for _ in range(50):
+        for word in ("acme/support", "acme/support@1", "acme/support@prod", digest, digest[:20]):
+            assert catalog.resolve(word, ANYBODY).mix == of(digest)
+        for word in ("nothing", "acme/support@2", "acme/support@stable", "sha256:0000"):
+            assert refused(lambda w=word: catalog.resolve(w, ANYBODY)).status == 404
+        assert [c.id for c in catalog.models(ANYBODY)] == ["tiny", "acme/support"]
+    assert catalog.read(digest).digest() == digest
+    assert asked == []
+
+
+def test_a_load_under_a_name_of_the_librarys_is_refused_unless_it_says_so(
+    make: Make, base: TextBase, folder: Path, library: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    library.add(folder / "a", "support")
+    catalog = make()
+    error = refused(lambda: catalog.load("support", "b"))
+    assert (error.status, error.code) == (400, "adapter_exists")
+    assert catalog.resolve("support", ANYBODY).mix == of(one)
+    assert catalog.residents is not None
+    assert catalog.residents.stats().bytes == 0
+    assert catalog.load("support", "support").digest == one, "the same thing by its own name"
+    catalog.unload("support")
+    assert catalog.load("support", "a").digest == one, "or by its files"
+    catalog.load("support", "b", replace=True)
+    assert "no longer the library's support@1" in caplog.text
+    assert catalog.resolve("support", ANYBODY).mix == of(two)
+
+
+def test_another_bases_adapter_is_known_by_the_index(
+    make: Make, base: TextBase, folder: Path, library: Library, tmp_path: Path
+) -> None:
+    saved(base, folder / "a", base_fingerprint="sha256:" + "0" * 64)
+    library.add(folder / "a", "support")
+    error = refused(lambda: make().resolve("support", ANYBODY))
+    assert (reason(error), error.status) == ("wrong_base", 400)
+
+
+def test_a_loaded_name_goes_before_the_library(make: Make, base: TextBase, folder: Path, library: Library) -> None:
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    library.add(folder / "a", "support")
+    catalog = make()
+    catalog.load("support", "b", replace=True)
+    assert catalog.resolve("support", ANYBODY).mix == of(two)
+    catalog.unload("support")
+    assert catalog.resolve("support", ANYBODY).mix == of(one)
+    catalog.load("mine", "support@1")
+    assert catalog.models(ANYBODY)[1].root == "support@1"
+
+
+def test_a_mix(make: Make, base: TextBase, folder: Path) -> None:
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    catalog = make()
+    catalog.load("a", "a")
+    catalog.load("b", "b")
+    served = catalog.resolve_mix([("a", 0.5), ("b", -1.0), ("tiny:a", 0.25), ("tiny", 3.0)], ANYBODY)
+    assert served.mix == tuple(sorted({one: 0.75, two: -1.0}.items()))
+    assert served.adapters == tuple("a" if digest == one else "b" for digest, _ in served.mix)
+    assert served.target == served.name == "a:0.5+b:-1+tiny:a:0.25+tiny:3"
+    single = catalog.resolve_mix([("a", 2.0)], ANYBODY)
+    assert (single.mix, single.target, single.adapters) == (((one, 2.0),), "a", ("a",))
+    assert catalog.resolve_mix([("a", 1.0), ("a", -1.0)], ANYBODY).mix == ()
+    assert refused(lambda: catalog.resolve_mix([("a", 1.0), ("nowhere", 1.0)], ANYBODY)).status == 404
+    assert refused(lambda: catalog.resolve_mix([("a", float("nan"))], ANYBODY)).status == 400
+    assert refused(lambda: catalog.resolve_mix([("a", 1.0)] * 65, ANYBODY)).status == 400
+
+
+def test_a_part_is_called_what_the_operator_calls_it(
+    make: Make, base: TextBase, folder: Path, library: Library
+) -> None:
+    """Limits, prices and the ledger read these names, so a client's spelling must not be among them."""
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    for source, name in (("a", "big"), ("b", "small")):
+        library.add(folder / source, name)
+    library.alias("big@1", "prod")
+    catalog = make()
+    for word in ("big", "big@1", "big@prod", "big@latest", one, one[:20], "tiny:big"):
+        assert catalog.resolve(word, ANYBODY).parts() == [(one, "big@1", 1.0)]
+    asked = {
+        (("big", 1.0), ("small", 0.0)): [(one, "big@1", 1.0)],
+        (("big", 1.0), ("small", 1.0), ("small@1", -1.0)): [(one, "big@1", 1.0)],
+        (("big", 0.5), (one, 0.5)): [(one, "big@1", 1.0)],
+        (("big", 1.0), ("small", 1e-9)): sorted([(one, "big@1", 1.0), (two, "small@1", 1e-9)]),
+        (("big", 1.0), ("big@1", -1.0), ("tiny", 3.0)): [("", "tiny", 1.0)],
+    }
+    for parts, expected in asked.items():
+        assert catalog.resolve_mix(parts, ANYBODY).parts() == expected
+
+
+class Split:
+    """Rollouts: `live` goes to a or b by the user, with a shadow; seen by tenant `t` alone."""
+
+    def __init__(self, shadow: str | None = "b") -> None:
+        self.under = shadow
+
+    def choose(self, route: str, caller: Caller) -> str | None:
+        known = route == "live" and caller.tenant == "t"
+        return ("a" if caller.user == "ann" else "b") if known else None
+
+    def shadow(self, route: str, caller: Caller) -> str | None:
+        assert route == "live"
+        return self.under
+
+    def names(self, caller: Caller) -> list[str]:
+        return ["live"] if caller.tenant == "t" else []
+
+
+def test_a_route_with_weights(make: Make, base: TextBase, folder: Path) -> None:
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    catalog = make(rollouts=Split())
+    catalog.load("a", "a")
+    catalog.load("b", "b")
+    ann = Caller(tenant="t", user="ann", sees=lambda name: False)
+    served = catalog.resolve("live", ann)
+    assert (served.mix, served.name, served.target, served.shadow) == (of(one), "live", "a", ("b", of(two)))
+    assert catalog.resolve("tiny:live", replace(ann, user="bob")).target == "b"
+    assert catalog.resolve("a", ANYBODY).shadow is None
+    assert refused(lambda: catalog.resolve("live", ANYBODY)).status == 404
+    assert refused(lambda: catalog.resolve("a", ann)).status == 404, "the route lends no name"
+    assert [c.id for c in catalog.models(ann)] == ["tiny", "live"]
+
+
+def test_a_shadow_that_is_gone_hurts_nobody_and_is_told(make: Make, base: TextBase, folder: Path) -> None:
+    saved(base, folder / "a", 1)
+    catalog = make(rollouts=Split("gone"))
+    catalog.load("a", "a")
+    served = catalog.resolve("live", Caller(tenant="t", user="ann"))
+    assert served.target == "a"
+    assert served.shadow is not None
+    name, why = served.shadow
+    assert name == "gone"
+    assert isinstance(why, Refused)
+    assert why.status == 404
+    assert refused(lambda: catalog.resolve("live", Caller(tenant="t", user="bob"))).status == 404
+
+
+def test_a_name_is_checked_as_a_request_for_it_would_be(
+    make: Make, base: TextBase, folder: Path, library: Library, tmp_path: Path
+) -> None:
+    saved(base, folder / "a", 1)
+    saved(base, folder / "b", 2)
+    saved(base, folder / "o", 3, base_fingerprint="sha256:" + "0" * 64)
+    for name, place in (("good", "a"), ("broken", "b"), ("other", "o")):
+        library.add(folder / place, name)
+    catalog = make()
+    catalog.load("loaded", "a")
+    for fine in ("good", "good@1", "loaded", "tiny"):
+        catalog.check(fine)
+    for files in library.files(library.find("broken").entry).values():
+        blob = Path(library.location) / "blobs" / files[0][:2] / files[0]
+        blob.chmod(0o644)
+        blob.write_bytes(b"half a file")
+    answers = {name: refused(lambda n=name: catalog.check(n)).status for name in ("gone", "good@7", "broken", "other")}
+    assert answers == {"gone": 404, "good@7": 404, "broken": 503, "other": 400}
+
+
+# -- who sees what -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_theirs_is_what_is_not_there(make: Make, base: TextBase, folder: Path, library: Library) -> None:
+    digest = saved(base, folder / "a")
+    library.add(folder / "a", "secret")
+    catalog = make()
+    catalog.load("mine", "a")
+    catalog.load("theirs", "a")
+    caller = Caller(tenant="t", sees=lambda name: name == "mine")
+    assert catalog.resolve("mine", caller).mix == of(digest)
+    for word in ("theirs", "secret", "secret@1", digest):
+        hidden, absent = (
+            refused(lambda w=word: catalog.resolve(w, caller)),
+            refused(lambda: catalog.resolve("x", caller)),
+        )
+        assert str(hidden).replace(word, "x") == str(absent)
+        for part in ("status", "code", "param", "fix", "where"):
+            assert getattr(hidden, part) == getattr(absent, part)
+    assert [c.id for c in catalog.models(caller)] == ["tiny", "mine"]
+
+
+def test_what_is_not_theirs_is_not_even_looked_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = make()
+    monkeypatch.setattr(catalog.sources, "look", lambda reference: pytest.fail("looked up"))
+    for word in ("there", "not-there"):
+        assert refused(lambda w=word: catalog.resolve(w, Caller(sees=lambda name: False))).status == 404
+
+
+def test_a_grant_of_a_name_is_one_of_its_versions(make: Make, base: TextBase, folder: Path, library: Library) -> None:
+    digest = saved(base, folder / "a")
+    library.add(folder / "a", "support")
+    caller = Caller(sees=lambda name: name == "support")
+    assert make().resolve("support@1", caller).mix == of(digest)
+
+
+def test_a_namespace_of_the_library_on_every_way_to_name_an_adapter(
+    make: Make, base: TextBase, folder: Path, library: Library
+) -> None:
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    library.add(folder / "a", "acme/support")
+    library.add(folder / "b", "acme/support")
+    library.alias("acme/support@1", "prod")
+    catalog, acme = make(), Caller(tenant="acme", sees=seeing(["acme/*"]))
+    meant = {"acme/support": two, "acme/support@1": one, "acme/support@prod": one, "tiny:acme/support@2": two}
+    assert {word: catalog.resolve(word, acme).mix for word in meant} == {word: of(d) for word, d in meant.items()}
+    assert catalog.resolve_mix([("acme/support@1", 0.5)], acme).mix == ((one, 0.5),)
+    assert [c.id for c in catalog.models(acme)] == ["tiny", "acme/support"]
+    assert refused(lambda: catalog.resolve("support", acme)).status == 404
+    assert refused(lambda: catalog.resolve("acme/support", Caller(sees=seeing(["globex/*"])))).status == 404
+    assert catalog.load("acme/Fast.Support", "acme/support@1").digest == one
+    assert catalog.resolve("acme/Fast.Support", acme).mix == of(one)
+
+
+HOSTILE_WORDS = [
+    "../../etc/passwd", "/etc/passwd", "a/../../b", "a\0b", "\x1b[31m", "..", ".", "~root", "x" * 100_000, "tiny:../x",
+    "sha256:zz", "sha256:", "a@b@c", "%2e%2e/", "C:\\x", "a b", "\ud800", "s3://bucket/x", "file:///etc/passwd", "é",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", HOSTILE_WORDS, ids=range(len(HOSTILE_WORDS)))
+def test_words_from_clients_never_reach_the_file_system(make: Make, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = make()
+    for name in ("resolve", "stat", "exists", "open", "iterdir", "expanduser"):
+        monkeypatch.setattr(Path, name, lambda *a, **k: pytest.fail("a file was touched"))
+    error = refused(lambda: catalog.resolve(word, ANYBODY))
+    assert (error.status, error.code) == (404, "model_not_found")
+    assert len(str(error)) < 400
+    assert all(c.isprintable() for c in error.what)
+
+
+@pytest.mark.parametrize(
+    "name", [*HOSTILE_WORDS, "", "tiny", "a..b", "a:b", "a@2", "a+b", "/a", "a/", "a//b", "a/b/c", "-a"]
+)
+def test_names_that_cannot_be_given(make: Make, base: TextBase, folder: Path, name: str) -> None:
+    saved(base, folder / "a")
+    catalog = make()
+    error = refused(lambda: catalog.load(name, "a"))
+    assert (error.status, error.code, error.param) == (400, "invalid_request", "lora_name")
+    assert len(catalog.models(ANYBODY)) == 1
+
+
+def test_ten_thousand_names(make: Make, base: TextBase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = saved(base, folder / "a")
+    catalog = make()
+    place = catalog.sources.locate("a")
+    adapter = catalog.sources.read(place)
+    monkeypatch.setattr(catalog.sources, "locate", lambda source: place)
+    monkeypatch.setattr(adapter, "digest", lambda: digest)
+    monkeypatch.setattr(catalog.sources, "read", lambda place: adapter)
+    catalog.residents, kept = None, catalog.residents
+    for i in range(10_000):
+        catalog.load(f"customer-{i}", "a")
+    began = time.process_time()
+    for i in range(10_000):
+        assert catalog.resolve(f"customer-{i}", ANYBODY).mix == of(digest)
+    assert time.process_time() - began < 5, "well under a millisecond each"
+    catalog.residents = kept
+    assert len(catalog.models(ANYBODY)) == 10_001
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_means_one_thing(make: Make, base: TextBase, folder: Path) -> None:
+    one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
+    catalog = make()
+    catalog.load("x", "a")
+    error = refused(lambda: catalog.load("x", "b"))
+    assert (error.status, error.code) == (400, "adapter_exists")
+    assert catalog.resolve("x", ANYBODY).mix == of(one)
+    catalog.load("x", "b", replace=True)
+    assert catalog.resolve("x", ANYBODY).mix == of(two)
+    assert catalog.residents is not None
+    assert list(catalog.residents.resident()) == [two]
+    catalog.unload("x")
+    assert refused(lambda: catalog.resolve("x", ANYBODY)).status == 404
+    assert refused(lambda: catalog.unload("x")).status == 404
+    assert catalog.residents.stats().bytes == 0
+
+
+def test_running_requests_keep_what_their_name_meant(make: Make, base: TextBase, folder: Path) -> None:
+    old = saved(base, folder / "a", 1)
+    catalog = make()
+    catalog.load("x", "a")
+    residents = catalog.residents
+    assert residents is not None
+    lease = residents.acquire(catalog.resolve("x", ANYBODY).mix, lambda result: pytest.fail("not there"))
+    assert lease is not None
+    shutil.rmtree(folder / "a")
+    new = saved(base, folder / "a", 2)  # new weights in the same place, under the same name
+    catalog.load("x", "a", replace=True)
+    assert catalog.resolve("x", ANYBODY).mix == of(new)
+    assert lease.parts[0][0].adapter.digest() == old
+    assert set(residents.resident()) == {old, new}
+    lease.release()
+    assert set(residents.resident()) == {new}
+
+
+def test_two_names_of_one_adapter(make: Make, base: TextBase, folder: Path) -> None:
+    digest = saved(base, folder / "a", 1)
+    catalog = make()
+    catalog.load("x", "a")
+    catalog.load("y", "a", pinned=True)
+    assert catalog.residents is not None
+    assert catalog.residents.stats().pinned == 1
+    catalog.unload("y")
+    assert catalog.residents.stats().pinned == 0
+    assert list(catalog.residents.resident()) == [digest]
+    catalog.unload("x")
+    assert catalog.residents.resident() == {}
+
+
+def test_an_evicted_adapter_is_read_again_and_must_be_the_same(make: Make, base: TextBase, folder: Path) -> None:
+    saved(base, folder / "a", 1)
+    size = peft.load(folder / "a").adapter.size_bytes()
+    saved(base, folder / "b", 2)
+    catalog = make(limit=size)
+    catalog.load("x", "a")
+    catalog.load("y", "b")
+    residents = catalog.residents
+    assert residents is not None
+
+    def get(name: str) -> Lease[Any] | Refused:
+        done, got = threading.Event(), list[Any]()
+        lease = residents.acquire(catalog.resolve(name, ANYBODY).mix, lambda r: (got.append(r), done.set()))
+        if lease is None:
+            assert done.wait(30)
+            lease = got[0]
+        if isinstance(lease, Lease):
+            lease.release()
+        return lease
+
+    assert isinstance(get("x"), Lease)
+    assert isinstance(get("y"), Lease)
+    shutil.rmtree(folder / "a")
+    gone = get("x")
+    assert isinstance(gone, Refused)
+    assert (reason(gone), gone.status) == ("not_found", 404)
+    saved(base, folder / "a", 9)
+    changed = get("x")
+    assert isinstance(changed, Refused)
+    assert (reason(changed), changed.status) == ("changed", 409)
+    assert isinstance(get("y"), Lease)
+
+
+def test_an_adapter_larger_than_memory_leaves_no_trace(make: Make, base: TextBase, folder: Path) -> None:
+    saved(base, folder / "a")
+    catalog = make(limit=100)
+    error = refused(lambda: catalog.load("x", "a"))
+    assert reason(error) == "too_large"
+    assert len(catalog.models(ANYBODY)) == 1
+    assert reason(refused(lambda: make(max_bytes=100).load("x", "a"))) == "too_large"
+
+
+def test_loads_of_one_name_at_once(make: Make, base: TextBase, folder: Path) -> None:
+    for i in range(4):
+        saved(base, folder / f"a{i}", i)
+    catalog, outcomes = make(), list[str]()
+
+    def load(i: int) -> None:
+        try:
+            outcomes.append(catalog.load("x", f"a{i}").digest)
+        except Refused as error:
+            outcomes.append(error.code)
+
+    threads = [threading.Thread(target=load, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    (won,) = [o for o in outcomes if o != "adapter_exists"]
+    assert catalog.resolve("x", ANYBODY).mix == of(won)
+    assert catalog.residents is not None
+    assert list(catalog.residents.resident()) == [won]

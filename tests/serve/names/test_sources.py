@@ -1,0 +1,247 @@
+"""What may be loaded from where, and the reasons for which an adapter is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.adapters.test_use import adapter_for, other_base
+from tests.formats import hostile
+from tests.serve.shelf import Make, reason, refused, saved
+from veneer.core.adapter import LoraSpec
+from veneer.core.init import create
+from veneer.formats import peft
+from veneer.library.library import Library
+from veneer.models.text.base import TextBase
+from veneer.serve.access import ANYBODY
+from veneer.serve.names.catalog import LocalCatalog
+
+
+def untouched(catalog: LocalCatalog) -> None:
+    assert [c.id for c in catalog.models(ANYBODY)] == ["tiny"]
+    assert catalog.residents is not None
+    assert catalog.residents.stats().bytes == 0
+    assert not catalog.residents._slots
+    assert refused(lambda: catalog.resolve("x", ANYBODY)).status == 404
+
+
+def test_files_inside_the_allowed_folder(make: Make, base: TextBase, folder: Path) -> None:
+    digest = saved(base, folder / "deep" / "a")
+    catalog = make()
+    for i, source in enumerate(["deep/a", str(folder / "deep" / "a"), "./deep/a"]):
+        assert catalog.load(f"n{i}", source).digest == digest
+    assert catalog.load("run", "deep/a").root == "a"
+    (folder / "inner").symlink_to(folder / "deep")
+    assert catalog.load("linked", "inner/a").digest == digest
+
+
+def test_a_run_s_folder(make: Make, base: TextBase, folder: Path) -> None:
+    digest = saved(base, folder / "run" / "adapter")
+    assert make().load("x", "run").digest == digest
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{out}/a", "../out/a", "deep/../../out/a", "link", "link/../a", "nowhere", "{out}", "/etc/passwd",
+        "a\0b", "\0", "x" * 5000, "~/a", "", "loop", "dangling", "file:///etc/passwd", "fifo", "http://x/y",
+        "a\nb", "/dev/zero", "/proc/self/mem",
+    ],
+)  # fmt: skip
+def test_what_lies_outside_is_not_there(
+    make: Make,
+    base: TextBase,
+    folder: Path,
+    tmp_path: Path,
+    source: str,
+) -> None:
+    saved(base, tmp_path / "out" / "a")
+    (folder / "link").symlink_to(tmp_path / "out" / "a")
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "dangling").symlink_to(folder / "nothing")
+    os.mkfifo(folder / "fifo")
+    catalog = make()
+    error = refused(lambda: catalog.load("x", source.replace("{out}", str(tmp_path / "out"))))
+    if source == "":  # the folder itself, which has no adapter
+        assert error.status == 400
+    else:
+        assert (reason(error), error.status) == ("not_found", 404)
+    assert str(tmp_path) not in error.what.replace(repr(str(tmp_path / "out" / "a")), "").replace(
+        repr(str(tmp_path / "out")), ""
+    )
+    untouched(catalog)
+
+
+def test_without_allowed_folders_no_path_is_an_adapter(make: Make, base: TextBase, folder: Path) -> None:
+    saved(base, folder / "a")
+    catalog = make(allowed_folders=())
+    for source in ("a", str(folder / "a")):
+        assert reason(refused(lambda s=source: catalog.load("x", s))) == "not_found"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "veneer.json"])
+def test_a_link_inside_that_leads_out(
+    make: Make,
+    base: TextBase,
+    folder: Path,
+    tmp_path: Path,
+    name: str,
+) -> None:
+    saved(base, tmp_path / "out")
+    shutil.copytree(tmp_path / "out", folder / "a")
+    (folder / "a" / name).unlink(missing_ok=True)
+    (folder / "a" / name).symlink_to(tmp_path / "out" / name)
+    catalog = make()
+    assert reason(refused(lambda: catalog.load("x", "a"))) == "unsafe_file"
+    untouched(catalog)
+
+
+@pytest.mark.parametrize("name", sorted(hostile.FILES))
+def test_hostile_files(make: Make, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / name).write_bytes(hostile.FILES[name][0])
+    catalog = make()
+    error = refused(lambda: catalog.load("x", name))
+    assert error.status == 400
+    assert reason(error) in {"unsafe_file", "corrupt", "not_finite", "shape_mismatch"}
+    assert name.split(".")[0] not in {"nan"} or reason(error) == "not_finite"
+    assert not (folder / hostile.MARK).exists()
+    untouched(catalog)
+
+
+def broken(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def test_fifty_bad_loads_beside_good_ones(make: Make, base: TextBase, folder: Path) -> None:
+    """Each is a 4xx, none leaves a trace, and what was loaded before is served as before."""
+    good = saved(base, folder / "good")
+    catalog = make()
+    catalog.load("good", "good")
+    for i in range(25):
+        assert refused(lambda i=i: catalog.load(f"x{i}", f"missing-{i}")).status == 404
+        whole = (folder / "good" / "adapter_model.safetensors").read_bytes()
+        bad = folder / f"bad-{i}"
+        shutil.copytree(folder / "good", bad)
+        (bad / "adapter_model.safetensors").write_bytes(whole[: len(whole) * i // 25] + b"\xff" * (i % 3))
+        error = refused(lambda i=i: catalog.load(f"y{i}", f"bad-{i}"))
+        assert 400 <= error.status < 500
+        assert str(folder) not in error.what
+    assert [c.id for c in catalog.models(ANYBODY)] == ["tiny", "good"]
+    assert catalog.resolve("good", ANYBODY).mix == ((good, 1.0),)
+    assert catalog.residents is not None
+    assert list(catalog.residents.resident()) == [good]
+    catalog.load("later", "good")
+
+
+def test_pickles(make: Make, folder: Path, base: TextBase) -> None:
+    saved(base, folder / "a")
+    (folder / "a" / "adapter_model.safetensors").unlink()
+    torch.save({"x": torch.ones(2)}, folder / "a" / "adapter_model.bin")
+    catalog = make()
+    assert 400 <= refused(lambda: catalog.load("x", "a")).status < 500
+    untouched(catalog)
+
+
+def test_another_base(make: Make, base: TextBase, folder: Path, tmp_path: Path) -> None:
+    other = other_base(tmp_path, hidden_size=96)
+    saved(other, folder / "a")
+    adapter = adapter_for(other)
+    adapter.card.base_fingerprint = adapter.card.base = ""
+    peft.write(adapter, folder / "b")
+    saved(base, folder / "c", base_fingerprint="sha256:" + "1" * 64)
+    catalog = make()
+    assert [reason(refused(lambda s=s: catalog.load("x", s))) for s in "abc"] == [
+        "wrong_base",
+        "shape_mismatch",
+        "wrong_base",
+    ]
+    untouched(catalog)
+
+
+def test_not_finite(make: Make, base: TextBase, folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved(base, folder / "a")
+    tensors = load_file(folder / "a" / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, folder / "a" / "adapter_model.safetensors")
+    assert reason(refused(lambda: make().load("x", "a"))) == "not_finite"
+
+
+@pytest.mark.parametrize(
+    ("problem", "word"),
+    [
+        ("q_proj: DoRA with a norm for each input", "dora_unsupported"),
+        ("lm_head: a full copy", "modules_to_save_unsupported"),
+        ("embed_tokens: token rows", "modules_to_save_unsupported"),
+        ("q_proj: a hadamard delta", "form_unsupported"),
+    ],
+)
+def test_what_the_runner_cannot_serve(
+    make: Make,
+    base: TextBase,
+    folder: Path,
+    library: Library,
+    problem: str,
+    word: str,
+) -> None:
+    digest = saved(base, folder / "a")
+    library.add(folder / "a", "kept")
+    catalog = make(servable=lambda adapter: [problem])
+    error = refused(lambda: catalog.load("x", "a"))
+    assert reason(error) == word
+    assert problem in error.what
+    assert catalog.resolve("kept", ANYBODY).mix == ((digest, 1.0),)
+    assert reason(refused(lambda: catalog.read(digest))) == word, "by the same rules when it is first asked for"
+
+
+SPECS = {
+    "rslora": LoraSpec(rank=4, alpha=8, rslora=True),
+    "dora": LoraSpec(rank=4, alpha=8, dora=True),
+    "patterns": LoraSpec(rank=4, alpha=8, rank_pattern={"q_proj": 2}, alpha_pattern={"down_proj": 32}),
+    "embedding and head": LoraSpec(rank=4, alpha=8, targets=("embed_tokens", "lm_head", "q_proj")),
+    "modules_to_save": LoraSpec(rank=4, alpha=8, targets=("q_proj",), modules_to_save=("norm",)),
+    "token rows": LoraSpec(rank=4, alpha=8, targets=("q_proj",), token_rows={"embed_tokens": (3, 5)}),
+}
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+def test_every_kind_that_the_runner_serves_is_read_whole(
+    make: Make,
+    base: TextBase,
+    folder: Path,
+    name: str,
+) -> None:
+    adapter = create(base.model, SPECS[name], seed=1)
+    peft.write(adapter, folder / "a")
+    catalog = make()
+    card = catalog.load("x", "a")
+    again = catalog.read(card.digest)
+    assert {n for n, _ in again.tensors()} == {n for n, _ in adapter.tensors()}
+    assert {n: p.scale for n, p in again.pairs.items()} == {n: p.scale for n, p in adapter.pairs.items()}
+
+
+def test_a_file_that_is_written_to_later_does_not_change_what_is_served(
+    make: Make,
+    base: TextBase,
+    folder: Path,
+) -> None:
+    digest = saved(base, folder / "a")
+    sources = make().sources
+    adapter = sources.read(sources.locate("a"))
+    path = folder / "a" / "adapter_model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(b"\1" * 64)
+    assert adapter.digest() == digest

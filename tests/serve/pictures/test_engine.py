@@ -1,0 +1,373 @@
+"""Pictures for many callers: batches, turns, leaving, faults, adapters in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.image_twins import levels, state_of
+from tests.serve.http.toy import wait_for
+from tests.serve.pictures_here import Shelf, ask, collect, drawn, shelf_of
+from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
+from veneer.adapters.use import load_adapter
+from veneer.core.adapter import Adapter, Pair
+from veneer.formats.convert import write
+from veneer.imaging.adapters import Mixer
+from veneer.imaging.remake import remake, remembered
+from veneer.library.library import open_library
+from veneer.models.image.base import ImageBase, load_image
+from veneer.serve.pictures import engine as pictures
+from veneer.serve.pictures.engine import PictureEngine, _Turns
+from veneer.serve.pictures.request import Drawn, Preview, Queued, Step
+from veneer.serve.request import Refused
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ImageBase:
+    return load_image(str(tiny_image_base(tmp_path_factory.getbasetemp(), "flux1")))
+
+
+@pytest.fixture(scope="module")
+def shelf(base: ImageBase) -> Shelf:
+    return shelf_of(base)
+
+
+@pytest.fixture
+def engine(base: ImageBase, shelf: Shelf) -> Iterator[PictureEngine]:
+    before = state_of(base.model)
+    with PictureEngine(base, shelf.read, window=0.5) as opened:
+        yield opened
+    after = base.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()), "the base was changed"
+
+
+def test_a_picture_does_not_depend_on_who_shares_its_batch(engine: PictureEngine, shelf: Shelf) -> None:
+    brand, look, dora = (shelf.digest[name] for name in ("brand", "look", "dora"))
+    requests = [ask(1, (brand, 0.8)), ask(2, (look, -0.5), (dora, 0.7), prompt="a dog"), ask(3), ask(1, (dora, 1.0))]
+    together = drawn(engine, *requests)
+    assert [one.batch for one in together] == [4] * 4
+    alone = [drawn(engine, request)[0] for request in requests]
+    assert [one.batch for one in alone] == [1] * 4
+    for own, shared in zip(alone, together, strict=True):
+        assert levels(own.made.image, shared.made.image) <= 1
+    assert levels(alone[0].made.image, alone[3].made.image) > 8, "the mixes act"
+
+
+def test_a_b_base_a(engine: PictureEngine, shelf: Shelf) -> None:
+    a, b = (shelf.digest["brand"], 1.0), (shelf.digest["dora"], 1.0)
+    pictures = [drawn(engine, ask(5, *mix))[0].made.image for mix in ([a], [b], [], [a], [])]
+    assert levels(pictures[0], pictures[3]) == levels(pictures[2], pictures[4]) == 0
+    assert min(levels(pictures[0], pictures[1]), levels(pictures[1], pictures[2])) > 8
+
+
+def test_only_what_goes_together_is_drawn_together(engine: PictureEngine) -> None:
+    requests = [ask(1), ask(2, steps=2), ask(3), ask(4, width=2 * SIZE), ask(5, guidance=2.0), ask(6)]
+    assert [one.batch for one in drawn(engine, *requests)] == [3, 1, 3, 1, 1, 3]
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("family", ["flux1", "sdxl"])
+def test_each_has_its_own_pictures(tmp_path_factory: pytest.TempPathFactory, family: str) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    base = load_image(str(tiny_image_base(folder, family)))
+    half = Image.new("L", (SIZE, SIZE))
+    half.paste(255, (0, 0, SIZE // 2, SIZE))
+    names = {"edges": str(tiny_control(folder, family)), "depth": str(tiny_control(folder, family))}
+    with PictureEngine(base, shelf_of(base).read, window=0.5, controls=names) as engine:
+        from veneer.models.image.generate import Control
+
+        model = engine.control("edges")[1]
+        assert engine.control("depth")[1] is model, "loaded once"
+        edits = [ask(i, image=noise(i), mask=m, denoise=0.7) for i, m in ((1, half), (2, half.transpose(2)))]
+        held = [ask(i, controls=(Control(model, noise(i), 0.9),)) for i in (3, 4)]
+        twice = [ask(i, controls=(Control(model, noise(i), 0.5), Control(model, noise(i + 1), 0.9))) for i in (5, 6)]
+        groups = [edits, held, twice] if family == "sdxl" else [edits, held]
+        for pair in groups:
+            together = drawn(engine, *pair)
+            assert [one.batch for one in together] == [2, 2]
+            for request, shared in zip(pair, together, strict=True):
+                assert levels(drawn(engine, request)[0].made.image, shared.made.image) <= 1
+
+
+def test_steps_and_previews_are_told(engine: PictureEngine) -> None:
+    events: list[tuple[int, Any]] = []
+    requests = [ask(1, steps=8, previews=3), ask(2, steps=8)]
+    made = asyncio.run(collect(engine, *requests, on_event=lambda i, event: events.append((i, event))))
+    own = [event for i, event in events if i == 0]
+    assert isinstance(own[0], Queued)
+    assert [event.done for event in own if isinstance(event, Step)] == list(range(1, 9))
+    previews = [event for event in own if isinstance(event, Preview)]
+    assert [event.index for event in previews] == [0, 1, 2]
+    assert not [event for i, event in events if i == 1 and isinstance(event, Preview)]
+    final = np.asarray(made[0].made.image).astype(float)
+    far = [np.abs(np.asarray(event.image).astype(float) - final).mean() for event in previews]
+    assert far[2] < far[0], "a later one is nearer to the picture"
+
+
+def test_who_leaves_costs_nothing_more(engine: PictureEngine) -> None:
+    async def run() -> tuple[int, list[Drawn]]:
+        async with aclosing(engine.events([ask(1, steps=100)])) as events:
+            async for _, event in events:
+                if isinstance(event, Step):
+                    break
+        while engine.stats().running:
+            await asyncio.sleep(0.01)
+        alone = engine.stats().steps
+        staying = asyncio.create_task(collect(engine, ask(2, steps=5)))
+        leaving = asyncio.create_task(collect(engine, ask(3, steps=5)))
+        queued = asyncio.create_task(collect(engine, ask(4, steps=90)))
+        while not engine.stats().running:
+            await asyncio.sleep(0.001)
+        leaving.cancel()
+        queued.cancel()
+        return alone, await staying
+
+    alone, made = asyncio.run(run())
+    assert alone < 60, "a batch that all have left ends"
+    assert made[0].batch == 2
+    assert engine.stats().steps == alone + 5, "what waited was never begun"
+    assert engine.stats().waiting == 0
+
+
+def test_turns_go_round_by_weight() -> None:
+    turns = _Turns()
+    weights = {"a": 1.0, "b": 2.0}
+    for tenant in weights:
+        turns.enter(tenant, {*weights} - {tenant})
+    order = ""
+    for _ in range(9):
+        tenant = min(weights, key=turns.at)
+        turns.take(tenant, weights[tenant])
+        order += tenant
+    assert order.count("b") == 2 * order.count("a")
+    turns.enter("late", {"a", "b"})
+    assert turns.at("late") >= max(map(turns.at, weights)) - 1, "a pause saves nothing up"
+
+
+def test_a_busy_tenant_does_not_keep_others_waiting(base: ImageBase, shelf: Shelf) -> None:
+    order: list[str] = []
+    with PictureEngine(base, shelf.read, window=0.3, max_batch=1) as engine:
+
+        async def one(tenant: str, seed: int) -> None:
+            await collect(engine, ask(seed, tenant=tenant, steps=2))
+            order.append(tenant)
+
+        async def run() -> None:
+            many = [asyncio.create_task(one("many", i)) for i in range(5)]
+            while len(engine._waiting) < 5 and not order:
+                await asyncio.sleep(0.001)
+            await asyncio.gather(*many, one("few", 9))
+
+        asyncio.run(run())
+    assert order.index("few") <= 2
+
+
+def test_a_full_queue_refuses_and_so_does_a_closed_one(base: ImageBase, shelf: Shelf) -> None:
+    engine = PictureEngine(base, shelf.read, window=5.0, max_batch=8, max_waiting=2)
+
+    async def run() -> list[Any]:
+        first = asyncio.create_task(collect(engine, ask(1), ask(2)))
+        while engine.stats().waiting < 2:
+            await asyncio.sleep(0.001)
+        more = await asyncio.gather(collect(engine, ask(3)), return_exceptions=True)
+        await asyncio.to_thread(engine.close)
+        late = await asyncio.gather(first, collect(engine, ask(4)), return_exceptions=True)
+        return [*more, *late]
+
+    full, waiting, closed = asyncio.run(run())
+    assert (full.status, full.code, full.retry_after) == (429, "overloaded", 5.0)
+    assert waiting.code == closed.code == "shutting_down"
+    with PictureEngine(base, shelf.read, max_waiting=2) as again, pytest.raises(Refused, match="at most 2"):
+        asyncio.run(collect(again, ask(1), ask(2), ask(3)))
+
+
+def test_closing_may_finish_what_waits(base: ImageBase, shelf: Shelf) -> None:
+    engine = PictureEngine(base, shelf.read, window=5.0)
+
+    async def run() -> list[Drawn]:
+        first = asyncio.create_task(collect(engine, ask(1), ask(2)))
+        while engine.stats().waiting < 2:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(engine.close, drain=True)
+        return await first
+
+    assert [one.batch for one in asyncio.run(run())] == [2, 2]
+
+
+def test_a_fault_is_of_the_picture_that_has_it(base: ImageBase, shelf: Shelf) -> None:
+    first = next(iter(shelf.adapters.values()))
+    name, pair = next((n, p) for n, p in first.pairs.items() if n.startswith("transformer"))
+    over = Adapter({name: Pair(pair.A * 1e20, pair.B * 1e20, 1.0)})
+    unfit = Adapter({name: Pair(pair.A[:, :-1], pair.B, 1.0)})
+    bad = Shelf(over=over, unfit=unfit)
+    bad.adapters |= shelf.adapters
+    with PictureEngine(base, bad.read, window=0.5) as engine:
+
+        async def run() -> list[Any]:
+            mixes = [(bad.digest["over"], 1.0)], [(bad.digest["unfit"], 1.0)], [], [("sha256:no", 1.0)]
+            asked = [collect(engine, ask(i, *mix)) for i, mix in enumerate(mixes)]
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        overflow, unfitting, fine, missing = asyncio.run(run())
+        assert levels(fine[0].made.image, drawn(engine, ask(2))[0].made.image) == 0
+    assert (overflow.code, overflow.status) == ("invalid_request", 400)
+    assert "not finite" in str(overflow)
+    assert unfitting.code == "adapter_unusable"
+    assert missing.status == 404
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 1000}, "at most 150"),
+        ({"width": 3}, "multiples of"),
+        ({"width": 320, "height": 320}, "pixels"),
+        ({"negative": "a dog"}, "no effect"),
+        ({"scheduler": "euler-q"}, "euler-q"),
+        ({"image": noise(1), "denoise": 0.1}, "takes none"),
+    ],
+)
+def test_what_cannot_be_drawn_never_waits(engine: PictureEngine, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refused, match=said) as caught:
+        drawn(engine, ask(1, **changes))
+    assert (caught.value.status, engine.stats().steps) == (400, 0)
+
+
+def test_adapters_stay_as_long_as_there_is_room(base: ImageBase) -> None:
+    shelf = shelf_of(base)
+    a, b, c = shelf.digest.values()
+    size = next(iter(shelf.adapters.values())).size_bytes()
+    with PictureEngine(base, shelf.read, window=0.0, adapter_bytes=int(2.5 * size)) as engine:
+
+        def settled() -> set[str]:
+            until = time.monotonic() + 20
+            while (stats := engine.stats()).running or stats.adapter_bytes > 2.5 * size:
+                assert time.monotonic() < until
+                time.sleep(0.005)
+            return set(engine.attachment.adapters)
+
+        first = drawn(engine, ask(1, (a, 1.0)))[0].made.image
+        for digest in (b, a, c):
+            drawn(engine, ask(1, (digest, 1.0)))
+        assert settled() == {a, c}, "the longest unused goes first"
+        assert levels(first, drawn(engine, ask(1, (a, 1.0)))[0].made.image) == 0
+        assert shelf.read_of == [a, b, c]
+        engine.residents.drop(a)
+        while a in engine.attachment.adapters:
+            time.sleep(0.005)
+        assert levels(first, drawn(engine, ask(1, (a, 1.0)))[0].made.image) == 0
+        assert shelf.read_of == [a, b, c, a]
+        engine.residents.load(b, pinned=True)
+        for digest in (c, a, c):
+            drawn(engine, ask(1, (digest, 1.0)))
+        assert set(engine.residents.resident()) == {b, c}, "what is pinned stays"
+        engine.residents.unpin(b)
+        with pytest.raises(Refused, match="too_large"):
+            drawn(engine, ask(1, (a, 0.5), (b, 0.5), (c, 0.5)))
+
+
+def test_who_leaves_while_an_adapter_is_read_holds_nothing(base: ImageBase) -> None:
+    shelf, gate = shelf_of(base), threading.Event()
+
+    def read(digest: str) -> Adapter:
+        assert gate.wait(20)
+        return shelf.read(digest)
+
+    a = next(iter(shelf.digest.values()))
+    with PictureEngine(base, read, window=0.0) as engine:
+
+        async def leave() -> None:
+            task = asyncio.create_task(collect(engine, ask(1, (a, 1.0))))
+            while not engine.residents.stats().waiting:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        asyncio.run(leave())
+        gate.set()
+        assert engine.residents.stats().waiting == 0
+        drawn(engine, ask(1, (a, 1.0)))
+        engine.residents.drop(a)
+        until = time.monotonic() + 20
+        while engine.residents.resident() or engine.attachment.adapters:
+            assert time.monotonic() < until, "a lease was not given back"
+            time.sleep(0.005)
+
+
+def test_a_record_is_of_one_caller_alone(engine: PictureEngine, shelf: Shelf) -> None:
+    brand = shelf.digest["brand"]
+    mine = ask(7, (brand, 0.5), prompt="my cat", labels={brand: "library/acme@3"}, tenant="me")
+    yours = ask(8, (shelf.digest["look"], 1.0), prompt="your secret", tenant="you")
+    one, other = drawn(engine, mine, yours)
+    assert one.batch == other.batch == 2
+    png = one.made.png()
+    assert b"secret" not in png
+    assert shelf.digest["look"].encode() not in png
+    assert one.made.infotext.prompt == "my cat <lora:acme:0.5>"
+    assert "Lora hashes" not in one.made.infotext.fields, "no file's hash is known here"
+    assert one.made.record["rows"][0]["adapters"] == [[brand, "0.5"]]
+    assert (one.usage.completion, one.usage.prompt > 2) == (engine.places(mine.settings), True)
+
+
+def test_a_picture_is_made_again_from_the_library(base: ImageBase, shelf: Shelf, tmp_path: Path) -> None:
+    brand = shelf.digest["brand"]
+    write(shelf.adapters[brand], tmp_path / "brand.safetensors", to="kohya", family="flux1")
+    with open_library() as library:
+        library.add(tmp_path / "brand.safetensors", "brand")
+    kept = Shelf(brand=load_adapter(base, "brand"))
+    with PictureEngine(base, kept.read) as engine:
+        asked = ask(3, (kept.digest["brand"], 0.7), labels={kept.digest["brand"]: "brand"})
+        made = drawn(engine, asked)[0].made
+    wanted = remembered(made.save(tmp_path / "out.png"))
+    with Mixer(base) as mixer:
+        assert levels(remake(mixer, wanted).image, made.image) == 0
+
+
+def test_what_is_not_read_of_a_prompt_is_said(engine: PictureEngine) -> None:
+    made = drawn(engine, ask(1, prompt="a red cat " * 30))[0]
+    assert "does not read the end of the prompt" in made.notes[0]
+
+
+def refused_by(engine: PictureEngine) -> None:
+    with pytest.raises(Refused):
+        asyncio.run(collect(engine, ask(2)))
+
+
+def test_an_engine_says_when_it_draws_for_nobody(
+    base: ImageBase, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with PictureEngine(base, shelf.read, stuck_seconds=0.2) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, "generate_images", fails)
+            for i in range(3):
+                assert engine.problem() == ""
+                with pytest.raises(Refused):
+                    asyncio.run(collect(engine, ask(i)))
+            assert engine.problem() == "the last 3 pictures failed"
+        drawn(engine, ask(1))
+        assert engine.problem() == ""
+        gate = threading.Event()
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, "generate_images", lambda *args, **options: gate.wait(20) and fails())
+            waiting = threading.Thread(target=refused_by, args=(engine,))
+            waiting.start()
+            wait_for(lambda: "has not ended" in engine.problem())
+            gate.set()
+            waiting.join()

@@ -1,0 +1,79 @@
+"""What is relied on of other libraries is there, and where it is not, that is what is said."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import types
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from veneer.compat import TORCH, Internals, MissingInternalError
+from veneer.errors import VeneerError
+from veneer.models.compat_diffusers import DIFFUSERS
+from veneer.models.compat_transformers import TRANSFORMERS
+
+LISTS = {"torch": TORCH, "transformers": TRANSFORMERS, "diffusers": DIFFUSERS}
+
+
+@pytest.mark.parametrize("library", LISTS)
+def test_the_installed_version_has_all_of_it(library: str) -> None:
+    pytest.importorskip(library)
+    LISTS[library].check()
+
+
+@pytest.mark.parametrize("library", LISTS)
+def test_what_is_asked_for_is_what_the_package_asks_for(library: str) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    every = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    bounds = {r.removeprefix(library).replace(" ", "") for r in every if re.match(rf"{library}[<>=~ ]", r)}
+    assert bounds == {LISTS[library].asked}
+
+
+@pytest.mark.parametrize(
+    ("internals", "name"),
+    [
+        (TORCH, "torch._softmax_backward_data"),
+        (TRANSFORMERS, "transformers.masking_utils.sdpa_mask"),
+        (DIFFUSERS, "diffusers.models.attention_processor.AttnProcessor2_0"),
+    ],
+)
+def test_a_version_without_it_is_named(internals: Internals, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(internals.library)
+    fresh = Internals(internals.library, internals.asked, internals.names)
+    fresh(name)
+    fresh._found.clear()
+    owner, _, key = name.rpartition(".")
+    monkeypatch.delattr(f"{owner}.{key}")
+    with pytest.raises(MissingInternalError) as caught:
+        fresh(name)
+    said = str(caught.value)
+    assert f"{internals.library} {version(internals.library)} has no {name}" in said
+    assert f"veneer {version('veneer')}" in said
+    assert f"pip install '{internals.library}{internals.asked}'" in said
+    assert isinstance(caught.value, VeneerError)
+    with pytest.raises(MissingInternalError):
+        fresh.check()
+
+
+def test_an_attention_that_misses_its_internal_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through what uses it: serving's hook into transformers' attention."""
+    from veneer.models import compat_transformers as compat
+    from veneer.models.text.attention_hook import hook_attention
+
+    monkeypatch.setattr(compat, "_registered", set())
+    monkeypatch.setattr(compat, "TRANSFORMERS", Internals("transformers", TRANSFORMERS.asked, TRANSFORMERS.names))
+    monkeypatch.delattr("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS")
+    model = types.SimpleNamespace(config=types.SimpleNamespace(_attn_implementation="sdpa"))
+    with pytest.raises(MissingInternalError, match=r"has no transformers\.modeling_utils\.ALL_ATTENTION_FUNCTIONS"):
+        hook_attention(model)
+
+
+def test_a_name_that_no_list_has_is_a_mistake_of_ours() -> None:
+    assert callable(TORCH("torch._disable_dynamo"))
+    with pytest.raises(KeyError, match="in no list"):
+        TORCH("torch.nothing_that_is_listed")
+    assert torch.__version__

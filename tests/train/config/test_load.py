@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.families import llama3
+from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
+from veneer.errors import ConfigError
+from veneer.train.config.load import config_from, load_config
+from veneer.train.config.text import SECTIONS, layer_indices, reference
+from veneer.train.config.yaml_lines import parse
+from veneer.train.preflight import preflight
+from veneer.train.text.encode import encode
+from veneer.train.text.rows import read_rows, split_rows
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = "base: smollm2-135m\ndata:\n  train: rows.jsonl\noutput: out\n"
+
+
+def write(tmp_path: Path, text: str, name: str = "run.yaml") -> Path:
+    file = tmp_path / name
+    file.write_text(text)
+    return file
+
+
+def error(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text), overrides)
+    return str(caught.value)
+
+
+def test_a_file_and_overrides_and_where_each_value_came_from(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL + "optimizer:\n  learning_rate: 5e-4\n")
+    config, sources = load_config(file, ["adapter.rank=8", "schedule.warmup=0.1"])
+    assert (config.base.name, config.optimizer.learning_rate, config.adapter.rank) == ("smollm2-135m", 5e-4, 8)
+    assert str(sources["base.name"]) == f"{file}:1"
+    assert str(sources["optimizer.learning_rate"]) == f"{file}:6"
+    assert str(sources["adapter.rank"]) == "override `adapter.rank=8`"
+    assert str(sources["adapter.targets"]).startswith("default (all linear layers")
+    assert set(sources) == {f"{s}.{k}" for s, m in SECTIONS.items() for k in m.model_fields} | {"seed"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5e-4", 5e-4), ("1E-3", 1e-3), ("0.001", 0.001), (".5", 0.5), ("1", 1.0), ("1_0.5", 10.5)],
+)
+def test_numbers_read_as_people_write_them(tmp_path: Path, text: str, value: float) -> None:
+    file = write(tmp_path, f"{MINIMAL}optimizer: {{learning_rate: {text}}}\n")
+    assert load_config(file)[0].optimizer.learning_rate == value
+    assert (
+        load_config(write(tmp_path, MINIMAL), [f"optimizer.learning_rate={text}"])[0].optimizer.learning_rate == value
+    )
+
+
+def test_on_and_off_are_words(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL + "memory:\n  activation_checkpointing: on\n")
+    assert load_config(file)[0].memory.activation_checkpointing == "on"
+    assert load_config(file, ["memory.activation_checkpointing=off"])[0].memory.activation_checkpointing == "off"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            "optimizer: {learnin_rate: 1}",
+            "unknown key `optimizer.learnin_rate`; did you mean `optimizer.learning_rate`?",
+        ),
+        ("optimizers: {learning_rate: 1}", "unknown key `optimizers`; did you mean `optimizer`?"),
+        ("learning_rate: 1", "unknown key `learning_rate`; did you mean `optimizer.learning_rate`?"),
+        ("optimizer: {rank: 4}", "unknown key `optimizer.rank`; did you mean `adapter.rank`?"),
+        ("adapter: {zzz: 4}", "unknown key `adapter.zzz`; known here: rank, alpha"),
+        ("adapter: {rank: '16'}", "`adapter.rank` should be a whole number, found the text '16'"),
+        ("adapter: {rank: 1.5}", "`adapter.rank` should be a whole number, found 1.5"),
+        ("adapter: {rank: true}", "`adapter.rank` should be a whole number, found true"),
+        ("adapter: {rank: 0}", "`adapter.rank` should be greater than 0, found 0"),
+        ("adapter: {targets: 5}", "`adapter.targets` should be text or a list, found 5"),
+        ("adapter: {dora: yes}", "`adapter.dora` should be true or false, found the text 'yes'"),
+        ("adapter: {layers: 3-1}", "`adapter.layers: 3-1` is not a list of block numbers or ranges"),
+        ("optimizer: {learning_rate: fast}", "`optimizer.learning_rate` should be a number, found the text 'fast'"),
+        ("optimizer: {learning_rate: .nan}", "`optimizer.learning_rate` should be"),
+        ("optimizer: {name: lion}", "`optimizer.name` should be one of 'adamw', 'adam'"),
+        ("optimizer: 3", "`optimizer` should be a section"),
+        ("optimizer: {betas: [0.9, 1.0]}", "must each be at least 0 and below 1"),
+        ("optimizer: {momentum: 0.9}", "`optimizer.momentum` is not used by adamw"),
+        ("batching: {mode: pack}", "`batching.mode: pack` needs `batching.tokens`"),
+        ("batching: {tokens: 100}", "`batching.tokens` is only used with `mode: pack`"),
+        ("batching: {mode: pack, tokens: 100}", "`batching.tokens: 100` is less than `data.max_length: 2048`"),
+        ("batching: {mode: pack, tokens: 9999, rows: 4}", "`batching.rows` is only used with `mode: bucket`"),
+        ("schedule: {epochs: 1, steps: 10}", "both say when to end"),
+        ("schedule: {warmup: 1.5}", "`schedule.warmup: 1.5` is a share of all steps"),
+        ("schedule: {warmup: 10, steps: 10}", "never ends within `schedule.steps: 10`"),
+        ("checkpoint: {every: 0}", "`checkpoint.every: 0` should be at least 1 step, or `epoch`"),
+        ("evaluation: {every: sometimes}", "`evaluation.every` should be a whole number or one of 'epoch', found"),
+        ("seed: -1", "`seed` should be greater than or equal to 0"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, line: str, says: str) -> None:
+    assert says in error(tmp_path, MINIMAL + line + "\n")
+
+
+@pytest.mark.parametrize(("text", "line"), [("data:\n\ttrain: x\n", 2), ("data:\n  train:\tx\n", 2)])
+def test_a_tab_is_called_a_tab(tmp_path: Path, text: str, line: int) -> None:
+    file = tmp_path / "tab.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="a tab") as error:
+        load_config(file)
+    assert str(error.value.where).endswith(f"tab.yaml:{line}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there it is a path")
+@pytest.mark.parametrize("key", ["output", "data.train"])
+def test_a_path_of_windows_makes_no_folder_of_that_name(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(MINIMAL)
+    with pytest.raises(ConfigError, match="as Windows has it") as error:
+        load_config(file, [rf"{key}='C:\Users\ann\rows.jsonl'"])
+    assert "/mnt/c/Users/ann/rows.jsonl" in str(error.value.fix)
+
+
+def test_places_of_unknown_keys(tmp_path: Path) -> None:
+    text = error(tmp_path, MINIMAL + "adapter:\n  rank: 8\n  rnak: 4\n", "adapter.aplha=3")
+    assert "did you mean `adapter.rank`? (" in text
+    assert "run.yaml:7)" in text
+    assert "did you mean `adapter.alpha`? (override `adapter.aplha=3`)" in text
+
+
+def test_everything_wrong_is_listed_at_once(tmp_path: Path) -> None:
+    text = error(
+        tmp_path, "data: {train: x.jsonl, splt: 3}\nadapter: {rank: a}\nbatching: {rows: 0}\n", "x", "batching=3"
+    )
+    assert text.startswith("7 things are wrong:")
+    for part in (
+        "`base.name` is required",
+        "`output.directory` is required",
+        "data.splt",
+        "adapter.rank",
+        "batching.rows",
+    ):
+        assert part in text
+    both = "data: {train: x, validation: y, split: 3}\nbase: b\noutput: o\nschedule: {epochs: 1, steps: 2}\n"
+    assert error(tmp_path, both).startswith("2 things are wrong:")
+    nothing_held = "base: b\noutput: o\ndata: {train: x, split: 0}\nevaluation: {patience: 3}\n"
+    assert "`evaluation.patience` needs held-out rows" in error(tmp_path, nothing_held)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("base: [", "not valid YAML"),
+        ("- a\n- b\n", "expected sections"),
+        ("just text", "expected sections"),
+        (MINIMAL + "seed: 1\nseed: 2\n", "`seed` is given twice, on lines 5 and 6"),
+        ("base: a\n\tdata: b\n", "not valid YAML"),
+        ("", "`base.name` is required"),
+    ],
+)
+def test_files_that_are_not_a_configuration(tmp_path: Path, text: str, says: str) -> None:
+    assert says in error(tmp_path, text)
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL, "support.yaml")
+    with pytest.raises(ConfigError, match=r"did you mean .*support\.yaml\?"):
+        load_config(tmp_path / "suport.yaml")
+
+
+def test_paths_are_relative_to_the_file_and_overrides_to_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "configs"
+    here = tmp_path / "here"
+    folder.mkdir()
+    here.mkdir()
+    (folder / "model").mkdir()
+    monkeypatch.chdir(here)
+    text = "base: model\ndata: {train: [a.jsonl, '*.csv', org/set, 'hub:x/y@z'], chat_template: t.jinja}\noutput: out\n"
+    config, _ = load_config(write(folder, text), ["data.validation=v.jsonl"])
+    assert config.base.name == str(folder / "model")
+    assert config.data.files("train") == (str(folder / "a.jsonl"), str(folder / "*.csv"), "hub:org/set", "hub:x/y@z")
+    assert config.data.chat_template == str(folder / "t.jinja")
+    assert config.output.directory == str(folder / "out")
+    assert config.data.files("validation") == (str(here / "v.jsonl"),)
+    assert load_config(write(folder, text), ["output=o"])[0].output.directory == str(here / "o")
+    assert load_config(write(folder, text), ["base=org/model"])[0].base.name == "org/model"
+
+
+def test_the_recipe_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    config, _ = load_config(write(tmp_path, MINIMAL))
+    assert str(tmp_path) not in str(config.recipe())
+    assert config.recipe()["data"]["train"] == "rows.jsonl"
+
+
+def test_one_entry_of_a_mapping_by_override(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL + "adapter:\n  rank_pattern: {q_proj: 4}\n")
+    config, _ = load_config(file, ["adapter.rank_pattern.layers.0.v_proj=8"])
+    assert config.adapter.rank_pattern == {"q_proj": 4, "layers.0.v_proj": 8}
+
+
+def test_the_spec_is_cores(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL)
+    spec = load_config(file, ["adapter.layers=0-2,5", "adapter.targets=[q_proj, .v_proj]", "adapter.alpha=7"])[
+        0
+    ].adapter.spec()
+    assert (spec.layers, spec.targets, spec.alpha, spec.rank) == ((0, 1, 2, 5), ("q_proj", ".v_proj"), 7.0, 16)
+
+
+def test_layer_ranges() -> None:
+    assert layer_indices("0-2, 7") == (0, 1, 2, 7)
+    assert layer_indices([3, 1]) == (3, 1)
+    assert layer_indices(None) is None
+
+
+def test_values_already_in_hand() -> None:
+    values: dict[str, Any] = {"base": "b", "data": {"train": "hub:a/b", "split": 0.1}, "output": os.devnull}
+    config, sources = config_from(values, ["seed=3"])
+    assert (config.seed, config.data.split, config.epochs) == (3, 0.1, 3)
+    assert sources["seed"].kind == "override"
+    assert config_from(values, ["schedule.steps=5"])[0].epochs is None
+
+
+def test_every_key_says_what_it_means() -> None:
+    for model in SECTIONS.values():
+        assert model.__doc__
+        for key, f in model.model_fields.items():
+            assert f.description, key
+
+
+def test_the_reference_page_is_fresh() -> None:
+    page = (ROOT / "docs" / "reference" / "config.md").read_text()
+    assert page == reference(), "run: python -m veneer.train.config.text > docs/reference/config.md"
+
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
+def test_shipped_examples_pass_a_dry_run(file: Path, tmp_path: Path) -> None:
+    """Read, split, encode and look, on the tiny base: nothing stops, and nothing is left unused or cut by surprise."""
+    config, _ = load_config(file, [f"output={tmp_path / 'out'}"])
+    rows, about = read_rows(
+        config.data.files("train"), format=config.data.format, columns=config.data.columns, limit=config.data.limit
+    )
+    train, held = split_rows(rows, config.data.split, seed=config.seed)
+    model = llama3(vocab_size=VOCAB_SIZE, max_position_embeddings=4096)
+    base = SimpleNamespace(model=model, tokenizer=tiny_tokenizer(), end_of_turn_id=2)
+    encoded, scored = (encode(part, base.tokenizer, config.data) for part in (train, held))
+    report = preflight(base, config, train, encoded, held_out_rows=held, held_out=scored, about=about)
+    assert [f.text for f in report.findings if f.level == "stop"] == []
+    assert {f.check for f in report.warnings} <= {"schedule", "size", "held out"}, report.text()
+    assert report.sample
+
+
+def test_the_example_of_every_key_holds_every_key_at_its_default() -> None:
+    """examples/all-keys.yaml with its `#: ` marks taken away is the complete configuration."""
+    lines = (ROOT / "examples" / "all-keys.yaml").read_text().splitlines()
+    text = "\n".join(line.replace("#: ", "", 1) for line in lines)
+    values, _ = parse(text, "all-keys.yaml")
+    config, _ = config_from(values)
+    for section, model in SECTIONS.items():
+        for key, f in model.model_fields.items():
+            assert key in (values[section] if isinstance(values[section], dict) else {key}), f"{section}.{key}"
+            if not f.is_required():
+                assert getattr(getattr(config, section), key) == f.default, f"{section}.{key}"

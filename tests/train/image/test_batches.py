@@ -1,0 +1,334 @@
+"""Which pictures make a step, what each counts, and that how a step is cut cannot change what it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_image_base import tiny_image_base
+from tests.train.tiny_pictures import drawings, image_values, run
+from veneer.formats.read import read
+from veneer.models.image.base import ImageBase, load_image, pipeline
+from veneer.models.image.predict import latent_shape
+from veneer.train.config.load import config_from
+from veneer.train.image.batches import PlannedRow, hold_out, plan_image_steps, validation_rows
+from veneer.train.image.encode import Encoders, ImageLoss, times_of
+from veneer.train.image.loss import Noise, draw, generator, noised
+from veneer.train.image.pictures import read_pictures
+from veneer.train.image.views import plan_rows
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("batches")
+
+
+@pytest.fixture(scope="module")
+def base(shared: Path) -> ImageBase:
+    return load_image(str(tiny_image_base(shared, "flux1")))
+
+
+def _config(shared: Path, **sections: Any) -> Any:
+    return config_from(image_values(shared, shared / "out", **sections))[0]
+
+
+def _steps(config: Any, make: Any = lambda rows: rows) -> tuple[Any, list[int], list[PlannedRow]]:
+    pictures, _ = read_pictures(config.data)
+    return plan_image_steps(plan_rows(pictures, config.data, size=32, unit=8).rows, config, make)
+
+
+def test_every_picture_once_an_epoch_and_another_order_in_each(shared: Path) -> None:
+    config = _config(shared, schedule={"steps": None, "epochs": 3}, batching={"rows": 4})
+    steps, ends, planned = _steps(config)
+    assert [len(s.rows) for s in steps] == [4, 2] * 3
+    assert ends == [2, 4, 6]
+    assert [s.epoch for s in steps] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    epochs = [[r.picture.name for r in planned[i : i + 6]] for i in (0, 6, 12)]
+    assert all(sorted(e) == sorted(epochs[0]) for e in epochs)
+    assert epochs[0] != epochs[1]
+    assert len({row.key for row in planned}) == len(planned)
+
+
+def test_a_micro_batch_has_one_shape_and_cutting_changes_no_row(shared: Path) -> None:
+    whole = _steps(_config(shared, batching={"rows": 5}))
+    for micro_rows in (1, 2):
+        cut = _steps(_config(shared, batching={"rows": 5, "micro_rows": micro_rows}))
+        assert cut[2] == whole[2]
+        for a, b in zip(cut[0], whole[0], strict=True):
+            assert sorted(a.rows) == sorted(b.rows)
+            for micro in a.micros:
+                assert len({(r.view.height, r.view.width) for r in micro.make()}) == 1
+                assert micro.tokens <= micro_rows
+
+
+def test_each_step_has_as_many_class_pictures_and_the_loss_is_dreambooths(shared: Path, base: ImageBase) -> None:
+    """mean over instances + λ·Σ class / instances, by hand from the rows' own losses."""
+    classes = drawings(shared / "classes", 3)
+    data = {"class_folder": str(classes), "class_prompt": "a cat", "class_weight": 0.5, "split": 0}
+    config = _config(shared, data=data, batching={"rows": 4})
+    encoders = Encoders(base, config, None)
+    steps, _, planned = _steps(config, encoders.batch)
+    loss = ImageLoss(base, config, encoders)
+    for number, step in enumerate(steps, 1):
+        rows = [r for r in planned if r.key[1] == number]
+        instances = [r for r in rows if not r.picture.is_class]
+        assert len(rows) == 2 * len(instances)
+        with torch.no_grad():
+            total = sum(float(loss(m.make())) for m in step.micros) / step.trained
+            each = {r.key: float(loss(encoders.batch([r]))) / r.weight for r in rows}
+        by_hand = sum(each[r.key] for r in instances) / len(instances)
+        by_hand += 0.5 * sum(each[r.key] for r in rows if r.picture.is_class) / len(instances)
+        assert total == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["flux1", "sdxl"])
+def test_k_micro_batches_are_one_batch(family: str, shared: Path, tmp_path: Path) -> None:
+    """The same parameters after four steps, but for the order of float32 sums."""
+    adapters = []
+    for name, micro_rows in (("one", 1), ("two", 2), ("all", None)):
+        result = run(
+            shared, tmp_path / name, family, adapter={"dropout": 0.0}, schedule={"steps": 4},
+            batching={"rows": 4, "micro_rows": micro_rows}, optimizer={"name": "sgd", "learning_rate": 1.0},
+            evaluation={"every": 100, "at_start": False},
+        )  # fmt: skip
+        adapters.append(read(Path(result.adapter)).adapter)
+    for name, pair in adapters[0].pairs.items():
+        for other in adapters[1:]:
+            torch.testing.assert_close(pair.B, other.pairs[name].B, rtol=1e-3, atol=2e-6)
+            torch.testing.assert_close(pair.A, other.pairs[name].A, rtol=1e-3, atol=2e-6)
+    assert any(pair.B.abs().max() > 1e-3 for pair in adapters[0].pairs.values())
+
+
+def test_the_loss_is_the_squared_error_of_the_denoiser_itself(shared: Path, base: ImageBase) -> None:
+    """By hand from the transformer, fed as diffusers' FLUX script feeds it."""
+    from diffusers import FluxPipeline
+
+    config = _config(shared)
+    encoders = Encoders(base, config, None)
+    _, _, planned = _steps(config)
+    row = planned[0]
+    batch = encoders.batch([row])
+    loss = ImageLoss(base, config, encoders)
+    noise, sigma = draw(batch.latents.shape[1:], [row.key], "flow", loss.times, loss.noise)
+    noisy, target = noised(batch.latents, noise, sigma, "flow")
+    n, c, h, w = noisy.shape
+    text = encoders.text([row.caption])
+    with torch.no_grad():
+        out = base.denoiser(
+            hidden_states=FluxPipeline._pack_latents(noisy, n, c, h, w), timestep=sigma,
+            guidance=torch.tensor([1.0]), pooled_projections=text.pooled, encoder_hidden_states=text.embeds,
+            txt_ids=torch.zeros(text.embeds.shape[1], 3),
+            img_ids=FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, "cpu", torch.float32), return_dict=False,
+        )[0]  # fmt: skip
+        predicted = FluxPipeline._unpack_latents(out, h * 4, w * 4, 4)
+        wanted = (predicted.double() - target.double()).square().mean()
+        assert float(loss(batch)) == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_sdxls_loss_is_that_of_diffusers_own_script(kind: str, shared: Path, tmp_path: Path) -> None:
+    """train_text_to_image_lora_sdxl.py, put together from diffusers' scheduler and functions: min-SNR, noise offset,
+    time ids of a cropped and mirrored picture, and masks as a weighted mean."""
+    import json
+    import shutil
+
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+    from PIL import Image
+
+    copied = Path(shutil.copytree(tiny_image_base(shared, "sdxl"), tmp_path / "sdxl"))
+    file = copied / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": kind}))
+    base = load_image(str(copied))
+    folder = drawings(tmp_path / "drawings", 4)
+    Image.linear_gradient("L").resize((48, 32)).save(folder / "1.mask.png")
+    data = {"pictures": str(folder), "split": 0, "flip": True, "crop": "random", "buckets": False}
+    config = _config(shared, data=data, loss={"snr_gamma": 5.0, "noise_offset": 0.1}, batching={"rows": 4})
+    encoders = Encoders(base, config, None)
+    loss = ImageLoss(base, config, encoders)
+    steps, _, planned = _steps(config, encoders.batch)
+    scheduler = DDPMScheduler.from_config(base.parts["scheduler"].config)
+    rows = [row for row in planned if row.key[1] == 1]
+    assert {row.view.flip for row in rows} == {True, False}
+    assert any(row.view.left for row in rows)
+    by_hand = 0.0
+    for row in rows:
+        batch = encoders.batch([row])
+        noise, t = draw(batch.latents.shape[1:], [row.key], base.prediction, loss.times, loss.noise)
+        view, (width, height) = row.view, row.picture.size
+        left = view.resized[0] - view.width - view.left if view.flip else view.left
+        ids = torch.tensor([[height, width, view.top, left, view.height, view.width]])
+        text = encoders.text([row.caption])
+        with torch.no_grad():
+            out = base.denoiser(
+                scheduler.add_noise(batch.latents, noise, t), t, text.embeds,
+                added_cond_kwargs={"text_embeds": text.pooled, "time_ids": ids},
+            ).sample  # fmt: skip
+        target = noise if kind == "epsilon" else scheduler.get_velocity(batch.latents, noise, t)
+        error = (out - target).double().square()
+        weights = torch.ones_like(error) if batch.masks is None else batch.masks.double().expand_as(error)
+        snr = compute_snr(scheduler, t).double()
+        least = snr.clamp(max=5.0) / (snr if kind == "epsilon" else snr + 1)
+        by_hand += float(least * (error * weights).sum() / weights.sum())
+    with torch.no_grad():
+        got = sum(float(loss(m.make())) for m in steps[0].micros) / steps[0].trained
+    assert got == pytest.approx(by_hand / len(rows), rel=1e-4)
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl as it was trained", "sd3"])
+def test_a_dropped_caption_is_what_the_pipeline_guides_away_from(
+    family: str, live: bool, shared: Path, tmp_path: Path
+) -> None:
+    """SDXL's pipeline takes zeros for no negative prompt unless its index says otherwise, the others the empty text."""
+    import shutil
+
+    folder = tiny_image_base(shared, family.partition(" ")[0])
+    if family != folder.name.removeprefix("tiny-"):
+        folder = Path(shutil.copytree(folder, tmp_path / "sdxl"))
+        index = folder / "model_index.json"
+        index.write_text(
+            index.read_text().replace('"force_zeros_for_empty_prompt": true', '"force_zeros_for_empty_prompt": false')
+        )
+    base = load_image(str(folder))
+    config = _config(shared, adapter={"text_encoders": ["text_encoder"] if live else []})
+    more = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 24} if base.row.name == "sd3" else {}
+    given = pipeline(base).encode_prompt(
+        prompt="a red house", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, **more
+    )  # fmt: skip
+    with torch.no_grad():
+        text = Encoders(base, config, None).text(["", "a red house"])
+    torch.testing.assert_close(text.embeds[0], given[1][0])
+    torch.testing.assert_close(text.embeds[1], given[0][0])
+    assert bool(text.embeds[0].any()) == (family != "sdxl")
+    if len(given) == 4:
+        assert text.pooled is not None
+        torch.testing.assert_close(text.pooled, torch.cat([given[3], given[2]]))
+
+
+def test_a_base_that_reads_prompts_otherwise_shares_no_cached_text(shared: Path, tmp_path: Path) -> None:
+    """Neither one whose tokenizer reads less, nor one whose text encoders are quantised."""
+    base = load_image(str(tiny_image_base(shared, "flux1")))
+    config = _config(shared)
+
+    def cached() -> tuple[int, int]:
+        encoders = Encoders(base, config, tmp_path)
+        return encoders.text(["a red house"]).embeds.shape[1], encoders.texts.found
+
+    assert [cached(), cached()] == [(24, 0), (24, 1)]
+    base.parts["tokenizer_2"].model_max_length = 12
+    assert [cached(), cached()] == [(12, 0), (12, 1)]
+    base.quantised = "nf4"
+    assert cached() == (12, 0)
+
+
+@pytest.mark.parametrize("family", ["flux1", "sd3", "klein", "qwen-image"])
+def test_the_shift_by_resolution_counts_the_tokens_that_the_denoiser_sees(family: str, shared: Path) -> None:
+    base = load_image(str(tiny_image_base(shared, family)))
+    times = times_of(base, _config(shared, loss={"shift": "resolution"}))
+    seen: list[int] = []
+    counting = replace(times, shift=lambda tokens: float(seen.append(tokens) or 1.0))
+    draw(latent_shape(base, 64, 96), [(0, 0, 0)], "flow", counting, Noise())
+    assert seen == [64 // base.unit * (96 // base.unit)]
+
+
+def test_a_mask_confines_the_loss_to_what_is_white(shared: Path, tmp_path: Path, base: ImageBase) -> None:
+    from PIL import Image
+
+    folder = drawings(tmp_path / "masked", 2)
+    mask = Image.new("L", (40, 40), 0)
+    mask.paste(255, (0, 0, 20, 40))
+    mask.save(folder / "0.mask.png")
+    config = _config(shared, data={"pictures": str(folder), "split": 0})
+    encoders = Encoders(base, config, None)
+    _, _, planned = _steps(config)
+    masked = next(r for r in planned if r.picture.name == "0.png")
+    batch = encoders.batch([masked])
+    assert batch.masks is not None
+    loss = ImageLoss(base, config, encoders)
+    half = batch.masks.shape[-1] // 2
+    assert batch.masks[..., :half].min() == 1
+    assert batch.masks[..., half:].max() == 0
+    noise, sigma = draw(batch.latents.shape[1:], [masked.key], "flow", loss.times, loss.noise)
+    with torch.no_grad():
+        own = loss._rows(batch, noise, sigma)
+        batch.masks = None
+        whole = loss._rows(batch, noise, sigma)
+    assert own != whole
+
+
+def test_held_out_pictures_are_chosen_by_content_and_scored_alike_in_every_run(shared: Path, base: ImageBase) -> None:
+    config = _config(shared)
+    pictures, _ = read_pictures(config.data)
+    learned, held = hold_out(pictures, 2, 0)
+    again = hold_out(list(reversed(pictures)), 2, 0)
+    assert {p.name for p in held} == {p.name for p in again[1]}
+    assert (len(learned), len(held)) == (4, 2)
+    assert hold_out(pictures, None, 0)[1] == []
+    assert len(hold_out(pictures, 0.5, 0)[1]) == 3
+    assert len(hold_out(pictures, 99, 0)[1]) == 5  # one is left to learn from
+    rows = validation_rows(plan_rows(held, config.data, size=32, unit=8).rows, config.data, None)
+    scores = []
+    for other in (config, _config(shared, seed=5, loss={"logit_std": 2.0, "shift": 3.0}, batching={"micro_rows": 1})):
+        score = ImageLoss(base, other, Encoders(base, other, None)).score(rows)
+        assert score is not None
+        scores.append(score)
+    assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-6)
+    assert set(scores[0].extra) == {f"loss at {t}" for t in ("0.125", "0.375", "0.625", "0.875")}
+    assert scores[0].loss == pytest.approx(sum(scores[0].extra.values()) / 4)
+    # By hand: the mean over pictures and times of the squared error at their own noise.
+    loss = ImageLoss(base, config, Encoders(base, config, None))
+    errors = []
+    with torch.no_grad():
+        for row in rows:
+            batch = loss.encoders.batch([row])
+            for k, sigma in enumerate((0.125, 0.375, 0.625, 0.875)):
+                noise = torch.randn(batch.latents.shape[1:], generator=generator("validation", *row.key, k))[None]
+                errors.append(float(loss._rows(batch, noise, torch.tensor([sigma]))))
+    assert scores[0].loss == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+def test_guidance_that_is_kept(shared: Path, base: ImageBase) -> None:
+    """The base alone is as far from the pictures as at guidance 1, whatever is kept; told that guidance without keeping
+    it, it is not. An adapter that moves every prediction by d is held to d against the base's own error at 1."""
+    config = _config(shared)
+    kept, told = (_config(shared, loss={key: 4.0}) for key in ("keep_guidance", "guidance"))
+    encoders = Encoders(base, config, None)
+    _, _, planned = _steps(config)
+    batch = encoders.batch(planned[:2])
+    plain = ImageLoss(base, config, encoders)
+    noise, sigma = draw(batch.latents.shape[1:], [r.key for r in planned[:2]], "flow", plain.times, plain.noise)
+    moves: list[float] = []
+
+    @contextmanager
+    def bare() -> Iterator[None]:
+        moves.append(moved.pop())
+        yield
+        moved.append(moves[-1])
+
+    moved = [0.0]
+    forward = base.denoiser.forward
+
+    def adapted(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        return (out[0] + sum(moved),)
+
+    base.denoiser.forward = adapted
+    try:
+        with torch.no_grad():
+            want = plain._rows(batch, noise, sigma)
+            loss = ImageLoss(base, kept, encoders, bare=bare)
+            assert torch.allclose(loss._rows(batch, noise, sigma), want, rtol=1e-4)
+            assert not torch.allclose(ImageLoss(base, told, encoders)._rows(batch, noise, sigma), want, rtol=1e-3)
+            moved[0] = 0.5
+            assert torch.allclose(loss._rows(batch, noise, sigma), plain._rows(batch, noise, sigma), rtol=1e-4)
+        assert loss.guidance == 4.0
+        assert moves == [0.0, 0.5]
+    finally:
+        base.denoiser.forward = forward

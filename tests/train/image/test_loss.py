@@ -1,0 +1,230 @@
+"""The losses of image models, against diffusers' schedulers and training functions and float64 by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from veneer.train.ema import Ema
+from veneer.train.image.loss import (
+    Noise,
+    Times,
+    draw,
+    flux_shift,
+    generator,
+    min_snr_weight,
+    mu_of_tokens,
+    noised,
+    pyramid_noise,
+    quantile_times,
+    row_losses,
+    shifted,
+)
+
+
+@pytest.fixture(scope="module")
+def alphas() -> Tensor:
+    """SDXL's ᾱ, from its definition: β from 0.00085 to 0.012, linear in the root."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0)
+
+
+def _rows(n: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    x, noise = torch.randn(n, 4, 6, 8, generator=g), torch.randn(n, 4, 6, 8, generator=g)
+    return x, noise, torch.tensor([0, 10, 400, 800, 999])
+
+
+def test_noisy_latents_and_targets_are_those_of_diffusers_scheduler(alphas: Tensor) -> None:
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), alphas, rtol=1e-5, atol=0)
+    x, noise, t = _rows()
+    noisy, target = noised(x, noise, t, "v", scheduler.alphas_cumprod)
+    torch.testing.assert_close(noisy, scheduler.add_noise(x, noise, t))
+    torch.testing.assert_close(target, scheduler.get_velocity(x, noise, t))
+    noisy, target = noised(x, noise, t, "epsilon", scheduler.alphas_cumprod)
+    torch.testing.assert_close(noisy, scheduler.add_noise(x, noise, t))
+    assert torch.equal(target, noise)
+
+
+def test_flow_is_the_straight_line_between_picture_and_noise() -> None:
+    x, noise, _ = _rows()
+    sigma = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    noisy, target = noised(x, noise, sigma, "flow")
+    torch.testing.assert_close(noisy[0], x[0])
+    torch.testing.assert_close(noisy[4], noise[4])
+    # The target is the line's derivative, so that going back by it from any σ meets the picture.
+    torch.testing.assert_close(noisy - sigma.view(-1, 1, 1, 1) * target, x)
+
+
+def test_min_snr_is_that_of_diffusers_scripts(alphas: Tensor) -> None:
+    """train_text_to_image_lora.py: min(snr, γ)/snr for epsilon, /(snr + 1) for v."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    t = torch.arange(1000)
+    snr = compute_snr(scheduler, t)
+    least = torch.stack([snr, 5.0 * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+    for kind, wanted in (("epsilon", least / snr), ("v", least / (snr + 1))):
+        got = min_snr_weight(t, kind, scheduler.alphas_cumprod, 5.0)  # type: ignore[arg-type]
+        torch.testing.assert_close(got, wanted, rtol=2e-5, atol=1e-7)
+
+
+def test_min_snr_makes_both_predictions_weigh_a_picture_alike(alphas: Tensor) -> None:
+    """In float64: an error e of epsilon is an error e/√SNR of x0, one of v an error e/√(SNR + 1); so min(SNR, γ) on
+    x0's squared error, the paper's weight, is the same for both."""
+    t = torch.tensor([5, 300, 700, 990])
+    snr = alphas[t] / (1 - alphas[t])
+    for kind, per_x0 in (("epsilon", snr), ("v", snr + 1)):
+        weight = min_snr_weight(t, kind, alphas, 5.0).double()  # type: ignore[arg-type]
+        torch.testing.assert_close(weight * per_x0, snr.clamp(max=5.0), rtol=1e-5, atol=0)
+
+
+def test_min_snr_at_no_signal_at_all_is_finite() -> None:
+    weight = min_snr_weight(torch.tensor([0]), "epsilon", torch.tensor([0.0]), 5.0)
+    assert weight.item() == 1.0
+    assert min_snr_weight(torch.tensor([0]), "v", torch.tensor([0.0]), 5.0).item() == 0.0
+
+
+def test_draws_depend_on_seed_step_and_row_alone() -> None:
+    keys = [(7, 3, row) for row in range(4)]
+    for prediction in ("epsilon", "flow"):
+        whole = draw((4, 8, 8), keys, prediction, Times("logit-normal"), Noise(0.1, 6, 0.3))  # type: ignore[arg-type]
+        torch.manual_seed(99)
+        parts = [
+            draw((4, 8, 8), keys[i : i + 1], prediction, Times("logit-normal"), Noise(0.1, 6, 0.3))  # type: ignore[arg-type]
+            for i in (0, 1, 2, 3)
+        ]
+        for whole_part, cut in zip(whole, zip(*parts, strict=True), strict=True):
+            assert torch.equal(whole_part, torch.cat(cut))
+    other = [draw((4, 8, 8), [key], "epsilon", Times(), Noise())[0] for key in ((7, 3, 0), (8, 3, 0), (7, 4, 0))]
+    assert not torch.equal(other[0], other[1])
+    assert not torch.equal(other[0], other[2])
+
+
+def test_times_have_the_stated_distributions() -> None:
+    n = 4000
+    keys = [(0, 0, i) for i in range(n)]
+
+    def sample(times: Times, prediction: str = "flow") -> Tensor:
+        return draw((1, 2, 2), keys, prediction, times, Noise())[1].double()  # type: ignore[arg-type]
+
+    uniform = sample(Times("uniform"))
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 0.02
+    logit = torch.logit(sample(Times("logit-normal", 0.5, 0.8)))
+    assert abs(logit.mean() - 0.5) < 0.05
+    assert abs(logit.std() - 0.8) < 0.05
+    # The median maps by the formula, whatever the shape of the distribution.
+    moved = sample(Times("uniform", shift=3.0))
+    assert abs(moved.median() - shifted(torch.tensor(0.5), 3.0)) < 0.02
+    whole = sample(Times(), "epsilon")
+    assert set(whole.frac().tolist()) == {0.0}
+    assert abs(whole.mean() - 499.5) < 20
+
+
+def test_logit_normal_is_diffusers_density() -> None:
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    mine = draw((1, 2, 2), [(1, 1, i) for i in range(4000)], "flow", Times("logit-normal", 0.0, 1.0), Noise())[1]
+    theirs = compute_density_for_timestep_sampling(
+        "logit_normal", 4000, logit_mean=0.0, logit_std=1.0, generator=torch.Generator().manual_seed(0)
+    )
+    grid = torch.linspace(0.05, 0.95, 10)
+    torch.testing.assert_close(mine.quantile(grid), theirs.quantile(grid), rtol=0, atol=0.02)
+
+
+def test_the_resolution_dependent_shift_is_flux_own() -> None:
+    """calculate_shift, and time_shift of FlowMatchEulerDiscreteScheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    u = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
+    for side in (8, 32, 64, 96):
+        tokens = side * side
+        assert mu_of_tokens(tokens) == pytest.approx(calculate_shift(tokens), rel=1e-12)
+        wanted = torch.as_tensor(scheduler.time_shift(calculate_shift(tokens), 1.0, u.numpy()))
+        torch.testing.assert_close(shifted(u, flux_shift(256, 4096, 0.5, 1.15)(tokens)), wanted)
+    plain = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    steps = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    torch.testing.assert_close(shifted(steps, 3.0).flip(0).float(), plain.sigmas[:1000], rtol=1e-5, atol=1e-6)
+
+
+def test_a_larger_picture_is_trained_on_more_noise() -> None:
+    times = Times("uniform", shift=flux_shift(256, 4096, 0.5, 1.15))
+    keys = [(0, 0, i) for i in range(500)]
+    small = draw((1, 8, 8), keys, "flow", times, Noise())[1]
+    large = draw((1, 64, 64), keys, "flow", times, Noise())[1]
+    assert large.mean() > small.mean() + 0.02
+
+
+def test_noise_offset_moves_whole_channels_by_its_own_amount() -> None:
+    keys = [(0, 0, i) for i in range(400)]
+    offset = draw((4, 16, 16), keys, "epsilon", Times(), Noise(offset=0.5))[0].double()
+    means = offset.mean(dim=(2, 3))
+    # variance of a channel's mean: offset² + 1/256
+    assert means.std().item() == pytest.approx(math.sqrt(0.25 + 1 / 256), rel=0.06)
+    plain = draw((4, 16, 16), keys, "epsilon", Times(), Noise())[0].double()
+    centred = offset - means[:, :, None, None]
+    torch.testing.assert_close(centred, plain - plain.mean(dim=(2, 3), keepdim=True), rtol=0, atol=1e-5)
+
+
+def test_pyramid_noise_keeps_its_scale_and_reddens() -> None:
+    spectra = []
+    for iterations in (0, 8):
+        rows = draw((4, 32, 32), [(0, 0, i) for i in range(60)], "epsilon", Times(), Noise(0.0, iterations, 0.7))[0]
+        assert rows.std(dim=(1, 2, 3)).mean().item() == pytest.approx(1.0, abs=0.03)
+        power = torch.fft.fft2(rows.double()).abs().square().mean(dim=(0, 1))
+        spectra.append((power[:3, :3].mean() / power[8:24, 8:24].mean()).item())
+    assert spectra[0] == pytest.approx(1.0, abs=0.25)
+    assert spectra[1] > 5
+    n = torch.randn(3, 5, 7, generator=generator(1))
+    assert torch.equal(pyramid_noise(n, 1, 0.0, generator(2)).shape and n, n)  # the argument is not written to
+
+
+def test_a_mask_of_ones_is_no_mask_and_a_mask_is_a_weighted_mean() -> None:
+    x, y, _ = _rows()
+    ones = torch.ones(5, 1, 6, 8)
+    torch.testing.assert_close(row_losses(x, y, ones), row_losses(x, y))
+    torch.testing.assert_close(row_losses(x, y), ((x.double() - y.double()) ** 2).mean(dim=(1, 2, 3)).float())
+    mask = torch.zeros(5, 1, 6, 8)
+    mask[:, :, 2:4, 1:3] = 1.0
+    wanted = ((x - y).double() ** 2)[:, :, 2:4, 1:3].mean(dim=(1, 2, 3))
+    torch.testing.assert_close(row_losses(x, y, mask), wanted.float())
+    assert torch.isfinite(row_losses(x, y, torch.zeros(5, 1, 6, 8))).all()
+
+
+def test_quantile_times_are_fixed_and_in_the_middle_of_equal_parts() -> None:
+    assert quantile_times(4, "flow").tolist() == [0.125, 0.375, 0.625, 0.875]
+    assert quantile_times(4, "epsilon").tolist() == [125, 375, 625, 875]
+
+
+def test_the_moving_average_by_hand_and_against_diffusers() -> None:
+    from diffusers.training_utils import EMAModel
+
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    ema, theirs = Ema({"m.A": p}, 0.3), EMAModel([p], decay=0.3)
+    by_hand = None
+    for step in range(1, 8):
+        with torch.no_grad():
+            p.add_(step)
+        ema.update(step)
+        theirs.step([p])
+        d = 0.0 if step == 1 else min(0.3, step / (9 + step))
+        now = p.detach().double()
+        by_hand = now if by_hand is None else d * by_hand + (1 - d) * now
+    assert by_hand is not None
+    torch.testing.assert_close(ema.averages["m.A@ema"].double(), by_hand, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ema.averages["m.A@ema"], theirs.shadow_params[0], rtol=1e-6, atol=0)
+    before = p.detach().clone()
+    with ema.acting():
+        assert torch.equal(p.detach(), ema.averages["m.A@ema"])
+    assert torch.equal(p.detach(), before)

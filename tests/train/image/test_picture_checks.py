@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance
+
+from tests.train.make_pictures import corners, put, scene, settings
+from veneer.train.findings import Finding
+from veneer.train.image.contact_sheet import contact_sheet, shaded
+from veneer.train.image.looks import look_of, near_pairs
+from veneer.train.image.picture_checks import check_held_out, check_pictures
+from veneer.train.image.pictures import Picture, read_pictures
+from veneer.train.image.views import PicturePlan, Seen, plan_rows
+
+
+def findings(folder: Path, size: int = 32, **keys: Any) -> dict[str, list[Finding]]:
+    own = settings(folder, **keys)
+    pictures, about = read_pictures(own)
+    found: dict[str, list[Finding]] = {}
+    for finding in check_pictures(pictures, about, plan_rows(pictures, own, size=size, unit=8), own):
+        found.setdefault(finding.check, []).append(finding)
+    return found
+
+
+def texts(found: list[Finding]) -> str:
+    return "\n".join(f"{f.level} {f.text} {f.fix}" for f in found)
+
+
+def recoded(image: Image.Image, quality: int) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+def test_re_encoded_resized_mirrored_and_brightened_pictures_look_the_same() -> None:
+    images = [scene(240, 160, seed) for seed in range(12)]
+    looks = [look_of(image) for image in images]
+    assert near_pairs(looks) == []
+    for change in (
+        lambda i: recoded(i, 40),
+        lambda i: i.resize((90, 60), Image.Resampling.LANCZOS),
+        lambda i: i.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        lambda i: ImageEnhance.Brightness(i).enhance(1.03),
+        lambda i: i.crop((2, 2, 238, 158)),
+    ):
+        assert near_pairs([look_of(change(i)) for i in images], looks) == [(n, n) for n in range(12)]
+
+
+def test_flat_drawings_of_one_outline_differ_by_colour() -> None:
+    def disc(colour: tuple[int, int, int]) -> Image.Image:
+        y, x = np.mgrid[:64, :64]
+        pixels = np.full((64, 64, 3), 255, np.uint8)
+        pixels[(x - 32) ** 2 + (y - 32) ** 2 < 600] = colour
+        return Image.fromarray(pixels)
+
+    red, orange, blue = (look_of(disc(c)) for c in ((220, 30, 30), (240, 150, 30), (30, 60, 220)))
+    assert near_pairs([red, orange, blue]) == []
+    assert near_pairs([red, look_of(recoded(disc((220, 30, 30)), 80))]) == [(0, 1)]
+
+
+def test_pairs_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = [look_of(scene(seed=n % 5)) for n in range(9)]
+    want = [(n, n + 5) for n in range(4)]
+    assert near_pairs(looks) == want
+    monkeypatch.setattr("veneer.train.image.looks._BLOCK", 2)
+    assert near_pairs(looks) == want
+    assert near_pairs([]) == []
+
+
+def test_a_plain_folder_is_well(tmp_path: Path) -> None:
+    for n in range(3):
+        put(tmp_path, f"{n}.png", f"number {n}", scene(40 + 8 * n, 40, seed=n))
+    found = findings(tmp_path)
+    assert {f.level for group in found.values() for f in group} == {"ok"}
+    assert "3 pictures: 3 rows an epoch" in texts(found["pictures"])
+    assert "3 from caption files" in texts(found["captions"])
+    assert "32 x 32: 1" in texts(found["buckets"]) or "32 x 32: 2" in texts(found["buckets"])
+
+
+def test_what_is_wrong_is_counted_and_named(tmp_path: Path) -> None:
+    for n in range(4):
+        put(tmp_path, f"{n}.png", f"number {n}", scene(64, 64, seed=n))
+    put(tmp_path, "again.jpg", "number 0", scene(64, 64, seed=0))
+    put(tmp_path, "tiny.png", "tiny", scene(20, 20, seed=7))
+    put(tmp_path, "wide.png", "wide", scene(300, 40, seed=8))
+    put(tmp_path, "empty.png", "", scene(64, 64, seed=9))
+    put(tmp_path, "bad.png").write_bytes(b"no")
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    found = findings(tmp_path, broken="drop", shuffle_tags=True)
+    assert "warn 1 of 9 (11%) files cannot be read and are left out: bad.png: not a picture" in texts(found["broken"])
+    assert "1 .mp4" in texts(found["ignored"])
+    same = "warn 2 of 8 (25%) pictures look like another one, in 1 pairs: 0.png and again.jpg"
+    assert same in texts(found["near-duplicates"])
+    assert "1 of 8 (12%) pictures are smaller than a bucket and kept at their own size: tiny.png" in texts(
+        found["small"]
+    )
+    assert "wide.png (" in texts(found["crops"])
+    assert "1 captions are empty: empty.png" in texts(found["captions"])
+    assert "nothing to shuffle" in texts(found["captions"])
+    with_trigger = findings(tmp_path, broken="drop", trigger="sks")
+    assert "`sks`: added in 8" in texts(with_trigger["trigger"]), "bad.png is not learned"
+
+
+def test_conversions_are_counted(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 3
+    for n in range(2):
+        put(tmp_path, f"{n}.jpg", "x", scene(seed=n)).unlink()
+        scene(seed=n).save(tmp_path / f"{n}.jpg", exif=exif)
+    scene(seed=3).save(put(tmp_path, "3.png", "x"), icc_profile=b"junk")
+    found = findings(tmp_path)["decoding"]
+    assert "warn 1 a colour profile that cannot be used, taken as sRGB" in texts(found)
+    assert "ok 2 turned upright (EXIF)" in texts(found)
+
+
+def test_triggers_and_class_pictures(tmp_path: Path) -> None:
+    put(tmp_path / "own", "a.png", "a dog", scene(seed=1))
+    put(tmp_path / "own", "b.png", "a sks dog", scene(seed=2))
+    put(tmp_path / "class", "c.png", "sks", scene(seed=3))
+    put(tmp_path / "class", "d.png", "a dog", scene(seed=2))
+    found = findings(tmp_path / "own", trigger="sks", class_folder=str(tmp_path / "class"), class_weight=0.5)
+    assert "2 pictures and 2 class pictures (weight 0.5)" in texts(found["pictures"])
+    assert "`sks`: added in 1, already there in 1" in texts(found["trigger"])
+    assert "1 class pictures' captions hold the trigger: c.png" in texts(found["trigger"])
+    assert "1 class pictures look like pictures of what is learned" in texts(found["near-duplicates"])
+
+
+def test_masks(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", "a", scene(64, 32, seed=1))
+    mask = np.zeros((32, 64), np.uint8)
+    mask[:, :8] = 255  # outside a square's middle
+    put(tmp_path, "a.mask.png", None, Image.fromarray(mask))
+    put(tmp_path, "b.png", "b", scene(32, 32, seed=2))
+    found = findings(tmp_path, buckets=False)
+    assert "1 of 2 (50%) pictures have a loss mask" in texts(found["masks"])
+    assert "1 masks are black all over their crop, so nothing is learned there: a.png" in texts(found["masks"])
+    assert "stop data.masks is `alpha`, but no picture has transparency" in texts(
+        findings(tmp_path, masks="alpha")["masks"]
+    )
+
+
+def test_held_out_pictures_that_are_trained_on(tmp_path: Path) -> None:
+    for n in range(6):
+        put(tmp_path, f"{n}.png", "x", scene(seed=n))
+    pictures = {p.name: p for p in read_pictures(settings(tmp_path))[0]}
+    put(tmp_path, "again.jpg", "x", scene(96, 64, seed=0))
+    again = next(p for p in read_pictures(settings(tmp_path))[0] if p.name == "again.jpg")
+    train = [pictures[f"{n}.png"] for n in range(3)]
+    held = [pictures[f"{n}.png"] for n in range(3, 6)]
+    assert texts(check_held_out(train, held)).startswith("ok 3 held-out")
+    found = check_held_out(train, [*held, again])
+    assert texts(found).startswith("warn 1 of 4 (25%) held-out pictures are, or look like")
+    assert "again.jpg is 0.png" in found[0].text
+    assert check_held_out(train, [again])[0].level == "stop"
+
+
+def plan(folder: Path, **keys: Any) -> tuple[list[Picture], PicturePlan]:
+    own = settings(folder, **keys)
+    pictures, _ = read_pictures(own)
+    return pictures, plan_rows(pictures, own, size=64, unit=16)
+
+
+def test_the_sheet_shows_the_crops(tmp_path: Path) -> None:
+    put(tmp_path / "p", "a.png", "four corners, " + "many words " * 40, corners(128, 128))
+    put(tmp_path / "p", "b.png", "", scene(64, 64))
+    rows = plan(tmp_path / "p")[1].rows
+    path = tmp_path / "sheet.png"
+    assert contact_sheet(rows, settings(), seed=0, path=path, cell=192) == 2
+    sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert sheet.shape[1] == 2 * (192 + 8) + 8
+    for (y, x), colour in {(20, 20): (255, 0, 0), (20, 180): (0, 255, 0), (180, 20): (0, 0, 255)}.items():
+        assert np.abs(sheet[y + 8, x + 8] - colour).max() < 8
+    assert (sheet[208:, :208] < 100).any()  # words below the first
+    assert contact_sheet(rows * 20, settings(), seed=0, path=path, most=7, columns=3) == 7
+
+
+def test_what_a_mask_leaves_out_is_red() -> None:
+    mask = torch.ones(1, 32, 32)
+    mask[:, :, 16:] = 0
+    pixels = np.asarray(shaded(Seen(torch.zeros(3, 32, 32), mask, torch.zeros(6)))).astype(int)
+    assert np.abs(pixels[:, :16] - 127.5).max() <= 1
+    red, green = pixels[:, 16:, 0], pixels[:, 16:, 1]
+    assert (red - green).min() > 30
+    assert len(np.unique(green)) > 1  # in stripes

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from tests.train.make_pictures import ADOBE_RGB, SRGB, corners, grey_profile, profile, scene, settings, srgb_of, to_xyz
+from veneer.train.image.picture_files import Opened, UnreadablePicture, mask_of, open_picture
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+def opened(image: Image.Image, format: str = "PNG", keys: dict[str, Any] | None = None, **options: Any) -> Opened:
+    return open_picture(encoded(image, format, **options), settings(**(keys or {})))
+
+
+def refused(data: bytes, **keys: Any) -> str:
+    with pytest.raises(UnreadablePicture) as caught:
+        open_picture(data, settings(**keys))
+    return str(caught.value)
+
+
+def array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(np.float64)
+
+
+# EXIF 2.3, tag 0x0112: where the stored row 0 and column 0 stand in the upright picture
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.transpose(1, 0, 2)),
+        (6, lambda a: a.transpose(1, 0, 2)[:, ::-1]),
+        (7, lambda a: a.transpose(1, 0, 2)[::-1, ::-1]),
+        (8, lambda a: a.transpose(1, 0, 2)[::-1]),
+    ],
+)
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_a_picture_stands_upright(format: str, orientation: int, upright: Any) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    image = corners(40, 24)
+    exact: dict[str, Any] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(format, {})
+    found = opened(image, format, exif=exif, **exact)
+    want = upright(array(image))
+    assert found.size == (want.shape[1], want.shape[0])
+    assert np.abs(array(found.colour) - want).max() <= 3  # JPEG rounds
+    if format != "TIFF":  # Pillow turns these while reading
+        assert ("turned upright (EXIF)" in found.notes) == (orientation != 1)
+
+
+def test_damaged_exif_is_noted_and_costs_nothing() -> None:
+    found = opened(scene(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7fjunk")
+    assert found.size == (48, 32)
+
+
+@pytest.mark.parametrize(("primaries", "gamma"), [(ADOBE_RGB, 2.2), (SRGB, 1.0), (SRGB, 1.8)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_profile_is_converted_to_srgb(mode: str, primaries: Any, gamma: float) -> None:
+    """Against float64: decode by the profile's exponent, change primaries, encode by sRGB's curve."""
+    image = scene()
+    linear = (array(image) / 255) ** (round(gamma * 256) / 256)
+    want = srgb_of(linear @ to_xyz(primaries).T @ np.linalg.inv(to_xyz(SRGB)).T)
+    found = opened(image.convert(mode), icc_profile=profile(primaries, gamma))
+    assert np.abs(array(found.colour) - want).max() <= 3
+    assert np.abs(array(found.colour) - array(image)).max() > 10
+    assert found.notes == ("colour profile converted to sRGB",)
+
+
+def test_a_grey_profile_and_srgb_itself() -> None:
+    grey = scene().convert("L")
+    found = opened(grey, icc_profile=grey_profile(1.0))
+    assert np.abs(array(found.colour) - srgb_of(array(grey) / 255)[..., None]).max() <= 2
+    same = opened(scene(), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    assert np.array_equal(array(same.colour), array(scene()))
+    assert same.notes == ()
+
+
+@pytest.mark.parametrize("data", [b"junk", profile(SRGB, 2.2)[:200], grey_profile(2.2)])
+def test_a_profile_that_cannot_be_used_is_noted(data: bytes) -> None:
+    found = opened(scene(), icc_profile=data)
+    assert np.array_equal(array(found.colour), array(scene()))
+    assert found.notes == ("a colour profile that cannot be used, taken as sRGB",)
+
+
+def test_every_mode_becomes_eight_bit_rgb() -> None:
+    image = scene()
+    for mode in ("L", "1", "P", "LA", "RGBA"):
+        found = opened(image.convert(mode))
+        assert found.colour.mode == "RGB"
+        assert found.alpha is None
+        assert np.array_equal(array(found.colour), array(image.convert(mode).convert("RGB"))), mode
+    cmyk = opened(image.convert("CMYK"), "TIFF")
+    assert np.array_equal(array(cmyk.colour), array(image))  # 255 - x there, 255 - x back
+    assert cmyk.notes == ("CMYK without a profile, converted plainly",)
+    lab = opened(image.convert("LAB"), "TIFF")
+    assert np.abs(array(lab.colour) - array(image)).mean() < 3  # 8-bit a* and b* are coarse
+    jpeg = opened(image.convert("CMYK"), "JPEG", quality=100)
+    assert np.abs(array(jpeg.colour) - array(image)).mean() < 4
+
+
+def test_sixteen_bits_keep_their_brightness() -> None:
+    values = np.linspace(0, 65535, 48 * 32).round().astype(np.uint16).reshape(32, 48)
+    found = opened(Image.fromarray(values))
+    assert np.abs(array(found.colour) - (values / 257)[..., None]).max() <= 0.5 + 1e-9
+    assert found.notes == ("16 bits to 8",)
+    colour = np.stack([values, values[::-1], values[:, ::-1]], -1)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
+    found = open_picture(png(48, 32, 16, 2, rows), settings())
+    assert np.abs(array(found.colour) - colour / 257).max() <= 1
+
+
+def png(width: int, height: int, depth: int, kind: int, rows: bytes) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("name", "colour"), [("white", (255,) * 3), ("#102030", (16, 32, 48)), ("black", (0,) * 3)])
+def test_transparent_pixels_show_the_background(name: str, colour: tuple[int, int, int]) -> None:
+    image = scene()
+    alpha = np.tile(np.linspace(0, 255, 48).round().astype(np.uint8), (32, 1))
+    image.putalpha(Image.fromarray(alpha))
+    found = opened(image, keys={"background": name})
+    share = alpha[..., None] / 255
+    assert np.abs(array(found.colour) - (array(scene()) * share + np.array(colour) * (1 - share))).max() <= 1
+    assert found.alpha is not None
+    assert np.array_equal(array(found.alpha), alpha)
+    assert found.notes == (f"transparent pixels on {name}",)
+
+
+def test_one_transparent_colour_of_a_palette() -> None:
+    image = Image.new("P", (4, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([0, 1, 0, 1])
+    found = opened(image, transparency=0)
+    assert [found.colour.getpixel((x, 0)) for x in range(4)] == [(255,) * 3, (200, 100, 50)] * 2
+    assert found.alpha is not None
+    assert [found.alpha.getpixel((x, 0)) for x in range(4)] == [0, 255, 0, 255]
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_animations_are_refused_or_their_first_frame_is_used(format: str) -> None:
+    frames = [Image.new("RGB", (16, 16), c) for c in (RED, GREEN, BLUE)]
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+    assert "3 frames" in refused(data)
+    found = open_picture(data, settings(animated="first"))
+    assert np.abs(array(found.colour) - RED).max() < 12
+    assert found.notes == ("first frame of several",)
+
+
+def test_a_phone_s_preview_is_no_animation() -> None:
+    data = encoded(scene(), "MPO", save_all=True, append_images=[scene(seed=1)])
+    assert Image.open(io.BytesIO(data)).n_frames == 2  # type: ignore[attr-defined]
+    assert open_picture(data, settings()).notes == ()
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    """30,000 x 30,000 grey pixels in under a megabyte; and a header alone that claims far more."""
+    assert "most_megapixels" in refused(png(30000, 30000, 8, 0, b"\0" * 1000))
+    assert "most_megapixels" in refused(png(2**31 - 1, 2**31 - 1, 8, 0, b""))
+    data = png(100, 100, 8, 0, (b"\0" + bytes(100)) * 100)
+    assert "most_megapixels = 0.009" in refused(data, most_megapixels=0.009)
+    assert open_picture(data, settings(most_megapixels=0.01)).size == (100, 100)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (b"hello", "not a picture that can be read (it begins with b'hello')"),
+        (encoded(scene(), "PNG")[:400], "damaged"),
+        (encoded(scene(96, 96), "JPEG")[:900], "damaged"),
+        (encoded(scene(), "PNG").replace(b"IDAT", b"IDAX"), "damaged"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
+        (encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "outside 0 to 65535"),
+    ],
+)
+def test_what_is_no_picture_says_what_it_is(data: bytes, reason: str) -> None:
+    assert reason in refused(data)
+
+
+def test_masks_are_grey_or_their_transparency() -> None:
+    grey = Image.new("L", (4, 4), 200)
+    assert mask_of(encoded(grey, icc_profile=grey_profile(1.0)), settings()).getpixel((0, 0)) == 200
+    assert mask_of(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 90))), settings()).getpixel((0, 0)) == 90
+    assert mask_of(encoded(Image.new("1", (4, 4), 1)), settings()).getpixel((0, 0)) == 255
+    lab = mask_of(encoded(Image.new("RGB", (4, 4), (200, 200, 200)).convert("LAB"), "TIFF"), settings())
+    assert lab.getpixel((0, 0)) == pytest.approx(200, abs=2)
+
+
+_WHOLE = [encoded(scene(), f) for f in ("PNG", "JPEG", "WEBP", "BMP", "GIF")]
+_WHOLE += [encoded(scene(), "PNG", icc_profile=profile(ADOBE_RGB, 2.2)), encoded(scene().convert("P"), transparency=3)]
+
+
+@effort(max_examples=200, deadline=None)
+@given(st.sampled_from(_WHOLE), st.data())
+def test_damage_is_a_refusal_or_a_picture_and_never_another_error(data: bytes, draw: st.DataObject) -> None:
+    damaged = bytearray(data)
+    for at in draw.draw(st.lists(st.integers(0, len(data) - 1), max_size=6)):
+        damaged[at] = draw.draw(st.integers(0, 255))
+    damaged = damaged[: draw.draw(st.integers(1, len(data)) | st.just(len(data)))]
+    for read in (open_picture, mask_of):
+        with contextlib.suppress(UnreadablePicture):
+            read(bytes(damaged), settings(most_megapixels=1, animated="first"))

@@ -1,0 +1,300 @@
+"""What a run on pictures saves: in each layout, with text encoders, read by others, drawn with by diffusers itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny_image_base import tiny_image_base
+from tests.train.tiny_pictures import drawings, run
+from veneer.core.attach import attach
+from veneer.errors import AdapterError
+from veneer.files.tensors import read_tensors
+from veneer.formats import convert, peft
+from veneer.formats.read import read
+from veneer.models.image.base import load_image, pipeline
+from veneer.models.image.memory import blocks_of, fetched, measured_activations, offloading, park, recomputing
+from veneer.train.checkpoint import _load, latest
+from veneer.train.events import Event, Note, Resolved
+from veneer.train.image import save as image_save
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("saves")
+
+
+def _notes(seen: list[Event]) -> str:
+    return "\n".join(e.text for e in seen if isinstance(e, Note))
+
+
+def _draw(pipe: Any, **more: Any) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe(
+        prompt="sks, a red house", height=32, width=32, num_inference_steps=3, output_type="np",
+        generator=torch.Generator().manual_seed(3), **more,
+    )  # fmt: skip
+    return np.asarray(made.images[0])
+
+
+STRONG: dict[str, Any] = {
+    "adapter": {"dropout": 0.0}, "optimizer": {"learning_rate": 0.05}, "schedule": {"steps": 3},
+    "evaluation": {"every": 100, "at_start": False},
+}  # fmt: skip
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers' Euler scheduler on numpy 2
+@pytest.mark.parametrize(
+    ("family", "encoders"), [("flux1", []), ("sdxl", ["text_encoder", "text_encoder_2"]), ("sd15", ["text_encoder"])]
+)
+def test_diffusers_draws_the_same_picture_with_the_file(
+    family: str, encoders: list[str], shared: Path, tmp_path: Path
+) -> None:
+    import diffusers
+
+    result = run(
+        shared, tmp_path / "out", family, **{**STRONG, "adapter": {"dropout": 0.0, "text_encoders": encoders}}
+    )  # fmt: skip
+    more = {"max_sequence_length": 24} if family == "flux1" else {}
+    theirs = diffusers.DiffusionPipeline.from_pretrained(tiny_image_base(shared, family), safety_checker=None)
+    plain = _draw(theirs, **more)
+    theirs.load_lora_weights(str(tmp_path / "out"), weight_name=Path(result.adapter).name)
+    own = load_image(str(tiny_image_base(shared, family)))
+    with attach(own.model) as attachment:
+        attachment.add("a", read(Path(result.adapter)).adapter)
+        attachment.use("a")
+        ours = _draw(pipeline(own), **more)
+    assert np.abs(ours - plain).max() > 0.02, "the adapter changes the picture"
+    np.testing.assert_allclose(_draw(theirs, **more), ours, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "family", "encoders"),
+    [("kohya", "sdxl", ["text_encoder", "text_encoder_2"]), ("kohya", "flux1", []), ("peft", "flux1", [])],
+)
+def test_every_layout_holds_the_trained_adapter(
+    layout: str, family: str, encoders: list[str], shared: Path, tmp_path: Path
+) -> None:
+    """The checkpoint of the last step has the trained tensors; the file's ΔW are theirs."""
+    seen: list[Event] = []
+    result = run(
+        shared, tmp_path / "out", family, on_event=seen.append,
+        **{**STRONG, "adapter": {"dropout": 0.0, "text_encoders": encoders}},
+        output={"directory": str(tmp_path / "out"), "layout": layout},
+    )  # fmt: skip
+    assert "read back and compared: predictions equal" in _notes(seen)
+    newest = latest(tmp_path / "out" / "checkpoints")
+    assert newest is not None
+    trained = _load(newest / "adapter.safetensors")
+    back = read(Path(result.adapter)).adapter
+    assert {f"{n}.A" for n in back.pairs} == {n for n in trained if n.endswith(".A")}
+    assert any(n.startswith("text_encoder.") for n in back.pairs) == bool(encoders)
+    for name, pair in back.pairs.items():
+        delta = pair.scale * (pair.B.double().flatten(1) @ pair.A.double().flatten(1))
+        wanted = trained[f"{name}.B"].double().flatten(1) @ trained[f"{name}.A"].double().flatten(1)
+        torch.testing.assert_close(delta, wanted, rtol=1e-5, atol=1e-7)
+    if layout == "peft":
+        assert json.loads((tmp_path / "out" / peft.CONFIG_FILE).read_text())["r"] == 4
+
+
+def test_the_files_metadata_counts_each_folder_of_pictures(shared: Path, tmp_path: Path) -> None:
+    """sd-scripts' dataset_dirs, reg_dataset_dirs and tag_frequency, for kohya's folders and class pictures; its own
+    names of folders are kept."""
+    for place, count in (("train/3_sks house", 2), ("train/1_sks", 1), ("classes", 3)):
+        drawings(tmp_path / place, count)
+    data = {"pictures": str(tmp_path / "train"), "class_folder": str(tmp_path / "classes"), "split": 0}
+    result = run(shared, tmp_path / "out", data=data, schedule={"steps": 2}, evaluation={"every": 100})
+    facts = read_tensors(Path(result.adapter))[1]
+    dirs = {"3_sks house": {"n_repeats": 3, "img_count": 2}, "1_sks": {"n_repeats": 1, "img_count": 1}}
+    assert json.loads(facts["ss_dataset_dirs"]) == dirs
+    assert json.loads(facts["ss_reg_dataset_dirs"]) == {"classes": {"n_repeats": 1, "img_count": 3}}
+    assert set(json.loads(facts["ss_tag_frequency"])) == set(dirs)
+    assert (facts["ss_num_epochs"], facts["ss_num_batches_per_epoch"]) == ("1", "2")
+    assert float(facts["ss_training_started_at"]) < float(facts["ss_training_finished_at"])
+
+
+def test_text_encoders_learn_at_their_own_rate(shared: Path, tmp_path: Path) -> None:
+    """SGD without clipping: the step of each parameter is its rate times its gradient, so a rate of 1e-30 stays."""
+    result = run(
+        shared, tmp_path / "out", "sdxl", adapter={"text_encoders": ["text_encoder_2"], "dropout": 0.0},
+        optimizer={"name": "sgd", "learning_rate": 1.0, "text_learning_rate": 1e-30}, schedule={"steps": 2},
+        evaluation={"every": 100, "at_start": False},
+    )  # fmt: skip
+    pairs = read(Path(result.adapter)).adapter.pairs
+    size = {
+        part: max(float(p.B.abs().max()) for n, p in pairs.items() if n.startswith(part)) for part in ("unet", "text")
+    }
+    assert 0 < size["text"] < 1e-25 < 1e-4 < size["unet"]
+    facts = read_tensors(Path(result.adapter))[1]
+    assert (facts["ss_unet_lr"], facts["ss_text_encoder_lr"]) == ("1.0", "1e-30")
+
+
+def test_a_saved_dtype_rounds_and_says_so(shared: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    result = run(
+        shared, tmp_path / "out", on_event=seen.append, output={"directory": str(tmp_path / "out"), "dtype": "bfloat16",
+        "name": "look", "title": "A look", "licence": "CC0-1.0"}, **STRONG,
+    )  # fmt: skip
+    assert Path(result.adapter).name == "look.safetensors"
+    tensors, metadata = read_tensors(Path(result.adapter))
+    assert {t.dtype for t in tensors.values() if t.ndim == 2} == {torch.bfloat16}
+    assert (metadata["modelspec.title"], metadata["modelspec.license"]) == ("A look", "CC0-1.0")
+    assert "rounded to bfloat16" in _notes(seen)
+    assert "equal but for rounding" in _notes(seen)
+
+
+def test_a_file_that_is_not_the_adapter_is_noticed(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = convert.write
+
+    def wrong(adapter: Any, *args: Any, **options: Any) -> Any:
+        pairs = {n: replace(p, B=p.B * 2) for n, p in adapter.pairs.items()}
+        return real(replace(adapter, pairs=pairs), *args, **options)
+
+    monkeypatch.setattr(image_save.convert, "write", wrong)
+    with pytest.raises(AdapterError, match="does not predict what the trained one does"):
+        run(shared, tmp_path / "out", **STRONG)
+
+
+def test_the_average_is_what_is_saved(shared: Path, tmp_path: Path) -> None:
+    """Equal to the average in the last checkpoint, which is not what was trained."""
+    result = run(shared, tmp_path / "out", ema={"decay": 0.9}, **STRONG)
+    newest = latest(tmp_path / "out" / "checkpoints")
+    assert newest is not None
+    state = _load(newest / "adapter.safetensors")
+    for name, pair in read(Path(result.adapter)).adapter.pairs.items():
+        torch.testing.assert_close(pair.B, state[f"{name}.B@ema"], rtol=0, atol=0)
+        assert not torch.equal(pair.B, state[f"{name}.B"])
+
+
+def test_missing_class_pictures_are_drawn_by_the_base_once(shared: Path, tmp_path: Path) -> None:
+    data = {"class_prompt": "a cat", "class_count": 3, "class_steps": 1, "cache": str(tmp_path / "cache")}
+    seen: list[Event] = []
+    run(shared, tmp_path / "one", data=data, on_event=seen.append, schedule={"steps": 2})
+    assert "drew 3 class pictures" in _notes(seen)
+    folder = next((tmp_path / "cache" / "class").iterdir())
+    assert sorted(p.name for p in folder.iterdir()) == [f"class-{i:05d}.png" for i in range(3)]
+    first = (folder / "class-00001.png").read_bytes()
+    (folder / "class-00001.png").unlink()
+    seen.clear()
+    result = run(shared, tmp_path / "two", data=data, on_event=seen.append, schedule={"steps": 2})
+    assert "drew 1 class pictures" in _notes(seen)
+    assert (folder / "class-00001.png").read_bytes() == first
+    assert read_tensors(Path(result.adapter))[1]["ss_num_reg_images"] == "3"
+    with Image.open(folder / "class-00000.png") as image:
+        assert image.size == (32, 32)
+
+
+def test_a_preset_shows_in_the_settings(shared: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    run(shared, tmp_path / "out", preset="style", dry_run=True, on_event=seen.append)
+    resolved = next(e for e in seen if isinstance(e, Resolved))
+    assert resolved.settings["ema.decay"] == 0.99
+    assert resolved.sources["ema.decay"].startswith("from preset style (")
+    assert resolved.settings["adapter.rank"] == 4
+    assert resolved.sources["adapter.rank"] == "given values"
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_recomputing_keeps_less_and_changes_nothing(shared: Path, tmp_path: Path) -> None:
+    deltas, kept = [], []
+    for mode in ("on", "off"):
+        result = run(
+            shared, tmp_path / mode, memory={"activation_checkpointing": mode}, adapter={"dropout": 0.0},
+            schedule={"steps": 2}, optimizer={"name": "sgd", "learning_rate": 1.0},
+        )  # fmt: skip
+        kept.append(result.preflight["numbers"]["activations_of_one_picture"])
+        deltas.append(read(Path(result.adapter)).adapter.pairs)
+    assert kept[0] < 0.5 * kept[1]
+    for name, pair in deltas[0].items():
+        torch.testing.assert_close(pair.B, deltas[1][name].B, rtol=1e-4, atol=1e-7)
+
+
+def test_measured_activations_are_what_autograd_holds() -> None:
+    """A linear layer with a trainable weight keeps its input; two that share it keep it once; ReLU keeps its output."""
+    x = torch.randn(10, 8)
+    a, b = torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(8, 4, bias=False)
+    weights = [*a.parameters(), *b.parameters()]
+    assert measured_activations(lambda: a(x), weights) == x.nbytes
+    assert measured_activations(lambda: a(x) + b(x), weights) == x.nbytes
+    assert measured_activations(lambda: a(x).relu(), weights) == x.nbytes + 10 * 4 * 4
+
+
+def test_parked_components_come_for_a_while_and_go_again(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_image(str(tiny_image_base(shared, "flux1")))
+    went: list[tuple[str, str]] = []
+    for name in ("text_encoder", "vae"):
+        part = base.parts[name]
+        monkeypatch.setattr(part, "to", lambda device, name=name: went.append((name, str(device))))
+    base.device = torch.device("cuda:3")  # nothing is moved here: what is asked for is looked at
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    size = sum(p.numel() * 4 for n in ("text_encoder", "vae") for p in base.parts[n].parameters())
+    assert park(base, ["text_encoder", "vae"]) == size
+    with fetched(base, ["text_encoder", "vae"]):
+        went.append(("drawing", ""))
+    there, here = ("cpu", "cuda:3")
+    assert went == [
+        ("text_encoder", there), ("vae", there), ("text_encoder", here), ("vae", here), ("drawing", ""),
+        ("text_encoder", there), ("vae", there),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["flux1", "sdxl"])
+def test_blocks_that_wait_elsewhere_give_the_same_gradients_and_come_home(
+    family: str, shared: Path, tmp_path: Path
+) -> None:
+    """On one device the moves are copies; that every block has its weights when they are needed is the same."""
+    from tests.train.tiny_pictures import image_values
+    from veneer.train.config.load import config_from
+    from veneer.train.image.batches import plan_image_steps
+    from veneer.train.image.encode import Encoders, ImageLoss
+    from veneer.train.image.pictures import read_pictures
+    from veneer.train.image.views import plan_rows
+
+    config: Any = config_from(image_values(shared, tmp_path / "out", family))[0]
+    base = load_image(str(tiny_image_base(shared, family)))
+    pictures, _ = read_pictures(config.data)
+    encoders = Encoders(base, config, None)
+    steps, _, _ = plan_image_steps(plan_rows(pictures, config.data, size=32, unit=8).rows, config, encoders.batch)
+    from veneer.core.adapter import LoraSpec
+    from veneer.core.init import create
+
+    before = {n: (p, p.data_ptr(), p.clone()) for n, p in base.denoiser.named_parameters()}
+    blocks = blocks_of(base.denoiser)
+    assert len(blocks) >= 2
+    gradients = []
+    with attach(base.model) as attachment:
+        attachment.add("a", create(base.model, LoraSpec(4, 4.0, "*transformer_blocks*.to_*"), seed=0), trainable=True)
+        attachment.use("a")
+        loss = ImageLoss(base, config, encoders)
+        parameters = attachment.parameters("a")
+        with torch.no_grad():
+            for p in parameters.values():
+                p.add_(0.01)
+        for away in (False, True):
+            with recomputing(base):
+                if away:
+                    with offloading(base, len(blocks)) as moved:
+                        assert moved > 0.5 * sum(p.numel() * 4 for p in base.denoiser.parameters()) * 0.5
+                        loss(steps[0].micros[0].make()).backward()
+                else:
+                    loss(steps[0].micros[0].make()).backward()
+            gradients.append({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
+            for p in parameters.values():
+                p.grad = None
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items())
+    after = dict(base.denoiser.named_parameters())
+    assert all(after[n] is p and torch.equal(after[n], value) for n, (p, _, value) in before.items())
+    drawings(shared / "drawings")

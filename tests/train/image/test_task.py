@@ -1,0 +1,352 @@
+"""A whole run on pictures on tiny bases: what it leaves, that it can be stopped anywhere, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_image_base import tiny_image_base
+from tests.train.tiny_pictures import run
+from veneer.core.attach import attach
+from veneer.errors import CheckpointError, Interrupted, PreflightError
+from veneer.files.tensors import read_tensors
+from veneer.formats.card import read_card
+from veneer.formats.metadata import verify
+from veneer.formats.read import read
+from veneer.models.image.base import ImageBase, load_image
+from veneer.train import checkpoint
+from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Sampled, Stepped
+from veneer.train.image.task import ImageResult
+from veneer.train.report.log import read_log
+
+ROOT = Path(__file__).resolve().parents[2]
+Whole = tuple[Path, ImageResult, list[Event]]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("images")
+
+
+@pytest.fixture(scope="module")
+def base(shared: Path) -> ImageBase:
+    return load_image(str(tiny_image_base(shared, "flux1")))
+
+
+@pytest.fixture(scope="module")
+def whole(shared: Path) -> Whole:
+    """One uninterrupted run with a moving average and sample sheets, that many tests look at."""
+    seen: list[Event] = []
+    result = run(shared, shared / "whole", on_event=seen.append, **WITH_ALL)
+    return shared / "whole", result, seen
+
+
+WITH_ALL: dict[str, Any] = {
+    "ema": {"decay": 0.6},
+    "samples": {"prompts": ["sks, a red house", "a cat"], "seeds": [0, 1], "every": 3, "steps": 2},
+}
+
+
+def _bytes(folder: Path) -> bytes:
+    """The tensors and scales of the one file in a run's folder: its metadata has the time of day and the name."""
+    return b"".join(
+        f"{n}|{t.dtype}|{tuple(t.shape)}".encode() + t.contiguous().view(torch.uint8).numpy().tobytes()
+        for n, t in sorted(read_tensors(next(folder.glob("*.safetensors")))[0].items())
+    )
+
+
+def test_it_runs_in_the_promised_order_and_says_what_came_out(whole: Whole) -> None:
+    folder, result, seen = whole
+    kinds = [type(e) for e in seen]
+    order = [Resolved, Checked, Probed, Evaluated, Stepped]
+    assert sorted(kinds.index(k) for k in order) == [kinds.index(k) for k in order]
+    assert (result.steps, result.pictures, result.kept_step > 0) == (6, 24, True)
+    assert [e.step for e in seen if isinstance(e, Stepped)] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in seen if isinstance(e, Evaluated)] == [0, 3, 6]
+    assert [e.step for e in seen if isinstance(e, Sampled)] == [0, 3, 6]
+    assert all(e.perplexity is None and len(e.extra) == 4 for e in seen if isinstance(e, Evaluated))
+    assert Path(result.adapter) == folder / "whole.safetensors"
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_every_setting_says_where_it_came_from(whole: Whole) -> None:
+    resolved = next(e for e in whole[2] if isinstance(e, Resolved))
+    assert set(resolved.settings) == set(resolved.sources)
+    assert (resolved.settings["loss.timesteps"], resolved.settings["data.resolution"]) == ("logit-normal", 32)
+    assert "GB free" in resolved.sources["memory.activation_checkpointing"]
+    assert "samples draw with them" in resolved.sources["memory.free_encoders"]
+
+
+def test_the_folder_holds_file_card_log_sheets_and_report(whole: Whole, base: ImageBase) -> None:
+    folder, result, _ = whole
+    card = read_card(folder)
+    assert card.digest == result.digest == read(Path(result.adapter)).adapter.digest()
+    assert card.card.base_fingerprint == base.fingerprint
+    assert card.card.trigger_words == ["sks"]
+    assert card.card.recipe["ema"] == {"decay": 0.6}
+    assert str(folder.parent) not in json.dumps(card.card.recipe)
+    assert len([r for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]) == 6
+    page = (folder / "report.html").read_text()
+    assert page.count('<img class="sheet"') == 4  # what the model saw, the base, steps 3 and 6
+    for piece in (
+        result.digest,
+        "Loss, mean squared error",
+        "Pictures per second",
+        "load_lora_weights",
+        "After step 3",
+    ):
+        assert piece in page
+    assert "perplexity" not in page
+    assert (folder / "pictures.png").is_file()
+    assert [Path(p).name for p in result.samples] == [f"step-{n:08d}.png" for n in (0, 3, 6)]
+
+
+def test_the_files_metadata_is_what_readers_of_such_files_look_for(whole: Whole) -> None:
+    path = Path(whole[1].adapter)
+    metadata = read_tensors(path)[1]
+    assert json.loads(metadata["ss_tag_frequency"]) == {
+        "1_drawings": {"sks": 4, "a blue house": metadata_count(metadata, "a blue house"),
+                       "a red house": metadata_count(metadata, "a red house"), "flat": 4}
+    }  # fmt: skip
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"], metadata["ss_steps"]) == ("4", "4", "6")
+    assert metadata["modelspec.architecture"] == "flux-1-dev/lora"
+    assert metadata["modelspec.trigger_phrase"] == "sks"
+    assert metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+    assert metadata["ss_timestep_sampling"] == "logit-normal"
+    assert all(check.holds is not False for check in verify(path))
+
+
+def metadata_count(metadata: dict[str, str], tag: str) -> int:
+    """Four of the six pictures are learned; which, a hash decides."""
+    return int(json.loads(metadata["ss_tag_frequency"])["1_drawings"][tag])
+
+
+def test_the_base_its_modules_and_the_callers_randomness_are_as_before(shared: Path, tmp_path: Path) -> None:
+    own = load_image(str(tiny_image_base(shared, "flux1")))
+    parts = {n: p for n, p in own.parts.items() if isinstance(p, torch.nn.Module)}
+    before = {f"{n}.{k}": t.clone() for n, p in parts.items() for k, t in p.state_dict().items()}
+    modes = {n: m.training for n, m in own.model.named_modules()}
+    random_before = torch.get_rng_state()
+    run(shared, tmp_path / "out", base=own, memory={"activation_checkpointing": "on"}, schedule={"steps": 2})
+    assert torch.equal(torch.get_rng_state(), random_before)
+    after = {f"{n}.{k}": t for n, p in parts.items() for k, t in own.parts[n].state_dict().items()}
+    assert after.keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in after.items())
+    assert {n: m.training for n, m in own.model.named_modules()} == modes
+    assert not any(p.requires_grad for p in own.model.parameters())
+    assert not own.denoiser.is_gradient_checkpointing
+    attach(own.model).detach()  # nothing is attached any more
+
+
+@pytest.mark.parametrize(("family", "share"), [("flux1", 0.95), ("sdxl", 0.99)])
+def test_it_learns(family: str, share: float, shared: Path, tmp_path: Path) -> None:
+    """The base is random, so forty steps lower the loss of drawings it never saw, at the same noise and times."""
+    result = run(
+        shared, tmp_path / "out", family, adapter={"rank": 8, "alpha": 8.0, "dropout": 0.0}, schedule={"steps": 40},
+        optimizer={"learning_rate": 2e-2}, evaluation={"every": 40},
+    )  # fmt: skip
+    assert result.validation is not None
+    assert result.validation_before is not None
+    assert result.validation < share * result.validation_before
+
+
+@pytest.mark.parametrize(
+    "family", ["sd15", "schnell", "sd3", "klein", "flux2", pytest.param("qwen-image", marks=pytest.mark.slow)]
+)
+def test_every_family_trains_through_the_same_loop(family: str, shared: Path, tmp_path: Path) -> None:
+    """On every linear module of the denoiser; flux1 and sdxl are in the other tests."""
+    seen: list[Event] = []
+    result = run(
+        shared, tmp_path / "out", family, on_event=seen.append, adapter={"targets": "all-linear"},
+        schedule={"steps": 1}, data={"resolution": 32}, optimizer={"learning_rate": 0.05},
+        samples={"prompts": ["sks"], "steps": 1},
+    )  # fmt: skip
+    assert result.validation != result.validation_before
+    assert any("read back and compared: predictions equal" in e.text for e in seen if isinstance(e, Note))
+    assert len(result.samples) == 1
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+from tests.train.image.test_task import WITH_ALL
+from tests.train.tiny_pictures import run
+calls, real, limit = 0, os.fsync, int(sys.argv[3])
+def fsync(fd):
+    global calls
+    if "checkpoints" in os.readlink(f"/proc/self/fd/{fd}"):
+        calls += 1
+        if calls == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+    real(fd)
+os.fsync = fsync
+run(Path(sys.argv[1]), Path(sys.argv[2]), resume=True, **WITH_ALL)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads which file is synced from /proc")
+def test_killed_and_resumed_it_ends_in_the_same_bits(whole: Whole, shared: Path, tmp_path: Path) -> None:
+    """With dropout, a moving average and sheets; killed while the checkpoint of step 3 is written."""
+    output = tmp_path / "whole"
+    command = [sys.executable, "-c", KILL, str(shared), str(output), "9"]
+    assert subprocess.run(command, cwd=ROOT, timeout=120, check=False).returncode == -signal.SIGKILL
+    assert checkpoint.latest(output / "checkpoints") == output / "checkpoints" / "step-00000002"
+    assert not list(output.glob("*.safetensors"))
+    seen: list[Event] = []
+    result = run(shared, output, resume=True, on_event=seen.append, **WITH_ALL)
+    assert next(e.step for e in seen if isinstance(e, Stepped)) == 3
+    assert _bytes(output) == _bytes(whole[0])
+    assert (result.digest, result.loss, result.validation) == (whole[1].digest, whole[1].loss, whole[1].validation)
+    logged = [r["step"] for r in read_log(output / "log.jsonl") if r["event"] == "stepped"]
+    assert logged == [1, 2, 3, 4, 5, 6]
+    for name in ("step-00000003.png", "step-00000006.png"):
+        assert (output / "samples" / name).read_bytes() == (whole[0] / "samples" / name).read_bytes()
+
+
+def test_ctrl_c_saves_and_resuming_ends_in_the_same_bits(whole: Whole, shared: Path, tmp_path: Path) -> None:
+    def press(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="after step 4 of 6"):
+        run(shared, tmp_path / "whole", on_event=press, **WITH_ALL)
+    run(shared, tmp_path / "whole", resume=True, **WITH_ALL)
+    assert _bytes(tmp_path / "whole") == _bytes(whole[0])
+
+
+def test_resuming_with_other_settings_or_pictures_is_refused(whole: Whole, shared: Path, tmp_path: Path) -> None:
+    import shutil
+
+    output = tmp_path / "whole"
+    shutil.copytree(whole[0], output)
+    with pytest.raises(PreflightError, match=r"loss\.logit_std: 1\.0 before, 2\.0 now"):
+        run(shared, output, resume=True, **WITH_ALL, loss={"logit_std": 2.0})
+    other = tmp_path / "drawings"
+    shutil.copytree(shared / "drawings", other)
+    (other / "0.txt").write_text("another caption")
+    with pytest.raises(CheckpointError, match="pictures"):
+        run(shared, output, resume=True, **WITH_ALL, data={"pictures": str(other)})
+
+
+def test_a_dry_run_checks_everything_and_leaves_only_a_sheet_elsewhere(shared: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    cache = tmp_path / "cache"
+    result = run(shared, tmp_path / "dry", dry_run=True, on_event=seen.append, data={"cache": str(cache)})
+    assert not (tmp_path / "dry").exists()
+    assert not cache.exists()
+    assert (result.dry_run, result.steps, result.preflight["ok"]) == (True, 6, True)
+    assert any(isinstance(e, Probed) for e in seen)
+    assert not any(isinstance(e, Stepped) for e in seen)
+    assert Path(result.sheet).is_file()
+    Path(result.sheet).unlink()
+    Path(result.sheet).parent.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"adapter": {"targets": ["no_such_proj"]}}, "no_such_proj"),
+        ({"adapter": {"text_encoders": ["text_encoder_9"]}}, "it has: text_encoder, text_encoder_2"),
+        ({"adapter": {"targets": ["no_such_proj"]}}, "(adapter.targets)"),
+        ({"adapter": {"text_encoders": ["text_encoder"], "text_targets": "nothing_here"}}, "(adapter.text_targets)"),
+        ({"loss": {"snr_gamma": 5.0}}, "predicts a flow: loss.snr_gamma is for noise"),
+        ({"memory": {"offload_blocks": 1}}, "this run is on the CPU"),
+        ({"memory": {"limit_gb": 1e-6}}, "does not fit"),
+    ],
+)
+def test_preflight_stops_before_anything_is_trained(
+    sections: dict[str, Any], says: str, shared: Path, tmp_path: Path, base: ImageBase
+) -> None:
+    with pytest.raises(PreflightError) as error:
+        run(shared, tmp_path / "out", base=base, **sections)
+    assert says in str(error.value)
+    assert not (tmp_path / "out").exists(), "the same command can be run again"
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        ({"timesteps": "logit-normal", "shift": "resolution"}, r"noise: loss\.timesteps and loss\.shift are for flow"),
+        ({"logit_mean": 0.5}, r"noise: loss\.logit_mean is for flow"),
+        ({"guidance": 3.5}, r"takes no guidance as an input: loss\.guidance 3\.5 would do nothing"),
+        ({"keep_guidance": 3.0}, r"takes no guidance as an input: loss\.keep_guidance 3 would do nothing"),
+    ],
+)
+def test_a_noise_base_refuses_what_is_for_flow(loss: dict[str, Any], says: str, shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match=says):
+        run(shared, tmp_path / "out", "sdxl", loss=loss)
+
+
+def test_a_dry_run_that_is_stopped_still_shows_what_the_model_would_see(
+    shared: Path, tmp_path: Path, base: ImageBase
+) -> None:
+    seen: list[Event] = []
+    with pytest.raises(PreflightError, match="no picture has transparency"):
+        run(shared, tmp_path / "out", base=base, dry_run=True, on_event=seen.append, data={"masks": "alpha"})
+    said = next(e.text for e in seen if isinstance(e, Note) and "as the model sees them" in e.text)
+    sheet = Path(said.partition(": ")[2])
+    assert sheet.is_file()
+    sheet.unlink()
+
+
+def test_the_preflight_says_what_is_not_read_and_what_the_preset_chose(shared: Path, tmp_path: Path) -> None:
+    """A caption, a sample prompt and the class prompt, each longer than the 24 tokens that the tiny encoders read."""
+    import shutil
+
+    folder = Path(shutil.copytree(shared / "drawings", tmp_path / "drawings"))
+    long = "a red house, " + " ".join(["in the style of a flat tree"] * 8)
+    (folder / "0.txt").write_text(long + " caption")
+    (folder / "1.txt").write_text("a cat")
+    (folder / "bad.png").write_bytes(b"no")
+    result = run(
+        shared, tmp_path / "out", dry_run=True, preset="subject", samples={"prompts": [long + " sample"]},
+        data={"pictures": str(folder), "broken": "drop", "trigger": None, "class_prompt": "a cat", "prompt": "a dog"},
+    )  # fmt: skip
+    Path(result.sheet).unlink()
+    said = {f"{f['level']} {f['check']} {f['text']}" for f in result.preflight["findings"]}
+
+    def one(start: str) -> str:
+        return next(text for text in said if text.startswith(start))
+
+    for what in ("captions", "sample prompts"):
+        text = one(f"warn {what} 1 {what} longer than the base reads")
+        assert "a red house, in the style" in text
+        assert len(text) < 250
+    assert "bad.png: not a picture" in one("warn broken 1 of 7")
+    assert "1.png" in one("warn captions 1 pictures have a class picture's caption")
+    chosen = one("ok preset `subject` (one character")
+    assert "data.class_count=100" in chosen
+    assert "adapter.rank=" not in chosen
+    assert "given beside it: adapter.rank, adapter.alpha" in chosen
+
+
+def test_a_folder_in_use_is_not_written_over(whole: Whole, shared: Path, base: ImageBase) -> None:
+    before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
+    with pytest.raises(PreflightError, match="already holds"):
+        run(shared, whole[0], base=base)
+    assert {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")} == before
+
+
+def test_encoders_are_freed_once_everything_is_cached_and_a_given_base_keeps_its_own(
+    shared: Path, tmp_path: Path, base: ImageBase
+) -> None:
+    texts: list[str] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Note):
+            texts.append(event.text)
+
+    first = run(shared, tmp_path / "one", on_event=listen, schedule={"steps": 2})
+    assert any(t.startswith("freed text_encoder, text_encoder_2, vae") or t.startswith("freed vae") for t in texts)
+    assert any("no thumbnail" in t for t in texts)
+    second = run(shared, tmp_path / "two", base=base, schedule={"steps": 2})
+    assert base.parts["vae"] is not None
+    assert first.digest == second.digest

@@ -1,0 +1,237 @@
+"""What a person sees of a run: the log, the terminal, TensorBoard, and the page."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from veneer.train.checkpoint import Progress
+from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Saved, Stepped, Stopped
+from veneer.train.report.log import ConsoleView, JsonLog, TensorBoardLog, duration, read_log, size
+from veneer.train.report.page import Page, Series, chart, nice_ticks, render_page, smooth, write_page
+
+
+def step(n: int, loss: float = 1.0) -> Stepped:
+    return Stepped(n, 10, n / 10, loss, 1e-4, 0.5, 100, 40, 0.5, 2_000_000_000)
+
+
+def score(n: int, best: bool = True) -> Evaluated:
+    return Evaluated(n, 0.5, math.exp(0.5), 8, 80, 0.1, best)
+
+
+def test_every_event_is_one_line_of_json(tmp_path: Path) -> None:
+    events: list[Event] = [
+        Resolved({"a.b": 1}, {"a.b": "default"}), Checked("ok", {"ok": True}, "[b]ok[/]"), Note("hi"),
+        Probed(9, ("f:1",), 0.1, 5), step(1), score(1), Saved(1, "x"), Stopped(1, "finished"),
+    ]  # fmt: skip
+    log = JsonLog(tmp_path / "deep" / "log.jsonl")
+    for event in events:
+        log(event)
+    log.close()
+    records = [json.loads(line) for line in (tmp_path / "deep" / "log.jsonl").read_text().splitlines()]
+    names = ["resolved", "checked", "note", "probed", "stepped", "evaluated", "saved", "stopped"]
+    assert [r["event"] for r in records] == names
+    assert records[4]["tokens_per_second"] == 200.0
+    assert "markup" not in records[1]
+
+
+def test_a_resumed_log_holds_each_step_once_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = JsonLog(path)
+    for event in (step(1), step(2), score(2), step(3), Stopped(2, "interrupted")):
+        log(event)
+    log.close()
+    with path.open("a") as file:
+        file.write('{"event": "stepped", "st')
+    log = JsonLog(path, Progress(step=2, evaluated=-1))  # the evaluation after step 2 was not in the checkpoint
+    log(score(2))
+    log(step(3))
+    log.close()
+    found = [(r["event"], r["step"]) for r in read_log(path)]
+    assert found == [("stepped", 1), ("stepped", 2), ("stopped", 2), ("evaluated", 2), ("stepped", 3)]
+
+
+def test_a_new_run_begins_a_new_log(tmp_path: Path) -> None:
+    for _ in range(2):
+        log = JsonLog(tmp_path / "log.jsonl")
+        log(step(1))
+        log.close()
+    assert len(read_log(tmp_path / "log.jsonl")) == 1
+
+
+def _shown(events: list[Event], *, terminal: bool, verbose: bool = False) -> str:
+    out = io.StringIO()
+    view = ConsoleView(Console(file=out, force_terminal=terminal, width=100, highlight=False), verbose=verbose)
+    for event in events:
+        view(event)
+    view.close()
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_terminal_shows_loss_speed_memory_and_time_left(terminal: bool) -> None:
+    text = _shown([step(n, 3.25) for n in range(1, 6)], terminal=terminal)
+    assert "3.2500" in text
+    assert "200 tokens/s" in text
+    assert "2.0 GB" in text
+    assert "2 s left" in text
+
+
+def test_the_terminal_shows_settings_with_sources_and_what_was_checked() -> None:
+    settings = Resolved(
+        {"adapter.rank": 16, "optimizer.learning_rate": 5e-4},
+        {"adapter.rank": "default (enough [for thousands] of rows)", "optimizer.learning_rate": "support.yaml:9"},
+    )
+    long = "one line " * 30
+    checked = Checked("  ok  all ⟦good⟧", {}, "[green]  ok[/]  all [bold]good[/]")
+    few = _shown([settings, checked, Note(long)], terminal=False)
+    assert "adapter.rank" not in few
+    assert "1 more by default" in few
+    assert re.search(r"learning_rate +0\.0005 +support\.yaml:9", few)
+    text = _shown([settings, checked, Note(long)], terminal=False, verbose=True)
+    assert re.search(r"adapter\.rank +16 +default \(enough \[for thousands\] of rows\)", text)
+    assert re.search(r"learning_rate +0\.0005 +support\.yaml:9", text)
+    assert "ok  all ⟦good⟧" in text
+    assert "ok  all good" in _shown([checked], terminal=True)
+    assert long.strip() in text, "long lines reach a pipe whole"
+
+
+def test_an_evaluation_above_the_first_one_is_called_worse_and_never_best() -> None:
+    worse = Evaluated(step=4, loss=20.4, perplexity=None, rows=8, trained_tokens=9, seconds=0.1, best=False, worse=True)
+    text = _shown([worse], terminal=False)
+    assert "worse than before training" in text
+    assert "best" not in text
+
+
+def test_many_steps_are_few_lines_in_a_pipe() -> None:
+    events: list[Event] = [Stepped(n, 1000, 1, 1.0, 1e-4, 0.5, 9, 4, 0.1, 1) for n in range(1, 1001)]
+    assert 10 <= len(_shown(events, terminal=False).splitlines()) <= 30
+
+
+def test_tensorboard_gets_scalars_and_no_folder_before_the_first(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    board = TensorBoardLog(tmp_path / "tb")
+    assert not (tmp_path / "tb").exists()
+    board(step(1, 2.5))
+    board(score(1))
+    board.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(tmp_path / "tb"))
+    read.Reload()
+    assert [s.value for s in read.Scalars("train/loss")] == [2.5]
+    assert read.Scalars("validation/loss")[0].step == 1
+
+
+def test_sizes_and_times_are_for_people() -> None:
+    assert [size(n) for n in (12, 2_500, 19_600_000, 3.4e9)] == ["12 B", "2.5 kB", "19.6 MB", "3.4 GB"]
+    assert [duration(s) for s in (41.6, 185, 7_800)] == ["42 s", "3 min 05 s", "2 h 10 min"]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+
+class _Reader(HTMLParser):
+    """Checks that tags close, and collects what a browser would fetch or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.outside: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in {"meta", "br", "line", "circle", "path"}:
+            self.open.append(tag)
+        self.outside += [f"{k}={v}" for k, v in attrs if k in {"src", "href", "srcset", "onload", "onclick"}]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in {"circle", "line", "path"}:
+            return
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+
+def _page(**options: Any) -> Page:
+    from veneer.train.events import to_record
+
+    records = [to_record(e) for e in [Note("a note"), score(0, False), *(step(n, 3 / n) for n in range(1, 11))]]
+    records += [to_record(score(10))]
+    return Page(title="support", records=records, **options)
+
+
+def test_the_page_stands_alone_and_is_well_formed(tmp_path: Path) -> None:
+    page = _page(
+        settings={"adapter.rank": 16, "seed": 0}, sources={"adapter.rank": "override `adapter.rank=16`"},
+        checks={
+            "findings": [{"level": "warn", "text": "cut rows", "fix": "a longer max_length"}],
+            "numbers": {"rows": 1200, "share": 0.25, "list": [1]}, "sample": [{"text": "hi", "learned": True}],
+        },
+        facts=[("base", "tiny")], usage=[("CLI", "veneer generate")], files=[("a", "1 kB", "x")],
+        cards=[("Loss", "0.5", "")],
+    )  # fmt: skip
+    write_page(tmp_path / "report.html", page)
+    text = (tmp_path / "report.html").read_text()
+    reader = _Reader()
+    reader.feed(text)
+    assert reader.open == []
+    assert reader.outside == []
+    assert not {"script", "link", "iframe", "img"} & set(reader.tags)
+    assert "prefers-color-scheme: dark" in text
+    assert "url(" not in text
+    for piece in ("override `adapter.rank=16`", "cut rows", "1,200", "<mark>hi</mark>", "veneer generate", "a note"):
+        assert piece in text
+    assert text.count("<svg") == 5
+
+
+def test_nothing_of_the_data_can_become_markup() -> None:
+    evil = "<script>alert(1)</script>"
+    page = _page(
+        checks={"findings": [{"level": "ok", "text": evil, "fix": evil}], "sample": [{"text": evil, "learned": False}]},
+        settings={"data.train": evil}, sources={"data.train": evil}, facts=[(evil, evil)], usage=[(evil, evil)],
+        cards=[(evil, evil, evil)], files=[(evil, evil, evil)], subtitle=evil,
+    )  # fmt: skip
+    page.title = evil
+    assert "<script" not in render_page(page)
+
+
+def test_a_page_of_a_run_without_steps_still_renders() -> None:
+    assert "<svg" not in render_page(Page(title="empty"))
+
+
+@settings(deadline=None)
+@given(low=st.floats(-1e6, 1e6), span=st.floats(0, 1e6), about=st.integers(2, 10))
+def test_ticks_cover_the_range_and_are_few(low: float, span: float, about: int) -> None:
+    ticks = nice_ticks(low, low + span, about)
+    slack = 1e-6 * (abs(low) + span) + 1e-9  # a tick at the edge up to rounding is at the edge
+    assert ticks[0] <= low + slack
+    assert ticks[-1] >= low + span - slack
+    assert 2 <= len(ticks) <= about + 3
+    assert ticks == sorted(ticks)
+
+
+def test_a_chart_draws_every_point_inside_its_frame() -> None:
+    svg = chart([Series("a", [(0.0, 1.0), (5.0, 9.0), (10.0, -3.0)], "dots")], mark=(10.0, -3.0))
+    for x, y in re.findall(r'cx="([\d.-]+)" cy="([\d.-]+)"', svg):
+        assert 0 <= float(x) <= 900
+        assert 0 <= float(y) <= 300
+    assert chart([]) == ""
+
+
+def test_smoothing_is_token_weighted() -> None:
+    points = [(float(i), float(i % 2)) for i in range(100)]
+    weights = [3.0 if i % 2 else 1.0 for i in range(100)]
+    assert smooth(points, weights)[-1][1] == pytest.approx(0.75)

@@ -1,0 +1,320 @@
+"""Masks and texts, checked by decoding what is learned: no token id is written down here."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny_base import tiny_tokenizer
+from tests.train import templates
+from veneer.errors import BaseError, ConfigError, DataError
+from veneer.train.config.text import DataSection
+from veneer.train.text.encode import Encoded, Example, encode
+from veneer.train.text.rows import Row
+
+TOKENIZER = tiny_tokenizer()
+
+
+def chat(*turns: str, system: str = "", weights: dict[int, int] | None = None) -> Row:
+    """user, assistant, user, … in turn."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for i, text in enumerate(turns):
+        messages.append({"role": "user" if i % 2 == 0 else "assistant", "content": text})
+        if weights and i in weights:
+            messages[-1]["weight"] = weights[i]
+    return Row("messages", tuple(messages), where="data.jsonl:1")
+
+
+def pair(prompt: str, completion: str) -> Row:
+    messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
+    return Row("prompt-completion", messages, where="data.jsonl:1")
+
+
+def data(**values: Any) -> DataSection:
+    return DataSection(train="data.jsonl", **values)
+
+
+def with_template(template: str | None) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def learned(example: Example, tokenizer: Any = TOKENIZER) -> list[str]:
+    """The text of each run of trained tokens."""
+    runs: list[list[int]] = []
+    before = False
+    for token, trained in zip(example.input_ids, example.trained, strict=True):
+        if trained:
+            runs = runs if before else [*runs, []]
+            runs[-1].append(token)
+        before = trained
+    return [tokenizer.decode(run) for run in runs]
+
+
+def whole(example: Example, tokenizer: Any = TOKENIZER) -> str:
+    return str(tokenizer.decode(example.input_ids))
+
+
+def one(row: Row, tokenizer: Any = TOKENIZER, **values: Any) -> Example:
+    return encode([row], tokenizer, data(**values)).examples[0]
+
+
+TALK = chat("Hello", "Hi there.", "How are you?", "Fine, thanks.")
+
+
+@pytest.mark.parametrize(
+    ("train_on", "want"),
+    [
+        ("assistant", ["Hi there.<|im_end|>", "Fine, thanks.<|im_end|>"]),
+        ("last", ["Fine, thanks.<|im_end|>"]),
+        ("completion", ["Fine, thanks.<|im_end|>"]),
+    ],
+)
+def test_answers_are_learned_with_their_end_of_turn_and_nothing_else(train_on: str, want: list[str]) -> None:
+    assert learned(one(TALK, train_on=train_on)) == want
+
+
+def test_all_learns_everything_but_the_first_token() -> None:
+    example = one(TALK, train_on="all")
+    assert example.trained == [False] + [True] * (len(example.input_ids) - 1)
+
+
+def test_completion_is_every_answer_after_the_last_question() -> None:
+    row = Row(
+        "messages",
+        (
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "one"},
+            {"role": "user", "content": "b"},
+            {"role": "assistant", "content": "two"},
+            {"role": "tool", "content": "result"},
+            {"role": "assistant", "content": "three"},
+        ),
+    )
+    assert learned(one(row, train_on="completion")) == ["two<|im_end|>", "three<|im_end|>"]
+    assert learned(one(row, train_on="last")) == ["three<|im_end|>"]
+
+
+def test_weight_zero_silences_a_turn_under_every_setting() -> None:
+    row = chat("Hello", "Bad answer", "Again", "Good answer", weights={1: 0, 3: 1})
+    assert learned(one(row)) == ["Good answer<|im_end|>"]
+    everything = learned(one(row, train_on="all"))
+    assert "Bad answer" not in "".join(everything)
+    assert "Good answer<|im_end|>" in everything[-1]
+
+
+def test_the_text_is_the_templates_and_ends_with_the_last_learned_token() -> None:
+    text = TOKENIZER.apply_chat_template(list(TALK.messages), tokenize=False)
+    example = one(TALK)
+    assert whole(example) == text.rstrip("\n")
+    assert example.input_ids == TOKENIZER(text, add_special_tokens=False)["input_ids"][: len(example.input_ids)]
+    assert example.trained[-1]
+
+
+def test_what_precedes_an_answer_is_what_inference_shows() -> None:
+    example = one(TALK, train_on="last")
+    prompt = TOKENIZER.apply_chat_template(
+        list(TALK.messages[:3]), add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert example.input_ids[: example.trained.index(True)] == prompt
+
+
+def test_turns_that_lose_their_thinking_are_learned_as_rendered_and_counted() -> None:
+    tokenizer = with_template(templates.QWEN3)
+    row = chat("a", "<think>\nhm\n</think>\n\nfirst", "b", "<think>\nso\n</think>\n\nsecond")
+    encoded = encode([row], tokenizer, data())
+    want = ["first<|im_end|>", "<think>\nso\n</think>\n\nsecond<|im_end|>"]
+    assert learned(encoded.examples[0], tokenizer) == want
+    assert encoded.counts.changed_turns == 1
+    last = encode([row], tokenizer, data(train_on="last"))
+    assert learned(last.examples[0], tokenizer) == want[1:]
+    assert last.counts.changed_turns == 0
+
+
+def test_end_of_text_after_the_conversation_is_not_learned_and_no_change() -> None:
+    tokenizer = with_template(templates.PHI3)
+    encoded = encode([TALK], tokenizer, data())
+    assert learned(encoded.examples[0], tokenizer) == ["Hi there.<|im_end|>", "Fine, thanks.<|im_end|>"]
+    assert encoded.counts.changed_turns == 0
+    assert encoded.end_ids == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+def test_a_template_without_generation_prompt() -> None:
+    tokenizer = with_template(templates.MISTRAL)
+    assert learned(one(TALK, tokenizer), tokenizer) == [" Hi there.<|im_end|>", " Fine, thanks.<|im_end|>"]
+
+
+def test_moving_prompts_are_refused_with_the_reason_and_fine_for_the_last_turn() -> None:
+    tokenizer = with_template(templates.MISTRAL)
+    row = chat("Hello", "Hi there.", "How are you?", "Fine.", system="Be brief")
+    with pytest.raises(DataError, match=r"data.jsonl:1: the chat template renders what comes before message 2 differ"):
+        encode([row], tokenizer, data())
+    assert learned(one(row, tokenizer, train_on="last"), tokenizer) == [" Fine.<|im_end|>"]
+
+
+def test_the_templates_own_marks_decide_where_prefixes_fail() -> None:
+    tokenizer = with_template(templates.MARKED)
+    row = chat("Hello", "Hi there.", "How are you?", "Fine.", system="Be brief")
+    assert learned(one(row, tokenizer), tokenizer) == [" Hi there.<|im_end|>", " Fine.<|im_end|>"]
+
+
+def test_a_prompt_that_training_does_not_show_is_refused() -> None:
+    with pytest.raises(DataError, match="another prompt than inference does"):
+        encode([TALK], with_template(templates.DISAGREES), data())
+
+
+def test_rows_the_template_refuses_are_all_listed() -> None:
+    bad = Row("messages", ({"role": "assistant", "content": "x"},), where="data.jsonl:7")
+    with pytest.raises(DataError, match=r"1 of 2 rows cannot be encoded") as caught:
+        encode([TALK, bad], with_template(templates.MISTRAL), data())
+    assert "data.jsonl:7: the chat template refuses it: roles must alternate" in str(caught.value)
+
+
+def test_plain_prompt_and_completion_are_joined_as_they_are_and_ended() -> None:
+    tokenizer = with_template(None)
+    example = one(pair("Q: 2+2\nA:", " four"), tokenizer)
+    assert whole(example, tokenizer) == "Q: 2+2\nA: four<|im_end|>"
+    assert learned(example, tokenizer) == [" four<|im_end|>"]
+    assert one(pair("Q: 2+2\nA:", " four"), TOKENIZER, chat_template="none") == example
+
+
+def test_prompt_and_completion_take_the_chat_template_where_there_is_one() -> None:
+    assert learned(one(pair("2+2?", "four"))) == ["four<|im_end|>"]
+    assert "<|im_start|>user\n2+2?<|im_end|>" in whole(one(pair("2+2?", "four")))
+
+
+def test_instruction_rows_take_alpacas_prompt_without_a_template() -> None:
+    tokenizer = with_template(None)
+    messages = ({"role": "user", "content": "Sort\n\nb a"}, {"role": "assistant", "content": "a b"})
+    example = one(Row("instruction", messages, instruction=("", "Sort", "b a", "a b")), tokenizer)
+    assert learned(example, tokenizer) == ["a b<|im_end|>"]
+    assert "### Instruction:\nSort\n\n### Input:\nb a\n\n### Response:\n" in whole(example, tokenizer)
+
+
+def test_conversations_need_a_chat_template() -> None:
+    with pytest.raises(BaseError, match="need a chat template, and this base has none"):
+        encode([TALK], with_template(None), data())
+    with pytest.raises(BaseError, match=r"data\.chat_template is none"):
+        encode([TALK], TOKENIZER, data(chat_template="none"))
+
+
+def test_a_template_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(templates.CHATML)
+    assert "helpful AI" not in whole(one(TALK, chat_template=str(file)))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        encode([TALK], TOKENIZER, data(chat_template=str(tmp_path / "no.jinja")))
+
+
+def test_text_rows_are_learned_whole_and_ended_once() -> None:
+    for text in ("Some plain text.", "Some plain text.<|im_end|>"):
+        example = one(Row("text", text=text))
+        assert whole(example) == "Some plain text.<|im_end|>"
+        assert example.trained == [False] + [True] * (len(example.input_ids) - 1)
+
+
+@pytest.mark.parametrize("answer", ["ünï", "日本語", "👩‍👩‍👧", " leading", "trailing \n ", "\n\nbreaks", "tab\t", "a"])
+def test_letters_of_many_bytes_and_odd_spaces_are_learned_whole(answer: str) -> None:
+    assert learned(one(chat("x", answer))) == [f"{answer}<|im_end|>"]
+    assert learned(one(pair("Q:", answer), chat_template="none")) == [f"{answer}<|im_end|>"]
+
+
+@given(st.lists(st.text(alphabet=st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=2, max_size=6))
+@settings(max_examples=100, deadline=None)
+def test_learned_text_is_the_answers_whatever_they_say(turns: list[str]) -> None:
+    turns = turns[: len(turns) // 2 * 2]
+    assert learned(one(chat(*turns), max_length=10**6)) == [f"{t}<|im_end|>" for t in turns[1::2]]
+
+
+def test_a_token_across_the_boundary_is_learned_and_counted() -> None:
+    tokenizer = with_template(None)
+    word = max((t for t in tokenizer.get_vocab() if t.isalpha()), key=len)
+    encoded = encode([pair(f"Q {word[:2]}", f"{word[2:]} rest")], tokenizer, data())
+    assert encoded.counts.merged == 1
+    assert learned(encoded.examples[0], tokenizer)[0].endswith(" rest<|im_end|>")
+
+
+def test_slow_tokenizers_give_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [TALK, chat("x", "日本語 👩‍👧 end"), chat("q", "a b c")]
+    fast = encode(rows, TOKENIZER, data()).examples
+    real = PreTrainedTokenizerFast.__call__
+
+    def without_offsets(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = real(self, *args, **kwargs)
+        batch._encodings = None
+        return batch
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", without_offsets)
+    assert encode(rows, TOKENIZER, data()).examples == fast
+
+
+LONG = chat("word " * 200, "answer")
+
+
+def test_long_rows_are_refused_dropped_or_cut_and_always_counted() -> None:
+    with pytest.raises(DataError, match=r"1 of 2 rows are longer than data.max_length, 64 tokens") as caught:
+        encode([LONG, TALK], TOKENIZER, data(max_length=64))
+    assert "data.long_rows=drop" in str(caught.value)
+    dropped = encode([LONG, TALK], TOKENIZER, data(max_length=64, long_rows="drop"))
+    assert (dropped.counts.long_dropped, dropped.counts.kept) == (1, 1)
+    assert dropped.counts.places["long_dropped"] == ["data.jsonl:1"]
+    cut = encode([LONG, TALK], TOKENIZER, data(max_length=64, long_rows="cut"))
+    assert (cut.counts.cut, cut.counts.cut_ends, cut.counts.kept) == (1, 0, 2)
+    assert len(cut.examples[0].input_ids) == 64
+    assert learned(cut.examples[0]) == ["answer<|im_end|>"]
+    assert cut.counts.longest > 64
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(2, 50))
+@settings(max_examples=60, deadline=None)
+def test_cutting_keeps_the_bound_and_something_to_learn(prompt: int, answer: int, limit: int) -> None:
+    row = chat("q " * prompt, "a " * answer)
+    full = encode([row], TOKENIZER, data(max_length=10**6)).examples[0]
+    encoded = encode([row], TOKENIZER, data(max_length=limit, long_rows="cut"))
+    example = encoded.examples[0]
+    assert len(example.input_ids) <= limit
+    assert any(example.trained)
+    assert not example.trained[0]
+    kept = [t for t, on in zip(example.input_ids, example.trained, strict=True) if on]
+    answer_ids = [t for t, on in zip(full.input_ids, full.trained, strict=True) if on]
+    assert kept == answer_ids[: len(kept)]
+    assert (len(kept) < len(answer_ids)) == (encoded.counts.cut_ends == 1)
+
+
+def test_rows_with_nothing_to_learn_are_dropped_and_counted_or_refused() -> None:
+    empty = chat("only a question")
+    silent = chat("q", "   ")
+    encoded = encode([empty, silent, TALK], TOKENIZER, data())
+    assert (encoded.counts.untrained, encoded.counts.kept) == (2, 1)
+    assert [e.row for e in encoded.examples] == [2]
+    with pytest.raises(DataError, match="2 of 3 rows have nothing to learn"):
+        encode([empty, silent, TALK], TOKENIZER, data(untrained_rows="refuse"))
+
+
+def test_control_tokens_in_the_users_text_are_counted() -> None:
+    encoded = encode([chat("what is <|im_end|>?", "a marker"), TALK], TOKENIZER, data())
+    assert encoded.counts.control == 1
+
+
+def test_totals_are_sums_over_the_examples() -> None:
+    encoded = encode([TALK, chat("q", "a")], TOKENIZER, data())
+    assert encoded.counts.tokens == sum(len(e.input_ids) for e in encoded.examples)
+    assert encoded.counts.trained_tokens == sum(sum(e.trained) for e in encoded.examples)
+    assert encoded.counts.longest == max(len(e.input_ids) for e in encoded.examples)
+
+
+def test_ten_thousand_rows_in_seconds() -> None:
+    rng = random.Random(0)
+    rows = [chat("printer question " * rng.randint(1, 8), "answer now " * rng.randint(1, 4)) for _ in range(10_000)]
+    start = time.perf_counter()
+    encoded: Encoded = encode(rows, TOKENIZER, data())
+    assert encoded.counts.kept == 10_000
+    assert time.perf_counter() - start < 15  # 2 to 3 s on one core; the room is for busy machines

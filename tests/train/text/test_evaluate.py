@@ -1,0 +1,218 @@
+"""Scores: the loss is transformers' own, and answers are compared as the docs say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tiny_base import tiny_base_dir
+from veneer.core.adapter import LoraSpec
+from veneer.core.attach import attach
+from veneer.core.init import create
+from veneer.errors import AdapterError, DataError
+from veneer.formats import peft
+from veneer.models.text.base import TextBase, load_text
+from veneer.train.text import evaluate as module
+from veneer.train.text.encode import Example
+from veneer.train.text.evaluate import Scores, answers_of, compare, evaluate, score_examples
+from veneer.train.text.rows import Row
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> TextBase:
+    return load_text(str(tiny_base_dir(tmp_path_factory.mktemp("base"))))
+
+
+@pytest.fixture(scope="module")
+def adapter(base: TextBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes something."""
+    folder = tmp_path_factory.mktemp("adapter") / "strong"
+    made = create(base.model, LoraSpec(rank=4), seed=1)
+    for pair in made.pairs.values():
+        pair.B.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
+    made.card.base_fingerprint = base.fingerprint
+    peft.write(made, folder, base_name=base.name, base=base.model)
+    return folder
+
+
+def row(asked: str, answer: str, *, system: str = "") -> Row:
+    first = ({"role": "system", "content": system},) if system else ()
+    messages = (*first, {"role": "user", "content": asked}, {"role": "assistant", "content": answer})
+    return Row("messages", messages, where="test:1")
+
+
+ROWS = [row("Where is it?", '{"team": "it", "urgent": true}'), row("And why so late again?", '{"team": "hr"}')]
+
+
+def test_the_loss_is_what_transformers_gives_row_by_row(base: TextBase) -> None:
+    total, trained = 0.0, 0
+    for r in ROWS:
+        text = base.tokenizer.apply_chat_template(list(r.messages), tokenize=False)
+        ask = base.tokenizer.apply_chat_template(list(r.messages[:-1]), tokenize=False, add_generation_prompt=True)
+        ids = torch.tensor([base.tokenizer(text.rstrip("\n"), add_special_tokens=False)["input_ids"]])
+        start = len(base.tokenizer(ask, add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            logp = F.log_softmax(base.model(input_ids=ids).logits[0].double(), dim=-1)
+        total -= sum(float(logp[i - 1, ids[0, i]]) for i in range(start, ids.shape[1]))
+        trained += ids.shape[1] - start
+    scores = evaluate(base, ROWS, {"base": []}, max_new_tokens=2)["base"]
+    assert scores.trained_tokens == trained
+    assert scores.loss == pytest.approx(total / trained, rel=1e-5)
+    assert scores.perplexity == pytest.approx(math.exp(total / trained), rel=1e-4)
+    assert scores.rows == 2
+
+
+def test_how_rows_are_batched_does_not_matter(base: TextBase) -> None:
+    g = torch.Generator().manual_seed(0)
+    examples = []
+    for n in (5, 17, 9, 30, 2):
+        ids = torch.randint(3, 300, (n,), generator=g).tolist()
+        examples.append(Example(ids, [i > n // 2 for i in range(n)], 0))
+    one = score_examples(base.model, examples, base.device)
+    assert one is not None
+    for size in (1, 20, 40, 1000):
+        many = score_examples(base.model, list(reversed(examples)), base.device, micro_tokens=size)
+        assert many is not None
+        assert many.trained == one.trained
+        assert many.nll == pytest.approx(one.nll, rel=1e-5)
+
+
+def test_scoring_is_without_dropout_or_gradient_and_leaves_the_mode(base: TextBase) -> None:
+    examples = [Example([5, 6, 7], [False, True, True], 0)]
+    base.model.train()
+    try:
+        score_examples(base.model, examples, base.device)
+        assert base.model.training
+    finally:
+        base.model.eval()
+    assert score_examples(base.model, examples, base.device, interrupted=lambda: True) is None
+
+
+def test_each_mix_is_scored_as_itself_and_the_base_comes_back(base: TextBase, adapter: Path) -> None:
+    mixes = {"base": [], "full": [str(adapter)], "none": [f"{adapter}:0"], "half": [(str(adapter), 0.5)]}
+    scores = evaluate(base, ROWS, mixes, max_new_tokens=4)
+    assert list(scores) == list(mixes)
+    assert scores["none"].loss == scores["base"].loss
+    assert len({scores["base"].loss, scores["full"].loss, scores["half"].loss}) == 3
+    with attach(base.model) as attachment:  # nothing is attached any more
+        attachment.add("a", peft.read(adapter, base.model))
+        attachment.use("a")
+        example = evaluate(base, ROWS, {"again": [("a", 1.0)]}, generate=False, attachment=attachment)["again"]
+        assert example.loss == pytest.approx(scores["full"].loss)
+        assert attachment.selection.mix[0][0] is attachment.adapters["a"]
+
+
+def test_without_generation_there_are_no_answers(base: TextBase) -> None:
+    scores = evaluate(base, ROWS, {"base": []}, generate=False)["base"]
+    assert scores.loss is not None
+    assert (scores.exact_match, scores.answers, scores.valid_json) == (None, [], None)
+
+
+def test_plain_text_rows_have_loss_only(base: TextBase) -> None:
+    scores = evaluate(base, [Row("text", text="The printer does not answer.", where="t:1")], {"base": []})["base"]
+    assert scores.loss is not None
+    assert scores.exact_match is None
+
+
+def test_no_rows_is_an_error(base: TextBase) -> None:
+    with pytest.raises(DataError, match="no rows"):
+        evaluate(base, [], {"base": []})
+
+
+def test_an_adapter_that_is_not_there_is_named(base: TextBase, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="nowhere"):
+        evaluate(base, ROWS, {"x": [str(tmp_path / "nowhere")]})
+
+
+def test_equal_prompts_are_answered_once_and_in_order(base: TextBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Said:
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+    def complete(base: Any, prompts: list[str], **settings: Any) -> list[Said]:
+        asked.extend(prompts)
+        return [Said(f"re: {p}") for p in prompts]
+
+    monkeypatch.setattr(module, "complete", complete)
+    seen: list[tuple[int, int]] = []
+    prompts = ["a", "bbb", "a", "cc", "bbb"]
+    out = answers_of(base, prompts, batch_size=1, on_progress=lambda *args: seen.append(args))
+    assert out == [f"re: {p}" for p in prompts]
+    assert sorted(asked) == ["a", "bbb", "cc"]
+    assert seen[-1] == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "want", "exact", "valid"),
+    [
+        ("yes", "yes", 1, 0), (" yes\n", "yes", 1, 0), ("Yes", "yes", 0, 0), ('{"a": 1}', '{"a":1}', 1, 1),
+        ('{"b": 2, "a": 1}', '{"a": 1, "b": 2}', 1, 1), ('{"a": 1.0}', '{"a": true}', 0, 1), ("[1]", "[1]", 1, 1),
+        ('{"a": 1', '{"a": 1}', 0, 0), ("5", "5", 1, 0), ("5.0", "5", 0, 0), ("", "yes", 0, 0),
+    ],
+)  # fmt: skip
+def test_answers_are_compared_as_text_and_json_as_values(answer: str, want: str, exact: int, valid: int) -> None:
+    scores = Scores(1, answers=[answer])
+    compare(scores, [want])
+    assert (scores.exact_match, scores.valid_json) == (exact, valid)
+
+
+def test_fields_are_counted_where_they_are_wanted() -> None:
+    wanted = [{"team": "it", "n": 1}, {"team": "hr"}, {"team": "it", "n": 2}]
+    answers = ['{"n": 1, "team": "it"}', '{"team": "it"}', "nonsense"]
+    scores = Scores(3, answers=answers)
+    compare(scores, [json.dumps(w) for w in wanted])
+    assert scores.json_fields == {"team": pytest.approx(1 / 3), "n": pytest.approx(1 / 2)}
+
+
+def test_rouge_and_bleu_are_the_libraries_own() -> None:
+    pytest.importorskip("rouge_score")
+    sacrebleu = pytest.importorskip("sacrebleu")
+    answers, wanted = ["the cat sat on the mat today", "no"], ["the cat sat on a mat today", "no"]
+    scores = Scores(2, answers=answers)
+    compare(scores, wanted)
+    # rougeL by hand: 6 of 7 words in order, both ways, is F1 6/7; the second answer is equal.
+    assert scores.rouge_l == pytest.approx((6 / 7 + 1) / 2)
+    assert scores.bleu == pytest.approx(sacrebleu.corpus_bleu(answers, [wanted]).score)
+
+
+def test_without_the_extra_they_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    scores = Scores(1, answers=["a"])
+    compare(scores, ["a"])
+    assert (scores.rouge_l, scores.bleu) == (None, None)
+
+
+def test_pairs_are_scored_by_what_the_base_and_the_adapter_prefer(base: TextBase, adapter: Path) -> None:
+    texts = [("It is in the mail.", "No."), ("Soon.", "Never, and do not ask again."), ("Here", "There it is")]
+    pairs = []
+    for chosen, rejected in texts:
+        a, b = row("Where is it?", chosen), row("Where is it?", rejected)
+        pairs.append(Row("messages", a.messages, rejected=b.messages, where="test:1"))
+    scores = evaluate(base, pairs, {"base": [], "mine": [str(adapter)]}, max_new_tokens=2)
+    margins = {}
+    for mix in ([], [str(adapter)]):
+        sides = [
+            [evaluate(base, [row("Where is it?", t)], {"x": mix}, generate=False)["x"] for t in pair] for pair in texts
+        ]
+        logps = [[-(s.loss or 0) * s.trained_tokens for s in side] for side in sides]
+        margins["mine" if mix else "base"] = [w - l for w, l in logps]
+    for name, found in scores.items():
+        assert found.likelier == pytest.approx(sum(m > 0 for m in margins[name]) / 3)
+    gained = [m - b for m, b in zip(margins["mine"], margins["base"], strict=True)]
+    assert scores["mine"].reward_margin == pytest.approx(sum(gained) / 3, rel=1e-3, abs=1e-3)
+    assert scores["mine"].reward_accuracy == pytest.approx(sum(g > 0 for g in gained) / 3)
+    assert scores["base"].reward_accuracy is None
+    alone = evaluate(base, [row("Where is it?", chosen) for chosen, _ in texts], {"base": []}, generate=False)
+    assert scores["base"].loss == pytest.approx(alone["base"].loss, rel=1e-5)
+    assert len(scores["mine"].answers) == 3

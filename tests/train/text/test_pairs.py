@@ -1,0 +1,128 @@
+"""Pairs as tokens: both answers follow one prompt, which is never learned, and no answer stays without its partner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.tiny_base import tiny_tokenizer
+from tests.train.text.test_encode import learned
+from veneer.train.config.text import DataSection
+from veneer.train.text.encode import encode
+from veneer.train.text.pairs import Item, answer_rows, collate_items, items_of, mismatched
+from veneer.train.text.rows import Row
+
+TOKENIZER = tiny_tokenizer()
+
+
+def said(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def row(chosen: str, rejected: str, *before: dict[str, Any], where: str = "d:1") -> Row:
+    prompt = before or (said("user", "Where is it?"),)
+    ends = [(*prompt, said("assistant", text)) for text in (chosen, rejected)]
+    return Row("messages", ends[0], rejected=ends[1], where=where)
+
+
+def items(rows: list[Row], *, paired: bool = True, **data: Any) -> tuple[list[Item], Any]:
+    texts, owners = answer_rows(rows)
+    encoded = encode(texts, TOKENIZER, DataSection(train="-", **data))
+    return items_of(encoded, rows, owners, paired=paired)
+
+
+def test_what_is_learned_of_a_pair_is_its_two_answers_alone() -> None:
+    before = [said("system", "Be kind."), said("user", "Hi"), said("assistant", "Hello"), said("user", "And now?")]
+    found, encoded = items([row("Here.", "There it is!", *before), row("a", "b")])
+    assert [i.row for i in found] == [0, 1]
+    chosen, rejected = found[0].answers
+    assert learned(chosen, TOKENIZER) == ["Here.<|im_end|>"]
+    assert learned(rejected, TOKENIZER) == ["There it is!<|im_end|>"]
+    assert chosen.prompt == rejected.prompt
+    assert TOKENIZER.decode(chosen.prompt).endswith("And now?<|im_end|>\n<|im_start|>assistant\n")
+    assert encoded.counts.kept == 4
+    assert encoded.counts.trained_tokens == sum(i.learned for i in found)
+
+
+def test_answers_of_several_turns_are_learned_where_the_model_speaks() -> None:
+    shared = (said("user", "Hi"), said("assistant", "Hello"))
+    ends = [
+        (*shared, said("user", "Why?"), said("assistant", "So.")),
+        (*shared, said("user", "When?"), said("assistant", "Then."), said("user", "Oh."), said("assistant", "Yes.")),
+    ]
+    found, _ = items([Row("messages", ends[0], rejected=ends[1])])
+    assert [learned(e, TOKENIZER) for e in found[0].answers] == [
+        ["So.<|im_end|>"],
+        ["Then.<|im_end|>", "Yes.<|im_end|>"],
+    ]
+
+
+def test_an_answer_that_is_left_out_takes_its_partner_with_it_but_not_for_kto() -> None:
+    rows = [row("Here.", "", where="d:1"), row("Here.", "x " * 300, where="d:2"), row("a", "b", where="d:3")]
+    found, encoded = items(rows, max_length=200, long_rows="drop")
+    assert [i.row for i in found] == [2]
+    assert encoded.counts.partners == 2
+    assert encoded.counts.places["partners"] == ["d:1", "d:2"]
+    assert len(encoded.examples) == encoded.counts.kept == 2
+    judged, _ = items(rows, paired=False, max_length=200, long_rows="drop")
+    assert [(i.row, i.desirable) for i in judged] == [(0, True), (1, True), (2, True), (2, False)]
+
+
+def test_unpaired_rows_keep_their_judgement() -> None:
+    rows = [
+        Row("messages", (said("user", "Hi"), said("assistant", t)), label=good)
+        for t, good in (("a", False), ("b", True))
+    ]
+    found, _ = items(rows, paired=False)
+    assert [i.desirable for i in found] == [False, True]
+    assert all(len(i.answers) == 1 for i in found)
+
+
+def test_cut_pairs_still_share_their_prompt() -> None:
+    long = said("user", "The printer on the third floor " * 10)
+    found, encoded = items(
+        [row("Short.", "It is a good deal longer than that one.", long)], max_length=60, long_rows="cut"
+    )
+    chosen, rejected = found[0].answers
+    assert chosen.prompt == rejected.prompt
+    assert encoded.counts.other_prompts == 0
+    assert encoded.counts.cut == 2
+    assert max(chosen.tokens, rejected.tokens) == 60
+    assert learned(chosen, TOKENIZER) == ["Short.<|im_end|>"]
+    assert len(chosen.trained) == chosen.tokens
+
+
+def test_prompts_that_are_not_the_same_tokens_are_counted() -> None:
+    """Without a template one token may span the end of the prompt and the beginning of one of the answers."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    # two letters that the tokenizer merges, and one that it does not
+    merged = next(a + b for a in "eirt" for b in "nrhe" if len(tokenizer(a + b)["input_ids"]) == 1)
+    ends = [(said("user", "x" + merged[0]), said("assistant", text)) for text in (merged[1], "!")]
+    texts, owners = answer_rows(rows := [Row("prompt-completion", ends[0], rejected=ends[1], where="d:1")])
+    _, encoded = items_of(encode(texts, tokenizer, DataSection(train="-")), rows, owners, paired=True)
+    assert encoded.counts.other_prompts == 1
+    assert encoded.counts.places["other_prompts"] == ["d:1"]
+
+
+def test_a_batch_holds_the_answers_of_a_pair_side_by_side() -> None:
+    found, _ = items([row("Here.", "There it is!"), row("a", "b")])
+    batch = collate_items(found)
+    assert batch.items == found
+    assert batch.lengths == [e.tokens for i in found for e in i.answers]
+    for part, e in zip(batch.input_ids.split(batch.lengths), [e for i in found for e in i.answers], strict=True):
+        assert torch.equal(part, torch.tensor(e.input_ids))
+
+
+def test_mismatched_rows_have_the_answer_to_another_prompt() -> None:
+    rows = [row("a", "b"), row("Yes, there.", "d", said("user", "Hm?")), row("e", "f")]
+    found, _ = items(rows, paired=False)
+    rows_ = mismatched(found, 1000)
+    assert len(rows_) == 6
+    answers = [learned(e, TOKENIZER)[0] for e in rows_]
+    assert [e.prompt for e in rows_] == [i.answers[0].prompt for i in found]
+    # 0 and 1 are answers to the prompt of 4 and 5: their next other one is 2, the answer to "Hm?"
+    assert answers == [f"{t}<|im_end|>" for t in ("Yes, there.", "Yes, there.", "e", "e", "Yes, there.", "Yes, there.")]
+    assert all(e.tokens == 20 for e in mismatched(found, 20))
+    assert mismatched(found[:2], 1000) == []

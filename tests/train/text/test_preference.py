@@ -1,0 +1,466 @@
+"""Preference runs on a tiny base: the loss is the formula on the model's own likelihoods, and such a run keeps every
+promise that a supervised one keeps."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.tiny_base import tiny_base_dir
+from veneer.core.attach import attach
+from veneer.core.init import create
+from veneer.errors import ConfigError, DataError, Interrupted, PreflightError
+from veneer.formats import peft
+from veneer.formats.card import read_card
+from veneer.models.shard import call_whole
+from veneer.models.text.base import TextBase, load_text
+from veneer.models.text.fast import fast
+from veneer.train.config.load import TrainConfig, config_from
+from veneer.train.devices import ALONE
+from veneer.train.events import Checked, Evaluated, Event, Note, Resolved, Stepped
+from veneer.train.report.log import read_log
+from veneer.train.text.data import part_of, planned_steps
+from veneer.train.text.pairs import mismatched
+from veneer.train.text.rows import read_rows
+from veneer.train.text.task import RunResult, _preference, train_text
+
+ROOT = Path(__file__).resolve().parents[2]
+TENSORS = "adapter_model.safetensors"
+LOSSES = ["dpo", "ipo", "orpo", "kto", "simpo"]
+EACH = pytest.mark.parametrize("loss", LOSSES)
+
+
+def pair(i: int) -> dict[str, str]:
+    return {
+        "prompt": f"The printer number {i} does not answer.",
+        "chosen": f"Sorry about printer {i}, thank you.",
+        "rejected": f"The printer number {i} on the third floor. Reset it {'again ' * (i % 4)}and pay the invoice.",
+    }
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preference")
+    tiny_base_dir(folder)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair(i)) + "\n" for i in range(24)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(shared: Path) -> TextBase:
+    return load_text(str(shared / "tiny-base"))
+
+
+def train(
+    shared: Path, output: Path, loss: str | None = "dpo", base: TextBase | None = None, *, resume: bool = False,
+    dry_run: bool = False, on_event: Any = None, **sections: Any,
+) -> RunResult:  # fmt: skip
+    values: dict[str, Any] = {
+        "base": str(shared / "tiny-base"), "data": {"train": str(shared / "pairs.jsonl"), "split": 4},
+        "output": str(output), "batching": {"rows": 5, "micro_rows": 2}, "optimizer": {"learning_rate": 3e-3},
+        "schedule": {"steps": 8}, "adapter": {"rank": 4}, "evaluation": {"every": 4}, "checkpoint": {"every": 3},
+        "preference": {"loss": loss},
+    }  # fmt: skip
+    for section, value in sections.items():
+        values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
+    config, sources = config_from(values)
+    listen = on_event or (lambda event: None)
+    return train_text(config, resume=resume, dry_run=dry_run, on_event=listen, base=base, sources=sources)
+
+
+@pytest.fixture(scope="module")
+def whole(shared: Path, base: TextBase) -> dict[str, tuple[Path, RunResult, list[Event]]]:
+    """One uninterrupted run with each loss."""
+    out = {}
+    for loss in LOSSES:
+        seen: list[Event] = []
+        # kto with dropout: z₀ is measured without it, and draws nothing
+        dropout = {"dropout": 0.2} if loss == "kto" else {}
+        result = train(shared, shared / loss, loss, base, on_event=seen.append, adapter=dropout)
+        out[loss] = shared / loss, result, seen
+    return out
+
+
+@EACH
+def test_it_learns_to_prefer(loss: str, whole: dict[str, tuple[Path, RunResult, list[Event]]]) -> None:
+    folder, result, seen = whole[loss]
+    assert result.validation is not None
+    assert result.validation_before is not None
+    assert result.validation < result.validation_before
+    assert result.measured["reward_margin"] > result.measured_before["reward_margin"]
+    wanted = {"reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "logp_chosen", "logp_rejected"}
+    wanted |= {"tokens_chosen", "tokens_rejected"} | ({"kl"} if loss == "kto" else set())
+    for event in seen:
+        if isinstance(event, Stepped | Evaluated):
+            assert wanted == event.extra.keys()
+    logged = [r for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]
+    assert [r["step"] for r in logged] == list(range(1, 9))
+    assert logged[-1]["extra"].keys() == wanted
+    json.dumps(result.to_dict(), allow_nan=False)
+    assert read_card(folder).card.metrics["measured"] == result.measured
+    page = (folder / "report.html").read_text()
+    for piece in ("Pairs ranked right", "Reward of chosen over rejected", f"Loss, {loss}"):
+        assert piece in page
+    found = next(e.text for e in seen if isinstance(e, Checked))
+    if loss == "kto":
+        assert "40 answers, 20 desirable and 20 not" in found
+    else:
+        assert "20 pairs" in found
+    assert ("none, " + loss in found) == (loss in ("orpo", "simpo"))
+    assert ("the base with the adapter off" in found) == (loss in ("dpo", "ipo", "kto"))
+
+
+def likelihoods(base: TextBase, model: Any, rows: list[dict[str, str]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log p of the chosen and the rejected answers, in the model's own precision, and their lengths: plainly."""
+    out: list[list[Tensor]] = [[], []]
+    lengths: list[list[int]] = [[], []]
+    for row in rows:
+        ask = [{"role": "user", "content": row["prompt"]}]
+        start = len(base.tokenizer.apply_chat_template(ask, add_generation_prompt=True)["input_ids"])
+        for k, name in enumerate(("chosen", "rejected")):
+            said = [*ask, {"role": "assistant", "content": row[name]}]
+            ids = base.tokenizer.apply_chat_template(said)["input_ids"]
+            ids = torch.tensor([ids[:-1]])  # without the line break after the end of the turn
+            logp = F.log_softmax(model(input_ids=ids).logits[0], dim=-1)
+            out[k].append(sum(logp[i - 1, ids[0, i]] for i in range(start, ids.shape[1])))  # type: ignore[arg-type]
+            lengths[k].append(ids.shape[1] - start)
+    counts = [torch.tensor(n, dtype=out[0][0].dtype) for n in lengths]
+    return torch.stack(out[0]), torch.stack(out[1]), counts[0], counts[1]
+
+
+def formula(loss: str, w: Tensor, l: Tensor, n_w: Tensor, n_l: Tensor, rw: Tensor, rl: Tensor, z: Tensor) -> Tensor:
+    """The papers' formulas with the defaults that the reference page states; of kto the sum of both answers'."""
+    beta = 2.0 if loss == "simpo" else 0.1
+    m_w, m_l = w / n_w, l / n_l
+    if loss == "dpo":
+        return -torch.log(torch.sigmoid(beta * ((w - rw) - (l - rl))))
+    if loss == "ipo":
+        return ((w - rw) / n_w - (l - rl) / n_l - 1 / (2 * beta)) ** 2
+    if loss == "orpo":
+        odds = [torch.exp(m) / (1 - torch.exp(m)) for m in (m_w, m_l)]
+        return -m_w - beta * torch.log(torch.sigmoid(torch.log(odds[0] / odds[1])))
+    if loss == "simpo":
+        return -torch.log(torch.sigmoid(beta * (m_w - m_l) - 1.0))
+    return (1 - torch.sigmoid(beta * (w - rw - z))) + (1 - torch.sigmoid(beta * (z - l + rl)))
+
+
+@EACH
+def test_loss_and_gradient_are_the_formula_s_on_the_model_in_float64(loss: str, shared: Path, tmp_path: Path) -> None:
+    """From the file to the gradient of A and B, beside a float64 model with s·B·A added to its weights."""
+    base = load_text(str(shared / "tiny-base"))
+    config, _ = config_from(
+        {
+            "base": "x", "data": {"train": str(shared / "pairs.jsonl"), "limit": 6}, "output": "x",
+            "preference": {"loss": loss}, "adapter": {"rank": 4}, "schedule": {"steps": 1},
+            "batching": {"rows": 12, "micro_rows": 2},
+        }
+    )  # fmt: skip
+    assert isinstance(config, TrainConfig)
+    rows, _ = read_rows(config.data.files("train"), limit=6)
+    part = part_of(rows, config, base)
+    adapter = create(base.model, config.adapter.spec(), seed=0)
+    gen = torch.Generator().manual_seed(1)
+    for p in adapter.pairs.values():
+        p.B = torch.randn(p.B.shape, generator=gen) * 0.2
+    plain = {k: v.clone() for k, v in base.model.state_dict().items()}
+    with attach(base.model) as attachment, ExitStack() as stack:
+        attachment.add("run", adapter, trainable=True)
+        attachment.use("run")
+        stack.enter_context(fast(base.model))
+        preference = _preference(config, base, attachment, None, call_whole, ALONE)
+        assert preference is not None
+        preference.know(part.items, tmp_path / "reference.jsonl")
+        (step,), _ = planned_steps(part.items, config, part.rows)
+        assert len(step.micros) > 1
+        preference.begin(step)
+        total = sum(float(preference.loss(m.make()).detach()) for m in step.micros) / step.counted
+        for m in step.micros:
+            (preference.loss(m.make()) / step.counted).backward()
+        got = {n: p.grad.double() for n, p in attachment.parameters("run").items() if p.grad is not None}
+        items = [item for m in step.micros for item in m.make().items]
+
+    wide = copy.deepcopy(base.model).double()
+    data = [pair(i) for i in range(6)]
+    with torch.no_grad():
+        rw, rl, *_ = likelihoods(base, wide, data)
+    leaves = {}
+    weights = dict(wide.named_parameters())
+    for name, p in adapter.pairs.items():
+        A, B = (t.double().requires_grad_() for t in (p.A, p.B))
+        leaves |= {f"{name}.A": A, f"{name}.B": B}
+        weights[f"{name}.weight"] = plain[f"{name}.weight"].double() + p.scale * B @ A
+
+    def called(**inputs: Any) -> Any:
+        return torch.func.functional_call(wide, weights, (), inputs, tie_weights=False)
+
+    w, l, n_w, n_l = likelihoods(base, called, data)
+    z = torch.tensor(0.0, dtype=torch.float64)
+    if loss == "kto":
+        ratios = []
+        for e in mismatched(sorted(items, key=lambda i: (i.row, not i.desirable)), 2048):
+            ids, at = torch.tensor([e.input_ids]), [i for i, t in enumerate(e.trained) if t]
+            both = [F.log_softmax(model(input_ids=ids).logits[0], -1) for model in (called, wide)]
+            ratios.append(sum((a - b).detach()[i - 1, e.input_ids[i]] for i in at for a, b in [both]))
+        z = torch.stack(ratios).mean().clamp(min=0)  # type: ignore[arg-type]
+        assert preference.point == pytest.approx(float(z), rel=1e-3, abs=1e-4)
+    losses = formula(loss, w, l, n_w, n_l, rw, rl, z)
+    wanted = losses.sum() / (12 if loss == "kto" else 6)
+    assert total == pytest.approx(wanted.item(), rel=1e-4)
+    wanted.backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        assert (got[name] - leaf.grad).norm() <= 2e-3 * leaf.grad.norm() + 1e-9, name
+
+
+def test_before_the_first_step_the_policy_is_its_reference(
+    whole: dict[str, tuple[Path, RunResult, list[Event]]],
+) -> None:
+    first = next(e for e in whole["dpo"][2] if isinstance(e, Evaluated))
+    assert first.loss == pytest.approx(math.log(2), rel=1e-5)
+    assert first.extra["reward_margin"] == pytest.approx(0, abs=1e-5)
+    assert first.perplexity is None
+
+
+@EACH
+def test_how_a_step_is_cut_changes_nothing(loss: str, shared: Path, base: TextBase, tmp_path: Path) -> None:
+    adapters = []
+    for micro in ({"micro_rows": 1}, {"micro_rows": 5}, {"micro_rows": None, "micro_tokens": 150}):
+        folder = tmp_path / str(len(adapters))
+        train(shared, folder, loss, base, batching=micro, schedule={"steps": 3})
+        adapters.append(peft.read(folder, base.model))
+    for other in adapters[1:]:
+        for name, p in adapters[0].pairs.items():
+            torch.testing.assert_close(other.pairs[name].B, p.B, rtol=2e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
+    loss: str, whole: dict[str, tuple[Path, RunResult, list[Event]]], shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    def press(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    output = tmp_path / "stopped"
+    dropout = {"dropout": 0.2} if loss == "kto" else {}
+    with pytest.raises(Interrupted):
+        train(shared, output, loss, base, on_event=press, adapter=dropout)
+    seen: list[Event] = []
+    result = train(shared, output, loss, base, resume=True, adapter=dropout, on_event=seen.append)
+    assert (output / TENSORS).read_bytes() == (whole[loss][0] / TENSORS).read_bytes()
+    assert (result.digest, result.loss, result.measured) == tuple(
+        getattr(whole[loss][1], k) for k in ("digest", "loss", "measured")
+    )
+    assert any(isinstance(e, Note) and "48 answers, 48 of them known" in e.text for e in seen)
+
+
+KILL = """
+import os, signal, sys
+from tests.train.text.test_preference import train
+from pathlib import Path
+calls, real = 0, os.fsync
+def fsync(fd):
+    global calls
+    calls += 1
+    if calls == 16:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(fd)
+os.fsync = fsync
+train(Path(sys.argv[1]), Path(sys.argv[2]), resume=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_killed_and_resumed_it_ends_in_the_same_bytes(
+    whole: dict[str, tuple[Path, RunResult, list[Event]]], shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    output = tmp_path / "killed"
+    command = [sys.executable, "-c", KILL, str(shared), str(output)]
+    assert subprocess.run(command, cwd=ROOT, timeout=120, check=False).returncode == -signal.SIGKILL
+    assert not (output / TENSORS).exists()
+    train(shared, output, "dpo", base, resume=True)
+    assert (output / TENSORS).read_bytes() == (whole["dpo"][0] / TENSORS).read_bytes()
+
+
+def test_a_stop_while_the_reference_is_computed_keeps_what_is_done(
+    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from veneer.train.text import reference
+
+    monkeypatch.setattr(reference, "_CHUNK", 10)
+
+    def press(event: Event) -> None:
+        if isinstance(event, Note) and event.text.startswith("reference: 20 of"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="before step 1"):
+        train(shared, tmp_path / "out", "dpo", base, on_event=press)
+    seen: list[Event] = []
+    train(shared, tmp_path / "out", "dpo", base, resume=True, on_event=seen.append)
+    assert any(isinstance(e, Note) and "48 answers, 20 of them known" in e.text for e in seen)
+
+
+def test_a_dry_run_computes_no_reference_and_writes_nothing(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    result = train(shared, tmp_path / "dry", "kto", base, dry_run=True, on_event=seen.append)
+    assert result.dry_run
+    assert not (tmp_path / "dry").exists()
+    assert not any(isinstance(e, Note) and e.text.startswith("reference") for e in seen)
+
+
+# --- going on from an adapter -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(shared: Path, base: TextBase) -> Path:
+    """A supervised run on the chosen answers."""
+    rows = [{"prompt": pair(i)["prompt"], "completion": pair(i)["chosen"]} for i in range(24)]
+    (shared / "chosen.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    train(shared, shared / "tuned", None, base, data={"train": str(shared / "chosen.jsonl")})
+    return shared / "tuned"
+
+
+def test_going_on_from_an_adapter_that_is_then_the_reference(
+    tuned: Path, shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    seen: list[Event] = []
+    before = {n: t.clone() for n, t in base.model.state_dict().items()}
+    result = train(
+        shared, tmp_path / "out", "dpo", base, adapter={"start": str(tuned), "rank": 16}, on_event=seen.append
+    )
+    first = next(e for e in seen if isinstance(e, Evaluated))
+    assert first.loss == pytest.approx(math.log(2), rel=1e-5)
+    assert result.validation is not None
+    assert result.validation < first.loss
+    text = next(e.text for e in seen if isinstance(e, Checked))
+    assert f"compared with: {tuned} as it is now" in text
+    assert "goes on from" in text
+    card = read_card(tmp_path / "out").card
+    start = peft.read(tuned, base.model)
+    assert card.parents == [start.digest()]
+    assert peft.read(tmp_path / "out", base.model).pairs.keys() == start.pairs.keys()
+    assert peft.read(tuned, base.model).digest() == start.digest()
+    assert all(torch.equal(t, before[n]) for n, t in base.model.state_dict().items())
+    # the likelihood of the chosen answers at the start is the tuned adapter's, not the base's
+    bare: list[Event] = []
+    train(shared, tmp_path / "bare", "dpo", base, on_event=bare.append, schedule={"steps": 1})
+    of_base = next(e for e in bare if isinstance(e, Evaluated)).extra["logp_chosen"]
+    assert first.extra["logp_chosen"] > of_base + 1
+
+
+def test_a_supervised_run_goes_on_too_and_can_be_resumed(
+    tuned: Path, shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    again = {"data": {"train": str(shared / "chosen.jsonl")}, "adapter": {"start": str(tuned), "rank": 16}}
+    seen: list[Event] = []
+    train(shared, tmp_path / "whole", None, base, on_event=seen.append, **again)
+    ended = [e for e in read_log(tuned / "log.jsonl") if e["event"] == "evaluated"][-1]["loss"]
+    assert next(e for e in seen if isinstance(e, Evaluated)).loss == pytest.approx(ended, rel=1e-4)
+
+    def press(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(shared, tmp_path / "out", None, base, on_event=press, **again)
+    train(shared, tmp_path / "out", None, base, resume=True, **again)
+    assert (tmp_path / "out" / TENSORS).read_bytes() == (tmp_path / "whole" / TENSORS).read_bytes()
+
+
+# --- what bad input gets ----------------------------------------------------------------------------------------------
+
+
+def test_pairs_without_a_loss_are_refused(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="only at the chosen"):
+        train(shared, tmp_path / "out", None, base)
+
+
+def test_a_loss_without_pairs_is_refused(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    (tmp_path / "judged.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n')
+    with pytest.raises(DataError, match="prompt, chosen and rejected"):
+        train(shared, tmp_path / "out", "dpo", base, data={"train": str(tmp_path / "judged.jsonl"), "split": 0})
+
+
+def test_kto_takes_judged_answers_and_wants_both_kinds(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    for name, good in (("both", lambda i: i % 4 == 0), ("one", lambda i: True)):
+        rows = [{"prompt": f"The {i}", "completion": f"Thank you {i}", "label": good(i)} for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    seen: list[Event] = []
+    data = {"train": str(tmp_path / "both.jsonl"), "split": 0}
+    result = train(shared, tmp_path / "out", "kto", base, data=data, schedule={"steps": 2}, on_event=seen.append)
+    assert result.steps == 2
+    text = next(e.text for e in seen if isinstance(e, Checked))
+    assert "20 answers, 5 desirable and 15 not: weighted 0.33 to 1" in text
+    assert "preference.desirable=3" in text
+    with pytest.raises(PreflightError, match="nothing to tell apart"):
+        train(shared, tmp_path / "no", "kto", base, data=data | {"train": str(tmp_path / "one.jsonl")})
+
+
+def test_what_is_left_out_and_what_does_not_match_is_said(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    rows = [pair(i) for i in range(20)]
+    rows[3]["rejected"] = ""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    seen: list[Event] = []
+    data = {"train": str(tmp_path / "rows.jsonl"), "split": 0}
+    train(shared, tmp_path / "out", "dpo", base, data=data, dry_run=True, on_event=seen.append)
+    text = next(e.text for e in seen if isinstance(e, Checked))
+    assert "19 pairs" in text
+    assert "1 of 40 (2%) answers are left out because the other one of their pair is" in text
+    assert "rows.jsonl:4" in text
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"preference": {"loss": None, "beta": 0.2}}, "nothing uses `preference.beta`"),
+        ({"preference": {"loss": "dpo", "gamma": 1.0}}, "`preference.gamma` is not used by dpo"),
+        ({"preference": {"loss": "kto", "nll": 1.0}}, "`preference.nll` is not used by kto"),
+        ({"preference": {"loss": "orpo", "label_smoothing": 0.1}}, "not used by orpo"),
+        ({"data": {"train_on": "all"}}, "would compare the prompts"),
+        ({"data": {"format": "text"}}, "nothing that dpo can compare"),
+        ({"data": {"format": "unpaired-preference"}}, "nothing that dpo can compare"),
+        ({"preference": {"loss": "kto"}, "batching": {"rows": 1}}, "no other prompt"),
+        ({"adapter": {"start": "x"}}, "`adapter.rank` cannot be set beside `adapter.start`"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_refused(
+    sections: dict[str, Any], message: str, shared: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+        train(shared, tmp_path / "out", **sections)
+
+
+def test_what_is_left_open_is_settled_and_said(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    for loss, beta, gamma, normalized, nll in (
+        ("dpo", 0.1, None, False, 0.0), ("ipo", 0.1, None, True, 0.0), ("orpo", 0.1, None, None, 1.0),
+        ("simpo", 2.0, 1.0, None, 0.0), ("kto", 0.1, None, None, None),
+    ):  # fmt: skip
+        seen: list[Event] = []
+        train(shared, tmp_path / loss, loss, base, dry_run=True, on_event=seen.append)
+        settings = next(e for e in seen if isinstance(e, Resolved))
+        got = [settings.settings[f"preference.{k}"] for k in ("beta", "gamma", "length_normalized", "nll")]
+        assert got == [beta, gamma, normalized, nll]
+        assert loss in settings.sources["preference.beta"]
+
+
+def test_the_learning_rate_of_a_preference_run_is_a_gentler_one(shared: Path) -> None:
+    values = {"base": "x", "data": {"train": "x"}, "output": "x", "preference": {"loss": "dpo"}}
+    config, sources = config_from(values)
+    assert config.optimizer.learning_rate == 2e-5
+    assert "preference run" in str(sources["optimizer.learning_rate"])
+    assert config_from(values, ["optimizer.learning_rate=1e-4"])[0].optimizer.learning_rate == 1e-4
+    assert config_from(values | {"preference": {}})[0].optimizer.learning_rate == 2e-4

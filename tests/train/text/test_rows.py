@@ -1,0 +1,428 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veneer.errors import DataError
+from veneer.train.text.rows import Row, data_digest, leakage, read_rows, split_rows
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+
+
+def jsonl(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
+    file = folder / name
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def wrong(source: str | list[str], **settings: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        read_rows(source, **settings)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "messages"),
+    [
+        ({"messages": TURNS}, "messages", TURNS),
+        ({"conversations": TURNS}, "sharegpt", TURNS),
+        ({"conversations": SHAREGPT}, "sharegpt", TURNS),
+        ({"conversations": SHAREGPT, "system": "S"}, "sharegpt", [{"role": "system", "content": "S"}, *TURNS]),
+        ({"messages": json.dumps(TURNS)}, "messages", TURNS),
+        ({"messages": TURNS, "id": 3, "text": "x"}, "messages", TURNS),
+        ({"prompt": "Hi", "completion": "Hello"}, "prompt-completion", TURNS),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "prompt-completion", TURNS),
+        ({"prompt": "Hi", "response": "Hello"}, "prompt-completion", TURNS),
+        ({"question": "Hi", "answer": "Hello"}, "prompt-completion", TURNS),
+        ({"instruction": "Hi", "output": "Hello"}, "instruction", TURNS),
+        ({"instruction": "Hi", "input": "", "output": "Hello"}, "instruction", TURNS),
+        ({"text": "Once upon a time"}, "text", []),
+    ],
+)
+def test_formats_are_told_by_their_columns(
+    tmp_path: Path, row: dict[str, Any], format: str, messages: list[Any]
+) -> None:
+    rows, about = read_rows(jsonl(tmp_path, [row, row]))
+    assert about.format == format
+    assert list(rows[0].messages) == messages
+    assert about.duplicates == 1
+    assert rows[1].where.endswith("rows.jsonl:2")
+
+
+def test_instruction_and_input_are_one_user_turn(tmp_path: Path) -> None:
+    rows, _ = read_rows(jsonl(tmp_path, [{"instruction": "Sort", "input": "b a", "output": "a b", "system": "S"}]))
+    assert [m["content"] for m in rows[0].messages] == ["S", "Sort\n\nb a", "a b"]
+    assert rows[0].instruction == ("S", "Sort", "b a", "a b")
+
+
+def test_named_columns_and_unused_ones_are_said(tmp_path: Path) -> None:
+    file = jsonl(tmp_path, [{"text": "card lost", "category": "lost_card", "id": 1}])
+    rows, about = read_rows(file, columns={"prompt": "text", "completion": "category"})
+    assert about.format == "prompt-completion"
+    assert "`text` as prompt" in about.why
+    assert about.unused == ["id"]
+    assert [m["content"] for m in rows[0].messages] == ["card lost", "lost_card"]
+    assert read_rows(file)[1].unused == ["category", "id"]
+
+
+def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
+    rows = [{"prompt": f"What, is {i}?\nNow", "completion": f'a "{i}" é'} for i in range(5)]
+    lines = jsonl(tmp_path, rows)
+    array = tmp_path / "rows.json"
+    array.write_text(json.dumps(rows, indent=1))
+    table = tmp_path / "rows.csv"
+    quoted = ('"' + r["prompt"] + '","' + r["completion"].replace('"', '""') + '"' for r in rows)
+    table.write_text("prompt,completion\n" + "\n".join(quoted), encoding="utf-8")
+    tabs = tmp_path / "rows.tsv"
+    tabs.write_text(table.read_text("utf-8").replace('","', '"\t"').replace("prompt,", "prompt\t"), encoding="utf-8")
+    columns = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), columns)
+    digests = {data_digest(read_rows(str(f))[0]) for f in (lines, array, table, tabs, columns)}
+    assert len(digests) == 1
+    assert read_rows(str(table))[0][1].where.endswith("rows.csv:4")
+    assert read_rows(str(array))[0][1].where.endswith("rows.json:6")
+
+
+def test_parquet_conversations_and_their_missing_keys(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([{"messages": [TURNS[0], {**TURNS[1], "weight": 1}]}]), file)
+    rows, _ = read_rows(str(file))
+    assert list(rows[0].messages) == [TURNS[0], {**TURNS[1], "weight": 1}]
+
+
+def test_globs_folders_several_files_and_a_limit(tmp_path: Path) -> None:
+    for i in range(3):
+        jsonl(tmp_path, [{"text": f"{i}-{j}"} for j in range(4)], f"part{i}.jsonl")
+    rows, about = read_rows(str(tmp_path / "part*.jsonl"))
+    assert [r.text for r in rows[:5]] == ["0-0", "0-1", "0-2", "0-3", "1-0"]
+    assert len(about.files) == 3
+    assert [r.text for r in read_rows(str(tmp_path))[0]] == [r.text for r in rows]
+    assert len(read_rows([str(tmp_path / "part0.jsonl"), str(tmp_path / "part1.jsonl")], limit=6)[0]) == 6
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_marks_line_ends_and_blank_lines_are_fine(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    lines = ['{"text": "a\u2028b"}', "", '{"text": "c"}', "   ", ""]
+    file.write_bytes(b"\xef\xbb\xbf" + ending.join(lines).encode())
+    rows, _ = read_rows(str(file))
+    assert [r.text for r in rows] == ["a\u2028b", "c"]
+    assert rows[1].where.endswith(":3")
+    table = tmp_path / "rows.csv"
+    table.write_bytes(b"\xef\xbb\xbf" + ending.join(["text", "", "a", ",", "b"]).replace(",", " ").encode())
+    assert [r.text for r in read_rows(str(table))[0]] == ["a", "b"]
+
+
+def test_bad_lines_are_listed_with_their_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"\n[1]\n{"text": c}\n')
+    text = wrong(str(file))
+    assert text.startswith("3 malformed row(s):")
+    assert "rows.jsonl:2: not valid JSON" in text
+    assert "rows.jsonl:3: expected a JSON object per line, found list" in text
+    assert "rows.jsonl:4: not valid JSON: Expecting value at column 10" in text
+    file.write_text("{\n" * 30)
+    assert "and 10 more" in wrong(str(file))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": "Hi"}, "`messages` should be a list of messages, found text"),
+        ({"messages": []}, "`messages` is an empty list"),
+        ({"messages": ["Hi"]}, "`messages[0]` should be a mapping with role and content, found text"),
+        ({"messages": [{"role": "usr", "content": "x"}]}, "`messages[0].role` is 'usr' (did you mean `user`?)"),
+        ({"messages": [{"content": "x"}]}, "`messages[0]` has no role"),
+        ({"messages": [{"role": "user", "content": 3}]}, "`messages[0].content` should be text, found a number"),
+        ({"messages": [{"role": "user"}]}, "`messages[0].content` should be text, found nothing"),
+        ({"messages": [{**TURNS[1], "weight": 0.5}]}, "`messages[0].weight` is 0.5; it can be 0 (not learned) or 1"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "`messages[0].content` has a part that is not text (image_url)",
+        ),
+        ({"mesages": TURNS}, "no `messages`; there is `mesages`"),
+    ],
+)
+def test_unusable_rows_say_why(tmp_path: Path, row: dict[str, Any], says: str) -> None:
+    text = wrong(jsonl(tmp_path, [{"messages": TURNS}, row]))
+    assert text.startswith("1 of 2 rows are not usable as `messages`")
+    assert "rows.jsonl:2: " in text
+    assert says in text
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "`conversations[0].from` is 'alien'; known are human"),
+        (
+            {"conversations": [{"from": "human", "value": None}]},
+            "`conversations[0].value` should be text, found nothing",
+        ),
+        ({"prompt": "a", "completion": ["x"]}, "`completion` should be text, found a list"),
+        ({"prompt": "  ", "completion": "x"}, "`prompt` is empty"),
+        ({"text": ""}, "`text` is empty"),
+        ({"prompt": "a", "completion": math.nan}, "`completion` is nan, as tables have it where a value is missing"),
+    ],
+)
+def test_unusable_rows_of_other_formats(tmp_path: Path, row: dict[str, Any], says: str) -> None:
+    assert says in wrong(jsonl(tmp_path, [row]))
+
+
+def test_files_that_hold_no_rows(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n\n")
+    assert "the data file is empty" in wrong(str(empty))
+    header = tmp_path / "header.csv"
+    header.write_text("prompt,completion\n")
+    assert "there are no rows in this file" in wrong(str(header))
+    array = tmp_path / "array.json"
+    array.write_text("[]")
+    assert "there are no rows in this file" in wrong(str(array))
+    jsonl(tmp_path, [{"text": "x"}], "tickets.jsonl")
+    assert f"did you mean {tmp_path / 'tickets.jsonl'}?" in wrong(str(tmp_path / "ticket.jsonl"))
+    assert "matches no file" in wrong(str(tmp_path / "*.parquet"))
+    assert "nor does the folder" in wrong(str(tmp_path / "no" / "x.jsonl"))
+    (tmp_path / "x.txt").write_text("a")
+    assert "unknown kind of data file `.txt`" in wrong(str(tmp_path / "x.txt"))
+
+
+def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    assert "bad.jsonl:2" in wrong(str(bad))
+    cut = tmp_path / "cut.json"
+    cut.write_text('[{"text": "a"},\n {"text": "b"}')
+    assert "cut.json:2: the array is not closed" in wrong(str(cut))
+    cut.write_text('[{"text": "a"},\n {"text": "b]')
+    assert "cut.json:2: not valid JSON" in wrong(str(cut))
+    ragged = tmp_path / "ragged.csv"
+    ragged.write_text("prompt,completion\na,b\nc\nd,e,f\n")
+    text = wrong(str(ragged))
+    assert "ragged.csv:3: 1 cells, but the header has 2" in text
+    assert "ragged.csv:4: 3 cells" in text
+    fake = tmp_path / "fake.parquet"
+    fake.write_text("hello")
+    assert "not a Parquet file" in wrong(str(fake))
+    pointer = tmp_path / "pointer.jsonl"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in wrong(str(pointer))
+
+
+@pytest.mark.parametrize("mark", [";", "\t", ","])
+def test_a_csv_is_read_whatever_stands_between_its_cells(tmp_path: Path, mark: str) -> None:
+    """Spreadsheets write semicolons where the comma is for decimals."""
+    table = tmp_path / "rows.csv"
+    table.write_text(
+        f'prompt{mark}completion\n"1{mark}5 kg"{mark}2,5 EUR\n'.replace("2,5", "2.5" if mark == "," else "2,5")
+    )
+    (row,), _ = read_rows(str(table))
+    assert [m["content"] for m in row.messages] == [f"1{mark}5 kg", "2.5 EUR" if mark == "," else "2,5 EUR"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_texts_with_a_byte_order_mark_are_read(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    bom = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    file.write_bytes(bom + '{"text": "Grüße"}\n{"text": "日本"}\n'.encode(encoding))
+    assert [row.text for row in read_rows(str(file))[0]] == ["Grüße", "日本"]
+
+
+def test_utf16_that_is_cut_or_has_no_mark_names_the_line_and_what_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    text = '{"text": "a"}\n' * 3
+    file.write_bytes((text + '{"text": "').encode("utf-16") + b"\x00\xd8")  # half of a pair
+    assert "rows.jsonl:4" in wrong(str(file))
+    assert "not UTF-16" in wrong(str(file))
+    file.write_bytes(('{"text": "é"}\n').encode("utf-16-le"))
+    assert "looks like UTF-16 without its mark" in wrong(str(file))
+
+
+def test_columns_that_fit_nothing(tmp_path: Path) -> None:
+    file = jsonl(tmp_path, [{"frage": "a", "antwort": "b"}])
+    assert "the format cannot be told: the columns are frage, antwort" in wrong(file)
+    assert "did you mean `frage`?" in wrong(file, columns={"prompt": "frag", "completion": "antwort"})
+    assert "data.columns names `promt`, which no format has; did you mean `prompt`?" in wrong(
+        file, columns={"promt": "frage"}
+    )
+    text = wrong(file, format="instruction")
+    assert "data.format is `instruction`, but there is no column `instruction` or `output`" in text
+    assert read_rows(file, columns={"prompt": "frage", "completion": "antwort"})[1].format == "prompt-completion"
+
+
+def text_rows(n: int) -> list[Row]:
+    return [Row("text", text=f"row {i}", where=str(i)) for i in range(n)]
+
+
+@given(st.integers(2, 60), st.integers(0, 9), st.randoms(use_true_random=False), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_split_is_exact_disjoint_and_blind_to_order(
+    n: int, seed: int, rng: random.Random, draw: st.DataObject
+) -> None:
+    rows = text_rows(n)
+    count = draw.draw(st.integers(0, n - 1))
+    train, held = split_rows(rows, count, seed=seed)
+    assert len(held) == count
+    assert sorted(r.text for r in train + held) == sorted(r.text for r in rows)
+    shuffled = rows[:]
+    rng.shuffle(shuffled)
+    assert {r.text for r in split_rows(shuffled, count, seed=seed)[1]} == {r.text for r in held}
+
+
+def test_identical_rows_stay_on_one_side() -> None:
+    rows = [Row("text", text=f"row {i % 10}", where=str(i)) for i in range(100)]
+    for seed in range(5):
+        train, held = split_rows(rows, 0.3, seed=seed)
+        assert leakage(train, held).identical == 0
+        assert len(held) == 30
+
+
+def test_shares_counts_and_the_default() -> None:
+    assert len(split_rows(text_rows(100), 0.2, seed=0)[1]) == 20
+    assert len(split_rows(text_rows(100), None, seed=0)[1]) == 5
+    assert len(split_rows(text_rows(5), None, seed=0)[1]) == 0
+    assert split_rows(text_rows(5), 0, seed=0)[1] == []
+    assert {r.text for r in split_rows(text_rows(100), 10, seed=0)[1]} != {
+        r.text for r in split_rows(text_rows(100), 10, seed=1)[1]
+    }
+    with pytest.raises(DataError, match="nothing is left to train on"):
+        split_rows(text_rows(5), 5, seed=0)
+
+
+def test_leakage_counts_rows_and_prompts() -> None:
+    def row(question: str, answer: str, where: str) -> Row:
+        turns = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+        return Row("messages", turns, where=where)
+
+    train = [row("a", "1", "t:1"), row("b", "2", "t:2")]
+    leak = leakage(train, [row("a", "1", "v:1"), row("b", "3", "v:2"), row("c", "4", "v:3")])
+    assert (leak.identical, leak.same_prompt) == (1, 1)
+    assert leak.examples == [("v:1", "t:1"), ("v:2", "t:2")]
+
+
+def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
+    one, _ = read_rows(jsonl(tmp_path, [{"text": "a"}, {"text": "b"}], "one.jsonl"))
+    two, _ = read_rows(jsonl(tmp_path, [{"text": "a", "id": 1}, {"text": "b", "id": 2}], "two.jsonl"))
+    other, _ = read_rows(jsonl(tmp_path, [{"text": "b"}, {"text": "a"}], "three.jsonl"))
+    assert data_digest(one) == data_digest(two) != data_digest(other)
+
+
+def test_a_hub_set_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert "the hub data set `org/set` cannot be loaded: no network here" in wrong("hub:org/set@train")
+
+
+def test_a_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load(ident: str, subset: str | None, *, split: str) -> Any:
+        asked.append((ident, subset, split))
+        return datasets.Dataset.from_list([{"messages": TURNS}] * 5)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows, about = read_rows("hub:org/set:en@test[:5]", limit=3)
+    assert asked == [("org/set", "en", "test[:5]")]
+    assert (len(rows), about.format) == (3, "messages")
+    assert rows[0].where == "hub:org/set:en@test[:5] row 1"
+
+
+# --- preferences ------------------------------------------------------------------------------------------------------
+
+PREFERENCES = {"preference", "unpaired-preference"}
+BYE = {"role": "assistant", "content": "Bye"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"},
+        {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [BYE]},
+        {"prompt": TURNS[:1], "chosen": "Hello", "rejected": "Bye"},
+        {"prompt": "Hi", "chosen": TURNS[1:], "rejected": [BYE]},
+        {"chosen": TURNS, "rejected": [TURNS[0], BYE]},
+        {"prompt": "Hi", "chosen": TURNS, "rejected": [TURNS[0], BYE]},
+        {"prompt": json.dumps(TURNS[:1]), "chosen": json.dumps(TURNS[1:]), "rejected": json.dumps([BYE])},
+    ],
+    ids=str,
+)
+def test_pairs_in_all_their_shapes(tmp_path: Path, row: dict[str, Any]) -> None:
+    for formats in (None, PREFERENCES):
+        (found,), about = read_rows(jsonl(tmp_path, [row]), formats=formats)
+        assert about.format == "preference"
+        assert about.unused == []
+        assert list(found.messages) == TURNS
+        assert list(found.rejected) == [TURNS[0], BYE]
+        assert found.shared() == 1
+        assert found.format == (
+            "prompt-completion" if isinstance(row.get("chosen"), str) and row["prompt"] == "Hi" else "messages"
+        )
+
+
+def test_pairs_under_other_names_and_among_other_columns(tmp_path: Path) -> None:
+    source = jsonl(tmp_path, [{"q": "Hi", "good": "Hello", "bad": "Bye", "messages": TURNS, "score": 3}])
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    (row,), about = read_rows(source, columns=columns, formats=PREFERENCES)
+    assert row.rejected[-1] == BYE
+    assert about.unused == ["messages", "score"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": "Hello"}, "are the same"),
+        ({"chosen": "Hello", "rejected": "Bye"}, "no `prompt`"),
+        ({"chosen": [BYE], "rejected": TURNS}, "do not begin with the same prompt"),
+        ({"chosen": TURNS, "rejected": [*TURNS, *TURNS]}, "is how the other begins"),
+        ({"prompt": "", "chosen": "Hello", "rejected": "Bye"}, "`prompt` is empty"),
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": {"a": 1}}, "`rejected` should be text"),
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": None}, "no `rejected`"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_pair_that_compares_nothing_is_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    good = {"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"}
+    text = wrong(jsonl(tmp_path, [good, row]), formats=PREFERENCES)
+    assert message in text
+    assert "rows.jsonl:2" in text
+
+
+def test_judged_answers(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Hi", "completion": "Hello", "label": True},
+        {"prompt": [*TURNS, TURNS[0]], "completion": [BYE], "label": False},
+    ]
+    found, about = read_rows(jsonl(tmp_path, rows), formats=PREFERENCES)
+    assert about.format == "unpaired-preference"
+    assert [r.label for r in found] == [True, False]
+    assert [m.get("weight") for m in found[1].messages] == [None, 0, None, None]  # what was said before is given
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\nHi,Hello,TRUE\nHi,Bye,false\n")
+    found, _ = read_rows(str(tmp_path / "rows.csv"), formats=PREFERENCES)
+    assert [r.label for r in found] == [True, False]
+    assert "`label` should be true" in wrong(jsonl(tmp_path, [rows[0] | {"label": 3}]), formats=PREFERENCES)
+    # another run learns them, and says that it does not look at the label
+    _, about = read_rows(jsonl(tmp_path, rows[:1]))
+    assert (about.format, about.unused) == ("prompt-completion", ["label"])
+
+
+def test_a_row_s_key_is_of_both_answers_and_of_the_judgement(tmp_path: Path) -> None:
+    row = Row("messages", tuple(TURNS), rejected=(TURNS[0], BYE))
+    other = Row("messages", tuple(TURNS), rejected=(TURNS[0], {**BYE, "content": "No"}))
+    plain = Row("messages", tuple(TURNS))
+    judged = [Row("messages", tuple(TURNS), label=value) for value in (True, False)]
+    assert len({r.key for r in (row, other, plain, *judged)}) == 5

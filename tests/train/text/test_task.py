@@ -1,0 +1,532 @@
+"""A whole run on a tiny base: what it leaves, that it can be stopped anywhere, and what bad input gets."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_base import tiny_base_dir
+from veneer.core.attach import attach
+from veneer.errors import (
+    AdapterError,
+    BaseError,
+    CheckpointError,
+    DataError,
+    Interrupted,
+    NoGain,
+    PreflightError,
+    ResourceError,
+    TrainingError,
+)
+from veneer.formats import peft
+from veneer.formats.card import read_card
+from veneer.models.text.base import TextBase, load_text
+from veneer.train import checkpoint, loop, save
+from veneer.train.config.load import config_from
+from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Saved, Stepped
+from veneer.train.report.log import read_log
+from veneer.train.text import task as run
+from veneer.train.text.task import RunResult, train_text
+
+ROOT = Path(__file__).resolve().parents[2]
+TENSORS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base and forty tickets."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny_base_dir(folder)
+    write_rows(folder / "rows.jsonl")
+    return folder
+
+
+def write_rows(path: Path) -> None:
+    with path.open("w") as file:
+        for i in range(20):
+            for thing, team in (("printer", "it"), ("invoice", "billing")):
+                asked = {"role": "user", "content": f"The {thing} number {i} {'still ' * (i % 4)}does not work."}
+                answer = {"role": "assistant", "content": json.dumps({"team": team})}
+                file.write(json.dumps({"messages": [asked, answer]}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def base(shared: Path) -> TextBase:
+    return load_text(str(shared / "tiny-base"))
+
+
+def _values(shared: Path, output: Path, **sections: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "base": {"name": str(shared / "tiny-base"), **sections.pop("base_keys", {})},
+        "data": {"train": str(shared / "rows.jsonl"), "split": 8},
+        "output": str(output), "batching": {"rows": 4, "micro_rows": 2}, "optimizer": {"learning_rate": 3e-3},
+        "schedule": {"steps": 10}, "adapter": {"rank": 4, "dropout": 0.2}, "evaluation": {"every": 4},
+        "checkpoint": {"every": 3},
+    }  # fmt: skip
+    for section, value in sections.items():
+        values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
+    return values
+
+
+def _train(
+    shared: Path, output: Path, base: TextBase | None = None, *, resume: bool = False, dry_run: bool = False,
+    force: bool = False, on_event: Any = None, **sections: Any,
+) -> RunResult:  # fmt: skip
+    config, sources = config_from(_values(shared, output, **sections))
+    listen = on_event or (lambda event: None)
+    return train_text(config, resume=resume, dry_run=dry_run, force=force, on_event=listen, base=base, sources=sources)
+
+
+@pytest.fixture(scope="module")
+def whole(shared: Path, base: TextBase) -> tuple[Path, RunResult, list[Event]]:
+    """One uninterrupted run that many tests look at."""
+    seen: list[Event] = []
+    result = _train(shared, shared / "whole", base, on_event=seen.append)
+    return shared / "whole", result, seen
+
+
+def test_it_learns_and_says_what_came_out(whole: tuple[Path, RunResult, list[Event]]) -> None:
+    _, result, seen = whole
+    assert result.steps == 10
+    assert result.validation is not None
+    assert result.validation_before is not None
+    assert result.validation < result.validation_before
+    steps = [e for e in seen if isinstance(e, Stepped)]
+    assert [e.step for e in steps] == list(range(1, 11))
+    assert result.tokens == sum(e.tokens for e in steps)
+    assert result.trained_tokens == sum(e.trained_tokens for e in steps)
+    assert result.tokens_per_second > 0
+    assert result.peak_memory_bytes > 50e6
+    wanted = {
+        "adapter", "digest", "steps", "tokens", "trained_tokens", "tokens_per_second", "peak_memory_bytes", "loss",
+        "validation",
+    }  # fmt: skip
+    assert wanted <= result.to_dict().keys()
+    json.dumps(result.to_dict(), allow_nan=False)
+    assert [e.step for e in seen if isinstance(e, Evaluated)] == [0, 4, 8, 10]
+    assert {3, 6, 9, 10} <= {e.step for e in seen if isinstance(e, Saved)}
+
+
+def test_events_come_in_the_order_of_the_promise(whole: tuple[Path, RunResult, list[Event]]) -> None:
+    kinds = [type(e) for e in whole[2]]
+    order = [Resolved, Checked, Probed, Evaluated, Stepped]
+    assert sorted(kinds.index(k) for k in order) == [kinds.index(k) for k in order]
+    resolved = next(e for e in whole[2] if isinstance(e, Resolved))
+    assert resolved.settings["base.dtype"] == "float32"
+    assert "float32" in resolved.sources["base.dtype"]
+    assert resolved.settings["memory.activation_checkpointing"] == "off"
+    assert "GB free" in resolved.sources["memory.activation_checkpointing"]
+    assert set(resolved.settings) == set(resolved.sources)
+
+
+def test_the_folder_holds_adapter_card_log_and_report(
+    whole: tuple[Path, RunResult, list[Event]], base: TextBase
+) -> None:
+    folder, result, _ = whole
+    card = read_card(folder)
+    assert card.digest == result.digest == peft.read(folder, base.model).digest()
+    assert card.card.base_fingerprint == base.fingerprint
+    assert card.card.data_digest.startswith("sha256:")
+    assert card.card.recipe["optimizer"]["learning_rate"] == 3e-3
+    assert card.card.metrics["validation_loss"] == result.validation
+    assert str(folder) not in json.dumps(card.card.recipe)
+    assert len([r for r in read_log(folder / "log.jsonl") if r["event"] == "stepped"]) == 10
+    page = (folder / "report.html").read_text()
+    for piece in (result.digest, base.fingerprint, "loraplus_ratio", "<svg", "veneer generate"):
+        assert piece in page
+    assert {p.name for p in (folder / "checkpoints").iterdir()} <= {f"step-{n:08d}" for n in range(11)}
+
+
+def test_the_base_its_mode_and_the_callers_randomness_are_as_before(shared: Path, tmp_path: Path) -> None:
+    own = load_text(str(shared / "tiny-base"))
+    before = {name: t.clone() for name, t in own.model.state_dict().items()}
+    random_before, python_before = torch.get_rng_state(), random.getstate()
+    _train(shared, tmp_path / "out", own)
+    assert torch.equal(torch.get_rng_state(), random_before)
+    assert random.getstate() == python_before
+    assert not own.model.training
+    after = own.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in after.items())
+    attach(own.model).detach()  # nothing is attached any more
+
+
+def test_the_same_run_twice_gives_the_same_bytes(
+    whole: tuple[Path, RunResult, list[Event]], shared: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(123)  # the caller's randomness has no say
+    again = _train(shared, tmp_path / "again")
+    assert again.digest == whole[1].digest
+    for name in (TENSORS, "adapter_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (whole[0] / name).read_bytes()
+
+
+KILL = """
+import os, signal, sys
+from tests.train.text.test_task import _train
+from pathlib import Path
+calls, real, limit = 0, os.fsync, int(sys.argv[3])
+def fsync(fd):
+    global calls
+    calls += 1
+    if calls == limit:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(fd)
+os.fsync = fsync
+_train(Path(sys.argv[1]), Path(sys.argv[2]), resume=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_killed_and_resumed_it_ends_in_the_same_bytes(
+    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    """With dropout. Killed while the checkpoint of step 4 is written, then in the one of step 8."""
+    output = tmp_path / "killed"
+    for limit in ("16", "14"):
+        command = [sys.executable, "-c", KILL, str(shared), str(output), limit]
+        assert subprocess.run(command, cwd=ROOT, timeout=120, check=False).returncode == -signal.SIGKILL
+        assert (output / "checkpoints").is_dir()
+        assert not (output / TENSORS).exists()
+    seen: list[Event] = []
+    result = _train(shared, output, base, resume=True, on_event=seen.append)
+    first = next(e.step for e in seen if isinstance(e, Stepped))
+    assert first > 1
+    assert any(isinstance(e, Note) and "resuming after step" in e.text for e in seen)
+    for name in (TENSORS, "adapter_config.json"):
+        assert (output / name).read_bytes() == (whole[0] / name).read_bytes()
+    assert (result.digest, result.tokens, result.loss) == (whole[1].digest, whole[1].tokens, whole[1].loss)
+    logged = [r["step"] for r in read_log(output / "log.jsonl") if r["event"] == "stepped"]
+    assert logged == list(range(1, 11))
+
+
+def test_ctrl_c_saves_and_resuming_ends_in_the_same_bytes(
+    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    def press(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    output = tmp_path / "stopped"
+    with pytest.raises(Interrupted) as error:
+        _train(shared, output, base, on_event=press)
+    assert error.value.exit_code == 130
+    assert "after step 5 of 10" in error.value.what
+    assert "--resume" in str(error.value.fix)
+    assert not (output / TENSORS).exists()
+    assert checkpoint.latest(output / "checkpoints") == output / "checkpoints" / "step-00000005"
+    _train(shared, output, base, resume=True)
+    assert (output / TENSORS).read_bytes() == (whole[0] / TENSORS).read_bytes()
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(whole[0], output)
+    result = _train(shared, output, base, resume=True)
+    assert (output / TENSORS).read_bytes() == (whole[0] / TENSORS).read_bytes()
+    assert result.validation == whole[1].validation
+    logged = [r["step"] for r in read_log(output / "log.jsonl") if r["event"] == "stepped"]
+    assert logged == list(range(1, 11))
+
+
+def test_resuming_with_nothing_there_starts_and_says_so(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    result = _train(shared, tmp_path / "new", base, resume=True, on_event=seen.append, schedule={"steps": 2})
+    assert result.steps == 2
+    assert any(isinstance(e, Note) and "starts from its beginning" in e.text for e in seen)
+
+
+def test_resuming_with_other_settings_or_data_is_refused(
+    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(whole[0], output)
+    with pytest.raises(PreflightError, match=r"adapter\.rank: 4 before, 8 now"):
+        _train(shared, output, base, resume=True, adapter={"rank": 8})
+    other = tmp_path / "other.jsonl"
+    other.write_text((shared / "rows.jsonl").read_text().replace("printer", "scanner"))
+    with pytest.raises(CheckpointError, match="training rows"):
+        _train(shared, output, base, resume=True, data={"train": str(other)})
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    result = _train(shared, tmp_path / "dry", base, dry_run=True, on_event=seen.append)
+    assert not (tmp_path / "dry").exists()
+    assert result.dry_run
+    assert result.steps == 10
+    assert result.preflight["ok"]
+    assert any(isinstance(e, Probed) for e in seen)
+    assert not any(isinstance(e, Stepped) for e in seen)
+    assert result.to_dict()["preflight"]["findings"]
+
+
+@pytest.mark.parametrize(("keep", "kept", "loss"), [("best", 3, 3.0), ("last", 6, 3.1)])
+def test_the_state_that_is_asked_for_is_what_is_kept(
+    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str, kept: int, loss: float
+) -> None:
+    """The validation loss is lowest after step 3, and three worse ones later the run stops: step 3 is what is saved, or
+    the last one, step 6."""
+    losses = iter([9.0, 5.0, 4.0, 3.0, 3.5, 3.25, 3.1, 1.0])
+    monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.Score(next(losses), 1, 1))
+    seen: list[Event] = []
+    result = _train(
+        shared, tmp_path / "out", base, on_event=seen.append, evaluation={"every": 1, "patience": 3, "keep": keep}
+    )  # fmt: skip
+    assert (result.stopped, result.steps) == ("early stopping", 6)
+    assert (result.kept_step, result.validation, result.validation_before) == (kept, loss, 9.0)
+    assert any(isinstance(e, Note) and "kept the adapter of step 3" in e.text for e in seen) == (keep == "best")
+    saved = peft.read(tmp_path / "out", base.model)
+    state = checkpoint._load(tmp_path / "out" / "checkpoints" / f"step-{kept:08d}" / "adapter.safetensors")
+    assert all(torch.equal(pair.A, state[f"{name}.A"]) for name, pair in saved.pairs.items())
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{"dora": True}, {"init": "pissa"}, {"init": "olora", "rslora": True}, {"modules_to_save": ["lm_head"]}],
+    ids=["dora", "pissa", "olora", "full copy"],
+)
+def test_every_kind_of_adapter_is_saved_and_proven(
+    adapter: dict[str, Any], shared: Path, base: TextBase, tmp_path: Path
+) -> None:
+    seen: list[Event] = []
+    _train(shared, tmp_path / "out", base, adapter=adapter, schedule={"steps": 2}, on_event=seen.append)
+    sentence = next(e.text for e in seen if isinstance(e, Note) and "read back" in e.text)
+    assert "logits equal" in sentence
+    if "init" not in adapter:
+        assert "bit for bit" in sentence
+
+
+def test_a_file_that_is_not_the_adapter_is_noticed(
+    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = save.save_adapter
+
+    def wrong(adapter: Any, folder: Path, base: TextBase) -> str:
+        return real(adapter.mapped(lambda t: t * 1.01), folder, base)
+
+    monkeypatch.setattr(run, "save_adapter", wrong)
+    with pytest.raises(AdapterError, match="does not give the logits"):
+        _train(shared, tmp_path / "out", base, schedule={"steps": 2})
+
+
+def test_recomputing_activations_changes_nothing_but_memory(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    weights = []
+    for mode in ("on", "off"):
+        _train(
+            shared, tmp_path / mode, base, memory={"activation_checkpointing": mode}, schedule={"steps": 3},
+        )  # fmt: skip
+        weights.append(peft.read(tmp_path / mode, base.model))
+    for name, pair in weights[0].pairs.items():
+        torch.testing.assert_close(pair.B, weights[1].pairs[name].B, rtol=1e-4, atol=1e-7)
+    assert not base.model.is_activation_checkpointing
+
+
+def test_recomputation_is_chosen_by_the_stated_rule(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    needs = _train(shared, tmp_path / "out", base, dry_run=True).preflight["numbers"]
+    between = (needs["memory_needed"] + needs["memory_checkpointed"]) / 2e9
+    seen: list[Event] = []
+    _train(
+        shared, tmp_path / "out", base, dry_run=True, on_event=seen.append, memory={"limit_gb": between}
+    )  # fmt: skip
+    resolved = next(e for e in seen if isinstance(e, Resolved))
+    assert resolved.settings["memory.activation_checkpointing"] == "on"
+    assert "above 90%" in resolved.sources["memory.activation_checkpointing"]
+
+
+def test_what_does_not_fit_is_refused_and_tried_with_force(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    with pytest.raises(PreflightError, match="this run does not fit"):
+        _train(shared, tmp_path / "out", base, memory={"limit_gb": 0.01})
+    assert not (tmp_path / "out").exists()
+    assert _train(shared, tmp_path / "out", base, memory={"limit_gb": 0.01}, force=True).steps > 0
+
+
+def test_the_report_sets_what_came_beside_what_was_predicted(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    result = _train(shared, tmp_path / "out", base, on_event=seen.append)
+    said = next(e.text for e in seen if isinstance(e, Note) and "predicted" in e.text)
+    assert f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB" in said
+    page = Path(result.report).read_text(encoding="utf-8")
+    assert page.count(" predicted") >= 2
+    assert "predicted_peak_bytes" in (tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8")
+
+
+def test_the_loop_follows_the_plan_of_epochs(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    result = _train(
+        shared, tmp_path / "out", base, on_event=seen.append, schedule={"steps": None, "epochs": 2},
+        evaluation={"every": "epoch"}, checkpoint={"every": "epoch"},
+    )  # fmt: skip
+    steps = [e for e in seen if isinstance(e, Stepped)]
+    assert result.steps == 16  # 32 rows in fours, twice
+    assert steps[-1].epoch == 2.0
+    assert [e.step for e in seen if isinstance(e, Evaluated)] == [0, 8, 16]
+
+
+# --- what bad input gets: a clear error, and nothing half written -------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_file_and_line(
+    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = run.text_loss, 0
+
+    def loss(*args: Any) -> Any:
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        return real(*args) * (float("nan") if calls == 14 else 1.0)
+
+    monkeypatch.setattr(run, "text_loss", loss)
+    output = tmp_path / "out"
+    with pytest.raises(TrainingError) as error:
+        _train(shared, output, base)
+    assert "rows.jsonl:" in str(error.value.where)
+    assert not (output / TENSORS).exists()
+    state = checkpoint.read_state(checkpoint.latest(output / "checkpoints"))  # type: ignore[arg-type]
+    assert state["progress"]["step"] >= 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "no rows|empty"), ('{"messages": [}\n', "1"), ('{"prompt": 5}\n', "completion|format")],
+    ids=["empty", "malformed", "shape"],
+)
+def test_bad_data_is_named_with_its_line(
+    text: str, message: str, shared: Path, base: TextBase, tmp_path: Path
+) -> None:  # fmt: skip
+    (tmp_path / "bad.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message) as error:
+        _train(shared, tmp_path / "out", base, data={"train": str(tmp_path / "bad.jsonl")})
+    assert "bad.jsonl" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_not_there(shared: Path, tmp_path: Path) -> None:
+    config, _ = config_from(_values(shared, tmp_path / "out") | {"base": str(tmp_path / "no-such-base")})
+    with pytest.raises(BaseError):
+        train_text(config, on_event=lambda event: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_preflight_stops_before_anything_is_written(shared: Path, base: TextBase, tmp_path: Path) -> None:
+    with pytest.raises(PreflightError):
+        _train(shared, tmp_path / "out", base, adapter={"targets": ["no_such_proj"]})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_not_written_over(
+    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase
+) -> None:  # fmt: skip
+    before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")}
+    with pytest.raises(PreflightError, match="already holds"):
+        _train(shared, whole[0], base)
+    assert {p: p.stat().st_mtime_ns for p in whole[0].rglob("*")} == before
+
+
+def test_a_disk_that_fills_leaves_the_last_checkpoint_and_can_be_resumed(
+    whole: tuple[Path, RunResult, list[Event]], shared: Path, base: TextBase, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    output, real = tmp_path / "full", checkpoint._write
+
+    def write(path: Path, chunks: Any) -> str:
+        if "step-00000006" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, chunks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", write)
+        with pytest.raises(ResourceError, match="disk is full"):
+            _train(shared, output, base)
+    assert not (output / TENSORS).exists()
+    assert not list((output / "checkpoints").glob(".*"))
+    _train(shared, output, base, resume=True)
+    assert (output / TENSORS).read_bytes() == (whole[0] / TENSORS).read_bytes()
+
+
+def test_without_memory_for_the_longest_batch_nothing_is_written(
+    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(*args: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(run, "text_loss", loss)
+    with pytest.raises(ResourceError, match="out of memory"):
+        _train(shared, tmp_path / "out", base)
+    assert not (tmp_path / "out").exists()
+    assert loop.peak_memory_bytes() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_code_trains_saves_and_resumes_on_cuda(shared: Path, tmp_path: Path) -> None:
+    """Close to the CPU's run, with memory counted on the device, and resumable."""
+    on_cuda = {"name": str(shared / "tiny-base"), "device": "cuda", "dtype": "float32"}
+    on_cpu = _train(shared, tmp_path / "cpu", adapter={"dropout": 0.0})
+    values = _values(shared, tmp_path / "cuda", adapter={"dropout": 0.0}) | {"base": on_cuda}
+    config, _ = config_from(values)
+
+    def press(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train_text(config, on_event=press)
+    result = train_text(config, resume=True, on_event=lambda event: None)
+    assert result.steps == 10
+    assert result.loss == pytest.approx(on_cpu.loss, rel=1e-3)
+    assert 0 < result.peak_memory_bytes < torch.cuda.get_device_properties(0).total_memory
+
+
+def test_a_run_that_ends_worse_than_it_began_saves_no_adapter_and_says_so(
+    shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of a run that diverged: 2.6 before, 9.1 at best after."""
+    losses = iter([2.6, 9.1, 20.4])
+    monkeypatch.setattr(run, "score_examples", lambda *args, **options: loop.Score(next(losses), 1, 1))
+    seen: list[Event] = []
+    evaluation = {"every": 5}
+    with pytest.raises(NoGain, match=r"20\.4000 after step 10, 2\.6000 before step one") as error:
+        _train(shared, tmp_path / "wild", base, on_event=seen.append, evaluation=evaluation)
+    assert error.value.exit_code == 3
+    scored = [e for e in seen if isinstance(e, Evaluated)]
+    assert [(e.best, e.worse) for e in scored] == [(False, False), (False, True), (False, True)]
+    assert not (tmp_path / "wild" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "wild" / "checkpoints").is_dir()
+    # The way out that the error names.
+    notes: list[Event] = []
+    result = _train(
+        shared, tmp_path / "wild", base, resume=True, on_event=notes.append, evaluation=evaluation | {"keep": "last"}
+    )
+    assert (result.validation_before, result.validation, result.kept_step) == (2.6, 20.4, 10)
+    assert any(isinstance(e, Note) and "warning: validation loss" in e.text for e in notes)
+    assert (tmp_path / "wild" / "adapter_model.safetensors").exists()
+
+
+def test_a_base_that_predicts_worse_than_chance_is_not_trained(shared: Path, tmp_path: Path) -> None:
+    """Its head is turned round and made loud, so that it bets against every row."""
+    broken = load_text(str(shared / "tiny-base"))
+    with torch.no_grad():
+        broken.model.get_output_embeddings().weight *= -40
+    with pytest.raises(PreflightError, match="worse than chance"):
+        _train(shared, tmp_path / "broken", broken)
+    with pytest.raises(PreflightError, match="worse than chance"):
+        _train(shared, tmp_path / "broken", broken, dry_run=True)
+    assert not (tmp_path / "broken").exists()
+    notes: list[Event] = []
+    _train(shared, tmp_path / "forced", broken, force=True, on_event=notes.append, schedule={"steps": 1},
+           evaluation={"keep": "last"})  # fmt: skip
+    assert any(isinstance(e, Note) and "worse than chance" in e.text for e in notes)
