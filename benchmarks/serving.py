@@ -105,7 +105,7 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
         return max((run(engine, mixes, new) for _ in range(1 if quick else times)), key=lambda r: r["tokens/s"])
 
     out: dict[str, Any] = {}
-    settings = EngineSettings(cache_bytes=1 << 29, merge_after=0)
+    settings = EngineSettings(cache_bytes=1 << 29)
     eight = kept([some_adapter(base, i) for i in range(ADAPTERS)])
     n = 8 if quick else REQUESTS
     with TextEngine(base, shelf.__getitem__, settings) as engine:
@@ -122,9 +122,6 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
         out["8 mixes of 3"] = best(engine, three)
         out["alone, base"] = best(engine, [BASE], 3)
         out["alone, 1 adapter"] = best(engine, [((eight[0], 1.0),)], 3)
-        engine.runner.merge(engine.residents.acquire(((eight[0], 1.0),), print).parts)  # type: ignore[union-attr]
-        out["alone, 1 adapter merged"] = best(engine, [((eight[0], 1.0),)], 3)
-        engine.runner.unmerge()
         out["floor"] = floors(engine)
 
     many = 40 if quick else 1000
@@ -144,7 +141,7 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
     sixteen = kept([some_adapter(base, 5000 + i) for i in range(16)])
     one = thin_bytes(base, shelf[sixteen[0]])
     for name, slots in (("16 adapters, room for 16", 16), ("16 adapters, room for 8", 8)):
-        room = EngineSettings(cache_bytes=1 << 29, merge_after=0, adapter_bytes=int(one * (slots + 0.5)))
+        room = EngineSettings(cache_bytes=1 << 29, adapter_bytes=int(one * (slots + 0.5)))
         with TextEngine(base, shelf.__getitem__, room) as engine:
             mixes = [((sixteen[i % 16], 1.0),) for i in range(n if quick else 64)]
             run(engine, mixes[:8], 2)
@@ -188,7 +185,7 @@ def side_large(work: Path, quick: bool) -> dict[str, Any]:
         return sum(start < at <= end for t in times for at in t) / (end - start)
 
     out: dict[str, Any] = {}
-    settings = EngineSettings(cache_bytes=1 << 30, merge_after=0)
+    settings = EngineSettings(cache_bytes=1 << 30)
     under = [((digest, 1.0),) for digest in shelf]
     with TextEngine(base, shelf.__getitem__, settings) as engine:
         speed(engine, [BASE] * min(n, 2))

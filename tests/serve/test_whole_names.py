@@ -137,21 +137,6 @@ def test_unload_drains_and_frees(whole: Whole, shop: Shop, kind: str) -> None:
     assert attachment is None or digest not in attachment.adapters  # whose adapters share memory with ours
 
 
-def test_a_merged_adapter_that_is_unloaded_leaves_no_second_set_of_weights(shop: Shop) -> None:
-    """A mix that all requests had for long is merged beside the base; that copy goes with the adapter."""
-    digest = shop.make("hot", 60)
-    with served(shop) as whole:
-        assert whole.load("hot", "hot").status_code == 200
-        wait_for(lambda: bool(whole.ask("hot", prompt(9), 100).text and whole.engine.runner.merged), 90)
-        assert whole.ask("hot", prompt(9)).same(shop.wanted([("hot", 1.0)], prompt(9), 12))
-        watched = held(whole.engine, digest)
-        assert whole.unload("hot").status_code == 200
-        whole.idle()
-        wait_for(lambda: whole.engine.runner.merged is None, 10)
-        wait_for(lambda: alive(watched) == 0, 10)
-        assert whole.ask("tiny", prompt(9)).same(shop.wanted([], prompt(9), 12))
-
-
 def test_names_that_change_under_many_clients_never_mean_something_else(whole: Whole, shop: Shop) -> None:
     """While a name is replaced, unloaded and loaded, an answer is one of those it has had, or 404: nothing between."""
     ids, kinds = prompt(18, 8), ("plain", "rs", "dora")

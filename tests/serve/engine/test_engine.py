@@ -48,7 +48,7 @@ def fresh(family: str = "qwen3") -> Any:
 
 
 def engine_of(model: Any, shelf: Shelf, **settings: Any) -> TextEngine:
-    small = {"cache_bytes": 1 << 20, "merge_after": 0} | settings
+    small = {"cache_bytes": 1 << 20} | settings
     return TextEngine(base_of(model), shelf, EngineSettings(**small))
 
 
@@ -343,31 +343,6 @@ def test_stopping_lets_what_runs_go_on() -> None:
         return last
 
     assert run(late()).reason == "length"
-
-
-def test_a_hot_mix_is_merged_and_unmerged_and_changes_no_answer() -> None:
-    model = fresh()
-    shelf = Shelf(trained(model, 1))
-    mix: Mix = ((next(iter(shelf.by_digest)), 1.0),)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    many = Sampling(max_tokens=60, temperature=0.0, ignore_eos=True)
-    with engine_of(model, shelf, merge_after=10) as engine:
-
-        async def turns() -> None:
-            for p in (prompt(9), prompt(20, 2)):
-                assert (await answer(engine, Request(p, many, mix)))[0] == greedy(model, shelf, mix, p, 60)
-            for _ in range(200):
-                if engine.runner.merged:
-                    break
-                await answer(engine, Request(prompt(9), many, mix))
-            assert engine.runner.merged == mix
-            assert (await answer(engine, Request(prompt(9), many, mix)))[0] == greedy(model, shelf, mix, prompt(9), 60)
-            assert (await answer(engine, Request(prompt(9), many)))[0] == greedy(model, shelf, BASE, prompt(9), 60)
-            await answer(engine, Request(prompt(9), many))
-            assert engine.runner.merged is None
-
-        run(turns())
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_sampled_answers_depend_on_their_seed_alone() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.serve.engine.cache import Cache
-from veneer.serve.engine.scheduler import Pace, Scheduler, Sequence
+from veneer.serve.engine.scheduler import Scheduler, Sequence, StepCost
 from veneer.serve.request import Mix, Request, Sampling
 
 
@@ -155,13 +155,13 @@ def test_long_prompts_of_one_tenant_come_after_anothers_first_token() -> None:
 def test_where_there_are_tenants_a_step_ends_by_time() -> None:
     """Rows that decode take turns; who was given least goes first, and nobody is left out for long."""
     scheduler = Scheduler(Cache(40_000, 4), rows=32, budget=512)
-    pace = scheduler.pace = Pace(fixed=0.02, row=0.02, token=0.001, step=0.2)
+    cost = scheduler.cost = StepCost(fixed=0.02, row=0.02, token=0.001, step=0.2)
 
     def timed() -> Counter[str]:
         chunks = scheduler.step()
         rows = [c for c in chunks if c.end - c.start == 1]
         tokens = sum(c.end - c.start for c in chunks) - len(rows)
-        assert pace.fixed + pace.row * len(rows) + pace.token * tokens <= pace.step + 1e-9
+        assert cost.fixed + cost.row * len(rows) + cost.token * tokens <= cost.step + 1e-9
         for chunk in chunks:
             scheduler.computed(chunk)
             if chunk.last:
@@ -183,7 +183,7 @@ def test_where_there_are_tenants_a_step_ends_by_time() -> None:
         assert timed()["flood"] >= 7
     assert calm.generated >= 29
     nobody = Scheduler(Cache(4000, 4), rows=32, budget=512)  # one that has no tenants
-    nobody.pace = pace
+    nobody.cost = cost
     for i in range(32):
         nobody.add(request(10, 10, salt=i))
     advance(nobody)

@@ -173,27 +173,6 @@ def test_embedding_and_head_have_thin_forms() -> None:
     runner.close()
 
 
-def test_a_merged_mix_is_used_when_every_row_has_it_and_leaves_no_trace() -> None:
-    model = FAMILIES["qwen3"]()
-    adapters = {"a": trained(model, 1), "b": trained(model, 2, dora=True)}
-    runner = Runner(base_of(model), cache_bytes=1 << 20)
-    ready = {name: runner.prepare(a, name) for name, a in adapters.items()}
-    mix = [(ready["a"], 0.5), (ready["b"], 1.0)]
-    ids = prompts([19, 30])
-    want = [reference(model, adapters, [("a", 0.5), ("b", 1.0)], p) for p in ids]
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    unmerged = serve(runner, [(ids[0], [])], [16])
-    runner.merge(mix)
-    assert runner.merged == (("a", 0.5), ("b", 1.0))
-    for g, w in zip(serve(runner, [(p, mix) for p in ids], [8]), want, strict=True):
-        same(g, w, 1e-4)
-    same(serve(runner, [(ids[0], []), (ids[1], mix)], [8])[0], unmerged[0], 1e-6)
-    runner.unmerge()
-    assert torch.equal(serve(runner, [(ids[0], [])], [16])[0], unmerged[0])
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    runner.close()
-
-
 def test_bfloat16_is_nearly_as_near_to_float32_as_the_attachment() -> None:
     """Whose A and B stay float32: here they are rounded once, to the base's dtype."""
     exact = FAMILIES["llama3"]()
@@ -260,7 +239,6 @@ def test_batch_invariant_a_request_has_the_bits_it_has_alone(family: str, weight
     for cuts in ([100], [1], [7, 3, 20, 1], [16]):
         for got, want in zip(serve(runner, work, cuts), alone, strict=True):
             assert torch.equal(got, want)
-    assert runner.merged_bytes() is None
     runner.close()
 
 

@@ -32,12 +32,12 @@ from veneer.serve.engine.cache import Cache
 from veneer.serve.engine.detokenize import Answer
 from veneer.serve.engine.sampler import Choice, Constraint, sample, scored
 from veneer.serve.engine.sampler import Row as Draws
-from veneer.serve.engine.scheduler import Chunk, Pace, Scheduler, Sequence
+from veneer.serve.engine.scheduler import Chunk, Scheduler, Sequence, StepCost
 from veneer.serve.forward.paged import BLOCK
 from veneer.serve.forward.runner import Prepared, Row, Runner, WeightKind
 from veneer.serve.names.resident import Lease, Residents
 from veneer.serve.outage import fault
-from veneer.serve.request import BASE, EngineStats, Event, Finished, Mix, Refused, Request, Started, Token, Usage
+from veneer.serve.request import BASE, EngineStats, Event, Finished, Refused, Request, Started, Token, Usage
 
 __all__ = ["EngineSettings", "TextEngine"]
 
@@ -55,8 +55,7 @@ STEPS = 64
 @dataclass(frozen=True)
 class EngineSettings:
     """`rows`: sequences at once; `budget`: tokens in a step; `cache_bytes`: of keys and values; `adapter_bytes`: of
-    adapters in memory; `queue`: requests that may wait; `merge_bytes`: what a second set of weights may take, for a mix
-    that every row of `merge_after` steps in a row had, 0 for never. `weights`, `batch_invariant`: see Runner.
+    adapters in memory; `queue`: requests that may wait. `weights`, `batch_invariant`: see Runner.
     `step_seconds`: how long a step may take where there are tenants, so that whoever comes need not wait long for it to
     end; `stuck_seconds`: how long it takes until one that does not end is a fault."""
 
@@ -65,8 +64,6 @@ class EngineSettings:
     cache_bytes: int = 1 << 30
     adapter_bytes: int = 1 << 30
     queue: int = 1024
-    merge_bytes: int = 512 << 20
-    merge_after: int = 256
     weights: WeightKind = "dense"
     batch_invariant: bool = False
     step_seconds: float = 0.2
@@ -129,9 +126,6 @@ class TextEngine:
         self._counts = _Counts()
         self._texts: dict[int, str] = {}
         self._took: deque[tuple[float, float, float, float]] = deque(maxlen=STEPS)
-        self._same: tuple[Mix, int] = (BASE, 0)
-        self._merger = ThreadPoolExecutor(1, thread_name_prefix="merge")
-        self._merging = False
         self._compiles, self._masks = FairPool(2, "grammar"), ThreadPoolExecutor(2, thread_name_prefix="mask")
         self._beat, self._lost = time.monotonic(), 0
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -156,7 +150,6 @@ class TextEngine:
         if self._thread.is_alive():
             self._thread.join()
         self.residents.close()
-        self._merger.shutdown(wait=True)
         self._masks.shutdown(wait=True)
         self._compiles.close()
         self.runner.close()
@@ -337,16 +330,15 @@ class TextEngine:
                 self.scheduler.computed(chunk)
                 if chunk.last:
                     self._take(still, choices[id(chunk)], now)
-        self._heat(chunks)
 
     def _measure(self, chunks: list[Chunk], seconds: float) -> None:
-        """Learn the pace by least squares over the last steps: seconds = fixed + row · rows + token · tokens."""
+        """Fit what steps cost by least squares over the last ones: seconds = fixed + row · rows + token · tokens."""
         rows = sum(chunk.end - chunk.start == 1 for chunk in chunks)
         self._took.append((1.0, rows, sum(chunk.end - chunk.start for chunk in chunks) - rows, seconds))
         if self._counts.steps % 8 == 0:
             table = np.array(self._took)
             fixed, row, token = np.linalg.lstsq(table[:, :3], table[:, 3], rcond=None)[0].clip(min=0.0).tolist()
-            self.scheduler.pace = Pace(fixed, row, token, self.settings.step_seconds)
+            self.scheduler.cost = StepCost(fixed, row, token, self.settings.step_seconds)
 
     def _choose(self, chunks: list[Chunk], wanted: list[Chunk]) -> list[Choice | Refused | None]:
         """The next token of each chunk in `wanted`. Where the step fails, each row by itself, from the state before."""
@@ -485,40 +477,6 @@ class TextEngine:
     def _freed(self, thing: Prepared) -> None:
         key = thing.key  # the note must not keep the thing itself
         self._box.put(lambda: self.runner.let_go(key))
-
-    def _heat(self, chunks: list[Chunk]) -> None:
-        """Merge a mix that every row has had for long, and part with it when others have come for long."""
-        mixes = {c.sequence.request.mix for c in chunks}
-        mix = mixes.pop() if len(mixes) == 1 else BASE
-        self._same = (mix, self._same[1] + 1 if self._same[0] == mix else 1)
-        settings = self.settings
-        if not settings.merge_after or self._same[1] < settings.merge_after or self._merging:
-            return
-        if self.runner.merged is not None and mix != self.runner.merged:
-            self.runner.unmerge()
-        elif self.runner.merged is None and mix != BASE and self._may_merge():
-            lease = self.residents.acquire(mix, _give_back)
-            if lease is not None:
-                self._merging = True
-                self._merger.submit(self._merge, lease)
-
-    def _may_merge(self) -> bool:
-        needs = self.runner.merged_bytes()
-        return needs is not None and needs <= self.settings.merge_bytes
-
-    def _merge(self, lease: Lease[Prepared]) -> None:
-        try:
-            self.runner.merge(lease.parts)
-        except Exception:
-            log.exception("a mix could not be merged; it goes on unmerged")
-        finally:
-            lease.release()
-            self._merging = False
-
-
-def _give_back(result: Lease[Prepared] | Refused) -> None:
-    if not isinstance(result, Refused):
-        result.release()
 
 
 def _deliver(events: list[tuple[Callable[[Event], None], Event]]) -> None:

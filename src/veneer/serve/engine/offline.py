@@ -46,7 +46,7 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
     if base.device.type != "cpu" or quantised:  # the engine would make its own, dense copy
         yield plain
         return
-    settings = EngineSettings(rows=rows, queue=1 << 30, merge_bytes=0, merge_after=0)
+    settings = EngineSettings(rows=rows, queue=1 << 30)
     with without_dropout(base.model), TextEngine(base, adapters.__getitem__, settings) as engine:
         whole = engine.runner.how == "fused"
         if whole and not any(thin_problems(adapter, engine.runner.layout) for adapter in adapters.values()):

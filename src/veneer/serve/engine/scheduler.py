@@ -2,7 +2,7 @@
 
 Every step takes at most `budget` tokens: one for each sequence that is decoding, the rest for prompts, which are
 computed in chunks. So a long prompt never stops others from getting their next token. Where there are tenants, a step
-also ends by time: `pace` says what a step, a row and a token of a prompt take, and what does not fit waits for the next
+also ends by time: `cost` says what a step, a row and a token of a prompt take, and what does not fit waits for the next
 step, in the order of the tenants' counters, and within a tenant of who waited longest.
 
 Fairness (Sheng et al., arXiv 2401.00588, "virtual token counter"): each tenant has a counter of what it was given,
@@ -32,7 +32,7 @@ from math import inf
 from veneer.serve.engine.cache import BlockTable, Cache
 from veneer.serve.request import Request, cache_root
 
-__all__ = ["Chunk", "Pace", "Scheduler", "Sequence"]
+__all__ = ["Chunk", "Scheduler", "Sequence", "StepCost"]
 
 LOOK_AHEAD = 64
 """How many of a tenant's waiting requests are asked whether they can run."""
@@ -92,7 +92,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Pace:
+class StepCost:
     """What a step takes, in seconds: `fixed` + `row` for each that decodes + `token` for each of a prompt. `step`: what
     it may take; 0: as long as it likes."""
 
@@ -124,7 +124,7 @@ class _Tenant:
 class Scheduler:
     """`rows`: sequences at once. `budget`: tokens in a step, at least `rows`. `ready(sequence)`: whether its adapters
     are in memory; it is asked for those next in line, so it may start to read them. `shares`: whether sequences can
-    share blocks. `pace`: set by whoever measures steps."""
+    share blocks. `cost`: set by whoever measures steps."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Scheduler:
         shares: bool = True,
     ) -> None:
         self.cache, self.rows, self.budget, self.ready, self.shares = cache, rows, budget, ready, shares
-        self.pace = Pace()
+        self.cost = StepCost()
         self._chunks = 0
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -178,7 +178,7 @@ class Scheduler:
         self._make_room()
         chunks: list[Chunk] = []
         left = self.budget - sum(s.decodes for s in self.running)
-        spare = self.pace.spare if any(name and (t.waiting or t.running) for name, t in self._tenants.items()) else inf
+        spare = self.cost.spare if any(name and (t.waiting or t.running) for name, t in self._tenants.items()) else inf
         begun = sorted(self.running, key=self._turn)
         first, used, full = "", 0, False
         while True:
@@ -197,20 +197,20 @@ class Scheduler:
             else:  # one that was pre-empted a moment ago is among those that had begun
                 begun = [s for s in begun if s is not following]
             if following.decodes:
-                if not chunks or spare >= self.pace.row:
-                    spare -= self.pace.row
+                if not chunks or spare >= self.cost.row:
+                    spare -= self.cost.row
                     self._chunk(following, 1, chunks)
                 continue
             if first and following.request.tenant != first:
                 left = min(left, max(SHORT, used))
                 first = ""
-            room = left if spare == inf or not self.pace.token else min(left, int(spare / self.pace.token))
+            room = left if spare == inf or not self.cost.token else min(left, int(spare / self.cost.token))
             if room < max(1, min(PIECE, left, len(following.tokens) - following.computed)):
                 if chunks or left <= 0:
                     continue
                 room = min(PIECE, left)
             size = self._chunk(following, room, chunks)
-            left, used, spare = left - size, used + size, spare - size * self.pace.token
+            left, used, spare = left - size, used + size, spare - size * self.cost.token
             if size and chunks[-1].last and following.generated == 0:
                 first = following.request.tenant
 
@@ -230,7 +230,7 @@ class Scheduler:
 
     def appended(self, sequence: Sequence, token: int) -> None:
         sequence.tokens.append(token)
-        self._charge(sequence, self.pace.generated)
+        self._charge(sequence, self.cost.generated)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

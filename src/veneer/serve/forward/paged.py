@@ -1,4 +1,4 @@
-"""Keys and values in pages, and attention over them. `Pages` holds the tensors; serve/engine/cache.py says what is whose.
+"""Keys and values in pages, and attention over them. `Pages` holds the tensors; `engine.cache` says which are whose.
 
     out[t] = softmax(scale · q[t]·Kᵀ) · V      over the positions of t's own sequence up to its own, window at most
 

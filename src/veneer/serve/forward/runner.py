@@ -4,7 +4,7 @@ Three ways, tried in this order when a base is loaded; each is believed only aft
 forward on a probe, token by token (models/text/alike.py):
 
     fused     families of Llama's kind (Llama, Mistral, Qwen2, Qwen3 …): a forward of our own over the base's weights,
-              q, k, v and gate, up joined, all layers one compiled call where it runs; thin products by serve/forward/lowrank.py
+              q, k, v and gate, up joined, all layers one compiled call where it runs; low-rank products by `lowrank`
     packed    any family whose attention goes through transformers' interface: its own modules, every token a row,
               attention over pages; core's attachment gives each row its mix
     alone     what is left (recurrent layers, other caches): each sequence by itself with transformers' own cache
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment, attach, fit_problems
-from veneer.core.merge import merged_state
 from veneer.core.targets import base_modules
 from veneer.errors import ConfigError, ResourceError
 from veneer.models.text.alike import LENGTHS, WINDOW, Reference, short_windows
@@ -35,11 +34,11 @@ from veneer.models.text.base import TextBase
 from veneer.models.text.fast import Join
 from veneer.ops import cpu as kernels
 from veneer.ops.cpu.sharing import shared
-from veneer.serve.engine.pace import Pace
 from veneer.serve.forward.llama import Plan, layout_of, plan_of, static_positions
 from veneer.serve.forward.lowrank import Group, Segments, Thin, thin, thin_problems
 from veneer.serve.forward.packed import ROWS, Dense, Matrix, Quantised, packed, packing, quantised
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
+from veneer.serve.forward.threads import ThreadTuner
 
 __all__ = ["Prepared", "Row", "Runner", "WeightKind"]
 
@@ -77,7 +76,7 @@ class Runner:
     projections may take, in the order they are multiplied in. `context`: tokens a sequence may have.
 
     `batch_invariant`: an answer's bits do not depend on who shares its steps, nor on how its prompt is cut, at a price;
-    for bases of Llama's kind, and adapters with a thin form. A mix is then never merged.
+    for bases of Llama's kind, and adapters with a thin form.
 
     `weights`: dense, or int8 or int4 for machines with little memory: projections and head are then kept in that alone,
     and the model is an outline of itself from then on. `how` and `why`: the way that was taken. `shares`: whether
@@ -117,14 +116,13 @@ class Runner:
         self.pages.tiles = batch_invariant
         self._segments: Segments | None = None
         self._plan: Plan | None = None
-        self._merged: _Merged | None = None
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
         same_bits = (
             base.device.type == "cpu" and base.dtype == torch.bfloat16 and kernels.usable("use_threads") is not None
         )
         same_bits = same_bits and not batch_invariant  # of oneDNN's products some have not
-        self._pace = Pace(_use_threads if same_bits else None, torch.get_num_threads())
+        self._threads = ThreadTuner(_use_threads if same_bits else None, torch.get_num_threads())
         self.how, self.why = self._choose()
         self.shares = self.how != "alone"
         if batch_invariant and self.how != "fused":
@@ -139,7 +137,6 @@ class Runner:
     def close(self) -> None:
         if self._attachment is not None:
             self._attachment.detach()
-        self._merged = None
         self._undo.close()
 
     # -- adapters ------------------------------------------------------------------------------------------------------
@@ -160,51 +157,15 @@ class Runner:
     def let_go(self, key: str) -> None:
         """An adapter has left the memory: keep nothing that was made of it. Between two steps."""
         self._segments = None
-        if self._merged is not None and any(k == key for k, _ in self._merged.mix):
-            self._merged = None
         if self._attachment is not None and key in self._attachment.adapters:
             self._attachment.remove(key)
-
-    # -- merged --------------------------------------------------------------------------------------------------------
-
-    def merged_bytes(self) -> int | None:
-        """What a second set of weights takes; None where there can be none."""
-        can = self._plan is not None and self.weights == "dense" and not self.batch_invariant
-        return self._projection_bytes() if can else None
-
-    @torch.no_grad()
-    def merge(self, mix: Sequence[tuple[Prepared, float]]) -> None:
-        """Keep a second set of weights with `mix` folded in, used by steps in which every row has it. The base's own
-        are not touched. From any thread."""
-        if self.merged_bytes() is None or any(p.thin is None for p, _ in mix):
-            return
-        made = merged_state(self.model, tuple((p.adapter, s) for p, s in mix))
-        own: dict[str, Any] = dict(base_modules(self.model))
-
-        def weight(name: str) -> Tensor:
-            new = made.get(f"{name}.weight")
-            return own[name].weight.detach() if new is None else new.to(self.base.dtype)
-
-        def joined(names: tuple[str, ...]) -> Matrix:
-            return packed(torch.cat([weight(n) for n in names]))
-
-        embedding = weight(self.layout.embedding)
-        plan = plan_of(self.base, self.layout, joined, embedding, self.context, self.pages)
-        self._merged = _Merged(_key(mix), plan)
-
-    def unmerge(self) -> None:
-        self._merged = None
-
-    @property
-    def merged(self) -> tuple[tuple[str, float], ...] | None:
-        return None if self._merged is None else self._merged.mix
 
     # -- running -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Logits (Σ wants, vocabulary), in the order of the rows and their tokens."""
-        with shared(), self._pace.step(sum(len(row.tokens) for row in rows)):
+        with shared(), self._threads.step(sum(len(row.tokens) for row in rows)):
             return self._run(rows)
 
     def _run(self, rows: Sequence[Row]) -> Tensor:
@@ -227,8 +188,6 @@ class Runner:
     def _fused(self, rows: Sequence[Row]) -> Tensor:
         plan, mixes = self._plan, [row.mix for row in rows]
         assert plan is not None
-        if (merged := self._merged) is not None and all(_key(mix) == merged.mix for mix in mixes):
-            plan, mixes = merged.plan, [() for _ in rows]
         batch, ids = self._batch(rows)
         spans = [
             (a, b, [(p.thin, s) for p, s in mix])
@@ -441,12 +400,6 @@ class Runner:
         self._attended.add(layer)
         scale = pages.d**-0.5 if how.scale is None else how.scale
         return pages.attend(layer, q.flatten(1).contiguous(), batch, scale, how.cap, how.window).view(q.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class _Merged:
-    mix: tuple[tuple[str, float], ...]
-    plan: Plan
 
 
 _UNFIT = (AttributeError, TypeError, ValueError, RuntimeError, KeyError, NotImplementedError)

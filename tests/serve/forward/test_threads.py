@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from veneer.ops import cpu as kernels
-from veneer.serve.engine.pace import LARGE, Pace
 from veneer.serve.forward.packed import packed
 from veneer.serve.forward.runner import _use_threads
+from veneer.serve.forward.threads import LARGE, ThreadTuner
 
 
 class Machine:
@@ -19,14 +19,14 @@ class Machine:
     def __init__(self, most: int = 4) -> None:
         self.now, self.threads, self.most = 0.0, most, most
         self.waking = 1.0
-        self.pace = Pace(self.use, most, lambda: self.now)
+        self.tuner = ThreadTuner(self.use, most, lambda: self.now)
 
     def use(self, threads: int) -> None:
         self.threads = threads
 
     def step(self, tokens: int) -> int:
         """Runs a step; the threads it had."""
-        with self.pace.step(tokens):
+        with self.tuner.step(tokens):
             threads = self.threads
             self.now += tokens / threads + (self.waking if threads > 1 else 0)
         assert self.threads == self.most
@@ -60,7 +60,7 @@ def test_a_machine_that_changes_is_noticed() -> None:
 def test_one_slow_step_is_not_believed() -> None:
     machine = Machine()
     assert machine.step(1) == 4
-    with machine.pace.step(1):
+    with machine.tuner.step(1):
         machine.now += 100  # something else ran
     for _ in range(20):
         machine.step(1)
@@ -70,10 +70,10 @@ def test_one_slow_step_is_not_believed() -> None:
 def test_a_step_that_fails_leaves_all_threads_and_no_time() -> None:
     machine = Machine()
     for _ in range(20):
-        with pytest.raises(RuntimeError), machine.pace.step(1):
+        with pytest.raises(RuntimeError), machine.tuner.step(1):
             raise RuntimeError
         assert machine.threads == 4
-    assert not any(any(times) for size in machine.pace._sizes.values() for times in size.tried.values())
+    assert not any(any(times) for size in machine.tuner._sizes.values() for times in size.tried.values())
 
 
 @pytest.mark.skipif(kernels.load() is None, reason="set by a compiled function")

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
-__all__ = ["LARGE", "Pace"]
+__all__ = ["LARGE", "ThreadTuner"]
 
 LARGE = 64
 """Tokens from which a step always gets all threads."""
@@ -33,7 +33,7 @@ class _Size:
     steps: int = 0
 
 
-class Pace:
+class ThreadTuner:
     """`use`: sets the threads of the calling thread; None where that cannot be. `most`: all of them."""
 
     def __init__(
