@@ -2,7 +2,7 @@
 
 Only what is plain: one safetensors file of a known image family, of nothing but pairs of linears and convolutions with
 their alphas, each on a module of its own; or a PEFT folder of a language model, of nothing but pairs of linears, whose
-configuration and tensors agree to the last entry. `glance` gives what `veneer.adapters.inspect.inspect` gives of such a one,
+configuration and tensors agree to the last entry. `glance` gives what `adapters.inspect.inspect` gives of such a one,
 by the header and numpy; and None of every other, also of one in which anything is wrong or worth a note: that is read
 whole, and its reader says what it is. Reference: `inspect`; tests compare the two over every layout.
 """
