@@ -15,7 +15,7 @@ from veneer.errors import ConfigError
 from veneer.models.text.base import TextBase, load_text
 from veneer.ops.quantised import quantise
 from veneer.train.config.text import DataSection
-from veneer.train.text.encode import Example, encode
+from veneer.train.text.encode import Example, encode_rows
 from veneer.train.text.rows import read_rows
 
 Qlora = tuple[Path, str, Path]
@@ -27,7 +27,7 @@ def qlora(tmp_path_factory: pytest.TempPathFactory) -> Qlora:
 
 
 def examples_of(base: TextBase, rows: Path) -> list[Example]:
-    return encode(read_rows([str(rows)])[0][:6], base.tokenizer, DataSection(train="-")).examples
+    return encode_rows(read_rows([str(rows)])[0][:6], base.tokenizer, DataSection(train="-")).examples
 
 
 def test_merged_into_what_it_saw_it_computes_what_it_did_unmerged(qlora: Qlora, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from veneer.formats.strengths import Strength
     from veneer.imaging.make import Made
     from veneer.models.image.base import ImageBase
-    from veneer.train.config.load import Config, ImageTrainConfig, TrainConfig
+    from veneer.train.config.load import ImageTrainConfig, RunConfig, TrainConfig
     from veneer.train.events import Listener
     from veneer.train.image.task import ImageResult
     from veneer.train.text.evaluate import Scores
@@ -107,8 +107,8 @@ def train_image(
 
 
 def _config(
-    config: Config | Mapping[str, Any] | str | os.PathLike[str], overrides: Sequence[str]
-) -> tuple[Config, Mapping[str, Any] | None]:
+    config: RunConfig | Mapping[str, Any] | str | os.PathLike[str], overrides: Sequence[str]
+) -> tuple[RunConfig, Mapping[str, Any] | None]:
     from veneer.train.config.load import config_from, load_config
 
     if isinstance(config, Mapping):
@@ -129,16 +129,17 @@ def evaluate(
     """Score the base and mixes of adapters on held-out rows; `veneer eval` is this call.
 
     `data`: files as for training. `mixes`: a name -> adapters acting together; by default {"base": []}. `limit`: the
-    first so many rows. `settings`: max_new_tokens, batch_size, generate, on_progress (train.evaluate.evaluate)."""
+    first so many rows. `settings`: max_new_tokens, batch_size, generate, on_progress (as `train.text.evaluate.score_mixes`
+    takes them)."""
     from veneer.serve.engine.offline import answering
-    from veneer.train.text.evaluate import evaluate as score
+    from veneer.train.text.evaluate import score_mixes
     from veneer.train.text.rows import read_rows
 
     files = [os.fspath(data)] if isinstance(data, str | os.PathLike) else list(data)
     rows, _ = read_rows(files, limit=limit)
     named = {"base": ()} if mixes is None else mixes
     specs = {name: [_spec(a) for a in mix] for name, mix in named.items()}
-    return score(base, rows, specs, **{"answering": answering, **settings})
+    return score_mixes(base, rows, specs, **{"answering": answering, **settings})
 
 
 def load_adapter(base: TextBase, name: str | os.PathLike[str], *, allow_other_base: bool = False) -> Adapter:

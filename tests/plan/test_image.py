@@ -18,7 +18,7 @@ from veneer.models.image.memory import measured_activations
 from veneer.ops import cpu as kernels
 from veneer.plan.image import image_counts, is_image
 from veneer.plan.tables import base_config
-from veneer.train.config.image import TARGETS
+from veneer.train.config.image import TARGET_WORDS
 
 TEXT = 20
 PICTURES = 2
@@ -58,7 +58,7 @@ def test_what_is_kept_is_what_was_counted(word: str, name: str, size: int) -> No
     torch.manual_seed(0)
     model, config = denoiser(name)
     inputs = given(name, size)
-    spec = LoraSpec(rank=16, targets=(TARGETS[word],))
+    spec = LoraSpec(rank=16, targets=(TARGET_WORDS[word],))
     with attach(model) as attachment:
         attachment.add("a", create(model, spec, seed=0), trainable=True)
         attachment.use("a")

@@ -16,7 +16,7 @@ from veneer.errors import ConfigError
 from veneer.plan.image import IMAGE_FAMILIES, image_counts
 from veneer.plan.shape import FAMILIES, TextShape, layer_ranks, module_shape, pair_parameters, text_shape
 from veneer.plan.tables import base_config, base_names
-from veneer.train.config.image import TARGETS
+from veneer.train.config.image import TARGET_WORDS
 from veneer.train.estimate import trainable_parameters
 
 TEXT = [name for name in base_names() if base_config(name)["model_type"] in FAMILIES]
@@ -64,7 +64,7 @@ def test_the_counts_are_the_published_ones(name: str) -> None:
     assert counted == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("word", TARGETS)
+@pytest.mark.parametrize("word", TARGET_WORDS)
 @pytest.mark.parametrize("name", IMAGE)
 def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str, word: str) -> None:
     import diffusers
@@ -78,7 +78,7 @@ def test_every_image_base_of_the_table_counts_what_diffusers_builds(name: str, w
         model = getattr(diffusers, classes[config["model_type"]])(**own)
     counts = image_counts(config, rank=4, targets=word)
     assert counts.parameters == sum(p.numel() for p in model.parameters())
-    spec = LoraSpec(rank=4, targets=(TARGETS[word],))
+    spec = LoraSpec(rank=4, targets=(TARGET_WORDS[word],))
     assert counts.trainable == trainable_parameters(model, resolve(model, spec), spec)[0]
 
 

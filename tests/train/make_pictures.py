@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from veneer.train.config.pictures import PictureSettings
+from veneer.train.config.image import ImageDataSection
 
 ADOBE_RGB = ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))  # chromaticities of red, green and blue; white is D65
 SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
@@ -43,9 +43,9 @@ def put(folder: Path, name: str, caption: str | None = "a thing", image: Image.I
     return path
 
 
-def settings(folder: Path | str | tuple[str, ...] = "pictures", **keys: object) -> PictureSettings:
+def settings(folder: Path | str | tuple[str, ...] = "pictures", **keys: object) -> ImageDataSection:
     where = folder if isinstance(folder, tuple) else str(folder)
-    return PictureSettings.model_validate({"pictures": where, **keys})
+    return ImageDataSection.model_validate({"pictures": where, **keys})
 
 
 def to_xyz(primaries: tuple[tuple[float, float], ...]) -> np.ndarray:

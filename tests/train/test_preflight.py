@@ -25,7 +25,7 @@ from veneer.plan.calibration import Calibration, cpu_device, device_key, keep
 from veneer.train.config.load import config_from
 from veneer.train.estimate import free_memory, trainable_parameters
 from veneer.train.preflight import Report, preflight
-from veneer.train.text.encode import encode
+from veneer.train.text.encode import encode_rows
 from veneer.train.text.rows import About, Row
 
 
@@ -63,8 +63,8 @@ class Run:
         config, _ = config_from(values, overrides)
         rows = ROWS if rows is None else rows
         held = HELD if held is None else held
-        encoded = encode(rows, self.base.tokenizer, config.data)
-        scored = encode(held, self.base.tokenizer, config.data) if held else None
+        encoded = encode_rows(rows, self.base.tokenizer, config.data)
+        scored = encode_rows(held, self.base.tokenizer, config.data) if held else None
         return preflight(self.base, config, rows, encoded, held_out_rows=held, held_out=scored, **more)
 
 

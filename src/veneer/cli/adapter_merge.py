@@ -155,7 +155,7 @@ def _compared(
 ) -> dict[str, Difference]:  # fmt: skip
     from veneer.adapters.merge import compare
     from veneer.train.config.text import DataSection
-    from veneer.train.text.encode import encode
+    from veneer.train.text.encode import encode_rows
     from veneer.train.text.rows import read_rows
 
     rows, about = read_rows(files, limit=most)
@@ -163,7 +163,7 @@ def _compared(
         raise DataError("there are no rows to check on", where=", ".join(files))
     _say(f"{len(rows)} rows in `{about.format}` format: {about.why}")
     data = DataSection(train="-", max_length=base.context, long_rows="cut")
-    examples = encode(rows, base.tokenizer, data).examples
+    examples = encode_rows(rows, base.tokenizer, data).examples
     kinds = [requantise] if requantise else []
     return compare(
         base, adapters, examples, original=original, requantise=kinds, dtype=dtype, allow_other_base=allow_other_base

@@ -73,7 +73,7 @@ def evaluate(
     from veneer.models.quiet import quiet
     from veneer.models.text.base import load_text
     from veneer.serve.engine.offline import answering
-    from veneer.train.text.evaluate import evaluate as score
+    from veneer.train.text.evaluate import score_mixes
     from veneer.train.text.rows import read_rows
 
     for spec in named:
@@ -84,7 +84,7 @@ def evaluate(
         found = load_text(
             name, dtype=dtype, device=device, quantise=quantise, say=lambda line: print(line, file=sys.stderr)
         )
-        results = score(
+        results = score_mixes(
             found, rows, mixes, max_new_tokens=max_new_tokens, batch_size=batch_size, generate=not loss_only,
             allow_other_base=allow_other_base, on_progress=_progress, answering=answering,
         )  # fmt: skip

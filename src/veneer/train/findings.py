@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from veneer.core.adapter import Adapter
-from veneer.train.config.load import Config
+from veneer.train.config.load import RunConfig
 from veneer.train.config.text import TrainConfig
-from veneer.train.text.encode import Encoded, Example
+from veneer.train.text.encode import EncodedRows, Example
 from veneer.train.text.pairs import Item
 from veneer.train.text.rows import About, Row
 
@@ -47,7 +47,7 @@ class RunSubject:
     each step of an epoch has. `force`: what does not fit by the plan is tried all the same."""
 
     base: Any
-    config: Config
+    config: RunConfig
     resume: bool = False
     previous: Mapping[str, Any] | None = None
     free_memory: int | None = None
@@ -69,9 +69,9 @@ class Subject(RunSubject):
     base: Base
     config: TrainConfig
     rows: Sequence[Row]
-    encoded: Encoded
+    encoded: EncodedRows
     held_out_rows: Sequence[Row] = ()
-    held_out: Encoded | None = None
+    held_out: EncodedRows | None = None
     about: About | None = None
     longest: int = 0
     items: Sequence[Example] | Sequence[Item] = ()

@@ -21,7 +21,7 @@ from veneer.train.config.text import TrainConfig
 from veneer.train.findings import Base, Finding, Subject
 from veneer.train.text.batches import plan_steps
 from veneer.train.text.check_data import DATA_CHECKS
-from veneer.train.text.encode import Encoded, Example
+from veneer.train.text.encode import EncodedRows, Example
 from veneer.train.text.pairs import Item
 from veneer.train.text.rows import About, Row
 
@@ -90,10 +90,10 @@ def preflight(
     base: Base,
     config: TrainConfig,
     rows: Sequence[Row],
-    encoded: Encoded,
+    encoded: EncodedRows,
     *,
     held_out_rows: Sequence[Row] = (),
-    held_out: Encoded | None = None,
+    held_out: EncodedRows | None = None,
     about: About | None = None,
     items: Sequence[Example] | Sequence[Item] | None = None,
     start: Adapter | None = None,

@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from veneer.errors import ConfigError, Interrupted, NoGain
 from veneer.train import checkpoint, loop
 from veneer.train.checkpoint import Progress
-from veneer.train.config.load import Config
-from veneer.train.config.text import keys, why
+from veneer.train.config.load import RunConfig
+from veneer.train.config.text import config_keys, why
 from veneer.train.devices import ALONE, Devices, digest_of
 from veneer.train.events import Event, Listener, Note, Resolved, fan_out
 from veneer.train.loop import Loss, Means, Score, Step
@@ -101,7 +101,7 @@ class Running:
     names -> a learning rate of their own. `early`: the events until now, for the log. `devices`: the processes that
     share the run, of which the first writes."""
 
-    config: Config
+    config: RunConfig
     folder: Path
     parameters: Mapping[str, nn.Parameter]
     steps: Sequence[Step]
@@ -235,7 +235,7 @@ def due(every: int | str, ends: Sequence[int], steps: int, *, start: bool) -> se
 
 
 def resolved(
-    config: Config, sources: Mapping[str, Any] | None, settled: Iterable[tuple[str, Any, str]]
+    config: RunConfig, sources: Mapping[str, Any] | None, settled: Iterable[tuple[str, Any, str]]
 ) -> Resolved:  # fmt: skip
     """Every setting with its value in this run and where that came from.
 
@@ -243,7 +243,7 @@ def resolved(
     dump = config.model_dump(mode="json")
     settings: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for name, key in keys(type(config)):
+    for name, key in config_keys(type(config)):
         section, _, leaf = name.rpartition(".")
         value = dump[section][leaf] if section else dump[leaf]
         plain = list(key.default) if isinstance(key.default, tuple) else key.default

@@ -10,14 +10,13 @@ import pytest
 from tests.families import llama3
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.errors import ConfigError
-from veneer.train.config.load import config_from, load_config
+from veneer.train.config.load import config_from, load_config, parse_yaml
 from veneer.train.config.text import SECTIONS, layer_indices, reference
-from veneer.train.config.yaml_lines import parse
 from veneer.train.preflight import preflight
-from veneer.train.text.encode import encode
+from veneer.train.text.encode import encode_rows
 from veneer.train.text.rows import read_rows, split_rows
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MINIMAL = "base: smollm2-135m\ndata:\n  train: rows.jsonl\noutput: out\n"
 
 
@@ -245,7 +244,7 @@ def test_shipped_examples_pass_a_dry_run(file: Path, tmp_path: Path) -> None:
     train, held = split_rows(rows, config.data.split, seed=config.seed)
     model = llama3(vocab_size=VOCAB_SIZE, max_position_embeddings=4096)
     base = SimpleNamespace(model=model, tokenizer=tiny_tokenizer(), end_of_turn_id=2)
-    encoded, scored = (encode(part, base.tokenizer, config.data) for part in (train, held))
+    encoded, scored = (encode_rows(part, base.tokenizer, config.data) for part in (train, held))
     report = preflight(base, config, train, encoded, held_out_rows=held, held_out=scored, about=about)
     assert [f.text for f in report.findings if f.level == "stop"] == []
     assert {f.check for f in report.warnings} <= {"schedule", "size", "held out"}, report.text()
@@ -256,7 +255,7 @@ def test_the_example_of_every_key_holds_every_key_at_its_default() -> None:
     """examples/all-keys.yaml with its `#: ` marks taken away is the complete configuration."""
     lines = (ROOT / "examples" / "all-keys.yaml").read_text().splitlines()
     text = "\n".join(line.replace("#: ", "", 1) for line in lines)
-    values, _ = parse(text, "all-keys.yaml")
+    values, _ = parse_yaml(text, "all-keys.yaml")
     config, _ = config_from(values)
     for section, model in SECTIONS.items():
         for key, f in model.model_fields.items():

@@ -13,9 +13,9 @@ from torch import Tensor
 from tests.train.make_pictures import put, scene, settings
 from veneer.errors import DataError, ResourceError
 from veneer.files import atomic
-from veneer.train.config.pictures import PictureSettings
-from veneer.train.image.cache import Entry, LatentCache, TextCache
-from veneer.train.image.pictures import Picture, read_pictures
+from veneer.train.config.image import ImageDataSection
+from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
+from veneer.train.image.pictures import TrainingPicture, read_pictures
 from veneer.train.image.views import View, place, prepare
 
 
@@ -31,7 +31,7 @@ class Encoder:
         return torch.nn.functional.avg_pool2d(pixels, 8)
 
 
-def one(folder: Path, seed: int = 0, keys: PictureSettings | None = None) -> Picture:
+def one(folder: Path, seed: int = 0, keys: ImageDataSection | None = None) -> TrainingPicture:
     put(folder, "a.png", "x", scene(seed=seed))
     return read_pictures(keys or settings(folder))[0][0]
 
@@ -60,7 +60,7 @@ def test_latents_are_made_once_and_are_those_of_the_picture(tmp_path: Path) -> N
 def test_whatever_changes_the_pixels_changes_the_key(tmp_path: Path) -> None:
     picture, encode = one(tmp_path / "p"), Encoder()
 
-    def get(picture: Picture, view: View = VIEW, base: str = "b", **keys: Any) -> None:
+    def get(picture: TrainingPicture, view: View = VIEW, base: str = "b", **keys: Any) -> None:
         LatentCache(tmp_path / "cache", fingerprint=base).get(picture, view, settings(**keys), encode)
 
     get(picture)
@@ -135,10 +135,10 @@ def test_whatever_bit_is_wrong_the_latents_are_right(tmp_path: Path) -> None:
 def test_texts(tmp_path: Path) -> None:
     calls = []
 
-    def encode(prompt: str) -> Entry:
+    def encode(prompt: str) -> CacheEntry:
         calls.append(prompt)
         value = torch.full((1, 3, 2), float(len(prompt)), dtype=torch.bfloat16)
-        return Entry({"embeds": value, "mask": torch.ones(1, 3, dtype=torch.bool)}, {"cut": "ünd"})
+        return CacheEntry({"embeds": value, "mask": torch.ones(1, 3, dtype=torch.bool)}, {"cut": "ünd"})
 
     for _ in range(2):
         entry = TextCache(tmp_path, fingerprint="b").get("a fox", encode)

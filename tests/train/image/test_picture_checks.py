@@ -14,8 +14,8 @@ from veneer.train.findings import Finding
 from veneer.train.image.contact_sheet import contact_sheet, shaded
 from veneer.train.image.looks import look_of, near_pairs
 from veneer.train.image.picture_checks import check_held_out, check_pictures
-from veneer.train.image.pictures import Picture, read_pictures
-from veneer.train.image.views import PicturePlan, Seen, plan_rows
+from veneer.train.image.pictures import TrainingPicture, read_pictures
+from veneer.train.image.views import PicturePlan, ViewTensors, plan_rows
 
 
 def findings(folder: Path, size: int = 32, **keys: Any) -> dict[str, list[Finding]]:
@@ -159,7 +159,7 @@ def test_held_out_pictures_that_are_trained_on(tmp_path: Path) -> None:
     assert check_held_out(train, [again])[0].level == "stop"
 
 
-def plan(folder: Path, **keys: Any) -> tuple[list[Picture], PicturePlan]:
+def plan(folder: Path, **keys: Any) -> tuple[list[TrainingPicture], PicturePlan]:
     own = settings(folder, **keys)
     pictures, _ = read_pictures(own)
     return pictures, plan_rows(pictures, own, size=64, unit=16)
@@ -182,7 +182,7 @@ def test_the_sheet_shows_the_crops(tmp_path: Path) -> None:
 def test_what_a_mask_leaves_out_is_red() -> None:
     mask = torch.ones(1, 32, 32)
     mask[:, :, 16:] = 0
-    pixels = np.asarray(shaded(Seen(torch.zeros(3, 32, 32), mask, torch.zeros(6)))).astype(int)
+    pixels = np.asarray(shaded(ViewTensors(torch.zeros(3, 32, 32), mask, torch.zeros(6)))).astype(int)
     assert np.abs(pixels[:, :16] - 127.5).max() <= 1
     red, green = pixels[:, 16:, 0], pixels[:, 16:, 1]
     assert (red - green).min() > 30

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from tests.train.make_pictures import ADOBE_RGB, SRGB, corners, grey_profile, profile, scene, settings, srgb_of, to_xyz
-from veneer.train.image.picture_files import Opened, UnreadablePicture, mask_of, open_picture
+from veneer.train.image.picture_files import DecodedPicture, UnreadablePicture, decode_picture, mask_of
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -25,13 +25,15 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def opened(image: Image.Image, format: str = "PNG", keys: dict[str, Any] | None = None, **options: Any) -> Opened:
-    return open_picture(encoded(image, format, **options), settings(**(keys or {})))
+def opened(
+    image: Image.Image, format: str = "PNG", keys: dict[str, Any] | None = None, **options: Any
+) -> DecodedPicture:
+    return decode_picture(encoded(image, format, **options), settings(**(keys or {})))
 
 
 def refused(data: bytes, **keys: Any) -> str:
     with pytest.raises(UnreadablePicture) as caught:
-        open_picture(data, settings(**keys))
+        decode_picture(data, settings(**keys))
     return str(caught.value)
 
 
@@ -124,7 +126,7 @@ def test_sixteen_bits_keep_their_brightness() -> None:
     assert found.notes == ("16 bits to 8",)
     colour = np.stack([values, values[::-1], values[:, ::-1]], -1)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
-    found = open_picture(png(48, 32, 16, 2, rows), settings())
+    found = decode_picture(png(48, 32, 16, 2, rows), settings())
     assert np.abs(array(found.colour) - colour / 257).max() <= 1
 
 
@@ -164,7 +166,7 @@ def test_animations_are_refused_or_their_first_frame_is_used(format: str) -> Non
     frames = [Image.new("RGB", (16, 16), c) for c in (RED, GREEN, BLUE)]
     data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
     assert "3 frames" in refused(data)
-    found = open_picture(data, settings(animated="first"))
+    found = decode_picture(data, settings(animated="first"))
     assert np.abs(array(found.colour) - RED).max() < 12
     assert found.notes == ("first frame of several",)
 
@@ -172,7 +174,7 @@ def test_animations_are_refused_or_their_first_frame_is_used(format: str) -> Non
 def test_a_phone_s_preview_is_no_animation() -> None:
     data = encoded(scene(), "MPO", save_all=True, append_images=[scene(seed=1)])
     assert Image.open(io.BytesIO(data)).n_frames == 2  # type: ignore[attr-defined]
-    assert open_picture(data, settings()).notes == ()
+    assert decode_picture(data, settings()).notes == ()
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
@@ -181,7 +183,7 @@ def test_a_bomb_is_refused_by_its_header() -> None:
     assert "most_megapixels" in refused(png(2**31 - 1, 2**31 - 1, 8, 0, b""))
     data = png(100, 100, 8, 0, (b"\0" + bytes(100)) * 100)
     assert "most_megapixels = 0.009" in refused(data, most_megapixels=0.009)
-    assert open_picture(data, settings(most_megapixels=0.01)).size == (100, 100)
+    assert decode_picture(data, settings(most_megapixels=0.01)).size == (100, 100)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +226,6 @@ def test_damage_is_a_refusal_or_a_picture_and_never_another_error(data: bytes, d
     for at in draw.draw(st.lists(st.integers(0, len(data) - 1), max_size=6)):
         damaged[at] = draw.draw(st.integers(0, 255))
     damaged = damaged[: draw.draw(st.integers(1, len(data)) | st.just(len(data)))]
-    for read in (open_picture, mask_of):
+    for read in (decode_picture, mask_of):
         with contextlib.suppress(UnreadablePicture):
             read(bytes(damaged), settings(most_megapixels=1, animated="first"))

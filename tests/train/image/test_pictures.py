@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from tests.train.make_pictures import put, scene, settings
 from veneer.errors import DataError
-from veneer.train.config.pictures import PictureSettings
-from veneer.train.image.pictures import AboutPictures, Picture, pictures_digest, read_pictures, with_trigger
+from veneer.train.config.image import ImageDataSection
+from veneer.train.image.pictures import AboutPictures, TrainingPicture, pictures_digest, read_pictures, with_trigger
 from veneer.train.text.rows import split_rows
 
 
-def read(folder: Path | tuple[str, ...], **keys: Any) -> tuple[list[Picture], AboutPictures]:
+def read(folder: Path | tuple[str, ...], **keys: Any) -> tuple[list[TrainingPicture], AboutPictures]:
     return read_pictures(settings(folder, **keys))
 
 
@@ -25,7 +25,7 @@ def wrong(folder: Path, **keys: Any) -> str:
     return str(caught.value)
 
 
-def captions(pictures: list[Picture]) -> dict[str, str]:
+def captions(pictures: list[TrainingPicture]) -> dict[str, str]:
     return {p.name: p.caption for p in pictures}
 
 
@@ -269,9 +269,9 @@ def test_several_folders_and_a_validation_folder(tmp_path: Path) -> None:
 )
 def test_settings_are_strict(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        PictureSettings.model_validate({"pictures": "a", **keys})
+        ImageDataSection.model_validate({"pictures": "a", **keys})
 
 
 def test_every_setting_says_what_it_means() -> None:
-    for name, key in PictureSettings.model_fields.items():
+    for name, key in ImageDataSection.model_fields.items():
         assert key.description, name

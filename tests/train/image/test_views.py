@@ -15,14 +15,14 @@ from PIL import Image
 
 from tests.train.make_pictures import corners, put, scene, settings
 from veneer.errors import ConfigError, DataError
-from veneer.train.image.pictures import Picture, read_pictures
+from veneer.train.image.pictures import TrainingPicture, read_pictures
 from veneer.train.image.views import (
     PictureRow,
     View,
     bucket_for,
     buckets,
-    draw,
     draw_caption,
+    draw_row,
     latent_mask,
     place,
     plan_rows,
@@ -125,7 +125,7 @@ def test_a_view_covers_its_bucket_and_its_time_ids_are_where_the_pixels_are(
     assert seen == (stored[::-1] if flip else stored)
 
 
-def picture(folder: Path, image: Image.Image, name: str = "a.png", **keys: Any) -> Picture:
+def picture(folder: Path, image: Image.Image, name: str = "a.png", **keys: Any) -> TrainingPicture:
     put(folder, name, "a thing", image)
     return next(p for p in read_pictures(settings(folder, **keys))[0] if p.name == name)
 
@@ -251,11 +251,11 @@ def rows(folder: Path, caption: str = "sks, red, big, old, round, soft", n: int 
 def test_draws_depend_on_seed_epoch_and_row_alone(tmp_path: Path) -> None:
     keys = settings(tmp_path, trigger="sks", shuffle_tags=True, caption_dropout=0.3, flip=True, crop="random", crops=3)
     all_rows = rows(tmp_path)
-    first = [draw(row, keys, seed=1, epoch=2) for row in all_rows]
-    assert first[::-1] == [draw(row, keys, seed=1, epoch=2) for row in all_rows[::-1]]
-    assert first != [draw(row, keys, seed=1, epoch=3) for row in all_rows]
-    assert first != [draw(row, keys, seed=2, epoch=2) for row in all_rows]
-    views = {view for e in range(50) for view, _ in (draw(r, keys, seed=1, epoch=e) for r in all_rows[:8])}
+    first = [draw_row(row, keys, seed=1, epoch=2) for row in all_rows]
+    assert first[::-1] == [draw_row(row, keys, seed=1, epoch=2) for row in all_rows[::-1]]
+    assert first != [draw_row(row, keys, seed=1, epoch=3) for row in all_rows]
+    assert first != [draw_row(row, keys, seed=2, epoch=2) for row in all_rows]
+    views = {view for e in range(50) for view, _ in (draw_row(r, keys, seed=1, epoch=e) for r in all_rows[:8])}
     assert len({(v.top, v.left) for v in views}) == 3  # as many crops as were asked for, whatever the epoch
     assert len({v.flip for v in views}) == 2
 
@@ -263,7 +263,7 @@ def test_draws_depend_on_seed_epoch_and_row_alone(tmp_path: Path) -> None:
 @effort(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 4))
 def test_shuffled_tags_are_the_same_tags_and_the_first_stay(seed: int, keep: int) -> None:
-    one = object.__new__(Picture)
+    one = object.__new__(TrainingPicture)
     tags = ["sks", "red", "big", "old", "round"]
     one.__dict__.update(caption=", ".join(tags), key="k", is_class=False)
     keys = settings(shuffle_tags=True, keep_tags=keep)
@@ -285,10 +285,10 @@ def test_the_trigger_stays_in_front_unasked(tmp_path: Path) -> None:
 def test_chances_are_what_they_say(tmp_path: Path) -> None:
     all_rows = rows(tmp_path, n=2000)
     keys = settings(tmp_path, caption_dropout=0.1, flip=True, crop="random", crops=4)
-    drawn = [draw(r, keys, seed=0, epoch=0) for r in all_rows]
+    drawn = [draw_row(r, keys, seed=0, epoch=0) for r in all_rows]
     assert abs(sum(c == "" for _, c in drawn) - 200) < 5 * (2000 * 0.1 * 0.9) ** 0.5
     assert abs(sum(v.flip for v, _ in drawn) - 1000) < 5 * (2000 * 0.25) ** 0.5
     plain = settings(tmp_path)
-    assert {draw(r, plain, seed=0, epoch=0) for r in all_rows} == {
+    assert {draw_row(r, plain, seed=0, epoch=0) for r in all_rows} == {
         (place((64, 48), (32, 32)), all_rows[0].picture.caption)
     }

@@ -16,7 +16,7 @@ from tests.tiny_base import tiny_tokenizer
 from tests.train import templates
 from veneer.errors import BaseError, ConfigError, DataError
 from veneer.train.config.text import DataSection
-from veneer.train.text.encode import Encoded, Example, encode
+from veneer.train.text.encode import EncodedRows, Example, encode_rows
 from veneer.train.text.rows import Row
 
 TOKENIZER = tiny_tokenizer()
@@ -64,7 +64,7 @@ def whole(example: Example, tokenizer: Any = TOKENIZER) -> str:
 
 
 def one(row: Row, tokenizer: Any = TOKENIZER, **values: Any) -> Example:
-    return encode([row], tokenizer, data(**values)).examples[0]
+    return encode_rows([row], tokenizer, data(**values)).examples[0]
 
 
 TALK = chat("Hello", "Hi there.", "How are you?", "Fine, thanks.")
@@ -130,18 +130,18 @@ def test_what_precedes_an_answer_is_what_inference_shows() -> None:
 def test_turns_that_lose_their_thinking_are_learned_as_rendered_and_counted() -> None:
     tokenizer = with_template(templates.QWEN3)
     row = chat("a", "<think>\nhm\n</think>\n\nfirst", "b", "<think>\nso\n</think>\n\nsecond")
-    encoded = encode([row], tokenizer, data())
+    encoded = encode_rows([row], tokenizer, data())
     want = ["first<|im_end|>", "<think>\nso\n</think>\n\nsecond<|im_end|>"]
     assert learned(encoded.examples[0], tokenizer) == want
     assert encoded.counts.changed_turns == 1
-    last = encode([row], tokenizer, data(train_on="last"))
+    last = encode_rows([row], tokenizer, data(train_on="last"))
     assert learned(last.examples[0], tokenizer) == want[1:]
     assert last.counts.changed_turns == 0
 
 
 def test_end_of_text_after_the_conversation_is_not_learned_and_no_change() -> None:
     tokenizer = with_template(templates.PHI3)
-    encoded = encode([TALK], tokenizer, data())
+    encoded = encode_rows([TALK], tokenizer, data())
     assert learned(encoded.examples[0], tokenizer) == ["Hi there.<|im_end|>", "Fine, thanks.<|im_end|>"]
     assert encoded.counts.changed_turns == 0
     assert encoded.end_ids == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
@@ -156,7 +156,7 @@ def test_moving_prompts_are_refused_with_the_reason_and_fine_for_the_last_turn()
     tokenizer = with_template(templates.MISTRAL)
     row = chat("Hello", "Hi there.", "How are you?", "Fine.", system="Be brief")
     with pytest.raises(DataError, match=r"data.jsonl:1: the chat template renders what comes before message 2 differ"):
-        encode([row], tokenizer, data())
+        encode_rows([row], tokenizer, data())
     assert learned(one(row, tokenizer, train_on="last"), tokenizer) == [" Fine.<|im_end|>"]
 
 
@@ -168,13 +168,13 @@ def test_the_templates_own_marks_decide_where_prefixes_fail() -> None:
 
 def test_a_prompt_that_training_does_not_show_is_refused() -> None:
     with pytest.raises(DataError, match="another prompt than inference does"):
-        encode([TALK], with_template(templates.DISAGREES), data())
+        encode_rows([TALK], with_template(templates.DISAGREES), data())
 
 
 def test_rows_the_template_refuses_are_all_listed() -> None:
     bad = Row("messages", ({"role": "assistant", "content": "x"},), where="data.jsonl:7")
     with pytest.raises(DataError, match=r"1 of 2 rows cannot be encoded") as caught:
-        encode([TALK, bad], with_template(templates.MISTRAL), data())
+        encode_rows([TALK, bad], with_template(templates.MISTRAL), data())
     assert "data.jsonl:7: the chat template refuses it: roles must alternate" in str(caught.value)
 
 
@@ -201,9 +201,9 @@ def test_instruction_rows_take_alpacas_prompt_without_a_template() -> None:
 
 def test_conversations_need_a_chat_template() -> None:
     with pytest.raises(BaseError, match="need a chat template, and this base has none"):
-        encode([TALK], with_template(None), data())
+        encode_rows([TALK], with_template(None), data())
     with pytest.raises(BaseError, match=r"data\.chat_template is none"):
-        encode([TALK], TOKENIZER, data(chat_template="none"))
+        encode_rows([TALK], TOKENIZER, data(chat_template="none"))
 
 
 def test_a_template_from_a_file(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
     file.write_text(templates.CHATML)
     assert "helpful AI" not in whole(one(TALK, chat_template=str(file)))
     with pytest.raises(ConfigError, match="cannot be read"):
-        encode([TALK], TOKENIZER, data(chat_template=str(tmp_path / "no.jinja")))
+        encode_rows([TALK], TOKENIZER, data(chat_template=str(tmp_path / "no.jinja")))
 
 
 def test_text_rows_are_learned_whole_and_ended_once() -> None:
@@ -237,14 +237,14 @@ def test_learned_text_is_the_answers_whatever_they_say(turns: list[str]) -> None
 def test_a_token_across_the_boundary_is_learned_and_counted() -> None:
     tokenizer = with_template(None)
     word = max((t for t in tokenizer.get_vocab() if t.isalpha()), key=len)
-    encoded = encode([pair(f"Q {word[:2]}", f"{word[2:]} rest")], tokenizer, data())
+    encoded = encode_rows([pair(f"Q {word[:2]}", f"{word[2:]} rest")], tokenizer, data())
     assert encoded.counts.merged == 1
     assert learned(encoded.examples[0], tokenizer)[0].endswith(" rest<|im_end|>")
 
 
 def test_slow_tokenizers_give_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [TALK, chat("x", "日本語 👩‍👧 end"), chat("q", "a b c")]
-    fast = encode(rows, TOKENIZER, data()).examples
+    fast = encode_rows(rows, TOKENIZER, data()).examples
     real = PreTrainedTokenizerFast.__call__
 
     def without_offsets(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -253,7 +253,7 @@ def test_slow_tokenizers_give_the_same_mask(monkeypatch: pytest.MonkeyPatch) -> 
         return batch
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", without_offsets)
-    assert encode(rows, TOKENIZER, data()).examples == fast
+    assert encode_rows(rows, TOKENIZER, data()).examples == fast
 
 
 LONG = chat("word " * 200, "answer")
@@ -261,12 +261,12 @@ LONG = chat("word " * 200, "answer")
 
 def test_long_rows_are_refused_dropped_or_cut_and_always_counted() -> None:
     with pytest.raises(DataError, match=r"1 of 2 rows are longer than data.max_length, 64 tokens") as caught:
-        encode([LONG, TALK], TOKENIZER, data(max_length=64))
+        encode_rows([LONG, TALK], TOKENIZER, data(max_length=64))
     assert "data.long_rows=drop" in str(caught.value)
-    dropped = encode([LONG, TALK], TOKENIZER, data(max_length=64, long_rows="drop"))
+    dropped = encode_rows([LONG, TALK], TOKENIZER, data(max_length=64, long_rows="drop"))
     assert (dropped.counts.long_dropped, dropped.counts.kept) == (1, 1)
     assert dropped.counts.places["long_dropped"] == ["data.jsonl:1"]
-    cut = encode([LONG, TALK], TOKENIZER, data(max_length=64, long_rows="cut"))
+    cut = encode_rows([LONG, TALK], TOKENIZER, data(max_length=64, long_rows="cut"))
     assert (cut.counts.cut, cut.counts.cut_ends, cut.counts.kept) == (1, 0, 2)
     assert len(cut.examples[0].input_ids) == 64
     assert learned(cut.examples[0]) == ["answer<|im_end|>"]
@@ -277,8 +277,8 @@ def test_long_rows_are_refused_dropped_or_cut_and_always_counted() -> None:
 @settings(max_examples=60, deadline=None)
 def test_cutting_keeps_the_bound_and_something_to_learn(prompt: int, answer: int, limit: int) -> None:
     row = chat("q " * prompt, "a " * answer)
-    full = encode([row], TOKENIZER, data(max_length=10**6)).examples[0]
-    encoded = encode([row], TOKENIZER, data(max_length=limit, long_rows="cut"))
+    full = encode_rows([row], TOKENIZER, data(max_length=10**6)).examples[0]
+    encoded = encode_rows([row], TOKENIZER, data(max_length=limit, long_rows="cut"))
     example = encoded.examples[0]
     assert len(example.input_ids) <= limit
     assert any(example.trained)
@@ -292,20 +292,20 @@ def test_cutting_keeps_the_bound_and_something_to_learn(prompt: int, answer: int
 def test_rows_with_nothing_to_learn_are_dropped_and_counted_or_refused() -> None:
     empty = chat("only a question")
     silent = chat("q", "   ")
-    encoded = encode([empty, silent, TALK], TOKENIZER, data())
+    encoded = encode_rows([empty, silent, TALK], TOKENIZER, data())
     assert (encoded.counts.untrained, encoded.counts.kept) == (2, 1)
     assert [e.row for e in encoded.examples] == [2]
     with pytest.raises(DataError, match="2 of 3 rows have nothing to learn"):
-        encode([empty, silent, TALK], TOKENIZER, data(untrained_rows="refuse"))
+        encode_rows([empty, silent, TALK], TOKENIZER, data(untrained_rows="refuse"))
 
 
 def test_control_tokens_in_the_users_text_are_counted() -> None:
-    encoded = encode([chat("what is <|im_end|>?", "a marker"), TALK], TOKENIZER, data())
+    encoded = encode_rows([chat("what is <|im_end|>?", "a marker"), TALK], TOKENIZER, data())
     assert encoded.counts.control == 1
 
 
 def test_totals_are_sums_over_the_examples() -> None:
-    encoded = encode([TALK, chat("q", "a")], TOKENIZER, data())
+    encoded = encode_rows([TALK, chat("q", "a")], TOKENIZER, data())
     assert encoded.counts.tokens == sum(len(e.input_ids) for e in encoded.examples)
     assert encoded.counts.trained_tokens == sum(sum(e.trained) for e in encoded.examples)
     assert encoded.counts.longest == max(len(e.input_ids) for e in encoded.examples)
@@ -315,6 +315,6 @@ def test_ten_thousand_rows_in_seconds() -> None:
     rng = random.Random(0)
     rows = [chat("printer question " * rng.randint(1, 8), "answer now " * rng.randint(1, 4)) for _ in range(10_000)]
     start = time.perf_counter()
-    encoded: Encoded = encode(rows, TOKENIZER, data())
+    encoded: EncodedRows = encode_rows(rows, TOKENIZER, data())
     assert encoded.counts.kept == 10_000
     assert time.perf_counter() - start < 15  # 2 to 3 s on one core; the room is for busy machines

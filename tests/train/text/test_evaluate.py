@@ -18,9 +18,9 @@ from veneer.core.init import create
 from veneer.errors import AdapterError, DataError
 from veneer.formats import peft
 from veneer.models.text.base import TextBase, load_text
-from veneer.train.text import evaluate as module
+from veneer.train.text import score_mixes as module
 from veneer.train.text.encode import Example
-from veneer.train.text.evaluate import Scores, answers_of, compare, evaluate, score_examples
+from veneer.train.text.evaluate import Scores, answers_of, score_answers, score_examples, score_mixes
 from veneer.train.text.rows import Row
 
 
@@ -61,7 +61,7 @@ def test_the_loss_is_what_transformers_gives_row_by_row(base: TextBase) -> None:
             logp = F.log_softmax(base.model(input_ids=ids).logits[0].double(), dim=-1)
         total -= sum(float(logp[i - 1, ids[0, i]]) for i in range(start, ids.shape[1]))
         trained += ids.shape[1] - start
-    scores = evaluate(base, ROWS, {"base": []}, max_new_tokens=2)["base"]
+    scores = score_mixes(base, ROWS, {"base": []}, max_new_tokens=2)["base"]
     assert scores.trained_tokens == trained
     assert scores.loss == pytest.approx(total / trained, rel=1e-5)
     assert scores.perplexity == pytest.approx(math.exp(total / trained), rel=1e-4)
@@ -96,38 +96,38 @@ def test_scoring_is_without_dropout_or_gradient_and_leaves_the_mode(base: TextBa
 
 def test_each_mix_is_scored_as_itself_and_the_base_comes_back(base: TextBase, adapter: Path) -> None:
     mixes = {"base": [], "full": [str(adapter)], "none": [f"{adapter}:0"], "half": [(str(adapter), 0.5)]}
-    scores = evaluate(base, ROWS, mixes, max_new_tokens=4)
+    scores = score_mixes(base, ROWS, mixes, max_new_tokens=4)
     assert list(scores) == list(mixes)
     assert scores["none"].loss == scores["base"].loss
     assert len({scores["base"].loss, scores["full"].loss, scores["half"].loss}) == 3
     with attach(base.model) as attachment:  # nothing is attached any more
         attachment.add("a", peft.read(adapter, base.model))
         attachment.use("a")
-        example = evaluate(base, ROWS, {"again": [("a", 1.0)]}, generate=False, attachment=attachment)["again"]
+        example = score_mixes(base, ROWS, {"again": [("a", 1.0)]}, generate=False, attachment=attachment)["again"]
         assert example.loss == pytest.approx(scores["full"].loss)
         assert attachment.selection.mix[0][0] is attachment.adapters["a"]
 
 
 def test_without_generation_there_are_no_answers(base: TextBase) -> None:
-    scores = evaluate(base, ROWS, {"base": []}, generate=False)["base"]
+    scores = score_mixes(base, ROWS, {"base": []}, generate=False)["base"]
     assert scores.loss is not None
     assert (scores.exact_match, scores.answers, scores.valid_json) == (None, [], None)
 
 
 def test_plain_text_rows_have_loss_only(base: TextBase) -> None:
-    scores = evaluate(base, [Row("text", text="The printer does not answer.", where="t:1")], {"base": []})["base"]
+    scores = score_mixes(base, [Row("text", text="The printer does not answer.", where="t:1")], {"base": []})["base"]
     assert scores.loss is not None
     assert scores.exact_match is None
 
 
 def test_no_rows_is_an_error(base: TextBase) -> None:
     with pytest.raises(DataError, match="no rows"):
-        evaluate(base, [], {"base": []})
+        score_mixes(base, [], {"base": []})
 
 
 def test_an_adapter_that_is_not_there_is_named(base: TextBase, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="nowhere"):
-        evaluate(base, ROWS, {"x": [str(tmp_path / "nowhere")]})
+        score_mixes(base, ROWS, {"x": [str(tmp_path / "nowhere")]})
 
 
 def test_equal_prompts_are_answered_once_and_in_order(base: TextBase, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_equal_prompts_are_answered_once_and_in_order(base: TextBase, monkeypatc
 )  # fmt: skip
 def test_answers_are_compared_as_text_and_json_as_values(answer: str, want: str, exact: int, valid: int) -> None:
     scores = Scores(1, answers=[answer])
-    compare(scores, [want])
+    score_answers(scores, [want])
     assert (scores.exact_match, scores.valid_json) == (exact, valid)
 
 
@@ -168,7 +168,7 @@ def test_fields_are_counted_where_they_are_wanted() -> None:
     wanted = [{"team": "it", "n": 1}, {"team": "hr"}, {"team": "it", "n": 2}]
     answers = ['{"n": 1, "team": "it"}', '{"team": "it"}', "nonsense"]
     scores = Scores(3, answers=answers)
-    compare(scores, [json.dumps(w) for w in wanted])
+    score_answers(scores, [json.dumps(w) for w in wanted])
     assert scores.json_fields == {"team": pytest.approx(1 / 3), "n": pytest.approx(1 / 2)}
 
 
@@ -177,7 +177,7 @@ def test_rouge_and_bleu_are_the_libraries_own() -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
     answers, wanted = ["the cat sat on the mat today", "no"], ["the cat sat on a mat today", "no"]
     scores = Scores(2, answers=answers)
-    compare(scores, wanted)
+    score_answers(scores, wanted)
     # rougeL by hand: 6 of 7 words in order, both ways, is F1 6/7; the second answer is equal.
     assert scores.rouge_l == pytest.approx((6 / 7 + 1) / 2)
     assert scores.bleu == pytest.approx(sacrebleu.corpus_bleu(answers, [wanted]).score)
@@ -189,7 +189,7 @@ def test_without_the_extra_they_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     scores = Scores(1, answers=["a"])
-    compare(scores, ["a"])
+    score_answers(scores, ["a"])
     assert (scores.rouge_l, scores.bleu) == (None, None)
 
 
@@ -199,11 +199,12 @@ def test_pairs_are_scored_by_what_the_base_and_the_adapter_prefer(base: TextBase
     for chosen, rejected in texts:
         a, b = row("Where is it?", chosen), row("Where is it?", rejected)
         pairs.append(Row("messages", a.messages, rejected=b.messages, where="test:1"))
-    scores = evaluate(base, pairs, {"base": [], "mine": [str(adapter)]}, max_new_tokens=2)
+    scores = score_mixes(base, pairs, {"base": [], "mine": [str(adapter)]}, max_new_tokens=2)
     margins = {}
     for mix in ([], [str(adapter)]):
         sides = [
-            [evaluate(base, [row("Where is it?", t)], {"x": mix}, generate=False)["x"] for t in pair] for pair in texts
+            [score_mixes(base, [row("Where is it?", t)], {"x": mix}, generate=False)["x"] for t in pair]
+            for pair in texts
         ]
         logps = [[-(s.loss or 0) * s.trained_tokens for s in side] for side in sides]
         margins["mine" if mix else "base"] = [w - l for w, l in logps]
@@ -213,6 +214,6 @@ def test_pairs_are_scored_by_what_the_base_and_the_adapter_prefer(base: TextBase
     assert scores["mine"].reward_margin == pytest.approx(sum(gained) / 3, rel=1e-3, abs=1e-3)
     assert scores["mine"].reward_accuracy == pytest.approx(sum(g > 0 for g in gained) / 3)
     assert scores["base"].reward_accuracy is None
-    alone = evaluate(base, [row("Where is it?", chosen) for chosen, _ in texts], {"base": []}, generate=False)
+    alone = score_mixes(base, [row("Where is it?", chosen) for chosen, _ in texts], {"base": []}, generate=False)
     assert scores["base"].loss == pytest.approx(alone["base"].loss, rel=1e-5)
     assert len(scores["mine"].answers) == 3

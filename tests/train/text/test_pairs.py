@@ -9,7 +9,7 @@ import torch
 from tests.tiny_base import tiny_tokenizer
 from tests.train.text.test_encode import learned
 from veneer.train.config.text import DataSection
-from veneer.train.text.encode import encode
+from veneer.train.text.encode import encode_rows
 from veneer.train.text.pairs import Item, answer_rows, collate_items, items_of, mismatched
 from veneer.train.text.rows import Row
 
@@ -28,7 +28,7 @@ def row(chosen: str, rejected: str, *before: dict[str, Any], where: str = "d:1")
 
 def items(rows: list[Row], *, paired: bool = True, **data: Any) -> tuple[list[Item], Any]:
     texts, owners = answer_rows(rows)
-    encoded = encode(texts, TOKENIZER, DataSection(train="-", **data))
+    encoded = encode_rows(texts, TOKENIZER, DataSection(train="-", **data))
     return items_of(encoded, rows, owners, paired=paired)
 
 
@@ -101,7 +101,7 @@ def test_prompts_that_are_not_the_same_tokens_are_counted() -> None:
     merged = next(a + b for a in "eirt" for b in "nrhe" if len(tokenizer(a + b)["input_ids"]) == 1)
     ends = [(said("user", "x" + merged[0]), said("assistant", text)) for text in (merged[1], "!")]
     texts, owners = answer_rows(rows := [Row("prompt-completion", ends[0], rejected=ends[1], where="d:1")])
-    _, encoded = items_of(encode(texts, tokenizer, DataSection(train="-")), rows, owners, paired=True)
+    _, encoded = items_of(encode_rows(texts, tokenizer, DataSection(train="-")), rows, owners, paired=True)
     assert encoded.counts.other_prompts == 1
     assert encoded.counts.places["other_prompts"] == ["d:1"]
 

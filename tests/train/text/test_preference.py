@@ -37,7 +37,7 @@ from veneer.train.text.pairs import mismatched
 from veneer.train.text.rows import read_rows
 from veneer.train.text.task import RunResult, _preference, train_text
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TENSORS = "adapter_model.safetensors"
 LOSSES = ["dpo", "ipo", "orpo", "kto", "simpo"]
 EACH = pytest.mark.parametrize("loss", LOSSES)

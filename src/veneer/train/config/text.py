@@ -1,6 +1,6 @@
 """What a training configuration holds: every section and key, its default, its meaning, and the reason for the default.
 
-`TrainConfig` is the one for text; image_schema has the one for pictures, of the same sections where both want the same.
+`TrainConfig` is the one for text; config.image has the one for pictures, of the same sections where both want the same.
 `docs/reference/config.md` is made from this file (`reference`). Does not know files, overrides, models or torch.
 """
 
@@ -31,8 +31,8 @@ __all__ = [
     "ScheduleSection",
     "Section",
     "TrainConfig",
+    "config_keys",
     "file_name",
-    "keys",
     "layer_indices",
     "reference",
     "sections",
@@ -412,7 +412,7 @@ def sections(config: type[Section] = TrainConfig) -> dict[str, type[Section]]:
 SECTIONS = sections()
 
 
-def keys(config: type[Section] = TrainConfig) -> Iterator[tuple[str, pydantic.fields.FieldInfo]]:
+def config_keys(config: type[Section] = TrainConfig) -> Iterator[tuple[str, pydantic.fields.FieldInfo]]:
     """Every `section.key`, in the order of the reference page, then the keys that are in no section."""
     own = sections(config)
     for name, model in own.items():
@@ -458,7 +458,7 @@ def reference(
             meaning = f"{f.description}{reason}".replace("|", "\\|")
             out.append(f"| `{key}` | {_kind(f.annotation)} | {_default(f)} | {meaning} |")
         out.append("")
-    for name, f in keys(config):
+    for name, f in config_keys(config):
         if "." not in name:
             value = "nothing" if f.default is None else f.default
             out += [f"## {name}", "", f"`{name}: {value}` ({_kind(f.annotation)}): {f.description}.", ""]

@@ -19,10 +19,9 @@ from itertools import count, islice
 import torch
 from torch import Tensor
 
-from veneer.train.config.image import ImageTrainConfig
-from veneer.train.config.pictures import PictureSettings
-from veneer.train.image.pictures import Picture
-from veneer.train.image.views import PictureRow, View, draw, place
+from veneer.train.config.image import ImageDataSection, ImageTrainConfig
+from veneer.train.image.pictures import TrainingPicture
+from veneer.train.image.views import PictureRow, View, draw_row, place
 from veneer.train.loop import Micro, Step
 
 __all__ = ["ImageBatch", "PlannedRow", "hold_out", "plan_image_steps", "validation_rows"]
@@ -32,7 +31,7 @@ __all__ = ["ImageBatch", "PlannedRow", "hold_out", "plan_image_steps", "validati
 class PlannedRow:
     """A picture in a step: what is seen of it, what is said of it, what its loss counts, and what its draws are of."""
 
-    picture: Picture
+    picture: TrainingPicture
     view: View
     caption: str
     weight: float
@@ -67,7 +66,9 @@ class ImageBatch:
         )
 
 
-def hold_out(pictures: Sequence[Picture], split: int | float | None, seed: int) -> tuple[list[Picture], list[Picture]]:
+def hold_out(
+    pictures: Sequence[TrainingPicture], split: int | float | None, seed: int
+) -> tuple[list[TrainingPicture], list[TrainingPicture]]:
     """(learned, held out): chosen by a hash of seed and content, so that neither names nor order decide.
 
     None: a tenth from 20 pictures on, at most 50; none below. Class pictures are never held out."""
@@ -120,7 +121,7 @@ def _drawn(
     factor = len(rows) / instances
     out = []
     for slot, row in enumerate(rows):
-        view, caption = draw(row, config.data, seed=config.seed, epoch=epoch)
+        view, caption = draw_row(row, config.data, seed=config.seed, epoch=epoch)
         key = (config.seed, step, slot)
         out.append(PlannedRow(row.picture, view, caption, row.picture.weight * factor, key))
     return out
@@ -160,7 +161,7 @@ def _maker(
     return lambda: make(rows)
 
 
-def validation_rows(rows: Sequence[PictureRow], settings: PictureSettings, most: int | None) -> list[PlannedRow]:
+def validation_rows(rows: Sequence[PictureRow], settings: ImageDataSection, most: int | None) -> list[PlannedRow]:
     """Each held-out picture once at each bucket, its middle, unmirrored, with its own caption; nothing of them is drawn
     at random, and their keys do not depend on the run, so that curves of different runs can be compared."""
     once = {(row.picture.key, row.bucket): row for row in rows if row.repeat == 0}

@@ -3,7 +3,7 @@
     latents = LatentCache(folder, fingerprint=base.fingerprint)
     entry = latents.get(picture, view, settings, encode)      encode: (1, 3, h, w) pixels -> (1, c, h/f, w/f) latents
     texts = TextCache(folder, fingerprint=base.fingerprint)
-    entry = texts.get("a red fox", encode)                    encode: prompt -> Entry
+    entry = texts.get("a red fox", encode)                    encode: prompt -> CacheEntry
 
 A file's key is sha256 of the picture's and mask's bytes, the view, the settings that change pixels, the encoder's
 fingerprint and the version below: a changed picture, crop or base has another key, so nothing is ever stale and nothing
@@ -28,11 +28,11 @@ from torch import Tensor
 from veneer.errors import AdapterError, DataError, ResourceError
 from veneer.files.atomic import atomic_write
 from veneer.files.tensors import encode_tensors, read_tensors
-from veneer.train.config.pictures import PictureSettings
-from veneer.train.image.pictures import Picture
-from veneer.train.image.views import Seen, View, latent_mask, prepare
+from veneer.train.config.image import ImageDataSection
+from veneer.train.image.pictures import TrainingPicture
+from veneer.train.image.views import View, ViewTensors, latent_mask, prepare
 
-__all__ = ["Entry", "LatentCache", "LatentRow", "TextCache"]
+__all__ = ["CacheEntry", "LatentCache", "LatentRow", "TextCache"]
 
 VERSION = 1  # of what is stored and how pixels are made; a change makes every older entry unknown
 _CHECKSUM = "veneer.sha256"
@@ -40,7 +40,7 @@ _TEXTS = "veneer.texts"
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """Named tensors, and named texts beside them (as what an encoder cut off)."""
 
     tensors: Mapping[str, Tensor]
@@ -66,7 +66,7 @@ class _Store:
         self.fingerprint = fingerprint
         self.found = self.made = self.damaged = 0
         self._room = memory
-        self._held: dict[str, Entry] = {}
+        self._held: dict[str, CacheEntry] = {}
 
     def _key(self, *parts: Any) -> str:
         return hashlib.sha256(json.dumps([VERSION, self.fingerprint, *parts]).encode()).hexdigest()
@@ -74,14 +74,16 @@ class _Store:
     def _path(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / key[:2] / f"{key}.safetensors"
 
-    def _get(self, key: str, make: Callable[[], Entry]) -> Entry:
+    def _get(self, key: str, make: Callable[[], CacheEntry]) -> CacheEntry:
         if key in self._held:
             return self._held[key]
         path = self._path(key)
         entry = self._read(path, key) if path is not None and path.exists() else None
         if entry is None:
             entry = make()
-            entry = Entry({n: t.detach().to("cpu").contiguous() for n, t in entry.tensors.items()}, dict(entry.texts))
+            entry = CacheEntry(
+                {n: t.detach().to("cpu").contiguous() for n, t in entry.tensors.items()}, dict(entry.texts)
+            )
             _refuse_not_finite(entry)
             if path is not None:
                 _write(path, key, entry)
@@ -94,11 +96,11 @@ class _Store:
             self._held[key] = entry
         return entry
 
-    def _read(self, path: Path, key: str) -> Entry | None:
+    def _read(self, path: Path, key: str) -> CacheEntry | None:
         """The entry, or None (counted) when the file is cut short, altered, or another entry's."""
         with contextlib.suppress(AdapterError, ValueError, OSError):
             tensors, metadata = read_tensors(path)
-            entry = Entry({n: t.clone() for n, t in tensors.items()}, json.loads(metadata.get(_TEXTS, "{}")))
+            entry = CacheEntry({n: t.clone() for n, t in tensors.items()}, json.loads(metadata.get(_TEXTS, "{}")))
             if metadata.get(_CHECKSUM) == _checksum(key, entry):
                 return entry
         self.damaged += 1
@@ -109,7 +111,7 @@ class LatentCache(_Store):
     """Latents of pictures. `fingerprint`: of what encodes them: the base's, with the dtype it encodes in."""
 
     def get(
-        self, picture: Picture, view: View, settings: PictureSettings, encode: Callable[[Tensor], Tensor]
+        self, picture: TrainingPicture, view: View, settings: ImageDataSection, encode: Callable[[Tensor], Tensor]
     ) -> LatentRow:
         """The latents of a view, its mask on their grid, and its time ids.
 
@@ -120,9 +122,9 @@ class LatentCache(_Store):
         made_of += [picture.mask_digest, picture.alpha, settings.mask_floor if masked else None]
         key = self._key("latents", made_of, view.resized, view.top, view.left, view.width, view.height, view.flip)
 
-        def make() -> Entry:
+        def make() -> CacheEntry:
             seen = prepare(picture, view, settings)
-            return Entry(_encoded(seen, encode))
+            return CacheEntry(_encoded(seen, encode))
 
         with _named(picture.path):
             tensors = self._get(key, make).tensors
@@ -133,13 +135,13 @@ class LatentCache(_Store):
 class TextCache(_Store):
     """Text embeddings of prompts. `fingerprint`: the base's, with the dtype and length that prompts are encoded in."""
 
-    def get(self, prompt: str, encode: Callable[[str], Entry]) -> Entry:
+    def get(self, prompt: str, encode: Callable[[str], CacheEntry]) -> CacheEntry:
         """What `encode` makes of the prompt. Errors as LatentCache.get."""
         with _named(f"the prompt {prompt!r}"):
             return self._get(self._key("text", prompt), lambda: encode(prompt))
 
 
-def _encoded(seen: Seen, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _encoded(seen: ViewTensors, encode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         latents = encode(seen.pixels[None])[0]
     tensors = {"latents": latents}
@@ -152,7 +154,7 @@ class _NotFinite(Exception):
     pass
 
 
-def _refuse_not_finite(entry: Entry) -> None:
+def _refuse_not_finite(entry: CacheEntry) -> None:
     for name, tensor in entry.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise _NotFinite(name)
@@ -170,7 +172,7 @@ def _named(what: object) -> Iterator[None]:
         ) from None
 
 
-def _checksum(key: str, entry: Entry) -> str:
+def _checksum(key: str, entry: CacheEntry) -> str:
     h = hashlib.sha256(json.dumps([key, dict(entry.texts)], sort_keys=True).encode())
     for name in sorted(entry.tensors):
         tensor = entry.tensors[name]
@@ -179,7 +181,7 @@ def _checksum(key: str, entry: Entry) -> str:
     return h.hexdigest()
 
 
-def _write(path: Path, key: str, entry: Entry) -> None:
+def _write(path: Path, key: str, entry: CacheEntry) -> None:
     metadata = {_CHECKSUM: _checksum(key, entry), _TEXTS: json.dumps(dict(entry.texts), sort_keys=True)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from veneer.files.atomic import atomic_write
-from veneer.train.config.pictures import PictureSettings
-from veneer.train.image.views import PictureRow, Seen, View, draw, prepare
+from veneer.train.config.image import ImageDataSection
+from veneer.train.image.views import PictureRow, View, ViewTensors, draw_row, prepare
 
 __all__ = ["contact_sheet", "shaded"]
 
@@ -29,7 +29,7 @@ _RED = np.array([220.0, 30.0, 30.0])
 
 def contact_sheet(
     rows: Sequence[PictureRow],
-    settings: PictureSettings,
+    settings: ImageDataSection,
     *,
     seed: int,
     path: str | Path,
@@ -53,7 +53,7 @@ def contact_sheet(
     for number, row in enumerate(chosen):
         x = margin + number % columns * (cell + margin)
         y = margin + number // columns * (height + margin)
-        view, caption = draw(row, settings, seed=seed, epoch=epoch)
+        view, caption = draw_row(row, settings, seed=seed, epoch=epoch)
         picture = _fitted(shaded(prepare(row.picture, view, settings)), cell)
         at = (x + (cell - picture.width) // 2, y + (cell - picture.height) // 2)
         sheet.paste(picture, at)
@@ -72,7 +72,7 @@ def contact_sheet(
     return len(chosen)
 
 
-def shaded(seen: Seen) -> Image.Image:
+def shaded(seen: ViewTensors) -> Image.Image:
     """The pixels as a picture; where the mask is below 1 they turn to red in stripes, fully where it is 0."""
     pixels = ((seen.pixels.permute(1, 2, 0).double() + 1) * 127.5).round().clamp(0, 255).numpy()
     if seen.mask is not None:

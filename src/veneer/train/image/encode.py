@@ -25,7 +25,7 @@ from veneer.models.image.base import text_length
 from veneer.models.image.predict import Conditioning, alphas_cumprod, encode_pictures, encode_prompts, predict
 from veneer.train.devices import ALONE, Devices
 from veneer.train.image.batches import ImageBatch, PlannedRow
-from veneer.train.image.cache import Entry, LatentCache, TextCache
+from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
 from veneer.train.image.loss import (
     Noise,
     Times,
@@ -89,11 +89,11 @@ class Encoders:
         return made.latents.float(), made.mask, made.sizes
 
     def _text(self, caption: str) -> Conditioning:
-        def encode(prompt: str) -> Entry:
+        def encode(prompt: str) -> CacheEntry:
             with torch.no_grad():
                 made = encode_prompts(self.base, [prompt])
             tensors = {"embeds": made.embeds, "pooled": made.pooled, "mask": made.mask}
-            return Entry({k: t for k, t in tensors.items() if t is not None}, {"cut": (made.cut or [""])[0]})
+            return CacheEntry({k: t for k, t in tensors.items() if t is not None}, {"cut": (made.cut or [""])[0]})
 
         entry = self.texts.get(caption, encode)
         t = entry.tensors

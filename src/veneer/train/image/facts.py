@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from veneer.train.image.pictures import Picture
+from veneer.train.image.pictures import TrainingPicture
 from veneer.train.loop import Step
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def training_facts(
     return facts
 
 
-def _folders(pictures: list[Picture]) -> dict[str, dict[str, int]]:
+def _folders(pictures: list[TrainingPicture]) -> dict[str, dict[str, int]]:
     """sd-scripts' dataset_dirs: folder -> how often an epoch shows its pictures, and how many there are."""
     out: dict[str, dict[str, int]] = {}
     for p in pictures:

@@ -1,6 +1,6 @@
 """What lies in a folder of pictures: which file is a picture, a caption, a mask or metadata, and what belongs together.
 
-    found = find(folder, settings)      found[i].path, .caption, .source, .mask, .repeats
+    found = list_pictures(folder, settings).found      found[i].path, .caption, .source, .mask, .repeats
 
 A caption comes from, first that is there: a `.txt` or `.caption` file beside the picture, a row of metadata.jsonl (or
 .csv, .parquet; Hugging Face's imagefolder), the words of a kohya folder `N_words` (each picture N times an epoch), the
@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from veneer.errors import DataError, nearest
-from veneer.train.config.pictures import PictureSettings
+from veneer.train.config.image import ImageDataSection
 from veneer.train.image.picture_files import SUFFIXES
 from veneer.train.text.files import read_records
 
-__all__ = ["Found", "Listing", "find", "listed"]
+__all__ = ["ListedPicture", "Listing", "list_pictures", "listed"]
 
 MOST_SHOWN = 20
 CAPTIONS = (".txt", ".caption")
@@ -35,7 +35,7 @@ _MOST_REPEATS = 1000
 
 
 @dataclass(frozen=True)
-class Found:
+class ListedPicture:
     """A picture file and what belongs to it. `caption` is None when nothing says it; `source` is who said it."""
 
     path: Path
@@ -51,7 +51,7 @@ class Listing:
     """All of a folder. `repeats`: kohya folder -> times; `ignored`: ending -> files that are none of ours;
     `unused`: metadata columns that nothing uses; `several_lines`: caption files whose lines were joined."""
 
-    found: list[Found] = field(default_factory=list)
+    found: list[ListedPicture] = field(default_factory=list)
     repeats: dict[str, int] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     unused: list[str] = field(default_factory=list)
@@ -66,7 +66,7 @@ def listed(lines: Iterable[str]) -> str:
     return "\n".join(f"  - {line}" for line in lines[:MOST_SHOWN]) + more
 
 
-def find(folder: str, settings: PictureSettings, *, prompt: str | None, masks: str = "auto") -> Listing:
+def list_pictures(folder: str, settings: ImageDataSection, *, prompt: str | None, masks: str = "auto") -> Listing:
     """Everything in `folder` and below it, sorted by name. `masks` as the setting of that name. Raises DataError."""
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -96,7 +96,7 @@ def find(folder: str, settings: PictureSettings, *, prompt: str | None, masks: s
             )
             if c is not None or s == "nothing"
         )
-        listing.found.append(Found(path, name, caption, source, covers.get(path), repeats))
+        listing.found.append(ListedPicture(path, name, caption, source, covers.get(path), repeats))
     return listing
 
 
@@ -114,7 +114,7 @@ def _missing(root: Path) -> None:
     )
 
 
-def _walk(root: Path, settings: PictureSettings) -> tuple[list[Path], list[Path], list[Path], Listing]:
+def _walk(root: Path, settings: ImageDataSection) -> tuple[list[Path], list[Path], list[Path], Listing]:
     """(pictures, caption files, masks beside them, what else there is). Hidden files are never ours."""
     pictures, captions, masks = [], [], []
     listing = Listing()
@@ -197,7 +197,7 @@ def _nearest(file: Path, pictures: Iterable[Path], root: Path) -> str:
     return f"; the nearest is {elsewhere[near[0]].relative_to(root)}" if near else ""
 
 
-def _metadata(root: Path, pictures: list[Path], settings: PictureSettings, listing: Listing) -> dict[Path, str]:
+def _metadata(root: Path, pictures: list[Path], settings: ImageDataSection, listing: Listing) -> dict[Path, str]:
     """picture -> caption, of every metadata file in the tree; `file_name` is relative to the file's own folder."""
     known = set(pictures)
     rows: dict[Path, str] = {}

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from veneer.train.config.pictures import PictureSettings
+from veneer.train.config.image import ImageDataSection
 from veneer.train.findings import Finding, share
 from veneer.train.image.looks import near_pairs
-from veneer.train.image.pictures import AboutPictures, Picture
+from veneer.train.image.pictures import AboutPictures, TrainingPicture
 from veneer.train.image.views import PicturePlan, place, prepare
 
 __all__ = ["check_held_out", "check_pictures"]
@@ -25,7 +25,7 @@ _CONVERTED_BADLY = ("a colour profile that cannot be used", "EXIF that cannot be
 
 
 def check_pictures(
-    pictures: Sequence[Picture], about: AboutPictures, plan: PicturePlan, settings: PictureSettings
+    pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> list[Finding]:
     """All findings about the pictures of a run, in the order they are shown."""
     findings: list[Finding] = []
@@ -34,7 +34,7 @@ def check_pictures(
     return findings
 
 
-def check_held_out(train: Sequence[Picture], held_out: Sequence[Picture]) -> list[Finding]:
+def check_held_out(train: Sequence[TrainingPicture], held_out: Sequence[TrainingPicture]) -> list[Finding]:
     """Held-out pictures that are also trained on, as the same file or one that looks the same."""
     learned = [p for p in train if not p.is_class]
     pairs = near_pairs([p.look for p in held_out], [p.look for p in learned])
@@ -49,7 +49,7 @@ def check_held_out(train: Sequence[Picture], held_out: Sequence[Picture]) -> lis
 
 
 def _read(
-    pictures: Sequence[Picture], about: AboutPictures, plan: PicturePlan, settings: PictureSettings
+    pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
     text = f"{about.pictures:,} pictures" + (
         f" and {about.class_pictures:,} class pictures (weight {settings.class_weight:g})"
@@ -74,7 +74,7 @@ def _read(
 
 
 def _captions(
-    pictures: Sequence[Picture], about: AboutPictures, plan: PicturePlan, settings: PictureSettings
+    pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
     sources = ", ".join(f"{count:,} from {source}" for source, count in about.captions.most_common())
     yield Finding("ok", "captions", sources)
@@ -109,7 +109,7 @@ def _captions(
 
 
 def _buckets(
-    pictures: Sequence[Picture], about: AboutPictures, plan: PicturePlan, settings: PictureSettings
+    pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
     sizes = [f"{w} x {h}: {count:,}" for (w, h), count in plan.sizes.items()]
     more = f" and {len(sizes) - 12} more" if len(sizes) > 12 else ""
@@ -133,7 +133,7 @@ def _buckets(
 
 
 def _masks(
-    pictures: Sequence[Picture], about: AboutPictures, plan: PicturePlan, settings: PictureSettings
+    pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
     total = about.masks + about.alpha_masks
     if settings.masks == "off":
@@ -158,7 +158,7 @@ def _masks(
 
 
 def _alike(
-    pictures: Sequence[Picture], about: AboutPictures, plan: PicturePlan, settings: PictureSettings
+    pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
     pairs = near_pairs([p.look for p in pictures])
     if not pairs:
@@ -179,7 +179,7 @@ def _alike(
         yield Finding("warn", "near-duplicates", text, "take other class pictures")
 
 
-_Check = Callable[[Sequence[Picture], AboutPictures, PicturePlan, PictureSettings], Iterator[Finding]]
+_Check = Callable[[Sequence[TrainingPicture], AboutPictures, PicturePlan, ImageDataSection], Iterator[Finding]]
 _CHECKS: tuple[_Check, ...] = (_read, _captions, _buckets, _masks, _alike)
 
 

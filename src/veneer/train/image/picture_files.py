@@ -1,6 +1,6 @@
 """A picture file to upright 8-bit sRGB: what is in it, what was converted, and what is refused.
 
-    opened = open_picture(path, settings)    opened.colour: RGB, opened.alpha: L or None, opened.notes: what was done
+    opened = decode_picture(data, settings)    opened.colour: RGB, opened.alpha: L or None, opened.notes: what was done
 
     EXIF orientation   turned upright, so that width and height are what a viewer shows
     embedded profile   converted to sRGB (littleCMS, the profile's own intent); an unreadable one is noted
@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import MissingExtraError
-from veneer.train.config.pictures import PictureSettings
+from veneer.train.config.image import ImageDataSection
 
 try:
     from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 except ImportError as error:
     raise MissingExtraError("pictures need Pillow", where=str(error), fix="pip install 'veneer[image]'") from None
 
-__all__ = ["FORMATS", "SUFFIXES", "Opened", "UnreadablePicture", "mask_of", "open_picture", "read_bytes"]
+__all__ = ["DECODERS", "SUFFIXES", "DecodedPicture", "UnreadablePicture", "decode_picture", "mask_of", "read_bytes"]
 
 Image.init()
-FORMATS = tuple(f for f in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF") if f in Image.OPEN)
+DECODERS = tuple(f for f in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF") if f in Image.OPEN)
 """Decoders that may run. Others (EPS starts Ghostscript, PSD and ICO hold several pictures) are not asked."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _ORIENTATION = 274
@@ -45,7 +45,7 @@ class UnreadablePicture(Exception):
 
 
 @dataclass(frozen=True)
-class Opened:
+class DecodedPicture:
     """A decoded picture. `colour`: RGB on the background; `alpha`: L where something is transparent, else None.
 
     `size`: (width, height), upright. `notes`: what was converted, as counted in the report."""
@@ -72,7 +72,7 @@ def read_bytes(path: Path) -> tuple[bytes, str]:
     return data, hashlib.sha256(data).hexdigest()
 
 
-def open_picture(data: bytes, settings: PictureSettings) -> Opened:
+def decode_picture(data: bytes, settings: ImageDataSection) -> DecodedPicture:
     """Decode a file's bytes. UnreadablePicture says why not."""
     notes: list[str] = []
     image = _decoded(data, settings, notes)
@@ -85,10 +85,10 @@ def open_picture(data: bytes, settings: PictureSettings) -> Opened:
         else:
             notes.append("transparent pixels on " + settings.background)
             colour = Image.composite(colour, Image.new("RGB", colour.size, settings.colour), alpha)
-    return Opened(colour, alpha, tuple(notes))
+    return DecodedPicture(colour, alpha, tuple(notes))
 
 
-def mask_of(data: bytes, settings: PictureSettings) -> Image.Image:
+def mask_of(data: bytes, settings: ImageDataSection) -> Image.Image:
     """A mask file as L, upright: white is learned. A transparent mask picture is its alpha; profiles are not applied,
     since a mask's values are weights and not colours. UnreadablePicture says why not."""
     image, alpha = _split_alpha(_decoded(data, settings, []))
@@ -98,14 +98,14 @@ def mask_of(data: bytes, settings: PictureSettings) -> Image.Image:
     return (image.convert("RGB") if image.mode == "LAB" else image).convert("L")
 
 
-def _decoded(data: bytes, settings: PictureSettings, notes: list[str]) -> Image.Image:
+def _decoded(data: bytes, settings: ImageDataSection, notes: list[str]) -> Image.Image:
     """The first frame, upright, every pixel read."""
     most = int(settings.most_megapixels * 1e6)
     with warnings.catch_warnings():
         # Pillow's own limit warns at 89 and stops at 179 megapixels; ours is stated, and asked before unpacking.
         warnings.simplefilter("ignore")
         try:
-            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=DECODERS)
             width, height = image.size
             if width * height > most:
                 raise UnreadablePicture(

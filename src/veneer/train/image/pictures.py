@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Literal
 
 from veneer.errors import DataError
-from veneer.train.config.pictures import PictureSettings
-from veneer.train.image.folders import Found, Listing, find, listed
+from veneer.train.config.image import ImageDataSection
+from veneer.train.image.folders import ListedPicture, Listing, list_pictures, listed
 from veneer.train.image.looks import Look, look_of
-from veneer.train.image.picture_files import UnreadablePicture, mask_of, open_picture, read_bytes
+from veneer.train.image.picture_files import UnreadablePicture, decode_picture, mask_of, read_bytes
 
-__all__ = ["AboutPictures", "Picture", "pictures_digest", "read_pictures", "with_trigger"]
+__all__ = ["AboutPictures", "TrainingPicture", "pictures_digest", "read_pictures", "with_trigger"]
 
 PLACEHOLDER = "[trigger]"
 _SAME_SHAPE = 0.01  # how far a mask's aspect ratio may be from its picture's
 
 
 @dataclass(frozen=True)
-class Picture:
+class TrainingPicture:
     """A picture as it is learned.
 
     `name`: its path in its folder. `caption`: with the trigger. `size`: (width, height) in pixels, upright.
@@ -90,11 +90,11 @@ class AboutPictures:
 
 
 def read_pictures(
-    settings: PictureSettings,
+    settings: ImageDataSection,
     which: Literal["train", "validation"] = "train",
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[Picture], AboutPictures]:
+) -> tuple[list[TrainingPicture], AboutPictures]:
     """The pictures of the settings' folders, sorted by name within each; with "train" the class pictures follow.
 
     `progress` is called with (files read, files in all): a photograph of 12 megapixels takes about a fifth of a second.
@@ -104,11 +104,11 @@ def read_pictures(
     that cannot be read unless `settings.broken` is `drop`. Each lists all it found, up to 20."""
     folders = settings.folders if which == "train" else (settings.validation,) if settings.validation else ()
     about = AboutPictures()
-    pictures: list[Picture] = []
-    listings = [(f, find(f, settings, prompt=settings.prompt, masks=settings.masks), False) for f in folders]
+    pictures: list[TrainingPicture] = []
+    listings = [(f, list_pictures(f, settings, prompt=settings.prompt, masks=settings.masks), False) for f in folders]
     if which == "train" and settings.class_folder is not None:
         masks = "auto" if settings.masks not in ("off", "alpha") else settings.masks
-        listing = find(settings.class_folder, settings, prompt=settings.class_prompt, masks=masks)
+        listing = list_pictures(settings.class_folder, settings, prompt=settings.class_prompt, masks=masks)
         listings.append((settings.class_folder, listing, True))
     total, done = sum(len(listing.found) for _, listing, _ in listings), count(1)
 
@@ -127,7 +127,7 @@ def read_pictures(
     return pictures, about
 
 
-def pictures_digest(pictures: Iterable[Picture]) -> str:
+def pictures_digest(pictures: Iterable[TrainingPicture]) -> str:
     """sha256 over what the pictures teach, in order; the same in whatever folder they stand."""
     h = hashlib.sha256()
     for picture in pictures:
@@ -158,12 +158,12 @@ def _has_word(caption: str, word: str) -> bool:
 def _read(
     listing: Listing,
     folder: str,
-    settings: PictureSettings,
+    settings: ImageDataSection,
     about: AboutPictures,
     tick: Callable[[], None],
     *,
     is_class: bool,
-) -> list[Picture]:
+) -> list[TrainingPicture]:
     about.repeats |= listing.repeats
     about.ignored += listing.ignored
     about.unused += [c for c in listing.unused if c not in about.unused]
@@ -210,7 +210,9 @@ def _read(
     return pictures
 
 
-def _captions(found: Sequence[Found], folder: str, trigger: str | None, *, is_class: bool) -> list[tuple[str, str]]:
+def _captions(
+    found: Sequence[ListedPicture], folder: str, trigger: str | None, *, is_class: bool
+) -> list[tuple[str, str]]:
     """Every picture's caption with the trigger, and what was done for that; DataError for those that have none, or a
     placeholder for nothing."""
     captions, bad = [], []
@@ -232,16 +234,16 @@ def _captions(found: Sequence[Found], folder: str, trigger: str | None, *, is_cl
     return captions
 
 
-def _open(found: Found, caption: str, settings: PictureSettings, *, is_class: bool) -> Picture:
+def _open(found: ListedPicture, caption: str, settings: ImageDataSection, *, is_class: bool) -> TrainingPicture:
     data, digest = read_bytes(found.path)
-    opened = open_picture(data, settings)
+    opened = decode_picture(data, settings)
     mask, mask_digest = found.mask, ""
     if mask is not None:
         try:
             mask_digest = read_bytes(mask)[1]
         except UnreadablePicture:
             mask_digest = "unreadable"  # told by _mask_differs, with the mask's own name
-    return Picture(
+    return TrainingPicture(
         found.path,
         found.name,
         caption,
@@ -259,7 +261,7 @@ def _open(found: Found, caption: str, settings: PictureSettings, *, is_class: bo
     )
 
 
-def _mask_differs(picture: Picture, settings: PictureSettings) -> bool:
+def _mask_differs(picture: TrainingPicture, settings: ImageDataSection) -> bool:
     """Whether the mask has another size than its picture; UnreadablePicture when it has another shape."""
     assert picture.mask is not None
     size = mask_of(read_bytes(picture.mask)[0], settings).size

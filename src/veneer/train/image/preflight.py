@@ -18,11 +18,11 @@ from torch import nn
 from veneer.core.targets import matches_per_pattern, resolve
 from veneer.errors import TargetError
 from veneer.train.check_run import learning_rate, precision, shared_out, where_it_goes
-from veneer.train.config.presets import PRESETS
+from veneer.train.config.image import PRESETS
 from veneer.train.estimate import free_memory, held_memory, trainable_parameters
 from veneer.train.findings import Finding, RunSubject, gigabytes, share
 from veneer.train.image.picture_checks import check_held_out, check_pictures
-from veneer.train.image.pictures import AboutPictures, Picture
+from veneer.train.image.pictures import AboutPictures, TrainingPicture
 from veneer.train.image.views import PicturePlan
 from veneer.train.loop import peak_memory_bytes
 from veneer.train.preflight import Report
@@ -40,8 +40,8 @@ class ImageData:
     """What a run learns from. `learned` includes class pictures; `plan`: their rows of an epoch; `held_plan`: of those
     held out."""
 
-    learned: list[Picture]
-    held: list[Picture]
+    learned: list[TrainingPicture]
+    held: list[TrainingPicture]
     about: AboutPictures
     plan: PicturePlan
     held_plan: PicturePlan | None = None
@@ -49,7 +49,7 @@ class ImageData:
     numbers: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def own(self) -> list[Picture]:
+    def own(self) -> list[TrainingPicture]:
         """Those that are not class pictures."""
         return [p for p in self.learned if not p.is_class]
 

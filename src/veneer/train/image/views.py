@@ -1,7 +1,7 @@
 """Which part of a picture is seen at which size: buckets, crops, flips, captions as drawn, and the tensors of a view.
 
     plan = plan_rows(pictures, settings, size=base.size, unit=base.unit)   plan.rows: picture x resolution x repeat
-    view, caption = draw(plan.rows[i], settings, seed=0, epoch=3)          pure: a resumed run draws the same
+    view, caption = draw_row(plan.rows[i], settings, seed=0, epoch=3)          pure: a resumed run draws the same
     seen = prepare(row.picture, view, settings)                            pixels, mask, SDXL's time ids
 
 A bucket is a (width, height) in multiples of the step with width * height <= resolution² and the longer side at most
@@ -25,19 +25,19 @@ from PIL import Image
 from torch import Tensor
 
 from veneer.errors import ConfigError, DataError
-from veneer.train.config.pictures import PictureSettings
-from veneer.train.image.picture_files import UnreadablePicture, mask_of, open_picture, read_bytes
-from veneer.train.image.pictures import Picture
+from veneer.train.config.image import ImageDataSection
+from veneer.train.image.picture_files import UnreadablePicture, decode_picture, mask_of, read_bytes
+from veneer.train.image.pictures import TrainingPicture
 
 __all__ = [
     "PicturePlan",
     "PictureRow",
-    "Seen",
     "View",
+    "ViewTensors",
     "bucket_for",
     "buckets",
-    "draw",
     "draw_caption",
+    "draw_row",
     "latent_mask",
     "place",
     "plan_rows",
@@ -51,7 +51,7 @@ Bucket = tuple[int, int]
 class PictureRow:
     """A picture at one bucket; `repeat` numbers the copies that repeats ask for, each drawn for itself."""
 
-    picture: Picture
+    picture: TrainingPicture
     bucket: Bucket
     repeat: int = 0
 
@@ -102,7 +102,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ViewTensors:
     """pixels: (3, h, w) float32 in -1..1; mask: (1, h, w) float32 in 0..1 or None; sizes: (6,) float32 time ids."""
 
     pixels: Tensor
@@ -140,7 +140,7 @@ def buckets(resolution: int, step: int, ratio: float) -> tuple[Bucket, ...]:
 
 
 def bucket_for(
-    size: tuple[int, int], resolution: int, step: int, settings: PictureSettings
+    size: tuple[int, int], resolution: int, step: int, settings: ImageDataSection
 ) -> tuple[Bucket | None, bool]:
     """(bucket of a picture of (width, height), whether the picture is below it). None: it is left out.
 
@@ -164,7 +164,7 @@ def bucket_for(
     return ((long, short) if width >= height else (short, long)), True
 
 
-def plan_rows(pictures: Sequence[Picture], settings: PictureSettings, *, size: int, unit: int) -> PicturePlan:
+def plan_rows(pictures: Sequence[TrainingPicture], settings: ImageDataSection, *, size: int, unit: int) -> PicturePlan:
     """The rows of an epoch: each picture at each resolution, as often as its repeats say. A small picture that has the
     same bucket at several resolutions is there once. `size`, `unit`: of the base, in pixels.
 
@@ -202,7 +202,7 @@ def plan_rows(pictures: Sequence[Picture], settings: PictureSettings, *, size: i
     return plan
 
 
-def draw(row: PictureRow, settings: PictureSettings, *, seed: int, epoch: int) -> tuple[View, str]:
+def draw_row(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> tuple[View, str]:
     """The view and the caption of a row in an epoch: a function of its arguments alone, and of no order or history.
 
     A random crop is one of `settings.crops` that belong to the picture and bucket, so that latents can be cached."""
@@ -229,7 +229,7 @@ def place(size: tuple[int, int], bucket: Bucket, *, flip: bool = False, at: tupl
     return View(w, h, size, resized, top, left, flip)
 
 
-def draw_caption(row: PictureRow, settings: PictureSettings, *, seed: int, epoch: int) -> str:
+def draw_caption(row: PictureRow, settings: ImageDataSection, *, seed: int, epoch: int) -> str:
     """The caption of a row in an epoch: empty with probability `caption_dropout`, its tags shuffled if asked."""
     if _chance(seed, epoch, row, "dropout") < settings.caption_dropout:
         return ""
@@ -243,9 +243,9 @@ def draw_caption(row: PictureRow, settings: PictureSettings, *, seed: int, epoch
     return ", ".join(tags[:keep] + [tags[i] for i in order])
 
 
-def prepare(picture: Picture, view: View, settings: PictureSettings) -> Seen:
+def prepare(picture: TrainingPicture, view: View, settings: ImageDataSection) -> ViewTensors:
     """The tensors of a view. DataError when the file is gone, or is no longer the one that was read."""
-    opened = open_picture(_unchanged(picture.path, picture.digest), settings)
+    opened = decode_picture(_unchanged(picture.path, picture.digest), settings)
     mask = opened.alpha if picture.alpha else None
     if picture.mask is not None:
         mask = mask_of(_unchanged(picture.mask, picture.mask_digest), settings)
@@ -254,7 +254,7 @@ def prepare(picture: Picture, view: View, settings: PictureSettings) -> Seen:
     if mask is not None:
         values = torch.from_numpy(_cropped(mask, view, Image.Resampling.BOX))[None] / 255
         weights = settings.mask_floor + (1 - settings.mask_floor) * values
-    return Seen(pixels.contiguous(), weights, torch.tensor(view.time_ids, dtype=torch.float32))
+    return ViewTensors(pixels.contiguous(), weights, torch.tensor(view.time_ids, dtype=torch.float32))
 
 
 def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:

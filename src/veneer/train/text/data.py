@@ -14,7 +14,7 @@ from veneer.errors import DataError
 from veneer.train.config.text import TrainConfig
 from veneer.train.loop import Micro, Step
 from veneer.train.text.batches import Batch, collate, plan_steps
-from veneer.train.text.encode import Encoded, Example, encode
+from veneer.train.text.encode import EncodedRows, Example, encode_rows
 from veneer.train.text.pairs import Item, answer_rows, collate_items, items_of
 from veneer.train.text.rows import About, Row, read_rows, split_rows
 
@@ -31,7 +31,7 @@ class Part:
 
     rows: list[Row]
     texts: list[Row]
-    encoded: Encoded
+    encoded: EncodedRows
     items: Sequence[Example] | Sequence[Item]
 
 
@@ -64,10 +64,10 @@ def read_data(config: TrainConfig, base: TextBase) -> Data:
 def part_of(rows: list[Row], config: TrainConfig, base: TextBase) -> Part:
     """Rows as tokens: each an example, or of preferences each an item of its answers."""
     if config.preference.loss is None:
-        encoded = encode(rows, base.tokenizer, config.data)
+        encoded = encode_rows(rows, base.tokenizer, config.data)
         return Part(rows, rows, encoded, encoded.examples)
     texts, owners = answer_rows(rows)
-    encoded = encode(texts, base.tokenizer, config.data)
+    encoded = encode_rows(texts, base.tokenizer, config.data)
     items, encoded = items_of(encoded, rows, owners, paired=config.preference.loss != "kto")
     return Part(rows, texts, encoded, items)
 

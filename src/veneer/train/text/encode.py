@@ -1,6 +1,6 @@
 """Rows to tokens with a trained-mask, and a count of everything that was left out on the way.
 
-    encoded = encode(rows, tokenizer, config.data)
+    encoded = encode_rows(rows, tokenizer, config.data)
     encoded.examples[0].input_ids, .trained        same length; trained[i]: token i is a target
 
 The whole text is tokenised once and the mask follows from character positions, so tokens are those inference sees.
@@ -21,7 +21,7 @@ from veneer.train.text.rows import MOST_SHOWN, Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Counts", "Encoded", "Example", "encode"]
+__all__ = ["Counts", "EncodedRows", "Example", "encode_rows"]
 
 _CHUNK = 1024  # rows tokenised per call: keeps the tokenizer's own structures small
 
@@ -30,7 +30,7 @@ _CHUNK = 1024  # rows tokenised per call: keeps the tokenizer's own structures s
 class Example:
     """One row as tokens. trained[i]: token i is a target, predicted from the tokens before it in its own row.
 
-    `row` is the index in the rows given to `encode`. The two lists have the same length; trained[0] is False."""
+    `row` is the index in the rows given to `encode_rows`. The two lists have the same length; trained[0] is False."""
 
     input_ids: list[int]
     trained: list[bool]
@@ -86,7 +86,7 @@ class Counts:
 
 
 @dataclass
-class Encoded:
+class EncodedRows:
     """`end_ids`: the token ids that end an answer in these rows (end-of-turn, or end-of-text for plain rows).
 
     `cut_rows`: indices of the rows that were cut. `chat`: rendered by a chat template."""
@@ -99,7 +99,7 @@ class Encoded:
     cut_rows: set[int]
 
 
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Encoded:
+def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSection) -> EncodedRows:
     """Tokenise rows as `data` says (chat_template, train_on, max_length, long_rows, untrained_rows).
 
     Raises DataError, listing rows, for rows that cannot be rendered without guessing, and for long or untrained ones
@@ -155,7 +155,7 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, data: DataSe
         _refuse(untrained, len(rows), "have nothing to learn", "correct those rows, or set data.untrained_rows=drop")
     counts.kept = len(examples)
     chat = any(r.chat for r in rendered)
-    return Encoded(examples, counts, renderer, _end_ids(renderer, rendered, eos), chat, cut_rows)
+    return EncodedRows(examples, counts, renderer, _end_ids(renderer, rendered, eos), chat, cut_rows)
 
 
 def _notice(counts: Counts, row: Row, r: Rendered, merged: bool, renderer: Renderer) -> None:

@@ -1,6 +1,6 @@
 """Base against adapters on held-out rows: loss on the answers, and answers of their own compared with those wanted.
 
-    scores = evaluate(base, rows, {"base": [], "support": ["runs/support"]})
+    scores = score_mixes(base, rows, {"base": [], "support": ["runs/support"]})
     scores["support"].exact_match
 
     loss         Σ −log p(trained token) / trained tokens, over the rows' trained tokens as in training
@@ -38,7 +38,7 @@ from veneer.train.config.text import DataSection
 from veneer.train.devices import ALONE, Devices
 from veneer.train.loop import Score
 from veneer.train.text.batches import collate, grouped
-from veneer.train.text.encode import Example, encode
+from veneer.train.text.encode import Example, encode_rows
 from veneer.train.text.pairs import Item, answer_rows, items_of
 from veneer.train.text.preference import answer_logps
 from veneer.train.text.render import Renderer
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from veneer.core.attach import Attachment
     from veneer.models.text.base import TextBase
 
-__all__ = ["Scores", "answers_of", "compare", "evaluate", "score_examples"]
+__all__ = ["Scores", "answers_of", "score_answers", "score_examples", "score_mixes"]
 
 Mixes = Mapping[str, Sequence[str | tuple[str, float]]]
 """A name for the table -> adapters acting together: "NAME_OR_PATH[:strength]" or (name, strength); none: the base."""
@@ -86,7 +86,7 @@ class Scores:
         return values
 
 
-def evaluate(
+def score_mixes(
     base: TextBase,
     rows: Sequence[Row],
     mixes: Mixes,
@@ -112,7 +112,7 @@ def evaluate(
         raise DataError("there are no rows to evaluate on", fix="give a file that has some")
     data = data or DataSection(train="-", max_length=base.context, long_rows="cut")
     texts, owners = answer_rows(rows) if any(row.rejected for row in rows) else (list(rows), [])
-    encoded = encode(texts, base.tokenizer, data)
+    encoded = encode_rows(texts, base.tokenizer, data)
     examples, pairs = encoded.examples, list[Item]()
     if owners:
         pairs, _ = items_of(encoded, rows, owners, paired=True)
@@ -139,7 +139,7 @@ def evaluate(
                         on_progress=functools.partial(on_progress, mix),
                         answer=None if answer is None else functools.partial(answer, mix=spec),
                     )  # fmt: skip
-                    compare(out[mix], wanted)
+                    score_answers(out[mix], wanted)
                     out[mix].seconds = time.perf_counter() - began
         for mix, spec in specs.items():
             began = time.perf_counter()
@@ -236,7 +236,7 @@ def answers_of(
     return [said[key] for key in keys]
 
 
-def compare(scores: Scores, wanted: Sequence[str]) -> None:
+def score_answers(scores: Scores, wanted: Sequence[str]) -> None:
     """Fills what can be said of `scores.answers` beside the `wanted` ones."""
     pairs = list(zip(scores.answers, wanted, strict=True))
     scores.exact_match = _mean(_same(answer, want) for answer, want in pairs)

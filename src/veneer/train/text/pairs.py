@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from veneer.train.text.batches import Batch, collate
-from veneer.train.text.encode import Encoded, Example
+from veneer.train.text.encode import EncodedRows, Example
 from veneer.train.text.rows import Row, unlearned
 
 __all__ = ["Answers", "Item", "answer_rows", "collate_items", "items_of", "mismatched"]
@@ -64,8 +64,8 @@ def answer_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
 
 
 def items_of(
-    encoded: Encoded, rows: Sequence[Row], owners: Sequence[int], *, paired: bool
-) -> tuple[list[Item], Encoded]:
+    encoded: EncodedRows, rows: Sequence[Row], owners: Sequence[int], *, paired: bool
+) -> tuple[list[Item], EncodedRows]:
     """The items in the rows' order, and `encoded` with what is left of its examples.
 
     rows, owners: the preference rows, and `answer_rows`' second result. `paired`: a pair is one item, and an answer

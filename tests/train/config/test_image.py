@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from veneer.errors import ConfigError
-from veneer.train.config.image import TARGETS, image_reference
+from veneer.train.config.image import PRESETS, TARGET_WORDS, image_reference
 from veneer.train.config.load import ImageTrainConfig, TrainConfig, config_from, load_config
-from veneer.train.config.presets import PRESETS
-from veneer.train.config.text import keys, sections
+from veneer.train.config.text import config_keys, sections
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MINIMAL = "base: emoji-flux\ndata:\n  pictures: drawings\noutput: out\n"
 
 
@@ -33,7 +32,7 @@ def test_a_folder_of_pictures_makes_it_a_configuration_for_pictures(tmp_path: Pa
     assert isinstance(config, ImageTrainConfig)
     assert config.data.pictures == str(tmp_path / "drawings")
     assert config.output.directory == str(tmp_path / "out")
-    assert set(sources) == {name for name, _ in keys(ImageTrainConfig)}
+    assert set(sources) == {name for name, _ in config_keys(ImageTrainConfig)}
     text, _ = _read(tmp_path, "base: b\ndata: {train: x.jsonl}\noutput: out\n")
     assert isinstance(text, TrainConfig)
     by_override, _ = _read(tmp_path, "base: b\noutput: out\n", "data.pictures=here")
@@ -57,7 +56,7 @@ def test_a_folder_of_pictures_makes_it_a_configuration_for_pictures(tmp_path: Pa
         ("ema: {decay: 1.0}", "`ema.decay` should be less than 1, found 1.0"),
         ("schedule: {epochs: 2, steps: 3}", "both say when to end"),
         ("# class_prompt", "`data.class_prompt` needs class pictures"),
-        ("# keep_tags", "`data.keep_tags` needs `data.shuffle_tags`: without, it does nothing"),
+        ("# keep_tags", "`data.keep_tags` needs `data.shuffle_tags`; without it, it does nothing"),
         ("# crops", "`data.crops` needs `data.crop: random`"),
         ("# class_weight", "`data.class_weight` needs class pictures"),
         ("# mask_floor", "`data.mask_floor` needs `data.masks` other than off"),
@@ -96,7 +95,7 @@ def test_a_preset_stands_between_the_defaults_and_the_users_keys(tmp_path: Path,
 
 
 def test_a_preset_fills_only_keys_that_exist() -> None:
-    known = {name for name, _ in keys(ImageTrainConfig)}
+    known = {name for name, _ in config_keys(ImageTrainConfig)}
     for preset in PRESETS.values():
         assert set(preset.settings) <= known
 
@@ -120,15 +119,15 @@ def test_the_words_for_targets_reach_every_block_of_every_family() -> None:
 
     for name, family in families().items():
         linear = [m for m, kind in family.modules.items() if kind == "linear" and m.startswith(family.denoiser)]
-        chosen = [m for m in linear if matches(TARGETS["attention+ff"], m)]
+        chosen = [m for m in linear if matches(TARGET_WORDS["attention+ff"], m)]
         inside = [m for m in linear if "transformer_blocks." in m and ".norm" not in m and "_mod." not in m]
         if inside:
             assert chosen == [m for m in inside if "adaln" not in m.lower()], name
-        attention = [m for m in linear if matches(TARGETS["attention"], m)]
+        attention = [m for m in linear if matches(TARGET_WORDS["attention"], m)]
         assert set(attention) <= set(chosen)
         assert all(".attn" in m for m in attention)
         convolutions = [m for m, kind in family.modules.items() if kind == "conv" and m.startswith(family.denoiser)]
-        with_convolutions = {m for m in (*linear, *convolutions) if matches(TARGETS["attention+ff+conv"], m)}
+        with_convolutions = {m for m in (*linear, *convolutions) if matches(TARGET_WORDS["attention+ff+conv"], m)}
         one_place = {m for m in convolutions if m.endswith(("conv_shortcut", "proj_in", "proj_out", "pos_embed.proj"))}
         assert with_convolutions == set(chosen) | (set(convolutions) - one_place), name
 

@@ -1,0 +1,190 @@
+"""Combinations of settings that cannot be meant: each check yields a sentence for everything that is wrong.
+
+`given` holds the settings that somebody wrote, as `section.key`. Knows the settings alone, neither files nor models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from veneer.train.config.image import ImageTrainConfig
+from veneer.train.config.text import PREFERENCE_KEYS, Section, TrainConfig, layer_indices
+
+__all__ = ["image_problems", "text_problems"]
+
+
+def text_problems(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
+    """What a configuration for text cannot mean."""
+    yield from _text_data(config)
+    yield from _batching(config, given)
+    yield from _preference(config)
+    named = [f"`adapter.{key}`" for key in _changed(config.adapter) if key not in ("start", "dropout")]
+    if config.adapter.start is not None and named:
+        yield f"{', '.join(named)} cannot be set beside `adapter.start`, which brings its own"
+    yield from _run(config)
+
+
+def image_problems(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
+    """What a configuration for pictures cannot mean. `given`: without what a preset has filled in."""
+    yield from _pictures(config)
+    yield from _loss_and_samples(config, given)
+    yield from _memory_and_output(config)
+    if not config.adapter.text_encoders:
+        for key in ("optimizer.text_learning_rate", "adapter.text_targets"):
+            if key in given:
+                yield f"`{key}` needs `adapter.text_encoders`: which of them get pairs"
+    yield from _idle(config, given)
+    yield from _run(config)
+
+
+def _text_data(config: TrainConfig) -> Iterator[str]:
+    data = config.data
+    if not data.files("train"):
+        yield "`data.train` is an empty list: name at least one file"
+    yield from _held_out(config, "rows")
+
+
+def _held_out(config: TrainConfig | ImageTrainConfig, what: str) -> Iterator[str]:
+    """What is held out, of rows or of pictures."""
+    data = config.data
+    if data.validation is not None and data.split:
+        yield f"`data.validation` and `data.split` both hold {what} out: keep one"
+    if isinstance(data.split, float) and data.split >= 1:
+        yield f"`data.split: {data.split}` is a share and must be below 1; a whole number counts {what}"
+    if config.evaluation.patience is not None and data.validation is None and data.split == 0:
+        yield f"`evaluation.patience` needs held-out {what}: give `data.validation` or `data.split`"
+
+
+def _batching(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
+    batching, length = config.batching, config.data.max_length
+    if batching.mode == "bucket":
+        if batching.tokens is not None:
+            yield "`batching.tokens` is only used with `mode: pack`; with `mode: bucket` a step is `batching.rows` rows"
+        return
+    if batching.tokens is None:
+        yield "`batching.mode: pack` needs `batching.tokens`, the tokens of one step (as 8192)"
+    elif batching.tokens < length:
+        yield f"`batching.tokens: {batching.tokens}` is less than `data.max_length: {length}`: a row may not fit"
+    if "batching.rows" in given:
+        yield "`batching.rows` is only used with `mode: bucket`; with `mode: pack` a step is `batching.tokens` tokens"
+
+
+def _preference(config: TrainConfig) -> Iterator[str]:
+    loss, data = config.preference.loss, config.data
+    changed = _changed(config.preference)
+    if loss is None:
+        if changed:
+            named = ", ".join(f"`preference.{key}`" for key in changed)
+            yield f"without `preference.loss` (dpo, ipo, orpo, kto or simpo) nothing uses {named}"
+        if data.format in ("preference", "unpaired-preference"):
+            yield f"`data.format: {data.format}` needs `preference.loss`, as dpo"
+        return
+    for key in changed:
+        if key != "loss" and loss not in PREFERENCE_KEYS[key]:
+            yield f"`preference.{key}` is not used by {loss}; it belongs to {', '.join(PREFERENCE_KEYS[key])}"
+    formats = ("preference", "unpaired-preference") if loss == "kto" else ("preference",)
+    if data.format not in ("auto", *formats):
+        takes = " or ".join(f"`{name}`" for name in formats)
+        yield f"`data.format: {data.format}` has nothing that {loss} can compare: it takes {takes}"
+    if data.train_on == "all":
+        yield "`data.train_on: all` would compare the prompts as well; leave it at `assistant`"
+    if loss == "kto" and config.batching.mode == "bucket" and config.batching.rows < 2:
+        yield "`batching.rows: 1` leaves kto no other prompt to estimate its reference point with; give 2 or more"
+
+
+def _changed(section: Section) -> list[str]:
+    """The keys that are not at their default."""
+    return [key for key, f in type(section).model_fields.items() if getattr(section, key) != f.default]
+
+
+def _pictures(config: ImageTrainConfig) -> Iterator[str]:
+    data = config.data
+    if not data.folders:
+        yield "`data.pictures` is an empty list: name at least one folder"
+    yield from _held_out(config, "pictures")
+    if data.class_count > 0 and data.class_prompt is None:
+        yield (
+            f"`data.class_count: {data.class_count}` needs `data.class_prompt`, what the class pictures show "
+            "(as: a photo of a dog)"
+        )
+    if data.class_prompt is not None and data.class_folder is None and not data.class_count:
+        yield (
+            "`data.class_prompt` needs class pictures: `data.class_folder`, or `data.class_count` for the base to draw"
+        )
+
+
+def _loss_and_samples(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
+    loss, samples = config.loss, config.samples
+    normal = [key for key in ("loss.logit_mean", "loss.logit_std") if key in given]
+    if loss.timesteps == "uniform" and normal:
+        yield f"`{normal[0]}` is only used with `timesteps: logit-normal`"
+    if "loss.pyramid_discount" in given and not loss.pyramid_iterations:
+        yield "`loss.pyramid_discount` needs `loss.pyramid_iterations`"
+    if isinstance(loss.shift, float) and loss.shift <= 0:
+        yield f"`loss.shift: {loss.shift}` should be above 0, or resolution"
+    if samples.every is not None and not samples.prompts:
+        yield "`samples.every` needs `samples.prompts`: what to draw"
+    if samples.prompts and not samples.seeds:
+        yield "`samples.seeds` is empty: give at least one"
+
+
+def _memory_and_output(config: ImageTrainConfig) -> Iterator[str]:
+    output, memory = config.output, config.memory
+    if output.layout == "peft" and config.adapter.text_encoders:
+        yield "`output.layout: peft` holds the denoiser alone; with `adapter.text_encoders` use diffusers or kohya"
+    if memory.offload_blocks > 0 and memory.activation_checkpointing == "off":
+        yield (
+            "`memory.offload_blocks` needs `memory.activation_checkpointing`: a block's weights leave after its "
+            "forward pass and come again for its backward pass"
+        )
+    if config.base.quantise is not None and memory.offload_blocks > 0:
+        yield "`base.quantise` and `memory.offload_blocks` exclude each other: quantised weights stay where they are"
+    if output.name is not None and ("/" in output.name or "\\" in output.name):
+        yield f"`output.name: {output.name}` is a file's name, without folders"
+
+
+def _idle(config: ImageTrainConfig, given: Collection[str]) -> Iterator[str]:
+    """Keys that somebody wrote and that do nothing, with what each needs."""
+    data = config.data
+    classes = data.class_folder is not None or data.class_count > 0
+    needs = {
+        "data.class_weight": (classes, "class pictures (`data.class_folder` or `data.class_count`)"),
+        "data.class_steps": (data.class_count > 0, "`data.class_count`"),
+        "data.keep_tags": (data.shuffle_tags, "`data.shuffle_tags`"),
+        "data.crops": (data.crop == "random", "`data.crop: random`"),
+        "data.mask_floor": (data.masks != "off", "`data.masks` other than off"),
+        "data.bucket_ratio": (data.buckets, "`data.buckets`"),
+    }
+    for key, (used, what) in needs.items():
+        if key in given and not used:
+            yield f"`{key}` needs {what}; without it, it does nothing"
+
+
+def _run(config: TrainConfig | ImageTrainConfig) -> Iterator[str]:
+    """What text and pictures have in common: the schedule, the optimizer, which blocks get pairs."""
+    schedule, optimizer, adapter, warmup = config.schedule, config.optimizer, config.adapter, config.schedule.warmup
+    if schedule.epochs is not None and schedule.steps is not None:
+        yield "`schedule.epochs` and `schedule.steps` both say when to end: keep one"
+    if isinstance(warmup, float) and warmup >= 1:
+        yield f"`schedule.warmup: {warmup}` is a share of all steps and must be below 1; a whole number counts steps"
+    if isinstance(warmup, int) and schedule.steps is not None and warmup >= schedule.steps:
+        yield f"`schedule.warmup: {warmup}` never ends within `schedule.steps: {schedule.steps}`"
+    for name, every in (("evaluation", config.evaluation.every), ("checkpoint", config.checkpoint.every)):
+        if isinstance(every, int) and every < 1:
+            yield f"`{name}.every: {every}` should be at least 1 step, or `epoch`"
+    if optimizer.momentum > 0 and optimizer.name not in ("sgd", "rmsprop"):
+        yield f"`optimizer.momentum` is not used by {optimizer.name}; it takes `optimizer.betas`"
+    if any(not 0 <= beta < 1 for beta in optimizer.betas):
+        yield f"`optimizer.betas: {list(optimizer.betas)}` must each be at least 0 and below 1"
+    if not _are_blocks(adapter.layers):
+        yield f"`adapter.layers: {adapter.layers}` is not a list of block numbers or ranges such as 0-3,28-29"
+    if any(rank <= 0 for rank in adapter.rank_pattern.values()):
+        yield "`adapter.rank_pattern` has a rank below 1"
+
+
+def _are_blocks(layers: str | tuple[int, ...] | None) -> bool:
+    try:
+        indices = layer_indices(layers)
+    except ValueError:
+        return False
+    return indices is None or (bool(indices) and min(indices) >= 0)
