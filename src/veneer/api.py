@@ -129,8 +129,8 @@ def evaluate(
     """Score the base and mixes of adapters on held-out rows; `veneer eval` is this call.
 
     `data`: files as for training. `mixes`: a name -> adapters acting together; by default {"base": []}. `limit`: the
-    first so many rows. `settings`: max_new_tokens, batch_size, generate, on_progress (as `train.text.evaluate.score_mixes`
-    takes them)."""
+    first so many rows. `settings`: max_new_tokens, batch_size, generate, on_progress (as
+    `train.text.evaluate.score_mixes` takes them)."""
     from veneer.serve.engine.offline import answering
     from veneer.train.text.evaluate import score_mixes
     from veneer.train.text.rows import read_rows
