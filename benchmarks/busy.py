@@ -136,7 +136,7 @@ def serving_veneer(work: Path, inside: Inside) -> None:
         shelf[adapter.digest()] = adapter.mapped(lambda t: t.to(base.dtype))
     prompts, sampling = token_ids(base.model, ROWS, PROMPT).tolist(), Sampling(NEW, temperature=0.0, ignore_eos=True)
 
-    with TextEngine(base, shelf.__getitem__, EngineSettings(cache_bytes=1 << 28)) as engine:
+    with TextEngine(base, lambda digest, _: shelf[digest], EngineSettings(cache_bytes=1 << 28)) as engine:
 
         async def answer(prompt: list[int], digest: str) -> None:
             async for event in engine.events(Request(tuple(prompt), sampling, ((digest, 1.0),))):

@@ -108,7 +108,7 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
     settings = EngineSettings(cache_bytes=1 << 29)
     eight = kept([some_adapter(base, i) for i in range(ADAPTERS)])
     n = 8 if quick else REQUESTS
-    with TextEngine(base, shelf.__getitem__, settings) as engine:
+    with TextEngine(base, lambda digest, _: shelf[digest], settings) as engine:
         out["how"] = engine.runner.how
         run(engine, [BASE] * n, 4)
         out["base"] = best(engine, [BASE] * n)
@@ -128,7 +128,7 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
     thousand = kept([some_adapter(base, 100 + i, 8, ("q_proj", "v_proj")) for i in range(many)])
     dice = random.Random(0)
     weights = [1 / (i + 1) for i in range(many)]
-    with TextEngine(base, shelf.__getitem__, settings) as engine:
+    with TextEngine(base, lambda digest, _: shelf[digest], settings) as engine:
         requests = n if quick else 128
         zipf = [((d, 1.0),) for d in dice.choices(thousand, weights, k=requests)]
         few = [((d, 1.0),) for d in dice.choices(thousand[:8], weights[:8], k=requests)]
@@ -142,7 +142,7 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
     one = thin_bytes(base, shelf[sixteen[0]])
     for name, slots in (("16 adapters, room for 16", 16), ("16 adapters, room for 8", 8)):
         room = EngineSettings(cache_bytes=1 << 29, adapter_bytes=int(one * (slots + 0.5)))
-        with TextEngine(base, shelf.__getitem__, room) as engine:
+        with TextEngine(base, lambda digest, _: shelf[digest], room) as engine:
             mixes = [((sixteen[i % 16], 1.0),) for i in range(n if quick else 64)]
             run(engine, mixes[:8], 2)
             out[name] = best(engine, mixes)
@@ -150,7 +150,7 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
     loads = cold_loads(base, work, 5 if quick else 60)
     for kind in ("int8", "int4"):
         small = load_text("smollm2-135m", dtype="bfloat16")
-        with TextEngine(small, shelf.__getitem__, replace(settings, weights=kind)) as engine:
+        with TextEngine(small, lambda digest, _: shelf[digest], replace(settings, weights=kind)) as engine:
             out[f"alone, {kind}"] = best(engine, [BASE], 3)
             out[f"base, {kind}"] = best(engine, [BASE] * n)
     out["cold loads"] = loads
@@ -187,7 +187,7 @@ def side_large(work: Path, quick: bool) -> dict[str, Any]:
     out: dict[str, Any] = {}
     settings = EngineSettings(cache_bytes=1 << 30)
     under = [((digest, 1.0),) for digest in shelf]
-    with TextEngine(base, shelf.__getitem__, settings) as engine:
+    with TextEngine(base, lambda digest, _: shelf[digest], settings) as engine:
         speed(engine, [BASE] * min(n, 2))
         for _ in range(1 if quick else 2):
             for name, mixes in (("base", [BASE] * n), ("8 adapters", [under[i % len(under)] for i in range(n)])):

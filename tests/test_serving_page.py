@@ -114,9 +114,9 @@ def test_every_program_runs(place: Place) -> None:
 
 
 def test_the_table_of_reasons_is_the_one_of_the_code() -> None:
-    from veneer.serve.names import sources
+    from veneer.serve.names import shelf
 
-    told = set(re.findall(r"\| (\w+) +\| (\d{3}) ", sources.__doc__ or ""))
+    told = set(re.findall(r"\| (\w+) +\| (\d{3}) ", shelf.__doc__ or ""))
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (\d{3}) \|", PAGE, flags=re.M)
     assert len(told) > 10
     assert {(name, status) for names, status in rows for name in re.findall(r"`(\w+)`", names)} == told

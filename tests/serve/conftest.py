@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.shelf import Make, Ready
+from tests.serve.saved_adapters import Make, Ready
 from tests.tiny_base import tiny_base_dir
 from veneer.core.attach import fit_problems
 from veneer.library.library import Library, open_library
@@ -16,6 +16,7 @@ from veneer.models.text.base import TextBase, load_text
 from veneer.serve.access import Caller, ModelCard, Served
 from veneer.serve.names.catalog import LocalCatalog
 from veneer.serve.names.resident import Residents
+from veneer.serve.names.shelf import Shelf
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,8 @@ class Prompt(LocalCatalog):
         return super().models(caller)
 
     def _look(self) -> None:
-        if self.sources.names is not None:
-            self.sources.names.looked()
+        if self.shelf.names is not None:
+            self.shelf.names.looked()
 
 
 @pytest.fixture
@@ -61,13 +62,16 @@ def make(base: TextBase, library: Library, folder: Path) -> Iterator[Make]:
     catalogs: list[LocalCatalog] = []
 
     def build(limit: int = 1 << 30, servable: Any = None, **options: Any) -> LocalCatalog:
-        options = {"name": "tiny", "library": library, "allowed_folders": [folder], **options}
-        catalog = Prompt(base, servable or (lambda a: fit_problems(base.model, a)), **options)
+        places = {"library": library, "folders": [folder]}
+        places |= {k: options.pop(k) for k in ("library", "folders", "max_bytes") if k in options}
+        shelf, problems = Shelf(base, **places), servable or (lambda a: fit_problems(base.model, a))
+        residents: Residents[Ready] = Residents(
+            lambda digest: shelf.read(digest, problems), lambda a, digest: Ready(a, a.size_bytes()),
+            limit_bytes=limit, threads=1,
+        )  # fmt: skip
+        catalog = Prompt(shelf, problems, residents, **{"name": "tiny", **options})
         catalogs.append(catalog)
-        catalog.residents = Residents(
-            catalog.read, lambda a, digest: Ready(a, a.size_bytes()), limit_bytes=limit, threads=1
-        )
-        made.append(catalog.residents)
+        made.append(residents)
         return catalog
 
     yield build

@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from tests.library.conftest import quick  # noqa: F401
 from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText
-from tests.serve.shelf import Make, of, reason, refused, saved
+from tests.serve.saved_adapters import Make, of, reason, refused, saved
 from veneer.errors import AdapterError, ResourceError, UnavailableError
 from veneer.library.library import open_library
 from veneer.library.upkeep import gc
@@ -68,9 +68,9 @@ def test_a_store_that_fails_on_an_adapters_first_use_is_tried_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(library.store.fs, "open", fails)
-        kept_back(refused(lambda: catalog.read(digest)), caplog.text)
+        kept_back(refused(lambda: catalog.shelf.read(digest, catalog.problems)), caplog.text)
         kept_back(refused(lambda: catalog.load("mine", "support")), caplog.text)
-    assert catalog.read(digest).digest() == digest
+    assert catalog.shelf.read(digest, catalog.problems).digest() == digest
     assert catalog.load("mine", "support").digest == digest
 
 
@@ -86,7 +86,7 @@ def test_a_store_that_lost_or_changed_its_files_is_no_fault_of_who_asks(
         if data is None:
             kept = library.store.fs.cat_file(path)
             library.store.fs.pipe_file(path, bytes(len(kept)))
-        error = refused(lambda: catalog.read(digest))
+        error = refused(lambda: catalog.shelf.read(digest, catalog.problems))
         assert (reason(error), error.status) == ("damaged", 503)
         assert "memory" not in str(error)
         assert "blobs" not in str(error)
@@ -99,9 +99,9 @@ def test_what_was_removed_is_not_there_and_no_outage(make: Make, elsewhere: Any)
     catalog.resolve("support", ANYBODY)
     library.remove("support")
     assert refused(lambda: catalog.resolve("support", ANYBODY)).status == 404
-    assert catalog.read(digest).digest() == digest
+    assert catalog.shelf.read(digest, catalog.problems).digest() == digest
     gc(library, grace=-1)
-    error = refused(lambda: catalog.read(digest))
+    error = refused(lambda: catalog.shelf.read(digest, catalog.problems))
     assert (reason(error), error.status) == ("not_found", 404)
 
 
@@ -118,7 +118,7 @@ def test_a_disk_that_fails_is_no_fault_of_the_adapters(
         except OSError as error:  # as readers tell of a file that they cannot read
             raise AdapterError(f"cannot be read: {error}") from error
 
-    monkeypatch.setattr("veneer.serve.names.sources.load_adapter", fails)
+    monkeypatch.setattr("veneer.serve.names.shelf.load_adapter", fails)
     kept_back(refused(lambda: catalog.load("x", "a")), caplog.text)
 
 

@@ -17,7 +17,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -36,7 +36,6 @@ from veneer.serve.tenancy.keys import admin_hash, default_database, same
 
 if TYPE_CHECKING:
     from veneer.library.library import Library
-    from veneer.serve.fleet.fleet import Fleet
     from veneer.serve.names.catalog import LocalCatalog
     from veneer.serve.pictures.engine import PictureEngine
 
@@ -192,6 +191,7 @@ def _build_text(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     from veneer.serve.engine.engine import EngineSettings, TextEngine
     from veneer.serve.http.app import create_app
     from veneer.serve.names.catalog import LocalCatalog
+    from veneer.serve.names.shelf import Shelf
 
     tenancy, routers, rollouts = _tenancy(settings, say)
     base = load_text(settings.base, dtype=settings.dtype, device=settings.device, say=say)
@@ -205,10 +205,10 @@ def _build_text(settings: ServeSettings, say: Callable[[str], None]) -> Built:
         batch_invariant=settings.batch_invariant,
         queue=settings.http.queue,
     )
-    engine = TextEngine(base, lambda digest: catalog.read(digest), sizes)
+    shelf = Shelf(base, library=library, folders=settings.folders)
+    engine = TextEngine(base, shelf.read, sizes)
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
-    catalog = LocalCatalog(base, engine.problems, library=library, allowed_folders=settings.folders, rollouts=rollouts)
-    catalog.residents = engine.residents
+    catalog = LocalCatalog(shelf, engine.problems, engine.residents, rollouts=rollouts)
     engine.start()
     text = replace(base, context=engine.context)  # the engine's cache may hold less than the base could take
     app = create_app(engine, catalog, tenancy, text, settings=settings.http, **_operator(tenancy, routers))
@@ -259,16 +259,15 @@ def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Buil
     from veneer.serve.http.app import create_app
     from veneer.serve.http.surfaces.images import router
     from veneer.serve.names.catalog import LocalCatalog
+    from veneer.serve.names.shelf import Shelf
     from veneer.serve.pictures.engine import PictureEngine
 
     tenancy, routers, rollouts = _tenancy(settings, say)
     base = load_image(settings.base, dtype=settings.dtype, device=settings.device, say=say)
     library = open_library(settings.library)
-    catalog = LocalCatalog(
-        base, lambda adapter: [], library=library, allowed_folders=settings.folders, rollouts=rollouts
-    )
-    engine = PictureEngine(base, catalog.read, max_batch=min(settings.rows, 8), adapter_bytes=settings.adapter_bytes)
-    catalog.residents = engine.residents
+    shelf = Shelf(base, library=library, folders=settings.folders)
+    engine = PictureEngine(base, shelf.read, max_batch=min(settings.rows, 8), adapter_bytes=settings.adapter_bytes)
+    catalog = LocalCatalog(shelf, lambda adapter: [], engine.residents, rollouts=rollouts)
     (tokenizer, limit), *_ = readers(base)
     caption = _Caption(base.name, getattr(tokenizer, "tokenizer", tokenizer), limit)
     limits = replace(settings.http, max_body=max(settings.http.max_body, 64 << 20))
@@ -288,27 +287,28 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     from veneer.library.library import open_library
     from veneer.models.home import veneer_home
     from veneer.models.text.base import outline_text
-    from veneer.serve.fleet.fleet import Fleet
+    from veneer.serve.fleet.fleet import Fleet, FleetAdapters
     from veneer.serve.fleet.servable import problems
     from veneer.serve.http.app import create_app
     from veneer.serve.names.catalog import LocalCatalog
+    from veneer.serve.names.shelf import Shelf
 
     if settings.folders:
         raise ConfigError("replicas read the library, not folders", where="--allow-folder", fix="veneer library add")
     tenancy, routers, rollouts = _tenancy(settings, say)
     base, library = outline_text(settings.base, say=say), open_library(settings.library)
+    shelf = Shelf(base, library=library)
     fleet = Fleet(
-        settings.upstreams, files=lambda digest: catalog.files(digest), cache=veneer_home() / "cache" / "served",
+        settings.upstreams, files=shelf.files, cache=veneer_home() / "cache" / "served",
         key=settings.upstream_key,
         mixes=settings.mixes, cache_bytes=settings.mix_bytes,
         decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
     )  # fmt: skip
-    catalog = LocalCatalog(base, problems, library=library, rollouts=rollouts)
+    catalog = LocalCatalog(shelf, problems, FleetAdapters(fleet), rollouts=rollouts)
     app = create_app(fleet, catalog, tenancy, base, settings=settings.http, **_operator(tenancy, routers))
 
     async def start() -> None:
         await fleet.__aenter__()
-        catalog.residents = _Replicas(fleet, asyncio.get_running_loop())
         await asyncio.to_thread(_preload, settings, app.state.house, say)
 
     async def stop() -> None:
@@ -316,27 +316,6 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Built:
         await asyncio.to_thread(_close, catalog, library, tenancy)
 
     return Built(app, start, stop)
-
-
-class _Replicas:
-    """Residents of a fleet: on its replicas."""
-
-    def __init__(self, fleet: Fleet, loop: asyncio.AbstractEventLoop) -> None:
-        self.fleet, self.loop = fleet, loop
-
-    def load(self, digest: str, adapter: Any = None, *, pinned: bool = False) -> None:
-        if pinned:
-            raise Refused("adapters cannot be pinned here", status=400, code="invalid_request", param="pinned")
-        self._wait(self.fleet.load(((digest, 1.0),)))
-
-    def drop(self, digest: str) -> None:
-        self._wait(self.fleet.unload(((digest, 1.0),)))
-
-    def unpin(self, digest: str) -> None:
-        pass
-
-    def _wait(self, work: Coroutine[Any, Any, Any]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
 
 def _operator(tenancy: Tenancy, routers: list[Any]) -> dict[str, Any]:

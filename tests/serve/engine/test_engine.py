@@ -21,6 +21,7 @@ from veneer.core.attach import attach
 from veneer.errors import AdapterError
 from veneer.serve.engine.engine import EngineSettings, TextEngine
 from veneer.serve.forward.paged import Pages
+from veneer.serve.names.shelf import Problems
 from veneer.serve.request import BASE, Event, Finished, Mix, Refused, Request, Sampling, Started, Token
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -34,7 +35,7 @@ class Shelf:
         self.reads: list[str] = []
         self.gate: threading.Event | None = None
 
-    def __call__(self, digest: str) -> Adapter:
+    def __call__(self, digest: str, problems: Problems) -> Adapter:
         self.reads.append(digest)
         if self.gate is not None:
             self.gate.wait(10)

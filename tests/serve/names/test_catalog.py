@@ -13,7 +13,7 @@ import pytest
 import torch
 from sqlalchemy import event
 
-from tests.serve.shelf import Make, of, reason, refused, saved
+from tests.serve.saved_adapters import Make, of, reason, refused, saved
 from veneer.formats import peft
 from veneer.library.library import Library
 from veneer.models.text.base import TextBase
@@ -43,7 +43,6 @@ def test_a_loaded_name(make: Make, base: TextBase, folder: Path) -> None:
         served = catalog.resolve(word, ANYBODY)
         assert (served.mix, served.name, served.target) == (of(digest), word, "support")
     assert catalog.models(ANYBODY)[1] == card
-    assert catalog.residents is not None
     assert list(catalog.residents.resident()) == [digest]
 
 
@@ -57,7 +56,7 @@ def test_what_the_library_has_needs_no_loading(make: Make, base: TextBase, folde
     assert {word: catalog.resolve(word, ANYBODY).mix for word in words} == {w: of(d) for w, d in words.items()}
     assert [c.id for c in catalog.models(ANYBODY)] == ["tiny", "support"]
     assert torch.equal(
-        next(catalog.read(one).tensors())[1], next(peft.load(folder / "a", base.model).adapter.tensors())[1]
+        next(catalog.shelf.read(one).tensors())[1], next(peft.load(folder / "a", base.model).adapter.tensors())[1]
     )
 
 
@@ -84,9 +83,9 @@ def test_names_are_resolved_without_a_database(
     library.add(folder / "a", "acme/support")
     library.alias("acme/support@1", "prod")
     catalog = make()
-    assert catalog.sources.names is not None
-    catalog.sources.names.looked()
-    monkeypatch.setattr(catalog.sources.names, "looked", lambda: None)  # as surfaces leave it to a thread
+    assert catalog.shelf.names is not None
+    catalog.shelf.names.looked()
+    monkeypatch.setattr(catalog.shelf.names, "looked", lambda: None)  # as surfaces leave it to a thread
 
     asked: list[str] = []
     event.listen(library.engine, "before_cursor_execute", lambda c, cursor, statement, *more: asked.append(statement))
@@ -96,7 +95,7 @@ def test_names_are_resolved_without_a_database(
         for word in ("nothing", "acme/support@2", "acme/support@stable", "sha256:0000"):
             assert refused(lambda w=word: catalog.resolve(w, ANYBODY)).status == 404
         assert [c.id for c in catalog.models(ANYBODY)] == ["tiny", "acme/support"]
-    assert catalog.read(digest).digest() == digest
+    assert catalog.shelf.read(digest).digest() == digest
     assert asked == []
 
 
@@ -109,7 +108,6 @@ def test_a_load_under_a_name_of_the_librarys_is_refused_unless_it_says_so(
     error = refused(lambda: catalog.load("support", "b"))
     assert (error.status, error.code) == (400, "adapter_exists")
     assert catalog.resolve("support", ANYBODY).mix == of(one)
-    assert catalog.residents is not None
     assert catalog.residents.stats().bytes == 0
     assert catalog.load("support", "support").digest == one, "the same thing by its own name"
     catalog.unload("support")
@@ -270,7 +268,7 @@ def test_what_is_not_theirs_is_what_is_not_there(make: Make, base: TextBase, fol
 
 def test_what_is_not_theirs_is_not_even_looked_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = make()
-    monkeypatch.setattr(catalog.sources, "look", lambda reference: pytest.fail("looked up"))
+    monkeypatch.setattr(catalog.shelf, "look", lambda reference: pytest.fail("looked up"))
     for word in ("there", "not-there"):
         assert refused(lambda w=word: catalog.resolve(w, Caller(sees=lambda name: False))).status == 404
 
@@ -331,19 +329,18 @@ def test_names_that_cannot_be_given(make: Make, base: TextBase, folder: Path, na
 def test_ten_thousand_names(make: Make, base: TextBase, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = saved(base, folder / "a")
     catalog = make()
-    place = catalog.sources.locate("a")
-    adapter = catalog.sources.read(place)
-    monkeypatch.setattr(catalog.sources, "locate", lambda source: place)
+    place = catalog.shelf.locate("a")
+    adapter = catalog.shelf.read_from(place, catalog.problems)
+    monkeypatch.setattr(catalog.shelf, "locate", lambda source: place)
     monkeypatch.setattr(adapter, "digest", lambda: digest)
-    monkeypatch.setattr(catalog.sources, "read", lambda place: adapter)
-    catalog.residents, kept = None, catalog.residents
+    monkeypatch.setattr(catalog.shelf, "read_from", lambda place, problems: adapter)
+    monkeypatch.setattr(catalog.residents, "load", lambda digest, adapter, *, pinned: None)
     for i in range(10_000):
         catalog.load(f"customer-{i}", "a")
     began = time.process_time()
     for i in range(10_000):
         assert catalog.resolve(f"customer-{i}", ANYBODY).mix == of(digest)
     assert time.process_time() - began < 5, "well under a millisecond each"
-    catalog.residents = kept
     assert len(catalog.models(ANYBODY)) == 10_001
 
 
@@ -359,7 +356,6 @@ def test_a_name_means_one_thing(make: Make, base: TextBase, folder: Path) -> Non
     assert catalog.resolve("x", ANYBODY).mix == of(one)
     catalog.load("x", "b", replace=True)
     assert catalog.resolve("x", ANYBODY).mix == of(two)
-    assert catalog.residents is not None
     assert list(catalog.residents.resident()) == [two]
     catalog.unload("x")
     assert refused(lambda: catalog.resolve("x", ANYBODY)).status == 404
@@ -390,7 +386,6 @@ def test_two_names_of_one_adapter(make: Make, base: TextBase, folder: Path) -> N
     catalog = make()
     catalog.load("x", "a")
     catalog.load("y", "a", pinned=True)
-    assert catalog.residents is not None
     assert catalog.residents.stats().pinned == 1
     catalog.unload("y")
     assert catalog.residents.stats().pinned == 0
@@ -459,5 +454,4 @@ def test_loads_of_one_name_at_once(make: Make, base: TextBase, folder: Path) -> 
         thread.join(60)
     (won,) = [o for o in outcomes if o != "adapter_exists"]
     assert catalog.resolve("x", ANYBODY).mix == of(won)
-    assert catalog.residents is not None
     assert list(catalog.residents.resident()) == [won]

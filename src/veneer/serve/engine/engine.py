@@ -36,6 +36,7 @@ from veneer.serve.engine.scheduler import Chunk, Scheduler, Sequence, StepCost
 from veneer.serve.forward.paged import BLOCK
 from veneer.serve.forward.runner import Prepared, Row, Runner, WeightKind
 from veneer.serve.names.resident import Lease, Residents
+from veneer.serve.names.shelf import Problems
 from veneer.serve.outage import fault
 from veneer.serve.request import BASE, EngineStats, Event, Finished, Refused, Request, Started, Token, Usage
 
@@ -98,9 +99,12 @@ class _Counts:
 
 
 class TextEngine:
-    """Serves a text base. `read`: digest -> adapter, from disk. Start it before use and stop it at the end."""
+    """Serves a text base. `read`: (digest, problems) -> adapter, from disk, refused where `problems` finds any. Start
+    it before use and stop it at the end."""
 
-    def __init__(self, base: TextBase, read: Callable[[str], Adapter], settings: EngineSettings | None = None) -> None:
+    def __init__(
+        self, base: TextBase, read: Callable[[str, Problems], Adapter], settings: EngineSettings | None = None
+    ) -> None:
         self.base, self.settings = base, settings or EngineSettings()
         settings = self.settings
         self.runner = Runner(
@@ -110,7 +114,10 @@ class TextEngine:
             batch_invariant=settings.batch_invariant,
         )
         self.residents: Residents[Prepared] = Residents(
-            read, self.runner.prepare, limit_bytes=settings.adapter_bytes, freed=self._freed
+            lambda digest: read(digest, self.problems),
+            self.runner.prepare,
+            limit_bytes=settings.adapter_bytes,
+            freed=self._freed,
         )
         self.cache = Cache(self.runner.blocks, BLOCK)
         self.scheduler = Scheduler(

@@ -47,7 +47,7 @@ def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32
         yield plain
         return
     settings = EngineSettings(rows=rows, queue=1 << 30)
-    with without_dropout(base.model), TextEngine(base, adapters.__getitem__, settings) as engine:
+    with without_dropout(base.model), TextEngine(base, lambda digest, _: adapters[digest], settings) as engine:
         whole = engine.runner.how == "fused"
         if whole and not any(thin_problems(adapter, engine.runner.layout) for adapter in adapters.values()):
             with ThreadPoolExecutor(1, thread_name_prefix="answers") as thread:

@@ -31,7 +31,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from typing import Any
 
 import httpx
 
+from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, VeneerError
 from veneer.serve.fleet.folders import Folders, is_made, rendezvous
 from veneer.serve.fleet.remote import Decode, Failed, NotThere, Remote, parse_upstream, recognise
@@ -47,7 +48,7 @@ from veneer.serve.fleet.servable import servable, served_name
 from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import EngineStats, Event, Finished, Mix, Refused, Request, Started, Token, Usage
 
-__all__ = ["Fleet", "Replica"]
+__all__ = ["Fleet", "FleetAdapters", "Replica"]
 
 log = logging.getLogger("veneer.serve.fleet.fleet")
 
@@ -135,6 +136,8 @@ class Fleet:
         """Name of a mix -> its folder, under way or made."""
         self.refused: dict[tuple[str, str], tuple[float, Refused]] = {}
         self.closing = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """Where it runs, once it does."""
         self.prompt_tokens = self.generated_tokens = 0
         self._watch: asyncio.Task[None] | None = None
         self._spreading: set[asyncio.Task[Any]] = set()
@@ -146,6 +149,7 @@ class Fleet:
 
     async def __aenter__(self) -> Fleet:
         """Ask every replica once, and keep watching them."""
+        self.loop = asyncio.get_running_loop()
         await asyncio.gather(*(self._check(r) for r in self.replicas))
         self._watch = asyncio.create_task(self._watching())
         self._collect()
@@ -458,6 +462,29 @@ class Fleet:
         running = sum(r.running for r in self.replicas)
         resident = len({name for r in self.replicas for name in r.resident})
         return EngineStats(running, 0, 0.0, 0, 0, 0, 0, self.prompt_tokens, self.generated_tokens, resident)
+
+
+class FleetAdapters:
+    """What is loaded on the replicas of a fleet that runs, for `LocalCatalog`: from any thread but the fleet's own."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+
+    def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None:
+        """Raises Refused where no replica has it in the end."""
+        if pinned:
+            raise Refused("adapters cannot be pinned here", status=400, code="invalid_request", param="pinned")
+        self._wait(self.fleet.load(((digest, 1.0),)))
+
+    def drop(self, digest: str) -> None:
+        self._wait(self.fleet.unload(((digest, 1.0),)))
+
+    def unpin(self, digest: str) -> None:
+        pass
+
+    def _wait(self, work: Coroutine[Any, Any, Any]) -> None:
+        assert self.fleet.loop is not None
+        asyncio.run_coroutine_threadsafe(work, self.fleet.loop).result()
 
 
 def _able(up: Sequence[Replica], request: Request) -> list[Replica]:

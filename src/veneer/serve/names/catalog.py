@@ -1,7 +1,8 @@
 """The names of one server, and which adapters they mean: the catalog of an embedded engine.
 
-    catalog = LocalCatalog(base, runner.problems, library=open_library(), rollouts=…)
-    catalog.residents = Residents(catalog.read, runner.prepare, limit_bytes=…)
+    shelf = Shelf(base, library=open_library())
+    engine = TextEngine(base, shelf.read)
+    catalog = LocalCatalog(shelf, engine.problems, engine.residents, rollouts=…)
     served = catalog.resolve("support@prod", caller)
 
 A word is looked up in this order: the base's name; a route (`rollouts`); a name that was loaded; a
@@ -23,26 +24,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-from veneer.adapters.use import Base
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, quoted
-from veneer.library.library import Library
 from veneer.library.names import check_name, name_of
 from veneer.serve.access import Caller, ModelCard, Served
-from veneer.serve.names.sources import Place, Sources, unusable
+from veneer.serve.names.shelf import AdapterPlace, Problems, Shelf, unusable
 from veneer.serve.request import Mix, Refused, make_mix
 
-__all__ = ["LocalCatalog", "Memory", "Rollouts"]
+__all__ = ["AdapterMemory", "LocalCatalog", "Rollouts"]
 
 MAX_NAME = 200
 MAX_MIX = 64
 
 _log = logging.getLogger(__name__)
 
-Part = tuple[str, str]
+_Part = tuple[str, str]
 """(digest, the operator's name) of one adapter."""
 
 
@@ -58,7 +56,7 @@ class Rollouts(Protocol):
         ...
 
 
-class Memory(Protocol):
+class AdapterMemory(Protocol):
     """Where loaded adapters are kept: `Residents`, or replicas elsewhere."""
 
     def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False) -> None: ...
@@ -71,35 +69,30 @@ class Memory(Protocol):
 @dataclass(frozen=True)
 class _Loaded:
     card: ModelCard
-    place: Place
+    place: AdapterPlace
 
 
 class LocalCatalog:
-    """Implements `access.Catalog`. `name`: what the base is called; by default the last part of its own name.
-    `residents`: where loaded adapters are kept; to be set before the first `load`. Everything may be called from any
-    thread; only `load` and `read` read files."""
+    """Implements `access.Catalog`. `problems`: why an adapter cannot be served with its full effect, one line each.
+    `residents`: where loaded adapters are kept. `name`: what the base is called; by default the last part of its own
+    name. Everything may be called from any thread; only `load` and `check` read files."""
 
     def __init__(
         self,
-        base: Base,
-        servable: Callable[[Adapter], list[str]],
+        shelf: Shelf,
+        problems: Problems,
+        residents: AdapterMemory,
         *,
         name: str = "",
-        library: Library | None = None,
-        allowed_folders: Sequence[str | Path] = (),
         rollouts: Rollouts | None = None,
-        max_bytes: int = 8 << 30,
     ) -> None:
-        self.base = name or base.name.rstrip("/").rpartition("/")[2]
-        self.sources = Sources(base, servable, library=library, folders=allowed_folders, max_bytes=max_bytes)
-        self.rollouts = rollouts
-        self.residents: Memory | None = None
-        self._fingerprint = base.fingerprint
+        self.base = name or shelf.base.name.rstrip("/").rpartition("/")[2]
+        self.shelf, self.problems, self.residents, self.rollouts = shelf, problems, residents, rollouts
+        self._fingerprint = shelf.base.fingerprint
         self._started = int(time.time())
         self._lock = threading.Lock()
         self._reading = threading.Semaphore(2)  # loads at a time, so that many cannot fill the memory
         self._loaded: dict[str, _Loaded] = {}
-        self._places: dict[str, Place] = {}
         self._kept: tuple[object, list[ModelCard]] = (None, [])
 
     # -- what names mean ----------------------------------------------------------------------------------------------
@@ -146,7 +139,7 @@ class LocalCatalog:
     def _word(self, model: str) -> str:
         return model.removeprefix(f"{self.base}:") or self.base
 
-    def _mean(self, model: str, caller: Caller) -> tuple[str, Part | None, bool]:
+    def _mean(self, model: str, caller: Caller) -> tuple[str, _Part | None, bool]:
         """(the adapter's name, what it is, whether a route chose it) of a client's word."""
         word = self._word(model)
         if word == self.base:
@@ -158,29 +151,29 @@ class LocalCatalog:
             raise _missing(model)
         return target or word, self._part(target or word, model), target is not None
 
-    def _part(self, name: str, model: str) -> Part | None:
+    def _part(self, name: str, model: str) -> _Part | None:
         """None for the base. Raises Refused: `model` is not there."""
         if name == self.base:
             return None
         loaded = self._loaded.get(name)
         if loaded is not None:
             return loaded.card.digest, name
-        found = self.sources.look(name)
+        found = self.shelf.look(name)
         if found is None:
             raise _missing(model)
         if not found.digest:
             raise unusable("corrupt", f"nobody could read {quoted(name)} when it came into the library")
         if found.fingerprint not in ("", self._fingerprint):
             raise unusable("wrong_base", f"{quoted(name)} belongs to {found.base or found.fingerprint}")
-        self._places.setdefault(found.digest, found.place)
+        self.shelf.remember(found.digest, found.place)
         return found.digest, found.place.root
 
     def check(self, name: str) -> None:
         """Read what a name means, unless it is in use, as a request for it would. Raises Refused where it would be."""
-        self.sources.look(name, sure=True)
+        self.shelf.look(name, sure=True)
         part = self._part(name, name)
         if part is not None and name not in self._loaded:
-            self.read(part[0])
+            self.shelf.read(part[0], self.problems)
 
     def models(self, caller: Caller) -> list[ModelCard]:
         """The base, then everything that the caller sees: what was loaded, routes, what the library has for this
@@ -196,7 +189,7 @@ class LocalCatalog:
         return out
 
     def _library_cards(self) -> list[ModelCard]:
-        kept = self.sources.listed(self._fingerprint)
+        kept = self.shelf.listed(self._fingerprint)
         if self._kept[0] is not kept:
             cards = [ModelCard(k.name, k.reference, self.base, _seconds(k.added), k.digest) for k in kept]
             self._kept = (kept, cards)
@@ -205,11 +198,11 @@ class LocalCatalog:
     async def fresh(self) -> None:
         """What names mean now is known when this returns: surfaces wait for it once, before they ask. Not for long:
         while the library's index does not answer, what it said last holds."""
-        await self.sources.fresh()
+        await self.shelf.fresh()
 
     def close(self) -> None:
         """The thread that reads the library's names ends."""
-        self.sources.close()
+        self.shelf.close()
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -223,16 +216,14 @@ class LocalCatalog:
         except ConfigError as error:
             raise Refused(error.what, status=400, code="invalid_request", param="lora_name", fix=error.fix) from None
         self._check_free(name, replace)
-        place = self.sources.locate(source)
+        place = self.shelf.locate(source)
         with self._reading:
-            adapter = self.sources.read(place)
+            adapter = self.shelf.read_from(place, self.problems)
             digest = adapter.digest()
             self._check_library(name, digest, replace)
-            if place.reference or not self._places.get(digest, place).reference:
-                self._places[digest] = place
+            self.shelf.remember(digest, place)
             try:
-                if self.residents is not None:
-                    self.residents.load(digest, adapter, pinned=pinned)
+                self.residents.load(digest, adapter, pinned=pinned)
             except BaseException:
                 self._forget(digest)
                 raise
@@ -263,7 +254,7 @@ class LocalCatalog:
 
     def _check_library(self, name: str, digest: str, replace: bool) -> None:
         """A name of the library's means what the library has, unless somebody says that it shall not."""
-        kept = self.sources.look(name, sure=True)
+        kept = self.shelf.look(name, sure=True)
         if kept is None or kept.digest == digest:
             return
         if not replace:
@@ -278,29 +269,13 @@ class LocalCatalog:
         """A name means this no more: free it, unless another name does, and unpin it, unless another pins it."""
         with self._lock:
             others = [loaded.card for loaded in self._loaded.values() if loaded.card.digest == digest]
-        if self.residents is None:
-            return
         if not others:
             self.residents.drop(digest)
         elif not any(card.pinned for card in others):
             self.residents.unpin(digest)
 
-    def read(self, digest: str) -> Adapter:
-        """What `Residents` reads by: an adapter that a name meant, from where it was found. Raises Refused."""
-        place = self._places.get(digest)
-        if place is None:
-            raise unusable("not_found", f"nothing here has the digest {digest}", status=404)
-        return self.sources.read(place, digest)
 
-    def files(self, digest: str) -> Path:
-        """Where the files are of an adapter that a name meant, for servers that read them by themselves."""
-        place = self._places.get(digest)
-        if place is None:
-            raise unusable("not_found", f"nothing here has the digest {digest}", status=404)
-        return self.sources.files(place)
-
-
-def _alone(part: Part | None) -> Mix:
+def _alone(part: _Part | None) -> Mix:
     return () if part is None else ((part[0], 1.0),)
 
 

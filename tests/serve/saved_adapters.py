@@ -1,4 +1,4 @@
-"""Adapters on disk, and what a refusal says, for tests of names and sources."""
+"""Adapters on disk, and what a refusal says, for tests of names and shelves."""
 
 from __future__ import annotations
 

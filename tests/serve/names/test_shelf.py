@@ -14,7 +14,7 @@ import torch
 
 from tests.adapters.test_use import adapter_for, other_base
 from tests.formats import hostile
-from tests.serve.shelf import Make, reason, refused, saved
+from tests.serve.saved_adapters import Make, reason, refused, saved
 from veneer.core.adapter import LoraSpec
 from veneer.core.init import create
 from veneer.formats import peft
@@ -26,7 +26,6 @@ from veneer.serve.names.catalog import LocalCatalog
 
 def untouched(catalog: LocalCatalog) -> None:
     assert [c.id for c in catalog.models(ANYBODY)] == ["tiny"]
-    assert catalog.residents is not None
     assert catalog.residents.stats().bytes == 0
     assert not catalog.residents._slots
     assert refused(lambda: catalog.resolve("x", ANYBODY)).status == 404
@@ -81,7 +80,7 @@ def test_what_lies_outside_is_not_there(
 
 def test_without_allowed_folders_no_path_is_an_adapter(make: Make, base: TextBase, folder: Path) -> None:
     saved(base, folder / "a")
-    catalog = make(allowed_folders=())
+    catalog = make(folders=())
     for source in ("a", str(folder / "a")):
         assert reason(refused(lambda s=source: catalog.load("x", s))) == "not_found"
 
@@ -139,7 +138,6 @@ def test_fifty_bad_loads_beside_good_ones(make: Make, base: TextBase, folder: Pa
         assert str(folder) not in error.what
     assert [c.id for c in catalog.models(ANYBODY)] == ["tiny", "good"]
     assert catalog.resolve("good", ANYBODY).mix == ((good, 1.0),)
-    assert catalog.residents is not None
     assert list(catalog.residents.resident()) == [good]
     catalog.load("later", "good")
 
@@ -203,7 +201,9 @@ def test_what_the_runner_cannot_serve(
     assert reason(error) == word
     assert problem in error.what
     assert catalog.resolve("kept", ANYBODY).mix == ((digest, 1.0),)
-    assert reason(refused(lambda: catalog.read(digest))) == word, "by the same rules when it is first asked for"
+    assert reason(refused(lambda: catalog.shelf.read(digest, catalog.problems))) == word, (
+        "by the same rules when it is first asked for"
+    )
 
 
 SPECS = {
@@ -227,7 +227,7 @@ def test_every_kind_that_the_runner_serves_is_read_whole(
     peft.write(adapter, folder / "a")
     catalog = make()
     card = catalog.load("x", "a")
-    again = catalog.read(card.digest)
+    again = catalog.shelf.read(card.digest, catalog.problems)
     assert {n for n, _ in again.tensors()} == {n for n, _ in adapter.tensors()}
     assert {n: p.scale for n, p in again.pairs.items()} == {n: p.scale for n, p in adapter.pairs.items()}
 
@@ -238,8 +238,8 @@ def test_a_file_that_is_written_to_later_does_not_change_what_is_served(
     folder: Path,
 ) -> None:
     digest = saved(base, folder / "a")
-    sources = make().sources
-    adapter = sources.read(sources.locate("a"))
+    catalog = make()
+    adapter = catalog.shelf.read_from(catalog.shelf.locate("a"), catalog.problems)
     path = folder / "a" / "adapter_model.safetensors"
     with path.open("r+b") as file:
         file.seek(-64, os.SEEK_END)

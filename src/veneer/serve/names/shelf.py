@@ -1,5 +1,9 @@
-"""Where a server's adapters come from, and whether it can serve them: library references, and files where the operator
-allows them.
+"""The adapters that a server may read: what the library has, and files where the operator allows them.
+
+    shelf = Shelf(base, library=open_library())
+    place = shelf.locate("support@2")            a library reference, or a path in an allowed folder
+    shelf.remember(digest, place)
+    adapter = shelf.read(digest, problems)       from disk, checked whole
 
 What cannot be served is Refused(adapter_unusable) whose message begins with a reason:
 
@@ -41,7 +45,10 @@ from veneer.library.snapshot import Kept, Snapshot
 from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import Refused
 
-__all__ = ["Found", "Place", "Sources", "unusable"]
+__all__ = ["AdapterPlace", "KnownAdapter", "Problems", "Shelf", "unusable"]
+
+Problems = Callable[[Adapter], list[str]]
+"""Why an adapter cannot be served with its full effect, one line each: the engine's to say."""
 
 
 def unusable(reason: str, what: str, *, status: int = 400, fix: str | None = None) -> Refused:
@@ -49,7 +56,7 @@ def unusable(reason: str, what: str, *, status: int = 400, fix: str | None = Non
 
 
 @dataclass(frozen=True)
-class Place:
+class AdapterPlace:
     """Where an adapter's files are. `root`: as the operator named it; never a path. `reference`: of the library, by
     content, with its `entry` and `format` there; "" for a `path`."""
 
@@ -61,43 +68,41 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Found:
+class KnownAdapter:
     """What a library reference means now. `digest`: "" where nobody could read the files."""
 
     digest: str
     fingerprint: str
     base: str
-    place: Place
+    place: AdapterPlace
 
 
-def _found(kept: Kept) -> Found:
+def _known(kept: Kept) -> KnownAdapter:
     reference = kept.digest or f"sha256:{kept.entry}"
-    place = Place(kept.reference, reference, entry=kept.entry, format=kept.format)
-    return Found(kept.digest, kept.fingerprint, kept.base, place)
+    place = AdapterPlace(kept.reference, reference, entry=kept.entry, format=kept.format)
+    return KnownAdapter(kept.digest, kept.fingerprint, kept.base, place)
 
 
-class Sources:
-    """`servable`: why an adapter cannot be served with its full effect, one line each; the runner's. `folders`: from
-    which files may be loaded, with all that is in them."""
+class Shelf:
+    """`folders`: from which files may be loaded, with all that is in them. Thread-safe."""
 
     def __init__(
         self,
         base: Base,
-        servable: Callable[[Adapter], list[str]],
         *,
         library: Library | None = None,
         folders: Sequence[str | Path] = (),
         max_bytes: int = 8 << 30,
     ) -> None:
         self.base, self.library, self.max_bytes = base, library, max_bytes
-        self._servable = servable
         self._folders = [_folder(folder) for folder in folders]
         self.names = None if library is None else Snapshot(library)
+        self._places: dict[str, AdapterPlace] = {}
         self._listed: tuple[object, list[Kept]] = (None, [])
 
     # -- what a reference means --------------------------------------------------------------------------------------
 
-    def look(self, reference: str, *, sure: bool = False) -> Found | None:
+    def look(self, reference: str, *, sure: bool = False) -> KnownAdapter | None:
         """What the library has under a reference, from memory; None where it has nothing, or it is no reference. Reads
         no adapter and asks no database. `sure`: waits for a look at the index that begins now, for who may wait."""
         if self.names is None or len(reference) > 200:
@@ -107,7 +112,7 @@ class Sources:
         except ConfigError:
             return None
         kept = (self.names.looked() if sure else self.names.now).find(wanted)
-        return None if kept is None else _found(kept)
+        return None if kept is None else _known(kept)
 
     async def fresh(self) -> None:
         """What was committed before this is known when it returns, unless the index does not answer."""
@@ -129,7 +134,7 @@ class Sources:
 
     # -- where files are ---------------------------------------------------------------------------------------------
 
-    def locate(self, source: str) -> Place:
+    def locate(self, source: str) -> AdapterPlace:
         """The place of a library reference, or of a path in an allowed folder. Raises Refused."""
         found = self.look(source, sure=True)
         if found is not None:
@@ -138,7 +143,7 @@ class Sources:
         if path is None:
             hint = "a library reference" + (", or a path in an allowed folder" if self._folders else "")
             raise unusable("not_found", f"there is no adapter {quoted(source)}", status=404, fix=f"give {hint}")
-        return Place(path.name, path=path)
+        return AdapterPlace(path.name, path=path)
 
     def _path(self, source: str) -> Path | None:
         """The real path, inside an allowed folder. What lies outside is as if it were not there."""
@@ -171,14 +176,35 @@ class Sources:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def read(self, place: Place, digest: str = "") -> Adapter:
+    def remember(self, digest: str, place: AdapterPlace) -> None:
+        """Read the adapter of that digest from there from now on; a place in the library is kept rather than a path."""
+        if place.reference or not self._places.get(digest, place).reference:
+            self._places[digest] = place
+
+    def read(self, digest: str, problems: Problems = lambda adapter: []) -> Adapter:
+        """An adapter that a name meant, from where it was found. Raises Refused."""
+        return self.read_from(self._place(digest), problems, digest)
+
+    def files(self, digest: str) -> Path:
+        """Where the files of an adapter that a name meant are, for servers that read them by themselves. Raises
+        Refused."""
+        return self._files(self._place(digest))
+
+    def _place(self, digest: str) -> AdapterPlace:
+        place = self._places.get(digest)
+        if place is None:
+            raise unusable("not_found", f"nothing here has the digest {digest}", status=404)
+        return place
+
+    def read_from(self, place: AdapterPlace, problems: Problems, digest: str = "") -> Adapter:
         """Read an adapter, and make sure that this base serves it with its full effect. `digest`: what it must be.
 
-        From an allowed folder tensors are copied: a mapped file that somebody writes to would change under requests."""
+        From an allowed folder tensors are copied: a mapped file that somebody writes to would change under requests.
+        Raises Refused."""
         if place.path is not None and not place.path.exists():
             raise unusable("not_found", f"{place.root} is no longer there", status=404)
         try:
-            path = self.files(place)
+            path = self._files(place)
             adapter = load_adapter(self.base, str(path))
             if place.path is not None:
                 adapter = adapter.mapped(lambda t: t.clone())
@@ -190,15 +216,14 @@ class Sources:
             raise self._refusal(place, error) from error
         if adapter.new_tokens:
             raise unusable("new_tokens_unsupported", f"{place.root} brings tokens that this base does not have")
-        if problems := self._servable(adapter):
-            raise _unservable(place, problems)
+        if found := problems(adapter):
+            raise _unservable(place, found)
         return adapter
 
-    def files(self, place: Place) -> Path:
-        """The files of a place, here. Raises Refused."""
+    def _files(self, place: AdapterPlace) -> Path:
         return place.path or self._from_library(place)
 
-    def _from_library(self, place: Place) -> Path:
+    def _from_library(self, place: AdapterPlace) -> Path:
         """The files, fetched where they are elsewhere. What fails here is no fault of the adapter's."""
         assert self.library is not None
         try:
@@ -215,7 +240,7 @@ class Sources:
         """Whether it is the same without a base to read it by, as the library's index has it."""
         return reader.read(path).adapter.digest() == digest
 
-    def _refusal(self, place: Place, error: Exception) -> Refused:
+    def _refusal(self, place: AdapterPlace, error: Exception) -> Refused:
         if is_outage(error):
             return outage(place.root, error)
         what = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
@@ -231,7 +256,7 @@ class Sources:
             reason = "shape_mismatch" if self._sound(place) else "corrupt"
         return unusable(reason, f"{place.root}: {what}")
 
-    def _paths(self, place: Place) -> dict[str, str]:
+    def _paths(self, place: AdapterPlace) -> dict[str, str]:
         """What a message may have of this machine's folders, and what clients are told instead."""
         paths = {} if place.path is None else {str(place.path): place.root}
         if self.library is not None:
@@ -240,10 +265,10 @@ class Sources:
             paths[self.base.name] = os.path.basename(self.base.name.rstrip("/"))
         return paths
 
-    def _sound(self, place: Place) -> bool:
+    def _sound(self, place: AdapterPlace) -> bool:
         """Whether the files are an adapter, if not this base's."""
         try:
-            reader.read(self.files(place))
+            reader.read(self._files(place))
         except Exception:  # whatever a reader meets: the files are at hand, so it is theirs
             return False
         return True
@@ -260,7 +285,7 @@ def _folder(folder: str | Path) -> Path:
     return found
 
 
-def _unservable(place: Place, problems: list[str]) -> Refused:
+def _unservable(place: AdapterPlace, problems: list[str]) -> Refused:
     said = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
     low = said.lower()
     reason = "form_unsupported"
