@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops import cpu as kernels
 from veneer.ops import denoise
+from veneer.ops.cpu import compiled
 from veneer.ops.denoise import attention, joint_attention, joint_attention_reference
 
 
@@ -83,7 +83,7 @@ def test_too_many_probabilities_to_keep_go_through_torch(monkeypatch: pytest.Mon
 
 
 tiled = pytest.mark.skipif(
-    kernels.attention(torch.empty(1, 16, dtype=torch.bfloat16)) is None,
+    compiled.usable_attention(torch.empty(1, 16, dtype=torch.bfloat16)) is None,
     reason="no compiler, or no processor with AVX512-BF16",
 )
 

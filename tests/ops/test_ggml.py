@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 from veneer.ops.ggml import Ggml
 
 HALVES = {
@@ -34,7 +34,7 @@ def blocks(kind: str, rows: int, columns: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", HALVES)
 def test_values_are_ggufs(kind: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not native:
-        monkeypatch.setattr(kernels, "load", lambda: None)
+        monkeypatch.setattr(compiled, "kernels", lambda: None)
     raw = blocks(kind, 6, 512)
     want = torch.from_numpy(dequantize(raw, GGMLQuantizationType[kind]))
     code = Ggml(kind, (6, 512), torch.from_numpy(raw))

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from veneer.errors import BaseError
 from veneer.ops import codes as blocks
-from veneer.ops import cpu as kernels
 from veneer.ops.codes import KINDS, Blocks4, Rows8, dynamic_map, table
+from veneer.ops.cpu import compiled
 from veneer.ops.quantised import Quantised, dequantised, quantise, stacked
 
-FOUR = ("nf4", "fp4", "e2m1", "int4")
+FOUR = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,7 +29,7 @@ def weight(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "load", lambda: None)
+    monkeypatch.setattr(compiled, "kernels", lambda: None)
 
 
 # -- the tables --------------------------------------------------------------------------------------------------------
@@ -99,8 +99,8 @@ def test_each_weight_gets_the_nearest_value_of_its_block(
 def test_the_compiled_kernels_give_the_bits_of_the_reference(
     kind: str, dtype: torch.dtype, rows: int, columns: int, double: bool
 ) -> None:
-    if kernels.load() is None:
-        pytest.skip(kernels.status())
+    if compiled.kernels() is None:
+        pytest.skip(compiled.status())
     w = weight(rows, columns, dtype=dtype)
     mine = quantise(w, kind, double=double)
     with pytest.MonkeyPatch.context() as patch:
@@ -373,8 +373,8 @@ def test_a_state_dict_is_not_copied_over_a_quantised_weight_in_silence() -> None
 def test_only_what_bitsandbytes_has_is_left_to_its_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """dequantize_4bit on CUDA takes whatever is not fp4 for nf4."""
     monkeypatch.setattr(blocks, "_bitsandbytes", lambda: "bitsandbytes")
-    asked = {kind: blocks._gpu_library(kind, 64, "cuda") for kind in FOUR}
-    assert asked == {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "e2m1": None, "int4": None}
+    asked = {kind: blocks._gpu_library(kind, 64, "cuda") for kind in KINDS}
+    assert asked == {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "int8": None}
     assert blocks._gpu_library("nf4", 48, "cuda") is None
     assert blocks._gpu_library("nf4", 64, "cpu") is None
 

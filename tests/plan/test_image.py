@@ -15,7 +15,7 @@ from veneer.errors import ConfigError
 from veneer.models.builtin import packaged_place
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.image.memory import measured_activations
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 from veneer.plan.image import image_counts, is_image
 from veneer.plan.tables import base_config
 from veneer.train.config.image import TARGET_WORDS
@@ -50,7 +50,7 @@ def denoiser(name: str) -> tuple[Any, dict[str, Any]]:
     return model, json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.skipif(kernels.attention() is None, reason="counted for the compiled attention (AVX512-BF16)")
+@pytest.mark.skipif(compiled.usable_attention() is None, reason="counted for the compiled attention (AVX512-BF16)")
 @pytest.mark.parametrize("size", [128, 256])
 @pytest.mark.parametrize("name", ["emoji-sdxl", "emoji-flux"])
 @pytest.mark.parametrize("word", ["attention", "attention+ff+conv"])

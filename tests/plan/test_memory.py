@@ -16,8 +16,8 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
-from veneer.ops import cpu as kernels
 from veneer.ops.attention import _blocks
+from veneer.ops.cpu import compiled
 from veneer.plan.image import ImageLoad, image_counts, image_memory
 from veneer.plan.memory import Load, dtype_bytes, kept_dequantised, seen_keys, text_memory, weight_bytes
 from veneer.plan.shape import text_shape
@@ -132,10 +132,10 @@ def kept_bytes(dtype: torch.dtype, lengths: list[int], share: float, spec: LoraS
 def test_activations_are_what_autograd_keeps(
     dtype: str, more: dict[str, Any], lengths: list[int], share: float
 ) -> None:
-    rank, thin = 8, kernels.thin() is not None
+    rank, thin = 8, compiled.usable_low_rank() is not None
     spec = LoraSpec(rank=rank, **more)
     shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **SMALL})
-    device = replace(CPU, native=kernels.load() is not None, thin=thin)
+    device = replace(CPU, native=compiled.kernels() is not None, thin=thin)
     counted = text_memory(shape, Load(tuple(lengths), share, rank=rank, spec=spec, dtype=dtype), device).activations
     if dtype == "float32" or not thin:
         # What the functions hold beside saved tensors: cast and stacked A where there is something to cast or stack, B.

@@ -2,7 +2,7 @@
 
     y = base(x) + Σ strengthᵢ·ΔWᵢ·x                       ΔW: core.merge
 
-| layer         | thin products                                                                        |
+| layer         | low-rank products                                                                        |
 | LoraLinear    | s·(x·Aᵀ)·Bᵀ; and the logits of replaced token rows in a head tied to an embedding    |
 | LoraEmbedding | s·Aᵀ[ids]·Bᵀ, times the base's `embed_scale`; and replaced token rows                |
 | LoraConv      | s·conv₁(conv(x, A), B), 1-d and 2-d, with groups                                     |

@@ -1,11 +1,11 @@
 """What a mix needs when nothing is trained, made once for each module and kept beside the base.
 
     copy      W' = W + Σ strength·ΔW            one product, as on the base; any kind of change, DoRA and forms too
-    stack     A = [s₁·A₁; s₂·A₂; …]    B = [B₁, B₂, …]        y = x·Wᵀ + (x·Aᵀ)·Bᵀ, two thin products for any mix
+    stack     A = [s₁·A₁; s₂·A₂; …]    B = [B₁, B₂, …]        y = x·Wᵀ + (x·Aᵀ)·Bᵀ, two low-rank products for any mix
 
 Copies are used where those of all modules fit in `limit` bytes, else stacks where those do, else neither: so small
 bases run a mix at the base's own cost, and large ones never hold a second set of weights. W' is summed in float32 from
-the base's own W, which nothing writes to, and rounded once; the thin products round the base's output a second time
+the base's own W, which nothing writes to, and rounded once; the low-rank products round the base's output a second time
 instead, and the two are equally far from exact (docs/notes/image-speed.md).
 
 Made at the first call, not at the switch. Kept by the mix's content, the oldest dropped first. What was made is used

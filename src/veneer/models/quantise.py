@@ -27,8 +27,8 @@ from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
 from veneer.models.compat_transformers import TRANSFORMERS, loading, register_quantiser
 from veneer.models.weights import StoredTensor
-from veneer.ops import cpu as kernels
 from veneer.ops.codes import KINDS, SAVED_KINDS, Blocks4, Rows8, dynamic_map, table
+from veneer.ops.cpu import memory
 from veneer.ops.quantised import Quantised, quantise
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def load_state(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(a model of transformers' class `cls` with these tensors, transformers' loading info). Those of
     `quantised_weights` are quantised as `kind`; "": they come as they are to be, quantised or not."""
-    with loading(), kernels.returned_memory():
+    with loading(), memory.returned_memory():
         model, info = cls.from_pretrained(
             None, config=config, state_dict=dict(state), dtype=dtype, quantization_config=_quantiser(kind),
             output_loading_info=True,
@@ -143,7 +143,7 @@ def load_part(
     wide = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
     names, places = set(quantised_weights(model)), {**dict(model.named_parameters()), **dict(model.named_buffers())}
     info: dict[str, Any] = {"missing_keys": set(model.state_dict()), "unexpected_keys": set(), "mismatched_keys": set()}
-    with kernels.returned_memory():
+    with memory.returned_memory():
         for name, lazy in lazy_state(table).items():
             if name not in places:
                 info["unexpected_keys"].add(name)

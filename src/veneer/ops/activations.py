@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 
 __all__ = ["gated", "gated_backward", "geglu", "gelu_tanh"]
 
@@ -26,7 +26,7 @@ def _activate(x: Tensor, act: str) -> Tensor:
 
 def gated(both: Tensor, act: str) -> Tensor:
     """act(gate) ⊙ up from [gate | up]: (N, 2f) → (N, f)."""
-    native = kernels.usable("silu_gate", both) if act == "silu" else None
+    native = compiled.usable("silu_gate", both) if act == "silu" else None
     if native is not None:
         h = both.new_empty(both.shape[0], both.shape[1] // 2)
         native.silu_gate(both.data_ptr(), h.data_ptr(), *h.shape, torch.get_num_threads())
@@ -37,7 +37,7 @@ def gated(both: Tensor, act: str) -> Tensor:
 
 def gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """[d_gate | d_up] and act(gate) ⊙ up again."""
-    native = kernels.usable("silu_gate_backward", dh, both) if act == "silu" else None
+    native = compiled.usable("silu_gate_backward", dh, both) if act == "silu" else None
     d = torch.empty_like(both)
     if native is not None:
         h = torch.empty_like(dh)
@@ -64,7 +64,7 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
-        native = kernels.usable("geglu", both)
+        native = compiled.usable("geglu", both)
         if native is None:
             up, gate = both.to(torch.promote_types(both.dtype, torch.float32)).chunk(2, dim=-1)
             return _activate(gate, "gelu").mul_(up).to(both.dtype)  # rounded once, as the compiled one is
@@ -78,7 +78,7 @@ class _Geglu(torch.autograd.Function):
         (both,) = ctx.saved_tensors
         dh = dh.contiguous()
         d = torch.empty_like(both)
-        native = kernels.usable("geglu_backward", dh, both)
+        native = compiled.usable("geglu_backward", dh, both)
         if native is None:
             wide = torch.promote_types(both.dtype, torch.float32)
             (up, gate), (d_up, d_gate) = both.to(wide).chunk(2, dim=-1), d.chunk(2, dim=-1)
@@ -99,7 +99,7 @@ class _GeluTanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        native = kernels.usable("gelu_tanh", x)
+        native = compiled.usable("gelu_tanh", x)
         if native is None:
             return F.gelu(x, approximate="tanh")
         y = torch.empty_like(x)
@@ -110,7 +110,7 @@ class _GeluTanh(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         g = g.contiguous()
-        native = kernels.usable("gelu_tanh_backward", g, x)
+        native = compiled.usable("gelu_tanh_backward", g, x)
         if native is None:
             out: Tensor = torch.ops.aten.gelu_backward(g, x, approximate="tanh")
             return out

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.compat import TORCH
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 
 __all__ = ["RowLayout", "attention", "rotary_attention", "rotate", "softmax_backward"]
 
@@ -128,7 +128,7 @@ def _native(kernel: str, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> A
     tables are contiguous."""
     tables = [t for t in (cos, sin) if t is not None]
     heads_lie_flat = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.dtype == torch.bfloat16
-    return kernels.usable(kernel, *tables, x[:1].contiguous()) if heads_lie_flat and x.device.type == "cpu" else None
+    return compiled.usable(kernel, *tables, x[:1].contiguous()) if heads_lie_flat and x.device.type == "cpu" else None
 
 
 def _heads(
@@ -172,7 +172,7 @@ def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int |
     """Softmax over those of the keys k0 … q1 that each of the queries q0 … q1 may see.
 
     scores: (b, (q1−q0)·per, q1−k0), spent."""
-    native = kernels.usable("causal_softmax", scores)
+    native = compiled.usable("causal_softmax", scores)
     if native is not None:
         native.causal_softmax(
             scores.data_ptr(), scores.shape[0], q1 - q0, per, q1 - k0, q0, k0, window or 0, torch.get_num_threads()
@@ -187,7 +187,7 @@ def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int |
 
 def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
     """p ⊙ (dp − Σ p⊙dp); dp is spent."""
-    native = kernels.usable("softmax_backward", p, dp)
+    native = compiled.usable("softmax_backward", p, dp)
     if native is not None:
         rows = p.shape[0] * p.shape[1]
         native.softmax_backward(p.data_ptr(), dp.data_ptr(), rows, p.shape[2], torch.get_num_threads())

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from veneer.compat import BITSANDBYTES
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 
 __all__ = [
     "BLOCK", "KINDS", "SAVED_KINDS", "Blocks4", "Code", "Rows8", "Stacked", "code_of", "dynamic_map", "row_count",
     "table", "with_tensors",
 ]  # fmt: skip
 
-KINDS = ("nf4", "fp4", "e2m1", "int4", "int8")
+KINDS = ("nf4", "fp4", "int8")
 SAVED_KINDS = ("nf4", "fp4")
 """The 4-bit kinds that bitsandbytes has: those of its kernels and of its checkpoints."""
 BLOCK, NESTED = 64, 256
@@ -64,9 +64,6 @@ _TABLES = {
     ),
     # bitsandbytes' float: a sign, two bits of exponent, one of mantissa, over the largest, but for its one subnormal
     "fp4": tuple(s * v / 12 for s in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
-    # the same with the subnormal that the format has, and whole numbers: the others of QLoRA's table 2
-    "e2m1": tuple(s * v / 6 for s in (1, -1) for v in (0, 0.5, 1, 1.5, 2, 3, 4, 6)),
-    "int4": tuple(v / 7 for v in (*range(-7, 0), 0, *range(8))),
 }  # fmt: skip
 
 
@@ -297,7 +294,7 @@ def row_count(code: Code) -> int:
 
 
 def _gpu_library(kind: str, block: int, device: str) -> Any:
-    """bitsandbytes' operators where they decode this: on CUDA, nf4 and fp4 alone (it takes every other 4-bit kind for
+    """bitsandbytes' operators where they decode this: on CUDA, nf4 and fp4 alone (it takes anything that is not fp4 for
     nf4), in blocks that its kernels have."""
     theirs = device == "cuda" and kind in SAVED_KINDS and block in (64, 128, 256, 512, 1024, 2048, 4096)
     return _bitsandbytes() if theirs else None
@@ -318,4 +315,4 @@ def _native(kernel: str, codes: Tensor, dtype: torch.dtype) -> Any:
     """The compiled kernels, if they have this one and it takes these."""
     if codes.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32) or not codes.is_contiguous():
         return None
-    return kernels.usable(kernel)
+    return compiled.usable(kernel)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from veneer.ops import cpu as kernels
 from veneer.ops.attention import softmax_backward
+from veneer.ops.cpu import compiled
 
 __all__ = ["MOST", "attention", "joint_attention", "joint_attention_reference", "live_conv"]
 
@@ -54,7 +54,7 @@ def _scaled(a: Tensor, b: Tensor, by: float, out: Tensor | None = None) -> Tenso
 
 def _probabilities(q: Tensor, k: Tensor) -> Tensor:
     scores = _scaled(q, k.transpose(1, 2), q.shape[-1] ** -0.5)
-    native = kernels.usable("causal_softmax", scores)
+    native = compiled.usable("causal_softmax", scores)
     if native is None:
         return torch.softmax(scores, -1)
     keys = scores.shape[-1]  # as queries that are all the last of a causal row, they see every key
@@ -66,7 +66,7 @@ def _probabilities(q: Tensor, k: Tensor) -> Tensor:
 
 def _has_tiles(x: Tensor) -> bool:
     """Whether there is a kernel for heads of this dtype and last dimension."""
-    return kernels.attention(x.new_empty(1, x.shape[-1])) is not None
+    return compiled.usable_attention(x.new_empty(1, x.shape[-1])) is not None
 
 
 def _apart(x: Tensor) -> Tensor:
@@ -78,12 +78,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor
     """softmax(q·kᵀ/√d)·v of (n, tokens, heads, d) as (n, S, heads·d); log Σ exp of the scores, (n, heads, S) float32,
     if made in tiles; else the probabilities if they are to be kept."""
     n, S, heads, d = q.shape
-    native = kernels.attention(q, k, v)
+    native = compiled.usable_attention(q, k, v)
     if native is not None:
         out, lse = q.new_empty(n, S, heads, d), torch.empty(n, heads, S)
         pointers = [t.data_ptr() for t in (q, k, v, out, lse)]
         sizes = (n, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads())
-        native.attend(*pointers, kernels.strides(q, k, v, out), *sizes)
+        native.attend(*pointers, compiled.strides(q, k, v, out), *sizes)
         return out.view(n, S, -1), lse, None
     p = None
     q, k, v = (_apart(t) for t in (q, k, v))
@@ -106,12 +106,12 @@ def _attend_backward(
     g, out = g.unflatten(2, (heads, d)), out.unflatten(2, (heads, d))
     if lse is not None:
         g = g if g.stride(-1) == 1 else g.contiguous()
-        native = kernels.attention(g)
+        native = compiled.usable_attention(g)
         assert native is not None
         tensors = (q, k, v, out, g, dq, dk, dv)
         pointers = [t.data_ptr() for t in (*tensors, lse)]
         sizes = (n, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads())
-        native.attend_backward(*pointers, kernels.strides(*tensors), *sizes)
+        native.attend_backward(*pointers, compiled.strides(*tensors), *sizes)
         return
     of_q, of_k, of_v = dq, dk, dv
     q, k, v, g, dq, dk, dv = (_apart(t) for t in (q, k, v, g, dq, dk, dv))

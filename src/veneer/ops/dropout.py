@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 
 __all__ = ["Dropout"]
 
@@ -32,7 +32,7 @@ class Dropout(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """A new tensor of x's shape. The gradient of x is what this makes of the gradient of y."""
         x = x.contiguous()
-        native = kernels.usable("dropped", x)
+        native = compiled.usable("dropped", x)
         if native is None:
             generator = torch.Generator(x.device).manual_seed(self.seed)
             kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)

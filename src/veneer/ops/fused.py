@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops import cpu as kernels
 from veneer.ops.activations import gated, gated_backward
+from veneer.ops.cpu import compiled
 from veneer.ops.dropout import Dropout
 
 __all__ = [
@@ -151,11 +151,11 @@ class _NativeThin:
     """The same in three compiled calls, which cast and stack for themselves; u and du have ranks padded to 16. On the
     few hundred tokens of a small picture dispatch of a dozen operations takes several times as long as they do."""
 
-    def __init__(self, linears: Linears, library: kernels.Library) -> None:
+    def __init__(self, linears: Linears, library: compiled.Kernels) -> None:
         pairs = linears.pairs
         self.library, self.count, self.factors = library, len(pairs), [(p.A, p.B) for p in pairs]
-        self.table = (kernels.Pair * len(pairs))(
-            *(kernels.Pair(p.A.data_ptr(), p.B.data_ptr(), p.first, p.last, len(p.A), p.scale) for p in pairs)
+        self.table = (compiled.LowRankStruct * len(pairs))(
+            *(compiled.LowRankStruct(p.A.data_ptr(), p.B.data_ptr(), p.first, p.last, len(p.A), p.scale) for p in pairs)
         )
         self.ranks = sum(-(-len(p.A) // 16) * 16 for p in pairs)
 
@@ -183,8 +183,8 @@ class _NativeThin:
 
 IGNORED = -100
 SMALL = 1 << 18
-"""Elements of x up to which thin products are worth compiled calls (1,024 × 80: 0.37 ms instead of 0.61 for three pairs
-of rank 16; 4,096 × 640: 16.7 instead of 14.9)."""
+"""Elements of x up to which low-rank products are worth compiled calls (1,024 × 80: 0.37 ms instead of 0.61 for three
+pairs of rank 16; 4,096 × 640: 16.7 instead of 14.9)."""
 
 
 class _Dropped:
@@ -211,7 +211,7 @@ _AnyThin = _Thin | _NativeThin | _Dropped
 
 
 def _thin(linears: Linears, x: Tensor, y: Tensor) -> _AnyThin:
-    library = kernels.thin(x, y) if x.numel() <= SMALL else None
+    library = compiled.usable_low_rank(x, y) if x.numel() <= SMALL else None
     fits = library is not None and all(
         t.dtype == torch.float32 and t.is_contiguous() and t.device == x.device and not p.first % 16 and not p.last % 16
         for p in linears.pairs
@@ -299,9 +299,9 @@ def _gain_gradient(g: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     return dy, d_gain
 
 
-def _gain_kernel(kernel: str, gain: Tensor, *tensors: Tensor) -> kernels.Library | None:
+def _gain_kernel(kernel: str, gain: Tensor, *tensors: Tensor) -> compiled.Kernels | None:
     fits = gain.dtype == torch.float32 and gain.is_contiguous() and gain.device.type == "cpu"
-    return kernels.usable(kernel, *tensors) if fits else None
+    return compiled.usable(kernel, *tensors) if fits else None
 
 
 class _Linears(torch.autograd.Function):
@@ -403,7 +403,7 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     """−log softmax at the targets, at least float32; with `gradient`, logits become softmax − onehot in place. A target
     of −100 is none, as for F.cross_entropy: 0, and no gradient. Raises IndexError for any other that is no token."""
     targets = targets.to(torch.int64).contiguous()
-    native = kernels.usable("token_nll", logits)
+    native = compiled.usable("token_nll", logits)
     if native is not None:
         nll = torch.empty(len(logits), dtype=torch.float32)
         pointers = (t.data_ptr() for t in (logits, targets, nll))

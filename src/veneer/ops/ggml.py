@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 
 __all__ = ["Ggml"]
 
@@ -40,7 +40,7 @@ class Ggml:
 
     def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         rows = self.raw[first:last]
-        library = kernels.usable("ggml_dense") if rows.device.type == "cpu" and rows.is_contiguous() else None
+        library = compiled.usable("ggml_dense") if rows.device.type == "cpu" and rows.is_contiguous() else None
         if library is None or self.type not in _COMPILED or dtype not in (torch.bfloat16, torch.float32):
             return self._reference(rows).to(rows.device, dtype)
         out = torch.empty(last - first, self.shape[-1], dtype=dtype)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 
 __all__ = ["norm_silu", "normed", "rms_norm"]
 
@@ -23,7 +23,7 @@ __all__ = ["norm_silu", "normed", "rms_norm"]
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm` where no gradient is wanted; x contiguous."""
     d = x.shape[-1]
-    native = kernels.usable("rms_norm", x, weight)
+    native = compiled.usable("rms_norm", x, weight)
     if native is None:
         return F.rms_norm(x, (d,), weight, eps)
     y = torch.empty_like(x)
@@ -43,7 +43,7 @@ class _RmsNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         d = x.shape[-1]
         g = g.contiguous()
-        native = kernels.usable("rms_norm_backward", g, x, weight)
+        native = compiled.usable("rms_norm_backward", g, x, weight)
         if native is not None:
             dx = torch.empty_like(x)
             pointers = (t.data_ptr() for t in (g, x, weight, dx))
@@ -73,7 +73,7 @@ class _NormSilu(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
     ) -> Tensor:
-        native = kernels.usable(_NORM_SILU, x)
+        native = compiled.usable(_NORM_SILU, x)
         assert native is not None
         ctx.save_for_backward(x, shift, weight, bias)
         n, channels = x.shape[:2]
@@ -86,7 +86,7 @@ class _NormSilu(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, weight, bias = ctx.saved_tensors
         g, dx = g.contiguous(), torch.empty_like(x)
-        native = kernels.usable(_NORM_SILU, g)
+        native = compiled.usable(_NORM_SILU, g)
         assert native is not None
         native.norm_silu_backward(*(_pointer(t) for t in (g, x, shift, weight, bias, dx)), *ctx.how)
         return dx, *[None] * 5
@@ -102,7 +102,7 @@ def norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, gro
     Reads x once and keeps it alone. Reference, and what runs where anything but x is trained or there is no kernel: the
     same line by line."""
     given = [t for t in (shift, weight, bias) if t is not None]
-    if any(t.requires_grad for t in given) or not x.numel() or kernels.usable(_NORM_SILU, x, *given) is None:
+    if any(t.requires_grad for t in given) or not x.numel() or compiled.usable(_NORM_SILU, x, *given) is None:
         x = x if shift is None else x + shift.view(*shift.shape, *[1] * (x.ndim - 2))
         return F.silu(F.group_norm(x, groups, weight, bias, eps))
     out: Tensor = _NormSilu.apply(x, shift, weight, bias, groups, eps)

@@ -148,14 +148,14 @@ def measured(
     import torch
 
     from veneer.models.text.base import load_text
-    from veneer.ops import cpu as kernels
+    from veneer.ops.cpu import compiled
 
     base = load_text(name, dtype=dtype, say=say)
     shape = model_shape(base.model)
     dtype = str(base.dtype).removeprefix("torch.")
     cuda = base.device.type == "cuda"
-    native = not cuda and kernels.load() is not None
-    thin = not cuda and kernels.thin() is not None
+    native = not cuda and compiled.kernels() is not None
+    thin = not cuda and compiled.usable_low_rank() is not None
     device = Device("cpu", "cpu", 0, 0.0, 0.0, native=native, thin=thin)
     if cuda:
         total = torch.cuda.mem_get_info(base.device)[1]
@@ -225,10 +225,10 @@ def _random_rows(base: Any, load: Load, generator: Any) -> tuple[Any, Any]:
 
 
 def _peak(cuda: bool) -> int:
-    from veneer.ops import cpu as kernels
+    from veneer.ops.cpu import memory
 
     if cuda:
         import torch
 
         return int(torch.cuda.max_memory_allocated())
-    return kernels.peak_resident()
+    return memory.peak_resident()

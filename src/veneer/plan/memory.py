@@ -46,7 +46,7 @@ __all__ = [
 _BLOCK = 64  # queries that core.attention takes at once
 _CHUNK = 256  # positions whose logits core.fused.token_nll holds at once
 _STEP, _WASTE = 16, 0.25  # of models.loss, of core.attention.RowLayout
-_SMALL = 1 << 18  # elements of an input up to which thin products are compiled calls that keep no factors
+_SMALL = 1 << 18  # elements of an input up to which low-rank products are compiled calls that keep no factors
 _STATES = {"adamw": 8, "adam": 8, "nadam": 8, "radam": 8, "adamax": 8, "rmsprop": 4, "adafactor": 0, "sgd": 0}
 """Bytes of an optimizer's state for each float32 parameter (Adafactor's are rows and columns: too few to count)."""
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
-from veneer.ops.cpu import peak_resident
+from veneer.ops.cpu.memory import peak_resident
 from veneer.ops.cpu.sharing import shared
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices

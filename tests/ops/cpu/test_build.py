@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from veneer.ops import cpu as kernels
-from veneer.ops.cpu import build
+from veneer.ops.cpu import build, compiled
 
 COMPILER = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), "")
-SAY = "from veneer import kernels; print(kernels.status())"
-HERE = Path(kernels.__file__).parent
+SAY = "from veneer.ops.cpu import compiled; print(compiled.status())"
+HERE = Path(compiled.__file__).parent
 
 pytestmark = pytest.mark.skipif(not COMPILER or not hasattr(os, "geteuid"), reason="no C compiler, or no owners")
 
@@ -55,13 +54,13 @@ def test_a_folder_that_others_may_write_to_is_not_used_and_that_is_said(tmp_path
 
 def test_a_library_that_is_not_ours_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
-    sources, headers = ([HERE / n for n in names] for names in (kernels.SOURCES, kernels.HEADERS))
+    sources, headers = ([HERE / n for n in names] for names in (compiled.SOURCES, compiled.HEADERS))
     monkeypatch.setattr(build, "left_out", lambda library: {})
-    first = build.built(COMPILER, sources, headers)
+    first = build.build_kernels(COMPILER, sources, headers)
     good = first.library.read_bytes()
     first.library.write_bytes(b"somebody else's")
     first.library.chmod(0o777)
-    again = build.built(COMPILER, sources, headers)
+    again = build.build_kernels(COMPILER, sources, headers)
     assert again.library.read_bytes()[:4] == good[:4]
     assert any("made anew: others may write to it" in note for note in again.notes)
     owner = os.stat_result((0o100700, 0, 0, 1, os.geteuid() + 1, 0, 0, 0, 0, 0))
@@ -82,6 +81,6 @@ def test_each_kind_of_processor_has_a_library_of_its_own(tmp_path: Path, monkeyp
             f'#!/bin/sh\ncase "$*" in *-dM*) echo "#define __ARM_FEATURE_{feature} 1";; *) exit 1;; esac\n'
         )
         compiler.chmod(0o755)
-        found.append(build.built(str(compiler), [HERE / "native.c"], []).library.name)
+        found.append(build.build_kernels(str(compiler), [HERE / "native.c"], []).library.name)
     assert found[0] == found[2]
     assert found[0] != found[1]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled, memory
 
-SAY = "from veneer import kernels; print(kernels.status())"
+SAY = "from veneer.ops.cpu import compiled, memory; print(compiled.status())"
 
 
 def status(tmp_path: Path, **environment: str) -> str:
@@ -43,19 +43,19 @@ def test_a_compiler_that_fails_is_reported_and_leaves_nothing_behind(tmp_path: P
 
 @pytest.fixture
 def library() -> object:
-    found = kernels.load()
+    found = compiled.kernels()
     if found is None:
-        pytest.skip(kernels.status())
+        pytest.skip(compiled.status())
     return found
 
 
 def test_only_contiguous_bfloat16_on_the_cpu(library: object) -> None:
     x = torch.zeros(4, 6, dtype=torch.bfloat16)
-    assert kernels.usable("rms_norm", x) is library
-    assert kernels.usable("rms_norm", x.float()) is None
-    assert kernels.usable("rms_norm", x.t()) is None
-    assert kernels.usable("rms_norm", x.to("meta")) is None
-    assert kernels.usable(("rms_norm", "there is none"), x) is None
+    assert compiled.usable("rms_norm", x) is library
+    assert compiled.usable("rms_norm", x.float()) is None
+    assert compiled.usable("rms_norm", x.t()) is None
+    assert compiled.usable("rms_norm", x.to("meta")) is None
+    assert compiled.usable(("rms_norm", "there is none"), x) is None
 
 
 def test_results_do_not_depend_on_the_number_of_threads(library: object) -> None:
@@ -88,7 +88,7 @@ def test_nan_and_infinity_stay_visible(library: object) -> None:
 
 MAPPED = """
 import ctypes
-from veneer import kernels
+from veneer.ops.cpu import compiled, memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
@@ -100,14 +100,14 @@ def mapped(size):
     libc.free(ctypes.c_void_p(block))
     return found
 
-with kernels.kept_memory():
+with memory.kept_memory():
     inside = [mapped(40 << 20)]
-    with kernels.kept_memory():
+    with memory.kept_memory():
         pass
     inside.append(mapped(80 << 20))  # each larger than what lies free
-    with kernels.returned_memory():
+    with memory.returned_memory():
         inside.append(mapped(160 << 20))
-        with kernels.kept_memory():
+        with memory.kept_memory():
             inside.append(mapped(240 << 20))
         inside.append(mapped(320 << 20))
     inside.append(mapped(400 << 20))
@@ -136,5 +136,5 @@ def test_paged_out_memory_reads_as_before(tmp_path: Path) -> None:
     mapped = torch.from_file(str(tmp_path / "file"), size=100_000)
     for tensor in (values.clone(), mapped, values[:3].clone()):
         wanted = tensor.tolist()
-        kernels.page_out(tensor)
+        memory.page_out(tensor)
         assert tensor.tolist() == wanted

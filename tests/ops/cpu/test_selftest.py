@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from veneer.ops import cpu as kernels
-from veneer.ops.cpu import build, selftest, selftest_products
+from veneer.ops.cpu import build, compiled, selftest
 
-HERE = Path(kernels.__file__).parent
-SOURCES = [HERE / name for name in kernels.SOURCES]
+HERE = Path(compiled.__file__).parent
+SOURCES = [HERE / name for name in compiled.SOURCES]
 COMPILER = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), "")
 EMULATED = ["-D_GNU_SOURCE", "-include", str(Path(__file__).parent / "avx512_bf16.h")]
 
@@ -36,13 +35,12 @@ def torch_features() -> str:
 
 
 def test_every_exported_kernel_has_its_check() -> None:
-    assert selftest_products.SUM
-    assert set(selftest.CHECKS) == set(kernels._SIGNATURES | kernels._PRODUCTS | kernels._SERVING)
+    assert set(selftest.CHECKS) == set(compiled._SIGNATURES | compiled._PRODUCTS | compiled._SERVING)
 
 
 @pytest.mark.parametrize("name", sorted(selftest.CHECKS))
 def test_a_kernel_does_what_its_formula_says(whole: Path, name: str) -> None:
-    library = kernels.bound(whole)
+    library = compiled.bound(whole)
     if not library.has(name):
         pytest.skip("not compiled for this processor")
     assert selftest.wrong(library, name) == ""
@@ -50,7 +48,7 @@ def test_a_kernel_does_what_its_formula_says(whole: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(selftest.CHECKS)))
 def test_a_check_sees_a_kernel_that_does_nothing(whole: Path, name: str) -> None:
-    library = kernels.bound(whole)
+    library = compiled.bound(whole)
     if not library.has(name):
         pytest.skip("not compiled for this processor")
     setattr(library, name, lambda *arguments: 0)
@@ -58,7 +56,7 @@ def test_a_check_sees_a_kernel_that_does_nothing(whole: Path, name: str) -> None
 
 
 def test_a_check_sees_a_kernel_that_writes_past_its_end(whole: Path) -> None:
-    library = kernels.bound(whole)
+    library = compiled.bound(whole)
     right = library.gelu_tanh
 
     def too_far(x: int, y: int, n: int, threads: int) -> None:
@@ -84,19 +82,19 @@ def test_kernels_that_fail_are_left_out_and_named_and_the_others_go_on(
         changed = change(source)
         assert changed != source
         source = changed
-    for path in (*SOURCES[1:], *(HERE / name for name in kernels.HEADERS)):
+    for path in (*SOURCES[1:], *(HERE / name for name in compiled.HEADERS)):
         shutil.copy(path, tmp_path / path.name)
     (tmp_path / "native.c").write_text(source)
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "__init__.py"))
-    kernels.load.cache_clear()
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    compiled.kernels.cache_clear()
     try:
         x, w = torch.randn(3, 64).bfloat16(), torch.randn(64).bfloat16()
-        assert kernels.load() is not None, kernels.status()
+        assert compiled.kernels() is not None, compiled.status()
         for says in BROKEN:
-            assert says in kernels.status()
-            assert kernels.usable(says.split()[0], x) is None
-        assert kernels.usable("gelu_tanh", x) is not None
+            assert says in compiled.status()
+            assert compiled.usable(says.split()[0], x) is None
+        assert compiled.usable("gelu_tanh", x) is not None
         from veneer.ops.activations import geglu
         from veneer.ops.norms import rms_norm
 
@@ -106,10 +104,10 @@ def test_kernels_that_fail_are_left_out_and_named_and_the_others_go_on(
         torch.testing.assert_close(geglu(x).float(), up * torch.nn.functional.gelu(gate), rtol=2**-7, atol=1e-3)
         # what was found is kept: no second process tries them
         monkeypatch.setattr(build, "left_out", lambda library: pytest.fail("tried again"))
-        kernels.load.cache_clear()
-        assert all(says in kernels.status() for says in BROKEN)
+        compiled.kernels.cache_clear()
+        assert all(says in compiled.status() for says in BROKEN)
     finally:
-        kernels.load.cache_clear()
+        compiled.kernels.cache_clear()
 
 
 # -- what cannot be done is an error -----------------------------------------------------------------------------------
@@ -131,7 +129,7 @@ FAR = 1 << 48
     ],
 )
 def test_no_memory_is_an_error_and_no_crash(whole: Path, name: str, arguments: list[Any]) -> None:
-    library = kernels.bound(whole)
+    library = compiled.bound(whole)
     if not library.has(name):
         pytest.skip("not compiled for this processor")
     with pytest.raises(MemoryError, match=name):
@@ -139,10 +137,10 @@ def test_no_memory_is_an_error_and_no_crash(whole: Path, name: str, arguments: l
 
 
 def test_no_memory_for_thin_products(whole: Path) -> None:
-    library = kernels.bound(whole)
+    library = compiled.bound(whole)
     if not library.has("thin_add"):
         pytest.skip("not compiled for this processor")
-    table = (kernels.Pair * 1)(kernels.Pair(None, None, 0, 16, 16, 1.0))
+    table = (compiled.LowRankStruct * 1)(compiled.LowRankStruct(None, None, 0, 16, 16, 1.0))
     with pytest.raises(MemoryError, match="thin_add"):
         library.thin_add(table, 1, None, None, None, 0, FAR, 16, 2)
     with pytest.raises(MemoryError, match="thin_through"):
@@ -153,7 +151,7 @@ def test_no_memory_for_thin_products(whole: Path) -> None:
 
 @pytest.mark.parametrize("target", [40, -1, -99, 2**40, -(2**62)])
 def test_a_target_that_is_no_token_is_an_error_and_writes_nothing(whole: Path, target: int) -> None:
-    library = kernels.bound(whole)
+    library = compiled.bound(whole)
     around = torch.ones(5, 40, dtype=torch.bfloat16)
     logits, nll = around[1:4], torch.full((3,), 7.0)
     targets = torch.tensor([1, target, 2])

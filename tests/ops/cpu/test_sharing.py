@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 from veneer.ops.cpu.sharing import Neighbours, worked
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "VENEER_SHARING")
 able = pytest.mark.skipif(
-    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2 or kernels.load() is None,
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2 or compiled.kernels() is None,
     reason="two processors, Linux and the compiled kernels are needed",
 )
 

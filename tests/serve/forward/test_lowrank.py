@@ -8,10 +8,10 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import delta
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 from veneer.serve.forward.lowrank import Group, Layout, Segments, Thin, thin, thin_problems
 
-NATIVE = kernels.usable("thin_rows") is not None
+NATIVE = compiled.usable("thin_rows") is not None
 INPUTS, COLUMNS = 70, (24, 33, 16)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages, Rotary
 
-NATIVE = kernels.usable("paged_attend") is not None
+NATIVE = compiled.usable("paged_attend") is not None
 CASES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 
 

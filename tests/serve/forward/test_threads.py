@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 from veneer.serve.forward.packed import packed
 from veneer.serve.forward.runner import _use_threads
 from veneer.serve.forward.threads import LARGE, ThreadTuner
@@ -76,7 +76,7 @@ def test_a_step_that_fails_leaves_all_threads_and_no_time() -> None:
     assert not any(any(times) for size in machine.tuner._sizes.values() for times in size.tried.values())
 
 
-@pytest.mark.skipif(kernels.load() is None, reason="set by a compiled function")
+@pytest.mark.skipif(compiled.kernels() is None, reason="set by a compiled function")
 def test_threads_are_set_for_the_calling_thread_alone() -> None:
     found: list[int] = []
 
@@ -93,7 +93,7 @@ def test_threads_are_set_for_the_calling_thread_alone() -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.skipif(kernels.usable("panel_product") is None, reason="products by torch, whose bits depend on threads")
+@pytest.mark.skipif(compiled.usable("panel_product") is None, reason="products by torch, whose bits depend on threads")
 def test_products_have_the_same_bits_with_any_number_of_threads() -> None:
     found: dict[int, list[torch.Tensor]] = {1: [], 3: []}
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from veneer.core.targets import base_of
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.text.fast import FastReport, Join, probe, put, same_dtype, without_dropout
-from veneer.ops import cpu as kernels
 from veneer.ops.activations import geglu, gelu_tanh
+from veneer.ops.cpu import memory
 from veneer.ops.denoise import attention, joint_attention, live_conv
 from veneer.ops.fused import linears
 from veneer.ops.norms import norm_silu
@@ -45,7 +45,7 @@ def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
     """Swap what can be swapped; see the module."""
     report = DenoiserReport()
     with ExitStack() as undo:
-        undo.enter_context(kernels.kept_memory())
+        undo.enter_context(memory.kept_memory())
         with without_dropout(denoiser):
             _swap(denoiser, report, undo)
         yield report

@@ -104,9 +104,9 @@ def load_text(
     """Find and load a base: eval mode, `requires_grad` False everywhere.
 
     `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantise`: nf4, fp4 or int8
-    (or e2m1, int4, which no checkpoint has) puts the linear weights in 4 or 8 bits while they are read; keep leaves
-    those of a GGUF file in their blocks; None is what the files have, with GGUF's dequantised. A checkpoint of
-    bitsandbytes is kept as it is. `say` is told what takes time.
+    puts the linear weights in 4 or 8 bits while they are read; keep leaves those of a GGUF file in their blocks; None
+    is what the files have, with GGUF's dequantised. A checkpoint of bitsandbytes is kept as it is. `say` is told what
+    takes time.
     Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
     ConfigError (an unknown dtype, device or quantisation), ResourceError (not enough memory)."""
     path = find(name, say=say)

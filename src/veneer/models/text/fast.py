@@ -30,8 +30,8 @@ from veneer.core.targets import base_of
 from veneer.models.compat_transformers import register_attention
 from veneer.models.text.alike import LENGTHS, Reference, short_windows
 from veneer.models.text.formulas import NotThis, gate_of, gate_parts, norm_of
-from veneer.ops import cpu as kernels
 from veneer.ops.attention import RowLayout, attention, rotary_attention
+from veneer.ops.cpu import compiled, memory
 from veneer.ops.fused import Projection, gated_mlp, joined, linears
 from veneer.ops.norms import rms_norm
 from veneer.ops.quantised import Quantised, stacked
@@ -67,7 +67,7 @@ class FastReport:
         text += f"; {self.kept / 1e6:,.0f} MB of weights kept dequantised" if self.kept else ""
         for kind, why in sorted(self.left.items()):
             text += f"; {kind} as transformers has it ({why})"
-        return text + f"; {kernels.status()}"
+        return text + f"; {compiled.status()}"
 
 
 def report_of(model: nn.Module) -> FastReport:
@@ -87,7 +87,7 @@ def fast(model: Any, *, keep: int = 0, hold: bool = True) -> Iterator[FastReport
         return
     report = FastReport()
     with ExitStack() as undo:
-        undo.enter_context(kernels.kept_memory())
+        undo.enter_context(memory.kept_memory())
         with without_dropout(model):
             setattr(model, _MARK, report)
             undo.callback(delattr, model, _MARK)
@@ -187,7 +187,7 @@ class Join:
         whole = torch.cat([p.detach() for p in parameters])
         at = 0
         for p in parameters:
-            kernels.page_out(p.detach())
+            memory.page_out(p.detach())
             p.data = whole[at : at + len(p)]
             at += len(p)
         self.weight = whole

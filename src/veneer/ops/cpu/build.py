@@ -13,25 +13,23 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["Built", "built", "compile_kernels", "distrusted", "left_out"]
+__all__ = ["BuiltKernels", "build_kernels", "compile_kernels", "distrusted", "left_out"]
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
 """No -ffast-math: NaN and infinity keep their meaning, which the loop relies on to stop a diverged run."""
 
 
-class Built:
+class BuiltKernels:
     """`library`: the file. `wrong`: of each kernel that is not to be used, why. `notes`: what a person should know."""
 
     def __init__(self, library: Path, wrong: dict[str, str], notes: list[str]) -> None:
         self.library, self.wrong, self.notes = library, wrong, notes
 
 
-def built(compiler: str, sources: Sequence[Path], headers: Sequence[Path]) -> Built:
+def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path]) -> BuiltKernels:
     """The kernels, compiled and tried unless they have been. Raises OSError or subprocess.SubprocessError where they
     cannot be, or where there is no folder to trust."""
-    here = Path(__file__).parent
-    tests = [here / "selftest.py", here / "selftest_products.py"]
-    texts = [path.read_text() for path in (*sources, *headers, *tests)]
+    texts = [path.read_text() for path in (*sources, *headers, Path(__file__).parent / "selftest.py")]
     key = hashlib.sha256("\0".join([*texts, *_machine(compiler), *FLAGS]).encode()).hexdigest()[:16]
     notes: list[str] = []
     for folder in _folders():
@@ -54,7 +52,7 @@ def built(compiler: str, sources: Sequence[Path], headers: Sequence[Path]) -> Bu
             compile_kernels(compiler, sources, library)
         if not record.exists():
             _write(record, json.dumps(left_out(library)))
-        return Built(library, json.loads(record.read_text()), notes)
+        return BuiltKernels(library, json.loads(record.read_text()), notes)
     raise OSError("; ".join(["there is no folder to keep them in that only you can write to", *notes]))
 
 
@@ -88,7 +86,7 @@ def left_out(library: Path) -> dict[str, str]:
     """Kernels that do not do here what their formulas say, each with the reason. A process tries them, and a kernel
     that ends it is left out of the next. Raises OSError where none could be tried."""
     wrong: dict[str, str] = {}
-    code = "import sys; from veneer.ops.cpu.selftest import main; main(sys.argv[1:])"
+    code = "import sys; from veneer.ops.cpu.selftest import run_checks; run_checks(sys.argv[1:])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "VENEER_NATIVE": "0"}
     while True:
         command = [sys.executable, "-c", code, str(library), *wrong]

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CHECKS", "Bench", "Same", "check", "main", "wrong"]
+from veneer.ops.cpu.compiled import Kernels, LowRankStruct, bound, strides
+
+__all__ = ["CHECKS", "Bench", "Same", "kernel_check", "run_checks", "wrong"]
 
 THREADS = 2
 BF16 = torch.bfloat16
@@ -42,7 +44,7 @@ class Same(NamedTuple):
 class Bench:
     """The kernels, numbers for them, and room for what they make."""
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: Kernels) -> None:
         self.library = library
         self._generator = torch.Generator().manual_seed(0)
         self._margins: list[Tensor] = []
@@ -70,7 +72,7 @@ Check = Callable[[Bench], Iterable[Same]]
 CHECKS: dict[str, Check] = {}
 
 
-def check(name: str) -> Callable[[Check], Check]:
+def kernel_check(name: str) -> Callable[[Check], Check]:
     def put(function: Check) -> Check:
         CHECKS[name] = function
         return function
@@ -78,7 +80,7 @@ def check(name: str) -> Callable[[Check], Check]:
     return put
 
 
-def wrong(library: Any, name: str) -> str:
+def wrong(library: Kernels, name: str) -> str:
     """What is wrong with the kernel `name`; "" where nothing is."""
     bench = Bench(library)
     try:
@@ -90,13 +92,8 @@ def wrong(library: Any, name: str) -> str:
     return "" if all(results) else "disagrees with torch on this machine"
 
 
-def main(arguments: list[str]) -> None:
+def run_checks(arguments: list[str]) -> None:
     """PATH SKIPPED…: a line of JSON before and after the check of each kernel that is there."""
-    from veneer.ops.cpu import (
-        bound,
-        selftest_products,  # noqa: F401  # the second puts its checks beside these
-    )
-
     path, *skipped = arguments
     library = bound(path)
     for name in CHECKS:
@@ -116,46 +113,46 @@ def gradient(made: Tensor, given: Tensor, g: Tensor) -> Tensor:
 # -- a training step ---------------------------------------------------------------------------------------------------
 
 
-@check("use_threads")
-def _use_threads(o: Bench) -> Iterator[Same]:
+@kernel_check("use_threads")
+def _use_threads(bench: Bench) -> Iterator[Same]:
     """Whether torch and the kernels have one OpenMP."""
     before = torch.get_num_threads()
-    o.library.use_threads(3)
+    bench.library.use_threads(3)
     now = torch.get_num_threads()
-    o.library.use_threads(before)
+    bench.library.use_threads(before)
     yield Same(torch.tensor([now, torch.get_num_threads()]), torch.tensor([3, before]), 0, 0)
 
 
-@check("stay")
-def _stay(o: Bench) -> Iterator[Same]:
+@kernel_check("stay")
+def _stay(bench: Bench) -> Iterator[Same]:
     """Where the calling thread may run; both are let go again."""
     if not hasattr(os, "sched_getaffinity"):  # nothing is done there
         return
     before = sorted(os.sched_getaffinity(0))
     for processors in (before[-1:], before):
-        o.library.stay((ctypes.c_int * len(processors))(*processors), len(processors), THREADS)
+        bench.library.stay((ctypes.c_int * len(processors))(*processors), len(processors), THREADS)
         yield Same(torch.tensor(sorted(os.sched_getaffinity(0)), dtype=torch.int64), torch.tensor(processors), 0, 0)
 
 
-@check("meet_asleep")
-def _meet_asleep(o: Bench) -> Iterator[Same]:
+@kernel_check("meet_asleep")
+def _meet_asleep(bench: Bench) -> Iterator[Same]:
     before = torch.full((3,), -1, dtype=torch.int32)
     for asleep, was in ((1, before[0:]), (1, before[1:]), (0, before[2:])):
-        o.library.meet_asleep(asleep, was.data_ptr())
+        bench.library.meet_asleep(asleep, was.data_ptr())
     yield Same(before[1:], torch.tensor([1, 1], dtype=torch.int32), 0, 0)
 
 
-@check("rms_norm")
-def _rms_norm(o: Bench) -> Iterator[Same]:
-    x, w, y = o.normal(7, 74), o.normal(74), o.room(7, 74)
-    o.library.rms_norm(*at(x, w, y), 7, 74, 1e-5, THREADS)
+@kernel_check("rms_norm")
+def _rms_norm(bench: Bench) -> Iterator[Same]:
+    x, w, y = bench.normal(7, 74), bench.normal(74), bench.room(7, 74)
+    bench.library.rms_norm(*at(x, w, y), 7, 74, 1e-5, THREADS)
     yield Same(y, F.rms_norm(x.double(), (74,), w.double(), 1e-5))
 
 
-@check("rms_norm_backward")
-def _rms_norm_backward(o: Bench) -> Iterator[Same]:
-    g, x, w, dx = o.normal(7, 74), o.normal(7, 74), o.normal(74), o.room(7, 74)
-    o.library.rms_norm_backward(*at(g, x, w, dx), 7, 74, 1e-5, THREADS)
+@kernel_check("rms_norm_backward")
+def _rms_norm_backward(bench: Bench) -> Iterator[Same]:
+    g, x, w, dx = bench.normal(7, 74), bench.normal(7, 74), bench.normal(74), bench.room(7, 74)
+    bench.library.rms_norm_backward(*at(g, x, w, dx), 7, 74, 1e-5, THREADS)
     xd = x.double().requires_grad_()
     yield Same(dx, gradient(F.rms_norm(xd, (74,), w.double(), 1e-5), xd, g))
 
@@ -165,29 +162,29 @@ def _norm_silu(x: Tensor, shift: Tensor | None, w: Tensor, b: Tensor) -> Tensor:
     return F.silu(F.group_norm(x, 3, w.double(), b.double(), 1e-5))
 
 
-@check("norm_silu")
-def _norm_silu_forward(o: Bench) -> Iterator[Same]:
-    x, w, b = o.normal(2, 6, 37), o.normal(6), o.normal(6)
-    for shift in (None, o.normal(2, 6)):
-        y = o.room(2, 6, 37)
-        o.library.norm_silu(*at(x, shift, w, b, y), 2, 3, 2, 37, 1e-5, THREADS)
+@kernel_check("norm_silu")
+def _norm_silu_forward(bench: Bench) -> Iterator[Same]:
+    x, w, b = bench.normal(2, 6, 37), bench.normal(6), bench.normal(6)
+    for shift in (None, bench.normal(2, 6)):
+        y = bench.room(2, 6, 37)
+        bench.library.norm_silu(*at(x, shift, w, b, y), 2, 3, 2, 37, 1e-5, THREADS)
         yield Same(y, _norm_silu(x.double(), shift, w, b))
 
 
-@check("norm_silu_backward")
-def _norm_silu_backward(o: Bench) -> Iterator[Same]:
-    g, x, w, b = o.normal(2, 6, 37), o.normal(2, 6, 37), o.normal(6), o.normal(6)
-    for shift in (None, o.normal(2, 6)):
-        dx, xd = o.room(2, 6, 37), x.double().requires_grad_()
-        o.library.norm_silu_backward(*at(g, x, shift, w, b, dx), 2, 3, 2, 37, 1e-5, THREADS)
+@kernel_check("norm_silu_backward")
+def _norm_silu_backward(bench: Bench) -> Iterator[Same]:
+    g, x, w, b = bench.normal(2, 6, 37), bench.normal(2, 6, 37), bench.normal(6), bench.normal(6)
+    for shift in (None, bench.normal(2, 6)):
+        dx, xd = bench.room(2, 6, 37), x.double().requires_grad_()
+        bench.library.norm_silu_backward(*at(g, x, shift, w, b, dx), 2, 3, 2, 37, 1e-5, THREADS)
         yield Same(dx, gradient(_norm_silu(xd, shift, w, b), xd, g))
 
 
-@check("dropped")
-def _dropped(o: Bench) -> Iterator[Same]:
-    x, y = o.normal(1003), o.room(1003)
+@kernel_check("dropped")
+def _dropped(bench: Bench) -> Iterator[Same]:
+    x, y = bench.normal(1003), bench.room(1003)
     low, high, least, word = 0x9E3779B9, 0x12345678, 1 << 30, 0xFFFFFFFF
-    o.library.dropped(*at(x, y), 1003, low, high, least, 1.25, THREADS)
+    bench.library.dropped(*at(x, y), 1003, low, high, least, 1.25, THREADS)
     h = torch.arange(1003) ^ low
     h = (_times(h ^ h >> 16, 0x7FEB352D) + high) & word
     h = _times(h ^ h >> 15, 0x846CA68B)
@@ -200,20 +197,20 @@ def _times(h: Tensor, by: int) -> Tensor:
     return (low * by + ((high * by & 0xFFFF) << 16)) & 0xFFFFFFFF
 
 
-@check("gained")
-def _gained(o: Bench) -> Iterator[Same]:
-    x, gain = o.normal(5, 74), o.normal(74, dtype=torch.float32)
-    for b in (None, o.normal(74)):
-        y = o.room(5, 74)
-        o.library.gained(*at(x, gain, b, y), 5, 74, THREADS)
+@kernel_check("gained")
+def _gained(bench: Bench) -> Iterator[Same]:
+    x, gain = bench.normal(5, 74), bench.normal(74, dtype=torch.float32)
+    for b in (None, bench.normal(74)):
+        y = bench.room(5, 74)
+        bench.library.gained(*at(x, gain, b, y), 5, 74, THREADS)
         yield Same(y, x.double() * gain.double() + (0 if b is None else b.double()))
 
 
-@check("gained_backward")
-def _gained_backward(o: Bench) -> Iterator[Same]:
-    g, x, gain = o.normal(5, 150), o.normal(5, 150), o.normal(150, dtype=torch.float32)
-    dx, d_gain = o.room(5, 150), o.room(150, dtype=torch.float32)
-    o.library.gained_backward(*at(g, x, gain, dx, d_gain), 5, 150, THREADS)
+@kernel_check("gained_backward")
+def _gained_backward(bench: Bench) -> Iterator[Same]:
+    g, x, gain = bench.normal(5, 150), bench.normal(5, 150), bench.normal(150, dtype=torch.float32)
+    dx, d_gain = bench.room(5, 150), bench.room(150, dtype=torch.float32)
+    bench.library.gained_backward(*at(g, x, gain, dx, d_gain), 5, 150, THREADS)
     yield Same(dx, g.double() * gain.double())
     yield Same(d_gain, (g.double() * x.double()).sum(0), 1e-5, 1e-5)
 
@@ -228,49 +225,49 @@ def _geglu(both: Tensor) -> Tensor:
     return up * F.gelu(gate)
 
 
-@check("silu_gate")
-def _silu_gate_forward(o: Bench) -> Iterator[Same]:
-    both, h = 2 * o.normal(5, 2 * 37), o.room(5, 37)
-    o.library.silu_gate(*at(both, h), 5, 37, THREADS)
+@kernel_check("silu_gate")
+def _silu_gate_forward(bench: Bench) -> Iterator[Same]:
+    both, h = 2 * bench.normal(5, 2 * 37), bench.room(5, 37)
+    bench.library.silu_gate(*at(both, h), 5, 37, THREADS)
     yield Same(h, _silu_gate(both.double()))
 
 
-@check("silu_gate_backward")
-def _silu_gate_backward(o: Bench) -> Iterator[Same]:
-    dh, both, d, h = o.normal(5, 37), 2 * o.normal(5, 2 * 37), o.room(5, 2 * 37), o.room(5, 37)
-    o.library.silu_gate_backward(*at(dh, both, d, h), 5, 37, THREADS)
+@kernel_check("silu_gate_backward")
+def _silu_gate_backward(bench: Bench) -> Iterator[Same]:
+    dh, both, d, h = bench.normal(5, 37), 2 * bench.normal(5, 2 * 37), bench.room(5, 2 * 37), bench.room(5, 37)
+    bench.library.silu_gate_backward(*at(dh, both, d, h), 5, 37, THREADS)
     wide = both.double().requires_grad_()
     made = _silu_gate(wide)
     yield Same(h, made.detach())
     yield Same(d, gradient(made, wide, dh))
 
 
-@check("geglu")
-def _geglu_forward(o: Bench) -> Iterator[Same]:
-    both, h = 2 * o.normal(5, 2 * 37), o.room(5, 37)
-    o.library.geglu(*at(both, h), 5, 37, THREADS)
+@kernel_check("geglu")
+def _geglu_forward(bench: Bench) -> Iterator[Same]:
+    both, h = 2 * bench.normal(5, 2 * 37), bench.room(5, 37)
+    bench.library.geglu(*at(both, h), 5, 37, THREADS)
     yield Same(h, _geglu(both.double()))
 
 
-@check("geglu_backward")
-def _geglu_backward(o: Bench) -> Iterator[Same]:
-    dh, both, d = o.normal(5, 37), 2 * o.normal(5, 2 * 37), o.room(5, 2 * 37)
-    o.library.geglu_backward(*at(dh, both, d), 5, 37, THREADS)
+@kernel_check("geglu_backward")
+def _geglu_backward(bench: Bench) -> Iterator[Same]:
+    dh, both, d = bench.normal(5, 37), 2 * bench.normal(5, 2 * 37), bench.room(5, 2 * 37)
+    bench.library.geglu_backward(*at(dh, both, d), 5, 37, THREADS)
     wide = both.double().requires_grad_()
     yield Same(d, gradient(_geglu(wide), wide, dh))
 
 
-@check("gelu_tanh")
-def _gelu_tanh(o: Bench) -> Iterator[Same]:
-    x, y = 3 * o.normal(203), o.room(203)
-    o.library.gelu_tanh(*at(x, y), 203, THREADS)
+@kernel_check("gelu_tanh")
+def _gelu_tanh(bench: Bench) -> Iterator[Same]:
+    x, y = 3 * bench.normal(203), bench.room(203)
+    bench.library.gelu_tanh(*at(x, y), 203, THREADS)
     yield Same(y, F.gelu(x.double(), approximate="tanh"))
 
 
-@check("gelu_tanh_backward")
-def _gelu_tanh_backward(o: Bench) -> Iterator[Same]:
-    g, x, dx = o.normal(203), 3 * o.normal(203), o.room(203)
-    o.library.gelu_tanh_backward(*at(g, x, dx), 203, THREADS)
+@kernel_check("gelu_tanh_backward")
+def _gelu_tanh_backward(bench: Bench) -> Iterator[Same]:
+    g, x, dx = bench.normal(203), 3 * bench.normal(203), bench.room(203)
+    bench.library.gelu_tanh_backward(*at(g, x, dx), 203, THREADS)
     wide = x.double().requires_grad_()
     yield Same(dx, gradient(F.gelu(wide, approximate="tanh"), wide, g))
 
@@ -291,9 +288,9 @@ class _Heads:
     DIM: ClassVar[int] = 18
 
     @classmethod
-    def of(cls, o: Bench) -> _Heads:
-        angle = 3 * o.normal(6, cls.DIM // 2, dtype=torch.float32)
-        x = o.normal(6, cls.KV * cls.PER * cls.DIM + 8)
+    def of(cls, bench: Bench) -> _Heads:
+        angle = 3 * bench.normal(6, cls.DIM // 2, dtype=torch.float32)
+        x = bench.normal(6, cls.KV * cls.PER * cls.DIM + 8)
         return cls(x, angle.cos().bfloat16(), angle.sin().bfloat16(), torch.tensor([4, 0, 1, 3, 2]),
                    torch.tensor([0, 1, 2, 4, 6]))  # fmt: skip
 
@@ -314,12 +311,12 @@ class _Heads:
         return 0.5 * torch.cat([a * c - b * s, b * c + a * s], -1)
 
 
-@check("gather_heads")
-def _gather_heads(o: Bench) -> Iterator[Same]:
-    h = _Heads.of(o)
+@kernel_check("gather_heads")
+def _gather_heads(bench: Bench) -> Iterator[Same]:
+    h = _Heads.of(bench)
     for turned in (True, False):
-        out = o.room(like=torch.zeros(2, h.KV, h.LENGTH, h.PER, h.DIM, dtype=BF16))
-        h.call(o.library.gather_heads, h.x, turned, h.x.shape[1], out)
+        out = bench.room(like=torch.zeros(2, h.KV, h.LENGTH, h.PER, h.DIM, dtype=BF16))
+        h.call(bench.library.gather_heads, h.x, turned, h.x.shape[1], out)
         want = torch.zeros(out.shape, dtype=torch.float64)
         for token, row, time in h.places():
             flat = h.x[token, : h.KV * h.PER * h.DIM].double().view(-1, h.DIM)
@@ -327,59 +324,59 @@ def _gather_heads(o: Bench) -> Iterator[Same]:
         yield Same(out, want)
 
 
-@check("scatter_heads")
-def _scatter_heads(o: Bench) -> Iterator[Same]:
-    h, ld = _Heads.of(o), _Heads.KV * _Heads.PER * _Heads.DIM
-    g = o.normal(2, h.KV, h.LENGTH, h.PER, h.DIM)
+@kernel_check("scatter_heads")
+def _scatter_heads(bench: Bench) -> Iterator[Same]:
+    h, ld = _Heads.of(bench), _Heads.KV * _Heads.PER * _Heads.DIM
+    g = bench.normal(2, h.KV, h.LENGTH, h.PER, h.DIM)
     for turned in (True, False):
-        out = o.room(like=torch.zeros(6, ld, dtype=BF16))
-        h.call(o.library.scatter_heads, g, turned, ld, out)
+        out = bench.room(like=torch.zeros(6, ld, dtype=BF16))
+        h.call(bench.library.scatter_heads, g, turned, ld, out)
         want = torch.zeros(out.shape, dtype=torch.float64)
         for token, row, time in h.places():
             want[token] = h.turn(g[row, :, time].double().reshape(-1, h.DIM), token, -1, turned).flatten()
         yield Same(out, want)
 
 
-@check("causal_softmax")
-def _causal_softmax(o: Bench) -> Iterator[Same]:
+@kernel_check("causal_softmax")
+def _causal_softmax(bench: Bench) -> Iterator[Same]:
     for queries, per, keys, q0, k0, window in ((3, 2, 70, 67, 0, 0), (3, 2, 37, 40, 6, 21), (1, 1, 19, 18, 0, 0)):
-        scores = 2 * o.normal(2, queries * per, keys)
-        got = o.room(like=scores)
-        o.library.causal_softmax(got.data_ptr(), 2, queries, per, keys, q0, k0, window, THREADS)
+        scores = 2 * bench.normal(2, queries * per, keys)
+        got = bench.room(like=scores)
+        bench.library.causal_softmax(got.data_ptr(), 2, queries, per, keys, q0, k0, window, THREADS)
         back = (q0 + torch.arange(queries).repeat_interleave(per))[:, None] - (k0 + torch.arange(keys))
         seen = (back >= 0) & (back < window) if window else back >= 0
         yield Same(got, scores.double().masked_fill(~seen, -torch.inf).softmax(-1), far=1e-5)
 
 
-@check("softmax_backward")
-def _softmax_backward(o: Bench) -> Iterator[Same]:
-    p, dp = o.normal(5, 75).float().softmax(1).bfloat16(), o.normal(5, 75)
-    got, wide = o.room(like=dp), p.double()
-    o.library.softmax_backward(*at(p, got), 5, 75, THREADS)
+@kernel_check("softmax_backward")
+def _softmax_backward(bench: Bench) -> Iterator[Same]:
+    p, dp = bench.normal(5, 75).float().softmax(1).bfloat16(), bench.normal(5, 75)
+    got, wide = bench.room(like=dp), p.double()
+    bench.library.softmax_backward(*at(p, got), 5, 75, THREADS)
     yield Same(got, wide * (dp.double() - (wide * dp.double()).sum(1, keepdim=True)), far=1e-5)
 
 
-@check("token_nll")
-def _token_nll(o: Bench) -> Iterator[Same]:
-    logits, targets = 3 * o.normal(6, 75), torch.tensor([0, 74, -100, 33, 7, 74])
+@kernel_check("token_nll")
+def _token_nll(bench: Bench) -> Iterator[Same]:
+    logits, targets = 3 * bench.normal(6, 75), torch.tensor([0, 74, -100, 33, 7, 74])
     wide = logits.double().requires_grad_()
     want = F.cross_entropy(wide, targets, reduction="none")
     (slope,) = torch.autograd.grad(want.sum(), wide)
     for gradient, after in ((0, logits), (1, slope)):
-        got, nll = o.room(like=logits), o.room(6, dtype=torch.float32)
-        o.library.token_nll(*at(got, targets, nll), 6, 75, gradient, THREADS)
+        got, nll = bench.room(like=logits), bench.room(6, dtype=torch.float32)
+        bench.library.token_nll(*at(got, targets, nll), 6, 75, gradient, THREADS)
         yield Same(nll, want.detach(), 1e-5, 1e-5)
         yield Same(got, after, far=1e-5)
 
 
-# -- codes -------------------------------------------------------------------------------------------------------------
+# -- quantised weights -------------------------------------------------------------------------------------------------
 
 
-@check("blocks4_dense")
-def _blocks4_dense(o: Bench) -> Iterator[Same]:
-    table, map8 = o.normal(16, dtype=torch.float32), o.normal(256, dtype=torch.float32)
-    packed, absmax = o.whole(0, 256, 192, dtype=torch.uint8), o.normal(6, dtype=torch.float32).abs()
-    codes, absmax2 = o.whole(0, 256, 6, dtype=torch.uint8), o.normal(3, dtype=torch.float32).abs()
+@kernel_check("blocks4_dense")
+def _blocks4_dense(bench: Bench) -> Iterator[Same]:
+    table, map8 = bench.normal(16, dtype=torch.float32), bench.normal(256, dtype=torch.float32)
+    packed, absmax = bench.whole(0, 256, 192, dtype=torch.uint8), bench.normal(6, dtype=torch.float32).abs()
+    codes, absmax2 = bench.whole(0, 256, 6, dtype=torch.uint8), bench.normal(3, dtype=torch.float32).abs()
     flat = torch.stack([packed >> 4, packed & 15], 1).flatten().int()
     for dtype in (BF16, torch.float32):
         for doubly in (False, True):
@@ -387,22 +384,22 @@ def _blocks4_dense(o: Bench) -> Iterator[Same]:
             want = table[flat] * largest.repeat_interleave(64)
             constants = at(absmax2, codes, map8) if doubly else at(absmax, None, None)
             for first, count in ((0, 384), (10, 150), (65, 63), (128, 131)):
-                out = o.room(count, dtype=dtype)
-                o.library.blocks4_dense(
+                out = bench.room(count, dtype=dtype)
+                bench.library.blocks4_dense(
                     packed.data_ptr(), *constants, 0.25, table.data_ptr(), first, count, 64, 2, out.data_ptr(),
                     int(dtype == torch.float32), THREADS,
                 )  # fmt: skip
                 yield Same(out, want[first : first + count].to(dtype), 0, 0)
 
 
-@check("blocks4_quantise")
-def _blocks4_quantise(o: Bench) -> Iterator[Same]:
+@kernel_check("blocks4_quantise")
+def _blocks4_quantise(bench: Bench) -> Iterator[Same]:
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1)).int()
-    bounds = o.normal(15, dtype=torch.float32).mul_(0.5).sort().values
+    bounds = bench.normal(15, dtype=torch.float32).mul_(0.5).sort().values
     for dtype in (BF16, torch.float32):
-        x = o.normal(203, dtype=dtype)
-        packed, absmax = o.room(102, dtype=torch.uint8), o.room(4, dtype=torch.float32)
-        o.library.blocks4_quantise(
+        x = bench.normal(203, dtype=dtype)
+        packed, absmax = bench.room(102, dtype=torch.uint8), bench.room(4, dtype=torch.float32)
+        bench.library.blocks4_quantise(
             x.data_ptr(), int(dtype == torch.float32), *at(bounds, order), 203, 64, *at(packed, absmax), THREADS
         )
         blocks = F.pad(x.float(), (0, 53)).view(4, 64)
@@ -413,18 +410,18 @@ def _blocks4_quantise(o: Bench) -> Iterator[Same]:
         yield Same(absmax, most, 0, 0)
 
 
-@check("ggml_dense")
-def _ggml_dense(o: Bench) -> Iterator[Same]:
+@kernel_check("ggml_dense")
+def _ggml_dense(bench: Bench) -> Iterator[Same]:
     for kind, size in ((2, 18), (3, 20), (6, 22), (7, 24), (8, 34), (12, 144), (13, 176), (14, 210)):
-        raw = o.whole(0, 256, 5, size, dtype=torch.uint8)
+        raw = bench.whole(0, 256, 5, size, dtype=torch.uint8)
         scales = [slice(208, 210)] if kind == 14 else [slice(0, 2)]
         scales += [slice(2, 4)] if kind in (3, 7, 12, 13) else []
         for each in scales:  # halves that are numbers
-            raw[:, each] = o.normal(5, 1, dtype=torch.float16).view(torch.uint8)
+            raw[:, each] = bench.normal(5, 1, dtype=torch.float16).view(torch.uint8)
         want = _ggml(kind, raw.int(), *(raw[:, s].contiguous().view(torch.float16).float() for s in scales))
         for dtype in (BF16, torch.float32):
-            out = o.room(*want.shape, dtype=dtype)
-            o.library.ggml_dense(
+            out = bench.room(*want.shape, dtype=dtype)
+            bench.library.ggml_dense(
                 kind, raw.data_ptr(), raw.numel(), out.data_ptr(), int(dtype == torch.float32), THREADS
             )
             yield Same(out, want.to(dtype), 1e-6, 0)
@@ -460,10 +457,414 @@ def _ggml(kind: int, b: Tensor, d: Tensor, m: Tensor | float = 0.0) -> Tensor:
     return ((d * scale.float())[..., None] * codes.float() - (m * least.float())[..., None]).view(n, 256)
 
 
-@check("rows8_dense")
-def _rows8_dense(o: Bench) -> Iterator[Same]:
-    codes, scale = o.whole(-127, 128, 5, 37, dtype=torch.int8), o.normal(5, dtype=torch.float32).abs()
+@kernel_check("rows8_dense")
+def _rows8_dense(bench: Bench) -> Iterator[Same]:
+    codes, scale = bench.whole(-127, 128, 5, 37, dtype=torch.int8), bench.normal(5, dtype=torch.float32).abs()
     for dtype in (BF16, torch.float32):
-        out = o.room(5, 37, dtype=dtype)
-        o.library.rows8_dense(*at(codes, scale), 5, 37, out.data_ptr(), int(dtype == torch.float32), THREADS)
+        out = bench.room(5, 37, dtype=dtype)
+        bench.library.rows8_dense(*at(codes, scale), 5, 37, out.data_ptr(), int(dtype == torch.float32), THREADS)
         yield Same(out, (codes.float() * scale[:, None] * 7.874015718698502e-3).to(dtype), 0, 0)
+
+
+SUM = {"near": 2**-6, "far": 2e-2}
+"""For sums of hundreds of products whose factors were rounded to bfloat16 on the way."""
+
+
+# -- a training step, with AVX512-BF16 ---------------------------------------------------------------------------------
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, tokens, heads, d): softmax(q·kᵀ/4)·v, and log Σ exp of the scores."""
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    scores = 0.25 * q @ k.mT
+    return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
+
+
+_SIZES = [(2, 70, 3, 40), (2, 300, 3, 40)]  # queries, keys: more than a tile of each
+
+
+@kernel_check("attend")
+def _attend(bench: Bench) -> Iterator[Same]:
+    (n, S, heads, d), T = _SIZES[0], _SIZES[1][1]
+    q, k, v = (bench.normal(*size) for size in (_SIZES[0], _SIZES[1], _SIZES[1]))
+    out, lse = bench.room(n, S, heads, d), bench.room(n, heads, S, dtype=torch.float32)
+    bench.library.attend(*at(q, k, v, out, lse), strides(q, k, v, out), n, heads, S, T, d, 0.25, THREADS)
+    want, log_sum = _attention(q, k, v)
+    yield Same(out, want, far=2**-8)
+    yield Same(lse, log_sum, 1e-3, 1e-3)
+
+
+@kernel_check("attend_backward")
+def _attend_backward(bench: Bench) -> Iterator[Same]:
+    (n, S, heads, d), T = _SIZES[0], _SIZES[1][1]
+    q, k, v = (bench.normal(*size) for size in (_SIZES[0], _SIZES[1], _SIZES[1]))
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    want, log_sum = _attention(*wide)
+    out, lse, g = (
+        want.detach().to(BF16).contiguous(),
+        log_sum.detach().float().contiguous(),
+        bench.normal(n, S, heads, d),
+    )
+    made = [bench.room(*t.shape) for t in (q, k, v)]
+    tensors = (q, k, v, out, g, *made)
+    bench.library.attend_backward(*at(*tensors, lse), strides(*tensors), n, heads, S, T, d, 0.25, THREADS)
+    for got, slope in zip(made, torch.autograd.grad(want, wide, g.double()), strict=True):
+        yield Same(got, slope, **SUM)
+
+
+@dataclass(frozen=True)
+class _TwoProducts:
+    """Two pairs of ranks 5 and 16 on columns 0 … 32 and 32 … 112 of 112, over 48 inputs, and 197 rows."""
+
+    pairs: list[tuple[Tensor, Tensor, int, int, float]]
+    table: Any
+
+    ROWS: ClassVar[int] = 197
+    IN: ClassVar[int] = 48
+    OUT: ClassVar[int] = 112
+    RANKS: ClassVar[int] = 32  # padded to sixteens
+
+    @classmethod
+    def of(cls, bench: Bench) -> _TwoProducts:
+        wide = torch.float32
+        pairs = [
+            (bench.normal(5, cls.IN, dtype=wide) / 4, bench.normal(32, 5, dtype=wide), 0, 32, 0.5),
+            (bench.normal(16, cls.IN, dtype=wide) / 4, bench.normal(80, 16, dtype=wide), 32, 112, 2.0),
+        ]
+        return cls(
+            pairs,
+            (LowRankStruct * 2)(*(LowRankStruct(*at(A, B), first, last, len(A), s) for A, B, first, last, s in pairs)),
+        )
+
+    def each(self) -> Iterator[tuple[int, Tensor, Tensor, slice, slice, float]]:
+        """(i, A, B, its columns, its part of the ranks, scale), in what the kernels round A and s·B to."""
+        for i, (A, B, first, last, s) in enumerate(self.pairs):
+            own = slice(16 * i, 16 * i + len(A))
+            yield i, A.bfloat16().double(), (s * B).bfloat16().double(), slice(first, last), own, s
+
+
+@kernel_check("thin_add")
+def _thin_add(bench: Bench) -> Iterator[Same]:
+    t = _TwoProducts.of(bench)
+    x, y = bench.normal(t.ROWS, t.IN), bench.normal(t.ROWS, t.OUT)
+    got, u = bench.room(like=y), bench.room(t.ROWS, t.RANKS)
+    bench.library.thin_add(t.table, 2, *at(x, got, u), t.ROWS, t.IN, t.OUT, THREADS)
+    want, thin = y.double(), torch.zeros(u.shape, dtype=torch.float64)
+    for _, A, B, columns, ranks, _s in t.each():
+        thin[:, ranks] = x.double() @ A.T
+        want[:, columns] += u[:, ranks].double() @ B.T
+    yield Same(u, thin, far=2**-7)
+    yield Same(got, want, far=2**-6)
+
+
+@kernel_check("thin_through")
+def _thin_through(bench: Bench) -> Iterator[Same]:
+    t = _TwoProducts.of(bench)
+    g, dx = bench.normal(t.ROWS, t.OUT), bench.normal(t.ROWS, t.IN)
+    du, got = bench.room(t.ROWS, t.RANKS), bench.room(like=dx)
+    alone = bench.room(t.ROWS, t.RANKS)
+    bench.library.thin_through(t.table, 2, *at(g, du, got), t.ROWS, t.IN, t.OUT, THREADS)
+    bench.library.thin_through(t.table, 2, *at(g, alone, None), t.ROWS, t.IN, t.OUT, THREADS)
+    want, thin = dx.double(), torch.zeros(du.shape, dtype=torch.float64)
+    for _, A, B, columns, ranks, _s in t.each():
+        thin[:, ranks] = g[:, columns].double() @ B
+        want += du[:, ranks].double() @ A
+    yield Same(du, thin, **SUM)
+    yield Same(alone, thin, **SUM)
+    yield Same(got, want, far=2**-6)
+
+
+@kernel_check("thin_gradients")
+def _thin_gradients(bench: Bench) -> Iterator[Same]:
+    t = _TwoProducts.of(bench)
+    g, x, u, du = (bench.normal(t.ROWS, n) for n in (t.OUT, t.IN, t.RANKS, t.RANKS))
+    factors = [A for A, *_ in t.pairs], [B for _, B, *_ in t.pairs]
+    made = [[bench.room(*factor.shape, dtype=torch.float32) for factor in each] for each in factors]
+    tables = [(ctypes.c_void_p * 2)(*at(*tensors)) for tensors in made]
+    bench.library.thin_gradients(t.table, 2, *at(g, x, u, du), *tables, t.ROWS, t.IN, t.OUT, THREADS)
+    for i, _A, _B, columns, ranks, s in t.each():
+        yield Same(made[0][i], du[:, ranks].double().T @ x.double(), 1e-4, 1e-3)
+        yield Same(made[1][i], s * g[:, columns].double().T @ u[:, ranks].double(), 1e-4, 1e-3)
+
+
+# -- serving, with AVX512-BF16 -----------------------------------------------------------------------------------------
+
+
+def _sixteens(A: Tensor) -> Tensor:
+    """(16, in) as thin_rows reads it: (1, in / 2, 16, 2)."""
+    return A.view(1, 16, -1, 2).permute(0, 2, 1, 3).contiguous()
+
+
+def _turned(B: Tensor) -> Tensor:
+    """(columns, rank) as thin_rows reads it: (rank / 2, columns, 2)."""
+    return B.view(len(B), -1, 2).permute(1, 0, 2).contiguous()
+
+
+class _Adapters(NamedTuple):
+    """Two adapters of rank 16 over columns in two parts: the first on both, the second on the other alone; five rows
+    under the first, two under the second, row 2 under both."""
+
+    A: list[Tensor]
+    B: list[list[tuple[Tensor, int, int]]]  # (columns, rank), first column, first of the rank
+    held: list[Tensor]
+    table: Tensor
+    starts: Tensor
+    rows: Tensor
+    strengths: Tensor
+
+    @classmethod
+    def of(cls, bench: Bench, inputs: int, columns: int) -> _Adapters:
+        A = [bench.normal(16, inputs) / 8 for _ in range(2)]
+        B = [
+            [(bench.normal(16, 6) / 8, 0, 0), (bench.normal(columns - 16, 10) / 8, 16, 6)],
+            [(bench.normal(columns - 16, 16) / 8, 16, 0)],
+        ]
+        held, table = [], torch.zeros(2, 17, dtype=torch.int64)
+        for i in range(2):
+            held.append(_sixteens(A[i]))
+            flat: list[int] = [held[-1].data_ptr(), 16]
+            for part, first, rank in B[i]:
+                held.append(_turned(part))
+                flat += [held[-1].data_ptr(), first, len(part), rank, part.shape[1]]
+            table[i, : len(flat)] = torch.tensor(flat)
+        rows, starts = torch.tensor([0, 2, 5, 6, 1, 2, 3]), torch.tensor([0, 5, 7])
+        return cls(A, B, held, table, starts, rows, bench.normal(7, dtype=torch.float32))
+
+    def onto(self, x: Tensor, y: Tensor) -> Tensor:
+        """y with both adapters' products, float64; u rounded as the kernel rounds it."""
+        out = y.double().clone()
+        for i in range(2):
+            for at_ in range(int(self.starts[i]), int(self.starts[i + 1])):
+                row, s = int(self.rows[at_]), float(self.strengths[at_])
+                u = (s * (x[row].double() @ self.A[i].double().T)).to(BF16).double()
+                for part, first, rank in self.B[i]:
+                    out[row, first : first + len(part)] += part.double() @ u[rank : rank + part.shape[1]]
+        return out
+
+    def arguments(self, u: Tensor) -> list[int | None]:
+        return [*at(self.table), 2, *at(self.starts, self.rows, self.strengths, u), 16]
+
+
+@kernel_check("thin_rows")
+def _thin_rows(bench: Bench) -> Iterator[Same]:
+    a = _Adapters.of(bench, 32, 40)
+    x, y, u = bench.normal(7, 32), bench.normal(7, 40), bench.room(7, 16)
+    got = bench.room(like=y)
+    bench.library.thin_rows(x.data_ptr(), 32, got.data_ptr(), 40, *a.arguments(u), THREADS)
+    yield Same(got, a.onto(x, y), far=2**-7)
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Two sequences, of 35 and 20 tokens, in blocks 4, 1, 3 and 2, 5; 4 query heads, 2 of keys and values, of 32."""
+
+    k: list[Tensor]  # (tokens, kv, d) of each
+    v: list[Tensor]
+
+    HEADS: ClassVar[int] = 4
+    KV: ClassVar[int] = 2
+    D: ClassVar[int] = 32
+    BLOCKS: ClassVar = ((4, 1, 3), (2, 5))
+    LENGTHS: ClassVar = (35, 20)
+
+    @classmethod
+    def of(cls, bench: Bench) -> _Cache:
+        k, v = ([bench.normal(n, cls.KV, cls.D) for n in cls.LENGTHS] for _ in range(2))
+        return cls(k, v)
+
+    def slots(self) -> Tensor:
+        slots = [b[t // 16] * 16 + t % 16 for b, n in zip(self.BLOCKS, self.LENGTHS, strict=True) for t in range(n)]
+        return torch.tensor(slots)
+
+    def tables(self) -> Tensor:
+        return torch.tensor([self.BLOCKS[0], (*self.BLOCKS[1], 0)])
+
+    def pages(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v of all tokens as the kernels lay them: (6, kv, d / 2, 16, 2) and (6, kv, 8, d, 2)."""
+        K, V = (torch.zeros(6, 16, self.KV, self.D, dtype=BF16) for _ in range(2))
+        slots = self.slots()
+        K[slots // 16, slots % 16], V[slots // 16, slots % 16] = k, v
+        K = K.view(6, 16, self.KV, self.D // 2, 2).permute(0, 2, 3, 1, 4)
+        V = V.view(6, 8, 2, self.KV, self.D).permute(0, 3, 1, 4, 2)
+        return K.contiguous(), V.contiguous()
+
+    def attended(self, q: Tensor, own: list[int], scale: float, cap: float, window: int) -> Tensor:
+        """q (tokens, heads, d), the last own[s] tokens of each sequence."""
+        out, first = [], 0
+        for k, v, n in zip(self.k, self.v, own, strict=True):
+            back = torch.arange(len(k) - n, len(k))[:, None] - torch.arange(len(k))
+            seen = (back >= 0) & (back < window) if window else back >= 0
+            wide = [t.double().transpose(0, 1).repeat_interleave(self.HEADS // self.KV, 0) for t in (k, v)]
+            scores = scale * q[first : first + n].double().transpose(0, 1) @ wide[0].mT
+            scores = cap * torch.tanh(scores / cap) if cap else scores
+            out.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ wide[1]).transpose(0, 1).flatten(1))
+            first += n
+        return torch.cat(out)
+
+
+@kernel_check("store_rows")
+def _store_rows(bench: Bench) -> Iterator[Same]:
+    c = _Cache.of(bench)
+    k, v, slots, starts = torch.cat(c.k), torch.cat(c.v), c.slots(), torch.tensor([0, 35, 55])
+    wants = c.pages(k, v)
+    K, V = (bench.room(like=torch.zeros_like(t)) for t in wants)
+    width = c.KV * c.D
+    bench.library.store_rows(
+        k.data_ptr(), width, v.data_ptr(), width, *at(slots, starts), 2, c.KV, c.D, *at(K, V), THREADS
+    )
+    for got, want in zip((K, V), wants, strict=True):
+        yield Same(got, want, 0, 0)
+
+
+def _tables(bench: Bench, d: int) -> tuple[Tensor, Tensor]:
+    angle = bench.normal(40, d // 2, dtype=torch.float32)
+    return angle.cos(), angle.sin()
+
+
+def _turn(x: Tensor, w: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (tokens, heads, d) normed by w and turned, float64; cos and sin (tokens, d / 2)."""
+    x = x.double() if w is None else F.rms_norm(x.double(), (x.shape[-1],), w.double(), 1e-5)
+    (a, b), c, s = x.chunk(2, -1), cos.double()[:, None], sin.double()[:, None]
+    return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+
+@kernel_check("turn_and_store")
+def _turn_and_store(bench: Bench) -> Iterator[Same]:
+    c, starts = _Cache.of(bench), torch.tensor([0, 35, 55])
+    positions = torch.cat([torch.arange(n) for n in c.LENGTHS])
+    cos, sin = _tables(bench, c.D)
+    for norms in ((None, None), (bench.normal(c.D), bench.normal(c.D))):
+        given = bench.normal(55, (c.HEADS + 2 * c.KV) * c.D)
+        qkv, places = bench.room(like=given), c.slots()
+        K, V = (bench.room(like=torch.zeros(6, c.KV, 16 * c.D, dtype=BF16)) for _ in range(2))
+        bench.library.turn_and_store(
+            qkv.data_ptr(), c.HEADS, c.KV, c.D, *at(cos, sin, *norms), 1e-5, *at(positions, places, starts), 2,
+            *at(K, V), THREADS,
+        )  # fmt: skip
+        q, k, v = given.view(55, -1, c.D).split([c.HEADS, c.KV, c.KV], 1)
+        q, k = (_turn(t, w, cos[positions], sin[positions]) for t, w in ((q, norms[0]), (k, norms[1])))
+        yield Same(qkv, torch.cat([q, k, v.double()], 1).flatten(1))
+        stored = qkv.view(55, -1, c.D)[:, c.HEADS :].split(c.KV, 1)
+        for got, want in zip((K, V), c.pages(*stored), strict=True):
+            yield Same(got, want.view(got.shape), 0, 0)
+
+
+@kernel_check("paged_attend")
+def _paged_attend(bench: Bench) -> Iterator[Same]:
+    c, own = _Cache.of(bench), [7, 1]  # the last tokens of a prompt beside one of an answer
+    K, V = c.pages(torch.cat(c.k), torch.cat(c.v))
+    q = bench.normal(8, (c.HEADS + 2) * c.D)  # rows are longer than their queries
+    positions = torch.cat([torch.arange(n - m, n) for n, m in zip(c.LENGTHS, own, strict=True)])
+    starts, tables = torch.tensor([0, 7, 8]), c.tables()
+    for cap, window in ((0.0, 0), (2.0, 0), (0.0, 9)):
+        out = bench.room(8, c.HEADS * c.D)
+        bench.library.paged_attend(
+            q.data_ptr(), q.shape[1], out.data_ptr(), c.HEADS, c.KV, c.D, *at(positions, starts), 2, tables.data_ptr(),
+            tables.shape[1], *at(K, V), 0.25, cap, window, 35, THREADS,
+        )  # fmt: skip
+        wide = q[:, : c.HEADS * c.D].view(8, c.HEADS, c.D)
+        yield Same(out, c.attended(wide, own, 0.25, cap, window), far=2**-7)
+
+
+class _Matrix(NamedTuple):
+    """W as panel_product takes it, and W (out, in) in float64 as it multiplies."""
+
+    kind: int
+    codes: Tensor
+    scales: Tensor | None
+    dense: Tensor
+
+    @classmethod
+    def of(cls, bench: Bench, kind: int, out: int, inputs: int) -> _Matrix:
+        if kind == 0:
+            W = bench.normal(out, inputs) / 8
+            return cls(0, _panels(W), None, W.double())
+        if kind == 1:
+            q, row = (
+                bench.whole(-127, 128, out, inputs, dtype=torch.int8),
+                bench.normal(out, dtype=torch.float32).abs() / 500,
+            )
+            return cls(1, _panels(q), F.pad(row, (0, -out % 64)), q.double() * row.double()[:, None])
+        q = bench.whole(0, 16, out, inputs, dtype=torch.uint8)
+        scale, zero = bench.normal(out, inputs // 32).abs() / 50, bench.normal(out, inputs // 32) / 50
+        low, high = _panels(q).unflatten(2, (4, 2, 8)).flatten(4).unbind(3)
+        both = F.pad(torch.stack([scale, zero], -1), (0, 0, 0, 0, 0, -out % 64))
+        dense = (q.view(out, -1, 32).float() - 8) * scale[..., None].float() + zero[..., None].float()
+        scales = both.unflatten(0, (-1, 64)).transpose(1, 2).contiguous()
+        return cls(2, low | high << 4, scales, dense.flatten(1).to(BF16).double())
+
+
+def _panels(W: Tensor) -> Tensor:
+    out, n = W.shape
+    return F.pad(W, (0, 0, 0, -out % 64)).view(-1, 64, n // 2, 2).permute(0, 2, 1, 3).contiguous()
+
+
+@kernel_check("panel_product")
+def _panel_product(bench: Bench) -> Iterator[Same]:
+    for kind in (0, 1, 2):
+        w = _Matrix.of(bench, kind, 80, 160)
+        for rows in (1, 2, 3, 70):
+            x, y = bench.normal(rows, 160), bench.normal(rows, 80)
+            for bias, onto in ((None, 0), (bench.normal(80), 0), (None, 1)):
+                got = bench.room(like=y)
+                bench.library.panel_product(
+                    x.data_ptr(), rows, 160, kind, *at(w.codes, w.scales, bias, got), 80, onto, THREADS
+                )
+                want = x.double() @ w.dense.T + (0 if bias is None else bias.double())
+                yield Same(got, want.to(BF16).double() + y.double() if onto else want, 2**-6, 2**-6)
+
+
+@kernel_check("decode")
+def _decode(bench: Bench) -> Iterator[Same]:
+    """A layer over the last tokens of two sequences whose others are in the cache, under two adapters."""
+    c, dim, ffn, own = _Cache.of(bench), 64, 96, [6, 1]
+    heads, wide = c.HEADS * c.D, (c.HEADS + 2 * c.KV) * c.D
+    before = [n - m for n, m in zip(c.LENGTHS, own, strict=True)]
+    positions = torch.cat([torch.arange(n - m, n) for n, m in zip(c.LENGTHS, own, strict=True)])
+    places = torch.cat([c.slots()[:35][before[0] :], c.slots()[35:][before[1] :]])
+    starts, tables, (cos, sin) = torch.tensor([0, 6, 7]), c.tables(), _tables(bench, c.D)
+    norm, after, q_norm, k_norm, b_qkv, b_out = (bench.normal(n) for n in (dim, dim, c.D, c.D, wide, dim))
+    sizes, numbers = [dim, c.HEADS, c.KV, c.D, ffn], torch.tensor([1e-5, c.D**-0.5])
+    adapters = [_Adapters.of(bench, *size) for size in ((dim, wide), (heads, dim), (dim, 2 * ffn), (ffn, dim))]
+    for adapter in adapters[1:]:
+        adapter.strengths.copy_(adapters[0].strengths)
+    records, u = torch.stack([a.table for a in adapters]).contiguous(), bench.room(7, 16)
+    for kind in (0, 1, 2):
+        qkv, out, gate_up, down = (
+            _Matrix.of(bench, kind, *size) for size in ((wide, dim), (dim, heads), (2 * ffn, dim), (dim, ffn))
+        )
+        x = bench.normal(7, dim)
+        for thin in (False, True):
+            K, V = (bench.room(like=t) for t in c.pages(torch.cat(c.k), torch.cat(c.v)))
+            fields = at(
+                norm, qkv.codes, qkv.scales, b_qkv, q_norm, k_norm, out.codes, out.scales, b_out, after, gate_up.codes,
+                gate_up.scales, down.codes, down.scales,
+            )  # fmt: skip
+            layer = torch.tensor([f or 0 for f in (*fields, 0, *at(K, V))])
+            got, room = bench.room(like=x), bench.room(7 * (dim + wide + heads + 3 * ffn))
+            own_sizes = torch.tensor([*sizes, kind])
+            a = adapters[0]
+            segments = [*at(records), 2, *at(a.starts, a.rows, a.strengths, u), 16] if thin else [0] * 7
+            bench.library.decode(
+                got.data_ptr(), 7, layer.data_ptr(), 1, *at(own_sizes, numbers, cos, sin, positions, places, starts), 2,
+                tables.data_ptr(), tables.shape[1], 35, *segments, room.data_ptr(), THREADS,
+            )  # fmt: skip
+
+            def onto(group: int, given: Tensor, y: Tensor, thin: bool = thin) -> Tensor:
+                return (adapters[group].onto(given, y) if thin else y).to(BF16)
+
+            h = F.rms_norm(x.double(), (dim,), norm.double(), 1e-5).to(BF16)
+            made = onto(0, h, (h.double() @ qkv.dense.T + b_qkv.double()).to(BF16)).view(7, -1, c.D)
+            q, k, v = made.split([c.HEADS, c.KV, c.KV], 1)
+            q, k = (_turn(t, w, cos[positions], sin[positions]).to(BF16) for t, w in ((q, q_norm), (k, k_norm)))
+            joined = [
+                [torch.cat([old[:n], new]) for old, n, new in zip(all_, before, t.split(own), strict=True)]
+                for all_, t in ((c.k, k), (c.v, v))
+            ]
+            seen = _Cache(*joined).attended(q, own, c.D**-0.5, 0.0, 0).to(BF16)
+            y = onto(1, seen, (x.double() + (seen.double() @ out.dense.T + b_out.double()).to(BF16)).to(BF16))
+            h = F.rms_norm(y.double(), (dim,), after.double(), 1e-5).to(BF16)
+            gate, up = onto(2, h, (h.double() @ gate_up.dense.T).to(BF16)).double().chunk(2, -1)
+            act = (F.silu(gate) * up).to(BF16)
+            want = onto(3, act, (y.double() + (act.double() @ down.dense.T).to(BF16)).to(BF16))
+            yield Same(got, want, 2**-4, 2**-2)

@@ -1,4 +1,4 @@
-/* Serving in bfloat16: thin products of many adapters in one call, and attention over a paged cache. Needs AVX512-BF16;
+/* Serving in bfloat16: low-rank products of many adapters in one call, and attention over a paged cache. Needs AVX512-BF16;
    elsewhere torch's own operations run (serve/forward/lowrank.py, serve/forward/paged.py), which are also the reference. Arithmetic is
    float32 inside. Work is shared out statically, and a row's result does not depend on which others are there. */
 

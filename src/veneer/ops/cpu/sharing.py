@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 
 __all__ = ["Neighbours", "forwards", "shared", "worked"]
 
@@ -177,6 +177,6 @@ def forwards(model: nn.Module) -> Iterator[None]:
 def _sharing() -> _Sharing | None:
     if sys.platform != "linux" or os.environ.get("VENEER_SHARING") == "0" or any(os.environ.get(n) for n in _OWN):
         return None
-    native = kernels.usable(("stay", "meet_asleep"))
+    native = compiled.usable(("stay", "meet_asleep"))
     gnu = "libgomp" in Path("/proc/self/maps").read_text(encoding="utf-8")
     return _Sharing(native) if native is not None and gnu and len(os.sched_getaffinity(0)) > 1 else None

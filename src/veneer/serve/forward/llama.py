@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from veneer.core.targets import base_modules
 from veneer.models.text.base import TextBase
-from veneer.ops import cpu as kernels
 from veneer.ops.activations import gated
+from veneer.ops.cpu import compiled
 from veneer.ops.norms import normed
 from veneer.serve.forward.lowrank import Group, Layout, Segments
 from veneer.serve.forward.packed import Matrix, Panels, in_blocks, invariant
@@ -96,7 +96,7 @@ class Plan:
     @cached_property
     def _table(self) -> _Table | None:
         """What ops/cpu/decoder.c reads of every layer; None where it does not run."""
-        library, pages = kernels.usable("decode", self.embedding), self.pages
+        library, pages = compiled.usable("decode", self.embedding), self.pages
         matrices = [(b.qkv, b.out, b.gate_up, b.down) for b in self.blocks]
         panels = [[m for m in own if isinstance(m, Panels)] for own in matrices]
         if library is None or pages.native is None or any(len(own) < 4 for own in panels):
@@ -109,7 +109,7 @@ class Plan:
         for i, (b, own) in enumerate(zip(self.blocks, panels, strict=True)):
             qkv_w, out_w, gate_up_w, down_w = ((m.codes, m.scales) for m in own)
             given = [b.norm, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, b.out_bias, b.norm_after]
-            if any(t is not None and kernels.usable("decode", t) is None for t in given):
+            if any(t is not None and compiled.usable("decode", t) is None for t in given):
                 return None
             fields = [
                 b.norm, *qkv_w, b.qkv_bias, b.rotary.q_norm, b.rotary.k_norm, *out_w, b.out_bias, b.norm_after,
@@ -226,7 +226,7 @@ def plan_of(
 
 
 def _add_onto(x: Tensor, h: Tensor, matrix: Matrix, bias: Tensor | None, segments: Segments | None, g: int) -> None:
-    """x += h·Wᵀ + b and its thin products, in place."""
+    """x += h·Wᵀ + b and its low-rank products, in place."""
     y = None
     if segments is not None and segments.gained(g):  # DoRA needs the base's product by itself
         y = matrix(h, bias)

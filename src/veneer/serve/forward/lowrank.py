@@ -1,10 +1,10 @@
-"""Adapters as the runner uses them, and their thin products for a batch where every row has a mix of its own.
+"""Adapters as the runner uses them, and their low-rank products for a batch where every row has a mix of its own.
 
     y[i] += Σ over the mix of row i:  strength · s·B·(A·x[i])           for each projection
           +                           strength · (g - 1) ⊙ (y₀[i] - b)  DoRA: g = m / ‖W + s·B·A‖, y₀ the base's
 
 Projections that share an input (q, k, v; gate, up) are one *group*: their A lie below one another, so each adapter
-takes two thin products a group for all of its rows, whatever its ranks. Rows without an adapter are not touched. `add`
+takes two products a group for all of its rows, whatever its ranks. Rows without an adapter are not touched. `add`
 is the fast form (ops/cpu/serving.c) where it runs and `add_reference` everywhere else; a row's result depends on nobody
 in its batch (bit for bit by the first; by the second where the layout has `rows`, else within rounding).
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import adapted_norm
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 from veneer.serve.forward.packed import in_blocks
 
 __all__ = ["Group", "Layout", "Segments", "Thin", "thin", "thin_problems"]
@@ -247,10 +247,10 @@ class Segments:
         return out
 
     def add(self, g: int, x: Tensor, y: Tensor, own: Tensor | None = None) -> None:
-        """Group g's thin products onto y (rows, columns), in place; x (rows, in), both contiguous. `own`: the base's
-        product, where y is more than that."""
+        """Group g's low-rank products onto y (rows, columns), in place; x (rows, in), both contiguous. `own`: the
+        base's product, where y is more than that."""
         before = self._before_gains(g, y) if own is None else own
-        native = kernels.usable("thin_rows", x, y) if x.shape[1] % 2 == 0 else None
+        native = compiled.usable("thin_rows", x, y) if x.shape[1] % 2 == 0 else None
         if native is None:
             self._add_reference(g, x, y)
         else:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 
 __all__ = [
     "ROWS", "Blocks", "Dense", "Int4", "Int4Panels", "Int8", "Int8Panels", "Matrix", "Panels", "Quantised", "Reordered",
@@ -101,7 +101,7 @@ class Panels:
         self._into(y, x, bias, onto=True)
 
     def _into(self, y: Tensor, x: Tensor, bias: Tensor | None, onto: bool) -> None:
-        library = kernels.usable("panel_product", x, y)
+        library = compiled.usable("panel_product", x, y)
         assert library is not None
         scales, bias_at = (None if t is None else t.data_ptr() for t in (self.scales, bias))
         library.panel_product(
@@ -152,7 +152,7 @@ def packing(dtype: torch.dtype, device: torch.device) -> type[Panels] | type[Reo
     has it is found out by doing it, as the operations are its compiler's own."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return None
-    if kernels.usable("panel_product") is not None and not torch.cpu._is_amx_tile_supported():
+    if compiled.usable("panel_product") is not None and not torch.cpu._is_amx_tile_supported():
         return Panels
     return Reordered if _reorders(dtype) else None
 

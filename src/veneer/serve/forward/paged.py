@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled
 
 __all__ = ["BLOCK", "PackedRows", "Pages", "Rotary"]
 
@@ -82,7 +82,7 @@ class Pages:
         """Whether torch's operations take queries in tiles of BLOCK, in one shape whatever is asked beside them: a
         token's attention then has the same bits however its prompt is cut. The compiled kernels' has by themselves."""
         probe = torch.empty(0, d, dtype=dtype, device=device)
-        self.native = kernels.usable(kernels.PAGED, probe) if d % 16 == 0 else None
+        self.native = compiled.usable(compiled.PAGED, probe) if d % 16 == 0 else None
         shape = (layers, blocks, kv, BLOCK * d) if self.native is not None else (layers, blocks * BLOCK, kv, d)
         self.K, self.V = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 

@@ -32,7 +32,7 @@ from veneer.models.text.alike import LENGTHS, WINDOW, Reference, short_windows
 from veneer.models.text.attention_hook import How, attending, hook_attention, new_cache
 from veneer.models.text.base import TextBase
 from veneer.models.text.fast import Join
-from veneer.ops import cpu as kernels
+from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
 from veneer.serve.forward.llama import Plan, layout_of, plan_of, static_positions
 from veneer.serve.forward.lowrank import Group, Segments, Thin, thin, thin_problems
@@ -119,7 +119,7 @@ class Runner:
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
         same_bits = (
-            base.device.type == "cpu" and base.dtype == torch.bfloat16 and kernels.usable("use_threads") is not None
+            base.device.type == "cpu" and base.dtype == torch.bfloat16 and compiled.usable("use_threads") is not None
         )
         same_bits = same_bits and not batch_invariant  # of oneDNN's products some have not
         self._threads = ThreadTuner(_use_threads if same_bits else None, torch.get_num_threads())
@@ -339,7 +339,7 @@ class Runner:
             if packs:
                 made = packed(torch.cat([m.weight.detach() for m in parts]))
                 for module in parts:  # they are read again only by adapters with no thin form
-                    kernels.page_out(module.weight.detach())
+                    memory.page_out(module.weight.detach())
                 return made
             weight = Join(parts, self._undo).weight if len(parts) > 1 else parts[0].weight.detach()
             if weight is None:
@@ -427,7 +427,7 @@ def _has_experts(adapter: Adapter) -> bool:
 
 
 def _use_threads(n: int) -> None:
-    native = kernels.usable("use_threads")
+    native = compiled.usable("use_threads")
     assert native is not None
     torch.get_num_threads()  # a thread's first call sets torch's own number
     native.use_threads(n)

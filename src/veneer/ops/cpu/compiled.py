@@ -1,0 +1,219 @@
+"""The compiled kernels: which there are, what each takes, which of them may be used here and why.
+
+Optional: without a C compiler everything runs on torch's own operations, slower and with the same results within
+bfloat16 rounding. `status()` says which of the two it is and why; VENEER_NATIVE=0 turns the compiled kernels off.
+The sources are built once on the user's machine (build.py) and called through ctypes. Every kernel is tried beside its
+formula once a build (selftest.py); one that fails is left out and named, and torch does its work. Whoever calls a
+kernel asks for it by name first: `usable("rms_norm", x, w)`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.ops.cpu.build import build_kernels
+
+__all__ = [
+    "HEADERS", "PAGED", "SOURCES", "Kernels", "LowRankStruct", "bound", "kernels", "status", "strides", "usable",
+    "usable_attention", "usable_low_rank",
+]  # fmt: skip
+
+_pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_HEADS = [_pointer, _int64, *[_pointer] * 4, *[_int64] * 5, _float, _pointer, _int]
+_SIGNATURES: dict[str, list[Any]] = {
+    "use_threads": [_int],
+    "stay": [_pointer, _int, _int],
+    "meet_asleep": [_int, _pointer],
+    "rms_norm": [_pointer, _pointer, _pointer, _int64, _int64, _float, _int],
+    "rms_norm_backward": [_pointer, _pointer, _pointer, _pointer, _int64, _int64, _float, _int],
+    "norm_silu": [*[_pointer] * 5, *[_int64] * 4, _float, _int],
+    "norm_silu_backward": [*[_pointer] * 6, *[_int64] * 4, _float, _int],
+    "dropped": [_pointer, _pointer, _int64, *[ctypes.c_uint32] * 3, _float, _int],
+    "gained": [*[_pointer] * 4, _int64, _int64, _int],
+    "gained_backward": [*[_pointer] * 5, _int64, _int64, _int],
+    "silu_gate": [_pointer, _pointer, _int64, _int64, _int],
+    "silu_gate_backward": [_pointer, _pointer, _pointer, _pointer, _int64, _int64, _int],
+    "geglu": [_pointer, _pointer, _int64, _int64, _int],
+    "geglu_backward": [_pointer, _pointer, _pointer, _int64, _int64, _int],
+    "gelu_tanh": [_pointer, _pointer, _int64, _int],
+    "gelu_tanh_backward": [_pointer, _pointer, _pointer, _int64, _int],
+    "gather_heads": _HEADS,
+    "scatter_heads": _HEADS,
+    "causal_softmax": [_pointer, *[_int64] * 7, _int],
+    "softmax_backward": [_pointer, _pointer, _int64, _int64, _int],
+    "token_nll": [_pointer, _pointer, _pointer, _int64, _int64, _int, _int],
+    "blocks4_dense": [*[_pointer] * 4, _float, _pointer, *[_int64] * 4, _pointer, _int, _int],
+    "blocks4_quantise": [_pointer, _int, _pointer, _pointer, _int64, _int64, _pointer, _pointer, _int],
+    "ggml_dense": [_int, _pointer, _int64, _pointer, _int, _int],
+    "rows8_dense": [_pointer, _pointer, _int64, _int64, _pointer, _int, _int],
+}
+_PRODUCTS: dict[str, list[Any]] = {
+    "attend": [*[_pointer] * 6, *[_int64] * 5, _float, _int],
+    "attend_backward": [*[_pointer] * 10, *[_int64] * 5, _float, _int],
+    "thin_add": [_pointer, _int, *[_pointer] * 3, *[_int64] * 3, _int],
+    "thin_through": [_pointer, _int, *[_pointer] * 3, *[_int64] * 3, _int],
+    "thin_gradients": [_pointer, _int, *[_pointer] * 6, *[_int64] * 3, _int],
+}
+_SERVING: dict[str, list[Any]] = {
+    "thin_rows": [
+        _pointer, _int64, _pointer, _int64, _pointer, _int64, _pointer, _pointer, _pointer, _pointer, _int64, _int
+    ],
+    "store_rows": [_pointer, _int64, _pointer, _int64, _pointer, _pointer, *[_int64] * 3, _pointer, _pointer, _int],
+    "turn_and_store": [
+        _pointer, *[_int64] * 3, *[_pointer] * 4, _float, *[_pointer] * 3, _int64, _pointer, _pointer, _int
+    ],
+    "paged_attend": [
+        _pointer, _int64, _pointer, *[_int64] * 3, _pointer, _pointer, _int64, _pointer, _int64, _pointer, _pointer,
+        _float, _float, _int64, _int64, _int
+    ],
+    "panel_product": [_pointer, *[_int64] * 3, *[_pointer] * 4, _int64, _int, _int],
+    "decode": [
+        _pointer, _int64, _pointer, _int64, *[_pointer] * 7, _int64, _pointer, _int64, _int64, _pointer, _int64,
+        *[_pointer] * 4, _int64, _pointer, _int
+    ],
+}  # fmt: skip
+"""What only a processor with AVX512-BF16 has."""
+SOURCES = ("native.c", "quantised.c", "serving.c", "decoder.c", "threads.c")
+HEADERS = ("bf16.h", "serving.h")
+_reason = "not looked for yet"
+
+
+class Kernels:
+    """The kernels that are to be used, each an attribute; `compiled` has all there are. A kernel that fails raises
+    MemoryError, where it has no room, or IndexError, where a target is none."""
+
+    def __init__(self, compiled: ctypes.CDLL) -> None:
+        self.compiled = compiled
+
+    def has(self, *names: str) -> bool:
+        return all(hasattr(self, name) for name in names)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"there is no kernel {name} here")
+
+
+_FALLIBLE = frozenset({
+    "norm_silu", "norm_silu_backward", "causal_softmax", "token_nll", "attend", "attend_backward", "thin_add",
+    "thin_through", "thin_gradients", "paged_attend", "decode",
+})  # fmt: skip
+"""Those that say whether they could do their work (bf16.h)."""
+
+
+def bound(path: str | Path, without: Iterable[str] = ()) -> Kernels:
+    """The kernels of a compiled library but those named. Raises OSError for what is none."""
+    compiled = ctypes.CDLL(str(path))
+    library = Kernels(compiled)
+    for name, arguments in (_SIGNATURES | _PRODUCTS | _SERVING).items():
+        function = getattr(compiled, name, None)
+        if function is None and name in _SIGNATURES:
+            raise OSError(f"{path} has no {name}")
+        if function is not None and name not in without:
+            function.argtypes, function.restype = arguments, None
+            if name in _FALLIBLE:
+                function.restype, function.errcheck = _int, _checked
+            setattr(library, name, function)
+    return library
+
+
+def _checked(result: int, function: Any, arguments: Any) -> int:
+    if result == 1:
+        raise MemoryError(f"{function.__name__}: no memory for what it works with")
+    if result == 2:
+        raise IndexError(f"{function.__name__}: a target is no token of the vocabulary")
+    return result
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The compiled kernels, or None. Looked for once a process."""
+    global _reason
+    if os.environ.get("VENEER_NATIVE", "1") == "0":
+        _reason = "turned off by VENEER_NATIVE=0"
+        return None
+    compiler = next((c for c in (os.environ.get("CC"), "cc", "gcc", "clang") if c and shutil.which(c)), None)
+    if compiler is None:
+        _reason = "no C compiler (cc, gcc or clang) on the path"
+        return None
+    here = Path(__file__).parent
+    try:
+        made = build_kernels(compiler, [here / name for name in SOURCES], [here / name for name in HEADERS])
+        library = bound(made.library, made.wrong)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
+        _reason = f"{compiler} could not build them: {lines[-1]}"
+        return None
+    wrong = [f"{name} {why}" for name, why in made.wrong.items()]
+    _reason = "; ".join([f"compiled by {compiler}", *(["left out: " + ", ".join(wrong)] if wrong else []), *made.notes])
+    return library
+
+
+def status() -> str:
+    """One line for a report: which kernels run and why."""
+    return (
+        f"native CPU kernels: {_reason}"
+        if kernels() is not None
+        else f"torch's own operations (native CPU kernels: {_reason})"
+    )
+
+
+def usable(names: str | tuple[str, ...], *tensors: Tensor) -> Kernels | None:
+    """The library if it has these kernels and every tensor is a contiguous bfloat16 one on the CPU, else None."""
+    if all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
+        return _with(names)
+    return None
+
+
+def usable_attention(*tensors: Tensor) -> Kernels | None:
+    """The library if it has the attention kernels (a processor with AVX512-BF16) and they take these: bfloat16 on the
+    CPU, the last dimension even and lying together."""
+    if all(
+        t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.shape[-1] % 2 == 0 and t.stride(-1) == 1
+        for t in tensors
+    ):
+        return _with(("attend", "attend_backward"))
+    return None
+
+
+def usable_low_rank(*tensors: Tensor) -> Kernels | None:
+    """The library if it has the kernels of low-rank products (as `usable_attention`) and they take these as x or y: as
+    `usable`, and the last dimension a multiple of 16."""
+    needed = ("thin_add", "thin_through", "thin_gradients")
+    return usable(needed, *tensors) if all(t.shape[-1] % 16 == 0 for t in tensors) else None
+
+
+PAGED = ("store_rows", "turn_and_store", "paged_attend")
+"""The kernels that read and write pages in their own layout: all of them or none."""
+
+
+def _with(names: str | tuple[str, ...]) -> Kernels | None:
+    library = kernels()
+    return library if library is not None and library.has(*([names] if isinstance(names, str) else names)) else None
+
+
+class LowRankStruct(ctypes.Structure):
+    """A low-rank product as the kernels of low-rank products take it; A and B are pointers to contiguous float32."""
+
+    _fields_ = (
+        ("A", _pointer),
+        ("B", _pointer),
+        ("first", _int64),
+        ("last", _int64),
+        ("rank", _int64),
+        ("scale", _float),
+    )
+
+
+def strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """All but the last of each, as the kernels for any layout take them."""
+    flat = [step for t in tensors for step in t.stride()[:-1]]
+    return (_int64 * len(flat))(*flat)

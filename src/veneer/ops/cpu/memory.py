@@ -1,0 +1,109 @@
+"""Memory of the process: kept or given back by the allocator, let go where it only mirrors a file, and its peak."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+__all__ = ["kept_memory", "page_out", "peak_resident", "returned_memory"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h of glibc
+_KEPT = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}
+_RETURNED = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 1 << 17, _M_TRIM_THRESHOLD: 1 << 17}
+_AFTER = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 1 << 25, _M_TRIM_THRESHOLD: 1 << 26}
+"""mallopt has no getter, and after its first call glibc's thresholds no longer follow what is freed. Left to itself,
+glibc raises them with every larger block that is freed, up to these, and never lowers them: a process that has trained
+or loaded a model is where it would be without us."""
+_settings: list[dict[int, int]] = []
+_settings_lock = threading.Lock()
+
+
+@contextmanager
+def _allocator(setting: dict[int, int]) -> Iterator[None]:
+    """glibc's malloc set so for the length of a with-block, in which another may lie: the latest still open holds. Does
+    nothing where the C library has no mallopt."""
+    libc = ctypes.CDLL(None)
+    mallopt, trim = getattr(libc, "mallopt", None), getattr(libc, "malloc_trim", None)
+    if mallopt is None or trim is None:
+        yield
+        return
+
+    def put() -> None:
+        for option, value in (_settings[-1] if _settings else _AFTER).items():
+            mallopt(option, value)
+
+    with _settings_lock:
+        _settings.append(setting)
+        put()
+    try:
+        yield
+    finally:
+        with _settings_lock:
+            del _settings[len(_settings) - 1 - _settings[::-1].index(setting)]
+            put()
+            last = not _settings
+        if last:
+            gc.collect()
+            trim(0)
+
+
+def kept_memory() -> AbstractContextManager[None]:
+    """Keep freed memory in the process for the length of a with-block, then give it back.
+
+    glibc maps every block above 32 MB (and many above 128 kB) afresh and unmaps it when freed; the kernel zeroes the
+    pages again each time. A training step frees and takes the same activations over and over: keeping them measured
+    8% of a step."""
+    return _allocator(_KEPT)
+
+
+def returned_memory() -> AbstractContextManager[None]:
+    """Give freed memory back at once for the length of a with-block: the opposite of `kept_memory`.
+
+    glibc takes larger and larger blocks from its heap once one has been freed, and what stays there between them keeps
+    the heap from shrinking: quantising weight after weight left a tenth of the model in holes."""
+    return _allocator(_RETURNED)
+
+
+def peak_resident() -> int:
+    """The most memory this process has held, in bytes. On Linux not ru_maxrss, which begins at what the parent held
+    when it started us."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    try:
+        import resource
+    except ImportError:  # Windows has no resource module
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+_MADV_PAGEOUT = 21  # Linux 5.4
+
+
+def page_out(tensor: Tensor) -> None:
+    """Hint that nobody will read this memory soon, so that pages which only mirror a file stop counting as ours.
+
+    Weights read through a memory map stay resident as long as any of the file's tensors lives. The hint changes no
+    content: a page that is touched again is read again. Does nothing off Linux, or on a device."""
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "madvise"):
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    first = -(-tensor.data_ptr() // page) * page
+    last = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // page * page
+    if last > first:
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(_MADV_PAGEOUT))
