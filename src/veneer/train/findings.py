@@ -10,7 +10,7 @@ from veneer.core.adapter import Adapter
 from veneer.train.config.load import RunConfig
 from veneer.train.config.text import TrainConfig
 from veneer.train.text.encode import EncodedRows, Example
-from veneer.train.text.pairs import Item
+from veneer.train.text.preference import Item
 from veneer.train.text.rows import About, Row
 
 __all__ = ["Base", "Finding", "Level", "RunSubject", "Subject", "gigabytes", "share"]

@@ -171,7 +171,7 @@ def plan_of_config(
 
 def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device: Device, rows: int | None) -> Plan:
     from veneer.plan.calibration import rates_here
-    from veneer.train.image.picture_files import SUFFIXES
+    from veneer.train.image.decode import SUFFIXES
 
     if rows is None:
         given = config.data.pictures

@@ -20,9 +20,9 @@ from veneer.train.check_run import RUN_CHECKS
 from veneer.train.config.text import TrainConfig
 from veneer.train.findings import Base, Finding, Subject
 from veneer.train.text.batches import plan_steps
-from veneer.train.text.check_data import DATA_CHECKS
+from veneer.train.text.checks import DATA_CHECKS
 from veneer.train.text.encode import EncodedRows, Example
-from veneer.train.text.pairs import Item
+from veneer.train.text.preference import Item
 from veneer.train.text.rows import About, Row
 
 __all__ = ["Finding", "Report", "preflight"]

@@ -18,7 +18,7 @@ from veneer.core.init import create
 from veneer.errors import AdapterError, DataError
 from veneer.formats import peft
 from veneer.models.text.base import TextBase, load_text
-from veneer.train.text import score_mixes as module
+from veneer.train.text import evaluate as module
 from veneer.train.text.encode import Example
 from veneer.train.text.evaluate import Scores, answers_of, score_answers, score_examples, score_mixes
 from veneer.train.text.rows import Row

@@ -4,6 +4,7 @@ promise that a supervised one keeps."""
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
@@ -32,8 +33,9 @@ from veneer.train.config.load import TrainConfig, config_from
 from veneer.train.devices import ALONE
 from veneer.train.events import Checked, Evaluated, Event, Note, Resolved, Stepped
 from veneer.train.report.log import read_log
+from veneer.train.text import preference
 from veneer.train.text.data import part_of, planned_steps
-from veneer.train.text.pairs import mismatched
+from veneer.train.text.preference import mismatched
 from veneer.train.text.rows import read_rows
 from veneer.train.text.task import RunResult, _preference, train_text
 
@@ -298,9 +300,7 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(
 def test_a_stop_while_the_reference_is_computed_keeps_what_is_done(
     shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from veneer.train.text import reference
-
-    monkeypatch.setattr(reference, "_CHUNK", 10)
+    monkeypatch.setattr(preference, "cached_logps", functools.partial(preference.cached_logps, chunk=10))
 
     def press(event: Event) -> None:
         if isinstance(event, Note) and event.text.startswith("reference: 20 of"):

@@ -23,7 +23,6 @@ _SIDE = 16
 _MOST_BITS = 20  # of 256 that may differ
 _MOST_COLOUR = 0.03  # root mean square over the thumbnail, of 0 to 1
 _MARGIN = 2  # of 255: what counts as brighter
-_BLOCK = 2048  # pictures compared at once: 2048 x 2048 float32 products are 16 MB
 
 
 @dataclass(frozen=True)
@@ -49,28 +48,30 @@ def look_of(image: Image.Image) -> Look:
     return Look(np.packbits(bits).tobytes(), np.packbits(mirror).tobytes(), thumbnail.tobytes())
 
 
-def near_pairs(looks: Sequence[Look], others: Sequence[Look] | None = None) -> list[tuple[int, int]]:
+def near_pairs(
+    looks: Sequence[Look], others: Sequence[Look] | None = None, *, block: int = 2048
+) -> list[tuple[int, int]]:
     """(i, j) of near-duplicates, i < j within `looks`; with `others`, i in `looks` and j in `others`.
 
-    O(n²) in blocks: a few seconds for 5,000 pictures."""
+    O(n²), a few seconds for 5,000 pictures. `block`: pictures compared at once; the products of 2048 take 16 MB."""
     if not looks or (others is not None and not others):
         return []
     found: set[tuple[int, int]] = set()
     left = _matrices(looks)
     for mirrored in (False, True):
         right = _matrices([look.mirrored() if mirrored else look for look in (looks if others is None else others)])
-        for i in range(0, len(left[0]), _BLOCK):
-            for j in range(i if others is None else 0, len(right[0]), _BLOCK):
-                one, two = ([m[n : n + _BLOCK] for m in side] for n, side in ((i, left), (j, right)))
-                found |= {(i + a, j + b) for a, b in _near(one, two) if others is not None or i + a < j + b}
+        for i in range(0, len(left[0]), block):
+            for j in range(i if others is None else 0, len(right[0]), block):
+                one, two = ([m[n : n + block] for m in side] for n, side in ((i, left), (j, right)))
+                found |= {(i + a, j + b) for a, b in _near(one, two, block) if others is not None or i + a < j + b}
     return sorted(found)
 
 
-def _near(left: Sequence[Any], right: Sequence[Any]) -> Iterator[tuple[int, int]]:
+def _near(left: Sequence[Any], right: Sequence[Any], block: int) -> Iterator[tuple[int, int]]:
     distance = (_SIDE * _SIDE - left[0] @ right[0].T) / 2  # Hamming
     rows, columns = np.nonzero(distance <= _MOST_BITS)
-    for at in range(0, len(rows), _BLOCK):
-        a, b = rows[at : at + _BLOCK], columns[at : at + _BLOCK]
+    for at in range(0, len(rows), block):
+        a, b = rows[at : at + block], columns[at : at + block]
         near = np.mean((left[1][a] - right[1][b]) ** 2, axis=1) <= _MOST_COLOUR**2
         yield from zip(a[near].tolist(), b[near].tolist(), strict=True)
 

@@ -21,7 +21,7 @@ from veneer.train.check_run import learning_rate, precision, shared_out, where_i
 from veneer.train.config.image import PRESETS
 from veneer.train.estimate import free_memory, held_memory, trainable_parameters
 from veneer.train.findings import Finding, RunSubject, gigabytes, share
-from veneer.train.image.picture_checks import check_held_out, check_pictures
+from veneer.train.image.checks import check_held_out, check_pictures
 from veneer.train.image.pictures import AboutPictures, TrainingPicture
 from veneer.train.image.views import PicturePlan
 from veneer.train.loop import peak_memory_bytes

@@ -42,9 +42,9 @@ from veneer.train.estimate import free_memory
 from veneer.train.events import Checked, Event, Listener, Note, Resolved, Sampled, silent
 from veneer.train.image.batches import PlannedRow, hold_out, plan_image_steps, validation_rows
 from veneer.train.image.contact_sheet import contact_sheet
+from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.encode import Encoders, ImageLoss
 from veneer.train.image.facts import training_facts
-from veneer.train.image.picture_files import SUFFIXES
 from veneer.train.image.pictures import pictures_digest, read_pictures
 from veneer.train.image.preflight import ImageData, image_preflight, parts_of, with_memory
 from veneer.train.image.samples import (

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from veneer.errors import ConfigError, DataError
 from veneer.train.config.image import ImageDataSection
-from veneer.train.image.picture_files import UnreadablePicture, decode_picture, mask_of, read_bytes
+from veneer.train.image.decode import UnreadablePicture, decode_picture, mask_of, read_bytes
 from veneer.train.image.pictures import TrainingPicture
 
 __all__ = [

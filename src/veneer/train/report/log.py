@@ -1,4 +1,4 @@
-"""Who listens to a run: the JSONL log, the terminal, TensorBoard. The HTML page is in report_page.
+"""Who listens to a run: the JSONL log, the terminal, TensorBoard. The HTML page is in report.page.
 
 JsonLog         one JSON object a line in `log.jsonl`; a resumed run goes on in it without repeating a step
 ConsoleView     settings with their sources, preflight, a progress bar with loss, speed, memory and time left

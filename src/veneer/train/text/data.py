@@ -15,7 +15,7 @@ from veneer.train.config.text import TrainConfig
 from veneer.train.loop import Micro, Step
 from veneer.train.text.batches import Batch, collate, plan_steps
 from veneer.train.text.encode import EncodedRows, Example, encode_rows
-from veneer.train.text.pairs import Item, answer_rows, collate_items, items_of
+from veneer.train.text.preference import Item, answer_rows, collate_items, items_of
 from veneer.train.text.rows import About, Row, read_rows, split_rows
 
 if TYPE_CHECKING:

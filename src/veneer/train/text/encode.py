@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.errors import DataError
 from veneer.train.config.text import DataSection
+from veneer.train.records import bullets
 from veneer.train.text.render import Rendered, Renderer
-from veneer.train.text.rows import MOST_SHOWN, Row
+from veneer.train.text.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -274,6 +275,4 @@ def _end_ids(renderer: Renderer, rendered: Sequence[Rendered], eos: int | None) 
 
 def _refuse(lines: Sequence[str], rows: int, what: str, fix: str) -> None:
     if lines:
-        shown = "\n".join(f"  - {line}" for line in lines[:MOST_SHOWN])
-        more = f"\n  and {len(lines) - MOST_SHOWN} more" if len(lines) > MOST_SHOWN else ""
-        raise DataError(f"{len(lines)} of {rows} rows {what}:\n{shown}{more}", fix=fix)
+        raise DataError(f"{len(lines)} of {rows} rows {what}:\n{bullets(lines)}", fix=fix)

@@ -39,8 +39,7 @@ from veneer.train.devices import ALONE, Devices
 from veneer.train.loop import Score
 from veneer.train.text.batches import collate, grouped
 from veneer.train.text.encode import Example, encode_rows
-from veneer.train.text.pairs import Item, answer_rows, items_of
-from veneer.train.text.preference import answer_logps
+from veneer.train.text.preference import Item, answer_logps, answer_rows, items_of
 from veneer.train.text.render import Renderer
 from veneer.train.text.rows import Row
 

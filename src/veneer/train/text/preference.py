@@ -1,4 +1,10 @@
-"""Preference training: the loss that the loop is given, and the numbers it measures.
+"""Preference training: rows as the items that a loss compares, the reference beside them, and the loss that the loop is
+given.
+
+    rows    → answer_rows       a pair as two ordinary rows, chosen and rejected, which `encode_rows` takes as others
+    encoded → items_of          pairs of examples again; for KTO each answer alone, with its judgement
+    items   → collate_items     the answers end to end in one batch
+              mismatched        KTO: prompts with the answers that belong to others
 
     preference = Preference(settings, base, attachment, reference=())
     preference.know(items, path, say)        the reference's log-probabilities, once, before step one
@@ -7,7 +13,7 @@
     preference.score(items, …)               the same over held-out pairs
 
 The reference is the same base with the adapter off, or with the adapter that the run goes on from, as it was: never a
-second model. The formulas are in core.preference. What is measured, as means over the pairs:
+second model. The formulas are in ops.preference. What is measured, as means over the pairs:
 
     reward_chosen, reward_rejected    β·(log π − log π_ref); orpo and simpo have no reference: β·log π / |y|
     reward_margin, reward_accuracy    their difference, and the share of pairs where it is above 0
@@ -21,8 +27,10 @@ whatever its micro-batches. Passes without a gradient are dealt out among the de
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,19 +40,142 @@ from torch import Tensor
 from veneer.models.shard import Call, call_whole
 from veneer.models.text.loss import row_logps
 from veneer.ops import preference as formulas
+from veneer.train.checkpoint import disk_errors
 from veneer.train.config.text import PreferenceSection
 from veneer.train.devices import ALONE, Devices
 from veneer.train.loop import Means, Score, Step
-from veneer.train.text.batches import collate, grouped
-from veneer.train.text.encode import Example
-from veneer.train.text.pairs import Answers, Item, mismatched
-from veneer.train.text.reference import cached
+from veneer.train.text.batches import Batch, collate, grouped
+from veneer.train.text.encode import EncodedRows, Example
+from veneer.train.text.rows import Row, unlearned
 
 if TYPE_CHECKING:
     from veneer.core.attach import Attachment
     from veneer.models.text.base import TextBase
 
-__all__ = ["Preference", "answer_logps"]
+__all__ = [
+    "AnswerBatch",
+    "Item",
+    "Preference",
+    "answer_logps",
+    "answer_rows",
+    "cached_logps",
+    "collate_items",
+    "items_of",
+    "mismatched",
+]
+
+
+@dataclass
+class Item:
+    """(chosen, rejected), or one answer that is `desirable` or not. `row`: the index of the row it is from.
+
+    `reference`: log p of each answer under the reference model, once it is known; empty where no loss asks for it."""
+
+    answers: tuple[Example, ...]
+    row: int
+    desirable: bool | None = None
+    reference: tuple[float, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(e.tokens for e in self.answers)
+
+    @property
+    def learned(self) -> int:
+        return sum(e.learned for e in self.answers)
+
+
+@dataclass
+class AnswerBatch(Batch):
+    """The answers of some items, in order: those of a pair one after the other."""
+
+    items: list[Item]
+
+
+def answer_rows(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
+    """Each answer as a row of its own, and for each the index of the row that it is from.
+
+    What both answers of a pair begin with is their prompt and not learned, whoever said it."""
+    out: list[Row] = []
+    owners: list[int] = []
+    for i, row in enumerate(rows):
+        ends = [row.messages, row.rejected] if row.rejected else [row.messages]
+        shared = row.shared() if row.rejected else 0
+        for messages in ends:
+            own = (*unlearned(messages[:shared]), *messages[shared:])
+            out.append(replace(row, messages=own, rejected=(), label=None))
+            owners.append(i)
+    return out, owners
+
+
+def items_of(
+    encoded: EncodedRows, rows: Sequence[Row], owners: Sequence[int], *, paired: bool
+) -> tuple[list[Item], EncodedRows]:
+    """The items in the rows' order, and `encoded` with what is left of its examples.
+
+    rows, owners: the preference rows, and `answer_rows`' second result. `paired`: a pair is one item, and an answer
+    whose partner was left out is left out too (counted as `partners`); otherwise each answer is an item."""
+    first = {i: at for at, i in reversed(list(enumerate(owners)))}  # of a pair, the chosen answer
+    by_row: dict[int, list[Example]] = {}
+    for example in encoded.examples:
+        by_row.setdefault(owners[example.row], []).append(example)
+    counts = replace(encoded.counts, places=dict(encoded.counts.places))
+    items: list[Item] = []
+    for i, answers in by_row.items():
+        row = rows[i]
+        if not paired:
+            judged = [row.label if row.label is not None else e.row == first[i] for e in answers]
+            items += [Item((e,), i, good) for e, good in zip(answers, judged, strict=True)]
+        elif len(answers) < 2:
+            counts.note("partners", row.where)
+        else:
+            chosen, rejected = answers
+            if {chosen.row, rejected.row} & encoded.cut_rows:
+                chosen, rejected = _one_prompt(chosen, rejected)
+            if chosen.prompt != rejected.prompt:
+                counts.note("other_prompts", row.where)
+            items.append(Item((chosen, rejected), i))
+    examples = [e for item in items for e in item.answers]
+    counts.kept = len(examples)
+    counts.tokens, counts.trained_tokens = sum(e.tokens for e in examples), sum(e.learned for e in examples)
+    return items, replace(encoded, examples=examples, counts=counts)
+
+
+def _one_prompt(a: Example, b: Example) -> tuple[Example, Example]:
+    """Both after the shorter of their two prompts, where that is what cutting left of the longer one."""
+    short = min(a.prompt, b.prompt, key=len)
+
+    def after(example: Example) -> Example:
+        prompt = example.prompt
+        kept_first = 1 if prompt[0] == short[0] else 0  # a begin-of-text token stays when a row is cut
+        gone = len(prompt) - len(short)
+        if not gone or prompt[kept_first + gone :] != short[kept_first:]:
+            return example
+        ids = short + example.input_ids[len(prompt) :]
+        return Example(ids, [False] * len(short) + example.trained[len(prompt) :], example.row)
+
+    return after(a), after(b)
+
+
+def collate_items(items: Sequence[Item]) -> AnswerBatch:
+    batch = collate([e for item in items for e in item.answers])
+    return AnswerBatch(batch.input_ids, batch.lengths, batch.trained, list(items))
+
+
+def mismatched(items: Sequence[Item], max_length: int) -> list[Example]:
+    """For each item its prompt with the answer of the next item, in the order given and round again, that has another
+    prompt; at most `max_length` tokens, the answer's end cut. Empty where all have the same prompt."""
+    out: list[Example] = []
+    firsts = [item.answers[0] for item in items]
+    prompts = [e.prompt for e in firsts]
+    for i, prompt in enumerate(prompts):
+        others = (firsts[(i + k) % len(firsts)] for k in range(1, len(firsts)))
+        other = next((e for e in others if e.prompt != prompt), None)
+        if other is not None and len(prompt) < max_length:
+            start = len(other.prompt)
+            ids = [*prompt, *other.input_ids[start:]][:max_length]
+            out.append(Example(ids, [False] * len(prompt) + other.trained[start : start + len(ids) - len(prompt)], i))
+    return out
 
 
 @dataclass
@@ -77,7 +208,7 @@ class Preference:
         if not self.needs_reference:
             return
         examples = [e for item in items for e in item.answers]
-        found = iter(cached(examples, path, self.whose, self._reference_logps, say, self.devices))
+        found = iter(cached_logps(examples, path, self.whose, self._reference_logps, say, self.devices))
         for item in items:
             item.reference = tuple(next(found) for _ in item.answers)
 
@@ -96,13 +227,13 @@ class Preference:
         own.add(kl=torch.tensor([self.point]))
         return Means.total([self.seen, own])
 
-    def loss(self, batch: Answers) -> Tensor:
+    def loss(self, batch: AnswerBatch) -> Tensor:
         """Σ loss over the items of the batch. Before `know` the reference is the policy itself, as at the start."""
         device = self.base.device
         ids, trained = batch.input_ids.to(device), batch.trained.to(device)
         return self.call(self._loss, ids, batch, trained)
 
-    def _loss(self, ids: Tensor, batch: Answers, trained: Tensor) -> Tensor:
+    def _loss(self, ids: Tensor, batch: AnswerBatch, trained: Tensor) -> Tensor:
         logps = row_logps(self.base.model, ids, batch.lengths, trained)
         return self._losses(logps, batch.items, self.seen, self.point).sum()
 
@@ -213,3 +344,67 @@ def answer_logps(
     parts = devices.gather(None if stopped else own)
     found = {i: value for part in parts if part is not None for i, value in part.items()}
     return None if None in parts else [found[i] for i in range(len(examples))]
+
+
+def cached_logps(
+    examples: Sequence[Example],
+    path: Path,
+    key: str,
+    compute: Callable[[Sequence[Example]], list[float]],
+    say: Callable[[str], None] = lambda line: None,
+    devices: Devices = ALONE,
+    chunk: int = 256,
+) -> list[float]:
+    """log p of each of the examples: from the file at `path` where it has them, else by `compute`, and added to it.
+
+    A line of the file is ["sha256 of key, tokens and trained-mask", log p], so that a changed row, base or adapter is
+    another line and nothing is ever stale. Lines are added as they are computed: a run that is stopped finds them.
+    `key`: whose they are (base, precision, adapter). `say` hears what is done. With several devices the first reads and
+    writes the file, and `compute` is called on all. `chunk`: examples between two writes.
+
+    Equal examples are computed once. Raises ResourceError for a full disk and what `compute` raises."""
+    known = devices.gather(_read_logps(path) if devices.first else {})[0]
+    names = [_digest(key, e) for e in examples]
+    missing = {name: e for name, e in zip(names, examples, strict=True) if name not in known}
+    # Long ones first, so that what does not fit shows at once, and like with like.
+    order = sorted(missing.items(), key=lambda item: (-item[1].tokens, item[0]))
+    total = len(set(names))
+    say(f"reference: log-probabilities of {total:,} answers, {total - len(order):,} of them known already")
+    for at in range(0, len(order), chunk):
+        part = order[at : at + chunk]
+        lines = list(zip((name for name, _ in part), compute([e for _, e in part]), strict=True))
+        known.update(lines)
+        if devices.first:
+            _add_logps(path, lines)
+        say(f"reference: {min(at + chunk, len(order)):,} of {len(order):,} computed")
+    return [known[name] for name in names]
+
+
+def _add_logps(path: Path, lines: Sequence[tuple[str, float]]) -> None:
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _digest(key: str, example: Example) -> str:
+    content = json.dumps([key, example.input_ids, [int(t) for t in example.trained]], separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _read_logps(path: Path) -> dict[str, float]:
+    """What the file has; a last line that a kill cut short is left out, and what follows it begins a new line."""
+    known: dict[str, float] = {}
+    if not path.is_file():
+        return known
+    text = path.read_text(encoding="utf-8")
+    for line in text.splitlines():
+        try:
+            name, value = json.loads(line)
+            known[str(name)] = float(value)
+        except (ValueError, TypeError):
+            continue
+    if text and not text.endswith("\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+    return known

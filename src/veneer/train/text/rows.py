@@ -25,11 +25,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from veneer.errors import DataError, nearest
-from veneer.train.text.files import Record, read_records
+from veneer.train.records import Record, bullets, read_records
 
 __all__ = ["About", "Leak", "Row", "data_digest", "leakage", "read_rows", "split_rows", "unlearned"]
 
-MOST_SHOWN = 20
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {
     "human": "user",
@@ -166,10 +165,8 @@ def read_rows(
         except ValueError as error:
             bad.append(f"{record.where}: {error}")
     if bad:
-        shown = "\n".join(f"  - {line}" for line in bad[:MOST_SHOWN])
-        more = f"\n  and {len(bad) - MOST_SHOWN} more" if len(bad) > MOST_SHOWN else ""
         raise DataError(
-            f"{len(bad)} of {len(records)} rows are not usable as `{chosen}`:\n{shown}{more}",
+            f"{len(bad)} of {len(records)} rows are not usable as `{chosen}`:\n{bullets(bad)}",
             fix=f"correct or remove them; if they are not `{chosen}`, set data.format",
         )
     unused = [c for c in seen if c not in used]

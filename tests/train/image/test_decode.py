@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from tests.train.make_pictures import ADOBE_RGB, SRGB, corners, grey_profile, profile, scene, settings, srgb_of, to_xyz
-from veneer.train.image.picture_files import DecodedPicture, UnreadablePicture, decode_picture, mask_of
+from veneer.train.image.decode import DecodedPicture, UnreadablePicture, decode_picture, mask_of
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

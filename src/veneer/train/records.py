@@ -1,7 +1,7 @@
 """Data files to records with their file and line: JSONL, JSON, CSV, TSV, Parquet, and hub data sets.
 
 Byte-order marks (UTF-16's too, as Excel and Notepad write it), CRLF and blank lines are fine, and so are semicolons and
-tabs between the cells of a CSV file. Does not know what the columns mean.
+tabs between the cells of a CSV file. Does not know what the columns mean: text makes rows of them, pictures captions.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import glob
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from veneer.errors import DataError, nearest
 
-__all__ = ["Record", "read_records"]
+__all__ = ["Record", "bullets", "read_records"]
 
-MOST_SHOWN = 20
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_MOST_SHOWN = 20
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,21 @@ def read_records(names: Sequence[str], limit: int | None = None) -> tuple[list[R
     return records, files
 
 
+def bullets(lines: Iterable[str]) -> str:
+    """One line each for a message, at most 20 of them, and how many more there are."""
+    lines = list(lines)
+    more = f"\n  and {len(lines) - _MOST_SHOWN} more" if len(lines) > _MOST_SHOWN else ""
+    return "\n".join(f"  - {line}" for line in lines[:_MOST_SHOWN]) + more
+
+
 def _expand(name: str) -> list[str]:
     if name.startswith("hub:"):
         return [name]
     path = Path(name).expanduser()
     if path.is_dir():
-        found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+        found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
         if not found:
-            raise DataError("this folder holds no data file", where=name, fix=f"known endings: {', '.join(SUFFIXES)}")
+            raise DataError("this folder holds no data file", where=name, fix=f"known endings: {', '.join(_SUFFIXES)}")
         return found
     if path.exists():
         return [str(path)]
@@ -73,9 +80,9 @@ def _expand(name: str) -> list[str]:
 
 def _file(path: Path) -> list[Record]:
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in _SUFFIXES:
         raise DataError(
-            f"unknown kind of data file `{suffix or path.name}`", where=str(path), fix=f"known: {', '.join(SUFFIXES)}"
+            f"unknown kind of data file `{suffix or path.name}`", where=str(path), fix=f"known: {', '.join(_SUFFIXES)}"
         )
     if suffix == ".parquet":
         return list(_parquet(path))
@@ -236,6 +243,4 @@ def _near(text: str, at: int) -> str:
 
 def _refuse(bad: list[str], path: Path, fix: str) -> None:
     if bad:
-        shown = "\n".join(f"  - {b}" for b in bad[:MOST_SHOWN])
-        more = f"\n  and {len(bad) - MOST_SHOWN} more" if len(bad) > MOST_SHOWN else ""
-        raise DataError(f"{len(bad)} malformed row(s):\n{shown}{more}", where=os.fspath(path), fix=fix)
+        raise DataError(f"{len(bad)} malformed row(s):\n{bullets(bad)}", where=os.fspath(path), fix=fix)

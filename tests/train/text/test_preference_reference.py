@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from veneer.errors import ResourceError
-from veneer.train.text import reference
 from veneer.train.text.encode import Example
-from veneer.train.text.reference import cached
+from veneer.train.text.preference import cached_logps
 
 EXAMPLES = [Example([1, n, n + 1], [False, False, True], 0) for n in range(7)]
 
@@ -33,29 +32,26 @@ def wanted(examples: Sequence[Example]) -> list[float]:
 
 def test_each_is_computed_once_and_found_again_bit_for_bit(tmp_path: Path) -> None:
     model, path = Model(), tmp_path / "cache" / "reference.jsonl"
-    assert cached([*EXAMPLES, EXAMPLES[3]], path, "base", model) == wanted([*EXAMPLES, EXAMPLES[3]])
+    assert cached_logps([*EXAMPLES, EXAMPLES[3]], path, "base", model) == wanted([*EXAMPLES, EXAMPLES[3]])
     assert len(model.asked) == 7
-    assert cached(list(reversed(EXAMPLES)), path, "base", model) == wanted(list(reversed(EXAMPLES)))
+    assert cached_logps(list(reversed(EXAMPLES)), path, "base", model) == wanted(list(reversed(EXAMPLES)))
     assert len(model.asked) == 7
 
 
 @pytest.mark.parametrize("change", ["tokens", "mask", "base"])
 def test_what_differs_is_computed_anew(change: str, tmp_path: Path) -> None:
     model, path = Model(), tmp_path / "reference.jsonl"
-    cached(EXAMPLES, path, "base", model)
+    cached_logps(EXAMPLES, path, "base", model)
     other = list(EXAMPLES)
     if change == "tokens":
         other[2] = Example([1, 50, 3], [False, False, True], 0)
     elif change == "mask":
         other[2] = Example(other[2].input_ids, [False, True, True], 0)
-    assert cached(other, path, "other" if change == "base" else "base", model) == wanted(other)
+    assert cached_logps(other, path, "other" if change == "base" else "base", model) == wanted(other)
     assert len(model.asked) == 7 + (7 if change == "base" else 1)
 
 
-def test_a_stop_keeps_what_is_done_also_in_the_middle_of_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reference, "_CHUNK", 2)
+def test_a_stop_keeps_what_is_done_also_in_the_middle_of_a_line(tmp_path: Path) -> None:
     model, path = Model(), tmp_path / "reference.jsonl"
 
     def stop(line: str) -> None:
@@ -63,13 +59,13 @@ def test_a_stop_keeps_what_is_done_also_in_the_middle_of_a_line(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cached(EXAMPLES, path, "base", model, stop)
+        cached_logps(EXAMPLES, path, "base", model, stop, chunk=2)
     path.write_text(path.read_text()[:-9])  # the kill came while the fourth line was written
     said: list[str] = []
-    assert cached(EXAMPLES, path, "base", model, said.append) == wanted(EXAMPLES)
+    assert cached_logps(EXAMPLES, path, "base", model, said.append, chunk=2) == wanted(EXAMPLES)
     assert "7 answers, 3 of them known" in said[0]
     assert len(model.asked) == 4 + 4
-    cached(EXAMPLES, path, "base", model)
+    cached_logps(EXAMPLES, path, "base", model)
     assert len(model.asked) == 8
     assert sum(line.startswith('["') and len(json.loads(line)) == 2 for line in path.read_text().splitlines()[4:]) == 4
 
@@ -80,4 +76,4 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(ResourceError, match="disk is full"):
-        cached(EXAMPLES, tmp_path / "reference.jsonl", "base", Model())
+        cached_logps(EXAMPLES, tmp_path / "reference.jsonl", "base", Model())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from veneer.train.findings import Finding, Level, Subject, share
-from veneer.train.text.pairs import Item
+from veneer.train.text.preference import Item
 from veneer.train.text.rows import leakage
 
 __all__ = ["DATA_CHECKS"]

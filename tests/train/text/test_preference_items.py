@@ -10,7 +10,7 @@ from tests.tiny_base import tiny_tokenizer
 from tests.train.text.test_encode import learned
 from veneer.train.config.text import DataSection
 from veneer.train.text.encode import encode_rows
-from veneer.train.text.pairs import Item, answer_rows, collate_items, items_of, mismatched
+from veneer.train.text.preference import Item, answer_rows, collate_items, items_of, mismatched
 from veneer.train.text.rows import Row
 
 TOKENIZER = tiny_tokenizer()

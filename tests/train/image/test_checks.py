@@ -1,21 +1,16 @@
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
 
-from tests.train.make_pictures import corners, put, scene, settings
+from tests.train.make_pictures import put, scene, settings
 from veneer.train.findings import Finding
-from veneer.train.image.contact_sheet import contact_sheet, shaded
-from veneer.train.image.looks import look_of, near_pairs
-from veneer.train.image.picture_checks import check_held_out, check_pictures
-from veneer.train.image.pictures import TrainingPicture, read_pictures
-from veneer.train.image.views import PicturePlan, ViewTensors, plan_rows
+from veneer.train.image.checks import check_held_out, check_pictures
+from veneer.train.image.pictures import read_pictures
+from veneer.train.image.views import plan_rows
 
 
 def findings(folder: Path, size: int = 32, **keys: Any) -> dict[str, list[Finding]]:
@@ -29,47 +24,6 @@ def findings(folder: Path, size: int = 32, **keys: Any) -> dict[str, list[Findin
 
 def texts(found: list[Finding]) -> str:
     return "\n".join(f"{f.level} {f.text} {f.fix}" for f in found)
-
-
-def recoded(image: Image.Image, quality: int) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
-
-
-def test_re_encoded_resized_mirrored_and_brightened_pictures_look_the_same() -> None:
-    images = [scene(240, 160, seed) for seed in range(12)]
-    looks = [look_of(image) for image in images]
-    assert near_pairs(looks) == []
-    for change in (
-        lambda i: recoded(i, 40),
-        lambda i: i.resize((90, 60), Image.Resampling.LANCZOS),
-        lambda i: i.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-        lambda i: ImageEnhance.Brightness(i).enhance(1.03),
-        lambda i: i.crop((2, 2, 238, 158)),
-    ):
-        assert near_pairs([look_of(change(i)) for i in images], looks) == [(n, n) for n in range(12)]
-
-
-def test_flat_drawings_of_one_outline_differ_by_colour() -> None:
-    def disc(colour: tuple[int, int, int]) -> Image.Image:
-        y, x = np.mgrid[:64, :64]
-        pixels = np.full((64, 64, 3), 255, np.uint8)
-        pixels[(x - 32) ** 2 + (y - 32) ** 2 < 600] = colour
-        return Image.fromarray(pixels)
-
-    red, orange, blue = (look_of(disc(c)) for c in ((220, 30, 30), (240, 150, 30), (30, 60, 220)))
-    assert near_pairs([red, orange, blue]) == []
-    assert near_pairs([red, look_of(recoded(disc((220, 30, 30)), 80))]) == [(0, 1)]
-
-
-def test_pairs_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = [look_of(scene(seed=n % 5)) for n in range(9)]
-    want = [(n, n + 5) for n in range(4)]
-    assert near_pairs(looks) == want
-    monkeypatch.setattr("veneer.train.image.looks._BLOCK", 2)
-    assert near_pairs(looks) == want
-    assert near_pairs([]) == []
 
 
 def test_a_plain_folder_is_well(tmp_path: Path) -> None:
@@ -157,33 +111,3 @@ def test_held_out_pictures_that_are_trained_on(tmp_path: Path) -> None:
     assert texts(found).startswith("warn 1 of 4 (25%) held-out pictures are, or look like")
     assert "again.jpg is 0.png" in found[0].text
     assert check_held_out(train, [again])[0].level == "stop"
-
-
-def plan(folder: Path, **keys: Any) -> tuple[list[TrainingPicture], PicturePlan]:
-    own = settings(folder, **keys)
-    pictures, _ = read_pictures(own)
-    return pictures, plan_rows(pictures, own, size=64, unit=16)
-
-
-def test_the_sheet_shows_the_crops(tmp_path: Path) -> None:
-    put(tmp_path / "p", "a.png", "four corners, " + "many words " * 40, corners(128, 128))
-    put(tmp_path / "p", "b.png", "", scene(64, 64))
-    rows = plan(tmp_path / "p")[1].rows
-    path = tmp_path / "sheet.png"
-    assert contact_sheet(rows, settings(), seed=0, path=path, cell=192) == 2
-    sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    assert sheet.shape[1] == 2 * (192 + 8) + 8
-    for (y, x), colour in {(20, 20): (255, 0, 0), (20, 180): (0, 255, 0), (180, 20): (0, 0, 255)}.items():
-        assert np.abs(sheet[y + 8, x + 8] - colour).max() < 8
-    assert (sheet[208:, :208] < 100).any()  # words below the first
-    assert contact_sheet(rows * 20, settings(), seed=0, path=path, most=7, columns=3) == 7
-
-
-def test_what_a_mask_leaves_out_is_red() -> None:
-    mask = torch.ones(1, 32, 32)
-    mask[:, :, 16:] = 0
-    pixels = np.asarray(shaded(ViewTensors(torch.zeros(3, 32, 32), mask, torch.zeros(6)))).astype(int)
-    assert np.abs(pixels[:, :16] - 127.5).max() <= 1
-    red, green = pixels[:, 16:, 0], pixels[:, 16:, 1]
-    assert (red - green).min() > 30
-    assert len(np.unique(green)) > 1  # in stripes

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tests.train.make_pictures import corners, put, scene, settings
+from veneer.train.image.contact_sheet import contact_sheet, shaded
+from veneer.train.image.pictures import TrainingPicture, read_pictures
+from veneer.train.image.views import PicturePlan, ViewTensors, plan_rows
+
+
+def plan(folder: Path, **keys: Any) -> tuple[list[TrainingPicture], PicturePlan]:
+    own = settings(folder, **keys)
+    pictures, _ = read_pictures(own)
+    return pictures, plan_rows(pictures, own, size=64, unit=16)
+
+
+def test_the_sheet_shows_the_crops(tmp_path: Path) -> None:
+    put(tmp_path / "p", "a.png", "four corners, " + "many words " * 40, corners(128, 128))
+    put(tmp_path / "p", "b.png", "", scene(64, 64))
+    rows = plan(tmp_path / "p")[1].rows
+    path = tmp_path / "sheet.png"
+    assert contact_sheet(rows, settings(), seed=0, path=path, cell=192) == 2
+    sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert sheet.shape[1] == 2 * (192 + 8) + 8
+    for (y, x), colour in {(20, 20): (255, 0, 0), (20, 180): (0, 255, 0), (180, 20): (0, 0, 255)}.items():
+        assert np.abs(sheet[y + 8, x + 8] - colour).max() < 8
+    assert (sheet[208:, :208] < 100).any()  # words below the first
+    assert contact_sheet(rows * 20, settings(), seed=0, path=path, most=7, columns=3) == 7
+
+
+def test_what_a_mask_leaves_out_is_red() -> None:
+    mask = torch.ones(1, 32, 32)
+    mask[:, :, 16:] = 0
+    pixels = np.asarray(shaded(ViewTensors(torch.zeros(3, 32, 32), mask, torch.zeros(6)))).astype(int)
+    assert np.abs(pixels[:, :16] - 127.5).max() <= 1
+    red, green = pixels[:, 16:, 0], pixels[:, 16:, 1]
+    assert (red - green).min() > 30
+    assert len(np.unique(green)) > 1  # in stripes

@@ -1,0 +1,162 @@
+"""Files of every kind, and what is wrong with them, as the rows of a run on text are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.train.text.test_rows import TURNS, jsonl, wrong
+from veneer.train.text.rows import data_digest, read_rows
+
+
+def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
+    rows = [{"prompt": f"What, is {i}?\nNow", "completion": f'a "{i}" é'} for i in range(5)]
+    lines = jsonl(tmp_path, rows)
+    array = tmp_path / "rows.json"
+    array.write_text(json.dumps(rows, indent=1))
+    table = tmp_path / "rows.csv"
+    quoted = ('"' + r["prompt"] + '","' + r["completion"].replace('"', '""') + '"' for r in rows)
+    table.write_text("prompt,completion\n" + "\n".join(quoted), encoding="utf-8")
+    tabs = tmp_path / "rows.tsv"
+    tabs.write_text(table.read_text("utf-8").replace('","', '"\t"').replace("prompt,", "prompt\t"), encoding="utf-8")
+    columns = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), columns)
+    digests = {data_digest(read_rows(str(f))[0]) for f in (lines, array, table, tabs, columns)}
+    assert len(digests) == 1
+    assert read_rows(str(table))[0][1].where.endswith("rows.csv:4")
+    assert read_rows(str(array))[0][1].where.endswith("rows.json:6")
+
+
+def test_globs_folders_several_files_and_a_limit(tmp_path: Path) -> None:
+    for i in range(3):
+        jsonl(tmp_path, [{"text": f"{i}-{j}"} for j in range(4)], f"part{i}.jsonl")
+    rows, about = read_rows(str(tmp_path / "part*.jsonl"))
+    assert [r.text for r in rows[:5]] == ["0-0", "0-1", "0-2", "0-3", "1-0"]
+    assert len(about.files) == 3
+    assert [r.text for r in read_rows(str(tmp_path))[0]] == [r.text for r in rows]
+    assert len(read_rows([str(tmp_path / "part0.jsonl"), str(tmp_path / "part1.jsonl")], limit=6)[0]) == 6
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_marks_line_ends_and_blank_lines_are_fine(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    lines = ['{"text": "a\u2028b"}', "", '{"text": "c"}', "   ", ""]
+    file.write_bytes(b"\xef\xbb\xbf" + ending.join(lines).encode())
+    rows, _ = read_rows(str(file))
+    assert [r.text for r in rows] == ["a\u2028b", "c"]
+    assert rows[1].where.endswith(":3")
+    table = tmp_path / "rows.csv"
+    table.write_bytes(b"\xef\xbb\xbf" + ending.join(["text", "", "a", ",", "b"]).replace(",", " ").encode())
+    assert [r.text for r in read_rows(str(table))[0]] == ["a", "b"]
+
+
+def test_bad_lines_are_listed_with_their_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"\n[1]\n{"text": c}\n')
+    text = wrong(str(file))
+    assert text.startswith("3 malformed row(s):")
+    assert "rows.jsonl:2: not valid JSON" in text
+    assert "rows.jsonl:3: expected a JSON object per line, found list" in text
+    assert "rows.jsonl:4: not valid JSON: Expecting value at column 10" in text
+    file.write_text("{\n" * 30)
+    assert "and 10 more" in wrong(str(file))
+
+
+def test_files_that_hold_no_rows(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n\n")
+    assert "the data file is empty" in wrong(str(empty))
+    header = tmp_path / "header.csv"
+    header.write_text("prompt,completion\n")
+    assert "there are no rows in this file" in wrong(str(header))
+    array = tmp_path / "array.json"
+    array.write_text("[]")
+    assert "there are no rows in this file" in wrong(str(array))
+    jsonl(tmp_path, [{"text": "x"}], "tickets.jsonl")
+    assert f"did you mean {tmp_path / 'tickets.jsonl'}?" in wrong(str(tmp_path / "ticket.jsonl"))
+    assert "matches no file" in wrong(str(tmp_path / "*.parquet"))
+    assert "nor does the folder" in wrong(str(tmp_path / "no" / "x.jsonl"))
+    (tmp_path / "x.txt").write_text("a")
+    assert "unknown kind of data file `.txt`" in wrong(str(tmp_path / "x.txt"))
+
+
+def test_files_that_are_not_what_they_say(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    assert "bad.jsonl:2" in wrong(str(bad))
+    cut = tmp_path / "cut.json"
+    cut.write_text('[{"text": "a"},\n {"text": "b"}')
+    assert "cut.json:2: the array is not closed" in wrong(str(cut))
+    cut.write_text('[{"text": "a"},\n {"text": "b]')
+    assert "cut.json:2: not valid JSON" in wrong(str(cut))
+    ragged = tmp_path / "ragged.csv"
+    ragged.write_text("prompt,completion\na,b\nc\nd,e,f\n")
+    text = wrong(str(ragged))
+    assert "ragged.csv:3: 1 cells, but the header has 2" in text
+    assert "ragged.csv:4: 3 cells" in text
+    fake = tmp_path / "fake.parquet"
+    fake.write_text("hello")
+    assert "not a Parquet file" in wrong(str(fake))
+    pointer = tmp_path / "pointer.jsonl"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in wrong(str(pointer))
+
+
+@pytest.mark.parametrize("mark", [";", "\t", ","])
+def test_a_csv_is_read_whatever_stands_between_its_cells(tmp_path: Path, mark: str) -> None:
+    """Spreadsheets write semicolons where the comma is for decimals."""
+    table = tmp_path / "rows.csv"
+    table.write_text(
+        f'prompt{mark}completion\n"1{mark}5 kg"{mark}2,5 EUR\n'.replace("2,5", "2.5" if mark == "," else "2,5")
+    )
+    (row,), _ = read_rows(str(table))
+    assert [m["content"] for m in row.messages] == [f"1{mark}5 kg", "2.5 EUR" if mark == "," else "2,5 EUR"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_texts_with_a_byte_order_mark_are_read(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    bom = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    file.write_bytes(bom + '{"text": "Grüße"}\n{"text": "日本"}\n'.encode(encoding))
+    assert [row.text for row in read_rows(str(file))[0]] == ["Grüße", "日本"]
+
+
+def test_utf16_that_is_cut_or_has_no_mark_names_the_line_and_what_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    text = '{"text": "a"}\n' * 3
+    file.write_bytes((text + '{"text": "').encode("utf-16") + b"\x00\xd8")  # half of a pair
+    assert "rows.jsonl:4" in wrong(str(file))
+    assert "not UTF-16" in wrong(str(file))
+    file.write_bytes(('{"text": "é"}\n').encode("utf-16-le"))
+    assert "looks like UTF-16 without its mark" in wrong(str(file))
+
+
+def test_a_hub_set_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert "the hub data set `org/set` cannot be loaded: no network here" in wrong("hub:org/set@train")
+
+
+def test_a_hub_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load(ident: str, subset: str | None, *, split: str) -> Any:
+        asked.append((ident, subset, split))
+        return datasets.Dataset.from_list([{"messages": TURNS}] * 5)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows, about = read_rows("hub:org/set:en@test[:5]", limit=3)
+    assert asked == [("org/set", "en", "test[:5]")]
+    assert (len(rows), about.format) == (3, "messages")
+    assert rows[0].where == "hub:org/set:en@test[:5] row 1"
