@@ -21,7 +21,7 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.core.targets import base_modules
 from veneer.formats.topology import families
 from veneer.models.image.base import ImageBase
-from veneer.models.quiet import quiet
+from veneer.models.loading import errors_only
 
 Weights = dict[str, Tensor]
 
@@ -57,7 +57,7 @@ def diffusers_pipeline(place: Path, kind: str = "") -> Any:
     """diffusers' own, loaded from the files: it shares nothing with a base of ours."""
     import diffusers
 
-    with quiet():
+    with errors_only():
         made = getattr(diffusers, kind or "DiffusionPipeline").from_pretrained(place, local_files_only=True)
     made.set_progress_bar_config(disable=True)
     return made
@@ -95,7 +95,7 @@ def picture(pipe: Any, prompt: str, seed: int, **settings: Any) -> Image:
     takes = inspect.signature(type(pipe).__call__).parameters
     tiny = {"height": SIZE, "width": SIZE}
     tiny |= {"max_sequence_length": LENGTH} if hasattr(pipe, "tokenizer_2") else {}
-    with quiet():
+    with errors_only():
         given = {"num_inference_steps": 4} | {k: v for k, v in tiny.items() if k in takes} | settings
         return pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **given).images[0]
 

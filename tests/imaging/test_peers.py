@@ -14,7 +14,7 @@ from veneer.formats.convert import write
 from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.make import Ask, Options, make
 from veneer.models.image.base import load_image
-from veneer.models.quiet import quiet
+from veneer.models.loading import errors_only
 
 pytestmark = pytest.mark.peers
 
@@ -29,7 +29,7 @@ def test_a_mix_is_what_set_adapters_makes(family: str, tmp_path: Path, monkeypat
         second = {"flux1": "text_encoder_2.", "sd3": "text_encoder_3."}.get(family, "no")  # diffusers loads none there
         own = Adapter({n: p for n, p in held.pairs.items() if not n.startswith(second)})
         write(own, f"{name}.safetensors", to="diffusers", family=family)
-        with quiet():
+        with errors_only():
             pipe.load_lora_weights(str(tmp_path), weight_name=f"{name}.safetensors", adapter_name=name)
     with Mixer(base) as mixer:
         for strengths in ((0.8, -0.5), (1.0, 0.0)):
@@ -47,7 +47,7 @@ def test_blocks_and_the_text_part_are_what_set_adapters_makes(tmp_path: Path, mo
     held = random_adapter(base.model, 1)
     own = Adapter({n: p for n, p in held.pairs.items() if n.startswith("text_encoder") or ".attn" in n})
     write(own, "brand.safetensors", to="diffusers", family="sdxl")
-    with quiet():
+    with errors_only():
         pipe.load_lora_weights(str(tmp_path), weight_name="brand.safetensors", adapter_name="brand")
         scales: dict[str, Any] = {
             "text_encoder": 0.3,

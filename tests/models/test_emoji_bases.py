@@ -16,7 +16,7 @@ from veneer.imaging.adapters import Mixer
 from veneer.imaging.controls import parse_control
 from veneer.imaging.make import Ask, Options, make
 from veneer.models.builtin import packaged_place
-from veneer.models.quiet import quiet
+from veneer.models.loading import errors_only
 
 BASES, CONTROLS = ("emoji-flux", "emoji-sdxl"), ("emoji-flux-canny", "emoji-sdxl-canny")
 
@@ -148,7 +148,7 @@ def test_a_controlled_picture_is_diffusers_own(name: str, tmp_path: Path) -> Non
     flux, prompt = name == "emoji-flux", "grinning face, noto style"
     net = diffusers.FluxControlNetModel if flux else diffusers.ControlNetModel
     kind = diffusers.FluxControlNetPipeline if flux else diffusers.StableDiffusionXLControlNetPipeline
-    with quiet():
+    with errors_only():
         control = net.from_pretrained(packaged_place() / f"{name}-canny")
         theirs = kind.from_pretrained(packaged_place() / name, controlnet=control).to(torch.float32)
     theirs.set_progress_bar_config(disable=True)

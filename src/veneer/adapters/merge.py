@@ -31,8 +31,8 @@ from veneer.errors import AdapterError, BaseError, ConfigError, ResourceError, n
 from veneer.files.atomic import atomic_write, new_folder
 from veneer.files.checkpoint import Checkpoint, components
 from veneer.files.tensors import strict_json
+from veneer.models.loading import errors_only, loading
 from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
-from veneer.models.quiet import quiet
 from veneer.ops.codes import KINDS
 from veneer.ops.quantised import Quantised, dequantised, quantise
 
@@ -111,7 +111,7 @@ def merge(
         model.config.quantization_config = saved_config(requantise, target)
         state = saved_tensors(requantised(model, requantise).state_dict())
     try:
-        with new_folder(folder) as temporary, quiet():
+        with new_folder(folder) as temporary, errors_only():
             if state is None:
                 model.save_pretrained(temporary, max_shard_size="5GB")
             else:
@@ -310,7 +310,7 @@ def merged_model(
             part.tie_word_embeddings = False
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    with quiet(), torch.device("meta"):
+    with loading(), torch.device("meta"):
         shell = type(model)(config)
     shell.load_state_dict(state | new, strict=True, assign=True)
     for name, module in base_modules(model):  # buffers that no state dict has, as rotary frequencies

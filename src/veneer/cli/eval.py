@@ -70,7 +70,7 @@ def evaluate(
         raise ConfigError("there is nothing to evaluate on", fix="name held-out rows: --data test.jsonl")
 
     from veneer.adapters.use import adapter_path, parse_spec
-    from veneer.models.quiet import quiet
+    from veneer.models.loading import errors_only
     from veneer.models.text.base import load_text
     from veneer.serve.engine.offline import answering
     from veneer.train.text.evaluate import score_mixes
@@ -80,7 +80,7 @@ def evaluate(
         adapter_path(parse_spec(spec)[0])  # a name that does not exist should not wait for a base to load
     rows, about = read_rows(files, limit=limit)
     print(f"{len(rows)} rows in `{about.format}` format: {about.why}", file=sys.stderr)
-    with quiet():
+    with errors_only():
         found = load_text(
             name, dtype=dtype, device=device, quantise=quantise, say=lambda line: print(line, file=sys.stderr)
         )

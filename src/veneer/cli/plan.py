@@ -140,10 +140,10 @@ def _refuse(context: typer.Context, names: set[str], why: str) -> None:
 
 
 def _calibrate(base: str, dtype: str) -> None:
-    from veneer.models.quiet import quiet
+    from veneer.models.loading import errors_only
     from veneer.plan.calibration import keep, measured
 
-    with quiet():
+    with errors_only():
         record = measured(base, dtype=dtype, say=lambda line: print(line, file=sys.stderr))
     print(f"{record.rates().source}; process {record.process / 1e9:.2f} GB: kept in {keep(record)}", file=sys.stderr)
 

@@ -70,7 +70,7 @@ def train(
         again += [flag for flag, on in given.items() if on]
         raise SystemExit(launch(devices, [sys.executable, "-m", "veneer.cli.main", "train", *again]))
 
-    from veneer.models.quiet import quiet
+    from veneer.models.loading import errors_only
     from veneer.train.events import fan_out
     from veneer.train.report.log import ConsoleView, TensorBoardLog
 
@@ -80,7 +80,7 @@ def train(
     options["on_event"] = fan_out(view, board)
     result: Any
     try:
-        with quiet():
+        with errors_only():
             if isinstance(chosen, ImageTrainConfig):
                 from veneer.train.image.task import train_image
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from veneer.errors import BaseError, ResourceError
 from veneer.models.home import bases_home
-from veneer.models.quiet import quiet
+from veneer.models.loading import loading
 
 __all__ = ["BUILTIN", "PACKAGED", "Builtin", "get", "packaged", "packaged_place", "place_of"]
 
@@ -190,7 +190,7 @@ def _convert(gguf: Path, out: Path) -> None:
 
     from veneer.models.text.gguf import load_gguf
 
-    with quiet():
+    with loading():
         model = load_gguf(gguf, torch.bfloat16)
         config = model.config
         config.architectures = [type(model).__name__]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from veneer.compat import Internals
 
-__all__ = ["TRANSFORMERS", "loading", "register_attention", "register_quantiser"]
+__all__ = ["TRANSFORMERS", "register_attention", "register_quantiser"]
 
 TRANSFORMERS = Internals(
     "transformers",
@@ -39,7 +38,6 @@ TRANSFORMERS = Internals(
 )
 
 _lock = threading.Lock()
-_loading = threading.RLock()
 _registered: set[str] = set()
 
 
@@ -49,15 +47,6 @@ def _once(name: str, register: Callable[[], None]) -> None:
         if name not in _registered:
             register()
             _registered.add(name)
-
-
-@contextmanager
-def loading() -> Iterator[None]:
-    """Models are made and loaded one at a time in this process. While transformers loads one it takes `tie_weights` off
-    all of its classes, so that one made meanwhile stays untied, and two loads that overlap leave it off for good
-    (transformers.initialization.no_tie_weights, 5.24)."""
-    with _loading:
-        yield
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None) -> None:

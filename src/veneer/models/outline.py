@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.models.compat_transformers import loading
 from veneer.models.fingerprint import fingerprint
-from veneer.models.quiet import quiet
+from veneer.models.loading import loading
 from veneer.models.sources import is_image
 from veneer.models.text.base import choose_device, choose_dtype, end_of_turn, read_config, read_tokenizer
 from veneer.models.weights import stored_dtype, tensor_table
@@ -34,7 +33,7 @@ def outline(name: str, path: Path) -> dict[str, Any]:
     table, config, tokenizer = tensor_table(path), read_config(path), read_tokenizer(path)
     stored = stored_dtype(table)
     dtype, reason = choose_dtype("auto", choose_device("auto"), stored)
-    with loading(), quiet(), torch.device("meta"):
+    with loading(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
     turn = end_of_turn(tokenizer)

@@ -18,7 +18,7 @@ from veneer.core.attach import attach
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image.base import ImageBase, load_control, load_image
 from veneer.models.image.generate import Control, MixPlan, Picture, Row, Settings, fitted, generate_images
-from veneer.models.quiet import quiet
+from veneer.models.loading import errors_only
 
 FAMILIES = ("sd15", "sdxl", "flux1", "sd3")
 
@@ -113,7 +113,7 @@ def test_controls_stack_and_end(bases: dict[str, ImageBase], places: dict[str, P
     pipe = diffusers_pipeline(places["sdxl"])
     import diffusers
 
-    with quiet():
+    with errors_only():
         net = diffusers.ControlNetModel.from_pretrained(place)
         pipe = diffusers.StableDiffusionXLControlNetPipeline(**pipe.components, controlnet=[net, net])
     pipe.set_progress_bar_config(disable=True)
@@ -148,7 +148,7 @@ def test_everything_at_once_is_diffusers_with_merged_weights(
     a, b = random_adapter(base.model, 1), random_adapter(base.model, 2, dora=True)
     own = diffusers_pipeline(places[family])
     fold(own, [(a, 0.8), (b, -0.5)])
-    with quiet():
+    with errors_only():
         net = getattr(diffusers, base.row.control).from_pretrained(place)
         cls = getattr(diffusers, base.row.controlled[kind])
         taken = inspect.signature(cls).parameters
@@ -257,7 +257,7 @@ def test_a_mix_may_change_from_step_to_step(
     if scheduler:
         from diffusers import HeunDiscreteScheduler
 
-        with quiet():
+        with errors_only():
             pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=False)
     pipe.unet.load_state_dict(states["a"])
 

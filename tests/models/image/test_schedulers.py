@@ -14,7 +14,7 @@ from veneer.formats.infotext import SAMPLERS
 from veneer.models.image.base import ImageBase, load_image
 from veneer.models.image.generate import Row, Settings, generate_images
 from veneer.models.image.schedulers import NAMES, make_scheduler, scheduler_name, scheduler_names
-from veneer.models.quiet import quiet
+from veneer.models.loading import errors_only
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl", "flux1", "schnell", "sd3"])
@@ -48,7 +48,7 @@ def test_a_name_is_diffusers_class_with_the_bases_settings(tmp_path_factory: pyt
         ("ddim", diffusers.DDIMScheduler, {}),
     ]:
         own = pipe.scheduler
-        with quiet():
+        with errors_only():
             pipe.scheduler = cls.from_config(own.config, **more)
         (found,) = generate_images(base, [Row("a cat", seed=1)], Settings(steps=4, scheduler=name))
         assert levels(found.image, picture(pipe, "a cat", 1)) == 0

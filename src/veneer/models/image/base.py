@@ -28,7 +28,7 @@ from veneer.models.device import settle
 from veneer.models.image.families import FAMILIES, ImageFamily, topology_name
 from veneer.models.image.files import Loaded, control_of, read_directory
 from veneer.models.image.single_file import read_single_file
-from veneer.models.quiet import quiet
+from veneer.models.loading import errors_only
 from veneer.models.sources import find
 
 __all__ = [
@@ -249,14 +249,14 @@ def pipeline(base: ImageBase, kind: Kind = "text", controls: Sequence[ControlNet
         )
     for name in sorted(base._released):
         base.part(name)  # says so
-    with quiet():  # its import says what it falls back to without torchvision
+    with errors_only():  # its import says what it falls back to without torchvision
         cls = getattr(diffusers, table[kind])
     parts: dict[str, Any] = dict(base.parts)
     if controls:
         for control in controls:
             _check_control(base, control)
         parts["controlnet"] = controls[0] if len(controls) == 1 else _several(base, controls)
-    with quiet():
+    with errors_only():
         made = cls(**_arguments(cls, {**parts, **base.settings, **base.row.settings}))
     made.set_progress_bar_config(disable=True)
     base._made[key] = made

@@ -19,11 +19,10 @@ import torch
 from torch import nn
 
 from veneer.errors import BaseError, MissingExtraError
-from veneer.models.compat_transformers import loading
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
 from veneer.models.image.families import FAMILIES, ImageFamily, family_label, family_of
+from veneer.models.loading import loading
 from veneer.models.quantise import lazy_state, load_part, load_state, saved_kind
-from veneer.models.quiet import quiet
 from veneer.models.sources import find
 from veneer.models.text.base import check_loaded, check_memory, choose_device, choose_dtype
 from veneer.models.weights import StoredTensor, file_table, pickles_refused, stored_dtype
@@ -270,7 +269,7 @@ def load_component(
         if not any((folder / f"{s}.safetensors{i}").exists() for s in _WRITTEN for i in ("", ".index.json")):
             options["variant"] = "fp16"
     saved = saved_kind(config_of(folder), str(folder)) if weights else ""
-    with loading(), quiet():
+    with loading():
         try:
             if saved or (quantise and weights):
                 made = _in_codes(cls, folder, library, quantise or "", dtype)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.models.compat_transformers import loading
 from veneer.models.image.base import Components, default_size, prediction_of, vae_scale
 from veneer.models.image.families import topology_name
 from veneer.models.image.files import (
@@ -23,7 +22,7 @@ from veneer.models.image.files import (
     unreadable,
 )
 from veneer.models.image.single_file import held_by
-from veneer.models.quiet import quiet
+from veneer.models.loading import loading
 from veneer.models.text.base import choose_device, choose_dtype
 from veneer.models.weights import file_table, stored_dtype
 
@@ -91,7 +90,7 @@ def _on_meta(folder: Path, library: str, classname: str) -> Any:
     cls: Any = getattr(importlib.import_module(library), classname, None)
     if cls is None:
         raise unreadable(folder, ImportError(f"the installed {library} has no {classname}"))
-    with loading(), quiet(), torch.device("cpu" if "Scheduler" in classname else "meta"):
+    with loading(), torch.device("cpu" if "Scheduler" in classname else "meta"):
         try:
             if library == "transformers":
                 return cls(cls.config_class.from_pretrained(folder, local_files_only=True))

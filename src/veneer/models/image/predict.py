@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from veneer.errors import BaseError
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.image.base import ImageBase, pipeline, readers, text_settings
-from veneer.models.quiet import quiet
+from veneer.models.loading import errors_only
 
 __all__ = [
     "Conditioning", "alphas_cumprod", "decode_latents", "encode_pictures", "encode_prompts", "latent_shape", "predict",
@@ -101,7 +101,7 @@ def encode_prompts(base: ImageBase, prompts: Sequence[str]) -> Conditioning:
         given |= {"prompt_2": None, "prompt_3": None}
     elif base.row.name == "flux1":
         given |= {"prompt_2": None}
-    with quiet():
+    with errors_only():
         found = pipe.encode_prompt(**given)
     cut = [cut_of(base, text) for text in texts]
     if base.row.name in ("sdxl", "sd3"):
@@ -123,7 +123,7 @@ def _unread(base: ImageBase, prompt: str, tokenizer: Any, limit: int) -> str:
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # FLUX.2's is a processor
     if base.row.name == "qwen-image":
         limit += pipeline(base).prompt_template_encode_start_idx  # so many tokens of the template are dropped
-    with quiet():  # transformers warns of the length, which is what is asked here
+    with errors_only():  # transformers warns of the length, which is what is asked here
         read = tokenizer(before + prompt + after, return_offsets_mapping=True, add_special_tokens=special)
     ids, offsets = read["input_ids"], read["offset_mapping"]
     if len(ids) <= limit:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import ConfigError, nearest
-from veneer.models.quiet import quiet
+from veneer.models.loading import errors_only
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
@@ -82,7 +82,7 @@ def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
 
     own = base.parts["scheduler"]
     if name is None or name == scheduler_name(base):
-        with quiet():
+        with errors_only():
             return type(own).from_config(own.config)
     fits = scheduler_names(base)
     wanted = f"flow-{name}" if f"flow-{name}" in fits else name
@@ -99,5 +99,5 @@ def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
         shared["prediction_type"] = {"epsilon": "epsilon", "v": "v_prediction"}[base.prediction]
     elif "shift" in shared and kind not in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):
         shared["flow_shift"] = shared["shift"]
-    with quiet():
+    with errors_only():
         return getattr(diffusers, kind).from_config({**shared, **settings})

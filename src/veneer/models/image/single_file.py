@@ -34,7 +34,7 @@ from veneer.models.image.files import (
 )
 from veneer.models.image.flux_file import flux_model, is_flux_original
 from veneer.models.image.leftovers import left_over, some_of
-from veneer.models.quiet import quiet
+from veneer.models.loading import errors_only, loading
 from veneer.models.sources import find
 from veneer.models.text.base import check_memory, choose_device, choose_dtype
 from veneer.models.weights import StoredTensor, file_table, stored_dtype
@@ -97,7 +97,7 @@ def read_single_file(
     if family.name == "flux1" and is_flux_original([t.name for t in table]):
         given[family.denoiser], note = _flux(path, config_of(folder / family.denoiser), kind)
         notes += note
-    with quiet():
+    with loading():
         try:
             if not held - given.keys():
                 parts = {name: given[name] for name in classes}
@@ -123,7 +123,7 @@ def read_single_file(
             part.to(where)
     if family.name == "flux1":
         _check_widths(path, parts)
-    with quiet():
+    with errors_only():
         left = left_over(table, {name: parts[name] for name in held})
     if left:
         notes.append(f"{len(left)} of the file's {len(table)} tensors have no place and are left out: {some_of(left)}")

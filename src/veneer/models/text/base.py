@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from veneer.errors import BaseError, ConfigError, ResourceError
-from veneer.models.compat_transformers import loading
 from veneer.models.device import settle
 from veneer.models.fingerprint import fingerprint
+from veneer.models.loading import errors_only, loading
 from veneer.models.quantise import check_kind, load_quantised, original_weight, quantised_bytes, saved_kind
-from veneer.models.quiet import quiet
 from veneer.models.sources import find, is_image
 from veneer.models.text.gguf import load_gguf
 from veneer.models.weights import StoredTensor, stored_dtype, tensor_table
@@ -163,7 +162,7 @@ def outline_text(name: str, *, say: Callable[[str], None] | None = None) -> Text
         raise BaseError("this is an image base, and a language model is wanted", where=str(path))
     table = tensor_table(path)
     config, tokenizer = read_config(path), read_tokenizer(path)
-    with loading(), quiet(), torch.device("meta"):
+    with loading(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     turn = end_of_turn(tokenizer)
     turn = tokenizer.eos_token_id if turn is None else turn
@@ -235,7 +234,7 @@ def read_config(path: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     config: Any
-    with quiet():
+    with errors_only():
         try:
             if path.is_file():
                 from veneer.files.gguf_header import fast_headers
@@ -258,7 +257,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer: Any
-    with quiet():
+    with errors_only():
         try:
             if path.is_file():
                 from veneer.files.gguf_header import read_gguf_tokenizer
@@ -310,7 +309,7 @@ def _load_model(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     from transformers import AutoModelForCausalLM
 
-    with loading(), quiet():
+    with loading():
         try:
             if codes == "gguf":
                 return load_gguf(path, dtype, keep=True), ("the weights stay in the blocks of their GGUF file",)

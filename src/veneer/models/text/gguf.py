@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from veneer.errors import BaseError
-from veneer.models.compat_transformers import loading
+from veneer.models.loading import loading
 from veneer.models.quantise import LazyTensor, forget_quantiser, load_state, quantised_weights
 from veneer.ops.ggml import Ggml
 from veneer.ops.quantised import Quantised

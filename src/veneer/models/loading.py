@@ -1,6 +1,10 @@
-"""Keeping transformers and diffusers quiet while veneer loads or converts a base.
+"""Loading a base through transformers and diffusers: one model at a time, and without what the two of them log.
 
-What matters is checked and said by the caller."""
+    with loading():             a model is made, loaded or converted
+    with errors_only():         a config, a tokenizer or a scheduler is read: nothing that has weights
+
+What matters is checked and said by the caller.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +16,38 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-__all__ = ["quiet"]
+__all__ = ["errors_only", "loading"]
 
-
+_one_load = threading.RLock()
 _lock = threading.Lock()
 _inside = 0
 _before = ExitStack()
-
 
 _LIBRARIES = r"(transformers|diffusers|accelerate|huggingface_hub|torch|bitsandbytes|gguf)(\.|$)"
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def loading() -> Iterator[None]:
+    """`errors_only`, in one thread of this process at a time; a thread may enter it again.
+
+    While transformers loads a model it takes `tie_weights` off all of its classes, so that one made meanwhile stays
+    untied, and two loads that overlap leave it off for good (transformers.initialization.no_tie_weights, 5.24)."""
+    with _one_load, errors_only():
+        yield
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
     """No progress bars and no log lines under `error` within the with-block from transformers, and from diffusers where
     it is imported already; and no Python warnings about those libraries' own lines. Anybody else's are shown.
 
-    The first two are the process's, so that of blocks in several threads the first to begin makes it quiet, and the
-    last to end puts it back. For loading and converting, not for what goes on while others work."""
+    The first two are the process's: of blocks in several threads the first to begin switches them off, and the last to
+    end switches them back. For loading and converting, not for what goes on while others work."""
     global _inside
     with _lock:
         _inside += 1
         if _inside == 1:
-            _hush(_before)
+            _switch_off(_before)
     try:
         yield
     finally:
@@ -44,16 +57,16 @@ def quiet() -> Iterator[None]:
                 _before.close()
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _matters(record: logging.LogRecord) -> bool:
     """bitsandbytes, which PEFT brings along wherever diffusers is imported, looks for faster kernels on a hub when it
     is imported, and warns where there are none; veneer never multiplies by them."""
     return "gemm_4bit_forward" not in str(record.msg)
 
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_matters)
 
 
-def _hush(before: ExitStack) -> None:
+def _switch_off(before: ExitStack) -> None:
     from transformers.utils import logging as theirs
 
     for each in (theirs, sys.modules.get("diffusers.utils.logging")):
@@ -63,7 +76,7 @@ def _hush(before: ExitStack) -> None:
             before.callback(each.set_verbosity, each.get_verbosity())
             each.set_verbosity_error()
             each.disable_progress_bar()
-    # not catch_warnings, which at its end would put away what others have changed meanwhile
+    # not catch_warnings, which at its end would undo what others have changed meanwhile
     had = list(warnings.filters)
     warnings.filterwarnings("ignore", module=_LIBRARIES)
     before.callback(_unfilter, next((f for f in warnings.filters if f not in had), None))

@@ -1,4 +1,4 @@
-"""Quiet blocks that overlap in two threads leave nothing behind."""
+"""What is switched off while a base is loaded is switched on again, whichever thread ends last."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from logging import getLogger
 import pytest
 from transformers.utils import logging
 
-from veneer.models.quiet import quiet
+from veneer.models.loading import errors_only
 
 
 def test_the_last_to_end_puts_back_what_was() -> None:
@@ -17,31 +17,31 @@ def test_the_last_to_end_puts_back_what_was() -> None:
     began, end = threading.Event(), threading.Event()
 
     def other() -> None:
-        with quiet():
+        with errors_only():
             began.set()
             end.wait(10)
 
     thread = threading.Thread(target=other)
-    with quiet():
+    with errors_only():
         thread.start()
         assert began.wait(10)
-    warnings.warn_explicit("still quiet", UserWarning, "x.py", 1, module="transformers.utils")
+    warnings.warn_explicit("still off", UserWarning, "x.py", 1, module="transformers.utils")
     end.set()
     thread.join()
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled(), list(warnings.filters)) == before
-    with pytest.warns(UserWarning, match="loud"):
-        warnings.warn("loud", UserWarning, stacklevel=1)
-    with quiet(), quiet():
+    with pytest.warns(UserWarning, match="shown"):
+        warnings.warn("shown", UserWarning, stacklevel=1)
+    with errors_only(), errors_only():
         assert logging.get_verbosity() == logging.ERROR
     assert logging.get_verbosity() == before[0]
 
 
-def test_only_the_libraries_own_lines_are_quiet() -> None:
+def test_only_the_libraries_own_lines_are_left_out() -> None:
     """What anybody else says in that time is shown, and what he changes stays."""
     mine = ("ignore", None, ResourceWarning, None, 0)
     before = list(warnings.filters)
     try:
-        with quiet():
+        with errors_only():
             with pytest.warns(UserWarning, match="mine"):
                 warnings.warn("mine", UserWarning, stacklevel=1)
             warnings.warn_explicit("theirs", UserWarning, "x.py", 1, module="transformers.modeling_utils")
