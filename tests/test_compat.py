@@ -27,7 +27,7 @@ def test_the_installed_version_has_all_of_it(library: str) -> None:
 
 @pytest.mark.parametrize("library", LISTS)
 def test_what_is_asked_for_is_what_the_package_asks_for(library: str) -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     every = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
     bounds = {r.removeprefix(library).replace(" ", "") for r in every if re.match(rf"{library}[<>=~ ]", r)}
     assert bounds == {LISTS[library].asked}
@@ -62,14 +62,14 @@ def test_a_version_without_it_is_named(internals: Internals, name: str, monkeypa
 def test_an_attention_that_misses_its_internal_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through what uses it: serving's hook into transformers' attention."""
     from veneer.models import compat_transformers as compat
-    from veneer.models.text.attention_hook import hook_attention
+    from veneer.models.text.attention import divert_attention
 
     monkeypatch.setattr(compat, "_registered", set())
     monkeypatch.setattr(compat, "TRANSFORMERS", Internals("transformers", TRANSFORMERS.asked, TRANSFORMERS.names))
     monkeypatch.delattr("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS")
     model = types.SimpleNamespace(config=types.SimpleNamespace(_attn_implementation="sdpa"))
     with pytest.raises(MissingInternalError, match=r"has no transformers\.modeling_utils\.ALL_ATTENTION_FUNCTIONS"):
-        hook_attention(model)
+        divert_attention(model)
 
 
 def test_a_name_that_no_list_has_is_a_mistake_of_ours() -> None:

@@ -13,7 +13,8 @@ from tests.families import FAMILIES, OTHERS, VOCAB, large_norms
 from veneer.core.adapter import Adapter, LoraSpec
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
-from veneer.models.text.fast import fast, report_of
+from veneer.models.swap import report_of
+from veneer.models.text.fast import fast
 from veneer.models.text.loss import padded_loss, padded_nll, row_logps, text_loss
 
 LENGTHS = [20, 3, 37]

@@ -15,7 +15,8 @@ from tests.families import FAMILIES, VOCAB
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
-from veneer.models.text.fast import fast, report_of
+from veneer.models.swap import report_of
+from veneer.models.text.fast import fast
 from veneer.models.text.loss import STEP, few_sizes, rows_nll, text_loss
 from veneer.ops.attention import RowLayout
 from veneer.plan import memory

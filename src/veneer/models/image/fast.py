@@ -6,9 +6,9 @@
 Swapped: the attention of FLUX.1's blocks (projections that share an input joined to one product, norms, rotation and
 attention one function) and of the UNets' transformers; GEGLU, and gelu with the tanh; in a UNet's residual blocks group
 norms with silu and with what time adds; dropout that drops nothing; on a UNet's way up the gradient of skip connections
-that nothing trained comes before, which torch makes and throws away. As in models.speed, every module is first run both
-ways on a small random input and swapped only where the two agree, and everything is put back bit for bit at the end.
-What a family does differently is left as diffusers has it.
+that nothing trained comes before, which torch makes and throws away. Every module is first run both ways on a small
+random input and swapped only where the two agree, and everything is put back bit for bit at the end. What a family does
+differently is left as diffusers has it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from veneer.core.targets import base_of
 from veneer.models.compat_diffusers import DIFFUSERS
-from veneer.models.text.fast import FastReport, Join, probe, put, same_dtype, without_dropout
+from veneer.models.swap import FastReport, Join, random_input, replace_forward, same_dtype, without_dropout
 from veneer.ops.activations import geglu, gelu_tanh
 from veneer.ops.cpu import memory
 from veneer.ops.denoise import attention, joint_attention, live_conv
@@ -99,7 +99,7 @@ def _differs(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *a
         return list(out) if isinstance(out, tuple) else [out]
 
     wanted = run()
-    put(module, forward, undo)
+    replace_forward(module, forward, undo)
     got = run()
     same = len(got) == len(wanted) and all(_agree(a.detach(), b.detach()) for a, b in zip(got, wanted, strict=True))
     return "" if same else "its result differs"
@@ -124,7 +124,7 @@ def _geglu(module: Any, undo: ExitStack) -> str:
             return original(self, hidden_states, *args, **kwargs)
         return geglu(self.proj(hidden_states))
 
-    return _differs(module, forward, undo, probe(2, 12, like.shape[1], like=like))
+    return _differs(module, forward, undo, random_input(2, 12, like.shape[1], like=like))
 
 
 def _gelu(module: Any, undo: ExitStack) -> str:
@@ -138,14 +138,14 @@ def _gelu(module: Any, undo: ExitStack) -> str:
     def forward(self: Any, x: Tensor) -> Tensor:
         return gelu_tanh(x if proj is None else self.proj(x))
 
-    return _differs(module, forward, undo, probe(2, 12, like.shape[1], like=like))
+    return _differs(module, forward, undo, random_input(2, 12, like.shape[1], like=like))
 
 
 def _dropout(module: Any, undo: ExitStack) -> str:
     """torch copies what it drops nothing from, and the gradient too."""
     if module.p:
         return "it drops something"
-    put(module, lambda self, x: x, undo)
+    replace_forward(module, lambda self, x: x, undo)
     return ""
 
 
@@ -170,13 +170,13 @@ def _flux_attention(module: Any, undo: ExitStack) -> str:
     joins = [Join(own, undo)] + ([Join(added, undo)] if added is not None else [])
     like = base_of(own[0]).weight
     assert isinstance(like, Tensor)
-    x = probe(2, 12, like.shape[1], like=like)
-    angles = probe(15 if two else 12, module.head_dim // 2, like=like).float().repeat_interleave(2, -1)
+    x = random_input(2, 12, like.shape[1], like=like)
+    angles = random_input(15 if two else 12, module.head_dim // 2, like=like).float().repeat_interleave(2, -1)
     given: dict[str, Any] = {"image_rotary_emb": (angles.cos(), angles.sin())}
     if added is not None:
         other = base_of(added[0]).weight
         assert isinstance(other, Tensor)
-        given["encoder_hidden_states"] = probe(2, 3, other.shape[1], like=other)
+        given["encoder_hidden_states"] = random_input(2, 3, other.shape[1], like=other)
     original = type(module).forward
     return _differs(module, _flux_forward(original, joins, norms), undo, x, **given)
 
@@ -258,8 +258,8 @@ def _residual(module: Any, undo: ExitStack) -> str:
         return hidden + (input_tensor if shortcut is None else _convolved(shortcut, input_tensor, live))
 
     like = module.norm1.weight
-    time = None if module.time_emb_proj is None else probe(2, module.time_emb_proj.in_features, like=like)
-    return _differs(module, forward, undo, probe(2, module.in_channels, 4, 4, like=like), time)
+    time = None if module.time_emb_proj is None else random_input(2, module.time_emb_proj.in_features, like=like)
+    return _differs(module, forward, undo, random_input(2, module.in_channels, 4, 4, like=like), time)
 
 
 def _normed(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -321,9 +321,9 @@ def _unet_attention(module: Any, undo: ExitStack) -> str:
     like, other = base_of(q[0]).weight, base_of(kv[0]).weight
     assert isinstance(like, Tensor)
     assert isinstance(other, Tensor)
-    given = {"encoder_hidden_states": probe(2, 3, other.shape[1], like=other)} if crossed else {}
+    given = {"encoder_hidden_states": random_input(2, 3, other.shape[1], like=other)} if crossed else {}
     forward = _unet_forward(type(module).forward, joins, Join(last, undo))
-    return _differs(module, forward, undo, probe(2, 12, like.shape[1], like=like), **given)
+    return _differs(module, forward, undo, random_input(2, 12, like.shape[1], like=like), **given)
 
 
 def _unet_forward(original: Callable[..., Any], joins: list[Join], last: Join) -> Callable[..., Any]:

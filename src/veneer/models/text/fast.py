@@ -1,13 +1,13 @@
-"""A base's forward and backward on the fast paths of core.fused and core.attention, for the length of a with-block.
+"""A base's forward and backward on the fast paths of ops, for the length of a with-block.
 
     with fast(model) as how:        how.summary() says what was swapped, and what was left as it is and why
         text_loss(model, …)
 
 Nothing here is believed because of a class name. The model is run as it came, before anything is replaced; each norm
-and MLP is swapped only where its formula is the one that runs instead of it (models.formulas); attention, only where
-every layer's goes through transformers' interface and asks for nothing that ours does not have; and then the whole
-model has to give what it gave by itself, token by token, over rows that lie beside one another (models.alike). What a
-family does differently therefore costs speed and never correctness, and `summary` says what was left.
+and MLP is swapped only where its formula is the one that runs instead of it; attention, only where every layer's goes
+through transformers' interface and asks for nothing that ours does not have; and then the whole model has to give what
+it gave by itself, token by token, over rows that lie beside one another (models/text/probe.py). What a family does
+differently therefore costs speed and never correctness, and `summary` says what was left.
 
 Swapped, on instances, and put back bit for bit at the end: norms, gated MLPs, Llama-like attention, and through
 transformers' attention interface the attention of every other family. While the block lasts, the weights of projections
@@ -16,10 +16,8 @@ that share an input lie in one tensor, of which each is a view: same parameters,
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,51 +26,26 @@ from torch import Tensor, nn
 from veneer.core.layers import LoraLinear
 from veneer.core.targets import base_of
 from veneer.models.compat_transformers import register_attention
-from veneer.models.text.alike import LENGTHS, Reference, short_windows
-from veneer.models.text.formulas import NotThis, gate_of, gate_parts, norm_of
+from veneer.models.swap import (
+    FastReport,
+    Join,
+    keep_dequantised,
+    marked,
+    replace_forward,
+    report_of,
+    same_dtype,
+    without_dropout,
+)
+from veneer.models.text.loss import padded_nll, rows_nll
+from veneer.models.text.probe import LENGTHS, OtherKind, OwnForward, gate_of, gate_parts, norm_of, short_windows
 from veneer.ops.attention import RowLayout, attention, rotary_attention
-from veneer.ops.cpu import compiled, memory
-from veneer.ops.fused import Projection, gated_mlp, joined, linears
+from veneer.ops.cpu import memory
+from veneer.ops.fused import gated_mlp, linears
 from veneer.ops.norms import rms_norm
-from veneer.ops.quantised import Quantised, stacked
 
-__all__ = [
-    "FastReport", "Join", "fast", "probe", "projection_of", "put", "report_of", "same_dtype",
-    "without_dropout",
-]  # fmt: skip
+__all__ = ["fast"]
 
 _ATTENTION = "veneer_rows"
-_MARK = "_veneer_fast"
-
-
-@dataclass
-class FastReport:
-    """What runs on a fast path: kind of module -> how many; `left`: kind -> why it was left as it is."""
-
-    swapped: dict[str, int] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-    rows: bool = False
-    """Whether rows can lie one after another without padding (checked on this very model)."""
-    kept: int = 0
-    """Bytes of dequantised weights kept (`keep`)."""
-    joins: list[Join] = field(default_factory=list, repr=False)
-    keeps: bool = False
-    """Whether the last layer, after its attention, works on the tokens of `RowLayout.keep` alone."""
-
-    def summary(self) -> str:
-        parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
-        text = "fast paths: " + (", ".join(parts) if parts else "none")
-        text += "; rows without padding" if self.rows else "; padded rows"
-        text += "; last layer at trained tokens alone" if self.keeps else ""
-        text += f"; {self.kept / 1e6:,.0f} MB of weights kept dequantised" if self.kept else ""
-        for kind, why in sorted(self.left.items()):
-            text += f"; {kind} as transformers has it ({why})"
-        return text + f"; {compiled.status()}"
-
-
-def report_of(model: nn.Module) -> FastReport:
-    """What `fast` did to `model`; outside of it, nothing."""
-    return getattr(model, _MARK, FastReport())
 
 
 @contextmanager
@@ -82,27 +55,26 @@ def fast(model: Any, *, keep: int = 0, hold: bool = True) -> Iterator[FastReport
     `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are
     dequantised at each use. `hold`: whether a path may keep hold of weights. Where they come and go (sharded ones) it
     may not: then rows lie without padding, and norms, MLPs and projections are called as they are."""
-    if getattr(model, _MARK, None) is not None:
-        yield getattr(model, _MARK)
+    if (already := report_of(model)).active:
+        yield already
         return
-    report = FastReport()
+    report = FastReport(active=True)
     with ExitStack() as undo:
         undo.enter_context(memory.kept_memory())
         with without_dropout(model):
-            setattr(model, _MARK, report)
-            undo.callback(delattr, model, _MARK)
+            undo.enter_context(marked(model, report))
             try:
-                own = Reference.of(model)
+                own = OwnForward.of(model)
             except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
                 report.left["model"] = f"its own forward over padded rows fails: {type(error).__name__}: {error}"
             else:
                 _swap(model, own, hold, report, undo)
             if keep:
-                _keep_dequantised(report, keep, undo)
+                keep_dequantised(report, keep, undo)
         yield report
 
 
-def _swap(model: Any, own: Reference, hold: bool, report: FastReport, undo: ExitStack) -> None:
+def _swap(model: Any, own: OwnForward, hold: bool, report: FastReport, undo: ExitStack) -> None:
     """Modules and rows; or modules alone where rows are not the model's own; or nothing."""
     modules = [(name, module) for name, module in model.named_modules() if not isinstance(module, LoraLinear)]
     if not hold:
@@ -128,104 +100,6 @@ def _swap(model: Any, own: Reference, hold: bool, report: FastReport, undo: Exit
         undo.push(swapped.pop_all())
 
 
-@contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Two ways can only be compared where neither draws."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-# -- putting a forward on an instance ----------------------------------------------------------------------------------
-
-
-def put(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
-    module.forward = types.MethodType(forward, module)
-    undo.callback(module.__dict__.pop, "forward", None)
-
-
-def probe(*shape: int, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
-
-
-def projection_of(module: nn.Module) -> Projection | None:
-    """What a linear module is now, or None if it has to be called."""
-    if isinstance(module, LoraLinear):
-        return module.projection()
-    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
-        return None
-    if module.weight.requires_grad or "forward" in module.__dict__:
-        return None
-    return Projection(module.weight, module.bias)
-
-
-class Join:
-    """The weights of linear modules that share an input, laid below one another in one tensor; `undo` parts them.
-
-    Quantised weights stay where they are: the tensor is one over all their codes."""
-
-    def __init__(self, modules: list[nn.Module], undo: ExitStack) -> None:
-        self.modules = modules
-        self.weight: Tensor | None = None
-        bases = [base_of(m) for m in modules]
-        weights = [getattr(b, "weight", None) for b in bases]
-        plain = all(type(b) is nn.Linear for b in bases)
-        if not plain or len({(w.dtype, w.device, w.shape[1]) for w in weights if w is not None}) != 1:
-            return
-        parameters = [w for w in weights if w is not None]
-        quantised = [w for w in parameters if isinstance(w, Quantised)]
-        if len(quantised) == len(parameters):
-            self.weight = stacked(quantised)
-            return
-        if len(modules) < 2 or quantised or len({p.data_ptr() for p in parameters}) != len(parameters):
-            return
-        whole = torch.cat([p.detach() for p in parameters])
-        at = 0
-        for p in parameters:
-            memory.page_out(p.detach())
-            p.data = whole[at : at + len(p)]
-            at += len(p)
-        self.weight = whole
-        undo.callback(self._part, parameters)
-
-    def _part(self, parameters: list[nn.Parameter]) -> None:
-        self.weight = None
-        for p in parameters:
-            p.data = p.data.clone()
-
-    def linears(self) -> Any:
-        """The joined projections with the pairs that act now, or None if some module has to be called."""
-        parts = [projection_of(m) for m in self.modules]
-        known = [p for p in parts if p is not None]
-        if len(known) != len(parts) or len({p.dropout for p in known if p.A is not None}) > 1:
-            return None
-        if len(known) > 1 and not isinstance(self.weight, Quantised):
-            if self.weight is None:
-                return None
-            at = 0
-            for p in known:
-                if p.weight.data_ptr() != self.weight[at:].data_ptr():
-                    return None
-                at += len(p.weight)
-        return joined(known, self.weight)
-
-
-def _keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:
-    """Weights in the order in which they are used, as long as there is room. Which ones does not matter: each is used
-    as often as the next."""
-    for join in report.joins:
-        weight = join.weight
-        if isinstance(weight, Quantised) and weight.kept is None and report.kept + weight.nbytes <= most:
-            weight.keep()
-            report.kept += weight.nbytes
-            undo.callback(setattr, weight, "kept", None)
-
-
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
@@ -236,13 +110,13 @@ def _swap_norms(modules: list[tuple[str, nn.Module]], report: FastReport, undo: 
             continue
         try:
             weight, eps = norm_of(module)
-        except NotThis as why:
+        except OtherKind as why:
             report.left[kind] = str(why)
             continue
         if any(p.requires_grad for p in module.parameters()):
             report.left[kind] = "it is trained"
             continue
-        put(module, _norm_forward(weight, eps), undo)
+        replace_forward(module, _norm_forward(weight, eps), undo)
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
 
 
@@ -265,11 +139,11 @@ def _swap_mlps(modules: list[tuple[str, nn.Module]], report: FastReport, undo: E
         kind, (parts, last) = type(module).__name__, found
         try:
             act = gate_of(module)
-        except NotThis as why:
+        except OtherKind as why:
             report.left[kind] = str(why)
             continue
         join, down = Join(parts, undo), Join([last], undo)
-        put(module, _mlp_forward(type(module).forward, join, down, act), undo)
+        replace_forward(module, _mlp_forward(type(module).forward, join, down, act), undo)
         report.swapped[kind] = report.swapped.get(kind, 0) + 1
         report.joins += [join, down]
 
@@ -282,10 +156,6 @@ def _weight(module: nn.Module) -> Tensor:
     weight = base_of(module).weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def same_dtype(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def _mlp_forward(original: Callable[..., Any], join: Join, down: Join, act: str) -> Callable[..., Tensor]:
@@ -369,7 +239,7 @@ def _swap_attention(model: Any, modules: list[tuple[str, nn.Module]], report: Fa
         parts = [children.get(n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")]
         if all(p is not None and _is_linear(p) for p in parts):
             join, out = Join([p for p in parts[:3] if p is not None], undo), Join([p for p in parts[3:] if p], undo)
-            put(module, _attention_forward(type(module).forward, join, out), undo)
+            replace_forward(module, _attention_forward(type(module).forward, join, out), undo)
             report.swapped[kind] = report.swapped.get(kind, 0) + 1
             report.joins += [join, out]
     return ""
@@ -402,7 +272,7 @@ _PRE_NORM_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLay
 """h + attention(norm(h)), then h + mlp(norm(h)), and nothing else; checked on the model at hand."""
 
 
-def _swap_last_layer(model: Any, own: Reference, report: FastReport, undo: ExitStack) -> None:
+def _swap_last_layer(model: Any, own: OwnForward, report: FastReport, undo: ExitStack) -> None:
     """Of the last layer's output only the tokens that predict a trained one are read: with a quarter of the tokens
     trained, 63% of one layer's work falls away."""
     layers = getattr(getattr(model, "model", None), "layers", None)
@@ -412,7 +282,7 @@ def _swap_last_layer(model: Any, own: Reference, report: FastReport, undo: ExitS
     if "forward" not in layer.self_attn.__dict__:
         return
     with ExitStack() as attempt:
-        put(layer, _kept_forward(type(layer).forward), attempt)
+        replace_forward(layer, _kept_forward(type(layer).forward), attempt)
         report.keeps = True
         attempt.callback(setattr, report, "keeps", False)
         if not _rows_problem(model, own):
@@ -437,17 +307,15 @@ def _kept_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 # -- the whole model ---------------------------------------------------------------------------------------------------
 
 
-def _nll(model: Any, own: Reference, layout: RowLayout | None = None) -> Tensor:
+def _nll(model: Any, own: OwnForward, layout: RowLayout | None = None) -> Tensor:
     """Of the probe's tokens: of rows beside one another as `layout` has them, else of padded ones."""
-    from veneer.models.text.loss import padded_nll, rows_nll
-
     with torch.no_grad(), short_windows(model):
         if layout is not None:
             return rows_nll(model, own.ids, LENGTHS, own.trained, layout)
         return padded_nll(model, own.ids, LENGTHS, own.trained)
 
 
-def _rows_problem(model: Any, own: Reference) -> str:
+def _rows_problem(model: Any, own: OwnForward) -> str:
     """Why rows without padding are not what this model gives by itself; "" where they are."""
     layout = RowLayout(LENGTHS, own.ids.device)
     try:

@@ -5,7 +5,7 @@
     text_loss    Σ nll over all rows                 what supervised training and evaluation call
     row_logps    −Σ nll of each row                  what preferences are made of
 
-Inside `speed.fast` rows run without padding; elsewhere, and for families that do not take such rows, they are padded:
+Inside `fast` rows run without padding; elsewhere, and for families that do not take such rows, they are padded:
 the slow reference, and what the fast one is checked against.
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.models.text.fast import projection_of, report_of
+from veneer.models.swap import projection_of, report_of
 from veneer.ops.attention import RowLayout
 from veneer.ops.fused import token_nll
 
@@ -45,7 +45,7 @@ def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
 
 
 def rows_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """The fast one: no padding, logits of trained positions alone. Needs `speed.fast`."""
+    """The fast one: no padding, logits of trained positions alone. Needs `fast`."""
     return rows_nll(model, input_ids, lengths, trained).sum()
 
 
@@ -106,7 +106,7 @@ def rows_nll(
     layout = RowLayout(lengths, device) if layout is None else layout
     layout.keep = at - 1 if report_of(model).keeps else None
     # A 4-d mask is passed on untouched by transformers; it keeps an N × N one from being made. The attention interface
-    # of speed.py goes by the layout and does not read it.
+    # of fast.py goes by the layout and does not read it.
     untouched = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
     out = _decoder(model)(
         input_ids=input_ids[None],

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from veneer.core.adapter import Adapter
+from veneer.models.swap import without_dropout
 from veneer.models.text.base import TextBase
-from veneer.models.text.fast import without_dropout
 from veneer.models.text.generate import Completion, Prompt, complete, completion_of, encode_prompts
 from veneer.ops.quantised import Quantised
 from veneer.serve.engine.engine import EngineSettings, TextEngine

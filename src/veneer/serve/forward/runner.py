@@ -1,7 +1,7 @@
 """One forward of the base over the tokens of many sequences, each with its mix: ids in, logits out.
 
 Three ways, tried in this order when a base is loaded; each is believed only after it gave the logits of the base's own
-forward on a probe, token by token (models/text/alike.py):
+forward on a probe, token by token (models/text/probe.py):
 
     fused     families of Llama's kind (Llama, Mistral, Qwen2, Qwen3 …): a forward of our own over the base's weights,
               q, k, v and gate, up joined, all layers one compiled call where it runs; low-rank products by `lowrank`
@@ -28,10 +28,10 @@ from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment, attach, fit_problems
 from veneer.core.targets import base_modules
 from veneer.errors import ConfigError, ResourceError
-from veneer.models.text.alike import LENGTHS, WINDOW, Reference, short_windows
-from veneer.models.text.attention_hook import How, attending, hook_attention, new_cache
+from veneer.models.swap import Join
+from veneer.models.text.attention import AttentionSettings, attending, divert_attention, new_cache
 from veneer.models.text.base import TextBase
-from veneer.models.text.fast import Join
+from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, short_windows
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
 from veneer.serve.forward.llama import Plan, layout_of, plan_of, static_positions
@@ -276,7 +276,7 @@ class Runner:
         ways: list[tuple[str, Callable[[], None]]] = [("fused", self._make_fused), ("packed", self._make_packed)]
         why = ""
         try:
-            own = Reference.of(self.model)
+            own = OwnForward.of(self.model)
         except _UNFIT as error:
             return "alone", f"its own forward takes no rows beside one another ({_first_line(error)})"
         for name, make in ways:
@@ -299,7 +299,7 @@ class Runner:
                 why += f"{'; ' if why else ''}not {name} ({problem})"
         return "alone", why
 
-    def _problem(self, own: Reference) -> str:
+    def _problem(self, own: OwnForward) -> str:
         """How the logits of any token differ from the base's own; "" where they do not. In pieces of different length,
         so that keys and values come from the pages, and the last token of each row by itself, as in serving."""
         rows, blocks, used = own.ids.split(LENGTHS), [], 0
@@ -389,9 +389,9 @@ class Runner:
         chunk = getattr(config, "attention_chunk_size", None)
         if chunk is not None and self.context > chunk:  # pages know windows, and no chunks
             raise NotImplementedError(f"its attention goes by chunks of {chunk} tokens, and a sequence may have more")
-        self._undo.callback(hook_attention(self.model))
+        self._undo.callback(divert_attention(self.model))
 
-    def _attend(self, batch: PackedRows, layer: int, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+    def _attend(self, batch: PackedRows, layer: int, q: Tensor, k: Tensor, v: Tensor, how: AttentionSettings) -> Tensor:
         """Attention of one layer, every token a row: q (tokens, heads, d), k and v (tokens, kv, d)."""
         pages = self.pages
         if q.shape[1] != pages.heads or k.shape[1:] != (pages.kv, pages.d) or how.sinks:

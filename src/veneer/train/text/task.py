@@ -33,8 +33,9 @@ from veneer.core.init import create
 from veneer.errors import ConfigError, Interrupted, PreflightError
 from veneer.models.shard import Call, blocks, call_whole, held_bytes, shard
 from veneer.models.sources import find
+from veneer.models.swap import without_dropout
 from veneer.models.text.base import load_text
-from veneer.models.text.fast import fast, without_dropout
+from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
 from veneer.train import checkpoint, loop
 from veneer.train.check_run import CACHE

@@ -1,6 +1,6 @@
 """Attention of any family of transformers, handed to somebody else for the length of a call.
 
-    undo = hook_attention(model)                    through transformers' attention interface
+    undo = divert_attention(model)                    through transformers' attention interface
     with attending(attend):
         model(input_ids=ids[:, None], position_ids=…)          every token a row of its own
     undo()
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from veneer.models.compat_transformers import TRANSFORMERS, register_attention
 
-__all__ = ["Attend", "How", "attending", "hook_attention", "new_cache"]
+__all__ = ["Attend", "AttentionSettings", "attending", "divert_attention", "new_cache"]
 
-_NAME = "veneer_hook"
+_NAME = "veneer_diverted"
 
 
 @dataclass(frozen=True)
-class How:
+class AttentionSettings:
     """What a layer says of its attention: scores are scale · q·k, then cap · tanh(score / cap) where cap is above 0;
     keys `window` back at most where that is above 0; `sinks`: whether it has attention sinks."""
 
@@ -40,9 +40,10 @@ _KNOWN = {
     "scaling", "softcap", "sliding_window", "s_aux", "dropout", "is_causal", "position_ids",
     "use_cache", "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
-"""What a layer may say of its attention and `How` carries, and what says nothing of it. Anything else would be lost."""
+"""What a layer may say of its attention and `AttentionSettings` carries, and what says nothing of it. Anything else
+would be lost."""
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, How], Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionSettings], Tensor]
 """(layer, q (tokens, heads, d), k, v (tokens, kv, d), how) -> (tokens, heads, d)"""
 
 
@@ -53,8 +54,8 @@ class _Now(threading.local):
 _now = _Now()
 
 
-def hook_attention(model: Any) -> Callable[[], None]:
-    """Put the hook in; the result takes it out again."""
+def divert_attention(model: Any) -> Callable[[], None]:
+    """Every layer of `model` asks the `Attend` of `attending` from now on; the result of the call ends that."""
     register_attention(_NAME, _attention, _mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
@@ -95,5 +96,7 @@ def _attention(
     if asked:
         raise NotImplementedError(f"{type(module).__name__} asks its attention for {', '.join(asked)}")
     window = kwargs.get("sliding_window") or 0
-    how = How(kwargs.get("scaling"), kwargs.get("softcap") or 0.0, window, kwargs.get("s_aux") is not None)
+    how = AttentionSettings(
+        kwargs.get("scaling"), kwargs.get("softcap") or 0.0, window, kwargs.get("s_aux") is not None
+    )
     return attend(module.layer_idx, query[:, :, 0], key[:, :, 0], value[:, :, 0], how)[:, None], None

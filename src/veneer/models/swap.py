@@ -1,0 +1,183 @@
+"""Another forward on a model's modules for the length of a with-block, over weights that lie together.
+
+    replace_forward(module, forward, undo)       on this instance; `undo` puts the module's own back
+    Join([q, k, v], undo).linears()              projections that share an input as one product, with the pairs that act
+
+What every fast path of a base is made of: models/text/fast.py and models/image/fast.py say what they replace, and when.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.layers import LoraLinear
+from veneer.core.targets import base_of
+from veneer.ops.cpu import compiled, memory
+from veneer.ops.fused import Projection, joined
+from veneer.ops.quantised import Quantised, stacked
+
+__all__ = [
+    "FastReport",
+    "Join",
+    "keep_dequantised",
+    "marked",
+    "projection_of",
+    "random_input",
+    "replace_forward",
+    "report_of",
+    "same_dtype",
+    "without_dropout",
+]
+
+_MARK = "_veneer_fast"
+
+
+@dataclass
+class FastReport:
+    """What runs on a fast path: kind of module -> how many; `left`: kind -> why it was left as it is. `active`: within
+    a with-block of `fast`."""
+
+    swapped: dict[str, int] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    rows: bool = False
+    """Whether rows can lie one after another without padding (checked on this very model)."""
+    kept: int = 0
+    """Bytes of dequantised weights kept (`keep`)."""
+    joins: list[Join] = field(default_factory=list, repr=False)
+    keeps: bool = False
+    """Whether the last layer, after its attention, works on the tokens of `RowLayout.keep` alone."""
+    active: bool = False
+
+    def summary(self) -> str:
+        parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
+        text = "fast paths: " + (", ".join(parts) if parts else "none")
+        text += "; rows without padding" if self.rows else "; padded rows"
+        text += "; last layer at trained tokens alone" if self.keeps else ""
+        text += f"; {self.kept / 1e6:,.0f} MB of weights kept dequantised" if self.kept else ""
+        for kind, why in sorted(self.left.items()):
+            text += f"; {kind} as transformers has it ({why})"
+        return text + f"; {compiled.status()}"
+
+
+def report_of(model: nn.Module) -> FastReport:
+    """What was swapped on `model`; a report of nothing where nothing was."""
+    return getattr(model, _MARK, FastReport())
+
+
+@contextmanager
+def marked(model: nn.Module, report: FastReport) -> Iterator[None]:
+    """`report` is what `report_of(model)` gives within the with-block."""
+    setattr(model, _MARK, report)
+    try:
+        yield
+    finally:
+        delattr(model, _MARK)
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Eval mode in every module for the with-block: two ways can only be compared where neither draws."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
+    """`module` computes `forward(module, …)` from now on, until `undo` is closed."""
+    module.forward = types.MethodType(forward, module)
+    undo.callback(module.__dict__.pop, "forward", None)
+
+
+def random_input(*shape: int, like: Tensor) -> Tensor:
+    """Normal values of this shape, the same at each call, in the dtype of `like` and on its device."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
+
+
+def projection_of(module: nn.Module) -> Projection | None:
+    """What a linear module is now, or None if it has to be called."""
+    if isinstance(module, LoraLinear):
+        return module.projection()
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if module.weight.requires_grad or "forward" in module.__dict__:
+        return None
+    return Projection(module.weight, module.bias)
+
+
+class Join:
+    """The weights of linear modules that share an input, laid below one another in one tensor; `undo` parts them.
+
+    Quantised weights stay where they are: the tensor is one over all their codes."""
+
+    def __init__(self, modules: list[nn.Module], undo: ExitStack) -> None:
+        self.modules = modules
+        self.weight: Tensor | None = None
+        bases = [base_of(m) for m in modules]
+        weights = [getattr(b, "weight", None) for b in bases]
+        plain = all(type(b) is nn.Linear for b in bases)
+        if not plain or len({(w.dtype, w.device, w.shape[1]) for w in weights if w is not None}) != 1:
+            return
+        parameters = [w for w in weights if w is not None]
+        quantised = [w for w in parameters if isinstance(w, Quantised)]
+        if len(quantised) == len(parameters):
+            self.weight = stacked(quantised)
+            return
+        if len(modules) < 2 or quantised or len({p.data_ptr() for p in parameters}) != len(parameters):
+            return
+        whole = torch.cat([p.detach() for p in parameters])
+        at = 0
+        for p in parameters:
+            memory.page_out(p.detach())
+            p.data = whole[at : at + len(p)]
+            at += len(p)
+        self.weight = whole
+        undo.callback(self._part, parameters)
+
+    def _part(self, parameters: list[nn.Parameter]) -> None:
+        self.weight = None
+        for p in parameters:
+            p.data = p.data.clone()
+
+    def linears(self) -> Any:
+        """The joined projections with the pairs that act now, or None if some module has to be called."""
+        parts = [projection_of(m) for m in self.modules]
+        known = [p for p in parts if p is not None]
+        if len(known) != len(parts) or len({p.dropout for p in known if p.A is not None}) > 1:
+            return None
+        if len(known) > 1 and not isinstance(self.weight, Quantised):
+            if self.weight is None:
+                return None
+            at = 0
+            for p in known:
+                if p.weight.data_ptr() != self.weight[at:].data_ptr():
+                    return None
+                at += len(p.weight)
+        return joined(known, self.weight)
+
+
+def keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:
+    """Weights in the order in which they are used, as long as there is room. Which ones does not matter: each is used
+    as often as the next."""
+    for join in report.joins:
+        weight = join.weight
+        if isinstance(weight, Quantised) and weight.kept is None and report.kept + weight.nbytes <= most:
+            weight.keep()
+            report.kept += weight.nbytes
+            undo.callback(setattr, weight, "kept", None)
+
+
+def same_dtype(x: Tensor, weight: Tensor) -> bool:
+    """Whether x can be multiplied by this weight as it is: one dtype, and no autocast that would change it."""
+    return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)

@@ -1,0 +1,268 @@
+"""What a language model and its modules compute, found out by running them and not by a class's name.
+
+    own = OwnForward.of(model)           before anything of the model is replaced
+    own.nll_problem(nll)                 "" or which token is off, and by how much
+    own.logits_problem(logits)           the same for whole rows of logits
+    norm_of(module)                      w and ε of an RMS norm  y = w ⊙ x / √(mean x² + ε), or why it is none
+    gate_of(module)                      act of a gated MLP      y = down(act(gate(x)) ⊙ up(x)), or why it is none
+
+A whole model is run over a few rows of random tokens, padded, through its own forward; another way of running it may
+lay the rows beside one another, so that a leak from row to row shows. Windows are made short for as long as that lasts,
+so that short rows reach past them and the price does not grow with the numbers of a config. Compared is token by token,
+in float32. What rounding explains is measured, not guessed: every row runs twice in that one batch, and the second time
+the output of each layer is moved by a unit of its last place, up or down by chance. On Gemma 3 270M that moves the loss
+of a token by 1 in bfloat16 and by 1e-4 in float32: a tolerance from the dtype alone is too wide or too narrow.
+
+A module's formula does not depend on the weights it is given, and so is tried with weights that tell it from every
+other, on a copy or for the length of a call: zeros, ones and wild ones in a norm; small matrices in float64 in an MLP.
+The base's own weights cannot tell w ⊙ x̂ from (1 + w) ⊙ x̂ where a few of them are large.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.core.targets import base_of
+
+__all__ = ["LENGTHS", "WINDOW", "OtherKind", "OwnForward", "gate_of", "gate_parts", "norm_of", "short_windows"]
+
+LENGTHS = (21, 9, 2)
+"""Tokens of the probe's rows: past a short window, past it by one, and the shortest that has a loss."""
+
+WINDOW = 8
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size")
+_FACTOR = 8
+"""How many times as far as its measured rounding another order of the same sums may end up."""
+
+
+@contextmanager
+def short_windows(model: Any) -> Iterator[None]:
+    """Windows of attention of WINDOW tokens at most, in the config and in each module that keeps its own."""
+    with ExitStack() as undo:
+        for holder in (model.config.get_text_config(), *model.modules()):
+            for name in _WINDOWS:
+                size = getattr(holder, name, None)
+                if type(size) is int and size > WINDOW:
+                    undo.callback(setattr, holder, name, size)
+                    setattr(holder, name, WINDOW)
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class OwnForward:
+    """ids: (N,), rows of LENGTHS one after another. logits: (N, vocabulary), float32. moved: the same with the rounding
+    of every layer moved. eps: of the model's dtype."""
+
+    ids: Tensor
+    logits: Tensor
+    moved: Tensor
+    eps: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any) -> OwnForward:
+        """One forward of the model as it is. Raises whatever that raises."""
+        weight = model.get_input_embeddings().weight
+        vocabulary, device = weight.shape[0], weight.device
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(min(3, vocabulary - 1), vocabulary, (sum(LENGTHS),), generator=generator).to(device)
+        rows = nn.utils.rnn.pad_sequence(list(ids.split(LENGTHS)), batch_first=True)
+        real = torch.arange(rows.shape[1], device=device) < torch.tensor(LENGTHS, device=device)[:, None]
+        with short_windows(model), _moved_rounding(model, len(LENGTHS)):
+            out = model(input_ids=rows.repeat(2, 1), attention_mask=real.long().repeat(2, 1), use_cache=False)
+        own, moved = (half[real].float() for half in out.logits.chunk(2))
+        return cls(ids, own, moved, torch.finfo(out.logits.dtype).eps)
+
+    @property
+    def trained(self) -> Tensor:
+        """(N,) bool: all but the first token of each row."""
+        out = torch.ones_like(self.ids, dtype=torch.bool)
+        out[[0, *torch.tensor(LENGTHS).cumsum(0)[:-1].tolist()]] = False
+        return out
+
+    def nll_problem(self, nll: Tensor) -> str:
+        """nll: one for each of `trained`, of the rows with short windows. "" where it is the model's own."""
+        at = self.trained.nonzero()[:, 0]
+        own, moved = (torch.nn.functional.cross_entropy(x[at - 1], self.ids[at], reduction="none") for x in
+                      (self.logits, self.moved))  # fmt: skip
+        size = self.logits[at - 1].abs().amax(1)
+        return self._problem(nll.detach().float()[:, None], own[:, None], moved[:, None], size, "loss")
+
+    def logits_problem(self, logits: Tensor, at: Tensor | None = None) -> str:
+        """logits: (tokens, vocabulary) after the tokens `at`, all of them by default."""
+        chosen = slice(None) if at is None else at
+        own = self.logits[chosen]
+        return self._problem(logits.float(), own, self.moved[chosen], own.abs().amax(1), "largest logit")
+
+    def _problem(self, got: Tensor, own: Tensor, moved: Tensor, size: Tensor, what: str) -> str:
+        """Each row of `got` against `own`, by its entry that is farthest off. size: (rows,), of what the last rounding
+        was a part of."""
+        if got.shape != own.shape or not torch.isfinite(got).all():
+            return f"its {what} is not finite" if got.shape == own.shape else f"it gives {tuple(got.shape)}"
+        off = (got - own).abs().amax(1)
+        explained = _FACTOR * (moved - own).abs().max() + 2 * self.eps * size
+        worst = int((off - explained).argmax())
+        if off[worst] <= explained[worst]:
+            return ""
+        return (
+            f"the {what} of token {worst + 1} of {len(off)} is {float(off[worst]):.3g} off, where rounding explains "
+            f"{float(explained[worst]):.2g}"
+        )
+
+
+@contextmanager
+def _moved_rounding(model: Any, first: int) -> Iterator[None]:
+    """From row `first` of the batch on, every layer's output is off by a unit of its last place."""
+    generator = torch.Generator().manual_seed(1)
+
+    def move(_module: nn.Module, _args: Any, out: Any) -> Any:
+        hidden = out[0] if isinstance(out, tuple) else out
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or len(hidden) != 2 * first:
+            return out
+        signs = torch.randint(0, 2, hidden[first:].shape, generator=generator).to(hidden) * 2 - 1
+        hidden = torch.cat([hidden[:first], hidden[first:] * (1 + torch.finfo(hidden.dtype).eps * signs)])
+        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+    depth = model.config.get_text_config().num_hidden_layers
+    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), ())
+    with ExitStack() as undo:
+        for module in (model.get_input_embeddings(), *layers):
+            undo.callback(module.register_forward_hook(move).remove)
+        yield
+
+
+# -- modules -----------------------------------------------------------------------------------------------------------
+
+
+class OtherKind(Exception):
+    """Why a module is not of the kind that was asked for."""
+
+
+def norm_of(module: nn.Module) -> tuple[Tensor, float]:
+    """(w, ε), w in the dtype of the module's weight: the weight itself, or 1 + it where that is the convention and
+    fits. Raises OtherKind."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
+        raise OtherKind("it has no weight or no ε")
+    if [name for name, _ in module.named_parameters()] != ["weight"]:
+        raise OtherKind("it has more than a weight")
+    generator = torch.Generator().manual_seed(0)
+    n = len(weight)
+    x, wild = torch.randn(4, n, generator=generator), torch.randn(n, generator=generator)
+    x[1:, : n // 8] *= 30.0  # as real activations are: a few channels far larger than the rest,
+    x[3] *= 1e-3  # and a token so small that ε matters
+    wild[n // 2 :] *= 20.0
+    with torch.no_grad():
+        tried = [torch.zeros(n), torch.ones(n), wild]
+        got = [_called_with(module, w, x) for w in tried]
+        normed = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
+        for plus in (0.0, 1.0):
+            if all(_close(y, (w.double() + plus) * normed, 1e-5) for w, y in zip(tried, got, strict=True)):
+                break
+        else:
+            raise OtherKind("its result differs from both conventions")
+        own = weight.detach()
+        wide = own.double() + plus
+        scale = own if not plus else wide.to(own.dtype)
+        # float32 is what such a norm itself adds 1 in; fewer bits are another weight
+        if own.dtype != torch.float32 and not torch.equal(scale.double(), wide):
+            raise OtherKind(f"1 + w does not fit {own.dtype}")
+        x = x.to(own.device, own.dtype)
+        y = module(x)
+        normed = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
+        if y.dtype != x.dtype or not _close(y, scale.double() * normed, 4 * torch.finfo(own.dtype).eps):
+            raise OtherKind(f"in {own.dtype} its result differs")
+    return scale, eps
+
+
+def _called_with(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    own = module.get_parameter("weight")
+    out: Tensor = torch.func.functional_call(module, {"weight": weight.to(own.device)}, (x.to(own.device),))
+    return out.cpu()
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Each element within `tolerance` of its own size."""
+    a, b = a.double(), b.double()
+    return a.shape == b.shape and bool(((a - b).abs() <= tolerance * b.abs() + 1e-30).all())
+
+
+_PARTS = ("gate_proj", "up_proj", "gate_up_proj")
+
+
+def gate_parts(module: nn.Module) -> tuple[list[nn.Module], nn.Module] | None:
+    """The projections of what may be a gated MLP: [gate, up] or [both in one], and down."""
+    children = dict(module.named_children())
+    parts = [children[n] for n in _PARTS if n in children]
+    down = children.get("down_proj")
+    if down is None or not parts or not all(type(base_of(m)) is nn.Linear for m in (*parts, down)):
+        return None
+    return parts, down
+
+
+def gate_of(module: nn.Module) -> str:
+    """silu, gelu or gelu_tanh of a module with `gate_parts`. Raises OtherKind."""
+    act = _activation(module)
+    if act is None:
+        raise OtherKind("its activation is not silu or gelu")
+    if "forward" in module.__dict__:
+        raise OtherKind("its forward was replaced")
+    if any(isinstance(m, nn.Dropout) and m.p for m in module.modules()):
+        raise OtherKind("it drops something")
+    hidden, inner = 6, 10
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * 4
+
+    small = copy.copy(module)
+    small._modules = dict(module._modules)
+    made: dict[str, nn.Linear] = {}
+    for name, child in module.named_children():
+        if name not in (*_PARTS, "down_proj"):
+            continue
+        shape = {"down_proj": (inner, hidden), "gate_up_proj": (hidden, 2 * inner)}.get(name, (hidden, inner))
+        bias = getattr(base_of(child), "bias", None) is not None
+        linear = nn.Linear(*shape, bias=bias, device="meta", dtype=torch.float64)
+        for key, value in linear.named_parameters():
+            setattr(linear, key, nn.Parameter(random(*value.shape), requires_grad=False))
+        small._modules[name] = made[name] = linear
+    x = random(1, 7, hidden)
+    with torch.no_grad():
+        try:
+            got = small(x)
+        except Exception as error:  # whatever a module of another kind raises at sizes that are not its own
+            raise OtherKind(f"its formula could not be tried: {type(error).__name__}") from None
+        if "gate_up_proj" in made:
+            gate, up = made["gate_up_proj"](x).chunk(2, dim=-1)
+        else:
+            gate, up = made["gate_proj"](x), made["up_proj"](x)
+        wanted = made["down_proj"](_ACTIVATIONS[act](gate) * up)
+    if not isinstance(got, Tensor) or not _close(got, wanted, 1e-6):
+        raise OtherKind("its result differs from a gated MLP's")
+    return act
+
+
+_ACTIVATIONS: dict[str, Any] = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}  # fmt: skip
+
+
+def _activation(module: nn.Module) -> str | None:
+    function = getattr(module, "act_fn", getattr(module, "activation_fn", None))
+    if not callable(function):
+        return None
+    x = torch.linspace(-40, 40, 1001)  # to where clipped ones clip
+    with torch.no_grad():
+        y = function(x)
+        known = _ACTIVATIONS.items()
+        return next((name for name, f in known if y.shape == x.shape and torch.allclose(y, f(x), atol=1e-6)), None)
