@@ -390,11 +390,11 @@ def merge_shards(
 
 def _seen_weights(base: Path, parts: dict[str, Checkpoint], kind: str) -> frozenset[str]:
     """The tensors of the files that a quantised load of this base quantises, one for one."""
-    from veneer.models.text.base import outline_text
+    from veneer.models.text.base import text_without_weights
 
     if kind not in KINDS:
         raise ConfigError(f"adapters trained over {kind} weights are not merged by shard", fix="leave out --by-shard")
-    names = quantised_weights(outline_text(str(base)).model)
+    names = quantised_weights(text_without_weights(str(base)).model)
     if "" not in parts or (missing := [n for n in names if n not in parts[""].entries]):
         joined = f" ({missing[0]})" if "" in parts else ""
         raise BaseError(
@@ -420,8 +420,8 @@ def _plan(parts: dict[str, Checkpoint], mix: list[tuple[Adapter, float]], names:
     for adapter, strength in mix:
         if adapter.new_tokens:
             problems.append(f"{', '.join(adapter.new_tokens)}: learned words have no rows in the base yet")
-        outline = parameter_changes(adapter.mapped(lambda t: t.to("meta")))
-        for (name, make), (_, shape_only) in zip(parameter_changes(adapter), outline, strict=True):
+        shapes = parameter_changes(adapter.mapped(lambda t: t.to("meta")))
+        for (name, make), (_, shape_only) in zip(parameter_changes(adapter), shapes, strict=True):
             component, rest = ("", name) if "" in parts else (name.partition(".")[0], name.partition(".")[2])
             if component not in parts:
                 problems.append(f"{name}: the base has no component {component!r}, only {', '.join(parts)}")

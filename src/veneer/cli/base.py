@@ -59,10 +59,10 @@ def list_(as_json: _Json = False) -> None:
 @app.command(epilog="Example: veneer base show smollm2-135m")
 def show(name: _Name, as_json: _Json = False) -> None:
     """What a base is: its shape, fingerprint, dtype, the modules that can carry a pair."""
-    from veneer.models.outline import outline
+    from veneer.models.description import describe_base
     from veneer.models.sources import find
 
-    found: dict[str, Any] = outline(name, find(name, say=_say))
+    found: dict[str, Any] = describe_base(name, find(name, say=_say))
     if as_json:
         print(json.dumps(found, indent=2))
         return

@@ -286,7 +286,7 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     """The same front door before servers that run elsewhere. They read the library's files by the same paths."""
     from veneer.library.library import open_library
     from veneer.models.home import veneer_home
-    from veneer.models.text.base import outline_text
+    from veneer.models.text.base import text_without_weights
     from veneer.serve.fleet.fleet import Fleet, FleetAdapters
     from veneer.serve.fleet.servable import problems
     from veneer.serve.http.app import create_app
@@ -296,7 +296,7 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     if settings.folders:
         raise ConfigError("replicas read the library, not folders", where="--allow-folder", fix="veneer library add")
     tenancy, routers, rollouts = _tenancy(settings, say)
-    base, library = outline_text(settings.base, say=say), open_library(settings.library)
+    base, library = text_without_weights(settings.base, say=say), open_library(settings.library)
     shelf = Shelf(base, library=library)
     fleet = Fleet(
         settings.upstreams, files=shelf.files, cache=veneer_home() / "cache" / "served",

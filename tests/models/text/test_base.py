@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from veneer.errors import BaseError, ConfigError, ResourceError
-from veneer.models.outline import outline
+from veneer.models.description import describe_base
 from veneer.models.text import base as module
 from veneer.models.text.base import choose_dtype, end_of_turn, load_text
 
@@ -199,9 +199,9 @@ def test_without_a_template_eos_ends_a_turn(tmp_path: Path) -> None:
     assert base.end_of_turn_id == base.tokenizer.eos_token_id
 
 
-def test_outline_tells_what_loading_would_find(tmp_path: Path) -> None:
+def test_a_description_tells_what_loading_would_find(tmp_path: Path) -> None:
     folder = tiny_base_dir(tmp_path)
-    base, told = load_text(str(folder)), outline("tiny", folder)
+    base, told = load_text(str(folder)), describe_base("tiny", folder)
     assert told["parameters"] == sum(p.numel() for p in base.model.parameters())
     assert told["fingerprint"] == base.fingerprint
     assert told["end_of_turn"] == "<|im_end|>"

@@ -26,8 +26,13 @@ from veneer.models.builtin import BUILTIN, PACKAGED
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.device import settle
 from veneer.models.image.families import FAMILIES, ImageFamily, topology_name
-from veneer.models.image.files import Loaded, control_of, read_directory
-from veneer.models.image.single_file import read_single_file
+from veneer.models.image.files import (
+    LoadedParts,
+    control_of,
+    read_directory,
+    read_single_file,
+    require_diffusers,
+)
 from veneer.models.loading import errors_only
 from veneer.models.sources import find
 
@@ -57,7 +62,7 @@ ControlNet = nn.Module
 class ImageBase:
     """A frozen image model.
 
-    `family`: as formats.topology calls it; `row` is its row of image_families. `model`: what adapters attach to, under
+    `family`: as formats.topology calls it; `row` is its row of families.py. `model`: what adapters attach to, under
     canonical names. `parts`: diffusers' components by their names there; `model` and every pipeline share them.
     `prediction`: what the denoiser gives. `size`: default picture side in pixels. `notes`: what a person should know
     about the loading, one sentence each."""
@@ -151,8 +156,6 @@ def load_image(
     `config`: for a single file, the diffusers directory that has its model_index.json and configs.
     Raises BaseError (not found, not whole, not of a known family, weights that do not match the configs), ConfigError
     (an unknown dtype, device or quantisation), ResourceError (not enough memory), MissingExtraError."""
-    from veneer.models.image.files import require_diffusers
-
     require_diffusers()
     if quantise not in (None, "nf4", "int8"):
         raise ConfigError(f"{quantise!r} is no quantisation of a base", fix="nf4 or int8")
@@ -169,7 +172,7 @@ def load_image(
     return _base(name, path, read, quantise)
 
 
-def _base(name: str, path: Path, read: Loaded, quantise: str | None) -> ImageBase:
+def _base(name: str, path: Path, read: LoadedParts, quantise: str | None) -> ImageBase:
     row = read.family
     for part in read.parts.values():
         if isinstance(part, nn.Module):

@@ -1,27 +1,37 @@
-"""The files of an image base: a diffusers directory to loaded components. (One file: image_single_file.)
+"""The files of an image base: a diffusers directory, or one file of original weights, to loaded components.
 
     model_index.json      name -> [library, class]; each component in a folder of its name
     <name>/config.json    the component's shape; weights beside it as safetensors, whole, sharded, or a variant (.fp16)
+    sdxl.safetensors      original weights in one file; what it does not hold comes from a diffusers directory
 
 Only classes of diffusers and transformers are made, only safetensors are opened, and every tensor must have its place.
 What a picture does not need (safety checker, feature extractor) is left out. Nothing here asks a network.
+
+A file of original weights has no configs: they are read from `config`, or from the hub's cache of the repository that
+diffusers takes for this kind of file. Its names go through diffusers' own converters; FLUX.1's denoiser through ours,
+because diffusers' knows one width, 3072. Of FLUX.2 and Qwen-Image the file gives the denoiser alone.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.errors import BaseError, MissingExtraError
+from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
 from veneer.models.image.families import FAMILIES, ImageFamily, family_label, family_of
-from veneer.models.loading import loading
+from veneer.models.loading import errors_only, loading
 from veneer.models.quantise import lazy_state, load_part, load_state, saved_kind
 from veneer.models.sources import find
 from veneer.models.text.base import check_loaded, check_memory, choose_device, choose_dtype
@@ -29,19 +39,16 @@ from veneer.models.weights import StoredTensor, file_table, pickles_refused, sto
 
 __all__ = [
     "INDEX",
-    "Loaded",
-    "components",
-    "config_of",
+    "LoadedParts",
+    "component_classes",
     "control_of",
-    "digest_of",
     "family_of_directory",
-    "fields_of",
-    "flags_of",
-    "has_weights",
-    "load_component",
-    "own_pipelines",
+    "flux_config",
+    "held_by",
+    "parts_fingerprint",
     "read_directory",
     "read_index",
+    "read_single_file",
     "require_diffusers",
     "table_of",
     "unreadable",
@@ -59,7 +66,7 @@ _NOT_SHAPE = {"sample_size", "force_upcast", "quantization_config"}
 
 
 @dataclass
-class Loaded:
+class LoadedParts:
     """The components of a base and what was settled in loading them. `pipelines`: kinds whose class the index names.
     `settings`: the index' flags, which are arguments of pipelines: force_zeros_for_empty_prompt, is_distilled, …"""
 
@@ -82,18 +89,20 @@ def require_diffusers() -> None:
         raise MissingExtraError("image bases need diffusers", fix="pip install 'veneer[image]'") from error
 
 
-# -- directories -----------------------------------------------------------------------------------------------------
+# -- a directory -----------------------------------------------------------------------------------------------------
 
 
-def read_directory(path: Path, dtype: str | torch.dtype, device: str | torch.device, quantise: str | None) -> Loaded:
+def read_directory(
+    path: Path, dtype: str | torch.dtype, device: str | torch.device, quantise: str | None
+) -> LoadedParts:
     """Every component of a diffusers directory. Raises BaseError as `load_image` says."""
     index = read_index(path)
-    classes = components(index, path)
+    classes = component_classes(index, path)
     family = family_of_directory(path, classes)
     folders = {name: path / name for name in classes}
     tables, notes = {}, []
     for name, (_, classname) in classes.items():
-        if has_weights(classname):
+        if _has_weights(classname):
             tables[name], variant = table_of(folders[name])
             if variant:
                 notes.append(f"{name}: only the {variant} weights are there, and they are used")
@@ -103,18 +112,18 @@ def read_directory(path: Path, dtype: str | torch.dtype, device: str | torch.dev
     parts: dict[str, Any] = {}
     for name, (library, classname) in classes.items():
         quant = quantise if name == family.denoiser or classname in _LARGE_ENCODERS else None
-        parts[name], more = load_component(folders[name], library, classname, kind, where, quant, name in tables)
+        parts[name], more = _load_component(folders[name], library, classname, kind, where, quant, name in tables)
         notes += [f"{name}: {note}" for note in more]
-    return Loaded(
+    return LoadedParts(
         family,
         parts,
-        digest_of(parts, tables),
+        parts_fingerprint(parts, tables),
         kind,
         reason,
         where,
         notes,
-        own_pipelines(index, family),
-        flags_of(index),
+        _own_pipelines(index, family),
+        _flags_of(index),
     )
 
 
@@ -125,7 +134,7 @@ def read_index(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         kind, fix = "", None
         if (path / "config.json").exists():
-            kind = str(config_of(path).get("_class_name") or "a text base")
+            kind = str(_config_of(path).get("_class_name") or "a text base")
             fix = "give the folder around it"
             if kind == "a text base":
                 fix = "`veneer generate` uses it, and data.train is what it learns from"
@@ -141,7 +150,7 @@ def read_index(path: Path) -> dict[str, Any]:
     return found
 
 
-def components(index: Mapping[str, Any], path: Path) -> dict[str, tuple[str, str]]:
+def component_classes(index: Mapping[str, Any], path: Path) -> dict[str, tuple[str, str]]:
     """name -> (library, class) of what is there and needed."""
     out = {}
     for name, value in index.items():
@@ -167,7 +176,7 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
     if denoiser is None:
         raise BaseError("this base has neither a unet nor a transformer", where=str(path / INDEX))
     classname = classes[denoiser][1]
-    family = family_of(classname, config_of(path / denoiser))
+    family = family_of(classname, _config_of(path / denoiser))
     if family is None:
         raise BaseError(
             f"{classname} is of no family that veneer knows",
@@ -180,18 +189,18 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
     return family
 
 
-def own_pipelines(index: Mapping[str, Any], family: ImageFamily) -> dict[str, str]:
+def _own_pipelines(index: Mapping[str, Any], family: ImageFamily) -> dict[str, str]:
     """FLUX.2 klein's pipelines are not dev's; the index says which it is."""
     if family.name == "flux2" and index.get("_class_name") == "Flux2KleinPipeline":
         return {"text": "Flux2KleinPipeline", "inpaint": "Flux2KleinInpaintPipeline"}
     return {}
 
 
-def flags_of(index: Mapping[str, Any]) -> dict[str, Any]:
+def _flags_of(index: Mapping[str, Any]) -> dict[str, Any]:
     return {n: v for n, v in index.items() if not n.startswith("_") and isinstance(v, bool | int | float | str)}
 
 
-def config_of(folder: Path) -> dict[str, Any]:
+def _config_of(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -199,7 +208,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def has_weights(classname: str) -> bool:
+def _has_weights(classname: str) -> bool:
     return not any(word in classname for word in ("Tokenizer", "Scheduler", "Processor"))
 
 
@@ -246,7 +255,7 @@ def _check_room(
     check_memory(path, int(needs), dtype, device)
 
 
-def load_component(
+def _load_component(
     folder: Path,
     library: str,
     classname: str,
@@ -255,8 +264,6 @@ def load_component(
     quantise: str | None,
     weights: bool,
 ) -> tuple[Any, tuple[str, ...]]:
-    import importlib
-
     cls = getattr(importlib.import_module(library), classname, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise BaseError(
@@ -268,7 +275,7 @@ def load_component(
         options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
         if not any((folder / f"{s}.safetensors{i}").exists() for s in _WRITTEN for i in ("", ".index.json")):
             options["variant"] = "fp16"
-    saved = saved_kind(config_of(folder), str(folder)) if weights else ""
+    saved = saved_kind(_config_of(folder), str(folder)) if weights else ""
     with loading():
         try:
             if saved or (quantise and weights):
@@ -305,15 +312,13 @@ def unreadable(where: Path, error: Exception) -> BaseError:
     return BaseError(f"this component of the base cannot be read: {said}", where=str(where))
 
 
-def digest_of(parts: Mapping[str, Any], tables: Mapping[str, list[StoredTensor]]) -> str:
-    fields = {name: fields_of(part) for name, part in parts.items() if name in tables}
+def parts_fingerprint(parts: Mapping[str, Any], tables: Mapping[str, list[StoredTensor]]) -> str:
+    fields = {name: _fields_of(part) for name, part in parts.items() if name in tables}
     return fingerprint_parts({name: (fields[name], tables[name]) for name in fields})
 
 
-def fields_of(part: Any) -> dict[str, Any]:
+def _fields_of(part: Any) -> dict[str, Any]:
     """What of a component's config shapes it: class, and whatever is not at the class's default."""
-    import inspect
-
     from transformers import PreTrainedConfig
 
     if isinstance(part.config, PreTrainedConfig):
@@ -345,7 +350,7 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
         raise BaseError("a ControlNet is a directory with config.json", where=str(folder))
     if not (folder / "config.json").exists():
         raise BaseError("this is no ControlNet: it has no config.json", where=str(folder))
-    config = config_of(folder)
+    config = _config_of(folder)
     classname = str(config.get("_class_name", ""))
     theirs = _control_family(classname, config)
     if theirs is None:
@@ -362,7 +367,7 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
             raise BaseError(
                 f"this ControlNet is for another base: its {size} is {own}, the base's {base}", where=str(folder)
             )
-    model, _ = load_component(folder, "diffusers", classname, dtype, device, None, True)
+    model, _ = _load_component(folder, "diffusers", classname, dtype, device, None, True)
     made: nn.Module = model.eval()
     return made.requires_grad_(False)
 
@@ -378,3 +383,395 @@ def _control_family(classname: str, config: Mapping[str, Any]) -> str | None:
         row = family_of("UNet2DConditionModel", config)
         return row.name if row else None
     return next((f.name for f in FAMILIES.values() if f.control == classname), None)
+
+
+# -- one file of original weights --------------------------------------------------------------------------------------
+
+_OF_ADAPTERS = (".lora_A.weight", ".lora_down.weight", ".lora_B.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w2")
+
+
+def read_single_file(
+    path: Path, config: str | Path | None, dtype: str | torch.dtype, device: str | torch.device, quantise: str | None
+) -> LoadedParts:
+    """A checkpoint of original names through diffusers' from_single_file, with configs that are on this machine.
+
+    What the checkpoint does not hold (tokenizers, scheduler; for FLUX text encoders and VAE) comes from `config`, or
+    from the hub's cache of the repository that diffusers takes for this kind of checkpoint."""
+    import diffusers
+
+    if importlib.util.find_spec("accelerate") is None:  # without it diffusers makes up what a file lacks
+        raise MissingExtraError("a base in one file needs accelerate", fix="pip install 'veneer[image]'")
+    table = file_table([path])
+    if any(t.name.endswith(_OF_ADAPTERS) for t in table):
+        raise BaseError("this is an adapter, not a base", where=str(path), fix=f"name its base, and --adapter {path}")
+    folder = _configs_for(path, config, table)
+    index = read_index(folder)
+    classes = component_classes(index, folder)
+    family = family_of_directory(folder, classes)
+    if quantise:
+        raise BaseError(
+            "a single-file base cannot be quantised while it is read", where=str(path), fix="save it as a directory"
+        )
+    held = held_by(table)
+    if held and family.denoiser not in held:
+        raise BaseError(f"this file holds no {family.denoiser}: {', '.join(sorted(held))}", where=str(path))
+    pipelines = {**family.pipelines, **_own_pipelines(index, family)}
+    whole = hasattr(getattr(diffusers, pipelines["text"]), "from_single_file")
+    held = held & set(classes) | {family.denoiser} if whole else {family.denoiser}  # of the others the denoiser alone
+    where = choose_device(device)
+    kind, reason = choose_dtype(dtype, where, stored_dtype(table))
+    check_memory(path, sum(t.elements for t in table) * kind.itemsize, kind, where)
+    given: dict[str, Any] = {}
+    tables = {"file": table}
+    notes = [f"configs come from {folder}"]
+    for name, (library, classname) in classes.items():
+        if name in held:
+            continue
+        if _has_weights(classname):
+            try:
+                tables[name], _ = table_of(folder / name)
+            except BaseError as error:
+                raise BaseError(
+                    f"the file holds no {name}, and the directory of configs has no weights of one",
+                    where=str(path),
+                    fix=f"config= a directory with the weights of {name}",
+                ) from error
+        given[name], more = _load_component(folder / name, library, classname, kind, where, None, name in tables)
+        notes += [f"{name}: {note}" for note in more]
+    options: dict[str, Any] = {"config": str(folder), "local_files_only": True, "torch_dtype": kind}
+    settings = {k: v for k, v in family.settings.items() if v is None}
+    if family.name == "flux1" and _is_flux_original([t.name for t in table]):
+        given[family.denoiser], note = _flux(path, _config_of(folder / family.denoiser), kind)
+        notes += note
+    with loading():
+        try:
+            if not held - given.keys():
+                parts = {name: given[name] for name in classes}
+            elif whole:
+                made = getattr(diffusers, pipelines["text"]).from_single_file(
+                    str(path), **options, **given, **settings
+                )  # fmt: skip
+                parts = {name: getattr(made, name) for name in classes}
+            else:
+                cls = getattr(diffusers, classes[family.denoiser][1])
+                parts = {**given, family.denoiser: _denoiser_of(path, cls, family.denoiser, options)}
+        except Exception as error:
+            said = " ".join(str(error).split())[:300]
+            if "meta tensor" in said:  # what no tensor of the file was put into
+                said = "some of its weights are not in the file"
+            raise BaseError(
+                f"diffusers cannot read this file as {family.label}: {said}",
+                where=str(path),
+                fix="config= a diffusers directory of the same kind of model",
+            ) from error
+    for part in parts.values():
+        if isinstance(part, nn.Module):
+            part.to(where)
+    if family.name == "flux1":
+        _check_widths(path, parts)
+    with errors_only():
+        unused = _unused(table, {name: parts[name] for name in held})
+    if unused:
+        shown = ", ".join(unused[:6]) + (f" and {len(unused) - 6} more" if len(unused) > 6 else "")
+        notes.append(f"{len(unused)} of the file's {len(table)} tensors have no place and are left out: {shown}")
+    fields = {n: _fields_of(p) for n, p in parts.items() if isinstance(p, nn.Module)}
+    digest = fingerprint_parts({"file": (fields, table), **{n: ({}, t) for n, t in tables.items() if n != "file"}})
+    return LoadedParts(
+        family, parts, digest, kind, reason, where, notes, _own_pipelines(index, family), _flags_of(index)
+    )
+
+
+def _denoiser_of(path: Path, cls: Any, name: str, options: Mapping[str, Any]) -> Any:
+    """The denoiser of a family whose pipeline diffusers does not read from one file, though it reads its denoiser."""
+    from safetensors.torch import load_file
+
+    state = {n.removeprefix("model.diffusion_model."): tensor for n, tensor in load_file(path).items()}
+    return cls.from_single_file(state, subfolder=name, **options)
+
+
+def _flux(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """FLUX.1's denoiser by the shapes of the file, and in which numbers the directory's is another."""
+    from safetensors.torch import load_file
+
+    made = _flux_model(load_file(path), config, dtype, str(path))
+    other = [
+        f"{key} is {made.config[key]} ({config[key]} there)"
+        for key in sorted(config.keys() & made.config.keys())
+        if not key.startswith("_") and _plain(made.config[key]) != _plain(config[key])
+    ]
+    return made, [f"transformer: its shapes are not those of its configs: {', '.join(other)}"] if other else []
+
+
+def _check_widths(path: Path, parts: Mapping[str, Any]) -> None:
+    """Raises BaseError where FLUX.1's denoiser is of another model than what reads prompts and draws for it."""
+    denoiser = parts["transformer"].config
+    wanted = {
+        "text_encoder": ("hidden_size", denoiser.pooled_projection_dim),
+        "text_encoder_2": ("d_model", denoiser.joint_attention_dim),
+        "vae": ("latent_channels", (denoiser.out_channels or denoiser.in_channels) // 4),
+    }
+    bad = [
+        f"{name} has {what} {getattr(parts[name].config, what)}, the denoiser wants {wants}"
+        for name, (what, wants) in wanted.items()
+        if parts.get(name) is not None and getattr(parts[name].config, what) != wants
+    ]
+    if bad:
+        fix = "config= a diffusers directory of the same kind of model"
+        raise BaseError(f"this file does not go with its directory: {'; '.join(bad)}", where=str(path), fix=fix)
+
+
+_HELD = {
+    "model.diffusion_model.": {"unet", "transformer"},
+    "first_stage_model.": {"vae"},
+    "vae.": {"vae"},
+    "cond_stage_model.": {"text_encoder"},
+    "conditioner.embedders.0.": {"text_encoder"},
+    "conditioner.embedders.1.": {"text_encoder_2"},
+    "text_encoders.clip_l.": {"text_encoder"},
+    "text_encoders.clip_g.": {"text_encoder_2"},
+    "text_encoders.t5xxl.": {"text_encoder_2", "text_encoder_3"},
+    "double_blocks.": {"transformer"},
+    "joint_blocks.": {"transformer"},
+}
+
+
+def held_by(table: Iterable[StoredTensor]) -> set[str]:
+    """Which components a checkpoint of original names holds."""
+    names = [t.name for t in table]
+    out: set[str] = set()
+    for prefix, parts in _HELD.items():
+        if any(name.startswith(prefix) for name in names):
+            out |= parts
+    if any(n.startswith("text_encoders.clip_g.") for n in names):  # SD3: T5 is the third
+        out -= set() if any(n.startswith("text_encoders.t5xxl.") for n in names) else {"text_encoder_3"}
+    return out
+
+
+def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor]) -> Path:
+    if config is not None:
+        found = find(str(config))
+        if found.is_file():
+            raise BaseError("config is a diffusers directory, and this is a file", where=str(found))
+        return found
+    from huggingface_hub import snapshot_download
+
+    kind_of, paths = (
+        DIFFUSERS(f"diffusers.loaders.single_file_utils.{name}")
+        for name in ("infer_diffusers_model_type", "DIFFUSERS_DEFAULT_PIPELINE_PATHS")
+    )
+    fix = "config= a diffusers directory of the same kind of model (its configs and tokenizers are enough)"
+    try:
+        shapes = {t.name: torch.empty(t.shape, device="meta") for t in table}
+        kind = kind_of(shapes)
+        repo = paths[kind]["pretrained_model_name_or_path"]
+        if any(name.endswith("txt_norm.weight") for name in shapes):  # diffusers takes it for Stable Diffusion 1
+            repo = "Qwen/Qwen-Image"
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
+        raise BaseError("diffusers does not know what kind of model this file is", where=str(path), fix=fix) from error
+    try:
+        return Path(snapshot_download(repo, local_files_only=True))
+    except Exception as error:
+        raise BaseError(
+            f"this file is read with the configs of {repo}, and they are not on this machine",
+            where=str(path),
+            fix=f"{fix}, or fetch them once: `hf download {repo} --include '*.json' '*.txt' '*.model'`",
+        ) from error
+
+
+# -- which tensors of a file nothing took ------------------------------------------------------------------------------
+
+_CLIP = ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.")
+_BARE = ("Flux2Transformer2DModel", "QwenImageTransformer2DModel")
+"""Those whose prefix `_denoiser_of` takes off itself."""
+_OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
+
+
+def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str]:
+    """The names of a file's tensors that are in none of these components, which were read from it.
+
+    The names go through diffusers' converters once more, with tensors that have shapes and no numbers. Those that a
+    component's weight was made of, cut, joined or turned, are the ones it has a gradient for."""
+    state = {stored.name: torch.empty(stored.shape, device="meta", requires_grad=True) for stored in table}
+    taken: list[Tensor] = []
+    for part in parts.values():
+        held = part.state_dict()
+        own = {_plain_name(name): tensor.shape for name, tensor in held.items()}
+        for convert in [dict] if held.keys() <= state.keys() else _converters(part):
+            found = convert(dict(state)).items()
+            taken += [t for name, t in found if isinstance(t, Tensor) and own.get(_plain_name(name)) == t.shape]
+    used = torch.autograd.grad([t.sum() for t in taken if t.requires_grad], list(state.values()), allow_unused=True)
+    return [name for name, gradient in zip(state, used, strict=True) if gradient is None]
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix("text_model.")  # a level that one of transformers' classes of CLIP has
+
+
+_SINGLE_FILE = "diffusers.loaders.single_file_utils"
+_Converter = Callable[[dict[str, Tensor]], Mapping[str, Any]]
+
+
+def _converters(part: nn.Module) -> list[_Converter]:
+    """What diffusers may have used to read this component. Of text encoders, whose prefixes tell them apart, all."""
+    known = DIFFUSERS("diffusers.loaders.single_file_model.SINGLE_FILE_LOADABLE_CLASSES")
+    kind = type(part).__name__
+    if kind == "FluxTransformer2DModel":
+        return [_flux_state]
+    if kind in known:
+        convert = known[kind]["checkpoint_mapping_fn"]
+        prefix = "model.diffusion_model." if kind in _BARE else ""
+
+        def converted(state: dict[str, Tensor]) -> Mapping[str, Any]:
+            plain = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            found: Mapping[str, Any] = convert(checkpoint=plain, config=dict(part.config))  # type: ignore[arg-type]
+            return found
+
+        return [converted]
+    if kind.startswith("T5"):
+        return [DIFFUSERS(f"{_SINGLE_FILE}.convert_sd3_t5_checkpoint_to_diffusers")]
+    ldm, open_clip = (DIFFUSERS(f"{_SINGLE_FILE}.convert_{kind}_clip_checkpoint") for kind in ("ldm", "open"))
+    return [
+        ldm,
+        *(lambda state, p=p: ldm(state, p) for p in _CLIP),
+        *(lambda state, p=p: open_clip(part, state, p) for p in _OPEN_CLIP),
+    ]
+
+
+# -- FLUX.1's denoiser of original names -------------------------------------------------------------------------------
+
+#     double_blocks.0.img_attn.qkv.weight (3w, w)   ->  transformer_blocks.0.attn.to_q.weight, to_k, to_v (w, w)
+#     single_blocks.0.linear1.weight (7w, w)        ->  single_transformer_blocks.0.attn.to_q …, proj_mlp (4w, w)
+#
+# Shapes say everything but how positions are divided over a head: that is the given config's where its heads are as
+# wide, else in FLUX.1's proportions.
+
+_FLUX_PREFIX = "model.diffusion_model."
+_FLUX_WHOLE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    **{
+        f"{theirs}_in.{end}_layer": f"time_text_embed.{ours}_embedder.linear_{i}"
+        for theirs, ours in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
+        for i, end in ((1, "in"), (2, "out"))
+    },
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+_FLUX_DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+_FLUX_SINGLE = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+_FLUX_BLOCKS = {"double": ("transformer_blocks", _FLUX_DOUBLE), "single": ("single_transformer_blocks", _FLUX_SINGLE)}
+_FLUX_NAME = re.compile(
+    r"(?:(?P<kind>double|single)_blocks\.(?P<block>\d+)\.)?(?P<module>.+)\.(?P<end>weight|bias|scale)"
+)
+
+
+def _is_flux_original(names: list[str]) -> bool:
+    """Whether a FLUX.1 file has the original names, and not diffusers' own."""
+    return any(name.removeprefix(_FLUX_PREFIX).startswith("double_blocks.") for name in names)
+
+
+def flux_config(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """The config of a FluxTransformer2DModel of these shapes; from `own`, a config as diffusers saves it, what none
+    says. Raises BaseError where a tensor that says something is missing, or the shapes are no FLUX.1's."""
+    shapes = {name.removeprefix(_FLUX_PREFIX): tuple(shape) for name, shape in shapes.items()}
+    head_name = "double_blocks.0.img_attn.norm.query_norm.scale"
+    wanted = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")
+    if missing := [n for n in (*wanted, head_name) if len(shapes.get(n, ())) != (1 if n == head_name else 2)]:
+        raise BaseError(f"some of its weights are not in the file: {', '.join(missing)}", where=where)
+    (width, channels), (head,) = shapes["img_in.weight"], shapes[head_name]
+    if width % head:
+        raise BaseError(f"its width {width} is not a multiple of its heads' {head}: this is no FLUX.1", where=where)
+    axes = tuple(own.get("axes_dims_rope") or ())
+    if sum(axes) != head:
+        if head % 32:
+            raise BaseError(
+                f"its heads are {head} wide, and the config divides positions over {sum(axes)}: {axes}",
+                where=where,
+                fix="config= a diffusers directory whose transformer has axes_dims_rope of that sum",
+            )
+        axes = (head // 8, head * 7 // 16, head * 7 // 16)  # FLUX.1's 16, 56, 56 of 128
+    out = shapes["final_layer.linear.weight"][0]
+    return {
+        "patch_size": 1,
+        "in_channels": channels,
+        "out_channels": None if out == channels else out,
+        "num_layers": _blocks_of_kind(shapes, "double"),
+        "num_single_layers": _blocks_of_kind(shapes, "single"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+        "axes_dims_rope": axes,
+    }
+
+
+def _blocks_of_kind(shapes: Mapping[str, Any], kind: str) -> int:
+    found = {int(m["block"]) for name in shapes if (m := _FLUX_NAME.fullmatch(name)) and m["kind"] == kind}
+    return max(found, default=-1) + 1  # a block that lacks is then missing by name
+
+
+def _flux_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that are a FLUX.1 denoiser's, under diffusers' names: fused projections in parts, the halves of the last
+    modulation, (shift, scale) there, as (scale, shift)."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found = _FLUX_NAME.fullmatch(name.removeprefix(_FLUX_PREFIX))
+        if found is None or (found["end"] == "scale") != ("_norm" in found["module"]):
+            continue  # a norm has a scale, all others weight and bias
+        end = found["end"].replace("scale", "weight")
+        if found["kind"] is None:
+            if found["module"] in _FLUX_WHOLE:
+                halves = tensor.chunk(2) if "adaLN" in found["module"] else (tensor,)
+                out[f"{_FLUX_WHOLE[found['module']]}.{end}"] = torch.cat(halves[::-1])
+            continue
+        blocks, modules = _FLUX_BLOCKS[found["kind"]]
+        if parts := modules.get(found["module"]):
+            # q, k and v are alike; behind those of a single block comes its MLP, four times as wide
+            rows = [len(tensor) // (7 if len(parts) == 4 else len(parts))] * (len(parts) - 1)
+            for part, piece in zip(parts, tensor.split([*rows, len(tensor) - sum(rows)]), strict=True):
+                out[f"{blocks}.{found['block']}.{part}.{end}"] = piece
+    return out
+
+
+def _flux_model(tensors: Mapping[str, Tensor], own: Mapping[str, Any], dtype: torch.dtype, where: str = "") -> Any:
+    """The denoiser of a file. Raises BaseError for one that is not whole, with every name and shape."""
+    import diffusers
+
+    config = flux_config({name: tuple(tensor.shape) for name, tensor in tensors.items()}, own, where)
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(**config)
+    state, want = _flux_state(tensors), model.state_dict()
+    bad = [f"missing: {name}" for name in want if name not in state]
+    bad += [
+        f"misshapen: {name} {tuple(state[name].shape)}, by the others {tuple(t.shape)}"
+        for name, t in want.items()
+        if name in state and state[name].shape != t.shape
+    ]
+    if bad:
+        shown = "\n".join(f"  - {line}" for line in bad[:20]) + (f"\n  … and {len(bad) - 20} more" * (len(bad) > 20))
+        raise BaseError(f"some of its weights are not in the file ({len(bad)} faults):\n{shown}", where=where)
+    # Copies: parts of a fused projection would share its memory, and all of them the file's.
+    model.load_state_dict({name: state[name].to(dtype, copy=True) for name in want}, assign=True)
+    return model.eval()

@@ -21,8 +21,7 @@ import torch
 from veneer.core.adapter import Mix
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image.base import pipeline
-from veneer.models.image.predict import encode_prompts
-from veneer.models.image.preview import Preview
+from veneer.models.image.predict import LatentPreview, encode_prompts
 from veneer.models.image.schedulers import make_scheduler
 from veneer.ops.cpu.sharing import forwards
 
@@ -344,7 +343,7 @@ class _Run:
     def at_end_of_step(self, rows: tuple[Row, ...]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
         now = [row.plan.at(0.0) for row in rows]
         size = self.settings.width or self.base.size, self.settings.height or self.base.size
-        preview = None if self.watch is None else Preview(self.base, *size)
+        preview = None if self.watch is None else LatentPreview(self.base, *size)
 
         def callback(pipe: Any, i: int, _t: Any, held: dict[str, Any]) -> dict[str, Any]:
             nonlocal now

@@ -37,9 +37,9 @@ __all__ = [
     "choose_dtype",
     "end_of_turn",
     "load_text",
-    "outline_text",
     "read_config",
     "read_tokenizer",
+    "text_without_weights",
 ]
 
 _DTYPES = {
@@ -152,7 +152,7 @@ def load_text(
     )
 
 
-def outline_text(name: str, *, say: Callable[[str], None] | None = None) -> TextBase:
+def text_without_weights(name: str, *, say: Callable[[str], None] | None = None) -> TextBase:
     """A base without its weights, on the meta device: config, tokenizer, names, shapes, fingerprint. For whoever checks
     adapters against a base that runs elsewhere. Raises BaseError."""
     from transformers import AutoModelForCausalLM

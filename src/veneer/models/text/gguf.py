@@ -63,11 +63,11 @@ def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     with fast_headers():
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     with loading(), torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(config)
+        empty = AutoModelForCausalLM.from_config(config)
     architecture = str(reader.get_field("general.architecture").contents())
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    names = get_gguf_hf_weights_map(outline, processor)
-    wanted = {n: tuple(outline.get_parameter(n).shape) for n in quantised_weights(outline)}
+    names = get_gguf_hf_weights_map(empty, processor)
+    wanted = {n: tuple(empty.get_parameter(n).shape) for n in quantised_weights(empty)}
     stored: dict[str, list[Any]] = {}
     for tensor in reader.tensors:
         key = tensor.name.removesuffix(".weight")  # fused experts have no suffix in the model
@@ -79,9 +79,9 @@ def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
         if name in wanted and all(t.tensor_type.name not in _PLAIN for t in tensors):
             read = partial(_blocks, processor, tensors, wanted[name], dtype)
         else:
-            read = partial(_dequantised, processor, tensors, tuple(outline.get_parameter(name).shape), str(file))
-        state[name] = LazyTensor("BF16", tuple(outline.get_parameter(name).shape), read)
-    model, info = load_state(type(outline), config, state, "", dtype)
+            read = partial(_dequantised, processor, tensors, tuple(empty.get_parameter(name).shape), str(file))
+        state[name] = LazyTensor("BF16", tuple(empty.get_parameter(name).shape), read)
+    model, info = load_state(type(empty), config, state, "", dtype)
     if missing := sorted(info["missing_keys"]):
         raise BaseError(
             f"{len(missing)} tensors of the model are not in the file, {missing[0]} among them", where=str(file)

@@ -1,4 +1,4 @@
-"""What an image base is, told without loading its weights: its classes are built on the meta device."""
+"""What a base is, described without loading its weights: its classes are built on the meta device."""
 
 from __future__ import annotations
 
@@ -10,33 +10,79 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.models.fingerprint import fingerprint
 from veneer.models.image.base import Components, default_size, prediction_of, vae_scale
 from veneer.models.image.families import topology_name
 from veneer.models.image.files import (
-    components,
-    digest_of,
+    component_classes,
     family_of_directory,
+    held_by,
+    parts_fingerprint,
     read_index,
     require_diffusers,
     table_of,
     unreadable,
 )
-from veneer.models.image.single_file import held_by
 from veneer.models.loading import loading
-from veneer.models.text.base import choose_device, choose_dtype
-from veneer.models.weights import file_table, stored_dtype
+from veneer.models.sources import is_image
+from veneer.models.text.base import choose_device, choose_dtype, end_of_turn, read_config, read_tokenizer
+from veneer.models.weights import file_table, stored_dtype, tensor_table
 
-__all__ = ["outline_image"]
+__all__ = ["describe_base"]
 
 
-def outline_image(name: str, path: Path) -> dict[str, Any]:
-    """JSON-ready facts of a diffusers directory: family, what it predicts, components with their parameters, picture's
-    side, stored and chosen dtype with the reason, fingerprint, and every kind of linear module that can carry a pair.
-    Of a single file what its header says."""
-    if path.is_file():
-        return _of_file(name, path)
+def describe_base(name: str, path: Path) -> dict[str, Any]:
+    """JSON-ready facts of the base at `path`.
+
+    Of a text base: family, sizes, stored and chosen dtype with the reason, fingerprint, the token that ends a turn, and
+    every kind of linear module and expert parameter with its shape and count. Of an image base: family, what it
+    predicts, components with their parameters, picture's side, stored and chosen dtype with the reason, fingerprint,
+    and every kind of linear module that can carry a pair; of one in a single file what its header says."""
+    if not is_image(path):
+        return _text(name, path)
+    return _image_file(name, path) if path.is_file() else _image_directory(name, path)
+
+
+def _text(name: str, path: Path) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    table, config, tokenizer = tensor_table(path), read_config(path), read_tokenizer(path)
+    stored = stored_dtype(table)
+    dtype, reason = choose_dtype("auto", choose_device("auto"), stored)
+    with loading(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    turn = end_of_turn(tokenizer)
+    linear = Counter(
+        (n.rpartition(".")[2], m.in_features, m.out_features)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+    )
+    experts = Counter((n.rpartition(".")[2], tuple(p.shape)) for n, p in model.named_parameters() if p.dim() == 3)
+    return {
+        "name": name,
+        "path": str(path),
+        "family": config.model_type,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layers": text.num_hidden_layers,
+        "hidden": text.hidden_size,
+        "vocabulary": text.vocab_size,
+        "context": getattr(text, "max_position_embeddings", None),
+        "stored_dtype": stored,
+        "stored_bytes": sum(t.size for t in table),
+        "runs_in": str(dtype).removeprefix("torch."),
+        "because": reason,
+        "chat_template": bool(tokenizer.chat_template),
+        "end_of_turn": None if turn is None else tokenizer.convert_ids_to_tokens(turn),
+        "fingerprint": fingerprint(path, config, table),
+        "linear_modules": [{"target": t, "count": n, "in": i, "out": o} for (t, i, o), n in linear.items()],
+        "expert_parameters": [{"target": t, "count": n, "shape": list(s)} for (t, s), n in experts.items()],
+    }
+
+
+def _image_directory(name: str, path: Path) -> dict[str, Any]:
     require_diffusers()
-    classes = components(read_index(path), path)
+    classes = component_classes(read_index(path), path)
     family = family_of_directory(path, classes)
     parts: dict[str, Any] = {}
     tables = {}
@@ -73,7 +119,7 @@ def outline_image(name: str, path: Path) -> dict[str, Any]:
         "stored_bytes": sum(t.size for table in tables.values() for t in table),
         "runs_in": str(dtype).removeprefix("torch."),
         "because": reason,
-        "fingerprint": digest_of(parts, tables),
+        "fingerprint": parts_fingerprint(parts, tables),
         "linear_modules": [
             {"target": t, "component": c, "count": n, "in": i, "out": o} for (c, t, i, o), n in linear.items()
         ],
@@ -99,7 +145,7 @@ def _on_meta(folder: Path, library: str, classname: str) -> Any:
             raise unreadable(folder, error) from error
 
 
-def _of_file(name: str, path: Path) -> dict[str, Any]:
+def _image_file(name: str, path: Path) -> dict[str, Any]:
     table = file_table([path])
     return {
         "name": name,

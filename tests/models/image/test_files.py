@@ -16,7 +16,7 @@ from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer.core.targets import base_modules
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image.base import load_image, pipeline
-from veneer.models.image.flux_file import flux_config
+from veneer.models.image.files import flux_config
 from veneer.models.image.predict import encode_prompts, latent_shape, predict
 
 pytest.importorskip("diffusers")
