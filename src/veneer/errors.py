@@ -17,7 +17,8 @@
     ├── UnavailableError        a store or a database that does not answer now, whatever was asked of it
     └── MissingExtraError       an optional dependency that is not installed
 
-And `shown`, through which every text of a file goes before a person sees it. Imports nothing of veneer.
+And `shown`, through which every text of a file goes before a person sees it, and `lacks_memory`, by which everybody
+tells that memory ran out. Imports nothing of veneer.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ __all__ = [
     "UnavailableError",
     "UnsafeFileError",
     "VeneerError",
+    "lacks_memory",
     "nearest",
     "quoted",
     "shown",
@@ -156,3 +158,13 @@ class MissingExtraError(VeneerError):
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     """The up to `n` entries of `known` that look most like `name`, best first, for "did you mean" hints."""
     return difflib.get_close_matches(name, list(known), n=n, cutoff=0.4)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's own, or torch's, on a device or on the CPU.
+
+    torch's are known by their name and their text: torch need not be loaded."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)

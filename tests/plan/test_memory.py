@@ -16,10 +16,9 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
-from veneer.ops.attention import _blocks
 from veneer.ops.cpu import compiled
 from veneer.plan.image import ImageLoad, image_counts, image_memory
-from veneer.plan.memory import Load, dtype_bytes, kept_dequantised, seen_keys, text_memory, weight_bytes
+from veneer.plan.memory import Load, dtype_bytes, kept_dequantised, text_memory, weight_bytes
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import Device, base_config, device_named
 
@@ -84,11 +83,6 @@ def test_what_is_kept_dequantised_fills_whole_layers_and_no_more_than_there_is()
     assert kept_dequantised(LLAMA, memory, memory.peak) == 0
     assert kept_dequantised(LLAMA, memory, memory.peak + 3 * layer + 5) == 3 * layer
     assert kept_dequantised(LLAMA, memory, memory.peak + 1000 * layer) == 32 * layer
-
-
-@given(st.integers(1, 300), st.none() | st.integers(1, 200))
-def test_seen_keys_are_those_of_the_attention_kernel(length: int, window: int | None) -> None:
-    assert seen_keys([length], window) == sum((q1 - q0) * (q1 - k0) for q0, q1, k0 in _blocks(length, window))
 
 
 def kept_bytes(dtype: torch.dtype, lengths: list[int], share: float, spec: LoraSpec) -> int:

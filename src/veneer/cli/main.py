@@ -34,7 +34,7 @@ from typer.core import TyperGroup
 from veneer import __version__
 from veneer.cli import fault
 from veneer.cli.output import error_text, guard, own
-from veneer.errors import ResourceError, VeneerError
+from veneer.errors import ResourceError, VeneerError, lacks_memory
 
 __all__ = ["COMMANDS", "ended", "main"]
 
@@ -170,7 +170,7 @@ def _known(error: Exception) -> VeneerError | None:
             where=text.split(". ")[0],
             fix="fewer rows at once, or activation checkpointing",
         )
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+    if lacks_memory(error):
         return ResourceError("the memory is exhausted", fix="fewer rows at once, a smaller base, or dtype bfloat16")
     return None
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from veneer.ops.activations import gated, gated_backward
 from veneer.ops.cpu import compiled
 from veneer.ops.dropout import Dropout
+from veneer.ops.sizes import LOGITS_CHUNK, SMALL_INPUT
 
 __all__ = [
     "Linears",
@@ -182,9 +183,6 @@ class _NativeThin:
 
 
 IGNORED = -100
-SMALL = 1 << 18
-"""Elements of x up to which low-rank products are worth compiled calls (1,024 × 80: 0.37 ms instead of 0.61 for three
-pairs of rank 16; 4,096 × 640: 16.7 instead of 14.9)."""
 
 
 class _Dropped:
@@ -211,7 +209,7 @@ _AnyThin = _Thin | _NativeThin | _Dropped
 
 
 def _thin(linears: Linears, x: Tensor, y: Tensor) -> _AnyThin:
-    library = compiled.usable_low_rank(x, y) if x.numel() <= SMALL else None
+    library = compiled.usable_low_rank(x, y) if x.numel() <= SMALL_INPUT else None
     fits = library is not None and all(
         t.dtype == torch.float32 and t.is_contiguous() and t.device == x.device and not p.first % 16 and not p.last % 16
         for p in linears.pairs
@@ -422,7 +420,7 @@ def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
     return nll[:, 0].masked_fill_(ignored, 0)
 
 
-def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
+def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = LOGITS_CHUNK) -> Tensor:
     """−log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32. hidden: (M, d), weight: (vocabulary, d) frozen.
 
     A target of −100 is none: 0, and no gradient. Raises IndexError for any other that is no token (on a GPU, an error

@@ -4,7 +4,8 @@
     image_memory(counts, load, device)                                   bytes by part
 
 SDXL's UNet, FLUX.1 and FLUX.2, from the fields of their config.json. What is kept for the backward pass is what the
-functions of core.denoise and core.fused save on the CPU, and torch's on CUDA; nothing is kept before the first pair.
+functions of ops/denoise.py and ops/fused.py save on the CPU, and torch's on CUDA; nothing is kept before the first
+pair.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class ImageCounts:
 
     def conv(self, n: float, a: int, b: int, side: int = 3, *, new: bool = True, dead: int = 0) -> None:
         """n places of output. torch keeps a convolution's input though its frozen weight needs no gradient. `dead`:
-        channels of a whose gradient nobody wants; then core.denoise.live_conv runs, which keeps nothing."""
+        channels of a whose gradient nobody wants; then ops.denoise.live_conv runs, which keeps nothing."""
         self.parameters += a * b * side * side + b
         if side > 1 and _CONV in self.targets:
             self._learned = True

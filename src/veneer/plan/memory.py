@@ -2,14 +2,13 @@
 
     text_memory(shape, load, device)        bytes by part
 
-What a layer keeps for its backward pass is what the autograd functions of core.fused and core.attention save; with N
-tokens in the micro-batch of which M are trained (both as models.loss rounds them up for 16 bits on a CPU), P places
-of attention (shorter rows of a group are padded to its longest), hidden d, heads H and K of dim h, gated width f, e
-bytes a value:
+What a layer keeps for its backward pass is what the autograd functions of ops save; with N tokens in the micro-batch of
+which M are trained (both as models/text/loss.py rounds them up for 16 bits on a CPU), P places of attention (shorter
+rows of a group are padded to its longest), hidden d, heads H and K of dim h, gated width f, e bytes a value:
 
     e·(2N·d + P·(H + 2K)·h)       the first norm's input and output, q, k and v as they are turned
     M'·e·(H·h + 2d + 2f + …)      attention's output, the second norm's input and output, gate and up; M' is M in the
-                                  last layer where models.speed leaves the other tokens out, else N
+                                  last layer where the fast paths leave the other tokens out, else N
     e·Σ rank·(N + in + out)       x·Aᵀ of each pair, and its factors as they were cast and stacked
     e·N·(2d + (H + 2K)·h)         with DoRA, what its gains multiply
     e·H·Σ blocks                  probabilities (on the CPU alone: flash attention makes them again)
@@ -24,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from veneer.ops.sizes import LOGITS_CHUNK, ROW_STEP, SMALL_INPUT, few_sizes, grouped_rows, key_ranges
 from veneer.plan.shape import Layer, TextShape, layer_ranks, pair_parameters
 from veneer.plan.tables import Device
 
@@ -43,10 +43,6 @@ __all__ = [
     "weight_bytes",
 ]
 
-_BLOCK = 64  # queries that core.attention takes at once
-_CHUNK = 256  # positions whose logits core.fused.token_nll holds at once
-_STEP, _WASTE = 16, 0.25  # of models.loss, of core.attention.RowLayout
-_SMALL = 1 << 18  # elements of an input up to which low-rank products are compiled calls that keep no factors
 _STATES = {"adamw": 8, "adam": 8, "nadam": 8, "radam": 8, "adamax": 8, "rmsprop": 4, "adafactor": 0, "sgd": 0}
 """Bytes of an optimizer's state for each float32 parameter (Adafactor's are rows and columns: too few to count)."""
 
@@ -88,7 +84,7 @@ class Load:
         return sum(self.lengths)
 
     def rounds(self, device: Device) -> bool:
-        """Whether models.loss makes its products of few sizes."""
+        """Whether models/text/loss.py makes its products of few sizes."""
         return device.kind == "cpu" and self.dtype != "float32"
 
     def computed(self, device: Device) -> int:
@@ -104,7 +100,8 @@ class Load:
         """Places of each row in attention, its padding included."""
         if device.kind != "cpu":
             return self.lengths
-        return attended(self.lengths, _STEP if self.rounds(device) else 1)
+        groups = grouped_rows(self.lengths, step=ROW_STEP if self.rounds(device) else 1)
+        return tuple(places for places, rows in groups for _ in rows)
 
     @property
     def begins_in_base(self) -> bool:
@@ -244,7 +241,7 @@ def kept_dequantised(shape: TextShape, memory: Memory, room: int) -> int:
 def _logits(shape: TextShape, trained: int, e: int, device: Device) -> int:
     """A chunk's logits, and beside them the float32 softmax where no kernel makes it in place."""
     each = e if device.native and e == 2 else 8 if e == 4 else 12
-    return each * min(trained, _CHUNK) * shape.vocabulary
+    return each * min(trained, LOGITS_CHUNK) * shape.vocabulary
 
 
 @dataclass(frozen=True)
@@ -318,7 +315,7 @@ class _Kept:
                 values += round(sum(n * part.active * (r + part.outputs) for part, r in own))
                 continue
             total = sum(r for _, r in own)
-            if self.device.thin and self.load.dtype != "float32" and n * own[0][0].inputs <= _SMALL:
+            if self.device.thin and self.load.dtype != "float32" and n * own[0][0].inputs <= SMALL_INPUT:
                 values += n * sum(-(-r // 16) * 16 for _, r in own)
                 continue
             values += n * total
@@ -353,30 +350,7 @@ class _Kept:
         return round(e * max(mlp, attention - freed))
 
 
-def few_sizes(n: int) -> int:
-    """As models.loss has it, which imports torch."""
-    step = max(_STEP, 1 << max(0, (n - 1).bit_length() - 5))
-    return n + -n % step
-
-
-def attended(lengths: Sequence[int], step: int) -> tuple[int, ...]:
-    """Places of each row as core.attention.RowLayout groups and pads them, from long to short."""
-    left, places = sorted(lengths, reverse=True), []
-    while left:
-        longest = left[0]
-        taken = sum(n >= longest * (1 - _WASTE) for n in left)
-        places += [longest + -longest % step] * taken
-        left = left[taken:]
-    return tuple(places)
-
-
 def seen_keys(lengths: Sequence[int], window: int | None = None) -> int:
-    """Σ over queries of the keys that core.attention multiplies them with: blocks of 64 queries see all keys up to the
+    """Σ over queries of the keys that ops.attention multiplies them with: blocks of queries see all keys up to the
     block's end, no further back than the window."""
-    total = 0
-    for length in lengths:
-        for q in range(0, length, _BLOCK):
-            end = min(q + _BLOCK, length)
-            first = 0 if window is None else max(0, q - window + 1)
-            total += (end - q) * (end - first)
-    return total
+    return sum((end - q) * (end - first) for length in lengths for q, end, first in key_ranges(length, window))

@@ -88,7 +88,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class TextShape:
-    """A decoder-only language model. `keeps`: whether its last layer works on trained tokens alone (models.speed)."""
+    """A decoder-only language model. `keeps`: whether its last layer works on trained tokens alone, as the fast paths
+    have it (models/text/fast.py)."""
 
     family: str
     hidden: int
@@ -198,7 +199,7 @@ def text_shape(config: Config) -> TextShape:
 
 
 _KEEPS = {"llama", "mistral", "qwen2"}
-"""Families whose last layer models.speed runs on trained tokens alone."""
+"""Families whose last layer models/text/fast.py runs on trained tokens alone."""
 
 
 def _attention(c: Config, *, biases: bool = False, head_norms: bool = False, window: int | None = None) -> Layer:

@@ -16,7 +16,7 @@ import secrets
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from veneer.errors import ResourceError, UnavailableError
+from veneer.errors import ResourceError, UnavailableError, lacks_memory
 from veneer.serve.request import Refused
 
 __all__ = ["fault", "is_outage", "outage"]
@@ -37,16 +37,11 @@ def is_outage(error: BaseException | None) -> bool:
     """Whether an error, or what it was raised from, is of the machines and not of what was asked."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, _KINDS) or (isinstance(error, OSError) and error.errno in _ERRNO) or _no_memory(error):
+        if isinstance(error, _KINDS) or (isinstance(error, OSError) and error.errno in _ERRNO) or lacks_memory(error):
             return True
         seen.add(id(error))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
-
-
-def _no_memory(error: BaseException) -> bool:
-    """torch's own, known by name: torch need not be loaded."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def outage(what: str, error: object, *, retry_after: float = RETRY_AFTER) -> Refused:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
+from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError, lacks_memory
 from veneer.ops.cpu.memory import peak_resident
 from veneer.ops.cpu.sharing import shared
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
@@ -432,10 +432,8 @@ def memory_errors(micro: Micro) -> Iterator[None]:
     """Turns torch's ways of saying "out of memory" into one ResourceError that names the batch."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        known = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
-        if not known and "can't allocate memory" not in text and "out of memory" not in text.lower():
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
             raise
         raise ResourceError(
             f"out of memory on a batch of {micro.tokens} {micro.unit}",

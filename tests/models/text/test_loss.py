@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.families import FAMILIES, VOCAB
@@ -17,9 +15,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.models.swap import report_of
 from veneer.models.text.fast import fast
-from veneer.models.text.loss import STEP, few_sizes, rows_nll, text_loss
-from veneer.ops.attention import RowLayout
-from veneer.plan import memory
+from veneer.models.text.loss import rows_nll, text_loss
 
 
 def some_rows(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, list[int], torch.Tensor]:
@@ -28,25 +24,6 @@ def some_rows(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, list[int
     ids = torch.randint(3, VOCAB, (sum(lengths),), generator=generator)
     trained = torch.cat([torch.arange(n) >= max(1, 2 * n // 3) for n in lengths])
     return ids, lengths, trained
-
-
-@given(st.integers(1, 1 << 20))
-def test_sizes_are_few_and_little_above_what_is_needed(n: int) -> None:
-    size = few_sizes(n)
-    assert n <= size <= max(n + STEP - 1, n * 17 / 16 + 1)
-    assert few_sizes(size) == size
-    assert few_sizes(n + 1) >= size
-    assert memory.few_sizes(n) == size
-
-
-def test_there_are_at_most_sixteen_sizes_from_each_power_of_two_to_the_next() -> None:
-    assert len({few_sizes(n) for n in range(1025, 2049)}) == 16
-
-
-@given(st.lists(st.integers(1, 200), min_size=1, max_size=12), st.sampled_from([1, STEP]))
-def test_a_plan_counts_the_places_that_attention_has(lengths: list[int], step: int) -> None:
-    groups = RowLayout(lengths, step=step).groups
-    assert memory.attended(lengths, step) == tuple(g.length for g in groups for _ in range(g.rows))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import BaseError, MissingExtraError
+from veneer.errors import BaseError, MissingExtraError, lacks_memory
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
 from veneer.models.image.families import FAMILIES, ImageFamily, family_label, family_of
@@ -283,7 +283,7 @@ def _load_component(
             else:
                 made = cls.from_pretrained(folder, **options)
         except Exception as error:
-            if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+            if lacks_memory(error):
                 raise
             raise unreadable(folder, error) from error
     if not weights:

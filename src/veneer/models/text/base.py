@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from veneer.errors import BaseError, ConfigError, ResourceError
+from veneer.errors import BaseError, ConfigError, ResourceError, lacks_memory
 from veneer.models.device import settle
 from veneer.models.fingerprint import fingerprint
 from veneer.models.loading import errors_only, loading
@@ -328,7 +328,7 @@ def _load_model(
                 output_loading_info=True,
             )
         except Exception as error:
-            if isinstance(error, MemoryError) or "memory" in str(error).lower():
+            if lacks_memory(error):
                 raise
             raise _unreadable("model", path, error) from error
     return model, check_loaded(path, info)

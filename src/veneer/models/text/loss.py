@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from veneer.models.swap import projection_of, report_of
 from veneer.ops.attention import RowLayout
 from veneer.ops.fused import token_nll
+from veneer.ops.sizes import ROW_STEP, few_sizes
 
 __all__ = ["padded_loss", "padded_nll", "row_logps", "rows_loss", "rows_nll", "text_loss"]
 
-STEP = 16
-"""Rows are attended to as if their lengths were multiples of this; see `few_sizes`."""
 HEAD_CHUNK = 128
 """Positions whose logits exist at once where the head has to be called."""
 
@@ -66,16 +65,6 @@ def _text_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
     return padded_nll(model, input_ids, lengths, trained)
 
 
-def few_sizes(n: int) -> int:
-    """n rounded up to one of few sizes, no more than a sixteenth (or 15) above it: 16, 32, … 512, 544, … 1024, 1088, …
-
-    oneDNN compiles a product for each number of rows that it meets and keeps it with its scratch until there are 1,024
-    others. Rows of ever new lengths never come to an end of that, and tensors of ever new sizes leave holes in the
-    heap."""
-    step = max(STEP, 1 << max(0, (n - 1).bit_length() - 5))
-    return n + -n % step
-
-
 def _rounds(weight: Tensor) -> bool:
     """Whether products of this weight are oneDNN's, in 16 bits on the CPU."""
     return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
@@ -102,7 +91,7 @@ def rows_nll(
         lengths = [*lengths, *[longest] * (missing // longest), *([missing % longest] if missing % longest else [])]
         input_ids = torch.cat([input_ids, input_ids[:1].expand(missing)])
         at = torch.cat([at, at[-1:].expand(few_sizes(count) - count)]) if count else at
-        layout = RowLayout(lengths, device, step=STEP)
+        layout = RowLayout(lengths, device, step=ROW_STEP)
     layout = RowLayout(lengths, device) if layout is None else layout
     layout.keep = at - 1 if report_of(model).keeps else None
     # A 4-d mask is passed on untouched by transformers; it keeps an N × N one from being made. The attention interface
