@@ -10,7 +10,7 @@ import torch
 
 from tests.qlora import qlora_run
 from veneer.adapters import use as using
-from veneer.adapters.merge import compare, merge, merge_shards, merged_model
+from veneer.adapters.merge import compare_merges, merge, merge_shards, merged_model
 from veneer.errors import ConfigError
 from veneer.models.text.base import TextBase, load_text
 from veneer.ops.quantised import quantise
@@ -35,7 +35,7 @@ def test_merged_into_what_it_saw_it_computes_what_it_did_unmerged(qlora: Qlora, 
     base = load_text(str(folder), dtype="float32", quantise="nf4")
     original = load_text(str(folder), dtype="float32")
     examples = examples_of(base, rows)
-    found = compare(base, [adapter], examples, original=original, requantise=["nf4"])
+    found = compare_merges(base, [adapter], examples, original=original, requantise=["nf4"])
     assert set(found) == {"seen", "original", "nf4"}
     assert found["seen"].kl < 1e-8
     assert found["seen"].agree == 1.0
@@ -60,7 +60,7 @@ def test_kl_and_losses_are_those_of_float64_arithmetic(qlora: Qlora) -> None:
     base = load_text(str(folder), dtype="float32", quantise="nf4")
     original = load_text(str(folder), dtype="float32")
     examples = examples_of(base, rows)
-    found = compare(base, [adapter], examples, original=original)["original"]
+    found = compare_merges(base, [adapter], examples, original=original)["original"]
     kls, nlls = [], []
     with using.attach_adapters(base, [adapter]) as one, using.attach_adapters(original, [adapter]) as two:
         merged = merged_model(original.model, two.selection.mix, torch.float32)

@@ -20,14 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.adapters import merge as merging
-from veneer.adapters import use as using
-from veneer.adapters.merge import Merged
+from veneer.adapters.merge import merge
+from veneer.adapters.use import AdapterSpec, attach_adapters, load_adapter, parse_spec
 from veneer.formats import peft
 from veneer.models.image.base import load_image as load_image_base
 from veneer.models.text.base import TextBase
 from veneer.models.text.base import load_text as load_base
-from veneer.models.text.generate import generate as complete_all
+from veneer.models.text.generate import complete
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -52,9 +51,6 @@ __all__ = [
     "train_image",
     "train_text",
 ]
-
-Named = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
-"""An adapter by folder or name: "runs/a", "runs/a:0.5", Path("runs/a") or ("runs/a", 0.5)."""
 
 
 def train_text(
@@ -121,7 +117,7 @@ def _config(
 def evaluate(
     base: TextBase,
     data: str | os.PathLike[str] | Sequence[str],
-    mixes: Mapping[str, Sequence[Named]] | None = None,
+    mixes: Mapping[str, Sequence[AdapterSpec]] | None = None,
     *,
     limit: int | None = None,
     **settings: Any,
@@ -138,15 +134,8 @@ def evaluate(
     files = [os.fspath(data)] if isinstance(data, str | os.PathLike) else list(data)
     rows, _ = read_rows(files, limit=limit)
     named = {"base": ()} if mixes is None else mixes
-    specs = {name: [_spec(a) for a in mix] for name, mix in named.items()}
+    specs = {name: [parse_spec(a) for a in mix] for name, mix in named.items()}
     return score_mixes(base, rows, specs, **{"answering": answering, **settings})
-
-
-def load_adapter(base: TextBase, name: str | os.PathLike[str], *, allow_other_base: bool = False) -> Adapter:
-    """Read an adapter and make sure that it belongs to `base`; `attach(base.model).add(…)` puts it on.
-
-    Raises MismatchError if it belongs to another base, AdapterError if anything is missing, extra or misshapen."""
-    return using.load_adapter(base, os.fspath(name), allow_other_base=allow_other_base)
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:
@@ -156,21 +145,11 @@ def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBas
     return Path(folder)
 
 
-def merge(
-    base: TextBase, adapters: Sequence[Named], folder: str | os.PathLike[str], *, dtype: str | None = None
-) -> Merged:
-    """Write a model folder that is `base` with `adapters` folded in; the base keeps its own weights.
-
-    Computed in float32 and rounded once, to `dtype` (by default the base's). The result says how much of the adapters'
-    effect the rounding lost. Raises ConfigError for a folder that is not empty."""
-    return merging.merge(base, [_spec(a) for a in adapters], os.fspath(folder), dtype=dtype)
-
-
 def generate(
     base: TextBase,
     prompts: Sequence[str | Sequence[Mapping[str, str]]],
     *,
-    adapters: Sequence[Named] = (),
+    adapters: Sequence[AdapterSpec] = (),
     system: str | None = None,
     raw: bool = False,
     **settings: Any,
@@ -179,9 +158,10 @@ def generate(
 
     A text is what a user says, and goes through the base's chat template (with `raw`, or on a base without a template,
     it is a text to go on from); a list of messages is taken as it is. `system`: put before each text.
-    `settings`: max_new_tokens, temperature, top_p, seed, batch_size, on_token (models.generate.complete)."""
+    `settings`: max_new_tokens, temperature, top_p, seed, batch_size, on_token (models.text.generate.complete)."""
     with _acting(base, adapters):
-        return complete_all(base, [_messages(base, p, system, raw) for p in prompts], **settings)
+        found = complete(base, [_messages(base, p, system, raw) for p in prompts], **settings)
+    return [completion.text for completion in found]
 
 
 def image(
@@ -222,13 +202,9 @@ def _messages(
 
 
 @contextmanager
-def _acting(base: TextBase, adapters: Sequence[Named]) -> Iterator[None]:
+def _acting(base: TextBase, adapters: Sequence[AdapterSpec]) -> Iterator[None]:
     if not adapters:
         yield
         return
-    with using.attach_adapters(base, [_spec(a) for a in adapters]):
+    with attach_adapters(base, adapters):
         yield
-
-
-def _spec(adapter: Named) -> str | tuple[str, float]:
-    return (os.fspath(adapter[0]), adapter[1]) if isinstance(adapter, tuple) else os.fspath(adapter)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.formats.twins import model, our_outputs, outputs, random_adapter
-from veneer.adapters.merge import Merged, merge_shards, merged_model
+from veneer.adapters.merge import MergeReport, merge_shards, merged_model
 from veneer.core.adapter import Adapter, LoraSpec, Pair
 from veneer.core.init import create
 from veneer.errors import AdapterError, BaseError, ConfigError
@@ -37,7 +37,7 @@ def test_the_merged_model_saved_and_loaded_computes_what_the_attached_one_does(t
     before = copy.deepcopy(net.state_dict())
     adapter = random_adapter(create(net, spec, seed=0, dtype=torch.float64))
     want = our_outputs(net, adapter)
-    report = Merged()
+    report = MergeReport()
     merged = merged_model(net, [(adapter, 1.0)], torch.float64, report)
     merged.save_pretrained(tmp_path / "m")
     again = type(net).from_pretrained(tmp_path / "m", dtype=torch.float64, experts_implementation="eager").eval()
@@ -72,7 +72,7 @@ def test_the_report_says_how_much_of_a_small_delta_is_left():
     adapter = random_adapter(create(net, LoraSpec(rank=2, alpha=4, targets=("q_proj",)), seed=0))
     reports = {}
     for strength in (1.0, 1e-2, 1e-4, 1e-7):
-        merged_model(net, [(adapter, strength)], torch.bfloat16, reports.setdefault(strength, Merged()))
+        merged_model(net, [(adapter, strength)], torch.bfloat16, reports.setdefault(strength, MergeReport()))
     shares = [r.changed for r in reports.values()]
     errors = [r.delta_error for r in reports.values()]
     assert shares == sorted(shares, reverse=True)
@@ -121,7 +121,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("case", SHARDED)
 def test_the_files_merged_one_weight_at_a_time_are_those_of_the_merged_model(saved, tmp_path, case):
     net, adapter = saved(case)
-    wanted = Merged()
+    wanted = MergeReport()
     want = merged_model(net, [(adapter, 0.5)], torch.bfloat16, wanted) if "copies" not in case else None
     report = merge_shards(tmp_path / "base", [f"{tmp_path / 'a'}:{0.5 if want else 1}"], tmp_path / "out")
     want = want or merged_model(net, [(adapter, 1.0)], torch.bfloat16, wanted)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.families import llama3
 from tests.formats import layouts
 from tests.formats.twins import peft_folder
-from veneer.adapters.inspect import inspect, verify
+from veneer.adapters.inspect import inspect, verify_adapter
 from veneer.core.adapter import Adapter, Pair
 from veneer.errors import VeneerError
 from veneer.files.tensors import encode_tensors
@@ -145,7 +145,7 @@ def changed(tensors: dict[str, Tensor], how: list[tuple[str, int, Any]]) -> dict
 
 def used(path: Path, **how: Any) -> None:
     """Read, looked at, checked, and written in every layout that is one file, and as PEFT's folder."""
-    for action in (inspect, verify):
+    for action in (inspect, verify_adapter):
         with contextlib.suppress(VeneerError):
             action(str(path))
     for partial in (False, True):

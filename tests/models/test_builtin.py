@@ -19,7 +19,7 @@ from veneer.errors import BaseError, ResourceError
 from veneer.models import builtin as module
 from veneer.models.builtin import BUILTIN, Builtin, get, place_of
 from veneer.models.text.base import load_text
-from veneer.models.text.generate import generate
+from veneer.models.text.generate import complete
 
 USERS_HOME = os.environ.get("VENEER_HOME") or "~/.veneer"  # read before a test has a home of its own
 
@@ -186,6 +186,6 @@ def test_smollm2_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("VENEER_HOME", str(real))
     base = load_text("smollm2-135m")
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    assert generate(base, [question]) == ["The capital of France is Paris."]
+    assert [c.text for c in complete(base, [question])] == ["The capital of France is Paris."]
     assert base.model.num_parameters() == 134_515_008
     assert base.tokenizer.convert_ids_to_tokens(base.end_of_turn_id) == "<|im_end|>"

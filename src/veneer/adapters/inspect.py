@@ -25,11 +25,11 @@ from veneer.formats.facts import facts
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
-__all__ = ["Check", "delta_norm", "inspect", "verify"]
+__all__ = ["AdapterCheck", "delta_norm", "inspect", "verify_adapter"]
 
 
 @dataclass(frozen=True)
-class Check:
+class AdapterCheck:
     """One thing that was checked. `ok` None: it could not be checked, and `detail` says why."""
 
     name: str
@@ -72,42 +72,44 @@ def delta_norm(pair: Pair) -> float:
     return distance(factors(pair))
 
 
-def verify(name: str, base: TextBase | None = None, **how: Unpack[reader.How]) -> list[Check]:
+def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader.How]) -> list[AdapterCheck]:
     """Check the adapter `name`: the files' hashes and the digest against the card, hashes in a header against the
     tensors, every tensor used and paired, values finite; with a base its fingerprint, every name and shape, and that
     the adapter changes what the base says. Failures are Checks with `ok` False. Raises AdapterError only where there is
     no such adapter."""
     path = using.adapter_path(name)
-    out: list[Check] = []
+    out: list[AdapterCheck] = []
     card: CardFile | None = None
     if (path / CARD_FILE).is_file():
         try:
             card = read_card(path)
-            out.append(Check("card", True, f"{CARD_FILE} is sound"))
+            out.append(AdapterCheck("card", True, f"{CARD_FILE} is sound"))
         except VeneerError as error:
-            out.append(Check("card", False, str(error)))
+            out.append(AdapterCheck("card", False, str(error)))
     elif path.is_dir():
-        out.append(Check("card", None, f"there is no {CARD_FILE}: hashes and digest cannot be compared"))
+        out.append(AdapterCheck("card", None, f"there is no {CARD_FILE}: hashes and digest cannot be compared"))
     out += _hashes(path, card) + _header_hashes(path)
     try:
         reading = reader.read(path, **how)
     except VeneerError as error:
-        return [*out, Check("contents", False, str(error))]
+        return [*out, AdapterCheck("contents", False, str(error))]
     adapter = reading.adapter
     parts: dict[str, Sized] = {"pairs": adapter.pairs, "deltas": adapter.deltas, "full copies": adapter.modules}
     parts |= {"sets of token rows": adapter.token_rows, "sets of learned words": adapter.new_tokens}
     count = ", ".join(f"{len(own)} {what}" for what, own in parts.items() if own)
     told = [f"{reading.format}; every tensor is understood and finite: {count}", *reading.notes]
-    out.append(Check("contents", True, "\n".join(told)))
+    out.append(AdapterCheck("contents", True, "\n".join(told)))
     if card is not None and card.digest:
         digest = adapter.digest()
         same = digest == card.digest
-        out.append(Check("digest", same, digest if same else f"the card says {card.digest}, the tensors give {digest}"))
+        out.append(
+            AdapterCheck("digest", same, digest if same else f"the card says {card.digest}, the tensors give {digest}")
+        )
     out.append(_not_zero(adapter))
     return out if base is None else out + _against(base, name, adapter, card, how)
 
 
-def _header_hashes(path: Path) -> list[Check]:
+def _header_hashes(path: Path) -> list[AdapterCheck]:
     """The hashes that managers and hubs go by, where the header of a single file has them."""
     if path.is_dir() or path.suffix != ".safetensors":
         return []
@@ -116,14 +118,14 @@ def _header_hashes(path: Path) -> list[Check]:
     except VeneerError:
         return []  # what is wrong with the file is said by reading it
     if not found:
-        return [Check("header", None, "the header has no hashes of the tensors")]
+        return [AdapterCheck("header", None, "the header has no hashes of the tensors")]
     wrong = [f"{c.key}: stored {c.stored}, found {c.found}; {c.note}" for c in found if c.holds is False]
     unsure = [f"{c.key}: {c.note}" for c in found if c.holds is None]
     said = "\n".join([*wrong, *unsure]) or ", ".join(c.key for c in found) + " hold"
-    return [Check("header", not wrong, said)]
+    return [AdapterCheck("header", not wrong, said)]
 
 
-def _hashes(folder: Path, card: CardFile | None) -> list[Check]:
+def _hashes(folder: Path, card: CardFile | None) -> list[AdapterCheck]:
     if card is None or not card.files:
         return []
     wrong = []
@@ -132,21 +134,21 @@ def _hashes(folder: Path, card: CardFile | None) -> list[Check]:
         got = file_digest(path) if path.is_file() else "missing"
         if got != want:
             wrong.append(f"{file}: the card says {want}, the file is {got}")
-    return [Check("hashes", not wrong, "\n".join(wrong) or f"{len(card.files)} files are as the card says")]
+    return [AdapterCheck("hashes", not wrong, "\n".join(wrong) or f"{len(card.files)} files are as the card says")]
 
 
-def _not_zero(adapter: Adapter) -> Check:
+def _not_zero(adapter: Adapter) -> AdapterCheck:
     norms = {n: delta_norm(p) for n, p in adapter.pairs.items()}
     alive = [n for n, norm in norms.items() if norm > 0 or adapter.pairs[n].magnitude is not None]
     others = adapter.modules or adapter.token_rows or adapter.deltas or adapter.new_tokens
     if adapter.pairs and not alive and not others:
-        return Check("not zero", False, "every B·A is zero: an adapter that was never trained")
+        return AdapterCheck("not zero", False, "every B·A is zero: an adapter that was never trained")
     zero = sorted(set(norms) - set(alive))
     said = f"; {len(zero)} of {len(norms)} pairs are zero, {zero[0]} among them" if zero else ""
-    return Check("not zero", True, f"‖ΔW‖ = {sum(n**2 for n in norms.values()) ** 0.5:.4g} in all{said}")
+    return AdapterCheck("not zero", True, f"‖ΔW‖ = {sum(n**2 for n in norms.values()) ** 0.5:.4g} in all{said}")
 
 
-def _against(base: TextBase, name: str, adapter: Adapter, card: CardFile | None, how: reader.How) -> list[Check]:
+def _against(base: TextBase, name: str, adapter: Adapter, card: CardFile | None, how: reader.How) -> list[AdapterCheck]:
     want = card.card.base_fingerprint if card else ""
     same = want == base.fingerprint
     told = (
@@ -154,12 +156,14 @@ def _against(base: TextBase, name: str, adapter: Adapter, card: CardFile | None,
         if same
         else f"the card says {want} ({card.card.base if card else ''}), the base is {base.fingerprint}"
     )
-    out = [Check("base", same, told) if want else Check("base", None, "the card names no base's fingerprint")]
+    out = [
+        AdapterCheck("base", same, told) if want else AdapterCheck("base", None, "the card names no base's fingerprint")
+    ]
     try:
         fitted = using.load_adapter(base, name, allow_other_base=True, **how)
     except VeneerError as error:
-        return [*out, Check("fits", False, str(error))]
-    out.append(Check("fits", True, "every name, kind and shape is the base's"))
+        return [*out, AdapterCheck("fits", False, str(error))]
+    out.append(AdapterCheck("fits", True, "every name, kind and shape is the base's"))
     ids = torch.arange(min(64, base.model.config.get_text_config().vocab_size), device=base.device)[None]
     if rows := [i for r in fitted.token_rows.values() for i in r.indices]:
         ids = torch.cat([ids, torch.tensor([rows[:64]], device=base.device)], dim=1)
@@ -169,7 +173,7 @@ def _against(base: TextBase, name: str, adapter: Adapter, card: CardFile | None,
         attachment.use("verified")
         after = base.model(ids).logits.float()
     if not torch.isfinite(after).all():
-        return [*out, Check("effect", False, "the base's logits under the adapter are not finite")]
+        return [*out, AdapterCheck("effect", False, "the base's logits under the adapter are not finite")]
     moved = float((after - before).abs().max())
     detail = f"logits move by up to {moved:.4g}" if moved else "no logit moves: the adapter has no effect on this base"
-    return [*out, Check("effect", moved > 0, detail)]
+    return [*out, AdapterCheck("effect", moved > 0, detail)]

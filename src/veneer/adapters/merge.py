@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,14 +40,14 @@ from veneer.ops.quantised import Quantised, dequantised, quantise
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 __all__ = [
-    "MERGE_FILE", "Difference", "Merged", "compare", "merge", "merge_shards", "merged_model", "requantised",
+    "MERGE_FILE", "Difference", "MergeReport", "compare_merges", "merge", "merge_shards", "merged_model", "requantised",
 ]  # fmt: skip
 
 MERGE_FILE = "merge.json"
 
 
 @dataclass
-class Merged:
+class MergeReport:
     """What a merge did.
 
     `changed`: of the weights whose exact delta is not zero, the share that differs from the base after rounding.
@@ -54,7 +55,8 @@ class Merged:
     as wrong as no delta at all. `delta_kept`: ⟨W'−W, Δ⟩/‖Δ‖², 1 where all of it is there on the whole. `untied`: the
     head no longer shares the embedding's weight, because the mix moves one and not the other. `rounding`: how.
     `seen`: nf4, … where the base's weights are the dequantised ones.
-    `requantised`: nf4 or fp4 where the merged weights were put into 4 bits. `difference`: what `compare` found."""
+    `requantised`: nf4 or fp4 where the merged weights were put into 4 bits. `difference`: what `compare_merges` found.
+    """
 
     folder: str = ""
     base: str = ""
@@ -78,27 +80,29 @@ class Merged:
 
 def merge(
     base: TextBase,
-    adapters: Sequence[str | tuple[str, float]],
-    folder: str | Path,
+    adapters: Sequence[using.AdapterSpec],
+    folder: str | os.PathLike[str],
     *,
     dtype: str | None = None,
     allow_other_base: bool = False,
     requantise: str | None = None,
     difference: Mapping[str, Difference] | None = None,
-) -> Merged:
-    """Write `base` with `adapters` folded in to a new `folder`, with its tokenizer and a report (`merge.json`).
+) -> MergeReport:
+    """Write a model folder that is `base` with `adapters` folded in, with its tokenizer and a report, `merge.json`. The
+    base keeps its own weights.
 
-    `adapters`: as in `using.attach_adapters`, "NAME_OR_PATH[:strength]". `base` may be quantised: what is written is
-    W' = W̃ + ΔW in full, W̃ the dequantised weight, which is what an adapter trained over that base has seen. `dtype`:
-    float32, bfloat16 or float16; by default the one the base is loaded in. `requantise`: nf4 or fp4 puts the merged
-    weights into 4 bits, as a checkpoint of bitsandbytes; most of a small ΔW is lost there (`compare` shows how much).
-    `difference`: what `compare` found, for the report. The folder appears whole or not at all. Raises ConfigError for
-    no adapters, a folder that is not empty, or a base that was loaded in another 16-bit dtype; and what reading the
-    adapters raises."""
+    Computed in float32 and rounded once; the result says how much of the adapters' effect the rounding lost.
+    `adapters`: folders, files or names, each with a strength behind a colon where it is not 1. `base` may be quantised:
+    what is written is W' = W̃ + ΔW in full, W̃ the dequantised weight, which is what an adapter trained over that base
+    has seen. `dtype`: float32, bfloat16 or float16; by default the one the base is loaded in. `requantise`: nf4 or fp4
+    puts the merged weights into 4 bits, as a checkpoint of bitsandbytes; most of a small ΔW is lost there
+    (`compare_merges` shows how much). `difference`: what `compare_merges` found, for the report. The folder appears
+    whole or not at all. Raises ConfigError for no adapters, a folder that is not empty, or a base that was loaded in
+    another 16-bit dtype; and what reading the adapters raises."""
     folder = Path(folder)
     target = _target(base, dtype)
     _check_request(adapters, folder)
-    report = Merged(str(folder), base.name, dtype=str(target).removeprefix("torch."), seen=base.quantised)
+    report = MergeReport(str(folder), base.name, dtype=str(target).removeprefix("torch."), seen=base.quantised)
     with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
         mix = attachment.selection.mix
         strengths = [using.parse_spec(a) for a in adapters]
@@ -150,7 +154,7 @@ def _save_state(model: Any, state: dict[str, Tensor], folder: Path) -> None:
 # -- what a merge loses ------------------------------------------------------------------------------------------------
 
 
-class Row(Protocol):
+class HeldOutRow(Protocol):
     """A held-out row: its tokens, and which of them are answers."""
 
     @property
@@ -182,10 +186,10 @@ class Difference:
 
 
 @torch.no_grad()
-def compare(
+def compare_merges(
     base: TextBase,
-    adapters: Sequence[str | tuple[str, float]],
-    rows: Sequence[Row],
+    adapters: Sequence[using.AdapterSpec],
+    rows: Sequence[HeldOutRow],
     *,
     original: TextBase | None = None,
     requantise: Sequence[str] = (),
@@ -234,12 +238,14 @@ def _merged_and_quantised(base: TextBase, mix: Any, target: torch.dtype, kind: s
     return requantised(merged_model(base.model, mix, target), kind)
 
 
-def _merged_on(base: TextBase, adapters: Any, target: torch.dtype, allow_other_base: bool) -> Any:
+def _merged_on(
+    base: TextBase, adapters: Sequence[using.AdapterSpec], target: torch.dtype, allow_other_base: bool
+) -> Any:
     with using.attach_adapters(base, adapters, allow_other_base=allow_other_base) as attachment:
         return merged_model(base.model, attachment.selection.mix, target)
 
 
-def _log_probabilities(model: Any, row: Row, device: torch.device) -> Tensor:
+def _log_probabilities(model: Any, row: HeldOutRow, device: torch.device) -> Tensor:
     """log p of every token at the trained places of a row: (trained, vocabulary), float32."""
     ids = torch.tensor(row.input_ids, device=device)[None]
     at = [i - 1 for i, trained in enumerate(row.trained) if trained]
@@ -247,17 +253,17 @@ def _log_probabilities(model: Any, row: Row, device: torch.device) -> Tensor:
     return torch.log_softmax(logits.float(), -1)
 
 
-def _nll(log_p: Tensor, row: Row) -> float:
+def _nll(log_p: Tensor, row: HeldOutRow) -> float:
     wanted = torch.tensor([t for t, trained in zip(row.input_ids, row.trained, strict=True) if trained])
     return float(-log_p.gather(1, wanted.to(log_p.device)[:, None]).sum())
 
 
-def _apart(p: Tensor, q: Tensor, row: Row) -> tuple[Tensor, Tensor, float]:
+def _apart(p: Tensor, q: Tensor, row: HeldOutRow) -> tuple[Tensor, Tensor, float]:
     kl = (p.exp() * (p - q)).sum(-1)
     return kl, p.argmax(-1) == q.argmax(-1), _nll(q, row)
 
 
-def _check_request(adapters: Sequence[str | tuple[str, float]], folder: Path) -> None:
+def _check_request(adapters: Sequence[using.AdapterSpec], folder: Path) -> None:
     if not adapters:
         raise ConfigError("there is nothing to merge", fix="name at least one adapter")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -277,11 +283,11 @@ def _target(base: TextBase, dtype: str | None) -> torch.dtype:
 
 
 def merged_model(
-    model: Any, mix: Iterable[tuple[Adapter, float]], dtype: torch.dtype, report: Merged | None = None
+    model: Any, mix: Iterable[tuple[Adapter, float]], dtype: torch.dtype, report: MergeReport | None = None
 ) -> Any:
     """A new model of `model`'s class with the mix folded in, in `dtype`. Shares every tensor that it can with `model`,
     whose own weights stay as they are; fills in `report`. Raises AdapterError where a weight leaves `dtype`'s range."""
-    report = report or Merged()
+    report = report or MergeReport()
     rounding, new, bad = Rounding(), {}, []
     for name, before, exact in exact_weights(model, mix):
         after = exact.to(dtype)
@@ -331,13 +337,13 @@ _TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 
 def merge_shards(
     base: str | Path,
-    adapters: Sequence[str | tuple[str, float]],
+    adapters: Sequence[using.AdapterSpec],
     folder: str | Path,
     *,
     seed: int | None = None,
     names: Callable[[str], str] | None = None,
     seen: str = "",
-) -> Merged:
+) -> MergeReport:
     """Write the model folder `base` with `adapters` folded in to a new `folder`, without loading it.
 
     Every safetensors file is rewritten with the same header, so that a weight keeps its dtype and what the mix does not
@@ -359,7 +365,7 @@ def merge_shards(
     parts = components(base)
     plan = _plan(parts, mix, names or (lambda name: name))
     quantised = _seen_weights(base, parts, seen) if seen else frozenset()
-    report = Merged(str(folder), str(base), seen=seen)
+    report = MergeReport(str(folder), str(base), seen=seen)
     report.rounding = "nearest" if seed is None else f"stochastic, seed {seed}"
     report.adapters = [
         {"name": name, "strength": s, "digest": adapter.digest()}

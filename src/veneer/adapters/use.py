@@ -33,10 +33,22 @@ if TYPE_CHECKING:
 
     from veneer.core.adapter import Adapter
 
-__all__ = ["Base", "adapter_path", "attach_adapters", "base_of", "load_adapter", "parse_spec", "read_adapter"]
+__all__ = [
+    "AdapterSpec",
+    "AnyBase",
+    "adapter_path",
+    "attach_adapters",
+    "base_of",
+    "load_adapter",
+    "parse_spec",
+    "read_adapter",
+]
+
+AdapterSpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+"""An adapter by folder, file or name: "runs/a", "runs/a:0.5", Path("runs/a") or ("runs/a", 0.5)."""
 
 
-class Base(Protocol):
+class AnyBase(Protocol):
     """What an adapter needs to know of a base: a TextBase or an ImageBase. Adapters attach to `model`."""
 
     name: str
@@ -49,11 +61,12 @@ class Base(Protocol):
     def family(self) -> str: ...
 
 
-def parse_spec(spec: str | tuple[str, float]) -> tuple[str, float]:
+def parse_spec(spec: AdapterSpec) -> tuple[str, float]:
     """(name or path, strength) of "NAME_OR_PATH[:strength]". A path that exists is a path, whatever is in its name."""
     if isinstance(spec, tuple):
-        name, strength = spec
+        name, strength = os.fspath(spec[0]), spec[1]
     else:
+        spec = os.fspath(spec)
         name, colon, number = spec.rpartition(":")
         colon = "" if name == "sha256" else colon  # a digest's prefix may look like a number
         try:
@@ -69,9 +82,10 @@ def parse_spec(spec: str | tuple[str, float]) -> tuple[str, float]:
     return name, float(strength)
 
 
-def adapter_path(name: str) -> Path:
+def adapter_path(name: str | os.PathLike[str]) -> Path:
     """Where the adapter's files are: a folder in PEFT's layout, or one file. What is there by that path goes first,
     then the library. Raises AdapterError that says where it looked."""
+    name = os.fspath(name)
     here = Path(name).expanduser()
     for folder in (here, here / "adapter"):
         if (folder / peft.CONFIG_FILE).is_file():
@@ -136,7 +150,7 @@ def _may_be_kept(name: str) -> bool:
     return True
 
 
-def read_adapter(name: str) -> reader.Reading:
+def read_adapter(name: str | os.PathLike[str]) -> reader.Reading:
     """Read the adapter `name`, of any format, without a base. Raises as `adapter_path` and `formats.read.read`."""
     return reader.read(adapter_path(name))
 
@@ -155,12 +169,17 @@ def base_of(name: str) -> str:
     return stated if isinstance(stated, str) else ""
 
 
-def load_adapter(base: Base, name: str, *, allow_other_base: bool = False, **how: Unpack[reader.How]) -> Adapter:
-    """Read the adapter `name` and make sure that it belongs to `base`. `how`: what `formats.read.read` has to be told.
+def load_adapter(
+    base: AnyBase, name: str | os.PathLike[str], *, allow_other_base: bool = False, **how: Unpack[reader.How]
+) -> Adapter:
+    """Read an adapter and make sure that it belongs to `base`; `attach(base.model).add(…)` puts it on.
+
+    `name`: a folder, a file or a name in the library. `how`: what `formats.read.read` has to be told.
 
     Raises MismatchError where it is another family's, which it names; and, with both fingerprints, where its card names
     another base: with the first names and shapes that do not fit. Where every name and shape fits, `allow_other_base`
     takes it all the same. Raises AdapterError for anything else wrong."""
+    name = os.fspath(name)
     path = adapter_path(name)
     try:
         found = _read_for(base, path, how)
@@ -182,14 +201,14 @@ def load_adapter(base: Base, name: str, *, allow_other_base: bool = False, **how
     return adapter
 
 
-def _read_for(base: Base, path: Path, how: reader.How) -> reader.Reading:
+def _read_for(base: AnyBase, path: Path, how: reader.How) -> reader.Reading:
     if path.is_dir() and not is_image(base.family) and not (path / peft.CONFIG_FILE).is_file():
         peft.load(path)  # says best what a folder for a language model lacks
     return reader.read(path, base=base.model, family=base.family, **how)
 
 
 def _refuse_other_family(
-    base: Base, name: str, path: Path, found: reader.Reading, why: str = "its names and shapes fit all the same"
+    base: AnyBase, name: str, path: Path, found: reader.Reading, why: str = "its names and shapes fit all the same"
 ) -> None:
     """Raises MismatchError where what was read is not of the base's family."""
     its = found.family
@@ -210,8 +229,8 @@ def _refuse_other_family(
 
 
 def attach_adapters(
-    base: Base,
-    specs: Sequence[str | tuple[str, float]],
+    base: AnyBase,
+    specs: Sequence[AdapterSpec],
     *,
     attachment: Attachment | None = None,
     allow_other_base: bool = False,
@@ -239,7 +258,7 @@ def attach_adapters(
     return own
 
 
-def _mismatch(name: str, their_base: str, theirs: str, base: Base, detail: str) -> MismatchError:
+def _mismatch(name: str, their_base: str, theirs: str, base: AnyBase, detail: str) -> MismatchError:
     named = f" ({their_base})" if their_base else ""
     fits = detail.startswith("every")
     return MismatchError(

@@ -164,7 +164,7 @@ def verify(
     """Check an adapter's files against its card, its configuration against its tensors, and both against a base.
 
     Exit code 0 if everything that could be checked holds, 2 if anything does not."""
-    from veneer.adapters.inspect import verify as check
+    from veneer.adapters.inspect import verify_adapter as check
     from veneer.adapters.use import adapter_path
 
     everything(show_all)

@@ -12,7 +12,7 @@ import typer
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from veneer.adapters.merge import Difference, Merged
+    from veneer.adapters.merge import Difference, MergeReport
     from veneer.models.text.base import TextBase
 
 __all__ = ["merge"]
@@ -153,7 +153,7 @@ def _compared(
     base: TextBase, original: TextBase | None, adapters: list[str], files: list[str], most: int,
     requantise: str | None, dtype: str, allow_other_base: bool,
 ) -> dict[str, Difference]:  # fmt: skip
-    from veneer.adapters.merge import compare
+    from veneer.adapters.merge import compare_merges
     from veneer.train.config.text import DataSection
     from veneer.train.text.encode import encode_rows
     from veneer.train.text.rows import read_rows
@@ -165,7 +165,7 @@ def _compared(
     data = DataSection(train="-", max_length=base.context, long_rows="cut")
     examples = encode_rows(rows, base.tokenizer, data).examples
     kinds = [requantise] if requantise else []
-    return compare(
+    return compare_merges(
         base, adapters, examples, original=original, requantise=kinds, dtype=dtype, allow_other_base=allow_other_base
     )
 
@@ -200,7 +200,7 @@ def _merge_shards(
     _say_merged(merge_shards(base, adapters, output, seed=seed, seen=seen), as_json)
 
 
-def _say_merged(report: Merged, as_json: bool) -> None:
+def _say_merged(report: MergeReport, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
         return

@@ -20,7 +20,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import BaseError, ConfigError, DataError
 from veneer.models.text.base import TextBase
-from veneer.models.text.generate import _Pieces, complete, encode_prompt, generate
+from veneer.models.text.generate import _Pieces, complete, encode_prompt
 
 PROMPTS = [
     "The printer",
@@ -68,6 +68,10 @@ def test_a_padded_batch_equals_each_prompt_alone(family: str) -> None:
         done = complete(base, PROMPTS, max_new_tokens=6, batch_size=batch_size)
         assert [list(c.ids) for c in done] == expected
         assert [c.finish for c in done] == ["length"] * len(PROMPTS)
+
+
+def generate(base: TextBase, prompts: Any, **settings: Any) -> list[str]:
+    return [completion.text for completion in complete(base, prompts, **settings)]
 
 
 def test_equals_transformers_generate(base: TextBase) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from veneer.errors import BaseError, MissingExtraError, lacks_memory
 from veneer.models.compat_diffusers import DIFFUSERS
@@ -586,6 +587,13 @@ _BARE = ("Flux2Transformer2DModel", "QwenImageTransformer2DModel")
 _OPEN_CLIP = ("cond_stage_model.model.", "conditioner.embedders.0.model.", "conditioner.embedders.1.model.")
 
 
+class _Attached(TorchFunctionMode):
+    """Within the with-block `detach` gives the tensor itself, for converters that end a tensor's history with it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is Tensor.detach else func(*args, **(kwargs or {}))
+
+
 def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str]:
     """The names of a file's tensors that are in none of these components, which were read from it.
 
@@ -597,7 +605,8 @@ def _unused(table: Iterable[StoredTensor], parts: Mapping[str, Any]) -> list[str
         held = part.state_dict()
         own = {_plain_name(name): tensor.shape for name, tensor in held.items()}
         for convert in [dict] if held.keys() <= state.keys() else _converters(part):
-            found = convert(dict(state)).items()
+            with _Attached():
+                found = convert(dict(state)).items()
             taken += [t for name, t in found if isinstance(t, Tensor) and own.get(_plain_name(name)) == t.shape]
     used = torch.autograd.grad([t.sum() for t in taken if t.requires_grad], list(state.values()), allow_unused=True)
     return [name for name, gradient in zip(state, used, strict=True) if gradient is None]

@@ -33,7 +33,6 @@ __all__ = [
     "completion_of",
     "encode_prompt",
     "encode_prompts",
-    "generate",
     "rendered",
 ]
 
@@ -51,11 +50,6 @@ class Completion:
     ids: tuple[int, ...]
     finish: Literal["stop", "length"]
     prompt_tokens: int
-
-
-def generate(base: TextBase, prompts: Sequence[Prompt], **settings: Any) -> list[str]:
-    """The texts of `complete`, in the order of the prompts; the same keyword settings."""
-    return [c.text for c in complete(base, prompts, **settings)]
 
 
 def complete(

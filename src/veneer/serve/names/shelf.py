@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from veneer.adapters.use import Base, load_adapter
+from veneer.adapters.use import AnyBase, load_adapter
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileError, VeneerError, quoted
 from veneer.formats import read as reader
@@ -88,7 +88,7 @@ class Shelf:
 
     def __init__(
         self,
-        base: Base,
+        base: AnyBase,
         *,
         library: Library | None = None,
         folders: Sequence[str | Path] = (),
