@@ -150,15 +150,13 @@ def _not_zero(adapter: Adapter) -> AdapterCheck:
 
 def _against(base: TextBase, name: str, adapter: Adapter, card: CardFile | None, how: reader.How) -> list[AdapterCheck]:
     want = card.card.base_fingerprint if card else ""
-    same = want == base.fingerprint
-    told = (
-        base.fingerprint
-        if same
-        else f"the card says {want} ({card.card.base if card else ''}), the base is {base.fingerprint}"
-    )
-    out = [
-        AdapterCheck("base", same, told) if want else AdapterCheck("base", None, "the card names no base's fingerprint")
-    ]
+    if card is None or not want:
+        out = [AdapterCheck("base", None, "the card names no base's fingerprint")]
+    elif want == base.fingerprint:
+        out = [AdapterCheck("base", True, base.fingerprint)]
+    else:
+        detail = f"the card says {want} ({card.card.base}), the base is {base.fingerprint}"
+        out = [AdapterCheck("base", False, detail)]
     try:
         fitted = using.load_adapter(base, name, allow_other_base=True, **how)
     except VeneerError as error:
