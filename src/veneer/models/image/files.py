@@ -15,7 +15,6 @@ because diffusers' knows one width, 3072. Of FLUX.2 and Qwen-Image the file give
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import json
 import re
@@ -400,8 +399,6 @@ def read_single_file(
     from the hub's cache of the repository that diffusers takes for this kind of checkpoint."""
     import diffusers
 
-    if importlib.util.find_spec("accelerate") is None:  # without it diffusers makes up what a file lacks
-        raise MissingExtraError("a base in one file needs accelerate", fix="pip install 'veneer[image]'")
     table = file_table([path])
     if any(t.name.endswith(_OF_ADAPTERS) for t in table):
         raise BaseError("this is an adapter, not a base", where=str(path), fix=f"name its base, and --adapter {path}")
