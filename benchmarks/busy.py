@@ -174,7 +174,7 @@ def pictures_veneer(work: Path, inside: Inside) -> None:
 
     name, dtype, files, given, strengths = stacked(work)
     model = denoiser(name).to(dtype)
-    with veneer.attach(model) as attachment, forwards(model):  # as models.image_generate has it
+    with veneer.attach(model) as attachment, forwards(model):  # as models.image.generate has it
         for i, tensors in enumerate(files):
             attachment.add(f"a{i}", as_adapter(tensors))
         attachment.use(*((f"a{i}", strength) for i, strength in enumerate(strengths)))

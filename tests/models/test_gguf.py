@@ -21,7 +21,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import BaseError
 from veneer.files.gguf_header import Outline, Reader, dequantise, fast_headers, merges_of
-from veneer.models.text.base import load_text, read_config, read_tokenizer
+from veneer.models.text.base import load_text, read_base_config, read_tokenizer
 from veneer.models.text.generate import complete
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import base_config
@@ -94,14 +94,14 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
             load_text(str(file))
         if keep <= 200:  # no tensor is asked for by a plan
             with pytest.raises(BaseError, match="cut short"):
-                read_config(file)
+                read_base_config(file)
 
 
 def test_a_directory_and_a_gguf_of_one_model_share_their_shape(tmp_path: Path) -> None:
     from veneer.models.fingerprint import shaping_fields
 
     tiny_gguf(tmp_path / "tiny.gguf")
-    one, other = read_config(tmp_path / "tiny.gguf"), read_config(tiny_base_dir(tmp_path))
+    one, other = read_base_config(tmp_path / "tiny.gguf"), read_base_config(tiny_base_dir(tmp_path))
     assert shaping_fields(one) == shaping_fields(other)
 
 

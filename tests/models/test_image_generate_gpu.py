@@ -11,7 +11,7 @@ from tests.image_twins import random_adapter
 from tests.tiny_image_base import tiny_image_base
 from veneer.core.attach import attach
 from veneer.models.image.base import load_image
-from veneer.models.image.generate import MixPlan, Row, Settings, generate_images
+from veneer.models.image.generate import MixPlan, PictureRow, PictureSettings, generate_images
 
 pytestmark = pytest.mark.gpu
 
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("scheduler", [None, "euler"])
 def test_a_seed_is_the_same_picture_on_both(family: str, scheduler: str | None, tmp_path: Path) -> None:
     mix = (("a", 0.8),)
-    rows = [Row("a cat", seed=1), Row("a cat", seed=1, plan=MixPlan(mix, ((0.0, mix),)))]
+    rows = [PictureRow("a cat", seed=1), PictureRow("a cat", seed=1, plan=MixPlan(mix, ((0.0, mix),)))]
     found = []
     for device in ("cpu", "cuda"):
         base = load_image(str(tiny_image_base(tmp_path, family)), device=device, dtype="float32")
         with attach(base.model) as attachment:
             attachment.add("a", random_adapter(load_image(str(base.directory), device="cpu").model, 1))
-            made = generate_images(base, rows, Settings(steps=4, scheduler=scheduler), attachment=attachment)
+            made = generate_images(base, rows, PictureSettings(steps=4, scheduler=scheduler), attachment=attachment)
         found.append(np.stack([np.asarray(p.image).astype(int) for p in made]))
     assert np.abs(found[0] - found[1]).mean() < 1
     assert np.abs(found[0][0] - found[0][1]).mean() > 1

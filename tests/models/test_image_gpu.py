@@ -13,7 +13,7 @@ from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.models.image.base import load_image
-from veneer.models.image.predict import encode_prompts, latent_shape, predict
+from veneer.models.image.predict import embed_prompts, latent_shape, predict
 from veneer.ops.quantised import Quantised
 
 pytestmark = pytest.mark.gpu
@@ -30,12 +30,12 @@ def test_a_quantised_base_predicts_nearly_the_same_and_trains_an_adapter(quantis
     x = torch.randn(2, *latent_shape(base, SIZE, SIZE), device="cuda")
     t = torch.tensor([0.3, 0.8], device="cuda")
     with torch.no_grad():
-        got, want = (predict(b, x, t, encode_prompts(b, ["a red house", "a dog"])).float() for b in (base, plain))
+        got, want = (predict(b, x, t, embed_prompts(b, ["a red house", "a dog"])).float() for b in (base, plain))
     assert (got - want).norm() < 0.3 * want.norm()
     attachment = attach(base.model)
     attachment.add("it", create(base.model, LoraSpec(rank=2, alpha=2, targets=("to_q",)), seed=0), trainable=True)
     attachment.use("it")
-    predict(base, x, t, encode_prompts(base, ["a red house", "a dog"])).float().square().mean().backward()
+    predict(base, x, t, embed_prompts(base, ["a red house", "a dog"])).float().square().mean().backward()
     assert all(p.B.grad is not None and p.B.grad.any() for p in attachment.adapters["it"].pairs.values())
 
 
@@ -46,6 +46,6 @@ def test_a_quantised_base_is_on_the_device_that_was_asked_for(quantise: Any, tmp
     assert {p.device for p in base.model.parameters()} == {torch.device("cuda:1")}
     x = torch.randn(1, *latent_shape(base, SIZE, SIZE), device="cuda:1")
     with torch.no_grad():
-        out = predict(base, x, torch.tensor(0.3, device="cuda:1"), encode_prompts(base, ["a red house"]))
+        out = predict(base, x, torch.tensor(0.3, device="cuda:1"), embed_prompts(base, ["a red house"]))
     assert out.isfinite().all()
     assert out.device == torch.device("cuda:1")

@@ -16,8 +16,8 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.core.targets import base_modules
 from veneer.models.image.base import load_image
-from veneer.models.image.generate import MixPlan, Row, Settings, generate_images
-from veneer.models.image.predict import alphas_cumprod, encode_prompts, latent_shape, predict
+from veneer.models.image.generate import MixPlan, PictureRow, PictureSettings, generate_images
+from veneer.models.image.predict import alphas_cumprod, embed_prompts, latent_shape, predict
 
 pytest.importorskip("diffusers")
 
@@ -70,7 +70,7 @@ def test_every_target_learns_in_one_step_and_the_pipeline_draws_with_it(family: 
         parameters = attachment.parameters("it")
 
         def loss() -> torch.Tensor:
-            text = encode_prompts(base, ["a red house", "a dog"])
+            text = embed_prompts(base, ["a red house", "a dog"])
             return (predict(base, noisy, times, text, sizes=sizes) - target).square().mean()
 
         before = loss()
@@ -83,8 +83,8 @@ def test_every_target_learns_in_one_step_and_the_pipeline_draws_with_it(family: 
                 if p.grad is not None:
                     p.sub_(0.01 * p.grad / norm)
             assert loss() < before
-        rows = [Row("a red house", plan=plan) for plan in (MixPlan(mix, ((0.0, mix),)), MixPlan())]
-        settings = Settings(width=SIZE, height=SIZE, steps=2)
+        rows = [PictureRow("a red house", plan=plan) for plan in (MixPlan(mix, ((0.0, mix),)), MixPlan())]
+        settings = PictureSettings(width=SIZE, height=SIZE, steps=2)
         drawn = [np.asarray(p.image, dtype=int) for p in generate_images(base, rows, settings, attachment=attachment)]
     assert drawn[0].shape == (SIZE, SIZE, 3)
     assert np.abs(drawn[0] - drawn[1]).max() > 0

@@ -284,7 +284,7 @@ def test_two_kinds_loaded_at_a_time_do_not_mix(tmp_path: Path) -> None:
     entry from under it."""
     source = FAMILIES["llama3"]()
     source.save_pretrained(tmp_path / "m")
-    config, tensors = read_config(tmp_path / "m"), tensor_table(tmp_path / "m")
+    config, tensors = read_base_config(tmp_path / "m"), tensor_table(tmp_path / "m")
     kinds = ["nf4", "int8", "fp4", "int8"] * 3
     together = threading.Barrier(len(kinds))
 

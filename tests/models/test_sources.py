@@ -12,7 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 from tests.tiny_base import tiny_base_dir
 from veneer.errors import BaseError
 from veneer.models.home import bases_home, veneer_home
-from veneer.models.sources import find, known_bases
+from veneer.models.sources import find_base, known_bases
 from veneer.models.text.base import load_text
 
 WAYS = ("smollm2-135m", "directory", ".gguf")  # what works without a hub, in every error of a base not found
@@ -36,11 +36,11 @@ def test_home_is_the_environments_or_the_users(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_directory_by_path_and_a_base_under_the_home_by_name(home: Path) -> None:
     folder = tiny_base_dir(home.parent)
-    assert find(str(folder)) == folder
-    assert find("./tiny-base").resolve() == folder
+    assert find_base(str(folder)) == folder
+    assert find_base("./tiny-base").resolve() == folder
     bases_home().mkdir(parents=True)
     folder.rename(bases_home() / "mine")
-    assert find("mine") == bases_home() / "mine"
+    assert find_base("mine") == bases_home() / "mine"
     assert [b.name for b in known_bases()] == ["smollm2-135m", "emoji-flux", "emoji-sdxl", "mine"]
     assert [b.here for b in known_bases() if b.name in ("smollm2-135m", "mine")] == [False, True]
 
@@ -53,21 +53,21 @@ def test_a_path_that_is_not_there_is_never_asked_of_a_hub(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked a hub"))
     with pytest.raises(BaseError, match="there is no base") as caught:
-        find(name)
+        find_base(name)
     assert all(way in (caught.value.fix or "") for way in WAYS)
 
 
 def test_the_nearest_name_is_offered(home: Path) -> None:
     tiny_base_dir(home.parent)
     with pytest.raises(BaseError, match=r"did you mean tiny-base\?"):
-        find("./tiny-bse")
+        find_base("./tiny-bse")
     with pytest.raises(BaseError, match=r"did you mean smollm2-135m\?"):
-        find("smolm2-135")
+        find_base("smolm2-135")
 
 
 def test_with_no_hub_the_error_says_where_it_looked_and_what_else_there_is(home: Path) -> None:
     with pytest.raises(BaseError, match="the hub cannot be reached") as caught:
-        find("some/model")
+        find_base("some/model")
     where, fix = caught.value.where or "", caught.value.fix or ""
     assert str(home.parent / "some/model") in where
     assert "https://" in where
@@ -88,16 +88,16 @@ def test_what_the_hub_answers_is_said(home: Path, monkeypatch: pytest.MonkeyPatc
     reply: Any = SimpleNamespace(headers={}, request=None)
     _answers(monkeypatch, GatedRepoError("gated", response=reply))
     with pytest.raises(BaseError, match=r"gated[\s\S]*hf auth login"):
-        find("some/model")
+        find_base("some/model")
     _answers(monkeypatch, RepositoryNotFoundError("404", response=reply))
     with pytest.raises(BaseError, match="there is no base 'some/model'"):
-        find("some/model")
+        find_base("some/model")
     _answers(monkeypatch, RevisionNotFoundError("404", response=reply))
     with pytest.raises(BaseError, match="no revision 'v9'"):
-        find("some/model@v9")
+        find_base("some/model@v9")
     _answers(monkeypatch, Exception("no route"))
     with pytest.raises(BaseError, match="no route"):
-        find("some/model")
+        find_base("some/model")
 
 
 def test_a_base_in_the_hubs_cache_needs_no_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_of_an_image_base_the_hub_is_asked_for_what_is_loaded(
         return str(home / "snap")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert find("some/sdxl") == home / "snap"
+    assert find_base("some/sdxl") == home / "snap"
     assert got == {"model_index.json", "unet/config.json", "tokenizer/vocab.json", remote[2]}
 
 
@@ -142,23 +142,23 @@ def test_directories_that_are_no_base_say_what_they_are(home: Path) -> None:
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(BaseError, match="an adapter, not a base"):
-        find("./adapter")
+        find_base("./adapter")
     (work / "empty").mkdir()
     with pytest.raises(BaseError, match=r"no config\.json"):
-        find("./empty")
+        find_base("./empty")
     tiny_base_dir(work / "empty")
     with pytest.raises(BaseError, match=r"did you mean empty/tiny-base\?"):
-        find("./empty")
+        find_base("./empty")
     (work / "two").mkdir()
     for name in ("a.gguf", "b.gguf"):
         (work / "two" / name).write_bytes(b"GGUF")
     with pytest.raises(BaseError, match="2 GGUF files"):
-        find("./two")
+        find_base("./two")
     (work / "notes.txt").write_text("x")
     with pytest.raises(BaseError, match="another file"):
-        find("./notes.txt")
+        find_base("./notes.txt")
 
 
 def test_only_built_in_bases_are_made_from_a_file(home: Path) -> None:
     with pytest.raises(BaseError, match="not a built-in"):
-        find("mine", source=Path("x.whl"))
+        find_base("mine", source=Path("x.whl"))

@@ -18,7 +18,7 @@ from veneer.adapters.use import load_adapter
 from veneer.core.adapter import Adapter
 from veneer.errors import MismatchError
 from veneer.models.image.base import ImageBase
-from veneer.models.image.generate import Settings
+from veneer.models.image.generate import PictureSettings
 from veneer.serve.access import Caller, ModelCard, Served
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import Drawn, PictureEvent, PictureRequest
@@ -48,12 +48,12 @@ def shelf_of(base: ImageBase) -> Shelf:
     )
 
 
-def settings(**changes: Any) -> Settings:
-    return Settings(**({"width": SIZE, "height": SIZE, "steps": 3, "guidance": 3.5} | changes))
+def settings(**changes: Any) -> PictureSettings:
+    return PictureSettings(**({"width": SIZE, "height": SIZE, "steps": 3, "guidance": 3.5} | changes))
 
 
 def ask(seed: int = 0, *mix: tuple[str, float], prompt: str = "a red cat", **more: Any) -> PictureRequest:
-    own = {key: more.pop(key) for key in list(more) if key in Settings.__dataclass_fields__}
+    own = {key: more.pop(key) for key in list(more) if key in PictureSettings.__dataclass_fields__}
     return PictureRequest(prompt, settings(**own), seed=seed, mix=tuple(sorted(mix)), **more)
 
 

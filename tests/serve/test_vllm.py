@@ -24,7 +24,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.formats import peft
 from veneer.library.library import open_library
-from veneer.models.sources import find
+from veneer.models.sources import find_base
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.fleet.export import export
 from veneer.serve.fleet.fleet import Fleet
@@ -133,7 +133,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     if not PYTHON.exists():
         pytest.skip(f"no vLLM at {PYTHON}: make test-peers")
     place = tmp_path_factory.mktemp("shop")
-    files = find("smollm2-135m")
+    files = find_base("smollm2-135m")
     ports, cores = [free_port(), free_port()], sorted(os.sched_getaffinity(0))
     library = {"VENEER_LIBRARY": str(place / "library"), "VENEER_VLLM_CACHE": str(place / "converted")}
     servers = [

@@ -26,7 +26,7 @@ from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileEr
 from veneer.formats import peft
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, read_card
-from veneer.models.image.families import family_label, is_image, same_family
+from veneer.models.image.families import family_label, is_image_family, same_family
 
 if TYPE_CHECKING:
     from torch import nn
@@ -202,7 +202,7 @@ def load_adapter(
 
 
 def _read_for(base: AnyBase, path: Path, how: reader.How) -> reader.Reading:
-    if path.is_dir() and not is_image(base.family) and not (path / peft.CONFIG_FILE).is_file():
+    if path.is_dir() and not is_image_family(base.family) and not (path / peft.CONFIG_FILE).is_file():
         peft.load(path)  # says best what a folder for a language model lacks
     return reader.read(path, base=base.model, family=base.family, **how)
 
@@ -212,12 +212,12 @@ def _refuse_other_family(
 ) -> None:
     """Raises MismatchError where what was read is not of the base's family."""
     its = found.family
-    if its is None and (not is_image(base.family) or found.adapter.card.kind == "image"):
+    if its is None and (not is_image_family(base.family) or found.adapter.card.kind == "image"):
         return  # one language model's names are like another's: the error says which do not fit
     if its is not None and same_family(its, base.family):
         return
     label = family_label(its) if its else "text"
-    own = family_label(base.family) if is_image(base.family) else f"a language model ({base.family})"
+    own = family_label(base.family) if is_image_family(base.family) else f"a language model ({base.family})"
     raise MismatchError(
         f"this is {'an' if label == 'SDXL' else 'a'} {label} adapter, the base is {own}\n"
         f"  adapter: {name}\n"

@@ -111,10 +111,10 @@ def convert(
 
 def _of_base(name: str) -> tuple[str, int, int]:
     """llama.cpp's architecture, the rows of a head, and the number of layers, of a base."""
-    from veneer.models.sources import find
-    from veneer.models.text.base import read_config
+    from veneer.models.sources import find_base
+    from veneer.models.text.base import read_base_config
 
-    config = read_config(find(name, say=lambda line: print(line, file=sys.stderr))).get_text_config()
+    config = read_base_config(find_base(name, say=lambda line: print(line, file=sys.stderr))).get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     architecture = _ARCHITECTURES.get(config.model_type, config.model_type)
     return architecture, int(head_dim), int(config.num_hidden_layers)

@@ -84,7 +84,7 @@ def merge(
     from veneer.adapters.merge import merge as fold
     from veneer.adapters.use import adapter_path, parse_spec
     from veneer.core.rounding import DTYPES
-    from veneer.models.sources import find
+    from veneer.models.sources import find_base
     from veneer.models.text.base import load_text
     from veneer.models.weights import stored_dtype, tensor_table
 
@@ -100,7 +100,7 @@ def merge(
     for spec in adapters:
         adapter_path(parse_spec(spec)[0])
     stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(
-        stored_dtype(tensor_table(find(base, say=_say))), "float16"
+        stored_dtype(tensor_table(find_base(base, say=_say))), "float16"
     )
     want = dtype or stored
     # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.

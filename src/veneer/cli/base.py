@@ -34,9 +34,9 @@ def get(
     as_json: _Json = False,
 ) -> None:
     """Fetch a base to this machine, if it is not here yet, and print where it is."""
-    from veneer.models.sources import find
+    from veneer.models.sources import find_base
 
-    path = find(name, source=source, say=_say)
+    path = find_base(name, source=source, say=_say)
     print(json.dumps({"name": name, "path": str(path)}) if as_json else path)
 
 
@@ -60,9 +60,9 @@ def list_(as_json: _Json = False) -> None:
 def show(name: _Name, as_json: _Json = False) -> None:
     """What a base is: its shape, fingerprint, dtype, the modules that can carry a pair."""
     from veneer.models.description import describe_base
-    from veneer.models.sources import find
+    from veneer.models.sources import find_base
 
-    found: dict[str, Any] = describe_base(name, find(name, say=_say))
+    found: dict[str, Any] = describe_base(name, find_base(name, say=_say))
     if as_json:
         print(json.dumps(found, indent=2))
         return

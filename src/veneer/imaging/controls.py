@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from veneer.errors import ConfigError, DataError, MissingExtraError
 from veneer.files.pictures import opened_picture
 from veneer.models.builtin import PACKAGED
-from veneer.models.image.generate import fitted
+from veneer.models.image.generate import fitted_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -164,7 +164,7 @@ def canny(picture: Image, low: int = CANNY[0], high: int = CANNY[1]) -> Image:
 def control_picture(spec: ControlSpec, picture: Image, width: int, height: int) -> tuple[Image, list[str]]:
     """The picture that the ControlNet gets, and what was done to it. Edges are found after resizing, so that they are
     one pixel wide."""
-    made, said = fitted(picture.convert("RGB"), width, height, f"control picture {spec.path}")
+    made, said = fitted_picture(picture.convert("RGB"), width, height, f"control picture {spec.path}")
     notes = [said] if said else []
     if spec.kind != "canny":
         notes.append(f"control picture {spec.path}: taken as it is ({spec.kind})")

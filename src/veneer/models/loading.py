@@ -3,7 +3,7 @@
     with loading():             a model is made, loaded or converted
     with errors_only():         a config, a tokenizer or a scheduler is read: nothing that has weights
 
-What matters is checked and said by the caller.
+What matters of that is checked and said by `check_loaded` and the callers.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-__all__ = ["errors_only", "loading"]
+from veneer.errors import BaseError
+
+__all__ = ["check_loaded", "errors_only", "loading"]
 
 _one_load = threading.RLock()
 _lock = threading.Lock()
@@ -85,3 +88,21 @@ def _switch_off(before: ExitStack) -> None:
 def _unfilter(added: Any) -> None:
     if added in warnings.filters:
         warnings.filters.remove(added)  # type: ignore[attr-defined]
+
+
+def check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
+    """Notes on tensors that the model has no place for; BaseError for missing and misshapen ones.
+
+    `info`: what transformers and diffusers give with output_loading_info."""
+    problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
+    problems += [f"misshapen: {item}" for item in sorted(map(str, info.get("mismatched_keys", ())))]
+    if problems:
+        shown = "\n".join(f"  - {p}" for p in problems[:20])
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise BaseError(
+            f"the weights do not match the config ({len(problems)} problems):\n{shown}{more}",
+            where=str(path),
+            fix="use config and weights of one model; a text base is a causal language model, no encoder or classifier",
+        )
+    extra = sorted(info.get("unexpected_keys", ()))
+    return (f"{len(extra)} stored tensors have no place in the model, {extra[0]} among them",) if extra else ()

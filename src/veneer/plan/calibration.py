@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError, ResourceError
-from veneer.models.device import count
+from veneer.models.device import thread_count
 from veneer.models.home import veneer_home
 from veneer.plan.memory import Load, text_memory
 from veneer.plan.shape import model_shape
@@ -93,7 +93,7 @@ def cpu_device(*, native: bool = True, thin: bool | None = None) -> Device:
     the first for granted, and the second where the processor has AVX512-BF16."""
     import psutil
 
-    cores = count()
+    cores = thread_count()
     total = int(psutil.virtual_memory().total)
     group = Path("/sys/fs/cgroup/memory.max")
     limit = group.read_text(encoding="utf-8").strip() if group.is_file() else ""
@@ -121,7 +121,7 @@ def _has_bf16() -> bool:
 
 def device_key(device: Device, dtype: str) -> str:
     """What a record is kept under: device and precision, and of a CPU how many threads."""
-    return f"{f'cpu/{count()}' if device.kind == 'cpu' else device.name}/{dtype}"
+    return f"{f'cpu/{thread_count()}' if device.kind == 'cpu' else device.name}/{dtype}"
 
 
 def solved(first: tuple[Work, float], second: tuple[Work, float]) -> tuple[float, float]:
@@ -178,7 +178,7 @@ def measured(
     return Calibration(device_key(device, dtype), rate, bandwidth, max(0, peak - counted), name, dtype)
 
 
-def _steps(base: Any, load: Load, rank: int, count: int = 6) -> float:
+def _steps(base: Any, load: Load, rank: int, thread_count: int = 6) -> float:
     """The shortest of the steps after the first, in seconds: what else the machine does only adds to a step."""
     import torch
 
@@ -199,7 +199,7 @@ def _steps(base: Any, load: Load, rank: int, count: int = 6) -> float:
         model.train()
         try:
             with fast(model):
-                for _ in range(count):
+                for _ in range(thread_count):
                     ids, trained = _random_rows(base, load, generator)
                     began = time.perf_counter()
                     loss = text_loss(model, ids, load.lengths, trained)

@@ -89,9 +89,9 @@ def base_config(name: str) -> dict[str, Any]:
 
 
 def _gguf_config(file: Path) -> dict[str, Any]:
-    from veneer.models.text.base import read_config
+    from veneer.models.text.base import read_base_config
 
-    found: dict[str, Any] = read_config(file).to_dict()
+    found: dict[str, Any] = read_base_config(file).to_dict()
     return found
 
 

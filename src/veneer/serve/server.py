@@ -167,12 +167,12 @@ class Keys(OpenAccess):
 
 def build(settings: ServeSettings, say: Callable[[str], None]) -> Built:
     """Everything that `settings` ask for. Blocks while the base loads."""
-    from veneer.models.sources import find, is_image
+    from veneer.models.sources import find_base, is_image_base
 
     if settings.upstreams:
         _computed_here(settings, "the servers of --upstream compute")
         return _build_fleet(settings, say)
-    if is_image(find(settings.base, say=say)):
+    if is_image_base(find_base(settings.base, say=say)):
         _computed_here(settings, "this base draws pictures")
         return _build_pictures(settings, say)
     return _build_text(settings, say)

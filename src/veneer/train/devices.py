@@ -249,7 +249,7 @@ def launch(count: int, command: Sequence[str]) -> int:
         "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
-    settings.setdefault("OMP_NUM_THREADS", str(max(1, processors.count() // count)))
+    settings.setdefault("OMP_NUM_THREADS", str(max(1, processors.thread_count() // count)))
     processes: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: Any) -> None:

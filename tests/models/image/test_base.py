@@ -22,7 +22,7 @@ from veneer.formats.topology import families
 from veneer.formats.topology_dit import flux2
 from veneer.models.image.base import ImageBase, load_control, load_image, pipeline, release, text_length, text_settings
 from veneer.models.image.families import FAMILIES, topology_name
-from veneer.models.image.predict import encode_prompts, latent_shape, predict
+from veneer.models.image.predict import embed_prompts, latent_shape, predict
 from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
 from veneer.models.text.base import load_text
 from veneer.ops.quantised import Quantised
@@ -370,12 +370,12 @@ def test_a_quantised_base_computes_what_its_dequantised_weights_do(family: str, 
     prompts = ["a red house", "a dog"]
     sizes = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]] * 2) if family == "sdxl" else None
     with torch.no_grad():
-        got, want = (predict(b, x, t, encode_prompts(b, prompts), sizes=sizes) for b in (base, twin))
+        got, want = (predict(b, x, t, embed_prompts(b, prompts), sizes=sizes) for b in (base, twin))
     assert torch.equal(got, want)
     attachment = attach(base.model)
     attachment.add("it", create(base.model, LoraSpec(rank=2, alpha=2, targets=("to_q",)), seed=0), trainable=True)
     attachment.use("it")
-    predict(base, x, t, encode_prompts(base, prompts), sizes=sizes).square().mean().backward()
+    predict(base, x, t, embed_prompts(base, prompts), sizes=sizes).square().mean().backward()
     assert all(p.B.grad is not None and p.B.grad.any() for p in attachment.adapters["it"].pairs.values())
 
 

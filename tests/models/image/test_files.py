@@ -17,7 +17,7 @@ from veneer.core.targets import base_modules
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image.base import load_image, pipeline
 from veneer.models.image.files import flux_config
-from veneer.models.image.predict import encode_prompts, latent_shape, predict
+from veneer.models.image.predict import embed_prompts, latent_shape, predict
 
 pytest.importorskip("diffusers")
 
@@ -70,7 +70,7 @@ def test_the_shapes_of_a_flux_1_file_say_its_config(bases: Path, tmp_path: Path)
     assert {k: v for k, v in one.denoiser.config.items() if k in same} == same
     with torch.no_grad():
         x = torch.randn(1, *latent_shape(one, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
-        got, want = (predict(b, x, torch.tensor(0.3), encode_prompts(b, ["a red house"])) for b in (one, whole))
+        got, want = (predict(b, x, torch.tensor(0.3), embed_prompts(b, ["a red house"])) for b in (one, whole))
     assert torch.equal(got, want)
 
 
@@ -217,7 +217,7 @@ def test_one_file_with_the_configs_of_a_directory_is_that_directory(encoder: boo
     assert [n for n, _ in base_modules(one.model)] == [n for n, _ in base_modules(whole.model)]
     x = torch.randn(1, *latent_shape(one, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        got, want = (predict(b, x, torch.tensor(300), encode_prompts(b, ["a red house"])) for b in (one, whole))
+        got, want = (predict(b, x, torch.tensor(300), embed_prompts(b, ["a red house"])) for b in (one, whole))
     assert torch.allclose(got, want, atol=1e-5)
     assert pipeline(one).unet is one.denoiser
     again = load_image(str(tmp_path / "one.safetensors"), config=configs)

@@ -20,8 +20,8 @@ from veneer.models.image.predict import (
     Conditioning,
     alphas_cumprod,
     decode_latents,
+    embed_prompts,
     encode_pictures,
-    encode_prompts,
     latent_shape,
     predict,
 )
@@ -114,8 +114,8 @@ def test_a_loop_over_predict_draws_the_pipelines_picture(family: str, load: Any)
         given["negative_prompt"] = "a dog"
     noise = noise_for(base)
     want = pipeline(base)(**given, latents=packed(base, noise).clone(), output_type="pt").images
-    text = encode_prompts(base, ["a red house"])
-    empty = encode_prompts(base, ["a dog"]) if free else None
+    text = embed_prompts(base, ["a red house"])
+    empty = embed_prompts(base, ["a dog"]) if free else None
     got = decode_latents(base, by_hand(base, noise, text, empty, scale))
     picture = (got / 2 + 0.5).clamp(0, 1)
     assert picture.std() > 0.01
@@ -130,16 +130,16 @@ def test_a_loop_over_predict_draws_the_pipelines_picture(family: str, load: Any)
 def test_a_batch_of_prompts_is_the_prompts_one_by_one(family: str, load: Any) -> None:
     base = load(family)
     prompts = ["a red house", "a dog", "a blue cat with a hat in the house"]
-    together = encode_prompts(base, prompts)
+    together = embed_prompts(base, prompts)
     assert len(together) == 3
     assert together.cut == ["", "", ""]
     for i, prompt in enumerate(prompts):
-        alone = encode_prompts(base, [prompt])
+        alone = embed_prompts(base, [prompt])
         n = alone.embeds.shape[1]
         assert torch.allclose(together.embeds[i, :n], alone.embeds[0], atol=1e-5)
         if together.pooled is not None and alone.pooled is not None:
             assert torch.allclose(together.pooled[i], alone.pooled[0], atol=1e-5)
-    joined = Conditioning.cat([encode_prompts(base, [p]) for p in prompts])
+    joined = Conditioning.cat([embed_prompts(base, [p]) for p in prompts])
     again = joined.rows([2, 0]).to(dtype=torch.float64)
     assert torch.allclose(again.embeds.float()[0], together.embeds[2], atol=1e-5)
     assert again.cut == ["", ""]
@@ -153,25 +153,25 @@ def test_a_batch_of_prompts_is_the_prompts_one_by_one(family: str, load: Any) ->
 @torch.no_grad()
 def test_what_is_cut_of_a_prompt_is_what_changes_nothing(family: str, load: Any) -> None:
     base = load(family)
-    found = encode_prompts(base, ["a dog", LONG])
+    found = embed_prompts(base, ["a dog", LONG])
     assert found.cut[0] == ""
     cut = found.cut[1]
     assert cut
     assert LONG.endswith(cut)
     read = LONG[: -len(cut)]
-    same = encode_prompts(base, ["a dog", f"{read}{cut[:1]} tree tree tree {LONG}"]).embeds
+    same = embed_prompts(base, ["a dog", f"{read}{cut[:1]} tree tree tree {LONG}"]).embeds
     assert torch.allclose(found.embeds, same, atol=1e-6)
-    other = encode_prompts(base, ["a dog", "x" + read]).embeds
+    other = embed_prompts(base, ["a dog", "x" + read]).embeds
     assert not torch.allclose(found.embeds, other, atol=1e-3)
 
 
 def test_a_prompt_that_just_fits_is_not_cut(load: Any) -> None:
     base = load("sdxl")
     fits = " ".join(["cat"] * (LENGTH - 2))  # and a start and an end
-    assert encode_prompts(base, [fits, fits + " dog", fits + " dog tree"]).cut == ["", "dog", "dog tree"]
+    assert embed_prompts(base, [fits, fits + " dog", fits + " dog tree"]).cut == ["", "dog", "dog tree"]
     flux = load("flux1")
     fits = " ".join(["cat"] * (LENGTH - 1))
-    assert encode_prompts(flux, [fits, fits + " dog"]).cut == ["", "dog"]
+    assert embed_prompts(flux, [fits, fits + " dog"]).cut == ["", "dog"]
 
 
 def test_conditioning_of_uneven_lengths_is_padded_and_masked() -> None:
@@ -266,7 +266,7 @@ def test_one_training_step_reaches_every_pair(family: str, load: Any) -> None:
     attachment.add("it", adapter, trainable=True)
     attachment.use("it")
     x, noise = noise_for(base, 2), torch.randn(noise_for(base, 2).shape, generator=torch.Generator().manual_seed(1))
-    text = encode_prompts(base, ["a red house", "a dog"])
+    text = embed_prompts(base, ["a red house", "a dog"])
     if base.prediction == "flow":
         t = torch.tensor([0.3, 0.8])
         s = t.view(-1, 1, 1, 1)
@@ -331,24 +331,24 @@ def test_the_noise_schedule_is_the_schedulers(load: Any) -> None:
 
 def test_what_a_family_does_not_take_is_refused(load: Any) -> None:
     base = load("sdxl")
-    text, x = encode_prompts(base, ["a"]), noise_for(base)
+    text, x = embed_prompts(base, ["a"]), noise_for(base)
     with pytest.raises(BaseError, match="needs sizes"):
         predict(base, x, torch.tensor(5), text)
     with pytest.raises(BaseError, match="does not take guidance"):
         predict(base, x, torch.tensor(5), text, sizes=sizes_for(base), guidance=3.5)
     flux = load("schnell")
     with pytest.raises(BaseError, match=r"FLUX\.1 takes no sizes"):
-        predict(flux, noise_for(flux), torch.tensor(0.5), encode_prompts(flux, ["a"]), sizes=torch.zeros(1, 6))
+        predict(flux, noise_for(flux), torch.tensor(0.5), embed_prompts(flux, ["a"]), sizes=torch.zeros(1, 6))
 
 
 def test_after_release_what_was_cached_is_enough(load: Any) -> None:
     base = load("flux1")
-    text = encode_prompts(base, ["a red house"])
+    text = embed_prompts(base, ["a red house"])
     x = encode_pictures(base, torch.zeros(1, 3, SIZE, SIZE))
     want = predict(base, x, torch.tensor(0.5), text)
     release(base, "text_encoder", "text_encoder_2", "vae")
     assert torch.equal(predict(base, x, torch.tensor(0.5), text), want)
     with pytest.raises(BaseError, match="was released"):
-        encode_prompts(base, ["a"])
+        embed_prompts(base, ["a"])
     with pytest.raises(BaseError, match="was released"):
         encode_pictures(base, torch.zeros(1, 3, SIZE, SIZE))

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from veneer.errors import BaseError, ConfigError, ResourceError
 from veneer.models.description import describe_base
+from veneer.models.device import choose_dtype
 from veneer.models.text import base as module
-from veneer.models.text.base import choose_dtype, end_of_turn, load_text
+from veneer.models.text.base import end_of_turn, load_text
 
 CPU = torch.device("cpu")
 

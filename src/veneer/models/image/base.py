@@ -24,7 +24,7 @@ from torch import nn
 from veneer.errors import BaseError, ConfigError
 from veneer.models.builtin import BUILTIN, PACKAGED
 from veneer.models.compat_diffusers import DIFFUSERS
-from veneer.models.device import settle
+from veneer.models.device import settle_threads
 from veneer.models.image.families import FAMILIES, ImageFamily, topology_name
 from veneer.models.image.files import (
     LoadedParts,
@@ -34,13 +34,13 @@ from veneer.models.image.files import (
     require_diffusers,
 )
 from veneer.models.loading import errors_only
-from veneer.models.sources import find
+from veneer.models.sources import find_base
 
 __all__ = [
     "Components",
     "ControlNet",
     "ImageBase",
-    "Kind",
+    "PipelineKind",
     "default_size",
     "load_control",
     "load_image",
@@ -53,7 +53,7 @@ __all__ = [
     "vae_scale",
 ]
 
-Kind = Literal["text", "image", "inpaint"]
+PipelineKind = Literal["text", "image", "inpaint"]
 ControlNet = nn.Module
 """A ControlNet of diffusers: ControlNetModel, FluxControlNetModel, SD3ControlNetModel or QwenImageControlNetModel."""
 
@@ -161,8 +161,8 @@ def load_image(
         raise ConfigError(f"{quantise!r} is no quantisation of a base", fix="nf4 or int8")
     if name in BUILTIN:
         raise BaseError(f"{name} is a text base", fix=f"an image base: {', '.join(PACKAGED)}, a directory, a hub id, …")
-    path = find(name, say=say)
-    settle()
+    path = find_base(name, say=say)
+    settle_threads()
     if path.is_file():
         read = read_single_file(path, config, dtype, device, quantise)
     elif config is not None:
@@ -230,7 +230,7 @@ def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsi
 # -- pipelines -------------------------------------------------------------------------------------------------------
 
 
-def pipeline(base: ImageBase, kind: Kind = "text", controls: Sequence[ControlNet] = ()) -> Any:
+def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[ControlNet] = ()) -> Any:
     """diffusers' pipeline of that kind over the base's parts, made once for each kind and list of ControlNets.
 
     Nothing is copied: an adapter attached to `base.model` acts in every pipeline. They share one scheduler too, at

@@ -18,7 +18,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["FAMILIES", "ImageFamily", "family_label", "family_of", "is_image", "same_family", "topology_name"]
+__all__ = [
+    "FAMILIES",
+    "ImageFamily",
+    "denoiser_family",
+    "family_label",
+    "is_image_family",
+    "same_family",
+    "topology_name",
+]
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ FAMILIES: Mapping[str, ImageFamily] = {
 }
 
 
-def family_of(classname: str, config: Mapping[str, Any]) -> ImageFamily | None:
+def denoiser_family(classname: str, config: Mapping[str, Any]) -> ImageFamily | None:
     """The family of a denoiser by its class and config; None for one that is in no row.
 
     SDXL's U-Net is told by its added time ids. SD 2's and SD 1's are the same class: SD 2 has linear projections."""
@@ -149,7 +157,7 @@ def topology_name(row: ImageFamily, config: Mapping[str, Any]) -> str:
     return "sd3-large" if row.name == "sd3" and config.get("num_layers", 0) > 24 else row.name
 
 
-def is_image(family: str) -> bool:
+def is_image_family(family: str) -> bool:
     """Whether a base's family is one of these."""
     return family.removesuffix("-large") in FAMILIES
 

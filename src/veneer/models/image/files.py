@@ -29,12 +29,12 @@ from torch.overrides import TorchFunctionMode
 
 from veneer.errors import BaseError, MissingExtraError, lacks_memory
 from veneer.models.compat_diffusers import DIFFUSERS
+from veneer.models.device import check_memory, choose_device, choose_dtype
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
-from veneer.models.image.families import FAMILIES, ImageFamily, family_label, family_of
-from veneer.models.loading import errors_only, loading
+from veneer.models.image.families import FAMILIES, ImageFamily, denoiser_family, family_label
+from veneer.models.loading import check_loaded, errors_only, loading
 from veneer.models.quantise import lazy_state, load_part, load_state, saved_kind
-from veneer.models.sources import find
-from veneer.models.text.base import check_loaded, check_memory, choose_device, choose_dtype
+from veneer.models.sources import find_base
 from veneer.models.weights import StoredTensor, file_table, pickles_refused, stored_dtype
 
 __all__ = [
@@ -176,7 +176,7 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
     if denoiser is None:
         raise BaseError("this base has neither a unet nor a transformer", where=str(path / INDEX))
     classname = classes[denoiser][1]
-    family = family_of(classname, _config_of(path / denoiser))
+    family = denoiser_family(classname, _config_of(path / denoiser))
     if family is None:
         raise BaseError(
             f"{classname} is of no family that veneer knows",
@@ -342,7 +342,7 @@ def _plain(value: Any) -> Any:
 def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A ControlNet for a base of `family` with that denoiser. Raises BaseError as `load_control` says."""
     try:
-        folder = find(name)
+        folder = find_base(name)
     except BaseError as error:
         fix = "a folder as diffusers saves one, or a hub id; canny=PICTURE takes the base's own"
         raise BaseError(f"ControlNet {name!r}: {error.what}", where=error.where, fix=fix) from error
@@ -380,7 +380,7 @@ _CONTROL_SIZES = (
 
 def _control_family(classname: str, config: Mapping[str, Any]) -> str | None:
     if classname == "ControlNetModel":
-        row = family_of("UNet2DConditionModel", config)
+        row = denoiser_family("UNet2DConditionModel", config)
         return row.name if row else None
     return next((f.name for f in FAMILIES.values() if f.control == classname), None)
 
@@ -547,7 +547,7 @@ def held_by(table: Iterable[StoredTensor]) -> set[str]:
 
 def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor]) -> Path:
     if config is not None:
-        found = find(str(config))
+        found = find_base(str(config))
         if found.is_file():
             raise BaseError("config is a diffusers directory, and this is a file", where=str(found))
         return found

@@ -21,7 +21,7 @@ import torch
 from veneer.core.adapter import Mix
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image.base import pipeline
-from veneer.models.image.predict import LatentPreview, encode_prompts
+from veneer.models.image.predict import LatentPreview, embed_prompts
 from veneer.models.image.schedulers import make_scheduler
 from veneer.ops.cpu.sharing import forwards
 
@@ -29,12 +29,22 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from veneer.core.attach import Attachment
-    from veneer.models.image.base import ImageBase, Kind
+    from veneer.models.image.base import ImageBase, PipelineKind
     from veneer.models.image.predict import Conditioning
 
 __all__ = [
-    "Control", "MixPlan", "Moment", "Picture", "Row", "Settings", "check", "check_numbers", "check_seed",
-    "default_settings", "fitted", "generate_images",
+    "Control",
+    "GeneratedPicture",
+    "MixPlan",
+    "Moment",
+    "PictureRow",
+    "PictureSettings",
+    "check_numbers",
+    "check_rows",
+    "check_seed",
+    "default_settings",
+    "fitted_picture",
+    "generate_images",
 ]  # fmt: skip
 
 SEEDS = 2**64
@@ -54,7 +64,7 @@ class MixPlan:
 
 
 @dataclass(frozen=True)
-class Row:
+class PictureRow:
     """One picture to make. `image`, `mask`, `controls` (a picture for each of the settings' controls): its own, where
     it does not share the settings'."""
 
@@ -84,7 +94,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class Settings:
+class PictureSettings:
     """What all rows share. None stands for the base's own (`default_settings`).
 
     `guidance`: classifier-free guidance, for FLUX the number it was distilled with. `true_guidance`: classifier-free
@@ -131,15 +141,15 @@ def check_numbers(settings: Any) -> None:
 
 
 @dataclass
-class Picture:
+class GeneratedPicture:
     """`cut`, `negative_cut`: the ends of the prompts that the text encoder does not read, "" where it reads all.
     `batch`, `index`: the rows it was made with, and its place there: the same batch, the same picture to the bit."""
 
     image: Image
-    row: Row
+    row: PictureRow
     cut: str = ""
     negative_cut: str = ""
-    batch: tuple[Row, ...] = field(default=(), repr=False)
+    batch: tuple[PictureRow, ...] = field(default=(), repr=False)
     index: int = 0
 
 
@@ -147,7 +157,7 @@ class Picture:
 class Moment:
     """A batch at the end of a step. `look(i)`: the picture of row i as far as it is; it costs a pass of the VAE."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[PictureRow, ...]
     done: int
     of: int
     look: Callable[[int], Image]
@@ -162,7 +172,7 @@ def default_settings(base: ImageBase) -> tuple[int, float]:
     return 28 if base.prediction == "flow" else 30, float(call[own].default)
 
 
-def fitted(picture: Image, width: int, height: int, what: str) -> tuple[Image, str]:
+def fitted_picture(picture: Image, width: int, height: int, what: str) -> tuple[Image, str]:
     """The picture at this size, and a sentence if it had another. Raises ConfigError if its sides are in another
     proportion, by more than a fifteenth (what small pictures in whole units need): nothing is cut off or stretched
     further unasked."""
@@ -182,25 +192,25 @@ def fitted(picture: Image, width: int, height: int, what: str) -> tuple[Image, s
 
 def generate_images(
     base: ImageBase,
-    rows: Sequence[Row],
-    settings: Settings | None = None,
+    rows: Sequence[PictureRow],
+    settings: PictureSettings | None = None,
     *,
     attachment: Attachment | None = None,
     on_step: Callable[[int, int], None] | None = None,
-    on_picture: Callable[[int, Picture], None] | None = None,
+    on_picture: Callable[[int, GeneratedPicture], None] | None = None,
     watch: Callable[[Moment], None] | None = None,
-) -> list[Picture]:
+) -> list[GeneratedPicture]:
     """A picture for each row, in order. What was selected on `attachment` before is selected again after.
 
     `on_step(done, of)`: steps over all batches. `on_picture(i, picture)`: as soon as it is there. `watch`: at the end
     of each step; what it raises ends the call. Raises ConfigError for settings that do not go together or with the
     base, BaseError for a picture that is not finite."""
-    settings = settings or Settings()
-    rows = check(base, rows, settings, attachment)
+    settings = settings or PictureSettings()
+    rows = check_rows(base, rows, settings, attachment)
     run = _Run(base, rows[0], settings, attachment, on_step, watch)
     run.batches = -(-len(rows) // settings.batch_size)
     before = attachment.selection if attachment is not None else None
-    out: list[Picture] = []
+    out: list[GeneratedPicture] = []
     try:
         with torch.no_grad():
             for start in range(0, len(rows), settings.batch_size):
@@ -220,15 +230,15 @@ class _Run:
     def __init__(
         self,
         base: ImageBase,
-        like: Row,
-        settings: Settings,
+        like: PictureRow,
+        settings: PictureSettings,
         attachment: Attachment | None = None,
         on_step: Callable[[int, int], None] | None = None,
         watch: Callable[[Moment], None] | None = None,
     ) -> None:
         self.base, self.settings, self.attachment = base, settings, attachment
         self.on_step, self.watch = on_step, watch
-        kind: Kind = "text" if like.image is None else "image" if like.mask is None else "inpaint"
+        kind: PipelineKind = "text" if like.image is None else "image" if like.mask is None else "inpaint"
         self.pipe: Any = pipeline(base, kind, [c.model for c in settings.controls])
         self.pipe.set_progress_bar_config(disable=True)
         self.accepts = inspect.signature(type(self.pipe).__call__).parameters
@@ -250,7 +260,7 @@ class _Run:
         distilled = self.base.family == "flux1" or getattr(self.pipe.config, "is_distilled", False)
         return guidance > 1 and "negative_prompt_embeds" in self.accepts and not distilled, {"guidance_scale": guidance}
 
-    def check_negatives(self, rows: Sequence[Row]) -> None:
+    def check_negatives(self, rows: Sequence[PictureRow]) -> None:
         if self.doubled or not any(row.negative for row in rows):
             return
         if self.base.family == "flux1":
@@ -261,15 +271,15 @@ class _Run:
             fix = "leave it out: this family reads none"
         raise ConfigError(f"a negative prompt has no effect on {self.base.name} as it is", fix=fix)
 
-    def batch(self, rows: tuple[Row, ...]) -> list[Picture]:
+    def batch(self, rows: tuple[PictureRow, ...]) -> list[GeneratedPicture]:
         settings, base = self.settings, self.base
         given: dict[str, Any] = {"num_inference_steps": self.steps, "output_type": "np", **self.scales}
         self.select([row.plan.text for row in rows])
-        positive = encode_prompts(base, [row.prompt for row in rows])
+        positive = embed_prompts(base, [row.prompt for row in rows])
         given |= self.embeds(positive, "")
         unread = [""] * len(rows)
         if self.doubled:
-            negative = encode_prompts(base, [row.negative for row in rows])
+            negative = embed_prompts(base, [row.negative for row in rows])
             unread = negative.cut
             given |= self.embeds(self.emptied(negative, rows), "negative_")
         size = {"width": settings.width or base.size, "height": settings.height or base.size}
@@ -289,7 +299,7 @@ class _Run:
             said = " ".join(str(error).split())[:300]
             raise ConfigError(f"{type(self.pipe).__name__} refuses these settings: {said}", where=base.name) from error
         return [
-            Picture(self.finished(array, row), row, positive.cut[i], unread[i], rows, i)
+            GeneratedPicture(self.finished(array, row), row, positive.cut[i], unread[i], rows, i)
             for i, (array, row) in enumerate(zip(images, rows, strict=True))
         ]
 
@@ -301,7 +311,7 @@ class _Run:
         }
         return {key: value for key, value in found.items() if value is not None and key in self.accepts}
 
-    def emptied(self, text: Conditioning, rows: Sequence[Row]) -> Conditioning:
+    def emptied(self, text: Conditioning, rows: Sequence[PictureRow]) -> Conditioning:
         """SDXL was trained with zeros for no text, which is another thing than the text of no words."""
         if getattr(self.pipe.config, "force_zeros_for_empty_prompt", False):
             for i, row in enumerate(rows):
@@ -311,7 +321,7 @@ class _Run:
                         text.pooled[i] = 0
         return text
 
-    def control_arguments(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def control_arguments(self, rows: Sequence[PictureRow]) -> dict[str, Any]:
         controls = self.settings.controls
         if not controls:
             return {}
@@ -340,7 +350,7 @@ class _Run:
         else:
             self.attachment.use_rows(mixes)
 
-    def at_end_of_step(self, rows: tuple[Row, ...]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+    def at_end_of_step(self, rows: tuple[PictureRow, ...]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
         now = [row.plan.at(0.0) for row in rows]
         size = self.settings.width or self.base.size, self.settings.height or self.base.size
         preview = None if self.watch is None else LatentPreview(self.base, *size)
@@ -362,7 +372,7 @@ class _Run:
 
         return callback
 
-    def finished(self, array: Any, row: Row) -> Image:
+    def finished(self, array: Any, row: PictureRow) -> Image:
         """(h, w, 3) in 0..1 as a picture; what the mask leaves black is the given picture's, pixel for pixel."""
         import numpy as np
         from PIL import Image as pil
@@ -387,7 +397,9 @@ def _batch(pictures: Sequence[Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays).transpose(0, 3, 1, 2))
 
 
-def check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment: Attachment | None = None) -> list[Row]:
+def check_rows(
+    base: ImageBase, rows: Sequence[PictureRow], settings: PictureSettings, attachment: Attachment | None = None
+) -> list[PictureRow]:
     """The rows with the pictures that they start from, their own or the settings'. Raises ConfigError for what does not
     go together or with the base, as `generate_images` would."""
     rows = [replace(row, image=row.image or settings.image, mask=row.mask or settings.mask) for row in rows]
@@ -397,7 +409,9 @@ def check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment: 
     return rows
 
 
-def _check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment: Attachment | None) -> None:
+def _check(
+    base: ImageBase, rows: Sequence[PictureRow], settings: PictureSettings, attachment: Attachment | None
+) -> None:
     if not rows:
         raise ConfigError("there is no picture to make", fix="give a prompt")
     if attachment is None and any(row.plan != MixPlan() for row in rows):
@@ -432,7 +446,7 @@ def _check(base: ImageBase, rows: Sequence[Row], settings: Settings, attachment:
         if picture is not None and picture.size != (width, height):
             raise ConfigError(
                 f"the {what} is {picture.width}×{picture.height}, the pictures are {width}×{height}",
-                fix="resize it (models.image_generate.fitted)",
+                fix="resize it (models.image.generate.fitted_picture)",
             )
     if base.family == "flux1" and not base.denoiser.config.guidance_embeds and settings.guidance:
         raise ConfigError(

@@ -33,11 +33,11 @@ __all__ = [
     "alphas_cumprod",
     "cut_of",
     "decode_latents",
+    "embed_prompts",
     "encode_pictures",
-    "encode_prompts",
     "latent_shape",
     "predict",
-    "unpacked",
+    "unpacked_latents",
 ]
 
 
@@ -98,7 +98,7 @@ class Conditioning:
 # -- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def encode_prompts(base: ImageBase, prompts: Sequence[str]) -> Conditioning:
+def embed_prompts(base: ImageBase, prompts: Sequence[str]) -> Conditioning:
     """The text side of n prompts, as the pipeline encodes them; differentiable where adapters on encoders train.
 
     Nothing is cut in silence: `cut` has of each prompt what the denoiser's tokens leave out. (FLUX' pooled vector is of
@@ -284,7 +284,7 @@ def latent_shape(base: ImageBase, height: int, width: int) -> tuple[int, int, in
     return int(channels), height // scale, width // scale
 
 
-def unpacked(base: ImageBase, latents: Tensor, width: int, height: int) -> Tensor:
+def unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int) -> Tensor:
     """A pipeline's latents of pictures of that many pixels, tokens where the family's denoiser has tokens, as
     `decode_latents` wants them."""
     if latents.ndim != 3:
@@ -419,7 +419,7 @@ class LatentPreview:
         """The picture of one row as far as it is."""
         from PIL import Image as pil
 
-        latents = unpacked(self.base, self._ahead()[row : row + 1], self.width, self.height)
+        latents = unpacked_latents(self.base, self._ahead()[row : row + 1], self.width, self.height)
         pixels = (decode_latents(self.base, latents)[0].float() / 2 + 0.5).clamp(0, 1).nan_to_num()
         return pil.fromarray((pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 

@@ -1,13 +1,13 @@
 """A text base: model, tokenizer, and what is decided once when it is loaded.
 
-`load_text` chooses device and dtype by the rules of `choose_device` and `choose_dtype` and keeps the reason in words;
+`load_text` chooses device and dtype by the rules of models/device.py and keeps the reason in words;
 freezes every weight; and settles which token ends a turn, so that training, generation and evaluation mean the same.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from veneer.errors import BaseError, ConfigError, ResourceError, lacks_memory
-from veneer.models.device import settle
+from veneer.errors import BaseError, ConfigError, lacks_memory
+from veneer.models.device import check_memory, choose_device, choose_dtype, settle_threads
 from veneer.models.fingerprint import fingerprint
-from veneer.models.loading import errors_only, loading
+from veneer.models.loading import check_loaded, errors_only, loading
 from veneer.models.quantise import check_kind, load_quantised, original_weight, quantised_bytes, saved_kind
-from veneer.models.sources import find, is_image
+from veneer.models.sources import find_base, is_image_base
 from veneer.models.text.gguf import load_gguf
 from veneer.models.weights import StoredTensor, stored_dtype, tensor_table
 from veneer.ops.codes import KINDS
@@ -31,21 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TextBase",
-    "check_loaded",
-    "check_memory",
-    "choose_device",
-    "choose_dtype",
     "end_of_turn",
     "load_text",
-    "read_config",
+    "read_base_config",
     "read_tokenizer",
     "text_without_weights",
 ]
-
-_DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-    "float16": torch.float16, "fp16": torch.float16,
-}  # fmt: skip
 
 
 @dataclass
@@ -108,13 +99,13 @@ def load_text(
     takes time.
     Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
     ConfigError (an unknown dtype, device or quantisation), ResourceError (not enough memory)."""
-    path = find(name, say=say)
-    if is_image(path):
+    path = find_base(name, say=say)
+    if is_image_base(path):
         raise BaseError("this is an image base, and a language model is wanted", where=str(path))
     table = tensor_table(path)
-    config, tokenizer = read_config(path), read_tokenizer(path)
+    config, tokenizer = read_base_config(path), read_tokenizer(path)
     where = choose_device(device)
-    settle()
+    settle_threads()
     codes = choose_quantisation(quantise, path, config)
     kind, reason = choose_dtype(dtype, where, "BF16" if codes else stored_dtype(table))
     check_memory(path, _bytes(table, kind, codes), kind, where)
@@ -157,11 +148,11 @@ def text_without_weights(name: str, *, say: Callable[[str], None] | None = None)
     adapters against a base that runs elsewhere. Raises BaseError."""
     from transformers import AutoModelForCausalLM
 
-    path = find(name, say=say)
-    if is_image(path):
+    path = find_base(name, say=say)
+    if is_image_base(path):
         raise BaseError("this is an image base, and a language model is wanted", where=str(path))
     table = tensor_table(path)
-    config, tokenizer = read_config(path), read_tokenizer(path)
+    config, tokenizer = read_base_config(path), read_tokenizer(path)
     with loading(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     turn = end_of_turn(tokenizer)
@@ -174,62 +165,10 @@ def text_without_weights(name: str, *, say: Callable[[str], None] | None = None)
     )  # fmt: skip
 
 
-# -- device and dtype ------------------------------------------------------------------------------------------------
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """auto: the first CUDA device where there is one, else the CPU. Raises ConfigError for one that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"{device!r} is not a device", fix="auto, cpu, cuda, cuda:1 or mps") from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"there is no CUDA device {device!s} ({torch.cuda.device_count()} found)", fix="use device auto or cpu"
-        )
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("there is no MPS device", fix="use device auto or cpu")
-    return chosen
-
-
-def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) -> tuple[torch.dtype, str]:
-    """The dtype a base runs in, and why. `stored`: the dtype of its weight files ("BF16", "F32", "Q4_1", …).
-
-    auto: bfloat16 where the weights are stored in 16 bits or fewer and the device multiplies bfloat16 in hardware
-    (CUDA from compute capability 8; CPUs with AVX512-BF16 or AMX-BF16), otherwise float32. Weights stored in float32
-    stay float32, because nobody asked for them to be rounded."""
-    if isinstance(dtype, torch.dtype):
-        return dtype, "as asked for"
-    if dtype != "auto":
-        if dtype not in _DTYPES:
-            raise ConfigError(f"{dtype!r} is not a dtype", fix="auto, float32, bfloat16 or float16")
-        return _DTYPES[dtype], "as asked for"
-    if stored in ("F32", "F64"):
-        return torch.float32, "the weights are stored in float32 (bfloat16 would halve the memory and round them)"
-    hardware = _bf16_hardware(device)
-    if hardware:
-        return torch.bfloat16, f"{hardware} multiplies bfloat16 in hardware"
-    return torch.float32, f"this {device.type.upper()} does not multiply bfloat16 in hardware, so float32 is faster"
-
-
-def _bf16_hardware(device: torch.device) -> str:
-    """What multiplies bfloat16 in hardware on `device`, or "" where nothing does."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"{torch.cuda.get_device_name(device)} (compute {major}.{minor})" if major >= 8 else ""
-    if device.type == "cpu":
-        for name, probe in {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}.items():
-            if getattr(torch.cpu, probe, lambda: False)():
-                return f"this CPU ({name})"
-    return ""
-
-
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_config(path: Path) -> PreTrainedConfig:
+def read_base_config(path: Path) -> PreTrainedConfig:
     """The config of a base directory or GGUF file. Raises BaseError where transformers cannot make sense of it."""
     from transformers import AutoConfig
 
@@ -340,24 +279,6 @@ def _in_codes(model: PreTrainedModel, codes: str) -> str:
     return f"{count:,} weights are {codes}: {size / 1e6:,.0f} MB, {8 * size / max(count, 1):.3f} bits each"
 
 
-def check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes on tensors that the model has no place for; BaseError for missing and misshapen ones.
-
-    `info`: what transformers and diffusers give with output_loading_info."""
-    problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
-    problems += [f"misshapen: {item}" for item in sorted(map(str, info.get("mismatched_keys", ())))]
-    if problems:
-        shown = "\n".join(f"  - {p}" for p in problems[:20])
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise BaseError(
-            f"the weights do not match the config ({len(problems)} problems):\n{shown}{more}",
-            where=str(path),
-            fix="use config and weights of one model; a text base is a causal language model, no encoder or classifier",
-        )
-    extra = sorted(info.get("unexpected_keys", ()))
-    return (f"{len(extra)} stored tensors have no place in the model, {extra[0]} among them",) if extra else ()
-
-
 def _unreadable(what: str, path: Path, error: Exception) -> BaseError:
     said = " ".join(str(error).split())[:300] or type(error).__name__
     fix = None
@@ -373,24 +294,6 @@ def _unreadable(what: str, path: Path, error: Exception) -> BaseError:
     elif what == "tokenizer":
         fix = "put tokenizer.json and tokenizer_config.json of this base beside its config"
     return BaseError(f"cannot read the {what} of this base: {said}", where=str(path), fix=fix)
-
-
-def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ResourceError where `device` has fewer than `needs` bytes free."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu":
-        import psutil
-
-        free = psutil.virtual_memory().available
-    else:
-        return
-    if needs > free:
-        raise ResourceError(
-            f"this base needs {needs / 1e9:.1f} GB in {dtype!s:.20} and {free / 1e9:.1f} GB of memory are free",
-            where=f"{path} on {device}",
-            fix="use a smaller base, dtype bfloat16, or another machine",
-        )
 
 
 def _check_vocabulary(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

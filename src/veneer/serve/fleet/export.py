@@ -82,10 +82,10 @@ def export(
 
 
 def _layers(base: str, say: Callable[[str], None] | None) -> int:
-    from veneer.models.sources import find
-    from veneer.models.text.base import read_config
+    from veneer.models.sources import find_base
+    from veneer.models.text.base import read_base_config
 
-    return int(read_config(find(base, say=say)).get_text_config().num_hidden_layers)
+    return int(read_base_config(find_base(base, say=say)).get_text_config().num_hidden_layers)
 
 
 def _command(server: str, base: str, name: str, folder: Path, rank: int) -> str:
@@ -100,11 +100,11 @@ def _merged(
     adapter: str, server: str, out: Path, base: str, dtype: str | None, say: Callable[[str], None] | None
 ) -> Exported:
     from veneer.adapters.merge import merge
-    from veneer.models.sources import find
+    from veneer.models.sources import find_base
     from veneer.models.text.base import load_text
     from veneer.models.weights import stored_dtype, tensor_table
 
-    stored = {"F32": "float32", "BF16": "bfloat16"}.get(stored_dtype(tensor_table(find(base, say=say))), "float16")
+    stored = {"F32": "float32", "BF16": "bfloat16"}.get(stored_dtype(tensor_table(find_base(base, say=say))), "float16")
     want = dtype or stored
     # Loaded as stored if that is what is written, else in float32, which holds every stored weight exactly.
     loaded = load_text(base, dtype=want if want == stored else "float32", say=say or (lambda line: None))

@@ -151,6 +151,6 @@ def _tail(name: str) -> str:
 @cache
 def _fingerprint(files: Path) -> str:
     from veneer.models.fingerprint import fingerprint
-    from veneer.models.text.base import read_config
+    from veneer.models.text.base import read_base_config
 
-    return fingerprint(files, read_config(files))
+    return fingerprint(files, read_base_config(files))

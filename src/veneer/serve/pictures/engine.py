@@ -26,7 +26,7 @@ from veneer.imaging.adapters import Source
 from veneer.imaging.controls import ControlSpec, control_model_of
 from veneer.imaging.make import Ask, shared_record, told
 from veneer.models.image.base import load_control, readers
-from veneer.models.image.generate import MixPlan, Moment, Settings, check, generate_images
+from veneer.models.image.generate import MixPlan, Moment, PictureSettings, check_rows, generate_images
 from veneer.serve.names.resident import Lease, Residents
 from veneer.serve.pictures.request import (
     Drawn,
@@ -43,7 +43,7 @@ from veneer.serve.request import Mix, Refused, Usage, make_mix
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.models.image.base import ImageBase
-    from veneer.models.image.generate import Picture
+    from veneer.models.image.generate import GeneratedPicture
 
 __all__ = ["PictureEngine"]
 
@@ -181,7 +181,7 @@ class PictureEngine:
         with self._counting:
             return sum(min(limit, len(tokenizer(text)["input_ids"])) for text in texts)
 
-    def places(self, settings: Settings) -> int:
+    def places(self, settings: PictureSettings) -> int:
         """How many places of latents the denoiser works on for a picture of that size."""
         unit = self.base.unit
         return ((settings.width or self.base.size) // unit) * ((settings.height or self.base.size) // unit)
@@ -253,7 +253,7 @@ class PictureEngine:
                 raise _invalid(f"{s.steps} steps: at most {self.max_steps} are taken here", "num_inference_steps")
             try:
                 with self._preparing:
-                    check(self.base, [replace(request.row(), plan=MixPlan())], s)
+                    check_rows(self.base, [replace(request.row(), plan=MixPlan())], s)
             except VeneerError as error:
                 raise refused(error) from error
 
@@ -386,7 +386,7 @@ class PictureEngine:
             if moment.done in shown:
                 job.tell(Preview(shown.index(moment.done), moment.look(i)))
 
-    def _told(self, job: _Job, picture: Picture, began: float) -> Drawn:
+    def _told(self, job: _Job, picture: GeneratedPicture, began: float) -> Drawn:
         """The record is of this picture alone: what else was in its batch belongs to other callers."""
         request, now = job.request, time.monotonic()
         uses = tuple((digest, Strength(strength)) for digest, strength in request.mix)

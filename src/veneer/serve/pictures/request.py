@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterError, BaseError, MismatchError, VeneerError
-from veneer.models.image.generate import MixPlan, Row, Settings
+from veneer.models.image.generate import MixPlan, PictureRow, PictureSettings
 from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import BASE, Mix, Refused, Usage
 
@@ -31,7 +31,7 @@ class PictureRequest:
     `Request`."""
 
     prompt: str
-    settings: Settings
+    settings: PictureSettings
     negative: str = ""
     seed: int = 0
     mix: Mix = BASE
@@ -42,11 +42,11 @@ class PictureRequest:
     weight: float = 1.0
     id: str = field(default_factory=lambda: f"p{next(_numbers)}")
 
-    def row(self) -> Row:
+    def row(self) -> PictureRow:
         mix = tuple(self.mix)
         controls = tuple(control.picture for control in self.settings.controls)
         image, mask = self.settings.image, self.settings.mask
-        return Row(self.prompt, self.negative, self.seed, MixPlan(mix, ((0.0, mix),)), image, mask, controls)
+        return PictureRow(self.prompt, self.negative, self.seed, MixPlan(mix, ((0.0, mix),)), image, mask, controls)
 
     def kind(self) -> tuple[Any, ...]:
         """Equal where pictures can be drawn in one batch."""

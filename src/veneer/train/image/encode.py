@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from veneer.models.image.base import text_length
-from veneer.models.image.predict import Conditioning, alphas_cumprod, encode_pictures, encode_prompts, predict
+from veneer.models.image.predict import Conditioning, alphas_cumprod, embed_prompts, encode_pictures, predict
 from veneer.train.devices import ALONE, Devices
 from veneer.train.image.batches import ImageBatch, PlannedRow
 from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
@@ -68,7 +68,7 @@ class Encoders:
         """What the denoiser is told of these captions, on the base's device. Of an empty one (a dropped caption) what
         the pipeline guides away from where there is no negative prompt: that is what dropping captions trains."""
         if self.live:
-            found = encode_prompts(self.base, captions)
+            found = embed_prompts(self.base, captions)
         else:
             found = Conditioning.cat([self._text(caption) for caption in captions]).to(self.base.device)
         return _zeroed(found, [not caption for caption in captions]) if self.zeros and "" in captions else found
@@ -91,7 +91,7 @@ class Encoders:
     def _text(self, caption: str) -> Conditioning:
         def encode(prompt: str) -> CacheEntry:
             with torch.no_grad():
-                made = encode_prompts(self.base, [prompt])
+                made = embed_prompts(self.base, [prompt])
             tensors = {"embeds": made.embeds, "pooled": made.pooled, "mask": made.mask}
             return CacheEntry({k: t for k, t in tensors.items() if t is not None}, {"cut": (made.cut or [""])[0]})
 

@@ -1,6 +1,6 @@
 """Pictures that a run draws itself: sheets of its prompts, class pictures that are missing, the file's thumbnail.
 
-All go through models.image_generate, which is what `veneer image` uses, so that a sheet shows what the adapter will do.
+All go through models.image.generate, which is what `veneer image` uses, so that a sheet shows what the adapter will do.
 Nothing of the training's state is touched: random generators, the selection and the layers' mode are as before.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from veneer.core.layers import Layer
 from veneer.files.atomic import atomic_write
-from veneer.models.image.generate import MixPlan, Row, Settings, generate_images
+from veneer.models.image.generate import MixPlan, PictureRow, PictureSettings, generate_images
 from veneer.models.image.sheet import sheet
 from veneer.train import checkpoint
 from veneer.train.running import NAME
@@ -55,15 +55,20 @@ def draw_samples(base: ImageBase, attachment: Attachment, config: ImageTrainConf
     samples = config.samples
     mix = ((NAME, 1.0),)
     plan = MixPlan(mix, ((0.0, mix),))
-    rows = [Row(p, samples.negative, seed, plan) for p in samples.prompts for seed in samples.seeds]
+    rows = [PictureRow(p, samples.negative, seed, plan) for p in samples.prompts for seed in samples.seeds]
     return _drawn(base, attachment, config, rows, len(samples.seeds), samples.steps)
 
 
 def _drawn(
-    base: ImageBase, attachment: Attachment | None, config: ImageTrainConfig, rows: Sequence[Row], wide: int, steps: int
+    base: ImageBase,
+    attachment: Attachment | None,
+    config: ImageTrainConfig,
+    rows: Sequence[PictureRow],
+    wide: int,
+    steps: int,
 ) -> list[list[Image]]:
     size = config.samples.size
-    settings = Settings(width=size, height=size, steps=steps, guidance=config.samples.guidance)
+    settings = PictureSettings(width=size, height=size, steps=steps, guidance=config.samples.guidance)
     before = checkpoint.rng_state()
     try:
         with training_layers(base, False):
@@ -113,10 +118,10 @@ def draw_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: Path,
     prompt = config.data.class_prompt or ""
     seed = 0
     while missing > 0:
-        rows: list[Row] = []
+        rows: list[PictureRow] = []
         while len(rows) < min(4, missing):
             if not (folder / f"class-{seed:05d}.png").exists():
-                rows.append(Row(prompt, "", seed))
+                rows.append(PictureRow(prompt, "", seed))
             seed += 1
         for row, cells in zip(rows, _drawn(base, None, config, rows, 1, config.data.class_steps), strict=True):
             buffer = io.BytesIO()

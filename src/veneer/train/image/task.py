@@ -31,7 +31,7 @@ from veneer.models.image.base import ImageBase, load_image, release
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.image.memory import fetched, measured_activations, offloading, park, recomputing
 from veneer.models.image.predict import cut_of
-from veneer.models.sources import find
+from veneer.models.sources import find_base
 from veneer.train import checkpoint, loop
 from veneer.train.check_run import CACHE
 from veneer.train.checkpoint import Progress, seed_all
@@ -107,7 +107,7 @@ def train_image(
     ):
         own = base is None
         if own and devices.count > 1 and devices.local == 0:  # one process of a machine fetches what is not there yet
-            find(config.base.name, say=lambda line: tell(Note(line)))
+            find_base(config.base.name, say=lambda line: tell(Note(line)))
         devices.gather(None)
         base = base or load_image(
             config.base.name, dtype=config.base.dtype, device=devices.device, quantise=config.base.quantise,

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from veneer.models.shard import Call, call_whole
+from veneer.models.shard import CallWithWeights, call_whole
 from veneer.models.text.loss import row_logps
 from veneer.ops import preference as formulas
 from veneer.train.checkpoint import disk_errors
@@ -190,7 +190,7 @@ class Preference:
     whose: str = ""
     micro_tokens: int = 2048
     max_length: int = 2048
-    call: Call = call_whole
+    call: CallWithWeights = call_whole
     devices: Devices = ALONE
     point: float = 0.0
     """kto's z₀ in the step that is under way."""
@@ -321,7 +321,7 @@ def answer_logps(
     micro_tokens: int,
     *,
     interrupted: Callable[[], bool] = lambda: False,
-    call: Call = call_whole,
+    call: CallWithWeights = call_whole,
     devices: Devices = ALONE,
 ) -> list[float] | None:
     """Σ log p of the trained tokens of each example, in eval mode and without gradient; None when `interrupted()` on

@@ -31,8 +31,8 @@ from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.errors import ConfigError, Interrupted, PreflightError
-from veneer.models.shard import Call, blocks, call_whole, held_bytes, shard
-from veneer.models.sources import find
+from veneer.models.shard import CallWithWeights, blocks, call_whole, held_bytes, shard
+from veneer.models.sources import find_base
 from veneer.models.swap import without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast
@@ -145,7 +145,7 @@ class _Run:
     data: Data
     start: Adapter | None
     attachment: Attachment
-    call: Call
+    call: CallWithWeights
     preference: Preference | None
     folder: Path
     report: Report
@@ -295,7 +295,7 @@ def _loaded(config: TrainConfig, base: TextBase | None, devices: Devices, tell: 
             )
         return base
     if devices.count > 1 and devices.local == 0:  # one process of a machine fetches what is not there yet
-        find(config.base.name, say=say)
+        find_base(config.base.name, say=say)
     devices.gather(None)
     return load_text(
         config.base.name, dtype=config.base.dtype, device="cpu" if sharded else devices.device,
@@ -313,7 +313,12 @@ def _start(config: TrainConfig, base: TextBase) -> Adapter | None:
 
 
 def _preference(
-    config: TrainConfig, base: TextBase, attachment: Attachment, start: Adapter | None, call: Call, devices: Devices
+    config: TrainConfig,
+    base: TextBase,
+    attachment: Attachment,
+    start: Adapter | None,
+    call: CallWithWeights,
+    devices: Devices,
 ) -> Preference | None:
     """What compares answers, with its reference: the base alone, or beside the trained adapter the one it began as."""
     if config.preference.loss is None:
@@ -430,7 +435,7 @@ def _attached(
     keep: int,
     devices: Devices,
     tell: Listener,
-) -> Iterator[tuple[Attachment, TextBase, Call]]:
+) -> Iterator[tuple[Attachment, TextBase, CallWithWeights]]:
     """The fresh adapter (or `start`) on the base, selected and trainable, the base in training mode on its fast paths,
     and sharded where that is asked for; then what the model is called through. All but the sharding is undone at the
     end."""

@@ -26,7 +26,7 @@ from starlette.requests import Request
 from veneer.errors import VeneerError, nearest
 from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
 from veneer.imaging.make import size_for
-from veneer.models.image.generate import SEEDS, Control, Settings, default_settings, fitted
+from veneer.models.image.generate import SEEDS, Control, PictureSettings, default_settings, fitted_picture
 from veneer.serve.http.bodies import read_body, read_json
 from veneer.serve.http.errors import invalid
 from veneer.serve.http.fields import FIRST, Strict, at_most
@@ -284,7 +284,9 @@ def planned(
     image, mask = (sent.fitted(picture, width, height, what) for picture, what in ((image, "image"), (mask, "mask")))
     controls, said = sent.controls(engine, held, width, height)
     pictures: dict[str, Any] = {"image": image, "mask": mask, "denoise": _denoise(asked, image, mask)}
-    settings = Settings(width, height, *_numbers(base, asked), scheduler=asked.scheduler, controls=controls, **pictures)
+    settings = PictureSettings(
+        width, height, *_numbers(base, asked), scheduler=asked.scheduler, controls=controls, **pictures
+    )
     seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
     edit = asked if isinstance(asked, EditAsked) else None
     first = PictureRequest(
@@ -368,7 +370,7 @@ class _Sent:
         if picture is None:
             return None
         try:
-            made, said = fitted(picture, width, height, what)
+            made, said = fitted_picture(picture, width, height, what)
         except VeneerError as error:
             raise invalid(error.what, what, f"crop it, or ask for size {picture.width}x{picture.height}") from error
         self.notes += [said] if said else []
