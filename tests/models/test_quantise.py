@@ -21,7 +21,7 @@ from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from tests.tiny_gguf import tiny_gguf
 from veneer.errors import BaseError, ConfigError
 from veneer.models.quantise import load_quantised, quantised_bytes, quantised_weights, saved_config, saved_tensors
-from veneer.models.text.base import load_text, read_config
+from veneer.models.text.base import load_text, read_base_config
 from veneer.models.weights import tensor_table
 from veneer.ops.codes import KINDS, Blocks4
 from veneer.ops.quantised import Quantised
@@ -43,7 +43,7 @@ def dequantised_twin(model: Any) -> Any:
 
 def quantised(model: Any, folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Any:
     model.save_pretrained(folder)
-    loaded, info = load_quantised(folder, read_config(folder), tensor_table(folder), kind, dtype)
+    loaded, info = load_quantised(folder, read_base_config(folder), tensor_table(folder), kind, dtype)
     assert not info["missing_keys"], info
     assert not info["mismatched_keys"], info
     return loaded.eval()
@@ -120,15 +120,15 @@ from pathlib import Path
 import torch
 from veneer.ops.quantised import Quantised
 from veneer.models.quantise import load_quantised
-from veneer.models.text.base import read_config
+from veneer.models.text.base import read_base_config
 from veneer.models.weights import tensor_table
 from transformers import LlamaForCausalLM
 from veneer.train.loop import peak_memory_bytes
 
 folder = Path(sys.argv[1])
-config, table = read_config(folder), tensor_table(folder)
+config, table = read_base_config(folder), tensor_table(folder)
 small = Path(sys.argv[2])
-load_quantised(small, read_config(small), tensor_table(small), "nf4", torch.bfloat16)  # what loading itself imports
+load_quantised(small, read_base_config(small), tensor_table(small), "nf4", torch.bfloat16)  # what loading itself imports
 before = peak_memory_bytes()
 model, _ = load_quantised(folder, config, table, "nf4", torch.bfloat16)
 weights = sum(p.bytes if isinstance(p, Quantised) else p.nbytes for p in model.parameters())
@@ -234,7 +234,7 @@ def test_what_is_saved_loads_in_bitsandbytes(wide: Path, tmp_path: Path) -> None
     functional = pytest.importorskip("bitsandbytes.functional")
     from transformers import AutoModelForCausalLM
 
-    model, _ = load_quantised(wide, read_config(wide), tensor_table(wide), "nf4", torch.bfloat16)
+    model, _ = load_quantised(wide, read_base_config(wide), tensor_table(wide), "nf4", torch.bfloat16)
     model.config.quantization_config = saved_config("nf4", torch.bfloat16)
     model.config.save_pretrained(tmp_path)
     state = {n: t.contiguous() for n, t in saved_tensors(model.state_dict()).items() if n != "lm_head.weight"}

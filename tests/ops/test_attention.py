@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from veneer.ops.attention import BLOCK, RowLayout, _sdpa, attention, rotary_attention, rotate
+from veneer.ops.attention import RowLayout, _sdpa, attention, rotary_attention, rotate
+from veneer.ops.sizes import ATTENTION_BLOCK as BLOCK
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
