@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import Integer, cast, func, select
 
-from veneer.library.database import reading, writing
+from veneer.library.database import reading, write_transaction
 from veneer.serve.request import Usage
 from veneer.serve.tenancy import posting
 from veneer.serve.tenancy.entries import Entry, Line, Owed
@@ -47,7 +47,7 @@ def fill(store: Store, rows: int) -> None:
         "200, 100, 200, 0, 80, 0.1, 0.2, 0.3, 1000000, 0, 2000000, 360"
     )
     sums = "SUM(1), 0, SUM(prompt), SUM(cached), SUM(completion), SUM(queued), SUM(prefill), SUM(decode), SUM(cost)"
-    with writing(store.engine) as c:
+    with write_transaction(store.engine) as c:
         c.exec_driver_sql(f"{numbers} INSERT INTO tenant_lines ({columns}) SELECT {values} FROM n")
         for adapter, more, plain in (("''", "", "''"), ("adapter", ", adapter", "REPLACE(adapter, '@1', '')")):
             c.exec_driver_sql(
@@ -117,7 +117,7 @@ def main() -> None:
                 Owed(Entry(f"x{next(count)}", f"tenant{n % 100}", "a", NOW, 9, 9, line), "done", NOW, Usage(9, 0, 9))
                 for n in range(many - 1)
             ]
-            with writing(store.engine) as c:
+            with write_transaction(store.engine) as c:
                 posting.post(c, SERVER, owed, NOW)
 
         print(f"posting one request                {timed(lambda: posted(1), 50)}")

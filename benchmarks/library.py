@@ -26,7 +26,7 @@ from typing import Any
 from _report import bar, lines_of, report, row
 
 from veneer.library import index as ix
-from veneer.library.describe import Described
+from veneer.library.describe import AdapterDescription
 from veneer.library.library import Library, open_library
 from veneer.library.store import blob_path, canonical, manifest_path
 
@@ -84,9 +84,9 @@ def fill(library: Library, count: int, work: Path) -> float:
     return rate
 
 
-def made(n: int) -> tuple[bytes, Described]:
+def made(n: int) -> tuple[bytes, AdapterDescription]:
     data = random.Random(n).randbytes(256)
-    return data, Described("sha256:" + hashlib.sha256(data).hexdigest(), "made", card(n))
+    return data, AdapterDescription("sha256:" + hashlib.sha256(data).hexdigest(), "made", card(n))
 
 
 def tags(n: int) -> list[str]:

@@ -31,7 +31,7 @@ from veneer.models.text.generate import complete
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.formats.strengths import Strength
-    from veneer.imaging.make import Made
+    from veneer.imaging.make import RecordedPicture
     from veneer.models.image.base import ImageBase
     from veneer.train.config.load import ImageTrainConfig, RunConfig, TrainConfig
     from veneer.train.events import Listener
@@ -175,7 +175,7 @@ def image(
     count: int = 1,
     say: Callable[[str], None] | None = None,
     **options: Any,
-) -> list[Made]:
+) -> list[RecordedPicture]:
     """Pictures of `prompts`, `count` of each with seeds from `seed` on; `veneer image` is this call.
 
     `adapters`: "brand:0.8@down=0.5,steps=0-0.6" or ("brand", Strength(…)), see formats.strengths. `controls`:

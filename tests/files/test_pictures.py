@@ -14,7 +14,7 @@ from PIL import Image
 from veneer.errors import DataError
 from veneer.files.pictures import opened_picture
 from veneer.formats.infotext import read_picture
-from veneer.imaging.controls import open_picture
+from veneer.imaging.controls import hashed_picture
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("read", [read_picture, open_picture])
+@pytest.mark.parametrize("read", [read_picture, hashed_picture])
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -65,7 +65,7 @@ def test_a_picture_of_too_many_pixels_is_a_picture(tmp_path: Path) -> None:
     white = tmp_path / "white.png"
     pixels = zlib.compress((b"\0" + b"\xff" * 2_500) * 20_000)
     white.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
-    for read in (read_picture, open_picture):
+    for read in (read_picture, hashed_picture):
         with pytest.raises(DataError, match="more pixels than are opened, 178,956,970") as error:
             read(white)
         assert "no picture" not in str(error.value)

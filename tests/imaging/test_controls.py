@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from veneer.errors import ConfigError, DataError, MissingExtraError
-from veneer.imaging.controls import ControlSpec, canny, control_picture, flattened, open_picture, parse_control
+from veneer.imaging.controls import ControlSpec, canny, control_picture, flattened, hashed_picture, parse_control
 
 
 @pytest.mark.parametrize(
@@ -71,19 +71,21 @@ def test_pictures_are_opened_upright_and_flat(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     Image.new("RGB", (8, 4), "red").save(tmp_path / "a.jpg", exif=exif)
-    assert open_picture(tmp_path / "a.jpg")[0].size == (4, 8)
+    assert hashed_picture(tmp_path / "a.jpg")[0].size == (4, 8)
     assert flattened(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
     assert flattened(Image.new("RGBA", (1, 1), (255, 0, 0, 0)), "black").getpixel((0, 0)) == (0, 0, 0)
     deep = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert np.asarray(open_picture(tmp_path / "deep.png")[0]).tolist() == [[0, 1, 128, 255]], "16 bits are not clipped"
+    assert np.asarray(hashed_picture(tmp_path / "deep.png")[0]).tolist() == [[0, 1, 128, 255]], (
+        "16 bits are not clipped"
+    )
     (tmp_path / "b.png").write_text("no")
     with pytest.raises(DataError, match="no picture"):
-        open_picture(tmp_path / "b.png")
+        hashed_picture(tmp_path / "b.png")
     with pytest.raises(DataError, match="no such picture"):
-        open_picture(tmp_path / "c.png")
+        hashed_picture(tmp_path / "c.png")
     with pytest.raises(DataError) as caught:
-        open_picture(tmp_path / "a.jpeg")
+        hashed_picture(tmp_path / "a.jpeg")
     assert "a.jpg" in (caught.value.fix or "")
     with pytest.raises(DataError, match="a folder"):
-        open_picture(tmp_path)
+        hashed_picture(tmp_path)

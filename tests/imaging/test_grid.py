@@ -10,7 +10,7 @@ from PIL import Image
 from tests.image_twins import levels
 from veneer.errors import ConfigError
 from veneer.imaging.adapters import Mixer, parse_use
-from veneer.imaging.grid import draw, layout
+from veneer.imaging.grid import draw_grid, layout
 from veneer.imaging.make import Ask, Options, make
 from veneer.models.image.base import ImageBase
 from veneer.models.image.sheet import sheet
@@ -55,7 +55,7 @@ def test_cells_are_the_pictures_made_alone(base: ImageBase) -> None:
     options = Options(steps=3)
     with Mixer(base) as mixer:
         plan = layout("strength", ["a cat"], [BRAND], seeds=[1, 2], strengths=[0, 1])
-        drawn = draw(mixer, plan, options)
+        drawn = draw_grid(mixer, plan, options)
         alone = [make(mixer, [ask], options)[0] for ask in plan.asks]
     assert max(levels(a.image, b.image) for a, b in zip(drawn.made, alone, strict=True)) <= 1
     assert drawn.made[3].record["rows"][3]["adapters"] == [["brand.safetensors", "0.8"]]

@@ -16,12 +16,12 @@ from tests.tiny_image_base import SIZE
 from veneer import api
 from veneer.errors import DataError
 from veneer.imaging.adapters import Mixer, parse_use
-from veneer.imaging.make import Ask, Made, Options, make, size_for
+from veneer.imaging.make import Ask, Options, RecordedPicture, make, size_for
 from veneer.models.image.base import ImageBase
 from veneer.models.image.generate import fitted_picture
 
 
-def one(base: ImageBase, ask: Ask, say: Any = None, **options: Any) -> Made:
+def one(base: ImageBase, ask: Ask, say: Any = None, **options: Any) -> RecordedPicture:
     with Mixer(base, say=say) as mixer:
         return make(mixer, [ask], Options(**({"steps": 2} | options)))[0]
 

@@ -23,18 +23,18 @@ from veneer.formats.convert import write
 from veneer.formats.infotext import Infotext, lora_hashes, parse, png_bytes, read_picture, render
 from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.controls import parse_control
-from veneer.imaging.make import Ask, Made, Options, asks_of, make
+from veneer.imaging.make import Ask, Options, RecordedPicture, asks_of, make
 from veneer.imaging.remake import remake, remembered
 from veneer.library.library import open_library
 from veneer.models.image.base import ImageBase, load_image
 
 
-def pictures(base: ImageBase, asks: list[Ask], **options: Any) -> list[Made]:
+def pictures(base: ImageBase, asks: list[Ask], **options: Any) -> list[RecordedPicture]:
     with Mixer(base) as mixer:
         return make(mixer, asks, Options(**({"steps": 3} | options)))
 
 
-def again(base: ImageBase, path: Path, said: Callable[[str], None] | None = None, **how: Any) -> Made:
+def again(base: ImageBase, path: Path, said: Callable[[str], None] | None = None, **how: Any) -> RecordedPicture:
     with Mixer(base, say=said) as mixer:
         return remake(mixer, remembered(path), **how)
 

@@ -26,7 +26,7 @@ from tests.library.made import adapter_bytes, made, open_made, read_made
 from veneer.errors import AdapterError
 from veneer.library import upkeep
 from veneer.library.library import Library
-from veneer.library.store import Directory, blob_path
+from veneer.library.store import LocalStore, blob_path
 
 NAMES, CONTENTS, WORKERS = 4, 8, 3
 
@@ -42,15 +42,15 @@ def check(place: str, index: str | None) -> None:
             assert read_made(library.resolve(version.reference)).digest == version.digest, version.reference
             for alias in version.aliases:
                 assert library.find(f"{version.name}@{alias}").version == version.version
-        found = upkeep.verify(library, repair=True)
+        found = upkeep.verify_library(library, repair=True)
         assert not found.missing, found.missing
         assert not found.corrupt, found.corrupt
         upkeep.gc(library, grace=0)
-        after = upkeep.verify(library)
+        after = upkeep.verify_library(library)
         assert after.ok, after
         assert not after.orphans, after.orphans
         assert [v.to_dict() for v in library.search(all_versions=True)] == [v.to_dict() for v in every]
-        if isinstance(library.store, Directory):
+        if isinstance(library.store, LocalStore):
             assert not list(library.store.walk("tmp")), "debris"
             folders = {p.name for p in (library.store.root / "folders").glob("*")}
             assert folders <= {v.entry for v in every}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import AdapterError
-from veneer.library.describe import Described
+from veneer.library.describe import AdapterDescription
 from veneer.library.library import Library, open_library
 
 __all__ = ["adapter_bytes", "made", "open_made", "read_made"]
@@ -27,12 +27,12 @@ def made(folder: Path, seed: int, name: str = "a.safetensors", size: int = 2000,
     return path
 
 
-def read_made(path: Path) -> Described:
+def read_made(path: Path) -> AdapterDescription:
     """Reads what `made` wrote."""
     head, newline, body = path.read_bytes().partition(b"\n")
     if not newline:
         raise AdapterError("no card", where=str(path))
-    return Described("sha256:" + hashlib.sha256(body).hexdigest(), "made", json.loads(head))
+    return AdapterDescription("sha256:" + hashlib.sha256(body).hexdigest(), "made", json.loads(head))
 
 
 def open_made(place: str, index: str | None = None) -> Library:

@@ -11,7 +11,7 @@ import pytest
 from tests.library.made import adapter_bytes, made, read_made
 from veneer.errors import AdapterError, ConfigError, UnavailableError
 from veneer.library.library import Library, open_library
-from veneer.library.store import Directory, Remote
+from veneer.library.store import LocalStore, RemoteStore
 
 
 def test_a_name_gets_versions_and_what_is_there_already_none(library: Library, tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_resolve_gives_the_bytes_under_their_name_read_only(library: Library, tm
     assert path.read_bytes() == adapter_bytes(1)
     assert path.stat().st_mode & 0o222 == 0
     assert library.resolve("style") == path
-    local = library.store if isinstance(library.store, Directory) else library.cache
+    local = library.store if isinstance(library.store, LocalStore) else library.cache
     blob = next(p for p in local.root.glob("blobs/*/*"))
     assert os.path.samefile(blob, path), "a link, not a copy"
     assert blob.name == hashlib.sha256(adapter_bytes(1)).hexdigest()
@@ -91,10 +91,10 @@ def test_a_digest_finds_what_begins_so(library: Library, tmp_path: Path) -> None
 
 
 def test_a_prefix_of_two_adapters_is_refused_with_both(library: Library, tmp_path: Path) -> None:
-    from veneer.library.describe import Described
+    from veneer.library.describe import AdapterDescription
 
     for n in "12":
-        told = Described("sha256:abcd" + n * 60, "made", {})
+        told = AdapterDescription("sha256:abcd" + n * 60, "made", {})
         library.add(made(tmp_path / n, int(n)), f"n{n}", describe=lambda _, told=told: told)
     with pytest.raises(AdapterError, match=r"fits several[\s\S]*n1@1[\s\S]*n2@1"):
         library.find("sha256:abcd")
@@ -216,7 +216,7 @@ def test_a_file_that_changes_meanwhile_is_refused(library: Library, tmp_path: Pa
 
 def test_a_damaged_download_is_not_used(tmp_path: Path, s3: str) -> None:
     with open_library(f"{s3}/x", str(tmp_path / "index")) as library:
-        assert isinstance(library.store, Remote)
+        assert isinstance(library.store, RemoteStore)
         library.add(made(tmp_path, 1), "x", describe=read_made)
         path = next(library.store.walk("blobs"))[0]
         library.store.replace(path, bytes(len(adapter_bytes(1))))

@@ -16,7 +16,7 @@ from sqlalchemy import MetaData, inspect
 from tests.old_databases import made
 from veneer.errors import ConfigError
 from veneer.library import index as ix
-from veneer.library.database import open_engine, reading, writing
+from veneer.library.database import open_engine, reading, write_transaction
 from veneer.library.library import open_library
 from veneer.library.migrate import Schema, bring_up, revision
 from veneer.serve.tenancy import store
@@ -29,7 +29,7 @@ SAYS = {
 
 
 def schema_of(name: str) -> Schema:
-    return ix.SCHEMA if name.startswith("index") else store.SCHEMA
+    return ix.INDEX_SCHEMA if name.startswith("index") else store.SCHEMA
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -59,7 +59,7 @@ def test_a_database_of_each_earlier_veneer_becomes_what_this_one_makes(where: st
     engine.dispose()
 
 
-@pytest.mark.parametrize("schema", [ix.SCHEMA, store.SCHEMA], ids=["index", "tenants"])
+@pytest.mark.parametrize("schema", [ix.INDEX_SCHEMA, store.SCHEMA], ids=["index", "tenants"])
 def test_a_new_database_has_the_same_tables_and_needs_no_script(where: str, schema: Schema) -> None:
     engine = open_engine(where, "x")
     bring_up(engine, schema, where)
@@ -98,7 +98,7 @@ def test_many_that_start_at_once_bring_it_up_once(where: str, old: bool) -> None
 def test_a_database_of_a_later_veneer_is_left_alone(where: str) -> None:
     store.Store(where).close()
     engine = open_engine(where, "x")
-    with writing(engine) as c:
+    with write_transaction(engine) as c:
         c.exec_driver_sql("UPDATE tenant_version SET version_num = '0999'")
     engine.dispose()
     with pytest.raises(ConfigError, match=r"has version 0999; this veneer knows 0001 to .*\n.*\n.*update this one"):

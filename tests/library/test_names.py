@@ -11,7 +11,7 @@ from veneer.errors import AdapterError, ConfigError
 from veneer.library.library import Library, open_library
 from veneer.library.names import Reference, check_file_name, check_tag, parse_reference
 from veneer.library.transfer import export_to, import_from
-from veneer.library.upkeep import rebuild, verify
+from veneer.library.upkeep import rebuild, verify_library
 
 NOT_NAMES = [
     "",
@@ -113,7 +113,7 @@ def test_a_name_in_a_namespace_is_another_name_and_lives_as_any(library: Library
     with pytest.raises(AdapterError, match="no adapter 'acne/support'") as near:
         library.find("acne/support")
     assert "acme/support" in str(near.value.fix)
-    assert verify(library).ok
+    assert verify_library(library).ok
     export_to(library, tmp_path / "out.tar", ["acme/support"])
     with open_library(tmp_path / "other") as other:
         assert import_from(other, tmp_path / "out.tar", describe=read_made).new == ["acme/support@1", "acme/support@2"]

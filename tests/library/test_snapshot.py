@@ -20,7 +20,7 @@ from tests.library.made import made, open_made, read_made
 from veneer.library import index as ix
 from veneer.library.library import Library
 from veneer.library.names import parse_reference
-from veneer.library.queries import find
+from veneer.library.queries import find_versions
 from veneer.library.snapshot import Names, Snapshot
 
 
@@ -52,7 +52,7 @@ def test_every_reference_means_what_the_index_says(library: Library, tmp_path: P
     with Snapshot(library) as names:
         for word in words:
             with ix.reading(library.engine) as c:
-                wanted = find(c, parse_reference(word))
+                wanted = find_versions(c, parse_reference(word))
             assert meaning(names.now, word) == (wanted[0].reference if len(wanted) == 1 else None), word
         listed = [v for v in library.search() if v.fingerprint]
         for base in {v.fingerprint for v in listed}:

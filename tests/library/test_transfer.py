@@ -15,7 +15,7 @@ import pytest
 from tests.library.made import adapter_bytes, made, open_made, read_made
 from veneer.errors import AdapterError, ConfigError
 from veneer.library import transfer
-from veneer.library.describe import Described
+from veneer.library.describe import AdapterDescription
 from veneer.library.library import Library, open_library
 
 
@@ -79,7 +79,7 @@ def peft_like(folder: Path) -> Path:
     return folder
 
 
-def read_folder(path: Path) -> Described:
+def read_folder(path: Path) -> AdapterDescription:
     return read_made(path / "adapter_model.safetensors" if path.is_dir() else path)
 
 

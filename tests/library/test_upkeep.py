@@ -11,10 +11,10 @@ import pytest
 from tests.library.made import adapter_bytes, made, open_made, read_made
 from veneer.library import upkeep
 from veneer.library.library import Library
-from veneer.library.store import Directory
+from veneer.library.store import LocalStore
 
 
-def collect_during(library: Library, monkeypatch: pytest.MonkeyPatch, when: str) -> list[upkeep.Collected]:
+def collect_during(library: Library, monkeypatch: pytest.MonkeyPatch, when: str) -> list[upkeep.GcReport]:
     """Run `gc(grace=0)` within an add: before its first file is stored, or after its last and before it commits."""
     own, done = library.store.put, []
 
@@ -43,7 +43,7 @@ def test_collection_within_an_add_takes_nothing_from_it(
     library.add(source, "new", describe=read_made)
     assert len(done) == 1
     assert library.resolve("new").read_bytes() == adapter_bytes(1)
-    assert upkeep.verify(library).ok
+    assert upkeep.verify_library(library).ok
 
 
 def test_a_collection_that_died_with_its_files_gone_fools_no_add(
@@ -66,7 +66,7 @@ def test_a_collection_that_died_with_its_files_gone_fools_no_add(
     monkeypatch.undo()
     library.add(source, "new", describe=read_made)
     assert library.resolve("new").read_bytes() == adapter_bytes(1)
-    assert upkeep.verify(library).ok
+    assert upkeep.verify_library(library).ok
 
 
 def test_grace_keeps_what_was_just_removed(library: Library, tmp_path: Path) -> None:
@@ -88,12 +88,12 @@ def test_collection_takes_files_that_the_index_never_knew_and_no_others(library:
     assert upkeep.gc(library, grace=3600).files == 0
     assert upkeep.gc(library, grace=0).files == 1
     assert library.store.size("blobs/notes.txt") is not None
-    assert upkeep.verify(library).ok
+    assert upkeep.verify_library(library).ok
 
 
 def test_debris_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
     with open_made(str(tmp_path / "l")) as library:
-        assert isinstance(library.store, Directory)
+        assert isinstance(library.store, LocalStore)
         (tmp_path / "l" / "tmp").mkdir(exist_ok=True)
         (tmp_path / "l" / "tmp" / "dead").write_bytes(b"half")
         (tmp_path / "l" / "tmp" / "deadfolder").mkdir()
@@ -111,23 +111,23 @@ def test_verify_names_what_is_missing_and_what_is_corrupt_with_its_versions(libr
     library.store.delete(blobs[1])
     library.store.delete(blobs[2])
     library.store.replace(blobs[2], bytes(len(adapter_bytes(2))))
-    found = upkeep.verify(library)
+    found = upkeep.verify_library(library)
     assert not found.ok
     assert found.missing == [f"{blobs[1]} (n1@1)"]
     assert found.corrupt == [f"{blobs[2]} (n2@1)"]
-    upkeep.verify(library, repair=True)
+    upkeep.verify_library(library, repair=True)
     for n in (1, 2):
         library.add(made(tmp_path / str(n), n), f"again{n}", describe=read_made)
         assert library.resolve(f"n{n}").read_bytes() == adapter_bytes(n)
-    assert upkeep.verify(library).ok
+    assert upkeep.verify_library(library).ok
 
 
 def test_a_record_that_differs_is_found_and_written_anew(library: Library, tmp_path: Path) -> None:
     library.add(made(tmp_path, 1), "x", describe=read_made)
     library.store.replace("names/x.json", b"{}")
-    assert upkeep.verify(library).records == ["names/x.json"]
-    assert upkeep.verify(library, repair=True).repaired == ["names/x.json"]
-    assert upkeep.verify(library).ok
+    assert upkeep.verify_library(library).records == ["names/x.json"]
+    assert upkeep.verify_library(library, repair=True).repaired == ["names/x.json"]
+    assert upkeep.verify_library(library).ok
 
 
 def test_the_index_is_made_again_from_the_store(

@@ -128,7 +128,7 @@ from veneer.train.loop import peak_memory_bytes
 folder = Path(sys.argv[1])
 config, table = read_base_config(folder), tensor_table(folder)
 small = Path(sys.argv[2])
-load_quantised(small, read_base_config(small), tensor_table(small), "nf4", torch.bfloat16)  # what loading itself imports
+load_quantised(small, read_base_config(small), tensor_table(small), "nf4", torch.bfloat16)  # its own imports
 before = peak_memory_bytes()
 model, _ = load_quantised(folder, config, table, "nf4", torch.bfloat16)
 weights = sum(p.bytes if isinstance(p, Quantised) else p.nbytes for p in model.parameters())

@@ -16,7 +16,7 @@ from veneer.models.builtin import packaged_place
 from veneer.models.image.fast import fast_denoiser
 from veneer.models.image.memory import measured_activations
 from veneer.ops.cpu import compiled
-from veneer.plan.image import image_counts, is_image
+from veneer.plan.image import image_counts, is_denoiser
 from veneer.plan.tables import base_config
 from veneer.train.config.image import TARGET_WORDS
 
@@ -73,7 +73,7 @@ def test_what_is_kept_is_what_was_counted(word: str, name: str, size: int) -> No
 
 
 def test_other_denoisers_and_targets_are_refused() -> None:
-    assert not is_image({"_class_name": "SD3Transformer2DModel"})
+    assert not is_denoiser({"_class_name": "SD3Transformer2DModel"})
     with pytest.raises(ConfigError, match="no denoiser 'SD3Transformer2DModel'"):
         image_counts({"_class_name": "SD3Transformer2DModel"})
     with pytest.raises(ConfigError, match="no targets 'atention'"):

@@ -14,12 +14,12 @@ from veneer.core.adapter import LoraSpec
 from veneer.core.targets import resolve
 from veneer.errors import ConfigError
 from veneer.plan.image import IMAGE_FAMILIES, image_counts
-from veneer.plan.shape import FAMILIES, TextShape, layer_ranks, module_shape, pair_parameters, text_shape
+from veneer.plan.shape import TEXT_FAMILIES, TextShape, layer_ranks, module_shape, pair_parameters, text_shape
 from veneer.plan.tables import base_config, base_names
 from veneer.train.config.image import TARGET_WORDS
 from veneer.train.estimate import trainable_parameters
 
-TEXT = [name for name in base_names() if base_config(name)["model_type"] in FAMILIES]
+TEXT = [name for name in base_names() if base_config(name)["model_type"] in TEXT_FAMILIES]
 IMAGE = [name for name in base_names() if base_config(name)["model_type"] in IMAGE_FAMILIES]
 PUBLISHED = {
     "meta-llama/Llama-3.1-8B": 8_030_261_248, "meta-llama/Llama-3.1-70B": 70_553_706_496,

@@ -36,13 +36,13 @@ from veneer.formats.blocks import block_of, parse_blocks
 from veneer.formats.convert import target_of
 from veneer.formats.read import Reading
 
-__all__ = ["Made", "diff", "extract", "mix", "resize", "strength"]
+__all__ = ["MixReport", "diff", "extract", "mix", "resize", "strength"]
 
 EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding", "position_embedding", "shared"}
 
 
 @dataclass
-class Made:
+class MixReport:
     """What was written. `error`: over all modules; `worst`: the modules furthest off. `parts`: each module's rank,
     norm, error and cut, see core.mix.Part. `left`: what of the inputs has no place in the result, with the reason."""
 
@@ -81,7 +81,7 @@ def mix(
     blocks: str = "",
     base: str | Path | None = None,
     to: str | None = None,
-) -> Made:
+) -> MixReport:
     """Write adapters, "NAME_OR_PATH[:strength]", as one to the new `out`; see core.mix for methods and rules.
 
     `rank`, `energy`, `error`: at most one, see core.truncate.Bound. `blocks`: strengths by block on top, for all of
@@ -115,7 +115,7 @@ def resize(
     dtype: str = "float32",
     base: str | Path | None = None,
     to: str | None = None,
-) -> Made:
+) -> MixReport:
     """Write the best adapter within `rank`, a share of `energy`, or a relative `error` (exactly one), per module.
 
     An error bound holds for every module, so it holds for all together. A rank above a module's own leaves that module
@@ -140,7 +140,7 @@ def extract(
     dtype: str = "float32",
     prefix: str = "",
     to: str | None = None,
-) -> Made:
+) -> MixReport:
     """Write an adapter of `tuned` − `base`, two models in safetensors (files or folders of shards).
 
     One weight of each is in memory at a time. `targets`: a regular expression that a module's name must contain; by
@@ -360,7 +360,7 @@ def _write(
     *,
     to: str | None,
     left: Sequence[str] = (),
-) -> Made:
+) -> MixReport:
     path = Path(out)
     if path.is_file() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise ConfigError("there is something of that name already", where=str(path), fix="give a new one with -o")
@@ -372,7 +372,7 @@ def _write(
             "the adapters belong to different bases: " + "; ".join(sorted(f"{n or '?'} {f}" for n, f in bases)),
             fix="mix adapters of one base",
         )
-    worst = Made(parts={n: asdict(p) for n, p in mixed.parts.items()}).worst()
+    worst = MixReport(parts={n: asdict(p) for n, p in mixed.parts.items()}).worst()
     card = Card(
         base=next(iter(sorted(bases)), ("", ""))[0],
         base_fingerprint=next(iter(prints), ""),
@@ -386,7 +386,7 @@ def _write(
     layout = to or target_of(path, parents[0].format if parents else "")
     family = next((r.family for r in parents if r.family), None) if layout not in ("peft", "vllm", "gguf") else None
     written = convert.write(replace(mixed.adapter, card=card), path, layout, family=family)
-    return Made(
+    return MixReport(
         path=str(path),
         layout=layout,
         digest=written.digest,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from veneer.adapters.mix import Made
+    from veneer.adapters.mix import MixReport
 
 __all__ = ["register"]
 
@@ -158,7 +158,7 @@ def strength(
         print(f"wrote {report['written']['path']}: {report['written']['bytes']:,} bytes")
 
 
-def _say_made(made: Made, as_json: bool) -> None:
+def _say_made(made: MixReport, as_json: bool) -> None:
     if as_json:
         print(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
         return

@@ -17,7 +17,7 @@ from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.imaging.adapters import Mixer
-    from veneer.imaging.make import Ask, Made, Options
+    from veneer.imaging.make import Ask, Options, RecordedPicture
     from veneer.models.image.base import ImageBase
 
 __all__ = ["app"]
@@ -200,7 +200,7 @@ def grid(
     The same seed starts from the same noise in every cell."""
     from veneer.imaging.adapters import parse_use
     from veneer.imaging.controls import parse_control
-    from veneer.imaging.grid import STRENGTHS, draw, layout
+    from veneer.imaging.grid import STRENGTHS, draw_grid, layout
     from veneer.imaging.make import Options
 
     uses = [parse_use(spec) for spec in adapter or []]
@@ -224,7 +224,7 @@ def grid(
     _find(tuple(uses), options)
     start = time.perf_counter()
     with _mixer(_base_name(base, tuple(uses)), {"device": device, "dtype": dtype or "auto"}) as mixer:
-        drawn = draw(mixer, plan, options, on_step=_progress())
+        drawn = draw_grid(mixer, plan, options, on_step=_progress())
         from veneer.files.atomic import atomic_write
         from veneer.formats.infotext import png_bytes
 
@@ -293,11 +293,11 @@ def _files(out: Path, number: int) -> list[Path]:
 def _find(uses: tuple[Any, ...], options: Options) -> None:
     """A name that does not exist, or a file that is no picture, should not wait for a base to load."""
     from veneer.adapters.use import adapter_path
-    from veneer.imaging.controls import open_picture
+    from veneer.imaging.controls import hashed_picture
 
     for picture in (options.image, options.mask, *(control.path for control in options.controls)):
         if isinstance(picture, str | Path):
-            open_picture(picture)
+            hashed_picture(picture)
     for name, strength in uses:
         adapter_path(name)
         _say(f"adapter {name} at strength {strength}")
@@ -347,12 +347,12 @@ def _write(mixer: Mixer, asks: list[Ask], options: Options, files: list[Path], a
         _print_made(made, files, time.perf_counter() - start)
 
 
-def _save(made: Made, file: Path) -> None:
+def _save(made: RecordedPicture, file: Path) -> None:
     made.save(file)
     _say(f"{file}: seed {made.infotext.fields['Seed']}")
 
 
-def _print_made(made: list[Made], files: list[Path], seconds: float) -> None:
+def _print_made(made: list[RecordedPicture], files: list[Path], seconds: float) -> None:
     results = [
         {"file": str(f), "seed": int(m.infotext.fields["Seed"]), "infotext": m.text, "cut": m.cut, "record": m.record}
         for m, f in zip(made, files, strict=True)

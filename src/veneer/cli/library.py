@@ -242,7 +242,7 @@ def verify(
 
     made = upkeep.rebuild(_place["location"], _place["index"]) if rebuild else None
     with _open() as library:
-        found = upkeep.verify(library, repair=repair, say=_say)
+        found = upkeep.verify_library(library, repair=repair, say=_say)
     ok = found.ok and not (made and made.lost)
     if as_json:
         _print({"ok": ok, **vars(found), "rebuilt": vars(made) if made else None})

@@ -75,7 +75,7 @@ def plan(
 
     Needs a base's configuration and never its weights."""
     from veneer.plan.calibration import cpu_device, rates_here
-    from veneer.plan.image import ImageLoad, is_image
+    from veneer.plan.image import ImageLoad, is_denoiser
     from veneer.plan.memory import Load
     from veneer.plan.plan import Job, image_plan, text_plan
     from veneer.plan.render import plan_text
@@ -105,7 +105,7 @@ def plan(
             raise ConfigError("a plan needs --rows", fix=_EXAMPLE.removeprefix("Example: "))
         found = base_config(base)
         rates, process = rates_here(device, dtype)
-        if is_image(found):
+        if is_denoiser(found):
             _refuse(context, _OF_TEXT | _SERVED, "the base is for pictures")
             side = size or int(found.get("picture", 1024))
             load: Any = ImageLoad(

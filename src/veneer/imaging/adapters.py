@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Mix
     from veneer.models.image.base import ImageBase
 
-__all__ = ["Mixer", "Source", "Use", "label_of", "parse_use"]
+__all__ = ["AdapterSource", "Mixer", "Use", "label_of", "parse_use"]
 
 Use = tuple[str, Strength]
 """An adapter's name or path, and how strongly it acts."""
 
 
 @dataclass(frozen=True)
-class Source:
+class AdapterSource:
     """Where an attached adapter came from: its own digest, and the hashes of its file that managers know it by, empty
     where they are not known. `short`: A1111's (`formats.file_hashes.short_hash`). `called`: what people call it, where
     that is not `name`."""
@@ -103,7 +103,7 @@ class Mixer:
         self.base = base
         self.modules = [name for name, _ in base_modules(base.model) if name]
         self.attachment = attachment or attach(base.model)
-        self.sources: dict[str, Source] = {}
+        self.sources: dict[str, AdapterSource] = {}
         self._owned = attachment is None
         self._say, self._said = say, set[str]()
         self._parts: dict[tuple[str, Strength], Mix] = {}
@@ -115,7 +115,7 @@ class Mixer:
             self._controls[name] = load_control(name, self.base)
         return self._controls[name]
 
-    def add(self, name: str) -> Source:
+    def add(self, name: str) -> AdapterSource:
         """Read and attach an adapter, if it is not yet. Raises MismatchError for one of another family, AdapterError
         for one that does not fit, with every name and shape."""
         if name not in self.sources:
@@ -128,7 +128,7 @@ class Mixer:
             self.attachment.add(name, adapter)
             file = _file_of(path)
             found = hashes(file)
-            new = Source(name, str(path), adapter.digest(), found.sha256, found.autov3, short_hash(file, found))
+            new = AdapterSource(name, str(path), adapter.digest(), found.sha256, found.autov3, short_hash(file, found))
             if same := next((s.name for s in self.sources.values() if s.digest == new.digest), None):
                 self.say(f"note: {name} is the same adapter as {same}: in one mix their strengths add up")
             self.sources[name] = new

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
 
 __all__ = [
-    "CANNY", "ControlSpec", "canny", "control_model_of", "control_picture", "decoded", "flattened", "open_picture",
+    "CANNY", "ControlSpec", "canny", "control_model_of", "control_picture", "decoded", "flattened", "hashed_picture",
     "parse_control",
 ]  # fmt: skip
 
@@ -97,7 +97,7 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
     return _CANNY_NETS[base.family]
 
 
-def open_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
+def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
     """(the picture, upright and flat on that paper, and the sha256 of its file). Raises what `opened_picture` does."""
     from PIL import ImageOps
 

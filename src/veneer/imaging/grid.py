@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING
 
 from veneer.errors import ConfigError, nearest
 from veneer.imaging.adapters import Mixer, Use, label_of
-from veneer.imaging.make import Ask, Made, Options, make
+from veneer.imaging.make import Ask, Options, RecordedPicture, make
 from veneer.models.image.sheet import sheet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["SHEETS", "STRENGTHS", "Drawn", "Layout", "draw", "layout"]
+__all__ = ["SHEETS", "STRENGTHS", "GridLayout", "PictureGrid", "draw_grid", "layout"]
 
 SHEETS = ("strength", "adapters", "compare")
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
-class Layout:
+class GridLayout:
     """`asks`: row after row."""
 
     rows: tuple[str, ...]
@@ -40,12 +40,12 @@ class Layout:
 
 
 @dataclass
-class Drawn:
+class PictureGrid:
     """The sheet, and its pictures row after row."""
 
     image: Image
-    made: list[Made]
-    layout: Layout
+    made: list[RecordedPicture]
+    layout: GridLayout
 
 
 def layout(
@@ -56,7 +56,7 @@ def layout(
     seeds: Sequence[int] = (0,),
     strengths: Sequence[float] = STRENGTHS,
     negative: str = "",
-) -> Layout:
+) -> GridLayout:
     """Which pictures a sheet needs and where. A strength of a `strength` sheet multiplies those of the whole mix.
 
     Raises ConfigError for a sheet without adapters, of no prompts, seeds or strengths, or of an unknown kind."""
@@ -77,14 +77,14 @@ def layout(
         asks = [Ask(prompts[0], negative, seed, _times(uses, by) if by else ()) for seed in seeds for by in strengths]
         rows = [f"seed {seed}" for seed in seeds]
         columns = tuple(f"strength {by:g}" for by in strengths)
-        return Layout(tuple(rows), columns, tuple(asks), f"{prompts[0]}\n{named}")
+        return GridLayout(tuple(rows), columns, tuple(asks), f"{prompts[0]}\n{named}")
     mixes: list[tuple[str, tuple[Use, ...]]] = [("base", ())]
     mixes += [(_label(use), (use,)) for use in uses] if kind == "adapters" else [(named, tuple(uses))]
     places = [(prompt, seed) for prompt in prompts for seed in seeds]
     rows = [prompt if len(seeds) == 1 else f"{prompt}\nseed {seed}" for prompt, seed in places]
     asks = [Ask(prompt, negative, seed, mix) for prompt, seed in places for _, mix in mixes]
     title = f"seed {seeds[0]}" if len(seeds) == 1 else ""
-    return Layout(tuple(rows), tuple(name for name, _ in mixes), tuple(asks), title)
+    return GridLayout(tuple(rows), tuple(name for name, _ in mixes), tuple(asks), title)
 
 
 def _times(uses: Sequence[Use], by: float) -> tuple[Use, ...]:
@@ -96,15 +96,15 @@ def _label(use: Use) -> str:
     return label_of(name) if str(strength) == "1" else f"{label_of(name)}:{strength}"
 
 
-def draw(
+def draw_grid(
     mixer: Mixer,
-    plan: Layout,
+    plan: GridLayout,
     options: Options | None = None,
     *,
     on_step: Callable[[int, int], None] | None = None,
-) -> Drawn:
+) -> PictureGrid:
     """Make the pictures of a layout and put them on one sheet. Raises as `make`."""
     made = make(mixer, plan.asks, options, on_step=on_step)
     wide = len(plan.columns)
     cells = [[m.image for m in made[i : i + wide]] for i in range(0, len(made), wide)]
-    return Drawn(sheet(cells, rows=plan.rows, columns=plan.columns, title=plan.title), made, plan)
+    return PictureGrid(sheet(cells, rows=plan.rows, columns=plan.columns, title=plan.title), made, plan)

@@ -20,8 +20,8 @@ from veneer import __version__
 from veneer.errors import DataError
 from veneer.files.atomic import atomic_write
 from veneer.formats.infotext import SAMPLERS, Infotext, png_bytes, render
-from veneer.imaging.adapters import Mixer, Source, Use
-from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, control_picture, flattened, open_picture
+from veneer.imaging.adapters import AdapterSource, Mixer, Use
+from veneer.imaging.controls import CANNY, ControlSpec, control_model_of, control_picture, flattened, hashed_picture
 from veneer.models.fingerprint import file_sha256
 from veneer.models.image.generate import (
     Control,
@@ -42,7 +42,18 @@ if TYPE_CHECKING:
 
     from veneer.models.image.base import ImageBase
 
-__all__ = ["Ask", "Made", "Options", "asks_of", "make", "model_hash", "shared_record", "size_for", "told", "versions"]
+__all__ = [
+    "Ask",
+    "Options",
+    "RecordedPicture",
+    "asks_of",
+    "library_versions",
+    "make",
+    "model_hash",
+    "recorded_picture",
+    "shared_record",
+    "size_for",
+]
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class Options:
 
 
 @dataclass
-class Made:
+class RecordedPicture:
     """A picture, its infotext and its record. `cut`: what of the prompt the text encoder does not read."""
 
     image: Image
@@ -115,8 +126,8 @@ def make(
     options: Options | None = None,
     *,
     on_step: Callable[[int, int], None] | None = None,
-    on_made: Callable[[int, Made], None] | None = None,
-) -> list[Made]:
+    on_made: Callable[[int, RecordedPicture], None] | None = None,
+) -> list[RecordedPicture]:
     """A picture for each ask, in order. What was resized, cut or has no effect is said through the mixer's `say`;
     `on_made(i, made)` has each as soon as it is there, so that a long call that is stopped leaves what it made.
 
@@ -131,7 +142,7 @@ def make(
     settings, inputs = _prepared(mixer, options)
     rows = [PictureRow(ask.prompt, ask.negative, ask.seed, plans[ask.uses]) for ask in asks]
     shared = shared_record(base, settings) | inputs
-    out: list[Made] = []
+    out: list[RecordedPicture] = []
 
     def finish(i: int, picture: GeneratedPicture) -> None:
         for what, cut in (("prompt", picture.cut), ("negative prompt", picture.negative_cut)):
@@ -139,7 +150,7 @@ def make(
                 mixer.say(f"note: the text encoder does not read the end of a {what}: …{cut}")
         start = i - picture.index
         batch = asks[start : start + len(picture.batch)]
-        out.append(told(base, mixer.sources, picture, batch, picture.index, shared))
+        out.append(recorded_picture(base, mixer.sources, picture, batch, picture.index, shared))
         if on_made is not None:
             on_made(i, out[-1])
 
@@ -158,7 +169,7 @@ def _prepared(mixer: Mixer, options: Options) -> tuple[PictureSettings, dict[str
     if mask is not None and not mask.convert("L").getbbox():
         where = mask_from["path"] if mask_from else None
         raise DataError("the mask is black all over: nothing would be made anew", where=where, fix="white is made anew")
-    held = [(spec, *open_picture(spec.path)) for spec in options.controls]
+    held = [(spec, *hashed_picture(spec.path)) for spec in options.controls]
     guide = image or next((picture for _, picture, _ in held), None)
     width, height = size_for(base, options.width, options.height, guide)
     image = _fit(mixer, image, width, height, "picture")
@@ -198,7 +209,7 @@ def _opened(given: str | Path | Image | None, paper: str = "white") -> tuple[Ima
     if given is None:
         return None, None
     if isinstance(given, str | Path):
-        picture, sha = open_picture(given, paper)
+        picture, sha = hashed_picture(given, paper)
         return picture, {"path": str(given), "sha256": sha}
     return flattened(given, paper), {"path": "", "sha256": ""}
 
@@ -244,7 +255,7 @@ def shared_record(base: ImageBase, settings: PictureSettings) -> dict[str, Any]:
     """The part of a record that all pictures of a call have in common."""
     return {
         "version": 1,
-        "made_by": versions(),
+        "made_by": library_versions(),
         "base": {
             "name": base.name,
             "family": base.family,
@@ -272,19 +283,19 @@ def model_hash(base: ImageBase) -> tuple[str, str]:
     return "Base fingerprint", base.fingerprint.removeprefix("sha256:")[:16]
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Of what decides the last bits of a picture."""
     return {"veneer": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
 
 
-def told(
+def recorded_picture(
     base: ImageBase,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, AdapterSource],
     picture: GeneratedPicture,
     batch: Sequence[Ask],
     index: int,
     shared: Mapping[str, Any],
-) -> Made:
+) -> RecordedPicture:
     """The picture with its infotext and record. `batch`: what was made together, of which it is number `index`;
     `sources`: of the adapters by the names that the asks have for them; `shared`: what `shared_record` gives, and what
     is to be said of the pictures that went in (`image`, `mask`, `controls`)."""
@@ -295,10 +306,10 @@ def told(
         "rows": [_row(ask) for ask in batch],
         "index": index,
     }
-    return Made(picture.image, _infotext(base, sources, batch[index], record), record, picture.cut)
+    return RecordedPicture(picture.image, _infotext(base, sources, batch[index], record), record, picture.cut)
 
 
-def _said_of(source: Source) -> dict[str, str]:
+def _said_of(source: AdapterSource) -> dict[str, str]:
     return {"digest": source.digest, "sha256": source.sha256, "autov3": source.autov3}
 
 
@@ -307,7 +318,7 @@ def _row(ask: Ask) -> dict[str, Any]:
     return {"prompt": ask.prompt, "negative": ask.negative, "seed": ask.seed, "adapters": uses}
 
 
-def _infotext(base: ImageBase, sources: Mapping[str, Source], ask: Ask, record: dict[str, Any]) -> Infotext:
+def _infotext(base: ImageBase, sources: Mapping[str, AdapterSource], ask: Ask, record: dict[str, Any]) -> Infotext:
     settings = record["settings"]
     sampler, schedule = SAMPLERS.get(settings["scheduler"], (settings["scheduler"], "Automatic"))
     distilled = base.family in ("flux1", "flux2")

@@ -19,9 +19,9 @@ from veneer.adapters import use as using
 from veneer.errors import AdapterError, DataError, MismatchError
 from veneer.formats.infotext import Infotext, lora_hashes, lora_tags, read_picture, sampler_of
 from veneer.formats.strengths import Strength
-from veneer.imaging.adapters import Mixer, Source, parse_use
-from veneer.imaging.controls import ControlSpec, open_picture
-from veneer.imaging.make import Ask, Made, Options, make, model_hash, versions
+from veneer.imaging.adapters import AdapterSource, Mixer, parse_use
+from veneer.imaging.controls import ControlSpec, hashed_picture
+from veneer.imaging.make import Ask, Options, RecordedPicture, library_versions, make, model_hash
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
@@ -121,7 +121,7 @@ def _use(name: str, text: str) -> tuple[str, Strength]:
 
 
 def _other_versions(made_by: dict[str, str]) -> list[str]:
-    here = versions()
+    here = library_versions()
     other = [f"{name} {had} (here {here.get(name)})" for name, had in made_by.items() if here.get(name) != had]
     return [f"made with {', '.join(other)}: the last bits may differ"] if other else []
 
@@ -188,14 +188,14 @@ def remake(
     *,
     changes: Callable[[Ask, Options], tuple[Ask, Options]] | None = None,
     on_step: Callable[[int, int], None] | None = None,
-) -> Made:
+) -> RecordedPicture:
     """The picture again. `changes`: what is asked otherwise this time; then it is made alone.
 
     Raises MismatchError where the base, an adapter or an input picture is another one than then; AdapterError where an
     adapter is found neither by its name nor, in the library, by its digest."""
     _same_base(mixer.base, wanted)
     for path, sha in wanted.inputs.items():
-        if (found := open_picture(path)[1]) != sha:
+        if (found := hashed_picture(path)[1]) != sha:
             raise MismatchError(f"{path} is another picture than then", where=f"sha256 {found[:12]}, then {sha[:12]}")
     renamed = {name: _same_adapter(mixer, name, wanted) for ask in wanted.asks for name, _ in ask.uses}
     asks = [replace(ask, uses=tuple((renamed[name], s) for name, s in ask.uses)) for ask in wanted.asks]
@@ -247,7 +247,7 @@ def _same_adapter(mixer: Mixer, name: str, wanted: Wanted) -> str:
     return name
 
 
-def _has_hash(source: Source, stated: str) -> bool:
+def _has_hash(source: AdapterSource, stated: str) -> bool:
     return any(
         own and (own.startswith(stated) or stated.startswith(own))
         for own in (source.short, source.autov3, source.sha256)

@@ -21,7 +21,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from veneer.errors import ConfigError, MissingExtraError, ResourceError
 
-__all__ = ["PATIENCE", "URL_FIX", "Key", "open_engine", "reading", "shown_url", "writing"]
+__all__ = ["PATIENCE", "URL_FIX", "Key", "open_engine", "reading", "shown_url", "write_transaction"]
 
 URL_FIX = "a path for SQLite, or postgresql://user:password@host/database"
 PATIENCE = 30.0
@@ -158,7 +158,7 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 
 @contextlib.contextmanager
-def writing(engine: Engine, lock: int | None = None) -> Iterator[Connection]:
+def write_transaction(engine: Engine, lock: int | None = None) -> Iterator[Connection]:
     """A transaction: committed at the end, or not at all. In SQLite it holds the one write lock from its start; in
     PostgreSQL the advisory lock `lock`, if there is one.
 

@@ -1,7 +1,7 @@
 """What the library wants to know of an adapter's files: which they are, and what they hold.
 
-`describe` reads whatever `formats` can; another takes its place as an argument of `Library.add`. Knows formats; nothing
-of names or the index.
+`describe_adapter` reads whatever `formats` can; another takes its place as an argument of `Library.add`. Knows formats;
+nothing of names or the index.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from veneer.errors import AdapterError
 
-__all__ = ["Content", "Described", "content_of", "describe"]
+__all__ = ["AdapterDescription", "Content", "content_of", "describe_adapter"]
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "veneer.json", "README.md")
 MAX_WORDS = 20_000
@@ -29,7 +29,7 @@ class Content:
 
 
 @dataclass
-class Described:
+class AdapterDescription:
     """What is known of an adapter. `digest`: core's, "" where its format is not understood. `card`: the fields of
     core.adapter.Card as JSON, each of which may be missing."""
 
@@ -85,13 +85,13 @@ def content_of(path: Path) -> Content:
     )
 
 
-def describe(path: Path) -> Described:
+def describe_adapter(path: Path) -> AdapterDescription:
     """An adapter of any format, read whole: its digest under canonical names, its format and its card.
     Raises AdapterError for anything that is none, or that has a tensor nobody understands."""
     from veneer.formats.read import read
 
     reading = read(path)
-    return Described(reading.adapter.digest(), reading.format, reading.adapter.card.to_dict())
+    return AdapterDescription(reading.adapter.digest(), reading.format, reading.adapter.card.to_dict())
 
 
 def _texts(value: Any) -> list[str]:

@@ -44,9 +44,28 @@ from veneer.library.database import Key, open_engine, reading, shown_url
 from veneer.library.migrate import Schema, bring_up
 
 __all__ = [
-    "CONDEMNED", "SCHEMA", "TABLES", "Key", "aliases", "claim", "clear", "connect", "entries", "files",
-    "identify", "identity", "many", "names", "objects", "parents", "reading", "shown_url", "tags", "triggers",
-    "versions", "writing",
+    "CONDEMNED",
+    "INDEX_SCHEMA",
+    "INDEX_TABLES",
+    "Key",
+    "claim",
+    "clear",
+    "connect",
+    "entries",
+    "files",
+    "identify",
+    "identity",
+    "many",
+    "name_aliases",
+    "names",
+    "objects",
+    "parents",
+    "reading",
+    "shown_url",
+    "tags",
+    "triggers",
+    "versions",
+    "writing",
 ]  # fmt: skip
 
 CHANNEL = "veneer_library_names"
@@ -56,12 +75,14 @@ CONDEMNED = ""
 
 _LOCK = 0x76656E656572  # "veneer": the key of PostgreSQL's advisory lock
 
-TABLES = MetaData()
+INDEX_TABLES = MetaData()
 
-_meta = Table("library_meta", TABLES, Column("key", Key(), primary_key=True), Column("value", Text, nullable=False))
+_meta = Table(
+    "library_meta", INDEX_TABLES, Column("key", Key(), primary_key=True), Column("value", Text, nullable=False)
+)
 objects = Table(
     "library_objects",
-    TABLES,
+    INDEX_TABLES,
     Column("path", Key(), primary_key=True),
     Column("size", BigInteger, nullable=False),
     Column("touched", Float, nullable=False),  # when someone last said that it is needed; seconds since 1970
@@ -69,7 +90,7 @@ objects = Table(
 )
 entries = Table(
     "library_entries",
-    TABLES,
+    INDEX_TABLES,
     Column("id", Key(), primary_key=True),  # the sha256 of the manifest, hexadecimal
     Column("manifest", Key(), ForeignKey(objects.c.path), nullable=False, index=True),
     Column("digest", Key(), nullable=False, index=True),  # of the adapter, "sha256:…", "" where nobody can read it
@@ -86,7 +107,7 @@ entries = Table(
 )
 files = Table(
     "library_files",
-    TABLES,
+    INDEX_TABLES,
     Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
     Column("name", Key(), primary_key=True),
     Column("object", Key(), ForeignKey(objects.c.path), nullable=False, index=True),
@@ -95,36 +116,36 @@ files = Table(
 )
 triggers = Table(
     "library_triggers",
-    TABLES,
+    INDEX_TABLES,
     Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
     Column("word", Key(), primary_key=True),
     Column("lower", Key(), nullable=False, index=True),
 )
 parents = Table(
     "library_parents",
-    TABLES,
+    INDEX_TABLES,
     Column("entry", Key(), ForeignKey(entries.c.id, ondelete="CASCADE"), primary_key=True),
     Column("parent", Key(), primary_key=True, index=True),
 )
 names = Table(
     "library_names",
-    TABLES,
+    INDEX_TABLES,
     Column("name", Key(), primary_key=True),
     Column("latest", Integer),  # NULL where all versions were removed
     Column("next", Integer, nullable=False),  # numbers of removed versions do not come back
 )
 versions = Table(
     "library_versions",
-    TABLES,
+    INDEX_TABLES,
     Column("name", Key(), ForeignKey(names.c.name), primary_key=True),
     Column("version", Integer, primary_key=True),
     Column("entry", Key(), ForeignKey(entries.c.id), nullable=False, index=True),
     Column("added", String, nullable=False),
     Column("source", String, nullable=False),
 )
-aliases = Table(
+name_aliases = Table(
     "library_aliases",
-    TABLES,
+    INDEX_TABLES,
     Column("name", Key(), primary_key=True),
     Column("alias", Key(), primary_key=True),
     Column("version", Integer, nullable=False),
@@ -133,7 +154,7 @@ aliases = Table(
 )
 tags = Table(
     "library_tags",
-    TABLES,
+    INDEX_TABLES,
     Column("name", Key(), primary_key=True),
     Column("version", Integer, primary_key=True),
     Column("tag", Key(), primary_key=True),
@@ -146,7 +167,7 @@ def connect(where: str) -> Engine:
     """The index in a SQLite file, or behind a URL such as postgresql://user@host/database; its tables are made if they
     are not there. Raises ConfigError for a URL that leads nowhere, MissingExtraError without psycopg."""
     engine = open_engine(where, "an index")
-    bring_up(engine, SCHEMA, where)
+    bring_up(engine, INDEX_SCHEMA, where)
     return engine
 
 
@@ -162,7 +183,9 @@ def _first(c: Connection) -> None:
     c.execute(insert(_meta), {"key": "schema", "value": "1"})  # what veneers from before revisions were held read
 
 
-SCHEMA = Schema("the index", TABLES, Path(__file__).parent / "versions", "library_version", _LOCK, _before, _first)
+INDEX_SCHEMA = Schema(
+    "the index", INDEX_TABLES, Path(__file__).parent / "versions", "library_version", _LOCK, _before, _first
+)
 
 
 @contextlib.contextmanager
@@ -170,7 +193,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that holds the index's one write lock from its start: committed at the end, or not at all.
 
     Raises ResourceError where the lock is not to be had for two minutes."""
-    with database.writing(engine, _LOCK) as c:
+    with database.write_transaction(engine, _LOCK) as c:
         yield c
 
 
@@ -214,7 +237,7 @@ def claim(c: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
 
 def clear(c: Connection) -> None:
     """Empty every table but the one that says whose index this is."""
-    for table in reversed(TABLES.sorted_tables):
+    for table in reversed(INDEX_TABLES.sorted_tables):
         if table is not _meta:
             c.execute(delete(table))
 

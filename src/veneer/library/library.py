@@ -14,7 +14,7 @@ An add, in this order, so that it is whole or not there, and safe beside collect
        and store that file again, now, while the write lock keeps collection out. Then entry, version, tags together.
 
 A kill before 4 leaves files that nothing refers to, for `gc`. Knows the store and the index; what is in an adapter's
-files is told to it by `describe`.
+files is told to it by `describe_adapter`.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from sqlalchemy import Connection, Engine, delete, insert, select, update
 
 from veneer.errors import AdapterError, ConfigError, nearest
 from veneer.library import index as ix
-from veneer.library.describe import Described, content_of, describe
+from veneer.library.describe import AdapterDescription, content_of, describe_adapter
 from veneer.library.names import Reference, check_alias, check_file_name, check_name, check_tag, parse_reference
-from veneer.library.queries import Version, find, record, search
+from veneer.library.queries import Version, find_versions, record, search
 from veneer.library.store import (
-    Directory,
-    Remote,
-    answering,
+    LocalStore,
+    RemoteStore,
     blob_path,
     canonical,
     hash_file,
     manifest_path,
     open_store,
+    store_errors,
 )
 from veneer.models.home import veneer_home
 
@@ -72,9 +72,9 @@ class Library:
     """An open library. `cache` is where files of a remote store are kept on this machine."""
 
     location: str
-    store: Directory | Remote
+    store: LocalStore | RemoteStore
     engine: Engine
-    cache: Directory
+    cache: LocalStore
 
     def __enter__(self) -> Library:
         return self
@@ -94,7 +94,7 @@ class Library:
         adapters; ConfigError for text that is no reference."""
         wanted = parse_reference(reference)
         with ix.reading(self.engine) as c:
-            found = find(c, wanted)
+            found = find_versions(c, wanted)
             if len(found) == 1:
                 return found[0]
             if found:
@@ -105,7 +105,7 @@ class Library:
     def _unknown(self, c: Connection, reference: str, name: str) -> NotKept:
         kept = c.scalars(select(ix.versions.c.version).where(ix.versions.c.name == name)).all()
         if kept:
-            pointers = c.scalars(select(ix.aliases.c.alias).where(ix.aliases.c.name == name)).all()
+            pointers = c.scalars(select(ix.name_aliases.c.alias).where(ix.name_aliases.c.name == name)).all()
             has = ", ".join([f"{name}@{w}" for w in [*sorted(kept)[-5:], *sorted(pointers)]])
             return NotKept(f"the library has no {reference}", where=self.location, fix=f"it has {has}")
         every = c.scalars(select(ix.names.c.name).where(ix.names.c.latest.is_not(None))).all() if name else []
@@ -132,9 +132,9 @@ class Library:
         """As `resolve`, for who knows what the reference means: without `kept` the store's own manifest says which
         files there are, so that no database is asked."""
         kept = self._manifest(entry) if kept is None else kept
-        local = self.store if isinstance(self.store, Directory) else self.cache
+        local = self.store if isinstance(self.store, LocalStore) else self.cache
         try:
-            if isinstance(self.store, Remote):
+            if isinstance(self.store, RemoteStore):
                 self._fetch(self.store, kept)
             folder = local.folder(entry, kept)
         except FileNotFoundError as error:
@@ -150,7 +150,7 @@ class Library:
         """name -> (sha256, size), of the manifest in the store. Raises AdapterError where it is not what it was."""
         path = manifest_path(entry)
         try:
-            raw = self.cache.read(path) if isinstance(self.store, Remote) else self.store.read(path)
+            raw = self.cache.read(path) if isinstance(self.store, RemoteStore) else self.store.read(path)
         except FileNotFoundError:
             try:
                 raw = self.store.read(path)
@@ -158,14 +158,14 @@ class Library:
                 raise AdapterError(f"the manifest {path} is missing in the store", where=self.location) from error
         if hashlib.sha256(raw).hexdigest() != entry:
             raise AdapterError(f"the manifest {path} is damaged in the store", where=self.location)
-        if isinstance(self.store, Remote):
+        if isinstance(self.store, RemoteStore):
             self.cache.put(path, raw, entry)
         return {name: (file["sha256"], file["size"]) for name, file in json.loads(raw)["files"].items()}
 
-    def _fetch(self, store: Remote, kept: Mapping[str, tuple[str, int]]) -> None:
+    def _fetch(self, store: RemoteStore, kept: Mapping[str, tuple[str, int]]) -> None:
         for sha256, size in kept.values():
             if self.cache.size(blob_path(sha256)) != size:
-                with answering(self.location), store.open(blob_path(sha256)) as source:
+                with store_errors(self.location), store.open(blob_path(sha256)) as source:
                     self.cache.fill(blob_path(sha256), source, sha256)
 
     def files(self, entry: str) -> dict[str, tuple[str, int]]:
@@ -185,7 +185,7 @@ class Library:
         tags: Iterable[str] = (),
         source: str = "",
         number: int | None = None,
-        describe: Callable[[Path], Described] = describe,
+        describe: Callable[[Path], AdapterDescription] = describe_adapter,
     ) -> Added:
         """Keep the adapter at `path` (a PEFT folder, a run's folder with one in `adapter/`, or one file) as the next
         version of `name`. Content that the latest version has already makes no new version, and gets the tags.
@@ -227,10 +227,10 @@ class Library:
             self._put_tags(c, name, number, tags)
             self.store.replace(f"names/{name}.json", canonical(record(c, name)))
             ix.changed(c)
-            version = find(c, Reference(name, version=number))[0]
+            version = find_versions(c, Reference(name, version=number))[0]
         return Added(version, new, found.left_out)
 
-    def enter(self, c: Connection, entry: str, kept: Mapping[str, tuple[str, int]], about: Described) -> None:
+    def enter(self, c: Connection, entry: str, kept: Mapping[str, tuple[str, int]], about: AdapterDescription) -> None:
         """The entry's rows; a description that says more than the one on record replaces it."""
         known = c.execute(select(ix.entries.c.digest).where(ix.entries.c.id == entry)).first()
         values = about.columns(sum(size for _, size in kept.values()))
@@ -301,20 +301,20 @@ class Library:
         check_alias(alias)
 
         def change(c: Connection, v: Version) -> None:
-            a = ix.aliases.c
-            c.execute(delete(ix.aliases).where(a.name == v.name, a.alias == alias))
-            c.execute(insert(ix.aliases), {"name": v.name, "alias": alias, "version": v.version})
+            a = ix.name_aliases.c
+            c.execute(delete(ix.name_aliases).where(a.name == v.name, a.alias == alias))
+            c.execute(insert(ix.name_aliases), {"name": v.name, "alias": alias, "version": v.version})
 
         return self._change(reference, change)
 
     def _change(self, reference: str, change: Callable[[Connection, Version], None]) -> Version:
         """Find a version, change what is said of it, and write its name's record, all under the write lock."""
         with ix.writing(self.engine) as c:
-            found = find(c, wanted := parse_reference(reference))
+            found = find_versions(c, wanted := parse_reference(reference))
             if len(found) != 1:
                 raise self._unknown(c, reference, wanted.name) if not found else _several(reference, found)
             change(c, found[0])
-            after = find(c, parse_reference(found[0].reference))[0]
+            after = find_versions(c, parse_reference(found[0].reference))[0]
             self.store.replace(f"names/{after.name}.json", canonical(record(c, after.name)))
             ix.changed(c)
         return after
@@ -327,13 +327,13 @@ class Library:
         wanted = parse_reference(reference)
         if wanted.prefix:
             raise ConfigError("a digest may have several names", where=reference, fix="remove them by name")
-        a, v = ix.aliases.c, ix.versions.c
+        a, v = ix.name_aliases.c, ix.versions.c
         with ix.writing(self.engine) as c:
-            if not (found := find(c, wanted)):
+            if not (found := find_versions(c, wanted)):
                 raise self._unknown(c, reference, wanted.name)
             name = wanted.name
             if wanted.alias:
-                c.execute(delete(ix.aliases).where(a.name == name, a.alias == wanted.alias))
+                c.execute(delete(ix.name_aliases).where(a.name == name, a.alias == wanted.alias))
                 gone = [f"{name}@{wanted.alias}"]
             else:
                 whole = reference == name
@@ -344,14 +344,14 @@ class Library:
         return gone
 
     def _remove_versions(self, c: Connection, name: str, doomed: list[int], with_aliases: bool) -> list[str]:
-        a, v = ix.aliases.c, ix.versions.c
+        a, v = ix.name_aliases.c, ix.versions.c
         pointers = c.execute(select(a.alias, a.version).where(a.name == name, a.version.in_(doomed))).all()
         if pointers and not with_aliases:
             shown = ", ".join(f"{name}@{p.alias} -> {name}@{p.version}" for p in pointers)
             raise AdapterError(
                 f"aliases point there: {shown}", where=self.location, fix="move them first, or --with-aliases"
             )
-        c.execute(delete(ix.aliases).where(a.name == name, a.version.in_(doomed)))
+        c.execute(delete(ix.name_aliases).where(a.name == name, a.version.in_(doomed)))
         lost = set(c.scalars(select(v.entry).where(v.name == name, v.version.in_(doomed))).all())
         c.execute(delete(ix.tags).where(ix.tags.c.name == name, ix.tags.c.version.in_(doomed)))
         c.execute(delete(ix.versions).where(v.name == name, v.version.in_(doomed)))
@@ -381,7 +381,7 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
     if not index:
         key = hashlib.sha256(where.rstrip("/").encode()).hexdigest()[:16]
         home = veneer_home() / "library-index" / f"{key}.sqlite"
-        index = str(store.root / "index.sqlite" if isinstance(store, Directory) else home)
+        index = str(store.root / "index.sqlite" if isinstance(store, LocalStore) else home)
     engine = ix.connect(index)
     try:
         mark = _mark(store, where) or _begin(store, engine, where)
@@ -394,13 +394,13 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
                 fix="give the right one with --index or VENEER_LIBRARY_INDEX. If it is lost: "
                 "`veneer library verify --rebuild` makes it again from the files",
             )
-        return Library(where, store, engine, Directory(veneer_home() / "cache" / "library" / mark))
+        return Library(where, store, engine, LocalStore(veneer_home() / "cache" / "library" / mark))
     except BaseException:
         engine.dispose()
         raise
 
 
-def _begin(store: Directory | Remote, engine: Engine, where: str) -> str:
+def _begin(store: LocalStore | RemoteStore, engine: Engine, where: str) -> str:
     """Mark a new store with the index's id; the index first, so that a kill in between does no harm."""
     with ix.writing(engine) as c:
         mark = ix.identity(c) or secrets.token_hex(16)
@@ -410,7 +410,7 @@ def _begin(store: Directory | Remote, engine: Engine, where: str) -> str:
     return _mark(store, where) or mark
 
 
-def _mark(store: Directory | Remote, where: str) -> str | None:
+def _mark(store: LocalStore | RemoteStore, where: str) -> str | None:
     if store.size(MARK) is None:
         return None
     try:

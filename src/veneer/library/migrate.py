@@ -17,7 +17,7 @@ from sqlalchemy import Column, Connection, Engine, MetaData, String, Table, inse
 from sqlalchemy.exc import DBAPIError
 
 from veneer.errors import ConfigError
-from veneer.library.database import URL_FIX, reading, shown_url, writing
+from veneer.library.database import URL_FIX, reading, shown_url, write_transaction
 
 __all__ = ["Schema", "bring_up", "revision"]
 
@@ -53,7 +53,7 @@ def bring_up(engine: Engine, schema: Schema, where: str) -> None:
         with reading(engine) as c:
             found = revision(c, schema)
         if found != schema.revisions[-1]:
-            with writing(engine, schema.lock) as c:
+            with write_transaction(engine, schema.lock) as c:
                 _change(c, schema)
     except DBAPIError as error:
         engine.dispose()

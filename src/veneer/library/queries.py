@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or
 from veneer.library import index as ix
 from veneer.library.names import Reference
 
-__all__ = ["Version", "find", "record", "search"]
+__all__ = ["Version", "find_versions", "record", "search"]
 
 _SOME = 500  # values in one IN list
 
@@ -59,10 +59,10 @@ def _versions() -> Select[Any]:
     return select(*columns, e.licence, e.created, e.size, e.card).join_from(ix.versions, ix.entries, v.entry == e.id)
 
 
-def find(c: Connection, wanted: Reference) -> list[Version]:
+def find_versions(c: Connection, wanted: Reference) -> list[Version]:
     """The version that a reference means: none, or one; for a digest's prefix that fits several adapters one of each.
     Among versions of the same adapter the one added last stands for all."""
-    v, e, a, n = ix.versions.c, ix.entries.c, ix.aliases.c, ix.names.c
+    v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
     if wanted.prefix:
         rows = c.execute(
             _versions()
@@ -148,7 +148,7 @@ def _begins(column: ColumnElement[Any], prefix: str, after: str = "g") -> Column
 
 def _full(c: Connection, rows: Sequence[Any]) -> list[Version]:
     """The rows as versions, with what stands in other tables."""
-    t, a, w, p = ix.tags.c, ix.aliases.c, ix.triggers.c, ix.parents.c
+    t, a, w, p = ix.tags.c, ix.name_aliases.c, ix.triggers.c, ix.parents.c
     names, entries = sorted({r.name for r in rows}), sorted({r.entry for r in rows})
     tags: dict[Any, list[str]] = defaultdict(list)
     pointers: dict[Any, list[str]] = defaultdict(list)
@@ -182,7 +182,7 @@ def _parts(values: Sequence[str]) -> Iterable[Sequence[str]]:
 
 def record(c: Connection, name: str) -> dict[str, Any]:
     """What the index says of a name, as it stands in the store and in exports."""
-    n, a = ix.names.c, ix.aliases.c
+    n, a = ix.names.c, ix.name_aliases.c
     following = c.scalar(select(n.next).where(n.name == name)) or 1
     pointers = c.execute(select(a.alias, a.version).where(a.name == name)).all()
     found = _full(c, c.execute(_versions().where(ix.versions.c.name == name)).all())

@@ -34,7 +34,7 @@ from veneer.library import index as ix
 from veneer.library.library import Library
 from veneer.library.names import Reference
 
-__all__ = ["Kept", "Names", "Snapshot"]
+__all__ = ["NamedVersion", "Names", "Snapshot"]
 
 _log = logging.getLogger("veneer.library")
 
@@ -46,7 +46,7 @@ AGAIN = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class NamedVersion:
     """One version of a name. `digest`: the adapter's, "" where nobody could read it; `entry`: its manifest's."""
 
     name: str
@@ -67,13 +67,13 @@ class Names:
     """The names of one moment. `find` means what `queries.find` does."""
 
     def __init__(
-        self, kept: Iterable[Kept] = (), latest: Iterable[tuple[str, int]] = (), aliases: Iterable[Any] = ()
+        self, kept: Iterable[NamedVersion] = (), latest: Iterable[tuple[str, int]] = (), aliases: Iterable[Any] = ()
     ) -> None:
         self._kept = {(k.name, k.version): k for k in kept}
         self._latest = dict(latest)
         self._aliases: dict[tuple[str, str], int] = {(name, alias): version for name, alias, version in aliases}
 
-    def find(self, wanted: Reference) -> Kept | None:
+    def find(self, wanted: Reference) -> NamedVersion | None:
         """None where there is none, and where a digest's prefix fits several adapters."""
         if wanted.prefix:
             return self._by_digest(wanted.prefix)
@@ -83,13 +83,13 @@ class Names:
             version = self._latest.get(wanted.name) if wanted.version is None else wanted.version
         return None if version is None else self._kept.get((wanted.name, version))
 
-    def latest(self, fingerprint: str) -> list[Kept]:
+    def latest(self, fingerprint: str) -> list[NamedVersion]:
         """The latest version of each name, of this base, by name."""
         found = (self._kept.get(key) for key in self._latest.items())
         return sorted((k for k in found if k is not None and k.fingerprint == fingerprint), key=lambda k: k.name)
 
-    def _by_digest(self, prefix: str) -> Kept | None:
-        fits: dict[str, Kept] = {}
+    def _by_digest(self, prefix: str) -> NamedVersion | None:
+        fits: dict[str, NamedVersion] = {}
         for keys, wanted in ((self._digests, prefix), (self._entries, prefix.removeprefix("sha256:"))):
             at = bisect_left(keys, (wanted,))
             while at < len(keys) and keys[at][0].startswith(wanted):
@@ -101,29 +101,31 @@ class Names:
         return next(iter(fits.values()), None)
 
     @cached_property
-    def _newest(self) -> list[Kept]:
+    def _newest(self) -> list[NamedVersion]:
         """The one that was added last stands for all of the same adapter."""
-        newest: dict[str, Kept] = {}
+        newest: dict[str, NamedVersion] = {}
         by_name = sorted(self._kept.values(), key=lambda k: (k.name, -k.version))
         for k in sorted(by_name, key=lambda k: k.added, reverse=True):
             newest.setdefault(k.digest or k.entry, k)
         return list(newest.values())
 
     @cached_property
-    def _digests(self) -> list[tuple[str, Kept]]:
+    def _digests(self) -> list[tuple[str, NamedVersion]]:
         return sorted(((k.digest, k) for k in self._newest if k.digest), key=lambda pair: pair[0])
 
     @cached_property
-    def _entries(self) -> list[tuple[str, Kept]]:
+    def _entries(self) -> list[tuple[str, NamedVersion]]:
         newest = {k.digest or k.entry: k for k in self._newest}
         by_entry = {k.entry: newest[k.digest or k.entry] for k in self._kept.values()}
         return sorted(by_entry.items(), key=lambda pair: pair[0])
 
 
 def read(c: Connection) -> Names:
-    v, e, a, n = ix.versions.c, ix.entries.c, ix.aliases.c, ix.names.c
+    v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
     columns = (v.name, v.version, v.entry, v.added, e.digest, e.format, e.fingerprint, e.base)
-    kept = [Kept(*row) for row in c.execute(select(*columns).join_from(ix.versions, ix.entries, v.entry == e.id))]
+    kept = [
+        NamedVersion(*row) for row in c.execute(select(*columns).join_from(ix.versions, ix.entries, v.entry == e.id))
+    ]
     latest = [(row.name, row.latest) for row in c.execute(select(n.name, n.latest).where(n.latest.is_not(None)))]
     return Names(kept, latest, [tuple(row) for row in c.execute(select(a.name, a.alias, a.version))])
 

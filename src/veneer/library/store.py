@@ -29,7 +29,16 @@ from typing import IO, Any
 from veneer.errors import AdapterError, ConfigError, MissingExtraError, UnavailableError, VeneerError
 from veneer.files.atomic import flush_folder
 
-__all__ = ["Directory", "Remote", "answering", "blob_path", "canonical", "hash_file", "manifest_path", "open_store"]
+__all__ = [
+    "LocalStore",
+    "RemoteStore",
+    "blob_path",
+    "canonical",
+    "hash_file",
+    "manifest_path",
+    "open_store",
+    "store_errors",
+]
 
 CHUNK = 1 << 20
 _WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory"}
@@ -54,14 +63,14 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_store(location: str) -> Directory | Remote:
+def open_store(location: str) -> LocalStore | RemoteStore:
     """The store at a path, a file: URL or another fsspec URL. Raises ConfigError for a URL that means nothing,
     MissingExtraError where the package for its protocol is not installed."""
     if "://" not in location:
-        return Directory(Path(location).expanduser().absolute())
+        return LocalStore(Path(location).expanduser().absolute())
     protocol = location.partition("://")[0]
     if protocol in ("file", "local"):
-        return Directory(Path(location.partition("://")[2]).absolute())
+        return LocalStore(Path(location.partition("://")[2]).absolute())
     import fsspec  # type: ignore[import-untyped]
 
     try:
@@ -74,11 +83,11 @@ def open_store(location: str) -> Directory | Remote:
     except OSError as error:
         why = error.strerror or str(error)
         raise UnavailableError(f"the store cannot be used now: {why}", where=location, fix="try again later") from error
-    return Remote(fs, root.rstrip("/"), protocol in _WHOLE)
+    return RemoteStore(fs, root.rstrip("/"), protocol in _WHOLE)
 
 
 @dataclass
-class Directory:
+class LocalStore:
     """A store in a local directory."""
 
     root: Path
@@ -225,7 +234,7 @@ class Directory:
 
 
 @dataclass
-class Remote:
+class RemoteStore:
     """A store behind fsspec. `whole`: files appear whole when they are closed."""
 
     fs: Any
@@ -238,18 +247,18 @@ class Remote:
 
     def size(self, path: str) -> int | None:
         try:
-            with answering(self.root):
+            with store_errors(self.root):
                 return int(self.fs.info(self._at(path))["size"])
         except FileNotFoundError:
             return None
 
     def read(self, path: str) -> bytes:
-        with answering(self.root):
+        with store_errors(self.root):
             return bytes(self.fs.cat_file(self._at(path)))
 
     def open(self, path: str) -> IO[bytes]:
-        """Reading it may fail too: whoever does is `answering`."""
-        with answering(self.root):
+        """Reading it may fail too: whoever does is `store_errors`."""
+        with store_errors(self.root):
             opened: IO[bytes] = self.fs.open(self._at(path), "rb", cache_type="readahead", block_size=8 << 20)
         return opened
 
@@ -270,7 +279,7 @@ class Remote:
     def _send(self, path: str, source: Path | bytes) -> None:
         target = self._at(path)
         first = target if self.whole else f"{self.root}/tmp/{secrets.token_hex(12)}"
-        with answering(self.root):
+        with store_errors(self.root):
             for folder in {first.rpartition("/")[0], target.rpartition("/")[0]} - self._made:
                 if not self.whole:
                     self.fs.makedirs(folder, exist_ok=True)
@@ -283,12 +292,12 @@ class Remote:
                 self.fs.mv(first, target)
 
     def delete(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError), answering(self.root):
+        with contextlib.suppress(FileNotFoundError), store_errors(self.root):
             self.fs.rm_file(self._at(path))
 
     def walk(self, prefix: str) -> Iterator[tuple[str, int, float]]:
         try:
-            with answering(self.root):
+            with store_errors(self.root):
                 found = self.fs.find(self._at(prefix), detail=True)
         except FileNotFoundError:
             return
@@ -299,7 +308,7 @@ class Remote:
 
 
 @contextlib.contextmanager
-def answering(where: str) -> Iterator[None]:
+def store_errors(where: str) -> Iterator[None]:
     """Around what is asked of a store elsewhere. Each client has its own errors: a file that is not there stays
     FileNotFoundError, and anything else means that the store cannot be used now, which is UnavailableError."""
     try:

@@ -31,14 +31,14 @@ from sqlalchemy import select
 
 from veneer.errors import AdapterError, ConfigError, MissingExtraError, VeneerError
 from veneer.library import index as ix
-from veneer.library.describe import PEFT_FILES, Described, describe
+from veneer.library.describe import PEFT_FILES, AdapterDescription, describe_adapter
 from veneer.library.library import Added, Library
 from veneer.library.names import parse_reference
 from veneer.library.queries import record
 from veneer.library.store import CHUNK, blob_path, canonical, hash_file, manifest_path
 from veneer.library.upkeep import check_record, parse_manifest
 
-__all__ = ["Exported", "Imported", "export_to", "import_from", "pull", "push"]
+__all__ = ["ExportReport", "ImportReport", "export_to", "import_from", "pull", "push"]
 
 PLACE_MANIFEST = "veneer-manifest.json"
 MAX_JSON = 64 << 20
@@ -85,7 +85,7 @@ def pull(
     name: str = "",
     *,
     tags: Iterable[str] = (),
-    describe: Callable[[Path], Described] = describe,
+    describe: Callable[[Path], AdapterDescription] = describe_adapter,
 ) -> Added:
     """Add the adapter at a place, under `name` or the last part of the place. What came from the hub is remembered with
     its commit. Raises AdapterError where there is none, or where bytes are not what the place's manifest says."""
@@ -194,7 +194,7 @@ def _said(what: str, place: str) -> Iterator[None]:
 
 
 @dataclass
-class Exported:
+class ExportReport:
     """What `export_to` wrote."""
 
     path: Path
@@ -204,7 +204,7 @@ class Exported:
 
 
 @dataclass
-class Imported:
+class ImportReport:
     """What `import_from` did: the versions that are new here, those that were here already, and what is otherwise."""
 
     new: list[str] = field(default_factory=list)
@@ -212,7 +212,7 @@ class Imported:
     notes: list[str] = field(default_factory=list)
 
 
-def export_to(library: Library, target: str | Path, references: Iterable[str] = ()) -> Exported:
+def export_to(library: Library, target: str | Path, references: Iterable[str] = ()) -> ExportReport:
     """Write versions with their files, tags and aliases to a tar (a target that ends in .tar) or a new folder.
 
     references: `support` for all its versions, `support@2`, `support@prod`; none: everything. The target appears whole
@@ -241,7 +241,7 @@ def export_to(library: Library, target: str | Path, references: Iterable[str] = 
     finally:
         shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
     versions = [f"{r['name']}@{number}" for r in records for number in sorted(r["versions"], key=int)]
-    return Exported(target, versions, len(wanted), total)
+    return ExportReport(target, versions, len(wanted), total)
 
 
 def _records(library: Library, references: list[str]) -> list[dict[str, Any]]:
@@ -332,14 +332,16 @@ class _Folder:
             os.fsync(out.fileno())
 
 
-def import_from(library: Library, source: str | Path, *, describe: Callable[[Path], Described] = describe) -> Imported:
+def import_from(
+    library: Library, source: str | Path, *, describe: Callable[[Path], AdapterDescription] = describe_adapter
+) -> ImportReport:
     """Add what an export holds. Every manifest and file is checked against its sha256, every adapter read by
     `describe`, its digest compared with the export's; nothing of the export is taken at its word.
 
     Versions keep their numbers where those are free or the same content has them; otherwise they get the next one, and
     aliases that exist here stay where they point, both with a note. Doing it twice changes nothing the second time.
     Raises AdapterError before the first add where the export is damaged or incomplete."""
-    source, out = Path(source).expanduser(), Imported()
+    source, out = Path(source).expanduser(), ImportReport()
     with _opened(source) as archive:
         if _json(archive, "library.json") != {"veneer-export": 1}:
             raise AdapterError("this is no export of a library", where=str(source))
@@ -357,13 +359,13 @@ def _import_name(
     archive: Mapping[str, Callable[[], IO[bytes]]],
     found: dict[str, Any],
     manifests: Mapping[str, Mapping[str, tuple[str, int]]],
-    describe: Callable[[Path], Described],
-    out: Imported,
+    describe: Callable[[Path], AdapterDescription],
+    out: ImportReport,
 ) -> None:
     name, here = found["name"], {}
     for number, v in sorted(found["versions"].items(), key=lambda item: int(item[0])):
 
-        def checked(path: Path, said: str = v["digest"], who: str = f"{name}@{number}") -> Described:
+        def checked(path: Path, said: str = v["digest"], who: str = f"{name}@{number}") -> AdapterDescription:
             about = describe(path)
             if said and about.digest and about.digest != said:
                 raise AdapterError(f"{who} is {about.digest}, and the export says {said}", fix="do not trust it")
@@ -385,7 +387,7 @@ def _import_name(
 
 
 def _aliases(library: Library, name: str) -> list[Any]:
-    a = ix.aliases.c
+    a = ix.name_aliases.c
     with ix.reading(library.engine) as c:
         return list(c.execute(select(a.alias, a.version).where(a.name == name)).all())
 

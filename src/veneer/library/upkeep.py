@@ -11,7 +11,8 @@ its commit that the generation is another, and stores the file again under the w
 work and keeps for a while what was removed; nothing depends on it, on clocks, or on how long an upload takes. A kill
 within 3 leaves rows condemned whose files may be gone; whoever claims one looks for the file itself, and an add that
 had seen the file before sees the other generation. One thing is beyond this: a process that PostgreSQL takes for dead,
-ending its transaction, while it goes on deleting the rest of its batch. `verify` would list the file as missing.
+ending its transaction, while it goes on deleting the rest of its batch. `verify_library` would list the file as
+missing.
 """
 
 from __future__ import annotations
@@ -30,13 +31,23 @@ from sqlalchemy import ColumnElement, Connection, delete, exists, select, update
 
 from veneer.errors import AdapterError, ConfigError
 from veneer.library import index as ix
-from veneer.library.describe import Described
+from veneer.library.describe import AdapterDescription
 from veneer.library.library import Library, open_library
 from veneer.library.names import check_alias, check_file_name, check_name, check_tag
 from veneer.library.queries import record
-from veneer.library.store import CHUNK, Directory, Remote, blob_path, canonical, manifest_path
+from veneer.library.store import CHUNK, LocalStore, RemoteStore, blob_path, canonical, manifest_path
 
-__all__ = ["GRACE", "Checked", "Collected", "Rebuilt", "check_record", "gc", "parse_manifest", "rebuild", "verify"]
+__all__ = [
+    "GRACE",
+    "GcReport",
+    "RebuildReport",
+    "VerifyReport",
+    "check_record",
+    "gc",
+    "parse_manifest",
+    "rebuild",
+    "verify_library",
+]
 
 GRACE = 3600.0
 """Seconds for which content stays after its last name went, or after an add began that never came to its end."""
@@ -48,7 +59,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
-class Collected:
+class GcReport:
     """What `gc` removed, or would remove: entries, files of the store, their bytes, debris of killed processes."""
 
     entries: int = 0
@@ -58,8 +69,9 @@ class Collected:
 
 
 @dataclass
-class Checked:
-    """What `verify` found. Orphans are no fault: files that no entry refers to (yet), which `gc` takes in time."""
+class VerifyReport:
+    """What `verify_library` found. Orphans are no fault: files that no entry refers to (yet), which `gc` takes in
+    time."""
 
     files: int = 0
     bytes: int = 0
@@ -75,7 +87,7 @@ class Checked:
 
 
 @dataclass
-class Rebuilt:
+class RebuildReport:
     """What `rebuild` found, and what it could not take over, with the reasons."""
 
     names: int = 0
@@ -83,10 +95,10 @@ class Rebuilt:
     lost: list[str] = field(default_factory=list)
 
 
-def gc(library: Library, *, grace: float = GRACE, dry_run: bool = False) -> Collected:
+def gc(library: Library, *, grace: float = GRACE, dry_run: bool = False) -> GcReport:
     """Remove entries without a name, and files that no entry refers to, unless touched in the last `grace` seconds; and
     debris. `dry_run` counts alone. Safe beside anything else, and after a kill."""
-    out, cutoff = Collected(), time.time() - grace
+    out, cutoff = GcReport(), time.time() - grace
     e, o = ix.entries.c, ix.objects.c
     nameless = ~exists().where(ix.versions.c.entry == e.id)
     quiet = exists().where(o.path == e.manifest, o.touched < cutoff)
@@ -104,7 +116,7 @@ def gc(library: Library, *, grace: float = GRACE, dry_run: bool = False) -> Coll
     with ix.reading(library.engine) as c:
         entries = set(c.scalars(select(e.id)).all())
         blobs = set(c.scalars(select(ix.files.c.object)).all())
-    if isinstance(library.store, Directory):
+    if isinstance(library.store, LocalStore):
         out.debris += library.store.sweep(entries)
     else:
         out.debris += _sweep_remote(library.store, grace)
@@ -120,7 +132,7 @@ def _unused() -> ColumnElement[bool]:
     return ~exists().where(ix.files.c.object == o.path) & ~exists().where(ix.entries.c.manifest == o.path)
 
 
-def _count_unused(c: Connection, cutoff: float, dead: set[str], out: Collected) -> None:
+def _count_unused(c: Connection, cutoff: float, dead: set[str], out: GcReport) -> None:
     """What would go once the entries in `dead` are gone."""
     f, o, e = ix.files.c, ix.objects.c, ix.entries.c
     used = {row.object for row in c.execute(select(f.object, f.entry)) if row.entry not in dead}
@@ -131,7 +143,7 @@ def _count_unused(c: Connection, cutoff: float, dead: set[str], out: Collected) 
             out.bytes += row.size
 
 
-def _delete_condemned(library: Library, out: Collected) -> bool:
+def _delete_condemned(library: Library, out: GcReport) -> bool:
     """One batch. Files go within the transaction that takes their rows, so that no claim comes in between."""
     o = ix.objects.c
     with ix.writing(library.engine) as c:
@@ -144,7 +156,7 @@ def _delete_condemned(library: Library, out: Collected) -> bool:
     return bool(rows)
 
 
-def _delete_strays(library: Library, cutoff: float, out: Collected) -> None:
+def _delete_strays(library: Library, cutoff: float, out: GcReport) -> None:
     """Files of which the index has no row: uploads that ended after their claim was collected, then were killed."""
     o = ix.objects.c
     with ix.reading(library.engine) as c:
@@ -166,7 +178,7 @@ def _stored(library: Library) -> Iterator[tuple[str, int, float]]:
         yield from (f for f in library.store.walk(prefix) if _OBJECT.fullmatch(f[0]))
 
 
-def _sweep_remote(store: Remote, grace: float) -> int:
+def _sweep_remote(store: RemoteStore, grace: float) -> int:
     """Nothing tells whether the writer of a remote temporary file lives, so only its age counts."""
     old = [path for path, _, when in store.walk("tmp") if when < time.time() - max(grace, _STRAY_TEMPORARY)]
     for path in old:
@@ -177,11 +189,11 @@ def _sweep_remote(store: Remote, grace: float) -> int:
 # -- checking ----------------------------------------------------------------------------------------------------------
 
 
-def verify(library: Library, *, repair: bool = False, say: Callable[[str], None] | None = None) -> Checked:
+def verify_library(library: Library, *, repair: bool = False, say: Callable[[str], None] | None = None) -> VerifyReport:
     """Compare every file that an entry refers to with its sha256, and the names' records with the index.
 
     `repair`: remove corrupt files, so that adding the adapter again restores them, and write the records anew."""
-    out = Checked()
+    out = VerifyReport()
     wanted = _referenced(library)
     stored = {path: size for path, size, _ in _stored(library)}
     out.orphans = sorted(set(stored) - set(wanted))
@@ -201,7 +213,7 @@ def verify(library: Library, *, repair: bool = False, say: Callable[[str], None]
     out.missing = [_told(library, path) for path in absent if path in wanted]
     bad = [path for path in corrupt if path in wanted]
     out.corrupt = [_told(library, path) for path in bad]
-    if isinstance(library.store, Remote):
+    if isinstance(library.store, RemoteStore):
         for path, _, _ in list(library.cache.walk("blobs")):
             if _hash(library.cache, path) != path.rpartition("/")[2]:
                 library.cache.delete(path)
@@ -219,7 +231,7 @@ def _referenced(library: Library) -> dict[str, int]:
         return {row.path: row.size for row in c.execute(select(o.path, o.size).where(~_unused()))}
 
 
-def _hash(store: Directory | Remote, path: str) -> str:
+def _hash(store: LocalStore | RemoteStore, path: str) -> str:
     digest = hashlib.sha256()
     with contextlib.suppress(FileNotFoundError), store.open(path) as file:
         while chunk := file.read(CHUNK):
@@ -237,7 +249,7 @@ def _told(library: Library, path: str) -> str:
     return f"{path} ({shown or 'no version'})"
 
 
-def _drop(library: Library, bad: list[str], out: Checked) -> None:
+def _drop(library: Library, bad: list[str], out: VerifyReport) -> None:
     f = ix.files.c
     for path in bad:
         with ix.writing(library.engine) as c:
@@ -246,13 +258,13 @@ def _drop(library: Library, bad: list[str], out: Checked) -> None:
             library.store.delete(path)
             c.execute(update(ix.objects).where(ix.objects.c.path == path).values(generation=ix.CONDEMNED))
             entries = c.scalars(select(f.entry).where(f.object == path)).all()
-        if isinstance(library.store, Directory):
+        if isinstance(library.store, LocalStore):
             for entry in entries:
                 library.store.drop_folder(entry)
         out.repaired.append(f"removed {path}: add the adapter again to restore it")
 
 
-def _check_records(library: Library, repair: bool, out: Checked) -> None:
+def _check_records(library: Library, repair: bool, out: VerifyReport) -> None:
     n = ix.names.c
     with ix.reading(library.engine) as c:
         every = list(c.scalars(select(n.name).order_by(n.name)).all())
@@ -280,13 +292,13 @@ def _read(library: Library, path: str) -> bytes | None:
 # -- making the index again --------------------------------------------------------------------------------------------
 
 
-def rebuild(location: str | Path | None = None, index: str | None = None) -> Rebuilt:
+def rebuild(location: str | Path | None = None, index: str | None = None) -> RebuildReport:
     """Make the index again from the store: every name's record, and the manifests they lead to. Replaces what the index
     holds, in one transaction. A version whose manifest or files are missing is left out and listed.
 
     A record is written just before its transaction commits. After a kill between the two it is one step ahead of the
     index that was lost, never behind."""
-    out = Rebuilt()
+    out = RebuildReport()
     with open_library(location, index, check=False) as library:
         mark = json.loads(library.store.read("library.json"))["id"]
         with ix.writing(library.engine) as c:
@@ -303,7 +315,7 @@ def rebuild(location: str | Path | None = None, index: str | None = None) -> Reb
     return out
 
 
-def _restore(library: Library, c: Connection, found: dict[str, Any], out: Rebuilt) -> None:
+def _restore(library: Library, c: Connection, found: dict[str, Any], out: RebuildReport) -> None:
     name, kept = found["name"], []
     c.execute(ix.names.insert(), {"name": name, "latest": None, "next": found["next"]})
     for number, v in sorted(found["versions"].items(), key=lambda item: int(item[0])):
@@ -321,7 +333,7 @@ def _restore(library: Library, c: Connection, found: dict[str, Any], out: Rebuil
             continue
         sizes = {blob_path(sha256): size for sha256, size in files.values()} | {manifest_path(v["entry"]): len(raw)}
         ix.claim(c, sizes)
-        library.enter(c, v["entry"], files, Described(v["digest"], v["format"], v["card"]))
+        library.enter(c, v["entry"], files, AdapterDescription(v["digest"], v["format"], v["card"]))
         row = {"name": name, "version": int(number), "entry": v["entry"], "added": v["added"], "source": v["source"]}
         c.execute(ix.versions.insert(), row)
         ix.many(c, ix.tags, [{"name": name, "version": int(number), "tag": t} for t in v["tags"]])
@@ -334,7 +346,7 @@ def _restore(library: Library, c: Connection, found: dict[str, Any], out: Rebuil
     )  # fmt: skip
     for alias, number in sorted(found["aliases"].items()):
         if number in kept:
-            c.execute(ix.aliases.insert(), {"name": name, "alias": alias, "version": number})
+            c.execute(ix.name_aliases.insert(), {"name": name, "alias": alias, "version": number})
         else:
             out.lost.append(f"{name}@{alias}: its version {number} is not there")
 

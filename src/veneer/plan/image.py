@@ -20,15 +20,15 @@ from veneer.plan.tables import Device
 from veneer.plan.time import Work
 
 __all__ = [
-    "DIFFUSERS",
+    "DIFFUSERS_BYTES",
     "IMAGE_FAMILIES",
-    "TARGETS",
+    "TARGET_ENDINGS",
     "ImageCounts",
     "ImageLoad",
     "image_counts",
     "image_memory",
     "image_work",
-    "is_image",
+    "is_denoiser",
 ]
 
 _ATTENTION = {
@@ -39,10 +39,10 @@ _FEED_FORWARD = {"net.0.proj", "net.2", "proj_mlp", "proj_out", "linear_in", "li
 _WORKING = 2.0
 """What a block's backward pass makes on its way, over what the block kept: measured on the emoji bases, where q and k
 in float32 and the gradients of a feed-forward's halves come to that."""
-DIFFUSERS = 45_000_000
+DIFFUSERS_BYTES = 45_000_000
 """Resident memory of diffusers, on top of the process that a calibration with text finds."""
 _CONV = "conv"
-TARGETS = {
+TARGET_ENDINGS = {
     "attention": _ATTENTION,
     "attention+ff": _ATTENTION | _FEED_FORWARD,
     "attention+ff+conv": _ATTENTION | _FEED_FORWARD | {_CONV},
@@ -159,7 +159,7 @@ def kind_of(config: Config) -> str:
     return str(config.get("model_type") or _CLASSES.get(named, named))
 
 
-def is_image(config: Config) -> bool:
+def is_denoiser(config: Config) -> bool:
     """Whether this is the config of a denoiser that can be planned."""
     return kind_of(config) in IMAGE_FAMILIES
 
@@ -174,10 +174,10 @@ def image_counts(
     kind = kind_of(config)
     if kind not in IMAGE_FAMILIES:
         raise ConfigError(f"a plan knows no denoiser {kind!r}", fix=f"known: {', '.join(sorted(IMAGE_FAMILIES))}")
-    if targets not in TARGETS:
-        near = nearest(targets, TARGETS) or sorted(TARGETS)
+    if targets not in TARGET_ENDINGS:
+        near = nearest(targets, TARGET_ENDINGS) or sorted(TARGET_ENDINGS)
         raise ConfigError(f"a plan of pictures knows no targets {targets!r}", fix=f"use {' or '.join(near)}")
-    c = ImageCounts(frozenset(TARGETS[targets]), rank, cuda)
+    c = ImageCounts(frozenset(TARGET_ENDINGS[targets]), rank, cuda)
     c.encoders = sum(config.get("encoders", {}).values()) + int(config.get("vae", 0))
     tokens = text_tokens or int(config.get("text_tokens", 77 if kind == "sdxl" else 512))
     IMAGE_FAMILIES[kind](c, config, height, width, tokens)
@@ -403,7 +403,7 @@ def image_memory(c: ImageCounts, load: ImageLoad, device: Device, *, process: in
     gradients = 4 * c.trainable if load.micros > 1 else max(0.0, 4 * c.trainable - moving)
     dequantised = c.largest * e if load.quantise else 0
     cuda = device.kind == "cuda"
-    context = CUDA_CONTEXT if cuda else DIFFUSERS + (CPU_PROCESS if process is None else process)
+    context = CUDA_CONTEXT if cuda else DIFFUSERS_BYTES + (CPU_PROCESS if process is None else process)
     share = CUDA_ROUNDING if cuda else CPU_ROUNDING
     return Memory(
         round(weights), constants, 4 * c.trainable, round(gradients), 8 * c.trainable, round(kept), 0, round(working),

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from veneer.ops.sizes import LOGITS_CHUNK, ROW_STEP, SMALL_INPUT, few_sizes, grouped_rows, key_ranges
-from veneer.plan.shape import Layer, TextShape, layer_ranks, pair_parameters
+from veneer.plan.shape import LayerShape, TextShape, layer_ranks, pair_parameters
 from veneer.plan.tables import Device
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def _logits(shape: TextShape, trained: int, e: int, device: Device) -> int:
 class _Kept:
     """What one layer keeps between its forward and its backward pass, and what its backward pass makes on the way."""
 
-    layer: Layer
+    layer: LayerShape
     ranks: dict[str, int]
     hidden: int
     load: Load

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
 
 __all__ = [
-    "FAMILIES",
-    "Layer",
-    "Linear",
+    "TEXT_FAMILIES",
+    "LayerShape",
+    "LinearShape",
     "TextShape",
     "layer_ranks",
     "model_shape",
@@ -32,7 +32,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearShape:
     """One matrix of a layer, or `times` of one shape, of which a token passes `active` (experts).
 
     `product`: matrices of one name share their input and are multiplied as one. `pair`: whether all-linear means it."""
@@ -56,12 +56,12 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerShape:
     """A decoder layer. `small`: parameters of norms, biases and routers, never quantised. `norms`: inputs of the
     hidden size that norms keep. `head_norms`: whether q and k are normed too. `window`: keys a query sees, None for
     all."""
 
-    linears: tuple[Linear, ...]
+    linears: tuple[LinearShape, ...]
     small: int
     heads: int
     kv_heads: int
@@ -78,11 +78,11 @@ class Layer:
     def experts(self) -> int:
         return max((linear.times for linear in self.linears), default=1)
 
-    def product(self, name: str) -> tuple[Linear, ...]:
+    def product(self, name: str) -> tuple[LinearShape, ...]:
         return tuple(linear for linear in self.linears if linear.product == name)
 
     @property
-    def products(self) -> dict[str, tuple[Linear, ...]]:
+    def products(self) -> dict[str, tuple[LinearShape, ...]]:
         return {name: self.product(name) for name in dict.fromkeys(linear.product for linear in self.linears)}
 
 
@@ -94,7 +94,7 @@ class TextShape:
     family: str
     hidden: int
     vocabulary: int
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerShape, ...]
     tied: bool
     context: int | None = None
     keeps: bool = False
@@ -139,7 +139,7 @@ def _pairs(shape: TextShape, spec: LoraSpec | None, rank: int) -> Iterator[tuple
                 yield name, own, linear.times * (own * (linear.inputs + linear.outputs) + magnitude)
 
 
-def _rank(spec: LoraSpec, name: str, linear: Linear) -> int:
+def _rank(spec: LoraSpec, name: str, linear: LinearShape) -> int:
     """The rank of the pair on a module, 0 where it has none."""
     if spec.targets != "all-linear" or spec.exclude or spec.rank_pattern:
         from veneer.core.targets import matches  # needs torch, which a plan with default targets does not
@@ -177,8 +177,8 @@ def text_shape(config: Config) -> TextShape:
         kind = str(own.get("model_type") or f"{config.get('model_type')}_text")
         return text_shape({**own, "model_type": kind})
     family = str(config.get("model_type"))
-    if family not in FAMILIES:
-        near = nearest(family, FAMILIES) or sorted(FAMILIES)
+    if family not in TEXT_FAMILIES:
+        near = nearest(family, TEXT_FAMILIES) or sorted(TEXT_FAMILIES)
         raise ConfigError(
             f"a plan knows no language models of the family {family!r}",
             where="model_type",
@@ -186,7 +186,7 @@ def text_shape(config: Config) -> TextShape:
         )
     values = {k: v for k, v in config.items() if v is not None}
     try:
-        layers = FAMILIES[family](values)
+        layers = TEXT_FAMILIES[family](values)
         tied = bool(values.get("tie_word_embeddings", family.startswith("gemma")))
         return TextShape(
             family, values["hidden_size"], values.get("vocab_size", _GEMMA["vocab_size"]), layers, tied,
@@ -202,36 +202,37 @@ _KEEPS = {"llama", "mistral", "qwen2"}
 """Families whose last layer models/text/fast.py runs on trained tokens alone."""
 
 
-def _attention(c: Config, *, biases: bool = False, head_norms: bool = False, window: int | None = None) -> Layer:
+def _attention(c: Config, *, biases: bool = False, head_norms: bool = False, window: int | None = None) -> LayerShape:
     hidden, heads = c["hidden_size"], c["num_attention_heads"]
     kv, dim = c.get("num_key_value_heads", heads), c.get("head_dim") or c["hidden_size"] // heads
     q, k = heads * dim, kv * dim
     linears = (
-        Linear("self_attn.q_proj", hidden, q, "qkv"), Linear("self_attn.k_proj", hidden, k, "qkv"),
-        Linear("self_attn.v_proj", hidden, k, "qkv"), Linear("self_attn.o_proj", q, hidden, "o"),
+        LinearShape("self_attn.q_proj", hidden, q, "qkv"), LinearShape("self_attn.k_proj", hidden, k, "qkv"),
+        LinearShape("self_attn.v_proj", hidden, k, "qkv"), LinearShape("self_attn.o_proj", q, hidden, "o"),
     )  # fmt: skip
     small = 2 * hidden + (q + 2 * k if biases else 0) + (2 * dim if head_norms else 0)
-    return Layer(linears, small, heads, kv, dim, head_norms=head_norms, window=window)
+    return LayerShape(linears, small, heads, kv, dim, head_norms=head_norms, window=window)
 
 
-def _with_mlp(layer: Layer, hidden: int, width: int, at: str = "mlp") -> Layer:
+def _with_mlp(layer: LayerShape, hidden: int, width: int, at: str = "mlp") -> LayerShape:
     mlp = (
-        Linear(f"{at}.gate_proj", hidden, width, "gate_up"), Linear(f"{at}.up_proj", hidden, width, "gate_up"),
-        Linear(f"{at}.down_proj", width, hidden, "down"),
+        LinearShape(f"{at}.gate_proj", hidden, width, "gate_up"),
+        LinearShape(f"{at}.up_proj", hidden, width, "gate_up"),
+        LinearShape(f"{at}.down_proj", width, hidden, "down"),
     )  # fmt: skip
     return replace(layer, linears=(*layer.linears, *mlp))
 
 
-def _with_experts(layer: Layer, hidden: int, width: int, experts: int, active: int, at: str = "mlp") -> Layer:
+def _with_experts(layer: LayerShape, hidden: int, width: int, experts: int, active: int, at: str = "mlp") -> LayerShape:
     """Experts as transformers holds them: two 3-d parameters, gate and up joined. The router is a plain parameter."""
     mlp = (
-        Linear(f"{at}.experts.gate_up_proj", hidden, 2 * width, "experts.gate_up", experts, active),
-        Linear(f"{at}.experts.down_proj", width, hidden, "experts.down", experts, active),
+        LinearShape(f"{at}.experts.gate_up_proj", hidden, 2 * width, "experts.gate_up", experts, active),
+        LinearShape(f"{at}.experts.down_proj", width, hidden, "experts.down", experts, active),
     )
     return replace(layer, linears=(*layer.linears, *mlp))
 
 
-def _llama(c: Config) -> tuple[Layer, ...]:
+def _llama(c: Config) -> tuple[LayerShape, ...]:
     window = c.get("sliding_window") if c["model_type"] == "mistral" else None
     biased = bool(c.get("attention_bias"))
     layer = _attention(c, biases=biased or c["model_type"] == "qwen2", window=window)
@@ -239,7 +240,7 @@ def _llama(c: Config) -> tuple[Layer, ...]:
     return (_with_mlp(layer, c["hidden_size"], c["intermediate_size"]),) * int(c["num_hidden_layers"])
 
 
-def _qwen3(c: Config) -> tuple[Layer, ...]:
+def _qwen3(c: Config) -> tuple[LayerShape, ...]:
     layer = _attention({"head_dim": 128, **c}, head_norms=True)
     return (_with_mlp(layer, c["hidden_size"], c["intermediate_size"]),) * int(c["num_hidden_layers"])
 
@@ -249,7 +250,7 @@ def _experts(c: Config) -> int:
     return int(c["num_local_experts"] if "num_local_experts" in c else c["num_experts"])
 
 
-def _qwen3_moe(c: Config) -> tuple[Layer, ...]:
+def _qwen3_moe(c: Config) -> tuple[LayerShape, ...]:
     layer, hidden, experts = _attention({"head_dim": 128, **c}, head_norms=True), c["hidden_size"], _experts(c)
     layer = replace(layer, small=layer.small + experts * hidden)
     dense = _with_mlp(_attention({"head_dim": 128, **c}, head_norms=True), hidden, c["intermediate_size"])
@@ -258,7 +259,7 @@ def _qwen3_moe(c: Config) -> tuple[Layer, ...]:
     return tuple(mixed if i not in plain and (i + 1) % step == 0 else dense for i in range(int(c["num_hidden_layers"])))
 
 
-def _mixtral(c: Config) -> tuple[Layer, ...]:
+def _mixtral(c: Config) -> tuple[LayerShape, ...]:
     layer, hidden, experts = _attention(c, window=c.get("sliding_window")), c["hidden_size"], _experts(c)
     layer = replace(layer, small=layer.small + experts * hidden)
     layer = _with_experts(layer, hidden, c["intermediate_size"], experts, c["num_experts_per_tok"])
@@ -269,7 +270,7 @@ _GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "
 """What Gemma 3's files leave to transformers' defaults."""
 
 
-def _gemma3(c: Config) -> tuple[Layer, ...]:
+def _gemma3(c: Config) -> tuple[LayerShape, ...]:
     c = {**_GEMMA, **c}
     hidden, every = c["hidden_size"], c.get("sliding_window_pattern", 6)
     kinds = c.get("layer_types") or [
@@ -284,7 +285,7 @@ def _gemma3(c: Config) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def _llama4(c: Config) -> tuple[Layer, ...]:
+def _llama4(c: Config) -> tuple[LayerShape, ...]:
     hidden, experts, count = c["hidden_size"], c["num_local_experts"], c["num_hidden_layers"]
     step = c.get("interleave_moe_layer_step", 1)
     mixed_at = set(c.get("moe_layers") or range(step - 1, count, step))
@@ -292,22 +293,23 @@ def _llama4(c: Config) -> tuple[Layer, ...]:
     dense = _with_mlp(_attention(c), hidden, c["intermediate_size_mlp"], "feed_forward")
     mixed = _with_experts(_attention(c), hidden, width, experts, c["num_experts_per_tok"], "feed_forward")
     mixed = _with_mlp(mixed, hidden, width, "feed_forward.shared_expert")
-    router = Linear("feed_forward.router", hidden, experts, "router", pair=False)
+    router = LinearShape("feed_forward.router", hidden, experts, "router", pair=False)
     mixed = replace(mixed, linears=(*mixed.linears, router))
     return tuple(mixed if i in mixed_at else dense for i in range(count))
 
 
-def _phi3(c: Config) -> tuple[Layer, ...]:
+def _phi3(c: Config) -> tuple[LayerShape, ...]:
     layer, hidden, width = _attention(c), c["hidden_size"], c["intermediate_size"]
     joined = sum(linear.outputs for linear in layer.product("qkv"))
     linears = (
-        Linear("self_attn.qkv_proj", hidden, joined, "qkv"), *layer.product("o"),
-        Linear("mlp.gate_up_proj", hidden, 2 * width, "gate_up"), Linear("mlp.down_proj", width, hidden, "down"),
+        LinearShape("self_attn.qkv_proj", hidden, joined, "qkv"), *layer.product("o"),
+        LinearShape("mlp.gate_up_proj", hidden, 2 * width, "gate_up"),
+        LinearShape("mlp.down_proj", width, hidden, "down"),
     )  # fmt: skip
     return (replace(layer, linears=linears),) * int(c["num_hidden_layers"])
 
 
-FAMILIES: dict[str, Callable[[Config], tuple[Layer, ...]]] = {
+TEXT_FAMILIES: dict[str, Callable[[Config], tuple[LayerShape, ...]]] = {
     "gemma3_text": _gemma3, "llama": _llama, "llama4_text": _llama4, "mistral": _llama, "mixtral": _mixtral,
     "phi3": _phi3, "qwen2": _llama, "qwen3": _qwen3, "qwen3_moe": _qwen3_moe,
 }  # fmt: skip
@@ -317,7 +319,7 @@ FAMILIES: dict[str, Callable[[Config], tuple[Layer, ...]]] = {
 def model_shape(model: Any) -> TextShape:
     """Of a model that is there: by its config where the family is in the table, which knows more; else by modules."""
     config = model.config.get_text_config().to_dict()
-    return text_shape(config) if config.get("model_type") in FAMILIES else module_shape(model)
+    return text_shape(config) if config.get("model_type") in TEXT_FAMILIES else module_shape(model)
 
 
 # -- any model ---------------------------------------------------------------------------------------------------------
@@ -339,7 +341,7 @@ def module_shape(model: Any) -> TextShape:
     embedding = model.get_input_embeddings()
     rows, hidden = (int(n) for n in embedding.weight.shape[:2])
     own = {id(embedding.weight), *([id(head.weight)] if head is not None else [])}
-    layers: dict[int, tuple[list[Linear], int]] = {}
+    layers: dict[int, tuple[list[LinearShape], int]] = {}
     active = int(getattr(config, "num_experts_per_tok", 1) or 1)
     for name, module in base_modules(model):
         index = next((int(part) for part in name.split(".") if part.isdigit()), None)
@@ -354,11 +356,11 @@ def module_shape(model: Any) -> TextShape:
                 continue
             if key in fused:
                 times, a, b = (int(n) for n in parameter.shape)
-                linears.append(Linear(f"{leaf}.{key}", a, b, f"experts.{key}", times, min(active, times)))
+                linears.append(LinearShape(f"{leaf}.{key}", a, b, f"experts.{key}", times, min(active, times)))
             elif key == "weight" and hasattr(module, "in_features"):
                 product = _PRODUCTS.get(leaf.rpartition(".")[2], leaf)
                 inputs, outputs = int(sizes.in_features), int(sizes.out_features)
-                linears.append(Linear(leaf, inputs, outputs, product, pair=kind_of(module) == "linear"))
+                linears.append(LinearShape(leaf, inputs, outputs, product, pair=kind_of(module) == "linear"))
             else:
                 small += parameter.numel()
         layers[index] = linears, small
@@ -366,7 +368,7 @@ def module_shape(model: Any) -> TextShape:
     dim = int(getattr(config, "head_dim", None) or hidden // heads)
     kv = int(getattr(config, "num_key_value_heads", None) or heads)
     built = tuple(
-        Layer(tuple(linears), small, heads, kv, dim, norms=2, window=getattr(config, "sliding_window", None))
+        LayerShape(tuple(linears), small, heads, kv, dim, norms=2, window=getattr(config, "sliding_window", None))
         for linears, small in layers.values()
     )
     tied = head is None or head.weight is embedding.weight

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import DBAPIError
 
-from veneer.library.database import reading, writing
+from veneer.library.database import reading, write_transaction
 from veneer.serve.tenancy import audit, manage, rollouts
 from veneer.serve.tenancy.store import Price, Store
 from veneer.serve.tenancy.store import audit as table
@@ -32,7 +32,7 @@ def change_everything(store: Store) -> None:
 
 def tamper(store: Store, *statements: object) -> None:
     """What somebody with the database in their hands can do: the guard first, then the lines."""
-    with writing(store.engine) as c:
+    with write_transaction(store.engine) as c:
         if c.dialect.name == "sqlite":
             for verb in ("update", "delete"):
                 c.exec_driver_sql(f"DROP TRIGGER tenant_audit_no_{verb}")
@@ -71,7 +71,7 @@ def test_every_change_has_its_line_with_before_and_after_and_no_secret(store: St
 def test_the_database_itself_keeps_lines_as_they_are(store: Store) -> None:
     change_everything(store)
     for statement in (delete(table), update(table).values(who="nobody")):
-        with pytest.raises(DBAPIError, match="append-only"), writing(store.engine) as c:
+        with pytest.raises(DBAPIError, match="append-only"), write_transaction(store.engine) as c:
             c.execute(statement)
     assert faults(store)[2] == []
 

@@ -26,7 +26,7 @@ from tests.library.conftest import postgres_server
 from tests.serve.tenancy.conftest import Clock
 from tests.serve.tenancy.test_tenants import ask, refused, rows, run
 from veneer.errors import ResourceError
-from veneer.library.database import reading, writing
+from veneer.library.database import reading, write_transaction
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy import manage
@@ -149,7 +149,7 @@ def test_lines_go_after_their_time_and_their_sums_and_windows_stay(tenants: Tena
     with reading(tenants.store.engine) as c:
         assert usage(c) == before
     tenants.ledger.server = "0" * 16  # as another server sees it
-    with writing(tenants.store.engine) as c:
+    with write_transaction(tenants.store.engine) as c:
         c.execute(delete(lines))  # a window is never added up from lines
     seen = tenants.ledger.seen_elsewhere(86400.0)
     assert [(tenant, adapter, n, tokens) for tenant, adapter, _, n, tokens in seen] == [
@@ -168,7 +168,7 @@ def test_a_server_whose_disk_is_gone_is_interrupted_and_has_the_last_word_if_it_
         async with lost.admitted(Caller("t"), served, request="a", prompt_tokens=1, max_tokens=1) as bill:
             assert lost.ledger.flush()
             assert other.ledger.recover() == {"done": 0, "interrupted": 0}  # it was seen a moment ago
-            with writing(other.store.engine) as c:
+            with write_transaction(other.store.engine) as c:
                 c.execute(update(servers).values(seen=servers.c.seen - 601))
             assert other.ledger.recover() == {"done": 0, "interrupted": 1}
             assert rows(other)["a"].state == "interrupted"

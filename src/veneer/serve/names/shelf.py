@@ -41,7 +41,7 @@ from veneer.errors import AdapterError, ConfigError, MismatchError, UnsafeFileEr
 from veneer.formats import read as reader
 from veneer.library.library import Library
 from veneer.library.names import parse_reference
-from veneer.library.snapshot import Kept, Snapshot
+from veneer.library.snapshot import NamedVersion, Snapshot
 from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import Refused
 
@@ -77,7 +77,7 @@ class KnownAdapter:
     place: AdapterPlace
 
 
-def _known(kept: Kept) -> KnownAdapter:
+def _known(kept: NamedVersion) -> KnownAdapter:
     reference = kept.digest or f"sha256:{kept.entry}"
     place = AdapterPlace(kept.reference, reference, entry=kept.entry, format=kept.format)
     return KnownAdapter(kept.digest, kept.fingerprint, kept.base, place)
@@ -98,7 +98,7 @@ class Shelf:
         self._folders = [_folder(folder) for folder in folders]
         self.names = None if library is None else Snapshot(library)
         self._places: dict[str, AdapterPlace] = {}
-        self._listed: tuple[object, list[Kept]] = (None, [])
+        self._listed: tuple[object, list[NamedVersion]] = (None, [])
 
     # -- what a reference means --------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class Shelf:
         if self.names is not None:
             await self.names.fresh()
 
-    def listed(self, fingerprint: str) -> list[Kept]:
+    def listed(self, fingerprint: str) -> list[NamedVersion]:
         """The latest version of each name that belongs to a base, of which somebody could read the files."""
         if self.names is None:
             return []

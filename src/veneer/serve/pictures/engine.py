@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 from veneer.core.attach import attach
 from veneer.errors import VeneerError
 from veneer.formats.strengths import Strength
-from veneer.imaging.adapters import Source
+from veneer.imaging.adapters import AdapterSource
 from veneer.imaging.controls import ControlSpec, control_model_of
-from veneer.imaging.make import Ask, shared_record, told
+from veneer.imaging.make import Ask, recorded_picture, shared_record
 from veneer.models.image.base import load_control, readers
 from veneer.models.image.generate import MixPlan, Moment, PictureSettings, check_rows, generate_images
 from veneer.serve.names.resident import Lease, Residents
@@ -78,7 +78,7 @@ class PictureEngine:
         base: ImageBase,
         read: Callable[[str], Adapter],
         *,
-        source: Callable[[str], Source] | None = None,
+        source: Callable[[str], AdapterSource] | None = None,
         controls: Mapping[str, str] | None = None,
         max_batch: int = 4,
         window: float = 0.03,
@@ -96,7 +96,7 @@ class PictureEngine:
             read, lambda adapter, digest: _Held(digest, adapter), limit_bytes=adapter_bytes, freed=self._freed
         )
         self._gone: list[str] = []
-        self._source = source or (lambda digest: Source(digest, "", digest, "", "", ""))
+        self._source = source or (lambda digest: AdapterSource(digest, "", digest, "", "", ""))
         self._control_names = dict(controls or {})
         self._controls: dict[str, tuple[str, Any]] = {}
         (tokenizer, limit), *_ = readers(base)
@@ -397,7 +397,7 @@ class PictureEngine:
         ask = Ask(request.prompt, request.negative, request.seed, uses)
         shared = shared_record(self.base, request.settings) | dict(request.inputs)
         shared["base"]["name"] = Path(self.base.name).name if Path(self.base.name).exists() else self.base.name
-        made = told(self.base, sources, picture, [ask], 0, shared)
+        made = recorded_picture(self.base, sources, picture, [ask], 0, shared)
         cuts = (("prompt", picture.cut), ("negative prompt", picture.negative_cut))
         notes = tuple(f"the text encoder does not read the end of the {what}: …{cut}" for what, cut in cuts if cut)
         prompts = [text for text in (request.prompt, request.negative) if text]

@@ -16,7 +16,7 @@ from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import BASE, Mix, Refused, Usage
 
 if TYPE_CHECKING:
-    from veneer.imaging.make import Made
+    from veneer.imaging.make import RecordedPicture
 
 __all__ = ["Drawn", "PictureEvent", "PictureRequest", "PictureStats", "Preview", "Queued", "Step", "refused"]
 
@@ -82,7 +82,7 @@ class Drawn:
     """The picture. Of `usage`, `prompt` is its prompts' tokens, `completion` the places of its latents that the
     denoiser works on, `decode` the seconds of its batch, of which it was one of `batch`. `notes`: what was cut."""
 
-    made: Made
+    made: RecordedPicture
     usage: Usage
     batch: int
     notes: tuple[str, ...] = ()

@@ -29,7 +29,7 @@ from sqlalchemy import ColumnElement, Connection, delete, func, insert, literal_
 from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ResourceError
-from veneer.library.database import reading, writing
+from veneer.library.database import reading, write_transaction
 from veneer.serve.outage import is_outage
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy.entries import Entry, Line, Owed, State, end_text
@@ -79,7 +79,7 @@ class Ledger:
         except BaseException:
             self.outbox.close()
             raise
-        self.writer: Writer[Connection] = Writer(lambda: writing(store.engine), "veneer-shadows")
+        self.writer: Writer[Connection] = Writer(lambda: write_transaction(store.engine), "veneer-shadows")
         self._sender = threading.Thread(target=self._send, name="veneer-ledger", daemon=True)
         self._sender.start()
 
@@ -168,7 +168,7 @@ class Ledger:
     def _post(self, server: str, owed: list[Owed]) -> int:
         """All in one transaction; where one of them cannot be posted, the others without it."""
         try:
-            with writing(self.store.engine) as c:
+            with write_transaction(self.store.engine) as c:
                 return post(c, server, owed, self.wall())
         except Exception as error:
             if is_outage(error):  # away, or locked: all of them stay owed
@@ -205,7 +205,7 @@ class Ledger:
             if path != self.outbox.path:
                 self._recover_outbox(path, counts)
         for server, notes in settle_old_journals(self._folder):
-            with writing(self.store.engine) as c:
+            with write_transaction(self.store.engine) as c:
                 entries = {entry.request: entry for entry in open_entries(c, server, notes)}
                 owed = [Owed(entries[r], "done", closed, usage) for r, (closed, usage) in notes.items() if r in entries]
                 counts["done"] += post(c, server, owed, self.wall())
@@ -238,7 +238,7 @@ class Ledger:
         counts["interrupted"] += self._interrupt_all(path.stem)
 
     def _interrupt_all(self, server: str) -> int:
-        with writing(self.store.engine) as c:
+        with write_transaction(self.store.engine) as c:
             owed = [self._interrupted(entry) for entry in open_entries(c, server)]
             post(c, server, owed, self.wall())
             c.execute(delete(servers).where(servers.c.server == server))
@@ -251,7 +251,7 @@ class Ledger:
 
     def beat(self) -> None:
         """This server is there. To be called more often than every ten minutes."""
-        with writing(self.store.engine) as c:
+        with write_transaction(self.store.engine) as c:
             c.execute(delete(servers).where(servers.c.server == self.server))
             c.execute(insert(servers), {"server": self.server, "seen": c.scalar(select(_now(self.store)))})
 
@@ -260,7 +260,7 @@ class Ledger:
         before, gone = self.wall() - days * 86400, 0
         old = (lines.c.opened < before) & (lines.c.state != "open")
         while True:
-            with writing(self.store.engine) as c:
+            with write_transaction(self.store.engine) as c:
                 last = c.scalar(select(lines.c.opened).where(old).order_by(lines.c.opened).offset(most).limit(1))
                 here = old if last is None else old & (lines.c.opened <= last)
                 gone += c.execute(delete(lines).where(here)).rowcount
@@ -305,7 +305,7 @@ class Ledger:
 
     def _leave(self) -> bool:
         try:
-            with writing(self.store.engine) as c:
+            with write_transaction(self.store.engine) as c:
                 c.execute(delete(servers).where(servers.c.server == self.server))
         except (SQLAlchemyError, ResourceError):
             return False

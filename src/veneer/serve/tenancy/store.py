@@ -20,7 +20,7 @@ from typing import Any
 from sqlalchemy import Connection, insert, inspect, select, update
 
 from veneer.errors import ConfigError, nearest
-from veneer.library.database import PATIENCE, URL_FIX, open_engine, reading, writing
+from veneer.library.database import PATIENCE, URL_FIX, open_engine, reading, write_transaction
 from veneer.library.migrate import Schema, bring_up
 from veneer.serve.tenancy.names import seeing
 from veneer.serve.tenancy.tables import (
@@ -218,7 +218,7 @@ class Store:
     @contextlib.contextmanager
     def change(self) -> Iterator[Connection]:
         """A transaction that changes settings; changes follow one another, across processes too."""
-        with writing(self.engine, _LOCK) as c:
+        with write_transaction(self.engine, _LOCK) as c:
             yield c
             raised = int(c.scalar(_REVISION) or 0) + 1
             c.execute(update(meta).where(meta.c.key == "revision").values(value=str(raised)))
