@@ -53,7 +53,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import veneer  # noqa: E402
-from veneer.adapters.mix import mix as mix_adapters  # noqa: E402
+from veneer.adapters.mix import mix_adapters  # noqa: E402
 
 STRENGTHS = (0.0, 0.5, 1.0)
 STYLE, CONTENT = ("pixel", "histogram", "features"), ("top 1", "top 5")

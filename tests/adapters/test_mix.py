@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.core.test_truncate import noise
-from veneer.adapters.mix import diff, extract, mix, resize, strength
+from veneer.adapters.mix import diff, extract, mix_adapters, resize, strength
 from veneer.core.adapter import Adapter, Card, Pair
 from veneer.errors import AdapterError, BaseError, ConfigError
 from veneer.files.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ def two(tmp_path: Path) -> tuple[Adapter, Adapter, str, str]:
 
 def test_a_mix_is_the_sum_and_its_card_has_parents_recipe_and_errors(two, tmp_path):
     a, b, fa, fb = two
-    made = mix([f"{fa}:0.8", f"{fb}:-0.5"], tmp_path / "m")
+    made = mix_adapters([f"{fa}:0.8", f"{fb}:-0.5"], tmp_path / "m")
     out = peft.read(tmp_path / "m")
     for name in NAMES:
         want = 0.8 * delta(a, name) - (0.5 * delta(b, name) if name in b.pairs else 0)
@@ -56,7 +56,7 @@ def test_a_mix_is_the_sum_and_its_card_has_parents_recipe_and_errors(two, tmp_pa
     assert card.card.recipe["strengths"] == {fa: 0.8, fb: -0.5}
     assert (card.card.base, card.card.trigger_words, card.card.licence) == ("tiny", ["sks", "zwx"], "MIT")
     assert card.card.metrics["error"] == made.error
-    mix([f"{fa}:0.8", f"{fb}:-0.5"], tmp_path / "again")
+    mix_adapters([f"{fa}:0.8", f"{fb}:-0.5"], tmp_path / "again")
     assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (
         tmp_path / "m/adapter_model.safetensors"
     ).read_bytes()
@@ -65,9 +65,9 @@ def test_a_mix_is_the_sum_and_its_card_has_parents_recipe_and_errors(two, tmp_pa
 def test_what_is_asked_for_must_make_sense(two, tmp_path):
     *_, fa, fb = two
     with pytest.raises(ConfigError, match="nothing to mix"):
-        mix([], tmp_path / "m")
+        mix_adapters([], tmp_path / "m")
     with pytest.raises(ConfigError, match="something of that name"):
-        mix([fa], fb)
+        mix_adapters([fa], fb)
     with pytest.raises(AdapterError, match="2 bounds"):
         resize(fa, tmp_path / "m", rank=1, error=0.1)
     with pytest.raises(ConfigError, match="resize to what"):
@@ -81,7 +81,7 @@ def test_adapters_of_different_bases_do_not_mix(tmp_path):
     for i in range(2):
         peft.write(adapter(i, base="tiny", base_fingerprint=f"sha256:{i}"), tmp_path / str(i))
     with pytest.raises(AdapterError, match="different bases"):
-        mix([str(tmp_path / "0"), str(tmp_path / "1")], tmp_path / "m")
+        mix_adapters([str(tmp_path / "0"), str(tmp_path / "1")], tmp_path / "m")
 
 
 def test_resize_keeps_its_bound_and_reports_the_true_error(two, tmp_path):

@@ -41,7 +41,7 @@ def test_peft_loads_what_was_made_of_an_adapter_whose_names_begin_with_transform
     if made in ("peft", "vllm"):
         convert.write(read(tmp_path / "in").adapter, tmp_path / "out", made)
     elif made == "mix":
-        mixing.mix([str(tmp_path / "in")], tmp_path / "out")
+        mixing.mix_adapters([str(tmp_path / "in")], tmp_path / "out")
     else:
         mixing.resize(str(tmp_path / "in"), tmp_path / "out", rank=4)
     torch.testing.assert_close(peft_outputs(base(name), tmp_path / "out"), want, rtol=1e-5, atol=1e-5)

@@ -105,7 +105,7 @@ def test_a_mix_is_exact_without_the_base(tmp_path):
     for delta in b.deltas.values():
         delta.parts["value"] = delta.parts["value"] * 3
     peft.write(b, tmp_path / "b")
-    mixing.mix([f"{tmp_path / 'a'}:0.25", f"{tmp_path / 'b'}:0.75"], tmp_path / "out")
+    mixing.mix_adapters([f"{tmp_path / 'a'}:0.25", f"{tmp_path / 'b'}:0.75"], tmp_path / "out")
     net = qwen2()
     with attach(net) as attachment:
         attachment.add("a", a)
@@ -126,7 +126,7 @@ def test_a_target_that_cannot_hold_them_is_refused(tmp_path, to):
 def test_a_share_of_a_whole_bias_has_no_place_in_a_peft_folder(tmp_path):
     peft_folder(qwen2(), tmp_path / "in", target_modules=["q_proj"], bias="lora_only")
     with pytest.raises(AdapterError, match=r"a trained bias at a strength of 0\.5"):
-        mixing.mix([f"{tmp_path / 'in'}:0.5"], tmp_path / "out")
+        mixing.mix_adapters([f"{tmp_path / 'in'}:0.5"], tmp_path / "out")
 
 
 def test_a_bias_of_another_size_and_one_that_the_base_has_not_are_refused(tmp_path):

@@ -11,7 +11,7 @@ from tests.image_twins import random_adapter
 from tests.tiny_image_base import tiny_image_base
 from veneer.core.attach import attach
 from veneer.models.image.base import load_image
-from veneer.models.image.generate import MixPlan, PictureRow, PictureSettings, generate_images
+from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("scheduler", [None, "euler"])
 def test_a_seed_is_the_same_picture_on_both(family: str, scheduler: str | None, tmp_path: Path) -> None:
     mix = (("a", 0.8),)
-    rows = [PictureRow("a cat", seed=1), PictureRow("a cat", seed=1, plan=MixPlan(mix, ((0.0, mix),)))]
+    rows = [ImageRow("a cat", seed=1), ImageRow("a cat", seed=1, plan=MixPlan(mix, ((0.0, mix),)))]
     found = []
     for device in ("cpu", "cuda"):
         base = load_image(str(tiny_image_base(tmp_path, family)), device=device, dtype="float32")

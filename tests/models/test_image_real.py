@@ -16,7 +16,7 @@ from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.core.targets import base_modules
 from veneer.models.image.base import load_image
-from veneer.models.image.generate import MixPlan, PictureRow, PictureSettings, generate_images
+from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
 from veneer.models.image.predict import alphas_cumprod, embed_prompts, latent_shape, predict
 
 pytest.importorskip("diffusers")
@@ -83,7 +83,7 @@ def test_every_target_learns_in_one_step_and_the_pipeline_draws_with_it(family: 
                 if p.grad is not None:
                     p.sub_(0.01 * p.grad / norm)
             assert loss() < before
-        rows = [PictureRow("a red house", plan=plan) for plan in (MixPlan(mix, ((0.0, mix),)), MixPlan())]
+        rows = [ImageRow("a red house", plan=plan) for plan in (MixPlan(mix, ((0.0, mix),)), MixPlan())]
         settings = PictureSettings(width=SIZE, height=SIZE, steps=2)
         drawn = [np.asarray(p.image, dtype=int) for p in generate_images(base, rows, settings, attachment=attachment)]
     assert drawn[0].shape == (SIZE, SIZE, 3)

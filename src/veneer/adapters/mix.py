@@ -1,6 +1,7 @@
 """Adapters made from adapters, and from models: mix, resize, extract, compare, and strength by block.
 
-    mix("style:0.8", "product:0.5")      Σ strength·ΔW as one adapter, by a method of core.mix
+    mix_adapters(["style:0.8", "product:0.5"], "out")
+                                         Σ strength·ΔW as one adapter, by a method of core.mix
     resize                               the best adapter within a rank, a share of energy, or an error
     extract                              an adapter from two full models, ΔW = W' − W, a tensor at a time
     diff                                 cosine and norms of two adapters' changes, module by module
@@ -25,8 +26,7 @@ from torch import Tensor
 from veneer.adapters import use as using
 from veneer.core.adapter import Adapter, Card
 from veneer.core.forms import BASED, product_of
-from veneer.core.mix import Mixed, Part, Weights, strengthened
-from veneer.core.mix import mix as mix_adapters
+from veneer.core.mix import Mixed, Part, Weights, mix, strengthened
 from veneer.core.rounding import DTYPES
 from veneer.core.truncate import Bound, distance, factors, inner, like, low_rank, rebuilt
 from veneer.errors import AdapterError, BaseError, ConfigError
@@ -36,7 +36,7 @@ from veneer.formats.blocks import block_of, parse_blocks
 from veneer.formats.convert import target_of
 from veneer.formats.read import Reading
 
-__all__ = ["MixReport", "diff", "extract", "mix", "resize", "strength"]
+__all__ = ["MixReport", "diff", "extract", "mix_adapters", "resize", "strength"]
 
 EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding", "position_embedding", "shared"}
 
@@ -67,7 +67,7 @@ class MixReport:
         return [(name, p["error"] / p["norm"] if p["norm"] else 0.0) for name, p in order if p["error"]]
 
 
-def mix(
+def mix_adapters(
     specs: Sequence[str | tuple[str, float]],
     out: str | Path,
     *,
@@ -93,7 +93,7 @@ def mix(
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
     read = [using.read_adapter(name) for name, _ in chosen]
     parts = [(_by_block(r.adapter, blocks), strength) for r, (_, strength) in zip(read, chosen, strict=True)]
-    mixed = mix_adapters(
+    mixed = mix(
         parts, method, _bound(rank, energy, error), density=density, seed=seed, dtype=_dtype(dtype),
         weights=_weights(base),
     )  # fmt: skip
@@ -123,7 +123,7 @@ def resize(
     if (bound := _bound(rank, energy, error)) is None:
         raise ConfigError("resize to what?", fix="give one of rank, energy and error")
     read = using.read_adapter(name)
-    mixed = mix_adapters([(read.adapter, 1.0)], "sum", bound, dtype=_dtype(dtype), weights=_weights(base))
+    mixed = mix([(read.adapter, 1.0)], "sum", bound, dtype=_dtype(dtype), weights=_weights(base))
     recipe = {"made": "resize", **_given(rank=rank, energy=energy, error_bound=error)}
     return _write(mixed, out, [read], recipe, to=to)
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from veneer.cli import adapter_mix
-from veneer.cli.adapter_convert import convert
-from veneer.cli.adapter_merge import merge
-from veneer.cli.output import everything, field, listed
+from veneer.cli.adapter_convert import convert_command
+from veneer.cli.adapter_merge import merge_command
+from veneer.cli.output import cut_list, everything, field
 
 __all__ = ["app"]
 
@@ -70,7 +70,7 @@ def _show(found: dict[str, Any]) -> None:
     else:
         first, *lines = verdict["why"].splitlines()
         print(f"refused: {field(first)}")
-        for line in listed(lines):
+        for line in cut_list(lines):
             print(line)
         if verdict["fix"]:
             print(f"  fix: {field(verdict['fix'])}")
@@ -91,10 +91,10 @@ def _show(found: dict[str, Any]) -> None:
         "alphas": _several(found["alphas"]),
         "variant": ", ".join(found["variants"]),
         "dropout": f"{found['dropout']:g}" if found["dropout"] else "",
-        "full copies": ", ".join(listed(list(found["full_copies"]))),
-        "token rows": ", ".join(listed([f"{n}: {len(ids)}" for n, ids in found["token_rows"].items()])),
-        "new tokens": ", ".join(listed([w for words in found["new_tokens"].values() for w in words])),
-        "triggers": ", ".join(listed(found["trigger_words"])),
+        "full copies": ", ".join(cut_list(list(found["full_copies"]))),
+        "token rows": ", ".join(cut_list([f"{n}: {len(ids)}" for n, ids in found["token_rows"].items()])),
+        "new tokens": ", ".join(cut_list([w for words in found["new_tokens"].values() for w in words])),
+        "triggers": ", ".join(cut_list(found["trigger_words"])),
         "sha256": hashes["sha256"],
         "AutoV1/2/3": f"{hashes['autov1']} / {hashes['autov2']} / {hashes['autov3'] or '-'}",
         "data": card["data_digest"],
@@ -118,10 +118,10 @@ def _show(found: dict[str, Any]) -> None:
             [_row(field(leaf), group) for leaf, group in found["targets"].items()],
         )
     for what in ("unused", "unpaired"):
-        for key in listed(coverage[what]):
+        for key in cut_list(coverage[what]):
             print(f"{what}: {key}")
     told = set(verdict["why"].splitlines())
-    for note in listed([n for n in found["notes"] if f"    {n}" not in told]):
+    for note in cut_list([n for n in found["notes"] if f"    {n}" not in told]):
         print(f"note: {note}")
 
 
@@ -184,20 +184,20 @@ def verify(
             mark = {True: "ok", False: "FAILED", None: "-"}[c.ok]
             first, *more = c.detail.splitlines() or [""]
             print(f"{mark:<7} {c.name:<10} {field(first)}")
-            for line in listed(more):
+            for line in cut_list(more):
                 print(f"{'':<18} {line}")
     if not good:
         raise typer.Exit(2)
 
 
-app.command(epilog="Example: veneer adapter merge runs/tickets:0.8 --base smollm2-135m -o merged")(merge)
-app.command(epilog="Example: veneer adapter convert style.safetensors --to diffusers -o style-diffusers.safetensors")(
-    convert
-)
+_MERGE = "Example: veneer adapter merge runs/tickets:0.8 --base smollm2-135m -o merged"
+_CONVERT = "Example: veneer adapter convert style.safetensors --to diffusers -o style-diffusers.safetensors"
+app.command("merge", epilog=_MERGE)(merge_command)
+app.command("convert", epilog=_CONVERT)(convert_command)
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-adapter_mix.register(app)
+adapter_mix.register_commands(app)

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from veneer.cli.output import everything, listed
+from veneer.cli.output import cut_list, everything
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.formats.convert import Written
     from veneer.formats.read import How, Reading
 
-__all__ = ["convert"]
+__all__ = ["convert_command"]
 
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
 """transformers' model_type -> llama.cpp's name, where they differ."""
 
 
-def convert(
+def convert_command(
     name: Annotated[
         str, typer.Argument(metavar="IN", help="An adapter's file or folder, or its name.", show_default=False)
     ],
@@ -101,12 +101,12 @@ def convert(
     if done.hashes is not None:
         kinds = {"AutoV1": done.hashes.autov1, "AutoV2": done.hashes.autov2, "AutoV3": done.hashes.autov3}
         print(f"{'hashes':<8} " + ", ".join(f"{kind} {value}" for kind, value in kinds.items() if value))
-    for note in listed([*reading.notes, *done.notes]):
+    for note in cut_list([*reading.notes, *done.notes]):
         print(f"note: {note}")
     if left:
-        print(f"left out: {len(left)} tensors of {name}: {', '.join(listed(left))}", file=sys.stderr)
+        print(f"left out: {len(left)} tensors of {name}: {', '.join(cut_list(left))}", file=sys.stderr)
     if words:
-        print(f"left out: {len(words)} learned words: {', '.join(listed(words))}", file=sys.stderr)
+        print(f"left out: {len(words)} learned words: {', '.join(cut_list(words))}", file=sys.stderr)
 
 
 def _of_base(name: str) -> tuple[str, int, int]:

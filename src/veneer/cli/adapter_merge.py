@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from veneer.adapters.merge import Difference, MergeReport
     from veneer.models.text.base import TextBase
 
-__all__ = ["merge"]
+__all__ = ["merge_command"]
 
 
-def merge(
+def merge_command(
     adapters: Annotated[
         list[str], typer.Argument(metavar="ADAPTER[:STRENGTH]...", help="One or more adapters.", show_default=False)
     ],
@@ -81,7 +81,7 @@ def merge(
             seen,
         )
         return
-    from veneer.adapters.merge import merge as fold
+    from veneer.adapters.merge import merge
     from veneer.adapters.use import adapter_path, parse_spec
     from veneer.core.rounding import DTYPES
     from veneer.models.sources import find_base
@@ -120,7 +120,7 @@ def merge(
         return
     target = original if into == "original" and original is not None else first
     _say_merged(
-        fold(
+        merge(
             target, adapters, output, dtype=want, allow_other_base=allow_other_base, requantise=requantise,
             difference=found,
         ),

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from veneer.adapters.mix import MixReport
 
-__all__ = ["register"]
+__all__ = ["register_commands"]
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Name = Annotated[
@@ -35,7 +35,7 @@ _Blocks = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
+def register_commands(app: typer.Typer) -> None:
     """Add the commands to `veneer adapter`."""
     app.command(epilog="Example: veneer adapter mix runs/style:0.8 runs/product:0.5 -o mixed --rank 32")(mix)
     app.command(epilog="Example: veneer adapter resize runs/style -o small --error 0.05")(resize)
@@ -66,7 +66,7 @@ def mix(
     """Make one adapter of several: the exact sum of strength·ΔW, or another method and its distance from the sum."""
     from veneer.adapters import mix as mixing
 
-    made = mixing.mix(
+    made = mixing.mix_adapters(
         adapters, output, method=method, rank=rank, energy=energy, error=error, density=density, seed=seed,
         blocks=blocks, base=base, dtype=dtype, to=to,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli.output import field, listed
+from veneer.cli.output import cut_list, field
 
 if TYPE_CHECKING:
     from veneer.library.library import Added, Library
@@ -89,7 +89,7 @@ def _added(added: Added, as_json: bool) -> None:
     if not added.new:
         print("note: the name had this content already; there is no new version")
     if added.left_out:
-        print(f"note: not part of the adapter, left out: {', '.join(listed(added.left_out))}")
+        print(f"note: not part of the adapter, left out: {', '.join(cut_list(added.left_out))}")
 
 
 @app.command("list", epilog="Example: veneer library list --limit 20")

@@ -15,7 +15,7 @@ from typing import Any, TextIO, cast
 
 from veneer.errors import VeneerError, shown
 
-__all__ = ["Guarded", "error_text", "everything", "field", "guard", "listed", "own"]
+__all__ = ["Guarded", "cut_list", "error_text", "everything", "field", "guard", "own"]
 
 
 class Guarded:
@@ -70,7 +70,7 @@ def everything(on: bool) -> None:
     _shown["everything"] = on
 
 
-def listed(items: Sequence[str], most: int = MOST) -> list[str]:
+def cut_list(items: Sequence[str], most: int = MOST) -> list[str]:
     """The items as fields: the first `most` and how many more there are, or all of them with `--all`."""
     few = items if _shown["everything"] or len(items) <= most + 1 else items[:most]
     out = [field(item) for item in few]
@@ -80,6 +80,6 @@ def listed(items: Sequence[str], most: int = MOST) -> list[str]:
 def error_text(error: VeneerError) -> str:
     """An error as it is printed: what, where and fix, a long list in it cut as every other."""
     first, *lines = error.what.splitlines() or [""]
-    out = [first, *listed(lines, 2 * MOST)]
+    out = [first, *cut_list(lines, 2 * MOST)]
     out += [f"  {name}: {text}" for name, text in (("where", error.where), ("fix", error.fix)) if text]
     return "\n".join(shown(line, lines=True) for line in out)

@@ -26,8 +26,8 @@ from veneer.models.fingerprint import file_sha256
 from veneer.models.image.generate import (
     Control,
     GeneratedPicture,
+    ImageRow,
     MixPlan,
-    PictureRow,
     PictureSettings,
     check_numbers,
     check_seed,
@@ -140,7 +140,7 @@ def make(
         if "<lora:" in ask.prompt:
             mixer.say("note: <lora:…> in a prompt is read as plain text here; adapters are named apart")
     settings, inputs = _prepared(mixer, options)
-    rows = [PictureRow(ask.prompt, ask.negative, ask.seed, plans[ask.uses]) for ask in asks]
+    rows = [ImageRow(ask.prompt, ask.negative, ask.seed, plans[ask.uses]) for ask in asks]
     shared = shared_record(base, settings) | inputs
     out: list[RecordedPicture] = []
 

@@ -20,8 +20,8 @@ from veneer.models.image.base import ImageBase, load_control, load_image
 from veneer.models.image.generate import (
     Control,
     GeneratedPicture,
+    ImageRow,
     MixPlan,
-    PictureRow,
     PictureSettings,
     fitted_picture,
     generate_images,
@@ -53,7 +53,7 @@ def bases(places: dict[str, Path]) -> dict[str, ImageBase]:
     return Lazy(lambda family: load_image(str(places[family])))
 
 
-def made(base: ImageBase, rows: list[PictureRow], attachment: Any = None, **settings: Any) -> list[GeneratedPicture]:
+def made(base: ImageBase, rows: list[ImageRow], attachment: Any = None, **settings: Any) -> list[GeneratedPicture]:
     return generate_images(base, rows, PictureSettings(**({"steps": 4} | settings)), attachment=attachment)
 
 
@@ -76,7 +76,7 @@ def test_the_base_alone_is_diffusers_pipeline(
     size = {"width": SIZE, "height": SIZE}
     if family != "qwen-image":
         guidance = 0.0 if family == "schnell" else 3.0
-        (found,) = made(bases[family], [PictureRow("a red house", seed=3)], guidance=guidance, **size)
+        (found,) = made(bases[family], [ImageRow("a red house", seed=3)], guidance=guidance, **size)
         assert levels(found.image, picture(pipe, "a red house", 3, guidance_scale=guidance)) == 0
     if family in ("schnell", "flux2", "klein"):
         return
@@ -84,14 +84,14 @@ def test_the_base_alone_is_diffusers_pipeline(
     scales = {"true_cfg_scale": 3.0} if family == "qwen-image" else scales
     true = 2.0 if family == "flux1" else 1.0
     (found,) = made(
-        bases[family], [PictureRow("a cat", "blue", seed=4)], guidance=3.0, true_guidance=true, steps=3, **size
+        bases[family], [ImageRow("a cat", "blue", seed=4)], guidance=3.0, true_guidance=true, steps=3, **size
     )
     expected = picture(pipe, "a cat", 4, negative_prompt="blue", num_inference_steps=3, **scales)
     assert levels(found.image, expected) == 0
 
 
 def test_a_picture_is_the_same_in_any_batch(bases: dict[str, ImageBase]) -> None:
-    rows = [PictureRow("a cat" if i % 2 else "a red house", "blue" if i == 2 else "", seed=i) for i in range(5)]
+    rows = [ImageRow("a cat" if i % 2 else "a red house", "blue" if i == 2 else "", seed=i) for i in range(5)]
     alone = made(bases["sdxl"], rows, batch_size=1)
     for size in (2, 5):
         together = made(bases["sdxl"], rows, batch_size=size)
@@ -104,13 +104,13 @@ def test_pictures_start_from_pictures_as_diffusers_does(bases: dict[str, ImageBa
     given, mask = noise(), Image.new("L", (SIZE, SIZE))
     mask.paste(255, (0, 0, SIZE // 2, SIZE))
     for family, kind in (("sdxl", "StableDiffusionXLImg2ImgPipeline"), ("flux1", "FluxImg2ImgPipeline")):
-        rows = [PictureRow("a cat", seed=1), PictureRow("a dog", seed=2)]
+        rows = [ImageRow("a cat", seed=1), ImageRow("a dog", seed=2)]
         both = made(bases[family], rows, image=given, denoise=0.5, batch_size=1, guidance=3.0)
         pipe = diffusers_pipeline(places[family], kind)
         for row, found in zip(rows, both, strict=True):
             expected = picture(pipe, row.prompt, row.seed, image=given, strength=0.5, guidance_scale=3.0)
             assert levels(found.image, expected) == 0
-    (inside,) = made(bases["sdxl"], [PictureRow("a cat", seed=1)], image=given, mask=mask, denoise=0.9)
+    (inside,) = made(bases["sdxl"], [ImageRow("a cat", seed=1)], image=given, mask=mask, denoise=0.9)
     half = (SIZE // 2, 0, SIZE, SIZE)
     assert levels(inside.image.crop(half), given.crop(half)) == 0, "black stays, pixel for pixel"
     assert levels(inside.image, given) > 20
@@ -128,7 +128,7 @@ def test_controls_stack_and_end(bases: dict[str, ImageBase], places: dict[str, P
         pipe = diffusers.StableDiffusionXLControlNetPipeline(**pipe.components, controlnet=[net, net])
     pipe.set_progress_bar_config(disable=True)
     both = (Control(control, given, 0.7, 0.0, 0.5), Control(control, given, 0.3))
-    (found,) = made(base, [PictureRow("a cat", seed=1)], controls=both, guidance=3.0)
+    (found,) = made(base, [ImageRow("a cat", seed=1)], controls=both, guidance=3.0)
     expected = picture(
         pipe,
         "a cat",
@@ -139,7 +139,7 @@ def test_controls_stack_and_end(bases: dict[str, ImageBase], places: dict[str, P
         guidance_scale=3.0,
     )
     assert levels(found.image, expected) == 0
-    (plain,) = made(base, [PictureRow("a cat", seed=1)], guidance=3.0)
+    (plain,) = made(base, [ImageRow("a cat", seed=1)], guidance=3.0)
     assert levels(found.image, plain.image) > 3
 
 
@@ -182,7 +182,7 @@ def test_everything_at_once_is_diffusers_with_merged_weights(
         attachment.add("a", a)
         attachment.add("b", b)
         plan = always((("a", 0.8), ("b", -0.5)))
-        (found,) = made(base, [PictureRow("a cat", negative, seed=1, plan=plan)], attachment, **ours)
+        (found,) = made(base, [ImageRow("a cat", negative, seed=1, plan=plan)], attachment, **ours)
     expected = picture(pipe, "a cat", 1, **theirs)
     if kind == "inpaint":
         expected = Image.composite(expected, given, mask)
@@ -198,19 +198,19 @@ def test_a_mix_is_the_merged_weights(family: str, bases: dict[str, ImageBase], p
     before = state_of(base.model)
     a, b = random_adapter(base.model, 1), random_adapter(base.model, 2, dora=True)
     pipe = diffusers_pipeline(places[family])
-    (plain,) = made(base, [PictureRow("a cat", seed=1)])
+    (plain,) = made(base, [ImageRow("a cat", seed=1)])
     fold(pipe, [(a, 0.8), (b, -0.5)])
     expected = picture(pipe, "a cat", 1)
     with attach(base.model) as attachment:
         attachment.add("a", a)
         attachment.add("b", b)
-        (found,) = made(base, [PictureRow("a cat", seed=1, plan=always((("a", 0.8), ("b", -0.5))))], attachment)
+        (found,) = made(base, [ImageRow("a cat", seed=1, plan=always((("a", 0.8), ("b", -0.5))))], attachment)
         assert attachment.selection.mix == (), "what was selected before is selected after"
     assert levels(found.image, expected) <= 1
     assert levels(found.image, plain.image) > 5
     after = base.model.state_dict()
     assert all(torch.equal(t, after[n]) for n, t in before.items()), "no weight of the base was touched"
-    (again,) = made(base, [PictureRow("a cat", seed=1)])
+    (again,) = made(base, [ImageRow("a cat", seed=1)])
     assert levels(again.image, plain.image) == 0
 
 
@@ -227,7 +227,7 @@ def test_the_text_part_acts_when_the_prompt_is_read(
             pipe = diffusers_pipeline(places[family])
             fold(pipe, [(a, lambda name, t=text, r=rest: t if name.startswith("text_encoder") else r)])
             plan = MixPlan((("a", text),), ((0.0, (("a", rest),)),))
-            (found,) = made(base, [PictureRow("a cat", seed=1, plan=plan)], attachment)
+            (found,) = made(base, [ImageRow("a cat", seed=1, plan=plan)], attachment)
             assert levels(found.image, picture(pipe, "a cat", 1)) <= 1
             pictures.append(found.image)
     assert min(levels(p, q) for i, p in enumerate(pictures) for q in pictures[:i]) > 2
@@ -245,7 +245,7 @@ def test_rows_of_one_batch_have_their_own_mixes(family: str, bases: dict[str, Im
             always((("a", 0.4), ("b", 0.6))),
             MixPlan((("b", 1.0),), ((0.0, (("a", 1.0),)), (0.5, ()))),
         ]
-        rows = [PictureRow("a cat", seed=7, plan=plan) for plan in plans]
+        rows = [ImageRow("a cat", seed=7, plan=plan) for plan in plans]
         together = made(base, rows, attachment, batch_size=4)
         alone = made(base, rows, attachment, batch_size=1)
     assert max(levels(p.image, q.image) for p, q in zip(together, alone, strict=True)) <= 1
@@ -281,8 +281,8 @@ def test_a_mix_may_change_from_step_to_step(
     with attach(base.model) as attachment:
         attachment.add("a", a)
         attachment.add("b", b)
-        (found,) = made(base, [PictureRow("a cat", seed=1, plan=plan)], attachment, steps=steps, scheduler=scheduler)
-        (whole,) = made(base, [PictureRow("a cat", seed=1, plan=MixPlan((), plan.phases[:1]))], attachment, steps=steps)
+        (found,) = made(base, [ImageRow("a cat", seed=1, plan=plan)], attachment, steps=steps, scheduler=scheduler)
+        (whole,) = made(base, [ImageRow("a cat", seed=1, plan=MixPlan((), plan.phases[:1]))], attachment, steps=steps)
     assert levels(found.image, expected) <= 1
     assert levels(found.image, whole.image) > 2
 
@@ -292,7 +292,7 @@ def test_switching_under_a_compiled_denoiser_compiles_nothing_again(places: dict
 
     base = load_image(str(places["sdxl"]))
     mixes = [(), (("a", 0.8),), (("b", 0.8),), (("a", 0.2), ("b", -0.5)), ()]
-    rows = [PictureRow("a cat", seed=1, plan=always(mix)) for mix in mixes]
+    rows = [ImageRow("a cat", seed=1, plan=always(mix)) for mix in mixes]
     with attach(base.model) as attachment:
         attachment.add("a", random_adapter(base.model, 1))
         attachment.add("b", random_adapter(base.model, 2))
@@ -312,16 +312,16 @@ def test_switching_under_a_compiled_denoiser_compiles_nothing_again(places: dict
 
 
 def test_what_the_encoder_does_not_read_is_told(bases: dict[str, ImageBase]) -> None:
-    found = made(bases["sdxl"], [PictureRow("a cat"), PictureRow("a cat in the house " * 8 + "blue hat")], steps=1)
+    found = made(bases["sdxl"], [ImageRow("a cat"), ImageRow("a cat in the house " * 8 + "blue hat")], steps=1)
     assert found[0].cut == ""
     assert found[1].cut.endswith("blue hat")
-    (found_too,) = made(bases["sdxl"], [PictureRow("a cat", "a cat in the house " * 8 + "blue hat")], steps=1)
+    (found_too,) = made(bases["sdxl"], [ImageRow("a cat", "a cat in the house " * 8 + "blue hat")], steps=1)
     assert found_too.negative_cut.endswith("blue hat")
 
 
 def test_steps_are_counted_over_all_batches(bases: dict[str, ImageBase]) -> None:
     seen: list[tuple[int, int]] = []
-    rows = [PictureRow("a cat", seed=i) for i in range(3)]
+    rows = [ImageRow("a cat", seed=i) for i in range(3)]
     generate_images(bases["sd15"], rows, PictureSettings(steps=3, batch_size=2), on_step=lambda *s: seen.append(s))
     assert seen == [(i, 6) for i in range(1, 7)]
 
@@ -359,35 +359,35 @@ def test_a_picture_of_another_size_is_resized_aloud_or_refused() -> None:
 )
 def test_impossible_settings_are_refused(bases: dict[str, ImageBase], settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        made(bases["sdxl"], [PictureRow("a cat")], **settings)
+        made(bases["sdxl"], [ImageRow("a cat")], **settings)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 10**30])
 def test_what_is_no_seed(seed: int) -> None:
     with pytest.raises(ConfigError, match=f"seed {seed}"):
-        PictureRow("a cat", seed=seed)
+        ImageRow("a cat", seed=seed)
 
 
 def test_the_largest_seed(bases: dict[str, ImageBase]) -> None:
-    assert made(bases["sdxl"], [PictureRow("a cat", seed=2**64 - 1)], steps=1)
+    assert made(bases["sdxl"], [ImageRow("a cat", seed=2**64 - 1)], steps=1)
 
 
 def test_a_size_that_no_scheduler_has_is_no_crash(bases: dict[str, ImageBase]) -> None:
     with pytest.raises(ConfigError, match="refuses these settings"):
-        made(bases["flux1"], [PictureRow("a")], width=10**7 // bases["flux1"].unit * bases["flux1"].unit, height=SIZE)
+        made(bases["flux1"], [ImageRow("a")], width=10**7 // bases["flux1"].unit * bases["flux1"].unit, height=SIZE)
 
 
 def test_more_that_is_refused(bases: dict[str, ImageBase]) -> None:
     with pytest.raises(ConfigError, match="no picture"):
         made(bases["sdxl"], [])
     with pytest.raises(ConfigError, match="nothing is attached"):
-        made(bases["sdxl"], [PictureRow("a", plan=always((("a", 1.0),)))])
+        made(bases["sdxl"], [ImageRow("a", plan=always((("a", 1.0),)))])
     with pytest.raises(ConfigError, match="go without guidance"):
-        made(bases["schnell"], [PictureRow("a")], guidance=3.0)
+        made(bases["schnell"], [ImageRow("a")], guidance=3.0)
     for family, guidance in (("flux1", 3.0), ("sdxl", 1.0)):
         with pytest.raises(ConfigError, match="negative prompt has no effect"):
-            made(bases[family], [PictureRow("a", "blue")], guidance=guidance)
+            made(bases[family], [ImageRow("a", "blue")], guidance=guidance)
     with attach(bases["sd15"].model) as attachment:
         attachment.add("a", random_adapter(bases["sd15"].model, size=1e20))
         with pytest.raises(BaseError, match="not finite"):
-            made(bases["sd15"], [PictureRow("a", plan=always((("a", 1.0),)))], attachment)
+            made(bases["sd15"], [ImageRow("a", plan=always((("a", 1.0),)))], attachment)

@@ -12,7 +12,7 @@ from tests.tiny_image_base import tiny_image_base
 from veneer.errors import ConfigError
 from veneer.formats.infotext import SAMPLERS
 from veneer.models.image.base import ImageBase, load_image
-from veneer.models.image.generate import PictureRow, PictureSettings, generate_images
+from veneer.models.image.generate import ImageRow, PictureSettings, generate_images
 from veneer.models.image.schedulers import NAMES, make_scheduler, scheduler_name, scheduler_names
 from veneer.models.loading import errors_only
 
@@ -25,7 +25,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_every_name_of_a_family_samples(base: ImageBase) -> None:
     seen = set()
     for name in scheduler_names(base):
-        (found,) = generate_images(base, [PictureRow("a cat", seed=1)], PictureSettings(steps=4, scheduler=name))
+        (found,) = generate_images(base, [ImageRow("a cat", seed=1)], PictureSettings(steps=4, scheduler=name))
         seen.add(np.asarray(found.image).tobytes())
     assert len(seen) >= 0.7 * len(scheduler_names(base)), "they are not all one"
 
@@ -50,7 +50,7 @@ def test_a_name_is_diffusers_class_with_the_bases_settings(tmp_path_factory: pyt
         own = pipe.scheduler
         with errors_only():
             pipe.scheduler = cls.from_config(own.config, **more)
-        (found,) = generate_images(base, [PictureRow("a cat", seed=1)], PictureSettings(steps=4, scheduler=name))
+        (found,) = generate_images(base, [ImageRow("a cat", seed=1)], PictureSettings(steps=4, scheduler=name))
         assert levels(found.image, picture(pipe, "a cat", 1)) == 0
         pipe.scheduler = own
 

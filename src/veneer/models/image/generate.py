@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Control",
     "GeneratedPicture",
+    "ImageRow",
     "MixPlan",
     "Moment",
-    "PictureRow",
     "PictureSettings",
     "check_numbers",
     "check_rows",
@@ -64,7 +64,7 @@ class MixPlan:
 
 
 @dataclass(frozen=True)
-class PictureRow:
+class ImageRow:
     """One picture to make. `image`, `mask`, `controls` (a picture for each of the settings' controls): its own, where
     it does not share the settings'."""
 
@@ -146,10 +146,10 @@ class GeneratedPicture:
     `batch`, `index`: the rows it was made with, and its place there: the same batch, the same picture to the bit."""
 
     image: Image
-    row: PictureRow
+    row: ImageRow
     cut: str = ""
     negative_cut: str = ""
-    batch: tuple[PictureRow, ...] = field(default=(), repr=False)
+    batch: tuple[ImageRow, ...] = field(default=(), repr=False)
     index: int = 0
 
 
@@ -157,7 +157,7 @@ class GeneratedPicture:
 class Moment:
     """A batch at the end of a step. `look(i)`: the picture of row i as far as it is; it costs a pass of the VAE."""
 
-    rows: tuple[PictureRow, ...]
+    rows: tuple[ImageRow, ...]
     done: int
     of: int
     look: Callable[[int], Image]
@@ -192,7 +192,7 @@ def fitted_picture(picture: Image, width: int, height: int, what: str) -> tuple[
 
 def generate_images(
     base: ImageBase,
-    rows: Sequence[PictureRow],
+    rows: Sequence[ImageRow],
     settings: PictureSettings | None = None,
     *,
     attachment: Attachment | None = None,
@@ -230,7 +230,7 @@ class _Run:
     def __init__(
         self,
         base: ImageBase,
-        like: PictureRow,
+        like: ImageRow,
         settings: PictureSettings,
         attachment: Attachment | None = None,
         on_step: Callable[[int, int], None] | None = None,
@@ -260,7 +260,7 @@ class _Run:
         distilled = self.base.family == "flux1" or getattr(self.pipe.config, "is_distilled", False)
         return guidance > 1 and "negative_prompt_embeds" in self.accepts and not distilled, {"guidance_scale": guidance}
 
-    def check_negatives(self, rows: Sequence[PictureRow]) -> None:
+    def check_negatives(self, rows: Sequence[ImageRow]) -> None:
         if self.doubled or not any(row.negative for row in rows):
             return
         if self.base.family == "flux1":
@@ -271,7 +271,7 @@ class _Run:
             fix = "leave it out: this family reads none"
         raise ConfigError(f"a negative prompt has no effect on {self.base.name} as it is", fix=fix)
 
-    def batch(self, rows: tuple[PictureRow, ...]) -> list[GeneratedPicture]:
+    def batch(self, rows: tuple[ImageRow, ...]) -> list[GeneratedPicture]:
         settings, base = self.settings, self.base
         given: dict[str, Any] = {"num_inference_steps": self.steps, "output_type": "np", **self.scales}
         self.select([row.plan.text for row in rows])
@@ -311,7 +311,7 @@ class _Run:
         }
         return {key: value for key, value in found.items() if value is not None and key in self.accepts}
 
-    def emptied(self, text: Conditioning, rows: Sequence[PictureRow]) -> Conditioning:
+    def emptied(self, text: Conditioning, rows: Sequence[ImageRow]) -> Conditioning:
         """SDXL was trained with zeros for no text, which is another thing than the text of no words."""
         if getattr(self.pipe.config, "force_zeros_for_empty_prompt", False):
             for i, row in enumerate(rows):
@@ -321,7 +321,7 @@ class _Run:
                         text.pooled[i] = 0
         return text
 
-    def control_arguments(self, rows: Sequence[PictureRow]) -> dict[str, Any]:
+    def control_arguments(self, rows: Sequence[ImageRow]) -> dict[str, Any]:
         controls = self.settings.controls
         if not controls:
             return {}
@@ -350,7 +350,7 @@ class _Run:
         else:
             self.attachment.use_rows(mixes)
 
-    def at_end_of_step(self, rows: tuple[PictureRow, ...]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+    def at_end_of_step(self, rows: tuple[ImageRow, ...]) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
         now = [row.plan.at(0.0) for row in rows]
         size = self.settings.width or self.base.size, self.settings.height or self.base.size
         preview = None if self.watch is None else LatentPreview(self.base, *size)
@@ -372,7 +372,7 @@ class _Run:
 
         return callback
 
-    def finished(self, array: Any, row: PictureRow) -> Image:
+    def finished(self, array: Any, row: ImageRow) -> Image:
         """(h, w, 3) in 0..1 as a picture; what the mask leaves black is the given picture's, pixel for pixel."""
         import numpy as np
         from PIL import Image as pil
@@ -398,8 +398,8 @@ def _batch(pictures: Sequence[Image]) -> torch.Tensor:
 
 
 def check_rows(
-    base: ImageBase, rows: Sequence[PictureRow], settings: PictureSettings, attachment: Attachment | None = None
-) -> list[PictureRow]:
+    base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings, attachment: Attachment | None = None
+) -> list[ImageRow]:
     """The rows with the pictures that they start from, their own or the settings'. Raises ConfigError for what does not
     go together or with the base, as `generate_images` would."""
     rows = [replace(row, image=row.image or settings.image, mask=row.mask or settings.mask) for row in rows]
@@ -409,9 +409,7 @@ def check_rows(
     return rows
 
 
-def _check(
-    base: ImageBase, rows: Sequence[PictureRow], settings: PictureSettings, attachment: Attachment | None
-) -> None:
+def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings, attachment: Attachment | None) -> None:
     if not rows:
         raise ConfigError("there is no picture to make", fix="give a prompt")
     if attachment is None and any(row.plan != MixPlan() for row in rows):

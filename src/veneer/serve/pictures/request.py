@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterError, BaseError, MismatchError, VeneerError
-from veneer.models.image.generate import MixPlan, PictureRow, PictureSettings
+from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings
 from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import BASE, Mix, Refused, Usage
 
@@ -42,11 +42,11 @@ class PictureRequest:
     weight: float = 1.0
     id: str = field(default_factory=lambda: f"p{next(_numbers)}")
 
-    def row(self) -> PictureRow:
+    def row(self) -> ImageRow:
         mix = tuple(self.mix)
         controls = tuple(control.picture for control in self.settings.controls)
         image, mask = self.settings.image, self.settings.mask
-        return PictureRow(self.prompt, self.negative, self.seed, MixPlan(mix, ((0.0, mix),)), image, mask, controls)
+        return ImageRow(self.prompt, self.negative, self.seed, MixPlan(mix, ((0.0, mix),)), image, mask, controls)
 
     def kind(self) -> tuple[Any, ...]:
         """Equal where pictures can be drawn in one batch."""

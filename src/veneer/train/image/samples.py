@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from veneer.core.layers import Layer
 from veneer.files.atomic import atomic_write
-from veneer.models.image.generate import MixPlan, PictureRow, PictureSettings, generate_images
+from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
 from veneer.models.image.sheet import sheet
 from veneer.train import checkpoint
 from veneer.train.running import NAME
@@ -55,7 +55,7 @@ def draw_samples(base: ImageBase, attachment: Attachment, config: ImageTrainConf
     samples = config.samples
     mix = ((NAME, 1.0),)
     plan = MixPlan(mix, ((0.0, mix),))
-    rows = [PictureRow(p, samples.negative, seed, plan) for p in samples.prompts for seed in samples.seeds]
+    rows = [ImageRow(p, samples.negative, seed, plan) for p in samples.prompts for seed in samples.seeds]
     return _drawn(base, attachment, config, rows, len(samples.seeds), samples.steps)
 
 
@@ -63,7 +63,7 @@ def _drawn(
     base: ImageBase,
     attachment: Attachment | None,
     config: ImageTrainConfig,
-    rows: Sequence[PictureRow],
+    rows: Sequence[ImageRow],
     wide: int,
     steps: int,
 ) -> list[list[Image]]:
@@ -118,10 +118,10 @@ def draw_class_pictures(base: ImageBase, config: ImageTrainConfig, folder: Path,
     prompt = config.data.class_prompt or ""
     seed = 0
     while missing > 0:
-        rows: list[PictureRow] = []
+        rows: list[ImageRow] = []
         while len(rows) < min(4, missing):
             if not (folder / f"class-{seed:05d}.png").exists():
-                rows.append(PictureRow(prompt, "", seed))
+                rows.append(ImageRow(prompt, "", seed))
             seed += 1
         for row, cells in zip(rows, _drawn(base, None, config, rows, 1, config.data.class_steps), strict=True):
             buffer = io.BytesIO()
