@@ -34,9 +34,9 @@ def folder(tmp_path: Path) -> Path:
         ("fx.png", r"there is no such picture[\s\S]*where: .*fx\.png[\s\S]*did you mean .*fox\.png\?"),
         ("no/fox.png", r"there is no such picture\s+where: .*fox\.png$"),
         ("folder.png", "this is a folder, not a picture"),
-        ("text.png", "this is no picture: it is in no format that Pillow knows"),
-        ("empty.png", "this is no picture: it is in no format that Pillow knows"),
-        ("cut.png", "this is no picture: .*truncated"),
+        ("text.png", "this is not a picture: it is in no format that Pillow knows"),
+        ("empty.png", "this is not a picture: it is in no format that Pillow knows"),
+        ("cut.png", "this is not a picture: .*truncated"),
     ],
 )
 def test_a_file_that_is_no_picture(read: Callable[[Path], Any], name: str, says: str, folder: Path) -> None:
@@ -51,7 +51,7 @@ def test_what_the_body_finds_wrong_is_said_too(folder: Path) -> None:
             assert data == (folder / "fox.png").read_bytes()
             raise SyntaxError("bad Exif")
 
-    with pytest.raises(DataError, match=r"this is no picture: bad Exif[\s\S]*fox"):
+    with pytest.raises(DataError, match=r"this is not a picture: bad Exif[\s\S]*fox"):
         read()
 
 

@@ -216,7 +216,7 @@ def test_the_hash_is_of_the_file_that_was_read(base: ImageBase, files: Path, tmp
 def test_what_is_behind_a_name_and_no_strength_is_named(base: ImageBase) -> None:
     with Mixer(base) as mixer:
         for use, wrong in (("./brand.safetensors:strong", "strong"), ("./brand.safetensors@text:0.5", "text")):
-            with pytest.raises(AdapterError, match=f"'{wrong}' is no strength") as caught:
+            with pytest.raises(AdapterError, match=f"'{wrong}' is not a strength") as caught:
                 mixer.plan([use])
             assert "brand.safetensors:0.8" in (caught.value.fix or "")
 

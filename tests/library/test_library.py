@@ -277,5 +277,5 @@ def test_a_place_that_is_a_file_or_below_one_is_said_in_words(tmp_path: Path) ->
 def test_places_that_no_library_can_be_in_are_said_in_words(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="the store cannot be used now"):
         open_library("ftp://nowhere.invalid/x")
-    with pytest.raises(ConfigError, match="this is no address of an index"):
+    with pytest.raises(ConfigError, match="this is not an address of an index"):
         open_library(tmp_path, "mysql://nowhere.invalid/x")

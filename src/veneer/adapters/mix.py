@@ -121,7 +121,7 @@ def resize(
     An error bound holds for every module, so it holds for all together. A rank above a module's own leaves that module
     exact. `base` is needed for DoRA, whose change is not low rank without it."""
     if (bound := _bound(rank, energy, error)) is None:
-        raise ConfigError("resize to what?", fix="give one of rank, energy and error")
+        raise ConfigError("a resize needs a size", fix="give one of rank, energy and error")
     read = using.read_adapter(name)
     mixed = mix([(read.adapter, 1.0)], "sum", bound, dtype=_dtype(dtype), weights=_weights(base))
     recipe = {"made": "resize", **_given(rank=rank, energy=energy, error_bound=error)}
@@ -148,12 +148,12 @@ def extract(
     What differs and has no place in the result (other shapes, vectors, what the targets leave out) is listed in `left`,
     with its share of the change. Raises BaseError where nothing differs or the models share no names."""
     if (bound := _bound(rank, energy, error)) is None:
-        raise ConfigError("extract at which size?", fix="give one of rank, energy and error")
+        raise ConfigError("an extract needs a size", fix="give one of rank, energy and error")
     kept_dtype = _dtype(dtype)
     try:
         wanted = re.compile(targets) if targets is not None else None
     except re.error as problem:
-        raise ConfigError(f"{targets!r} is no regular expression: {problem}") from None
+        raise ConfigError(f"{targets!r} is not a regular expression: {problem}") from None
     one, two = Checkpoint(base), Checkpoint(tuned)
     if not set(one.entries) & set(two.entries):
         raise BaseError("the two models share no tensor's name", where=f"{base}, {tuned}")
@@ -260,7 +260,7 @@ def _compare(one: Change, two: Change, s1: float, s2: float) -> tuple[float, flo
         and two is not None
         and (one[0].shape[-1], one[1].shape[-2]) != (two[0].shape[-1], two[1].shape[-2])
     ):
-        raise AdapterError("changes of unlike shapes")
+        raise AdapterError("changes of different shapes")
     aa = s1 * s1 * inner(one, one) if one else 0.0
     bb = s2 * s2 * inner(two, two) if two else 0.0
     return aa, bb, s1 * s2 * inner(one, two) if one and two else 0.0

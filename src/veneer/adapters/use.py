@@ -100,7 +100,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
         )
     if behind := _no_strength(name):
         raise AdapterError(
-            f"there is no adapter {name!r}, and {behind[1]!r} is no strength",
+            f"there is no adapter {name!r}, and {behind[1]!r} is not a strength",
             where=str(here.absolute()),
             fix=f"{behind[0]}:0.8, and behind an @ factors by block: {behind[0]}:0.8@text=0.5",
         )

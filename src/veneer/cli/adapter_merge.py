@@ -94,7 +94,7 @@ def merge_command(
         raise ConfigError(f"{requantise!r} is not possible here", fix="--requantise nf4 or fp4")
     if requantise is not None and not (accept_loss or check):
         raise ConfigError(
-            "a merge into 4 bits loses most of what a small change of the weights is",
+            "a merge into 4 bits loses most of a small change of the weights",
             fix="see how much with --check ROWS, and write it with --accept-loss; or merge into 16 bits",
         )
     for spec in adapters:

@@ -264,7 +264,7 @@ def _numbers(text: str, option: str) -> list[float]:
     except ValueError:
         found = []
     if not found:
-        raise ConfigError(f"{option} {text!r} is no list of numbers", fix=f"{option} 0,0.5,1")
+        raise ConfigError(f"{option} {text!r} is not a list of numbers", fix=f"{option} 0,0.5,1")
     return found
 
 
@@ -275,14 +275,14 @@ def _whole_numbers(text: str) -> list[int]:
             raise ConfigError(f"--seeds {text} are {int(last) - int(first) + 1} rows", fix=f"at most {_MOST_SEEDS}")
         return list(range(int(first), int(last) + 1))
     if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise ConfigError(f"--seeds {text!r} is no list of seeds", fix="--seeds 1,2,3 or --seeds 1-8")
+        raise ConfigError(f"--seeds {text!r} is not a list of seeds", fix="--seeds 1,2,3 or --seeds 1-8")
     return [int(part) for part in text.split(",")]
 
 
 def _files(out: Path, number: int) -> list[Path]:
     """`out` itself, or numbered beside it. Refused before anything is loaded if it cannot be."""
     if out.suffix.lower() != ".png":
-        raise ConfigError(f"{out} is no .png", fix="pictures are written as PNG, which keeps how they were made")
+        raise ConfigError(f"{out} is not a .png file", fix="pictures are written as PNG, which keeps how they were made")
     if not out.parent.is_dir():
         raise ConfigError(f"there is no folder {out.parent}", fix="make it, or write elsewhere")
     if number == 1:

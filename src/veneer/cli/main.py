@@ -161,7 +161,7 @@ def _known(error: Exception) -> VeneerError | None:
                 "the disk is full", where=error.filename, fix="free some space there, or write elsewhere"
             )
         if isinstance(error, PermissionError):
-            return ResourceError(f"no right to use this file: {error.strerror}", where=error.filename)
+            return ResourceError(f"no permission to use this file: {error.strerror}", where=error.filename)
     if "No space left on device" in text:
         return ResourceError("the disk is full", fix="free some space, or write elsewhere")
     if kind == "OutOfMemoryError":  # torch's, known by name: torch need not be loaded

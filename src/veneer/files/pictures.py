@@ -43,4 +43,4 @@ def opened_picture(path: str | Path) -> Iterator[tuple[Image, bytes]]:
         ) from None  # fmt: skip
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         said = "it is in no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"this is no picture: {said}", where=str(path)) from error
+        raise DataError(f"this is not a picture: {said}", where=str(path)) from error

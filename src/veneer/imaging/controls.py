@@ -65,7 +65,7 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
     if isinstance(spec, ControlSpec):
         return spec
     if (found := _FORM.fullmatch(spec)) is None:
-        raise ConfigError(f"{spec!r} names no control", fix=_EXAMPLE)
+        raise ConfigError(f"{spec!r} does not name a control", fix=_EXAMPLE)
     if re.search(r"\.\w+[:@]", found["path"]) and not Path(found["path"]).exists():
         raise ConfigError(f"{spec!r}: no weight or range of steps stands behind the picture", fix=_EXAMPLE)
     try:
@@ -74,7 +74,7 @@ def parse_control(spec: str | ControlSpec) -> ControlSpec:
     except ValueError:
         weight = begin = end = math.nan
     if not math.isfinite(weight) or not 0 <= begin < end <= 1:
-        raise ConfigError(f"{spec!r} has a weight or a range of steps that is none", fix=_EXAMPLE)
+        raise ConfigError(f"{spec!r} has a weight or a range of steps that is not valid", fix=_EXAMPLE)
     if found["kind"] not in _OWN and not found["model"]:
         raise ConfigError(
             f"control {found['kind']!r} needs a ControlNet",
@@ -120,14 +120,14 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
             picture.load()
     except UnidentifiedImageError as error:
         known = f", in none of {', '.join(formats)}" if formats else ""
-        raise DataError(f"this is no picture{known}: cannot identify image file", where=where) from error
+        raise DataError(f"this is not a picture{known}: cannot identify image file", where=where) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            f"this picture has more pixels than are opened, {2 * (Image.MAX_IMAGE_PIXELS or 0):,}", where=where,
+            f"this picture has more pixels than veneer opens: {2 * (Image.MAX_IMAGE_PIXELS or 0):,}", where=where,
             fix="make it smaller" if max_pixels is None else f"at most {max_pixels} pixels",
         ) from error  # fmt: skip
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"this is no picture: {error}", where=where) from error
+        raise DataError(f"this is not a picture: {error}", where=where) from error
     return picture
 
 

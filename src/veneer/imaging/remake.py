@@ -83,7 +83,7 @@ def _of_record(path: str, record: dict[str, Any]) -> Wanted:
     ]
     pictures = [record["image"], record["mask"], *record["controls"]]
     if any(p is not None and not p["path"] for p in pictures):
-        raise DataError("it was made from a picture in memory, which is kept nowhere", where=path)
+        raise DataError("it was made from a picture in memory, which was not saved", where=path)
     controls = tuple(
         ControlSpec(c["kind"], c["path"], c["weight"], c["model"], c["begin"], c["end"]) for c in record["controls"]
     )
@@ -160,7 +160,7 @@ def _of_text(path: str, text: Infotext) -> Wanted:
         )
         seed = int(fields.get("Seed", 0))
     except ValueError as error:
-        raise DataError(f"its infotext has a number that is none: {error}", where=path) from error
+        raise DataError(f"its infotext has an invalid number: {error}", where=path) from error
     if "Sampler" in fields and options.scheduler is None:
         notes.append(f"sampler {fields['Sampler']!r} is not known here: the base's own is used")
     ask = Ask(prompt, text.negative, seed, uses)
@@ -191,12 +191,12 @@ def remake(
 ) -> RecordedPicture:
     """The picture again. `changes`: what is asked otherwise this time; then it is made alone.
 
-    Raises MismatchError where the base, an adapter or an input picture is another one than then; AdapterError where an
+    Raises MismatchError where the base, an adapter or an input picture is not the one that was used then; AdapterError where an
     adapter is found neither by its name nor, in the library, by its digest."""
     _same_base(mixer.base, wanted)
     for path, sha in wanted.inputs.items():
         if (found := hashed_picture(path)[1]) != sha:
-            raise MismatchError(f"{path} is another picture than then", where=f"sha256 {found[:12]}, then {sha[:12]}")
+            raise MismatchError(f"{path} is not the picture that was used then", where=f"sha256 {found[:12]}, then {sha[:12]}")
     renamed = {name: _same_adapter(mixer, name, wanted) for ask in wanted.asks for name, _ in ask.uses}
     asks = [replace(ask, uses=tuple((renamed[name], s) for name, s in ask.uses)) for ask in wanted.asks]
     for note in wanted.notes:
@@ -239,7 +239,7 @@ def _same_adapter(mixer: Mixer, name: str, wanted: Wanted) -> str:
     stated = wanted.files.get(name, "").lower()
     if (digest and source.digest != digest) or (stated and not _has_hash(source, stated)):
         raise MismatchError(
-            f"adapter {name!r} is another one than then\n  then: {digest or stated}\n"
+            f"adapter {name!r} is not the one that was used then\n  then: {digest or stated}\n"
             f"  now:  {source.digest if digest else f'{source.autov3} (sha256 {source.sha256[:12]})'}",
             where=source.path,
             fix="put the one of then in its place, or add it to the library, where it is found by its digest",

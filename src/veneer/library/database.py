@@ -46,17 +46,17 @@ def open_engine(where: str, what: str, patience: float = PATIENCE) -> Engine:
         return _sqlite(url) if url.startswith("sqlite:") else _postgresql(url, patience)
     except ImportError as error:
         if not url.startswith("postgresql"):
-            raise ConfigError(f"this is no address of {what}", where=shown_url(where), fix=URL_FIX) from None
+            raise ConfigError(f"this is not an address of {what}", where=shown_url(where), fix=URL_FIX) from None
         raise MissingExtraError(
             f"{what} needs {error.name or 'a database driver'}",
             where=shown_url(where),
             fix="pip install 'veneer[postgres]'",
         ) from None
     except (ArgumentError, NoSuchModuleError) as error:
-        raise ConfigError(f"this is no address of {what}: {error}", where=shown_url(where), fix=URL_FIX) from None
+        raise ConfigError(f"this is not an address of {what}: {error}", where=shown_url(where), fix=URL_FIX) from None
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
         raise ConfigError(
-            f"there can be no folder for {what} here: {error.strerror}", where=str(error.filename), fix="another place"
+            f"a folder for {what} cannot be made here: {error.strerror}", where=str(error.filename), fix="another place"
         ) from None
 
 

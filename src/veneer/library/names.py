@@ -54,7 +54,7 @@ def parse_reference(text: str, *, cased: bool = False) -> Reference:
     """Raises ConfigError for text that can be no reference."""
     if text.startswith("sha256:"):
         if not _PREFIX.fullmatch(text):
-            raise ConfigError(f"{text!r} is no digest", fix="sha256: and 4 to 64 hexadecimal digits in lower case")
+            raise ConfigError(f"{text!r} is not a digest", fix="sha256: and 4 to 64 hexadecimal digits in lower case")
         return Reference(prefix=text)
     name, at, which = text.partition("@")
     check_name(name, cased=cased)
@@ -118,11 +118,11 @@ def check_tag(tag: str) -> None:
 
 
 def check_file_name(name: str) -> None:
-    """Raises ConfigError for a name that is no plain file name everywhere."""
+    """Raises ConfigError for a name that is not a plain file name everywhere."""
     plain = name not in ("", ".", "..") and not any(c in '/\\:*?"<>|' or ord(c) < 32 or ord(c) == 127 for c in name)
     try:
         plain = plain and len(name.encode("utf-8")) <= 200
     except UnicodeEncodeError:
         plain = False
     if not plain or name.startswith(".") or name.endswith((".", " ")):
-        raise ConfigError(f"{name!r} is no plain file name", fix="rename the file")
+        raise ConfigError(f"{name!r} is not a plain file name", fix="rename the file")

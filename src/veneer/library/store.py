@@ -79,7 +79,7 @@ def open_store(location: str) -> LocalStore | RemoteStore:
         extra = {"s3": "pip install 'veneer[s3]'", "s3a": "pip install 'veneer[s3]'"}
         raise MissingExtraError(str(error), where=location, fix=extra.get(protocol, "install it with pip")) from None
     except ValueError as error:
-        raise ConfigError(f"this is no place for a library: {error}", where=location) from None
+        raise ConfigError(f"a library cannot be kept here: {error}", where=location) from None
     except OSError as error:
         why = error.strerror or str(error)
         raise UnavailableError(f"the store cannot be used now: {why}", where=location, fix="try again later") from error

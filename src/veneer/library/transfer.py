@@ -109,7 +109,7 @@ def _hub(place: str) -> tuple[str, str, str | None]:
     """(repository, path within it, revision)"""
     found = _HUB.fullmatch(place)
     if not found or ".." in place:
-        raise ConfigError(f"{place!r} names no place on the hub", fix="hf:owner/name, hf:owner/name@revision")
+        raise ConfigError(f"{place!r} does not name a place on the hub", fix="hf:owner/name, hf:owner/name@revision")
     return found[1], found[2].strip("/"), found[3]
 
 
@@ -219,7 +219,7 @@ def export_to(library: Library, target: str | Path, references: Iterable[str] = 
     or not at all. Raises AdapterError where it exists, or something is missing or damaged in the store."""
     target = Path(target).expanduser()
     if target.exists():
-        raise AdapterError("there is something there already", where=str(target), fix="name a new file or folder")
+        raise AdapterError("something is there already", where=str(target), fix="name a new file or folder")
     records = _records(library, list(references))
     manifests = {v["entry"] for r in records for v in r["versions"].values()}
     wanted: dict[str, str] = {}
@@ -344,7 +344,7 @@ def import_from(
     source, out = Path(source).expanduser(), ImportReport()
     with _opened(source) as archive:
         if _json(archive, "library.json") != {"veneer-export": 1}:
-            raise AdapterError("this is no export of a library", where=str(source))
+            raise AdapterError("this is not an export of a library", where=str(source))
         records = [check_record(_json(archive, p)) for p in sorted(archive) if p.startswith("names/")]
         manifests = {v["entry"]: _manifest(archive, v["entry"]) for r in records for v in r["versions"].values()}
         if gone := sorted({h for m in manifests.values() for h, _ in m.values() if blob_path(h) not in archive}):
@@ -402,7 +402,7 @@ def _unpack(archive: Mapping[str, Callable[[], IO[bytes]]], files: Mapping[str, 
     if PEFT_FILES[0] in files and set(files) <= set(PEFT_FILES):
         return into
     if len(files) != 1:
-        raise AdapterError(f"these files are no adapter: {', '.join(sorted(files))}", fix="export again")
+        raise AdapterError(f"these files are not an adapter: {', '.join(sorted(files))}", fix="export again")
     return into / next(iter(files))
 
 
@@ -416,7 +416,7 @@ def _opened(source: Path) -> Iterator[dict[str, Callable[[], IO[bytes]]]]:
     try:
         tar = tarfile.open(source, "r:")  # noqa: SIM115 (closed below)
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise AdapterError(f"no tar file that can be read: {error}", where=str(source)) from None
+        raise AdapterError(f"this tar file cannot be read: {error}", where=str(source)) from None
     with tar:
         try:
             members = {m.name: m for m in tar.getmembers() if m.isfile()}
@@ -436,17 +436,17 @@ def _json(archive: Mapping[str, Callable[[], IO[bytes]]], path: str) -> Any:
         return json.loads(_small(archive, path))
     except ValueError as error:
         raise AdapterError(
-            f"{path} is no JSON: {error}", fix="this is no export of a library, or a damaged one"
+            f"{path} is not JSON: {error}", fix="this is not an export of a library, or a damaged one"
         ) from None
 
 
 def _small(archive: Mapping[str, Callable[[], IO[bytes]]], path: str) -> bytes:
     if path not in archive:
-        raise AdapterError(f"the export has no {path}", fix="it is incomplete, or no export of a library")
+        raise AdapterError(f"the export has no {path}", fix="it is incomplete, or it is not an export of a library")
     with archive[path]() as file:
         data = file.read(MAX_JSON + 1)
     if len(data) > MAX_JSON:
-        raise AdapterError(f"{path} is too large", fix="this is no export of a library")
+        raise AdapterError(f"{path} is too large", fix="this is not an export of a library")
     return data
 
 

@@ -359,6 +359,6 @@ def check_kind(kind: str) -> None:
     if kind not in KINDS:
         near = nearest(kind, [*KINDS, "keep"])
         raise ConfigError(
-            f"{kind!r} is no quantisation of a base" + (f"; nearest: {near[0]}" if near else ""),
+            f"{kind!r} is not a known quantisation" + (f"; nearest: {near[0]}" if near else ""),
             fix=f"{', '.join(KINDS)}, or keep",
         )

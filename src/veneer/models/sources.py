@@ -111,7 +111,7 @@ def _local(path: Path) -> Path:
         if path.suffix in _FILES:
             return path
         raise BaseError(
-            "a base is a directory, a .gguf or a .safetensors file, and this is another file",
+            "this file is neither .gguf nor .safetensors, so it is not a base",
             where=str(path),
             fix=_WAYS,
         )
@@ -129,7 +129,7 @@ def _local(path: Path) -> Path:
     inside = sorted(p.parent for p in [*path.glob("*/config.json"), *path.glob("*/model_index.json")])
     hint = f"did you mean {inside[0]}? Otherwise " if inside else ""
     raise BaseError(
-        "this directory has no config.json or model_index.json, so it is no base", where=str(path), fix=hint + _WAYS
+        "this directory has no config.json or model_index.json, so it is not a base", where=str(path), fix=hint + _WAYS
     )
 
 

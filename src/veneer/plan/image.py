@@ -173,10 +173,10 @@ def image_counts(
     Raises ConfigError for another denoiser and for other words for targets."""
     kind = kind_of(config)
     if kind not in IMAGE_FAMILIES:
-        raise ConfigError(f"a plan knows no denoiser {kind!r}", fix=f"known: {', '.join(sorted(IMAGE_FAMILIES))}")
+        raise ConfigError(f"veneer plan does not know the denoiser {kind!r}", fix=f"known: {', '.join(sorted(IMAGE_FAMILIES))}")
     if targets not in TARGET_ENDINGS:
         near = nearest(targets, TARGET_ENDINGS) or sorted(TARGET_ENDINGS)
-        raise ConfigError(f"a plan of pictures knows no targets {targets!r}", fix=f"use {' or '.join(near)}")
+        raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {' or '.join(near)}")
     c = ImageCounts(frozenset(TARGET_ENDINGS[targets]), rank, cuda)
     c.encoders = sum(config.get("encoders", {}).values()) + int(config.get("vae", 0))
     tokens = text_tokens or int(config.get("text_tokens", 77 if kind == "sdxl" else 512))

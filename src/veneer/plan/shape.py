@@ -180,7 +180,7 @@ def text_shape(config: Config) -> TextShape:
     if family not in TEXT_FAMILIES:
         near = nearest(family, TEXT_FAMILIES) or sorted(TEXT_FAMILIES)
         raise ConfigError(
-            f"a plan knows no language models of the family {family!r}",
+            f"veneer plan does not know the model family {family!r}",
             where="model_type",
             fix=f"known: {', '.join(near)}",
         )

@@ -71,7 +71,7 @@ def base_config(name: str) -> dict[str, Any]:
             except ValueError as error:
                 raise ConfigError(f"this is not JSON: {error}", where=str(file)) from None
             if not isinstance(config, dict):
-                raise ConfigError("a config.json holds an object", where=str(file))
+                raise ConfigError("config.json must hold a JSON object", where=str(file))
             return {**_picture(path, config), **config}
     if len(inside := sorted(path.glob("*.gguf"))) == 1:
         return _gguf_config(inside[0])

@@ -158,7 +158,7 @@ def load_image(
     (an unknown dtype, device or quantisation), ResourceError (not enough memory), MissingExtraError."""
     require_diffusers()
     if quantise not in (None, "nf4", "int8"):
-        raise ConfigError(f"{quantise!r} is no quantisation of a base", fix="nf4 or int8")
+        raise ConfigError(f"{quantise!r} is not a known quantisation", fix="nf4 or int8")
     if name in BUILTIN:
         raise BaseError(f"{name} is a text base", fix=f"an image base: {', '.join(PACKAGED)}, a directory, a hub id, …")
     path = find_base(name, say=say)
@@ -290,7 +290,7 @@ def _several(base: ImageBase, controls: Sequence[ControlNet]) -> Any:
 
 def _check_control(base: ImageBase, control: ControlNet) -> None:
     if type(control).__name__ != base.row.control:
-        raise BaseError(f"{type(control).__name__} is no ControlNet for {base.row.label}", where=base.name)
+        raise BaseError(f"{type(control).__name__} is not a ControlNet for {base.row.label}", where=base.name)
 
 
 def load_control(name: str | Path, base: ImageBase) -> ControlNet:

@@ -141,7 +141,7 @@ def read_index(path: Path) -> dict[str, Any]:
             elif "ControlNet" in kind:
                 fix = f"use it with --control canny@{path}=PICTURE"
         raise BaseError(
-            f"this is no image base: it has no {INDEX}" + (f", it is {kind}" if kind else ""), where=str(path), fix=fix
+            f"this is not an image base: it has no {INDEX}" + (f", it is {kind}" if kind else ""), where=str(path), fix=fix
         ) from error
     except (OSError, ValueError) as error:
         raise BaseError(f"{INDEX} cannot be read: {error}", where=str(path)) from error
@@ -179,7 +179,7 @@ def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> I
     family = denoiser_family(classname, _config_of(path / denoiser))
     if family is None:
         raise BaseError(
-            f"{classname} is of no family that veneer knows",
+            f"{classname} belongs to no family that veneer knows",
             where=str(path / denoiser),
             fix="known: " + ", ".join(row.label for row in FAMILIES.values()),
         )
@@ -349,12 +349,12 @@ def control_of(name: str, family: ImageFamily, denoiser: Any, dtype: torch.dtype
     if folder.is_file():
         raise BaseError("a ControlNet is a directory with config.json", where=str(folder))
     if not (folder / "config.json").exists():
-        raise BaseError("this is no ControlNet: it has no config.json", where=str(folder))
+        raise BaseError("this is not a ControlNet: it has no config.json", where=str(folder))
     config = _config_of(folder)
     classname = str(config.get("_class_name", ""))
     theirs = _control_family(classname, config)
     if theirs is None:
-        raise BaseError(f"this is no ControlNet: its config says {classname or 'nothing'}", where=str(folder))
+        raise BaseError(f"this is not a ControlNet: its config says {classname or 'nothing'}", where=str(folder))
     if theirs != family.name and {theirs, family.name} != {"sd15", "sd2"}:
         raise BaseError(
             f"this is a ControlNet for {family_label(theirs)}, the base is {family.label}", where=str(folder)
@@ -549,7 +549,7 @@ def _configs_for(path: Path, config: str | Path | None, table: list[StoredTensor
     if config is not None:
         found = find_base(str(config))
         if found.is_file():
-            raise BaseError("config is a diffusers directory, and this is a file", where=str(found))
+            raise BaseError("config must be a diffusers directory, and this is a file", where=str(found))
         return found
     from huggingface_hub import snapshot_download
 
@@ -707,7 +707,7 @@ def flux_config(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Any], w
         raise BaseError(f"some of its weights are not in the file: {', '.join(missing)}", where=where)
     (width, channels), (head,) = shapes["img_in.weight"], shapes[head_name]
     if width % head:
-        raise BaseError(f"its width {width} is not a multiple of its heads' {head}: this is no FLUX.1", where=where)
+        raise BaseError(f"its width {width} is not a multiple of its heads' {head}: this is not FLUX.1", where=where)
     axes = tuple(own.get("axes_dims_rope") or ())
     if sum(axes) != head:
         if head % 32:

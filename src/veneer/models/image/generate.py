@@ -137,7 +137,7 @@ def check_numbers(settings: Any) -> None:
     if settings.denoise is not None and not 0 < settings.denoise <= 1:
         raise ConfigError(f"denoise is {settings.denoise:g}", fix="above 0, at most 1, as in 0.6")
     if settings.mask is not None and settings.image is None:
-        raise ConfigError("a mask needs the picture it is of", fix="give image too (--image in.png)")
+        raise ConfigError("a mask needs the picture it belongs to", fix="give image too (--image in.png)")
 
 
 @dataclass
@@ -255,7 +255,7 @@ class _Run:
             return guidance > 1, {"true_cfg_scale": guidance}
         if self.base.family == "flux1" and true > 1:
             if "true_cfg_scale" not in self.accepts:
-                raise ConfigError(f"{type(self.pipe).__name__} has no true guidance", fix="leave it and negatives out")
+                raise ConfigError(f"{type(self.pipe).__name__} has no true guidance", fix="leave true guidance and negative prompts out")
             return True, {"guidance_scale": guidance, "true_cfg_scale": true}
         distilled = self.base.family == "flux1" or getattr(self.pipe.config, "is_distilled", False)
         return guidance > 1 and "negative_prompt_embeds" in self.accepts and not distilled, {"guidance_scale": guidance}
@@ -430,11 +430,11 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
             fix=f"{least} steps, or denoise {math.ceil(1000 / steps) / 1000:g}",
         )
     if settings.denoise < 1 and any(row.image is None for row in rows):
-        raise ConfigError("denoise is a share of the steps on a given picture", fix="give image too (--image in.png)")
+        raise ConfigError("denoise is the share of steps taken on a given picture, and there is none", fix="give image too (--image in.png)")
     if any(row.mask is not None and row.image is None for row in rows):
-        raise ConfigError("a mask needs the picture it is of", fix="give image too (--image in.png)")
+        raise ConfigError("a mask needs the picture it belongs to", fix="give image too (--image in.png)")
     if len({(row.image is None, row.mask is None, len(row.controls)) for row in rows}) > 1:
-        raise ConfigError("some rows have a picture, a mask or controls of their own, and some have not")
+        raise ConfigError("some rows have a picture, a mask or controls of their own, and others do not")
     if rows[0].controls and len(rows[0].controls) != len(settings.controls):
         raise ConfigError(f"{len(settings.controls)} controls, and {len(rows[0].controls)} pictures for them a row")
     given: list[tuple[str, Image | None]] = [("control picture", control.picture) for control in settings.controls]
@@ -448,7 +448,7 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
             )
     if base.family == "flux1" and not base.denoiser.config.guidance_embeds and settings.guidance:
         raise ConfigError(
-            f"{base.name} was distilled to go without guidance, and reads none", fix="guidance 0, or none"
+            f"{base.name} was distilled to work without guidance and takes none", fix="guidance 0, or none"
         )
     if settings.true_guidance > 1 and base.family != "flux1":
         raise ConfigError(f"{base.name} has no guidance of its own beside which true guidance could act")

@@ -41,7 +41,7 @@ def sheet(
     wide = max((len(row) for row in cells), default=0)
     pictures = [cell for row in cells for cell in row if cell is not None]
     if not pictures:
-        raise ConfigError("a sheet of no pictures", fix="give one at least")
+        raise ConfigError("a sheet needs pictures", fix="give one at least")
     for what, labels, number in (("row", rows, len(cells)), ("column", columns, wide)):
         if labels and len(labels) != number:
             raise ConfigError(f"{len(labels)} {what} labels for {number} {what}s")
