@@ -1,4 +1,5 @@
-"""Threads follow what the process may use: its affinity, the cgroups' quotas, and whoever said a number."""
+"""The dtype follows the weights and the hardware; threads follow what the process may use: its affinity, the cgroups'
+quotas, and whoever said a number."""
 
 from __future__ import annotations
 
@@ -8,10 +9,35 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from veneer.models.device import cpu_quota, thread_count
+from veneer.models.device import choose_dtype, cpu_quota, thread_count
 
 ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("stored", "hardware", "chosen"),
+    [
+        ("BF16", "this CPU (AMX)", torch.bfloat16),
+        ("F16", "this CPU (AMX)", torch.bfloat16),
+        ("Q4_1", "this CPU (AMX)", torch.bfloat16),
+        ("F32", "this CPU (AMX)", torch.float32),
+        ("BF16", "", torch.float32),
+        ("F32", "", torch.float32),
+    ],
+)
+def test_auto_takes_bf16_where_hardware_has_it_and_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch, stored: str, hardware: str, chosen: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(hardware), raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    dtype, reason = choose_dtype("auto", CPU, stored)
+    assert dtype == chosen
+    assert ("bfloat16" in reason) or ("float32" in reason)
+    assert dtype == torch.float32 or hardware in reason
+    assert choose_dtype("float16", CPU, stored) == (torch.float16, "as asked for")
 
 
 def machine(root: Path, groups: str, files: dict[str, str]) -> Path:
@@ -59,7 +85,7 @@ def test_a_number_that_somebody_said_rules(tmp_path: Path) -> None:
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
 def test_threads_are_no_more_than_the_processors_of_the_affinity_mask() -> None:
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT / "src")}
-    program = "from veneer.models.device import count; import sys; print(count(), 'torch' in sys.modules)"
+    program = "from veneer.models.device import thread_count; import sys; print(thread_count(), 'torch' in sys.modules)"
     command = ["taskset", "-c", str(min(os.sched_getaffinity(0))), sys.executable, "-c", program]
     ran = subprocess.run(command, env=env, capture_output=True, text=True)
     assert ran.stdout.split() == ["1", "False"], ran.stderr
@@ -69,8 +95,8 @@ def test_threads_are_no_more_than_the_processors_of_the_affinity_mask() -> None:
 @pytest.mark.parametrize(("said", "threads"), [("", 1), ("torch.set_num_threads(5);", 5)])
 def test_torch_computes_with_the_quotas_threads_unless_somebody_set_them(said: str, threads: int) -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    program = f"import torch; from veneer.models import processors; processors.quota = lambda root: 0.5; {said}"
-    program += "processors.settle(); print(torch.get_num_threads())"
+    program = f"import torch; from veneer.models import device; device.cpu_quota = lambda root: 0.5; {said}"
+    program += "device.settle_threads(); print(torch.get_num_threads())"
     ran = subprocess.run(
         [sys.executable, "-c", program], env=env | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True
     )

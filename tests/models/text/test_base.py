@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from veneer.errors import BaseError, ConfigError, ResourceError
 from veneer.models.description import describe_base
-from veneer.models.device import choose_dtype
-from veneer.models.text import base as module
 from veneer.models.text.base import end_of_turn, load_text
 
 CPU = torch.device("cpu")
@@ -43,27 +41,6 @@ def test_loading_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 
 
 # -- dtype -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("stored", "hardware", "chosen"),
-    [
-        ("BF16", "this CPU (AMX)", torch.bfloat16),
-        ("F16", "this CPU (AMX)", torch.bfloat16),
-        ("Q4_1", "this CPU (AMX)", torch.bfloat16),
-        ("F32", "this CPU (AMX)", torch.float32),
-        ("BF16", "", torch.float32),
-        ("F32", "", torch.float32),
-    ],
-)
-def test_auto_takes_bf16_where_hardware_has_it_and_nothing_is_lost(
-    monkeypatch: pytest.MonkeyPatch, stored: str, hardware: str, chosen: torch.dtype
-) -> None:
-    monkeypatch.setattr(module, "_bf16_hardware", lambda _: hardware)
-    dtype, reason = choose_dtype("auto", CPU, stored)
-    assert dtype == chosen
-    assert ("bfloat16" in reason) or ("float32" in reason)
-    assert choose_dtype("float16", CPU, stored) == (torch.float16, "as asked for")
 
 
 def test_an_asked_for_dtype_is_what_runs(tmp_path: Path) -> None:
