@@ -282,7 +282,7 @@ def _whole_numbers(text: str) -> list[int]:
 def _files(out: Path, number: int) -> list[Path]:
     """`out` itself, or numbered beside it. Refused before anything is loaded if it cannot be."""
     if out.suffix.lower() != ".png":
-        raise ConfigError(f"{out} is not a .png file", fix="pictures are written as PNG, which keeps how they were made")
+        raise ConfigError(f"{out} is not a .png file", fix="PNG keeps how a picture was made")
     if not out.parent.is_dir():
         raise ConfigError(f"there is no folder {out.parent}", fix="make it, or write elsewhere")
     if number == 1:

@@ -191,12 +191,13 @@ def remake(
 ) -> RecordedPicture:
     """The picture again. `changes`: what is asked otherwise this time; then it is made alone.
 
-    Raises MismatchError where the base, an adapter or an input picture is not the one that was used then; AdapterError where an
-    adapter is found neither by its name nor, in the library, by its digest."""
+    Raises MismatchError where the base, an adapter or an input picture is not the one that was used then; AdapterError
+    where an adapter is found neither by its name nor, in the library, by its digest."""
     _same_base(mixer.base, wanted)
     for path, sha in wanted.inputs.items():
         if (found := hashed_picture(path)[1]) != sha:
-            raise MismatchError(f"{path} is not the picture that was used then", where=f"sha256 {found[:12]}, then {sha[:12]}")
+            where = f"sha256 {found[:12]}, then {sha[:12]}"
+            raise MismatchError(f"{path} is not the picture that was used then", where=where)
     renamed = {name: _same_adapter(mixer, name, wanted) for ask in wanted.asks for name, _ in ask.uses}
     asks = [replace(ask, uses=tuple((renamed[name], s) for name, s in ask.uses)) for ask in wanted.asks]
     for note in wanted.notes:

@@ -221,7 +221,7 @@ class Library:
             for target in (t for t in now if now[t] != claimed[t]):
                 self.store.put(target, *sources[target])
                 if self.store.size(target) is None:  # nobody collects now: the store itself lost it
-                    raise AdapterError("the file was sent, and the store does not have it", where=f"{self.location}: {target}")
+                    raise AdapterError("a file was sent and did not arrive", where=f"{self.location}: {target}")
             self.enter(c, entry, kept, about)
             number, new = self._number(c, name, entry, source, number)
             self._put_tags(c, name, number, tags)

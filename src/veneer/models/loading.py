@@ -102,7 +102,7 @@ def check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
         raise BaseError(
             f"the weights do not match the config ({len(problems)} problems):\n{shown}{more}",
             where=str(path),
-            fix="use config and weights of one model; a text base is a causal language model, not an encoder or a classifier",
+            fix="use config and weights of one model; a text base is a causal language model, not an encoder",
         )
     extra = sorted(info.get("unexpected_keys", ()))
     return (f"{len(extra)} stored tensors have no place in the model, {extra[0]} among them",) if extra else ()

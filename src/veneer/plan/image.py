@@ -173,7 +173,8 @@ def image_counts(
     Raises ConfigError for another denoiser and for other words for targets."""
     kind = kind_of(config)
     if kind not in IMAGE_FAMILIES:
-        raise ConfigError(f"veneer plan does not know the denoiser {kind!r}", fix=f"known: {', '.join(sorted(IMAGE_FAMILIES))}")
+        known = ", ".join(sorted(IMAGE_FAMILIES))
+        raise ConfigError(f"veneer plan does not know the denoiser {kind!r}", fix=f"known: {known}")
     if targets not in TARGET_ENDINGS:
         near = nearest(targets, TARGET_ENDINGS) or sorted(TARGET_ENDINGS)
         raise ConfigError(f"veneer plan does not know the targets {targets!r}", fix=f"use {' or '.join(near)}")

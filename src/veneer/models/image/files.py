@@ -140,9 +140,8 @@ def read_index(path: Path) -> dict[str, Any]:
                 fix = "`veneer generate` uses it, and data.train is what it learns from"
             elif "ControlNet" in kind:
                 fix = f"use it with --control canny@{path}=PICTURE"
-        raise BaseError(
-            f"this is not an image base: it has no {INDEX}" + (f", it is {kind}" if kind else ""), where=str(path), fix=fix
-        ) from error
+        what = f"this is not an image base: it has no {INDEX}" + (f", it is {kind}" if kind else "")
+        raise BaseError(what, where=str(path), fix=fix) from error
     except (OSError, ValueError) as error:
         raise BaseError(f"{INDEX} cannot be read: {error}", where=str(path)) from error
     if not isinstance(found, dict):

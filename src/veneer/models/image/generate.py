@@ -255,7 +255,8 @@ class _Run:
             return guidance > 1, {"true_cfg_scale": guidance}
         if self.base.family == "flux1" and true > 1:
             if "true_cfg_scale" not in self.accepts:
-                raise ConfigError(f"{type(self.pipe).__name__} has no true guidance", fix="leave true guidance and negative prompts out")
+                fix = "leave true guidance and negative prompts out"
+                raise ConfigError(f"{type(self.pipe).__name__} has no true guidance", fix=fix)
             return True, {"guidance_scale": guidance, "true_cfg_scale": true}
         distilled = self.base.family == "flux1" or getattr(self.pipe.config, "is_distilled", False)
         return guidance > 1 and "negative_prompt_embeds" in self.accepts and not distilled, {"guidance_scale": guidance}
@@ -430,7 +431,8 @@ def _check(base: ImageBase, rows: Sequence[ImageRow], settings: PictureSettings,
             fix=f"{least} steps, or denoise {math.ceil(1000 / steps) / 1000:g}",
         )
     if settings.denoise < 1 and any(row.image is None for row in rows):
-        raise ConfigError("denoise is the share of steps taken on a given picture, and there is none", fix="give image too (--image in.png)")
+        what = "denoise is the share of steps taken on a given picture, and there is none"
+        raise ConfigError(what, fix="give image too (--image in.png)")
     if any(row.mask is not None and row.image is None for row in rows):
         raise ConfigError("a mask needs the picture it belongs to", fix="give image too (--image in.png)")
     if len({(row.image is None, row.mask is None, len(row.controls)) for row in rows}) > 1:
