@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.train.config.load import ImageTrainConfig, RunConfig, TrainConfig
     from veneer.train.events import Listener
-    from veneer.train.image.task import ImageResult
+    from veneer.train.image.save import ImageResult
     from veneer.train.text.evaluate import Scores
-    from veneer.train.text.task import RunResult
+    from veneer.train.text.save import RunResult
 
 __all__ = [
     "evaluate",

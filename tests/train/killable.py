@@ -23,11 +23,31 @@ from torch import Tensor, nn
 
 from veneer.train import checkpoint
 from veneer.train.events import Event, Stepped
-from veneer.train.loop import Micro, Score, Step, train
+from veneer.train.loop import Learner, Micro, Score, Step, TrainingPlan, train
 from veneer.train.optim import Schedule, make_optimizer
 from veneer.train.report.log import JsonLog
 
 STEPS = 12
+
+
+class Net(Learner):
+    """Two layers with dropout, and noise from Python's and numpy's generators."""
+
+    def __init__(self) -> None:
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.parameters = {f"{name}.A": p for name, p in self.net.named_parameters()}
+        self.data = torch.randn(STEPS * 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def loss(self, batch: list[int]) -> Tensor:
+        noise = random.random() + numpy.random.rand()
+        return (self.net(self.data[batch]) - noise).square().sum()
+
+    def score(self, interrupted: Callable[[], bool]) -> Score:
+        self.net.eval()
+        with torch.no_grad():
+            value = (self.net(self.data) - 1).square().sum().item()
+        self.net.train()
+        return Score(value, len(self.data), len(self.data))
 
 
 def main(folder: Path, kill_at: int | None) -> None:
@@ -50,20 +70,8 @@ def main(folder: Path, kill_at: int | None) -> None:
     torch.manual_seed(1)
     random.seed(1)
     numpy.random.seed(1)
-    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
-    parameters = {f"{name}.A": p for name, p in net.named_parameters()}
-    data = torch.randn(STEPS * 4, 4, generator=torch.Generator().manual_seed(0))
-
-    def loss(rows: list[int]) -> Tensor:
-        noise = random.random() + numpy.random.rand()
-        return (net(data[rows]) - noise).square().sum()
-
-    def evaluate(stop: Callable[[], bool]) -> Score:
-        net.eval()
-        with torch.no_grad():
-            value = (net(data) - 1).square().sum().item()
-        net.train()
-        return Score(value, len(data), len(data))
+    net = Net()
+    parameters = net.parameters
 
     def micro(rows: list[int]) -> Micro:
         return Micro(len(rows), len(rows), tuple(rows), lambda: rows)
@@ -87,11 +95,10 @@ def main(folder: Path, kill_at: int | None) -> None:
             folder, parameters=parameters, optimizer=optimizer, progress=progress, identity={"run": 1}, keep=2
         )
 
-    train(
-        parameters, steps, loss, optimizer, Schedule.of("cosine", STEPS, 3),
-        evaluate=evaluate, evaluate_at=range(0, STEPS, 3), save=save, save_at=range(0, STEPS, 2),
-        progress=progress, on_event=tell,
-    )  # fmt: skip
+    plan = TrainingPlan(
+        steps, Schedule.of("cosine", STEPS, 3), evaluate_at=range(0, STEPS, 3), save_at=range(0, STEPS, 2)
+    )
+    train(net, plan, optimizer, save=save, progress=progress, on_event=tell)
     state = [p.detach() for p in parameters.values()]
     state += [optimizer.state[p][entry] for p in parameters.values() for entry in sorted(optimizer.state[p])]
     (folder / "final.bin").write_bytes(b"".join(t.numpy().tobytes() for t in state))

@@ -285,7 +285,7 @@ import os, signal, sys
 from pathlib import Path
 from tests.train.text.test_task import _values
 from veneer.cli import main
-from veneer.train import run
+from veneer.train.text import task as run
 real, calls = run.text_loss, 0
 def loss(*args):
     global calls

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 from veneer.errors import Interrupted, PreflightError, ResourceError, TrainingError
 from veneer.train.checkpoint import Progress
 from veneer.train.events import Evaluated, Event, Probed, Saved, Stepped, Stopped
-from veneer.train.loop import Micro, Score, Step, probe, train
+from veneer.train.loop import Learner, Micro, Score, Step, TrainingPlan, probe, train
 from veneer.train.optim import Schedule, make_optimizer
 
 ROWS, WIDTH = 24, 3
 
 
-class Problem:
+class Problem(Learner):
     """Squared error of a linear model on rows of unequal "trained tokens": Σ over a row's tokens, as an NLL is."""
 
     def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
@@ -35,9 +36,9 @@ class Problem:
         self.y = torch.randn(ROWS, generator=g, dtype=dtype)
         self.parameters = {"w.A": nn.Parameter(torch.zeros(WIDTH, dtype=dtype))}
 
-    def loss(self, rows: list[int]) -> Tensor:
-        weight = torch.tensor([float(self.counts[r]) for r in rows], dtype=self.x.dtype)
-        error = self.x[rows] @ self.parameters["w.A"] - self.y[rows]
+    def loss(self, batch: list[int]) -> Tensor:
+        weight = torch.tensor([float(self.counts[r]) for r in batch], dtype=self.x.dtype)
+        error = self.x[batch] @ self.parameters["w.A"] - self.y[batch]
         return (weight * error.square()).sum()
 
     def step(self, micros: list[list[int]]) -> Step:
@@ -47,17 +48,33 @@ class Problem:
         trained = sum(self.counts[r] for r in rows)
         return Micro(2 * trained, trained, tuple(rows), lambda: rows)
 
-    def score(self, stop: Callable[[], bool] = lambda: False) -> Score:
+    def score(self, interrupted: Callable[[], bool] = lambda: False) -> Score | None:
         with torch.no_grad():
             return Score(self.loss(list(range(ROWS))).item(), sum(self.counts), ROWS)
 
 
-def _train(problem: Problem, steps: list[Step], *, lr: float = 0.1, name: str = "sgd", **options: object) -> Progress:
+class Other(Problem):
+    """The same with another loss, or with other scores."""
+
+    def __init__(self, loss: Callable[[list[int]], Tensor] | None = None, score: Any = None) -> None:
+        super().__init__()
+        self._loss, self._score = loss, score
+
+    def loss(self, batch: list[int]) -> Tensor:
+        return super().loss(batch) if self._loss is None else self._loss(batch)
+
+    def score(self, interrupted: Callable[[], bool] = lambda: False) -> Score | None:
+        found: Score | None = self._score(interrupted)
+        return found
+
+
+def _train(
+    problem: Problem, steps: list[Step], *, lr: float = 0.1, name: str = "sgd", save: Any = None, on_event: Any = None,
+    clip: float | None = None, **plan: Any,
+) -> Progress:  # fmt: skip
     optimizer = make_optimizer(problem.parameters, name=name, learning_rate=lr)
-    options.setdefault("clip", None)
-    return train(  # type: ignore[arg-type]
-        problem.parameters, steps, problem.loss, optimizer, Schedule.of("constant", len(steps)), **options
-    )
+    planned = TrainingPlan(steps, Schedule.of("constant", len(steps)), clip, **plan)
+    return train(problem, planned, optimizer, save=save, on_event=on_event or (lambda event: None))
 
 
 def _cut(rows: list[int], cuts: list[int]) -> list[list[int]]:
@@ -100,11 +117,10 @@ def test_clip_bounds_the_global_norm_and_reports_it_unclipped() -> None:
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_not_finite_stops_before_the_optimizer_and_names_step_and_rows(where: str, tmp_path: Path) -> None:
-    problem = Problem()
     saved: list[int] = []
 
     def loss(rows: list[int]) -> Tensor:
-        value = problem.loss(rows)
+        value = Problem.loss(problem, rows)
         if 7 in rows and len(saved) >= 2:
             # sqrt has an infinite slope at zero, so that the loss is finite and its gradient is not.
             bad = torch.tensor(math.nan) if where == "loss" else (problem.parameters["w.A"] * 0).sum().sqrt()
@@ -115,18 +131,15 @@ def test_not_finite_stops_before_the_optimizer_and_names_step_and_rows(where: st
         saved.append(progress.step)
         return tmp_path
 
+    problem = Other(loss)
     steps = [problem.step([[0, 1], [7, 8]])] * 4
-    optimizer = make_optimizer(problem.parameters, name="sgd", learning_rate=0.01)
     before: list[Tensor] = []
 
     def keep(event: Event) -> None:
         before.append(problem.parameters["w.A"].detach().clone())
 
     with pytest.raises(TrainingError) as error:
-        train(
-            problem.parameters, steps, loss, optimizer, Schedule.of("constant", 4), save=save, save_at=range(10),
-            on_event=keep,
-        )  # fmt: skip
+        _train(problem, steps, lr=0.01, clip=1.0, save=save, save_at=range(10), on_event=keep)
     assert "step 3" in str(error.value)
     assert where in error.value.what
     assert "7, 8" in str(error.value.where)
@@ -153,11 +166,13 @@ def test_micro_batches_without_trained_tokens_are_not_run() -> None:
 def test_evaluations_happen_at_the_start_when_due_and_at_the_end() -> None:
     problem, seen = Problem(), []
     steps = [problem.step([list(range(ROWS))])] * 5
-    progress = _train(problem, steps, evaluate=problem.score, evaluate_at={0, 2, 4}, on_event=seen.append)
+    progress = _train(problem, steps, evaluate_at={0, 2, 4}, on_event=seen.append)
     scores = [e for e in seen if isinstance(e, Evaluated)]
     assert [e.step for e in scores] == [0, 2, 4, 5]
     assert [e.best for e in scores] == [False, True, True, True]
-    assert scores[-1].loss == pytest.approx(problem.score().loss)
+    score = problem.score()
+    assert score is not None
+    assert scores[-1].loss == pytest.approx(score.loss)
     assert scores[-1].perplexity == pytest.approx(math.exp(scores[-1].loss))
     assert (progress.best_step, progress.best_loss) == (5, scores[-1].loss)
     assert isinstance(seen[-1], Stopped)
@@ -165,27 +180,25 @@ def test_evaluations_happen_at_the_start_when_due_and_at_the_end() -> None:
 
 
 def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path: Path) -> None:
-    problem, seen = Problem(), []
-    losses = iter([9.0, 5.0, 3.0, 4.0, 3.5, 1.0])
+    losses, seen = iter([9.0, 5.0, 3.0, 4.0, 3.5, 1.0]), []
+    problem = Other(score=lambda stop: Score(next(losses), 1, 1))
     steps = [problem.step([[0, 1]])] * 10
     progress = _train(
-        problem, steps, evaluate=lambda stop: Score(next(losses), 1, 1), evaluate_at=range(10), patience=2,
-        save=lambda p: tmp_path / str(p.step), on_event=seen.append,
-    )  # fmt: skip
+        problem, steps, evaluate_at=range(10), patience=2, save=lambda p: tmp_path / str(p.step), on_event=seen.append
+    )
     assert (progress.step, progress.stopped) == (4, "early stopping")
     assert (progress.best_step, progress.best_loss) == (2, 3.0)
     assert [e.step for e in seen if isinstance(e, Saved)] == [1, 2, 4]
 
 
 def test_evaluation_that_is_not_finite_stops() -> None:
-    problem = Problem()
+    problem = Other(score=lambda stop: Score(math.nan, 1, 1))
     with pytest.raises(TrainingError, match="validation loss"):
-        _train(problem, [problem.step([[0]])], evaluate=lambda stop: Score(math.nan, 1, 1))
+        _train(problem, [problem.step([[0]])], evaluate_at=())
 
 
 def test_ctrl_c_drops_the_unfinished_step_and_saves_what_is_whole(tmp_path: Path) -> None:
     """The state saved is that of step 2, random state included, though dropout had drawn numbers in step 3."""
-    problem = Problem()
     after: dict[int, tuple[Tensor, Tensor]] = {}
     calls = 0
 
@@ -195,7 +208,9 @@ def test_ctrl_c_drops_the_unfinished_step_and_saves_what_is_whole(tmp_path: Path
         torch.rand(3)
         if calls == 5:
             os.kill(os.getpid(), signal.SIGINT)
-        return problem.loss(rows)
+        return Problem.loss(problem, rows)
+
+    problem = Other(loss)
 
     def keep(event: Event) -> None:
         if isinstance(event, Stepped):
@@ -208,12 +223,9 @@ def test_ctrl_c_drops_the_unfinished_step_and_saves_what_is_whole(tmp_path: Path
         return tmp_path
 
     steps = [problem.step([[0, 1], [2, 3]])] * 5
-    optimizer = make_optimizer(problem.parameters, learning_rate=0.1)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted) as error:
-        train(
-            problem.parameters, steps, loss, optimizer, Schedule.of("constant", 5), save=save, on_event=keep
-        )  # fmt: skip
+        _train(problem, steps, name="adamw", clip=1.0, save=save, on_event=keep)
     assert error.value.exit_code == 130
     assert signal.getsignal(signal.SIGINT) is handler
     [(step, values, random)] = saved
@@ -223,18 +235,20 @@ def test_ctrl_c_drops_the_unfinished_step_and_saves_what_is_whole(tmp_path: Path
 
 
 def test_ctrl_c_during_an_evaluation_saves_too(tmp_path: Path) -> None:
-    problem, saved = Problem(), []
+    saved: list[tuple[int, int]] = []
 
-    def evaluate(stop: Callable[[], bool]) -> Score | None:
+    def score(stop: Callable[[], bool]) -> Score | None:
         os.kill(os.getpid(), signal.SIGTERM)
-        return None if stop() else problem.score()
+        return None if stop() else Problem().score()
+
+    problem = Other(score=score)
 
     def save(progress: Progress) -> Path:
         saved.append((progress.step, progress.evaluated))
         return tmp_path
 
     with pytest.raises(Interrupted):
-        _train(problem, [problem.step([[0]])], evaluate=evaluate, evaluate_at=[0], save=save)
+        _train(problem, [problem.step([[0]])], evaluate_at=[0], save=save)
     assert saved == [(0, -1)]
 
 
@@ -247,16 +261,15 @@ def test_runs_in_a_thread_where_signals_cannot_be_set() -> None:
 
 
 def test_probe_runs_the_longest_and_leaves_no_trace() -> None:
-    problem, seen = Problem(), []
+    def loss(rows: list[int]) -> Tensor:
+        torch.rand(2)
+        return Problem.loss(problem, rows)
+
+    problem, seen = Other(loss), list[Event]()
     micros = [problem.micro([0]), problem.micro([0, 1, 2]), problem.micro([1])]
     torch.manual_seed(3)
     random = torch.get_rng_state()
-
-    def loss(rows: list[int]) -> Tensor:
-        torch.rand(2)
-        return problem.loss(rows)
-
-    event = probe(problem.parameters, micros, loss, seen.append)
+    event = probe(problem, micros, seen.append)
     assert event.rows == (0, 1, 2)
     assert event.peak_memory_bytes > 0
     assert seen == [event]
@@ -267,12 +280,12 @@ def test_probe_runs_the_longest_and_leaves_no_trace() -> None:
 
 
 def test_probe_finds_what_would_train_nothing() -> None:
-    problem = Problem()
-    other = torch.zeros(1, requires_grad=True)
+    elsewhere = torch.zeros(1, requires_grad=True)
+    micros = [Problem().micro([0])]
     with pytest.raises(PreflightError, match="no gradient"):
-        probe(problem.parameters, [problem.micro([0])], lambda rows: other.sum() * 2, lambda e: None)
+        probe(Other(lambda rows: elsewhere.sum() * 2), micros, lambda e: None)
     with pytest.raises(PreflightError, match="nan"):
-        probe(problem.parameters, [problem.micro([0])], lambda rows: torch.tensor(math.nan), lambda e: None)
+        probe(Other(lambda rows: torch.tensor(math.nan)), micros, lambda e: None)
 
 
 @pytest.mark.parametrize(
@@ -284,22 +297,20 @@ def test_probe_finds_what_would_train_nothing() -> None:
     ],
 )
 def test_out_of_memory_names_the_rows_and_the_way_out(error: Exception) -> None:
-    problem = Problem()
-
     def loss(rows: list[int]) -> Tensor:
         raise error
 
+    problem = Other(loss)
     with pytest.raises(ResourceError) as caught:
-        probe(problem.parameters, [problem.micro([4, 5])], loss, lambda e: None)
+        probe(problem, [problem.micro([4, 5])], lambda e: None)
     assert "4, 5" in str(caught.value)
     assert "activation_checkpointing" in str(caught.value.fix)
 
 
 def test_other_runtime_errors_pass_through() -> None:
-    problem = Problem()
-
     def loss(rows: list[int]) -> Tensor:
         raise RuntimeError("shapes do not match")
 
+    problem = Other(loss)
     with pytest.raises(RuntimeError, match="shapes"):
-        probe(problem.parameters, [problem.micro([0])], loss, lambda e: None)
+        probe(problem, [problem.micro([0])], lambda e: None)

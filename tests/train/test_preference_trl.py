@@ -13,13 +13,11 @@ from tests.tiny_base import tiny_base_dir
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.formats import peft as peft_folder
-from veneer.models.shard import call_whole
 from veneer.models.text.base import load_text
 from veneer.train.config.load import TrainConfig, config_from
-from veneer.train.devices import ALONE
 from veneer.train.text.data import part_of, planned_steps
+from veneer.train.text.preference import Preference
 from veneer.train.text.rows import read_rows
-from veneer.train.text.task import _preference
 
 pytestmark = pytest.mark.peers
 
@@ -105,8 +103,7 @@ def test_loss_and_gradient_are_trl_s(case: str, tmp_path: Path, monkeypatch: pyt
     with attach(base.model) as attachment:
         attachment.add("run", adapter, trainable=True)
         attachment.use("run")
-        preference = _preference(config, base, attachment, None, call_whole, ALONE)
-        assert preference is not None
+        preference = Preference.of(config, base, attachment)
         preference.know(part.items, tmp_path / "reference.jsonl")
         (step,), _ = planned_steps(part.items, config, part.rows)
         preference.begin(step)

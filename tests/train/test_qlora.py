@@ -28,7 +28,8 @@ from veneer.models.text.loss import text_loss
 from veneer.ops.quantised import Quantised
 from veneer.train.config.load import config_from
 from veneer.train.events import Event, Note, Stepped
-from veneer.train.text.task import RunResult, train_text
+from veneer.train.text.save import RunResult
+from veneer.train.text.task import train_text
 
 
 @pytest.fixture(scope="module")

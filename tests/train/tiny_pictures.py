@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw
 
 from tests.tiny_image_base import tiny_image_base
 from veneer.train.config.load import ImageTrainConfig, config_from
-from veneer.train.image.task import ImageResult, train_image
+from veneer.train.image.save import ImageResult
+from veneer.train.image.task import train_image
 
 
 def drawings(folder: Path, count: int = 6) -> Path:

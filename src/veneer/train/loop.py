@@ -1,8 +1,8 @@
-"""The one training loop, with the loss passed in. Knows parameters, planned steps and numbers; no text, no images.
+"""The one training loop. Knows a learner, planned steps and numbers; no text, no images.
 
     gradient of a step = ∇ Σ NLL over all its micro-batches / Σ trained tokens of the step
 
-so k micro-batches equal one large batch, however the trained tokens fall. `loss(batch)` returns Σ NLL as a scalar
+so k micro-batches equal one large batch, however the trained tokens fall. `Learner.loss(batch)` is Σ NLL as a scalar
 tensor. For pictures a "token" is a picture, and Σ NLL is the sum of their squared errors; preferences are counted in
 pairs (`Micro.units`), and Σ NLL is the sum of the pairs' losses. After the step: clip by the global norm, set the
 schedule's rate, step the optimizer, tell the listeners, evaluate and save when due. A run is a function of (parameters,
@@ -17,12 +17,13 @@ import math
 import signal
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,21 @@ from veneer.ops.cpu.memory import peak_resident
 from veneer.ops.cpu.sharing import shared
 from veneer.train.checkpoint import Progress, rng_restore, rng_state, seed_all
 from veneer.train.devices import ALONE, Devices
-from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Stopped
+from veneer.train.events import Evaluated, Listener, Probed, Saved, Stepped, Stopped, silent
 from veneer.train.optim import Schedule
 
-__all__ = ["Loss", "Means", "Micro", "Score", "Step", "memory_errors", "peak_memory_bytes", "probe", "train"]
-
-Loss = Callable[[Any], Tensor]
-"""batch -> Σ NLL in nats over the batch's trained tokens, a scalar with a graph."""
+__all__ = [
+    "Learner",
+    "Means",
+    "Micro",
+    "Score",
+    "Step",
+    "TrainingPlan",
+    "memory_errors",
+    "peak_memory_bytes",
+    "probe",
+    "train",
+]
 
 _RECENT = 20
 _LENGTHS = {"tokens": "data.max_length", "pictures": "data.resolution"}
@@ -153,64 +162,77 @@ class Means:
         return out
 
 
-@dataclass
-class _Run:
-    """The arguments of `train`, so that the helpers below need one."""
+class Learner(Protocol):
+    """What the loop trains. Only `parameters` and `loss` have to be there."""
 
     parameters: Mapping[str, nn.Parameter]
-    loss: Loss
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    clip: float | None
-    evaluate: Callable[[Callable[[], bool]], Score | None] | None
-    evaluate_at: Collection[int]
-    patience: int
-    save: Callable[[Progress], Path] | None
-    save_at: Collection[int]
-    progress: Progress
-    tell: Listener
-    interrupted: _Asked
+
+    @abstractmethod
+    def loss(self, batch: Any) -> Tensor:
+        """Σ NLL in nats over the trained tokens of what `Micro.make` made, a scalar with a graph."""
+
+    def score(self, interrupted: Callable[[], bool]) -> Score | None:
+        """Scores the held-out rows, of several processes this one's share; None as soon as `interrupted()`."""
+        raise NotImplementedError
+
+    def begin_step(self, step: Step) -> None:
+        """Called before each step, for a loss that needs something of the whole step."""
+        return
+
+    def end_step(self, number: int) -> None:
+        """Called when step `number` is done, before it is evaluated or saved: moving averages, sample sheets."""
+        return
+
+    def measured(self) -> Means:
+        """What else the loss has measured since `begin_step`, for the log."""
+        return Means()
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is known before step one. `clip`: largest global norm of a gradient, None for any. `evaluate_at`: the steps
+    after which the learner is scored (0: before the first one), beside the last one; None where there is nothing to
+    score. `patience`: stop after so many evaluations in a row without a new lowest loss; 0 never. `save_at`: the steps
+    after which a checkpoint is due. `seed`: of what is drawn in the steps."""
+
     steps: Sequence[Step]
-    after: Callable[[int], None] | None
-    seed: int
+    schedule: Schedule
+    clip: float | None = 1.0
+    evaluate_at: Collection[int] | None = None
+    patience: int = 0
+    save_at: Collection[int] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """The arguments of `train`, so that the helpers below need one."""
+
+    learner: Learner
+    plan: TrainingPlan
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+    save: Callable[[Progress], Path] | None
+    tell: Listener
     devices: Devices
-    before: Callable[[Step], None] | None
-    measured: Callable[[], Means] | None
+    interrupted: _Asked
 
 
 def train(
-    parameters: Mapping[str, nn.Parameter],
-    steps: Sequence[Step],
-    loss: Loss,
+    learner: Learner,
+    plan: TrainingPlan,
     optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
     *,
-    clip: float | None = 1.0,
-    evaluate: Callable[[Callable[[], bool]], Score | None] | None = None,
-    evaluate_at: Collection[int] = (),
-    patience: int = 0,
-    save: Callable[[Progress], Path] | None = None,
-    save_at: Collection[int] = (),
     progress: Progress | None = None,
-    on_event: Listener = lambda event: None,
-    after: Callable[[int], None] | None = None,
-    seed: int = 0,
+    save: Callable[[Progress], Path] | None = None,
+    on_event: Listener = silent,
     devices: Devices = ALONE,
-    before: Callable[[Step], None] | None = None,
-    measured: Callable[[], Means] | None = None,
 ) -> Progress:
-    """Runs the steps after `progress.step` and returns how far the run is.
+    """Runs the steps of `plan` after `progress.step` and returns how far the run is.
 
-    `evaluate(interrupted)` scores the validation rows; it may return None as soon as `interrupted()` is true. It is
-    called after the steps in `evaluate_at` (0: before the first one) and after the last one. `patience`: stop after so
-    many evaluations in a row without a new lowest loss; 0 never. `save(progress)` writes a checkpoint: after the
-    steps in `save_at`, at each validation loss below all before it (that of step 0 among them), and at the end.
-    `after(step)`: called when a step is done, before it is evaluated or saved (moving averages, sample sheets).
-    `before(step)`: called when a step begins, for a loss that needs something of the whole step; `measured()`: what
-    else the loss has measured since, for the log.
-
-    `devices`: the processes that share the work. Each is given the same arguments and makes the same steps; `loss` runs
-    on its own micro-batches, `evaluate` scores its own share of the rows.
+    `save(progress)` writes a checkpoint: after the steps in `plan.save_at`, at each validation loss below all before
+    it (that of step 0 among them), and at the end. `devices`: the processes that share the work. Each is given the same
+    arguments and makes the same steps; the learner's loss runs on its own micro-batches.
 
     Ctrl-C or SIGTERM (the first; a second one kills): the step that is under way is dropped, the random state put
     back to its beginning, the state saved, and Interrupted raised. Raises TrainingError naming step and rows when a
@@ -218,65 +240,60 @@ def train(
     """
     progress = progress if progress is not None else Progress()
     with _signals() as interrupted:
-        run = _Run(
-            parameters, loss, optimizer, schedule, clip, evaluate, evaluate_at, patience, save, save_at, progress,
-            on_event, interrupted, steps, after, seed, devices, before, measured,
-        )  # fmt: skip
-        _evaluate_if_due(run)
-        while progress.step < len(steps) and not progress.stopped:
-            _one_step(run, steps[progress.step])
-            improved = _evaluate_if_due(run)
-            if patience and progress.waited >= patience and progress.step < len(steps):
+        loop = _Loop(learner, plan, optimizer, progress, save, on_event, devices, interrupted)
+        _evaluate_if_due(loop)
+        while progress.step < len(plan.steps) and not progress.stopped:
+            _one_step(loop, plan.steps[progress.step])
+            improved = _evaluate_if_due(loop)
+            if plan.patience and progress.waited >= plan.patience and progress.step < len(plan.steps):
                 progress.stopped = "early stopping"
-            if improved or progress.step in save_at:
-                _save(run)
+            if improved or progress.step in plan.save_at:
+                _save(loop)
         if not progress.stopped:
             progress.stopped = "finished"
-        _save(run)
+        _save(loop)
     on_event(Stopped(progress.step, progress.stopped))
     return progress
 
 
-def _one_step(run: _Run, step: Step) -> None:
+def _one_step(loop: _Loop, step: Step) -> None:
     """Everything of one optimizer step; leaves through `_stop` without a trace when a signal came."""
-    progress, began = run.progress, time.perf_counter()
+    progress, began = loop.progress, time.perf_counter()
     number, before = progress.step + 1, rng_state()
     if step.trained == 0:
         raise TrainingError(f"step {number} has no trained token", where=f"rows {_some(step.rows)}")
-    run.optimizer.zero_grad(set_to_none=True)
-    if run.before is not None:
-        run.before(step)
+    loop.optimizer.zero_grad(set_to_none=True)
+    loop.learner.begin_step(step)
     micros = [micro for micro in step.micros if micro.trained]
-    parameters = list(run.parameters.values())
-    shares = run.devices.gather(_share(run, number, step.counted, micros))
+    parameters = list(loop.learner.parameters.values())
+    shares = loop.devices.gather(_share(loop, number, step.counted, micros))
     done = [share for share in shares if share is not None]
     if len(done) < len(shares):
-        run.optimizer.zero_grad(set_to_none=True)
+        loop.optimizer.zero_grad(set_to_none=True)
         rng_restore(before)
-        _stop(run)
-    run.devices.add_gradients(parameters, sorted(set().union(*(share.reached for share in done))))
-    rate = run.schedule.apply(run.optimizer, number)
-    limit = run.clip if run.clip else math.inf
+        _stop(loop)
+    loop.devices.add_gradients(parameters, sorted(set().union(*(share.reached for share in done))))
+    rate = loop.plan.schedule.apply(loop.optimizer, number)
+    limit = loop.plan.clip or math.inf
     norm = float(nn.utils.clip_grad_norm_(parameters, limit))
     found = {index: nll for share in done for index, nll in share.nlls.items()}
     nlls = [found[index] for index in range(len(micros))]
     _check_finite(number, nlls, norm, micros, progress)
-    run.optimizer.step()
+    loop.optimizer.step()
     total, seconds = sum(nlls), time.perf_counter() - began
     progress.step = number
     progress.tokens += step.tokens
     progress.trained_tokens += step.trained
     progress.seconds += seconds
     progress.recent = [*progress.recent, (total, step.counted)][-_RECENT:]
-    run.tell(
+    loop.tell(
         Stepped(
-            step=number, steps=len(run.steps), epoch=step.epoch, loss=total / step.counted, learning_rate=rate,
+            step=number, steps=len(loop.plan.steps), epoch=step.epoch, loss=total / step.counted, learning_rate=rate,
             gradient_norm=norm, tokens=step.tokens, trained_tokens=step.trained, seconds=seconds,
             memory_bytes=peak_memory_bytes(), extra=Means.total([share.means for share in done]).values(),
         )
     )  # fmt: skip
-    if run.after is not None:
-        run.after(number)
+    loop.learner.end_step(number)
 
 
 @dataclass(frozen=True)
@@ -289,33 +306,33 @@ class _Share:
     means: Means
 
 
-def _share(run: _Run, number: int, counted: int, micros: Sequence[Micro]) -> _Share | None:
+def _share(loop: _Loop, number: int, counted: int, micros: Sequence[Micro]) -> _Share | None:
     """Forward and backward of this process's micro-batches; None when a signal came."""
     parts: dict[int, Tensor] = {}
     means: Means | None = None
-    stopped = run.interrupted()
-    for index, counts in run.devices.deal([micro.tokens for micro in micros]):
-        stopped = stopped or run.interrupted()
-        if stopped and not run.devices.lockstep:
+    stopped = loop.interrupted()
+    for index, counts in loop.devices.deal([micro.tokens for micro in micros]):
+        stopped = stopped or loop.interrupted()
+        if stopped and not loop.devices.lockstep:
             return None
         micro = micros[index]
         if not counts and means is None:  # those that do not count come last
-            means = _measured(run)
-        seed_all(run.seed, number, index)
+            means = _measured(loop)
+        seed_all(loop.plan.seed, number, index)
         with shared(), memory_errors(micro):
-            nll = run.loss(micro.make())
+            nll = loop.learner.loss(micro.make())
             (nll / counted if counts else nll * 0.0).backward()  # type: ignore[no-untyped-call]
         if counts:
             parts[index] = nll.detach()
     if stopped:
         return None
-    reached = [i for i, parameter in enumerate(run.parameters.values()) if parameter.grad is not None]
+    reached = [i for i, parameter in enumerate(loop.learner.parameters.values()) if parameter.grad is not None]
     values = torch.stack(list(parts.values())).tolist() if parts else []
-    return _Share(dict(zip(parts, values, strict=True)), reached, _measured(run) if means is None else means)
+    return _Share(dict(zip(parts, values, strict=True)), reached, _measured(loop) if means is None else means)
 
 
-def _measured(run: _Run) -> Means:
-    return Means.total([run.measured()] if run.measured is not None else [])  # a copy: what follows may not count
+def _measured(loop: _Loop) -> Means:
+    return Means.total([loop.learner.measured()])  # a copy: what follows may not count
 
 
 def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micro], progress: Progress) -> None:
@@ -332,20 +349,21 @@ def _check_finite(number: int, nlls: list[float], norm: float, micros: list[Micr
     )
 
 
-def _evaluate_if_due(run: _Run) -> bool:
+def _evaluate_if_due(loop: _Loop) -> bool:
     """Scores the validation rows if this step wants it and has not had it; True for a new lowest loss."""
-    progress = run.progress
-    due = progress.step == len(run.steps) or progress.step in run.evaluate_at
-    if run.evaluate is None or not due or progress.evaluated == progress.step or progress.stopped:
+    progress = loop.progress
+    if loop.plan.evaluate_at is None or progress.evaluated == progress.step or progress.stopped:
+        return False
+    if progress.step != len(loop.plan.steps) and progress.step not in loop.plan.evaluate_at:
         return False
     began = time.perf_counter()
     # In lockstep nobody may leave while others score; the step after it sees the signal.
     with shared():
-        own = run.evaluate((lambda: False) if run.devices.lockstep else run.interrupted)
-    scores = run.devices.gather(own)
+        own = loop.learner.score((lambda: False) if loop.devices.lockstep else loop.interrupted)
+    scores = loop.devices.gather(own)
     found = [score for score in scores if score is not None]
     if len(found) < len(scores):
-        _stop(run)
+        _stop(loop)
         return False
     score = Score.total(found)
     if not math.isfinite(score.loss):
@@ -363,7 +381,7 @@ def _evaluate_if_due(run: _Run) -> bool:
         progress.best_step, progress.best_loss, progress.waited = progress.step, score.loss, 0
     elif progress.step > 0:
         progress.waited += 1
-    run.tell(
+    loop.tell(
         Evaluated(
             step=progress.step, loss=score.loss, perplexity=score.perplexity if score.likelihood else None,
             rows=score.rows, trained_tokens=score.trained, seconds=time.perf_counter() - began, best=improved,
@@ -373,36 +391,34 @@ def _evaluate_if_due(run: _Run) -> bool:
     return improved
 
 
-def _save(run: _Run) -> None:
-    if run.save is not None:
-        run.tell(Saved(run.progress.step, str(run.save(run.progress))))
+def _save(loop: _Loop) -> None:
+    if loop.save is not None:
+        loop.tell(Saved(loop.progress.step, str(loop.save(loop.progress))))
 
 
-def _stop(run: _Run) -> None:
+def _stop(loop: _Loop) -> None:
     """Saves the state after the last whole step and raises Interrupted."""
-    _save(run)
-    run.tell(Stopped(run.progress.step, "interrupted"))
+    _save(loop)
+    loop.tell(Stopped(loop.progress.step, "interrupted"))
     raise Interrupted(
-        f"stopped after step {run.progress.step} of {len(run.steps)}"
-        + ("; the state is saved" if run.save is not None else "; nothing was asked to be saved"),
-        signal=run.interrupted.signal or signal.SIGINT,
+        f"stopped after step {loop.progress.step} of {len(loop.plan.steps)}"
+        + ("; the state is saved" if loop.save is not None else "; nothing was asked to be saved"),
+        signal=loop.interrupted.signal or signal.SIGINT,
     )
 
 
-def probe(
-    parameters: Mapping[str, nn.Parameter], step_micros: Sequence[Micro], loss: Loss, on_event: Listener
-) -> Probed:
+def probe(learner: Learner, micros: Sequence[Micro], on_event: Listener) -> Probed:
     """Runs the longest micro-batch forward and backward, so that a run which will not fit fails now and not in an
     hour. No optimizer step; gradients are dropped and the random state is put back.
 
     Raises ResourceError when the memory does not suffice, PreflightError when the loss is not finite or no parameter
     gets a gradient.
     """
-    longest = max(step_micros, key=lambda m: (m.tokens if m.size is None else m.size, m.trained))
+    longest = max(micros, key=lambda m: (m.tokens if m.size is None else m.size, m.trained))
     before, began = rng_state(), time.perf_counter()
     try:
         with shared(), memory_errors(longest):
-            value = loss(longest.make())
+            value = learner.loss(longest.make())
             if not math.isfinite(value.item()):
                 raise PreflightError(
                     f"the loss of the longest batch is {value.item()} before any training",
@@ -411,15 +427,15 @@ def probe(
                 )
             if value.requires_grad:
                 value.backward()  # type: ignore[no-untyped-call]
-        reached = [p for p in parameters.values() if p.grad is not None and bool((p.grad != 0).any())]
+        reached = [p for p in learner.parameters.values() if p.grad is not None and bool((p.grad != 0).any())]
         if not reached:
             raise PreflightError(
                 "no gradient reaches the adapter: training would change nothing",
-                where=f"{len(parameters)} trained tensors",
+                where=f"{len(learner.parameters)} trained tensors",
                 fix="check adapter.targets and that the data has trained tokens",
             )
     finally:
-        for parameter in parameters.values():
+        for parameter in learner.parameters.values():
             parameter.grad = None
         rng_restore(before)
     event = Probed(longest.tokens, longest.rows, time.perf_counter() - began, peak_memory_bytes())

@@ -44,6 +44,11 @@ class Report:
     def warnings(self) -> list[Finding]:
         return [f for f in self.findings if f.level == "warn"]
 
+    def add(self, *findings: Finding) -> None:
+        """Adds what was found later, the gravest first still."""
+        order = {"stop": 0, "warn": 1, "ok": 2}
+        self.findings = sorted([*self.findings, *findings], key=lambda finding: order[finding.level])
+
     def raise_if_stopped(self) -> None:
         """PreflightError listing every finding that stops the run, with its fix."""
         stops = self.stops
@@ -135,11 +140,10 @@ def preflight(
         start=start,
     )
     checks: Iterable[Callable[[Subject], Iterator[Finding]]] = (*DATA_CHECKS, *RUN_CHECKS)
-    findings = [finding for check in checks for finding in check(subject)]
-    order = {"stop": 0, "warn": 1, "ok": 2}
-    findings.sort(key=lambda f: order[f.level])
-    sample = marked(encoded.examples[0], base.tokenizer) if encoded.examples else []
-    return Report(findings, subject.numbers, sample)
+    report = Report(numbers=subject.numbers)
+    report.add(*(finding for check in checks for finding in check(subject)))
+    report.sample = marked(encoded.examples[0], base.tokenizer) if encoded.examples else []
+    return report
 
 
 def marked(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

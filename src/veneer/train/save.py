@@ -1,10 +1,10 @@
-"""The end of a run: the adapter on disk, the proof that the file is the adapter, and the report beside it."""
+"""The end of a run: what it came to, the proof that the file is the adapter, and the report beside it."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,143 +14,124 @@ from torch import Tensor
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.errors import AdapterError
-from veneer.formats import peft
-from veneer.train.events import Resolved
-from veneer.train.report.log import duration, read_log, size
+from veneer.train.report.log import read_log, size
 from veneer.train.report.page import Page, write_page
-from veneer.train.text.encode import Example
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.models.text.base import TextBase
-    from veneer.train.running import Outcome
-    from veneer.train.text.task import RunResult
 
-__all__ = [
-    "base_facts",
-    "known_files",
-    "loss_cards",
-    "prove",
-    "report_records",
-    "save_adapter",
-    "size_cards",
-    "today",
-    "write_report",
-]
+__all__ = ["Outcome", "ReportParts", "base_facts", "prove", "read_records", "write_report"]
 
 _RELOADED = "reloaded"
 
 
-def save_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
-    """Writes the adapter in PEFT's format with its card; returns the digest of what anyone reads back."""
-    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    adapter = replace(adapter, card=replace(adapter.card, created=created))
-    return peft.write(adapter, folder, base_name=base.name, base=base.model).digest
+@dataclass
+class Outcome:
+    """What a run came to. `loss`: over the last 20 steps. `validation`: of the adapter that was kept, None without
+    held-out data; `validation_before`: of the base."""
+
+    adapter: str = ""
+    digest: str = ""
+    steps: int = 0
+    peak_memory_bytes: int = 0
+    loss: float | None = None
+    validation: float | None = None
+    validation_before: float | None = None
+    kept_step: int = 0
+    stopped: str = ""
+    report: str = ""
+    dry_run: bool = False
+    preflight: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of `--json`; the preflight's findings only for a dry run, where there is nothing else."""
+        values = asdict(self)
+        if not self.dry_run:
+            del values["preflight"]
+        return values
+
+    def metrics(self, **counted: Any) -> dict[str, Any]:
+        """What the card keeps of it, with what the task has `counted`; None is left out."""
+        common = {
+            "training_loss": self.loss, "validation_loss": self.validation,
+            "validation_loss_before": self.validation_before, "kept_step": self.kept_step, "steps": self.steps,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }  # fmt: skip
+        return {key: value for key, value in {**common, **counted}.items() if value is not None}
 
 
-def prove(attachment: Attachment, name: str, folder: Path, base: TextBase, example: Example) -> str:
-    """Reads the folder again, attaches what is in it, and compares logits with those of the trained adapter.
+def prove(
+    attachment: Attachment, name: str, saved: Adapter, outputs: Callable[[], Tensor], *, path: Path, what: str,
+    rounding: float,
+) -> str:  # fmt: skip
+    """Attaches what was read back, and compares the `outputs` under it with those under the trained adapter `name`.
 
-    Equal bit for bit is expected; only an adapter whose file has another form (PiSSA and OLoRA, written with twice the
-    rank) may differ by rounding. Returns the finding as a sentence; raises AdapterError when the logits differ."""
-    again = peft.read(folder, base.model)
-    attachment.add(_RELOADED, again, trainable=True)  # on the same path through the layers as the trained one
+    `what` they are, in a word: logits. Equal bit for bit is expected; they may differ by `rounding`, as a share of the
+    largest, where the file has another dtype or form. Returns the finding as a sentence; raises AdapterError when they
+    differ by more."""
+    attachment.add(_RELOADED, saved, trainable=True)  # on the same path through the layers as the trained one
     try:
-        trained, reloaded = (_logits(attachment, which, base, example) for which in (name, _RELOADED))
+        with torch.no_grad():
+            with attachment.using(name):
+                trained = outputs()
+            with attachment.using(_RELOADED):
+                reloaded = outputs()
     finally:
         attachment.remove(_RELOADED)
+    done = f"saved to {path}, read back and compared: {what} equal"
     if torch.equal(trained, reloaded):
-        return f"saved to {folder}, read back and compared: logits equal bit for bit"
+        return f"{done} bit for bit"
     gap = float((trained.float() - reloaded.float()).abs().max() / trained.float().abs().max().clamp_min(1e-12))
-    rewritten = any(pair.origin is not None for pair in attachment.adapters[name].pairs.values())
-    # One rounding of the base's dtype, through a few layers.
-    allowed = 64 * torch.finfo(base.dtype).eps if rewritten else 0.0
-    if gap <= allowed:
-        return f"saved to {folder}, read back and compared: logits equal but for rounding ({gap:.1e} of the largest)"
+    if gap <= rounding:
+        return f"{done} but for rounding ({gap:.1e} of the largest)"
     raise AdapterError(
-        f"the saved adapter does not give the logits of the trained one (they differ by {gap:.1e} of the largest)",
-        where=str(folder),
+        f"the saved adapter does not give the {what} of the trained one (they differ by {gap:.1e} of the largest)",
+        where=str(path),
         fix="do not use this file; the last checkpoint holds the trained state. This is a bug: please report it",
     )
 
 
-def _logits(attachment: Attachment, name: str, base: TextBase, example: Example) -> Tensor:
-    ids = torch.tensor([example.input_ids], device=base.device)
-    with torch.no_grad(), attachment.using(name):
-        logits: Tensor = base.model(input_ids=ids, use_cache=False).logits
-    return logits
+@dataclass(frozen=True)
+class ReportParts:
+    """What the page of one kind of task has of its own. `base`: its name. `weights`: the file of tensors. `cards`:
+    (title, value, remark), between the losses and the sizes. `facts`: (name, value). `usage`: (title, commands).
+    `files`: name -> what it is, of those in the folder. `unit`, `loss`, `sheets`: as Page has them."""
+
+    base: str = ""
+    weights: Path | None = None
+    cards: Sequence[tuple[str, str, str]] = ()
+    facts: Sequence[tuple[str, str]] = ()
+    usage: Sequence[tuple[str, str]] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    unit: str = "tokens"
+    loss: str = "Loss, nats per trained token"
+    sheets: Sequence[tuple[str, str]] = ()
 
 
-def write_report(folder: Path, result: RunResult, settings: Resolved, base: TextBase, seconds: float) -> str:
-    """`report.html` beside the adapter, made from the run's log and its result; returns its path."""
-    path = folder / "report.html"
-    records = report_records(folder)
-    numbers = result.preflight.get("numbers", {})
-    weights = (folder / peft.TENSOR_FILE).stat().st_size
+def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
+    """`report.html` beside the adapter, made from the run's log, its result and what the task adds; its path."""
+    records = read_records(folder)
+    resolved = next(record for record in reversed(records) if record.get("event") == "resolved")
     page = Page(
-        title=folder.resolve().name, subtitle=f"A LoRA adapter for {base.name}, {today()}", records=records,
-        cards=_cards(result, numbers, weights, seconds), settings=settings.settings, sources=settings.sources,
-        checks=result.preflight, facts=_facts(result, folder, base), usage=_usage(folder, base), files=_files(folder),
+        title=folder.resolve().name, subtitle=f"A LoRA adapter for {parts.base}, {_today()}", records=records,
+        cards=[*_loss_cards(result), *parts.cards, *_size_cards(result, parts.weights)],
+        settings=resolved["settings"], sources=resolved["sources"], checks=result.preflight,
+        facts=[("adapter", result.adapter), ("digest", result.digest), *parts.facts], usage=list(parts.usage),
+        files=_files(folder, parts.files), unit=parts.unit, loss=parts.loss, sheets=list(parts.sheets),
     )  # fmt: skip
-    if preference := settings.settings.get("preference.loss"):
-        page.loss = f"Loss, {preference}, mean over {'answers' if preference == 'kto' else 'pairs'}"
+    path = folder / "report.html"
     write_page(path, page)
-    return str(path)
+    return path
 
 
-def _cards(result: RunResult, numbers: dict[str, Any], weights: int, seconds: float) -> list[tuple[str, str, str]]:
-    predicted = numbers.get("predicted_seconds")
-    said = "" if predicted is None else f" · {duration(predicted)} predicted"
-    return [
-        *loss_cards(result),
-        *_preference_cards(result),
-        ("Steps", f"{result.steps:,}", result.stopped),
-        (
-            "Speed",
-            f"{result.tokens_per_second:,.0f} tokens/s",
-            f"{result.tokens:,} tokens in {duration(seconds)}{said}",
-        ),
-        ("Trained tokens", f"{result.trained_tokens:,}", f"{result.trained_tokens / max(1, result.tokens):.0%} of all"),
-        *size_cards(result, numbers, weights),
-    ]
-
-
-def _preference_cards(result: RunResult) -> list[tuple[str, str, str]]:
-    now, before = result.measured, result.measured_before
-    if "reward_accuracy" not in now:
-        return []
-    likely = f"{before['logp_chosen']:.1f} before training" if "logp_chosen" in before else ""
-    cards = [("Pairs ranked right", f"{now['reward_accuracy']:.1%}", "held-out; by reward over the reference")]
-    if "logp_chosen" in now:
-        cards.append(("Log p of chosen answers", f"{now['logp_chosen']:.1f}", likely))
-    return cards
-
-
-def loss_cards(result: Outcome) -> list[tuple[str, str, str]]:
-    """(title, value, remark) of the losses that a run has."""
-    cards = []
-    if result.validation is not None:
-        before = f"{result.validation_before:.4f} before training" if result.validation_before is not None else ""
-        where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
-        cards.append(("Validation loss", f"{result.validation:.4f}", before + where))
-    if result.loss is not None:
-        cards.append(("Training loss", f"{result.loss:.4f}", f"mean over the last {min(20, result.steps)} steps"))
-    return cards
-
-
-def _said(predicted: float | None, form: Callable[[float], str]) -> str:
-    return "the whole process, base included" + ("" if predicted is None else f" · {form(predicted)} predicted")
-
-
-def size_cards(result: Outcome, numbers: dict[str, Any], weights: int) -> list[tuple[str, str, str]]:
-    """The same of memory and of the adapter, whose file of tensors has `weights` bytes."""
-    share = ""
-    if numbers.get("trainable") and numbers.get("base_parameters"):
-        share = f"{numbers['trainable']:,} weights, {numbers['trainable'] / numbers['base_parameters']:.2%} of the base"
-    return [
-        ("Peak memory", size(result.peak_memory_bytes), _said(numbers.get("predicted_peak_bytes"), size)),
-        ("Adapter", size(weights), share),
-    ]
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The run's log. Notes are told again by a resumed run; once is enough on the page."""
+    records: list[dict[str, Any]] = []
+    for record in read_log(folder / "log.jsonl"):
+        if record.get("event") != "note" or record not in records:
+            records.append(record)
+    return records
 
 
 def base_facts(base: TextBase | ImageBase) -> list[tuple[str, str]]:
@@ -163,47 +144,32 @@ def base_facts(base: TextBase | ImageBase) -> list[tuple[str, str]]:
     ]
 
 
-def _facts(result: RunResult, folder: Path, base: TextBase) -> list[tuple[str, str]]:
-    return [
-        ("adapter", str(folder)),
-        ("digest", result.digest),
-        *base_facts(base),
-    ]
+def _loss_cards(result: Outcome) -> list[tuple[str, str, str]]:
+    cards = []
+    if result.validation is not None:
+        before = f"{result.validation_before:.4f} before training" if result.validation_before is not None else ""
+        where = f" · kept from step {result.kept_step}" if result.kept_step != result.steps else ""
+        cards.append(("Validation loss", f"{result.validation:.4f}", before + where))
+    if result.loss is not None:
+        cards.append(("Training loss", f"{result.loss:.4f}", f"mean over the last {min(20, result.steps)} steps"))
+    return cards
 
 
-def _usage(folder: Path, base: TextBase) -> list[tuple[str, str]]:
-    return [
-        (
-            "On the command line",
-            f'veneer generate "…" --base {base.name} --adapter {folder}\n'
-            f"veneer eval --base {base.name} --adapter {folder} --data held_out.jsonl",
-        ),
-        (
-            "In Python",
-            f'import veneer\n\nbase = veneer.load_base("{base.name}")\n'
-            f'print(veneer.generate(base, ["…"], adapters=["{folder}"])[0])',
-        ),
-        (
-            "With PEFT",
-            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{base.directory}")\n'
-            f'model = PeftModel.from_pretrained(base, "{folder}")',
-        ),
-    ]
+def _size_cards(result: Outcome, weights: Path | None) -> list[tuple[str, str, str]]:
+    """Memory, and the adapter's file."""
+    numbers = result.preflight.get("numbers", {})
+    predicted, share = numbers.get("predicted_peak_bytes"), ""
+    if numbers.get("trainable") and numbers.get("base_parameters"):
+        share = f"{numbers['trainable']:,} weights, {numbers['trainable'] / numbers['base_parameters']:.2%} of the base"
+    remark = "the whole process, base included" + ("" if predicted is None else f" · {size(predicted)} predicted")
+    cards = [("Peak memory", size(result.peak_memory_bytes), remark)]
+    return cards if weights is None else [*cards, ("Adapter", size(weights.stat().st_size), share)]
 
 
-def _files(folder: Path) -> list[tuple[str, str, str]]:
-    known = {
-        peft.TENSOR_FILE: "the weights, in PEFT's format",
-        peft.CONFIG_FILE: "ranks, scales and modules, in PEFT's format",
-        "log.jsonl": "everything that happened, one JSON object a line",
-    }
-    return known_files(folder, known)
-
-
-def known_files(folder: Path, known: Mapping[str, str]) -> list[tuple[str, str, str]]:
+def _files(folder: Path, known: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """(name, size, what it is) of those of the `known` files that are there, and of what every run leaves."""
     known = dict(known) | {
+        "log.jsonl": "everything that happened, one JSON object a line",
         "veneer.json": "the card: base, data, recipe, results",
         "README.md": "the same for people",
         "report.html": "this page",
@@ -216,16 +182,7 @@ def known_files(folder: Path, known: Mapping[str, str]) -> list[tuple[str, str, 
     return found
 
 
-def report_records(folder: Path) -> list[dict[str, Any]]:
-    """The run's log. Notes are told again by a resumed run; once is enough on the page."""
-    records: list[dict[str, Any]] = []
-    for record in read_log(folder / "log.jsonl"):
-        if record.get("event") != "note" or record not in records:
-            records.append(record)
-    return records
-
-
-def today() -> str:
+def _today() -> str:
     """24 November 2026."""
     date = datetime.date.today()
     return f"{date.day} {date:%B %Y}"

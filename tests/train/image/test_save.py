@@ -161,7 +161,7 @@ def test_a_file_that_is_not_the_adapter_is_noticed(
         return real(replace(adapter, pairs=pairs), *args, **options)
 
     monkeypatch.setattr(image_save.convert, "write", wrong)
-    with pytest.raises(AdapterError, match="does not predict what the trained one does"):
+    with pytest.raises(AdapterError, match="does not give the predictions of the trained one"):
         run(shared, tmp_path / "out", **STRONG)
 
 

@@ -24,10 +24,10 @@ from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image
 from veneer.train import checkpoint
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Sampled, Stepped
-from veneer.train.image.task import ImageResult
+from veneer.train.image.save import ImageResult
 from veneer.train.report.log import read_log
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 Whole = tuple[Path, ImageResult, list[Event]]
 
 

@@ -26,18 +26,17 @@ from veneer.core.init import create
 from veneer.errors import ConfigError, DataError, Interrupted, PreflightError
 from veneer.formats import peft
 from veneer.formats.card import read_card
-from veneer.models.shard import call_whole
 from veneer.models.text.base import TextBase, load_text
 from veneer.models.text.fast import fast
 from veneer.train.config.load import TrainConfig, config_from
-from veneer.train.devices import ALONE
 from veneer.train.events import Checked, Evaluated, Event, Note, Resolved, Stepped
 from veneer.train.report.log import read_log
 from veneer.train.text import preference
 from veneer.train.text.data import part_of, planned_steps
-from veneer.train.text.preference import mismatched
+from veneer.train.text.preference import Preference, mismatched
 from veneer.train.text.rows import read_rows
-from veneer.train.text.task import RunResult, _preference, train_text
+from veneer.train.text.save import RunResult
+from veneer.train.text.task import train_text
 
 ROOT = Path(__file__).resolve().parents[3]
 TENSORS = "adapter_model.safetensors"
@@ -182,8 +181,7 @@ def test_loss_and_gradient_are_the_formula_s_on_the_model_in_float64(loss: str, 
         attachment.add("run", adapter, trainable=True)
         attachment.use("run")
         stack.enter_context(fast(base.model))
-        preference = _preference(config, base, attachment, None, call_whole, ALONE)
-        assert preference is not None
+        preference = Preference.of(config, base, attachment)
         preference.know(part.items, tmp_path / "reference.jsonl")
         (step,), _ = planned_steps(part.items, config, part.rows)
         assert len(step.micros) > 1

@@ -32,14 +32,15 @@ from veneer.errors import (
 from veneer.formats import peft
 from veneer.formats.card import read_card
 from veneer.models.text.base import TextBase, load_text
-from veneer.train import checkpoint, loop, save
+from veneer.train import checkpoint, loop
 from veneer.train.config.load import config_from
 from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolved, Saved, Stepped
 from veneer.train.report.log import read_log
 from veneer.train.text import task as run
-from veneer.train.text.task import RunResult, train_text
+from veneer.train.text.save import RunResult
+from veneer.train.text.task import train_text
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TENSORS = "adapter_model.safetensors"
 
 
@@ -313,7 +314,7 @@ def test_every_kind_of_adapter_is_saved_and_proven(
 def test_a_file_that_is_not_the_adapter_is_noticed(
     shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = save.save_adapter
+    real = run.save_adapter
 
     def wrong(adapter: Any, folder: Path, base: TextBase) -> str:
         return real(adapter.mapped(lambda t: t * 1.01), folder, base)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from veneer.train.image.pictures import TrainingPicture
-from veneer.train.loop import Step
 
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
@@ -20,12 +18,12 @@ __all__ = ["training_facts"]
 
 
 def training_facts(
-    config: ImageTrainConfig, base: ImageBase, data: ImageData, loss: ImageLoss, steps: Sequence[Step],
-    ends: Sequence[int], *, kept: int, recompute: bool, seconds: float,
+    config: ImageTrainConfig, base: ImageBase, data: ImageData, loss: ImageLoss, *, kept: int, recompute: bool,
+    seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """What becomes `ss_` keys, without that prefix; None for what does not apply. `steps`: of the whole run, `ends`:
-    those that end an epoch, `kept`: the one that is saved, `seconds`: that the steps took."""
-    now, drawn = time.time(), config.loss
+    """What becomes `ss_` keys, without that prefix; None for what does not apply. `kept`: the step that is saved,
+    `seconds`: that the steps took."""
+    now, drawn, steps, ends = time.time(), config.loss, data.steps, data.ends
     buckets = {f"{w}x{h}": count for (w, h), count in data.plan.sizes.items()}
     side = config.data.resolutions(base.size)[-1]
     facts: dict[str, Any] = {

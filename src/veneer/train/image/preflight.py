@@ -1,15 +1,15 @@
 """Preflight of a run on pictures: the data's findings, what is trained, what the loss can be, whether it fits.
 
     report = image_preflight(base, config, data, …)      before anything is attached or encoded
-    report = with_memory(report, …)                      once one picture's activations have been measured
+    report.add(memory_finding(report, …))                once one picture's activations have been measured
 
 The data's checks are in picture_checks, those that text shares in check_run. Changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +21,12 @@ from veneer.train.check_run import learning_rate, precision, shared_out, where_i
 from veneer.train.config.image import PRESETS
 from veneer.train.estimate import free_memory, held_memory, trainable_parameters
 from veneer.train.findings import Finding, RunSubject, gigabytes, share
+from veneer.train.image.batches import PlannedRow
 from veneer.train.image.checks import check_held_out, check_pictures
+from veneer.train.image.encode import Encoders
 from veneer.train.image.pictures import AboutPictures, TrainingPicture
 from veneer.train.image.views import PicturePlan
-from veneer.train.loop import peak_memory_bytes
+from veneer.train.loop import Step, peak_memory_bytes
 from veneer.train.preflight import Report
 
 if TYPE_CHECKING:
@@ -32,21 +34,25 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
 
-__all__ = ["ImageData", "image_preflight", "parts_of", "with_memory"]
+__all__ = ["ImageData", "image_preflight", "memory_finding", "parts_of"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImageData:
-    """What a run learns from. `learned` includes class pictures; `plan`: their rows of an epoch; `held_plan`: of those
-    held out."""
+    """What a run learns from. `learned` includes class pictures; `plan`: their rows of an epoch. `encoders`: what makes
+    batches of them. `steps`, `ends`: all steps, and the numbers of those that end an epoch; `planned`: every row in
+    them; `scored`: the rows of the pictures held out. `missing_classes`: class pictures that are still to be drawn."""
 
     learned: list[TrainingPicture]
     held: list[TrainingPicture]
     about: AboutPictures
     plan: PicturePlan
-    held_plan: PicturePlan | None = None
+    encoders: Encoders
+    steps: list[Step]
+    ends: list[int]
+    planned: list[PlannedRow]
+    scored: list[PlannedRow]
     missing_classes: int = 0
-    numbers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def own(self) -> list[TrainingPicture]:
@@ -89,19 +95,18 @@ def image_preflight(
     resume: bool = False,
     previous: Mapping[str, Any] | None = None,
     sources: Mapping[str, Any] | None = None,
-    micros: Sequence[int] = (),
     devices: int = 1,
 ) -> Report:
     """Everything that can be seen before training. `cut`: captions, sample prompts, class prompt -> each that is too
     long -> what the base does not read of it. `previous`: the recipe of the run that is resumed. `sources`: setting ->
-    where it came from. `micros`: of each step, shared by `devices`. Raises nothing of its own: see
+    where it came from. `devices`: how many share each step. Raises nothing of its own: see
     `Report.raise_if_stopped`."""
     own = len([row for row in data.plan.rows if not row.picture.is_class])
     rows = config.batching.rows
     subject = RunSubject(
         base=base, config=config, resume=resume, previous=previous, steps_per_epoch=-(-own // rows),
         largest_micro=config.batching.micro_rows or min(rows, own) * (2 if config.data.class_prompt else 1),
-        unit="pictures", micros=micros, devices=devices,
+        unit="pictures", micros=[len(step.micros) for step in data.steps], devices=devices,
     )  # fmt: skip
     findings = check_pictures(data.learned, data.about, data.plan, config.data)
     if data.held:
@@ -115,12 +120,8 @@ def image_preflight(
             f"{data.missing_classes} class pictures are missing; the base draws them from `{config.data.class_prompt}`"
         )
         findings.append(Finding("ok", "class pictures", text))
-    return _sorted(Report(findings, {**subject.numbers, **data.numbers}))
-
-
-def _sorted(report: Report) -> Report:
-    order = {"stop": 0, "warn": 1, "ok": 2}
-    report.findings.sort(key=lambda f: order[f.level])
+    report = Report(numbers=subject.numbers)
+    report.add(*findings)
     return report
 
 
@@ -221,12 +222,13 @@ def _preset(config: ImageTrainConfig, sources: Mapping[str, Any]) -> Iterator[Fi
     yield Finding("ok", "preset", text + (f"; given beside it: {', '.join(given)}" if given else ""))
 
 
-def with_memory(
+def memory_finding(
     report: Report, config: ImageTrainConfig, device: torch.device, *, measured: int, pictures: int, recompute: bool,
     force: bool = False,
-) -> Report:  # fmt: skip
-    """The report with what the run will need. `measured`: bytes that one picture of the largest shape keeps for its
-    backward pass, `pictures`: in the largest micro-batch. `force`: what does not fit is a warning."""
+) -> Finding:  # fmt: skip
+    """Whether the run fits, with its numbers put into the report's. `measured`: bytes that one picture of the largest
+    shape keeps for its backward pass, `pictures`: in the largest micro-batch. `force`: what does not fit is a
+    warning."""
     trained = 16 * int(report.numbers.get("trainable", 0))  # float32 weights, gradient, two moments
     trained += 4 * int(report.numbers.get("trainable", 0)) if config.ema.decay else 0
     need = trained + measured * pictures
@@ -238,10 +240,8 @@ def with_memory(
     count = "1 picture" if pictures == 1 else f"{pictures} pictures"
     how = "with activations recomputed" if recompute else "all activations kept"
     text = f"about {gigabytes(need)} beyond the base, {how}, {gigabytes(free)} free; at most {count} at once"
-    if need > free:
-        less = "" if recompute else "memory.activation_checkpointing=on, "
-        fix = f"{less}batching.micro_rows=1, or a lower data.resolution"
-        report.findings.append(Finding("warn" if force else "stop", "memory", f"this run does not fit: {text}", fix))
-    else:
-        report.findings.append(Finding("ok", "memory", text))
-    return _sorted(report)
+    if need <= free:
+        return Finding("ok", "memory", text)
+    less = "" if recompute else "memory.activation_checkpointing=on, "
+    fix = f"{less}batching.micro_rows=1, or a lower data.resolution"
+    return Finding("warn" if force else "stop", "memory", f"this run does not fit: {text}", fix)

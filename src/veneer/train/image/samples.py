@@ -20,7 +20,7 @@ from veneer.files.atomic import atomic_write
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
 from veneer.models.image.sheet import sheet
 from veneer.train import checkpoint
-from veneer.train.running import NAME
+from veneer.train.run import NAME
 
 if TYPE_CHECKING:
     from PIL.Image import Image

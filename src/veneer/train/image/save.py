@@ -1,4 +1,4 @@
-"""The end of a run on pictures: the adapter in its layout, the proof that the file is the adapter, and the report."""
+"""What a run on pictures leaves: its result, the adapter in its layout, the proof of it, and its part of the report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import base64
 import datetime
 import io
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,24 +23,37 @@ from veneer.formats.metadata import training_metadata
 from veneer.formats.read import read
 from veneer.models.image.predict import Conditioning, predict
 from veneer.train.checkpoint import write_atomically
-from veneer.train.events import Resolved
 from veneer.train.findings import Finding
 from veneer.train.report.log import duration
-from veneer.train.report.page import Page, write_page
-from veneer.train.running import NAME
-from veneer.train.save import base_facts, known_files, loss_cards, report_records, size_cards, today
+from veneer.train.run import NAME
+from veneer.train.save import Outcome, ReportParts, base_facts, prove, read_records
 
 if TYPE_CHECKING:
     from veneer.formats.convert import Written
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
     from veneer.train.image.preflight import ImageData
-    from veneer.train.image.task import ImageResult
-    from veneer.train.preflight import Report
 
-__all__ = ["output_of", "prove", "save_image_adapter", "with_layout", "write_image_report"]
+__all__ = [
+    "ImageResult",
+    "image_report",
+    "layout_findings",
+    "output_of",
+    "prove_image_adapter",
+    "save_image_adapter",
+]
 
-_RELOADED = "reloaded"
+
+@dataclass
+class ImageResult(Outcome):
+    """What a run on pictures came to. `loss`, `validation`: mean squared error. `hashes`: of the file, as A1111 and
+    CivitAI show them. `samples`: the sheets. `sheet`: what the model saw."""
+
+    pictures: int = 0
+    pictures_per_second: float = 0.0
+    hashes: dict[str, str] = field(default_factory=dict)
+    samples: list[str] = field(default_factory=list)
+    sheet: str = ""
 
 
 def output_of(config: ImageTrainConfig) -> Path:
@@ -50,15 +64,13 @@ def output_of(config: ImageTrainConfig) -> Path:
     return folder / f"{config.output.name or folder.resolve().name}.safetensors"
 
 
-def with_layout(report: Report, adapter: Adapter, base: ImageBase, config: ImageTrainConfig) -> Report:
-    """The report, with a stop where the layout cannot hold what will be trained: said now, not after hours."""
-    layout = config.output.layout
+def layout_findings(adapter: Adapter, base: ImageBase, config: ImageTrainConfig) -> Iterator[Finding]:
+    """A stop where the layout cannot hold what will be trained: said now, not after hours."""
     try:
-        convert.encode(adapter, layout, family=_family(base))
+        convert.encode(adapter, config.output.layout, family=_family(base))
     except AdapterError as error:
         fix = "another output.layout (kohya holds most), or another kind of adapter"
-        report.findings.insert(0, Finding("stop", "layout", error.what, fix))
-    return report
+        yield Finding("stop", "layout", error.what, fix)
 
 
 def save_image_adapter(
@@ -110,36 +122,24 @@ def _tags(data: ImageData) -> dict[str, dict[str, int]]:
     return {folder: dict(counts.most_common()) for folder, counts in out.items()}
 
 
-def prove(
-    attachment: Attachment, path: Path, base: ImageBase, text: Conditioning, latents: Tensor, sizes: Tensor,
-    config: ImageTrainConfig,
+def prove_image_adapter(
+    attachment: Attachment, base: ImageBase, config: ImageTrainConfig, text: Conditioning, latents: Tensor,
+    sizes: Tensor,
 ) -> str:  # fmt: skip
-    """Reads the file again, attaches what is in it, and compares its prediction with that of the trained adapter.
-
-    `latents`: (1, c, h, w), with `text` and `sizes` of the same picture. Returns the finding as a sentence; raises
-    AdapterError when the predictions differ by more than the rounding of the saved dtype."""
+    """Reads the file again and compares its prediction with the trained adapter's, for the latents (1, c, h, w) and the
+    sizes of one picture and the `text` of its caption; as `train.save.prove`."""
+    path = output_of(config)
     again = read(path).adapter
     if config.output.layout == "peft":
         again = _under(again, base.row.denoiser)
-    attachment.add(_RELOADED, again, trainable=True)  # on the same path through the layers as the trained one
-    try:
-        trained, reloaded = (_predicted(attachment, n, base, text, latents, sizes) for n in (NAME, _RELOADED))
-    finally:
-        attachment.remove(_RELOADED)
-    said = f"saved to {path}, read back and compared"
-    if torch.equal(trained, reloaded):
-        return f"{said}: predictions equal bit for bit"
-    gap = float((trained.float() - reloaded.float()).abs().max() / trained.float().abs().max().clamp_min(1e-12))
-    saved = getattr(torch, config.output.dtype)
+    time = torch.tensor([0.5 if base.prediction == "flow" else 500])
+    given = sizes if base.family == "sdxl" else None
     # One rounding of the file's and of the base's dtype, through a few layers.
-    allowed = 64 * max(torch.finfo(saved).eps, torch.finfo(base.dtype).eps)
-    if gap <= allowed:
-        return f"{said}: predictions equal but for rounding ({gap:.1e} of the largest)"
-    raise AdapterError(
-        f"the saved adapter does not predict what the trained one does (they differ by {gap:.1e} of the largest)",
-        where=str(path),
-        fix="do not use this file; the last checkpoint holds the trained state. This is a bug: please report it",
-    )
+    rounding = 64 * max(torch.finfo(getattr(torch, config.output.dtype)).eps, torch.finfo(base.dtype).eps)
+    return prove(
+        attachment, NAME, again, lambda: predict(base, latents.to(base.device), time, text, sizes=given), path=path,
+        what="predictions", rounding=rounding,
+    )  # fmt: skip
 
 
 def _under(adapter: Adapter, component: str) -> Adapter:
@@ -149,39 +149,33 @@ def _under(adapter: Adapter, component: str) -> Adapter:
     return replace(adapter, pairs=pairs)
 
 
-@torch.no_grad()
-def _predicted(
-    attachment: Attachment, name: str, base: ImageBase, text: Conditioning, latents: Tensor, sizes: Tensor
-) -> Tensor:
-    time = torch.tensor([0.5 if base.prediction == "flow" else 500])
-    with attachment.using(name):
-        return predict(base, latents.to(base.device), time, text, sizes=sizes if base.family == "sdxl" else None)
-
-
-def write_image_report(
-    folder: Path, result: ImageResult, settings: Resolved, base: ImageBase, config: ImageTrainConfig, seconds: float
-) -> str:
-    """`report.html` beside the adapter, made from the run's log, its result and its sheets; returns its path."""
-    path = folder / "report.html"
-    numbers = result.preflight.get("numbers", {})
-    records = report_records(folder)
-    page = Page(
-        title=folder.resolve().name, subtitle=f"A LoRA adapter for {base.name}, {today()}", records=records,
-        cards=_cards(result, numbers, seconds), settings=settings.settings, sources=settings.sources,
-        checks=result.preflight, facts=_facts(result, base), usage=_usage(result, base, config),
-        files=_files(folder, Path(result.adapter)), unit="pictures", loss="Loss, mean squared error",
-        sheets=_sheets(folder, records),
+def image_report(
+    result: ImageResult, folder: Path, base: ImageBase, config: ImageTrainConfig, seconds: float
+) -> ReportParts:  # fmt: skip
+    """What the report of a run on pictures has of its own. `seconds`: that the steps took."""
+    adapter = Path(result.adapter)
+    speed = f"{result.pictures_per_second:,.3g} pictures/s"
+    return ReportParts(
+        base=base.name, weights=adapter if adapter.is_file() else adapter / "adapter_model.safetensors",
+        cards=[
+            ("Steps", f"{result.steps:,}", result.stopped),
+            ("Speed", speed, f"{result.pictures:,} pictures in {duration(seconds)}"),
+        ],
+        facts=[*(("hash", f"{kind}: {value}") for kind, value in result.hashes.items()), *base_facts(base)],
+        usage=_usage(result, base, config),
+        files={
+            adapter.name: "the weights, with their metadata", "pictures.png": "what the model saw of each picture",
+        },
+        unit="pictures", loss="Loss, mean squared error", sheets=_sheets(folder),
     )  # fmt: skip
-    write_page(path, page)
-    return str(path)
 
 
-def _sheets(folder: Path, records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _sheets(folder: Path) -> list[tuple[str, str]]:
     """What the model sees, then every sheet that the log tells of, as addresses inside the page."""
     found = [("What the model sees", folder / "pictures.png")]
     found += [
         ("The base, before training" if r["step"] == 0 else f"After step {r['step']}", folder / r["path"])
-        for r in records
+        for r in read_records(folder)
         if r.get("event") == "sampled"
     ]
     return [(title, _address(path)) for title, path in dict(found).items() if path.is_file()]
@@ -195,29 +189,6 @@ def _address(path: Path) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _cards(result: ImageResult, numbers: dict[str, Any], seconds: float) -> list[tuple[str, str, str]]:
-    speed = f"{result.pictures_per_second:,.3g} pictures/s"
-    return [
-        *loss_cards(result),
-        ("Steps", f"{result.steps:,}", result.stopped),
-        ("Speed", speed, f"{result.pictures:,} pictures in {duration(seconds)}"),
-        *size_cards(result, numbers, _weights(Path(result.adapter)).stat().st_size),
-    ]
-
-
-def _weights(path: Path) -> Path:
-    return path if path.is_file() else path / "adapter_model.safetensors"
-
-
-def _facts(result: ImageResult, base: ImageBase) -> list[tuple[str, str]]:
-    return [
-        ("adapter", result.adapter),
-        ("digest", result.digest),
-        *(("hash", f"{kind}: {value}") for kind, value in result.hashes.items()),
-        *base_facts(base),
-    ]
 
 
 def _usage(result: ImageResult, base: ImageBase, config: ImageTrainConfig) -> list[tuple[str, str]]:
@@ -237,12 +208,3 @@ def _usage(result: ImageResult, base: ImageBase, config: ImageTrainConfig) -> li
             ("In A1111, Forge or ComfyUI", f"copy {file.name} into models/Lora; in prompts <lora:{file.stem}:0.8>")
         )
     return usage
-
-
-def _files(folder: Path, adapter: Path) -> list[tuple[str, str, str]]:
-    known = {
-        adapter.name: "the weights, with their metadata",
-        "pictures.png": "what the model saw of each picture",
-        "log.jsonl": "everything that happened, one JSON object a line",
-    }
-    return known_files(folder, known)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from veneer.core.adapter import Adapter
 from veneer.errors import DataError
 from veneer.train.config.text import TrainConfig
 from veneer.train.loop import Micro, Step
@@ -37,9 +38,12 @@ class Part:
 
 @dataclass
 class Data:
+    """`start`: the adapter that the run goes on from."""
+
     train: Part
     held: Part
     about: About
+    start: Adapter | None = None
 
 
 def read_data(config: TrainConfig, base: TextBase) -> Data:

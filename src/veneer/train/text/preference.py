@@ -41,7 +41,7 @@ from veneer.models.shard import CallWithWeights, call_whole
 from veneer.models.text.loss import row_logps
 from veneer.ops import preference as formulas
 from veneer.train.checkpoint import disk_errors
-from veneer.train.config.text import PreferenceSection
+from veneer.train.config.text import PreferenceSection, TrainConfig
 from veneer.train.devices import ALONE, Devices
 from veneer.train.loop import Means, Score, Step
 from veneer.train.text.batches import Batch, collate, grouped
@@ -49,6 +49,7 @@ from veneer.train.text.encode import EncodedRows, Example
 from veneer.train.text.rows import Row, unlearned
 
 if TYPE_CHECKING:
+    from veneer.core.adapter import Adapter
     from veneer.core.attach import Attachment
     from veneer.models.text.base import TextBase
 
@@ -178,6 +179,10 @@ def mismatched(items: Sequence[Item], max_length: int) -> list[Example]:
     return out
 
 
+_REFERENCE = "reference"
+"""Beside the trained adapter: what it began as, where answers are compared with that."""
+
+
 @dataclass
 class Preference:
     """`reference`: the mix on the attachment that the policy is compared with; () for the base alone. `whose`: what
@@ -198,6 +203,23 @@ class Preference:
 
     def __post_init__(self) -> None:
         self.settings = self.settings.settled()
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig, base: TextBase, attachment: Attachment, *, start: Adapter | None = None,
+        call: CallWithWeights = call_whole, devices: Devices = ALONE,
+    ) -> Preference:  # fmt: skip
+        """That of a configuration. `start`: the adapter that the run goes on from, which is then put on the attachment
+        a second time, as the reference, where the loss has one."""
+        whose = f"{base.fingerprint}|{base.quantised}|{base.dtype}|{start.digest() if start is not None else 'base'}"
+        preference = cls(
+            config.preference, base, attachment, whose=whose, micro_tokens=config.batching.micro_tokens,
+            max_length=config.data.max_length, call=call, devices=devices,
+        )  # fmt: skip
+        if start is not None and preference.needs_reference:
+            attachment.add(_REFERENCE, start)
+            preference.reference = (_REFERENCE,)
+        return preference
 
     @property
     def needs_reference(self) -> bool:

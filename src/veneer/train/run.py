@@ -1,0 +1,374 @@
+"""A run, whatever it trains: what all tasks have in common, from an empty folder to a proven adapter and its report.
+
+    with opened(config, unit="tokens", …) as run:            who takes part, who is told, everything back at the end
+        result = carry_out(run, TextTask(config, base))      read → check → attach → train → save → prove → report
+
+A `Task` brings what differs: its data, its checks, its loss and score, the file it writes. `train.text.task` and
+`train.image.task` are the two that there are; tests/train/test_run.py has a third in a few lines. Knows configurations,
+parameters and steps; no rows, no pictures, no bases by kind.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from veneer.errors import ConfigError, Interrupted, NoGain
+from veneer.models.sources import find_base
+from veneer.train import checkpoint, loop
+from veneer.train.checkpoint import Progress
+from veneer.train.config.load import RunConfig
+from veneer.train.config.text import config_keys, why
+from veneer.train.devices import Devices, digest_of, joined
+from veneer.train.events import Checked, Event, Listener, Note, Resolved, fan_out, silent
+from veneer.train.loop import Learner, Step, TrainingPlan
+from veneer.train.optim import Schedule, make_optimizer
+from veneer.train.planning import was_predicted
+from veneer.train.preflight import Report
+from veneer.train.report.log import ConsoleView, JsonLog
+from veneer.train.save import Outcome, ReportParts, write_report
+
+__all__ = ["NAME", "AttachedTask", "Run", "Task", "carry_out", "due", "opened", "resolved"]
+
+NAME = "run"
+"""The adapter's name on the base while it trains."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run from its first second on. `tell`: whoever listens; `early`: what was told before there was a log to write
+    it to. `devices`: the processes that share it, of which the first writes and speaks. `sources`: setting -> where it
+    came from. `resume`, `dry_run`, `force`: as `train_text` has them."""
+
+    config: RunConfig
+    folder: Path
+    devices: Devices
+    tell: Listener
+    early: list[Event]
+    sources: Mapping[str, Any] | None = None
+    resume: bool = False
+    dry_run: bool = False
+    force: bool = False
+
+    def note(self, text: str) -> None:
+        self.tell(Note(text))
+
+    def fetch(self, base: str) -> None:
+        """The base's files on this machine before anybody loads them: one process of it fetches what is missing."""
+        if self.devices.count > 1 and self.devices.local == 0:
+            find_base(base, say=self.note)
+        self.devices.gather(None)
+
+    def say(self, report: Report, settled: Iterable[tuple[str, Any, str]]) -> None:
+        """Tells the settings and the preflight's findings. `settled`: as `resolved` takes it."""
+        self.tell(resolved(self.config, self.sources, settled))
+        self.tell(Checked(report.text(), report.to_dict(), report.markup()))
+
+
+D = TypeVar("D")
+"""What a task reads."""
+R = TypeVar("R", bound=Outcome)
+"""What a run on it comes to."""
+
+
+class AttachedTask(Learner, Protocol[R]):
+    """A task whose adapter is on the base, trainable: what the loop trains, and what comes after it.
+
+    `steps`: all of the run, in order. `ends`: the numbers of those that end an epoch."""
+
+    steps: Sequence[Step]
+    ends: Sequence[int]
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are held-out data to score."""
+        return False
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """What a checkpoint holds of it: the parameters, and what goes with them (moving averages)."""
+        return self.parameters
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Start of a parameter's name -> a learning rate of its own."""
+        return {}
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when the run is resumed, beside the settings, which the preflight compares."""
+        return {}
+
+    def begin(self, progress: Progress, tell: Listener) -> None:
+        """Called once before the loop, on a dry run too; `tell` reaches the log."""
+        return
+
+    @abstractmethod
+    def facts(self, outcome: Outcome, progress: Progress) -> R:
+        """`outcome` with what this kind of task counts."""
+
+    @abstractmethod
+    def save(self, result: R, progress: Progress, tell: Listener) -> R:
+        """Writes the adapter with its card; `result` with what was written. The first process alone is asked."""
+
+    @abstractmethod
+    def prove(self) -> str:
+        """Reads what was saved and compares it with what was trained; the finding as a sentence. Raises AdapterError
+        where they are not the same."""
+
+    def report(self, result: R, progress: Progress) -> ReportParts:
+        """What the page beside the adapter has of its own."""
+        return ReportParts()
+
+
+class Task(Protocol[D, R]):
+    """What is trained, before it is on the base. The three are called in this order, each with what came before."""
+
+    @abstractmethod
+    def read(self, run: Run) -> D:
+        """The data, as the steps will need them. Raises DataError."""
+
+    @abstractmethod
+    def check(self, run: Run, data: D, previous: Mapping[str, Any] | None) -> Report:
+        """What can be seen before anything is changed or written. `previous`: recipe of the run that is resumed. Tells
+        it (`Run.say`) when it is complete, or when it stops the run."""
+
+    @abstractmethod
+    def attach(self, run: Run, data: D, report: Report) -> AbstractContextManager[AttachedTask[R]]:
+        """The adapter on the base, selected and trainable; all undone at the end. What can only be checked now is added
+        to the `report`, which is then told here."""
+
+
+@contextmanager
+def opened(
+    config: RunConfig, *, unit: str, on_event: Listener | None, lockstep: bool = False, **options: Any
+) -> Iterator[Run]:  # fmt: skip
+    """Around a whole run: its processes, who is told what happens, and random generators as before at the end, after
+    any error too. Without `on_event` the run is shown in the terminal, speed in `unit`s a second. An interruption says
+    how to go on. `lockstep`: as Devices has it; `options`: sources, resume, dry_run and force of the Run."""
+    folder = Path(config.output.directory)
+    with joined(config.base.device, lockstep=lockstep) as devices:
+        listener = on_event if devices.first else silent
+        view = ConsoleView(unit=unit) if listener is None else None
+        early: list[Event] = []
+        random_before = checkpoint.rng_state()
+        try:
+            yield Run(config, folder, devices, fan_out(view or listener, early.append), early, **options)
+        except Interrupted as error:
+            fix = "go on with the same command and --resume (in Python: resume=True)"
+            raise Interrupted(error.what, where=str(folder / "checkpoints"), fix=fix, signal=error.signal) from None
+        finally:
+            if view is not None:
+                view.close()
+            checkpoint.rng_restore(random_before)
+
+
+def carry_out(run: Run, task: Task[D, R]) -> R:
+    """The whole run, from reading to the report; a dry run ends before the first step.
+
+    Raises PreflightError before step one for what would go wrong, and what reading, training and saving raise."""
+    newest = _newest_checkpoint(run)
+    data = task.read(run)
+    previous = checkpoint.read_state(newest).get("about", {}).get("recipe") if newest is not None else None
+    report = task.check(run, data, previous)
+    report.raise_if_stopped()
+    run.devices.gather(None)  # nobody writes before everybody has looked
+    with task.attach(run, data, report) as attached:
+        return _dry(run, attached, report) if run.dry_run else _trained(run, attached, report, newest)
+
+
+def _newest_checkpoint(run: Run) -> Path | None:
+    """Where a run that is to be resumed goes on; None, which is said, where there is nothing to go on from."""
+    newest = checkpoint.latest(run.folder / "checkpoints") if run.resume else None
+    if run.resume and newest is None:
+        run.note(f"there is no checkpoint in {run.folder}: the run starts from its beginning")
+    return newest
+
+
+def _dry(run: Run, task: AttachedTask[R], report: Report) -> R:
+    _probe(run, task)
+    steps = task.steps
+    planned = Progress(
+        len(steps), tokens=sum(s.tokens for s in steps), trained_tokens=sum(s.trained for s in steps)
+    )  # fmt: skip
+    task.begin(planned, run.tell)
+    outcome = Outcome(
+        steps=len(steps), peak_memory_bytes=loop.peak_memory_bytes(), dry_run=True, preflight=report.to_dict()
+    )
+    return task.facts(outcome, planned)
+
+
+def _trained(run: Run, task: AttachedTask[R], report: Report, newest: Path | None) -> R:
+    """The loop from the checkpoint `newest` (or the beginning), then the adapter, its proof and the report."""
+    config, devices = run.config, run.devices
+    o, e, total = config.optimizer, config.evaluation, len(task.steps)
+    optimizer = make_optimizer(
+        task.parameters, name=o.name, learning_rate=o.learning_rate, betas=o.betas, eps=o.eps, momentum=o.momentum,
+        weight_decay=o.weight_decay, loraplus_ratio=o.loraplus_ratio, rates=task.rates,
+    )  # fmt: skip
+    identity = {**task.identity(), "seed": config.seed, "steps": total}
+    progress = _restored(run, task, optimizer, identity, newest) if newest is not None else Progress()
+    devices.agree("settings, data and base", digest_of({}, config.recipe(), identity, progress.step))
+    _agree(run, task)
+    _probe(run, task)
+    plan = TrainingPlan(
+        task.steps, Schedule.of(config.schedule.name, total, config.schedule.warmup, config.schedule.floor), o.clip,
+        due(e.every, task.ends, total, start=e.at_start) if task.scored else None, e.patience or 0,
+        due(config.checkpoint.every, task.ends, total, start=False), config.seed,
+    )  # fmt: skip
+    with _logged(run, progress if newest is not None else None) as tell:
+        task.begin(progress, tell)
+        progress = loop.train(
+            task, plan, optimizer, progress=progress, save=lambda p: _save(run, task, optimizer, identity, p),
+            on_event=tell, devices=devices,
+        )  # fmt: skip
+        return _finished(run, task, report, progress, tell)
+
+
+def _finished(run: Run, task: AttachedTask[R], report: Report, progress: Progress, tell: Listener) -> R:
+    """Puts the state that is kept in place, saves it, proves the file, and writes the report."""
+    devices = run.devices
+    kept, validation = _put_kept(run, task, progress, tell)
+    outcome = Outcome(
+        steps=progress.step, peak_memory_bytes=loop.peak_memory_bytes(), loss=progress.loss, validation=validation,
+        validation_before=progress.first_loss, kept_step=kept, stopped=progress.stopped, preflight=report.to_dict(),
+    )  # fmt: skip
+    result = task.facts(outcome, progress)
+    if devices.first:
+        result = task.save(result, progress, tell)
+    result = devices.gather(result)[0]
+    if devices.first or devices.lockstep:
+        tell(Note(task.prove()))
+    if predicted := was_predicted(report.numbers, result.peak_memory_bytes, progress.seconds):
+        tell(Note(predicted))
+    if devices.first:
+        page = write_report(run.folder, result, task.report(result, progress))
+        result = replace(result, report=str(page))
+    return devices.gather(result)[0]
+
+
+# --- parts of it ------------------------------------------------------------------------------------------------------
+
+
+def _probe(run: Run, task: AttachedTask[Any]) -> None:
+    """The largest micro-batch, forward and backward, before anything is written."""
+    loop.probe(task, [micro for step in task.steps for micro in step.micros], run.tell)
+
+
+def _restored(
+    run: Run, task: AttachedTask[Any], optimizer: Optimizer, identity: Mapping[str, Any], newest: Path
+) -> Progress:
+    progress, notes = checkpoint.restore(
+        newest, parameters=task.state, optimizer=optimizer, identity=identity, devices=run.devices.count
+    )  # fmt: skip
+    run.note(f"resuming after step {progress.step} of {len(task.steps)}")
+    for note in notes:
+        run.note(note)
+    return progress
+
+
+@contextmanager
+def _logged(run: Run, resumed: Progress | None) -> Iterator[Listener]:
+    """The output folder and the log in it, which the first process makes; whoever listens, and the log."""
+    log = None
+    if run.devices.first:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        log = JsonLog(run.folder / "log.jsonl", resumed)
+    try:
+        if log is not None:
+            for event in run.early:
+                log(event)
+        run.devices.gather(None)
+        if not run.folder.is_dir():
+            raise ConfigError(
+                "a process of this run does not see the output folder that the first one made",
+                where=str(run.folder),
+                fix="give an output.directory on a file system that all machines share",
+            )
+        yield fan_out(run.tell, log)
+    finally:
+        if log is not None:
+            log.close()
+
+
+def _save(
+    run: Run, task: AttachedTask[Any], optimizer: Optimizer, identity: Mapping[str, Any], progress: Progress
+) -> Path:
+    """The checkpoint of `progress`, there when this returns; what it holds is the same on all devices."""
+    _agree(run, task)
+    place = run.folder / "checkpoints"
+    if run.devices.first:
+        checkpoint.save(
+            place, parameters=task.state, optimizer=optimizer, progress=progress, identity=identity,
+            keep=run.config.checkpoint.keep, about={"recipe": run.config.recipe()}, devices=run.devices.count,
+        )  # fmt: skip
+    run.devices.gather(None)
+    return checkpoint.at_step(place, progress.step)
+
+
+def _agree(run: Run, task: AttachedTask[Any]) -> None:
+    if run.devices.count > 1:
+        run.devices.agree("adapter", digest_of(task.state))
+
+
+def _put_kept(run: Run, task: AttachedTask[Any], progress: Progress, tell: Listener) -> tuple[int, float | None]:
+    """Puts the state that is to be saved in place, by `evaluation.keep`; (its step, its validation loss).
+
+    Raises NoGain where nothing that was scored is better than what the run began with."""
+    best, first, last = progress.best_step, progress.first_loss, progress.last_loss
+    worse = ""
+    if first is not None and last is not None and last > first:
+        worse = f"validation loss {last:.4f} after step {progress.step}, {first:.4f} before step one"
+    if run.config.evaluation.keep == "last":
+        if worse:
+            tell(Note(f"warning: {worse}"))
+        return progress.step, last
+    if best is None and worse:
+        raise NoGain(
+            f"nothing was learned that holds: {worse}, and never below that", where=str(run.folder),
+            fix=f"lower optimizer.learning_rate ({run.config.optimizer.learning_rate:g} here), or look at the "
+            "data; to have the last adapter all the same: --resume evaluation.keep=last",
+        )  # fmt: skip
+    if best is None or best == progress.step:
+        return progress.step, last
+    checkpoint.read_parameters(checkpoint.at_step(run.folder / "checkpoints", best), task.state)
+    tell(Note(f"kept the adapter of step {best}, whose validation loss {progress.best_loss:.4f} is the lowest"))
+    return best, progress.best_loss
+
+
+def due(every: int | str, ends: Sequence[int], steps: int, *, start: bool) -> set[int]:
+    """The steps after which something is due: each `every`-th, or the ends of epochs; 0 with `start`."""
+    after = set(ends) if every == "epoch" else set(range(int(every), steps + 1, int(every)))
+    return after | {0} if start else after
+
+
+def resolved(
+    config: RunConfig, sources: Mapping[str, Any] | None, settled: Iterable[tuple[str, Any, str]]
+) -> Resolved:  # fmt: skip
+    """Every setting with its value in this run and where that came from.
+
+    `settled`: (key, value, why) for what was left open, as `auto`, and is decided now."""
+    dump = config.model_dump(mode="json")
+    settings: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, key in config_keys(type(config)):
+        section, _, leaf = name.rpartition(".")
+        value = dump[section][leaf] if section else dump[leaf]
+        plain = list(key.default) if isinstance(key.default, tuple) else key.default
+        default = not key.is_required() and value == plain
+        settings[name] = value
+        origins[name] = str(sources[name]) if sources and name in sources else _origin(default, why(key))
+    for name, value, because in settled:
+        settings[name] = value
+        origins[name] = f"{origins[name].split(' (')[0]} → {because}"
+    return Resolved(settings, origins)
+
+
+def _origin(default: bool, reason: str) -> str:
+    return ("default" + (f" ({reason})" if reason else "")) if default else "given"

@@ -1,0 +1,103 @@
+"""What a run on text leaves: its result, the adapter in PEFT's format with its card, and its part of the report."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.core.adapter import Adapter
+from veneer.formats import peft
+from veneer.train.report.log import duration
+from veneer.train.save import Outcome, ReportParts, base_facts
+
+if TYPE_CHECKING:
+    from veneer.models.text.base import TextBase
+
+__all__ = ["RunResult", "save_adapter", "text_metrics", "text_report"]
+
+
+@dataclass
+class RunResult(Outcome):
+    """What a run on text came to. `loss`, `validation`: nats per trained token, or of preferences the mean over pairs.
+    `tokens_per_second`: training alone. `measured`: rewards and the rest (train.text.preference) on the held-out pairs,
+    of the adapter that was kept; `measured_before`: before the first step."""
+
+    tokens: int = 0
+    trained_tokens: int = 0
+    tokens_per_second: float = 0.0
+    measured: dict[str, float] = field(default_factory=dict)
+    measured_before: dict[str, float] = field(default_factory=dict)
+
+
+def text_metrics(result: RunResult) -> dict[str, Any]:
+    """What the card keeps of it."""
+    return result.metrics(
+        tokens=result.tokens, trained_tokens=result.trained_tokens, measured=result.measured or None,
+        tokens_per_second=round(result.tokens_per_second, 1),
+    )  # fmt: skip
+
+
+def save_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
+    """Writes the adapter in PEFT's format with its card; returns the digest of what anyone reads back."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    adapter = replace(adapter, card=replace(adapter.card, created=created))
+    return peft.write(adapter, folder, base_name=base.name, base=base.model).digest
+
+
+def text_report(
+    result: RunResult, folder: Path, base: TextBase, seconds: float, preference: str | None = None
+) -> ReportParts:  # fmt: skip
+    """What the report of a run on text has of its own. `seconds`: that the steps took. `preference`: its loss."""
+    predicted = result.preflight.get("numbers", {}).get("predicted_seconds")
+    remark = f"{result.tokens:,} tokens in {duration(seconds)}"
+    remark += "" if predicted is None else f" · {duration(predicted)} predicted"
+    share = f"{result.trained_tokens / max(1, result.tokens):.0%} of all"
+    parts = ReportParts(
+        base=base.name, weights=folder / peft.TENSOR_FILE, facts=base_facts(base), usage=_usage(folder, base),
+        cards=[
+            *_preference_cards(result), ("Steps", f"{result.steps:,}", result.stopped),
+            ("Speed", f"{result.tokens_per_second:,.0f} tokens/s", remark),
+            ("Trained tokens", f"{result.trained_tokens:,}", share),
+        ],
+        files={
+            peft.TENSOR_FILE: "the weights, in PEFT's format",
+            peft.CONFIG_FILE: "ranks, scales and modules, in PEFT's format",
+        },
+    )  # fmt: skip
+    if preference is None:
+        return parts
+    return replace(parts, loss=f"Loss, {preference}, mean over {'answers' if preference == 'kto' else 'pairs'}")
+
+
+def _preference_cards(result: RunResult) -> list[tuple[str, str, str]]:
+    now, before = result.measured, result.measured_before
+    if "reward_accuracy" not in now:
+        return []
+    likely = f"{before['logp_chosen']:.1f} before training" if "logp_chosen" in before else ""
+    cards = [("Pairs ranked right", f"{now['reward_accuracy']:.1%}", "held-out; by reward over the reference")]
+    if "logp_chosen" in now:
+        cards.append(("Log p of chosen answers", f"{now['logp_chosen']:.1f}", likely))
+    return cards
+
+
+def _usage(folder: Path, base: TextBase) -> list[tuple[str, str]]:
+    return [
+        (
+            "On the command line",
+            f'veneer generate "…" --base {base.name} --adapter {folder}\n'
+            f"veneer eval --base {base.name} --adapter {folder} --data held_out.jsonl",
+        ),
+        (
+            "In Python",
+            f'import veneer\n\nbase = veneer.load_base("{base.name}")\n'
+            f'print(veneer.generate(base, ["…"], adapters=["{folder}"])[0])',
+        ),
+        (
+            "With PEFT",
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{base.directory}")\n'
+            f'model = PeftModel.from_pretrained(base, "{folder}")',
+        ),
+    ]
