@@ -19,7 +19,7 @@ import pytest
 
 from tests.adapters.test_use import adapter_for
 from tests.cli.run import run
-from tests.serve.http.toy import free_port
+from tests.serve.http.toy import ToyCatalog, free_port
 from tests.test_readme import ROOT, blocks, roomy
 from tests.tiny_base import tiny_base_dir
 from veneer.formats import peft
@@ -133,7 +133,7 @@ def test_the_page_names_every_route_under_admin(tmp_path: Path) -> None:
     from veneer.serve.tenancy.tenants import Tenants
 
     tenants = Tenants(str(tmp_path / "t.sqlite"), admin_key=make_admin_key(), watch=False)
-    routes = [route.path for route in admin_router(tenants).routes if isinstance(route, APIRoute)]
+    routes = [route.path for route in admin_router(tenants, ToyCatalog()).routes if isinstance(route, APIRoute)]
     tenants.close()
     assert len(routes) > 20
     for path in routes:

@@ -13,16 +13,20 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.image_twins import random_adapter
+from tests.serve.http.toy import ToyText
 from tests.tiny_image_base import SIZE
 from veneer.adapters.use import load_adapter
 from veneer.core.adapter import Adapter
 from veneer.errors import MismatchError
 from veneer.models.image.base import ImageBase
 from veneer.models.image.generate import PictureSettings
-from veneer.serve.access import Caller, ModelCard, Served
+from veneer.serve.access import Caller, Catalog, ModelCard, OpenAccess, Served, Tenancy
+from veneer.serve.http.app import create_app
+from veneer.serve.http.service import Service
 from veneer.serve.pictures.engine import PictureEngine
-from veneer.serve.pictures.request import Drawn, PictureEvent, PictureRequest
+from veneer.serve.pictures.request import FinishedPicture, PictureEvent, PictureRequest
 from veneer.serve.request import Refused, make_mix
+from veneer.serve.settings import HttpSettings
 
 
 class Shelf:
@@ -59,27 +63,27 @@ def ask(seed: int = 0, *mix: tuple[str, float], prompt: str = "a red cat", **mor
 
 async def collect(
     engine: PictureEngine, *requests: PictureRequest, on_event: Callable[[int, PictureEvent], None] | None = None
-) -> list[Drawn]:
+) -> list[FinishedPicture]:
     """What was drawn, in the order of the requests."""
-    found: dict[int, Drawn] = {}
+    found: dict[int, FinishedPicture] = {}
     async for i, event in engine.events(requests):
         if on_event is not None:
             on_event(i, event)
-        if isinstance(event, Drawn):
+        if isinstance(event, FinishedPicture):
             found[i] = event
     return [found[i] for i in range(len(requests))]
 
 
-def drawn(engine: PictureEngine, *requests: PictureRequest) -> list[Drawn]:
+def drawn(engine: PictureEngine, *requests: PictureRequest) -> list[FinishedPicture]:
     """All at once, each as a caller of its own."""
 
-    async def all_of() -> Sequence[list[Drawn]]:
+    async def all_of() -> Sequence[list[FinishedPicture]]:
         return await asyncio.gather(*(collect(engine, request) for request in requests))
 
     return [one for (one,) in asyncio.run(all_of())]
 
 
-class Names:
+class Names(Catalog):
     """A catalog of what is on a shelf, and of files that are tried when they are asked for."""
 
     base = "tiny"
@@ -112,6 +116,13 @@ class Names:
 
     def unload(self, name: str) -> None:
         raise NotImplementedError
+
+
+def picture_app(
+    engine: PictureEngine, names: Names, tenancy: Tenancy | None = None, settings: HttpSettings | None = None
+) -> FastAPI:
+    limits = settings or HttpSettings(max_body=64 << 20)
+    return create_app(Service(engine, names, tenancy or OpenAccess(), ToyText(), limits))
 
 
 @contextmanager

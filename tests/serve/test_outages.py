@@ -15,14 +15,13 @@ from fastapi import FastAPI
 from sqlalchemy.exc import OperationalError
 
 from tests.library.conftest import quick  # noqa: F401
-from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText
+from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
 from tests.serve.saved_adapters import Make, of, reason, refused, saved
 from veneer.errors import AdapterError, ResourceError, UnavailableError
 from veneer.library.library import open_library
 from veneer.library.upkeep import gc
 from veneer.models.text.base import TextBase
 from veneer.serve.access import ANYBODY
-from veneer.serve.http.app import create_app
 from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import Refused
 from veneer.serve.tenancy.admin import admin_router
@@ -142,11 +141,8 @@ def tenants(quick: Path) -> Any:  # noqa: F811
 
 
 def served(tenants: Tenants) -> FastAPI:
-    text = ToyText()
-    app = create_app(
-        ToyEngine(text), ToyCatalog(), tenants, text, routers=[admin_router(tenants)], unguarded=("/admin",)
-    )
-    return app
+    routers = [admin_router(tenants, ToyCatalog())]
+    return toy_app(ToyEngine(ToyText()), ToyCatalog(), tenants, routers=routers, unguarded=("/admin",))
 
 
 def ask(app: FastAPI, path: str, key: str = "vnr-nobody", **more: Any) -> httpx.Response:
@@ -206,7 +202,7 @@ def test_a_fault_of_ours_is_500_with_an_id_that_the_log_has(
     def broken(*a: Any, **k: Any) -> Any:
         raise RuntimeError(SECRET)
 
-    monkeypatch.setattr(app.state.house.catalog, "models", broken)
+    monkeypatch.setattr(app.state.service.catalog, "models", broken)
     monkeypatch.setattr(tenants.store, "look", broken)
     for path in ("/v1/models", "/admin/tenants"):
         answer = ask(app, path, ADMIN)

@@ -16,10 +16,13 @@ import httpx
 import pytest
 
 from tests.cli.run import run
-from tests.serve.http.toy import free_port
+from tests.serve.http.toy import ToyCatalog, free_port
 from veneer.errors import ConfigError, ResourceError
+from veneer.serve.access import KeyAccess
+from veneer.serve.build import operator_routes, tenancy_of
 from veneer.serve.request import Refused
-from veneer.serve.server import Keys, Preload, ServeSettings, _tenancy, bytes_of, keys_of, listen, parse_preload
+from veneer.serve.server import listen
+from veneer.serve.settings import Preload, ServeSettings, bytes_of, keys_of, parse_preload
 from veneer.serve.tenancy.keys import hash_key
 from veneer.serve.tenancy.store import Store
 
@@ -27,16 +30,16 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = """
 import sys, time
 from veneer.errors import BaseError
-from veneer.serve.server import Built, ServeSettings, serve
+from veneer.serve.build import Application
+from veneer.serve.server import serve
+from veneer.serve.settings import ServeSettings
 
 def make():
     time.sleep(float(sys.argv[2]))
     if len(sys.argv) > 3:
         raise BaseError("there is no such base")
-    from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText
-    from veneer.serve.http.app import create_app
-    engine = ToyEngine(ToyText())
-    return Built(create_app(engine, ToyCatalog(), None, engine.text))
+    from tests.serve.http.toy import ToyCatalog, ToyEngine, ToyText, toy_app
+    return Application(toy_app(ToyEngine(ToyText()), ToyCatalog()))
 
 serve(ServeSettings("toy", port=int(sys.argv[1]), drain=20), print, make)
 print("ended")
@@ -148,7 +151,7 @@ def test_settings_that_are_wrong(tmp_path: Path) -> None:
 
 
 def test_keys() -> None:
-    keys = Keys(["sk-0123456789abcdef"], "admin-0123456789abcdef")
+    keys = KeyAccess(["sk-0123456789abcdef"], "admin-0123456789abcdef")
     assert not asyncio.run(keys.caller("sk-0123456789abcdef")).admin
     assert asyncio.run(keys.caller("admin-0123456789abcdef")).admin
     for wrong in (None, "", "sk-", "ключ"):
@@ -164,10 +167,9 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
     said: list[str] = []
 
     def kind(**settings: Any) -> str:
-        tenancy, routers, _ = _tenancy(ServeSettings("toy", **settings), said.append)
-        if (close := getattr(tenancy, "close", None)) is not None:
-            close()
-        return type(tenancy).__name__ + ("+admin" if routers else "")
+        tenancy = tenancy_of((chosen := ServeSettings("toy", **settings)), said.append)
+        tenancy.close()
+        return type(tenancy).__name__ + ("+admin" if operator_routes(chosen, tenancy, ToyCatalog()) else "")
 
     assert kind() == "OpenAccess"
     assert not said
@@ -178,13 +180,13 @@ def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, m
     assert "there are no tenants yet" in said.pop()
     assert f"{tmp_path / 'tenants.sqlite'}, so requests need a key; --open" in said.pop()
     assert kind(admin_key="an-admin-key-of-some-length") == "Tenants+admin"
-    assert kind(keys=("sk-0123456789abcdef",)) == "Keys"
+    assert kind(keys=("sk-0123456789abcdef",)) == "KeyAccess"
     assert kind(open=True) == "OpenAccess"
 
 
 def test_the_hash_of_an_admin_key_is_enough_for_a_server_without_tenants() -> None:
     key = "admin-0123456789abcdef"
-    keys = Keys([], f"sha256:{hash_key(key)}")
+    keys = KeyAccess([], f"sha256:{hash_key(key)}")
     assert asyncio.run(keys.caller(key)).admin
     for wrong in (f"sha256:{hash_key(key)}", hash_key(key), key[:-1]):
         with pytest.raises(Refused) as refused:

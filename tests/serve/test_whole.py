@@ -10,7 +10,7 @@ import pytest
 from tests.serve.whole import KINDS, Shop, Whole, asking, make_shop, prompt, said, served
 from veneer.core.adapter import Adapter
 from veneer.formats import peft
-from veneer.serve.http.house import HttpSettings
+from veneer.serve.settings import HttpSettings
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_chat_streams_what_it_answers_whole(whole: Whole) -> None:
 def test_the_engines_queue_is_the_servers(shop: Shop) -> None:
     """What admission lets in, the engine does not turn away."""
     with served(shop, http=HttpSettings(queue=3000)) as whole:
-        assert whole.engine.settings.queue == whole.built.house.admission.shares["answers"].total == 3000
+        assert whole.engine.settings.queue == whole.built.service.admission.shares["answers"].total == 3000
 
 
 def test_with_room_for_two_adapters_five_take_turns(shop: Shop) -> None:

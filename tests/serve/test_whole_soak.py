@@ -21,7 +21,7 @@ import pytest
 from tests.formats import hostile
 from tests.serve.http.toy import wait_for
 from tests.serve.whole import KINDS, Said, Whole, asking, make_shop, prompt, said, served
-from veneer.serve.http.house import HttpSettings
+from veneer.serve.settings import HttpSettings
 
 SECONDS = float(os.environ.get("VENEER_SOAK_SECONDS", "180"))
 WARM_UP = 30.0
@@ -161,9 +161,9 @@ def left_over(whole: Whole) -> dict[str, int]:
     for name in SWAPPED:
         assert whole.unload(name).status_code in (200, 404)
     whole.idle()
-    engine, house = whole.engine, whole.built.house
+    engine, service = whole.engine, whole.built.service
     wait_for(lambda: engine.residents.stats().waiting == 0)
-    assert not house.behind
+    assert not service.behind
     assert not engine.runner._pasts
     attached = engine.runner._attachment.adapters if engine.runner._attachment is not None else ()
     assert set(attached) <= set(engine.residents.resident())

@@ -15,8 +15,8 @@ from veneer.core.attach import attach
 from veneer.errors import ConfigError
 from veneer.formats import peft
 from veneer.models.text.base import load_text
-from veneer.serve.http.house import HttpSettings
-from veneer.serve.server import ServeSettings, build
+from veneer.serve.build import build
+from veneer.serve.settings import HttpSettings, ServeSettings
 
 
 @pytest.fixture(scope="module")

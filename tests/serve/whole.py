@@ -36,8 +36,9 @@ from veneer.core.attach import attach
 from veneer.formats import peft
 from veneer.library.library import open_library
 from veneer.models.text.base import TextBase, load_text
+from veneer.serve.build import Application, build
 from veneer.serve.engine.engine import TextEngine
-from veneer.serve.server import Built, ServeSettings, build
+from veneer.serve.settings import ServeSettings
 
 TOLERANCE = 1e-4
 """Of log-probabilities, in float32, between the server's and PEFT's."""
@@ -169,13 +170,13 @@ def prompt(n: int, seed: int = 0) -> list[int]:
 class Whole:
     shop: Shop
     url: str
-    built: Built
+    built: Application
     client: openai.OpenAI
     http: httpx.Client
 
     @property
     def engine(self) -> TextEngine:
-        engine: Any = self.built.house.engine
+        engine: Any = self.built.service.engine
         return engine
 
     def ask(self, model: str, ids: Sequence[int], n: int = 12, **more: Any) -> Said:
@@ -205,7 +206,7 @@ class Whole:
         assert not engine.residents._groups
         assert not engine.scheduler.running
         assert engine.scheduler.waiting == 0
-        wait_for(lambda: self.built.house.inside == 0)
+        wait_for(lambda: self.built.service.inside == 0)
 
 
 def asking(model: str, ids: Sequence[int], n: int = 12, **more: Any) -> dict[str, Any]:
@@ -227,6 +228,7 @@ def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
     """A server over the shop's base and library, whose load route may read `adapters`."""
     small = {"cache_bytes": 16 << 20, "folders": (str(shop.adapters),), "dtype": "float32", "device": "cpu"}
     built = build(ServeSettings(str(shop.base_dir), **(small | {"library": shop.library.location} | settings)), print)
+    asyncio.run(built.start())
     config = uvicorn.Config(built.app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -153,31 +153,31 @@ def serve(
 
         raise MissingExtraError("serving needs FastAPI and uvicorn", fix='pip install "veneer[serve]"') from error
     from veneer.serve import server
-    from veneer.serve.http.house import HttpSettings
+    from veneer.serve.settings import HttpSettings, ServeSettings, bytes_of, keys_of, parse_preload
 
-    settings = server.ServeSettings(
+    settings = ServeSettings(
         base=base,
         host=host,
         port=port,
         library=library,
-        preload=tuple(map(server.parse_preload, adapter or [])),
+        preload=tuple(map(parse_preload, adapter or [])),
         pin=pin,
         folders=tuple(map(str, allow_folder or [])),
-        keys=tuple(server.keys_of(api_keys)) if api_keys else (),
+        keys=tuple(keys_of(api_keys)) if api_keys else (),
         admin_key=admin_key,
         tenants=tenants,
         open=open_to_all,
         ledger_days=ledger_days,
-        ledger_room=server.bytes_of(ledger_room, "--ledger-room"),
+        ledger_room=bytes_of(ledger_room, "--ledger-room"),
         ledger_folder=None if ledger_folder is None else str(ledger_folder),
         ledger_synced=ledger_sync,
         upstreams=tuple(upstream or []),
         upstream_key=upstream_key,
         mixes=tenant_mixes,
-        mix_bytes=server.bytes_of(mix_disk, "--mix-disk"),
+        mix_bytes=bytes_of(mix_disk, "--mix-disk"),
         rows=max_batch,
-        cache_bytes=server.bytes_of(cache_memory, "--cache-memory"),
-        adapter_bytes=server.bytes_of(adapter_memory, "--adapter-memory"),
+        cache_bytes=bytes_of(cache_memory, "--cache-memory"),
+        adapter_bytes=bytes_of(adapter_memory, "--adapter-memory"),
         weights=_weights(weights),
         batch_invariant=batch_invariant,
         dtype=dtype,

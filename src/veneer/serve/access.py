@@ -5,21 +5,38 @@
     async with tenancy.admitted(caller, served, …) as bill:   429 beyond a limit
         …                                                     bill.used(usage) once, at the end
 
-`OpenAccess` is the tenancy of a server without tenants: everybody sees everything and nothing is counted.
+`OpenAccess` is the tenancy of a server without tenants: everybody sees everything and nothing is counted; `KeyAccess`
+that of one whose keys are all alike.
 """
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from veneer.serve.request import Mix, Refused, Usage
+from veneer.serve.tenancy.keys import admin_hash, same
 
 __all__ = [
-    "ANYBODY", "BEHIND", "SHADOWS", "Bill", "Caller", "Catalog", "Kept", "ModelCard", "OpenAccess", "Served", "Tenancy",
-]  # fmt: skip
+    "ANYBODY",
+    "BEHIND",
+    "SHADOWS",
+    "Bill",
+    "Caller",
+    "Catalog",
+    "KeyAccess",
+    "LedgerState",
+    "ModelCard",
+    "NoWait",
+    "OpenAccess",
+    "Routes",
+    "Served",
+    "ShadowAnswer",
+    "Tenancy",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +92,34 @@ class ModelCard:
     pinned: bool = False
 
 
+class Routes(Protocol):
+    """Names with weighted targets."""
+
+    def choose(self, route: str, caller: Caller) -> str | None:
+        """The name that answers this caller; None where there is no such route for them."""
+        ...
+
+    def shadow(self, route: str, caller: Caller) -> str | None:
+        """The name whose answer is computed too."""
+        ...
+
+    def names(self, caller: Caller) -> list[str]:
+        """The routes that exist for this caller."""
+        ...
+
+
 class Catalog(Protocol):
-    """The names of one server: its base, adapters that were loaded, what the library has, routes.
+    """The names of one server: its base, adapters that were loaded, what the library has, routes. Catalogs derive from
+    it, for its defaults.
 
     Raises Refused: model_not_found (404), adapter_exists (400), adapter_unusable (400 or 422, with a `reason` in the
     message) for one that cannot be served with full effect."""
 
     base: str
+
+    async def fresh(self) -> None:
+        """What names mean at this moment is known when it returns; asked once before each request."""
+        return None
 
     def resolve(self, model: str, caller: Caller) -> Served:
         """`model`: "" or the base's name; an adapter, a route, a library reference; `base:adapter`."""
@@ -93,6 +131,10 @@ class Catalog(Protocol):
 
     def models(self, caller: Caller) -> list[ModelCard]: ...
 
+    def check(self, name: str) -> None:
+        """Raises Refused where a request for what a name means would be; reads the adapter for it, where it has to."""
+        return None
+
     def load(self, name: str, source: str, *, replace: bool = False, pinned: bool = False) -> ModelCard:
         """Read, check against the base and keep in memory. `source`: a library reference; a path only where the
         operator has allowed folders, and inside them. Blocks: surfaces call it in a thread."""
@@ -102,6 +144,32 @@ class Catalog(Protocol):
         """The name is gone at once; memory is freed when the last running request with it has ended."""
         ...
 
+    def close(self) -> None:
+        """What it runs ends."""
+        return None
+
+
+@dataclass(frozen=True)
+class ShadowAnswer:
+    """What a shadow's answer was beside the one that was sent by `target`; for the log. `name`: the route. Of pictures
+    `sent` and `answer` are the digests of their pixels, and `distance` is how far these are apart on average, 0 … 1."""
+
+    request: str
+    tenant: str
+    name: str
+    shadow: str
+    target: str
+    sent: str
+    answer: str
+    sent_usage: Usage
+    usage: Usage
+    error: str = ""
+    distance: float | None = None
+
+    @property
+    def outcome(self) -> Literal["same", "different", "failed"]:
+        return "failed" if self.error else "same" if self.sent == self.answer else "different"
+
 
 class Bill(Protocol):
     def used(self, usage: Usage) -> Awaitable[None]:
@@ -110,7 +178,20 @@ class Bill(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class LedgerState:
+    """`owed`: requests in the outbox, those that run among them. `lag`: seconds since the oldest that ended and is not
+    in the database ended. `away`: the database did not answer last, or takes long to."""
+
+    owed: int
+    lag: float
+    away: bool
+
+
 class Tenancy(Protocol):
+    """Who may ask for what, and what it costs them. Tenancies derive from it, for its defaults: no ledger, no logs, no
+    routes."""
+
     async def caller(self, key: str | None, user: str | None = None) -> Caller:
         """Raises Refused(unauthorized, 401)."""
         ...
@@ -125,20 +206,41 @@ class Tenancy(Protocol):
         """Room for one request under every limit, given back at the end. Raises Refused(rate_limited, 429)."""
         ...
 
+    @property
+    def routes(self) -> Routes | None:
+        """The operator's routes, where there can be any."""
+        return None
 
-class _Free:
+    def ledger_state(self) -> LedgerState | None:
+        """How far the ledger is behind, where there is one; for metrics."""
+        return None
+
+    def note(self, who: str, what: str, subject: str, before: object = None, after: object = None) -> None:
+        """A line of the audit log for what an operator changed (`what`: adapter.load, adapter.unload). May block."""
+        return None
+
+    def note_shadow(self, answer: ShadowAnswer) -> None:
+        """Keep how a shadow's answer compares with the one that was sent."""
+        return None
+
+    def close(self) -> None:
+        """Write what has come, and end."""
+        return None
+
+
+class _FreeBill:
     def used(self, usage: Usage) -> Awaitable[None]:
-        return Kept()
+        return NoWait()
 
 
-class Kept:
+class NoWait:
     """Nothing to wait for, whether it is awaited or not."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield from ()
 
 
-class OpenAccess:
+class OpenAccess(Tenancy):
     """No keys, no limits, no ledger."""
 
     async def caller(self, key: str | None, user: str | None = None) -> Caller:
@@ -151,4 +253,21 @@ class OpenAccess:
     async def admitted(
         self, caller: Caller, served: Served, *, request: str, prompt_tokens: int, max_tokens: int
     ) -> AsyncIterator[Bill]:
-        yield _Free()
+        yield _FreeBill()
+
+
+class KeyAccess(OpenAccess):
+    """Some keys that see everything, and one, given as itself or by its hash, that may also change the server; no
+    limits, no ledger."""
+
+    def __init__(self, keys: Sequence[str], admin_key: str | None = None) -> None:
+        self.keys = [key.encode() for key in keys]
+        self.admin_hash = admin_hash(admin_key) if admin_key else None
+
+    async def caller(self, key: str | None, user: str | None = None) -> Caller:
+        given = (key or "").encode("utf-8", "replace")
+        admin = self.admin_hash is not None and same(key or "", self.admin_hash)
+        known = [hmac.compare_digest(given, each) for each in self.keys]
+        if not key or not (admin or any(known)):
+            raise Refused("no valid API key", status=401, code="unauthorized", fix="Authorization: Bearer KEY")
+        return Caller(user=user, admin=admin)

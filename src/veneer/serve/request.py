@@ -12,16 +12,17 @@ import hashlib
 import itertools
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 from veneer.errors import ConfigError, VeneerError
 
 __all__ = [
     "BASE",
     "Engine",
+    "EngineEvent",
     "EngineStats",
-    "Event",
     "Finished",
+    "GrammarSpec",
     "Mix",
     "Refused",
     "Request",
@@ -77,6 +78,10 @@ class Refused(VeneerError):
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
 
+GrammarSpec = tuple[Literal["json_schema", "json_object", "regex"], str]
+"""What an answer must match: a JSON schema as text, any JSON object, or a regular expression."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. In this order: grammar, logit bias, penalties, temperature, top-k, min-p, top-p.
@@ -102,7 +107,7 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: bool = False
-    grammar: tuple[Literal["json_schema", "json_object", "regex"], str] | None = None
+    grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
         wrong = {
@@ -187,35 +192,59 @@ class Finished:
     error: Refused | None = None
 
 
-Event = Started | Token | Finished
+EngineEvent = Started | Token | Finished
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """`adapters`, `adapter_bytes`: in memory now (of a fleet: on replicas, each once); `evictions`: adapters that made
-    room."""
+    """`cache_used`: share of the blocks of keys and values; `adapters`, `adapter_bytes`: in memory now (of a fleet: on
+    replicas, each once); `evictions`: adapters that made room."""
 
-    running: int
-    waiting: int
-    cache_used: float
-    prefix_hits: int
-    prefix_lookups: int
-    preemptions: int
-    steps: int
-    prompt_tokens: int
-    generated_tokens: int
+    running: int = 0
+    waiting: int = 0
+    cache_used: float = 0.0
+    prefix_hits: int = 0
+    prefix_lookups: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
     adapters: int = 0
     adapter_bytes: int = 0
     evictions: int = 0
 
 
-class Engine(Protocol):
-    """What surfaces ask of an engine: the embedded one, or a fleet behind the same front door.
+Asked = TypeVar("Asked", contravariant=True)
+Happened = TypeVar("Happened", covariant=True)
 
-    `events` yields Started, Tokens, Finished and ends; a consumer that closes the iterator (a client that left) cancels
-    the request. Raises Refused before the first event for what can be known at once: a prompt that does not fit
-    (context_exceeded), a full queue (overloaded), shutting down. What goes wrong later is a Finished with `error`."""
 
-    def events(self, request: Request) -> AsyncIterator[Event]: ...
+class Engine(Protocol[Asked, Happened]):
+    """What a server asks of whatever does its work: the embedded engine and a fleet (`Engine[Request, EngineEvent]`),
+    and the engine that draws. Engines derive from it, for its defaults.
+
+    `events`: what happens to a request until it is answered; a consumer that closes the iterator (a client that left)
+    cancels it. Raises Refused before the first event for what can be known at once: a prompt that does not fit
+    (context_exceeded), a full queue (overloaded), shutting down. What goes wrong with a text later is a Finished with
+    `error`."""
+
+    makes: ClassVar[Literal["texts", "pictures"]] = "texts"
+
+    def events(self, request: Asked, /) -> AsyncIterator[Happened]: ...
 
     def stats(self) -> EngineStats: ...
+
+    async def begin(self) -> None:
+        """On the server's event loop, before the first request."""
+        return None
+
+    async def end(self) -> None:
+        """Take no more requests, cancel what runs, and end."""
+        return None
+
+    def problem(self) -> str:
+        """Why nobody is served, if nobody is: a step that does not end, a thread that has, a device that fails."""
+        return ""
+
+    def trouble(self) -> str:
+        """Why requests had better go elsewhere for now, although the engine works: no replica answers."""
+        return ""

@@ -22,7 +22,7 @@ from veneer.errors import AdapterError
 from veneer.serve.engine.engine import EngineSettings, TextEngine
 from veneer.serve.forward.paged import Pages
 from veneer.serve.names.shelf import Problems
-from veneer.serve.request import BASE, Event, Finished, Mix, Refused, Request, Sampling, Started, Token
+from veneer.serve.request import BASE, EngineEvent, Finished, Mix, Refused, Request, Sampling, Started, Token
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 
@@ -33,7 +33,7 @@ class Shelf:
     def __init__(self, *adapters: Adapter) -> None:
         self.by_digest = {a.digest(): a for a in adapters}
         self.reads: list[str] = []
-        self.gate: threading.Event | None = None
+        self.gate: threading.EngineEvent | None = None
 
     def __call__(self, digest: str, problems: Problems) -> Adapter:
         self.reads.append(digest)
@@ -214,7 +214,7 @@ def test_an_adapter_that_cannot_be_read_fails_its_own_request_alone() -> None:
 def test_reading_an_adapter_never_stops_the_others() -> None:
     model = fresh()
     shelf = Shelf(trained(model, 1))
-    shelf.gate = threading.Event()
+    shelf.gate = threading.EngineEvent()
     slow = next(iter(shelf.by_digest))
 
     async def both(engine: TextEngine) -> None:
@@ -238,7 +238,7 @@ def test_a_client_that_leaves_gives_everything_back() -> None:
     long = Sampling(max_tokens=200, temperature=0.0, ignore_eos=True)
 
     async def leave(engine: TextEngine) -> None:
-        events: AsyncIterator[Event] = engine.events(Request(prompt(9), long, mix))
+        events: AsyncIterator[EngineEvent] = engine.events(Request(prompt(9), long, mix))
         seen = 0
         async for event in events:
             seen += isinstance(event, Token)
@@ -417,7 +417,7 @@ def test_an_engine_says_when_it_serves_nobody() -> None:
     model = fresh()
     with engine_of(model, Shelf(), stuck_seconds=0.2) as engine:
         own: Callable[..., Any] = engine.runner.run
-        gate = threading.Event()
+        gate = threading.EngineEvent()
         assert engine.problem() == ""
 
         def fails(rows: Any) -> Any:
@@ -464,7 +464,7 @@ def test_a_grammar_that_breaks_ends_its_own_row_and_the_others_take_their_tokens
                 raise RuntimeError("a bug")
 
         async def both() -> list[Any]:
-            loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Event]()
+            loop, inbox = asyncio.get_running_loop(), asyncio.Queue[EngineEvent]()
             engine._admit(Request(prompt(9, 1), GREEDY), Broken(), inbox.put_nowait, loop)
             good = await answer(engine, Request(prompt(9), replace(GREEDY, seed=3, temperature=1.0)))
             while not isinstance(event := await inbox.get(), Finished):
@@ -480,7 +480,7 @@ def test_a_grammar_that_breaks_ends_its_own_row_and_the_others_take_their_tokens
 def test_masks_are_made_while_the_model_computes() -> None:
     with engine_of(fresh(), Shelf()) as engine:
         own: Callable[..., Any] = engine.runner.run
-        computing, masked = threading.Event(), threading.Event()
+        computing, masked = threading.EngineEvent(), threading.EngineEvent()
         beside: list[bool] = []
 
         def run_slowly(rows: Any) -> Any:
@@ -504,7 +504,7 @@ def test_masks_are_made_while_the_model_computes() -> None:
         engine.runner.run = run_slowly  # type: ignore[method-assign]
 
         async def ask() -> Finished:
-            inbox = asyncio.Queue[Event]()
+            inbox = asyncio.Queue[EngineEvent]()
             request = Request(prompt(9), Sampling(max_tokens=3, temperature=0.0, ignore_eos=True))
             engine._admit(request, Watched(), inbox.put_nowait, asyncio.get_running_loop())
             while not isinstance(event := await inbox.get(), Finished):

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live
-from veneer.serve.http.house import LoraNumbers
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +22,9 @@ def _served(text: ToyText) -> Iterator[Live]:
 
 @pytest.fixture
 def server(_served: Live) -> Live:
-    house = _served.house
-    _served.engine = house.engine = ToyEngine(_served.engine.text)
-    _served.catalog = house.catalog = ToyCatalog()
-    house.loras, house.default, house.phase = LoraNumbers(), {}, "ready"
-    house.__post_init__()  # metrics from zero
+    service = _served.service
+    _served.engine = service.engine = ToyEngine(_served.engine.text)
+    _served.catalog = service.catalog = ToyCatalog()
+    service.phase = "ready"
+    service.__post_init__()  # metrics and numbers from zero
     return _served

@@ -11,11 +11,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live, wait_for
-from veneer.serve.access import Caller, ModelCard
-from veneer.serve.http.app import create_app
-from veneer.serve.http.house import HttpSettings, ShadowAnswer
+from tests.serve.http.toy import Live, Noting, ToyCatalog, ToyEngine, ToyTenancy, ToyText, live, toy_app, wait_for
+from veneer.serve.access import Caller, ModelCard, ShadowAnswer
 from veneer.serve.request import Finished, Request, Usage
+from veneer.serve.settings import HttpSettings
 
 CHAT: Any = {"model": "sql", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30}
 
@@ -34,7 +33,7 @@ def test_health_and_readiness(server: Live) -> None:
     assert server.get("/health").json() == {"status": "ok"}
     assert server.get("/ready").status_code == 200
     for phase in ("loading", "draining"):
-        server.house.phase = phase
+        server.service.phase = phase
         assert server.get("/health").status_code == 200
         answer = server.get("/ready")
         assert (answer.status_code, answer.json()) == (503, {"status": phase})
@@ -208,8 +207,9 @@ def test_the_end_user_reaches_the_catalog(text: ToyText) -> None:
 
 
 def test_a_shadow_answers_and_is_never_sent(text: ToyText) -> None:
-    answers: list[ShadowAnswer] = []
-    with live(ToyEngine(text), ToyCatalog(), on_shadow=answers.append) as server:
+    tenancy = Noting()
+    answers = tenancy.answers
+    with live(ToyEngine(text), ToyCatalog(), tenancy) as server:
         said = server.post("/v1/chat/completions", {**CHAT, "model": "stable"}).json()
         assert said["choices"][0]["message"]["content"] == "[d-sql*1] Hi"
         wait_for(lambda: answers)
@@ -227,8 +227,13 @@ def test_a_shadow_that_is_broken_off_is_a_failure_and_nobodys_share(text: ToyTex
                 yield event
 
     answers: list[ShadowAnswer] = []
+
+    class Kept(ToyTenancy):
+        def note_shadow(self, answer: ShadowAnswer) -> None:
+            answers.append(answer)
+
     engine = Breaks(text)
-    with live(engine, ToyCatalog(), ToyTenancy(), on_shadow=answers.append) as server:
+    with live(engine, ToyCatalog(), Kept()) as server:
         assert server.post("/v1/chat/completions", {**CHAT, "model": "stable", "max_tokens": 9}, "acme").is_success
         wait_for(lambda: answers)
     assert answers[0].error == "its answer was broken off"
@@ -264,10 +269,10 @@ BODIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("path", BODIES)
 def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> None:
     """Every key of every body in turn with every nasty value, the other keys as they should be."""
-    from veneer.serve.http.surfaces import llama_cpp, openai_bodies, tgi, vllm
+    from veneer.serve.http.surfaces import llama_cpp, openai, tgi, vllm
 
     models: dict[str, Any] = {
-        "/v1/chat/completions": openai_bodies.Chat, "/v1/completions": openai_bodies.Completion,
+        "/v1/chat/completions": openai.ChatBody, "/v1/completions": openai.CompletionBody,
         "/completion": llama_cpp.Completion, "/generate": tgi.Parameters, "/tokenize": vllm.Tokenize,
         "/detokenize": vllm.Detokenize, "/v1/load_lora_adapter": vllm.Load,
     }  # fmt: skip
@@ -278,7 +283,7 @@ def test_no_value_of_any_key_makes_the_server_fail(text: ToyText, path: str) -> 
             for value in NASTY:
                 given = {key: value}
                 bodies.append({**BODIES[path], **({"parameters": given} if path == "/generate" else given)})
-    app = create_app(ToyEngine(text), ToyCatalog(), None, text)
+    app = toy_app(ToyEngine(text), ToyCatalog())
 
     async def ask() -> set[int]:
         statuses = set()
@@ -348,12 +353,12 @@ def test_names_reach_no_file_system(server: Live, path: str) -> None:
 
 def test_health_is_the_engines(server: Live) -> None:
     assert server.get("/health").json() == {"status": "ok"}
-    server.engine.problem = lambda: "the engine's thread has ended"  # type: ignore[attr-defined]
+    server.engine.problem = lambda: "the engine's thread has ended"  # type: ignore[method-assign]
     for path in ("/health", "/ready"):
         answer = server.get(path)
         assert (answer.status_code, answer.json()["status"]) == (503, "failing")
         assert answer.json()["reason"] == "the engine's thread has ended"
-    server.engine.problem = lambda: ""  # type: ignore[attr-defined]
-    server.engine.trouble = lambda: "no replica answers"  # type: ignore[attr-defined]
+    server.engine.problem = lambda: ""  # type: ignore[method-assign]
+    server.engine.trouble = lambda: "no replica answers"  # type: ignore[method-assign]
     assert server.get("/health").status_code == 200
     assert (server.get("/ready").status_code, server.get("/ready").json()["reason"]) == (503, "no replica answers")

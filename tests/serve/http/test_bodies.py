@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live
-from veneer.serve.http.bodies import CHUNK, DEPTH, VALUES, count, read_json
-from veneer.serve.http.house import HttpSettings
+from veneer.serve.http.bodies import CHUNK, DEPTH, VALUES, count_values, read_json
 from veneer.serve.request import Refused
+from veneer.serve.settings import HttpSettings
 
 SURFACES = {
     "/v1/completions": "prompt", "/v1/chat/completions": "messages", "/generate": "inputs", "/completion": "prompt",
@@ -38,7 +38,7 @@ def counted(value: Any) -> tuple[int, int]:
 @given(VALUE, st.booleans(), st.sampled_from([None, 1]))
 def test_what_is_counted_is_what_json_holds(value: Any, ascii: bool, indent: int | None) -> None:
     data = json.dumps(value, ensure_ascii=ascii, indent=indent).encode("utf-8", "replace")
-    values, depth = count(data)
+    values, depth = count_values(data)
     wanted, deep = counted(json.loads(data))
     assert depth == deep
     assert wanted <= values <= 2 * wanted + 1
@@ -48,10 +48,10 @@ def test_what_is_counted_is_what_json_holds(value: Any, ascii: bool, indent: int
 def test_a_text_that_spans_pieces_is_one_value() -> None:
     for n in range(4):  # a backslash, or what it escapes, at the edge of a piece
         text = "x" * (CHUNK - 3 + n) + '\\" [[[, \\\\' * 3
-        assert count(json.dumps({"a": text}).encode()) == (3, 1)
+        assert count_values(json.dumps({"a": text}).encode()) == (3, 1)
         assert read_json(json.dumps({"a": text}).encode()) == {"a": text}
-    assert count(b'"' + b"\\" * (2 * CHUNK) + b'",[') == (3, 1)
-    assert count(b'"' + b"\\" * (2 * CHUNK + 1) + b'",[') == (1, 0)
+    assert count_values(b'"' + b"\\" * (2 * CHUNK) + b'",[') == (3, 1)
+    assert count_values(b'"' + b"\\" * (2 * CHUNK + 1) + b'",[') == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_body_with_many_faults_is_told_few(small: Live, path: str, body: Any) 
 
 
 def test_a_prompt_that_no_context_could_hold_is_not_tokenised(small: Live) -> None:
-    text = "x" * (small.house.prompts.most + 1)
+    text = "x" * (small.service.prompts.most + 1)
     before = len(small.engine.seen)
     for path, key in SURFACES.items():
         value = [{"role": "user", "content": text}] if key == "messages" else text
@@ -137,7 +137,7 @@ def test_a_prompt_that_no_context_could_hold_is_not_tokenised(small: Live) -> No
 
 
 def test_tokens_are_the_tokenizers_own(small: Live) -> None:
-    prompts, tokenizer = small.house.prompts, small.house.text.tokenizer
+    prompts, tokenizer = small.service.prompts, small.service.text.tokenizer
     assert prompts._reader is not None  # the copy that threads share
     for text in ("", "Hello, the printer!", "<|im_start|>user\nHi<|im_end|>", "naïve 東京 🙂", " a  b\t\n"):
         for special in (True, False):

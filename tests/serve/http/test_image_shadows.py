@@ -11,17 +11,13 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.serve.http.toy import ToyText
-from tests.serve.pictures_here import Names, served, shelf_of
+from tests.serve.http.toy import Noting
+from tests.serve.pictures_here import Names, picture_app, served, shelf_of
 from tests.tiny_image_base import tiny_image_base
 from veneer.models.image.base import load_image
-from veneer.serve.access import BEHIND, Caller, OpenAccess, Served
-from veneer.serve.http.app import create_app
-from veneer.serve.http.house import HttpSettings, ShadowAnswer
-from veneer.serve.http.surfaces.images import router
+from veneer.serve.access import BEHIND, Caller, Served
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.pictures.request import PictureRequest
-from veneer.serve.server import _NoText
 
 
 class Shadowed(Names):
@@ -57,14 +53,13 @@ def test_a_shadow_draws_too_and_is_never_sent(
     engine: PictureEngine, names: Shadowed, shadow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another adapter is some way apart, the same one is the same, and one that fails disturbs nobody."""
-    answers: list[ShadowAnswer] = []
+    tenancy = Noting()
+    answers = tenancy.answers
     drawn: list[PictureRequest] = []
     own = engine.events
     monkeypatch.setattr(engine, "events", lambda requests: drawn.extend(requests) or own(requests))
     names.shadow = shadow, names.shelf.digest.get(shadow, "gone")
-    images = router(engine, names, OpenAccess())
-    app = create_app(_NoText(engine), names, OpenAccess(), ToyText(), images, HttpSettings(), on_shadow=answers.append)
-    with served(app) as at:
+    with served(picture_app(engine, names, tenancy)) as at:
 
         def ask(model: str) -> str:
             body = {"prompt": "a cat", "model": model, "num_inference_steps": 2, "seed": 7}

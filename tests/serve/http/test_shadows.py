@@ -15,7 +15,6 @@ from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live, wai
 from veneer.library.database import reading
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Refused, make_mix
-from veneer.serve.server import _operator
 from veneer.serve.tenancy import manage, rollouts
 from veneer.serve.tenancy.store import Price
 from veneer.serve.tenancy.tenants import Tenants
@@ -48,8 +47,7 @@ def server(tenants: Tenants) -> Iterator[tuple[Live, str]]:
     manage.add_tenant(tenants.store, "acme", who="me")
     _, key = manage.make_tenant_key(tenants.store, "acme", who="me")
     manage.set_price(tenants.store, "", "", Price(10_000_000, 10_000_000, 10_000_000), who="me")
-    more = {k: v for k, v in _operator(tenants, []).items() if k == "on_shadow"}
-    with live(ToyEngine(ToyText(tools=True)), Shadowed(), tenants, **more) as served:
+    with live(ToyEngine(ToyText(tools=True)), Shadowed(), tenants) as served:
         yield served, key
 
 
@@ -57,7 +55,7 @@ def ask(server: Live, key: str, model: str, text: str = "Hi") -> dict[str, Any]:
     body = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 30}
     answer = server.post("/v1/chat/completions", body, key)
     assert answer.status_code == 200, answer.text
-    wait_for(lambda: not server.house.behind)
+    wait_for(lambda: not server.service.shadows.running)
     return dict(answer.json()["usage"])
 
 
@@ -104,7 +102,7 @@ def test_metrics_have_series_of_shadows(server: tuple[Live, str]) -> None:
     live_one, key = server
     for model in ("stable", "canary", "risky"):
         ask(live_one, key, model)
-    text = live_one.house.metrics.text().decode()
+    text = live_one.service.metrics.text().decode()
     found = re.findall(r'shadow_answers_total\{outcome="(\w+)",route="(\w+)",shadow="([^"]+)"\} 1\.0', text)
     assert sorted(found) == [
         ("different", "stable", "polite"),

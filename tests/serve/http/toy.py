@@ -20,12 +20,17 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 
 from tests.tiny_base import tiny_tokenizer
-from veneer.serve.access import Caller, Kept, ModelCard, Served
+from veneer.serve.access import Caller, Catalog, ModelCard, NoWait, OpenAccess, Served, ShadowAnswer, Tenancy
+from veneer.serve.http.app import create_app
+from veneer.serve.http.prompts import TokenizedBase
+from veneer.serve.http.service import Service
 from veneer.serve.request import (
+    Engine,
+    EngineEvent,
     EngineStats,
-    Event,
     Finished,
     Mix,
     Refused,
@@ -36,6 +41,7 @@ from veneer.serve.request import (
     make_mix,
     mix_digest,
 )
+from veneer.serve.settings import HttpSettings
 
 TOOL_TEMPLATE = (
     "{% if tools %}{{ '<|im_start|>system\ntools: ' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
@@ -44,21 +50,18 @@ TOOL_TEMPLATE = (
 )
 
 
-class ToyText:
-    """What surfaces need of a base, on the tiny tokenizer."""
+class ToyText(TokenizedBase):
+    """A base that reads prompts by the tiny tokenizer."""
 
     def __init__(self, tools: bool = False, context: int = 512) -> None:
-        self.name, self.tokenizer, self.context = "toy", tiny_tokenizer(), context
+        tokenizer = tiny_tokenizer()
         if tools:
-            self.tokenizer.chat_template = TOOL_TEMPLATE
-
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self.tokenizer.chat_template)
+            tokenizer.chat_template = TOOL_TEMPLATE
+        super().__init__("toy", tokenizer, context, bool(tokenizer.chat_template))
 
 
 @dataclass
-class ToyEngine:
+class ToyEngine(Engine[Request, EngineEvent]):
     text: ToyText
     seen: list[Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -69,7 +72,7 @@ class ToyEngine:
     def stats(self) -> EngineStats:
         return EngineStats(self.running, 0, 0.25, 3, 7, 1, 11, self.prompt_tokens, self.made)
 
-    async def events(self, request: Request) -> AsyncIterator[Event]:
+    async def events(self, request: Request) -> AsyncIterator[EngineEvent]:
         self.seen.append(request)
         said = self.text.tokenizer.decode(request.prompt)
         last = _last_line(said)
@@ -107,7 +110,7 @@ class ToyEngine:
             if not done:
                 self.cancelled.append(request.id)
 
-    async def _tokens(self, request: Request, last: str) -> AsyncIterator[Event]:
+    async def _tokens(self, request: Request, last: str) -> AsyncIterator[EngineEvent]:
         s, tokenizer = request.sampling, self.text.tokenizer
         answer = rule(request.mix, last) if s.grammar is None else fitting(*s.grammar)
         if s.temperature > 0 and s.seed is not None and "SEED" in last:
@@ -185,7 +188,7 @@ def _instance(schema: Any) -> Any:
 
 
 @dataclass
-class ToyCatalog:
+class ToyCatalog(Catalog):
     """Adapters by name; a route with a shadow; loads that fail as their source says."""
 
     base: str = "toy"
@@ -245,7 +248,7 @@ class ToyCatalog:
 
 
 @dataclass
-class ToyTenancy:
+class ToyTenancy(Tenancy):
     """Two keys: `admin` sees all; `acme` sees sql alone, and may have 40 tokens an answer and one request at once."""
 
     bills: list[tuple[str, Usage]] = field(default_factory=list)
@@ -279,9 +282,9 @@ class ToyBill:
     tenancy: ToyTenancy
     tenant: str
 
-    def used(self, usage: Usage) -> Kept:
+    def used(self, usage: Usage) -> NoWait:
         self.tenancy.bills.append((self.tenant, usage))
-        return Kept()
+        return NoWait()
 
 
 # -- a live server -----------------------------------------------------------------------------------------------------
@@ -289,7 +292,7 @@ class ToyBill:
 
 @dataclass
 class Live:
-    """A server on a free port, in a thread of its own; `house` is its app's."""
+    """A server on a free port, in a thread of its own; `service` is its app's."""
 
     url: str
     app: Any
@@ -298,8 +301,8 @@ class Live:
     client: httpx.Client
 
     @property
-    def house(self) -> Any:
-        return self.app.state.house
+    def service(self) -> Any:
+        return self.app.state.service
 
     def post(self, path: str, body: Any, key: str | None = None, **options: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -317,11 +320,35 @@ class Live:
         return [b if b == "[DONE]" else json.loads(b) for b in blocks]
 
 
-@contextmanager
-def live(engine: ToyEngine, catalog: ToyCatalog, tenancy: Any = None, **options: Any) -> Iterator[Live]:
-    from veneer.serve.http.app import create_app
+def toy_app(
+    engine: ToyEngine,
+    catalog: ToyCatalog,
+    tenancy: Tenancy | None = None,
+    settings: HttpSettings | None = None,
+    **options: Any,
+) -> FastAPI:
+    service = Service(engine, catalog, tenancy or OpenAccess(), engine.text, settings or HttpSettings())
+    return create_app(service, **options)
 
-    app = create_app(engine, catalog, tenancy, engine.text, **options)
+
+class Noting(OpenAccess):
+    """Keeps how answers of shadows compared."""
+
+    def __init__(self) -> None:
+        self.answers: list[ShadowAnswer] = []
+
+    def note_shadow(self, answer: ShadowAnswer) -> None:
+        self.answers.append(answer)
+
+
+@contextmanager
+def live(
+    engine: ToyEngine,
+    catalog: ToyCatalog,
+    tenancy: Tenancy | None = None,
+    settings: HttpSettings | None = None,
+) -> Iterator[Live]:
+    app = toy_app(engine, catalog, tenancy, settings)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -351,4 +378,16 @@ def wait_for(ready: Any, seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-__all__ = ["Live", "ToyCatalog", "ToyEngine", "ToyTenancy", "ToyText", "free_port", "live", "mix_digest", "wait_for"]
+__all__ = [
+    "Live",
+    "Noting",
+    "ToyCatalog",
+    "ToyEngine",
+    "ToyTenancy",
+    "ToyText",
+    "free_port",
+    "live",
+    "mix_digest",
+    "toy_app",
+    "wait_for",
+]

@@ -28,7 +28,7 @@ from veneer.library.library import open_library
 from veneer.models.image.base import ImageBase, load_image
 from veneer.serve.pictures import engine as pictures
 from veneer.serve.pictures.engine import PictureEngine, _Turns
-from veneer.serve.pictures.request import Drawn, Preview, Queued, Step
+from veneer.serve.pictures.request import FinishedPicture, PartialPicture, PictureStep, Queued
 from veneer.serve.request import Refused
 
 
@@ -109,20 +109,20 @@ def test_steps_and_previews_are_told(engine: PictureEngine) -> None:
     made = asyncio.run(collect(engine, *requests, on_event=lambda i, event: events.append((i, event))))
     own = [event for i, event in events if i == 0]
     assert isinstance(own[0], Queued)
-    assert [event.done for event in own if isinstance(event, Step)] == list(range(1, 9))
-    previews = [event for event in own if isinstance(event, Preview)]
+    assert [event.done for event in own if isinstance(event, PictureStep)] == list(range(1, 9))
+    previews = [event for event in own if isinstance(event, PartialPicture)]
     assert [event.index for event in previews] == [0, 1, 2]
-    assert not [event for i, event in events if i == 1 and isinstance(event, Preview)]
+    assert not [event for i, event in events if i == 1 and isinstance(event, PartialPicture)]
     final = np.asarray(made[0].made.image).astype(float)
     far = [np.abs(np.asarray(event.image).astype(float) - final).mean() for event in previews]
     assert far[2] < far[0], "a later one is nearer to the picture"
 
 
 def test_who_leaves_costs_nothing_more(engine: PictureEngine) -> None:
-    async def run() -> tuple[int, list[Drawn]]:
+    async def run() -> tuple[int, list[FinishedPicture]]:
         async with aclosing(engine.events([ask(1, steps=100)])) as events:
             async for _, event in events:
-                if isinstance(event, Step):
+                if isinstance(event, PictureStep):
                     break
         while engine.stats().running:
             await asyncio.sleep(0.01)
@@ -198,7 +198,7 @@ def test_a_full_queue_refuses_and_so_does_a_closed_one(base: ImageBase, shelf: S
 def test_closing_may_finish_what_waits(base: ImageBase, shelf: Shelf) -> None:
     engine = PictureEngine(base, shelf.read, window=5.0)
 
-    async def run() -> list[Drawn]:
+    async def run() -> list[FinishedPicture]:
         first = asyncio.create_task(collect(engine, ask(1), ask(2)))
         while engine.stats().waiting < 2:
             await asyncio.sleep(0.001)

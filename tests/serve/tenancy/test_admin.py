@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from tests.serve.http.toy import ToyCatalog
 from veneer.errors import ConfigError
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Refused, Usage
@@ -32,7 +32,7 @@ def tenants(quick: Path) -> Iterator[Tenants]:
 @pytest.fixture
 def call(tenants: Tenants) -> Call:
     app = FastAPI()
-    app.include_router(admin_router(tenants))
+    app.include_router(admin_router(tenants, ToyCatalog()))
 
     def ask(method: str, path: str, body: Any = None, key: str | None = ADMIN, **query: Any) -> httpx.Response:
         async def go() -> httpx.Response:
@@ -117,7 +117,7 @@ def test_limits_prices_routes_usage_and_audit(call: Call, tenants: Tenants) -> N
 def test_only_the_admin_key_opens_anything(call: Call, tenants: Tenants) -> None:
     call("POST", "/tenants", {"name": "acme"})
     tenants_key = call("POST", "/tenants/acme/keys", {}).json()["key"]
-    routes = [(method, r.path) for r in admin_router(tenants).routes for method in r.methods]  # type: ignore[attr-defined]
+    routes = [(method, r.path) for r in admin_router(tenants, ToyCatalog()).routes for method in r.methods]  # type: ignore[attr-defined]
     assert len(routes) > 20
     for method, path in routes:
         for key in (None, "", "x", tenants_key, f"sha256:{tenants.admin_hash}"):
@@ -127,7 +127,7 @@ def test_only_the_admin_key_opens_anything(call: Call, tenants: Tenants) -> None
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "unauthorized"), (method, path)
     tenants.admin_hash = None
     with pytest.raises(ConfigError, match="admin key"):
-        admin_router(tenants)
+        admin_router(tenants, ToyCatalog())
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,7 @@ def test_a_route_is_checked_against_what_the_server_answers_by_before_it_moves(t
     """A target or a shadow that is not there or cannot be served: 400 that says which, and nothing has moved."""
     there = {"v1", "v2"}
 
-    class Catalog:
-        base = "smol"
-
+    class Names(ToyCatalog):
         def check(self, name: str) -> None:
             if name == "down":
                 raise Refused("the store cannot be used", status=503, code="unavailable")
@@ -196,8 +194,7 @@ def test_a_route_is_checked_against_what_the_server_answers_by_before_it_moves(t
                 raise Refused(f"The model {name!r} does not exist.", status=404, code="model_not_found")
 
     app = FastAPI()
-    app.include_router(admin_router(tenants))
-    app.state.house = SimpleNamespace(catalog=Catalog())
+    app.include_router(admin_router(tenants, Names("smol")))
 
     def call(method: str, path: str, body: Any) -> httpx.Response:
         async def go() -> httpx.Response:

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from sqlalchemy import delete, func, select, update
 
 from tests.library.conftest import postgres_server
+from tests.serve.http.toy import ToyCatalog
 from tests.serve.tenancy.conftest import Clock
 from tests.serve.tenancy.test_tenants import ask, refused, rows, run
 from veneer.errors import ResourceError
@@ -410,7 +411,7 @@ def test_a_stopped_postgresql_holds_up_nobody_whose_key_is_known(quick: Path, ca
                 assert 100 < len(refusals) < 280  # its room is a bound, and 32 pages of 4 KiB hold more than 20
                 assert set(refusals) == {(503, "overloaded", "what requests take cannot be recorded now")}
                 app = FastAPI()
-                app.include_router(admin_router(tenants))
+                app.include_router(admin_router(tenants, ToyCatalog()))
                 async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
                     answer = await client.get(
                         "/admin/tenants", headers={"authorization": f"Bearer {ADMIN}"}, timeout=30

@@ -58,7 +58,7 @@ def test_no_spelling_of_a_mix_evades_the_price_of_its_parts(tmp_path: Path) -> N
             ask = {"model": "", "prompt": [5, 6, 7, 8, 9], "max_tokens": 3, "ignore_eos": True} | body
             answer = server.http.post("/v1/completions", json=ask, headers={"authorization": f"Bearer {key}"})
             assert answer.status_code == 200, answer.text
-            assert server.built.house.tenancy.ledger.flush()  # type: ignore[attr-defined]
+            assert server.built.service.tenancy.ledger.flush()  # type: ignore[attr-defined]
             with reading(store.engine) as c:
                 total = usage(c, by=())[0]["cost"]
             costs.append(total - sum(costs))
@@ -67,7 +67,7 @@ def test_no_spelling_of_a_mix_evades_the_price_of_its_parts(tmp_path: Path) -> N
             apart = usage(c, by=("adapter",))
         series = server.http.get("/metrics", headers={"authorization": f"Bearer {ADMIN}"}).text
     assert costs == [cost for _, cost in asked]
-    assert names == {"plain@1", "rs@1", server.built.house.catalog.base}
+    assert names == {"plain@1", "rs@1", server.built.service.catalog.base}
     assert sum(r["cost"] for r in apart) == sum(costs)
     for name in ("owed", "lag_seconds", "away"):
         (line,) = (line for line in series.splitlines() if line.startswith(f"veneer:ledger_{name}{{"))
@@ -85,7 +85,7 @@ def test_the_ledgers_settings_reach_it(tmp_path: Path, sync: bool) -> None:
         "ledger_days": 3.0,
     }
     with served(shop, tenants=where, **settings) as server:
-        tenants: Any = server.built.house.tenancy
+        tenants: Any = server.built.service.tenancy
         assert tenants._keep_days == 3.0
         (file,) = (tmp_path / "here").glob("*.sqlite")
         assert 1 << 20 <= file.stat().st_size < 3 << 19

@@ -38,7 +38,18 @@ from veneer.serve.forward.runner import Prepared, Row, Runner, WeightKind
 from veneer.serve.names.resident import Lease, Residents
 from veneer.serve.names.shelf import Problems
 from veneer.serve.outage import fault
-from veneer.serve.request import BASE, EngineStats, Event, Finished, Refused, Request, Started, Token, Usage
+from veneer.serve.request import (
+    BASE,
+    Engine,
+    EngineEvent,
+    EngineStats,
+    Finished,
+    Refused,
+    Request,
+    Started,
+    Token,
+    Usage,
+)
 
 __all__ = ["EngineSettings", "TextEngine"]
 
@@ -71,6 +82,10 @@ class EngineSettings:
     stuck_seconds: float = 120.0
 
 
+_Note = tuple[Callable[[EngineEvent], None], EngineEvent]
+"""An event, and who is told of it."""
+
+
 @dataclass(eq=False)
 class _Live:
     """A request in the engine."""
@@ -78,7 +93,7 @@ class _Live:
     request: Request
     draws: Draws
     answer: Answer
-    tell: Callable[[Event], None]
+    tell: Callable[[EngineEvent], None]
     loop: asyncio.AbstractEventLoop
     came: float
     sequence: Sequence | None = None
@@ -98,7 +113,7 @@ class _Counts:
     generated: int = 0
 
 
-class TextEngine:
+class TextEngine(Engine[Request, EngineEvent]):
     """Serves a text base. `read`: (digest, problems) -> adapter, from disk, refused where `problems` finds any. Start
     it before use and stop it at the end."""
 
@@ -128,7 +143,7 @@ class TextEngine:
         self._live: dict[Sequence, _Live] = {}
         self._by_id: dict[str, _Live] = {}
         self._box: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Callable[[Event], None], Event]]] = defaultdict(list)
+        self._outbox: dict[asyncio.AbstractEventLoop, list[_Note]] = defaultdict(list)
         self._state: Literal["new", "open", "draining", "closed"] = "new"
         self._counts = _Counts()
         self._texts: dict[int, str] = {}
@@ -160,6 +175,12 @@ class TextEngine:
         self._masks.shutdown(wait=True)
         self._compiles.close()
         self.runner.close()
+
+    async def begin(self) -> None:
+        self.start()
+
+    async def end(self) -> None:
+        await asyncio.to_thread(self.stop)
 
     def __enter__(self) -> TextEngine:
         return self.start()
@@ -200,10 +221,10 @@ class TextEngine:
 
     # -- the async side ------------------------------------------------------------------------------------------------
 
-    async def events(self, request: Request) -> AsyncIterator[Event]:
+    async def events(self, request: Request) -> AsyncIterator[EngineEvent]:
         """See request.Engine."""
         self._check(request)
-        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[EngineEvent]()
         grammar: Constraint | None = None
         if request.sampling.grammar is not None:
             from veneer.serve.engine.grammar import matcher
@@ -245,7 +266,7 @@ class TextEngine:
         self,
         request: Request,
         grammar: Constraint | None,
-        tell: Callable[[Event], None],
+        tell: Callable[[EngineEvent], None],
         loop: asyncio.AbstractEventLoop,
     ) -> _Live:
         ends = () if request.sampling.ignore_eos else self.base.stop_ids
@@ -453,7 +474,7 @@ class TextEngine:
         text = live.answer.rest() if reason != "cancelled" else ""
         self._tell(live, Finished(reason, usage, stop, text, error))
 
-    def _tell(self, live: _Live, event: Event) -> None:
+    def _tell(self, live: _Live, event: EngineEvent) -> None:
         self._outbox[live.loop].append((live.tell, event))
 
     def _send(self) -> None:
@@ -486,6 +507,6 @@ class TextEngine:
         self._box.put(lambda: self.runner.let_go(key))
 
 
-def _deliver(events: list[tuple[Callable[[Event], None], Event]]) -> None:
+def _deliver(events: list[_Note]) -> None:
     for tell, event in events:
         tell(event)

@@ -46,7 +46,18 @@ from veneer.serve.fleet.folders import Folders, is_made, rendezvous
 from veneer.serve.fleet.remote import Decode, Failed, NotThere, Remote, parse_upstream, recognise
 from veneer.serve.fleet.servable import servable, served_name
 from veneer.serve.outage import fault, is_outage, outage
-from veneer.serve.request import EngineStats, Event, Finished, Mix, Refused, Request, Started, Token, Usage
+from veneer.serve.request import (
+    Engine,
+    EngineEvent,
+    EngineStats,
+    Finished,
+    Mix,
+    Refused,
+    Request,
+    Started,
+    Token,
+    Usage,
+)
 
 __all__ = ["Fleet", "FleetAdapters", "Replica"]
 
@@ -96,7 +107,7 @@ class Replica:
         }
 
 
-class Fleet:
+class Fleet(Engine[Request, EngineEvent]):
     """`files`: digest -> the path of that adapter's files, as the library resolves it. `decode`: the base's tokenizer,
     special tokens included. `cache`: where folders for replicas are made; replicas read them by the same path, so it
     and the library are on a disk that they share. `copies`: on how many replicas an adapter is loaded, None for all;
@@ -165,6 +176,12 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.aclose()
+
+    async def begin(self) -> None:
+        await self.__aenter__()
+
+    async def end(self) -> None:
+        await self.__aexit__(None, None, None)
 
     async def _watching(self) -> None:
         while True:
@@ -389,7 +406,7 @@ class Fleet:
                 return _freest(here)
         raise refusals[0] if refusals else await self._nowhere(name, up)
 
-    async def events(self, request: Request) -> AsyncGenerator[Event, None]:
+    async def events(self, request: Request) -> AsyncGenerator[EngineEvent, None]:
         """The engine's protocol: Started, Tokens, Finished. Started comes with the first token, because until then
         another replica may have to answer."""
         if self.closing:

@@ -8,32 +8,29 @@ slower than it may come (408). What the request holds of the server's room it gi
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
-import typing
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer import __version__
-from veneer.serve.access import Catalog, OpenAccess, Tenancy
 from veneer.serve.engine.admission import Place
-from veneer.serve.http.bodies import LARGE
-from veneer.serve.http.errors import Json, answer_error, as_refused, from_validation
-from veneer.serve.http.fields import Body
-from veneer.serve.http.house import House, HttpSettings, ShadowAnswer, client_key, house_of, need_admin
-from veneer.serve.http.prompts import Prompts, Text
-from veneer.serve.http.running import ClientLeft
-from veneer.serve.http.surfaces import llama_cpp, openai, tgi, vllm
-from veneer.serve.request import Engine, Refused
+from veneer.serve.http.answers import ClientLeft
+from veneer.serve.http.bodies import LARGE, body_error, keys_of_bodies
+from veneer.serve.http.errors import Json, answer_error, as_refused
+from veneer.serve.http.service import Service, client_key, need_admin, service_of
+from veneer.serve.http.surfaces.llama_cpp import llama_cpp_routes
+from veneer.serve.http.surfaces.openai import openai_routes
+from veneer.serve.http.surfaces.tgi import tgi_routes
+from veneer.serve.http.surfaces.vllm import sglang_routes, vllm_routes
+from veneer.serve.request import Refused
+from veneer.serve.settings import HttpSettings
 
 __all__ = ["create_app"]
 
@@ -42,62 +39,35 @@ STRANGERS = "?"
 OPEN = ("/health", "/ping", "/ready", "/version", "/docs", "/openapi.json", "/redoc")
 """Paths that need no key."""
 
-_SHADOWS = logging.getLogger("veneer.serve.shadow")
-
 
 def create_app(
-    engine: Engine,
-    catalog: Catalog,
-    tenancy: Tenancy | None,
-    base: Text,
-    images: APIRouter | None = None,
-    settings: HttpSettings | None = None,
-    *,
-    routers: Sequence[APIRouter] = (),
-    unguarded: Sequence[str] = (),
-    on_shadow: Callable[[ShadowAnswer], None] | None = None,
-    on_change: Callable[[str, str, object], None] | None = None,
-    lifespan: Any = None,
+    service: Service, *, routers: Sequence[APIRouter] = (), unguarded: Sequence[str] = (), lifespan: Any = None
 ) -> FastAPI:
-    """All surfaces over one engine.
+    """All surfaces over one engine, each of which finds `request.app.state.service`.
 
-    `tenancy` None: no keys, no limits. `base`: a TextBase, or what `Text` says of one. `images`, `routers`: further
-    routes behind the same door; they find `request.app.state.house`. `unguarded`: prefixes of paths that look after
-    their own keys. The app's `state.house.phase` is ready; a server that drains sets it."""
-    chosen = settings or HttpSettings()
-    house = House(engine, catalog, tenancy or OpenAccess(), Prompts(base), chosen, on_shadow or _log_shadow)
-    if on_change is not None:
-        house.on_change = on_change
+    `routers`: further routes behind the same door. `unguarded`: prefixes of paths that look after their own keys."""
     app = FastAPI(title="veneer", version=__version__, lifespan=lifespan, redoc_url=None)
-    app.state.house = house
+    app.state.service = service
     surfaces: dict[str, str] = {}
-    for router in (openai.router, vllm.router, vllm.sglang, tgi.router, llama_cpp.router, _service()):
+    own = [openai_routes, vllm_routes, sglang_routes, tgi_routes, llama_cpp_routes, _health()]
+    for router in own:
         surfaces |= {getattr(r, "path", ""): str(router.tags[0]) for r in router.routes}
-        app.include_router(router)
-    for router in (*([images] if images is not None else []), *routers):
+    if service.engine.makes == "pictures":
+        from veneer.serve.http.surfaces.images import images_routes  # late: a server of texts needs none of it
+
+        own.append(images_routes)
+    for router in (*own, *routers):
         app.include_router(router)
     _tell_errors(app, surfaces)
-    app.add_middleware(Door, house=house, surfaces=surfaces, unguarded=tuple(unguarded))
-    if chosen.cors:
+    app.add_middleware(Door, service=service, surfaces=surfaces, unguarded=tuple(unguarded))
+    if service.settings.cors:
         from starlette.middleware.cors import CORSMiddleware
 
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(chosen.cors), allow_methods=["*"], allow_headers=["*"],
+            CORSMiddleware, allow_origins=list(service.settings.cors), allow_methods=["*"], allow_headers=["*"],
             expose_headers=["x-request-id", "x-veneer-ignored", "retry-after"],
         )  # fmt: skip
     return app
-
-
-def _log_shadow(answer: ShadowAnswer) -> None:
-    record: dict[str, Any] = {
-        "request": answer.request, "tenant": answer.tenant, "name": answer.name, "shadow": answer.shadow,
-        "same": None if answer.error else answer.sent == answer.answer, "error": answer.error,
-    }  # fmt: skip
-    if answer.distance is None:
-        record |= {"sent_characters": len(answer.sent), "shadow_characters": len(answer.answer)}
-    else:
-        record["distance"] = answer.distance
-    _SHADOWS.info(json.dumps(record))
 
 
 # -- the door ----------------------------------------------------------------------------------------------------------
@@ -106,8 +76,8 @@ def _log_shadow(answer: ShadowAnswer) -> None:
 class Door:
     """ASGI middleware. What it establishes is in the scope: `veneer.id` and `veneer.caller`."""
 
-    def __init__(self, app: ASGIApp, house: House, surfaces: dict[str, str], unguarded: tuple[str, ...]) -> None:
-        self.app, self.house, self.surfaces, self.unguarded = app, house, surfaces, unguarded
+    def __init__(self, app: ASGIApp, service: Service, surfaces: dict[str, str], unguarded: tuple[str, ...]) -> None:
+        self.app, self.service, self.surfaces, self.unguarded = app, service, surfaces, unguarded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -127,35 +97,35 @@ class Door:
             refused = as_refused(error)
             if (place := scope.get("veneer.place")) is not None:
                 place.leave()
-            self.house.metrics.refused.labels(refused.code).inc()
+            self.service.metrics.refused.labels(refused.code).inc()
             return await answer_error(refused, surface)(scope, receive, numbered)
         working = request.method not in ("GET", "HEAD", "OPTIONS")
-        self.house.inside += working
-        incoming = _Body(receive, request.scope["veneer.place"], self.house.settings)
+        self.service.inside += working
+        incoming = _Body(receive, request.scope["veneer.place"], self.service.settings)
         try:
             await self.app(scope, incoming.receive, numbered)
         finally:
-            self.house.inside -= working
+            self.service.inside -= working
             incoming.place.leave()
             if incoming.seen >= LARGE:
-                self.house.tidy()
+                self.service.tidy()
 
     async def _enter(self, request: HttpRequest) -> None:
-        path, house = request.url.path, self.house
+        path, service = request.url.path, self.service
         length = request.headers.get("content-length", "0")
         size = int(length) if length.isdigit() and len(length) < 16 else 0
-        if size > house.settings.max_body or len(length) >= 16:
-            raise _too_large(house.settings.max_body)
-        request.scope["veneer.place"] = place = house.admission.enter(STRANGERS)
+        if size > service.settings.max_body or len(length) >= 16:
+            raise _too_large(service.settings.max_body)
+        request.scope["veneer.place"] = place = service.admission.enter(STRANGERS)
         if path in OPEN or path.startswith(tuple(f"{prefix}/" for prefix in self.unguarded)) or path in self.unguarded:
             place.take("bodies", size)
             return
-        request.scope["veneer.caller"] = caller = await house.tenancy.caller(client_key(request))
+        request.scope["veneer.caller"] = caller = await service.tenancy.caller(client_key(request))
         place.tenant, place.weight = caller.tenant, caller.weight
         place.take("bodies", size)
-        await house.fresh()
-        if house.phase != "ready" and request.method == "POST":
-            raise Refused(f"the server is {house.phase}", status=503, code="shutting_down", retry_after=5.0)
+        await service.catalog.fresh()
+        if service.phase != "ready" and request.method == "POST":
+            raise Refused(f"the server is {service.phase}", status=503, code="shutting_down", retry_after=5.0)
 
 
 class _Body:
@@ -197,14 +167,14 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "invalid_reques
 
 def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
     def tell(request: HttpRequest, error: Refused) -> Response:
-        house_of(request).metrics.refused.labels(error.code).inc()
+        service_of(request).metrics.refused.labels(error.code).inc()
         return answer_error(error, surfaces.get(request.url.path, "OpenAI"))
 
     async def refused(request: HttpRequest, error: Any) -> Response:
         return tell(request, error)
 
     async def invalid_body(request: HttpRequest, error: Any) -> Response:
-        return tell(request, from_validation(error.errors(), _known(request.scope.get("endpoint"))))
+        return tell(request, body_error(error.errors(), keys_of_bodies(request.scope.get("endpoint"))))
 
     async def http(request: HttpRequest, error: Any) -> Response:
         what = (
@@ -228,48 +198,28 @@ def _tell_errors(app: FastAPI, surfaces: dict[str, str]) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
-def _known(endpoint: Any) -> list[str]:
-    """Every key that a route's body may have, for the nearest name of one that it may not."""
-    try:
-        kinds = typing.get_type_hints(endpoint).values()
-    except (NameError, TypeError):
-        return []
-    return sorted(set(_keys(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))))
-
-
-def _keys(models: Iterable[type[BaseModel]]) -> Iterable[str]:
-    for model in models:
-        for name, about in model.model_fields.items():
-            yield about.alias or name
-            inner = about.annotation
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                yield from _keys([inner])
-        if issubclass(model, Body):
-            yield from (*model.ignored, *model.refused)
-
-
 # -- health and metrics ------------------------------------------------------------------------------------------------
 
 
-def _service() -> APIRouter:
+def _health() -> APIRouter:
     router = APIRouter(tags=["service"])
 
     @router.get("/health", summary="The engine works; 503 where it is stuck, has ended, or fails at everything.")
     @router.get("/ping", include_in_schema=False)
     async def health(request: HttpRequest) -> Response:
-        wrong = house_of(request).problem()
+        wrong = service_of(request).engine.problem()
         return Json({"status": "failing", "reason": wrong} if wrong else {"status": "ok"}, 503 if wrong else 200)
 
     @router.get("/ready", summary="Requests are taken; 503 while loading or draining.")
     async def ready(request: HttpRequest) -> Response:
-        house = house_of(request)
-        if house.phase == "ready" and (wrong := house.trouble()):
+        service = service_of(request)
+        if service.phase == "ready" and (wrong := service.trouble()):
             return Json({"status": "failing", "reason": wrong}, status_code=503)
-        return Json({"status": house.phase}, status_code=200 if house.phase == "ready" else 503)
+        return Json({"status": service.phase}, status_code=200 if service.phase == "ready" else 503)
 
     @router.get("/metrics", summary="For Prometheus; with tenants, an operator's key is needed.")
     async def metrics(request: HttpRequest) -> Response:
         need_admin(request)
-        return Response(house_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router

@@ -1,27 +1,59 @@
-"""JSON bodies, read strictly and within bounds: what a body holds is counted before anything is made of it.
+"""JSON bodies, read strictly and within bounds, as pydantic models in which nothing is silent.
 
     router = APIRouter(route_class=BodyRoute)      its routes' bodies are read here
     read_json(data)                                the same for bytes
+    class Load(Body): …                            what a route's body may hold
 
 Eight megabytes of text are one value; eight megabytes of `[],` are millions, each of them dearer in memory than its
 bytes by a factor of twenty. So values and depth are counted in the bytes (numpy, without the interpreter's lock), and
 large bodies are read in a thread. A key that is there twice is an error: which of the two was meant is anybody's guess.
+
+A key is a field, and honoured; or in `ignored`, harmless, and named in the answer's `x-veneer-ignored` header; or in
+`refused`, where any value but its neutral ones is an error with the reason; or unknown, an error with the nearest name.
+
+Whatever is wrong with a body, little is said of it: an object has at most `KEYS` keys, a list has a bound (`at_most`)
+and ends at its first error, and of several kinds of value the one is checked that the value looks like.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
-from typing import Any
+import typing
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from veneer.errors import nearest
 from veneer.serve.http.errors import invalid
+from veneer.serve.request import Refused
 
-__all__ = ["BodyRoute", "count", "read_body", "read_json"]
+__all__ = [
+    "FAIL_FAST",
+    "ITEMS",
+    "KEYS",
+    "LARGE",
+    "Body",
+    "BodyRoute",
+    "MixField",
+    "Neutral",
+    "Objects",
+    "Strict",
+    "at_most",
+    "body_error",
+    "checked",
+    "count_values",
+    "keys_of_bodies",
+    "read_body",
+    "read_json",
+]
+
+Neutral = tuple[Any, ...]
 
 VALUES = 1 << 18
 """Values a body may hold, keys among them: two prompts of 128 thousand tokens as numbers."""
@@ -30,6 +62,10 @@ DEPTH = 64
 LARGE = 64 << 10
 """Bytes from which a body is read in a thread."""
 CHUNK = 1 << 20
+KEYS = 256
+"""Keys that an object of a body may have, where they have names."""
+ITEMS = 4096
+"""What a list of a body may hold that has no bound of its own."""
 
 _NEXT, _OPEN, _CLOSE = 1, 2, 3
 _KINDS = np.zeros(256, dtype=np.uint8)
@@ -40,7 +76,7 @@ _STEP = np.array([0, 0, 1, -1], dtype=np.int8)
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 
 
-def count(data: bytes, values: int = VALUES, depth: int = DEPTH) -> tuple[int, int]:
+def count_values(data: bytes, values: int = VALUES, depth: int = DEPTH) -> tuple[int, int]:
     """(values and keys, the deepest nesting) of JSON, or of as much of it as passes one of the bounds."""
     found, level, deepest = 1, 0, 0
     inside, escaped = np.uint8(0), False
@@ -80,7 +116,7 @@ def _unescaped(part: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[np.ndarray[An
 
 def read_json(data: bytes) -> Any:
     """Raises Refused (400) that says what is wrong with it."""
-    values, depth = count(data)
+    values, depth = count_values(data)
     if values > VALUES:
         raise invalid(f"the body holds more than {VALUES:,} values", fix="send less at once")
     if depth > DEPTH:
@@ -134,3 +170,161 @@ class BodyRoute(APIRoute):
 def _is_json(request: Request) -> bool:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+FAIL_FAST = Field(fail_fast=True)
+"""A list that ends at its first error."""
+
+
+def at_most(n: int) -> BeforeValidator:
+    """A list or an object is counted before anything in it is looked at."""
+
+    def counted(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > n:
+            raise PydanticCustomError("too_long", "there are {have} of them, and at most {most} may be", {
+                "have": len(value), "most": n
+            })  # fmt: skip
+        return value
+
+    return BeforeValidator(counted)
+
+
+class Strict(BaseModel):
+    """An object with known keys, and no more of them than can be told apart."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > KEYS:
+            raise PydanticCustomError("too_long", "an object has more than {most} keys", {"most": KEYS})
+        return data
+
+
+class Body(Strict):
+    """A request's body. `refused`: key -> (neutral values, why any other cannot be honoured)."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {}
+    _ignored: list[str] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _sort_keys(cls, data: Any, build: Callable[[Any], Any]) -> Any:
+        if not isinstance(data, dict) or len(data) > KEYS:
+            return build(data)
+        for key in sorted(set(data) & set(cls.refused)):
+            neutral, why = cls.refused[key]
+            if data[key] is not None and not any(data[key] == value for value in neutral):
+                text = f"{key} cannot be honoured: {why}"
+                raise PydanticCustomError("not_honoured", "{text}", {"text": text, "param": key})
+        passed = set(data) & cls.ignored
+        model = build({key: value for key, value in data.items() if key not in passed and key not in cls.refused})
+        model._ignored = sorted(key for key in passed if data[key] is not None)
+        return model
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"x-veneer-ignored": ", ".join(self._ignored)} if self._ignored else {}
+
+
+# -- values that several surfaces take ---------------------------------------------------------------------------------
+
+Objects = Annotated[list[dict[str, Any]], FAIL_FAST, at_most(ITEMS)]
+
+
+class MixPart(Strict):
+    adapter: str = Field(min_length=1, max_length=512)
+    strength: float = 1.0
+
+
+def _parts(value: Any) -> Any:
+    """[{"adapter", "strength"}], {"name": strength} or ["name:strength"], as a list of parts."""
+    if isinstance(value, dict):
+        return [{"adapter": name, "strength": strength} for name, strength in value.items()]
+    if isinstance(value, list):
+        return [_part(item) if isinstance(item, str) else item for item in value]
+    return value
+
+
+def _part(text: str) -> dict[str, Any]:
+    name, colon, strength = text.rpartition(":")
+    try:
+        return {"adapter": name, "strength": float(strength)} if colon and name else {"adapter": text}
+    except ValueError:
+        return {"adapter": text}
+
+
+MixField = Annotated[
+    list[MixPart],
+    FAIL_FAST,
+    Field(max_length=64, description='[{"adapter": name, "strength": 0.8}], ["name:0.8"] or {"name": 0.8}'),
+    BeforeValidator(_parts),
+    at_most(64),
+]
+
+
+def checked(model: type[BaseModel], value: Any, param: str) -> Any:
+    """`value` as a model, where a body holds one as a plain object."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join([param, *map(str, first["loc"])])
+        raise invalid(f"{where}: {first['msg']}", param) from error
+
+
+# -- what is wrong with a body -----------------------------------------------------------------------------------------
+
+
+def body_error(
+    errors: Iterable[Mapping[str, Any]], known: Iterable[str], inner: Mapping[str, Iterable[str]] | None = None
+) -> Refused:
+    """pydantic's list of problems as one error. `known`: the body's keys, for the nearest name of an unknown one;
+    `inner`: those of the objects under some of its keys."""
+    problems = list(errors)
+    told: list[str] = []
+    names = list(known)
+    for problem in problems[:5]:
+        where = ".".join(str(part) for part in problem["loc"] if part != "body" and not str(part).startswith("="))
+        if problem["type"] == "extra_forbidden":
+            beside = list((inner or {}).get(str(problem["loc"][1]), names))
+            near = [name for name in nearest(str(problem["loc"][-1]), beside, n=1) if name != where]
+            told.append(f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        elif problem["type"] == "missing" and not where:
+            told.append("the request has no body: a JSON object is wanted")
+        elif not where and isinstance(problem.get("input"), bytes):
+            told.append("the body is not said to be JSON: send Content-Type: application/json")
+        elif problem["type"] in ("model_attributes_type", "dict_type", "model_type"):
+            told.append(f"{where or 'the body'}: a JSON object is wanted")
+        elif problem["type"] == "json_invalid":
+            told.append(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
+        else:
+            told.append(f"{where}: {problem['msg']}" if where else problem["msg"])
+    if len(problems) > 5:
+        told.append(f"and {len(problems) - 5} more")
+    first = next((str(part) for p in problems for part in p["loc"][1:2] if isinstance(part, str)), None)
+    return invalid("; ".join(dict.fromkeys(told)) or "the body is not valid", first)
+
+
+def keys_of_bodies(endpoint: Any) -> list[str]:
+    """Every key that a route's body may have, for the nearest name of one that it may not."""
+    try:
+        kinds = typing.get_type_hints(endpoint).values()
+    except (NameError, TypeError):
+        return []
+    return sorted(set(_keys(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))))
+
+
+def _keys(models: Iterable[type[BaseModel]]) -> Iterable[str]:
+    for model in models:
+        for name, about in model.model_fields.items():
+            yield about.alias or name
+            inner = about.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _keys([inner])
+        if issubclass(model, Body):
+            yield from (*model.ignored, *model.refused)

@@ -22,7 +22,7 @@ from typing import cast
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from veneer.serve.http.house import HttpSettings
+from veneer.serve.settings import HttpSettings
 
 __all__ = ["connection_of", "many_files"]
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from starlette.responses import Response
 
-from veneer.errors import VeneerError, nearest
+from veneer.errors import VeneerError
 from veneer.serve.outage import fault
 from veneer.serve.request import Refused
 
-__all__ = ["Json", "answer_error", "as_refused", "error_body", "from_validation", "invalid", "message_of"]
+__all__ = ["Json", "answer_error", "as_refused", "error_body", "invalid", "json_bytes", "message_of", "problem_of"]
 
 log = logging.getLogger("veneer.serve")
 
@@ -55,32 +55,6 @@ def as_refused(error: Exception) -> Refused:
     if isinstance(error, Refused):
         return error
     return fault("the server", error)
-
-
-def from_validation(errors: Iterable[Mapping[str, Any]], known: Iterable[str]) -> Refused:
-    """pydantic's list of problems as one error. `known`: the body's keys, for the nearest name of an unknown one."""
-    problems = list(errors)
-    told: list[str] = []
-    names = list(known)
-    for problem in problems[:5]:
-        where = ".".join(str(part) for part in problem["loc"] if part != "body" and not str(part).startswith("="))
-        if problem["type"] == "extra_forbidden":
-            near = [name for name in nearest(str(problem["loc"][-1]), names, n=1) if name != where]
-            told.append(f"unknown key {where!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-        elif problem["type"] == "missing" and not where:
-            told.append("the request has no body: a JSON object is wanted")
-        elif not where and isinstance(problem.get("input"), bytes):
-            told.append("the body is not said to be JSON: send Content-Type: application/json")
-        elif problem["type"] in ("model_attributes_type", "dict_type", "model_type"):
-            told.append(f"{where or 'the body'}: a JSON object is wanted")
-        elif problem["type"] == "json_invalid":
-            told.append(f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
-        else:
-            told.append(f"{where}: {problem['msg']}" if where else problem["msg"])
-    if len(problems) > 5:
-        told.append(f"and {len(problems) - 5} more")
-    first = next((str(part) for p in problems for part in p["loc"][1:2] if isinstance(part, str)), None)
-    return invalid("; ".join(dict.fromkeys(told)) or "the body is not valid", first)
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------------

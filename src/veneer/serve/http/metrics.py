@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from veneer.serve.access import LedgerState
 from veneer.serve.request import EngineStats, Usage
 
 __all__ = ["Meter", "Metrics"]
@@ -48,9 +48,13 @@ class Metrics:
     """All series of one application, in a registry of its own."""
 
     def __init__(
-        self, model: str, stats: Callable[[], EngineStats], adapters: int = 100, ledger: Callable[[], Any] | None = None
+        self,
+        model: str,
+        stats: Callable[[], EngineStats],
+        adapters: int = 100,
+        ledger: Callable[[], LedgerState | None] = lambda: None,
     ) -> None:
-        """`ledger`: asked for a `LedgerState`, on a server with tenants."""
+        """`ledger`: how far it is behind, on a server that has one."""
         self.registry = CollectorRegistry()
         self.limit, self._named, self._tenants = adapters, set[str](), set[str]()
         self.labels = (model, "0")
@@ -185,7 +189,7 @@ class _Engine(Collector):
     """The engine's own counts, and the ledger's, read when they are asked for."""
 
     def __init__(
-        self, metrics: Metrics, stats: Callable[[], EngineStats], ledger: Callable[[], Any] | None = None
+        self, metrics: Metrics, stats: Callable[[], EngineStats], ledger: Callable[[], LedgerState | None]
     ) -> None:
         self.metrics, self.stats, self.ledger = metrics, stats, ledger
 
@@ -210,8 +214,7 @@ class _Engine(Collector):
             "veneer:engine_steps": ("Forward passes.", now.steps),
             "veneer:adapter_evictions": ("Adapters that went out of memory to make room.", now.evictions),
         }
-        if self.ledger is not None:
-            state = self.ledger()
+        if (state := self.ledger()) is not None:
             gauges |= {
                 "veneer:ledger_owed": ("Requests that the ledger's database does not have yet.", state.owed),
                 "veneer:ledger_lag_seconds": ("Since the oldest of them that has ended did so.", state.lag),

@@ -12,8 +12,9 @@ import inspect
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from veneer.errors import VeneerError
 from veneer.serve.engine.admission import Admission, Place
@@ -23,36 +24,34 @@ from veneer.serve.request import Refused
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
-__all__ = ["Prompts", "Text"]
+__all__ = ["Prompts", "TokenizedBase"]
 
 T = TypeVar("T")
 
 
-class Text(Protocol):
-    """What the surfaces need of a TextBase."""
+@dataclass(frozen=True)
+class TokenizedBase:
+    """How a base reads prompts. `context`: the most tokens of a prompt and its answer; of a base that draws, those that
+    its first text encoder reads."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def context(self) -> int: ...
-    @property
-    def has_chat_template(self) -> bool: ...
+    name: str
+    tokenizer: Any
+    context: int
+    has_chat_template: bool = False
 
 
 class Prompts:
     """One base's tokenizer, as the surfaces use it."""
 
-    def __init__(self, text: Text) -> None:
-        self.text = text
-        self.context = text.context
-        self.size = len(text.tokenizer)
-        self._special = frozenset(map(int, text.tokenizer.all_special_ids))
+    def __init__(self, base: TokenizedBase) -> None:
+        self.base = base
+        self.context = base.context
+        self.size = len(base.tokenizer)
+        self._special = frozenset(map(int, base.tokenizer.all_special_ids))
         self._lock = threading.Lock()
         self._piece = cache(self._make_piece)
-        self._reader = _reader(text.tokenizer)
-        self.most = self.context * max(map(len, text.tokenizer.get_vocab()))
+        self._reader = _reader(base.tokenizer)
+        self.most = self.context * max(map(len, base.tokenizer.get_vocab()))
         """Characters that a context could hold, were each of its tokens the longest of all."""
 
     # -- in
@@ -87,7 +86,7 @@ class Prompts:
         if self._reader is not None:
             return tuple(self._reader.encode(text, add_special_tokens=special).ids)
         with self._lock:
-            return tuple(map(int, self.text.tokenizer(text, add_special_tokens=special)["input_ids"]))
+            return tuple(map(int, self.base.tokenizer(text, add_special_tokens=special)["input_ids"]))
 
     def spans(self, text: str, *, special: bool = True) -> list[tuple[int, int, int]]:
         """(token id, start, stop) in characters of the text. Blocks, as `encode`."""
@@ -115,14 +114,14 @@ class Prompts:
         Raises Refused(400) where there is no template, or it refuses."""
         from veneer.models.text.generate import rendered  # late: a server listens before torch is there
 
-        settings = set(inspect.signature(self.text.tokenizer.apply_chat_template).parameters) | {"base", "prompt"}
+        settings = set(inspect.signature(self.base.tokenizer.apply_chat_template).parameters) | {"base", "prompt"}
         reserved = sorted(set(variables) & (settings - {"add_generation_prompt", "continue_final_message"}))
         if reserved:  # parameters of the call that renders are no business of a client's
             raise invalid(f"{reserved[0]!r} is not a variable of the template", "chat_template_kwargs")
         if tools:
             variables["tools"] = [dict(tool) for tool in tools]
         turns = [_turn(i, message) for i, message in enumerate(messages)]
-        base = cast("TextBase", self.text)
+        base = cast("TextBase", self.base)
         size = sum(len(turn["content"]) for turn in turns)
         self.measure(size, "messages")
 
@@ -140,7 +139,7 @@ class Prompts:
 
     @property
     def takes_tools(self) -> bool:
-        template = self.text.tokenizer.chat_template
+        template = self.base.tokenizer.chat_template
         texts = template.values() if isinstance(template, Mapping) else [template or ""]
         return any(re.search(r"\btools\b", str(t)) for t in texts)
 
@@ -157,7 +156,7 @@ class Prompts:
     # -- out
 
     async def decode(self, ids: Sequence[int], *, skip_special: bool = False, place: Place | None = None) -> str:
-        read = self.text.tokenizer.decode
+        read = self.base.tokenizer.decode
         settings = {"skip_special_tokens": skip_special, "clean_up_tokenization_spaces": False}
         return str(await self.work(len(ids), lambda: read(list(ids), **settings), place))
 
@@ -169,7 +168,7 @@ class Prompts:
         return token in self._special
 
     def _make_piece(self, token: int) -> tuple[str, tuple[int, ...]]:
-        tokenizer = self.text.tokenizer
+        tokenizer = self.base.tokenizer
         text = str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         raw = str(tokenizer.convert_ids_to_tokens(token) or "")
         if "�" not in text:

@@ -17,7 +17,7 @@ from veneer.serve.http.errors import as_refused, json_bytes, log
 __all__ = ["EventStream", "data"]
 
 
-class Source(Protocol):
+class Closable(Protocol):
     async def aclose(self) -> None: ...
 
 
@@ -32,7 +32,7 @@ class EventStream(Response):
     `stall`: seconds that the client may leave the stream unread."""
 
     def __init__(
-        self, lines: AsyncIterator[bytes], source: Source, told: Callable[[Exception], bytes], stall: float
+        self, lines: AsyncIterator[bytes], source: Closable, told: Callable[[Exception], bytes], stall: float
     ) -> None:
         super().__init__(media_type="text/event-stream")
         self.headers["cache-control"] = "no-cache"

@@ -22,18 +22,18 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, quoted
 from veneer.library.names import check_name, name_of
-from veneer.serve.access import Caller, ModelCard, Served
+from veneer.serve.access import Caller, Catalog, ModelCard, Routes, Served
 from veneer.serve.names.shelf import AdapterPlace, Problems, Shelf, unusable
 from veneer.serve.request import Mix, Refused, make_mix
 
-__all__ = ["AdapterMemory", "LocalCatalog", "Rollouts"]
+__all__ = ["AdapterMemory", "LocalCatalog"]
 
 MAX_NAME = 200
 MAX_MIX = 64
@@ -42,18 +42,6 @@ _log = logging.getLogger(__name__)
 
 _Part = tuple[str, str]
 """(digest, the operator's name) of one adapter."""
-
-
-class Rollouts(Protocol):
-    """Routes: names with weighted targets."""
-
-    def choose(self, route: str, caller: Caller) -> str | None:
-        """The name that answers this caller; None where there is no such route for them."""
-        ...
-
-    def shadow(self, route: str, caller: Caller) -> str | None:
-        """The name whose answer is computed too."""
-        ...
 
 
 class AdapterMemory(Protocol):
@@ -72,7 +60,7 @@ class _Loaded:
     place: AdapterPlace
 
 
-class LocalCatalog:
+class LocalCatalog(Catalog):
     """Implements `access.Catalog`. `problems`: why an adapter cannot be served with its full effect, one line each.
     `residents`: where loaded adapters are kept. `name`: what the base is called; by default the last part of its own
     name. Everything may be called from any thread; only `load` and `check` read files."""
@@ -84,7 +72,7 @@ class LocalCatalog:
         residents: AdapterMemory,
         *,
         name: str = "",
-        rollouts: Rollouts | None = None,
+        rollouts: Routes | None = None,
     ) -> None:
         self.base = name or shelf.base.name.rstrip("/").rpartition("/")[2]
         self.shelf, self.problems, self.residents, self.rollouts = shelf, problems, residents, rollouts
@@ -182,8 +170,7 @@ class LocalCatalog:
         cards |= {name: loaded.card for name, loaded in dict(self._loaded).items()}
         out = [ModelCard(self.base, self.base, None, self._started)]
         out += [card for name, card in sorted(cards.items()) if caller.sees(name)]
-        names: Callable[[Caller], list[str]] | None = getattr(self.rollouts, "names", None)
-        for route in names(caller) if names is not None else []:
+        for route in self.rollouts.names(caller) if self.rollouts is not None else []:
             if route not in cards:
                 out.append(ModelCard(route, route, self.base, self._started))
         return out

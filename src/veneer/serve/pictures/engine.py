@@ -1,7 +1,7 @@
 """Pictures for many callers from one image base: requests in, batches through the denoiser, pictures out.
 
     events([request, …]) -> check, lease their adapters -> queue -> the fairest batch -> attach, draw, watch
-                         -> Queued, Step, Preview …, Drawn for each
+                         -> Queued, PictureStep, PartialPicture …, FinishedPicture for each
 
 Pictures with the same settings are drawn together, each under its own mix and from its own noise, so that none depends
 on who shares its batch. One thread draws; nothing else touches the base or its attachment. Knows no HTTP.
@@ -29,16 +29,15 @@ from veneer.models.image.base import load_control, readers
 from veneer.models.image.generate import MixPlan, Moment, PictureSettings, check_rows, generate_images
 from veneer.serve.names.resident import Lease, Residents
 from veneer.serve.pictures.request import (
-    Drawn,
+    FinishedPicture,
+    PartialPicture,
     PictureEvent,
     PictureRequest,
-    PictureStats,
-    Preview,
+    PictureStep,
     Queued,
-    Step,
-    refused,
+    picture_error,
 )
-from veneer.serve.request import Mix, Refused, Usage, make_mix
+from veneer.serve.request import Engine, EngineStats, Mix, Refused, Usage, make_mix
 
 if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
@@ -65,13 +64,15 @@ class _Held:
         return self.adapter.size_bytes()
 
 
-class PictureEngine:
+class PictureEngine(Engine[Sequence[PictureRequest], tuple[int, PictureEvent]]):
     """Draws on one base until it is closed. A context manager.
 
     `read`: digest -> adapter, checked against the base; `source`: digest -> the hashes of its file, for the infotext.
     `controls`: kind -> name or folder of a ControlNet; canny and edges have the base's own. `window`: seconds that a
     first picture waits for company. `adapter_bytes`: what adapters in memory may take up. `stuck_seconds`: how long it
     takes until a step that does not end is a fault."""
+
+    makes = "pictures"
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class PictureEngine:
         self._running: list[_Job] = []
         self._turns = _Turns()
         self._closing = self._dropping = False
-        self._drawn = self._batches = self._steps = self._lost = 0
+        self._steps = self._lost = 0
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="pictures", daemon=True)
         self._thread.start()
@@ -129,12 +130,15 @@ class PictureEngine:
         self.residents.close()
         self.attachment.detach()
 
+    async def end(self) -> None:
+        await asyncio.to_thread(self.close)
+
     # -- what surfaces call --------------------------------------------------------------------------------------------
 
     async def events(self, requests: Sequence[PictureRequest]) -> AsyncGenerator[tuple[int, PictureEvent], None]:
-        """(which request, event): Queued at once for each, then Steps and Previews, and Drawn as its last. All are
-        taken or none. A consumer that closes the iterator cancels them: what waits leaves the queue, and a batch that
-        everybody has left ends at its next step.
+        """(which request, event): Queued at once for each, then steps and partial pictures, and FinishedPicture as its
+        last. All are taken or none. A consumer that closes the iterator cancels them: what waits leaves the queue, and
+        a batch that everybody has left ends at its next step.
 
         Raises Refused, before the first event for what can be known at once; the first failure ends all."""
         self._refuse_beyond(len(requests))
@@ -153,7 +157,7 @@ class PictureEngine:
                 index, event = await inbox.get()
                 if isinstance(event, Refused):
                     raise event
-                left -= isinstance(event, Drawn)
+                left -= isinstance(event, FinishedPicture)
                 yield index, event
         finally:
             self._leave(jobs)
@@ -186,14 +190,20 @@ class PictureEngine:
         unit = self.base.unit
         return ((settings.width or self.base.size) // unit) * ((settings.height or self.base.size) // unit)
 
-    def stats(self) -> PictureStats:
+    def stats(self) -> EngineStats:
         with self._wake:
-            counts = len(self._running), len(self._waiting), self._drawn, self._batches, self._steps
+            running, waiting, steps = len(self._running), len(self._waiting), self._steps
         memory = self.residents.stats()
-        return PictureStats(*counts, memory.adapters, memory.bytes)
+        return EngineStats(
+            running,
+            waiting,
+            steps=steps,
+            adapters=memory.adapters,
+            adapter_bytes=memory.bytes,
+            evictions=memory.evictions,
+        )
 
     def problem(self) -> str:
-        """Why nobody is served, if nobody is; as TextEngine's."""
         if self._closing:
             return ""
         if not self._thread.is_alive():
@@ -255,7 +265,7 @@ class PictureEngine:
                 with self._preparing:
                     check_rows(self.base, [replace(request.row(), plan=MixPlan())], s)
             except VeneerError as error:
-                raise refused(error) from error
+                raise picture_error(error) from error
 
     def _refuse_beyond(self, number: int) -> None:
         if self._closing:
@@ -350,18 +360,16 @@ class PictureEngine:
                 for job in jobs:
                     self._draw([job])
                 return
-            told = refused(error)
+            told = picture_error(error)
             self._lost += told.status >= 500
             jobs[0].tell(told)
             return
         self._lost = 0
-        self._batches += 1
-        self._drawn += len(jobs)
         for job, picture in zip(jobs, pictures, strict=True):
             try:
                 job.tell(self._told(job, picture, began))
             except Exception as error:  # the thread goes on, whatever one picture's record runs into
-                job.tell(refused(error))
+                job.tell(picture_error(error))
 
     def _attached(self, job: _Job) -> bool:
         try:
@@ -369,7 +377,7 @@ class PictureEngine:
                 if digest not in self.attachment.adapters:
                     self.attachment.add(digest, job.held[digest])
         except Exception as error:
-            job.tell(refused(error))
+            job.tell(picture_error(error))
             return False
         return True
 
@@ -381,12 +389,12 @@ class PictureEngine:
         for i, job in enumerate(jobs):
             if job.gone:
                 continue
-            job.tell(Step(moment.done, moment.of))
+            job.tell(PictureStep(moment.done, moment.of))
             shown = _preview_steps(job.request.previews, moment.of)
             if moment.done in shown:
-                job.tell(Preview(shown.index(moment.done), moment.look(i)))
+                job.tell(PartialPicture(shown.index(moment.done), moment.look(i)))
 
-    def _told(self, job: _Job, picture: GeneratedPicture, began: float) -> Drawn:
+    def _told(self, job: _Job, picture: GeneratedPicture, began: float) -> FinishedPicture:
         """The record is of this picture alone: what else was in its batch belongs to other callers."""
         request, now = job.request, time.monotonic()
         uses = tuple((digest, Strength(strength)) for digest, strength in request.mix)
@@ -404,7 +412,7 @@ class PictureEngine:
         usage = Usage(
             self.tokens(*prompts), 0, self.places(request.settings), began - job.arrived, decode=now - began
         )  # fmt: skip
-        return Drawn(made, usage, len(picture.batch), notes)
+        return FinishedPicture(made, usage, len(picture.batch), notes)
 
 
 class _Left(Exception):

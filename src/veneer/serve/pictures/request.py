@@ -1,6 +1,6 @@
 """What is asked of an engine that draws and what it answers: the words of `request`, for pictures.
 
-surface -> PictureRequest -> PictureEngine -> Queued, Step, Preview …, Drawn -> surface
+surface -> PictureRequest -> PictureEngine -> Queued, PictureStep, PartialPicture …, FinishedPicture -> surface
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from veneer.serve.request import BASE, Mix, Refused, Usage
 if TYPE_CHECKING:
     from veneer.imaging.make import RecordedPicture
 
-__all__ = ["Drawn", "PictureEvent", "PictureRequest", "PictureStats", "Preview", "Queued", "Step", "refused"]
+__all__ = [
+    "FinishedPicture",
+    "PartialPicture",
+    "PictureEvent",
+    "PictureRequest",
+    "PictureStep",
+    "Queued",
+    "picture_error",
+]
 
 _numbers = itertools.count()
 
@@ -64,13 +72,13 @@ class Queued:
 
 
 @dataclass(frozen=True)
-class Step:
+class PictureStep:
     done: int
     of: int
 
 
 @dataclass(frozen=True)
-class Preview:
+class PartialPicture:
     """The picture as far as it is; `index` counts a picture's previews."""
 
     index: int
@@ -78,7 +86,7 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class FinishedPicture:
     """The picture. Of `usage`, `prompt` is its prompts' tokens, `completion` the places of its latents that the
     denoiser works on, `decode` the seconds of its batch, of which it was one of `batch`. `notes`: what was cut."""
 
@@ -88,21 +96,10 @@ class Drawn:
     notes: tuple[str, ...] = ()
 
 
-PictureEvent = Queued | Step | Preview | Drawn
+PictureEvent = Queued | PictureStep | PartialPicture | FinishedPicture
 
 
-@dataclass(frozen=True)
-class PictureStats:
-    running: int
-    waiting: int
-    drawn: int
-    batches: int
-    steps: int
-    adapters: int
-    adapter_bytes: int
-
-
-def refused(error: BaseException) -> Refused:
+def picture_error(error: BaseException) -> Refused:
     """As an answer to the client. A picture that is not finite comes from what was asked for: not worth a retry."""
     if isinstance(error, Refused):
         return error

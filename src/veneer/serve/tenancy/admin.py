@@ -1,6 +1,6 @@
 """What is under /admin, on a key of its own: tenants, keys, limits, prices, routes, usage, audit.
 
-    app.include_router(admin_router(tenants))
+    app.include_router(admin_router(tenants, catalog))
 
 Bodies are strict: a key that is not known is an error that names the nearest. Errors have OpenAI's shape. Names come in
 bodies and queries as well as in paths, for a route may have a slash in it.
@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ConfigError, VeneerError, nearest
 from veneer.library.database import reading
+from veneer.serve.access import Catalog
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import Refused
@@ -105,7 +106,7 @@ class RouteName(_Body):
     force: bool = False
 
 
-def admin_router(tenants: Tenants) -> APIRouter:
+def admin_router(tenants: Tenants, catalog: Catalog) -> APIRouter:
     """Raises ConfigError where `tenants` has no admin key: then there must be no such routes."""
     if tenants.admin_hash is None:
         raise ConfigError("the routes under /admin need an admin key", fix="--admin-key, or VENEER_ADMIN_KEY")
@@ -118,7 +119,7 @@ def admin_router(tenants: Tenants) -> APIRouter:
     _tenants(router, store)
     _keys(router, store)
     _limits(router, store)
-    _routes(router, store)
+    _routes(router, store, catalog)
     _records(router, store)
     return router
 
@@ -213,20 +214,20 @@ def _limits(router: APIRouter, store: Store) -> None:
         return {"tenant": tenant, "adapter": adapter}
 
 
-def _routes(router: APIRouter, store: Store) -> None:
+def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
     @router.get("/routes")
     def list_routes() -> dict[str, Any]:
         return {"routes": [rollouts.shown(route) for route in store.look().routes.values()]}
 
     @router.put("/routes")
-    def set_route(body: RouteBody, request: Request) -> dict[str, Any]:
+    def set_route(body: RouteBody) -> dict[str, Any]:
         targets = [(t.adapter, t.weight) for t in body.targets]
         more: dict[str, Any] = {"tenant": body.tenant, "shadow": body.shadow, "fraction": body.fraction}
-        if body.route == _base(request):
+        if body.route == catalog.base:
             raise ConfigError(
                 f"{body.route} is the base: no request for it comes to a route", where="route", fix="another name"
             )
-        check = _checked(request, body.force)
+        check = None if body.force else catalog.check
         return rollouts.shown(rollouts.set_route(store, body.route, targets, who=_WHO, check=check, **more))
 
     @router.delete("/routes")
@@ -235,8 +236,8 @@ def _routes(router: APIRouter, store: Store) -> None:
         return {"removed": route, "tenant": tenant}
 
     @router.post("/routes/rollback")
-    def rollback(body: RouteName, request: Request) -> dict[str, Any]:
-        check = _checked(request, body.force)
+    def rollback(body: RouteName) -> dict[str, Any]:
+        check = None if body.force else catalog.check
         return rollouts.shown(rollouts.rollback(store, body.route, tenant=body.tenant, who=_WHO, check=check))
 
     @router.get("/routes/history")
@@ -249,19 +250,6 @@ def _routes(router: APIRouter, store: Store) -> None:
         with reading(store.engine) as c:
             summary = rollouts.shadow_summary(c, route=route)
             return {"summary": summary, "comparisons": rollouts.shadow_log(c, route=route, limit=limit)}
-
-
-def _base(request: Request) -> str | None:
-    """The base's name on the server that was asked."""
-    name: str | None = getattr(getattr(getattr(request.app.state, "house", None), "catalog", None), "base", None)
-    return name
-
-
-def _checked(request: Request, force: bool) -> Callable[[str], None] | None:
-    """What a route is checked by before it moves: the names of the server that was asked."""
-    house = getattr(request.app.state, "house", None)
-    check: Callable[[str], None] | None = getattr(getattr(house, "catalog", None), "check", None)
-    return None if force else check
 
 
 def _records(router: APIRouter, store: Store) -> None:

@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, literal_column, select
@@ -30,6 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ResourceError
 from veneer.library.database import reading, write_transaction
+from veneer.serve.access import LedgerState
 from veneer.serve.outage import is_outage
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy.entries import Entry, Line, Owed, State, end_text
@@ -40,22 +40,12 @@ from veneer.serve.tenancy.store import Store
 from veneer.serve.tenancy.tables import lines, servers, slots
 from veneer.serve.tenancy.writer import Writer
 
-__all__ = ["Entry", "Ledger", "LedgerState", "Line"]
+__all__ = ["Entry", "Ledger", "Line"]
 
 _MOST = 1000  # requests in one transaction
 _GONE_SECONDS = 600.0
 _LATE_SECONDS = 2.0
 _log = logging.getLogger("veneer.serve.tenancy")
-
-
-@dataclass(frozen=True)
-class LedgerState:
-    """`owed`: requests in the outbox, those that run among them. `lag`: seconds since the oldest that ended and is not
-    in the database ended. `away`: the database did not answer last, or takes long to."""
-
-    owed: int
-    lag: float
-    away: bool
 
 
 class Ledger:

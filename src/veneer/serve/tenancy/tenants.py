@@ -31,10 +31,10 @@ from veneer.errors import ResourceError
 from veneer.library.database import shown_url
 from veneer.library.names import name_of
 from veneer.models.home import veneer_home
-from veneer.serve.access import Caller, Served
+from veneer.serve.access import Caller, LedgerState, Served, ShadowAnswer, Tenancy
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, same
-from veneer.serve.tenancy.ledger import Entry, Ledger, LedgerState, Line
+from veneer.serve.tenancy.ledger import Entry, Ledger, Line
 from veneer.serve.tenancy.limits import DAY, MINUTE, Held, Limits
 from veneer.serve.tenancy.rollouts import Rollouts
 from veneer.serve.tenancy.store import Settings, Store
@@ -61,7 +61,7 @@ class LedgerSettings:
     synced: bool = False
 
 
-class Tenants:
+class Tenants(Tenancy):
     """Implements `Tenancy`. One for a process; close it when the server has drained."""
 
     def __init__(
@@ -189,6 +189,18 @@ class Tenants:
         from veneer.serve.tenancy.manage import note
 
         note(self.store, who, what, subject, before, after)
+
+    @property
+    def routes(self) -> Rollouts:
+        return self.rollouts
+
+    def note_shadow(self, answer: ShadowAnswer) -> None:
+        sides = [(answer.target, answer.sent, answer.sent_usage), (answer.shadow, answer.answer, answer.usage)]
+        target, shadow = ((name, text, u.completion, u.prefill + u.decode) for name, text, u in sides)
+        self.rollouts.log_shadow(
+            answer.name, request=answer.request, tenant=answer.tenant, target=target, shadow=shadow,
+            distance=answer.distance, failed=bool(answer.error),
+        )  # fmt: skip
 
     # -- what others do ------------------------------------------------------------------------------------------------
 

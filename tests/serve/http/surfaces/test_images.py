@@ -17,25 +17,20 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from fastapi import FastAPI
 from PIL import Image
 
 from tests.image_twins import levels, random_adapter
 from tests.serve.http.test_app import samples
-from tests.serve.http.toy import ToyText
-from tests.serve.pictures_here import Names, Shelf, served, shelf_of
+from tests.serve.pictures_here import Names, Shelf, picture_app, served, shelf_of
 from tests.tiny_image_base import SIZE, tiny_control, tiny_image_base
 from veneer.core.adapter import Adapter, Pair
 from veneer.formats.convert import write
 from veneer.formats.infotext import read_picture
 from veneer.models.image.base import ImageBase, load_image
-from veneer.serve.access import ANYBODY, Caller, Kept, OpenAccess, Served
-from veneer.serve.http.app import create_app
-from veneer.serve.http.house import HttpSettings
-from veneer.serve.http.surfaces.images import router
+from veneer.serve.access import ANYBODY, Caller, NoWait, Served
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.request import Refused, Usage
-from veneer.serve.server import _NoText
+from veneer.serve.settings import HttpSettings
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +60,7 @@ def names(base: ImageBase, shelf: Shelf, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def url(engine: PictureEngine, names: Names) -> Iterator[str]:
-    app = FastAPI()
-    app.include_router(router(engine, names, OpenAccess(), max_body=1 << 20, max_pixels=1 << 20))
-    with served(app) as at:
+    with served(picture_app(engine, names, settings=HttpSettings(max_body=1 << 20, max_pixels=1 << 20))) as at:
         yield at
 
 
@@ -416,17 +409,16 @@ class Tenants:
 
         class Bill:
             @staticmethod
-            def used(usage: Usage) -> Kept:
+            def used(usage: Usage) -> NoWait:
                 self.bills.append((caller.tenant, prompt_tokens, max_tokens, usage))
-                return Kept()
+                return NoWait()
 
         yield Bill()
 
 
 def test_tenants_see_their_own_are_limited_and_pay(base: ImageBase, engine: PictureEngine, names: Names) -> None:
-    tenants, app = Tenants(), FastAPI()
-    app.include_router(router(engine, names, tenants))
-    with served(app) as at:
+    tenants = Tenants()
+    with served(picture_app(engine, names, tenants)) as at:
 
         def ask(key: str, **body: Any) -> httpx.Response:
             return httpx.post(
@@ -449,10 +441,7 @@ def test_tenants_see_their_own_are_limited_and_pay(base: ImageBase, engine: Pict
 
 def test_metrics_count_pictures_by_adapter(engine: PictureEngine, names: Names) -> None:
     """As answers are counted, a picture for each; refused ones leave nothing behind."""
-    app = create_app(
-        _NoText(engine), names, OpenAccess(), ToyText(), router(engine, names, OpenAccess()), HttpSettings()
-    )
-    with served(app) as at:
+    with served(picture_app(engine, names)) as at:
 
         def ask(**body: Any) -> int:
             body = FEW | {"prompt": "a cat"} | body
@@ -469,14 +458,12 @@ def test_metrics_count_pictures_by_adapter(engine: PictureEngine, names: Names) 
 
 
 def test_a_full_queue_says_when_to_come_back(base: ImageBase, shelf: Shelf, names: Names) -> None:
-    app = FastAPI()
     other = load_image(str(base.directory))
-    with PictureEngine(other, shelf.read, max_waiting=1, window=30.0) as busy:
-        app.include_router(router(busy, names, OpenAccess()))
-        with (
-            served(app) as at,
-            httpx.stream("POST", f"{at}/v1/images/generations", json={"prompt": "a", "stream": True}),
-        ):
-            full = httpx.post(f"{at}/v1/images/generations", json={"prompt": "a"})
+    with (
+        PictureEngine(other, shelf.read, max_waiting=1, window=30.0) as busy,
+        served(picture_app(busy, names)) as at,
+        httpx.stream("POST", f"{at}/v1/images/generations", json={"prompt": "a", "stream": True}),
+    ):
+        full = httpx.post(f"{at}/v1/images/generations", json={"prompt": "a"})
     assert (full.status_code, full.headers["retry-after"]) == (429, "5")
     assert full.json()["error"]["code"] == "overloaded"

@@ -1,197 +1,224 @@
-"""OpenAI's images surface, with vLLM-Omni's fields and veneer's mixes and controls: `router(engine, catalog, tenancy)`.
+"""OpenAI's images surface, with vLLM-Omni's fields and veneer's mixes and controls.
 
     POST /v1/images/generations      a picture of a prompt                    JSON, or a form where controls are files
     POST /v1/images/edits            a picture from another one, with a mask  a form, or JSON
 
-With `stream`, events: `image_generation.progress` at each step, `.partial_image`, and `.completed` for each picture
-(`image_edit.…` for edits). A client that leaves cancels what it asked for. See docs/reference/serving-images.md.
+    a body's fields -> ImageBody, EditBody -> DrawingPlan: a PictureRequest for each picture -> the engine's events
+
+Nothing that is asked for is left out in silence: what is not known, or cannot be done here, is refused with the reason.
+A picture's size is read from its header before it is decoded, and no address is ever fetched. With `stream`, events:
+`image_generation.progress` at each step, `.partial_image`, and `.completed` for each picture (`image_edit.…` for
+edits). A client that leaves cancels what it asked for. See docs/reference/serving-images.md.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import binascii
 import hashlib
 import json
+import re
+import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 from fastapi import APIRouter
-from starlette.requests import Request
+from pydantic import BeforeValidator, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from veneer.errors import VeneerError
 from veneer.formats.infotext import encoded, png_bytes
-from veneer.serve.access import BEHIND, SHADOWS, Caller, Catalog, Served, Tenancy
-from veneer.serve.http.errors import Json, answer_error, as_refused, error_body, invalid, problem_of
-from veneer.serve.http.house import House, ShadowAnswer, client_key
+from veneer.imaging.controls import ControlSpec, control_picture, decoded, flattened
+from veneer.imaging.make import size_for
+from veneer.models.image.generate import SEEDS, Control, PictureSettings, default_settings, fitted_picture
+from veneer.serve.access import BEHIND, SHADOWS, Caller, Served, ShadowAnswer
+from veneer.serve.http.answers import ClientLeft, OpenStream, open_stream, unless_left
+from veneer.serve.http.bodies import FAIL_FAST, MixField, MixPart, Strict, at_most, body_error, read_body, read_json
+from veneer.serve.http.errors import Json, as_refused, error_body, invalid, problem_of
 from veneer.serve.http.metrics import Meter
-from veneer.serve.http.running import ClientLeft, unless_left
+from veneer.serve.http.mixes import ChosenMix
+from veneer.serve.http.service import Service, caller_of, service_of
 from veneer.serve.http.sse import EventStream
-from veneer.serve.http.surfaces.images_asked import EditAsked, ImageAsked, Planned, asked_of, fields_of, planned
 from veneer.serve.pictures.engine import PictureEngine
-from veneer.serve.pictures.request import Drawn, PictureEvent, PictureRequest, Preview, Step
+from veneer.serve.pictures.request import FinishedPicture, PartialPicture, PictureEvent, PictureRequest, PictureStep
 from veneer.serve.request import Refused, Usage
 
-__all__ = ["router"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-Told = tuple[int, PictureEvent]
+    from veneer.models.image.base import ImageBase
+
+__all__ = ["DrawingPlan", "EditBody", "ImageBody", "images_routes"]
+
+images_routes = APIRouter(tags=["OpenAI"])
+
+Indexed = tuple[int, PictureEvent]
+"""An event, and which of a request's pictures it is of."""
 
 _QUALITY = {"auto": "medium", "standard": "medium", "hd": "high"}
 
-
-def router(
-    engine: PictureEngine,
-    catalog: Catalog,
-    tenancy: Tenancy,
-    *,
-    max_body: int = 64 << 20,
-    max_pixels: int = 1 << 24,
-    max_n: int = 10,
-    stall: float = 60.0,
-) -> APIRouter:
-    """The two routes. `max_pixels`: of a picture that is sent; `stall`: seconds a client may leave a stream unread.
-    Who asks is what the application has found out (`veneer.caller` in the scope), else asked of `tenancy`."""
-    surface = _Surface(engine, catalog, tenancy, max_body, max_pixels, max_n, stall)
-    made = APIRouter(tags=["OpenAI"])
-
-    @made.post("/v1/images/generations", summary="Draw pictures of a prompt.")
-    async def generations(request: Request) -> Response:
-        return await surface.answer(request, ImageAsked, "image_generation")
-
-    @made.post("/v1/images/edits", summary="Draw pictures from another one, where its mask is open or all over.")
-    async def edits(request: Request) -> Response:
-        return await surface.answer(request, EditAsked, "image_edit")
-
-    return made
+# -- the two routes ----------------------------------------------------------------------------------------------------
 
 
-class _Surface:
-    def __init__(
-        self, engine: PictureEngine, catalog: Catalog, tenancy: Tenancy, max_body: int, max_pixels: int, max_n: int,
-        stall: float,
-    ) -> None:  # fmt: skip
-        self.engine, self.catalog, self.tenancy = engine, catalog, tenancy
-        self.max_body, self.max_pixels, self.max_n, self.stall = max_body, max_pixels, max_n, stall
+@images_routes.post("/v1/images/generations", summary="Draw pictures of a prompt.")
+async def generations(request: HttpRequest) -> Response:
+    return await _answered(request, ImageBody, "image_generation")
 
-    async def answer(self, request: Request, kind: type[ImageAsked], event: str) -> Response:
+
+@images_routes.post("/v1/images/edits", summary="Draw pictures from another one, where its mask is open or all over.")
+async def edits(request: HttpRequest) -> Response:
+    return await _answered(request, EditBody, "image_edit")
+
+
+async def _answered(request: HttpRequest, kind: type[ImageBody], event: str) -> Response:
+    try:
+        service = service_of(request)
+        asked = _checked(kind, await _fields(request), service.settings.max_pictures)
+        caller = caller_of(request, asked.user or asked.safety_identifier)
+        chosen, labels = _chosen(service, asked, caller)
+        engine = cast(PictureEngine, service.engine)
+        most = service.settings.max_pixels
+        plan = await asyncio.to_thread(_planned, engine, asked, caller, chosen, labels, most)
+        events = _run(service, engine, plan, caller, chosen, request.scope["veneer.id"])
+        if not asked.stream:
+            return Json(await unless_left(request, _collected(events, asked, plan)))
+        stream = await open_stream(request, events)
+        return EventStream(_lines(stream, asked, plan, event), stream, _told, service.settings.stall)
+    except (ClientLeft, Refused):
+        raise
+    except Exception as error:
+        raise as_refused(error) from error
+
+
+def _chosen(service: Service, asked: ImageBody, caller: Caller) -> tuple[ChosenMix, dict[str, str]]:
+    """What acts, and what the client calls each adapter. An empty `mix` or `lora` is the base."""
+    catalog, mixes = service.catalog, service.mixes
+    ways = {
+        "mix": None if asked.mix is None else [(part.adapter, part.strength) for part in asked.mix],
+        "lora": None if asked.lora is None else [(part.name, part.scale) for part in asked.lora],
+    }
+    given = [(way, parts) for way, parts in ways.items() if parts is not None]
+    if len(given) > 1:
+        raise invalid("mix and lora both name adapters", "lora", "leave one out")
+    if given:
+        (way, parts) = given[0]
+        if catalog.resolve(asked.model, caller).mix:
+            raise invalid(f"model and {way} both name adapters", way, f"model {catalog.base!r}, or none, beside {way}")
+        chosen, words = mixes.choose(caller, mix=parts), [name for name, _ in parts]
+    else:
+        chosen = mixes.choose(caller, model=asked.model)
+        if len(chosen.served.mix) == 1:
+            return chosen, {digest: chosen.served.target for digest, _ in chosen.served.mix}
+        words = list(mixes.default) if chosen.served.mix else []
+    return chosen, {digest: word for word in words for digest, _ in catalog.resolve(word, caller).mix}
+
+
+async def _run(
+    service: Service, engine: PictureEngine, plan: DrawingPlan, caller: Caller, chosen: ChosenMix, number: str
+) -> AsyncGenerator[Indexed, None]:
+    """The engine's events, under the caller's limits; what was drawn is billed however it ends, in part too. Once
+    the first picture is there, a route's shadow draws it as well."""
+    served = chosen.served
+    places = engine.places(plan.requests[0].settings)
+    usages = [Usage(0, 0, 0) for _ in plan.requests]
+    admitted = service.tenancy.admitted(
+        caller, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=places * len(usages)
+    )  # fmt: skip
+    async with admitted as bill:
+        meters = [Meter(service.metrics, chosen.label, caller.tenant) for _ in usages]
+        reasons = ["abort"] * len(usages)
+        billed = False
         try:
-            caller = request.scope.get("veneer.caller") or await self.tenancy.caller(client_key(request))
-            asked = asked_of(kind, await fields_of(request, self.max_body), self.max_n)
-            caller = replace(caller, user=asked.user or asked.safety_identifier or caller.user)
-            served, labels = _named(self.catalog, asked, caller)
-            plan = await asyncio.to_thread(planned, self.engine, asked, caller, served, labels, self.max_pixels)
-            house = getattr(request.app.state, "house", None)
-            number = request.scope.get("veneer.id") or plan.requests[0].id
-            events = self._run(plan, caller, served, number, house)
-            if not asked.stream:
-                return Json(await unless_left(request, self._collected(events, asked, plan)))
-            first = await unless_left(request, _next(events))
-            return EventStream(_lines(first, events, asked, plan, event), events, _told, self.stall)
-        except ClientLeft:
-            return Response(status_code=499)
-        except Exception as error:
-            return answer_error(as_refused(error), "OpenAI")
+            async with aclosing(engine.events(plan.requests)) as events:
+                async for i, event in events:
+                    if isinstance(event, PictureStep):
+                        usages[i] = replace(usages[i], completion=round(places * event.done / event.of))
+                        meters[i].started()
+                    elif isinstance(event, FinishedPicture):
+                        usages[i], reasons[i] = event.usage, "stop"
+                        if i == 0 and served.shadow is not None:
+                            _shadow(service, engine, plan.requests[0], caller, served, number, event)
+                        if reasons.count("stop") == len(reasons):  # before the last picture goes out
+                            billed = True
+                            await bill.used(_total(plan, usages))
+                    yield i, event
+        except Exception:
+            reasons = ["error" if reason == "abort" else reason for reason in reasons]
+            raise
+        finally:
+            for meter, reason, usage in zip(meters, reasons, usages, strict=True):
+                meter.end(reason, usage)
+            if not billed:
+                bill.used(_total(plan, usages))
 
-    async def _run(
-        self, plan: Planned, caller: Caller, served: Served, number: str, house: House | None
-    ) -> AsyncGenerator[Told, None]:
-        """The engine's events, under the caller's limits; what was drawn is billed however it ends, in part too. Once
-        the first picture is there, a route's shadow draws it as well."""
-        metrics = None if house is None else house.metrics
-        label = self.catalog.base if not served.mix else "mix" if len(served.mix) > 1 else served.target
-        places = self.engine.places(plan.requests[0].settings)
-        usages = [Usage(0, 0, 0) for _ in plan.requests]
-        admitted = self.tenancy.admitted(
-            caller, served, request=number, prompt_tokens=plan.text_tokens, max_tokens=places * len(usages)
-        )  # fmt: skip
-        async with admitted as bill:
-            meters = [Meter(metrics, label, caller.tenant) for _ in usages] if metrics is not None else []
-            reasons = ["abort"] * len(usages)
-            billed = False
-            try:
-                async with aclosing(self.engine.events(plan.requests)) as events:
-                    async for i, event in events:
-                        if isinstance(event, Step):
-                            usages[i] = replace(usages[i], completion=round(places * event.done / event.of))
-                            if meters:
-                                meters[i].started()
-                        elif isinstance(event, Drawn):
-                            usages[i], reasons[i] = event.usage, "stop"
-                            if i == 0 and house is not None and served.shadow is not None:
-                                self._shadow(house, plan.requests[0], caller, served, number, event)
-                            if reasons.count("stop") == len(reasons):  # before the last picture goes out
-                                billed = True
-                                await bill.used(_total(plan, usages))
-                        yield i, event
-            except Exception:
-                reasons = ["error" if reason == "abort" else reason for reason in reasons]
-                raise
-            finally:
-                for meter, reason, usage in zip(meters, reasons, usages, strict=False):
-                    meter.end(reason, usage)
-                if not billed:
-                    bill.used(_total(plan, usages))
 
-    def _shadow(
-        self, house: House, request: PictureRequest, caller: Caller, served: Served, number: str, sent: Drawn
-    ) -> None:
-        """Starts the shadow's picture behind the request."""
-        assert served.shadow is not None
-        name, mix = served.shadow[0], () if isinstance(served.shadow[1], Refused) else served.shadow[1]
-        labels = {digest: name for digest, _ in mix} if len(mix) == 1 else {}
-        own: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight}
-        behind = replace(request, mix=mix, labels=labels, previews=0, id=f"{request.id}-shadow", **own)
-        most = self.engine.places(request.settings)
+def _shadow(
+    service: Service, engine: PictureEngine, request: PictureRequest, caller: Caller, served: Served, number: str,
+    sent: FinishedPicture,
+) -> None:  # fmt: skip
+    """Starts the shadow's picture behind the request."""
+    assert served.shadow is not None
+    name, mix = served.shadow[0], () if isinstance(served.shadow[1], Refused) else served.shadow[1]
+    labels = {digest: name for digest, _ in mix} if len(mix) == 1 else {}
+    own: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight}
+    behind = replace(request, mix=mix, labels=labels, previews=0, id=f"{request.id}-shadow", **own)
+    most = engine.places(request.settings)
 
-        async def follow() -> None:
-            drawn, error = None, ""
-            try:
-                async with house.shadow_bill(served, request=behind.id, prompt=sent.usage.prompt, most=most) as bill:
-                    try:
-                        async with aclosing(self.engine.events([behind])) as events:
-                            async for _, event in events:
-                                drawn = event if isinstance(event, Drawn) else drawn
-                    finally:
-                        await bill.used(Usage(0, 0, 0) if drawn is None else drawn.usage)
-            except Exception as problem:  # a shadow never disturbs what it follows
-                drawn, error = None, problem_of(problem)
-            one, other, apart = await asyncio.to_thread(_compared, sent, drawn)
-            own = Usage(0, 0, 0) if drawn is None else drawn.usage
-            house.shadowed(
-                ShadowAnswer(
-                    number, caller.tenant, served.name, name, served.target, one, other, sent.usage, own, error, apart
-                )
+    async def follow() -> None:
+        drawn, error = None, ""
+        try:
+            async with service.shadows.admitted(served, request=behind.id, prompt=sent.usage.prompt, most=most) as bill:
+                try:
+                    async with aclosing(engine.events([behind])) as events:
+                        async for _, event in events:
+                            drawn = event if isinstance(event, FinishedPicture) else drawn
+                finally:
+                    await bill.used(Usage(0, 0, 0) if drawn is None else drawn.usage)
+        except Exception as problem:  # a shadow never disturbs what it follows
+            drawn, error = None, problem_of(problem)
+        one, other, apart = await asyncio.to_thread(_compared, sent, drawn)
+        own = Usage(0, 0, 0) if drawn is None else drawn.usage
+        service.shadows.answered(
+            ShadowAnswer(
+                number, caller.tenant, served.name, name, served.target, one, other, sent.usage, own, error, apart
             )
+        )
 
-        house.follow(follow)
-
-    async def _collected(self, events: AsyncGenerator[Told, None], asked: ImageAsked, plan: Planned) -> dict[str, Any]:
-        found: dict[int, Drawn] = {}
-        async with aclosing(events):
-            async for i, event in events:
-                if isinstance(event, Drawn):
-                    found[i] = event
-        data = []
-        for i, request in enumerate(plan.requests):
-            file = await asyncio.to_thread(_file, found[i], asked)
-            one: dict[str, Any] = {"seed": request.seed}
-            if asked.response_format == "url":
-                one["url"] = f"data:image/{asked.kind};base64,{file}"
-            else:
-                one["b64_json"] = file
-            data.append(one | _notes(plan, found[i]))
-        return _about(asked, plan) | {
-            "created": int(time.time()),
-            "data": data,
-            "usage": _usage(plan, sum(drawn.usage.completion for drawn in found.values())),
-        }
+    service.shadows.follow(follow)
 
 
-def _total(plan: Planned, usages: list[Usage]) -> Usage:
+async def _collected(events: AsyncGenerator[Indexed, None], asked: ImageBody, plan: DrawingPlan) -> dict[str, Any]:
+    found: dict[int, FinishedPicture] = {}
+    async with aclosing(events):
+        async for i, event in events:
+            if isinstance(event, FinishedPicture):
+                found[i] = event
+    data = []
+    for i, request in enumerate(plan.requests):
+        file = await asyncio.to_thread(_file, found[i], asked)
+        one: dict[str, Any] = {"seed": request.seed}
+        if asked.response_format == "url":
+            one["url"] = f"data:image/{asked.kind};base64,{file}"
+        else:
+            one["b64_json"] = file
+        data.append(one | _notes(plan, found[i]))
+    return _about(asked, plan) | {
+        "created": int(time.time()),
+        "data": data,
+        "usage": _usage(plan, sum(drawn.usage.completion for drawn in found.values())),
+    }
+
+
+def _total(plan: DrawingPlan, usages: list[Usage]) -> Usage:
     return Usage(
         plan.text_tokens if any(usage.completion for usage in usages) else 0,
         0,
@@ -201,30 +228,353 @@ def _total(plan: Planned, usages: list[Usage]) -> Usage:
     )
 
 
+# -- bodies ------------------------------------------------------------------------------------------------------------
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+_STEPS = {"low": 0.5, "high": 2.0, "hd": 2.0}
+"""Quality -> its share of the base's own number of steps."""
+
+
+class NamedLora(Strict):
+    """vLLM-Omni's way to name an adapter. It never is a path here."""
+
+    name: str = Field(min_length=1, max_length=512)
+    scale: float = Field(1.0, ge=-10_000, le=10_000)
+
+
+Data = bytes | str
+"""A picture: an uploaded file's bytes; in JSON base64 or a data: URL."""
+
+
+class ImageReference(Strict):
+    image_url: str
+
+
+class ControlBody(Strict):
+    """`begin`, `end`: shares of the steps in which it acts."""
+
+    type: str = Field(max_length=64)
+    image: Data
+    strength: float = Field(1.0, ge=-100, le=100)
+    begin: float = Field(0.0, ge=0, lt=1)
+    end: float = Field(1.0, gt=0, le=1)
+
+
+def _json(value: Any) -> Any:
+    """A form has lists and objects as JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return read_json(value.encode())
+        except (Refused, ValueError):
+            raise ValueError("this is not JSON") from None
+    return value
+
+
+def _listed(value: Any) -> Any:
+    value = _json(value)
+    return [value] if isinstance(value, dict | bytes | str) else value
+
+
+def _form_mix(value: Any) -> Any:
+    """A mix in a form: one part by itself, or JSON text."""
+    value = _json(value)
+    return value if isinstance(value, dict) and "adapter" not in value else _listed(value)
+
+
+class ImageBody(Strict):
+    prompt: str = Field(min_length=1, max_length=32_000)
+    model: str = Field("", max_length=512)
+    n: int = Field(1, ge=1)
+    size: str | None = Field("auto", pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] = "auto"
+    background: Literal["auto", "opaque", "transparent"] = "auto"
+    moderation: Literal["auto", "low"] | None = None
+    output_format: Literal["png", "jpeg", "jpg", "webp"] = "png"
+    output_compression: int | None = Field(None, ge=0, le=100)
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=3)
+    user: str | None = Field(None, max_length=512)
+    safety_identifier: str | None = Field(None, max_length=512)
+    negative_prompt: str = Field("", max_length=32_000)
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0, le=1000)
+    true_cfg_scale: float | None = Field(None, ge=1, le=1000)
+    scheduler: str | None = Field(None, max_length=64)
+    seed: int | None = Field(None, ge=0, lt=SEEDS)
+    lora: Annotated[list[NamedLora] | None, at_most(64), BeforeValidator(_listed)] = None
+    mix: Annotated[MixField | None, BeforeValidator(_form_mix)] = None
+    control: Annotated[list[ControlBody], at_most(4), BeforeValidator(_listed)] = Field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """The file's format."""
+        return "jpeg" if self.output_format == "jpg" else self.output_format
+
+
+class EditBody(ImageBody):
+    """`image`, or OpenAI's JSON form of it, `images`. `denoise`: how far from it, the share of the steps taken."""
+
+    image: Annotated[list[Data], FAIL_FAST, at_most(64), BeforeValidator(_listed)] = Field(default_factory=list)
+    images: Annotated[list[ImageReference], FAIL_FAST, at_most(64)] = Field(default_factory=list)
+    mask: Annotated[Data | ImageReference | None, BeforeValidator(_json)] = None
+    denoise: float | None = Field(None, gt=0, le=1)
+
+
+def _checked(kind: type[ImageBody], fields: dict[str, Any], most: int) -> ImageBody:
+    """The body, checked by itself; null is what is not there. Raises Refused that names everything wrong with it."""
+    try:
+        asked = kind.model_validate({key: value for key, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise _body_error(kind, error) from error
+    if asked.n > most:
+        raise invalid(f"n is {asked.n}", "n", f"at most {most}")
+    if asked.background == "transparent":
+        raise invalid("pictures are opaque here", "background", "leave it out, or auto or opaque")
+    if asked.moderation == "auto":
+        raise invalid("nothing is moderated here", "moderation", "leave it out, or low")
+    if asked.output_compression not in (None, 100) and asked.kind == "png":
+        raise invalid("a PNG is never compressed with loss", "output_compression", "output_format jpeg or webp")
+    if asked.partial_images and not asked.stream:
+        raise invalid("partial images come in a stream", "partial_images", "stream true")
+    return asked
+
+
+def _body_error(kind: type[ImageBody], error: ValidationError) -> Refused:
+    inner = {"lora": NamedLora.model_fields, "mix": MixPart.model_fields, "control": ControlBody.model_fields}
+    problems = error.errors(include_url=False, include_input=False)
+    return body_error([{**p, "loc": ("body", *p["loc"])} for p in problems], kind.model_fields, inner)
+
+
+async def _fields(request: HttpRequest) -> dict[str, Any]:
+    """The fields of a JSON body or a form; uploads are bytes. Raises Refused."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        found = await read_body(request)
+        if not isinstance(found, dict):
+            raise invalid("the body is no JSON object")
+        return found
+    most = service_of(request).settings.max_body
+    try:
+        async with request.form(max_files=32, max_fields=200, max_part_size=most) as form:
+            items = [
+                (name, await value.read() if isinstance(value, UploadFile) else value)
+                for name, value in form.multi_items()
+            ]
+    except HTTPException as error:
+        raise invalid(f"the form cannot be read: {error.detail}") from error
+    return _unfolded(items)
+
+
+def _unfolded(items: Sequence[tuple[str, Data]]) -> dict[str, Any]:
+    """A form's fields as JSON has them: `image[]` is a list, and clients write a list of objects as
+    `mix[][adapter]`, `mix[][strength]`. A control's picture may be the name of an upload."""
+    out: dict[str, Any] = {}
+    columns: dict[str, dict[str, list[Data]]] = {}
+    for key, value in items:
+        found = re.fullmatch(r"(\w+)(\[\d*\])?(?:\[(\w+)\])?", key)
+        name, listed, inner = found.groups() if found else (key, None, None)
+        if inner:
+            columns.setdefault(name, {}).setdefault(inner, []).append(value)
+        elif listed or name == "image":
+            out.setdefault(name, []).append(value)
+        elif name in out:
+            raise invalid(f"{name} is there twice", name)
+        else:
+            out[name] = value
+    for name, own in columns.items():
+        if len({len(values) for values in own.values()}) > 1:
+            raise invalid(f"{name}: not every entry has every key", name, f"send {name} as JSON text")
+        out[name] = [dict(zip(own, row, strict=True)) for row in zip(*own.values(), strict=True)]
+    uploads = {key for key, value in out.items() if isinstance(value, bytes) and key not in ("mask", "image")}
+    if uploads:
+        try:
+            out["control"] = _listed(out.get("control", []))
+        except ValueError as error:
+            raise invalid(f"control: {error}", "control") from error
+        for control in out["control"]:
+            if isinstance(control, dict) and control.get("image") in uploads:
+                control["image"] = out[control["image"]]
+    return {key: value for key, value in out.items() if key not in uploads or not _used(out, value)}
+
+
+def _used(out: dict[str, Any], value: Any) -> bool:
+    return any(isinstance(control, dict) and control.get("image") is value for control in out.get("control", []))
+
+
+# -- what is drawn -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DrawingPlan:
+    """The pictures, and what is to be said of their making."""
+
+    requests: tuple[PictureRequest, ...]
+    notes: tuple[str, ...]
+    width: int
+    height: int
+    text_tokens: int
+    image_tokens: int
+    """Places of the latents of the pictures that went in."""
+
+
+def _planned(
+    engine: PictureEngine, asked: ImageBody, caller: Caller, chosen: ChosenMix, labels: dict[str, str], most: int
+) -> DrawingPlan:
+    """Decode, fit and check. `most`: pixels of a picture that is sent. Blocks. Raises Refused."""
+    base = engine.base
+    notes: list[str] = []
+    sent = _Sent(most, notes)
+    image, mask = sent.edited(asked) if isinstance(asked, EditBody) else (None, None)
+    held = [(one, flattened(sent.opened(one.image, "control", f"the {one.type} picture"))) for one in asked.control]
+    size = None if asked.size in (None, "auto") else tuple(map(int, asked.size.split("x")))
+    guide = image or next((picture for _, picture in held), None)
+    width, height = size if size is not None else size_for(base, None, None, guide)
+    if width * height > engine.max_pixels:
+        raise invalid(f"{width}×{height}: at most {engine.max_pixels} pixels are drawn here", "size")
+    image, mask = (sent.fitted(picture, width, height, what) for picture, what in ((image, "image"), (mask, "mask")))
+    controls, said = sent.controls(engine, held, width, height)
+    pictures: dict[str, Any] = {"image": image, "mask": mask, "denoise": _denoise(asked, image, mask)}
+    settings = PictureSettings(
+        width, height, *_numbers(base, asked), scheduler=asked.scheduler, controls=controls, **pictures
+    )
+    seed = secrets.randbelow(2**32) if asked.seed is None else asked.seed
+    edit = asked if isinstance(asked, EditBody) else None
+    first = PictureRequest(
+        asked.prompt,
+        settings,
+        asked.negative_prompt,
+        mix=chosen.served.mix,
+        labels=labels,
+        inputs={
+            "image": sent.record(edit.image[0]) if edit and edit.image else None,
+            "mask": sent.record(edit.mask) if edit and isinstance(edit.mask, bytes | str) else None,
+            "controls": said,
+        },
+        previews=asked.partial_images,
+        tenant=caller.tenant,
+        weight=caller.weight,
+    )
+    requests = tuple(replace(first, seed=(seed + i) % SEEDS, id=f"{first.id}-{i}") for i in range(asked.n))
+    texts = [text for text in (asked.prompt, asked.negative_prompt) if text]
+    places = engine.places(settings) * ((image is not None) + len(controls))
+    return DrawingPlan(requests, tuple(notes), width, height, engine.tokens(*texts), places)
+
+
+def _numbers(base: ImageBase, asked: ImageBody) -> tuple[int, float, float]:
+    """Steps, guidance and true guidance. Qwen-Image's own guidance is what others call the true one."""
+    steps, guidance = default_settings(base)
+    taken = asked.num_inference_steps or max(1, round(steps * _STEPS.get(asked.quality, 1.0)))
+    given, true = asked.guidance_scale, asked.true_cfg_scale
+    if base.family == "qwen-image":
+        if given is not None and true is not None:
+            raise invalid("true_cfg_scale is this base's guidance_scale", "true_cfg_scale", "leave one out")
+        given, true = true if given is None else given, None
+    return taken, guidance if given is None else given, 1.0 if true is None else true
+
+
+def _denoise(asked: ImageBody, image: Image | None, mask: Image | None) -> float:
+    """What a mask opens is made anew; without one something of the picture stays, as `veneer image` has it."""
+    if not isinstance(asked, EditBody) or image is None:
+        return 1.0
+    if asked.denoise is not None:
+        return asked.denoise
+    return 0.6 if mask is None else 1.0
+
+
+def _public(name: str) -> str:
+    """A ControlNet's name without the folders of this machine."""
+    return Path(name).name if Path(name).exists() else name
+
+
+class _Sent:
+    """The pictures of one request, decoded."""
+
+    def __init__(self, most: int, notes: list[str]) -> None:
+        self.most, self.notes = most, notes
+
+    def edited(self, asked: EditBody) -> tuple[Image, Image | None]:
+        """(the picture, the mask in grey: white is made anew)."""
+        asked.image += [reference.image_url for reference in asked.images]
+        if isinstance(asked.mask, ImageReference):
+            asked.mask = asked.mask.image_url
+        if len(asked.image) != 1:
+            what = "there is no image to edit" if not asked.image else f"{len(asked.image)} images"
+            raise invalid(what, "image", "send one; further ones can be controls")
+        image = flattened(self.opened(asked.image[0], "image", "the image"))
+        if asked.mask is None:
+            return image, None
+        mask = _opening(self.opened(asked.mask, "mask", "the mask"))
+        if not mask.getbbox():
+            raise invalid("the mask opens nothing: all would be kept", "mask", "make transparent what is to change")
+        return image, mask
+
+    def opened(self, data: Data, param: str, what: str) -> Image:
+        try:
+            return decoded(_bytes(data, param), what, formats=FORMATS, max_pixels=self.most)
+        except VeneerError as error:
+            if isinstance(error, Refused):
+                raise
+            raise invalid(f"{what}: {error.what}", param, error.fix) from error
+
+    def fitted(self, picture: Image | None, width: int, height: int, what: str) -> Image | None:
+        if picture is None:
+            return None
+        try:
+            made, said = fitted_picture(picture, width, height, what)
+        except VeneerError as error:
+            raise invalid(error.what, what, f"crop it, or ask for size {picture.width}x{picture.height}") from error
+        self.notes += [said] if said else []
+        return made
+
+    def controls(
+        self, engine: PictureEngine, held: Sequence[tuple[ControlBody, Image]], width: int, height: int
+    ) -> tuple[tuple[Control, ...], list[dict[str, Any]]]:
+        """(what the engine gets, what a record says of it)."""
+        controls, said = [], []
+        for one, picture in held:
+            name, model = engine.control(one.type)
+            if one.begin >= one.end:
+                raise invalid(f"a control from {one.begin:g} to {one.end:g} of the steps", "control")
+            try:
+                made, told = control_picture(ControlSpec(one.type, "(sent)"), picture, width, height)
+            except VeneerError as error:
+                raise invalid(error.what, "control", error.fix) from error
+            self.notes += told
+            controls.append(Control(model, made, one.strength, one.begin, one.end))
+            about: dict[str, Any] = {"kind": one.type, "model": _public(name), **self.record(one.image)}
+            said.append(about | {"weight": one.strength, "begin": one.begin, "end": one.end})
+        return tuple(controls), said
+
+    def record(self, data: Data) -> dict[str, str]:
+        return {"path": "", "sha256": hashlib.sha256(_bytes(data, "image")).hexdigest()}
+
+
+def _opening(mask: Image) -> Image:
+    """OpenAI's masks are open where they are transparent; one without transparency where it is white."""
+    from PIL import ImageChops
+
+    if mask.mode in ("RGBA", "LA", "PA") or "transparency" in mask.info:
+        return ImageChops.invert(mask.convert("RGBA").getchannel("A"))
+    return mask.convert("L")
+
+
+def _bytes(data: Data, param: str) -> bytes:
+    if isinstance(data, bytes):
+        return data
+    if re.match(r"(?i)https?://", data):
+        raise invalid("addresses are not fetched", param, "send the picture itself, in base64 or as a data: URL")
+    head, comma, rest = data.partition(",")
+    try:
+        return base64.b64decode(rest if comma and head.startswith("data:") else data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise invalid(f"{param} is no base64: {error}", param) from error
+
+
 # -- what is said ------------------------------------------------------------------------------------------------------
 
 
-def _named(catalog: Catalog, asked: ImageAsked, caller: Caller) -> tuple[Served, dict[str, str]]:
-    """What acts, and what the client calls each adapter. An empty `mix` or `lora` is the base."""
-    ways = {
-        "mix": None if asked.mix is None else [(part.adapter, part.strength) for part in asked.mix],
-        "lora": None if asked.lora is None else [(part.name, part.scale) for part in asked.lora],
-    }
-    given = [(way, parts) for way, parts in ways.items() if parts is not None]
-    if not given:
-        served = catalog.resolve(asked.model, caller)
-        return served, {digest: served.target for digest, _ in served.mix} if len(served.mix) == 1 else {}
-    if len(given) > 1:
-        raise invalid("mix and lora both name adapters", "lora", "leave one out")
-    (way, parts) = given[0]
-    if catalog.resolve(asked.model, caller).mix:
-        raise invalid(f"model and {way} both name adapters", way, f"model {catalog.base!r}, or none, beside {way}")
-    served = catalog.resolve_mix(parts, caller) if parts else catalog.resolve("", caller)
-    labels = {digest: name for name, _ in parts for digest, _ in catalog.resolve(name, caller).mix}
-    return served, labels
-
-
-def _compared(sent: Drawn, other: Drawn | None) -> tuple[str, str, float]:
+def _compared(sent: FinishedPicture, other: FinishedPicture | None) -> tuple[str, str, float]:
     """The digests of both pictures' pixels ("" of one that is not there), and their mean difference, 0 … 1."""
     one, two = (None if drawn is None else np.asarray(drawn.made.image.convert("RGB")) for drawn in (sent, other))
     digests = ["" if pixels is None else hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in (one, two)]
@@ -232,13 +582,13 @@ def _compared(sent: Drawn, other: Drawn | None) -> tuple[str, str, float]:
     return digests[0], digests[1], apart
 
 
-def _file(drawn: Drawn, asked: ImageAsked) -> str:
+def _file(drawn: FinishedPicture, asked: ImageBody) -> str:
     made = drawn.made
     quality = 95 if asked.output_compression is None else asked.output_compression
     return base64.b64encode(encoded(made.image, made.text, made.record, asked.kind, quality)).decode()
 
 
-def _about(asked: ImageAsked, plan: Planned) -> dict[str, Any]:
+def _about(asked: ImageBody, plan: DrawingPlan) -> dict[str, Any]:
     return {
         "background": "opaque",
         "output_format": asked.kind,
@@ -247,7 +597,7 @@ def _about(asked: ImageAsked, plan: Planned) -> dict[str, Any]:
     }
 
 
-def _usage(plan: Planned, output: int) -> dict[str, Any]:
+def _usage(plan: DrawingPlan, output: int) -> dict[str, Any]:
     text, image = plan.text_tokens, plan.image_tokens
     return {
         "input_tokens": text + image,
@@ -257,34 +607,32 @@ def _usage(plan: Planned, output: int) -> dict[str, Any]:
     }
 
 
-def _notes(plan: Planned, drawn: Drawn) -> dict[str, Any]:
+def _notes(plan: DrawingPlan, drawn: FinishedPicture) -> dict[str, Any]:
     notes = [*plan.notes, *drawn.notes]
     return {"notes": notes} if notes else {}
 
 
 async def _lines(
-    first: Told, rest: AsyncGenerator[Told, None], asked: ImageAsked, plan: Planned, event: str
+    events: OpenStream[Indexed], asked: ImageBody, plan: DrawingPlan, event: str
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events. What fails after the first is an event too (`_told`); its status was sent long ago."""
     created = int(time.time())
 
     async def line(i: int, told: PictureEvent) -> bytes | None:
-        if isinstance(told, Step):
+        if isinstance(told, PictureStep):
             return _sse({"type": f"{event}.progress", "index": i, "step": told.done, "steps": told.of})
         common = {"index": i, "created_at": created, **_about(asked, plan)}
-        if isinstance(told, Preview):
+        if isinstance(told, PartialPicture):
             file = await asyncio.to_thread(_preview, told, asked)
             own = {"type": f"{event}.partial_image", "b64_json": file, "partial_image_index": told.index}
             return _sse(own | common)
-        if isinstance(told, Drawn):
+        if isinstance(told, FinishedPicture):
             file = await asyncio.to_thread(_file, told, asked)
             own = {"type": f"{event}.completed", "b64_json": file, "seed": plan.requests[i].seed}
             return _sse(own | common | {"usage": _usage(plan, told.usage.completion)} | _notes(plan, told))
         return None
 
-    if (made := await line(*first)) is not None:
-        yield made
-    async for told in rest:
+    async for told in events:
         if (made := await line(*told)) is not None:
             yield made
 
@@ -293,7 +641,7 @@ def _told(error: Exception) -> bytes:
     return _sse({"type": "error"} | error_body(as_refused(error), "OpenAI")[1])
 
 
-def _preview(preview: Preview, asked: ImageAsked) -> str:
+def _preview(preview: PartialPicture, asked: ImageBody) -> str:
     if asked.kind == "png":
         return base64.b64encode(png_bytes(preview.image, "")).decode()
     return base64.b64encode(encoded(preview.image, "", {}, asked.kind, 80)).decode()
@@ -301,10 +649,3 @@ def _preview(preview: Preview, asked: ImageAsked) -> str:
 
 def _sse(data: dict[str, Any]) -> bytes:
     return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode()
-
-
-# -- who asks, and whether they are still there ------------------------------------------------------------------------
-
-
-async def _next(events: AsyncGenerator[Told, None]) -> Told:
-    return await anext(events)

@@ -18,36 +18,39 @@ from starlette.responses import Response
 
 from veneer import __version__
 from veneer.serve.engine.admission import Place
-from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.answers import (
+    IndexedEvent,
+    OpenStream,
+    TextAnswer,
+    TextJob,
+    collect,
+    open_stream,
+    run,
+    unless_left,
+)
+from veneer.serve.http.bodies import FAIL_FAST, Body, BodyRoute, MixField, Neutral, at_most
 from veneer.serve.http.errors import Json, error_body, invalid
-from veneer.serve.http.fields import (
-    FIRST,
+from veneer.serve.http.sampling import (
     Bias,
     Biases,
-    Body,
-    Grammar,
-    Lora,
-    MixField,
-    Neutral,
+    LoraScale,
     Seed,
     Stop,
     TextOrIds,
-    at_most,
     bias_of,
+    limited,
     one_grammar,
-    sampling,
+    sampling_of,
     schema_text,
     stops_of,
 )
-from veneer.serve.http.house import House, caller_of, house_of, need_admin, place_of
-from veneer.serve.http.running import Answer, Ask, Opened, collect, opened, unless_left
+from veneer.serve.http.service import Service, admission_of, caller_of, need_admin, service_of
 from veneer.serve.http.sse import EventStream, data
-from veneer.serve.http.surfaces.openai_bodies import limited
-from veneer.serve.request import Finished, Refused, Sampling, Token
+from veneer.serve.request import Finished, GrammarSpec, Refused, Sampling, Token
 
-__all__ = ["router"]
+__all__ = ["llama_cpp_routes"]
 
-router = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
+llama_cpp_routes = APIRouter(tags=["llama.cpp"], route_class=BodyRoute)
 
 _ANOTHER = "it would draw from another distribution; temperature, top_k, top_p, min_p and the penalties are there"
 
@@ -87,7 +90,7 @@ class Completion(Body):
     prompt: TextOrIds
     model: str = Field(default="", max_length=512)
     mix: MixField | None = None
-    lora: Annotated[list[Lora], FIRST, at_most(64)] | None = None
+    lora: Annotated[list[LoraScale], FAIL_FAST, at_most(64)] | None = None
     n_predict: int | None = Field(default=None, ge=-1, lt=1 << 31)
     max_tokens: int | None = Field(default=None, ge=-1, lt=1 << 31)
     temperature: float = 0.8
@@ -107,13 +110,13 @@ class Completion(Body):
     return_tokens: bool = False
     stream: bool = False
 
-    def sampling(self, house: House, room: int) -> Sampling:
+    def sampling(self, service: Service, room: int) -> Sampling:
         wanted = self.n_predict if self.n_predict is not None else self.max_tokens
         free = wanted is None or wanted == -1
         if wanted == 0:
             raise invalid("n_predict is 0", "n_predict", "-1 (as many as there is room for) or 1 and more")
-        return sampling(
-            max_tokens=limited(room if free or wanted is None else wanted, room, house, asked=not free),
+        return sampling_of(
+            max_tokens=limited(room if free or wanted is None else wanted, room, service, asked=not free),
             temperature=max(self.temperature, 0.0),
             top_k=max(self.top_k, 0),
             top_p=self.top_p or 1e-9,  # llama.cpp's 0 keeps one token
@@ -123,8 +126,8 @@ class Completion(Body):
             frequency_penalty=self.frequency_penalty,
             seed=None if self.seed == -1 else self.seed,
             ignore_eos=self.ignore_eos,
-            stop=stops_of(self.stop, house.settings.max_stops),
-            logit_bias=bias_of(self._bias(), house.prompts),
+            stop=stops_of(self.stop, service.settings.max_stops),
+            logit_bias=bias_of(self._bias(), service.prompts),
             logprobs=self.n_probs or None,
             grammar=one_grammar([self._schema(), self._format()]),
         )
@@ -137,10 +140,10 @@ class Completion(Body):
             raise invalid("a logit_bias is a number, or false for never", "logit_bias")
         return {str(token): -100.0 if value is False else float(value) for token, value in self.logit_bias}
 
-    def _schema(self) -> Grammar | None:
+    def _schema(self) -> GrammarSpec | None:
         return None if self.json_schema is None else ("json_schema", schema_text(self.json_schema, "json_schema"))
 
-    def _format(self) -> Grammar | None:
+    def _format(self) -> GrammarSpec | None:
         form = self.response_format or {"type": "text"}
         if form.get("type") == "text":
             return None
@@ -154,78 +157,81 @@ class Completion(Body):
 # -- completion --------------------------------------------------------------------------------------------------------
 
 
-@router.post("/completion", summary="Continue a text.")
+@llama_cpp_routes.post("/completion", summary="Continue a text.")
 async def completion(request: HttpRequest, body: Completion) -> Response:
-    house, caller = house_of(request), caller_of(request)
+    service, caller = service_of(request), caller_of(request)
     lora = None if body.lora is None else [(part.id, part.scale) for part in body.lora]
     mix = None if body.mix is None else [(part.adapter, part.strength) for part in body.mix]
-    chosen = house.choose(caller, model=body.model, mix=mix, lora=lora, default=house.loras.scales)
-    place = place_of(request)
+    chosen = service.mixes.choose(caller, model=body.model, mix=mix, lora=lora, default=service.mixes.numbers.scales)
+    place = admission_of(request)
     place.take("answers", 1)
-    prompt = await _prompt(house, body.prompt, place)
-    settings = body.sampling(house, house.prompts.fits(prompt))
-    ask = Ask(caller, chosen, [prompt], settings, id=f"cmpl-{request.scope['veneer.id']}")
+    prompt = await _prompt(service, body.prompt, place)
+    settings = body.sampling(service, service.prompts.fits(prompt))
+    job = TextJob(caller, chosen, [prompt], settings, id=f"cmpl-{request.scope['veneer.id']}")
     if not body.stream:
-        answer = (await unless_left(request, collect(house, ask)))[0]
-        return Json(await _last(house, ask, body, answer, answer.text, answer.tokens), headers=body.headers)
-    events = await opened(request, house, ask)
+        answer = (await unless_left(request, collect(service, job)))[0]
+        return Json(await _last(service, job, body, answer, answer.text, answer.tokens), headers=body.headers)
+    events = await open_stream(request, run(service, job))
 
     def told(error: Exception) -> bytes:
         assert isinstance(error, Refused)
         return data(error_body(error, "llama.cpp")[1])
 
-    stream = EventStream(_lines(house, ask, body, events), events, told, house.settings.stall)
+    stream = EventStream(_lines(service, job, body, events), events, told, service.settings.stall)
     stream.headers.update(body.headers)
     return stream
 
 
-async def _prompt(house: House, given: str | list[int | str], place: Place) -> tuple[int, ...]:
+async def _prompt(service: Service, given: str | list[int | str], place: Place) -> tuple[int, ...]:
     """A text, or texts and token ids one after another; the tokenizer's own beginning (bos) where text comes first."""
     parts = [given] if isinstance(given, str) else given
-    house.prompts.of_ids([part for part in parts if isinstance(part, int)])
+    service.prompts.of_ids([part for part in parts if isinstance(part, int)])
     texts = {i: part for i, part in enumerate(parts) if isinstance(part, str)}
-    if len(texts) > house.settings.max_prompts:
-        raise invalid(f"the prompt is made of {len(texts):,} texts", "prompt", f"at most {house.settings.max_prompts}")
-    house.prompts.measure(sum(map(len, texts.values())))
-    made = await house.prompts.of_parts(list(texts.values()), special=[i == 0 for i in texts], place=place)
+    most = service.settings.max_prompts
+    if len(texts) > most:
+        raise invalid(f"the prompt is made of {len(texts):,} texts", "prompt", f"at most {most}")
+    service.prompts.measure(sum(map(len, texts.values())))
+    made = await service.prompts.of_parts(list(texts.values()), special=[i == 0 for i in texts], place=place)
     read = dict(zip(texts, made, strict=True))
     in_order = ((part,) if isinstance(part, int) else read[i] for i, part in enumerate(parts))
     return tuple(chain.from_iterable(in_order))
 
 
-async def _lines(house: House, ask: Ask, body: Completion, events: Opened) -> AsyncIterator[bytes]:
-    answer = Answer()
+async def _lines(
+    service: Service, job: TextJob, body: Completion, events: OpenStream[IndexedEvent]
+) -> AsyncIterator[bytes]:
+    answer = TextAnswer()
     async for _, event in events:
         answer.add(event)
         if isinstance(event, Token):
             piece: dict[str, Any] = {
                 "index": 0, "content": event.text, "tokens": [event.id] if body.return_tokens else [], "stop": False,
-                "id_slot": -1, "tokens_predicted": len(answer.tokens), "tokens_evaluated": len(ask.prompts[0]),
+                "id_slot": -1, "tokens_predicted": len(answer.tokens), "tokens_evaluated": len(job.prompts[0]),
             }  # fmt: skip
             if body.n_probs:
-                piece["completion_probabilities"] = [_probabilities(house, event, body.n_probs)]
+                piece["completion_probabilities"] = [_probabilities(service, event, body.n_probs)]
             yield data(piece)
         elif isinstance(event, Finished):
-            yield data(await _last(house, ask, body, answer, event.text, []))
+            yield data(await _last(service, job, body, answer, event.text, []))
 
 
 async def _last(
-    house: House, ask: Ask, body: Completion, answer: Answer, content: str, tokens: list[Token]
+    service: Service, job: TextJob, body: Completion, answer: TextAnswer, content: str, tokens: list[Token]
 ) -> dict[str, Any]:
     """The whole answer, or a stream's last event: `content` and `tokens` are what was not told before."""
-    end, usage, settings = answer.finished, answer.finished.usage, ask.sampling
+    end, usage, settings = answer.finished, answer.finished.usage, job.sampling
     word = end.stop if isinstance(end.stop, str) else ""
     found: dict[str, Any] = {
         "index": 0, "content": content, "tokens": [t.id for t in tokens] if body.return_tokens else [],
-        "id_slot": -1, "stop": True, "model": ask.chosen.served.name, "tokens_predicted": usage.completion,
+        "id_slot": -1, "stop": True, "model": job.chosen.served.name, "tokens_predicted": usage.completion,
         "tokens_evaluated": usage.prompt, "generation_settings": _settings(settings),
-        "prompt": await house.prompts.decode(ask.prompts[0]), "has_new_line": "\n" in answer.text, "truncated": False,
+        "prompt": await service.prompts.decode(job.prompts[0]), "has_new_line": "\n" in answer.text, "truncated": False,
         "stop_type": "limit" if end.reason == "length" else "word" if word else "eos", "stopping_word": word,
         "tokens_cached": usage.cached,
         "timings": _timings(usage.prompt - usage.cached, usage.prefill, usage.completion, usage.decode),
     }  # fmt: skip
     if body.n_probs and tokens:
-        found["completion_probabilities"] = [_probabilities(house, token, body.n_probs) for token in tokens]
+        found["completion_probabilities"] = [_probabilities(service, token, body.n_probs) for token in tokens]
     return found
 
 
@@ -248,9 +254,9 @@ def _timings(prompt: int, prefill: float, made: int, decode: float) -> dict[str,
     return rate(prompt, prefill, "prompt") | rate(made, decode, "predicted")
 
 
-def _probabilities(house: House, token: Token, wanted: int) -> dict[str, Any]:
+def _probabilities(service: Service, token: Token, wanted: int) -> dict[str, Any]:
     def entry(id: int, logprob: float | None) -> dict[str, Any]:
-        text, raw = house.prompts.piece(id)
+        text, raw = service.prompts.piece(id)
         known = logprob is not None and logprob > -9999.0
         return {"id": id, "token": text, "bytes": list(raw), "logprob": logprob if known else -9999.0}
 
@@ -261,41 +267,44 @@ def _probabilities(house: House, token: Token, wanted: int) -> dict[str, Any]:
 # -- adapters and the server -------------------------------------------------------------------------------------------
 
 
-@router.get("/lora-adapters", summary="Adapters with their numbers and global scales.")
+@llama_cpp_routes.get("/lora-adapters", summary="Adapters with their numbers and global scales.")
 async def lora_adapters(request: HttpRequest) -> Response:
-    house = house_of(request)
-    scales = house.loras.scales
+    service = service_of(request)
+    numbers = service.mixes.numbers
     return Json([
         {
-            "id": house.loras.of(card.id), "path": card.root, "scale": scales.get(card.id, 0.0), "name": card.id,
+            "id": numbers.of(card.id), "path": card.root, "scale": numbers.scales.get(card.id, 0.0), "name": card.id,
             "task_name": "", "prompt_prefix": "",
         }
-        for card in house.adapters(caller_of(request))
+        for card in service.mixes.adapters(caller_of(request))
     ])  # fmt: skip
 
 
-@router.post("/lora-adapters", summary="Set all global scales; an adapter that is not in the list gets 0.")
-async def set_lora_adapters(request: HttpRequest, body: Annotated[list[Lora], FIRST, at_most(1024)]) -> Response:
-    house, caller = house_of(request), need_admin(request)
-    visible = house.adapters(caller)
-    scales = {house.loras.name(part.id, visible): part.scale for part in body}
+@llama_cpp_routes.post("/lora-adapters", summary="Set all global scales; an adapter that is not in the list gets 0.")
+async def set_lora_adapters(
+    request: HttpRequest, body: Annotated[list[LoraScale], FAIL_FAST, at_most(1024)]
+) -> Response:
+    service, caller = service_of(request), need_admin(request)
+    visible = service.mixes.adapters(caller)
+    scales = {service.mixes.numbers.name(part.id, visible): part.scale for part in body}
     if len(scales) != len(body):
         raise invalid("an adapter is in the list twice", "id")
     if scales:
-        house.choose(caller, mix=list(scales.items()))  # what cannot be mixed is refused now, not by the next request
-    house.loras.scales = {name: scale for name, scale in scales.items() if scale}
+        # What cannot be mixed is refused now, not by the next request.
+        service.mixes.choose(caller, mix=list(scales.items()))
+    service.mixes.numbers.scales = {name: scale for name, scale in scales.items() if scale}
     return Json({"success": True})
 
 
-@router.get("/props", summary="What this server is.")
+@llama_cpp_routes.get("/props", summary="What this server is.")
 async def props(request: HttpRequest) -> Response:
-    house = house_of(request)
-    template = house.text.tokenizer.chat_template
-    defaults = Completion(prompt="").sampling(house, house.prompts.context)
+    service = service_of(request)
+    template, base = service.reader.tokenizer.chat_template, service.catalog.base
+    defaults = Completion(prompt="").sampling(service, service.prompts.context)
     return Json(
         {
-            "default_generation_settings": {"n_ctx": house.prompts.context, "params": _settings(defaults)},
-            "total_slots": house.settings.slots, "model_path": house.catalog.base, "model_alias": house.catalog.base,
+            "default_generation_settings": {"n_ctx": service.prompts.context, "params": _settings(defaults)},
+            "total_slots": service.settings.slots, "model_path": base, "model_alias": base,
             "chat_template": template if isinstance(template, str) else "",
             "modalities": {"vision": False, "audio": False}, "build_info": f"veneer-{__version__}",
         }

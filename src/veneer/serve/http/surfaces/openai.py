@@ -1,54 +1,366 @@
 """OpenAI's text API: chat completions, completions, models; `model` may be an adapter, and `mix` several.
 
-A form (`_ChatForm`, `_TextForm`) says how an answer is written, whole and in pieces; everything else is one for both.
+    bodies    what the two routes take: OpenAI's keys, vLLM's further ones, and the ways to a mix
+    routes    a form (`_ChatForm`, `_TextForm`) says how an answer is written, whole and in pieces; the rest is one
+    tools     what a model is asked to write so that it calls a function, and what it wrote, read back
+
+| tool_choice | the answer | read as |
+| --- | --- | --- |
+| none, or no tools | text | text |
+| auto | text in which `<tool_call>{"name": …, "arguments": {…}}</tool_call>` may come (Hermes, Qwen, SmolLM3) | both |
+| required | by grammar, one object {"name", "arguments"} that fits one of the tools | one call |
+| a function | by grammar, an object that fits its parameters | the arguments of one call |
+
+The tools reach the model by its chat template; a base whose template has no place for them is refused tools.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
+from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer import __version__
 from veneer.serve.access import ModelCard
-from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.answers import (
+    OpenStream,
+    TextAnswer,
+    TextJob,
+    collect,
+    open_stream,
+    run,
+    total,
+    unless_left,
+)
+from veneer.serve.http.bodies import (
+    FAIL_FAST,
+    ITEMS,
+    Body,
+    BodyRoute,
+    MixField,
+    Neutral,
+    Objects,
+    Strict,
+    at_most,
+    checked,
+)
 from veneer.serve.http.errors import Json, error_body, invalid
-from veneer.serve.http.house import House, caller_of, house_of, place_of
 from veneer.serve.http.prompts import Prompts
-from veneer.serve.http.running import Answer, Ask, Opened, collect, opened, total, unless_left
+from veneer.serve.http.sampling import (
+    Bias,
+    Ids,
+    LoraScale,
+    Paths,
+    Seed,
+    Stop,
+    Texts,
+    bias_of,
+    choices_regex,
+    limited,
+    one_grammar,
+    sampling_of,
+    schema_text,
+    stops_of,
+)
+from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import EventStream, data
-from veneer.serve.http.surfaces.openai_bodies import Chat, Completion, Shared
-from veneer.serve.http.surfaces.tools import Call, ToolUse, tool_use
-from veneer.serve.request import Finished, Refused, Started, Token, Usage
+from veneer.serve.request import EngineEvent, Finished, GrammarSpec, Refused, Sampling, Started, Token, Usage
 
-__all__ = ["router"]
+__all__ = [
+    "ChatBody",
+    "CompletionBody",
+    "Message",
+    "StreamOptions",
+    "ToolCall",
+    "ToolReader",
+    "ToolUse",
+    "grammar_of",
+    "openai_routes",
+    "tool_use",
+]
 
-router = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
+openai_routes = APIRouter(tags=["OpenAI"], route_class=BodyRoute)
+
+
+# -- bodies ------------------------------------------------------------------------------------------------------------
+
+_NO_BEAMS = "answers are sampled, not searched in beams"
+_GREEDY_OR_NOT = "the answer would be another one"
+Choices = Annotated[list[str], FAIL_FAST, at_most(1000)]
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class Shared(Body):
+    """What chat and completions have in common."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset({
+        "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+        "prompt_cache_retention", "prediction", "guided_decoding_backend", "guided_whitespace_pattern", "request_id",
+    })  # fmt: skip
+    refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {
+        "use_beam_search": ((False,), _NO_BEAMS),
+        "length_penalty": ((1.0,), _NO_BEAMS),
+        "early_stopping": ((False,), _NO_BEAMS),
+        "prompt_logprobs": ((), "use echo with logprobs on /v1/completions"),
+        "guided_grammar": ((), "grammars in EBNF are not read; use a JSON schema or a regular expression"),
+        "bad_words": (([],), "use logit_bias"),
+        "allowed_token_ids": (([],), "use logit_bias, or a grammar"),
+        "logits_processors": (([],), "no code of a client's is run"),
+        "skip_special_tokens": ((True,), "answers are text without special tokens"),
+        "spaces_between_special_tokens": ((True, False), _GREEDY_OR_NOT),
+        "include_stop_str_in_output": ((False,), "a stop text is never part of the answer; stop_reason names it"),
+        "truncate_prompt_tokens": ((), "nothing is cut unasked; send a shorter prompt"),
+        "return_tokens_as_token_ids": ((False,), "ask for logprobs, or use /tokenize"),
+        "return_token_ids": ((False,), "ask for logprobs, or use /tokenize"),
+        "priority": ((0,), "the operator sets each tenant's weight"),
+        "kv_transfer_params": ((), "this server is one process"),
+        "mm_processor_kwargs": (({},), "this base reads text alone"),
+        "vllm_xargs": (({},), _GREEDY_OR_NOT),
+        "structural_tag": ((), "use tools, or response_format"),
+    }
+
+    model: str = Field(default="", max_length=512, description="the base, an adapter, a route, or base:adapter")
+    mix: MixField | None = None
+    cache_salt: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=512,
+        description="prompts share what was computed under equal salts alone",
+    )
+    lora: Annotated[list[LoraScale], FAIL_FAST, at_most(64)] | None = None
+    lora_path: Paths | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = Field(default=None, ge=-1, lt=1 << 31)
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    stop_token_ids: Annotated[Ids, at_most(64)] | None = None
+    min_tokens: int = Field(default=0, ge=0, lt=1 << 31)
+    ignore_eos: bool = False
+    logit_bias: Bias | None = None
+    n: int | None = Field(default=None, ge=1)
+    best_of: int | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(default=None, max_length=512)
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = Field(default=None, max_length=20_000)
+    guided_choice: Choices | None = None
+    structured_outputs: dict[str, Any] | None = None
+
+    def choices(self, service: Service) -> int:
+        n, most = self.n or 1, service.settings.max_choices
+        if n > most:
+            raise invalid(f"n is {n}", "n", f"at most {most} answers to a prompt")
+        if self.best_of not in (None, n):
+            raise invalid(f"best_of is {self.best_of} and n {n}", "best_of", "leave best_of out: every answer is sent")
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options goes with stream", "stream_options")
+        return n
+
+    def path(self) -> str | None:
+        """SGLang's lora_path, where it is the same for every prompt."""
+        if not isinstance(self.lora_path, list):
+            return self.lora_path
+        if len(set(self.lora_path)) > 1:
+            raise invalid(
+                "lora_path names different adapters for one request's prompts", "lora_path", "one request each"
+            )
+        return self.lora_path[0] if self.lora_path else None
+
+    def adapters(self) -> dict[str, Any]:
+        """The arguments of Service.choose."""
+        mix = None if self.mix is None else [(part.adapter, part.strength) for part in self.mix]
+        lora = None if self.lora is None else [(part.id, part.scale) for part in self.lora]
+        return {"model": self.model, "mix": mix, "lora": lora, "lora_path": self.path()}
+
+    def sampling(
+        self, service: Service, *, room: int, max_tokens: int | None, default: int, logprobs: int | None,
+        prompt_logprobs: bool = False, grammar: GrammarSpec | None = None,
+    ) -> Sampling:  # fmt: skip
+        """`room`: tokens that the context leaves; `default`: for a request that does not say how many it wants."""
+        wanted = min(default, room) if max_tokens is None else max_tokens
+        return sampling_of(
+            max_tokens=limited(wanted, room, service, asked=max_tokens is not None),
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_k=None if self.top_k is None else max(self.top_k, 0),
+            top_p=self.top_p,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=bias_of(self.logit_bias, service.prompts),
+            seed=self.seed,
+            stop=stops_of(self.stop, service.settings.max_stops),
+            stop_ids=service.prompts.of_ids(self.stop_token_ids or [], "stop_token_ids"),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            grammar=one_grammar([grammar, grammar_of(self)]),
+        )
+
+
+class _JsonSchema(Strict):
+    name: str = "answer"
+    description: str | None = None
+    strict: bool | None = None
+    wanted: dict[str, Any] = Field(alias="schema")
+
+
+class _Format(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+
+class _Structured(Strict):
+    wanted: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = Field(default=None, max_length=20_000)
+    choice: Choices | None = None
+    json_object: bool | None = None
+
+
+def grammar_of(body: Shared) -> GrammarSpec | None:
+    """The one form that the answer must have, by whatever name it was asked for."""
+    found: list[GrammarSpec | None] = []
+    if body.response_format is not None:
+        form: _Format = checked(_Format, body.response_format, "response_format")
+        if form.type == "json_schema":
+            if form.json_schema is None:
+                raise invalid("response_format has no json_schema", "response_format")
+            found.append(("json_schema", schema_text(form.json_schema.wanted, "response_format")))
+        elif form.type == "json_object":
+            found.append(("json_object", ""))
+    structured: _Structured = checked(_Structured, body.structured_outputs or {}, "structured_outputs")
+    for schema in (body.guided_json, structured.wanted):
+        found.append(None if schema is None else ("json_schema", schema_text(schema, "guided_json")))
+    for regex in (body.guided_regex, structured.regex):
+        found.append(None if regex is None else ("regex", regex))
+    for choice in (body.guided_choice, structured.choice):
+        found.append(None if choice is None else ("regex", choices_regex(choice)))
+    found.append(("json_object", "") if structured.json_object else None)
+    return one_grammar(found)
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Objects | None = None
+    name: str | None = None
+    tool_calls: Objects | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    # What OpenAI's client gives back with an assistant's turn, always empty here.
+    refusal: None = None
+    audio: None = None
+    annotations: None = None
+    function_call: None = None
+
+
+class ChatBody(Shared):
+    refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {
+        **Shared.refused,
+        "functions": (([],), "it is the old form of tools"),
+        "function_call": (("none",), "it is the old form of tool_choice"),
+        "modalities": ((["text"],), "this base writes text alone"),
+        "audio": ((), "this base writes text alone"),
+        "web_search_options": ((), "this server looks nothing up"),
+        "reasoning_effort": ((), "this base has no such setting; chat_template_kwargs reaches its template"),
+        "verbosity": ((), "this base has no such setting"),
+        "echo": ((False,), "a conversation is not repeated"),
+        "chat_template": ((), "no template of a client's is run"),
+        "documents": (([],), "write them into a message"),
+        "add_special_tokens": ((False,), "the chat template writes them"),
+    }
+    messages: Annotated[list[Message], FAIL_FAST, at_most(ITEMS)] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, ge=1, lt=1 << 31)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=1 << 31)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: Annotated[Objects, at_most(128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def limit(self) -> int | None:
+        both = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(both) > 1:
+            raise invalid("max_tokens and max_completion_tokens differ", "max_completion_tokens", "keep one")
+        return next(iter(both), None)
+
+    def alternatives(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs goes with logprobs", "top_logprobs", "logprobs: true")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def variables(self) -> dict[str, Any]:
+        """What the template gets beside messages and tools."""
+        found = dict(self.chat_template_kwargs or {})
+        if self.continue_final_message:
+            if self.messages[-1].role != "assistant":
+                raise invalid("the last message is not the assistant's", "continue_final_message")
+            return {**found, "continue_final_message": True, "add_generation_prompt": False}
+        return found if self.add_generation_prompt else {**found, "add_generation_prompt": False}
+
+
+class CompletionBody(Shared):
+    refused: ClassVar[Mapping[str, tuple[Neutral, str]]] = {
+        **Shared.refused,
+        "suffix": (("",), "this base continues a text, and does not fill gaps"),
+    }
+    prompt: Texts
+    max_tokens: int | None = Field(default=16, ge=1, lt=1 << 31)
+    echo: bool | None = False
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    add_special_tokens: bool = True
+
+    def texts(self, service: Service) -> list[str | list[int]]:
+        """The prompts, one for each."""
+        given: Any = self.prompt
+        prompts = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+        most = service.settings.max_prompts
+        if not 0 < len(prompts) <= most:
+            raise invalid(f"there are {len(prompts)} prompts", "prompt", f"from 1 to {most}")
+        return prompts
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
-@router.get("/v1/models", summary="The base, adapters and routes that exist for this caller.")
+@openai_routes.get("/v1/models", summary="The base, adapters and routes that exist for this caller.")
 async def models(request: HttpRequest) -> Response:
-    house = house_of(request)
-    return Json({"object": "list", "data": [_card(house, c) for c in house.catalog.models(caller_of(request))]})
+    service = service_of(request)
+    return Json({"object": "list", "data": [_card(service, c) for c in service.catalog.models(caller_of(request))]})
 
 
-@router.get("/v1/models/{model:path}", summary="One of them.")
+@openai_routes.get("/v1/models/{model:path}", summary="One of them.")
 async def model(request: HttpRequest, model: str) -> Response:
-    house = house_of(request)
-    for card in house.catalog.models(caller_of(request)):
+    service = service_of(request)
+    for card in service.catalog.models(caller_of(request)):
         if card.id == model:
-            return Json(_card(house, card))
+            return Json(_card(service, card))
     raise Refused(f"The model `{model[:200]}` does not exist.", status=404, code="model_not_found", param="model")
 
 
-def _card(house: House, card: ModelCard) -> dict[str, Any]:
+def _card(service: Service, card: ModelCard) -> dict[str, Any]:
     """A model as vLLM describes it, with the adapter's digest."""
     permission = {
         "id": f"modelperm-{card.digest[:24] or card.id}", "object": "model_permission", "created": card.created,
@@ -57,7 +369,7 @@ def _card(house: House, card: ModelCard) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "id": card.id, "object": "model", "created": card.created, "owned_by": "veneer", "root": card.root,
-        "parent": card.parent, "max_model_len": house.prompts.context, "permission": [permission],
+        "parent": card.parent, "max_model_len": service.prompts.context, "permission": [permission],
         "digest": card.digest, "pinned": card.pinned,
     }  # fmt: skip
 
@@ -65,57 +377,58 @@ def _card(house: House, card: ModelCard) -> dict[str, Any]:
 # -- the two routes ----------------------------------------------------------------------------------------------------
 
 
-@router.post("/v1/chat/completions", summary="Answer a conversation.")
-async def chat(request: HttpRequest, body: Chat) -> Response:
-    house, caller = house_of(request), caller_of(request, body.user)
-    n = body.choices(house)
-    chosen = house.choose(caller, **body.adapters())
-    use = tool_use(body.tools, body.tool_choice, house.prompts.takes_tools)
-    place = place_of(request)
+@openai_routes.post("/v1/chat/completions", summary="TextAnswer a conversation.")
+async def chat(request: HttpRequest, body: ChatBody) -> Response:
+    service, caller = service_of(request), caller_of(request, body.user)
+    n = body.choices(service)
+    chosen = service.mixes.choose(caller, **body.adapters())
+    use = tool_use(body.tools, body.tool_choice, service.prompts.takes_tools)
+    place = admission_of(request)
     place.take("answers", n)
     messages = [message.model_dump(exclude_none=True) for message in body.messages]
-    prompt = await house.prompts.of_messages(messages, use.shown, place, **body.variables())
-    room = house.prompts.fits(prompt, "messages")
+    prompt = await service.prompts.of_messages(messages, use.shown, place, **body.variables())
+    room = service.prompts.fits(prompt, "messages")
     settings = body.sampling(
-        house, room=room, max_tokens=body.limit(), default=room, logprobs=body.alternatives(), grammar=use.grammar
+        service, room=room, max_tokens=body.limit(), default=room, logprobs=body.alternatives(), grammar=use.grammar
     )
-    ask = Ask(caller, chosen, [prompt], settings, n, body.cache_salt or "", f"chatcmpl-{request.scope['veneer.id']}")
-    return await _answered(request, house, ask, body, _ChatForm(house.prompts, ask, use))
+    number = f"chatcmpl-{request.scope['veneer.id']}"
+    job = TextJob(caller, chosen, [prompt], settings, n, body.cache_salt or "", number)
+    return await _answered(request, service, job, body, _ChatForm(service.prompts, job, use))
 
 
-@router.post("/v1/completions", summary="Continue one or several texts.")
-async def completions(request: HttpRequest, body: Completion) -> Response:
-    house, caller = house_of(request), caller_of(request, body.user)
-    n = body.choices(house)
-    texts = body.texts(house)
-    if len(texts) * n > house.settings.max_prompts:
+@openai_routes.post("/v1/completions", summary="Continue one or several texts.")
+async def completions(request: HttpRequest, body: CompletionBody) -> Response:
+    service, caller = service_of(request), caller_of(request, body.user)
+    n = body.choices(service)
+    texts = body.texts(service)
+    if len(texts) * n > service.settings.max_prompts:
         raise invalid(
-            f"{len(texts)} prompts with {n} answers each", "n", f"at most {house.settings.max_prompts} answers"
+            f"{len(texts)} prompts with {n} answers each", "n", f"at most {service.settings.max_prompts} answers"
         )
-    chosen = house.choose(caller, **body.adapters())
-    place = place_of(request)
+    chosen = service.mixes.choose(caller, **body.adapters())
+    place = admission_of(request)
     place.take("answers", len(texts) * n)
     written = [text for text in texts if isinstance(text, str)]
     if written:
-        prompts = await house.prompts.of_parts(written, special=[body.add_special_tokens] * len(written), place=place)
+        prompts = await service.prompts.of_parts(written, special=[body.add_special_tokens] * len(written), place=place)
         echoes = written
     else:
-        prompts = [house.prompts.of_ids(ids) for ids in texts if not isinstance(ids, str)]
-        echoes = [await house.prompts.decode(ids, place=place) for ids in prompts] if body.echo else []
-    room = min(house.prompts.fits(prompt) for prompt in prompts)
+        prompts = [service.prompts.of_ids(ids) for ids in texts if not isinstance(ids, str)]
+        echoes = [await service.prompts.decode(ids, place=place) for ids in prompts] if body.echo else []
+    room = min(service.prompts.fits(prompt) for prompt in prompts)
     scored = bool(body.echo) and body.logprobs is not None
     settings = body.sampling(
-        house, room=room, max_tokens=body.max_tokens, default=room, logprobs=body.logprobs, prompt_logprobs=scored
+        service, room=room, max_tokens=body.max_tokens, default=room, logprobs=body.logprobs, prompt_logprobs=scored
     )
-    ask = Ask(caller, chosen, prompts, settings, n, body.cache_salt or "", f"cmpl-{request.scope['veneer.id']}")
-    return await _answered(request, house, ask, body, _TextForm(house.prompts, ask, echoes if body.echo else []))
+    job = TextJob(caller, chosen, prompts, settings, n, body.cache_salt or "", f"cmpl-{request.scope['veneer.id']}")
+    return await _answered(request, service, job, body, _TextForm(service.prompts, job, echoes if body.echo else []))
 
 
-async def _answered(request: HttpRequest, house: House, ask: Ask, body: Shared, form: _Form) -> Response:
+async def _answered(request: HttpRequest, service: Service, job: TextJob, body: Shared, form: _Form) -> Response:
     if not body.stream:
-        answers = await unless_left(request, collect(house, ask))
+        answers = await unless_left(request, collect(service, job))
         return Json(form.whole(answers), headers=body.headers)
-    events = await opened(request, house, ask)
+    events = await open_stream(request, run(service, job))
     options = body.stream_options
     lines = form.stream(
         events, bool(options and options.include_usage), bool(options and options.continuous_usage_stats)
@@ -125,7 +438,7 @@ async def _answered(request: HttpRequest, house: House, ask: Ask, body: Shared, 
         assert isinstance(error, Refused)
         return data(error_body(error, "OpenAI")[1]) + data("[DONE]")
 
-    stream = EventStream(lines, events, told, house.settings.stall)
+    stream = EventStream(lines, events, told, service.settings.stall)
     stream.headers.update(body.headers)
     return stream
 
@@ -147,20 +460,20 @@ class _Form:
 
     kind = whole_kind = ""
 
-    def __init__(self, prompts: Prompts, ask: Ask) -> None:
-        self.prompts, self.ask = prompts, ask
+    def __init__(self, prompts: Prompts, job: TextJob) -> None:
+        self.prompts, self.job = prompts, job
         self.head = {
-            "id": ask.id, "object": self.kind, "created": int(time.time()), "model": ask.chosen.served.name,
+            "id": job.id, "object": self.kind, "created": int(time.time()), "model": job.chosen.served.name,
             "system_fingerprint": f"veneer-{__version__}",
         }  # fmt: skip
-        self.count = len(ask.prompts) * ask.choices
+        self.count = len(job.prompts) * job.choices
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[TextAnswer]) -> dict[str, Any]:
         choices = [self.choice(i, answer) for i, answer in enumerate(answers)]
-        usage = total([answer.finished.usage for answer in answers], self.ask.choices)
+        usage = total([answer.finished.usage for answer in answers], self.job.choices)
         return {**self.head, "object": self.whole_kind, "choices": choices, "usage": _usage(usage)}
 
-    async def stream(self, events: Opened, usage_last: bool, usage_always: bool) -> AsyncIterator[bytes]:
+    async def stream(self, events: OpenStream, usage_last: bool, usage_always: bool) -> AsyncIterator[bytes]:
         usages = [Usage(0, 0, 0) for _ in range(self.count)]
 
         def chunk(choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
@@ -170,14 +483,14 @@ class _Form:
             return data(body)
 
         def so_far() -> Usage | None:
-            return total(usages, self.ask.choices) if usage_always else None
+            return total(usages, self.job.choices) if usage_always else None
 
         for i in range(self.count):
             for choice in self.first(i):
                 yield chunk([choice], so_far())
         async for i, event in events:
             if isinstance(event, Started):
-                usages[i] = Usage(len(self.ask.prompts[i // self.ask.choices]), event.cached, 0)
+                usages[i] = Usage(len(self.job.prompts[i // self.job.choices]), event.cached, 0)
             elif isinstance(event, Token):
                 old = usages[i]
                 usages[i] = Usage(old.prompt, old.cached, old.completion + 1)
@@ -186,23 +499,23 @@ class _Form:
             for choice in self.pieces(i, event):
                 yield chunk([choice], so_far())
         if usage_last:
-            yield chunk([], total(usages, self.ask.choices))
+            yield chunk([], total(usages, self.job.choices))
         yield data("[DONE]")
 
-    def choice(self, i: int, answer: Answer) -> dict[str, Any]:
+    def choice(self, i: int, answer: TextAnswer) -> dict[str, Any]:
         raise NotImplementedError
 
     def first(self, i: int) -> list[dict[str, Any]]:
         raise NotImplementedError
 
-    def pieces(self, i: int, event: Started | Token | Finished) -> list[dict[str, Any]]:
+    def pieces(self, i: int, event: EngineEvent) -> list[dict[str, Any]]:
         raise NotImplementedError
 
     # -- logprobs
 
     @property
     def alternatives(self) -> int | None:
-        return self.ask.sampling.logprobs
+        return self.job.sampling.logprobs
 
     def best(self, token: Token) -> list[tuple[int, float]]:
         """The likeliest tokens, best first, as many as were asked for; the chosen one among them if it is one."""
@@ -215,15 +528,15 @@ class _Form:
 class _ChatForm(_Form):
     kind, whole_kind = "chat.completion.chunk", "chat.completion"
 
-    def __init__(self, prompts: Prompts, ask: Ask, use: ToolUse) -> None:
-        super().__init__(prompts, ask)
+    def __init__(self, prompts: Prompts, job: TextJob, use: ToolUse) -> None:
+        super().__init__(prompts, job)
         self.use = use
         self.readers = [use.reader() for _ in range(self.count)]
 
-    def choice(self, i: int, answer: Answer) -> dict[str, Any]:
+    def choice(self, i: int, answer: TextAnswer) -> dict[str, Any]:
         reader = self.readers[i]
         found = [*reader.feed(answer.text), *reader.end()]
-        calls = [piece.whole() for piece in found if isinstance(piece, Call)]
+        calls = [piece.whole() for piece in found if isinstance(piece, ToolCall)]
         text = "".join(piece for piece in found if isinstance(piece, str))
         message: dict[str, Any] = {"role": "assistant", "content": None if calls and not text.strip() else text}
         message["refusal"] = None
@@ -231,7 +544,7 @@ class _ChatForm(_Form):
             message["tool_calls"] = calls
         logprobs = None
         if self.alternatives is not None:
-            logprobs = {"content": [self.logprob(t) for t in answer.tokens if shown(t)], "refusal": None}
+            logprobs = {"content": [self.logprob(t) for t in answer.tokens if _is_visible(t)], "refusal": None}
         return {"index": i, "message": message, "logprobs": logprobs, **self.ending(i, answer.finished)}
 
     def ending(self, i: int, end: Finished) -> dict[str, Any]:
@@ -241,17 +554,18 @@ class _ChatForm(_Form):
     def first(self, i: int) -> list[dict[str, Any]]:
         return [self.piece(i, {"role": "assistant", "content": ""})]
 
-    def pieces(self, i: int, event: Started | Token | Finished) -> list[dict[str, Any]]:
+    def pieces(self, i: int, event: EngineEvent) -> list[dict[str, Any]]:
         if isinstance(event, Started):
             return []
         reader = self.readers[i]
         found = list(reader.feed(event.text))
         if isinstance(event, Finished):
             found += reader.end()
-        made = [self.piece(i, {"tool_calls": [p.delta()]} if isinstance(p, Call) else {"content": p}) for p in found]
+        deltas = [{"tool_calls": [p.delta()]} if isinstance(p, ToolCall) else {"content": p} for p in found]
+        made = [self.piece(i, delta) for delta in deltas]
         if isinstance(event, Finished):
             return [*made, self.piece(i, {}) | self.ending(i, event)]
-        if self.alternatives is not None and shown(event):
+        if self.alternatives is not None and _is_visible(event):
             made = made or [self.piece(i, {"content": ""})]
             made[0]["logprobs"] = {"content": [self.logprob(event)], "refusal": None}
         return made
@@ -271,16 +585,16 @@ class _ChatForm(_Form):
 class _TextForm(_Form):
     kind = whole_kind = "text_completion"
 
-    def __init__(self, prompts: Prompts, ask: Ask, echoes: list[str]) -> None:
-        super().__init__(prompts, ask)
+    def __init__(self, prompts: Prompts, job: TextJob, echoes: list[str]) -> None:
+        super().__init__(prompts, job)
         self.echoes = echoes
-        self.scored = ask.sampling.prompt_logprobs  # then a prompt is told with its logprobs, by the first token
+        self.scored = job.sampling.prompt_logprobs  # then a prompt is told with its logprobs, by the first token
         self.at = [0 if self.scored else len(self.echo(i)) for i in range(self.count)]
 
     def echo(self, i: int) -> str:
-        return self.echoes[i // self.ask.choices] if self.echoes else ""
+        return self.echoes[i // self.job.choices] if self.echoes else ""
 
-    def choice(self, i: int, answer: Answer) -> dict[str, Any]:
+    def choice(self, i: int, answer: TextAnswer) -> dict[str, Any]:
         logprobs = self.logprobs(i, [each for token in answer.tokens for each in self.told(token)])
         text = self.echo(i) + answer.text
         return {"index": i, "text": text, "logprobs": logprobs, **self.ending(answer.finished)}
@@ -292,7 +606,7 @@ class _TextForm(_Form):
         echo = self.echo(i)
         return [self.piece(i, echo, None)] if echo and not self.scored else []
 
-    def pieces(self, i: int, event: Started | Token | Finished) -> list[dict[str, Any]]:
+    def pieces(self, i: int, event: EngineEvent) -> list[dict[str, Any]]:
         if isinstance(event, Started):
             return []
         if isinstance(event, Finished):
@@ -305,7 +619,7 @@ class _TextForm(_Form):
     def told(self, token: Token) -> list[Token]:
         """The tokens whose logprobs come with this one: the prompt's before the first. Whoever asks for the prompt's
         counts tokens, so that one that ends the answer is among them there."""
-        return [*token.prompt, token] if self.scored or shown(token) else []
+        return [*token.prompt, token] if self.scored or _is_visible(token) else []
 
     def piece(self, i: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": i, "text": text, "logprobs": logprobs, "finish_reason": None}
@@ -327,7 +641,7 @@ class _TextForm(_Form):
         return {"text_offset": offsets, "token_logprobs": chosen, "tokens": texts, "top_logprobs": tops}
 
 
-def shown(token: Token) -> bool:
+def _is_visible(token: Token) -> bool:
     """Whether a token is part of the answer: the special one that ends it is not."""
     return not (token.special and not token.text)
 
@@ -340,3 +654,142 @@ def _finite(logprob: float | None) -> float:
 def _stop_text(end: Finished) -> str | int | None:
     """vLLM's stop_reason: the stop text, or the id of a token other than the usual one."""
     return end.stop
+
+
+# -- tools -------------------------------------------------------------------------------------------------------------
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call, or a part of one: `name` in its first part, `arguments` the next piece of its JSON."""
+
+    index: int
+    arguments: str
+    name: str | None = None
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+
+    def whole(self) -> dict[str, Any]:
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+    def delta(self) -> dict[str, Any]:
+        if self.name is None:
+            return {"index": self.index, "function": {"arguments": self.arguments}}
+        return {"index": self.index, **self.whole()}
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """How one request uses tools. `name`: of the function it must call."""
+
+    mode: Literal["none", "auto", "required", "named"] = "none"
+    shown: tuple[Mapping[str, Any], ...] = ()
+    name: str = ""
+    grammar: GrammarSpec | None = None
+
+    def reader(self) -> ToolReader:
+        return ToolReader(self)
+
+
+def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, takes_tools: bool) -> ToolUse:
+    """Raises Refused(400) for tools that are not functions, a choice that is not among them, or a base without."""
+    functions = {}
+    for i, tool in enumerate(tools or []):
+        function = tool.get("function")
+        if tool.get("type") != "function" or not isinstance(function, Mapping):
+            raise invalid(f'tools.{i} is not {{"type": "function", "function": {{…}}}}', "tools")
+        name, parameters = function.get("name"), function.get("parameters") or {}
+        if not isinstance(name, str) or not 0 < len(name) <= 64 or not isinstance(parameters, Mapping):
+            raise invalid(f"tools.{i}.function needs a name of 1 to 64 characters, and parameters as a schema", "tools")
+        functions[name] = parameters
+    if not functions:
+        if choice not in (None, "none", "auto"):
+            raise invalid("tool_choice asks for a call, and there are no tools", "tool_choice")
+        return ToolUse()
+    if choice == "none":
+        return ToolUse()
+    if not takes_tools:
+        raise invalid("the chat template of this base has no place for tools", "tools", "describe them in a message")
+    shown = tuple(tools or [])
+    if choice in (None, "auto"):
+        return ToolUse("auto", shown)
+    if choice == "required":
+        forms = [_call_schema(name, parameters) for name, parameters in functions.items()]
+        schema = forms[0] if len(forms) == 1 else {"anyOf": forms}
+        return ToolUse("required", shown, grammar=("json_schema", schema_text(schema, "tools")))
+    wanted = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = wanted.get("name") if isinstance(wanted, Mapping) else None
+    if not isinstance(name, str) or name not in functions:
+        fix = 'none, auto, required or {"type": "function", "function": {"name": one of the tools}}'
+        raise invalid("tool_choice is not one of the tools", "tool_choice", fix)
+    schema = {"type": "object", **functions[name]}
+    return ToolUse("named", shown, name, ("json_schema", schema_text(schema, "tools")))
+
+
+def _call_schema(name: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    properties = {"name": {"const": name}, "arguments": {"type": "object", **parameters}}
+    return {
+        "type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False
+    }  # fmt: skip
+
+
+class ToolReader:
+    """Reads one answer as it comes: `feed` and `end` yield texts and calls; `calls` counts them."""
+
+    def __init__(self, use: ToolUse) -> None:
+        self.use, self.held, self.calls, self.inside = use, "", 0, False
+
+    def feed(self, text: str) -> Iterator[str | ToolCall]:
+        if self.use.mode == "none":
+            if text:
+                yield text
+        elif self.use.mode == "named":
+            if text:
+                first = self.calls == 0
+                self.calls = 1
+                yield ToolCall(0, text, self.use.name if first else None)
+        else:
+            self.held += text
+            if self.use.mode == "auto":
+                yield from self._sorted()
+
+    def end(self) -> Iterator[str | ToolCall]:
+        """What was held back: a call that was not closed counts if it can be read, else it is text."""
+        rest, self.held = self.held, ""
+        if not rest:
+            return
+        body = rest.removeprefix(_OPEN) if self.inside else rest
+        wants_call = self.inside or self.use.mode == "required"
+        yield (self._call(body) if wants_call else None) or rest
+
+    def _sorted(self) -> Iterator[str | ToolCall]:
+        while True:
+            if self.inside:
+                body, closed, rest = self.held.removeprefix(_OPEN).partition(_CLOSE)
+                if not closed:
+                    return
+                yield self._call(body) or _OPEN + body + _CLOSE
+                self.held, self.inside = rest, False
+            start = self.held.find(_OPEN)
+            if start < 0:
+                keep = next((n for n in range(len(_OPEN) - 1, 0, -1) if self.held.endswith(_OPEN[:n])), 0)
+                free, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+                if free and not (self.calls and not free.strip()):  # newlines between calls are no answer
+                    yield free
+                return
+            if self.held[:start].strip() or (start and not self.calls):
+                yield self.held[:start]
+            self.held, self.inside = self.held[start:], True
+
+    def _call(self, body: str) -> ToolCall | None:
+        try:
+            found = json.loads(body)
+            name, arguments = found["name"], found.get("arguments", found.get("parameters", {}))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        if not isinstance(name, str):
+            return None
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        self.calls += 1
+        return ToolCall(self.calls - 1, text, name)

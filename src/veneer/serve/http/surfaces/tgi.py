@@ -14,37 +14,35 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer import __version__
-from veneer.serve.http.bodies import BodyRoute
-from veneer.serve.http.errors import Json, error_body, invalid
-from veneer.serve.http.fields import (
-    FIRST,
-    ITEMS,
-    Body,
-    Grammar,
-    Neutral,
-    Seed,
-    Strict,
-    at_most,
-    sampling,
-    schema_text,
-    stops_of,
+from veneer.serve.http.answers import (
+    IndexedEvent,
+    OpenStream,
+    TextAnswer,
+    TextJob,
+    collect,
+    open_stream,
+    run,
+    seed_of,
+    unless_left,
 )
-from veneer.serve.http.house import Chosen, House, caller_of, house_of, place_of
-from veneer.serve.http.running import Answer, Ask, Opened, collect, opened, seed_of, unless_left
+from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, Neutral, Strict, at_most
+from veneer.serve.http.errors import Json, error_body, invalid
+from veneer.serve.http.mixes import ChosenMix
+from veneer.serve.http.sampling import Seed, limited, sampling_of, schema_text, stops_of
+from veneer.serve.http.service import Service, admission_of, caller_of, service_of
 from veneer.serve.http.sse import EventStream, data
-from veneer.serve.http.surfaces.openai_bodies import limited
-from veneer.serve.request import Finished, Refused, Token
+from veneer.serve.request import Finished, GrammarSpec, Refused, Token
 
-__all__ = ["router"]
+__all__ = ["tgi_routes"]
 
-router = APIRouter(tags=["TGI"], route_class=BodyRoute)
+tgi_routes = APIRouter(tags=["TGI"], route_class=BodyRoute)
 
 
 class Merged(Strict):
     """LoRAX: the sum of weight · adapter, weights as they are. Exactly a mix, so it shares batches with everything."""
 
-    ids: Annotated[list[str], FIRST, at_most(64)] = Field(min_length=1)
-    weights: Annotated[list[float], FIRST, at_most(64)]
+    ids: Annotated[list[str], FAIL_FAST, at_most(64)] = Field(min_length=1)
+    weights: Annotated[list[float], FAIL_FAST, at_most(64)]
     merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] | None = None
     density: float | None = None
     majority_sign_method: Literal["total", "frequency"] | None = None
@@ -65,7 +63,7 @@ class Form(Strict):
     type: Literal["json", "regex", "json_schema", "json_object"]
     value: Any = None
 
-    def grammar(self) -> Grammar:
+    def grammar(self) -> GrammarSpec:
         if self.type == "json_object" or (self.type == "json" and self.value is None):
             return "json_object", ""
         if self.type == "regex":
@@ -101,7 +99,7 @@ class Parameters(Body):
     max_new_tokens: int | None = Field(default=None, ge=1, lt=1 << 31)
     ignore_eos_token: bool = False
     return_full_text: bool | None = None
-    stop: Annotated[list[str], FIRST, at_most(ITEMS)] | None = None
+    stop: Annotated[list[str], FAIL_FAST, at_most(ITEMS)] | None = None
     details: bool | None = True
     decoder_input_details: bool = False
     seed: Seed | None = None
@@ -119,101 +117,101 @@ class Generate(Body):
 # -- routes ------------------------------------------------------------------------------------------------------------
 
 
-@router.post("/generate", summary="Continue a text.")
+@tgi_routes.post("/generate", summary="Continue a text.")
 async def generate(request: HttpRequest, body: Generate) -> Response:
-    house = house_of(request)
-    ask = await _ask(request, house, body)
-    answers = await unless_left(request, collect(house, ask))
-    return Json(_whole(house, ask, body, answers), headers=body.parameters.headers)
+    service = service_of(request)
+    job = await _ask(request, service, body)
+    answers = await unless_left(request, collect(service, job))
+    return Json(_whole(service, job, body, answers), headers=body.parameters.headers)
 
 
-@router.post("/generate_stream", summary="Continue a text, token by token.")
+@tgi_routes.post("/generate_stream", summary="Continue a text, token by token.")
 async def generate_stream(request: HttpRequest, body: Generate) -> Response:
-    house = house_of(request)
+    service = service_of(request)
     if (body.parameters.best_of or 1) > 1:
         raise invalid("best_of with a stream", "best_of", "the best is known when all have ended; use /generate")
     if body.parameters.decoder_input_details:
         raise invalid("decoder_input_details with a stream", "decoder_input_details", "use /generate")
-    ask = await _ask(request, house, body)
-    events = await opened(request, house, ask)
+    job = await _ask(request, service, body)
+    events = await open_stream(request, run(service, job))
 
     def told(error: Exception) -> bytes:
         assert isinstance(error, Refused)
         return data(error_body(error, "TGI")[1], tight=True)
 
-    stream = EventStream(_lines(house, ask, body, events), events, told, house.settings.stall)
+    stream = EventStream(_lines(service, job, body, events), events, told, service.settings.stall)
     stream.headers.update(body.parameters.headers)
     return stream
 
 
-@router.post("/", summary="/generate_stream where `stream` is true, else /generate's answer in a list.")
+@tgi_routes.post("/", summary="/generate_stream where `stream` is true, else /generate's answer in a list.")
 async def compatible(request: HttpRequest, body: Generate) -> Response:
     if body.stream:
         return await generate_stream(request, body)
-    house = house_of(request)
-    ask = await _ask(request, house, body)
-    return Json([_whole(house, ask, body, await unless_left(request, collect(house, ask)))])
+    service = service_of(request)
+    job = await _ask(request, service, body)
+    return Json([_whole(service, job, body, await unless_left(request, collect(service, job)))])
 
 
-@router.get("/info", summary="What this server is.")
+@tgi_routes.get("/info", summary="What this server is.")
 async def info(request: HttpRequest) -> Response:
-    house = house_of(request)
+    service = service_of(request)
     return Json(
         {
-            "model_id": house.catalog.base, "model_sha": None, "model_pipeline_tag": "text-generation",
-            "max_concurrent_requests": house.settings.slots, "max_best_of": house.settings.max_best_of,
-            "max_stop_sequences": house.settings.max_stops, "max_input_tokens": house.prompts.context - 1,
-            "max_total_tokens": house.prompts.context, "validation_workers": 1, "max_client_batch_size": 1,
+            "model_id": service.catalog.base, "model_sha": None, "model_pipeline_tag": "text-generation",
+            "max_concurrent_requests": service.settings.slots, "max_best_of": service.settings.max_best_of,
+            "max_stop_sequences": service.settings.max_stops, "max_input_tokens": service.prompts.context - 1,
+            "max_total_tokens": service.prompts.context, "validation_workers": 1, "max_client_batch_size": 1,
             "router": "veneer", "version": __version__, "sha": None, "docker_label": None,
         }
     )  # fmt: skip
 
 
-async def _ask(request: HttpRequest, house: House, body: Generate) -> Ask:
+async def _ask(request: HttpRequest, service: Service, body: Generate) -> TextJob:
     given, caller = body.parameters, caller_of(request)
-    chosen = _chosen(house, caller, given)
+    chosen = _chosen(service, caller, given)
     best = given.best_of or 1
-    if best > house.settings.max_best_of:
-        raise invalid(f"best_of is {best}", "best_of", f"at most {house.settings.max_best_of}")
+    if best > service.settings.max_best_of:
+        raise invalid(f"best_of is {best}", "best_of", f"at most {service.settings.max_best_of}")
     # As TGI has it: any setting that only matters to sampling asks for sampling.
     sampled = (
         given.do_sample or given.temperature not in (None, 1.0) or bool(given.top_k) or given.top_p not in (None, 1)
     )
     if best > 1 and not sampled:
         raise invalid("best_of without sampling gives the same answer each time", "best_of", "do_sample: true")
-    place = place_of(request)
+    place = admission_of(request)
     place.take("answers", best)
-    prompt = await house.prompts.of_text(body.inputs, place=place)
-    room = house.prompts.fits(prompt, "inputs")
+    prompt = await service.prompts.of_text(body.inputs, place=place)
+    room = service.prompts.fits(prompt, "inputs")
     if given.grammar is not None and given.response_format is not None:
         raise invalid("grammar and response_format are the same thing", "grammar", "keep one")
     form = given.grammar or given.response_format
-    settings = sampling(
-        max_tokens=limited(given.max_new_tokens or 100, room, house, asked=given.max_new_tokens is not None),
+    settings = sampling_of(
+        max_tokens=limited(given.max_new_tokens or 100, room, service, asked=given.max_new_tokens is not None),
         temperature=(given.temperature or 1.0) if sampled else 0.0,
         top_k=given.top_k,
         top_p=given.top_p,
         repetition_penalty=given.repetition_penalty,
         frequency_penalty=given.frequency_penalty,
         seed=given.seed,
-        stop=stops_of(given.stop, house.settings.max_stops),
+        stop=stops_of(given.stop, service.settings.max_stops),
         ignore_eos=given.ignore_eos_token,
         logprobs=given.top_n_tokens or 0,
         prompt_logprobs=given.decoder_input_details,
         grammar=form.grammar() if form is not None else None,
     )
-    return Ask(caller, chosen, [prompt], settings, best, id=f"gen-{request.scope['veneer.id']}")
+    return TextJob(caller, chosen, [prompt], settings, best, id=f"gen-{request.scope['veneer.id']}")
 
 
-def _chosen(house: House, caller: Any, given: Parameters) -> Chosen:
+def _chosen(service: Service, caller: Any, given: Parameters) -> ChosenMix:
     if given.adapter_source not in (None, "", "local"):
         what = f"adapter_source {given.adapter_source[:40]!r}: adapters come from this server's library"
         raise invalid(what, "adapter_source", "leave it out; `veneer library pull` brings an adapter there")
     if given.merged_adapters is not None:
         if given.adapter_id:
             raise invalid("adapter_id and merged_adapters name different things", "merged_adapters", "keep one")
-        return house.choose(caller, mix=given.merged_adapters.parts())
-    return house.choose(caller, model=given.adapter_id)
+        return service.mixes.choose(caller, mix=given.merged_adapters.parts())
+    return service.mixes.choose(caller, model=given.adapter_id)
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -225,28 +223,28 @@ def _reason(end: Finished) -> str:
     return "stop_sequence" if isinstance(end.stop, str) else "eos_token"
 
 
-def _text(body: Generate, answer: Answer) -> str:
+def _text(body: Generate, answer: TextAnswer) -> str:
     """TGI keeps the stop text at the end of the answer."""
     stop = answer.finished.stop
     text = answer.text + (stop if isinstance(stop, str) else "")
     return body.inputs + text if body.parameters.return_full_text else text
 
 
-def _token(house: House, token: Token, text: str | None = None) -> dict[str, Any]:
-    text = house.prompts.piece(token.id)[0] if text is None else text
+def _token(service: Service, token: Token, text: str | None = None) -> dict[str, Any]:
+    text = service.prompts.piece(token.id)[0] if text is None else text
     return {"id": token.id, "text": text, "logprob": _finite(token.logprob), "special": token.special}
 
 
-def _prefill(house: House, token: Token) -> dict[str, Any]:
+def _prefill(service: Service, token: Token) -> dict[str, Any]:
     """A token of the prompt; nothing stands before the first, so it has no logprob."""
     logprob = None if token.logprob is None else _finite(token.logprob)
-    return {"id": token.id, "text": house.prompts.piece(token.id)[0], "logprob": logprob}
+    return {"id": token.id, "text": service.prompts.piece(token.id)[0], "logprob": logprob}
 
 
-def _tops(house: House, token: Token, wanted: int | None) -> list[dict[str, Any]]:
+def _tops(service: Service, token: Token, wanted: int | None) -> list[dict[str, Any]]:
     best = sorted(token.top, key=lambda t: -t[2])[: wanted or 0]
     return [
-        {"id": i, "text": house.prompts.piece(i)[0], "logprob": _finite(p), "special": house.prompts.special(i)}
+        {"id": i, "text": service.prompts.piece(i)[0], "logprob": _finite(p), "special": service.prompts.special(i)}
         for i, _, p in best
     ]
 
@@ -255,64 +253,66 @@ def _finite(logprob: float | None) -> float:
     return logprob if logprob is not None and logprob > -9999.0 else -9999.0
 
 
-def _whole(house: House, ask: Ask, body: Generate, answers: list[Answer]) -> dict[str, Any]:
+def _whole(service: Service, job: TextJob, body: Generate, answers: list[TextAnswer]) -> dict[str, Any]:
     given = body.parameters
     order = sorted(range(len(answers)), key=lambda i: -_mean(answers[i]))
-    best, *others = [(answers[i], seed_of(ask.sampling.seed, i)) for i in order]
+    best, *others = [(answers[i], seed_of(job.sampling.seed, i)) for i in order]
     found: dict[str, Any] = {"generated_text": _text(body, best[0])}
     if given.details is not False:
-        found["details"] = _details(house, given, *best)
+        found["details"] = _details(service, given, *best)
         if others:
-            rest = [_details(house, given, *o) | {"generated_text": _text(body, o[0])} for o in others]
+            rest = [_details(service, given, *o) | {"generated_text": _text(body, o[0])} for o in others]
             found["details"]["best_of_sequences"] = rest
     return found
 
 
-def _mean(answer: Answer) -> float:
+def _mean(answer: TextAnswer) -> float:
     """The mean logprob by which TGI ranks `best_of`."""
     return sum(_finite(t.logprob) for t in answer.tokens) / max(1, len(answer.tokens))
 
 
-def _details(house: House, given: Parameters, answer: Answer, seed: int | None) -> dict[str, Any]:
+def _details(service: Service, given: Parameters, answer: TextAnswer, seed: int | None) -> dict[str, Any]:
     end = answer.finished
     found: dict[str, Any] = {
         "finish_reason": _reason(end), "generated_tokens": end.usage.completion, "seed": seed,
-        "prefill": [_prefill(house, token) for token in (answer.tokens[0].prompt if answer.tokens else ())],
-        "tokens": [_token(house, token) for token in answer.tokens],
+        "prefill": [_prefill(service, token) for token in (answer.tokens[0].prompt if answer.tokens else ())],
+        "tokens": [_token(service, token) for token in answer.tokens],
     }  # fmt: skip
     if given.top_n_tokens:
-        found["top_tokens"] = [_tops(house, token, given.top_n_tokens) for token in answer.tokens]
+        found["top_tokens"] = [_tops(service, token, given.top_n_tokens) for token in answer.tokens]
     return found
 
 
-async def _lines(house: House, ask: Ask, body: Generate, events: Opened) -> AsyncIterator[bytes]:
+async def _lines(
+    service: Service, job: TextJob, body: Generate, events: OpenStream[IndexedEvent]
+) -> AsyncIterator[bytes]:
     """One event a token; the last carries the whole text and the details.
 
     Which token is the last is known when the answer has ended, so one that may be (it has no text, or is the last that
     was asked for) waits for what comes after it; all others go at once."""
-    answer, held = Answer(), None
+    answer, held = TextAnswer(), None
     async for _, event in events:
         answer.add(event)
         count = len(answer.tokens)
         if isinstance(event, Token):
             if held is not None:
-                yield data(_line(house, body, count - 1, held), tight=True)
-            held = event if not event.text or count >= ask.sampling.max_tokens else None
+                yield data(_line(service, body, count - 1, held), tight=True)
+            held = event if not event.text or count >= job.sampling.max_tokens else None
             if held is None:
-                yield data(_line(house, body, count, event), tight=True)
+                yield data(_line(service, body, count, event), tight=True)
         elif isinstance(event, Finished):
             last = held or (replace(answer.tokens[-1], text="", special=True) if answer.tokens else Token(0, "", 0.0))
-            line = _line(house, body, count, last, event.text)
+            line = _line(service, body, count, last, event.text)
             line["generated_text"] = _text(body, answer)
             line["details"] = {
                 "finish_reason": _reason(event), "generated_tokens": event.usage.completion,
-                "seed": ask.sampling.seed, "input_length": event.usage.prompt,
+                "seed": job.sampling.seed, "input_length": event.usage.prompt,
             }  # fmt: skip
             yield data(line, tight=True)
 
 
-def _line(house: House, body: Generate, index: int, token: Token, more: str = "") -> dict[str, Any]:
-    line: dict[str, Any] = {"index": index, "token": _token(house, token, token.text + more)}
+def _line(service: Service, body: Generate, index: int, token: Token, more: str = "") -> dict[str, Any]:
+    line: dict[str, Any] = {"index": index, "token": _token(service, token, token.text + more)}
     if body.parameters.top_n_tokens:
-        line["top_tokens"] = _tops(house, token, body.parameters.top_n_tokens)
+        line["top_tokens"] = _tops(service, token, body.parameters.top_n_tokens)
     return line | {"generated_text": None, "details": None}

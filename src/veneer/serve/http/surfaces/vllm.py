@@ -5,7 +5,6 @@ A source that a client names is the catalog's to judge: a library reference, or 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -15,18 +14,18 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
 from veneer import __version__
-from veneer.serve.http.bodies import BodyRoute
+from veneer.serve.http.bodies import FAIL_FAST, ITEMS, Body, BodyRoute, Neutral, Objects, at_most
 from veneer.serve.http.errors import Json, invalid, json_bytes
-from veneer.serve.http.fields import FIRST, ITEMS, Body, Ids, Neutral, Objects, at_most
-from veneer.serve.http.house import House, caller_of, house_of, load_adapter, need_admin, place_of
 from veneer.serve.http.prompts import Prompts
-from veneer.serve.http.surfaces.openai_bodies import Message
+from veneer.serve.http.sampling import Ids
+from veneer.serve.http.service import Service, admission_of, caller_of, load_named, need_admin, service_of, unload_named
+from veneer.serve.http.surfaces.openai import Message
 from veneer.serve.request import Refused
 
-__all__ = ["router", "sglang"]
+__all__ = ["sglang_routes", "vllm_routes"]
 
-router = APIRouter(tags=["vLLM"], route_class=BodyRoute)
-sglang = APIRouter(tags=["SGLang"], route_class=BodyRoute)
+vllm_routes = APIRouter(tags=["vLLM"], route_class=BodyRoute)
+sglang_routes = APIRouter(tags=["SGLang"], route_class=BodyRoute)
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
@@ -48,14 +47,14 @@ class Unload(Body):
     lora_name: str = Field(default="", max_length=512)
 
 
-@router.post("/v1/load_lora_adapter", summary="Make an adapter of the library servable under a name.")
+@vllm_routes.post("/v1/load_lora_adapter", summary="Make an adapter of the library servable under a name.")
 async def load(request: HttpRequest, body: Load) -> Response:
     need_admin(request)
     if not body.lora_name or not body.lora_path:
         raise invalid("Both 'lora_name' and 'lora_path' must be provided.")
     try:
-        await load_adapter(
-            house_of(request), body.lora_name, body.lora_path, replace=body.load_inplace, pinned=body.pinned
+        await load_named(
+            service_of(request), body.lora_name, body.lora_path, replace=body.load_inplace, pinned=body.pinned
         )
     except Refused as error:
         if error.code != "adapter_exists" or error.where:  # in vLLM's words, where it is what vLLM means
@@ -67,45 +66,38 @@ async def load(request: HttpRequest, body: Load) -> Response:
     return PlainTextResponse(text, headers=body.headers)
 
 
-@router.post("/v1/unload_lora_adapter", summary="Forget a name; running requests end as they began.")
+@vllm_routes.post("/v1/unload_lora_adapter", summary="Forget a name; running requests end as they began.")
 async def unload(request: HttpRequest, body: Unload) -> Response:
     need_admin(request)
     if not body.lora_name:
         raise invalid("'lora_name' must be provided.", "lora_name")
-    await _forget(house_of(request), body.lora_name)
+    await unload_named(service_of(request), body.lora_name)
     text = f"Success: LoRA adapter '{body.lora_name}' removed successfully."
     return PlainTextResponse(text, headers=body.headers)
 
 
-@sglang.post("/load_lora_adapter", summary="The same in SGLang's words.")
+@sglang_routes.post("/load_lora_adapter", summary="The same in SGLang's words.")
 async def load_sglang(request: HttpRequest, body: Load) -> Response:
     need_admin(request)
     if not body.lora_name or not body.lora_path:
         raise invalid("both lora_name and lora_path are needed")
-    house = house_of(request)
-    await load_adapter(house, body.lora_name, body.lora_path, replace=body.load_inplace, pinned=body.pinned)
-    return _loaded(request, house)
+    service = service_of(request)
+    await load_named(service, body.lora_name, body.lora_path, replace=body.load_inplace, pinned=body.pinned)
+    return _loaded(request, service)
 
 
-@sglang.post("/unload_lora_adapter", summary="The same in SGLang's words.")
+@sglang_routes.post("/unload_lora_adapter", summary="The same in SGLang's words.")
 async def unload_sglang(request: HttpRequest, body: Unload) -> Response:
     need_admin(request)
     if not body.lora_name:
         raise invalid("lora_name is needed")
-    house = house_of(request)
-    await _forget(house, body.lora_name)
-    return _loaded(request, house)
+    service = service_of(request)
+    await unload_named(service, body.lora_name)
+    return _loaded(request, service)
 
 
-async def _forget(house: House, name: str) -> None:
-    await asyncio.to_thread(house.catalog.unload, name)
-    await asyncio.to_thread(house.on_change, "adapter.unload", name, None)
-    for scales in (house.loras.scales, house.default):
-        scales.pop(name, None)
-
-
-def _loaded(request: HttpRequest, house: House) -> Response:
-    loaded = {card.id: card.root for card in house.adapters(caller_of(request))}
+def _loaded(request: HttpRequest, service: Service) -> Response:
+    loaded = {card.id: card.root for card in service.mixes.adapters(caller_of(request))}
     return Json({"success": True, "error_message": None, "loaded_adapters": loaded})
 
 
@@ -116,7 +108,7 @@ class Tokenize(Body):
     """vLLM's `prompt` or `messages`, llama.cpp's `content`, or TGI's `inputs`: the answer has that surface's form."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], FIRST, at_most(ITEMS)] | None = Field(default=None, min_length=1)
+    messages: Annotated[list[Message], FAIL_FAST, at_most(ITEMS)] | None = Field(default=None, min_length=1)
     content: str | None = None
     inputs: str | None = None
     model: str = Field(default="", max_length=512)
@@ -136,14 +128,14 @@ class Detokenize(Body):
     model: str = Field(default="", max_length=512)
 
 
-@router.post("/tokenize", summary="Text or a conversation as tokens.")
+@vllm_routes.post("/tokenize", summary="Text or a conversation as tokens.")
 async def tokenize(request: HttpRequest, body: Tokenize) -> Response:
-    house, prompts = house_of(request), house_of(request).prompts
+    service, prompts = service_of(request), service_of(request).prompts
     ways = [key for key in ("prompt", "messages", "content", "inputs") if getattr(body, key) is not None]
     if len(ways) != 1:
         raise invalid("one of prompt, messages, content and inputs is needed", ways[0] if ways else "prompt")
-    house.choose(caller_of(request), model=body.model)  # a model that is not there is an error here too
-    place = place_of(request)
+    service.mixes.choose(caller_of(request), model=body.model)  # a model that is not there is an error here too
+    place = admission_of(request)
     place.take("answers", 1)
     if body.messages is not None:
         variables = dict(body.chat_template_kwargs or {})
@@ -177,13 +169,13 @@ def _counted(prompts: Prompts, ids: Sequence[int], body: Tokenize) -> dict[str, 
     return {"count": len(ids), "max_model_len": prompts.context, "tokens": ids, "token_strs": texts}
 
 
-@router.post("/detokenize", summary="Tokens as text, under vLLM's key and llama.cpp's.")
+@vllm_routes.post("/detokenize", summary="Tokens as text, under vLLM's key and llama.cpp's.")
 async def detokenize(request: HttpRequest, body: Detokenize) -> Response:
-    house = house_of(request)
-    house.choose(caller_of(request), model=body.model)
-    place = place_of(request)
+    service = service_of(request)
+    service.mixes.choose(caller_of(request), model=body.model)
+    place = admission_of(request)
     place.take("answers", 1)
-    text = await house.prompts.decode(house.prompts.of_ids(body.tokens, "tokens"), place=place)
+    text = await service.prompts.decode(service.prompts.of_ids(body.tokens, "tokens"), place=place)
     return Json({"prompt": text, "content": text})
 
 
@@ -198,6 +190,6 @@ def _spans(prompts: Prompts, text: str, special: bool) -> list[dict[str, Any]]:
     return [{"id": i, "text": text[start:stop], "start": start, "stop": stop} for i, start, stop in found]
 
 
-@router.get("/version", summary="veneer's version.")
+@vllm_routes.get("/version", summary="veneer's version.")
 async def version() -> Response:
     return Json({"version": __version__})

@@ -15,20 +15,34 @@ import uuid
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from veneer.serve.access import BEHIND, SHADOWS, Caller
+from veneer.serve.access import BEHIND, SHADOWS, Caller, ShadowAnswer
 from veneer.serve.http.errors import as_refused, message_of, problem_of
-from veneer.serve.http.house import Chosen, House, ShadowAnswer
 from veneer.serve.http.metrics import Meter
-from veneer.serve.request import Finished, Refused, Request, Sampling, Started, Token, Usage
+from veneer.serve.http.mixes import ChosenMix
+from veneer.serve.http.service import Service
+from veneer.serve.request import EngineEvent, Finished, Refused, Request, Sampling, Started, Token, Usage
 
-__all__ = ["Answer", "Ask", "ClientLeft", "Opened", "collect", "opened", "run", "seed_of", "total", "unless_left"]
+__all__ = [
+    "ClientLeft",
+    "IndexedEvent",
+    "OpenStream",
+    "TextAnswer",
+    "TextJob",
+    "collect",
+    "open_stream",
+    "run",
+    "seed_of",
+    "total",
+    "unless_left",
+]
 
 T = TypeVar("T")
-Told = tuple[int, Started | Token | Finished]
+IndexedEvent = tuple[int, EngineEvent]
+"""An event, and which of a request's answers it is of."""
 
 
 class ClientLeft(Exception):
@@ -36,14 +50,14 @@ class ClientLeft(Exception):
 
 
 @dataclass(frozen=True)
-class Ask:
+class TextJob:
     """What one HTTP request wants of the engine: answers = one of each (prompt, sampling), in this order.
 
     `choices`: answers to each prompt, so that answer i belongs to prompt i // choices. `cache_salt`: the client's own
     word for those of its prompts that may share what was computed."""
 
     caller: Caller
-    chosen: Chosen
+    chosen: ChosenMix
     prompts: Sequence[tuple[int, ...]]
     sampling: Sampling
     choices: int = 1
@@ -67,7 +81,7 @@ class Ask:
 
 
 @dataclass
-class Answer:
+class TextAnswer:
     """One whole answer. `text` is all of it; `tokens` as the engine gave them."""
 
     tokens: list[Token] = field(default_factory=list)
@@ -75,7 +89,7 @@ class Answer:
     cached: int = 0
     end: Finished | None = None
 
-    def add(self, event: Started | Token | Finished) -> None:
+    def add(self, event: EngineEvent) -> None:
         self.text += "" if isinstance(event, Started) else event.text
         if isinstance(event, Started):
             self.cached = event.cached
@@ -112,21 +126,21 @@ def total(usages: Sequence[Usage], choices: int) -> Usage:
     )
 
 
-async def run(house: House, ask: Ask) -> AsyncGenerator[Told, None]:
+async def run(service: Service, job: TextJob) -> AsyncGenerator[IndexedEvent, None]:
     """(index, event) until every answer has finished. Raises Refused for anything that goes wrong in any of them."""
-    requests = ask.requests(house.tenancy.shares(ask.caller, ask.chosen.served))
+    requests = job.requests(service.tenancy.shares(job.caller, job.chosen.served))
     usages = [Usage(0, 0, 0) for _ in requests]
-    admitted = house.tenancy.admitted(
-        ask.caller,
-        ask.chosen.served,
-        request=ask.id,
-        prompt_tokens=sum(map(len, ask.prompts)),
-        max_tokens=ask.sampling.max_tokens * len(requests),
+    admitted = service.tenancy.admitted(
+        job.caller,
+        job.chosen.served,
+        request=job.id,
+        prompt_tokens=sum(map(len, job.prompts)),
+        max_tokens=job.sampling.max_tokens * len(requests),
     )
     async with admitted as bill:
-        queue: asyncio.Queue[tuple[int, Started | Token | Finished | Exception]] = asyncio.Queue()
-        tasks = [asyncio.create_task(_pump(house, ask, r, i, queue, usages)) for i, r in enumerate(requests)]
-        shadow = _shadow(house, ask, requests[0])
+        queue: asyncio.Queue[tuple[int, EngineEvent | Exception]] = asyncio.Queue()
+        tasks = [asyncio.create_task(_pump(service, job, r, i, queue, usages)) for i, r in enumerate(requests)]
+        shadow = _shadow(service, job, requests[0])
         sent = ""
         going = len(requests)
         billed = False
@@ -143,16 +157,16 @@ async def run(house: House, ask: Ask) -> AsyncGenerator[Told, None]:
                     sent += event.text
                 if not going:  # before the last event goes out: an answer that a client has is in the ledger
                     billed = True
-                    await bill.used(total(usages, ask.choices))
+                    await bill.used(total(usages, job.choices))
                 yield i, event
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if not billed:
-                bill.used(total(usages, ask.choices))
+                bill.used(total(usages, job.choices))
             if shadow is not None:
-                shadow.set_result((sent, total(usages, ask.choices)))
+                shadow.set_result((sent, total(usages, job.choices)))
 
 
 def _broken(event: Finished) -> Refused:
@@ -162,12 +176,12 @@ def _broken(event: Finished) -> Refused:
 
 
 async def _pump(
-    house: House, ask: Ask, request: Request, i: int, queue: asyncio.Queue[Any], usages: list[Usage]
+    service: Service, job: TextJob, request: Request, i: int, queue: asyncio.Queue[Any], usages: list[Usage]
 ) -> None:
     """One engine request's events into the queue; its usage into `usages`, whole or as far as it came."""
-    meter, reason = Meter(house.metrics, ask.chosen.label, ask.caller.tenant), "abort"
+    meter, reason = Meter(service.metrics, job.chosen.label, job.caller.tenant), "abort"
     try:
-        events: Any = house.engine.events(request)
+        events: Any = service.texts(request)
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, Started):
@@ -190,35 +204,35 @@ async def _pump(
         meter.end(reason, usages[i])
 
 
-async def collect(house: House, ask: Ask) -> list[Answer]:
-    answers = [Answer() for _ in range(len(ask.prompts) * ask.choices)]
-    async with aclosing(run(house, ask)) as events:
+async def collect(service: Service, job: TextJob) -> list[TextAnswer]:
+    answers = [TextAnswer() for _ in range(len(job.prompts) * job.choices)]
+    async with aclosing(run(service, job)) as events:
         async for i, event in events:
             answers[i].add(event)
     return answers
 
 
-class Opened:
-    """`run`'s events once the first is there: what is refused at once is refused with its own HTTP status."""
+class OpenStream(Generic[T]):
+    """Events once the first is there: what is refused at once is refused with its own HTTP status."""
 
-    def __init__(self, first: Told, rest: AsyncGenerator[Told, None]) -> None:
+    def __init__(self, first: T, rest: AsyncGenerator[T, None]) -> None:
         self.first, self.rest = first, rest
 
-    async def __aiter__(self) -> AsyncGenerator[Told, None]:
+    async def __aiter__(self) -> AsyncGenerator[T, None]:
         yield self.first
-        async for told in self.rest:
-            yield told
+        async for event in self.rest:
+            yield event
 
     async def aclose(self) -> None:
         await self.rest.aclose()
 
 
-async def opened(request: HttpRequest, house: House, ask: Ask) -> Opened:
-    events = run(house, ask)
-    return Opened(await unless_left(request, _next(events)), events)
+async def open_stream(request: HttpRequest, events: AsyncGenerator[T, None]) -> OpenStream[T]:
+    """Waits for the first event. Raises what it raises, and ClientLeft."""
+    return OpenStream(await unless_left(request, _next(events)), events)
 
 
-async def _next(events: AsyncGenerator[Told, None]) -> Told:
+async def _next(events: AsyncGenerator[T, None]) -> T:
     return await anext(events)
 
 
@@ -249,24 +263,24 @@ Sent = tuple[str, Usage]
 # -- shadows -----------------------------------------------------------------------------------------------------------
 
 
-def _shadow(house: House, ask: Ask, request: Request) -> asyncio.Future[Sent] | None:
+def _shadow(service: Service, job: TextJob, request: Request) -> asyncio.Future[Sent] | None:
     """Starts the shadow's answer to the first prompt behind the request; told the sent text, it reports both."""
-    if ask.chosen.served.shadow is None:
+    if job.chosen.served.shadow is None:
         return None
-    name, mix = ask.chosen.served.shadow
+    name, mix = job.chosen.served.shadow
     sent: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
     own: dict[str, Any] = {"tenant": BEHIND, "weight": SHADOWS.weight, "name": name}
     behind = replace(request, mix=() if isinstance(mix, Refused) else mix, id=f"{request.id}-shadow", **own)
-    return sent if house.follow(lambda: _follow(house, ask, behind, name, sent)) else None
+    return sent if service.shadows.follow(lambda: _follow(service, job, behind, name, sent)) else None
 
 
-async def _follow(house: House, ask: Ask, request: Request, shadow: str, sent: asyncio.Future[Sent]) -> None:
-    answer, error = Answer(), ""
+async def _follow(service: Service, job: TextJob, request: Request, shadow: str, sent: asyncio.Future[Sent]) -> None:
+    answer, error = TextAnswer(), ""
     prompt, most = len(request.prompt), request.sampling.max_tokens
     try:
-        async with house.shadow_bill(ask.chosen.served, request=request.id, prompt=prompt, most=most) as bill:
+        async with service.shadows.admitted(job.chosen.served, request=request.id, prompt=prompt, most=most) as bill:
             try:
-                events: Any = house.engine.events(request)
+                events: Any = service.texts(request)
                 async with aclosing(events):
                     async for event in events:
                         answer.add(event)
@@ -279,9 +293,9 @@ async def _follow(house: House, ask: Ask, request: Request, shadow: str, sent: a
         error = problem_of(problem)
     with suppress(asyncio.CancelledError):
         text, usage = await sent
-        house.shadowed(
+        service.shadows.answered(
             ShadowAnswer(
-                ask.id, ask.caller.tenant, ask.chosen.served.name, shadow, ask.chosen.served.target, text, answer.text,
+                job.id, job.caller.tenant, job.chosen.served.name, shadow, job.chosen.served.target, text, answer.text,
                 usage, answer.took(len(request.prompt)), error,
             )
         )  # fmt: skip

@@ -1,0 +1,196 @@
+"""Where a server's parts are put together, and nowhere else.
+
+    tenancy; base -> shelf -> engine -> names -> service -> application
+
+What each part is, its own module says; here is which of them a server has, and in which order they begin and end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+
+from veneer.errors import ConfigError
+from veneer.library.library import Library, open_library
+from veneer.serve.access import Catalog, KeyAccess, OpenAccess, Tenancy
+from veneer.serve.http.app import create_app
+from veneer.serve.http.prompts import TokenizedBase
+from veneer.serve.http.service import Service
+from veneer.serve.names.catalog import LocalCatalog
+from veneer.serve.names.shelf import Shelf
+from veneer.serve.settings import ServeSettings
+from veneer.serve.tenancy.admin import admin_router
+from veneer.serve.tenancy.keys import default_database
+from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
+
+__all__ = ["Application", "build", "operator_routes", "tenancy_of"]
+
+
+async def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Application:
+    """An ASGI application and what goes with it: `start` on the server's loop before it is ready, `stop` after the
+    drain."""
+
+    app: FastAPI
+    start: Callable[[], Awaitable[Any]] = _nothing
+    stop: Callable[[], Awaitable[Any]] = _nothing
+
+    @property
+    def service(self) -> Service:
+        service: Service = self.app.state.service
+        return service
+
+
+def build(settings: ServeSettings, say: Callable[[str], None]) -> Application:
+    """Everything that `settings` ask for. Blocks while the base loads. Raises ConfigError and what loading raises."""
+    from veneer.models.sources import find_base, is_image_base
+
+    if settings.upstreams:
+        _computed_here(settings, "the servers of --upstream compute")
+        return _build_fleet(settings, say)
+    if is_image_base(find_base(settings.base, say=say)):
+        _computed_here(settings, "this base draws pictures")
+        return _build_pictures(settings, say)
+    return _build_texts(settings, say)
+
+
+def _computed_here(settings: ServeSettings, why: str) -> None:
+    """Raises ConfigError for what only the engine of texts can keep to."""
+    asked = {"--weights": settings.weights != "dense", "--batch-invariant": settings.batch_invariant}
+    for option in [option for option, given in asked.items() if given]:
+        raise ConfigError(f"{option} is for texts that are computed here, and {why}", where=option, fix="leave it out")
+
+
+def _build_texts(settings: ServeSettings, say: Callable[[str], None]) -> Application:
+    from veneer.models.text.base import load_text
+    from veneer.serve.engine.engine import EngineSettings, TextEngine
+
+    tenancy = tenancy_of(settings, say)
+    base = load_text(settings.base, dtype=settings.dtype, device=settings.device, say=say)
+    say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
+    library = open_library(settings.library)
+    shelf = Shelf(base, library=library, folders=settings.folders)
+    sizes = EngineSettings(
+        rows=settings.rows,
+        cache_bytes=settings.cache_bytes,
+        adapter_bytes=settings.adapter_bytes,
+        weights=settings.weights,
+        batch_invariant=settings.batch_invariant,
+        queue=settings.http.queue,
+    )
+    engine = TextEngine(base, shelf.read, sizes)
+    say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
+    catalog = LocalCatalog(shelf, engine.problems, engine.residents, rollouts=tenancy.routes)
+    # The engine's cache may hold less than the base could take.
+    reader = TokenizedBase(base.name, base.tokenizer, engine.context, base.has_chat_template)
+    service = Service(engine, catalog, tenancy, reader, settings.http)
+    return _application(settings, service, library, say)
+
+
+def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Application:
+    from veneer.models.image.base import load_image, readers
+    from veneer.serve.pictures.engine import PictureEngine
+
+    tenancy = tenancy_of(settings, say)
+    base = load_image(settings.base, dtype=settings.dtype, device=settings.device, say=say)
+    library = open_library(settings.library)
+    shelf = Shelf(base, library=library, folders=settings.folders)
+    engine = PictureEngine(base, shelf.read, max_batch=min(settings.rows, 8), adapter_bytes=settings.adapter_bytes)
+    catalog = LocalCatalog(shelf, lambda adapter: [], engine.residents, rollouts=tenancy.routes)
+    (tokenizer, limit), *_ = readers(base)
+    reader = TokenizedBase(base.name, getattr(tokenizer, "tokenizer", tokenizer), limit)
+    limits = replace(settings.http, max_body=max(settings.http.max_body, 64 << 20))  # pictures come in bodies
+    return _application(settings, Service(engine, catalog, tenancy, reader, limits), library, say)
+
+
+def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Application:
+    """The same front door before servers that run elsewhere. They read the library's files by the same paths."""
+    from veneer.models.home import veneer_home
+    from veneer.models.text.base import text_without_weights
+    from veneer.serve.fleet.fleet import Fleet, FleetAdapters
+    from veneer.serve.fleet.servable import problems
+
+    if settings.folders:
+        raise ConfigError("replicas read the library, not folders", where="--allow-folder", fix="veneer library add")
+    tenancy = tenancy_of(settings, say)
+    base, library = text_without_weights(settings.base, say=say), open_library(settings.library)
+    shelf = Shelf(base, library=library)
+    fleet = Fleet(
+        settings.upstreams, files=shelf.files, cache=veneer_home() / "cache" / "served",
+        key=settings.upstream_key,
+        mixes=settings.mixes, cache_bytes=settings.mix_bytes,
+        decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
+    )  # fmt: skip
+    catalog = LocalCatalog(shelf, problems, FleetAdapters(fleet), rollouts=tenancy.routes)
+    reader = TokenizedBase(base.name, base.tokenizer, base.context, base.has_chat_template)
+    return _application(settings, Service(fleet, catalog, tenancy, reader, settings.http), library, say)
+
+
+def _application(
+    settings: ServeSettings, service: Service, library: Library, say: Callable[[str], None]
+) -> Application:
+    """The surfaces over it all. It begins with the engine and ends with the tenancy's last bill."""
+
+    def load() -> None:
+        for each in settings.preload:
+            card = service.catalog.load(each.name, each.reference, pinned=settings.pin)
+            say(f"adapter {card.id} from {card.root}")
+            if each.strength is not None:
+                service.mixes.set_default(card.id, each.strength)
+                say(f"requests that name no adapter get {card.id} at strength {each.strength:g}")
+
+    def close() -> None:
+        service.catalog.close()
+        library.close()
+        service.tenancy.close()
+
+    async def start() -> None:
+        await service.engine.begin()
+        await asyncio.to_thread(load)
+
+    async def stop() -> None:
+        await service.engine.end()
+        await asyncio.to_thread(close)
+
+    routers = operator_routes(settings, service.tenancy, service.catalog)
+    return Application(create_app(service, routers=routers, unguarded=("/admin",) if routers else ()), start, stop)
+
+
+def operator_routes(settings: ServeSettings, tenancy: Tenancy, catalog: Catalog) -> list[APIRouter]:
+    """What is under /admin for whoever has the admin key, on a server with tenants."""
+    if settings.admin_key is None or not isinstance(tenancy, Tenants):
+        return []
+    return [admin_router(tenancy, catalog)]
+
+
+def tenancy_of(settings: ServeSettings, say: Callable[[str], None]) -> Tenancy:
+    """Who may ask."""
+    place = settings.tenants
+    if place is None and not settings.keys and not settings.open:
+        place = default_database() if Path(default_database()).is_file() else None
+        if place is not None:
+            say(f"tenants: {place}, so requests need a key; --open serves whoever asks")
+    if place is None:
+        if not settings.keys and (settings.open or settings.admin_key is None):
+            if settings.host not in ("127.0.0.1", "localhost", "::1"):
+                at = f"{settings.host}:{settings.port}"
+                say(f"note: whoever reaches {at} may ask, and load adapters; --api-keys or --tenants closes that")
+            return OpenAccess()
+        return KeyAccess(settings.keys, settings.admin_key)
+    folder = None if settings.ledger_folder is None else Path(settings.ledger_folder)
+    kept = LedgerSettings(
+        days=settings.ledger_days, folder=folder, room=settings.ledger_room, synced=settings.ledger_synced
+    )
+    tenants = Tenants(place, admin_key=settings.admin_key, ledger=kept)
+    if not tenants.store.settings.tenants:
+        say("there are no tenants yet, so nobody has a key: veneer tenant add NAME, then veneer tenant key add NAME")
+    return tenants

@@ -1,0 +1,152 @@
+"""What every surface works with: the engine, names, tenancy, limits and counts of one server; and who asks of it."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from starlette.requests import Request as HttpRequest
+
+from veneer.errors import VeneerError
+from veneer.serve.access import Caller, Catalog, ModelCard, Tenancy
+from veneer.serve.engine.admission import Admission, Place
+from veneer.serve.http.errors import as_refused, log, message_of
+from veneer.serve.http.metrics import Metrics
+from veneer.serve.http.mixes import MixChooser
+from veneer.serve.http.prompts import Prompts, TokenizedBase
+from veneer.serve.http.shadows import Shadows
+from veneer.serve.outage import is_outage
+from veneer.serve.request import Engine, EngineEvent, Refused, Request
+from veneer.serve.settings import HttpSettings
+
+__all__ = [
+    "Service",
+    "admission_of",
+    "caller_of",
+    "client_key",
+    "load_named",
+    "need_admin",
+    "service_of",
+    "unload_named",
+]
+
+
+@dataclass(eq=False)
+class Service:
+    """`reader`: how the base reads prompts. `phase`: ready, unless the server is not; who drains it sets it. `inside`:
+    requests that are being answered."""
+
+    engine: Engine[Any, Any]
+    catalog: Catalog
+    tenancy: Tenancy
+    reader: TokenizedBase
+    settings: HttpSettings = field(default_factory=HttpSettings)
+    phase: Literal["loading", "ready", "draining"] = "ready"
+    inside: int = 0
+    _tidies: bool = False
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        self.prompts = Prompts(self.reader)
+        self.mixes = MixChooser(self.catalog)
+        self.metrics = Metrics(self.catalog.base, self.engine.stats, s.metric_adapters, self.tenancy.ledger_state)
+        self.admission = Admission(bodies=8 * s.max_body, answers=s.queue, texts=4 * s.max_body)
+        self.shadows = Shadows(self.tenancy, self.metrics, s.shadows)
+
+    def texts(self, request: Request) -> AsyncIterator[EngineEvent]:
+        """The events of a text's answer. Raises Refused (400) on a server that draws."""
+        if self.engine.makes != "texts":
+            raise Refused(
+                "this server draws pictures", status=400, code="invalid_request", fix="ask /v1/images/generations"
+            )
+        return self.engine.events(request)
+
+    def trouble(self) -> str:
+        """Why requests had better go elsewhere for now; "" where they need not."""
+        return self.engine.problem() or self.engine.trouble()
+
+    def tidy(self) -> None:
+        """Soon, and once for all who ask meanwhile, give the memory back that large bodies took: the C library keeps
+        what was freed between things that were not."""
+        if not self._tidies:
+            self._tidies = True
+            asyncio.get_running_loop().call_later(1.0, self._tidy)
+
+    def _tidy(self) -> None:
+        self._tidies = False
+        asyncio.get_running_loop().run_in_executor(None, _trim)
+
+
+def _trim() -> None:
+    """Freed memory goes back to the system, where the C library can do that."""
+    with suppress(OSError):
+        if (give := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            give(0)
+
+
+# -- of one request ----------------------------------------------------------------------------------------------------
+
+
+def service_of(request: HttpRequest) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def client_key(request: HttpRequest) -> str | None:
+    """The client's key: a bearer token, or what Azure's and some older clients send."""
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and key.strip():
+        return key.strip()
+    return request.headers.get("x-api-key") or request.headers.get("api-key")
+
+
+def caller_of(request: HttpRequest, user: str | None = None) -> Caller:
+    """Who asks, as the door established it, with the body's `user`."""
+    caller: Caller = request.scope["veneer.caller"]
+    return replace(caller, user=user) if user else caller
+
+
+def admission_of(request: HttpRequest) -> Place:
+    """What the request holds of the server, to which the surface adds what it is about to do."""
+    place: Place = request.scope["veneer.place"]
+    return place
+
+
+def need_admin(request: HttpRequest) -> Caller:
+    caller = caller_of(request)
+    if not caller.admin:
+        raise Refused(
+            "this changes the server for everybody", status=403, code="forbidden", fix="use an operator's key"
+        )
+    return caller
+
+
+# -- what an operator changes ------------------------------------------------------------------------------------------
+
+
+async def load_named(service: Service, name: str, source: str, **options: Any) -> ModelCard:
+    """Catalog.load in a thread, and a line in the audit log. An error that is not Refused is told without where on the
+    server it happened."""
+    try:
+        card = await asyncio.to_thread(lambda: service.catalog.load(name, source, **options))
+        after = {"digest": card.digest, "root": card.root}
+        await asyncio.to_thread(service.tenancy.note, "operator", "adapter.load", name, None, after)
+        return card
+    except Refused:
+        raise
+    except Exception as error:
+        if not isinstance(error, VeneerError) or is_outage(error):
+            raise as_refused(error) from error
+        log.warning("adapter %r was not loaded: %s", name, error)
+        raise Refused(message_of(error), status=422, code="adapter_unusable", param="lora_path") from error
+
+
+async def unload_named(service: Service, name: str) -> None:
+    """Catalog.unload in a thread, and a line in the audit log; nobody gets the adapter unasked any more."""
+    await asyncio.to_thread(service.catalog.unload, name)
+    await asyncio.to_thread(service.tenancy.note, "operator", "adapter.unload", name, None, None)
+    service.mixes.forget(name)

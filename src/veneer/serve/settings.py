@@ -1,0 +1,132 @@
+"""The settings of a server, said once: what `veneer serve` takes and every part reads.
+
+Needs nothing heavy, so that the command line may take its defaults from here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from veneer.errors import ConfigError
+
+__all__ = ["HttpSettings", "Preload", "ServeSettings", "bytes_of", "keys_of", "parse_preload"]
+
+
+@dataclass(frozen=True)
+class HttpSettings:
+    """Limits of one server. `max_tokens` 0: up to the context. `queue`: answers that may run or wait at once, of all
+    tenants. In seconds: `head_time` and `body_time`, in which a request's head and its body have to come; `idle`, how
+    long a connection is kept for the next one; `stall`, how long an answer may be unread before it ends. `connections`:
+    how many there may be before the one that was idle longest is closed for another. `max_pixels`: of a picture that is
+    sent; `max_pictures`: asked for at once. `metric_adapters`: adapters with series of their own. `cors`: origins whose
+    pages may ask from a browser."""
+
+    max_body: int = 8 << 20
+    max_tokens: int = 0
+    max_prompts: int = 256
+    max_choices: int = 64
+    max_stops: int = 16
+    max_best_of: int = 8
+    max_pixels: int = 1 << 24
+    max_pictures: int = 10
+    queue: int = 1024
+    connections: int = 2000
+    head_time: float = 20.0
+    body_time: float = 60.0
+    idle: float = 30.0
+    stall: float = 60.0
+    metric_adapters: int = 100
+    shadows: int = 16
+    slots: int = 256
+    cors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preload:
+    """An adapter to load before the server is ready. `strength`: what requests that name no adapter get of it."""
+
+    name: str
+    reference: str
+    strength: float | None = None
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """`rows`: requests at once; `cache_bytes`: of keys and values; `adapter_bytes`: of adapters in memory, which is the
+    only limit to how many are loaded. `folders`: where load requests may name files. `ledger_…`: see
+    `tenancy.tenants.LedgerSettings`. `tenants`: a database of tenants; without it `keys` are all the server's keys;
+    without these it is the tenants.sqlite of the veneer home, if there is one, unless the server is to be `open`; and
+    else nobody needs a key. `upstreams`: servers that do the work, with `upstream_key` as their bearer token; the base
+    is then read for its names and its tokenizer alone, and of the mixes that clients make of strengths each tenant has
+    at most `mixes` there, all together `mix_bytes` on disk. `drain`: seconds."""
+
+    base: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    library: str | None = None
+    preload: tuple[Preload, ...] = ()
+    pin: bool = False
+    folders: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    admin_key: str | None = None
+    tenants: str | None = None
+    open: bool = False
+    ledger_days: float = 400.0
+    ledger_room: int = 32 << 20
+    ledger_folder: str | None = None
+    ledger_synced: bool = False
+    rows: int = 32
+    cache_bytes: int = 1 << 30
+    adapter_bytes: int = 1 << 30
+    weights: Literal["dense", "int8", "int4"] = "dense"
+    batch_invariant: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    upstreams: tuple[str, ...] = ()
+    upstream_key: str | None = None
+    mixes: int = 64
+    mix_bytes: int = 16 << 30
+    drain: float = 30.0
+    http: HttpSettings = field(default_factory=HttpSettings)
+
+
+# -- as people write them ----------------------------------------------------------------------------------------------
+
+_PRELOAD = re.compile(r"(?P<name>[^=]+?)(=(?P<reference>.+?))?(:(?P<strength>[-+]?[0-9.]+(e[-+]?[0-9]+)?))?", re.I)
+
+
+def parse_preload(text: str) -> Preload:
+    """NAME[=REFERENCE][:STRENGTH]. Raises ConfigError."""
+    found = _PRELOAD.fullmatch(text)
+    if not found:
+        raise ConfigError(f"{text!r} names no adapter", where="--adapter", fix="NAME, NAME=REFERENCE or NAME:0.8")
+    name, strength = found["name"], found["strength"]
+    try:
+        return Preload(name, found["reference"] or name, None if strength is None else float(strength))
+    except ValueError:
+        raise ConfigError(f"{strength!r} is no strength", where=f"--adapter {text}", fix="a number, as 0.8") from None
+
+
+def bytes_of(text: str, where: str) -> int:
+    """A size as people write it: 512M, 2G, 1.5GB. Raises ConfigError."""
+    found = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)i?b?", text.strip(), re.I)
+    try:
+        assert found is not None
+        return int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " "))
+    except (AssertionError, ValueError):
+        raise ConfigError(f"{text!r} is no size", where=where, fix="as 512M or 2G") from None
+
+
+def keys_of(file: Path) -> list[str]:
+    """Keys of a file, a line each; lines that begin with # are comments. Raises ConfigError."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the keys: {error}", where=str(file)) from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys or min(map(len, keys)) < 16:
+        raise ConfigError("a key has fewer than 16 characters, or there is none", where=str(file))
+    return keys
