@@ -163,7 +163,7 @@ def left_over(whole: Whole) -> dict[str, int]:
     whole.idle()
     engine, service = whole.engine, whole.built.service
     wait_for(lambda: engine.residents.stats().waiting == 0)
-    assert not service.behind
+    assert not service.shadows.running
     assert not engine.runner._pasts
     attached = engine.runner._attachment.adapters if engine.runner._attachment is not None else ()
     assert set(attached) <= set(engine.residents.resident())

@@ -27,7 +27,7 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.formats.convert import write
 from veneer.formats.infotext import read_picture
 from veneer.models.image.base import ImageBase, load_image
-from veneer.serve.access import ANYBODY, Caller, NoWait, Served
+from veneer.serve.access import ANYBODY, Caller, NoWait, OpenAccess, Served
 from veneer.serve.pictures.engine import PictureEngine
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import HttpSettings
@@ -327,7 +327,7 @@ def test_a_picture_that_is_none_is_refused(url: str, body: dict[str, Any], said:
 def test_bodies_are_limited_and_must_be_what_they_say(url: str) -> None:
     at = f"{url}/v1/images/edits"
     large = httpx.post(at, json={"prompt": "a" * (1 << 20)})
-    assert (large.status_code, large.json()["error"]["code"]) == (413, "invalid_request")
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
     upload = httpx.post(at, data={"prompt": "a"}, files={"image": ("a.png", b"0" * (1 << 20))})
     assert upload.status_code == 413
     for kind, content in (("application/json", b"[]"), ("application/json", b"{"), ("multipart/form-data", b"x")):
@@ -389,7 +389,7 @@ def test_a_client_that_leaves_cancels_what_it_asked_for(url: str, engine: Pictur
     assert engine.stats().steps < after_stream + 140
 
 
-class Tenants:
+class Tenants(OpenAccess):
     """Keys, a limit and a ledger."""
 
     def __init__(self) -> None:

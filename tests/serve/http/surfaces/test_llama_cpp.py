@@ -131,7 +131,7 @@ def test_a_global_scale_acts_for_those_who_may_see_the_adapter(text: ToyText) ->
 
 
 def test_the_servers_own_default_acts_on_every_surface(server: Live) -> None:
-    server.service.default["sql"] = 0.5
+    server.service.mixes.default["sql"] = 0.5
     chat = {"messages": [{"role": "user", "content": "Hi"}]}
     assert server.post("/v1/chat/completions", chat).json()["choices"][0]["message"]["content"] == "[d-sql*0.5] Hi"
     assert server.post("/generate", {"inputs": "Hi"}).json()["generated_text"] == "[d-sql*0.5] Hi"
