@@ -285,7 +285,7 @@ GENERATE: list[tuple[dict[str, Any], int, str, str]] = [
     ({"scheduler": "eulr"}, 400, "invalid_request", "eulr"),
     ({"control": {"type": "pose", "image": b64(noise())}}, 400, "invalid_request", "canny, edges"),
     ({"control": {"type": "edges", "image": b64(noise(64, 32))}, "size": "32x32"}, 400, "invalid_request", "another p"),
-    ({"control": {"type": "edges", "image": "bm90aGluZw=="}}, 400, "invalid_request", "no picture"),
+    ({"control": {"type": "edges", "image": "bm90aGluZw=="}}, 400, "invalid_request", "not a picture"),
 ]  # fmt: skip
 
 
@@ -306,10 +306,10 @@ EDIT: list[tuple[dict[str, Any], str]] = [
     ({"image": [b64(noise()), b64(noise())]}, "2 images"),
     ({"image": "https://example.org/a.png"}, "not fetched"),
     ({"image": "file:///etc/passwd"}, "no base64"),
-    ({"image": base64.b64encode(b"<svg/>").decode()}, "no picture"),
-    ({"image": b64(noise())[:200]}, "no picture"),
+    ({"image": base64.b64encode(b"<svg/>").decode()}, "not a picture"),
+    ({"image": b64(noise())[:200]}, "not a picture"),
     ({"image": bomb(3000, 3000)}, "at most 1048576 pixels"),
-    ({"image": bomb(60000, 60000)}, "more pixels than are opened, 178,956,970: at most 1048576 pixels"),
+    ({"image": bomb(60000, 60000)}, "more pixels than veneer opens: 178,956,970: at most 1048576 pixels"),
     ({"image": b64(noise()), "mask": b64(Image.new("RGBA", (SIZE, SIZE), "black"))}, "opens nothing"),
     ({"image": b64(noise()), "mask": b64(left_open().resize((SIZE, 2 * SIZE)))}, "another proportion"),
     ({"image": b64(noise()), "denoise": 2}, "denoise"),
