@@ -228,9 +228,9 @@ def _steps(attachment: Any, loss: Callable[[], Any], count: int = 4) -> dict[str
 def calibrated(dtype: str) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from veneer.plan.calibration import measured
+    from veneer.plan.calibration import calibrate
 
-    return asdict(measured("smollm2-135m", dtype=dtype))
+    return asdict(calibrate("smollm2-135m", dtype=dtype))
 
 
 def in_process(argument: list[str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from veneer.formats.infotext import Infotext, lora_hashes, parse, png_bytes, rea
 from veneer.imaging.adapters import Mixer, parse_use
 from veneer.imaging.controls import parse_control
 from veneer.imaging.make import Ask, Options, RecordedPicture, asks_of, make
-from veneer.imaging.remake import remake, remembered
+from veneer.imaging.remake import read_recipe, remake
 from veneer.library.library import open_library
 from veneer.models.image.base import ImageBase, load_image
 
@@ -36,7 +36,7 @@ def pictures(base: ImageBase, asks: list[Ask], **options: Any) -> list[RecordedP
 
 def again(base: ImageBase, path: Path, said: Callable[[str], None] | None = None, **how: Any) -> RecordedPicture:
     with Mixer(base, say=said) as mixer:
-        return remake(mixer, remembered(path), **how)
+        return remake(mixer, read_recipe(path), **how)
 
 
 def uses(*specs: str) -> tuple[Any, ...]:
@@ -207,14 +207,14 @@ def test_what_says_nothing_or_nonsense(base: ImageBase, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(path)
     with pytest.raises(DataError, match="does not say"):
-        remembered(path)
+        read_recipe(path)
     (made,) = pictures(base, [Ask("a cat")])
     for damage in ({"rows": None}, {"index": 5}, {"version": 2}, {"settings": {}}):
         path.write_bytes(png_bytes(made.image, made.text, made.record | damage))
         with pytest.raises(DataError):
-            remembered(path)
+            read_recipe(path)
     (in_memory,) = pictures(base, [Ask("a cat")], image=Image.new("RGB", (SIZE, SIZE)))
     in_memory.save(path)
     with pytest.raises(DataError, match="in memory"):
-        remembered(path)
+        read_recipe(path)
     assert json.loads(json.dumps(made.record)) == made.record

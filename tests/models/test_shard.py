@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from veneer.models.shard import blocks, held_bytes
+from veneer.models.shard import blocks, local_bytes
 from veneer.train.devices import launch
 
 WIDTH = 6
@@ -59,7 +59,7 @@ def measured(run: Any, model: nn.Module) -> dict[str, Any]:
     with torch.no_grad():
         again = float(run(model, x, trained))
     assert trained.grad is not None
-    return {"loss": loss.item(), "again": again, "gradient": trained.grad.tolist(), "held": held_bytes(model)}
+    return {"loss": loss.item(), "again": again, "gradient": trained.grad.tolist(), "held": local_bytes(model)}
 
 
 def stack() -> Stack:

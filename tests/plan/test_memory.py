@@ -126,12 +126,12 @@ def kept_bytes(dtype: torch.dtype, lengths: list[int], share: float, spec: LoraS
 def test_activations_are_what_autograd_keeps(
     dtype: str, more: dict[str, Any], lengths: list[int], share: float
 ) -> None:
-    rank, thin = 8, compiled.usable_low_rank() is not None
+    rank, low_rank = 8, compiled.usable_low_rank() is not None
     spec = LoraSpec(rank=rank, **more)
     shape = text_shape({"model_type": "llama", "tie_word_embeddings": True, **SMALL})
-    device = replace(CPU, native=compiled.kernels() is not None, thin=thin)
+    device = replace(CPU, native=compiled.kernels() is not None, low_rank=low_rank)
     counted = text_memory(shape, Load(tuple(lengths), share, rank=rank, spec=spec, dtype=dtype), device).activations
-    if dtype == "float32" or not thin:
+    if dtype == "float32" or not low_rank:
         # What the functions hold beside saved tensors: cast and stacked A where there is something to cast or stack, B.
         products = [parts for layer in shape.layers for parts in layer.products.values()]
         stacked = [parts for parts in products if dtype != "float32" or len(parts) > 1]
@@ -139,7 +139,7 @@ def test_activations_are_what_autograd_keeps(
         counted -= dtype_bytes(dtype) * rank * sum(len(parts) * sum(p.outputs for p in parts) for parts in products)
     # What is left uncounted: rotary tables, the loss's index of trained tokens; beside torch's own low-rank products in
     # 16 bits, DoRA's gains once more.
-    near = 0.05 if more.get("dora") and dtype != "float32" and not thin else 0.03
+    near = 0.05 if more.get("dora") and dtype != "float32" and not low_rank else 0.03
     assert kept_bytes(getattr(torch, dtype), lengths, share, spec) == pytest.approx(counted, rel=near)
 
 

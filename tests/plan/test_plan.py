@@ -9,7 +9,7 @@ import pytest
 
 from veneer.core.adapter import LoraSpec
 from veneer.errors import ConfigError
-from veneer.plan.calibration import Calibration, cpu_device, keep, kept, solved
+from veneer.plan.calibration import Calibration, cpu_device, read_calibration, solved, write_calibration
 from veneer.plan.fit import usable_memory
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import Load, dtype_bytes
@@ -99,11 +99,11 @@ def test_operations_are_six_or_four_times_the_weights() -> None:
     assert work.head == 4 * 64 * 128256 * 4096
     again = text_work(shape, Load((1,) * 64, 1.0, checkpointing=True), device)
     assert again.products == pytest.approx(6 * 64 * shape.matrices, rel=0.01)
-    assert work.thin == pytest.approx(6 * 64 * pair_parameters(shape))
+    assert work.low_rank == pytest.approx(6 * 64 * pair_parameters(shape))
     for more, times in (({"dropout": 0.1}, 1), ({"dora": True}, 1), ({"dora": True, "dropout": 0.1}, 2)):
         found = text_work(shape, Load((1,) * 64, 1.0, spec=LoraSpec(**more)), device)
         assert found.products == pytest.approx(times * work.products, rel=0.01), "DoRA's dropped input meets W too"
-    assert text_work(shape, Load((1,) * 64, 1.0, spec=LoraSpec(init="pissa")), device).thin == 2 * work.thin
+    assert text_work(shape, Load((1,) * 64, 1.0, spec=LoraSpec(init="pissa")), device).low_rank == 2 * work.low_rank
 
 
 def test_experts_work_for_the_tokens_that_pick_them() -> None:
@@ -140,14 +140,14 @@ def test_rates_stay_positive_where_measurements_disagree() -> None:
 
 def test_a_calibration_is_kept_by_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
-    assert kept("cpu/2/bfloat16") is None
+    assert read_calibration("cpu/2/bfloat16") is None
     records = [Calibration(f"cpu/{n}/bfloat16", 1e11, 1e10, 5, "smollm2-135m", "bfloat16") for n in (1, 2)]
     for record in records:
-        file = keep(record)
-    assert [kept(record.device) for record in records] == records
+        file = write_calibration(record)
+    assert [read_calibration(record.device) for record in records] == records
     file.write_text("[", encoding="utf-8")
     with pytest.raises(ConfigError, match="the calibration cannot be read"):
-        kept("cpu/2/bfloat16")
+        read_calibration("cpu/2/bfloat16")
 
 
 def test_gpus_are_found_by_near_names_and_edited_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def main(folder: Path) -> None:
     held: list[int] = []
 
     def measured(model: Any) -> int:
-        held.append(shard.held_bytes(model))
+        held.append(shard.local_bytes(model))
         return held[-1]
 
     run.held_bytes = measured

@@ -68,7 +68,7 @@ def _read(path: Path, how: reader.How) -> tuple[reader.Reading, AdapterError | N
 
 
 def delta_norm(pair: Pair) -> float:
-    """‖s·B·A‖ (Frobenius), without DoRA's magnitude, from the thin factors, in float64. Experts: over all of them."""
+    """‖s·B·A‖ (Frobenius), without DoRA's magnitude, from the factors, in float64. Experts: over all of them."""
     return distance(factors(pair))
 
 

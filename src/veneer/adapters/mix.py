@@ -8,7 +8,7 @@
     strength                             each block's change times a number, exactly
 
 What is written has a card with its parents' digests, the recipe and the errors. Every error is ‖result − truth‖/‖truth‖
-(Frobenius), from thin factors. Adapters of any format come in; out goes a layout of formats.convert, `to`, by default
+(Frobenius), from the factors. Adapters of any format come in; out goes a layout of formats.convert, `to`, by default
 what the output's ending says (`target_of`). Stands above formats and models, beside `using`; files in, files out.
 """
 

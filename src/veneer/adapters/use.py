@@ -110,7 +110,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
     )
     if not _may_be_kept(name):
         raise AdapterError(f"there is no adapter {name!r}", where=str(here.absolute()), fix=fix)
-    from veneer.library.library import NotKept, library_place, open_library
+    from veneer.library.library import NotInLibrary, library_place, open_library
 
     place = library_place()
     if "://" not in place and not Path(place).is_dir():  # asking does not make one
@@ -119,7 +119,7 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
         try:
             return library.resolve(name)
         except AdapterError as error:
-            if isinstance(error, NotKept) and "/" in name:  # a path more likely than a namespace
+            if isinstance(error, NotInLibrary) and "/" in name:  # a path more likely than a namespace
                 where = f"{here.absolute()}, {error.where}"
                 raise AdapterError(f"there is no adapter {name!r}", where=where, fix=error.fix) from error
             if hints:

@@ -370,9 +370,9 @@ def _remake(
     as_json: bool,
     dtype: str | None,
 ) -> None:
-    from veneer.imaging.remake import remake, remembered
+    from veneer.imaging.remake import read_recipe, remake
 
-    wanted = remembered(picture)
+    wanted = read_recipe(picture)
     _find((), replace(wanted.options, **options))
     name = base or wanted.base
     if not name:

@@ -141,11 +141,12 @@ def _refuse(context: typer.Context, names: set[str], why: str) -> None:
 
 def _calibrate(base: str, dtype: str) -> None:
     from veneer.models.loading import errors_only
-    from veneer.plan.calibration import keep, measured
+    from veneer.plan.calibration import calibrate, write_calibration
 
     with errors_only():
-        record = measured(base, dtype=dtype, say=lambda line: print(line, file=sys.stderr))
-    print(f"{record.rates().source}; process {record.process / 1e9:.2f} GB: kept in {keep(record)}", file=sys.stderr)
+        record = calibrate(base, dtype=dtype, say=lambda line: print(line, file=sys.stderr))
+    file = write_calibration(record)
+    print(f"{record.rates().source}; process {record.process / 1e9:.2f} GB: kept in {file}", file=sys.stderr)
 
 
 def _list(as_json: bool) -> None:

@@ -26,7 +26,7 @@ from veneer.imaging.make import Ask, Options, RecordedPicture, library_versions,
 if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
 
-__all__ = ["Wanted", "remake", "remembered"]
+__all__ = ["PictureRecipe", "read_recipe", "remake"]
 
 _KNOWN = {
     "Steps", "Sampler", "Schedule type", "CFG scale", "Distilled CFG Scale", "Seed", "Size", "Model hash",
@@ -35,7 +35,7 @@ _KNOWN = {
 
 
 @dataclass
-class Wanted:
+class PictureRecipe:
     """What a picture remembers. `fingerprint`, `digests` (adapter -> ours), `files` (adapter -> its file's hash, or its
     beginning), `inputs` (path -> sha256): what must be found again. `model`: what the infotext calls the base, by which
     it is compared. `exact`: from our record. `asks[index]` is it."""
@@ -56,7 +56,7 @@ class Wanted:
     text: Infotext | None = None
 
 
-def remembered(path: str | Path) -> Wanted:
+def read_recipe(path: str | Path) -> PictureRecipe:
     """What the picture says of how it was made. Raises DataError for one that says nothing, or nonsense."""
     text, record = read_picture(path)
     if record is not None and "grid" in record:
@@ -73,7 +73,7 @@ def remembered(path: str | Path) -> Wanted:
     return _of_text(str(path), text)
 
 
-def _of_record(path: str, record: dict[str, Any]) -> Wanted:
+def _of_record(path: str, record: dict[str, Any]) -> PictureRecipe:
     if record["version"] != 1:
         raise DataError(f"a record of version {record['version']}", where=path, fix="a newer veneer reads it")
     settings = record["settings"]
@@ -101,7 +101,7 @@ def _of_record(path: str, record: dict[str, Any]) -> Wanted:
         controls=controls,
     )
     asks[record["index"]]  # it must be there
-    return Wanted(
+    return PictureRecipe(
         path,
         record["base"]["name"],
         asks,
@@ -126,7 +126,7 @@ def _other_versions(made_by: dict[str, str]) -> list[str]:
     return [f"made with {', '.join(other)}: the last bits may differ"] if other else []
 
 
-def _of_text(path: str, text: Infotext) -> Wanted:
+def _of_text(path: str, text: Infotext) -> PictureRecipe:
     """From A1111's or Forge's words, for whatever base is given."""
     fields = text.fields
     prompt, tags = lora_tags(text.prompt)
@@ -164,7 +164,7 @@ def _of_text(path: str, text: Infotext) -> Wanted:
     if "Sampler" in fields and options.scheduler is None:
         notes.append(f"sampler {fields['Sampler']!r} is not known here: the base's own is used")
     ask = Ask(prompt, text.negative, seed, uses)
-    return Wanted(
+    return PictureRecipe(
         path,
         "",
         [ask],
@@ -184,7 +184,7 @@ def _number(text: str | None) -> float | None:
 
 def remake(
     mixer: Mixer,
-    wanted: Wanted,
+    wanted: PictureRecipe,
     *,
     changes: Callable[[Ask, Options], tuple[Ask, Options]] | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -208,7 +208,7 @@ def remake(
     return make(mixer, [ask], replace(options, batch_size=1), on_step=on_step)[0]
 
 
-def _same_base(base: ImageBase, wanted: Wanted) -> None:
+def _same_base(base: ImageBase, wanted: PictureRecipe) -> None:
     if wanted.model and model_hash(base) not in wanted.model.items():
         said = " and ".join(f"the {key[0].lower()}{key[1:]} {value}" for key, value in wanted.model.items())
         wanted.notes.append(f"its model had {said}, which {base.name} does not show")
@@ -221,7 +221,7 @@ def _same_base(base: ImageBase, wanted: Wanted) -> None:
         )
 
 
-def _same_adapter(mixer: Mixer, name: str, wanted: Wanted) -> str:
+def _same_adapter(mixer: Mixer, name: str, wanted: PictureRecipe) -> str:
     """The name under which the very adapter is attached."""
     digest = wanted.digests.get(name, "")
     if not wanted.exact and not Path(name).exists() and (file := Path(f"{name}.safetensors")).exists():

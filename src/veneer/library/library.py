@@ -48,12 +48,12 @@ from veneer.library.store import (
 )
 from veneer.models.home import veneer_home
 
-__all__ = ["Added", "Library", "NotKept", "library_place", "open_library"]
+__all__ = ["Added", "Library", "NotInLibrary", "library_place", "open_library"]
 
 MARK = "library.json"
 
 
-class NotKept(AdapterError):
+class NotInLibrary(AdapterError):
     """Raised for a reference that means nothing in the library; `fix` names the nearest that does."""
 
 
@@ -102,16 +102,16 @@ class Library:
                 raise AdapterError(f"{reference} fits several adapters:\n{shown}", where=self.location)
             raise self._unknown(c, reference, wanted.name)
 
-    def _unknown(self, c: Connection, reference: str, name: str) -> NotKept:
+    def _unknown(self, c: Connection, reference: str, name: str) -> NotInLibrary:
         kept = c.scalars(select(ix.versions.c.version).where(ix.versions.c.name == name)).all()
         if kept:
             pointers = c.scalars(select(ix.name_aliases.c.alias).where(ix.name_aliases.c.name == name)).all()
             has = ", ".join([f"{name}@{w}" for w in [*sorted(kept)[-5:], *sorted(pointers)]])
-            return NotKept(f"the library has no {reference}", where=self.location, fix=f"it has {has}")
+            return NotInLibrary(f"the library has no {reference}", where=self.location, fix=f"it has {has}")
         every = c.scalars(select(ix.names.c.name).where(ix.names.c.latest.is_not(None))).all() if name else []
         near = nearest(name, every, 3)
         fix = f"did you mean {' or '.join(near)}?" if near else "see `veneer library list`"
-        return NotKept(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
+        return NotInLibrary(f"the library has no adapter {reference!r}", where=self.location, fix=fix)
 
     def search(self, text: str = "", **filters: Any) -> list[Version]:
         """The versions that fit, by name; `queries.search` has the filters. Without any: the latest of each name."""

@@ -16,8 +16,8 @@ from veneer.models.image.base import Components, default_size, prediction_of, va
 from veneer.models.image.families import topology_name
 from veneer.models.image.files import (
     component_classes,
+    components_in,
     family_of_directory,
-    held_by,
     parts_fingerprint,
     read_index,
     require_diffusers,
@@ -151,7 +151,7 @@ def _image_file(name: str, path: Path) -> dict[str, Any]:
     return {
         "name": name,
         "path": str(path),
-        "holds": ", ".join(sorted(held_by(table))) or "nothing known here",
+        "holds": ", ".join(sorted(components_in(table))) or "nothing known here",
         "parameters": sum(t.elements for t in table),
         "stored_dtype": stored_dtype(table),
         "stored_bytes": sum(t.size for t in table),

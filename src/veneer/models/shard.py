@@ -25,7 +25,7 @@ from torch import nn
 from veneer.ops.codes import with_tensors
 from veneer.ops.quantised import Quantised
 
-__all__ = ["CallWithWeights", "blocks", "call_whole", "held_bytes", "shard"]
+__all__ = ["CallWithWeights", "blocks", "call_whole", "local_bytes", "shard"]
 
 T = TypeVar("T")
 
@@ -133,7 +133,7 @@ def _put_together(group: nn.Module, apart: Sequence[_Apart]) -> None:
         group.register_forward_pre_hook(gathered)
 
 
-def held_bytes(model: nn.Module) -> int:
+def local_bytes(model: nn.Module) -> int:
     """Bytes of the model's parameters and buffers that this process holds."""
     tensors: list[Any] = [*model.parameters(), *model.buffers()]
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors if not t.is_meta]

@@ -24,7 +24,16 @@ from veneer.plan.shape import model_shape
 from veneer.plan.tables import Device, device_of_card
 from veneer.plan.time import Rates, Work, rates_of, text_work
 
-__all__ = ["Calibration", "cpu_device", "device_key", "keep", "kept", "measured", "rates_here", "solved"]
+__all__ = [
+    "Calibration",
+    "calibrate",
+    "cpu_device",
+    "device_key",
+    "rates_here",
+    "read_calibration",
+    "solved",
+    "write_calibration",
+]
 
 _FILE = "plan-calibration.json"
 
@@ -53,7 +62,7 @@ def _file() -> Path:
     return veneer_home() / _FILE
 
 
-def kept(device: str) -> Calibration | None:
+def read_calibration(device: str) -> Calibration | None:
     """The record of a device, or None. Raises ConfigError for a file that is not one."""
     try:
         records = json.loads(_file().read_text(encoding="utf-8"))
@@ -66,7 +75,7 @@ def kept(device: str) -> Calibration | None:
         ) from None
 
 
-def keep(record: Calibration) -> Path:
+def write_calibration(record: Calibration) -> Path:
     """Writes a record beside those of other devices; returns the file. One that cannot be read is replaced."""
     file = _file()
     try:
@@ -82,15 +91,15 @@ def keep(record: Calibration) -> Path:
 
 def rates_here(device: Device, dtype: str) -> tuple[Rates, int | None]:
     """(rates, bytes of the process): as calibrated where the device was, else as stated, and None."""
-    record = kept(device_key(device, dtype))
+    record = read_calibration(device_key(device, dtype))
     return (rates_of(device, dtype), None) if record is None else (record.rates(), record.process)
 
 
-def cpu_device(*, native: bool = True, thin: bool | None = None) -> Device:
+def cpu_device(*, native: bool = True, low_rank: bool | None = None) -> Device:
     """This machine's CPU. Where it is not calibrated its rate is a guess: 1 TFLOP/s a core at best.
 
-    `native`, `thin`: whether the compiled kernels run, and those of low-rank products; a plan that loads nothing takes
-    the first for granted, and the second where the processor has AVX512-BF16."""
+    `native`, `low_rank`: whether the compiled kernels run, and those of low-rank products; a plan that loads nothing
+    takes the first for granted, and the second where the processor has AVX512-BF16."""
     import psutil
 
     cores = thread_count()
@@ -108,7 +117,7 @@ def cpu_device(*, native: bool = True, thin: bool | None = None) -> Device:
         None,
         1,
         native,
-        native and (_has_bf16() if thin is None else thin),
+        native and (_has_bf16() if low_rank is None else low_rank),
     )
 
 
@@ -139,7 +148,7 @@ def solved(first: tuple[Work, float], second: tuple[Work, float]) -> tuple[float
     return rate, work.bytes / (seconds - work.operations / rate)
 
 
-def measured(
+def calibrate(
     name: str, *, dtype: str = "auto", rank: int = 16, say: Callable[[str], None] = lambda line: None,
 ) -> Calibration:  # fmt: skip
     """Takes short training steps of two sizes on the device that training would choose, and measures them.
@@ -155,8 +164,8 @@ def measured(
     dtype = str(base.dtype).removeprefix("torch.")
     cuda = base.device.type == "cuda"
     native = not cuda and compiled.kernels() is not None
-    thin = not cuda and compiled.usable_low_rank() is not None
-    device = Device("cpu", "cpu", 0, 0.0, 0.0, native=native, thin=thin)
+    low_rank = not cuda and compiled.usable_low_rank() is not None
+    device = Device("cpu", "cpu", 0, 0.0, 0.0, native=native, low_rank=low_rank)
     if cuda:
         total = torch.cuda.mem_get_info(base.device)[1]
         device = device_of_card(torch.cuda.get_device_name(base.device), int(total))

@@ -74,7 +74,7 @@ class ImageLoad:
 class ImageCounts:
     """Of one picture. `matrices`: parameters that a quantised base holds in 4 bits. `kept`: values of the base's dtype
     kept for the backward pass, `kept32`: bytes of float32 beside them; `inputs`: values that recomputing keeps;
-    `block`: values of the largest block. `products`, `attention`, `thin`: operations, forward and backward.
+    `block`: values of the largest block. `products`, `attention`, `low_rank`: operations, forward and backward.
     `encoders`: parameters of text encoders and VAE."""
 
     targets: frozenset[str]
@@ -90,7 +90,7 @@ class ImageCounts:
     block: float = 0.0
     products: float = 0.0
     attention: float = 0.0
-    thin: float = 0.0
+    low_rank: float = 0.0
     encoders: int = 0
     _learned: bool = field(default=False, repr=False)
     _before: float = field(default=0.0, repr=False)
@@ -112,7 +112,7 @@ class ImageCounts:
         if pair:
             self._learned = True
             self.trainable += self.rank * (a + b)
-            self.thin += 6 * self.rank * n * (a + b)
+            self.low_rank += 6 * self.rank * n * (a + b)
             self.keep(n * self.rank + (n * a if new else 0))
 
     def conv(self, n: float, a: int, b: int, side: int = 3, *, new: bool = True, dead: int = 0) -> None:
@@ -122,7 +122,7 @@ class ImageCounts:
         if side > 1 and _CONV in self.targets:
             self._learned = True
             self.trainable += self.rank * (a * side * side + b)
-            self.thin += 6 * self.rank * n * (a * side * side + b)
+            self.low_rank += 6 * self.rank * n * (a * side * side + b)
             self.kept32 += 4 * n * (a + self.rank)  # a pair's convolutions are in float32, their inputs copies
         back = a - dead if self._learned else 0
         self.products += 2 * n * (a + back) * b * side * side
@@ -427,6 +427,6 @@ def image_work(c: ImageCounts, load: ImageLoad, device: Device) -> Work:
     moved = 4.0 * n * (e * c.kept + c.kept32) + reads * e * c.parameters
     dequantised = reads * e * c.matrices if load.quantise else 0
     return Work(
-        n * c.products * again, n * c.attention * (1 + forwards / 3), n * c.thin, 0.0, moved,
+        n * c.products * again, n * c.attention * (1 + forwards / 3), n * c.low_rank, 0.0, moved,
         dequantised, reads * load.offload * weight_bytes_of(c, load),
     )  # fmt: skip

@@ -276,7 +276,7 @@ class _Kept:
         if layer.head_norms:
             values += n * (layer.heads + layer.kv_heads) * layer.head_dim
         values += m * self._mlp()
-        values += self._thin() + self._dora()
+        values += self._low_rank() + self._dora()
         return e * values + self._probabilities()
 
     def _dora(self) -> int:
@@ -302,7 +302,7 @@ class _Kept:
                 values += 2 * width + 2 * sum(part.active * part.inputs for part in parts)
         return round(values)
 
-    def _thin(self) -> int:
+    def _low_rank(self) -> int:
         """Values of x·Aᵀ for each pair, and of the pairs' factors as they were cast and stacked."""
         values = 0
         for name, parts in self.layer.products.items():
@@ -315,7 +315,7 @@ class _Kept:
                 values += round(sum(n * part.active * (r + part.outputs) for part, r in own))
                 continue
             total = sum(r for _, r in own)
-            if self.device.thin and self.load.dtype != "float32" and n * own[0][0].inputs <= SMALL_INPUT:
+            if self.device.low_rank and self.load.dtype != "float32" and n * own[0][0].inputs <= SMALL_INPUT:
                 values += n * sum(-(-r // 16) * 16 for _, r in own)
                 continue
             values += n * total

@@ -29,7 +29,8 @@ _MIB = 1 << 20
 class Device:
     """Where a run is planned for. `memory`: bytes in all. `flops`: bfloat16 products a second at best. `bandwidth`:
     bytes a second. `price`: US dollars an hour of one device, None where nobody said. `count`: how many of them.
-    `native`: whether the compiled CPU kernels run; `thin`: those of low-rank products too, which want AVX512-BF16."""
+    `native`: whether the compiled CPU kernels run; `low_rank`: those of low-rank products too, which want AVX512-BF16.
+    """
 
     name: str
     kind: str
@@ -40,7 +41,7 @@ class Device:
     price: float | None = None
     count: int = 1
     native: bool = False
-    thin: bool = False
+    low_rank: bool = False
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 forward       2 operations a weight and token                          products with frozen weights
 backward      2 more for the gradient of the input; frozen weights get none
 attention     2 products forward, 4 backward, over the keys that are multiplied
-thin          6·rank·(in + out) a token and pair: 2 forward, 4 backward
+low rank      6·rank·(in + out) a token and pair: 2 forward, 4 backward
 head          as a product, at trained tokens alone
 checkpointing the layers' forward once more
 dequantising  bytes written and read, forward and backward
@@ -32,13 +32,13 @@ _HOST_LINK = 20e9
 
 @dataclass(frozen=True)
 class Work:
-    """Of one micro-batch, forward and backward. `products`, `attention`, `thin`, `head`: operations. `moved`: bytes of
-    activations and weights that are read and written; `dequantised`: bytes written to dequantise; `fetched`: bytes
+    """Of one micro-batch, forward and backward. `products`, `attention`, `low_rank`, `head`: operations. `moved`: bytes
+    of activations and weights that are read and written; `dequantised`: bytes written to dequantise; `fetched`: bytes
     brought from the CPU's memory."""
 
     products: float = 0.0
     attention: float = 0.0
-    thin: float = 0.0
+    low_rank: float = 0.0
     head: float = 0.0
     moved: float = 0.0
     dequantised: float = 0.0
@@ -46,7 +46,7 @@ class Work:
 
     @property
     def operations(self) -> float:
-        return self.products + self.attention + self.thin + self.head
+        return self.products + self.attention + self.low_rank + self.head
 
     @property
     def bytes(self) -> float:
@@ -83,7 +83,7 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
     again = 1 if load.checkpointing else 0
     ranks = layer_ranks(shape, load.spec, load.rank)
     twice = load.spec is not None and load.spec.dora and load.spec.dropout > 0
-    products = attention = thin = 0.0
+    products = attention = low_rank = 0.0
     for i, layer in enumerate(shape.layers):
         after = trained if shape.keeps and i == len(shape.layers) - 1 else tokens
         for linear in layer.linears:
@@ -93,7 +93,7 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
             rank = ranks[i].get(linear.name, 0) * (1 + load.begins_in_base)
             if twice and rank:  # the dropped input meets the weight too
                 products += (4 + 2 * again) * n * linear.multiplied
-            thin += (6 + 2 * again) * rank * n * linear.active * (linear.inputs + linear.outputs)
+            low_rank += (6 + 2 * again) * rank * n * linear.active * (linear.inputs + linear.outputs)
         keys = seen_keys(load.attended(device), layer.window)
         attention += (12 + 4 * again) * layer.heads * layer.head_dim * keys
     head = 4.0 * trained * shape.vocabulary * shape.hidden
@@ -103,7 +103,7 @@ def text_work(shape: TextShape, load: Load, device: Device) -> Work:
     moved = 4.0 * (kept.activations + kept.logits) + reads * (weights + constants)
     dequantised = reads * shape.matrices * dtype_bytes(load.dtype) if load.quantise else 0
     fetched = reads * load.offload * (weights + constants)
-    return Work(products, attention, thin, head, moved, dequantised, fetched)
+    return Work(products, attention, low_rank, head, moved, dequantised, fetched)
 
 
 def run_seconds(

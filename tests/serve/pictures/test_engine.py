@@ -23,7 +23,7 @@ from veneer.adapters.use import load_adapter
 from veneer.core.adapter import Adapter, Pair
 from veneer.formats.convert import write
 from veneer.imaging.adapters import Mixer
-from veneer.imaging.remake import remake, remembered
+from veneer.imaging.remake import read_recipe, remake
 from veneer.library.library import open_library
 from veneer.models.image.base import ImageBase, load_image
 from veneer.serve.pictures import engine as pictures
@@ -332,7 +332,7 @@ def test_a_picture_is_made_again_from_the_library(base: ImageBase, shelf: Shelf,
     with PictureEngine(base, kept.read) as engine:
         asked = ask(3, (kept.digest["brand"], 0.7), labels={kept.digest["brand"]: "brand"})
         made = drawn(engine, asked)[0].made
-    wanted = remembered(made.save(tmp_path / "out.png"))
+    wanted = read_recipe(made.save(tmp_path / "out.png"))
     with Mixer(base) as mixer:
         assert levels(remake(mixer, wanted).image, made.image) == 0
 

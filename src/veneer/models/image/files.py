@@ -41,10 +41,10 @@ __all__ = [
     "INDEX",
     "LoadedParts",
     "component_classes",
+    "components_in",
     "control_of",
     "family_of_directory",
     "flux_config",
-    "held_by",
     "parts_fingerprint",
     "read_directory",
     "read_index",
@@ -278,7 +278,7 @@ def _load_component(
     with loading():
         try:
             if saved or (quantise and weights):
-                made = _in_codes(cls, folder, library, quantise or "", dtype)
+                made = _load_quantised(cls, folder, library, quantise or "", dtype)
             else:
                 made = cls.from_pretrained(folder, **options)
         except Exception as error:
@@ -292,7 +292,7 @@ def _load_component(
     return model.to(device), notes
 
 
-def _in_codes(cls: Any, folder: Path, library: str, kind: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def _load_quantised(cls: Any, folder: Path, library: str, kind: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """A component with its linear weights as `kind`, or as a checkpoint of bitsandbytes has them."""
     from transformers import AutoConfig
 
@@ -409,7 +409,7 @@ def read_single_file(
         raise BaseError(
             "a single-file base cannot be quantised while it is read", where=str(path), fix="save it as a directory"
         )
-    held = held_by(table)
+    held = components_in(table)
     if held and family.denoiser not in held:
         raise BaseError(f"this file holds no {family.denoiser}: {', '.join(sorted(held))}", where=str(path))
     pipelines = {**family.pipelines, **_own_pipelines(index, family)}
@@ -532,7 +532,7 @@ _HELD = {
 }
 
 
-def held_by(table: Iterable[StoredTensor]) -> set[str]:
+def components_in(table: Iterable[StoredTensor]) -> set[str]:
     """Which components a checkpoint of original names holds."""
     names = [t.name for t in table]
     out: set[str] = set()

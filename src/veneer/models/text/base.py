@@ -63,7 +63,7 @@ class TextBase:
     context: int = 0
     notes: tuple[str, ...] = ()
     quantised: str = ""
-    """nf4, fp4, int8 or gguf where the linear weights are kept in codes; "" in full."""
+    """nf4, fp4, int8 or gguf where the linear weights are kept in 4 or 8 bits; "" in full."""
 
     @property
     def family(self) -> str:
@@ -106,11 +106,11 @@ def load_text(
     config, tokenizer = read_base_config(path), read_tokenizer(path)
     where = choose_device(device)
     settle_threads()
-    codes = choose_quantisation(quantise, path, config)
-    kind, reason = choose_dtype(dtype, where, "BF16" if codes else stored_dtype(table))
-    check_memory(path, _bytes(table, kind, codes), kind, where)
+    quantised = choose_quantisation(quantise, path, config)
+    kind, reason = choose_dtype(dtype, where, "BF16" if quantised else stored_dtype(table))
+    check_memory(path, _bytes(table, kind, quantised), kind, where)
     digest = fingerprint(path, config, table)
-    model, notes = _load_model(path, config, kind, table, codes, saved=quantise is None)
+    model, notes = _load_model(path, config, kind, table, quantised, saved=quantise is None)
     model.to(where)  # type: ignore[arg-type]
     model.eval()
     model.requires_grad_(False)
@@ -139,7 +139,7 @@ def load_text(
         pad_id=int(pad),
         context=int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30),
         notes=notes,
-        quantised=codes,
+        quantised=quantised,
     )
 
 
@@ -232,31 +232,31 @@ def choose_quantisation(quantise: str | None, path: Path, config: PreTrainedConf
     return quantise
 
 
-def _bytes(table: list[StoredTensor], dtype: torch.dtype, codes: str) -> int:
+def _bytes(table: list[StoredTensor], dtype: torch.dtype, quantised: str) -> int:
     """About what the weights will take: matrices of embeddings and heads in full."""
-    if codes in KINDS and all(t.dtype not in ("U8", "I8") for t in table):
+    if quantised in KINDS and all(t.dtype not in ("U8", "I8") for t in table):
         full = ("embed", "lm_head", "wte", "wpe", "output")
         return sum(
             t.elements * dtype.itemsize if len(t.shape) < 2 or any(f in t.name for f in full)
-            else quantised_bytes(t.shape, codes) for t in table
+            else quantised_bytes(t.shape, quantised) for t in table
         )  # fmt: skip
-    return sum(t.size if codes else t.elements * dtype.itemsize for t in table)
+    return sum(t.size if quantised else t.elements * dtype.itemsize for t in table)
 
 
 def _load_model(
-    path: Path, config: PreTrainedConfig, dtype: torch.dtype, table: list[StoredTensor], codes: str, saved: bool
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype, table: list[StoredTensor], quantised: str, saved: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     from transformers import AutoModelForCausalLM
 
     with loading():
         try:
-            if codes == "gguf":
+            if quantised == "gguf":
                 return load_gguf(path, dtype, keep=True), ("the weights stay in the blocks of their GGUF file",)
             if path.is_file():
                 return load_gguf(path, dtype), ("the weights come from a GGUF file, dequantised",)
-            if codes:
-                quantised, found = load_quantised(path, config, table, "" if saved else codes, dtype)
-                return quantised, (*check_loaded(path, found), _in_codes(quantised, codes))
+            if quantised:
+                model, info = load_quantised(path, config, table, "" if saved else quantised, dtype)
+                return model, (*check_loaded(path, info), _size_note(model, quantised))
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -273,10 +273,10 @@ def _load_model(
     return model, check_loaded(path, info)
 
 
-def _in_codes(model: PreTrainedModel, codes: str) -> str:
+def _size_note(model: PreTrainedModel, quantised: str) -> str:
     weights = [p for p in model.parameters() if isinstance(p, Quantised)]
     count, size = sum(p.numel() for p in weights), sum(p.bytes for p in weights)
-    return f"{count:,} weights are {codes}: {size / 1e6:,.0f} MB, {8 * size / max(count, 1):.3f} bits each"
+    return f"{count:,} weights are {quantised}: {size / 1e6:,.0f} MB, {8 * size / max(count, 1):.3f} bits each"
 
 
 def _unreadable(what: str, path: Path, error: Exception) -> BaseError:

@@ -30,7 +30,7 @@ from veneer.core.attach import Attachment, attach
 from veneer.core.init import create
 from veneer.errors import ConfigError, Interrupted, PreflightError
 from veneer.formats import peft
-from veneer.models.shard import CallWithWeights, blocks, call_whole, held_bytes, shard
+from veneer.models.shard import CallWithWeights, blocks, call_whole, local_bytes, shard
 from veneer.models.swap import without_dropout
 from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast
@@ -170,10 +170,10 @@ class TextTask(Task[Data, RunResult]):
             run.note(undo.enter_context(fast(model, hold=not sharded, keep=keep)).summary())
             call = call_whole
             if sharded:
-                whole, device = held_bytes(model), torch.device(devices.device)
+                whole, device = local_bytes(model), torch.device(devices.device)
                 call = shard(model, blocks(model), device)
                 attachment.adapters[NAME].move(device)
-                part = held_bytes(model)
+                part = local_bytes(model)
                 run.note(f"sharded over {devices.count} devices: this one holds {size(part)} of {size(whole)}")
                 base = replace(base, device=device)
             kind = AttachedText if config.preference.loss is None else AttachedPreferences
@@ -190,7 +190,7 @@ class TextTask(Task[Data, RunResult]):
         if device.type == "cpu":  # whose memory the processes of a machine share
             free //= int(os.environ.get("LOCAL_WORLD_SIZE", devices.count))
         elif self.base.device != device:  # the base comes there later, in parts
-            free -= held_bytes(self.base.model) // devices.count
+            free -= local_bytes(self.base.model) // devices.count
         return free
 
     def _recompute(self, devices: Devices, report: Report) -> tuple[bool, str]:
