@@ -66,7 +66,7 @@ def test_what_is_wrong_is_said_without_a_traceback(here, capsys):
     for arguments, words in (
         (["mix", "runs/style", "runs/product", "-o", "m", "--method", "ties"], "give a rank"),
         (["mix", "runs/style", "-o", "m", "--method", "mean"], "there is no method"),
-        (["resize", "runs/style", "-o", "m"], "resize to what"),
+        (["resize", "runs/style", "-o", "m"], "a resize needs a size"),
         (["strength", "runs/style", "--blocks", "down=1"], "fits no module"),
         (["merge", "runs/style", "--base", "base-model", "-o", "m", "--stochastic", "1"], "--by-shard"),
     ):

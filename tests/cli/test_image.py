@@ -175,7 +175,7 @@ def test_a_prompt_may_be_the_word_grid(capsys: Any, place: Path, folder: Path) -
     ("options", "says"),
     [
         ([], "there is no prompt"),
-        (["a", "-o", "a.jpg"], "no .png"),
+        (["a", "-o", "a.jpg"], "not a .png file"),
         (["a", "-o", "no/a.png"], "no folder"),
         (["a", "--size", "big"], "--size"),
         (["a", "--size", "30x32"], "multiples of 4"),
@@ -216,8 +216,8 @@ def test_wrong_sheets_are_refused_in_words(capsys: Any, place: Path, folder: Pat
     for options, says in [
         (["strenth", "a"], "no sheet"),
         (["strength", "a"], "needs an adapter"),
-        (["strength", "a", "-a", "brand.safetensors", "--strengths", "x"], "no list of numbers"),
-        (["strength", "a", "-a", "brand.safetensors", "--seeds", "1,x"], "no list of seeds"),
+        (["strength", "a", "-a", "brand.safetensors", "--strengths", "x"], "not a list of numbers"),
+        (["strength", "a", "-a", "brand.safetensors", "--seeds", "1,x"], "not a list of seeds"),
         (["strength", "a", "-a", "brand.safetensors", "--seeds", "1-100000000"], "at most 1000"),
         (["adapter", "a", "-a", "brand.safetensors"], "did you mean adapters?"),
         (["compare", "a", "-a", "brand.safetensors", "--strengths", "0,1"], "for a strength sheet"),

@@ -55,7 +55,7 @@ class OutOfMemoryError(RuntimeError):
         (KeyboardInterrupt(), 130, ["stopped"]),
         (OSError(errno.ENOSPC, "No space left on device", "/big/file"), 2, ["the disk is full", "/big/file"]),
         (RuntimeError("IoError: No space left on device (os error 28)"), 2, ["the disk is full"]),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, ["no right", "/root/x"]),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, ["no permission", "/root/x"]),
         (MemoryError(), 2, ["memory is exhausted"]),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, ["memory is exhausted"]),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 2, ["GPU's memory"]),

@@ -80,7 +80,7 @@ def test_pictures_are_opened_upright_and_flat(tmp_path: Path) -> None:
         "16 bits are not clipped"
     )
     (tmp_path / "b.png").write_text("no")
-    with pytest.raises(DataError, match="no picture"):
+    with pytest.raises(DataError, match="not a picture"):
         hashed_picture(tmp_path / "b.png")
     with pytest.raises(DataError, match="no such picture"):
         hashed_picture(tmp_path / "c.png")

@@ -108,5 +108,5 @@ def test_a_sheet_of_anything() -> None:
     assert frame not in [(255, 255, 255), labelled.getpixel((labelled.width - 1, labelled.height - 1))]
     with pytest.raises(ConfigError, match="3 row labels for 2"):
         sheet(cells, rows=["a", "b", "c"])
-    with pytest.raises(ConfigError, match="no pictures"):
+    with pytest.raises(ConfigError, match="needs pictures"):
         sheet([])

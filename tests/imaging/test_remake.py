@@ -126,7 +126,7 @@ def test_with_its_pictures_and_controls(base: ImageBase, place: Path, tmp_path: 
     assert made.infotext.fields["ControlNet 0"].startswith("Module: none, Model: tiny-sdxl-canny, Weight: 0.7")
     assert again(base, tmp_path / "a.png").png() == made.png()
     Image.new("RGB", (SIZE, SIZE)).save(given)
-    with pytest.raises(MismatchError, match="another picture than then"):
+    with pytest.raises(MismatchError, match="not the picture that was used then"):
         again(base, tmp_path / "a.png")
 
 
@@ -153,7 +153,7 @@ def test_another_adapter_under_the_name_is_refused_and_a_moved_one_found(
     assert levels(found.image, made.image) == 0
     assert next(iter(found.record["adapters"])).startswith("sha256:")
     write(random_adapter(base.model, 7), "mine.safetensors", to="kohya", family="sdxl")
-    with pytest.raises(MismatchError, match="another one than then"):
+    with pytest.raises(MismatchError, match="not the one that was used then"):
         again(base, Path("a.png"))
     Path("mine.safetensors").unlink()
     shutil.rmtree(tmp_path / "home")
@@ -199,7 +199,7 @@ def test_a_text_of_a1111_is_taken_over(base: ImageBase, tmp_path: Path) -> None:
     untrue = replace(text, prompt=f"a cat <lora:{copy.with_suffix('')}:0.5>")
     again(base, saved(replace(untrue, fields={**fields, "Lora hashes": f"{copy.with_suffix('')}: {states[:12]}"})))
     wrong = replace(text, fields={**fields, "Lora hashes": "brand: 000000000000"})
-    with pytest.raises(MismatchError, match="another one than then"):
+    with pytest.raises(MismatchError, match="not the one that was used then"):
         again(base, saved(wrong))
 
 

@@ -246,7 +246,7 @@ def test_an_index_of_another_library_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("index", "says"),
-    [("postgresql://nobody@127.0.0.1:1/none", "cannot be opened"), ("nonsense://x", "no address of an index")],
+    [("postgresql://nobody@127.0.0.1:1/none", "cannot be opened"), ("nonsense://x", "not an address of an index")],
 )
 def test_an_index_that_leads_nowhere_is_said_without_its_password(tmp_path: Path, index: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):

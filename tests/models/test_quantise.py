@@ -105,7 +105,7 @@ def test_a_text_base_says_what_it_is_in(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"), [("nf5", "nearest: nf4"), ("keep", "not quantised"), ("int9", "no quantisation")]
+    ("kind", "says"), [("nf5", "nearest: nf4"), ("keep", "not quantised"), ("int9", "not a known quantisation")]
 )
 def test_what_is_no_quantisation_is_refused(folder: Path, kind: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):

@@ -74,7 +74,7 @@ def test_what_is_kept_is_what_was_counted(word: str, name: str, size: int) -> No
 
 def test_other_denoisers_and_targets_are_refused() -> None:
     assert not is_denoiser({"_class_name": "SD3Transformer2DModel"})
-    with pytest.raises(ConfigError, match="no denoiser 'SD3Transformer2DModel'"):
+    with pytest.raises(ConfigError, match="does not know the denoiser 'SD3Transformer2DModel'"):
         image_counts({"_class_name": "SD3Transformer2DModel"})
-    with pytest.raises(ConfigError, match="no targets 'atention'"):
+    with pytest.raises(ConfigError, match="does not know the targets 'atention'"):
         image_counts(base_config("sdxl"), targets="atention")

@@ -131,7 +131,7 @@ def test_the_language_part_of_a_base_that_sees() -> None:
 
 
 def test_an_unknown_family_is_refused_with_near_ones() -> None:
-    with pytest.raises(ConfigError, match="no language models of the family 'lama'") as caught:
+    with pytest.raises(ConfigError, match="does not know the model family 'lama'") as caught:
         text_shape({"model_type": "lama"})
     assert "llama" in str(caught.value.fix)
 

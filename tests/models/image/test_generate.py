@@ -349,7 +349,7 @@ def test_a_picture_of_another_size_is_resized_aloud_or_refused() -> None:
         ({"image": noise(), "denoise": float("nan")}, "denoise is nan"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"mask": noise()}, "needs the picture"),
-        ({"denoise": 0.5}, "share of the steps"),
+        ({"denoise": 0.5}, "share of steps"),
         ({"image": noise(), "denoise": 0.0}, "denoise is 0"),
         ({"image": noise(), "denoise": 0.2}, "none of 4 steps"),
         ({"image": noise(64)}, "64×64"),
@@ -382,7 +382,7 @@ def test_more_that_is_refused(bases: dict[str, ImageBase]) -> None:
         made(bases["sdxl"], [])
     with pytest.raises(ConfigError, match="nothing is attached"):
         made(bases["sdxl"], [ImageRow("a", plan=always((("a", 1.0),)))])
-    with pytest.raises(ConfigError, match="go without guidance"):
+    with pytest.raises(ConfigError, match="work without guidance"):
         made(bases["schnell"], [ImageRow("a")], guidance=3.0)
     for family, guidance in (("flux1", 3.0), ("sdxl", 1.0)):
         with pytest.raises(ConfigError, match="negative prompt has no effect"):
