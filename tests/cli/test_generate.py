@@ -40,14 +40,18 @@ def say(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
 
 
+def texts(base: TextBase, prompts: list[Any], **settings: Any) -> list[str]:
+    return [completion.text for completion in engine.complete(base, prompts, **settings)]
+
+
 def test_one_prompt_goes_through_the_chat_template(capsys: Any, folder: Path, base: TextBase) -> None:
     ran = run(capsys, "generate", "hi", "--base", str(folder), "-n", "12")
     assert ran.code == 0
-    assert ran.out == engine.generate(base, [chat_of("hi")], max_new_tokens=12)[0] + "\n"
+    assert ran.out == texts(base, [chat_of("hi")], max_new_tokens=12)[0] + "\n"
     assert "float32" in ran.err
     assert "stopped at 12 tokens" in ran.err
     raw = run(capsys, "generate", "hi", "--base", str(folder), "-n", "12", "--raw")
-    assert raw.out == engine.generate(base, ["hi"], max_new_tokens=12)[0] + "\n"
+    assert raw.out == texts(base, ["hi"], max_new_tokens=12)[0] + "\n"
 
 
 def test_it_streams(capsys: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +67,7 @@ def test_system_and_sampling_options_reach_the_model(capsys: Any, folder: Path, 
     how: dict[str, Any] = {"temperature": 0.9, "top_p": 0.8, "top_k": 20, "seed": 5, "max_new_tokens": 9}
     options = [x for k, v in how.items() for x in (f"--{k.replace('_', '-')}", str(v))]
     ran = run(capsys, "generate", "hi", "--base", str(folder), "--system", "be kind", *options)
-    assert ran.out == engine.generate(base, [chat_of("hi", system="be kind")], **how)[0] + "\n"
+    assert ran.out == texts(base, [chat_of("hi", system="be kind")], **how)[0] + "\n"
 
 
 def test_several_prompts_a_file_and_a_pipe_in_order(
@@ -75,7 +79,7 @@ def test_several_prompts_a_file_and_a_pipe_in_order(
     told = json.loads(ran.out)
     prompts = ["one", "two", "three", "four", "five\nsix"]
     assert [r["prompt"] for r in told["results"]] == prompts
-    assert [r["text"] for r in told["results"]] == engine.generate(base, [chat_of(p) for p in prompts])
+    assert [r["text"] for r in told["results"]] == texts(base, [chat_of(p) for p in prompts])
     assert told["base_fingerprint"] == base.fingerprint
     assert told["tokens"] == sum(r["tokens"] for r in told["results"])
     assert told["adapters"] == []
@@ -87,7 +91,7 @@ def test_several_prompts_a_file_and_a_pipe_in_order(
 def test_a_pipe_alone_is_one_prompt(capsys: Any, folder: Path, base: TextBase, monkeypatch: pytest.MonkeyPatch) -> None:
     say(monkeypatch, "line one\nline two\n")
     ran = run(capsys, "generate", "--base", str(folder), "-n", "5")
-    assert ran.out == engine.generate(base, [chat_of("line one\nline two")], max_new_tokens=5)[0] + "\n"
+    assert ran.out == texts(base, [chat_of("line one\nline two")], max_new_tokens=5)[0] + "\n"
     say(monkeypatch, "")
     ran = run(capsys, "generate", "--base", str(folder))
     assert ran.code == 2
@@ -103,10 +107,10 @@ def test_adapters_act_by_strength_and_bring_their_base(
     for seed, name in enumerate("ab"):
         peft.write(adapter_for(base, seed), tmp_path / name)
     with attach_adapters(base, specs):
-        expected = engine.generate(base, [chat_of("hi")], max_new_tokens=12)[0]
+        expected = texts(base, [chat_of("hi")], max_new_tokens=12)[0]
     ran = run(capsys, "generate", "hi", "-a", specs[0], "-a", specs[1], "-n", "12")  # no --base: the adapter's own
     assert ran.out == expected + "\n"
-    assert expected != engine.generate(base, [chat_of("hi")], max_new_tokens=12)[0]
+    assert expected != texts(base, [chat_of("hi")], max_new_tokens=12)[0]
     assert f"base {folder}: the adapter's own" in ran.err
     assert "strength 0.5" in ran.err
     told = json.loads(run(capsys, "generate", "hi", "-a", specs[0], "-n", "12", "--json").out)
@@ -135,7 +139,7 @@ def test_chat_keeps_the_conversation(
     say(monkeypatch, "one\n\ntwo\n/undo\nthree\n/what\n/reset\nfour\n")
     ran = run(capsys, "generate", "--chat", "--base", str(folder), "-n", "4", "--system", "s")
     assert ran.code == 0
-    first = engine.generate(base, [chat_of("one", system="s")], max_new_tokens=4)[0]
+    first = texts(base, [chat_of("one", system="s")], max_new_tokens=4)[0]
     assert asked[:4] == [
         chat_of("one", system="s"),
         chat_of("one", first, "two", system="s"),

@@ -270,7 +270,7 @@ def test_the_default_place_is_the_veneer_home(tmp_path: Path, monkeypatch: pytes
 def test_a_place_that_is_a_file_or_below_one_is_said_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for place in ("file", "file/below"):
-        with pytest.raises(ConfigError, match="there can be no folder for an index here"):
+        with pytest.raises(ConfigError, match="a folder for an index cannot be made here"):
             open_library(tmp_path / place)
 
 

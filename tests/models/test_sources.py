@@ -155,7 +155,7 @@ def test_directories_that_are_no_base_say_what_they_are(home: Path) -> None:
     with pytest.raises(BaseError, match="2 GGUF files"):
         find_base("./two")
     (work / "notes.txt").write_text("x")
-    with pytest.raises(BaseError, match="neither .gguf nor .safetensors"):
+    with pytest.raises(BaseError, match=r"neither \.gguf nor \.safetensors"):
         find_base("./notes.txt")
 
 
