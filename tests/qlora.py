@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.tiny_base import tiny_base_dir
 from veneer.train.config.load import config_from
-from veneer.train.text.task import train_text
+from veneer.train.text.task import run_text
 
 
 def qlora_run(folder: Path) -> tuple[Path, str, Path]:
@@ -23,5 +23,5 @@ def qlora_run(folder: Path) -> tuple[Path, str, Path]:
         "data": {"train": str(folder / "rows.jsonl"), "split": 4}, "output": str(folder / "run"),
         "optimizer": {"learning_rate": 1e-2}, "schedule": {"steps": 12}, "batching": {"rows": 8},
     }  # fmt: skip
-    train_text(config_from(values)[0], on_event=lambda event: None)
+    run_text(config_from(values)[0], on_event=lambda event: None)
     return base, str(folder / "run"), folder / "rows.jsonl"

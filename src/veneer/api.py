@@ -69,14 +69,12 @@ def train_text(
     Raises ConfigError, DataError, PreflightError before the first step; Interrupted on Ctrl-C, with the state saved."""
     from veneer.errors import ConfigError
     from veneer.train.config.load import TrainConfig
-    from veneer.train.text import task as run
+    from veneer.train.text.task import run_text
 
     chosen, sources = _config(config, overrides)
     if not isinstance(chosen, TrainConfig):
         raise ConfigError("this configuration is for pictures (it has data.pictures)", fix="veneer.train_image")
-    return run.train_text(
-        chosen, resume=resume, dry_run=dry_run, force=force, on_event=on_event, base=base, sources=sources
-    )
+    return run_text(chosen, resume=resume, dry_run=dry_run, force=force, on_event=on_event, base=base, sources=sources)
 
 
 def train_image(
@@ -94,12 +92,14 @@ def train_image(
     given keeps its text encoders and VAE."""
     from veneer.errors import ConfigError
     from veneer.train.config.load import ImageTrainConfig
-    from veneer.train.image.task import train_image as train
+    from veneer.train.image.task import run_images
 
     chosen, sources = _config(config, overrides)
     if not isinstance(chosen, ImageTrainConfig):
         raise ConfigError("this configuration is for text (it has no data.pictures)", fix="veneer.train_text")
-    return train(chosen, resume=resume, dry_run=dry_run, force=force, on_event=on_event, base=base, sources=sources)
+    return run_images(
+        chosen, resume=resume, dry_run=dry_run, force=force, on_event=on_event, base=base, sources=sources
+    )
 
 
 def _config(

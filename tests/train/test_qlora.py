@@ -29,7 +29,7 @@ from veneer.ops.quantised import Quantised
 from veneer.train.config.load import config_from
 from veneer.train.events import Event, Note, Stepped
 from veneer.train.text.save import RunResult
-from veneer.train.text.task import train_text
+from veneer.train.text.task import run_text
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def _run(
     for section, value in sections.items():
         values[section] = {**values.get(section, {}), **value}
     config, sources = config_from(values)
-    return train_text(config, resume=resume, base=base, on_event=on_event or (lambda e: None), sources=sources)
+    return run_text(config, resume=resume, base=base, on_event=on_event or (lambda e: None), sources=sources)
 
 
 def _losses(seen: list[Event]) -> list[float]:

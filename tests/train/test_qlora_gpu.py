@@ -14,7 +14,7 @@ from veneer.ops.codes import KINDS
 from veneer.ops.quantised import quantise
 from veneer.train.config.load import config_from
 from veneer.train.events import Stepped
-from veneer.train.text.task import train_text
+from veneer.train.text.task import run_text
 
 pytestmark = pytest.mark.gpu
 
@@ -43,7 +43,7 @@ def test_a_run_in_4_bits_learns_and_resumes(optimizer: str, tmp_path: Path) -> N
         "checkpoint": {"every": 4},
     }  # fmt: skip
     losses: list[float] = []
-    result = train_text(
+    result = run_text(
         config_from(values)[0], on_event=lambda e: losses.append(e.loss) if isinstance(e, Stepped) else None
     )
     assert result.validation is not None

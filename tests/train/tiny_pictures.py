@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from tests.tiny_image_base import tiny_image_base
 from veneer.train.config.load import ImageTrainConfig, config_from
 from veneer.train.image.save import ImageResult
-from veneer.train.image.task import train_image
+from veneer.train.image.task import run_images
 
 
 def drawings(folder: Path, count: int = 6) -> Path:
@@ -52,4 +52,4 @@ def run(
     config, sources = config_from(image_values(folder, output, family, **sections))
     assert isinstance(config, ImageTrainConfig)
     listen = on_event or (lambda event: None)
-    return train_image(config, resume=resume, dry_run=dry_run, on_event=listen, base=base, sources=sources)
+    return run_images(config, resume=resume, dry_run=dry_run, on_event=listen, base=base, sources=sources)

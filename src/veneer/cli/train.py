@@ -82,13 +82,13 @@ def train(
     try:
         with errors_only():
             if isinstance(chosen, ImageTrainConfig):
-                from veneer.train.image.task import train_image
+                from veneer.train.image.task import run_images
 
-                result = train_image(chosen, **options)
+                result = run_images(chosen, **options)
             else:
-                from veneer.train.text.task import train_text
+                from veneer.train.text.task import run_text
 
-                result = train_text(chosen, **options)
+                result = run_text(chosen, **options)
     except Interrupted as error:
         command = shlex.join(["veneer", "train", *again, "--resume"])
         stopped = Interrupted(error.what, where=error.where, fix=f"go on with: {command}", signal=error.signal)

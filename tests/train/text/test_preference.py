@@ -36,7 +36,7 @@ from veneer.train.text.data import part_of, planned_steps
 from veneer.train.text.preference import Preference, mismatched
 from veneer.train.text.rows import read_rows
 from veneer.train.text.save import RunResult
-from veneer.train.text.task import train_text
+from veneer.train.text.task import run_text
 
 ROOT = Path(__file__).resolve().parents[3]
 TENSORS = "adapter_model.safetensors"
@@ -79,7 +79,7 @@ def train(
         values[section] = {**values.get(section, {}), **value} if isinstance(value, dict) else value
     config, sources = config_from(values)
     listen = on_event or (lambda event: None)
-    return train_text(config, resume=resume, dry_run=dry_run, on_event=listen, base=base, sources=sources)
+    return run_text(config, resume=resume, dry_run=dry_run, on_event=listen, base=base, sources=sources)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ from veneer.train.events import Checked, Evaluated, Event, Note, Probed, Resolve
 from veneer.train.report.log import read_log
 from veneer.train.text import task as run
 from veneer.train.text.save import RunResult
-from veneer.train.text.task import train_text
+from veneer.train.text.task import run_text
 
 ROOT = Path(__file__).resolve().parents[3]
 TENSORS = "adapter_model.safetensors"
@@ -86,7 +86,7 @@ def _train(
 ) -> RunResult:  # fmt: skip
     config, sources = config_from(_values(shared, output, **sections))
     listen = on_event or (lambda event: None)
-    return train_text(config, resume=resume, dry_run=dry_run, force=force, on_event=listen, base=base, sources=sources)
+    return run_text(config, resume=resume, dry_run=dry_run, force=force, on_event=listen, base=base, sources=sources)
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +418,7 @@ def test_bad_data_is_named_with_its_line(
 def test_a_base_that_is_not_there(shared: Path, tmp_path: Path) -> None:
     config, _ = config_from(_values(shared, tmp_path / "out") | {"base": str(tmp_path / "no-such-base")})
     with pytest.raises(BaseError):
-        train_text(config, on_event=lambda event: None)
+        run_text(config, on_event=lambda event: None)
     assert not (tmp_path / "out").exists()
 
 
@@ -485,8 +485,8 @@ def test_the_same_code_trains_saves_and_resumes_on_cuda(shared: Path, tmp_path: 
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
-        train_text(config, on_event=press)
-    result = train_text(config, resume=True, on_event=lambda event: None)
+        run_text(config, on_event=press)
+    result = run_text(config, resume=True, on_event=lambda event: None)
     assert result.steps == 10
     assert result.loss == pytest.approx(on_cpu.loss, rel=1e-3)
     assert 0 < result.peak_memory_bytes < torch.cuda.get_device_properties(0).total_memory

@@ -72,10 +72,10 @@ from veneer.train.save import Outcome, ReportParts
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["AttachedPictures", "ImageTask", "train_image"]
+__all__ = ["AttachedPictures", "ImageTask", "run_images"]
 
 
-def train_image(
+def run_images(
     config: ImageTrainConfig,
     *,
     resume: bool = False,

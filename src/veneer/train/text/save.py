@@ -15,7 +15,7 @@ from veneer.train.save import Outcome, ReportParts, base_facts
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
-__all__ = ["RunResult", "save_adapter", "text_metrics", "text_report"]
+__all__ = ["RunResult", "text_metrics", "text_report", "write_adapter"]
 
 
 @dataclass
@@ -39,7 +39,7 @@ def text_metrics(result: RunResult) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def save_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
+def write_adapter(adapter: Adapter, folder: Path, base: TextBase) -> str:
     """Writes the adapter in PEFT's format with its card; returns the digest of what anyone reads back."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     adapter = replace(adapter, card=replace(adapter.card, created=created))

@@ -52,12 +52,12 @@ from veneer.train.text.data import Data, planned_steps, read_data
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.preference import Preference
 from veneer.train.text.rows import data_digest
-from veneer.train.text.save import RunResult, save_adapter, text_metrics, text_report
+from veneer.train.text.save import RunResult, text_metrics, text_report, write_adapter
 
 if TYPE_CHECKING:
     from veneer.models.text.base import TextBase
 
-__all__ = ["AttachedPreferences", "AttachedText", "TextTask", "train_text"]
+__all__ = ["AttachedPreferences", "AttachedText", "TextTask", "run_text"]
 
 _LOOKED_AT = 1024
 """Tokens of the first rows by which a base is told from one that is broken."""
@@ -65,7 +65,7 @@ _OVER_CHANCE = 2.0
 """Nats a token: a base with random weights is a little worse than a uniform guess, and may be trained."""
 
 
-def train_text(
+def run_text(
     config: TrainConfig,
     *,
     resume: bool = False,
@@ -326,7 +326,7 @@ class AttachedText(AttachedTask[RunResult]):
             data_digest=data_digest(data.train.rows), recipe=self.config.recipe(), metrics=text_metrics(result),
             parents=[data.start.digest()] if data.start is not None else [],
         )  # fmt: skip
-        digest = save_adapter(replace(trained, card=card), self.run.folder, base)
+        digest = write_adapter(replace(trained, card=card), self.run.folder, base)
         return replace(result, adapter=str(self.run.folder), digest=digest)
 
     def prove(self) -> str:
