@@ -115,7 +115,7 @@ def test_a_tab_is_called_a_tab(tmp_path: Path, text: str, line: int) -> None:
 def test_a_path_of_windows_makes_no_folder_of_that_name(tmp_path: Path, key: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(MINIMAL)
-    with pytest.raises(ConfigError, match="as Windows has it") as error:
+    with pytest.raises(ConfigError, match="is a Windows path") as error:
         load_config(file, [rf"{key}='C:\Users\ann\rows.jsonl'"])
     assert "/mnt/c/Users/ann/rows.jsonl" in str(error.value.fix)
 

@@ -60,44 +60,50 @@ class ImageDataSection(Section):
     pictures: str | tuple[str, ...] = setting(
         ..., "folders of pictures, with captions beside them, a metadata.jsonl, or kohya's `N_words` folders"
     )
-    validation: str | None = setting(None, "a folder of pictures never trained on, read the same way")
+    validation: str | None = setting(None, "a folder of pictures that are never trained on, read the same way")
     prompt: str | None = setting(None, "the caption of every picture that has none of its own")
     caption_column: str | None = setting(
         None, "metadata's column of captions", "the first of text, caption and prompt that is there"
     )
     trigger: str | None = setting(
-        None, "a word for what is learned: replaces `[trigger]` in captions, and is put before those that lack it"
+        None, "a word for what is learned: replaces `[trigger]` in captions, and is put before captions without it"
     )
     class_folder: str | None = setting(None, "class (regularisation) pictures, learned beside the others; no trigger")
     class_prompt: str | None = setting(None, "the caption of every class picture that has none of its own")
     class_weight: float = setting(1.0, "the class pictures' loss is multiplied by this", "DreamBooth's value", ge=0)
     caption_dropout: float = setting(
-        0.0, "share of the rows whose caption is empty, drawn anew each epoch", "0.1 trains guidance too", ge=0, le=1
+        0.0,
+        "share of the rows whose caption is left empty, drawn anew each epoch",
+        "0.1 trains guidance as well",
+        ge=0,
+        le=1,
     )
     shuffle_tags: bool = setting(False, "shuffle the caption's comma-separated tags, anew each epoch")
     keep_tags: int | None = setting(
-        None, "so many first tags stay where they are when shuffling", "1 with a trigger, else 0", ge=0
+        None, "number of leading tags that stay in place when shuffling", "1 with a trigger, else 0", ge=0
     )
     resolution: int | tuple[int, ...] | None = setting(
         None, "side in pixels of a square of the same area; several: each picture is learned at each", "the base's size"
     )
     buckets: bool = setting(
-        True, "keep each picture's aspect ratio as nearly as the step allows; false: squares", "cuts away least"
+        True, "keep each picture's aspect ratio as nearly as the step allows; false: squares", "cuts off least"
     )
     bucket_step: int | None = setting(
         None, "bucket sides are multiples of this many pixels", "64 from 512 pixels on, the base's unit below"
     )
     bucket_ratio: float = setting(
-        2.0, "longest side over shortest, at most", "bases have seen little beyond", ge=1, le=8
+        2.0, "longest side over shortest, at most", "bases have seen few pictures beyond it", ge=1, le=8
     )
     small: Literal["keep", "upscale", "drop"] = setting(
         "keep",
         "pictures smaller than their bucket: a bucket of their own size, enlarged, or left out",
         "enlarging teaches blur",
     )
-    crop: Literal["center", "random"] = setting("center", "which part is kept of what lies outside the bucket")
+    crop: Literal["center", "random"] = setting(
+        "center", "which part of a picture is kept where it is larger than its bucket"
+    )
     crops: int = setting(
-        4, "different random crops of a picture; each epoch uses one of them", "bounds the cache", gt=0
+        4, "number of random crops of a picture; each epoch uses one of them", "limits the size of the cache", gt=0
     )
     flip: bool = setting(
         False, "mirror a picture in half of the epochs", "faces, writing and products are not symmetric"
@@ -105,18 +111,25 @@ class ImageDataSection(Section):
     masks: str = setting(
         "auto",
         "where loss masks are: auto (NAME.mask.png beside, and a `masks` folder), off, alpha, or a folder",
-        "used where they are, and said",
+        "used where there are any, and reported",
     )
-    mask_floor: float = setting(0.0, "weight of what a mask leaves out; white is always 1", "nothing of it", ge=0, le=1)
+    mask_floor: float = setting(
+        0.0, "weight of what a mask leaves out; white is always 1", "it is not learned", ge=0, le=1
+    )
     background: str = setting(
         "#ffffff", "colour behind transparent pixels: #rrggbb, white, black or grey", "as on paper"
     )
     animated: Literal["refuse", "first"] = setting("refuse", "animated files: stop, or use their first frame")
     broken: Literal["refuse", "drop"] = setting(
-        "refuse", "files that cannot be read: stop, or leave them out, counted", "nothing is lost without being asked"
+        "refuse",
+        "files that cannot be read: stop, or leave them out, counted",
+        "nothing is dropped without being asked for",
     )
     most_megapixels: float = setting(
-        120.0, "larger pictures are refused unread", "a small file can unpack to more than the memory", gt=0
+        120.0,
+        "larger pictures are refused before they are decoded",
+        "a small file can unpack to more than the memory",
+        gt=0,
     )
     cache: str | None = setting(
         None, "folder for latents and text embeddings; nothing: `cache` in the output folder", "made once, used by all"
@@ -231,14 +244,14 @@ class LossSection(Section):
     )
     guidance: float = setting(
         1.0,
-        "guidance that a distilled base (FLUX.1 dev) is told while training",
+        "guidance value that a distilled base (FLUX.1 dev) is given while training",
         "sd-scripts' and diffusers' advice",
         ge=0,
     )
     keep_guidance: float | None = setting(
         None,
-        "of a distilled base: train at this guidance, and leave what it adds to the base's prediction as it is",
-        "two more forwards a step; the guidance that pictures are made with, and the words keep their say",
+        "of a distilled base: train at this guidance, and keep unchanged what guidance adds to the base's prediction",
+        "it costs two more forward passes a step; set it to the guidance that pictures are made with",
         ge=0,
     )
 
@@ -275,9 +288,9 @@ class ImageEvaluationSection(Section):
 
     every: int | Literal["epoch"] = setting(100, "steps between evaluations, or `epoch`")
     patience: int | None = setting(
-        None, "stop after so many evaluations without a better loss; nothing means never", gt=0
+        None, "stop after this many evaluations without a better loss; nothing means never", gt=0
     )
-    rows: int | None = setting(None, "score at most so many held-out pictures; nothing means all", gt=0)
+    rows: int | None = setting(None, "score at most this many held-out pictures; nothing means all", gt=0)
     times: int = setting(4, "times at which each picture is scored, in the middle of equal parts of the range", gt=0)
     at_start: bool = setting(True, "score the base before step one", "the number every later one is compared with")
     keep: Literal["best", "last"] = setting(
@@ -308,7 +321,7 @@ class EmaSection(Section):
 
 
 class ImageMemorySection(Section):
-    """What may be used, and what is given up for it."""
+    """How much memory may be used, and what is traded for it."""
 
     activation_checkpointing: Literal["auto", "on", "off"] = setting(
         "auto",
@@ -372,7 +385,7 @@ class ImageTrainConfig(Section):
         return None if self.epochs is not None else self.schedule.steps or 1000
 
     def recipe(self) -> dict[str, Any]:
-        """What to write into a card: everything but the output folder, with paths reduced to file names."""
+        """What a card records: everything but the output folder, with paths reduced to file names."""
         recipe = self.model_dump(mode="json", exclude={"output"})
         recipe["data"] = {k: file_name(v) if isinstance(v, str) else v for k, v in recipe["data"].items()}
         recipe["base"]["name"] = file_name(recipe["base"]["name"])

@@ -49,7 +49,7 @@ RunConfig = TrainConfig | ImageTrainConfig
 
 @dataclass(frozen=True)
 class SettingSource:
-    """Where a value came from. `where`: file:line, the override's text, or the preset. `why`: the reason for it."""
+    """Where a setting came from. `where`: file:line, the override's text, or the preset. `why`: its reason."""
 
     kind: Literal["file", "override", "preset", "default"]
     where: str = ""
@@ -118,7 +118,7 @@ def config_from(
     file: Path | None = None,
     lines: Mapping[tuple[str, ...], int] | None = None,
 ) -> tuple[RunConfig, dict[str, SettingSource]]:
-    """`load_config` for values already in hand: {"base": "smollm2-135m", "data": {"train": …}, "output": …}."""
+    """`load_config` for values that are read already: {"base": "smollm2-135m", "data": {"train": …}, "output": …}."""
     overrides = list(overrides)
     kind = _kind_of(values, overrides)
     raw: dict[str, Any] = {}
@@ -140,7 +140,7 @@ def config_from(
     for override in overrides:
         _override(kind, raw, given, override, problems, here)
     _preset(raw, given)
-    _gentle(raw, given)
+    _preference_rate(raw, given)
     config = _validate(kind, raw, given, problems)
     sources = {name: given.get(name) or SettingSource("default", why=why(f)) for name, f in config_keys(kind.config)}
     written = {name for name, source in given.items() if source.kind in ("file", "override")}
@@ -157,26 +157,29 @@ def _kind_of(values: Mapping[str, Any], overrides: Iterable[str]) -> _Kind:
 
 
 def _preset(raw: dict[str, Any], given: dict[str, SettingSource]) -> None:
-    """Fills in what the preset says and nobody has given."""
+    """Fills in the preset's value for every key that is not given."""
     name = raw.get("preset")
     for key, (value, because) in PRESETS[name].settings.items() if isinstance(name, str) and name in PRESETS else ():
         section, _, leaf = key.partition(".")
-        held = raw[section] = {} if raw.get(section) is None else raw[section]
-        if key not in given and isinstance(held, dict):
-            held[leaf] = value
+        values = raw[section] = {} if raw.get(section) is None else raw[section]
+        if key not in given and isinstance(values, dict):
+            values[leaf] = value
             given[key] = SettingSource("preset", str(name), because)
 
 
-_GENTLE = 2e-5, "a preference run: about a tenth of what a supervised one takes (TRL's LoRA example for dpo has 5e-6)"
+_PREFERENCE_RATE = (
+    2e-5,
+    "a preference run: about a tenth of what a supervised one takes (TRL's LoRA example for dpo has 5e-6)",
+)
 
 
-def _gentle(raw: dict[str, Any], given: dict[str, SettingSource]) -> None:
-    """The learning rate of a preference run where nobody has given one."""
+def _preference_rate(raw: dict[str, Any], given: dict[str, SettingSource]) -> None:
+    """The learning rate of a preference run, where none is given."""
     preference, key = raw.get("preference"), "optimizer.learning_rate"
     if isinstance(preference, dict) and preference.get("loss") is not None and key not in given:
-        held = raw["optimizer"] = {} if raw.get("optimizer") is None else raw["optimizer"]
-        if isinstance(held, dict):
-            held["learning_rate"], because = _GENTLE
+        values = raw["optimizer"] = {} if raw.get("optimizer") is None else raw["optimizer"]
+        if isinstance(values, dict):
+            values["learning_rate"], because = _PREFERENCE_RATE
             given[key] = SettingSource("default", why=because)
 
 
@@ -201,14 +204,14 @@ def _override(
         known = ", ".join(kind.sections[section].model_fields)
         problems.append(f"`{override}`: `{section}` is a section; write {section}.KEY={text} with one of {known}")
         return
-    held = raw.setdefault(section, {})
-    if not isinstance(held, dict):
+    values = raw.setdefault(section, {})
+    if not isinstance(values, dict):
         return  # the file's section is wrong; that is reported
     if inner:  # adapter.rank_pattern.q_proj=8: one entry of a mapping
-        entries = held.get(key)
-        held[key] = {**(entries if isinstance(entries, Mapping) else {}), inner: value}
+        entries = values.get(key)
+        values[key] = {**(entries if isinstance(entries, Mapping) else {}), inner: value}
     else:
-        held[key] = _absolute(kind, f"{section}.{key}", value, folder)
+        values[key] = _absolute(kind, f"{section}.{key}", value, folder)
     given[f"{section}.{key}"] = SettingSource("override", override)
 
 
@@ -246,7 +249,7 @@ _EXPECTED = {
 def _explain(kind: _Kind, error: pydantic.ValidationError, given: Mapping[str, SettingSource]) -> list[str]:
     """One line per key: what was expected, what was found, and where; a union's alternatives are joined."""
     wanted: dict[str, list[str]] = {}
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     lines: list[str] = []
     described = dict(config_keys(kind.config))
     for e in error.errors():
@@ -266,9 +269,9 @@ def _explain(kind: _Kind, error: pydantic.ValidationError, given: Mapping[str, S
             if e["type"] == "literal_error":
                 want = "one of " + str(context["expected"]).replace(" or ", ", ")
             wanted.setdefault(name, []).append(want or str(e["msg"]).removeprefix("Input should be "))
-            found.setdefault(name, f"{_described(e['input'])}{suffix}")
+            values.setdefault(name, f"{_described(e['input'])}{suffix}")
     for name, kinds in wanted.items():
-        lines.append(f"`{name}` should be {' or '.join(dict.fromkeys(kinds))}, found {found[name]}")
+        lines.append(f"`{name}` should be {' or '.join(dict.fromkeys(kinds))}, found {values[name]}")
     return lines
 
 
@@ -302,8 +305,8 @@ def _absolute(kind: _Kind, name: str, value: Any, folder: Path) -> Any:
     if os.name != "nt" and _WINDOWS.match(value):
         drive, rest = value[0].lower(), value[3:].replace("\\", "/")
         raise ConfigError(
-            f"`{name}` is a path as Windows has it, {value!r}, and this is another system",
-            fix=f"a path of this machine (in WSL: /mnt/{drive}/{rest})",
+            f"`{name}` is a Windows path, {value!r}, and this is another system",
+            fix=f"give a path of this machine (in WSL: /mnt/{drive}/{rest})",
         )
     path = os.path.expanduser(value)
     resolved = os.path.normpath(folder.resolve() / path)
@@ -339,7 +342,7 @@ def _raise(problems: list[str], kind: _Kind) -> NoReturn:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the YAML 1.2 core rules for plain scalars; underscores in numbers (10_000) stay allowed."""
+    """SafeLoader with YAML 1.2's core rules for plain scalars; underscores in numbers (10_000) are allowed."""
 
 
 _RULES = {
@@ -374,9 +377,9 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
         at = f"{where}:{mark.line + 1}" if mark else where
         if (tab := _tab(text, error)) is not None:
             raise ConfigError(
-                "not valid YAML: a tab, where YAML takes spaces alone",
+                "not valid YAML: a tab, where YAML allows only spaces",
                 where=f"{where}:{tab}",
-                fix="write spaces for it",
+                fix="replace it by spaces",
             ) from None
         raise ConfigError(
             f"not valid YAML: {error.problem}", where=at, fix="check the indentation and quotes"
@@ -388,7 +391,7 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
 
 
 def _tab(text: str, error: yaml.MarkedYAMLError) -> int | None:
-    """The 1-based line of the tab that an error is about; None where it is about something else."""
+    """The 1-based line of the tab that a YAML error is about, or None when it is about something else."""
     if error.problem_mark is None:
         return None
     line = error.problem_mark.line

@@ -47,6 +47,8 @@ def setting(default: Any, doc: str, why: str = "", **limits: Any) -> Any:
 
 
 class Section(BaseModel):
+    """One section of a configuration: frozen, with no unknown keys and no numbers that are not finite."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
 
 
@@ -61,7 +63,7 @@ class BaseSection(Section):
     quantise: Literal["nf4", "fp4", "int8", "keep"] | None = setting(
         None,
         "frozen linear weights in 4 or 8 bits (QLoRA; nf4 with doubly quantised constants), or keep: GGUF's own blocks",
-        "16 bits where they fit: the same result as in full",
+        "full precision, where it fits",
     )
 
 
@@ -116,8 +118,10 @@ class AdapterSection(PairsSection):
         "adapter to go on training: folder, file or library name, with its own ranks, targets and scales",
         "a new one, as the keys here say",
     )
-    modules_to_save: tuple[str, ...] = setting((), "modules trained whole, as copies in the adapter (large files)")
-    token_rows: dict[str, tuple[int, ...]] = setting({}, "embedding module: token ids whose rows are trained alone")
+    modules_to_save: tuple[str, ...] = setting(
+        (), "modules trained in full, stored as copies in the adapter (large files)"
+    )
+    token_rows: dict[str, tuple[int, ...]] = setting({}, "embedding module: ids of the tokens whose rows are trained")
 
 
 class DataSection(Section):
@@ -135,9 +139,9 @@ class DataSection(Section):
     )
     format: Literal[
         "auto", "messages", "prompt-completion", "instruction", "sharegpt", "text", "preference", "unpaired-preference"
-    ] = setting("auto", "what a row looks like", "told by the columns, and said before the run starts")
+    ] = setting("auto", "format of the rows", "found from the columns, and reported before the run starts")
     columns: dict[str, str] = setting({}, "our column name: yours, as {prompt: question, completion: answer}")
-    limit: int | None = setting(None, "use only so many rows, from the first", gt=0)
+    limit: int | None = setting(None, "use only the first rows, up to this number", gt=0)
     chat_template: str = setting(
         "auto", "auto, none, or a .jinja file", "the tokenizer's own if it has one: what inference will use"
     )
@@ -146,14 +150,14 @@ class DataSection(Section):
         "learned tokens: every assistant turn, the last one, those after the last user turn, or all tokens",
         "answers with their end-of-turn token; learning the questions too wastes capacity",
     )
-    max_length: int = setting(2048, "longest row, in tokens", "covers most chat rows at a known memory cost", gt=1)
+    max_length: int = setting(2048, "longest row, in tokens", "covers most chat rows at a known cost in memory", gt=1)
     long_rows: Literal["refuse", "drop", "cut"] = setting(
         "refuse",
         "what to do with longer rows: stop, leave them out, or cut (oldest prompt tokens first, then the end)",
-        "nothing is lost without being asked",
+        "nothing is dropped without being asked for",
     )
     untrained_rows: Literal["drop", "refuse"] = setting(
-        "drop", "what to do with rows that have no token to learn", "they teach nothing; they are counted"
+        "drop", "what to do with rows that have no token to learn", "nothing is learned from them; they are counted"
     )
 
     def files(self, which: Literal["train", "validation"]) -> tuple[str, ...]:
@@ -162,17 +166,17 @@ class DataSection(Section):
 
 
 class PreferenceSection(Section):
-    """Learning from answers that are better and worse than others; without a `loss` an ordinary, supervised run.
+    """Learning from pairs of a better and a worse answer; without a `loss`, the run is an ordinary supervised one.
 
-    A step counts pairs (kto: answers) for rows. The reference is the base, or `adapter.start` as it was."""
+    A step counts pairs (kto: answers) as rows. The reference is the base, or `adapter.start` as it was."""
 
     loss: Literal["dpo", "ipo", "orpo", "kto", "simpo"] | None = setting(
-        None, "what chosen and rejected answers are compared by; kto also takes answers that are judged alone"
+        None, "how chosen and rejected answers are compared; kto also takes single answers with a judgement"
     )
     beta: float | None = setting(
         None,
-        "how dearly moving away from the reference is paid (dpo, ipo, kto); weight of the odds ratio (orpo); scale of "
-        "mean log-probabilities (simpo)",
+        "cost of moving away from the reference (dpo, ipo, kto); weight of the odds ratio (orpo); scale of mean "
+        "log-probabilities (simpo)",
         "0.1, as the papers and TRL; simpo 2, its paper's",
         gt=0,
     )
@@ -180,7 +184,7 @@ class PreferenceSection(Section):
         None, "margin that a pair should have (simpo)", "half of beta: its paper's search over gamma / beta", ge=0
     )
     label_smoothing: float = setting(
-        0.0, "share of pairs believed to be the wrong way round (dpo, simpo)", "labels are trusted", ge=0, lt=0.5
+        0.0, "assumed share of pairs whose labels are swapped (dpo, simpo)", "labels are trusted", ge=0, lt=0.5
     )
     length_normalized: bool | None = setting(
         None,
@@ -199,7 +203,7 @@ class PreferenceSection(Section):
     )
 
     def settled(self) -> PreferenceSection:
-        """The same with nothing left open: what `loss` makes of each None."""
+        """The same settings with every None replaced by the default of `loss`."""
         beta = self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
         return self.model_copy(
             update={
@@ -269,12 +273,12 @@ class OptimizerSection(Section):
     betas: tuple[float, float] = setting((0.9, 0.999), "decay of the two moments (adam family)")
     eps: float = setting(1e-8, "added to the denominator (adam family, rmsprop)", gt=0)
     momentum: float = setting(0.0, "momentum (sgd, rmsprop)", ge=0, lt=1)
-    weight_decay: float = setting(0.0, "weight decay on the pairs", "pulling B to zero only undoes the tune", ge=0)
+    weight_decay: float = setting(0.0, "weight decay on the pairs", "pulling B towards zero undoes the training", ge=0)
     loraplus_ratio: float = setting(
         1.0, "learning rate of B over that of A (LoRA+, arXiv 2402.12354)", "plain LoRA", gt=0
     )
     clip: float | None = setting(
-        1.0, "largest gradient norm; nothing means no clipping", "one odd row cannot wreck a run", gt=0
+        1.0, "largest gradient norm; nothing means no clipping", "one unusual row cannot ruin a run", gt=0
     )
 
 
@@ -299,15 +303,15 @@ class EvaluationSection(Section):
 
     every: int | Literal["epoch"] = setting("epoch", "steps between evaluations, or `epoch`")
     patience: int | None = setting(
-        None, "stop after so many evaluations without a better loss; nothing means never", gt=0
+        None, "stop after this many evaluations without a better loss; nothing means never", gt=0
     )
-    rows: int | None = setting(None, "score at most so many held-out rows; nothing means all", gt=0)
+    rows: int | None = setting(None, "score at most this many held-out rows; nothing means all", gt=0)
     at_start: bool = setting(True, "score the base before step one", "the number every later one is compared with")
     keep: Literal["best", "last"] = setting("best", "save the adapter of the lowest held-out loss, or the last one")
 
 
 class CheckpointSection(Section):
-    """What is kept to resume from."""
+    """Checkpoints, from which a run can be resumed."""
 
     every: int | Literal["epoch"] = setting(
         100, "steps between checkpoints, or `epoch`", "small files: adapter and optimizer only"
@@ -316,7 +320,7 @@ class CheckpointSection(Section):
 
 
 class MemorySection(Section):
-    """What may be used, and what is given up for it."""
+    """How much memory may be used, and what is traded for it."""
 
     activation_checkpointing: Literal["auto", "on", "off"] = setting(
         "auto",
@@ -370,7 +374,7 @@ class TrainConfig(Section):
         return self.schedule.steps
 
     def recipe(self) -> dict[str, Any]:
-        """What to write into a card: everything but the output folder, with paths reduced to file names."""
+        """What a card records: everything but the output folder, with paths reduced to file names."""
         recipe = self.model_dump(mode="json", exclude={"output"})
         for key in ("train", "validation", "chat_template"):
             value = recipe["data"][key]

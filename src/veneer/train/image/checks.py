@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from veneer.train.config.image import ImageDataSection
 from veneer.train.findings import Finding, share
-from veneer.train.image.looks import near_pairs
+from veneer.train.image.near_duplicates import near_duplicates
 from veneer.train.image.pictures import AboutPictures, TrainingPicture
 from veneer.train.image.views import PicturePlan, place, prepare
 
@@ -37,7 +37,7 @@ def check_pictures(
 def check_held_out(train: Sequence[TrainingPicture], held_out: Sequence[TrainingPicture]) -> list[Finding]:
     """Held-out pictures that are also trained on, as the same file or one that looks the same."""
     learned = [p for p in train if not p.is_class]
-    pairs = near_pairs([p.look for p in held_out], [p.look for p in learned])
+    pairs = near_duplicates([p.perceptual_hash for p in held_out], [p.perceptual_hash for p in learned])
     if not pairs:
         return [Finding("ok", "held out", f"{len(held_out):,} held-out pictures, none of them trained on")]
     count = len({i for i, _ in pairs})
@@ -160,7 +160,7 @@ def _masks(
 def _alike(
     pictures: Sequence[TrainingPicture], about: AboutPictures, plan: PicturePlan, settings: ImageDataSection
 ) -> Iterator[Finding]:
-    pairs = near_pairs([p.look for p in pictures])
+    pairs = near_duplicates([p.perceptual_hash for p in pictures])
     if not pairs:
         yield Finding("ok", "near-duplicates", "no two pictures look the same")
         return

@@ -29,7 +29,7 @@ from typing import Literal
 from veneer.errors import DataError, nearest
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.decode import SUFFIXES, UnreadablePicture, decode_picture, mask_of, read_bytes
-from veneer.train.image.looks import Look, look_of
+from veneer.train.image.near_duplicates import PerceptualHash, perceptual_hash
 from veneer.train.records import bullets, read_records
 
 __all__ = ["AboutPictures", "TrainingPicture", "pictures_digest", "read_pictures", "with_trigger"]
@@ -60,7 +60,7 @@ class TrainingPicture:
     caption: str
     size: tuple[int, int]
     digest: str
-    look: Look
+    perceptual_hash: PerceptualHash
     mask: Path | None = None
     mask_digest: str = ""
     alpha: bool = False
@@ -263,7 +263,7 @@ def _open(found: _PictureFile, caption: str, settings: ImageDataSection, *, is_c
         caption,
         opened.size,
         digest,
-        look_of(opened.colour),
+        perceptual_hash(opened.colour),
         mask,
         mask_digest,
         alpha=settings.masks == "alpha" and opened.alpha is not None,

@@ -1,4 +1,4 @@
-"""Who listens to a run: the JSONL log, the terminal, TensorBoard. The HTML page is in report.page.
+"""What listens to a run: the JSONL log, the terminal, TensorBoard. The HTML page is in report.page.
 
 JsonLog         one JSON object a line in `log.jsonl`; a resumed run goes on in it without repeating a step
 ConsoleView     settings with their sources, preflight, a progress bar with loss, speed, memory and time left
@@ -36,16 +36,15 @@ if TYPE_CHECKING:
 __all__ = ["ConsoleView", "JsonLog", "TensorBoardLog", "duration", "read_log", "short", "size"]
 
 
-_TOLD = ("reward_accuracy", "reward_margin", "logp_chosen")
-"""What of an evaluation's further numbers is worth a person's line; the log has them all."""
+_MEASURED = ("reward_accuracy", "reward_margin", "logp_chosen")
+"""Which of an evaluation's further numbers the terminal shows; the log has them all."""
 
 
 class JsonLog:
-    """Writes each event as one line, flushed, so that a killed run has everything until then.
+    """Writes each event as one line and flushes it, so that the log of a killed run is complete up to the kill.
 
-    `resumed`: how far the run is that goes on; what the log holds beyond that is cut off first, for it will happen
-    again. None begins the log anew.
-    """
+    `resumed`: the progress of a run that goes on. What the log holds beyond it is removed first: those steps run again.
+    None starts a new log."""
 
     def __init__(self, path: Path, resumed: Progress | None = None) -> None:
         self.path = path
@@ -64,7 +63,7 @@ class JsonLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The log's records; a last line that a kill cut short is left out. Empty when there is no log."""
+    """The log's records, without a last line that a kill cut short. Empty when there is no log."""
     records = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -87,7 +86,7 @@ def _before(record: dict[str, Any], progress: Progress) -> bool:
 
 
 class TensorBoardLog:
-    """Scalars under `folder`, which is made at the first of them. Raises MissingExtraError without the extra."""
+    """Scalars under `folder`, which is created with the first of them. Raises MissingExtraError without the extra."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -133,9 +132,9 @@ class TensorBoardLog:
 
 
 class ConsoleView:
-    """Shows a run in a terminal; elsewhere (a pipe, a CI log) prints a line every so often instead of a bar.
+    """Shows a run in a terminal, with a progress bar; a pipe or a CI log gets a line about 20 times a run instead.
 
-    `unit`: what is counted, tokens or pictures. `verbose`: settings that nobody gave too."""
+    `unit`: what is counted, tokens or pictures. `verbose`: show the settings at their defaults as well."""
 
     def __init__(self, console: Console | None = None, *, unit: str = "tokens", verbose: bool = False) -> None:
         from rich.console import Console
@@ -146,7 +145,7 @@ class ConsoleView:
         self._task: Any = None
         self._began = time.monotonic()
         self._shown = 0
-        self._seen: list[tuple[int, float]] = []
+        self._recent: list[tuple[int, float]] = []
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -155,8 +154,8 @@ class ConsoleView:
             case Checked():
                 self.console.print("\n[bold]Checked before step one[/]")
                 coloured = bool(event.markup) and self.console.is_terminal  # without colours the text has brackets
-                told = event.markup if coloured else event.text
-                self.console.print(shown(told, lines=True), markup=coloured, soft_wrap=True)
+                text = event.markup if coloured else event.text
+                self.console.print(shown(text, lines=True), markup=coloured, soft_wrap=True)
                 self.console.print()
             case Note():
                 self.console.print(shown(event.text, lines=True), markup=False, soft_wrap=True)
@@ -174,10 +173,10 @@ class ConsoleView:
                 mark = "  (worse than before training)" if event.worse else mark
                 perplexity = "" if event.perplexity is None else f", perplexity {event.perplexity:.3f}"
                 rows = "pictures" if self.unit == "pictures" else "rows"
-                told = "".join(f", {n.replace('_', ' ')} {event.extra[n]:.3f}" for n in _TOLD if n in event.extra)
-                told = perplexity + told
+                extra = "".join(f", {n.replace('_', ' ')} {event.extra[n]:.3f}" for n in _MEASURED if n in event.extra)
                 self.console.print(
-                    f"step {event.step}: validation loss {event.loss:.4f}{told} on {event.rows} {rows}{mark}",
+                    f"step {event.step}: validation loss {event.loss:.4f}{perplexity}{extra} "
+                    f"on {event.rows} {rows}{mark}",
                     markup=False,
                     soft_wrap=True,
                 )
@@ -191,7 +190,7 @@ class ConsoleView:
                     self.console.print(f"stopped after step {event.step}: {shown(event.reason)}", markup=False)
 
     def close(self) -> None:
-        """Takes the bar off; to be called on every way out."""
+        """Removes the progress bar. Call it however the run ends."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -219,10 +218,10 @@ class ConsoleView:
         self.console.print(what, soft_wrap=True)
 
     def _step(self, event: Stepped) -> None:
-        self._seen = [*self._seen, (event.tokens, event.seconds)][-20:]
-        seconds = sum(s for _, s in self._seen)
-        speed = sum(t for t, _ in self._seen) / seconds if seconds else 0.0
-        left = (event.steps - event.step) * seconds / len(self._seen)
+        self._recent = [*self._recent, (event.tokens, event.seconds)][-20:]
+        seconds = sum(s for _, s in self._recent)
+        speed = sum(t for t, _ in self._recent) / seconds if seconds else 0.0
+        left = (event.steps - event.step) * seconds / len(self._recent)
         if not self.console.is_terminal:
             every = max(1, event.steps // 20)
             if event.step == 1 or event.step == event.steps or event.step - self._shown >= every:
@@ -277,6 +276,7 @@ def duration(seconds: float) -> str:
 
 
 def short(value: Any) -> str:
+    """A setting for people: yes and no, lists without brackets, `~` for the home folder."""
     if value is None:
         return "none"
     if isinstance(value, bool):

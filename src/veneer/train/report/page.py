@@ -62,16 +62,17 @@ def write_page(path: Path, page: Page) -> None:
 
 
 def _plain(value: Any, markup: type) -> Any:
-    """Texts without what would reorder or hide those beside them; what is made here, and numbers, as they are."""
+    """Texts without the characters that reorder or hide others (`shown`); numbers and markup as they are."""
     return shown(value, lines=True) if isinstance(value, str) and not isinstance(value, markup) else value
 
 
 def render_page(page: Page) -> str:
+    """The page as HTML, every text in it escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     env = Environment(
-        loader=PackageLoader("veneer.train", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("veneer.train.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: _plain(value, Markup),
     )  # fmt: skip
     env.filters |= {"size": size, "duration": duration}
@@ -128,7 +129,7 @@ _MEASURED = {
     "logp_chosen": "Log-probability of chosen answers, nats",
     "logp_rejected": "Log-probability of rejected answers, nats",
 }
-"""What preferences measure in each step, beside the loss."""
+"""What a preference run measures in each step beside the loss -> the title of its chart."""
 
 
 def smooth(points: Sequence[Point], weights: Sequence[float]) -> list[Point]:
@@ -180,12 +181,12 @@ def chart(
             x = at((tick, y0))[0]
             parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 8}" text-anchor="middle">{int(tick)}</text>')
     for s in series:
-        drawn = [at(p) for p in _thin(s.points, 2 * width)]
+        drawn = [at(p) for p in _every_nth(s.points, 2 * width)]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
         faint = " faint" if s.kind == "faint" else ""
         parts.append(f'<path class="line {s.colour}{faint}" d="{path}"/>')
         if s.kind == "dots" or len(drawn) == 1:
-            for (x, y), (step, value) in zip(drawn, _thin(s.points, 2 * width), strict=True):
+            for (x, y), (step, value) in zip(drawn, _every_nth(s.points, 2 * width), strict=True):
                 title = f"<title>step {step:.0f}: {value:.4f}</title>"
                 parts.append(f'<circle class="dot {s.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{title}</circle>')
     if mark is not None:
@@ -218,7 +219,7 @@ def _number(value: float) -> str:
     return f"{digits.removesuffix('.0')}e{int(power)}"
 
 
-def _thin(points: Sequence[Point], most: int) -> Sequence[Point]:
+def _every_nth(points: Sequence[Point], most: int) -> Sequence[Point]:
     """At most about `most` points: a chart is no wider than that many pixels. The last one always stays."""
     if len(points) <= most:
         return points

@@ -1,6 +1,6 @@
 """Near-duplicates: pictures that look the same although their files differ.
 
-    look = look_of(image)          near_pairs(looks) -> [(i, j), …]
+    near_duplicates([perceptual_hash(image) for image in images]) -> [(i, j), …]
 
 A difference hash (dHash, Krawetz 2013: is each of 16 x 16 grey samples brighter than its right neighbour, here by more
 than flat areas differ after JPEG) finds pairs, and a 16 x 16 colour thumbnail confirms them: flat drawings share
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-__all__ = ["Look", "look_of", "near_pairs"]
+__all__ = ["PerceptualHash", "near_duplicates", "perceptual_hash"]
 
 _SIDE = 16
 _MOST_BITS = 20  # of 256 that may differ
@@ -26,7 +26,7 @@ _MARGIN = 2  # of 255: what counts as brighter
 
 
 @dataclass(frozen=True)
-class Look:
+class PerceptualHash:
     """`bits`: 256 bits of the difference hash, packed to 32 bytes; `mirror`: those of the mirrored picture.
     `colours`: 16 x 16 RGB, 768 bytes."""
 
@@ -34,37 +34,37 @@ class Look:
     mirror: bytes
     colours: bytes
 
-    def mirrored(self) -> Look:
-        """The look of the mirrored picture."""
+    def mirrored(self) -> PerceptualHash:
+        """The hash of the mirrored picture."""
         colours = np.frombuffer(self.colours, np.uint8).reshape(_SIDE, _SIDE, 3)
-        return Look(self.mirror, self.bits, colours[:, ::-1].tobytes())
+        return PerceptualHash(self.mirror, self.bits, colours[:, ::-1].tobytes())
 
 
-def look_of(image: Image.Image) -> Look:
-    """The look of an RGB picture of any size."""
+def perceptual_hash(image: Image.Image) -> PerceptualHash:
+    """The hash of an RGB picture of any size."""
     grey = np.asarray(image.convert("L").resize((_SIDE + 1, _SIDE), Image.Resampling.BOX), dtype=np.int16)
     thumbnail = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     bits, mirror = (g[:, :-1] > g[:, 1:] + _MARGIN for g in (grey, grey[:, ::-1]))
-    return Look(np.packbits(bits).tobytes(), np.packbits(mirror).tobytes(), thumbnail.tobytes())
+    return PerceptualHash(np.packbits(bits).tobytes(), np.packbits(mirror).tobytes(), thumbnail.tobytes())
 
 
-def near_pairs(
-    looks: Sequence[Look], others: Sequence[Look] | None = None, *, block: int = 2048
+def near_duplicates(
+    hashes: Sequence[PerceptualHash], others: Sequence[PerceptualHash] | None = None, *, block: int = 2048
 ) -> list[tuple[int, int]]:
-    """(i, j) of near-duplicates, i < j within `looks`; with `others`, i in `looks` and j in `others`.
+    """(i, j) of near-duplicates, i < j within `hashes`; with `others`, i in `hashes` and j in `others`.
 
     O(n²), a few seconds for 5,000 pictures. `block`: pictures compared at once; the products of 2048 take 16 MB."""
-    if not looks or (others is not None and not others):
+    if not hashes or (others is not None and not others):
         return []
-    found: set[tuple[int, int]] = set()
-    left = _matrices(looks)
+    pairs: set[tuple[int, int]] = set()
+    left = _matrices(hashes)
     for mirrored in (False, True):
-        right = _matrices([look.mirrored() if mirrored else look for look in (looks if others is None else others)])
+        right = _matrices([h.mirrored() if mirrored else h for h in (hashes if others is None else others)])
         for i in range(0, len(left[0]), block):
             for j in range(i if others is None else 0, len(right[0]), block):
                 one, two = ([m[n : n + block] for m in side] for n, side in ((i, left), (j, right)))
-                found |= {(i + a, j + b) for a, b in _near(one, two, block) if others is not None or i + a < j + b}
-    return sorted(found)
+                pairs |= {(i + a, j + b) for a, b in _near(one, two, block) if others is not None or i + a < j + b}
+    return sorted(pairs)
 
 
 def _near(left: Sequence[Any], right: Sequence[Any], block: int) -> Iterator[tuple[int, int]]:
@@ -76,11 +76,11 @@ def _near(left: Sequence[Any], right: Sequence[Any], block: int) -> Iterator[tup
         yield from zip(a[near].tolist(), b[near].tolist(), strict=True)
 
 
-def _matrices(looks: Sequence[Look]) -> tuple[Any, Any]:
+def _matrices(hashes: Sequence[PerceptualHash]) -> tuple[Any, Any]:
     """(signs of the bits: (n, 256), colours: (n, 768) in 0..1), float32."""
-    bits = np.unpackbits(np.frombuffer(b"".join(look.bits for look in looks), np.uint8))
-    colours = np.frombuffer(b"".join(look.colours for look in looks), np.uint8)
+    bits = np.unpackbits(np.frombuffer(b"".join(h.bits for h in hashes), np.uint8))
+    colours = np.frombuffer(b"".join(h.colours for h in hashes), np.uint8)
     return (
-        bits.reshape(len(looks), -1).astype(np.float32) * 2 - 1,
-        colours.reshape(len(looks), -1).astype(np.float32) / 255,
+        bits.reshape(len(hashes), -1).astype(np.float32) * 2 - 1,
+        colours.reshape(len(hashes), -1).astype(np.float32) / 255,
     )

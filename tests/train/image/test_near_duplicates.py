@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from tests.train.make_pictures import scene
-from veneer.train.image.looks import look_of, near_pairs
+from veneer.train.image.near_duplicates import near_duplicates, perceptual_hash
 
 
 def recoded(image: Image.Image, quality: int) -> Image.Image:
@@ -17,8 +17,8 @@ def recoded(image: Image.Image, quality: int) -> Image.Image:
 
 def test_re_encoded_resized_mirrored_and_brightened_pictures_look_the_same() -> None:
     images = [scene(240, 160, seed) for seed in range(12)]
-    looks = [look_of(image) for image in images]
-    assert near_pairs(looks) == []
+    looks = [perceptual_hash(image) for image in images]
+    assert near_duplicates(looks) == []
     for change in (
         lambda i: recoded(i, 40),
         lambda i: i.resize((90, 60), Image.Resampling.LANCZOS),
@@ -26,7 +26,7 @@ def test_re_encoded_resized_mirrored_and_brightened_pictures_look_the_same() -> 
         lambda i: ImageEnhance.Brightness(i).enhance(1.03),
         lambda i: i.crop((2, 2, 238, 158)),
     ):
-        assert near_pairs([look_of(change(i)) for i in images], looks) == [(n, n) for n in range(12)]
+        assert near_duplicates([perceptual_hash(change(i)) for i in images], looks) == [(n, n) for n in range(12)]
 
 
 def test_flat_drawings_of_one_outline_differ_by_colour() -> None:
@@ -36,14 +36,14 @@ def test_flat_drawings_of_one_outline_differ_by_colour() -> None:
         pixels[(x - 32) ** 2 + (y - 32) ** 2 < 600] = colour
         return Image.fromarray(pixels)
 
-    red, orange, blue = (look_of(disc(c)) for c in ((220, 30, 30), (240, 150, 30), (30, 60, 220)))
-    assert near_pairs([red, orange, blue]) == []
-    assert near_pairs([red, look_of(recoded(disc((220, 30, 30)), 80))]) == [(0, 1)]
+    red, orange, blue = (perceptual_hash(disc(c)) for c in ((220, 30, 30), (240, 150, 30), (30, 60, 220)))
+    assert near_duplicates([red, orange, blue]) == []
+    assert near_duplicates([red, perceptual_hash(recoded(disc((220, 30, 30)), 80))]) == [(0, 1)]
 
 
 def test_pairs_across_blocks() -> None:
-    looks = [look_of(scene(seed=n % 5)) for n in range(9)]
+    looks = [perceptual_hash(scene(seed=n % 5)) for n in range(9)]
     want = [(n, n + 5) for n in range(4)]
-    assert near_pairs(looks) == want
-    assert near_pairs(looks, block=2) == want
-    assert near_pairs([]) == []
+    assert near_duplicates(looks) == want
+    assert near_duplicates(looks, block=2) == want
+    assert near_duplicates([]) == []
