@@ -153,8 +153,8 @@ def _quantised(config: Any, kind: str) -> Any:
     """Read from a checkpoint that another process has written: the weights in full were never in this one."""
     import torch
 
+    from veneer.files.weights import tensor_table
     from veneer.models.quantise import load_quantised
-    from veneer.models.weights import tensor_table
 
     folder = Path("base").absolute()
     config.save_pretrained(folder)

@@ -88,10 +88,10 @@ def side_large(folder: Path, quantise: str, checkpointing: bool) -> dict[str, An
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import veneer
+    from veneer.files.weights import tensor_table
     from veneer.models.quantise import load_quantised
     from veneer.models.text.fast import fast
     from veneer.models.text.loss import text_loss
-    from veneer.models.weights import tensor_table
     from veneer.ops.quantised import Quantised
 
     config = AutoConfig.from_pretrained(folder)

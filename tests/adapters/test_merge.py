@@ -13,7 +13,7 @@ from veneer.adapters.merge import MergeReport, merge_shards, merged_model
 from veneer.core.adapter import Adapter, LoraSpec, Pair
 from veneer.core.init import create
 from veneer.errors import AdapterError, BaseError, ConfigError
-from veneer.files.checkpoint import Checkpoint
+from veneer.files.weights import Checkpoint
 from veneer.formats import peft
 
 SPECS = {

@@ -12,7 +12,7 @@ from tests.core.test_truncate import noise
 from veneer.adapters.mix import diff, extract, mix_adapters, resize, strength
 from veneer.core.adapter import Adapter, Card, Pair
 from veneer.errors import AdapterError, BaseError, ConfigError
-from veneer.files.checkpoint import Checkpoint
+from veneer.files.weights import Checkpoint
 from veneer.formats import peft
 from veneer.formats.blocks import LBW, block_of, parse_blocks
 from veneer.formats.card import read_card

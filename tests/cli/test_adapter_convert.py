@@ -11,7 +11,7 @@ from tests.cli.run import run
 from tests.formats.image_adapters import numbers, random_adapter, same_changes
 from tests.tiny_base import tiny_base_dir
 from veneer.core.adapter import Adapter, Pair
-from veneer.files.tensors import read_tensors, write_tensors
+from veneer.files.safetensors import read_tensors, write_tensors
 from veneer.formats import peft
 from veneer.formats.convert import write
 from veneer.formats.read import read

@@ -17,7 +17,7 @@ from tests.cli.run import run
 from tests.formats.twins import linear_pairs
 from veneer.cli import output
 from veneer.errors import AdapterError, VeneerError, shown
-from veneer.files.tensors import encode_tensors
+from veneer.files.safetensors import encode_tensors
 from veneer.formats import peft
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202eevil\u2066\x7f\nok      contents   all is well\r[bold red]x[/]"

@@ -14,7 +14,7 @@ import torch
 
 from veneer.errors import AdapterError, UnsafeFileError
 from veneer.files.pickles import read_pickle
-from veneer.files.tensors import read_tensors
+from veneer.files.safetensors import read_tensors
 
 A, B = torch.arange(6.0).reshape(2, 3), torch.arange(8.0).reshape(4, 2)
 
@@ -114,7 +114,6 @@ def test_pickles_are_still_refused_where_nobody_asked(tmp_path):
         ({"a": A, "b": [1, 2]}, "'b': list is neither"),
         ({"../a": A}, "looks like a path"),
         ({"a": {"b": A}, "a.b": A}, "a second tensor"),
-        ({"a": torch.tensor([1.0, float("nan")])}, "NaN or infinity"),
         ({"a": A.to_sparse()}, "plain tensor"),
         ({"a": torch.empty(2, 2, device="meta")}, "plain tensor"),
         ({"a": torch.zeros(1).expand(1 << 40)}, "more values than the file holds"),

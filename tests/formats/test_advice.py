@@ -18,7 +18,7 @@ from veneer.adapters.inspect import inspect
 from veneer.core.adapter import Adapter
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError
-from veneer.files.tensors import write_tensors
+from veneer.files.safetensors import write_tensors
 from veneer.formats import peft
 from veneer.formats.convert import encode, write
 from veneer.formats.peft_config import CONVERTIBLE, NO_WEIGHTS, way_of

@@ -11,8 +11,8 @@ import torch
 from tests.formats.image_adapters import IN, UNIT, by_hand, pair_for, random_adapter, same_changes
 from veneer.core.adapter import Adapter, Card
 from veneer.errors import AdapterError
-from veneer.files.hashes import verify
-from veneer.files.tensors import read_header, read_tensors
+from veneer.files.hashes import verify_hashes
+from veneer.files.safetensors import read_header, read_tensors
 from veneer.formats.convert import TARGETS, encode, write
 from veneer.formats.read import read
 from veneer.formats.topology import families
@@ -153,7 +153,7 @@ def test_bytes_are_the_same_each_time_and_hashes_hold(to, tmp_path):
     assert one.path.read_bytes() == two.path.read_bytes()
     assert one.files == two.files
     assert one.hashes.autov3 == read_header(one.path).metadata["sshs_model_hash"][:12]
-    assert all(check.holds for check in verify(one.path))
+    assert all(check.holds for check in verify_hashes(one.path))
     metadata = read_header(one.path).metadata
     assert metadata["modelspec.trigger_phrase"] == "sks dog"
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"

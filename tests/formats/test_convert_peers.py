@@ -16,7 +16,7 @@ from tests.formats.image_adapters import random_adapter as random_image_adapter
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import Delta
 from veneer.errors import AdapterError
-from veneer.files.tensors import read_tensors
+from veneer.files.safetensors import read_tensors
 from veneer.formats import convert
 from veneer.formats.topology import families
 from veneer.formats.write_diffusers import LOADABLE

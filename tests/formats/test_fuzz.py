@@ -22,7 +22,7 @@ from tests.formats.twins import peft_folder
 from veneer.adapters.inspect import inspect, verify_adapter
 from veneer.core.adapter import Adapter, Pair
 from veneer.errors import VeneerError
-from veneer.files.tensors import encode_tensors
+from veneer.files.safetensors import encode_tensors
 from veneer.formats import convert, peft
 from veneer.formats.card import CARD_FILE
 from veneer.formats.gguf import write_gguf
@@ -188,7 +188,7 @@ VALUES = st.one_of(
 @fuzzing
 @given(CHANGES, st.dictionaries(st.integers(0, 60), VALUES, max_size=3), st.booleans(), texts)
 def test_a_peft_folder(tmp_path, folder, how, settings_, with_base, card):
-    from veneer.files.tensors import read_tensors
+    from veneer.files.safetensors import read_tensors
 
     tensors, metadata = read_tensors(folder / peft.TENSOR_FILE)
     config = json.loads((folder / peft.CONFIG_FILE).read_text())

@@ -20,7 +20,7 @@ from tests.formats.test_fuzz import CHANGES, MADE, VALUES, changed, fuzzing
 from tests.formats.twins import linear_pairs, peft_folder
 from veneer.adapters.inspect import inspect
 from veneer.errors import VeneerError
-from veneer.files.tensors import encode_tensors, read_tensors
+from veneer.files.safetensors import encode_tensors, read_tensors
 from veneer.formats import names, peft
 from veneer.formats.glance import LAYERS, glance
 

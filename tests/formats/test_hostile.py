@@ -25,10 +25,10 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.core.forms import product_of
 from veneer.core.merge import pair_matrix
 from veneer.errors import AdapterError
-from veneer.files.pickles import read_pickle
-from veneer.files.tensors import encode_tensors, read_header, read_tensors
+from veneer.files.safetensors import encode_tensors, read_header, read_tensors
 from veneer.formats.gguf import read_gguf, write_gguf
 from veneer.formats.leaves import read_leaf, split_key
+from veneer.formats.tensors import read_adapter_tensors
 
 MUCH = 16 << 20
 """More than any header here is worth."""
@@ -39,7 +39,7 @@ def read(path: Path) -> None:
     if path.suffix == ".gguf":
         read_gguf(path)
         return
-    tensors, _ = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    tensors, _ = read_adapter_tensors(path, from_pickle=True)
     leaves: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
         module, suffix = split_key(key) or (key, "")

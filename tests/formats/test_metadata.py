@@ -12,19 +12,16 @@ import torch
 
 from veneer.core.adapter import Card
 from veneer.errors import AdapterError
-from veneer.files.hashes import short_hash
-from veneer.files.tensors import read_tensors, write_tensors
+from veneer.files.hashes import hashes, sealed, short_hash, verify_hashes
+from veneer.files.safetensors import read_tensors, write_tensors
 from veneer.formats.metadata import (
     ARCHITECTURES,
     card_of,
     family_of,
-    hashes,
     metadata_of,
     pack_configs,
-    sealed,
     trigger_words,
     unpack_configs,
-    verify,
 )
 
 CARD = Card(
@@ -85,7 +82,7 @@ def test_the_stored_hashes_are_those_of_sd_scripts(tmp_path, tensors, ss):
     assert done["modelspec.hash_sha256"] == "0x" + done["sshs_model_hash"]
     assert done["sshs_legacy_hash"] == hashlib.sha256(theirs[0x100000:0x110000]).hexdigest()[:8]
     write_tensors(tmp_path / "x.safetensors", tensors, done)
-    assert [(c.key, c.holds) for c in verify(tmp_path / "x.safetensors")] == [
+    assert [(c.key, c.holds) for c in verify_hashes(tmp_path / "x.safetensors")] == [
         ("modelspec.hash_sha256", True),
         ("sshs_model_hash", True),
         ("sshs_legacy_hash", True),
@@ -107,12 +104,12 @@ def test_hashes_of_others_are_verified(tmp_path, tensors):
         "sshs_legacy_hash": hashlib.sha256(theirs[0x100000:0x110000]).hexdigest()[:8],
     }
     safetensors.torch.save_file(tensors, path, metadata=done)
-    assert all(check.holds for check in verify(path))
+    assert all(check.holds for check in verify_hashes(path))
     safetensors.torch.save_file({**tensors, "b": tensors["b"] + 1}, path, metadata=done)
-    assert [check.holds for check in verify(path)] == [False, False]
-    assert "changed" in verify(path)[0].note
+    assert [check.holds for check in verify_hashes(path)] == [False, False]
+    assert "changed" in verify_hashes(path)[0].note
     safetensors.torch.save_file(tensors, path)
-    assert verify(path) == []
+    assert verify_hashes(path) == []
 
 
 @pytest.mark.parametrize("stated", ["ab" * 32, "ab" * 6, "", "AB" * 32, "red, blue: 1", "ab" * 5])
@@ -133,7 +130,7 @@ def test_a_hash_in_the_order_of_names_is_recognised(tmp_path, tensors):
     write_tensors(
         tmp_path / "x.safetensors", tensors, {"modelspec.hash_sha256": "0x" + hashlib.sha256(by_name).hexdigest()}
     )
-    (check,) = verify(tmp_path / "x.safetensors")
+    (check,) = verify_hashes(tmp_path / "x.safetensors")
     assert check.holds is False
     assert "OneTrainer" in check.note
 
@@ -143,11 +140,11 @@ def test_a_legacy_hash_under_a_long_header_is_not_called_false(tmp_path):
     write_tensors(
         tmp_path / "x.safetensors", tensors, {"ss_tag_frequency": "x" * (1 << 20), "sshs_legacy_hash": "01234567"}
     )
-    (check,) = verify(tmp_path / "x.safetensors")
+    (check,) = verify_hashes(tmp_path / "x.safetensors")
     assert check.holds is None
     done = sealed(tensors, {"ss_tag_frequency": "x" * (1 << 20), "ss_a": "b"})
     write_tensors(tmp_path / "x.safetensors", tensors, done)
-    assert all(c.holds for c in verify(tmp_path / "x.safetensors"))
+    assert all(c.holds for c in verify_hashes(tmp_path / "x.safetensors"))
 
 
 def test_equal_cards_give_equal_bytes_and_come_back():

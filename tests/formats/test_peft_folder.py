@@ -18,7 +18,6 @@ from tests.formats.twins import linear_pairs, model, random_adapter
 from veneer.core.adapter import Card, LoraSpec, TokenRows
 from veneer.core.init import create
 from veneer.errors import AdapterError, ResourceError
-from veneer.files import atomic
 from veneer.formats import peft
 from veneer.formats.card import CARD_FILE, README_FILE, card_bytes, file_digest, read_card
 from veneer.formats.peft import CONFIG_FILE, TENSOR_FILE
@@ -29,7 +28,7 @@ NAMES = [f"model.layers.{i}.self_attn.{p}" for i in range(3) for p in ("q_proj",
 SCRIPT = """
 import torch
 from veneer.core.adapter import Adapter, Card, Pair, TokenRows
-from veneer.formats import atomic, peft
+from veneer.formats import peft
 names = {names!r} + ["lm_head"]
 pairs = {{n: Pair(torch.full((i % 3 + 1, 4), i + 0.5), torch.ones(4, i % 3 + 1), 1.5) for i, n in enumerate(names)}}
 modules = {{"model.norm": {{"weight": torch.ones(4), "bias": torch.zeros(4)}}}}
@@ -108,10 +107,10 @@ def test_what_is_written_over_stays_until_all_of_the_new_is_there(tmp_path, monk
         if Full.left <= 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         Full.left -= 1
-        return os.write(fd, view)
+        return real(fd, view)
 
-    real = atomic._write
-    monkeypatch.setattr(atomic, "_write", write)
+    real = os.write
+    monkeypatch.setattr(os, "write", write)
     calls = 0
     while True:
         Full.left = calls
@@ -122,7 +121,7 @@ def test_what_is_written_over_stays_until_all_of_the_new_is_there(tmp_path, monk
             assert content(tmp_path / "a") == before
             calls += 1
     assert calls > len(FILES)
-    monkeypatch.setattr(atomic, "_write", real)
+    monkeypatch.setattr(os, "write", real)
     assert peft.read(tmp_path / "a").digest() == new.digest()
     assert (tmp_path / "a" / "report.html").read_text() == "kept"
 
@@ -131,7 +130,7 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def fail(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(atomic, "_fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(ResourceError):
         peft.write(linear_pairs(NAMES), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

@@ -124,7 +124,6 @@ def test_an_interruption_leaves_nothing(
     tiny, file = wheel
 
     def half(_gguf: Path, out: Path) -> None:
-        out.mkdir()
         (out / "config.json").write_text("{}")
         raise error
 
@@ -136,7 +135,7 @@ def test_an_interruption_leaves_nothing(
 
 def test_what_a_killed_process_left_is_cleared(wheel: tuple[Builtin, Path]) -> None:
     tiny, file = wheel
-    left = builtin_place(tiny).parent / ".tiny.making-abc"
+    left = builtin_place(tiny).parent / ".tiny.abc.tmp"
     left.mkdir(parents=True)
     (left / "half").write_text("x")
     builtin_place(tiny).mkdir()  # and a directory without base.json, which is not a whole base

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.families import FAMILIES
 from tests.tiny_base import tiny_base_dir
+from veneer.files import atomic
 from veneer.models import fingerprint as module
 from veneer.models.fingerprint import file_sha256, fingerprint, shaping_fields
 from veneer.models.home import veneer_home
@@ -127,14 +128,14 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
 def test_a_base_that_cannot_be_written_has_its_cache_under_the_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, real = tiny_base_dir(tmp_path), module._write
+    base, real = tiny_base_dir(tmp_path), atomic.replace_file
 
-    def write(place: Path, text: str) -> None:
+    def replace_file(place: Path, chunks: list[bytes], mode: int) -> None:
         if place.parent == base.resolve():
             raise PermissionError("read-only")
-        real(place, text)
+        real(place, chunks, mode=mode)
 
-    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setattr(module, "replace_file", replace_file)
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     print_of(base)
     assert not list(base.glob(".veneer*"))

@@ -20,9 +20,9 @@ from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.errors import BaseError
-from veneer.files.gguf_header import Outline, Reader, dequantise, fast_headers, merges_of
 from veneer.models.text.base import load_text, read_base_config, read_tokenizer
 from veneer.models.text.generate import complete
+from veneer.models.text.gguf import GgufReader, dequantise, fast_headers, merges_of
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import base_config
 
@@ -118,7 +118,7 @@ def test_the_tokenizer_has_the_file_s_tokens_and_no_more(tmp_path: Path) -> None
 
 def test_headers_are_what_gguf_s_own_reader_finds(tmp_path: Path) -> None:
     tiny_gguf(tmp_path / "tiny.gguf", quantised=True)
-    ours, theirs = Reader(str(tmp_path / "tiny.gguf")), gguf.GGUFReader(str(tmp_path / "tiny.gguf"))
+    ours, theirs = GgufReader(str(tmp_path / "tiny.gguf")), gguf.GGUFReader(str(tmp_path / "tiny.gguf"))
     assert list(ours.fields) == list(theirs.fields)
     for name, field in theirs.fields.items():
         assert ours.fields[name].contents() == field.contents()
@@ -137,7 +137,7 @@ def test_a_large_vocabulary_is_read_in_a_moment(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     start = time.process_time()
-    fields = Reader(str(tmp_path / "large.gguf")).fields
+    fields = GgufReader(str(tmp_path / "large.gguf")).fields
     assert fields["tokenizer.ggml.tokens"].contents(-1) == "token 262143"
     assert time.process_time() - start < 4
 
@@ -188,7 +188,7 @@ def test_blocks_have_the_values_that_gguf_finds(kind: str) -> None:
     np.testing.assert_array_equal(found, wanted)
 
 
-def test_an_outline_knows_how_many_and_other_threads_read_as_ever(tmp_path: Path) -> None:
+def test_without_its_arrays_it_knows_how_many_and_other_threads_read_as_ever(tmp_path: Path) -> None:
     file = tmp_path / "large.gguf"
     writer = gguf.GGUFWriter(str(file), "llama")
     writer.add_token_list([f"t{i}" for i in range(5000)])
@@ -197,12 +197,12 @@ def test_an_outline_knows_how_many_and_other_threads_read_as_ever(tmp_path: Path
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    fields = Outline(str(file)).fields
+    fields = GgufReader(str(file), long_arrays=False).fields
     assert len(fields["tokenizer.ggml.tokens"].data) == 5000
     assert not fields["tokenizer.ggml.scores"].data
     assert fields["llama.some"].contents() == [1, 2, 3]
     with fast_headers(), ThreadPoolExecutor(1) as other:
         elsewhere = other.submit(lambda: gguf.GGUFReader(str(file)).fields).result()
-        assert isinstance(gguf.GGUFReader(str(file)), Outline)
+        assert isinstance(gguf.GGUFReader(str(file)), GgufReader)
     assert elsewhere["tokenizer.ggml.tokens"].contents()[4999] == "t4999"
     assert elsewhere["tokenizer.ggml.scores"].contents() == [0.5] * 5000

@@ -20,9 +20,9 @@ from tests.families import FAMILIES, VOCAB, llama3
 from tests.tiny_base import tiny_base_dir, tiny_tokenizer
 from tests.tiny_gguf import tiny_gguf
 from veneer.errors import BaseError, ConfigError
+from veneer.files.weights import tensor_table
 from veneer.models.quantise import load_quantised, quantised_bytes, quantised_weights, saved_config, saved_tensors
 from veneer.models.text.base import load_text, read_base_config
-from veneer.models.weights import tensor_table
 from veneer.ops.codes import KINDS, Blocks4
 from veneer.ops.quantised import Quantised
 
@@ -121,7 +121,7 @@ import torch
 from veneer.ops.quantised import Quantised
 from veneer.models.quantise import load_quantised
 from veneer.models.text.base import read_base_config
-from veneer.models.weights import tensor_table
+from veneer.files.weights import tensor_table
 from transformers import LlamaForCausalLM
 from veneer.train.loop import peak_memory_bytes
 

@@ -24,7 +24,7 @@ from tests.train.shared_runs import ONE_ROW, PICTURES, SHARDED, numbers, prefere
 from tests.train.text.test_task import ROOT, TENSORS, _train, write_rows
 from tests.train.tiny_pictures import run as train_pictures
 from veneer.errors import ConfigError
-from veneer.files.tensors import read_tensors
+from veneer.files.safetensors import read_tensors
 from veneer.train import checkpoint, devices
 from veneer.train.check_run import shared_out
 from veneer.train.config.load import config_from

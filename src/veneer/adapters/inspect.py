@@ -17,7 +17,7 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.core.attach import attach
 from veneer.core.truncate import distance, factors
 from veneer.errors import AdapterError, UnsafeFileError, VeneerError
-from veneer.formats import metadata
+from veneer.files.hashes import verify_hashes
 from veneer.formats import read as reader
 from veneer.formats.card import CARD_FILE, CardFile, file_digest, read_card
 from veneer.formats.facts import facts
@@ -114,7 +114,7 @@ def _header_hashes(path: Path) -> list[AdapterCheck]:
     if path.is_dir() or path.suffix != ".safetensors":
         return []
     try:
-        found = metadata.verify(path)
+        found = verify_hashes(path)
     except VeneerError:
         return []  # what is wrong with the file is said by reading it
     if not found:

@@ -30,7 +30,7 @@ from veneer.core.mix import Mixed, Part, Weights, mix, strengthened
 from veneer.core.rounding import DTYPES
 from veneer.core.truncate import Bound, distance, factors, inner, like, low_rank, rebuilt
 from veneer.errors import AdapterError, BaseError, ConfigError
-from veneer.files.checkpoint import Checkpoint, components
+from veneer.files.weights import Checkpoint, checkpoint_parts
 from veneer.formats import convert
 from veneer.formats.blocks import block_of, parse_blocks
 from veneer.formats.convert import target_of
@@ -342,7 +342,7 @@ def _weights(base: str | Path | None) -> Weights | None:
     """The base's weights by an adapter's names: of a pipeline's folder with the component in front."""
     if base is None:
         return None
-    parts = components(Path(base))
+    parts = checkpoint_parts(Path(base))
 
     def weight(name: str) -> Tensor | None:
         part, rest = (parts[""], name) if "" in parts else (parts.get(name.partition(".")[0]), name.partition(".")[2])

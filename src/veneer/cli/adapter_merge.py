@@ -84,9 +84,9 @@ def merge_command(
     from veneer.adapters.merge import merge
     from veneer.adapters.use import adapter_path, parse_spec
     from veneer.core.rounding import DTYPES
+    from veneer.files.weights import stored_dtype, tensor_table
     from veneer.models.sources import find_base
     from veneer.models.text.base import load_text
-    from veneer.models.weights import stored_dtype, tensor_table
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"there is no dtype {dtype!r}", fix=", ".join(DTYPES))

@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all, whatever happens while they are written.
 
-A file is written beside its place, flushed to the disk, and renamed there; a new folder likewise. Knows bytes and
-paths; nothing of what is in them.
+A file is written beside its place, flushed to the disk, and renamed there; a new folder likewise. `atomic_write` and
+`put_folder` raise veneer's errors, `replace_file` and `new_folder` the system's, for callers that have their own words.
+Knows bytes and paths; nothing of what is in them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ from pathlib import Path
 
 from veneer.errors import AdapterError, ResourceError
 
-__all__ = ["Staged", "as_veneer_error", "atomic_write", "flush_folder", "new_folder", "put_folder", "stage"]
+__all__ = [
+    "Staged",
+    "atomic_write",
+    "flush_folder",
+    "new_folder",
+    "put_folder",
+    "replace_file",
+    "stage",
+    "write_all",
+    "writing",
+]
 
 
 @dataclass
@@ -28,11 +39,13 @@ class Staged:
     path: Path
 
     def commit(self) -> None:
+        """Raises as `atomic_write`; the staged file is gone then too."""
         try:
-            _rename(self.temporary, self.path)
-        except OSError as error:
+            with writing(self.path):
+                os.replace(self.temporary, self.path)
+        except BaseException:
             self.discard()
-            raise as_veneer_error(error, self.path) from error
+            raise
         flush_folder(self.path.parent)
 
     def discard(self) -> None:
@@ -44,22 +57,9 @@ def stage(path: str | Path, chunks: Iterable[bytes | memoryview]) -> Staged:
     """Write a file's bytes beside `path` without touching it, so that several files can be staged (all the space they
     need taken) before the first one is replaced. Errors as `atomic_write`."""
     path = Path(path)
-    staged = Staged(path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp"), path)
-    try:
-        fd = os.open(staged.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            for chunk in chunks:
-                view = memoryview(chunk).cast("B")
-                while view:
-                    view = view[_write(fd, view[: 1 << 26]) :]
-            _fsync(fd)
-        finally:
-            os.close(fd)
-    except BaseException as error:
-        staged.discard()
-        if isinstance(error, OSError):
-            raise as_veneer_error(error, path) from error
-        raise
+    staged = Staged(_beside(path), path)
+    with writing(path):
+        _fill(staged.temporary, chunks, 0o666)
     return staged
 
 
@@ -69,6 +69,45 @@ def atomic_write(path: str | Path, chunks: Iterable[bytes | memoryview]) -> None
     After any failure the old file is untouched and nothing is left behind. ResourceError when the disk is full,
     AdapterError for any other refusal."""
     stage(path, chunks).commit()
+
+
+def replace_file(path: str | Path, chunks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
+    """As `atomic_write`, with the system's own OSError. `mode`: the file's rights, before the umask."""
+    path = Path(path)
+    temporary = _beside(path)
+    _fill(temporary, chunks, mode)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def write_all(fd: int, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write every byte of `chunks` to an open file, and flush it to the disk. Raises OSError."""
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        while view:
+            view = view[os.write(fd, view[: 1 << 26]) :]
+    os.fsync(fd)
+
+
+def _fill(path: Path, chunks: Iterable[bytes | memoryview], mode: int) -> None:
+    """A new file with these bytes, flushed; nothing is left of it after an error."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        write_all(fd, chunks)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+    finally:
+        os.close(fd)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def flush_folder(folder: Path) -> None:
@@ -81,27 +120,26 @@ def flush_folder(folder: Path) -> None:
             os.close(fd)
 
 
-# Separate names so that a test can make each of them fail.
-_write = os.write
-_fsync = os.fsync
-_rename = os.replace
-
-
-def as_veneer_error(error: OSError, path: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
-        return ResourceError(
-            f"no room to write: {error.strerror}; nothing was changed",
-            where=str(path),
-            fix="free some space, or write elsewhere",
-        )
-    return AdapterError(f"cannot write: {error.strerror or error}; nothing was changed", where=str(path))
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """The system's errors while `path` is written, as ResourceError for a full disk and AdapterError for the rest."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM):
+            raise ResourceError(
+                f"no room to write: {error.strerror}; nothing was changed",
+                where=str(path),
+                fix="free some space, or write elsewhere",
+            ) from error
+        raise AdapterError(f"cannot write: {error.strerror or error}; nothing was changed", where=str(path)) from error
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill that takes the name `folder` in one rename at the end of the with-block, or leaves nothing
-    behind. An empty folder may be there already. Errors as `atomic_write`."""
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
+    behind. An empty folder may be there already. Raises OSError."""
+    temporary = _beside(folder)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -109,10 +147,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
             folder.rmdir()
         temporary.rename(folder)
         flush_folder(folder.parent)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise as_veneer_error(error, folder) from error
         raise
 
 
@@ -122,7 +158,7 @@ def put_folder(folder: Path, contents: Mapping[str, list[bytes | memoryview]], *
     if folder.exists() and not folder.is_dir():
         raise AdapterError("a file is in the way of the folder", where=str(folder))
     if not folder.is_dir():
-        with new_folder(folder) as temporary:
+        with writing(folder), new_folder(folder) as temporary:
             for name, chunks in contents.items():
                 atomic_write(temporary / name, chunks)
         return

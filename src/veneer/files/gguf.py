@@ -5,8 +5,9 @@
     entry  = name | dimensions u32 | sizes u64… (the innermost first) | type u32 | offset u64, in the data, aligned
 
 Little endian, versions 2 and 3. The gguf package's own reader follows counts past the end of a file without an error,
-for hours; here every count is held against the bytes that are left before it is believed. Knows bytes and tensors;
-nothing of adapters. Source: the GGUF specification of ggml.
+for hours; here every count is held against the bytes that are left before it is believed. torch is imported only where
+a tensor is read or written. Knows bytes and tensors; nothing of adapters or models. Source: ggml's
+specification.
 """
 
 from __future__ import annotations
@@ -17,76 +18,99 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from veneer.errors import AdapterError, UnsafeFileError
 from veneer.files.atomic import atomic_write
-from veneer.files.tensors import MAX_TENSORS, name_problem
+from veneer.files.safetensors import MAX_TENSORS, name_problem
 
-__all__ = ["GgufFile", "Stored", "read_gguf_file", "write_gguf_file"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GgufEntry", "GgufFile", "SkippedArray", "read_gguf_file", "write_gguf_file"]
 
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 MAX_TEXT, MAX_TEXTS = 16 << 20, 1 << 22
+LONG_ARRAY = 4096
+"""Entries, more than any array has that is not a tokenizer's."""
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
-DTYPES: dict[int, torch.dtype] = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
-NAMES: dict[torch.dtype, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+DTYPES = {0: "float32", 1: "float16", 28: "float64", 30: "bfloat16"}
+NUMPY = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
+"""numpy's dtype of what is stored as plain numbers."""
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor of a header. `shape` is outermost first; [begin, end) counts from the start of the file."""
+class GgufEntry:
+    """One tensor of a header. `type` and `kind`: ggml's number and name of its type. `shape` is outermost first;
+    [begin, end) counts from the start of the file."""
 
     type: int
+    kind: str
     shape: tuple[int, ...]
     begin: int
     end: int
 
 
+@dataclass(frozen=True)
+class SkippedArray:
+    """A tokenizer's array of which only the number of entries was read."""
+
+    count: int
+
+
 @dataclass
 class GgufFile:
-    """A checked header, and the file behind it."""
+    """A checked header, and the file behind it. `types`: of each field, (type,) or (9, type of the entries)."""
 
+    version: int
     fields: dict[str, Any]
-    entries: dict[str, Stored]
+    types: dict[str, tuple[int, ...]]
+    entries: dict[str, GgufEntry]
     data: mmap.mmap
     where: str
 
+    def raw(self, name: str) -> np.ndarray:
+        """A tensor as it lies in the file: its numbers, or the bytes of its blocks, row by row (…, bytes of a row)."""
+        entry = self.entries[name]
+        dtype = np.dtype(NUMPY.get(entry.type, "u1")).newbyteorder("<")
+        count = (entry.end - entry.begin) // dtype.itemsize
+        flat = np.frombuffer(self.data, dtype=dtype, count=count, offset=entry.begin)
+        return flat.reshape(entry.shape if entry.type in NUMPY else (*entry.shape[:-1], -1))
+
     def tensor(self, name: str) -> Tensor:
         """A tensor as stored, float32, float16 or bfloat16; a quantised one dequantised to float32."""
+        import torch
+
         entry = self.entries[name]
-        raw = np.frombuffer(self.data, dtype=np.uint8, count=entry.end - entry.begin, offset=entry.begin)
-        if not len(raw):
+        if entry.begin == entry.end:
             return torch.empty(entry.shape)
+        raw = np.frombuffer(self.data, dtype=np.uint8, count=entry.end - entry.begin, offset=entry.begin)
         if entry.type in DTYPES:
-            return torch.from_numpy(raw.copy()).view(DTYPES[entry.type]).reshape(entry.shape)
+            return torch.from_numpy(raw.copy()).view(getattr(torch, DTYPES[entry.type])).reshape(entry.shape)
         import gguf
 
-        kind = gguf.GGMLQuantizationType(entry.type)
         try:
-            return torch.from_numpy(gguf.quants.dequantize(raw.reshape(*entry.shape[:-1], -1), kind)).reshape(
-                entry.shape
-            )
+            values = gguf.quants.dequantize(raw.reshape(*entry.shape[:-1], -1), gguf.GGMLQuantizationType(entry.type))
         except NotImplementedError:
-            raise AdapterError(f"{name} is {kind.name}, which cannot be dequantised here", where=self.where) from None
+            raise AdapterError(f"{name} is {entry.kind}, which cannot be dequantised here", where=self.where) from None
+        return torch.from_numpy(values).reshape(entry.shape)
 
 
 class _Cursor:
     """Reads forward through a file and never past its end."""
 
-    def __init__(self, data: mmap.mmap, where: str):
-        self.data, self.where, self.at = data, where, 0
+    def __init__(self, data: mmap.mmap, where: str, at: int, long_arrays: bool) -> None:
+        self.data, self.where, self.at, self.long_arrays = data, where, at, long_arrays
 
     def left(self) -> int:
         return len(self.data) - self.at
 
     def fail(self, what: str) -> UnsafeFileError:
         return UnsafeFileError(
-            f"the GGUF header does not add up: {what} at byte {self.at:,}",
+            f"the GGUF header does not add up, the file is cut short or damaged: {what} at byte {self.at:,}",
             where=self.where,
             fix="download or copy the file again; if that does not help, it was written wrongly",
         )
@@ -117,12 +141,13 @@ class _Cursor:
         except UnicodeDecodeError:
             raise self.fail("a text that is not UTF-8") from None
 
-    def value(self, kind: int) -> Any:
-        """A text, a number, an array of numbers (numpy's, in place) or of texts. Nobody writes arrays of arrays."""
+    def value(self, kind: int) -> tuple[Any, tuple[int, ...]]:
+        """A text, a number, an array of numbers (numpy's, in place) or of texts; and its types. Nobody writes arrays of
+        arrays."""
         if kind == TEXT:
-            return self.text()
+            return self.text(), (kind,)
         if kind in SCALARS:
-            return self.take(SCALARS[kind])
+            return self.take(SCALARS[kind]), (kind,)
         if kind != ARRAY:
             raise self.fail(f"a value of type {kind}")
         inner = self.take("I")
@@ -131,14 +156,37 @@ class _Cursor:
             n = self.count(dtype.itemsize, "numbers")
             values = np.frombuffer(self.data, dtype=dtype, count=n, offset=self.at)
             self.at += n * dtype.itemsize
-            return values
+            return (values if self._whole(n) else SkippedArray(n)), (kind, inner)
         if inner == TEXT and (n := self.count(8, "texts")) <= MAX_TEXTS:
-            return [self.text() for _ in range(n)]
+            return self._texts(n), (kind, inner)
         raise self.fail(f"an array of {'absurdly many texts' if inner == TEXT else f'type {inner}'}")
 
+    def _whole(self, n: int) -> bool:
+        return self.long_arrays or n <= LONG_ARRAY
 
-def read_gguf_file(path: str | Path) -> GgufFile:
-    """The checked header of a GGUF file; tensors are read from it one by one.
+    def _texts(self, n: int) -> list[str] | SkippedArray:
+        """As `text` for each, in one pass: a vocabulary has hundreds of thousands."""
+        data, at, end, out = memoryview(self.data), self.at, len(self.data), []
+        whole = self._whole(n)
+        for _ in range(n):
+            length = int.from_bytes(data[at : at + 8], "little")
+            if length > MAX_TEXT or at + 8 + length > end:
+                self.at = at
+                raise self.fail(f"a text of {length:,} bytes, and {max(end - at - 8, 0):,} are left: truncated")
+            if whole:
+                try:
+                    out.append(str(data[at + 8 : at + 8 + length], "utf-8"))
+                except UnicodeDecodeError:
+                    self.at = at
+                    raise self.fail("a text that is not UTF-8") from None
+            at += 8 + length
+        self.at = at
+        return out if whole else SkippedArray(n)
+
+
+def read_gguf_file(path: str | Path, *, long_arrays: bool = True) -> GgufFile:
+    """The checked header of a GGUF file; tensors are read from it one by one. Without `long_arrays` the arrays of a
+    tokenizer become `SkippedArray`s.
 
     AdapterError for a file that is something else or of another version; UnsafeFileError for a header that claims what
     the file does not hold: counts, texts, names, shapes, types, offsets, overlaps."""
@@ -163,23 +211,24 @@ def read_gguf_file(path: str | Path) -> GgufFile:
             where=where,
             fix="convert it again with today's llama.cpp",
         )
-    cursor = _Cursor(data, where)
-    cursor.at = 8
+    cursor = _Cursor(data, where, 8, long_arrays)
     tensors = cursor.count(24, "tensors")
     fields: dict[str, Any] = {}
+    types: dict[str, tuple[int, ...]] = {}
     if tensors > MAX_TENSORS:
         raise cursor.fail(f"{tensors:,} tensors are claimed; at most {MAX_TENSORS:,} are read")
     for _ in range(cursor.count(13, "fields")):
         key = cursor.text()
         if key in fields:
             raise cursor.fail(f"the field {key[:80]!r} appears twice")
-        fields[key] = cursor.value(cursor.take("I"))
+        fields[key], types[key] = cursor.value(cursor.take("I"))
     alignment = fields.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 16 or alignment & (alignment - 1):
         raise cursor.fail(f"general.alignment = {alignment!r}, which is no power of two")
     raw = [_entry(cursor) for _ in range(tensors)]
     start_of_data = -(-cursor.at // alignment) * alignment
-    return GgufFile(fields, _placed(raw, start_of_data, alignment, cursor), data, where)
+    entries = _placed(raw, start_of_data, alignment, cursor)
+    return GgufFile(version, fields, types, entries, data, where)
 
 
 def _entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
@@ -197,11 +246,11 @@ def _entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
 
 def _placed(
     raw: list[tuple[str, int, tuple[int, ...], int]], start: int, alignment: int, cursor: _Cursor
-) -> dict[str, Stored]:
+) -> dict[str, GgufEntry]:
     import gguf
 
     sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-    out: dict[str, Stored] = {}
+    out: dict[str, GgufEntry] = {}
     for name, kind, shape, offset in raw:
         if name in out:
             raise cursor.fail(f"the tensor {name!r} appears twice")
@@ -211,7 +260,9 @@ def _placed(
         if shape[-1] % block or offset % alignment:
             raise cursor.fail(f"{name!r} {shape} at {offset:,} is not whole blocks of {block}, or not aligned")
         begin = start + offset
-        out[name] = Stored(kind, shape, begin, begin + math.prod(shape) * width // block)
+        out[name] = GgufEntry(
+            kind, gguf.GGMLQuantizationType(kind).name, shape, begin, begin + math.prod(shape) * width // block
+        )
     at, last = start, "the header"
     for name, entry in sorted(out.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin < at:
@@ -225,6 +276,9 @@ def _placed(
 def write_gguf_file(path: str | Path, fields: Mapping[str, str | float | int], tensors: Mapping[str, Tensor]) -> None:
     """Write a GGUF file of version 3 atomically: texts, floats (as f32) and whole numbers (as u32), and float32,
     float16 and bfloat16 tensors. Equal contents give equal bytes."""
+    import torch
+
+    types = {getattr(torch, name): number for number, name in DTYPES.items() if name != "float64"}
     head = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(fields))]
     for key, value in fields.items():
         head.append(_text(key))
@@ -237,7 +291,7 @@ def write_gguf_file(path: str | Path, fields: Mapping[str, str | float | int], t
     for name, tensor in tensors.items():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         sizes = tensor.shape[::-1]
-        head.append(_text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, NAMES[tensor.dtype], at))
+        head.append(_text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, types[tensor.dtype], at))
         size = flat.numel() * flat.element_size()
         data += [memoryview(flat.view(torch.uint8).numpy()), b"\0" * (-size % ALIGNMENT)]  # type: ignore[arg-type]
         at += size + -size % ALIGNMENT

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import AdapterError
-from veneer.files.header import Header, read_header
+from veneer.files.safetensors import Header, encode_tensors, packed_header, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Check", "Hashes", "hashes", "sealed", "short_hash", "verify"]
+__all__ = ["HashCheck", "Hashes", "hashes", "sealed", "short_hash", "verify_hashes"]
 
 WINDOW = (0x100000, 0x110000)
 _CHUNK = 1 << 20
@@ -51,7 +51,7 @@ class Hashes:
 
 
 @dataclass(frozen=True)
-class Check:
+class HashCheck:
     """A hash stored in a header and the one found. `holds` is None where it cannot be recomputed; `note` says why."""
 
     key: str
@@ -105,8 +105,6 @@ def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     """The metadata with every hash that is stored in a header, for a file of these tensors as `write_tensors` has them.
 
     The last step before writing: a later change of an `ss_` key makes the legacy hash untrue."""
-    from veneer.files.tensors import encode_tensors
-
     data = encode_tensors(tensors)[2:]
     model = hashlib.sha256()
     for chunk in data:
@@ -125,12 +123,7 @@ def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
 def _with_empty_metadata(header: bytes | memoryview) -> bytes:
     """As safetensors writes a file that has metadata, with none in it: `ss_` keys or not, the hash counts this."""
     table = {"__metadata__": {}, **json.loads(bytes(header))}
-    return _padded(table)
-
-
-def _padded(table: Mapping[str, Any]) -> bytes:
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    return text + b" " * (-len(text) % 8)
+    return packed_header(table)
 
 
 def _legacy(chunks: Iterable[bytes | memoryview]) -> str:
@@ -142,7 +135,7 @@ def _legacy(chunks: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()[:8]
 
 
-def verify(path: str | Path) -> list[Check]:
+def verify_hashes(path: str | Path) -> list[HashCheck]:
     """Every hash stored in the header of a safetensors file, recomputed. Errors as `read_header`.
 
     One that does not hold is no error here: the caller decides. OneTrainer's `hash_sha256` is of the tensors by name
@@ -167,12 +160,12 @@ def verify(path: str | Path) -> list[Check]:
                         key == "sshs_model_hash" and len(plain) == 12 and model.startswith(plain)
                     )
                     note = "" if holds else _other_order(file, header, plain)
-                    checks.append(Check(key, value, model, holds, note))
+                    checks.append(HashCheck(key, value, model, holds, note))
                     continue
                 found, sure = _legacy_of(file, header)
                 holds = plain == found
                 note = "" if holds or sure else "the header reaches into the hashed bytes, and its order is lost"
-                checks.append(Check(key, value, found, holds if holds or sure else None, note))
+                checks.append(HashCheck(key, value, found, holds if holds or sure else None, note))
     except OSError as error:
         raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
     return checks
@@ -195,7 +188,7 @@ def _legacy_of(file: Any, header: Header) -> tuple[str, bool]:
         "__metadata__": {k: v for k, v in sorted(header.metadata.items()) if k.startswith("ss_")},
         **{name: {"dtype": e.kind, "shape": list(e.shape), "data_offsets": [e.begin, e.end]} for name, e in by_place},
     }
-    text = _padded(table)
+    text = packed_header(table)
     data_at = 8 + len(text)
     begin, end = (max(0, edge - data_at) for edge in WINDOW)
     file.seek(header.data_start + begin)

@@ -1,8 +1,8 @@
 """Tensors out of `.bin`, `.pt`, `.pth` and `.ckpt` files, which are pickles: only where the caller asks for it.
 
 The file goes through torch's weights-only loader, which builds tensors, numbers, texts, lists and dicts and refuses
-all other names: nothing of the file is run. What comes out is held to the rules of a safetensors file: names, sizes
-that the file really holds, finite values. Layouts: a state dict, one under `state_dict`, nested dicts (joined by dots),
+all other names: nothing of the file is run. What comes out is held to the rules of a safetensors file: names, and sizes
+that the file really holds. Layouts: a state dict, one under `state_dict`, nested dicts (joined by dots),
 and the list of cloneofsimo's `lora_weight.pt`: [up₀, down₀, up₁, …]. Knows pickles and tensors; nothing of adapters.
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, UnsafeFileError
-from veneer.files.tensors import check_finite, name_problem
+from veneer.files.safetensors import name_problem
 
 __all__ = ["read_pickle"]
 
@@ -28,11 +28,11 @@ MAX_TENSORS, MAX_DEPTH = 100_000, 6
 _WRAPPERS = ("state_dict", "model_state_dict", "lora_state_dict")
 
 
-def read_pickle(path: str | Path, *, finite: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a pickle, sorted by name, and its texts and numbers as metadata, like `container.read_tensors`.
+def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a pickle, sorted by name, and its texts and numbers as metadata, like `read_tensors`.
 
     Raises UnsafeFileError for a pickle that names anything but tensors and plain values, or an archive that unpacks to
-    more than it holds; one AdapterError that lists everything of another kind, misnamed, or not finite."""
+    more than it holds; one AdapterError that lists everything of another kind or misnamed."""
     path, where = Path(path), str(path)
     try:
         size = path.stat().st_size
@@ -70,10 +70,7 @@ def read_pickle(path: str | Path, *, finite: bool = True) -> tuple[dict[str, Ten
         raise AdapterError(f"the pickle holds what no adapter does:\n{shown}{more}", where=where)
     if not found:
         raise AdapterError("the pickle holds no tensors", where=where)
-    tensors = {name: t.contiguous() for name, t in sorted(found.items())}
-    if finite:
-        check_finite(tensors, where=where)
-    return tensors, metadata
+    return {name: t.contiguous() for name, t in sorted(found.items())}, metadata
 
 
 def _check_archive(path: Path, size: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from veneer.core.adapter import Adapter, Card
 from veneer.errors import AdapterError
-from veneer.files.header import strict_json
+from veneer.files.safetensors import strict_json
 
 __all__ = ["CARD_FILE", "README_FILE", "CardFile", "card_bytes", "file_digest", "is_ours", "read_card", "readme_bytes"]
 

@@ -34,7 +34,7 @@ from veneer.errors import AdapterError
 from veneer.files.atomic import Staged, atomic_write
 from veneer.files.gguf import read_gguf_file
 from veneer.files.hashes import Hashes, hashes, sealed
-from veneer.files.tensors import check_finite, encode_tensors
+from veneer.files.safetensors import encode_tensors
 from veneer.formats import peft
 from veneer.formats.fused import trimmed
 from veneer.formats.gguf import read_gguf, write_gguf
@@ -44,6 +44,7 @@ from veneer.formats.metadata import family_of, metadata_of, pack_configs
 from veneer.formats.names import choose_family
 from veneer.formats.placing import leaves_of
 from veneer.formats.read import read_state
+from veneer.formats.tensors import check_finite
 from veneer.formats.topology import Family, families
 from veneer.formats.write_check import differences, relative_error
 from veneer.formats.write_diffusers import diffusers_tensors

@@ -25,7 +25,7 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Card, Pair, alpha_of, scale_of
 from veneer.errors import AdapterError, nearest
 from veneer.files.gguf import read_gguf_file, write_gguf_file
-from veneer.files.tensors import check_finite
+from veneer.formats.tensors import check_finite
 
 __all__ = ["ARCHITECTURES", "GgufAdapter", "read_gguf", "write_gguf"]
 

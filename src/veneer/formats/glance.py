@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from veneer.core.adapter import Adapter, Pair, scale_of
 from veneer.errors import AdapterError
-from veneer.files.header import Entry, read_header
+from veneer.files.safetensors import HeaderEntry, read_header
 from veneer.formats import peft_config as cfg
 from veneer.formats.adapter_names import named_adapters
 from veneer.formats.card import CARD_FILE, read_card
@@ -48,7 +48,7 @@ _AB = {role: re.compile(ROLES[role]) for role in "AB"}
 class _Stored:
     """A tensor that is only looked at: what a torch tensor would say of itself, and its bytes."""
 
-    entry: Entry
+    entry: HeaderEntry
     raw: bytes
 
     @property

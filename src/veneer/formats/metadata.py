@@ -19,23 +19,17 @@ from typing import Any
 
 from veneer.core.adapter import Card
 from veneer.errors import AdapterError
-from veneer.files.hashes import Check, Hashes, hashes, sealed, verify
 
 __all__ = [
     "ARCHITECTURES",
-    "Check",
-    "Hashes",
     "card_of",
     "family_of",
-    "hashes",
     "json_value",
     "metadata_of",
     "pack_configs",
-    "sealed",
     "training_metadata",
     "trigger_words",
     "unpack_configs",
-    "verify",
 ]
 
 SAI, BFL = "https://github.com/Stability-AI/generative-models", "https://github.com/black-forest-labs/flux"

@@ -31,11 +31,11 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Card
 from veneer.errors import AdapterError, UnsafeFileError
-from veneer.files.tensors import PICKLE_SUFFIXES, read_tensors
 from veneer.formats.card import CARD_FILE, read_card
 from veneer.formats.peft_config import CONFIG_FILE, TENSOR_FILE, read_config
 from veneer.formats.peft_read import Base, Loaded, interpret
 from veneer.formats.peft_write import Written, encode, write
+from veneer.formats.tensors import read_adapter_tensors
 
 __all__ = [
     "CONFIG_FILE",
@@ -85,14 +85,9 @@ def open_folder(folder: str | Path, *, file: Path | None = None, from_pickle: bo
     folder = Path(folder)
     config = read_config(folder)
     file = file or _tensor_file(folder, from_pickle)
-    if from_pickle and file.suffix.lower() in PICKLE_SUFFIXES:
-        from veneer.files.pickles import read_pickle
-
-        tensors, _ = read_pickle(file)
-    else:
-        tensors, _ = read_tensors(file)
+    tensors, _ = read_adapter_tensors(file, from_pickle=from_pickle)
     card = read_card(folder).card if (folder / CARD_FILE).is_file() else None
-    return Opened(config, dict(tensors), card)
+    return Opened(config, tensors, card)
 
 
 def _tensor_file(folder: Path, from_pickle: bool) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 from veneer.core.adapter import Card
 from veneer.errors import AdapterError, UnsafeFileError, nearest, shown
-from veneer.files.header import strict_json
+from veneer.files.safetensors import strict_json
 
 __all__ = [
     "CONFIG_FILE",

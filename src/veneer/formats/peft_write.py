@@ -21,13 +21,14 @@ from torch import Tensor
 from veneer.core.adapter import Adapter, Pair, alpha_of, scale_of
 from veneer.errors import AdapterError
 from veneer.files.atomic import put_folder
-from veneer.files.tensors import check_finite, encode_tensors
+from veneer.files.safetensors import encode_tensors
 from veneer.formats import card as cards
 from veneer.formats.peft_bias import bias_problems, bias_switch, bias_tensors
 from veneer.formats.peft_config import CONFIG_FILE, DUMMY_TARGETS, RANK_MAJOR, TENSOR_FILE, unsloth_marks
 from veneer.formats.peft_experts import EXPERT_ORDER
 from veneer.formats.peft_read import PREFIX, Base, interpret
 from veneer.formats.structure import Structure, describe
+from veneer.formats.tensors import check_finite
 
 __all__ = ["Written", "encode", "write"]
 

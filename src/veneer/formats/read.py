@@ -20,7 +20,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter
 from veneer.errors import AdapterError
-from veneer.files.tensors import PICKLE_SUFFIXES, read_tensors
+from veneer.files.safetensors import PICKLE_SUFFIXES
 from veneer.formats import peft
 from veneer.formats import peft_config as cfg
 from veneer.formats.adapter_names import one_adapter
@@ -30,6 +30,7 @@ from veneer.formats.metadata import card_of, family_of, unpack_configs
 from veneer.formats.names import Choice, choose_family, is_image, near
 from veneer.formats.placing import Placer, alphas_of_blocks, leaves_of, outline
 from veneer.formats.read_lists import TOKEN_EMBEDDING, is_list, list_modules, list_words
+from veneer.formats.tensors import read_adapter_tensors
 from veneer.formats.topology import Place, families
 
 __all__ = ["How", "Reading", "read", "read_state", "tensor_file"]
@@ -90,12 +91,7 @@ def read(
         opened = peft.open_folder(path.parent, file=path, from_pickle=from_pickle)
         if any(key.startswith("base_model.model.") for key in opened.tensors):
             return _from_peft(opened, path, base, family, moe_layout, adapter_name)
-    if from_pickle and path.suffix.lower() in PICKLE_SUFFIXES:
-        from veneer.files.pickles import read_pickle
-
-        tensors, metadata = read_pickle(path)
-    else:
-        tensors, metadata = read_tensors(path)
+    tensors, metadata = read_adapter_tensors(path, from_pickle=from_pickle)
     tensors = one_adapter(tensors, adapter_name, where=str(path))
     return read_state(tensors, metadata, where=str(path), allow_partial=allow_partial, base=base, family=family)
 

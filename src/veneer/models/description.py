@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.files.weights import file_table, stored_dtype, tensor_table
 from veneer.models.device import choose_device, choose_dtype
 from veneer.models.fingerprint import fingerprint
 from veneer.models.image.base import Components, default_size, prediction_of, vae_scale
@@ -27,7 +28,6 @@ from veneer.models.image.files import (
 from veneer.models.loading import loading
 from veneer.models.sources import is_image_base
 from veneer.models.text.base import end_of_turn, read_base_config, read_tokenizer
-from veneer.models.weights import file_table, stored_dtype, tensor_table
 
 __all__ = ["describe_base"]
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.files.atomic import replace_file
+from veneer.files.weights import StoredTensor, digests, tensor_table
 from veneer.models.home import veneer_home
-from veneer.models.weights import StoredTensor, digests, tensor_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -167,13 +166,5 @@ def _home_place(path: Path) -> Path:
 
 
 def _write(place: Path, text: str) -> None:
-    if not place.parent.is_dir():
-        place.parent.mkdir(parents=True)
-    handle, name = tempfile.mkstemp(dir=place.parent, prefix=place.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
-        os.replace(name, place)
-    except BaseException:
-        os.unlink(name)
-        raise
+    place.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(place, [text.encode()], mode=0o600)

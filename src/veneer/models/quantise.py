@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from veneer.core.targets import expert_parameters
 from veneer.errors import BaseError, ConfigError, nearest
+from veneer.files.weights import StoredTensor
 from veneer.models.compat_transformers import TRANSFORMERS, register_quantiser
 from veneer.models.loading import loading
-from veneer.models.weights import StoredTensor
 from veneer.ops.codes import KINDS, SAVED_KINDS, Blocks4, Rows8, dynamic_map, table
 from veneer.ops.cpu import memory
 from veneer.ops.quantised import Quantised, quantise

@@ -24,6 +24,7 @@ from veneer.ops.sizes import grouped_rows, key_ranges
 
 __all__ = ["RowLayout", "attention", "rotary_attention", "rotate", "softmax_backward"]
 
+
 @dataclass(frozen=True)
 class _Group:
     """Rows attended to together, as `rows` × `length` places, shorter rows padded at their end.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import ConfigError, ResourceError
+from veneer.files.atomic import replace_file
 from veneer.models.device import thread_count
 from veneer.models.home import veneer_home
 from veneer.plan.memory import Load, text_memory
@@ -83,9 +84,7 @@ def write_calibration(record: Calibration) -> Path:
     except (FileNotFoundError, ValueError):
         records = {}
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(".new")
-    scratch.write_text(json.dumps({**records, record.device: asdict(record)}, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(file)
+    replace_file(file, [(json.dumps({**records, record.device: asdict(record)}, indent=1) + "\n").encode()])
     return file
 
 

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from veneer.errors import AdapterError, CheckpointError, ResourceError
-from veneer.files.tensors import encode_tensors, read_tensors
+from veneer.files.atomic import flush_folder, replace_file
+from veneer.files.safetensors import encode_tensors, read_tensors
 
 __all__ = [
     "Progress",
@@ -124,9 +125,8 @@ def save(
                 "files": digests,
             }
             _write(temporary / "state.json", [(json.dumps(state, indent=1, sort_keys=True) + "\n").encode()])
-            _sync(temporary)
             os.rename(temporary, final)
-            _sync(directory)
+            flush_folder(directory)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -291,45 +291,31 @@ def _after_space(where: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: temporary file beside it, sync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Writes a file whole or not at all. Errors as `disk_errors`."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(temporary, [content])
-            os.replace(temporary, path)
-            _sync(path.parent)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a run that was killed; a folder has one at a time
+            left.unlink(missing_ok=True)
+        replace_file(path, [content])
 
 
 def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
     """Writes and syncs; returns the sha256 of what was written."""
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
+
+    def seen() -> Iterator[bytes | memoryview]:
         for chunk in chunks:
-            file.write(chunk)
             digest.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+            yield chunk
+
+    replace_file(path, seen())
     return digest.hexdigest()
-
-
-def _sync(directory: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         # Not finite is no error here: an optimizer may hold infinities, and the loop has checked the parameters.
-        return read_tensors(path, finite=False)[0]
+        return read_tensors(path)[0]
     except AdapterError as error:
         raise CheckpointError(f"cannot be read: {error.what}", where=str(path)) from error
 

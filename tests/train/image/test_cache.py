@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from tests.train.make_pictures import put, scene, settings
 from veneer.errors import DataError, ResourceError
-from veneer.files import atomic
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.cache import CacheEntry, LatentCache, TextCache
 from veneer.train.image.pictures import TrainingPicture, read_pictures
@@ -174,7 +174,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic, "_write", full)
+    monkeypatch.setattr(os, "write", full)
     with pytest.raises(ResourceError, match="no room to write"):
         LatentCache(tmp_path / "cache", fingerprint="b").get(one(tmp_path / "p"), VIEW, settings(), Encoder())
     (tmp_path / "file").write_bytes(b"")

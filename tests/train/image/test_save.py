@@ -16,7 +16,7 @@ from tests.tiny_image_base import tiny_image_base
 from tests.train.tiny_pictures import drawings, run
 from veneer.core.attach import attach
 from veneer.errors import AdapterError
-from veneer.files.tensors import read_tensors
+from veneer.files.safetensors import read_tensors
 from veneer.formats import convert, peft
 from veneer.formats.read import read
 from veneer.models.image.base import load_image, pipeline

@@ -17,9 +17,9 @@ from tests.tiny_image_base import tiny_image_base
 from tests.train.tiny_pictures import run
 from veneer.core.attach import attach
 from veneer.errors import CheckpointError, Interrupted, PreflightError
-from veneer.files.tensors import read_tensors
+from veneer.files.hashes import verify_hashes
+from veneer.files.safetensors import read_tensors
 from veneer.formats.card import read_card
-from veneer.formats.metadata import verify
 from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image
 from veneer.train import checkpoint
@@ -121,7 +121,7 @@ def test_the_files_metadata_is_what_readers_of_such_files_look_for(whole: Whole)
     assert metadata["modelspec.trigger_phrase"] == "sks"
     assert metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
     assert metadata["ss_timestep_sampling"] == "logit-normal"
-    assert all(check.holds is not False for check in verify(path))
+    assert all(check.holds is not False for check in verify_hashes(path))
 
 
 def metadata_count(metadata: dict[str, str], tag: str) -> int:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from veneer.errors import BaseError, MissingExtraError, lacks_memory
+from veneer.files.weights import COMPONENT_STEMS, StoredTensor, component_files, file_table, stored_dtype
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.device import check_memory, choose_device, choose_dtype
 from veneer.models.fingerprint import fingerprint_parts, shaping_fields
@@ -35,7 +36,6 @@ from veneer.models.image.families import FAMILIES, ImageFamily, denoiser_family,
 from veneer.models.loading import check_loaded, errors_only, loading
 from veneer.models.quantise import lazy_state, load_part, load_state, saved_kind
 from veneer.models.sources import find_base
-from veneer.models.weights import StoredTensor, file_table, pickles_refused, stored_dtype
 
 __all__ = [
     "INDEX",
@@ -61,7 +61,6 @@ _LARGE_ENCODERS = {
     *("T5EncoderModel", "Mistral3ForConditionalGeneration", "Qwen3ForCausalLM"),
     "Qwen2_5_VLForConditionalGeneration",
 }
-_WRITTEN = ("diffusion_pytorch_model", "model")
 _NOT_SHAPE = {"sample_size", "force_upcast", "quantization_config"}
 
 
@@ -213,30 +212,8 @@ def _has_weights(classname: str) -> bool:
 
 def table_of(folder: Path) -> tuple[list[StoredTensor], str]:
     """The stored tensors of a component, and the variant where only one is there."""
-    for variant in ("", ".fp16"):
-        for stem in _WRITTEN:
-            index = folder / f"{stem}.safetensors.index{variant}.json"
-            if index.exists():
-                return file_table(_shards(index)), variant.removeprefix(".")
-            if (folder / f"{stem}{variant}.safetensors").exists():
-                return file_table([folder / f"{stem}{variant}.safetensors"]), variant.removeprefix(".")
-    raise pickles_refused(folder)
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [index.parent / Path(name).name for name in names]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BaseError("the index of the weight files cannot be read", where=str(index)) from error
-    missing = [f.name for f in files if not f.exists()]
-    if missing:
-        raise BaseError(
-            f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:5])}",
-            where=str(index.parent),
-            fix="copy or download the base again; its index names them",
-        )
-    return files
+    files, variant = component_files(folder)
+    return file_table(files), variant
 
 
 def _check_room(
@@ -272,7 +249,7 @@ def _load_component(
     if weights:
         options |= {"use_safetensors": True, "output_loading_info": True}
         options["torch_dtype" if library == "diffusers" else "dtype"] = dtype
-        if not any((folder / f"{s}.safetensors{i}").exists() for s in _WRITTEN for i in ("", ".index.json")):
+        if not any((folder / f"{s}.safetensors{i}").exists() for s in COMPONENT_STEMS for i in ("", ".index.json")):
             options["variant"] = "fp16"
     saved = saved_kind(_config_of(folder), str(folder)) if weights else ""
     with loading():

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from veneer.errors import BaseError, ConfigError, lacks_memory
+from veneer.errors import AdapterError, BaseError, ConfigError, lacks_memory
+from veneer.files.weights import StoredTensor, stored_dtype, tensor_table
 from veneer.models.device import check_memory, choose_device, choose_dtype, settle_threads
 from veneer.models.fingerprint import fingerprint
 from veneer.models.loading import check_loaded, errors_only, loading
 from veneer.models.quantise import check_kind, load_quantised, original_weight, quantised_bytes, saved_kind
 from veneer.models.sources import find_base, is_image_base
-from veneer.models.text.gguf import load_gguf
-from veneer.models.weights import StoredTensor, stored_dtype, tensor_table
+from veneer.models.text.gguf import fast_headers, load_gguf, read_gguf_tokenizer
 from veneer.ops.codes import KINDS
 from veneer.ops.quantised import Quantised
 
@@ -176,8 +176,6 @@ def read_base_config(path: Path) -> PreTrainedConfig:
     with errors_only():
         try:
             if path.is_file():
-                from veneer.files.gguf_header import fast_headers
-
                 with fast_headers():
                     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
             else:
@@ -199,8 +197,6 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     with errors_only():
         try:
             if path.is_file():
-                from veneer.files.gguf_header import read_gguf_tokenizer
-
                 tokenizer = read_gguf_tokenizer(path)
             else:
                 tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -289,6 +285,8 @@ def _unreadable(what: str, path: Path, error: Exception) -> BaseError:
             "it wants to run code that came with it, which veneer does not do",
             "use a base of a known architecture",
         )
+    elif isinstance(error, AdapterError):  # of our reader of GGUF files
+        said, fix = error.what, error.fix
     elif path.suffix == ".gguf" and isinstance(error, struct.error | IndexError | OverflowError | ValueError):
         said, fix = "its header does not add up; the file is cut short or damaged", "download or copy the file again"
     elif what == "tokenizer":

@@ -1,19 +1,32 @@
 """GGUF files as bases: read by transformers and made a plain model again, dequantised or with its linear weights in
-the blocks of the file."""
+the blocks of the file; and the tokenizer in one.
+
+transformers reads headers by the gguf package's reader, which takes 12 seconds for a vocabulary of 262,144: while
+`fast_headers` is on, it reads them by ours (files/gguf.py), and values of blocks by ours, too.
+"""
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import json
 import math
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
 import numpy as np
 import torch
+from gguf import GGUFValueType
+from gguf.gguf_reader import ReaderField, ReaderTensor
 
 from veneer.errors import BaseError
+from veneer.files.gguf import SCALARS, SkippedArray, read_gguf_file
+from veneer.models.compat_transformers import TRANSFORMERS
 from veneer.models.loading import loading
 from veneer.models.quantise import LazyTensor, forget_quantiser, load_state, quantised_weights
 from veneer.ops.ggml import Ggml
@@ -22,7 +35,7 @@ from veneer.ops.quantised import Quantised
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["load_gguf"]
+__all__ = ["GgufReader", "dequantise", "fast_headers", "load_gguf", "merges_of", "read_gguf_tokenizer"]
 
 
 def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrainedModel:
@@ -32,8 +45,6 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
     stay in their blocks (a `Quantised` of `Ggml`), and what is computed is the same. Raises what transformers raises,
     and BaseError for tensors that are missing."""
     from transformers import AutoModelForCausalLM, GgufConfig
-
-    from veneer.files.gguf_header import fast_headers
 
     if keep:
         return _kept(file, dtype)
@@ -57,14 +68,12 @@ def _kept(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    from veneer.files.gguf_header import Outline, fast_headers
-
-    reader = Outline(str(file))
+    reader = GgufReader(str(file), long_arrays=False)
     with fast_headers():
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     with loading(), torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
-    architecture = str(reader.get_field("general.architecture").contents())
+    architecture = str(reader.fields["general.architecture"].contents())
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     names = get_gguf_hf_weights_map(empty, processor)
     wanted = {n: tuple(empty.get_parameter(n).shape) for n in quantised_weights(empty)}
@@ -115,14 +124,7 @@ def _row_order(processor: Any, tensor: Any, rows: int) -> torch.Tensor | None:
 
 
 def _values(tensor: Any) -> torch.Tensor:
-    from gguf.quants import dequantize
-
-    if tensor.tensor_type.name in _PLAIN:
-        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-    raw = torch.from_numpy(tensor.data.copy())
-    shape = tuple(int(n) for n in reversed(tensor.shape))
-    rows = raw.reshape(-1, raw.shape[-1])
-    return Ggml(tensor.tensor_type.name, shape, rows).dense(torch.float32, 0, len(rows)).view(shape)
+    return torch.from_numpy(dequantise(tensor.data, tensor.tensor_type).copy())
 
 
 def _dequantised(processor: Any, tensors: list[Any], shape: tuple[int, ...], where: str) -> torch.Tensor:
@@ -149,3 +151,168 @@ def _no_progress_bar() -> Iterator[None]:
         yield
     finally:
         reader.tqdm = drawn
+
+
+# -- what transformers reads a file by -------------------------------------------------------------------------------
+
+
+class GgufReader:
+    """What transformers uses of gguf's GGUFReader, `fields` and `tensors`, from our reader. Without `long_arrays` a
+    tokenizer's arrays are empty, and say only how many texts they have. Raises as `read_gguf_file`."""
+
+    def __init__(self, path: str, *, long_arrays: bool = True) -> None:
+        file = read_gguf_file(path, long_arrays=long_arrays)
+        counts = (
+            ("version", file.version, 4),
+            ("tensor_count", len(file.entries), 10),
+            ("kv_count", len(file.fields), 10),
+        )
+        self.fields: dict[str, ReaderField] = {}
+        for name, value, kind in counts:
+            parts, data = [np.array([value], SCALARS[kind])], [0]
+            self.fields[f"GGUF.{name}"] = ReaderField(0, f"GGUF.{name}", parts, data, [GGUFValueType(kind)])
+        for name, value in file.fields.items():
+            self.fields[name] = _field(name, value, file.types[name])
+        self.tensors = []
+        for name, entry in file.entries.items():
+            kind, size = gguf.GGMLQuantizationType(entry.type), entry.end - entry.begin
+            shape = np.array(entry.shape[::-1], np.uint64)
+            values = file.raw(name)
+            self.tensors.append(
+                ReaderTensor(
+                    name, kind, shape, math.prod(entry.shape), size, entry.begin, values, self.fields["GGUF.version"]
+                )
+            )
+
+
+def _field(name: str, value: Any, types: tuple[int, ...]) -> ReaderField:
+    """gguf's own parts: the key with its length and the type in front of what `data` points at."""
+    parts: list[Any] = [np.array([len(name)], np.uint64), _bytes(name), np.array([types[0]], np.uint32)]
+    kinds = [GGUFValueType(kind) for kind in types]
+    if len(types) == 1:
+        if isinstance(value, str):
+            parts += [np.array([len(value.encode())], np.uint64), _bytes(value)]
+        else:
+            parts.append(np.array([value], SCALARS[types[0]]))
+        return ReaderField(0, name, parts, [len(parts) - 1], kinds)
+    if isinstance(value, SkippedArray):  # as many as there are, of texts: a vocabulary's size is told by them
+        texts = types[1] == GGUFValueType.STRING
+        return ReaderField(0, name, parts, [0] * value.count if texts else [], [kinds[0], GGUFValueType.BOOL])
+    held = [_bytes(text) for text in value] if types[1] == GGUFValueType.STRING else [*value.reshape(-1, 1)]
+    return ReaderField(
+        0, name, parts + held, [*range(len(parts), len(parts) + len(held))], kinds if held else kinds[:1]
+    )
+
+
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def dequantise(data: np.ndarray, kind: Any) -> np.ndarray:
+    """gguf's `dequantize`: (…, bytes of a row) -> (…, values of a row) float32. By compiled kernels where they run."""
+    if kind.name in _PLAIN:
+        return np.asarray(_dequantize(data, kind))
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows = torch.from_numpy(np.array(data).reshape(-1, data.shape[-1]))
+    shape = (*data.shape[:-1], data.shape[-1] // size * block)
+    out: np.ndarray = Ggml(kind.name, shape, rows).dense(torch.float32, 0, len(rows)).numpy().reshape(shape)
+    return out
+
+
+def merges_of(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
+    """transformers' `generate_merges` in one pass: every token cut in two tokens, those of the highest score first, and
+    of one score those whose left part is longest, then right."""
+    found: list[tuple[str, str]] = []
+    ordered = sorted(scores.items(), key=lambda item: item[1], reverse=True)
+    for _, same in itertools.groupby(ordered, key=lambda item: item[1]):
+        cuts = [
+            (token[:i], token[i:])
+            for token, _ in same
+            for i in range(len(token) - 1, 0, -1)
+            if token[:i] in vocab and token[i:] in vocab
+        ]
+        found += sorted(cuts, key=lambda cut: (len(cut[0]), len(cut[1])), reverse=True)
+    return found
+
+
+def _mapped(path: str) -> np.ndarray:
+    return np.memmap(path, mode="r", dtype=np.uint8).view(np.ndarray)
+
+
+_lock = threading.RLock()
+_dequantize, _reader = gguf.dequantize, gguf.GGUFReader
+
+
+@contextmanager
+def fast_headers(*, vocabulary: bool = False) -> Iterator[None]:
+    """transformers takes these from gguf and its own modules whenever it reads a file. Ours give the same, and other
+    threads get gguf's own reader meanwhile, since what is left out of ours they may need. `vocabulary`: for reading a
+    tokenizer."""
+    me, names = threading.get_ident(), lru_cache(2)(gguf.get_tensor_name_map)  # asked for each module of a model
+
+    def reader(path: str) -> Any:
+        return GgufReader(path, long_arrays=False) if threading.get_ident() == me else _reader(path)
+
+    swaps: list[tuple[Any, str, Any]] = [
+        (gguf, "GGUFReader", reader),
+        (gguf, "dequantize", dequantise),
+        (gguf, "get_tensor_name_map", names),
+    ]
+    for name, ours in _OF_A_VOCABULARY.items() if vocabulary else ():
+        TRANSFORMERS(name)  # says so where there is none
+        module, _, last = name.rpartition(".")
+        swaps.append((importlib.import_module(module), last, ours))
+    with _lock, ExitStack() as undo:
+        for holder, name, ours in swaps:
+            undo.callback(setattr, holder, name, getattr(holder, name))
+            setattr(holder, name, ours)
+        yield
+
+
+_OF_A_VOCABULARY = {
+    "transformers.integrations.gguf.gguf_tokenizer_mapping.generate_merges": merges_of,
+    "transformers.integrations.gguf.reader._mapped": _mapped,  # slices of a memmap are slow
+}
+
+
+_DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+"""Kinds of byte-level tokenizers that part digits first, by the name in a header; GPT-2's own do not."""
+
+
+def read_gguf_tokenizer(file: Path) -> Any:
+    """The tokenizer of a GGUF file: its vocabulary, merges and special tokens, and no others.
+
+    transformers makes its backend; but the classes that it goes through add the special tokens of other models where
+    the file has none of that name (three to DeepSeek-R1-Distill-Qwen-7B's: more tokens than the model has rows), and
+    it takes every byte-level tokenizer whose kind it does not know for GPT-2's. Raises what transformers raises."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    with fast_headers(vocabulary=True):
+        made: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    fields = read_gguf_file(file).fields
+    tokens = len(fields["tokenizer.ggml.tokens"])
+    backend = made.backend_tokenizer
+    digits = fields.get("tokenizer.ggml.model") == "gpt2" and fields.get("tokenizer.ggml.pre") in _DIGIT_BY_DIGIT
+    if digits:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    if len(made) <= tokens:
+        return made
+    whole = json.loads(backend.to_str())
+    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["id"] < tokens]
+    whole["model"]["vocab"] = {t: i for t, i in whole["model"]["vocab"].items() if i < tokens}
+    own = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(whole)))
+    for kind, key in _SPECIAL.items():
+        at = fields.get(f"tokenizer.ggml.{key}")
+        if at is not None and at < tokens:
+            setattr(own, kind, own.convert_ids_to_tokens(int(at)))
+    own.chat_template = made.chat_template
+    return own
+
+
+_SPECIAL = {
+    "bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}  # fmt: skip

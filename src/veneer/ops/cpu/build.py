@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from veneer.files.atomic import replace_file
+
 __all__ = ["BuiltKernels", "build_kernels", "compile_kernels", "distrusted", "left_out"]
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c11", "-fno-math-errno", "-fno-trapping-math"]
@@ -51,7 +53,7 @@ def build_kernels(compiler: str, sources: Sequence[Path], headers: Sequence[Path
             record.unlink(missing_ok=True)
             compile_kernels(compiler, sources, library)
         if not record.exists():
-            _write(record, json.dumps(left_out(library)))
+            replace_file(record, [json.dumps(left_out(library)).encode()], mode=0o600)
         return BuiltKernels(library, json.loads(record.read_text()), notes)
     raise OSError("; ".join(["there is no folder to keep them in that only you can write to", *notes]))
 
@@ -122,10 +124,3 @@ def _machine(compiler: str) -> list[str]:
         lines = []
     own = sorted({line for line in lines if line.partition(":")[0].strip().lower() in features})
     return [platform.machine(), macros, options, *own]
-
-
-def _write(path: Path, text: str) -> None:
-    handle, made = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as f:
-        f.write(text)
-    os.replace(made, path)

@@ -100,9 +100,9 @@ def _merged(
     adapter: str, server: str, out: Path, base: str, dtype: str | None, say: Callable[[str], None] | None
 ) -> Exported:
     from veneer.adapters.merge import merge
+    from veneer.files.weights import stored_dtype, tensor_table
     from veneer.models.sources import find_base
     from veneer.models.text.base import load_text
-    from veneer.models.weights import stored_dtype, tensor_table
 
     stored = {"F32": "float32", "BF16": "bfloat16"}.get(stored_dtype(tensor_table(find_base(base, say=say))), "float16")
     want = dtype or stored

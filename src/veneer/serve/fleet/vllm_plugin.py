@@ -137,7 +137,7 @@ def _base_files(base: str) -> Path | None:
 
 @cache
 def _shapes(files: Path) -> dict[str, tuple[int, ...]]:
-    from veneer.models.weights import tensor_table
+    from veneer.files.weights import tensor_table
 
     return {_tail(tensor.name): tensor.shape for tensor in tensor_table(files)}
 

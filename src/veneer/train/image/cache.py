@@ -27,7 +27,7 @@ from torch import Tensor
 
 from veneer.errors import AdapterError, DataError, ResourceError
 from veneer.files.atomic import atomic_write
-from veneer.files.tensors import encode_tensors, read_tensors
+from veneer.files.safetensors import encode_tensors, read_tensors
 from veneer.train.config.image import ImageDataSection
 from veneer.train.image.pictures import TrainingPicture
 from veneer.train.image.views import View, ViewTensors, latent_mask, prepare

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny_base import tiny_base_dir
 from veneer.errors import BaseError
-from veneer.models.weights import stored_dtype, tensor_table, weight_files
+from veneer.files.weights import stored_dtype, tensor_table, weight_files
 
 
 def test_table_names_every_tensor_with_its_bytes(tmp_path: Path) -> None:
@@ -40,12 +40,12 @@ def _lying(file: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (_cut, "cut short"),
-        (_lying, "does not add up at tensor 'w'"),
-        (lambda f: f.write_bytes(b""), "not a whole safetensors file"),
-        (lambda f: f.write_bytes(b"\xff" * 4000), "not a whole safetensors file"),
-        (lambda f: f.write_bytes((2**60).to_bytes(8, "little") + b"{}"), "not a whole safetensors file"),
-        (lambda f: f.write_bytes((6).to_bytes(8, "little") + b"[1, 2]"), "not a whole safetensors file"),
+        (_cut, "truncated"),
+        (_lying, r"does not add up(.|\n)*'w'"),
+        (lambda f: f.write_bytes(b""), "the file is empty"),
+        (lambda f: f.write_bytes(b"\xff" * 4000), "truncated or damaged"),
+        (lambda f: f.write_bytes((2**60).to_bytes(8, "little") + b"{}"), "truncated or damaged"),
+        (lambda f: f.write_bytes((6).to_bytes(8, "little") + b"[1, 2]"), "not a safetensors file"),
         (
             lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
             "Git LFS pointer",
@@ -61,6 +61,7 @@ def test_a_spoilt_file_is_one_clear_error_naming_it(tmp_path: Path, spoil, says:
     with pytest.raises(BaseError, match=says) as caught:
         tensor_table(base)
     assert str(base) in (caught.value.where or "")
+    assert "adapter" not in str(caught.value)
 
 
 def test_missing_shards_are_named(tmp_path: Path) -> None:
@@ -91,8 +92,8 @@ def test_pickles_are_not_opened(tmp_path: Path) -> None:
 def test_a_foreign_gguf_says_so(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGML" + bytes(100))
-    with pytest.raises(BaseError, match="not a GGUF file"):
+    with pytest.raises(BaseError, match="not GGUF"):
         tensor_table(file)
     file.write_bytes(b"GGUF" + bytes(3))
-    with pytest.raises(BaseError, match="cut short or damaged"):
+    with pytest.raises(BaseError, match="truncated GGUF file"):
         tensor_table(file)

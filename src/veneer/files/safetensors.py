@@ -1,17 +1,20 @@
-"""The header of a safetensors file, read without trust and without torch.
+"""safetensors files: headers read without trust, tensors as views of the file, equal bytes for equal tensors.
 
     file = header length (u64, little endian) | header (JSON, UTF-8) | data
     header = {"__metadata__": {str: str}, name: {"dtype": str, "shape": [int…], "data_offsets": [begin, end)}, …}
 
-Everything in it is checked against the file's size before one byte of tensor data is touched, so a hostile file costs
-no more than its header, and of a header no more than stated limits. Knows bytes; no tensors, nothing of adapters.
+Everything in a header is checked against the file's size before one byte of tensor data is touched, so a hostile file
+costs no more than its header, and of a header no more than stated limits. torch is imported only where tensors are
+made, so that a header can be read without it. Knows bytes and tensors; nothing of adapters or models.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +22,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from veneer.errors import AdapterError, UnsafeFileError
+from veneer.files.atomic import atomic_write
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
-__all__ = ["MAX_TENSORS", "PICKLE_FIX", "PICKLE_SUFFIXES", "SIZES", "Entry", "Header", "checked_header", "name_problem"]
-__all__ += ["opened", "read_header", "strict_json"]
+__all__ = [
+    "BITS",
+    "MAX_TENSORS",
+    "PICKLE_FIX",
+    "PICKLE_SUFFIXES",
+    "Header",
+    "HeaderEntry",
+    "encode_tensors",
+    "name_problem",
+    "packed_header",
+    "read_header",
+    "read_tensors",
+    "strict_json",
+    "write_tensors",
+]
 
 MAX_HEADER_BYTES = 100 << 20
 MAX_TENSORS = 500_000
@@ -36,11 +54,28 @@ MAX_DIMENSIONS = 16
 _LONGEST_ENTRY = MAX_NAME_LENGTH + 512
 """Bytes of JSON, about, that one tensor needs at most."""
 
-SIZES = {
-    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "BOOL": 1},
-    **{f"{sign}{8 * n}": n for sign in "IU" for n in (1, 2, 4, 8)},
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
 }
-"""Bytes of one value, by the name of its kind."""
+"""The file's word for a dtype -> torch's, of those that are read as tensors."""
+NAMES = {name: kind for kind, name in DTYPES.items()}
+BITS = {kind: 8 if kind == "BOOL" else int(re.search(r"\d+", kind)[0]) for kind in DTYPES}  # type: ignore[index]
+"""Bits of one value, by the file's word for its dtype, of those that are read as tensors."""
 
 OTHER_MAGIC = {
     b"\x89PNG": "a PNG picture",
@@ -60,7 +95,7 @@ PICKLE_FIX = (
 
 
 @dataclass(frozen=True)
-class Entry:
+class HeaderEntry:
     """One tensor of a header: [begin, end) counts from the start of the data."""
 
     kind: str
@@ -70,16 +105,17 @@ class Entry:
 
     @property
     def dtype(self) -> torch.dtype:
-        from veneer.files.tensors import DTYPES
+        import torch
 
-        return DTYPES[self.kind]
+        dtype: torch.dtype = getattr(torch, DTYPES[self.kind])
+        return dtype
 
 
 @dataclass(frozen=True)
 class Header:
     """A checked header. `data_start` is the byte of the file at which the data begins."""
 
-    entries: dict[str, Entry]
+    entries: dict[str, HeaderEntry]
     metadata: dict[str, str]
     data_start: int
     size: int
@@ -107,26 +143,27 @@ def strict_json(text: str | bytes, *, where: str) -> Any:
         raise AdapterError(f"not valid JSON: {error}", where=where) from None
 
 
-def read_header(path: str | Path) -> Header:
-    """The checked header of a safetensors file, without reading its data.
+def read_header(path: str | Path, *, bits: Mapping[str, int] = BITS) -> Header:
+    """The checked header of a safetensors file, without reading its data. `bits`: the dtypes that may be in it, and the
+    bits of one value of each.
 
     AdapterError for a file that is something else; UnsafeFileError for a pickle or a header that does not add up."""
     path = Path(path)
     try:
-        with opened(path) as file:
-            return checked_header(file.fileno(), path)
+        with _opened(path) as file:
+            return _checked(file.fileno(), path, bits)
     except OSError as error:
         raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
 
 
-def opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> BinaryIO:
     """The file. A pipe would wait for ever, and a device never ends."""
     if path.exists() and not path.is_file():
         raise AdapterError("cannot read it: not a file, but a folder, a pipe or a device", where=str(path))
     return path.open("rb")
 
 
-def checked_header(fd: int, path: Path) -> Header:
+def _checked(fd: int, path: Path, bits: Mapping[str, int] = BITS) -> Header:
     """`read_header` of an open file."""
     where = str(path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
@@ -155,7 +192,7 @@ def checked_header(fd: int, path: Path) -> Header:
         table = strict_json(raw, where=where)
     except AdapterError as error:
         raise UnsafeFileError(f"the header is {error.what}", where=where) from None
-    return _check_table(table, data_start=8 + length, size=size, where=where)
+    return _check_table(table, bits, data_start=8 + length, size=size, where=where)
 
 
 def _check_counts(raw: bytes, where: str) -> None:
@@ -221,7 +258,7 @@ def _refuse_other_formats(start: bytes, size: int, where: str) -> None:
         raise AdapterError(f"the file is text, not tensors; it starts with {shown!r}", where=where)
 
 
-def _check_table(table: Any, *, data_start: int, size: int, where: str) -> Header:
+def _check_table(table: Any, bits: Mapping[str, int], *, data_start: int, size: int, where: str) -> Header:
     if not isinstance(table, dict):
         raise UnsafeFileError("the header is not a JSON object", where=where)
     metadata = table.pop("__metadata__", {})
@@ -231,11 +268,11 @@ def _check_table(table: Any, *, data_start: int, size: int, where: str) -> Heade
         metadata = {}
     if len(metadata) > MAX_METADATA or sum(map(len, metadata.values())) > MAX_METADATA_BYTES:
         problems.append(f"__metadata__ has more than {MAX_METADATA:,} entries, or {MAX_METADATA_BYTES:,} characters")
-    entries: dict[str, Entry] = {}
+    entries: dict[str, HeaderEntry] = {}
     for name, value in table.items():
         problem = name_problem(name)
-        entry = None if problem else _entry(value)
-        if isinstance(entry, Entry):
+        entry = None if problem else _entry(value, bits)
+        if isinstance(entry, HeaderEntry):
             entries[name] = entry
         else:
             problems.append(f"{name[:80]!r}: {problem or entry}")
@@ -266,13 +303,13 @@ def name_problem(name: str) -> str | None:
     return None
 
 
-def _entry(value: Any) -> Entry | str:
+def _entry(value: Any, bits: Mapping[str, int]) -> HeaderEntry | str:
     """The entry, or what is wrong with it."""
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         return "expected exactly dtype, shape and data_offsets"
     kind = value["dtype"]
-    if not isinstance(kind, str) or kind not in SIZES:
-        return f"dtype {str(kind)[:40]!r} is not one of {', '.join(SIZES)}"
+    if not isinstance(kind, str) or kind not in bits:
+        return f"dtype {str(kind)[:40]!r} is not one of {', '.join(bits)}"
     shape, offsets = value["shape"], value["data_offsets"]
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         return f"shape {str(shape)[:60]} is not a list of at most {MAX_DIMENSIONS} sizes"
@@ -280,17 +317,17 @@ def _entry(value: Any) -> Entry | str:
         return f"data_offsets {str(offsets)[:60]} is not [begin, end]"
     if math.prod(n for n in shape if n) >= 1 << 60:
         return f"shape {str(shape)[:60]} is absurd"
-    want = math.prod(shape) * SIZES[kind]
+    want = math.prod(shape) * bits[kind] // 8
     if want != offsets[1] - offsets[0]:
         return f"shape {shape} of {value['dtype']} needs {want:,} bytes, data_offsets give {offsets[1] - offsets[0]:,}"
-    return Entry(kind, tuple(shape), offsets[0], offsets[1])
+    return HeaderEntry(kind, tuple(shape), offsets[0], offsets[1])
 
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 60 for n in value)
 
 
-def _coverage_problems(entries: Mapping[str, Entry], size: int) -> list[str]:
+def _coverage_problems(entries: Mapping[str, HeaderEntry], size: int) -> list[str]:
     """The tensors must tile the data: no overlap, no hole, nothing past the end, nothing left over."""
     at, last = 0, "the start"
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -304,3 +341,73 @@ def _coverage_problems(entries: Mapping[str, Entry], size: int) -> list[str]:
     if at < size:
         return [f"{size - at:,} bytes after the last tensor that no tensor owns"]
     return []
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors, sorted by name, as views of a private memory map (writing to one never reaches the file), and the
+    metadata. Errors as `read_header`."""
+    path = Path(path)
+    try:
+        with _opened(path) as file:
+            header = _checked(file.fileno(), path)
+            mapped = mmap.mmap(file.fileno(), header.size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise AdapterError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
+    tensors = {name: _view(mapped, header.data_start, entry) for name, entry in sorted(header.entries.items())}
+    return tensors, header.metadata
+
+
+def _view(mapped: mmap.mmap, data_start: int, entry: HeaderEntry) -> Tensor:
+    import torch
+
+    if entry.begin == entry.end:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    begin = data_start + entry.begin
+    count = (entry.end - entry.begin) // entry.dtype.itemsize
+    if begin % entry.dtype.itemsize:
+        copy = bytearray(mapped[begin : data_start + entry.end])
+        return torch.frombuffer(copy, dtype=entry.dtype, count=count).view(entry.shape)
+    return torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=begin).view(entry.shape)
+
+
+def encode_tensors(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> list[bytes | memoryview]:
+    """The file as chunks. Equal tensors give equal bytes: widest dtype first (which keeps all aligned), then by name.
+
+    AdapterError for a name or dtype that a reader would refuse."""
+    import torch
+
+    order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+    table: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {}).items()))} if metadata else {}
+    chunks: list[bytes | memoryview] = []
+    at, problems = 0, []
+    for name in order:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        if (
+            (problem := name_problem(name))
+            or (kind := NAMES.get(str(flat.dtype)[6:])) is None
+            or name == "__metadata__"
+        ):
+            problems.append(f"    {name[:80]!r}: {problem or f'dtype {flat.dtype} or name cannot be stored'}")
+            continue
+        end = at + flat.numel() * flat.dtype.itemsize
+        table[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [at, end]}
+        if flat.numel():
+            chunks.append(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        at = end
+    if problems:
+        raise AdapterError("tensors that safetensors cannot hold:\n" + "\n".join(problems))
+    header = packed_header(table)
+    return [struct.pack("<Q", len(header)), header, *chunks]
+
+
+def packed_header(table: Mapping[str, Any]) -> bytes:
+    """The JSON of a header without its length, padded with spaces to a multiple of 8 bytes."""
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically; see `encode_tensors` and `atomic_write`."""
+    atomic_write(path, encode_tensors(tensors, metadata))

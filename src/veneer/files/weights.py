@@ -1,0 +1,261 @@
+"""The weights of a model on the disk: which files of a folder have them, what is in each, and a tensor at a time.
+
+Headers are read and checked when a file is opened, so that a truncated or foreign file is one clear error and not a
+crash inside a loader; tensors when they are asked for, each into memory of its own, so that two large models can be
+compared in the memory of two tensors. torch is imported only where a tensor is read. Knows names, shapes and bytes;
+nothing of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.errors import AdapterError, BaseError
+from veneer.files.gguf import read_gguf_file
+from veneer.files.safetensors import BITS, PICKLE_FIX, Header, HeaderEntry, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "COMPONENT_STEMS",
+    "Checkpoint",
+    "StoredTensor",
+    "checkpoint_parts",
+    "component_files",
+    "digests",
+    "file_table",
+    "pickles_refused",
+    "shards_of",
+    "stored_dtype",
+    "tensor_table",
+    "weight_files",
+]
+
+_BITS = {**BITS, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+"""Whatever a safetensors file may hold: what cannot be computed with is the loader's to say."""
+COMPONENT_STEMS = ("diffusion_pytorch_model", "model")
+"""How diffusers and transformers call the weights of a component."""
+_AGAIN = "copy or download the base again"
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a weight file. `dtype` is the file's own word; the bytes are file[start : start + size]."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    size: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def weight_files(base: Path) -> list[Path]:
+    """The weight files of a base: the GGUF file itself, or a directory's safetensors (by its index if it has one).
+
+    Raises BaseError where there are none, where shards are missing, and for pickles, which are not opened."""
+    if base.is_file():
+        return [base]
+    index = base / "model.safetensors.index.json"
+    if index.exists():
+        return shards_of(index)
+    files = sorted(base.glob("model*.safetensors")) or sorted(base.glob("*.safetensors"))
+    files = [f for f in files if not f.name.startswith("adapter_")]
+    if files:
+        return files
+    raise pickles_refused(base)
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files that an index of shards names, all beside it. Raises BaseError where it cannot be read or one is
+    missing."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [index.parent / Path(name).name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BaseError("the index of the weight files cannot be read", where=str(index)) from error
+    missing = [f.name for f in files if not f.exists()]
+    if missing:
+        raise BaseError(
+            f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:5])}",
+            where=str(index.parent),
+            fix="copy or download the base again; its index names them",
+        )
+    return files
+
+
+def component_files(folder: Path) -> tuple[list[Path], str]:
+    """The weight files of a component as diffusers or transformers saves one, by its index if it has one; and the
+    variant, "fp16" where only that is there. Raises as `weight_files`."""
+    for variant in ("", ".fp16"):
+        for stem in COMPONENT_STEMS:
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if index.exists():
+                return shards_of(index), variant.removeprefix(".")
+            if (folder / f"{stem}{variant}.safetensors").exists():
+                return [folder / f"{stem}{variant}.safetensors"], variant.removeprefix(".")
+    raise pickles_refused(folder)
+
+
+def pickles_refused(folder: Path) -> BaseError:
+    """The error for a folder without safetensors: its weights are pickles, or there are none."""
+    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt"), *folder.glob("*.ckpt")])
+    if pickles:
+        return BaseError(
+            f"the weights are pickles ({pickles[0].name}), which can run code when opened; veneer does not open them",
+            where=str(folder),
+            fix="use a safetensors copy of this base, or convert it yourself where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)",
+        )
+    return BaseError("this directory has no weights (*.safetensors)", where=str(folder))
+
+
+def tensor_table(base: Path) -> list[StoredTensor]:
+    """Every stored tensor of a base, in canonical (name) order. Raises BaseError for files that are not whole."""
+    return file_table(weight_files(base))
+
+
+def file_table(files: Iterable[Path]) -> list[StoredTensor]:
+    """Every stored tensor of these files, in name order. Raises BaseError for files that are not whole."""
+    table: list[StoredTensor] = []
+    for file in files:
+        table += _gguf_table(file) if file.suffix == ".gguf" else _safetensors_table(file)
+    twice = [name for name, n in Counter(t.name for t in table).items() if n > 1]
+    if twice:
+        where = str(table[0].file.parent)
+        raise BaseError(f"{len(twice)} tensors are stored in two files, {twice[0]!r} among them", where=where)
+    return sorted(table, key=lambda t: t.name)
+
+
+def stored_dtype(table: Iterable[StoredTensor]) -> str:
+    """The dtype that most weights are stored in, in the file's own word ("BF16", "F32", "Q4_1", …)."""
+    sizes: Counter[str] = Counter()
+    for tensor in table:
+        sizes[tensor.dtype] += tensor.elements
+    return sizes.most_common(1)[0][0] if sizes else "F32"
+
+
+def digests(table: list[StoredTensor]) -> list[str]:
+    """sha256 of the bytes of each tensor, in the table's order; read in chunks, a few tensors at a time."""
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_digest, table))
+
+
+def _digest(tensor: StoredTensor) -> str:
+    h = hashlib.sha256()
+    with tensor.file.open("rb") as f:
+        f.seek(tensor.start)
+        left = tensor.size
+        while left:
+            chunk = f.read(min(left, _CHUNK))
+            if not chunk:
+                raise BaseError("the file became shorter while it was read", where=str(tensor.file))
+            h.update(chunk)
+            left -= len(chunk)
+    return h.hexdigest()
+
+
+def _safetensors_table(file: Path) -> list[StoredTensor]:
+    try:
+        header = read_header(file, bits=_BITS)
+    except AdapterError as error:
+        fix = _AGAIN if error.fix in (None, PICKLE_FIX) else error.fix
+        raise BaseError(f"{file.name} cannot be read: {error.what}", where=str(file), fix=fix) from error
+    return [
+        StoredTensor(name, e.kind, e.shape, file, header.data_start + e.begin, e.end - e.begin)
+        for name, e in header.entries.items()
+    ]
+
+
+def _gguf_table(file: Path) -> list[StoredTensor]:
+    try:
+        header = read_gguf_file(file, long_arrays=False)
+    except AdapterError as error:
+        raise BaseError(
+            f"{file.name} cannot be read: {error.what}", where=str(file), fix="copy or download it again"
+        ) from error
+    return [  # shapes as the file has them, the innermost first: fingerprints are of these
+        StoredTensor(n, e.kind, e.shape[::-1], file, e.begin, e.end - e.begin) for n, e in header.entries.items()
+    ]
+
+
+class Checkpoint:
+    """A full model's weights in safetensors: a file, or a folder of them (any `*.safetensors`), each tensor in exactly
+    one.
+
+    `files`: path -> header. `entries`: tensor name -> its entry. Raises BaseError where there are no safetensors or
+    a tensor is in two files, AdapterError for a damaged file."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        found = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        if not found:
+            raise BaseError("no safetensors files here", where=str(path), fix="give a model's folder or file")
+        self.files: dict[Path, Header] = {file: read_header(file) for file in found}
+        self.entries: dict[str, HeaderEntry] = {}
+        self._place: dict[str, Path] = {}
+        twice = []
+        for file, header in self.files.items():
+            for name, entry in header.entries.items():
+                if name in self._place:
+                    twice.append(f"{name}: in {self._place[name].name} and {file.name}")
+                self.entries[name], self._place[name] = entry, file
+        if twice:
+            raise BaseError(
+                f"{len(twice)} tensors are in two files:\n" + "\n".join(f"  - {t}" for t in twice[:10]),
+                where=str(path),
+                fix="give the file, or remove the copies that do not belong to the model",
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def find(self, name: str) -> str | None:
+        """The tensor of this name, or the only one that is the same but for parts in front (`model.`)."""
+        if name in self.entries:
+            return name
+        ends = [n for n in self.entries if n.endswith(f".{name}") or name.endswith(f".{n}")]
+        return ends[0] if len(ends) == 1 else None
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of the files and of the data within, which is the order to read them in."""
+        for header in self.files.values():
+            yield from sorted(header.entries, key=lambda n: header.entries[n].begin)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, read from its file now."""
+        import torch
+
+        entry, file = self.entries[name], self._place[name]
+        out = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        if len(out):
+            with file.open("rb", buffering=0) as source:
+                source.seek(self.files[file].data_start + entry.begin)
+                view, at = memoryview(out.numpy()), 0  # type: ignore[arg-type]
+                while at < len(view):
+                    if not (count := source.readinto(view[at:])):
+                        raise AdapterError("the file became shorter while it was read", where=str(file))
+                    at += count
+        return out.view(entry.dtype).reshape(entry.shape)
+
+
+def checkpoint_parts(base: Path) -> dict[str, Checkpoint]:
+    """Component -> its weights, of a pipeline's folder as diffusers saves it; "" -> the weights of a single model."""
+    if not (base / "model_index.json").is_file():
+        return {"": Checkpoint(base)}
+    return {p.name: Checkpoint(p) for p in sorted(base.iterdir()) if p.is_dir() and any(p.glob("*.safetensors"))}

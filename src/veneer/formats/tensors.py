@@ -1,0 +1,45 @@
+"""The tensors of an adapter's file, whatever kind of file it is, and whether their values can be used.
+
+Knows files and tensors; not what the tensors mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from veneer.core.adapter import all_finite
+from veneer.errors import AdapterError
+from veneer.files.pickles import read_pickle
+from veneer.files.safetensors import PICKLE_SUFFIXES, read_tensors
+
+__all__ = ["check_finite", "read_adapter_tensors"]
+
+
+def read_adapter_tensors(path: Path, *, from_pickle: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file by name, and its metadata. A pickle is read only with `from_pickle`. Raises as
+    `read_tensors`, `read_pickle` and `check_finite`."""
+    pickled = from_pickle and path.suffix.lower() in PICKLE_SUFFIXES
+    tensors, metadata = read_pickle(path) if pickled else read_tensors(path)
+    check_finite(tensors, where=str(path))
+    return tensors, metadata
+
+
+def check_finite(tensors: Mapping[str, Tensor], *, where: str | None = None) -> None:
+    """AdapterError that lists every tensor holding NaN or infinity, with its shape and how many."""
+    bad = []
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() or tensor.is_complex()) or all_finite(tensor):
+            continue
+        wide = tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.float32)
+        count = int((~torch.isfinite(wide)).sum())
+        bad.append(f"    {name} {tuple(tensor.shape)}: {count:,} of {tensor.numel():,} values")
+    if bad:
+        raise AdapterError(
+            f"{len(bad)} tensor(s) hold NaN or infinity:\n" + "\n".join(bad),
+            where=where,
+            fix="the run that wrote them diverged; take an earlier checkpoint",
+        )
