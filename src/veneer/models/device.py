@@ -27,7 +27,8 @@ _DTYPES = {
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """auto: the first CUDA device where there is one, else the CPU. Raises ConfigError for one that is not there."""
+    """The device of that name; for "auto" the first CUDA device, or the CPU if there is none. Raises ConfigError for a
+    device that this machine does not have."""
     import torch
 
     if device == "auto":
@@ -50,7 +51,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: str) ->
 
     auto: bfloat16 where the weights are stored in 16 bits or fewer and the device multiplies bfloat16 in hardware
     (CUDA from compute capability 8; CPUs with AVX512-BF16 or AMX-BF16), otherwise float32. Weights stored in float32
-    stay float32, because nobody asked for them to be rounded."""
+    stay float32: rounding them would have to be asked for. Raises ConfigError for an unknown dtype."""
     import torch
 
     if isinstance(dtype, torch.dtype):
@@ -83,7 +84,7 @@ def _bf16_hardware(device: torch.device) -> str:
 
 
 def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ResourceError where `device` has fewer than `needs` bytes free."""
+    """Raises ResourceError if fewer than `needs` bytes are free on `device`. `path`: of the base, for the error."""
     import torch
 
     if device.type == "cuda":
@@ -106,8 +107,8 @@ def check_memory(path: Path, needs: int, dtype: torch.dtype, device: torch.devic
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Processors' worth of time that the cgroup of this process may take, the least of it and those above; None
-    without a limit. cgroup 2's cpu.max, and version 1's cpu.cfs_quota_us over cpu.cfs_period_us."""
+    """The number of processors that the cgroup limits of this process allow, the smallest of its own and those above;
+    None without a limit. Reads cgroup 2's cpu.max, and version 1's cpu.cfs_quota_us over cpu.cfs_period_us."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -147,8 +148,8 @@ def _allowed() -> list[int]:
 
 
 def thread_count(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
-    """Threads to compute with: OMP_NUM_THREADS where it is set; else the processors of the affinity mask, and no more
-    than the cgroup's quota pays for, rounded up."""
+    """The number of threads to compute with: OMP_NUM_THREADS if it is set; otherwise the processors of the affinity
+    mask, but no more than the cgroup's quota, rounded up."""
     given = environment.get("OMP_NUM_THREADS", "").split(",")[0]
     if given.isdigit() and int(given):
         return int(given)
@@ -157,9 +158,10 @@ def thread_count(environment: Mapping[str, str] = os.environ, root: Path = Path(
 
 
 def settle_threads() -> None:
-    """Lowers torch's threads to `count()`, where they are as many as torch chose by itself; a number that somebody
-    set stays. torch goes by the affinity mask and knows no quota; threads that take more than it are stopped, all of
-    them, for the rest of each tenth of a second."""
+    """Lowers torch's number of threads to `thread_count()`, unless somebody has set a number that is not the default.
+
+    torch goes by the affinity mask and does not know the quota; the kernel stops all threads of a process that exceeds
+    it for the rest of each tenth of a second."""
     import torch
 
     wanted = thread_count()

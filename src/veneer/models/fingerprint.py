@@ -73,8 +73,8 @@ def fingerprint_parts(parts: Mapping[str, tuple[Mapping[str, Any], list[StoredTe
 
 
 def file_sha256(file: Path) -> str:
-    """The sha256 of a whole file, by which other tools know a checkpoint. A1111 keeps it too: under the veneer home,
-    while size and modification time stay."""
+    """The sha256 of a whole file, by which other tools know a checkpoint. Kept under the veneer home and used again
+    while the file's size and modification time stay the same."""
     place = _home_place(file).with_suffix(".sha256.json")
     found = file.stat()
     state = {"version": _VERSION, "size": found.st_size, "mtime": found.st_mtime_ns}
@@ -92,7 +92,7 @@ def file_sha256(file: Path) -> str:
 def shaping_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a config that decide what the model computes, without those at their class's default.
 
-    Numbers are taken to six digits, because a GGUF stores 1e-5 as the nearest float32."""
+    Numbers are rounded to six digits, because a GGUF stores 1e-5 as the nearest float32."""
     mine = config.to_dict()
     try:
         default: Mapping[str, Any] = type(config)().to_dict()

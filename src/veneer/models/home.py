@@ -9,7 +9,7 @@ __all__ = ["bases_home", "veneer_home"]
 
 
 def veneer_home() -> Path:
-    """The veneer home; not created by asking. An empty VENEER_HOME counts as unset."""
+    """The veneer home. This does not create it. An empty VENEER_HOME counts as unset."""
     return Path(os.environ.get("VENEER_HOME") or "~/.veneer").expanduser().absolute()
 
 

@@ -31,10 +31,10 @@ _LIBRARIES = r"(transformers|diffusers|accelerate|huggingface_hub|torch|bitsandb
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """`errors_only`, in one thread of this process at a time; a thread may enter it again.
+    """Holds the process's lock on loading models, and applies `errors_only`. A thread that holds it may enter again.
 
     While transformers loads a model it takes `tie_weights` off all of its classes, so that one made meanwhile stays
-    untied, and two loads that overlap leave it off for good (transformers.initialization.no_tie_weights, 5.24)."""
+    untied, and two loads that overlap leave it off permanently (transformers.initialization.no_tie_weights, 5.24)."""
     with _one_load, errors_only():
         yield
 
@@ -91,9 +91,8 @@ def _unfilter(added: Any) -> None:
 
 
 def check_loaded(path: Path, info: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes on tensors that the model has no place for; BaseError for missing and misshapen ones.
-
-    `info`: what transformers and diffusers give with output_loading_info."""
+    """Notes on tensors of the files that the model has no place for. Raises BaseError for missing tensors and for those
+    of another shape. `info`: what transformers and diffusers return with output_loading_info."""
     problems = [f"missing: {name}" for name in sorted(info.get("missing_keys", ()))]
     problems += [f"misshapen: {item}" for item in sorted(map(str, info.get("mismatched_keys", ())))]
     if problems:

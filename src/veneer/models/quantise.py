@@ -3,7 +3,7 @@ one is read, so that the most memory ever held is the quantised model and one we
 
 What is quantised are linear layers and fused experts (3-d parameters). Embeddings, norms, routers and the output head
 stay as they are, as QLoRA leaves them (arXiv 2305.14314). Modules and names stay the family's own: a quantised weight
-is a tensor (core.quantised), so adapters, fast paths and merging find the base they know.
+is a tensor (ops.quantised), so adapters, fast paths and merging find the base they know.
 
 Read too, as they were saved: bitsandbytes' 4-bit and 8-bit checkpoints; 4-bit ones are written as well. Families,
 renamings and merged experts are transformers' business: this is one of its quantisers, fed with tensors that are read
@@ -59,7 +59,7 @@ def quantised_weights(model: nn.Module) -> list[str]:
 
 
 def quantised_bytes(shape: Iterable[int], kind: str) -> int:
-    """What a weight of this shape takes: 4-bit kinds with doubly quantised constants 4.127 bits a weight."""
+    """Bytes of a weight of this shape as `kind`: with doubly quantised constants a 4-bit weight has 4.127 bits."""
     shape = tuple(shape)
     n = math.prod(shape)
     if kind == "int8":
@@ -103,7 +103,7 @@ def load_quantised(
     path: Path, config: PreTrainedConfig, table: list[StoredTensor], kind: str, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(the model of a base directory with its linear weights as `kind`, computing in `dtype`; transformers' loading
-    info). `kind`: one of core.codes.KINDS, or "" for a checkpoint that is quantised already and kept as it is."""
+    info). `kind`: one of ops.codes.KINDS, or "" for a checkpoint that is quantised already and kept as it is."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
@@ -168,7 +168,7 @@ def load_part(
 
 
 def forget_quantiser(model: Any) -> None:
-    """The model as one that nobody's quantiser has to know: it moves, casts and trains as any other."""
+    """Makes transformers forget that it quantised `model`: afterwards it moves, casts and trains as any other model."""
     for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
         model.config.__dict__.pop(name, None)
     for name in ("hf_quantizer", "quantization_method", "is_quantized", "_weight_conversions"):
@@ -189,8 +189,8 @@ _METHOD = "veneer"
 
 @functools.cache
 def _quantiser_classes() -> tuple[Any, Any]:
-    """Our (configuration, quantiser) of transformers' classes. A load's own `kind` is in its configuration, for others
-    may go on beside it."""
+    """Our (configuration, quantiser), subclasses of transformers'. The `kind` of a load is in its configuration:
+    several loads may run at the same time."""
     operation: Any = TRANSFORMERS("transformers.core_model_loading.ConversionOps")
     mixin: Any = TRANSFORMERS("transformers.utils.quantization_config.QuantizationConfigMixin")
     for name in ("_process_model_before_weight_loading", "get_quantize_ops", "param_needs_quantization"):
@@ -269,7 +269,7 @@ def saved_kind(config: Mapping[str, Any], where: str | None = None) -> str:
 
 
 def lazy_state(table: list[StoredTensor]) -> dict[str, Any]:
-    """Every weight by name, each read when it is asked for; parts of a quantised one joined."""
+    """Every weight by name, read when it is indexed; the parts of a quantised weight are joined."""
     by_name = {t.name: t for t in table}
     extra: set[str] = set()
     out: dict[str, Any] = {}
@@ -343,8 +343,8 @@ def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def saved_config(kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The `quantization_config` that goes with `saved_tensors`. Raises ConfigError for a kind that bitsandbytes, whose
-    checkpoint it is, would read as another."""
+    """The `quantization_config` that goes with `saved_tensors`. Raises ConfigError for a kind that bitsandbytes would
+    read as another one."""
     if kind not in SAVED_KINDS:
         raise ConfigError(f"{kind!r} cannot be saved as a checkpoint of bitsandbytes", fix=" or ".join(SAVED_KINDS))
     return {
@@ -355,7 +355,7 @@ def saved_config(kind: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def check_kind(kind: str) -> None:
-    """Raises ConfigError for a kind that a base is not quantised in."""
+    """Raises ConfigError for an unknown kind of quantisation."""
     if kind not in KINDS:
         near = nearest(kind, [*KINDS, "keep"])
         raise ConfigError(

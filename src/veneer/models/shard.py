@@ -31,13 +31,13 @@ T = TypeVar("T")
 
 
 class CallWithWeights(Protocol):
-    """Calls a function while the weights are at hand."""
+    """Calls a function while the weights of a sharded model are gathered; returns its result."""
 
     def __call__(self, act: Callable[..., T], /, *args: Any) -> T: ...
 
 
 def call_whole(act: Callable[..., T], /, *args: Any) -> T:
-    """The `CallWithWeights` of a model that is not sharded: its weights are at hand anyway."""
+    """The `CallWithWeights` of a model that is not sharded: it calls the function."""
     return act(*args)
 
 
@@ -60,7 +60,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def shard(model: nn.Module, parts: Sequence[nn.Module], device: torch.device) -> CallWithWeights:
     """Splits every parameter of `model` along its first dimension and moves the parts to `device`, block by block, so
-    that no device ever holds the whole. Returns what everything that uses the model goes through."""
+    that no device ever holds the whole. Returns the function through which everything that uses the model is called."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

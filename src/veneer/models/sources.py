@@ -40,7 +40,7 @@ _FILES = (".gguf", ".safetensors")
 
 @dataclass(frozen=True)
 class KnownBase:
-    """A base that can be named without a path. `path` is where it is or will be, `here` whether it is there now."""
+    """A base that can be named without a path. `path`: where it is or will be. `here`: whether it exists."""
 
     name: str
     path: Path
@@ -49,7 +49,7 @@ class KnownBase:
 
 
 def known_bases() -> list[KnownBase]:
-    """The built-in bases, here or not, and whatever else stands under the veneer home."""
+    """The built-in bases, whether they exist yet or not, and the other bases under the veneer home."""
     out = [
         KnownBase(b.name, builtin_place(b), (builtin_place(b) / "base.json").exists(), b.summary)
         for b in BUILTIN.values()
@@ -65,10 +65,10 @@ def known_bases() -> list[KnownBase]:
 
 
 def find_base(name: str, *, source: Path | None = None, say: Callable[[str], None] | None = None) -> Path:
-    """The directory or GGUF file of a base; fetched first where the name is a built-in's or a hub id.
+    """The directory or file of a base; a built-in base or a hub id is fetched first if necessary.
 
-    `source`: for a built-in, a wheel or GGUF file at hand to make it from. `say` is told what takes time.
-    Raises BaseError that says where it looked and which ways there are without a hub."""
+    `source`: for a built-in base, a local wheel or GGUF file to make it from. `say` is called with a line before each
+    step that takes time. Raises BaseError that says where it looked, and how to get a base without a hub."""
     if name.removesuffix("-canny") in PACKAGED and source is None:
         return packaged(name)
     if name in BUILTIN:
@@ -97,7 +97,7 @@ def _not_found(name: str, path: Path) -> BaseError:
 
 
 def is_image_base(path: Path) -> bool:
-    """Whether what `find_base` found is an image base: a diffusers directory, or one file of original weights."""
+    """Whether the path of a base is that of an image base: a diffusers directory, or one file of original weights."""
     return (path / "model_index.json").exists() or path.suffix == ".safetensors"
 
 

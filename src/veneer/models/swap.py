@@ -56,6 +56,7 @@ class FastReport:
     active: bool = False
 
     def summary(self) -> str:
+        """One line for a person: what was swapped, and what was left as it is and why."""
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
         text = "fast paths: " + (", ".join(parts) if parts else "none")
         text += "; rows without padding" if self.rows else "; padded rows"
@@ -67,7 +68,7 @@ class FastReport:
 
 
 def report_of(model: nn.Module) -> FastReport:
-    """What was swapped on `model`; a report of nothing where nothing was."""
+    """The report of what was swapped on `model`; an empty one where nothing was."""
     return getattr(model, _MARK, FastReport())
 
 
@@ -106,7 +107,7 @@ def random_input(*shape: int, like: Tensor) -> Tensor:
 
 
 def projection_of(module: nn.Module) -> Projection | None:
-    """What a linear module is now, or None if it has to be called."""
+    """What a linear module computes now (weight, bias and the pairs on it), or None if it has to be called."""
     if isinstance(module, LoraLinear):
         return module.projection()
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
@@ -168,8 +169,8 @@ class Join:
 
 
 def keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:
-    """Weights in the order in which they are used, as long as there is room. Which ones does not matter: each is used
-    as often as the next."""
+    """Keeps dequantised weights, in the order in which they are used, up to `most` bytes. Which ones does not matter:
+    every weight is used equally often."""
     for join in report.joins:
         weight = join.weight
         if isinstance(weight, Quantised) and weight.kept is None and report.kept + weight.nbytes <= most:

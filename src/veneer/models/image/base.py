@@ -64,8 +64,8 @@ class ImageBase:
 
     `family`: as formats.topology calls it; `row` is its row of families.py. `model`: what adapters attach to, under
     canonical names. `parts`: diffusers' components by their names there; `model` and every pipeline share them.
-    `prediction`: what the denoiser gives. `size`: default picture side in pixels. `notes`: what a person should know
-    about the loading, one sentence each."""
+    `prediction`: what the denoiser predicts. `size`: the default side of a picture in pixels. `notes`: what a person
+    should know about the loading, one sentence each."""
 
     name: str
     family: str
@@ -99,7 +99,7 @@ class ImageBase:
 
     @property
     def vae_scale(self) -> int:
-        """Pixels a side of one latent."""
+        """Pixels per side of one latent."""
         return self._scale
 
     @property
@@ -202,13 +202,15 @@ def _base(name: str, path: Path, read: LoadedParts, quantise: str | None) -> Ima
 
 
 def vae_scale(vae: Any) -> int:
+    """Pixels per side of one latent."""
     if hasattr(vae, "temperal_downsample"):  # Qwen-Image's, which spells it so
         return int(2 ** len(vae.temperal_downsample))
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def default_size(denoiser: Any, vae: Any, scale: int) -> int:
-    """The denoiser's own side where it says one (U-Nets, SD3), else the VAE's, which FLUX' directories state; 1024."""
+    """The default side of a picture in pixels: the denoiser's if its config has one (U-Nets, SD3), else the VAE's
+    (FLUX), else 1024."""
     own = denoiser.config.get("sample_size")
     if own:
         return int(own if isinstance(own, int) else own[0]) * scale
@@ -216,6 +218,8 @@ def default_size(denoiser: Any, vae: Any, scale: int) -> int:
 
 
 def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsilon", "v", "flow"]:
+    """What the denoiser predicts, from the family and the scheduler's config. Raises BaseError for a prediction type
+    that is not known."""
     if row.flow:
         return "flow"
     said = scheduler.config.get("prediction_type", "epsilon")
@@ -233,9 +237,9 @@ def prediction_of(row: ImageFamily, scheduler: Any, path: Path) -> Literal["epsi
 def pipeline(base: ImageBase, kind: PipelineKind = "text", controls: Sequence[ControlNet] = ()) -> Any:
     """diffusers' pipeline of that kind over the base's parts, made once for each kind and list of ControlNets.
 
-    Nothing is copied: an adapter attached to `base.model` acts in every pipeline. They share one scheduler too, at
-    first; set `pipe.scheduler` to use another. Raises BaseError where diffusers has no such pipeline for the family, or
-    a part was released."""
+    Nothing is copied: an adapter attached to `base.model` acts in every pipeline. They also share one
+    scheduler; set `pipe.scheduler` to use another. Raises BaseError if diffusers has no such pipeline for the family,
+    or if a part was released."""
     import diffusers
 
     key = "|".join([kind, *(str(id(c)) for c in controls)])
@@ -296,14 +300,14 @@ def _check_control(base: ImageBase, control: ControlNet) -> None:
 def load_control(name: str | Path, base: ImageBase) -> ControlNet:
     """A ControlNet by built-in name, directory or hub id, in the base's dtype and on its device, frozen.
 
-    Raises BaseError for one that belongs to another family, named, or whose sizes are not the base's."""
+    Raises BaseError for a ControlNet of another family, which it names, or of other sizes than the base's."""
     return control_of(str(name), base.row, base.parts[base.row.denoiser], base.dtype, base.device)
 
 
 def text_length(base: ImageBase) -> int:
-    """Tokens of a prompt that the denoiser attends to at most.
+    """The most tokens of a prompt that the denoiser attends to.
 
-    schnell was trained on 256 (black-forest-labs/flux, t5_embedder); a tokenizer that says fewer says so rightly."""
+    schnell was trained on 256 (black-forest-labs/flux, t5_embedder); a tokenizer may state fewer."""
     return _limit(base, next(iter(base.row.readers)))
 
 
@@ -330,9 +334,8 @@ def readers(base: ImageBase) -> list[tuple[Any, int]]:
 
 
 def release(base: ImageBase, *names: str) -> None:
-    """Drop text encoders or the VAE, whose outputs are cached, and free their memory. Pipelines say so afterwards.
-
-    Raises ConfigError for a part that the base has not, or that cannot be done without."""
+    """Drops text encoders or the VAE, whose outputs are cached, and frees their memory. Using them afterwards raises
+    BaseError. Raises ConfigError for a part that the base does not have, and for the denoiser."""
     for name in names:
         if name == base.row.denoiser or not isinstance(base.parts.get(name), nn.Module):
             known = [n for n, p in base.parts.items() if isinstance(p, nn.Module) and n != base.row.denoiser]

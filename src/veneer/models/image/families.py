@@ -31,12 +31,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ImageFamily:
-    """One row.
+    """One family.
 
-    `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets; what is not there, diffusers
-    does not have. `encoders`: the text encoders that adapters of this family change. `readers`: the tokenizers whose
-    tokens the denoiser attends to, and how many of each at most. `patch`: latents a side that become one token.
-    `settings`: arguments of the pipelines' constructors."""
+    `pipelines` and `controlled`: kind -> diffusers class, without and with ControlNets; diffusers has no others.
+    `encoders`: the text encoders that adapters of this family change. `readers`: the tokenizers whose tokens the
+    denoiser attends to, and how many of each at most. `patch`: latents per side that become one token. `settings`:
+    arguments of the pipelines' constructors."""
 
     name: str
     label: str
@@ -140,9 +140,9 @@ FAMILIES: Mapping[str, ImageFamily] = {
 
 
 def denoiser_family(classname: str, config: Mapping[str, Any]) -> ImageFamily | None:
-    """The family of a denoiser by its class and config; None for one that is in no row.
+    """The family of a denoiser by its class and config; None for an unknown one.
 
-    SDXL's U-Net is told by its added time ids. SD 2's and SD 1's are the same class: SD 2 has linear projections."""
+    SDXL's U-Net is known by its added time ids. SD 2's and SD 1's are the same class: SD 2 has linear projections."""
     if classname == "UNet2DConditionModel":
         if config.get("addition_embed_type") == "text_time":
             return FAMILIES["sdxl"]
@@ -153,17 +153,17 @@ def denoiser_family(classname: str, config: Mapping[str, Any]) -> ImageFamily | 
 
 
 def topology_name(row: ImageFamily, config: Mapping[str, Any]) -> str:
-    """The family as formats.topology calls it, which has SD3's two sizes apart: their last blocks differ."""
+    """The family as formats.topology calls it, which distinguishes SD3's two sizes: their last blocks differ."""
     return "sd3-large" if row.name == "sd3" and config.get("num_layers", 0) > 24 else row.name
 
 
 def is_image_family(family: str) -> bool:
-    """Whether a base's family is one of these."""
+    """Whether the family of a base is an image family."""
     return family.removesuffix("-large") in FAMILIES
 
 
 def family_label(name: str) -> str:
-    """What people call a family, for errors; a family that is in no row by its own name."""
+    """The usual name of a family, for messages; an unknown family's own name."""
     row = FAMILIES.get(name.removesuffix("-large"))
     return f"{row.label} (large)" if row and name.endswith("-large") else row.label if row else name
 

@@ -35,6 +35,7 @@ __all__ = ["DenoiserReport", "fast_denoiser"]
 
 class DenoiserReport(FastReport):
     def summary(self) -> str:
+        """One line for a person: what was swapped, and what was left as it is and why."""
         parts = [f"{n} × {kind}" for kind, n in sorted(self.swapped.items())]
         left = [f"; {kind} as diffusers has it ({why})" for kind, why in sorted(self.left.items())]
         return f"fast paths: {', '.join(parts) or 'none'}{''.join(left)}"
@@ -42,7 +43,7 @@ class DenoiserReport(FastReport):
 
 @contextmanager
 def fast_denoiser(denoiser: nn.Module) -> Iterator[DenoiserReport]:
-    """Swap what can be swapped; see the module."""
+    """Swaps what can be swapped, as the module says, for the length of the with-block."""
     report = DenoiserReport()
     with ExitStack() as undo:
         undo.enter_context(memory.kept_memory())

@@ -127,7 +127,7 @@ def read_directory(
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """model_index.json of a directory. Raises BaseError where it is none."""
+    """model_index.json of a directory. Raises BaseError if there is none, or if it cannot be read."""
     try:
         found = json.loads((path / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -149,7 +149,8 @@ def read_index(path: Path) -> dict[str, Any]:
 
 
 def component_classes(index: Mapping[str, Any], path: Path) -> dict[str, tuple[str, str]]:
-    """name -> (library, class) of what is there and needed."""
+    """name -> (library, class) of the components that are present and needed. Raises BaseError for a missing folder and
+    for a class of another library."""
     out = {}
     for name, value in index.items():
         if name.startswith("_") or name in _LEFT_OUT or not isinstance(value, list | tuple) or len(value) != 2:
@@ -170,6 +171,7 @@ def component_classes(index: Mapping[str, Any], path: Path) -> dict[str, tuple[s
 
 
 def family_of_directory(path: Path, classes: Mapping[str, tuple[str, str]]) -> ImageFamily:
+    """The family of a directory with these components. Raises BaseError for an unknown one."""
     denoiser = next((n for n in ("unet", "transformer") if n in classes), None)
     if denoiser is None:
         raise BaseError("this base has neither a unet nor a transformer", where=str(path / INDEX))
@@ -211,7 +213,7 @@ def _has_weights(classname: str) -> bool:
 
 
 def table_of(folder: Path) -> tuple[list[StoredTensor], str]:
-    """The stored tensors of a component, and the variant where only one is there."""
+    """The stored tensors of a component, and the variant ("fp16") where the directory has only that, else ""."""
     files, variant = component_files(folder)
     return file_table(files), variant
 
@@ -284,11 +286,13 @@ def _load_quantised(cls: Any, folder: Path, library: str, kind: str, dtype: torc
 
 
 def unreadable(where: Path, error: Exception) -> BaseError:
+    """The error for a component that its library cannot read, with the first words of the library's own."""
     said = " ".join(str(error).split())[:300] or type(error).__name__
     return BaseError(f"this component of the base cannot be read: {said}", where=str(where))
 
 
 def parts_fingerprint(parts: Mapping[str, Any], tables: Mapping[str, list[StoredTensor]]) -> str:
+    """The fingerprint of a base: of the shaping fields and stored tensors of each component with weights."""
     fields = {name: _fields_of(part) for name, part in parts.items() if name in tables}
     return fingerprint_parts({name: (fields[name], tables[name]) for name in fields})
 
@@ -674,8 +678,8 @@ def _is_flux_original(names: list[str]) -> bool:
 
 
 def flux_config(shapes: Mapping[str, tuple[int, ...]], own: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """The config of a FluxTransformer2DModel of these shapes; from `own`, a config as diffusers saves it, what none
-    says. Raises BaseError where a tensor that says something is missing, or the shapes are no FLUX.1's."""
+    """The config of a FluxTransformer2DModel of these shapes; and from `own`, a config as diffusers saves it, what no
+    shape tells. Raises BaseError if a tensor that tells something is missing, or if the shapes are not FLUX.1's."""
     shapes = {name.removeprefix(_FLUX_PREFIX): tuple(shape) for name, shape in shapes.items()}
     head_name = "double_blocks.0.img_attn.norm.query_norm.scale"
     wanted = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight")

@@ -53,8 +53,8 @@ SEEDS = 2**64
 
 @dataclass(frozen=True)
 class MixPlan:
-    """What acts on one picture: `text` while its prompt is read; of `phases`, (share of the steps, mix), the last that
-    has begun: step i of n is in the phase with the largest share ≤ i/n. The first share is 0."""
+    """Which mixes act on one picture: `text` while its prompt is read; of `phases`, (share of the steps, mix), the last
+    that has begun: step i of n is in the phase with the largest share ≤ i/n. The first share is 0."""
 
     text: Mix = ()
     phases: tuple[tuple[float, Mix], ...] = ((0.0, ()),)
@@ -65,8 +65,8 @@ class MixPlan:
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One picture to make. `image`, `mask`, `controls` (a picture for each of the settings' controls): its own, where
-    it does not share the settings'."""
+    """One picture to make. `image`, `mask`, `controls` (a picture for each of the settings' controls): its own, if
+    they are not those of the settings."""
 
     prompt: str
     negative: str = ""
@@ -82,7 +82,7 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class Control:
-    """A ControlNet of the base's family and the picture it holds to, of the pictures' size.
+    """A ControlNet of the base's family and its control picture, of the size of the pictures.
 
     `begin`, `end`: shares of the steps in which it acts."""
 
@@ -95,7 +95,7 @@ class Control:
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """What all rows share. None stands for the base's own (`default_settings`).
+    """What all rows share. None: the base's own (`default_settings`).
 
     `guidance`: classifier-free guidance, for FLUX the number it was distilled with. `true_guidance`: classifier-free
     guidance of a base that has its own; a negative prompt acts there from above 1. `image`: start from it instead of
@@ -118,14 +118,14 @@ class PictureSettings:
 
 
 def check_seed(seed: int) -> None:
-    """Raises ConfigError for what is no seed."""
+    """Raises ConfigError for a seed that torch does not take."""
     if not 0 <= seed < SEEDS:
         raise ConfigError(f"seed {seed}", fix=f"a whole number from 0 to {SEEDS - 1}; the same one, the same picture")
 
 
 def check_numbers(settings: Any) -> None:
-    """The numbers of Settings, or of what has its fields, that can be wrong whatever the base. None is always right.
-    Raises ConfigError."""
+    """Raises ConfigError for numbers of PictureSettings, or of an object with its fields, that are wrong for every
+    base. None is always right."""
     for name in ("steps", "batch_size", "width", "height"):
         value = getattr(settings, name)
         if value is not None and value < 1:
@@ -164,7 +164,7 @@ class Moment:
 
 
 def default_settings(base: ImageBase) -> tuple[int, float]:
-    """(steps, guidance) where nobody says: diffusers' own for the family; 4 and 0 for a base distilled to few steps."""
+    """(steps, guidance) by default: diffusers' own for the family; 4 and 0 for a base distilled to few steps."""
     if base.family == "flux1" and not base.denoiser.config.guidance_embeds:
         return 4, 0.0
     call = inspect.signature(type(pipeline(base)).__call__).parameters
@@ -173,9 +173,8 @@ def default_settings(base: ImageBase) -> tuple[int, float]:
 
 
 def fitted_picture(picture: Image, width: int, height: int, what: str) -> tuple[Image, str]:
-    """The picture at this size, and a sentence if it had another. Raises ConfigError if its sides are in another
-    proportion, by more than a fifteenth (what small pictures in whole units need): nothing is cut off or stretched
-    further unasked."""
+    """The picture at this size, and a sentence if it had another. Raises ConfigError if its proportion differs by more
+    than a fifteenth (what small pictures in whole units need): nothing is cropped or stretched further unasked."""
     from PIL.Image import Resampling
 
     if picture.size == (width, height):
@@ -200,7 +199,7 @@ def generate_images(
     on_picture: Callable[[int, GeneratedPicture], None] | None = None,
     watch: Callable[[Moment], None] | None = None,
 ) -> list[GeneratedPicture]:
-    """A picture for each row, in order. What was selected on `attachment` before is selected again after.
+    """A picture for each row, in order. The selection of `attachment` is put back afterwards.
 
     `on_step(done, of)`: steps over all batches. `on_picture(i, picture)`: as soon as it is there. `watch`: at the end
     of each step; what it raises ends the call. Raises ConfigError for settings that do not go together or with the

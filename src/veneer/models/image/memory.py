@@ -26,7 +26,7 @@ __all__ = ["blocks_of", "fetched", "measured_activations", "offloading", "park",
 
 
 def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes of all storages that autograd keeps after `forward()`, those of `parameters` apart."""
+    """Bytes of all storages that autograd keeps after `forward()`, apart from those of `parameters`."""
     known = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, int] = {}
 
@@ -47,7 +47,7 @@ def measured_activations(forward: Callable[[], Tensor], parameters: Iterable[Ten
 def recomputing(base: ImageBase) -> Iterator[None]:
     """The denoiser keeps only its blocks' inputs and computes the rest again in the backward pass.
 
-    Raises ConfigError for a denoiser that cannot."""
+    Raises ConfigError for a denoiser that does not support it."""
     denoiser = base.denoiser
     if not getattr(denoiser, "_supports_gradient_checkpointing", False):
         raise ConfigError(
@@ -77,8 +77,8 @@ def offloading(base: ImageBase, count: int, device: torch.device | None = None) 
     pass. Yields the bytes that leave the device.
 
     With recomputation a block's forward runs again in the backward pass, and then too its weights come: what autograd
-    holds of them is gone once the block's gradient is there. Weights are never written; afterwards the same tensors are
-    where they were. Trainable parameters stay on the device."""
+    keeps of them is freed once the block's gradient is there. Weights are never written; afterwards the same tensors
+    are where they were. Trainable parameters stay on the device."""
     target = device or base.device
     chosen = blocks_of(base.denoiser)[-count:] if count else []
     undo: list[Callable[[], None]] = []
@@ -137,7 +137,7 @@ def _hook(block: nn.Module, homes: list[tuple[nn.Module, str, Any, Any]], device
 
 
 def park(base: ImageBase, names: Sequence[str]) -> int:
-    """Moves components to the CPU's memory, where nothing runs; the bytes that left the base's device."""
+    """Moves components to the CPU's memory; returns the bytes that left the base's device."""
     parts = [base.part(name) for name in names]
     for part in parts:
         part.to("cpu")
@@ -148,7 +148,7 @@ def park(base: ImageBase, names: Sequence[str]) -> int:
 
 @contextmanager
 def fetched(base: ImageBase, names: Sequence[str]) -> Iterator[None]:
-    """Parked components on the base's device for a with-block."""
+    """Parked components are on the base's device within the with-block."""
     for name in names:
         base.part(name).to(base.device)
     try:

@@ -43,7 +43,7 @@ __all__ = [
 
 @dataclass
 class Conditioning:
-    """What the denoiser is told of n prompts. `embeds`: (n, L, d). `pooled`: (n, p), where the family has one. `mask`:
+    """What the denoiser gets of n prompts. `embeds`: (n, L, d). `pooled`: (n, p), where the family has one. `mask`:
     (n, L), 1 for tokens and 0 for padding, where the family reads one. `cut`: of each prompt what was not read."""
 
     embeds: Tensor
@@ -65,7 +65,7 @@ class Conditioning:
         return replace(out, cut=[self.cut[i] for i in index.tolist()] if self.cut else [])
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """On another device, and of another dtype (the mask keeps its own)."""
+        """The same on another device and in another dtype (the mask keeps its own)."""
         mask = None if self.mask is None else self.mask.to(device=device)
         return replace(self._each(lambda t: t.to(device=device, dtype=dtype)), mask=mask)
 
@@ -74,7 +74,7 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """One after the other; shorter ones are padded with zeros and masked."""
+        """All of them, one after the other; shorter ones are padded with zeros and masked."""
         length = max(p.embeds.shape[1] for p in parts)
         uneven = any(p.embeds.shape[1] != length for p in parts)
         masked = uneven or any(p.mask is not None for p in parts)
@@ -101,8 +101,9 @@ class Conditioning:
 def embed_prompts(base: ImageBase, prompts: Sequence[str]) -> Conditioning:
     """The text side of n prompts, as the pipeline encodes them; differentiable where adapters on encoders train.
 
-    Nothing is cut in silence: `cut` has of each prompt what the denoiser's tokens leave out. (FLUX' pooled vector is of
-    CLIP's 77 tokens whatever the prompt; that is no cut.) Raises BaseError where a text encoder was released."""
+    Nothing is cut silently: `cut` has the part of each prompt that the denoiser's tokens leave out. (FLUX' pooled
+    vector is of CLIP's 77 tokens whatever the prompt; that does not count as cut.) Raises BaseError where a text
+    encoder was released."""
     texts = list(prompts)
     pipe = pipeline(base)
     given: dict[str, Any] = {"prompt": texts, "device": base.device, **text_settings(base)}
@@ -285,8 +286,7 @@ def latent_shape(base: ImageBase, height: int, width: int) -> tuple[int, int, in
 
 
 def unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int) -> Tensor:
-    """A pipeline's latents of pictures of that many pixels, tokens where the family's denoiser has tokens, as
-    `decode_latents` wants them."""
+    """A pipeline's latents of pictures of that many pixels, which may be tokens, in the shape of `decode_latents`."""
     if latents.ndim != 3:
         return latents
     side = 2 * base.vae_scale

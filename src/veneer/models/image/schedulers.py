@@ -55,8 +55,8 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def scheduler_names(base: ImageBase) -> list[str]:
-    """Those that can sample this base: of the flow matching ones, those whose class takes what the family's pipeline
-    sets (FLUX' and Qwen-Image's give a shift by picture size, which not every class has)."""
+    """The schedulers that can sample this base: of the flow matching ones, those whose class takes what the family's
+    pipeline sets (FLUX' and Qwen-Image's give a shift by picture size, which not every class has)."""
     names = [name for name in NAMES if name.startswith("flow-") == (base.prediction == "flow")]
     if base.family in _SHIFTED:
         names.remove("flow-heun")
@@ -66,7 +66,7 @@ def scheduler_names(base: ImageBase) -> list[str]:
 
 
 def scheduler_name(base: ImageBase) -> str:
-    """The name of the base's own scheduler; its class where it has none."""
+    """The name of the base's own scheduler; its class's name if it has none here."""
     own = base.parts["scheduler"]
     for name in scheduler_names(base):
         kind, settings = NAMES[name]
@@ -76,7 +76,7 @@ def scheduler_name(base: ImageBase) -> str:
 
 
 def make_scheduler(base: ImageBase, name: str | None = None) -> Any:
-    """A fresh scheduler for one run: the base's own for None. On a flow matching base `euler` is `flow-euler`, and so
+    """A new scheduler for one run; None: the base's own. On a flow matching base `euler` is `flow-euler`, and so
     on. Raises ConfigError for a name that is unknown, or whose class cannot sample this base."""
     import diffusers
 

@@ -34,8 +34,8 @@ def sheet(
     font_size: int = 14,
 ) -> Image:
     """One picture of all cells; None is left empty. All cells get the size of the largest, and of `least` pixels at
-    least, small ones by whole multiples so that they stay sharp. Raises ConfigError for labels that do not number the
-    rows or columns, and for no cells."""
+    least, small ones by whole multiples so that they stay sharp. Raises ConfigError if the labels are not as many as
+    the rows or columns, and if there are no pictures."""
     from PIL import Image, ImageDraw
 
     wide = max((len(row) for row in cells), default=0)

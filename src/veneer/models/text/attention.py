@@ -1,4 +1,4 @@
-"""Attention of any family of transformers, handed to somebody else for the length of a call.
+"""Attention of any family of transformers, computed by a function of the caller's for the length of a call.
 
     undo = divert_attention(model)                    through transformers' attention interface
     with attending(attend):
@@ -27,8 +27,8 @@ _NAME = "veneer_diverted"
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What a layer says of its attention: scores are scale · q·k, then cap · tanh(score / cap) where cap is above 0;
-    keys `window` back at most where that is above 0; `sinks`: whether it has attention sinks."""
+    """The settings that a layer passes to its attention: scores are scale · q·k, then cap · tanh(score / cap) where
+    `cap` is above 0; a query sees keys up to `window` back where that is above 0; `sinks`: whether there are any."""
 
     scale: float | None
     cap: float
@@ -55,7 +55,7 @@ _now = _Now()
 
 
 def divert_attention(model: Any) -> Callable[[], None]:
-    """Every layer of `model` asks the `Attend` of `attending` from now on; the result of the call ends that."""
+    """Every layer of `model` calls the function of `attending` from now on. Returns a function that undoes this."""
     register_attention(_NAME, _attention, _mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
@@ -68,6 +68,7 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def attending(attend: Attend) -> Iterator[None]:
+    """`attend` computes the attention of diverted models within the with-block, in this thread."""
     _now.attend = attend
     try:
         yield

@@ -43,10 +43,10 @@ __all__ = [
 class TextBase:
     """A frozen language model and its tokenizer.
 
-    `dtype_reason`: why this dtype, in words for a person. `end_of_turn_id`: the token that the chat template puts after
+    `dtype_reason`: why this dtype, as a sentence. `end_of_turn_id`: the token that the chat template puts after
     an answer (without a template, the tokenizer's eos): the last token a training example must train.
     `stop_ids`: every token that ends a generation. `pad_id`: what fills shorter rows, always masked.
-    `context`: tokens the base takes at most. `notes`: what a person should know about the loading, one sentence each.
+    `context`: the most tokens of a sequence. `notes`: what a person should know about the loading, one sentence each.
     """
 
     name: str
@@ -95,8 +95,8 @@ def load_text(
 
     `dtype`: auto, float32, bfloat16 or float16. `device`: auto, cpu, cuda, cuda:1, mps. `quantise`: nf4, fp4 or int8
     puts the linear weights in 4 or 8 bits while they are read; keep leaves those of a GGUF file in their blocks; None
-    is what the files have, with GGUF's dequantised. A checkpoint of bitsandbytes is kept as it is. `say` is told what
-    takes time.
+    is what the files have, with GGUF's dequantised. A checkpoint of bitsandbytes is kept as it is. `say` is
+    called with a line before each step that takes time.
     Raises BaseError (not found, not whole, not a causal language model, weights that do not match the config),
     ConfigError (an unknown dtype, device or quantisation), ResourceError (not enough memory)."""
     path = find_base(name, say=say)
@@ -144,7 +144,7 @@ def load_text(
 
 
 def text_without_weights(name: str, *, say: Callable[[str], None] | None = None) -> TextBase:
-    """A base without its weights, on the meta device: config, tokenizer, names, shapes, fingerprint. For whoever checks
+    """A base without its weights, on the meta device: config, tokenizer, names, shapes, fingerprint. For checking
     adapters against a base that runs elsewhere. Raises BaseError."""
     from transformers import AutoModelForCausalLM
 
@@ -169,7 +169,7 @@ def text_without_weights(name: str, *, say: Callable[[str], None] | None = None)
 
 
 def read_base_config(path: Path) -> PreTrainedConfig:
-    """The config of a base directory or GGUF file. Raises BaseError where transformers cannot make sense of it."""
+    """The config of a base directory or GGUF file. Raises BaseError if transformers cannot read it."""
     from transformers import AutoConfig
 
     config: Any
@@ -206,7 +206,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def choose_quantisation(quantise: str | None, path: Path, config: PreTrainedConfig) -> str:
-    """What the linear weights will be kept in: nf4, fp4, int8, gguf, or "" for in full. Raises ConfigError."""
+    """How the linear weights will be kept: nf4, fp4, int8, gguf, or "" in full precision. Raises ConfigError."""
     saved = "" if path.is_file() else saved_kind(config.to_dict(), str(path))
     if quantise == "keep":
         if not saved and not path.is_file():
@@ -229,7 +229,7 @@ def choose_quantisation(quantise: str | None, path: Path, config: PreTrainedConf
 
 
 def _bytes(table: list[StoredTensor], dtype: torch.dtype, quantised: str) -> int:
-    """About what the weights will take: matrices of embeddings and heads in full."""
+    """Roughly the bytes of the weights; embeddings and heads are not quantised."""
     if quantised in KINDS and all(t.dtype not in ("U8", "I8") for t in table):
         full = ("embed", "lm_head", "wte", "wpe", "output")
         return sum(

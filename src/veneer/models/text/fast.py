@@ -50,11 +50,11 @@ _ATTENTION = "veneer_rows"
 
 @contextmanager
 def fast(model: Any, *, keep: int = 0, hold: bool = True) -> Iterator[FastReport]:
-    """Swap what can be swapped; see the module. Entering it again inside is harmless.
+    """Swaps what can be swapped, as the module says, for the length of the with-block. It may be entered again inside.
 
     `keep`: bytes that dequantised weights of a quantised base may take while the block lasts; the others are
-    dequantised at each use. `hold`: whether a path may keep hold of weights. Where they come and go (sharded ones) it
-    may not: then rows lie without padding, and norms, MLPs and projections are called as they are."""
+    dequantised at each use. `hold`: whether a path may keep references to weights. Sharded weights come and go, so
+    there it may not: rows lie without padding, and norms, MLPs and projections are called as they are."""
     if (already := report_of(model)).active:
         yield already
         return

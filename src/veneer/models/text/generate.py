@@ -42,7 +42,7 @@ Prompt = str | Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Completion:
-    """What came out for one prompt. `ids` include the token that stopped it; `text` does not.
+    """The result for one prompt. `ids` include the token that stopped it; `text` does not.
 
     `finish`: "stop" at a stop token, "length" at the token limit or the end of the base's context."""
 
@@ -64,7 +64,7 @@ def complete(
     batch_size: int = 8,
     on_token: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
-    """Complete every prompt.
+    """A completion of every prompt, in order.
 
     `temperature` 0 is greedy; above, logits are divided by it, then cut to the `top_k` best (0: all) and to the
     smallest set with probability `top_p`. `on_token(index, piece)` is called as text comes: the pieces of one index,
@@ -96,9 +96,8 @@ def encode_prompts(base: TextBase, prompts: Sequence[Prompt]) -> list[list[int]]
 
 
 def encode_prompt(base: TextBase, prompt: Prompt, **variables: Any) -> list[int]:
-    """Token ids: a text with the tokenizer's own special tokens; messages by the chat template, to be answered next.
-
-    `variables`: what else the template gets (tools, add_generation_prompt=False, what a family knows of its own)."""
+    """Token ids: of a text with the tokenizer's special tokens; of messages as the chat template renders them, up to
+    where the answer begins. `variables`: for the template (tools, add_generation_prompt=False, a family's own)."""
     tokenizer = base.tokenizer
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -106,7 +105,7 @@ def encode_prompt(base: TextBase, prompt: Prompt, **variables: Any) -> list[int]
 
 
 def rendered(base: TextBase, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """Messages as the chat template writes them, special tokens and all; `variables` as for `encode_prompt`."""
+    """Messages as the chat template renders them, with special tokens; `variables` as for `encode_prompt`."""
     if not base.has_chat_template:
         raise BaseError(
             f"{base.name} has no chat template, so it takes texts, not messages", fix="give the prompt as plain text"
@@ -203,7 +202,7 @@ def _run(
 
 
 def completion_of(base: TextBase, new: list[int], prompt_tokens: int) -> Completion:
-    """What the tokens that came after a prompt say, up to and without the one that stops it."""
+    """The completion that the tokens after a prompt make, up to the first stop token."""
     end = next((k for k, token in enumerate(new) if token in base.stop_ids), None)
     ids = new if end is None else new[: end + 1]
     body = new if end is None else new[:end]

@@ -44,12 +44,12 @@ def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
 
 
 def rows_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """The fast one: no padding, logits of trained positions alone. Needs `fast`."""
+    """`text_loss` without padding, with logits at trained positions alone. For models within `fast`."""
     return rows_nll(model, input_ids, lengths, trained).sum()
 
 
 def padded_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """The reference: rows padded at their end, the model's own forward, float32 cross-entropy of trained positions."""
+    """`text_loss` by the reference: rows padded at their end, the model's own forward, float32 cross-entropy."""
     return padded_nll(model, input_ids, lengths, trained).sum()
 
 
@@ -74,7 +74,7 @@ def rows_nll(
     model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, layout: RowLayout | None = None,
     rounded: bool | None = None,
 ) -> Tensor:  # fmt: skip
-    """`rows_loss` of each trained token: (M,). `layout`: of those lengths, for whoever wants to see who attended.
+    """`rows_loss` of each trained token: (M,). `layout`: of those lengths, to see afterwards which layers used it.
 
     `rounded`: padding makes the tokens, and those of them whose output is wanted, one of `few_sizes`; None: where that
     pays. Real tokens come first, so neither their dropout nor anything else of them changes."""

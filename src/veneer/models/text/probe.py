@@ -58,8 +58,8 @@ def short_windows(model: Any) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class OwnForward:
-    """ids: (N,), rows of LENGTHS one after another. logits: (N, vocabulary), float32. moved: the same with the rounding
-    of every layer moved. eps: of the model's dtype."""
+    """What a model gives by itself on the probe. `ids`: (N,), rows of LENGTHS one after another. `logits`:
+    (N, vocabulary), float32. `moved`: the same with the rounding of every layer moved. `eps`: of the model's dtype."""
 
     ids: Tensor
     logits: Tensor
@@ -69,7 +69,7 @@ class OwnForward:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any) -> OwnForward:
-        """One forward of the model as it is. Raises whatever that raises."""
+        """Runs the model as it is, once. Raises what its forward raises."""
         weight = model.get_input_embeddings().weight
         vocabulary, device = weight.shape[0], weight.device
         generator = torch.Generator().manual_seed(0)
@@ -89,7 +89,8 @@ class OwnForward:
         return out
 
     def nll_problem(self, nll: Tensor) -> str:
-        """nll: one for each of `trained`, of the rows with short windows. "" where it is the model's own."""
+        """How `nll`, one for each token of `trained`, of the rows with short windows, differs from the model's own; ""
+        where it does not by more than rounding."""
         at = self.trained.nonzero()[:, 0]
         own, moved = (torch.nn.functional.cross_entropy(x[at - 1], self.ids[at], reduction="none") for x in
                       (self.logits, self.moved))  # fmt: skip
@@ -97,7 +98,7 @@ class OwnForward:
         return self._problem(nll.detach().float()[:, None], own[:, None], moved[:, None], size, "loss")
 
     def logits_problem(self, logits: Tensor, at: Tensor | None = None) -> str:
-        """logits: (tokens, vocabulary) after the tokens `at`, all of them by default."""
+        """The same for logits, (tokens, vocabulary), after the tokens `at`; by default after all."""
         chosen = slice(None) if at is None else at
         own = self.logits[chosen]
         return self._problem(logits.float(), own, self.moved[chosen], own.abs().amax(1), "largest logit")

@@ -1,6 +1,6 @@
 """A training run on a text base, from configuration to a saved and proven adapter.
 
-    result = train_text(config)                  result.adapter is the folder, in PEFT's format
+    result = run_text(config)                    result.adapter is the folder, in PEFT's format
 
 load the base → rows → tokens → settings with their sources → preflight → attach → longest batch first → loop →
 save → reload and compare logits → report. Everything before the loop happens on a dry run too, and leaves no file.
