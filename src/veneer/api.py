@@ -62,10 +62,10 @@ def train_text(
     force: bool = False,
     on_event: Listener | None = None,
 ) -> RunResult:
-    """Train one adapter; `veneer train` is this call. The result's `adapter` is its folder.
+    """Trains one adapter, as `veneer train` does. `adapter` of the result is its folder.
 
     `config`: a YAML file, the same as a mapping, or a TrainConfig. `overrides`: "section.key=value". `base`: one that
-    is loaded already. `on_event` hears what happens (train.events); without it the run is shown in the terminal.
+    is loaded already. `on_event` is called with what happens (train.events); without it the terminal shows the run.
     Raises ConfigError, DataError, PreflightError before the first step; Interrupted on Ctrl-C, with the state saved."""
     from veneer.errors import ConfigError
     from veneer.train.config.load import TrainConfig
@@ -86,7 +86,7 @@ def train_image(
     force: bool = False,
     on_event: Listener | None = None,
 ) -> ImageResult:
-    """Train one adapter on pictures; `veneer train` is this call. Its result's `adapter` is the file (peft: a folder).
+    """Trains one adapter on pictures, as `veneer train` does. `adapter` of the result is the file (peft: a folder).
 
     As `train_text`, with a configuration that has `data.pictures` (docs/reference/image-config.md). A `base` that is
     given keeps its text encoders and VAE."""
@@ -122,10 +122,10 @@ def evaluate(
     limit: int | None = None,
     **settings: Any,
 ) -> dict[str, Scores]:
-    """Score the base and mixes of adapters on held-out rows; `veneer eval` is this call.
+    """Scores the base and mixes of adapters on held-out rows, as `veneer eval` does.
 
-    `data`: files as for training. `mixes`: a name -> adapters acting together; by default {"base": []}. `limit`: the
-    first so many rows. `settings`: max_new_tokens, batch_size, generate, on_progress (as
+    `data`: files as for training. `mixes`: a name -> adapters acting together; by default {"base": []}. `limit`: so
+    many rows, the first. `settings`: max_new_tokens, batch_size, generate, on_progress (as
     `train.text.evaluate.score_mixes` takes them)."""
     from veneer.serve.engine.offline import answering
     from veneer.train.text.evaluate import score_mixes
@@ -139,7 +139,7 @@ def evaluate(
 
 
 def save_adapter(adapter: Adapter, folder: str | os.PathLike[str], base: TextBase) -> Path:
-    """Write an adapter as PEFT's two files and a card that names `base`. Whole or not at all. Returns the folder."""
+    """Writes an adapter as PEFT's two files and a card that names `base`, whole or not at all. Returns the folder."""
     card = replace(adapter.card, base=base.name, base_fingerprint=base.fingerprint)
     peft.write(replace(adapter, card=card), os.fspath(folder), base_name=base.name, base=base.model)
     return Path(folder)
@@ -157,7 +157,7 @@ def generate(
     """Answers to `prompts`, with `adapters` acting together for the length of the call.
 
     A text is what a user says, and goes through the base's chat template (with `raw`, or on a base without a template,
-    it is a text to go on from); a list of messages is taken as it is. `system`: put before each text.
+    it is continued as it is); a list of messages is used as it is. `system`: put before each text.
     `settings`: max_new_tokens, temperature, top_p, seed, batch_size, on_token (models.text.generate.complete)."""
     with _acting(base, adapters):
         found = complete(base, [_messages(base, p, system, raw) for p in prompts], **settings)
@@ -176,12 +176,12 @@ def image(
     say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[RecordedPicture]:
-    """Pictures of `prompts`, `count` of each with seeds from `seed` on; `veneer image` is this call.
+    """Pictures of `prompts`, `count` of each with seeds from `seed` on, as `veneer image` makes them.
 
     `adapters`: "brand:0.8@down=0.5,steps=0-0.6" or ("brand", Strength(…)), see formats.strengths. `controls`:
     "canny=sketch.png:0.7". `options`: width, height, steps, guidance, true_guidance, scheduler, batch_size, image,
-    mask, denoise (imaging.make.Options). `say` hears what was resized, cut or without effect. A result has `image`,
-    `infotext`, `record` and `save(path)`."""
+    mask, denoise (imaging.make.Options). `say` is called with notes on what was resized, cut or without effect. A
+    result has `image`, `infotext`, `record` and `save(path)`."""
     from veneer.imaging.adapters import Mixer, parse_use
     from veneer.imaging.controls import parse_control
     from veneer.imaging.make import Options, asks_of, make

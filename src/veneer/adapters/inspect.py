@@ -30,7 +30,7 @@ __all__ = ["AdapterCheck", "delta_norm", "inspect", "verify_adapter"]
 
 @dataclass(frozen=True)
 class AdapterCheck:
-    """One thing that was checked. `ok` None: it could not be checked, and `detail` says why."""
+    """The result of one check. `ok` is None if it could not be made; `detail` says why."""
 
     name: str
     ok: bool | None
@@ -40,14 +40,14 @@ class AdapterCheck:
 def inspect(name: str, **how: Unpack[reader.How]) -> dict[str, Any]:
     """What is in the adapter `name` (a folder, a file or a name in the library), ready for JSON.
 
-    `verdict`: whether it is read for use, and if not, why and what to do. What reading for use refuses in part is
-    shown as far as it can be read. `format`, `reasons`: which format it is and why. `coverage`: tensors of the file
-    that are used, that nothing understands, and that lack their partner; where there are any of the last two, reading
-    it for use is refused. `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes
-    and ‖ΔW‖ (Frobenius, over all of them; without DoRA's magnitude, which needs the base). `deltas`: what is no pair,
+    `verdict`: whether it is read for use, and if not, why and what to do. What reading for use refuses in part is shown
+    as far as it can be read. `format`, `reasons`: which format it is and why. `coverage`: tensors of the file that are
+    used, that nothing understands, and that lack their partner; where there are any of the last two, reading it for use
+    is refused. `targets`: for each last part of a module's name the count, ranks, alphas, scales, shapes and ‖ΔW‖
+    (Frobenius, over all of them; without DoRA's magnitude, which needs the base). `deltas`: changes that are not pairs,
     by form, with the bytes it takes and those of the ΔW that it stands for, one at a time of which is made in use.
     `hashes`: of the file with the tensors. `how`: what `formats.read.read` has to be told. Raises what reading raises
-    for a file that is no adapter at all."""
+    for a file that is not an adapter."""
     path = using.adapter_path(name)
     reading, refusal = _read(path, how)
     return facts(path, reading, refusal, digest=reading.adapter.digest(), norm=delta_norm)
@@ -75,8 +75,8 @@ def delta_norm(pair: Pair) -> float:
 def verify_adapter(name: str, base: TextBase | None = None, **how: Unpack[reader.How]) -> list[AdapterCheck]:
     """Check the adapter `name`: the files' hashes and the digest against the card, hashes in a header against the
     tensors, every tensor used and paired, values finite; with a base its fingerprint, every name and shape, and that
-    the adapter changes what the base says. Failures are Checks with `ok` False. Raises AdapterError only where there is
-    no such adapter."""
+    the adapter changes what the base says. A failure is a check with `ok` False. Raises AdapterError only where there
+    is no such adapter."""
     path = using.adapter_path(name)
     out: list[AdapterCheck] = []
     card: CardFile | None = None

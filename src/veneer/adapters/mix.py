@@ -43,7 +43,7 @@ EMBEDDINGS = {"embed_tokens", "wte", "wpe", "word_embeddings", "token_embedding"
 
 @dataclass
 class MixReport:
-    """What was written. `error`: over all modules; `worst`: the modules furthest off. `parts`: each module's rank,
+    """What a mix wrote. `error`: over all modules; `worst`: the modules furthest off. `parts`: each module's rank,
     norm, error and cut, see core.mix.Part. `left`: what of the inputs has no place in the result, with the reason."""
 
     path: str = ""
@@ -82,12 +82,12 @@ def mix_adapters(
     base: str | Path | None = None,
     to: str | None = None,
 ) -> MixReport:
-    """Write adapters, "NAME_OR_PATH[:strength]", as one to the new `out`; see core.mix for methods and rules.
+    """Writes several adapters, each "NAME_OR_PATH[:strength]", as one to the new `out`; core.mix has the methods.
 
-    `rank`, `energy`, `error`: at most one, see core.truncate.Bound. `blocks`: strengths by block on top, for all of
-    them (`parse_blocks`). `base`: a folder of safetensors, for what needs its weights (DoRA, full copies). `dtype`:
-    what results of arithmetic are rounded to; tensors that are taken over keep theirs. Raises ConfigError for the
-    request, AdapterError listing all that does not mix."""
+    `rank`, `energy`, `error`: at most one, see core.truncate.Bound. `blocks`: strengths by block for all of them, on
+    top (`parse_blocks`). `base`: a folder of safetensors, for what needs its weights (DoRA, full copies). `dtype`: what
+    results of arithmetic are rounded to; tensors that are taken over keep theirs. Raises ConfigError for the request,
+    AdapterError that lists everything that cannot be mixed."""
     chosen = [using.parse_spec(s) for s in specs]
     if not chosen:
         raise ConfigError("there is nothing to mix", fix="name at least one adapter")
@@ -116,7 +116,7 @@ def resize(
     base: str | Path | None = None,
     to: str | None = None,
 ) -> MixReport:
-    """Write the best adapter within `rank`, a share of `energy`, or a relative `error` (exactly one), per module.
+    """Writes the best adapter within `rank`, a share of `energy`, or a relative `error` (exactly one), per module.
 
     An error bound holds for every module, so it holds for all together. A rank above a module's own leaves that module
     exact. `base` is needed for DoRA, whose change is not low rank without it."""
@@ -141,7 +141,7 @@ def extract(
     prefix: str = "",
     to: str | None = None,
 ) -> MixReport:
-    """Write an adapter of `tuned` − `base`, two models in safetensors (files or folders of shards).
+    """Writes an adapter of `tuned` − `base`, two models in safetensors (files or folders of shards).
 
     One weight of each is in memory at a time. `targets`: a regular expression that a module's name must contain; by
     default all weights of two and more dimensions but embeddings. `prefix`: put before every name, such as "unet.".
@@ -189,7 +189,7 @@ def extract(
 
 
 def _difference(one: Tensor, two: Tensor) -> Tensor | None:
-    """W' − W, exact in float32 for 16-bit weights; None where it is zero or they are no numbers to subtract."""
+    """W' − W, exact in float32 for 16-bit weights; None if it is zero, or if they are not floating point numbers."""
     if not (one.is_floating_point() and two.is_floating_point()) or (one.dtype == two.dtype and torch.equal(one, two)):
         return None
     wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32

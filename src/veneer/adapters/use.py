@@ -49,7 +49,7 @@ AdapterSpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
 class AnyBase(Protocol):
-    """What an adapter needs to know of a base: a TextBase or an ImageBase. Adapters attach to `model`."""
+    """A TextBase or an ImageBase, as far as an adapter needs it. Adapters attach to `model`."""
 
     name: str
     fingerprint: str
@@ -62,7 +62,8 @@ class AnyBase(Protocol):
 
 
 def parse_spec(spec: AdapterSpec) -> tuple[str, float]:
-    """(name or path, strength) of "NAME_OR_PATH[:strength]". A path that exists is a path, whatever is in its name."""
+    """(name or path, strength) of "NAME_OR_PATH[:strength]". A text that is the path of something that
+    exists is a path as a whole. Raises ConfigError for a text that names no adapter."""
     if isinstance(spec, tuple):
         name, strength = os.fspath(spec[0]), spec[1]
     else:
@@ -83,8 +84,8 @@ def parse_spec(spec: AdapterSpec) -> tuple[str, float]:
 
 
 def adapter_path(name: str | os.PathLike[str]) -> Path:
-    """Where the adapter's files are: a folder in PEFT's layout, or one file. What is there by that path goes first,
-    then the library. Raises AdapterError that says where it looked."""
+    """Where the adapter's files are: a folder in PEFT's layout, or one file. A path that exists is used, otherwise
+    the library is asked. Raises AdapterError that says where it looked."""
     name = os.fspath(name)
     here = Path(name).expanduser()
     for folder in (here, here / "adapter"):
@@ -128,8 +129,8 @@ def adapter_path(name: str | os.PathLike[str]) -> Path:
 
 
 def _no_strength(name: str) -> tuple[str, str] | None:
-    """(what exists, what stands behind it) where a path is followed by something that is no strength. What may be a
-    version or an alias of the library is none of that."""
+    """(what exists, what stands behind it) where a path is followed by something that is not a strength. A version
+    or an alias of the library does not count."""
     if _may_be_kept(name):
         return None
     for mark in (":", "@"):
@@ -176,9 +177,9 @@ def load_adapter(
 
     `name`: a folder, a file or a name in the library. `how`: what `formats.read.read` has to be told.
 
-    Raises MismatchError where it is another family's, which it names; and, with both fingerprints, where its card names
-    another base: with the first names and shapes that do not fit. Where every name and shape fits, `allow_other_base`
-    takes it all the same. Raises AdapterError for anything else wrong."""
+    Raises MismatchError for an adapter of another family, which it names, and for one whose card names another base,
+    with both fingerprints and the first names and shapes that do not fit. With `allow_other_base` an adapter of another
+    base is accepted if every name and shape fits. Raises AdapterError for anything else that is wrong."""
     name = os.fspath(name)
     path = adapter_path(name)
     try:
@@ -235,10 +236,10 @@ def attach_adapters(
     attachment: Attachment | None = None,
     allow_other_base: bool = False,
 ) -> Attachment:
-    """Attach adapters to a base and select them as one mix.
+    """Attaches adapters to a base and selects them as one mix.
 
-    All are read and checked before the first is attached. `attachment`: the one that the base has already. With no
-    specs the result is the base alone. Raises what `load_adapter` raises, ConfigError for one adapter named twice."""
+    All are read and checked before the first is attached. `attachment`: the base's, if it has one already. With no
+    specs the base is used alone. Raises what `load_adapter` raises, ConfigError for one adapter named twice."""
     mix = [parse_spec(spec) for spec in specs]
     names = [name for name, _ in mix]
     twice = sorted({n for n in names if names.count(n) > 1})

@@ -41,7 +41,7 @@ Use = tuple[str, Strength]
 @dataclass(frozen=True)
 class AdapterSource:
     """Where an attached adapter came from: its own digest, and the hashes of its file that managers know it by, empty
-    where they are not known. `short`: A1111's (`formats.file_hashes.short_hash`). `called`: what people call it, where
+    where they are not known. `short`: A1111's (`files.hashes.short_hash`). `called`: what people call it, if
     that is not `name`."""
 
     name: str
@@ -54,6 +54,7 @@ class AdapterSource:
 
     @property
     def label(self) -> str:
+        """`label_of` what people call it."""
         return label_of(self.called or self.name)
 
 
@@ -61,8 +62,8 @@ _SAYING_NOTHING = ("adapter", "adapter_model", "pytorch_lora_weights")
 
 
 def label_of(name: str) -> str:
-    """A short name for people: the file's or folder's without its ending, or the library's. Tools give some the same
-    name everywhere; the folder around says more there. What separates words in infotext (`:,<>`) becomes `_`."""
+    """A short name for people: the file's or folder's without its ending, or the library's. Some tools give every
+    file the same name; then it is the folder's. What separates words in infotext (`:,<>`) becomes `_`."""
     at = Path(name)
     short = at.stem if at.suffix in (".safetensors", ".gguf") else at.name
     if short in _SAYING_NOTHING and at.parent.name:
@@ -71,9 +72,9 @@ def label_of(name: str) -> str:
 
 
 def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
-    """(name, strength) of "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]". Raises ConfigError for what is not that.
+    """(name, strength) of "NAME[:strength][@BLOCK=factor,…,steps=FROM-TO]". Raises ConfigError for any other text.
 
-    Behind the last `@` stand factors if there is a `=` or a `,` in them: `brand@2` and `brand@prod` are versions."""
+    What follows the last `@` are factors if it has a `=` or a `,`: `brand@2` and `brand@prod` are versions."""
     if isinstance(spec, tuple):
         name, strength = spec
         return name, strength if isinstance(strength, Strength) else Strength(using.parse_spec((name, strength))[1])
@@ -91,7 +92,7 @@ def parse_use(spec: str | tuple[str, float | Strength]) -> Use:
 class Mixer:
     """The adapters of one image base. A context manager: they are off at its end, unless `attachment` was given.
 
-    `sources`: what is attached, by the name it was asked for. `say` hears what a person should know, once each."""
+    `sources`: what is attached, by the name it was asked for. `say` is called with each note for a person, once."""
 
     def __init__(
         self,
@@ -116,8 +117,8 @@ class Mixer:
         return self._controls[name]
 
     def add(self, name: str) -> AdapterSource:
-        """Read and attach an adapter, if it is not yet. Raises MismatchError for one of another family, AdapterError
-        for one that does not fit, with every name and shape."""
+        """Reads and attaches an adapter, unless it is attached already. Raises MismatchError for one of another family,
+        AdapterError for one that does not fit, with every name and shape."""
         if name not in self.sources:
             path = using.adapter_path(name)
             adapter = using.load_adapter(self.base, name, allow_other_base=True)
@@ -135,8 +136,8 @@ class Mixer:
         return self.sources[name]
 
     def plan(self, uses: Sequence[str | tuple[str, float | Strength]]) -> MixPlan:
-        """What acts while a prompt is read and in each range of steps. Raises what `add` raises, ConfigError for one
-        adapter named twice or a block that the base has not."""
+        """Which mix acts while a prompt is read, and which in each range of steps. Raises what `add` raises,
+        ConfigError for one adapter named twice or a block that the base does not have."""
         parsed = [parse_use(use) for use in uses]
         names = [name for name, _ in parsed]
         if twice := sorted({n for n in names if names.count(n) > 1}):

@@ -27,8 +27,8 @@ _MOST_SHOWN = 20
 def read_batch(path: str | Path, shared: Ask | None = None) -> list[Ask]:
     """The asks of a file, in order; `shared`: what a line without the key has.
 
-    Raises DataError for a file that cannot be read or has no lines, and for lines that are no such object: each with
-    its number and what is wrong, the nearest key for one that is not known."""
+    Raises DataError for a file that cannot be read or has no lines, and for lines that are not such objects: it lists
+    them all, each with its number and what is wrong."""
     place = Path(path).expanduser()
     try:
         text = place.read_text(encoding="utf-8-sig")

@@ -50,7 +50,8 @@ _CANNY_NETS = {
 
 @dataclass(frozen=True)
 class ControlSpec:
-    """`model`: a ControlNet's name or folder; "" for the base's canny one, which kinds `canny` and `edges` may have."""
+    """One control of a picture. `model`: a ControlNet's name or folder; "", for the kinds `canny` and `edges`: the
+    base's own canny ControlNet."""
 
     kind: str
     path: str
@@ -61,7 +62,7 @@ class ControlSpec:
 
 
 def parse_control(spec: str | ControlSpec) -> ControlSpec:
-    """Raises ConfigError for what is not KIND[@MODEL]=PICTURE[:weight][@FROM-TO]."""
+    """The control that KIND[@MODEL]=PICTURE[:weight][@FROM-TO] names. Raises ConfigError for any other text."""
     if isinstance(spec, ControlSpec):
         return spec
     if (found := _FORM.fullmatch(spec)) is None:
@@ -98,7 +99,8 @@ def control_model_of(base: ImageBase, spec: ControlSpec) -> str:
 
 
 def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
-    """(the picture, upright and flat on that paper, and the sha256 of its file). Raises what `opened_picture` does."""
+    """(the picture, upright and without transparency, and the sha256 of its file). Raises what `opened_picture`
+    does."""
     from PIL import ImageOps
 
     with opened_picture(path) as (found, data):
@@ -106,7 +108,7 @@ def hashed_picture(path: str | Path, paper: str = "white") -> tuple[Image, str]:
 
 
 def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, max_pixels: int | None = None) -> Image:
-    """The picture in these bytes, upright. `max_pixels` is held against what the header says, before anything is
+    """The picture in these bytes, upright. `max_pixels` is compared with the header before anything is
     decoded: a few bytes may claim gigabytes. Raises DataError."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -132,7 +134,7 @@ def decoded(data: bytes, where: str, *, formats: Sequence[str] | None = None, ma
 
 
 def flattened(picture: Image, paper: str = "white") -> Image:
-    """In RGB or grey of 8 bits; through what is transparent one sees the paper."""
+    """The picture in RGB or grey of 8 bits; transparent parts get the colour of `paper`."""
     from PIL import Image
 
     if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255

@@ -31,7 +31,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class GridLayout:
-    """`asks`: row after row."""
+    """The cells of a sheet. `asks`: row after row."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -103,7 +103,7 @@ def draw_grid(
     *,
     on_step: Callable[[int, int], None] | None = None,
 ) -> PictureGrid:
-    """Make the pictures of a layout and put them on one sheet. Raises as `make`."""
+    """Makes the pictures of a layout and puts them on one sheet. Raises as `make`."""
     made = make(mixer, plan.asks, options, on_step=on_step)
     wide = len(plan.columns)
     cells = [[m.image for m in made[i : i + wide]] for i in range(0, len(made), wide)]

@@ -71,9 +71,9 @@ class Ask:
 
 @dataclass(frozen=True)
 class Options:
-    """What all asks share; None stands for the base's own. See models.image.generate.PictureSettings.
+    """What all asks share; None: the base's own. See models.image.generate.PictureSettings.
 
-    `image`, `mask`: files or pictures. Without a size it is the base's, in the proportion of a given picture."""
+    `image`, `mask`: files or pictures. The default size is the base's, in the proportion of a given picture."""
 
     width: int | None = None
     height: int | None = None
@@ -93,7 +93,7 @@ class Options:
 
 @dataclass
 class RecordedPicture:
-    """A picture, its infotext and its record. `cut`: what of the prompt the text encoder does not read."""
+    """A picture, its infotext and its record. `cut`: the part of the prompt that the text encoder does not read."""
 
     image: Image
     infotext: Infotext
@@ -108,7 +108,7 @@ class RecordedPicture:
         return png_bytes(self.image, self.text, self.record)
 
     def save(self, path: str | Path) -> Path:
-        """Write the picture as PNG, whole or not at all."""
+        """Writes the picture as PNG, whole or not at all; returns the path."""
         atomic_write(path, [self.png()])
         return Path(path)
 
@@ -128,8 +128,8 @@ def make(
     on_step: Callable[[int, int], None] | None = None,
     on_made: Callable[[int, RecordedPicture], None] | None = None,
 ) -> list[RecordedPicture]:
-    """A picture for each ask, in order. What was resized, cut or has no effect is said through the mixer's `say`;
-    `on_made(i, made)` has each as soon as it is there, so that a long call that is stopped leaves what it made.
+    """A picture for each ask, in order. What was resized, cut or has no effect is said through the mixer's `say`.
+    `on_made(i, made)` is called as soon as a picture is there, so that a long call that is stopped leaves what it made.
 
     Raises ConfigError, DataError, AdapterError and MismatchError before the first step."""
     base, options = mixer.base, options or Options()
@@ -224,7 +224,7 @@ def _fit(mixer: Mixer, picture: Image | None, width: int, height: int, what: str
 
 
 def size_for(base: ImageBase, width: int | None, height: int | None, guide: Image | None) -> tuple[int, int]:
-    """What was asked for; else sides in the guide's proportion that have about the base's area."""
+    """(width, height): as asked for; else in the guide's proportion with about the area of the base's default."""
     if width and height:
         return width, height
     if guide is None:
@@ -284,7 +284,7 @@ def model_hash(base: ImageBase) -> tuple[str, str]:
 
 
 def library_versions() -> dict[str, str]:
-    """Of what decides the last bits of a picture."""
+    """The versions of the libraries that decide the last bits of a picture."""
     return {"veneer": __version__, **{name: version(name) for name in ("torch", "diffusers")}}
 
 

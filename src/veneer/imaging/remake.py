@@ -36,9 +36,9 @@ _KNOWN = {
 
 @dataclass
 class PictureRecipe:
-    """What a picture remembers. `fingerprint`, `digests` (adapter -> ours), `files` (adapter -> its file's hash, or its
-    beginning), `inputs` (path -> sha256): what must be found again. `model`: what the infotext calls the base, by which
-    it is compared. `exact`: from our record. `asks[index]` is it."""
+    """How a picture was made, as its PNG says. `fingerprint`, `digests` (adapter -> ours), `files` (adapter -> its
+    file's hash, or its beginning), `inputs` (path -> sha256): what must be found again. `model`: what the infotext
+    calls the base, by which it is compared. `exact`: from our record. `asks[index]` is it."""
 
     path: str
     base: str
@@ -57,7 +57,8 @@ class PictureRecipe:
 
 
 def read_recipe(path: str | Path) -> PictureRecipe:
-    """What the picture says of how it was made. Raises DataError for one that says nothing, or nonsense."""
+    """How the picture was made, from its own metadata. Raises DataError for a picture without any, or with damaged
+    ones."""
     text, record = read_picture(path)
     if record is not None and "grid" in record:
         raise DataError("this is a sheet of several pictures", where=str(path), fix="give one picture's PNG")
@@ -189,7 +190,7 @@ def remake(
     changes: Callable[[Ask, Options], tuple[Ask, Options]] | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> RecordedPicture:
-    """The picture again. `changes`: what is asked otherwise this time; then it is made alone.
+    """Makes the picture again. `changes`: changes the ask and the options; the picture is then made alone.
 
     Raises MismatchError where the base, an adapter or an input picture is not the one that was used then; AdapterError
     where an adapter is found neither by its name nor, in the library, by its digest."""

@@ -36,9 +36,9 @@ def Key() -> Any:
 
 
 def open_engine(where: str, what: str, patience: float = PATIENCE) -> Engine:
-    """The database in a SQLite file, or behind a URL such as postgresql://user@host/database; it is not touched yet.
-    `what` is kept there, for errors. `patience`: seconds after which PostgreSQL that has not answered is away. Raises
-    ConfigError for no such address, MissingExtraError without psycopg."""
+    """The database in a SQLite file, or behind a URL such as postgresql://user@host/database; nothing is opened yet.
+    `what`: what is kept there, for errors. `patience`: seconds after which a PostgreSQL that has not answered counts as
+    unavailable. Raises ConfigError for an address that is not one, MissingExtraError without psycopg."""
     url = where if "://" in where else f"sqlite:///{where}"
     if url.startswith(("postgresql://", "postgres://")):
         url = "postgresql+psycopg://" + url.partition("://")[2]
@@ -162,7 +162,7 @@ def write_transaction(engine: Engine, lock: int | None = None) -> Iterator[Conne
     """A transaction: committed at the end, or not at all. In SQLite it holds the one write lock from its start; in
     PostgreSQL the advisory lock `lock`, if there is one.
 
-    Raises ResourceError where the lock is not to be had for two minutes; in PostgreSQL, for the engine's patience where
+    Raises ResourceError if the lock cannot be had within two minutes; in PostgreSQL, within the engine's patience if
     that is less than the default."""
     with engine.connect().execution_options(write=True) as c:
         try:

@@ -67,7 +67,7 @@ class AdapterDescription:
 
 
 def content_of(path: Path) -> Content:
-    """The files of the adapter at `path`. Raises AdapterError where there is nothing to keep."""
+    """The files of the adapter at `path`. Raises AdapterError if there is none."""
     if path.is_file():
         return Content(path, {path.name: path}, [])
     if not path.is_dir():
@@ -87,7 +87,7 @@ def content_of(path: Path) -> Content:
 
 def describe_adapter(path: Path) -> AdapterDescription:
     """An adapter of any format, read whole: its digest under canonical names, its format and its card.
-    Raises AdapterError for anything that is none, or that has a tensor nobody understands."""
+    Raises AdapterError for anything that is not an adapter, or that has a tensor of unknown meaning."""
     from veneer.formats.read import read
 
     reading = read(path)

@@ -192,7 +192,7 @@ INDEX_SCHEMA = Schema(
 def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that holds the index's one write lock from its start: committed at the end, or not at all.
 
-    Raises ResourceError where the lock is not to be had for two minutes."""
+    Raises ResourceError if the lock cannot be had within two minutes."""
     with database.write_transaction(engine, _LOCK) as c:
         yield c
 
@@ -204,13 +204,13 @@ def identity(c: Connection) -> str | None:
 
 
 def identify(c: Connection, store: str) -> None:
-    """Tie the index to a store from now on."""
+    """Ties the index to a store."""
     c.execute(delete(_meta).where(_meta.c.key == "store"))
     c.execute(insert(_meta), {"key": "store", "value": store})
 
 
 def changed(c: Connection) -> None:
-    """Say that names have changed, in the transaction that changes them: a snapshot elsewhere reads them again."""
+    """Announces, in the transaction that changes names, that they have changed: snapshots elsewhere read them again."""
     here = _meta.c.key == "revision"
     revision = int(c.scalar(select(_meta.c.value).where(here)) or 0) + 1
     c.execute(delete(_meta).where(here))
@@ -220,7 +220,7 @@ def changed(c: Connection) -> None:
 
 
 def claim(c: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
-    """Say that objects are needed from now on, in a write transaction. Returns path -> generation: as long as an object
+    """Marks objects as needed from now on, in a write transaction. Returns path -> generation: as long as an object
     keeps its generation it was not deleted since."""
     now, out = time.time(), {}
     for path, size in sorted(sizes.items()):
@@ -236,14 +236,14 @@ def claim(c: Connection, sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def clear(c: Connection) -> None:
-    """Empty every table but the one that says whose index this is."""
+    """Empties every table but the one that says to which store the index belongs."""
     for table in reversed(INDEX_TABLES.sorted_tables):
         if table is not _meta:
             c.execute(delete(table))
 
 
 def many(c: Connection, table: Table, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Insert rows, of which there may be none."""
+    """Inserts any number of rows, also none."""
     listed = [dict(r) for r in rows]
     if listed:
         c.execute(insert(table), listed)

@@ -54,13 +54,13 @@ MARK = "library.json"
 
 
 class NotInLibrary(AdapterError):
-    """Raised for a reference that means nothing in the library; `fix` names the nearest that does."""
+    """Raised for a reference to nothing in the library; `fix` names the nearest one that exists."""
 
 
 @dataclass
 class Added:
     """What `add` did. `new`: whether there is a new version (the name's latest may have been this content already).
-    `left_out`: what lay beside the adapter's files and is not kept."""
+    `left_out`: files beside the adapter's that are not kept."""
 
     version: Version
     new: bool
@@ -90,8 +90,8 @@ class Library:
     def find(self, reference: str) -> Version:
         """The version that a reference means.
 
-        Raises NotKept, with the nearest names, where there is none; AdapterError where a digest's prefix fits several
-        adapters; ConfigError for text that is no reference."""
+        Raises NotInLibrary, with the nearest names, where there is none; AdapterError where a digest's prefix fits
+        several adapters; ConfigError for a text that is not a reference."""
         wanted = parse_reference(reference)
         with ix.reading(self.engine) as c:
             found = find_versions(c, wanted)
@@ -123,14 +123,14 @@ class Library:
 
         A local store links, so nothing is copied. A remote one is fetched into this machine's cache, each file checked
         against its sha256. The path stays good until garbage collection after the last name of the content went.
-        Raises NotKept where there is no such adapter, AdapterError where its files are missing or damaged,
+        Raises NotInLibrary where there is no such adapter, AdapterError where its files are missing or damaged,
         UnavailableError where the store does not answer."""
         version = self.find(reference)
         return self.place(version.reference, version.entry, version.format, self.files(version.entry))
 
     def place(self, reference: str, entry: str, format: str, kept: Mapping[str, tuple[str, int]] | None = None) -> Path:
-        """As `resolve`, for who knows what the reference means: without `kept` the store's own manifest says which
-        files there are, so that no database is asked."""
+        """As `resolve`, for a caller that knows what the reference means. Without `kept` the store's own manifest says
+        which files there are, so that no database is asked."""
         kept = self._manifest(entry) if kept is None else kept
         local = self.store if isinstance(self.store, LocalStore) else self.cache
         try:
@@ -187,11 +187,12 @@ class Library:
         number: int | None = None,
         describe: Callable[[Path], AdapterDescription] = describe_adapter,
     ) -> Added:
-        """Keep the adapter at `path` (a PEFT folder, a run's folder with one in `adapter/`, or one file) as the next
+        """Keeps the adapter at `path` (a PEFT folder, a run's folder with one in `adapter/`, or one file) as the next
         version of `name`. Content that the latest version has already makes no new version, and gets the tags.
 
         `source`: where it came from. `number`: the version it should get if that is free and the content is not there
-        under another. `describe`: reads the files; raises for what is no adapter. Raises AdapterError, ConfigError."""
+        under another. `describe`: reads the files; raises for files that are not an adapter. Raises AdapterError,
+        ConfigError."""
         check_name(name)
         for tag in (tags := list(tags)):
             check_tag(tag)
@@ -279,13 +280,13 @@ class Library:
         ix.many(c, ix.tags, [{"name": name, "version": version, "tag": x} for x in sorted(set(tags) - have)])
 
     def tag(self, reference: str, *tags: str) -> Version:
-        """Put tags on a version. Raises as `find`, and ConfigError for text that can be no tag."""
+        """Puts tags on a version. Raises as `find`, and ConfigError for text that can be no tag."""
         for tag in tags:
             check_tag(tag)
         return self._change(reference, lambda c, v: self._put_tags(c, v.name, v.version, tags))
 
     def untag(self, reference: str, *tags: str) -> Version:
-        """Take tags off a version. Raises AdapterError that lists the tags it does not have."""
+        """Takes tags off a version. Raises AdapterError that lists the tags it does not have."""
 
         def change(c: Connection, v: Version) -> None:
             if missing := sorted(set(tags) - set(v.tags)):
@@ -297,7 +298,7 @@ class Library:
         return self._change(reference, change)
 
     def alias(self, reference: str, alias: str) -> Version:
-        """Let `name@alias` mean this version from now on, wherever it pointed before; one step for all who look."""
+        """`name@alias` means this version from now on, wherever it pointed before; the change is atomic."""
         check_alias(alias)
 
         def change(c: Connection, v: Version) -> None:
@@ -320,7 +321,7 @@ class Library:
         return after
 
     def remove(self, reference: str, *, with_aliases: bool = False) -> list[str]:
-        """Remove a name with all its versions (`support`), one version (`support@2`) or an alias (`support@prod`).
+        """Removes a name with all its versions (`support`), one version (`support@2`) or an alias (`support@prod`).
 
         A version that an alias points to stays, with AdapterError, unless `with_aliases`. The files stay too until `gc`
         finds that no version of any name has them, and for its grace period after this. Returns what was removed."""
@@ -364,12 +365,12 @@ class Library:
 
 
 def library_place() -> str:
-    """Where the library is unless said otherwise: VENEER_LIBRARY, or `library` in the veneer home."""
+    """Where the library is by default: VENEER_LIBRARY, or `library` in the veneer home."""
     return os.environ.get("VENEER_LIBRARY") or str(veneer_home() / "library")
 
 
 def open_library(location: str | Path | None = None, index: str | None = None, *, check: bool = True) -> Library:
-    """Open the library at `location` (a path or fsspec URL), and make it if there is none.
+    """Opens the library at `location` (a path or fsspec URL), and make it if there is none.
 
     location: by default VENEER_LIBRARY, or `library` in the veneer home. index: a path or database URL; by default
     VENEER_LIBRARY_INDEX, or index.sqlite in a local library; for a remote one a file in the veneer home, good for one

@@ -24,9 +24,9 @@ __all__ = ["Schema", "bring_up", "revision"]
 
 @dataclass(frozen=True)
 class Schema:
-    """`what` is kept there, for errors. `scripts`: the folder of the revisions. `table`: holds the revision. `before`:
-    the revision of tables from before it was held; None where there are no tables. `first`: what a new database needs
-    besides `tables`. `lock`: the key of PostgreSQL's advisory lock."""
+    """The tables of a database. `what`: what is kept there, for errors. `scripts`: the folder of the revisions.
+    `table`: holds the revision. `before`: the revision of tables from before it was held; None where there are no
+    tables. `first`: what a new database needs besides `tables`. `lock`: the key of PostgreSQL's advisory lock."""
 
     what: str
     tables: MetaData
@@ -47,8 +47,8 @@ class Schema:
 
 
 def bring_up(engine: Engine, schema: Schema, where: str) -> None:
-    """Make the tables what this veneer knows. Raises ConfigError for a database of a later veneer, or one that cannot
-    be opened; the engine is then disposed of."""
+    """Brings the tables to this veneer's revision. Raises ConfigError for a database of a later veneer, or one that
+    cannot be opened; the engine is then disposed of."""
     try:
         with reading(engine) as c:
             found = revision(c, schema)
@@ -66,7 +66,7 @@ def bring_up(engine: Engine, schema: Schema, where: str) -> None:
 
 
 def revision(c: Connection, schema: Schema) -> str | None:
-    """The revision that the database says it has; None where it says nothing."""
+    """The revision that the database says it has; None if it has none."""
     if not inspect(c).has_table(schema.table):
         return None
     found: str | None = c.scalar(select(schema.held.c.version_num))

@@ -51,7 +51,8 @@ class Reference:
 
 
 def parse_reference(text: str, *, cased: bool = False) -> Reference:
-    """Raises ConfigError for text that can be no reference."""
+    """The reference that a text means. `cased`: names may have capitals. Raises ConfigError for a text that is not
+    one."""
     if text.startswith("sha256:"):
         if not _PREFIX.fullmatch(text):
             raise ConfigError(f"{text!r} is not a digest", fix="sha256: and 4 to 64 hexadecimal digits in lower case")

@@ -24,7 +24,7 @@ _SOME = 500  # values in one IN list
 @dataclass
 class Version:
     """One version of a name, with what is known of its content. `entry`: the manifest's sha256. `digest`: the
-    adapter's, "" where nobody could read it. `size`: bytes of all its files. `aliases`: those that point here now."""
+    adapter's, "" if it could not be read. `size`: bytes of all its files. `aliases`: those that point here now."""
 
     name: str
     version: int
@@ -99,7 +99,7 @@ def search(
     `all_versions`.
 
     text: each of its words is somewhere in name, tags, or card (base, trigger words, licence, …), in any case.
-    name: begins so. tags: has all of them. base: the base's name, whole or its last part, or a beginning of its
+    name: begins with this. tags: has all of them. base: the base's name, whole or its last part, or a beginning of its
     fingerprint. trigger: one of its trigger words, in any case. parent: the digest of an adapter it was made from, or
     its beginning."""
     v, e, n, t = ix.versions.c, ix.entries.c, ix.names.c, ix.tags.c

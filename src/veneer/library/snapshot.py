@@ -47,7 +47,7 @@ AGAIN = 60.0
 
 @dataclass(frozen=True, slots=True)
 class NamedVersion:
-    """One version of a name. `digest`: the adapter's, "" where nobody could read it; `entry`: its manifest's."""
+    """One version of a name. `digest`: the adapter's, "" if it could not be read; `entry`: its manifest's."""
 
     name: str
     version: int
@@ -64,7 +64,7 @@ class NamedVersion:
 
 
 class Names:
-    """The names of one moment. `find` means what `queries.find` does."""
+    """The names of one moment. `find` finds what `queries.find_versions` does."""
 
     def __init__(
         self, kept: Iterable[NamedVersion] = (), latest: Iterable[tuple[str, int]] = (), aliases: Iterable[Any] = ()
@@ -121,6 +121,7 @@ class Names:
 
 
 def read(c: Connection) -> Names:
+    """The names as they are now."""
     v, e, a, n = ix.versions.c, ix.entries.c, ix.name_aliases.c, ix.names.c
     columns = (v.name, v.version, v.entry, v.added, e.digest, e.format, e.fingerprint, e.base)
     kept = [

@@ -46,10 +46,12 @@ _WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "memory
 
 
 def blob_path(sha256: str) -> str:
+    """The path of a file in a store, by its sha256."""
     return f"blobs/{sha256[:2]}/{sha256}"
 
 
 def manifest_path(entry: str) -> str:
+    """The path of an entry's manifest in a store."""
     return f"manifests/{entry[:2]}/{entry}"
 
 
@@ -59,6 +61,7 @@ def canonical(value: Any) -> bytes:
 
 
 def hash_file(path: Path) -> str:
+    """The sha256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -106,8 +109,8 @@ class LocalStore:
         return (self.root / path).open("rb")
 
     def put(self, path: str, source: Path | bytes, sha256: str) -> None:
-        """Store bytes under their sha256; nothing happens if they are there. Raises AdapterError, with nothing changed,
-        where the source has another sha256."""
+        """Stores bytes under their sha256; nothing happens if they are there. Raises AdapterError, with nothing
+        changed, where the source has another sha256."""
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if self.size(path) == size:
             return
@@ -120,7 +123,7 @@ class LocalStore:
         self._write(path, _chunks(source), sha256, mode=0o444)
 
     def replace(self, path: str, data: bytes) -> None:
-        """Write a file that may change, whole."""
+        """Writes a file that may change, whole or not at all."""
         self._write(path, iter([data]), None, mode=0o644)
 
     def _write(self, path: str, chunks: Iterator[bytes], sha256: str | None, mode: int) -> None:
@@ -252,13 +255,13 @@ class RemoteStore:
             return bytes(self.fs.cat_file(self._at(path)))
 
     def open(self, path: str) -> IO[bytes]:
-        """Reading it may fail too: whoever does is `store_errors`."""
+        """Reading the file may fail too: the caller reads it within `store_errors`."""
         with store_errors(self.root):
             opened: IO[bytes] = self.fs.open(self._at(path), "rb", cache_type="readahead", block_size=8 << 20)
         return opened
 
     def put(self, path: str, source: Path | bytes, sha256: str) -> None:
-        """As `Directory.put`. What arrived may be gone again: collected, and missed when the add is committed."""
+        """As `LocalStore.put`. What arrived may be gone again: collected, and missed when the add is committed."""
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if self.size(path) == size:
             return
@@ -304,7 +307,7 @@ class RemoteStore:
 
 @contextlib.contextmanager
 def store_errors(where: str) -> Iterator[None]:
-    """Around what is asked of a store elsewhere. Each client has its own errors: a file that is not there stays
+    """For whatever is asked of a remote store. Each client has its own errors: a file that is not there stays
     FileNotFoundError, and anything else means that the store cannot be used now, which is UnavailableError."""
     try:
         yield

@@ -49,7 +49,7 @@ _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)((?:/[^/@]+)*)(?:@([^@]+))?")
 
 
 def push(library: Library, reference: str, place: str, *, public: bool = False) -> str:
-    """Copy a version's files to a place, made if it is not there (on the hub a private repository unless `public`).
+    """Copies a version's files to a place, made if it is not there (on the hub a private repository unless `public`).
 
     The hub gets one commit. Elsewhere a manifest of hashes is written after the files, for `pull` to check. Returns
     where they are. Raises AdapterError where the place cannot be reached or written."""
@@ -87,8 +87,8 @@ def pull(
     tags: Iterable[str] = (),
     describe: Callable[[Path], AdapterDescription] = describe_adapter,
 ) -> Added:
-    """Add the adapter at a place, under `name` or the last part of the place. What came from the hub is remembered with
-    its commit. Raises AdapterError where there is none, or where bytes are not what the place's manifest says."""
+    """Adds the adapter at a place, under `name` or the last part of the place. What came from the hub is remembered
+    with its commit. Raises AdapterError where there is none, or where bytes are not what the place's manifest says."""
     with tempfile.TemporaryDirectory(prefix="veneer-pull-") as temporary:
         folder = Path(temporary)
         if place.startswith("hf:"):
@@ -213,7 +213,7 @@ class ImportReport:
 
 
 def export_to(library: Library, target: str | Path, references: Iterable[str] = ()) -> ExportReport:
-    """Write versions with their files, tags and aliases to a tar (a target that ends in .tar) or a new folder.
+    """Writes versions with their files, tags and aliases to a tar (a target that ends in .tar) or a new folder.
 
     references: `support` for all its versions, `support@2`, `support@prod`; none: everything. The target appears whole
     or not at all. Raises AdapterError where it exists, or something is missing or damaged in the store."""
@@ -335,7 +335,7 @@ class _Folder:
 def import_from(
     library: Library, source: str | Path, *, describe: Callable[[Path], AdapterDescription] = describe_adapter
 ) -> ImportReport:
-    """Add what an export holds. Every manifest and file is checked against its sha256, every adapter read by
+    """Adds what an export holds. Every manifest and file is checked against its sha256, every adapter read by
     `describe`, its digest compared with the export's; nothing of the export is taken at its word.
 
     Versions keep their numbers where those are free or the same content has them; otherwise they get the next one, and

@@ -96,8 +96,8 @@ class RebuildReport:
 
 
 def gc(library: Library, *, grace: float = GRACE, dry_run: bool = False) -> GcReport:
-    """Remove entries without a name, and files that no entry refers to, unless touched in the last `grace` seconds; and
-    debris. `dry_run` counts alone. Safe beside anything else, and after a kill."""
+    """Removes entries without a name, and files that no entry refers to, unless touched in the last `grace` seconds;
+    and debris. `dry_run` counts alone. Safe beside anything else, and after a kill."""
     out, cutoff = GcReport(), time.time() - grace
     e, o = ix.entries.c, ix.objects.c
     nameless = ~exists().where(ix.versions.c.entry == e.id)
@@ -190,7 +190,7 @@ def _sweep_remote(store: RemoteStore, grace: float) -> int:
 
 
 def verify_library(library: Library, *, repair: bool = False, say: Callable[[str], None] | None = None) -> VerifyReport:
-    """Compare every file that an entry refers to with its sha256, and the names' records with the index.
+    """Compares every file that an entry refers to with its sha256, and the names' records with the index.
 
     `repair`: remove corrupt files, so that adding the adapter again restores them, and write the records anew."""
     out = VerifyReport()
@@ -293,8 +293,8 @@ def _read(library: Library, path: str) -> bytes | None:
 
 
 def rebuild(location: str | Path | None = None, index: str | None = None) -> RebuildReport:
-    """Make the index again from the store: every name's record, and the manifests they lead to. Replaces what the index
-    holds, in one transaction. A version whose manifest or files are missing is left out and listed.
+    """Makes the index again from the store: every name's record, and the manifests they lead to. Replaces what the
+    index holds, in one transaction. A version whose manifest or files are missing is left out and listed.
 
     A record is written just before its transaction commits. After a kill between the two it is one step ahead of the
     index that was lost, never behind."""

@@ -41,8 +41,9 @@ _FILE = "plan-calibration.json"
 
 @dataclass(frozen=True)
 class Calibration:
-    """`operations`, `bandwidth`: achieved, a second. `process`: bytes beside everything a plan counts. `device`: what
-    it was measured on, with how many threads. `base`: which base took the steps; `dtype`: in which precision."""
+    """What a device reached in training steps. `operations`, `bandwidth`: per second. `process`: bytes beside
+    everything that a plan counts. `device`: which device, with how many threads. `base`, `dtype`: of the model that was
+    trained."""
 
     device: str
     operations: float
@@ -89,16 +90,16 @@ def write_calibration(record: Calibration) -> Path:
 
 
 def rates_here(device: Device, dtype: str) -> tuple[Rates, int | None]:
-    """(rates, bytes of the process): as calibrated where the device was, else as stated, and None."""
+    """(rates, bytes of the process): as calibrated; for a device that was not, as its data sheet states, and None."""
     record = read_calibration(device_key(device, dtype))
     return (rates_of(device, dtype), None) if record is None else (record.rates(), record.process)
 
 
 def cpu_device(*, native: bool = True, low_rank: bool | None = None) -> Device:
-    """This machine's CPU. Where it is not calibrated its rate is a guess: 1 TFLOP/s a core at best.
+    """This machine's CPU. Where it is not calibrated its rate is a guess: 1 TFLOP/s per core at best.
 
     `native`, `low_rank`: whether the compiled kernels run, and those of low-rank products; a plan that loads nothing
-    takes the first for granted, and the second where the processor has AVX512-BF16."""
+    assumes the first, and the second where the processor has AVX512-BF16."""
     import psutil
 
     cores = thread_count()
@@ -128,7 +129,7 @@ def _has_bf16() -> bool:
 
 
 def device_key(device: Device, dtype: str) -> str:
-    """What a record is kept under: device and precision, and of a CPU how many threads."""
+    """The key of a record: device and precision, and for a CPU the number of threads."""
     return f"{f'cpu/{thread_count()}' if device.kind == 'cpu' else device.name}/{dtype}"
 
 

@@ -29,8 +29,8 @@ _MARGIN = 0.03
 
 @dataclass(frozen=True)
 class Change:
-    """What to change together. `slower`: seconds a token over those of the run as it was given. `settings`: as
-    `section.key=value` where a configuration can say it, else words."""
+    """Settings to change together. `slower`: seconds per token over those of the run as it was given. `settings`:
+    `section.key=value` where a configuration has such a key, else words."""
 
     names: tuple[str, ...]
     settings: tuple[str, ...]
@@ -41,6 +41,7 @@ class Change:
 
     @property
     def text(self) -> str:
+        """One line for a person: what to change, the peak then, and the price in time."""
         speed = "at the same speed" if abs(self.slower - 1) < 0.02 else f"{self.slower:.2f} times the time a token"
         return f"{' and '.join(self.names)} ({', '.join(self.settings)}): {self.peak / 1e9:.1f} GB, {speed}"
 
@@ -145,6 +146,7 @@ def cheapest(load: AnyLoad, device: Device, need: Need, limit: int) -> list[Chan
 
 
 def each_holds(memory: Memory, device: Device) -> int:
-    """Bytes at the peak of each device: weights and what belongs to the adapter are divided, activations are not."""
+    """Bytes at the peak of each device: weights and what belongs to the adapter are divided among them, activations
+    are not."""
     held = memory.weights + memory.constants + memory.adapter + memory.gradients + memory.optimizer
     return memory.peak - held + -(-held // device.count)

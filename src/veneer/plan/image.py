@@ -52,7 +52,7 @@ TARGET_ENDINGS = {
 
 @dataclass(frozen=True)
 class ImageLoad:
-    """Pictures in a micro-batch, and how they are trained. `targets`: a word of TARGETS. `offload`: share of
+    """Pictures in a micro-batch, and how they are trained. `targets`: a key of TARGET_ENDINGS. `offload`: share of
     the weights that waits in the CPU's memory. `stays`: text encoders and VAE stay in memory. `references`: forwards
     of the base alone in a step, beside the one that learns."""
 
@@ -72,9 +72,9 @@ class ImageLoad:
 
 @dataclass
 class ImageCounts:
-    """Of one picture. `matrices`: parameters that a quantised base holds in 4 bits. `kept`: values of the base's dtype
-    kept for the backward pass, `kept32`: bytes of float32 beside them; `inputs`: values that recomputing keeps;
-    `block`: values of the largest block. `products`, `attention`, `low_rank`: operations, forward and backward.
+    """The counts of one picture. `matrices`: parameters that a quantised base holds in 4 bits. `kept`: values of the
+    base's dtype kept for the backward pass, `kept32`: bytes of float32 beside them; `inputs`: values that recomputing
+    keeps; `block`: values of the largest block. `products`, `attention`, `low_rank`: operations, forward and backward.
     `encoders`: parameters of text encoders and VAE."""
 
     targets: frozenset[str]
@@ -137,7 +137,7 @@ class ImageCounts:
 
     @property
     def learned(self) -> bool:
-        """Whether something is trained before here."""
+        """Whether a pair stands before this point of the walk."""
         return self._learned
 
     def starts_block(self) -> None:
@@ -154,7 +154,7 @@ Config = Mapping[str, Any]
 
 
 def kind_of(config: Config) -> str:
-    """The family of a denoiser's config: veneer's word for it, or diffusers' class where there is none."""
+    """The family of a denoiser's config: veneer's name, or diffusers' class if there is none."""
     named = str(config.get("_class_name"))
     return str(config.get("model_type") or _CLASSES.get(named, named))
 
@@ -170,7 +170,7 @@ def image_counts(
 ) -> ImageCounts:  # fmt: skip
     """The counts of one picture. config: the denoiser's, with `model_type` sdxl, flux or flux2 or diffusers' class.
 
-    Raises ConfigError for another denoiser and for other words for targets."""
+    Raises ConfigError for an unknown denoiser and for unknown targets."""
     kind = kind_of(config)
     if kind not in IMAGE_FAMILIES:
         known = ", ".join(sorted(IMAGE_FAMILIES))

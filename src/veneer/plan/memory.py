@@ -105,7 +105,7 @@ class Load:
 
     @property
     def begins_in_base(self) -> bool:
-        """Whether pairs keep what they began as, to take it off again."""
+        """Whether pairs keep their initial values, which are subtracted again when the adapter is saved."""
         return self.spec is not None and self.spec.init in ("pissa", "olora")
 
     @property
@@ -114,7 +114,7 @@ class Load:
 
     @classmethod
     def of(cls, tokens_per_row: int, micro_tokens: int, batch: int, **more: Any) -> Load:
-        """Rows of one length, as many as a micro-batch takes of a step of `batch` rows."""
+        """A load of rows of one length, as many in a micro-batch as fit, of a step of `batch` rows."""
         rows = max(1, min(batch, micro_tokens // max(1, tokens_per_row)))
         return cls((tokens_per_row,) * rows, micros=-(-batch // rows), **more)
 
@@ -149,11 +149,12 @@ class Memory:
 
     @property
     def beyond_base(self) -> int:
-        """What is still to come where the process and the base are in memory already."""
+        """What is still to be allocated once the process and the base are in memory."""
         return self.peak - self.weights - self.constants - self.context
 
 
 def dtype_bytes(dtype: str) -> int:
+    """Bytes of one value."""
     return 4 if dtype == "float32" else 2
 
 
@@ -187,7 +188,9 @@ def text_memory(shape: TextShape, load: Load, device: Device, *, process: int | 
         """Tokens that a layer works on after its attention."""
         return trained if i == last and shape.keeps else tokens
 
-    layers = [_Kept(layer, ranks[i], shape.hidden, load, device, meets(i)) for i, layer in enumerate(shape.layers)]
+    layers = [
+        _LayerMemory(layer, ranks[i], shape.hidden, load, device, meets(i)) for i, layer in enumerate(shape.layers)
+    ]
     ends = e * shape.hidden * (2 * meets(last) + trained)  # the last norm's input and output, and the head's gradient
     logits = _logits(shape, trained, e, device)
     if load.checkpointing:
@@ -245,7 +248,7 @@ def _logits(shape: TextShape, trained: int, e: int, device: Device) -> int:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _LayerMemory:
     """What one layer keeps between its forward and its backward pass, and what its backward pass makes on the way."""
 
     layer: LayerShape

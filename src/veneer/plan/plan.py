@@ -28,7 +28,8 @@ __all__ = ["Job", "Plan", "image_plan", "text_plan"]
 
 @dataclass(frozen=True)
 class Job:
-    """How much is trained on. `batch`: rows in an optimizer step. `held_out` rows are scored `evaluations` times."""
+    """How much data a run trains on. `batch`: rows in an optimizer step. `held_out` rows are scored `evaluations`
+    times."""
 
     rows: int
     tokens_per_row: float = 1.0
@@ -44,7 +45,7 @@ class Job:
 
     @property
     def passes(self) -> float:
-        """Times over the data."""
+        """How many times the data is used."""
         return self.epochs if self.steps is None else self.steps * self.batch / max(1, self.rows)
 
     @property
@@ -91,11 +92,11 @@ class Plan:
 
     @property
     def adapter_bytes(self) -> int:
-        """Of the file, in float32 as veneer writes it."""
+        """Bytes of the adapter's file, in float32 as veneer writes it."""
         return 4 * self.trainable
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; bytes, seconds and dollars."""
+        """The plan as JSON values; in bytes, seconds and dollars."""
         return {
             "base": self.base, "parameters": self.parameters, "fits": self.fits, "peak_bytes": self.peak,
             "room_bytes": self.room, "memory": {**self.memory.parts, "host": self.memory.host},
@@ -152,7 +153,8 @@ def text_plan(
     base: str, shape: TextShape, load: Load, device: Device, rates: Rates, job: Job, *, process: int | None = None,
     room: int | None = None, traffic: Traffic | None = None, notes: tuple[str, ...] = (),
 ) -> Plan:  # fmt: skip
-    """`room`: bytes that may be taken of each device, by default what is usable of it. `process`: as calibrated."""
+    """The plan of a run on text. `room`: bytes that may be used of each device, by default what is usable of it.
+    `process`: bytes of the process, as calibrated."""
     limit = usable_memory(device) if room is None else room
     found = _fitted(
         load, device, rates, limit, lambda load, device: text_memory(shape, load, device, process=process),
@@ -191,7 +193,7 @@ def image_plan(
     base: str, config: Mapping[str, Any], load: ImageLoad, device: Device, rates: Rates, job: Job, *,
     process: int | None = None, room: int | None = None, text_tokens: int | None = None,
 ) -> Plan:  # fmt: skip
-    """The same for pictures: `job.rows` of them. config: of the denoiser, see `image_counts`."""
+    """The plan of a run on pictures: `job.rows` of them. `config`: of the denoiser, see `image_counts`."""
     limit = usable_memory(device) if room is None else room
 
     @functools.cache

@@ -18,11 +18,12 @@ _WORDS = {
 
 
 def plan_text(plan: Plan) -> str:
+    """The plan as `veneer plan` prints it."""
     return "\n".join(_lines(plan))
 
 
 def brief(plan: Plan) -> str:
-    """Two lines: whether it fits, and how long it takes."""
+    """The first two lines: whether it fits, and how long it takes."""
     lines = list(_answer(plan))
     return "\n".join(lines[:2])
 
@@ -92,7 +93,7 @@ def _serving(plan: Plan) -> Iterator[str]:
 
 
 def duration(seconds: float) -> str:
-    """`3 h 20 min`, `12 min`, `40 s`."""
+    """A duration as a person reads it: `3 h 20 min`, `12 min`, `40 s`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

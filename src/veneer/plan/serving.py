@@ -31,9 +31,9 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Serving:
-    """`adapters`: how many fit beside base and cache at once. `cache_bytes`: of keys and values. `cents`: per thousand
-    requests at full load, None without a price. `shared`, `dedicated`: dollars an hour of one base for all tenants, and
-    of one model for each."""
+    """What a device serves. `adapters`: how many fit beside base and cache. `cache_bytes`: of keys and values. `cents`:
+    per thousand requests at full load, None without a price. `shared`, `dedicated`: dollars an hour of one base for all
+    tenants, and of one model for each."""
 
     adapter_bytes: int
     cache_bytes: int
@@ -50,8 +50,8 @@ def serving(
     shape: TextShape, device: Device, rates: Rates, traffic: Traffic, *, rank: int = 16, dtype: str = "bfloat16",
     quantise: str | None = None,
 ) -> Serving:  # fmt: skip
-    """By the roofline above. `devices`: how many the base needs to be served at all; dedicated models need as many
-    each."""
+    """The figures by the roofline above. `devices` of the result: as many as the base needs to be served at all;
+    dedicated models need as many each."""
     e = dtype_bytes(dtype)
     weights, constants = weight_bytes(shape, dtype, quantise)
     adapter = e * pair_parameters(shape, rank=rank)

@@ -317,7 +317,8 @@ TEXT_FAMILIES: dict[str, Callable[[Config], tuple[LayerShape, ...]]] = {
 
 
 def model_shape(model: Any) -> TextShape:
-    """Of a model that is there: by its config where the family is in the table, which knows more; else by modules."""
+    """The shape of a loaded model: by its config if the family is in the table, which knows more; else by its
+    modules."""
     config = model.config.get_text_config().to_dict()
     return text_shape(config) if config.get("model_type") in TEXT_FAMILIES else module_shape(model)
 

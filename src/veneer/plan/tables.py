@@ -28,7 +28,7 @@ _MIB = 1 << 20
 @dataclass(frozen=True)
 class Device:
     """Where a run is planned for. `memory`: bytes in all. `flops`: bfloat16 products a second at best. `bandwidth`:
-    bytes a second. `price`: US dollars an hour of one device, None where nobody said. `count`: how many of them.
+    bytes a second. `price`: US dollars an hour of one device, None if it is not known. `count`: how many of them.
     `native`: whether the compiled CPU kernels run; `low_rank`: those of low-rank products too, which want AVX512-BF16.
     """
 
@@ -54,7 +54,7 @@ def _bases() -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def base_names() -> list[str]:
-    """The bases in the table, by the name they have on the hub."""
+    """The bases in the table, by their names on the hub."""
     return list(_bases()[0])
 
 

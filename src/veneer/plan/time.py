@@ -55,8 +55,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does: operations and bytes a second. `source`: where that comes from, for a person. `measured`: on
-    this device, by a calibration."""
+    """Operations and bytes per second of a device. `source`: where the figures come from, as a sentence. `measured`: by
+    a calibration on this device."""
 
     operations: float
     bandwidth: float
@@ -64,13 +64,13 @@ class Rates:
     measured: bool = False
 
     def seconds(self, work: Work, count: int = 1) -> float:
-        """Of `work` spread over `count` devices."""
+        """Seconds for `work` spread over `count` devices."""
         return (work.operations / self.operations + work.bytes / self.bandwidth) / count + work.fetched / _HOST_LINK
 
 
 def rates_of(device: Device, dtype: str = "bfloat16") -> Rates:
-    """Without a calibration: a stated share of what the data sheet says, of which float32 gets a quarter on a CPU and a
-    fourteenth on a card (H100: 67 of 989 TFLOP/s)."""
+    """The rates of a device that was not calibrated: a stated share of its data sheet's, of which float32 gets a
+    quarter on a CPU and a fourteenth on a card (H100: 67 of 989 TFLOP/s)."""
     best = device.flops / (1 if dtype != "float32" else 4 if device.kind == "cpu" else 14)
     said = f"{EFFICIENCY:.0%} of {best / 1e12:,.3g} TFLOP/s, {_BANDWIDTH:.0%} of {device.bandwidth / 1e9:,.0f} GB/s"
     how = "a guess; veneer plan --calibrate measures it" if device.kind == "cpu" else "not measured"

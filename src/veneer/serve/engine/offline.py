@@ -1,7 +1,7 @@
 """The engine without a server: greedy answers to many prompts at once, for whoever has a base in hand.
 
     with answering(base, adapters) as answer:
-        answer(prompts, [("support", 1.0)], max_new_tokens=64)      as models.generate.complete, several times as fast
+        answer(prompts, [("support", 1.0)], max_new_tokens=64)      as `complete` does, several times as fast
 
 Where the base or an adapter does not run on the engine's own forward, `answer` is `complete` itself: then whoever asks
 has the mix acting on the model, as `complete` wants it anyway.

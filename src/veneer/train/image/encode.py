@@ -5,7 +5,7 @@
     ImageLoss(…)(batch)         Σ over rows of weight · min-SNR weight · mean squared error
     ImageLoss(…).score(…)       the same on held-out pictures at fixed noise and times
 
-Knows the base's functions (models.image_predict); no loop, no files but the caches'.
+Knows the base's functions (models.image.predict); no loop, no files but the caches'.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def score_mixes(
 
     `data`: how rows become tokens (max_length, train_on, chat_template); by default as in training, rows that are too
     long for the base cut. `generate=False`: loss and perplexity alone. `attachment`: the one the base has already.
-    `answering`: who answers, instead of models.generate.complete; see `Answering`.
+    `answering`: who answers, instead of models.text.generate.complete; see `Answering`.
     `on_progress(mix, done, rows)` counts answered rows. Raises DataError when no row can be scored."""
     from veneer.adapters.use import attach_adapters, parse_spec
 
@@ -218,7 +218,7 @@ def answers_of(
     answer: Callable[..., list[Completion]] | None = None,
 ) -> list[str]:
     """Greedy answers, in the order of the prompts; equal prompts are answered once. `answer(prompts, max_new_tokens=)`:
-    who answers, instead of models.generate.complete."""
+    who answers, instead of models.text.generate.complete."""
     answer = answer or functools.partial(complete, base, batch_size=batch_size)
     keys = [json.dumps(prompt, sort_keys=True, default=str) for prompt in prompts]
     first: dict[str, int] = {}
