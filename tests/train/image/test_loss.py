@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from veneer.train.ema import Ema
 from veneer.train.image.loss import (
     Noise,
     Times,
@@ -23,6 +22,7 @@ from veneer.train.image.loss import (
     row_losses,
     shifted,
 )
+from veneer.train.optim import Ema
 
 
 @pytest.fixture(scope="module")

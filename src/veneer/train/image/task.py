@@ -37,7 +37,6 @@ from veneer.train import checkpoint, loop
 from veneer.train.check_run import CACHE
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.image import ImageTrainConfig
-from veneer.train.ema import Ema
 from veneer.train.estimate import free_memory
 from veneer.train.events import Listener, Note, Sampled
 from veneer.train.image.batches import ImageBatch, hold_out, plan_image_steps, validation_rows
@@ -65,6 +64,7 @@ from veneer.train.image.save import (
 )
 from veneer.train.image.views import plan_rows
 from veneer.train.loop import Score
+from veneer.train.optim import Ema
 from veneer.train.preflight import Report
 from veneer.train.run import NAME, AttachedTask, Run, Task, carry_out, due, opened
 from veneer.train.save import Outcome, ReportParts

@@ -1,0 +1,137 @@
+"""A task of a few lines is a whole run: checked, trained, stopped and resumed, scored, saved, proven, reported.
+
+What text and pictures do with it is in their own tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import Interrupted, NoGain, PreflightError
+from veneer.files.tensors import encode_tensors, read_tensors
+from veneer.train import checkpoint
+from veneer.train.checkpoint import Progress, write_atomically
+from veneer.train.config.load import config_from
+from veneer.train.events import Event, Listener, Note, Stepped, to_record
+from veneer.train.findings import Finding
+from veneer.train.loop import Micro, Score, Step
+from veneer.train.preflight import Report
+from veneer.train.report.log import read_log
+from veneer.train.run import AttachedTask, Run, Task, carry_out, due, opened
+from veneer.train.save import Outcome
+
+
+class Lines(Task[list[Step], Outcome], AttachedTask[Outcome]):
+    """Lines through points: y = w·x, by least squares. Before and after it is attached it is one object."""
+
+    scored = True
+
+    def __init__(self, folder: Path, slope: float = 3.0) -> None:
+        x = torch.linspace(-1, 1, 24)
+        self.x, self.y, self.file = x, slope * x, folder / "line.safetensors"
+        self.parameters = {"w.B": nn.Parameter(torch.zeros(()))}
+        self.steps = [Step((Micro(2, 2, (i, i + 1), lambda i=i: [i, i + 1]),), (i + 2) / 24) for i in range(0, 24, 2)]
+        self.ends = [12]
+
+    def read(self, run: Run) -> list[Step]:
+        return self.steps
+
+    def check(self, run: Run, data: list[Step], previous: Mapping[str, Any] | None) -> Report:
+        report = Report()
+        report.add(Finding("ok", "points", "24 points") if bool(self.y.any()) else Finding("stop", "points", "flat"))
+        run.say(report, [("base.dtype", "float32", "points are")])
+        return report
+
+    @contextmanager
+    def attach(self, run: Run, data: list[Step], report: Report) -> Iterator[Lines]:
+        yield self
+
+    def loss(self, batch: list[int]) -> Tensor:
+        return (self.parameters["w.B"] * self.x[batch] - self.y[batch]).square().sum()
+
+    def score(self, interrupted: Callable[[], bool]) -> Score:
+        return Score(float(self.loss(list(range(24))).detach()), 24, 24, likelihood=False)
+
+    def facts(self, outcome: Outcome, progress: Progress) -> Outcome:
+        return outcome
+
+    def save(self, result: Outcome, progress: Progress, tell: Listener) -> Outcome:
+        write_atomically(self.file, b"".join(encode_tensors({"w": self.parameters["w.B"].detach()})))
+        return replace(result, adapter=str(self.file))
+
+    def prove(self) -> str:
+        assert torch.equal(read_tensors(self.file)[0]["w"], self.parameters["w.B"].detach())
+        return "read back: the same line"
+
+
+def go(folder: Path, on_event: Listener = lambda event: None, *, slope: float = 3.0, **keys: Any) -> Outcome:
+    options = {key: keys.pop(key) for key in ("resume", "dry_run") if key in keys}
+    values = {
+        "base": "none", "data": {"train": "points"}, "output": str(folder), "optimizer": {"learning_rate": 0.1},
+        "evaluation": {"every": 4}, "checkpoint": {"every": 4}, **keys,
+    }  # fmt: skip
+    config, sources = config_from(values)
+    with opened(config, unit="points", on_event=on_event, sources=sources, **options) as run:
+        return carry_out(run, Lines(folder, slope))
+
+
+def test_a_third_task_is_a_whole_run(tmp_path: Path) -> None:
+    seen: list[Event] = []
+    result = go(tmp_path / "out", seen.append)
+    assert (result.steps, result.stopped, result.kept_step) == (12, "finished", 12)
+    assert result.validation is not None
+    assert result.validation_before is not None
+    assert result.validation < result.validation_before
+    assert Path(result.adapter).is_file()
+    assert any(isinstance(e, Note) and e.text == "read back: the same line" for e in seen)
+    assert read_log(tmp_path / "out" / "log.jsonl") == json.loads(json.dumps([to_record(e) for e in seen]))
+    page = Path(result.report).read_text(encoding="utf-8")
+    assert "Validation loss" in page
+    assert "24 points" in page
+    assert "float32" in page
+    assert checkpoint.latest(tmp_path / "out" / "checkpoints") == tmp_path / "out" / "checkpoints" / "step-00000012"
+
+
+def test_it_is_stopped_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    go(tmp_path / "whole")
+
+    def press(event: Event) -> None:
+        if isinstance(event, Stepped) and event.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="after step 5 of 12") as caught:
+        go(tmp_path / "out", press)
+    assert "resume=True" in str(caught.value.fix)
+    go(tmp_path / "out", resume=True)
+    first, second = (tmp_path / name / "line.safetensors" for name in ("whole", "out"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_dry_run_and_a_stop_leave_nothing(tmp_path: Path) -> None:
+    result = go(tmp_path / "out", dry_run=True)
+    assert (result.dry_run, result.steps, result.preflight["ok"]) == (True, 12, True)
+    with pytest.raises(PreflightError, match="flat"):
+        go(tmp_path / "out", slope=0.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_only_became_worse_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(NoGain):
+        go(tmp_path / "out", optimizer={"name": "sgd", "learning_rate": 10.0, "clip": None})
+    assert not (tmp_path / "out" / "line.safetensors").exists()
+
+
+def test_steps_after_which_something_is_due() -> None:
+    assert due(5, [4, 8, 12], 12, start=True) == {0, 5, 10}
+    assert due("epoch", [4, 8, 12], 12, start=False) == {4, 8, 12}
