@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import Interrupted, NoGain, PreflightError
-from veneer.files.tensors import encode_tensors, read_tensors
+from veneer.files.safetensors import encode_tensors, read_tensors
 from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress, write_atomically
 from veneer.train.config.load import config_from
