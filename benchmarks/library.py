@@ -62,7 +62,7 @@ def fill(library: Library, count: int, work: Path) -> float:
         path.write_bytes(data)
         library.add(path, name(n), tags=tags(n), describe=lambda _, told=told: told)
     rate = ADDED / (time.perf_counter() - start)
-    with ix.writing(library.engine) as c:
+    with ix.index_transaction(library.engine) as c:
         for n in range(ADDED, count):
             data, told = made(n)
             files = {path.name: (hashlib.sha256(data).hexdigest(), len(data))}

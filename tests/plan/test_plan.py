@@ -13,7 +13,7 @@ from veneer.plan.calibration import Calibration, cpu_device, read_calibration, s
 from veneer.plan.fit import usable_memory
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import Load, dtype_bytes
-from veneer.plan.plan import Job, Plan, image_plan, text_plan
+from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
 from veneer.plan.render import brief, duration, plan_text
 from veneer.plan.serving import Traffic, serving
 from veneer.plan.shape import pair_parameters, text_shape
@@ -23,7 +23,9 @@ from veneer.plan.time import Rates, Work, rates_of, run_seconds, text_work
 
 def plan(base: str, gpu: str, load: Load, *, count: int = 1, **more: object) -> Plan:
     device = device_named(gpu, count=count, price=2.5)
-    return text_plan(base, text_shape(base_config(base)), load, device, rates_of(device), Job(5000, 600, 3), **more)  # type: ignore[arg-type]
+    return text_plan(
+        base, text_shape(base_config(base)), load, device, rates_of(device), TrainingJob(5000, 600, 3), **more
+    )  # type: ignore[arg-type]
 
 
 TICKETS = Load((600,) * 3, micros=6)
@@ -85,7 +87,7 @@ def test_a_plan_is_json() -> None:
 def test_flux_fits_24_gb_with_what_people_do() -> None:
     device = device_named("rtx-4090")
     found = image_plan(
-        "flux.1-dev", base_config("flux.1-dev"), ImageLoad(), device, rates_of(device), Job(20, 1, 35, 1)
+        "flux.1-dev", base_config("flux.1-dev"), ImageLoad(), device, rates_of(device), TrainingJob(20, 1, 35, 1)
     )
     assert set(found.changes[0].settings) == {"memory.activation_checkpointing=on", "base.quantise=nf4"}
     assert "text encoders and VAE" in plan_text(found)

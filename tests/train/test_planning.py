@@ -10,7 +10,7 @@ import pytest
 from veneer.errors import ConfigError, DataError
 from veneer.plan.calibration import cpu_device
 from veneer.plan.memory import Load
-from veneer.plan.plan import Job, Plan, text_plan
+from veneer.plan.plan import Plan, TrainingJob, text_plan
 from veneer.plan.shape import text_shape
 from veneer.plan.tables import Device, base_config, device_named
 from veneer.plan.time import rates_of
@@ -48,7 +48,7 @@ def test_pairs_of_their_own_are_planned_as_they_are() -> None:
 
 def plan(load: Load, device: Device, room: int) -> Plan:
     shape = text_shape(base_config("meta-llama/Llama-3.1-8B"))
-    return text_plan("b", shape, load, device, rates_of(device), Job(100, 500, 1), room=room)
+    return text_plan("b", shape, load, device, rates_of(device), TrainingJob(100, 500, 1), room=room)
 
 
 def test_what_is_to_be_set_is_what_a_configuration_can_say() -> None:

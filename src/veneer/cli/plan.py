@@ -77,7 +77,7 @@ def plan(
     from veneer.plan.calibration import cpu_device, rates_here
     from veneer.plan.image import ImageLoad, is_denoiser
     from veneer.plan.memory import Load
-    from veneer.plan.plan import Job, image_plan, text_plan
+    from veneer.plan.plan import TrainingJob, image_plan, text_plan
     from veneer.plan.render import plan_text
     from veneer.plan.serving import Traffic
     from veneer.plan.shape import text_shape
@@ -112,7 +112,7 @@ def plan(
                 micro_pictures, side, side, -(-batch // micro_pictures), rank, dtype, quantise, checkpointing,
                 targets=targets,
             )  # fmt: skip
-            job = Job(rows, 1.0, epochs, batch)
+            job = TrainingJob(rows, 1.0, epochs, batch)
             made = image_plan(base, found, load, device, rates, job, process=process)
         elif tokens_per_row is None:
             raise ConfigError("a plan of text needs --tokens-per-row", fix=_EXAMPLE.removeprefix("Example: "))
@@ -123,7 +123,7 @@ def plan(
                 checkpointing=checkpointing, trained=trained,
             )  # fmt: skip
             traffic = Traffic(prompt or round(tokens_per_row), answer, together, tenants)
-            job = Job(rows, tokens_per_row, epochs, batch)
+            job = TrainingJob(rows, tokens_per_row, epochs, batch)
             shape = text_shape(found)
             made = text_plan(base, shape, load, device, rates, job, process=process, traffic=traffic)
     else:

@@ -55,6 +55,7 @@ __all__ = [
     "files",
     "identify",
     "identity",
+    "index_transaction",
     "many",
     "name_aliases",
     "names",
@@ -65,7 +66,6 @@ __all__ = [
     "tags",
     "triggers",
     "versions",
-    "writing",
 ]  # fmt: skip
 
 CHANNEL = "veneer_library_names"
@@ -189,7 +189,7 @@ INDEX_SCHEMA = Schema(
 
 
 @contextlib.contextmanager
-def writing(engine: Engine) -> Iterator[Connection]:
+def index_transaction(engine: Engine) -> Iterator[Connection]:
     """A transaction that holds the index's one write lock from its start: committed at the end, or not at all.
 
     Raises ResourceError if the lock cannot be had within two minutes."""

@@ -211,13 +211,13 @@ class Library:
         }
         sources[manifest_path(entry)] = (manifest, entry)
         sizes = {blob_path(h): size for h, size in kept.values()} | {manifest_path(entry): len(manifest)}
-        with ix.writing(self.engine) as c:
+        with ix.index_transaction(self.engine) as c:
             claimed = ix.claim(c, sizes)
         for target, (data, sha256) in sources.items():
             self.store.put(target, data, sha256)
         if changed := [file for file, p in found.files.items() if _stamp(p) != before[file]]:
             raise AdapterError(f"changed while it was being added: {', '.join(changed)}", where=str(path), fix="again")
-        with ix.writing(self.engine) as c:
+        with ix.index_transaction(self.engine) as c:
             now = ix.claim(c, sizes)
             for target in (t for t in now if now[t] != claimed[t]):
                 self.store.put(target, *sources[target])
@@ -310,7 +310,7 @@ class Library:
 
     def _change(self, reference: str, change: Callable[[Connection, Version], None]) -> Version:
         """Find a version, change what is said of it, and write its name's record, all under the write lock."""
-        with ix.writing(self.engine) as c:
+        with ix.index_transaction(self.engine) as c:
             found = find_versions(c, wanted := parse_reference(reference))
             if len(found) != 1:
                 raise self._unknown(c, reference, wanted.name) if not found else _several(reference, found)
@@ -329,7 +329,7 @@ class Library:
         if wanted.prefix:
             raise ConfigError("a digest may have several names", where=reference, fix="remove them by name")
         a, v = ix.name_aliases.c, ix.versions.c
-        with ix.writing(self.engine) as c:
+        with ix.index_transaction(self.engine) as c:
             if not (found := find_versions(c, wanted)):
                 raise self._unknown(c, reference, wanted.name)
             name = wanted.name
@@ -403,7 +403,7 @@ def open_library(location: str | Path | None = None, index: str | None = None, *
 
 def _begin(store: LocalStore | RemoteStore, engine: Engine, where: str) -> str:
     """Mark a new store with the index's id; the index first, so that a kill in between does no harm."""
-    with ix.writing(engine) as c:
+    with ix.index_transaction(engine) as c:
         mark = ix.identity(c) or secrets.token_hex(16)
         ix.identify(c, mark)
     if _mark(store, where) is None:

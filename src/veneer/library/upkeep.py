@@ -102,7 +102,7 @@ def gc(library: Library, *, grace: float = GRACE, dry_run: bool = False) -> GcRe
     e, o = ix.entries.c, ix.objects.c
     nameless = ~exists().where(ix.versions.c.entry == e.id)
     quiet = exists().where(o.path == e.manifest, o.touched < cutoff)
-    with ix.writing(library.engine) as c:
+    with ix.index_transaction(library.engine) as c:
         dead = list(c.scalars(select(e.id).where(nameless, quiet)).all())
         out.entries = len(dead)
         if dry_run:
@@ -146,7 +146,7 @@ def _count_unused(c: Connection, cutoff: float, dead: set[str], out: GcReport) -
 def _delete_condemned(library: Library, out: GcReport) -> bool:
     """One batch. Files go within the transaction that takes their rows, so that no claim comes in between."""
     o = ix.objects.c
-    with ix.writing(library.engine) as c:
+    with ix.index_transaction(library.engine) as c:
         rows = c.execute(select(o.path, o.size).where(o.generation == ix.CONDEMNED, _unused()).limit(BATCH)).all()
         for row in rows:
             library.store.delete(row.path)
@@ -164,7 +164,7 @@ def _delete_strays(library: Library, cutoff: float, out: GcReport) -> None:
     strays = [f for f in _stored(library) if f[0] not in known and f[2] < cutoff]
     for at in range(0, len(strays), BATCH):
         part = strays[at : at + BATCH]
-        with ix.writing(library.engine) as c:
+        with ix.index_transaction(library.engine) as c:
             claimed = set(c.scalars(select(o.path).where(o.path.in_([path for path, _, _ in part]))).all())
             for path, size, _ in part:
                 if path not in claimed:
@@ -252,7 +252,7 @@ def _told(library: Library, path: str) -> str:
 def _drop(library: Library, bad: list[str], out: VerifyReport) -> None:
     f = ix.files.c
     for path in bad:
-        with ix.writing(library.engine) as c:
+        with ix.index_transaction(library.engine) as c:
             if _hash(library.store, path) == path.rpartition("/")[2]:
                 continue  # restored meanwhile
             library.store.delete(path)
@@ -273,7 +273,7 @@ def _check_records(library: Library, repair: bool, out: VerifyReport) -> None:
             right = canonical(record(c, name))
         if _read(library, f"names/{name}.json") == right:
             continue
-        with ix.writing(library.engine) as c:  # nobody writes it now
+        with ix.index_transaction(library.engine) as c:  # nobody writes it now
             right = canonical(record(c, name))
             if _read(library, f"names/{name}.json") == right:
                 continue
@@ -301,7 +301,7 @@ def rebuild(location: str | Path | None = None, index: str | None = None) -> Reb
     out = RebuildReport()
     with open_library(location, index, check=False) as library:
         mark = json.loads(library.store.read("library.json"))["id"]
-        with ix.writing(library.engine) as c:
+        with ix.index_transaction(library.engine) as c:
             ix.clear(c)
             ix.identify(c, mark)
             for path, _, _ in sorted(library.store.walk("names")):

@@ -23,11 +23,11 @@ from veneer.plan.shape import TextShape, pair_parameters
 from veneer.plan.tables import Device
 from veneer.plan.time import Rates, Work, run_seconds, text_work
 
-__all__ = ["Job", "Plan", "image_plan", "text_plan"]
+__all__ = ["Plan", "TrainingJob", "image_plan", "text_plan"]
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """How much data a run trains on. `batch`: rows in an optimizer step. `held_out` rows are scored `evaluations`
     times."""
 
@@ -65,7 +65,7 @@ class Plan:
     parameters: int
     trainable: int
     device: Device
-    job: Job
+    job: TrainingJob
     memory: Memory
     peak: int
     room: int
@@ -150,8 +150,8 @@ def _fitted(
 
 
 def text_plan(
-    base: str, shape: TextShape, load: Load, device: Device, rates: Rates, job: Job, *, process: int | None = None,
-    room: int | None = None, traffic: Traffic | None = None, notes: tuple[str, ...] = (),
+    base: str, shape: TextShape, load: Load, device: Device, rates: Rates, job: TrainingJob, *,
+    process: int | None = None, room: int | None = None, traffic: Traffic | None = None, notes: tuple[str, ...] = (),
 ) -> Plan:  # fmt: skip
     """The plan of a run on text. `room`: bytes that may be used of each device, by default what is usable of it.
     `process`: bytes of the process, as calibrated."""
@@ -190,7 +190,7 @@ def text_plan(
 
 
 def image_plan(
-    base: str, config: Mapping[str, Any], load: ImageLoad, device: Device, rates: Rates, job: Job, *,
+    base: str, config: Mapping[str, Any], load: ImageLoad, device: Device, rates: Rates, job: TrainingJob, *,
     process: int | None = None, room: int | None = None, text_tokens: int | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a run on pictures: `job.rows` of them. `config`: of the denoiser, see `image_counts`."""

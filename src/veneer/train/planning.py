@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import DataError
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, CPU_PROCESS, Load, weight_bytes
-from veneer.plan.plan import Job, Plan, image_plan, text_plan
+from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
 from veneer.plan.render import duration
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import model_shape, pair_parameters, text_shape
@@ -96,15 +96,15 @@ def still_needed(memory: Any, device: Device) -> int:
     return int(memory.beyond_base + (CPU_LATER if device.kind == "cpu" else 0))
 
 
-def _job(config: TrainConfig, rows: int, tokens: float, held_out: int) -> Job:
+def _job(config: TrainConfig, rows: int, tokens: float, held_out: int) -> TrainingJob:
     batching = config.batching
     batch = batching.rows if batching.mode == "bucket" else max(1, round((batching.tokens or 1) / max(1.0, tokens)))
     scored = min(held_out, config.evaluation.rows or held_out)
     epochs = float(config.epochs or 1)
-    job = Job(rows, tokens, epochs, batch, config.steps)
+    job = TrainingJob(rows, tokens, epochs, batch, config.steps)
     every = config.evaluation.every
     times = job.passes if every == "epoch" else job.total_steps / int(every)
-    return Job(rows, tokens, epochs, batch, config.steps, scored, int(times) + config.evaluation.at_start)
+    return TrainingJob(rows, tokens, epochs, batch, config.steps, scored, int(times) + config.evaluation.at_start)
 
 
 def to_be_set(plan: Plan) -> str:
@@ -192,7 +192,7 @@ def _plan_of_pictures(config: ImageTrainConfig, found: Mapping[str, Any], device
         config.memory.activation_checkpointing == "on" or config.memory.offload_blocks > 0, targets=words,
         references=0 if config.loss.keep_guidance is None else 2,
     )  # fmt: skip
-    job = Job(rows, 1.0, float(config.schedule.epochs or 1), batch, config.steps)
+    job = TrainingJob(rows, 1.0, float(config.schedule.epochs or 1), batch, config.steps)
     return image_plan(config.base.name, found, load, device, rates, job, process=process)
 
 
