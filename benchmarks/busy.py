@@ -124,8 +124,9 @@ def training_peft(work: Path, inside: Inside) -> None:
 
 def serving_veneer(work: Path, inside: Inside) -> None:
     import veneer
-    from veneer.serve.engine.engine import EngineSettings, TextEngine
+    from veneer.serve.engine.engine import TextEngine
     from veneer.serve.request import Finished, Request, Sampling
+    from veneer.serve.settings import EngineSettings
 
     base = veneer.load_base((work / "base").read_text(encoding="utf-8"), device="cpu")
     shelf = {}

@@ -81,8 +81,9 @@ def side_veneer(work: Path, quick: bool) -> dict[str, Any]:
     import torch
 
     from veneer.models.text.base import load_text
-    from veneer.serve.engine.engine import EngineSettings, TextEngine
+    from veneer.serve.engine.engine import TextEngine
     from veneer.serve.request import BASE
+    from veneer.serve.settings import EngineSettings
 
     base = load_text("smollm2-135m", dtype="bfloat16")
     shelf: dict[str, Any] = {}
@@ -164,8 +165,9 @@ def side_large(work: Path, quick: bool) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from veneer.models.text.base import load_text
-    from veneer.serve.engine.engine import EngineSettings, TextEngine
+    from veneer.serve.engine.engine import TextEngine
     from veneer.serve.request import BASE
+    from veneer.serve.settings import EngineSettings
 
     folder = work / "1B"
     if not folder.is_dir():

@@ -123,9 +123,8 @@ def test_the_table_of_reasons_is_the_one_of_the_code() -> None:
 
 
 def test_the_numbers_are_the_codes_own() -> None:
-    from veneer.serve.engine.engine import EngineSettings
     from veneer.serve.names.catalog import MAX_MIX
-    from veneer.serve.settings import HttpSettings
+    from veneer.serve.settings import EngineSettings, HttpSettings
 
     settings = EngineSettings()
     assert f"`--max-batch`, {settings.rows} |" in PAGE

@@ -1,8 +1,7 @@
-"""The server's life: loading, ready, draining, gone; its settings."""
+"""The server's life: loading, ready, draining, gone."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import socket
@@ -10,21 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from tests.cli.run import run
-from tests.serve.http.toy import ToyCatalog, free_port
-from veneer.errors import ConfigError, ResourceError
-from veneer.serve.access import KeyAccess
-from veneer.serve.build import operator_routes, tenancy_of
-from veneer.serve.request import Refused
+from tests.serve.http.toy import free_port
+from veneer.errors import ResourceError
 from veneer.serve.server import listen
-from veneer.serve.settings import Preload, ServeSettings, bytes_of, keys_of, parse_preload
-from veneer.serve.tenancy.keys import hash_key
-from veneer.serve.tenancy.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = """
@@ -119,79 +111,6 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys: pytest.C
     assert "listening on" not in result.err
     with pytest.raises(ResourceError, match=r"cannot listen at nowhere\.invalid:80"):
         listen("nowhere.invalid", 80)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("support", Preload("support", "support")),
-        ("support=acme/support@3", Preload("support", "acme/support@3")),
-        ("support=acme/support:0.8", Preload("support", "acme/support", 0.8)),
-        ("support:-0.5", Preload("support", "support", -0.5)),
-    ],
-)
-def test_preload(text: str, wanted: Preload) -> None:
-    assert parse_preload(text) == wanted
-
-
-def test_settings_that_are_wrong(tmp_path: Path) -> None:
-    for text in ("", "=x", "a:1.2.3"):
-        with pytest.raises(ConfigError):
-            parse_preload(text)
-    assert bytes_of("1.5G", "") == 3 << 29
-    assert bytes_of("512MB", "") == 512 << 20
-    with pytest.raises(ConfigError, match="no size"):
-        bytes_of("much", "--cache-memory")
-    file = tmp_path / "keys"
-    file.write_text("# ours\nsk-0123456789abcdef\n")
-    assert keys_of(file) == ["sk-0123456789abcdef"]
-    file.write_text("short\n")
-    with pytest.raises(ConfigError, match="16 characters"):
-        keys_of(file)
-
-
-def test_keys() -> None:
-    keys = KeyAccess(["sk-0123456789abcdef"], "admin-0123456789abcdef")
-    assert not asyncio.run(keys.caller("sk-0123456789abcdef")).admin
-    assert asyncio.run(keys.caller("admin-0123456789abcdef")).admin
-    for wrong in (None, "", "sk-", "ключ"):
-        with pytest.raises(Refused, match="no valid API key"):
-            asyncio.run(keys.caller(wrong))
-
-
-# -- who may ask -------------------------------------------------------------------------------------------------------
-
-
-def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
-    said: list[str] = []
-
-    def kind(**settings: Any) -> str:
-        tenancy = tenancy_of((chosen := ServeSettings("toy", **settings)), said.append)
-        tenancy.close()
-        return type(tenancy).__name__ + ("+admin" if operator_routes(chosen, tenancy, ToyCatalog()) else "")
-
-    assert kind() == "OpenAccess"
-    assert not said
-    assert kind(host="0.0.0.0") == "OpenAccess"
-    assert "whoever reaches 0.0.0.0:8000" in said.pop()
-    Store(str(tmp_path / "tenants.sqlite")).close()
-    assert kind() == "Tenants"
-    assert "there are no tenants yet" in said.pop()
-    assert f"{tmp_path / 'tenants.sqlite'}, so requests need a key; --open" in said.pop()
-    assert kind(admin_key="an-admin-key-of-some-length") == "Tenants+admin"
-    assert kind(keys=("sk-0123456789abcdef",)) == "KeyAccess"
-    assert kind(open=True) == "OpenAccess"
-
-
-def test_the_hash_of_an_admin_key_is_enough_for_a_server_without_tenants() -> None:
-    key = "admin-0123456789abcdef"
-    keys = KeyAccess([], f"sha256:{hash_key(key)}")
-    assert asyncio.run(keys.caller(key)).admin
-    for wrong in (f"sha256:{hash_key(key)}", hash_key(key), key[:-1]):
-        with pytest.raises(Refused) as refused:
-            asyncio.run(keys.caller(wrong))
-        assert refused.value.status == 401
 
 
 @pytest.mark.parametrize(

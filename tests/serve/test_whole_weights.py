@@ -12,11 +12,9 @@ from tests.families import llama3
 from tests.serve.whole import CONTEXT, Shop, prompt, served
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.core.attach import attach
-from veneer.errors import ConfigError
 from veneer.formats import peft
 from veneer.models.text.base import load_text
-from veneer.serve.build import build
-from veneer.serve.settings import HttpSettings, ServeSettings
+from veneer.serve.settings import HttpSettings
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +112,3 @@ def test_what_is_in_memory_and_what_went_out_of_it_is_in_the_metrics(shop: Shop)
 def test_the_queue_of_the_front_door_is_the_engines(shop: Shop) -> None:
     with served(shop, http=HttpSettings(queue=5000)) as server:
         assert server.engine.settings.queue == 5000
-
-
-@pytest.mark.parametrize("more", [{"weights": "int8"}, {"batch_invariant": True}])
-def test_what_only_texts_computed_here_can_keep_to_is_refused_elsewhere(shop: Shop, more: dict[str, Any]) -> None:
-    away = ServeSettings(str(shop.base_dir), upstreams=("http://127.0.0.1:1",), **more)
-    with pytest.raises(ConfigError, match="the servers of --upstream compute"):
-        build(away, print)

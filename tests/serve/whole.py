@@ -38,7 +38,7 @@ from veneer.library.library import open_library
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.build import Application, build
 from veneer.serve.engine.engine import TextEngine
-from veneer.serve.settings import ServeSettings
+from veneer.serve.settings import EngineSettings, ServeSettings
 
 TOLERANCE = 1e-4
 """Of log-probabilities, in float32, between the server's and PEFT's."""
@@ -226,8 +226,10 @@ def said(answer: Any) -> Said:
 @contextmanager
 def served(shop: Shop, **settings: Any) -> Iterator[Whole]:
     """A server over the shop's base and library, whose load route may read `adapters`."""
-    small = {"cache_bytes": 16 << 20, "folders": (str(shop.adapters),), "dtype": "float32", "device": "cpu"}
-    built = build(ServeSettings(str(shop.base_dir), **(small | {"library": shop.library.location} | settings)), print)
+    small = {"folders": (str(shop.adapters),), "dtype": "float32", "device": "cpu", "library": shop.library.location}
+    mine = {key: settings.pop(key) for key in list(settings) if key in EngineSettings.__dataclass_fields__}
+    engine = EngineSettings(**({"cache_bytes": 16 << 20} | mine))
+    built = build(ServeSettings(str(shop.base_dir), engine=engine, **(small | settings)), print)
     asyncio.run(built.start())
     config = uvicorn.Config(built.app, port=0, log_level="critical", ws="none", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, cast
 
 import typer
 
 from veneer.errors import ConfigError
+from veneer.serve.settings import (
+    EngineSettings,
+    FleetSettings,
+    HttpSettings,
+    LedgerSettings,
+    ServeSettings,
+    WeightKind,
+    bytes_of,
+    keys_of,
+    parse_preload,
+    size_text,
+)
 
 __all__ = ["app"]
 
@@ -21,8 +33,8 @@ def serve(
     library: Annotated[
         str | None, typer.Option("--library", help="Where adapters are kept. Default: the veneer home's library.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = ServeSettings.host,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = ServeSettings.port,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,13 +74,13 @@ def serve(
     ] = False,
     ledger_days: Annotated[
         float, typer.Option("--ledger-days", min=1, help="With --tenants: lines are kept so long; sums by day stay.")
-    ] = 400.0,
+    ] = LedgerSettings.days,
     ledger_room: Annotated[
         str,
         typer.Option(
             "--ledger-room", help="Of the local disk, for what the tenants' database is owed while it is away, as 64M."
         ),
-    ] = "32M",
+    ] = size_text(LedgerSettings.room),
     ledger_folder: Annotated[
         Path | None,
         typer.Option("--ledger-folder", help="Where that is, on a local disk. Default: beside the SQLite file."),
@@ -89,50 +101,56 @@ def serve(
     ] = None,
     mix_disk: Annotated[
         str, typer.Option("--mix-disk", help="With --upstream: for mixes that clients make of strengths, as 16G.")
-    ] = "16G",
+    ] = size_text(FleetSettings.mix_bytes),
     tenant_mixes: Annotated[
         int, typer.Option("--tenant-mixes", min=1, help="With --upstream: such mixes of one tenant at a time.")
-    ] = 64,
-    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Requests computed at once.")] = 32,
-    cache_memory: Annotated[str, typer.Option("--cache-memory", help="For keys and values, as 512M or 4G.")] = "1G",
-    adapter_memory: Annotated[str, typer.Option("--adapter-memory", help="For adapters, as 512M or 4G.")] = "1G",
+    ] = FleetSettings.mixes,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", min=1, help="Requests computed at once.")
+    ] = EngineSettings.rows,
+    cache_memory: Annotated[
+        str, typer.Option("--cache-memory", help="For keys and values, as 512M or 4G.")
+    ] = size_text(EngineSettings.cache_bytes),
+    adapter_memory: Annotated[str, typer.Option("--adapter-memory", help="For adapters, as 512M or 4G.")] = size_text(
+        EngineSettings.adapter_bytes
+    ),
     weights: Annotated[
         str,
         typer.Option("--weights", help="dense; int8 or int4: projections in that alone, for small machines."),
-    ] = "dense",
+    ] = EngineSettings.weights,
     batch_invariant: Annotated[
         bool,
         typer.Option("--batch-invariant", help="An answer is bit for bit that of the request alone; slower."),
     ] = False,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=0, help="Tokens an answer may have at most; 0: what the context leaves.")
-    ] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    ] = HttpSettings.max_tokens,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = ServeSettings.dtype,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = ServeSettings.device,
     cors: Annotated[
         list[str] | None, typer.Option("--cors", help="An origin whose pages may ask; any number of times.")
     ] = None,
     queue: Annotated[
         int, typer.Option("--queue", min=2, help="Answers that may run or wait at once; a tenant may have half.")
-    ] = 1024,
+    ] = HttpSettings.queue,
     max_connections: Annotated[
         int, typer.Option("--max-connections", min=2, help="Beyond so many the one that was idle longest is closed.")
-    ] = 2000,
+    ] = HttpSettings.connections,
     head_seconds: Annotated[
         float, typer.Option("--head-seconds", min=0.1, help="How long a request's first lines may take to come.")
-    ] = 20.0,
+    ] = HttpSettings.head_time,
     body_seconds: Annotated[
         float, typer.Option("--body-seconds", min=0.1, help="How long a request's body may take to come.")
-    ] = 60.0,
+    ] = HttpSettings.body_time,
     idle_seconds: Annotated[
         float, typer.Option("--idle-seconds", min=1, help="How long a connection is kept for its next request.")
-    ] = 30.0,
+    ] = HttpSettings.idle,
     stall_seconds: Annotated[
         float, typer.Option("--stall-seconds", min=0.1, help="How long a client may read nothing of its answer.")
-    ] = 60.0,
+    ] = HttpSettings.stall,
     drain_seconds: Annotated[
         float, typer.Option("--drain-seconds", min=0, help="How long running answers may go on after SIGTERM.")
-    ] = 30.0,
+    ] = ServeSettings.drain,
 ) -> None:
     """Serve a base and its adapters over HTTP until Ctrl-C or SIGTERM."""
     if tenants is not None and api_keys is not None:
@@ -153,7 +171,6 @@ def serve(
 
         raise MissingExtraError("serving needs FastAPI and uvicorn", fix='pip install "veneer[serve]"') from error
     from veneer.serve import server
-    from veneer.serve.settings import HttpSettings, ServeSettings, bytes_of, keys_of, parse_preload
 
     settings = ServeSettings(
         base=base,
@@ -167,22 +184,16 @@ def serve(
         admin_key=admin_key,
         tenants=tenants,
         open=open_to_all,
-        ledger_days=ledger_days,
-        ledger_room=bytes_of(ledger_room, "--ledger-room"),
-        ledger_folder=None if ledger_folder is None else str(ledger_folder),
-        ledger_synced=ledger_sync,
-        upstreams=tuple(upstream or []),
-        upstream_key=upstream_key,
-        mixes=tenant_mixes,
-        mix_bytes=bytes_of(mix_disk, "--mix-disk"),
-        rows=max_batch,
-        cache_bytes=bytes_of(cache_memory, "--cache-memory"),
-        adapter_bytes=bytes_of(adapter_memory, "--adapter-memory"),
-        weights=_weights(weights),
-        batch_invariant=batch_invariant,
         dtype=dtype,
         device=device,
         drain=drain_seconds,
+        engine=EngineSettings(
+            rows=max_batch,
+            cache_bytes=bytes_of(cache_memory, "--cache-memory"),
+            adapter_bytes=bytes_of(adapter_memory, "--adapter-memory"),
+            weights=_weights(weights),
+            batch_invariant=batch_invariant,
+        ),
         http=HttpSettings(
             max_tokens=max_tokens,
             slots=max_batch,
@@ -194,14 +205,26 @@ def serve(
             idle=idle_seconds,
             stall=stall_seconds,
         ),
+        ledger=LedgerSettings(
+            days=ledger_days,
+            folder=ledger_folder,
+            room=bytes_of(ledger_room, "--ledger-room"),
+            synced=ledger_sync,
+        ),
+        fleet=FleetSettings(
+            upstreams=tuple(upstream or []),
+            key=upstream_key,
+            mixes=tenant_mixes,
+            mix_bytes=bytes_of(mix_disk, "--mix-disk"),
+        ),
     )
     server.serve(settings, _say)
 
 
-def _weights(text: str) -> Literal["dense", "int8", "int4"]:
+def _weights(text: str) -> WeightKind:
     if text not in ("dense", "int8", "int4"):
-        raise ConfigError(f"{text!r} are no weights", where="--weights", fix="dense, int8 or int4")
-    return cast(Literal["dense", "int8", "int4"], text)
+        raise ConfigError(f"{text!r} is not a kind of weights", where="--weights", fix="dense, int8 or int4")
+    return cast(WeightKind, text)
 
 
 def _say(line: str) -> None:

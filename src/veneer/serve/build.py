@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI
 
@@ -23,10 +23,10 @@ from veneer.serve.http.prompts import TokenizedBase
 from veneer.serve.http.service import Service
 from veneer.serve.names.catalog import LocalCatalog
 from veneer.serve.names.shelf import Shelf
-from veneer.serve.settings import ServeSettings
+from veneer.serve.settings import LedgerSettings, ServeSettings
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.keys import default_database
-from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
+from veneer.serve.tenancy.tenants import Tenants
 
 __all__ = ["Application", "build", "operator_routes", "tenancy_of"]
 
@@ -54,46 +54,83 @@ def build(settings: ServeSettings, say: Callable[[str], None]) -> Application:
     """Everything that `settings` ask for. Blocks while the base loads. Raises ConfigError and what loading raises."""
     from veneer.models.sources import find_base, is_image_base
 
-    if settings.upstreams:
-        _computed_here(settings, "the servers of --upstream compute")
+    if settings.fleet.upstreams:
+        _refuse_idle(settings, "fleet")
         return _build_fleet(settings, say)
     if is_image_base(find_base(settings.base, say=say)):
-        _computed_here(settings, "this base draws pictures")
+        _refuse_idle(settings, "pictures")
         return _build_pictures(settings, say)
+    _refuse_idle(settings, "texts")
     return _build_texts(settings, say)
 
 
-def _computed_here(settings: ServeSettings, why: str) -> None:
-    """Raises ConfigError for what only the engine of texts can keep to."""
-    asked = {"--weights": settings.weights != "dense", "--batch-invariant": settings.batch_invariant}
-    for option in [option for option, given in asked.items() if given]:
-        raise ConfigError(f"{option} is for texts that are computed here, and {why}", where=option, fix="leave it out")
+_WHY = {"fleet": "the servers of --upstream compute", "pictures": "this base draws pictures"}
+
+
+def _refuse_idle(settings: ServeSettings, kind: Literal["texts", "pictures", "fleet"]) -> None:
+    """Raises ConfigError for an option that would do nothing on a server of that kind."""
+    usual = ServeSettings("")
+    here, usually = settings.engine, usual.engine
+    texts: dict[str, tuple[object, object]] = {
+        "--weights": (here.weights, usually.weights),
+        "--batch-invariant": (here.batch_invariant, usually.batch_invariant),
+        "--cache-memory": (here.cache_bytes, usually.cache_bytes),
+    }
+    computed: dict[str, tuple[object, object]] = {
+        "--adapter-memory": (here.adapter_bytes, usually.adapter_bytes),
+        "--dtype": (settings.dtype, usual.dtype),
+        "--device": (settings.device, usual.device),
+    }
+    fleet: dict[str, tuple[object, object]] = {
+        "--tenant-mixes": (settings.fleet.mixes, usual.fleet.mixes),
+        "--mix-disk": (settings.fleet.mix_bytes, usual.fleet.mix_bytes),
+    }
+    if kind == "pictures" and settings.http.max_tokens != usual.http.max_tokens:
+        raise ConfigError(f"--max-tokens is for texts, and {_WHY[kind]}", where="--max-tokens", fix="leave it out")
+    if kind != "texts" and (option := _first_given(texts)):
+        what = f"{option} is for texts that are computed here, and {_WHY[kind]}"
+        raise ConfigError(what, where=option, fix="leave it out")
+    if kind == "fleet" and (option := _first_given(computed)):
+        what = f"{option} is for what is computed here, and {_WHY[kind]}"
+        raise ConfigError(what, where=option, fix="leave it out, or set it on those servers")
+    if kind != "fleet" and (option := _first_given(fleet)):
+        what = f"{option} is for mixes on the servers of --upstream, and there are none"
+        raise ConfigError(what, where=option, fix="leave it out")
+
+
+def _refuse_ledger(ledger: LedgerSettings) -> None:
+    """Raises ConfigError for what is said of a ledger on a server without tenants, which has none."""
+    usual = LedgerSettings()
+    options: dict[str, tuple[object, object]] = {
+        "--ledger-days": (ledger.days, usual.days),
+        "--ledger-room": (ledger.room, usual.room),
+        "--ledger-folder": (ledger.folder, usual.folder),
+        "--ledger-sync": (ledger.synced, usual.synced),
+    }
+    if option := _first_given(options):
+        what = f"{option} is for the ledger of tenants, and this server has none"
+        raise ConfigError(what, where=option, fix="leave it out, or name a database with --tenants")
+
+
+def _first_given(options: dict[str, tuple[object, object]]) -> str | None:
+    return next((option for option, (given, usual) in options.items() if given != usual), None)
 
 
 def _build_texts(settings: ServeSettings, say: Callable[[str], None]) -> Application:
     from veneer.models.text.base import load_text
-    from veneer.serve.engine.engine import EngineSettings, TextEngine
+    from veneer.serve.engine.engine import TextEngine
 
     tenancy = tenancy_of(settings, say)
     base = load_text(settings.base, dtype=settings.dtype, device=settings.device, say=say)
     say(f"{base.name} in {str(base.dtype).removeprefix('torch.')} on {base.device}: {base.dtype_reason}")
     library = open_library(settings.library)
     shelf = Shelf(base, library=library, folders=settings.folders)
-    sizes = EngineSettings(
-        rows=settings.rows,
-        cache_bytes=settings.cache_bytes,
-        adapter_bytes=settings.adapter_bytes,
-        weights=settings.weights,
-        batch_invariant=settings.batch_invariant,
-        queue=settings.http.queue,
-    )
-    engine = TextEngine(base, shelf.read, sizes)
+    engine = TextEngine(base, shelf.read, replace(settings.engine, queue=settings.http.queue))
     say(f"forward: {engine.runner.how}{f' ({engine.runner.why})' if engine.runner.why else ''}")
     catalog = LocalCatalog(shelf, engine.problems, engine.residents, rollouts=tenancy.routes)
     # The engine's cache may hold less than the base could take.
     reader = TokenizedBase(base.name, base.tokenizer, engine.context, base.has_chat_template)
-    service = Service(engine, catalog, tenancy, reader, settings.http)
-    return _application(settings, service, library, say)
+    return _application(settings, Service(engine, catalog, tenancy, reader, settings.http), library, say)
 
 
 def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Application:
@@ -104,7 +141,9 @@ def _build_pictures(settings: ServeSettings, say: Callable[[str], None]) -> Appl
     base = load_image(settings.base, dtype=settings.dtype, device=settings.device, say=say)
     library = open_library(settings.library)
     shelf = Shelf(base, library=library, folders=settings.folders)
-    engine = PictureEngine(base, shelf.read, max_batch=min(settings.rows, 8), adapter_bytes=settings.adapter_bytes)
+    engine = PictureEngine(
+        base, shelf.read, max_batch=min(settings.engine.rows, 8), adapter_bytes=settings.engine.adapter_bytes
+    )
     catalog = LocalCatalog(shelf, lambda adapter: [], engine.residents, rollouts=tenancy.routes)
     (tokenizer, limit), *_ = readers(base)
     reader = TokenizedBase(base.name, getattr(tokenizer, "tokenizer", tokenizer), limit)
@@ -125,9 +164,9 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Applica
     base, library = text_without_weights(settings.base, say=say), open_library(settings.library)
     shelf = Shelf(base, library=library)
     fleet = Fleet(
-        settings.upstreams, files=shelf.files, cache=veneer_home() / "cache" / "served",
-        key=settings.upstream_key,
-        mixes=settings.mixes, cache_bytes=settings.mix_bytes,
+        settings.fleet.upstreams, files=shelf.files, cache=veneer_home() / "cache" / "served",
+        key=settings.fleet.key,
+        mixes=settings.fleet.mixes, cache_bytes=settings.fleet.mix_bytes,
         decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
     )  # fmt: skip
     catalog = LocalCatalog(shelf, problems, FleetAdapters(fleet), rollouts=tenancy.routes)
@@ -180,17 +219,14 @@ def tenancy_of(settings: ServeSettings, say: Callable[[str], None]) -> Tenancy:
         if place is not None:
             say(f"tenants: {place}, so requests need a key; --open serves whoever asks")
     if place is None:
+        _refuse_ledger(settings.ledger)
         if not settings.keys and (settings.open or settings.admin_key is None):
             if settings.host not in ("127.0.0.1", "localhost", "::1"):
                 at = f"{settings.host}:{settings.port}"
                 say(f"note: whoever reaches {at} may ask, and load adapters; --api-keys or --tenants closes that")
             return OpenAccess()
         return KeyAccess(settings.keys, settings.admin_key)
-    folder = None if settings.ledger_folder is None else Path(settings.ledger_folder)
-    kept = LedgerSettings(
-        days=settings.ledger_days, folder=folder, room=settings.ledger_room, synced=settings.ledger_synced
-    )
-    tenants = Tenants(place, admin_key=settings.admin_key, ledger=kept)
+    tenants = Tenants(place, admin_key=settings.admin_key, ledger=settings.ledger)
     if not tenants.store.settings.tenants:
         say("there are no tenants yet, so nobody has a key: veneer tenant add NAME, then veneer tenant key add NAME")
     return tenants

@@ -12,7 +12,19 @@ from typing import Literal
 
 from veneer.errors import ConfigError
 
-__all__ = ["HttpSettings", "Preload", "ServeSettings", "bytes_of", "keys_of", "parse_preload"]
+__all__ = [
+    "EngineSettings",
+    "FleetSettings",
+    "HttpSettings",
+    "LedgerSettings",
+    "Preload",
+    "ServeSettings",
+    "WeightKind",
+    "bytes_of",
+    "keys_of",
+    "parse_preload",
+    "size_text",
+]
 
 
 @dataclass(frozen=True)
@@ -53,15 +65,58 @@ class Preload:
     strength: float | None = None
 
 
+WeightKind = Literal["dense", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """`rows`: sequences at once; `budget`: tokens in a step; `cache_bytes`: of keys and values; `adapter_bytes`: of
+    adapters in memory, which is the only limit to how many are loaded; `queue`: requests that may wait. `weights`,
+    `batch_invariant`: see Runner. `step_seconds`: how long a step may take where there are tenants, so that whoever
+    comes need not wait long for it to end; `stuck_seconds`: how long it takes until one that does not end is a
+    fault."""
+
+    rows: int = 32
+    budget: int = 512
+    cache_bytes: int = 1 << 30
+    adapter_bytes: int = 1 << 30
+    queue: int = HttpSettings.queue
+    weights: WeightKind = "dense"
+    batch_invariant: bool = False
+    step_seconds: float = 0.2
+    stuck_seconds: float = 120.0
+
+
+@dataclass(frozen=True)
+class LedgerSettings:
+    """`days`: for which lines are kept; sums by day stay. `folder`: of the outbox, on a local disk; None: beside the
+    SQLite file, or in the veneer home. `room`: bytes of the outbox, which claims them at once. `synced`: each waits
+    for the disk (it outlives a loss of power), not for the system alone (it outlives a kill)."""
+
+    days: float = 400.0
+    folder: Path | None = None
+    room: int = 32 << 20
+    synced: bool = False
+
+
+@dataclass(frozen=True)
+class FleetSettings:
+    """`upstreams`: servers that do the work, none for a server that does its own; `key`: sent to them as a bearer
+    token. `mixes`: of those that clients make of strengths, how many each tenant has there at a time; `mix_bytes`: of
+    all of them on disk."""
+
+    upstreams: tuple[str, ...] = ()
+    key: str | None = None
+    mixes: int = 64
+    mix_bytes: int = 16 << 30
+
+
 @dataclass(frozen=True)
 class ServeSettings:
-    """`rows`: requests at once; `cache_bytes`: of keys and values; `adapter_bytes`: of adapters in memory, which is the
-    only limit to how many are loaded. `folders`: where load requests may name files. `ledger_…`: see
-    `tenancy.tenants.LedgerSettings`. `tenants`: a database of tenants; without it `keys` are all the server's keys;
-    without these it is the tenants.sqlite of the veneer home, if there is one, unless the server is to be `open`; and
-    else nobody needs a key. `upstreams`: servers that do the work, with `upstream_key` as their bearer token; the base
-    is then read for its names and its tokenizer alone, and of the mixes that clients make of strengths each tenant has
-    at most `mixes` there, all together `mix_bytes` on disk. `drain`: seconds."""
+    """`folders`: where load requests may name files. `tenants`: a database of tenants; without it `keys` are all the
+    server's keys; without these it is the tenants.sqlite of the veneer home, if there is one, unless the server is to
+    be `open`; and else nobody needs a key. With a fleet the base is read for its names and its tokenizer alone.
+    `drain`: seconds."""
 
     base: str
     host: str = "127.0.0.1"
@@ -74,23 +129,13 @@ class ServeSettings:
     admin_key: str | None = None
     tenants: str | None = None
     open: bool = False
-    ledger_days: float = 400.0
-    ledger_room: int = 32 << 20
-    ledger_folder: str | None = None
-    ledger_synced: bool = False
-    rows: int = 32
-    cache_bytes: int = 1 << 30
-    adapter_bytes: int = 1 << 30
-    weights: Literal["dense", "int8", "int4"] = "dense"
-    batch_invariant: bool = False
     dtype: str = "auto"
     device: str = "auto"
-    upstreams: tuple[str, ...] = ()
-    upstream_key: str | None = None
-    mixes: int = 64
-    mix_bytes: int = 16 << 30
     drain: float = 30.0
+    engine: EngineSettings = field(default_factory=EngineSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
+    ledger: LedgerSettings = field(default_factory=LedgerSettings)
+    fleet: FleetSettings = field(default_factory=FleetSettings)
 
 
 # -- as people write them ----------------------------------------------------------------------------------------------
@@ -102,12 +147,16 @@ def parse_preload(text: str) -> Preload:
     """NAME[=REFERENCE][:STRENGTH]. Raises ConfigError."""
     found = _PRELOAD.fullmatch(text)
     if not found:
-        raise ConfigError(f"{text!r} names no adapter", where="--adapter", fix="NAME, NAME=REFERENCE or NAME:0.8")
+        raise ConfigError(
+            f"{text!r} does not name an adapter", where="--adapter", fix="NAME, NAME=REFERENCE or NAME:0.8"
+        )
     name, strength = found["name"], found["strength"]
     try:
         return Preload(name, found["reference"] or name, None if strength is None else float(strength))
     except ValueError:
-        raise ConfigError(f"{strength!r} is no strength", where=f"--adapter {text}", fix="a number, as 0.8") from None
+        raise ConfigError(
+            f"{strength!r} is not a strength", where=f"--adapter {text}", fix="a number, as 0.8"
+        ) from None
 
 
 def bytes_of(text: str, where: str) -> int:
@@ -117,7 +166,13 @@ def bytes_of(text: str, where: str) -> int:
         assert found is not None
         return int(float(found[1]) * 1024 ** " kmgt".index(found[2].lower() or " "))
     except (AssertionError, ValueError):
-        raise ConfigError(f"{text!r} is no size", where=where, fix="as 512M or 2G") from None
+        raise ConfigError(f"{text!r} is not a size", where=where, fix="as 512M or 2G") from None
+
+
+def size_text(size: int) -> str:
+    """A size in the largest unit of which it is a whole number: 32M, 1G."""
+    power = max(n for n in range(5) if size % 1024**n == 0)
+    return f"{size // 1024**power}{' KMGT'[power].strip()}"
 
 
 def keys_of(file: Path) -> list[str]:

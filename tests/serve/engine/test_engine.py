@@ -19,10 +19,11 @@ from tests.serve.forward.test_runner import base_of, trained
 from veneer.core.adapter import Adapter
 from veneer.core.attach import attach
 from veneer.errors import AdapterError
-from veneer.serve.engine.engine import EngineSettings, TextEngine
+from veneer.serve.engine.engine import TextEngine
 from veneer.serve.forward.paged import Pages
 from veneer.serve.names.shelf import Problems
 from veneer.serve.request import BASE, EngineEvent, Finished, Mix, Refused, Request, Sampling, Started, Token
+from veneer.serve.settings import EngineSettings
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 

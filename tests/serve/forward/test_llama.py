@@ -13,7 +13,8 @@ from tests.families import FAMILIES
 from tests.serve.forward.test_runner import base_of, prompts, serve, trained
 from veneer.serve.forward.llama import Plan
 from veneer.serve.forward.packed import Panels, packing
-from veneer.serve.forward.runner import Prepared, Runner, WeightKind, _use_threads
+from veneer.serve.forward.runner import Prepared, Runner, _use_threads
+from veneer.serve.settings import WeightKind
 
 pytestmark = pytest.mark.skipif(
     packing(torch.bfloat16, torch.device("cpu")) is not Panels, reason="no kernels for a decoder on this processor"

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.library.conftest import postgres, quick  # noqa: F401
+from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.store import Store
-from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
+from veneer.serve.tenancy.tenants import Tenants
 
 
 @dataclass

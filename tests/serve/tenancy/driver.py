@@ -27,11 +27,12 @@ from sqlalchemy import select
 from veneer.library.database import reading
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Usage
+from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import ledger as ledger_module
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Price
 from veneer.serve.tenancy.tables import lines as ledger
-from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
+from veneer.serve.tenancy.tenants import Tenants
 from veneer.serve.tenancy.usage import usage
 
 CLIENTS = 16

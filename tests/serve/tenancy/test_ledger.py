@@ -30,12 +30,13 @@ from veneer.errors import ResourceError
 from veneer.library.database import reading, write_transaction
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Refused, Usage
+from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.admin import admin_router
 from veneer.serve.tenancy.entries import Entry, Line
 from veneer.serve.tenancy.store import Price
 from veneer.serve.tenancy.tables import lines, servers
-from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
+from veneer.serve.tenancy.tenants import Tenants
 from veneer.serve.tenancy.usage import usage
 
 ADMIN = "an admin key of some length"
@@ -231,7 +232,8 @@ import asyncio, contextlib, json, os, resource, signal, sys
 from pathlib import Path
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Refused, Usage
-from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
+from veneer.serve.settings import LedgerSettings
+from veneer.serve.tenancy.tenants import Tenants
 
 where, folder, how = sys.argv[1:]
 tenants = Tenants(where, ledger=LedgerSettings(folder=Path(folder), room=4 << 20), watch=False)

@@ -10,6 +10,7 @@ from sqlalchemy import select
 
 from tests.serve.whole import make_shop, served
 from veneer.library.database import reading
+from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.store import Price, Store
 from veneer.serve.tenancy.tables import lines
@@ -78,13 +79,8 @@ def test_no_spelling_of_a_mix_evades_the_price_of_its_parts(tmp_path: Path) -> N
 @pytest.mark.parametrize("sync", [False, True])
 def test_the_ledgers_settings_reach_it(tmp_path: Path, sync: bool) -> None:
     shop, where = make_shop(tmp_path, ["plain"]), str(tmp_path / "tenants.sqlite")
-    settings = {
-        "ledger_synced": sync,
-        "ledger_room": 1 << 20,
-        "ledger_folder": str(tmp_path / "here"),
-        "ledger_days": 3.0,
-    }
-    with served(shop, tenants=where, **settings) as server:
+    ledger = LedgerSettings(3.0, tmp_path / "here", 1 << 20, sync)
+    with served(shop, tenants=where, ledger=ledger) as server:
         tenants: Any = server.built.service.tenancy
         assert tenants._keep_days == 3.0
         (file,) = (tmp_path / "here").glob("*.sqlite")

@@ -16,12 +16,13 @@ from veneer.errors import ConfigError
 from veneer.library.database import reading
 from veneer.serve.access import Caller, Served, Tenancy
 from veneer.serve.request import Refused, Usage
+from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage, rollouts
 from veneer.serve.tenancy.keys import hash_key, make_key
 from veneer.serve.tenancy.names import seeing
 from veneer.serve.tenancy.store import EACH, NotThere, Price, Store
 from veneer.serve.tenancy.tables import lines
-from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
+from veneer.serve.tenancy.tenants import Tenants
 from veneer.serve.tenancy.usage import as_csv, usage
 
 ADMIN = "an admin key of some length"

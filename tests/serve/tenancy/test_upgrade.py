@@ -11,10 +11,11 @@ from sqlalchemy import select
 
 from tests.old_databases import made
 from veneer.library.database import reading
+from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.entries import day_of
 from veneer.serve.tenancy.rollouts import Rollouts, shadow_log
 from veneer.serve.tenancy.tables import lines
-from veneer.serve.tenancy.tenants import LedgerSettings, Tenants
+from veneer.serve.tenancy.tenants import Tenants
 from veneer.serve.tenancy.usage import usage
 
 LEDGER = (

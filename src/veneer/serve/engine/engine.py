@@ -34,7 +34,7 @@ from veneer.serve.engine.sampler import Choice, Constraint, sample, scored
 from veneer.serve.engine.sampler import Row as Draws
 from veneer.serve.engine.scheduler import Chunk, Scheduler, Sequence, StepCost
 from veneer.serve.forward.paged import BLOCK
-from veneer.serve.forward.runner import Prepared, Row, Runner, WeightKind
+from veneer.serve.forward.runner import Prepared, Row, Runner
 from veneer.serve.names.resident import Lease, Residents
 from veneer.serve.names.shelf import Problems
 from veneer.serve.outage import fault
@@ -50,8 +50,9 @@ from veneer.serve.request import (
     Token,
     Usage,
 )
+from veneer.serve.settings import EngineSettings
 
-__all__ = ["EngineSettings", "TextEngine"]
+__all__ = ["TextEngine"]
 
 log = logging.getLogger(__name__)
 
@@ -62,24 +63,6 @@ LOST = 3
 """Steps in a row that failed for everybody in them, after which the engine says so."""
 STEPS = 64
 """Steps from which the engine learns how long steps take."""
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """`rows`: sequences at once; `budget`: tokens in a step; `cache_bytes`: of keys and values; `adapter_bytes`: of
-    adapters in memory; `queue`: requests that may wait. `weights`, `batch_invariant`: see Runner.
-    `step_seconds`: how long a step may take where there are tenants, so that whoever comes need not wait long for it to
-    end; `stuck_seconds`: how long it takes until one that does not end is a fault."""
-
-    rows: int = 32
-    budget: int = 512
-    cache_bytes: int = 1 << 30
-    adapter_bytes: int = 1 << 30
-    queue: int = 1024
-    weights: WeightKind = "dense"
-    batch_invariant: bool = False
-    step_seconds: float = 0.2
-    stuck_seconds: float = 120.0
 
 
 _Note = tuple[Callable[[EngineEvent], None], EngineEvent]

@@ -20,9 +20,10 @@ from veneer.models.swap import without_dropout
 from veneer.models.text.base import TextBase
 from veneer.models.text.generate import Completion, Prompt, complete, completion_of, encode_prompts
 from veneer.ops.quantised import Quantised
-from veneer.serve.engine.engine import EngineSettings, TextEngine
+from veneer.serve.engine.engine import TextEngine
 from veneer.serve.forward.lowrank import thin_problems
 from veneer.serve.request import Finished, Request, Sampling, Token, make_mix
+from veneer.serve.settings import EngineSettings
 
 __all__ = ["Answer", "answering"]
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,9 @@ from veneer.serve.forward.lowrank import Group, Segments, Thin, thin, thin_probl
 from veneer.serve.forward.packed import ROWS, Dense, Matrix, Quantised, packed, packing, quantised
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
 from veneer.serve.forward.threads import ThreadTuner
+from veneer.serve.settings import WeightKind
 
-__all__ = ["Prepared", "Row", "Runner", "WeightKind"]
-
-WeightKind = Literal["dense", "int8", "int4"]
+__all__ = ["Prepared", "Row", "Runner"]
 
 
 @dataclass(eq=False)

@@ -22,7 +22,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -33,13 +32,14 @@ from veneer.library.names import name_of
 from veneer.models.home import veneer_home
 from veneer.serve.access import Caller, LedgerState, Served, ShadowAnswer, Tenancy
 from veneer.serve.request import Refused, Usage
+from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, same
 from veneer.serve.tenancy.ledger import Entry, Ledger, Line
 from veneer.serve.tenancy.limits import DAY, MINUTE, Held, Limits
 from veneer.serve.tenancy.rollouts import Rollouts
 from veneer.serve.tenancy.store import Settings, Store
 
-__all__ = ["LedgerSettings", "Tenants"]
+__all__ = ["Tenants"]
 
 _log = logging.getLogger("veneer.serve.tenancy")
 _PATIENCE = 5.0
@@ -47,18 +47,6 @@ _PATIENCE = 5.0
 _FRESH_SECONDS = 0.5
 """How long a request waits for the settings of this moment before it takes those that were read last."""
 _NOBODY = hash_key("")  # compared with where there is no such key, so that this takes as long
-
-
-@dataclass(frozen=True)
-class LedgerSettings:
-    """`days`: for which lines are kept; sums by day stay. `folder`: of the outbox, on a local disk; None: beside the
-    SQLite file, or in the veneer home. `room`: bytes of the outbox, which claims them at once. `synced`: each waits
-    for the disk (it outlives a loss of power), not for the system alone (it outlives a kill)."""
-
-    days: float = 400.0
-    folder: Path | None = None
-    room: int = 32 << 20
-    synced: bool = False
 
 
 class Tenants(Tenancy):
@@ -69,13 +57,14 @@ class Tenants(Tenancy):
         where: str,
         *,
         admin_key: str | None = None,
-        ledger: LedgerSettings = LedgerSettings(),
+        ledger: LedgerSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         watch: bool = True,
     ) -> None:
         """`where`: a SQLite file or postgresql:// URL. `admin_key`: see `admin_hash`; None: nobody is admin. `watch`:
         look at what other servers did, and at who died, in a thread. Raises ConfigError, ResourceError."""
+        ledger = ledger or LedgerSettings()
         self.admin_hash = None if admin_key is None else admin_hash(admin_key)
         self.store = Store(where, patience=_PATIENCE)
         self._wall, self._keep_days = wall, ledger.days

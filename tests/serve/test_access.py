@@ -1,0 +1,30 @@
+"""Keys that are all alike."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from veneer.serve.access import KeyAccess
+from veneer.serve.request import Refused
+from veneer.serve.tenancy.keys import hash_key
+
+
+def test_keys() -> None:
+    keys = KeyAccess(["sk-0123456789abcdef"], "admin-0123456789abcdef")
+    assert not asyncio.run(keys.caller("sk-0123456789abcdef")).admin
+    assert asyncio.run(keys.caller("admin-0123456789abcdef")).admin
+    for wrong in (None, "", "sk-", "ключ"):
+        with pytest.raises(Refused, match="no valid API key"):
+            asyncio.run(keys.caller(wrong))
+
+
+def test_the_hash_of_an_admin_key_is_enough_for_a_server_without_tenants() -> None:
+    key = "admin-0123456789abcdef"
+    keys = KeyAccess([], f"sha256:{hash_key(key)}")
+    assert asyncio.run(keys.caller(key)).admin
+    for wrong in (f"sha256:{hash_key(key)}", hash_key(key), key[:-1]):
+        with pytest.raises(Refused) as refused:
+            asyncio.run(keys.caller(wrong))
+        assert refused.value.status == 401

@@ -1,0 +1,96 @@
+"""A server is put together of what its settings ask for, and of nothing that would do nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serve.http.toy import ToyCatalog
+from tests.tiny_base import tiny_base_dir
+from tests.tiny_image_base import tiny_image_base
+from veneer.errors import ConfigError
+from veneer.serve.build import build, operator_routes, tenancy_of
+from veneer.serve.settings import EngineSettings, FleetSettings, HttpSettings, LedgerSettings, ServeSettings
+from veneer.serve.tenancy.store import Store
+
+FLEET = FleetSettings(upstreams=("http://127.0.0.1:1",))
+
+
+def test_a_server_that_finds_tenants_in_its_home_asks_for_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    said: list[str] = []
+
+    def kind(**settings: Any) -> str:
+        tenancy = tenancy_of((chosen := ServeSettings("toy", **settings)), said.append)
+        tenancy.close()
+        return type(tenancy).__name__ + ("+admin" if operator_routes(chosen, tenancy, ToyCatalog()) else "")
+
+    assert kind() == "OpenAccess"
+    assert not said
+    assert kind(host="0.0.0.0") == "OpenAccess"
+    assert "whoever reaches 0.0.0.0:8000" in said.pop()
+    Store(str(tmp_path / "tenants.sqlite")).close()
+    assert kind() == "Tenants"
+    assert "there are no tenants yet" in said.pop()
+    assert f"{tmp_path / 'tenants.sqlite'}, so requests need a key; --open" in said.pop()
+    assert kind(admin_key="an-admin-key-of-some-length") == "Tenants+admin"
+    assert kind(keys=("sk-0123456789abcdef",)) == "KeyAccess"
+    assert kind(open=True) == "OpenAccess"
+
+
+@pytest.mark.parametrize(
+    ("option", "more"),
+    [
+        ("--weights", {"engine": EngineSettings(weights="int8")}),
+        ("--batch-invariant", {"engine": EngineSettings(batch_invariant=True)}),
+        ("--cache-memory", {"engine": EngineSettings(cache_bytes=1 << 20)}),
+        ("--adapter-memory", {"engine": EngineSettings(adapter_bytes=1 << 20)}),
+        ("--dtype", {"dtype": "float32"}),
+        ("--device", {"device": "cpu"}),
+    ],
+)
+def test_what_is_said_of_computing_is_refused_where_others_compute(option: str, more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{option} is for .* the servers of --upstream compute") as caught:
+        build(ServeSettings("anything", fleet=FLEET, **more), print)
+    assert caught.value.where == option
+
+
+@pytest.mark.parametrize(
+    ("option", "more"),
+    [
+        ("--weights", {"engine": EngineSettings(weights="int4")}),
+        ("--cache-memory", {"engine": EngineSettings(cache_bytes=1 << 20)}),
+        ("--max-tokens", {"http": HttpSettings(max_tokens=100)}),
+        ("--tenant-mixes", {"fleet": FleetSettings(mixes=3)}),
+    ],
+)
+def test_what_is_said_of_texts_is_refused_where_pictures_are_drawn(
+    option: str, more: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = str(tiny_image_base(tmp_path_factory.getbasetemp(), "flux1"))
+    with pytest.raises(ConfigError, match=f"^{option} is for"):
+        build(ServeSettings(base, **more), print)
+
+
+@pytest.mark.parametrize("more", [{"mixes": 3}, {"mix_bytes": 1 << 20}])
+def test_what_is_said_of_upstreams_is_refused_without_them(more: dict[str, Any], tmp_path: Path) -> None:
+    base = str(tiny_base_dir(tmp_path))
+    with pytest.raises(ConfigError, match="is for mixes on the servers of --upstream, and there are none"):
+        build(ServeSettings(base, fleet=replace(FleetSettings(), **more)), print)
+
+
+@pytest.mark.parametrize(
+    ("option", "more"), [("days", {"days": 3.0}), ("room", {"room": 1 << 20}), ("folder", {"folder": Path("x")}),
+                         ("sync", {"synced": True})],
+)  # fmt: skip
+def test_what_is_said_of_a_ledger_is_refused_without_tenants(
+    option: str, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"--ledger-{option} is for the ledger of tenants") as caught:
+        tenancy_of(ServeSettings("toy", ledger=LedgerSettings(**more)), print)
+    assert caught.value.fix is not None
+    tenancy_of(ServeSettings("toy"), print)

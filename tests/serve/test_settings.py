@@ -1,0 +1,48 @@
+"""What `veneer serve` is told, as people write it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from veneer.errors import ConfigError
+from veneer.serve.settings import Preload, bytes_of, keys_of, parse_preload, size_text
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("support", Preload("support", "support")),
+        ("support=acme/support@3", Preload("support", "acme/support@3")),
+        ("support=acme/support:0.8", Preload("support", "acme/support", 0.8)),
+        ("support:-0.5", Preload("support", "support", -0.5)),
+    ],
+)
+def test_preload(text: str, wanted: Preload) -> None:
+    assert parse_preload(text) == wanted
+
+
+def test_settings_that_are_wrong(tmp_path: Path) -> None:
+    for text in ("", "=x", "a:1.2.3"):
+        with pytest.raises(ConfigError):
+            parse_preload(text)
+    assert bytes_of("1.5G", "") == 3 << 29
+    assert bytes_of("512MB", "") == 512 << 20
+    with pytest.raises(ConfigError, match="not a size"):
+        bytes_of("much", "--cache-memory")
+    file = tmp_path / "keys"
+    file.write_text("# ours\nsk-0123456789abcdef\n")
+    assert keys_of(file) == ["sk-0123456789abcdef"]
+    file.write_text("short\n")
+    with pytest.raises(ConfigError, match="16 characters"):
+        keys_of(file)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1 << 10, 32 << 20, 1536 << 20, 1 << 30, 16 << 30, 1 << 50])
+def test_a_size_is_read_back(size: int) -> None:
+    assert bytes_of(size_text(size), "") == size
+
+
+def test_sizes_are_written_as_people_write_them() -> None:
+    assert [size_text(size) for size in (1000, 32 << 20, 1 << 30)] == ["1000", "32M", "1G"]
