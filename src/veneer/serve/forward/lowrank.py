@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,7 +77,8 @@ class Layout:
 
 @dataclass(eq=False)
 class _Part:
-    """One module's own B in a group: s·B as (rank/2, columns, 2), its first column in y, its first row in A."""
+    """One module's own B in a group: s·B, its first column in y, its first row in A. For the kernel (rank/2, columns,
+    2), for torch (rank, columns)."""
 
     B: Tensor
     column: int
@@ -84,16 +86,17 @@ class _Part:
 
     @property
     def rank(self) -> int:
-        return 2 * len(self.B)
+        return len(self.B) * (2 if self.B.ndim == 3 else 1)
 
-    def dense(self) -> Tensor:
-        """(columns, rank)"""
-        return self.B.permute(1, 0, 2).flatten(1)
+    def turned(self) -> Tensor:
+        """(rank, columns)"""
+        return self.B if self.B.ndim == 2 else self.B.permute(0, 2, 1).flatten(0, 1)
 
 
 @dataclass(eq=False)
 class Thin:
-    """An adapter made ready. `groups`: group -> (A, parts). `gains`: group -> (g - 1 (columns), bias or
+    """An adapter made ready. `groups`: group -> (A, parts), laid out for who multiplies by them: the kernel, or torch,
+    which would have to turn every one of them in every step. `gains`: group -> (g - 1 (columns), bias or
     None). `embedding`: (Aᵀ (rows, rank), (s·B)ᵀ (rank, dim)). `records`: the same for the kernel.
     `key`: its digest; a row adds up its adapters in the order of their keys, whoever shares its batch."""
 
@@ -130,6 +133,7 @@ def thin(adapter: Adapter, layout: Layout, key: str = "") -> Thin:
     gains: dict[int, tuple[Tensor, Tensor | None]] = {}
     records = torch.zeros(len(layout.groups), _RECORD, dtype=torch.int64)
     device, dtype = layout.device, layout.dtype
+    native = kernels.usable("thin_rows", torch.empty(0, dtype=dtype, device=device)) is not None
     widest, held = 2, 0
     for g, group in enumerate(layout.groups):
         rows: list[Tensor] = []
@@ -147,19 +151,22 @@ def thin(adapter: Adapter, layout: Layout, key: str = "") -> Thin:
                 gain[column : column + n] = own - 1
             if pair.rank % 2:  # the kernel takes two ranks at a time
                 A, B = (torch.nn.functional.pad(t, p) for t, p in ((A, (0, 0, 0, 1)), (B, (0, 1))))
-            twos = B.to(device, dtype).unflatten(1, (-1, 2)).permute(1, 0, 2).contiguous()
-            parts.append(_Part(twos, column, sum(map(len, rows))))
+            B = B.to(device, dtype)
+            B = B.unflatten(1, (-1, 2)).permute(1, 0, 2) if native else B.t()
+            parts.append(_Part(B.contiguous(), column, sum(map(len, rows))))
             rows.append(A.to(device, dtype))
         if not rows:
             continue
-        whole = _sixteens(torch.cat(rows))
+        whole = torch.cat(rows)
+        if native and whole.shape[1] % 2 == 0:
+            whole = _sixteens(whole)
+            widest = max(widest, 16 * len(whole))
+            flat = [whole.data_ptr(), 16 * len(whole)]
+            for part in parts:
+                flat += [part.B.data_ptr(), part.column, part.B.shape[1], part.rank_from, part.rank]
+            records[g, : len(flat)] = torch.tensor(flat)
         groups[g] = whole, parts
-        widest = max(widest, 16 * len(whole))
         held += whole.nbytes + sum(p.B.nbytes for p in parts)
-        flat = [whole.data_ptr(), 16 * len(whole)]
-        for part in parts:
-            flat += [part.B.data_ptr(), part.column, part.B.shape[1], part.rank_from, part.rank]
-        records[g, : len(flat)] = torch.tensor(flat)
         if gain is not None:
             gains[g] = gain, group.bias
             held += gain.nbytes
@@ -172,16 +179,23 @@ def thin(adapter: Adapter, layout: Layout, key: str = "") -> Thin:
     return Thin(adapter, key, groups, gains, embedding, records, widest, held)
 
 
+def _add_rows(y: Tensor, rows: Tensor | slice, more: Tensor) -> None:
+    if isinstance(rows, slice):
+        y[rows] += more
+    else:
+        y.index_add_(0, rows, more)
+
+
 def _sixteens(A: Tensor) -> Tensor:
-    """(rank, in) as the kernel reads it: (⌈rank/16⌉, ⌈in/2⌉, 16, 2), zeros where there is nothing."""
+    """(rank, in), `in` even, as the kernel reads it: (⌈rank/16⌉, in/2, 16, 2), zeros where there is nothing."""
     rank, n = A.shape
-    A = torch.nn.functional.pad(A, (0, n % 2, 0, -rank % 16))
-    return A.view(-1, 16, (n + 1) // 2, 2).permute(0, 2, 1, 3).contiguous()
+    A = torch.nn.functional.pad(A, (0, 0, 0, -rank % 16))
+    return A.view(-1, 16, n // 2, 2).permute(0, 2, 1, 3).contiguous()
 
 
-def _dense(A: Tensor, n: int) -> Tensor:
-    """The inverse of `_sixteens`, with its rows of zeros: (16·k, n)."""
-    return A.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:, :n]
+def _dense(A: Tensor) -> Tensor:
+    """(rank, in) again, with rows of zeros behind it."""
+    return A if A.ndim == 2 else A.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
 
 def _gain(pair: Pair, weight: Tensor) -> Tensor:
@@ -286,28 +300,36 @@ class Segments:
 
     def embed(self, ids: Tensor, x: Tensor) -> None:
         """The embedding's pairs onto x (rows, dim), in place; ids (rows,)."""
-        for adapter, rows, strengths in self._each():
+        for adapter, rows, strengths in self._each:
             if adapter.embedding is not None:
                 A, B = adapter.embedding
-                u = (A[ids[rows]] * strengths[:, None]).to(x.dtype)
-                x.index_add_(0, rows, in_blocks(lambda part, B=B: part @ B, u, self.layout.rows))  # type: ignore[misc]
+                u = (A[ids[rows]] * strengths).to(x.dtype)
+                _add_rows(x, rows, in_blocks(lambda part, B=B: part @ B, u, self.layout.rows))  # type: ignore[misc]
 
-    def _each(self) -> list[tuple[Thin, Tensor, Tensor]]:
-        ends = zip(self.adapters, self._bounds, self._bounds[1:], strict=False)
-        return [(a, self.rows[i:j], self.strengths[i:j]) for a, i, j in ends]
+    @cached_property
+    def _each(self) -> list[tuple[Thin, Tensor | slice, Tensor]]:
+        """Each adapter, its rows (a slice where they lie together, which torch adds to several times faster) and their
+        strengths (rows, 1)."""
+        out: list[tuple[Thin, Tensor | slice, Tensor]] = []
+        numbers = self.rows.tolist()
+        for adapter, i, j in zip(self.adapters, self._bounds, self._bounds[1:], strict=False):
+            first, together = numbers[i], numbers[i:j] == list(range(numbers[i], numbers[i] + j - i))
+            rows = slice(first, first + j - i) if together else self.rows[i:j]
+            out.append((adapter, rows, self.strengths[i:j, None]))
+        return out
 
     def _add_reference(self, g: int, x: Tensor, y: Tensor) -> None:
-        for adapter, rows, strengths in self._each():
+        for adapter, rows, strengths in self._each:
             if g in adapter.groups:
                 A, parts = adapter.groups[g]
-                u = self._product(x[rows], _dense(A, x.shape[1]))
-                u = (u * strengths[:, None]).to(x.dtype)
+                u = self._product(x[rows], _dense(A).t())
+                u = (u * strengths).to(x.dtype)
                 for part in parts:
-                    made = self._product(u[:, part.rank_from : part.rank_from + part.rank], part.dense())
-                    y[:, part.column : part.column + part.B.shape[1]].index_add_(0, rows, made)
+                    made = self._product(u[:, part.rank_from : part.rank_from + part.rank], part.turned())
+                    _add_rows(y[:, part.column : part.column + part.B.shape[1]], rows, made)
 
     def _product(self, x: Tensor, W: Tensor) -> Tensor:
-        return in_blocks(lambda part: part @ W.t(), x, self.layout.rows)
+        return in_blocks(lambda part: part @ W, x, self.layout.rows)
 
     def _before_gains(self, g: int, y: Tensor) -> Tensor | None:
         return y.clone() if self.gained(g) else None
@@ -316,9 +338,9 @@ class Segments:
         """DoRA's share that the base's own output has, of the output before any adapter."""
         if before is None:
             return
-        for adapter, rows, strengths in self._each():
+        for adapter, rows, strengths in self._each:
             if g in adapter.gains:
                 gain, bias = adapter.gains[g]
                 own = before[rows].float()
                 own = own if bias is None else own - bias.float()
-                y.index_add_(0, rows, (own * gain * strengths[:, None]).to(y.dtype))
+                _add_rows(y, rows, (own * gain * strengths).to(y.dtype))

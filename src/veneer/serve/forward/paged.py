@@ -167,20 +167,33 @@ class Pages:
     def _attend_reference(
         self, layer: int, q: Tensor, batch: PackedRows, scale: float, cap: float, window: int
     ) -> Tensor:
+        """Sequences with as many tokens in the step, and of about one length, go together."""
         out = torch.empty_like(q)
-        places = (batch.tables[:, :, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten(1)
+        alike: dict[tuple[int, int], list[int]] = {}
         for s, length in enumerate(batch.lengths):
-            rows = slice(batch.bounds[s], batch.bounds[s + 1])
-            own = q[rows].view(-1, self.heads, self.d).transpose(0, 1)
-            k, v = (t[layer][places[s, :length]].transpose(0, 1) for t in (self.K, self.V))
-            k, v = (t.repeat_interleave(self.heads // self.kv, dim=0) for t in (k, v))
-            at = batch.positions[rows]
-            back = at[:, None] - torch.arange(length, device=q.device)
-            seen = (back >= 0) & (back < window) if window else back >= 0
+            asked = batch.bounds[s + 1] - batch.bounds[s]
+            alike.setdefault((asked, length.bit_length() if asked == 1 else s), []).append(s)
+        for (asked, _), own in alike.items():
+            longest = max(batch.lengths[s] for s in own)
+            first = torch.tensor([batch.bounds[s] for s in own], device=q.device)
+            rows = (first[:, None] + torch.arange(asked, device=q.device)).flatten()
+            keys = torch.arange(longest, device=q.device)
+            at = batch.positions[rows].view(len(own), asked, 1)
+            seen = keys <= at
+            if window:
+                seen &= keys > at - window
+            blocks = batch.tables[own, : -(-longest // BLOCK)]
+            places = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=q.device)).flatten(1)[:, :longest]
+            # A place that is not this sequence's may hold no number, and 0 · NaN is NaN: its first one stands in.
+            places = torch.where(keys < at[:, -1] + 1, places, places[:, :1])
+            k, v = (t[layer][places].transpose(1, 2) for t in (self.K, self.V))  # (sequences, kv, longest, d)
+            asks = q[rows].view(len(own), asked, self.kv, -1, self.d).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            seen = seen[:, None, None].expand(-1, 1, self.heads // self.kv, -1, -1).flatten(2, 3)
             if cap:
-                scores = cap * torch.tanh((own @ k.mT).float() * scale / cap)
+                scores = cap * torch.tanh((asks @ k.mT).float() * scale / cap)
                 made = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
             else:
-                made = F.scaled_dot_product_attention(own[None], k[None], v[None], seen[None, None], scale=scale)[0]
-            out[rows] = made.transpose(0, 1).flatten(1)
+                made = F.scaled_dot_product_attention(asks, k, v, seen, scale=scale)
+            made = made.unflatten(2, (-1, asked)).permute(0, 3, 1, 2, 4)  # (sequences, asked, kv, heads of each, d)
+            out[rows] = made.flatten(2).flatten(0, 1)
         return out
