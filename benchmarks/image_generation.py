@@ -72,7 +72,7 @@ def side_veneer(work: Path, name: str, rows: int, rounds: int, targets: list[str
             for known in KNOWN:
                 for i in range(len(attachment.adapters), known):
                     attachment.add(f"a{i}", adapters[i % 3])
-                attachment.ready.clear()
+                attachment.cache.clear()
                 attachment.use()
                 switch = timed(lambda: attachment.use(*mix))
                 first = timed(lambda: sample(name, model, given, 1))
@@ -80,7 +80,7 @@ def side_veneer(work: Path, name: str, rows: int, rounds: int, targets: list[str
                 again = min(timed(lambda: sample(name, model, given, 1)) for _ in range(3))
                 seconds.setdefault(f"switch with {known}", []).append(switch)
                 seconds.setdefault(f"first call with {known}", []).append(max(0.0, first - again))
-            kept = attachment.ready.bytes
+            kept = attachment.cache.bytes
             latents = sample(name, model, given)
     torch.save(latents, work / "veneer.pt")
     return {"seconds": {k: min(v) for k, v in seconds.items()}, "kept_bytes": kept, "peak_bytes": peak_bytes()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.core.peft_twin import gradients, twin
 from tests.families import FAMILIES
 from veneer.core import Adapter, LoraSpec, Pair, attach, create, merged_state, resolve
-from veneer.ops import fused
+from veneer.ops import linear
 
 RTOL = 1e-5
 # PEFT asks transformers a question under its old name
@@ -118,7 +118,7 @@ class TorchsDropout:
 @pytest.mark.parametrize("dora", [False, True])
 def test_dropout_while_training(dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries that PEFT drops, when both take torch's mask; DoRA's norm part sees the dropped input as PEFT's does."""
-    monkeypatch.setattr(fused, "Dropout", TorchsDropout)
+    monkeypatch.setattr(linear, "Dropout", TorchsDropout)
     model = FAMILIES["mistral"]().train()
     adapter = noisy(create(model, LoraSpec(rank=3, dropout=0.3, dora=dora), seed=0))
     compare(model, adapter, logits, use_dora=dora, lora_dropout=0.3)

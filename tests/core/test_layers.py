@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.families import FAMILIES
 from veneer.core import Adapter, LoraSpec, Pair, TokenRows, attach, create, delta
+from veneer.core.experts import AdaptedWeight
 from veneer.core.layers import LoraLinear
-from veneer.core.lowrank import LowRank
 
 IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
 
@@ -51,10 +51,10 @@ def test_the_fast_path_equals_the_reference(
     with attach(model) as attachment:
         attachment.add("a", adapter, trainable=True)
         attachment.use(("a", strength))
-        assert model[0].projection() is not None
+        assert model[0].linear_map() is not None
         for fast in (True, False):
             if not fast:
-                monkeypatch.setattr(LoraLinear, "projection", lambda self: None)
+                monkeypatch.setattr(LoraLinear, "linear_map", lambda self: None)
             y = model(x)
             y.mul_(torch.linspace(1, 2, 4))  # what some models do to a module's output
             grads = torch.autograd.grad(y.square().sum(), [x, *attachment.parameters("a").values()])
@@ -72,7 +72,7 @@ def test_a_pair_that_begins_as_a_part_of_a_16_bit_base_changes_no_bit_before_it_
     with attach(model) as attachment:
         attachment.add("a", create(model, LoraSpec(rank=8, targets=("0",), init=init), seed=0), trainable=True)  # type: ignore[arg-type]
         attachment.use("a")
-        assert model[0].projection().origin is not None
+        assert len(model[0].linear_map().products[0].A) == 16
         assert torch.equal(model(x), wanted)
 
 
@@ -89,37 +89,37 @@ def test_what_is_more_than_one_plain_pair_is_no_projection() -> None:
         for name, adapter in adapters.items():
             attachment.add(name, adapter)
         layer: LoraLinear = model[0]
-        base = layer.projection()
+        base = layer.linear_map()
         assert base is not None
-        assert base.A is None
+        assert not base.products
         attachment.use(("plain", 2.0))
-        found = layer.projection()
+        found = layer.linear_map()
         assert found is not None
-        assert found.scale == 2.0 * plain.pairs["0"].scale
+        assert found.products[0].scale == 2.0 * plain.pairs["0"].scale
         assert found.weight is layer.base.weight
         for mix in (("plain", "other"), (("dora", 0.5),), ("dropped pissa",)):
             attachment.use(*mix)
-            assert layer.projection() is None
+            assert layer.linear_map() is None
         attachment.use("dropped")
-        found = layer.projection()
+        found = layer.linear_map()
         assert found is not None
         assert found.dropout == 0.5
         attachment.use("pissa")
-        found = layer.projection()
+        found = layer.linear_map()
         assert found is not None
-        assert found.origin is not None
+        assert len(found.products[0].A) == 4  # its own rank, and its origin's taken off
         model.eval()
         attachment.use("dropped")
-        found = layer.projection()
+        found = layer.linear_map()
         assert found is not None
         assert found.dropout == 0
         for name in ("dora", "dropped dora"):
             attachment.use(name)
-            found = layer.projection()
+            found = layer.linear_map()
             assert found is not None
             assert found.gain is not None
         layer.base.weight.requires_grad_(True)
-        assert layer.projection() is None
+        assert layer.linear_map() is None
 
 
 def test_a_base_that_trains_keeps_its_gradient() -> None:
@@ -238,10 +238,10 @@ def test_token_rows_mix_by_strength_in_embedding_and_tied_head() -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "llama4"])
 def test_experts_never_make_the_dense_sum(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: LowRank) -> Tensor:
+    def refuse(self: AdaptedWeight) -> Tensor:
         raise AssertionError("an expert weight was made dense")
 
-    monkeypatch.setattr(LowRank, "dense", refuse)
+    monkeypatch.setattr(AdaptedWeight, "dense", refuse)
     for implementation in ("eager", "grouped_mm", "batched_mm"):
         model = FAMILIES[family]()
         if family != "llama4":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.families import FAMILIES
 from veneer.core import Adapter, LoraSpec, Pair, attach, create, delta, merged_state
-from veneer.core.merge import adapted_norm, thin_norm
+from veneer.core.merge import adapted_norm, low_rank_norm
 from veneer.errors import AdapterError
 from veneer.ops.quantised import quantise
 
@@ -152,6 +152,6 @@ def test_the_norm_that_makes_no_matrix_is_the_norm(kind: str | None, within: flo
     A, B = (0.02 * torch.randn(*shape, generator=g) for shape in ((16, 256), (96, 16)))
     pair = Pair(A.to(dtype), B.to(dtype), 4.0)
     wanted = adapted_norm(W, pair)
-    torch.testing.assert_close(thin_norm(W, pair), wanted, rtol=within, atol=0)
+    torch.testing.assert_close(low_rank_norm(W, pair), wanted, rtol=within, atol=0)
     plain = adapted_norm(W, Pair(A.to(dtype), torch.zeros(96, 16, dtype=dtype), 1.0))
     assert (wanted / plain - 1).abs().max() > 10 * within, "the pair changes it"

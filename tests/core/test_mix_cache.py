@@ -29,15 +29,15 @@ def net() -> Iterator[Attachment]:
 
 
 def outputs(attachment: Attachment, limit: int, *inputs: Tensor) -> Tensor:
-    attachment.ready.limit = limit
+    attachment.cache.limit = limit
     with torch.no_grad():
         out: Tensor = attachment.model(*inputs)
-    assert attachment.ready.bytes <= limit
+    assert attachment.cache.bytes <= limit
     return out
 
 
 def hows(attachment: Attachment) -> set[str]:
-    return {table.how for table in attachment.ready._tables.values()}
+    return {table.how for table in attachment.cache._tables.values()}
 
 
 @settings(max_examples=60, deadline=None)
@@ -136,7 +136,7 @@ def test_copies_made_together_are_those_made_one_by_one(
                 return [model[name](x[name[0]]) for name in model]
 
         together = run()
-        attachment.ready.clear()
+        attachment.cache.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("veneer.core.mix_cache._copied_together", lambda *given: {})
             apart = run()
@@ -179,7 +179,7 @@ def check(attachment: Attachment, made: bool = True) -> None:
     with torch.no_grad():
         got = attachment.model(X)
     torch.testing.assert_close(got, fresh(attachment))
-    assert bool(attachment.ready.bytes) == made
+    assert bool(attachment.cache.bytes) == made
 
 
 def test_nothing_stale_is_used(small: Attachment) -> None:
@@ -196,7 +196,7 @@ def test_nothing_stale_is_used(small: Attachment) -> None:
     small.use(("a0", 0.5), "a1")
     check(small)
     small.remove("a1")
-    assert small.ready.bytes == 0
+    assert small.cache.bytes == 0
     check(small)
     small.add("a1", create(small.model, LoraSpec(rank=1, targets=("0",)), seed=7).mapped(lambda t: t - 0.2))
     small.use("a1", "a0")
@@ -251,19 +251,19 @@ def test_training_mode_with_dropout_hooks_and_autocast_go_the_ordinary_way(small
 
 def test_memory_is_bounded_over_many_mixes(small: Attachment) -> None:
     one = 2 * 24 * 4
-    small.ready.limit = 3 * one
+    small.cache.limit = 3 * one
     with torch.no_grad():
         for i in range(100):
             small.use(("a0", 1 + i / 100), "a1")
             small.model(X)
-            assert small.ready.bytes <= 3 * one
-    assert len(small.ready._tables) == 3
-    assert len(small.ready._seen) <= 65
+            assert small.cache.bytes <= 3 * one
+    assert len(small.cache._tables) == 3
+    assert len(small.cache._seen) <= 65
 
 
 def test_a_mix_that_comes_back_is_not_made_again(small: Attachment) -> None:
     check(small)
-    (table,) = small.ready._tables.values()
+    (table,) = small.cache._tables.values()
     made = dict(table.made)
     small.use("a2")
     check(small)

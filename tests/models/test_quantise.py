@@ -23,7 +23,7 @@ from veneer.errors import BaseError, ConfigError
 from veneer.files.weights import tensor_table
 from veneer.models.quantise import load_quantised, quantised_bytes, quantised_weights, saved_config, saved_tensors
 from veneer.models.text.base import load_text, read_base_config
-from veneer.ops.codes import KINDS, Blocks4
+from veneer.ops.quantisation_formats import KINDS, Blocks4
 from veneer.ops.quantised import Quantised
 
 IDS = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -267,7 +267,7 @@ def test_blocks_of_a_gguf_file_stay_and_compute_what_they_stand_for(tmp_path: Pa
     full, kept = load_text(str(file), dtype="float32"), load_text(str(file), dtype="float32", quantise="keep")
     weights = [p for p in kept.model.parameters() if isinstance(p, Quantised)]
     assert kept.quantised == "gguf"
-    assert {p.code.kind for p in weights} == {"Q8_0"}
+    assert {p.stored.kind for p in weights} == {"Q8_0"}
     assert len(weights) == len(
         [n for n in quantised_weights(full.model) if full.model.get_parameter(n).shape[1] % 32 == 0]
     )
@@ -291,7 +291,7 @@ def test_two_kinds_loaded_at_a_time_do_not_mix(tmp_path: Path) -> None:
     def load(kind: str) -> set[str]:
         together.wait(30)
         loaded, _ = load_quantised(tmp_path / "m", config, tensors, kind, torch.float32)
-        return {p.code.kind for p in loaded.parameters() if isinstance(p, Quantised)}
+        return {p.stored.kind for p in loaded.parameters() if isinstance(p, Quantised)}
 
     tie = PreTrainedModel.tie_weights
     with ThreadPoolExecutor(len(kinds)) as pool:

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from veneer.errors import BaseError
-from veneer.ops import codes as blocks
-from veneer.ops.codes import KINDS, Blocks4, Rows8, dynamic_map, table
+from veneer.ops import quantisation_formats as blocks
 from veneer.ops.cpu import compiled
-from veneer.ops.quantised import Quantised, dequantised, quantise, stacked
+from veneer.ops.quantisation_formats import KINDS, Blocks4, Rows8, dynamic_map, four_bit_values
+from veneer.ops.quantised import Quantised, dequantised, quantise, stacked_rows
 
 FOUR = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,13 +42,13 @@ def test_nf4_is_made_of_quantiles_of_the_normal_distribution() -> None:
     above = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64))[:-1]
     below = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64))[:-1]
     want = torch.cat([above, below, torch.zeros(1, dtype=torch.float64)]).sort().values / above.max()
-    torch.testing.assert_close(table("nf4").double(), want, rtol=0, atol=2e-7)
+    torch.testing.assert_close(four_bit_values("nf4").double(), want, rtol=0, atol=2e-7)
 
 
 def test_fp4_is_a_sign_two_bits_of_exponent_and_one_of_mantissa() -> None:
     values = sorted(2.0 ** (e - 3) * (1 + m / 2) for e in (1, 2, 3) for m in (0, 1))  # 0.25 … 1.5
     want = torch.tensor([*values, 0.0]) / values[-1]
-    have = table("fp4")
+    have = four_bit_values("fp4")
     assert torch.equal(have[:8], -have[8:])
     # all but the smallest are exact; bitsandbytes has 1/192 for the one subnormal
     assert {round(float(v), 5) for v in want} <= {round(float(v), 5) for v in have[:8]} | {0.0}
@@ -85,8 +85,8 @@ def test_each_weight_gets_the_nearest_value_of_its_block(
     q = quantise(w, kind, double=False, dtype=torch.float32)
     exact = F.pad(w.double().flatten(), (0, -w.numel() % 64)).view(-1, 64)
     most = exact.abs().amax(1, keepdim=True)
-    assert torch.equal(q.code.tensors()["absmax"].double(), most[:, 0])
-    away = (exact[..., None] - table(kind).double() * most[..., None]).abs().amin(-1).flatten()[: w.numel()]
+    assert torch.equal(q.stored.tensors()["absmax"].double(), most[:, 0])
+    away = (exact[..., None] - four_bit_values(kind).double() * most[..., None]).abs().amin(-1).flatten()[: w.numel()]
     got = (q.dense().double().flatten() - w.double().flatten()).abs()
     assert bool((got <= away + 1e-6 * most.max()).all())
 
@@ -107,7 +107,7 @@ def test_the_compiled_kernels_give_the_bits_of_the_reference(
         without_kernels(patch)
         plain = quantise(w, kind, double=double)
         dense = plain.dense()
-    for (name, a), b in zip(mine.code.tensors().items(), plain.code.tensors().values(), strict=True):
+    for (name, a), b in zip(mine.stored.tensors().items(), plain.stored.tensors().values(), strict=True):
         assert torch.equal(a, b), name
     assert torch.equal(mine.dense(), dense)
     assert torch.equal(mine.part(rows // 2, rows, (rows - rows // 2, columns)).dense(), dense[rows // 2 :])
@@ -152,12 +152,12 @@ def _bnb() -> Any:
 def test_codes_and_values_are_bitsandbytes_bits(kind: str, dtype: torch.dtype) -> None:
     bnb = _bnb()
     assert torch.equal(dynamic_map(), bnb.create_dynamic_map())
-    assert torch.equal(table(kind), bnb.get_4bit_type(kind, device="cpu"))
+    assert torch.equal(four_bit_values(kind), bnb.get_4bit_type(kind, device="cpu"))
     for shape in ((64, 128), (100, 192), (576, 1536), (7, 10)):
         w = weight(*shape, dtype=dtype)
         packed, state = bnb.quantize_4bit(w, blocksize=64, quant_type=kind)
         mine = quantise(w, kind, double=False)
-        code = mine.code
+        code = mine.stored
         assert isinstance(code, Blocks4)
         assert torch.equal(code.packed, packed.flatten())
         assert torch.equal(code.absmax, state.absmax)
@@ -167,7 +167,7 @@ def test_codes_and_values_are_bitsandbytes_bits(kind: str, dtype: torch.dtype) -
             kind, tuple(shape), packed.flatten(), state.absmax, state.state2.absmax, state.offset, 64, 256
         )  # fmt: skip
         assert torch.equal(Quantised(theirs, dtype).dense(), bnb.dequantize_4bit(packed, state))
-        code = quantise(w, kind).code
+        code = quantise(w, kind).stored
         assert isinstance(code, Blocks4)
         assert code.mean is not None
         assert code.absmax2 is not None
@@ -209,7 +209,7 @@ def test_int8_codes_are_bitsandbytes_bits() -> None:
     for dtype in (torch.float32, torch.float16):
         w = weight(96, 200, dtype=dtype)
         codes, stats, _ = bnb.int8_vectorwise_quant(w)
-        code = quantise(w, "int8").code
+        code = quantise(w, "int8").stored
         assert isinstance(code, Rows8)
         assert torch.equal(code.absmax, stats)
         assert float((code.codes != codes).double().mean()) < (1e-9 if dtype == torch.float32 else 0.02)
@@ -297,7 +297,7 @@ def test_it_moves_copies_and_pickles_as_a_parameter() -> None:
     assert isinstance(twin.weight, Quantised)
     assert isinstance(twin.weight, nn.Parameter)
     assert torch.equal(twin.weight.dense(), want)
-    assert twin.weight.code.tensors()["packed"].data_ptr() != layer.weight.code.tensors()["packed"].data_ptr()
+    assert twin.weight.stored.tensors()["packed"].data_ptr() != layer.weight.stored.tensors()["packed"].data_ptr()
     twin.to("cpu")
     twin.to(torch.float32)
     assert isinstance(twin.weight, Quantised)
@@ -312,13 +312,13 @@ def test_it_moves_copies_and_pickles_as_a_parameter() -> None:
 
 def test_several_below_one_another_multiply_as_one() -> None:
     parts = [quantise(weight(rows, 128, dtype=torch.bfloat16, seed=rows), "nf4") for rows in (32, 8, 40)]
-    whole = stacked(parts)
+    whole = stacked_rows(parts)
     want = torch.cat([p.dense() for p in parts])
     assert whole.shape == (80, 128)
     assert torch.equal(whole.dense(), want)
     assert torch.equal(whole[30:45].dense(), want[30:45])
     assert whole.bytes == sum(p.bytes for p in parts)
-    assert stacked(parts[:1]) is parts[0]
+    assert stacked_rows(parts[:1]) is parts[0]
 
 
 def test_a_kept_weight_is_the_same_weight() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.tiny_base import tiny_base_dir
-from veneer.ops.codes import KINDS
+from veneer.ops.quantisation_formats import KINDS
 from veneer.ops.quantised import quantise
 from veneer.train.config.load import config_from
 from veneer.train.events import Stepped

@@ -34,7 +34,7 @@ from veneer.files.safetensors import strict_json
 from veneer.files.weights import Checkpoint, checkpoint_parts
 from veneer.models.loading import errors_only, loading
 from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
-from veneer.ops.codes import KINDS
+from veneer.ops.quantisation_formats import KINDS
 from veneer.ops.quantised import Quantised, dequantised, quantise
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from veneer.core.forms import Delta
+from veneer.ops.lowrank import LowRank
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,13 @@ class Pair:
     @property
     def rank(self) -> int:
         return self.A.shape[1] if self.kind == "experts" else self.A.shape[0]
+
+    def low_rank(self, strength: float = 1.0, dropout: float = 0.0) -> LowRank:
+        """What is multiplied beside the base's weight: s·strength·B·A, with `origin` in it, without the magnitude.
+
+        In one product, so that what A₀ and B₀ have in common with A and B cancels before it is rounded."""
+        whole = self.collapsed()
+        return LowRank(whole.A, whole.B, self.scale * strength, dropout)
 
     def collapsed(self) -> Pair:
         """The same delta without `origin`: A' = [A; A₀], B' = [B, −B₀], the same scale."""

@@ -23,7 +23,7 @@ from veneer.core.adapter import Adapter, Pair, TokenRows, all_finite
 from veneer.core.forms import Delta, part_problems
 from veneer.core.layers import FullModule, Layer, LoraConv, LoraEmbedding, LoraExperts, LoraLinear
 from veneer.core.merge import merged_state, parameter_shape, to_matrix, weight_of
-from veneer.core.mix_cache import ReadyMixes
+from veneer.core.mix_cache import MixCache
 from veneer.core.selection import RowMixes, Selection
 from veneer.core.targets import base_modules, expert_parameters, kind_of
 from veneer.errors import AdapterError, nearest
@@ -55,9 +55,9 @@ def attach(model: nn.Module) -> Attachment:
 class Attachment:
     """The adapters of one base and which of them act.
 
-    `adapters`: by name. `selection`: what acts now; empty at first. `ready.limit`: how many bytes may be kept beside
-    the base for mixes in use without gradients, see core.ready; 0 for none. Use as a context manager to detach at its
-    end."""
+    `adapters`: by name. `selection`: what acts now; empty at first. `cache.limit`: how many bytes may be kept beside
+    the base for mixes in use without gradients, see core.mix_cache; 0 for none. Use as a context manager to detach at
+    its end."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -68,7 +68,7 @@ class Attachment:
         stored = sum(t.nbytes for t in {id(p): p for p in model.parameters()}.values())
         self._wrapped: dict[str, nn.Module] = {}
         self._watched: list[RemovableHandle] = []
-        self.ready = ReadyMixes(self._wrapped, max(SPARE_BYTES, stored // 32))
+        self.cache = MixCache(self._wrapped, max(SPARE_BYTES, stored // 32))
         self._open = True
 
     # -- adapters ----------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class Attachment:
         """Take an adapter off; it leaves the selection too. Modules that no other adapter touches are put back."""
         gone = self._known(name)
         self.selection = self.selection.without(gone)
-        self.ready.clear(gone)
+        self.cache.clear(gone)
         del self.adapters[name]
         self._prune()
 
@@ -163,7 +163,7 @@ class Attachment:
     def detach(self) -> None:
         """Put every module back where it was and forget the adapters. Safe to call at any time, any number of times."""
         self.selection = Selection()
-        self.ready.clear()
+        self.cache.clear()
         self.adapters.clear()
         self._prune()
         while self._watched:

@@ -2,7 +2,7 @@
 
     y = base(x) + Σ strengthᵢ·ΔWᵢ·x                       ΔW: core.merge
 
-| layer         | low-rank products                                                                        |
+| layer         | low-rank products                                                                    |
 | LoraLinear    | s·(x·Aᵀ)·Bᵀ; and the logits of replaced token rows in a head tied to an embedding    |
 | LoraEmbedding | s·Aᵀ[ids]·Bᵀ, times the base's `embed_scale`; and replaced token rows                |
 | LoraConv      | s·conv₁(conv(x, A), B), 1-d and 2-d, with groups                                     |
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from veneer.compat import TORCH
 from veneer.core.adapter import Adapter, Pair, TokenRows
+from veneer.core.experts import AdaptedWeight
 from veneer.core.forms import Delta, norm_along
-from veneer.core.lowrank import Factor, LowRank
-from veneer.core.merge import adapted_norm, pair_matrix, parameter_delta, thin_norm, to_matrix, weight_of
-from veneer.core.mix_cache import Ready, ReadyMixes
+from veneer.core.merge import adapted_norm, low_rank_norm, pair_matrix, parameter_delta, to_matrix, weight_of
+from veneer.core.mix_cache import CachedModule, MixCache
 from veneer.core.selection import Acting, RowMixes, Selection, run_apart
 from veneer.errors import AdapterError
-from veneer.ops.fused import Projection, joined, linears
+from veneer.ops.linear import LinearMap, linear
+from veneer.ops.lowrank import LowRank
 
 __all__ = ["FullModule", "Layer", "LoraConv", "LoraEmbedding", "LoraExperts", "LoraLinear"]
 
@@ -42,15 +43,7 @@ class Owner(Protocol):
     """What a layer asks of the attachment."""
 
     selection: Selection
-    ready: ReadyMixes
-
-
-class Term(NamedTuple):
-    """One pair acting now. `dropout` is 0 outside of training."""
-
-    pair: Pair
-    strength: float
-    dropout: float
+    cache: MixCache
 
 
 class Layer(nn.Module):
@@ -105,10 +98,11 @@ class Layer(nn.Module):
         """The output under a mix without a full copy of this module."""
         return self.base(*args, **kwargs)
 
-    def terms(self, mix: Sequence[tuple[Adapter, float]], name: str | None = None) -> list[Term]:
+    def pairs(self, mix: Sequence[tuple[Adapter, float]], name: str | None = None) -> list[tuple[Pair, float, float]]:
+        """(pair, strength, dropout) of everything in the mix that has a pair here; no dropout outside of training."""
         key = name or self.name
         drop = self.training
-        return [Term(a.pairs[key], s, a.dropout if drop else 0.0) for a, s in mix if key in a.pairs]
+        return [(a.pairs[key], s, a.dropout if drop else 0.0) for a, s in mix if key in a.pairs]
 
     def deltas(self, mix: Sequence[tuple[Adapter, float]]) -> list[tuple[str, Delta, float]]:
         """(parameter, delta, strength) of everything in the mix that changes a parameter of this module."""
@@ -179,25 +173,25 @@ class _Lora(Layer):
 
     def under(self, mix: Acting, *args: Any, **kwargs: Any) -> Any:
         if mix and len(args) == 1 and not kwargs and not torch.is_grad_enabled():
-            ready = self.owner.ready.get(self.name, mix)
-            if ready is not None and self._may_use(ready, mix, args[0]):
-                return self.with_ready(ready, args[0])
+            cached = self.owner.cache.get(self.name, mix)
+            if cached is not None and self._may_use(cached, mix, args[0]):
+                return self.by_cache(cached, args[0])
         return super().under(mix, *args, **kwargs)
 
-    def _may_use(self, ready: Ready, mix: Acting, x: Tensor) -> bool:
-        """Whether what is ready stands for a call of the base with x as things are now."""
+    def _may_use(self, cached: CachedModule, mix: Acting, x: Tensor) -> bool:
+        """Whether what is cached stands for a call of the base with x as things are now."""
         own = self._modules["base"].__dict__
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or (ready.drops and self.training):
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or (cached.drops and self.training):
             return False
         if self.rows_name is not None and self.rows(mix):
             return False
-        return x.dtype == ready.dtype and not torch.is_autocast_enabled(x.device.type)
+        return x.dtype == cached.dtype and not torch.is_autocast_enabled(x.device.type)
 
-    def with_ready(self, ready: Ready, x: Tensor) -> Tensor:
+    def by_cache(self, cached: CachedModule, x: Tensor) -> Tensor:
         """The output by a copy or a stack. Reference: `adapted`."""
         raise NotImplementedError
 
-    def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """B·(A·x) in A's dtype."""
         raise NotImplementedError
 
@@ -213,23 +207,22 @@ class _Lora(Layer):
         """W·x without the bias, in x's dtype; `weight`: another weight of W's stored shape."""
         raise NotImplementedError
 
-    def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
+    def change(self, x: Tensor, y: Tensor, pair: Pair, dropout: float = 0.0) -> Tensor:
         """ΔW·x of one pair, given y = base(x). Dropout acts on what the pair multiplies, as in PEFT."""
-        pair, p = term.pair, term.dropout
         x = x.to(pair.A.dtype) if x.is_floating_point() else x
-        dropped = F.dropout(x, p) if p else x
-        own = self.thin(dropped, pair.A, pair.B) * pair.scale
-        back = None if pair.origin is None else self.thin(x, *pair.origin) * -pair.scale
+        dropped = F.dropout(x, dropout) if dropout else x
+        own = self.low_rank(dropped, pair.A, pair.B) * pair.scale
+        back = None if pair.origin is None else self.low_rank(x, *pair.origin) * -pair.scale
         if pair.magnitude is None:
             return own if back is None else own + back
         if pair.magnitude.ndim > 1:
-            return self._change_by_input(dropped, term)
+            return self._change_by_input(dropped, pair)
         W = to_matrix(self.base, pair.kind, weight_of(self.base))
         gain = self.channels(pair.magnitude / adapted_norm(W, pair).to(pair.magnitude.dtype))
-        if p:
+        if dropout:
             core = self.product(dropped)
             if pair.origin is not None:
-                core = core - self.thin(dropped, *pair.origin) * pair.scale
+                core = core - self.low_rank(dropped, *pair.origin) * pair.scale
         else:
             bias = getattr(self.base, "bias", None)
             core = y.to(own.dtype) if bias is None else y.to(own.dtype) - self.channels(bias)
@@ -237,9 +230,9 @@ class _Lora(Layer):
         out = (gain - 1) * core + gain * own
         return out if back is None else out + back
 
-    def _change_by_input(self, x: Tensor, term: Term) -> Tensor:
+    def _change_by_input(self, x: Tensor, pair: Pair) -> Tensor:
         """ΔW·x where the magnitude has one norm for each input: (W + ΔP)·(g ⊙ x) − W·x, g = m/‖W + ΔP‖."""
-        pair, weight = term.pair, weight_of(self.base)
+        weight = weight_of(self.base)
         assert pair.magnitude is not None
         matrix = to_matrix(self.base, pair.kind, weight)
         with torch.no_grad():
@@ -249,15 +242,15 @@ class _Lora(Layer):
         gain = pair.magnitude.flatten() / norm.to(pair.magnitude.dtype)
         out = self.product(self.scaled(x, gain - 1))
         for A, B, s in [(pair.A, pair.B, pair.scale), *([(*pair.origin, -pair.scale)] if pair.origin else [])]:
-            out = out + self.thin(self.scaled(x, gain), A, B) * s
+            out = out + self.low_rank(self.scaled(x, gain), A, B) * s
         return out
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base(x, *args, **kwargs)
         out = y
-        for term in self.terms(mix):
-            change = self.change(x, y, term)
-            out = out + (change if term.strength == 1.0 else change * term.strength)
+        for pair, strength, dropout in self.pairs(mix):
+            change = self.change(x, y, pair, dropout)
+            out = out + (change if strength == 1.0 else change * strength)
         for key, delta, strength in self.deltas(mix):
             made = parameter_delta(self.base, key, delta) * strength
             wide = x.to(made.dtype) if x.is_floating_point() else x
@@ -275,7 +268,7 @@ class _Lora(Layer):
         if x.ndim < self.least_dims():
             raise AdapterError(f"an input {tuple(x.shape)} has no rows to give a mix each", where=self.name)
         rows.repeats(len(x), self.name)
-        if not torch.is_grad_enabled() and self.owner.ready.all_copied(mix for mix, _ in segments):
+        if not torch.is_grad_enabled() and self.owner.cache.all_copied(mix for mix, _ in segments):
             return run_apart(rows, segments, self.under, args, kwargs, self.name)
         y = self.base(*args, **kwargs)
         out = y
@@ -294,8 +287,8 @@ class _Lora(Layer):
 
     def changes(self, x: Tensor, y: Tensor, adapter: Adapter) -> Iterator[Tensor]:
         """What one adapter at strength 1 adds to y = base(x), in y's shape."""
-        for term in self.terms([(adapter, 1.0)]):
-            yield self.change(x, y, term)
+        for pair, _, dropout in self.pairs([(adapter, 1.0)]):
+            yield self.change(x, y, pair, dropout)
         for key, delta, _ in self.deltas([(adapter, 1.0)]):
             made = parameter_delta(self.base, key, delta)
             if key == "bias":
@@ -321,7 +314,7 @@ def _added(y: Tensor, at: Tensor, change: Tensor, own: bool) -> Tensor:
 
 
 class LoraLinear(_Lora):
-    def projection(self) -> Projection | None:
+    def linear_map(self) -> LinearMap | None:
         """What this layer is now as one product with a frozen weight and at most one pair, or None if it is more:
         several pairs, a mix for each row, DoRA with an origin or at another strength than 1, an origin with dropout, a
         full copy, replaced rows, a hooked or trained base."""
@@ -337,42 +330,42 @@ class LoraLinear(_Lora):
         if base._forward_hooks or base._forward_pre_hooks or (base.bias is not None and base.bias.requires_grad):
             return None
         if not mix:
-            return Projection(base.weight, base.bias)
-        terms = self.terms(mix)
-        if len(terms) > 1 or self.rows(mix) or self.deltas(mix) or any(self.name in a.modules for a, _ in mix):
+            return LinearMap(base.weight, base.bias)
+        pairs = self.pairs(mix)
+        if len(pairs) > 1 or self.rows(mix) or self.deltas(mix) or any(self.name in a.modules for a, _ in mix):
             return None
-        if not terms:
-            return Projection(base.weight, base.bias)
-        pair, strength, dropout = terms[0]
+        if not pairs:
+            return LinearMap(base.weight, base.bias)
+        pair, strength, dropout = pairs[0]
         if pair.origin is not None and (dropout or pair.magnitude is not None):
             return None  # what is taken off sees all of x
-        factors = pair.A, pair.B, pair.scale * strength, dropout
+        products = (pair.low_rank(strength, dropout),)
         if pair.magnitude is None:
-            return Projection(base.weight, base.bias, *factors, origin=pair.origin)
+            return LinearMap(base.weight, base.bias, products)
         # y = x·Wᵀ + strength·ΔW·x: at another strength than 1 that is no gain times one product
         if strength != 1.0 or pair.magnitude.ndim > 1:
             return None
-        norm = adapted_norm if base.weight.dtype == pair.magnitude.dtype else thin_norm
+        norm = adapted_norm if base.weight.dtype == pair.magnitude.dtype else low_rank_norm
         gain = pair.magnitude / norm(weight_of(base), pair).to(pair.magnitude.dtype)
-        return Projection(base.weight, base.bias, *factors, gain)
+        return LinearMap(base.weight, base.bias, products, gain)
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = self.projection()
-        if plain is None or plain.A is None or plain.B is None:
+        plain = self.linear_map()
+        if plain is None or not plain.products:
             return super().adapted(mix, x, *args, **kwargs)
         if x.dtype == plain.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            return linears(x, joined([plain]))
+            return linear(x, plain)
         return super().adapted(mix, x, *args, **kwargs)
 
-    def with_ready(self, ready: Ready, x: Tensor) -> Tensor:
-        if ready.A is None or ready.B is None:
-            return F.linear(x, ready.weight, ready.bias)  # type: ignore[arg-type]
+    def by_cache(self, cached: CachedModule, x: Tensor) -> Tensor:
+        if cached.product is None:
+            return F.linear(x, cached.weight, cached.bias)  # type: ignore[arg-type]
         y = F.linear(x, self.base.weight, self.base.bias)
-        u = F.linear(x, ready.A)
-        y.view(-1, y.shape[-1]).addmm_(u.view(-1, u.shape[-1]), ready.B.t())
+        u = F.linear(x, cached.product.A)
+        y.view(-1, y.shape[-1]).addmm_(u.view(-1, u.shape[-1]), cached.product.B.t())
         return y
 
-    def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.linear(F.linear(x, A), B)
 
     def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -396,7 +389,7 @@ class LoraEmbedding(_Lora):
     def least_dims(self) -> int:
         return 1
 
-    def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         base = self.base
         out = F.embedding(x, A.t(), base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq) @ B.t()
         return out if self._scale is None else out * self._scale.to(out.dtype)
@@ -411,8 +404,8 @@ class LoraEmbedding(_Lora):
         scale = getattr(self.base, "embed_scale", None)
         return torch.as_tensor(scale) if scale is not None else None
 
-    def change(self, x: Tensor, y: Tensor, term: Term) -> Tensor:
-        return super().change(x, y, term._replace(dropout=0.0))  # there is no input to drop from
+    def change(self, x: Tensor, y: Tensor, pair: Pair, dropout: float = 0.0) -> Tensor:
+        return super().change(x, y, pair)  # there is no input to drop from
 
     def replaced(self, x: Tensor, y: Tensor, rows: Sequence[tuple[TokenRows, float]]) -> Tensor:
         out = y
@@ -435,7 +428,7 @@ class LoraConv(_Lora):
     def least_dims(self) -> int:
         return weight_of(self.base).ndim
 
-    def thin(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         conv, groups = self.base, self.base.groups
         up = F.conv1d if A.ndim == 3 else F.conv2d
         if groups > 1 and A.shape[1] == conv.in_channels:
@@ -445,13 +438,13 @@ class LoraConv(_Lora):
             A = A.repeat(groups, *[1] * (A.ndim - 1))
         return up(conv._conv_forward(x, A, None), B, groups=groups)
 
-    def with_ready(self, ready: Ready, x: Tensor) -> Tensor:
+    def by_cache(self, cached: CachedModule, x: Tensor) -> Tensor:
         conv = self.base
-        if ready.A is None or ready.B is None:
-            out: Tensor = conv._conv_forward(x, ready.weight, ready.bias)
+        if cached.product is None:
+            out: Tensor = conv._conv_forward(x, cached.weight, cached.bias)
             return out
         y: Tensor = conv._conv_forward(x, conv.weight, conv.bias)
-        return y.add_(self.thin(x, ready.A, ready.B))
+        return y.add_(self.low_rank(x, cached.product.A, cached.product.B))
 
     def channels(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * (weight_of(self.base).ndim - 2))
@@ -467,7 +460,7 @@ class LoraConv(_Lora):
 
 
 class LoraExperts(Layer):
-    """Runs the base's own forward with each adapted weight replaced by a `LowRank`."""
+    """Runs the base's own forward with each adapted weight replaced by an `AdaptedWeight`."""
 
     def acts(self, adapter: Adapter) -> bool:
         return super().acts(adapter) or any(f"{self.name}.{key}" in adapter.pairs for key in self.base._parameters)
@@ -483,16 +476,16 @@ class LoraExperts(Layer):
 
     def adapted(self, mix: Sequence[tuple[Adapter, float]], *args: Any, **kwargs: Any) -> Any:
         flipped = bool(getattr(self.base, "is_transposed", False))
-        weights: dict[str, LowRank] = {}
+        weights: dict[str, AdaptedWeight] = {}
         for parameter, weight in self.base.named_parameters(recurse=False):
-            if terms := self.terms(mix, f"{self.name}.{parameter}"):
-                weights[parameter] = LowRank(weight, [part for term in terms for part in _factors(term, flipped)])
+            if pairs := self.pairs(mix, f"{self.name}.{parameter}"):
+                parts = [part for pair in pairs for part in _parts(*pair)]
+                weights[parameter] = AdaptedWeight(weight, [p.transposed() for p in parts] if flipped else parts)
         return _stand_in(self.base, weights)(*args, **kwargs)
 
 
-def _factors(term: Term, flipped: bool) -> list[Factor]:
-    pair, s = term.pair, term.pair.scale * term.strength
-    out = [Factor(pair.B, pair.A, s, term.dropout)]
-    if pair.origin is not None:
-        out.append(Factor(pair.origin[1], pair.origin[0], -s, 0.0))
-    return [f.t() for f in out] if flipped else out
+def _parts(pair: Pair, strength: float, dropout: float) -> list[LowRank]:
+    """A pair of fused experts; what its origin takes off is a product of its own, as that sees all of x."""
+    s = pair.scale * strength
+    out = [LowRank(pair.A, pair.B, s, dropout)]
+    return out if pair.origin is None else [*out, LowRank(*pair.origin, -s)]

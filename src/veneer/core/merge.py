@@ -31,13 +31,13 @@ __all__ = [
     "delta",
     "exact_weights",
     "from_matrix",
+    "low_rank_norm",
     "merged_state",
     "merged_weights",
     "pair_matrix",
     "parameter_changes",
     "parameter_delta",
     "parameter_shape",
-    "thin_norm",
     "to_matrix",
     "weight_of",
 ]
@@ -103,7 +103,7 @@ def adapted_norm(matrix: Tensor, pair: Pair) -> Tensor:
         return norm
 
 
-def thin_norm(matrix: Tensor, pair: Pair) -> Tensor:
+def low_rank_norm(matrix: Tensor, pair: Pair) -> Tensor:
     """`adapted_norm` of a linear pair without an origin, never making W + s·B·A: the root of
 
         ‖W‖² + Σ_r (2s·(W·Aᵀ) + s²·B·(A·Aᵀ)) ⊙ B

@@ -29,23 +29,23 @@ from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import delta, parameter_delta
 from veneer.core.selection import Acting
 from veneer.errors import AdapterError
+from veneer.ops.lowrank import LowRank
 
-__all__ = ["Ready", "ReadyMixes"]
+__all__ = ["CachedModule", "MixCache"]
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _VERSION = attrgetter("_version")
 
 
 @dataclass(frozen=True, eq=False)
-class Ready:
-    """One module under one mix: `weight` and `bias` are a copy's, or A and B are a stack beside the base itself.
+class CachedModule:
+    """One module under one mix: `weight` and `bias` are a copy's, or `product` is a stack beside the base itself.
 
     `drops`: some adapter has dropout, so that this is not for training mode."""
 
     weight: Tensor | None
     bias: Tensor | None
-    A: Tensor | None
-    B: Tensor | None
+    product: LowRank | None
     dtype: torch.dtype
     drops: bool
     sources: list[Tensor]
@@ -53,7 +53,8 @@ class Ready:
     place: int
 
     def bytes(self) -> int:
-        return sum(t.nbytes for t in (self.weight, self.A, self.B) if t is not None)
+        stack = () if self.product is None else (self.product.A, self.product.B)
+        return sum(t.nbytes for t in (self.weight, *stack) if t is not None)
 
     def current(self) -> bool:
         """Whether everything this was made of is as it was: the base's weight comes first in `sources`."""
@@ -68,11 +69,11 @@ class _Table:
     mix: Acting
     how: str
     needs: int
-    made: dict[str, Ready | None] = field(default_factory=dict)
+    made: dict[str, CachedModule | None] = field(default_factory=dict)
     bytes: int = 0
 
 
-class ReadyMixes:
+class MixCache:
     """The tables of one attachment. `modules`: name -> base of what is wrapped now. `limit`: bytes for all tables."""
 
     def __init__(self, modules: dict[str, nn.Module], limit: int) -> None:
@@ -100,16 +101,16 @@ class ReadyMixes:
                 del self._tables[key]
         self._seen.clear()
 
-    def get(self, name: str, mix: Acting) -> Ready | None:
-        """What is ready for the module `name` under `mix`, made now if it can be; None: run the mix as it is."""
+    def get(self, name: str, mix: Acting) -> CachedModule | None:
+        """What is cached for the module `name` under `mix`, made now if it can be; None: run the mix as it is."""
         found = self._seen.get(id(mix))
         table = found[1] if found is not None else self._table(mix)
-        ready = table.made.get(name, self)
-        if isinstance(ready, Ready):
-            if ready.current():
-                return ready
-            table.bytes -= ready.bytes()
-        elif ready is None or not table.how:
+        cached = table.made.get(name, self)
+        if isinstance(cached, CachedModule):
+            if cached.current():
+                return cached
+            table.bytes -= cached.bytes()
+        elif cached is None or not table.how:
             return None
         return self._make(table, name)
 
@@ -143,8 +144,8 @@ class ReadyMixes:
             return "copy", copies
         return ("stack", stacks) if stacks <= self._limit else ("", 0)
 
-    def _make(self, table: _Table, name: str) -> Ready | None:
-        base, made = self.modules.get(name), dict[str, Ready | None]()
+    def _make(self, table: _Table, name: str) -> CachedModule | None:
+        base, made = self.modules.get(name), dict[str, CachedModule | None]()
         with torch.no_grad():
             if table.how == "copy" and not table.made:
                 made.update(_copied_together(self.modules, table.mix))
@@ -153,7 +154,7 @@ class ReadyMixes:
                 sources = _sources(name, base, table.mix) if base is not None else []
                 made[name] = make(name, base, table.mix, sources) if sources else None
         table.made.update(made)
-        table.bytes += sum(ready.bytes() for ready in made.values() if ready is not None)
+        table.bytes += sum(cached.bytes() for cached in made.values() if cached is not None)
         while self.bytes > self._limit and len(self._tables) > 1:
             self._tables.popitem(last=False)
             self._seen.clear()
@@ -181,14 +182,14 @@ def _sources(name: str, base: nn.Module, mix: Acting) -> list[Tensor]:
     return [] if any(t.requires_grad for t in acting) else out
 
 
-def _stack(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A with strength and scale in it: (Σ rank, …), and B: (out, Σ rank, …)."""
+def _stack(pairs: Iterable[tuple[Pair, float]], dtype: torch.dtype) -> LowRank:
+    """All of them as one: A: (Σ rank, …) with strengths and scales in it, and B: (out, Σ rank, …)."""
     parts = [(p.collapsed(), s) for p, s in pairs]
     A = torch.cat([p.A for p, _ in parts])
     precise = torch.promote_types(torch.promote_types(A.dtype, dtype), torch.float32)
     by_row = _by_row(tuple((p.scale * s, p.rank) for p, s in parts), A.device, precise)
     A = A * by_row.view(-1, *[1] * (A.ndim - 1))
-    return A.to(dtype), torch.cat([p.B for p, _ in parts], dim=1).to(dtype)
+    return LowRank(A.to(dtype), torch.cat([p.B for p, _ in parts], dim=1).to(dtype))
 
 
 @lru_cache(maxsize=64)
@@ -201,7 +202,7 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, Ready]:
+def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, CachedModule]:
     """Copies of the modules that have equals in shape and plain pairs alone: one product for all that are alike.
 
     A small base has hundreds of modules, and one product each costs more in calls than in arithmetic."""
@@ -218,7 +219,7 @@ def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, Re
             alike.setdefault((weight.shape, weight.dtype, weight.device, shapes), []).append(
                 (name, base, pairs, sources)
             )
-    made: dict[str, Ready] = {}
+    made: dict[str, CachedModule] = {}
     for group in alike.values():
         if len(group) == 1:
             continue
@@ -234,11 +235,11 @@ def _copied_together(modules: dict[str, nn.Module], mix: Acting) -> dict[str, Re
         weight.baddbmm_(B.to(weight.dtype), A.to(weight.dtype))
         for copy, (name, base, _, sources) in zip(weight, group, strict=True):
             bias = None if base.bias is None else base.bias.detach()
-            made[name] = _ready(mix, sources, weight=copy.view(base.weight.shape), bias=bias)
+            made[name] = _cached(mix, sources, weight=copy.view(base.weight.shape), bias=bias)
     return made
 
 
-def _copied(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> Ready | None:
+def _copied(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> CachedModule | None:
     weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
     pairs = [(a.pairs[name], s) for a, s in mix if name in a.pairs]
     plain = [(p, s) for p, s in pairs if p.magnitude is None and p.A[0].numel() == weight[0].numel()]
@@ -246,8 +247,8 @@ def _copied(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> Ready |
     changes = [(d, s) for a, s in mix if (d := a.deltas.get(f"{name}.weight")) is not None]
     total = weight.to(_wide(weight)) if others or changes else weight
     if plain:  # the product sums in float32 whatever the dtype, and rounds once
-        A, B = _stack(plain, total.dtype)
-        total = torch.addmm(total.flatten(1), B.flatten(1), A.flatten(1)).view(weight.shape)
+        stack = _stack(plain, total.dtype)
+        total = torch.addmm(total.flatten(1), stack.B.flatten(1), stack.A.flatten(1)).view(weight.shape)
     try:
         for pair, strength in others:
             total = total + delta(base, pair) * strength
@@ -260,30 +261,30 @@ def _copied(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> Ready |
             made = parameter_delta(base, "bias", moved) * strength
             bias = made if bias is None else bias.to(_wide(bias)) + made
     bias = None if bias is None else bias.to(weight.dtype)
-    return _ready(mix, sources, weight=total.to(weight.dtype), bias=bias)
+    return _cached(mix, sources, weight=total.to(weight.dtype), bias=bias)
 
 
-def _stacked(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> Ready | None:
+def _stacked(name: str, base: Any, mix: Acting, sources: list[Tensor]) -> CachedModule | None:
     """None where something acting here is no plain pair."""
     pairs = [(a.pairs[name], s) for a, s in mix if name in a.pairs]
     if any(p.magnitude is not None for p, _ in pairs) or getattr(base, "groups", 1) != 1:
         return None
     if any(f"{name}.{key}" in a.deltas for a, _ in mix for key in ("weight", "bias")):
         return None
-    A, B = _stack(pairs, base.weight.dtype)
-    return _ready(mix, sources, A=A, B=B)
+    return _cached(mix, sources, product=_stack(pairs, base.weight.dtype))
 
 
-def _ready(
+def _cached(
     mix: Acting,
     sources: list[Tensor],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    A: Tensor | None = None,
-    B: Tensor | None = None,
-) -> Ready:
+    product: LowRank | None = None,
+) -> CachedModule:
     drops = any(a.dropout for a, _ in mix)
-    return Ready(weight, bias, A, B, sources[0].dtype, drops, sources, _changes(sources), sources[0].data_ptr())
+    return CachedModule(
+        weight, bias, product, sources[0].dtype, drops, sources, _changes(sources), sources[0].data_ptr()
+    )
 
 
 def _changes(tensors: list[Tensor]) -> int:

@@ -28,8 +28,8 @@ from veneer.errors import BaseError, ConfigError, nearest
 from veneer.files.weights import StoredTensor
 from veneer.models.compat_transformers import TRANSFORMERS, register_quantiser
 from veneer.models.loading import loading
-from veneer.ops.codes import KINDS, SAVED_KINDS, Blocks4, Rows8, dynamic_map, table
 from veneer.ops.cpu import memory
+from veneer.ops.quantisation_formats import KINDS, SAVED_KINDS, Blocks4, Rows8, dynamic_map, four_bit_values
 from veneer.ops.quantised import Quantised, quantise
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ def load_quantised(
     path: Path, config: PreTrainedConfig, table: list[StoredTensor], kind: str, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """(the model of a base directory with its linear weights as `kind`, computing in `dtype`; transformers' loading
-    info). `kind`: one of ops.codes.KINDS, or "" for a checkpoint that is quantised already and kept as it is."""
+    info). `kind`: one of ops.quantisation_formats.KINDS, or "" for a checkpoint that is quantised already and kept as
+    it is."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
@@ -303,7 +304,7 @@ def _blocks_of(packed: StoredTensor, state: str, parts: list[StoredTensor]) -> C
         where = f"{packed.file}: {packed.name}"
         if kind not in SAVED_KINDS:
             raise BaseError(f"a 4-bit weight in {kind!r}, which bitsandbytes has no table of", where=where)
-        if not torch.equal(found["quant_map"].float(), table(kind)):
+        if not torch.equal(found["quant_map"].float(), four_bit_values(kind)):
             raise BaseError(f"its table of values is not {kind}'s", where=where)
         nested = found.get("nested_quant_map")
         if nested is not None and not torch.equal(nested.float(), dynamic_map()):
@@ -322,7 +323,7 @@ def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict as bitsandbytes would save it: the parts of 4-bit weights under its names, the rest as it is."""
     out: dict[str, Tensor] = {}
     for name, weight in state.items():
-        code = weight.code if isinstance(weight, Quantised) else None
+        code = weight.stored if isinstance(weight, Quantised) else None
         if not isinstance(code, Blocks4) or code.absmax2 is None or code.mean is None:
             out[name] = weight
             continue
@@ -334,7 +335,7 @@ def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out |= {
             name: code.packed[:, None],
             f"{name}.absmax": code.absmax,
-            f"{name}.quant_map": table(code.kind).clone(),
+            f"{name}.quant_map": four_bit_values(code.kind).clone(),
             f"{name}.nested_absmax": code.absmax2,
             f"{name}.nested_quant_map": dynamic_map().clone(),
             f"{name}{_STATE}{code.kind}": torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8),

@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from veneer.ops.codes import with_tensors
+from veneer.ops.quantisation_formats import with_tensors
 from veneer.ops.quantised import Quantised
 
 __all__ = ["CallWithWeights", "blocks", "call_whole", "local_bytes", "shard"]
@@ -89,9 +89,9 @@ class _Apart:
 
     def whole(self) -> Quantised:
         codes = [getattr(self.owner, name) for name in self.names]
-        shapes = [t.shape for t in self.absent.code.tensors().values()]
+        shapes = [t.shape for t in self.absent.stored.tensors().values()]
         values = (code.detach().view(shape) for code, shape in zip(codes, shapes, strict=True))
-        return self.absent.like(with_tensors(self.absent.code, values))
+        return self.absent.like(with_tensors(self.absent.stored, values))
 
     def put(self, weight: Quantised) -> None:
         for module, name in self.places:
@@ -106,12 +106,12 @@ def _taken_apart(modules: Sequence[nn.Module]) -> list[_Apart]:
             if not isinstance(weight, Quantised):
                 continue
             if id(weight) not in found:
-                tensors = weight.code.tensors()
+                tensors = weight.stored.tensors()
                 names = tuple(f"{name}_{key.replace('.', '_')}" for key in tensors)
                 for own, tensor in zip(names, tensors.values(), strict=True):
                     # A scalar cannot be split: it is one of a row.
                     module.register_parameter(own, nn.Parameter(tensor.reshape(tensor.shape or 1), requires_grad=False))
-                absent = weight.like(weight.code.moved(lambda t: t.to("meta")))
+                absent = weight.like(weight.stored.moved(lambda t: t.to("meta")))
                 found[id(weight)] = _Apart(absent, module, names, [])
             del module._parameters[name]
             found[id(weight)].places.append((module, name))

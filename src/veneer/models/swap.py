@@ -1,7 +1,7 @@
 """Another forward on a model's modules for the length of a with-block, over weights that lie together.
 
     replace_forward(module, forward, undo)       on this instance; `undo` puts the module's own back
-    Join([q, k, v], undo).linears()              projections that share an input as one product, with the pairs that act
+    Join([q, k, v], undo).linear_map()           projections that share an input as one product, with the pairs that act
 
 What every fast path of a base is made of: models/text/fast.py and models/image/fast.py say what they replace, and when.
 """
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from veneer.core.layers import LoraLinear
 from veneer.core.targets import base_of
 from veneer.ops.cpu import compiled, memory
-from veneer.ops.fused import Projection, joined
-from veneer.ops.quantised import Quantised, stacked
+from veneer.ops.linear import LinearMap, join_maps
+from veneer.ops.quantised import Quantised, stacked_rows
 
 __all__ = [
     "FastReport",
@@ -106,15 +106,15 @@ def random_input(*shape: int, like: Tensor) -> Tensor:
     return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
 
-def projection_of(module: nn.Module) -> Projection | None:
+def projection_of(module: nn.Module) -> LinearMap | None:
     """What a linear module computes now (weight, bias and the pairs on it), or None if it has to be called."""
     if isinstance(module, LoraLinear):
-        return module.projection()
+        return module.linear_map()
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return None
     if module.weight.requires_grad or "forward" in module.__dict__:
         return None
-    return Projection(module.weight, module.bias)
+    return LinearMap(module.weight, module.bias)
 
 
 class Join:
@@ -133,7 +133,7 @@ class Join:
         parameters = [w for w in weights if w is not None]
         quantised = [w for w in parameters if isinstance(w, Quantised)]
         if len(quantised) == len(parameters):
-            self.weight = stacked(quantised)
+            self.weight = stacked_rows(quantised)
             return
         if len(modules) < 2 or quantised or len({p.data_ptr() for p in parameters}) != len(parameters):
             return
@@ -151,11 +151,11 @@ class Join:
         for p in parameters:
             p.data = p.data.clone()
 
-    def linears(self) -> Any:
+    def linear_map(self) -> LinearMap | None:
         """The joined projections with the pairs that act now, or None if some module has to be called."""
         parts = [projection_of(m) for m in self.modules]
         known = [p for p in parts if p is not None]
-        if len(known) != len(parts) or len({p.dropout for p in known if p.A is not None}) > 1:
+        if len(known) != len(parts) or len({p.dropout for p in known if p.products}) > 1:
             return None
         if len(known) > 1 and not isinstance(self.weight, Quantised):
             if self.weight is None:
@@ -165,7 +165,7 @@ class Join:
                 if p.weight.data_ptr() != self.weight[at:].data_ptr():
                     return None
                 at += len(p.weight)
-        return joined(known, self.weight)
+        return join_maps(known, self.weight)
 
 
 def keep_dequantised(report: FastReport, most: int, undo: ExitStack) -> None:

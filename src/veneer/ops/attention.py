@@ -1,10 +1,15 @@
-"""Causal attention over rows that lie one after another, without padding in anything but the attention itself.
+"""Attention: causal, over rows that lie one after another; and of denoisers, where every token sees every other.
 
-    o = softmax(scale·q·kᵀ + causal)·v    inside each row; no row sees another    q: (N, heads, dim)  k, v: (N, kv, dim)
+    row_attention, rotary_attention    o = softmax(scale·q·kᵀ + causal)·v inside each row    q: (N, heads, dim)
+    joint_attention                    o = softmax(q̂·k̂ᵀ/√d)·v    q̂ = rope(w_q ⊙ q/rms(q)), k̂ alike; both optional
+    cross_attention                    o = softmax(q·kᵀ/√d)·v over other tokens' keys
 
-Queries that share a key head are multiplied together (grouped-query attention without repeating keys), in blocks that
-leave out the keys after them. The reference is torch's own F.scaled_dot_product_attention, row by row
-(tests/ops/test_attention.py). Knows nothing of models.
+Rows need no padding in anything but the attention itself; queries that share a key head are multiplied together
+(grouped-query attention without repeating keys), in blocks that leave out the keys after them. A denoiser's attention
+goes in tiles by the compiled kernel where there is one (half the time of torch's flash attention on the CPU), which
+keeps nothing but log Σ exp; else probabilities are kept if they are hardly more than q, k and v, or made again in
+backward some heads at a time. References: torch's own F.scaled_dot_product_attention, row by row for rows, and
+`joint_attention_reference`. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -19,10 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.compat import TORCH
-from veneer.ops.cpu import compiled
+from veneer.ops.choice import chosen
 from veneer.ops.sizes import grouped_rows, key_ranges
 
-__all__ = ["RowLayout", "attention", "rotary_attention", "rotate", "softmax_backward"]
+__all__ = [
+    "KEPT_BYTES", "RowLayout", "cross_attention", "joint_attention", "joint_attention_reference",
+    "rotary_attention", "rotate", "row_attention",
+]  # fmt: skip
+
+# -- rows that lie one after another -----------------------------------------------------------------------------------
+
 
 
 @dataclass(frozen=True)
@@ -87,10 +98,10 @@ def _gather(x: Tensor, group: _Group, kv: int, scale: float, cos: Tensor | None,
     heads, dim = x.shape[1], x.shape[2]
     per = heads // kv
     shape = (group.rows * kv, group.length * per, dim)
-    native = _native("gather_heads", x, cos, sin)
-    if native is not None:
+    run = chosen("gather_heads", x, cos, sin)
+    if run is not None:
         out = x.new_zeros(shape) if group.padded else x.new_empty(shape)
-        _heads(native.gather_heads, x, x, cos, sin, group, kv, scale, out)
+        run(x, cos, sin, group.tokens, group.slots, group.length, kv, scale, out)
         return out
     if cos is not None and sin is not None:
         x = _rotated(x, cos, sin, 1.0)
@@ -104,9 +115,9 @@ def _scatter(
 ) -> None:
     """The transpose of `_gather`, into the group's tokens of out: (N, heads, dim)."""
     heads, dim = out.shape[1], out.shape[2]
-    native = _native("scatter_heads", out, cos, sin)
-    if native is not None:
-        _heads(native.scatter_heads, g, out, cos, sin, group, kv, scale, out)
+    run = chosen("scatter_heads", out, cos, sin)
+    if run is not None:
+        run(g, cos, sin, group.tokens, group.slots, group.length, kv, scale, out)
         return
     flat = g.view(group.rows, kv, group.length, heads // kv, dim).transpose(1, 2).reshape(-1, heads, dim)
     part = flat[group.slots] * scale
@@ -115,55 +126,14 @@ def _scatter(
     out[group.tokens] = part
 
 
-def _native(kernel: str, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Any:
-    """The kernels, if they have this one, x is bfloat16 with contiguous heads (its tokens may be strided) and the
-    tables are contiguous."""
-    tables = [t for t in (cos, sin) if t is not None]
-    heads_lie_flat = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.dtype == torch.bfloat16
-    return compiled.usable(kernel, *tables, x[:1].contiguous()) if heads_lie_flat and x.device.type == "cpu" else None
-
-
-def _heads(
-    kernel: Any,
-    x: Tensor,
-    flat: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    group: _Group,
-    kv: int,
-    scale: float,
-    out: Tensor,
-) -> None:
-    """Call gather_heads or scatter_heads; `flat` is whichever of x and out has the shape (N, heads, dim)."""
-    heads, dim = flat.shape[1], flat.shape[2]
-    kernel(
-        x.data_ptr(),
-        flat.stride(0),
-        None if cos is None else cos.data_ptr(),
-        None if sin is None else sin.data_ptr(),
-        group.tokens.data_ptr(),
-        group.slots.data_ptr(),
-        len(group.tokens),
-        group.length,
-        kv,
-        heads // kv,
-        dim,
-        scale,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-
-
 def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int | None) -> Tensor:
     """Softmax over those of the keys k0 … q1 that each of the queries q0 … q1 may see.
 
     scores: (b, (q1−q0)·per, q1−k0), spent."""
-    native = compiled.usable("causal_softmax", scores)
-    if native is not None:
-        native.causal_softmax(
-            scores.data_ptr(), scores.shape[0], q1 - q0, per, q1 - k0, q0, k0, window or 0, torch.get_num_threads()
-        )
-        return scores
+    run = chosen("causal_softmax", scores)
+    if run is not None:
+        out: Tensor = run(scores, scores.shape[0], q1 - q0, per, q1 - k0, q0, k0, window or 0)
+        return out
     view = scores.view(-1, q1 - q0, per, q1 - k0)
     q = torch.arange(q0, q1, device=scores.device)[:, None, None]
     k = torch.arange(k0, q1, device=scores.device)
@@ -173,12 +143,8 @@ def _softmax_(scores: Tensor, per: int, q0: int, q1: int, k0: int, window: int |
 
 def softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
     """p ⊙ (dp − Σ p⊙dp); dp is spent."""
-    native = compiled.usable("softmax_backward", p, dp)
-    if native is not None:
-        rows = p.shape[0] * p.shape[1]
-        native.softmax_backward(p.data_ptr(), dp.data_ptr(), rows, p.shape[2], torch.get_num_threads())
-        return dp
-    out: Tensor = TORCH("torch._softmax_backward_data")(dp, p, -1, p.dtype)
+    run = chosen("softmax_backward", p, dp)
+    out: Tensor = TORCH("torch._softmax_backward_data")(dp, p, -1, p.dtype) if run is None else run(p, dp)
     return out
 
 
@@ -292,7 +258,9 @@ def rotary_attention(
     return out
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None = None) -> Tensor:
+def row_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, scale: float, window: int | None = None
+) -> Tensor:
     """The same without rotation. q: (N, heads, dim), k, v: (N, kv heads, dim) → (N, heads, dim)."""
     qkv = torch.cat([q, k, v], 1)
     if qkv.device.type != "cpu":
@@ -313,3 +281,194 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     y₁ = x₁·cos − x₂·sin, y₂ = x₂·cos + x₁·sin. The reference for what `rotary_attention` does on the way."""
     return _rotated(x, cos, sin, 1.0)
+
+
+# -- denoisers ---------------------------------------------------------------------------------------------------------
+
+KEPT_BYTES = 64 << 20
+"""Bytes of probabilities that one call of `cross_attention` may keep."""
+
+CHUNK_BYTES = 8 << 20
+"""Bytes of probabilities at one time where `joint_attention` does not keep them; a head that needs more is torch's,
+unless there is a kernel, which needs no more for a thousand tokens than for ten."""
+
+
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    """Neighbouring pairs of x, float32 (…, S, d), as complex numbers times turn: (S, d/2)."""
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+
+def _keeps(tokens: int, d: int) -> bool:
+    """Whether probabilities are kept for backward: where they are hardly more than q, k and v themselves."""
+    return tokens <= 8 * d
+
+
+def _chunks(q: Tensor) -> list[slice]:
+    """Heads that go together so that their probabilities stay small. q: (n·heads, S, d)."""
+    step = max(1, CHUNK_BYTES // (q.shape[1] ** 2 * q.element_size()))
+    return [slice(i, i + step) for i in range(0, len(q), step)]
+
+
+def _scaled(a: Tensor, b: Tensor, by: float, out: Tensor | None = None) -> Tensor:
+    """by·a·b of batches of matrices, in one pass."""
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=by, out=out)
+
+
+def _probabilities(q: Tensor, k: Tensor) -> Tensor:
+    scores = _scaled(q, k.transpose(1, 2), q.shape[-1] ** -0.5)
+    run = chosen("causal_softmax", scores)
+    if run is None:
+        return torch.softmax(scores, -1)
+    keys = scores.shape[-1]  # as queries that are all the last of a causal row, they see every key
+    out: Tensor = run(scores, 1, 1, scores.numel() // keys, keys, keys - 1, 0, 0)
+    return out
+
+
+def _has_tiles(x: Tensor) -> bool:
+    """Whether there is a kernel for heads of this dtype and last dimension."""
+    return chosen("attend", x.new_empty(1, x.shape[-1])) is not None
+
+
+def _apart(x: Tensor) -> Tensor:
+    """(n, S, heads, d) → (n·heads, S, d), contiguous: of one row, reshape alone makes a view."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).contiguous()
+
+
+def _attend_all(q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """softmax(q·kᵀ/√d)·v of (n, tokens, heads, d) as (n, S, heads·d); log Σ exp of the scores, (n, heads, S) float32,
+    if made in tiles; else the probabilities if they are to be kept."""
+    n, S = q.shape[:2]
+    run = chosen("attend", q, k, v)
+    if run is not None:
+        out, lse = run(q, k, v)
+        return out.view(n, S, -1), lse, None
+    p = None
+    q, k, v = (_apart(t) for t in (q, k, v))
+    if keep:
+        p = _probabilities(q, k)
+        out = torch.bmm(p, v)
+    else:
+        out = torch.empty_like(q)
+        for at in _chunks(q):
+            torch.bmm(_probabilities(q[at], k[at]), v[at], out=out[at])
+    return out.unflatten(0, (n, -1)).transpose(1, 2).flatten(2), None, p
+
+
+def _attend_all_backward(
+    g: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, p: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Gradients of `_attend_all` into dq, dk, dv. g, out: (n, S, heads·d)."""
+    n, _, heads, d = q.shape
+    g, out = g.unflatten(2, (heads, d)), out.unflatten(2, (heads, d))
+    if lse is not None:
+        g = g if g.stride(-1) == 1 else g.contiguous()
+        run = chosen("attend_backward", g)
+        assert run is not None
+        run(g, out, q, k, v, lse, dq, dk, dv)
+        return
+    of_q, of_k, of_v = dq, dk, dv
+    q, k, v, g, dq, dk, dv = (_apart(t) for t in (q, k, v, g, dq, dk, dv))
+    for at in [slice(None)] if p is not None else _chunks(q):
+        seen = p if p is not None else _probabilities(q[at], k[at])
+        torch.bmm(seen.transpose(1, 2), g[at], out=dv[at])
+        ds = softmax_backward(seen, torch.bmm(g[at], v[at].transpose(1, 2)))
+        _scaled(ds, k[at], d**-0.5, out=dq[at])
+        _scaled(ds.transpose(1, 2), q[at], d**-0.5, out=dk[at])
+    for into, flat in ((of_q, dq), (of_k, dk), (of_v, dv)):
+        into.copy_(flat.unflatten(0, (n, heads)).transpose(1, 2))
+
+
+class _Cross(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Tensor:
+        out, lse, p = _attend_all(q, k, v, keep)
+        ctx.save_for_backward(q, k, v, out, lse, p)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, p = ctx.saved_tensors
+        gradients = [torch.empty_like(t) for t in (q, k, v)]
+        _attend_all_backward(g, out, q, k, v, lse, p, *gradients)
+        return (*gradients, None)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√d)·v. q: (n, S, heads, d), k, v: (n, T, heads, d) → (n, S, heads·d).
+
+    Probabilities are kept where all of them take at most KEPT_BYTES, and there is no kernel."""
+    n, S, heads, _ = q.shape
+    keep = n * S * heads * k.shape[1] * q.element_size() <= KEPT_BYTES
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or not (keep or _has_tiles(q)):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    out: Tensor = _Cross.apply(q, k, v, keep)
+    return out
+
+
+class _Joint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, weight: Tensor | None, eps: float, turn: Tensor | None) -> Tensor:
+        S, d = qkv.shape[1], qkv.shape[4]
+        q, k, v = qkv.unbind(2)
+        both = r = None
+        if weight is not None or turn is not None:
+            x = qkv[:, :, :2].permute(2, 0, 3, 1, 4).float()
+            if weight is not None:
+                r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(d).add_(eps).rsqrt_()
+                x = (x * r).mul_(weight)
+            x = x if turn is None else _turned(x.contiguous(), turn)
+            both = x.to(qkv.dtype).transpose(2, 3)
+            q, k = both.unbind(0)
+        out, lse, p = _attend_all(q, k, v, _keeps(S, d))
+        ctx.save_for_backward(qkv, weight, turn, r, both, out, lse, p)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        qkv, weight, turn, r, both, out, lse, p = ctx.saved_tensors
+        q, k, v = qkv.unbind(2)
+        dqkv = torch.empty_like(qkv)
+        dq, dk, dv = dqkv.unbind(2)
+        if both is None:
+            _attend_all_backward(g, out, q, k, v, lse, p, dq, dk, dv)
+            return dqkv, None, None, None
+        q, k = both.unbind(0)
+        d_both = torch.empty_like(both)  # of what was normed and turned
+        _attend_all_backward(g, out, q, k, v, lse, p, d_both[0], d_both[1], dv)
+        dx = d_both.transpose(2, 3).float()
+        dx = dx if turn is None else _turned(dx.contiguous(), turn.conj())
+        if weight is not None and r is not None:  # dx = r·(w⊙g − x̂·mean(w⊙g⊙x̂)), x̂ = r·x
+            dx = dx.mul_(weight)
+            x = qkv[:, :, :2].permute(2, 0, 3, 1, 4) * r
+            mean = torch.linalg.vecdot(dx, x).unsqueeze(-1).div_(qkv.shape[-1])
+            dx = dx.addcmul_(x, mean, value=-1).mul_(r)
+        dqkv[:, :, :2] = dx.permute(1, 3, 0, 2, 4)
+        return dqkv, None, None, None
+
+
+def joint_attention(qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6, turn: Tensor | None = None) -> Tensor:
+    """Attention of tokens over themselves. qkv: (n, S, 3, heads, d) → (n, S, heads·d).
+
+    `weight`: frozen w_q, w_k as (2, 1, 1, S or 1, d) float32, None without norms. `turn`: rotary positions (S, d/2)
+    complex64, on neighbouring pairs as FLUX has them; None without."""
+    S = qkv.shape[1]
+    if qkv.device.type != "cpu" or not (S * S * qkv.element_size() <= CHUNK_BYTES or _has_tiles(qkv)):
+        return joint_attention_reference(qkv, weight, eps, turn)
+    out: Tensor = _Joint.apply(qkv, weight, eps, turn)
+    return out
+
+
+def joint_attention_reference(
+    qkv: Tensor, weight: Tensor | None = None, eps: float = 1e-6, turn: Tensor | None = None
+) -> Tensor:
+    """The same line by line through torch's own operations."""
+    n, S, _, heads, d = qkv.shape
+    x = qkv[:, :, :2].permute(2, 0, 3, 1, 4).float()
+    if weight is not None:
+        x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+    x = x if turn is None else _turned(x.contiguous(), turn)
+    q, k = x.to(qkv.dtype).unbind(0)
+    out = F.scaled_dot_product_attention(q, k, qkv[:, :, 2].transpose(1, 2))
+    return out.transpose(1, 2).reshape(n, S, heads * d)

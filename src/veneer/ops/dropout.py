@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.ops.cpu import compiled
+from veneer.ops.choice import chosen
 
 __all__ = ["Dropout"]
 
@@ -32,15 +32,10 @@ class Dropout(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """A new tensor of x's shape. The gradient of x is what this makes of the gradient of y."""
         x = x.contiguous()
-        native = compiled.usable("dropped", x)
-        if native is None:
-            generator = torch.Generator(x.device).manual_seed(self.seed)
-            kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
-            return kept.mul_(x).div_(1 - self.p)
-        y = torch.empty_like(x)
-        least = round(self.p * 2**32)
-        words = self.seed & 0xFFFFFFFF, self.seed >> 32
-        native.dropped(
-            x.data_ptr(), y.data_ptr(), x.numel(), *words, least, 1 / (1 - self.p), torch.get_num_threads()
-        )  # fmt: skip
-        return y
+        run = chosen("dropout", x)
+        if run is not None:
+            y: Tensor = run(x, self.p, self.seed)
+            return y
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
+        return kept.mul_(x).div_(1 - self.p)

@@ -1,11 +1,11 @@
 """Frozen weights in 4 and 8 bits: a tensor that holds codes and multiplies as the weight they stand for.
 
-`quantise` makes a `Quantised` of an ordinary weight; ops/codes.py has how its codes are laid out. To the rest of torch
-a `Quantised` is a frozen weight of `dtype` whose values are the dequantised ones, rounded once to that dtype: every
-operation gives what it would give with that weight. Products make the dequantised weight for their own length and drop
-it; a product under autograd keeps the codes for backward and dequantises again. Views by rows, a transpose and a move
-to another device stay quantised; whatever else is asked of it is computed on the dequantised weight, and is a tensor of
-its own. It cannot be written to.
+`quantise` makes a `Quantised` of an ordinary weight; quantisation_formats.py has how its values are kept. To the rest
+of torch a `Quantised` is a frozen weight of `dtype` whose values are the dequantised ones, rounded once to that dtype:
+every operation gives what it would give with that weight. Products make the dequantised weight for their own length and
+drop it; a product under autograd keeps the codes for backward and dequantises again. Views by rows, a transpose and a
+move to another device stay quantised; whatever else is asked of it is computed on the dequantised weight, and is a
+tensor of its own. It cannot be written to.
 """
 
 from __future__ import annotations
@@ -19,16 +19,23 @@ from torch import Tensor
 
 from veneer.compat import TORCH
 from veneer.errors import BaseError
-from veneer.ops.codes import KINDS, Code, Stacked, code_of, row_count, with_tensors
+from veneer.ops.quantisation_formats import (
+    KINDS,
+    QuantisationFormat,
+    StackedRows,
+    format_of,
+    row_count,
+    with_tensors,
+)
 
-__all__ = ["Quantised", "dequantised", "quantise", "stacked"]
+__all__ = ["Quantised", "dequantised", "quantise", "stacked_rows"]
 
 
 class Quantised(torch.Tensor):
-    """A weight that is kept as `code`; see the module. Rows first … last of the code's, (…, columns), or with `turned`
-    its last two dimensions the other way round. `kept`: the dequantised weight, where `keep` was called."""
+    """A weight that is kept as `stored`; see the module. Rows first … last of what is stored, (…, columns), or with
+    `turned` its last two dimensions the other way round. `kept`: the dequantised weight, where `keep` was called."""
 
-    code: Code
+    stored: QuantisationFormat
     first: int
     last: int
     turned: bool
@@ -36,38 +43,38 @@ class Quantised(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls: type[Quantised], code: Code, dtype: torch.dtype, shape: Sequence[int] | None = None, first: int = 0,
-        last: int | None = None, turned: bool = False, kept: Tensor | None = None,
+        cls: type[Quantised], stored: QuantisationFormat, dtype: torch.dtype, shape: Sequence[int] | None = None,
+        first: int = 0, last: int | None = None, turned: bool = False, kept: Tensor | None = None,
     ) -> Quantised:  # fmt: skip
-        size = list(code.shape if shape is None else shape)
+        size = list(stored.shape if shape is None else shape)
         if turned:
             size[-2:] = size[:-3:-1]
-        device = next(iter(code.tensors().values())).device
+        device = next(iter(stored.tensors().values())).device
         make = TORCH("torch.Tensor._make_wrapper_subclass")
         return cast("Quantised", make(cls, size, dtype=dtype, device=device, requires_grad=False))
 
     def __init__(
-        self, code: Code, dtype: torch.dtype, shape: Sequence[int] | None = None, first: int = 0,
+        self, stored: QuantisationFormat, dtype: torch.dtype, shape: Sequence[int] | None = None, first: int = 0,
         last: int | None = None, turned: bool = False, kept: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.code, self.first, self.turned, self.kept = code, first, turned, kept
-        self.last = row_count(code) if last is None else last
+        self.stored, self.first, self.turned, self.kept = stored, first, turned, kept
+        self.last = row_count(stored) if last is None else last
 
     __torch_function__ = TORCH("torch._C._disabled_torch_function_impl")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Quantised({self.code.kind}, {tuple(self.shape)}, {self.dtype}, {self.bytes:,} bytes)"
+        return f"Quantised({self.stored.kind}, {tuple(self.shape)}, {self.dtype}, {self.bytes:,} bytes)"
 
     @property
     def bytes(self) -> int:
         """What the codes and constants take, of the whole tensor that this may be a part of."""
-        return sum(t.numel() * t.element_size() for t in self.code.tensors().values())
+        return sum(t.numel() * t.element_size() for t in self.stored.tensors().values())
 
     def dense(self) -> Tensor:
         """The dequantised weight. Not to be written to: it may be the kept one."""
         if self.kept is not None:
             return self.kept
-        out = self.code.dense(self.dtype, self.first, self.last)
+        out = self.stored.dense(self.dtype, self.first, self.last)
         if not self.turned:
             return out.view(self.shape)
         return out.view(*self.shape[:-2], self.shape[-1], self.shape[-2]).transpose(-1, -2)
@@ -81,35 +88,35 @@ class Quantised(torch.Tensor):
         """Rows first … last of this one, as `shape`."""
         at = self.first
         kept = None if self.kept is None else self.kept.reshape(-1, self.shape[-1])[first:last].view(tuple(shape))
-        return Quantised(self.code, self.dtype, shape, at + first, at + last, False, kept)
+        return Quantised(self.stored, self.dtype, shape, at + first, at + last, False, kept)
 
-    def like(self, code: Code, dtype: torch.dtype | None = None) -> Quantised:
-        """The same view of another code."""
-        return Quantised(code, dtype or self.dtype, self._stored, self.first, self.last, self.turned)
+    def like(self, stored: QuantisationFormat, dtype: torch.dtype | None = None) -> Quantised:
+        """The same view of another weight in its format."""
+        return Quantised(stored, dtype or self.dtype, self._stored_shape, self.first, self.last, self.turned)
 
     @property
-    def _stored(self) -> tuple[int, ...]:
+    def _stored_shape(self) -> tuple[int, ...]:
         """The shape before `turned`."""
         return tuple(self.shape) if not self.turned else (*self.shape[:-2], self.shape[-1], self.shape[-2])
 
     # torch swaps what module.to(…) changes by these two; without them it would keep the old codes
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        inner = {f"code_{name.replace('.', '_')}": t for name, t in self.code.tensors().items()}
+        inner = {f"code_{name.replace('.', '_')}": t for name, t in self.stored.tensors().items()}
         self.__dict__.update(inner)
-        return list(inner), (self.code, self.dtype, self._stored, self.first, self.last, self.turned)
+        return list(inner), (self.stored, self.dtype, self._stored_shape, self.first, self.last, self.turned)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], rest: Any, size: Any, stride: Any) -> Quantised:
-        code, *view = rest
-        return Quantised(with_tensors(code, inner.values()), *view)
+        stored, *view = rest
+        return Quantised(with_tensors(stored, inner.values()), *view)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Quantised:
-        out = self.like(self.code.moved(Tensor.clone))
+        out = self.like(self.stored.moved(Tensor.clone))
         memo[id(self)] = out
         return _as_parameter(out) if isinstance(self, torch.nn.Parameter) else out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _restored, (self.code, self.dtype, self._stored, self.first, self.last, self.turned)
+        return _restored, (self.stored, self.dtype, self._stored_shape, self.first, self.last, self.turned)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -132,8 +139,10 @@ def _as_parameter(weight: Quantised) -> Quantised:
     return cast("Quantised", torch.nn.Parameter(weight, requires_grad=False))
 
 
-def _restored(code: Code, dtype: torch.dtype, shape: tuple[int, ...], first: int, last: int, turned: bool) -> Quantised:
-    return Quantised(code, dtype, shape, first, last, turned)
+def _restored(
+    stored: QuantisationFormat, dtype: torch.dtype, shape: tuple[int, ...], first: int, last: int, turned: bool
+) -> Quantised:
+    return Quantised(stored, dtype, shape, first, last, turned)
 
 
 def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -146,7 +155,7 @@ def _refuse_writing(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         for weight in given if isinstance(given, list | tuple) else [given]:
             if isinstance(weight, Quantised):
                 raise BaseError(
-                    f"{func} would write to a weight in {weight.code.kind}, {tuple(weight.shape)}: it is frozen",
+                    f"{func} would write to a weight in {weight.stored.kind}, {tuple(weight.shape)}: it is frozen",
                     fix="work on a copy (veneer.ops.quantised.dequantised(weight).clone()), or put a new weight in "
                     "its place: load_state_dict(…, assign=True)",
                 )
@@ -171,7 +180,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _same(w: Any, *args: Any, **kwargs: Any) -> Any:
-    out = w.like(w.code)
+    out = w.like(w.stored)
     out.kept = w.kept
     return out
 
@@ -180,7 +189,7 @@ def _turn(w: Any, *dims: int, **kwargs: Any) -> Any:
     if dims and {d % w.ndim for d in dims} != {w.ndim - 2, w.ndim - 1}:
         return NotImplemented
     kept = None if w.kept is None else w.kept.transpose(-1, -2)
-    return Quantised(w.code, w.dtype, w._stored, w.first, w.last, not w.turned, kept)
+    return Quantised(w.stored, w.dtype, w._stored_shape, w.first, w.last, not w.turned, kept)
 
 
 def _select(w: Any, dim: int, index: int) -> Any:
@@ -216,11 +225,11 @@ def _unbind(w: Any, dim: int = 0) -> Any:
 def _to_copy(w: Any, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
-    return w.like(w.code.moved(lambda t: t.to(device, copy=True, non_blocking=non_blocking)), dtype)
+    return w.like(w.stored.moved(lambda t: t.to(device, copy=True, non_blocking=non_blocking)), dtype)
 
 
 def _clone(w: Any, **kwargs: Any) -> Any:
-    return w.like(w.code.moved(Tensor.clone))
+    return w.like(w.stored.moved(Tensor.clone))
 
 
 def _embedding(w: Any, indices: Any, *args: Any) -> Any:
@@ -228,7 +237,7 @@ def _embedding(w: Any, indices: Any, *args: Any) -> Any:
     if not isinstance(w, Quantised) or w.turned or w.ndim != 2 or w.kept is not None or indices.numel() > w.shape[0]:
         return NotImplemented
     used, place = torch.unique(indices, return_inverse=True)
-    rows = torch.cat([w.code.dense(w.dtype, w.first + int(i), w.first + int(i) + 1) for i in used])
+    rows = torch.cat([w.stored.dense(w.dtype, w.first + int(i), w.first + int(i) + 1) for i in used])
     return rows[place]
 
 
@@ -254,14 +263,14 @@ def quantise(weight: Tensor, kind: str, *, double: bool = True, dtype: torch.dty
         weight = weight.float()
     if not bool(torch.isfinite(weight.sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):
         raise ValueError("the weight has values that are not finite")
-    return Quantised(code_of(weight, kind, double), dtype)
+    return Quantised(format_of(weight, kind, double), dtype)
 
 
-def stacked(parts: Sequence[Quantised]) -> Quantised:
+def stacked_rows(parts: Sequence[Quantised]) -> Quantised:
     """Whole weights (rows, columns) of one width below one another, without copying a code."""
     if len(parts) == 1:
         return parts[0]
-    return Quantised(Stacked(tuple(p.code for p in parts)), parts[0].dtype)
+    return Quantised(StackedRows(tuple(p.stored for p in parts)), parts[0].dtype)
 
 
 def dequantised(weight: Tensor) -> Tensor:

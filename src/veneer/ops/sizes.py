@@ -14,7 +14,7 @@ ATTENTION_BLOCK = 64
 products. A whole step at 512 tokens a row: 64 takes 1.5% longer than 128 and 0.15 GB less; 256 and above lose on
 both."""
 LOGITS_CHUNK = 256
-"""Positions whose logits exist at once in `ops.fused.token_nll`."""
+"""Positions whose logits exist at once in `ops.loss.token_nll`."""
 ROW_STEP = 16
 """Rows are attended to as if their lengths were multiples of this where `few_sizes` rounds a batch."""
 SMALL_INPUT = 1 << 18

@@ -164,7 +164,7 @@ def calibrate(
     dtype = str(base.dtype).removeprefix("torch.")
     cuda = base.device.type == "cuda"
     native = not cuda and compiled.kernels() is not None
-    low_rank = not cuda and compiled.usable_low_rank() is not None
+    low_rank = not cuda and compiled.has("thin_add", "thin_through", "thin_gradients")
     device = Device("cpu", "cpu", 0, 0.0, 0.0, native=native, low_rank=low_rank)
     if cuda:
         total = torch.cuda.mem_get_info(base.device)[1]

@@ -117,7 +117,7 @@ class ImageCounts:
 
     def conv(self, n: float, a: int, b: int, side: int = 3, *, new: bool = True, dead: int = 0) -> None:
         """n places of output. torch keeps a convolution's input though its frozen weight needs no gradient. `dead`:
-        channels of a whose gradient nobody wants; then ops.denoise.live_conv runs, which keeps nothing."""
+        channels of a whose gradient nobody wants; then ops.conv.live_conv runs, which keeps nothing."""
         self.parameters += a * b * side * side + b
         if side > 1 and _CONV in self.targets:
             self._learned = True

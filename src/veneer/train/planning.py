@@ -71,7 +71,8 @@ def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
         name, total = torch.cuda.get_device_name(weight.device), torch.cuda.mem_get_info(weight.device)[1]
         device = device_of_card(name, int(total))
     else:
-        device = cpu_device(native=compiled.kernels() is not None, low_rank=compiled.usable_low_rank() is not None)
+        low_rank = compiled.has("thin_add", "thin_through", "thin_gradients")
+        device = cpu_device(native=compiled.kernels() is not None, low_rank=low_rank)
     dtype = str(getattr(s.base, "dtype", weight.dtype)).removeprefix("torch.")
     shape = model_shape(s.base.model)
     a = s.config.adapter

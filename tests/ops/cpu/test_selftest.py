@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from veneer.ops.cpu import build, compiled, selftest
+from veneer.ops.lowrank import LowRank
 
 HERE = Path(compiled.__file__).parent
 SOURCES = [HERE / name for name in compiled.SOURCES]
@@ -95,7 +96,7 @@ def test_kernels_that_fail_are_left_out_and_named_and_the_others_go_on(
             assert says in compiled.status()
             assert compiled.usable(says.split()[0], x) is None
         assert compiled.usable("gelu_tanh", x) is not None
-        from veneer.ops.activations import geglu
+        from veneer.ops.mlp import geglu
         from veneer.ops.norms import rms_norm
 
         want = torch.nn.functional.rms_norm(x.float(), (64,), w.float(), 1e-5)
@@ -136,11 +137,12 @@ def test_no_memory_is_an_error_and_no_crash(whole: Path, name: str, arguments: l
         getattr(library, name)(*arguments)
 
 
-def test_no_memory_for_thin_products(whole: Path) -> None:
+def test_no_memory_for_low_rank_products(whole: Path) -> None:
     library = compiled.bound(whole)
     if not library.has("thin_add"):
         pytest.skip("not compiled for this processor")
-    table = (compiled.LowRankStruct * 1)(compiled.LowRankStruct(None, None, 0, 16, 16, 1.0))
+    product = LowRank(torch.empty(16, 0), torch.empty(16, 0), 1.0)
+    table = compiled.low_rank_structs([product])
     with pytest.raises(MemoryError, match="thin_add"):
         library.thin_add(table, 1, None, None, None, 0, FAR, 16, 2)
     with pytest.raises(MemoryError, match="thin_through"):

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from veneer.core.targets import base_of
 from veneer.models.compat_diffusers import DIFFUSERS
 from veneer.models.swap import FastReport, Join, random_input, replace_forward, same_dtype, without_dropout
-from veneer.ops.activations import geglu, gelu_tanh
+from veneer.ops.attention import cross_attention, joint_attention
+from veneer.ops.conv import live_conv
 from veneer.ops.cpu import memory
-from veneer.ops.denoise import attention, joint_attention, live_conv
-from veneer.ops.fused import linears
+from veneer.ops.linear import linear
+from veneer.ops.mlp import geglu, gelu_tanh
 from veneer.ops.norms import norm_silu
 
 __all__ = ["DenoiserReport", "fast_denoiser"]
@@ -108,8 +109,8 @@ def _differs(module: nn.Module, forward: Callable[..., Any], undo: ExitStack, *a
 
 def _product(join: Join, x: Tensor) -> Tensor | None:
     """The joined projections of x, or None where a module has to be called or another dtype is asked for."""
-    joined = join.linears()
-    return None if joined is None or not same_dtype(x, joined.weight) else linears(x, joined)
+    joined = join.linear_map()
+    return None if joined is None or not same_dtype(x, joined.weight) else linear(x, joined)
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
@@ -347,7 +348,7 @@ def _unet_forward(original: Callable[..., Any], joins: list[Join], last: Join) -
             out = joint_attention(first.view(n, first.shape[1], 3, self.heads, -1))
         else:
             k, v = second.view(n, second.shape[1], 2, self.heads, -1).unbind(2)
-            out = attention(first.view(n, first.shape[1], self.heads, -1), k, v)
+            out = cross_attention(first.view(n, first.shape[1], self.heads, -1), k, v)
         made = _product(last, out)
         return self.to_out[1](self.to_out[0](out) if made is None else made)
 

@@ -23,7 +23,7 @@ from veneer.models.loading import check_loaded, errors_only, loading
 from veneer.models.quantise import check_kind, load_quantised, original_weight, quantised_bytes, saved_kind
 from veneer.models.sources import find_base, is_image_base
 from veneer.models.text.gguf import fast_headers, load_gguf, read_gguf_tokenizer
-from veneer.ops.codes import KINDS
+from veneer.ops.quantisation_formats import KINDS
 from veneer.ops.quantised import Quantised
 
 if TYPE_CHECKING:

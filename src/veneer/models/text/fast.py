@@ -38,9 +38,10 @@ from veneer.models.swap import (
 )
 from veneer.models.text.loss import padded_nll, rows_nll
 from veneer.models.text.probe import LENGTHS, OtherKind, OwnForward, gate_of, gate_parts, norm_of, short_windows
-from veneer.ops.attention import RowLayout, attention, rotary_attention
+from veneer.ops.attention import RowLayout, rotary_attention, row_attention
 from veneer.ops.cpu import memory
-from veneer.ops.fused import gated_mlp, linears
+from veneer.ops.linear import linear
+from veneer.ops.mlp import gated_mlp
 from veneer.ops.norms import rms_norm
 
 __all__ = ["fast"]
@@ -160,7 +161,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _mlp_forward(original: Callable[..., Any], join: Join, down: Join, act: str) -> Callable[..., Tensor]:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        first, last = join.linears(), down.linears()
+        first, last = join.linear_map(), down.linear_map()
         if first is None or last is None or not same_dtype(x, first.weight):
             out: Tensor = original(self, x)
             return out
@@ -212,7 +213,7 @@ def _interface(
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    return attention(q, k, v, layout, scale, kwargs.get("sliding_window"))[None], None
+    return row_attention(q, k, v, layout, scale, kwargs.get("sliding_window"))[None], None
 
 
 def _drops(module: nn.Module) -> bool:
@@ -249,7 +250,7 @@ def _attention_forward(original: Callable[..., Any], join: Join, out: Join) -> C
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout: RowLayout | None = kwargs.get("row_layout")
         kept_alone = kwargs.pop("kept_alone", False)
-        first, last = (None, None) if layout is None or args else (join.linears(), out.linears())
+        first, last = (None, None) if layout is None or args else (join.linear_map(), out.linear_map())
         if first is None or last is None or layout is None or not same_dtype(hidden_states, first.weight):
             return original(self, hidden_states, *args, **kwargs)
         if _drops(self):
@@ -259,11 +260,11 @@ def _attention_forward(original: Callable[..., Any], join: Join, out: Join) -> C
         n = hidden_states.shape[1]
         kv = len(_weight(join.modules[1])) // self.head_dim
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
-        qkv = linears(hidden_states, first).view(n, -1, self.head_dim)
+        qkv = linear(hidden_states, first).view(n, -1, self.head_dim)
         heads = rotary_attention(qkv, cos, sin, kv, layout, self.scaling, window)
         if kept_alone:
             heads = heads[layout.keep]
-        return linears(heads.view(1, len(heads), -1), last), None
+        return linear(heads.view(1, len(heads), -1), last), None
 
     return forward
 

@@ -29,7 +29,7 @@ from veneer.files.gguf import SCALARS, SkippedArray, read_gguf_file
 from veneer.models.compat_transformers import TRANSFORMERS
 from veneer.models.loading import loading
 from veneer.models.quantise import LazyTensor, forget_quantiser, load_state, quantised_weights
-from veneer.ops.ggml import Ggml
+from veneer.ops.quantisation_formats import GgmlBlocks
 from veneer.ops.quantised import Quantised
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def load_gguf(file: Path, dtype: torch.dtype, *, keep: bool = False) -> PreTrain
     """The model in a GGUF file: an ordinary module that computes in `dtype`.
 
     Every weight is dequantised, exactly in float32, rounded once in bfloat16. `keep`: linear weights and fused experts
-    stay in their blocks (a `Quantised` of `Ggml`), and what is computed is the same. Raises what transformers raises,
-    and BaseError for tensors that are missing."""
+    stay in their blocks (a `Quantised` of `GgmlBlocks`), and what is computed is the same. Raises what transformers
+    raises, and BaseError for tensors that are missing."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     if keep:
@@ -112,7 +112,7 @@ def _blocks(processor: Any, tensors: list[Any], shape: tuple[int, ...], dtype: t
     one = raw[0] if len(raw) == 1 else torch.cat(raw, 1)
     if one.ndim == 2 and (order := _row_order(processor, parts[0], shape[0])) is not None:
         one = one[order]
-    return Quantised(Ggml(types.pop(), shape, one.reshape(-1, one.shape[-1])), dtype)
+    return Quantised(GgmlBlocks(types.pop(), shape, one.reshape(-1, one.shape[-1])), dtype)
 
 
 def _row_order(processor: Any, tensor: Any, rows: int) -> torch.Tensor | None:
@@ -215,7 +215,7 @@ def dequantise(data: np.ndarray, kind: Any) -> np.ndarray:
     block, size = gguf.GGML_QUANT_SIZES[kind]
     rows = torch.from_numpy(np.array(data).reshape(-1, data.shape[-1]))
     shape = (*data.shape[:-1], data.shape[-1] // size * block)
-    out: np.ndarray = Ggml(kind.name, shape, rows).dense(torch.float32, 0, len(rows)).numpy().reshape(shape)
+    out: np.ndarray = GgmlBlocks(kind.name, shape, rows).dense(torch.float32, 0, len(rows)).numpy().reshape(shape)
     return out
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from veneer.models.swap import projection_of, report_of
 from veneer.ops.attention import RowLayout
-from veneer.ops.fused import token_nll
+from veneer.ops.loss import token_nll
 from veneer.ops.sizes import ROW_STEP, few_sizes
 
 __all__ = ["padded_loss", "padded_nll", "row_logps", "rows_loss", "rows_nll", "text_loss"]
@@ -130,7 +130,7 @@ def _head_nll(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """−log softmax(head(hidden))[target]: (M,). hidden: (M, d), targets: (M,)."""
     head = model.get_output_embeddings()
     plain = projection_of(head)
-    weight = plain.weight if plain is not None and plain.A is None and plain.bias is None else None
+    weight = plain.weight if plain is not None and not plain.products and plain.bias is None else None
     if weight is not None and not _head_is_more(model.config) and weight.dtype == hidden.dtype:
         return token_nll(hidden, weight, targets)
     out = []

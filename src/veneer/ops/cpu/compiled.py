@@ -14,7 +14,7 @@ import functools
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from veneer.ops.cpu.build import build_kernels
+from veneer.ops.lowrank import LowRank
 
 __all__ = [
-    "HEADERS", "PAGED", "SOURCES", "Kernels", "LowRankStruct", "bound", "kernels", "status", "strides", "usable",
-    "usable_attention", "usable_low_rank",
+    "HEADERS", "PAGED", "SOURCES", "Kernels", "bound", "has", "kernels", "low_rank_structs", "missing", "status",
+    "strides", "usable",
 ]  # fmt: skip
 
 _pointer, _int64, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -169,39 +170,36 @@ def status() -> str:
 def usable(names: str | tuple[str, ...], *tensors: Tensor) -> Kernels | None:
     """The library if it has these kernels and every tensor is a contiguous bfloat16 one on the CPU, else None."""
     if all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.is_contiguous() for t in tensors):
-        return _with(names)
+        library = kernels()
+        return library if library is not None and library.has(*([names] if isinstance(names, str) else names)) else None
     return None
 
 
-def usable_attention(*tensors: Tensor) -> Kernels | None:
-    """The library if it has the attention kernels (a processor with AVX512-BF16) and they take these: bfloat16 on the
-    CPU, the last dimension even and lying together."""
-    if all(
-        t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.shape[-1] % 2 == 0 and t.stride(-1) == 1
-        for t in tensors
-    ):
-        return _with(("attend", "attend_backward"))
-    return None
+def has(*names: str) -> bool:
+    """Whether there are compiled kernels, these among them."""
+    library = kernels()
+    return library is not None and library.has(*names)
 
 
-def usable_low_rank(*tensors: Tensor) -> Kernels | None:
-    """The library if it has the kernels of low-rank products (as `usable_attention`) and they take these as x or y: as
-    `usable`, and the last dimension a multiple of 16."""
-    needed = ("thin_add", "thin_through", "thin_gradients")
-    return usable(needed, *tensors) if all(t.shape[-1] % 16 == 0 for t in tensors) else None
+def missing(*names: str) -> str:
+    """Why these kernels are not to be used, in a line; "" where they are."""
+    library = kernels()
+    if library is None:
+        return f"no compiled kernels: {_reason}"
+    gone = [name for name in names if not library.has(name)]
+    if not gone:
+        return ""
+    failed = [name for name in gone if hasattr(library.compiled, name)]
+    why = "it failed its self-test" if failed else "this processor has no AVX512-BF16"
+    return f"no compiled {', '.join(gone)}: {why}"
 
 
 PAGED = ("store_rows", "turn_and_store", "paged_attend")
 """The kernels that read and write pages in their own layout: all of them or none."""
 
 
-def _with(names: str | tuple[str, ...]) -> Kernels | None:
-    library = kernels()
-    return library if library is not None and library.has(*([names] if isinstance(names, str) else names)) else None
-
-
-class LowRankStruct(ctypes.Structure):
-    """A low-rank product as the kernels of low-rank products take it; A and B are pointers to contiguous float32."""
+class _LowRankStruct(ctypes.Structure):
+    """A low-rank product as the kernels take it; A and B are pointers to contiguous float32."""
 
     _fields_ = (
         ("A", _pointer),
@@ -211,6 +209,12 @@ class LowRankStruct(ctypes.Structure):
         ("rank", _int64),
         ("scale", _float),
     )
+
+
+def low_rank_structs(products: Sequence[LowRank]) -> ctypes.Array[Any]:
+    """The products as C reads them, each a struct of pointers: good as long as the products' tensors live."""
+    made = (_LowRankStruct(p.A.data_ptr(), p.B.data_ptr(), p.first, p.last, len(p.A), p.scale) for p in products)
+    return (_LowRankStruct * len(products))(*made)
 
 
 def strides(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:

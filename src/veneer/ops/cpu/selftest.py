@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops.cpu.compiled import Kernels, LowRankStruct, bound, strides
+from veneer.ops.cpu.compiled import Kernels, bound, low_rank_structs, strides
+from veneer.ops.lowrank import LowRank
 
 __all__ = ["CHECKS", "Bench", "Same", "kernel_check", "run_checks", "wrong"]
 
@@ -533,7 +534,7 @@ class _TwoProducts:
         ]
         return cls(
             pairs,
-            (LowRankStruct * 2)(*(LowRankStruct(*at(A, B), first, last, len(A), s) for A, B, first, last, s in pairs)),
+            low_rank_structs([LowRank(A, B, s, first=first) for A, B, first, _, s in pairs]),
         )
 
     def each(self) -> Iterator[tuple[int, Tensor, Tensor, slice, slice, float]]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from veneer.core.targets import base_modules
 from veneer.models.text.base import TextBase
-from veneer.ops.activations import gated
 from veneer.ops.cpu import compiled
+from veneer.ops.mlp import gated
 from veneer.ops.norms import normed
 from veneer.serve.forward.lowrank import Group, Layout, Segments
 from veneer.serve.forward.packed import Matrix, Panels, in_blocks, invariant

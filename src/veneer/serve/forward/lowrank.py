@@ -23,7 +23,7 @@ from torch import Tensor
 
 from veneer.core.adapter import Adapter, Pair
 from veneer.core.merge import adapted_norm
-from veneer.ops.cpu import compiled
+from veneer.ops.choice import chosen
 from veneer.serve.forward.packed import in_blocks
 
 __all__ = ["Group", "Layout", "Segments", "Thin", "thin", "thin_problems"]
@@ -264,12 +264,11 @@ class Segments:
         """Group g's low-rank products onto y (rows, columns), in place; x (rows, in), both contiguous. `own`: the
         base's product, where y is more than that."""
         before = self._before_gains(g, y) if own is None else own
-        native = compiled.usable("thin_rows", x, y) if x.shape[1] % 2 == 0 else None
-        if native is None:
+        run = chosen("rows_low_rank", x, y)
+        if run is None:
             self._add_reference(g, x, y)
         else:
-            at = (x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1])
-            native.thin_rows(*at, *self.pointers(x, g), torch.get_num_threads())
+            run(x, y, self.pointers(x, g))
         self._add_gains(g, before, y)
 
     def pointers(self, x: Tensor, g: int = 0) -> tuple[int, ...]:

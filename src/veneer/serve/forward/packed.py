@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.ops.choice import chosen
 from veneer.ops.cpu import compiled
 
 __all__ = [
@@ -101,13 +102,9 @@ class Panels:
         self._into(y, x, bias, onto=True)
 
     def _into(self, y: Tensor, x: Tensor, bias: Tensor | None, onto: bool) -> None:
-        library = compiled.usable("panel_product", x, y)
-        assert library is not None
-        scales, bias_at = (None if t is None else t.data_ptr() for t in (self.scales, bias))
-        library.panel_product(
-            x.data_ptr(), *x.shape, self.KIND, self.codes.data_ptr(), scales, bias_at, y.data_ptr(), self.out,
-            int(onto), torch.get_num_threads(),
-        )  # fmt: skip
+        run = chosen("packed_product", x, y)
+        assert run is not None
+        run(x, y, self.KIND, self.codes, self.scales, bias, onto)
 
 
 def _panels(weight: Tensor) -> Tensor:
@@ -152,7 +149,7 @@ def packing(dtype: torch.dtype, device: torch.device) -> type[Panels] | type[Reo
     has it is found out by doing it, as the operations are its compiler's own."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return None
-    if compiled.usable("panel_product") is not None and not torch.cpu._is_amx_tile_supported():
+    if compiled.has("panel_product") and not torch.cpu._is_amx_tile_supported():
         return Panels
     return Reordered if _reorders(dtype) else None
 

@@ -13,7 +13,7 @@ given.
     preference.score(items, …)               the same over held-out pairs
 
 The reference is the same base with the adapter off, or with the adapter that the run goes on from, as it was: never a
-second model. The formulas are in ops.preference. What is measured, as means over the pairs:
+second model. The formulas are in ops.loss. What is measured, as means over the pairs:
 
     reward_chosen, reward_rejected    β·(log π − log π_ref); orpo and simpo have no reference: β·log π / |y|
     reward_margin, reward_accuracy    their difference, and the share of pairs where it is above 0
@@ -39,7 +39,7 @@ from torch import Tensor
 
 from veneer.models.shard import CallWithWeights, call_whole
 from veneer.models.text.loss import row_logps
-from veneer.ops import preference as formulas
+from veneer.ops import loss as formulas
 from veneer.train.checkpoint import disk_errors
 from veneer.train.config.text import PreferenceSection, TrainConfig
 from veneer.train.devices import ALONE, Devices

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from veneer.core import lowrank
-from veneer.core.lowrank import Factor, LowRank
+from veneer.core import experts
+from veneer.core.experts import AdaptedWeight
+from veneer.ops.lowrank import LowRank
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -16,8 +19,9 @@ def test_low_rank_weights_answer_torchs_products(flipped: bool) -> None:
     E, out, rows = 3, 4, 5
     W = torch.randn(E, rows, out) if flipped else torch.randn(E, out, rows)
     A, B = torch.randn(E, 2, rows), torch.randn(E, out, 2)
-    part = Factor(B, A, 0.7, 0.0)
-    weight = LowRank(W, [part.t() if flipped else part, (part.t() if flipped else part)._replace(scale=-0.2)])
+    part = LowRank(A, B, 0.7)
+    part = part.transposed() if flipped else part
+    weight = AdaptedWeight(W, [part, replace(part, scale=-0.2)])
     full = W + 0.5 * (B @ A).transpose(1, 2) if flipped else W + 0.5 * B @ A
     torch.testing.assert_close(weight.dense(), full)
     right, dense = (weight, full) if flipped else (weight.transpose(1, 2), full.transpose(1, 2))
@@ -37,7 +41,7 @@ def test_low_rank_weights_answer_torchs_products(flipped: bool) -> None:
         (right.sum(), dense.sum()),
     ]:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    grouped = lowrank._by_expert(flat, dense, offsets)
+    grouped = experts._by_expert(flat, dense, offsets)
     torch.testing.assert_close(grouped[:2], flat[:2] @ dense[0])
     torch.testing.assert_close(grouped[2:5], flat[2:5] @ dense[2])
     assert not grouped[5:].any()

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from veneer.ops.preference import dpo, ipo, kto, kto_reference, orpo, simpo
+from tests.core.exact import DTYPES, TOLERANCE, draw, same, seeded, wide  # noqa: F401, seeded acts by itself
+from veneer.ops.loss import dpo, ipo, kto, kto_reference, orpo, simpo, token_nll
 
 ratio = st.floats(-20, 20)
 mean = st.floats(-12, -1e-3)
@@ -127,3 +129,56 @@ def test_orpo_s_odds_ratio_is_trl_s(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = SimpleNamespace(beta=0.1, accelerator=SimpleNamespace(device="cpu"))
     wanted = ORPOTrainer.odds_ratio_loss(trainer, w, l)[0]  # TRL subtracts it
     torch.testing.assert_close(orpo(w, l, beta=0.1), -wanted)
+
+
+# -- of tokens ---------------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_token_nll(dtype: torch.dtype, chunk: int) -> None:
+    h, W = draw(18, 32, dtype=dtype).requires_grad_(), draw(1000, 32, dtype=dtype)
+    y = torch.randint(0, 1000, (18,))
+    weights = torch.linspace(-1, 2, 18, dtype=torch.float64)  # a token of its own weight each, as preferences want
+    loss = token_nll(h, W, y, chunk)
+    (got,) = torch.autograd.grad(loss @ weights.float(), h)
+    hd = wide(h)
+    wanted = F.cross_entropy(hd @ W.double().T, y, reduction="none")
+    (grad,) = torch.autograd.grad(wanted @ weights, hd)
+    assert loss.shape == (18,)
+    torch.testing.assert_close(loss.double(), wanted, rtol=max(TOLERANCE[dtype], 1e-6), atol=0.0)
+    same([got], [grad], TOLERANCE[dtype] if dtype != torch.float64 else 1e-7)  # what comes back is float32
+
+
+def test_token_nll_keeps_the_gradient_of_a_token_that_is_almost_certain() -> None:
+    """p = 1 − 1.2e-4: rounded to bfloat16 before 1 is taken off, the whole gradient of the target would be lost."""
+    h = torch.tensor([[9.0]], dtype=torch.bfloat16, requires_grad=True)
+    W = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)
+    token_nll(h, W, torch.tensor([0])).sum().backward()
+    assert h.grad is not None
+    assert h.grad.item() == pytest.approx(-1.0 / (1.0 + torch.tensor(9.0).exp().item()), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_target_of_minus_a_hundred_is_none_and_any_other_that_is_no_token_an_error(dtype: torch.dtype) -> None:
+    """By the compiled kernel and by torch's own operations; int32 targets are targets too."""
+    hidden = torch.randn(6, 16).to(dtype).requires_grad_()
+    weight = torch.randn(40, 16).to(dtype)
+    targets = torch.tensor([3, -100, 0, 39, -100, 7], dtype=torch.int32)
+    nll = token_nll(hidden, weight, targets, chunk=4)
+    want = F.cross_entropy((hidden @ weight.t()).float(), targets.long(), reduction="none")
+    torch.testing.assert_close(nll, want, rtol=1e-2, atol=1e-2)
+    assert nll[1] == nll[4] == 0
+    nll.sum().backward()
+    assert hidden.grad is not None
+    assert not hidden.grad[[1, 4]].any()
+    assert hidden.grad[[0, 2, 3, 5]].any(1).all()
+    for wrong in (40, -1, -101):
+        with pytest.raises(IndexError, match="no token of the vocabulary"):
+            token_nll(hidden, weight, torch.tensor([1, wrong, 2, 3, 4, 5]))
+
+
+def test_no_gradient_is_made_where_none_is_asked_for() -> None:
+    with torch.no_grad():
+        out = token_nll(draw(4, 8, dtype=torch.float32), draw(20, 8, dtype=torch.float32), torch.arange(4))
+    assert not out.requires_grad

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from veneer.ops.cpu import compiled
-from veneer.ops.ggml import Ggml
+from veneer.ops.quantisation_formats import GgmlBlocks
 
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2),
@@ -37,7 +37,7 @@ def test_values_are_ggufs(kind: str, native: bool, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(compiled, "kernels", lambda: None)
     raw = blocks(kind, 6, 512)
     want = torch.from_numpy(dequantize(raw, GGMLQuantizationType[kind]))
-    code = Ggml(kind, (6, 512), torch.from_numpy(raw))
+    code = GgmlBlocks(kind, (6, 512), torch.from_numpy(raw))
     assert torch.equal(code.dense(torch.float32, 0, 6), want)
     assert torch.equal(code.dense(torch.bfloat16, 0, 6), want.bfloat16())
     assert torch.equal(code.dense(torch.float32, 2, 5), want[2:5])

@@ -1,13 +1,14 @@
-"""How frozen weights are kept in 4 and 8 bits: codes and constants, in bitsandbytes' layouts and arithmetic.
+"""Quantisation formats: how frozen weights are kept in 4 and 8 bits, in bitsandbytes' layouts and in ggml's.
 
-    nf4, fp4, …       w = table[code]·absmax                 a block of 64 weights has one absmax
-    doubly            absmax = map[code₈]·absmax₂ + mean     a block of 256 absmax has one absmax₂; 4.127 bits a weight
-    int8              w = code·absmax / 127                  one absmax a row
+    nf4, fp4         w = table[code]·absmax                 a block of 64 weights has one absmax
+    doubly           absmax = map[code₈]·absmax₂ + mean     a block of 256 absmax has one absmax₂; 4.127 bits a weight
+    int8             w = code·absmax / 127                  one absmax a row
+    Q4_K, Q8_0, …    the blocks of a GGUF file, kept as they are
 
-Products and sums in float32, each rounded by itself, and one rounding at the end: codes, constants and values are the
-same bits as bitsandbytes' (QLoRA, arXiv 2305.14314; blocks and the 8-bit map, arXiv 2110.02861). Compiled kernels on
-the CPU, bitsandbytes' own on CUDA where it is installed, torch's operations elsewhere, which are the reference.
-Other layouts may be brought as further classes of the kind of `Code` (ops/ggml.py).
+Products and sums in float32, each rounded by itself, and one rounding at the end: codes, constants and values of the
+first three are the same bits as bitsandbytes' (QLoRA, arXiv 2305.14314; blocks and the 8-bit map, arXiv 2110.02861).
+Compiled kernels on the CPU, bitsandbytes' own on CUDA where it is installed, torch's operations elsewhere, which are
+the reference.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import torch
 from torch import Tensor
 
 from veneer.compat import BITSANDBYTES
-from veneer.ops.cpu import compiled
+from veneer.ops.choice import chosen
 
 __all__ = [
-    "BLOCK", "KINDS", "SAVED_KINDS", "Blocks4", "Code", "Rows8", "Stacked", "code_of", "dynamic_map", "row_count",
-    "table", "with_tensors",
+    "KINDS", "SAVED_KINDS", "Blocks4", "GgmlBlocks", "QuantisationFormat", "Rows8", "StackedRows", "dynamic_map",
+    "format_of", "four_bit_values", "row_count", "with_tensors",
 ]  # fmt: skip
 
 KINDS = ("nf4", "fp4", "int8")
@@ -36,8 +37,9 @@ BLOCK, NESTED = 64, 256
 _CHUNK = 1 << 20  # weights that the reference works on at once: its temporaries are several times as large
 
 
-class Code(Protocol):
-    """How the weights of a tensor are kept. `shape`: the weight's. A weight is seen as rows of its last dimension."""
+class QuantisationFormat(Protocol):
+    """How the weights of a tensor are kept, with all that is kept of them. `shape`: the weight's. A weight is seen as
+    rows of its last dimension."""
 
     @property
     def kind(self) -> str: ...
@@ -49,7 +51,7 @@ class Code(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """All that is kept."""
 
-    def moved(self, change: Callable[[Tensor], Tensor]) -> Code:
+    def moved(self, change: Callable[[Tensor], Tensor]) -> QuantisationFormat:
         """The same with each of its tensors changed (copied, moved to a device)."""
 
 
@@ -68,7 +70,7 @@ _TABLES = {
 
 
 @functools.cache
-def table(kind: str, device: torch.device | None = None) -> Tensor:
+def four_bit_values(kind: str, device: torch.device | None = None) -> Tensor:
     """The sixteen values of a 4-bit kind in the order of their codes: (16,) float32 in −1 … 1."""
     return torch.tensor(_TABLES[kind], dtype=torch.float32, device=device)
 
@@ -76,7 +78,7 @@ def table(kind: str, device: torch.device | None = None) -> Tensor:
 @functools.cache
 def _places(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """(bounds, order): a value above k of the 15 bounds has the code order[k]."""
-    values, order = table(kind).sort(stable=True)
+    values, order = four_bit_values(kind).sort(stable=True)
     return ((values[:-1] + values[1:]) / 2).to(device), order.to(device, torch.int32)
 
 
@@ -121,21 +123,16 @@ class Blocks4:
         library = _gpu_library(self.kind, self.block, self.packed.device.type)
         if library is not None and not start % self.block:
             return self._by_bitsandbytes(library, dtype, start, count).view(-1, columns)
-        native = _native("blocks4_dense", self.packed, dtype)
-        if native is None:
+        run = chosen("dequantise_blocks4", self.packed, dtype)
+        if run is None:
             parts = [
                 self._reference(at, min(_CHUNK, start + count - at)).to(dtype)
                 for at in range(start, start + count, _CHUNK)
             ]
             return torch.cat(parts).view(-1, columns)
         out = torch.empty(last - first, columns, dtype=dtype)
-        doubly = self.absmax2 is not None and self.mean is not None
-        native.blocks4_dense(
-            self.packed.data_ptr(), (self.absmax2 if self.absmax2 is not None else self.absmax).data_ptr(),
-            self.absmax.data_ptr() if doubly else None, dynamic_map().data_ptr() if doubly else None,
-            float(self.mean) if self.mean is not None else 0.0, table(self.kind).data_ptr(), start, count, self.block,
-            self.nested, out.data_ptr(), int(dtype == torch.float32), torch.get_num_threads(),
-        )  # fmt: skip
+        constants = self.absmax, self.absmax2, self.mean, dynamic_map(), four_bit_values(self.kind)
+        run(self.packed, *constants, start, count, self.block, self.nested, out)
         return out
 
     def _reference(self, start: int, count: int) -> Tensor:
@@ -145,7 +142,7 @@ class Blocks4:
         codes = torch.stack([both >> 4, both & 15], 1).flatten()[start % 2 :][:count]
         first, last = self._blocks(start, count)
         blocks = torch.arange(start, start + count, device=self.packed.device) // self.block - first
-        return table(self.kind, self.packed.device)[codes.int()] * self._absmax(first, last)[blocks]
+        return four_bit_values(self.kind, self.packed.device)[codes.int()] * self._absmax(first, last)[blocks]
 
     def _by_bitsandbytes(self, library: Any, dtype: torch.dtype, start: int, count: int) -> Tensor:
         """The same by its kernels for GPUs."""
@@ -171,12 +168,9 @@ def _blocks4(weight: Tensor, kind: str, double: bool) -> Blocks4:
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=flat.device)
     bounds, order = _places(kind, flat.device)
-    native = _native("blocks4_quantise", packed, flat.dtype)
-    if native is not None:
-        native.blocks4_quantise(
-            flat.data_ptr(), int(flat.dtype == torch.float32), bounds.data_ptr(), order.data_ptr(), n, BLOCK,
-            packed.data_ptr(), absmax.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+    run = chosen("quantise_blocks4", packed, flat.dtype)
+    if run is not None:
+        run(packed, absmax, flat, bounds, order, BLOCK)
     else:
         for start in range(0, n, _CHUNK):
             part = flat[start : start + _CHUNK].float()
@@ -222,14 +216,11 @@ class Rows8:
 
     def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         codes, absmax = self.codes[first:last], self.absmax[first:last]
-        native = _native("rows8_dense", codes, dtype)
-        if native is None:
+        run = chosen("dequantise_rows8", codes, dtype)
+        if run is None:
             return (codes.float() * absmax[:, None] * 7.874015718698502e-3).to(dtype)
         out = torch.empty(codes.shape, dtype=dtype)
-        native.rows8_dense(
-            codes.data_ptr(), absmax.data_ptr(), *codes.shape, out.data_ptr(), int(dtype == torch.float32),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        run(codes, absmax, out)
         return out
 
 
@@ -244,19 +235,57 @@ def _rows8(weight: Tensor) -> Rows8:
     return Rows8(tuple(weight.shape), codes, absmax)
 
 
-def code_of(weight: Tensor, kind: str, double: bool) -> Code:
-    """Codes of a float32 or bfloat16 weight; see `quantised.quantise`."""
+def format_of(weight: Tensor, kind: str, double: bool) -> QuantisationFormat:
+    """A float32 or bfloat16 weight in the format of `kind`; see `quantised.quantise`."""
     return _rows8(weight) if kind == "int8" else _blocks4(weight, kind, double)
+
+
+# -- blocks of a GGUF file ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GgmlBlocks:
+    """A row is a run of blocks, each with scales of its own, as a GGUF file has them (gguf-py's `quants` has the
+    formulas of every type, and is the reference). raw: (rows, bytes of a row) uint8. `type`: ggml's name, as Q4_K."""
+
+    type: str
+    shape: tuple[int, ...]
+    raw: Tensor
+
+    @property
+    def kind(self) -> str:
+        return self.type
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"raw": self.raw}
+
+    def moved(self, change: Callable[[Tensor], Tensor]) -> GgmlBlocks:
+        return replace(self, raw=change(self.raw))
+
+    def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
+        rows = self.raw[first:last]
+        run = chosen("dequantise_ggml", rows, dtype, self.type)
+        if run is None:
+            return self._reference(rows).to(rows.device, dtype)
+        out = torch.empty(last - first, self.shape[-1], dtype=dtype)
+        run(rows, self.type, out)
+        return out
+
+    def _reference(self, rows: Tensor) -> Tensor:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        return torch.from_numpy(dequantize(rows.cpu().numpy(), GGMLQuantizationType[self.type]))
 
 
 # -- several of one width below one another ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Stacked:
+class StackedRows:
     """Weights (rows, columns) of one width as one."""
 
-    parts: tuple[Code, ...]
+    parts: tuple[QuantisationFormat, ...]
 
     @property
     def kind(self) -> str:
@@ -269,8 +298,8 @@ class Stacked:
     def tensors(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": t for i, p in enumerate(self.parts) for name, t in p.tensors().items()}
 
-    def moved(self, change: Callable[[Tensor], Tensor]) -> Stacked:
-        return Stacked(tuple(p.moved(change) for p in self.parts))
+    def moved(self, change: Callable[[Tensor], Tensor]) -> StackedRows:
+        return StackedRows(tuple(p.moved(change) for p in self.parts))
 
     def dense(self, dtype: torch.dtype, first: int, last: int) -> Tensor:
         found, at = [], 0
@@ -282,15 +311,15 @@ class Stacked:
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def with_tensors(code: Code, tensors: Iterable[Tensor]) -> Code:
-    """The same code over other tensors, given in the order of `code.tensors()`."""
+def with_tensors(stored: QuantisationFormat, tensors: Iterable[Tensor]) -> QuantisationFormat:
+    """The same over other tensors, given in the order of `stored.tensors()`."""
     values = iter(tensors)
-    return code.moved(lambda _: next(values))
+    return stored.moved(lambda _: next(values))
 
 
-def row_count(code: Code) -> int:
+def row_count(stored: QuantisationFormat) -> int:
     """Rows of a weight, seen as rows of its last dimension."""
-    return math.prod(code.shape[:-1])
+    return math.prod(stored.shape[:-1])
 
 
 def _gpu_library(kind: str, block: int, device: str) -> Any:
@@ -309,10 +338,3 @@ def _bitsandbytes() -> Any:
         return None
     BITSANDBYTES.check()
     return torch.ops.bitsandbytes
-
-
-def _native(kernel: str, codes: Tensor, dtype: torch.dtype) -> Any:
-    """The compiled kernels, if they have this one and it takes these."""
-    if codes.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32) or not codes.is_contiguous():
-        return None
-    return compiled.usable(kernel)

@@ -1,4 +1,7 @@
-"""The losses of preference training: pure functions of log-probabilities, a loss for each pair or each answer.
+"""Losses: −log p of each token, never holding more than a chunk of logits, and those of preference training.
+
+`token_nll` reads logits once and makes its gradient on the way. The others are pure functions of log-probabilities, a
+loss for each pair or each answer:
 
 | loss   | takes of each answer                           | loss of a pair (w: chosen, l: rejected)                   |
 | dpo    | r = log π(y|x) − log π_ref(y|x)                | −log σ(β·(r_w − r_l))                                     |
@@ -12,13 +15,74 @@ All of shape (n,) and differentiable; nothing is summed or averaged here. Knows 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dpo", "ipo", "kto", "kto_reference", "orpo", "simpo"]
+from veneer.ops.choice import chosen
+from veneer.ops.sizes import LOGITS_CHUNK
 
+__all__ = ["dpo", "ipo", "kto", "kto_reference", "orpo", "simpo", "token_nll"]
+
+_IGNORED = -100
 _CERTAIN = -1e-7  # the largest mean log p that float32 can tell from 0, whose odds are infinite
+
+
+class _TokenNll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(hidden), chunk):
+            part = slice(i, i + chunk)
+            logits = hidden[part] @ weight.t()
+            nll[part] = _row_nll_(logits, targets[part], grad is not None)
+            if grad is not None:
+                torch.mm(logits, weight, out=grad[part])
+        ctx.save_for_backward(grad)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * g.to(grad.dtype)[:, None], None, None, None
+
+
+def _row_nll_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """−log softmax at the targets, at least float32; with `gradient`, logits become softmax − onehot in place. A target
+    of −100 is none, as for F.cross_entropy: 0, and no gradient. Raises IndexError for any other that is no token."""
+    targets = targets.to(torch.int64).contiguous()
+    run = chosen("token_nll", logits)
+    if run is not None:
+        own: Tensor = run(logits, targets, gradient)
+        return own
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ignored = targets == _IGNORED
+    y = targets.masked_fill(ignored, 0)[:, None]
+    if y.device.type == "cpu" and bool(((y < 0) | (y >= logits.shape[1])).any()):  # a GPU says so itself, later
+        raise IndexError("token_nll: a target is no token of the vocabulary")
+    nll = torch.logsumexp(wide, 1, keepdim=True) - wide.gather(1, y)
+    if gradient:
+        # the target's p − 1 comes from the wide value: rounding p near 1 to 16 bits first would lose all of it
+        slope = torch.softmax(wide, 1).scatter_(1, y, torch.expm1(-nll))
+        logits.copy_(slope.masked_fill_(ignored[:, None], 0))
+    return nll[:, 0].masked_fill_(ignored, 0)
+
+
+def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = LOGITS_CHUNK) -> Tensor:
+    """−log softmax(hidden_i·Wᵀ)[target_i] of each i, (M,) float32. hidden: (M, d), weight: (vocabulary, d) frozen.
+
+    A target of −100 is none: 0, and no gradient. Raises IndexError for any other that is no token (on a GPU, an error
+    of its own). The gradient is made in the forward pass, chunk by chunk, so that no more than chunk × vocabulary
+    logits exist: that of token i is a row of its own, which the backward pass only has to scale by what it is given
+    for i. Reference: F.cross_entropy((hidden @ W.T).float(), targets, reduction="none")."""
+    out: Tensor = _TokenNll.apply(hidden, weight, targets, chunk)
+    return out
+
+
+# -- preferences -------------------------------------------------------------------------------------------------------
 
 
 def dpo(chosen: Tensor, rejected: Tensor, *, beta: float, smoothing: float = 0.0) -> Tensor:

@@ -1,0 +1,400 @@
+"""The ops of a step by the compiled kernels: tensors in, tensors out, every pointer and size of a call in its function.
+
+IMPLEMENTATIONS is what veneer.ops.choice chooses from on a CPU. All round once where their reference does, and take
+contiguous bfloat16 unless they say otherwise; references and formulas are the ops' own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.ops.choice import Implementation
+from veneer.ops.cpu import compiled
+from veneer.ops.lowrank import LowRank
+from veneer.ops.sizes import SMALL_INPUT
+
+__all__ = ["IMPLEMENTATIONS", "CompiledLowRank"]
+
+IMPLEMENTATIONS: dict[str, Implementation] = {}
+"""op -> how the compiled kernels do it."""
+
+
+def _implements(
+    op: str, *names: str, takes: Callable[..., bool] | None = None, wants: str = "contiguous bfloat16"
+) -> Callable[[Any], Any]:
+    """`names`: the kernels that it calls, by default the one named as the op is."""
+    needed = names or (op,)
+
+    def fits(*tensors: Tensor) -> bool:
+        return compiled.usable(needed, *tensors) is not None
+
+    def put(run: Any) -> Any:
+        IMPLEMENTATIONS[op] = Implementation(run, takes or fits, wants, lambda: compiled.missing(*needed))
+        return run
+
+    return put
+
+
+def _kernel(name: str) -> Any:
+    return getattr(compiled.kernels(), name)
+
+
+def _at(*tensors: Tensor | None) -> list[int | None]:
+    return [None if t is None else t.data_ptr() for t in tensors]
+
+
+# -- norms and dropout -------------------------------------------------------------------------------------------------
+
+
+@_implements("rms_norm")
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y, d = torch.empty_like(x), x.shape[-1]
+    _kernel("rms_norm")(*_at(x, weight, y), x.numel() // d, d, eps, torch.get_num_threads())
+    return y
+
+
+@_implements("rms_norm_backward")
+def _rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    dx, d = torch.empty_like(x), x.shape[-1]
+    _kernel("rms_norm_backward")(*_at(g, x, weight, dx), x.numel() // d, d, eps, torch.get_num_threads())
+    return dx
+
+
+class _NormSilu:
+    """Forward and backward, which are used both or not at all."""
+
+    @staticmethod
+    def forward(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        y = torch.empty_like(x)
+        _kernel("norm_silu")(*_at(x, shift, weight, bias, y), *_NormSilu._sizes(x, groups, eps))
+        return y
+
+    @staticmethod
+    def backward(
+        g: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
+    ) -> Tensor:
+        dx = torch.empty_like(x)
+        _kernel("norm_silu_backward")(*_at(g, x, shift, weight, bias, dx), *_NormSilu._sizes(x, groups, eps))
+        return dx
+
+    @staticmethod
+    def _sizes(x: Tensor, groups: int, eps: float) -> tuple[int, int, int, int, float, int]:
+        n, channels = x.shape[:2]
+        return n, groups, channels // groups, x[0, 0].numel(), eps, torch.get_num_threads()
+
+
+_implements("norm_silu", "norm_silu", "norm_silu_backward")(_NormSilu)
+
+
+@_implements("dropout", "dropped")
+def _dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    y, least = torch.empty_like(x), round(p * 2**32)
+    words = seed & 0xFFFFFFFF, seed >> 32
+    _kernel("dropped")(*_at(x, y), x.numel(), *words, least, 1 / (1 - p), torch.get_num_threads())
+    return y
+
+
+# -- gains, activations ------------------------------------------------------------------------------------------------
+
+
+def _takes_gain(name: str) -> Callable[..., bool]:
+    def takes(gain: Tensor, *tensors: Tensor) -> bool:
+        own = gain.dtype == torch.float32 and gain.is_contiguous()
+        return own and compiled.usable(name, *tensors) is not None
+
+    return takes
+
+
+@_implements("gain", "gained", takes=_takes_gain("gained"), wants="a float32 gain beside contiguous bfloat16")
+def _gain(y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    out = torch.empty_like(y)
+    _kernel("gained")(*_at(y, gain, bias, out), *y.shape, torch.get_num_threads())
+    return out
+
+
+@_implements(
+    "gain_backward", "gained_backward", takes=_takes_gain("gained_backward"),
+    wants="a float32 gain beside contiguous bfloat16",
+)  # fmt: skip
+def _gain_backward(g: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    dy, d_gain = torch.empty_like(g), torch.empty_like(gain)
+    _kernel("gained_backward")(*_at(g, y, gain, dy, d_gain), *g.shape, torch.get_num_threads())
+    return dy, d_gain
+
+
+@_implements("silu_gate")
+def _silu_gate(both: Tensor) -> Tensor:
+    h = both.new_empty(both.shape[0], both.shape[1] // 2)
+    _kernel("silu_gate")(*_at(both, h), *h.shape, torch.get_num_threads())
+    return h
+
+
+@_implements("silu_gate_backward")
+def _silu_gate_backward(dh: Tensor, both: Tensor) -> tuple[Tensor, Tensor]:
+    d, h = torch.empty_like(both), torch.empty_like(dh)
+    _kernel("silu_gate_backward")(*_at(dh, both, d, h), *h.shape, torch.get_num_threads())
+    return d, h
+
+
+@_implements("geglu")
+def _geglu(both: Tensor) -> Tensor:
+    h = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
+    f = h.shape[-1]
+    _kernel("geglu")(*_at(both, h), h.numel() // f, f, torch.get_num_threads())
+    return h
+
+
+@_implements("geglu_backward")
+def _geglu_backward(dh: Tensor, both: Tensor) -> Tensor:
+    d, f = torch.empty_like(both), dh.shape[-1]
+    _kernel("geglu_backward")(*_at(dh, both, d), dh.numel() // f, f, torch.get_num_threads())
+    return d
+
+
+@_implements("gelu_tanh")
+def _gelu_tanh(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    _kernel("gelu_tanh")(*_at(x, y), x.numel(), torch.get_num_threads())
+    return y
+
+
+@_implements("gelu_tanh_backward")
+def _gelu_tanh_backward(g: Tensor, x: Tensor) -> Tensor:
+    dx = torch.empty_like(x)
+    _kernel("gelu_tanh_backward")(*_at(g, x, dx), x.numel(), torch.get_num_threads())
+    return dx
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def _takes_heads(name: str) -> Callable[..., bool]:
+    def takes(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> bool:
+        tables = [t for t in (cos, sin) if t is not None]
+        flat = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.dtype == torch.bfloat16
+        return flat and compiled.usable(name, *tables, x[:1].contiguous()) is not None
+
+    return takes
+
+
+def _heads(
+    name: str, x: Tensor, flat: Tensor, cos: Tensor | None, sin: Tensor | None, tokens: Tensor, slots: Tensor,
+    length: int, kv: int, scale: float, out: Tensor,
+) -> None:  # fmt: skip
+    """`flat`: whichever of x and out has the shape (N, heads, dim)."""
+    heads, dim = flat.shape[1], flat.shape[2]
+    _kernel(name)(
+        x.data_ptr(), flat.stride(0), *_at(cos, sin, tokens, slots), len(tokens), length, kv, heads // kv, dim, scale,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+_HEADS_WANT = "bfloat16 heads that lie flat in each token"
+
+
+@_implements("gather_heads", takes=_takes_heads("gather_heads"), wants=_HEADS_WANT)
+def _gather_heads(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, tokens: Tensor, slots: Tensor, length: int, kv: int,
+    scale: float, out: Tensor,
+) -> None:  # fmt: skip
+    _heads("gather_heads", x, x, cos, sin, tokens, slots, length, kv, scale, out)
+
+
+@_implements("scatter_heads", takes=_takes_heads("scatter_heads"), wants=_HEADS_WANT)
+def _scatter_heads(
+    g: Tensor, cos: Tensor | None, sin: Tensor | None, tokens: Tensor, slots: Tensor, length: int, kv: int,
+    scale: float, out: Tensor,
+) -> None:  # fmt: skip
+    _heads("scatter_heads", g, out, cos, sin, tokens, slots, length, kv, scale, out)
+
+
+@_implements("causal_softmax")
+def _causal_softmax(
+    scores: Tensor, batch: int, queries: int, per: int, keys: int, first_query: int, first_key: int, window: int
+) -> Tensor:
+    sizes = batch, queries, per, keys, first_query, first_key, window
+    _kernel("causal_softmax")(scores.data_ptr(), *sizes, torch.get_num_threads())
+    return scores
+
+
+@_implements("softmax_backward")
+def _softmax_backward(p: Tensor, dp: Tensor) -> Tensor:
+    _kernel("softmax_backward")(*_at(p, dp), p.shape[0] * p.shape[1], p.shape[2], torch.get_num_threads())
+    return dp
+
+
+def _takes_tiles(*tensors: Tensor) -> bool:
+    return all(
+        t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.shape[-1] % 2 == 0 and t.stride(-1) == 1
+        for t in tensors
+    ) and compiled.has("attend", "attend_backward")
+
+
+_TILES_WANT = "bfloat16 whose last dimension is even and lies together"
+
+
+@_implements("attend", "attend", "attend_backward", takes=_takes_tiles, wants=_TILES_WANT)
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    n, S, heads, d = q.shape
+    out, lse = q.new_empty(n, S, heads, d), torch.empty(n, heads, S)
+    sizes = n, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads()
+    _kernel("attend")(*_at(q, k, v, out, lse), compiled.strides(q, k, v, out), *sizes)
+    return out, lse
+
+
+@_implements("attend_backward", "attend", "attend_backward", takes=_takes_tiles, wants=_TILES_WANT)
+def _attend_backward(
+    g: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    n, S, heads, d = q.shape
+    tensors = q, k, v, out, g, dq, dk, dv
+    sizes = n, heads, S, k.shape[1], d, d**-0.5, torch.get_num_threads()
+    _kernel("attend_backward")(*_at(*tensors, lse), compiled.strides(*tensors), *sizes)
+
+
+# -- low-rank products -------------------------------------------------------------------------------------------------
+
+_LOW_RANK = ("thin_add", "thin_through", "thin_gradients")
+
+
+def _takes_low_rank(x: Tensor, y: Tensor, products: Sequence[LowRank]) -> bool:
+    if x.numel() > SMALL_INPUT or x.shape[-1] % 16 or y.shape[-1] % 16 or compiled.usable(_LOW_RANK, x, y) is None:
+        return False
+    return all(
+        t.dtype == torch.float32 and t.is_contiguous() and t.device == x.device and not p.first % 16 and not p.last % 16
+        for p in products
+        for t in (p.A, p.B)
+    )
+
+
+class CompiledLowRank:
+    """ops.linear.LowRankProducts in three compiled calls, which cast and stack for themselves; u and du have ranks
+    padded to 16. On the few hundred tokens of a small picture dispatch of a dozen operations takes several times as
+    long as they do."""
+
+    def __init__(self, products: Sequence[LowRank], rows: int, dtype: torch.dtype) -> None:
+        self.count, self.factors = len(products), [(p.A, p.B) for p in products]
+        self.structs = compiled.low_rank_structs(products)
+        self.ranks = sum(-(-len(p.A) // 16) * 16 for p in products)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        u = x.new_empty(len(x), self.ranks)
+        sizes = len(x), x.shape[1], y.shape[1], torch.get_num_threads()
+        _kernel("thin_add")(self.structs, self.count, *_at(x, y, u), *sizes)
+        return u
+
+    def through(self, g: Tensor, dx: Tensor | None) -> Tensor:
+        du = g.new_empty(len(g), self.ranks)
+        sizes = len(g), self.factors[0][0].shape[1], g.shape[1], torch.get_num_threads()
+        _kernel("thin_through")(self.structs, self.count, *_at(g, du, dx), *sizes)
+        return du
+
+    def gradients(self, g: Tensor, x: Tensor, u: Tensor, du: Tensor) -> list[Tensor]:
+        out = [torch.empty_like(t) for pair in self.factors for t in pair]
+        dA, dB = ((ctypes.c_void_p * self.count)(*_at(*out[which::2])) for which in (0, 1))
+        sizes = len(g), x.shape[1], g.shape[1], torch.get_num_threads()
+        _kernel("thin_gradients")(self.structs, self.count, *_at(g, x, u, du), dA, dB, *sizes)
+        return out
+
+
+_implements(
+    "low_rank", *_LOW_RANK, takes=_takes_low_rank,
+    wants=f"up to {SMALL_INPUT:,} elements of contiguous bfloat16 in multiples of 16 columns, float32 A and B",
+)(CompiledLowRank)  # fmt: skip
+
+
+# -- loss --------------------------------------------------------------------------------------------------------------
+
+
+@_implements("token_nll")
+def _token_nll(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    nll = torch.empty(len(logits), dtype=torch.float32)
+    _kernel("token_nll")(*_at(logits, targets, nll), *logits.shape, int(gradient), torch.get_num_threads())
+    return nll
+
+
+# -- quantised weights -------------------------------------------------------------------------------------------------
+
+
+def _takes_bytes(name: str) -> Callable[..., bool]:
+    def takes(stored: Tensor, dtype: torch.dtype) -> bool:
+        return dtype in (torch.bfloat16, torch.float32) and stored.is_contiguous() and compiled.has(name)
+
+    return takes
+
+
+def _quantised(op: str, name: str) -> Callable[[Any], Any]:
+    return _implements(op, name, takes=_takes_bytes(name), wants="contiguous bytes beside bfloat16 or float32")
+
+
+@_quantised("dequantise_blocks4", "blocks4_dense")
+def _dequantise_blocks4(
+    packed: Tensor, absmax: Tensor, absmax2: Tensor | None, mean: Tensor | None, map8: Tensor, table: Tensor,
+    start: int, count: int, block: int, nested: int, out: Tensor,
+) -> None:  # fmt: skip
+    doubly = absmax2 is not None and mean is not None
+    constants = _at(absmax2, absmax, map8) if doubly else _at(absmax, None, None)
+    _kernel("blocks4_dense")(
+        packed.data_ptr(), *constants, float(mean) if mean is not None else 0.0, table.data_ptr(), start, count, block,
+        nested, out.data_ptr(), int(out.dtype == torch.float32), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+@_quantised("quantise_blocks4", "blocks4_quantise")
+def _quantise_blocks4(
+    packed: Tensor, absmax: Tensor, weight: Tensor, bounds: Tensor, order: Tensor, block: int
+) -> None:
+    _kernel("blocks4_quantise")(
+        weight.data_ptr(), int(weight.dtype == torch.float32), *_at(bounds, order), weight.numel(), block,
+        *_at(packed, absmax), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+@_quantised("dequantise_rows8", "rows8_dense")
+def _dequantise_rows8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
+    single = int(out.dtype == torch.float32)
+    _kernel("rows8_dense")(*_at(codes, absmax), *codes.shape, out.data_ptr(), single, torch.get_num_threads())
+
+
+_GGML = {"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+"""The types of quantised.c, by ggml's numbers."""
+
+
+def _takes_ggml(raw: Tensor, dtype: torch.dtype, kind: str) -> bool:
+    return kind in _GGML and _takes_bytes("ggml_dense")(raw, dtype)
+
+
+@_implements("dequantise_ggml", "ggml_dense", takes=_takes_ggml, wants=", ".join(_GGML))
+def _dequantise_ggml(raw: Tensor, kind: str, out: Tensor) -> None:
+    single = int(out.dtype == torch.float32)
+    _kernel("ggml_dense")(
+        _GGML[kind], raw.data_ptr(), raw.numel(), out.data_ptr(), single, torch.get_num_threads()
+    )  # fmt: skip
+
+
+# -- serving -----------------------------------------------------------------------------------------------------------
+
+
+def _takes_rows(x: Tensor, y: Tensor) -> bool:
+    return x.shape[1] % 2 == 0 and compiled.usable("thin_rows", x, y) is not None
+
+
+@_implements("rows_low_rank", "thin_rows", takes=_takes_rows, wants="contiguous bfloat16 of an even number of columns")
+def _rows_low_rank(x: Tensor, y: Tensor, pointers: Sequence[int]) -> None:
+    """`pointers`: of the rows and their adapters, as serving.c reads them."""
+    at = x.data_ptr(), x.shape[1], y.data_ptr(), y.shape[1]
+    _kernel("thin_rows")(*at, *pointers, torch.get_num_threads())
+
+
+@_implements("packed_product", "panel_product")
+def _packed_product(
+    x: Tensor, y: Tensor, kind: int, codes: Tensor, scales: Tensor | None, bias: Tensor | None, onto: bool
+) -> None:
+    _kernel("panel_product")(
+        x.data_ptr(), *x.shape, kind, *_at(codes, scales, bias, y), y.shape[1], int(onto), torch.get_num_threads()
+    )

@@ -1,0 +1,162 @@
+"""Gated MLPs of a step and their activations, which keep what they are given and nothing else.
+
+    gated_mlp    y = down(act(gate(x)) ⊙ up(x))
+    gated        act(gate) ⊙ up from [gate | up], and its gradients
+    geglu        up ⊙ gelu(gate) from [up | gate]
+    gelu_tanh    gelu by tanh
+
+The reference of each is the same line in torch's own operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veneer.ops.choice import chosen
+from veneer.ops.linear import (
+    LinearMap,
+    LinearOutput,
+    gained,
+    linear_backward,
+    linear_forward,
+    low_rank_gradients,
+    low_rank_tensors,
+)
+
+__all__ = ["gated", "gated_backward", "gated_mlp", "geglu", "gelu_tanh"]
+
+
+def _activate(x: Tensor, act: str) -> Tensor:
+    return F.silu(x) if act == "silu" else F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def gated(both: Tensor, act: str) -> Tensor:
+    """act(gate) ⊙ up from [gate | up]: (N, 2f) → (N, f)."""
+    run = chosen("silu_gate", both) if act == "silu" else None
+    if run is not None:
+        h: Tensor = run(both)
+        return h
+    gate, up = both.chunk(2, dim=1)
+    return _activate(gate, act).mul_(up)
+
+
+def gated_backward(dh: Tensor, both: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """[d_gate | d_up] and act(gate) ⊙ up again."""
+    run = chosen("silu_gate_backward", dh, both) if act == "silu" else None
+    if run is not None:
+        made: tuple[Tensor, Tensor] = run(dh, both)
+        return made
+    d = torch.empty_like(both)
+    gate, up = both.chunk(2, dim=1)
+    d_gate, d_up = d.chunk(2, dim=1)
+    return d, _gate_gradients(dh, gate, up, d_gate, d_up, act).mul_(up)
+
+
+def _gate_gradients(dh: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, act: str) -> Tensor:
+    """The gradients of act(gate) ⊙ up into d_gate and d_up; act(gate) again."""
+    a = _activate(gate, act)
+    torch.mul(a, dh, out=d_up)
+    if act == "silu":
+        d_gate.copy_(torch.ops.aten.silu_backward(dh * up, gate))
+    else:
+        d_gate.copy_(torch.ops.aten.gelu_backward(dh * up, gate, approximate="tanh" if act == "gelu_tanh" else "none"))
+    return a
+
+
+class _Geglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        run = chosen("geglu", both)
+        if run is None:
+            up, gate = both.to(torch.promote_types(both.dtype, torch.float32)).chunk(2, dim=-1)
+            return _activate(gate, "gelu").mul_(up).to(both.dtype)  # rounded once, as the compiled one is
+        h: Tensor = run(both)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        dh = dh.contiguous()
+        run = chosen("geglu_backward", dh, both)
+        d: Tensor = torch.empty_like(both) if run is None else run(dh, both)
+        if run is None:
+            wide = torch.promote_types(both.dtype, torch.float32)
+            (up, gate), (d_up, d_gate) = both.to(wide).chunk(2, dim=-1), d.chunk(2, dim=-1)
+            _gate_gradients(dh.to(wide), gate, up, d_gate, d_up, "gelu")
+        return d
+
+
+def geglu(both: Tensor) -> Tensor:
+    """up ⊙ gelu(gate) from [up | gate], as diffusers' GEGLU lays them. (…, 2f) → (…, f). Keeps what it is given."""
+    h: Tensor = _Geglu.apply(both.contiguous())
+    return h
+
+
+class _GeluTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        run = chosen("gelu_tanh", x)
+        y: Tensor = F.gelu(x, approximate="tanh") if run is None else run(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        g = g.contiguous()
+        run = chosen("gelu_tanh_backward", g, x)
+        dx: Tensor = torch.ops.aten.gelu_backward(g, x, approximate="tanh") if run is None else run(g, x)
+        return dx
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """F.gelu(x, approximate="tanh"), keeping x."""
+    y: Tensor = _GeluTanh.apply(x.contiguous())
+    return y
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gate_up: LinearMap, down: LinearMap, act: str, gain: Tensor | None,
+        gain_down: Tensor | None, *flat: Tensor,
+    ) -> Tensor:  # fmt: skip
+        one = linear_forward(x, gate_up)
+        two = linear_forward(gated(one.y, act), down)
+        again = gain is not None and not gate_up.dropout  # [gate | up] is then a gain and a bias away from `plain`
+        both = None if again else one.y
+        ctx.save_for_backward(x, both, one.u, one.plain, gain, two.u, two.plain, gain_down, *flat)
+        ctx.products, ctx.weights, ctx.bias, ctx.act = (
+            (one.products, two.products),
+            (gate_up.weight, down.weight),
+            gate_up.bias,
+            act,
+        )
+        return two.y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, both, u, plain, gain, u_down, plain_down, gain_down, *_ = ctx.saved_tensors
+        one, two = LinearOutput(g, u, plain, ctx.products[0]), LinearOutput(g, u_down, plain_down, ctx.products[1])
+        dh, inner, du, d_gain_down = linear_backward(g.contiguous(), ctx.weights[1], two, gain_down, True)
+        assert dh is not None
+        d_both, h = gated_backward(dh, gained(plain, gain, ctx.bias) if both is None else both, ctx.act)
+        down_pairs = low_rank_gradients(two, inner, h, du)
+        del h, dh, inner
+        dx, inner, du, d_gain = linear_backward(d_both, ctx.weights[0], one, gain, ctx.needs_input_grad[0])
+        return (dx, None, None, None, d_gain, d_gain_down, *low_rank_gradients(one, inner, x, du), *down_pairs)
+
+
+def gated_mlp(x: Tensor, gate_up: LinearMap, down: LinearMap, act: str = "silu") -> Tensor:
+    """y = down(act(gate(x)) ⊙ up(x)); act: "silu", "gelu" or "gelu_tanh". x: (…, d) → (…, d).
+
+    `gate_up` is [gate; up] joined by rows. Keeps x, gate(x) and up(x); their product is made again in backward.
+    Reference: the same line with `linear`."""
+    given = gate_up, down, act, gate_up.gain, down.gain, *low_rank_tensors(gate_up), *low_rank_tensors(down)
+    y: Tensor = _GatedMlp.apply(x.reshape(-1, x.shape[-1]), *given)
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,164 @@
+"""Linear maps with low-rank products against the same formula in plain torch, in float64 where it can be, values and
+every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor
+
+from tests.core.exact import DTYPES, TOLERANCE, draw, same, seeded, wide  # noqa: F401, seeded acts by itself
+from tests.ops.draws import factors, mask_of_next, with_dropout
+from veneer.ops.choice import chosen
+from veneer.ops.linear import LinearMap, LowRankProducts, join_maps, linear
+from veneer.ops.lowrank import LowRank
+
+
+@DTYPES
+@pytest.mark.parametrize("bias", [False, True])
+def test_joined_projections_are_the_projections_one_by_one(dtype: torch.dtype, bias: bool) -> None:
+    x = draw(3, 5, 32, dtype=dtype).requires_grad_()
+    W, b = draw(24 + 8 + 16, 32, dtype=dtype), draw(48, dtype=dtype) if bias else None
+    A1, B1, A2, B2 = ab = factors(dtype, (4, 32), (24, 4), (2, 32), (16, 2))
+    pairs = (LowRank(A1, B1, 2.0), LowRank(A2, B2, 0.3, first=32))  # rows 24 … 32 carry no pair
+    y = linear(x, LinearMap(W, b, pairs))
+    g = draw(*y.shape, dtype=dtype)
+    got = [y, *torch.autograd.grad(y, [x, *ab], g)]
+
+    xd, (A1, B1, A2, B2) = wide(x), (abd := [wide(t) for t in ab])
+    yd = F.linear(xd, W.double(), None if b is None else b.double())
+    nothing = torch.zeros(3, 5, 8, dtype=torch.float64)
+    yd = yd + torch.cat([2.0 * (xd @ A1.T) @ B1.T, nothing, 0.3 * (xd @ A2.T) @ B2.T], -1)
+    same(got, [yd, *torch.autograd.grad(yd, [xd, *abd], g.double())], TOLERANCE[dtype])
+    assert all(t.dtype == p.dtype for t, p in zip(got[2:], ab, strict=True))
+
+
+@DTYPES
+def test_pairs_see_what_dropout_leaves_of_x_and_the_frozen_weight_sees_all_of_it(dtype: torch.dtype) -> None:
+    x = draw(3, 5, 32, dtype=dtype).requires_grad_()
+    W = draw(24 + 16, 32, dtype=dtype)
+    A1, B1, A2, B2 = ab = factors(dtype, (4, 32), (24, 4), (2, 32), (16, 2))
+    pairs = (LowRank(A1, B1, 2.0), LowRank(A2, B2, 0.3, first=24))
+    mask = mask_of_next(0.4, 3, 5, 32, dtype=dtype)
+    y = linear(x, LinearMap(W, None, with_dropout(pairs, 0.4)))
+    torch.randint(9, ())  # whatever else draws meanwhile
+    g = draw(*y.shape, dtype=dtype)
+    got = [y, *torch.autograd.grad(y, [x, *ab], g)]
+
+    xd, (A1, B1, A2, B2) = wide(x), (abd := [wide(t) for t in ab])
+    left = xd * mask
+    yd = F.linear(xd, W.double()) + torch.cat([2.0 * (left @ A1.T) @ B1.T, 0.3 * (left @ A2.T) @ B2.T], -1)
+    same(got, [yd, *torch.autograd.grad(yd, [xd, *abd], g.double())], TOLERANCE[dtype])
+    with torch.no_grad():
+        assert not torch.equal(linear(x, LinearMap(W, None, with_dropout(pairs, 0.4))), y), "each call draws anew"
+
+
+def test_recomputing_drops_what_was_dropped() -> None:
+    x = draw(6, 32, dtype=torch.bfloat16).requires_grad_()
+    W, (A, B) = draw(16, 32, dtype=torch.bfloat16), factors(torch.bfloat16, (4, 32), (16, 4))
+
+    def layer(x: Tensor) -> Tensor:
+        return linear(x, LinearMap(W, None, (LowRank(A, B, 2.0, 0.3),)))
+
+    state = torch.random.get_rng_state()
+    plain = torch.autograd.grad(layer(x).float().square().sum(), [x, A, B])
+    torch.random.set_rng_state(state)
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    torch.randint(9, ())
+    again = torch.autograd.grad(y.float().square().sum(), [x, A, B])
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_pairs_with_different_dropouts_are_no_one_product() -> None:
+    one, other = (
+        LinearMap(torch.ones(2, 3), None, (LowRank(torch.ones(1, 3), torch.ones(2, 1), 0.5, p),)) for p in (0.1, 0.2)
+    )
+    with pytest.raises(ValueError, match="dropouts"):
+        join_maps([one, other])
+    assert join_maps([one, LinearMap(torch.ones(2, 3))]).dropout == 0.1
+
+
+@DTYPES
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gain_multiplies_all_but_the_bias(dtype: torch.dtype, bias: bool, dropout: float) -> None:
+    """DoRA's m/‖W + s·B·A‖ on the first projection of two, the second has none. With dropout as PEFT has it: x·Wᵀ of
+    all of x, and of what is left of it what gain and pair add."""
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    x = draw(7, 32, dtype=dtype).requires_grad_()
+    A1, B1, A2, B2 = ab = factors(dtype, (4, 32), (24, 4), (2, 32), (16, 2))
+    m = (1 + draw(24, dtype=kept, scale=0.1)).requires_grad_()
+    parts = [
+        LinearMap(
+            draw(24, 32, dtype=dtype), draw(24, dtype=dtype) if bias else None, (LowRank(A1, B1, 2.0, dropout),), m
+        ),
+        LinearMap(draw(16, 32, dtype=dtype), None, (LowRank(A2, B2, 0.3, dropout),)),
+    ]
+    mask = mask_of_next(dropout, 7, 32, dtype=dtype) if dropout else torch.ones(7, 32, dtype=torch.float64)
+    y = linear(x, join_maps(parts))
+    g = draw(*y.shape, dtype=dtype)
+    got = [y, *torch.autograd.grad(y, [x, *ab, m], g)]
+
+    xd, md, (A1, B1, A2, B2) = wide(x), wide(m), (abd := [wide(t) for t in ab])
+    left, (W, V) = xd * mask, (p.weight.double() for p in parts)
+    one = xd @ W.T + (md - 1) * (left @ W.T) + md * (2.0 * (left @ A1.T) @ B1.T)
+    one = one if parts[0].bias is None else one + parts[0].bias.double()
+    yd = torch.cat([one, xd @ V.T + 0.3 * (left @ A2.T) @ B2.T], -1)
+    same(got, [yd, *torch.autograd.grad(yd, [xd, *abd, md], g.double())], TOLERANCE[dtype])
+
+
+def test_joined_lays_parts_below_one_another() -> None:
+    a = LinearMap(torch.ones(2, 3), None, (LowRank(torch.ones(1, 3), torch.ones(2, 1), 0.5),))
+    b = LinearMap(torch.zeros(4, 3), torch.ones(4))
+    both = join_maps([b, a])
+    assert both.weight.shape == (6, 3)
+    assert both.bias is not None
+    assert both.bias.tolist() == [1, 1, 1, 1, 0, 0]
+    assert [(p.first, p.last, p.scale) for p in both.products] == [(4, 6, 0.5)]
+
+
+def test_a_frozen_input_gets_no_gradient_and_costs_no_product() -> None:
+    x = draw(4, 8, dtype=torch.float32)
+    A, B = factors(torch.float32, (2, 8), (6, 2))
+    y = linear(x, LinearMap(draw(6, 8, dtype=torch.float32), None, (LowRank(A, B, 1.0),)))
+    products = 0
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal products
+            products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_, torch.ops.aten.addmm)
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        torch.autograd.grad(y.sum(), [A, B])
+    assert products == 3  # du, dA, dB and nothing with W
+
+
+def test_what_linear_returns_may_be_written_into() -> None:
+    x = draw(4, 8, dtype=torch.float32)
+    A, B = factors(torch.float32, (2, 8), (6, 2))
+    y = linear(x, LinearMap(draw(6, 8, dtype=torch.float32), None, (LowRank(A, B, 1.0),)))
+    y.add_(1.0).mul_(2.0)  # Llama 4 adds its routed experts in place
+    y.sum().backward()
+    assert B.grad is not None
+    torch.testing.assert_close(B.grad, 2.0 * (x @ A.detach().T).sum(0).expand(6, 2))
+
+
+@pytest.mark.parametrize("rows", [1, 47, 50, 130])
+def test_low_rank_products_in_compiled_calls(rows: int) -> None:
+    """Tiles are of 48 rows in steps of 4, ranks in steps of 16, panels of 64 and 256 columns: beside torch's own."""
+    x, g = draw(rows, 96, dtype=torch.bfloat16), draw(rows, 400, dtype=torch.bfloat16)
+    ab = [t.detach() for t in factors(torch.bfloat16, (4, 96), (304, 4), (20, 96), (80, 20))]
+    pairs = (LowRank(ab[0], ab[1], 2.0), LowRank(ab[2], ab[3], 0.5, first=320))
+    joint = LinearMap(draw(400, 96, dtype=torch.bfloat16), None, pairs)
+    made = []
+    make = chosen("low_rank", x, g, joint.products) or LowRankProducts
+    for exact, products in ((False, make(pairs, 400, x.dtype)), (True, LowRankProducts(pairs, 400, torch.float64))):
+        x_, g_, y, dx = (t.double() if exact else t.clone() for t in (x, g, g, x))
+        u = products.add(x_, y)
+        du = products.through(g_, dx)
+        made.append([y, dx, *products.gradients(g_, x_, u, du)])
+        assert torch.equal(products.through(g_, None), du)
+    same(*made, 8e-3)
