@@ -133,7 +133,8 @@ def thin(adapter: Adapter, layout: Layout, key: str = "") -> Thin:
     gains: dict[int, tuple[Tensor, Tensor | None]] = {}
     records = torch.zeros(len(layout.groups), _RECORD, dtype=torch.int64)
     device, dtype = layout.device, layout.dtype
-    native = compiled.usable("thin_rows", torch.empty(0, dtype=dtype, device=device)) is not None
+    probe = torch.empty(0, 2, dtype=dtype, device=device)
+    native = chosen("rows_low_rank", probe, probe) is not None
     widest, held = 2, 0
     for g, group in enumerate(layout.groups):
         rows: list[Tensor] = []
