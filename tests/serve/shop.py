@@ -51,12 +51,11 @@ class Shop:
             raise RuntimeError("no room on the device")
         return Thing(name, adapter.size_bytes() * self.factor)
 
-    def residents(self, limit: int, keep: int = 0, patience: float = 1.0) -> Residents[Thing]:
+    def residents(self, limit: int, patience: float = 1.0) -> Residents[Thing]:
         return Residents(
             self.read,
             self.prepare,
             limit_bytes=limit * UNIT,
-            keep_bytes=keep * UNIT,
             patience=patience,
             freed=lambda thing: self.freed.append(thing.name),
             submit=self.jobs.append,

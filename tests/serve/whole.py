@@ -201,9 +201,9 @@ class Whole:
         """Wait until nothing runs, then: no request, no block, no reference is left."""
         engine = self.engine
         wait_for(lambda: not engine._by_id and not engine._live)
-        wait_for(lambda: not any(slot.refs for slot in engine.residents._slots.values()))
+        wait_for(lambda: not any(engine.residents.leases().values()))
         assert engine.cache.in_use == 0
-        assert not engine.residents._groups
+        assert engine.residents.stats().waiting == 0
         assert not engine.scheduler.running
         assert engine.scheduler.waiting == 0
         wait_for(lambda: self.built.service.inside == 0)
@@ -269,8 +269,10 @@ def slowed(engine: TextEngine, seconds: float = 0.01) -> Iterator[None]:
 
 def held(engine: TextEngine, digest: str) -> list[weakref.ref[Any]]:
     """Everything that the server has of an adapter in memory, watched."""
-    thing = engine.residents._slots[digest].thing
-    assert thing is not None
+    lease = engine.residents.acquire(((digest, 1.0),), lambda result: None)
+    assert lease is not None
+    thing = lease.parts[0][0]
+    lease.release()
     things: list[Any] = [thing, thing.adapter, *(tensor for _, tensor in thing.adapter.tensors())]
     if thing.thin is not None:
         things += [thing.thin, thing.thin.records]

@@ -260,7 +260,10 @@ def test_a_client_that_leaves_gives_everything_back() -> None:
     with engine_of(model, shelf) as engine:
         run(leave(engine))
         digest = mix[0][0]
-        thing = weakref.ref(engine.residents._slots[digest].thing)
+        lease = engine.residents.acquire(((digest, 1.0),), lambda result: None)
+        assert lease is not None
+        thing = weakref.ref(lease.parts[0][0])
+        lease.release()
         engine.residents.drop(digest)
         gc.collect()
         assert thing() is None

@@ -24,7 +24,7 @@ def test_the_first_request_waits_and_the_next_does_not() -> None:
     assert second.at_once is not None
     assert second.names() == ["b"]
     stats = residents.stats()
-    assert (stats.bytes, stats.adapters, stats.hits, stats.misses, stats.from_disk[0]) == (2 * UNIT, 2, 1, 1, 2)
+    assert (stats.bytes, stats.adapters, stats.hits, stats.misses, stats.loads) == (2 * UNIT, 2, 1, 1, 2)
 
 
 def test_the_base_alone_needs_nothing() -> None:
@@ -296,25 +296,6 @@ def test_one_that_cannot_be_prepared_takes_no_room() -> None:
     assert residents.stats().bytes == 4 * UNIT
 
 
-def test_a_reload_from_memory_reads_no_file() -> None:
-    shop = Shop(LETTERS)
-    residents = shop.residents(1, keep=2)
-    for name in "abab":
-        one = Asked(residents, name)
-        shop.run()
-        one.end()
-    assert shop.reads == ["a", "b"]
-    stats = residents.stats()
-    assert (stats.from_disk[0], stats.from_memory[0], stats.kept_bytes) == (2, 2, 2 * UNIT)
-    one = Asked(residents, "c")
-    shop.run()
-    one.end()
-    assert residents.stats().kept_bytes == 2 * UNIT
-    one = Asked(residents, "a")  # the least recently used of what was kept
-    shop.run()
-    assert shop.reads == ["a", "b", "c", "a"]
-
-
 def test_a_request_that_leaves_while_it_waits() -> None:
     shop = Shop(LETTERS)
     residents = shop.residents(1)
@@ -332,7 +313,7 @@ def test_a_request_that_leaves_while_it_waits() -> None:
 
 def test_dropped_is_freed_when_its_last_lease_is_gone() -> None:
     shop = Shop(LETTERS)
-    residents = shop.residents(4, keep=4)
+    residents = shop.residents(4)
     one, two = Asked(residents, "a"), Asked(residents, "a", "b")
     shop.run()
     assert one.lease is not None
@@ -346,7 +327,7 @@ def test_dropped_is_freed_when_its_last_lease_is_gone() -> None:
     assert thing() is None
     assert residents.resident() == {"b": UNIT}
     stats = residents.stats()
-    assert (stats.bytes, stats.kept_bytes, stats.evictions) == (UNIT, UNIT, 0)
+    assert (stats.bytes, stats.evictions) == (UNIT, 0)
     residents.drop("a")
     residents.drop("b")
     assert residents.stats().bytes == 0
@@ -354,7 +335,7 @@ def test_dropped_is_freed_when_its_last_lease_is_gone() -> None:
 
 def test_dropped_while_it_comes() -> None:
     shop = Shop(LETTERS)
-    residents = shop.residents(4, keep=4)
+    residents = shop.residents(4)
     for steps in (0, 1):
         one = Asked(residents, "a")
         shop.run(steps)
@@ -362,7 +343,7 @@ def test_dropped_while_it_comes() -> None:
         shop.run()
         assert one.lease, "who asked before still gets it"
         one.end()
-        assert (residents.stats().bytes, residents.stats().kept_bytes) == (0, 0)
+        assert residents.stats().bytes == 0
 
 
 def test_dropped_and_loaded_again() -> None:

@@ -27,7 +27,7 @@ from veneer.serve.names.catalog import LocalCatalog
 def untouched(catalog: LocalCatalog) -> None:
     assert [c.id for c in catalog.models(ANYBODY)] == ["tiny"]
     assert catalog.residents.stats().bytes == 0
-    assert not catalog.residents._slots
+    assert not catalog.residents.leases()
     assert refused(lambda: catalog.resolve("x", ANYBODY)).status == 404
 
 

@@ -1,18 +1,18 @@
-"""Adapters in memory: which are there, who uses them, who goes when another must come.
+"""Adapters in memory: which are there, who uses them, which go when others must come.
 
     lease = residents.acquire(request.mix, ready)      at once where all of it is there; else None, then ready(lease)
     … lease.parts: what `prepare` made of each adapter, with its strength …
     lease.release()
 
-Three places: disk, the adapter as it was read (host memory, `keep_bytes`), and what the runner made of it (on its
-device, `limit_bytes`). On a CPU the last two are the same memory, so `keep_bytes` is 0 unless said otherwise: a reload
-reads a file that the system has cached.
+One entry for each adapter: wanted → loading → loaded → resident. A few threads load (read it and prepare it); requests
+for the same adapters wait in one group, and groups get memory in the order they came, for all of a mix or for none of
+it, so two cannot hold half each. What has leases is never evicted. Where a group has waited longer than `patience` for
+memory that others keep in use, the adapters that have been there longest are drained: they take no new requests until
+it has its room. So with twice as many adapters in demand as fit, they take turns, and a turn lasts as long as
+`patience` at least.
 
-Nothing here waits but `load`. Reading and preparing happen on a few threads; requests for the same adapters wait in one
-group, and groups get memory in the order they came. A group takes room for all of its mix or for nothing, so two cannot
-hold half each. What has leases is never evicted. Where a group has waited longer than `patience` for memory that others
-keep in use, the adapters that have been there longest are drained: they take no new requests until it has its room. So
-with twice as many adapters in demand as fit, they take turns, and a turn lasts as long as `patience` at least.
+Nothing here waits but `load`. Beside the limit, as many adapters may be loaded and wait for their room as there are
+threads, or as the next group needs.
 
 Knows adapters and sizes; not models, not names.
 """
@@ -22,7 +22,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,26 +34,25 @@ from veneer.core.adapter import Adapter
 from veneer.serve.outage import fault
 from veneer.serve.request import Mix, Refused
 
-__all__ = ["Lease", "Prepared", "ResidentStats", "Residents"]
+__all__ = ["Lease", "ResidentStats", "Residents", "Sized"]
 
 
-class Prepared(Protocol):
+class Sized(Protocol):
     """What a runner makes of an adapter. `bytes`: what it takes of the memory that is limited."""
 
     @property
     def bytes(self) -> int: ...
 
 
-T = TypeVar("T", bound=Prepared)
+T = TypeVar("T", bound=Sized)
 
 
 @dataclass(frozen=True)
 class ResidentStats:
-    """`hits`: acquired at once. `from_disk`, `from_memory`: loads and the seconds they took, reading and preparing."""
+    """`hits`: mixes that were acquired at once; `misses`: those that were not; `loads`: adapters read and prepared."""
 
     limit: int
     bytes: int
-    kept_bytes: int
     adapters: int
     pinned: int
     waiting: int
@@ -62,8 +60,7 @@ class ResidentStats:
     misses: int
     evictions: int
     failures: int
-    from_disk: tuple[int, float]
-    from_memory: tuple[int, float]
+    loads: int
 
 
 class Lease(Generic[T]):
@@ -84,35 +81,32 @@ Ready = Callable[[Lease[T] | Refused], None]
 
 
 @dataclass(eq=False)
-class _Slot(Generic[T]):
-    """One adapter that is there, on its way, or wanted. It counts with `size` while `held`."""
+class _Entry(Generic[T]):
+    """One adapter. `adapter`: read already, and to be prepared. `thing`: what was made of it, once it is loaded.
+    `dropped`: nobody names it any more. `used`: the number of its last use. `since`: when it became resident."""
 
     digest: str
-    size: int = 0
+    state: Literal["wanted", "loading", "loaded", "resident"] = "wanted"
     adapter: Adapter | None = None
     thing: T | None = None
-    job: Literal["", "read", "prepare"] = ""
-    refs: int = 0
+    leases: int = 0
     pinned: bool = False
-    doomed: bool = False
+    dropped: bool = False
     draining: bool = False
     used: int = 0
     since: float = 0.0
-    seconds: float = 0.0
-    source: Literal["disk", "memory"] = "disk"
 
     @property
-    def held(self) -> bool:
-        return self.thing is not None or self.job == "prepare"
+    def size(self) -> int:
+        return 0 if self.thing is None else self.thing.bytes
 
 
 @dataclass(eq=False)
 class _Group(Generic[T]):
-    """Requests that wait for the same adapters. `claimed`: it has its room, and a reference to each."""
+    """Requests that wait for the same adapters. `blocked`: since when, where it is memory that they wait for."""
 
-    slots: list[_Slot[T]]
+    entries: list[_Entry[T]]
     members: list[tuple[Mix, Ready[T]]] = field(default_factory=list)
-    claimed: bool = False
     blocked: float | None = None
 
 
@@ -127,7 +121,6 @@ class Residents(Generic[T]):
         prepare: Callable[[Adapter, str], T],
         *,
         limit_bytes: int,
-        keep_bytes: int = 0,
         threads: int = 2,
         patience: float = 1.0,
         freed: Callable[[T], None] | None = None,
@@ -135,21 +128,16 @@ class Residents(Generic[T]):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._read, self._prepare, self._freed, self._clock = read, prepare, freed, clock
-        self.limit, self.keep_limit, self.patience = limit_bytes, keep_bytes, patience
+        self.limit, self.patience, self._ahead = limit_bytes, patience, threads
         self._pool = None if submit else ThreadPoolExecutor(threads, thread_name_prefix="adapters")
         self._submit = submit or self._pool.submit  # type: ignore[union-attr]
-        self._ahead = 2 * threads
         self._lock = threading.Lock()
         self._calls: list[Callable[[], None]] = []
-        self._slots: dict[str, _Slot[T]] = {}
-        self._groups: OrderedDict[tuple[str, ...], _Group[T]] = OrderedDict()
-        self._kept: OrderedDict[str, Adapter] = OrderedDict()
-        self._kept_bytes = 0
-        self._sizes: dict[str, int] = {}
+        self._entries: dict[str, _Entry[T]] = {}
+        self._groups: dict[tuple[str, ...], _Group[T]] = {}
         self._drainer: _Group[T] | None = None
         self._ticks = itertools.count()
-        self._bytes = self._hits = self._misses = self._evictions = self._failures = 0
-        self._loads = {"disk": (0, 0.0), "memory": (0, 0.0)}
+        self._bytes = self._hits = self._misses = self._evictions = self._failures = self._loads = 0
         self._closed = False
 
     # -- for the engine's step: none of these waits --------------------------------------------------------------------
@@ -158,8 +146,8 @@ class Residents(Generic[T]):
         """The lease, where everything is there; else None, and `ready` is called once with a lease or the reason why
         there is none: from another thread, or within a later call of this object, so it only leaves a note."""
         with self._changing():
-            slots = [self._slots.get(digest) for digest, _ in mix]
-            there = [s for s in slots if s is not None and s.thing is not None and not s.draining]
+            entries = [self._entries.get(digest) for digest, _ in mix]
+            there = [e for e in entries if e is not None and e.state == "resident" and not e.draining]
             if len(there) == len(mix):
                 self._hits += 1
                 return self._lease(mix, there)
@@ -176,32 +164,32 @@ class Residents(Generic[T]):
             key, group, member = found[0]
             group.members.remove(member)
             if not group.members:
-                self._leave(key, group)
+                self._leave(key)
             self._advance()
         return True
 
-    # -- for whoever loads and unloads -------------------------------------------------------------------------------
+    # -- for whoever loads and unloads ---------------------------------------------------------------------------------
 
     def load(self, digest: str, adapter: Adapter | None = None, *, pinned: bool = False, timeout: float = 60.0) -> None:
         """Bring an adapter into memory and wait until it is there; `adapter` where it has been read already.
 
         Raises Refused where it cannot be prepared or can never fit; overloaded (503) where running requests leave no
         room within `timeout` and it is to be pinned. Otherwise it then stays where it is until it is asked for."""
-        told: SimpleQueue[Lease[T] | Refused] = SimpleQueue()
+        answers: SimpleQueue[Lease[T] | Refused] = SimpleQueue()
         with self._changing():
-            slot = self._slot(digest)
-            slot.doomed = False
-            if adapter is not None and not slot.held and slot.adapter is None and not slot.job:
-                self._stage(slot, adapter, "memory")
-            self._join(((digest, 1.0),), told.put)
+            entry = self._entry(digest)
+            entry.dropped = False
+            if entry.state == "wanted":
+                entry.adapter = adapter
+            self._join(((digest, 1.0),), answers.put)
         try:
-            result = told.get(timeout=timeout)
+            result = answers.get(timeout=timeout)
         except Empty as late:
-            if self.withdraw(told.put):
+            if self.withdraw(answers.put):
                 if pinned:
                     raise Refused("requests use all memory for adapters", status=503, code="overloaded") from late
                 return
-            result = told.get()
+            result = answers.get()
         if isinstance(result, Refused):
             raise result
         if pinned:
@@ -211,8 +199,8 @@ class Residents(Generic[T]):
     def pin(self, digest: str) -> None:
         """Keep what is in memory until `unpin` or a later `drop`. Raises KeyError for what is not there."""
         with self._changing():
-            slot = self._slots[digest]
-            slot.pinned, slot.doomed = True, False
+            entry = self._entries[digest]
+            entry.pinned, entry.dropped = True, False
 
     def unpin(self, digest: str) -> None:
         self._let_go(digest, drop=False)
@@ -223,44 +211,43 @@ class Residents(Generic[T]):
 
     def _let_go(self, digest: str, drop: bool) -> None:
         with self._changing():
-            slot = self._slots.get(digest)
-            if drop:
-                self._sizes.pop(digest, None)
-                if (kept := self._kept.pop(digest, None)) is not None:
-                    self._kept_bytes -= kept.size_bytes()
-            if slot is not None:
-                slot.pinned, slot.doomed = False, slot.doomed or drop
-                self._tidy([slot])
+            if (entry := self._entries.get(digest)) is not None:
+                entry.pinned, entry.dropped = False, entry.dropped or drop
+                self._tidy([entry])
             self._advance()
 
     def close(self) -> None:
         """Refuse what waits, and end the threads."""
         with self._changing():
             self._closed = True
-            error = Refused("the server is shutting down", status=503, code="shutting_down")
-            for key, group in list(self._groups.items()):
-                self._leave(key, group, error)
+            for key in list(self._groups):
+                self._leave(key, _shutting_down())
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    # -- what is there -----------------------------------------------------------------------------------------------
+    # -- what is there -------------------------------------------------------------------------------------------------
 
     def stats(self) -> ResidentStats:
         with self._changing():
-            there = [s for s in self._slots.values() if s.thing is not None]
+            there = [e for e in self._entries.values() if e.state == "resident"]
             waiting = sum(len(g.members) for g in self._groups.values())
             return ResidentStats(
-                self.limit, self._bytes, self._kept_bytes, len(there), sum(s.pinned for s in there), waiting,
-                self._hits, self._misses, self._evictions, self._failures, self._loads["disk"], self._loads["memory"],
+                self.limit, self._bytes, len(there), sum(e.pinned for e in there), waiting,
+                self._hits, self._misses, self._evictions, self._failures, self._loads,
             )  # fmt: skip
 
     def resident(self) -> dict[str, int]:
-        """Digest -> bytes of what is prepared, the least recently used first."""
+        """Digest -> bytes of each adapter that is in memory, the least recently used first."""
         with self._changing():
-            there = sorted((s for s in self._slots.values() if s.thing is not None), key=lambda s: s.used)
-            return {s.digest: s.size for s in there}
+            there = [e for e in self._entries.values() if e.state == "resident"]
+            return {e.digest: e.size for e in sorted(there, key=lambda e: e.used)}
 
-    # -- under the lock ----------------------------------------------------------------------------------------------
+    def leases(self) -> dict[str, int]:
+        """Digest -> leases of each adapter that is wanted or in memory."""
+        with self._changing():
+            return {e.digest: e.leases for e in self._entries.values()}
+
+    # -- under the lock ------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -271,228 +258,173 @@ class Residents(Generic[T]):
         for call in calls:
             call()
 
-    def _slot(self, digest: str) -> _Slot[T]:
-        return self._slots.setdefault(digest, _Slot(digest))
+    def _entry(self, digest: str) -> _Entry[T]:
+        return self._entries.setdefault(digest, _Entry(digest))
 
-    def _lease(self, mix: Mix, slots: Iterable[_Slot[T]]) -> Lease[T]:
+    def _lease(self, mix: Mix, entries: Iterable[_Entry[T]]) -> Lease[T]:
         parts = []
-        for (_, strength), slot in zip(mix, slots, strict=True):
-            assert slot.thing is not None
-            slot.refs += 1
-            slot.used = next(self._ticks)
-            parts.append((slot.thing, strength))
+        for (_, strength), entry in zip(mix, entries, strict=True):
+            assert entry.thing is not None
+            entry.leases += 1
+            entry.used = next(self._ticks)
+            parts.append((entry.thing, strength))
         return Lease(mix, tuple(parts), self._release)
 
     def _release(self, mix: Mix) -> None:
         with self._changing():
-            slots = [self._slots[digest] for digest, _ in mix]
-            for slot in slots:
-                slot.refs -= 1
-                slot.used = next(self._ticks)
-            self._tidy(slots)
+            entries = [self._entries[digest] for digest, _ in mix]
+            for entry in entries:
+                entry.leases -= 1
+                entry.used = next(self._ticks)
+            self._tidy(entries)
             if self._groups:
                 self._advance()
 
     def _join(self, mix: Mix, ready: Ready[T]) -> None:
         if self._closed:
-            error = Refused("the server is shutting down", status=503, code="shutting_down")
-            self._calls.append(partial(ready, error))
+            self._calls.append(partial(ready, _shutting_down()))
             return
         key = tuple(digest for digest, _ in mix)
-        group = self._groups.get(key)
-        if group is None:
-            group = self._groups[key] = _Group([self._slot(digest) for digest in key])
-        group.members.append((mix, ready))
+        if key not in self._groups:
+            self._groups[key] = _Group([self._entry(digest) for digest in key])
+        self._groups[key].members.append((mix, ready))
         self._advance()
 
-    def _leave(self, key: tuple[str, ...], group: _Group[T], error: Refused | None = None) -> None:
-        """A group that waits no more, whatever came of it; those of it that still do get the error."""
+    def _leave(self, key: tuple[str, ...], error: Refused | None = None) -> None:
+        """A group waits no more, whatever came of it; those of it that still do get the error."""
+        group = self._groups.pop(key)
         if error is not None:
             self._calls += [partial(ready, error) for _, ready in group.members]
-        del self._groups[key]
-        if group.claimed:
-            for slot in group.slots:
-                slot.refs -= 1
         if group is self._drainer:
             self._drainer = None
-            for slot in self._slots.values():
-                slot.draining = False
-        self._tidy(group.slots)
+            for entry in self._entries.values():
+                entry.draining = False
+        self._tidy(group.entries)
 
     def _advance(self) -> None:
-        """All that can go on as things are now."""
-        staged = sum(s.job == "read" or (s.adapter is not None and not s.held) for s in self._slots.values())
-        first, queue = True, False  # whether no group, and whether one, before this one waits; the latter for memory
+        """All that can go on as things are now: jobs for what is next, memory for whose adapters are loaded."""
+        loaded = sum(e.state in ("loading", "loaded") for e in self._entries.values())
+        first, blocked = True, False  # whether no group waits before this one, and whether one does for memory
         for key, group in list(self._groups.items()):
-            if not group.claimed:
-                new = [s for s in group.slots if not s.held]
-                for slot in new:
-                    if slot.adapter is None and not slot.job and (first or staged < self._ahead):
-                        staged += 1
-                        self._begin(slot)
-                if not new:
-                    group.claimed = not any(s.draining for s in group.slots) or not queue
-                elif not queue and all(s.adapter is not None for s in new):
-                    if error := self._never(group):
-                        self._leave(key, group, error)
-                        continue
-                    group.claimed = self._room(sum(s.size for s in new), group)
-                    queue = not group.claimed
-                    if queue:
-                        self._drain(group)
-                if group.claimed:
-                    self._claim(group, new)
-                first = first and group.claimed
-            if group.claimed and all(s.thing is not None for s in group.slots):
-                self._calls += [partial(ready, self._lease(mix, group.slots)) for mix, ready in group.members]
-                self._leave(key, group)
+            new = [e for e in group.entries if e.state != "resident"]
+            for entry in new:
+                if entry.state == "wanted" and (first or loaded < self._ahead):
+                    loaded += 1
+                    entry.state = "loading"
+                    self._submit(partial(self._load, entry))
+            if all(e.state == "loaded" for e in new):
+                if error := self._too_large(group):
+                    self._leave(key, error)
+                    continue
+                overtakes = not new and not any(e.draining for e in group.entries)
+                if overtakes or (not blocked and self._make_room(new, group)):
+                    self._admit(key, group, new)
+                    continue
+                if not blocked:
+                    self._drain(group, new)
+                blocked = True
+            first = False
 
-    def _claim(self, group: _Group[T], new: list[_Slot[T]]) -> None:
-        for slot in group.slots:
-            slot.refs += 1
-            slot.used = next(self._ticks)
-        for slot in new:
-            self._bytes += slot.size
-            slot.job = "prepare"
-            self._submit(partial(self._make, slot))
+    def _admit(self, key: tuple[str, ...], group: _Group[T], new: list[_Entry[T]]) -> None:
+        for entry in new:
+            self._settle(entry)
+        self._calls += [partial(ready, self._lease(mix, group.entries)) for mix, ready in group.members]
+        self._leave(key)
 
-    def _never(self, group: _Group[T]) -> Refused | None:
+    def _settle(self, entry: _Entry[T]) -> None:
+        entry.state, entry.since = "resident", self._clock()
+        self._bytes += entry.size
+
+    def _too_large(self, group: _Group[T]) -> Refused | None:
         """Why a mix can have no room, however long it waits."""
-        need = sum(s.size for s in group.slots)
-        pinned = sum(s.size for s in self._slots.values() if s.pinned and s not in group.slots)
-        if need + pinned <= self.limit:
-            return None
-        beside = f" beside {pinned:,} of adapters that are pinned" if pinned else ""
-        what = f"too_large: {need:,} bytes{beside}; the limit for adapters in memory is {self.limit:,}"
-        return Refused(what, status=400, code="adapter_unusable")
+        need = sum(e.size for e in group.entries)
+        pinned = sum(e.size for e in self._entries.values() if e.pinned and e not in group.entries)
+        return None if need + pinned <= self.limit else _over_limit(need, pinned, self.limit)
 
-    def _room(self, need: int, group: _Group[T] | None) -> bool:
-        """Evict what is not in use, the least recently used first, if that makes room; else nothing."""
-        free = self.limit - self._bytes
-        if free >= need:
-            return True
-        own = set(group.slots) if group else set()
-        idle = [s for s in self._slots.values() if s.thing is not None and not s.refs and not s.pinned]
-        idle = sorted((s for s in idle if s not in own), key=lambda s: s.used)
-        if free + sum(s.size for s in idle) < need:
+    def _make_room(self, new: Iterable[_Entry[T]], group: _Group[T]) -> bool:
+        """Evict what is not in use, the least recently used first, if that makes room for `new`; else nothing."""
+        need = sum(e.size for e in new) + self._bytes - self.limit
+        idle = [e for e in self._entries.values() if e.state == "resident" and not e.leases and not e.pinned]
+        idle = sorted((e for e in idle if e not in group.entries), key=lambda e: e.used)
+        if need > sum(e.size for e in idle):
             return False
-        for slot in idle:
-            if self.limit - self._bytes >= need:
+        for entry in idle:
+            if need <= 0:
                 break
+            need -= entry.size
             self._evictions += 1
-            self._free(slot)
+            self._free(entry)
         return True
 
-    def _drain(self, group: _Group[T]) -> None:
+    def _drain(self, group: _Group[T], new: Iterable[_Entry[T]]) -> None:
         now = self._clock()
         group.blocked = now if group.blocked is None else group.blocked
         if now - group.blocked < self.patience:
             return
         self._drainer = group
-        need = sum(s.size for s in group.slots if not s.held) - (self.limit - self._bytes)
-        others = [s for s in self._slots.values() if s.thing is not None and not s.pinned and s not in group.slots]
-        for slot in sorted(others, key=lambda s: (not s.draining, s.since)):
+        need = sum(e.size for e in new) + self._bytes - self.limit
+        others = [e for e in self._entries.values() if e.state == "resident" and not e.pinned]
+        for entry in sorted((e for e in others if e not in group.entries), key=lambda e: (not e.draining, e.since)):
             if need <= 0:
                 break
-            slot.draining = True
-            need -= slot.size
+            entry.draining = True
+            need -= entry.size
 
-    def _tidy(self, slots: Iterable[_Slot[T]]) -> None:
-        """Forget slots that nobody needs."""
-        for slot in slots:
-            needed = slot.refs or slot.job or (slot.thing is not None and not slot.doomed)
-            if not needed and not self._wanted(slot):
-                self._free(slot)
+    def _tidy(self, entries: Iterable[_Entry[T]]) -> None:
+        """Forget what nobody needs. What was loaded for those who have left stays where there is room."""
+        for entry in entries:
+            if entry.leases or entry.state == "loading" or self._wanted(entry):
+                continue
+            if entry.state == "loaded" and not entry.dropped and self._bytes + entry.size <= self.limit:
+                self._settle(entry)
+            if entry.state != "resident" or entry.dropped:
+                self._free(entry)
 
-    def _wanted(self, slot: _Slot[T]) -> bool:
-        return any(slot in group.slots for group in self._groups.values())
+    def _wanted(self, entry: _Entry[T]) -> bool:
+        return any(entry in group.entries for group in self._groups.values())
 
-    def _free(self, slot: _Slot[T]) -> None:
-        if slot.thing is not None:
-            self._bytes -= slot.size
-            if self._freed is not None:
-                self._calls.append(partial(self._freed, slot.thing))
-        slot.thing = slot.adapter = None
-        slot.draining = False
-        if not self._wanted(slot):
-            self._slots.pop(slot.digest, None)
+    def _free(self, entry: _Entry[T]) -> None:
+        if entry.state == "resident":
+            self._bytes -= entry.size
+        if entry.thing is not None and self._freed is not None:
+            self._calls.append(partial(self._freed, entry.thing))
+        entry.state, entry.thing, entry.adapter, entry.draining = "wanted", None, None, False
+        if not self._wanted(entry):
+            self._entries.pop(entry.digest, None)
 
     # -- jobs: on the threads ------------------------------------------------------------------------------------------
 
-    def _begin(self, slot: _Slot[T]) -> None:
-        kept = self._kept.get(slot.digest)
-        if kept is not None:
-            self._kept.move_to_end(slot.digest)
-            self._stage(slot, kept, "memory")
-        else:
-            slot.job = "read"
-            self._submit(partial(self._fetch, slot))
-
-    def _stage(self, slot: _Slot[T], adapter: Adapter, source: Literal["disk", "memory"]) -> None:
-        slot.adapter, slot.source = adapter, source
-        slot.size = self._sizes.get(slot.digest) or adapter.size_bytes()
-        if not slot.doomed:
-            self._keep(slot.digest, adapter)
-
-    def _fetch(self, slot: _Slot[T]) -> None:
-        began = self._clock()
+    def _load(self, entry: _Entry[T]) -> None:
+        """A load that fails fails those who wanted it, and nobody else."""
         try:
-            adapter = self._read(slot.digest)
+            adapter, entry.adapter = entry.adapter or self._read(entry.digest), None
+            if (size := adapter.size_bytes()) > self.limit:
+                raise _over_limit(size, 0, self.limit)
+            thing = self._prepare(adapter, entry.digest)
         except Exception as error:
-            self._fail(slot, error)
+            refused = error if isinstance(error, Refused) else fault(f"adapter {entry.digest}", error)
+            with self._changing():
+                self._failures += 1
+                entry.state = "wanted"
+                for key, group in list(self._groups.items()):
+                    if entry in group.entries:
+                        self._leave(key, refused)
+                self._tidy([entry])
+                self._advance()
             return
         with self._changing():
-            slot.job, slot.seconds = "", self._clock() - began
-            self._stage(slot, adapter, "disk")
-            self._tidy([slot])
+            self._loads += 1
+            entry.state, entry.thing = "loaded", thing
+            del thing, adapter
+            self._tidy([entry])
             self._advance()
 
-    def _make(self, slot: _Slot[T]) -> None:
-        began, adapter = self._clock(), slot.adapter
-        assert adapter is not None
-        try:
-            thing = self._prepare(adapter, slot.digest)
-        except Exception as error:
-            self._fail(slot, error)
-            return
-        with self._changing():
-            slot.job = ""
-            self._bytes -= slot.size
-            slot.size = self._sizes[slot.digest] = thing.bytes
-            if self._room(slot.size, None):
-                self._bytes += slot.size
-                slot.thing, slot.adapter, slot.since = thing, None, self._clock()
-                n, seconds = self._loads[slot.source]
-                self._loads[slot.source] = (n + 1, seconds + slot.seconds + slot.since - began)
-                slot.seconds = 0.0
-            else:  # larger than its tensors, and all the rest is in use: its groups go on waiting, better informed
-                for group in self._groups.values():
-                    if group.claimed and slot in group.slots:
-                        group.claimed = False
-                        for own in group.slots:
-                            own.refs -= 1
-            del thing
-            self._tidy([slot])
-            self._advance()
 
-    def _keep(self, digest: str, adapter: Adapter) -> None:
-        if digest in self._kept or adapter.size_bytes() > self.keep_limit:
-            return
-        self._kept[digest] = adapter
-        self._kept_bytes += adapter.size_bytes()
-        while self._kept_bytes > self.keep_limit:
-            self._kept_bytes -= self._kept.popitem(last=False)[1].size_bytes()
+def _shutting_down() -> Refused:
+    return Refused("the server is shutting down", status=503, code="shutting_down")
 
-    def _fail(self, slot: _Slot[T], error: Exception) -> None:
-        """A load that failed fails those who wanted it, and nobody else."""
-        refused = error if isinstance(error, Refused) else fault(f"adapter {slot.digest}", error)
-        with self._changing():
-            self._failures += 1
-            if slot.job == "prepare":
-                self._bytes -= slot.size
-            slot.job, slot.adapter = "", None
-            for key, group in list(self._groups.items()):
-                if slot in group.slots:
-                    self._leave(key, group, refused)
-            self._tidy([slot])
-            self._advance()
+
+def _over_limit(need: int, pinned: int, limit: int) -> Refused:
+    beside = f" beside {pinned:,} of adapters that are pinned" if pinned else ""
+    what = f"too_large: {need:,} bytes{beside}; the limit for adapters in memory is {limit:,}"
+    return Refused(what, status=400, code="adapter_unusable")

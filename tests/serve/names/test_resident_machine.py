@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import weakref
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import ClassVar
 
@@ -20,6 +21,17 @@ from veneer.serve.names.resident import Lease, Residents
 from veneer.serve.request import Refused, make_mix
 
 
+class Freed(list[str]):
+    """What left the memory, checked as it goes."""
+
+    def __init__(self, check: Callable[[str], None]) -> None:
+        self.check = check
+
+    def append(self, digest: str) -> None:
+        self.check(digest)
+        super().append(digest)
+
+
 class Machine(RuleBasedStateMachine):
     """Any sequence of requests, ends, jobs, pins and drops, against what must always hold."""
 
@@ -29,19 +41,17 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.shop = Shop(dict(self.SIZES))
-        self.residents = self.shop.residents(self.LIMIT, keep=2)
+        self.shop.freed = Freed(self.gone)
+        self.residents = self.shop.residents(self.LIMIT)
         self.waiting: list[Asked] = []
         self.running: list[Asked] = []
         self.pinned: set[str] = set()
-        watched = self.residents._free
 
-        def free(slot) -> None:  # type: ignore[no-untyped-def]
-            """What goes is not in use and not pinned; an eviction takes the least recently used."""
-            assert not slot.refs
-            assert not slot.pinned
-            watched(slot)
-
-        self.residents._free = free  # type: ignore[method-assign]
+    def gone(self, digest: str) -> None:
+        """What goes is not in use and not pinned."""
+        used = [r.lease for r in (*self.waiting, *self.running) if r.lease is not None]
+        assert digest not in {thing.name for lease in used for thing, _ in lease.parts}
+        assert digest not in self.pinned
 
     @rule(digests=st.lists(st.sampled_from(sorted(SIZES)), min_size=1, max_size=3, unique=True))
     def ask(self, digests: list[str]) -> None:
@@ -81,13 +91,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(digest=st.sampled_from(["a", "b"]))
     def unpin(self, digest: str) -> None:
-        self.residents.unpin(digest)
         self.pinned.discard(digest)
+        self.residents.unpin(digest)
 
     @rule(digest=st.sampled_from(sorted(SIZES)))
     def drop(self, digest: str) -> None:
-        self.residents.drop(digest)
         self.pinned.discard(digest)
+        self.residents.drop(digest)
 
     @rule(digest=st.sampled_from(sorted(SIZES)), fails=st.booleans())
     def damage(self, digest: str, fails: bool) -> None:
@@ -104,22 +114,20 @@ class Machine(RuleBasedStateMachine):
                 self.running.append(asked)
         there = self.residents.resident()
         stats = self.residents.stats()
-        coming = sum(s.size for s in self.residents._slots.values() if s.job == "prepare")
-        assert stats.bytes == sum(there.values()) + coming <= self.LIMIT * UNIT
-        assert stats.kept_bytes <= 2 * UNIT
+        assert stats.bytes == sum(there.values()) <= self.LIMIT * UNIT
         assert stats.waiting == len(self.waiting)
         used = {d for r in self.running for d, _ in r.mix}
         assert used | self.pinned <= set(there)
-        for digest, slot in self.residents._slots.items():
-            assert slot.refs >= sum(digest in dict(r.mix) for r in self.running)
-            assert slot.digest == digest
-            assert slot.thing is not None or slot.job or self.residents._wanted(slot)
+        wanted = {d for w in self.waiting for d, _ in w.mix}
+        for digest, leases in self.residents.leases().items():
+            assert leases == sum(digest in dict(r.mix) for r in self.running)
+            assert digest in there or digest in wanted or self.shop.jobs
 
     def teardown(self) -> None:
         """When all that runs has ended, all that waits is served."""
-        for digest in self.pinned:
+        pinned, self.pinned = self.pinned, set()
+        for digest in pinned:
             self.residents.unpin(digest)
-        self.pinned.clear()
         for _ in range(500):
             self.shop.run()
             self.sound()
@@ -133,7 +141,7 @@ class Machine(RuleBasedStateMachine):
         for digest in self.SIZES:
             self.residents.drop(digest)
         assert self.residents.stats().bytes == 0
-        assert not self.residents._slots
+        assert not self.residents.leases()
 
 
 TestMachine = Machine.TestCase
