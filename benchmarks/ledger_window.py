@@ -20,12 +20,9 @@ from sqlalchemy import Integer, cast, func, select
 
 from veneer.library.database import reading, write_transaction
 from veneer.serve.request import Usage
-from veneer.serve.tenancy import posting
-from veneer.serve.tenancy.entries import Entry, Line, Owed
-from veneer.serve.tenancy.ledger import Ledger
-from veneer.serve.tenancy.store import Price, Store
-from veneer.serve.tenancy.tables import lines
-from veneer.serve.tenancy.usage import usage
+from veneer.serve.tenancy.ledger import Ledger, post, usage
+from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine, OwedEntry
+from veneer.serve.tenancy.store import Price, Store, line_table
 
 NOW = 1_800_000_000.0
 SERVER = "00000000000000ff"
@@ -72,11 +69,17 @@ def timed(work: Callable[[], Any], times: int = 5) -> str:
 
 def from_lines(store: Store) -> list[Any]:
     """The window of a day as it was added up before."""
-    slot = cast(lines.c.opened / 1440, Integer)
+    slot = cast(line_table.c.opened / 1440, Integer)
     query = (
-        select(lines.c.tenant, lines.c.adapter, slot, func.count(), func.sum(lines.c.prompt + lines.c.completion))
-        .where(lines.c.opened > NOW - 87840, lines.c.server != "other")
-        .group_by(lines.c.tenant, lines.c.adapter, slot)
+        select(
+            line_table.c.tenant,
+            line_table.c.adapter,
+            slot,
+            func.count(),
+            func.sum(line_table.c.prompt + line_table.c.completion),
+        )
+        .where(line_table.c.opened > NOW - 87840, line_table.c.server != "other")
+        .group_by(line_table.c.tenant, line_table.c.adapter, slot)
     )
     with reading(store.engine) as c:
         return list(c.execute(query))
@@ -91,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(asked.at or str(Path(folder) / "t.sqlite"), patience=3600)
         with reading(store.engine) as c:
-            full = c.scalar(select(lines.c.server).limit(1)) is not None
+            full = c.scalar(select(line_table.c.server).limit(1)) is not None
         if not full:
             fill(store, asked.rows)
         if asked.fill:
@@ -108,17 +111,24 @@ def main() -> None:
                 usage(c)
 
         print(f"usage by tenant, adapter, day      {timed(used)}")
-        line = (Line("sha256:d1", "adapter1@1", 1.0, Price(1_000_000, 0, 2_000_000)),)
+        line = (LedgerLine("sha256:d1", "adapter1@1", 1.0, Price(1_000_000, 0, 2_000_000)),)
         count = iter(range(10**9))
 
         def posted(many: int) -> None:
-            owed = [Owed(Entry(f"x{next(count)}", "tenant1", "a", NOW, 9, 9, line), "done", NOW, Usage(9, 0, 9))]
+            owed = [
+                OwedEntry(LedgerEntry(f"x{next(count)}", "tenant1", "a", NOW, 9, 9, line), "done", NOW, Usage(9, 0, 9))
+            ]
             owed += [
-                Owed(Entry(f"x{next(count)}", f"tenant{n % 100}", "a", NOW, 9, 9, line), "done", NOW, Usage(9, 0, 9))
+                OwedEntry(
+                    LedgerEntry(f"x{next(count)}", f"tenant{n % 100}", "a", NOW, 9, 9, line),
+                    "done",
+                    NOW,
+                    Usage(9, 0, 9),
+                )
                 for n in range(many - 1)
             ]
             with write_transaction(store.engine) as c:
-                posting.post(c, SERVER, owed, NOW)
+                post(c, SERVER, owed, NOW)
 
         print(f"posting one request                {timed(lambda: posted(1), 50)}")
         print(f"posting a thousand                 {timed(lambda: posted(1000))}")

@@ -29,7 +29,7 @@ SAYS = {
 
 
 def schema_of(name: str) -> Schema:
-    return ix.INDEX_SCHEMA if name.startswith("index") else store.SCHEMA
+    return ix.INDEX_SCHEMA if name.startswith("index") else store.TENANT_SCHEMA
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -59,7 +59,7 @@ def test_a_database_of_each_earlier_veneer_becomes_what_this_one_makes(where: st
     engine.dispose()
 
 
-@pytest.mark.parametrize("schema", [ix.INDEX_SCHEMA, store.SCHEMA], ids=["index", "tenants"])
+@pytest.mark.parametrize("schema", [ix.INDEX_SCHEMA, store.TENANT_SCHEMA], ids=["index", "tenants"])
 def test_a_new_database_has_the_same_tables_and_needs_no_script(where: str, schema: Schema) -> None:
     engine = open_engine(where, "x")
     bring_up(engine, schema, where)
@@ -78,9 +78,9 @@ def test_many_that_start_at_once_bring_it_up_once(where: str, old: bool) -> None
         engine = open_engine(where, "x")
         try:
             ready.wait()
-            bring_up(engine, store.SCHEMA, where)
+            bring_up(engine, store.TENANT_SCHEMA, where)
             with reading(engine) as c:
-                assert revision(c, store.SCHEMA) == store.SCHEMA.revisions[-1]
+                assert revision(c, store.TENANT_SCHEMA) == store.TENANT_SCHEMA.revisions[-1]
         except BaseException as error:
             failed.append(error)
         finally:
@@ -92,7 +92,7 @@ def test_many_that_start_at_once_bring_it_up_once(where: str, old: bool) -> None
     for thread in threads:
         thread.join()
     assert not failed
-    assert differences(where, store.SCHEMA) == []
+    assert differences(where, store.TENANT_SCHEMA) == []
 
 
 def test_a_database_of_a_later_veneer_is_left_alone(where: str) -> None:

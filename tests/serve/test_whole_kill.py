@@ -26,10 +26,9 @@ from tests.serve.http.toy import free_port, wait_for
 from tests.serve.whole import Shop, asking, make_shop, prompt, said
 from veneer.library.database import reading
 from veneer.serve.tenancy import manage
-from veneer.serve.tenancy.store import Price
-from veneer.serve.tenancy.tables import lines
+from veneer.serve.tenancy.ledger import usage
+from veneer.serve.tenancy.store import Price, line_table
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.serve.tenancy.usage import usage
 
 ROOT = Path(__file__).resolve().parents[2]
 PRICE = Price(150_000, 15_000, 600_000)
@@ -137,7 +136,7 @@ def balance(url: str, seen: Seen) -> dict[str, int]:
 
     def settled() -> bool:  # a server that runs has told its database in a moment
         with reading(tenants.store.engine) as c:
-            rows[:] = c.execute(select(lines)).all()
+            rows[:] = c.execute(select(line_table)).all()
         done = {row.request for row in rows if row.state == "done"}
         return set(seen.answered) <= done and all(row.state != "open" for row in rows)
 

@@ -325,13 +325,13 @@ def usage_(
 ) -> None:
     """What the ledger says: requests, tokens, seconds and cost. `cost` is in millionths in JSON and CSV."""
     from veneer.library.database import reading
-    from veneer.serve.tenancy import usage
+    from veneer.serve.tenancy import ledger
 
     names = [name for name in by.split(",") if name]
     with opened() as store, reading(store.engine) as c:
-        rows = usage.usage(c, by=names, tenant=tenant, adapter=adapter, since=since, until=until)
+        rows = ledger.usage(c, by=names, tenant=tenant, adapter=adapter, since=since, until=until)
     if as_csv:
-        print(usage.as_csv(rows, names), end="")
+        print(ledger.as_csv(rows, names), end="")
     elif as_json:
         print_json({"usage": rows})
     else:
@@ -351,13 +351,13 @@ def audit_(
 ) -> None:
     """Who changed what, the newest first. With --verify: exit code 0 if no line is missing or changed, else 2."""
     from veneer.library.database import reading
-    from veneer.serve.tenancy import audit
+    from veneer.serve.tenancy import manage
 
     with opened() as store, reading(store.engine) as c:
         if not (verify or expect):
-            found = audit.lines(c, what=what, subject=subject, limit=limit)
+            found = manage.audit_lines(c, what=what, subject=subject, limit=limit)
         else:
-            head, count, wrong = audit.faults(c, expect)
+            head, count, wrong = manage.audit_faults(c, expect)
     if verify or expect:
         if as_json:
             print_json({"ok": not wrong, "head": head, "lines": count, "faults": wrong})

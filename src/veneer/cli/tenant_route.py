@@ -34,7 +34,7 @@ def route_set(
     as_json: AsJson = False,
 ) -> None:
     """Point a route to adapters by weight. A user stays with one; moving weights moves as few as can be."""
-    from veneer.serve.tenancy import rollouts
+    from veneer.serve.tenancy import routes
 
     pairs = [
         (name, int(weight) if weight.isdigit() else 0 if weight else 1) for name, _, weight in map(_split, targets)
@@ -43,8 +43,8 @@ def route_set(
         raise typer.BadParameter("weights are whole numbers, 1 or more: support@1=90")
     with opened() as store:
         more: dict[str, Any] = {"tenant": tenant, "fraction": fraction, "check": _kept_in(library, force)}
-        made = rollouts.set_route(store, route, pairs, shadow=shadow, who=who(), **more)
-    print_json(rollouts.shown(made)) if as_json else print(_line(rollouts.shown(made)))
+        made = routes.set_route(store, route, pairs, shadow=shadow, who=who(), **more)
+    print_json(routes.route_shown(made)) if as_json else print(_line(routes.route_shown(made)))
 
 
 def _split(text: str) -> tuple[str, str, str]:
@@ -88,10 +88,10 @@ def _line(shown: dict[str, Any]) -> str:
 @app.command("list", epilog="Example: veneer tenant route list")
 def route_list(as_json: AsJson = False) -> None:
     """Every route and where it leads."""
-    from veneer.serve.tenancy import rollouts
+    from veneer.serve.tenancy import routes
 
     with opened() as store:
-        found = [rollouts.shown(route) for route in store.settings.routes.values()]
+        found = [routes.route_shown(route) for route in store.settings.routes.values()]
     print_json({"routes": found}) if as_json else print("\n".join(map(_line, found)) or "no routes")
 
 
@@ -100,21 +100,21 @@ def route_rollback(
     route: _Route, tenant: _Of = "", library: _Library = None, force: _Force = False, as_json: AsJson = False
 ) -> None:
     """Put back what the route led to before its last move, for the same users, from the next request on."""
-    from veneer.serve.tenancy import rollouts
+    from veneer.serve.tenancy import routes
 
     with opened() as store:
         check = _kept_in(library, force)
-        after = rollouts.shown(rollouts.rollback(store, route, tenant=tenant, who=who(), check=check))
+        after = routes.route_shown(routes.rollback_route(store, route, tenant=tenant, who=who(), check=check))
     print_json(after) if as_json else print(_line(after))
 
 
 @app.command("remove", epilog="Example: veneer tenant route remove support")
 def route_remove(route: _Route, tenant: _Of = "", as_json: AsJson = False) -> None:
     """Take a route away; `rollback` brings it back."""
-    from veneer.serve.tenancy import rollouts
+    from veneer.serve.tenancy import routes
 
     with opened() as store:
-        rollouts.remove(store, route, tenant=tenant, who=who())
+        routes.remove_route(store, route, tenant=tenant, who=who())
     print_json({"removed": route}) if as_json else print(f"removed {route}")
 
 
@@ -122,10 +122,10 @@ def route_remove(route: _Route, tenant: _Of = "", as_json: AsJson = False) -> No
 def route_history(route: _Route, tenant: _Of = "", as_json: AsJson = False) -> None:
     """Every move of a route, the newest first; * is the one that holds."""
     from veneer.library.database import reading
-    from veneer.serve.tenancy import rollouts
+    from veneer.serve.tenancy import routes
 
     with opened() as store, reading(store.engine) as c:
-        found = rollouts.history(c, route, tenant=tenant)
+        found = routes.route_history(c, route, tenant=tenant)
     if as_json:
         print_json({"moves": found})
         return
@@ -142,11 +142,11 @@ def route_shadows(
 ) -> None:
     """How the answers of shadows differed: in sum, then the newest one by one."""
     from veneer.library.database import reading
-    from veneer.serve.tenancy import rollouts
+    from veneer.serve.tenancy import routes
 
     with opened() as store, reading(store.engine) as c:
-        summary = rollouts.shadow_summary(c, route=route)
-        found = rollouts.shadow_log(c, route=route, limit=limit)
+        summary = routes.shadow_summary(c, route=route)
+        found = routes.shadow_log(c, route=route, limit=limit)
     if as_json:
         print_json({"summary": summary, "comparisons": found})
         return

@@ -15,10 +15,10 @@ from tests.serve.http.toy import Live, ToyCatalog, ToyEngine, ToyText, live, wai
 from veneer.library.database import reading
 from veneer.serve.access import Caller, Served
 from veneer.serve.request import Refused, make_mix
-from veneer.serve.tenancy import manage, rollouts
+from veneer.serve.tenancy import manage, routes
+from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import Price
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.serve.tenancy.usage import usage
 
 
 class Shadowed(ToyCatalog):
@@ -70,8 +70,8 @@ def test_shadows_are_counted_summed_up_and_in_the_ledger_as_the_operators(
 
     tenants.ledger.writer.put(lambda c: None).result(10)
     with reading(tenants.store.engine) as c:
-        summary = {r["route"]: r for r in rollouts.shadow_summary(c)}
-        log = rollouts.shadow_log(c)
+        summary = {r["route"]: r for r in routes.shadow_summary(c)}
+        log = routes.shadow_log(c)
     counts = {name: (r["compared"], r["same"], r["different"], r["failed"]) for name, r in summary.items()}
     assert counts == {"stable": (2, 0, 2, 0), "canary": (1, 1, 0, 0), "risky": (1, 0, 0, 1)}
     assert summary["stable"]["shadow_tokens"] == log[-1]["shadow_tokens"] > 0
@@ -129,7 +129,7 @@ def test_a_shadow_that_fails_half_way_is_failed_and_what_it_took_is_paid(
     ask(live_one, key, "stable")
     tenants.ledger.writer.put(lambda c: None).result(10)
     with reading(tenants.store.engine) as c:
-        (row,) = rollouts.shadow_log(c)
+        (row,) = routes.shadow_log(c)
     assert (row["failed"], row["same"], row["first_difference"], row["shadow_tokens"]) == (True, False, None, 2)
 
 
@@ -141,5 +141,5 @@ def test_a_server_that_may_not_answer_a_shadow_says_so(server: tuple[Live, str],
         ask(live_one, key, "stable")
     tenants.ledger.writer.put(lambda c: None).result(10)
     with reading(tenants.store.engine) as c:
-        (r,) = rollouts.shadow_summary(c)
+        (r,) = routes.shadow_summary(c)
     assert (r["compared"], r["different"], r["failed"]) == (2, 1, 1)

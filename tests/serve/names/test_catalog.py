@@ -20,7 +20,7 @@ from veneer.models.text.base import TextBase
 from veneer.serve.access import ANYBODY, Caller
 from veneer.serve.names.resident import Lease
 from veneer.serve.request import Refused
-from veneer.serve.tenancy.names import seeing
+from veneer.serve.tenancy.store import seeing
 
 # -- names -----------------------------------------------------------------------------------------------------------
 

@@ -30,10 +30,10 @@ from veneer.serve.request import Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import ledger as ledger_module
 from veneer.serve.tenancy import manage
+from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.store import Price
-from veneer.serve.tenancy.tables import lines as ledger
+from veneer.serve.tenancy.store import line_table as ledger
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.serve.tenancy.usage import usage
 
 CLIENTS = 16
 PRICE = Price(150_000, 15_000, 600_000)

@@ -33,11 +33,10 @@ from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage
 from veneer.serve.tenancy.admin import admin_router
-from veneer.serve.tenancy.entries import Entry, Line
-from veneer.serve.tenancy.store import Price
-from veneer.serve.tenancy.tables import lines, servers
+from veneer.serve.tenancy.ledger import usage
+from veneer.serve.tenancy.outbox import LedgerEntry, LedgerLine
+from veneer.serve.tenancy.store import Price, line_table, server_table
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.serve.tenancy.usage import usage
 
 ADMIN = "an admin key of some length"
 
@@ -61,7 +60,7 @@ def test_a_part_of_a_mix_costs_its_own_price_whatever_stands_beside_it(tenants: 
     run(ask(tenants, Caller("acme"), "base", took, target="tiny"))
     rows(tenants)
     with reading(tenants.store.engine) as c:
-        kept = {(r.request, r.adapter): (r.digest, r.strength, r.cost) for r in c.execute(select(lines))}
+        kept = {(r.request, r.adapter): (r.digest, r.strength, r.cost) for r in c.execute(select(line_table))}
         whole = {r["tenant"]: (r["requests"], r["prompt"], r["cost"]) for r in usage(c, by=("tenant",))}
         apart = {r["adapter"]: (r["requests"], r["prompt"], r["cost"]) for r in usage(c, by=("adapter",))}
     assert kept == {
@@ -104,7 +103,7 @@ def test_sums_are_exact_in_whole_millionths_however_requests_end(tenants: Tenant
     run(work())
     rows(tenants)
     with reading(tenants.store.engine) as c:
-        every = c.execute(select(lines)).all()
+        every = c.execute(select(line_table)).all()
         by_day, by_adapter = usage(c, by=("day", "tenant")), usage(c, by=("adapter", "day"))
         (total,) = usage(c, by=())
     firsts = [r for r in every if r.part == 0]
@@ -152,7 +151,7 @@ def test_lines_go_after_their_time_and_their_sums_and_windows_stay(tenants: Tena
         assert usage(c) == before
     tenants.ledger.server = "0" * 16  # as another server sees it
     with write_transaction(tenants.store.engine) as c:
-        c.execute(delete(lines))  # a window is never added up from lines
+        c.execute(delete(line_table))  # a window is never added up from lines
     seen = tenants.ledger.seen_elsewhere(86400.0)
     assert [(tenant, adapter, n, tokens) for tenant, adapter, _, n, tokens in seen] == [
         ("acme", "", 3, 6), ("acme", "v1", 3, 6)
@@ -171,7 +170,7 @@ def test_a_server_whose_disk_is_gone_is_interrupted_and_has_the_last_word_if_it_
             assert lost.ledger.flush()
             assert other.ledger.recover() == {"done": 0, "interrupted": 0}  # it was seen a moment ago
             with write_transaction(other.store.engine) as c:
-                c.execute(update(servers).values(seen=servers.c.seen - 601))
+                c.execute(update(server_table).values(seen=server_table.c.seen - 601))
             assert other.ledger.recover() == {"done": 0, "interrupted": 1}
             assert rows(other)["a"].state == "interrupted"
             await bill.used(Usage(4, 0, 2))
@@ -306,11 +305,13 @@ def test_a_full_disk_refuses_who_comes_and_loses_nothing_of_who_is_there(
     assert len(answered) == admitted > 300
     tenants = Tenants(where, ledger=LedgerSettings(folder=quick / "next"), watch=False)
     with reading(tenants.store.engine) as c:
-        assert c.scalar(select(func.count()).select_from(lines)) == 0  # nothing had come so far
+        assert c.scalar(select(func.count()).select_from(line_table)) == 0  # nothing had come so far
     tenants.ledger._folder = folder
     assert tenants.ledger.recover() == {"done": admitted, "interrupted": 0}
     with reading(tenants.store.engine) as c:
-        kept = c.execute(select(lines.c.request, lines.c.state, lines.c.prompt, lines.c.completion)).all()
+        kept = c.execute(
+            select(line_table.c.request, line_table.c.state, line_table.c.prompt, line_table.c.completion)
+        ).all()
     assert sorted(r.request for r in kept) == sorted(answered)
     assert {(r.state, r.prompt, r.completion) for r in kept} == {("done", 7, 5)}
     tenants.close()
@@ -339,8 +340,8 @@ def test_a_request_for_which_there_is_no_room_takes_none_of_its_group_with_it(qu
     tenants.ledger._post_some = lambda: False  # type: ignore[method-assign] # the database is away
     outbox, gate = tenants.ledger.outbox, threading.Event()
 
-    def entry(n: int) -> Entry:
-        return Entry(f"r{n}", "t", "x" * 2000, 0.0, 1, 1, (Line("", "tiny", 1.0, Price()),))
+    def entry(n: int) -> LedgerEntry:
+        return LedgerEntry(f"r{n}", "t", "x" * 2000, 0.0, 1, 1, (LedgerLine("", "tiny", 1.0, Price()),))
 
     n = 0
     while tenants.ledger.open(entry(n)).exception(10) is None:
@@ -436,7 +437,7 @@ def test_a_stopped_postgresql_holds_up_nobody_whose_key_is_known(quick: Path, ca
         assert len(found) == 22 + 300 - len(refusals)
         assert {(r.state, r.prompt, r.completion) for r in found.values()} == {("done", 2, 3)}
         with reading(tenants.store.engine) as c:
-            assert c.scalar(select(func.count()).select_from(lines)) == len(found)
+            assert c.scalar(select(func.count()).select_from(line_table)) == len(found)
             assert usage(c, by=())[0]["done"] == len(found)
         assert caplog.text.count("keeps what it owes until its database answers") == 1
         tenants.close()

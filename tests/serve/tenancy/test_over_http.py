@@ -12,9 +12,8 @@ from tests.serve.whole import make_shop, served
 from veneer.library.database import reading
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage
-from veneer.serve.tenancy.store import Price, Store
-from veneer.serve.tenancy.tables import lines
-from veneer.serve.tenancy.usage import usage
+from veneer.serve.tenancy.ledger import usage
+from veneer.serve.tenancy.store import Price, Store, line_table
 
 ADMIN = "an-admin-key-of-some-length"
 
@@ -64,7 +63,7 @@ def test_no_spelling_of_a_mix_evades_the_price_of_its_parts(tmp_path: Path) -> N
                 total = usage(c, by=())[0]["cost"]
             costs.append(total - sum(costs))
         with reading(store.engine) as c:
-            names = set(c.scalars(select(lines.c.adapter)))
+            names = set(c.scalars(select(line_table.c.adapter)))
             apart = usage(c, by=("adapter",))
         series = server.http.get("/metrics", headers={"authorization": f"Bearer {ADMIN}"}).text
     assert costs == [cost for _, cost in asked]

@@ -16,14 +16,12 @@ from veneer.errors import ConfigError
 from veneer.library.database import reading
 from veneer.serve.access import Caller, Served, Tenancy
 from veneer.serve.request import Refused, Usage
-from veneer.serve.settings import LedgerSettings
-from veneer.serve.tenancy import manage, rollouts
+from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.keys import hash_key, make_key
-from veneer.serve.tenancy.names import seeing
-from veneer.serve.tenancy.store import EACH, NotThere, Price, Store
-from veneer.serve.tenancy.tables import lines
+from veneer.serve.tenancy.ledger import as_csv, usage
+from veneer.serve.tenancy.store import EACH, Price, Store, UnknownName, line_table, seeing
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.serve.tenancy.usage import as_csv, usage
+from veneer.serve.settings import LedgerSettings
 
 ADMIN = "an admin key of some length"
 
@@ -52,7 +50,7 @@ def rows(tenants: Tenants) -> dict[str, Any]:
     """What is in the ledger once everything that came is written."""
     assert tenants.ledger.flush()
     with reading(tenants.store.engine) as c:
-        return {r.request: r for r in c.execute(select(lines).order_by(lines.c.part.desc()))}
+        return {r.request: r for r in c.execute(select(line_table).order_by(line_table.c.part.desc()))}
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
@@ -110,7 +108,7 @@ def test_keys_expire_are_revoked_and_rotated_from_the_next_request_on(tenants: T
     assert sorted(states) == ["expired", "expired", "revoked"]
     with pytest.raises(ConfigError, match="expired already"):
         manage.make_tenant_key(store, "acme", expires=now - 1, who="me", now=now)
-    with pytest.raises(NotThere, match="no key"):
+    with pytest.raises(UnknownName, match="no key"):
         manage.revoke_key(store, row.id, tenant="globex", who="me")
 
 
@@ -118,10 +116,10 @@ def test_another_process_changes_and_this_one_knows_at_the_next_request(tenants:
     other = Store(where)
     manage.add_tenant(other, "acme", who="cli")
     row, key = manage.make_tenant_key(other, "acme", who="cli")
-    rollouts.set_route(other, "support", [("v1", 1)], tenant="acme", who="cli")
-    rollouts.set_route(other, "support", [("v2", 1)], tenant="acme", who="cli")
+    routes.set_route(other, "support", [("v1", 1)], tenant="acme", who="cli")
+    routes.set_route(other, "support", [("v2", 1)], tenant="acme", who="cli")
     assert tenants.rollouts.choose("support", run(tenants.caller(key))) == "v2"
-    rollouts.rollback(other, "support", tenant="acme", who="cli")
+    routes.rollback_route(other, "support", tenant="acme", who="cli")
     assert tenants.rollouts.choose("support", run(tenants.caller(key))) == "v1"
     manage.change_tenant(other, "acme", enabled=False, who="cli")
     assert refused(tenants.caller(key)).status == 401
@@ -174,7 +172,7 @@ def test_a_tenant_sees_its_own_and_what_is_shared(tenants: Tenants) -> None:
     assert manage.let_see(tenants.store, "acme", add=["x"], remove=["acme/*"], who="me") == ("x",)
     assert sees("acme/a")  # a request keeps what it meant when it came in
     assert not run(tenants.caller(key)).sees("acme/a")
-    with pytest.raises(NotThere, match="no pattern"):
+    with pytest.raises(UnknownName, match="no pattern"):
         manage.let_see(tenants.store, "acme", remove=["y"], who="me")
 
 
@@ -189,7 +187,7 @@ def test_no_name_can_escape(quick: Path, name: str) -> None:
     for change in (
         lambda: manage.let_see(store, "", add=[name], who="me"),
         lambda: manage.set_limit(store, "", name or "..", {"concurrency": 1}, who="me"),
-        lambda: rollouts.set_route(store, name, [("v1", 1)], who="me"),
+        lambda: routes.set_route(store, name, [("v1", 1)], who="me"),
     ):
         with pytest.raises(ConfigError):
             change()
@@ -247,7 +245,7 @@ def test_limits_change_under_way_and_hold_for_mixes_and_for_each_tenant(tenants:
     manage.set_limit(store, EACH, "", {"requests_per_minute": None}, who="me")
     store.look()
     run(ask(tenants, Caller("acme"), "7", took))
-    with pytest.raises(NotThere, match="no limit"):
+    with pytest.raises(UnknownName, match="no limit"):
         manage.set_limit(store, "acme", "", {"request_per_minute": 2}, who="me")
     with pytest.raises(ConfigError, match="1 or more"):
         manage.set_limit(store, "acme", "", {"concurrency": 0}, who="me")

@@ -11,12 +11,12 @@ from sqlalchemy import select
 
 from tests.old_databases import made
 from veneer.library.database import reading
-from veneer.serve.settings import LedgerSettings
-from veneer.serve.tenancy.entries import day_of
-from veneer.serve.tenancy.rollouts import Rollouts, shadow_log
-from veneer.serve.tenancy.tables import lines
+from veneer.serve.tenancy.ledger import usage
+from veneer.serve.tenancy.outbox import day_of
+from veneer.serve.tenancy.routes import TenantRoutes, shadow_log
+from veneer.serve.tenancy.store import line_table
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.serve.tenancy.usage import usage
+from veneer.serve.settings import LedgerSettings
 
 LEDGER = (
     "INSERT INTO tenant_ledger (server, request, tenant, name, adapter, opened, closed, day, state, asked_prompt, "
@@ -56,7 +56,7 @@ def test_a_ledger_of_before_keeps_every_figure_and_its_journals_are_settled(
     (folder / f"{SERVER}.1.jsonl").write_text(note.replace('"e"', '"f"')[:40] + "\n" + note[:25])
     tenants = Tenants(where, ledger=LedgerSettings(folder=folder), watch=False)
     with reading(tenants.store.engine) as c:
-        states = {r.request: r.state for r in c.execute(select(lines))}
+        states = {r.request: r.state for r in c.execute(select(line_table))}
         (total,) = usage(c, by=())
         by_adapter = {r["adapter"]: (r["requests"], r["cost"]) for r in usage(c, by=("adapter",))}
         by_tenant = {r["tenant"]: r["cost"] for r in usage(c, by=("tenant",), since="2026-11-25")}
@@ -69,7 +69,7 @@ def test_a_ledger_of_before_keeps_every_figure_and_its_journals_are_settled(
     seen = {(tenant, adapter): n for tenant, adapter, _, n, _ in tenants.ledger.seen_elsewhere(86400.0)}
     assert seen[("acme", "")] == 6  # windows of a day forget nothing
     assert seen[("acme", "big")] == 5
-    Rollouts(tenants.store, tenants.ledger.writer.put).log_shadow(
+    TenantRoutes(tenants.store, tenants.ledger.writer.put).log_shadow(
         "a", request="r", target=("v1", "x", 1, 0.1), shadow=("v2", "y", 1, 0.1), distance=0.5
     ).result(10)
     with reading(tenants.store.engine) as c:

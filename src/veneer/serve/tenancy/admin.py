@@ -25,10 +25,10 @@ from veneer.serve.access import Catalog
 from veneer.serve.http.bodies import BodyRoute
 from veneer.serve.outage import fault, is_outage
 from veneer.serve.request import Refused
-from veneer.serve.tenancy import audit, manage, rollouts
-from veneer.serve.tenancy.store import ALL, Limit, NotThere, Price, Store
+from veneer.serve.tenancy import manage, routes
+from veneer.serve.tenancy.ledger import BY, as_csv, usage
+from veneer.serve.tenancy.store import ALL, Limit, Price, Store, UnknownName
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.serve.tenancy.usage import BY, as_csv, usage
 
 __all__ = ["admin_router"]
 
@@ -217,7 +217,7 @@ def _limits(router: APIRouter, store: Store) -> None:
 def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
     @router.get("/routes")
     def list_routes() -> dict[str, Any]:
-        return {"routes": [rollouts.shown(route) for route in store.look().routes.values()]}
+        return {"routes": [routes.route_shown(route) for route in store.look().routes.values()]}
 
     @router.put("/routes")
     def set_route(body: RouteBody) -> dict[str, Any]:
@@ -228,28 +228,28 @@ def _routes(router: APIRouter, store: Store, catalog: Catalog) -> None:
                 f"{body.route} is the base: no request for it comes to a route", where="route", fix="another name"
             )
         check = None if body.force else catalog.check
-        return rollouts.shown(rollouts.set_route(store, body.route, targets, who=_WHO, check=check, **more))
+        return routes.route_shown(routes.set_route(store, body.route, targets, who=_WHO, check=check, **more))
 
     @router.delete("/routes")
     def remove_route(route: str, tenant: str = ALL) -> dict[str, Any]:
-        rollouts.remove(store, route, tenant=tenant, who=_WHO)
+        routes.remove_route(store, route, tenant=tenant, who=_WHO)
         return {"removed": route, "tenant": tenant}
 
     @router.post("/routes/rollback")
     def rollback(body: RouteName) -> dict[str, Any]:
         check = None if body.force else catalog.check
-        return rollouts.shown(rollouts.rollback(store, body.route, tenant=body.tenant, who=_WHO, check=check))
+        return routes.route_shown(routes.rollback_route(store, body.route, tenant=body.tenant, who=_WHO, check=check))
 
     @router.get("/routes/history")
     def history(route: str, tenant: str = ALL) -> dict[str, Any]:
         with reading(store.engine) as c:
-            return {"moves": rollouts.history(c, route, tenant=tenant)}
+            return {"moves": routes.route_history(c, route, tenant=tenant)}
 
     @router.get("/shadows")
     def shadow_log(route: str = "", limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
         with reading(store.engine) as c:
-            summary = rollouts.shadow_summary(c, route=route)
-            return {"summary": summary, "comparisons": rollouts.shadow_log(c, route=route, limit=limit)}
+            summary = routes.shadow_summary(c, route=route)
+            return {"summary": summary, "comparisons": routes.shadow_log(c, route=route, limit=limit)}
 
 
 def _records(router: APIRouter, store: Store) -> None:
@@ -277,12 +277,12 @@ def _records(router: APIRouter, store: Store) -> None:
         skip: Annotated[int, Query(ge=0)] = 0,
     ) -> dict[str, Any]:
         with reading(store.engine) as c:
-            return {"lines": audit.lines(c, subject=subject, what=what, limit=limit, skip=skip)}
+            return {"lines": manage.audit_lines(c, subject=subject, what=what, limit=limit, skip=skip)}
 
     @router.get("/audit/verify")
     def verify(expect: str = "") -> dict[str, Any]:
         with reading(store.engine) as c:
-            head, count, wrong = audit.faults(c, expect)
+            head, count, wrong = manage.audit_faults(c, expect)
         return {"ok": not wrong, "head": head, "lines": count, "faults": wrong}
 
 
@@ -314,7 +314,7 @@ class _Route(BodyRoute):
                     return _error(
                         told.status, f"{told.what} ({told.fix})" if told.fix else told.what, told.code, told.param
                     )
-                lost = isinstance(error, NotThere)
+                lost = isinstance(error, UnknownName)
                 message = f"{error.what} ({error.fix})" if error.fix else error.what
                 return _error(404 if lost else 400, message, "not_found" if lost else "invalid_request", error.where)
 

@@ -11,41 +11,235 @@ owed, up to its bound, and beyond that nobody is admitted. What "exactly once" m
 request), where a server is one run of one process. Posting sets how far it has come, never adds it a second time, so it
 may be repeated at any point. Outboxes on a disk that is gone: their servers are not seen any more, and what they had
 open is interrupted after ten minutes. Should such a server come back, its word is the last: done replaces interrupted.
+
+Posting says how far a request has come: open, interrupted, done, and never back. What is there already changes nothing.
+Sums by day, and slots of the last minute and day, move in the same transaction by exactly what changed: they are never
+counted from the lines, and cost the same however many of these there are. `usage` asks what was used, by tenant,
+adapter and day, in figures that add up exactly.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import logging
+import re
 import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, literal_column, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Table,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal_column,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import SQLAlchemyError
 
-from veneer.errors import ResourceError
+from veneer.errors import ConfigError, ResourceError, nearest
 from veneer.library.database import reading, write_transaction
 from veneer.serve.access import LedgerState
+from veneer.library.names import name_of
 from veneer.serve.outage import is_outage
 from veneer.serve.request import Refused, Usage
-from veneer.serve.tenancy.entries import Entry, Line, Owed, State, end_text
-from veneer.serve.tenancy.old_journals import settle_old_journals
-from veneer.serve.tenancy.outbox import Outbox, left_behind, outboxes
-from veneer.serve.tenancy.posting import SLOT_WIDTHS, open_entries, post
-from veneer.serve.tenancy.store import Store
-from veneer.serve.tenancy.tables import lines, servers, slots
-from veneer.serve.tenancy.writer import Writer
+from veneer.serve.tenancy.outbox import (
+    EntryState,
+    LedgerEntry,
+    LedgerLine,
+    Outbox,
+    OwedEntry,
+    Writer,
+    day_of,
+    end_text,
+    left_behind,
+    outboxes,
+    settle_old_journals,
+)
+from veneer.serve.tenancy.store import ALL, Price, Store, line_table, server_table, slot_table, sum_table
 
-__all__ = ["Entry", "Ledger", "Line"]
+__all__ = [
+    "BY",
+    "FIGURES",
+    "SLOT_WIDTHS",
+    "Ledger",
+    "LedgerEntry",
+    "LedgerLine",
+    "add_figures",
+    "as_csv",
+    "open_entries",
+    "post",
+    "usage",
+]
+
+_log = logging.getLogger("veneer.serve.tenancy")
+
+# -- from the outbox into the database ---------------------------------------------------------------------------------
+
+
+SLOT_WIDTHS = {1: 60.0, 1440: 86400.0}
+"""Seconds of a slot -> of its window: sixty to a window."""
+_FIGURES = ("prompt", "cached", "completion", "queued", "prefill", "decode")
+Deltas = dict[tuple[Any, ...], list[Any]]
+
+
+def post(c: Connection, server: str, owed: Sequence[OwedEntry], now: float) -> int:
+    """In a transaction. Returns how many requests became done."""
+    if c.dialect.name == "postgresql":  # whoever speaks for a server does so alone; SQLite's write lock is one for all
+        c.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": int(server, 16) - (1 << 63)})
+    known = _known(c, server, [each.entry.request for each in owed])
+    fresh: list[dict[str, Any]] = []
+    changed: list[dict[str, Any]] = []
+    by_day: Deltas = defaultdict(lambda: [0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0])
+    by_slot: Deltas = defaultdict(lambda: [0, 0])
+    done = 0
+    for each in owed:
+        before = known.get(each.entry.request)
+        if before in ("done", each.state) or (before is not None and each.state == "open"):
+            continue
+        known[each.entry.request] = each.state
+        done += each.state == "done"
+        (fresh if before is None else changed).extend(_rows(server, each))
+        _count_day(by_day, each, before)
+        _count_slots(by_slot, server, each, before, now)
+    if fresh:
+        c.execute(insert(line_table), fresh)
+    if changed:
+        c.execute(_CHANGE, [{f"_{name}": row[name] for name in (*_KEY, *_CHANGING)} for row in changed])
+    add_figures(c, sum_table, by_day)
+    add_figures(c, slot_table, by_slot)
+    return done
+
+
+def open_entries(c: Connection, server: str, requests: Iterable[str] | None = None) -> list[LedgerEntry]:
+    """Requests of a server that are open there: all of them, or of these."""
+    here = (line_table.c.server == server) & (line_table.c.state == "open")
+    if requests is not None:
+        here &= line_table.c.request.in_(list(requests))
+    rows = c.execute(select(line_table).where(here).order_by(line_table.c.request, line_table.c.part)).all()
+    found = []
+    for request, parts in groupby(rows, key=lambda row: row.request):
+        listed = list(parts)
+        first = listed[0]
+        own = tuple(
+            LedgerLine(r.digest, r.adapter, r.strength, Price(r.price_prompt, r.price_cached, r.price_completion))
+            for r in listed
+        )
+        asked = (first.asked_prompt, first.asked_completion)
+        found.append(LedgerEntry(request, first.tenant, first.name, first.opened, *asked, own))
+    return found
+
+
+def add_figures(c: Connection, table: Table, deltas: Mapping[tuple[Any, ...], Sequence[Any]]) -> None:
+    """Add figures to the rows of a table by their keys; in the keys' order, so that two who add cannot wait for each
+    other."""
+    if not deltas:
+        return
+    keys = [column.name for column in table.primary_key]
+    figures = [column.name for column in table.columns if column.name not in keys]
+    make = postgresql_insert if c.dialect.name == "postgresql" else sqlite_insert
+    statement = make(table)
+    statement = statement.on_conflict_do_update(
+        index_elements=keys, set_={name: table.c[name] + statement.excluded[name] for name in figures}
+    )
+    rows = [dict(zip((*keys, *figures), (*key, *deltas[key]), strict=True)) for key in sorted(deltas)]
+    c.execute(statement, rows)
+
+
+_KEY = ("server", "request", "part")
+_CHANGING = ("state", "closed", *_FIGURES, "cost")
+_CHANGE = (
+    update(line_table)
+    .where(*(line_table.c[name] == bindparam(f"_{name}") for name in _KEY))
+    .values({name: bindparam(f"_{name}") for name in _CHANGING})
+)
+
+
+def _known(c: Connection, server: str, requests: Sequence[str]) -> dict[str, str]:
+    """Request -> its state, of those that are there."""
+    found: dict[str, str] = {}
+    for i in range(0, len(requests), 500):
+        here = (
+            (line_table.c.server == server) & (line_table.c.part == 0) & line_table.c.request.in_(requests[i : i + 500])
+        )
+        found |= {
+            row.request: row.state for row in c.execute(select(line_table.c.request, line_table.c.state).where(here))
+        }
+    return found
+
+
+def _rows(server: str, owed: OwedEntry) -> list[dict[str, Any]]:
+    entry = owed.entry
+    whole = {
+        "server": server,
+        "request": entry.request,
+        "tenant": entry.tenant,
+        "name": entry.name,
+        "opened": entry.opened,
+        "closed": owed.closed,
+        "day": day_of(entry.opened),
+        "state": owed.state,
+        "asked_prompt": entry.asked_prompt,
+        "asked_completion": entry.asked_completion,
+        **{name: getattr(owed.usage, name) for name in _FIGURES},
+    }
+    return [
+        whole
+        | {"part": part, "digest": line.digest, "adapter": line.adapter, "strength": line.strength, "cost": cost}
+        | {f"price_{name}": getattr(line.price, name) for name in ("prompt", "cached", "completion")}
+        for part, (line, cost) in enumerate(zip(entry.lines, owed.costs(), strict=True))
+    ]
+
+
+def _count_day(by_day: Deltas, owed: OwedEntry, before: str | None) -> None:
+    """The request as a whole, and each of its adapters."""
+    if owed.state == "open":
+        return
+    costs: dict[str, int] = {ALL: sum(owed.costs())}
+    for line, cost in zip(owed.entry.lines, owed.costs(), strict=True):
+        costs[line.adapter] = costs.get(line.adapter, 0) + cost
+    usage: Usage = owed.usage
+    for adapter, cost in costs.items():
+        row = by_day[(day_of(owed.entry.opened), owed.entry.tenant, adapter)]
+        changes = [int(owed.state == "done"), int(owed.state == "interrupted") - int(before == "interrupted")]
+        changes += [getattr(usage, name) for name in _FIGURES]
+        for i, change in enumerate([*changes, cost]):
+            row[i] += change
+
+
+def _count_slots(by_slot: Deltas, server: str, owed: OwedEntry, before: str | None, now: float) -> None:
+    """The request as a whole, and each adapter that a limit may name."""
+    entry = owed.entry
+    tokens = owed.tokens() - (OwedEntry(entry).tokens() if before == "open" else 0)
+    for width, window in SLOT_WIDTHS.items():
+        if entry.opened > now - window - width:
+            for adapter in {ALL, *(name_of(line.adapter) for line in entry.lines)}:
+                row = by_slot[(width, int(entry.opened // width), server, entry.tenant, adapter)]
+                row[0] += before is None
+                row[1] += tokens
+
+
+# -- the ledger --------------------------------------------------------------------------------------------------------
+
 
 _MOST = 1000  # requests in one transaction
 _GONE_SECONDS = 600.0
 _LATE_SECONDS = 2.0
-_log = logging.getLogger("veneer.serve.tenancy")
 
 
 class Ledger:
@@ -73,7 +267,7 @@ class Ledger:
         self._sender = threading.Thread(target=self._send, name="veneer-ledger", daemon=True)
         self._sender.start()
 
-    def open(self, entry: Entry) -> Future[None]:
+    def open(self, entry: LedgerEntry) -> Future[None]:
         """The future's result comes when the outbox has it. Its exception is Refused: 400 where a request of that id is
         there, 503 where no more can be kept."""
         opened: Future[None] = Future()
@@ -113,7 +307,7 @@ class Ledger:
         """The request ended, and nobody said what it took."""
         return self._end(request, "interrupted", Usage(0, 0, 0))
 
-    def _end(self, request: str, state: State, usage: Usage) -> Future[None]:
+    def _end(self, request: str, state: EntryState, usage: Usage) -> Future[None]:
         now = self.wall()
         self._ended.setdefault(request, now)
         kept = self.outbox.settle(request, end_text(state, now, usage))
@@ -155,7 +349,7 @@ class Ledger:
                 self._ended.pop(each.entry.request, None)
         return True
 
-    def _post(self, server: str, owed: list[Owed]) -> int:
+    def _post(self, server: str, owed: list[OwedEntry]) -> int:
         """All in one transaction; where one of them cannot be posted, the others without it."""
         try:
             with write_transaction(self.store.engine) as c:
@@ -197,15 +391,21 @@ class Ledger:
         for server, notes in settle_old_journals(self._folder):
             with write_transaction(self.store.engine) as c:
                 entries = {entry.request: entry for entry in open_entries(c, server, notes)}
-                owed = [Owed(entries[r], "done", closed, usage) for r, (closed, usage) in notes.items() if r in entries]
+                owed = [
+                    OwedEntry(entries[r], "done", closed, usage) for r, (closed, usage) in notes.items() if r in entries
+                ]
                 counts["done"] += post(c, server, owed, self.wall())
             counts["interrupted"] += self._interrupt_all(server)
-        seen = select(servers.c.server).where(servers.c.seen > _now(self.store) - _GONE_SECONDS)
+        seen = select(server_table.c.server).where(server_table.c.seen > _now(self.store) - _GONE_SECONDS)
         with reading(self.store.engine) as c:
             gone = list(
                 c.scalars(
-                    select(lines.c.server)
-                    .where(lines.c.state == "open", lines.c.server != self.server, lines.c.server.not_in(seen))
+                    select(line_table.c.server)
+                    .where(
+                        line_table.c.state == "open",
+                        line_table.c.server != self.server,
+                        line_table.c.server.not_in(seen),
+                    )
                     .distinct()
                 )
             )
@@ -231,32 +431,34 @@ class Ledger:
         with write_transaction(self.store.engine) as c:
             owed = [self._interrupted(entry) for entry in open_entries(c, server)]
             post(c, server, owed, self.wall())
-            c.execute(delete(servers).where(servers.c.server == server))
+            c.execute(delete(server_table).where(server_table.c.server == server))
         return len(owed)
 
-    def _interrupted(self, entry: Entry) -> Owed:
-        return Owed(entry, "interrupted", self.wall())
+    def _interrupted(self, entry: LedgerEntry) -> OwedEntry:
+        return OwedEntry(entry, "interrupted", self.wall())
 
     # -- upkeep --------------------------------------------------------------------------------------------------------
 
     def beat(self) -> None:
         """This server is there. To be called more often than every ten minutes."""
         with write_transaction(self.store.engine) as c:
-            c.execute(delete(servers).where(servers.c.server == self.server))
-            c.execute(insert(servers), {"server": self.server, "seen": c.scalar(select(_now(self.store)))})
+            c.execute(delete(server_table).where(server_table.c.server == self.server))
+            c.execute(insert(server_table), {"server": self.server, "seen": c.scalar(select(_now(self.store)))})
 
     def prune(self, days: float, most: int = 10_000) -> int:
         """Delete lines that are older, and slots that no window needs; sums stay. Returns how many lines went."""
         before, gone = self.wall() - days * 86400, 0
-        old = (lines.c.opened < before) & (lines.c.state != "open")
+        old = (line_table.c.opened < before) & (line_table.c.state != "open")
         while True:
             with write_transaction(self.store.engine) as c:
-                last = c.scalar(select(lines.c.opened).where(old).order_by(lines.c.opened).offset(most).limit(1))
-                here = old if last is None else old & (lines.c.opened <= last)
-                gone += c.execute(delete(lines).where(here)).rowcount
+                last = c.scalar(
+                    select(line_table.c.opened).where(old).order_by(line_table.c.opened).offset(most).limit(1)
+                )
+                here = old if last is None else old & (line_table.c.opened <= last)
+                gone += c.execute(delete(line_table).where(here)).rowcount
                 for width, window in SLOT_WIDTHS.items():
                     late = int((self.wall() - window) // width) - 1
-                    c.execute(delete(slots).where(slots.c.width == width, slots.c.slot < late))
+                    c.execute(delete(slot_table).where(slot_table.c.width == width, slot_table.c.slot < late))
             if last is None:
                 return gone
 
@@ -265,7 +467,7 @@ class Ledger:
     ) -> list[tuple[str, str, float, int, int]]:
         """What other servers, and this one's earlier runs, admitted in the last `window` seconds, in sixty slots:
         (tenant, adapter or "" for whole requests, seconds ago, requests, tokens). `adapters`: of these alone."""
-        now, s = self.wall(), slots.c
+        now, s = self.wall(), slot_table.c
         (width,) = (w for w, seconds in SLOT_WIDTHS.items() if seconds == window)
         query = (
             select(s.tenant, s.adapter, s.slot, func.sum(s.requests).label("n"), func.sum(s.tokens).label("tokens"))
@@ -296,7 +498,7 @@ class Ledger:
     def _leave(self) -> bool:
         try:
             with write_transaction(self.store.engine) as c:
-                c.execute(delete(servers).where(servers.c.server == self.server))
+                c.execute(delete(server_table).where(server_table.c.server == self.server))
         except (SQLAlchemyError, ResourceError):
             return False
         return not self.outbox.take(1)
@@ -307,3 +509,79 @@ def _now(store: Store) -> ColumnElement[float]:
     if store.engine.dialect.name == "postgresql":
         return literal_column("EXTRACT(EPOCH FROM clock_timestamp())::float")
     return literal_column("(julianday('now') - 2440587.5) * 86400.0")
+
+
+# -- what was used -----------------------------------------------------------------------------------------------------
+
+
+BY = ("tenant", "adapter", "day")
+FIGURES = (
+    "requests", "done", "interrupted", "open", "prompt", "cached", "completion", "queued", "prefill", "decode", "cost",
+)  # fmt: skip
+"""`requests` is done + interrupted + open; tokens, seconds and cost (in millionths) are of those that are done. Where
+adapters are told apart, a request counts for each adapter of its mix, with all of its tokens and with that adapter's
+own cost; so costs add up to the whole, in whole millionths, and the others do where nothing was mixed."""
+_SECONDS = ("queued", "prefill", "decode")
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
+
+
+def usage(
+    c: Connection,
+    *,
+    by: Sequence[str] = BY,
+    tenant: str | None = None,
+    adapter: str | None = None,
+    since: str = "",
+    until: str = "",
+) -> list[dict[str, Any]]:
+    """A row for each combination of `by`, in its order; () for one row of everything. `since`, `until`: days in UTC,
+    both included, when requests were admitted."""
+    for name in by:
+        if name not in BY:
+            near = nearest(name, BY)
+            fix = f"did you mean {near[0]}?" if near else f"of {', '.join(BY)}"
+            raise ConfigError(f"usage cannot be counted by {name!r}", where="by", fix=fix)
+    apart = "adapter" in by or adapter is not None
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def ask(table: Table, columns: dict[str, Any], *also: Any) -> None:
+        t = table.c
+        kept = [t[name] for name in by]
+        query = select(*kept, *columns.values()).where(*also).group_by(*kept)
+        if tenant is not None:
+            query = query.where(t.tenant == tenant)
+        if adapter is not None:  # a name stands for all its versions
+            query = query.where((t.adapter == adapter) | t.adapter.startswith(f"{adapter}@", autoescape=True))
+        for name, value in (("since", since), ("until", until)):
+            if value:
+                if not _DAY.fullmatch(value):
+                    raise ConfigError(f"{value!r} is no day", where=name, fix="as in 2026-11-25, in UTC")
+                query = query.where(t.day >= value if name == "since" else t.day <= value)
+        for row in c.execute(query):
+            kind = found.setdefault(tuple(row[: len(by)]), dict.fromkeys(FIGURES, 0))
+            for name, value in zip(columns, row[len(by) :], strict=True):
+                kind[name] += float(value or 0) if name in _SECONDS else int(value or 0)
+
+    # PostgreSQL sums bigint as numeric, exactly; SQLite as 64-bit integers, or it raises.
+    summed = {name: func.sum(sum_table.c[name]) for name in FIGURES if name not in ("requests", "open")}
+    ask(sum_table, summed, sum_table.c.adapter != ALL if apart else sum_table.c.adapter == ALL)
+    ask(line_table, {"open": func.count()}, line_table.c.state == "open", *(() if apart else (line_table.c.part == 0,)))
+    out = []
+    for key in sorted(found) if by or found else [()]:
+        figures = found.get(key) or dict.fromkeys(FIGURES, 0)
+        figures["requests"] = figures["done"] + figures["interrupted"] + figures["open"]
+        figures |= {name: float(figures[name]) for name in _SECONDS}
+        out.append({**dict(zip(by, key, strict=True)), **figures})
+    return out
+
+
+def as_csv(rows: Sequence[dict[str, Any]], by: Sequence[str] = BY) -> str:
+    """With a header; names that a spreadsheet would take for a formula are quoted."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*by, *FIGURES], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {k: f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "-", "@") else v for k, v in row.items()}
+        )
+    return text.getvalue()

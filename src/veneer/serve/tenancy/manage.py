@@ -2,14 +2,23 @@
 
 Each function checks, changes, and writes the audit line, in one transaction. `who` is whoever asked: `cli:ana`,
 `admin`. Raises ConfigError for what is not there (with the nearest that is), is there already, or cannot be.
+
+The audit log: who changed what, when, from what to what; each line carries the hash of the line before it.
+
+    hash = sha256(number, at, who, what, subject, before, after, previous), as one JSON list
+
+A line that was changed, removed or put in between breaks the chain at its number, and the database itself refuses to
+change or delete lines. Lines cut off at the end break nothing that is still there: keep the head (`veneer tenant audit
+--verify` prints it) somewhere else from time to time, and give it back with `--expect`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -18,28 +27,128 @@ from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from veneer.errors import ConfigError
 from veneer.library.names import name_of
-from veneer.serve.tenancy import audit
-from veneer.serve.tenancy import store as st
 from veneer.serve.tenancy.keys import hash_key, make_key
-from veneer.serve.tenancy.names import check_pattern, check_reference, check_tenant
 from veneer.serve.tenancy.store import (
     ALL,
+    COMMON,
     EACH,
     LIMITS,
     KeyRow,
     Limit,
-    NotThere,
     Price,
     Store,
     Tenant,
+    UnknownName,
+    alias_table,
+    audit_table,
+    check_pattern,
+    check_reference,
+    check_tenant,
+    grant_table,
+    key_table,
+    limit_table,
+    meta_table,
     missing,
+    move_table,
+    price_table,
     tenant_row,
+    tenant_table,
 )
 
 __all__ = [
-    "add_tenant", "change_tenant", "get_tenant", "let_see", "list_keys", "make_tenant_key", "note", "remove_tenant",
-    "revoke_key", "rotate_key", "set_limit", "set_price", "share_prefixes", "show_key", "when",
-]  # fmt: skip
+    "FIRST_HASH",
+    "add_tenant",
+    "append_audit",
+    "audit_faults",
+    "audit_lines",
+    "change_tenant",
+    "get_tenant",
+    "let_see",
+    "list_keys",
+    "make_tenant_key",
+    "note",
+    "remove_tenant",
+    "revoke_key",
+    "rotate_key",
+    "set_limit",
+    "set_price",
+    "share_prefixes",
+    "show_key",
+    "when",
+]
+
+# -- the audit log -----------------------------------------------------------------------------------------------------
+
+
+FIRST_HASH = "0" * 64
+"""What the first line names as the hash before it."""
+
+
+def append_audit(c: Connection, who: str, what: str, subject: str, before: Any, after: Any) -> str:
+    """Add a line within a transaction of `Store.change`, so that lines follow one another. Returns its hash, the head.
+    `before` and `after`: anything that JSON can say; None for what was not or is no longer there."""
+    last = c.execute(
+        select(audit_table.c.number, audit_table.c.hash).order_by(audit_table.c.number.desc()).limit(1)
+    ).first()
+    line = {
+        "number": last.number + 1 if last else 1,
+        "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "who": who,
+        "what": what,
+        "subject": subject,
+        "before": _json(before),
+        "after": _json(after),
+        "previous": last.hash if last else FIRST_HASH,
+    }
+    line["hash"] = _hash(line)
+    c.execute(insert(audit_table), line)
+    return str(line["hash"])
+
+
+def audit_lines(
+    c: Connection, *, subject: str = "", what: str = "", limit: int = 100, skip: int = 0
+) -> list[dict[str, Any]]:
+    """The newest first. `what`: the action, or its beginning: key, key.revoke."""
+    query = select(audit_table).order_by(audit_table.c.number.desc()).limit(limit).offset(skip)
+    if subject:
+        query = query.where(audit_table.c.subject == subject)
+    if what:
+        query = query.where((audit_table.c.what == what) | audit_table.c.what.startswith(f"{what}.", autoescape=True))
+    found = [dict(row._mapping) for row in c.execute(query)]
+    return [line | {side: json.loads(line[side]) for side in ("before", "after")} for line in found]
+
+
+def audit_faults(c: Connection, expect: str = "") -> tuple[str, int, list[str]]:
+    """(head, lines, what is wrong with them) after reading the whole log. `expect`: a head that was seen earlier and
+    has to be the hash of one of the lines."""
+    previous, number, seen = FIRST_HASH, 0, expect in ("", FIRST_HASH)
+    wrong = []
+    for line in _all(c):
+        if line["number"] != number + 1:
+            wrong.append(f"lines {number + 1} to {line['number'] - 1} are missing")
+        elif line["previous"] != previous:
+            wrong.append(f"line {line['number']} does not follow the one before it")
+        if line["hash"] != _hash(line):
+            wrong.append(f"line {line['number']} was changed")
+        previous, number = line["hash"], line["number"]
+        seen = seen or previous == expect
+    if not seen:
+        wrong.append(f"no line has the hash {expect}: lines at the end are missing, or all were written anew")
+    return previous, number, wrong
+
+
+def _all(c: Connection) -> Iterator[dict[str, Any]]:
+    for row in c.execution_options(yield_per=1000).execute(select(audit_table).order_by(audit_table.c.number)):
+        yield dict(row._mapping)
+
+
+def _hash(line: dict[str, Any]) -> str:
+    names = ("number", "at", "who", "what", "subject", "before", "after", "previous")
+    return hashlib.sha256(json.dumps([line[n] for n in names], ensure_ascii=False).encode()).hexdigest()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 # -- tenants -----------------------------------------------------------------------------------------------------------
@@ -61,12 +170,12 @@ def add_tenant(
     patterns = sorted({check_pattern(p) for p in adapters})
     made = Tenant(name, float(weight), True, time.time() if now is None else now, tuple(patterns))
     with store.change() as c:
-        if c.scalar(select(st.tenants.c.name).where(st.tenants.c.name == name)):
+        if c.scalar(select(tenant_table.c.name).where(tenant_table.c.name == name)):
             raise ConfigError(f"there is a tenant {name} already", where="tenant")
-        c.execute(insert(st.tenants), {"name": name, "weight": made.weight, "enabled": True, "created": made.created})
+        c.execute(insert(tenant_table), {"name": name, "weight": made.weight, "enabled": True, "created": made.created})
         for pattern in patterns:
-            c.execute(insert(st.grants), {"tenant": name, "pattern": pattern})
-        audit.append(c, who, "tenant.add", name, None, _shown(made))
+            c.execute(insert(grant_table), {"tenant": name, "pattern": pattern})
+        append_audit(c, who, "tenant.add", name, None, _shown(made))
     return made
 
 
@@ -82,8 +191,8 @@ def change_tenant(
     with store.change() as c:
         before = tenant_row(c, name)
         if values:
-            c.execute(update(st.tenants).where(st.tenants.c.name == name).values(**values))
-        audit.append(c, who, "tenant.change", name, {k: before[k] for k in values}, values)
+            c.execute(update(tenant_table).where(tenant_table.c.name == name).values(**values))
+        append_audit(c, who, "tenant.change", name, {k: before[k] for k in values}, values)
     return get_tenant(store, name)
 
 
@@ -92,10 +201,10 @@ def remove_tenant(store: Store, name: str, *, who: str) -> None:
     log."""
     with store.change() as c:
         before = tenant_row(c, name)
-        for table in (st.grants, st.limits, st.prices, st.aliases, st.moves, st.keys):
+        for table in (grant_table, limit_table, price_table, alias_table, move_table, key_table):
             c.execute(delete(table).where(table.c.tenant == name))
-        c.execute(delete(st.tenants).where(st.tenants.c.name == name))
-        audit.append(c, who, "tenant.remove", name, before, None)
+        c.execute(delete(tenant_table).where(tenant_table.c.name == name))
+        append_audit(c, who, "tenant.remove", name, before, None)
 
 
 def let_see(
@@ -106,15 +215,15 @@ def let_see(
     with store.change() as c:
         if tenant != ALL:
             tenant_row(c, tenant)
-        before = list(c.scalars(select(st.grants.c.pattern).where(st.grants.c.tenant == tenant)))
+        before = list(c.scalars(select(grant_table.c.pattern).where(grant_table.c.tenant == tenant)))
         for pattern in fewer:
             if pattern not in before:
                 raise missing("pattern", pattern, before)
         after = sorted({*before, *more} - set(fewer))
-        c.execute(delete(st.grants).where(st.grants.c.tenant == tenant))
+        c.execute(delete(grant_table).where(grant_table.c.tenant == tenant))
         for pattern in after:
-            c.execute(insert(st.grants), {"tenant": tenant, "pattern": pattern})
-        audit.append(c, who, "adapters.change", tenant or "everybody", sorted(before), after)
+            c.execute(insert(grant_table), {"tenant": tenant, "pattern": pattern})
+        append_audit(c, who, "adapters.change", tenant or "everybody", sorted(before), after)
     return tuple(after)
 
 
@@ -123,15 +232,15 @@ def share_prefixes(store: Store, *, add: Iterable[str] = (), remove: Iterable[st
     begin alike. Whoever shares it can find out by a prompt of its own what others have asked. Returns them."""
     more, fewer = sorted({check_pattern(p) for p in add}), sorted(set(remove))
     with store.change() as c:
-        row = c.scalar(select(st.meta.c.value).where(st.meta.c.key == st.COMMON))
+        row = c.scalar(select(meta_table.c.value).where(meta_table.c.key == COMMON))
         before: list[str] = json.loads(row or "[]")
         for pattern in fewer:
             if pattern not in before:
                 raise missing("pattern", pattern, before)
         after = sorted({*before, *more} - set(fewer))
-        c.execute(delete(st.meta).where(st.meta.c.key == st.COMMON))
-        c.execute(insert(st.meta), {"key": st.COMMON, "value": json.dumps(after)})
-        audit.append(c, who, "cache.change", "everybody", before, after)
+        c.execute(delete(meta_table).where(meta_table.c.key == COMMON))
+        c.execute(insert(meta_table), {"key": COMMON, "value": json.dumps(after)})
+        append_audit(c, who, "cache.change", "everybody", before, after)
     return tuple(after)
 
 
@@ -145,7 +254,7 @@ def make_tenant_key(
     with store.change() as c:
         tenant_row(c, tenant)
         made, key = _new_key(c, tenant, label, expires, time.time() if now is None else now)
-        audit.append(c, who, "key.add", tenant, None, show_key(made))
+        append_audit(c, who, "key.add", tenant, None, show_key(made))
     return made, key
 
 
@@ -161,9 +270,9 @@ def revoke_key(store: Store, key: str, *, tenant: str | None = None, who: str, n
     with store.change() as c:
         before = _key(c, key, tenant)
         revoked = before.revoked if before.revoked is not None else (time.time() if now is None else now)
-        c.execute(update(st.keys).where(st.keys.c.id == key).values(revoked=revoked))
+        c.execute(update(key_table).where(key_table.c.id == key).values(revoked=revoked))
         after = KeyRow(**{**asdict(before), "revoked": revoked})
-        audit.append(c, who, "key.revoke", before.tenant, show_key(before), show_key(after))
+        append_audit(c, who, "key.revoke", before.tenant, show_key(before), show_key(after))
     return after
 
 
@@ -182,9 +291,9 @@ def rotate_key(
         life = None if before.expires is None else at + (before.expires - before.created)
         made, secret = _new_key(c, before.tenant, before.label, life, at)
         ends = at + grace if before.expires is None else min(at + grace, before.expires)
-        c.execute(update(st.keys).where(st.keys.c.id == key).values(expires=ends))
+        c.execute(update(key_table).where(key_table.c.id == key).values(expires=ends))
         old = KeyRow(**{**asdict(before), "expires": ends})
-        audit.append(c, who, "key.rotate", before.tenant, show_key(before), [show_key(old), show_key(made)])
+        append_audit(c, who, "key.rotate", before.tenant, show_key(before), [show_key(old), show_key(made)])
     return made, secret
 
 
@@ -200,14 +309,14 @@ def _new_key(c: Connection, tenant: str, label: str, expires: float | None, now:
         raise ConfigError("the label is longer than 200 characters", where="label")
     identity, key = make_key()
     made = KeyRow(identity, tenant, hash_key(key), label, now, expires, None)
-    c.execute(insert(st.keys), asdict(made))
+    c.execute(insert(key_table), asdict(made))
     return made, key
 
 
 def _key(c: Connection, key: str, tenant: str | None) -> KeyRow:
-    row = c.execute(select(st.keys).where(st.keys.c.id == key)).first()
+    row = c.execute(select(key_table).where(key_table.c.id == key)).first()
     if row is None or tenant not in (None, row.tenant):
-        raise NotThere(f"there is no key {key[:20]!r}", where="key", fix="its id: veneer tenant key list")
+        raise UnknownName(f"there is no key {key[:20]!r}", where="key", fix="its id: veneer tenant key list")
     return KeyRow(**row._mapping)
 
 
@@ -230,7 +339,7 @@ def set_limit(store: Store, tenant: str, adapter: str, values: Mapping[str, int 
         after = {name: (before or {}).get(name) for name in LIMITS} | dict(values)
         return after if any(v is not None for v in after.values()) else None
 
-    after = _replace(store, st.limits, scope, changed, "limit", who)
+    after = _replace(store, limit_table, scope, changed, "limit", who)
     return None if after is None else Limit(**after)
 
 
@@ -241,7 +350,7 @@ def set_price(store: Store, tenant: str, adapter: str, price: Price | None, *, w
             if not 0 <= value <= 10**12:
                 raise ConfigError(f"the price is {value}", where=name, fix="millionths for a million tokens, 0 or more")
     after = _replace(
-        store, st.prices, _scope(tenant, adapter), lambda _: asdict(price) if price else None, "price", who
+        store, price_table, _scope(tenant, adapter), lambda _: asdict(price) if price else None, "price", who
     )
     return None if after is None else Price(**after)
 
@@ -277,7 +386,7 @@ def _replace(
         if after is not None:
             c.execute(insert(table), {**scope, **after})
         subject = f"{scope['tenant'] or 'all'}/{scope['adapter'] or 'all'}"
-        audit.append(c, who, f"{what}.set", subject, before, after)
+        append_audit(c, who, f"{what}.set", subject, before, after)
     return after
 
 
@@ -287,7 +396,7 @@ def _replace(
 def note(store: Store, who: str, what: str, subject: str, before: Any = None, after: Any = None) -> None:
     """An audit line for what is changed elsewhere: adapter.load, adapter.unload."""
     with store.change() as c:
-        audit.append(c, who, what, subject, before, after)
+        append_audit(c, who, what, subject, before, after)
 
 
 def when(text: str, now: float) -> float:

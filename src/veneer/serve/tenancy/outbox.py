@@ -3,6 +3,10 @@ away.
 
     FOLDER/SERVER.sqlite     a row for each request from its admission until the ledger's database has its end
 
+An entry is a request as the ledger knows it: what was asked when it was admitted, a line for each part of its mix, and
+how it ended. A part's price is its own, whatever stands beside it: each line has its adapter's price for all of the
+request's tokens, and the request costs the sum of its lines.
+
 SQLite keeps it (a write-ahead log, one file for one run of one process), and SQLite's own lock says whether that
 process lives: it is held from the first statement to the last, and falls with the process at any death. What is
 unlocked there was left behind; whoever starts next on the folder settles it.
@@ -18,22 +22,213 @@ end of a request that was admitted can be written; where there is no room for on
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import logging
 import os
+import queue
 import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 from veneer.errors import ResourceError
-from veneer.serve.tenancy.entries import Entry, Owed, entry_of, entry_text, owed_of
-from veneer.serve.tenancy.writer import Writer
+from veneer.serve.outage import is_outage
+from veneer.serve.request import Usage
+from veneer.serve.tenancy.store import Price
 
-__all__ = ["NoRoom", "Outbox", "left_behind", "outboxes"]
+__all__ = [
+    "EntryState",
+    "LedgerEntry",
+    "LedgerLine",
+    "NoRoom",
+    "Outbox",
+    "OwedEntry",
+    "Writer",
+    "day_of",
+    "end_text",
+    "entry_of",
+    "entry_text",
+    "left_behind",
+    "outboxes",
+    "owed_of",
+    "settle_old_journals",
+]
+
+_log = logging.getLogger("veneer.serve.tenancy")
+
+# -- a request as the ledger knows it ----------------------------------------------------------------------------------
+
+
+EntryState = Literal["open", "done", "interrupted"]
+_NOTHING = Usage(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class LedgerLine:
+    """One part of a mix. `digest` "": the base. `adapter`: what the operator calls it."""
+
+    digest: str
+    adapter: str
+    strength: float
+    price: Price
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """What is known of a request when it is admitted. `name`: the client's word for its mix."""
+
+    request: str
+    tenant: str
+    name: str
+    opened: float
+    asked_prompt: int
+    asked_completion: int
+    lines: tuple[LedgerLine, ...]
+
+
+@dataclass(frozen=True)
+class OwedEntry:
+    """A request and how far it came; `usage` is there where it is done."""
+
+    entry: LedgerEntry
+    state: EntryState = "open"
+    closed: float | None = None
+    usage: Usage = _NOTHING
+
+    def costs(self) -> list[int]:
+        """Of each line, in millionths; 0 unless it is done."""
+        took = (self.usage.prompt, self.usage.cached, self.usage.completion)
+        return [line.price.cost(*took) if self.state == "done" else 0 for line in self.entry.lines]
+
+    def tokens(self) -> int:
+        """What counts in a window of tokens."""
+        if self.state == "open":
+            return self.entry.asked_prompt + self.entry.asked_completion
+        return self.usage.prompt + self.usage.completion
+
+
+def day_of(opened: float) -> str:
+    """In UTC, as 2026-11-25."""
+    return datetime.fromtimestamp(opened, UTC).strftime("%Y-%m-%d")
+
+
+def entry_text(entry: LedgerEntry) -> str:
+    return json.dumps(asdict(entry), ensure_ascii=False, separators=(",", ":"))
+
+
+def entry_of(text: str) -> LedgerEntry:
+    found: dict[str, Any] = json.loads(text)
+    lines = tuple(LedgerLine(**{**line, "price": Price(**line["price"])}) for line in found.pop("lines"))
+    return LedgerEntry(**found, lines=lines)
+
+
+def end_text(state: EntryState, closed: float, usage: Usage) -> str:
+    return json.dumps([state, closed, *asdict(usage).values()], separators=(",", ":"))
+
+
+def owed_of(entry: LedgerEntry, end: str) -> OwedEntry:
+    """`end`: of `end_text`; blank where the request is open."""
+    if not end.strip():
+        return OwedEntry(entry)
+    state, closed, *usage = json.loads(end)
+    return OwedEntry(entry, state, closed, Usage(*usage))
+
+
+# -- one thread that commits in groups ---------------------------------------------------------------------------------
+
+
+_MOST = 1000  # jobs in one transaction
+
+C = TypeVar("C")
+
+
+@dataclass(eq=False)
+class _Job(Generic[C]):
+    """`write` is called in a transaction, perhaps several times, of which one is committed; so it must be idempotent.
+    `done`: after the commit; or with the error that kept it from being committed."""
+
+    write: Callable[[C], Any]
+    done: Future[Any] = field(default_factory=Future)
+
+
+class Writer(Generic[C]):
+    """Call `put` from any thread; jobs are committed in the order they came. `transaction`: gives what they write with,
+    and commits at its end."""
+
+    def __init__(self, transaction: Callable[[], AbstractContextManager[C]], name: str) -> None:
+        self._transaction = transaction
+        self._jobs: queue.SimpleQueue[_Job[C] | None] = queue.SimpleQueue()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, write: Callable[[C], Any]) -> Future[Any]:
+        """The future's result, that of `write`, comes when the job is committed."""
+        job = _Job(write)
+        job.done.set_running_or_notify_cancel()  # from here on nobody can cancel it
+        if self._closing:
+            job.done.set_exception(ResourceError("the ledger is closed"))
+        else:
+            self._jobs.put(job)
+        return job.done
+
+    def close(self, seconds: float = 10.0) -> None:
+        """Write what has come so far and stop."""
+        self._closing = True
+        self._jobs.put(None)
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._commit([job, *self._more(_MOST - 1)])
+        while not self._jobs.empty():  # came while it closed
+            late = self._jobs.get()
+            if late is not None:
+                late.done.set_exception(ResourceError("the ledger is closed"))
+
+    def _more(self, most: int) -> list[_Job[C]]:
+        """What else has come, in its order."""
+        found: list[_Job[C]] = []
+        while len(found) < most:
+            try:
+                more = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if more is None:
+                self._jobs.put(None)  # the end comes again after this batch
+                break
+            found.append(more)
+        return found
+
+    def _commit(self, batch: list[_Job[C]]) -> None:
+        """All of it in one transaction; where that cannot be, one by one, so that a job fails for itself alone."""
+        try:
+            self._together(batch)
+        except Exception as error:
+            if len(batch) > 1 and not is_outage(error):
+                for job in batch:
+                    self._commit([job])
+                return
+            for job in batch:  # where the database is away, it is for all of them
+                job.done.set_exception(error)
+
+    def _together(self, batch: list[_Job[C]]) -> None:
+        with self._transaction() as c:
+            results = [job.write(c) for job in batch]
+        for job, result in zip(batch, results, strict=True):
+            job.done.set_result(result)
+
+
+# -- the outbox --------------------------------------------------------------------------------------------------------
+
 
 _TABLE = """CREATE TABLE owed (
     number INTEGER PRIMARY KEY,
@@ -49,7 +244,6 @@ _CHECKPOINT_PAGES = 256  # after which the log begins again
 _SPARE_PAGES = 16  # for what SQLite may want where rows are deleted
 _EMPTY_SECONDS = 3600.0
 _SERVER = re.compile(r"[0-9a-f]{16}")
-_log = logging.getLogger("veneer.serve.tenancy")
 
 
 class NoRoom(Exception):
@@ -80,7 +274,7 @@ class Outbox:
         self._unwritten: dict[str, str] = {}
         self._writer = Writer(self._transaction, "veneer-outbox")
 
-    def open(self, entry: Entry) -> Future[None]:
+    def open(self, entry: LedgerEntry) -> Future[None]:
         """The future's result comes when it is kept. Its exception is sqlite3.IntegrityError where a request of that id
         is owed already, NoRoom or sqlite3's where nothing more can be kept."""
 
@@ -115,7 +309,7 @@ class Outbox:
         self._writer.put(write).add_done_callback(written)
         return kept
 
-    def take(self, most: int) -> list[Owed]:
+    def take(self, most: int) -> list[OwedEntry]:
         """The oldest that the ledger has to be told of."""
         with self._mutex:
             late = dict(self._unwritten)
@@ -124,7 +318,7 @@ class Outbox:
             rows = self._c.execute(f"{query} ORDER BY number LIMIT ?", (*late, most)).fetchall()
         return [owed_of(entry_of(entry), late.get(request, end)) for request, entry, end in rows]
 
-    def told(self, owed: Iterable[Owed]) -> None:
+    def told(self, owed: Iterable[OwedEntry]) -> None:
         """The ledger has these: those that ended are forgotten."""
         ended = [(each.entry.request,) for each in owed if each.state != "open"]
         opened = [(each.entry.request,) for each in owed if each.state == "open"]
@@ -198,7 +392,7 @@ def outboxes(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def left_behind(path: Path) -> Iterator[Iterator[list[Owed]]]:
+def left_behind(path: Path) -> Iterator[Iterator[list[OwedEntry]]]:
     """What a dead process owed, some at a time; its files go when the caller comes to the end of the block, and stay
     where the block raises. Raises BlockingIOError where the process lives, FileNotFoundError where there is nothing."""
     try:
@@ -218,7 +412,7 @@ def left_behind(path: Path) -> Iterator[Iterator[list[Owed]]]:
         c.close()
 
 
-def _batches(c: sqlite3.Connection) -> Iterator[list[Owed]]:
+def _batches(c: sqlite3.Connection) -> Iterator[list[OwedEntry]]:
     cursor = c.execute("SELECT entry, ending FROM owed ORDER BY number")
     while rows := cursor.fetchmany(500):
         yield [owed_of(entry_of(entry), end) for entry, end in rows]
@@ -241,3 +435,42 @@ def _connect(path: Path, wait: float) -> sqlite3.Connection:
 
 def _files(path: Path) -> list[Path]:
     return [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))]
+
+
+# -- journals of before there were outboxes ----------------------------------------------------------------------------
+
+
+def settle_old_journals(folder: Path) -> Iterator[tuple[str, dict[str, tuple[float, Usage]]]]:
+    """(server, {request: (when it ended, what it took)}) of each dead server; its files go when the caller has come
+    back for the next."""
+    for lock in sorted(folder.glob("*.lock")):
+        server = lock.stem
+        if not re.fullmatch(r"[0-9a-f]{16}", server):
+            continue
+        held = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            parts = sorted(folder.glob(f"{server}.*.jsonl"), key=lambda p: int(p.name.split(".")[1]))
+            notes: dict[str, tuple[float, Usage]] = {}
+            torn = [part for part in parts if not _read(part, notes)]
+            yield server, notes
+            for part in parts:
+                part.replace(part.with_suffix(".torn")) if part in torn else part.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
+        except BlockingIOError:
+            continue  # an earlier veneer that still runs
+        finally:
+            os.close(held)
+
+
+def _read(part: Path, notes: dict[str, tuple[float, Usage]]) -> bool:
+    """Whether every line was understood."""
+    whole = True
+    for number, line in enumerate(part.read_bytes().splitlines(), 1):
+        try:
+            found = json.loads(line)
+            notes.setdefault(str(found["request"]), (float(found["closed"]), Usage(**found["usage"])))
+        except (ValueError, KeyError, TypeError) as error:
+            _log.warning("%s, line %d of the ledger's old journal cannot be understood: %s", part, number, error)
+            whole = False
+    return whole

@@ -1,49 +1,335 @@
-"""The database of tenants, and the settings that a server holds of it in memory.
+"""The database of tenants: its tables, and the settings that a server holds of it in memory.
+
+    tenants 1─n keys, grants            aliases ─1 moves (current)          limits, prices: (tenant, adapter)
+    lines: a row for each part of each request                             shadows: the newest comparisons
+    sums: lines by day      slots: of the last minute and day               audit: a row a change, chained
 
 Whatever changes settings raises the revision in the same transaction. A server asks for the revision before each
 request, one number, and reads the settings again when it moved: a revoked key, a moved route or a lower limit holds
 from the next request on, in every process on the database. While the database is away, what was read last holds.
-Knows tables (`tables` has them, `versions` how they came to be so) and connections; changes are in `manage` and
-`rollouts`, what was used in `ledger`.
+
+Patterns say which names a tenant sees:
+
+    support      the adapter of that name, every version of it (support@2, support@prod)
+    support@2    that version alone
+    acme/*       every name that begins so; `*` stands for any text, and is the only sign with a meaning
+    *            every name
+
+A pattern is text that is compared with names. It never becomes a path; even so, nothing that could escape one is let
+in. Digests (sha256:…) are names of no tenant's own, so a pattern matches them only where it says `sha256:` itself.
+
+Knows tables (`versions` has how they came to be so) and connections; changes are in `manage` and `routes`, what was
+used in `ledger`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, insert, inspect, select, update
-
-from veneer.errors import ConfigError, nearest
-from veneer.library.database import PATIENCE, URL_FIX, open_engine, reading, write_transaction
-from veneer.library.migrate import Schema, bring_up
-from veneer.serve.tenancy.names import seeing
-from veneer.serve.tenancy.tables import (
-    APPEND_ONLY,
-    LIMITS,
-    TABLES,
-    aliases,
-    audit,
-    grants,
-    keys,
-    limits,
-    meta,
-    moves,
-    prices,
-    shadows,
-    tenants,
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
 )
 
+from veneer.errors import ConfigError, nearest, quoted
+from veneer.library.database import PATIENCE, URL_FIX, Key, open_engine, reading, write_transaction
+from veneer.library.migrate import Schema, bring_up
+from veneer.library.names import check_name, check_namespace, name_of, parse_reference
+
 __all__ = [
-    "ALL", "COMMON", "EACH", "LIMITS", "SCHEMA", "KeyRow", "Limit", "NotThere", "Price", "Route", "Settings", "Store",
-    "Tenant", "aliases", "audit", "grants", "keys", "limits", "meta", "missing", "moves", "prices", "route_of",
-    "shadows", "tenant_row", "tenants",
-]  # fmt: skip
+    "ALL",
+    "COMMON",
+    "EACH",
+    "LIMITS",
+    "TENANT_SCHEMA",
+    "TENANT_TABLES",
+    "KeyRow",
+    "Limit",
+    "Price",
+    "Route",
+    "Store",
+    "Tenant",
+    "TenantSettings",
+    "UnknownName",
+    "alias_table",
+    "audit_table",
+    "check_pattern",
+    "check_reference",
+    "check_route_name",
+    "check_tenant",
+    "grant_table",
+    "key_table",
+    "limit_table",
+    "line_table",
+    "meta_table",
+    "missing",
+    "move_table",
+    "price_table",
+    "route_of",
+    "seeing",
+    "server_table",
+    "shadow_table",
+    "slot_table",
+    "sum_table",
+    "tenant_row",
+    "tenant_table",
+]
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+LIMITS = ("requests_per_minute", "requests_per_day", "tokens_per_minute", "tokens_per_day", "concurrency")
+TENANT_TABLES = MetaData()
+
+
+def _tenant() -> Column[Any]:
+    return Column("tenant", Key(), primary_key=True)
+
+
+meta_table = Table(
+    "tenant_meta", TENANT_TABLES, Column("key", Key(), primary_key=True), Column("value", Text, nullable=False)
+)
+tenant_table = Table(
+    "tenants",
+    TENANT_TABLES,
+    Column("name", Key(), primary_key=True),
+    Column("weight", Float, nullable=False),
+    Column("enabled", Boolean, nullable=False),
+    Column("created", Float, nullable=False),  # seconds since 1970, as all times here
+)
+key_table = Table(
+    "tenant_keys",
+    TENANT_TABLES,
+    Column("id", Key(), primary_key=True),
+    Column("tenant", Key(), ForeignKey(tenant_table.c.name, ondelete="CASCADE"), nullable=False, index=True),
+    Column("hash", Text, nullable=False),
+    Column("label", Text, nullable=False),
+    Column("created", Float, nullable=False),
+    Column("expires", Float),
+    Column("revoked", Float),
+)
+grant_table = Table(
+    "tenant_grants",
+    TENANT_TABLES,
+    _tenant(),  # ALL: shared with everybody
+    Column("pattern", Key(), primary_key=True),
+)
+limit_table = Table(
+    "tenant_limits",
+    TENANT_TABLES,
+    _tenant(),
+    Column("adapter", Key(), primary_key=True),
+    *(Column(name, BigInteger) for name in LIMITS),
+)
+price_table = Table(
+    "tenant_prices",
+    TENANT_TABLES,
+    _tenant(),
+    Column("adapter", Key(), primary_key=True),
+    *(Column(name, BigInteger, nullable=False) for name in ("prompt", "cached", "completion")),
+)
+move_table = Table(
+    "tenant_moves",
+    TENANT_TABLES,
+    _tenant(),
+    Column("alias", Key(), primary_key=True),
+    Column("move", Integer, primary_key=True),
+    Column("before", Integer),  # the move that was current when this was made: where a rollback leads
+    Column("at", Float, nullable=False),
+    Column("who", Text, nullable=False),
+    Column("spec", Text, nullable=False),  # JSON of targets, runs, shadow, fraction; no targets: the route is gone
+)
+alias_table = Table(
+    "tenant_aliases",
+    TENANT_TABLES,
+    _tenant(),
+    Column("alias", Key(), primary_key=True),
+    Column("current", Integer, nullable=False),
+)
+line_table = Table(
+    "tenant_lines",
+    TENANT_TABLES,
+    Column("server", Key(), primary_key=True),  # one run of one process
+    Column("request", Key(), primary_key=True),
+    Column("part", Integer, primary_key=True),  # of the request's mix, from 0
+    Column("tenant", Key(), nullable=False),
+    Column("name", Key(), nullable=False),  # the client's word
+    Column("digest", Key(), nullable=False),  # of the part; "" for the base
+    Column("adapter", Key(), nullable=False),  # what the operator calls it
+    Column("strength", Float, nullable=False),
+    Column("opened", Float, nullable=False, index=True),
+    Column("closed", Float),
+    Column("day", Key(), nullable=False),  # of `opened`, in UTC: 2026-11-25
+    Column("state", Key(), nullable=False),  # open, done, interrupted
+    Column("asked_prompt", BigInteger, nullable=False),
+    Column("asked_completion", BigInteger, nullable=False),
+    *(Column(name, BigInteger, nullable=False) for name in ("prompt", "cached", "completion")),
+    *(Column(name, Float, nullable=False) for name in ("queued", "prefill", "decode")),
+    *(Column(f"price_{name}", BigInteger, nullable=False) for name in ("prompt", "cached", "completion")),
+    Column("cost", BigInteger, nullable=False),  # millionths
+    Index("tenant_lines_open", "server", sqlite_where=text("state = 'open'"), postgresql_where=text("state = 'open'")),
+)
+sum_table = Table(
+    "tenant_sums",  # lines that are closed, by day; kept when the lines are gone
+    TENANT_TABLES,
+    Column("day", Key(), primary_key=True),
+    _tenant(),
+    Column("adapter", Key(), primary_key=True),  # "": whole requests, whatever their mixes
+    *(Column(name, BigInteger, nullable=False) for name in ("done", "interrupted", "prompt", "cached", "completion")),
+    *(Column(name, Float, nullable=False) for name in ("queued", "prefill", "decode")),
+    Column("cost", BigInteger, nullable=False),
+)
+slot_table = Table(
+    "tenant_slots",  # what was admitted lately, for limits that hold over several servers
+    TENANT_TABLES,
+    Column("width", Integer, primary_key=True, autoincrement=False),  # seconds: a sixtieth of a window
+    Column("slot", BigInteger, primary_key=True, autoincrement=False),  # opened // width
+    Column("server", Key(), primary_key=True),
+    _tenant(),
+    Column("adapter", Key(), primary_key=True),  # without its version; "": whole requests
+    Column("requests", BigInteger, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+)
+server_table = Table(
+    "tenant_servers",  # who is there
+    TENANT_TABLES,
+    Column("server", Key(), primary_key=True),
+    Column("seen", Float, nullable=False),  # seconds since 1970 by the database's clock
+)
+shadow_table = Table(
+    "tenant_shadows",
+    TENANT_TABLES,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("tenant", Key(), nullable=False),
+    Column("alias", Key(), nullable=False, index=True),
+    Column("request", Key(), nullable=False),
+    Column("target", Key(), nullable=False),
+    Column("shadow", Key(), nullable=False),
+    Column("same", Boolean, nullable=False),
+    Column("first_difference", Integer),  # in characters; NULL where the texts are equal, and of pictures
+    Column("distance", Float),  # mean difference of pixels, 0 to 1; NULL of texts
+    *(Column(f"{side}_sha256", Text, nullable=False) for side in ("target", "shadow")),
+    *(Column(f"{side}_tokens", Integer, nullable=False) for side in ("target", "shadow")),
+    *(Column(f"{side}_seconds", Float, nullable=False) for side in ("target", "shadow")),
+)
+audit_table = Table(
+    "tenant_audit",
+    TENANT_TABLES,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("at", Text, nullable=False),
+    Column("who", Text, nullable=False),
+    Column("what", Key(), nullable=False),
+    Column("subject", Key(), nullable=False),
+    Column("before", Text, nullable=False),  # JSON
+    Column("after", Text, nullable=False),  # JSON
+    Column("previous", Text, nullable=False),
+    Column("hash", Text, nullable=False),
+)
+_APPEND_ONLY = {
+    "sqlite": [
+        f"CREATE TRIGGER tenant_audit_no_{verb.lower()} BEFORE {verb} ON tenant_audit "
+        "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
+        for verb in ("UPDATE", "DELETE")
+    ],
+    "postgresql": [
+        "CREATE FUNCTION tenant_audit_fixed() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'the audit log is append-only'; END $$",
+        "CREATE TRIGGER tenant_audit_fixed BEFORE UPDATE OR DELETE ON tenant_audit "
+        "FOR EACH ROW EXECUTE FUNCTION tenant_audit_fixed()",
+    ],
+}
+
+
+# -- names and patterns ------------------------------------------------------------------------------------------------
+
+
+_PATTERN = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._/@:+*-]{0,199}")
+
+
+def check_tenant(name: str) -> str:
+    """Raises ConfigError for what cannot name a tenant, which is what can be a namespace."""
+    try:
+        if name == "all":
+            raise ConfigError("'all' stands for every tenant", fix="another name")
+        check_namespace(name)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{quoted(name)} cannot name a tenant", where="tenant", fix=f"{error.fix}; not `all`"
+        ) from None
+    return name
+
+
+def check_route_name(name: str) -> str:
+    """Raises ConfigError for what cannot name a route."""
+    try:
+        check_name(name, cased=True)
+    except ConfigError as error:
+        raise ConfigError(f"{quoted(name)} cannot name a route", where="route", fix=error.fix) from None
+    return name
+
+
+def check_reference(text: str, what: str = "adapter") -> str:
+    """Raises ConfigError for what names no adapter, with or without a version."""
+    try:
+        parse_reference(text, cased=True)
+    except ConfigError as error:
+        raise ConfigError(f"{quoted(text)} cannot name an {what}", where=what, fix=error.fix) from None
+    return text
+
+
+def check_pattern(pattern: str) -> str:
+    """Raises ConfigError for what cannot be a pattern of names."""
+    if not _PATTERN.fullmatch(pattern) or not _contained(pattern):
+        raise ConfigError(
+            f"{quoted(pattern)} is no pattern of names", where="adapters", fix="a name, and * for any text"
+        )
+    return pattern
+
+
+def _contained(name: str) -> bool:
+    return not any(part in ("", ".", "..") for part in name.split("/"))
+
+
+def seeing(patterns: Iterable[str], also: Iterable[str] = ()) -> Callable[[str], bool]:
+    """Whether a name is matched by one of `patterns`, or is one of `also`."""
+    exact = frozenset(also)
+    plain: list[str] = []
+    digests: list[str] = []
+    for pattern in patterns:
+        (digests if pattern.startswith("sha256:") else plain).append(".*".join(map(re.escape, pattern.split("*"))))
+    of_names, of_digests = (re.compile("|".join(f"(?:{p})" for p in ps) or r"(?!)") for ps in (plain, digests))
+
+    def sees(name: str) -> bool:
+        if name in exact:
+            return True
+        if name.startswith("sha256:"):
+            return of_digests.fullmatch(name) is not None
+        return any(of_names.fullmatch(n) is not None for n in {name, name_of(name)})
+
+    return sees
+
 
 ALL = ""
 """In a limit: all tenants, or all adapters, together. In a price: any of them. In a route: it is everybody's."""
@@ -131,7 +417,7 @@ class Route:
 
 
 @dataclass(frozen=True)
-class Settings:
+class TenantSettings:
     """Everything that decides about a request, as of one revision."""
 
     revision: int = 0
@@ -164,21 +450,21 @@ class Settings:
         return {t.name: seeing((*t.adapters, *self.shared), own.get(t.name, ())) for t in self.tenants.values()}
 
 
-class NotThere(ConfigError):
+class UnknownName(ConfigError):
     """Raised for a tenant, a key, a pattern or a route that is not there; `fix` names the nearest that is."""
 
 
-def missing(what: str, name: str, known: Iterable[str]) -> NotThere:
+def missing(what: str, name: str, known: Iterable[str]) -> UnknownName:
     near = nearest(name, known)
     fix = f"did you mean {', '.join(near)}?" if near else None
-    return NotThere(f"there is no {what} {name[:100]}", where=what, fix=fix)
+    return UnknownName(f"there is no {what} {name[:100]}", where=what, fix=fix)
 
 
 def tenant_row(c: Connection, name: str) -> dict[str, Any]:
-    """Raises NotThere."""
-    row = c.execute(select(tenants).where(tenants.c.name == name)).first()
+    """Raises UnknownName."""
+    row = c.execute(select(tenant_table).where(tenant_table.c.name == name)).first()
     if row is None:
-        raise missing("tenant", name, c.scalars(select(tenants.c.name)))
+        raise missing("tenant", name, c.scalars(select(tenant_table.c.name)))
     return dict(row._mapping)
 
 
@@ -191,17 +477,17 @@ class Store:
         if ":memory:" in where or where == "sqlite://":
             raise ConfigError("tenants need a database that stays", where=where, fix=URL_FIX)
         self.where = where
-        self.engine = open_engine(where, SCHEMA.what, patience)
-        bring_up(self.engine, SCHEMA, where)
-        self._settings = Settings(revision=-1)
+        self.engine = open_engine(where, TENANT_SCHEMA.what, patience)
+        bring_up(self.engine, TENANT_SCHEMA, where)
+        self._settings = TenantSettings(revision=-1)
         self.look()
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> TenantSettings:
         """As of the last look."""
         return self._settings
 
-    def look(self) -> Settings:
+    def look(self) -> TenantSettings:
         """The settings as they are in the database now."""
         with reading(self.engine) as c:
             if int(c.scalar(_REVISION) or 0) == self._settings.revision:
@@ -221,60 +507,65 @@ class Store:
         with write_transaction(self.engine, _LOCK) as c:
             yield c
             raised = int(c.scalar(_REVISION) or 0) + 1
-            c.execute(update(meta).where(meta.c.key == "revision").values(value=str(raised)))
+            c.execute(update(meta_table).where(meta_table.c.key == "revision").values(value=str(raised)))
 
     def close(self) -> None:
         self.engine.dispose()
 
 
-_REVISION = select(meta.c.value).where(meta.c.key == "revision")
+_REVISION = select(meta_table.c.value).where(meta_table.c.key == "revision")
 
 
 def _before(c: Connection) -> str | None:
     """The revision of tables from before it was held beside them: all of these called themselves version 1."""
-    if not inspect(c).has_table(meta.name):
+    if not inspect(c).has_table(meta_table.name):
         return None
-    said = c.scalar(select(meta.c.value).where(meta.c.key == "schema"))
+    said = c.scalar(select(meta_table.c.value).where(meta_table.c.key == "schema"))
     if said != "1":
         return str(said)
-    return "0002" if "distance" in {column["name"] for column in inspect(c).get_columns(shadows.name)} else "0001"
+    return "0002" if "distance" in {column["name"] for column in inspect(c).get_columns(shadow_table.name)} else "0001"
 
 
 def _first(c: Connection) -> None:
     # veneers from before revisions were held read `schema`, and refuse what they read
-    c.execute(insert(meta), [{"key": "schema", "value": "3"}, {"key": "revision", "value": "0"}])
-    for statement in APPEND_ONLY[c.dialect.name]:
+    c.execute(insert(meta_table), [{"key": "schema", "value": "3"}, {"key": "revision", "value": "0"}])
+    for statement in _APPEND_ONLY[c.dialect.name]:
         c.exec_driver_sql(statement)
 
 
-SCHEMA = Schema(
-    "the tenants' database", TABLES, Path(__file__).parent / "versions", "tenant_version", _LOCK, _before, _first
+TENANT_SCHEMA = Schema(
+    "the tenants' database", TENANT_TABLES, Path(__file__).parent / "versions", "tenant_version", _LOCK, _before, _first
 )
 
 
-def _read(c: Connection) -> Settings:
+def _read(c: Connection) -> TenantSettings:
     revision = int(c.scalar(_REVISION) or 0)
     granted: dict[str, list[str]] = {}
-    for row in c.execute(select(grants).order_by(grants.c.pattern)):
+    for row in c.execute(select(grant_table).order_by(grant_table.c.pattern)):
         granted.setdefault(row.tenant, []).append(row.pattern)
     found = [
         Tenant(r.name, r.weight, r.enabled, r.created, tuple(granted.get(r.name, ())))
-        for r in c.execute(select(tenants).order_by(tenants.c.name))
+        for r in c.execute(select(tenant_table).order_by(tenant_table.c.name))
     ]
-    current = select(moves).join(
-        aliases,
-        (aliases.c.tenant == moves.c.tenant) & (aliases.c.alias == moves.c.alias) & (aliases.c.current == moves.c.move),
+    current = select(move_table).join(
+        alias_table,
+        (alias_table.c.tenant == move_table.c.tenant)
+        & (alias_table.c.alias == move_table.c.alias)
+        & (alias_table.c.current == move_table.c.move),
     )
-    pointers = [route_of(row) for row in c.execute(current.order_by(moves.c.tenant, moves.c.alias))]
-    return Settings(
+    pointers = [route_of(row) for row in c.execute(current.order_by(move_table.c.tenant, move_table.c.alias))]
+    return TenantSettings(
         revision,
         {t.name: t for t in found},
-        {r.id: KeyRow(**r._mapping) for r in c.execute(select(keys).order_by(keys.c.created, keys.c.id))},
+        {
+            r.id: KeyRow(**r._mapping)
+            for r in c.execute(select(key_table).order_by(key_table.c.created, key_table.c.id))
+        },
         tuple(granted.get(ALL, ())),
-        {(r.tenant, r.adapter): Limit(*(r._mapping[name] for name in LIMITS)) for r in c.execute(select(limits))},
-        {(r.tenant, r.adapter): Price(r.prompt, r.cached, r.completion) for r in c.execute(select(prices))},
+        {(r.tenant, r.adapter): Limit(*(r._mapping[name] for name in LIMITS)) for r in c.execute(select(limit_table))},
+        {(r.tenant, r.adapter): Price(r.prompt, r.cached, r.completion) for r in c.execute(select(price_table))},
         {(a.tenant, a.name): a for a in pointers if a.targets},
-        tuple(json.loads(c.scalar(select(meta.c.value).where(meta.c.key == COMMON)) or "[]")),
+        tuple(json.loads(c.scalar(select(meta_table.c.value).where(meta_table.c.key == COMMON)) or "[]")),
     )
 
 

@@ -34,10 +34,10 @@ from veneer.serve.access import Caller, LedgerState, Served, ShadowAnswer, Tenan
 from veneer.serve.request import Refused, Usage
 from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.keys import admin_hash, hash_key, key_id, same
-from veneer.serve.tenancy.ledger import Entry, Ledger, Line
+from veneer.serve.tenancy.ledger import Ledger, LedgerEntry, LedgerLine
 from veneer.serve.tenancy.limits import DAY, MINUTE, Held, Limits
-from veneer.serve.tenancy.rollouts import Rollouts
-from veneer.serve.tenancy.store import Settings, Store
+from veneer.serve.tenancy.routes import TenantRoutes
+from veneer.serve.tenancy.store import Store, TenantSettings
 
 __all__ = ["Tenants"]
 
@@ -75,9 +75,9 @@ class Tenants(Tenancy):
         except BaseException:
             self.store.close()
             raise
-        self.rollouts = Rollouts(self.store, self.ledger.writer.put)
+        self.rollouts = TenantRoutes(self.store, self.ledger.writer.put)
         self._looker = ThreadPoolExecutor(1, "veneer-tenants")
-        self._next_look: Future[Settings] | None = None
+        self._next_look: Future[TenantSettings] | None = None
         self._away = False
         self._mutex, self._stop = threading.Lock(), threading.Event()
         self._look_elsewhere(MINUTE)
@@ -109,7 +109,7 @@ class Tenants(Tenancy):
     def is_admin(self, key: str) -> bool:
         return self.admin_hash is not None and same(key, self.admin_hash)
 
-    async def _fresh(self) -> Settings:
+    async def _fresh(self) -> TenantSettings:
         """The settings, looked at after this was called; who comes before a look begins shares it. Those of the last
         look where the database does not answer at once: then nobody waits until it answers again."""
         with self._mutex:
@@ -127,7 +127,7 @@ class Tenants(Tenancy):
             self._lost("no answer")
             return self.store.settings
 
-    def _look(self) -> Settings:
+    def _look(self) -> TenantSettings:
         with self._mutex:
             self._next_look = None
         try:
@@ -159,12 +159,12 @@ class Tenants(Tenancy):
         through or for an id that was there before, overloaded (503) where the ledger can keep no more."""
         settings = self.store.settings
         lines = tuple(
-            Line(digest, name, strength, settings.price(caller.tenant, name_of(name)))
+            LedgerLine(digest, name, strength, settings.price(caller.tenant, name_of(name)))
             for digest, name, strength in served.parts()
         )
         names = [name_of(line.adapter) for line in lines]
         held = self.limits.take(settings.limits, caller.tenant, names, prompt_tokens, max_tokens)
-        entry = Entry(request, caller.tenant, served.name, self._wall(), prompt_tokens, max_tokens, lines)
+        entry = LedgerEntry(request, caller.tenant, served.name, self._wall(), prompt_tokens, max_tokens, lines)
         opened = self.ledger.open(entry)
         bill = _Bill(self.ledger, held, request)
         try:
@@ -180,7 +180,7 @@ class Tenants(Tenancy):
         note(self.store, who, what, subject, before, after)
 
     @property
-    def routes(self) -> Rollouts:
+    def routes(self) -> TenantRoutes:
         return self.rollouts
 
     def note_shadow(self, answer: ShadowAnswer) -> None:

@@ -30,34 +30,35 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.library.database import reading
 from veneer.serve.access import Caller
 from veneer.serve.outage import is_outage
-from veneer.serve.tenancy import audit
-from veneer.serve.tenancy.names import check_name, check_reference
+from veneer.serve.tenancy.manage import append_audit
 from veneer.serve.tenancy.store import (
     ALL,
-    NotThere,
     Route,
     Store,
-    aliases,
+    UnknownName,
+    alias_table,
+    check_reference,
+    check_route_name,
     missing,
-    moves,
+    move_table,
     route_of,
-    shadows,
+    shadow_table,
     tenant_row,
 )
 
 __all__ = [
     "BUCKETS",
-    "Rollouts",
+    "TenantRoutes",
     "bucket",
-    "history",
     "owner",
-    "remove",
-    "rollback",
+    "remove_route",
+    "rollback_route",
+    "route_history",
+    "route_shown",
     "set_route",
     "shadow_log",
     "shadow_summary",
     "share_out",
-    "shown",
 ]
 
 BUCKETS = 10_000
@@ -67,7 +68,7 @@ Runs = tuple[tuple[str, int], ...]
 # -- who answers -------------------------------------------------------------------------------------------------------
 
 
-class Rollouts:
+class TenantRoutes:
     """What a server asks at each request. All answers are from memory, as of the last look at the settings, which
     `Tenants.caller` takes for each request."""
 
@@ -134,9 +135,9 @@ class Rollouts:
         keep = self._keep
 
         def write(c: Connection) -> None:
-            c.execute(insert(shadows), row)
-            last = c.scalar(select(func.max(shadows.c.id))) or 0
-            c.execute(delete(shadows).where(shadows.c.id <= last - keep))
+            c.execute(insert(shadow_table), row)
+            last = c.scalar(select(func.max(shadow_table.c.id))) or 0
+            c.execute(delete(shadow_table).where(shadow_table.c.id <= last - keep))
 
         return self._put(write)
 
@@ -207,7 +208,7 @@ def set_route(
     """Point a route to its targets, (adapter, weight), from the next request on. `fraction` of requests are also
     answered by `shadow`, unseen. `check`: raises for a name that nobody could answer; then nothing moves."""
     wanted = [(check_reference(name), int(weight)) for name, weight in targets if weight]
-    check_name(route, "route")
+    check_route_name(route)
     if not wanted or len({name for name, _ in wanted}) != len(wanted) or len(wanted) > 100:
         raise ConfigError(f"{route} needs targets, each once", where="targets", fix="as in support@1=90 support@2=10")
     for name, weight in wanted:
@@ -233,7 +234,7 @@ def set_route(
         return _move(c, tenant, route, spec, before, "route.set", who)
 
 
-def remove(store: Store, route: str, *, tenant: str = ALL, who: str) -> None:
+def remove_route(store: Store, route: str, *, tenant: str = ALL, who: str) -> None:
     """The route is gone; its moves stay, so a rollback brings it back."""
     with store.change() as c:
         before = _current(c, tenant, route)
@@ -243,7 +244,7 @@ def remove(store: Store, route: str, *, tenant: str = ALL, who: str) -> None:
         _move(c, tenant, route, spec, before, "route.remove", who)
 
 
-def rollback(
+def rollback_route(
     store: Store, route: str, *, tenant: str = ALL, who: str, check: Callable[[str], None] | None = None
 ) -> Route:
     """Make the move before the current one current again: what it led to, for whom. Once more leads one further
@@ -254,7 +255,7 @@ def rollback(
     with store.change() as c:
         now, back = _before(c, tenant, route)
         _point(c, tenant, route, back.move)
-        audit.append(c, who, "route.rollback", _subject(tenant, route), _shown(now), _shown(back))
+        append_audit(c, who, "route.rollback", _subject(tenant, route), _shown(now), _shown(back))
         return back
 
 
@@ -263,9 +264,9 @@ def _before(c: Connection, tenant: str, route: str) -> tuple[Route, Route]:
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
-    here = (moves.c.tenant == tenant) & (moves.c.alias == route)
-    number = select(moves.c.before).where(here, moves.c.move == now.move).scalar_subquery()
-    row = c.execute(select(moves).where(here, moves.c.move == number)).first()
+    here = (move_table.c.tenant == tenant) & (move_table.c.alias == route)
+    number = select(move_table.c.before).where(here, move_table.c.move == now.move).scalar_subquery()
+    row = c.execute(select(move_table).where(here, move_table.c.move == number)).first()
     if row is None:
         raise ConfigError(f"{route} has no move before this", where="route", fix="remove it, or set it")
     return now, route_of(row)
@@ -283,17 +284,17 @@ def _check(targets: Sequence[str], shadow: str | None, check: Callable[[str], No
             raise ConfigError(f"the {role} {name} cannot be served: {error.what}", where=role, fix=error.fix) from error
 
 
-def shown(route: Route) -> dict[str, Any]:
+def route_shown(route: Route) -> dict[str, Any]:
     return {"route": route.name, "tenant": route.tenant, "move": route.move, **_shown(route)}
 
 
-def history(c: Connection, route: str, *, tenant: str = ALL) -> list[dict[str, Any]]:
+def route_history(c: Connection, route: str, *, tenant: str = ALL) -> list[dict[str, Any]]:
     """Every move, the newest first; `current`: the one that holds."""
     now = _current(c, tenant, route)
     if now is None:
         raise _lost(c, tenant, route)
-    here = (moves.c.tenant == tenant) & (moves.c.alias == route)
-    rows = c.execute(select(moves).where(here).order_by(moves.c.move.desc())).all()
+    here = (move_table.c.tenant == tenant) & (move_table.c.alias == route)
+    rows = c.execute(select(move_table).where(here).order_by(move_table.c.move.desc())).all()
     return [
         {"move": r.move, "before": r.before, "current": r.move == now.move, "at": r.at, "who": r.who}
         | _shown(route_of(r))
@@ -303,9 +304,9 @@ def history(c: Connection, route: str, *, tenant: str = ALL) -> list[dict[str, A
 
 def shadow_log(c: Connection, *, route: str = "", limit: int = 100) -> list[dict[str, Any]]:
     """The newest comparisons first. `failed`: the shadow gave no answer to compare."""
-    query = select(shadows).order_by(shadows.c.id.desc()).limit(limit)
+    query = select(shadow_table).order_by(shadow_table.c.id.desc()).limit(limit)
     if route:
-        query = query.where(shadows.c.alias == route)
+        query = query.where(shadow_table.c.alias == route)
     rows = (dict(row._mapping) for row in c.execute(query))
     return [{"route": row.pop("alias"), **row, "failed": row["shadow_sha256"] == ""} for row in rows]
 
@@ -314,7 +315,7 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
     """What the comparisons that are kept come to, a row for each (route, target, shadow): how many there are, how many
     were the same, differed and failed, and means of tokens, of seconds and, of pictures, of how far apart they are.
     Means are over those that did not fail, None where there are none."""
-    s = shadows.c
+    s = shadow_table.c
     fell = s.shadow_sha256 == ""
 
     def count(which: Any) -> Any:
@@ -337,17 +338,21 @@ def shadow_summary(c: Connection, *, route: str = "") -> list[dict[str, Any]]:
 
 
 def _current(c: Connection, tenant: str, route: str) -> Route | None:
-    here = (aliases.c.tenant == tenant) & (aliases.c.alias == route)
-    on = (moves.c.tenant == aliases.c.tenant) & (moves.c.alias == aliases.c.alias) & (moves.c.move == aliases.c.current)
-    row = c.execute(select(moves).join(aliases, on).where(here)).first()
+    here = (alias_table.c.tenant == tenant) & (alias_table.c.alias == route)
+    on = (
+        (move_table.c.tenant == alias_table.c.tenant)
+        & (move_table.c.alias == alias_table.c.alias)
+        & (move_table.c.move == alias_table.c.current)
+    )
+    row = c.execute(select(move_table).join(alias_table, on).where(here)).first()
     return None if row is None else route_of(row)
 
 
 def _move(
     c: Connection, tenant: str, route: str, spec: dict[str, Any], before: Route | None, what: str, who: str
 ) -> Route:
-    here = (moves.c.tenant == tenant) & (moves.c.alias == route)
-    number = (c.scalar(select(func.max(moves.c.move)).where(here)) or 0) + 1
+    here = (move_table.c.tenant == tenant) & (move_table.c.alias == route)
+    number = (c.scalar(select(func.max(move_table.c.move)).where(here)) or 0) + 1
     row = {
         "tenant": tenant,
         "alias": route,
@@ -357,17 +362,17 @@ def _move(
         "who": who,
         "spec": json.dumps(spec),
     }
-    c.execute(insert(moves), row)
+    c.execute(insert(move_table), row)
     _point(c, tenant, route, number)
     after = _current(c, tenant, route)
     assert after is not None
-    audit.append(c, who, what, _subject(tenant, route), _shown(before), _shown(after))
+    append_audit(c, who, what, _subject(tenant, route), _shown(before), _shown(after))
     return after
 
 
 def _point(c: Connection, tenant: str, route: str, move: int) -> None:
-    c.execute(delete(aliases).where((aliases.c.tenant == tenant) & (aliases.c.alias == route)))
-    c.execute(insert(aliases), {"tenant": tenant, "alias": route, "current": move})
+    c.execute(delete(alias_table).where((alias_table.c.tenant == tenant) & (alias_table.c.alias == route)))
+    c.execute(insert(alias_table), {"tenant": tenant, "alias": route, "current": move})
 
 
 def _shown(route: Route | None) -> dict[str, Any]:
@@ -380,6 +385,6 @@ def _subject(tenant: str, route: str) -> str:
     return f"{tenant or 'all'}:{route}"
 
 
-def _lost(c: Connection, tenant: str, route: str) -> NotThere:
-    known = c.scalars(select(aliases.c.alias).where(aliases.c.tenant == tenant))
+def _lost(c: Connection, tenant: str, route: str) -> UnknownName:
+    known = c.scalars(select(alias_table.c.alias).where(alias_table.c.tenant == tenant))
     return missing(f"route of tenant {tenant}" if tenant else "route", route, known)

@@ -13,22 +13,22 @@ from hypothesis import strategies as some
 from veneer.errors import ConfigError
 from veneer.library.database import reading
 from veneer.serve.access import Caller
-from veneer.serve.tenancy import audit, manage, rollouts
-from veneer.serve.tenancy.rollouts import BUCKETS, Rollouts, bucket, owner, share_out
-from veneer.serve.tenancy.store import NotThere, Store
+from veneer.serve.tenancy import manage, routes
+from veneer.serve.tenancy.routes import BUCKETS, TenantRoutes, bucket, owner, share_out
+from veneer.serve.tenancy.store import Store, UnknownName
 from veneer.serve.tenancy.tenants import Tenants
 
 Weights = some.dictionaries(some.sampled_from("abcdef"), some.integers(1, 1000), min_size=1).map(lambda d: [*d.items()])
 
 
-def owners(runs: rollouts.Runs) -> list[str]:
+def owners(runs: routes.Runs) -> list[str]:
     return [name for name, count in runs for _ in range(count)]
 
 
 @settings(max_examples=20, deadline=None)
 @given(some.lists(Weights, min_size=1, max_size=5))
 def test_shares_are_exact_and_a_move_takes_no_more_than_the_shares_differ(moves: list) -> None:
-    before: rollouts.Runs = ()
+    before: routes.Runs = ()
     for targets in moves:
         after = share_out(targets, before)
         total, shares = sum(w for _, w in targets), Counter(owners(after))
@@ -59,9 +59,9 @@ def test_users_are_spread_by_weight_and_stay() -> None:
 
 
 def test_a_route_is_sticky_by_user_then_tenant_then_not_at_all(store: Store) -> None:
-    rollouts.set_route(store, "support", [("v1", 1), ("v2", 1)], who="me")
+    routes.set_route(store, "support", [("v1", 1), ("v2", 1)], who="me")
     store.look()
-    asked = Rollouts(store, lambda *a, **k: Future(), pick=random.Random(1))
+    asked = TenantRoutes(store, lambda *a, **k: Future(), pick=random.Random(1))
     for user in ("ana", "bob", "cem"):
         assert len({asked.choose("support", Caller("acme", user=user)) for _ in range(20)}) == 1
     by_user = {asked.choose("support", Caller("acme", user=f"u{n}")) for n in range(50)}
@@ -76,10 +76,10 @@ def test_a_route_is_sticky_by_user_then_tenant_then_not_at_all(store: Store) -> 
 def test_whose_route_it_is(store: Store) -> None:
     for tenant in ("acme", "globex"):
         manage.add_tenant(store, tenant, who="me")
-    rollouts.set_route(store, "support", [("everybodys", 1)], who="me")
-    rollouts.set_route(store, "support", [("acmes", 1)], tenant="acme", who="me")
+    routes.set_route(store, "support", [("everybodys", 1)], who="me")
+    routes.set_route(store, "support", [("acmes", 1)], tenant="acme", who="me")
     sight = store.look().sight
-    asked = Rollouts(store, lambda *a, **k: Future())
+    asked = TenantRoutes(store, lambda *a, **k: Future())
     acme, globex = (Caller(t, sight[t]) for t in ("acme", "globex"))
     assert asked.choose("support", acme) == "acmes"
     assert acme.sees("support")
@@ -89,28 +89,28 @@ def test_whose_route_it_is(store: Store) -> None:
     manage.let_see(store, "globex", add=["support"], who="me")
     globex = Caller("globex", store.look().sight["globex"])
     assert asked.choose("support", globex) == "everybodys"
-    with pytest.raises(NotThere, match="no tenant acne") as lost:
-        rollouts.set_route(store, "support", [("v1", 1)], tenant="acne", who="me")
+    with pytest.raises(UnknownName, match="no tenant acne") as lost:
+        routes.set_route(store, "support", [("v1", 1)], tenant="acne", who="me")
     assert "acme" in str(lost.value.fix)
 
 
 def test_rollback_puts_the_same_users_back_and_each_move_is_kept(store: Store) -> None:
-    first = rollouts.set_route(store, "support", [("v1", 1)], who="ana")
-    second = rollouts.set_route(store, "support", [("v1", 50), ("v2", 50)], who="ana")
-    third = rollouts.set_route(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, who="bob")
-    assert rollouts.rollback(store, "support", who="ana") == second
+    first = routes.set_route(store, "support", [("v1", 1)], who="ana")
+    second = routes.set_route(store, "support", [("v1", 50), ("v2", 50)], who="ana")
+    third = routes.set_route(store, "support", [("v3", 1)], shadow="v2", fraction=0.5, who="bob")
+    assert routes.rollback_route(store, "support", who="ana") == second
     assert store.look().routes["", "support"] == second  # at the next look: who owned what, too
-    assert rollouts.rollback(store, "support", who="ana") == first
+    assert routes.rollback_route(store, "support", who="ana") == first
     with pytest.raises(ConfigError, match="no move before"):
-        rollouts.rollback(store, "support", who="ana")
-    fourth = rollouts.set_route(store, "support", [("v4", 1)], who="ana")
-    assert rollouts.rollback(store, "support", who="ana") == first  # what held before the fourth
-    rollouts.remove(store, "support", who="ana")
+        routes.rollback_route(store, "support", who="ana")
+    fourth = routes.set_route(store, "support", [("v4", 1)], who="ana")
+    assert routes.rollback_route(store, "support", who="ana") == first  # what held before the fourth
+    routes.remove_route(store, "support", who="ana")
     assert ("", "support") not in store.look().routes
-    assert rollouts.rollback(store, "support", who="ana") == first
+    assert routes.rollback_route(store, "support", who="ana") == first
     with reading(store.engine) as c:
-        moves = rollouts.history(c, "support")
-        lines = audit.lines(c, what="route", subject="all:support")
+        moves = routes.route_history(c, "support")
+        lines = manage.audit_lines(c, what="route", subject="all:support")
     assert [m["move"] for m in moves] == [5, 4, 3, 2, 1]
     assert [m["move"] for m in moves if m["current"]] == [1]
     assert moves[2]["who"] == "bob"
@@ -131,20 +131,20 @@ def test_rollback_puts_the_same_users_back_and_each_move_is_kept(store: Store) -
 )  # fmt: skip
 def test_what_a_route_cannot_be(store: Store, targets: list, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        rollouts.set_route(store, "support", targets, who="me")
+        routes.set_route(store, "support", targets, who="me")
     with pytest.raises(ConfigError):
-        rollouts.set_route(store, "../support", [("v1", 1)], who="me")
+        routes.set_route(store, "../support", [("v1", 1)], who="me")
     with pytest.raises(ConfigError, match="fraction"):
-        rollouts.set_route(store, "support", [("v1", 1)], fraction=1.5, who="me")
-    with pytest.raises(NotThere, match="no route"):
-        rollouts.rollback(store, "support", who="me")
+        routes.set_route(store, "support", [("v1", 1)], fraction=1.5, who="me")
+    with pytest.raises(UnknownName, match="no route"):
+        routes.rollback_route(store, "support", who="me")
 
 
 def test_a_shadow_gets_its_fraction_and_the_log_keeps_the_newest_without_texts(tenants: Tenants) -> None:
     store = tenants.store
-    rollouts.set_route(store, "support", [("v1", 1)], shadow="v2", fraction=0.25, who="me")
+    routes.set_route(store, "support", [("v1", 1)], shadow="v2", fraction=0.25, who="me")
     store.look()
-    asked = Rollouts(store, tenants.ledger.writer.put, keep=5, pick=random.Random(0))
+    asked = TenantRoutes(store, tenants.ledger.writer.put, keep=5, pick=random.Random(0))
     drawn = [asked.shadow("support", Caller()) for _ in range(2000)]
     assert abs(drawn.count("v2") / 2000 - 0.25) < 0.04
     assert asked.shadow("other") is None
@@ -155,7 +155,7 @@ def test_a_shadow_gets_its_fraction_and_the_log_keeps_the_newest_without_texts(t
             "support", request=f"r{n}", tenant="acme", target=("v1", one, 3, 0.5), shadow=("v2", other, 4, 0.7)
         ).result(10)
     with reading(store.engine) as c:
-        log = rollouts.shadow_log(c, route="support")
+        log = routes.shadow_log(c, route="support")
     assert [row["request"] for row in log] == ["r7", "r6", "r5", "r4", "r3"]
     assert [(row["same"], row["first_difference"]) for row in log[:4]] == [
         (False, 0), (False, 3), (False, 3), (True, None),
@@ -165,12 +165,12 @@ def test_a_shadow_gets_its_fraction_and_the_log_keeps_the_newest_without_texts(t
 
 
 def test_pictures_are_logged_by_how_far_their_pixels_are_apart(tenants: Tenants) -> None:
-    asked = Rollouts(tenants.store, tenants.ledger.writer.put)
+    asked = TenantRoutes(tenants.store, tenants.ledger.writer.put)
     for other, apart in (("ab", 0.125), ("aa", 0.0)):
         asked.log_shadow(
             "look", request="r", target=("v1", "aa", 16, 0.5), shadow=("v2", other, 16, 0.7), distance=apart
         ).result(10)
     with reading(tenants.store.engine) as c:
-        same, other_one = rollouts.shadow_log(c, route="look")
+        same, other_one = routes.shadow_log(c, route="look")
     assert (other_one["distance"], other_one["same"], other_one["first_difference"]) == (0.125, False, None)
     assert (same["distance"], same["same"], same["target_sha256"]) == (0.0, True, "aa")

@@ -9,9 +9,9 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.exc import DBAPIError
 
 from veneer.library.database import reading, write_transaction
-from veneer.serve.tenancy import audit, manage, rollouts
+from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.store import Price, Store
-from veneer.serve.tenancy.store import audit as table
+from veneer.serve.tenancy.store import audit_table as table
 
 
 def change_everything(store: Store) -> None:
@@ -24,7 +24,7 @@ def change_everything(store: Store) -> None:
     manage.set_limit(store, "acme", "", {"concurrency": 5}, who="ana")
     manage.set_price(store, "acme", "", Price(1, 2, 3), who="ana")
     manage.set_price(store, "acme", "", None, who="ana")
-    rollouts.set_route(store, "support", [("v1", 1)], who="ana")
+    routes.set_route(store, "support", [("v1", 1)], who="ana")
     manage.change_tenant(store, "acme", weight=2.0, who="ana")
     manage.note(store, "admin", "adapter.load", "v1", None, {"digest": "sha256:3f"})
     manage.remove_tenant(store, "acme", who="ana")
@@ -44,15 +44,15 @@ def tamper(store: Store, *statements: object) -> None:
 
 def faults(store: Store, expect: str = "") -> tuple[str, int, list[str]]:
     with reading(store.engine) as c:
-        return audit.faults(c, expect)
+        return manage.audit_faults(c, expect)
 
 
 def test_every_change_has_its_line_with_before_and_after_and_no_secret(store: Store) -> None:
     change_everything(store)
     with reading(store.engine) as c:
-        lines = audit.lines(c)
-        assert [x["what"] for x in audit.lines(c, what="key")] == ["key.revoke", "key.rotate", "key.add"]
-        assert [x["number"] for x in audit.lines(c, subject="acme/all", limit=2, skip=1)] == [8, 7]
+        lines = manage.audit_lines(c)
+        assert [x["what"] for x in manage.audit_lines(c, what="key")] == ["key.revoke", "key.rotate", "key.add"]
+        assert [x["number"] for x in manage.audit_lines(c, subject="acme/all", limit=2, skip=1)] == [8, 7]
     assert [x["what"] for x in reversed(lines)] == [
         "tenant.add", "key.add", "key.rotate", "key.revoke", "adapters.change", "limit.set", "limit.set", "price.set",
         "price.set", "route.set", "tenant.change", "adapter.load", "tenant.remove",
@@ -124,4 +124,4 @@ def test_lines_written_anew_show_to_who_kept_the_head(store: Store) -> None:
     assert faults(store)[2] == []
     assert len(faults(store, head)[2]) == 1
     with reading(store.engine) as c:
-        assert c.scalar(select(table.c.previous).where(table.c.number == 1)) == audit.FIRST
+        assert c.scalar(select(table.c.previous).where(table.c.number == 1)) == manage.FIRST_HASH
