@@ -178,7 +178,7 @@ def test_a_part_is_called_what_the_operator_calls_it(
 
 
 class Split:
-    """Rollouts: `live` goes to a or b by the user, with a shadow; seen by tenant `t` alone."""
+    """Routes: `live` goes to a or b by the user, with a shadow; seen by tenant `t` alone."""
 
     def __init__(self, shadow: str | None = "b") -> None:
         self.under = shadow
@@ -197,7 +197,7 @@ class Split:
 
 def test_a_route_with_weights(make: Make, base: TextBase, folder: Path) -> None:
     one, two = saved(base, folder / "a", 1), saved(base, folder / "b", 2)
-    catalog = make(rollouts=Split())
+    catalog = make(routes=Split())
     catalog.load("a", "a")
     catalog.load("b", "b")
     ann = Caller(tenant="t", user="ann", sees=lambda name: False)
@@ -212,7 +212,7 @@ def test_a_route_with_weights(make: Make, base: TextBase, folder: Path) -> None:
 
 def test_a_shadow_that_is_gone_hurts_nobody_and_is_told(make: Make, base: TextBase, folder: Path) -> None:
     saved(base, folder / "a", 1)
-    catalog = make(rollouts=Split("gone"))
+    catalog = make(routes=Split("gone"))
     catalog.load("a", "a")
     served = catalog.resolve("live", Caller(tenant="t", user="ann"))
     assert served.target == "a"

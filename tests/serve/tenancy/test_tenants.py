@@ -118,9 +118,9 @@ def test_another_process_changes_and_this_one_knows_at_the_next_request(tenants:
     row, key = manage.make_tenant_key(other, "acme", who="cli")
     routes.set_route(other, "support", [("v1", 1)], tenant="acme", who="cli")
     routes.set_route(other, "support", [("v2", 1)], tenant="acme", who="cli")
-    assert tenants.rollouts.choose("support", run(tenants.caller(key))) == "v2"
+    assert tenants.routes.choose("support", run(tenants.caller(key))) == "v2"
     routes.rollback_route(other, "support", tenant="acme", who="cli")
-    assert tenants.rollouts.choose("support", run(tenants.caller(key))) == "v1"
+    assert tenants.routes.choose("support", run(tenants.caller(key))) == "v1"
     manage.change_tenant(other, "acme", enabled=False, who="cli")
     assert refused(tenants.caller(key)).status == 401
     manage.change_tenant(other, "acme", enabled=True, weight=7, who="cli")

@@ -2,10 +2,10 @@
 
     shelf = Shelf(base, library=open_library())
     engine = TextEngine(base, shelf.read)
-    catalog = LocalCatalog(shelf, engine.problems, engine.residents, rollouts=…)
+    catalog = LocalCatalog(shelf, engine.problems, engine.residents, routes=…)
     served = catalog.resolve("support@prod", caller)
 
-A word is looked up in this order: the base's name; a route (`rollouts`); a name that was loaded; a
+A word is looked up in this order: the base's name; a route (`routes`); a name that was loaded; a
 reference of the library (`support`, `support@2`, `support@prod`, `sha256:…`). Any of them may follow `base:`. What is
 not there and what the caller does not see are the same 404, told before anything is looked up for who does not see it.
 Words from clients never reach the file system: they are compared with names, and the library looks in its index.
@@ -72,10 +72,10 @@ class LocalCatalog(Catalog):
         residents: AdapterMemory,
         *,
         name: str = "",
-        rollouts: Routes | None = None,
+        routes: Routes | None = None,
     ) -> None:
         self.base = name or shelf.base.name.rstrip("/").rpartition("/")[2]
-        self.shelf, self.problems, self.residents, self.rollouts = shelf, problems, residents, rollouts
+        self.shelf, self.problems, self.residents, self.routes = shelf, problems, residents, routes
         self._fingerprint = shelf.base.fingerprint
         self._started = int(time.time())
         self._lock = threading.Lock()
@@ -88,9 +88,9 @@ class LocalCatalog(Catalog):
     def resolve(self, model: str, caller: Caller) -> Served:
         target, part, routed = self._mean(model, caller)
         shadow: tuple[str, Mix | Refused] | None = None
-        if self.rollouts is not None and routed:
+        if self.routes is not None and routed:
             word = self._word(model)
-            other = self.rollouts.shadow(word, caller)
+            other = self.routes.shadow(word, caller)
             if other is not None:
                 try:
                     shadow = (other, _alone(self._part(other, other)))
@@ -134,7 +134,7 @@ class LocalCatalog(Catalog):
             return self.base, None, False
         if len(word) > MAX_NAME or not word.isprintable():
             raise _missing(model)
-        target = self.rollouts.choose(word, caller) if self.rollouts is not None else None
+        target = self.routes.choose(word, caller) if self.routes is not None else None
         if target is None and not caller.sees(word) and not caller.sees(name_of(word)):
             raise _missing(model)
         return target or word, self._part(target or word, model), target is not None
@@ -170,7 +170,7 @@ class LocalCatalog(Catalog):
         cards |= {name: loaded.card for name, loaded in dict(self._loaded).items()}
         out = [ModelCard(self.base, self.base, None, self._started)]
         out += [card for name, card in sorted(cards.items()) if caller.sees(name)]
-        for route in self.rollouts.names(caller) if self.rollouts is not None else []:
+        for route in self.routes.names(caller) if self.routes is not None else []:
             if route not in cards:
                 out.append(ModelCard(route, route, self.base, self._started))
         return out

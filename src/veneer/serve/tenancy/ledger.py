@@ -54,8 +54,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from veneer.errors import ConfigError, ResourceError, nearest
 from veneer.library.database import reading, write_transaction
-from veneer.serve.access import LedgerState
 from veneer.library.names import name_of
+from veneer.serve.access import LedgerState
 from veneer.serve.outage import is_outage
 from veneer.serve.request import Refused, Usage
 from veneer.serve.tenancy.outbox import (

@@ -75,7 +75,7 @@ class Tenants(Tenancy):
         except BaseException:
             self.store.close()
             raise
-        self.rollouts = TenantRoutes(self.store, self.ledger.writer.put)
+        self._routes = TenantRoutes(self.store, self.ledger.writer.put)
         self._looker = ThreadPoolExecutor(1, "veneer-tenants")
         self._next_look: Future[TenantSettings] | None = None
         self._away = False
@@ -181,12 +181,12 @@ class Tenants(Tenancy):
 
     @property
     def routes(self) -> TenantRoutes:
-        return self.rollouts
+        return self._routes
 
     def note_shadow(self, answer: ShadowAnswer) -> None:
         sides = [(answer.target, answer.sent, answer.sent_usage), (answer.shadow, answer.answer, answer.usage)]
         target, shadow = ((name, text, u.completion, u.prefill + u.decode) for name, text, u in sides)
-        self.rollouts.log_shadow(
+        self._routes.log_shadow(
             answer.name, request=answer.request, tenant=answer.tenant, target=target, shadow=shadow,
             distance=answer.distance, failed=bool(answer.error),
         )  # fmt: skip
