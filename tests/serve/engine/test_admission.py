@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.serve.engine.admission import Admission, FairPool, Share
+from veneer.serve.engine.admission import Admission, FairPool, SharedQuantity
 from veneer.serve.request import Refused
 
 
-def flood(share: Share, tenant: str, weight: float = 1.0, amount: int = 1) -> int:
+def flood(share: SharedQuantity, tenant: str, weight: float = 1.0, amount: int = 1) -> int:
     """How much a tenant gets that takes until it is refused."""
     got, said = 0, None
     while said is None:
@@ -32,7 +32,7 @@ def flood(share: Share, tenant: str, weight: float = 1.0, amount: int = 1) -> in
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_tenants_that_flood_leave_as_much_as_each_of_them_has(n: int) -> None:
-    share = Share("things", 1200)
+    share = SharedQuantity("things", 1200)
     for _ in range(200):  # those that came first give some back until all have the same
         for i in range(n):
             flood(share, f"t{i}")
@@ -47,10 +47,10 @@ def test_tenants_that_flood_leave_as_much_as_each_of_them_has(n: int) -> None:
 
 
 def test_one_that_floods_gets_half_and_a_heavier_one_more() -> None:
-    assert flood(Share("things", 1000), "a") == 500
-    assert 600 < flood(Share("things", 1000), "a", weight=2.0) < 700
-    assert flood(Share("things", 1000), "") == 1000  # where there are no tenants
-    light = Share("answers", 1024)
+    assert flood(SharedQuantity("things", 1000), "a") == 500
+    assert 600 < flood(SharedQuantity("things", 1000), "a", weight=2.0) < 700
+    assert flood(SharedQuantity("things", 1000), "") == 1000  # where there are no tenants
+    light = SharedQuantity("answers", 1024)
     light.take("a", 0.01, 256)  # one whole request passes, whoever asks
 
 

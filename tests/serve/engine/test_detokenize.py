@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
-from veneer.serve.engine.detokenize import Answer, Pieces
+from veneer.serve.engine.detokenize import AnswerText, Pieces
 from veneer.serve.request import Sampling
 
 TOKENIZER = tiny_tokenizer()
@@ -39,7 +39,7 @@ tokens = st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=80)
 letters = st.text(alphabet="ab\n€😀 ", min_size=1, max_size=5)
 
 
-def told(answer: Answer, ids: list[int]) -> tuple[str, object]:
+def told(answer: AnswerText, ids: list[int]) -> tuple[str, object]:
     text, stop = "", None
     for token in ids:
         piece = answer.add(token)
@@ -113,7 +113,7 @@ def test_the_window_stays_small() -> None:
 @settings(max_examples=300, deadline=None)
 def test_an_answer_is_the_decoded_text_up_to_the_first_stop(ids: list[int], stops: list[str]) -> None:
     ids = [i for i in ids if i != 2]
-    answer = Answer(TOKENIZER, Sampling(max_tokens=1000, stop=tuple(stops)), ends=(2,))
+    answer = AnswerText(TOKENIZER, Sampling(max_tokens=1000, stop=tuple(stops)), ends=(2,))
     text, stop = told(answer, ids)
     assert text == cut(decoded(ids), tuple(stops))
     assert (stop is not None) == (text != decoded(ids))
@@ -124,21 +124,21 @@ def test_an_answer_is_the_decoded_text_up_to_the_first_stop(ids: list[int], stop
 @settings(max_examples=300, deadline=None)
 def test_stops_that_overlap(text: str, stops: list[str]) -> None:
     """The outcome does not depend on how the text is cut into tokens."""
-    whole = told(Answer(TOKENIZER, Sampling(max_tokens=1000, stop=tuple(stops))), TOKENIZER(text)["input_ids"])
-    single = told(Answer(TOKENIZER, Sampling(max_tokens=1000, stop=tuple(stops))), bytewise(text.encode()))
+    whole = told(AnswerText(TOKENIZER, Sampling(max_tokens=1000, stop=tuple(stops))), TOKENIZER(text)["input_ids"])
+    single = told(AnswerText(TOKENIZER, Sampling(max_tokens=1000, stop=tuple(stops))), bytewise(text.encode()))
     assert whole == single
     assert whole[0] == cut(text, tuple(stops))
 
 
 def test_nothing_goes_out_that_a_stop_takes_back() -> None:
-    answer = Answer(TOKENIZER, Sampling(stop=("<end>",)))
+    answer = AnswerText(TOKENIZER, Sampling(stop=("<end>",)))
     out = [answer.add(t).text for t in bytewise(b"a<en<end>")]
     assert out == ["a", "", "", "", "<en", "", "", "", ""]
     assert answer.rest() == ""
 
 
 def test_what_was_held_back_belongs_to_an_answer_that_ends_otherwise() -> None:
-    answer = Answer(TOKENIZER, Sampling(stop=("<end>",)), ends=(2,))
+    answer = AnswerText(TOKENIZER, Sampling(stop=("<end>",)), ends=(2,))
     assert [answer.add(t).text for t in bytewise(b"a<e")] == ["a", "", ""]
     end = answer.add(2)
     assert (end.text, end.reason, end.stop) == ("", "stop", 2)
@@ -147,28 +147,28 @@ def test_what_was_held_back_belongs_to_an_answer_that_ends_otherwise() -> None:
 
 
 def test_length() -> None:
-    answer = Answer(TOKENIZER, Sampling(max_tokens=3, stop=("zz",)))
+    answer = AnswerText(TOKENIZER, Sampling(max_tokens=3, stop=("zz",)))
     pieces = [answer.add(t) for t in bytewise(b"abz")]
     assert [p.reason for p in pieces] == [None, None, "length"]
     assert "".join(p.text for p in pieces) + answer.rest() == "abz"
 
 
 def test_a_stop_at_the_last_token_is_a_stop() -> None:
-    answer = Answer(TOKENIZER, Sampling(max_tokens=2, stop=("b",)))
+    answer = AnswerText(TOKENIZER, Sampling(max_tokens=2, stop=("b",)))
     assert [answer.add(t).reason for t in bytewise(b"ab")] == [None, "stop"]
-    answer = Answer(TOKENIZER, Sampling(max_tokens=1), ends=(2,))
+    answer = AnswerText(TOKENIZER, Sampling(max_tokens=1), ends=(2,))
     assert answer.add(2).reason == "stop"
 
 
 def test_ends_may_be_ignored_and_the_requests_own_may_not() -> None:
-    answer = Answer(TOKENIZER, Sampling(ignore_eos=True, stop_ids=(9,)), ends=(2,))
+    answer = AnswerText(TOKENIZER, Sampling(ignore_eos=True, stop_ids=(9,)), ends=(2,))
     assert [answer.add(t).reason for t in (2, 5, 9)] == [None, None, "stop"]
-    answer = Answer(TOKENIZER, Sampling(ignore_eos=True, grammar=("regex", "a")), ends=(2,))
+    answer = AnswerText(TOKENIZER, Sampling(ignore_eos=True, grammar=("regex", "a")), ends=(2,))
     assert answer.add(2).reason == "stop", "nothing follows a grammar's end"
 
 
 def test_stops_count_behind_min_tokens() -> None:
-    answer = Answer(TOKENIZER, Sampling(min_tokens=3, stop=("a",)))
+    answer = AnswerText(TOKENIZER, Sampling(min_tokens=3, stop=("a",)))
     pieces = [answer.add(t) for t in bytewise(b"aaaba")]
     assert [p.reason for p in pieces] == [None, None, None, None, "stop"]
     assert "".join(p.text for p in pieces) == "aaab"
@@ -176,4 +176,4 @@ def test_stops_count_behind_min_tokens() -> None:
 
 @pytest.mark.parametrize("ids", [[], [2, 1, 0]])
 def test_special_tokens_have_no_text(ids: list[int]) -> None:
-    assert told(Answer(TOKENIZER, Sampling(stop=("<",))), ids) == ("", None)
+    assert told(AnswerText(TOKENIZER, Sampling(stop=("<",))), ids) == ("", None)

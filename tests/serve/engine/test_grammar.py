@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tests.tiny_base import VOCAB_SIZE, tiny_tokenizer
 from veneer.serve.engine import grammar as grammars
-from veneer.serve.engine.detokenize import Answer
-from veneer.serve.engine.grammar import Grammar, Kind, compile_grammar
-from veneer.serve.engine.sampler import Choice, Row, sample
+from veneer.serve.engine.detokenize import AnswerText
+from veneer.serve.engine.grammar import Grammar, GrammarKind, compile_grammar
+from veneer.serve.engine.sampler import SampledRow, SampledToken, sample
 from veneer.serve.request import Refused, Sampling
 
 jsonschema = pytest.importorskip("jsonschema")
@@ -28,7 +28,7 @@ PADDED = VOCAB_SIZE + 64
 """Logits of models are often more than their tokenizer has tokens."""
 
 
-def compiled(kind: Kind, text: str = "") -> Grammar:
+def compiled(kind: GrammarKind, text: str = "") -> Grammar:
     return compile_grammar(kind, text, TOKENIZER, vocabulary=PADDED, ends=(EOS,))
 
 
@@ -36,8 +36,8 @@ def answer(grammar: Grammar, seed: int = 0, heat: float = 1.0, steps: int = 400)
     """(text, whether it came to its end) of a model that has no idea, but closes what it opened sooner or later."""
     generator = torch.Generator().manual_seed(seed)
     matcher = grammar.matcher()
-    row = Row(Sampling(seed=seed, temperature=heat), vocabulary=PADDED, ends=(EOS,), grammar=matcher)
-    told = Answer(TOKENIZER, Sampling(max_tokens=steps), ends=(EOS,))
+    row = SampledRow(Sampling(seed=seed, temperature=heat), vocabulary=PADDED, ends=(EOS,), grammar=matcher)
+    told = AnswerText(TOKENIZER, Sampling(max_tokens=steps), ends=(EOS,))
     text = ""
     closing = TOKENIZER.convert_tokens_to_ids(['"', "}", "]"])
     for step in range(steps):
@@ -45,7 +45,7 @@ def answer(grammar: Grammar, seed: int = 0, heat: float = 1.0, steps: int = 400)
         logits[0, closing] += step / 4
         logits[0, EOS] += 5
         (choice,) = sample(logits, [row])
-        assert isinstance(choice, Choice)
+        assert isinstance(choice, SampledToken)
         assert choice.id < VOCAB_SIZE
         complete = matcher.complete
         piece = told.add(choice.id)
@@ -186,7 +186,7 @@ def test_a_token_that_the_mask_forbids_is_refused() -> None:
         ("regex", "a" * (grammars.MAX_TEXT + 1)),
     ],
 )
-def test_what_cannot_be_compiled_is_a_400_that_says_why(kind: Kind, text: str) -> None:
+def test_what_cannot_be_compiled_is_a_400_that_says_why(kind: GrammarKind, text: str) -> None:
     with pytest.raises(Refused) as caught:
         compiled(kind, text)
     assert (caught.value.status, caught.value.code) == (400, "invalid_request")
@@ -262,7 +262,7 @@ def test_what_cannot_be_followed_is_told_in_our_words_and_at_once(schema: Any, s
 
 
 @pytest.mark.parametrize("kind", ["regex", "json_schema"])
-def test_a_wrong_regular_expression_is_told_with_its_reason(kind: Kind) -> None:
+def test_a_wrong_regular_expression_is_told_with_its_reason(kind: GrammarKind) -> None:
     text = "(a" if kind == "regex" else json.dumps({"type": "string", "pattern": "(a"})
     with pytest.raises(Refused) as caught:
         compiled(kind, text)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from veneer.serve.engine import sampler
-from veneer.serve.engine.sampler import Choice, Row, sample
+from veneer.serve.engine.sampler import SampledRow, SampledToken, sample
 from veneer.serve.request import Refused, Sampling
 
 V = 48
@@ -29,13 +29,13 @@ def logits(n: int, seed: int = 0, vocabulary: int = V, spread: float = 3.0) -> T
     return torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def ids(scores: Tensor, rows: list[Row]) -> list[int]:
-    return [c.id for c in sample(scores, rows) if isinstance(c, Choice)]
+def ids(scores: Tensor, rows: list[SampledRow]) -> list[int]:
+    return [c.id for c in sample(scores, rows) if isinstance(c, SampledToken)]
 
 
 def drawn(scores: Tensor, sampling: Sampling, n: int, prompt: tuple[int, ...] = ()) -> Tensor:
     """How often each token comes in n draws of seeds of their own, as shares."""
-    rows = [Row(replace(sampling, seed=s), prompt, vocabulary=len(scores)) for s in range(n)]
+    rows = [SampledRow(replace(sampling, seed=s), prompt, vocabulary=len(scores)) for s in range(n)]
     made = ids(scores.expand(n, -1), rows)
     return torch.bincount(torch.tensor(made), minlength=len(scores)).float() / n
 
@@ -55,7 +55,7 @@ def fits(shares: Tensor, p: Tensor, n: int) -> None:
 
 def test_greedy_is_argmax_and_does_no_more() -> None:
     scores = logits(5)
-    rows = [Row(Sampling(temperature=0), vocabulary=V) for _ in range(5)]
+    rows = [SampledRow(Sampling(temperature=0), vocabulary=V) for _ in range(5)]
     assert all(row.plain for row in rows)
     kept = scores.clone()
     assert ids(scores, rows) == scores.argmax(-1).tolist()
@@ -67,8 +67,8 @@ def test_greedy_is_argmax_and_does_no_more() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_any_float_type(dtype: torch.dtype) -> None:
     scores = logits(3).to(dtype)
-    warm = [Row(Sampling(seed=i, logprobs=2), vocabulary=V) for i in range(3)]
-    again = [Row(Sampling(seed=i), vocabulary=V) for i in range(3)]
+    warm = [SampledRow(Sampling(seed=i, logprobs=2), vocabulary=V) for i in range(3)]
+    again = [SampledRow(Sampling(seed=i), vocabulary=V) for i in range(3)]
     assert ids(scores, warm) == ids(scores.float(), again)
 
 
@@ -148,8 +148,8 @@ def test_a_row_draws_the_same_whoever_shares_its_batch() -> None:
         Sampling(seed=5, min_p=0.2, repetition_penalty=1.3),
         Sampling(seed=6, temperature=0.3, frequency_penalty=0.5, logprobs=3),
     ]
-    together = [Row(k, (1, 2, 3), vocabulary=V) for k in kinds]
-    alone = [Row(k, (1, 2, 3), vocabulary=V) for k in kinds]
+    together = [SampledRow(k, (1, 2, 3), vocabulary=V) for k in kinds]
+    alone = [SampledRow(k, (1, 2, 3), vocabulary=V) for k in kinds]
     for step in range(12):
         now = scores.roll(step, 1)
         both = sample(now, together)
@@ -161,27 +161,27 @@ def test_a_row_draws_the_same_whoever_shares_its_batch() -> None:
 
 def test_a_row_that_is_taken_up_elsewhere_goes_on_as_it_would_have() -> None:
     s = Sampling(seed=9, presence_penalty=0.7, repetition_penalty=1.2, top_p=0.95)
-    first = Row(s, (4, 5), vocabulary=V)
+    first = SampledRow(s, (4, 5), vocabulary=V)
     made = [ids(logits(1, step), [first])[0] for step in range(20)]
-    later = Row(s, (4, 5), vocabulary=V, made=made[:11])
+    later = SampledRow(s, (4, 5), vocabulary=V, made=made[:11])
     assert [ids(logits(1, step), [later])[0] for step in range(11, 20)] == made[11:]
 
 
 def test_a_seed_left_to_the_system_is_one_that_can_be_given() -> None:
-    row = Row(Sampling(), vocabulary=V)
-    again = Row(Sampling(seed=row.seed), vocabulary=V)
+    row = SampledRow(Sampling(), vocabulary=V)
+    again = SampledRow(Sampling(seed=row.seed), vocabulary=V)
     assert [ids(logits(1, i), [row]) for i in range(9)] == [ids(logits(1, i), [again]) for i in range(9)]
-    assert Row(Sampling(), vocabulary=V).seed != row.seed
+    assert SampledRow(Sampling(), vocabulary=V).seed != row.seed
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**64 + 5, 2**31])
 def test_any_whole_number_is_a_seed(seed: int) -> None:
-    assert len(ids(logits(1), [Row(Sampling(seed=seed), vocabulary=V)])) == 1
+    assert len(ids(logits(1), [SampledRow(Sampling(seed=seed), vocabulary=V)])) == 1
 
 
 def test_draws_of_one_row_are_independent_from_step_to_step() -> None:
     scores = torch.log(torch.tensor([[0.5, 0.5]]))
-    row = Row(Sampling(seed=77, max_tokens=1), vocabulary=2)
+    row = SampledRow(Sampling(seed=77, max_tokens=1), vocabulary=2)
     made = [ids(scores, [row])[0] for _ in range(1600)]
     pairs = torch.bincount(torch.tensor([2 * a + b for a, b in zip(made[::2], made[1::2], strict=True)]), minlength=4)
     fits(pairs / 800, torch.full((4,), 0.25), 800)
@@ -205,14 +205,14 @@ def test_a_rare_token_is_as_rare_as_it_should_be() -> None:
 @pytest.mark.parametrize("heat", [1e-30, 1e-6, 100.0])
 def test_extreme_temperatures(heat: float) -> None:
     scores = logits(4, spread=30)
-    made = ids(scores, [Row(Sampling(temperature=heat, seed=1, top_p=0.9), vocabulary=V) for _ in range(4)])
+    made = ids(scores, [SampledRow(Sampling(temperature=heat, seed=1, top_p=0.9), vocabulary=V) for _ in range(4)])
     if heat < 1:
         assert made == scores.argmax(-1).tolist()
 
 
 def adjusted(scores: Tensor, s: Sampling, prompt: tuple[int, ...] = (), made: tuple[int, ...] = ()) -> Tensor:
     out = scores.clone()
-    Row(s, prompt, vocabulary=len(scores), made=made, ends=(V - 1,)).adjust(out)
+    SampledRow(s, prompt, vocabulary=len(scores), made=made, ends=(V - 1,)).adjust(out)
     return out
 
 
@@ -243,21 +243,21 @@ def test_penalties_come_after_bias_in_the_order_repetition_frequency_presence() 
 def test_a_greedy_row_obeys_bias_and_penalties() -> None:
     scores = logits(2, 4)
     second = scores.topk(2).indices[0, 1]
-    rows = [Row(Sampling(temperature=0, logit_bias={int(second): 50.0}), vocabulary=V)]
-    rows.append(Row(Sampling(temperature=0, logit_bias={int(scores[1].argmax()): -math.inf}), vocabulary=V))
+    rows = [SampledRow(Sampling(temperature=0, logit_bias={int(second): 50.0}), vocabulary=V)]
+    rows.append(SampledRow(Sampling(temperature=0, logit_bias={int(scores[1].argmax()): -math.inf}), vocabulary=V))
     assert ids(scores, rows) == [int(second), int(scores[1].topk(2).indices[1])]
 
 
 def test_what_ends_an_answer_does_not_come_before_min_tokens() -> None:
     scores = torch.zeros(1, V)
     scores[0, 7], scores[0, 8] = 90, 80
-    row = Row(Sampling(temperature=0, min_tokens=2, stop_ids=(8,)), vocabulary=V, ends=(7,))
+    row = SampledRow(Sampling(temperature=0, min_tokens=2, stop_ids=(8,)), vocabulary=V, ends=(7,))
     made = [ids(scores, [row])[0] for _ in range(3)]
     assert 7 not in made[:2]
     assert 8 not in made[:2]
     assert made[2] == 7
     assert row.plain
-    ignored = Row(Sampling(temperature=0, min_tokens=2, ignore_eos=True), vocabulary=V, ends=(7,))
+    ignored = SampledRow(Sampling(temperature=0, min_tokens=2, ignore_eos=True), vocabulary=V, ends=(7,))
     assert ids(scores, [ignored]) == [7], "it would not end the answer"
 
 
@@ -282,18 +282,19 @@ def test_a_grammar_masks_and_is_told() -> None:
     scores = logits(3)
     grammars = [Only(3, 4), Only(9), Only(breaks=True)]
     rows = [
-        Row(Sampling(temperature=t, seed=1), vocabulary=V, grammar=g) for t, g in zip((0, 1, 1), grammars, strict=True)
+        SampledRow(Sampling(temperature=t, seed=1), vocabulary=V, grammar=g)
+        for t, g in zip((0, 1, 1), grammars, strict=True)
     ]
     first, second, third = sample(scores, rows)
-    assert isinstance(first, Choice)
+    assert isinstance(first, SampledToken)
     assert first.id == (3 if scores[0, 3] > scores[0, 4] else 4)
-    assert second == Choice(9)
+    assert second == SampledToken(9)
     assert isinstance(third, Refused)
     assert [g.taken for g in grammars] == [[first.id], [9], []]
 
 
 def test_a_grammar_at_its_end_goes_before_min_tokens() -> None:
-    row = Row(Sampling(min_tokens=5, seed=1), vocabulary=V, ends=(7,), grammar=Only(7))
+    row = SampledRow(Sampling(min_tokens=5, seed=1), vocabulary=V, ends=(7,), grammar=Only(7))
     assert ids(logits(1), [row]) == [7]
 
 
@@ -302,26 +303,26 @@ def test_a_grammar_at_its_end_goes_before_min_tokens() -> None:
 def test_scores_that_are_not_finite_fail_their_own_row_alone(bad: float, heat: float) -> None:
     scores = logits(3)
     scores[1, 5] = bad
-    rows = [Row(Sampling(temperature=heat, seed=1, top_p=0.9, logprobs=1), vocabulary=V) for _ in range(3)]
+    rows = [SampledRow(Sampling(temperature=heat, seed=1, top_p=0.9, logprobs=1), vocabulary=V) for _ in range(3)]
     first, second, third = sample(scores, rows)
-    assert isinstance(first, Choice)
-    assert isinstance(third, Choice)
+    assert isinstance(first, SampledToken)
+    assert isinstance(third, SampledToken)
     assert isinstance(second, Refused)
     assert second.status == 500
 
 
 def test_nothing_allowed_is_refused() -> None:
-    (only,) = sample(logits(1), [Row(Sampling(top_k=3), vocabulary=V, grammar=Only())])
+    (only,) = sample(logits(1), [SampledRow(Sampling(top_k=3), vocabulary=V, grammar=Only())])
     assert isinstance(only, Refused)
 
 
 def test_logprobs_are_the_models_whatever_was_asked_of_the_draw() -> None:
     scores = logits(3, 5)
     s = Sampling(seed=3, temperature=0.1, top_k=2, logit_bias={0: 100.0})
-    rows = [Row(replace(s, logprobs=n), vocabulary=V) for n in (0, 4, 20)]
+    rows = [SampledRow(replace(s, logprobs=n), vocabulary=V) for n in (0, 4, 20)]
     p = scores.log_softmax(-1)
     for r, (n, choice) in enumerate(zip((0, 4, 20), sample(scores, rows), strict=True)):
-        assert isinstance(choice, Choice)
+        assert isinstance(choice, SampledToken)
         assert choice.logprob == pytest.approx(float(p[r, choice.id]), abs=1e-5)
         assert [i for i, _ in choice.top] == p[r].topk(n).indices.tolist()
         assert [x for _, x in choice.top] == pytest.approx(p[r].topk(n).values.tolist(), abs=1e-5)
@@ -330,7 +331,7 @@ def test_logprobs_are_the_models_whatever_was_asked_of_the_draw() -> None:
 def test_ids_that_the_vocabulary_does_not_have() -> None:
     for s, param in ((Sampling(logit_bias={V: 1.0}), "logit_bias"), (Sampling(stop_ids=(-1,)), "stop_token_ids")):
         with pytest.raises(Refused, match=f"{V} tokens") as caught:
-            Row(s, vocabulary=V)
+            SampledRow(s, vocabulary=V)
         assert (caught.value.status, caught.value.param) == (400, param)
 
 
@@ -339,7 +340,7 @@ def test_a_row_draws_the_same_on_a_gpu() -> None:
     scores = torch.randn(64, 50_000, generator=torch.Generator().manual_seed(5)) * 3
     kinds = [Sampling(), Sampling(top_p=0.9), Sampling(top_k=40, min_p=0.01), Sampling(temperature=0)]
     s = [replace(k, seed=i, presence_penalty=0.5, logprobs=2) for i in range(16) for k in kinds]
-    here, there = ([Row(k, (1, 2), vocabulary=50_000) for k in s] for _ in range(2))
+    here, there = ([SampledRow(k, (1, 2), vocabulary=50_000) for k in s] for _ in range(2))
     for step in range(8):
         want, got = ids(scores.roll(step, 0), here), ids(scores.roll(step, 0).cuda(), there)
         assert sum(a != b for a, b in zip(want, got, strict=True)) <= 1  # a tie within rounding
@@ -347,4 +348,4 @@ def test_a_row_draws_the_same_on_a_gpu() -> None:
 
 def test_rows_and_logits_go_together() -> None:
     with pytest.raises(ValueError):
-        sample(logits(2), [Row(Sampling(), vocabulary=V)])
+        sample(logits(2), [SampledRow(Sampling(), vocabulary=V)])

@@ -76,18 +76,18 @@ def shelf(base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     ],
 )
 def test_what_vllm_reads_right_is_the_librarys_own_folder(base, shelf, asked, called):
-    name, folder = vllm_plugin.resolve(base.name, asked)
+    name, folder = vllm_plugin.resolve_name(base.name, asked)
     assert name == called
     assert folder.parent == shelf / "library" / "folders"
     assert not (shelf / "converted").exists()
 
 
 def test_patterns_are_folded_exactly_once(base, shelf):
-    name, folder = vllm_plugin.resolve(base.name, "patterns@1")
+    name, folder = vllm_plugin.resolve_name(base.name, "patterns@1")
     assert name == "patterns@1"
     assert folder.parent == shelf / "converted"
     stamp = (folder / "adapter_model.safetensors").stat().st_mtime_ns
-    assert vllm_plugin.resolve(base.name, "patterns")[1] == folder
+    assert vllm_plugin.resolve_name(base.name, "patterns")[1] == folder
     assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == stamp
     before, after = peft.read(shelf / "patterns"), peft.read(folder)
     assert {p.rank for p in after.pairs.values()} == {4}
@@ -110,24 +110,24 @@ def test_patterns_are_folded_exactly_once(base, shelf):
 )
 def test_what_would_lose_its_effect_is_refused_with_the_reason(base, shelf, asked, why):
     with pytest.raises(AdapterError, match=why):
-        vllm_plugin.resolve(base.name, asked)
+        vllm_plugin.resolve_name(base.name, asked)
 
 
 @pytest.mark.parametrize("asked", ["../plain", "/etc/passwd", "plain/../plain", "", "..", "plain\x00", "C:\\x"])
 def test_a_name_is_never_a_path(base, shelf, asked):
     with pytest.raises(ConfigError):
-        vllm_plugin.resolve(base.name, asked)
+        vllm_plugin.resolve_name(base.name, asked)
 
 
 def test_a_base_that_is_not_here_is_not_guessed_at(shelf, caplog):
-    assert vllm_plugin.resolve("somebody/some-model", "plain@1")[0] == "plain@1"
+    assert vllm_plugin.resolve_name("somebody/some-model", "plain@1")[0] == "plain@1"
     assert "not checked" in caplog.text
 
 
 def test_no_library_is_made_by_asking(monkeypatch, tmp_path):
     monkeypatch.setenv("VENEER_LIBRARY", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="no library"):
-        vllm_plugin.resolve("b", "plain")
+        vllm_plugin.resolve_name("b", "plain")
     assert not (tmp_path / "none").exists()
 
 

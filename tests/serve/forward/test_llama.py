@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.families import FAMILIES
 from tests.serve.forward.test_runner import base_of, prompts, serve, trained
-from veneer.serve.forward.llama import Plan
+from veneer.serve.forward.llama import LlamaForward
 from veneer.serve.forward.packed import Panels, packing
 from veneer.serve.forward.runner import Prepared, Runner, _use_threads
 from veneer.serve.settings import WeightKind
@@ -31,7 +31,7 @@ BASES: dict[str, Any] = {
 }
 
 
-def runner_of(name: str, weights: WeightKind = "dense") -> tuple[Runner, Plan, dict[str, Prepared]]:
+def runner_of(name: str, weights: WeightKind = "dense") -> tuple[Runner, LlamaForward, dict[str, Prepared]]:
     model = BASES[name]().bfloat16()
     for part in model.modules():  # biases and norms that do something
         for key in ("bias", "weight"):
@@ -42,8 +42,8 @@ def runner_of(name: str, weights: WeightKind = "dense") -> tuple[Runner, Plan, d
     adapters["dora"] = trained(model, 7, dora=True)
     runner = Runner(base_of(model), cache_bytes=1 << 20, weights=weights)
     assert runner.how == "fused", runner.why
-    assert runner._plan is not None
-    return runner, runner._plan, {n: runner.prepare(a, n) for n, a in adapters.items()}
+    assert runner._llama is not None
+    return runner, runner._llama, {n: runner.prepare(a, n) for n, a in adapters.items()}
 
 
 def answers(runner: Runner, adapters: dict[str, Prepared], lengths: tuple[int, ...] = (1, 20, 33, 70)) -> list[Tensor]:
@@ -56,10 +56,10 @@ def answers(runner: Runner, adapters: dict[str, Prepared], lengths: tuple[int, .
     ("name", "weights"), [*((name, "dense") for name in BASES), ("llama", "int8"), ("norms of q and k", "int4")]
 )
 def test_the_same_bits_as_layer_by_layer(name: str, weights: WeightKind) -> None:
-    runner, plan, adapters = runner_of(name, weights)
-    assert plan._table is not None
+    runner, llama, adapters = runner_of(name, weights)
+    assert llama._table is not None
     together = answers(runner, adapters)
-    plan.__dict__["_table"] = None
+    llama.__dict__["_table"] = None
     apart = answers(runner, adapters)
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
@@ -99,8 +99,8 @@ def test_bases_whose_shapes_have_no_panels_go_layer_by_layer() -> None:
     model = FAMILIES["llama3"](**(SHAPE | {"intermediate_size": 90})).bfloat16()
     runner = Runner(base_of(model), cache_bytes=1 << 20)
     assert runner.how == "fused", runner.why
-    assert runner._plan is not None
-    assert runner._plan._table is None
+    assert runner._llama is not None
+    assert runner._llama._table is None
     (got,) = serve(runner, [(prompts((20,))[0], [])], [20])
     with torch.no_grad():
         want = model(input_ids=torch.tensor(prompts((20,)))).logits[0, -1]

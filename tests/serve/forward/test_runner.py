@@ -20,7 +20,7 @@ from veneer.core.init import create
 from veneer.errors import ConfigError
 from veneer.models.text.base import TextBase
 from veneer.serve.forward.paged import BLOCK
-from veneer.serve.forward.runner import Prepared, Row, Runner
+from veneer.serve.forward.runner import Prepared, Runner, RunnerRow
 
 WAYS = {"gemma3": "packed", "llama4": "alone", "mixtral": "packed", "qwen3_moe": "packed"}
 
@@ -66,7 +66,7 @@ def serve(runner: Runner, work: list[tuple[list[int], list[tuple[Prepared, float
         for s, (ids, mix) in enumerate(work):
             if done[s] < len(ids):
                 end = min(len(ids), done[s] + cuts[(step + s) % len(cuts)])
-                rows_of.append((s, Row(ids[done[s] : end], done[s], blocks[s], mix, end == len(ids), s)))
+                rows_of.append((s, RunnerRow(ids[done[s] : end], done[s], blocks[s], mix, end == len(ids), s)))
                 done[s] = end
         logits = iter(runner.run([row for _, row in rows_of]))
         for s, row in rows_of:

@@ -10,7 +10,7 @@ import torch
 from veneer.ops.cpu import compiled
 from veneer.serve.forward.packed import packed
 from veneer.serve.forward.runner import _use_threads
-from veneer.serve.forward.threads import LARGE, ThreadTuner
+from veneer.serve.forward.threads import ALWAYS_ALL, ThreadTuner
 
 
 class Machine:
@@ -45,7 +45,7 @@ def test_each_size_gets_what_is_faster_for_it() -> None:
 
 def test_large_steps_are_not_tried_and_one_core_has_nothing_to_choose() -> None:
     machine, single = Machine(), Machine(most=1)
-    assert {machine.step(LARGE) for _ in range(20)} == {4}
+    assert {machine.step(ALWAYS_ALL) for _ in range(20)} == {4}
     assert {single.step(1) for _ in range(20)} == {1}
 
 

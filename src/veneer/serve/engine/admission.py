@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from veneer.serve.request import Refused
 
-__all__ = ["Admission", "FairPool", "Place", "Share"]
+__all__ = ["Admission", "AdmittedRequest", "FairPool", "SharedQuantity"]
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ LEAST, MOST = 0.5, 4.0
 """A weight counts as one of these at least and at most here: a small share is still room for a whole request."""
 
 
-class Share:
+class SharedQuantity:
     """`total` of something, of which each tenant may hold a part. `what`: its name in the words of an error."""
 
     def __init__(self, what: str, total: int) -> None:
@@ -123,15 +123,15 @@ class Admission:
     """`bodies`: bytes of bodies in memory; `answers`: those that run or wait; `texts`: characters to be tokenised."""
 
     def __init__(self, *, bodies: int, answers: int, texts: int, threads: int = 2) -> None:
-        self.shares: Mapping[str, Share] = {
-            "bodies": Share("bytes of requests", bodies),
-            "answers": Share("requests", answers),
-            "texts": Share("characters to be tokenised", texts),
+        self.shares: Mapping[str, SharedQuantity] = {
+            "bodies": SharedQuantity("bytes of requests", bodies),
+            "answers": SharedQuantity("requests", answers),
+            "texts": SharedQuantity("characters to be tokenised", texts),
         }
         self._short, self._long = FairPool(threads, "short"), FairPool(1, "long")
 
-    def enter(self, tenant: str = "", weight: float = 1.0) -> Place:
-        return Place(self, tenant, weight)
+    def enter(self, tenant: str = "", weight: float = 1.0) -> AdmittedRequest:
+        return AdmittedRequest(self, tenant, weight)
 
     def pool(self, size: int) -> FairPool:
         return self._short if size < LONG else self._long
@@ -142,7 +142,7 @@ class Admission:
 
 
 @dataclass(eq=False)
-class Place:
+class AdmittedRequest:
     """What one request holds."""
 
     admission: Admission

@@ -1,6 +1,6 @@
 """Tokens to text as they come, and where an answer ends.
 
-    answer = Answer(tokenizer, sampling, ends=base_stop_ids)
+    answer = AnswerText(tokenizer, sampling, ends=base_stop_ids)
     piece = answer.add(token)            piece.text goes out; piece.reason ends the answer
     answer.rest()                        what was held back and belongs to it
 
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 from veneer.serve.request import Sampling
 
-__all__ = ["Answer", "Decoder", "Piece", "Pieces"]
+__all__ = ["AnswerText", "Decoder", "Piece", "Pieces"]
 
 BROKEN = "�"
 """What bytes that are no character, or not yet one, decode to."""
@@ -86,7 +86,7 @@ class Pieces:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-class Answer:
+class AnswerText:
     """The text of one answer up to its end.
 
     `ends`: the ids that end an answer on this base, unless the request ignores them, which it cannot where a grammar

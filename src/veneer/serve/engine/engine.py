@@ -29,12 +29,11 @@ from veneer.core.adapter import Adapter
 from veneer.models.text.base import TextBase
 from veneer.serve.engine.admission import FairPool
 from veneer.serve.engine.cache import Cache
-from veneer.serve.engine.detokenize import Answer
-from veneer.serve.engine.sampler import Choice, Constraint, sample, scored
-from veneer.serve.engine.sampler import Row as Draws
+from veneer.serve.engine.detokenize import AnswerText
+from veneer.serve.engine.sampler import Constraint, SampledRow, SampledToken, sample, scored
 from veneer.serve.engine.scheduler import Chunk, Scheduler, Sequence, StepCost
 from veneer.serve.forward.paged import BLOCK
-from veneer.serve.forward.runner import Prepared, Row, Runner
+from veneer.serve.forward.runner import Prepared, Runner, RunnerRow
 from veneer.serve.names.resident import Lease, Residents
 from veneer.serve.names.shelf import Problems
 from veneer.serve.outage import fault
@@ -74,8 +73,8 @@ class _Live:
     """A request in the engine."""
 
     request: Request
-    draws: Draws
-    answer: Answer
+    draws: SampledRow
+    answer: AnswerText
     tell: Callable[[EngineEvent], None]
     loop: asyncio.AbstractEventLoop
     came: float
@@ -85,7 +84,7 @@ class _Live:
     began: float | None = None
     first: float | None = None
     last: float | None = None
-    prompt: dict[int, Choice] = field(default_factory=dict)
+    prompt: dict[int, SampledToken] = field(default_factory=dict)
     """Place in the prompt -> its token's logprobs, where they are asked for."""
 
 
@@ -253,8 +252,8 @@ class TextEngine(Engine[Request, EngineEvent]):
         loop: asyncio.AbstractEventLoop,
     ) -> _Live:
         ends = () if request.sampling.ignore_eos else self.base.stop_ids
-        draws = Draws(request.sampling, request.prompt, vocabulary=self.vocabulary, ends=ends, grammar=grammar)
-        answer = Answer(self.base.tokenizer, request.sampling, self.base.stop_ids)
+        draws = SampledRow(request.sampling, request.prompt, vocabulary=self.vocabulary, ends=ends, grammar=grammar)
+        answer = AnswerText(self.base.tokenizer, request.sampling, self.base.stop_ids)
         live = _Live(request, draws, answer, tell, loop, time.monotonic())
         if request.id in self._by_id:
             raise Refused(f"a request {request.id!r} is running", status=400, code="invalid_request")
@@ -351,21 +350,21 @@ class TextEngine(Engine[Request, EngineEvent]):
             fixed, row, token = np.linalg.lstsq(table[:, :3], table[:, 3], rcond=None)[0].clip(min=0.0).tolist()
             self.scheduler.cost = StepCost(fixed, row, token, self.settings.step_seconds)
 
-    def _choose(self, chunks: list[Chunk], wanted: list[Chunk]) -> list[Choice | Refused | None]:
+    def _choose(self, chunks: list[Chunk], wanted: list[Chunk]) -> list[SampledToken | Refused | None]:
         """The next token of each chunk in `wanted`. Where the step fails, each row by itself, from the state before."""
         rows = [self._row(c) for c in chunks]
         for chunk in wanted:
             self._live[chunk.sequence].draws.ahead(self._masks.submit)
         try:
             logits = self._scored(chunks, rows, self.runner.run(rows))
-            made: list[Choice | Refused | None] = (
+            made: list[SampledToken | Refused | None] = (
                 list(sample(logits, [self._live[c.sequence].draws for c in wanted])) if wanted else []
             )
             self._lost = 0
             return made
         except Exception:
             log.exception("a step over %d rows failed; each is run by itself", len(rows))
-        out: dict[int, Choice | Refused | None] = {id(c): None for c in wanted}
+        out: dict[int, SampledToken | Refused | None] = {id(c): None for c in wanted}
         self._lost += 1
         for chunk in chunks:
             live = self._live[chunk.sequence]
@@ -379,7 +378,7 @@ class TextEngine(Engine[Request, EngineEvent]):
                 self._end(live, "error", error=fault("the answer", error))
         return list(out.values())
 
-    def _row(self, chunk: Chunk, *, again: bool = False) -> Row:
+    def _row(self, chunk: Chunk, *, again: bool = False) -> RunnerRow:
         """`again`: from the sequence's beginning. Keys and values in pages are written as often as one likes; a state
         that layers carry on has moved by some of the step or all of it, so it is made anew."""
         sequence, live = chunk.sequence, self._live[chunk.sequence]
@@ -389,10 +388,10 @@ class TextEngine(Engine[Request, EngineEvent]):
         scored = live.request.sampling.prompt_logprobs and chunk.start < sequence.prompt
         wants = len(tokens) if scored else int(chunk.last)
         if again:
-            return Row(sequence.tokens[: chunk.end], 0, sequence.table.blocks, mix, wants, id(sequence))
-        return Row(tokens, chunk.start, sequence.table.blocks, mix, wants, id(sequence))
+            return RunnerRow(sequence.tokens[: chunk.end], 0, sequence.table.blocks, mix, wants, id(sequence))
+        return RunnerRow(tokens, chunk.start, sequence.table.blocks, mix, wants, id(sequence))
 
-    def _scored(self, chunks: list[Chunk], rows: list[Row], logits: Tensor) -> Tensor:
+    def _scored(self, chunks: list[Chunk], rows: list[RunnerRow], logits: Tensor) -> Tensor:
         """The logits that are drawn from, one row for each last chunk; those of prompts are kept as their logprobs."""
         if sum(row.wants for row in rows) == sum(chunk.last for chunk in chunks):
             return logits
@@ -409,7 +408,7 @@ class TextEngine(Engine[Request, EngineEvent]):
             ends += [at - 1] if chunk.last else []
         return logits[ends]
 
-    def _take(self, live: _Live, choice: Choice | Refused | None, now: float) -> None:
+    def _take(self, live: _Live, choice: SampledToken | Refused | None, now: float) -> None:
         sequence = live.sequence
         assert sequence is not None
         if isinstance(choice, Refused):
@@ -470,11 +469,11 @@ class TextEngine(Engine[Request, EngineEvent]):
     def _prompt(self, live: _Live) -> tuple[Token, ...]:
         if not live.request.sampling.prompt_logprobs:
             return ()
-        told = [live.prompt.get(k, Choice(token)) for k, token in enumerate(live.request.prompt)]
+        told = [live.prompt.get(k, SampledToken(token)) for k, token in enumerate(live.request.prompt)]
         live.prompt = {}
         return tuple(Token(c.id, self._text(c.id), c.logprob, self._top(c)) for c in told)
 
-    def _top(self, choice: Choice) -> tuple[tuple[int, str, float], ...]:
+    def _top(self, choice: SampledToken) -> tuple[tuple[int, str, float], ...]:
         return tuple((i, self._text(i), p) for i, p in choice.top)
 
     def _text(self, token: int) -> str:

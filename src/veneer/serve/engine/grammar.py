@@ -30,9 +30,9 @@ from veneer.serve.request import Refused
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-__all__ = ["Grammar", "Kind", "Matcher", "compile_grammar", "matcher"]
+__all__ = ["Grammar", "GrammarKind", "Matcher", "compile_grammar", "matcher"]
 
-Kind = Literal["json_schema", "json_object", "regex"]
+GrammarKind = Literal["json_schema", "json_object", "regex"]
 
 MAX_TEXT = 256 << 10
 MAX_PARTS = 2000
@@ -43,7 +43,7 @@ ANY_OBJECT = '{"type": "object"}'
 _lock = threading.Lock()
 _tokenizers: weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], LLTokenizer]]
 _tokenizers = weakref.WeakKeyDictionary()
-_kept: OrderedDict[tuple[LLTokenizer, Kind, str], Future[Grammar]] = OrderedDict()
+_kept: OrderedDict[tuple[LLTokenizer, GrammarKind, str], Future[Grammar]] = OrderedDict()
 
 
 class Grammar:
@@ -95,7 +95,7 @@ class Matcher:
 
 
 def compile_grammar(
-    kind: Kind, text: str, tokenizer: Any, *, vocabulary: int | None = None, ends: Collection[int] = ()
+    kind: GrammarKind, text: str, tokenizer: Any, *, vocabulary: int | None = None, ends: Collection[int] = ()
 ) -> Grammar:
     """The grammar of `text` for a fast tokenizer of transformers. Blocks: call it in a thread.
 
@@ -127,13 +127,13 @@ def compile_grammar(
 
 
 def matcher(
-    asked: tuple[Kind, str], tokenizer: Any, vocabulary: int | None = None, ends: Collection[int] = ()
+    asked: tuple[GrammarKind, str], tokenizer: Any, vocabulary: int | None = None, ends: Collection[int] = ()
 ) -> Matcher:
     """The start of one answer to `Sampling.grammar`; blocks and raises as `compile_grammar`."""
     return compile_grammar(*asked, tokenizer, vocabulary=vocabulary, ends=ends).matcher()
 
 
-def _compiled(kind: Kind, text: str, tokenizer: LLTokenizer, vocabulary: int) -> Grammar:
+def _compiled(kind: GrammarKind, text: str, tokenizer: LLTokenizer, vocabulary: int) -> Grammar:
     from llguidance import LLMatcher
 
     try:

@@ -25,17 +25,17 @@ from veneer.serve.forward.lowrank import thin_problems
 from veneer.serve.request import Finished, Request, Sampling, Token, make_mix
 from veneer.serve.settings import EngineSettings
 
-__all__ = ["Answer", "answering"]
+__all__ = ["AnswerFunction", "answering"]
 
 
-class Answer(Protocol):
+class AnswerFunction(Protocol):
     def __call__(
         self, prompts: Sequence[Prompt], mix: Sequence[tuple[str, float]], *, max_new_tokens: int
     ) -> list[Completion]: ...
 
 
 @contextmanager
-def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32) -> Iterator[Answer]:
+def answering(base: TextBase, adapters: Mapping[str, Adapter], *, rows: int = 32) -> Iterator[AnswerFunction]:
     """Whoever answers with `adapters`, by name. `rows`: how many at once. Nothing may act on the model while it begins.
 
     Raises as `complete`."""

@@ -1,6 +1,6 @@
 """Logits of many rows to a token for each, every row by its own settings.
 
-    row = Row(request.sampling, request.prompt, vocabulary=base_vocabulary, ends=stop_ids)     once a request
+    row = SampledRow(request.sampling, request.prompt, vocabulary=base_vocabulary, ends=stop_ids)     once a request
     for choice in sample(logits, rows): …                                                      once a step
 
 A greedy row without further wishes costs its share of one argmax. The others go through, in this order: grammar,
@@ -29,7 +29,7 @@ from torch import Tensor
 from veneer.serve.outage import fault
 from veneer.serve.request import Refused, Sampling
 
-__all__ = ["Choice", "Constraint", "Row", "sample", "scored"]
+__all__ = ["Constraint", "SampledRow", "SampledToken", "sample", "scored"]
 
 NUCLEUS = 1024
 """Best tokens that top-p looks at first; where they do not hold its share, it looks at all."""
@@ -46,7 +46,7 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class SampledToken:
     """A chosen token. `logprob` and `top` ((id, logprob), best first) are of the model's own distribution, where the
     row asks for them."""
 
@@ -55,7 +55,7 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Row:
+class SampledRow:
     """What one request brings to every draw: its settings, its seed, the tokens so far.
 
     `ends`: the ids that end an answer, which must not come before `min_tokens`; those of the base, to which the
@@ -135,7 +135,7 @@ class Row:
             scores[made] -= s.frequency_penalty * often + s.presence_penalty
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice | Refused]:
+def sample(logits: Tensor, rows: Sequence[SampledRow]) -> list[SampledToken | Refused]:
     """Choose the next token of every row, and count it as made. logits: (rows, vocabulary), of any float type; not
     changed.
 
@@ -162,7 +162,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice | Refused]:
     asking = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     counts = [rows[i].sampling.logprobs or 0 for i in asking]
     told = dict(zip(asking, scored(logits[asking], ids[asking], counts), strict=True)) if asking else {}
-    out: list[Choice | Refused] = []
+    out: list[SampledToken | Refused] = []
     for i, (row, token, top) in enumerate(zip(rows, ids.tolist(), best.tolist(), strict=True)):
         try:
             if i in failed:
@@ -170,13 +170,13 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Choice | Refused]:
             if not math.isfinite(top):
                 raise Refused("no token has a finite score", status=500, code="internal")
             row.take(token)
-            out.append(told[i] if i in told else Choice(token))
+            out.append(told[i] if i in told else SampledToken(token))
         except Exception as error:  # its own row's alone: the others have taken their tokens
             out.append(error if isinstance(error, Refused) else fault("the answer", error))
     return out
 
 
-def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+def _draw(scores: Tensor, rows: Sequence[SampledRow]) -> Tensor:
     """A token for each row, from softmax(scores / temperature) within top-k, min-p and top-p. scores: (rows,
     vocabulary), float32."""
     heat = scores.new_tensor([[r.sampling.temperature] for r in rows]).clamp_min(1e-20)
@@ -230,13 +230,13 @@ def _nucleus(order: Tensor, floor: Tensor, total: Tensor, share: Tensor) -> tupl
     return lowest, ~stays[:, -1] | (order[:, -1] == -math.inf) | all_of_it[:, 0]
 
 
-def scored(logits: Tensor, ids: Tensor, counts: Sequence[int]) -> list[Choice]:
+def scored(logits: Tensor, ids: Tensor, counts: Sequence[int]) -> list[SampledToken]:
     """The logprobs of given tokens, each with its count of alternatives. logits: (n, vocabulary), n > 0; ids: (n,)."""
     p = logits.float().log_softmax(-1)
     own = p.gather(-1, ids[:, None])[:, 0].tolist()
     values, tokens = (t.tolist() for t in p.topk(min(max(counts), p.shape[-1])))
     return [
-        Choice(token, logprob, tuple(zip(t[:n], v[:n], strict=True)))
+        SampledToken(token, logprob, tuple(zip(t[:n], v[:n], strict=True)))
         for token, logprob, n, t, v in zip(ids.tolist(), own, counts, tokens, values, strict=True)
     ]
 

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from veneer.core.adapter import Adapter
     from veneer.library.queries import Version
 
-__all__ = ["Found", "register", "resolve"]
+__all__ = ["register", "resolve_name"]
 
 log = logging.getLogger("vllm.veneer")  # vLLM shows what is logged under its own name
 
-Found = tuple[str, Path]
+_Found = tuple[str, Path]
 """What to call the adapter in vLLM, and its folder."""
 
 
@@ -52,15 +52,15 @@ def register() -> None:
         LoRAResolverRegistry.register_resolver("veneer", VeneerResolver())
 
 
-def _resolve_or_say(base: str, name: str) -> Found | None:
+def _resolve_or_say(base: str, name: str) -> _Found | None:
     try:
-        return resolve(base, name)
+        return resolve_name(base, name)
     except (VeneerError, OSError) as error:
         log.warning("veneer does not serve %r: %s", name[:200], error)
         return None
 
 
-def resolve(base: str, name: str) -> Found:
+def resolve_name(base: str, name: str) -> _Found:
     """The adapter that `name` means in the library, for vLLM's `base` (a folder or a hub id).
 
     Raises ConfigError for text that is no reference (a path, say), AdapterError for what the library has not, what is

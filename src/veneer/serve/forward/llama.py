@@ -26,11 +26,11 @@ from veneer.serve.forward.lowrank import Group, Layout, Segments
 from veneer.serve.forward.packed import Matrix, Panels, in_blocks, invariant
 from veneer.serve.forward.paged import PackedRows, Pages, Rotary
 
-__all__ = ["Block", "Plan", "Weights", "layout_of", "plan_of", "static_positions"]
+__all__ = ["Block", "JoinedWeights", "LlamaForward", "layout_of", "llama_forward", "static_positions"]
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
-Weights = Callable[[tuple[str, ...]], Matrix]
+JoinedWeights = Callable[[tuple[str, ...]], Matrix]
 """The weights of some linear modules, below one another, by the modules' names."""
 
 
@@ -61,7 +61,7 @@ class _Table(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class LlamaForward:
     """A base of Llama's kind as tensors. Its layout's groups: qkv, o, gate-up, down of each layer, then the head."""
 
     embedding: Tensor
@@ -89,7 +89,7 @@ class Plan:
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return in_blocks(lambda part: normed(part, weight, self.eps), x, self.rows)
 
-    def with_windows(self, longest: int) -> Plan:
+    def with_windows(self, longest: int) -> LlamaForward:
         """The same weights with windows of `longest` tokens at most."""
         return replace(self, blocks=[replace(b, window=min(b.window, longest)) for b in self.blocks])
 
@@ -182,9 +182,9 @@ def layout_of(base: TextBase) -> Layout:
     return Layout(tuple(groups), embedding, base.dtype, base.device)
 
 
-def plan_of(
-    base: TextBase, layout: Layout, own_weights: Weights, embedding: Tensor, context: int, pages: Pages
-) -> Plan:
+def llama_forward(
+    base: TextBase, layout: Layout, own_weights: JoinedWeights, embedding: Tensor, context: int, pages: Pages
+) -> LlamaForward:
     """Where `layout.rows` is above 0 its products are batch-invariant (matrix.in_blocks). Raises NotImplementedError
     where the base is of another kind; whether it is of this one, a probe tells."""
     root: Any = base.model.model
@@ -222,7 +222,9 @@ def plan_of(
     head, norm = layout.groups[-1], root.norm.weight.detach()
     scale = root.layers[0].self_attn.scaling
     head_matrix = weights(head.modules)
-    return Plan(embedding, blocks, norm, head_matrix, head.biases[0], config.rms_norm_eps, scale, pages, layout.rows)
+    return LlamaForward(
+        embedding, blocks, norm, head_matrix, head.biases[0], config.rms_norm_eps, scale, pages, layout.rows
+    )
 
 
 def _add_onto(x: Tensor, h: Tensor, matrix: Matrix, bias: Tensor | None, segments: Segments | None, g: int) -> None:

@@ -34,14 +34,14 @@ from veneer.models.text.base import TextBase
 from veneer.models.text.probe import LENGTHS, WINDOW, OwnForward, short_windows
 from veneer.ops.cpu import compiled, memory
 from veneer.ops.cpu.sharing import shared
-from veneer.serve.forward.llama import Plan, layout_of, plan_of, static_positions
+from veneer.serve.forward.llama import LlamaForward, layout_of, llama_forward, static_positions
 from veneer.serve.forward.lowrank import Group, Segments, Thin, thin, thin_problems
 from veneer.serve.forward.packed import ROWS, Dense, Matrix, Quantised, packed, packing, quantised
 from veneer.serve.forward.paged import BLOCK, PackedRows, Pages
 from veneer.serve.forward.threads import ThreadTuner
 from veneer.serve.settings import WeightKind
 
-__all__ = ["Prepared", "Row", "Runner"]
+__all__ = ["Prepared", "Runner", "RunnerRow"]
 
 
 @dataclass(eq=False)
@@ -58,7 +58,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class RunnerRow:
     """Some tokens of one sequence: from position `first` on, into `blocks`. `wants`: after how many of them, the last
     ones, the logits are wanted. `sequence`: which one, for bases that keep each sequence's state by itself."""
 
@@ -114,7 +114,7 @@ class Runner:
         self.pages = Pages(layers, self.blocks, heads, kv, d, base.dtype, base.device)
         self.pages.tiles = batch_invariant
         self._segments: Segments | None = None
-        self._plan: Plan | None = None
+        self._llama: LlamaForward | None = None
         self._pasts: dict[int, Any] = {}
         self._attended: set[int] = set()
         same_bits = (
@@ -150,7 +150,7 @@ class Runner:
 
     def prepare(self, adapter: Adapter, key: str) -> Prepared:
         """Make an adapter without `problems` ready; may be called from any thread."""
-        fits = self._plan is not None and not thin_problems(adapter, self.layout)
+        fits = self._llama is not None and not thin_problems(adapter, self.layout)
         return Prepared(key, adapter, thin(adapter, self.layout, key) if fits else None)
 
     def let_go(self, key: str) -> None:
@@ -162,16 +162,16 @@ class Runner:
     # -- running -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Row]) -> Tensor:
+    def run(self, rows: Sequence[RunnerRow]) -> Tensor:
         """Logits (Σ wants, vocabulary), in the order of the rows and their tokens."""
         with shared(), self._threads.step(sum(len(row.tokens) for row in rows)):
             return self._run(rows)
 
-    def _run(self, rows: Sequence[Row]) -> Tensor:
+    def _run(self, rows: Sequence[RunnerRow]) -> Tensor:
         if self.how == "alone":
             return torch.cat([self._alone(row) for row in rows])
         thick = [any(p.thin is None for p, _ in row.mix) for row in rows]
-        if self._plan is None or all(thick):
+        if self._llama is None or all(thick):
             return self._packed(rows)
         if not any(thick):
             return self._fused(rows)
@@ -184,9 +184,9 @@ class Runner:
         """A sequence has ended, or begins again."""
         self._pasts.pop(sequence, None)
 
-    def _fused(self, rows: Sequence[Row]) -> Tensor:
-        plan, mixes = self._plan, [row.mix for row in rows]
-        assert plan is not None
+    def _fused(self, rows: Sequence[RunnerRow]) -> Tensor:
+        llama, mixes = self._llama, [row.mix for row in rows]
+        assert llama is not None
         batch, ids = self._batch(rows)
         spans = [
             (a, b, [(p.thin, s) for p, s in mix])
@@ -195,7 +195,7 @@ class Runner:
         ]
         segments = Segments.of(self.layout, spans, self._segments) if spans else None  # type: ignore[arg-type]
         self._segments = segments or self._segments
-        hidden = plan.hidden(ids, batch, segments)
+        hidden = llama.hidden(ids, batch, segments)
         kept = [i for i, row in enumerate(rows) for _ in range(row.wants)]
         x = hidden[_wanted(rows, batch)]
         head = len(self.layout.groups) - 1
@@ -204,13 +204,13 @@ class Runner:
             segments = Segments.of(self.layout, last)  # type: ignore[arg-type]
         else:
             segments = None
-        return plan.logits(x, segments)
+        return llama.logits(x, segments)
 
-    def _batch(self, rows: Sequence[Row]) -> tuple[PackedRows, Tensor]:
+    def _batch(self, rows: Sequence[RunnerRow]) -> tuple[PackedRows, Tensor]:
         batch = PackedRows.of([(r.first, r.first + len(r.tokens), r.blocks) for r in rows], self.base.device)
         return batch, torch.tensor([t for r in rows for t in r.tokens], device=self.base.device)
 
-    def _packed(self, rows: Sequence[Row]) -> Tensor:
+    def _packed(self, rows: Sequence[RunnerRow]) -> Tensor:
         """Fused experts see the tokens of all rows together: rows whose mixes differ there go one mix after another."""
         apart: dict[tuple[tuple[str, float], ...], list[int]] = {
             _key(row.mix): [] for row in rows if any(_has_experts(p.adapter) for p, _ in row.mix)
@@ -227,14 +227,14 @@ class Runner:
         wanted = [each for part in out for each in part]
         return torch.stack(wanted) if wanted else torch.empty(0)
 
-    def _packed_together(self, rows: Sequence[Row]) -> Tensor:
+    def _packed_together(self, rows: Sequence[RunnerRow]) -> Tensor:
         batch, ids = self._batch(rows)
         with self._using([(row.mix, len(row.tokens)) for row in rows]), attending(partial(self._attend, batch)):
             out = self.model(input_ids=ids[:, None], position_ids=batch.positions[:, None], use_cache=False)
         logits: Tensor = out.logits[:, 0]
         return logits[_wanted(rows, batch)]
 
-    def _alone(self, row: Row) -> Tensor:
+    def _alone(self, row: RunnerRow) -> Tensor:
         if row.first == 0:
             self._pasts[row.sequence] = new_cache(self.model)
         ids = torch.tensor([list(row.tokens)], device=self.base.device)
@@ -294,7 +294,7 @@ class Runner:
                     if name == "fused":  # adapters with no thin form need the second way too
                         self._make_packed()
                     return name, why
-                self._plan = None
+                self._llama = None
                 why += f"{'; ' if why else ''}not {name} ({problem})"
         return "alone", why
 
@@ -307,18 +307,20 @@ class Runner:
         if self.blocks < used:
             return f"a cache of {self.blocks} blocks is too small to try it"
         starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
-        parts, places, plan = [], [], self._plan
-        if plan is not None:
-            self._plan = plan.with_windows(WINDOW)
+        parts, places, llama = [], [], self._llama
+        if llama is not None:
+            self._llama = llama.with_windows(WINDOW)
         with short_windows(self.model):
             for step in range(3):
                 ends = [(0, n // 4, n - 1, n)[step : step + 2] for n in LENGTHS]
                 pieces = [(i, a, b) for i, (a, b) in enumerate(ends) if b > a]
-                parts.append(self.run([Row(rows[i][a:b].tolist(), a, blocks[i], (), b - a) for i, a, b in pieces]))
+                parts.append(
+                    self.run([RunnerRow(rows[i][a:b].tolist(), a, blocks[i], (), b - a) for i, a, b in pieces])
+                )
                 places += [starts[i] + t for i, a, b in pieces for t in range(a, b)]
-        self._plan = plan
+        self._llama = llama
         layers = self.model.config.get_text_config().num_hidden_layers
-        if plan is None and len(self._attended) < layers:  # the others keep a state of their own
+        if llama is None and len(self._attended) < layers:  # the others keep a state of their own
             return f"{layers - len(self._attended)} of its {layers} layers have no attention"
         got, at = torch.cat(parts), torch.tensor(places, device=own.ids.device)
         if problem := own.logits_problem(got, at):
@@ -346,7 +348,7 @@ class Runner:
             return Dense(weight)
 
         embedding = self.model.get_input_embeddings().weight.detach()
-        self._plan = plan_of(self.base, self.layout, joined, embedding, self.context, self.pages)
+        self._llama = llama_forward(self.base, self.layout, joined, embedding, self.context, self.pages)
 
     def _projection_bytes(self) -> int:
         return sum(group.weight(i).nbytes for group in self.layout.groups for i in range(len(group.modules)))
@@ -361,7 +363,7 @@ class Runner:
                 f"{self.how} in {str(base.dtype).removeprefix('torch.')} on {base.device}",
                 fix="use dense weights",
             )
-        self._plan = None
+        self._llama = None
         self._undo.close()
         made: dict[tuple[str, ...], Quantised] = {}
         groups = []
@@ -380,7 +382,7 @@ class Runner:
             groups.append(Group(group.modules, group.sizes, group.biases, weight))
         self.layout = replace(self.layout, groups=tuple(groups))
         embedding = self.model.get_input_embeddings().weight.detach()
-        self._plan = plan_of(base, self.layout, made.__getitem__, embedding, self.context, self.pages)
+        self._llama = llama_forward(base, self.layout, made.__getitem__, embedding, self.context, self.pages)
 
     def _make_packed(self) -> None:
         config = self.model.config.get_text_config()
@@ -415,7 +417,7 @@ def _part(matrix: Quantised, columns: list[tuple[int, int]], i: int) -> Tensor:
     return matrix.dense()[first : first + size]
 
 
-def _wanted(rows: Sequence[Row], batch: PackedRows) -> Tensor:
+def _wanted(rows: Sequence[RunnerRow], batch: PackedRows) -> Tensor:
     """The places in a batch after which logits are wanted."""
     places = [k for i, row in enumerate(rows) for k in range(batch.bounds[i + 1] - row.wants, batch.bounds[i + 1])]
     return torch.tensor(places, dtype=torch.int64, device=batch.positions.device)

@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
-__all__ = ["LARGE", "ThreadTuner"]
+__all__ = ["ALWAYS_ALL", "ThreadTuner"]
 
-LARGE = 64
+ALWAYS_ALL = 64
 """Tokens from which a step always gets all threads."""
 _TRIALS, _AGAIN = 4, 2000
 
@@ -45,7 +45,7 @@ class ThreadTuner:
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:
         """A step of so many tokens runs inside, with the threads it should have; all of them again after it."""
-        if self._use is None or self._most == 1 or tokens >= LARGE:
+        if self._use is None or self._most == 1 or tokens >= ALWAYS_ALL:
             yield
             return
         size = self._sizes.setdefault(tokens.bit_length(), _Size({self._most: [], 1: []}))

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from veneer import __version__
-from veneer.serve.engine.admission import Place
+from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import ClientLeft
 from veneer.serve.http.bodies import LARGE, body_error, keys_of_bodies
 from veneer.serve.http.errors import Json, answer_error, as_refused
@@ -131,7 +131,7 @@ class Door:
 class _Body:
     """A body as it comes: counted, and in time. What its head did not announce is taken when it is here."""
 
-    def __init__(self, receive: Receive, place: Place, settings: HttpSettings) -> None:
+    def __init__(self, receive: Receive, place: AdmittedRequest, settings: HttpSettings) -> None:
         self.read, self.place, self.settings = receive, place, settings
         self.seen, self.whole, self.end = 0, False, 0.0
 

@@ -17,7 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from veneer.errors import VeneerError
-from veneer.serve.engine.admission import Admission, Place
+from veneer.serve.engine.admission import Admission, AdmittedRequest
 from veneer.serve.http.errors import invalid
 from veneer.serve.request import Refused
 
@@ -56,12 +56,19 @@ class Prompts:
 
     # -- in
 
-    async def of_text(self, text: str, *, special: bool = True, place: Place | None = None) -> tuple[int, ...]:
+    async def of_text(
+        self, text: str, *, special: bool = True, place: AdmittedRequest | None = None
+    ) -> tuple[int, ...]:
         """Token ids of a text as it is. `special`: with what the tokenizer puts around texts (bos, say)."""
         return (await self.of_parts([text], special=[special], place=place))[0]
 
     async def of_parts(
-        self, texts: Sequence[str], *, special: Sequence[bool], place: Place | None = None, param: str = "prompt"
+        self,
+        texts: Sequence[str],
+        *,
+        special: Sequence[bool],
+        place: AdmittedRequest | None = None,
+        param: str = "prompt",
     ) -> list[tuple[int, ...]]:
         """Token ids of each of some texts. Raises Refused (400, context_exceeded) for one that cannot fit."""
         for text in texts:
@@ -76,7 +83,7 @@ class Prompts:
             what += f"{self.most:,} are read"
             raise Refused(what, status=400, code="context_exceeded", param=param, fix="shorten the prompt")
 
-    async def work(self, size: int, do: Callable[[], T], place: Place | None) -> T:
+    async def work(self, size: int, do: Callable[[], T], place: AdmittedRequest | None) -> T:
         """What `do` makes of so many characters, in a thread of admission's; the tenant's of `place`."""
         return await (place or _anybody()).work(size, do)
 
@@ -106,7 +113,7 @@ class Prompts:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        place: Place | None = None,
+        place: AdmittedRequest | None = None,
         **variables: Any,
     ) -> tuple[int, ...]:
         """A conversation through the chat template. `variables`: what the client gives the template.
@@ -155,7 +162,9 @@ class Prompts:
 
     # -- out
 
-    async def decode(self, ids: Sequence[int], *, skip_special: bool = False, place: Place | None = None) -> str:
+    async def decode(
+        self, ids: Sequence[int], *, skip_special: bool = False, place: AdmittedRequest | None = None
+    ) -> str:
         read = self.base.tokenizer.decode
         settings = {"skip_special_tokens": skip_special, "clean_up_tokenization_spaces": False}
         return str(await self.work(len(ids), lambda: read(list(ids), **settings), place))
@@ -182,7 +191,7 @@ class Prompts:
 
 
 @cache
-def _anybody() -> Place:
+def _anybody() -> AdmittedRequest:
     """For texts that no request brings: nothing is counted against anybody."""
     return Admission(bodies=0, answers=0, texts=1 << 40, threads=1).enter()
 

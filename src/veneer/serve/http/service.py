@@ -13,7 +13,7 @@ from starlette.requests import Request as HttpRequest
 
 from veneer.errors import VeneerError
 from veneer.serve.access import Caller, Catalog, ModelCard, Tenancy
-from veneer.serve.engine.admission import Admission, Place
+from veneer.serve.engine.admission import Admission, AdmittedRequest
 from veneer.serve.http.errors import as_refused, log, message_of
 from veneer.serve.http.metrics import Metrics
 from veneer.serve.http.mixes import MixChooser
@@ -110,9 +110,9 @@ def caller_of(request: HttpRequest, user: str | None = None) -> Caller:
     return replace(caller, user=user) if user else caller
 
 
-def admission_of(request: HttpRequest) -> Place:
+def admission_of(request: HttpRequest) -> AdmittedRequest:
     """What the request holds of the server, to which the surface adds what it is about to do."""
-    place: Place = request.scope["veneer.place"]
+    place: AdmittedRequest = request.scope["veneer.place"]
     return place
 
 

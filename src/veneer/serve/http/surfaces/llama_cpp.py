@@ -17,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from veneer import __version__
-from veneer.serve.engine.admission import Place
+from veneer.serve.engine.admission import AdmittedRequest
 from veneer.serve.http.answers import (
     IndexedEvent,
     OpenStream,
@@ -182,7 +182,7 @@ async def completion(request: HttpRequest, body: Completion) -> Response:
     return stream
 
 
-async def _prompt(service: Service, given: str | list[int | str], place: Place) -> tuple[int, ...]:
+async def _prompt(service: Service, given: str | list[int | str], place: AdmittedRequest) -> tuple[int, ...]:
     """A text, or texts and token ids one after another; the tokenizer's own beginning (bos) where text comes first."""
     parts = [given] if isinstance(given, str) else given
     service.prompts.of_ids([part for part in parts if isinstance(part, int)])
