@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from veneer.cli import tenant_route
-from veneer.cli.tenant_common import AsJson, day, opened, print_json, set_place, table, who
+from veneer.cli.output import field
+
+if TYPE_CHECKING:
+    from veneer.serve.tenancy.store import Store
 
 __all__ = ["app"]
 
@@ -21,7 +26,55 @@ _PLAIN: dict[str, Any] = {"no_args_is_help": True, "add_completion": False}
 app = typer.Typer(**_PLAIN, help="Tenants of a server: keys, adapters, limits, prices, routes, usage.")
 key_app = typer.Typer(**_PLAIN, help="API keys of tenants.")
 app.add_typer(key_app, name="key")
-app.add_typer(tenant_route.app, name="route")
+route_app = typer.Typer(**_PLAIN, help="Routes: weighted versions, shadows, rollback.")
+app.add_typer(route_app, name="route")
+
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_place: dict[str, str | None] = {"at": None}
+"""The database that the command was given."""
+
+
+@contextmanager
+def _opened() -> Iterator[Store]:
+    from veneer.serve.tenancy.keys import default_database
+    from veneer.serve.tenancy.store import Store
+
+    store = Store(_place["at"] or default_database())
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _who() -> str:
+    import getpass
+
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (KeyError, OSError):  # a container without a name for its user
+        import os
+
+        return f"cli:{os.getuid()}"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
+    """`rows` under `head` in columns, or what to say where there are none."""
+    if not rows:
+        print(empty)
+        return
+    cells = [list(head), *([field(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _day(at: float | None) -> str:
+    return "" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")
+
 
 _Tenant = Annotated[str, typer.Argument(help="The tenant.", show_default=False)]
 _KeyId = Annotated[str, typer.Argument(help="The key's id, the part after vnr-.", show_default=False)]
@@ -44,7 +97,7 @@ def _where(
     ] = None,
 ) -> None:
     """Tenants of a server: keys, the adapters they see, limits, prices, routes, usage and the audit log."""
-    set_place(at)
+    _place["at"] = at
 
 
 # -- tenants -----------------------------------------------------------------------------------------------------------
@@ -55,30 +108,30 @@ def add(
     tenant: _Tenant,
     see: Annotated[list[str] | None, typer.Option("--see", help="Names it sees, as 'acme/*'; repeatable.")] = None,
     weight: Annotated[float, typer.Option("--weight", help="Its share where requests wait.")] = 1.0,
-    as_json: AsJson = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Add a tenant. It sees the adapters that its patterns match, and those that are shared."""
     from veneer.serve.tenancy import manage
 
-    with opened() as store:
-        made = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), who=who())
-    print_json(asdict(made)) if as_json else print(f"{tenant}: veneer tenant key add {tenant}")
+    with _opened() as store:
+        made = manage.add_tenant(store, tenant, weight=weight, adapters=see or (), who=_who())
+    _print_json(asdict(made)) if as_json else print(f"{tenant}: veneer tenant key add {tenant}")
 
 
 @app.command("list", epilog="Example: veneer tenant list")
-def list_(as_json: AsJson = False) -> None:
+def list_(as_json: _AsJson = False) -> None:
     """All tenants, and what is shared with all of them."""
-    with opened() as store:
+    with _opened() as store:
         settings = store.settings
     if as_json:
-        print_json({"tenants": [asdict(t) for t in settings.tenants.values()], "shared": settings.shared})
+        _print_json({"tenants": [asdict(t) for t in settings.tenants.values()], "shared": settings.shared})
         return
     keys = [k.tenant for k in settings.keys.values() if k.state(time.time()) == "active"]
     rows = [
         (t.name, t.weight, "yes" if t.enabled else "no", keys.count(t.name), " ".join(t.adapters))
         for t in settings.tenants.values()
     ]
-    table(("tenant", "weight", "enabled", "keys", "sees"), rows, "no tenants: veneer tenant add NAME")
+    _table(("tenant", "weight", "enabled", "keys", "sees"), rows, "no tenants: veneer tenant add NAME")
     if settings.shared:
         print(f"shared: {' '.join(settings.shared)}")
 
@@ -88,35 +141,35 @@ def change(
     tenant: _Tenant,
     weight: Annotated[float | None, typer.Option("--weight", help="Its share where requests wait.")] = None,
     enabled: Annotated[bool | None, typer.Option("--enable/--disable", help="Whether its keys work.")] = None,
-    as_json: AsJson = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Change a tenant's weight, or shut it out and let it in again."""
     from veneer.serve.tenancy import manage
 
-    with opened() as store:
-        made = manage.change_tenant(store, tenant, weight=weight, enabled=enabled, who=who())
+    with _opened() as store:
+        made = manage.change_tenant(store, tenant, weight=weight, enabled=enabled, who=_who())
     state = "enabled" if made.enabled else "disabled"
-    print_json(asdict(made)) if as_json else print(f"{tenant}: weight {made.weight:g}, {state}")
+    _print_json(asdict(made)) if as_json else print(f"{tenant}: weight {made.weight:g}, {state}")
 
 
 @app.command(epilog="Example: veneer tenant remove acme")
-def remove(tenant: _Tenant, as_json: AsJson = False) -> None:
+def remove(tenant: _Tenant, as_json: _AsJson = False) -> None:
     """Remove a tenant with its keys, limits, prices and routes. What it used stays in the ledger."""
     from veneer.serve.tenancy import manage
 
-    with opened() as store:
-        manage.remove_tenant(store, tenant, who=who())
-    print_json({"removed": tenant}) if as_json else print(f"removed {tenant}")
+    with _opened() as store:
+        manage.remove_tenant(store, tenant, who=_who())
+    _print_json({"removed": tenant}) if as_json else print(f"removed {tenant}")
 
 
 @app.command(epilog="Example: veneer tenant see acme 'acme/*' support")
-def see(tenant: _Tenant, patterns: _Patterns, remove: _Remove = False, as_json: AsJson = False) -> None:
+def see(tenant: _Tenant, patterns: _Patterns, remove: _Remove = False, as_json: _AsJson = False) -> None:
     """Let a tenant see adapters. To everybody else they do not exist."""
     _let_see(tenant, patterns, remove, as_json)
 
 
 @app.command(epilog="Example: veneer tenant share 'public/*'")
-def share(patterns: _Patterns, remove: _Remove = False, as_json: AsJson = False) -> None:
+def share(patterns: _Patterns, remove: _Remove = False, as_json: _AsJson = False) -> None:
     """Let every tenant see adapters. The base is there for everybody."""
     _let_see("", patterns, remove, as_json)
 
@@ -124,11 +177,11 @@ def share(patterns: _Patterns, remove: _Remove = False, as_json: AsJson = False)
 def _let_see(tenant: str, patterns: list[str], remove: bool, as_json: bool) -> None:
     from veneer.serve.tenancy import manage
 
-    with opened() as store:
+    with _opened() as store:
         more = {"remove": patterns} if remove else {"add": patterns}
-        after = manage.let_see(store, tenant, **more, who=who())
+        after = manage.let_see(store, tenant, **more, who=_who())
     if as_json:
-        print_json({"adapters": after})
+        _print_json({"adapters": after})
     else:
         print(f"{tenant or 'everybody'} sees: {' '.join(after) or 'nothing'}")
 
@@ -137,28 +190,28 @@ def _let_see(tenant: str, patterns: list[str], remove: bool, as_json: bool) -> N
 def cache(
     patterns: Annotated[list[str] | None, typer.Argument(help="Adapters, or the base; by default show them.")] = None,
     remove: _Remove = False,
-    as_json: AsJson = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Let tenants share what was computed of prompts that begin alike, under these adapters; else each has its own.
     It is faster, and whoever may use them can find out by a prompt of its own what others have asked."""
     from veneer.serve.tenancy import manage
 
-    with opened() as store:
+    with _opened() as store:
         after = store.settings.common
         if patterns:
             more = {"remove": patterns} if remove else {"add": patterns}
-            after = manage.share_prefixes(store, **more, who=who())
-    print_json({"shared": after}) if as_json else print(f"shared between tenants: {' '.join(after) or 'nothing'}")
+            after = manage.share_prefixes(store, **more, who=_who())
+    _print_json({"shared": after}) if as_json else print(f"shared between tenants: {' '.join(after) or 'nothing'}")
 
 
 @app.command("admin-key", epilog="Example: veneer tenant admin-key")
-def admin_key(as_json: AsJson = False) -> None:
+def admin_key(as_json: _AsJson = False) -> None:
     """Make a key for what is under /admin, and its hash, which is all that the server needs to know."""
     from veneer.serve.tenancy.keys import hash_key, make_admin_key
 
     key = make_admin_key()
     kept = f"sha256:{hash_key(key)}"
-    print_json({"key": key, "hash": kept}) if as_json else print(
+    _print_json({"key": key, "hash": kept}) if as_json else print(
         f"VENEER_ADMIN_KEY={key}\nVENEER_ADMIN_KEY_HASH={kept}"
     )
 
@@ -171,57 +224,57 @@ def key_add(
     tenant: _Tenant,
     label: Annotated[str, typer.Option("--label", help="What it is for.")] = "",
     expires: Annotated[str, typer.Option("--expires", help="90d, 12h, or a day: 2027-01-31.")] = "",
-    as_json: AsJson = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Make a key. It is shown now and never again."""
     from veneer.serve.tenancy import manage
 
-    with opened() as store:
+    with _opened() as store:
         until = manage.when(expires, time.time()) if expires else None
-        row, key = manage.make_tenant_key(store, tenant, label=label, expires=until, who=who())
-    print_json({**manage.show_key(row), "key": key}) if as_json else print(key)
+        row, key = manage.make_tenant_key(store, tenant, label=label, expires=until, who=_who())
+    _print_json({**manage.show_key(row), "key": key}) if as_json else print(key)
 
 
 @key_app.command("list", epilog="Example: veneer tenant key list acme")
 def key_list(
     tenant: Annotated[str | None, typer.Argument(help="The tenant; by default all.", show_default=False)] = None,
-    as_json: AsJson = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Keys by id, without what is secret in them."""
     from veneer.serve.tenancy import manage
 
     now = time.time()
-    with opened() as store:
+    with _opened() as store:
         found = manage.list_keys(store, tenant)
     if as_json:
-        print_json({"keys": [manage.show_key(k) | {"state": k.state(now)} for k in found]})
+        _print_json({"keys": [manage.show_key(k) | {"state": k.state(now)} for k in found]})
         return
-    rows = [(k.id, k.tenant, k.label, k.state(now), day(k.created), day(k.expires)) for k in found]
-    table(("id", "tenant", "label", "state", "made", "expires"), rows, "no keys: veneer tenant key add NAME")
+    rows = [(k.id, k.tenant, k.label, k.state(now), _day(k.created), _day(k.expires)) for k in found]
+    _table(("id", "tenant", "label", "state", "made", "expires"), rows, "no keys: veneer tenant key add NAME")
 
 
 @key_app.command("revoke", epilog="Example: veneer tenant key revoke 3f9a0c21d4")
-def key_revoke(key: _KeyId, as_json: AsJson = False) -> None:
+def key_revoke(key: _KeyId, as_json: _AsJson = False) -> None:
     """Refuse a key from the next request on."""
     from veneer.serve.tenancy import manage
 
-    with opened() as store:
-        row = manage.revoke_key(store, key, who=who())
-    print_json(manage.show_key(row)) if as_json else print(f"revoked {key} of {row.tenant}")
+    with _opened() as store:
+        row = manage.revoke_key(store, key, who=_who())
+    _print_json(manage.show_key(row)) if as_json else print(f"revoked {key} of {row.tenant}")
 
 
 @key_app.command("rotate", epilog="Example: veneer tenant key rotate 3f9a0c21d4 --grace 24h")
 def key_rotate(
     key: _KeyId,
     grace: Annotated[str, typer.Option("--grace", help="How long the old one still works: 24h, 30m.")] = "0m",
-    as_json: AsJson = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Make a key in the place of another. It is shown now and never again."""
     from veneer.serve.tenancy import manage
 
-    with opened() as store:
-        row, secret = manage.rotate_key(store, key, grace=manage.when(grace, 0.0), who=who())
-    print_json({**manage.show_key(row), "key": secret}) if as_json else print(secret)
+    with _opened() as store:
+        row, secret = manage.rotate_key(store, key, grace=manage.when(grace, 0.0), who=_who())
+    _print_json({**manage.show_key(row), "key": secret}) if as_json else print(secret)
 
 
 # -- limits and prices -------------------------------------------------------------------------------------------------
@@ -239,7 +292,7 @@ def limit(
     tokens_per_minute: _Count = None,
     tokens_per_day: _Count = None,
     concurrency: _Count = None,
-    as_json: AsJson = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Set limits, those that are named; without any, show what is set."""
     from veneer.serve.tenancy import manage
@@ -247,20 +300,20 @@ def limit(
 
     given = (requests_per_minute, requests_per_day, tokens_per_minute, tokens_per_day, concurrency)
     values = {name: value or None for name, value in zip(LIMITS, given, strict=True) if value is not None}
-    with opened() as store:
+    with _opened() as store:
         if values:
             if not tenant:
                 raise typer.BadParameter("whose limits? a tenant, '*' or all")
-            manage.set_limit(store, "" if tenant == "all" else tenant, adapter, values, who=who())
+            manage.set_limit(store, "" if tenant == "all" else tenant, adapter, values, who=_who())
         found = store.look().limits
     if as_json:
-        print_json({"limits": [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]})
+        _print_json({"limits": [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]})
         return
     rows = [
         (t or "all", a or "all", *("" if v is None else f"{v:,}" for v in asdict(row).values()))
         for (t, a), row in sorted(found.items())
     ]
-    table(("tenant", "adapter", *(n.replace("_per_", "/") for n in LIMITS)), rows, "no limits")
+    _table(("tenant", "adapter", *(n.replace("_per_", "/") for n in LIMITS)), rows, "no limits")
 
 
 @app.command(epilog="Example: veneer tenant price all --prompt 0.15 --cached 0.015 --completion 0.60")
@@ -271,24 +324,24 @@ def price(
     cached: Annotated[str, typer.Option(help="For a million of the prompt that were there already.")] = "",
     completion: Annotated[str | None, typer.Option(help="For a million tokens of answers.")] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Take this price away.")] = False,
-    as_json: AsJson = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Set what a million tokens cost, to a millionth; without any price, show what is set. `--cached` is as `--prompt`
     unless it is given."""
     from veneer.serve.tenancy import manage
 
-    with opened() as store:
+    with _opened() as store:
         if remove or prompt is not None or completion is not None:
             if not tenant or (not remove and (prompt is None or completion is None)):
                 raise typer.BadParameter("a tenant or all, --prompt and --completion")
             made = None if remove else _price(prompt or "", cached or prompt or "", completion or "")
-            manage.set_price(store, "" if tenant == "all" else tenant, adapter, made, who=who())
+            manage.set_price(store, "" if tenant == "all" else tenant, adapter, made, who=_who())
         found = store.look().prices
     if as_json:
-        print_json({"prices": [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]})
+        _print_json({"prices": [{"tenant": t, "adapter": a, **asdict(row)} for (t, a), row in found.items()]})
         return
     rows = [(t or "all", a or "all", *map(_money, asdict(row).values())) for (t, a), row in sorted(found.items())]
-    table(("tenant", "adapter", "prompt", "cached", "completion"), rows, "no prices: everything is free")
+    _table(("tenant", "adapter", "prompt", "cached", "completion"), rows, "no prices: everything is free")
 
 
 def _price(*figures: str) -> Any:
@@ -321,23 +374,23 @@ def usage_(
     since: Annotated[str, typer.Option("--since", help="The first day, in UTC.")] = "",
     until: Annotated[str, typer.Option("--until", help="The last day, in UTC.")] = "",
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    as_json: AsJson = False,
+    as_json: _AsJson = False,
 ) -> None:
     """What the ledger says: requests, tokens, seconds and cost. `cost` is in millionths in JSON and CSV."""
     from veneer.library.database import reading
     from veneer.serve.tenancy import ledger
 
     names = [name for name in by.split(",") if name]
-    with opened() as store, reading(store.engine) as c:
+    with _opened() as store, reading(store.engine) as c:
         rows = ledger.usage(c, by=names, tenant=tenant, adapter=adapter, since=since, until=until)
     if as_csv:
         print(ledger.as_csv(rows, names), end="")
     elif as_json:
-        print_json({"usage": rows})
+        _print_json({"usage": rows})
     else:
         figures = ("requests", "interrupted", "open", "prompt", "cached", "completion")
         shown = [[*(r[n] for n in names), *(f"{r[f]:,}" for f in figures), _money(r["cost"])] for r in rows]
-        table((*names, *figures, "cost"), shown, "nothing was used")
+        _table((*names, *figures, "cost"), shown, "nothing was used")
 
 
 @app.command("audit", epilog="Example: veneer tenant audit --what key --limit 20")
@@ -347,27 +400,202 @@ def audit_(
     limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many.")] = 50,
     verify: Annotated[bool, typer.Option("--verify", help="Check the chain of hashes; print its head.")] = False,
     expect: Annotated[str, typer.Option("--expect", help="With --verify: a head that was seen earlier.")] = "",
-    as_json: AsJson = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Who changed what, the newest first. With --verify: exit code 0 if no line is missing or changed, else 2."""
     from veneer.library.database import reading
     from veneer.serve.tenancy import manage
 
-    with opened() as store, reading(store.engine) as c:
+    with _opened() as store, reading(store.engine) as c:
         if not (verify or expect):
             found = manage.audit_lines(c, what=what, subject=subject, limit=limit)
         else:
             head, count, wrong = manage.audit_faults(c, expect)
     if verify or expect:
         if as_json:
-            print_json({"ok": not wrong, "head": head, "lines": count, "faults": wrong})
+            _print_json({"ok": not wrong, "head": head, "lines": count, "faults": wrong})
         else:
             print("\n".join([f"{count:,} lines, head {head}", *wrong]))
         if wrong:
             raise typer.Exit(2)
     elif as_json:
-        print_json({"lines": found})
+        _print_json({"lines": found})
     else:
         for line in found:
             change = f"{json.dumps(line['before'])} -> {json.dumps(line['after'])}"
             print(f"{line['number']}  {line['at']}  {line['who']}  {line['what']}  {line['subject']}  {change}")
+
+
+# -- routes ------------------------------------------------------------------------------------------------------------
+
+_Of = Annotated[str, typer.Option("--tenant", help="Of this tenant alone; by default everybody's.")]
+_Route = Annotated[str, typer.Argument(help="The route.", show_default=False)]
+_Library = Annotated[
+    str | None,
+    typer.Option("--library", envvar="VENEER_LIBRARY", help="Where adapters are kept: it must have what is led to."),
+]
+_Force = Annotated[bool, typer.Option("--force", help="Move it unchecked: a server loads the adapters by itself.")]
+
+
+@route_app.command("set", epilog="Example: veneer tenant route set support support@1=90 support@2=10")
+def route_set(
+    route: _Route,
+    targets: Annotated[list[str], typer.Argument(help="adapter=weight, or one adapter.", show_default=False)],
+    tenant: _Of = "",
+    shadow: Annotated[str | None, typer.Option("--shadow", help="Answers too, unseen; the log compares.")] = None,
+    fraction: Annotated[float, typer.Option("--fraction", help="Of the requests that the shadow gets.")] = 1.0,
+    library: _Library = None,
+    force: _Force = False,
+    as_json: _AsJson = False,
+) -> None:
+    """Point a route to adapters by weight. A user stays with one; moving weights moves as few as can be."""
+    from veneer.serve.tenancy import routes
+
+    pairs = [
+        (name, int(weight) if weight.isdigit() else 0 if weight else 1) for name, _, weight in map(_split, targets)
+    ]
+    if any(not weight for _, weight in pairs):
+        raise typer.BadParameter("weights are whole numbers, 1 or more: support@1=90")
+    with _opened() as store:
+        more: dict[str, Any] = {"tenant": tenant, "fraction": fraction, "check": _kept_in(library, force)}
+        made = routes.set_route(store, route, pairs, shadow=shadow, who=_who(), **more)
+    _print_json(routes.route_shown(made)) if as_json else print(_line(routes.route_shown(made)))
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    return text.partition("=")
+
+
+def _kept_in(place: str | None, force: bool) -> Callable[[str], None] | None:
+    """What a route is checked by before it moves where no server is asked: the library has it, and could read it."""
+    from pathlib import Path
+
+    from veneer.errors import AdapterError
+    from veneer.library.library import library_place, open_library
+
+    if force:
+        return None
+
+    def check(name: str) -> None:
+        where = place or library_place()
+        fix = "veneer library add PATH NAME; --library says where else they are; --force where a server loads it itself"
+        if "://" not in where and not Path(where).expanduser().is_dir():  # asking does not make one
+            raise AdapterError(f"there is no library at {where}", fix=fix)
+        with open_library(where) as library:
+            try:
+                found = library.find(name)
+            except AdapterError as error:
+                raise AdapterError(error.what, fix=f"{error.fix}; {fix}") from error
+        if not found.digest:
+            raise AdapterError(f"nobody could read {found.reference} when it came into the library", fix=fix)
+
+    return check
+
+
+def _line(shown: dict[str, Any]) -> str:
+    total = sum(shown["targets"].values())
+    parts = ", ".join(f"{name} {100 * weight / total:.3g} %" for name, weight in shown["targets"].items())
+    shadow = f"; shadow {shown['shadow']} for {100 * shown['fraction']:.3g} %" if shown["shadow"] else ""
+    whose = f" of {shown['tenant']}" if shown.get("tenant") else ""
+    return f"{shown['route']}{whose} -> {parts or 'nothing'}{shadow}"
+
+
+@route_app.command("list", epilog="Example: veneer tenant route list")
+def route_list(as_json: _AsJson = False) -> None:
+    """Every route and where it leads."""
+    from veneer.serve.tenancy import routes
+
+    with _opened() as store:
+        found = [routes.route_shown(route) for route in store.settings.routes.values()]
+    _print_json({"routes": found}) if as_json else print("\n".join(map(_line, found)) or "no routes")
+
+
+@route_app.command("rollback", epilog="Example: veneer tenant route rollback support")
+def route_rollback(
+    route: _Route, tenant: _Of = "", library: _Library = None, force: _Force = False, as_json: _AsJson = False
+) -> None:
+    """Put back what the route led to before its last move, for the same users, from the next request on."""
+    from veneer.serve.tenancy import routes
+
+    with _opened() as store:
+        check = _kept_in(library, force)
+        after = routes.route_shown(routes.rollback_route(store, route, tenant=tenant, who=_who(), check=check))
+    _print_json(after) if as_json else print(_line(after))
+
+
+@route_app.command("remove", epilog="Example: veneer tenant route remove support")
+def route_remove(route: _Route, tenant: _Of = "", as_json: _AsJson = False) -> None:
+    """Take a route away; `rollback` brings it back."""
+    from veneer.serve.tenancy import routes
+
+    with _opened() as store:
+        routes.remove_route(store, route, tenant=tenant, who=_who())
+    _print_json({"removed": route}) if as_json else print(f"removed {route}")
+
+
+@route_app.command("history", epilog="Example: veneer tenant route history support")
+def route_history(route: _Route, tenant: _Of = "", as_json: _AsJson = False) -> None:
+    """Every move of a route, the newest first; * is the one that holds."""
+    from veneer.library.database import reading
+    from veneer.serve.tenancy import routes
+
+    with _opened() as store, reading(store.engine) as c:
+        found = routes.route_history(c, route, tenant=tenant)
+    if as_json:
+        _print_json({"moves": found})
+        return
+    for move in found:
+        line = _line({"route": route, **move})
+        print(f"{'*' if move['current'] else ' '} {move['move']}  {_day(move['at'])}  {move['who']}  {line}")
+
+
+@route_app.command("shadows", epilog="Example: veneer tenant route shadows support")
+def route_shadows(
+    route: Annotated[str, typer.Argument(help="The route; by default all.", show_default=False)] = "",
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Show at most so many one by one.")] = 20,
+    as_json: _AsJson = False,
+) -> None:
+    """How the answers of shadows differed: in sum, then the newest one by one."""
+    from veneer.library.database import reading
+    from veneer.serve.tenancy import routes
+
+    with _opened() as store, reading(store.engine) as c:
+        summary = routes.shadow_summary(c, route=route)
+        found = routes.shadow_log(c, route=route, limit=limit)
+    if as_json:
+        _print_json({"summary": summary, "comparisons": found})
+        return
+    for r in summary:
+        print(_summary_line(r))
+    if summary and found:
+        print()
+    rows = [
+        (
+            _day(r["at"]), r["route"], r["target"], r["shadow"],
+            _difference(r),
+            f"{r['target_tokens']}/{r['shadow_tokens']}", f"{r['target_seconds']:.2f}/{r['shadow_seconds']:.2f}",
+        )
+        for r in found
+    ]  # fmt: skip
+    empty = "" if summary else "no comparisons"
+    _table(("when", "route", "target", "shadow", "answers", "tokens", "seconds"), rows, empty)
+
+
+def _summary_line(r: dict[str, Any]) -> str:
+    answered = r["compared"] - r["failed"]
+    parts = [f"{r['same']:,} of {answered:,} answers the same"] if answered else []
+    if r["distance"] is not None:
+        parts.append(f"pixels {r['distance']:.1%} apart")
+    if answered:
+        parts.append(f"tokens {r['target_tokens']:.3g} and {r['shadow_tokens']:.3g}")
+        parts.append(f"seconds {r['target_seconds']:.2f} and {r['shadow_seconds']:.2f}")
+    parts += [f"{r['failed']:,} failed"] if r["failed"] else []
+    return f"{r['route']}: {r['target']} and its shadow {r['shadow']}: {', '.join(parts)}"
+
+
+def _difference(r: dict[str, Any]) -> str:
+    if r["failed"]:
+        return "failed"
+    if r["same"]:
+        return "same"
+    return f"from character {r['first_difference']}" if r["distance"] is None else f"pixels {r['distance']:.1%} apart"
