@@ -28,7 +28,7 @@ from veneer.models.sources import find_base
 from veneer.models.text.base import TextBase, load_text
 from veneer.serve.fleet.export import export
 from veneer.serve.fleet.fleet import Fleet
-from veneer.serve.fleet.servable import served_name
+from veneer.serve.fleet.folders import served_name
 from veneer.serve.request import Finished, Mix, Refused, Request, Sampling, Token, make_mix
 
 pytestmark = pytest.mark.peers

@@ -156,7 +156,7 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Applica
     from veneer.models.home import veneer_home
     from veneer.models.text.base import text_without_weights
     from veneer.serve.fleet.fleet import Fleet, FleetAdapters
-    from veneer.serve.fleet.servable import problems
+    from veneer.serve.fleet.folders import vllm_problems
 
     if settings.folders:
         raise ConfigError("replicas read the library, not folders", where="--allow-folder", fix="veneer library add")
@@ -169,7 +169,7 @@ def _build_fleet(settings: ServeSettings, say: Callable[[str], None]) -> Applica
         mixes=settings.fleet.mixes, cache_bytes=settings.fleet.mix_bytes,
         decode=lambda ids: str(base.tokenizer.decode(ids, skip_special_tokens=False)),
     )  # fmt: skip
-    catalog = LocalCatalog(shelf, problems, FleetAdapters(fleet), routes=tenancy.routes)
+    catalog = LocalCatalog(shelf, vllm_problems, FleetAdapters(fleet), routes=tenancy.routes)
     reader = TokenizedBase(base.name, base.tokenizer, base.context, base.has_chat_template)
     return _application(settings, Service(fleet, catalog, tenancy, reader, settings.http), library, say)
 

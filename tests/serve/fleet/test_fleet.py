@@ -17,8 +17,8 @@ from veneer.errors import ConfigError
 from veneer.formats import peft
 from veneer.serve.fleet import fleet as upstream
 from veneer.serve.fleet.fleet import Fleet
+from veneer.serve.fleet.folders import served_name
 from veneer.serve.fleet.remote import parse_upstream
-from veneer.serve.fleet.servable import served_name
 from veneer.serve.request import EngineEvent, Finished, Mix, Refused, Request, Sampling, Started, Token, make_mix
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -10,7 +10,7 @@ import pytest
 from tests.serve.fake_servers import FakeVLLM, running
 from tests.serve.fleet.test_fleet import ONE, answer, fleet, run, said, shelf
 from veneer.serve.fleet.fleet import Fleet
-from veneer.serve.fleet.servable import served_name
+from veneer.serve.fleet.folders import served_name
 from veneer.serve.request import Mix, Refused, Request, make_mix
 
 __all__ = ["shelf"]

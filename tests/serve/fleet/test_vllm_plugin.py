@@ -172,7 +172,7 @@ def test_the_entry_point_is_declared_and_imports_without_veneers_extras():
     code = f"""
         import sys
         sys.modules.update(dict.fromkeys({missing}))
-        import veneer.serve.fleet.vllm_plugin, veneer.serve.fleet.servable
+        import veneer.serve.fleet.vllm_plugin, veneer.serve.fleet.folders
         import veneer.library.library, veneer.models.fingerprint
     """
     settings = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

@@ -18,7 +18,7 @@ from veneer.files.atomic import atomic_write
 from veneer.formats.card import README_FILE
 from veneer.formats.convert import write
 from veneer.formats.write_folded import MAX_VLLM_RANKS
-from veneer.serve.fleet.servable import served_name
+from veneer.serve.fleet.folders import served_name
 from veneer.serve.request import make_mix
 
 __all__ = ["SERVERS", "Exported", "export"]

@@ -5,7 +5,7 @@
         async for event in fleet.events(request): …
 
 A request goes to the replica with the fewest requests running among those that have its mix. Where none has, the mix
-is made one folder (`servable`), every replica that is up is told to load it, and the request goes where that is done
+is made one folder (`folders`), every replica that is up is told to load it, and the request goes where that is done
 first. A replica that could not load it never gets the request: what it would answer is the base's words under the
 adapter's name.
 
@@ -42,9 +42,8 @@ import httpx
 
 from veneer.core.adapter import Adapter
 from veneer.errors import ConfigError, VeneerError
-from veneer.serve.fleet.folders import Folders, is_made, rendezvous
+from veneer.serve.fleet.folders import Folders, is_made, rendezvous, servable, served_name
 from veneer.serve.fleet.remote import Decode, Failed, NotThere, Remote, parse_upstream, recognise
-from veneer.serve.fleet.servable import servable, served_name
 from veneer.serve.outage import fault, is_outage, outage
 from veneer.serve.request import (
     Engine,

@@ -1,6 +1,10 @@
-"""The folders of mixes that replicas read: which there are, who uses them, and which go first.
+"""Mixes as folders that other servers load with their full effect, under names that only these mixes can have.
 
-    CACHE/veneer-3fa9…    a mix as one adapter (`servable` writes it), named by the mix's digest
+    one adapter, strength 1, as every vLLM reads it     the adapter's own folder; nothing is copied
+    anything else that has the form of pairs            Σ strength·ΔW, one adapter of summed rank: CACHE/veneer-3fa9…
+
+A server keys its caches of prompts by the adapter's name and keeps names for ever. The names here come from the mix's
+digests, so that a name left over from before, or after an unload, can never mean other weights.
 
 Every distinct vector of strengths is a mix of its own, so a client that sends another one with each request makes a
 folder, and an adapter on replicas, with each. Two bounds keep that: a tenant has at most `each` mixes at a time, and
@@ -9,23 +13,108 @@ second what anybody did; never what a request runs with. What goes is unloaded f
 deleted, because servers read it again when their own memory was short.
 
 Several front doors may share the cache: a folder is moved aside before it is deleted, and whoever still asks for its
-mix makes it anew. Each door counts its own tenants. Knows folders and names; what is on which replica is the fleet's.
+mix makes it anew. Each door counts its own tenants.
+
+Knows adapters and folders; what is on which replica is the fleet's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.serve.request import Mix, Refused
+from veneer.core.adapter import Adapter, scale_of
+from veneer.core.mix import mix as mixed
+from veneer.formats import peft
+from veneer.formats.card import CARD_FILE
+from veneer.formats.convert import write
+from veneer.formats.placing import leaves_of
+from veneer.formats.read import read
+from veneer.formats.write_folded import refuse_unservable
+from veneer.formats.write_names import Refusals
+from veneer.serve.request import Mix, Refused, mix_digest
 
-__all__ = ["Folders", "is_made", "rendezvous"]
+__all__ = [
+    "Folders",
+    "Servable",
+    "is_made",
+    "rendezvous",
+    "servable",
+    "served_name",
+    "serves_as_it_is",
+    "vllm_problems",
+]
+
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal"}
+
+
+@dataclass(frozen=True)
+class Servable:
+    """`rank`: what the server's --max-lora-rank must reach. `copied`: whether the folder was made for serving."""
+
+    folder: Path
+    rank: int
+    copied: bool
+
+
+def served_name(mix: Mix) -> str:
+    """The name of a mix on another server; 128 bits, because whoever can add adapters may try to make two collide."""
+    return f"veneer-{mix_digest(mix).hex()[:32]}"
+
+
+def servable(parts: Sequence[tuple[Path, float]], name: str, cache: Path) -> Servable:
+    """The folder for a mix of adapters, each the path of its files. `name`: the mix's `served_name`, under which
+    `cache` keeps what is written.
+
+    Raises AdapterError with every module that vLLM has no place for, and the way out."""
+    own, made = parts[0][0], cache / name
+    if (made / CARD_FILE).is_file():  # written last, so the folder is whole
+        return Servable(made, int(json.loads((made / peft.CONFIG_FILE).read_text(encoding="utf-8"))["r"]), True)
+    read_in = [(read(path).adapter, strength) for path, strength in parts]
+    adapter = read_in[0][0]
+    if len(parts) == 1 and parts[0][1] == 1 and serves_as_it_is(own, adapter):
+        return Servable(own, max(p.rank for p in adapter.pairs.values()), False)
+    if len(parts) > 1 or parts[0][1] != 1:
+        adapter = mixed(read_in).adapter
+    written = write(adapter, made, "vllm")
+    return Servable(made, max(written.ranks), True)
+
+
+def vllm_problems(adapter: Adapter) -> list[str]:
+    """What vLLM has no place for in any layout, each with its modules; [] for an adapter that a fleet can serve. A
+    catalog asks this before it knows the name."""
+    refused: Refusals = defaultdict(list)
+    refuse_unservable(adapter, leaves_of(adapter), "vLLM", refused)
+    return [f"{reason}: {', '.join(sorted(modules)[:3])}" for reason, modules in refused.items()]
+
+
+def serves_as_it_is(folder: Path, adapter: Adapter) -> bool:
+    """Whether any vLLM gets exactly this adapter from its own folder: one scale, by the formula that it knows.
+
+    What vLLM cannot have in any layout is an AdapterError where it is written, with the reasons."""
+    if not (folder / peft.CONFIG_FILE).is_file() or not (folder / peft.TENSOR_FILE).is_file():
+        return False
+    config = json.loads((folder / peft.CONFIG_FILE).read_text(encoding="utf-8"))
+    init = config.get("init_lora_weights", True)
+    if config.get("peft_type") != "LORA" or (isinstance(init, str) and init.lower() not in _PLAIN_INITS):
+        return False
+    if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "layer_replication")):
+        return False
+    rank = config["r"]
+    scale = scale_of(config["lora_alpha"], rank, bool(config.get("use_rslora")))
+    return not vllm_problems(adapter) and all(p.rank == rank and p.scale == scale for p in adapter.pairs.values())
+
+
+# -- which there are, who uses them, and which go first ----------------------------------------------------------------
 
 
 def is_made(mix: Mix) -> bool:

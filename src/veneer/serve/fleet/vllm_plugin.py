@@ -11,7 +11,7 @@ vLLM keeps what a name meant until it is unloaded, and keys its prefix cache by 
 for by a name that may move (`support`, `support@prod`) gets a name with its version in it, `support@prod=support@3`:
 after an unload and a move of the alias no prompt of the old version can be found under it.
 
-Runs in vLLM's environment: needs SQLAlchemy beside what vLLM has. Knows vLLM's resolver; the rest is `servable`'s.
+Runs in vLLM's environment: needs SQLAlchemy beside what vLLM has. Knows vLLM's resolver; the rest is `folders`'s.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def resolve_name(base: str, name: str) -> _Found:
     from veneer.library.library import library_place, open_library
     from veneer.library.names import parse_reference
     from veneer.models.home import veneer_home
-    from veneer.serve.fleet.servable import servable, served_name
+    from veneer.serve.fleet.folders import servable, served_name
     from veneer.serve.request import make_mix
 
     parse_reference(name)
