@@ -35,7 +35,6 @@ __all__ = [
 # -- rows that lie one after another -----------------------------------------------------------------------------------
 
 
-
 @dataclass(frozen=True)
 class _Group:
     """Rows attended to together, as `rows` × `length` places, shorter rows padded at their end.

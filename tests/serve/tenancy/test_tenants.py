@@ -16,12 +16,12 @@ from veneer.errors import ConfigError
 from veneer.library.database import reading
 from veneer.serve.access import Caller, Served, Tenancy
 from veneer.serve.request import Refused, Usage
+from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy import manage, routes
 from veneer.serve.tenancy.keys import hash_key, make_key
 from veneer.serve.tenancy.ledger import as_csv, usage
 from veneer.serve.tenancy.store import EACH, Price, Store, UnknownName, line_table, seeing
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.serve.settings import LedgerSettings
 
 ADMIN = "an admin key of some length"
 

@@ -11,12 +11,12 @@ from sqlalchemy import select
 
 from tests.old_databases import made
 from veneer.library.database import reading
+from veneer.serve.settings import LedgerSettings
 from veneer.serve.tenancy.ledger import usage
 from veneer.serve.tenancy.outbox import day_of
 from veneer.serve.tenancy.routes import TenantRoutes, shadow_log
 from veneer.serve.tenancy.store import line_table
 from veneer.serve.tenancy.tenants import Tenants
-from veneer.serve.settings import LedgerSettings
 
 LEDGER = (
     "INSERT INTO tenant_ledger (server, request, tenant, name, adapter, opened, closed, day, state, asked_prompt, "
