@@ -17,7 +17,7 @@ from veneer.plan.image import IMAGE_FAMILIES, image_counts
 from veneer.plan.shape import TEXT_FAMILIES, TextShape, layer_ranks, module_shape, pair_parameters, text_shape
 from veneer.plan.tables import base_config, base_names
 from veneer.train.config.image import TARGET_WORDS
-from veneer.train.estimate import trainable_parameters
+from veneer.train.preflight import trainable_parameters
 
 TEXT = [name for name in base_names() if base_config(name)["model_type"] in TEXT_FAMILIES]
 IMAGE = [name for name in base_names() if base_config(name)["model_type"] in IMAGE_FAMILIES]

@@ -26,11 +26,10 @@ from tests.train.tiny_pictures import run as train_pictures
 from veneer.errors import ConfigError
 from veneer.files.safetensors import read_tensors
 from veneer.train import checkpoint, devices
-from veneer.train.check_run import shared_out
 from veneer.train.config.load import config_from
 from veneer.train.devices import ALONE, Devices, digest_of, launch, shares
 from veneer.train.events import Event
-from veneer.train.findings import RunSubject
+from veneer.train.preflight import RunSubject, shared_out
 from veneer.train.report.log import read_log
 
 SIZES = st.lists(st.integers(1, 500), max_size=40)

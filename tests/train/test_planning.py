@@ -15,7 +15,7 @@ from veneer.plan.shape import text_shape
 from veneer.plan.tables import Device, base_config, device_named
 from veneer.plan.time import rates_of
 from veneer.train.config.load import TrainConfig, config_from
-from veneer.train.planning import load_of, plan_of_config, to_be_set, was_predicted
+from veneer.train.planning import load_of, plan_of_config, to_be_set
 
 VALUES = {"base": "smollm2-135m", "data": {"train": "d.jsonl"}, "output": "o"}
 
@@ -60,13 +60,6 @@ def test_what_is_to_be_set_is_what_a_configuration_can_say() -> None:
     peak = plan(again, card, 1 << 62).peak
     assert "data.long_rows=cut or drop" in to_be_set(plan(again, card, peak - 1))
     assert to_be_set(plan(load, card, 1 << 62)) == ""
-
-
-def test_what_came_is_set_beside_what_was_said() -> None:
-    numbers = {"predicted_peak_bytes": 2_000_000_000, "predicted_seconds": 100.0}
-    said = was_predicted(numbers, 2_200_000_000, 80.0)
-    assert said == "peak memory 2.20 GB, 2.00 predicted (+10%); training 80 s, 2 min predicted (-20%)"
-    assert was_predicted({}, 1, 1.0) == ""
 
 
 def test_a_configuration_without_its_data_is_planned_by_numbers(tmp_path: Path) -> None:

@@ -24,9 +24,8 @@ from veneer.train import checkpoint
 from veneer.train.checkpoint import Progress, write_atomically
 from veneer.train.config.load import config_from
 from veneer.train.events import Event, Listener, Note, Stepped, to_record
-from veneer.train.findings import Finding
 from veneer.train.loop import Micro, Score, Step
-from veneer.train.preflight import Report
+from veneer.train.preflight import Finding, Report
 from veneer.train.report.log import read_log
 from veneer.train.run import AttachedTask, Run, Task, carry_out, due, opened
 from veneer.train.save import Outcome

@@ -1,9 +1,7 @@
 """A text run's configuration as what veneer.plan asks for, and the plan of the run.
 
-    plan_of_run(subject, …)      the base is loaded, the rows are encoded: exact lengths
-    plan_of_config(file, …)      neither: rows are counted, tokens guessed by their characters
-
-Also what preflight and report say of a plan.
+plan_of_run(config, base, …) the base is loaded, the rows are encoded: exact lengths
+plan_of_config(file, …)      neither: rows are counted, tokens guessed by their characters
 """
 
 from __future__ import annotations
@@ -16,18 +14,16 @@ from veneer.errors import DataError
 from veneer.plan.image import ImageLoad
 from veneer.plan.memory import CPU_LATER, CPU_PROCESS, Load, weight_bytes
 from veneer.plan.plan import Plan, TrainingJob, image_plan, text_plan
-from veneer.plan.render import duration
 from veneer.plan.serving import Traffic
 from veneer.plan.shape import model_shape, pair_parameters, text_shape
 from veneer.plan.tables import Device, base_config, device_of_card
 from veneer.train.config.text import BaseSection, TrainConfig
-from veneer.train.estimate import held_memory
+from veneer.train.preflight import held_memory
 
 if TYPE_CHECKING:
     from veneer.train.config.image import ImageTrainConfig
-    from veneer.train.findings import Subject
 
-__all__ = ["load_of", "plan_of_config", "plan_of_run", "still_needed", "to_be_set", "was_predicted"]
+__all__ = ["load_of", "plan_of_config", "plan_of_run", "still_needed", "to_be_set"]
 
 _CHARACTERS = 4
 """Characters a token, where nothing is tokenised: about right for English."""
@@ -56,15 +52,18 @@ def _special(config: TrainConfig) -> bool:
     return a.targets != "all-linear" or bool(other)
 
 
-def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
-    """The plan of a run about to start. `room`: bytes that are free beside what is in memory already."""
+def plan_of_run(
+    config: TrainConfig, base: Any, items: Sequence[Any], *, trainable: int, held_out: int, checkpointing: bool,
+    room: int,
+) -> Plan:  # fmt: skip
+    """The plan of a run about to start. `items`: what a step is made of. `trainable`: parameters. `held_out`: rows.
+    `room`: bytes that are free beside what is in memory already."""
     from veneer.ops.cpu import compiled
     from veneer.plan.calibration import cpu_device, rates_here
 
-    examples = s.items or s.encoded.examples
-    lengths = [e.tokens for e in examples]
+    lengths = [item.tokens for item in items]
     tokens = sum(lengths)
-    weight = next(s.base.model.parameters())
+    weight = next(base.model.parameters())
     if weight.device.type == "cuda":
         import torch
 
@@ -73,23 +72,22 @@ def plan_of_run(s: Subject, *, checkpointing: bool, room: int) -> Plan:
     else:
         low_rank = compiled.has("thin_add", "thin_through", "thin_gradients")
         device = cpu_device(native=compiled.kernels() is not None, low_rank=low_rank)
-    dtype = str(getattr(s.base, "dtype", weight.dtype)).removeprefix("torch.")
-    shape = model_shape(s.base.model)
-    a = s.config.adapter
-    pairs = pair_parameters(shape, a.spec() if _special(s.config) else None, rank=a.rank)
+    dtype = str(getattr(base, "dtype", weight.dtype)).removeprefix("torch.")
+    shape = model_shape(base.model)
+    a = config.adapter
+    pairs = pair_parameters(shape, a.spec() if _special(config) else None, rank=a.rank)
     load = load_of(
-        s.config, lengths, trained=sum(e.learned for e in examples) / max(1, tokens), checkpointing=checkpointing,
-        dtype=dtype, whole=max(0, int(s.numbers.get("trainable", 0)) - pairs),
+        config, lengths, trained=sum(item.learned for item in items) / max(1, tokens), checkpointing=checkpointing,
+        dtype=dtype, whole=max(0, trainable - pairs),
     )  # fmt: skip
-    held_out = len(s.held_out.examples) if s.held_out is not None else 0
-    job = _job(s.config, len(examples), tokens / max(1, len(examples)), held_out)
+    job = _job(config, len(items), tokens / max(1, len(items)), held_out)
     rates, process = rates_here(device, dtype)
     if device.kind == "cpu":  # libraries and rows are in memory already: what they take is known
-        base = sum(weight_bytes(shape, dtype, load.quantise))
-        process = max(process or CPU_PROCESS, held_memory(weight.device) - base + CPU_LATER)
+        weights = sum(weight_bytes(shape, dtype, load.quantise))
+        process = max(process or CPU_PROCESS, held_memory(weight.device) - weights + CPU_LATER)
     held = text_plan("", shape, load, device, rates, job, process=process, room=1 << 62).memory
     limit = room + held.peak - still_needed(held, device)
-    return text_plan(s.config.base.name, shape, load, device, rates, job, process=process, room=limit)
+    return text_plan(config.base.name, shape, load, device, rates, job, process=process, room=limit)
 
 
 def still_needed(memory: Any, device: Device) -> int:
@@ -117,16 +115,6 @@ def to_be_set(plan: Plan) -> str:
             cut = any(setting.startswith("data.max_length=") for setting in change.settings)
             return ", ".join(change.settings) + (" with data.long_rows=cut or drop" if cut else "")
     return ""
-
-
-def was_predicted(numbers: Mapping[str, Any], peak: int, seconds: float) -> str:
-    """What the plan said beside what came, as a sentence; nothing for a run without a plan."""
-    parts = []
-    if said := numbers.get("predicted_peak_bytes"):
-        parts.append(f"peak memory {peak / 1e9:.2f} GB, {said / 1e9:.2f} predicted ({peak / said - 1:+.0%})")
-    if (said := numbers.get("predicted_seconds")) and seconds:
-        parts.append(f"training {duration(seconds)}, {duration(said)} predicted ({seconds / said - 1:+.0%})")
-    return "; ".join(parts)
 
 
 # -- from the configuration alone --------------------------------------------------------------------------------------

@@ -1,31 +1,72 @@
-"""What a run would do, looked at before step one: findings that stop it, warnings, and the numbers behind them.
+"""Preflight: what a run would do, looked at before step one, in findings that stop it, warnings, and numbers.
 
-    report = preflight(base, config, rows, encoded, held_out_rows=…, held_out=…, about=about)
-    print(report.text())          also report.markup() for rich, report.to_dict() for JSON
-    report.raise_if_stopped()     PreflightError with everything that must change
+    report = text_preflight(…)     or image_preflight: what is looked at of rows and of pictures
+    print(report.text())           also report.markup() for rich, report.to_dict() for JSON
+    report.raise_if_stopped()      PreflightError with everything that must change
 
 A finding stops the run when going on would train nothing, the wrong thing, or not fit. What only may be meant is a
-warning. The data's checks are in `check_data`, the base's and the machine's in `check_run`. Changes nothing.
+warning. Here is what all runs share: the report, the checks of settings, processes, precision, output and disk, and the
+one rule of what fits into memory. Changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from veneer.core.adapter import Adapter
+import torch
+from torch import nn
+
+from veneer.core.adapter import LoraSpec
+from veneer.core.targets import Target, base_modules, full_modules, matches, token_embeddings
 from veneer.errors import PreflightError
-from veneer.train.check_run import RUN_CHECKS
+from veneer.train.config.load import RunConfig
 from veneer.train.config.text import TrainConfig
-from veneer.train.findings import Base, Finding, Subject
-from veneer.train.text.batches import plan_steps
-from veneer.train.text.checks import DATA_CHECKS
-from veneer.train.text.encode import EncodedRows, Example
-from veneer.train.text.preference import Item
-from veneer.train.text.rows import About, Row
 
-__all__ = ["Finding", "Report", "preflight"]
+__all__ = [
+    "CACHE",
+    "Finding",
+    "Level",
+    "Report",
+    "RunSubject",
+    "available_memory",
+    "free_memory",
+    "gigabytes",
+    "held_memory",
+    "learning_rate",
+    "memory_finding",
+    "precision",
+    "recipe_changes",
+    "recomputes",
+    "share",
+    "shared_out",
+    "trainable_parameters",
+    "where_it_goes",
+]
+
+CACHE = "cache"
+"""A folder in the output that an earlier run may have left: latents and class pictures, which are never stale."""
+_WINDOW = (1e-5, 3e-3)  # below, LoRA barely moves; of 80 runs that diverged in a public sweep, 72 were at 3e-3
+_PREFERENCE_WINDOW = (1e-6, 5e-4)  # around what published preference runs with LoRA took, 5e-6 to 5e-5
+_FREE_TO_CHANGE = {"evaluation", "checkpoint", "memory", "samples"}  # sections that a resumed run may change
+_FREE_KEYS = {"batching.micro_rows", "batching.micro_tokens", "base.device", "data.train", "data.validation"}
+_FREE_KEYS |= {"data.pictures", "data.class_folder", "data.cache"}  # where they are; what is in them is compared
+
+Level = Literal["stop", "warn", "ok"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`check` names what was looked at and stays the same between versions; `fix` is the way out."""
+
+    level: Level
+    check: str
+    text: str
+    fix: str = ""
 
 
 @dataclass
@@ -91,66 +132,251 @@ class Report:
         }
 
 
-def preflight(
-    base: Base,
-    config: TrainConfig,
-    rows: Sequence[Row],
-    encoded: EncodedRows,
-    *,
-    held_out_rows: Sequence[Row] = (),
-    held_out: EncodedRows | None = None,
-    about: About | None = None,
-    items: Sequence[Example] | Sequence[Item] | None = None,
-    start: Adapter | None = None,
-    resume: bool = False,
-    previous: Mapping[str, Any] | None = None,
-    free_memory: int | None = None,
-    free_disk: int | None = None,
-    devices: int = 1,
-    force: bool = False,
-) -> Report:
-    """Check everything that can be seen before training.
+@dataclass(kw_only=True)
+class RunSubject:
+    """A run about to start, whatever its data. Checks read it, and leave what they measured in `numbers`.
 
-    rows, encoded: the training rows and `encode` of them. items: what steps are made of, the examples themselves by
-    default. start: the adapter that the run goes on from. previous: the recipe (`TrainConfig.recipe`) of the run that
-    is resumed. free_memory, free_disk: bytes; measured when None. devices: how many share the run. force: what does not
-    fit is a warning. Raises nothing of its own: see `raise_if_stopped`."""
-    items = encoded.examples if items is None else items
-    lengths = [item.tokens for item in items]
-    plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=0, pieces=devices)
-    subject = Subject(
-        base=base,
-        config=config,
-        rows=rows,
-        encoded=encoded,
-        held_out_rows=held_out_rows,
-        held_out=held_out,
-        about=about,
-        resume=resume,
-        previous=previous,
-        free_memory=free_memory,
-        free_disk=free_disk,
-        force=force,
-        steps_per_epoch=len(plan),
-        largest_micro=max((sum(lengths[i] for i in micro) for step in plan for micro in step), default=0),
-        longest=max((e.tokens for e in encoded.examples), default=0),
-        devices=devices,
-        micros=[len(step) for step in plan],
-        items=items,
-        start=start,
+    `largest_micro`: in `unit`s (tokens, pictures). `devices`: how many share the run. `micros`: how many micro-batches
+    each step of an epoch has. `force`: what does not fit by the plan is tried all the same."""
+
+    base: Any
+    config: RunConfig
+    resume: bool = False
+    previous: Mapping[str, Any] | None = None
+    free_memory: int | None = None
+    free_disk: int | None = None
+    steps_per_epoch: int = 0
+    largest_micro: int = 0
+    unit: str = "tokens"
+    devices: int = 1
+    micros: Sequence[int] = ()
+    force: bool = False
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def share(part: float, whole: float) -> str:
+    """`12 of 40 (30%)`, with a decimal where it matters."""
+    percent = 100 * part / whole if whole else 0.0
+    return (
+        f"{part:,} of {whole:,} ({percent:.0f}%)"
+        if percent >= 1 or not part
+        else f"{part:,} of {whole:,} ({percent:.2g}%)"
     )
-    checks: Iterable[Callable[[Subject], Iterator[Finding]]] = (*DATA_CHECKS, *RUN_CHECKS)
-    report = Report(numbers=subject.numbers)
-    report.add(*(finding for check in checks for finding in check(subject)))
-    report.sample = marked(encoded.examples[0], base.tokenizer) if encoded.examples else []
-    return report
 
 
-def marked(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """The row as (text, learned) pieces: runs of tokens that are, and are not, trained."""
-    pieces: list[tuple[list[int], bool]] = []
-    for token, trained in zip(example.input_ids, example.trained, strict=True):
-        if not pieces or pieces[-1][1] != trained:
-            pieces.append(([], trained))
-        pieces[-1][0].append(token)
-    return [(str(tokenizer.decode(ids)), trained) for ids, trained in pieces]
+def gigabytes(count: float) -> str:
+    """Bytes as GB (10^9) or MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+# --- checks that all runs share ---------------------------------------------------------------------------------------
+
+
+def learning_rate(s: RunSubject) -> Iterator[Finding]:
+    """The rate, the warm-up and the length of the run."""
+    rate, steps = s.config.optimizer.learning_rate, s.config.steps
+    preference = isinstance(s.config, TrainConfig) and s.config.preference.loss is not None
+    low, high = _PREFERENCE_WINDOW if preference else _WINDOW
+    if s.config.optimizer.name in ("adamw", "adam", "nadam", "radam", "adamax") and not low <= rate <= high:
+        side = "below" if rate < low else "above"
+        what = "preferences are learned" if preference else "LoRA learns"
+        text = f"learning rate {rate:g} is {side} the window {low:g} to {high:g} in which {what}"
+        fix = "1e-4 to 1e-3 is where sweeps over 27 models found their best"
+        yield Finding("warn", "learning rate", text, "5e-6 to 5e-5 is usual" if preference else fix)
+    total = steps if steps is not None else s.steps_per_epoch * (s.config.epochs or 0)
+    s.numbers.update(steps=total, steps_per_epoch=s.steps_per_epoch, largest_micro_batch=s.largest_micro)
+    warm = s.config.schedule.warmup
+    if isinstance(warm, int) and 0 < total <= warm:
+        text = f"warm-up takes {warm} steps and the run has {total}: the learning rate never reaches its peak"
+        yield Finding("stop", "schedule", text, "schedule.warmup as a share (0.03), or more steps")
+    elif 0 < total < 10:
+        text = f"the whole run is {total} steps: too few to learn much"
+        fix = "more schedule.steps" if steps is not None else "fewer batching.rows, or more schedule.epochs"
+        yield Finding("warn", "schedule", text, fix)
+    elif total:
+        passes = f"{total / s.steps_per_epoch:.3g} times over the data" if s.steps_per_epoch else ""
+        largest = f"the largest micro-batch is {s.largest_micro:,} {s.unit}"
+        yield Finding("ok", "schedule", f"{total:,} steps, {passes}; {largest}")
+
+
+def shared_out(s: RunSubject) -> Iterator[Finding]:
+    """How the work of a step falls to several devices."""
+    n = s.devices
+    sharded = getattr(s.config.memory, "shard", False)
+    if n == 1:
+        if sharded:
+            text = "memory.shard splits the weights over several devices, and this run has one"
+            yield Finding("warn", "devices", text, "start it with --devices N, or leave memory.shard out")
+        return
+    least, most = min(s.micros, default=0), max(s.micros, default=0)
+    s.numbers.update(devices=n, micro_batches=[least, most])
+    idle = sum(count < n for count in s.micros)
+    if 10 * idle > len(s.micros):  # the last step of an epoch may be a small one
+        text = f"{idle} of {len(s.micros)} steps have fewer micro-batches than the {n} devices: some of them wait"
+        yield Finding("warn", "devices", text, f"batching.rows of {n} or more, or fewer devices")
+    each = f"{-(-least // n)} to {-(-most // n)}" if -(-least // n) != -(-most // n) else f"{-(-most // n)}"
+    how = "each holds a part of the frozen weights" if sharded else "each holds the whole base"
+    text = f"{n} devices share each step, at most {each} micro-batches for one; {how}"
+    yield Finding("ok", "devices", text)
+
+
+def precision(s: RunSubject) -> Iterator[Finding]:
+    """Failure class 10: dtypes that overflow or underflow without a word."""
+    model = s.base.model
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
+    device = next(model.parameters()).device
+    s.numbers.update(dtype=kinds, device=str(device))
+    if "float16" in kinds:
+        text = (
+            f"the base is float16 on {device.type}: gradients below 6e-8 vanish and values above 65,504 become infinite"
+        )
+        fix = "base.dtype=bfloat16 (or float32)"
+        yield Finding("stop" if device.type == "cpu" else "warn", "precision", text, fix)
+    elif len(kinds) > 1:
+        yield Finding("warn", "precision", f"the base mixes {' and '.join(kinds)}", "base.dtype=bfloat16 (or float32)")
+    else:
+        yield Finding("ok", "precision", f"base in {', '.join(kinds)} on {device.type}, pairs and optimizer in float32")
+
+
+def where_it_goes(s: RunSubject) -> Iterator[Finding]:
+    """Output in use, disk space, and resuming into a different configuration."""
+    folder = Path(s.config.output.directory)
+    if folder.exists() and not folder.is_dir():
+        yield Finding("stop", "output", f"{folder} is a file, not a folder", "give another output.directory")
+        return
+    used = folder.is_dir() and any(p.name != CACHE for p in folder.iterdir())
+    if used and not s.resume:
+        text = f"{folder} already holds a run or other files; nothing is overwritten"
+        yield Finding("stop", "output", text, "go on with --resume, or give another output.directory")
+    if s.resume and s.previous is not None:
+        changes = recipe_changes(s.previous, s.config.recipe())
+        if changes:
+            text = f"the run in {folder} was started with other settings: {'; '.join(changes)}"
+            yield Finding(
+                "stop", "resume", text, "resume with the same settings, or start anew in another output.directory"
+            )
+    trainable = int(s.numbers.get("trainable", 0))
+    # a checkpoint: weights and AdamW's two moments; the newest ones, the one being written, the best; and the adapter
+    need = (s.config.checkpoint.keep + 2) * 12 * trainable + 8 * trainable
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = s.free_disk if s.free_disk is not None else shutil.disk_usage(there).free
+    s.numbers.update(disk_needed=need, disk_free=free)
+    if need > free:
+        text = f"checkpoints and adapter need {gigabytes(need)} on disk, and {there} has {gigabytes(free)} free"
+        yield Finding("stop", "disk", text, "free some space, give another output.directory, or checkpoint.keep=1")
+    else:
+        yield Finding(
+            "ok", "disk", f"checkpoints and adapter need at most {gigabytes(need)}, {gigabytes(free)} are free"
+        )
+
+
+def recipe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two recipes and changes what a run learns, as `adapter.rank: 16 before, 8 now`."""
+
+    def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for section, values in recipe.items():
+            if section not in _FREE_TO_CHANGE:
+                out.update(
+                    {f"{section}.{k}": v for k, v in values.items()}
+                    if isinstance(values, Mapping)
+                    else {section: values}
+                )
+        return {k: v for k, v in out.items() if k not in _FREE_KEYS}
+
+    a, b = flat(before), flat(now)
+    return [f"{k}: {a.get(k)} before, {b.get(k)} now" for k in sorted(a | b) if not _equal(a.get(k), b.get(k))]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-12)
+    listed = [list(x) if isinstance(x, tuple) else x for x in (a, b)]
+    return bool(listed[0] == listed[1])
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def available_memory(config: RunConfig, device: torch.device, free: int | None = None) -> int:
+    """Bytes that the run may still take on the device, within `memory.limit_gb`. `free`: where that is known."""
+    free = free_memory(device) if free is None else free
+    return free if config.memory.limit_gb is None else min(free, int(config.memory.limit_gb * 1e9))
+
+
+def recomputes(mode: str, need: int | None, free: int | None) -> tuple[bool, str]:
+    """Whether activations are recomputed in the backward pass, and why.
+
+    `mode`: memory.activation_checkpointing. auto: on when `need`, the bytes beyond the base with all activations kept,
+    is above 90% of the `free` ones."""
+    if mode != "auto":
+        return mode == "on", ""
+    if need is None or free is None:
+        return False, "the memory it needs is not known"
+    return need > 0.9 * free, f"about {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; on above 90%"
+
+
+def memory_finding(need: int, free: int, detail: str, *, fix: str, force: bool) -> Finding:
+    """Whether `need`, the bytes beyond the base, are there. `force`: what does not fit is a warning."""
+    if need <= free:
+        return Finding("ok", "memory", f"about {gigabytes(need)} beyond the base, {gigabytes(free)} free; {detail}")
+    text = f"it needs about {gigabytes(need)} beyond the base, and {gigabytes(free)} are free; {detail}"
+    return Finding("warn" if force else "stop", "memory", f"this run does not fit: {text}", fix)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on the device: what is free, within the container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        cached = next(
+            int(line.split()[1])
+            for line in (group / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
+        return free if limit == "max" else min(free, int(limit) - used + cached)
+    except (OSError, ValueError, StopIteration):
+        return free
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes that this process holds on the device now: what torch allocated on CUDA, else resident memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def trainable_parameters(model: nn.Module, targets: list[Target], spec: LoraSpec) -> tuple[int, int]:
+    """(in pairs, in full modules and token rows)."""
+    modules = dict(base_modules(model))
+    pairs = sum(_pair_parameters(model, t, spec) for t in targets)
+    whole = sum(p.numel() for name in full_modules(model, spec) for p in modules[name].parameters())
+    for name, ids in token_embeddings(model, spec).items():
+        weight: Any = modules[name].weight
+        whole += len(ids) * int(weight.shape[1])
+    return pairs, whole
+
+
+def _pair_parameters(model: nn.Module, target: Target, spec: LoraSpec) -> int:
+    """Parameters of the pair that `spec` puts on `target`: A, B, and DoRA's magnitude."""
+    module = dict(base_modules(model))[target.module_name]
+    rank = next((r for p, r in spec.rank_pattern.items() if matches(p, target.name)), spec.rank)
+    if target.kind == "experts":
+        shape = getattr(module, target.parameter or "").shape
+        return int(shape[0] * rank * (shape[1] + shape[2]))
+    weight: Any = getattr(module, "weight", None)
+    if target.kind == "conv":
+        return int(rank * weight[0].numel() + weight.shape[0] * rank) + spec.dora * int(weight.shape[0])
+    if hasattr(module, "in_features"):  # quantised weights have a shape of their own
+        rows, columns = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    else:
+        rows, columns = (int(n) for n in weight.shape)
+    return rank * (rows + columns) + spec.dora * rows

@@ -30,10 +30,9 @@ from veneer.train.devices import Devices, digest_of, joined
 from veneer.train.events import Checked, Event, Listener, Note, Resolved, fan_out, silent
 from veneer.train.loop import Learner, Step, TrainingPlan
 from veneer.train.optim import Schedule, make_optimizer
-from veneer.train.planning import was_predicted
 from veneer.train.preflight import Report
 from veneer.train.report.log import ConsoleView, JsonLog
-from veneer.train.save import Outcome, ReportParts, write_report
+from veneer.train.save import Outcome, ReportParts, was_predicted, write_report
 
 __all__ = ["NAME", "AttachedTask", "Run", "Task", "carry_out", "due", "opened", "resolved"]
 

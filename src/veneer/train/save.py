@@ -14,6 +14,7 @@ from torch import Tensor
 from veneer.core.adapter import Adapter
 from veneer.core.attach import Attachment
 from veneer.errors import AdapterError
+from veneer.plan.render import duration
 from veneer.train.report.log import read_log, size
 from veneer.train.report.page import Page, write_page
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from veneer.models.image.base import ImageBase
     from veneer.models.text.base import TextBase
 
-__all__ = ["Outcome", "ReportParts", "base_facts", "prove", "read_records", "write_report"]
+__all__ = ["Outcome", "ReportParts", "base_facts", "prove", "run_records", "was_predicted", "write_report"]
 
 _RELOADED = "reloaded"
 
@@ -111,7 +112,7 @@ class ReportParts:
 
 def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
     """`report.html` beside the adapter, made from the run's log, its result and what the task adds; its path."""
-    records = read_records(folder)
+    records = run_records(folder)
     resolved = next(record for record in reversed(records) if record.get("event") == "resolved")
     page = Page(
         title=folder.resolve().name, subtitle=f"A LoRA adapter for {parts.base}, {_today()}", records=records,
@@ -125,7 +126,17 @@ def write_report(folder: Path, result: Outcome, parts: ReportParts) -> Path:
     return path
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
+def was_predicted(numbers: Mapping[str, Any], peak: int, seconds: float) -> str:
+    """What the plan said beside what came, as a sentence; nothing for a run without a plan."""
+    parts = []
+    if said := numbers.get("predicted_peak_bytes"):
+        parts.append(f"peak memory {peak / 1e9:.2f} GB, {said / 1e9:.2f} predicted ({peak / said - 1:+.0%})")
+    if (said := numbers.get("predicted_seconds")) and seconds:
+        parts.append(f"training {duration(seconds)}, {duration(said)} predicted ({seconds / said - 1:+.0%})")
+    return "; ".join(parts)
+
+
+def run_records(folder: Path) -> list[dict[str, Any]]:
     """The run's log. Notes are told again by a resumed run; once is enough on the page."""
     records: list[dict[str, Any]] = []
     for record in read_log(folder / "log.jsonl"):

@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 
 from tests.train.make_pictures import put, scene, settings
-from veneer.train.findings import Finding
 from veneer.train.image.checks import check_held_out, check_pictures
 from veneer.train.image.pictures import read_pictures
 from veneer.train.image.views import plan_rows
+from veneer.train.preflight import Finding
 
 
 def findings(folder: Path, size: int = 32, **keys: Any) -> dict[str, list[Finding]]:

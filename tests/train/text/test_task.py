@@ -314,12 +314,12 @@ def test_every_kind_of_adapter_is_saved_and_proven(
 def test_a_file_that_is_not_the_adapter_is_noticed(
     shared: Path, base: TextBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = run.save_adapter
+    real = run.write_adapter
 
     def wrong(adapter: Any, folder: Path, base: TextBase) -> str:
         return real(adapter.mapped(lambda t: t * 1.01), folder, base)
 
-    monkeypatch.setattr(run, "save_adapter", wrong)
+    monkeypatch.setattr(run, "write_adapter", wrong)
     with pytest.raises(AdapterError, match="does not give the logits"):
         _train(shared, tmp_path / "out", base, schedule={"steps": 2})
 

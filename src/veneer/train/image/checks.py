@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from veneer.train.config.image import ImageDataSection
-from veneer.train.findings import Finding, share
 from veneer.train.image.near_duplicates import near_duplicates
 from veneer.train.image.pictures import AboutPictures, TrainingPicture
 from veneer.train.image.views import PicturePlan, place, prepare
+from veneer.train.preflight import Finding, share
 
 __all__ = ["check_held_out", "check_pictures"]
 

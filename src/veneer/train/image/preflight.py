@@ -1,9 +1,9 @@
 """Preflight of a run on pictures: the data's findings, what is trained, what the loss can be, whether it fits.
 
     report = image_preflight(base, config, data, …)      before anything is attached or encoded
-    report.add(memory_finding(report, …))                once one picture's activations have been measured
+    numbers = memory_numbers(report.numbers, …)          once one picture's activations have been measured
 
-The data's checks are in picture_checks, those that text shares in check_run. Changes nothing.
+The data's checks are in checks, those that all runs share in train.preflight. Changes nothing.
 """
 
 from __future__ import annotations
@@ -17,24 +17,34 @@ from torch import nn
 
 from veneer.core.targets import matches_per_pattern, resolve
 from veneer.errors import TargetError
-from veneer.train.check_run import learning_rate, precision, shared_out, where_it_goes
 from veneer.train.config.image import PRESETS
-from veneer.train.estimate import free_memory, held_memory, trainable_parameters
-from veneer.train.findings import Finding, RunSubject, gigabytes, share
 from veneer.train.image.batches import PlannedRow
 from veneer.train.image.checks import check_held_out, check_pictures
 from veneer.train.image.encode import Encoders
 from veneer.train.image.pictures import AboutPictures, TrainingPicture
 from veneer.train.image.views import PicturePlan
 from veneer.train.loop import Step, peak_memory_bytes
-from veneer.train.preflight import Report
+from veneer.train.preflight import (
+    Finding,
+    Report,
+    RunSubject,
+    available_memory,
+    gigabytes,
+    held_memory,
+    learning_rate,
+    precision,
+    share,
+    shared_out,
+    trainable_parameters,
+    where_it_goes,
+)
 
 if TYPE_CHECKING:
     from veneer.core.adapter import LoraSpec
     from veneer.models.image.base import ImageBase
     from veneer.train.config.image import ImageTrainConfig
 
-__all__ = ["ImageData", "image_preflight", "memory_finding", "parts_of"]
+__all__ = ["ImageData", "image_preflight", "memory_numbers", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -222,26 +232,15 @@ def _preset(config: ImageTrainConfig, sources: Mapping[str, Any]) -> Iterator[Fi
     yield Finding("ok", "preset", text + (f"; given beside it: {', '.join(given)}" if given else ""))
 
 
-def memory_finding(
-    report: Report, config: ImageTrainConfig, device: torch.device, *, measured: int, pictures: int, recompute: bool,
-    force: bool = False,
-) -> Finding:  # fmt: skip
-    """Whether the run fits, with its numbers put into the report's. `measured`: bytes that one picture of the largest
-    shape keeps for its backward pass, `pictures`: in the largest micro-batch. `force`: what does not fit is a
-    warning."""
-    trained = 16 * int(report.numbers.get("trainable", 0))  # float32 weights, gradient, two moments
-    trained += 4 * int(report.numbers.get("trainable", 0)) if config.ema.decay else 0
+def memory_numbers(
+    numbers: Mapping[str, Any], config: ImageTrainConfig, device: torch.device, measured: int, *, pictures: int
+) -> dict[str, int]:
+    """What the run needs beyond the base, in bytes, and what is free. `measured`: that one picture of the largest shape
+    keeps for its backward pass, `pictures`: in the largest micro-batch."""
+    trained = 16 * int(numbers.get("trainable", 0))  # float32 weights, gradient, two moments
+    trained += 4 * int(numbers.get("trainable", 0)) if config.ema.decay else 0
     need = trained + measured * pictures
-    free = free_memory(device)
-    if config.memory.limit_gb is not None:
-        free = min(free, int(config.memory.limit_gb * 1e9))
-    report.numbers.update(memory_needed=need, memory_free=free, activations_of_one_picture=measured)
-    report.numbers.update(predicted_peak_bytes=max(peak_memory_bytes(), held_memory(device) + need))
-    count = "1 picture" if pictures == 1 else f"{pictures} pictures"
-    how = "with activations recomputed" if recompute else "all activations kept"
-    text = f"about {gigabytes(need)} beyond the base, {how}, {gigabytes(free)} free; at most {count} at once"
-    if need <= free:
-        return Finding("ok", "memory", text)
-    less = "" if recompute else "memory.activation_checkpointing=on, "
-    fix = f"{less}batching.micro_rows=1, or a lower data.resolution"
-    return Finding("warn" if force else "stop", "memory", f"this run does not fit: {text}", fix)
+    return {
+        "memory_needed": need, "memory_free": available_memory(config, device), "activations_of_one_picture": measured,
+        "predicted_peak_bytes": max(peak_memory_bytes(), held_memory(device) + need),
+    }  # fmt: skip

@@ -23,10 +23,10 @@ from veneer.formats.metadata import training_metadata
 from veneer.formats.read import read
 from veneer.models.image.predict import Conditioning, predict
 from veneer.train.checkpoint import write_atomically
-from veneer.train.findings import Finding
+from veneer.train.preflight import Finding
 from veneer.train.report.log import duration
 from veneer.train.run import NAME
-from veneer.train.save import Outcome, ReportParts, base_facts, prove, read_records
+from veneer.train.save import Outcome, ReportParts, base_facts, prove, run_records
 
 if TYPE_CHECKING:
     from veneer.formats.convert import Written
@@ -175,7 +175,7 @@ def _sheets(folder: Path) -> list[tuple[str, str]]:
     found = [("What the model sees", folder / "pictures.png")]
     found += [
         ("The base, before training" if r["step"] == 0 else f"After step {r['step']}", folder / r["path"])
-        for r in read_records(folder)
+        for r in run_records(folder)
         if r.get("event") == "sampled"
     ]
     return [(title, _address(path)) for title, path in dict(found).items() if path.is_file()]

@@ -34,10 +34,8 @@ from veneer.models.image.fast import fast_denoiser
 from veneer.models.image.memory import fetched, measured_activations, offloading, park, recomputing
 from veneer.models.image.predict import cut_of
 from veneer.train import checkpoint, loop
-from veneer.train.check_run import CACHE
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.image import ImageTrainConfig
-from veneer.train.estimate import free_memory
 from veneer.train.events import Listener, Note, Sampled
 from veneer.train.image.batches import ImageBatch, hold_out, plan_image_steps, validation_rows
 from veneer.train.image.contact_sheet import contact_sheet
@@ -45,7 +43,7 @@ from veneer.train.image.decode import SUFFIXES
 from veneer.train.image.encode import Encoders, ImageLoss
 from veneer.train.image.facts import training_facts
 from veneer.train.image.pictures import pictures_digest, read_pictures
-from veneer.train.image.preflight import ImageData, image_preflight, memory_finding, parts_of
+from veneer.train.image.preflight import ImageData, image_preflight, memory_numbers, parts_of
 from veneer.train.image.samples import (
     class_folder,
     draw_class_pictures,
@@ -65,7 +63,7 @@ from veneer.train.image.save import (
 from veneer.train.image.views import plan_rows
 from veneer.train.loop import Score
 from veneer.train.optim import Ema
-from veneer.train.preflight import Report
+from veneer.train.preflight import CACHE, Report, available_memory, memory_finding, recomputes
 from veneer.train.run import NAME, AttachedTask, Run, Task, carry_out, due, opened
 from veneer.train.save import Outcome, ReportParts
 
@@ -282,22 +280,24 @@ class ImageTask(Task[ImageData, ImageResult]):
             with recomputing(base) if recompute else nullcontext(), loop.memory_errors(largest):
                 return measured_activations(lambda: loss(one), frozen)
 
-        needs_offload = config.memory.offload_blocks > 0
-        recompute, because = mode == "on" or needs_offload, "memory.offload_blocks needs it" if needs_offload else ""
-        kept = measure(recompute)
+        kept, free = 0, available_memory(config, base.device)
+        offloads = config.memory.offload_blocks > 0
+        recompute, because = mode == "on" or offloads, "memory.offload_blocks needs it" if offloads else ""
         if not recompute:
-            free = free_memory(base.device)
-            if config.memory.limit_gb is not None:
-                free = min(free, int(config.memory.limit_gb * 1e9))
+            kept = measure(False)
             need = kept * largest.tokens + 16 * int(report.numbers.get("trainable", 0))
-            because = f"about {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; on above 90%"
-            if mode == "auto" and need > 0.9 * free:
-                recompute, kept = True, measure(True)
+            recompute, because = recomputes(mode, need, free)
+        if recompute:
+            kept = measure(True)
         checkpoint.rng_restore(before)
+        report.numbers.update(memory_numbers(report.numbers, config, base.device, kept, pictures=largest.tokens))
+        count = "1 picture" if largest.tokens == 1 else f"{largest.tokens} pictures"
+        how = "with activations recomputed" if recompute else "all activations kept"
+        less = "" if recompute else "memory.activation_checkpointing=on, "
         report.add(
             memory_finding(
-                report, config, base.device, measured=kept, pictures=largest.tokens, recompute=recompute,
-                force=run.force,
+                report.numbers["memory_needed"], report.numbers["memory_free"], f"{how}, at most {count} at once",
+                fix=f"{less}batching.micro_rows=1, or a lower data.resolution", force=run.force,
             )
         )  # fmt: skip
         return replace(memory, recompute=recompute, because=because)

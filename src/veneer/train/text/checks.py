@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from veneer.train.findings import Finding, Level, Subject, share
+from veneer.core.adapter import Adapter
+from veneer.train.config.text import TrainConfig
+from veneer.train.preflight import Finding, Level, RunSubject, share
+from veneer.train.text.encode import EncodedRows, Example
 from veneer.train.text.preference import Item
-from veneer.train.text.rows import leakage
+from veneer.train.text.rows import About, Row, leakage
 
-__all__ = ["DATA_CHECKS"]
+__all__ = ["DATA_CHECKS", "TextSubject"]
 
 _SAMPLED = 200  # rows whose prompts are tokenised again; templates err on all rows or on none
 
 
-def something_is_learned(s: Subject) -> Iterator[Finding]:
+@dataclass(kw_only=True)
+class TextSubject(RunSubject):
+    """A run on text. `rows`: those that `encoded` is of, of preferences each answer. `items`: what a step is made of.
+    `start`: the adapter it goes on from."""
+
+    config: TrainConfig
+    rows: Sequence[Row]
+    encoded: EncodedRows
+    held_out_rows: Sequence[Row] = ()
+    held_out: EncodedRows | None = None
+    about: About | None = None
+    longest: int = 0
+    items: Sequence[Example] | Sequence[Item] = ()
+    start: Adapter | None = None
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """The tokens that generation with this base stops at."""
+        found: set[int] = set()
+        settings = getattr(self.base.model, "generation_config", None)
+        for ids in (
+            getattr(self.base, "end_of_turn_id", None),
+            getattr(settings, "eos_token_id", None),
+            self.base.tokenizer.eos_token_id,
+        ):
+            found.update(ids if isinstance(ids, list | tuple | set) else [] if ids is None else [ids])
+        return found
+
+
+def something_is_learned(s: TextSubject) -> Iterator[Finding]:
     """Failure class 1 of the field: the loss is masked to nothing and the run "succeeds"."""
     c = s.encoded.counts
     s.numbers.update(rows=c.rows, rows_kept=c.kept, rows_untrained=c.untrained, tokens=c.tokens)
@@ -36,7 +69,7 @@ def something_is_learned(s: Subject) -> Iterator[Finding]:
     yield Finding("ok", "learned", f"{share(c.trained_tokens, c.tokens)} tokens are learned, in {c.kept:,} rows")
 
 
-def long_rows(s: Subject) -> Iterator[Finding]:
+def long_rows(s: TextSubject) -> Iterator[Finding]:
     """Truncation surprise: rows that are dropped or cut are counted and named."""
     c, data = s.encoded.counts, s.config.data
     s.numbers.update(rows_dropped=c.long_dropped, rows_cut=c.cut, longest_row=c.longest, max_length=data.max_length)
@@ -60,7 +93,7 @@ def long_rows(s: Subject) -> Iterator[Finding]:
         )
 
 
-def the_end_is_learned(s: Subject) -> Iterator[Finding]:
+def the_end_is_learned(s: TextSubject) -> Iterator[Finding]:
     """Failure class 2: a model that never stops, because its end-of-turn token is never a target."""
     examples, ends = s.encoded.examples, s.encoded.end_ids
     if not examples:
@@ -96,7 +129,7 @@ def the_end_is_learned(s: Subject) -> Iterator[Finding]:
         yield Finding("ok", "padding", text)
 
 
-def begins_once(s: Subject) -> Iterator[Finding]:
+def begins_once(s: TextSubject) -> Iterator[Finding]:
     """BOS twice, when text and tokenizer both write it; or never, when neither does."""
     c, tokenizer, examples = s.encoded.counts, s.base.tokenizer, s.encoded.examples
     bos = tokenizer.bos_token_id
@@ -116,7 +149,7 @@ def begins_once(s: Subject) -> Iterator[Finding]:
         yield Finding("warn", "begin", text, "begin the chat template with {{ bos_token }}")
 
 
-def inference_agrees(s: Subject) -> Iterator[Finding]:
+def inference_agrees(s: TextSubject) -> Iterator[Finding]:
     """Failure class 6: the prompt that inference builds must be, token for token, how the training row begins."""
     data, renderer = s.config.data, s.encoded.renderer
     own = s.base.tokenizer.chat_template
@@ -159,7 +192,7 @@ def inference_agrees(s: Subject) -> Iterator[Finding]:
         )
 
 
-def turns_and_control_tokens(s: Subject) -> Iterator[Finding]:
+def turns_and_control_tokens(s: TextSubject) -> Iterator[Finding]:
     c = s.encoded.counts
     if c.changed_turns:
         text = (
@@ -176,7 +209,7 @@ def turns_and_control_tokens(s: Subject) -> Iterator[Finding]:
         yield Finding("warn", "boundary", text, "end prompts without a space and begin completions with it")
 
 
-def answers_compare(s: Subject) -> Iterator[Finding]:
+def answers_compare(s: TextSubject) -> Iterator[Finding]:
     """What a preference run compares, and with which reference."""
     loss, c = s.config.preference.loss, s.encoded.counts
     items = [item for item in s.items if isinstance(item, Item)]
@@ -206,7 +239,7 @@ def answers_compare(s: Subject) -> Iterator[Finding]:
     yield Finding("ok", "reference", f"compared with: {reference}")
 
 
-def _judged(s: Subject, items: Sequence[Item]) -> Iterator[Finding]:
+def _judged(s: TextSubject, items: Sequence[Item]) -> Iterator[Finding]:
     """KTO's weights should make up for unequal numbers: λ_D·n_D from 1 to 4/3 of λ_U·n_U (arXiv 2402.01306)."""
     good = sum(bool(item.desirable) for item in items)
     bad = len(items) - good
@@ -228,7 +261,7 @@ def _judged(s: Subject, items: Sequence[Item]) -> Iterator[Finding]:
     yield Finding("warn", "preferences", f"{text}: weighted {ratio:.2f} to 1, where 1 to 1.33 is advised", raised)
 
 
-def rows_are_apart(s: Subject) -> Iterator[Finding]:
+def rows_are_apart(s: TextSubject) -> Iterator[Finding]:
     """Held-out rows that are also trained on make the validation loss a lie."""
     about = s.about
     if about is not None:
@@ -265,7 +298,7 @@ def rows_are_apart(s: Subject) -> Iterator[Finding]:
         yield Finding("ok", "held out", f"{total:,} held-out rows, none of them trained on")
 
 
-DATA_CHECKS: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
+DATA_CHECKS: tuple[Callable[[TextSubject], Iterator[Finding]], ...] = (
     something_is_learned,
     long_rows,
     the_end_is_learned,

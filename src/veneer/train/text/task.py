@@ -36,14 +36,12 @@ from veneer.models.text.base import load_text
 from veneer.models.text.fast import fast
 from veneer.models.text.loss import text_loss
 from veneer.train import loop
-from veneer.train.check_run import CACHE
 from veneer.train.checkpoint import Progress, seed_all
 from veneer.train.config.text import PREFERENCE_KEYS, TrainConfig
 from veneer.train.devices import Devices
-from veneer.train.estimate import free_memory
 from veneer.train.events import Listener, Note
 from veneer.train.loop import Means, Score, Step
-from veneer.train.preflight import Report, preflight
+from veneer.train.preflight import CACHE, Report, free_memory, recomputes
 from veneer.train.report.log import read_log, size
 from veneer.train.run import NAME, AttachedTask, Run, Task, carry_out, opened
 from veneer.train.save import Outcome, ReportParts, prove
@@ -51,6 +49,7 @@ from veneer.train.text.batches import Batch
 from veneer.train.text.data import Data, planned_steps, read_data
 from veneer.train.text.evaluate import score_examples
 from veneer.train.text.preference import Preference
+from veneer.train.text.preflight import text_preflight
 from veneer.train.text.rows import data_digest
 from veneer.train.text.save import RunResult, text_metrics, text_report, write_adapter
 
@@ -137,7 +136,7 @@ class TextTask(Task[Data, RunResult]):
 
     def check(self, run: Run, data: Data, previous: Mapping[str, Any] | None) -> Report:
         train, held = data.train, data.held
-        report = preflight(
+        report = text_preflight(
             self.base, self.config, train.texts, train.encoded, held_out_rows=held.texts,
             held_out=held.encoded if held.rows else None, about=data.about, items=train.items, start=data.start,
             resume=run.resume, previous=previous, free_memory=self._free_memory(run.devices),
@@ -152,7 +151,7 @@ class TextTask(Task[Data, RunResult]):
         sharded where that is asked for. All but the sharding is undone at the end."""
         config, base, model, devices = self.config, self.base, self.base.model, run.devices
         sharded = config.memory.shard and devices.count > 1
-        recompute, _ = self._recompute(devices, report)
+        recompute, _ = self._recomputes(devices, report)
         keep = 0 if sharded else int(report.numbers.get("kept_dequantised", 0))
         with ExitStack() as undo:
             attachment = undo.enter_context(attach(model))
@@ -193,24 +192,15 @@ class TextTask(Task[Data, RunResult]):
             free -= local_bytes(self.base.model) // devices.count
         return free
 
-    def _recompute(self, devices: Devices, report: Report) -> tuple[bool, str]:
-        """Whether activations are recomputed in the backward pass, and why; the first process decides.
-
-        auto: on when what the plan counts with all activations kept is above 90% of the free memory."""
-        mode = self.config.memory.activation_checkpointing
-        need, free = report.numbers.get("memory_needed"), report.numbers.get("memory_free")
-        if mode != "auto":
-            decided = mode == "on", ""
-        elif need is None or free is None:
-            decided = False, "the memory it needs is not known"
-        else:
-            decided = need > 0.9 * free, f"about {need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; on above 90%"
-        return devices.gather(decided)[0]
+    def _recomputes(self, devices: Devices, report: Report) -> tuple[bool, str]:
+        """Whether activations are recomputed, and why; the first process decides."""
+        mode, numbers = self.config.memory.activation_checkpointing, report.numbers
+        return devices.gather(recomputes(mode, numbers.get("memory_needed"), numbers.get("memory_free")))[0]
 
     def _settled(self, devices: Devices, data: Data, report: Report) -> Iterator[tuple[str, Any, str]]:
         """What was `auto` or left open, as it is now, with the reason."""
         config, base = self.config, self.base
-        recompute, reason = self._recompute(devices, report)
+        recompute, reason = self._recomputes(devices, report)
         if config.base.dtype == "auto":
             yield "base.dtype", str(base.dtype).removeprefix("torch."), base.dtype_reason
         if config.base.device == "auto":

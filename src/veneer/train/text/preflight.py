@@ -1,0 +1,294 @@
+"""Preflight of a run on text: its rows, what of the base is trained, the vocabulary, and whether it fits.
+
+    report = text_preflight(base, config, rows, encoded, held_out_rows=…, held_out=…, about=about)
+
+The data's checks are in `checks`, those that all runs share in `train.preflight`. Changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from veneer.core.adapter import Adapter
+from veneer.core.targets import base_modules, expert_parameters, matches, matches_per_pattern, resolve
+from veneer.errors import TargetError
+from veneer.plan.plan import Plan
+from veneer.plan.render import duration
+from veneer.train.config.text import TrainConfig
+from veneer.train.planning import plan_of_run, still_needed, to_be_set
+from veneer.train.preflight import (
+    Finding,
+    Report,
+    available_memory,
+    gigabytes,
+    learning_rate,
+    memory_finding,
+    precision,
+    recomputes,
+    share,
+    shared_out,
+    trainable_parameters,
+    where_it_goes,
+)
+from veneer.train.text.batches import plan_steps
+from veneer.train.text.checks import DATA_CHECKS, TextSubject
+from veneer.train.text.encode import EncodedRows, Example
+from veneer.train.text.preference import Item
+from veneer.train.text.rows import About, Row
+
+__all__ = ["text_preflight"]
+
+_GUESSED = (
+    "elsewhere such guesses were right within a tenth of the peak, and runs took 1.2 to 3.3 times as long "
+    "(docs/how-to/plan.md)"
+)
+"""The runs of benchmarks/plan.py beside what is planned without their calibration."""
+
+
+def text_preflight(
+    base: Any,
+    config: TrainConfig,
+    rows: Sequence[Row],
+    encoded: EncodedRows,
+    *,
+    held_out_rows: Sequence[Row] = (),
+    held_out: EncodedRows | None = None,
+    about: About | None = None,
+    items: Sequence[Example] | Sequence[Item] | None = None,
+    start: Adapter | None = None,
+    resume: bool = False,
+    previous: Mapping[str, Any] | None = None,
+    free_memory: int | None = None,
+    free_disk: int | None = None,
+    devices: int = 1,
+    force: bool = False,
+) -> Report:
+    """Check everything that can be seen before training.
+
+    rows, encoded: the training rows and `encode` of them. items: what steps are made of, the examples themselves by
+    default. start: the adapter that the run goes on from. previous: the recipe (`TrainConfig.recipe`) of the run that
+    is resumed. free_memory, free_disk: bytes; measured when None. devices: how many share the run. force: what does not
+    fit is a warning. Raises nothing of its own: see `raise_if_stopped`."""
+    items = encoded.examples if items is None else items
+    lengths = [item.tokens for item in items]
+    plan = plan_steps(lengths, config.batching, seed=config.seed, epoch=0, pieces=devices)
+    subject = TextSubject(
+        base=base,
+        config=config,
+        rows=rows,
+        encoded=encoded,
+        held_out_rows=held_out_rows,
+        held_out=held_out,
+        about=about,
+        resume=resume,
+        previous=previous,
+        free_memory=free_memory,
+        free_disk=free_disk,
+        force=force,
+        steps_per_epoch=len(plan),
+        largest_micro=max((sum(lengths[i] for i in micro) for step in plan for micro in step), default=0),
+        longest=max((e.tokens for e in encoded.examples), default=0),
+        devices=devices,
+        micros=[len(step) for step in plan],
+        items=items,
+        start=start,
+    )
+    checks: Iterable[Callable[[TextSubject], Iterator[Finding]]] = (*DATA_CHECKS, *_BASE_CHECKS)
+    report = Report(numbers=subject.numbers)
+    report.add(*(finding for check in checks for finding in check(subject)))
+    report.sample = _marked(encoded.examples[0], base.tokenizer) if encoded.examples else []
+    return report
+
+
+def _marked(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The row as (text, learned) pieces: runs of tokens that are, and are not, trained."""
+    pieces: list[tuple[list[int], bool]] = []
+    for token, trained in zip(example.input_ids, example.trained, strict=True):
+        if not pieces or pieces[-1][1] != trained:
+            pieces.append(([], trained))
+        pieces[-1][0].append(token)
+    return [(str(tokenizer.decode(ids)), trained) for ids, trained in pieces]
+
+
+def what_is_trained(s: TextSubject) -> Iterator[Finding]:
+    """Failure classes 3 and 12: an adapter that reaches nothing, and one that is huge because it holds full copies."""
+    model, spec = s.base.model, s.config.adapter.spec()
+    if s.start is not None:
+        yield from _going_on(s, s.start)
+        return
+    try:
+        found = matches_per_pattern(model, spec)
+        targets = resolve(model, spec)
+        pairs, whole = trainable_parameters(model, targets, spec)
+    except TargetError as error:
+        yield Finding(
+            "stop", "targets", str(error.what) + (f" ({error.where})" if error.where else ""), error.fix or ""
+        )
+        return
+    total = sum(p.numel() for p in model.parameters())
+    s.numbers.update(matched={p: len(names) for p, names in found.items()}, pairs=len(targets), base_parameters=total)
+    s.numbers.update(trainable=pairs + whole, adapter_bytes=4 * (pairs + whole))
+    matched = ", ".join(f"`{p}` {len(names)} modules" for p, names in found.items())
+    size = gigabytes(4 * (pairs + whole))
+    yield Finding("ok", "targets", f"{matched}; trainable: {share(pairs + whole, total)} parameters, a file of {size}")
+    if whole > pairs:
+        text = (
+            f"full copies take {share(whole, pairs + whole)} of the adapter, a file of {size}: "
+            f"{', '.join([*spec.modules_to_save, *spec.token_rows])}"
+        )
+        yield Finding(
+            "warn", "size", text, "train single rows with adapter.token_rows, or drop adapter.modules_to_save"
+        )
+
+
+def _going_on(s: TextSubject, start: Adapter) -> Iterator[Finding]:
+    count, size = sum(t.numel() for _, t in start.tensors()), start.size_bytes()
+    total = sum(p.numel() for p in s.base.model.parameters())
+    s.numbers.update(pairs=len(start.pairs), base_parameters=total, trainable=count, adapter_bytes=size)
+    if start.deltas:
+        kinds = ", ".join(sorted({d.form for d in start.deltas.values()}))
+        text = f"adapter.start holds deltas that are no pairs ({kinds}), which cannot be trained"
+        yield Finding("stop", "targets", text, "go on from a LoRA adapter")
+    text = (
+        f"goes on from {s.config.adapter.start}: {len(start.pairs)} pairs; trainable: {share(count, total)} parameters"
+    )
+    yield Finding("ok", "targets", f"{text}, a file of {gigabytes(size)}")
+
+
+def experts_are_reached(s: TextSubject) -> Iterator[Finding]:
+    """Failure class 4: experts, most of a mixture model's weights, silently frozen."""
+    if s.start is not None:
+        return  # it trains what it was made for
+    model, spec = s.base.model, s.config.adapter.spec()
+    experts: dict[str, int] = {}
+    for name, module in base_modules(model):
+        for parameter in expert_parameters(module):
+            if parameter.endswith("proj") or "Experts" in type(module).__name__:
+                experts[f"{name}.{parameter}"] = int(getattr(module, parameter).numel())
+        if ".experts." in name and hasattr(module, "in_features"):
+            experts[name] = int(module.in_features) * int(module.out_features)  # type: ignore[arg-type, call-overload]
+    if spec.layers is not None:
+        inside = {str(layer) for layer in spec.layers}
+        experts = {n: size for n, size in experts.items() if inside & set(n.split("."))}
+    if not experts:
+        return
+    try:
+        reached = {t.name for t in resolve(model, spec)} & set(experts)
+    except TargetError:
+        return  # said by what_is_trained
+    meant = {n for n in experts if any(matches(p, n) or matches(p, n.rpartition(".")[0]) for p in spec.exclude)}
+    frozen = sorted(set(experts) - reached - meant)
+    s.numbers.update(expert_parameters=len(experts), experts_reached=len(reached))
+    if frozen:
+        part = share(sum(experts[n] for n in frozen), sum(p.numel() for p in model.parameters()))
+        text = (
+            f"{len(frozen)} of {len(experts)} expert weights get no pair and stay frozen, {part} of the base's "
+            f"parameters: {', '.join(frozen[:2])}"
+        )
+        names = sorted({n.rpartition(".")[2] for n in frozen})
+        fix = f"add {', '.join(names)} to adapter.targets (or all-linear), or say adapter.exclude: ['*experts*']"
+        yield Finding("stop", "experts", text, fix)
+    elif reached:
+        yield Finding("ok", "experts", f"{len(reached)} expert weights get a pair for each expert")
+
+
+def vocabulary(s: TextSubject) -> Iterator[Finding]:
+    """Tokens without an embedding row, and rows never trained (a chat template on a base that never saw one)."""
+    embedding = s.base.model.get_input_embeddings()
+    rows = int(embedding.weight.shape[0])
+    used = {token for e in s.encoded.examples for token in e.input_ids}
+    s.numbers.update(distinct_tokens=len(used), embedding_rows=rows)
+    beyond = sorted(t for t in used if t >= rows)
+    if beyond:
+        names = ", ".join(f"`{s.base.tokenizer.convert_ids_to_tokens(t)}` ({t})" for t in beyond[:5])
+        text = f"{len(beyond)} tokens of the data have no row in the base's embedding of {rows:,} rows: {names}"
+        yield Finding("stop", "vocabulary", text, "the tokenizer belongs to another base: use the base's own")
+        return
+    added = sorted((set(s.base.tokenizer.added_tokens_decoder) & used) - {getattr(embedding, "padding_idx", None)})
+    if not added or not embedding.weight.is_floating_point():
+        return
+    weight = embedding.weight.detach()
+    sample, norms = weight[:4096].float().norm(dim=1), weight[added].float().norm(dim=1)
+    dead = [t for t, norm in zip(added, norms.tolist(), strict=True) if norm < 0.05 * float(sample.median())]
+    config = s.config.adapter
+    learned = {i for ids in config.token_rows.values() for i in ids}
+    dead = [t for t in dead if t not in learned]
+    if dead and not any("embed" in m or "wte" in m for m in config.modules_to_save):
+        names = ", ".join(f"`{s.base.tokenizer.convert_ids_to_tokens(t)}` ({t})" for t in dead[:5])
+        text = f"{len(dead)} added tokens of the data have embedding rows near zero, never trained: {names}"
+        yield Finding("warn", "vocabulary", text, "train their rows: adapter.token_rows: {embed_tokens: [IDS]}")
+
+
+def it_fits(s: TextSubject) -> Iterator[Finding]:
+    """Failure class 8: out of memory hours in, when the longest rows come."""
+    model, config = s.base.model, s.config
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if context and s.longest > context:
+        text = f"the longest row has {s.longest:,} tokens and the base reads {context:,}"
+        yield Finding("stop", "memory", text, f"data.max_length={context} with data.long_rows=cut or drop")
+    device = next(model.parameters()).device
+    free = available_memory(config, device, s.free_memory)
+    mode = config.memory.activation_checkpointing
+    held_out = len(s.held_out.examples) if s.held_out is not None else 0
+    plain, again = (
+        plan_of_run(
+            config, s.base, s.items, trainable=int(s.numbers.get("trainable", 0)), held_out=held_out,
+            checkpointing=recomputed, room=free,
+        )
+        for recomputed in (False, True)
+    )  # fmt: skip
+    need, less = (still_needed(plan.memory, plan.device) for plan in (plain, again))
+    on, _ = recomputes(mode, need, free)
+    chosen = again if on else plain
+    s.numbers.update(memory_needed=need, memory_checkpointed=less, memory_free=free)
+    keeps = _keeps(s, chosen, device.type)
+    s.numbers.update(predicted_peak_bytes=chosen.memory.peak + keeps, predicted_parts=chosen.memory.parts)
+    s.numbers.update(kept_dequantised=keeps)
+    if not chosen.changes and chosen.seconds is not None:
+        s.numbers.update(predicted_seconds=round(chosen.seconds, 4))
+    wanted = less if on else need
+    longest = f"the largest micro-batch has {s.largest_micro:,} tokens, the longest row {s.longest:,}"
+    fix = to_be_set(chosen) or "a smaller base, or a machine with more memory (veneer plan shows what it takes)"
+    found = memory_finding(wanted, free, longest, fix=fix, force=s.force)
+    if wanted <= free and wanted > 0.9 * free and mode == "off":
+        found = Finding("warn", "memory", f"this run may not fit: {found.text}", "memory.activation_checkpointing=auto")
+    elif wanted <= free and on and mode == "auto":
+        found = replace(found, text=f"activations will be recomputed to save memory: {found.text}")
+    yield found
+    yield from _predicted(chosen)
+
+
+def _keeps(s: TextSubject, plan: Plan, device: str) -> int:
+    """Bytes of a quantised base's weights that stay dequantised: as asked for; else on a GPU most of what the plan
+    finds room for, and on a CPU none, where it gives 4% (docs/notes/qlora.md)."""
+    if not getattr(s.base, "quantised", ""):
+        return 0
+    if s.config.memory.keep_dequantised_gb is not None:
+        return int(s.config.memory.keep_dequantised_gb * 1e9)
+    return 8 * plan.keeps // 10 if device == "cuda" else 0
+
+
+def _predicted(plan: Plan) -> Iterator[Finding]:
+    """The plan in short: what the process will hold at its peak, and how long training takes."""
+    if plan.seconds is None or plan.changes:
+        return
+    text = f"plan: a peak of {gigabytes(plan.memory.peak)}, {duration(plan.seconds)} of training ({plan.rates.source})"
+    if not plan.rates.measured:
+        text += "; not calibrated here"
+        if plan.device.kind == "cpu":
+            text += f": {_GUESSED}"
+    yield Finding("ok", "plan", text)
+
+
+_BASE_CHECKS: tuple[Callable[[TextSubject], Iterator[Finding]], ...] = (
+    what_is_trained,
+    experts_are_reached,
+    learning_rate,
+    shared_out,
+    precision,
+    vocabulary,
+    it_fits,
+    where_it_goes,
+)

@@ -1,0 +1,449 @@
+"""Fault injection: each failure class of the field that shows before training, put in, and named by its message."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from tests.families import FAMILIES, MOE_FAMILIES
+from tests.tiny_base import tiny_model, tiny_tokenizer
+from tests.train import templates
+from veneer.errors import PreflightError
+from veneer.plan.calibration import Calibration, cpu_device, device_key, write_calibration
+from veneer.train.config.load import config_from
+from veneer.train.preflight import Report
+from veneer.train.text.encode import encode_rows
+from veneer.train.text.preflight import text_preflight
+from veneer.train.text.rows import About, Row
+
+
+@dataclass
+class TinyBase:
+    model: Any
+    tokenizer: Any
+    end_of_turn_id: int | None = 2
+
+
+def talk(question: str, answer: str, where: str, **extra: Any) -> Row:
+    turns = ({"role": "user", "content": question}, {"role": "assistant", "content": answer, **extra})
+    return Row("messages", turns, where=where)
+
+
+ROWS = [talk(f"Question {i}?", f"Answer {i}.", f"data.jsonl:{i + 1}") for i in range(40)]
+HELD = [talk(f"Other {i}?", f"Reply {i}.", f"held.jsonl:{i + 1}") for i in range(5)]
+
+
+@pytest.fixture
+def base() -> TinyBase:
+    return TinyBase(tiny_model(), tiny_tokenizer())
+
+
+class Run:
+    """Preflight of the tiny base with one thing changed."""
+
+    def __init__(self, base: TinyBase, folder: Path) -> None:
+        self.base, self.folder = base, folder
+
+    def __call__(
+        self, *overrides: str, rows: list[Row] | None = None, held: list[Row] | None = None, **more: Any
+    ) -> Report:
+        values = {"base": "tiny", "data": {"train": "data.jsonl"}, "output": str(self.folder / "out")}
+        config, _ = config_from(values, overrides)
+        rows = ROWS if rows is None else rows
+        held = HELD if held is None else held
+        encoded = encode_rows(rows, self.base.tokenizer, config.data)
+        scored = encode_rows(held, self.base.tokenizer, config.data) if held else None
+        return text_preflight(self.base, config, rows, encoded, held_out_rows=held, held_out=scored, **more)
+
+
+@pytest.fixture
+def run(base: TinyBase, tmp_path: Path) -> Run:
+    return Run(base, tmp_path)
+
+
+def stopped(report: Report, check: str) -> str:
+    """The stop of this check, and that it is the only thing found wrong enough to stop."""
+    assert {f.check for f in report.stops} == {check}, report.text()
+    with pytest.raises(PreflightError) as caught:
+        report.raise_if_stopped()
+    return str(caught.value)
+
+
+def warned(report: Report, check: str) -> str:
+    assert not report.stops, report.text()
+    return next(f.text for f in report.warnings if f.check == check)
+
+
+def test_a_sound_run_passes_without_a_warning(run: Run) -> None:
+    report = run("schedule.epochs=10")
+    report.raise_if_stopped()
+    assert [f.text for f in report.findings if f.level != "ok"] == []
+    numbers = report.numbers
+    assert numbers["rows_kept"] == numbers["rows_with_end"] == 40
+    assert 0 < numbers["trained_share"] < 1
+    assert numbers["matched"] == {"all-linear": 14}
+    assert numbers["template_rows_checked"] == 40
+    assert numbers["template_rows_differ"] == 0
+    assert numbers["steps"] == 30
+    json.dumps(report.to_dict())
+
+
+# 1: the loss is masked to nothing, and the run "succeeds"
+
+
+def test_nothing_learned(run: Run) -> None:
+    silent = [talk(f"q{i}", "an answer", f"data.jsonl:{i}", weight=0) for i in range(20)]
+    assert "no row is left to train on: of 20 rows 20 with nothing to learn" in stopped(run(rows=silent), "learned")
+
+
+def test_most_rows_unlearned(run: Run) -> None:
+    rows = ROWS[:5] + [talk(f"q{i}", " ", f"data.jsonl:{i}") for i in range(20)]
+    text = stopped(run(rows=rows), "learned")
+    assert "20 of 25 (80%) rows have no token to learn: data.jsonl:0" in text
+    few = run(rows=[*ROWS, talk("q", "", "data.jsonl:99")])
+    assert "1 of 41 (2%) rows are left out, with no token to learn: data.jsonl:99" in warned(few, "learned")
+
+
+def test_every_row_too_long(run: Run) -> None:
+    report = run("data.max_length=4", "data.long_rows=drop", held=[])
+    assert "no row is left to train on: of 40 rows 40 too long" in report.text()
+    assert {f.check for f in report.stops} == {"learned", "long rows"}
+
+
+# 2: a model that never stops
+
+
+def test_a_template_without_an_end_of_turn(run: Run) -> None:
+    run.base.tokenizer.chat_template = templates.ENDLESS
+    text = stopped(run(), "end")
+    assert "no end-of-turn token is written after an answer: the model would learn to never stop" in text
+
+
+def test_an_end_that_every_row_loses(run: Run) -> None:
+    rows = [talk("q", "word " * 200, f"data.jsonl:{i}") for i in range(20)]
+    report = run("data.max_length=50", "data.long_rows=cut", rows=rows)
+    assert "the end-of-turn token `<|im_end|>` is learned in no row: the model would never stop" in report.text()
+    assert "20 of 20 (100%) cut rows lose the end of their answer" in report.text()
+    assert {f.check for f in report.stops} == {"end", "long rows"}
+
+
+def test_an_end_that_generation_does_not_know(run: Run) -> None:
+    run.base.model.generation_config.eos_token_id = 0
+    run.base.tokenizer.eos_token = "<|endoftext|>"
+    run.base.end_of_turn_id = 0
+    text = stopped(run(), "end")
+    assert "answers end with `<|im_end|>`, but generation stops at `<|endoftext|>`" in text
+
+
+def test_plain_rows_without_an_end_of_text(run: Run) -> None:
+    tokenizer = run.base.tokenizer
+    tokenizer.chat_template = None
+    tokenizer.eos_token = None
+    rows = [Row("text", text=f"some text {i}", where=f"data.jsonl:{i}") for i in range(20)]
+    assert "no end-of-text token is written after an answer" in stopped(run(rows=rows, held=[]), "end")
+
+
+def test_padding_with_the_end_token_is_said_to_be_harmless(run: Run) -> None:
+    assert "padding and end-of-turn are the same token, which is harmless here" in run().text()
+
+
+# 3: an adapter that reaches nothing
+
+
+def test_a_target_that_matches_nothing(run: Run) -> None:
+    text = stopped(run("adapter.targets=[q_porj]"), "targets")
+    assert "target 'q_porj' matches nothing in this model" in text
+    assert "q_proj" in text
+
+
+def test_layers_that_do_not_exist(run: Run) -> None:
+    assert "layers [7] do not exist" in stopped(run("adapter.layers=[7]"), "targets")
+
+
+# 4: experts silently frozen
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_frozen_experts(family: str, run: Run) -> None:
+    run.base.model = FAMILIES[family]()
+    run.base.model.resize_token_embeddings(384, mean_resizing=False)
+    run.base.model.generation_config.eos_token_id = 2
+    text = stopped(run("adapter.targets=[q_proj, v_proj]"), "experts")
+    assert "expert weights get no pair and stay frozen" in text
+    assert "add down_proj, gate_up_proj to adapter.targets (or all-linear)" in text
+    said = run("adapter.targets=[q_proj, v_proj]", "adapter.exclude=['*experts*']")
+    assert not said.stops
+    everything = run()
+    assert not everything.stops
+    assert "expert weights get a pair for each expert" in everything.text()
+
+
+# 6: the wrong template
+
+
+def test_another_template_than_inference_uses(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(templates.CHATML)
+    report = run(f"data.chat_template={file}")
+    assert "rows use the chat template mine.jinja, not the base's own" in warned(report, "template")
+
+
+def test_plain_prompts_on_a_chat_base(run: Run) -> None:
+    rows = [Row("prompt-completion", r.messages, where=r.where) for r in ROWS]
+    text = warned(run("data.chat_template=none", rows=rows, held=[]), "template")
+    assert "the base has a chat template and rows do not use it" in text
+
+
+def test_prompts_that_are_other_tokens_in_training(run: Run) -> None:
+    word = max((t for t in run.base.tokenizer.get_vocab() if t.isalpha()), key=len)
+    run.base.tokenizer.chat_template = None
+    rows = []
+    for i in range(30):
+        turns = ({"role": "user", "content": f"{i} {word[:2]}"}, {"role": "assistant", "content": f"{word[2:]} rest"})
+        rows.append(Row("prompt-completion", turns, where=f"data.jsonl:{i}"))
+    report = run(rows=rows, held=[])
+    assert "30 of 30 (100%) prompts are other tokens in training than at inference" in stopped(report, "template")
+    assert "one token spans prompt and answer" in report.text()
+
+
+def test_turns_that_a_template_changes(run: Run) -> None:
+    run.base.tokenizer.chat_template = templates.QWEN3
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nfirst"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "<think>\nso\n</think>\n\nsecond"},
+    ]
+    rows = [Row("messages", tuple(turns), where=f"data.jsonl:{i}") for i in range(20)]
+    assert "20 earlier turns are trained without what the template shows only in a last turn" in warned(
+        run(rows=rows), "turns"
+    )
+
+
+# the beginning, control tokens, the vocabulary
+
+
+def test_begin_written_twice(run: Run) -> None:
+    run.base.tokenizer.chat_template = "{{ bos_token }}" + run.base.tokenizer.chat_template
+    assert "40 of 40 (100%) rows begin with <|im_start|> twice" in stopped(run(), "begin")
+
+
+def test_control_tokens_in_the_data(run: Run) -> None:
+    rows = [*ROWS, talk("ends <|im_end|> here", "yes", "data.jsonl:41")]
+    assert "rows hold the base's own control tokens as text: data.jsonl:41" in warned(run(rows=rows), "control tokens")
+
+
+def test_tokens_beyond_the_embedding(run: Run) -> None:
+    run.base.tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    rows = [talk("a <|new|> token", "yes", f"data.jsonl:{i}") for i in range(20)]
+    text = stopped(run(rows=rows), "vocabulary")
+    assert "1 tokens of the data have no row in the base's embedding of 384 rows: `<|new|>` (384)" in text
+
+
+def test_added_tokens_whose_rows_were_never_trained(run: Run) -> None:
+    with torch.no_grad():
+        run.base.model.get_input_embeddings().weight[1].zero_()
+    report = run()
+    assert "`<|im_start|>` (1)" in warned(report, "vocabulary")
+    cured = run("adapter.token_rows={embed_tokens: [1]}")
+    assert not [f for f in cured.warnings if f.check == "vocabulary"]
+
+
+# 8: out of memory from the longest rows
+
+
+def test_a_row_longer_than_the_base_reads(run: Run) -> None:
+    rows = [*ROWS, talk("word " * 400, "yes", "data.jsonl:41")]
+    assert "tokens and the base reads 256" in stopped(run(rows=rows), "memory")
+
+
+def test_a_run_that_cannot_fit(run: Run) -> None:
+    text = stopped(run(free_memory=100_000_000), "memory")
+    assert "this run does not fit: it needs about" in text
+    assert "100.0 MB are free; the largest micro-batch has" in text
+    assert "does not fit" in stopped(run("memory.limit_gb=0.05"), "memory")
+
+
+def test_force_makes_a_warning_of_what_does_not_fit(run: Run) -> None:
+    report = run(free_memory=100_000_000, force=True)
+    assert not report.stops
+    assert "this run does not fit" in warned(report, "memory")
+
+
+def test_a_run_that_does_not_fit_is_told_the_cheapest_change(run: Run) -> None:
+    rows = [talk("word " * 20, "yes", f"d.jsonl:{i}") for i in range(200)]
+    need = run("batching.rows=200", rows=rows).numbers
+    free = (need["memory_needed"] + need["memory_checkpointed"]) // 2
+    off = run("memory.activation_checkpointing=off", "batching.rows=200", rows=rows, free_memory=free)
+    assert next(f.fix for f in off.stops) == "memory.activation_checkpointing=on"
+    assert not run("batching.rows=200", rows=rows, free_memory=free).stops
+
+
+def test_what_is_predicted_is_in_the_numbers(run: Run) -> None:
+    numbers = run().numbers
+    assert numbers["predicted_peak_bytes"] == sum(numbers["predicted_parts"].values())
+    assert numbers["predicted_seconds"] > 0
+
+
+def test_what_is_predicted_begins_with_what_the_process_holds(run: Run) -> None:
+    libraries = b"x" * 600_000_000
+    held = psutil.Process().memory_info().rss
+    assert held > len(libraries)
+    assert run().numbers["predicted_peak_bytes"] > held
+
+
+def test_a_plan_by_guesses_says_so_and_how_far_off_they_were(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENEER_HOME", str(run.folder))
+    plan = next(f.text for f in run().findings if f.text.startswith("plan:"))
+    assert "not calibrated here: elsewhere such guesses were right within a tenth of the peak" in plan
+    write_calibration(Calibration(device_key(cpu_device(), "float32"), 1e11, 1e10, 480_000_000, "tiny", "float32"))
+    plan = next(f.text for f in run().findings if f.text.startswith("plan:"))
+    assert "100 GFLOP/s, 10.0 GB/s, measured here with tiny" in plan
+    assert "not calibrated" not in plan
+
+
+def test_recomputing_is_chosen_when_it_is_what_fits(run: Run) -> None:
+    need = run().numbers
+    free = (need["memory_needed"] + need["memory_checkpointed"]) // 2
+    assert "activations will be recomputed to save memory" in run(free_memory=free).text()
+
+
+# 10: dtypes
+
+
+def test_half_precision_on_a_cpu(run: Run) -> None:
+    run.base.model.half()
+    assert "the base is float16 on cpu" in stopped(run(), "precision")
+
+
+def test_mixed_precision(run: Run) -> None:
+    run.base.model.model.layers[0].to(torch.bfloat16)
+    assert "the base mixes bfloat16 and float32" in warned(run(), "precision")
+
+
+# 11: resuming into something else, writing over something
+
+
+def test_resuming_with_other_settings(run: Run, tmp_path: Path) -> None:
+    values = {"base": "tiny", "data": {"train": "data.jsonl"}, "output": str(tmp_path / "out")}
+    before = config_from(values)[0].recipe()
+    report = run("adapter.rank=8", "checkpoint.every=7", "batching.micro_tokens=64", resume=True, previous=before)
+    text = stopped(report, "resume")
+    assert "was started with other settings: adapter.rank: 16 before, 8 now" in text
+    assert "checkpoint" not in text
+    assert "micro" not in text
+    assert not run(resume=True, previous=json.loads(json.dumps(before))).stops
+
+
+def test_an_output_in_use(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert not run().stops
+    (tmp_path / "out" / "adapter_model.safetensors").touch()
+    assert "already holds a run or other files; nothing is overwritten" in stopped(run(), "output")
+    assert not run(resume=True).stops
+    (tmp_path / "file").touch()
+    assert "is a file, not a folder" in stopped(run(f"output={tmp_path / 'file'}"), "output")
+
+
+def test_a_disk_too_small(run: Run) -> None:
+    assert "checkpoints and adapter need" in stopped(run(free_disk=1000), "disk")
+
+
+# 12: huge adapter files
+
+
+def test_full_copies_are_weighed(run: Run) -> None:
+    text = warned(run("adapter.modules_to_save=[embed_tokens, lm_head]", "adapter.rank=1"), "size")
+    assert "full copies take" in text
+    assert "of the adapter, a file of" in text
+
+
+# 15: truncation
+
+
+def test_cut_and_dropped_rows_are_counted_and_named(run: Run) -> None:
+    rows = [*ROWS, talk("word " * 100, "yes", "data.jsonl:41")]
+    cut = warned(run("data.max_length=80", "data.long_rows=cut", rows=rows), "long rows")
+    assert cut == "1 of 41 (2%) rows are cut to 80 tokens, the oldest prompt tokens first: data.jsonl:41"
+    dropped = warned(run("data.max_length=80", "data.long_rows=drop", rows=rows), "long rows")
+    assert "1 of 41 (2%) rows are longer than 80 tokens and dropped: data.jsonl:41" in dropped
+
+
+# settings and splits
+
+
+@pytest.mark.parametrize(("rate", "side"), [("2e-6", "below"), ("0.1", "above")])
+def test_learning_rates_outside_the_window(run: Run, rate: str, side: str) -> None:
+    assert f"is {side} the window" in warned(run(f"optimizer.learning_rate={rate}"), "learning rate")
+
+
+def test_a_warm_up_that_never_ends(run: Run) -> None:
+    assert "the learning rate never reaches its peak" in stopped(run("schedule.warmup=100"), "schedule")
+
+
+def test_a_run_of_few_steps(run: Run) -> None:
+    assert "the whole run is 3 steps" in warned(run("schedule.epochs=1"), "schedule")
+
+
+def test_held_out_rows_that_are_trained_on(run: Run) -> None:
+    few = warned(run(held=[*HELD, ROWS[3]]), "held out")
+    assert "1 of 6 (17%) held-out rows are also trained on: data.jsonl:4 is data.jsonl:4" in few
+    assert "held-out rows are also trained on" in stopped(run(held=ROWS[:5]), "held out")
+    prompts = warned(run(held=[talk("Question 1?", "Another answer", "held.jsonl:1")]), "held out")
+    assert "held-out prompts also occur in training" in prompts
+
+
+def test_early_stopping_needs_held_out_rows(run: Run) -> None:
+    text = stopped(run("evaluation.patience=2", held=[]), "held out")
+    assert "no row is held out to stop by" in text
+    assert "over-fitting cannot be seen" in warned(run(held=[]), "held out")
+
+
+def test_columns_and_repeated_rows(run: Run) -> None:
+    report = run(about=About("messages", "a `messages` column", 40, [], ["label"], 3))
+    assert "columns that nothing uses: label" in warned(report, "columns")
+    assert "3 of 40 (8%) rows repeat an earlier one exactly" in warned(report, "duplicates")
+
+
+def test_everything_that_stops_is_listed_at_once(run: Run) -> None:
+    report = run("adapter.targets=[nope]", "schedule.warmup=100", free_disk=0, held=ROWS[:3])
+    with pytest.raises(PreflightError, match=r"^3 things would make this run fail or teach nothing:") as caught:
+        report.raise_if_stopped()
+    for part in ("'nope' matches nothing", "never reaches its peak", "also trained on"):
+        assert part in str(caught.value)
+
+
+# what is shown
+
+
+def test_the_sample_is_the_first_row_with_its_answer_marked(run: Run) -> None:
+    report = run()
+    text = report.text()
+    assert "<|im_start|>user\nQuestion 0?<|im_end|>\n<|im_start|>assistant\n⟦Answer 0.<|im_end|>⟧" in text
+    assert "".join(piece for piece, _ in report.sample) in text.replace("⟦", "").replace("⟧", "")
+    shown = Text.from_markup(report.markup()).plain
+    assert "Answer 0.<|im_end|>" in shown
+    Console(file=io.StringIO()).print(report.markup())
+
+
+def test_markup_in_the_data_is_shown_as_it_is(run: Run) -> None:
+    report = run(rows=[talk("[red]a[/red] [/]", "[bold]b", f"data.jsonl:{i}") for i in range(20)])
+    shown = Text.from_markup(report.markup()).plain
+    assert "[red]a[/red] [/]" in shown
+    assert "[bold]b<|im_end|>" in shown
+
+
+def test_looking_changes_nothing(run: Run, tmp_path: Path) -> None:
+    before = {n: p.clone() for n, p in run.base.model.named_parameters()}
+    run()
+    assert all(torch.equal(p, before[n]) for n, p in run.base.model.named_parameters())
+    assert not (tmp_path / "out").exists()
