@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from veneer.plan.memory import Memory
 from veneer.plan.plan import Plan
 
-__all__ = ["brief", "plan_text"]
+__all__ = ["plan_text"]
 
 _WORDS = {
     "weights": "weights", "constants": "quantisation constants", "adapter": "adapter", "gradients": "gradients",
@@ -20,12 +20,6 @@ _WORDS = {
 def plan_text(plan: Plan) -> str:
     """The plan as `veneer plan` prints it."""
     return "\n".join(_lines(plan))
-
-
-def brief(plan: Plan) -> str:
-    """The first two lines: whether it fits, and how long it takes."""
-    lines = list(_answer(plan))
-    return "\n".join(lines[:2])
 
 
 def _lines(plan: Plan) -> Iterator[str]:

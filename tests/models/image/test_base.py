@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.image_twins import latent_shape
 from tests.tiny_image_base import SIZE, TINY_FAMILIES, tiny_control, tiny_image_base
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
@@ -22,7 +23,7 @@ from veneer.formats.topology import families
 from veneer.formats.topology_dit import flux2
 from veneer.models.image.base import ImageBase, load_control, load_image, pipeline, release, text_length, text_settings
 from veneer.models.image.families import FAMILIES, topology_name
-from veneer.models.image.predict import embed_prompts, latent_shape, predict
+from veneer.models.image.predict import embed_prompts, predict
 from veneer.models.quantise import quantised_weights, saved_config, saved_tensors
 from veneer.models.text.base import load_text
 from veneer.ops.quantised import Quantised

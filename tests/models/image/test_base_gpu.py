@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.image_twins import latent_shape
 from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
 from veneer.core.init import create
 from veneer.models.image.base import load_image
-from veneer.models.image.predict import embed_prompts, latent_shape, predict
+from veneer.models.image.predict import embed_prompts, predict
 from veneer.ops.quantised import Quantised
 
 pytestmark = pytest.mark.gpu

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.image_twins import latent_shape
 from tests.tiny_image_base import SIZE, TINY_FAMILIES, tiny_image_base
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
@@ -17,7 +18,7 @@ from veneer.core.init import create
 from veneer.core.targets import base_modules
 from veneer.models.image.base import load_image
 from veneer.models.image.generate import ImageRow, MixPlan, PictureSettings, generate_images
-from veneer.models.image.predict import alphas_cumprod, embed_prompts, latent_shape, predict
+from veneer.models.image.predict import alphas_cumprod, embed_prompts, predict
 
 pytest.importorskip("diffusers")
 

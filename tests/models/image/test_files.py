@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.image_twins import open_clip, original, original_vae
+from tests.image_twins import latent_shape, open_clip, original, original_vae
 from tests.tiny_image_base import SIZE, tiny_image_base
 from veneer.core.targets import base_modules
 from veneer.errors import BaseError, ConfigError
 from veneer.models.image.base import load_image, pipeline
 from veneer.models.image.files import flux_config
-from veneer.models.image.predict import embed_prompts, latent_shape, predict
+from veneer.models.image.predict import embed_prompts, predict
 
 pytest.importorskip("diffusers")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.image_twins import latent_shape
 from tests.tiny_image_base import LENGTH, SIZE, TINY_FAMILIES, tiny_image_base
 from veneer.core.adapter import LoraSpec
 from veneer.core.attach import attach
@@ -22,7 +23,6 @@ from veneer.models.image.predict import (
     decode_latents,
     embed_prompts,
     encode_pictures,
-    latent_shape,
     predict,
 )
 

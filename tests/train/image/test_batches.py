@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.image_twins import latent_shape
 from tests.tiny_image_base import tiny_image_base
 from tests.train.tiny_pictures import drawings, image_values, run
 from veneer.formats.read import read
 from veneer.models.image.base import ImageBase, load_image, pipeline
-from veneer.models.image.predict import latent_shape
 from veneer.train.config.load import config_from
 from veneer.train.image.batches import PlannedRow, hold_out, plan_image_steps, validation_rows
 from veneer.train.image.encode import Encoders, ImageLoss, times_of

@@ -35,7 +35,6 @@ __all__ = [
     "decode_latents",
     "embed_prompts",
     "encode_pictures",
-    "latent_shape",
     "predict",
     "unpacked_latents",
 ]
@@ -270,19 +269,6 @@ def _patches(x: Tensor) -> Tensor:
 def _whole(x: Tensor) -> Tensor:
     """(n, 4c, h, w) -> (n, c, 2h, 2w)."""
     return F.pixel_shuffle(x, 2)
-
-
-def latent_shape(base: ImageBase, height: int, width: int) -> tuple[int, int, int]:
-    """(c, h, w) of the latents of a picture of that many pixels."""
-    scale = base.vae_scale
-    if base.row.name == "flux2":
-        return int(base.denoiser.config.in_channels), height // scale // 2, width // scale // 2
-    channels = base.denoiser.config.in_channels
-    if base.row.name in ("flux1", "qwen-image"):
-        channels //= 4
-    elif base.row.denoiser == "unet":
-        channels = base.denoiser.config.out_channels  # an inpainting U-Net takes a mask and a picture as well
-    return int(channels), height // scale, width // scale
 
 
 def unpacked_latents(base: ImageBase, latents: Tensor, width: int, height: int) -> Tensor:

@@ -23,7 +23,7 @@ from veneer.ops.attention import RowLayout
 from veneer.ops.loss import token_nll
 from veneer.ops.sizes import ROW_STEP, few_sizes
 
-__all__ = ["padded_loss", "padded_nll", "row_logps", "rows_loss", "rows_nll", "text_loss"]
+__all__ = ["padded_nll", "row_logps", "rows_nll", "text_loss"]
 
 HEAD_CHUNK = 128
 """Positions whose logits exist at once where the head has to be called."""
@@ -41,16 +41,6 @@ def row_logps(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Te
     nll = _text_nll(model, input_ids, lengths, trained)
     counts = torch.stack([part.sum() for part in trained.split(list(lengths))]).tolist()
     return -torch.stack([part.sum() for part in nll.split(counts)])
-
-
-def rows_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """`text_loss` without padding, with logits at trained positions alone. For models within `fast`."""
-    return rows_nll(model, input_ids, lengths, trained).sum()
-
-
-def padded_loss(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """`text_loss` by the reference: rows padded at their end, the model's own forward, float32 cross-entropy."""
-    return padded_nll(model, input_ids, lengths, trained).sum()
 
 
 def _text_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
@@ -74,7 +64,8 @@ def rows_nll(
     model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor, layout: RowLayout | None = None,
     rounded: bool | None = None,
 ) -> Tensor:  # fmt: skip
-    """`rows_loss` of each trained token: (M,). `layout`: of those lengths, to see afterwards which layers used it.
+    """−log p of each trained token, (M,), without padding and with logits at trained positions alone; for models within
+    `fast`. `layout`: of those lengths, to see afterwards which layers used it.
 
     `rounded`: padding makes the tokens, and those of them whose output is wanted, one of `few_sizes`; None: where that
     pays. Real tokens come first, so neither their dropout nor anything else of them changes."""
@@ -116,7 +107,7 @@ def _decoder(model: Any) -> Any:
 
 
 def padded_nll(model: Any, input_ids: Tensor, lengths: Sequence[int], trained: Tensor) -> Tensor:
-    """`padded_loss` of each trained token: (M,)."""
+    """−log p of each trained token, (M,), by the reference: padded rows, the model's own forward, float32."""
     rows = nn.utils.rnn.pad_sequence(list(input_ids.split(list(lengths))), batch_first=True)
     wanted = nn.utils.rnn.pad_sequence(list(trained.split(list(lengths))), batch_first=True)
     place = torch.arange(rows.shape[1], device=rows.device)
