@@ -22,15 +22,11 @@ from pathlib import Path
 from veneer.errors import BaseError, nearest
 from veneer.models.builtin import BUILTIN, PACKAGED, builtin_place, get_builtin, packaged, packaged_place
 from veneer.models.home import bases_home
+from veneer.models.hub import hub_snapshot
 
 __all__ = ["KnownBase", "find_base", "is_image_base", "known_bases"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
-_HUB_NOT = ["original/*", "onnx/*", "consolidated*", "*.bin", "*.pth"]
-_HUB_JSON = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
-_VARIANTS = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.ema.*"]
-_NOT_DRAWN = ["safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae_1_0/*"]
 _WAYS = (
     "name smollm2-135m, emoji-sdxl or emoji-flux (they need no hub), a directory as transformers or diffusers "
     "saves it, a .gguf file, or an image model's .safetensors file"
@@ -83,7 +79,11 @@ def find_base(name: str, *, source: Path | None = None, say: Callable[[str], Non
         return kept
     if name.startswith((".", "/", "~")) or name.endswith(_FILES) or not _HUB_ID.fullmatch(name):
         raise _not_found(name, path)
-    return _from_hub(name, path, say or (lambda _: None))
+    if say is not None:
+        say(f"looking for {name} on the hub")
+    hints = nearest(name, [k.name for k in known_bases()], 1)
+    ways = (f"did you mean {hints[0]}? " if hints else "") + f"Without a hub: {_WAYS}"
+    return _local(hub_snapshot(name, looked=f"{path.absolute()}, {bases_home() / name}", ways=ways))
 
 
 def _not_found(name: str, path: Path) -> BaseError:
@@ -131,47 +131,3 @@ def _local(path: Path) -> Path:
     raise BaseError(
         "this directory has no config.json or model_index.json, so it is not a base", where=str(path), fix=hint + _WAYS
     )
-
-
-def _from_hub(name: str, path: Path, say: Callable[[str], None]) -> Path:
-    """The hub's snapshot of `org/name[@revision]`. With no connection, the hub client's own cached copy."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    repo, _, revision = name.partition("@")
-    looked = (
-        f"{path.absolute()}, {bases_home() / name}, and the hub {constants.ENDPOINT} (cache: {constants.HF_HUB_CACHE})"
-    )
-    hints = nearest(name, [k.name for k in known_bases()], 1)
-    ways = (f"did you mean {hints[0]}? " if hints else "") + f"Without a hub: {_WAYS}"
-    say(f"looking for {name} on the hub")
-    try:
-        found = snapshot_download(
-            repo, revision=revision or None, allow_patterns=_HUB_JSON, ignore_patterns=_HUB_NOT
-        )  # fmt: skip
-        allow, ignore = _HUB_FILES, _HUB_NOT
-        if (Path(found) / "model_index.json").exists():  # no single file at the top, nor what no picture needs
-            allow, ignore = [*_HUB_JSON, "*/*.safetensors"], [*_HUB_NOT, *_VARIANTS, *_NOT_DRAWN]
-        found = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
-        if allow is not _HUB_FILES and not any(Path(found).glob("*/*.safetensors")):  # there are variants alone
-            found = snapshot_download(
-                repo, revision=revision or None, allow_patterns=allow, ignore_patterns=[*_HUB_NOT, *_NOT_DRAWN]
-            )
-    except GatedRepoError as error:
-        raise BaseError(
-            f"{repo} is gated: its owner wants an account that accepted the terms",
-            where=looked,
-            fix=f"accept them on its page and run `hf auth login`. {ways}",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise BaseError(f"{repo} has no revision {revision!r}", where=looked) from error
-    except RepositoryNotFoundError as error:
-        raise BaseError(f"there is no base {name!r}", where=looked, fix=ways) from error
-    except Exception as error:  # offline modes, no route, no DNS, proxies: each HTTP client has its own errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseError(
-            f"there is no base {name!r} on this machine, and the hub cannot be reached",
-            where=looked,
-            fix=f"{ways}. (The hub client said: {reason[:160]})",
-        ) from error
-    return _local(Path(found))

@@ -115,13 +115,7 @@ def load_text(
     model.eval()
     model.requires_grad_(False)
     _check_vocabulary(path, model, tokenizer)
-    turn = end_of_turn(tokenizer)
-    if turn is None and tokenizer.chat_template:
-        notes = (*notes, "the chat template puts no special token after an answer: an answer ends with the eos token")
-    turn = tokenizer.eos_token_id if turn is None else turn
-    stops = _stop_ids(model, tokenizer, turn)
-    if not stops:
-        notes = (*notes, "neither tokenizer nor config names a token that ends a text: generation runs to its limit")
+    turn, stops, more = _ends(model, tokenizer)
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = stops[0] if stops else 0
@@ -137,8 +131,8 @@ def load_text(
         end_of_turn_id=turn,
         stop_ids=stops,
         pad_id=int(pad),
-        context=int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30),
-        notes=notes,
+        context=_context(model.config),
+        notes=(*notes, *more),
         quantised=quantised,
     )
 
@@ -155,13 +149,11 @@ def text_without_weights(name: str, *, say: Callable[[str], None] | None = None)
     config, tokenizer = read_base_config(path), read_tokenizer(path)
     with loading(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    turn = end_of_turn(tokenizer)
-    turn = tokenizer.eos_token_id if turn is None else turn
-    context = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+    turn, stops, _ = _ends(model, tokenizer)
     kind, reason = torch.float32, "nothing is computed here"
     return TextBase(
         name, model, tokenizer, path, fingerprint(path, config, table), kind, torch.device("meta"), reason,
-        end_of_turn_id=turn, stop_ids=_stop_ids(model, tokenizer, turn), context=context,
+        end_of_turn_id=turn, stop_ids=stops, context=_context(model.config),
     )  # fmt: skip
 
 
@@ -322,6 +314,24 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     _, found, after = text.rpartition(answer)
     ids = tokenizer.encode(after.lstrip(), add_special_tokens=False) if found else []
     return int(ids[0]) if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def _ends(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int | None, tuple[int, ...], tuple[str, ...]]:
+    """(the token that ends a turn, all that end a generation, notes on what is missing)."""
+    turn, notes = end_of_turn(tokenizer), list[str]()
+    if turn is None and tokenizer.chat_template:
+        notes.append("the chat template puts no special token after an answer: an answer ends with the eos token")
+    turn = tokenizer.eos_token_id if turn is None else turn
+    stops = _stop_ids(model, tokenizer, turn)
+    if not stops:
+        notes.append("neither tokenizer nor config names a token that ends a text: generation runs to its limit")
+    return turn, stops, tuple(notes)
+
+
+def _context(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turn: int | None) -> tuple[int, ...]:

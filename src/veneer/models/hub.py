@@ -1,0 +1,59 @@
+"""A base from the hub, of which only what a base needs is fetched; or the hub client's own cached copy of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from veneer.errors import BaseError
+
+__all__ = ["hub_snapshot"]
+
+_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+_NOT = ["original/*", "onnx/*", "consolidated*", "*.bin", "*.pth"]
+_JSON = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+_VARIANTS = ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*.ema.*"]
+_NOT_DRAWN = ["safety_checker/*", "feature_extractor/*", "image_encoder/*", "vae_1_0/*"]
+
+
+def hub_snapshot(name: str, *, looked: str, ways: str) -> Path:
+    """The directory of the snapshot of `org/name[@revision]` in the hub client's cache. Without a connection the cached
+    copy is enough.
+
+    Of an image base the variants (fp16, EMA) are fetched only if there is nothing else. Raises BaseError if the hub
+    does not have it or cannot be reached; `looked`: where the base was looked for before, `ways`: how to get one
+    otherwise."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repo, _, revision = name.partition("@")
+    where = f"{looked}, and the hub {constants.ENDPOINT} (cache: {constants.HF_HUB_CACHE})"
+    try:
+        found = snapshot_download(
+            repo, revision=revision or None, allow_patterns=_JSON, ignore_patterns=_NOT
+        )  # fmt: skip
+        allow, ignore = _FILES, _NOT
+        if (Path(found) / "model_index.json").exists():  # no single file at the top, nor what no picture needs
+            allow, ignore = [*_JSON, "*/*.safetensors"], [*_NOT, *_VARIANTS, *_NOT_DRAWN]
+        found = snapshot_download(repo, revision=revision or None, allow_patterns=allow, ignore_patterns=ignore)
+        if allow is not _FILES and not any(Path(found).glob("*/*.safetensors")):  # there are variants alone
+            found = snapshot_download(
+                repo, revision=revision or None, allow_patterns=allow, ignore_patterns=[*_NOT, *_NOT_DRAWN]
+            )
+    except GatedRepoError as error:
+        raise BaseError(
+            f"{repo} is gated: its owner wants an account that accepted the terms",
+            where=where,
+            fix=f"accept them on its page and run `hf auth login`. {ways}",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BaseError(f"{repo} has no revision {revision!r}", where=where) from error
+    except RepositoryNotFoundError as error:
+        raise BaseError(f"there is no base {name!r}", where=where, fix=ways) from error
+    except Exception as error:  # offline modes, no route, no DNS, proxies: each HTTP client has its own errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseError(
+            f"there is no base {name!r} on this machine, and the hub cannot be reached",
+            where=where,
+            fix=f"{ways}. (The hub client said: {reason[:160]})",
+        ) from error
+    return Path(found)
